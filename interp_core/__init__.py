@@ -1,0 +1,92 @@
+"""interp_core: name any site of a transformer, read it, change it, see that it acted.
+
+    import interp_core as ic
+    from interp_core import sites as S
+
+    model = ic.load("toy:text")
+    run = model.run("Q: big\\nA: small\\n\\nQ: hot\\nA:", read=[S.resid_post, S.pattern[3, 1]])
+
+The names below are the public ones. They load what they need when they are first used, so that importing this package
+(and `interp --help`) stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import score as score
+    from . import sites as sites
+    from . import testing as testing
+    from .edits import Edit as Edit
+    from .errors import CapabilityError as CapabilityError
+    from .errors import EffectError as EffectError
+    from .errors import InterpError as InterpError
+    from .errors import LoadError as LoadError
+    from .errors import PlanError as PlanError
+    from .errors import PluginError as PluginError
+    from .errors import PositionError as PositionError
+    from .errors import ReadError as ReadError
+    from .errors import SiteError as SiteError
+    from .errors import TextError as TextError
+    from .generation import Generation as Generation
+    from .methods import Config as Config
+    from .methods import Method as Method
+    from .methods import method as method
+    from .model import Model as Model
+    from .model import load as load
+    from .plan import Plan as Plan
+    from .plugins import registry as registry
+    from .positions import PerRow as PerRow
+    from .positions import Span as Span
+    from .result import Result as Result
+    from .sites import Site as Site
+    from .text import Tokens as Tokens
+    from .trace import Reading as Reading
+    from .trace import Receipt as Receipt
+    from .trace import Run as Run
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "methods",
+    "Edit": "edits",
+    "Generation": "generation",
+    "Method": "methods",
+    "Model": "model",
+    "PerRow": "positions",
+    "Plan": "plan",
+    "Reading": "trace",
+    "Receipt": "trace",
+    "Result": "result",
+    "Run": "trace",
+    "Site": "sites",
+    "Span": "positions",
+    "Tokens": "text",
+    "load": "model",
+    "method": "methods",
+    "registry": "plugins",
+} | {
+    f"{kind}Error": "errors"
+    for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
+}
+_MODULES = ("score", "sites", "testing")
+
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    from .errors import nearest
+
+    raise AttributeError(f"interp_core has no {name!r}. {nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,319 @@
+"""The atlas: which sites a given model has, with what shapes, and the taps that reach them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import CapabilityError, LoadError, SiteError, nearest
+from ..sites import SITES, Site, indices
+from . import taps
+from .family import Family, Heads, split_heads
+from .taps import Tap
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, in TransformerLens' words."""
+
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int | None
+
+
+class Entry:
+    """One site in one layer (layer 0 for sites without layers).
+
+    Attributes:
+        read, write: taps, None where `why` says why not.
+        sizes: sizes of the feature axes by name (`head`, `d_head`, `d_model`, …).
+        n_units: how many heads, experts or neurons there are.
+        why: reasons by what is missing (`read`, `write`, `grad`).
+    """
+
+    __slots__ = ("layer", "n_units", "name", "read", "sizes", "why", "write")
+
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        read: Tap | None,
+        write: Tap | None,
+        sizes: Mapping[str, int],
+        why: dict[str, str] | None = None,
+    ) -> None:
+        self.name, self.layer, self.read, self.write, self.sizes = name, layer, read, write, sizes
+        unit = SITES[name].unit
+        self.n_units = None if unit is None else sizes[unit]
+        self.why = why or {}
+
+
+class Atlas:
+    """The sites of one model.
+
+    Attributes:
+        family: name of the family, `config.model_type`.
+        shape: sizes of the model.
+        entries: `(name, layer)` to entry, for everything that exists in this model.
+        lacking: site names that the whole model lacks, with the reason.
+        notes: what a user should know of this model.
+    """
+
+    def __init__(self, family: Family, shape: Shape) -> None:
+        self.family, self.shape = family, shape
+        self.entries: dict[tuple[str, int], Entry] = {}
+        self.lacking: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def layers(self, name: str) -> list[int]:
+        """Layers that have the site."""
+        return [layer for site, layer in self.entries if site == name]
+
+    def select(self, site: Site) -> list[Entry]:
+        """The entries that a site names.
+
+        Raises:
+            SiteError: a layer that does not exist, or that lacks the site.
+            CapabilityError: the family lacks the site.
+        """
+        if site.name in self.lacking:
+            raise CapabilityError(f"{site}: {self.lacking[site.name]}")
+        if not site.info.layered:
+            return [self.entries[site.name, 0]]
+        having = self.layers(site.name)
+        if site.layers is None:
+            return [self.entries[site.name, layer] for layer in having]
+        asked = indices(site.layers, self.shape.n_layers, "layer", str(site))
+        if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
+            shown = ", ".join(map(str, having))
+            raise SiteError(f"{site}: layer {missing[0]} has no {site.name}; layers {shown} have")
+        return [self.entries[site.name, layer] for layer in asked]
+
+    def drop(self, name: str, why: str) -> None:
+        """Take a site out of the atlas."""
+        for layer in self.layers(name):
+            del self.entries[name, layer]
+        self.lacking[name] = why
+
+
+@cache
+def known_paths() -> dict[str, dict[str, str]]:
+    """Module paths by Hugging Face class name, from TransformerLens' adapters."""
+    return json.loads(Path(__file__).with_name("paths.json").read_text())
+
+
+def build(model: Any, family: Family | None) -> Atlas:
+    """The atlas of a Hugging Face model.
+
+    Raises:
+        LoadError: no transformer blocks in it.
+    """
+    config = model.config.get_text_config()
+    modules = dict(model.named_modules())
+    known = known_paths().get(type(model).__name__)
+    paths = {**(known or discover(modules)), **(family.paths if family else {})}
+    if paths.get("blocks") not in modules:
+        raise LoadError(
+            f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
+            "transformers. For another layout write a family file, see docs/families.md."
+        )
+    unnamed = family is None
+    family = family or Family(str(config.model_type))
+    blocks = modules[paths["blocks"]]
+    shape = Shape(
+        n_layers=len(list(blocks.children())),
+        d_model=config.hidden_size,
+        d_vocab=model.get_output_embeddings().weight.shape[0],
+        n_ctx=getattr(config, "max_position_embeddings", None),
+    )
+    atlas = Atlas(family, shape)
+    if known is None and unnamed:
+        atlas.notes.append(
+            f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
+        )
+    builder = _Builder(atlas, modules, paths, config)
+    for layer in range(shape.n_layers):
+        builder.block(layer)
+    builder.ends()
+    _explain(atlas)
+    return atlas
+
+
+class _Builder:
+    """Fills an atlas from module paths."""
+
+    def __init__(self, atlas: Atlas, modules: Mapping[str, nn.Module], paths: Mapping[str, str], config: Any) -> None:
+        self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
+        family = atlas.family
+        self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
+
+    def ends(self) -> None:
+        d_model = {"d_model": self.atlas.shape.d_model}
+        for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
+            if (path := self.paths.get(component)) in self.modules:
+                self._view(name, 0, Tap(str(path), "out"), d_model)
+        tap = taps.logits()
+        self._add(Entry("logits", 0, tap, tap, {"d_vocab": self.atlas.shape.d_vocab}))
+
+    def block(self, layer: int) -> None:
+        block = f"{self.paths['blocks']}.{layer}"
+        d_model = {"d_model": self.atlas.shape.d_model}
+        found = {
+            key.removeprefix("blocks."): path
+            for key, name in self.paths.items()
+            if key.startswith("blocks.") and (path := self._inside(block, key, name)) in self.modules
+        }
+        self._view("resid_pre", layer, Tap(block, "in"), d_model)
+        self._view("resid_post", layer, Tap(block, "out"), d_model)
+        if attn := found.get("attn"):
+            attn_out = Tap(found.get("ln1_post", attn), "out")
+            self._view("attn_in", layer, Tap(attn, "in"), d_model)
+            self._view("attn_out", layer, attn_out, d_model)
+            self._heads(layer, attn, found)
+            if not self.parallel and "mlp" in found:
+                entry = Entry("resid_mid", layer, None, taps.resid_mid(block, attn_out), d_model)
+                entry.read = Tap(found.get("ln2", found["mlp"]), "in")
+                self._add(entry)
+        if mlp := found.get("mlp"):
+            self._view("mlp_in", layer, Tap(mlp, "in"), d_model)
+            self._view("mlp_out", layer, Tap(found.get("ln2_post", mlp), "out"), d_model)
+            if out := found.get("mlp.out") or found.get("mlp.dense_out"):
+                self._view("mlp_act", layer, Tap(out, "in"), {"d_mlp": taps.in_features(self.modules[out])})
+        self._router(layer, block)
+
+    def _inside(self, block: str, key: str, name: str) -> str:
+        parts = key.split(".")
+        if len(parts) > 2:
+            parent = self.paths.get(".".join(parts[:-1]))
+            return f"{block}.{parent}.{name}" if parent else f"{block}.{name}"
+        return f"{block}.{name}"
+
+    def _heads(self, layer: int, attn: str, found: Mapping[str, str]) -> None:
+        module = self.modules[attn]
+        heads = self._head_counts(module, found)
+        if heads is None:
+            return
+        q = {"head": heads.n_heads, "d_head": heads.d_head}
+        kv = {"head": heads.n_kv_heads, "d_head": heads.d_head}
+        fused = self.atlas.family.fused
+        for part, sizes in (("q", q), ("k", kv), ("v", kv)):
+            if path := found.get(f"attn.{part}"):
+                view = split_heads(sizes["head"], heads.d_head)
+                self._view(part, layer, Tap(path, "out", view=view), sizes)
+            elif fused and (path := found.get("attn.qkv")):
+                self._view(part, layer, Tap(path, "out", view=fused(heads, part)), sizes)
+        if out := found.get("attn.o"):
+            self._view("z", layer, Tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), q)
+            tap = taps.head_out(out, heads.n_heads, heads.d_head)
+            sizes = {"head": heads.n_heads, "d_model": self.atlas.shape.d_model}
+            self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
+        matrix = {"head": heads.n_heads}
+        if pattern := self.atlas.family.pattern:
+            block = f"{self.paths['blocks']}.{layer}"
+            self._view("pattern", layer, Tap(f"{block}.{pattern}", "out"), matrix)
+        elif uses_interface(module):
+            for name, sizes in (("rot_q", q), ("rot_k", kv)):
+                self._view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)
+            for name in ("scores", "pattern"):
+                self._view(name, layer, Tap(attn, "attention", name), matrix)
+
+    def _head_counts(self, module: nn.Module, found: Mapping[str, str]) -> Heads | None:
+        """Head counts of a layer, from the config and, where it has them, the layer's own weights."""
+        n_heads = getattr(self.config, "num_attention_heads", None)
+        if n_heads is None or "attn.o" not in found:
+            return None
+        d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+        width = taps.in_features(self.modules[found["attn.o"]])
+        d_head = int(d_head or width // n_heads)
+        n_heads = width // d_head
+        n_kv = n_heads
+        if k := found.get("attn.k"):
+            n_kv = taps.out_features(self.modules[k]) // d_head
+        elif qkv := found.get("attn.qkv"):
+            n_kv = (taps.out_features(self.modules[qkv]) // d_head - n_heads) // 2
+        return Heads(n_heads, n_kv, d_head)
+
+    def _router(self, layer: int, block: str) -> None:
+        router = self.atlas.family.router
+        if router is None or f"{block}.{router.module}" not in self.modules:
+            return
+        n = int(self.config.num_experts)
+        gate, experts = f"{block}.{router.module}", f"{block}.{router.experts}"
+        beside = {"grad": "it is computed beside the forward pass"}
+        for name, tap in (
+            ("router_logits", taps.router_logits(gate, router)),
+            ("router_weights", taps.router_weights(gate, n)),
+        ):
+            self._add(Entry(name, layer, tap, tap, {"expert": n}, dict(beside)))
+        tap = taps.expert_out(experts, n)
+        self._add(Entry("expert_out", layer, tap, tap, {"expert": n, "d_model": self.atlas.shape.d_model}, beside))
+
+    def _view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
+        if tap.module in self.modules:
+            self._add(Entry(name, layer, tap, tap, sizes))
+
+    def _add(self, entry: Entry) -> None:
+        if entry.name not in self.atlas.family.refuse:
+            self.atlas.entries[entry.name, entry.layer] = entry
+
+
+def _explain(atlas: Atlas) -> None:
+    """Say why each site that is not there is not there."""
+    present = {name for name, _ in atlas.entries}
+    family = atlas.family
+    for name in SITES:
+        if name in present:
+            continue
+        if name in family.refuse:
+            why = family.refuse[name]
+        elif name == "resid_mid":
+            why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
+        elif name in ("router_logits", "router_weights", "expert_out"):
+            why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+        else:
+            near = nearest(name, present)
+            why = f"the atlas does not know where {family.name} keeps {name}. {near}"
+        atlas.lacking[name] = why
+
+
+def uses_interface(attention: nn.Module) -> bool:
+    """Whether an attention module goes through transformers' attention interface."""
+    code = inspect.unwrap(type(attention).forward).__code__
+    return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")
+
+
+def discover(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Module paths of an unknown family, by the names of its modules."""
+    lists = [(path, m) for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    hints = {
+        "blocks.attn": ("self_attn", "attention", "self_attention", "attn"),
+        "blocks.mlp": ("mlp", "feed_forward", "ffn"),
+    }
+    for path, blocks in sorted(lists, key=lambda item: -len(item[1])):
+        children = dict(blocks[0].named_children())
+        found = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
+        if found["blocks.attn"] is None:
+            continue
+        out = {key: name for key, name in found.items() if name}
+        return {"blocks": path, **out, **_discover_ends(modules, path)}
+    return {}
+
+
+def _discover_ends(modules: Mapping[str, nn.Module], blocks: str) -> dict[str, str]:
+    parent = blocks.rpartition(".")[0]
+    out: dict[str, str] = {}
+    for path, module in modules.items():
+        outer, _, name = path.rpartition(".")
+        if outer == parent and isinstance(module, nn.Embedding) and "pos" not in name:
+            out.setdefault("embed", path)
+        if (outer == parent and "norm" in name.lower()) or (name == "ln_f" and outer == parent):
+            out["ln_final"] = path
+    return out

@@ -1,0 +1,188 @@
+"""Taps: where in a model the value of a site can be had and replaced.
+
+A tap names a module, a side of it, and how the site's value lies in what passes there. Engines carry taps out; a tap
+knows nothing of hooks.
+
+Most taps are views: the value is the first tensor that passes, seen in other axes. Derived taps compute the value
+(`get`) and put a change of it back (`put`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CapabilityError, PlanError
+from .family import Router, View
+
+Side = Literal["in", "out", "attention"]
+
+
+class Call:
+    """What passes a tap, as one object that changes follow each other on.
+
+    Attributes:
+        module: the module.
+        args: its positional inputs.
+        output: its whole output (None before the call).
+        first: the first tensor that passes; assigning it changes what the model goes on with.
+        shape: batch and pos of the pass, for modules that see them flattened.
+        needs: first tensors of the taps that this one needs.
+    """
+
+    __slots__ = ("args", "first", "module", "needs", "output", "shape")
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], output: Any, first: Tensor) -> None:
+        self.module, self.args, self.output, self.first = module, args, output, first
+        self.shape: tuple[int, int] = (0, 0)
+        self.needs: tuple[Tensor, ...] = ()
+
+
+Get = Callable[[Call, "tuple[int, ...] | None"], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Where a value is, for one site and layer.
+
+    Attributes:
+        module: dotted path in the model ("" is the model).
+        side: its input, its output, or inside its attention function, there at `part`.
+        view: the first tensor in the site's axes (None: as it is). Views can be read, edited and differentiated.
+        get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
+        put: `(call, old, new)`: make the derived value's change act.
+        partial: `get` computes only the units asked for, and `put` takes their change.
+        needs: taps whose first tensors `get` and `put` use; they lie before this one.
+        rank: order among taps at the same place.
+    """
+
+    module: str
+    side: Side
+    part: str = ""
+    view: View | None = None
+    get: Get | None = None
+    put: Callable[[Call, Tensor, Tensor], None] | None = None
+    partial: bool = False
+    needs: tuple[Tap, ...] = ()
+    rank: int = 0
+
+
+def transposed(x: Tensor) -> Tensor:
+    """`[batch head pos d_head]` as `[batch pos head d_head]`."""
+    return x.transpose(1, 2)
+
+
+def resid_mid(block: str, attn_out: Tap) -> Tap:
+    """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.needs[0] + call.first
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        call.first = new - call.needs[0]
+
+    return Tap(attn_out.module, "out", get=get, put=put, needs=(Tap(block, "in"),), rank=1)
+
+
+def head_out(module: str, n_heads: int, d_head: int) -> Tap:
+    """Contribution of each head: z times its slice of W_O. A change is added to the projection's output."""
+
+    def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
+        z = call.args[0]
+        z = z.view(*z.shape[:-1], n_heads, d_head)
+        weight = output_weight(call.module)
+        if weight.is_meta:
+            raise CapabilityError("head_out: the weights of the output projection are offloaded; load without offload")
+        weight = weight.reshape(n_heads, d_head, -1)
+        if units is not None:
+            z, weight = z[..., list(units), :], weight[list(units)]
+        return torch.einsum("bphe,hed->bphd", z, weight)
+
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        call.first = call.first + (new - old).sum(-2)
+
+    return Tap(module, "out", get=get, put=put, partial=True)
+
+
+def output_weight(module: nn.Module) -> Tensor:
+    """Weight of a linear layer or Conv1D as `[in out]`."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.mT if isinstance(module, nn.Linear) else weight
+
+
+def in_features(module: nn.Module) -> int:
+    """Width of what a linear layer or Conv1D takes."""
+    return int(output_weight(module).shape[0])
+
+
+def out_features(module: nn.Module) -> int:
+    """Width of what a linear layer or Conv1D gives."""
+    return int(output_weight(module).shape[1])
+
+
+def router_logits(module: str, router: Router) -> Tap:
+    """Router logits; a change selects experts again, as the family does."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.output[0].view(*call.shape, -1)
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        flat = new.reshape(-1, new.shape[-1])
+        call.output = (flat, *router.select(call.module, flat), *call.output[3:])
+
+    return Tap(module, "out", get=get, put=put)
+
+
+def router_weights(module: str, n_experts: int) -> Tap:
+    """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        _, weights, chosen = call.output[:3]
+        return weights.new_zeros(len(weights), n_experts).scatter(-1, chosen, weights).view(*call.shape, n_experts)
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        flat = new.reshape(-1, n_experts)
+        k = call.output[1].shape[-1]
+        chosen = flat.abs().topk(k, dim=-1).indices
+        weights = flat.gather(-1, chosen)
+        kept = flat.new_zeros(flat.shape).scatter(-1, chosen, weights)
+        if not torch.equal(kept, flat):
+            raise PlanError(f"router_weights: a token can have {k} experts, the edit gives weight to more")
+        call.output = (call.output[0], weights, chosen, *call.output[3:])
+
+    return Tap(module, "out", get=get, put=put, rank=1)
+
+
+def expert_out(module: str, n_experts: int) -> Tap:
+    """Weighted contribution of single experts, by calling the experts' own code with one expert at a time."""
+
+    def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
+        hidden, chosen, weights = call.args
+        parts = []
+        for expert in range(n_experts) if units is None else units:
+            weight = torch.where(chosen == expert, weights, 0).sum(-1, keepdim=True)
+            parts.append(call.module.forward(hidden, torch.full_like(chosen[:, :1], expert), weight))
+        return torch.stack(parts, dim=1).view(*call.shape, len(parts), -1)
+
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        change = (new - old).sum(-2)
+        call.first = call.first + change.view_as(call.first)
+
+    return Tap(module, "out", get=get, put=put, partial=True)
+
+
+def logits() -> Tap:
+    """The model's own output."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.output.logits
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        call.output.logits = new
+
+    return Tap("", "out", get=get, put=put)

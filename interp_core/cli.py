@@ -1,0 +1,112 @@
+"""`interp …`: the command line. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InterpError
+from .plugins import KINDS, registry
+
+app = typer.Typer(
+    help="Name any site of a transformer, read it, change it, see that it acted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="toy:text, a folder, or a hub id")] = "toy:text",
+    out: Annotated[Path, typer.Option(help="folder for the report and pictures")] = Path("out/demo"),
+    clean: Annotated[str | None, typer.Option(help="prompt that leads to the answer")] = None,
+    corrupted: Annotated[str | None, typer.Option(help="as many tokens, leads to the other answer")] = None,
+    answer: Annotated[str | None, typer.Option(help="what should follow the clean prompt")] = None,
+    other: Annotated[str | None, typer.Option(help="what should follow the corrupted prompt")] = None,
+) -> None:
+    """Logit lens, a patching map and a steered generation on one model, in one HTML report."""
+    recipe = registry("recipes").get("demo")
+    given = {"clean": clean, "corrupted": corrupted, "answer": answer, "other": other}
+    recipe(model=model, out=out, **{key: value for key, value in given.items() if value is not None})
+
+
+@app.command()
+def sites(model: Model) -> None:
+    """Every site of a model, and what its self-check found."""
+    from .model import load
+
+    loaded = load(model)
+    print(loaded, "", loaded.sites, "", loaded.check, sep="\n")
+
+
+@app.command()
+def plugins(
+    kind: Annotated[str | None, typer.Argument(help=f"one of {', '.join(KINDS)}")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="load each one; show tracebacks")] = False,
+) -> None:
+    """List what is installed, broken ones included."""
+    rows: list[dict[str, Any]] = []
+    for one in [kind] if kind else KINDS:
+        for plugin in registry(one):
+            if verbose and plugin.status == "unloaded":
+                try:
+                    plugin.load()
+                except InterpError:
+                    pass  # it stays in the list as broken, with its traceback
+            row = {key: getattr(plugin, key) for key in ("kind", "name", "status", "dist", "version", "target")}
+            rows.append(row | ({"error": plugin.error} if plugin.error else {}))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    shown = [{key: str(value) for key, value in row.items() if key != "error"} for row in rows]
+    widths = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]} if shown else {}
+    for line in [dict(zip(widths, widths, strict=True)), *shown]:
+        print("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip())
+    for row in rows:
+        if "error" in row:
+            print(f"\n{row['kind'][:-1]} {row['name']}:\n{row['error']}")
+
+
+@app.command()
+def bench(
+    model: Model = "toy:text",
+    rounds: Annotated[int, typer.Option(help="how often each operation is timed")] = 20,
+    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 32,
+    out: Annotated[Path | None, typer.Option(help="also write the table as Markdown")] = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(help="a method, or module:function of your own taking model and ids")
+    ] = None,
+) -> None:
+    """Time reads and edits on your model against hand-written hooks and other tools."""
+    from .bench import benchmark
+    from .model import load
+
+    text = benchmark(load(model), rounds=rounds, n_tokens=tokens, extra=extra or [])
+    print(text)
+    if out is not None:
+        from .result import write
+
+        write(out, text + "\n")
+
+
+def main() -> None:
+    """Run the command line; errors of interp_core end it with their message, not a traceback."""
+    try:
+        app()
+    except InterpError as error:
+        print(f"interp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interp: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

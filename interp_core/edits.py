@@ -1,0 +1,125 @@
+"""Edits: a site, an operation and a value, as data; and what each operation does to a tensor.
+
+The vocabulary is small and closed, so that every engine, also a remote one, can carry it out:
+`set add scale zero project apply`, `knockout` for attention patterns and `mask` for router logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PlanError
+from .sites import Site
+
+OPS = ("set", "add", "scale", "zero", "project", "apply", "knockout", "mask")
+TENSOR_OPS = ("set", "add", "project")
+_ONLY = {"knockout": ("pattern",), "mask": ("router_logits",)}
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One change to a site. Made by the methods of `Site`.
+
+    Attributes:
+        site: what is changed.
+        op: one of `OPS`.
+        value: a tensor (`set`, `add`, `project`), a number (`scale`), expert indices (`mask`), a function (`apply`),
+            or None.
+
+    Raises:
+        PlanError: an operation that the site does not take, or a value of the wrong kind.
+    """
+
+    site: Site
+    op: str
+    value: Any = None
+
+    def __post_init__(self) -> None:
+        op, value = self.op, self.value
+        if op not in OPS:
+            raise PlanError(f"no edit is called {op!r}; there are {', '.join(OPS)}")
+        if op in _ONLY and self.site.name not in _ONLY[op]:
+            raise PlanError(f"{op} is for {' and '.join(_ONLY[op])}, not for {self.site.name}")
+        if op in TENSOR_OPS and not isinstance(value, Tensor):
+            raise PlanError(f"{self.site}: {op} takes a torch tensor, not {type(value).__name__}")
+        if op == "scale" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise PlanError(f"{self.site}: scale takes a number, not {type(value).__name__}")
+        if op == "apply" and not callable(value):
+            raise PlanError(f"{self.site}: apply takes a function of a tensor, not {type(value).__name__}")
+        if op == "project" and not 1 <= value.ndim <= 2:
+            raise PlanError(f"{self.site}: project takes [d] or [k d] directions, not {list(value.shape)}")
+        if op == "project" and not bool((value.detach().norm(dim=-1) > 0).all()):
+            raise PlanError(f"{self.site}: project got a direction of length zero")
+        if op == "knockout" and self.site.key is None and self.site.pos is None:
+            raise PlanError(f"{self.site}: knockout of every key leaves nothing to attend to; give query= and key=")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.site, self.op, digest(self.value) if isinstance(self.value, Tensor) else self.value
+
+    def __str__(self) -> str:
+        value = self.value
+        if isinstance(value, Tensor):
+            shown = f" {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        elif self.op == "mask":
+            shown = " experts=" + ",".join(map(str, value))
+        elif self.op == "apply":
+            shown = f" {getattr(value, '__qualname__', repr(value))}"
+        else:
+            shown = "" if value is None else f" {value:g}"
+        return f"{self.site} {self.op}{shown}"
+
+    __repr__ = __str__
+
+
+def digest(tensor: Tensor) -> str:
+    """Hash of a tensor's dtype, shape and content."""
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    head = f"{data.dtype}{list(tensor.shape)}".encode()
+    return hashlib.sha256(head + data.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:
+    """What an edit makes of the tensor it selects; `value` is its value as `prepared` gives it."""
+    op = edit.op
+    if op == "set":
+        return value.expand_as(x)
+    if op == "add":
+        return x + value
+    if op == "scale":
+        return x * value
+    if op == "zero":
+        return torch.zeros_like(x)
+    if op == "project":
+        return x - (x @ value.mT) @ value
+    if op == "mask":
+        return x.index_fill(-1, value, float("-inf"))
+    if op == "knockout":
+        return torch.full_like(x, torch.finfo(x.dtype).min)
+    new = edit.value(x)
+    if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
+        found = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        raise PlanError(f"{edit}: the function returned {found} for {x.dtype} {list(x.shape)}")
+    return new
+
+
+def prepared(edit: Edit, x: Tensor) -> Any:
+    """An edit's value as `carry_out` takes it for `x`: on its device, directions made orthonormal."""
+    if edit.op == "mask":
+        return torch.tensor(edit.value, device=x.device)
+    if not isinstance(edit.value, Tensor):
+        return edit.value
+    if edit.op != "project":
+        return edit.value.to(x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.qr(torch.atleast_2d(edit.value).to(x.device, wide).mT).Q.mT.to(x.dtype)

@@ -1,0 +1,163 @@
+"""The attention tap: attention done in the open, for the layers that a plan looks into.
+
+transformers lets anyone register an attention function. Ours computes the same attention step by step, so that
+rotated queries and keys, scores and probabilities can be read and edited, right for grouped queries, fused
+projections, soft caps, sinks and sliding windows, because the family's own module has done all that before it calls.
+
+Only the layers of a plan take it, and only while it runs: such a layer is lent a copy of its config that names our
+function. All other layers keep their config, and so their kernel.
+
+    scores  = cap(scaling * rot_q @ rot_k) + mask        [batch head query key]
+    pattern = softmax(scores, with the sink if the family has one)
+    output  = pattern @ v                                [batch query head d_head]
+
+Memory: one `[batch head query key]` tensor for scores and one for the pattern, per tapped layer, while it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..errors import CapabilityError
+
+NAME = "interp_core"
+OPEN = ("eager", "sdpa")
+"""Attention implementations whose masks the tap understands."""
+Stage = Callable[[Tensor, int], Tensor]
+"""What a plan does with one tensor inside attention: takes the tensor and the number of keys, gives its new value."""
+
+
+class LayerTap:
+    """What a plan does inside one layer's attention.
+
+    Attributes:
+        stages: by part (`rot_q`, `rot_k`, `scores`, `pattern`), what is done there.
+        lent: the config that names our function, shared by all layers of a plan.
+    """
+
+    __slots__ = ("lent", "module", "original", "softmax_dtype", "stages")
+
+    def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any]) -> None:
+        self.module, self.stages = module, stages
+        self.original = module.config
+        implementation = self.original._attn_implementation
+        if implementation not in OPEN:
+            raise CapabilityError(
+                f"attention sites need attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
+                "load it with ic.load(..., attn_implementation='sdpa')"
+            )
+        self.softmax_dtype = torch.float32 if implementation == "eager" and _eager_in_float32(module) else None
+        if id(self.original) not in lent:
+            lent[id(self.original)] = copy.copy(self.original)
+            lent[id(self.original)].__dict__["_attn_implementation_internal"] = NAME
+        self.lent = lent[id(self.original)]
+
+    def install(self) -> None:
+        """Lend the layer the config, and hang this on the layer."""
+        self.module.__dict__.update(config=self.lent, interp_tap=self)
+
+    def remove(self) -> None:
+        """Give the layer its own config back."""
+        self.module.__dict__["config"] = self.original
+        self.module.__dict__.pop("interp_tap", None)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention `[batch head query d_head]` by steps, with the layer's tap called on the way."""
+    tap: LayerTap = module.__dict__["interp_tap"]
+    stages, n_keys = tap.stages, key.shape[2]
+    if "rot_q" in stages:
+        query = stages["rot_q"](query, n_keys)
+    if "rot_k" in stages:
+        key = stages["rot_k"](key, n_keys)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if "position_bias" in kwargs and (bias := kwargs["position_bias"]) is not None:
+        scores = scores + bias
+    scores = _masked(scores, attention_mask, kwargs, module)
+    if "scores" in stages:
+        scores = stages["scores"](scores, n_keys)
+    pattern = _softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
+    if "pattern" in stages:
+        pattern = stages["pattern"](pattern, n_keys)
+    if dropout:
+        pattern = nn.functional.dropout(pattern, dropout, module.training)
+    return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
+
+
+def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
+    """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
+    queries, keys = scores.shape[-2:]
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        if queries == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+            return scores
+        return scores + _causal(queries, keys, scores.device, scores.dtype)
+    if mask.dtype == torch.bool:
+        mask = _additive(mask, scores.dtype)
+    return scores + (mask if mask.shape[-1] == keys else mask[..., :keys])
+
+
+@lru_cache(maxsize=4)
+def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What causal attention adds, the same for every layer of a pass."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return _additive(seen, dtype)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added, from one that is true where a query may look; kept with it, for the layers that share it.
+
+    Half of the lowest number hides as well as the lowest, and a row that is hidden whole (padding) stays finite.
+    """
+    kept: dict[torch.dtype, Tensor] = seen.__dict__.setdefault("interp_additive", {})
+    if dtype not in kept:
+        kept[dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _LOWEST[dtype])
+    return kept[dtype]
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """Probabilities; half precision is summed in float32, as the kernels do."""
+    kind = scores.dtype
+    wide = dtype or (torch.float32 if kind in _HALF else None)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(kind)
+        scores = torch.cat([scores, column], -1)
+    pattern = torch.softmax(scores, -1, dtype=wide)
+    if sinks is not None:
+        pattern = pattern[..., :-1]
+    return pattern if wide is None else pattern.to(kind)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_LOWEST = {kind: torch.finfo(kind).min / 2 for kind in (*_HALF, torch.float32, torch.float64)}
+
+
+def _eager_in_float32(module: nn.Module) -> bool:
+    """Whether the family's eager attention takes its softmax in float32 even for wider types."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager is not None and "float32" in eager.__code__.co_names
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,416 @@
+"""Ports of the torch engine: what a plan does at one side of one module, as one hook.
+
+A port carries out the plan's changes there in order, then keeps what the plan reads: a read sees the value that the
+model goes on with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.atlas import Entry
+from ..architectures.family import View
+from ..architectures.taps import Call, Tap
+from ..edits import TENSOR_OPS, Edit, carry_out, prepared
+from ..errors import PlanError
+from ..positions import Rows, Slice
+from ..regions import Bound, Region, Window
+from ..sites import SITES, Site
+
+if TYPE_CHECKING:
+    from .torch import TorchProgram
+
+
+class Part:
+    """What reads and changes share: the part of an entry's value that a site selects, bound to the rows of a pass.
+
+    Attributes:
+        whole: no units or positions are selected.
+        bound: the index into the present pass; None if whole, or if the pass has none of it.
+    """
+
+    __slots__ = ("_region", "bound", "bound_to", "entry", "site", "tap", "units", "whole")
+
+    def __init__(self, entry: Entry, tap: Tap, site: Site) -> None:
+        self.entry, self.tap, self.site = entry, tap, site
+        self.whole = site.units is None and site.pos is None and site.key is None
+        self._region: Region | None = None
+        self.units: tuple[int, ...] | None = None
+        self.bound: Bound | None = None
+        self.bound_to: Rows | None = None
+
+    @property
+    def region(self) -> Region:
+        """The selection; made when first needed, so that plans of many reads compile fast."""
+        if self._region is None:
+            self._region = Region(self.site, self.entry.n_units)
+            if self.tap.partial:
+                self.units = self._region.give_units()
+        return self._region
+
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point the selection at the rows of a pass."""
+        if window is not None or self.bound_to is not rows:  # the same tokens again need no new index
+            region = self.region
+            self.bound = None if region.whole else region.bind(rows, window)
+            self.bound_to = rows if window is None else None
+
+    def take(self, value: Tensor) -> Tensor:
+        """The selected part of the site's value."""
+        return value if self.bound is None else self.bound.take(value)
+
+    @property
+    def idle(self) -> bool:
+        """Whether this pass has none of it."""
+        return self.bound is None and not self.region.whole
+
+
+class Read(Part):
+    """One slot of a program, at its port.
+
+    Attributes:
+        late: the passing tensor itself is kept, and seen in the site's axes only when asked for.
+    """
+
+    __slots__ = ("late", "number")
+
+    def __init__(self, number: int, entry: Entry, tap: Tap, site: Site) -> None:
+        super().__init__(entry, tap, site)
+        self.number = number
+        self.late = self.whole and tap.get is None
+
+    @property
+    def view(self) -> View | None:
+        """The tap's view."""
+        return self.tap.view
+
+    def keep(self, x: Tensor, program: TorchProgram) -> Tensor:
+        """Keep this read's part of the tensor that passes; returns what the model goes on with."""
+        if self.bound is None and not self.whole:
+            return x
+        if program.keep_graph:
+            x = self._branch(x)
+            program.passed.bases[self.number] = x
+        kept = x
+        if not self.late:
+            kept = self.take(x if self.tap.view is None else self.tap.view(x))
+            if kept._base is not None and not program.keep_graph:
+                kept = kept.clone()  # a view would keep the whole tensor alive
+        program.passed.values[self.number] = kept
+        return x
+
+    def _branch(self, x: Tensor) -> Tensor:
+        """The tensor to differentiate by. Where an edit would act at this very port, only what follows the port
+        counts, not other uses of the same tensor (one norm may feed attention and MLP): so it gets an own node."""
+        if self.entry.write is self.tap:
+            x = x.view_as(x)
+        return x if x.requires_grad else x.requires_grad_()
+
+    def derive(self, call: Call, program: TorchProgram) -> None:
+        """The same for a value that the tap computes."""
+        if not self.idle:
+            assert self.tap.get is not None
+            x = self.take(self.tap.get(call, self.units))
+            program.passed.values[self.number] = x if x._base is None else x.clone()
+
+
+class Change(Part):
+    """One edit in one layer. The edit itself, with its value, is the run's: a program serves many."""
+
+    __slots__ = ("checked", "knockout", "number", "program")
+
+    def __init__(self, program: TorchProgram, number: int, edit: Edit, entry: Entry, tap: Tap) -> None:
+        super().__init__(entry, tap, edit.site)
+        assert self.region is not None  # units are checked now
+        self.program, self.number = program, number
+        self.knockout = edit.op == "knockout" and tap.side == "attention"
+        self.checked: Any = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Carry the edit out on the tensor that passes, and note what it did."""
+        if self.bound is None and not self.whole:
+            return x
+        edit, view = self.program.edits[self.number], self.tap.view
+        if self.bound is None and view is None:
+            new = carry_out(edit, x, prepared(edit, x))
+            self._note(edit, x, new, x)
+            return new
+        into = x.clone()
+        if view is None:
+            self._write(edit, x, into, x)
+        else:
+            self._write(edit, view(x), view(into), x)
+        return into
+
+    def derive(self, call: Call) -> None:
+        """The same for a value that the tap computes, and knows how to put back."""
+        if self.idle:
+            return
+        assert self.tap.get is not None and self.tap.put is not None
+        value = self.tap.get(call, self.units)
+        into = value.clone()
+        self._write(self.program.edits[self.number], value, into, call.first)
+        self.tap.put(call, value, into)
+
+    def _write(self, edit: Edit, value: Tensor, into: Tensor, x: Tensor) -> None:
+        """Write the edited part of `value` into its copy `into`."""
+        bound = self.bound
+        old = value if bound is None else bound.take(value)
+        if bound is not None and bound.basic:  # the part is a view of the copy: write there
+            part = bound.take(into)
+            new = part.zero_() if edit.op == "zero" else part.copy_(carry_out(edit, old, prepared(edit, old)))
+        else:
+            new = carry_out(edit, old, prepared(edit, old))
+            if bound is None:
+                into.copy_(new)
+            else:
+                bound.put(into, new)
+        if edit.op == "knockout" and not self.knockout:
+            into.copy_(torch.where((into < 0).any(-1, keepdim=True), _renormalised(into), into))
+            new = self.take(into)
+        self._note(edit, old, new, x)
+
+    def _note(self, edit: Edit, old: Tensor, new: Tensor, x: Tensor) -> None:
+        """Write down that the edit fired, where, and the norm of what it changed."""
+        if edit.op == "zero":
+            change = old.detach()
+        elif edit.op == "mask":  # how many logits were taken out, not how far it is to minus infinity
+            change = (torch.isfinite(old) & ~torch.isfinite(new)).float()
+        elif self.knockout:  # the probability that was taken away
+            change = self.take(torch.softmax(x.detach(), -1))
+        else:
+            change = new.detach() - old.detach()
+        columns = None if self.bound is None else self.bound.columns
+        fires = self.program.passed.fires[self.number]
+        fires.append((self.entry.layer, columns, torch.linalg.vector_norm(change)))
+
+    def check(self, rows: Rows) -> None:
+        """Hold the edit's value against the part that it meets.
+
+        Raises:
+            PlanError: shape or dtype that do not fit.
+        """
+        edit = self.program.edits[self.number]
+        if edit.op in TENSOR_OPS:
+            value = edit.value
+            seen = (rows, value.shape, value.dtype)
+            if self.checked is None or self.checked[0] is not rows or self.checked[1:] != seen[1:]:
+                self._check_value(edit, value, rows)
+                self.checked = seen
+        elif edit.op == "mask":
+            self._check_experts(edit)
+        elif edit.op == "knockout":
+            self._check_rest(edit, rows)
+
+    def _check_value(self, edit: Edit, value: Tensor, rows: Rows) -> None:
+        dtype = self.program.engine.dtype
+        if value.dtype != dtype:
+            raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
+        axes = self.axes(len(rows.real), rows.width)
+        sizes = [size for _, size in axes]
+        wanted = sizes[-1:] if edit.op == "project" else sizes
+        shape = list(value.shape)[-1:] if edit.op == "project" else list(value.shape)
+        if len(shape) > len(wanted) or shape != wanted[len(wanted) - len(shape) :]:
+            named = ", ".join(f"{axis} {size}" for axis, size in axes)
+            takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
+            raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.")
+
+    def _check_rest(self, edit: Edit, rows: Rows) -> None:
+        """Refuse to take away everything that a query can attend to: what softmax would then give means nothing."""
+        region = self.region
+        queries = region.columns(rows, Slice() if region.pos is None else region.pos)
+        keys = region.columns(rows, Slice() if region.key is None else region.key)
+        for row, (asking, hidden) in enumerate(zip(queries, keys, strict=True)):
+            gone = set(hidden)
+            for query in asking:
+                if all(column in gone for column in rows.real[row] if column <= query):
+                    place = rows.real[row].index(query)
+                    raise PlanError(
+                        f"{edit}: position {place} of row {row} would have nothing left to attend to; leave it out of "
+                        f"the queries (query=slice({place + 1}, None)), or keep a key"
+                    )
+
+    def axes(self, batch: int, width: int) -> list[tuple[str, int]]:
+        """Names and sizes of the axes of the part that this edit meets."""
+        region, info = self.region, SITES[self.entry.name]
+        places = self.bound.axes if self.bound else [(axis, width) for axis in info.positions]
+        ragged = self.bound is not None and self.bound.ragged
+        units: list[tuple[str, int]] = []
+        if info.unit and not isinstance(region.units, int):
+            n = len(region.units) if region.units else len(self.units or ()) or self.entry.n_units
+            units = [(info.unit, int(n or 0))]
+        rows = [] if ragged else [("batch", batch)]
+        if region.attention:
+            return [*rows, *places, *units] if ragged else [*rows, *units, *places]
+        features = [(a, self.entry.sizes[a]) for a in info.axes if a in self.entry.sizes and a != info.unit]
+        return [*rows, *places, *units, *features]
+
+    def _check_experts(self, edit: Edit) -> None:
+        n = self.entry.n_units or 0
+        for expert in edit.value:
+            if not 0 <= expert < n:
+                raise PlanError(f"{edit}: no expert {expert}, there are {n}, 0 to {n - 1}")
+
+
+def _renormalised(pattern: Tensor) -> Tensor:
+    """Rows of a pattern in which knocked-out entries are negative, made to sum to one without them."""
+    kept = pattern.clamp(min=0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+class Port:
+    """Everything that a plan does at one side of one module, or at one part of its attention."""
+
+    __slots__ = ("_name", "capture", "captured", "changes", "module", "needs", "program", "reads", "tap")
+
+    def __init__(self, program: TorchProgram, module: nn.Module, tap: Tap) -> None:
+        self.program, self.module, self.tap = program, module, tap
+        self.reads: list[Read] = []
+        self.changes: list[Change] = []
+        self.needs: Sequence[Port] = ()
+        self.capture = False
+        self.captured: Tensor | None = None
+        self._name = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that is done here is to keep the tensor that passes."""
+        return not (self.changes or self.capture) and all(read.late for read in self.reads)
+
+    def hook(self) -> tuple[dict[Any, Any], dict[Any, Any] | None, Any]:
+        """The module's own hook table, its table of hooks that take keyword arguments if this is one, and the hook.
+
+        Installing is writing it there under this port, removing is deleting it. `register_forward_hook` does the same
+        and makes a handle with a weak reference each time, which is most of what a short-lived hook costs.
+        """
+        module = self.module
+        if self.tap.side == "in":
+            hook = self._keep_input() if self.plain else self._on_input()
+            return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook
+        return module._forward_hooks, None, self._keep_output() if self.plain else self._on_output()
+
+    def _keep_input(self) -> Callable[[Any, Any, Any], Any]:
+        """The leanest hook for an input: called once per layer and pass by plans that only read."""
+        program, full = self.program, self._on_input()
+        numbers = [read.number for read in self.reads]
+
+        def keep(module: Any, args: Any, kwargs: Any) -> Any:
+            if program.keep_graph or program.stop_at is self:
+                return full(module, args, kwargs)
+            values = program.passed.values
+            for number in numbers:
+                values[number] = args[0] if args else kwargs[self.name]
+            return None
+
+        return keep
+
+    def _keep_output(self) -> Callable[[Any, Any, Any], Any]:
+        """The same for an output."""
+        program = self.program
+        numbers = [read.number for read in self.reads]
+        many, full = (tuple, list), self._on_output()
+
+        def keep(module: Any, args: Any, output: Any) -> Any:
+            if program.keep_graph or program.stop_at is self:
+                return full(module, args, output)
+            values = program.passed.values
+            for number in numbers:
+                values[number] = output[0] if output.__class__ in many else output
+            return None
+
+        return keep
+
+    def _on_output(self) -> Callable[[Any, Any, Any], Any]:
+        derived = any(part.tap.get for part in (*self.changes, *self.reads))
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            single = isinstance(output, Tensor)
+            first = output if single else output[0]
+            if derived:
+                call = self._derive(Call(module, args, output, first))
+                if call.output is not output:
+                    return call.output
+                new = call.first
+            else:
+                new = self._through(first)
+            if new is first:
+                return None
+            return new if single else (new, *output[1:])
+
+        return hook
+
+    @property
+    def name(self) -> str:
+        """The module's first argument, for models that pass it by name."""
+        if not self._name:
+            self._name = next(iter(inspect.signature(self.module.forward).parameters))
+        return self._name
+
+    def _on_input(self) -> Callable[[Any, Any, Any], Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first = args[0] if args else kwargs[self.name]
+            new = self._through(first)
+            if new is first:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, self.name: new})
+
+        return hook
+
+    def stage(self) -> Callable[[Tensor, int], Tensor]:
+        """What the attention tap calls with its tensor and the number of keys: gives the tensor's new value."""
+        program = self.program
+        part, numbers = self.tap.part, [read.number for read in self.reads] if self.plain else None
+
+        def stage(x: Tensor, n_keys: int) -> Tensor:
+            if numbers is not None and not program.keep_graph and program.stop_at is not self:
+                for number in numbers:
+                    program.passed.values[number] = x
+                return x
+            window = program.window
+            if window is not None and (n_keys < window.stop or part == "rot_k"):
+                # keys reach back beyond this step, and sliding windows have dropped the first of them
+                first = window.stop - n_keys
+                for item in (*self.changes, *self.reads):
+                    item.bind(program.rows, Window(first if part == "rot_k" else window.start, window.stop, first))
+            return self._through(x)
+
+        return stage
+
+    def _through(self, x: Tensor) -> Tensor:
+        """Changes, then reads, of the tensor that passes."""
+        program = self.program
+        for change in self.changes:
+            x = change.apply(x)
+        for read in self.reads:
+            x = read.keep(x, program)
+        if self.capture:
+            self.captured = x
+        if program.stop_at is self:
+            program.end_pass()
+        return x
+
+    def _derive(self, call: Call) -> Call:
+        """The same where some of them are of values that the tap computes from the whole call."""
+        program = self.program
+        call.shape = program.shape
+        call.needs = tuple(port.captured for port in self.needs)  # type: ignore[misc]
+        for change in self.changes:
+            if change.tap.get is None:
+                call.first = change.apply(call.first)
+            else:
+                change.derive(call)
+        for read in self.reads:
+            if read.tap.get is None:
+                call.first = read.keep(call.first, program)
+            else:
+                read.derive(call, program)
+        if self.capture:
+            self.captured = call.first
+        if program.stop_at is self:
+            program.end_pass()
+        return call

@@ -1,0 +1,122 @@
+"""What an engine is: it compiles plans for one model and runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from ..architectures.atlas import Atlas, Entry
+from ..architectures.family import View
+from ..edits import Edit
+from ..plan import Plan
+from ..positions import Rows
+from ..sites import Site
+
+
+@runtime_checkable
+class Slot(Protocol):
+    """One value that a program keeps: a read in one layer.
+
+    Attributes:
+        entry: the site in its layer.
+        site: the read, for its units and positions.
+        late: the kept tensor is the one that passed, still without the tap's view.
+    """
+
+    entry: Entry
+    site: Site
+    late: bool
+
+    @property
+    def view(self) -> View | None:
+        """The tap's view."""
+        ...
+
+
+class Passed:
+    """What one forward pass of a program left behind.
+
+    Attributes:
+        values: kept tensors, one per slot (None if the pass did not reach it or the step had none of it).
+        bases: with gradients, the tensors of the pass that `values` are views or parts of.
+        fires: per edit of the plan, what it changed: `(layer, selected columns per row or None for all, norm)`.
+        output: the model's output, None after an early stop.
+    """
+
+    __slots__ = ("bases", "fires", "output", "values")
+
+    def __init__(self, n_slots: int, n_edits: int) -> None:
+        self.values: list[Tensor | None] = [None] * n_slots
+        self.bases: list[Tensor | None] = [None] * n_slots
+        self.fires: list[list[tuple[int, list[list[int]] | None, Tensor]]] = [[] for _ in range(n_edits)]
+        self.output: Any = None
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A plan compiled for one model: its reads, and its edits without their values, which every run brings along.
+
+    Reusable; not for two threads at once.
+    """
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """What it keeps."""
+        ...
+
+    def forward(
+        self, call: Callable[[], Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+    ) -> Passed:
+        """One forward pass: `call` runs the model.
+
+        Args:
+            edits: those that the program was compiled for, or the same with other values.
+            keep_graph: keep what gradients need.
+            stop: end the pass after the last slot; the output is then None.
+
+        Raises:
+            PositionError, PlanError: edits that do not fit the rows, before `call`.
+        """
+        ...
+
+    def check_reach(self, edits: tuple[Edit, ...]) -> None:
+        """Refuse edits that lie above the last slot, for passes that end there.
+
+        Raises:
+            PlanError: naming the first of them.
+        """
+        ...
+
+    def generate(
+        self, call: Callable[[], Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
+    ) -> tuple[Any, list[Passed]]:
+        """Many forward passes made by `call`, over a sequence that grows from `rows` to at most `final`. Returns its
+        result and one record per pass.
+
+        Raises:
+            PositionError, PlanError: edits that do not fit the final rows, before `call`.
+        """
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Carries out plans on one model.
+
+    Attributes:
+        name: as registered.
+        modules: the model's modules by path.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+
+    def compile(self, plan: Plan, atlas: Atlas) -> Program:
+        """Check a plan against the model and make it ready.
+
+        Raises:
+            SiteError, PlanError, CapabilityError: the plan does not fit.
+        """
+        ...

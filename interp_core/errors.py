@@ -1,0 +1,72 @@
+"""Every error that interp_core raises by itself.
+
+InterpError
+├── SiteError        a site, layer, head, expert or neuron that this model does not have
+├── PositionError    a position, span or name that this text does not have
+├── PlanError        an edit or read that cannot be carried out as written: value shape, dtype, operation
+├── TextError        text, tokens or tokenizer that do not fit the model
+├── LoadError        a model, tokenizer or file that cannot be loaded
+├── CapabilityError  the engine or the model family cannot do what is asked
+├── EffectError      an edit that did nothing
+├── ReadError        a value that the run does not hold
+└── PluginError      a plugin that is missing, broken, clashing or incompatible
+
+All are raised before the forward pass, except `EffectError` (only the run can tell) and `ReadError` (on access).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InterpError(Exception):
+    """Base of all errors of interp_core."""
+
+
+class SiteError(InterpError, LookupError):
+    """The model has no such site, layer, head, expert or neuron."""
+
+
+class PositionError(InterpError, LookupError):
+    """The text has no such position, span or name."""
+
+
+class PlanError(InterpError, ValueError):
+    """A read or an edit cannot be carried out as written."""
+
+
+class TextError(InterpError, ValueError):
+    """Text, tokens or tokenizer do not fit the model."""
+
+
+class LoadError(InterpError, OSError):
+    """A model, tokenizer or file cannot be loaded."""
+
+
+class CapabilityError(InterpError, NotImplementedError):
+    """The engine or the model family cannot do what is asked."""
+
+
+class EffectError(InterpError, RuntimeError):
+    """An edit did nothing."""
+
+
+class ReadError(InterpError, LookupError):
+    """The run does not hold the value that is asked for."""
+
+
+class PluginError(InterpError, ImportError):
+    """A plugin is missing, broken, clashing or incompatible."""
+
+
+def nearest(asked: str, known: Iterable[str], limit: int = 12) -> str:
+    """The sentence that ends an unknown-name error: the nearest names, or all of them if none is near."""
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(asked, names, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(repr(name) for name in close)}?"
+    if not names:
+        return "There are none."
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return f"There are: {shown}{f' and {len(names) - limit} more' if len(names) > limit else ''}."

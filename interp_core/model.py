@@ -1,0 +1,364 @@
+"""`load` and `Model`: the one object that users hold."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import loading, text
+from .architectures import atlas_of
+from .architectures.atlas import Atlas
+from .edits import TENSOR_OPS, Edit
+from .engines import make_engine
+from .engines.protocol import Program
+from .errors import CapabilityError, PlanError, TextError
+from .plan import Plan
+from .positions import PositionLike
+from .regions import Region
+from .selfcheck import Check, check_atlas
+from .sites import Site
+from .table import SiteTable
+from .text import Tokens
+from .trace import Run
+from .vision import with_visual_names
+
+if TYPE_CHECKING:
+    from .generation import Generation
+
+Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
+"""What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
+PROGRAMS = 64
+_NOTHING = nullcontext()
+
+
+def load(
+    source: str | nn.Module,
+    *,
+    engine: str = "torch",
+    tokenizer: Any = None,
+    processor: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> Model:
+    """A model, ready for runs.
+
+    Args:
+        source: a hub id, a local folder, `"toy:text"`, or a Hugging Face model in memory (with its `tokenizer`).
+        engine: which engine carries out plans.
+        dtype: of the weights (default: as stored).
+        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate.
+        attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
+        revision: of a hub repository.
+        trust_remote_code: run code that comes with the model.
+        check: verify the atlas on the model itself (two short forward passes).
+
+    Raises:
+        LoadError: nothing usable there; the message says what to do.
+        CapabilityError: no such engine.
+    """
+    opened = loading.open_model(
+        source,
+        tokenizer=tokenizer,
+        processor=processor,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return Model(opened, engine=engine, check=check)
+
+
+class Model:
+    """A language model whose inside can be named, read and changed.
+
+    Attributes:
+        hf: the Hugging Face model, unchanged between runs.
+        tokenizer: its tokenizer, or None.
+        atlas: which sites it has.
+        check: what the self-check at load found (None without check).
+    """
+
+    def __init__(self, opened: loading.Opened, *, engine: str = "torch", check: bool = True) -> None:
+        self.hf, self.tokenizer, self.processor, self.source = opened
+        self.atlas: Atlas = atlas_of(self.hf)
+        self._embedding = self.hf.get_input_embeddings()
+        self._check_tokenizer()
+        self.engine = make_engine(engine, self.hf)
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self.check: Check | None = check_atlas(self) if check else None
+
+    def _check_tokenizer(self) -> None:
+        size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.d_vocab
+        if size > rows:
+            raise TextError(
+                f"the tokenizer has {size} tokens, the model {rows}: they do not belong together. Pass the tokenizer "
+                "that the model was trained with."
+            )
+
+    def __repr__(self) -> str:
+        shape = self.atlas.shape
+        return (
+            f"Model({self.source!r}, {self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, engine {self.engine.name})"
+        )
+
+    # What there is
+
+    @property
+    def sites(self) -> SiteTable:
+        """Every site of this model with its axes; prints as a table."""
+        return SiteTable(self.atlas)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return self.atlas.shape.n_layers
+
+    @cached_property
+    def heads(self) -> list[tuple[int, int]]:
+        """All `(layer, head)` with a `z` site."""
+        return [
+            (e.layer, h) for (name, _), e in self.atlas.entries.items() if name == "z" for h in range(e.n_units or 0)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.hf.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        weight = self._embedding.weight
+        if weight.is_meta:  # offloaded: accelerate knows where it will be
+            return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
+        return weight.device
+
+    # Text
+
+    def tokens(
+        self,
+        texts: str | Sequence[str],
+        target: str | Sequence[str] | None = None,
+        *,
+        bos: bool | None = None,
+        boundary: str = "strict",
+    ) -> Tokens:
+        """Tokens of a text or several, with the spans `prompt` and `target` if a target is given; see `text.encode`.
+
+        Raises:
+            TextError: empty, longer than the context, or a boundary inside a token.
+        """
+        return self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
+
+    def chat(self, messages: Sequence[Mapping[str, str]], target: str | None = None, **template: Any) -> Tokens:
+        """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
+        return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
+
+    def word(self, token: int) -> str:
+        """Text of one token id, its leading space included; the number where there is no tokenizer."""
+        return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, token)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise TextError("this model was loaded without a tokenizer: pass ids, or load(..., tokenizer=…)")
+        return self.tokenizer
+
+    def _fitting(self, tokens: Tokens, more: int = 0) -> Tokens:
+        limit = self.atlas.shape.n_ctx
+        longest = max(tokens.lengths) + more
+        if limit is not None and longest > limit:
+            asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
+            raise TextError(f"{asked} do not fit the model's context of {limit}; shorten the text")
+        top = int(tokens.ids.max())
+        if top >= self.atlas.shape.d_vocab or int(tokens.ids.min()) < 0:
+            raise TextError(f"token id {top} does not exist: the model has {self.atlas.shape.d_vocab} tokens")
+        return tokens
+
+    def _input(self, x: Input) -> Tokens:
+        if isinstance(x, Tokens):
+            return x
+        if isinstance(x, Tensor):
+            x = {"input_ids": x if x.ndim == 2 else x[None]}
+        if isinstance(x, Mapping):
+            return with_visual_names(self._fitting(text.from_inputs(x, self.tokenizer)), self.hf.config)
+        return self.tokens(x)
+
+    # Running
+
+    def run(
+        self,
+        x: Input,
+        read: Iterable[Site | str] | Site | str = (),
+        edits: Iterable[Edit] | Edit = (),
+        *,
+        grad: Callable[[Tensor], Tensor] | bool = False,
+        logits: bool | PositionLike = True,
+        allow_noop: bool = False,
+    ) -> Run:
+        """One forward pass with reads and edits.
+
+        Args:
+            x: text, texts, `Tokens`, a tokenizer's output or ids.
+            read: sites to keep; `run[site]` gives their values.
+            edits: changes, in order.
+            grad: a function of the logits `[batch pos d_vocab]` that returns one number: `run.grad[site]` is then its
+                gradient with respect to every site read. True keeps the graph for your own `backward`. Where an
+                edit's value requires grad, the graph is kept anyway.
+            logits: False ends the pass after the last site read; a position computes only these logits.
+            allow_noop: let edits pass that changed nothing.
+
+        Raises:
+            SiteError, PositionError, PlanError, CapabilityError, TextError: before the forward pass.
+            EffectError: an edit did nothing.
+        """
+        return self.compile(read, edits).run(x, grad=grad, logits=logits, allow_noop=allow_noop)
+
+    def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
+        """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,
+        also for edits with other values."""
+        reads = (read,) if isinstance(read, (Site, str)) else tuple(read)
+        changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
+        found = self._programs.get(key)
+        if found is None or None in key[1]:
+            plan = Plan.of(reads, changes)
+            found = self._programs[key] = self.engine.compile(plan, self.atlas)
+            if len(self._programs) > PROGRAMS:
+                self._programs.popitem(last=False)
+        return CompiledPlan(self, found, reads, changes)
+
+    def generate(self, x: Input, edits: Iterable[Edit] | Edit = (), read: Any = (), **options: Any) -> Generation:
+        """Generate text with edits and reads at every step; see `generation.generate`."""
+        from .generation import generate
+
+        return generate(self, x, edits, read, **options)
+
+    def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.
+
+        Raises:
+            CapabilityError: the self-check found that this does not reproduce the model's logits.
+        """
+        if "readout" in self.atlas.lacking:
+            raise CapabilityError(self.atlas.lacking["readout"])
+        from .readout import readout
+
+        tap = self.atlas.entries["final_norm", 0].read
+        assert tap is not None
+        return readout(self.hf, self.engine.modules[tap.module], resid)
+
+    def fresh(self) -> AbstractContextManager[None]:
+        """Forget, for a while, what earlier passes left on the model (position offsets of images)."""
+        return self._fresh() if self.atlas.family.carried else _NOTHING
+
+    @contextmanager
+    def _fresh(self) -> Iterator[None]:
+        saved = []
+        for path in self.atlas.family.carried:
+            owner, _, name = path.rpartition(".")
+            module = self.hf.get_submodule(owner)
+            saved.append((module, name, getattr(module, name)))
+            setattr(module, name, None)
+        try:
+            yield
+        finally:
+            for module, name, value in saved:
+                setattr(module, name, value)
+
+
+class CompiledPlan:
+    """A plan checked against a model. `run` it on as many inputs as you like."""
+
+    __slots__ = ("_reads", "edits", "model", "program")
+
+    def __init__(self, model: Model, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
+        self.model, self.program, self._reads, self.edits = model, program, reads, edits
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return Plan.of(self._reads, self.edits)
+
+    def run(
+        self,
+        x: Input,
+        *,
+        grad: Callable[[Tensor], Tensor] | bool = False,
+        logits: bool | PositionLike = True,
+        allow_noop: bool = False,
+    ) -> Run:
+        """One forward pass; arguments as in `Model.run`."""
+        model, program = self.model, self.program
+        tokens = x if isinstance(x, Tokens) else model._input(x)
+        edits, keep, stop = self.edits, None, logits is False
+        if stop:
+            self._check_stop(bool(grad))
+        elif logits is not True:
+            keep = Region(Site("logits").at(logits), None).bind(tokens.rows)
+        graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
+        if graph:
+            self._check_grad(bool(grad))
+        inputs = model_inputs(model, tokens)
+        call = partial(model.hf, **inputs, use_cache=False)
+        with torch.set_grad_enabled(graph), model.fresh():
+            passed = program.forward(call, tokens.rows, edits, keep_graph=graph, stop=stop)
+        run = Run(self, tokens, passed)
+        if not stop:
+            run.set_logits(passed.output.logits, logits, keep)
+        passed.output = None
+        if callable(grad):
+            with torch.enable_grad():
+                run.differentiate(grad)
+        if not allow_noop and edits:
+            run.demand_effect()
+        return run
+
+    def _check_stop(self, grad: bool) -> None:
+        if not self._reads:
+            raise PlanError("logits=False without reads asks for nothing")
+        if grad:
+            raise PlanError("grad needs the logits; leave logits=False out")
+        self.program.check_reach(self.edits)
+
+    def _check_grad(self, asked: bool) -> None:
+        for slot in self.program.slots:
+            if asked and (why := slot.entry.why.get("grad")):
+                raise CapabilityError(f"{slot.site} has no gradient: {why}")
+
+
+def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
+    """What the Hugging Face model is called with, made and checked once per tokens, kind of model and device. Masks and
+    positions only where there is padding: without, the model's own defaults are the same and cheaper.
+
+    Raises:
+        TextError: tokens that do not fit the model.
+    """
+    device = model.device
+    key = (model.atlas.shape, device)
+    if key in tokens.placed:
+        return tokens.placed[key]
+    model._fitting(tokens)
+    inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
+    if tokens.padded or tokens.inputs:
+        inputs["attention_mask"] = tokens.mask.to(device, torch.long)
+    if tokens.padded and not tokens.inputs:
+        inputs["position_ids"] = (tokens.mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
+    for name, value in tokens.inputs.items():
+        inputs[name] = value.to(device) if isinstance(value, Tensor) else value
+    tokens.placed[key] = inputs
+    return inputs

@@ -1,0 +1,137 @@
+"""A plan: what to read and what to change in one forward pass, as plain data.
+
+Plans print, compare, hash and pickle, and have a JSON form in which tensors stand apart, by their hash. Whether a plan
+fits a model is checked when it is compiled for it, before anything runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .edits import TENSOR_OPS, Edit, digest
+from .errors import LoadError, PlanError
+from .sites import Site
+
+FORMAT = "interp-plan/1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Reads and edits.
+
+    Attributes:
+        reads: sites whose values the run keeps.
+        edits: changes, applied in this order where they meet at one site.
+    """
+
+    reads: tuple[Site, ...] = ()
+    edits: tuple[Edit, ...] = ()
+
+    @staticmethod
+    def of(reads: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> Plan:
+        """A plan from sites (or their text form) and edits, single or several.
+
+        Raises:
+            PlanError: something that is neither.
+            SiteError: a text that names no site.
+        """
+        wanted = (reads,) if isinstance(reads, (Site, str)) else reads
+        changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        sites = tuple(Site.parse(item) if isinstance(item, str) else item for item in wanted)
+        for item in sites:
+            if not isinstance(item, Site):
+                raise PlanError(f"read takes sites like S.resid_post[3], not {type(item).__name__} {item!r:.60}")
+        for change in changes:
+            if not isinstance(change, Edit):
+                hint = " Say what to do there: .set(value), .add(value), .zero(), …" if isinstance(change, Site) else ""
+                raise PlanError(f"edits takes edits, not {type(change).__name__} {change!r:.60}.{hint}")
+        return Plan(sites, changes)
+
+    def describe(self) -> str:
+        """One line per read and edit."""
+        lines = [f"read  {site}" for site in self.reads] + [f"edit  {edit}" for edit in self.edits]
+        return "\n".join(lines) or "nothing to read or edit"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form; tensors appear by hash, see `tensors`.
+
+        Raises:
+            PlanError: a plan with `apply`, whose function is not data.
+        """
+        return {
+            "format": FORMAT,
+            "reads": [str(site) for site in self.reads],
+            "edits": [_edit_json(edit) for edit in self.edits],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the edits by hash."""
+        return {digest(edit.value): edit.value for edit in self.edits if edit.op in TENSOR_OPS}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Plan:
+        """The plan of a JSON form.
+
+        Raises:
+            PlanError: another format, or a tensor that is missing.
+        """
+        if data.get("format") != FORMAT:
+            raise PlanError(f"this is {data.get('format')!r}, not {FORMAT!r}")
+        reads = tuple(Site.parse(text) for text in data.get("reads", ()))
+        return Plan(reads, tuple(_edit_from_json(item, tensors or {}) for item in data.get("edits", ())))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `plan.json`, and `plan.safetensors` if edits carry tensors."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if tensors := self.tensors():
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, folder / "plan.safetensors")
+        (folder / "plan.json").write_text(json.dumps(self.to_json(), indent=1))
+
+    @staticmethod
+    def load(folder: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: no plan there, or not readable.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(folder) / "plan.json"
+        if not path.is_file():
+            raise LoadError(f"{folder} holds no plan.json")
+        try:
+            data = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise LoadError(f"{path} is not JSON: {error}") from error
+        stored = path.with_name("plan.safetensors")
+        return Plan.from_json(data, load_file(stored) if stored.is_file() else {})
+
+
+def _edit_json(edit: Edit) -> dict[str, Any]:
+    value = edit.value
+    if edit.op == "apply":
+        raise PlanError(f"{edit}: a function has no JSON form; use set, add, scale, zero or project")
+    if isinstance(value, Tensor):
+        value = {"tensor": digest(value), "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    return {"site": str(edit.site), "op": edit.op, "value": list(value) if isinstance(value, tuple) else value}
+
+
+def _edit_from_json(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+    value = item.get("value")
+    if isinstance(value, Mapping):
+        key = value["tensor"]
+        if key not in tensors:
+            raise PlanError(f"{item['site']} {item['op']}: its tensor {key[:12]}… {value['shape']} is not given")
+        value = tensors[key]
+    if isinstance(value, list):
+        value = tuple(value)
+    return Edit(Site.parse(item["site"]), item["op"], value)

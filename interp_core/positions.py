@@ -1,0 +1,232 @@
+"""Where in a text: positions as data, and how they resolve against real rows.
+
+A position is an integer, a `Slice`, a list of integers, a `Span`, a name, a `PerRow` of these, or a `Mask`. All but
+`Mask` count the row's real tokens: 0 is the first token that is not padding, -1 the last, so that padding never
+changes what they mean. `Mask` is the exception: it is laid over the padded batch as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .errors import PositionError, nearest
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice that can be hashed and written to JSON."""
+
+    start: int | None = None
+    stop: int | None = None
+    step: int | None = None
+
+    @property
+    def slice(self) -> slice:
+        """The Python slice."""
+        return slice(self.start, self.stop, self.step)
+
+    def __str__(self) -> str:
+        parts = ["" if part is None else str(part) for part in (self.start, self.stop, self.step)]
+        return ":".join(parts if self.step is not None else parts[:2])
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Half-open range of tokens, counted over the row's real tokens."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """One position per row of the batch: `PerRow((-1, -3))`."""
+
+    rows: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Chosen columns of each row of a padded batch; made from a boolean `[batch pos]` array."""
+
+    columns: tuple[tuple[int, ...], ...]
+    width: int
+
+
+Position = int | Slice | tuple[int, ...] | Span | str | PerRow | Mask
+PositionLike = Any
+"""What `Site.at` takes: a `Position`, or a Python slice, list, nested list, or boolean array."""
+
+LAST, ALL, GENERATED = "last", "all", "generated"
+
+
+def position(value: PositionLike) -> Position:
+    """Normal form of what a user gave.
+
+    Raises:
+        PositionError: not a position.
+    """
+    if value is None or isinstance(value, (Slice, Span, PerRow, Mask, str)):
+        return Slice() if value is None else value
+    if isinstance(value, slice):
+        return Slice(value.start, value.stop, value.step)
+    if getattr(value, "ndim", 0) == 2 and "bool" in str(getattr(value, "dtype", "")):
+        rows = value.tolist()
+        return Mask(tuple(tuple(i for i, on in enumerate(row) if on) for row in rows), len(rows[0]) if rows else 0)
+    if isinstance(value, bool):
+        raise PositionError(f"{value} is not a position; give an integer, slice, Span, list, mask or name")
+    if hasattr(value, "__index__"):
+        return int(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence):
+        if value and all(hasattr(item, "__index__") and not isinstance(item, bool) for item in value):
+            return tuple(int(item) for item in value)
+        if value and not any(hasattr(item, "__index__") for item in value):
+            return PerRow(tuple(position(item) for item in value))
+    raise PositionError(f"{value!r} is not a position; give an integer, slice, Span, list, list per row, mask or name")
+
+
+def is_single(value: Position) -> bool:
+    """Whether it selects exactly one position per row, so that the axis is dropped."""
+    if isinstance(value, PerRow):
+        return all(is_single(row) for row in value.rows)
+    return isinstance(value, int) or value == LAST
+
+
+class Rows(NamedTuple):
+    """The rows of a batch as positions see them.
+
+    Attributes:
+        real: per row, the columns that hold real tokens, in order.
+        names: per name, per row, indices into the row's real tokens.
+        width: columns of the padded batch.
+        prompt: per row, how many real tokens the prompt had (for generation; else the row's length).
+        growing: more tokens will follow, so that a position beyond the row is not there yet, instead of wrong.
+    """
+
+    real: Sequence[Sequence[int]]
+    names: Mapping[str, Sequence[Sequence[int]]]
+    width: int
+    prompt: Sequence[int] | None = None
+    growing: bool = False
+
+
+def resolve(value: Position, rows: Rows) -> list[list[int]]:
+    """Columns of the padded batch that a position selects, per row.
+
+    Raises:
+        PositionError: outside a row, an unknown name, or a count of rows that differs.
+    """
+    if isinstance(value, Mask):
+        fits = value.width <= rows.width if rows.prompt is not None else value.width == rows.width
+        if len(value.columns) != len(rows.real) or not fits:
+            raise PositionError(
+                f"the mask is [{len(value.columns)}, {value.width}], the batch is [{len(rows.real)}, {rows.width}]"
+            )
+        return [list(columns) for columns in value.columns]
+    if isinstance(value, PerRow):
+        if len(value.rows) != len(rows.real):
+            raise PositionError(f"positions for {len(value.rows)} rows, the batch has {len(rows.real)}")
+        return [_row(item, rows, i) for i, item in enumerate(value.rows)]
+    return [_row(value, rows, i) for i in range(len(rows.real))]
+
+
+def _row(value: Any, rows: Rows, row: int) -> list[int]:
+    real = rows.real[row]
+    length = len(real)
+    if isinstance(value, int):
+        if rows.growing and value >= length:
+            return []
+        if not -length <= value < length:
+            raise PositionError(f"no position {value} in row {row}: it has {length} tokens, 0 to {length - 1}")
+        return [real[value]]
+    if isinstance(value, str):
+        return [real[i] for i in _named(value, rows, row)]
+    if isinstance(value, Span):
+        if rows.growing:
+            return list(real[value.start : value.stop])
+        if not 0 <= value.start < value.stop <= length:
+            raise PositionError(f"span {value.start}:{value.stop} lies outside row {row}, which has {length} tokens")
+        return list(real[value.start : value.stop])
+    if isinstance(value, Slice):
+        return list(real[value.slice])
+    columns = [column for item in value for column in _row(item, rows, row)]
+    if len(set(columns)) != len(columns):
+        raise PositionError(f"{format_position(value)} selects a position twice in row {row}")
+    return columns
+
+
+def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
+    length = len(rows.real[row])
+    if name in rows.names:
+        return rows.names[name][row]
+    if name == LAST:
+        return [length - 1]
+    if name == ALL:
+        return range(length)
+    prompt = length if rows.prompt is None else rows.prompt[row]
+    if name == "prompt":
+        return range(prompt)
+    if name == GENERATED and rows.prompt is not None:
+        return range(prompt, length)
+    hint = "" if name != GENERATED else " Generated tokens exist only in generate()."
+    raise PositionError(
+        f"the text has no positions called {name!r}.{hint} {nearest(name, [*rows.names, LAST, ALL, 'prompt'])}"
+    )
+
+
+def format_position(value: Position) -> str:
+    """Short text form: `-1`, `3:7`, `[0,4]`, `vision`; rows joined by `|`."""
+    if isinstance(value, Span):
+        return f"span({value.start},{value.stop})"
+    if isinstance(value, PerRow):
+        return "|".join(format_position(row) for row in value.rows)
+    if isinstance(value, Mask):
+        rows = "/".join(",".join(map(str, row)) for row in value.columns)
+        return f"mask({value.width}:{rows})"
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)
+
+
+def parse_position(text: str) -> Position:
+    """The position that `format_position` shows.
+
+    Raises:
+        PositionError: not in this form.
+    """
+    text = text.strip()
+    try:
+        if text.startswith("mask(") and text.endswith(")"):
+            width, _, rows = text[5:-1].partition(":")
+            columns = [tuple(int(i) for i in row.split(",") if i) for row in rows.split("/")]
+            return Mask(tuple(columns), int(width))
+        if "|" in text:
+            return PerRow(tuple(parse_position(part) for part in text.split("|")))
+        if text.startswith("span(") and text.endswith(")"):
+            start, stop = text[5:-1].split(",")
+            return Span(int(start), int(stop))
+        if text.startswith("[") and text.endswith("]"):
+            return tuple(int(part) for part in text[1:-1].split(","))
+        if ":" in text:
+            return position(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
+        return int(text) if text.lstrip("-").isdigit() else _name(text)
+    except (ValueError, TypeError):
+        raise PositionError(
+            f"{text!r} is not a position; write -1, 3:7, [0,4], span(3,7), a name, or rows joined by |"
+        ) from None
+
+
+def _name(text: str) -> str:
+    if not text or not all(char.isalnum() or char in "_-.:" for char in text) or text[0].isdigit():
+        raise ValueError(text)
+    return text

@@ -1,0 +1,227 @@
+"""The part of a value that a site selects: units and positions turned into one index.
+
+A `Region` belongs to a plan; binding it to the rows of a batch (and, while generating, to the columns that this step
+computes) gives a `Bound`, which takes that part out of a tensor or puts it back.
+
+Attention values `[batch head query key]` are indexed as `[batch query key head]`, so that in every value the axes
+that positions select come right after the batch and the unit axis after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import PositionError
+from .positions import Position, Rows, is_single, resolve
+from .sites import Site, indices
+
+Columns = list[list[int]]
+
+
+class Window(NamedTuple):
+    """The columns that one forward pass computes (`start` to `stop`), and the first that its keys still cover."""
+
+    start: int
+    stop: int
+    keys: int = 0
+
+
+class Region:
+    """Selection of a site, units checked against the model.
+
+    Raises:
+        SiteError: a unit that does not exist.
+    """
+
+    __slots__ = ("attention", "key", "pos", "site", "units", "whole")
+
+    def __init__(self, site: Site, n_units: int | None) -> None:
+        self.site = site
+        self.attention = "query" in site.info.axes
+        self.pos, self.key = site.pos, site.key
+        self.units: int | tuple[int, ...] | None = None
+        if site.units is not None:
+            assert n_units is not None
+            found = indices(site.units, n_units, site.info.unit or "unit", str(site))
+            self.units = found[0] if isinstance(site.units, int) else tuple(found)
+        self.whole = self.pos is None and self.key is None and self.units is None
+
+    def give_units(self) -> tuple[int, ...] | None:
+        """Leave the selection of units to whoever computes the value; what it then gives is selected here."""
+        if self.units is None:
+            return None
+        wanted = (self.units,) if isinstance(self.units, int) else self.units
+        self.units = 0 if isinstance(self.units, int) else None
+        self.whole = self.pos is None and self.key is None and self.units is None
+        return wanted
+
+    def bind(self, rows: Rows, window: Window | None = None) -> Bound | None:
+        """The index into this batch, or None if nothing of it lies in the window.
+
+        Raises:
+            PositionError: positions that the text does not have, or a selection that is empty.
+        """
+        queries = keys = None
+        if self.pos is not None:
+            queries = self.columns(rows, self.pos, window)
+            if not any(queries):
+                return None
+        if self.key is not None:
+            keys = self.columns(rows, self.key)
+            if window is not None:
+                keys = [[column for column in row if window.keys <= column < window.stop] for row in keys]
+                if not any(keys):
+                    return None
+        return Bound(self, rows, queries, keys, window)
+
+    def columns(self, rows: Rows, value: Position, window: Window | None = None) -> Columns:
+        """Columns per row of one of the region's positions, those outside the window left out.
+
+        Raises:
+            PositionError: positions that the text does not have, or none at all.
+        """
+        columns = resolve(value, rows)
+        if not rows.growing and not any(columns):
+            raise PositionError(f"{self.site} selects no position in any row")
+        if window is not None:
+            columns = [[column for column in row if window.start <= column < window.stop] for row in columns]
+        return columns
+
+
+class Bound:
+    """A region in a given batch.
+
+    Attributes:
+        axes: names and sizes of the position axes that it leaves.
+        basic: whether what it takes is a view.
+        ragged: rows select different numbers of positions, so they are strung together along one axis `selected`.
+        columns: columns selected per row (None: all), counted over the whole sequence.
+    """
+
+    __slots__ = ("_index", "_moved", "axes", "basic", "columns", "ragged", "region")
+
+    def __init__(
+        self, region: Region, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
+    ) -> None:
+        self.region, self.columns = region, queries
+        start = 0 if window is None else window.start
+        parts: list[_Part] = []
+        if region.attention:
+            width, first = (rows.width, 0) if window is None else (window.stop, window.keys)
+            parts = [
+                _Part.of(queries, is_single(region.pos) if region.pos is not None else False, start, width - start),
+                _Part.of(keys, is_single(region.key) if region.key is not None else False, first, width - first),
+            ]
+        elif queries is not None:
+            parts = [_Part.of(queries, is_single(region.pos), start, 0)]  # type: ignore[arg-type]
+        self.ragged = any(part.ragged for part in parts)
+        self._index = self._build(parts, len(rows.real))
+        names = ("query", "key") if region.attention else ("pos",)
+        counts = [(name, part.count) for name, part in zip(names, parts, strict=False) if not part.single]
+        self.axes = [("selected", self._index[0].shape[0])] if self.ragged else counts
+        self.basic = not any(isinstance(part, (Tensor, list)) for part in self._index)
+        self._moved: dict[torch.device, tuple[Any, ...]] = {}
+
+    def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
+        units = self.region.units
+        tail: tuple[Any, ...] = () if units is None else (units if isinstance(units, int) else list(units),)
+        if not self.ragged and all(part.key is not None for part in parts):
+            # basic indexing: every row selects the same stretch
+            return (slice(None), *(part.key for part in parts or [_Part.everything()]), *tail)
+        arrays = _ragged(parts, n_rows) if self.ragged else _uniform(parts, n_rows)
+        if units is not None and not isinstance(units, int):
+            arrays = [array[..., None] for array in arrays]
+            tail = (torch.tensor(units),)
+        return (*arrays, *tail)
+
+    def index(self, device: torch.device) -> tuple[Any, ...]:
+        """The index with its arrays on `device`."""
+        if self.basic:
+            return self._index
+        if device not in self._moved:
+            self._moved[device] = tuple(part.to(device) if isinstance(part, Tensor) else part for part in self._index)
+        return self._moved[device]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The selected part, its axes in the value's order (a view where that is possible)."""
+        if self.region.attention:
+            part = x.permute(0, 2, 3, 1)[self.index(x.device)]
+            return part if isinstance(self.region.units, int) or self.ragged else part.movedim(-1, 1)
+        return x[self.index(x.device)]
+
+    def put(self, x: Tensor, new: Tensor) -> None:
+        """Write the selected part of `x` in place."""
+        if self.region.attention:
+            if not (isinstance(self.region.units, int) or self.ragged):
+                new = new.movedim(1, -1)
+            x.permute(0, 2, 3, 1)[self.index(x.device)] = new
+        else:
+            x[self.index(x.device)] = new
+
+
+class _Part:
+    """Columns of one position axis: a basic key if all rows agree, and the columns themselves."""
+
+    __slots__ = ("columns", "key", "ragged", "single")
+
+    def __init__(self, columns: Columns | None, key: Any, single: bool, ragged: bool) -> None:
+        self.columns, self.key, self.single, self.ragged = columns, key, single, ragged
+
+    @staticmethod
+    def everything() -> _Part:
+        return _Part(None, slice(None), False, False)
+
+    @staticmethod
+    def of(columns: Columns | None, single: bool, start: int, width: int) -> _Part:
+        if columns is None:
+            part = _Part.everything()
+            part.columns = [list(range(width))]
+            return part
+        local = [[column - start for column in row] for row in columns]
+        first = local[0]
+        if any(len(row) != len(first) for row in local) or not first:
+            return _Part(local, None, single, True)
+        if all(row == first for row in local):
+            step = first[1] - first[0] if len(first) > 1 else 1
+            if single:
+                return _Part(local, first[0], True, False)
+            if step > 0 and first == list(range(first[0], first[-1] + 1, step)):
+                return _Part(local, slice(first[0], first[-1] + 1, step), False, False)
+        return _Part(local, None, single, False)
+
+    @property
+    def count(self) -> int:
+        """Positions per row (of the first, where rows differ)."""
+        assert self.columns is not None
+        return len(self.columns[0])
+
+    def rows(self, n: int) -> Columns:
+        assert self.columns is not None
+        return self.columns * n if len(self.columns) == 1 else self.columns
+
+
+def _uniform(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:
+    """Index arrays `[batch, …]` with one axis per part, dropped where the part selects one position."""
+    kept = [part for part in parts if not part.single]
+    arrays = [torch.arange(n_rows).reshape(-1, *[1] * len(kept))]
+    for part in parts:
+        table = torch.tensor(part.rows(n_rows))
+        shape = [n_rows] + [table.shape[1] if other is part else 1 for other in kept]
+        arrays.append(table.reshape(shape))
+    return arrays
+
+
+def _ragged(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:
+    """Flat index arrays `[selected]` over rows and all combinations of the parts."""
+    entries: list[tuple[int, ...]] = []
+    tables = [part.rows(n_rows) for part in parts]
+    for row in range(n_rows):
+        combos: list[tuple[int, ...]] = [(row,)]
+        for table in tables:
+            combos = [(*combo, column) for combo in combos for column in table[row]]
+        entries += combos
+    return list(torch.tensor(entries).reshape(-1, len(parts) + 1).unbind(-1))

@@ -1,0 +1,41 @@
+"""Two colour scales: white to deep blue for amounts, blue over white to red for signed values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+_AMOUNT = ((248, 250, 253), (198, 219, 243), (117, 170, 219), (38, 110, 178), (9, 48, 107))
+_SIGNED = ((33, 84, 158), (146, 190, 226), (250, 250, 250), (240, 164, 136), (178, 32, 44))
+_MISSING = "#ececec"
+
+
+def limits_of(values: Iterable[Sequence[float]], diverging: bool) -> tuple[float, float]:
+    """Limits of a scale: symmetric about zero if diverging; never of width zero."""
+    known = [v for row in values for v in row if math.isfinite(v)]
+    if not known:
+        return 0.0, 1.0
+    if diverging:
+        top = max(abs(v) for v in known) or 1.0
+        return -top, top
+    low, high = min(known), max(known)
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def rgb(value: float, low: float, high: float, diverging: bool) -> tuple[int, int, int]:
+    """Colour of a finite value, clipped to the limits."""
+    stops = _SIGNED if diverging else _AMOUNT
+    place = min(max((value - low) / (high - low), 0.0), 1.0) * (len(stops) - 1)
+    i = min(int(place), len(stops) - 2)
+    part = place - i
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(stops[i], stops[i + 1], strict=True))
+    return red, green, blue
+
+
+def css(value: float, low: float, high: float, diverging: bool) -> tuple[str, str]:
+    """Background and readable ink."""
+    if not math.isfinite(value):
+        return _MISSING, "#667085"
+    red, green, blue = rgb(value, low, high, diverging)
+    light = 0.3 * red + 0.59 * green + 0.11 * blue
+    return f"#{red:02x}{green:02x}{blue:02x}", "#1b1f24" if light > 140 else "#ffffff"

@@ -1,0 +1,141 @@
+"""Self-contained HTML: one file, no network, everything escaped."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .colors import css, limits_of
+
+STYLE = """
+.ic{--ink:#1b1f24;--soft:#667085;--line:#e4e7ec;--card:#fff;font:15px/1.55 system-ui,sans-serif;color:var(--ink)}
+.ic h1{font-size:1.7rem;margin:0 0 .3rem;letter-spacing:-.02em}.ic h2{font-size:1.15rem;margin:0 0 .4rem}
+.ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic .soft{color:var(--soft)}
+.ic section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.3rem;margin:1.1rem 0}
+.ic .scroll{overflow-x:auto}.ic table{border-collapse:separate;border-spacing:2px;font-size:12.5px}
+.ic th{font-weight:500;color:var(--soft);padding:.1rem .45rem;text-align:left;white-space:pre}
+.ic thead th{vertical-align:bottom}.ic td{padding:.2rem .45rem;white-space:pre;border-radius:4px}
+.ic table.grid thead th{text-align:center}.ic table.grid tbody th{position:sticky;left:0;background:var(--card)}
+.ic table.grid td{text-align:center;font-family:ui-monospace,monospace;min-width:2.2rem;cursor:default}
+.ic table.rows td{border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
+.ic code,.ic pre{font-family:ui-monospace,monospace;font-size:12.5px}
+.ic pre{background:#f6f7f9;border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
+.ic .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:.8rem}.ic .pair pre{margin:0}
+.ic .tokens span{font-family:ui-monospace,monospace;white-space:pre;border-radius:3px;padding:.08rem 0}
+.ic figcaption{color:var(--soft);font-size:13px;margin-top:.5rem}.ic figure{margin:.4rem 0}
+.ic .bar{display:inline-block;width:9rem;height:.7rem;border-radius:3px;vertical-align:middle;margin:0 .4rem}
+.ic-tip{position:fixed;z-index:9;pointer-events:none;background:#1b1f24;color:#fff;border-radius:7px;padding:.45rem .65rem;
+font:12px/1.45 ui-monospace,monospace;white-space:pre;max-width:30rem;opacity:0;transition:opacity .08s}
+"""
+_PAGE_STYLE = "body{background:#f2f4f7;margin:0}.ic{max-width:64rem;margin:0 auto;padding:2rem 1.2rem}"
+_SCRIPT = """
+(()=>{if(window.icTip)return;const t=window.icTip=document.createElement('div');t.className='ic-tip';
+document.body.append(t);document.addEventListener('mousemove',e=>{const c=e.target.closest&&e.target.closest('[data-tip]');
+if(!c){t.style.opacity=0;return}t.textContent=c.dataset.tip;t.style.opacity=1;
+t.style.left=Math.min(e.clientX+14,innerWidth-t.offsetWidth-8)+'px';
+t.style.top=Math.min(e.clientY+14,innerHeight-t.offsetHeight-8)+'px'})})()
+"""
+
+
+class Section(NamedTuple):
+    """A titled part of a page: `text` is plain, `body` is HTML."""
+
+    title: str
+    text: str
+    body: str
+
+
+def script() -> str:
+    """The few lines of JavaScript that show tooltips."""
+    return f"<script>{_SCRIPT}</script>"
+
+
+def page(title: str, intro: str, sections: Sequence[Section]) -> str:
+    """A whole page."""
+    parts = [f"<h1>{escape(title)}</h1>" + (f"<p class='soft'>{escape(intro)}</p>" if intro else "")]
+    for section in sections:
+        head = f"<h2>{escape(section.title)}</h2>" if section.title else ""
+        text = f"<p>{escape(section.text)}</p>" if section.text else ""
+        parts.append(f"<section>{head}{text}{section.body}</section>")
+    body = "\n".join(parts)
+    return (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<style>{_PAGE_STYLE}{STYLE}</style></head><body><main class='ic'>{body}</main>{script()}</body></html>\n"
+    )
+
+
+def escape(text: object) -> str:
+    """Text made safe, also inside attributes."""
+    return html.escape(str(text), quote=True)
+
+
+def visible(token: str) -> str:
+    """A token with its white space made visible at the ends."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    return "·" + shown[1:] if shown.startswith(" ") else shown or "∅"
+
+
+def short(text: str, limit: int = 10) -> str:
+    """Text cut to fit a cell."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def heatmap(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    texts: Sequence[Sequence[str]] | None = None,
+    tips: Sequence[Sequence[str]] | None = None,
+    diverging: bool = False,
+    limits: tuple[float, float] | None = None,
+    caption: str = "",
+) -> str:
+    """A matrix as coloured cells with tooltips: `rows` × `columns`, cell text and tips optional."""
+    low, high = limits or limits_of(values, diverging)
+    head = "".join(f"<th>{escape(visible(c))}</th>" for c in columns)
+    lines = []
+    for i, label in enumerate(rows):
+        cells = []
+        for j, value in enumerate(values[i]):
+            back, ink = css(value, low, high, diverging)
+            tip = tips[i][j] if tips else f"{label}, {visible(columns[j])}: {number(value)}"
+            text = short(visible(texts[i][j])) if texts else ""
+            cells.append(f"<td style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>")
+        lines.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
+    stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
+    bar = f"{number(low)}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{number(high)}"
+    return (
+        f"<figure><div class='scroll'><table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>"
+        f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def tokens(labels: Sequence[str], values: Sequence[float], *, diverging: bool = False, caption: str = "") -> str:
+    """A text whose tokens are coloured by a number each."""
+    low, high = limits_of([values], diverging)
+    spans = []
+    for label, value in zip(labels, values, strict=True):
+        back, ink = css(value, low, high, diverging)
+        tip = escape(f"{visible(label)}: {number(value)}")
+        spans.append(f"<span style='background:{back};color:{ink}' data-tip=\"{tip}\">{escape(label)}</span>")
+    return f"<figure><div class='tokens'>{''.join(spans)}</div><figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table; columns are the keys of the first."""
+    if not rows:
+        return "<p class='soft'>nothing</p>"
+    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(number(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table class='rows'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def number(value: Any) -> str:
+    """A number in few digits; anything else as text."""
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else f"{value:.4g}"
+    return str(value)

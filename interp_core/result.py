@@ -1,0 +1,138 @@
+"""Results: what methods return. Frozen, typed, with named axes; they save, load, print and draw themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import LoadError
+
+FORMAT = "interp-result/1"
+R = TypeVar("R", bound="Result")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Base of all results: a frozen dataclass whose tensor fields are listed, with their axes, in `AXES`.
+
+    Subclasses add fields and override `table`, `html` and `png` where they have something to show.
+
+    Raises:
+        ValueError: tensors whose shapes contradict the axes.
+    """
+
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, int] = {}
+        for name, axes in self.AXES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.ndim != len(axes):
+                raise ValueError(f"{type(self).__name__}.{name} has {value.ndim} axes, not {' '.join(axes)}")
+            for axis, size in zip(axes, value.shape, strict=True):
+                if sizes.setdefault(axis, size) != size:
+                    raise ValueError(f"{type(self).__name__}.{name}: {axis} is {size}, elsewhere {sizes[axis]}")
+
+    def table(self) -> list[dict[str, Any]]:
+        """The result as rows."""
+        return [
+            {"name": name, "axes": " ".join(axes), "shape": list(getattr(self, name).shape)}
+            for name, axes in self.AXES.items()
+        ]
+
+    def show(self) -> None:
+        """Print the result."""
+        print(self)
+
+    def html(self) -> str:
+        """The result as a piece of HTML."""
+        from .report.html import table
+
+        return table(self.table())
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the result as one self-contained page."""
+        from .report.html import Section, page
+
+        out = Path(path)
+        write(out, page(type(self).__name__, "", [Section("", "", self.html())]))
+        return out
+
+    def _repr_html_(self) -> str:
+        from .report.html import STYLE, script
+
+        return f"<style>{STYLE}</style>{self.html()}{script()}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `result.safetensors` and `result.json` into a folder; `load` reads them back."""
+        from safetensors.torch import save as to_bytes
+
+        out = Path(folder)
+        tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
+        axes = {name: " ".join(self.AXES[name]) for name in tensors}
+        write(
+            out / "result.safetensors", to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, axes)
+        )
+        head = {"format": FORMAT, "class": type(self).__name__, "fields": plain}
+        write(out / "result.json", json.dumps(head, indent=1, ensure_ascii=False))
+        return out
+
+    @classmethod
+    def load(cls: type[R], folder: str | Path) -> R:
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: nothing there, damaged, or of another class.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(folder) / "result.json"
+        try:
+            head = json.loads(path.read_text(encoding="utf-8"))
+            tensors = load_file(path.with_name("result.safetensors"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise LoadError(f"{folder} holds no readable result: {error}") from error
+        if head.get("format") != FORMAT or head.get("class") != cls.__name__:
+            raise LoadError(f"{folder} holds a {head.get('class')} ({head.get('format')}), not a {cls.__name__}")
+        missing = {name: None for name in cls.AXES if name not in tensors}
+        return cls(**{k: _tupled(v) for k, v in head["fields"].items()}, **tensors, **missing)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return bool(a == b)
+
+
+def _tupled(value: Any) -> Any:
+    """JSON's lists as the tuples that frozen results hold."""
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

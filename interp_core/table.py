@@ -1,0 +1,68 @@
+"""The table of sites that `model.sites` shows."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+
+from .architectures.atlas import Atlas, Entry
+from .sites import SITES
+
+
+class SiteTable:
+    """All sites of a model: axes with sizes, layers, what cannot be done; then the sites that it lacks, and why."""
+
+    def __init__(self, atlas: Atlas) -> None:
+        self.atlas = atlas
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in SITES if self.atlas.layers(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """`(site, axes, layers, remark)` of every site that the model has."""
+        out = []
+        for name in self:
+            entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
+            out.append((name, _axes(entries[0]), _layers(self.atlas, name), _remark(entries)))
+        return out
+
+    def __repr__(self) -> str:
+        rows = [("site", "axes", "layers", "remark"), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+        missing = [(name, why) for name, why in self.atlas.lacking.items()]
+        lines += ["", "not in this model:"] if missing else []
+        lines += [f"  {name}: {why}" for name, why in missing]
+        lines += [f"note: {note}" for note in self.atlas.notes]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
+        )
+        lacking = "".join(f"<li>{html.escape(f'{n}: {why}')}</li>" for n, why in self.atlas.lacking.items())
+        head = "".join(f"<th>{cell}</th>" for cell in ("site", "axes", "layers", "remark"))
+        return f"<table><tr>{head}</tr>{cells}</table><ul>{lacking}</ul>"
+
+
+def _axes(entry: Entry) -> str:
+    return " ".join(f"{axis}={entry.sizes[axis]}" if axis in entry.sizes else axis for axis in SITES[entry.name].axes)
+
+
+def _layers(atlas: Atlas, name: str) -> str:
+    layers = atlas.layers(name)
+    if not SITES[name].layered:
+        return "-"
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+    return ",".join(map(str, layers))
+
+
+def _remark(entries: Sequence[Entry]) -> str:
+    why: dict[str, str] = {}
+    for entry in entries:
+        why |= entry.why
+    return "; ".join([SITES[entries[0].name].doc, *(f"no {what}: {reason}" for what, reason in why.items())])

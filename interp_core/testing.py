@@ -1,0 +1,110 @@
+"""Small random-weight models of real families, for tests and for authors of plugins.
+
+    model = ic.load(testing.tiny("gemma2"))
+
+The models are made from config: no download, no training, the same weights for the same seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import LoadError, nearest
+
+VOCAB = 96
+_MHA: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_COMMON = {**_MHA, "num_key_value_heads": 2}
+_GPT = {
+    "vocab_size": VOCAB,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4}
+_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", _GPT),
+    "gpt_neox": ("GPTNeoX", {**_MHA, "rotary_pct": 0.5}),
+    "gptj": ("GPTJ", {**_GPT, "rotary_dim": 8}),
+    "llama": ("Llama", {**_COMMON, "head_dim": 24, "attention_bias": True}),
+    "mistral": ("Mistral", {**_COMMON, "sliding_window": 4}),
+    "qwen2": ("Qwen2", _COMMON),
+    "qwen3": ("Qwen3", {**_COMMON, "head_dim": 24}),
+    "gemma2": ("Gemma2", {**_COMMON, **_GEMMA}),
+    "gemma3": ("Gemma3Text", {**_COMMON, **_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "phi3": ("Phi3", _COMMON),
+    "olmo2": ("Olmo2", _COMMON),
+    "qwen3_moe": ("Qwen3Moe", {**_COMMON, **_MOE, "head_dim": 16, "mlp_only_layers": [1]}),
+}
+
+
+def families() -> list[str]:
+    """Names that `tiny` takes."""
+    return [*_FAMILIES, "qwen3_vl"]
+
+
+def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A random-weight model of a family: 3 layers, d_model 64, in eval mode.
+
+    Args:
+        config: settings over the tiny ones, in Hugging Face's words.
+
+    Raises:
+        LoadError: no such family here.
+    """
+    if family not in families():
+        raise LoadError(f"no tiny model of {family!r}. {nearest(family, families())}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _build(family, config)
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
+            if "norm" in name and "weight" in name and parameter.ndim == 1:
+                parameter.data += 1
+    if dtype == torch.float64 and "experts" in str(model):  # the grouped kernel has no float64
+        model.set_experts_implementation("eager")
+    return model.to(dtype).eval()
+
+
+def _build(family: str, config: dict[str, Any]) -> Any:
+    import transformers
+
+    if family == "qwen3_vl":
+        return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl(**config))
+    name, settings = _FAMILIES[family]
+    settings = {**settings, **config}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    head = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
+    made = getattr(transformers, f"{name}Config")(**settings)
+    return getattr(transformers, name.removesuffix("Text") + head)(made)
+
+
+def _qwen3_vl(**config: Any) -> Any:
+    import transformers
+
+    text = {**_COMMON, "head_dim": 16, "vocab_size": VOCAB, **config}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+        "temporal_patch_size": 1, "spatial_merge_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)

@@ -1,0 +1,362 @@
+"""Text as a model sees it: `Tokens` with a mask, character offsets and named spans.
+
+One module owns special tokens, chat templates, the boundary between prompt and target, and the map between
+characters and tokens. That map goes by overlap, not containment: byte-level tokens may share a character.
+
+Batches are padded on the left, so that the last column is the last token of every row; positions count real tokens
+(see `positions`), so the side never shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .errors import PositionError, TextError, nearest
+from .positions import Rows, Span
+
+Chars = tuple[int, int]
+"""Half-open character range in a row's text."""
+Where = Span | Chars | str | re.Pattern[str]
+"""What `Tokens.find` takes: a token span, a character range, a string or a regular expression."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of token sequences.
+
+    Attributes:
+        ids: token ids; padding holds any valid id.
+        mask: which of them are real tokens.
+        texts: the text of each row, if known.
+        offsets: per row and real token, its characters in the row's text, if known (special tokens: empty ranges).
+        spans: per name, per row, the token spans of that name; usable as positions.
+        labels: per row and real token, the text to show (ids where it is not given).
+        inputs: further tensors that the model takes (`pixel_values`, …).
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    texts: tuple[str, ...] | None = None
+    offsets: tuple[tuple[Chars, ...], ...] | None = None
+    spans: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
+    labels: tuple[tuple[str, ...], ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    placed: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    """What models are called with, by shape limits and device; filled by their first run."""
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.is_floating_point() or self.ids.dtype == torch.bool:
+            raise TextError(f"token ids are integers [batch, pos], not {self.ids.dtype} {list(self.ids.shape)}")
+        if self.mask.shape != self.ids.shape:
+            raise TextError(f"the mask is {list(self.mask.shape)}, the ids are {list(self.ids.shape)}")
+        if not self.labels:
+            rows = zip(self.ids, self.mask, strict=True)
+            object.__setattr__(self, "labels", tuple(tuple(map(str, row[keep].tolist())) for row, keep in rows))
+        if 0 in self.ids.shape or not bool(self.mask.any(-1).all()):
+            raise TextError("the text is empty: a model needs at least one token per row")
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether any row has padding."""
+        return not bool(self.mask.all())
+
+    @cached_property
+    def rows(self) -> Rows:
+        """What positions resolve against."""
+        width = self.ids.shape[1]
+        real = (
+            [torch.nonzero(row).flatten().tolist() for row in self.mask]
+            if self.padded
+            else [range(width) for _ in range(len(self))]
+        )
+        names = {
+            name: [sorted({i for span in spans for i in span}) for spans in rows] for name, rows in self.spans.items()
+        }
+        return Rows(real, names, width)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Number of real tokens of each row."""
+        return [len(row) for row in self.rows.real]
+
+    def row(self, index: int) -> Tokens:
+        """One row without its padding (text only: further inputs are refused)."""
+        if self.inputs:
+            raise TextError("a batch with images cannot be split into rows; tokenize the rows one by one")
+        keep = self.mask[index]
+        pick = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
+        return replace(
+            self,
+            ids=self.ids[index][keep][None],
+            mask=keep[keep][None],
+            texts=self.texts and self.texts[pick],
+            offsets=self.offsets and self.offsets[pick],
+            spans={name: rows[pick] for name, rows in self.spans.items()},
+            labels=self.labels[pick],
+        )
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return (self.row(i) for i in range(len(self)))
+
+    def find(self, what: Where, row: int = 0, nth: int = 0) -> Span:
+        """The tokens of a part of the text: a string, a regular expression, a character range or a token span.
+
+        Args:
+            what: strings and expressions are searched in the row's text; `nth` picks the match (negative from the end).
+
+        Raises:
+            PositionError: not found, or outside the text.
+            TextError: the row's text or offsets are not known.
+        """
+        length = self.lengths[row]
+        if isinstance(what, Span):
+            if not 0 <= what.start < what.stop <= length:
+                raise PositionError(f"{what} lies outside row {row}, which has {length} tokens")
+            return what
+        text = self._text(row)
+        if isinstance(what, (str, re.Pattern)):
+            pattern = re.escape(what) if isinstance(what, str) else what
+            matches = [match.span() for match in re.finditer(pattern, text)]
+            if not -len(matches) <= nth < len(matches):
+                shown = what if isinstance(what, str) else what.pattern
+                found = f"{len(matches)} times" if matches else "not at all"
+                hint = "" if matches else f" {nearest(shown.strip(), text.split())}"
+                raise PositionError(f"{shown!r} occurs {found} in row {row} (asked for match {nth}).{hint}")
+            what = matches[nth]
+        start, stop = what
+        if not 0 <= start < stop <= len(text):
+            raise PositionError(f"characters {start}:{stop} lie outside row {row}, whose text has {len(text)}")
+        assert self.offsets is not None
+        hit = [i for i, (a, b) in enumerate(self.offsets[row]) if a < stop and start < b]
+        if not hit:
+            raise PositionError(f"no token covers characters {start}:{stop} ({text[start:stop]!r}) of row {row}")
+        return Span(hit[0], hit[-1] + 1)
+
+    def chars(self, span: Span, row: int = 0) -> Chars:
+        """The characters that a token span covers."""
+        span = self.find(span, row)
+        self._text(row)
+        assert self.offsets is not None
+        covered = [chars for chars in self.offsets[row][span.start : span.stop] if chars[0] < chars[1]]
+        if not covered:
+            raise PositionError(f"{span} of row {row} holds special tokens only, which cover no characters")
+        return min(a for a, _ in covered), max(b for _, b in covered)
+
+    def name(self, **what: Where | Sequence[Where]) -> Tokens:
+        """The same tokens with further named spans, usable as positions: `tokens.name(subject="Eiffel Tower")`.
+
+        A list gives one item per row; anything else is looked up in every row.
+        """
+        spans = dict(self.spans)
+        for name, where in what.items():
+            items: list[Any] = list(where) if isinstance(where, list) else [where] * len(self)
+            if len(items) != len(self):
+                raise PositionError(f"{name}: {len(items)} places for {len(self)} rows")
+            spans[name] = tuple((self.find(item, row),) for row, item in enumerate(items))
+        return replace(self, spans=spans)
+
+    def _text(self, row: int) -> str:
+        if self.texts is None or self.offsets is None:
+            raise TextError("these tokens carry no text or offsets; make them with model.tokens(text)")
+        return self.texts[row]
+
+    @staticmethod
+    def stack(rows: Sequence[Tokens]) -> Tokens:
+        """Rows of several batches as one, padded on the left."""
+        singles = [single for tokens in rows for single in tokens]
+        width = max(single.ids.shape[1] for single in singles)
+        ids = torch.stack([_pad(single.ids[0], width, int(single.ids[0, 0])) for single in singles])
+        mask = torch.stack([_pad(single.mask[0], width, 0) for single in singles])
+        names = set.intersection(*(set(single.spans) for single in singles))
+        texts = [single.texts[0] for single in singles if single.texts]
+        offsets = [single.offsets[0] for single in singles if single.offsets]
+        return Tokens(
+            ids,
+            mask,
+            tuple(texts) if len(texts) == len(singles) else None,
+            tuple(offsets) if len(offsets) == len(singles) else None,
+            {name: tuple(single.spans[name][0] for single in singles) for name in sorted(names)},
+            tuple(single.labels[0] for single in singles),
+        )
+
+
+def encode(
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    target: str | Sequence[str] | None = None,
+    *,
+    bos: bool | None = None,
+    boundary: str = "strict",
+) -> Tokens:
+    """Tokens of one or several texts, with the spans `prompt` and `target` where a target is given.
+
+    Args:
+        target: continuation of each text (one for all, or one per text), its leading space included.
+        bos: True puts the tokenizer's BOS in front, False leaves all special tokens out, None does what the
+            tokenizer does by itself.
+        boundary: "strict" tokenizes prompt and target together and refuses a token that crosses the boundary or a
+            prompt whose tokens the target changes; "concat" tokenizes the two apart.
+
+    Raises:
+        TextError: empty text or target, no BOS to put, or a boundary that is not between two tokens.
+    """
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    targets = [target] * len(rows) if target is None or isinstance(target, str) else list(target)
+    if not rows:
+        raise TextError("no text given")
+    if len(targets) != len(rows):
+        raise TextError(f"{len(targets)} targets for {len(rows)} texts")
+    return Tokens.stack(
+        [
+            _encode_row(tokenizer, text, goal, bos, boundary, row)
+            for row, (text, goal) in enumerate(zip(rows, targets, strict=True))
+        ]
+    )
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], target: str | None = None, **template: Any
+) -> Tokens:
+    """Tokens of a conversation through the tokenizer's chat template, ready for the assistant's answer.
+
+    Every message is a span `message_{i}`, and all messages of a role are spans of that role's name.
+
+    Args:
+        messages: `{"role": …, "content": …}` each.
+        target: the beginning of the answer; gets the span `target`.
+        template: passed on to `apply_chat_template` (`enable_thinking=False`, …).
+
+    Raises:
+        TextError: no chat template, or a message that the template does not show as it is.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise TextError("this tokenizer has no chat template; pass plain text, or set tokenizer.chat_template")
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template)
+    tokens = _encode_row(tokenizer, text, target, False, "strict", 0)
+    spans = dict(tokens.spans)
+    cursor = 0
+    for i, message in enumerate(messages):
+        content = message["content"].strip()
+        start = text.find(content, cursor)
+        if start < 0 or not content:
+            raise TextError(f"message {i} ({message['role']}) is empty or does not occur in the templated text")
+        cursor = start + len(content)
+        span = tokens.find((start, cursor))
+        spans[f"message_{i}"] = ((span,),)
+        spans[message["role"]] = ((*spans.get(message["role"], ((),))[0], span),)
+    return replace(tokens, spans=spans)
+
+
+def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
+    """Tokens of what a tokenizer or processor returned (`input_ids`, `attention_mask`, `pixel_values`, …)."""
+    rest = dict(inputs)
+    if "input_ids" not in rest:
+        raise TextError(f"the inputs lack input_ids; they have {', '.join(map(repr, rest)) or 'nothing'}")
+    ids = torch.as_tensor(rest.pop("input_ids"))
+    mask = torch.as_tensor(rest.pop("attention_mask", torch.ones_like(ids))).bool()
+    tokens = Tokens(ids, mask, inputs=rest)
+    return tokens if tokenizer is None else replace(tokens, labels=_decoded(tokenizer, ids, mask))
+
+
+def _encode_row(tokenizer: Any, text: str, target: str | None, bos: bool | None, boundary: str, row: int) -> Tokens:
+    if not text or target == "":
+        raise TextError(f"row {row}: {'the text' if not text else 'the target'} is empty")
+    if boundary not in ("strict", "concat"):
+        raise TextError(f"boundary is 'strict' or 'concat', not {boundary!r}")
+    ids, offsets = _ids(tokenizer, text, bos)
+    if target is None:
+        return _single(tokenizer, text, ids, offsets, {})
+    if boundary == "concat":
+        more, shifts = _ids(tokenizer, target, False)
+        start = len(ids)
+        ids, offsets = ids + more, offsets + [(a + len(text), b + len(text)) for a, b in shifts]
+    else:
+        prompt = ids
+        ids, offsets = _ids(tokenizer, text + target, bos)
+        start = next((i for i, (a, b) in enumerate(offsets) if b > len(text)), len(ids))
+        if ids[:start] != prompt:
+            at = text[-12:] + "|" + target[:12]
+            raise TextError(
+                f"row {row}: the tokens of the prompt change when the target follows ({at!r}). Move spaces from the "
+                "prompt's end to the target's start, or pass boundary='concat' to tokenize the two apart."
+            )
+    if start == len(ids):
+        raise TextError(f"row {row}: the target {target!r} has no tokens")
+    spans = {"prompt": Span(0, start), "target": Span(start, len(ids))}
+    return _single(tokenizer, text + target, ids, offsets, spans)
+
+
+def _single(tokenizer: Any, text: str, ids: list[int], offsets: list[Chars], spans: dict[str, Span]) -> Tokens:
+    table = torch.tensor([ids], dtype=torch.long)
+    labels = tuple(text[a:b] or token_text(tokenizer, i) for i, (a, b) in zip(ids, offsets, strict=True))
+    named = {name: ((span,),) for name, span in spans.items()}
+    return Tokens(table, torch.ones_like(table, dtype=torch.bool), (text,), (tuple(offsets),), named, (labels,))
+
+
+def _ids(tokenizer: Any, text: str, bos: bool | None) -> tuple[list[int], list[Chars]]:
+    """Ids of one text and the characters of each."""
+    if bos and tokenizer.bos_token_id is None:
+        raise TextError("a BOS was asked for, but the tokenizer has none; leave bos out or set tokenizer.bos_token")
+    special = bos is not False
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    else:
+        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        offsets = _offsets_by_decoding(tokenizer, ids, text)
+    if not ids:
+        raise TextError(f"the text {text!r} has no tokens")
+    if bos and ids[0] != tokenizer.bos_token_id:
+        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    return ids, offsets
+
+
+def _offsets_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[Chars]:
+    """Offsets for tokenizers that give none: how far each decoded prefix reaches into the text."""
+    specials = set(tokenizer.all_special_ids)
+    offsets: list[Chars] = []
+    kept: list[int] = []
+    before, skipped = 0, None  # SentencePiece drops white space at the start
+    for token in ids:
+        if token in specials:
+            offsets.append((before, before))
+            continue
+        kept.append(token)
+        whole = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+        decoded = whole.rstrip("\ufffd")  # the bytes of a character that is not complete yet
+        if skipped is None and decoded:
+            skipped = text.find(decoded) if not text[: text.find(decoded)].strip() else 0
+        after = (skipped or 0) + len(decoded)
+        if text[skipped or 0 : after] != decoded:
+            raise TextError(f"this tokenizer gives no offsets and does not decode to its text ({decoded[-20:]!r})")
+        after = max(after, before)  # a run of bytes may fall back to its start until it is complete
+        offsets.append((before, min(after + (decoded != whole), len(text))))
+        before = after
+    return offsets
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Text of one token, with the leading space that SentencePiece's decoder drops."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    text: str = tokenizer.decode([token])
+    return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def _decoded(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...], ...]:
+    known = {i: token_text(tokenizer, i) for i in set(ids[mask].tolist())}
+    return tuple(tuple(known[i] for i in row[keep].tolist()) for row, keep in zip(ids, mask, strict=True))
+
+
+def _pad(row: Tensor, width: int, fill: int) -> Tensor:
+    return torch.cat([row.new_full((width - len(row),), fill), row])

@@ -1,0 +1,1 @@
+"""The methods that ship with interp_core, one file each."""

@@ -1,0 +1,265 @@
+"""Logit lens: what the model would say if it stopped after each layer.
+
+    logits_l = readout(resid_l),  l = embedding, 0 … n_layers - 1        readout = unembed ∘ final norm, with its caps
+    per layer and position: top-k tokens, and of a target token its log-probability and rank (0 is best)
+    entropy_l = -Σ p_l log p_l          kl_l = KL(p_final ‖ p_l)         all in nats
+
+Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); with a translator per layer, the tuned lens of
+Belrose et al. (2023), arXiv:2303.08112: `translator(layer, resid)` returns the residual stream as the final layer
+would have it, and is not applied to the last layer.
+
+Cost: 2 · (n_layers + 1) · pos · d_model · d_vocab multiply-adds after one forward pass that ends with the last block.
+Only asked positions are read and unembedded, in chunks of `chunk_bytes` of logits.
+Must equal: the last row is the model's own output (`kl` 0 there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import sites as S
+
+
+class LensConfig(ic.Config):
+    """Settings of the logit lens.
+
+    Attributes:
+        at: positions to look at (None: all; rows must then be equally long).
+        targets: whose log-probability and rank to follow: `"final"` the model's own prediction at each position,
+            `"next"` the next token of the text, or token ids `[batch pos]`.
+        top_k: how many tokens to keep per layer and position.
+        translator: `(layer, resid [n d_model]) -> resid`; layer -1 is the embedding.
+        chunk_bytes: memory for one chunk of logits.
+    """
+
+    at: Any = None
+    targets: Literal["final", "next"] | list[list[int]] = "final"
+    top_k: int = 5
+    translator: Callable[[int, Tensor], Tensor] | None = None
+    chunk_bytes: int = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLensResult(ic.Result):
+    """What each layer would say. `layer` runs over the embedding and all blocks, the last is the model's output.
+
+    Attributes:
+        top_ids, top_logprob: likeliest tokens and their log-probabilities (nats).
+        target_ids: the token followed at each position.
+        target_logprob, target_rank: of that token, per layer.
+        entropy, kl: of the layer's distribution, and from the final one to it (nats).
+        layers: names of the rows.
+        tokens: text of the positions, per batch row.
+        top_tokens, target_tokens: text of the ids.
+    """
+
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "top_ids": ("batch", "layer", "pos", "k"),
+        "top_logprob": ("batch", "layer", "pos", "k"),
+        "target_ids": ("batch", "pos"),
+        "target_logprob": ("batch", "layer", "pos"),
+        "target_rank": ("batch", "layer", "pos"),
+        "entropy": ("batch", "layer", "pos"),
+        "kl": ("batch", "layer", "pos"),
+    }
+    top_ids: Int[Tensor, "batch layer pos k"]
+    top_logprob: Float[Tensor, "batch layer pos k"]
+    target_ids: Int[Tensor, "batch pos"]
+    target_logprob: Float[Tensor, "batch layer pos"]
+    target_rank: Int[Tensor, "batch layer pos"]
+    entropy: Float[Tensor, "batch layer pos"]
+    kl: Float[Tensor, "batch layer pos"]
+    layers: tuple[str, ...]
+    tokens: tuple[tuple[str, ...], ...]
+    vocab: dict[str, str]
+
+    def word(self, token: int) -> str:
+        """Text of a token id that occurs in this result."""
+        return self.vocab[str(token)]
+
+    def tops(self, row: int = 0) -> list[list[str]]:
+        """The likeliest token per layer and position."""
+        return [[self.word(i) for i in line] for line in self.top_ids[row, :, :, 0].tolist()]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per batch row, layer and position."""
+        rows = []
+        for b, layer, p in torch.cartesian_prod(*map(torch.arange, self.entropy.shape)).tolist():
+            rows.append(
+                {
+                    "row": b,
+                    "layer": self.layers[layer],
+                    "pos": p,
+                    "token": self.tokens[b][p],
+                    "top": self.word(int(self.top_ids[b, layer, p, 0])),
+                    "target": self.word(int(self.target_ids[b, p])),
+                    "logprob": float(self.target_logprob[b, layer, p]),
+                    "rank": int(self.target_rank[b, layer, p]),
+                    "entropy": float(self.entropy[b, layer, p]),
+                    "kl": float(self.kl[b, layer, p]),
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        from interp_core.report.html import visible
+
+        lines = []
+        for row, tokens in enumerate(self.tokens):
+            cells = [["", *map(visible, tokens)]]
+            cells += [[name, *map(visible, line)] for name, line in zip(self.layers, self.tops(row), strict=True)]
+            widths = [min(max(len(line[i]) for line in cells), 10) for i in range(len(cells[0]))]
+            lines += ["  ".join(c[:w].ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return "\n".join(lines)
+
+    def _tips(self, row: int) -> list[list[str]]:
+        from interp_core.report.html import visible
+
+        tips = []
+        for layer, name in enumerate(self.layers):
+            line = []
+            for p, token in enumerate(self.tokens[row]):
+                tops = zip(self.top_ids[row, layer, p].tolist(), self.top_logprob[row, layer, p].tolist(), strict=True)
+                head = f"layer {name}, after {visible(token)}\n"
+                body = "".join(f"{visible(self.word(i)):12} {torch.tensor(lp).exp():6.1%}\n" for i, lp in tops)
+                target = visible(self.word(int(self.target_ids[row, p])))
+                rank = int(self.target_rank[row, layer, p])
+                tail = f"{target}: rank {rank}, {self.target_logprob[row, layer, p]:.2f} nats\n"
+                tail += f"entropy {self.entropy[row, layer, p]:.2f}, KL to final {self.kl[row, layer, p]:.2f}"
+                line.append(head + body + tail)
+            tips.append(line)
+        return tips
+
+    def html(self) -> str:
+        """One grid per batch row: the likeliest token of each layer, coloured by the target's probability."""
+        from interp_core.report.html import heatmap
+
+        caption = "Likeliest token after each layer; colour: probability of the token that the model ends up with."
+        return "".join(
+            heatmap(
+                self.target_logprob[row].exp().tolist(),
+                self.layers,
+                self.tokens[row],
+                texts=self.tops(row),
+                tips=self._tips(row),
+                limits=(0.0, 1.0),
+                caption=caption,
+            )
+            for row in range(len(self.tokens))
+        )
+
+    def png(self, path: str | Path, row: int = 0) -> Path:
+        """The grid of one batch row as a picture."""
+        from interp_core.report.png import heatmap
+
+        return heatmap(
+            path,
+            self.target_logprob[row].exp().tolist(),
+            self.layers,
+            self.tokens[row],
+            texts=self.tops(row),
+            limits=(0.0, 1.0),
+            title="Logit lens",
+            ylabel="layer",
+            colorbar="probability of the target",
+        )
+
+
+class LogitLens(ic.Method):
+    """See the module."""
+
+    name = "logit_lens"
+    requires = frozenset({"resid_pre", "resid_post", "readout"})
+    Config = LensConfig
+
+    def run(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> LogitLensResult:
+        """Read the residual stream once, unembed it layer by layer."""
+        if config.at is None and tokens.padded:
+            raise ic.PlanError(f"logit_lens: rows have {tokens.lengths} tokens; choose positions that all have: at=-1")
+        last = model.n_layers - 1
+        sites = [S.resid_pre[0].at(config.at), *(S.resid_post[layer].at(config.at) for layer in range(last + 1))]
+        found = model.run(tokens, read=sites, logits=False)
+        stream = [_with_pos(found[site]) for site in sites]
+        batch, pos, _ = stream[0].shape
+        targets = self._targets(config, tokens, batch, pos)
+        size = model.atlas.shape.d_vocab
+        n = max(1, config.chunk_bytes // (4 * size))
+        k = min(config.top_k, size)
+        flat = [resid.flatten(0, 1) for resid in stream]
+        rows = [
+            self._chunk(model, [resid[i : i + n] for resid in flat], targets, i, k, config)
+            for i in range(0, batch * pos, n)
+        ]
+        parts = {key: torch.cat([row[key] for row in rows], -1 if key == "target_ids" else 1) for key in rows[0]}
+        shaped = {key: value.unflatten(0 if key == "target_ids" else 1, (batch, pos)) for key, value in parts.items()}
+        shaped = {key: v if key == "target_ids" else v.transpose(0, 1).contiguous().cpu() for key, v in shaped.items()}
+        ids = torch.cat([shaped["top_ids"].flatten(), shaped["target_ids"].flatten()]).unique().tolist()
+        return LogitLensResult(
+            **shaped,
+            layers=("embed", *map(str, range(last + 1))),
+            tokens=self._labels(config, tokens),
+            vocab={str(i): model.word(i) for i in ids},
+        )
+
+    @torch.no_grad()
+    def _chunk(
+        self, model: ic.Model, stream: list[Tensor], targets: Tensor | None, start: int, k: int, config: LensConfig
+    ) -> dict[str, Tensor]:
+        """All layers at a few positions: each value `[layer n …]`."""
+        final = torch.log_softmax(model.readout(stream[-1]).float(), -1)
+        target = final.argmax(-1) if targets is None else targets[start : start + len(final)].to(final.device)
+        target = torch.where(target < 0, final.argmax(-1), target)
+        out: dict[str, list[Tensor]] = {key: [] for key in LogitLensResult.AXES if key != "target_ids"}
+        for layer, resid in enumerate(stream):
+            if layer == len(stream) - 1:
+                logprob = final
+            else:
+                if config.translator is not None:
+                    resid = config.translator(layer - 1, resid)
+                logprob = torch.log_softmax(model.readout(resid).float(), -1)
+            top = logprob.topk(k, -1)
+            mine = logprob.gather(-1, target[:, None])
+            out["top_ids"].append(top.indices)
+            out["top_logprob"].append(top.values)
+            out["target_logprob"].append(mine[:, 0])
+            out["target_rank"].append((logprob > mine).sum(-1))
+            out["entropy"].append(torch.special.entr(logprob.exp()).sum(-1))
+            out["kl"].append((final.exp() * (final - logprob)).sum(-1).clamp(min=0))
+        return {key: torch.stack(values) for key, values in out.items()} | {"target_ids": target.cpu()}
+
+    def _targets(self, config: LensConfig, tokens: ic.Tokens, batch: int, pos: int) -> Tensor | None:
+        """Token to follow per position `[(batch pos)]`; -1 where only the model can say."""
+        if config.targets == "final":
+            return None
+        if config.targets == "next":
+            following = torch.roll(tokens.ids, -1, 1)
+            following[:, -1] = -1
+            run = ic.Reading.of(following, S.embed, tokens.rows)
+            return _with_pos(run.at(config.at)[..., None])[..., 0].flatten()
+        ids = torch.tensor(config.targets)
+        if ids.shape != (batch, pos):
+            raise ic.PlanError(f"logit_lens: targets are {list(ids.shape)}, the positions [{batch}, {pos}]")
+        return ids.flatten()
+
+    def _labels(self, config: LensConfig, tokens: ic.Tokens) -> tuple[tuple[str, ...], ...]:
+        from interp_core.positions import Slice, position, resolve
+
+        chosen = resolve(Slice() if config.at is None else position(config.at), tokens.rows)
+        labels = []
+        for row, columns in enumerate(chosen):
+            place = {column: i for i, column in enumerate(tokens.rows.real[row])}
+            labels.append(tuple(tokens.labels[row][place[column]] for column in columns))
+        return tuple(labels)
+
+
+def _with_pos(value: Tensor) -> Tensor:
+    """`[batch pos d]`, also where a single position dropped its axis."""
+    return value[:, None] if value.ndim == 2 else value

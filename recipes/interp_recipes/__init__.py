@@ -1,0 +1,1 @@
+"""The recipes that ship with interp_core, one file each."""

@@ -1,0 +1,284 @@
+"""The demo: where does a model decide between two answers, and can that be moved?
+
+    clean      a prompt that leads to the answer
+    corrupted  a twin of as many tokens that leads to another
+    lens       what each layer would say at the end of the clean prompt
+    patching   effect[layer, head] = (d_patched - d_corrupted) / (d_clean - d_corrupted)
+               d = logit(answer) - logit(other); patched: corrupted, with this head's z at the last token from clean
+    ablation   the heads that the map names are set to their mean over other tasks: the answer should go, while as many
+               other heads do nothing
+    steering   the mean difference of the residual stream between clean and corrupted prompts, added at the last token
+
+On the toy, clean prompts show antonyms and corrupted ones French translations of the same words; on another model,
+one pair of texts. Cost: one forward pass per head.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import score
+from interp_core import sites as S
+from interp_core.report import html, png
+from interp_core.result import write
+
+STORY = "Once upon a time, there was a little {}. The little {} was very happy. One day, the little"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Clean and corrupted prompts with the two answers (ids `[batch]`), and prompts for the mean ablation."""
+
+    clean: ic.Tokens
+    corrupted: ic.Tokens
+    answer: Tensor
+    other: Tensor
+    neutral: ic.Tokens
+    story: str
+
+
+def toy_task(model: ic.Model, n: int = 32, shots: int = 5) -> Task:
+    """Antonym against French: same words, same seed, other relation."""
+    from interp_core.toys.text import relation_example, relations
+
+    tables = relations()
+    pick = random.Random(0)
+    words = [w for w in tables["antonym"] if tables["antonym"][w] != tables["french"][w]]
+    seeds = {word: pick.randrange(1 << 30) for word in pick.sample(words, n)}
+
+    def prompts(relation: str) -> list[str]:
+        return [relation_example(random.Random(s), relation, shots, word).prompt for word, s in seeds.items()]
+
+    def ids(relation: str) -> Tensor:
+        return torch.cat([model.tokens(f" {tables[relation][word]}").ids[0] for word in seeds])
+
+    neutral = [relation_example(pick, relation, shots).prompt for relation in tables for _ in range(10)]
+    story = "Five shots of antonyms (clean) or of French translations (corrupted), then the same word."
+    return Task(
+        model.tokens(prompts("antonym")), model.tokens(prompts("french")), ids("antonym"), ids("french"),
+        model.tokens(neutral), story,
+    )  # fmt: skip
+
+
+def text_task(model: ic.Model, clean: str, corrupted: str, answer: str, other: str) -> Task:
+    """One pair of texts, for any model."""
+    pair = model.tokens(clean), model.tokens(corrupted)
+    if pair[0].lengths != pair[1].lengths:
+        raise ic.TextError(
+            f"clean has {pair[0].lengths[0]} tokens, corrupted {pair[1].lengths[0]}: patching needs as many. "
+            "Change a word, or give --clean, --corrupted, --answer and --other"
+        )
+    ids = [model.tokens(text, target=more).ids[0] for text, more in ((clean, answer), (clean, other))]
+    start = pair[0].lengths[0]
+    first = next((i for i in range(start, min(map(len, ids))) if ids[0][i] != ids[1][i]), None)
+    if first != start:
+        raise ic.TextError(f"the answers {answer!r} and {other!r} begin with the same token; choose two that do not")
+    return Task(
+        *pair, ids[0][start : start + 1], ids[1][start : start + 1], ic.Tokens.stack(pair), "One pair of texts."
+    )
+
+
+def patching_map(model: ic.Model, task: Task) -> tuple[Tensor, float, float]:
+    """Effect of every head `[layer head]`, and the logit difference of clean and corrupted prompts."""
+    difference = score.logit_diff(task.answer, task.other)
+    clean = model.run(task.clean, read=S.z.at(-1), logits=-1)
+    corrupted = model.run(task.corrupted, logits=-1)
+    high, low = difference(clean).mean(), difference(corrupted).mean()
+    effect = torch.zeros(model.n_layers, max(head for _, head in model.heads) + 1)
+    for layer, head in model.heads:
+        taken = clean[S.z[layer].at(-1)][:, head]
+        edit = S.z[layer, head].at(-1).set(taken)
+        patched = model.run(task.corrupted, edits=edit, logits=-1, allow_noop=True)
+        effect[layer, head] = (difference(patched).mean() - low) / (high - low)
+    return effect, float(high), float(low)
+
+
+def named_heads(effect: Tensor) -> list[tuple[int, int]]:
+    """Heads with at least a third of the largest effect, strongest first."""
+    order = effect.flatten().argsort(descending=True).tolist()
+    heads = [divmod(i, effect.shape[1]) for i in order if float(effect.flatten()[i]) >= float(effect.max()) / 3]
+    return [(layer, head) for layer, head in heads]
+
+
+def judged(run: ic.Run, task: Task) -> dict[str, float]:
+    """How far a run gives the clean answer: in first place, ahead of the other answer, and by how much."""
+    difference = score.logit_diff(task.answer, task.other)(run)
+    first = run.logits.argmax(-1).cpu() == task.answer
+    return {
+        "answer is first": float(first.float().mean()),
+        "answer beats other": float((difference > 0).float().mean()),
+        "logit difference": float(difference.mean()),
+    }
+
+
+def ablation(model: ic.Model, task: Task, heads: Sequence[tuple[int, int]], draws: int = 8) -> list[dict[str, Any]]:
+    """Clean prompts without the named heads, and without as many others."""
+    mean = model.run(task.neutral, read=S.z.at(-1))
+
+    def without(chosen: Sequence[tuple[int, int]]) -> dict[str, float]:
+        edits = [S.z[layer, h].at(-1).set(mean[S.z[layer].at(-1)][:, h].mean(0)) for layer, h in chosen]
+        return judged(model.run(task.clean, edits=edits, logits=-1, allow_noop=True), task)
+
+    rest = [head for head in model.heads if head not in heads]
+    pick = random.Random(0)
+    others = [without(pick.sample(rest, min(len(heads), len(rest)))) for _ in range(draws)]
+    mean_of_others = {key: sum(row[key] for row in others) / draws for key in others[0]}
+    return [
+        {"ablated": "none", **without([])},
+        {"ablated": ", ".join(f"L{layer}H{h}" for layer, h in heads), **without(heads)},
+        {"ablated": f"{len(heads)} others, mean of {draws} draws", **mean_of_others},
+    ]
+
+
+def steering(model: ic.Model, task: Task, layer: int, new: int) -> tuple[list[dict[str, Any]], ic.Generation]:
+    """Continuations of corrupted prompts, as they are and with the clean direction added at every new token."""
+    site = S.resid_post[layer].at(-1)
+    away = model.run(task.clean, read=site)[site] - model.run(task.corrupted, read=site)[site]
+    prompts = ic.Tokens.stack([task.corrupted.row(i) for i in range(min(4, len(task.corrupted)))])
+    plain = model.generate(prompts, max_new_tokens=new)
+    steered = model.generate(prompts, edits=site.add(away.mean(0)), max_new_tokens=new)
+    rows = []
+    for row, text in enumerate(prompts.texts or ()):
+        ends = {"prompt ends": text[-20:], "plain": plain.texts[row], "steered": steered.texts[row]}
+        rows.append({key: _line(value) for key, value in ends.items()})
+    return rows, steered
+
+
+def best_layer(model: ic.Model, task: Task) -> tuple[int, list[dict[str, Any]]]:
+    """The layer where the mean clean-minus-corrupted direction moves corrupted prompts furthest."""
+    clean = model.run(task.clean, read=S.resid_post.at(-1))
+    corrupted = model.run(task.corrupted, read=S.resid_post.at(-1))
+    rows = []
+    for layer in range(model.n_layers):
+        site = S.resid_post[layer].at(-1)
+        edit = site.add((clean[site] - corrupted[site]).mean(0))
+        rows.append({"layer": layer, **judged(model.run(task.corrupted, edits=edit, logits=-1), task)})
+    best = max(rows, key=lambda row: row["logit difference"])
+    return int(best["layer"]), rows
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the demo found.
+
+    Attributes:
+        lens: logit lens of the end of the first clean prompt.
+        effect: patching map `[layer head]`.
+        gap: logit difference on clean and on corrupted prompts.
+        heads: those that the map names.
+        ablated, layers, steered: rows of `ablation`, `best_layer`, `steering`.
+        layer: the best one to steer at.
+        made: the steered generation.
+    """
+
+    lens: Any
+    effect: Tensor
+    gap: tuple[float, float]
+    heads: list[tuple[int, int]]
+    ablated: list[dict[str, Any]]
+    layer: int
+    layers: list[dict[str, Any]]
+    steered: list[dict[str, Any]]
+    made: ic.Generation
+
+    def sentences(self) -> list[str]:
+        """What came out, in words."""
+        names = ", ".join(f"L{a}H{b} {percent(float(self.effect[a, b]))}" for a, b in self.heads)
+        whole, without, others = self.ablated
+        moved = self.layers[self.layer]
+        first, gap = "answer is first", "logit difference"
+        return [
+            f"Logit of the answer minus that of the other: {self.gap[0]:.2f} on clean prompts, {self.gap[1]:.2f} on "
+            "corrupted ones.",
+            f"Heads that carry it at the last token (share of the gap that patching each alone restores): {names}.",
+            f"Without them the difference goes from {whole[gap]:.2f} to {without[gap]:.2f}, and the answer comes first "
+            f"in {percent(without[first])} instead of {percent(whole[first])}; without as many others it is "
+            f"{others[gap]:.2f} and {percent(others[first])}.",
+            f"The mean difference added after layer {self.layer} puts the clean answer ahead in "
+            f"{percent(moved['answer beats other'])} of the corrupted prompts, first in {percent(moved[first])}.",
+        ]
+
+
+def study(model: ic.Model, task: Task, new: int) -> Findings:
+    """Lens, patching, ablation and steering, one after the other."""
+    start = max(0, task.clean.lengths[0] - 11)
+    lens = ic.method("logit_lens")(model, task.clean.row(0), at=slice(start, None))
+    effect, high, low = patching_map(model, task)
+    heads = named_heads(effect)
+    layer, layers = best_layer(model, task)
+    steered, made = steering(model, task, layer, new)
+    return Findings(lens, effect, (high, low), heads, ablation(model, task, heads), layer, layers, steered, made)
+
+
+def demo(
+    model: str = "toy:text",
+    out: Path = Path("out/demo"),
+    clean: str = STORY.format("cat", "cat"),
+    corrupted: str = STORY.format("dog", "dog"),
+    answer: str = " cat",
+    other: str = " dog",
+) -> Path:
+    """Run the demo; returns the report's path."""
+    began = time.perf_counter()
+    loaded, toy = ic.load(model), model == "toy:text"
+    task = toy_task(loaded) if toy else text_task(loaded, clean, corrupted, answer, other)
+    print(f"{loaded}\n{task.story}\n", flush=True)
+    found = study(loaded, task, new=4 if toy else 24)
+    found.lens.show()
+    print("", *found.sentences(), "", sep="\n")
+    for row in found.steered:
+        print(f"  …{row['prompt ends']}   plain: {row['plain']}   steered: {row['steered']}")
+    print(f"  {found.made.receipts[0]}")
+    report = write_report(out, loaded, task, found)
+    print(f"\n{report} ({time.perf_counter() - began:.1f} s)")
+    return report
+
+
+def write_report(out: Path, model: ic.Model, task: Task, found: Findings) -> Path:
+    """One page, two pictures, the lens as data."""
+    values = found.effect.tolist()
+    rows = [f"layer {i}" for i in range(len(values))]
+    columns = [f"head {i}" for i in range(len(values[0]))]
+    texts = [[percent(value) for value in line] for line in values]
+    note = "Corrupted prompts with one head's z at the last token taken from the clean run: share of the gap restored."
+    found.lens.save(out / "lens")
+    found.lens.png(out / "lens.png")
+    title, bar = "Heads that carry the answer", "share of the gap restored"
+    png.heatmap(out / "patching.png", values, rows, columns, texts=texts, diverging=True, title=title, colorbar=bar)
+    grid = html.heatmap(values, rows, columns, texts=texts, diverging=True, caption=note)
+    pair = "".join(f"<pre>{html.escape((tokens.texts or ('',))[0])}</pre>" for tokens in (task.clean, task.corrupted))
+    said = "".join(f"<li>{html.escape(line)}</li>" for line in found.sentences())
+    steered = html.table(found.steered) + f"<pre>{html.escape(found.made.receipts[0])}</pre>"
+    sections = [
+        html.Section("What came out", "", f"<ul>{said}</ul>"),
+        html.Section("The prompts", f"{task.story} Left clean, right corrupted.", f"<div class='pair'>{pair}</div>"),
+        html.Section("Logit lens", "What each layer would say if the model stopped there.", found.lens.html()),
+        html.Section("Which heads decide", "", grid),
+        html.Section(
+            "Is that true?", "Named heads and others set to their mean over tasks.", html.table(found.ablated)
+        ),
+        html.Section("Where it can be moved", "The mean difference added after each layer.", html.table(found.layers)),
+        html.Section("Steered generation", "The same difference, added at every new token.", steered),
+        html.Section("What this model has", "", f"<pre>{html.escape(model.sites)}</pre>"),
+    ]
+    write(out / "report.html", html.page("interp_core demo", repr(model), sections))
+    return out / "report.html"
+
+
+def percent(value: float) -> str:
+    """Whole percents, without a minus before zero."""
+    return f"{round(100 * value) + 0}%"
+
+
+def _line(text: str) -> str:
+    """Text on one line."""
+    return text.replace("\n", "⏎")

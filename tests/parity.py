@@ -1,0 +1,90 @@
+"""The parity battery: our reads and edits against hand-written hooks, one number per family and site."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from reference import Reference
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import testing
+from interp_core.sites import SITES, Site
+
+IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
+
+
+class Cell(NamedTuple):
+    """Largest absolute differences, over layers, to the hand-written hooks."""
+
+    read: float
+    edit: float
+
+
+def battery(family: str, dtype: torch.dtype) -> dict[str, Cell]:
+    """Every site of a family, read and edited in every layer."""
+    hf = testing.tiny(family, dtype=dtype)
+    hf.set_attn_implementation("eager")
+    model, reference = ic.load(hf), Reference(family, hf)
+    return {site: cell(model, reference, site) for site in reference.sites()}
+
+
+def cell(model: ic.Model, reference: Reference, name: str) -> Cell:
+    """One site in all its layers."""
+    inputs = {"input_ids": IDS}
+    read = edit = 0.0
+    assert model.atlas.layers(name) == reference.layers(name)
+    for layer in reference.layers(name):
+        site = Site(name, layer if SITES[name].layered else None)
+        wanted = reference.value(name, layer, inputs)
+        got = model.run(IDS, read=site)[site]
+        assert got.shape == wanted.shape, (name, got.shape, wanted.shape)
+        read = max(read, _distance(got, wanted))
+        edit = max(edit, _edited(model, reference, site, layer, wanted))
+    return Cell(read, edit)
+
+
+def _edited(model: ic.Model, reference: Reference, site: Site, layer: int, value: Tensor) -> float:
+    """Logits after one entry of the site was changed, at one position."""
+    inputs = {"input_ids": IDS}
+    attention = "query" in SITES[site.name].axes
+    if site.name == "router_weights":
+        edit = site.at(-2).scale(0.5)
+        wanted = reference.logits(site.name, layer, inputs, lambda x: _scaled(x))
+    elif attention:
+        noise = _noise(value.shape[1], value.dtype)
+        edit = site.at(query=-1, key=-2).add(noise)
+        wanted = reference.logits(
+            site.name, layer, inputs, lambda x: _added(x, (slice(None), slice(None), -1, -2), noise)
+        )
+    else:
+        noise = 2 * _noise(value.shape[-1], value.dtype)
+        edit = site.at(-2).add(noise)
+        wanted = reference.logits(site.name, layer, inputs, lambda x: _added(x, (slice(None), -2), noise))
+    got = model.run(IDS, edits=edit).logits
+    plain = model.run(IDS).logits
+    assert _distance(got, plain) > 1e-4, f"{site}: the edit changed nothing"
+    return _distance(got, wanted)
+
+
+def _noise(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).to(dtype)
+
+
+def _added(x: Tensor, index: tuple[object, ...], noise: Tensor) -> Tensor:
+    x = x.clone()
+    x[index] += noise
+    return x
+
+
+def _scaled(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, -2] *= 0.5
+    return x
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    lowest = torch.finfo(a.dtype).min / 2  # masked scores
+    a, b = a.clamp(min=lowest), b.clamp(min=lowest)
+    return float((a - b).abs().max())

@@ -1,0 +1,219 @@
+"""Generation: edits and reads at every step mean what they say, and batches equal single rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+
+import interp_core as ic
+from interp_core import sites as S
+
+NEW = 6
+
+
+def by_recomputing(model: ic.Model, tokens: ic.Tokens, edits_at: object, new: int = NEW) -> list[int]:
+    """Greedy tokens without a cache: the whole sequence again at every step, edits given for the sequence so far."""
+    ids = tokens.ids
+    for _ in range(new):
+        row = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        logits = model.run(row, edits=edits_at(ids.shape[1])).logits  # type: ignore[operator]
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[0, tokens.ids.shape[1] :].tolist()
+
+
+def single(ids: list[int]) -> ic.Tokens:
+    return ic.Tokens(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+
+
+PROMPT = [5, 17, 33, 8, 61, 40, 22]
+VECTOR = torch.linspace(-3, 3, 64, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_mean_the_same_with_and_without_cache(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    n = len(PROMPT)
+    cases = {
+        "everything": (S.resid_post[0].add(VECTOR), lambda _: S.resid_post[0].add(VECTOR)),
+        "one position": (S.mlp_out[1].at(2).zero(), lambda _: S.mlp_out[1].at(2).zero()),
+        "prompt": (S.attn_out[1].at("prompt").scale(2.0), lambda _: S.attn_out[1].at(slice(0, n)).scale(2.0)),
+        "values": (S.v[0, 0].at(slice(0, 3)).zero(), lambda _: S.v[0, 0].at(slice(0, 3)).zero()),
+        "keys": (S.k[1].at([1, 2]).scale(-1.0), lambda _: S.k[1].at([1, 2]).scale(-1.0)),
+        "knockout": (
+            S.pattern[1].knockout(query=slice(5, None), key=[4]),
+            lambda length: S.pattern[1].knockout(query=slice(5, length), key=[4]),
+        ),
+        "generated": (
+            S.resid_post[1].at("generated").add(VECTOR),
+            lambda length: S.resid_post[1].at(slice(n, None)).add(VECTOR) if length > n else (),
+        ),
+        "last, then all since": (
+            S.resid_post[1].at(-1).add(VECTOR),
+            lambda _: S.resid_post[1].at(slice(n - 1, None)).add(VECTOR),
+        ),
+    }
+    for name, (edit, again) in cases.items():
+        made = model.generate(single(PROMPT), edits=edit, max_new_tokens=NEW, stop_at_eos=False, allow_noop=True)
+        assert made.ids[0].tolist() == by_recomputing(model, single(PROMPT), again), name
+
+
+def test_rotated_keys_stay_edited_while_generating() -> None:
+    model = tiny_model("llama", torch.float64)
+    edit = S.rot_k[1].at([1, 3]).scale(-2.0)
+    made = model.generate(single(PROMPT), edits=edit, max_new_tokens=NEW, stop_at_eos=False)
+    assert made.ids[0].tolist() == by_recomputing(model, single(PROMPT), lambda _: edit)
+    assert made.receipts[0].fired == NEW
+
+
+def test_sliding_windows_keep_absolute_key_positions() -> None:
+    for family in ("mistral", "gemma3"):
+        model = tiny_model(family, torch.float64)
+        edit = S.pattern[0].knockout(query=slice(6, None), key=[5])
+        made = model.generate(single(PROMPT), edits=edit, max_new_tokens=NEW, stop_at_eos=False)
+        wanted = by_recomputing(
+            model, single(PROMPT), lambda length: S.pattern[0].knockout(query=slice(6, length), key=[5])
+        )
+        assert made.ids[0].tolist() == wanted, family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> None:
+    dtype = torch.float32 if family == "gemma2" else torch.float64  # see test_padding_changes_nothing
+    model = tiny_model(family, dtype)
+    vector = VECTOR.to(dtype)
+    edits = [S.resid_post[1].at(-1).add(vector), S.z[0, 1].at(0).zero(), S.v[2].at("prompt").scale(0.5)]
+    batch = model.generate(padded, edits=edits, read=[S.resid_post[2], S.z[1]], max_new_tokens=NEW, stop_at_eos=False)
+    for i, row in enumerate(padded):
+        alone = model.generate(row, edits=edits, read=[S.resid_post[2], S.z[1]], max_new_tokens=NEW, stop_at_eos=False)
+        assert batch.ids[i].tolist() == alone.ids[0].tolist()
+        n = row.lengths[0] + NEW - 1
+        for site in (S.resid_post[2], S.z[1, 2]):
+            torch.testing.assert_close(
+                batch[site][i, -n:], alone[site][0], atol=1e-3 if family == "gemma2" else 1e-6, rtol=1e-3
+            )
+    assert batch.receipts[0].positions == tuple(tuple(range(n - 1, n + NEW - 1)) for n in padded.lengths)
+    assert batch.receipts[1].positions == ((0,),) * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_over_steps_equal_one_pass(family: str) -> None:
+    model = tiny_model(family)
+    sites = [S.resid_post, S.z[1], S.v[0]] + ([S.rot_k[1]] if model.atlas.layers("rot_k") else [])
+    made = model.generate(single(PROMPT), read=sites, max_new_tokens=NEW, stop_at_eos=False)
+    whole = model.run(single([*PROMPT, *made.ids[0, :-1].tolist()]), read=sites)
+    for site in (S.resid_post, S.z[1, 3], S.v[0]) + ((S.rot_k[1],) if len(sites) > 3 else ()):
+        torch.testing.assert_close(
+            made[site].as_subclass(torch.Tensor), whole[site].as_subclass(torch.Tensor), atol=2e-4, rtol=2e-4
+        )
+    assert len(made.steps) == NEW
+    assert made.steps[0][S.resid_post[1]].shape[1] == len(PROMPT)
+    assert made.steps[3][S.resid_post[1]].shape[1] == 1
+    assert made[S.resid_post[1]].at(-1).shape == (1, 64)
+    assert torch.equal(made.steps[0][S.resid_post[1]].at(2), made[S.resid_post[1]][:, 2])
+    assert torch.equal(made.steps[2][S.resid_post[1]].at(-1), made[S.resid_post[1]][:, len(PROMPT) + 1])
+
+
+def test_patterns_by_step(toy: ic.Model) -> None:
+    text = "Q: big\nA: small\n\nQ: hot\nA:"
+    made = toy.generate(text, read=S.pattern[2], max_new_tokens=4, stop_at_eos=False)
+    n = made.tokens.lengths[0] - 4
+    assert [tuple(step[S.pattern[2]].shape[2:]) for step in made.steps] == [(n, n), (1, n + 1), (1, n + 2), (1, n + 3)]
+    with pytest.raises(ic.ReadError, match="keys grow with every step"):
+        made[S.pattern[2]]
+    with pytest.raises(ic.ReadError, match="was not read in this step"):
+        made.steps[0][S.resid_post[1]]
+
+
+def test_reads_at_positions_by_step(toy: ic.Model) -> None:
+    made = toy.generate(
+        "Q: big\nA:", read=[S.resid_post[2].at(0), S.resid_post[2].at(-1)], max_new_tokens=3, stop_at_eos=False
+    )
+    assert made.steps[0][S.resid_post[2].at(0)].shape == (1, 128)
+    assert made.steps[1][S.resid_post[2].at(-1)].shape == (1, 128)
+    with pytest.raises(ic.ReadError, match="this pass has none of its positions"):
+        made.steps[1][S.resid_post[2].at(0)]
+    with pytest.raises(ic.ReadError, match="read the site without positions"):
+        made[S.resid_post[2].at(0)]
+
+
+def test_without_edits_equals_transformers(toy: ic.Model) -> None:
+    tokens = toy.tokens("Q: big\nA: small\n\nQ: hot\nA:")
+    made = toy.generate(tokens, max_new_tokens=8)
+    plain = toy.hf.generate(input_ids=tokens.ids, attention_mask=tokens.mask.long(), max_new_tokens=8, do_sample=False)
+    assert made.ids[0].tolist() == plain[0, tokens.ids.shape[1] :].tolist()
+    assert made.texts[0].startswith(" cold\n\nQ:")
+    assert str(made) == made.texts[0]
+    assert made.tokens.rows.names["generated"][0][0] == tokens.lengths[0]
+
+
+def test_sampling_repeats_under_seed_and_leaves_the_generator(toy: ic.Model) -> None:
+    state = torch.get_rng_state()
+    runs = [
+        toy.generate("Q:", max_new_tokens=8, do_sample=True, temperature=1.5, seed=s).ids.tolist() for s in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (
+        toy.generate("Q:", max_new_tokens=4, do_sample=True, top_k=1, seed=0).ids.tolist()
+        == toy.generate("Q:", max_new_tokens=4).ids.tolist()
+    )
+
+
+def test_rows_stop_at_their_own_end(toy: ic.Model) -> None:
+    push = torch.zeros(2, 1469)
+    push[0, toy.tokenizer.eos_token_id] = 1000.0
+    texts = ["VAR V3 84.\n? V3", "Q: big\nA: small\n\nQ: hot\nA:"]
+    made = toy.generate(texts, edits=S.logits.at(-1).add(push), max_new_tokens=6)
+    assert made.texts[0] == "" and made.texts[1].startswith(" cold")
+    free = toy.generate(texts, max_new_tokens=6)
+    assert free.texts[0].startswith(" 84") and free.texts[1] == made.texts[1]
+
+
+def test_positions_beyond_the_prompt(toy: ic.Model) -> None:
+    n = toy.tokens("Q: big\nA:").lengths[0]
+    made = toy.generate(
+        "Q: big\nA:", edits=S.resid_post[1].at([1, n + 1]).scale(2.0), max_new_tokens=4, stop_at_eos=False
+    )
+    assert made.receipts[0].positions == ((1, n + 1),) and made.receipts[0].fired == 2
+    made = toy.generate(
+        "Q: big\nA:", edits=S.mlp_out[1].at(ic.Span(n, n + 2)).zero(), max_new_tokens=4, stop_at_eos=False
+    )
+    assert made.receipts[0].positions == ((n, n + 1),)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"num_beams": 4}, ic.PlanError, "num_beams"),
+        ({"num_return_sequences": 2}, ic.PlanError, "num_return_sequences"),
+        ({"use_cache": False}, ic.PlanError, "use_cache"),
+        ({"max_new_tokens": 0}, ic.PlanError, "at least 1"),
+        ({"max_new_tokens": 300}, ic.TextError, "do not fit the model's context of 256"),
+        ({"edits": S.resid_post[9].zero()}, ic.SiteError, "no layer 9"),
+        ({"edits": S.resid_post[0].at(40).zero()}, ic.PositionError, "no position 40"),
+        ({"edits": S.resid_post[0].at(slice(1, None)).set(torch.zeros(3, 128))}, ic.PlanError, "these positions move"),
+        ({"edits": S.resid_post[0].set(torch.zeros(1, 4, 128))}, ic.PlanError, "these positions move"),
+    ],
+)
+def test_bad_requests(toy: ic.Model, options: dict[str, object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        toy.generate("Q: big\nA:", **{"max_new_tokens": 4, **options})  # type: ignore[arg-type]
+
+
+def test_values_per_position_act_on_the_prompt(toy: ic.Model) -> None:
+    text = "Q: big\nA: small\n\nQ: hot\nA:"
+    n = toy.tokens(text).lengths[0]
+    other = toy.run(text.replace("small", "grand"), read=S.resid_post[1])[S.resid_post[1]]
+    for place in ("prompt", ic.Span(0, n)):
+        made = toy.generate(text, edits=S.resid_post[1].at(place).set(other), max_new_tokens=3)
+        assert made.receipts[0].fired == 1
+
+
+def test_an_edit_that_never_fires_is_an_error(toy: ic.Model) -> None:
+    with pytest.raises(ic.PositionError, match="selects no position in any row"):
+        toy.generate("Q: big\nA:", edits=S.resid_post[1].at("generated").zero(), max_new_tokens=1)
+    push = torch.zeros(1469)
+    push[toy.tokenizer.eos_token_id] = 1000.0
+    with pytest.raises(ic.EffectError, match="never fired"):  # the text ends before its position comes
+        toy.generate("Q: big\nA:", edits=[S.logits.add(push), S.resid_post[1].at("generated").zero()], max_new_tokens=3)

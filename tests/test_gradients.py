@@ -1,0 +1,103 @@
+"""Gradients of what was read, and edits that are differentiated through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from reference import Reference
+
+import interp_core as ic
+from interp_core import sites as S
+
+
+def scalar(logits: torch.Tensor) -> torch.Tensor:
+    return (logits[0, -1, 5] - logits[1, -2, 7]) + logits[:, 3].pow(2).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_by_hand(family: str, ids: torch.Tensor) -> None:
+    """By hand: a zero is added to the site by a hand-written hook, and the gradient taken with respect to it."""
+    model = tiny_model(family, torch.float64, "eager")
+    reference = Reference(family, model.hf)
+    names = [name for name in reference.sites() if name != "head_out" and "router" not in name and name != "logits"]
+    sites = {name: S.named(name)[1] if S.SITES[name].layered else S.named(name) for name in names}
+    run = model.run(ids, read=list(sites.values()), grad=scalar)
+    for name, site in sites.items():
+        zero = torch.zeros_like(run[site].as_subclass(torch.Tensor), requires_grad=True)
+        with torch.enable_grad(), reference.hooked(name, 1, lambda x, zero=zero: x + zero):
+            logits = model.hf(input_ids=ids, use_cache=False).logits
+            (wanted,) = torch.autograd.grad(scalar(logits), zero)
+        torch.testing.assert_close(run.grad[site].as_subclass(torch.Tensor), wanted, atol=1e-9, rtol=1e-7)
+
+
+def test_parts_and_selection(ids: torch.Tensor) -> None:
+    model = tiny_model("qwen3")
+    whole = model.run(ids, read=[S.z, S.resid_post], grad=scalar)
+    part = model.run(ids, read=[S.z[1, 2].at(-1), S.resid_post[0].at([1, 3])], grad=scalar)
+    torch.testing.assert_close(part.grad[S.z[1, 2].at(-1)], whole.grad[S.z[1, 2]].at(-1))
+    torch.testing.assert_close(part.grad[S.resid_post[0].at([1, 3])], whole.grad[S.resid_post[0]].at([1, 3]))
+    assert whole.grad[S.z].shape == (3, 2, 7, 4, 24)
+    assert not whole[S.z[0]].requires_grad and not whole.logits.requires_grad
+    with pytest.raises(ic.ReadError, match="was not read"):
+        whole.grad[S.mlp_out[0]]
+
+
+def test_weights_get_no_gradient(ids: torch.Tensor) -> None:
+    model = tiny_model("gpt2")
+    model.run(ids, read=S.resid_post, grad=scalar)
+    assert all(p.grad is None for p in model.hf.parameters())
+
+
+def test_frozen_weights(ids: torch.Tensor) -> None:
+    model = ic.load(ic.testing.tiny("llama").requires_grad_(False))
+    free = tiny_model("llama").run(ids, read=[S.embed, S.z[1]], grad=scalar)
+    frozen = model.run(ids, read=[S.embed, S.z[1]], grad=scalar)
+    torch.testing.assert_close(
+        frozen.grad[S.z[1]].as_subclass(torch.Tensor), free.grad[S.z[1]].as_subclass(torch.Tensor)
+    )
+    torch.testing.assert_close(
+        frozen.grad[S.embed].as_subclass(torch.Tensor), free.grad[S.embed].as_subclass(torch.Tensor)
+    )
+
+
+def test_optimising_a_vector_through_an_edit(toy: ic.Model) -> None:
+    text = "Q: big\nA:"
+    target = toy.tokens(" Katze").ids[0, 0]
+    vector = torch.zeros(128, requires_grad=True)
+    optimizer = torch.optim.Adam([vector], lr=2.0)
+    losses = []
+    for _ in range(60):
+        run = toy.run(text, edits=S.resid_post[3].at(-1).add(vector), logits=-1, allow_noop=True)
+        loss = -torch.log_softmax(run.logits, -1)[0, target]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 < losses[0]
+    assert toy.generate(text, edits=S.resid_post[3].at(-1).add(vector.detach()), max_new_tokens=1).texts == [" Katze"]
+
+
+def test_gradient_through_every_operation(ids: torch.Tensor) -> None:
+    model = tiny_model("llama", torch.float64)
+    value = torch.randn(64, dtype=torch.float64, requires_grad=True)
+    for edit in (S.resid_post[1].set(value), S.resid_mid[1].at(2).add(value), S.mlp_out[0].at([0, 3]).set(value)):
+        run = model.run(ids, edits=[edit, S.attn_out[2].scale(0.5), S.z[2, 1].zero()], read=S.resid_post[0], grad=True)
+        (grad,) = torch.autograd.grad(run.logits.pow(2).sum(), value)
+        assert grad.abs().sum() > 0
+
+
+def test_what_has_no_gradient_is_refused(ids: torch.Tensor) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ic.CapabilityError, match="head_out.* has no gradient: it is computed beside"):
+        model.run(ids, read=S.head_out, grad=scalar)
+    with pytest.raises(ic.ReadError, match="has no gradients; pass grad"):
+        _ = model.run(ids, read=S.z).grad
+    with pytest.raises(ic.ReadError, match="returns one number"):
+        model.run(ids, read=S.z, grad=lambda logits: logits)
+
+
+def test_unused_sites_have_zero_gradient(ids: torch.Tensor) -> None:
+    model = tiny_model("llama")
+    run = model.run(ids, read=S.resid_post[2], grad=lambda logits: logits[:, 0].sum())
+    assert not run.grad[S.resid_post[2]][:, 1:].any() and run.grad[S.resid_post[2]][:, 0].any()

@@ -1,0 +1,188 @@
+"""What must stay true of the code itself: import arrows, public names, docstrings, sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import interp_core as ic
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"interp_core": ROOT / "interp_core", "interp_plugins": ROOT / "plugins", "interp_recipes": ROOT / "recipes"}
+
+
+def sources(*packages: str) -> Iterator[Path]:
+    for package in packages:
+        yield from sorted(PACKAGES[package].rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def test_import_arrows() -> None:
+    for path in sources("interp_core"):
+        assert not any(name.startswith(("interp_plugins", "interp_recipes")) for name in imported(path)), path
+    for path in sources("interp_plugins"):
+        assert not any(name.startswith("interp_recipes") for name in imported(path)), path
+
+
+def test_heavy_packages_are_imported_only_where_they_are_used() -> None:
+    heavy = {"transformer_lens", "nnsight", "datasets", "pandas", "wandb", "torchvision", "pyvene", "interp_engine"}
+    for path in sources(*PACKAGES):
+        if "bench" in path.parts:
+            continue
+        assert not {name.split(".")[0] for name in imported(path)} & heavy, path
+
+
+def test_light_modules_do_not_import_torch() -> None:
+    for module in ("errors", "sites", "positions", "plugins", "cli", "toys.text"):
+        code = f"import sys, interp_core.{module}; print('torch' in sys.modules)"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == "False", module
+
+
+def test_the_public_api_is_all() -> None:
+    assert ic.__all__ == sorted(set(ic.__all__)) and set(dir(ic)) == {*ic.__all__, "__version__"}
+    for name in ic.__all__:
+        assert getattr(ic, name) is not None
+    with pytest.raises(AttributeError, match="interp_core has no 'Modle'. Did you mean 'Model'"):
+        _ = ic.Modle
+    typed = (ROOT / "interp_core/__init__.py").read_text()
+    for name in ic.__all__:
+        assert f"import {name} as {name}" in typed, f"{name} is not visible to type checkers"
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in ic.__all__:
+        thing = getattr(ic, name)
+        assert inspect.getdoc(thing), name
+        if not inspect.isclass(thing):
+            continue
+        for attribute, value in vars(thing).items():
+            if attribute.startswith("_") or not (inspect.isfunction(value) or isinstance(value, property)):
+                continue
+            assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+def test_signatures_are_typed() -> None:
+    for path in sources(*PACKAGES):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert node.returns is not None, f"{path}:{node.lineno} {node.name}"
+
+
+def test_files_and_functions_stay_small() -> None:
+    for path in sources(*PACKAGES):
+        text = path.read_text()
+        assert text.count("\n") <= 500, f"{path} is too long: which idea would split it?"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno
+                assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_every_skip_says_why() -> None:
+    for path in (ROOT / "tests").glob("*.py"):
+        for found in re.finditer(r"mark\.(skip|skipif|xfail)\(([^)]*)", path.read_text()):
+            assert "reason=" in found.group(2), f"{path}: {found.group()}"
+
+
+def test_no_path_of_anyones_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip(reason="not a git checkout: the list of files comes from git")
+    pattern = re.compile(r"(?<![\w.])/(root|home/\w+|work)/")
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".txt", ".sh", ".yml"} and path.is_file():
+            assert not pattern.search(path.read_text()), name
+
+
+def test_every_error_is_in_the_tree_and_in_the_docs() -> None:
+    from interp_core import errors
+
+    kinds = [v for v in vars(errors).values() if inspect.isclass(v) and v.__module__ == errors.__name__]
+    assert all(issubclass(kind, ic.InterpError) for kind in kinds)
+    drawn = errors.__doc__ or ""
+    page = (ROOT / "docs/errors.md").read_text()
+    for kind in kinds:
+        assert kind.__name__ in drawn and kind.__name__ in page and kind.__name__ in ic.__all__
+
+
+def test_paths_are_those_of_the_installed_transformer_lens() -> None:
+    """The atlas' module paths come from TransformerLens' adapters: the file is what the script writes."""
+    script = ROOT / "scripts/atlas_paths.py"
+    out = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+def test_nothing_is_installed_behind_the_users_back() -> None:
+    """TransformerLens would run `pip install torchvision` for some models: no file reaches that path."""
+    for path in sources(*PACKAGES):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"boot_transformers", "_ensure_torchvision"}, path
+        assert not {"subprocess", "pip"} & {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_every_site_is_documented() -> None:
+    from interp_core.sites import SITES
+
+    page = (ROOT / "docs/sites.md").read_text()
+    for name, info in SITES.items():
+        assert f"| `{name}` | {' '.join(info.axes)} | {info.doc} |" in page
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in sources(*PACKAGES):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_versions_agree() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == ic.__version__
+    assert f"## {ic.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_constraints_pin_every_dependency() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().split()
+        if "==" in line
+    }
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *project["optional-dependencies"]["dev"],
+    ]
+    for requirement in wanted:
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()  # type: ignore[union-attr]
+        assert name in pins or name == "interp-core", f"{name} is not in constraints.txt"
+    assert importlib.metadata.version("torch").split("+")[0] == "2.13.0"
+
+
+def test_types_and_shapes_hold_at_run_time() -> None:
+    """A part of the suite again, with every signature and shape annotation checked on every call."""
+    hook = "--jaxtyping-packages=interp_core,interp_plugins,beartype.beartype"
+    files = ["tests/test_logit_lens.py", "tests/test_moe.py", "tests/test_gradients.py"]
+    run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", hook, *files]
+    out = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stdout[-3000:]

@@ -1,0 +1,144 @@
+"""Loading: what works, and what every failure says."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+
+import interp_core as ic
+from interp_core import sites as S
+
+STORIES = DATA / "stories260K"
+
+
+def test_a_folder() -> None:
+    model = ic.load(str(STORIES))
+    assert model.n_layers == 5 and model.check is not None and model.check.ok
+    assert model.dtype == torch.float32 and model.device.type in ("cpu", "cuda")
+    made = model.generate("Once upon a time, there was a", max_new_tokens=12)
+    assert "li" in made.texts[0] or "girl" in made.texts[0]
+    assert len(model.heads) == 40
+    assert repr(model).startswith(f"Model({str(STORIES)!r}, llama, 5 layers, d_model 64, float32 on")
+
+
+def test_options(tmp_path: Path) -> None:
+    model = ic.load(str(STORIES), dtype=torch.float64, attn_implementation="eager", device="cpu")
+    assert model.dtype == torch.float64 and model.hf.config._attn_implementation == "eager"
+    assert ic.load(str(STORIES), device_map={"": "cpu"}).run("Once", read=S.z[0])[S.z[0]].shape[2:] == (8, 8)
+    with pytest.raises(ic.LoadError, match="give device or device_map, not both"):
+        ic.load(str(STORIES), device="cpu", device_map="auto")
+
+
+def test_a_model_in_memory() -> None:
+    hf = ic.testing.tiny("llama")
+    assert ic.load(hf).hf is hf
+    with pytest.raises(ic.LoadError, match=r"call model.eval\(\) before load"):
+        ic.load(ic.testing.tiny("llama").train())
+    with pytest.raises(ic.LoadError, match="has no output embeddings; pass the model with its language modelling head"):
+        ic.load(hf.model)
+    with pytest.raises(ic.LoadError, match="is no Hugging Face transformers model"):
+        ic.load(torch.nn.Linear(2, 2))
+    for options in ({"dtype": torch.float64}, {"device": "cpu"}, {"attn_implementation": "eager"}):
+        with pytest.raises(ic.LoadError, match="taken as it is"):
+            ic.load(hf, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("toy:txt", "there is no toy 'toy:txt'. Did you mean 'text'"),
+        ("/no/such/folder", "there is no folder /no/such/folder; give a folder, a hub id"),
+        ("./nowhere", "there is no folder"),
+        ("someone/some-model-that-is-not-cached", "hf download someone/some-model-that-is-not-cached"),
+        (3, "load takes a hub id, a folder"),
+    ],
+)
+def test_sources_that_are_not_there(source: object, says: str) -> None:
+    with pytest.raises(ic.LoadError, match=says.replace("(", r"\(")):
+        ic.load(source)  # type: ignore[arg-type]
+
+
+def broken(tmp_path: Path, name: str, data: bytes | None) -> str:
+    folder = tmp_path / "model"
+    shutil.copytree(STORIES, folder)
+    for item in folder.iterdir():
+        item.chmod(0o644)
+    folder.chmod(0o755)
+    if data is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("config.json", None, "holds no config.json, so it is no transformers model"),
+        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b'{"model_type": "nonsense"}', "cannot be loaded as a language model"),
+        ("model.safetensors", None, "cannot be loaded as a language model"),
+        ("model.safetensors", b"not weights", "the weights of .* are damaged|cannot be loaded"),
+        ("model.safetensors", (STORIES / "model.safetensors").read_bytes()[:5000], "damaged|cannot be loaded"),
+        ("tokenizer.json", b"{}", "has no usable tokenizer"),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, name: str, data: bytes | None, says: str) -> None:
+    with pytest.raises(ic.LoadError, match=says):
+        ic.load(broken(tmp_path, name, data))
+
+
+def test_files_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(ic.LoadError, match="is a file; give the folder"):
+        ic.load(str(STORIES / "config.json"))
+    with pytest.raises(ic.LoadError, match="it holds nothing"):
+        ic.load(str(tmp_path))
+
+
+def test_unknown_engines() -> None:
+    with pytest.raises(ic.CapabilityError, match="no engine is called 'touch'. Did you mean 'torch'"):
+        ic.load(ic.testing.tiny("llama"), engine="touch")
+
+
+def test_gated_repositories_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+    from huggingface_hub.errors import GatedRepoError
+    from requests import Response  # type: ignore[import-untyped]
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise GatedRepoError("gated", response=Response())
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ic.LoadError, match="meta/secret is gated: ask for access on its page"):
+        ic.load("meta/secret")
+
+
+def test_loading_imports_neither_transformer_lens_nor_nnsight() -> None:
+    import subprocess
+
+    code = (
+        "import sys, interp_core as ic; ic.load('toy:text').run('Q:');"
+        "print([m for m in ('transformer_lens', 'nnsight', 'datasets', 'pandas', 'wandb', 'torchvision') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_offloaded_weights(ids: torch.Tensor) -> None:
+    """Weights that are only there during the forward pass: everything works but what reads them beside it."""
+    import accelerate
+
+    hf, kept = ic.testing.tiny("llama"), ic.load(ic.testing.tiny("llama"))
+    accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
+    model = ic.load(hf)
+    assert "are offloaded" in model.atlas.lacking["head_out"]
+    for site in (S.resid_post, S.z, S.pattern):
+        assert torch.equal(model.run(ids, read=site)[site], kept.run(ids, read=site)[site])
+        assert torch.equal(model.run(ids, read=site, logits=False)[site], kept.run(ids, read=site)[site])
+    edit = S.z[1, 2].zero()
+    assert torch.equal(model.run(ids, edits=edit).logits, kept.run(ids, edits=edit).logits)

@@ -1,0 +1,41 @@
+"""Our reads and edits equal hand-written hooks, family by family and site by site."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES
+from parity import battery, cell
+from reference import LAYOUT, Reference
+
+import interp_core as ic
+from interp_core import testing
+from interp_core.architectures import gpt2
+from interp_core.architectures.family import Family, fused_per_head
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
+def test_every_site_equals_hand_written_hooks(family: str, dtype: torch.dtype) -> None:
+    cells = battery(family, dtype)
+    worst = {site: max(cell) for site, cell in cells.items()}
+    assert max(worst.values()) <= TOLERANCE[dtype], worst
+
+
+def test_the_battery_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads split the wrong way round fit every shape; the battery must see them."""
+    for row in ic.registry("architectures"):
+        if row.name == "gpt2":
+            wrong = Family("gpt2", fused=fused_per_head, refuse=gpt2.FAMILY.refuse)
+            monkeypatch.setattr(row, "value", wrong)
+            monkeypatch.setattr(row, "status", "ok")
+    hf = testing.tiny("gpt2", dtype=torch.float64)
+    model, reference = ic.load(hf, check=False), Reference("gpt2", hf)
+    assert min(cell(model, reference, "v")) > 1e-3
+    assert max(cell(model, reference, "z")) < 1e-9
+
+
+def test_the_reference_covers_every_family() -> None:
+    assert sorted(LAYOUT) == sorted(FAMILIES)

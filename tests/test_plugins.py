@@ -1,0 +1,161 @@
+"""Discovery by entry points: real distributions on the path, some of them broken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import interp_core as ic
+from interp_core.methods import API
+from interp_core.plugins import KINDS, Registry
+
+
+def distribution(folder: Path, name: str, points: dict[str, dict[str, str]], code: str) -> None:
+    """An installed distribution, as pip would leave it."""
+    info = folder / f"{name.replace('-', '_')}-1.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    lines = [
+        f"[interp_core.{kind}]\n" + "".join(f"{k} = {v}\n" for k, v in items.items()) for kind, items in points.items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    (folder / f"{name.replace('-', '_')}.py").write_text(textwrap.dedent(code))
+
+
+GOOD = """
+import interp_core as ic
+
+class Count(ic.Method):
+    name = "count"
+
+    class Config(ic.Config):
+        by: int = 1
+
+    def run(self, model, tokens, config):
+        return Counted(n=len(tokens.labels[0]) * config.by)
+
+from dataclasses import dataclass
+
+@dataclass(frozen=True, eq=False)
+class Counted(ic.Result):
+    n: int
+
+class Old(ic.Method):
+    api = 0
+    def run(self, model, tokens, config): ...
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    good = {
+        "count": "hello_plugin:Count",
+        "old": "hello_plugin:Old",
+        "nothing": "hello_plugin:Missing",
+        "odd": "json:dumps",
+    }
+    distribution(tmp_path, "hello-plugin", {"methods": good}, GOOD)
+    distribution(tmp_path, "broken-plugin", {"methods": {"crash": "broken_plugin:X"}}, "raise RuntimeError('no luck')")
+    clash = {"methods": {"logit_lens": "clash_plugin:Lens", "count": "clash_plugin:Lens"}}
+    distribution(tmp_path, "xclash-plugin", clash, "Lens = 3")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from interp_core import plugins
+
+    plugins.registry.cache_clear()
+    yield tmp_path
+    for name in ("hello_plugin", "broken_plugin"):
+        sys.modules.pop(name, None)
+    plugins.registry.cache_clear()
+
+
+def test_our_own_come_the_same_way() -> None:
+    assert "logit_lens" in ic.registry("methods") and "demo" in ic.registry("recipes")
+    assert "torch" in ic.registry("engines") and {"gpt2", "qwen3_moe"} <= set(ic.registry("architectures").names())
+    assert all(row.dist == "interp-core" for kind in KINDS for row in ic.registry(kind))
+    assert ic.registry("launchers").names() == []
+
+
+def test_a_method_of_another_package(installed: Path, toy: ic.Model) -> None:
+    result = ic.method("count")(toy, "Q: big\nA:", by=3)
+    assert result.n == 12
+    with pytest.raises(ic.PlanError, match="count has no setting 'bye'. Did you mean 'by'"):
+        ic.method("count")(toy, "Q:", bye=3)
+    with pytest.raises(ic.PlanError, match=r"setting by: Input should be a valid integer.*got 'x'"):
+        ic.method("count")(toy, "Q:", by="x")
+
+
+def test_listing_imports_nothing(installed: Path) -> None:
+    code = (
+        "import sys; from interp_core.plugins import KINDS, registry;"
+        "rows = [r for k in KINDS for r in registry(k)];"
+        "print(len(rows), 'torch' in sys.modules, 'hello_plugin' in sys.modules, 'broken_plugin' in sys.modules)"
+    )
+    path = {"PYTHONPATH": str(installed)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path)
+    assert out.stdout.split()[1:] == ["False", "False", "False"] and int(out.stdout.split()[0]) >= 12
+
+
+def test_broken_plugins_are_rows_until_they_are_asked_for(installed: Path) -> None:
+    methods = ic.registry("methods")
+    rows = {(row.name, row.dist): row for row in methods}
+    assert rows["crash", "broken-plugin"].status == "unloaded"
+    for _ in range(2):
+        with pytest.raises(
+            ic.PluginError,
+            match=r"(?s)'crash' of broken-plugin 1.2 cannot be imported: .*no luck.*Traceback.*pip install -U",
+        ):
+            ic.method("crash")
+    assert rows["crash", "broken-plugin"].status == "broken" and "no luck" in rows["crash", "broken-plugin"].error
+    with pytest.raises(ic.PluginError, match="has no attribute 'Missing'"):
+        ic.method("nothing")
+    with pytest.raises(ic.PluginError, match="not a subclass of interp_core.Method"):
+        ic.method("odd")
+    with pytest.raises(ic.PluginError, match=f"was written for interface 0, this is {API}"):
+        ic.method("old")
+    assert ic.method("logit_lens").name == "logit_lens"
+
+
+def test_clashes_keep_ours_and_reach_theirs_by_distribution(installed: Path) -> None:
+    methods = ic.registry("methods")
+    mine = [row for row in methods if row.name == "logit_lens"]
+    assert [(row.dist, row.status) for row in mine] == [("interp-core", "unloaded"), ("xclash-plugin", "shadowed")]
+    assert ic.method("logit_lens").name == "logit_lens"
+    with pytest.raises(ic.PluginError, match="cannot be imported"):
+        methods.get("xclash-plugin:logit_lens")  # its module is not there
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ic.PluginError, match="no method is called 'logit_lense'. Did you mean 'logit_lens'"):
+        ic.method("logit_lense")
+    with pytest.raises(ic.PluginError, match="no kind of plugin is called 'method'. Did you mean 'methods'"):
+        ic.registry("method")
+    with pytest.raises(ic.PluginError, match="is a .*, not a int"):
+        Registry("methods").get("logit_lens", int)
+
+
+def test_registering_by_hand() -> None:
+    registry = Registry("methods")
+    mine = type("Mine", (ic.Method,), {"run": lambda *_: None})
+    registry.register("mine", mine)
+    registry.register("logit_lens", mine)
+    assert registry.get("mine") is mine and registry.get("logit_lens") is mine
+    assert [row.status for row in registry if row.name == "logit_lens"] == ["shadowed", "ok"]
+
+
+def test_command_line_lists_all(installed: Path) -> None:
+    env = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
+    run = [sys.executable, "-m", "interp_core.cli", "plugins"]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
+    assert "crash" in out and "hello-plugin" in out and "shadowed" in out
+    loud = subprocess.run([*run, "methods", "-v"], capture_output=True, text=True, check=True, env=env).stdout
+    assert "no luck" in loud and "Traceback" in loud
+    rows = json.loads(
+        subprocess.run([*run, "methods", "--json"], capture_output=True, text=True, check=True, env=env).stdout
+    )
+    assert {"kind", "name", "status", "dist", "version", "target"} <= rows[0].keys()
+    assert any(row["name"] == "count" and row["dist"] == "hello-plugin" for row in rows)
