@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites as S
+from ..engines.nnsight import library
 from ..errors import PlanError, nearest
 
 if TYPE_CHECKING:
@@ -187,13 +188,11 @@ class NNsight(Tool):
 
     def __init__(self, model: Model, ids: Tensor) -> None:
         super().__init__(model, ids)
-        import nnsight
-
-        self.nnsight = nnsight
-        self.traced = nnsight.NNsight(copy.deepcopy(model.hf))
+        self.nnsight = library()
+        self.traced = self.nnsight.NNsight(copy.deepcopy(model.hf))
         self.generator = None
         if model.tokenizer is not None:
-            self.generator = nnsight.TransformersModel(copy.deepcopy(model.hf), tokenizer=model.tokenizer)
+            self.generator = self.nnsight.TransformersModel(copy.deepcopy(model.hf), tokenizer=model.tokenizer)
         else:
             self.generate = None  # type: ignore[assignment]
 
