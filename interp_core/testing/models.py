@@ -1,9 +1,4 @@
-"""Small random-weight models of real families, for tests and for authors of plugins.
-
-    model = ic.load(testing.tiny("gemma2"))
-
-The models are made from config: no download, no training, the same weights for the same seed.
-"""
+"""Random-weight models of real families, made from config."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import LoadError, nearest
+from ..errors import LoadError, nearest
 
 VOCAB = 96
 _MHA: dict[str, Any] = {
