@@ -9,7 +9,7 @@ position on everything. Keys of attention sites reach back over the whole sequen
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,14 +68,13 @@ def generate(
     for edit in compiled.edits:
         _check_steady(edit, tokens.rows)
     settings = _settings(model, do_sample, temperature, top_p, top_k, stop_at_eos)
-    inputs = _inputs(tokens, compiled)
-    call = partial(model.hf.generate, **inputs, max_new_tokens=max_new_tokens, **settings, **options)
+    inputs = _inputs(tokens, compiled) | {"max_new_tokens": max_new_tokens} | settings | options
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), model.fresh(), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         final = _grown(tokens.rows, max_new_tokens - 1)
-        ids, passes = compiled.program.generate(call, tokens.rows, final, compiled.edits)
+        ids, passes = compiled.program.generate(inputs, tokens.rows, final, compiled.edits)
     made = Generation(compiled, tokens, ids.cpu(), passes, settings["eos_token_id"])
     if not allow_noop:
         demand_effect(compiled.edits, passes, lambda: made.receipts)

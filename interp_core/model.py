@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +98,7 @@ class Model:
         self._embedding = self.hf.get_input_embeddings()
         self._check_tokenizer()
         self.engine = make_engine(engine, self.hf)
+        self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.check: Check | None = check_atlas(self) if check else None
 
@@ -271,7 +272,7 @@ class Model:
         saved = []
         for path in self.atlas.family.carried:
             owner, _, name = path.rpartition(".")
-            module = self.hf.get_submodule(owner)
+            module = self.engine.model.get_submodule(owner)
             saved.append((module, name, getattr(module, name)))
             setattr(module, name, None)
         try:
@@ -313,10 +314,9 @@ class CompiledPlan:
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
         if graph:
             self._check_grad(bool(grad))
-        inputs = model_inputs(model, tokens)
-        call = partial(model.hf, **inputs, use_cache=False)
+        inputs = {**model_inputs(model, tokens), "use_cache": False}
         with torch.set_grad_enabled(graph), model.fresh():
-            passed = program.forward(call, tokens.rows, edits, keep_graph=graph, stop=stop)
+            passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
         run = Run(self, tokens, passed)
         if not stop:
             run.set_logits(passed.output.logits, logits, keep)

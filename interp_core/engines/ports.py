@@ -1,4 +1,4 @@
-"""Ports of the torch engine: what a plan does at one side of one module, as one hook.
+"""Ports: what a plan does at one side of one module, as one hook.
 
 A port carries out the plan's changes there in order, then keeps what the plan reads: a read sees the value that the
 model goes on with.
@@ -23,7 +23,7 @@ from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
 
 if TYPE_CHECKING:
-    from .torch import TorchProgram
+    from .program import PortProgram
 
 
 class Part:
@@ -89,7 +89,7 @@ class Read(Part):
         """The tap's view."""
         return self.tap.view
 
-    def keep(self, x: Tensor, program: TorchProgram) -> Tensor:
+    def keep(self, x: Tensor, program: PortProgram) -> Tensor:
         """Keep this read's part of the tensor that passes; returns what the model goes on with."""
         if self.bound is None and not self.whole:
             return x
@@ -111,7 +111,7 @@ class Read(Part):
             x = x.view_as(x)
         return x if x.requires_grad else x.requires_grad_()
 
-    def derive(self, call: Call, program: TorchProgram) -> None:
+    def derive(self, call: Call, program: PortProgram) -> None:
         """The same for a value that the tap computes."""
         if not self.idle:
             assert self.tap.get is not None
@@ -124,11 +124,11 @@ class Change(Part):
 
     __slots__ = ("checked", "knockout", "number", "program")
 
-    def __init__(self, program: TorchProgram, number: int, edit: Edit, entry: Entry, tap: Tap) -> None:
+    def __init__(self, program: PortProgram, number: int, edit: Edit, entry: Entry, tap: Tap) -> None:
         super().__init__(entry, tap, edit.site)
         assert self.region is not None  # units are checked now
         self.program, self.number = program, number
-        self.knockout = edit.op == "knockout" and tap.side == "attention"
+        self.knockout = edit.op == "knockout" and tap is not entry.write
         self.checked: Any = None
 
     def apply(self, x: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class Port:
 
     __slots__ = ("_name", "capture", "captured", "changes", "module", "needs", "program", "reads", "tap")
 
-    def __init__(self, program: TorchProgram, module: nn.Module, tap: Tap) -> None:
+    def __init__(self, program: PortProgram, module: nn.Module, tap: Tap) -> None:
         self.program, self.module, self.tap = program, module, tap
         self.reads: list[Read] = []
         self.changes: list[Change] = []
@@ -282,6 +282,11 @@ class Port:
         """Whether all that is done here is to keep the tensor that passes."""
         return not (self.changes or self.capture) and all(read.late for read in self.reads)
 
+    @property
+    def derived(self) -> bool:
+        """Whether something here needs the whole call, not only the first tensor that passes."""
+        return any(part.tap.get for part in (*self.changes, *self.reads))
+
     def hook(self) -> tuple[dict[Any, Any], dict[Any, Any] | None, Any]:
         """The module's own hook table, its table of hooks that take keyword arguments if this is one, and the hook.
 
@@ -290,13 +295,13 @@ class Port:
         """
         module = self.module
         if self.tap.side == "in":
-            hook = self._keep_input() if self.plain else self._on_input()
+            hook = self._keep_input() if self.plain else self.on_input()
             return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook
-        return module._forward_hooks, None, self._keep_output() if self.plain else self._on_output()
+        return module._forward_hooks, None, self._keep_output() if self.plain else self.on_output()
 
     def _keep_input(self) -> Callable[[Any, Any, Any], Any]:
         """The leanest hook for an input: called once per layer and pass by plans that only read."""
-        program, full = self.program, self._on_input()
+        program, full = self.program, self.on_input()
         numbers = [read.number for read in self.reads]
 
         def keep(module: Any, args: Any, kwargs: Any) -> Any:
@@ -313,7 +318,7 @@ class Port:
         """The same for an output."""
         program = self.program
         numbers = [read.number for read in self.reads]
-        many, full = (tuple, list), self._on_output()
+        many, full = (tuple, list), self.on_output()
 
         def keep(module: Any, args: Any, output: Any) -> Any:
             if program.keep_graph or program.stop_at is self:
@@ -325,8 +330,9 @@ class Port:
 
         return keep
 
-    def _on_output(self) -> Callable[[Any, Any, Any], Any]:
-        derived = any(part.tap.get for part in (*self.changes, *self.reads))
+    def on_output(self) -> Callable[[Any, Any, Any], Any]:
+        """What is done to a module's output: `(module, args, output)` to the new output, None if it stays."""
+        derived = self.derived
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             single = isinstance(output, Tensor)
@@ -348,10 +354,12 @@ class Port:
     def name(self) -> str:
         """The module's first argument, for models that pass it by name."""
         if not self._name:
-            self._name = next(iter(inspect.signature(self.module.forward).parameters))
+            self._name = list(inspect.signature(type(self.module).forward).parameters)[1]
         return self._name
 
-    def _on_input(self) -> Callable[[Any, Any, Any], Any]:
+    def on_input(self) -> Callable[[Any, Any, Any], Any]:
+        """What is done to a module's input: `(module, args, kwargs)` to new ones, None if they stay."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             first = args[0] if args else kwargs[self.name]
             new = self._through(first)

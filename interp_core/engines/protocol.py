@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -67,17 +67,18 @@ class Program(Protocol):
         ...
 
     def forward(
-        self, call: Callable[[], Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
     ) -> Passed:
-        """One forward pass: `call` runs the model.
+        """One forward pass.
 
         Args:
+            inputs: what the model is called with.
             edits: those that the program was compiled for, or the same with other values.
             keep_graph: keep what gradients need.
             stop: end the pass after the last slot; the output is then None.
 
         Raises:
-            PositionError, PlanError: edits that do not fit the rows, before `call`.
+            PositionError, PlanError: edits that do not fit the rows, before the model runs.
         """
         ...
 
@@ -90,13 +91,13 @@ class Program(Protocol):
         ...
 
     def generate(
-        self, call: Callable[[], Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
+        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
     ) -> tuple[Any, list[Passed]]:
-        """Many forward passes made by `call`, over a sequence that grows from `rows` to at most `final`. Returns its
-        result and one record per pass.
+        """Many forward passes, made by the model's own `generate`, over a sequence that grows from `rows` to at most
+        `final`. Returns its result and one record per pass.
 
         Raises:
-            PositionError, PlanError: edits that do not fit the final rows, before `call`.
+            PositionError, PlanError: edits that do not fit the final rows, before the model runs.
         """
         ...
 
@@ -107,11 +108,17 @@ class Engine(Protocol):
 
     Attributes:
         name: as registered.
-        modules: the model's modules by path.
+        model: the model that it runs: the user's own, or a copy with the same weights.
+        modules: its modules by path.
     """
 
     name: str
+    model: Any
     modules: dict[str, nn.Module]
+
+    def adapt(self, atlas: Atlas) -> None:
+        """Fit the atlas to the engine, once, before the self-check: other taps, refusals with their reasons."""
+        ...
 
     def compile(self, plan: Plan, atlas: Atlas) -> Program:
         """Check a plan against the model and make it ready.

@@ -1,0 +1,278 @@
+"""What the engines of this package share: a plan compiled to ports, and one run at a time.
+
+Every place that a plan touches (a module's input or output, a part of its attention) is one port. A port changes and
+keeps tensors; how the model's values come to it is the engine's.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..architectures.atlas import Atlas, Entry
+from ..architectures.taps import Tap
+from ..edits import Edit
+from ..errors import CapabilityError, PlanError
+from ..plan import Plan
+from ..positions import Rows
+from ..regions import Window
+from ..sites import SITES, Site, indices
+from .attention import LayerTap
+from .ports import Change, Part, Port, Read
+from .protocol import Passed
+
+ORDER = {name: number for number, name in enumerate(SITES)}
+
+
+class Stop(BaseException):
+    """Ends a forward pass whose remaining layers nobody needs."""
+
+
+class LocalEngine:
+    """An engine that runs a model in this process. Runs of the same model take turns.
+
+    Attributes:
+        name: as registered.
+        model: the model that it runs: the user's own, or a copy with the same weights.
+        modules: its modules by path.
+    """
+
+    name: ClassVar[str]
+    program: ClassVar[type[PortProgram]]
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._embedding = model.get_input_embeddings()
+        self.lock = threading.RLock()
+        self.busy = False
+
+    def adapt(self, atlas: Atlas) -> None:
+        """See `Engine.adapt`."""
+
+    def compile(self, plan: Plan, atlas: Atlas) -> PortProgram:
+        """See `Engine.compile`."""
+        return self.program(self, plan, atlas)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._embedding.weight.dtype
+
+    def begin(self) -> None:
+        """One run at a time: another thread waits here, a run inside a run is refused."""
+        self.lock.acquire()
+        if self.busy:
+            self.lock.release()
+            raise PlanError("the model is running: a run inside another run's edit would see its hooks")
+        self.busy = True
+
+    def end(self) -> None:
+        """Let the next run begin."""
+        self.busy = False
+        self.lock.release()
+
+
+def with_same_weights(model: Any) -> Any:
+    """A copy of a model that shares every parameter and buffer with it, for tools that change the modules."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+_NOTHING = Passed(0, 0)
+
+
+class PortProgram(ABC):
+    """A plan as ports: what is done at each place that it touches. See `Program`.
+
+    How the model's values come to the ports, and go back, is the engine's: it writes `carry`.
+    """
+
+    def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
+        self.engine, self.atlas = engine, atlas
+        self.edits: tuple[Edit, ...] = ()
+        self.slots: list[Read] = []
+        self.passed = _NOTHING
+        self.rows: Rows = Rows((), {}, 0)
+        self.window: Window | None = None
+        self.shape = (0, 0)
+        self.keep_graph = False
+        self.stop_at: Port | None = None
+        self._n_edits = len(plan.edits)
+        self._ports: dict[tuple[str, str, str], Port] = {}
+        self._by_tap: dict[Tap, Port] = {}
+        self._add_reads(plan.reads)
+        self._changes = self._add_edits(plan.edits)
+        ports = list(self._ports.values())
+        self._needed = [port for port in ports if port.capture]
+        self.ports = [port for port in ports if port.tap.side != "attention"]
+        self.taps = self._layer_taps([port for port in ports if port.tap.side == "attention"])
+        self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
+
+    # Compiling
+
+    def _port(self, tap: Tap) -> Port:
+        key = (tap.module, tap.side, tap.part)
+        port = self._ports.get(key)
+        if port is None:
+            port = self._ports[key] = Port(self, self.engine.modules[tap.module], tap)
+        if tap.needs and not port.needs:
+            port.needs = [self._port(need) for need in tap.needs]
+            for need in port.needs:
+                need.capture = True
+        self._by_tap[tap] = port
+        return port
+
+    def _add_reads(self, reads: tuple[Site, ...]) -> None:
+        """One slot per site and layer; kept lean, since plans may have thousands."""
+        slots, entries, by_tap = self.slots, self.atlas.entries, self._by_tap
+        for site in reads:
+            one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
+            for entry in self.atlas.select(site) if one is None else (one,):
+                units = site.units
+                if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
+                    indices(units, entry.n_units or 0, site.info.unit or "unit", str(site))
+                tap = entry.read
+                if tap is None:
+                    raise CapabilityError(f"{site} cannot be read: {entry.why['read']}")
+                read = Read(len(slots), entry, tap, site)
+                slots.append(read)
+                (by_tap.get(tap) or self._port(tap)).reads.append(read)
+
+    def _last(self) -> Port | None:
+        """The port that a forward pass reaches last, of those with reads."""
+        last = max(self.slots, key=lambda read: self._place(read.entry), default=None)
+        return None if last is None else self._by_tap[last.tap]
+
+    def _place(self, entry: Entry) -> tuple[int, int]:
+        """When a forward pass reaches a site, for comparison."""
+        if entry.name == "embed":
+            return -1, 0
+        layer = entry.layer if SITES[entry.name].layered else self.atlas.shape.n_layers
+        return layer, ORDER[entry.name]
+
+    def _add_edits(self, edits: tuple[Edit, ...]) -> list[Change]:
+        changes = []
+        for number, edit in enumerate(edits):
+            for entry in self.atlas.select(edit.site):
+                tap = entry.write
+                if tap is None:
+                    raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
+                scores = self.atlas.entries.get(("scores", entry.layer))
+                if edit.op == "knockout" and scores is not None and scores.write is not None:
+                    tap = replace(scores.write, rank=1)
+                changes.append(Change(self, number, edit, entry, tap))
+                self._port(tap).changes.append(changes[-1])
+        for port in self._ports.values():
+            port.changes.sort(key=lambda change: change.tap.rank)
+            # a read of the whole stream must see the tensor before one that only follows this port branches it off
+            port.reads.sort(key=lambda read: read.entry.write is read.tap)
+        return changes
+
+    def _layer_taps(self, ports: list[Port]) -> list[LayerTap]:
+        stages: dict[str, dict[str, Any]] = {}
+        for port in ports:
+            stages.setdefault(port.tap.module, {})[port.tap.part] = port.stage()
+        lent: dict[int, Any] = {}
+        return [LayerTap(self.engine.modules[path], found, lent) for path, found in stages.items()]
+
+    # Running
+
+    @abstractmethod
+    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """Call a method of the model (`forward` or `generate`) with every port in its place, and leave the model as it
+        was, whatever happens."""
+
+    def forward(
+        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+    ) -> Passed:
+        """See `Program.forward`."""
+        self.engine.begin()
+        try:
+            self.window, self.edits = None, edits
+            passed = self._begin(rows, rows.width, keep_graph)
+            for change in self._changes:
+                change.check(rows)
+            self.stop_at = self._last() if stop else None
+            passed.output = self.carry("forward", inputs)
+        except Stop:
+            pass
+        finally:
+            self._end()
+        return passed
+
+    def generate(
+        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
+    ) -> tuple[Any, list[Passed]]:
+        """See `Program.generate`."""
+        steps: list[Passed] = []
+        real = [list(row) for row in rows.real]
+        prompt = [len(row) for row in real]
+        columns = 0
+
+        def step(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal columns
+            ids = kwargs.get("input_ids")
+            width = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+            start, columns = columns, columns + width
+            for row in real:
+                row.extend(range(max(start, rows.width), columns))
+            self.window = Window(start, columns)
+            steps.append(self._begin(Rows(real, rows.names, columns, prompt, growing=True), width, False))
+
+        self.engine.begin()
+        handle = None
+        try:
+            self.window, self.stop_at, self.edits = None, None, edits
+            self._check(final)
+            handle = self.engine.model.register_forward_pre_hook(step, with_kwargs=True)
+            result = self.carry("generate", inputs)
+        finally:
+            if handle is not None:
+                handle.remove()
+            self._end()
+        return result, steps
+
+    def _check(self, rows: Rows) -> None:
+        """Hold every edit's positions and value against the rows that it will meet."""
+        for part in self._bound:
+            part.bind(rows, None)
+        for change in self._changes:
+            change.check(rows)
+
+    def check_reach(self, edits: tuple[Edit, ...]) -> None:
+        """See `Program.check_reach`."""
+        top = max(self._place(slot.entry) for slot in self.slots)
+        for change in self._changes:
+            if self._place(change.entry) > top:
+                raise PlanError(
+                    f"{edits[change.number]} lies above the last site read, so with logits=False it never acts"
+                )
+
+    def _begin(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
+        """Make ready for one pass over `width` columns."""
+        self.rows, self.keep_graph = rows, keep_graph
+        self.shape = (len(rows.real), width)
+        for part in self._bound:
+            part.bind(rows, self.window)
+        self.passed = Passed(len(self.slots), self._n_edits)
+        return self.passed
+
+    def _end(self) -> None:
+        """Let go of the run's tensors, and of the engine."""
+        self.edits, self.passed = (), _NOTHING
+        for port in self._needed:
+            port.captured = None
+        self.engine.end()
+
+    def end_pass(self) -> None:
+        """End the forward pass here: nobody waits for what lies above. (Unless a family computes its parts in another
+        order than usual, and something is still to come: then the pass goes on.)"""
+        if not any(value is None for value in self.passed.values):
+            raise Stop

@@ -1,0 +1,109 @@
+"""The other engines: the same plans, the same numbers, the user's own model left alone."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from parity import cell
+from reference import Reference
+
+import interp_core as ic
+from interp_core import testing
+from interp_core import sites as S
+
+ENGINES = ("nnsight",)
+IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
+
+
+@cache
+def other(engine: str, family: str, dtype: torch.dtype = torch.float32) -> ic.Model:
+    """The same weights as `tiny_model`, behind another engine."""
+    return ic.load(testing.tiny(family, dtype=dtype), engine=engine)
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return x.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_agrees_with_hooks_by_hand(engine: str, family: str) -> None:
+    hf = testing.tiny(family, dtype=torch.float64)
+    hf.set_attn_implementation("eager")
+    model, reference = ic.load(hf, engine=engine), Reference(family, hf)
+    assert model.check is not None and model.check.ok, model.check
+    for site in reference.sites():
+        if model.atlas.layers(site):
+            assert max(cell(model, reference, site)) <= 1e-9, site
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_generation_with_edits_and_reads(engine: str, padded: ic.Tokens) -> None:
+    reads = [S.resid_post, S.pattern[1], S.q[2]]
+    edits = [S.resid_post[1].at(-1).add(torch.linspace(-3, 3, 64)), S.z[2, 1].zero()]
+    made = [
+        m.generate(padded, edits=edits, read=reads, max_new_tokens=6, stop_at_eos=False)
+        for m in (tiny_model("llama"), other(engine, "llama"))
+    ]
+    assert torch.equal(made[0].ids, made[1].ids)
+    assert str(made[0].receipts) == str(made[1].receipts)
+    for a, b in zip(made[0].steps, made[1].steps, strict=True):
+        for site in reads:
+            torch.testing.assert_close(plain(a[site]), plain(b[site]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients(engine: str) -> None:
+    reads = [S.resid_pre, S.z, S.pattern[1], S.mlp_out]
+    runs = [
+        m.run(IDS, read=reads, edits=S.resid_post[0].at(2).scale(1.5), grad=lambda logits: logits[:, -1, 7].sum())
+        for m in (tiny_model("llama", torch.float64), other(engine, "llama", torch.float64))
+    ]
+    for site in reads:
+        torch.testing.assert_close(plain(runs[0].grad[site]), plain(runs[1].grad[site]), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_ends_with_the_last_site_read(engine: str) -> None:
+    model = other(engine, "llama")
+    above: list[int] = []
+    block = model.engine.modules["model.layers.2"]
+    with_hook = block.register_forward_pre_hook(lambda *_: above.append(1))
+    try:
+        run = model.run(IDS, read=S.resid_post[0], logits=False)
+    finally:
+        with_hook.remove()
+    assert not above
+    torch.testing.assert_close(
+        plain(run[S.resid_post[0]]), plain(tiny_model("llama").run(IDS, read=S.resid_post[0])[S.resid_post[0]])
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_edit_that_raises_leaves_nothing_behind(engine: str) -> None:
+    model = other(engine, "llama")
+
+    def fails(_: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("on purpose")
+
+    before = plain(model.run(IDS).logits)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        model.run(IDS, edits=[S.pattern[1].apply(lambda x: x * 0.5), S.resid_post[1].apply(fails)])
+    assert torch.equal(plain(model.run(IDS).logits), before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_users_model_is_left_alone_and_no_weight_is_copied(engine: str) -> None:
+    hf = testing.tiny("qwen3_moe")
+    names, forward = list(hf.state_dict()), hf.model.layers[0].forward
+    wanted = hf(IDS).logits
+    model = ic.load(hf, engine=engine)
+    model.run(IDS, read=S.z, edits=S.resid_post[1].scale(2.0))
+    assert list(hf.state_dict()) == names
+    assert hf.model.layers[0].forward == forward
+    assert torch.equal(hf(IDS).logits, wanted)
+    assert {p.data_ptr() for p in model.engine.model.parameters()} == {p.data_ptr() for p in hf.parameters()}
+    assert f"engine {engine}" in repr(model)
