@@ -259,9 +259,9 @@ class Model:
             raise CapabilityError(self.atlas.lacking["readout"])
         from .readout import readout
 
-        tap = self.atlas.entries["final_norm", 0].read
-        assert tap is not None
-        return readout(self.hf, self.engine.modules[tap.module], resid)
+        norm = self.atlas.entries["final_norm", 0].module
+        assert norm is not None
+        return readout(self.hf, norm, resid)
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry
-from .architectures.taps import output_weight
 from .edits import Edit
-from .errors import InterpError
+from .errors import InterpError, ReadError
 from .positions import Mask
 from .sites import SITES, Site
 from .text import Tokens
@@ -61,6 +60,8 @@ def check_atlas(model: Model) -> Check:
             continue
         if not ok and name == "readout":
             model.atlas.lacking["readout"] = f"self-check: {what} ({detail})"
+        elif not ok and what.startswith("an edit"):
+            _no_write(model.atlas, name, f"self-check: {what} {detail}")
         elif not ok and what.startswith("adds up"):
             _no_write(model.atlas, "resid_mid", f"self-check: {what} fails ({detail})")
             model.atlas.notes.append(f"{name} {what} fails ({detail}): the family scales what it adds")
@@ -72,7 +73,7 @@ def check_atlas(model: Model) -> Check:
 def _no_write(atlas: Atlas, name: str, why: str) -> None:
     for layer in atlas.layers(name):
         atlas.entries[name, layer].write = None
-        atlas.entries[name, layer].why["write"] = why
+        atlas.entries[name, layer].why.setdefault("write", why)
 
 
 def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
@@ -122,6 +123,8 @@ def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
         wanted = [known[axis] if axis in known else entry.sizes[axis] for axis in axes]
         try:
             found = list(run[site].shape)
+        except ReadError:
+            return False, f"nothing passes there in layer {layer}"
         except RuntimeError as error:  # a view that does not fit what the module returns
             return False, f"layer {layer}: {error}"
         if found != wanted:
@@ -165,6 +168,9 @@ def _sums(model: Model, run: Run, tolerance: float) -> Iterator[tuple[str, str, 
         pairs = [(at("pattern", i).sum(-1), torch.ones_like(at("pattern", i).sum(-1))) for i in layers]
         if not sinks:
             yield close("pattern", "sums to one", pairs)
+            pairs = [(at("scores", i).float().softmax(-1), at("pattern", i).float()) for i in both("scores", "pattern")]
+            if pairs:
+                yield close("scores", "give the pattern by softmax", pairs)
     if layers := both("pattern", "v", "z"):
         yield close("v", "times pattern is z", [(_mixed(at("pattern", i), at("v", i)), at("z", i)) for i in layers])
     if (layers := both("scores", "q", "k")) and not _normed(model):
@@ -198,14 +204,12 @@ def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
 
 def _projected(model: Model, run: Run, layer: int) -> tuple[Tensor, Tensor]:
     """Sum of head outputs plus bias, and what the output projection makes of z."""
-    tap = model.atlas.entries["z", layer].read
-    assert tap is not None
-    module = model.engine.modules[tap.module]
+    module = model.atlas.entries["z", layer].module
+    assert module is not None
     z = run[Site("z", layer)].as_subclass(Tensor)
     total = run[Site("head_out", layer)].as_subclass(Tensor).sum(2)
     if (bias := getattr(module, "bias", None)) is not None:
         total = total + bias.detach()
-    assert output_weight(module) is not None
     with torch.no_grad():
         return total, module(z.reshape(*z.shape[:2], -1))
 

@@ -30,10 +30,10 @@ def battery(family: str, dtype: torch.dtype) -> dict[str, Cell]:
     return {site: cell(model, reference, site) for site in reference.sites()}
 
 
-def cell(model: ic.Model, reference: Reference, name: str) -> Cell:
+def cell(model: ic.Model, reference: Reference, name: str, *, edit: bool = True) -> Cell:
     """One site in all its layers."""
     inputs = {"input_ids": IDS}
-    read = edit = 0.0
+    read = edited = 0.0
     assert model.atlas.layers(name) == reference.layers(name)
     for layer in reference.layers(name):
         site = Site(name, layer if SITES[name].layered else None)
@@ -41,8 +41,9 @@ def cell(model: ic.Model, reference: Reference, name: str) -> Cell:
         got = model.run(IDS, read=site)[site]
         assert got.shape == wanted.shape, (name, got.shape, wanted.shape)
         read = max(read, _distance(got, wanted))
-        edit = max(edit, _edited(model, reference, site, layer, wanted))
-    return Cell(read, edit)
+        if edit:
+            edited = max(edited, _edited(model, reference, site, layer, wanted))
+    return Cell(read, edited)
 
 
 def _edited(model: ic.Model, reference: Reference, site: Site, layer: int, value: Tensor) -> float:

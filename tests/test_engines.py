@@ -11,17 +11,29 @@ from parity import cell
 from reference import Reference
 
 import interp_core as ic
-from interp_core import testing
 from interp_core import sites as S
+from interp_core import testing
 
-ENGINES = ("nnsight",)
+ENGINES = ("nnsight", "transformer_lens")
+REFUSED = {
+    ("transformer_lens", "gpt_neox"): dict.fromkeys(("rot_q", "rot_k"), "all"),
+    ("transformer_lens", "gptj"): {"pattern": "write"},
+    ("transformer_lens", "phi3"): dict.fromkeys(("rot_q", "rot_k"), "all"),
+    ("transformer_lens", "qwen3_moe"): dict.fromkeys(("router_logits", "router_weights"), "all"),
+    ("transformer_lens", "qwen3_vl"): {"rot_q": "all", "rot_k": "all", "scores": "all", "pattern": "write"},
+}
+"""What the bridge cannot do: no hook point that fires, or edits that it discards."""
+FLOAT32_INSIDE = {("transformer_lens", "gpt_neox"), ("transformer_lens", "phi3")}
+"""Where the bridge's own attention takes its softmax in float32."""
 IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 
 
 @cache
 def other(engine: str, family: str, dtype: torch.dtype = torch.float32) -> ic.Model:
     """The same weights as `tiny_model`, behind another engine."""
-    return ic.load(testing.tiny(family, dtype=dtype), engine=engine)
+    hf = testing.tiny(family, dtype=dtype)
+    hf.set_attn_implementation("eager")
+    return ic.load(hf, engine=engine)
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -34,10 +46,18 @@ def test_every_site_agrees_with_hooks_by_hand(engine: str, family: str) -> None:
     hf = testing.tiny(family, dtype=torch.float64)
     hf.set_attn_implementation("eager")
     model, reference = ic.load(hf, engine=engine), Reference(family, hf)
-    assert model.check is not None and model.check.ok, model.check
+    known = REFUSED.get((engine, family), {})
+    assert model.check is not None
+    assert {row[0] for row in model.check.rows if not row[2]} <= set(known)
+    tolerance = 2e-5 if (engine, family) in FLOAT32_INSIDE else 1e-9
     for site in reference.sites():
-        if model.atlas.layers(site):
-            assert max(cell(model, reference, site)) <= 1e-9, site
+        found = cell(model, reference, site, edit=not known.get(site)) if model.atlas.layers(site) else None
+        assert (found is None) == (known.get(site) == "all"), (site, model.atlas.lacking.get(site))
+        if found is not None:
+            assert max(found) <= tolerance, site
+        if known.get(site) == "write":
+            with pytest.raises(ic.CapabilityError, match="cannot be changed: self-check"):
+                model.run(IDS, edits=S.named(site)[0].scale(2.0))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -46,7 +66,7 @@ def test_generation_with_edits_and_reads(engine: str, padded: ic.Tokens) -> None
     edits = [S.resid_post[1].at(-1).add(torch.linspace(-3, 3, 64)), S.z[2, 1].zero()]
     made = [
         m.generate(padded, edits=edits, read=reads, max_new_tokens=6, stop_at_eos=False)
-        for m in (tiny_model("llama"), other(engine, "llama"))
+        for m in (tiny_model("llama", attention="eager"), other(engine, "llama"))
     ]
     assert torch.equal(made[0].ids, made[1].ids)
     assert str(made[0].receipts) == str(made[1].receipts)
@@ -60,7 +80,7 @@ def test_gradients(engine: str) -> None:
     reads = [S.resid_pre, S.z, S.pattern[1], S.mlp_out]
     runs = [
         m.run(IDS, read=reads, edits=S.resid_post[0].at(2).scale(1.5), grad=lambda logits: logits[:, -1, 7].sum())
-        for m in (tiny_model("llama", torch.float64), other(engine, "llama", torch.float64))
+        for m in (tiny_model("llama", torch.float64, "eager"), other(engine, "llama", torch.float64))
     ]
     for site in reads:
         torch.testing.assert_close(plain(runs[0].grad[site]), plain(runs[1].grad[site]), atol=1e-10, rtol=1e-8)

@@ -37,9 +37,10 @@ class Entry:
         sizes: sizes of the feature axes by name (`head`, `d_head`, `d_model`, …).
         n_units: how many heads, experts or neurons there are.
         why: reasons by what is missing (`read`, `write`, `grad`).
+        module: the module whose input or output it is, where it is one.
     """
 
-    __slots__ = ("layer", "n_units", "name", "read", "sizes", "why", "write")
+    __slots__ = ("layer", "module", "n_units", "name", "read", "sizes", "why", "write")
 
     def __init__(
         self,
@@ -49,11 +50,12 @@ class Entry:
         write: Tap | None,
         sizes: Mapping[str, int],
         why: dict[str, str] | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         self.name, self.layer, self.read, self.write, self.sizes = name, layer, read, write, sizes
         unit = SITES[name].unit
         self.n_units = None if unit is None else sizes[unit]
-        self.why = why or {}
+        self.why, self.module = why or {}, module
 
 
 class Atlas:
@@ -179,7 +181,7 @@ class _Builder:
             self._view("attn_out", layer, attn_out, d_model)
             self._heads(layer, attn, found)
             if not self.parallel and "mlp" in found:
-                entry = Entry("resid_mid", layer, None, taps.resid_mid(block, attn_out), d_model)
+                entry = Entry("resid_mid", layer, None, taps.resid_mid(Tap(block, "in"), attn_out), d_model)
                 entry.read = Tap(found.get("ln2", found["mlp"]), "in")
                 self._add(entry)
         if mlp := found.get("mlp"):
@@ -212,7 +214,7 @@ class _Builder:
                 self._view(part, layer, Tap(path, "out", view=fused(heads, part)), sizes)
         if out := found.get("attn.o"):
             self._view("z", layer, Tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), q)
-            tap = taps.head_out(out, heads.n_heads, heads.d_head)
+            tap = taps.head_out(Tap(out, "in"), Tap(out, "out"), self.modules[out], heads.n_heads, heads.d_head)
             sizes = {"head": heads.n_heads, "d_model": self.atlas.shape.d_model}
             self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
         matrix = {"head": heads.n_heads}
@@ -258,7 +260,7 @@ class _Builder:
 
     def _view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
         if tap.module in self.modules:
-            self._add(Entry(name, layer, tap, tap, sizes))
+            self._add(Entry(name, layer, tap, tap, sizes, module=self.modules[tap.module]))
 
     def _add(self, entry: Entry) -> None:
         if entry.name not in self.atlas.family.refuse:

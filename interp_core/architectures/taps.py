@@ -10,7 +10,7 @@ Most taps are views: the value is the first tensor that passes, seen in other ax
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -76,7 +76,7 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def resid_mid(block: str, attn_out: Tap) -> Tap:
+def resid_mid(block: Tap, attn_out: Tap) -> Tap:
     """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
@@ -85,16 +85,16 @@ def resid_mid(block: str, attn_out: Tap) -> Tap:
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         call.first = new - call.needs[0]
 
-    return Tap(attn_out.module, "out", get=get, put=put, needs=(Tap(block, "in"),), rank=1)
+    return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
 
 
-def head_out(module: str, n_heads: int, d_head: int) -> Tap:
+def head_out(z: Tap, projected: Tap, module: nn.Module, n_heads: int, d_head: int) -> Tap:
     """Contribution of each head: z times its slice of W_O. A change is added to the projection's output."""
 
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
-        z = call.args[0]
-        z = z.view(*z.shape[:-1], n_heads, d_head)
-        weight = output_weight(call.module)
+        (z,) = call.needs
+        z = z.view(*z.shape[:2], n_heads, d_head)
+        weight = output_weight(module)
         if weight.is_meta:
             raise CapabilityError("head_out: the weights of the output projection are offloaded; load without offload")
         weight = weight.reshape(n_heads, d_head, -1)
@@ -105,7 +105,7 @@ def head_out(module: str, n_heads: int, d_head: int) -> Tap:
     def put(call: Call, old: Tensor, new: Tensor) -> None:
         call.first = call.first + (new - old).sum(-2)
 
-    return Tap(module, "out", get=get, put=put, partial=True)
+    return replace(projected, get=get, put=put, partial=True, needs=(z,))
 
 
 def output_weight(module: nn.Module) -> Tensor:

@@ -44,7 +44,7 @@ class LocalEngine:
         modules: its modules by path.
     """
 
-    name: ClassVar[str]
+    name: str
     program: ClassVar[type[PortProgram]]
 
     def __init__(self, model: Any) -> None:

@@ -1,0 +1,180 @@
+"""Engine `transformer_lens`: the same plan on a `TransformerBridge`.
+
+The bridge swaps a model's modules for its own, with a `HookPoint` at every place that it names. It is built around a
+copy of the model that shares the weights, so the user's own model stays as it is; the atlas' taps move to the bridge's
+hook points, and the rest is the `torch` engine's. `model.engine.bridge` is the bridge, for TransformerLens' tools;
+`run.to_cache()` gives them our runs.
+
+With `engine_options={"fold": True}` the copy has weights of its own, processed as TransformerLens does by default
+(layer norms folded, writing weights and unembedding centred, value biases folded); the engine's name then says so.
+
+What the self-check finds wrong on the bridge is refused with the reason, like everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..architectures import taps
+from ..architectures.atlas import Atlas, Entry
+from ..architectures.family import View, split_heads
+from ..architectures.taps import Tap
+from ..errors import CapabilityError
+from .program import with_same_weights
+from .torch import TorchEngine, TorchProgram
+
+if TYPE_CHECKING:
+    pass
+
+_INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}
+"""The bridge's own projections, also where the family fuses them."""
+_ATTENTION = {"rot_q": "hook_rot_q", "rot_k": "hook_rot_k", "scores": "hook_attn_scores", "pattern": "hook_pattern"}
+_ROUTED = ("router_logits", "router_weights", "expert_out")
+_NO_ROUTER = (
+    "on the bridge a hook at the router sees one tensor of what the block goes on with, and an edit there does not "
+    "re-route; load with engine='torch' or 'nnsight'"
+)
+CACHE_NAMES = {
+    "embed": "hook_embed", "final_norm": "ln_final.hook_out", "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_mid": "blocks.{}.hook_resid_mid", "resid_post": "blocks.{}.hook_resid_post",
+    "attn_out": "blocks.{}.hook_attn_out", "mlp_out": "blocks.{}.hook_mlp_out", "mlp_act": "blocks.{}.mlp.hook_post",
+    "q": "blocks.{}.attn.hook_q", "k": "blocks.{}.attn.hook_k", "v": "blocks.{}.attn.hook_v",
+    "rot_q": "blocks.{}.attn.hook_rot_q", "rot_k": "blocks.{}.attn.hook_rot_k", "z": "blocks.{}.attn.hook_z",
+    "scores": "blocks.{}.attn.hook_attn_scores", "pattern": "blocks.{}.attn.hook_pattern",
+    "head_out": "blocks.{}.attn.hook_result",
+}  # fmt: skip
+"""Our sites under TransformerLens' names in an `ActivationCache`."""
+
+
+class BridgeProgram(TorchProgram):
+    """As on the model itself. The bridge warns of edits that it discards; the self-check finds these at load."""
+
+    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """See `PortProgram.carry`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A hook on .* returned a modified tensor")
+            return super().carry(method, inputs)
+
+
+class BridgeEngine(TorchEngine):
+    """Plans on a bridge.
+
+    Args:
+        model: a Hugging Face model; its modules are not touched.
+        fold: process the weights (of an own copy) as TransformerLens does by default.
+
+    Attributes:
+        bridge: the `TransformerBridge`.
+
+    Raises:
+        CapabilityError: TransformerLens has no adapter for the model, or cannot process its weights.
+    """
+
+    name = "transformer_lens"
+    program = BridgeProgram
+
+    def __init__(self, model: Any, *, fold: bool = False) -> None:
+        inner = copy.deepcopy(model) if fold else with_same_weights(model)
+        self.bridge = build_bridge(inner)
+        if fold:
+            self.name = "transformer_lens (weights folded)"
+            _fold(self.bridge)
+        super().__init__(inner)
+        self._paths = {path.replace("._original_component", ""): path for path in reversed(self.modules)}
+        self._path_of = {id(module): path for path, module in self.modules.items()}
+
+    def adapt(self, atlas: Atlas) -> None:
+        """Move the atlas' taps to the bridge's hook points; what has none is refused."""
+        for name in _ROUTED:
+            if atlas.layers(name):
+                atlas.drop(name, f"{name}: {_NO_ROUTER}")
+        moved = {key: self._moved(entry) for key, entry in atlas.entries.items()}
+        derived = ("resid_mid", "head_out")  # worked out from others, so after them
+        for name, layer in sorted(moved, key=lambda key: key[0] in derived):
+            entry = atlas.entries[name, layer]
+            if name == "logits":
+                continue
+            elif name == "resid_mid":
+                entry.read = moved[name, layer]
+                entry.write = self._resid_mid(atlas, layer) if entry.read else None
+            elif name == "head_out":
+                entry.read = entry.write = self._head_out(atlas, layer)
+            else:
+                entry.read = entry.write = moved[name, layer]
+            if entry.read is None or entry.write is None:
+                del atlas.entries[name, layer]
+                atlas.lacking[name] = f"TransformerLens' bridge for this family has no hook point for {name}"
+
+    def _moved(self, entry: Entry) -> Tap | None:
+        """A tap at the hook point that has the site's tensor."""
+        tap, attention = entry.read, self._attention(entry.layer)
+        assert tap is not None
+        if entry.name in _ATTENTION:
+            view = taps.transposed if entry.name.startswith("rot") else None
+            return self._point(getattr(attention, _ATTENTION[entry.name], None), view)
+        if entry.name in _INSIDE:
+            part = getattr(attention, _INSIDE[entry.name], None)
+            if entry.name == "z":
+                entry.module = getattr(part, "original_component", None)
+            point = getattr(part, "hook_in" if entry.name == "z" else "hook_out", None)
+            return self._point(point, split_heads(entry.sizes["head"], entry.sizes["d_head"]))
+        part = self.modules.get(self._paths.get(tap.module, ""))
+        return self._point(getattr(part, f"hook_{tap.side}", None), tap.view)
+
+    def _attention(self, layer: int) -> Any:
+        return getattr(self.bridge.blocks[layer], "attn", None)
+
+    def _point(self, point: Any, view: View | None) -> Tap | None:
+        path = self._path_of.get(id(point))
+        return None if path is None else Tap(path, "out", view=view)
+
+    def _resid_mid(self, atlas: Atlas, layer: int) -> Tap | None:
+        before, added = (atlas.entries.get((name, layer)) for name in ("resid_pre", "attn_out"))
+        if before is None or added is None or before.read is None or added.write is None:
+            return None
+        return taps.resid_mid(before.read, added.write)
+
+    def _head_out(self, atlas: Atlas, layer: int) -> Tap | None:
+        z = atlas.entries.get(("z", layer))
+        point = self._point(getattr(getattr(self._attention(layer), "o", None), "hook_out", None), None)
+        if z is None or z.read is None or z.module is None or point is None:
+            return None
+        return taps.head_out(z.read, point, z.module, z.sizes["head"], z.sizes["d_head"])
+
+
+def build_bridge(model: Any) -> Any:
+    """A bridge around a model in memory, which it changes.
+
+    TransformerLens' own way to a bridge may install packages; this one reads nothing and installs nothing. Its check
+    for packages that only its image processing needs is left out, since inputs come ready here.
+
+    Raises:
+        CapabilityError: no adapter for this class of models.
+    """
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    kind = type(model).__name__
+    check = ArchitectureAdapter._check_required_libraries
+    ArchitectureAdapter._check_required_libraries = lambda self: None
+    try:
+        return build_bridge_from_module(model, kind, hf_config=model.config)
+    except Exception as error:  # adapters fail in many ways on what they do not expect
+        raise CapabilityError(
+            f"TransformerLens builds no bridge around a {kind} ({type(error).__name__}: {error}); load with "
+            "engine='torch' or 'nnsight'"
+        ) from error
+    finally:
+        ArchitectureAdapter._check_required_libraries = check
+
+
+def _fold(bridge: Any) -> None:
+    try:
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    except Exception as error:
+        raise CapabilityError(
+            f"TransformerLens cannot fold the weights of this model ({error}); load without fold"
+        ) from error
