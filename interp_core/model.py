@@ -42,6 +42,7 @@ def load(
     source: str | nn.Module,
     *,
     engine: str = "torch",
+    engine_options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     dtype: torch.dtype | str | None = None,
@@ -56,7 +57,8 @@ def load(
 
     Args:
         source: a hub id, a local folder, `"toy:text"`, or a Hugging Face model in memory (with its `tokenizer`).
-        engine: which engine carries out plans.
+        engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
+        engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
         dtype: of the weights (default: as stored).
         device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate.
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
@@ -66,7 +68,7 @@ def load(
 
     Raises:
         LoadError: nothing usable there; the message says what to do.
-        CapabilityError: no such engine.
+        CapabilityError: no such engine, or it cannot run this model.
     """
     opened = loading.open_model(
         source,
@@ -79,7 +81,7 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return Model(opened, engine=engine, check=check)
+    return Model(opened, engine=engine, engine_options=engine_options, check=check)
 
 
 class Model:
@@ -92,12 +94,19 @@ class Model:
         check: what the self-check at load found (None without check).
     """
 
-    def __init__(self, opened: loading.Opened, *, engine: str = "torch", check: bool = True) -> None:
+    def __init__(
+        self,
+        opened: loading.Opened,
+        *,
+        engine: str = "torch",
+        engine_options: Mapping[str, Any] | None = None,
+        check: bool = True,
+    ) -> None:
         self.hf, self.tokenizer, self.processor, self.source = opened
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
         self._check_tokenizer()
-        self.engine = make_engine(engine, self.hf)
+        self.engine = make_engine(engine, self.hf, engine_options or {})
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.check: Check | None = check_atlas(self) if check else None

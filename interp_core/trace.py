@@ -22,7 +22,7 @@ from .text import Tokens
 
 if TYPE_CHECKING:
     from .architectures.atlas import Atlas, Entry
-    from .model import CompiledPlan
+    from .model import CompiledPlan, Model
 
 
 class Reading(Tensor):
@@ -299,6 +299,27 @@ class Run(Store):
     def plan(self) -> Plan:
         """What was read and edited."""
         return self._compiled.plan
+
+    @property
+    def model(self) -> Model:
+        """What ran."""
+        return self._compiled.model
+
+    def to_cache(self, model: Any = None) -> Any:
+        """A TransformerLens `ActivationCache` of the whole sites that were read, under TransformerLens' names.
+
+        Its analysis tools (`accumulated_resid`, `decompose_resid`, `logit_attrs`, `stack_head_results`, …) need weights
+        and so a bridge: runs on engine `transformer_lens` bring theirs.
+
+        Args:
+            model: a `TransformerBridge` of the same model, for runs on another engine.
+
+        Raises:
+            ReadError: nothing that was read has a name there.
+        """
+        from .engines.transformer_lens import cache_of
+
+        return cache_of(self, model)
 
     @cached_property
     def receipts(self) -> list[Receipt]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CapabilityError, nearest
@@ -9,14 +11,20 @@ from ..plugins import registry
 from .protocol import Engine
 
 
-def make_engine(name: str, model: Any) -> Engine:
+def make_engine(name: str, model: Any, options: Mapping[str, Any]) -> Engine:
     """An engine of that name for a model.
 
     Raises:
-        CapabilityError: no such engine is installed.
+        CapabilityError: no such engine is installed, it has no such option, or it cannot run the model.
         PluginError: it is installed but broken.
     """
     engines = registry("engines")
     if name not in engines:
         raise CapabilityError(f"no engine is called {name!r}. {nearest(name, engines.names())}")
-    return engines.get(name)(model)
+    kind = engines.get(name)
+    known = list(inspect.signature(kind).parameters)[1:]
+    for option in options:
+        if option not in known:
+            has = nearest(option, known) if known else "It has none."
+            raise CapabilityError(f"engine {name!r} has no option {option!r}. {has}")
+    return kind(model, **options)

@@ -18,16 +18,19 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ..architectures import taps
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.family import View, split_heads
 from ..architectures.taps import Tap
-from ..errors import CapabilityError
+from ..errors import CapabilityError, ReadError
+from ..sites import Site
 from .program import with_same_weights
 from .torch import TorchEngine, TorchProgram
 
 if TYPE_CHECKING:
-    pass
+    from ..trace import Run
 
 _INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}
 """The bridge's own projections, also where the family fuses them."""
@@ -178,3 +181,41 @@ def _fold(bridge: Any) -> None:
         raise CapabilityError(
             f"TransformerLens cannot fold the weights of this model ({error}); load without fold"
         ) from error
+
+
+def cache_of(run: Run, model: Any = None) -> Any:
+    """See `Run.to_cache`."""
+    from transformer_lens import ActivationCache
+
+    bridge = model if model is not None else getattr(run.model.engine, "bridge", None)
+    held = {
+        (site.name, layer): run[Site(site.name, layer if site.info.layered else None)].as_subclass(Tensor)
+        for site in run
+        if site.units is None and site.pos is None and site.name in CACHE_NAMES
+        for layer in ((site.layers,) if isinstance(site.layers, int) else run.model.atlas.layers(site.name))
+    }
+    if not held:
+        raise ReadError(
+            f"no site of this run has a name in a cache (it holds {run.held()}); read whole sites, such as "
+            "S.resid_post, S.z"
+        )
+    cache = {CACHE_NAMES[name].format(layer): value for (name, layer), value in held.items()}
+    if bridge is not None:
+        cache |= _scales(held, bridge.cfg)
+    return ActivationCache(cache, bridge)
+
+
+def _scales(held: Mapping[tuple[str, int], Tensor], cfg: Any) -> dict[str, Tensor]:
+    """What norms divide by, and learnt position embeddings, which TransformerLens' tools look for."""
+    names = {"resid_pre": "blocks.{}.ln1.hook_scale", "resid_mid": "blocks.{}.ln2.hook_scale"}
+    at = {names[name].format(layer): value for (name, layer), value in held.items() if name in names}
+    if (last := held.get(("resid_post", cfg.n_layers - 1))) is not None:
+        at["ln_final.hook_scale"] = last
+    centred = str(cfg.normalization_type).startswith("LN")
+    found = {}
+    for name, x in at.items():
+        x = x - x.mean(-1, keepdim=True) if centred else x
+        found[name] = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+    if cfg.positional_embedding_type == "standard" and ("embed", 0) in held and ("resid_pre", 0) in held:
+        found["hook_pos_embed"] = held["resid_pre", 0] - held["embed", 0]
+    return found
