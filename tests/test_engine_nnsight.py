@@ -1,12 +1,19 @@
-"""nnsight beside us: imported without side effects on the caller's own code."""
+"""Engine `nnsight`: imported without side effects, its own object at hand, plans that travel."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from conftest import tiny_model
 
+import interp_core as ic
+from interp_core import sites as S
+from interp_core import testing
 from interp_core.engines.nnsight import library
+
+IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 
 
 def test_backward_works_in_a_file_that_is_no_python(tmp_path: Path) -> None:
@@ -16,3 +23,79 @@ def test_backward_works_in_a_file_that_is_no_python(tmp_path: Path) -> None:
     loss = torch.ones(2, requires_grad=True)
     exec(compile("\nloss.sum().backward()", str(page), "exec"), {"loss": loss})
     assert torch.equal(loss.grad, torch.ones(2))
+
+
+def test_traces_by_hand_on_the_engines_own_object() -> None:
+    model = ic.load(testing.tiny("llama"), engine="nnsight")
+    traced = model.engine.nnsight
+    with torch.no_grad(), traced.trace(input_ids=IDS):
+        found = traced.model.layers[1].output.save()
+    assert torch.equal(found, model.run(IDS, read=S.resid_post[1])[S.resid_post[1]].as_subclass(torch.Tensor))
+
+
+READS = [
+    S.embed,
+    S.resid_pre,
+    S.resid_post,
+    S.z[1, 2],
+    S.q[0],
+    S.v[1].at(-1),
+    S.k[2, 0].at([0, 3]),
+    S.mlp_act[2],
+    S.mlp_out,
+]
+EDITS = [
+    S.resid_post[0].at(-2).add(torch.linspace(-1, 1, 64)),
+    S.resid_pre[1].at(0).project(torch.linspace(1, 2, 64)),
+    S.q[1, [0, 3]].at([2, 4]).scale(2.0),
+    S.z[2, 1].zero(),
+    S.mlp_out[2].at(-1).set(torch.ones(64)),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "gemma2", "qwen3_moe"])
+def test_a_plan_travels(family: str) -> None:
+    """nnsight's simulation serialises the plan and hides every package that a server would not have."""
+    there = ic.load(testing.tiny(family), engine="nnsight", engine_options={"remote": "local"}, check=False)
+    here = tiny_model(family)
+    reads = [site for site in READS if here.atlas.layers(site.name) in ([0, 1, 2], [0])]
+    runs = [model.run(IDS, read=reads, edits=EDITS) for model in (here, there)]
+    assert torch.equal(runs[0].logits.as_subclass(torch.Tensor), runs[1].logits.as_subclass(torch.Tensor))
+    for site in reads:
+        torch.testing.assert_close(
+            runs[0][site].as_subclass(torch.Tensor), runs[1][site].as_subclass(torch.Tensor), rtol=0, atol=0
+        )
+    for ours, theirs in zip(runs[0].receipts, runs[1].receipts, strict=True):
+        assert (ours.fired, ours.positions) == (theirs.fired, theirs.positions)
+        assert ours.norm == pytest.approx(theirs.norm, rel=1e-5)
+    only = there.run(IDS, read=S.resid_post[0], logits=False)
+    assert torch.equal(only[S.resid_post[0]], here.run(IDS, read=S.resid_post[0])[S.resid_post[0]])
+
+
+def test_what_does_not_travel_is_refused_before_anything_is_sent() -> None:
+    model = ic.load(testing.tiny("llama"), engine="nnsight", engine_options={"remote": "local"}, check=False)
+    for ask in (
+        lambda: model.run(IDS, read=S.pattern[0]),
+        lambda: model.run(IDS, read=S.head_out[0]),
+        lambda: model.run(IDS, edits=S.resid_mid[0].scale(2.0)),
+        lambda: model.run(IDS, edits=S.resid_post[0].apply(lambda x: x)),
+        lambda: model.run(IDS, read=S.z, grad=lambda logits: logits.sum()),
+        lambda: model.generate(IDS, edits=S.resid_post[0].scale(2.0)),
+    ):
+        with pytest.raises(ic.CapabilityError, match=r"do(es)? not travel; remotely a plan is plain data"):
+            ask()
+
+
+def test_a_server_wants_an_id_a_key_and_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = testing.tiny("llama")
+    with pytest.raises(ic.CapabilityError, match=r"hub id, and this one has none \(a model in memory\)"):
+        ic.load(hf, engine="nnsight", engine_options={"remote": True})
+    hf.config._name_or_path = "someone/model"
+    config = library().CONFIG
+    monkeypatch.setattr(config.API, "APIKEY", None)
+    with pytest.raises(ic.CapabilityError, match="set NDIF_API_KEY"):
+        ic.load(hf, engine="nnsight", engine_options={"remote": True})
+    monkeypatch.setattr(config.API, "APIKEY", "not-a-key")
+    model = ic.load(hf, engine="nnsight", engine_options={"remote": "http://127.0.0.1:9"}, check=False)
+    with pytest.raises(ic.CapabilityError, match=r"127\.0\.0\.1:9 cannot be reached"):
+        model.run(IDS, read=S.resid_post[0])

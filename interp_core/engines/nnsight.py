@@ -13,20 +13,33 @@ What is inside attention crosses no module boundary, and so no envoy; the attent
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..architectures.atlas import Atlas
+from ..errors import CapabilityError
+from ..plan import Plan
 from .ports import Port
 from .program import LocalEngine, PortProgram, with_same_weights
+from .remote import RemoteProgram
 
 Place = tuple[str, str]
 """A module's path, and "in" or "out"."""
 Visit = Callable[[], None]
+
+
+class Passage(NamedTuple):
+    """When a forward pass comes to a place, and the last size of the first tensor that passes there (0: none)."""
+
+    rank: int
+    width: int
 
 
 class NNsightProgram(PortProgram):
@@ -39,7 +52,7 @@ class NNsightProgram(PortProgram):
         engine = self.engine
         steps = [self._visits(engine.order(inputs))] if self.ports else []
         if self.ports and method == "generate":  # the steps after the prompt are text
-            steps.append(self._visits(engine.order({name: inputs[name] for name in ("input_ids",)})))
+            steps.append(self._visits(engine.order({"input_ids": inputs["input_ids"]})))
         result: list[Any] = []
 
         def call(**arguments: Any) -> None:
@@ -69,7 +82,7 @@ class NNsightProgram(PortProgram):
         except OutOfOrderError:  # the model is done, or never came by: what was not kept stays empty
             pass
 
-    def _visits(self, order: Mapping[Place, int]) -> list[Visit]:
+    def _visits(self, order: Mapping[Place, Passage]) -> list[Visit]:
         """What is done in one forward pass, in the order of the model."""
         found: list[tuple[int, int, Visit]] = []
         for port in self.ports:
@@ -79,9 +92,9 @@ class NNsightProgram(PortProgram):
             envoy, given = self.engine.envoys[path], _Given()
             own = self.engine.own[path]
             visit = _at_input(envoy, port) if side == "in" else _at_output(envoy, port, given, own)
-            found.append((order[path, side], 0, visit))
+            found.append((order[path, side].rank, 0, visit))
             if side == "out" and port.derived:
-                found.append((order[path, "in"], 1, _take_input(envoy, given)))
+                found.append((order[path, "in"].rank, 1, _take_input(envoy, given)))
         return [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
 
 
@@ -126,6 +139,8 @@ class NNsightEngine(LocalEngine):
 
     Args:
         model: a Hugging Face model; its weights are shared, its modules are not touched.
+        remote: True to carry plans out on NDIF (a model with a hub id, and a key in `NDIF_API_KEY`), the address of
+            another server, or "local" for nnsight's simulation of one in this process.
 
     Attributes:
         nnsight: nnsight's own object for the copy.
@@ -136,16 +151,22 @@ class NNsightEngine(LocalEngine):
     name = "nnsight"
     program = NNsightProgram
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, remote: bool | str = False) -> None:
         super().__init__(with_same_weights(model))
         self.own: dict[str, nn.Module] = dict(model.named_modules())
-        self.nnsight = library().NNsight(self.model)
+        self.remote = remote
+        self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)
         self.envoys: dict[str, Any] = {"": self.nnsight}
         self.envoys |= {path: self.nnsight.get(path) for path in self.modules if path}
-        self._orders: dict[frozenset[str], dict[Place, int]] = {}
+        self._orders: dict[frozenset[str], dict[Place, Passage]] = {}
         self._takes = set(inspect.signature(type(self.model).forward).parameters) - {"use_cache"}
 
-    def order(self, inputs: Mapping[str, Any]) -> dict[Place, int]:
+    @property
+    def host(self) -> str:
+        """The server that a plan travels to."""
+        return self.remote if isinstance(self.remote, str) else str(library().CONFIG.API.HOST)
+
+    def order(self, inputs: Mapping[str, Any]) -> dict[Place, Passage]:
         """When a forward pass on such inputs begins and ends each module; learnt once per kind of input."""
         kind = frozenset(inputs) & {"input_ids", "pixel_values", "pixel_values_videos", "inputs_embeds"}
         if kind not in self._orders:
@@ -154,24 +175,64 @@ class NNsightEngine(LocalEngine):
             self._orders[kind] = order
         return self._orders[kind]
 
+    def compile(self, plan: Plan, atlas: Atlas) -> PortProgram:
+        """See `Engine.compile`."""
+        return RemoteProgram(self, plan, atlas) if self.remote else NNsightProgram(self, plan, atlas)
+
+
+def _elsewhere(model: Any, remote: bool | str) -> Any:
+    """nnsight's object for a model that runs on a server, which knows it by its hub id.
+
+    Raises:
+        CapabilityError: no id, or no key.
+    """
+    nnsight = library()
+    from nnsight.modeling.mixins.remotable import Remotable
+
+    name = str(getattr(model.config, "_name_or_path", ""))
+    if remote != "local":
+        if not name or Path(name).exists():
+            raise CapabilityError(
+                f"a server knows models by their hub id, and this one has none ({name or 'a model in memory'}); load "
+                "it by its id, or use remote='local' to try a plan here"
+            )
+        if not nnsight.CONFIG.API.APIKEY:
+            raise CapabilityError("NDIF wants a key: set NDIF_API_KEY, or use remote='local' to try a plan here")
+
+    class Elsewhere(Remotable):  # type: ignore[misc]
+        def _remoteable_class(self) -> type:
+            return nnsight.TransformersModel
+
+        def _remoteable_model_key(self) -> str:
+            return json.dumps({"repo_id": name, "revision": getattr(model.config, "_commit_hash", None)})
+
+    return Elsewhere(model)
+
 
 @contextmanager
-def _noted(modules: Mapping[str, nn.Module]) -> Iterator[dict[Place, int]]:
+def _noted(modules: Mapping[str, nn.Module]) -> Iterator[dict[Place, Passage]]:
     """Hooks that number the first begin and end of every module."""
-    order: dict[Place, int] = {}
+    order: dict[Place, Passage] = {}
     handles = []
     for path, module in modules.items():
         for side, register in (("in", module.register_forward_pre_hook), ("out", module.register_forward_hook)):
 
-            def note(*_: Any, place: Place = (path, side)) -> None:
-                order.setdefault(place, len(order))
+            def note(_: nn.Module, *passing: Any, place: Place = (path, side)) -> None:
+                seen = passing[-1:] if place[1] == "out" else passing
+                first = next((x for x in _flat(seen) if isinstance(x, torch.Tensor) and x.ndim), None)
+                order.setdefault(place, Passage(len(order), 0 if first is None else first.shape[-1]))
 
-            handles.append(register(note))
+            handles.append(register(note, with_kwargs=True))
     try:
         yield order
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _flat(passing: Iterable[Any]) -> Iterator[Any]:
+    for x in passing:
+        yield from _flat(x) if isinstance(x, (tuple, list)) else _flat(x.values()) if isinstance(x, dict) else (x,)
 
 
 def library() -> ModuleType:

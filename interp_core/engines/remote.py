@@ -1,0 +1,165 @@
+"""Plans on another machine, through nnsight: NDIF, or its simulation in this process.
+
+What travels is plain data. Every read and edit of a module's tensor is a strided view of it (sizes, strides, offset)
+and an index, worked out here; the code that travels along is the body of one `with` block that knows torch and nothing
+else, so the other side needs no interp_core. What is no strided view of one module's tensor (attention inside, routers,
+head and expert outputs, `resid_mid`), `apply`, gradients and generation are refused before anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import torch
+from torch import Tensor
+
+from ..edits import Edit, prepared
+from ..errors import CapabilityError
+from ..plan import Plan
+from ..positions import Rows
+from .ports import Part, Port
+from .program import PortProgram
+from .protocol import Passed
+
+if TYPE_CHECKING:
+    from ..architectures.atlas import Atlas
+    from .nnsight import NNsightEngine
+
+OPS = ("set", "add", "scale", "zero", "project")
+WHY = "remotely a plan is plain data on module tensors. Load without remote for this"
+
+
+class RemoteProgram(PortProgram):
+    """Ports as data, carried out by one block of code elsewhere."""
+
+    engine: NNsightEngine
+
+    def __init__(self, engine: NNsightEngine, plan: Plan, atlas: Atlas) -> None:
+        super().__init__(engine, plan, atlas)
+        for edit in plan.edits:
+            if edit.op not in OPS:
+                raise CapabilityError(f"{edit}: {edit.op} does not travel; {WHY}")
+        for part in (*self._changes, *self.slots):
+            if part.tap.side == "attention" or part.tap.get is not None or "query" in part.site.info.axes:
+                raise CapabilityError(f"{part.site} does not travel; {WHY}")
+
+    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """See `PortProgram.carry`: here only for `generate`, which is refused.
+
+        Raises:
+            CapabilityError: always.
+        """
+        raise CapabilityError(f"{method} with a plan does not travel; {WHY}")
+
+    def forward(
+        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+    ) -> Passed:
+        """See `Program.forward`."""
+        if keep_graph:
+            raise CapabilityError(f"gradients do not travel; {WHY}")
+        self.engine.begin()
+        try:
+            self.window, self.edits = None, edits
+            passed = self._begin(rows, rows.width, False)
+            for change in self._changes:
+                change.check(rows)
+            order = self.engine.order(inputs)
+            ports = sorted(self.ports, key=lambda port: order[port.tap.module, port.tap.side].rank)
+            wire = [(port.tap.module, port.tap.side, self._actions(port, order)) for port in ports]
+            kept, norms, logits = self._sent(wire, inputs, stop)
+        except (OSError, httpx.HTTPError) as error:
+            raise CapabilityError(
+                f"{self.engine.host} cannot be reached ({type(error).__name__}: {error}); check the network, or load "
+                "with remote='local' to try a plan here"
+            ) from error
+        finally:
+            self._end()
+        for slot, value in kept.items():
+            passed.values[slot] = value
+        for change in self._changes:
+            if id(change) in norms:
+                columns = None if change.bound is None else change.bound.columns
+                passed.fires[change.number].append((change.entry.layer, columns, norms[id(change)]))
+        passed.output = SimpleNamespace(logits=logits)
+        return passed
+
+    def _actions(self, port: Port, order: Mapping[Any, Any]) -> list[dict[str, Any]]:
+        """What is done at a port: changes, then reads, each with its place in the tensor."""
+        width = order[port.tap.module, port.tap.side].width
+        actions = []
+        for change in port.changes:
+            if not change.idle:
+                edit = self.edits[change.number]
+                value = prepared(edit, torch.empty(0, dtype=self.engine.dtype))
+                actions.append(self._spot(change, width) | {"op": edit.op, "value": value, "number": id(change)})
+        for read in port.reads:
+            if not read.idle:
+                place = self._spot(read, width)
+                if read.late:  # its view is applied here, when asked for
+                    place["view"] = None
+                actions.append(place | {"op": "read", "number": read.number})
+        return actions
+
+    def _spot(self, part: Part, width: int) -> dict[str, Any]:
+        """Where a part lies in its module's tensor: sizes, strides and offset of the tap's view, and an index in it."""
+        view: Callable[[Tensor], Tensor] | None = part.tap.view
+        index = None if part.bound is None else part.bound.index(torch.device("cpu"))
+        if view is None:
+            return {"view": None, "index": index}
+        seen = view(torch.empty(*self.shape, width, device="meta"))
+        return {"view": (tuple(seen.size()), seen.stride(), seen.storage_offset()), "index": index}
+
+    def _sent(self, wire: list[Any], inputs: Mapping[str, Any], stop: bool) -> tuple[dict[Any, Any], Any, Any]:
+        """Send it off; returns kept tensors, norms of changes, logits. The block must stand on its own."""
+        import nnsight
+
+        model, remote = self.engine.nnsight, self.engine.remote
+        logits = None
+        with model.trace(remote=remote, **inputs) as tracer:
+            kept, norms = nnsight.save({}), nnsight.save({})
+            for path, side, actions in wire:
+                envoy = model.get(path)
+                whole = envoy.input if side == "in" else envoy.output
+                x = whole if isinstance(whole, torch.Tensor) else whole[0]
+                changed = False
+                for action in actions:
+                    if action["op"] != "read" and not changed:
+                        x, changed = x.contiguous().clone(), True
+                    x = x.contiguous()
+                    part = x
+                    if action["view"] is not None:
+                        size, stride, offset = action["view"]
+                        part = torch.as_strided(x, size, stride, x.storage_offset() + offset)
+                    index = ... if action["index"] is None else action["index"]
+                    old, value = part[index].clone(), action.get("value")
+                    if isinstance(value, torch.Tensor):
+                        value = value.to(x.device)
+                    if action["op"] == "read":
+                        kept[action["number"]] = old
+                        continue
+                    if action["op"] == "set":
+                        new = value.expand_as(old)
+                    elif action["op"] == "add":
+                        new = old + value
+                    elif action["op"] == "scale":
+                        new = old * value
+                    elif action["op"] == "zero":
+                        new = torch.zeros_like(old)
+                    else:
+                        new = old - (old @ value.mT) @ value
+                    part[index] = new
+                    norms[action["number"]] = torch.linalg.vector_norm(new - old)
+                if changed:
+                    new = x if isinstance(whole, torch.Tensor) else (x, *whole[1:])
+                    if side == "in":
+                        envoy.input = new
+                    else:
+                        envoy.output = new
+            if stop:
+                tracer.stop()
+            else:
+                logits = model.output.logits.save()
+        return kept, norms, logits
