@@ -18,7 +18,7 @@ from torch import Tensor
 from .architectures.atlas import Atlas
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
-from .errors import PlanError, ReadError
+from .errors import CapabilityError, PlanError, ReadError
 from .positions import LAST, Rows, Span, resolve
 from .sites import Site
 from .text import Tokens, token_text
@@ -67,6 +67,9 @@ def generate(
     compiled = model.compile(read, edits)
     for edit in compiled.edits:
         _check_steady(edit, tokens.rows)
+    for site in (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots)):
+        if why := model.can(site.name, "generate"):
+            raise CapabilityError(f"{site} while generating: {why}")
     settings = _settings(model, do_sample, temperature, top_p, top_k, stop_at_eos)
     inputs = _inputs(tokens, compiled) | {"max_new_tokens": max_new_tokens} | settings | options
     devices = [model.device] if model.device.type == "cuda" else []

@@ -23,7 +23,7 @@ from .plan import Plan
 from .positions import PositionLike
 from .regions import Region
 from .selfcheck import Check, check_atlas
-from .sites import Site
+from .sites import Site, named
 from .table import SiteTable
 from .text import Tokens
 from .trace import Run
@@ -157,6 +157,31 @@ class Model:
         if weight.is_meta:  # offloaded: accelerate knows where it will be
             return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
         return weight.device
+
+    def can(self, site: str, use: str) -> str:
+        """Why this model on this engine cannot do something with a site; empty if it can.
+
+        Args:
+            site: name of a site.
+            use: "read", "write", "grad" or "generate" (reads and edits while generating).
+
+        Raises:
+            SiteError: no site is called so.
+        """
+        name = named(site).name
+        if name in self.atlas.lacking:
+            return self.atlas.lacking[name]
+        entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
+        return next((entry.why[use] for entry in entries if use in entry.why), "")
+
+    def on(self, engine: str, **options: Any) -> Model:
+        """The same model on another engine, weights shared.
+
+        Raises:
+            CapabilityError: as `load`.
+        """
+        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source)
+        return Model(opened, engine=engine, engine_options=options)
 
     # Text
 

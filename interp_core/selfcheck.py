@@ -8,7 +8,7 @@ with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,28 +61,29 @@ def check_atlas(model: Model) -> Check:
         if not ok and name == "readout":
             model.atlas.lacking["readout"] = f"self-check: {what} ({detail})"
         elif not ok and what.startswith("an edit"):
-            _no_write(model.atlas, name, f"self-check: {what} {detail}")
+            _refuse(model.atlas, name, ("write", "grad"), f"self-check: {what} {detail}")
         elif not ok and what.startswith("adds up"):
-            _no_write(model.atlas, "resid_mid", f"self-check: {what} fails ({detail})")
+            _refuse(model.atlas, "resid_mid", ("write",), f"self-check: {what} fails ({detail})")
             model.atlas.notes.append(f"{name} {what} fails ({detail}): the family scales what it adds")
         elif not ok:
             model.atlas.drop(name, f"self-check: {what} ({detail})")
     return Check(tuple(found))
 
 
-def _no_write(atlas: Atlas, name: str, why: str) -> None:
+def _refuse(atlas: Atlas, name: str, uses: Sequence[str], why: str) -> None:
     for layer in atlas.layers(name):
-        atlas.entries[name, layer].write = None
-        atlas.entries[name, layer].why.setdefault("write", why)
+        entry = atlas.entries[name, layer]
+        entry.write = None
+        entry.why = dict.fromkeys(uses, why) | entry.why
 
 
 def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     atlas = model.atlas
-    ids = _ids(model)
+    ids = probe_ids(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
     run = None
     while run is None:
-        sites = [_first_unit(Site(name), atlas) for name in SITES if atlas.layers(name)]
+        sites = [first_unit(Site(name), atlas) for name in SITES if atlas.layers(name)]
         try:
             run = model.run(tokens, read=sites)
         except InterpError as error:
@@ -97,11 +98,12 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     yield from _effects(model, run, ids)
 
 
-def _first_unit(site: Site, atlas: Atlas) -> Site:
+def first_unit(site: Site, atlas: Atlas) -> Site:
+    """The site, or one unit in one layer of it where reading it all costs too much."""
     return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
 
 
-def _ids(model: Model) -> Tensor:
+def probe_ids(model: Model) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
     special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
@@ -115,7 +117,7 @@ def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
     for layer in atlas.layers(name):
         entry = atlas.entries[name, layer]
         site = (
-            _first_unit(Site(name), atlas)
+            first_unit(Site(name), atlas)
             if name in DERIVED_ONCE
             else Site(name, layer if SITES[name].layered else None)
         )
@@ -226,7 +228,7 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
     ]
     n = len(entries) + 1
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool))
-    edits = [_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     changed = model.run(tokens, edits=edits, allow_noop=True).logits.as_subclass(Tensor)
     scale = float(changed[0].float().std())
     for row, entry in enumerate(entries):
@@ -235,7 +237,7 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
         yield entry.name, f"an edit in layer {entry.layer} changes the logits", acted, f"by {effect:.1e}"
 
 
-def _edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
+def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     """An edit of one row, all positions but the first, that no symmetry of the model can undo."""
     mask = Mask(tuple(tuple(range(1, WIDTH)) if i == row else () for i in range(n_rows)), WIDTH)
     info = SITES[entry.name]

@@ -56,7 +56,7 @@ EDITS = [
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "gemma2", "qwen3_moe"])
 def test_a_plan_travels(family: str) -> None:
     """nnsight's simulation serialises the plan and hides every package that a server would not have."""
-    there = ic.load(testing.tiny(family), engine="nnsight", engine_options={"remote": "local"}, check=False)
+    there = ic.load(testing.tiny(family), engine="nnsight", engine_options={"remote": "local"})
     here = tiny_model(family)
     reads = [site for site in READS if here.atlas.layers(site.name) in ([0, 1, 2], [0])]
     runs = [model.run(IDS, read=reads, edits=EDITS) for model in (here, there)]
@@ -82,7 +82,7 @@ def test_what_does_not_travel_is_refused_before_anything_is_sent() -> None:
         lambda: model.run(IDS, read=S.z, grad=lambda logits: logits.sum()),
         lambda: model.generate(IDS, edits=S.resid_post[0].scale(2.0)),
     ):
-        with pytest.raises(ic.CapabilityError, match=r"do(es)? not travel; remotely a plan is plain data"):
+        with pytest.raises(ic.CapabilityError, match="not travel; remotely a plan is plain data"):
             ask()
 
 

@@ -163,7 +163,8 @@ class _Builder:
             if (path := self.paths.get(component)) in self.modules:
                 self._view(name, 0, Tap(str(path), "out"), d_model)
         tap = taps.logits()
-        self._add(Entry("logits", 0, tap, tap, {"d_vocab": self.atlas.shape.d_vocab}))
+        why = {"grad": "the score is a function of the logits already; differentiate it by hand"}
+        self._add(Entry("logits", 0, tap, tap, {"d_vocab": self.atlas.shape.d_vocab}, why))
 
     def block(self, layer: int) -> None:
         block = f"{self.paths['blocks']}.{layer}"

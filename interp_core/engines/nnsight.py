@@ -26,9 +26,9 @@ from torch import nn
 from ..architectures.atlas import Atlas
 from ..errors import CapabilityError
 from ..plan import Plan
+from . import remote
 from .ports import Port
 from .program import LocalEngine, PortProgram, with_same_weights
-from .remote import RemoteProgram
 
 Place = tuple[str, str]
 """A module's path, and "in" or "out"."""
@@ -175,9 +175,14 @@ class NNsightEngine(LocalEngine):
             self._orders[kind] = order
         return self._orders[kind]
 
+    def adapt(self, atlas: Atlas) -> None:
+        """See `Engine.adapt`."""
+        if self.remote:
+            remote.adapt(atlas)
+
     def compile(self, plan: Plan, atlas: Atlas) -> PortProgram:
         """See `Engine.compile`."""
-        return RemoteProgram(self, plan, atlas) if self.remote else NNsightProgram(self, plan, atlas)
+        return remote.RemoteProgram(self, plan, atlas) if self.remote else NNsightProgram(self, plan, atlas)
 
 
 def _elsewhere(model: Any, remote: bool | str) -> Any:

@@ -3,7 +3,7 @@
 What travels is plain data. Every read and edit of a module's tensor is a strided view of it (sizes, strides, offset)
 and an index, worked out here; the code that travels along is the body of one `with` block that knows torch and nothing
 else, so the other side needs no interp_core. What is no strided view of one module's tensor (attention inside, routers,
-head and expert outputs, `resid_mid`), `apply`, gradients and generation are refused before anything is sent.
+head and expert outputs, writing `resid_mid`), `apply`, gradients and generation are refused before anything is sent.
 """
 
 from __future__ import annotations
@@ -20,16 +20,35 @@ from ..edits import Edit, prepared
 from ..errors import CapabilityError
 from ..plan import Plan
 from ..positions import Rows
+from ..sites import SITES
 from .ports import Part, Port
 from .program import PortProgram
 from .protocol import Passed
 
 if TYPE_CHECKING:
     from ..architectures.atlas import Atlas
+    from ..architectures.taps import Tap
     from .nnsight import NNsightEngine
 
 OPS = ("set", "add", "scale", "zero", "project")
 WHY = "remotely a plan is plain data on module tensors. Load without remote for this"
+
+
+def adapt(atlas: Atlas) -> None:
+    """Take out of an atlas what does not travel."""
+    for (name, _), entry in list(atlas.entries.items()):
+        why = f"{name} does not travel; {WHY}"
+        if "query" in SITES[name].axes or not _plain(entry.read):
+            atlas.drop(name, why)
+        elif not _plain(entry.write):
+            entry.write, entry.why = None, {"write": why} | entry.why
+    for entry in atlas.entries.values():
+        entry.why |= {"grad": f"gradients do not travel; {WHY}", "generate": f"generation does not travel; {WHY}"}
+
+
+def _plain(tap: Tap | None) -> bool:
+    """Whether a tap's value is a strided view of one module's tensor."""
+    return tap is not None and tap.side != "attention" and tap.get is None
 
 
 class RemoteProgram(PortProgram):
@@ -42,24 +61,17 @@ class RemoteProgram(PortProgram):
         for edit in plan.edits:
             if edit.op not in OPS:
                 raise CapabilityError(f"{edit}: {edit.op} does not travel; {WHY}")
-        for part in (*self._changes, *self.slots):
-            if part.tap.side == "attention" or part.tap.get is not None or "query" in part.site.info.axes:
-                raise CapabilityError(f"{part.site} does not travel; {WHY}")
 
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `PortProgram.carry`: here only for `generate`, which is refused.
-
-        Raises:
-            CapabilityError: always.
-        """
-        raise CapabilityError(f"{method} with a plan does not travel; {WHY}")
+        """Unused: what travels is not called here."""
+        raise NotImplementedError
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
     ) -> Passed:
         """See `Program.forward`."""
         if keep_graph:
-            raise CapabilityError(f"gradients do not travel; {WHY}")
+            raise CapabilityError(f"a graph does not travel; {WHY}")
         self.engine.begin()
         try:
             self.window, self.edits = None, edits
