@@ -64,3 +64,17 @@ def test_table_and_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 def mine(model: ic.Model, ids: torch.Tensor) -> Any:
     """What a user would write for `--extra`."""
     return lambda: model.run(ids.cpu(), read="resid_post[0]", logits=False)
+
+
+def test_our_plans_on_other_engines_cost_what_their_own_code_costs() -> None:
+    """Python calls per pass; the time is in docs/overhead.md."""
+    pairs = {"nnsight": "interp_core on nnsight", "TransformerLens bridge": "interp_core on the bridge"}
+    operations = ["resid", "z", "ablate", "patch"]
+    rows, failed = measure(
+        toy_model(), rounds=1, n_tokens=8, operations=["plain", *operations], only=[*pairs, *pairs.values()]
+    )
+    calls = {(row.operation, row.tool): row.calls for row in rows}
+    assert not failed
+    for native, ours in pairs.items():
+        for operation in operations:
+            assert calls[operation, ours] <= 1.1 * calls[operation, native], (operation, ours)

@@ -183,6 +183,20 @@ class Ours(Tool):
         return made.ids
 
 
+class OursOnNNsight(Ours):
+    """The same calls on engine `nnsight`."""
+
+    def __init__(self, model: Model, ids: Tensor) -> None:
+        super().__init__(model.on("nnsight"), ids)
+
+
+class OursOnBridge(Ours):
+    """The same calls on engine `transformer_lens`."""
+
+    def __init__(self, model: Model, ids: Tensor) -> None:
+        super().__init__(model.on("transformer_lens"), ids)
+
+
 class NNsight(Tool):
     """nnsight's own traces, on a copy."""
 
@@ -388,7 +402,9 @@ TOOLS: dict[str, tuple[type[Tool], str | None]] = {
     "by hand": (ByHand, None),
     "interp_core": (Ours, None),
     "nnsight": (NNsight, "nnsight"),
+    "interp_core on nnsight": (OursOnNNsight, "nnsight"),
     "TransformerLens bridge": (Bridge, "transformer_lens"),
+    "interp_core on the bridge": (OursOnBridge, "transformer_lens"),
     "pyvene": (Pyvene, "pyvene"),
     "interp-engine": (InterpEngine, "interp_engine"),
 }
