@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import CapabilityError, InterpError
-from .selfcheck import DERIVED_ONCE, probe_edit, probe_ids
+from .selfcheck import DERIVED_ONCE, PROBED, probe_edit, probe_ids
 from .sites import SITES, Site
 from .text import Tokens
 
@@ -177,8 +177,7 @@ def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
     gradient = other.run(tokens, read=site, grad=score).grad[site].as_subclass(Tensor)
     if "query" in site.info.axes:
         return _distance(gradient[0, :, -1, -2], nothing.grad)
-    chosen = gradient[0, 1:]  # the probe leaves the first position alone, and has no other axis but the last
-    return _distance(chosen.flatten(0, -2).sum(0), nothing.grad)
+    return _distance(gradient[0, list(PROBED)].flatten(0, -2).sum(0), nothing.grad)
 
 
 def _generation(model: Model, other: Model, name: str, layer: int) -> float:

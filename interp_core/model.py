@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +21,8 @@ from .engines import make_engine
 from .engines.protocol import Program
 from .errors import CapabilityError, PlanError, TextError
 from .plan import Plan
-from .positions import PositionLike
-from .regions import Region
+from .positions import PositionLike, Rows
+from .regions import Bound, Region
 from .selfcheck import Check, check_atlas
 from .sites import Site, named
 from .table import SiteTable
@@ -144,6 +145,11 @@ class Model:
         return [
             (e.layer, h) for (name, _), e in self.atlas.entries.items() if name == "z" for h in range(e.n_units or 0)
         ]
+
+    @cached_property
+    def keeps_logits(self) -> bool:
+        """Whether its forward pass can leave out logits that nobody asked for."""
+        return "logits_to_keep" in inspect.signature(type(self.hf).forward).parameters
 
     @property
     def dtype(self) -> torch.dtype:
@@ -343,12 +349,12 @@ class CompiledPlan:
         edits, keep, stop = self.edits, None, logits is False
         if stop:
             self._check_stop(bool(grad))
-        elif logits is not True:
-            keep = Region(Site("logits").at(logits), None).bind(tokens.rows)
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
         if graph:
             self._check_grad(bool(grad))
         inputs = {**model_inputs(model, tokens), "use_cache": False}
+        if not isinstance(logits, bool):
+            keep = self._keep(logits, tokens.rows, inputs)
         with torch.set_grad_enabled(graph), model.fresh():
             passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
         run = Run(self, tokens, passed)
@@ -361,6 +367,19 @@ class CompiledPlan:
         if not allow_noop and edits:
             run.demand_effect()
         return run
+
+    def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> Bound:
+        """Which logits to keep; where the model can, it computes no others."""
+        region = Region(Site("logits").at(asked), None)
+        assert region.pos is not None
+        columns = region.columns(rows, region.pos)
+        seen = any(site.name == "logits" for site in (*self.plan.reads, *(edit.site for edit in self.edits)))
+        if self.model.keeps_logits and not seen:
+            kept = sorted({column for row in columns for column in row})
+            columns = [[kept.index(column) for column in row] for row in columns]
+            tail = kept == list(range(rows.width - len(kept), rows.width))
+            inputs["logits_to_keep"] = len(kept) if tail else torch.tensor(kept, device=self.model.device)
+        return Bound(region, rows, columns, None, None)
 
     def _check_stop(self, grad: bool) -> None:
         if not self._reads:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .model import Model
 
 WIDTH = 6
+PROBED = (WIDTH - 3, WIDTH - 1)
+"""Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -229,7 +231,7 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
     n = len(entries) + 1
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool))
     edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
-    changed = model.run(tokens, edits=edits, allow_noop=True).logits.as_subclass(Tensor)
+    changed = model.run(tokens, edits=edits, logits=-1, allow_noop=True).logits.as_subclass(Tensor)
     scale = float(changed[0].float().std())
     for row, entry in enumerate(entries):
         effect = float((changed[row + 1] - changed[0]).float().abs().max())
@@ -238,8 +240,8 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
 
 
 def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
-    """An edit of one row, all positions but the first, that no symmetry of the model can undo."""
-    mask = Mask(tuple(tuple(range(1, WIDTH)) if i == row else () for i in range(n_rows)), WIDTH)
+    """An edit of one row, at some of the last positions, that no symmetry of the model can undo."""
+    mask = Mask(tuple(PROBED if i == row else () for i in range(n_rows)), WIDTH)
     info = SITES[entry.name]
     site = Site(entry.name, entry.layer if info.layered else None)
     if entry.name in DERIVED_ONCE:
@@ -252,5 +254,5 @@ def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     generator = torch.Generator().manual_seed(row)
     noise = torch.randn(size, generator=generator).to(value.device, value.dtype)
     size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
-    place = site.at(query=mask, key=1) if attention else site.at(mask)
+    place = site.at(query=mask, key=WIDTH - 2) if attention else site.at(mask)
     return place.add(noise * (3 * size_of).to(value.dtype))

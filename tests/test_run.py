@@ -144,8 +144,8 @@ def test_rows_with_different_numbers_of_positions(padded: ic.Tokens) -> None:
 
 def test_logits_where_asked(toy: ic.Model) -> None:
     whole = toy.run(TEXT).logits
-    assert torch.equal(toy.run(TEXT, logits=-1).logits, whole[:, -1])
-    assert torch.equal(toy.run(TEXT, logits=[0, 3]).logits, whole[:, [0, 3]])
+    for asked, wanted in ((-1, whole[:, -1]), ([0, 3], whole[:, [0, 3]])):
+        torch.testing.assert_close(toy.run(TEXT, logits=asked).logits, wanted, atol=1e-4, rtol=1e-5)
     run = toy.run(TEXT, read=S.resid_post[1], logits=False)
     with pytest.raises(ic.ReadError, match="ended before the logits"):
         _ = run.logits
@@ -287,3 +287,25 @@ def test_models_copy_untouched(ids: torch.Tensor) -> None:
     model.run(ids, read=[S.pattern, S.rot_q], edits=S.scores[1].scale(0.5))
     assert set(vars(model.hf.model.layers[0].self_attn)) == keys
     assert model.hf.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "computed"), [(-1, [-1], 1), (slice(2, 5), [2, 3, 4], 5), ([0, 3], [0, 3], 4)]
+)
+def test_logits_of_some_positions_compute_no_others(asked: object, chosen: list[int], computed: int) -> None:
+    model = tiny_model("llama")
+    rows = [torch.tensor([row]) for row in ([5, 17, 33, 8, 61], [9, 54, 12, 70, 3, 28, 45])]
+    tokens = ic.Tokens.stack([ic.Tokens(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
+    whole = model.run(tokens).logits.as_subclass(torch.Tensor)
+    seen: list[int] = []
+    handle = model.hf.lm_head.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
+    try:
+        some = model.run(tokens, logits=asked).logits.as_subclass(torch.Tensor)
+        edited = model.run(tokens, logits=asked, edits=S.logits.at(-1).add(torch.ones(96))).logits
+    finally:
+        handle.remove()
+    assert seen == [computed, 7]  # an edit of logits needs them all
+    assert edited.shape == some.shape
+    for row, places in enumerate(tokens.rows.real):
+        wanted = whole[row, [places[i] for i in chosen]]
+        torch.testing.assert_close(some[row].reshape(wanted.shape), wanted, atol=1e-5, rtol=1e-5)
