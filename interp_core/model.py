@@ -272,8 +272,9 @@ class Model:
         for path in self.atlas.family.carried:
             owner, _, name = path.rpartition(".")
             module = self.hf.get_submodule(owner)
-            saved.append((module, name, getattr(module, name)))
-            setattr(module, name, None)
+            if hasattr(module, name):
+                saved.append((module, name, getattr(module, name)))
+                setattr(module, name, None)
         try:
             yield
         finally:

@@ -162,11 +162,17 @@ def _sums(model: Model, run: Run, tolerance: float) -> Iterator[tuple[str, str, 
         yield close("head_out", "sums to the output projection", [_projected(model, run, i) for i in layers])
     if layers := both("pattern"):
         sinks = any("sinks" in name for name, _ in model.hf.named_parameters())
-        pairs = [(at("pattern", i).sum(-1), torch.ones_like(at("pattern", i).sum(-1))) for i in layers]
-        if not sinks:
-            yield close("pattern", "sums to one", pairs)
+        sums = [at("pattern", i).sum(-1) for i in layers]
+        ones = [x.clamp(max=1) if sinks else torch.ones_like(x) for x in sums]
+        what = "sums to less than one, the rest is the sink's" if sinks else "sums to one"
+        yield close("pattern", what, list(zip(sums, ones, strict=True)))
     if layers := both("pattern", "v", "z"):
-        yield close("v", "times pattern is z", [(_mixed(at("pattern", i), at("v", i)), at("z", i)) for i in layers])
+        mixed = [(_mixed(at("pattern", i), at("v", i)), at("z", i)) for i in layers]
+        if atlas.family.gated:
+            pairs = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
+            yield close("v", "times pattern, times a gate between 0 and 1, is z", pairs)
+        else:
+            yield close("v", "times pattern is z", mixed)
     if (layers := both("scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at("q", i), at("k", i), at("scores", i)) for i in layers]
         for name in ("q", "k"):

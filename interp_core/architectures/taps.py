@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import CapabilityError, PlanError
-from .family import Router, View
+from ..errors import CapabilityError
+from .family import View
+from .routing import Router
 
 Side = Literal["in", "out", "attention"]
 
@@ -42,6 +43,28 @@ class Call:
         self.needs: tuple[Tensor, ...] = ()
 
 
+@dataclass(frozen=True)
+class Lens:
+    """How a site's tensor passes a module, where it is not `[batch pos …]` as the site has it.
+
+    Attributes:
+        flat: batch and pos are one axis.
+        factor: the block multiplies by it after the module.
+    """
+
+    flat: bool = False
+    factor: float = 1.0
+
+    def enter(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What passes, as the site has it."""
+        x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
+        return x if self.factor == 1 else x * self.factor
+
+    def leave(self, x: Tensor, like: Tensor) -> Tensor:
+        """The site's tensor as the module has to pass it on."""
+        return (x if self.factor == 1 else x / self.factor).reshape(like.shape)
+
+
 Get = Callable[[Call, "tuple[int, ...] | None"], Tensor]
 
 
@@ -58,6 +81,7 @@ class Tap:
         partial: `get` computes only the units asked for, and `put` takes their change.
         needs: taps whose first tensors `get` and `put` use; they lie before this one.
         rank: order among taps at the same place.
+        lens: how the tensor passes, where that is not as the site has it; the same for all taps of a place.
     """
 
     module: str
@@ -69,6 +93,11 @@ class Tap:
     partial: bool = False
     needs: tuple[Tap, ...] = ()
     rank: int = 0
+    lens: Lens | None = None
+
+
+KEYED = ("rot_k", "v")
+"""Parts inside attention that reach back to the first key, also in a step that computes one token."""
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -85,7 +114,7 @@ def resid_mid(block: str, attn_out: Tap) -> Tap:
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         call.first = new - call.needs[0]
 
-    return Tap(attn_out.module, "out", get=get, put=put, needs=(Tap(block, "in"),), rank=1)
+    return Tap(attn_out.module, "out", get=get, put=put, needs=(Tap(block, "in"),), rank=1, lens=attn_out.lens)
 
 
 def head_out(module: str, n_heads: int, d_head: int) -> Tap:
@@ -129,49 +158,38 @@ def router_logits(module: str, router: Router) -> Tap:
     """Router logits; a change selects experts again, as the family does."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        return call.output[0].view(*call.shape, -1)
+        return router.logits(call.output).view(*call.shape, -1)
 
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        flat = new.reshape(-1, new.shape[-1])
-        call.output = (flat, *router.select(call.module, flat), *call.output[3:])
+        call.output = router.rerouted(call.module, call.output, new.reshape(-1, new.shape[-1]))
 
     return Tap(module, "out", get=get, put=put)
 
 
-def router_weights(module: str, n_experts: int) -> Tap:
+def router_weights(module: str, router: Router, n_experts: int) -> Tap:
     """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        _, weights, chosen = call.output[:3]
-        return weights.new_zeros(len(weights), n_experts).scatter(-1, chosen, weights).view(*call.shape, n_experts)
+        return router.weights(call.output, n_experts).view(*call.shape, n_experts)
 
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        flat = new.reshape(-1, n_experts)
-        k = call.output[1].shape[-1]
-        chosen = flat.abs().topk(k, dim=-1).indices
-        weights = flat.gather(-1, chosen)
-        kept = flat.new_zeros(flat.shape).scatter(-1, chosen, weights)
-        if not torch.equal(kept, flat):
-            raise PlanError(f"router_weights: a token can have {k} experts, the edit gives weight to more")
-        call.output = (call.output[0], weights, chosen, *call.output[3:])
+        call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
     return Tap(module, "out", get=get, put=put, rank=1)
 
 
-def expert_out(module: str, n_experts: int) -> Tap:
-    """Weighted contribution of single experts, by calling the experts' own code with one expert at a time."""
+def expert_out(module: str, router: Router, n_experts: int) -> Tap:
+    """Weighted contribution of single experts."""
+
+    def wanted(units: tuple[int, ...] | None) -> tuple[int, ...]:
+        return tuple(range(n_experts)) if units is None else units
 
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
-        hidden, chosen, weights = call.args
-        parts = []
-        for expert in range(n_experts) if units is None else units:
-            weight = torch.where(chosen == expert, weights, 0).sum(-1, keepdim=True)
-            parts.append(call.module.forward(hidden, torch.full_like(chosen[:, :1], expert), weight))
-        return torch.stack(parts, dim=1).view(*call.shape, len(parts), -1)
+        found = router.contributions(call.module, call.args, call.output, wanted(units))
+        return found.view(*call.shape, *found.shape[1:])
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
-        change = (new - old).sum(-2)
-        call.first = call.first + change.view_as(call.first)
+        call.first = router.contributed(call.first, (new - old).flatten(0, 1))
 
     return Tap(module, "out", get=get, put=put, partial=True)
 

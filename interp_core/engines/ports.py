@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Entry
 from ..architectures.family import View
-from ..architectures.taps import Call, Tap
+from ..architectures.taps import KEYED, Call, Tap
 from ..edits import TENSOR_OPS, Edit, carry_out, prepared
 from ..errors import PlanError
 from ..positions import Rows, Slice
@@ -209,7 +209,7 @@ class Change(Part):
 
     def _check_value(self, edit: Edit, value: Tensor, rows: Rows) -> None:
         dtype = self.program.engine.dtype
-        if value.dtype != dtype:
+        if value.dtype != dtype and not (self.entry.wide and value.dtype == torch.float32):
             raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
         axes = self.axes(len(rows.real), rows.width)
         sizes = [size for _, size in axes]
@@ -280,7 +280,7 @@ class Port:
     @property
     def plain(self) -> bool:
         """Whether all that is done here is to keep the tensor that passes."""
-        return not (self.changes or self.capture) and all(read.late for read in self.reads)
+        return not (self.changes or self.capture or self.tap.lens) and all(read.late for read in self.reads)
 
     def hook(self) -> tuple[dict[Any, Any], dict[Any, Any] | None, Any]:
         """The module's own hook table, its table of hooks that take keyword arguments if this is one, and the hook.
@@ -326,11 +326,12 @@ class Port:
         return keep
 
     def _on_output(self) -> Callable[[Any, Any, Any], Any]:
-        derived = any(part.tap.get for part in (*self.changes, *self.reads))
+        derived, lens = any(part.tap.get for part in (*self.changes, *self.reads)), self.tap.lens
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             single = isinstance(output, Tensor)
-            first = output if single else output[0]
+            passing = output if single else output[0]
+            first = passing if lens is None else lens.enter(passing, self.program.shape)
             if derived:
                 call = self._derive(Call(module, args, output, first))
                 if call.output is not output:
@@ -338,8 +339,9 @@ class Port:
                 new = call.first
             else:
                 new = self._through(first)
-            if new is first:
+            if self._same(first, new):
                 return None
+            new = new if lens is None else lens.leave(new, passing)
             return new if single else (new, *output[1:])
 
         return hook
@@ -351,12 +353,20 @@ class Port:
             self._name = next(iter(inspect.signature(self.module.forward).parameters))
         return self._name
 
+    def _same(self, old: Tensor, new: Tensor) -> bool:
+        """Whether the model can go on with what it has. What a lens made is another tensor, so gradients need it."""
+        return new is old and not (self.tap.lens and self.program.keep_graph)
+
     def _on_input(self) -> Callable[[Any, Any, Any], Any]:
+        lens = self.tap.lens
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            first = args[0] if args else kwargs[self.name]
+            passing = args[0] if args else kwargs[self.name]
+            first = passing if lens is None else lens.enter(passing, self.program.shape)
             new = self._through(first)
-            if new is first:
+            if self._same(first, new):
                 return None
+            new = new if lens is None else lens.leave(new, passing)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, self.name: new})
 
         return hook
@@ -372,11 +382,11 @@ class Port:
                     program.passed.values[number] = x
                 return x
             window = program.window
-            if window is not None and (n_keys < window.stop or part == "rot_k"):
+            if window is not None and (n_keys < window.stop or part in KEYED):
                 # keys reach back beyond this step, and sliding windows have dropped the first of them
                 first = window.stop - n_keys
                 for item in (*self.changes, *self.reads):
-                    item.bind(program.rows, Window(first if part == "rot_k" else window.start, window.stop, first))
+                    item.bind(program.rows, Window(first if part in KEYED else window.start, window.stop, first))
             return self._through(x)
 
         return stage
