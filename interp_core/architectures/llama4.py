@@ -22,7 +22,7 @@ def select(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class InputRouter(Router):
-    """The module returns `(weights [n expert], logits)`; experts get their weighted inputs, one expert after another."""
+    """The module returns `(weights [n expert], logits)`; experts get weighted inputs, one expert after the other."""
 
     def logits(self, output: Any) -> Tensor:
         """See `Router.logits`."""

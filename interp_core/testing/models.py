@@ -104,7 +104,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size_mlp": 80,
             "moe_layers": [0, 2],
             "no_rope_layers": [1, 0, 1],
-            "attention_chunk_size": 5,
+            "attention_chunk_size": 4,
             "attn_temperature_tuning": True,
             "floor_scale": 4,
             "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
