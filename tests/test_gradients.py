@@ -21,6 +21,7 @@ def test_gradients_equal_those_by_hand(family: str, ids: torch.Tensor) -> None:
     model = tiny_model(family, torch.float64, "eager")
     reference = Reference(family, model.hf)
     names = [name for name in reference.sites() if name != "head_out" and "router" not in name and name != "logits"]
+    names = [name for name in names if not (name == "resid_mid" and family == "opt")]  # it has none, by name
     layers = {name: 1 if 1 in reference.layers(name) else reference.layers(name)[0] for name in names}
     sites = {name: S.named(name)[layer] if S.SITES[name].layered else S.named(name) for name, layer in layers.items()}
     reference.shape = ids.shape

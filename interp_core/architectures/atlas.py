@@ -178,7 +178,8 @@ class _Builder:
             self._view("attn_out", layer, attn_out, self.d_model)
             after = self._after_attention(block, found)
             if not self.parallel and after is not None:
-                self._add(Entry("resid_mid", layer, after, taps.resid_mid(block, attn_out), self.d_model))
+                why = {"grad": "the stream also goes on past the module where it is read"} if after.lens else None
+                self._add(Entry("resid_mid", layer, after, taps.resid_mid(block, attn_out), self.d_model, why))
         if attn := found.get("attn"):
             self._heads(layer, attn, found)
         self._mlp(layer, block, found)

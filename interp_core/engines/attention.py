@@ -100,7 +100,7 @@ def attention(
     scores = _masked(scores, attention_mask, kwargs, module)
     if "scores" in stages:
         scores = stages["scores"](scores, n_keys)
-    pattern = _softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
+    pattern = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](pattern, n_keys)
     if dropout:
@@ -139,7 +139,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[dtype]
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Probabilities; half precision is summed in float32, as the kernels do."""
     kind = scores.dtype
     wide = dtype or (torch.float32 if kind in _HALF else None)

@@ -21,6 +21,7 @@ from ..errors import PlanError
 from ..positions import Rows, Slice
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
+from .attention import softmax
 
 if TYPE_CHECKING:
     from .torch import TorchProgram
@@ -182,7 +183,8 @@ class Change(Part):
         elif edit.op == "mask":  # how many logits were taken out, not how far it is to minus infinity
             change = (torch.isfinite(old) & ~torch.isfinite(new)).float()
         elif self.knockout:  # the probability that was taken away
-            change = self.take(torch.softmax(x.detach(), -1))
+            sinks = getattr(self.program.engine.modules[self.tap.module], "sinks", None)
+            change = self.take(softmax(x.detach(), sinks, None))
         else:
             change = new.detach() - old.detach()
         columns = None if self.bound is None else self.bound.columns
