@@ -357,7 +357,7 @@ def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
     if tokens.padded or tokens.inputs:
         inputs["attention_mask"] = tokens.mask.to(device, torch.long)
-    if tokens.padded and not tokens.inputs:
+    if tokens.padded and not any(name.endswith("_grid_thw") for name in tokens.inputs):  # those models count by grids
         inputs["position_ids"] = (tokens.mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
     for name, value in tokens.inputs.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .model import Model
 
 WIDTH = 6
+TEXTUAL = tuple(name for name, info in SITES.items() if not info.visual)
+"""The check runs on text: visual sites are left to the tests, which have images."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -81,7 +83,7 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
     run = None
     while run is None:
-        sites = [_first_unit(Site(name), atlas) for name in SITES if atlas.layers(name)]
+        sites = [_first_unit(Site(name), atlas) for name in TEXTUAL if atlas.layers(name)]
         try:
             run = model.run(tokens, read=sites)
         except InterpError as error:
@@ -89,7 +91,7 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
             if not name:
                 raise
             yield name, "can be read", False, str(error)
-    for name in [name for name in SITES if atlas.layers(name)]:
+    for name in [name for name in TEXTUAL if atlas.layers(name)]:
         yield name, "has the declared shape", *_shape(run, name, atlas)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     yield from _sums(model, run, tolerance)
@@ -221,7 +223,7 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
     atlas = model.atlas
     entries = [
         atlas.entries[name, layer]
-        for name in SITES
+        for name in TEXTUAL
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]

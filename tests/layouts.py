@@ -61,8 +61,12 @@ LAYOUT: dict[str, dict[str, str]] = {
         "mlp": "feed_forward", "mlp_out": "feed_forward", "down": "feed_forward.down_proj",
         "router": "feed_forward.router", "experts": "feed_forward.experts",
     },
-    "qwen3_vl": _inside(_LLAMA, "model.language_model"),
-} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_5"), _LLAMA) | dict.fromkeys(
+    "qwen3_vl_moe": _inside(_MOE, "model.language_model"),
+    "gemma3_vision": _inside(_GEMMA, "model.language_model"),
+    "smolvlm": _inside(_LLAMA, "model.text_model"),
+} | dict.fromkeys(
+    ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "internvl"), _inside(_LLAMA, "model.language_model")
+) | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_5"), _LLAMA) | dict.fromkeys(
     ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "qwen3_next", "qwen3_5_moe"), _MOE
 )  # fmt: skip
 
@@ -77,9 +81,13 @@ LACKS: dict[str, set[str]] = {
 """What a family does not have, beside routers in dense families."""
 DENSE = {
     "qwen2_moe": [0], "qwen3_moe": [1], "deepseek_v3": [0], "glm4_moe": [0], "llama4": [1], "qwen3_next": [1],
-    "mixtral": [], "olmoe": [], "gpt_oss": [], "granitemoe": [], "qwen3_5_moe": [],
+    "qwen3_vl_moe": [1], "mixtral": [], "olmoe": [], "gpt_oss": [], "granitemoe": [], "qwen3_5_moe": [],
 }  # fmt: skip
 """Dense layers of the families with experts."""
+VISUAL = (
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "llava_onevision", "internvl", "gemma3_vision", "smolvlm",
+)  # fmt: skip
+DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 LINEAR: dict[str, list[int]] = {"qwen3_next": [0], "qwen3_5": [0], "qwen3_5_moe": [0]}
 """Layers with linear attention, which is called `linear_attn`."""
 SHARED = {

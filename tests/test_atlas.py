@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from layouts import DENSE, LACKS
+from layouts import DEEPSTACK, DENSE, LACKS, VISUAL
 
 import interp_core as ic
 from interp_core import sites as S
@@ -30,7 +30,10 @@ def test_every_family_passes_its_self_check(family: str) -> None:
 def test_what_a_family_lacks_is_said(family: str) -> None:
     model = tiny_model(family)
     router = set() if family in DENSE else {"router_logits", "router_weights", "expert_out"}
-    assert set(model.atlas.lacking) == LACKS.get(family, set()) | router
+    visual = ({"vision_embed"} if family not in VISUAL else set()) | (
+        {"deepstack"} if family not in DEEPSTACK else set()
+    )
+    assert set(model.atlas.lacking) == LACKS.get(family, set()) | router | visual
     table = repr(model.sites)
     for name, why in model.atlas.lacking.items():
         assert f"{name}: {why}" in table

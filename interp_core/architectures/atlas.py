@@ -64,13 +64,14 @@ class Atlas:
     Attributes:
         family: name of the family, `config.model_type`.
         shape: sizes of the model.
+        config: the model's whole config.
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason.
         notes: what a user should know of this model.
     """
 
-    def __init__(self, family: Family, shape: Shape) -> None:
-        self.family, self.shape = family, shape
+    def __init__(self, family: Family, shape: Shape, config: Any) -> None:
+        self.family, self.shape, self.config = family, shape, config
         self.entries: dict[tuple[str, int], Entry] = {}
         self.lacking: dict[str, str] = {}
         self.notes: list[str] = []
@@ -128,7 +129,7 @@ def build(model: Any, family: Family | None) -> Atlas:
             "transformers. For another layout write a family file, see docs/families.md."
         )
     unnamed = family is None
-    family = family or Family(str(config.model_type))
+    family = family or Family(str(model.config.model_type))
     blocks = modules[paths["blocks"]]
     shape = Shape(
         n_layers=len(list(blocks.children())),
@@ -136,7 +137,7 @@ def build(model: Any, family: Family | None) -> Atlas:
         d_vocab=model.get_output_embeddings().weight.shape[0],
         n_ctx=getattr(config, "max_position_embeddings", None),
     )
-    atlas = Atlas(family, shape)
+    atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
             f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
@@ -164,8 +165,23 @@ class _Builder:
         for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
             if (path := self.paths.get(component)) in self.modules:
                 self._view(name, 0, Tap(str(path), "out"), self.d_model)
+        self._vision()
         tap = taps.logits()
         self._add(Entry("logits", 0, tap, tap, {"d_vocab": self.atlas.shape.d_vocab}))
+
+    def _vision(self) -> None:
+        """What a vision tower hands over: it arrives as arguments of the language model."""
+        language = self.paths["blocks"].rpartition(".")[0]
+        arguments = inspect.signature(self.modules[language].forward).parameters
+        vision = getattr(self.atlas.config, "vision_config", None)
+        if vision is None or taps.EMBEDDINGS not in arguments:
+            return
+        self._view("vision_embed", 0, Tap(language, "in", taps.EMBEDDINGS), self.d_model)
+        if taps.DEEPSTACK in arguments:
+            for layer in range(len(vision.deepstack_visual_indexes)):
+                tap = taps.deepstack(language, layer)
+                why = {"grad": "it is computed beside the forward pass"}
+                self._add(Entry("deepstack", layer, tap, tap, self.d_model, why))
 
     def block(self, layer: int) -> None:
         block = f"{self.paths['blocks']}.{layer}"
@@ -317,6 +333,8 @@ def _explain(atlas: Atlas, refused: Mapping[str, str]) -> None:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
         elif name in ("router_logits", "router_weights", "expert_out"):
             why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+        elif SITES[name].visual:
+            why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
         elif name == "mlp_act" and "expert_out" in present:
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         else:

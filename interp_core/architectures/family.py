@@ -60,6 +60,21 @@ def first_half(heads: Heads, part: str) -> View:
     return lambda x: split(x)[..., : heads.d_head]
 
 
+def llama_like(model: str) -> dict[str, str]:
+    """Module paths of blocks with Llama's names, for classes that TransformerLens has no adapter for."""
+    attention = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkvo"}
+    norms = {"blocks.ln1": "input_layernorm", "blocks.ln2": "post_attention_layernorm"}
+    ends = {"blocks": f"{model}.layers", "embed": f"{model}.embed_tokens", "ln_final": f"{model}.norm"}
+    return {
+        **ends,
+        **norms,
+        **attention,
+        "blocks.attn": "self_attn",
+        "blocks.mlp": "mlp",
+        "blocks.mlp.out": "down_proj",
+    }
+
+
 @dataclass(frozen=True)
 class Place:
     """One side of a module in the block, for sites that lie elsewhere than usual.

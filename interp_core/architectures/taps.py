@@ -9,7 +9,7 @@ Most taps are views: the value is the first tensor that passes, seen in other ax
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,12 +33,21 @@ class Call:
         first: the first tensor that passes; assigning it changes what the model goes on with.
         shape: batch and pos of the pass, for modules that see them flattened.
         needs: first tensors of the taps that this one needs.
+        kwargs: inputs passed by name, for taps at a module's input.
     """
 
-    __slots__ = ("args", "first", "module", "needs", "output", "shape")
+    __slots__ = ("args", "first", "kwargs", "module", "needs", "output", "shape")
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], output: Any, first: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: Any,
+        first: Tensor,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.module, self.args, self.output, self.first = module, args, output, first
+        self.kwargs: Mapping[str, Any] = kwargs or {}
         self.shape: tuple[int, int] = (0, 0)
         self.needs: tuple[Tensor, ...] = ()
 
@@ -74,7 +83,7 @@ class Tap:
 
     Attributes:
         module: dotted path in the model ("" is the model).
-        side: its input, its output, or inside its attention function, there at `part`.
+        side: its input (the first, or that named `part`), its output, or inside its attention function, at `part`.
         view: the first tensor in the site's axes (None: as it is). Views can be read, edited and differentiated.
         get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
         put: `(call, old, new)`: make the derived value's change act.
@@ -192,6 +201,27 @@ def expert_out(module: str, router: Router, n_experts: int) -> Tap:
         call.first = router.contributed(call.first, (new - old).flatten(0, 1))
 
     return Tap(module, "out", get=get, put=put, partial=True)
+
+
+EMBEDDINGS, DEEPSTACK = "inputs_embeds", "deepstack_visual_embeds"
+"""Names by which language models are handed embeddings, and features to add between the first blocks."""
+
+
+def deepstack(module: str, layer: int) -> Tap:
+    """Visual features that the language model adds after a block, laid over all positions (zero at text)."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        features = call.kwargs[DEEPSTACK][layer]
+        everywhere = features.new_zeros(*call.shape, features.shape[-1])
+        everywhere[call.kwargs["visual_pos_masks"]] = features
+        return everywhere
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        features = list(call.kwargs[DEEPSTACK])
+        features[layer] = new[call.kwargs["visual_pos_masks"]]
+        call.kwargs = {**call.kwargs, DEEPSTACK: features}
+
+    return Tap(module, "in", EMBEDDINGS, get=get, put=put)
 
 
 def logits() -> Tap:

@@ -39,7 +39,7 @@ class Part:
 
     def __init__(self, entry: Entry, tap: Tap, site: Site) -> None:
         self.entry, self.tap, self.site = entry, tap, site
-        self.whole = site.units is None and site.pos is None and site.key is None
+        self.whole = site.units is None and site.pos is None and site.key is None and not site.info.visual
         self._region: Region | None = None
         self.units: tuple[int, ...] | None = None
         self.bound: Bound | None = None
@@ -350,9 +350,9 @@ class Port:
 
     @property
     def name(self) -> str:
-        """The module's first argument, for models that pass it by name."""
+        """The argument that passes, for models that pass it by name: the tap's, or the module's first."""
         if not self._name:
-            self._name = next(iter(inspect.signature(self.module.forward).parameters))
+            self._name = self.tap.part or next(iter(inspect.signature(self.module.forward).parameters))
         return self._name
 
     def _same(self, old: Tensor, new: Tensor) -> bool:
@@ -360,9 +360,12 @@ class Port:
         return new is old and not (self.tap.lens and self.program.keep_graph)
 
     def _on_input(self) -> Callable[[Any, Any, Any], Any]:
-        lens = self.tap.lens
+        derived, lens = any(part.tap.get for part in (*self.changes, *self.reads)), self.tap.lens
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if derived:
+                call = self._derive(Call(module, args, None, kwargs[self.name], kwargs))
+                return args, {**call.kwargs, self.name: call.first}
             passing = args[0] if args else kwargs[self.name]
             first = passing if lens is None else lens.enter(passing, self.program.shape)
             new = self._through(first)

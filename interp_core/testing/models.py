@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LoadError, nearest
+from .visual import VISUAL
 
 VOCAB = 96
 _MHA: dict[str, Any] = {
@@ -118,7 +119,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def families() -> list[str]:
     """Names that `tiny` takes."""
-    return [*_FAMILIES, "qwen3_vl"]
+    return [*_FAMILIES, *VISUAL]
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -150,8 +151,8 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
 def _build(family: str, config: dict[str, Any]) -> Any:
     import transformers
 
-    if family == "qwen3_vl":
-        return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl(**config))
+    if family in VISUAL:
+        return VISUAL[family]({**_COMMON, **config})
     name, settings = _FAMILIES[family]
     settings = {**settings, **config}
     if "layer_types" in settings:
@@ -159,17 +160,3 @@ def _build(family: str, config: dict[str, Any]) -> Any:
     head = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
     made = getattr(transformers, f"{name}Config")(**settings)
     return getattr(transformers, name.removesuffix("Text") + head)(made)
-
-
-def _qwen3_vl(**config: Any) -> Any:
-    import transformers
-
-    text = {**_COMMON, "head_dim": 16, "vocab_size": VOCAB, **config}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-        "temporal_patch_size": 1, "spatial_merge_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
