@@ -126,7 +126,7 @@ def _grown(rows: Rows, more: int) -> Rows:
 def _check_steady(edit: Edit, rows: Rows) -> None:
     """Refuse a value with an axis for rows or positions where steps would see only some of them."""
     site = edit.site
-    if edit.op not in TENSOR_OPS or edit.op == "project":
+    if edit.op not in TENSOR_OPS or edit.op == "project" or site.info.visual:
         return
     features = len(site.info.axes) - 2 - isinstance(site.units, int)
     if edit.value.ndim <= features or site.pos in (-1, LAST):

@@ -27,7 +27,7 @@ from .sites import Site
 from .table import SiteTable
 from .text import Tokens
 from .trace import Run
-from .vision import with_visual_names
+from .vision import VisualToken, visual_grid, with_visual_names
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -169,6 +169,18 @@ class Model:
         """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
         return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
 
+    def visual_grid(self, x: Input) -> list[list[VisualToken]]:
+        """Per row, which image, grid cell and pixels each visual token stands for.
+
+        Args:
+            x: what a processor returned (or `Tokens` of it).
+
+        Raises:
+            CapabilityError: a family whose grids are not known, or videos.
+            TextError: no images, or placeholders that do not fit them.
+        """
+        return visual_grid(self._input(x), self.hf.config, self.atlas.family)
+
     def word(self, token: int) -> str:
         """Text of one token id, its leading space included; the number where there is no tokenizer."""
         return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, token)
@@ -195,7 +207,8 @@ class Model:
         if isinstance(x, Tensor):
             x = {"input_ids": x if x.ndim == 2 else x[None]}
         if isinstance(x, Mapping):
-            return with_visual_names(self._fitting(text.from_inputs(x, self.tokenizer)), self.hf.config)
+            tokens = self._fitting(text.from_inputs(x, self.tokenizer))
+            return with_visual_names(tokens, self.hf.config, self.atlas.family)
         return self.tokens(x)
 
     # Running

@@ -219,9 +219,10 @@ class Reference:
         original = home.eager_attention_forward
         half = "float32" in original.__code__.co_names
 
-        def by_hand(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
-            if module is not attn:
-                return original(module, q, k, v, mask, scaling=scaling, **rest)
+        def instead(module: nn.Module, *args: Any, **rest: Any) -> Any:
+            return (by_hand if module is attn else original)(module, *args, **rest)
+
+        def by_hand(_m: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
             if part == "rot_q":
                 q = fn(q.transpose(1, 2)).transpose(1, 2)
             if part == "rot_k":
@@ -243,7 +244,7 @@ class Reference:
                 pattern = fn(pattern)
             return torch.einsum("bhqk,bhkd->bqhd", pattern, v[:, heads]), pattern
 
-        home.eager_attention_forward = by_hand
+        home.eager_attention_forward = instead
         try:
             yield
         finally:

@@ -90,6 +90,24 @@ def test_a_banned_expert_is_executed_zero_times(family: str, ids: torch.Tensor) 
         assert ((weights != 0).sum(-1) == k).all()
 
 
+@pytest.mark.parametrize("family", [family for family in MIXTURES if family != "llama4"])
+def test_router_weights_are_what_the_experts_are_called_with(family: str, ids: torch.Tensor) -> None:
+    model = tiny_model(family)
+    layer = model.atlas.layers("router_weights")[-1]
+    experts = model.hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
+    called = []
+    handle = experts.register_forward_pre_hook(lambda _m, args: called.append(args))
+    try:
+        for edits in ((), S.router_logits[layer].mask([0, 5]), S.router_logits[layer].at(2).scale(-1.0)):
+            run = model.run(ids, read=S.router_weights[layer], edits=edits)
+            _, chosen, weights = called.pop()
+            dense = run[S.router_weights[layer]].flatten(0, 1).as_subclass(torch.Tensor)
+            assert torch.equal(dense.gather(-1, chosen), weights)
+            assert ((dense != 0).sum(-1) == chosen.shape[-1]).all()
+    finally:
+        handle.remove()
+
+
 def test_llama4_runs_every_expert_on_zeros(ids: torch.Tensor) -> None:
     """What transformers does: a banned expert contributes nothing, but NaN in its weights would come through."""
     sick = ic.load(_poisoned("llama4", 1, float("nan")), check=False)

@@ -341,6 +341,8 @@ def _explain(atlas: Atlas, refused: Mapping[str, str]) -> None:
             near = nearest(name, present)
             why = f"the atlas does not know where {family.name} keeps {name}. {near}"
         atlas.lacking[name] = why
+    if "final_norm" not in present:
+        atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
 
 
 def uses_interface(attention: nn.Module) -> bool:

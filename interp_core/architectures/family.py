@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .grids import Grid
 from .routing import Router
 
 View = Callable[[Tensor], Tensor]
@@ -111,6 +112,8 @@ class Family:
             transformers' attention interface.
         refuse: sites that the family cannot give, with the reason.
         refuse_if: the same, given the config.
+        grid: which pixels each visual token stands for.
+        needs: inputs without which transformers takes images for text, silently.
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
     """
 
@@ -128,4 +131,6 @@ class Family:
     pattern: str | None = None
     refuse: Mapping[str, str] = field(default_factory=dict)
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
+    grid: Grid | None = None
+    needs: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()

@@ -5,9 +5,11 @@ In Qwen3-VL, DeepStack adds visual features between the first blocks, outside an
 """
 
 from .family import Family
+from .grids import by_grid_thw
 from .qwen3_moe import ROUTER
 
 CARRIED = ("model.rope_deltas",)
-FAMILY = Family("qwen3_vl", carried=CARRIED)
-MOE = Family("qwen3_vl_moe", carried=CARRIED, router=ROUTER)
-QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED)
+NEEDS = ("mm_token_type_ids",)
+FAMILY = Family("qwen3_vl", carried=CARRIED, grid=by_grid_thw, needs=NEEDS)
+MOE = Family("qwen3_vl_moe", carried=CARRIED, grid=by_grid_thw, needs=NEEDS, router=ROUTER)
+QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED, grid=by_grid_thw, needs=NEEDS)
