@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .architectures.atlas import Atlas
+from .architectures.taps import KEYED
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
@@ -127,7 +128,7 @@ def _grown(rows: Rows, more: int) -> Rows:
 def _check_steady(edit: Edit, rows: Rows) -> None:
     """Refuse a value with an axis for rows or positions where steps would see only some of them."""
     site = edit.site
-    if edit.op not in TENSOR_OPS or edit.op == "project":
+    if edit.op not in TENSOR_OPS or edit.op == "project" or site.info.visual:
         return
     features = len(site.info.axes) - 2 - isinstance(site.units, int)
     if edit.value.ndim <= features or site.pos in (-1, LAST):
@@ -200,7 +201,8 @@ class Generation:
             raise ReadError(f"{site}: read the site without positions, or use generation.steps[i][site]")
         layered = site.info.layered and not isinstance(site.layers, int)
         parts = [step[site].as_subclass(Tensor) for step in self.steps]
-        if site.name == "rot_k":  # a step's keys reach back to the start
+        tap = self._compiled.model.atlas.select(site)[0].read
+        if tap is not None and tap.part in KEYED:  # a step's keys reach back to the start
             parts = [part[..., -(part.shape[-3] if i == 0 else 1) :, :, :] for i, part in enumerate(parts)]
         axis = 2 if layered else 1
         full = torch.cat(parts, axis)

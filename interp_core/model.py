@@ -28,7 +28,7 @@ from .sites import Site, named
 from .table import SiteTable
 from .text import Tokens
 from .trace import Run
-from .vision import with_visual_names
+from .vision import VisualToken, visual_grid, with_visual_names
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -210,6 +210,18 @@ class Model:
         """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
         return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
 
+    def visual_grid(self, x: Input) -> list[list[VisualToken]]:
+        """Per row, which image, grid cell and pixels each visual token stands for.
+
+        Args:
+            x: what a processor returned (or `Tokens` of it).
+
+        Raises:
+            CapabilityError: a family whose grids are not known, or videos.
+            TextError: no images, or placeholders that do not fit them.
+        """
+        return visual_grid(self._input(x), self.hf.config, self.atlas.family)
+
     def word(self, token: int) -> str:
         """Text of one token id, its leading space included; the number where there is no tokenizer."""
         return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, token)
@@ -236,7 +248,8 @@ class Model:
         if isinstance(x, Tensor):
             x = {"input_ids": x if x.ndim == 2 else x[None]}
         if isinstance(x, Mapping):
-            return with_visual_names(self._fitting(text.from_inputs(x, self.tokenizer)), self.hf.config)
+            tokens = self._fitting(text.from_inputs(x, self.tokenizer))
+            return with_visual_names(tokens, self.hf.config, self.atlas.family)
         return self.tokens(x)
 
     # Running
@@ -313,8 +326,9 @@ class Model:
         for path in self.atlas.family.carried:
             owner, _, name = path.rpartition(".")
             module = self.engine.model.get_submodule(owner)
-            saved.append((module, name, getattr(module, name)))
-            setattr(module, name, None)
+            if hasattr(module, name):
+                saved.append((module, name, getattr(module, name)))
+                setattr(module, name, None)
         try:
             yield
         finally:
@@ -409,7 +423,7 @@ def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
     if tokens.padded or tokens.inputs:
         inputs["attention_mask"] = tokens.mask.to(device, torch.long)
-    if tokens.padded and not tokens.inputs:
+    if tokens.padded and not any(name.endswith("_grid_thw") for name in tokens.inputs):  # those models count by grids
         inputs["position_ids"] = (tokens.mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
     for name, value in tokens.inputs.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value

@@ -65,7 +65,7 @@ Position = int | Slice | tuple[int, ...] | Span | str | PerRow | Mask
 PositionLike = Any
 """What `Site.at` takes: a `Position`, or a Python slice, list, nested list, or boolean array."""
 
-LAST, ALL, GENERATED = "last", "all", "generated"
+LAST, ALL, GENERATED, VISION = "last", "all", "generated", "vision"
 
 
 def position(value: PositionLike) -> Position:

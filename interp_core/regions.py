@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import PositionError
-from .positions import Position, Rows, is_single, resolve
+from .positions import VISION, Position, Rows, is_single, resolve
 from .sites import Site, indices
 
 Columns = list[list[int]]
@@ -42,7 +42,7 @@ class Region:
     def __init__(self, site: Site, n_units: int | None) -> None:
         self.site = site
         self.attention = "query" in site.info.axes
-        self.pos, self.key = site.pos, site.key
+        self.pos, self.key = VISION if site.info.visual else site.pos, site.key
         self.units: int | tuple[int, ...] | None = None
         if site.units is not None:
             assert n_units is not None
@@ -120,7 +120,7 @@ class Bound:
             parts = [_Part.of(queries, is_single(region.pos), start, 0)]  # type: ignore[arg-type]
         self.ragged = any(part.ragged for part in parts)
         self._index = self._build(parts, len(rows.real))
-        names = ("query", "key") if region.attention else ("pos",)
+        names = region.site.info.positions or ("visual",)
         counts = [(name, part.count) for name, part in zip(names, parts, strict=False) if not part.single]
         self.axes = [("selected", self._index[0].shape[0])] if self.ragged else counts
         self.basic = not any(isinstance(part, (Tensor, list)) for part in self._index)

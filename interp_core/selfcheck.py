@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 WIDTH = 6
 PROBED = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
+TEXTUAL = tuple(name for name, info in SITES.items() if not info.visual)
+"""The check runs on text: visual sites are left to the tests, which have images."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -85,7 +87,7 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
     run = None
     while run is None:
-        sites = [first_unit(Site(name), atlas) for name in SITES if atlas.layers(name)]
+        sites = [first_unit(Site(name), atlas) for name in TEXTUAL if atlas.layers(name)]
         try:
             run = model.run(tokens, read=sites)
         except InterpError as error:
@@ -93,7 +95,7 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
             if not name:
                 raise
             yield name, "can be read", False, str(error)
-    for name in [name for name in SITES if atlas.layers(name)]:
+    for name in [name for name in TEXTUAL if atlas.layers(name)]:
         yield name, "has the declared shape", *_shape(run, name, atlas)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     yield from _sums(model, run, tolerance)
@@ -169,14 +171,20 @@ def _sums(model: Model, run: Run, tolerance: float) -> Iterator[tuple[str, str, 
         yield close("head_out", "sums to the output projection", [_projected(model, run, i) for i in layers])
     if layers := both("pattern"):
         sinks = any("sinks" in name for name, _ in model.hf.named_parameters())
-        pairs = [(at("pattern", i).sum(-1), torch.ones_like(at("pattern", i).sum(-1))) for i in layers]
-        if not sinks:
-            yield close("pattern", "sums to one", pairs)
-            pairs = [(at("scores", i).float().softmax(-1), at("pattern", i).float()) for i in both("scores", "pattern")]
-            if pairs:
-                yield close("scores", "give the pattern by softmax", pairs)
+        sums = [at("pattern", i).sum(-1) for i in layers]
+        ones = [x.clamp(max=1) if sinks else torch.ones_like(x) for x in sums]
+        what = "sums to less than one, the rest is the sink's" if sinks else "sums to one"
+        yield close("pattern", what, list(zip(sums, ones, strict=True)))
+        pairs = [(at("scores", i).float().softmax(-1), at("pattern", i).float()) for i in both("scores", "pattern")]
+        if pairs and not sinks:
+            yield close("scores", "give the pattern by softmax", pairs)
     if layers := both("pattern", "v", "z"):
-        yield close("v", "times pattern is z", [(_mixed(at("pattern", i), at("v", i)), at("z", i)) for i in layers])
+        mixed = [(_mixed(at("pattern", i), at("v", i)), at("z", i)) for i in layers]
+        if atlas.family.gated:
+            pairs = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
+            yield close("v", "times pattern, times a gate between 0 and 1, is z", pairs)
+        else:
+            yield close("v", "times pattern is z", mixed)
     if (layers := both("scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at("q", i), at("k", i), at("scores", i)) for i in layers]
         for name in ("q", "k"):
@@ -223,7 +231,7 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
     atlas = model.atlas
     entries = [
         atlas.entries[name, layer]
-        for name in SITES
+        for name in TEXTUAL
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]

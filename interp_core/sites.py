@@ -53,16 +53,24 @@ class SiteInfo:
     @property
     def positions(self) -> tuple[str, ...]:
         """The axes that `.at()` selects on."""
-        return tuple(axis for axis in self.axes if axis in ("pos", "query", "key", "visual"))
+        return tuple(axis for axis in self.axes if axis in ("pos", "query", "key"))
+
+    @property
+    def visual(self) -> bool:
+        """Whether its positions are the visual tokens, all of them."""
+        return "visual" in self.axes
 
 
 _RESID = ("batch", "pos", "d_model")
 _HEADS = ("batch", "pos", "head", "d_head")
 _ATTENTION = ("batch", "head", "query", "key")
 _EXPERTS = ("batch", "pos", "expert")
+_VISUAL = ("batch", "visual", "d_model")
 
 SITES: dict[str, SiteInfo] = {
     "embed": SiteInfo(_RESID, "output of the token embedding", layered=False),
+    "vision_embed": SiteInfo(_VISUAL, "what the vision tower hands to the language model", layered=False),
+    "deepstack": SiteInfo(_VISUAL, "visual features that are added after the block (DeepStack)"),
     "resid_pre": SiteInfo(_RESID, "residual stream that enters the block"),
     "attn_in": SiteInfo(_RESID, "what the attention reads, after its norm"),
     "q": SiteInfo(_HEADS, "queries, before query-key norm and rotary embedding", "head"),
@@ -312,6 +320,8 @@ def _parse_index(text: str, whole: str) -> Any:
 
 
 embed = Site("embed")
+vision_embed = Site("vision_embed")
+deepstack = Site("deepstack")
 resid_pre = Site("resid_pre")
 attn_in = Site("attn_in")
 q = Site("q")

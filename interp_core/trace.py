@@ -227,10 +227,13 @@ class Store:
             ReadError: it was not read.
         """
         site = Site.parse(site) if isinstance(site, str) else site
-        if (site.info.layered and not isinstance(site.layers, int)) or "query" in site.info.axes or site.pos is None:
+        somewhere = site.pos is not None or site.info.visual
+        if (site.info.layered and not isinstance(site.layers, int)) or "query" in site.info.axes or not somewhere:
             raise SiteError(f"{site}: rows() takes one layer of a site along pos, with positions: site[l].at(...)")
         entry = self._atlas.select(site)[0]
-        columns = Region(site, entry.n_units).columns(self._rows, site.pos)
+        region = Region(site, entry.n_units)
+        assert region.pos is not None
+        columns = region.columns(self._rows, region.pos)
         value, whole = self._held(site, entry)
         if whole:
             value = _take(Region(replace(site, pos=None), entry.n_units), value, self._rows)

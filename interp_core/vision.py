@@ -1,38 +1,142 @@
-"""Where the visual tokens are.
+"""Where the visual tokens are, and what part of which image each one stands for.
 
 Processors put one placeholder id per visual token into the text, so the ids themselves say where: the positions named
-`"vision"` are those of the config's image and video token ids, `"text"` all others.
+`"vision"` are those of the config's image and video token ids, `"text"` all others, and `"image_0"`, `"image_1"`, …
+those of a row's single images. Nothing here needs an image library: places and boxes follow from the ids and the sizes
+that the processor returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .architectures.family import Family
+from .architectures.grids import Box, Cell
+from .errors import CapabilityError, TextError
 from .positions import Span
 from .text import Tokens
+
+IMAGES = ("pixel_values", "image_grid_thw")
+"""Inputs that say that there are images."""
+
+
+@dataclass(frozen=True)
+class VisualToken:
+    """One visual token: where it is in the text, and which pixels it stands for.
+
+    Attributes:
+        position: index among the row's real tokens.
+        image: which of the row's images.
+        tile: which of the pictures that the vision tower was given for that image (0 if there is one).
+        row: row in the tile's grid.
+        col: column, None for a token that only ends a row (LLaVA-OneVision).
+        box: left, top, right, bottom in pixels of the tile as the tower was given it; None without pixels.
+    """
+
+    position: int
+    image: int
+    tile: int
+    row: int
+    col: int | None
+    box: Box | None
 
 
 def placeholder_ids(config: Any) -> set[int]:
     """Token ids that stand for visual tokens; empty for text models."""
-    names = ("image_token_id", "image_token_index", "video_token_id")
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     return {value for name in names if isinstance(value := getattr(config, name, None), int)}
 
 
-def with_visual_names(tokens: Tokens, config: Any) -> Tokens:
-    """The tokens with the positions `vision` and `text`, if there are visual ones."""
-    placeholders = placeholder_ids(config)
-    visual = [
-        [i in placeholders for i in row[keep].tolist()] for row, keep in zip(tokens.ids, tokens.mask, strict=True)
-    ]
-    if not any(any(row) for row in visual):
+def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
+    """The tokens with the positions `vision`, `text` and those of single images, if there are visual ones.
+
+    Raises:
+        TextError: images without an input that the family needs, or placeholders that do not fit the images.
+    """
+    visual = _visual(tokens, placeholder_ids(config))
+    if not any(visual):
         return tokens
-    spans = {
-        name: tuple(tuple(_runs(i for i, seen in enumerate(row) if seen == wanted)) for row in visual)
-        for name, wanted in (("vision", True), ("text", False))
-    }
-    return replace(tokens, spans={**tokens.spans, **spans})
+    spans = dict(tokens.spans)
+    rows = list(zip(visual, tokens.lengths, strict=True))
+    spans["vision"] = tuple(tuple(_runs(places)) for places in visual)
+    spans["text"] = tuple(tuple(_runs(sorted({*range(n)} - {*places}))) for places, n in rows)
+    _demand(tokens.inputs, family)
+    if (images := _images(tokens, config, family)) is not None:
+        for i in range(max(map(len, images))):
+            spans[f"image_{i}"] = tuple(tuple(_runs(row[i][0])) if i < len(row) else () for row in images)
+    return replace(tokens, spans=spans)
+
+
+def visual_grid(tokens: Tokens, config: Any, family: Family) -> list[list[VisualToken]]:
+    """Per row, its visual tokens in order; see `VisualToken`.
+
+    Raises:
+        CapabilityError: a family whose grids are not known, or videos.
+        TextError: no images, or placeholders that do not fit them.
+    """
+    if _has_video(tokens, config):
+        raise CapabilityError("the input has videos, whose grids are not known")
+    if not any(name in tokens.inputs for name in IMAGES):
+        raise TextError("the input has no images")
+    rows = _images(tokens, config, family)
+    if rows is None:
+        raise CapabilityError(f"it is not known how this {family.name} lays visual tokens over an image")
+    return [
+        [
+            VisualToken(position, number, *cell)
+            for number, (places, cells) in enumerate(row)
+            for position, cell in zip(places, cells, strict=True)
+        ]
+        for row in rows
+    ]
+
+
+def _demand(inputs: Mapping[str, Any], family: Family) -> None:
+    if any("pixel" in name for name in inputs) and (missing := [n for n in family.needs if n not in inputs]):
+        raise TextError(
+            f"{family.name} with images needs {missing[0]}: without it transformers treats visual tokens like "
+            "text, and does not say so. Pass what the processor returned, whole."
+        )
+
+
+def _has_video(tokens: Tokens, config: Any) -> bool:
+    ids = {getattr(config, name, None) for name in ("video_token_id", "video_token_index")} - {None}
+    return any(i in tokens.ids for i in ids)
+
+
+def _visual(tokens: Tokens, placeholders: set[int]) -> list[list[int]]:
+    """Per row, the indices of visual tokens among the real ones."""
+    rows = zip(tokens.ids, tokens.mask, strict=True)
+    return [[i for i, token in enumerate(row[keep].tolist()) if token in placeholders] for row, keep in rows]
+
+
+def _images(tokens: Tokens, config: Any, family: Family) -> list[list[tuple[list[int], list[Cell]]]] | None:
+    """Per row and image, its visual positions and their cells; None where the grids are not known."""
+    if family.grid is None or not any(name in tokens.inputs for name in IMAGES) or _has_video(tokens, config):
+        return None
+    visual = _visual(tokens, placeholder_ids(config))
+    cells = family.grid(config, tokens.inputs, [len(run) for places in visual for run in _runs(places)])
+    if cells is None:
+        return None
+    left, found = list(cells), []
+    for places in visual:
+        row, start = [], 0
+        while start < len(places) and left and start + len(left[0]) <= len(places):
+            image = left.pop(0)
+            row.append((places[start : start + len(image)], image))
+            start += len(image)
+        if start < len(places):
+            break
+        found.append(row)
+    if left or len(found) < len(visual):
+        total, there = sum(map(len, cells)), sum(map(len, visual))
+        raise TextError(
+            f"the images stand for {total} visual tokens, the text has {there} placeholders, or they cross rows. Pass "
+            "what the processor returned, whole."
+        )
+    return found
 
 
 def _runs(places: Iterable[int]) -> list[Span]:

@@ -33,6 +33,12 @@ def tiny_model(
     return ic.load(hf)
 
 
+def nth(model: ic.Model, name: str, n: int) -> int:
+    """The n-th layer that has a site (the last, if there are fewer)."""
+    layers = model.atlas.layers(name)
+    return layers[min(n, len(layers) - 1)]
+
+
 @cache
 def toy_model() -> ic.Model:
     return ic.load("toy:text")

@@ -12,43 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from layouts import DENSE, LACKS, LAYOUT, LINEAR
+from routed import route
 from torch import Tensor, nn
 
 Change = Callable[[Tensor], Tensor]
 
-_LLAMA = {
-    "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "attn": "self_attn",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "mlp": "mlp", "down": "mlp.down_proj", "mid": "post_attention_layernorm",
-    "attn_out": "self_attn", "mlp_out": "mlp",
-}  # fmt: skip
-_GEMMA = _LLAMA | {
-    "mid": "pre_feedforward_layernorm", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm",
-}  # fmt: skip
-_GPT = {
-    "embed": "transformer.wte", "blocks": "transformer.h", "norm": "transformer.ln_f", "attn": "attn", "mlp": "mlp",
-    "attn_out": "attn", "mlp_out": "mlp",
-}  # fmt: skip
-LAYOUT: dict[str, dict[str, str]] = {
-    "gpt2": _GPT | {"qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2"},
-    "gptj": _GPT | {
-        "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.out_proj", "down": "mlp.fc_out",
-        "pattern": "attn.attn_dropout",
-    },
-    "gpt_neox": {
-        "embed": "gpt_neox.embed_in", "blocks": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
-        "attn": "attention", "qkv": "attention.query_key_value", "o": "attention.dense", "mlp": "mlp",
-        "down": "mlp.dense_4h_to_h", "attn_out": "attention", "mlp_out": "mlp",
-    },
-    "phi3": {k: v for k, v in _LLAMA.items() if k not in "qkv"} | {"qkv": "self_attn.qkv_proj"},
-    "gemma2": _GEMMA, "gemma3": _GEMMA,
-    "olmo2": _LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
-    "qwen3_moe": _LLAMA | {"router": "mlp.gate"},
-    "qwen3_vl": _LLAMA | {
-        "embed": "model.language_model.embed_tokens", "blocks": "model.language_model.layers",
-        "norm": "model.language_model.norm",
-    },
-} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)  # fmt: skip
 ATTENTION = ("rot_q", "rot_k", "scores", "pattern")
 
 
@@ -61,47 +30,49 @@ class Reference:
         self.n_layers = config.num_hidden_layers
         self.n_heads = config.num_attention_heads
         self.n_kv = getattr(config, "num_key_value_heads", None) or self.n_heads
-        self.d_head = getattr(config, "head_dim", None) or config.hidden_size // self.n_heads
+        self.d_head = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+        self.d_head = self.d_head or config.hidden_size // self.n_heads
+        self.scale = config.residual_multiplier if family == "granitemoe" else 1.0
 
     # Where things are
 
     def sites(self) -> list[str]:
         """Sites that this family has."""
         names = ["embed", "resid_pre", "attn_in", "q", "k", "v", "z", "head_out", "attn_out", "mlp_in", "mlp_out"]
-        names += ["resid_post", "final_norm", "logits", "pattern", "mlp_act"]
-        if "mid" in self.layout:
-            names.append("resid_mid")
-        if self.family not in ("gptj",):
-            names.append("scores")
-        if self.family not in ("gptj", "gpt2"):
-            names += ["rot_q", "rot_k"]
+        names += ["resid_post", "final_norm", "logits", "pattern", "mlp_act", "resid_mid", "scores", "rot_q", "rot_k"]
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
-        return names
+        return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
         """Layers that have the site."""
         if site in ("embed", "final_norm", "logits"):
             return [0]
         everywhere = list(range(self.n_layers))
-        if self.family == "qwen3_moe":  # layer 1 is dense, the others are mixtures
-            dense = [1]
-            return (
-                [i for i in everywhere if i not in dense]
-                if "router" in site
-                else dense
-                if site == "mlp_act"
-                else everywhere
-            )
+        if site == "mlp_act":
+            return DENSE.get(self.family, everywhere)
+        if "router" in site:
+            return [i for i in everywhere if i not in DENSE[self.family]]
+        if site in (*ATTENTION, "q", "k", "v", "z", "head_out"):
+            return [i for i in everywhere if i not in LINEAR.get(self.family, ())]
         return everywhere
 
     def module(self, key: str, layer: int) -> nn.Module:
         block = f"{self.layout['blocks']}.{layer}"
-        return self.hf.get_submodule(f"{block}.{self.layout[key]}" if key else block)
+        name = self.layout[key] if key else ""
+        if layer in LINEAR.get(self.family, ()) and name == "self_attn":
+            name = "linear_attn"
+        return self.hf.get_submodule(f"{block}.{name}" if name else block)
 
     def split(self, x: Tensor, part: str) -> Tensor:
         """q, k or v `[batch pos head d_head]` out of what a projection returned."""
-        b, s, _ = x.shape
+        b, s = self.shape
+        if self.family == "deepseek_v3" and part == "v":  # per head a part of its key, and its value
+            return x.reshape(b, s, self.n_heads, -1)[..., -self.d_head :]
+        if self.family == "deepseek_v3":  # queries are wider than values
+            return x.reshape(b, s, self.n_heads, -1)
+        if self.family in LINEAR and part == "q":  # and its gate
+            return x.reshape(b, s, self.n_heads, 2, self.d_head)[..., 0, :]
         if "qkv" not in self.layout:
             return x.reshape(b, s, -1, self.d_head)
         index = "qkv".index(part)
@@ -112,6 +83,13 @@ class Reference:
 
     def joined(self, x: Tensor, part: str, new: Tensor) -> Tensor:
         """What the projection would have to return for q, k or v to be `new`."""
+        b, s = self.shape
+        if self.family == "deepseek_v3" and part == "v":
+            keys = x.reshape(b, s, self.n_heads, -1)[..., : -self.d_head]
+            return torch.cat([keys, new], -1).reshape(x.shape)
+        if self.family in LINEAR and part == "q":
+            gate = x.reshape(b, s, self.n_heads, 2, self.d_head)[..., 1, :]
+            return torch.stack([new, gate], 3).reshape(x.shape)
         if "qkv" not in self.layout:
             return new.reshape(x.shape)
         parts = {name: new if name == part else self.split(x, name) for name in "qkv"}
@@ -142,11 +120,12 @@ class Reference:
         if site == "resid_post":
             return _output(self.module("", layer), fn)
         if site in ("attn_in", "mlp_in"):
-            return _input(self.module(site.removesuffix("_in"), layer), fn)
+            return _input(self.module(site.removesuffix("_in"), layer), self._shaped(fn))
         if site in ("attn_out", "mlp_out"):
-            return _output(self.module(site, layer), fn)
+            added = self._shaped(lambda x: fn(x * self.scale) / self.scale)
+            return _output(self.module(site, layer), added)
         if site == "mlp_act":
-            return _input(self.module("down", layer), fn)
+            return _input(self.module("down", layer), self._shaped(fn))
         if site == "resid_mid":
             return self._mid(layer, fn)
         if site == "z":
@@ -160,6 +139,10 @@ class Reference:
             lambda x: self.joined(x, site, fn(self.split(x, site))),
         )
 
+    def _shaped(self, fn: Change) -> Change:
+        """The same for modules that see batch and pos as one axis."""
+        return lambda x: fn(x) if x.ndim > 2 else fn(x.reshape(*self.shape, -1)).reshape(x.shape)
+
     @contextmanager
     def _mid(self, layer: int, fn: Change) -> Iterator[None]:
         """The stream after attention lives in a local variable: change what attention adds to it."""
@@ -171,7 +154,7 @@ class Reference:
 
         with (
             _input(self.module("", layer), remember),
-            _output(self.module("attn_out", layer), lambda x: fn(start[0] + x) - start[0]),
+            _output(self.module("attn_out", layer), lambda x: (fn(start[0] + x * self.scale) - start[0]) / self.scale),
         ):
             yield
 
@@ -197,19 +180,29 @@ class Reference:
     def _router(self, layer: int, site: str, fn: Change) -> Iterator[None]:
         module = self.module("router", layer)
 
+        config, inputs = self.hf.config.get_text_config(), self.family == "llama4"
+
+        def batched(x: Tensor) -> Tensor:
+            return fn(x.reshape(*self.shape, -1)).reshape(x.shape)
+
         def hook(m: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if inputs:  # dense weights on the experts' inputs
+                weights, logits = output
+                if site == "router_weights":
+                    return batched(weights), logits
+                logits = batched(logits)
+                return route(self.family, config, m, logits), logits
             logits, weights, chosen = output
             if site == "router_logits":
-                logits = fn(logits.reshape(self.shape[0], self.shape[1], -1)).reshape(logits.shape)
-                best = torch.sort(torch.softmax(logits.float(), -1), descending=True)
-                chosen, weights = best.indices[:, : m.top_k], best.values[:, : m.top_k]
-                weights = (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
+                logits = batched(logits)
+                dense = route(self.family, config, m, logits)
+                chosen = torch.stack([(row != 0).nonzero()[:, 0] for row in dense])
             else:
-                dense = torch.zeros_like(logits)
+                dense = torch.zeros(logits.shape, dtype=weights.dtype)
                 for token in range(len(dense)):
                     dense[token, chosen[token]] = weights[token]
-                dense = fn(dense.reshape(self.shape[0], self.shape[1], -1)).reshape(dense.shape)
-                weights = torch.stack([dense[token, chosen[token]] for token in range(len(dense))])
+                dense = batched(dense)
+            weights = torch.stack([dense[token, chosen[token]] for token in range(len(dense))]).to(weights.dtype)
             return logits, weights, chosen
 
         handle = module.register_forward_hook(hook)
@@ -226,9 +219,10 @@ class Reference:
         original = home.eager_attention_forward
         half = "float32" in original.__code__.co_names
 
-        def by_hand(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
-            if module is not attn:
-                return original(module, q, k, v, mask, scaling=scaling, **rest)
+        def instead(module: nn.Module, *args: Any, **rest: Any) -> Any:
+            return (by_hand if module is attn else original)(module, *args, **rest)
+
+        def by_hand(_m: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
             if part == "rot_q":
                 q = fn(q.transpose(1, 2)).transpose(1, 2)
             if part == "rot_k":
@@ -241,12 +235,16 @@ class Reference:
             scores = scores + mask
             if part == "scores":
                 scores = fn(scores)
-            pattern = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)
+            if rest.get("s_aux") is not None:
+                sink = rest["s_aux"].reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+                pattern = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+            else:
+                pattern = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)
             if part == "pattern":
                 pattern = fn(pattern)
             return torch.einsum("bhqk,bhkd->bqhd", pattern, v[:, heads]), pattern
 
-        home.eager_attention_forward = by_hand
+        home.eager_attention_forward = instead
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from layouts import DEEPSTACK, DENSE, LACKS, VISUAL
 
 import interp_core as ic
 from interp_core import sites as S
@@ -25,19 +26,14 @@ def test_every_family_passes_its_self_check(family: str) -> None:
     assert {row[1].split(" in layer")[0] for row in model.check.rows} >= {"has the declared shape", "an edit"}
 
 
-EXPECTED_LACK = {
-    "gpt2": {"rot_q", "rot_k"},
-    "gptj": {"rot_q", "rot_k", "scores", "resid_mid"},
-    "gpt_neox": {"resid_mid"},
-    "qwen3_moe": set(),
-}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_lacks_is_said(family: str) -> None:
     model = tiny_model(family)
-    router = set() if family == "qwen3_moe" else {"router_logits", "router_weights", "expert_out"}
-    assert set(model.atlas.lacking) == EXPECTED_LACK.get(family, set()) | router
+    router = set() if family in DENSE else {"router_logits", "router_weights", "expert_out"}
+    visual = ({"vision_embed"} if family not in VISUAL else set()) | (
+        {"deepstack"} if family not in DEEPSTACK else set()
+    )
+    assert set(model.atlas.lacking) == LACKS.get(family, set()) | router | visual
     table = repr(model.sites)
     for name, why in model.atlas.lacking.items():
         assert f"{name}: {why}" in table
@@ -146,7 +142,7 @@ def test_the_self_check_finds_a_router_edit_that_does_nothing(monkeypatch: pytes
         model.run(torch.tensor([[1, 2]]), edits=S.router_logits[0].mask(0))
 
 
-def test_the_self_check_finds_streams_that_do_not_add_up() -> None:
+def test_the_self_check_finds_streams_that_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import GraniteConfig, GraniteForCausalLM
 
     config = {
@@ -160,7 +156,7 @@ def test_the_self_check_finds_streams_that_do_not_add_up() -> None:
     hf = GraniteForCausalLM(
         GraniteConfig(**config, intermediate_size=96, residual_multiplier=0.3, logits_scaling=2.0)
     ).eval()
-    model = ic.load(hf)
+    model = _with_family(monkeypatch, "granite", Family("granite"), hf)
     assert any("the family scales what it adds" in note for note in model.atlas.notes)
     with pytest.raises(ic.CapabilityError, match="resid_mid cannot be changed: self-check: adds up"):
         model.run(torch.tensor([[1, 2]]), edits=S.resid_mid[0].scale(2.0))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, nth, tiny_model
+from layouts import LINEAR
 
 import interp_core as ic
 from interp_core import sites as S
@@ -33,13 +34,14 @@ VECTOR = torch.linspace(-3, 3, 64, dtype=torch.float64)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_mean_the_same_with_and_without_cache(family: str) -> None:
     model = tiny_model(family, torch.float64)
-    n = len(PROMPT)
+    n, first = len(PROMPT), nth(model, "v", 0)
+    keys = S.k if "k" in model.sites else S.rot_k
     cases = {
         "everything": (S.resid_post[0].add(VECTOR), lambda _: S.resid_post[0].add(VECTOR)),
         "one position": (S.mlp_out[1].at(2).zero(), lambda _: S.mlp_out[1].at(2).zero()),
         "prompt": (S.attn_out[1].at("prompt").scale(2.0), lambda _: S.attn_out[1].at(slice(0, n)).scale(2.0)),
-        "values": (S.v[0, 0].at(slice(0, 3)).zero(), lambda _: S.v[0, 0].at(slice(0, 3)).zero()),
-        "keys": (S.k[1].at([1, 2]).scale(-1.0), lambda _: S.k[1].at([1, 2]).scale(-1.0)),
+        "values": (S.v[first, 0].at(slice(0, 3)).zero(), lambda _: S.v[first, 0].at(slice(0, 3)).zero()),
+        "keys": (keys[1].at([1, 2]).scale(-1.0), lambda _: keys[1].at([1, 2]).scale(-1.0)),
         "knockout": (
             S.pattern[1].knockout(query=slice(5, None), key=[4]),
             lambda length: S.pattern[1].knockout(query=slice(5, length), key=[4]),
@@ -82,7 +84,11 @@ def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> Non
     dtype = torch.float32 if family == "gemma2" else torch.float64  # see test_padding_changes_nothing
     model = tiny_model(family, dtype)
     vector = VECTOR.to(dtype)
-    edits = [S.resid_post[1].at(-1).add(vector), S.z[0, 1].at(0).zero(), S.v[2].at("prompt").scale(0.5)]
+    edits = [
+        S.resid_post[1].at(-1).add(vector),
+        S.z[nth(model, "z", 0), 1].at(0).zero(),
+        S.v[2].at("prompt").scale(0.5),
+    ]
     batch = model.generate(padded, edits=edits, read=[S.resid_post[2], S.z[1]], max_new_tokens=NEW, stop_at_eos=False)
     for i, row in enumerate(padded):
         alone = model.generate(row, edits=edits, read=[S.resid_post[2], S.z[1]], max_new_tokens=NEW, stop_at_eos=False)
@@ -90,7 +96,7 @@ def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> Non
         n = row.lengths[0] + NEW - 1
         for site in (S.resid_post[2], S.z[1, 2]):
             torch.testing.assert_close(
-                batch[site][i, -n:], alone[site][0], atol=1e-3 if family == "gemma2" else 1e-6, rtol=1e-3
+                batch[site][i, -n:], alone[site][0], atol=1e-3 if family in ("gemma2", *LINEAR) else 1e-6, rtol=1e-3
             )
     assert batch.receipts[0].positions == tuple(tuple(range(n - 1, n + NEW - 1)) for n in padded.lengths)
     assert batch.receipts[1].positions == ((0,),) * 3
@@ -99,10 +105,11 @@ def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_over_steps_equal_one_pass(family: str) -> None:
     model = tiny_model(family)
-    sites = [S.resid_post, S.z[1], S.v[0]] + ([S.rot_k[1]] if model.atlas.layers("rot_k") else [])
+    values = S.v[nth(model, "v", 0)]
+    sites = [S.resid_post, S.z[1], values] + ([S.rot_k[1]] if model.atlas.layers("rot_k") else [])
     made = model.generate(single(PROMPT), read=sites, max_new_tokens=NEW, stop_at_eos=False)
     whole = model.run(single([*PROMPT, *made.ids[0, :-1].tolist()]), read=sites)
-    for site in (S.resid_post, S.z[1, 3], S.v[0]) + ((S.rot_k[1],) if len(sites) > 3 else ()):
+    for site in (S.resid_post, S.z[1, 3], values) + ((S.rot_k[1],) if len(sites) > 3 else ()):
         torch.testing.assert_close(
             made[site].as_subclass(torch.Tensor), whole[site].as_subclass(torch.Tensor), atol=2e-4, rtol=2e-4
         )

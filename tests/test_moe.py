@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
+from layouts import DENSE, LAYOUT, SHARED
+from routed import GROUPED, route
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+
+MIXTURES = sorted(DENSE)
 
 
 def model() -> ic.Model:
@@ -36,22 +40,118 @@ def test_experts_add_up_to_the_mlp(ids: torch.Tensor) -> None:
     assert not run[S.expert_out[2, 3]][idle].any() and run[S.expert_out[2, 3]][~idle].any()
 
 
-@pytest.mark.parametrize("expert", range(6))
-def test_a_banned_expert_is_executed_zero_times(expert: int, ids: torch.Tensor) -> None:
-    hf = testing.tiny("qwen3_moe")
-    poisoned = testing.tiny("qwen3_moe")
-    for layer in (0, 2):
-        experts = poisoned.get_submodule(f"model.layers.{layer}.mlp.experts")
-        experts.gate_up_proj.data[expert] = float("nan")
-        experts.down_proj.data[expert] = float("nan")
-    ban = [S.router_logits[layer].mask(expert) for layer in (0, 2)]
-    clean, sick = ic.load(hf), ic.load(poisoned, check=False)
-    run = sick.run(ids, read=S.router_weights, edits=ban, allow_noop=True)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_add_up_to_the_mlp_in_every_family(family: str, ids: torch.Tensor) -> None:
+    """Executed weights have k entries, and experts' outputs, with the shared expert's, are the block's."""
+    model = tiny_model(family, torch.float64)
+    layer = model.atlas.layers("router_weights")[-1]
+    run = model.run(ids, read=[S.expert_out[layer], S.mlp_in[layer], S.mlp_out[layer], S.router_weights[layer]])
+    config = model.hf.config.get_text_config()
+    weights = run[S.router_weights[layer]].as_subclass(torch.Tensor)
+    assert ((weights != 0).sum(-1) == config.num_experts_per_tok).all()
+    total = run[S.expert_out[layer]].sum(2)
+    block = model.hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}")
+    if family in SHARED:
+        shared, gate = SHARED[family]
+        x = run[S.mlp_in[layer]].as_subclass(torch.Tensor)
+        with torch.no_grad():
+            every = block.get_submodule(shared)(x)
+            total = total + (every if gate is None else torch.sigmoid(block.get_submodule(gate)(x)) * every)
+    total = total * getattr(config, "residual_multiplier", 1)
+    torch.testing.assert_close(total, run[S.mlp_out[layer]].as_subclass(torch.Tensor), atol=1e-9, rtol=1e-6)
+
+
+def _poisoned(family: str, expert: int, fill: float) -> torch.nn.Module:
+    """The tiny model with every weight of one expert replaced, in every layer."""
+    hf = testing.tiny(family)
+    layers = [i for i in range(3) if i not in DENSE[family]]
+    for layer in layers:
+        experts = hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
+        for weight in experts.parameters():
+            weight.data[expert] = fill
+    return hf
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_banned_expert_is_executed_zero_times(family: str, ids: torch.Tensor) -> None:
+    clean = tiny_model(family)
+    n = clean.atlas.entries["router_logits", clean.atlas.layers("router_logits")[0]].n_units
+    used = clean.run(ids, read=S.router_weights)[S.router_weights].as_subclass(torch.Tensor).flatten(0, 2).any(0)
+    assert int(used.sum()) >= n - 1  # the ban takes something away
+    for expert in range(n):
+        sick = ic.load(_poisoned(family, expert, 7.0 if family == "llama4" else float("nan")), check=False)
+        ban = [S.router_logits[layer].mask(experts=[expert]) for layer in clean.atlas.layers("router_logits")]
+        run = sick.run(ids, read=S.router_weights, edits=ban, allow_noop=True)
+        assert torch.isfinite(run.logits).all()
+        assert torch.equal(run.logits, clean.run(ids, edits=ban, allow_noop=True).logits)
+        weights = run[S.router_weights].as_subclass(torch.Tensor)
+        assert not weights[..., expert].any()
+        k = sick.hf.config.get_text_config().num_experts_per_tok
+        assert ((weights != 0).sum(-1) == k).all()
+
+
+@pytest.mark.parametrize("family", [family for family in MIXTURES if family != "llama4"])
+def test_router_weights_are_what_the_experts_are_called_with(family: str, ids: torch.Tensor) -> None:
+    model = tiny_model(family)
+    layer = model.atlas.layers("router_weights")[-1]
+    experts = model.hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
+    called = []
+    handle = experts.register_forward_pre_hook(lambda _m, args: called.append(args))
+    try:
+        for edits in ((), S.router_logits[layer].mask([0, 5]), S.router_logits[layer].at(2).scale(-1.0)):
+            run = model.run(ids, read=S.router_weights[layer], edits=edits)
+            _, chosen, weights = called.pop()
+            dense = run[S.router_weights[layer]].flatten(0, 1).as_subclass(torch.Tensor)
+            assert torch.equal(dense.gather(-1, chosen), weights)
+            assert ((dense != 0).sum(-1) == chosen.shape[-1]).all()
+    finally:
+        handle.remove()
+
+
+def test_llama4_runs_every_expert_on_zeros(ids: torch.Tensor) -> None:
+    """What transformers does: a banned expert contributes nothing, but NaN in its weights would come through."""
+    sick = ic.load(_poisoned("llama4", 1, float("nan")), check=False)
+    run = sick.run(ids, edits=S.router_logits.mask(1))
+    assert run.logits.isnan().any()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_bans_down_to_fewer_experts_than_a_token_takes(family: str, ids: torch.Tensor) -> None:
+    """The one expert left is all that is executed; without any, the run is refused."""
+    layer = tiny_model(family).atlas.layers("router_logits")[-1]
+    hf = testing.tiny(family)
+    model = ic.load(hf, check=False)
+    n = model.atlas.entries["router_logits", layer].n_units
+    if family != "llama4":
+        experts = hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
+        for weight in experts.parameters():
+            weight.data[[e for e in range(n) if e != 3]] = float("nan")
+    ban = S.router_logits[layer].mask([e for e in range(n) if e != 3])
+    run = model.run(ids, read=S.router_weights[layer], edits=ban)
     assert torch.isfinite(run.logits).all()
-    assert torch.equal(run.logits, clean.run(ids, edits=ban, allow_noop=True).logits)
-    for layer in (0, 2):
-        assert not run[S.router_weights[layer]][..., expert].any()
-        assert ((run[S.router_weights[layer]] > 0).sum(-1) == 2).all()
+    weights = run[S.router_weights[layer]].as_subclass(torch.Tensor)
+    assert (weights[..., 3] > 0).all() and int((weights != 0).sum()) == 14
+    with pytest.raises(ic.PlanError, match="a token has no expert left to go to"):
+        model.run(ids, edits=S.router_logits[layer].mask(list(range(n))))
+
+
+@pytest.mark.parametrize("family", GROUPED)
+def test_bans_act_before_groups_and_correction_bias(family: str, ids: torch.Tensor) -> None:
+    """A correction bias that would choose the banned expert for every token does not bring it back."""
+    hf = testing.tiny(family)
+    layer = tiny_model(family).atlas.layers("router_logits")[0]
+    gate = hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['router']}")
+    gate.e_score_correction_bias[2] = 50.0
+    model = ic.load(hf, check=False)
+    plain = model.run(ids, read=S.router_weights[layer])[S.router_weights[layer]]
+    assert (plain[..., 2] > 0).all()
+    run = model.run(ids, read=S.router_weights[layer], edits=S.router_logits[layer].mask(2))
+    found = run[S.router_weights[layer]].as_subclass(torch.Tensor)
+    assert not found[..., 2].any() and ((found > 0).sum(-1) == 3).all()
+    logits = model.run(ids, read=S.router_logits[layer])[S.router_logits[layer]].clone()
+    logits[..., 2] = float("-inf")
+    wanted = route(family, hf.config, gate, logits.flatten(0, 1).as_subclass(torch.Tensor)).view_as(found)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_receipt_counts_banned_logits(ids: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 from ..plugins import registry
@@ -18,8 +19,9 @@ def atlas_of(model: Any) -> Atlas:
     """
     families = registry("architectures")
     kind = str(model.config.model_type)
-    text = str(model.config.get_text_config().model_type)
-    for name in (kind, text.removesuffix("_text")):
-        if name in families:
-            return build(model, families.get(name, Family))
-    return build(model, None)
+    text = str(model.config.get_text_config().model_type).removesuffix("_text")
+    found = [families.get(name, Family) for name in dict.fromkeys((kind, text)) if name in families]
+    if len(found) == 2:  # a vision tower around another family's language model
+        outer, inner = found
+        found = [replace(inner, **{f.name: value for f in fields(outer) if (value := getattr(outer, f.name))})]
+    return build(model, found[0] if found else None)

@@ -15,8 +15,8 @@ from torch import nn
 from ..errors import CapabilityError, LoadError, SiteError, nearest
 from ..sites import SITES, Site, indices
 from . import taps
-from .family import Family, Heads, split_heads
-from .taps import Tap
+from .family import Family, Heads, Place, split_heads
+from .taps import Lens, Tap
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Entry:
         n_units: how many heads, experts or neurons there are.
         why: reasons by what is missing (`read`, `write`, `grad`).
         module: the module whose input or output it is, where it is one.
+        wide: the family may compute it in float32 whatever the model's dtype.
     """
 
-    __slots__ = ("layer", "module", "n_units", "name", "read", "sizes", "why", "write")
+    __slots__ = ("layer", "module", "n_units", "name", "read", "sizes", "why", "wide", "write")
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Entry:
         unit = SITES[name].unit
         self.n_units = None if unit is None else sizes[unit]
         self.why, self.module = why or {}, module
+        self.wide = name.startswith("router")
 
 
 class Atlas:
@@ -64,13 +66,14 @@ class Atlas:
     Attributes:
         family: name of the family, `config.model_type`.
         shape: sizes of the model.
+        config: the model's whole config.
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason.
         notes: what a user should know of this model.
     """
 
-    def __init__(self, family: Family, shape: Shape) -> None:
-        self.family, self.shape = family, shape
+    def __init__(self, family: Family, shape: Shape, config: Any) -> None:
+        self.family, self.shape, self.config = family, shape, config
         self.entries: dict[tuple[str, int], Entry] = {}
         self.lacking: dict[str, str] = {}
         self.notes: list[str] = []
@@ -128,7 +131,7 @@ def build(model: Any, family: Family | None) -> Atlas:
             "transformers. For another layout write a family file, see docs/families.md."
         )
     unnamed = family is None
-    family = family or Family(str(config.model_type))
+    family = family or Family(str(model.config.model_type))
     blocks = modules[paths["blocks"]]
     shape = Shape(
         n_layers=len(list(blocks.children())),
@@ -136,7 +139,7 @@ def build(model: Any, family: Family | None) -> Atlas:
         d_vocab=model.get_output_embeddings().weight.shape[0],
         n_ctx=getattr(config, "max_position_embeddings", None),
     )
-    atlas = Atlas(family, shape)
+    atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
             f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
@@ -145,7 +148,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     for layer in range(shape.n_layers):
         builder.block(layer)
     builder.ends()
-    _explain(atlas)
+    _explain(atlas, builder.refused)
     return atlas
 
 
@@ -154,43 +157,64 @@ class _Builder:
 
     def __init__(self, atlas: Atlas, modules: Mapping[str, nn.Module], paths: Mapping[str, str], config: Any) -> None:
         self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
-        family = atlas.family
+        family = self.family = atlas.family
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
+        self.lens = Lens(factor=family.added(config)) if family.added else None
+        self.d_model = {"d_model": atlas.shape.d_model}
+        self.refused = refusals(family, config)
 
     def ends(self) -> None:
-        d_model = {"d_model": self.atlas.shape.d_model}
         for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
             if (path := self.paths.get(component)) in self.modules:
-                self._view(name, 0, Tap(str(path), "out"), d_model)
+                self._view(name, 0, Tap(str(path), "out"), self.d_model)
+        self._vision()
         tap = taps.logits()
         why = {"grad": "the score is a function of the logits already; differentiate it by hand"}
         self._add(Entry("logits", 0, tap, tap, {"d_vocab": self.atlas.shape.d_vocab}, why))
 
+    def _vision(self) -> None:
+        """What a vision tower hands over: it arrives as arguments of the language model."""
+        language = self.paths["blocks"].rpartition(".")[0]
+        arguments = inspect.signature(self.modules[language].forward).parameters
+        vision = getattr(self.atlas.config, "vision_config", None)
+        if vision is None or taps.EMBEDDINGS not in arguments:
+            return
+        self._view("vision_embed", 0, Tap(language, "in", taps.EMBEDDINGS), self.d_model)
+        if taps.DEEPSTACK in arguments:
+            for layer in range(len(vision.deepstack_visual_indexes)):
+                tap = taps.deepstack(language, layer)
+                why = {"grad": "it is computed beside the forward pass"}
+                self._add(Entry("deepstack", layer, tap, tap, self.d_model, why))
+
     def block(self, layer: int) -> None:
         block = f"{self.paths['blocks']}.{layer}"
-        d_model = {"d_model": self.atlas.shape.d_model}
-        found = {
-            key.removeprefix("blocks."): path
-            for key, name in self.paths.items()
-            if key.startswith("blocks.") and (path := self._inside(block, key, name)) in self.modules
-        }
-        self._view("resid_pre", layer, Tap(block, "in"), d_model)
-        self._view("resid_post", layer, Tap(block, "out"), d_model)
+        found = self._components(block)
+        self._view("resid_pre", layer, Tap(block, "in"), self.d_model)
+        self._view("resid_post", layer, Tap(block, "out"), self.d_model)
+        if attn := found.get("attn", found.get("linear_attn")):
+            attn_out = Tap(found.get("ln1_post", attn), "out", lens=self.lens)
+            self._view("attn_in", layer, Tap(attn, "in"), self.d_model)
+            self._view("attn_out", layer, attn_out, self.d_model)
+            after = self._after_attention(block, found)
+            if not self.parallel and after is not None:
+                why = {"grad": "the stream also goes on past the module where it is read"} if after.lens else None
+                self._add(
+                    Entry("resid_mid", layer, after, taps.resid_mid(Tap(block, "in"), attn_out), self.d_model, why)
+                )
         if attn := found.get("attn"):
-            attn_out = Tap(found.get("ln1_post", attn), "out")
-            self._view("attn_in", layer, Tap(attn, "in"), d_model)
-            self._view("attn_out", layer, attn_out, d_model)
             self._heads(layer, attn, found)
-            if not self.parallel and "mlp" in found:
-                entry = Entry("resid_mid", layer, None, taps.resid_mid(Tap(block, "in"), attn_out), d_model)
-                entry.read = Tap(found.get("ln2", found["mlp"]), "in")
-                self._add(entry)
-        if mlp := found.get("mlp"):
-            self._view("mlp_in", layer, Tap(mlp, "in"), d_model)
-            self._view("mlp_out", layer, Tap(found.get("ln2_post", mlp), "out"), d_model)
-            if out := found.get("mlp.out") or found.get("mlp.dense_out"):
-                self._view("mlp_act", layer, Tap(out, "in"), {"d_mlp": taps.in_features(self.modules[out])})
+        self._mlp(layer, block, found)
         self._router(layer, block)
+
+    def _components(self, block: str) -> dict[str, str]:
+        """Module paths of the components that this block has."""
+        found = {}
+        for key, names in self.paths.items():
+            if key.startswith("blocks."):
+                paths = (self._inside(block, key, name) for name in names.split("|"))
+                if path := next((path for path in paths if path in self.modules), None):
+                    found[key.removeprefix("blocks.")] = path
+        return found
 
     def _inside(self, block: str, key: str, name: str) -> str:
         parts = key.split(".")
@@ -199,31 +223,54 @@ class _Builder:
             return f"{block}.{parent}.{name}" if parent else f"{block}.{name}"
         return f"{block}.{name}"
 
+    def _after_attention(self, block: str, found: Mapping[str, str]) -> Tap | None:
+        """Where the stream passes between attention and MLP."""
+        if place := self.family.places.get("resid_mid"):
+            return _placed(block, place)
+        module = found.get("ln2", found.get("mlp"))
+        return None if module is None or "mlp" not in found else Tap(module, "in")
+
+    def _mlp(self, layer: int, block: str, found: Mapping[str, str]) -> None:
+        where: dict[str, Tap] = {}
+        if mlp := found.get("mlp"):
+            router = self.family.router
+            flat = router is not None and router.flat and f"{block}.{router.module}" in self.modules
+            lens = Lens(flat=True) if flat else self.lens
+            where = {"mlp_in": Tap(mlp, "in"), "mlp_out": Tap(found.get("ln2_post", mlp), "out", lens=lens)}
+        if out := found.get("mlp.out") or found.get("mlp.dense_out"):
+            where["mlp_act"] = Tap(out, "in")
+        where |= {name: _placed(block, place) for name, place in self.family.places.items() if name.startswith("mlp")}
+        for name, tap in where.items():
+            sizes = {"d_mlp": taps.in_features(self.modules[str(out)])} if name == "mlp_act" else self.d_model
+            self._view(name, layer, tap, sizes)
+
     def _heads(self, layer: int, attn: str, found: Mapping[str, str]) -> None:
-        module = self.modules[attn]
+        module, family = self.modules[attn], self.family
         heads = self._head_counts(module, found)
         if heads is None:
             return
-        q = {"head": heads.n_heads, "d_head": heads.d_head}
-        kv = {"head": heads.n_kv_heads, "d_head": heads.d_head}
-        fused = self.atlas.family.fused
-        for part, sizes in (("q", q), ("k", kv), ("v", kv)):
-            if path := found.get(f"attn.{part}"):
-                view = split_heads(sizes["head"], heads.d_head)
+        q, k = ({"head": n, "d_head": heads.d_key or heads.d_head} for n in (heads.n_heads, heads.n_kv_heads))
+        v, z = ({"head": n, "d_head": heads.d_head} for n in (heads.n_kv_heads, heads.n_heads))
+        for part, sizes in (("q", q), ("k", k), ("v", v)):
+            if part in family.inside:
+                self._view(part, layer, Tap(attn, "attention", part, view=taps.transposed), sizes)
+            elif path := found.get(f"attn.{part}"):
+                split = family.views.get(part)
+                view = split(heads, part) if split else split_heads(sizes["head"], sizes["d_head"])
                 self._view(part, layer, Tap(path, "out", view=view), sizes)
-            elif fused and (path := found.get("attn.qkv")):
-                self._view(part, layer, Tap(path, "out", view=fused(heads, part)), sizes)
+            elif family.fused and (path := found.get("attn.qkv")):
+                self._view(part, layer, Tap(path, "out", view=family.fused(heads, part)), sizes)
         if out := found.get("attn.o"):
-            self._view("z", layer, Tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), q)
+            self._view("z", layer, Tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), z)
             tap = taps.head_out(Tap(out, "in"), Tap(out, "out"), self.modules[out], heads.n_heads, heads.d_head)
-            sizes = {"head": heads.n_heads, "d_model": self.atlas.shape.d_model}
+            sizes = {"head": heads.n_heads, **self.d_model}
             self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
         matrix = {"head": heads.n_heads}
-        if pattern := self.atlas.family.pattern:
+        if family.pattern:
             block = f"{self.paths['blocks']}.{layer}"
-            self._view("pattern", layer, Tap(f"{block}.{pattern}", "out"), matrix)
+            self._view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)
         elif uses_interface(module):
-            for name, sizes in (("rot_q", q), ("rot_k", kv)):
+            for name, sizes in (("rot_q", q), ("rot_k", k)):
                 self._view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)
             for name in ("scores", "pattern"):
                 self._view(name, layer, Tap(attn, "attention", name), matrix)
@@ -242,49 +289,65 @@ class _Builder:
             n_kv = taps.out_features(self.modules[k]) // d_head
         elif qkv := found.get("attn.qkv"):
             n_kv = (taps.out_features(self.modules[qkv]) // d_head - n_heads) // 2
-        return Heads(n_heads, n_kv, d_head)
+        heads = Heads(n_heads, n_kv, d_head)
+        return self.family.heads(module, heads) if self.family.heads else heads
 
     def _router(self, layer: int, block: str) -> None:
-        router = self.atlas.family.router
+        router = self.family.router
         if router is None or f"{block}.{router.module}" not in self.modules:
             return
-        n = int(self.config.num_experts)
         gate, experts = f"{block}.{router.module}", f"{block}.{router.experts}"
+        n = int(self.modules[gate].num_experts)  # type: ignore[arg-type]
         beside = {"grad": "it is computed beside the forward pass"}
         for name, tap in (
             ("router_logits", taps.router_logits(gate, router)),
-            ("router_weights", taps.router_weights(gate, n)),
+            ("router_weights", taps.router_weights(gate, router, n)),
         ):
             self._add(Entry(name, layer, tap, tap, {"expert": n}, dict(beside)))
-        tap = taps.expert_out(experts, n)
-        self._add(Entry("expert_out", layer, tap, tap, {"expert": n, "d_model": self.atlas.shape.d_model}, beside))
+        tap = taps.expert_out(experts, router, n)
+        self._add(Entry("expert_out", layer, tap, tap, {"expert": n, **self.d_model}, beside))
 
     def _view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
         if tap.module in self.modules:
             self._add(Entry(name, layer, tap, tap, sizes, module=self.modules[tap.module]))
 
     def _add(self, entry: Entry) -> None:
-        if entry.name not in self.atlas.family.refuse:
+        if entry.name not in self.refused:
             self.atlas.entries[entry.name, entry.layer] = entry
 
 
-def _explain(atlas: Atlas) -> None:
+def _placed(block: str, place: Place) -> Tap:
+    return Tap(f"{block}.{place.module}", place.side, lens=Lens(flat=True) if place.flat else None)
+
+
+def refusals(family: Family, config: Any) -> dict[str, str]:
+    """Sites that the family cannot give, with the reason."""
+    return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
+
+
+def _explain(atlas: Atlas, refused: Mapping[str, str]) -> None:
     """Say why each site that is not there is not there."""
     present = {name for name, _ in atlas.entries}
     family = atlas.family
     for name in SITES:
         if name in present:
             continue
-        if name in family.refuse:
-            why = family.refuse[name]
+        if name in refused:
+            why = refused[name]
         elif name == "resid_mid":
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
         elif name in ("router_logits", "router_weights", "expert_out"):
             why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+        elif SITES[name].visual:
+            why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
+        elif name == "mlp_act" and "expert_out" in present:
+            why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         else:
             near = nearest(name, present)
             why = f"the atlas does not know where {family.name} keeps {name}. {near}"
         atlas.lacking[name] = why
+    if "final_norm" not in present:
+        atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
 
 
 def uses_interface(attention: nn.Module) -> bool:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+
+from .grids import Grid
+from .routing import Router
 
 View = Callable[[Tensor], Tensor]
 """A strided view of a module's tensor in the axes of a site: writing to the view writes to the tensor."""
@@ -18,11 +21,12 @@ View = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Heads:
-    """Head counts of one attention layer."""
+    """Head counts of one attention layer; `d_key` is the width of queries and keys where it is not that of values."""
 
     n_heads: int
     n_kv_heads: int
     d_head: int
+    d_key: int = 0
 
 
 Fused = Callable[[Heads, str], View]
@@ -51,19 +55,40 @@ def fused_per_head(heads: Heads, part: str) -> View:
     return lambda x: split(x)[..., start : start + d]
 
 
+def first_half(heads: Heads, part: str) -> View:
+    """The first half of what belongs to each head (Qwen3-Next: query, then gate)."""
+    split = split_heads(heads.n_heads if part == "q" else heads.n_kv_heads, 2 * heads.d_head)
+    return lambda x: split(x)[..., : heads.d_head]
+
+
+def llama_like(model: str) -> dict[str, str]:
+    """Module paths of blocks with Llama's names, for classes that TransformerLens has no adapter for."""
+    attention = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkvo"}
+    norms = {"blocks.ln1": "input_layernorm", "blocks.ln2": "post_attention_layernorm"}
+    ends = {"blocks": f"{model}.layers", "embed": f"{model}.embed_tokens", "ln_final": f"{model}.norm"}
+    return {
+        **ends,
+        **norms,
+        **attention,
+        "blocks.attn": "self_attn",
+        "blocks.mlp": "mlp",
+        "blocks.mlp.out": "down_proj",
+    }
+
+
 @dataclass(frozen=True)
-class Router:
-    """A mixture-of-experts router whose module returns `(logits, weights, indices)`, flattened over batch and pos.
+class Place:
+    """One side of a module in the block, for sites that lie elsewhere than usual.
 
     Attributes:
         module: its path in the block.
-        experts: path of the module that is called with `(hidden, indices, weights)`.
-        select: `(router module, logits [n expert])` to `(weights [n k], indices [n k])`, as the family selects.
+        side: `in` or `out`.
+        flat: batch and pos pass there flattened.
     """
 
     module: str
-    experts: str
-    select: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    side: Literal["in", "out"]
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,21 +97,40 @@ class Family:
 
     Attributes:
         name: for tables and messages.
-        paths: canonical component to module path, over TransformerLens' table (`blocks.mlp.out`, …).
+        paths: canonical component to module path, over TransformerLens' table (`blocks.mlp.out`, …). Alternatives are
+            joined by `|`; the first that a block has is taken.
         fused: how `blocks.attn.qkv` splits.
+        views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
+        heads: head counts of a layer, given its attention module and the counts by its weights.
+        gated: z is the mixed values times a gate between 0 and 1.
+        inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
+        places: sites of the MLP that lie elsewhere than at the module `blocks.mlp`.
+        added: factor by which the block multiplies what attention and MLP add to the stream, given the config.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
         pattern: module in the block whose output is the attention pattern, for families that do not go through
             transformers' attention interface.
         refuse: sites that the family cannot give, with the reason.
+        refuse_if: the same, given the config.
+        grid: which pixels each visual token stands for.
+        needs: inputs without which transformers takes images for text, silently.
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
     """
 
     name: str
     paths: Mapping[str, str] = field(default_factory=dict)
     fused: Fused | None = None
+    views: Mapping[str, Fused] = field(default_factory=dict)
+    heads: Callable[[Any, Heads], Heads] | None = None
+    gated: bool = False
+    inside: tuple[str, ...] = ()
+    places: Mapping[str, Place] = field(default_factory=dict)
+    added: Callable[[Any], float] | None = None
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
     pattern: str | None = None
     refuse: Mapping[str, str] = field(default_factory=dict)
+    refuse_if: Callable[[Any], Mapping[str, str]] | None = None
+    grid: Grid | None = None
+    needs: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()

@@ -1,21 +1,12 @@
-"""Qwen3-MoE: softmax over all experts, then top-k, renormalised if the config says so; some layers may be dense."""
+"""Qwen3-MoE, and families with the same router: softmax over all experts, then top-k, renormalised if the config says
+so; some layers may be dense. Qwen2-MoE and OLMoE differ in what lies beside the routed experts only.
+"""
 
-from __future__ import annotations
+from .family import Family
+from .routing import Router, softmax_top_k
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from .family import Family, Router
-
-
-def select(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and indices that the router derives from `logits` `[n expert]`."""
-    weights, indices = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float), router.top_k, dim=-1)
-    if router.norm_topk_prob:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights.to(logits.dtype), indices
-
-
-FAMILY = Family("qwen3_moe", router=Router("mlp.gate", "mlp.experts", select))
+ROUTER = Router("mlp.gate", "mlp.experts", softmax_top_k)
+FAMILY = Family("qwen3_moe", router=ROUTER)
+QWEN2_MOE = Family("qwen2_moe", router=ROUTER)
+OLMOE = Family("olmoe", router=ROUTER)
+MIXTRAL = Family("mixtral", router=ROUTER)

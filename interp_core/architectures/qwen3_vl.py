@@ -1,9 +1,15 @@
-"""Qwen3-VL: the position offset of the last image stays on the model and would shift the next text.
+"""Qwen-VL: the position offset of the last image stays on the model and would shift the next text.
 
-DeepStack adds visual features between the first blocks, outside any module, so `resid_post[l]` and `resid_pre[l+1]`
-differ at visual positions there: read and edit layer inputs.
+In Qwen3-VL, DeepStack adds visual features between the first blocks, outside any module, so `resid_post[l]` and
+`resid_pre[l+1]` differ at visual positions there: read and edit layer inputs. What is added is the site `deepstack`.
 """
 
 from .family import Family
+from .grids import by_grid_thw
+from .qwen3_moe import ROUTER
 
-FAMILY = Family("qwen3_vl", carried=("model.rope_deltas",))
+CARRIED = ("model.rope_deltas",)
+NEEDS = ("mm_token_type_ids",)
+FAMILY = Family("qwen3_vl", carried=CARRIED, grid=by_grid_thw, needs=NEEDS)
+MOE = Family("qwen3_vl_moe", carried=CARRIED, grid=by_grid_thw, needs=NEEDS, router=ROUTER)
+QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED, grid=by_grid_thw, needs=NEEDS)

@@ -9,15 +9,16 @@ Most taps are views: the value is the first tensor that passes, seen in other ax
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CapabilityError, PlanError
-from .family import Router, View
+from ..errors import CapabilityError
+from .family import View
+from .routing import Router
 
 Side = Literal["in", "out", "attention"]
 
@@ -32,14 +33,45 @@ class Call:
         first: the first tensor that passes; assigning it changes what the model goes on with.
         shape: batch and pos of the pass, for modules that see them flattened.
         needs: first tensors of the taps that this one needs.
+        kwargs: inputs passed by name, for taps at a module's input.
     """
 
-    __slots__ = ("args", "first", "module", "needs", "output", "shape")
+    __slots__ = ("args", "first", "kwargs", "module", "needs", "output", "shape")
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], output: Any, first: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: Any,
+        first: Tensor,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.module, self.args, self.output, self.first = module, args, output, first
+        self.kwargs: Mapping[str, Any] = kwargs or {}
         self.shape: tuple[int, int] = (0, 0)
         self.needs: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lens:
+    """How a site's tensor passes a module, where it is not `[batch pos …]` as the site has it.
+
+    Attributes:
+        flat: batch and pos are one axis.
+        factor: the block multiplies by it after the module.
+    """
+
+    flat: bool = False
+    factor: float = 1.0
+
+    def enter(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What passes, as the site has it."""
+        x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
+        return x if self.factor == 1 else x * self.factor
+
+    def leave(self, x: Tensor, like: Tensor) -> Tensor:
+        """The site's tensor as the module has to pass it on."""
+        return (x if self.factor == 1 else x / self.factor).reshape(like.shape)
 
 
 Get = Callable[[Call, "tuple[int, ...] | None"], Tensor]
@@ -51,13 +83,14 @@ class Tap:
 
     Attributes:
         module: dotted path in the model ("" is the model).
-        side: its input, its output, or inside its attention function, there at `part`.
+        side: its input (the first, or that named `part`), its output, or inside its attention function, at `part`.
         view: the first tensor in the site's axes (None: as it is). Views can be read, edited and differentiated.
         get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
         put: `(call, old, new)`: make the derived value's change act.
         partial: `get` computes only the units asked for, and `put` takes their change.
         needs: taps whose first tensors `get` and `put` use; they lie before this one.
         rank: order among taps at the same place.
+        lens: how the tensor passes, where that is not as the site has it; the same for all taps of a place.
     """
 
     module: str
@@ -69,6 +102,11 @@ class Tap:
     partial: bool = False
     needs: tuple[Tap, ...] = ()
     rank: int = 0
+    lens: Lens | None = None
+
+
+KEYED = ("rot_k", "v")
+"""Parts inside attention that reach back to the first key, also in a step that computes one token."""
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -129,51 +167,61 @@ def router_logits(module: str, router: Router) -> Tap:
     """Router logits; a change selects experts again, as the family does."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        return call.output[0].view(*call.shape, -1)
+        return router.logits(call.output).view(*call.shape, -1)
 
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        flat = new.reshape(-1, new.shape[-1])
-        call.output = (flat, *router.select(call.module, flat), *call.output[3:])
+        call.output = router.rerouted(call.module, call.output, new.reshape(-1, new.shape[-1]))
 
     return Tap(module, "out", get=get, put=put)
 
 
-def router_weights(module: str, n_experts: int) -> Tap:
+def router_weights(module: str, router: Router, n_experts: int) -> Tap:
     """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        _, weights, chosen = call.output[:3]
-        return weights.new_zeros(len(weights), n_experts).scatter(-1, chosen, weights).view(*call.shape, n_experts)
+        return router.weights(call.output, n_experts).view(*call.shape, n_experts)
 
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        flat = new.reshape(-1, n_experts)
-        k = call.output[1].shape[-1]
-        chosen = flat.abs().topk(k, dim=-1).indices
-        weights = flat.gather(-1, chosen)
-        kept = flat.new_zeros(flat.shape).scatter(-1, chosen, weights)
-        if not torch.equal(kept, flat):
-            raise PlanError(f"router_weights: a token can have {k} experts, the edit gives weight to more")
-        call.output = (call.output[0], weights, chosen, *call.output[3:])
+        call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
     return Tap(module, "out", get=get, put=put, rank=1)
 
 
-def expert_out(module: str, n_experts: int) -> Tap:
-    """Weighted contribution of single experts, by calling the experts' own code with one expert at a time."""
+def expert_out(module: str, router: Router, n_experts: int) -> Tap:
+    """Weighted contribution of single experts."""
+
+    def wanted(units: tuple[int, ...] | None) -> tuple[int, ...]:
+        return tuple(range(n_experts)) if units is None else units
 
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
-        hidden, chosen, weights = call.args
-        parts = []
-        for expert in range(n_experts) if units is None else units:
-            weight = torch.where(chosen == expert, weights, 0).sum(-1, keepdim=True)
-            parts.append(call.module.forward(hidden, torch.full_like(chosen[:, :1], expert), weight))
-        return torch.stack(parts, dim=1).view(*call.shape, len(parts), -1)
+        found = router.contributions(call.module, call.args, call.output, wanted(units))
+        return found.view(*call.shape, *found.shape[1:])
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
-        change = (new - old).sum(-2)
-        call.first = call.first + change.view_as(call.first)
+        call.first = router.contributed(call.first, (new - old).flatten(0, 1))
 
     return Tap(module, "out", get=get, put=put, partial=True)
+
+
+EMBEDDINGS, DEEPSTACK = "inputs_embeds", "deepstack_visual_embeds"
+"""Names by which language models are handed embeddings, and features to add between the first blocks."""
+
+
+def deepstack(module: str, layer: int) -> Tap:
+    """Visual features that the language model adds after a block, laid over all positions (zero at text)."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        features = call.kwargs[DEEPSTACK][layer]
+        everywhere = features.new_zeros(*call.shape, features.shape[-1])
+        everywhere[call.kwargs["visual_pos_masks"]] = features
+        return everywhere
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        features = list(call.kwargs[DEEPSTACK])
+        features[layer] = new[call.kwargs["visual_pos_masks"]]
+        call.kwargs = {**call.kwargs, DEEPSTACK: features}
+
+    return Tap(module, "in", EMBEDDINGS, get=get, put=put)
 
 
 def logits() -> Tap:

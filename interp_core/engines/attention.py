@@ -39,7 +39,7 @@ class LayerTap:
     """What a plan does inside one layer's attention.
 
     Attributes:
-        stages: by part (`rot_q`, `rot_k`, `scores`, `pattern`), what is done there.
+        stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         lent: the config that names our function, shared by all layers of a plan.
     """
 
@@ -87,6 +87,8 @@ def attention(
         query = stages["rot_q"](query, n_keys)
     if "rot_k" in stages:
         key = stages["rot_k"](key, n_keys)
+    if "v" in stages:
+        value = stages["v"](value, n_keys)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -98,7 +100,7 @@ def attention(
     scores = _masked(scores, attention_mask, kwargs, module)
     if "scores" in stages:
         scores = stages["scores"](scores, n_keys)
-    pattern = _softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
+    pattern = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](pattern, n_keys)
     if dropout:
@@ -137,7 +139,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[dtype]
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Probabilities; half precision is summed in float32, as the kernels do."""
     kind = scores.dtype
     wide = dtype or (torch.float32 if kind in _HALF else None)

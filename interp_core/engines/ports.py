@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Entry
 from ..architectures.family import View
-from ..architectures.taps import Call, Tap
+from ..architectures.taps import KEYED, Call, Tap
 from ..edits import TENSOR_OPS, Edit, carry_out, prepared
 from ..errors import PlanError
 from ..positions import Rows, Slice
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
+from .attention import softmax
 
 if TYPE_CHECKING:
     from .program import PortProgram
@@ -38,7 +39,7 @@ class Part:
 
     def __init__(self, entry: Entry, tap: Tap, site: Site) -> None:
         self.entry, self.tap, self.site = entry, tap, site
-        self.whole = site.units is None and site.pos is None and site.key is None
+        self.whole = site.units is None and site.pos is None and site.key is None and not site.info.visual
         self._region: Region | None = None
         self.units: tuple[int, ...] | None = None
         self.bound: Bound | None = None
@@ -182,7 +183,8 @@ class Change(Part):
         elif edit.op == "mask":  # how many logits were taken out, not how far it is to minus infinity
             change = (torch.isfinite(old) & ~torch.isfinite(new)).float()
         elif self.knockout:  # the probability that was taken away
-            change = self.take(torch.softmax(x.detach(), -1))
+            sinks = getattr(self.program.engine.modules[self.tap.module], "sinks", None)
+            change = self.take(softmax(x.detach(), sinks, None))
         else:
             change = new.detach() - old.detach()
         columns = None if self.bound is None else self.bound.columns
@@ -209,7 +211,7 @@ class Change(Part):
 
     def _check_value(self, edit: Edit, value: Tensor, rows: Rows) -> None:
         dtype = self.program.engine.dtype
-        if value.dtype != dtype:
+        if value.dtype != dtype and not (self.entry.wide and value.dtype == torch.float32):
             raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
         axes = self.axes(len(rows.real), rows.width)
         sizes = [size for _, size in axes]
@@ -280,7 +282,7 @@ class Port:
     @property
     def plain(self) -> bool:
         """Whether all that is done here is to keep the tensor that passes."""
-        return not (self.changes or self.capture) and all(read.late for read in self.reads)
+        return not (self.changes or self.capture or self.tap.lens) and all(read.late for read in self.reads)
 
     @property
     def derived(self) -> bool:
@@ -332,11 +334,12 @@ class Port:
 
     def on_output(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's output: `(module, args, output)` to the new output, None if it stays."""
-        derived = self.derived
+        derived, lens = self.derived, self.tap.lens
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             single = isinstance(output, Tensor)
-            first = output if single else output[0]
+            passing = output if single else output[0]
+            first = passing if lens is None else lens.enter(passing, self.program.shape)
             if derived:
                 call = self._derive(Call(module, args, output, first))
                 if call.output is not output:
@@ -344,27 +347,38 @@ class Port:
                 new = call.first
             else:
                 new = self._through(first)
-            if new is first:
+            if self._same(first, new):
                 return None
+            new = new if lens is None else lens.leave(new, passing)
             return new if single else (new, *output[1:])
 
         return hook
 
     @property
     def name(self) -> str:
-        """The module's first argument, for models that pass it by name."""
+        """The argument that passes, for models that pass it by name: the tap's, or the module's first."""
         if not self._name:
-            self._name = list(inspect.signature(type(self.module).forward).parameters)[1]
+            self._name = self.tap.part or list(inspect.signature(type(self.module).forward).parameters)[1]
         return self._name
+
+    def _same(self, old: Tensor, new: Tensor) -> bool:
+        """Whether the model can go on with what it has. What a lens made is another tensor, so gradients need it."""
+        return new is old and not (self.tap.lens and self.program.keep_graph)
 
     def on_input(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's input: `(module, args, kwargs)` to new ones, None if they stay."""
+        derived, lens = self.derived, self.tap.lens
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            first = args[0] if args else kwargs[self.name]
+            if derived:
+                call = self._derive(Call(module, args, None, kwargs[self.name], kwargs))
+                return args, {**call.kwargs, self.name: call.first}
+            passing = args[0] if args else kwargs[self.name]
+            first = passing if lens is None else lens.enter(passing, self.program.shape)
             new = self._through(first)
-            if new is first:
+            if self._same(first, new):
                 return None
+            new = new if lens is None else lens.leave(new, passing)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, self.name: new})
 
         return hook
@@ -380,11 +394,11 @@ class Port:
                     program.passed.values[number] = x
                 return x
             window = program.window
-            if window is not None and (n_keys < window.stop or part == "rot_k"):
+            if window is not None and (n_keys < window.stop or part in KEYED):
                 # keys reach back beyond this step, and sliding windows have dropped the first of them
                 first = window.stop - n_keys
                 for item in (*self.changes, *self.reads):
-                    item.bind(program.rows, Window(first if part == "rot_k" else window.start, window.stop, first))
+                    item.bind(program.rows, Window(first if part in KEYED else window.start, window.stop, first))
             return self._through(x)
 
         return stage

@@ -29,6 +29,8 @@ from .ports import Change, Part, Port, Read
 from .protocol import Passed
 
 ORDER = {name: number for number, name in enumerate(SITES)}
+FIRST = ("embed", "vision_embed", "deepstack")
+"""What is there before the first block, in whatever layer it acts."""
 
 
 class Stop(BaseException):
@@ -152,8 +154,8 @@ class PortProgram(ABC):
 
     def _place(self, entry: Entry) -> tuple[int, int]:
         """When a forward pass reaches a site, for comparison."""
-        if entry.name == "embed":
-            return -1, 0
+        if entry.name in FIRST:
+            return -1, ORDER[entry.name]
         layer = entry.layer if SITES[entry.name].layered else self.atlas.shape.n_layers
         return layer, ORDER[entry.name]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}
 """The bridge's own projections, also where the family fuses them."""
 _ATTENTION = {"rot_q": "hook_rot_q", "rot_k": "hook_rot_k", "scores": "hook_attn_scores", "pattern": "hook_pattern"}
+_OUTSIDE = ("logits", "vision_embed", "deepstack")
+"""What passes modules that the bridge does not swap."""
 _ROUTED = ("router_logits", "router_weights", "expert_out")
 _NO_ROUTER = (
     "on the bridge a hook at the router sees one tensor of what the block goes on with, and an edit there does not "
@@ -98,7 +101,7 @@ class BridgeEngine(TorchEngine):
         derived = ("resid_mid", "head_out")  # worked out from others, so after them
         for name, layer in sorted(moved, key=lambda key: key[0] in derived):
             entry = atlas.entries[name, layer]
-            if name == "logits":
+            if name in _OUTSIDE:
                 continue
             elif name == "resid_mid":
                 entry.read = moved[name, layer]
@@ -125,7 +128,8 @@ class BridgeEngine(TorchEngine):
             point = getattr(part, "hook_in" if entry.name == "z" else "hook_out", None)
             return self._point(point, split_heads(entry.sizes["head"], entry.sizes["d_head"]))
         part = self.modules.get(self._paths.get(tap.module, ""))
-        return self._point(getattr(part, f"hook_{tap.side}", None), tap.view)
+        moved = self._point(getattr(part, f"hook_{tap.side}", None), tap.view)
+        return moved and replace(moved, lens=tap.lens)
 
     def _attention(self, layer: int) -> Any:
         return getattr(self.bridge.blocks[layer], "attn", None)

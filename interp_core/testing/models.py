@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LoadError, nearest
+from .visual import VISUAL
 
 VOCAB = 96
 _MHA: dict[str, Any] = {
@@ -33,6 +34,18 @@ _GPT = {
 }
 _GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+_SHARED = {**_MOE, "shared_expert_intermediate_size": 40}
+_LOCAL_MOE = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_GROUPS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 48,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True,
+}  # fmt: skip
+_MLA = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+_LINEAR = {
+    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT),
     "gpt_neox": ("GPTNeoX", {**_MHA, "rotary_pct": 0.5}),
@@ -45,13 +58,68 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", {**_COMMON, **_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "phi3": ("Phi3", _COMMON),
     "olmo2": ("Olmo2", _COMMON),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            **_MHA,
+            "num_layers": 3,
+            "num_heads": 4,
+            "window_size": 4,
+            "attention_types": [[["global", "local"], 1], [["global"], 1]],
+        },
+    ),
+    "opt": ("OPT", {**_MHA, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "qwen2_moe": ("Qwen2Moe", {**_COMMON, **_SHARED, "norm_topk_prob": False, "mlp_only_layers": [0]}),
     "qwen3_moe": ("Qwen3Moe", {**_COMMON, **_MOE, "head_dim": 16, "mlp_only_layers": [1]}),
+    "mixtral": ("Mixtral", {**_COMMON, **_LOCAL_MOE, "sliding_window": 4}),
+    "olmoe": ("Olmoe", {**_COMMON, **_MOE, "norm_topk_prob": False}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **_COMMON,
+            **_LOCAL_MOE,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            **_COMMON,
+            **_LOCAL_MOE,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", {**_MHA, **_GROUPS, **_MLA, "num_key_value_heads": 4}),
+    "glm4_moe": ("Glm4Moe", {**_COMMON, **_GROUPS, "head_dim": 16, "use_qk_norm": True, "n_group": 2, "topk_group": 1}),
+    "llama4": (
+        "Llama4Text",
+        {
+            **_COMMON,
+            **_LOCAL_MOE,
+            "head_dim": 16,
+            "intermediate_size_mlp": 80,
+            "moe_layers": [0, 2],
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 4,
+            "attn_temperature_tuning": True,
+            "floor_scale": 64,
+            "layer_types": ["chunked_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "qwen3_next": ("Qwen3Next", {**_COMMON, **_SHARED, **_LINEAR, "mlp_only_layers": [1]}),
+    "qwen3_5": ("Qwen3_5Text", {**_COMMON, **_LINEAR}),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {**_COMMON, **_SHARED, **_LINEAR}),
 }
 
 
 def families() -> list[str]:
     """Names that `tiny` takes."""
-    return [*_FAMILIES, "qwen3_vl"]
+    return [*_FAMILIES, *VISUAL]
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -72,6 +140,9 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
             if "norm" in name and "weight" in name and parameter.ndim == 1:
                 parameter.data += 1
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                nn.init.normal_(buffer, std=0.5)
     if dtype == torch.float64 and "experts" in str(model):  # the grouped kernel has no float64
         model.set_experts_implementation("eager")
     return model.to(dtype).eval()
@@ -80,8 +151,8 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
 def _build(family: str, config: dict[str, Any]) -> Any:
     import transformers
 
-    if family == "qwen3_vl":
-        return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl(**config))
+    if family in VISUAL:
+        return VISUAL[family]({**_COMMON, **config})
     name, settings = _FAMILIES[family]
     settings = {**settings, **config}
     if "layer_types" in settings:
@@ -89,17 +160,3 @@ def _build(family: str, config: dict[str, Any]) -> Any:
     head = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
     made = getattr(transformers, f"{name}Config")(**settings)
     return getattr(transformers, name.removesuffix("Text") + head)(made)
-
-
-def _qwen3_vl(**config: Any) -> Any:
-    import transformers
-
-    text = {**_COMMON, "head_dim": 16, "vocab_size": VOCAB, **config}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-        "temporal_patch_size": 1, "spatial_merge_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)

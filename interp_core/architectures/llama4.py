@@ -1,0 +1,54 @@
+"""Llama 4: top-k of the router's logits, then a sigmoid that scales what each expert reads.
+
+transformers runs every expert on every token, on zeros where it is not chosen. So a banned expert contributes exactly
+nothing, but it is executed. Some layers have no rotary embedding, and attend to everything instead of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .family import Family
+from .routing import Router, dense, selected
+
+
+def select(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-k, then sigmoid."""
+    best, chosen = logits.topk(router.top_k, dim=-1)
+    return torch.sigmoid(best.float()), chosen
+
+
+class InputRouter(Router):
+    """The module returns `(weights [n expert], logits)`; experts get weighted inputs, one expert after the other."""
+
+    def logits(self, output: Any) -> Tensor:
+        """See `Router.logits`."""
+        return output[1]
+
+    def weights(self, output: Any, n_experts: int) -> Tensor:
+        """See `Router.weights`."""
+        return output[0]
+
+    def rerouted(self, module: Any, output: Any, logits: Tensor) -> Any:
+        """See `Router.rerouted`."""
+        weights, chosen = selected(self.select, module, logits, output[0].dtype)
+        return dense(weights, chosen, logits.shape[-1]), logits
+
+    def reweighted(self, output: Any, weights: Tensor) -> Any:
+        """The output with other weights; any number of experts can have some."""
+        return weights, output[1]
+
+    def contributions(self, experts: Any, args: Any, output: Tensor, units: tuple[int, ...]) -> Tensor:
+        """See `Router.contributions`; they pass the experts' module as they are."""
+        return output.view(experts.num_experts, -1, output.shape[-1])[list(units)].transpose(0, 1)
+
+    def contributed(self, output: Tensor, change: Tensor) -> Tensor:
+        """See `Router.contributed`. The block sums over experts, so all of the change may go in with the first."""
+        total = change.sum(1)
+        return torch.cat([output[: len(total)] + total, output[len(total) :]])
+
+
+FAMILY = Family("llama4", router=InputRouter("feed_forward.router", "feed_forward.experts", select, flat=True))

@@ -1,0 +1,12 @@
+"""Qwen3-Next and Qwen3.5: linear attention in most layers, full attention in every fourth, with a gate on its output.
+
+The query projection holds query and gate of each head side by side. `z` is what the output projection reads, after the
+gate. Linear attention has `attn_in` and `attn_out`, but no heads that mix by a pattern.
+"""
+
+from .family import Family, first_half
+from .qwen3_moe import ROUTER
+
+FAMILY = Family("qwen3_next", views={"q": first_half}, gated=True, router=ROUTER)
+QWEN3_5 = Family("qwen3_5", views={"q": first_half}, gated=True, carried=("model.rope_deltas",))
+QWEN3_5_MOE = Family("qwen3_5_moe", views={"q": first_half}, gated=True, router=ROUTER)

@@ -1,0 +1,84 @@
+"""Tiny vision-language models: a tower of two layers for 16x16-pixel pictures, around a tiny language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+IMAGE = 90
+"""Token id of a visual token in all of them."""
+_TOWER = {
+    "image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}  # fmt: skip
+_MERGER = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+    "temporal_patch_size": 1, "spatial_merge_size": 2, "out_hidden_size": 64,
+}  # fmt: skip
+_QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_DEEPSTACK = {**_MERGER, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+
+
+def _qwen_vl(name: str, vision: dict[str, Any], text: dict[str, Any]) -> Any:
+    """M-RoPE: rotary positions by time, row and column."""
+    import transformers
+
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **_QWEN_IDS)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _around(name: str, vision: str, language: str, more: dict[str, Any], text: dict[str, Any]) -> Any:
+    """A tower around the language model of another family."""
+    import transformers
+
+    tower = getattr(transformers, f"{vision}VisionConfig")(**_TOWER)
+    inner = getattr(transformers, f"{language}Config")(**text)
+    config = getattr(transformers, f"{name}Config")(text_config=inner, vision_config=tower, **more)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _qwen3_vl(text: dict[str, Any]) -> Any:
+    return _qwen_vl("Qwen3VL", _DEEPSTACK, {"head_dim": 16, **text})
+
+
+def _qwen3_vl_moe(text: dict[str, Any]) -> Any:
+    moe = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return _qwen_vl("Qwen3VLMoe", _DEEPSTACK, {**moe, "mlp_only_layers": [1], **text})
+
+
+def _qwen2_5_vl(text: dict[str, Any]) -> Any:
+    return _qwen_vl("Qwen2_5_VL", {**_MERGER, "window_size": 16, "fullatt_block_indexes": [1]}, text)
+
+
+def _llava(text: dict[str, Any]) -> Any:
+    return _around("Llava", "CLIP", "Llama", {"image_token_index": IMAGE, "image_seq_length": 16}, text)
+
+
+def _llava_onevision(text: dict[str, Any]) -> Any:
+    more = {"image_token_index": IMAGE, "video_token_index": 91, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
+    return _around("LlavaOnevision", "Siglip", "Qwen2", more, text)
+
+
+def _internvl(text: dict[str, Any]) -> Any:
+    return _around("InternVL", "InternVL", "Qwen2", {"image_token_id": IMAGE, "image_seq_length": 4}, text)
+
+
+def _gemma3(text: dict[str, Any]) -> Any:
+    more = {"image_token_index": IMAGE, "mm_tokens_per_image": 4, "boi_token_index": 92, "eoi_token_index": 93}
+    settings = {
+        "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **text,
+    }  # fmt: skip
+    return _around("Gemma3", "Siglip", "Gemma3Text", more, settings)
+
+
+def _smolvlm(text: dict[str, Any]) -> Any:
+    return _around("SmolVLM", "SmolVLM", "Llama", {"image_token_id": IMAGE, "scale_factor": 2}, text)
+
+
+VISUAL: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe, "llava": _llava,
+    "llava_onevision": _llava_onevision, "internvl": _internvl, "gemma3_vision": _gemma3, "smolvlm": _smolvlm,
+}  # fmt: skip
+"""By name: from settings of the language model to a model."""
