@@ -85,21 +85,29 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     atlas = model.atlas
     ids = probe_ids(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
-    run = None
-    while run is None:
-        sites = [first_unit(Site(name), atlas) for name in TEXTUAL if atlas.layers(name)]
-        try:
-            run = model.run(tokens, read=sites)
-        except InterpError as error:
-            name = next((s.name for s in sites if str(error).startswith(s.name)), "")
-            if not name:
-                raise
-            yield name, "can be read", False, str(error)
+    try:
+        run = model.run(tokens, read=_everything(atlas))
+    except (InterpError, RuntimeError):
+        yield from _unreadable(model, tokens)
+        run = model.run(tokens, read=_everything(atlas))
     for name in [name for name in TEXTUAL if atlas.layers(name)]:
         yield name, "has the declared shape", *_shape(run, name, atlas)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     yield from _sums(model, run, tolerance)
     yield from _effects(model, run, ids)
+
+
+def _everything(atlas: Atlas) -> list[Site]:
+    return [first_unit(Site(name), atlas) for name in TEXTUAL if atlas.layers(name)]
+
+
+def _unreadable(model: Model, tokens: Tokens) -> Iterator[tuple[str, str, bool, str]]:
+    """Sites whose reading raises."""
+    for site in _everything(model.atlas):
+        try:
+            model.run(tokens, read=site)
+        except (InterpError, RuntimeError) as error:
+            yield site.name, "can be read", False, str(error)
 
 
 def first_unit(site: Site, atlas: Atlas) -> Site:
