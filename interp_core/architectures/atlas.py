@@ -37,10 +37,11 @@ class Entry:
         sizes: sizes of the feature axes by name (`head`, `d_head`, `d_model`, …).
         n_units: how many heads, experts or neurons there are.
         why: reasons by what is missing (`read`, `write`, `grad`).
+        visual: its positions are the visual tokens.
         wide: the family may compute it in float32 whatever the model's dtype.
     """
 
-    __slots__ = ("layer", "n_units", "name", "read", "sizes", "why", "wide", "write")
+    __slots__ = ("layer", "n_units", "name", "read", "sizes", "visual", "why", "wide", "write")
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Entry:
         unit = SITES[name].unit
         self.n_units = None if unit is None else sizes[unit]
         self.why = why or {}
-        self.wide = name.startswith("router")
+        self.visual, self.wide = SITES[name].visual, name.startswith("router")
 
 
 class Atlas:

@@ -39,7 +39,7 @@ class Part:
 
     def __init__(self, entry: Entry, tap: Tap, site: Site) -> None:
         self.entry, self.tap, self.site = entry, tap, site
-        self.whole = site.units is None and site.pos is None and site.key is None and not site.info.visual
+        self.whole = site.units is None and site.pos is None and site.key is None and not entry.visual
         self._region: Region | None = None
         self.units: tuple[int, ...] | None = None
         self.bound: Bound | None = None
@@ -360,7 +360,8 @@ class Port:
         return new is old and not (self.tap.lens and self.program.keep_graph)
 
     def _on_input(self) -> Callable[[Any, Any, Any], Any]:
-        derived, lens = any(part.tap.get for part in (*self.changes, *self.reads)), self.tap.lens
+        derived = any([part.tap.get for part in (*self.changes, *self.reads)])  # noqa: C419 (faster)
+        lens = self.tap.lens
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if derived:
