@@ -19,7 +19,7 @@ from .architectures.atlas import Atlas, Entry
 from .architectures.taps import output_weight
 from .edits import Edit
 from .errors import InterpError
-from .positions import Mask
+from .positions import VISION, Mask, Span
 from .sites import SITES, Site
 from .text import Tokens
 from .trace import Run
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from .model import Model
 
 WIDTH = 6
-TEXTUAL = tuple(name for name, info in SITES.items() if not info.visual)
-"""The check runs on text: visual sites are left to the tests, which have images."""
+CHECKED = tuple(name for name in SITES if name != "deepstack")
+"""The check runs on text. `vision_embed` is checked by taking text tokens for visual ones; features of images that are
+added later exist with images only, and are left to the tests."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -80,10 +81,10 @@ def _no_write(atlas: Atlas, name: str, why: str) -> None:
 def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     atlas = model.atlas
     ids = _ids(model)
-    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
+    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     run = None
     while run is None:
-        sites = [_first_unit(Site(name), atlas) for name in TEXTUAL if atlas.layers(name)]
+        sites = [_first_unit(Site(name), atlas) for name in CHECKED if atlas.layers(name)]
         try:
             run = model.run(tokens, read=sites)
         except InterpError as error:
@@ -91,7 +92,7 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
             if not name:
                 raise
             yield name, "can be read", False, str(error)
-    for name in [name for name in TEXTUAL if atlas.layers(name)]:
+    for name in [name for name in CHECKED if atlas.layers(name)]:
         yield name, "has the declared shape", *_shape(run, name, atlas)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     yield from _sums(model, run, tolerance)
@@ -112,7 +113,7 @@ def _ids(model: Model) -> Tensor:
 
 
 def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
-    known = {"batch": 1, "pos": WIDTH, "query": WIDTH, "key": WIDTH}
+    known = {"batch": 1, "pos": WIDTH, "query": WIDTH, "key": WIDTH, "visual": WIDTH}
     for layer in atlas.layers(name):
         entry = atlas.entries[name, layer]
         site = (
@@ -147,6 +148,8 @@ def _sums(model: Model, run: Run, tolerance: float) -> Iterator[tuple[str, str, 
     def at(name: str, layer: int) -> Tensor:
         return run[Site(name, layer)].as_subclass(Tensor)
 
+    if both("vision_embed", "embed"):
+        yield close("vision_embed", "is what is embedded", [(at("vision_embed", 0), at("embed", 0))])
     if layers := both("resid_mid", "attn_out"):
         pairs = [(at("resid_pre", i) + at("attn_out", i), at("resid_mid", i)) for i in layers]
         yield close("resid_mid", "adds up: resid_pre + attn_out", pairs)
@@ -223,13 +226,15 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
     atlas = model.atlas
     entries = [
         atlas.entries[name, layer]
-        for name in TEXTUAL
+        for name in CHECKED
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
     ]
     n = len(entries) + 1
-    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool))
+    visual = [entry.visual for entry in entries]
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
+    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     changed = model.run(tokens, edits=edits, allow_noop=True).logits.as_subclass(Tensor)
     scale = float(changed[0].float().std())
@@ -254,5 +259,5 @@ def _edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     generator = torch.Generator().manual_seed(row)
     noise = torch.randn(size, generator=generator).to(value.device, value.dtype)
     size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
-    place = site.at(query=mask, key=1) if attention else site.at(mask)
+    place = site.at(query=mask, key=1) if attention else site if info.visual else site.at(mask)
     return place.add(noise * (3 * size_of).to(value.dtype))
