@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .trace import Reading as Reading
     from .trace import Receipt as Receipt
     from .trace import Run as Run
+    from .vision import VisualToken as VisualToken
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ _HOME = {
     "Site": "sites",
     "Span": "positions",
     "Tokens": "text",
+    "VisualToken": "vision",
     "load": "model",
     "method": "methods",
     "registry": "plugins",

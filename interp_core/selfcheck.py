@@ -18,7 +18,7 @@ from torch import Tensor
 from .architectures.atlas import Atlas, Entry
 from .edits import Edit
 from .errors import InterpError, ReadError
-from .positions import Mask
+from .positions import VISION, Mask, Span
 from .sites import SITES, Site
 from .text import Tokens
 from .trace import Run
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 WIDTH = 6
 PROBED = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
-TEXTUAL = tuple(name for name, info in SITES.items() if not info.visual)
-"""The check runs on text: visual sites are left to the tests, which have images."""
+CHECKED = tuple(name for name in SITES if name != "deepstack")
+"""The check runs on text. `vision_embed` is checked by taking text tokens for visual ones; features of images that are
+added later exist with images only, and are left to the tests."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -84,13 +85,13 @@ def _refuse(atlas: Atlas, name: str, uses: Sequence[str], why: str) -> None:
 def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     atlas = model.atlas
     ids = probe_ids(model)
-    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
+    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     try:
         run = model.run(tokens, read=_everything(atlas))
     except (InterpError, RuntimeError):
         yield from _unreadable(model, tokens)
         run = model.run(tokens, read=_everything(atlas))
-    for name in [name for name in TEXTUAL if atlas.layers(name)]:
+    for name in [name for name in CHECKED if atlas.layers(name)]:
         yield name, "has the declared shape", *_shape(run, name, atlas)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     yield from _sums(model, run, tolerance)
@@ -98,7 +99,7 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
 
 
 def _everything(atlas: Atlas) -> list[Site]:
-    return [first_unit(Site(name), atlas) for name in TEXTUAL if atlas.layers(name)]
+    return [first_unit(Site(name), atlas) for name in CHECKED if atlas.layers(name)]
 
 
 def _unreadable(model: Model, tokens: Tokens) -> Iterator[tuple[str, str, bool, str]]:
@@ -125,7 +126,7 @@ def probe_ids(model: Model) -> Tensor:
 
 
 def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
-    known = {"batch": 1, "pos": WIDTH, "query": WIDTH, "key": WIDTH}
+    known = {"batch": 1, "pos": WIDTH, "query": WIDTH, "key": WIDTH, "visual": WIDTH}
     for layer in atlas.layers(name):
         entry = atlas.entries[name, layer]
         site = (
@@ -162,6 +163,8 @@ def _sums(model: Model, run: Run, tolerance: float) -> Iterator[tuple[str, str, 
     def at(name: str, layer: int) -> Tensor:
         return run[Site(name, layer)].as_subclass(Tensor)
 
+    if both("vision_embed", "embed"):
+        yield close("vision_embed", "is what is embedded", [(at("vision_embed", 0), at("embed", 0))])
     if layers := both("resid_mid", "attn_out"):
         pairs = [(at("resid_pre", i) + at("attn_out", i), at("resid_mid", i)) for i in layers]
         yield close("resid_mid", "adds up: resid_pre + attn_out", pairs)
@@ -239,13 +242,15 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bo
     atlas = model.atlas
     entries = [
         atlas.entries[name, layer]
-        for name in TEXTUAL
+        for name in CHECKED
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
     ]
     n = len(entries) + 1
-    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool))
+    visual = [entry.visual for entry in entries]
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
+    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     changed = model.run(tokens, edits=edits, logits=-1, allow_noop=True).logits.as_subclass(Tensor)
     scale = float(changed[0].float().std())
@@ -270,5 +275,5 @@ def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     generator = torch.Generator().manual_seed(row)
     noise = torch.randn(size, generator=generator).to(value.device, value.dtype)
     size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
-    place = site.at(query=mask, key=WIDTH - 2) if attention else site.at(mask)
+    place = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
     return place.add(noise * (3 * size_of).to(value.dtype))

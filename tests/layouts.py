@@ -65,7 +65,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     "gemma3_vision": _inside(_GEMMA, "model.language_model"),
     "smolvlm": _inside(_LLAMA, "model.text_model"),
 } | dict.fromkeys(
-    ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "internvl"), _inside(_LLAMA, "model.language_model")
+    ("qwen2_5_vl", "qwen3_vl", "qwen3_5_vision", "llava", "llava_onevision", "internvl"), _inside(_LLAMA, "model.language_model")
 ) | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_5"), _LLAMA) | dict.fromkeys(
     ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "qwen3_next", "qwen3_5_moe"), _MOE
 )  # fmt: skip
@@ -85,10 +85,10 @@ DENSE = {
 }  # fmt: skip
 """Dense layers of the families with experts."""
 VISUAL = (
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "llava_onevision", "internvl", "gemma3_vision", "smolvlm",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_vision", "llava", "llava_onevision", "internvl", "gemma3_vision", "smolvlm",
 )  # fmt: skip
 DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
-LINEAR: dict[str, list[int]] = {"qwen3_next": [0], "qwen3_5": [0], "qwen3_5_moe": [0]}
+LINEAR: dict[str, list[int]] = {"qwen3_next": [0], "qwen3_5": [0], "qwen3_5_moe": [0], "qwen3_5_vision": [0]}
 """Layers with linear attention, which is called `linear_attn`."""
 SHARED = {
     "qwen2_moe": ("mlp.shared_expert", "mlp.shared_expert_gate"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 IMAGE, START, END, SEPARATOR = 90, 92, 93, 60
-QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_vision")
 FINE = {(16, 32): (1, 2, 4), (32, 16): (2, 1, 8), (32, 32): (2, 2, 8)}
 """LLaVA-OneVision: of a picture of this size, how many tiles down and across, and how many rows of tokens."""
 

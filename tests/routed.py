@@ -14,16 +14,16 @@ GROUPED = ("deepseek_v3", "glm4_moe")
 
 def route(family: str, config: Any, module: Any, logits: Tensor) -> Tensor:
     """Dense weights `[n expert]` for logits `[n expert]`; minus infinity is never chosen."""
-    return torch.stack([_token(family, config, module, row) for row in logits])
+    scores = torch.sigmoid(logits)
+    return torch.stack([_token(family, config, module, row, s) for row, s in zip(logits, scores, strict=True)])
 
 
-def _token(family: str, config: Any, module: Any, logits: Tensor) -> Tensor:
+def _token(family: str, config: Any, module: Any, logits: Tensor, scores: Tensor) -> Tensor:
     k = config.num_experts_per_tok
     weights = torch.zeros_like(logits)
     if family in GROUPED:
         chosen = _by_groups(config, module.e_score_correction_bias, logits, k)
-        scores = torch.sigmoid(logits[chosen])
-        weights[chosen] = scores / (scores.sum() + 1e-20) * config.routed_scaling_factor
+        weights[chosen] = scores[chosen] / (scores[chosen].sum() + 1e-20) * config.routed_scaling_factor
         return weights
     chosen = sorted(range(len(logits)), key=lambda e: -float(logits[e]))[:k]
     if family == "llama4":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -61,15 +64,20 @@ def test_experts_add_up_to_the_mlp_in_every_family(family: str, ids: torch.Tenso
     torch.testing.assert_close(total, run[S.mlp_out[layer]].as_subclass(torch.Tensor), atol=1e-9, rtol=1e-6)
 
 
-def _poisoned(family: str, expert: int, fill: float) -> torch.nn.Module:
-    """The tiny model with every weight of one expert replaced, in every layer."""
-    hf = testing.tiny(family)
-    layers = [i for i in range(3) if i not in DENSE[family]]
-    for layer in layers:
-        experts = hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
-        for weight in experts.parameters():
-            weight.data[expert] = fill
-    return hf
+@contextmanager
+def poisoned(hf: torch.nn.Module, family: str, experts: Sequence[int], fill: float) -> Iterator[None]:
+    """All weights of these experts replaced, in every layer."""
+    held = []
+    for layer in (i for i in range(3) if i not in DENSE[family]):
+        module = hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
+        held += [(weight, weight.data.clone()) for weight in module.parameters()]
+    for weight, _ in held:
+        weight.data[list(experts)] = fill
+    try:
+        yield
+    finally:
+        for weight, before in held:
+            weight.data.copy_(before)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -78,15 +86,16 @@ def test_a_banned_expert_is_executed_zero_times(family: str, ids: torch.Tensor) 
     n = clean.atlas.entries["router_logits", clean.atlas.layers("router_logits")[0]].n_units
     used = clean.run(ids, read=S.router_weights)[S.router_weights].as_subclass(torch.Tensor).flatten(0, 2).any(0)
     assert int(used.sum()) >= n - 1  # the ban takes something away
+    k = clean.hf.config.get_text_config().num_experts_per_tok
     for expert in range(n):
-        sick = ic.load(_poisoned(family, expert, 7.0 if family == "llama4" else float("nan")), check=False)
         ban = [S.router_logits[layer].mask(experts=[expert]) for layer in clean.atlas.layers("router_logits")]
-        run = sick.run(ids, read=S.router_weights, edits=ban, allow_noop=True)
+        wanted = clean.run(ids, edits=ban, allow_noop=True).logits
+        with poisoned(clean.hf, family, [expert], 7.0 if family == "llama4" else float("nan")):
+            run = clean.run(ids, read=S.router_weights, edits=ban, allow_noop=True)
         assert torch.isfinite(run.logits).all()
-        assert torch.equal(run.logits, clean.run(ids, edits=ban, allow_noop=True).logits)
+        assert torch.equal(run.logits, wanted)
         weights = run[S.router_weights].as_subclass(torch.Tensor)
         assert not weights[..., expert].any()
-        k = sick.hf.config.get_text_config().num_experts_per_tok
         assert ((weights != 0).sum(-1) == k).all()
 
 
@@ -110,24 +119,21 @@ def test_router_weights_are_what_the_experts_are_called_with(family: str, ids: t
 
 def test_llama4_runs_every_expert_on_zeros(ids: torch.Tensor) -> None:
     """What transformers does: a banned expert contributes nothing, but NaN in its weights would come through."""
-    sick = ic.load(_poisoned("llama4", 1, float("nan")), check=False)
-    run = sick.run(ids, edits=S.router_logits.mask(1))
-    assert run.logits.isnan().any()
+    model = tiny_model("llama4")
+    with poisoned(model.hf, "llama4", [1], float("nan")):
+        assert model.run(ids, edits=S.router_logits.mask(1)).logits.isnan().any()
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_bans_down_to_fewer_experts_than_a_token_takes(family: str, ids: torch.Tensor) -> None:
     """The one expert left is all that is executed; without any, the run is refused."""
-    layer = tiny_model(family).atlas.layers("router_logits")[-1]
-    hf = testing.tiny(family)
-    model = ic.load(hf, check=False)
+    model = tiny_model(family)
+    layer = model.atlas.layers("router_logits")[-1]
     n = model.atlas.entries["router_logits", layer].n_units
-    if family != "llama4":
-        experts = hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{LAYOUT[family]['experts']}")
-        for weight in experts.parameters():
-            weight.data[[e for e in range(n) if e != 3]] = float("nan")
-    ban = S.router_logits[layer].mask([e for e in range(n) if e != 3])
-    run = model.run(ids, read=S.router_weights[layer], edits=ban)
+    others = [e for e in range(n) if e != 3]
+    ban = [S.router_logits[each].mask(others) for each in model.atlas.layers("router_logits")]
+    with poisoned(model.hf, family, others if family != "llama4" else [], float("nan")):
+        run = model.run(ids, read=S.router_weights[layer], edits=ban)
     assert torch.isfinite(run.logits).all()
     weights = run[S.router_weights[layer]].as_subclass(torch.Tensor)
     assert (weights[..., 3] > 0).all() and int((weights != 0).sum()) == 14

@@ -39,7 +39,7 @@ class Part:
 
     def __init__(self, entry: Entry, tap: Tap, site: Site) -> None:
         self.entry, self.tap, self.site = entry, tap, site
-        self.whole = site.units is None and site.pos is None and site.key is None and not site.info.visual
+        self.whole = site.units is None and site.pos is None and site.key is None and not entry.visual
         self._region: Region | None = None
         self.units: tuple[int, ...] | None = None
         self.bound: Bound | None = None
@@ -365,9 +365,15 @@ class Port:
         """Whether the model can go on with what it has. What a lens made is another tensor, so gradients need it."""
         return new is old and not (self.tap.lens and self.program.keep_graph)
 
+<<<<<<< HEAD
     def on_input(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's input: `(module, args, kwargs)` to new ones, None if they stay."""
         derived, lens = self.derived, self.tap.lens
+=======
+    def _on_input(self) -> Callable[[Any, Any, Any], Any]:
+        derived = any([part.tap.get for part in (*self.changes, *self.reads)])  # noqa: C419 (faster)
+        lens = self.tap.lens
+>>>>>>> families
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if derived:

@@ -51,6 +51,15 @@ def _qwen2_5_vl(text: dict[str, Any]) -> Any:
     return _qwen_vl("Qwen2_5_VL", {**_MERGER, "window_size": 16, "fullatt_block_indexes": [1]}, text)
 
 
+def _qwen3_5_vision(text: dict[str, Any]) -> Any:
+    linear = {
+        "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    }  # fmt: skip
+    return _qwen_vl("Qwen3_5", {**_MERGER, "num_position_embeddings": 64}, {**linear, **text})
+
+
 def _llava(text: dict[str, Any]) -> Any:
     return _around("Llava", "CLIP", "Llama", {"image_token_index": IMAGE, "image_seq_length": 16}, text)
 
@@ -78,7 +87,8 @@ def _smolvlm(text: dict[str, Any]) -> Any:
 
 
 VISUAL: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe, "llava": _llava,
+    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5_vision": _qwen3_5_vision, "llava": _llava,
     "llava_onevision": _llava_onevision, "internvl": _internvl, "gemma3_vision": _gemma3, "smolvlm": _smolvlm,
 }  # fmt: skip
 """By name: from settings of the language model to a model."""
