@@ -22,7 +22,7 @@ REFUSED = {
     "gpt_neox": _ROTARY, "phi3": _ROTARY, "gptj": {"pattern": "write"}, "gpt_neo": {"pattern": "write"},
     "opt": {"scores": "all", "pattern": "write"}, "granitemoe": _ROUTERS | {"embed": "all"},
     "deepseek_v3": _ROUTERS | _ROTARY | {"q": "all", "v": "all"}, "llama4": _ROUTERS | _DELEGATED | {"mlp_out": "all"},
-    "qwen3_next": _ROUTERS | {"q": "all"}, "qwen3_5": {"q": "all"}, "qwen3_5_moe": _ROUTERS | {"q": "all"},
+    "qwen3_next": _ROUTERS | {"q": "all"}, "qwen3_5": {"q": "all"}, "qwen3_5_vision": {"q": "all"}, "qwen3_5_moe": _ROUTERS | {"q": "all"},
     "qwen2_5_vl": _DELEGATED, "qwen3_vl": _DELEGATED, "qwen3_vl_moe": _ROUTERS | _DELEGATED,
 } | dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe"), _ROUTERS)  # fmt: skip
 """What the bridge cannot do, by family: no hook point that fires, or edits that it discards."""

@@ -37,19 +37,12 @@ class Entry:
         sizes: sizes of the feature axes by name (`head`, `d_head`, `d_model`, …).
         n_units: how many heads, experts or neurons there are.
         why: reasons by what is missing (`read`, `write`, `grad`).
-<<<<<<< HEAD
         module: the module whose input or output it is, where it is one.
-        wide: the family may compute it in float32 whatever the model's dtype.
-    """
-
-    __slots__ = ("layer", "module", "n_units", "name", "read", "sizes", "why", "wide", "write")
-=======
         visual: its positions are the visual tokens.
         wide: the family may compute it in float32 whatever the model's dtype.
     """
 
-    __slots__ = ("layer", "n_units", "name", "read", "sizes", "visual", "why", "wide", "write")
->>>>>>> families
+    __slots__ = ("layer", "module", "n_units", "name", "read", "sizes", "visual", "why", "wide", "write")
 
     def __init__(
         self,
@@ -64,13 +57,8 @@ class Entry:
         self.name, self.layer, self.read, self.write, self.sizes = name, layer, read, write, sizes
         unit = SITES[name].unit
         self.n_units = None if unit is None else sizes[unit]
-<<<<<<< HEAD
         self.why, self.module = why or {}, module
-        self.wide = name.startswith("router")
-=======
-        self.why = why or {}
         self.visual, self.wide = SITES[name].visual, name.startswith("router")
->>>>>>> families
 
 
 class Atlas:

@@ -287,7 +287,7 @@ class Port:
     @property
     def derived(self) -> bool:
         """Whether something here needs the whole call, not only the first tensor that passes."""
-        return any(part.tap.get for part in (*self.changes, *self.reads))
+        return any([part.tap.get for part in (*self.changes, *self.reads)])  # noqa: C419 (faster)
 
     def hook(self) -> tuple[dict[Any, Any], dict[Any, Any] | None, Any]:
         """The module's own hook table, its table of hooks that take keyword arguments if this is one, and the hook.
@@ -365,15 +365,9 @@ class Port:
         """Whether the model can go on with what it has. What a lens made is another tensor, so gradients need it."""
         return new is old and not (self.tap.lens and self.program.keep_graph)
 
-<<<<<<< HEAD
     def on_input(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's input: `(module, args, kwargs)` to new ones, None if they stay."""
         derived, lens = self.derived, self.tap.lens
-=======
-    def _on_input(self) -> Callable[[Any, Any, Any], Any]:
-        derived = any([part.tap.get for part in (*self.changes, *self.reads)])  # noqa: C419 (faster)
-        lens = self.tap.lens
->>>>>>> families
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if derived:
