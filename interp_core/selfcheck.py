@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry
 from .edits import Edit
-from .errors import InterpError, ReadError
+from .errors import CapabilityError, InterpError, ReadError
 from .positions import VISION, Mask, Span
 from .sites import SITES, Site
 from .text import Tokens
@@ -88,7 +88,8 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     try:
         run = model.run(tokens, read=_everything(atlas))
-    except (InterpError, RuntimeError):
+    except (InterpError, RuntimeError) as error:
+        _demand_a_pass(model, tokens, error)
         yield from _unreadable(model, tokens)
         run = model.run(tokens, read=_everything(atlas))
     for name in [name for name in CHECKED if atlas.layers(name)]:
@@ -100,6 +101,20 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
 
 def _everything(atlas: Atlas) -> list[Site]:
     return [first_unit(Site(name), atlas) for name in CHECKED if atlas.layers(name)]
+
+
+def _demand_a_pass(model: Model, tokens: Tokens, error: Exception) -> None:
+    """Refuse a model that cannot even run.
+
+    Raises:
+        CapabilityError: with what it said.
+    """
+    try:
+        model.run(tokens)
+    except (InterpError, RuntimeError) as problem:
+        raise CapabilityError(
+            f"engine {model.engine.name!r} cannot run this {type(model.hf).__name__} in {model.dtype}: {problem}"
+        ) from error
 
 
 def _unreadable(model: Model, tokens: Tokens) -> Iterator[tuple[str, str, bool, str]]:

@@ -1,13 +1,15 @@
-"""Writes docs/compatibility.md: python scripts/compatibility.py
+"""Writes docs/compatibility.md: python scripts/compatibility.py [FAMILY …]
 
-Every family, every site, read and edited in every layer, against hooks written by hand (tests/reference.py): the
-largest absolute difference of the values read and of the logits after an edit.
+Every family on every engine, every site read and edited in every layer, in three dtypes, against hooks written by hand
+(tests/reference.py). With families named, prints their rows and writes nothing.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,49 +21,106 @@ from interp_core.sites import SITES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+from parity import Battery, battery  # noqa: E402
+
+ENGINES = ("torch", "nnsight", "transformer_lens")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 HEAD = """# Compatibility
 
 Written by `python scripts/compatibility.py` ({versions}). Random-weight models of each family, 3 layers, d_model 64.
 
-Each cell is the largest absolute difference to hooks written by hand for that family
-([tests/reference.py](../tests/reference.py)), over all layers, of the value read and of the logits after an edit, for
-float64 / float32 (0: bit for bit). The tests hold them to 1e-9 and 1e-5. `·` means that the family does not have the
-site; the reason is what an error says, and is listed below the table.
+## Families × engines
+
+A cell is the largest absolute difference to hooks written by hand for that family
+([tests/reference.py](../tests/reference.py)), over all its sites and layers, of the values read and of the logits after
+an edit, in float64 / float32 / bfloat16 (0: bit for bit), and how many of the family's sites the engine has. The tests
+hold float64 to 1e-9 and float32 to 1e-5. What is missing is refused with its reason, [below](#what-is-refused-and-why).
+"""
+FOOT = """
+In float64, differences above 1e-9 come from modules that compute in float32 whatever the model's dtype: the routers of
+DeepSeek-V3 and GLM-4-MoE (on every engine, the model itself included), and the bridge's own attention for GPT-NeoX,
+Phi-3 and GPT-OSS. `expert_out`, `vision_embed` and `deepstack` are held against the model's own output instead
+([tests/test_moe.py](../tests/test_moe.py), [tests/test_vision.py](../tests/test_vision.py)); gradients and generation
+on every engine are in [tests/test_engines.py](../tests/test_engines.py), and `interp check MODEL` runs all four uses on
+a model of yours.
 """
 
 
-def main() -> None:
+def main(*names: str) -> None:
     """Run the battery and write the page."""
-    from parity import battery
-
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    names = testing.families()
-    cells = {name: [battery(name, dtype) for dtype in (torch.float64, torch.float32)] for name in names}
-    lacking = {name: ic.load(testing.tiny(name)).atlas.lacking for name in names}
-    versions = ", ".join(f"{p} {importlib.metadata.version(p).split('+')[0]}" for p in ("torch", "transformers"))
-    lines = [HEAD.format(versions=versions), "| site | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    families = names or testing.families()
+    found = {}
+    for family in families:
+        found[family] = {engine: [battery(family, dtype, engine) for dtype in DTYPES] for engine in ENGINES}
+        print(_row(family, found[family]), flush=True)
+    if not names:
+        write(ROOT / "docs/compatibility.md", "\n".join(page(found)) + "\n")
+
+
+def page(found: dict[str, dict[str, list[Battery]]]) -> list[str]:
+    """Lines of the page."""
+    versions = ", ".join(
+        f"{p} {importlib.metadata.version(p).split('+')[0]}"
+        for p in ("torch", "transformers", "nnsight", "transformer-lens")
+    )
+    lines = [HEAD.format(versions=versions), *_header("family")]
+    lines += [_row(family, cells) for family, cells in found.items()]
+    lines += [FOOT, "## Site by site", ""]
+    lines += ["The same by site: the worst of all families, and how many of them have it.", "", *_header("site")]
     for site in SITES:
-        row = []
-        for name in names:
-            found = [battery.get(site) for battery in cells[name]]
-            row.append(
-                "·"
-                if found[0] is None or found[1] is None
-                else " / ".join(f"{max(c):.0e}" if max(c) else "0" for c in found if c)
-            )
-        if any(cell != "·" for cell in row):
-            lines.append(f"| `{site}` | " + " | ".join(row) + " |")
-    lines += ["", "`expert_out` is held against the MoE block's own output instead (tests/test_moe.py).", ""]
-    lines += ["## What a family lacks, and why", ""]
-    for name in names:
-        reasons: dict[str, list[str]] = {}
-        for site, why in lacking[name].items():
-            reasons.setdefault(why, []).append(f"`{site}`")
-        lines += [f"- **{name}** {', '.join(sites)}: {why}" for why, sites in reasons.items()]
-    write(ROOT / "docs/compatibility.md", "\n".join(lines) + "\n")
-    worst = [max(max(cell) for battery in column for cell in battery.values()) for column in cells.values()]
-    print(f"{len(names)} families, largest difference {max(worst):.1e} -> docs/compatibility.md")
+        columns = [[[b.cells.get(site) for b in cells[e]] for cells in found.values()] for e in ENGINES]
+        if any(None not in family for column in columns for family in column):
+            lines.append(f"| `{site}` | " + " | ".join(_site(column) for column in columns) + " |")
+    lines += ["", "## What is refused, and why", "", *_reasons(found), "## What a family lacks, and why", ""]
+    for name in found:
+        lacking: dict[str, list[str]] = {}
+        for site, why in ic.load(testing.tiny(name)).atlas.lacking.items():
+            lacking.setdefault(why, []).append(f"`{site}`")
+        lines += [f"- **{name}** {', '.join(sites)}: {why}" for why, sites in lacking.items()]
+    return lines
+
+
+def _header(first: str) -> list[str]:
+    return [f"| {first} | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |", "|---|---|---|---|"]
+
+
+def _worst(cells: Iterable[float]) -> str:
+    worst = max(cells, default=0.0)
+    return f"{worst:.0e}" if worst else "0"
+
+
+def _row(family: str, engines: dict[str, list[Battery]]) -> str:
+    shown = []
+    for batteries in engines.values():
+        n = len(batteries[0].cells)
+        of = n + sum(" edits" not in site for site in batteries[0].refused)
+        numbers = " / ".join(_worst(max(cell) for cell in b.cells.values()) for b in batteries)
+        shown.append(f"{numbers}, {n} of {of}" if n else "none")
+    return f"| {family} | " + " | ".join(shown) + " |"
+
+
+def _site(column: list[list[tuple[float, float] | None]]) -> str:
+    having = [cells for cells in column if None not in cells]
+    numbers = " / ".join(_worst(max(cells[i]) for cells in having) for i in range(len(DTYPES)))  # type: ignore[arg-type]
+    return f"{numbers}, {len(having)}" if having else "·"
+
+
+def _reasons(found: dict[str, dict[str, list[Battery]]]) -> list[str]:
+    lines = []
+    for engine in ENGINES:
+        reasons: dict[str, dict[str, list[str]]] = {}
+        for family, cells in found.items():
+            for site, why in cells[engine][0].refused.items():
+                reasons.setdefault(why.removeprefix(f"{site}: "), {}).setdefault(family, []).append(site)
+        lines += [f"**{engine}**: " + ("" if reasons else "nothing."), ""]
+        for why, families in reasons.items():
+            who = "; ".join(f"{family} ({', '.join(sites)})" for family, sites in families.items())
+            lines.append(f"- {why} — {who}")
+        lines.append("")
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

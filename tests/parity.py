@@ -22,12 +22,31 @@ class Cell(NamedTuple):
     edit: float
 
 
-def battery(family: str, dtype: torch.dtype) -> dict[str, Cell]:
+class Battery(NamedTuple):
+    """One family on one engine: a cell per site that works, and why the others do not (edits: as `site edits`)."""
+
+    cells: dict[str, Cell]
+    refused: dict[str, str]
+
+
+def battery(family: str, dtype: torch.dtype, engine: str = "torch") -> Battery:
     """Every site of a family, read and edited in every layer."""
     hf = testing.tiny(family, dtype=dtype)
     hf.set_attn_implementation("eager")
-    model, reference = ic.load(hf), Reference(family, hf)
-    return {site: cell(model, reference, site) for site in reference.sites()}
+    reference = Reference(family, hf)
+    try:
+        model = ic.load(hf, engine=engine)
+    except ic.CapabilityError as error:
+        return Battery({}, {"every site": str(error)})
+    cells, refused = {}, {}
+    for site in reference.sites():
+        if why := model.can(site, "read"):
+            refused[site] = why
+            continue
+        if why := model.can(site, "write"):
+            refused[f"{site} edits"] = why
+        cells[site] = cell(model, reference, site, edit=not why)
+    return Battery(cells, refused)
 
 
 def cell(model: ic.Model, reference: Reference, name: str, *, edit: bool = True) -> Cell:

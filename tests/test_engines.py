@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import pictures
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
@@ -139,3 +140,23 @@ def test_the_users_model_is_left_alone_and_no_weight_is_copied(engine: str) -> N
     assert torch.equal(hf(IDS).logits, wanted)
     assert {p.data_ptr() for p in model.engine.model.parameters()} == {p.data_ptr() for p in hf.parameters()}
     assert f"engine {engine}" in repr(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava", "gemma3_vision"])
+def test_images_on_nnsight(family: str) -> None:
+    """What is passed in another order, or only with the prompt, is found there."""
+    inputs = pictures.inputs(family, [[pictures.picture(family)]])
+    here, there = tiny_model(family, attention="eager"), other("nnsight", family)
+    names = [S.vision_embed, S.deepstack, S.resid_pre]
+    reads = [site for site in names if not here.can(site.name, "read")]
+    edits = [S.resid_pre[1].at("vision").scale(1.5)]
+    made = [model.generate(inputs, read=reads, edits=edits, max_new_tokens=3) for model in (here, there)]
+    assert torch.equal(made[0].ids, made[1].ids)
+    assert len(made[0].steps) == len(made[1].steps) == 3
+    runs = [model.run(inputs, read=reads, edits=edits) for model in (here, there)]
+    for site in reads:
+        torch.testing.assert_close(plain(runs[0][site]), plain(runs[1][site]))
+    torch.testing.assert_close(plain(runs[0].logits), plain(runs[1].logits))
+    assert made[0].receipts == made[1].receipts
+    text = [model.run(IDS, read=S.resid_post)[S.resid_post] for model in (here, there)]
+    assert torch.equal(*text)

@@ -50,8 +50,8 @@ class NNsightProgram(PortProgram):
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """See `PortProgram.carry`."""
         engine = self.engine
-        steps = [self._visits(engine.order(inputs))] if self.ports else []
-        if self.ports and method == "generate":  # the steps after the prompt are text
+        steps = [self._visits(engine.order(inputs))]
+        if method == "generate":  # the steps after the prompt are text
             steps.append(self._visits(engine.order({"input_ids": inputs["input_ids"]})))
         result: list[Any] = []
 
@@ -70,6 +70,11 @@ class NNsightProgram(PortProgram):
             for tap in self.taps:
                 tap.remove()
         return result[0]
+
+    def prepare(self, inputs: Mapping[str, Any]) -> None:
+        """Learn the order in which the model computes on such inputs."""
+        self.engine.order(inputs)
+        self.engine.order({"input_ids": inputs["input_ids"]})
 
     def _serve(self, tracer: Any, steps: list[list[Visit]]) -> None:
         """What the greenlet does: every visit of every step. It ends when the model does."""

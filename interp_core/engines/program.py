@@ -191,12 +191,16 @@ class PortProgram(ABC):
         """Call a method of the model (`forward` or `generate`) with every port in its place, and leave the model as it
         was, whatever happens."""
 
+    def prepare(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027 (most have nothing to prepare)
+        """What has to be done once before inputs of a kind are carried, while nothing listens to the model."""
+
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
     ) -> Passed:
         """See `Program.forward`."""
         self.engine.begin()
         try:
+            self.prepare(inputs)
             self.window, self.edits = None, edits
             passed = self._begin(rows, rows.width, keep_graph)
             for change in self._changes:
@@ -233,6 +237,7 @@ class PortProgram(ABC):
         try:
             self.window, self.stop_at, self.edits = None, None, edits
             self._check(final)
+            self.prepare(inputs)
             handle = self.engine.model.register_forward_pre_hook(step, with_kwargs=True)
             result = self.carry("generate", inputs)
         finally:
