@@ -74,7 +74,7 @@ def _unknown(monkeypatch: pytest.MonkeyPatch, family: str) -> ic.Model:
     return ic.load(hf)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "qwen2_5_vl"])
 def test_an_unknown_family_gets_what_its_modules_show(
     family: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +86,8 @@ def test_an_unknown_family_gets_what_its_modules_show(
     known = tiny_model(family)
     for site in (S.resid_pre, S.resid_post):
         assert torch.equal(model.run(ids, read=site)[site], known.run(ids, read=site)[site])
+    with pytest.raises(ic.CapabilityError, match="module names do not show where the stream passes"):
+        model.run(ids, read=S.resid_mid)
     with pytest.raises(ic.CapabilityError, match="the atlas does not know where .* keeps z"):
         model.run(ids, read=S.z)
 

@@ -183,6 +183,7 @@ def test_types_and_shapes_hold_at_run_time() -> None:
     """A part of the suite again, with every signature and shape annotation checked on every call."""
     hook = "--jaxtyping-packages=interp_core,interp_plugins,beartype.beartype"
     files = ["tests/test_logit_lens.py", "tests/test_moe.py", "tests/test_gradients.py"]
-    run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", hook, *files]
+    some = "not by_hand or llama or gpt2 or opt or gpt_oss or deepseek_v3 or qwen3_next or qwen3_vl"  # not all families
+    run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", some, hook, *files]
     out = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0, out.stdout[-3000:]

@@ -173,6 +173,9 @@ def test_deepstack_is_what_is_added(family: str) -> None:
     torch.testing.assert_close(torch.cat(run.rows(S.deepstack[0])), added[places], atol=1e-5, rtol=1e-4)
     gone = model.run(batch(family), edits=S.deepstack[0].zero(), read=[S.resid_post[0], S.resid_pre[1]])
     assert torch.equal(gone[S.resid_post[0]], gone[S.resid_pre[1]])
+    made = model.generate(batch(family), edits=S.deepstack[0].scale(0.5), max_new_tokens=3, stop_at_eos=False)
+    assert made.receipts[0].fired == 1
+    assert [len(row) for row in made.receipts[0].positions] == [len(row) for row in run.rows(S.deepstack[0])]
     with pytest.raises(ic.SiteError, match="layer 1 has no deepstack; layers 0 have"):
         model.run(batch(family), read=S.deepstack[1])
 

@@ -125,7 +125,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
-    paths = {**(known or discover(modules)), **(family.paths if family else {})}
+    paths = {**(known or discover(modules, model.get_input_embeddings())), **(family.paths if family else {})}
     if paths.get("blocks") not in modules:
         raise LoadError(
             f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
@@ -146,6 +146,8 @@ def build(model: Any, family: Family | None) -> Atlas:
             f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
         )
     builder = _Builder(atlas, modules, paths, config)
+    if known is None and unnamed:
+        builder.refused["resid_mid"] = "module names do not show where the stream passes between attention and MLP"
     for layer in range(shape.n_layers):
         builder.block(layer)
     builder.ends()
@@ -175,9 +177,9 @@ class _Builder:
 
     def _vision(self) -> None:
         """What a vision tower hands over: it arrives as arguments of the language model."""
+        vision = getattr(self.atlas.config, "vision_config", None)
         language = self.paths["blocks"].rpartition(".")[0]
         arguments = inspect.signature(self.modules[language].forward).parameters
-        vision = getattr(self.atlas.config, "vision_config", None)
         if vision is None or taps.EMBEDDINGS not in arguments:
             return
         self._view("vision_embed", 0, Tap(language, "in", taps.EMBEDDINGS), self.d_model)
@@ -357,14 +359,16 @@ def uses_interface(attention: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")
 
 
-def discover(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Module paths of an unknown family, by the names of its modules."""
+def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = None) -> dict[str, str]:
+    """Module paths of an unknown family, by the names of its modules: the longest list of blocks with attention, of
+    those beside the token embedding if there are such (a vision tower has blocks too)."""
     lists = [(path, m) for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    home = next((path.rpartition(".")[0] for path, m in modules.items() if m is embedding), "")
     hints = {
         "blocks.attn": ("self_attn", "attention", "self_attention", "attn"),
         "blocks.mlp": ("mlp", "feed_forward", "ffn"),
     }
-    for path, blocks in sorted(lists, key=lambda item: -len(item[1])):
+    for path, blocks in sorted(lists, key=lambda item: (item[0].rpartition(".")[0] != home, -len(item[1]))):
         children = dict(blocks[0].named_children())
         found = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
         if found["blocks.attn"] is None:

@@ -17,7 +17,7 @@ from ..architectures.atlas import Entry
 from ..architectures.family import View
 from ..architectures.taps import KEYED, Call, Tap
 from ..edits import TENSOR_OPS, Edit, carry_out, prepared
-from ..errors import PlanError
+from ..errors import CapabilityError, PlanError
 from ..positions import Rows, Slice
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
@@ -365,21 +365,34 @@ class Port:
         """Whether the model can go on with what it has. What a lens made is another tensor, so gradients need it."""
         return new is old and not (self.tap.lens and self.program.keep_graph)
 
+    def _handed(self, kwargs: dict[str, Any]) -> Tensor:
+        """What the module is handed by name.
+
+        Raises:
+            CapabilityError: nothing of that name.
+        """
+        handed = kwargs.get(self.name)
+        if handed is None:
+            site = (*self.reads, *self.changes)[0].site.name
+            raise CapabilityError(f"{site}: {type(self.module).__name__} is not handed {self.name} by this model")
+        return handed
+
     def on_input(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's input: `(module, args, kwargs)` to new ones, None if they stay."""
         derived, lens = self.derived, self.tap.lens
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if derived:
-                call = self._derive(Call(module, args, None, kwargs[self.name], kwargs))
+                call = self._derive(Call(module, args, None, self._handed(kwargs), kwargs))
                 return args, {**call.kwargs, self.name: call.first}
-            passing = args[0] if args else kwargs[self.name]
+            passing = args[0] if args and not self.tap.part else self._handed(kwargs)
             first = passing if lens is None else lens.enter(passing, self.program.shape)
             new = self._through(first)
             if self._same(first, new):
                 return None
             new = new if lens is None else lens.leave(new, passing)
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, self.name: new})
+            named = self.tap.part or not args
+            return (args, {**kwargs, self.name: new}) if named else ((new, *args[1:]), kwargs)
 
         return hook
 

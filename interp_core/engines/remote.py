@@ -126,9 +126,9 @@ class RemoteProgram(PortProgram):
 
     def _sent(self, wire: list[Any], inputs: Mapping[str, Any], stop: bool) -> tuple[dict[Any, Any], Any, Any]:
         """Send it off; returns kept tensors, norms of changes, logits. The block must stand on its own."""
-        import nnsight
+        from .nnsight import library
 
-        model, remote = self.engine.nnsight, self.engine.remote
+        nnsight, model, remote = library(), self.engine.nnsight, self.engine.remote
         logits = None
         with model.trace(remote=remote, **inputs) as tracer:
             kept, norms = nnsight.save({}), nnsight.save({})
