@@ -49,9 +49,9 @@ def _launcher(name: str, value: Any) -> str:
 
 
 def _named(name: str, value: Any) -> str:
-    """A plugin goes by one name."""
+    """A plugin goes by one name (an empty `name`: any)."""
     own = getattr(value, "name", None)
-    return "" if own == name else f"has name = {own!r} but is registered as {name!r}: make the two equal"
+    return "" if own == name or not name else f"has name = {own!r} but is registered as {name!r}: make the two equal"
 
 
 _FAULTS = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -196,6 +196,27 @@ def registry(kind: str) -> Registry:
         PluginError: no such kind.
     """
     return Registry(kind)
+
+
+def find(name: str, kinds: Sequence[str] = KINDS) -> Plugin:
+    """The one plugin of that name among several kinds, not imported.
+
+    Raises:
+        PluginError: none, or one in each of several kinds.
+    """
+    found = []
+    for kind in kinds:
+        try:
+            found.append(registry(kind).find(name))
+        except PluginError:
+            pass
+    if len(found) == 1:
+        return found[0]
+    what = " or ".join(kind[:-1] for kind in kinds)
+    if found:
+        shared = " and a ".join(plugin.kind[:-1] for plugin in found)
+        raise PluginError(f"{name!r} is a {shared}; say which with --kind {found[0].kind}")
+    raise PluginError(f"no {what} is called {name!r}. {nearest(name, [n for k in kinds for n in registry(k).names()])}")
 
 
 def refresh() -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 
-from .errors import PlanError, nearest
+from .errors import PlanError, PluginError, nearest
 
 
 class Config(BaseModel):
@@ -51,8 +51,15 @@ def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) ->
 
 
 def of_function(function: Callable[..., Any]) -> type[Config]:
-    """The arguments of a function as a config; those without annotation take anything."""
-    hints = typing.get_type_hints(function)
+    """The arguments of a function as a config; those without annotation take anything.
+
+    Raises:
+        PluginError: an annotation that is no type.
+    """
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise PluginError(f"{function.__qualname__}: an argument's annotation cannot be read: {error}") from error
     fields: dict[str, Any] = {}
     for name, argument in inspect.signature(function).parameters.items():
         if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):

@@ -61,7 +61,7 @@ def _collect(running: dict[Connection, tuple[int, SpawnProcess]], outcomes: dict
         i, process = running[pipe]
         try:
             found: Any = pickle.loads(pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             process.join()
             found = Outcome(error=f"job {i}: its process ended with exit status {process.exitcode} and no result")
         except Exception:  # a value that only the other process can make
