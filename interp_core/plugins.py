@@ -147,11 +147,11 @@ class Registry:
         return [row for row in self.rows if not row.hidden and row.state != "incompatible"]
 
     def names(self) -> list[str]:
-        """All names that can be asked for."""
+        """All names that can be used; `in` also knows those that say why not."""
         return [row.name for row in self._visible()]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return any(row.name == name for row in self.rows)
 
     def __iter__(self) -> Iterator[Plugin]:
         return iter(self.rows)
