@@ -264,7 +264,7 @@ def _facts(dist: metadata.Distribution) -> tuple[str, str, str, str]:
     """Name and version of a distribution, what it requires of interp_core, and why that does not hold."""
     head = dist.metadata
     name, version = head["Name"] or "?", head["Version"] or "?"
-    lines = [line for line in head.get_all("Requires-Dist") or () if re.match(r"interp[-_.]core\b", line, re.I)]
+    lines = [line for line in head.get_all("Requires-Dist") or () if re.match(r"interp[-_.]core(?![\w-])", line, re.I)]
     if name == OWN or not lines:
         return name, version, "", ""
     from packaging.requirements import InvalidRequirement, Requirement

@@ -38,5 +38,6 @@ def test_commands_of_the_readme_exist() -> None:
     from interp_core.cli import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    known |= {group.name for group in app.registered_groups}
     assert set(re.findall(r"^interp (\w+)", text, re.M)) <= known
     assert "make test" in (ROOT / ".ci/run").read_text()

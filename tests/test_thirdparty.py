@@ -143,7 +143,8 @@ if __name__ == "__main__":
     from interp_hello.model import make
 
     model = ic.load(make(), engine="counting")
-    assert model.atlas.family.name == "hello" and "mlp_act" in model.sites and not model.atlas.notes, model.atlas
+    assert model.atlas.family.name == "hello" and {"mlp_act", "z"} <= set(model.sites), model.sites
+    assert model.check.ok, model.check
     run = model.run({"input_ids": __import__("torch").tensor([[1, 2, 3]])}, read=S.mlp_act)
     assert run[S.mlp_act].shape == (2, 1, 3, 48) and model.engine.plans >= 1
     for name in ("inline", "local"):
@@ -174,8 +175,9 @@ def test_what_new_wrote_passes_type_check_and_lint(python: Run, site: Path, tmp_
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     out = python("-m", "mypy", *options, "--strict", str(site / "written/src/what_writes/__init__.py"), cwd=ROOT)
     assert out.returncode == 0, out.stdout
-    out = python("-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), str(site / "written/src"))
-    assert out.returncode == 0, out.stdout
+    for command in (["check", "--extend-select", "I,B,UP,ANN"], ["format", "--check"]):
+        out = python("-m", "ruff", *command, "--isolated", "--line-length", "120", cwd=site / "written")
+        assert out.returncode == 0, out.stdout
 
 
 def test_a_plugin_that_hangs_is_named(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
