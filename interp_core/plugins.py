@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -116,7 +116,7 @@ class Registry:
         self.rows: list[Plugin] = []
         for plugin in installed():
             if plugin.kind == kind:
-                self._add(Plugin(**{**vars(plugin)}))
+                self._add(replace(plugin))
 
     def _add(self, plugin: Plugin) -> None:
         if any((row.name, row.target, row.dist) == (plugin.name, plugin.target, plugin.dist) for row in self.rows):

@@ -250,7 +250,7 @@ def test_every_check_has_a_bad_method() -> None:
 
 def test_one_fault_is_one_failure() -> None:
     """The checks are apart: a fault shows in its own place."""
-    for check in ("shapes", "saving", "random_state", "batch", "conserved"):
+    for check in ("shapes", "saving", "random_state", "conserved"):
         make = next(make for name, make, _ in reversed(BAD) if name == check)
         assert testing.check_method(make(), fresh()).failed == [check]
 
