@@ -58,8 +58,12 @@ class Plugin:
 
     @property
     def status(self) -> str:
-        """`state`, or "shadowed"."""
+        """`state`, or "shadowed" for a usable one whose name another has."""
         return "shadowed" if self.hidden and self.state in ("unloaded", "ok") else self.state
+
+    @status.setter
+    def status(self, value: str) -> None:
+        self.state = value
 
     @property
     def label(self) -> str:

@@ -20,6 +20,7 @@ from interp_core.scaffold import write_package
 
 ROOT = Path(__file__).parent.parent
 THEIRS = Path(__file__).parent / "thirdparty"
+CHECKERS = find_spec("mypy") is not None and find_spec("ruff") is not None
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -170,7 +171,7 @@ def test_what_new_wrote_passes_its_tests(python: Run, site: Path) -> None:
     assert out.returncode == 0 and "6 passed" in out.stdout, out.stdout
 
 
-@pytest.mark.skipif(find_spec("mypy") is None, reason="mypy comes with the dev extra: make check")
+@pytest.mark.skipif(not CHECKERS, reason="mypy and ruff come with the dev extra: make check")
 def test_what_new_wrote_passes_type_check_and_lint(python: Run, site: Path, tmp_path: Path) -> None:
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     out = python("-m", "mypy", *options, "--strict", str(site / "written/src/what_writes/__init__.py"), cwd=ROOT)
