@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import PluginError, nearest
-from .plugins import KINDS, SESSION, Plugin, find, registry
+from .plugins import KINDS, OWN, SESSION, Plugin, find, registry
 
 COMMANDS = ("list", "show", "check", "new")
 SHOWN = ("kind", "name", "status", "dist", "version", "target")
@@ -42,19 +42,36 @@ def list_(
     if kind is not None and kind not in KINDS:
         raise PluginError(f"no kind of plugin or command is called {kind!r}. {nearest(kind, [*KINDS, *COMMANDS])}")
     found = [plugin for one in ([kind] if kind else KINDS) for plugin in registry(one)]
-    for plugin in found if verbose else []:
+    rows = [_facts(plugin) | (_looked_at(plugin) if verbose else {}) for plugin in found]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(_columns([{key: str(row[key]) for key in SHOWN} for row in rows]))
+    for plugin, row in zip(found, rows, strict=True):
+        if row["error"] and (verbose or row["status"] != "shadowed"):
+            print(f"\n{plugin.label}: {row['error']}")
+
+
+def _facts(plugin: Plugin) -> dict[str, Any]:
+    return {key: getattr(plugin, key) for key in (*SHOWN, "needs", "error")}
+
+
+def _looked_at(plugin: Plugin) -> dict[str, Any]:
+    """What becomes of a plugin that is imported: ours here, those of others in a process of their own each."""
+    if plugin.state != "unloaded":
+        return {}
+    if plugin.dist == OWN:
         try:
             plugin.load()
         except PluginError:
-            pass  # it stays in the list, with its traceback
-    if as_json:
-        facts = [{key: getattr(plugin, key) for key in (*SHOWN, "needs", "error")} for plugin in found]
-        print(json.dumps(facts, indent=1))
-        return
-    print(_columns([{key: str(getattr(plugin, key)) for key in SHOWN} for plugin in found]))
-    for plugin in found:
-        if plugin.error and (verbose or plugin.status != "shadowed"):
-            print(f"\n{plugin.label}: {plugin.error}")
+            pass  # it says so itself
+        return {"status": plugin.status, "error": plugin.error}
+    from .probe import look
+
+    seen = look(plugin.kind, plugin.name, plugin.target)
+    if seen.error:
+        return {"status": seen.status, "error": seen.error}
+    return {} if plugin.hidden else {"status": "ok"}
 
 
 @plugins.command()
@@ -67,16 +84,14 @@ def show(
     from .probe import look
 
     plugin = find(name, (kind,) if kind else KINDS)
-    facts = {key: getattr(plugin, key) for key in (*SHOWN, "needs", "error")}
+    facts = _facts(plugin)
     if plugin.state in ("broken", "incompatible"):
         print(json.dumps(facts, indent=1) if as_json else f"{plugin.label}: {plugin.status}\n{plugin.error}")
         raise typer.Exit(1)
     seen = look(plugin.kind, plugin.name, plugin.target)
     if as_json:
-        facts |= {"error": seen.error or plugin.error, "doc": seen.doc, "page": seen.page}
-        print(
-            json.dumps(facts | {"requires": seen.requires, "settings": seen.settings, "schema": seen.schema}, indent=1)
-        )
+        status = plugin.status if plugin.hidden else seen.status
+        print(json.dumps(facts | vars(seen) | {"status": status, "error": seen.error or plugin.error}, indent=1))
     else:
         print(_page(plugin, seen))
     raise typer.Exit(bool(seen.error))

@@ -31,7 +31,7 @@ def run(
         options = {"model": model, "text": text[0] if text and len(text) == 1 else text, "out": out}
         _recipe(plugin.name, value, given or [], {key: v for key, v in options.items() if v is not None})
     else:
-        raise PlanError(f"a {plugin.kind[:-1]} cannot be run; methods and recipes can")
+        raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
 
 def _method(kind: Any, given: list[str], model: str, text: list[str], out: Path) -> None:

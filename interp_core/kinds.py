@@ -5,10 +5,17 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from .plugins import API
 
-def fault(kind: str, name: str, value: Any) -> str:
-    """What keeps a value from being a plugin of this kind and name; empty if nothing does."""
-    return _FAULTS[kind](name, value)
+
+def verdict(kind: str, name: str, value: Any) -> tuple[str, str]:
+    """The status of an imported value as a plugin of this kind and name ("ok", "broken", "incompatible"), and why."""
+    api = getattr(value, "api", API)
+    if api != API:
+        older = "interp_core" if isinstance(api, int) and api > API else "the package that brings it"
+        return "incompatible", f"it was written for interface {api!r}, this is {API}: update {older}"
+    wrong = _FAULTS[kind](name, value)
+    return ("broken", wrong) if wrong else ("ok", "")
 
 
 def _method(name: str, value: Any) -> str:

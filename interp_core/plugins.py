@@ -96,18 +96,13 @@ class Plugin:
 
     def _judge(self, value: Any) -> None:
         """Take a value that is what this kind must be, and note what is wrong with any other."""
-        from .kinds import fault
+        from .kinds import verdict
 
-        api = getattr(value, "api", API)
-        if api != API:
-            newer = isinstance(api, int) and api > API
-            fix = "pip install -U interp-core" if newer else f"pip install -U {self.dist}"
-            self.state = "incompatible"
-            self.error = f"it was written for interface {api!r}, this is {API}: {fix}"
-        elif wrong := fault(self.kind, self.name, value):
-            self.state, self.error = "broken", f"{self.target} {wrong}"
+        self.state, why = verdict(self.kind, self.name, value)
+        if self.state == "ok":
+            self.value = value
         else:
-            self.state, self.value = "ok", value
+            self.error = f"{self.target} {why}" if self.state == "broken" else why
 
 
 class Registry:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Look:
     """What was seen of a plugin.
 
     Attributes:
+        status: "ok", "broken" or "incompatible".
         error: why it could not be looked at, with the traceback; the rest is then empty.
         doc, page: docstrings of the plugin and of its module.
         requires: sites and capabilities that a method needs.
@@ -38,6 +39,7 @@ class Look:
         faults: what is wrong with the settings.
     """
 
+    status: str = "ok"
     error: str = ""
     doc: str = ""
     page: str = ""
@@ -57,10 +59,12 @@ def look(kind: str, name: str, target: str, seconds: float = LIMIT) -> Look:
         try:
             done = subprocess.run(run, env=path, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return Look(f"{target} took more than {seconds:g} s to be imported and to say what its settings are")
+            return Look(
+                "broken", f"{target} took more than {seconds:g} s to be imported and to say what its settings are"
+            )
         if not out.exists():
             last = done.stderr.decode(errors="replace").strip()[-500:]
-            return Look(f"{target} ended the process that looked at it (exit status {done.returncode}): {last}")
+            return Look("broken", f"{target} ended the process that looked at it (status {done.returncode}): {last}")
         return Look(**json.loads(out.read_text(encoding="utf-8")))
 
 
@@ -77,10 +81,11 @@ def address(value: Any) -> str | None:
 
 def examine(kind: str, name: str, value: Any) -> Look:
     """Look at a plugin in this process, without a time limit."""
-    from .kinds import fault
+    from .kinds import verdict
 
-    if wrong := fault(kind, name, value):
-        return Look(f"{value!r:.80} {wrong}")
+    status, why = verdict(kind, name, value)
+    if why:
+        return Look(status, why)
     page = inspect.getdoc(sys.modules.get(getattr(value, "__module__", "") or "")) or ""
     seen = Look(doc=inspect.getdoc(value) or "", page=page)
     if kind == "methods":
@@ -103,7 +108,7 @@ def _with_settings(seen: Look, config: type[settings.Config], requires: list[str
     for key, wanted in (("extra", "forbid"), ("frozen", True)):
         if config.model_config.get(key) != wanted:
             faults.append(f"its model_config has {key}={config.model_config.get(key)!r}: leave it at {wanted!r}")
-    return Look(seen.error, seen.doc, seen.page, requires, rows, schema, faults)
+    return replace(seen, requires=requires, settings=rows, schema=schema, faults=faults)
 
 
 def _resolve(target: str) -> Any:
@@ -119,7 +124,7 @@ def main(kind: str, name: str, target: str, out: str) -> None:
     try:
         seen = examine(kind, name, _resolve(target))
     except (Exception, SystemExit) as error:  # a plugin may raise anything
-        seen = Look(str(error) if isinstance(error, InterpError) else traceback.format_exc())
+        seen = Look("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
     draft = Path(out).with_suffix(".tmp")
     draft.write_text(json.dumps(asdict(seen)), encoding="utf-8")
     draft.replace(out)

@@ -114,8 +114,9 @@ def test_broken_plugins_are_rows_until_they_are_asked_for(installed: Path) -> No
         ic.method("nothing")
     with pytest.raises(ic.PluginError, match="not a subclass of interp_core.Method"):
         ic.method("odd")
-    with pytest.raises(ic.PluginError, match=f"was written for interface 0, this is {API}"):
+    with pytest.raises(ic.PluginError, match=f"was written for interface 0, this is {API}: update the package"):
         ic.method("old")
+    assert find("old").status == "incompatible"
     assert ic.method("logit_lens").name == "logit_lens"
 
 
@@ -155,7 +156,7 @@ def test_registering_by_hand() -> None:
     [
         ("methods", type("Other", (ic.Method,), {"name": "other", "run": None}), "has name = 'other' but is registered as 'x'"),
         ("methods", type("Bare", (ic.Method,), {"name": "x"}), "leaves run to be written"),
-        ("methods", type("New", (ic.Method,), {"name": "x", "api": 2}), "for interface 2, this is 1: pip install -U interp-core"),
+        ("methods", type("New", (ic.Method,), {"name": "x", "api": 2}), "for interface 2, this is 1: update interp_core"),
         ("recipes", 3, "is 3, not a function"),
         ("engines", int, "not an engine"),
         ("architectures", {}, "is a dict, not a Family"),

@@ -7,15 +7,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import DATA
+from typer.testing import CliRunner
 
 import interp_core as ic
-from interp_core.plugins import KINDS
+from interp_core import testing
+from interp_core.cli import app
+from interp_core.plugins import KINDS, find, refresh
 from interp_core.scaffold import write_package
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +56,21 @@ def interp(python: Run) -> Run:
     return lambda *args: python("-m", "interp_core.cli", *args)
 
 
+@pytest.fixture
+def here(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str]]]:
+    """The command line in this process: exit status, and what it printed or raised."""
+    monkeypatch.syspath_prepend(str(site))
+    refresh()
+
+    def run(*args: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, list(args))
+        raised = done.exception if isinstance(done.exception, ic.InterpError) else ""
+        return 2 if raised else done.exit_code, f"{done.stdout}{raised}"
+
+    yield run
+    refresh()
+
+
 def test_listed(interp: Run) -> None:
     out = interp("plugins", "--json")
     assert out.returncode == 0, out.stderr
@@ -84,21 +102,43 @@ def test_listed(interp: Run) -> None:
         (["resid_nrm"], 2, "Did you mean 'resid_norm'"),
     ],
 )
-def test_checked(interp: Run, args: list[str], status: int, says: str) -> None:
-    out = interp("plugins", "check", *args)
-    assert out.returncode == status and says in out.stdout + out.stderr, out.stdout + out.stderr
+def test_checked(here: Callable[..., tuple[int, str]], args: list[str], status: int, says: str) -> None:
+    found, printed = here("plugins", "check", *args)
+    assert found == status and says in printed, printed
 
 
-def test_shown(interp: Run) -> None:
-    out = interp("plugins", "show", "resid_norm")
-    assert out.returncode == 0, out.stderr
+def test_shown(here: Callable[..., tuple[int, str]]) -> None:
+    status, printed = here("plugins", "show", "resid_norm")
+    assert status == 0, printed
     for line in ("method 'resid_norm' of interp-hello 1.2 (interp-core>=0.1)", "norm[layer] = ", "requires resid_post"):
-        assert line in out.stdout
-    assert "power    int   1        of the norm." in out.stdout
-    schema = json.loads(interp("plugins", "show", "longest", "--json").stdout)["schema"]
+        assert line in printed
+    assert "power    int   1        of the norm." in printed
+    schema = json.loads(here("plugins", "show", "longest", "--json")[1])["schema"]
     assert schema["required"] == ["text"] and schema["properties"]["power"]["type"] == "integer"
-    broken = interp("plugins", "show", "crash")
-    assert broken.returncode == 1 and "no luck" in broken.stdout
+    status, printed = here("plugins", "show", "crash")
+    assert status == 1 and "no luck" in printed
+    assert "method 'future' of interp-later 1.0: incompatible\nit needs" in here("plugins", "show", "future")[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["resid_norm", "--set", "powr=2", "--text", "Q:"], "resid_norm has no setting 'powr'. Did you mean 'power'"),
+        (["resid_norm", "--set", "power=x", "--text", "Q:"], "setting power: Input should be a valid integer"),
+        (["resid_norm", "--set", "power", "--text", "Q:"], "'power' is not a setting: write key=value"),
+        (["resid_norm"], "resid_norm is a method and runs on text: --text"),
+        (["resid_norm", "--text", "Q:", "--model", "toy:txt"], "there is no toy 'toy:txt'"),
+        (["longest", "--out", "x"], "recipe longest has no --out; its settings: text, model, power"),
+        (["longest"], "recipe longest: setting text is missing; it has no default"),
+        (["torch", "--kind", "engines"], "engine 'torch' of interp-core 0.1.0 cannot be run"),
+        (["longset"], "no method or recipe is called 'longset'. Did you mean 'longest'"),
+        (["crash", "--text", "Q:"], "no luck"),
+        (["future", "--text", "Q:"], "is incompatible: it needs interp-core>=99"),
+    ],
+)
+def test_what_cannot_be_run_says_why(here: Callable[..., tuple[int, str]], args: list[str], says: str) -> None:
+    status, printed = here("run", *args)
+    assert status == 2 and says in printed, printed
 
 
 def test_a_method_runs(interp: Run, tmp_path: Path) -> None:
@@ -112,8 +152,6 @@ def test_a_method_runs(interp: Run, tmp_path: Path) -> None:
         "result.html",
     }
     assert out.stdout.endswith("norms/result.html\n")
-    wrong = interp("run", "resid_norm", "--set", "powr=2", "--text", "Q:")
-    assert wrong.returncode == 2 and "resid_norm has no setting 'powr'. Did you mean 'power'" in wrong.stderr
 
 
 def test_a_recipe_runs(interp: Run) -> None:
@@ -181,13 +219,8 @@ def test_what_new_wrote_passes_type_check_and_lint(python: Run, site: Path, tmp_
         assert out.returncode == 0, out.stdout
 
 
-def test_a_plugin_that_hangs_is_named(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from interp_core import plugins, testing
-
-    monkeypatch.syspath_prepend(str(site))
-    plugins.refresh()
-    report = testing.check_plugin(plugins.find("hang"), limit=1.0)
-    plugins.refresh()
+def test_a_plugin_that_hangs_is_named(here: object) -> None:
+    report = testing.check_plugin(find("hang"), limit=1.0)
     assert report.failed == ["class"] and "took more than 1 s" in str(report)
     with pytest.raises(ic.PluginError, match="class failed"):
         report.raise_if_failed()

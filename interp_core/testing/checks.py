@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import nearest
-from ..kinds import fault
+from ..kinds import verdict
 from ..methods import CAPABILITIES, Method
-from ..plugins import API
 from ..probe import address, examine, look
 from ..result import Result
 from ..sites import SITES
@@ -38,13 +37,11 @@ def check(function: Callable[[Trial], str]) -> Callable[[Trial], str]:
 def class_(trial: Trial) -> str:
     """A subclass of `Method`, complete, named, for this interface; `requires` names sites and capabilities."""
     method = trial.method
-    wrong = fault("methods", getattr(method, "name", ""), method)
-    if wrong:
-        raise Failed(wrong)
+    _, why = verdict("methods", getattr(method, "name", ""), method)
+    if why:
+        raise Failed(why)
     if not method.name:
         raise Failed("it has no name")
-    if method.api != API:
-        raise Failed(f"it was written for interface {method.api}, this is {API}")
     for need in method.requires:
         if need not in SITES and need not in CAPABILITIES:
             raise Failed(f"requires {need!r}, which is no site or capability. {nearest(need, [*SITES, *CAPABILITIES])}")
