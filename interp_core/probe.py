@@ -79,15 +79,16 @@ def address(value: Any) -> str | None:
         return None
 
 
-def examine(kind: str, name: str, value: Any) -> Look:
-    """Look at a plugin in this process, without a time limit."""
+def examine(kind: str, name: str, value: Any, module: str = "") -> Look:
+    """Look at a plugin in this process, without a time limit. `module` is where its entry point leads."""
     from .kinds import verdict
 
     status, why = verdict(kind, name, value)
     if why:
         return Look(status, why)
-    page = inspect.getdoc(sys.modules.get(getattr(value, "__module__", "") or "")) or ""
-    seen = Look(doc=inspect.getdoc(value) or "", page=page)
+    page = inspect.getdoc(sys.modules.get(module or getattr(value, "__module__", "")))
+    doc = inspect.getdoc(value) if inspect.isclass(value) or inspect.isfunction(value) else ""
+    seen = Look(doc=doc or "", page=page or "")
     if kind == "methods":
         return _with_settings(seen, value.Config, sorted(value.requires))
     if kind == "recipes":
@@ -122,7 +123,7 @@ def _resolve(target: str) -> Any:
 def main(kind: str, name: str, target: str, out: str) -> None:
     """What the other process does."""
     try:
-        seen = examine(kind, name, _resolve(target))
+        seen = examine(kind, name, _resolve(target), target.partition(":")[0])
     except (Exception, SystemExit) as error:  # a plugin may raise anything
         seen = Look("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
     draft = Path(out).with_suffix(".tmp")

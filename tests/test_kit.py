@@ -20,12 +20,15 @@ import torch
 from conftest import tiny_model, toy_model
 from jaxtyping import Float
 from pydantic import Field
+from test_vision import inputs
 from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
-from interp_core.testing.checks import CHECKS
+from interp_core.plugins import Plugin
+from interp_core.probe import examine
+from interp_core.testing.checks import CHECKS, undescribed
 
 SITE = S.resid_post[1]
 
@@ -305,6 +308,20 @@ def test_rows_of_ones_own(toy: ic.Model) -> None:
     assert report.ok, str(report)
     alone = testing.check_method(Good, toy, rows=["Q: big\nA:"])
     assert alone.ok and [row.check for row in alone.rows if row.ok is None] == ["padding_left", "padding_right"]
+
+
+def test_rows_with_images() -> None:
+    """They are run one by one; what needs a batch is not reached."""
+    model = tiny_model("qwen3_vl")
+    report = testing.check_method(Good, model, rows=[model._input(inputs()), model._input(inputs(2))])
+    assert report.ok, str(report)
+    assert [row.check for row in report.rows if row.ok is None] == ["batch", "padding_left", "padding_right"]
+
+
+@pytest.mark.parametrize("row", [*ic.registry("methods"), *ic.registry("recipes")], ids=lambda row: row.name)
+def test_our_own_are_described(row: Plugin) -> None:
+    seen = examine(row.kind, row.name, row.load())
+    assert not seen.error and not seen.faults and not undescribed(seen.settings), seen
 
 
 def test_every_check_is_documented() -> None:

@@ -10,8 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import interp_core as ic
+from interp_core.cli import app
 from interp_core.methods import API
 from interp_core.plugins import KINDS, OWN, Registry, find, refresh
 
@@ -260,15 +262,26 @@ def test_fifty_plugins_are_listed_without_importing_them(tmp_path: Path) -> None
     assert out.stdout.strip() == "50 []"
 
 
-def test_command_line_lists_all(installed: Path) -> None:
+def test_command_line_lists_all(installed: Path, tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
     run = [sys.executable, "-m", "interp_core.cli", "plugins"]
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
     assert "crash" in out and "hello-plugin" in out and "shadowed" in out
-    loud = subprocess.run([*run, "methods", "-v"], capture_output=True, text=True, check=True, env=env).stdout
-    assert "no luck" in loud and "Traceback" in loud
     rows = json.loads(
         subprocess.run([*run, "methods", "--json"], capture_output=True, text=True, check=True, env=env).stdout
     )
     assert {"kind", "name", "status", "dist", "version", "target"} <= rows[0].keys()
     assert any(row["name"] == "count" and row["dist"] == "hello-plugin" for row in rows)
+
+
+def test_verbose_listing_loads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"recipes": {"crash": "broken_plugin:x", "fine": "json:dumps"}}
+    distribution(tmp_path, "broken-plugin", points, "raise RuntimeError('no luck')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    refresh()
+    out = CliRunner().invoke(app, ["plugins", "recipes", "-v"]).stdout
+    refresh()
+    rows = {line.split()[1]: line.split()[2] for line in out.splitlines() if line.startswith("recipes ")}
+    assert rows == {"demo": "ok", "crash": "broken", "fine": "ok"}
+    assert "no luck" in out and "Traceback" in out
+    assert "broken_plugin" not in sys.modules

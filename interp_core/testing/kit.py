@@ -127,7 +127,8 @@ def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:
     seen = look(plugin.kind, plugin.name, plugin.target, limit)
     if seen.error:
         return Report(title, (Row("class", False, seen.error.strip()),))
-    return Report(title, (Row("class", True, ""), _documented(plugin.kind, seen), _settings(seen)))
+    rows = Row("class", True, ""), _documented(plugin.kind, seen)
+    return Report(title, (*rows, _settings(seen)) if plugin.kind in ("methods", "recipes") else rows)
 
 
 def _documented(kind: str, seen: Look) -> Row:
