@@ -210,9 +210,9 @@ def test_what_new_wrote_passes_its_tests(python: Run, site: Path) -> None:
 
 
 @pytest.mark.skipif(not CHECKERS, reason="mypy and ruff come with the dev extra: make check")
-def test_what_new_wrote_passes_type_check_and_lint(python: Run, site: Path, tmp_path: Path) -> None:
-    options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
-    out = python("-m", "mypy", *options, "--strict", str(site / "written/src/what_writes/__init__.py"), cwd=ROOT)
+def test_what_new_wrote_passes_type_check_and_lint(python: Run, site: Path) -> None:
+    cache = ROOT / ".mypy_cache/written"  # its settings are its own
+    out = python("-m", "mypy", "--cache-dir", str(cache), cwd=site / "written")
     assert out.returncode == 0, out.stdout
     for command in (["check", "--extend-select", "I,B,UP,ANN"], ["format", "--check"]):
         out = python("-m", "ruff", *command, "--isolated", "--line-length", "120", cwd=site / "written")
