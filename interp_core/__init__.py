@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .errors import SiteError as SiteError
     from .errors import TextError as TextError
     from .generation import Generation as Generation
-    from .methods import Config as Config
     from .methods import Method as Method
     from .methods import method as method
     from .model import Model as Model
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from .positions import PerRow as PerRow
     from .positions import Span as Span
     from .result import Result as Result
+    from .settings import Config as Config
     from .sites import Site as Site
     from .text import Tokens as Tokens
     from .trace import Reading as Reading
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Config": "methods",
+    "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",
     "Method": "methods",

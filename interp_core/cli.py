@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from .cli_plugins import plugins
+from .cli_run import run
 from .errors import InterpError
-from .plugins import KINDS, registry
+from .plugins import registry
 
 app = typer.Typer(
     help="Name any site of a transformer, read it, change it, see that it acted.",
@@ -18,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(plugins, name="plugins")
+app.command()(run)
 Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
 
 
@@ -43,35 +46,6 @@ def sites(model: Model) -> None:
 
     loaded = load(model)
     print(loaded, "", loaded.sites, "", loaded.check, sep="\n")
-
-
-@app.command()
-def plugins(
-    kind: Annotated[str | None, typer.Argument(help=f"one of {', '.join(KINDS)}")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="load each one; show tracebacks")] = False,
-) -> None:
-    """List what is installed, broken ones included."""
-    rows: list[dict[str, Any]] = []
-    for one in [kind] if kind else KINDS:
-        for plugin in registry(one):
-            if verbose and plugin.status == "unloaded":
-                try:
-                    plugin.load()
-                except InterpError:
-                    pass  # it stays in the list as broken, with its traceback
-            row = {key: getattr(plugin, key) for key in ("kind", "name", "status", "dist", "version", "target")}
-            rows.append(row | ({"error": plugin.error} if plugin.error else {}))
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    shown = [{key: str(value) for key, value in row.items() if key != "error"} for row in rows]
-    widths = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]} if shown else {}
-    for line in [dict(zip(widths, widths, strict=True)), *shown]:
-        print("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip())
-    for row in rows:
-        if "error" in row:
-            print(f"\n{row['kind'][:-1]} {row['name']}:\n{row['error']}")
 
 
 @app.command()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from .errors import CapabilityError, PlanError, PluginError, nearest
-from .plugins import registry
+from . import settings as _settings
+from .errors import CapabilityError, PluginError
+from .plugins import API, registry
+from .settings import Config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .model import Input, Model
     from .result import Result
     from .text import Tokens
 
-API = 1
-
-
-class Config(BaseModel):
-    """Base of the settings of methods: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+CAPABILITIES = ("readout",)
+"""What a method may require of a model besides sites."""
 
 
 class Method(ABC):
@@ -43,35 +41,38 @@ class Method(ABC):
     def run(self, model: Model, tokens: Tokens, config: Any) -> Result:
         """Do the work: tokens are made and settings are checked."""
 
-    def __call__(self, model: Model, x: Input, **settings: Any) -> Result:
-        """Run the method on text.
+    def conserved(self, model: Model, tokens: Tokens, result: Any) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What must add up: for each law, in words, the two sides that must be equal. The conformance kit holds the
+        method to it, within a ten-thousandth of the larger side. None by default."""
+        return {}
+
+    def __call__(self, model: Model, x: Input, **settings: Any) -> Any:
+        """Run the method on text; returns its `Result`.
 
         Raises:
             PlanError: settings that the method does not have, or of the wrong kind.
             CapabilityError: the model lacks what the method needs.
+            PluginError: the method returned something else.
         """
+        from .result import Result
+
         config = self.configured(settings)
         for need in sorted(self.requires):
             if need in model.atlas.lacking:
                 raise CapabilityError(f"{self.name} needs {need}: {model.atlas.lacking[need]}")
-        return self.run(model, model._input(x), config)
+        result = self.run(model, model._input(x), config)
+        if not isinstance(result, Result):
+            kind = type(result).__name__
+            raise PluginError(f"{type(self).__name__}.run returned a {kind}: methods return an interp_core.Result")
+        return result
 
-    def configured(self, settings: dict[str, Any]) -> Any:
+    def configured(self, settings: Mapping[str, Any]) -> Any:
         """The method's config from settings.
 
         Raises:
             PlanError: naming the setting, and the nearest one that there is.
         """
-        known = self.Config.model_fields
-        for key in settings:
-            if key not in known:
-                raise PlanError(f"{self.name} has no setting {key!r}. {nearest(key, known)}")
-        try:
-            return self.Config(**settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise PlanError(f"{self.name}: setting {where}: {first['msg']} (got {first['input']!r})") from error
+        return _settings.configured(self.name, self.Config, settings)
 
 
 def method(name: str) -> Method:
@@ -80,9 +81,5 @@ def method(name: str) -> Method:
     Raises:
         PluginError: unknown, broken, of another interface version, or no method.
     """
-    found = registry("methods").get(name)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise PluginError(f"method {name!r} is {found!r:.60}, not a subclass of interp_core.Method")
-    if found.api != API:
-        raise PluginError(f"method {name!r} was written for interface {found.api}, this is {API}: update the plugin")
-    return found()
+    made: Method = registry("methods").get(name)()
+    return made

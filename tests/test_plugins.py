@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import interp_core as ic
+from interp_core.cli import app
 from interp_core.methods import API
-from interp_core.plugins import KINDS, Registry
+from interp_core.plugins import KINDS, OWN, Registry, find, refresh
 
 
-def distribution(folder: Path, name: str, points: dict[str, dict[str, str]], code: str) -> None:
+def distribution(folder: Path, name: str, points: dict[str, dict[str, str]], code: str, needs: str = "") -> None:
     """An installed distribution, as pip would leave it."""
     info = folder / f"{name.replace('-', '_')}-1.2.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n{needs}")
     lines = [
         f"[interp_core.{kind}]\n" + "".join(f"{k} = {v}\n" for k, v in items.items()) for kind, items in points.items()
     ]
@@ -64,20 +67,18 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clash = {"methods": {"logit_lens": "clash_plugin:Lens", "count": "clash_plugin:Lens"}}
     distribution(tmp_path, "xclash-plugin", clash, "Lens = 3")
     monkeypatch.syspath_prepend(str(tmp_path))
-    from interp_core import plugins
-
-    plugins.registry.cache_clear()
+    refresh()
     yield tmp_path
     for name in ("hello_plugin", "broken_plugin"):
         sys.modules.pop(name, None)
-    plugins.registry.cache_clear()
+    refresh()
 
 
 def test_our_own_come_the_same_way() -> None:
     assert "logit_lens" in ic.registry("methods") and "demo" in ic.registry("recipes")
     assert "torch" in ic.registry("engines") and {"gpt2", "qwen3_moe"} <= set(ic.registry("architectures").names())
     assert all(row.dist == "interp-core" for kind in KINDS for row in ic.registry(kind))
-    assert ic.registry("launchers").names() == []
+    assert ic.registry("launchers").names() == ["local"]
 
 
 def test_a_method_of_another_package(installed: Path, toy: ic.Model) -> None:
@@ -115,8 +116,9 @@ def test_broken_plugins_are_rows_until_they_are_asked_for(installed: Path) -> No
         ic.method("nothing")
     with pytest.raises(ic.PluginError, match="not a subclass of interp_core.Method"):
         ic.method("odd")
-    with pytest.raises(ic.PluginError, match=f"was written for interface 0, this is {API}"):
+    with pytest.raises(ic.PluginError, match=f"was written for interface 0, this is {API}: update the package"):
         ic.method("old")
+    assert find("old").status == "incompatible"
     assert ic.method("logit_lens").name == "logit_lens"
 
 
@@ -140,22 +142,146 @@ def test_unknown_names() -> None:
 
 def test_registering_by_hand() -> None:
     registry = Registry("methods")
-    mine = type("Mine", (ic.Method,), {"run": lambda *_: None})
+    mine = type("Mine", (ic.Method,), {"name": "mine", "run": lambda *_: None})
+    lens = type("Lens", (mine,), {"name": "logit_lens"})
     registry.register("mine", mine)
-    registry.register("logit_lens", mine)
-    assert registry.get("mine") is mine and registry.get("logit_lens") is mine
+    registry.register("logit_lens", lens)
+    assert registry.get("mine") is mine and registry.get("logit_lens") is lens
     assert [row.status for row in registry if row.name == "logit_lens"] == ["shadowed", "ok"]
+    assert registry.get("interp-core:logit_lens").__module__ == "interp_plugins.logit_lens"
+    registry.register("mine", again := type("Mine", (mine,), {}))  # a notebook's cell, run again
+    assert registry.get("mine") is again and [row.status for row in registry if row.name == "mine"] == ["ok"]
 
 
-def test_command_line_lists_all(installed: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "value", "says"),
+    [
+        ("methods", type("Other", (ic.Method,), {"name": "other", "run": None}), "has name = 'other' but is registered as 'x'"),
+        ("methods", type("Bare", (ic.Method,), {"name": "x"}), "leaves run to be written"),
+        ("methods", type("New", (ic.Method,), {"name": "x", "api": 2}), "for interface 2, this is 1: update interp_core"),
+        ("recipes", 3, "is 3, not a function"),
+        ("engines", int, "not an engine"),
+        ("architectures", {}, "is a dict, not a Family"),
+        ("launchers", print, "not a launcher"),
+    ],
+)  # fmt: skip
+def test_what_each_kind_must_be(kind: str, value: object, says: str) -> None:
+    with pytest.raises(ic.PluginError, match=rf"{kind[:-1]} 'x' cannot be registered: .*{says}"):
+        Registry(kind).register("x", value)
+
+
+@pytest.mark.parametrize(
+    ("needs", "status", "says"),
+    [
+        ("Requires-Dist: interp-core>=0.1,<2\n", "unloaded", ""),
+        ("Requires-Dist: Interp_Core\n", "unloaded", ""),
+        ("Requires-Dist: interp-core>=99\n", "incompatible", "it needs interp-core>=99, this is .*pip install -U 'interp-core>=99'"),
+        ("Requires-Dist: interp-core<0.1\n", "incompatible", "it needs interp-core<0.1"),
+        ("Requires-Dist: interp-core>=99; python_version<'3'\n", "unloaded", ""),
+        ("Requires-Dist: interp-core-extras>=99\n", "unloaded", ""),
+        ("Requires-Dist: interp-core=>1\n", "incompatible", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_requirements(installed: Path, needs: str, status: str, says: str) -> None:
+    distribution(installed, "needy", {"methods": {"need": "needy:Need"}}, "Need = 1", needs)
+    refresh()
+    row = find("need")
+    assert row.status == status and re.search(says, row.error) and bool(row.error) == bool(says)
+    if says:
+        with pytest.raises(ic.PluginError, match="(?s)method 'need' of needy 1.2 is incompatible: .*"):
+            ic.method("need")
+
+
+def test_metadata_that_cannot_be_read(installed: Path) -> None:
+    distribution(installed, "odd-lines", {"methods": {"fine": "odd_lines:X", "spaced": "odd lines"}}, "X = 1")
+    info = installed / "odd_lines-1.2.dist-info/entry_points.txt"
+    info.write_text(info.read_text() + "# a comment\nno target\n[interp_core.nothing]\nx = y:z\n[other]\na = b:c\n")
+    distribution(installed, "no-name", {"recipes": {"lost": "no_name:f"}}, "")
+    (installed / "no_name-1.2.dist-info/METADATA").write_text("")
+    distribution(installed, "not-text", {"methods": {"a": "b:c"}}, "")
+    (installed / "not_text-1.2.dist-info/entry_points.txt").write_bytes(b"[interp_core.methods]\n\xff\xfe = b:c\n")
+    refresh()
+    rows = {row.name: row for row in ic.registry("methods") if row.dist == "odd-lines"}
+    assert {name: row.status for name, row in rows.items()} == {
+        "fine": "unloaded",
+        "spaced": "broken",
+        "no target": "broken",
+    }
+    assert "its entry point 'spaced = odd lines' is not `name = module:attribute`" in rows["spaced"].error
+    assert find("lost").dist == "?"
+
+
+def test_a_plugin_that_ends_the_process_is_broken(installed: Path) -> None:
+    distribution(installed, "quits", {"methods": {"quit": "quits:X"}}, "raise SystemExit(3)")
+    refresh()
+    with pytest.raises(ic.PluginError, match="SystemExit: 3"):
+        ic.method("quit")
+
+
+def test_an_incompatible_one_takes_no_name(installed: Path) -> None:
+    """A usable plugin wins over an incompatible one, whatever the order of their distributions."""
+    needs = "Requires-Dist: interp-core>=99\n"
+    distribution(installed, "aaa", {"methods": {"count": "aaa:X"}}, "", needs)
+    refresh()
+    assert [(row.dist, row.status) for row in ic.registry("methods") if row.name == "count"] == [
+        ("aaa", "incompatible"),
+        ("hello-plugin", "unloaded"),
+        ("xclash-plugin", "shadowed"),
+    ]
+    assert ic.method("count").name == "count"
+    with pytest.raises(ic.PluginError, match="of aaa 1.2 is incompatible"):
+        ic.registry("methods").get("aaa:count")
+
+
+def test_the_same_name_in_two_kinds(installed: Path) -> None:
+    distribution(installed, "both", {"methods": {"twin": "both:X"}, "recipes": {"twin": "both:f"}}, "")
+    refresh()
+    with pytest.raises(ic.PluginError, match="'twin' is a method and a recipe; say which with --kind methods"):
+        find("twin")
+    assert find("twin", ("recipes",)).kind == "recipes"
+
+
+def test_a_wrong_result_is_named(toy: ic.Model) -> None:
+    mine = type("Mine", (ic.Method,), {"name": "mine", "run": lambda *_: {"a": 1}})
+    with pytest.raises(ic.PluginError, match=r"Mine.run returned a dict: methods return an interp_core.Result"):
+        mine()(toy, "Q:")
+
+
+def test_fifty_plugins_are_listed_without_importing_them(tmp_path: Path) -> None:
+    """`benchmarks/listing.py` times this."""
+    for i in range(10):
+        points = {kind: {f"p{i}_{kind}": f"pack{i}:X"} for kind in KINDS}
+        distribution(tmp_path, f"pack{i}", points, "raise RuntimeError", f"Requires-Dist: {OWN}>=0.1\n")
+    code = (
+        "import sys; from interp_core.plugins import KINDS, registry;"
+        "rows = [r for k in KINDS for r in registry(k) if r.dist.startswith('pack')];"
+        "print(len(rows), [m for m in ('torch', 'transformers', 'numpy', 'pydantic', 'pack0') if m in sys.modules])"
+    )
+    path = {"PYTHONPATH": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path)
+    assert out.stdout.strip() == "50 []"
+
+
+def test_command_line_lists_all(installed: Path, tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
     run = [sys.executable, "-m", "interp_core.cli", "plugins"]
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
     assert "crash" in out and "hello-plugin" in out and "shadowed" in out
-    loud = subprocess.run([*run, "methods", "-v"], capture_output=True, text=True, check=True, env=env).stdout
-    assert "no luck" in loud and "Traceback" in loud
     rows = json.loads(
         subprocess.run([*run, "methods", "--json"], capture_output=True, text=True, check=True, env=env).stdout
     )
     assert {"kind", "name", "status", "dist", "version", "target"} <= rows[0].keys()
     assert any(row["name"] == "count" and row["dist"] == "hello-plugin" for row in rows)
+
+
+def test_verbose_listing_loads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"recipes": {"crash": "broken_plugin:x", "fine": "json:dumps"}}
+    distribution(tmp_path, "broken-plugin", points, "raise RuntimeError('no luck')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    refresh()
+    out = CliRunner().invoke(app, ["plugins", "recipes", "-v"]).stdout
+    refresh()
+    rows = {line.split()[1]: line.split()[2] for line in out.splitlines() if line.startswith("recipes ")}
+    assert rows == {"demo": "ok", "crash": "broken", "fine": "ok"}
+    assert "no luck" in out and "Traceback" in out
+    assert "broken_plugin" not in sys.modules

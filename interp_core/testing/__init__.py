@@ -1,10 +1,11 @@
-"""For tests, ours and those of plugin authors: small random-weight models of real families.
+"""For tests, ours and those of plugin authors: small models of real families, and the conformance kit.
 
-    model = ic.load(testing.tiny("gemma2"))
+    testing.check_method(MyMethod, ic.load(testing.tiny("gemma2"))).raise_if_failed()
 
 The models are made from config: no download, no training, the same weights for the same seed.
 """
 
+from .kit import Report, Row, check_method, check_plugin
 from .models import VOCAB, families, tiny
 
-__all__ = ["VOCAB", "families", "tiny"]
+__all__ = ["VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "tiny"]

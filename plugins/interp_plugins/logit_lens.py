@@ -241,6 +241,7 @@ class LogitLens(ic.Method):
             return None
         if config.targets == "next":
             following = torch.roll(tokens.ids, -1, 1)
+            following[~torch.roll(tokens.mask, -1, 1)] = -1  # padding on the right
             following[:, -1] = -1
             run = ic.Reading.of(following, S.embed, tokens.rows)
             return _with_pos(run.at(config.at)[..., None])[..., 0].flatten()

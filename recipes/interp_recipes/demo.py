@@ -227,7 +227,15 @@ def demo(
     answer: str = " cat",
     other: str = " dog",
 ) -> Path:
-    """Run the demo; returns the report's path."""
+    """Run the demo; returns the report's path.
+
+    Args:
+        model: toy:text, a folder, or a hub id.
+        out: folder for the report and pictures.
+        clean: prompt that leads to the answer; not asked of the toy, which has tasks of its own.
+        corrupted: a prompt of as many tokens that leads to the other answer.
+        answer, other: what should follow the one and the other.
+    """
     began = time.perf_counter()
     loaded, toy = ic.load(model), model == "toy:text"
     task = toy_task(loaded) if toy else text_task(loaded, clean, corrupted, answer, other)

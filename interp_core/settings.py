@@ -1,0 +1,167 @@
+"""Settings of methods and recipes: checked, described, as JSON schema, and from `key=value` on a command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic.errors import PydanticUserError
+from pydantic.json_schema import GenerateJsonSchema
+
+from .errors import PlanError, PluginError, nearest
+
+
+class Config(BaseModel):
+    """Base of the settings of methods: unknown keys are refused, values are checked, nothing changes afterwards.
+
+    An `Attributes:` section in a subclass's docstring describes its fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) -> Any:
+    """A config from settings.
+
+    Args:
+        owner: whose settings they are, for messages.
+
+    Raises:
+        PlanError: naming the setting, and the nearest one that there is.
+    """
+    known = config.model_fields
+    for key in settings:
+        if key not in known:
+            raise PlanError(f"{owner} has no setting {key!r}. {nearest(key, known)}")
+    try:
+        return config(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise PlanError(f"{owner}: setting {where} is missing; it has no default") from error
+        raise PlanError(f"{owner}: setting {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def of_function(function: Callable[..., Any]) -> type[Config]:
+    """The arguments of a function as a config; those without annotation take anything.
+
+    Raises:
+        PluginError: an annotation that is no type.
+    """
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise PluginError(f"{function.__qualname__}: an argument's annotation cannot be read: {error}") from error
+    fields: dict[str, Any] = {}
+    for name, argument in inspect.signature(function).parameters.items():
+        if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            default = ... if argument.default is argument.empty else argument.default
+            fields[name] = (hints.get(name, Any), default)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an argument may be called as something of pydantic's
+        made: type[Config] = create_model(function.__name__, __base__=Config, __doc__=function.__doc__, **fields)
+    return made
+
+
+class _Schema(GenerateJsonSchema):
+    """Values that JSON has not (functions, tensors) are fields that say so, not errors."""
+
+    ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012 (pydantic's)
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+        return {"$comment": f"Python only: {error_info}"}
+
+
+def schema(config: type[Config]) -> dict[str, Any]:
+    """JSON schema of a config, with the descriptions of its docstring."""
+    made = config.model_json_schema(schema_generator=_Schema)
+    for name, text in described(config.__doc__ or "").items():
+        if name in made.get("properties", {}):
+            made["properties"][name].setdefault("description", text)
+    return made
+
+
+def rows(config: type[Config]) -> list[dict[str, str]]:
+    """Name, type, default and description of every field."""
+    texts = described(config.__doc__ or "")
+    return [
+        {
+            "setting": name,
+            "type": _type(field.annotation),
+            "default": "(needed)" if field.is_required() else _shown(field.get_default(call_default_factory=True)),
+            "description": field.description or texts.get(name, ""),
+        }
+        for name, field in config.model_fields.items()
+    ]
+
+
+def _shown(default: Any) -> str:
+    return repr(str(default) if isinstance(default, PurePath) else default)
+
+
+def _type(annotation: Any) -> str:
+    plain = isinstance(annotation, type) and not typing.get_args(annotation)
+    return annotation.__name__ if plain else re.sub(r"\b(\w+\.)+(?=\w)", "", str(annotation))
+
+
+_SECTION = re.compile(r"^(?P<in> *)(Attributes|Args):\n(?P<body>(?:(?P=in) +\S.*\n|\s*\n)+)", re.M)
+
+
+def described(doc: str) -> dict[str, str]:
+    """What the `Attributes:` or `Args:` section of a docstring says of each name."""
+    section = re.search(
+        r"^(?P<indent> *)(Attributes|Args):\n(?P<body>(?:(?P=indent) +\S.*\n?|\s*\n)+)", doc + "\n", re.M
+    )
+    if section is None:
+        return {}
+    lines = [line for line in section["body"].splitlines() if line.strip()]
+    depth = len(lines[0]) - len(lines[0].lstrip())
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines:
+        start = re.match(rf" {{{depth}}}([\w, *]+?)(?: \([^)]*\))?: (.*)", line)
+        if start:
+            names = [name.strip(" *") for name in start[1].split(",")]
+            found |= dict.fromkeys(names, start[2].strip())
+        else:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, Any]:
+    """Settings from `key=value`: JSON where the setting takes it, else text.
+
+    Raises:
+        PlanError: no `=`, or no such setting.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise PlanError(f"{pair!r} is not a setting: write key=value")
+        if key not in config.model_fields:
+            raise PlanError(f"{owner} has no setting {key!r}. {nearest(key, config.model_fields)}")
+        found[key] = _value(config.model_fields[key].annotation, value)
+    return found
+
+
+def _value(annotation: Any, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    try:
+        TypeAdapter(annotation, config={"arbitrary_types_allowed": True}).validate_python(value)
+    except PydanticUserError:  # a type with a config of its own
+        return value
+    except ValidationError:
+        return text
+    return value

@@ -1,0 +1,185 @@
+"""The conformance kit: what every method must keep, held against it on a model.
+
+testing.check_method(MyMethod, ic.load(testing.tiny("llama"))).raise_if_failed()
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import PlanError, PluginError, nearest
+from ..methods import Method
+from ..model import Model, load
+from ..plugins import Plugin, registry
+from ..probe import LIMIT, Look, look
+from ..text import Tokens
+from .checks import CHECKS, documented, undescribed
+from .trial import Failed, NotReached, Trial
+
+TEXTS = ("Q: big\nA: small\n\nQ: hot\nA:", "Q: hot\nA: cold\n\nQ: big\nA:", "Q: wet\nA:")
+LENGTHS = (7, 7, 4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check.
+
+    Attributes:
+        check: its name.
+        ok: whether it holds; None where it could not be reached.
+        detail: what was found, in a sentence.
+    """
+
+    check: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the kit found about one plugin; prints as a table.
+
+    Attributes:
+        title: the plugin, and on what it was checked.
+        rows: one per check.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [row.check for row in self.rows if row.ok is False]
+
+    def raise_if_failed(self) -> None:
+        """For tests.
+
+        Raises:
+            PluginError: something failed; the message is the table.
+        """
+        if self.failed:
+            raise PluginError(f"{', '.join(self.failed)} failed.\n{self}")
+
+    def __str__(self) -> str:
+        words = {True: "ok", False: "FAIL", None: "-"}
+        lines = [f"{words[row.ok]:4}  {row.check:14}  {row.detail}".rstrip() for row in self.rows]
+        return "\n".join([self.title, *lines])
+
+
+def check_method(
+    method: type[Method] | str,
+    model: Model | str = "toy:text",
+    *,
+    rows: Sequence[Tokens | str] = (),
+    settings: Mapping[str, Any] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    limit: float = LIMIT,
+) -> Report:
+    """Run every check on a method. It runs a dozen times; a small model is enough, and the random state is restored.
+
+    Args:
+        method: the class, or its registered name.
+        model: a loaded model, or what `ic.load` takes.
+        rows: what to run it on: texts or single rows, two of them equally long; short ones by default.
+        settings: of the method.
+        expected_failures: check to reason. They are strict: one that passes is a failure.
+        limit: seconds that reading its settings may take.
+
+    Raises:
+        PlanError: an expected failure without a reason, or of no check.
+        PluginError: no method of this name.
+    """
+    expected = dict(expected_failures or {})
+    for check, reason in expected.items():
+        if check not in CHECKS:
+            raise PlanError(f"no check is called {check!r}. {nearest(check, CHECKS)}")
+        if not reason.strip():
+            raise PlanError(f"the expected failure of {check!r} needs a reason")
+    kind = registry("methods").get(method) if isinstance(method, str) else method
+    on = load(model) if isinstance(model, str) else model
+    trial = Trial(kind, on, dict(settings or {}), _singles(on, rows), limit)
+    with _random_state_restored():
+        found = tuple(_row(check, trial, expected.get(check)) for check in CHECKS)
+    return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", found)
+
+
+def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:
+    """What can be said of any plugin without running it: it loads in time, is what its kind must be, is documented.
+
+    Reads it in another process; nothing of it is imported here.
+    """
+    title = f"{plugin.label} ({plugin.target})"
+    if plugin.state in ("broken", "incompatible"):
+        return Report(title, (Row("class", False, plugin.error),))
+    seen = look(plugin.kind, plugin.name, plugin.target, limit)
+    if seen.error:
+        return Report(title, (Row("class", False, seen.error.strip()),))
+    rows = Row("class", True, ""), _documented(plugin.kind, seen)
+    return Report(title, (*rows, _settings(seen)) if plugin.kind in ("methods", "recipes") else rows)
+
+
+def _documented(kind: str, seen: Look) -> Row:
+    try:
+        if kind == "methods":
+            documented(seen.page, seen.doc, plugin="the class")
+        elif not seen.page:
+            raise Failed("its module has no docstring")
+    except Failed as error:
+        return Row("documented", False, str(error))
+    return Row("documented", True, "")
+
+
+def _settings(seen: Look) -> Row:
+    faults = [*seen.faults, *undescribed(seen.settings)]
+    return Row("config", not faults, "; ".join(faults) or f"{len(seen.settings)} settings")
+
+
+def _row(check: str, trial: Trial, reason: str | None) -> Row:
+    try:
+        ok: bool | None = True
+        detail = CHECKS[check](trial)
+    except Failed as error:
+        ok, detail = False, str(error)
+    except NotReached as error:
+        ok, detail = None, str(error)
+    except Exception as error:  # the plugin's own, in a later run
+        ok, detail = False, f"{type(error).__name__}: {error}"
+    if reason is None or ok is None:
+        return Row(check, ok, detail)
+    if ok:
+        return Row(check, False, f"passes, although it was expected to fail ({reason}): take the expectation out")
+    return Row(check, True, f"fails as expected ({reason}): {detail}")
+
+
+def _singles(model: Model, rows: Sequence[Tokens | str]) -> list[Tokens]:
+    if rows:
+        return [model._input(row) for row in rows]
+    if model.tokenizer is not None:
+        return [model.tokens(text) for text in TEXTS]
+    pick, size = torch.Generator().manual_seed(0), model.atlas.shape.d_vocab
+    ids = [torch.randint(min(3, size - 1), size, (1, length), generator=pick) for length in LENGTHS]
+    return [Tokens(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
+
+
+@contextmanager
+def _random_state_restored() -> Iterator[None]:
+    plain, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(arrays)

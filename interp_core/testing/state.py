@@ -1,0 +1,122 @@
+"""What a method must leave as it found it: a model's hooks, weights, modes and config, and the random state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
+EVERYWHERE = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """A model and the process around it, at one moment; each part maps what it is about to what was found."""
+
+    hooks: Facts
+    weights: Facts
+    modes: Facts
+    config: Facts
+    random: Facts
+
+    @staticmethod
+    def of(model: Any) -> State:
+        """The state of a Hugging Face model; reads every weight."""
+        return State(_hooks(model), _weights(model), _modes(model), _config(model), _random())
+
+    def changes(self, part: str, later: State) -> str:
+        """How one part differs later; empty if it does not."""
+        before, after = getattr(self, part), getattr(later, part)
+        names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        if not names:
+            return ""
+        shown = []
+        for name in names[:3]:
+            a, b = before.get(name, "nothing"), after.get(name, "nothing")
+            shown.append(name if part == "weights" else f"{name} was {a!s:.60}, is {b!s:.60}")
+        return "; ".join(shown) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _hooks(model: Any) -> Facts:
+    found: Facts = {}
+    for path, module in model.named_modules():
+        place = path or type(model).__name__
+        for kind in HOOKS:
+            if hooks := getattr(module, kind, None):
+                found[f"{place}.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
+        if "forward" in vars(module):  # put over the class's own
+            found[f"{place}.forward"] = vars(module)["forward"]
+        found[f"{place} (class)"] = type(module).__qualname__
+    for name, weight in model.named_parameters():
+        if weight._backward_hooks:
+            found[f"{name}._backward_hooks"] = list(weight._backward_hooks)
+    for kind in EVERYWHERE:
+        if hooks := getattr(torch_module, kind):
+            found[f"torch.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
+    return found
+
+
+def _weights(model: Any) -> Facts:
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (id(value), _digest(value)) for name, value in values.items()}
+
+
+def _digest(value: Tensor) -> str:
+    if value.is_meta:
+        return "meta"
+    plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{value.dtype} {list(value.shape)} {hashlib.sha256(plain.numpy().tobytes()).hexdigest()}"
+
+
+def _modes(model: Any) -> Facts:
+    found: Facts = {f"{path}.training": module.training for path, module in model.named_modules()}
+    for name, weight in model.named_parameters():
+        found[f"{name}.requires_grad"] = weight.requires_grad
+        found[f"{name}.grad"] = "none" if weight.grad is None else _digest(weight.grad)
+    found["torch.is_grad_enabled()"] = torch.is_grad_enabled()
+    found["torch.is_inference_mode_enabled()"] = torch.is_inference_mode_enabled()
+    found["torch.get_default_dtype()"] = torch.get_default_dtype()
+    found["torch.are_deterministic_algorithms_enabled()"] = torch.are_deterministic_algorithms_enabled()
+    return found
+
+
+def _config(model: Any) -> Facts:
+    found: Facts = {}
+    for name in ("config", "generation_config"):
+        if (config := getattr(model, name, None)) is not None:
+            plain = json.loads(json.dumps(config.to_dict(), default=str))
+            found |= {f"{name}.{key}": value for key, value in plain.items()}
+    for path, module in model.named_modules():
+        inner = getattr(module, "config", None)
+        if inner is not None and hasattr(inner, "_attn_implementation"):
+            found[f"{path or 'model'} attention"] = inner._attn_implementation
+    return found
+
+
+def _random() -> Facts:
+    _, keys, place, *_ = np.random.get_state(legacy=True)
+    found: Facts = {
+        "torch": _digest(torch.get_rng_state()),
+        "numpy": (hashlib.sha256(np.asarray(keys).tobytes()).hexdigest(), place),
+        "random": hash(random.getstate()),
+    }
+    if torch.cuda.is_available():
+        found |= {f"cuda:{i}": _digest(state) for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return found

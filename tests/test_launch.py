@@ -1,0 +1,65 @@
+"""Launchers: jobs in processes of their own, a few at a time, none of which can take the others with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import interp_core as ic
+from interp_core.launch import Job, Launcher, Outcome, make_launcher
+from interp_core.launch.local import Local
+
+
+def mark(folder: str, name: str, seconds: float) -> str:
+    """Leave when it began and ended."""
+    began = time.time()
+    time.sleep(seconds)
+    (Path(folder) / name).write_text(f"{began} {time.time()}")
+    return name
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lock() -> object:
+    import threading
+
+    return threading.Lock()
+
+
+def test_local_is_capped_and_keeps_the_order(tmp_path: Path) -> None:
+    jobs = [Job(mark, (str(tmp_path), str(i), 0.3 - 0.1 * i)) for i in range(3)]
+    launcher = make_launcher("local", cap=2)
+    assert isinstance(launcher, Launcher)
+    assert launcher.run(jobs) == [Outcome("0"), Outcome("1"), Outcome("2")]
+    spans = [tuple(map(float, path.read_text().split())) for path in tmp_path.iterdir()]
+    at_once = max(sum(a <= moment < b for a, b in spans) for moment, _ in spans)
+    assert at_once <= 2
+
+
+def test_jobs_that_fail_are_outcomes() -> None:
+    jobs = [Job(divmod, (1, 0)), Job(os._exit, (7,)), Job(kill_myself), Job(exit, (2,)), Job(lock), Job(divmod, (7, 2))]
+    found = Local(cap=2).run(jobs)
+    says = ["ZeroDivisionError", "exit status 7 and no result", "exit status -9", "SystemExit: 2", "cannot pickle"]
+    for outcome, text in zip(found, says, strict=False):
+        assert not outcome.ok and text in outcome.error, outcome.error
+    assert found[-1].ok and found[-1].value == (3, 1)
+
+
+def test_bad_jobs_and_options() -> None:
+    with pytest.raises(
+        ic.PlanError, match=r"job 1 \(.*<lambda>\) cannot be sent to a process: .*Use a module's function"
+    ):
+        Local().run([Job(divmod, (7, 2)), Job(lambda: 1)])
+    with pytest.raises(ic.PlanError, match="cap=0"):
+        make_launcher("local", cap=0)
+    with pytest.raises(ic.PluginError, match="launcher 'local' cannot be made with {'caps': 2}"):
+        make_launcher("local", caps=2)
+    with pytest.raises(ic.PluginError, match="no launcher is called 'locale'. Did you mean 'local'"):
+        make_launcher("locale")
+    assert Local().run([]) == []

@@ -1,0 +1,125 @@
+"""Settings: from the command line, as a schema, described by docstrings; and the package that `new` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from interp_plugins.logit_lens import LensConfig
+
+import interp_core as ic
+from interp_core import settings
+from interp_core.scaffold import write_package
+
+
+class Many(ic.Config):
+    """Settings.
+
+    Attributes:
+        a, b: share a line
+            and go on.
+        at (int): where.
+
+    Raises:
+        c: nothing.
+    """
+
+    a: int = 1
+    b: list[int] = [1]
+    c: str = "x"
+    d: Path | None = None
+    e: bool = False
+    f: torch.Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("a=3", 3),
+        ("b=[1, 2]", [1, 2]),
+        ("c=5", "5"),
+        ("c=null", "null"),
+        ("c=", ""),
+        ("c=x=y", "x=y"),
+        ("d=out/x", "out/x"),
+        ("d=null", None),
+        ("e=true", True),
+        ("a=x", "x"),
+    ],
+)
+def test_values_from_the_command_line(pair: str, value: object) -> None:
+    assert settings.read("many", Many, [pair]) == {pair[0]: value}
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(ic.PlanError, match="'a' is not a setting: write key=value"):
+        settings.read("many", Many, ["a"])
+    with pytest.raises(ic.PlanError, match="many has no setting 'aa'"):
+        settings.read("many", Many, ["aa=1"])
+    with pytest.raises(ic.PlanError, match=r"many: setting a: .*valid integer.*got 'x'"):
+        settings.configured("many", Many, {"a": "x"})
+    needing = settings.of_function(lambda text: text)
+    with pytest.raises(ic.PlanError, match="setting text is missing; it has no default"):
+        settings.configured("f", needing, {})
+
+
+def test_descriptions_come_from_docstrings() -> None:
+    assert settings.described(Many.__doc__ or "") == {
+        "a": "share a line and go on.", "b": "share a line and go on.", "at": "where.",
+    }  # fmt: skip
+    assert settings.described("No section.") == {}
+    rows = {row["setting"]: row for row in settings.rows(LensConfig)}
+    assert rows["top_k"] == {
+        "setting": "top_k", "type": "int", "default": "5", "description": "how many tokens to keep per layer and position.",
+    }  # fmt: skip
+
+
+def test_schemas_are_json_whatever_the_types() -> None:
+    schema = json.loads(json.dumps(settings.schema(LensConfig)))
+    assert schema["additionalProperties"] is False and schema["properties"]["top_k"]["type"] == "integer"
+    assert any("Python only" in str(option) for option in schema["properties"]["translator"]["anyOf"])
+    assert json.dumps(settings.schema(Many))
+
+
+def test_functions_have_settings_too() -> None:
+    def recipe(text: str, copy: int = 2, *rest: int, out: Path = Path("x"), **more: int) -> None:
+        """Do it.
+
+        Args:
+            text: to read.
+        """
+
+    made = settings.of_function(recipe)
+    assert [row["setting"] for row in settings.rows(made)] == ["text", "copy", "out"]
+    assert settings.rows(made)[0]["description"] == "to read." and settings.rows(made)[2]["default"] == "'x'"
+    recipe.__annotations__["text"] = "Missing"
+    with pytest.raises(ic.PluginError, match="an argument's annotation cannot be read: name 'Missing'"):
+        settings.of_function(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("My-Lens", "'My-Lens' cannot be the name.* Try 'my_lens'"),
+        ("class", "'class' cannot be the name"),
+        ("../x", "cannot be the name"),
+        ("logit_lens", "interp-core has a method 'logit_lens' already"),
+        ("torch", "there is a module 'torch' here already"),
+    ],
+)
+def test_names_that_cannot_be(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ic.PluginError, match=says):
+        write_package(name, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    write_package("a_lens", tmp_path / "x")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
+    with pytest.raises(ic.PluginError, match="is there already and not empty: nothing was written"):
+        write_package("b_lens", tmp_path / "x")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
+    with pytest.raises(ic.PluginError, match="no template for a 'methd'. Did you mean 'method'"):
+        write_package("b_lens", tmp_path / "y", "methd")

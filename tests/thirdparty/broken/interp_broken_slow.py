@@ -1,0 +1,5 @@
+"""Hangs on import."""
+
+import time
+
+time.sleep(3600)
