@@ -96,15 +96,16 @@ def check_model(model: Model, engines: Sequence[str] = ENGINES) -> Battery:
         CapabilityError: no such engine.
     """
     cells: list[Cell] = []
+    sites = [site for site in model.sites if not SITES[site].visual]  # these need images
     for name in engines:
         try:
             other = model if name == model.engine.name else model.on(name)
         except CapabilityError as error:
             if "no engine is called" in str(error):
                 raise
-            cells += [Cell(name, site, use, None, f"refused: {error}", False) for site in model.sites for use in USES]
+            cells += [Cell(name, site, use, None, f"refused: {error}", False) for site in sites for use in USES]
             continue
-        for site in model.sites:
+        for site in sites:
             cells += [_cell(model, other, name, site, use) for use in USES]
     return Battery(tuple(cells))
 

@@ -49,6 +49,29 @@ def sites(model: Model) -> None:
 
 
 @app.command()
+def check(
+    model: Model,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="an engine, or several; default: all of this package")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
+) -> None:
+    """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
+    from .check import ENGINES, check_model
+    from .model import load
+
+    loaded = load(model)
+    found = check_model(loaded, engine or ENGINES)
+    print(loaded, "", found, sep="\n")
+    if out is not None:
+        from .result import write
+
+        write(out, f"{found}\n")
+    if found.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     model: Model = "toy:text",
     rounds: Annotated[int, typer.Option(help="how often each operation is timed")] = 20,

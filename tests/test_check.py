@@ -1,0 +1,58 @@
+"""The battery: every site in every use on every engine, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from typer.testing import CliRunner
+
+import interp_core as ic
+from interp_core import testing
+from interp_core.check import check_model
+from interp_core.cli import app
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "qwen3_moe", "deepseek_v3", "qwen3_5", "qwen3_vl"])
+def test_families_pass_it_on_every_engine(family: str) -> None:
+    found = check_model(tiny_model(family, attention="eager"))
+    assert not found.failed, found
+    assert {cell.engine for cell in found.cells} == {"torch", "nnsight", "transformer_lens"}
+    assert sum(cell.ok for cell in found.cells) > 120
+
+
+def test_float64_is_held_to_more() -> None:
+    found = check_model(tiny_model("llama", torch.float64, "eager"), ["torch", "nnsight"])
+    assert not found.failed, found
+    assert max(cell.error or 0 for cell in found.cells) < 1e-9
+
+
+def test_it_finds_an_engine_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interp_core.engines.ports import Read
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(ic.Model, "on", lambda self, name: ic.load(testing.tiny("llama", seed=1), check=False))
+    wrong = {cell.use for cell in check_model(model, ["nnsight"]).failed}
+    assert {"read", "write"} <= wrong
+    monkeypatch.undo()
+    kept = Read.keep
+    monkeypatch.setattr(Read, "keep", lambda self, x, program: kept(self, x.detach(), program))
+    assert {cell.use for cell in check_model(model, ["torch"]).failed} == {"grad"}
+
+
+def test_what_is_refused_shows_why() -> None:
+    found = check_model(tiny_model("mixtral"), ["transformer_lens"])
+    assert not found.failed
+    assert "router_logits read, router_logits write, router_logits grad" in str(found)
+    assert "an edit there does not re-route" in str(found)
+    with pytest.raises(ic.CapabilityError, match="no engine is called 'nnsite'. Did you mean 'nnsight'"):
+        check_model(tiny_model("llama"), ["nnsite"])
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["check", "toy:text", "--engine", "torch", "--out", f"{tmp_path}/battery.txt"])
+    assert result.exit_code == 0, result.output
+    assert "resid_post      ok         ok" in result.output
+    assert (tmp_path / "battery.txt").read_text() in result.output + "\n"
