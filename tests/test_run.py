@@ -312,3 +312,24 @@ def test_logits_of_some_positions_compute_no_others(asked: object, chosen: list[
     for row, places in enumerate(tokens.rows.real):
         wanted = whole[row, [places[i] for i in chosen]]
         torch.testing.assert_close(some[row].reshape(wanted.shape), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head_out", "expert_out"])
+def test_edits_of_a_computed_site_follow_each_other_and_reads_see_them(name: str, ids: torch.Tensor) -> None:
+    """It is worked out from what edits of it never change, so these are kept beside it."""
+    model = tiny_model("qwen3_moe", torch.float64)
+    site, vector = S.named(name), torch.linspace(-1, 1, 64, dtype=torch.float64)
+    before = model.run(ids, read=[site[0, [1, 3]], S.attn_out[0], S.mlp_out[0]])
+    edits = [site[0, 1].add(vector), site[0, [3, 1]].scale(0.5), site[0, 3].at(-1).add(2 * vector)]
+    after = model.run(ids, edits=edits, read=[site[0, [1, 3]], site[0, 3], S.attn_out[0], S.mlp_out[0]])
+    wanted = before[site[0, [1, 3]]].as_subclass(torch.Tensor).clone()
+    wanted[..., 0, :] = (wanted[..., 0, :] + vector) * 0.5
+    wanted[..., 1, :] *= 0.5
+    wanted[:, -1, 1] += 2 * vector
+    found = after[site[0, [1, 3]]].as_subclass(torch.Tensor)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(after[site[0, 3]].as_subclass(torch.Tensor), wanted[..., 1, :])
+    out = S.attn_out[0] if name == "head_out" else S.mlp_out[0]
+    moved = (after[out] - before[out]).as_subclass(torch.Tensor)
+    change = found.sum(-2) - before[site[0, [1, 3]]].as_subclass(torch.Tensor).sum(-2)
+    torch.testing.assert_close(moved, change)

@@ -36,7 +36,7 @@ class Call:
         kwargs: inputs passed by name, for taps at a module's input.
     """
 
-    __slots__ = ("args", "first", "kwargs", "module", "needs", "output", "shape")
+    __slots__ = ("_changes", "args", "first", "kwargs", "module", "needs", "output", "shape")
 
     def __init__(
         self,
@@ -50,6 +50,33 @@ class Call:
         self.kwargs: Mapping[str, Any] = kwargs or {}
         self.shape: tuple[int, int] = (0, 0)
         self.needs: tuple[Tensor, ...] = ()
+        self._changes: list[tuple[Tap, tuple[int, ...] | None, Tensor]] = []
+
+    def value(self, tap: Tap, units: tuple[int, ...] | None) -> Tensor:
+        """A derived value as earlier changes left it. Partial ones are worked out from what they never change, so
+        their changes are added: `[batch pos unit d]`."""
+        assert tap.get is not None
+        x = tap.get(self, units)
+        for changed, those, change in self._changes:
+            if changed is tap:
+                wanted = range(x.shape[-2]) if units is None else units
+                given = range(change.shape[-2]) if those is None else those
+                both = [(i, list(given).index(unit)) for i, unit in enumerate(wanted) if unit in given]
+                x = x.index_add(-2, *_indexed(both, change, x.device))
+        return x
+
+    def change(self, tap: Tap, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
+        """Make a change of a derived value act."""
+        assert tap.put is not None
+        tap.put(self, old, new)
+        if tap.partial:
+            self._changes.append((tap, units, new - old))
+
+
+def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where units are wanted, and their changes."""
+    to = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)
+    return to, change[..., [j for _, j in pairs], :]
 
 
 @dataclass(frozen=True)

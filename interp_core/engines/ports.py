@@ -115,8 +115,7 @@ class Read(Part):
     def derive(self, call: Call, program: PortProgram) -> None:
         """The same for a value that the tap computes."""
         if not self.idle:
-            assert self.tap.get is not None
-            x = self.take(self.tap.get(call, self.units))
+            x = self.take(call.value(self.tap, self.units))
             program.passed.values[self.number] = x if x._base is None else x.clone()
 
 
@@ -152,11 +151,10 @@ class Change(Part):
         """The same for a value that the tap computes, and knows how to put back."""
         if self.idle:
             return
-        assert self.tap.get is not None and self.tap.put is not None
-        value = self.tap.get(call, self.units)
+        value = call.value(self.tap, self.units)
         into = value.clone()
         self._write(self.program.edits[self.number], value, into, call.first)
-        self.tap.put(call, value, into)
+        call.change(self.tap, self.units, value, into)
 
     def _write(self, edit: Edit, value: Tensor, into: Tensor, x: Tensor) -> None:
         """Write the edited part of `value` into its copy `into`."""
