@@ -32,6 +32,8 @@ from .vision import VisualToken, visual_grid, with_visual_names
 
 if TYPE_CHECKING:
     from .generation import Generation
+    from .score import Score
+    from .sweep import Sweep
 
 Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
 """What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
@@ -93,6 +95,7 @@ class Model:
         tokenizer: its tokenizer, or None.
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
+        tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Model:
         self.engine = make_engine(engine, self.hf, engine_options or {})
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self.tried: dict[str, str] = {}
         self.check: Check | None = check_atlas(self) if check else None
 
     def _check_tokenizer(self) -> None:
@@ -281,6 +285,34 @@ class Model:
             EffectError: an edit did nothing.
         """
         return self.compile(read, edits).run(x, grad=grad, logits=logits, allow_noop=allow_noop)
+
+    def sweep(
+        self,
+        x: Input,
+        variants: Iterable[Edit | Sequence[Edit]],
+        score: Score,
+        *,
+        strategy: str = "auto",
+        memory_budget: int | None = None,
+    ) -> Sweep:
+        """Run many variants of a text, each with its own edits, and score them: exactly what one run per variant gives,
+        for the price of what each changes; see `sweep` for how.
+
+        Args:
+            x: as in `run`; each row of a batch is swept.
+            variants: what to change, an edit or several per variant.
+            score: `ic.score.logprob(target)` and so on.
+            strategy: "auto" takes the cheapest that is exact here. "full" is one forward pass per variant, "batched"
+                many variants per pass, "restart" leaves out layers below the first edited one, "prefix" positions
+                before it, "staircase" both.
+            memory_budget: bytes that one pass may take (default: half of what is free).
+
+        Raises:
+            SiteError, PositionError, PlanError, CapabilityError: before anything runs.
+        """
+        from .sweep import sweep
+
+        return sweep(self, x, variants, score, strategy=strategy, memory_budget=memory_budget)
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,

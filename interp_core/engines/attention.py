@@ -39,14 +39,18 @@ class LayerTap:
     """What a plan does inside one layer's attention.
 
     Attributes:
+        prefix: keys and values `[1 head key d_head]` of earlier positions, which every row of the batch shares.
+        kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         lent: the config that names our function, shared by all layers of a plan.
     """
 
-    __slots__ = ("lent", "module", "original", "softmax_dtype", "stages")
+    __slots__ = ("keep", "kept", "lent", "module", "original", "prefix", "softmax_dtype", "stages")
 
-    def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any]) -> None:
-        self.module, self.stages = module, stages
+    def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
+        self.module, self.stages, self.keep = module, stages, keep
+        self.prefix: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = module.config
         implementation = self.original._attn_implementation
         if implementation not in OPEN:
@@ -89,15 +93,24 @@ def attention(
         key = stages["rot_k"](key, n_keys)
     if "v" in stages:
         value = stages["v"](value, n_keys)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if tap.keep:
+        tap.kept = key, value, kwargs.get("sliding_window")
+    keys, values = [key], [value]
+    if tap.prefix is not None:
+        keys, values = [tap.prefix[0], key], [tap.prefix[1], value]
+        n_keys += tap.prefix[0].shape[2]
+    scores = _joined([_products(query, part) for part in keys])
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
         scores = torch.tanh(scores / cap) * cap
     if "position_bias" in kwargs and (bias := kwargs["position_bias"]) is not None:
         scores = scores + bias
-    scores = _masked(scores, attention_mask, kwargs, module)
+    if tap.prefix is None:
+        scores = _masked(scores, attention_mask, kwargs, module)
+    else:
+        before, own = scores.split([n_keys - key.shape[2], key.shape[2]], -1)
+        own = _masked(own, attention_mask, kwargs, module)
+        scores = torch.cat([_windowed(before, kwargs.get("sliding_window")), own], -1)
     if "scores" in stages:
         scores = stages["scores"](scores, n_keys)
     pattern = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
@@ -105,7 +118,51 @@ def attention(
         pattern = stages["pattern"](pattern, n_keys)
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
-    return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
+    parts = pattern.split([part.shape[2] for part in values], -1) if len(values) > 1 else [pattern]
+    out = _mixed(parts[0], values[0])
+    if len(values) > 1:
+        out = out + _mixed(parts[1], values[1])
+    return out.transpose(1, 2).contiguous(), pattern
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Queries `[batch head query d]` with keys `[batch or 1, kv_head, key, d]`: `[batch head query key]`. Keys that all
+    rows share are not copied for each: their queries are strung together."""
+    batch, heads, n, d = query.shape
+    kv = key.shape[1]
+    if key.shape[0] == batch:
+        return torch.matmul(query, _repeated(key, heads // kv).mT)
+    joined = query.reshape(batch, kv, -1, d).transpose(0, 1).reshape(kv, -1, d)
+    found = torch.matmul(joined, key[0].mT)
+    return found.reshape(kv, batch, -1, key.shape[2]).transpose(0, 1).reshape(batch, heads, n, -1)
+
+
+def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
+    """Values `[batch or 1, kv_head, key, d]` mixed by patterns `[batch head query key]`: `[batch head query d]`."""
+    batch, heads, n, keys = pattern.shape
+    kv = value.shape[1]
+    if value.shape[0] == batch:
+        return torch.matmul(pattern, _repeated(value, heads // kv))
+    joined = pattern.reshape(batch, kv, -1, keys).transpose(0, 1).reshape(kv, -1, keys)
+    found = torch.matmul(joined, value[0])
+    return found.reshape(kv, batch, -1, value.shape[-1]).transpose(0, 1).reshape(batch, heads, n, -1)
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _windowed(scores: Tensor, window: int | None) -> Tensor:
+    """Scores of the keys right before the first query, without those that a sliding window has passed."""
+    queries, keys = scores.shape[-2:]
+    if window is None or queries + keys <= window:
+        return scores
+    distance = torch.arange(queries, device=scores.device)[:, None] + keys - torch.arange(keys, device=scores.device)
+    return scores.masked_fill(distance >= window, _LOWEST[scores.dtype])
 
 
 def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:

@@ -169,13 +169,16 @@ class PortProgram(ABC):
                 scores = self.atlas.entries.get(("scores", entry.layer))
                 if edit.op == "knockout" and scores is not None and scores.write is not None:
                     tap = replace(scores.write, rank=1)
-                changes.append(Change(self, number, edit, entry, tap))
+                changes.append(self._change(number, edit, entry, tap))
                 self._port(tap).changes.append(changes[-1])
         for port in self._ports.values():
             port.changes.sort(key=lambda change: change.tap.rank)
             # a read of the whole stream must see the tensor before one that only follows this port branches it off
             port.reads.sort(key=lambda read: read.entry.write is read.tap)
         return changes
+
+    def _change(self, number: int, edit: Edit, entry: Entry, tap: Tap) -> Change:
+        return Change(self, number, edit, entry, tap)
 
     def _layer_taps(self, ports: list[Port]) -> list[LayerTap]:
         stages: dict[str, dict[str, Any]] = {}

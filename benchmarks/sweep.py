@@ -1,0 +1,169 @@
+"""Sweeps against loops, side by side in one process: python benchmarks/sweep.py [heads|many|positions] [threads]
+
+heads:     every head at the last position, 12 layers × 12 heads, d_model 768, 96 tokens (144 variants).
+many:      the same for 32 layers × 32 heads, d_model 512 (1,024 variants); loops are timed on a part and scaled up.
+positions: the residual stream at every layer and position, 12 × 96 (1,152 variants); loops as for `many`.
+
+The floor is the time that the executed token-layers' multiply-adds take as one matrix product at the rate measured
+beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import score
+from interp_core import sites as S
+
+SIZES = {"heads": (12, 12, 768, 64, 2048), "many": (32, 32, 512, 16, 1376), "positions": (12, 12, 768, 64, 2048)}
+TOKENS = 96
+TARGET, OTHER = 5, 9
+
+
+def main(name: str = "heads", threads: str = "2") -> None:
+    """Print the table of one sweep."""
+    torch.set_num_threads(int(threads))
+    layers, heads, d_model, d_head, d_mlp = SIZES[name]
+    hf = ic.testing.tiny(
+        "llama", num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=d_model,
+        head_dim=d_head, intermediate_size=d_mlp, attention_bias=False, vocab_size=32000,
+    )  # fmt: skip
+    model = ic.load(hf)
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    mean = torch.randn(layers, heads, d_head, generator=torch.Generator().manual_seed(1))
+    stream = torch.randn(layers, TOKENS, d_model, generator=torch.Generator().manual_seed(2))
+    if name == "positions":
+        variants = [S.resid_pre[at].at(pos).set(stream[at, pos]) for at in range(layers) for pos in range(TOKENS)]
+    else:
+        variants = [S.z[at, head].at(-1).set(mean[at, head]) for at, head in model.heads]
+    judged = score.logit_diff(TARGET, OTHER)
+    model.sweep(ids, variants[:2], judged)  # tries the strategy on the model
+    ours, found = timed(lambda: model.sweep(ids, variants, judged))
+    print(found.plan.explain(), "\n")
+    rate = matmul_rate(d_model, d_mlp)
+    floor = found.plan.token_layers * (4 * d_model * heads * d_head + 3 * d_model * d_mlp) * 2 / rate
+    rows = [("interp_core sweep", ours, len(variants))]
+    for tool, seconds, values, chosen in loops(name, model, ids, mean, stream, variants):
+        wanted = found.values[chosen, 0]
+        assert torch.allclose(values, wanted, atol=1e-3, rtol=1e-4), (tool, (values - wanted).abs().max())
+        rows.append((tool, seconds * len(variants) / len(chosen), len(chosen)))
+    print(f"| {name}, {len(variants)} variants | s | ratio | timed |")
+    print("|---|---|---|---|")
+    for tool, seconds, count in rows:
+        print(f"| {tool} | {seconds:.2f} | {seconds / ours:.1f} | {count} |")
+    print(f"\nfloor {floor:.2f} s at {rate / 1e9:.0f} GFLOP/s: {floor / ours:.0%} of it reached, {threads} threads")
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def matmul_rate(d_model: int, d_mlp: int) -> float:
+    """Floating-point operations per second of a product as the model has them, the best of some."""
+    a, b = torch.randn(TOKENS * 4, d_model), torch.randn(d_model, d_mlp)
+    best = min(timed(lambda: [a @ b for _ in range(20)])[0] for _ in range(5))
+    return 20 * 2 * a.numel() * d_mlp / best
+
+
+def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor, variants: list[ic.Edit]) -> Any:
+    """What others do, each with its values of the variants that it was timed on."""
+    hf, layers = model.hf, model.n_layers
+    heads = mean.shape[1]
+    chosen = list(range(len(variants))) if name == "heads" else list(range(0, len(variants), len(variants) // 16))
+
+    def difference(logits: Tensor) -> Tensor:
+        return (logits[:, -1, TARGET] - logits[:, -1, OTHER]).float()
+
+    def place(number: int) -> tuple[Any, Any]:
+        """Module and input hook of one variant, or of a batch of them."""
+        if name == "positions":
+            at, pos = divmod(number, TOKENS)
+            return hf.model.layers[at], (pos, slice(None), stream[at, pos])
+        at, head = divmod(number, heads)
+        d = mean.shape[-1]
+        return hf.model.layers[at].self_attn.o_proj, (-1, slice(head * d, (head + 1) * d), mean[at, head])
+
+    def hooked(numbers: list[int]) -> Tensor:
+        module, _ = place(numbers[0])
+        edits = [place(number)[1] for number in numbers]
+
+        def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0].clone()
+            for row, (pos, part, value) in enumerate(edits):
+                x[row, pos, part] = value
+            return (x, *args[1:])
+
+        handle = module.register_forward_pre_hook(hook)
+        try:
+            with torch.no_grad():
+                return difference(hf(ids.expand(len(numbers), -1), use_cache=False, logits_to_keep=1).logits)
+        finally:
+            handle.remove()
+
+    seconds, values = timed(lambda: torch.cat([hooked([number]) for number in chosen]))
+    yield "one full forward per variant, hooks by hand", seconds, values, chosen
+    per = heads if name != "positions" else TOKENS
+    size = min(per, 32)
+    groups = [
+        list(range(at * per + i, min(at * per + i + size, (at + 1) * per)))
+        for at in range(layers)
+        for i in range(0, per, size)
+    ]
+    groups = groups if name == "heads" else groups[:: max(1, len(groups) // 3)]
+    seconds, values = timed(lambda: torch.cat([hooked(group) for group in groups]))
+    yield "batched by layer, hooks by hand", seconds, values, [number for group in groups for number in group]
+    few = chosen[:: max(1, len(chosen) // 24)]
+    if name != "positions":
+        yield ("nnsight, one trace per variant", *timed(lambda: traced(model, ids, mean, few)), few)
+        yield (
+            "TransformerLens bridge, run_with_hooks per variant",
+            *timed(lambda: bridged(model, ids, mean, few)),
+            few,
+        )
+
+
+def traced(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> Tensor:
+    """nnsight's own loop."""
+    nnsight = model.on("nnsight").engine.nnsight  # type: ignore[attr-defined]
+    d, found = mean.shape[-1], []
+    for number in numbers:
+        at, head = divmod(number, mean.shape[1])
+        with torch.no_grad(), nnsight.trace(input_ids=ids, use_cache=False, logits_to_keep=1):
+            projection = nnsight.model.layers[at].self_attn.o_proj
+            z = projection.input.clone()
+            z[:, -1, head * d : (head + 1) * d] = mean[at, head]
+            projection.input = z
+            logits = nnsight.output.logits.save()
+        found.append(logits[0, -1, TARGET] - logits[0, -1, OTHER])
+    return torch.stack(found)
+
+
+def bridged(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> Tensor:
+    """TransformerLens' own loop."""
+    bridge = model.on("transformer_lens").engine.bridge  # type: ignore[attr-defined]
+    found = []
+    for number in numbers:
+        at, head = divmod(number, mean.shape[1])
+
+        def patch(z: Tensor, hook: Any, at: int = at, head: int = head) -> Tensor:
+            split = z.view(*z.shape[:2], mean.shape[1], -1).clone()
+            split[:, -1, head] = mean[at, head]
+            return split.view(z.shape)
+
+        with torch.no_grad():
+            logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{at}.attn.hook_z", patch)])
+        found.append(logits[0, -1, TARGET] - logits[0, -1, OTHER])
+    return torch.stack(found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Sweeps equal loops of runs, cost what they change, and say what they do."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+
+import interp_core as ic
+from interp_core import score, testing
+from interp_core import sites as S
+from interp_core.engines import staircase
+
+ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3])
+JUDGED = score.logit_diff(torch.tensor([3, 7]), torch.tensor([9, 11]))
+COARSER = {"gptj", "gpt_neo", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
+"""Families in which some layer's attention cannot take keys from the clean pass."""
+FLOAT32_INSIDE = {"gptj", "gpt_neo", "llama4", "glm4_moe", "deepseek_v3"}
+
+
+@cache
+def tokens() -> ic.Tokens:
+    rows = [torch.tensor([row]) for row in ROWS]
+    return ic.Tokens.stack([ic.Tokens(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
+
+
+def variants(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
+    """Heads, streams at several positions, attention inside, several edits at once, values per example."""
+    vector = torch.linspace(-2, 2, 64, dtype=model.dtype)
+    layer = model.heads[-1][0]
+    out: list[ic.Edit | list[ic.Edit]] = [S.z[at, head].at(-1).zero() for at, head in model.heads]
+    out += [S.resid_post[at].at(pos).add(vector) for at in range(3) for pos in (0, 2, -1)]
+    out += [
+        S.pattern[layer].knockout(query=-1, key=1),
+        [S.mlp_out[0].scale(0.5), S.z[layer, 1].at(2).scale(3.0)],
+        S.resid_pre[1].at(1).set(torch.stack([vector, 2 * vector])),
+        S.resid_pre[1].at([1, 3]).project(vector),
+    ]
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_strategy_equals_full_forward_passes(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    edits = variants(model)
+    wanted = model.sweep(tokens(), edits, JUDGED, strategy="full")
+    scale = wanted.values.abs().max()
+    limit = 1e-6 if family in FLOAT32_INSIDE else 1e-10
+    found = model.sweep(tokens(), edits, JUDGED)
+    assert found.plan.strategy == ("restart" if family in COARSER else "staircase"), found.plan.why
+    for swept in (found, *(model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("batched", "restart"))):
+        assert not any(swept.plan.singles)
+        assert (swept.values - wanted.values).abs().max() <= limit * scale
+        torch.testing.assert_close(swept.moved, wanted.moved, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(swept.clean, wanted.clean)
+
+
+def test_it_equals_a_loop_of_runs() -> None:
+    model = tiny_model("llama")
+    edits = variants(model)
+    found = model.sweep(tokens(), edits, score.logprob(torch.tensor([3, 7])))
+    for number in (0, 7, 14, len(edits) - 1):
+        edit = edits[number]
+        run = model.run(tokens(), edits=edit, logits=-1)
+        torch.testing.assert_close(found.values[number], score.logprob(torch.tensor([3, 7]))(run), atol=1e-5, rtol=1e-5)
+    assert found.effects.shape == (len(edits), 2)
+    assert found.top(1)[0][0] == str(edits[int(found.effects.mean(-1).abs().argmax())])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(dtype: torch.dtype) -> None:
+    model = tiny_model("qwen3", dtype)
+    swept = [model.sweep(tokens(), variants(model), JUDGED, strategy=name) for name in ("auto", "full")]
+    assert swept[0].plan.strategy == "staircase"
+    scale = swept[1].values.abs().max()
+    assert (swept[0].values - swept[1].values).abs().max() <= (1e-5 if dtype == torch.float32 else 5e-2) * scale
+
+
+def test_it_executes_the_token_layers_that_the_plan_says() -> None:
+    """Counted at the attention modules: rows × columns of every call."""
+    model = tiny_model("llama")
+    edits = [S.z[at, head].at(-1).zero() for at, head in model.heads]
+    strategies = ("auto", "restart", "batched", "prefix", "full")
+    for strategy in strategies:  # tries it on the model
+        model.sweep(tokens(), edits[:1], JUDGED, strategy=strategy)
+    seen: list[int] = []
+    blocks = [model.engine.modules[f"model.layers.{at}.self_attn"] for at in range(3)]
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _m, _a, kwargs: seen.append(kwargs["hidden_states"].shape[:2].numel()), with_kwargs=True
+        )
+        for block in blocks
+    ]
+    try:
+        for strategy in strategies:
+            seen.clear()
+            found = model.sweep(tokens(), edits, JUDGED, strategy=strategy)
+            assert sum(seen) == found.plan.token_layers, strategy
+    finally:
+        for handle in handles:
+            handle.remove()
+    best = model.sweep(tokens(), edits, JUDGED)
+    assert best.plan.token_layers == 3 * (8 + 5) + 2 * 4 * (3 + 2 + 1)  # a clean pass, then each head's own column
+    assert best.plan.naive == 12 * 3 * (8 + 5)
+
+
+def test_the_published_count() -> None:
+    """12 layers × 12 heads at the last of 96 tokens: 2,088 token-layers against 165,888."""
+    hf = testing.tiny(
+        "llama", num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, head_dim=8, hidden_size=96
+    )
+    model = ic.load(hf)
+    ids = torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0))
+    plan = model.sweep(ids, [S.z[at, head].at(-1).zero() for at, head in model.heads], score.rank(5)).plan
+    assert (plan.token_layers, plan.naive) == (2088, 165888)
+    assert "2,088 against 165,888" in plan.explain()
+    assert "79.4× fewer" in plan.explain()
+
+
+def test_chunks_fit_the_budget_and_shrink_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    edits = variants(model)
+    whole = model.sweep(tokens(), edits, JUDGED)
+    small = model.sweep(tokens(), edits, JUDGED, memory_budget=3 * whole.plan.row_bytes)
+    assert max(len(one.steps) for one in small.plan.passes[0] if one.start == 0) <= 3
+    assert sum(map(len, small.plan.passes)) > sum(map(len, whole.plan.passes))
+    torch.testing.assert_close(small.values, whole.values, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ic.PlanError, match="one variant takes about .* the memory budget is 0.0 MiB"):
+        model.sweep(tokens(), edits, JUDGED, memory_budget=10)
+    climb = staircase.Staircase.climb
+
+    def narrow(self: staircase.Staircase, *args: object) -> object:
+        if len(self.joins) > 5:
+            raise torch.OutOfMemoryError("on purpose")
+        return climb(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(staircase.Staircase, "climb", narrow)
+    torch.testing.assert_close(model.sweep(tokens(), edits, JUDGED).values, whole.values, atol=1e-5, rtol=1e-5)
+
+
+def test_scores() -> None:
+    model = tiny_model("llama")
+    edits = [S.resid_post[0].at(-1).scale(0.5), S.z[2, 0].at(-1).zero()]
+    logits = [model.run(tokens(), edits=e, logits=-1).logits.as_subclass(torch.Tensor) for e in ([], *edits)]
+    found = model.sweep(tokens(), edits, score.kl())
+    for number, changed in enumerate(logits[1:]):
+        wanted = torch.nn.functional.kl_div(
+            changed.log_softmax(-1), logits[0].log_softmax(-1), reduction="none", log_target=True
+        )
+        torch.testing.assert_close(found.values[number], wanted.sum(-1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.clean, torch.zeros(2))
+    with pytest.raises(ic.PlanError, match="compares with a clean run"):
+        score.kl()(model.run(tokens(), logits=-1))
+    own = score.Score("norm", lambda x: x.norm(dim=-1))
+    torch.testing.assert_close(model.sweep(tokens(), edits, own).clean, logits[0].norm(dim=-1), atol=1e-4, rtol=1e-5)
+    earlier = model.sweep(tokens(), [S.resid_pre[1].at(0).scale(2.0)], score.logprob(3, at=2))
+    assert earlier.plan.lengths == [3, 3]
+    wanted = model.run(tokens(), edits=S.resid_pre[1].at(0).scale(2.0)).logits.at(2)
+    torch.testing.assert_close(
+        earlier.values[0], wanted.as_subclass(torch.Tensor).log_softmax(-1)[:, 3], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_a_pass_of_many_cannot_do_gets_passes_of_its_own() -> None:
+    model = tiny_model("qwen3_moe")
+    edits = [
+        S.router_logits[0].at(-1).mask(experts=[0]), S.head_out[1, 2].at(-1).zero(),
+        S.resid_post[1].at(-1).apply(lambda x: x * 2), S.z[1, 2].at(-1).zero(), S.embed.at(2).scale(2.0),
+    ]  # fmt: skip
+    found = model.sweep(tokens(), edits, JUDGED)
+    assert found.plan.singles == [[0, 1, 2, 4], [0, 1, 2, 4]]
+    torch.testing.assert_close(found.values[1], found.values[3], atol=1e-5, rtol=1e-5)
+    full = model.sweep(tokens(), edits, JUDGED, strategy="full")
+    torch.testing.assert_close(found.values, full.values, atol=1e-4, rtol=1e-4)
+
+
+def test_other_engines_run_one_after_the_other() -> None:
+    model = ic.load(testing.tiny("llama"), engine="nnsight")
+    edits = variants(model)[:4]
+    found = model.sweep(tokens(), edits, JUDGED)
+    assert found.plan.strategy == "full" and "engine 'nnsight' runs one variant after the other" in found.plan.explain()
+    torch.testing.assert_close(
+        found.values, tiny_model("llama").sweep(tokens(), edits, JUDGED).values, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = model.run(tokens()).logits
+    forwards = [model.engine.modules[f"model.layers.{at}"].__dict__.get("forward") for at in range(3)]
+    bad = [S.resid_post[1].at(-1).set(torch.ones(64)), S.z[1, 0].at(-1).set(torch.ones(16))]
+    with pytest.raises(ic.PlanError, match=r"the value is \[16\]"):
+        model.sweep(tokens(), bad, JUDGED)
+    assert [model.engine.modules[f"model.layers.{at}"].__dict__.get("forward") for at in range(3)] == forwards
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.engine.modules.values())
+    assert torch.equal(model.run(tokens()).logits, before)
+
+
+def test_bad_input() -> None:
+    model = tiny_model("llama")
+    good = S.z[1, 0].at(-1).zero()
+    for asked, message in (
+        (lambda: model.sweep(tokens(), [], JUDGED), "a sweep needs variants"),
+        (lambda: model.sweep(tokens(), [S.z[1]], JUDGED), "a variant is edits, not Site"),
+        (lambda: model.sweep(tokens(), [["z"]], JUDGED), "a variant is edits, not str"),
+        (
+            lambda: model.sweep(tokens(), [good], JUDGED, strategy="stairs"),
+            "no strategy 'stairs'. Did you mean 'staircase'",
+        ),
+        (lambda: model.sweep(tokens(), [good], score.logprob(3, at=1)), "reads position 1: nothing can change"),
+        (
+            lambda: model.sweep(tokens(), [good], score.logprob(3, at=[1, 2])),
+            "reads 2 positions of row 0; it takes one",
+        ),
+        (lambda: model.sweep(tokens(), [S.z[9, 0].zero()], JUDGED), "9"),
+    ):
+        with pytest.raises((ic.InterpError, TypeError), match=message):
+            asked()
+    with pytest.raises(ic.CapabilityError, match="strategy 'staircase' cannot be had here: layer 0 has no attention"):
+        tiny_model("gptj").sweep(tokens(), [S.resid_post[0].at(-1).zero()], JUDGED, strategy="staircase")
+
+
+def test_scores_that_are_no_numbers_are_named() -> None:
+    model = tiny_model("llama")
+    poison = torch.full((64,), float("nan"))
+    found = model.sweep(tokens(), [S.resid_pre[1].at(-1).add(poison), S.z[1, 0].at(-1).zero()], JUDGED)
+    assert found.failed == ["resid_pre[1]@-1 add float32[64]"]
+    assert torch.isfinite(found.values[1]).all()
