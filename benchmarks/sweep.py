@@ -1,7 +1,7 @@
 """Sweeps against loops, side by side in one process: python benchmarks/sweep.py [heads|many|positions] [threads]
 
 heads:     every head at the last position, 12 layers × 12 heads, d_model 768, 96 tokens (144 variants).
-many:      the same for 32 layers × 32 heads, d_model 512 (1,024 variants); loops are timed on a part and scaled up.
+many:      the same for 32 layers × 32 heads, d_model 256 (1,024 variants); loops are timed on a part and scaled up.
 positions: the residual stream at every layer and position, 12 × 96 (1,152 variants); loops as for `many`.
 
 The floor is the time that the executed token-layers' multiply-adds take as one matrix product at the rate measured
@@ -22,7 +22,7 @@ import interp_core as ic
 from interp_core import score
 from interp_core import sites as S
 
-SIZES = {"heads": (12, 12, 768, 64, 2048), "many": (32, 32, 512, 16, 1376), "positions": (12, 12, 768, 64, 2048)}
+SIZES = {"heads": (12, 12, 768, 64, 2048), "many": (32, 32, 256, 8, 688), "positions": (12, 12, 768, 64, 2048)}
 TOKENS = 96
 TARGET, OTHER = 5, 9
 

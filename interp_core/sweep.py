@@ -27,6 +27,7 @@ from .edits import TENSOR_OPS, Edit
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError, nearest
+from .plan import Plan
 from .positions import Rows, is_single, resolve
 from .score import Score
 from .sites import Site
@@ -164,8 +165,9 @@ def sweep(
     listed = _listed(variants)
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
-    for edit in {edit: None for edits in listed for edit in edits}:
-        model.compile((), edit)  # sites, units, capabilities
+    model.engine.compile(
+        Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas
+    )  # before anything runs
     sweeper = _Sweeper(model, tokens, listed, score, memory_budget)
     chosen, why = _strategy(model, tokens, strategy)
     plan = sweeper.plan(chosen, why)

@@ -90,6 +90,8 @@ class Atlas:
             SiteError: a layer that does not exist, or that lacks the site.
             CapabilityError: the family lacks the site.
         """
+        if (one := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
+            return [one]
         if site.name in self.lacking:
             raise CapabilityError(f"{site}: {self.lacking[site.name]}")
         if not site.info.layered:

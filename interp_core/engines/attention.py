@@ -95,21 +95,14 @@ def attention(
         value = stages["v"](value, n_keys)
     if tap.keep:
         tap.kept = key, value, kwargs.get("sliding_window")
-    keys, values = [key], [value]
-    if tap.prefix is not None:
-        keys, values = [tap.prefix[0], key], [tap.prefix[1], value]
-        n_keys += tap.prefix[0].shape[2]
-    scores = _joined([_products(query, part) for part in keys])
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
-        scores = torch.tanh(scores / cap) * cap
-    if "position_bias" in kwargs and (bias := kwargs["position_bias"]) is not None:
-        scores = scores + bias
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = _products(query, key) * scale
     if tap.prefix is None:
-        scores = _masked(scores, attention_mask, kwargs, module)
+        scores = _masked(_shaped(scores, kwargs), attention_mask, kwargs, module)
     else:
-        before, own = scores.split([n_keys - key.shape[2], key.shape[2]], -1)
-        own = _masked(own, attention_mask, kwargs, module)
+        n_keys += tap.prefix[0].shape[2]
+        own = _masked(_shaped(scores, kwargs), attention_mask, kwargs, module)
+        before = _shaped(_products(query * scale, tap.prefix[0]), kwargs)
         scores = torch.cat([_windowed(before, kwargs.get("sliding_window")), own], -1)
     if "scores" in stages:
         scores = stages["scores"](scores, n_keys)
@@ -118,15 +111,21 @@ def attention(
         pattern = stages["pattern"](pattern, n_keys)
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
-    parts = pattern.split([part.shape[2] for part in values], -1) if len(values) > 1 else [pattern]
-    out = _mixed(parts[0], values[0])
-    if len(values) > 1:
-        out = out + _mixed(parts[1], values[1])
+    if tap.prefix is None:
+        out = _mixed(pattern, value)
+    else:
+        split = n_keys - key.shape[2]
+        out = _mixed(pattern[..., :split], tap.prefix[1]) + _mixed(pattern[..., split:], value)
     return out.transpose(1, 2).contiguous(), pattern
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+def _shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Scores as the family shapes them before the mask: capped, or with a bias by position."""
+    if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if "position_bias" in kwargs and (bias := kwargs["position_bias"]) is not None:
+        scores = scores + bias
+    return scores
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:

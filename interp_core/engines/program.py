@@ -133,10 +133,9 @@ class PortProgram(ABC):
 
     def _add_reads(self, reads: tuple[Site, ...]) -> None:
         """One slot per site and layer; kept lean, since plans may have thousands."""
-        slots, entries, by_tap = self.slots, self.atlas.entries, self._by_tap
+        slots, by_tap = self.slots, self._by_tap
         for site in reads:
-            one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
-            for entry in self.atlas.select(site) if one is None else (one,):
+            for entry in self.atlas.select(site):
                 units = site.units
                 if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
                     indices(units, entry.n_units or 0, site.info.unit or "unit", str(site))
