@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .result import Result as Result
     from .settings import Config as Config
     from .sites import Site as Site
+    from .sweep import Sweep as Sweep
     from .text import Tokens as Tokens
     from .trace import Reading as Reading
     from .trace import Receipt as Receipt
@@ -64,6 +65,7 @@ _HOME = {
     "Run": "trace",
     "Site": "sites",
     "Span": "positions",
+    "Sweep": "sweep",
     "Tokens": "text",
     "VisualToken": "vision",
     "load": "model",

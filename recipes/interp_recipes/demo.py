@@ -91,14 +91,13 @@ def patching_map(model: ic.Model, task: Task) -> tuple[Tensor, float, float]:
     """Effect of every head `[layer head]`, and the logit difference of clean and corrupted prompts."""
     difference = score.logit_diff(task.answer, task.other)
     clean = model.run(task.clean, read=S.z.at(-1), logits=-1)
-    corrupted = model.run(task.corrupted, logits=-1)
-    high, low = difference(clean).mean(), difference(corrupted).mean()
+    taken = [clean[S.z[layer].at(-1)][:, head] for layer, head in model.heads]
+    variants = [S.z[layer, head].at(-1).set(z) for (layer, head), z in zip(model.heads, taken, strict=True)]
+    found = model.sweep(task.corrupted, variants, difference)
+    high, low = difference(clean).mean(), found.clean.mean()
     effect = torch.zeros(model.n_layers, max(head for _, head in model.heads) + 1)
-    for layer, head in model.heads:
-        taken = clean[S.z[layer].at(-1)][:, head]
-        edit = S.z[layer, head].at(-1).set(taken)
-        patched = model.run(task.corrupted, edits=edit, logits=-1, allow_noop=True)
-        effect[layer, head] = (difference(patched).mean() - low) / (high - low)
+    for (layer, head), value in zip(model.heads, found.values.mean(-1), strict=True):
+        effect[layer, head] = (value - low) / (high - low)
     return effect, float(high), float(low)
 
 
