@@ -99,3 +99,11 @@ def test_a_server_wants_an_id_a_key_and_a_network(monkeypatch: pytest.MonkeyPatc
     model = ic.load(hf, engine="nnsight", engine_options={"remote": "http://127.0.0.1:9"}, check=False)
     with pytest.raises(ic.CapabilityError, match=r"127\.0\.0\.1:9 cannot be reached"):
         model.run(IDS, read=S.resid_post[0])
+
+
+def test_a_plan_needs_no_source_of_the_caller() -> None:
+    """A trace by hand is read from its file; code from a string has none."""
+    names = {"model": ic.load(testing.tiny("llama"), engine="nnsight"), "S": S, "ids": IDS}
+    exec("run = model.run(ids, read=[S.z[2], S.resid_pre[0]], edits=S.mlp_out[1].scale(2.0))", names)
+    wanted = tiny_model("llama").run(IDS, read=S.z[2], edits=S.mlp_out[1].scale(2.0))[S.z[2]]
+    assert torch.equal(names["run"][S.z[2]], wanted)
