@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -294,6 +295,8 @@ class Model:
         *,
         strategy: str = "auto",
         memory_budget: int | None = None,
+        out: str | Path | None = None,
+        progress: bool = False,
     ) -> Sweep:
         """Run many variants of a text, each with its own edits, and score them: exactly what one run per variant gives,
         for the price of what each changes; see `sweep` for how.
@@ -306,13 +309,22 @@ class Model:
                 many variants per pass, "restart" leaves out layers below the first edited one, "prefix" positions
                 before it, "staircase" both.
             memory_budget: bytes that one pass may take (default: half of what is free).
+            out: a folder for the scores as they come; a sweep that was stopped goes on there.
+            progress: show how much is done on standard error.
 
         Raises:
             SiteError, PositionError, PlanError, CapabilityError: before anything runs.
+            LoadError: the folder holds something else.
         """
         from .sweep import sweep
 
-        return sweep(self, x, variants, score, strategy=strategy, memory_budget=memory_budget)
+        options: dict[str, Any] = {
+            "strategy": strategy,
+            "memory_budget": memory_budget,
+            "out": out,
+            "progress": progress,
+        }
+        return sweep(self, x, variants, score, **options)
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +229,45 @@ def test_scores_that_are_no_numbers_are_named() -> None:
     found = model.sweep(tokens(), [S.resid_pre[1].at(-1).add(poison), S.z[1, 0].at(-1).zero()], JUDGED)
     assert found.failed == ["resid_pre[1]@-1 add float32[64]"]
     assert torch.isfinite(found.values[1]).all()
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    edits = variants(model)
+    whole = model.sweep(tokens(), edits, JUDGED)
+    climb = staircase.Staircase.climb
+    passes: list[int] = []
+
+    def stopping(self: staircase.Staircase, *args: object) -> object:
+        passes.append(len(self.joins))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return climb(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(staircase.Staircase, "climb", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        model.sweep(tokens(), edits, JUDGED, out=tmp_path)
+    done = sum(passes[:2])
+    again = model.sweep(tokens(), edits, JUDGED, out=tmp_path)
+    assert sum(passes[3:]) == 2 * len(edits) - done  # what was done is not done again
+    torch.testing.assert_close(again.values, whole.values, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(again.moved, whole.moved)
+    count = len(passes)
+    torch.testing.assert_close(
+        model.sweep(tokens(), edits, JUDGED, out=tmp_path).values, whole.values, atol=1e-6, rtol=1e-6
+    )
+    assert len(passes) == count
+    with pytest.raises(ic.PlanError, match="holds another sweep"):
+        model.sweep(tokens(), edits[1:], JUDGED, out=tmp_path)
+    (tmp_path / "sweep.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ic.LoadError, match="holds a sweep that cannot be read"):
+        model.sweep(tokens(), edits, JUDGED, out=tmp_path)
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    model.sweep(tokens(), variants(model), JUDGED, progress=True)
+    shown = capsys.readouterr().err
+    assert shown.endswith("\n") and f"sweep {2 * len(variants(model))} of {2 * len(variants(model))}, " in shown
+    model.sweep(tokens(), variants(model), JUDGED)
+    assert not capsys.readouterr().err

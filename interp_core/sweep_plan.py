@@ -1,0 +1,297 @@
+"""What a sweep will do: where each variant begins, which go together in a pass, and what that costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .architectures.atlas import Entry
+from .edits import TENSOR_OPS, Edit
+from .engines.torch import TorchEngine
+from .errors import CapabilityError, PlanError
+from .positions import is_single, resolve
+from .score import Score
+from .sites import Site
+from .text import Tokens
+
+if TYPE_CHECKING:
+    from .model import Model
+
+STRATEGIES = ("auto", "staircase", "restart", "prefix", "batched", "full")
+
+
+class Step(NamedTuple):
+    """A variant on one text: its edits layer by layer with positions in this text, and where they begin."""
+
+    number: int
+    edits: tuple[Edit, ...]
+    layer: int
+    start: int
+
+
+class Pass(NamedTuple):
+    """One pass over some variants."""
+
+    steps: tuple[Step, ...]
+    start: int
+
+
+@dataclass
+class SweepPlan:
+    """How a sweep is carried out.
+
+    Attributes:
+        strategy: what was chosen.
+        why: why nothing cheaper was.
+        n_layers, lengths: of the model, and tokens per row of the batch.
+        passes: per row of the batch.
+        singles: per row, variants that get a forward pass of their own.
+        row_bytes: estimated memory of one variant in the widest pass.
+    """
+
+    strategy: str
+    why: str
+    n_layers: int
+    lengths: list[int]
+    n_variants: int
+    passes: list[list[Pass]] = field(default_factory=list)
+    singles: list[list[int]] = field(default_factory=list)
+    row_bytes: int = 0
+
+    @property
+    def token_layers(self) -> int:
+        """Token-layers that will be executed."""
+        total = 0
+        for length, passes, singles in zip(self.lengths, self.passes, self.singles, strict=True):
+            total += length * self.n_layers * (1 + len(singles))
+            for one in passes:
+                total += sum((self.n_layers - step.layer) * (length - one.start) for step in one.steps)
+        return total
+
+    @property
+    def naive(self) -> int:
+        """Token-layers of one full forward pass per variant."""
+        return self.n_variants * self.n_layers * sum(self.lengths)
+
+    def explain(self) -> str:
+        """Strategy, cost against one full forward pass per variant, memory, and why nothing cheaper."""
+        count = sum(map(len, self.passes))
+        rows = max((len(one.steps) for passes in self.passes for one in passes), default=0)
+        lines = [
+            f"strategy     {self.strategy}",
+            f"variants     {self.n_variants} on {len(self.lengths)} text(s) of {max(self.lengths)} tokens or less",
+            f"passes       {len(self.lengths)} clean, {count} with up to {rows} variants, "
+            f"{sum(map(len, self.singles))} with one",
+            f"token-layers {self.token_layers:,} against {self.naive:,} of one full forward pass per variant "
+            f"({self.naive / self.token_layers:.1f}× fewer)",
+            f"memory       about {rows * self.row_bytes / 2**20:,.1f} MiB for the widest pass",
+        ]
+        return "\n".join(lines + ([f"not cheaper: {self.why}"] if self.why else []))
+
+
+def named_edits(edits: Sequence[Edit]) -> str:
+    """A variant, for messages."""
+    return ", ".join(map(str, edits)) or "no edit"
+
+
+class Planner:
+    """What a sweep has to do: every variant placed on every row of the batch, and passes that carry many of them."""
+
+    def __init__(
+        self, model: Model, tokens: Tokens, variants: tuple[tuple[Edit, ...], ...], score: Score, budget: int | None
+    ) -> None:
+        self.model, self.tokens, self.variants, self.score = model, tokens, variants, score
+        self.budget = budget if budget is not None else _free(model.device) // 2
+        self.scored: list[int] = []
+        for row, columns in enumerate(resolve(Site("logits").at(score.at).pos or 0, tokens.rows)):
+            if len(columns) != 1:
+                raise PlanError(f"score {score.name} reads {len(columns)} positions of row {row}; it takes one")
+            self.scored.append(self._local(columns, row)[0])
+        self.widths = [max(self.scored[row], self._last(row)) + 1 for row in range(len(tokens))]
+
+    def _local(self, columns: Sequence[int], row: int) -> list[int]:
+        """Columns of the batch as positions in their row."""
+        real = self.tokens.rows.real[row]
+        return [real.index(column) for column in columns]
+
+    def _places(self, site: Site, row: int) -> dict[str, int | list[int]]:
+        """Positions that a site selects in a row: `pos`, and `key`."""
+        places: dict[str, int | list[int]] = {}
+        for axis, chosen in (("pos", site.pos), ("key", site.key)):
+            if chosen is not None:
+                local = self._local(resolve(chosen, self.tokens.rows)[row], row)
+                places[axis] = local[0] if is_single(chosen) else local
+        return places
+
+    def _last(self, row: int) -> int:
+        """The last position that any edit names: what lies behind it and the scored one is not run."""
+        places = [place for edits in self.variants for e in edits for place in self._places(e.site, row).values()]
+        return max((max(p) if isinstance(p, list) and p else p if isinstance(p, int) else 0 for p in places), default=0)
+
+    def plan(self, strategy: str, why: str, done: Tensor) -> SweepPlan:
+        """The passes of a strategy, for what is not `done` `[variant batch]`."""
+        tokens, n_layers = self.tokens, self.model.n_layers
+        plan = SweepPlan(strategy, why, n_layers, self.widths, len(self.variants))
+        for row in range(len(tokens)):
+            steps: list[Step] = []
+            singles: list[int] = []
+            for number, edits in enumerate(self.variants):
+                if done[number, row]:
+                    continue
+                step = None if strategy == "full" else self._step(number, edits, row, strategy)
+                singles.append(number) if step is None else steps.append(step)
+            plan.singles.append(singles)
+            plan.passes.append(list(self._passes(steps, self.widths[row], plan)))
+        return plan
+
+    def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
+        """A variant on one row; None if it needs a pass of its own."""
+        layer, start, own = self.model.n_layers - 1, self.widths[row], []
+        for edit in edits:
+            for entry in self.model.atlas.select(edit.site):
+                placed = self._placed(edit, entry, row)
+                if placed is None:
+                    return None
+                own.append(placed[0])
+                layer, start = min(layer, placed[1]), min(start, placed[2])
+        scored = self.scored[row]
+        if start > scored:
+            raise PlanError(
+                f"{named_edits(edits)} acts from position {start} on, the score {self.score.name} reads position "
+                f"{scored}: nothing can change"
+            )
+        layer = 0 if strategy in ("batched", "prefix") else layer
+        start = 0 if strategy in ("batched", "restart") else start
+        return Step(number, tuple(own), layer, start)
+
+    def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
+        """An edit in one layer of one row, the layer and the column from which on it acts."""
+        tap, layer = entry.write, entry.layer
+        if tap is None or tap.get is not None or not edit.site.info.layered or edit.site.info.visual:
+            return None
+        if edit.op in ("mask", "apply"):
+            return None
+        name = entry.name
+        if name == "resid_post" and layer + 1 < self.model.n_layers and not self.model.atlas.layers("deepstack"):
+            name, layer = "resid_pre", layer + 1  # the same tensor, and the block below need not run
+        places = self._places(edit.site, row)
+        first = places.get("pos", 0)
+        if [] in places.values():
+            return None
+        site = _at(Site(name, layer, edit.site.units), places)
+        return self._valued(edit, site, row), layer, min(first) if isinstance(first, list) else first
+
+    def _valued(self, edit: Edit, site: Site, row: int) -> Edit:
+        """The edit at its place in one row, with this row's part of its value."""
+        value = edit.value
+        if edit.op in TENSOR_OPS and edit.op != "project" and len(self.tokens) > 1:
+            chosen = (edit.site.pos, edit.site.key)
+            dropped = isinstance(edit.site.units, int) + sum(p is not None and is_single(p) for p in chosen)
+            if value.ndim == len(edit.site.info.axes) - dropped:
+                value = value[row : row + 1]
+        return Edit(site, edit.op, value)
+
+    def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
+        by_start: dict[int, list[Step]] = {}
+        for step in steps:
+            by_start.setdefault(step.start, []).append(step)
+        for start, group in sorted(by_start.items()):
+            cost = self._row_bytes(width, width - start)
+            plan.row_bytes = max(plan.row_bytes, cost)
+            most = self.budget // cost
+            if most < 1:
+                raise PlanError(
+                    f"one variant takes about {cost / 2**20:.1f} MiB, the memory budget is {self.budget / 2**20:.1f} "
+                    "MiB; raise memory_budget, or shorten the text"
+                )
+            group.sort(key=lambda step: step.layer)
+            for i in range(0, len(group), most):
+                yield Pass(tuple(group[i : i + most]), start)
+
+    def _row_bytes(self, width: int, columns: int) -> int:
+        """What one row takes at most at a time: streams and MLP of its columns, attention over the text, its logits."""
+        shape, config = self.model.atlas.shape, self.model.hf.config.get_text_config()
+        d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
+        heads = getattr(config, "num_attention_heads", 1)
+        numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width) + 3 * shape.d_vocab
+        return int(numbers * max(4, torch.empty((), dtype=self.model.dtype).element_size()))
+
+    def single(self, number: int, row: int) -> list[Edit]:
+        """A variant's edits on one row, for a forward pass of its own."""
+        if len(self.tokens) == 1:
+            return list(self.variants[number])
+        sites = [edit.site for edit in self.variants[number]]
+        bare = [_at(replace(site, pos=None, key=None), self._places(site, row)) for site in sites]
+        return [self._valued(edit, site, row) for edit, site in zip(self.variants[number], bare, strict=True)]
+
+
+def _at(site: Site, places: Mapping[str, Any]) -> Site:
+    if "query" in site.info.axes:
+        return site.at(query=places.get("pos"), key=places.get("key"))
+    return site.at(places["pos"]) if places else site
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str]:
+    """The cheapest strategy that holds on this model, no dearer than asked for; and why not a cheaper one."""
+    order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
+    never = ""
+    if not isinstance(model.engine, TorchEngine) or type(model.engine).name != "torch":
+        never = f"engine {model.engine.name!r} runs one variant after the other"
+    elif tokens.inputs:
+        never = "a text with images is run whole"
+    found: list[str] = []
+    for strategy in order:
+        problem = "" if strategy == "full" else never or _problem(model, strategy, max(tokens.lengths))
+        if not problem:
+            return strategy, "; ".join(dict.fromkeys(found))
+        found.append(problem)
+    raise CapabilityError(f"strategy {asked!r} cannot be had here: {found[0]}")
+
+
+def _problem(model: Model, strategy: str, length: int) -> str:
+    """What keeps a strategy from being exact on this model, tried once and remembered."""
+    config = model.hf.config.get_text_config()
+    if strategy in ("staircase", "prefix"):
+        closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
+        if closed or any(model.atlas.entries["scores", i].write is None for i in range(model.n_layers)):
+            return f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions"
+        chunk = getattr(config, "attention_chunk_size", None)
+        if chunk and length > chunk:
+            return f"attention in chunks of {chunk} does not reach back over the whole text"
+    tried = model.tried
+    if strategy not in tried:
+        tried[strategy] = ""
+        tried[strategy] = _trial(model, strategy)
+    return tried[strategy]
+
+
+def _trial(model: Model, strategy: str) -> str:
+    """Hold a strategy against full forward passes on a few tokens and edits."""
+    from .selfcheck import WIDTH, probe_ids
+
+    ids = probe_ids(model)
+    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
+    vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
+    layers = sorted({0, model.n_layers // 2, model.n_layers - 1})
+    variants = [Site("resid_pre", layer).at(pos).add(vector) for layer in layers for pos in (-1, WIDTH - 3)]
+    weights = torch.linspace(-1, 1, model.atlas.shape.d_vocab, device=model.device)
+    score = Score("trial", lambda logits: logits @ weights.to(logits.dtype))
+    try:
+        found = [model.sweep(tokens, variants, score, strategy=name) for name in (strategy, "full")]
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"it fails on this model ({type(error).__name__}: {str(error).splitlines()[0]})"
+    differ = float((found[0].values - found[1].values).abs().max() / found[1].values.abs().max())
+    limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
+    return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
