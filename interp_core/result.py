@@ -81,7 +81,8 @@ class Result:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
         axes = {name: " ".join(self.AXES[name]) for name in tensors}
         write(
-            out / "result.safetensors", to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, axes)
+            out / "result.safetensors",
+            to_bytes({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, axes),
         )
         head = {"format": FORMAT, "class": type(self).__name__, "fields": plain}
         write(out / "result.json", json.dumps(head, indent=1, ensure_ascii=False))
