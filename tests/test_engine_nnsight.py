@@ -72,6 +72,13 @@ def test_a_plan_travels(family: str) -> None:
     assert torch.equal(only[S.resid_post[0]], here.run(IDS, read=S.resid_post[0])[S.resid_post[0]])
 
 
+def test_receipts_from_elsewhere_do_not_count_padding(padded: ic.Tokens) -> None:
+    there = ic.load(testing.tiny("llama"), engine="nnsight", engine_options={"remote": "local"})
+    edits = [S.z[1, 2].scale(0.5), S.resid_post[0].scale(2.0)]
+    norms = [[r.norm for r in m.run(padded, edits=edits).receipts] for m in (there, tiny_model("llama"))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def test_what_does_not_travel_is_refused_before_anything_is_sent() -> None:
     model = ic.load(testing.tiny("llama"), engine="nnsight", engine_options={"remote": "local"}, check=False)
     for ask in (

@@ -333,3 +333,15 @@ def test_edits_of_a_computed_site_follow_each_other_and_reads_see_them(name: str
     moved = (after[out] - before[out]).as_subclass(torch.Tensor)
     change = found.sum(-2) - before[site[0, [1, 3]]].as_subclass(torch.Tensor).sum(-2)
     torch.testing.assert_close(moved, change)
+
+
+@pytest.mark.parametrize("site", ["z[1,2]", "z[1]", "resid_post[1]", "pattern[1,2]", "pattern[1]", "head_out[1,[0,2]]"])
+def test_receipts_do_not_count_padding(site: str, padded: ic.Tokens) -> None:
+    model = tiny_model("llama", torch.float64)
+    edit = ic.Site.parse(site).scale(0.5)
+    together = model.run(padded, edits=edit).receipts[0].norm
+    alone = [model.run(row, edits=edit).receipts[0].norm for row in padded]
+    assert together == pytest.approx(sum(norm**2 for norm in alone) ** 0.5, rel=1e-9)
+    made = model.generate(padded, edits=edit, max_new_tokens=3, stop_at_eos=False).receipts[0].norm
+    singles = [model.generate(row, edits=edit, max_new_tokens=3, stop_at_eos=False).receipts[0].norm for row in padded]
+    assert made == pytest.approx(sum(norm**2 for norm in singles) ** 0.5, rel=1e-9)

@@ -18,7 +18,7 @@ from ..architectures.family import View
 from ..architectures.taps import KEYED, Call, Tap
 from ..edits import TENSOR_OPS, Edit, carry_out, prepared
 from ..errors import CapabilityError, PlanError
-from ..positions import Rows, Slice
+from ..positions import Rows, Slice, is_single
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
 from .attention import softmax
@@ -187,7 +187,19 @@ class Change(Part):
             change = new.detach() - old.detach()
         columns = None if self.bound is None else self.bound.columns
         fires = self.program.passed.fires[self.number]
+        if (real := self.real()) is not None:
+            change = torch.where(real.to(change.device), change, 0)
         fires.append((self.entry.layer, columns, torch.linalg.vector_norm(change)))
+
+    def real(self) -> Tensor | None:
+        """Where a change is none of padding, in the axes of what was changed; None if it is nowhere."""
+        real, region, axes = self.program.real, self.region, SITES[self.entry.name].axes
+        if real is None or region.pos is not None or self.entry.visual:
+            return None
+        single = isinstance(region.units, int)
+        shape = [len(real)] + [1] * (len(axes) - 1 - single - (region.key is not None and is_single(region.key)))
+        shape[2 if region.attention and not single else 1] = real.shape[1]
+        return real.view(shape)
 
     def check(self, rows: Rows) -> None:
         """Hold the edit's value against the part that it meets.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.taps import Tap
@@ -90,6 +90,17 @@ def with_same_weights(model: Any) -> Any:
 _NOTHING = Passed(0, 0)
 
 
+def _real(rows: Rows, window: Window | None) -> Tensor | None:
+    """Which columns of a pass are no padding `[batch pos]`; None if none is."""
+    start, stop = (0, rows.width) if window is None else (window.start, window.stop)
+    if all(len(row) == rows.width for row in rows.real):
+        return None
+    real = torch.zeros(len(rows.real), rows.width, dtype=torch.bool)
+    for i, row in enumerate(rows.real):
+        real[i, list(row)] = True
+    return real[:, start:stop]
+
+
 class PortProgram(ABC):
     """A plan as ports: what is done at each place that it touches. See `Program`.
 
@@ -104,6 +115,7 @@ class PortProgram(ABC):
         self.rows: Rows = Rows((), {}, 0)
         self.window: Window | None = None
         self.shape = (0, 0)
+        self.real: Tensor | None = None
         self.keep_graph = False
         self.stop_at: Port | None = None
         self._n_edits = len(plan.edits)
@@ -133,9 +145,10 @@ class PortProgram(ABC):
 
     def _add_reads(self, reads: tuple[Site, ...]) -> None:
         """One slot per site and layer; kept lean, since plans may have thousands."""
-        slots, by_tap = self.slots, self._by_tap
+        slots, entries, by_tap = self.slots, self.atlas.entries, self._by_tap
         for site in reads:
-            for entry in self.atlas.select(site):
+            one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
+            for entry in self.atlas.select(site) if one is None else (one,):
                 units = site.units
                 if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
                     indices(units, entry.n_units or 0, site.info.unit or "unit", str(site))
@@ -268,6 +281,7 @@ class PortProgram(ABC):
         """Make ready for one pass over `width` columns."""
         self.rows, self.keep_graph = rows, keep_graph
         self.shape = (len(rows.real), width)
+        self.real = _real(rows, self.window)
         for part in self._bound:
             part.bind(rows, self.window)
         self.passed = Passed(len(self.slots), self._n_edits)

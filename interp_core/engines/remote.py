@@ -106,7 +106,8 @@ class RemoteProgram(PortProgram):
             if not change.idle:
                 edit = self.edits[change.number]
                 value = prepared(edit, torch.empty(0, dtype=self.engine.dtype))
-                actions.append(self._spot(change, width) | {"op": edit.op, "value": value, "number": id(change)})
+                more = {"op": edit.op, "value": value, "number": id(change), "real": change.real()}
+                actions.append(self._spot(change, width) | more)
         for read in port.reads:
             if not read.idle:
                 place = self._spot(read, width)
@@ -163,7 +164,10 @@ class RemoteProgram(PortProgram):
                     else:
                         new = old - (old @ value.mT) @ value
                     part[index] = new
-                    norms[action["number"]] = torch.linalg.vector_norm(new - old)
+                    gap = new - old
+                    if action["real"] is not None:
+                        gap = torch.where(action["real"].to(x.device), gap, 0)
+                    norms[action["number"]] = torch.linalg.vector_norm(gap)
                 if changed:
                     new = x if isinstance(whole, torch.Tensor) else (x, *whole[1:])
                     if side == "in":
