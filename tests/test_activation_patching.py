@@ -61,6 +61,35 @@ def test_without_another_prompt_it_ablates() -> None:
     assert found.direction == "ablation" and torch.equal(found.answer, answer)
 
 
+@pytest.mark.parametrize("corrupted", [True, False])
+@pytest.mark.parametrize("site", ["z", "mlp_out"])
+def test_the_gradient_is_that_of_the_patch(site: str, corrupted: bool) -> None:
+    """By the gradient of an edit's value there, which takes another way through the engine."""
+    model = tiny_model("qwen3", torch.float64)
+    texts = [ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in (IDS, IDS.flip(1))]
+    more = {"corrupted": texts[1], "other": [9, 11]} if corrupted else {}
+    found = patch(model, texts[0], site=site, at=[-1, 3], by="gradient", answer=[3, 7], **more)
+    base = texts[1] if corrupted else texts[0]
+    targets = (torch.tensor([3, 7]), torch.tensor([9, 11]))
+    judged = score.logit_diff(*targets) if corrupted else score.logprob(targets[0])
+    one = S.named(site)[1] if site == "mlp_out" else S.z[1, 2]
+    value = model.run(base, read=one)[one].at(3).as_subclass(torch.Tensor)
+    there = model.run(texts[0], read=one)[one].at(3).as_subclass(torch.Tensor) if corrupted else torch.zeros_like(value)
+    step = torch.zeros_like(value).requires_grad_()
+    judged(model.run(base, edits=one.at(3).add(step), logits=-1, allow_noop=True)).sum().backward()
+    assert step.grad is not None
+    scale = found.source - found.base if corrupted else 1.0
+    wanted = (step.grad * (there - value)).sum(-1) / scale
+    torch.testing.assert_close(found.effect[:, 1, 2 if site == "z" else 0, 1], wanted)
+
+
+def test_the_gradient_ranks_like_the_sweep_on_the_toy() -> None:
+    both = [patch(toy_model(), CLEAN, corrupted=CORRUPTED, by=by).mean.flatten() for by in ("sweep", "gradient")]
+    ranks = torch.stack([values.argsort().argsort().float() for values in both])
+    assert torch.corrcoef(ranks)[0, 1] > 0.5
+    assert set(both[0].topk(2).indices.tolist()) == set(both[1].topk(2).indices.tolist())
+
+
 def test_the_streams_at_one_layer_make_the_whole_difference() -> None:
     """At the last layer's input, the last position is all that is left."""
     model = toy_model()
@@ -95,6 +124,7 @@ def test_bad_input() -> None:
         ({"answer": [1, 2]}, "2 answers for 1 rows"),
         ({"at": 40}, "no position 40"),
         ({"direction": "sideways"}, "direction"),
+        ({"site": "head_out", "by": "gradient"}, "head_out by gradient: it is computed beside the forward pass"),
     ):
         with pytest.raises(ic.InterpError, match=message):
             patch(model, CLEAN, **settings)

@@ -4,14 +4,19 @@
     noising     effect(v) = (score(clean with v from corrupted) - score(clean)) / (score(corrupted) - score(clean))
     ablation    effect(v) = score(clean with v set to zero) - score(clean)              (without a corrupted prompt)
 
+    gradient    effect(v) ≈ <v of the one run - v of the other, d score / d v>       attribution patching: all v at once
+
 v runs over layers, heads and positions of a site; score is the logit of the clean answer minus that of the other (of an
 ablation: the log-probability of the answer), at the last token. 1 is the whole difference, 0 none of it.
 
 Source: Vig et al. (2020), arXiv:2004.12265; Meng et al. (2022), arXiv:2202.05262; denoising and noising as in
-Heimersheim and Nanda (2024), arXiv:2404.15255.
+Heimersheim and Nanda (2024), arXiv:2404.15255; attribution patching: Nanda (2023); Syed et al. (2023),
+arXiv:2310.10348.
 
-Cost: that of the sweep, one clean pass and (layers from v on) × (tokens from v on) per v. Must equal: one full forward
-pass per v (the sweep's tests); patching everything at the first layer gives 1.
+Cost: that of the sweep, one clean pass and (layers from v on) × (tokens from v on) per v; of the gradient, two forward
+passes and one backward. The gradient is a straight line through what is curved: rank with it, then look exactly. Must
+equal: one full forward pass per v (the sweep's tests); patching everything at the first layer gives 1; the gradient is
+the effect of a small step of the patch, scaled up.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ class PatchingConfig(ic.Config):
         site: what is patched: "z" by heads, or "resid_pre", "attn_out", "mlp_out" and the like whole.
         layers: which layers (None: all that have the site).
         at: positions, one after the other: one, or a list; "all" takes each of them.
+        by: "sweep" is exact, "gradient" estimates all effects in one backward pass.
         direction: "denoising" puts clean values into the corrupted run, "noising" corrupted ones into the clean run.
         answer, other: token ids per row (None: what the model says to the clean and to the corrupted prompt).
         strategy: of the sweep.
@@ -47,6 +53,7 @@ class PatchingConfig(ic.Config):
     site: str = "z"
     layers: list[int] | None = None
     at: int | list[int] | Literal["all"] = -1
+    by: Literal["sweep", "gradient"] = "sweep"
     direction: Literal["denoising", "noising"] = "denoising"
     answer: list[int] | None = None
     other: list[int] | None = None
@@ -159,17 +166,23 @@ class ActivationPatching(ic.Method):
                 f"activation_patching: row {row} has the answer {model.word(int(answers[0][row]))!r} for both prompts; "
                 "give answer=[…] and other=[…], or prompts that differ"
             )
-        variants = self._variants(model, source, config.site, layers, heads, places)
-        found = model.sweep(base, variants, judged, strategy=config.strategy)
-        target = found.clean if source is None else judged(model.run(source, logits=-1)).to(found.clean).cpu()
-        effect = found.effects if source is None else found.effects / (target - found.clean)
+        grid = layers, heads, places
+        clean = judged(model.run(base, logits=-1)).cpu()
+        target = clean if source is None else judged(model.run(source, logits=-1)).cpu()
+        if config.by == "gradient":
+            effects, explain = self._estimated(model, base, source, config.site, grid, judged), "one backward pass"
+        else:
+            variants = self._variants(model, source, config.site, *grid)
+            found = model.sweep(base, variants, judged, strategy=config.strategy)
+            effects, explain = found.effects.to(clean), found.plan.explain()
+        effect = effects if source is None else effects / (target - clean)
         shape = (len(layers), len(heads), len(places), len(tokens))
         return PatchingResult(
             effect=effect.reshape(shape).permute(3, 0, 1, 2).contiguous(),
-            base=found.clean, source=target, answer=answers[0], other=answers[1], site=config.site,
+            base=clean, source=target, answer=answers[0], other=answers[1], site=config.site,
             direction="ablation" if other is None else config.direction, layers=tuple(map(str, layers)),
             heads=tuple("-" if head is None else str(head) for head in heads),
-            places=tuple(_place_names(tokens, places)), explain=found.plan.explain(),
+            places=tuple(_place_names(tokens, places)), explain=explain,
         )  # fmt: skip
 
     def _corrupted(self, model: ic.Model, tokens: ic.Tokens, config: PatchingConfig) -> ic.Tokens:
@@ -205,6 +218,27 @@ class ActivationPatching(ic.Method):
                 raise ic.PlanError(f"activation_patching: {len(given)} answers for {len(text)} rows; give one per row")
             return torch.tensor(given)
         return model.run(text, logits=-1).logits.as_subclass(Tensor).argmax(-1).cpu()
+
+    def _estimated(
+        self, model: ic.Model, base: ic.Tokens, source: ic.Tokens | None, name: str, grid: Any, judged: score.Score
+    ) -> Float[Tensor, "patch batch"]:
+        """First-order effects of all patches."""
+        layers, heads, places = grid
+        site = S.named(name)
+        if why := model.can(site.name, "grad"):
+            raise ic.CapabilityError(f"activation_patching of {site} by gradient: {why}; use by='sweep'")
+        reads = [site[layer].at(place) for layer in layers for place in places]
+        here = model.run(base, read=reads, logits=-1, grad=lambda logits: judged.rows(logits).sum())
+        there = None if source is None else model.run(source, read=reads, logits=False)
+        found = []
+        for layer in layers:
+            parts = []
+            for read in [site[layer].at(place) for place in places]:
+                value = here[read].as_subclass(Tensor)
+                wanted = torch.zeros_like(value) if there is None else there[read].as_subclass(Tensor)
+                parts.append(((wanted - value) * here.grad[read].as_subclass(Tensor)).sum(-1))
+            found.append(torch.stack(parts, -1).reshape(len(base), len(heads), len(places)))
+        return torch.stack(found).permute(0, 2, 3, 1).flatten(0, 2).cpu()
 
     def _variants(
         self,
