@@ -160,6 +160,8 @@ class Planner:
                 own.append(placed[0])
                 layer, start = min(layer, placed[1]), min(start, placed[2])
         scored = self.scored[row]
+        if not own:
+            return None
         if start > scored:
             raise PlanError(
                 f"{named_edits(edits)} acts from position {start} on, the score {self.score.name} reads position "
