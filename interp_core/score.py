@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import PlanError
+from .errors import PlanError, nearest
 from .positions import PositionLike
 from .sites import Site
+from .text import Tokens
 from .trace import Run
 
-Target = int | Tensor
-"""Token id, or ids `[batch]`."""
+Target = int | Tensor | tuple[Tensor, ...]
+"""Token id, ids `[batch]`, or the ids of each row's span."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Score:
         at: position whose logits it reads.
         targets: token ids.
         clean: `fn` takes the logits of the run without edits too, after the targets; for sweeps only.
+        span: it reads several positions: logits are `[batch pos d_vocab]`, ids `[batch pos]`.
     """
 
     name: str
@@ -40,12 +42,15 @@ class Score:
     at: PositionLike = -1
     targets: tuple[Target, ...] = ()
     clean: bool = False
+    span: bool = False
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         """The score of a run that kept all logits, or those at this score's position."""
         logits = run.logits
         if self.clean:
             raise PlanError(f"score {self.name} compares with a clean run; use it in a sweep")
+        if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
+            raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
         if logits.site.pos is None:
             return self.rows(logits.at(self.at))
         if logits.site != Site("logits").at(self.at):
@@ -54,11 +59,14 @@ class Score:
 
     def rows(self, logits: Tensor, example: int | None = None, clean: Tensor | None = None) -> Tensor:
         """Values `[row]` of logits `[row d_vocab]`: one row per example, or all rows of one example."""
-        ids = [torch.as_tensor(target, device=logits.device) for target in self.targets]
-        if example is not None:
-            ids = [target if target.ndim == 0 else target[example] for target in ids]
-        more = [] if clean is None else [clean]
-        return self.fn(logits, *[target.expand(len(logits)) for target in ids], *more)
+        found = []
+        for target in self.targets:
+            ids = torch.stack(target) if isinstance(target, tuple) and example is None else target
+            if example is not None and not isinstance(ids, int) and (isinstance(ids, tuple) or ids.ndim):
+                ids = ids[example]
+            assert not isinstance(ids, tuple)
+            found.append(torch.as_tensor(ids, device=logits.device).expand(logits.shape[:-1]))
+        return self.fn(logits, *found, *([] if clean is None else [clean]))
 
 
 def logprob(target: Target, at: PositionLike = -1) -> Score:
@@ -81,6 +89,24 @@ def rank(target: Target, at: PositionLike = -1) -> Score:
     return Score("rank", lambda logits, ids: (logits > _pick(logits, ids)[:, None]).sum(-1).float(), at, (target,))
 
 
+def nll(tokens: Tokens, span: str = "target") -> Score:
+    """Negative log-likelihood of a named span of the text given what precedes it, summed over its tokens, in nats.
+
+    Raises:
+        PlanError: no span of that name, an empty one, or one that begins with the text.
+    """
+    if span not in tokens.rows.names:
+        raise PlanError(f"the text has no span {span!r}. {nearest(span, tokens.rows.names)}")
+    places, ids = [], []
+    for row, chosen in enumerate(tokens.rows.names[span]):
+        if not chosen or chosen[0] == 0:
+            raise PlanError(f"span {span!r} of row {row} is empty, or has nothing before it to be predicted from")
+        real = tokens.rows.real[row]
+        places.append([i - 1 for i in chosen])
+        ids.append(tokens.ids[row, [real[i] for i in chosen]])
+    return Score("nll", lambda x, y: -_pick(torch.log_softmax(x, -1), y).sum(-1), places, (tuple(ids),), span=True)
+
+
 def kl(at: PositionLike = -1) -> Score:
     """KL divergence of the next-token distribution from that of the run without edits, in nats: KL(clean ‖ edited)."""
 
@@ -92,4 +118,4 @@ def kl(at: PositionLike = -1) -> Score:
 
 
 def _pick(values: Tensor, ids: Tensor) -> Tensor:
-    return values.gather(-1, ids[:, None])[:, 0]
+    return values.gather(-1, ids[..., None])[..., 0]

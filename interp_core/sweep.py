@@ -159,9 +159,9 @@ class _Runner(Planner):
         if passes:
             keep = any(one.start for one in passes)
             shared = clean_pass(self._engine(), self.model.atlas, self._inputs(text, 0, row), keep=keep)
-            reference = shared.logits[:, self._kept(0, row)].to(kind)
+            reference = self._seen(shared.logits[:, self._kept(0, row)]).to(kind)
         else:
-            reference = self.model.run(text, logits=self.scored[row]).logits.as_subclass(Tensor).to(kind)
+            reference = self._seen(self.model.run(text, logits=self.scored[row]).logits.as_subclass(Tensor)).to(kind)
         for one in passes:
             for step, value, norm in self._climb(one, text, shared, row, reference):
                 store.put(step.number, row, value, norm)
@@ -171,7 +171,7 @@ class _Runner(Planner):
                 saved = time.monotonic()
         for number in plan.singles[row]:
             run = self.model.run(text, edits=self.single(number, row), logits=self.scored[row], allow_noop=True)
-            logits = run.logits.as_subclass(Tensor).to(kind)
+            logits = self._seen(run.logits.as_subclass(Tensor)).to(kind)
             store.put(
                 number,
                 row,
@@ -203,11 +203,11 @@ class _Runner(Planner):
             for part in (steps[:half], steps[half:]):
                 yield from self._climb(Pass(part, one.start), text, clean, row, reference)
             return
-        scored = logits[:, self._kept(one.start, row)].to(reference.dtype)
+        scored = self._seen(logits[:, self._kept(one.start, row)]).to(reference.dtype)
         yield from zip(steps, self._score(scored, row, reference).tolist(), moved, strict=True)
 
     def _score(self, logits: Tensor, row: int, reference: Tensor) -> Tensor:
-        clean = reference.expand(len(logits), -1) if self.score.clean else None
+        clean = reference.expand_as(logits) if self.score.clean else None
         return self.score.rows(logits, row, clean).detach().cpu()
 
     def _inputs(self, text: Tokens, start: int, row: int) -> dict[str, Any]:
@@ -217,9 +217,13 @@ class _Runner(Planner):
         if start:
             inputs["position_ids"] = torch.arange(start, width, device=device)[None]
         if self.model.keeps_logits:
-            inputs["logits_to_keep"] = torch.tensor([self.scored[row] - start], device=device)
+            inputs["logits_to_keep"] = torch.tensor(self.scored[row], device=device) - start
         return inputs
 
-    def _kept(self, start: int, row: int) -> int:
+    def _kept(self, start: int, row: int) -> slice | list[int]:
         """Where the scored logits are in what a pass returns."""
-        return 0 if self.model.keeps_logits else self.scored[row] - start
+        return slice(None) if self.model.keeps_logits else [column - start for column in self.scored[row]]
+
+    def _seen(self, logits: Tensor) -> Tensor:
+        """Logits `[row pos d_vocab]` as the score takes them: one position has no axis."""
+        return logits if self.score.span else logits[:, 0]

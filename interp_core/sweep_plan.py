@@ -107,12 +107,12 @@ class Planner:
     ) -> None:
         self.model, self.tokens, self.variants, self.score = model, tokens, variants, score
         self.budget = budget if budget is not None else _free(model.device) // 2
-        self.scored: list[int] = []
+        self.scored: list[list[int]] = []
         for row, columns in enumerate(resolve(Site("logits").at(score.at).pos or 0, tokens.rows)):
-            if len(columns) != 1:
+            if len(columns) != 1 and not score.span:
                 raise PlanError(f"score {score.name} reads {len(columns)} positions of row {row}; it takes one")
-            self.scored.append(self._local(columns, row)[0])
-        self.widths = [max(self.scored[row], self._last(row)) + 1 for row in range(len(tokens))]
+            self.scored.append(self._local(columns, row))
+        self.widths = [max(*self.scored[row], self._last(row)) + 1 for row in range(len(tokens))]
 
     def _local(self, columns: Sequence[int], row: int) -> list[int]:
         """Columns of the batch as positions in their row."""
@@ -159,7 +159,7 @@ class Planner:
                     return None
                 own.append(placed[0])
                 layer, start = min(layer, placed[1]), min(start, placed[2])
-        scored = self.scored[row]
+        scored = max(self.scored[row])
         if not own:
             return None
         if start > scored:
@@ -168,7 +168,7 @@ class Planner:
                 f"{scored}: nothing can change"
             )
         layer = 0 if strategy in ("batched", "prefix") else layer
-        start = 0 if strategy in ("batched", "restart") else start
+        start = 0 if strategy in ("batched", "restart") else min(start, *self.scored[row])
         return Step(number, tuple(own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -276,3 +277,29 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.endswith("\n") and f"sweep {2 * len(variants(model))} of {2 * len(variants(model))}, " in shown
     model.sweep(tokens(), variants(model), JUDGED)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_likelihood_of_spans(family: str) -> None:
+    """Rows have spans of different lengths; what lies before the first scored position comes from the clean pass."""
+    model = tiny_model(family, torch.float64)
+    spans = {"answer": ((ic.Span(4, 7),), (ic.Span(3, 5),))}
+    text = replace(tokens(), spans=spans)
+    judged = score.nll(text, "answer")
+    edits = [S.resid_pre[1].at(1).scale(2.0), S.z[0, 1].at(2).zero(), S.mlp_out[2].at(3).scale(0.0)]
+    found = model.sweep(text, edits, judged)
+    for number, edit in enumerate([None, *edits]):
+        for row, chosen in enumerate(((4, 5, 6), (3, 4))):
+            logits = model.run(text.row(row), edits=edit or ()).logits.as_subclass(torch.Tensor)[0].log_softmax(-1)
+            wanted = -sum(float(logits[i - 1, text.row(row).ids[0, i]]) for i in chosen)
+            value = found.clean[row] if edit is None else found.values[number - 1, row]
+            assert float(value) == pytest.approx(wanted, rel=1e-6)
+    single = replace(text.row(0), spans={"answer": ((ic.Span(4, 7),),)})
+    run = model.run(single)
+    assert float(score.nll(single, "answer")(run)) == pytest.approx(float(found.clean[0]), rel=1e-9)
+    with pytest.raises(ic.PlanError, match="the rows' spans differ in length"):
+        judged(model.run(text))
+    with pytest.raises(ic.PlanError, match="no span 'answr'. Did you mean 'answer'"):
+        score.nll(text, "answr")
+    with pytest.raises(ic.PlanError, match="nothing before it to be predicted from"):
+        score.nll(replace(text, spans={"answer": ((ic.Span(0, 2),), (ic.Span(3, 5),))}), "answer")
