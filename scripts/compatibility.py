@@ -22,6 +22,7 @@ from interp_core.sites import SITES
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from parity import Battery, battery  # noqa: E402
+from sweeping import against_full  # noqa: E402
 
 ENGINES = ("torch", "nnsight", "transformer_lens")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -76,6 +77,7 @@ def page(found: dict[str, dict[str, list[Battery]]]) -> list[str]:
         columns = [[[b.cells.get(site) for b in cells[e]] for cells in found.values()] for e in ENGINES]
         if any(None not in family for column in columns for family in column):
             lines.append(f"| `{site}` | " + " | ".join(_site(column) for column in columns) + " |")
+    lines += ["", *sweeps(list(found))]
     lines += ["", "## What is refused, and why", "", *_reasons(found), "## What a family lacks, and why", ""]
     for name in found:
         lacking: dict[str, list[str]] = {}
@@ -83,6 +85,22 @@ def page(found: dict[str, dict[str, list[Battery]]]) -> list[str]:
             if not any(word in why for word in ABSENT):
                 lacking.setdefault(why, []).append(f"`{site}`")
         lines += [f"- **{name}** {', '.join(sites)}: {why}" for why, sites in lacking.items()]
+    return lines
+
+
+def sweeps(families: list[str]) -> list[str]:
+    """How far sweeps are from one full forward pass per variant."""
+    lines = [
+        "## Sweeps",
+        "",
+        "What `model.sweep` takes by itself on engine `torch` ([strategies](sweeps.md)), and the largest",
+    ]
+    lines += ["difference of its scores to one full forward pass per variant, over the largest score.", ""]
+    lines += ["| family | strategy | float64 | float32 | why nothing cheaper |", "|---|---|---|---|---|"]
+    for family in families:
+        rows = [against_full(family, dtype) for dtype in DTYPES[:2]]
+        errors = " | ".join(_worst([row.error]) for row in rows)
+        lines.append(f"| {family} | {rows[0].strategy} | {errors} | {rows[0].why} |")
     return lines
 
 

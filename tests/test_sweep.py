@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from sweeping import JUDGED, tokens, variants
 
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
 from interp_core.engines import staircase
 
-ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3])
-JUDGED = score.logit_diff(torch.tensor([3, 7]), torch.tensor([9, 11]))
 COARSER = {"gptj", "gpt_neo", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
 """Families in which some layer's attention cannot take keys from the clean pass."""
 FLOAT32_INSIDE = {"gptj", "gpt_neo", "llama4", "glm4_moe", "deepseek_v3"}
-
-
-@cache
-def tokens() -> ic.Tokens:
-    rows = [torch.tensor([row]) for row in ROWS]
-    return ic.Tokens.stack([ic.Tokens(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
-
-
-def variants(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
-    """Heads, streams at several positions, attention inside, several edits at once, values per example."""
-    vector = torch.linspace(-2, 2, 64, dtype=model.dtype)
-    layer = model.heads[-1][0]
-    out: list[ic.Edit | list[ic.Edit]] = [S.z[at, head].at(-1).zero() for at, head in model.heads]
-    out += [S.resid_post[at].at(pos).add(vector) for at in range(3) for pos in (0, 2, -1)]
-    out += [
-        S.pattern[layer].knockout(query=-1, key=1),
-        [S.mlp_out[0].scale(0.5), S.z[layer, 1].at(2).scale(3.0)],
-        S.resid_pre[1].at(1).set(torch.stack([vector, 2 * vector])),
-        S.resid_pre[1].at([1, 3]).project(vector),
-    ]
-    return out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
