@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .architectures.atlas import Entry
 from .edits import TENSOR_OPS, Edit
+from .engines.staircase import clean_pass
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError
 from .positions import is_single, resolve
 from .score import Score
+from .selfcheck import WIDTH, probe_ids
 from .sites import Site
 from .text import Tokens
 
@@ -272,6 +274,8 @@ def _problem(model: Model, strategy: str, length: int) -> str:
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk and length > chunk:
             return f"attention in chunks of {chunk} does not reach back over the whole text"
+        if silent := _silent_window(model, length):
+            return silent
     tried = model.tried
     if strategy not in tried:
         tried[strategy] = ""
@@ -279,10 +283,23 @@ def _problem(model: Model, strategy: str, length: int) -> str:
     return tried[strategy]
 
 
+def _silent_window(model: Model, length: int) -> str:
+    """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
+    config = model.hf.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or length <= window or not getattr(config, "use_sliding_window", True):
+        return ""
+    ids = probe_ids(model)[None].to(model.device)
+    assert isinstance(model.engine, TorchEngine)
+    told = clean_pass(model.engine, model.atlas, {"input_ids": ids, "use_cache": False}, keep=True).windows
+    for layer, seen in enumerate(told):
+        if seen is None and (kinds is None or kinds[layer] == "sliding_attention"):
+            return f"layer {layer} attends in a window of {window} and does not tell its attention so"
+    return ""
+
+
 def _trial(model: Model, strategy: str) -> str:
     """Hold a strategy against full forward passes on a few tokens and edits."""
-    from .selfcheck import WIDTH, probe_ids
-
     ids = probe_ids(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
     vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
