@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .errors import CapabilityError, InterpError
-from .selfcheck import DERIVED_ONCE, PROBED, probe_edit, probe_ids
-from .sites import SITES, Site
+from .selfcheck import PROBED, probe_edit, probe_ids, probed
+from .sites import SITES
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -130,11 +130,6 @@ def _tokens(model: Model) -> Tokens:
     return Tokens(ids[None], torch.ones(1, len(ids), dtype=torch.bool))
 
 
-def _site(name: str, layer: int) -> Site:
-    unit = 0 if name in DERIVED_ONCE else None
-    return Site(name, layer if SITES[name].layered else None, unit)
-
-
 def _distance(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value; hidden scores count as equal."""
     a, b = a.as_subclass(Tensor).double(), b.as_subclass(Tensor).double()
@@ -145,7 +140,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _read(model: Model, other: Model, name: str, layer: int) -> float:
-    site = _site(name, layer)
+    site = probed(name, layer)
     if other is model:
         return 0.0  # the self-check has held its equations
     runs = [m.run(_tokens(model), read=site)[site] for m in (other, model)]
@@ -154,8 +149,8 @@ def _read(model: Model, other: Model, name: str, layer: int) -> float:
 
 def _probe(model: Model, name: str, layer: int) -> Edit:
     """The self-check's edit of that site, in one row."""
-    edit = probe_edit(model.atlas.entries[name, layer], 0, 1, model.run(_tokens(model), read=_site(name, layer)))
-    return _site(name, layer).at(query=-1, key=-2).add(edit.value) if "query" in SITES[name].axes else edit
+    edit = probe_edit(model.atlas.entries[name, layer], 0, 1, model.run(_tokens(model), read=probed(name, layer)))
+    return probed(name, layer).at(query=-1, key=-2).add(edit.value) if "query" in SITES[name].axes else edit
 
 
 def _write(model: Model, other: Model, name: str, layer: int) -> float:
@@ -166,7 +161,7 @@ def _write(model: Model, other: Model, name: str, layer: int) -> float:
 
 
 def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
-    site, tokens, edit = _site(name, layer), _tokens(model), _probe(model, name, layer)
+    site, tokens, edit = probed(name, layer), _tokens(model), _probe(model, name, layer)
     weights = torch.randn(model.atlas.shape.d_vocab, generator=torch.Generator().manual_seed(1))
 
     def score(logits: Tensor) -> Tensor:
@@ -182,7 +177,7 @@ def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
 
 
 def _generation(model: Model, other: Model, name: str, layer: int) -> float:
-    site, tokens = _site(name, layer), _tokens(model)
+    site, tokens = probed(name, layer), _tokens(model)
     made = other.generate(tokens, read=site, max_new_tokens=NEW, stop_at_eos=False)
     whole = Tokens(made.tokens.ids[:, :-1], torch.ones(1, made.tokens.ids.shape[1] - 1, dtype=torch.bool))
     wanted = other.run(whole, read=site)[site].as_subclass(Tensor)

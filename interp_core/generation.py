@@ -68,7 +68,8 @@ def generate(
     compiled = model.compile(read, edits)
     for edit in compiled.edits:
         _check_steady(edit, tokens.rows)
-    for site in (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots)):
+    sites = (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots))
+    for site in {site.name: site for site in reversed(sites)}.values():  # one of each name, plans may have thousands
         if why := model.can(site.name, "generate"):
             raise CapabilityError(f"{site} while generating: {why}")
     settings = _settings(model, do_sample, temperature, top_p, top_k, stop_at_eos)
@@ -99,8 +100,7 @@ def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
 
     inputs = {k: value for k, value in model_inputs(compiled.model, tokens).items() if k != "position_ids"}
     inputs["attention_mask"] = tokens.mask.to(compiled.model.device, torch.long)
-    sites = [edit.site.name for edit in compiled.edits] + [slot.entry.name for slot in compiled.program.slots]
-    if "logits" in sites:
+    if compiled.touches("logits"):
         inputs["logits_to_keep"] = 0  # it would compute the prompt's last ones only
     return inputs
 

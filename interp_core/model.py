@@ -318,13 +318,7 @@ class Model:
         """
         from .sweep import sweep
 
-        options: dict[str, Any] = {
-            "strategy": strategy,
-            "memory_budget": memory_budget,
-            "out": out,
-            "progress": progress,
-        }
-        return sweep(self, x, variants, score, **options)
+        return sweep(self, x, variants, score, strategy, memory_budget, out, progress)
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,
@@ -393,6 +387,11 @@ class CompiledPlan:
         """The plan."""
         return Plan.of(self._reads, self.edits)
 
+    def touches(self, name: str) -> bool:
+        """Whether it reads or edits sites of that name."""
+        read = any(slot.entry.name == name for slot in self.program.slots)
+        return read or any(edit.site.name == name for edit in self.edits)
+
     def run(
         self,
         x: Input,
@@ -431,8 +430,7 @@ class CompiledPlan:
         region = Region(Site("logits").at(asked), None)
         assert region.pos is not None
         columns = region.columns(rows, region.pos)
-        seen = any(site.name == "logits" for site in (*self.plan.reads, *(edit.site for edit in self.edits)))
-        if self.model.keeps_logits and not seen:
+        if self.model.keeps_logits and not self.touches("logits"):
             kept = sorted({column for row in columns for column in row})
             columns = [[kept.index(column) for column in row] for row in columns]
             tail = kept == list(range(rows.width - len(kept), rows.width))

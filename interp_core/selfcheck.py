@@ -131,6 +131,11 @@ def first_unit(site: Site, atlas: Atlas) -> Site:
     return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
 
 
+def probed(name: str, layer: int) -> Site:
+    """A site in one layer, or one unit of it where reading it all costs too much."""
+    return Site(name, layer if SITES[name].layered else None, 0 if name in DERIVED_ONCE else None)
+
+
 def probe_ids(model: Model) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
@@ -144,11 +149,7 @@ def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
     known = {"batch": 1, "pos": WIDTH, "query": WIDTH, "key": WIDTH, "visual": WIDTH}
     for layer in atlas.layers(name):
         entry = atlas.entries[name, layer]
-        site = (
-            first_unit(Site(name), atlas)
-            if name in DERIVED_ONCE
-            else Site(name, layer if SITES[name].layered else None)
-        )
+        site = probed(name, layer)
         axes = [axis for axis in SITES[name].axes if not (axis == SITES[name].unit and site.units is not None)]
         wanted = [known[axis] if axis in known else entry.sizes[axis] for axis in axes]
         try:
@@ -279,9 +280,7 @@ def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     """An edit of one row, at some of the last positions, that no symmetry of the model can undo."""
     mask = Mask(tuple(PROBED if i == row else () for i in range(n_rows)), WIDTH)
     info = SITES[entry.name]
-    site = Site(entry.name, entry.layer if info.layered else None)
-    if entry.name in DERIVED_ONCE:
-        site = Site(entry.name, entry.layer, 0)
+    site = probed(entry.name, entry.layer)
     if entry.name == "router_weights":
         return site.at(mask).scale(0.5)
     value = run[site].as_subclass(Tensor)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
 from .errors import PlanError, PluginError, nearest
@@ -36,10 +37,8 @@ def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) ->
     Raises:
         PlanError: naming the setting, and the nearest one that there is.
     """
-    known = config.model_fields
     for key in settings:
-        if key not in known:
-            raise PlanError(f"{owner} has no setting {key!r}. {nearest(key, known)}")
+        _known(owner, config, key)
     try:
         return config(**settings)
     except ValidationError as error:
@@ -48,6 +47,12 @@ def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) ->
         if first["type"] == "missing":
             raise PlanError(f"{owner}: setting {where} is missing; it has no default") from error
         raise PlanError(f"{owner}: setting {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _known(owner: str, config: type[Config], key: str) -> FieldInfo:
+    if key not in config.model_fields:
+        raise PlanError(f"{owner} has no setting {key!r}. {nearest(key, config.model_fields)}")
+    return config.model_fields[key]
 
 
 def of_function(function: Callable[..., Any]) -> type[Config]:
@@ -112,14 +117,12 @@ def _type(annotation: Any) -> str:
     return annotation.__name__ if plain else re.sub(r"\b(\w+\.)+(?=\w)", "", str(annotation))
 
 
-_SECTION = re.compile(r"^(?P<in> *)(Attributes|Args):\n(?P<body>(?:(?P=in) +\S.*\n|\s*\n)+)", re.M)
+_SECTION = re.compile(r"^(?P<indent> *)(Attributes|Args):\n(?P<body>(?:(?P=indent) +\S.*\n?|\s*\n)+)", re.M)
 
 
 def described(doc: str) -> dict[str, str]:
     """What the `Attributes:` or `Args:` section of a docstring says of each name."""
-    section = re.search(
-        r"^(?P<indent> *)(Attributes|Args):\n(?P<body>(?:(?P=indent) +\S.*\n?|\s*\n)+)", doc + "\n", re.M
-    )
+    section = _SECTION.search(doc + "\n")
     if section is None:
         return {}
     lines = [line for line in section["body"].splitlines() if line.strip()]
@@ -147,9 +150,7 @@ def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, An
         key, sign, value = pair.partition("=")
         if not sign:
             raise PlanError(f"{pair!r} is not a setting: write key=value")
-        if key not in config.model_fields:
-            raise PlanError(f"{owner} has no setting {key!r}. {nearest(key, config.model_fields)}")
-        found[key] = _value(config.model_fields[key].annotation, value)
+        found[key] = _value(_known(owner, config, key).annotation, value)
     return found
 
 

@@ -87,20 +87,19 @@ def sweep(
     x: Input,
     variants: Iterable[Variant],
     score: Score,
-    *,
-    strategy: str = "auto",
-    memory_budget: int | None = None,
-    out: str | Path | None = None,
-    progress: bool = False,
+    strategy: str,
+    budget: int | None,
+    out: str | Path | None,
+    progress: bool,
 ) -> Sweep:
-    """See `Model.sweep`."""
+    """See `Model.sweep`, which has the defaults."""
     tokens = model._fitting(model._input(x))
     listed = _listed(variants)
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
     everything = tuple(edit for edits in listed for edit in edits)
     model.engine.compile(Plan((), everything), model.atlas)  # a wrong one is found before anything runs
-    runner = _Runner(model, tokens, listed, score, memory_budget)
+    runner = _Runner(model, tokens, listed, score, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     key = key_of(model, tokens, listed, score) if out is not None else ""
     store = Store(None if out is None else Path(out), key, len(listed), len(tokens), kind)

@@ -15,7 +15,7 @@ from .edits import TENSOR_OPS, Edit
 from .engines.staircase import clean_pass
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError
-from .positions import is_single, resolve
+from .positions import Position, is_single, resolve
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
 from .sites import Site
@@ -109,24 +109,26 @@ class Planner:
     ) -> None:
         self.model, self.tokens, self.variants, self.score = model, tokens, variants, score
         self.budget = budget if budget is not None else _free(model.device) // 2
-        self.scored: list[list[int]] = []
-        for row, columns in enumerate(resolve(Site("logits").at(score.at).pos or 0, tokens.rows)):
-            if len(columns) != 1 and not score.span:
-                raise PlanError(f"score {score.name} reads {len(columns)} positions of row {row}; it takes one")
-            self.scored.append(self._local(columns, row))
+        self._resolved: dict[Position, list[list[int]]] = {}
+        self.scored = self._local(Site("logits").at(score.at).pos or 0)
+        for row, places in enumerate(self.scored):
+            if len(places) != 1 and not score.span:
+                raise PlanError(f"score {score.name} reads {len(places)} positions of row {row}; it takes one")
         self.widths = [max(*self.scored[row], self._last(row)) + 1 for row in range(len(tokens))]
 
-    def _local(self, columns: Sequence[int], row: int) -> list[int]:
-        """Columns of the batch as positions in their row."""
-        real = self.tokens.rows.real[row]
-        return [real.index(column) for column in columns]
+    def _local(self, chosen: Position) -> list[list[int]]:
+        """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once."""
+        if chosen not in self._resolved:
+            found = zip(self.tokens.rows.real, resolve(chosen, self.tokens.rows), strict=True)
+            self._resolved[chosen] = [[real.index(column) for column in columns] for real, columns in found]
+        return self._resolved[chosen]
 
     def _places(self, site: Site, row: int) -> dict[str, int | list[int]]:
         """Positions that a site selects in a row: `pos`, and `key`."""
         places: dict[str, int | list[int]] = {}
         for axis, chosen in (("pos", site.pos), ("key", site.key)):
             if chosen is not None:
-                local = self._local(resolve(chosen, self.tokens.rows)[row], row)
+                local = self._local(chosen)[row]
                 places[axis] = local[0] if is_single(chosen) else local
         return places
 
@@ -251,7 +253,7 @@ def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str]:
     """The cheapest strategy that holds on this model, no dearer than asked for; and why not a cheaper one."""
     order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
     never = ""
-    if not isinstance(model.engine, TorchEngine) or type(model.engine).name != "torch":
+    if type(model.engine) is not TorchEngine:
         never = f"engine {model.engine.name!r} runs one variant after the other"
     elif tokens.inputs:
         never = "a text with images is run whole"

@@ -47,6 +47,10 @@ class NNsightProgram(PortProgram):
 
     engine: NNsightEngine
 
+    def __init__(self, engine: NNsightEngine, plan: Plan, atlas: Atlas) -> None:
+        super().__init__(engine, plan, atlas)
+        self._made: dict[int, list[Visit]] = {}
+
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """See `PortProgram.carry`."""
         engine = self.engine
@@ -88,7 +92,9 @@ class NNsightProgram(PortProgram):
             pass
 
     def _visits(self, order: Mapping[Place, Passage]) -> list[Visit]:
-        """What is done in one forward pass, in the order of the model."""
+        """What is done in one forward pass, in the order of the model; made once for each order."""
+        if id(order) in self._made:
+            return self._made[id(order)]
         found: list[tuple[int, int, Visit]] = []
         for port in self.ports:
             path, side = port.tap.module, port.tap.side
@@ -100,7 +106,8 @@ class NNsightProgram(PortProgram):
             found.append((order[path, side].rank, 0, visit))
             if side == "out" and port.derived:
                 found.append((order[path, "in"].rank, 1, _take_input(envoy, given)))
-        return [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
+        self._made[id(order)] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
+        return self._made[id(order)]
 
 
 class _Given:

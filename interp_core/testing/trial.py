@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..errors import InterpError
 from ..methods import Method
 from ..model import Model
-from ..result import Result
+from ..result import Result, same
 from ..text import Tokens
 from .state import State
 
@@ -80,14 +80,14 @@ class Trial:
         _seed()
         before, result, error = State.of(self.model.hf), None, ""
         try:
-            result = self.method()(self.model, tokens, **self.settings)
+            result = self.run(tokens)
         except (Exception, SystemExit):  # a plugin may raise anything
             error = traceback.format_exc()
         after = State.of(self.model.hf)
-        same = torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
+        kept = torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
         tokens.ids.copy_(ids)
         tokens.mask.copy_(mask)
-        return Outcome(result, error, before, after, "" if same else "it writes into the tokens that it was given")
+        return Outcome(result, error, before, after, "" if kept else "it writes into the tokens that it was given")
 
     @property
     def result(self) -> Result:
@@ -111,15 +111,7 @@ def unequal(a: Any, b: Any) -> list[str]:
     """Names of the fields in which two results differ."""
     if type(a) is not type(b):
         return [f"kind ({type(a).__name__}, {type(b).__name__})"]
-    names = []
-    for field in fields(a):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            same = x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num())
-        else:
-            same = bool(x == y)
-        names += [] if same else [field.name]
-    return names
+    return [f.name for f in fields(a) if not same(getattr(a, f.name), getattr(b, f.name))]
 
 
 @contextmanager

@@ -157,9 +157,11 @@ class ActivationPatching(ic.Method):
         other = None if config.corrupted is None else self._corrupted(model, tokens, config)
         base, source = (tokens, other) if config.direction == "noising" or other is None else (other, tokens)
         layers, heads, places = self._grid(model, tokens, config)
-        answer = self._said(model, tokens, config.answer)
-        answers = [answer, answer if other is None else self._said(model, other, config.other)]
-        judged = score.logprob(answer) if other is None else score.logit_diff(*answers)
+        here = model.run(tokens, logits=-1)
+        there = here if other is None else model.run(other, logits=-1)
+        answers = [self._said(here, config.answer)]
+        answers.append(answers[0] if other is None else self._said(there, config.other))
+        judged = score.logprob(answers[0]) if other is None else score.logit_diff(*answers)
         if other is not None and bool((answers[0] == answers[1]).any()):
             row = int((answers[0] == answers[1]).nonzero()[0])
             raise ic.PlanError(
@@ -167,8 +169,7 @@ class ActivationPatching(ic.Method):
                 "give answer=[…] and other=[…], or prompts that differ"
             )
         grid = layers, heads, places
-        clean = judged(model.run(base, logits=-1)).cpu()
-        target = clean if source is None else judged(model.run(source, logits=-1)).cpu()
+        clean, target = (judged(here if text is tokens else there).cpu() for text in (base, source))
         if config.by == "gradient":
             effects, explain = self._estimated(model, base, source, config.site, grid, judged), "one backward pass"
         else:
@@ -212,12 +213,14 @@ class ActivationPatching(ic.Method):
         places = list(range(tokens.lengths[0])) if config.at == "all" else config.at
         return [entry.layer for entry in entries], heads, [places] if isinstance(places, int) else places
 
-    def _said(self, model: ic.Model, text: ic.Tokens, given: list[int] | None) -> Tensor:
+    def _said(self, run: ic.Run, given: list[int] | None) -> Tensor:
         if given is not None:
-            if len(given) != len(text):
-                raise ic.PlanError(f"activation_patching: {len(given)} answers for {len(text)} rows; give one per row")
+            if len(given) != len(run.tokens):
+                raise ic.PlanError(
+                    f"activation_patching: {len(given)} answers for {len(run.tokens)} rows; give one per row"
+                )
             return torch.tensor(given)
-        return model.run(text, logits=-1).logits.as_subclass(Tensor).argmax(-1).cpu()
+        return run.logits.as_subclass(Tensor).argmax(-1).cpu()
 
     def _estimated(
         self, model: ic.Model, base: ic.Tokens, source: ic.Tokens | None, name: str, grid: Any, judged: score.Score
