@@ -36,6 +36,25 @@ def variants(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
     return out
 
 
+def everywhere(model: ic.Model) -> list[ic.Edit]:
+    """An edit of every site that can be changed, in its last layer."""
+    found: list[ic.Edit] = []
+    for name, info in S.SITES.items():
+        layers = model.atlas.layers(name)
+        if not layers or info.visual or model.can(name, "write"):
+            continue
+        site = S.named(name)[layers[-1]] if info.layered else S.named(name)
+        if info.unit in ("head", "expert") and name not in ("router_logits", "router_weights"):
+            site = S.named(name)[layers[-1], 1]
+        if "query" in info.axes:
+            found += [site.at(query=-1).scale(0.5), site.at(query=[1, 2], key=0).apply(lambda x: x * 0.3)]
+        else:
+            found += [site.at(-1).scale(0.5), site.at([0, 2, 3]).apply(lambda x: x * 0.3), site.scale(2.0)]
+        if name == "router_logits":
+            found.append(site.at(-1).mask(experts=[0]))
+    return found
+
+
 class Row(NamedTuple):
     """What "auto" took on a family, how far its numbers are from full forward passes, and why it took nothing cheaper."""
 

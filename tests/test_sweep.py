@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from sweeping import JUDGED, tokens, variants
+from sweeping import JUDGED, everywhere, tokens, variants
 
 import interp_core as ic
 from interp_core import score, testing
@@ -142,19 +142,36 @@ def test_scores() -> None:
     )
 
 
-def test_what_a_pass_of_many_cannot_do_gets_passes_of_its_own() -> None:
-    model = tiny_model("qwen3_moe")
-    edits = [
-        S.router_logits[0].at(-1).mask(experts=[0]), S.head_out[1, 2].at(-1).zero(),
-        S.resid_post[1].at(-1).apply(lambda x: x * 2), S.z[1, 2].at(-1).zero(), S.embed.at(2).scale(2.0),
-    ]  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_goes_into_passes_of_many(family: str) -> None:
+    """Also those whose value is computed beside the forward pass: routers, experts' and heads' outputs, resid_mid."""
+    model = tiny_model(family, torch.float64)
+    edits = everywhere(model)
     found = model.sweep(tokens(), edits, JUDGED)
-    assert found.plan.singles == [[0, 1, 2, 4], [0, 1, 2, 4]]
-    torch.testing.assert_close(found.values[1], found.values[3], atol=1e-5, rtol=1e-5)
-    nothing = model.sweep(tokens(), [[], edits[3]], JUDGED)
-    torch.testing.assert_close(nothing.values[0], nothing.clean)
+    ends = [i for i, edit in enumerate(edits) if edit.site.name in ("final_norm", "logits")]
+    assert found.plan.singles == [ends, ends]
     full = model.sweep(tokens(), edits, JUDGED, strategy="full")
-    torch.testing.assert_close(found.values, full.values, atol=1e-4, rtol=1e-4)
+    limit = 1e-6 if family in FLOAT32_INSIDE else 1e-10
+    assert (found.values - full.values).abs().max() <= limit * full.values.abs().max()
+    torch.testing.assert_close(found.moved, full.moved, atol=1e-5, rtol=1e-5)
+
+
+def test_edits_of_one_variant_follow_each_other() -> None:
+    """At one place of one row, and beside other variants' edits there."""
+    model = tiny_model("llama", torch.float64)
+    vector = torch.linspace(-2, 2, 64, dtype=torch.float64)
+    at = S.resid_pre[1].at(-1)
+    edits = [
+        [at.add(vector), at.scale(2.0)], [at.scale(2.0), at.add(vector)], at.zero(), [at.zero(), at.add(vector)],
+        [S.head_out[1, 0].at(-1).scale(2.0), S.head_out[1, 0].at(-1).zero(), S.head_out[1, 1].at([1, 3, 4]).zero()],
+        [S.resid_pre[1].at([0, 1, 3]).zero(), S.resid_pre[1].apply(lambda x: x + 1)], [],
+    ]  # fmt: skip
+    found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    assert found.plan.singles == [[6], [6]]
+    torch.testing.assert_close(found.values, full.values, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.moved, full.moved, atol=1e-6, rtol=1e-6)
+    assert len(set(full.values[:4, 0].tolist())) == 4
+    torch.testing.assert_close(full.values[6], full.clean)
 
 
 def test_other_engines_run_one_after_the_other() -> None:
