@@ -97,6 +97,11 @@ def probability(target: Target, at: PositionLike = -1) -> Score:
     return Score("probability", lambda logits, ids: _pick(torch.softmax(logits, -1), ids), at, (target,))
 
 
+def logit(target: Target, at: PositionLike = -1) -> Score:
+    """Logit of the target token."""
+    return Score("logit", lambda logits, ids: _pick(logits, ids), at, (target,), narrow=True)
+
+
 def logit_diff(target: Target, other: Target, at: PositionLike = -1) -> Score:
     """Logit of the target token minus that of another."""
     return Score(

@@ -153,7 +153,9 @@ class Planner:
             found = zip(self.tokens.rows.real, resolve(chosen, self.tokens.rows), strict=True)
             for row, (real, columns) in enumerate(found):
                 if padding := sorted({*columns} - {*real}):
-                    raise PlanError(f"column {padding[0]} of row {row} is padding; a sweep edits and scores real tokens")
+                    raise PlanError(
+                        f"column {padding[0]} of row {row} is padding; a sweep edits and scores real tokens"
+                    )
                 self._resolved.setdefault(chosen, []).append([real.index(column) for column in columns])
         return self._resolved[chosen]
 
@@ -273,7 +275,9 @@ class Planner:
         shape, config = self.model.atlas.shape, self.model.hf.config.get_text_config()
         d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
         heads = getattr(config, "num_attention_heads", 1)
-        numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width) + 3 * shape.d_vocab
+        numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)
+        if not self.score.narrow and self.score.of is None:
+            numbers += 3 * shape.d_vocab
         return int(numbers * max(4, torch.empty((), dtype=self.model.dtype).element_size()))
 
     def single(self, number: int, row: int) -> list[Edit]:
@@ -329,7 +333,7 @@ def _problem(model: Model, strategy: str, tokens: Tokens) -> str:
     tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
     if key not in tried:
         tried[key] = ""
-        tried[key] = _trial(model, strategy, tokens.row(0) if tokens.inputs else _probe(model))
+        tried[key] = _trial(model, strategy, tokens if tokens.inputs else _probe(model))
     return tried[key]
 
 

@@ -143,8 +143,8 @@ def _merged(
         top    = max(before, own)           weights = exp(before - top)           mine = exp(own - top)
         output = (weights @ earlier values + mine @ values) / (sum of weights + sum of mine)
 
-    The large one, `[kv_head key (batch group query)]`, is written over in place; keys come before rows in it, which makes
-    its products and its maximum twice as fast for narrow heads.
+    The large one, `[kv_head key (batch group query)]`, is written over in place; keys come before rows in it, which
+    makes its products and its maximum twice as fast for narrow heads.
     """
     tap: LayerTap = module.__dict__["interp_tap"]
     assert tap.prefix is not None
