@@ -178,8 +178,8 @@ class _Runner(Planner):
                     store.save()
                     saved = time.monotonic()
             for number in plan.singles[row]:
-                value, norm = self._alone(text, row, self.single(number, row))
-                store.put(number, row, float(self._score(value.to(kind), row, reference)[0]), norm)
+                alone, norm = self._alone(text, row, self.single(number, row))
+                store.put(number, row, float(self._score(alone.to(kind), row, reference)[0]), norm)
                 progress.add(1)
         return self._score(reference, row, reference)[0]
 

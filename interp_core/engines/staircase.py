@@ -125,6 +125,7 @@ class RowRead(Read):
     """A read of all rows of a pass, however many there are of the one text."""
 
     __slots__ = ("n_rows",)
+    n_rows: int
 
     def bind(self, rows: Rows, window: Window | None) -> None:
         """Point the selection at all of them."""
@@ -243,7 +244,7 @@ class Staircase(TorchProgram):
         self.joins = joins
         self.flat = tuple(edit for edits in variants for edit in edits)
         self.squares: list[tuple[Tensor, Tensor]] = []
-        self.groups: list[Any] = []
+        self.groups: list[RowChanges] = []
         super().__init__(engine, Plan(() if read is None else (read,), self.flat), atlas)
 
     def _read(self, number: int, entry: Entry, tap: Tap, site: Site) -> Read:
@@ -265,8 +266,9 @@ class Staircase(TorchProgram):
                 seen[change.row] = turn = seen.get(change.row, -1) + 1
                 tap = change.tap
                 groups.setdefault((turn, tap.rank, tap.view, tap.get, change.units), []).append(change)
-            port.changes = [RowChanges(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
-            self.groups += port.changes
+            found = [RowChanges(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
+            port.changes = found  # type: ignore[assignment]  # a port asks of them what it asks of a change
+            self.groups += found
         return changes
 
     def note(self, rows: Tensor, norms: Tensor) -> None:
