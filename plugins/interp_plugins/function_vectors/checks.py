@@ -4,7 +4,7 @@
 * slot parity     dummy labels, labels, idx_map and idx_avg of this package equal those of the reference's procedure,
                   which is written down here a second time, word by word as it is specified: pieces tokenized one after
                   the other, labels zipped with tokens, tokens zipped with slots; for clean and corrupted prompts
-* verify          answer_ids[0], first_token_id and target_first_token_id equal what the tokenizer gives
+* verify          answer_ids, first_token_id and target_first_token_id equal what the tokenizer gives
 
 Every check says how many trials it looked at and what did not agree; all of them look at all trials.
 """
@@ -89,7 +89,7 @@ def slot_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
     return Check("slot parity", len(data["trials"]), tuple(found))
 
 
-def verify(data: Mapping[str, Any], tokenizer: Any) -> Check:
+def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
     """Answers' first tokens against the tokenizer."""
     template = template_of(data, tokenizer)
     special = template.front(tokenizer).added
@@ -129,7 +129,7 @@ def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, b
             f"{path}: meta.model_name_for_tokenizer is {theirs}, the model is {model}: make a file for this one with "
             "`interp run fv_fixed_trials`"
         )
-    for check in (prompt_parity(data, tokenizer), verify(data, tokenizer)):
+    for check in (prompt_parity(data, tokenizer), verify_answers(data, tokenizer)):
         if check.mismatches:
             more = f" (and {check.mismatch_count - 1} more)" if check.mismatch_count > 1 else ""
             raise ic.TextError(
