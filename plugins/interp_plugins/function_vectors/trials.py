@@ -294,10 +294,11 @@ def made(
     query_index: int,
 ) -> Trial:
     """A trial with its two prompts."""
-    clean, corrupted = (
-        build(tokenizer, template, shown, query, slots, where=f"trial {number}, {kind} prompt")
-        for kind, shown in (("clean", demos), ("corrupted", corrupted_demos))
-    )
-    return Trial(
-        number, tuple(demos), query, clean, corrupted, tuple(demo_indices), query_index, tuple(corrupted_demos)
-    )
+
+    def prompt(kind: str, shown: Sequence[Pair]) -> Prompt:
+        return build(tokenizer, template, shown, query, slots, where=f"trial {number}, {kind} prompt")
+
+    shown, shuffled = tuple(demos), tuple(corrupted_demos)
+    clean = prompt("clean", shown)
+    corrupted = clean if shuffled == shown else prompt("corrupted", shuffled)
+    return Trial(number, shown, query, clean, corrupted, tuple(demo_indices), query_index, shuffled)
