@@ -88,6 +88,8 @@ def test_legacy_evaluation_asks_rows_in_order() -> None:
     assert [trial.query_index for trial in some] == [1, 4]
     assert some[1].demos == every[1].demos  # rows outside the filter set draw nothing
     alone = legacy_trials(antonym, reader, queries=[0], **{**settings, "n_shots": 0})
+    with pytest.raises(ic.PlanError, match="these queries are test rows, built without slots"):
+        to_json(every)
     assert alone[0].clean.text == f"Q: {antonym.pairs[antonym.test[0]].input}\nA:"
 
 
@@ -114,7 +116,9 @@ def test_relation_draws() -> None:
     stream = random.Random(5)
     assert relation_trials(words, tokenizer("toy"), n_trials=40, n_demos=3, seed=stream)[0].query == found[0].query
     assert stream.random() != random.Random(5).random()
-    with pytest.raises(ic.PlanError, match="the file of fixed trials is for trials with slots whose rows are those of"):
+    with pytest.raises(
+        ic.PlanError, match="whose queries are validation rows; these queries are all rows, built with slots"
+    ):
         to_json(found)
     with pytest.raises(ic.PlanError, match="12 rows; 12 demonstrations and a query need 13. Ask for n_demos=11"):
         relation_trials(words, tokenizer("toy"), n_demos=12)

@@ -139,15 +139,15 @@ def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, b
     template = template_of(data, tokenizer, boundary)
     slots = dummy(tokenizer, template, data["meta"]["n_shots"])
     splits = {key: tuple(rows) for key, rows in data["splits"].items()}
-    items = tuple(_trial(number, row, tokenizer, template, slots) for number, row in enumerate(data["trials"]))
+    items = tuple(_trial(row, tokenizer, template, slots) for row in data["trials"])
     return Trials(items, slots, data["meta"], splits)
 
 
-def _trial(number: int, row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
+def _trial(row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
     clean, corrupted = ([unspaced(template, pair) for pair in row[f"demos_{kind}"]] for kind in KINDS)
     query = unspaced(template, row["query"])
     rows = row["demo_indices_in_train"], row["query_index_in_valid"]
-    return made(number, tokenizer, template, slots, clean, corrupted, query, *rows)
+    return made(row["trial_id"], tokenizer, template, slots, clean, corrupted, query, *rows)
 
 
 def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list[str]:

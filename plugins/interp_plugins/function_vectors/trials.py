@@ -60,7 +60,7 @@ class Trials(Sequence[Trial]):
     Attributes:
         items: the trials.
         slots: of their prompts; None where they were built without.
-        meta: settings, as the file has them.
+        meta: settings, as the file has them; `query_split` where queries are not validation rows.
         splits: row numbers of the task: `train_indices`, `valid_indices`, `test_indices`.
     """
 
@@ -277,7 +277,7 @@ def _made(
         "model_prepend_bos": front.added,
         "prepend_bos_token_used": bool(front.text),
         "rng": rng,
-    }
+    } | ({} if split == "valid" else {"query_split": split or "all"})
     splits = {"train_indices": task.train, "valid_indices": task.valid, "test_indices": task.test}
     return Trials(tuple(trial(i, draw) for i, draw in enumerate(draws)), known, settings, splits)
 
