@@ -30,6 +30,7 @@ from .tasks import Pair
 from .template import Boundary, Front, Part, Template, name_of
 
 LAST = "query_predictive_token"
+_BARE = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _RULES: dict[str, tuple[bool, bool]] = {  # boundary: (move a blank to the answer, the prompt must stay as it is)
     "strict": (False, True), "recompute": (True, False), "recompute-strict": (True, True), "reference": (False, False),
 }  # fmt: skip
@@ -217,13 +218,13 @@ def target_ids(
 def _ids(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
     if not text and not special:
         return ()
-    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return tuple(tokenizer(text, add_special_tokens=special, **_BARE)["input_ids"])
 
 
 def _labels(tokenizer: Any, parts: Sequence[Part], front: Front, ids: Sequence[int], where: str) -> tuple[str, ...]:
     """A label per token, by how far each piece makes the tokenized text grow."""
     texts = list(accumulate(part.text for part in parts))
-    counts = [len(row) for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    counts = [len(row) for row in tokenizer(texts, add_special_tokens=False, **_BARE)["input_ids"]]
     labels = ["bos_token"] * front.added
     before = 0
     for part, count in zip(parts, counts, strict=True):
