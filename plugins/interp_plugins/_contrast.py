@@ -1,0 +1,192 @@
+"""What studies share: which run is changed, where values come from, and what a change is judged by.
+
+    denoising   base: the corrupted prompt, values from the clean one
+    noising     base: the clean prompt, values from the corrupted one
+    share(v) = (score(base with v) - score(base)) / (score(source) - score(base))
+
+1 is the whole difference between the prompts, 0 none of it. Without a corrupted prompt values are zero, and an effect
+is the plain change of the score.
+
+Source: Heimersheim and Nanda (2024), arXiv:2404.15255.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import score as scores
+
+UNITS = {"logit_diff": "logits", "logprob": "nats", "kl": "nats", "nll": "nats", "probability": "probability"}
+SHARE = "share of the difference"
+
+
+class JudgedConfig(ic.Config):
+    """What every study can be set to.
+
+    Attributes:
+        answer, other: a token id or a word per row, or one for all.
+        strategy: of the sweep.
+        progress: show how much of the sweep is done.
+    """
+
+    answer: int | str | list[int] | list[str] | None = None
+    other: int | str | list[int] | list[str] | None = None
+    strategy: str = "auto"
+    progress: bool = False
+
+
+class ContrastConfig(JudgedConfig):
+    """What studies of two prompts can be set to.
+
+    Attributes:
+        corrupted: the other prompt, or one per row, with as many tokens; without one, what is chosen is set to zero.
+        direction: "denoising" puts clean values into the corrupted run, "noising" corrupted ones into the clean run.
+        score: "logit_diff" of answer and other, "logprob" or "probability" of the answer, or an `ic.score` of your own
+            (None: logit_diff with a corrupted prompt, else logprob).
+        answer, other: a token id or a word per row, or one for all (None: what the model says to the clean and to the
+            corrupted prompt).
+    """
+
+    corrupted: Any = None
+    direction: Literal["denoising", "noising"] = "denoising"
+    score: Literal["logit_diff", "logprob", "probability"] | scores.Score | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two runs and what they are judged by.
+
+    Attributes:
+        base: the text whose run is changed.
+        source: the text whose run gives the values; None: zeros.
+        judged: the score.
+        low, high: scores of base and source `[batch]`; equal without a source.
+        answer, other: token ids `[batch]`; None with a score of the user's own.
+        kind: "denoising", "noising" or "zero".
+    """
+
+    base: ic.Tokens
+    source: ic.Tokens | None
+    judged: scores.Score
+    low: Float[Tensor, " batch"]
+    high: Float[Tensor, " batch"]
+    answer: Tensor | None
+    other: Tensor | None
+    kind: str
+
+    def share(self, effects: Float[Tensor, "*any batch"]) -> Float[Tensor, "*any batch"]:
+        """Changes of the score as a share of the difference; as they are without a source."""
+        return effects if self.source is None else effects / (self.high - self.low).to(effects)
+
+    def named(self) -> dict[str, Any]:
+        """The fields of a result that tell what was compared."""
+        unit = SHARE if self.source is not None else UNITS.get(self.judged.name, self.judged.name)
+        return {"base": self.low, "kind": self.kind, "score": self.judged.name, "unit": unit}
+
+
+def contrast(owner: str, model: ic.Model, tokens: ic.Tokens, config: ContrastConfig) -> Contrast:
+    """The two runs of a study; two forward passes, one without a corrupted prompt.
+
+    Raises:
+        PlanError: prompts of different lengths, the same answer to both, equal scores, or a score that needs more.
+    """
+    twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
+    at = config.score.at if isinstance(config.score, scores.Score) else -1
+    clean = model.run(tokens, logits=at)
+    dirty = clean if twin is None else model.run(twin, logits=at)
+    answer = other = None
+    if isinstance(config.score, scores.Score):
+        judged = config.score
+    else:
+        name = config.score or ("logprob" if twin is None else "logit_diff")
+        answer = said(owner, model, clean, config.answer)
+        other = answer if twin is None else said(owner, model, dirty, config.other)
+        if name == "logit_diff":
+            _different(owner, model, answer, other)
+        judged = scores.logit_diff(answer, other) if name == "logit_diff" else getattr(scores, name)(answer)
+    noising = config.direction == "noising" or twin is None
+    low, high = (scored(owner, run, judged) for run in ((clean, dirty) if noising else (dirty, clean)))
+    if twin is not None and bool((low == high).any()):
+        row = int((low == high).nonzero()[0])
+        raise ic.PlanError(
+            f"{owner}: both prompts of row {row} have the {judged.name} {float(low[row]):.4g}: there is no difference "
+            "to explain; give prompts or answers that differ"
+        )
+    base, source = (tokens, twin) if noising else (twin, tokens)
+    assert base is not None
+    return Contrast(base, source, judged, low, high, answer, other, "zero" if twin is None else config.direction)
+
+
+def said(owner: str, model: ic.Model, run: ic.Run, given: Any) -> Tensor:
+    """Ids of the answers `[batch]`: those given, or what the model says at the end.
+
+    Raises:
+        PlanError: another number of answers than rows, a word of several tokens, an id that does not exist.
+    """
+    rows, size = len(run.tokens), model.atlas.shape.d_vocab
+    if given is None:
+        return run.logits.as_subclass(Tensor).argmax(-1).cpu()
+    items = given if isinstance(given, list) else [given] * rows
+    if len(items) != rows:
+        raise ic.PlanError(f"{owner}: {len(items)} answers for {rows} rows; give one per row, or one for all")
+    found = [_id(owner, model, item) for item in items]
+    for item in found:
+        if not 0 <= item < size:
+            raise ic.PlanError(f"{owner}: the answer {item} is no token id: the model has {size}, 0 to {size - 1}")
+    return torch.tensor(found)
+
+
+def _id(owner: str, model: ic.Model, item: int | str) -> int:
+    if isinstance(item, int):
+        return item
+    ids = model.tokens(item, bos=False).ids[0].tolist()
+    if len(ids) != 1:
+        words = ", ".join(repr(model.word(one)) for one in ids)
+        raise ic.PlanError(
+            f"{owner}: the answer {item!r} is {len(ids)} tokens ({words}), a score reads one; give its first"
+        )
+    return int(ids[0])
+
+
+def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " batch"]:
+    """A run's score in the precision of sweeps, whatever the model's.
+
+    Raises:
+        PlanError: a score that compares with a run without edits, or spans that differ in length.
+    """
+    if judged.clean:
+        raise ic.PlanError(
+            f"{owner}: score {judged.name} compares with the run without edits; method ablations takes it"
+        )
+    logits = run.logits.as_subclass(Tensor)
+    if judged.span and logits.ndim != 3:
+        raise ic.PlanError(f"{owner}: score {judged.name}: the rows' spans differ in length; run them one by one")
+    return judged.rows(logits.to(torch.promote_types(logits.dtype, torch.float32))).detach().cpu()
+
+
+def _different(owner: str, model: ic.Model, answer: Tensor, other: Tensor) -> None:
+    if bool((answer == other).any()):
+        row = int((answer == other).nonzero()[0])
+        raise ic.PlanError(
+            f"{owner}: row {row} has the answer {model.word(int(answer[row]))!r} for both prompts; "
+            "give answer=[…] and other=[…], or prompts that differ"
+        )
+
+
+def _twin(owner: str, model: ic.Model, tokens: ic.Tokens, corrupted: Any) -> ic.Tokens:
+    """The corrupted prompts, one per row."""
+    other = corrupted if isinstance(corrupted, ic.Tokens) else model.tokens(corrupted)
+    if len(other) == 1 and len(tokens) > 1:
+        other = ic.Tokens.stack([other] * len(tokens))
+    if other.lengths != tokens.lengths:
+        raise ic.PlanError(
+            f"{owner}: the prompts have {tokens.lengths} tokens, the corrupted ones {other.lengths}; "
+            "positions must mean the same in both"
+        )
+    return other
