@@ -12,7 +12,7 @@ Source: Heimersheim and Nanda (2024), arXiv:2404.15255.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -189,4 +189,4 @@ def _twin(owner: str, model: ic.Model, tokens: ic.Tokens, corrupted: Any) -> ic.
             f"{owner}: the prompts have {tokens.lengths} tokens, the corrupted ones {other.lengths}; "
             "positions must mean the same in both"
         )
-    return other
+    return replace(other, spans={**tokens.spans, **other.spans})  # names mean the same tokens in both

@@ -104,16 +104,13 @@ class DirectRuns:
         self.reads = list(dict.fromkeys(site.whole for end in receivers for site in end.sites))
         self.top = max(map(_order, self.reads))
         heads = model.atlas.layers("z")
-        frozen = [S.z[at] for at in heads] + [
-            S.attn_out[at] for at in model.atlas.layers("attn_out") if at not in heads
-        ]
-        self.mlps = self._below([S.mlp_out[at] for at in model.atlas.layers("mlp_out")])
+        frozen = [S.z[i] for i in heads] + [S.attn_out[i] for i in model.atlas.layers("attn_out") if i not in heads]
+        self.mlps = self._below([S.mlp_out[i] for i in model.atlas.layers("mlp_out")])
         self.frozen = self._below([S.resid_pre[0], *frozen]) + ([] if through_mlps else self.mlps)
         wanted = {site.whole for end in senders for site in end.sites}
         sites = [*self.frozen, *(site for site in self.mlps if site in wanted and site not in self.frozen)]
-        grouped = {site.whole: None for end in receivers if len(end.sites) > 1 for site in end.sites}
-        self.base = self._values(pair.base, sites)
-        self.receiving = self._values(pair.base, list(grouped))
+        grouped = [site.whole for end in receivers if len(end.sites) > 1 for site in end.sites]
+        self.base = self._values(pair.base, [*sites, *grouped])
         self.source = self._values(pair.source, [site for site in sites if site in wanted])
         self.ids = self._columns(pair.base)
         self.token_layers = 0
@@ -141,10 +138,8 @@ class DirectRuns:
 
     def chunks(self, senders: list[int]) -> Iterator[list[int]]:
         """Senders that go together in memory."""
-        kept = sum(value[0].numel() for value in self.base.values()) / len(self.base) * (2 * len(self.reads) + 16)
-        most = max(
-            1, int(CHUNK_BYTES / (kept * len(self.ids) * torch.empty((), dtype=self.model.dtype).element_size()))
-        )
+        one = max(value.numel() * value.element_size() for value in self.base.values())
+        most = max(1, CHUNK_BYTES // (one * (2 * len(self.reads) + len(self.source) + 16)))
         for start in range(0, len(senders), most):
             yield senders[start : start + most]
 
@@ -162,7 +157,7 @@ class DirectRuns:
 
         def change(sender: int, site: S.Site, whole: bool) -> ic.Edit:
             value = seen[site.whole][1 + chunk.index(sender)] - seen[site.whole][0]
-            value = value + self.receiving[site.whole] if whole else value
+            value = value + self.base[site.whole] if whole else value
             part = value[:, :, site.units] if isinstance(site.units, int) else value
             where, part = site.at(self.at), part[:, 0] if self.single else part
             return where.set(part) if whole else where.add(part)

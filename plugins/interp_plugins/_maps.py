@@ -3,6 +3,7 @@
     patch (layer, head, place)    the site's value there := another; several sites together are one patch
 
 `resid_mid` is set by what attention adds to the stream, which is the same to the model and lets a sweep begin there.
+Not so for zeros: a stream of rounding errors is blown up by the next norm.
 
 Source: the maps of TransformerLens' `patching`, by sites, heads and positions.
 """
@@ -144,7 +145,7 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
         PositionError: the text has no such position.
         PlanError: rows have different numbers of them.
     """
-    from interp_core.positions import format_position, position, resolve
+    from interp_core.positions import ALL, format_position, position, resolve
     from interp_core.report.html import visible
 
     where = position(place)
@@ -156,7 +157,7 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
             "positions that all have"
         )
     if not single_place(place):
-        return format_position(where)
+        return "all positions" if where == ALL else format_position(where)
     rows = zip(tokens.labels, tokens.rows.real, columns, strict=True)
     words = {visible(labels[list(real).index(found[0])]) for labels, real, found in rows}
     return f"{format_position(where)} {words.pop()}" if len(words) == 1 else format_position(where)
@@ -181,15 +182,16 @@ def patches(model: ic.Model, base: ic.Tokens, grid: Grid, given: Values | None) 
         base: the text that is changed.
     """
     mid = grid._replace(sites=(S.resid_mid,))
-    was = values(model, base, mid) if S.resid_mid in grid.sites else {}
+    was = values(model, base, mid) if given is not None and S.resid_mid in grid.sites else {}
 
     def edit(site: S.Site, layer: int, head: int | None, place: int) -> ic.Edit:
         key = (site.name, layer, place)
-        if site == S.resid_mid:
-            value = -was[key] if given is None else given[key] - was[key]
-            return grid.where(S.attn_out, layer, place).add(value)
         where = (site[layer] if head is None else site[layer, head]).at(grid.places[place])
-        return where.zero() if given is None else where.set(grid.unit(given[key], site, place, head))
+        if given is None:
+            return where.zero()
+        if site == S.resid_mid:
+            return grid.where(S.attn_out, layer, place).add(given[key] - was[key])
+        return where.set(grid.unit(given[key], site, place, head))
 
     return [
         [edit(site, layer, head, place) for site in grid.sites]
@@ -274,8 +276,8 @@ class MapResult(ic.Result):
     def __str__(self) -> str:
         best = sorted(self.table(), key=lambda row: -abs(row["effect"]))[:10]
         heads = {head: "" if head == "-" else f" head {head}" for head in self.heads}
-        lines = [f"  layer {r['layer']}{heads[r['head']]} at {r['pos']}: {r['effect']:+.3g} {self.unit}" for r in best]
-        return "\n".join([f"{self.title}: {self.score} {self.base.mean():.2f} without it", *lines])
+        lines = [f"  {r['effect']:+8.3f}  layer {r['layer']}{heads[r['head']]} at {r['pos']}" for r in best]
+        return "\n".join([f"{self.title} ({self.unit}); {self.score} {self.base.mean():.3f} without", *lines])
 
     def pictures(self) -> list[Picture]:
         """The maps that a page shows, the first of them the main one."""

@@ -12,24 +12,27 @@ from typing import NamedTuple
 
 from ._contrast import SHARE
 
+WIDEST = 32
+"""Columns up to which a file has numbers in its cells."""
+
 
 class Picture(NamedTuple):
-    """A matrix to look at: numbers, names along its sides, and what a cell says when one points at it."""
+    """A matrix to look at: numbers, names along its sides, limits of its colours (None: its own)."""
 
     title: str
     values: list[list[float]]
     rows: list[str]
     columns: list[str]
-    tips: list[list[str]] | None = None
+    limits: tuple[float, float] | None = None
 
 
 def pages(pictures: Sequence[Picture], unit: str, note: str) -> str:
-    """Heatmaps below each other, and what is to be said of them."""
+    """Heatmaps below each other, and what is to be said of them. Cells say their whole number when pointed at."""
     from interp_core.report.html import escape, heatmap
 
     grids = [
         heatmap(
-            one.values, one.rows, one.columns, texts=_texts(one.values, unit), tips=one.tips, diverging=True,
+            one.values, one.rows, one.columns, texts=texts(one.values, unit), diverging=True, limits=one.limits,
             caption=f"{one.title} ({unit})",
         )
         for one in pictures
@@ -41,20 +44,23 @@ def picture(path: str | Path, one: Picture, unit: str) -> Path:
     """A heatmap as a file."""
     from interp_core.report.png import heatmap
 
+    cells = texts(one.values, unit) if len(one.columns) <= WIDEST else None
     return heatmap(
-        path, one.values, one.rows, one.columns, texts=_texts(one.values, unit), diverging=True, title=one.title,
+        path, one.values, one.rows, one.columns, texts=cells, diverging=True, limits=one.limits, title=one.title,
         colorbar=unit,
     )  # fmt: skip
 
 
-def _texts(values: list[list[float]], unit: str) -> list[list[str]]:
-    """Whole percents of shares; else two digits of the largest value. Nothing for what is no number."""
-    top = max((abs(value) for line in values for value in line if math.isfinite(value)), default=0.0) or 1.0
-    digits = 0 if unit == SHARE else max(0, 1 - math.floor(math.log10(top)))
+def texts(values: Sequence[Sequence[float]], unit: str) -> list[list[str]]:
+    """Numbers as the cells show them: to two digits of the largest, shares in percent."""
+    factor, sign = (100, "%") if unit == SHARE else (1, "")
+    top = factor * max((abs(value) for line in values for value in line if math.isfinite(value)), default=0.0)
+    digits = max(0, 1 - math.floor(math.log10(top))) if top else 0
 
     def say(value: float) -> str:
         if not math.isfinite(value):
-            return ""
-        return f"{round(100 * value) + 0}%" if unit == SHARE else f"{round(value, digits) + 0:.{digits}f}"
+            return "–"
+        rounded = round(factor * value, digits)
+        return f"{rounded:.{digits}f}{sign}" if rounded else "0"
 
     return [[say(value) for value in line] for line in values]

@@ -122,11 +122,14 @@ class AttributionResult(MapResult):
 
     def pictures(self) -> list[Picture]:
         """The estimate, and the exact effects if there are some."""
-        first, title = super().pictures(), f"{super().title}, by sweep"
-        if self.exact is None:
-            return first
-        beside = Picture(title, self._folded(self.exact).tolist(), self.rows, self.columns)
-        return [first[0]._replace(title=f"{first[0].title}; {self.agreement}"), beside]
+        first, exact = super().pictures()[0], self.exact
+        if exact is None:
+            return [first]
+        folded = self._folded(exact)
+        top = max(float(self.mean.abs().max()), float(folded.abs().max())) or 1.0
+        title = f"{first.title}; {self.agreement}"
+        beside = Picture(f"{super().title}, by sweep", folded.tolist(), self.rows, self.columns, (-top, top))
+        return [first._replace(title=title, limits=(-top, top)), beside]
 
 
 class AttributionPatching(ic.Method):
@@ -207,7 +210,7 @@ def _runs(
 
 
 def _joined(where: Grid, site: S.Site, layer: int, given: Values) -> list[tuple[S.Site, Tensor]]:
-    """A layer's values at all places, and where they belong; all tokens in one piece, since each edit copies the site."""
+    """A layer's values at all places, and where they belong; all tokens as one, since each edit copies the site."""
     parts = [given[site.name, layer, place] for place in range(len(where.places))]
     if len(parts) > 1 and where.places == list(range(len(parts))):
         axis = next(i for i, name in enumerate(site.info.axes) if name in ("pos", "query"))
@@ -256,7 +259,7 @@ def agreement(
 
 
 def _correlation(a: Float[Tensor, " patch"], b: Float[Tensor, " patch"]) -> Float[Tensor, ""]:
-    return torch.corrcoef(torch.stack([a, b]))[0, 1]
+    return torch.corrcoef(torch.stack([a, b]))[0, 1] if len(a) > 1 else a.new_tensor(float("nan"))
 
 
 def ranks(values: Float[Tensor, " patch"]) -> Float[Tensor, " patch"]:

@@ -117,8 +117,8 @@ class PathResult(ic.Result):
 
     def __str__(self) -> str:
         best = sorted(self.table(), key=lambda row: -abs(row["effect"]))[:10]
-        lines = [f"  {row['sender']} → {row['receiver']}: {row['effect']:+.3g} {self.unit}" for row in best]
-        return "\n".join([f"{self.title}: {self.score} {self.base.mean():.2f} without it", *lines])
+        lines = [f"  {row['effect']:+8.3f}  {row['sender']} → {row['receiver']}" for row in best]
+        return "\n".join([f"{self.title} ({self.unit}); {self.score} {self.base.mean():.3f} without", *lines])
 
     def pictures(self) -> list[Picture]:
         """Senders against receivers; of one sender or one receiver, layers against the heads of the other end."""
