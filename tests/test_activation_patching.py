@@ -31,7 +31,7 @@ def test_it_names_the_heads_that_carry_the_answer() -> None:
 MAPS = [
     ("resid_pre", "each"), ("resid_mid", "each"), ("resid_post", "each"), ("attn_out", "each"), ("mlp_out", "each"),
     ("z", [-1, 2]), ("z", "each"), ("q", -1), ("v", "each"), ("rot_k", [1]), ("pattern", -1), ("pattern", "all"),
-    ("scores", [4]), ("mlp_in", [[0, 3], -1]), ("z", "all"), ("head_out", -1), ("mlp_act", [2]),
+    ("scores", [4]), ("mlp_in", [[0, 3], -1]), ("z", "all"), ("head_out", -1), ("mlp_act", [[2, 4]]),
 ]  # fmt: skip
 
 
@@ -116,12 +116,17 @@ def test_what_is_the_same_in_both_prompts_has_no_effect() -> None:
 def test_other_scores() -> None:
     model = tiny_model("llama", torch.float64)
     targets = torch.tensor([3, 7])
-    for name, by in (("logprob", score.logprob(targets)), ("probability", score.probability(targets))):
+    for name in ("logprob", "probability", "logit"):
+        by = getattr(score, name)(targets)
         found = patch(model, score=name)
         low, high = (judged(model, tokens(ids), by=by) for ids in (OTHER, IDS))
         value = model.run(IDS, read=S.z[1, 2].at(-1))[S.z[1, 2].at(-1)].as_subclass(torch.Tensor)
         changed = judged(model, tokens(OTHER), S.z[1, 2].at(-1).set(value), by)
         torch.testing.assert_close(found.effect[:, 1, 2, 0], (changed - low) / (high - low))
+    inner = score.projection(S.resid_post[1].at(-1), torch.linspace(-1, 1, 64, dtype=torch.float64))
+    found = patch(model, score=inner, layers=[0, 1])
+    values = [model.run(ids, read=inner.of)[inner.of].as_subclass(torch.Tensor) for ids in (OTHER, IDS)]
+    torch.testing.assert_close(torch.stack([found.base, found.source]), torch.stack([inner.rows(x) for x in values]))
     own = score.Score("norm", lambda x: x.norm(dim=-1), at=4)
     found = patch(model, score=own, at=2)
     low, high = (judged(model, tokens(ids), by=own) for ids in (OTHER, IDS))

@@ -178,6 +178,7 @@ def test_bad_input() -> None:
         ({"top_k": 0}, "top_k=0"),
         ({"along": "weights"}, "'inputs' or 'activations'"),
         ({"score": score.rank(3)}, "score rank has no gradient"),
+        ({"score": score.projection(S.resid_pre[1].at(-1), torch.ones(128))}, "gradients go from logits"),
         ({"corrupted": FRENCH[:20]}, "attribution_patching: the prompts have"),
     ):
         with pytest.raises(ic.InterpError, match=message):

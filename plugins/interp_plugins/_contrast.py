@@ -22,7 +22,14 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import score as scores
 
-UNITS = {"logit_diff": "logits", "logprob": "nats", "kl": "nats", "nll": "nats", "probability": "probability"}
+UNITS = {
+    "logit_diff": "logits",
+    "logit": "logits",
+    "logprob": "nats",
+    "kl": "nats",
+    "nll": "nats",
+    "probability": "probability",
+}
 SHARE = "share of the difference"
 
 
@@ -47,15 +54,15 @@ class ContrastConfig(JudgedConfig):
     Attributes:
         corrupted: the other prompt, or one per row, with as many tokens; without one, what is chosen is set to zero.
         direction: "denoising" puts clean values into the corrupted run, "noising" corrupted ones into the clean run.
-        score: "logit_diff" of answer and other, "logprob" or "probability" of the answer, or an `ic.score` of your own
-            (None: logit_diff with a corrupted prompt, else logprob).
+        score: "logit_diff" of answer and other, "logit", "logprob" or "probability" of the answer, or an `ic.score` of
+            your own (None: logit_diff with a corrupted prompt, else logprob).
         answer, other: a token id or a word per row, or one for all (None: what the model says to the clean and to the
             corrupted prompt).
     """
 
     corrupted: Any = None
     direction: Literal["denoising", "noising"] = "denoising"
-    score: Literal["logit_diff", "logprob", "probability"] | scores.Score | None = None
+    score: Literal["logit_diff", "logit", "logprob", "probability"] | scores.Score | None = None
 
 
 @dataclass(frozen=True)
@@ -97,30 +104,41 @@ def contrast(owner: str, model: ic.Model, tokens: ic.Tokens, config: ContrastCon
         PlanError: prompts of different lengths, the same answer to both, equal scores, or a score that needs more.
     """
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
-    at = config.score.at if isinstance(config.score, scores.Score) else -1
-    clean = model.run(tokens, logits=at)
-    dirty = clean if twin is None else model.run(twin, logits=at)
+    texts = [tokens] if twin is None else [tokens, twin]
     answer = other = None
     if isinstance(config.score, scores.Score):
         judged = config.score
+        read, kept = ((), judged.at) if judged.of is None else (judged.of, False)
+        runs = [model.run(text, read=read, logits=kept) for text in texts]
     else:
-        name = config.score or ("logprob" if twin is None else "logit_diff")
-        answer = said(owner, model, clean, config.answer)
-        other = answer if twin is None else said(owner, model, dirty, config.other)
-        if name == "logit_diff":
-            _different(owner, model, answer, other)
-        judged = scores.logit_diff(answer, other) if name == "logit_diff" else getattr(scores, name)(answer)
-    noising = config.direction == "noising" or twin is None
-    low, high = (scored(owner, run, judged) for run in ((clean, dirty) if noising else (dirty, clean)))
-    if twin is not None and bool((low == high).any()):
-        row = int((low == high).nonzero()[0])
+        runs = [model.run(text, logits=-1) for text in texts]
+        answer = said(owner, model, runs[0], config.answer)
+        other = answer if twin is None else said(owner, model, runs[1], config.other)
+        judged = _judged(owner, model, config.score or ("logprob" if twin is None else "logit_diff"), answer, other)
+    clean, dirty = (scored(owner, run, judged) for run in (runs[0], runs[-1]))
+    if twin is not None and bool((clean == dirty).any()):
+        row = int((clean == dirty).nonzero()[0])
         raise ic.PlanError(
-            f"{owner}: both prompts of row {row} have the {judged.name} {float(low[row]):.4g}: there is no difference "
-            "to explain; give prompts or answers that differ"
+            f"{owner}: both prompts of row {row} have the {judged.name} {float(clean[row]):.4g}: there is no "
+            "difference to explain; give prompts or answers that differ"
         )
-    base, source = (tokens, twin) if noising else (twin, tokens)
-    assert base is not None
-    return Contrast(base, source, judged, low, high, answer, other, "zero" if twin is None else config.direction)
+    if twin is None or config.direction == "noising":
+        kind = "zero" if twin is None else config.direction
+        return Contrast(tokens, twin, judged, clean, dirty, answer, other, kind)
+    return Contrast(twin, tokens, judged, dirty, clean, answer, other, config.direction)
+
+
+def _judged(owner: str, model: ic.Model, name: str, answer: Tensor, other: Tensor) -> scores.Score:
+    if name != "logit_diff":
+        made: scores.Score = getattr(scores, name)(answer)
+        return made
+    if bool((answer == other).any()):
+        row = int((answer == other).nonzero()[0])
+        raise ic.PlanError(
+            f"{owner}: row {row} has the answer {model.word(int(answer[row]))!r} for both prompts; "
+            "give answer=[…] and other=[…], or prompts that differ"
+        )
+    return scores.logit_diff(answer, other)
 
 
 def said(owner: str, model: ic.Model, run: ic.Run, given: Any) -> Tensor:
@@ -164,19 +182,10 @@ def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " bat
         raise ic.PlanError(
             f"{owner}: score {judged.name} compares with the run without edits; method ablations takes it"
         )
-    logits = run.logits.as_subclass(Tensor)
-    if judged.span and logits.ndim != 3:
+    value = (run.logits if judged.of is None else run[judged.of]).as_subclass(Tensor)
+    if judged.span and value.ndim != 3:
         raise ic.PlanError(f"{owner}: score {judged.name}: the rows' spans differ in length; run them one by one")
-    return judged.rows(logits.to(torch.promote_types(logits.dtype, torch.float32))).detach().cpu()
-
-
-def _different(owner: str, model: ic.Model, answer: Tensor, other: Tensor) -> None:
-    if bool((answer == other).any()):
-        row = int((answer == other).nonzero()[0])
-        raise ic.PlanError(
-            f"{owner}: row {row} has the answer {model.word(int(answer[row]))!r} for both prompts; "
-            "give answer=[…] and other=[…], or prompts that differ"
-        )
+    return judged.rows(value.to(torch.promote_types(value.dtype, torch.float32))).detach().cpu()
 
 
 def _twin(owner: str, model: ic.Model, tokens: ic.Tokens, corrupted: Any) -> ic.Tokens:

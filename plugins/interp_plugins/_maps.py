@@ -2,9 +2,6 @@
 
     patch (layer, head, place)    the site's value there := another; several sites together are one patch
 
-`resid_mid` is set by what attention adds to the stream, which is the same to the model and lets a sweep begin there.
-Not so for zeros: a stream of rounding errors is blown up by the next norm.
-
 Source: the maps of TransformerLens' `patching`, by sites, heads and positions.
 """
 
@@ -175,23 +172,14 @@ def values(model: ic.Model, tokens: ic.Tokens, grid: Grid) -> Values:
     }
 
 
-def patches(model: ic.Model, base: ic.Tokens, grid: Grid, given: Values | None) -> list[list[ic.Edit]]:
-    """One variant per layer, head and place: values there set to those given, or to zero.
-
-    Args:
-        base: the text that is changed.
-    """
-    mid = grid._replace(sites=(S.resid_mid,))
-    was = values(model, base, mid) if given is not None and S.resid_mid in grid.sites else {}
+def patches(grid: Grid, given: Values | None) -> list[list[ic.Edit]]:
+    """One variant per layer, head and place: values there set to those given, or to zero."""
 
     def edit(site: S.Site, layer: int, head: int | None, place: int) -> ic.Edit:
-        key = (site.name, layer, place)
         where = (site[layer] if head is None else site[layer, head]).at(grid.places[place])
         if given is None:
             return where.zero()
-        if site == S.resid_mid:
-            return grid.where(S.attn_out, layer, place).add(given[key] - was[key])
-        return where.set(grid.unit(given[key], site, place, head))
+        return where.set(grid.unit(given[site.name, layer, place], site, place, head))
 
     return [
         [edit(site, layer, head, place) for site in grid.sites]

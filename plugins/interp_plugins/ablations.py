@@ -47,8 +47,8 @@ class AblationConfig(MapConfig):
         over: of the mean: values at the same "position" of each reference prompt, or at "all" their tokens.
         draws: of resample: how many reference prompts to draw (None: each of them once).
         seed: of the draws.
-        score: "logprob" or "probability" of the answer, "logit_diff" of answer and other, "kl" to the run without
-            edits, "nll" of a span, or an `ic.score` of your own.
+        score: "logprob", "logit" or "probability" of the answer, "logit_diff" of answer and other, "kl" to the run
+            without edits, "nll" of a span, or an `ic.score` of your own.
         span: whose negative log-likelihood "nll" is.
         answer: a token id or a word per row, or one for all (None: what the model says).
         other: the same, for logit_diff.
@@ -59,7 +59,7 @@ class AblationConfig(MapConfig):
     over: Literal["position", "all"] = "position"
     draws: int | None = None
     seed: int = 0
-    score: Literal["logprob", "probability", "logit_diff", "kl", "nll"] | scores.Score = "logprob"
+    score: Literal["logprob", "logit", "probability", "logit_diff", "kl", "nll"] | scores.Score = "logprob"
     span: str = "target"
 
 
@@ -105,7 +105,7 @@ class Ablations(ic.Method):
         reference = self._reference(model, where, config)
         judged = self._judged(model, tokens, config)
         given = list(self._given(model, reference, where, config))
-        edits = [edits for one in given for edits in patches(model, tokens, where, one)]
+        edits = [edits for one in given for edits in patches(where, one)]
         found = swept(model, tokens, edits, judged, config)
         effects = torch.stack([where.shaped(part) for part in found.effects.chunk(len(given))])
         return AblationResult(
@@ -146,7 +146,8 @@ class Ablations(ic.Method):
         answer = said(self.name, model, run, config.answer)
         if config.score == "logit_diff":
             return scores.logit_diff(answer, said(self.name, model, run, config.other))
-        return scores.logprob(answer) if config.score == "logprob" else scores.probability(answer)
+        made: scores.Score = getattr(scores, config.score)(answer)
+        return made
 
     def _given(
         self, model: ic.Model, reference: ic.Tokens | None, where: Grid, config: AblationConfig

@@ -61,7 +61,7 @@ class ActivationPatching(ic.Method):
         where = grid(self.name, model, tokens, config)
         pair = contrast(self.name, model, tokens, config)
         given = None if pair.source is None else values(model, pair.source, where)
-        found = swept(model, pair.base, patches(model, pair.base, where, given), pair.judged, config)
+        found = swept(model, pair.base, patches(where, given), pair.judged, config)
         return PatchingResult(
             effect=where.shaped(pair.share(found.effects)), source=pair.high, answer=pair.answer, other=pair.other,
             explain=found.plan.explain(), **named(where), **pair.named(),

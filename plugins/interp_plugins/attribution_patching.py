@@ -35,6 +35,7 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.score import Score
 
 from ._contrast import Contrast, ContrastConfig, contrast
 from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
@@ -144,6 +145,10 @@ class AttributionPatching(ic.Method):
         for site in where.sites:
             if why := model.can(site.name, "grad"):
                 raise ic.CapabilityError(f"{self.name} of {site}: {why}; use activation_patching")
+        if isinstance(config.score, Score) and config.score.of is not None:
+            raise ic.PlanError(
+                f"{self.name}: score {config.score.name} reads {config.score.of}, gradients go from logits"
+            )
         if config.steps < 0 or config.top_k < 1:
             raise ic.PlanError(f"{self.name}: steps={config.steps}, top_k={config.top_k}: at least 0 and 1")
         pair = contrast(self.name, model, tokens, config)
@@ -154,7 +159,7 @@ class AttributionPatching(ic.Method):
         found: Agreement | tuple[None, None, None] = (None, None, None)
         explain, top_k = _cost(config, where), min(config.top_k, effect[0].numel())
         if config.compare:
-            edits = patches(model, pair.base, where, None if pair.source is None else there)
+            edits = patches(where, None if pair.source is None else there)
             sweep = swept(model, pair.base, edits, pair.judged, config)
             exact = where.shaped(pair.share(sweep.effects))
             found, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
