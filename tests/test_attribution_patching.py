@@ -127,6 +127,8 @@ def test_agreement_by_hand() -> None:
     assert float(found.spearman[0]) == pytest.approx(-0.4)  # ranks 1 2 3 4 and 2 4 3 1: 1 - 6 · 14 / (4 · 15)
     assert float(found.overlap[0]) == 0.5
     assert found.pearson[1].isnan() and found.spearman[1].isnan()
+    noise = torch.tensor([[5.0, 4.0, 1e-7, -1e-7, 2e-7]])[:, :, None, None]
+    assert float(agreement(noise, noise[:, [0, 1, 4, 2, 3]], 2).spearman) == pytest.approx(1)
 
 
 def test_sites_together_are_the_sum_of_their_gradients() -> None:

@@ -12,6 +12,7 @@ Source: Heimersheim and Nanda (2024), arXiv:2404.15255.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import score as scores
+from interp_core import sites as S
 
 UNITS = {
     "logit_diff": "logits",
@@ -70,16 +72,16 @@ class Contrast:
     """Two runs and what they are judged by.
 
     Attributes:
-        base: the text whose run is changed.
-        source: the text whose run gives the values; None: zeros.
+        base: the run that is changed.
+        source: the run that gives the values; None: zeros.
         judged: the score.
         low, high: scores of base and source `[batch]`; equal without a source.
         answer, other: token ids `[batch]`; None with a score of the user's own.
         kind: "denoising", "noising" or "zero".
     """
 
-    base: ic.Tokens
-    source: ic.Tokens | None
+    base: ic.Run
+    source: ic.Run | None
     judged: scores.Score
     low: Float[Tensor, " batch"]
     high: Float[Tensor, " batch"]
@@ -97,38 +99,46 @@ class Contrast:
         return {"base": self.low, "kind": self.kind, "score": self.judged.name, "unit": unit}
 
 
-def contrast(owner: str, model: ic.Model, tokens: ic.Tokens, config: ContrastConfig) -> Contrast:
+def contrast(
+    owner: str,
+    model: ic.Model,
+    tokens: ic.Tokens,
+    config: ContrastConfig,
+    here: Sequence[S.Site] = (),
+    there: Sequence[S.Site] = (),
+) -> Contrast:
     """The two runs of a study; two forward passes, one without a corrupted prompt.
+
+    Args:
+        here, there: sites to read in the base and in the source run.
 
     Raises:
         PlanError: prompts of different lengths, the same answer to both, equal scores, or a score that needs more.
     """
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
-    texts = [tokens] if twin is None else [tokens, twin]
-    answer = other = None
-    if isinstance(config.score, scores.Score):
-        judged = config.score
-        read, kept = ((), judged.at) if judged.of is None else (judged.of, False)
-        runs = [model.run(text, read=read, logits=kept) for text in texts]
-    else:
-        runs = [model.run(text, logits=-1) for text in texts]
-        answer = said(owner, model, runs[0], config.answer)
-        other = answer if twin is None else said(owner, model, runs[1], config.other)
-        judged = _judged(owner, model, config.score or ("logprob" if twin is None else "logit_diff"), answer, other)
-    clean, dirty = (scored(owner, run, judged) for run in (runs[0], runs[-1]))
-    if twin is not None and bool((clean == dirty).any()):
-        row = int((clean == dirty).nonzero()[0])
+    noising = twin is None or config.direction == "noising"
+    own = config.score if isinstance(config.score, scores.Score) else None
+    of = () if own is None or own.of is None else (own.of,)
+    kept = False if of else -1 if own is None else own.at
+    clean = model.run(tokens, read=(*(here if noising else there), *of), logits=kept)
+    dirty = clean if twin is None else model.run(twin, read=(*(there if noising else here), *of), logits=kept)
+    answer = None if own else said(owner, model, clean, config.answer)
+    other = answer if twin is None or own else said(owner, model, dirty, config.other)
+    name = str(config.score or ("logprob" if twin is None else "logit_diff"))
+    judged = own or _judged(owner, model, name, answer, other)
+    base, source = (clean, dirty) if noising else (dirty, clean)
+    low, high = scored(owner, base, judged), scored(owner, source, judged)
+    if twin is not None and bool((low == high).any()):
+        row = int((low == high).nonzero()[0])
         raise ic.PlanError(
-            f"{owner}: both prompts of row {row} have the {judged.name} {float(clean[row]):.4g}: there is no "
-            "difference to explain; give prompts or answers that differ"
+            f"{owner}: both prompts of row {row} have the {judged.name} {float(low[row]):.4g}: there is no difference "
+            "to explain; give prompts or answers that differ"
         )
-    if twin is None or config.direction == "noising":
-        kind = "zero" if twin is None else config.direction
-        return Contrast(tokens, twin, judged, clean, dirty, answer, other, kind)
-    return Contrast(twin, tokens, judged, dirty, clean, answer, other, config.direction)
+    kind = "zero" if twin is None else config.direction
+    return Contrast(base, None if twin is None else source, judged, low, high, answer, other, kind)
 
 
-def _judged(owner: str, model: ic.Model, name: str, answer: Tensor, other: Tensor) -> scores.Score:
+def _judged(owner: str, model: ic.Model, name: str, answer: Any, other: Any) -> scores.Score:
     if name != "logit_diff":
         made: scores.Score = getattr(scores, name)(answer)
         return made

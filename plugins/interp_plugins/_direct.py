@@ -89,6 +89,36 @@ def _order(site: S.Site) -> tuple[int, int]:
     return site.layers, list(S.SITES).index(site.name)
 
 
+class DirectPlan:
+    """What direct runs need of the two runs.
+
+    Attributes:
+        reads: receivers, whole.
+        frozen: set in every row of a direct run.
+        mlps: those below the last receiver.
+        top: the last receiver's place in a forward pass.
+        here, there: what is read in the base and in the source run.
+    """
+
+    def __init__(self, model: ic.Model, senders: list[End], receivers: list[End], at: Any, through_mlps: bool) -> None:
+        self.model, self.senders, self.at, self.single = model, senders, at, single_place(at)
+        self.reads = list(dict.fromkeys(site.whole for end in receivers for site in end.sites))
+        self.top = max(map(_order, self.reads))
+        heads = model.atlas.layers("z")
+        frozen = [S.z[i] for i in heads] + [S.attn_out[i] for i in model.atlas.layers("attn_out") if i not in heads]
+        self.mlps = self._below([S.mlp_out[i] for i in model.atlas.layers("mlp_out")])
+        self.frozen = self._below([S.resid_pre[0], *frozen]) + ([] if through_mlps else self.mlps)
+        sending = {site.whole for end in senders for site in end.sites}
+        sites = [*self.frozen, *(site for site in self.mlps if site in sending and site not in self.frozen)]
+        grouped = [site.whole for end in receivers if len(end.sites) > 1 for site in end.sites]
+        self.here = [site.at(at) for site in dict.fromkeys([*sites, *grouped])]
+        self.there = [site.at(at) for site in sites if site in sending]
+
+    def _below(self, sites: list[S.Site]) -> list[S.Site]:
+        """Sites that a run which ends at the last receiver meets."""
+        return [site for site in sites if _order(site) <= self.top]
+
+
 class DirectRuns:
     """Direct runs: rows are senders, columns the senders' positions, everything but the direct path as in the base run.
 
@@ -96,50 +126,30 @@ class DirectRuns:
     It is added to the base run; of a group, whose lower receivers change what the upper ones are, the sum is set.
     """
 
-    def __init__(
-        self, model: ic.Model, pair: Contrast, senders: list[End], receivers: list[End], at: Any, through_mlps: bool
-    ) -> None:
-        self.model, self.pair, self.senders, self.at = model, pair, senders, at
-        self.single = single_place(at)
-        self.reads = list(dict.fromkeys(site.whole for end in receivers for site in end.sites))
-        self.top = max(map(_order, self.reads))
-        heads = model.atlas.layers("z")
-        frozen = [S.z[i] for i in heads] + [S.attn_out[i] for i in model.atlas.layers("attn_out") if i not in heads]
-        self.mlps = self._below([S.mlp_out[i] for i in model.atlas.layers("mlp_out")])
-        self.frozen = self._below([S.resid_pre[0], *frozen]) + ([] if through_mlps else self.mlps)
-        wanted = {site.whole for end in senders for site in end.sites}
-        sites = [*self.frozen, *(site for site in self.mlps if site in wanted and site not in self.frozen)]
-        grouped = [site.whole for end in receivers if len(end.sites) > 1 for site in end.sites]
-        self.base = self._values(pair.base, [*sites, *grouped])
-        self.source = self._values(pair.source, [site for site in sites if site in wanted])
-        self.ids = self._columns(pair.base)
+    def __init__(self, plan: DirectPlan, pair: Contrast) -> None:
+        self.plan, self.pair, self.model = plan, pair, plan.model
+        self.base = self._values(pair.base, plan.here)
+        zeros = {site.whole: torch.zeros_like(self.base[site.whole]) for site in plan.there}
+        self.source = zeros if pair.source is None else self._values(pair.source, plan.there)
+        self.ids = self._columns(pair.base.tokens)
         self.token_layers = 0
 
-    def _below(self, sites: list[S.Site]) -> list[S.Site]:
-        """Sites that a run which ends at the last receiver meets."""
-        return [site for site in sites if _order(site) <= self.top]
-
-    def _values(self, tokens: ic.Tokens | None, sites: list[S.Site]) -> dict[S.Site, Float[Tensor, "batch pos *rest"]]:
-        """Values at the senders' positions; zeros without a text."""
-        if tokens is None:
-            return {site: torch.zeros_like(self.base[site]) for site in sites}
-        if not sites:
-            return {}
-        run = self.model.run(tokens, read=[site.at(self.at) for site in sites], logits=False)
-        found = {site: run[site.at(self.at)].as_subclass(Tensor) for site in sites}
-        return {site: value.unsqueeze(1) if self.single else value for site, value in found.items()}
+    def _values(self, run: ic.Run, sites: list[S.Site]) -> dict[S.Site, Float[Tensor, "batch pos *rest"]]:
+        """Values at the senders' positions, by whole site."""
+        found = {site.whole: run[site].as_subclass(Tensor) for site in sites}
+        return {site: value.unsqueeze(1) if self.plan.single else value for site, value in found.items()}
 
     def _columns(self, tokens: ic.Tokens) -> Tensor:
         """Token ids at the senders' positions `[batch pos]`."""
         from interp_core.positions import position, resolve
 
-        columns = torch.tensor(resolve(position(self.at), tokens.rows))
+        columns = torch.tensor(resolve(position(self.plan.at), tokens.rows))
         return tokens.ids.gather(1, columns.to(tokens.ids.device))
 
     def chunks(self, senders: list[int]) -> Iterator[list[int]]:
         """Senders that go together in memory."""
         one = max(value.numel() * value.element_size() for value in self.base.values())
-        most = max(1, CHUNK_BYTES // (one * (2 * len(self.reads) + len(self.source) + 16)))
+        most = max(1, CHUNK_BYTES // (one * (2 * len(self.plan.reads) + len(self.source) + 16)))
         for start in range(0, len(senders), most):
             yield senders[start : start + most]
 
@@ -147,19 +157,19 @@ class DirectRuns:
         """The run of some senders. What it gives takes a sender's number and a receiver, and makes the edits of the
         base run by which the receiver is what it is in the direct run."""
         rows, batch = len(chunk) + 1, len(self.ids)
-        self.token_layers += rows * self.ids.numel() * (self.top[0] + 1)
-        edits = [site.set(self._sent(site, chunk)) for site in self.frozen]
-        edits += [edit for site in self.mlps if site not in self.frozen for edit in self._mlp(site, chunk)]
+        self.token_layers += rows * self.ids.numel() * (self.plan.top[0] + 1)
+        edits = [site.set(self._sent(site, chunk)) for site in self.plan.frozen]
+        edits += [edit for site in self.plan.mlps if site not in self.plan.frozen for edit in self._mlp(site, chunk)]
         ids = self.ids.repeat(rows, 1)
         text = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
-        run = self.model.run(text, read=self.reads, edits=edits, logits=False, allow_noop=True)
-        seen = {site: run[site].as_subclass(Tensor).unflatten(0, (rows, batch)) for site in self.reads}
+        run = self.model.run(text, read=self.plan.reads, edits=edits, logits=False, allow_noop=True)
+        seen = {site: run[site].as_subclass(Tensor).unflatten(0, (rows, batch)) for site in self.plan.reads}
 
         def change(sender: int, site: S.Site, whole: bool) -> ic.Edit:
             value = seen[site.whole][1 + chunk.index(sender)] - seen[site.whole][0]
             value = value + self.base[site.whole] if whole else value
             part = value[:, :, site.units] if isinstance(site.units, int) else value
-            where, part = site.at(self.at), part[:, 0] if self.single else part
+            where, part = site.at(self.plan.at), part[:, 0] if self.plan.single else part
             return where.set(part) if whole else where.add(part)
 
         return lambda sender, end: [change(sender, site, len(end.sites) > 1) for site in end.sites]
@@ -167,7 +177,9 @@ class DirectRuns:
     def _sent(self, site: S.Site, chunk: list[int]) -> Float[Tensor, "row pos *rest"]:
         """What a frozen site is in every row: its base value, but for the senders' own."""
         value = self.base[site].expand(len(chunk) + 1, *self.base[site].shape)
-        own = [(row, part) for row, s in enumerate(chunk, 1) for part in self.senders[s].sites if part.whole == site]
+        own = [
+            (row, part) for row, s in enumerate(chunk, 1) for part in self.plan.senders[s].sites if part.whole == site
+        ]
         if own:
             value = value.clone()
         for row, part in own:
@@ -178,7 +190,7 @@ class DirectRuns:
     def _mlp(self, site: S.Site, chunk: list[int]) -> Iterator[ic.Edit]:
         """An MLP that sends while the others compute: set in its own rows alone."""
         batch, width = self.ids.shape
-        rows = [row for row, s in enumerate(chunk, 1) if site in self.senders[s].sites]
+        rows = [row for row, s in enumerate(chunk, 1) if site in self.plan.senders[s].sites]
         if rows:
             everywhere = tuple(range(width))
             where = [everywhere if row // batch in rows else () for row in range((len(chunk) + 1) * batch)]

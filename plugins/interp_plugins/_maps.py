@@ -70,6 +70,12 @@ class Grid(NamedTuple):
         """The sites, for titles."""
         return " + ".join(site.name for site in self.sites)
 
+    @property
+    def reads(self) -> list[S.Site]:
+        """What a run has to read; of many places, the whole site once."""
+        whole = [site[layer] for site in self.sites for layer in self.layers]
+        return whole if len(self.places) > 1 else [site.at(self.places[0]) for site in whole]
+
     def where(self, site: S.Site, layer: int, place: int) -> S.Site:
         """A site in one layer at one place, all units."""
         return site[layer].at(self.places[place])
@@ -160,15 +166,13 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
     return f"{format_position(where)} {words.pop()}" if len(words) == 1 else format_position(where)
 
 
-def values(model: ic.Model, tokens: ic.Tokens, grid: Grid) -> Values:
-    """The values of a run at every layer and place; one forward pass up to the last of them."""
-    many = len(grid.places) > 1  # then the whole site is read once
-    chosen = [(site, layer, place) for site in grid.sites for layer in grid.layers for place in range(len(grid.places))]
-    reads = [site[layer] if many else grid.where(site, layer, place) for site, layer, place in chosen]
-    run = model.run(tokens, read=dict.fromkeys(reads), logits=False)
+def values(run: ic.Run, grid: Grid) -> Values:
+    """The values of a run, which read `grid.reads`, at every layer and place."""
     return {
         (site.name, layer, place): run[grid.where(site, layer, place)].as_subclass(Tensor)
-        for site, layer, place in chosen
+        for site in grid.sites
+        for layer in grid.layers
+        for place in range(len(grid.places))
     }
 
 

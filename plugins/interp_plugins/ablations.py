@@ -173,7 +173,7 @@ def _chunks(tokens: ic.Tokens) -> Iterator[ic.Tokens]:
 
 def _at_places(model: ic.Model, tokens: ic.Tokens, where: Grid) -> Values:
     try:
-        return values(model, tokens, where)
+        return values(model.run(tokens, read=where.reads, logits=False), where)
     except ic.PositionError as error:
         raise ic.PositionError(
             f"ablations: a reference prompt lacks a position ({error}); give prompts of the same form, or over='all'"

@@ -10,7 +10,7 @@ zeros: the log-probability of the answer), at the last token. 1 is the whole dif
 Source: Vig et al. (2020), arXiv:2004.12265; Meng et al. (2022), arXiv:2202.05262; denoising and noising as in
 Heimersheim and Nanda (2024), arXiv:2404.15255.
 
-Cost: three forward passes and the sweep: one clean pass, and (layers from v on) × (tokens from v on) per v.
+Cost: two forward passes and the sweep: one clean pass, and (layers from v on) × (tokens from v on) per v.
 Must equal: one full forward pass per v (the sweep's tests); patching everything at the first layer gives 1.
 """
 
@@ -59,9 +59,9 @@ class ActivationPatching(ic.Method):
     def run(self, model: ic.Model, tokens: ic.Tokens, config: PatchingConfig) -> PatchingResult:
         """Sweep over the patches."""
         where = grid(self.name, model, tokens, config)
-        pair = contrast(self.name, model, tokens, config)
-        given = None if pair.source is None else values(model, pair.source, where)
-        found = swept(model, pair.base, patches(where, given), pair.judged, config)
+        pair = contrast(self.name, model, tokens, config, there=where.reads)
+        given = None if pair.source is None else values(pair.source, where)
+        found = swept(model, pair.base.tokens, patches(where, given), pair.judged, config)
         return PatchingResult(
             effect=where.shaped(pair.share(found.effects)), source=pair.high, answer=pair.answer, other=pair.other,
             explain=found.plan.explain(), **named(where), **pair.named(),

@@ -41,6 +41,9 @@ from ._contrast import Contrast, ContrastConfig, contrast
 from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
 from ._pictures import Picture
 
+ROUNDING = 1e-6
+"""Of the largest effect, below which the order of patches is left to chance."""
+
 
 class AttributionConfig(MapConfig, ContrastConfig):
     """Settings of attribution patching.
@@ -151,16 +154,17 @@ class AttributionPatching(ic.Method):
             )
         if config.steps < 0 or config.top_k < 1:
             raise ic.PlanError(f"{self.name}: steps={config.steps}, top_k={config.top_k}: at least 0 and 1")
-        pair = contrast(self.name, model, tokens, config)
-        here = values(model, pair.base, where)
-        there = values(model, pair.source, where) if pair.source else {k: torch.zeros_like(v) for k, v in here.items()}
+        inputs = [S.resid_pre[0]] if config.steps and config.along == "inputs" else []
+        pair = contrast(self.name, model, tokens, config, [*where.reads, *inputs], [*where.reads, *inputs])
+        here = values(pair.base, where)
+        there = values(pair.source, where) if pair.source else {k: torch.zeros_like(v) for k, v in here.items()}
         effect = where.shaped(pair.share(self._estimated(model, pair, where, here, there, config)))
         exact: Tensor | None = None
         found: Agreement | tuple[None, None, None] = (None, None, None)
         explain, top_k = _cost(config, where), min(config.top_k, effect[0].numel())
         if config.compare:
             edits = patches(where, None if pair.source is None else there)
-            sweep = swept(model, pair.base, edits, pair.judged, config)
+            sweep = swept(model, pair.base.tokens, edits, pair.judged, config)
             exact = where.shaped(pair.share(sweep.effects))
             found, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
         return AttributionResult(
@@ -174,7 +178,7 @@ class AttributionPatching(ic.Method):
     ) -> Float[Tensor, "patch batch"]:
         """First-order effects of all patches, summed over the sites that are changed together."""
         grads: dict[tuple[str, int, int], Tensor] = {}
-        for layers, edits, share in _runs(model, pair, where, here, there, config):
+        for layers, edits, share in _runs(pair, where, here, there, config):
             for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
                 grads[key] = grads.get(key, 0) + share * grad
         steps = {key: torch.where(there[key] == here[key], 0, there[key] - here[key]) for key in grads}  # also of -inf
@@ -189,7 +193,7 @@ class AttributionPatching(ic.Method):
 
 
 def _runs(
-    model: ic.Model, pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionConfig
+    pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionConfig
 ) -> Iterable[tuple[list[int], list[ic.Edit], float]]:
     """The runs whose gradients are averaged: layers that are differentiated, edits, weight."""
     if not config.steps:
@@ -198,10 +202,8 @@ def _runs(
     points = [(k + 0.5) / config.steps for k in range(config.steps)]
     if config.along == "inputs":
         first = S.resid_pre[0]
-        x = model.run(pair.base, read=first, logits=False)[first].as_subclass(Tensor)
-        y = torch.zeros_like(x)
-        if pair.source is not None:
-            y = model.run(pair.source, read=first, logits=False)[first].as_subclass(Tensor)
+        x = pair.base[first].as_subclass(Tensor)
+        y = torch.zeros_like(x) if pair.source is None else pair.source[first].as_subclass(Tensor)
         for point in points:
             yield where.layers, [first.set(torch.lerp(x, y, point))], 1 / config.steps
         return
@@ -235,7 +237,7 @@ def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit
         return found
 
     reads = [site[layer] for site in where.sites for layer in where.layers]
-    run = model.run(pair.base, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)
+    run = model.run(pair.base.tokens, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)
     return {
         (site.name, layer, place): run.grad[where.where(site, layer, place)].as_subclass(Tensor)
         for site in where.sites
@@ -253,8 +255,10 @@ def agreement(
     estimated: Float[Tensor, "batch layer head pos"], exact: Float[Tensor, "batch layer head pos"], top_k: int
 ) -> Agreement:
     """Correlation of values and of ranks, and overlap of the strongest, over all patches of each batch row; not a
-    number where one side is the same everywhere."""
-    a, b = estimated.flatten(1).double(), exact.flatten(1).double()
+    number where one side is the same everywhere. Effects under a millionth of the largest are rounding, and count as
+    nought."""
+    sides = [side.flatten(1).double() for side in (estimated, exact)]
+    a, b = (side.where(side.abs() > ROUNDING * side.abs().amax(1, keepdim=True), 0) for side in sides)
     rows = range(len(a))
     pearson = torch.stack([_correlation(a[i], b[i]) for i in rows])
     spearman = torch.stack([_correlation(ranks(a[i]), ranks(b[i])) for i in rows])

@@ -34,7 +34,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ._contrast import ContrastConfig, contrast
-from ._direct import RECEIVERS, SENDERS, DirectRuns, listed, reaches
+from ._direct import RECEIVERS, SENDERS, DirectPlan, DirectRuns, listed, reaches
 from ._maps import place_name, swept
 from ._pictures import Picture, pages, picture
 
@@ -166,8 +166,9 @@ class PathPatching(ic.Method):
         if tokens.inputs:
             raise ic.PlanError("path_patching runs positions by themselves, and takes text without images")
         place = place_name(self.name, tokens, config.at)
-        pair = contrast(self.name, model, tokens, config)
-        runs = DirectRuns(model, pair, senders, receivers, config.at, config.through_mlps)
+        plan = DirectPlan(model, senders, receivers, config.at, config.through_mlps)
+        pair = contrast(self.name, model, tokens, config, plan.here, plan.there)
+        runs = DirectRuns(plan, pair)
         effect = torch.zeros(len(senders), len(receivers), len(tokens), dtype=pair.low.dtype)
         pairs = [
             (s, r) for s in range(len(senders)) for r in range(len(receivers)) if reaches(senders[s], receivers[r])
@@ -177,7 +178,7 @@ class PathPatching(ic.Method):
             changes = runs.received(chunk)
             chosen = [(s, r) for s, r in pairs if s in chunk]
             variants = [changes(s, receivers[r]) for s, r in chosen]
-            found = swept(model, pair.base, variants, pair.judged, config)
+            found = swept(model, pair.base.tokens, variants, pair.judged, config)
             effect[[s for s, _ in chosen], [r for _, r in chosen]] = found.effects.to(effect)
             layers += found.plan.token_layers
         explain = _explained(runs, len(pairs), len(senders) * len(receivers), layers)
@@ -189,7 +190,7 @@ class PathPatching(ic.Method):
 
 
 def _explained(runs: DirectRuns, pairs: int, asked: int, layers: int) -> str:
-    total, naive = runs.token_layers + layers, 2 * asked * runs.model.n_layers * sum(runs.pair.base.lengths)
+    total, naive = runs.token_layers + layers, 2 * asked * runs.model.n_layers * sum(runs.pair.base.tokens.lengths)
     return (
         f"paths        {asked:,}, of which {pairs:,} have a receiver above the sender\n"
         f"direct runs  {runs.token_layers:,} token-layers at {runs.ids.shape[1]} position(s)\n"
