@@ -107,8 +107,8 @@ def _common_slots(prompts: Sequence[Prompt]) -> int:
         counts.append(len(seen))
         if counts[-1] != counts[0]:
             raise ic.PlanError(
-                f"prompt {number} has {counts[-1]} slots, prompt 0 has {counts[0]}: slots mean the same only in prompts "
-                "of one template with the same number of shots"
+                f"prompt {number} has {counts[-1]} slots, prompt 0 has {counts[0]}: slots mean the same only in "
+                "prompts of one template with the same number of shots"
             )
     return counts[0]
 
