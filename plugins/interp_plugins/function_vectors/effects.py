@@ -25,8 +25,9 @@ import interp_core as ic
 from interp_core import score
 from interp_core import sites as S
 
-from .means import head_shape, tokens
+from .means import head_shape
 from .prompts import Prompt
+from .rows import targets, tokens
 
 CLASSES = (
     "demonstration", "label", "separator", "predictive", "structural", "end_of_example",
@@ -79,7 +80,7 @@ def indirect_effect(
         PlanError: prompts and means that do not fit, or a prompt without target.
     """
     _check(model, prompts, mean)
-    judged = _judge(measure, torch.tensor([prompt.target_ids[0] for prompt in prompts]))
+    judged = _judge(measure, targets(prompts))
     mean = mean.to(model.device, model.dtype)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     found = torch.full((len(prompts), *mean.shape[:2], len(CLASSES) if classes else 1), torch.nan, dtype=kind)
@@ -140,16 +141,12 @@ def _check(model: ic.Model, prompts: Sequence[Prompt], mean: Tensor) -> None:
             f"the means are {list(mean.shape)}, this model needs [layer {wanted[0]}, head {wanted[1]}, slot, d_head "
             f"{wanted[2]}]; take them from this model"
         )
-    if not prompts:
-        raise ic.PlanError("indirect effects need at least one prompt")
     for number, prompt in enumerate(prompts):
         if prompt.slots[-1] != mean.shape[2] - 1:
             raise ic.PlanError(
                 f"prompt {number} ends in slot {prompt.slots[-1]}, the means have slots 0 to {mean.shape[2] - 1}; use "
                 "the same template and number of shots for both"
             )
-        if not prompt.target_ids:
-            raise ic.PlanError(f"prompt {number} has no target tokens, and nothing to measure")
 
 
 def average(

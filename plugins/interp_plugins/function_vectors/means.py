@@ -10,7 +10,7 @@ the published code: with `batch=1` the means equal its own to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -21,13 +21,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from .prompts import Prompt
-
-
-def tokens(prompts: Sequence[Prompt]) -> ic.Tokens:
-    """Prompts as a batch, padded on the left."""
-    rows = [torch.tensor([prompt.ids]) for prompt in prompts]
-    batch = [ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in rows]
-    return batch[0] if len(batch) == 1 else ic.Tokens.stack(batch)
+from .rows import batches, tokens
 
 
 def head_shape(model: ic.Model) -> tuple[int, int]:
@@ -64,7 +58,7 @@ def mean_head_activations(
     layers = model.atlas.layers("z")
     found = torch.zeros(len(prompts), model.n_layers, heads, n_slots, d_head)
     number = 0
-    for part in _batches(prompts, batch):
+    for part in batches(prompts, batch):
         run = model.run(tokens(part), read=S.z[layers], logits=False)
         z = run[S.z[layers]].as_subclass(Tensor)
         for row, prompt in enumerate(part):
@@ -80,7 +74,7 @@ def mean_layer_activations(
     """Mean residual stream after every block at the last token, float32, on the CPU: the baseline that the published
     code adds in place of the function vector, layer by layer."""
     found = []
-    for part in _batches(prompts, batch):
+    for part in batches(prompts, batch):
         run = model.run(tokens(part), read=S.resid_post.at(-1), logits=False)
         found += list(run[S.resid_post.at(-1)].as_subclass(Tensor).float().cpu().unbind(1))
     return torch.stack(found).mean(0)
@@ -111,10 +105,3 @@ def _common_slots(prompts: Sequence[Prompt]) -> int:
                 "prompts of one template with the same number of shots"
             )
     return counts[0]
-
-
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    if size < 1:
-        raise ic.PlanError(f"batch is at least 1, not {size}")
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
