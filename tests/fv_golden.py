@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from conftest import DATA
-from interp_plugins.function_vectors.prompts import Prompt, Slots
+from interp_plugins.function_vectors.prompts import Prompt
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,10 +65,6 @@ def legacy(family: str, what: str) -> tuple[Prompt, ...]:
     """Prompts that the reference drew by itself for its `mean` and `ie`; without slots."""
     texts = table(family, "legacy_stream")[f"{what}_prompts"]
     return tuple(Prompt(t, tuple(model(family).tokenizer(t).input_ids), (), (), "", ()) for t in texts)
-
-
-def slots(family: str) -> Slots:
-    return Slots(tuple(label for _, label in table(family, "antonym_dummy_labels")["labels"]))
 
 
 @cache

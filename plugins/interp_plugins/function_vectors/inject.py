@@ -4,8 +4,8 @@
 
 `injection` is an edit for `model.run`, `model.generate` and `model.sweep`; position -1 is the prompt's last token, and
 while generating every new one after it too, as in the published code. `by_layer` tries every layer in one sweep: a
-prompt of T tokens costs L·T + L(L + 1)/2 token-layers at most, where a forward pass per layer with and without the vector
-costs 2·L²·T.
+prompt of T tokens costs L·T + L(L + 1)/2 token-layers at most, where forward passes with and without the vector for
+every layer cost 2·L²·T.
 
 Source: Todd et al. (2024), section 2.2, arXiv:2310.15213. Must equal: a forward pass per layer.
 """
@@ -151,8 +151,8 @@ def continued(
 ) -> Continued:
     """Generate with injections at every step, or at the first `steps` and none after them.
 
-    What comes after the first steps is generated from the tokens that they left, read again without injection, as in the
-    published code.
+    What comes after the first steps is generated from the tokens that they left, read again without injection, as in
+    the published code.
 
     Args:
         x: text, texts or tokens.
