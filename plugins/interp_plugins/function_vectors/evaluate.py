@@ -3,8 +3,9 @@
     rank        how many tokens have a larger logit than the answer's first one; accuracy at k: share of ranks below k
     perplexity  mean over prompts of exp(mean negative log-likelihood of the answer's tokens)
 
-Prompts are zero-shot, few-shot, or few-shot with shuffled answers; `questions` draws them with the random numbers of the
-published code, one stream of numpy's per evaluation. A filter set keeps the rows that the model answers with ten shots.
+Prompts are zero-shot, few-shot, or few-shot with shuffled answers; `questions` draws them with the random numbers of
+the published code, one stream of numpy's per evaluation. A filter set keeps the rows that the model answers with ten
+shots.
 
 Source: Todd et al. (2024), section 3. Must equal: its rank lists exactly.
 """
@@ -89,7 +90,7 @@ class Evaluation(ic.Result):
         Raises:
             PlanError: a layer that was not evaluated.
         """
-        out = {"clean_topk": _top(self.clean_rank), "clean_rank_list": self.clean_rank.tolist()}
+        out: dict[str, Any] = {"clean_topk": _top(self.clean_rank), "clean_rank_list": self.clean_rank.tolist()}
         if layer is not None:
             if self.rank is None or layer not in self.layers:
                 raise ic.PlanError(f"layer {layer} was not evaluated; layers {list(self.layers)} were")

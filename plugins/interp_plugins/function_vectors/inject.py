@@ -80,11 +80,43 @@ def head_injection(
     return edits
 
 
-class ByLayer(NamedTuple):
-    """What prompts score without the vector, and with it at each layer."""
+class Scored(NamedTuple):
+    """What prompts score as they are, and with each edit."""
 
     clean: Float[Tensor, " prompt"]
-    values: Float[Tensor, "layer prompt"]
+    values: Float[Tensor, "variant prompt"]
+
+
+def scored(
+    model: ic.Model,
+    prompts: Sequence[Prompt],
+    edits: Sequence[ic.Edit | Sequence[ic.Edit]],
+    judged: Judged = "rank",
+    *,
+    strategy: str = "auto",
+    progress: bool = False,
+) -> Scored:
+    """Scores of the targets under each edit, in one sweep.
+
+    Args:
+        edits: with "nll", at positions that `prompt_ends` gives, since targets follow the prompts there.
+        judged: of the target's first token its rank (0 is best), log-probability (nats) or probability; or the negative
+            log-likelihood of the whole target, the mean over its tokens (nats).
+
+    Raises:
+        PlanError: prompts without targets.
+    """
+    first = targets(prompts)
+    text = tokens(prompts, answered=judged == "nll")
+    measure = score.nll(text) if judged == "nll" else getattr(score, judged)(first)
+    found = model.sweep(text, edits, measure, strategy=strategy, progress=progress)
+    per = torch.tensor([len(prompt.target_ids) if judged == "nll" else 1 for prompt in prompts]).to(found.clean)
+    return Scored(found.clean / per, found.values / per)
+
+
+def prompt_ends(prompts: Sequence[Prompt], judged: Judged) -> Any:
+    """The position of each prompt's last token, where the target follows it and where it does not."""
+    return ic.PerRow(tuple(len(prompt.ids) - 1 for prompt in prompts)) if judged == "nll" else -1
 
 
 def by_layer(
@@ -98,32 +130,24 @@ def by_layer(
     site: str = "resid_post",
     strategy: str = "auto",
     progress: bool = False,
-) -> ByLayer:
-    """Scores of the target with the vector at the prompt's last token, layer by layer, in one sweep.
+) -> Scored:
+    """Scores with the vector at the prompt's last token, layer by layer, in one sweep; see `scored`.
 
     Args:
-        judged: of the target's first token its rank (0 is best), log-probability (nats) or probability; or the negative
-            log-likelihood of the whole target, the mean over its tokens (nats).
         layers: where to inject (None: everywhere).
 
     Raises:
         PlanError: prompts without targets, or a vector that does not fit.
     """
-    chosen = list(range(model.n_layers)) if layers is None else list(layers)
-    first = targets(prompts)
-    text = tokens(prompts, answered=judged == "nll")
-    at = ic.PerRow(tuple(len(prompt.ids) - 1 for prompt in prompts)) if judged == "nll" else -1
+    at = prompt_ends(prompts, judged)
     edits = [
         injection(
             model, vectors if isinstance(vectors, FunctionVector) else vectors[layer], layer,
             at=at, strength=strength, site=site,
         )
-        for layer in chosen
+        for layer in (range(model.n_layers) if layers is None else layers)
     ]  # fmt: skip
-    measure = score.nll(text) if judged == "nll" else getattr(score, judged)(first)
-    found = model.sweep(text, edits, measure, strategy=strategy, progress=progress)
-    per = torch.tensor([len(prompt.target_ids) if judged == "nll" else 1 for prompt in prompts]).to(found.clean)
-    return ByLayer(found.clean / per, found.values / per)
+    return scored(model, prompts, edits, judged, strategy=strategy, progress=progress)
 
 
 class Continued(NamedTuple):
