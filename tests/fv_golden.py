@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from conftest import DATA
 from interp_plugins.function_vectors.prompts import Prompt
+from interp_plugins.function_vectors.tasks import Task, load_task
+from interp_plugins.function_vectors.vectors import FunctionVector
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,3 +77,13 @@ def same_arithmetic(family: str) -> bool:
     with torch.no_grad():
         logits = model(family).hf(ids).logits[0, -1]
     return torch.equal(logits, tensors(family)["inject_corrupted_clean_logits"][0])
+
+
+@cache
+def task() -> Task:
+    return load_task("antonym", folder=FOLDER / "tasks")
+
+
+def vector(family: str) -> FunctionVector:
+    """The published function vector."""
+    return FunctionVector(tensors(family)["fv"][0], task="antonym", model=family)

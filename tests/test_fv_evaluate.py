@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from interp_plugins.function_vectors.evaluate import (
 from interp_plugins.function_vectors.inject import by_layer, injection
 from interp_plugins.function_vectors.metrics import answer_in, exact_match, f1, first_word, normalised
 from interp_plugins.function_vectors.prompts import Prompt
-from interp_plugins.function_vectors.tasks import Pair, Task, load_task
+from interp_plugins.function_vectors.tasks import Pair, Task
 from interp_plugins.function_vectors.vectors import FunctionVector
 
 import interp_core as ic
@@ -31,18 +30,9 @@ import interp_core as ic
 ROWS = range(24)
 
 
-@cache
-def task() -> Task:
-    return load_task("antonym", folder=golden.FOLDER / "tasks")
-
-
 def asked(family: str, **how: Any) -> list[Prompt]:
     """The first 24 test questions as the reference drew them."""
-    return questions(task(), golden.model(family).tokenizer, **{"rows": ROWS, **how})
-
-
-def vector(family: str) -> FunctionVector:
-    return FunctionVector(golden.tensors(family)["fv"][0], task="antonym", model=family)
+    return questions(golden.task(), golden.model(family).tokenizer, **{"rows": ROWS, **how})
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -66,13 +56,13 @@ def test_without_a_vector(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_a_vector_at_every_layer(family: str) -> None:
     model, wanted = golden.model(family), golden.table(family, "eval_first24_test")
-    zero = evaluate(model, asked(family), vector(family))
-    shuffled = evaluate(model, asked(family, shots=10, shuffled=True), vector(family))
+    zero = evaluate(model, asked(family), golden.vector(family))
+    shuffled = evaluate(model, asked(family, shots=10, shuffled=True), golden.vector(family))
     for layer in range(4):
         same(zero.published(layer), wanted[f"zs_layer{layer}"])
         same(shuffled.published(layer), wanted[f"fs_shuffled_layer{layer}"])
     even = asked(family, filter_set=range(0, 24, 2))
-    same(evaluate(model, even, vector(family), layers=[1]).published(1), wanted["zs_layer1_filter_even"])
+    same(evaluate(model, even, golden.vector(family), layers=[1]).published(1), wanted["zs_layer1_filter_even"])
 
 
 def test_filter_set_and_batches() -> None:
@@ -122,7 +112,7 @@ def test_baseline_by_shots() -> None:
 def test_a_random_vector_is_evaluated_layer_by_layer() -> None:
     family = "gpt2-xl"
     model, made = golden.model(family), asked(family)[:3]
-    control = vector(family).random(3)
+    control = golden.vector(family).random(3)
     found = evaluate(model, made, control, layers=[2], strength=2.0)
     assert found.layers == (2,) and found.rank is not None
     wanted = by_layer(model, made, control, layers=[2], strength=2.0).values

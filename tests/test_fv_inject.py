@@ -23,10 +23,6 @@ KINDS = ("corrupted", "clean", "zeroshot")
 CLOSE = 5e-5
 
 
-def vector(family: str) -> FunctionVector:
-    return FunctionVector(golden.tensors(family)["fv"][0], task="antonym", model=family)
-
-
 @cache
 def prompts(family: str, kind: str) -> tuple[Prompt, ...]:
     """The prompts that the reference injected into, all ten."""
@@ -56,9 +52,9 @@ def test_logits_at_every_layer(family: str, kind: str) -> None:
         text = tokens([prompt])
         assert float((model.run(text, logits=-1).logits[0] - clean[number]).abs().max()) <= CLOSE
         for layer in range(4):
-            run = model.run(text, edits=injection(model, vector(family), layer), logits=-1)
+            run = model.run(text, edits=injection(model, golden.vector(family), layer), logits=-1)
             assert float((run.logits[0] - wanted[number, layer]).abs().max()) <= CLOSE
-            assert run.receipts[0].norm == pytest.approx(vector(family).norm, rel=1e-4)
+            assert run.receipts[0].norm == pytest.approx(golden.vector(family).norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,11 +62,11 @@ def test_logits_at_every_layer(family: str, kind: str) -> None:
 def test_scores_at_every_layer(family: str, kind: str) -> None:
     """By sweep, ten prompts at once: ranks exactly, log-probabilities and likelihoods of whole answers closely."""
     model, made = golden.model(family), prompts(family, kind)
-    clean, values = by_layer(model, made, vector(family), "rank")
+    clean, values = by_layer(model, made, golden.vector(family), "rank")
     assert torch.equal(clean.expand(4, -1).double(), rows(family, kind, "base_rank"))
     assert torch.equal(values.double(), rows(family, kind, "with_rank"))
     for judged, key, sign in (("logprob", "logprob", 1), ("nll", "nll", 1)):
-        clean, values = by_layer(model, made, vector(family), judged)
+        clean, values = by_layer(model, made, golden.vector(family), judged)
         assert float((clean - sign * rows(family, kind, f"base_{key}")).abs().max()) <= CLOSE
         assert float((values - sign * rows(family, kind, f"with_{key}")).abs().max()) <= CLOSE
 
@@ -81,7 +77,7 @@ def test_generation(family: str) -> None:
     model = golden.model(family)
     for row in golden.table(family, "natural_text_generation"):
         ids = torch.tensor([model.tokenizer(row["sentence"]).input_ids])
-        edit = injection(model, vector(family), row["edit_layer"])
+        edit = injection(model, golden.vector(family), row["edit_layer"])
         made = continued(model, ids, edit, steps=row.get("num_interv_tokens"), max_new_tokens=row["max_new_tokens"])
         assert [*ids[0].tolist(), *made.ids[0].tolist()] == row["interv_ids"]
         plain = continued(model, ids, max_new_tokens=row["max_new_tokens"])
@@ -93,7 +89,7 @@ def test_token_layers_of_all_layers() -> None:
     """L·T + L(L + 1)/2 at most; a vector after a block joins before the next one."""
     family = "tiny-llama3-8b"
     model, made = golden.model(family), prompts(family, "zeroshot")[:2]
-    by_layer(model, made[:1], vector(family))
+    by_layer(model, made[:1], golden.vector(family))
     seen: list[int] = []
     hooks = [
         block.self_attn.register_forward_pre_hook(
@@ -102,7 +98,7 @@ def test_token_layers_of_all_layers() -> None:
         for block in model.hf.model.layers
     ]
     try:
-        by_layer(model, made, vector(family))
+        by_layer(model, made, golden.vector(family))
     finally:
         for hook in hooks:
             hook.remove()
