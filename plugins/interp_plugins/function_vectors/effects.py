@@ -129,9 +129,7 @@ def _patches(model: ic.Model, prompt: Prompt, mean: Tensor, classes: bool) -> di
 
 
 def _judge(measure: Measure, target: int | Tensor) -> score.Score:
-    if measure == "logit":
-        return score.Score("logit", lambda logits, ids: logits.gather(-1, ids[:, None])[:, 0], targets=(target,))
-    return {"probability": score.probability, "logprob": score.logprob}[measure](target)
+    return {"probability": score.probability, "logprob": score.logprob, "logit": score.logit}[measure](target)
 
 
 def _check(model: ic.Model, prompts: Sequence[Prompt], mean: Tensor) -> None:
