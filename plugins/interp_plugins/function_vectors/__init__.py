@@ -15,7 +15,18 @@ method                             all of it as the method `function_vectors`
 
 from __future__ import annotations
 
-from .effects import CLASSES, Head, average, gap, indirect_effect, ranking, top_heads, universal
+from .effects import (
+    CLASSES,
+    Effects,
+    Head,
+    average,
+    gap,
+    indirect_effect,
+    indirect_effects,
+    ranking,
+    top_heads,
+    universal,
+)
 from .evaluate import Evaluation, baseline, evaluate, filter_set, generated, questions
 from .inject import by_layer, continued, head_injection, injection, scored
 from .means import mean_head_activations, mean_layer_activations
@@ -29,6 +40,7 @@ from .vocab import decoded, reconstructed, words
 
 __all__ = [
     "CLASSES",
+    "Effects",
     "Evaluation",
     "FunctionVector",
     "FunctionVectors",
@@ -58,6 +70,7 @@ __all__ = [
     "head_injection",
     "head_space",
     "indirect_effect",
+    "indirect_effects",
     "injection",
     "legacy_trials",
     "load_task",
