@@ -370,6 +370,21 @@ class Model:
         assert norm is not None
         return readout(self.hf, norm, resid)
 
+    def project(
+        self, z: Float[Tensor, "... head d_head"], layer: int, *, added: bool = False
+    ) -> Float[Tensor, "... d_model"]:
+        """What a layer's attention gives for these heads: its own output projection, bias included.
+
+        Args:
+            added: as the block adds it to the stream: through a post-norm and multiplier where the family has them.
+
+        Raises:
+            SiteError, CapabilityError: no such layer, or one whose heads are not known.
+        """
+        from .readout import project
+
+        return project(self.atlas, z, layer, added)
+
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""
         return self._fresh() if self.atlas.family.carried else _NOTHING
