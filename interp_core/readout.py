@@ -1,6 +1,7 @@
-"""From the residual stream to logits, the way the model itself does it.
+"""From the residual stream to logits, and from heads to the residual stream, the way the model itself does it.
 
     logits = cap(scale * unembed(final_norm(resid)))
+    attention's output = z @ W_O + b_O
 
 `cap` and `scale` are in the config of the families that have them (Gemma's `final_logit_softcapping`, Cohere's
 `logit_scale`, Granite's `logits_scaling`). The self-check holds the result against the model's own logits.
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .architectures.atlas import Atlas
+from .sites import Site
 
 
 def readout(model: Any, final_norm: nn.Module, resid: Tensor) -> Tensor:
@@ -30,3 +34,16 @@ def unembed(model: Any, normed: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
+    """What the attention of a layer gives `[… d_model]` for heads `[… head d_head]`; see `Model.project`."""
+    heads, end = (atlas.select(Site(name, layer))[0] for name in ("z", "attn_out"))
+    assert heads.module is not None and heads.read is not None and end.read is not None
+    out = heads.module(z.flatten(-2))
+    if not added:
+        return out
+    if not heads.read.module.startswith(f"{end.read.module}."):  # not the attention itself: a norm behind it
+        assert end.module is not None
+        out = end.module(out)
+    return out if end.read.lens is None else out * end.read.lens.factor

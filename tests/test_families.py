@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
 
 import interp_core as ic
 from interp_core import sites as S
@@ -12,6 +12,18 @@ from interp_core import sites as S
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor), atol=tolerance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_project_to_what_attention_adds(family: str, ids: torch.Tensor) -> None:
+    """Through post-norms (Gemma 2), multipliers (Granite) and biases (GPT-2), and back from what heads give."""
+    model = tiny_model(family, torch.float64)
+    layer = model.atlas.layers("z")[-1]
+    run = model.run(ids, read=[S.z[layer], S.head_out[layer], S.attn_out[layer]])
+    z, heads = (run[site[layer]].as_subclass(torch.Tensor) for site in (S.z, S.head_out))
+    with torch.no_grad():
+        close(model.project(z, layer, added=True), run[S.attn_out[layer]], 1e-6)
+        close(model.project(z, layer) - model.project(torch.zeros_like(z), layer), heads.sum(2))
 
 
 def test_latent_attention(ids: torch.Tensor) -> None:

@@ -1,0 +1,221 @@
+"""Checks of a file of fixed trials, and reading one.
+
+* prompt parity   prompts, answers and `prompt_data` built again from the file's pairs, and their ids, equal the file's
+* slot parity     dummy labels, labels, idx_map and idx_avg of this package equal those of the reference's procedure,
+                  which is written down here a second time, word by word as it is specified: pieces tokenized one after
+                  the other, labels zipped with tokens, tokens zipped with slots; for clean and corrupted prompts
+* verify          answer_ids, first_token_id and target_first_token_id equal what the tokenizer gives
+
+Every check says how many trials it looked at and what did not agree; all of them look at all trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import interp_core as ic
+
+from .prompts import Prompt, Slots, build, dummy, target_ids
+from .template import Boundary, Template, name_of
+from .trials import Trial, Trials, made
+from .trials_file import prompt_data, read_json, short_name, template_of, unspaced
+
+KINDS = ("clean", "corrupted")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found.
+
+    Attributes:
+        name: "prompt parity", "slot parity" or "verify".
+        checked_trials: how many were looked at.
+        mismatches: one line each, with trial and field.
+    """
+
+    name: str
+    checked_trials: int
+    mismatches: tuple[str, ...]
+
+    @property
+    def mismatch_count(self) -> int:
+        """How many things did not agree."""
+        return len(self.mismatches)
+
+    def __str__(self) -> str:
+        return f"{self.name}: checked_trials={self.checked_trials} mismatch_count={self.mismatch_count}"
+
+
+def prompt_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
+    """Prompts built from the file's pairs against the file's prompts."""
+    template = template_of(data, tokenizer)
+    front = template.front(tokenizer)
+    found = []
+    for number, trial in enumerate(data["trials"]):
+        for kind in KINDS:
+            demos, query = trial[f"demos_{kind}"], trial["query"]
+            pairs = [unspaced(template, pair) for pair in demos]
+            prompt = build(tokenizer, template, pairs, unspaced(template, query).input, None)
+            field = f"trial {number}, {kind}_prompt_str"
+            found += _differ(field, trial[f"{kind}_prompt_str"], prompt.text)
+            stored = tuple(tokenizer(trial[f"{kind}_prompt_str"], add_special_tokens=front.added)["input_ids"])
+            found += _differ(f"{field}, ids", stored, prompt.ids)
+            field = f"trial {number}, prompt_data_{kind}"
+            found += _differ(field, trial[f"prompt_data_{kind}"], prompt_data(template, front.text, demos, query))
+        found += _differ(f"trial {number}, target_str", trial["target_str"], trial["query"]["output"])
+    return Check("prompt parity", len(data["trials"]), tuple(found))
+
+
+def slot_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
+    """Slots of this package against those of the reference's procedure."""
+    template = template_of(data, tokenizer, "reference")
+    slots = dummy(tokenizer, template, data["meta"]["n_shots"])
+    wanted = _reference_dummy(tokenizer, template, slots)
+    found = _differ("dummy labels", list(slots.labels), wanted)
+    for number, trial in enumerate(data["trials"]):
+        for kind in KINDS:
+            where = f"trial {number}, {kind} prompt"
+            pairs = [unspaced(template, pair) for pair in trial[f"demos_{kind}"]]
+            try:
+                prompt = build(tokenizer, template, pairs, unspaced(template, trial["query"]), slots, where=where)
+            except ic.TextError as error:
+                found.append(str(error))
+                continue
+            labels = reference_labels(tokenizer, trial[f"prompt_data_{kind}"], slots.front.added)
+            found += _slots_differ(where, prompt, labels, wanted)
+    return Check("slot parity", len(data["trials"]), tuple(found))
+
+
+def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
+    """Answers' first tokens against the tokenizer."""
+    template = template_of(data, tokenizer)
+    special = template.front(tokenizer).added
+    found = []
+    for number, trial in enumerate(data["trials"]):
+        try:
+            ids = list(
+                target_ids(
+                    tokenizer, trial["clean_prompt_str"], trial["target_str"], special=special, boundary="reference"
+                )
+            )
+        except ic.TextError as error:
+            found.append(f"trial {number}, answer_ids: {error}")
+            continue
+        found += _differ(f"trial {number}, answer_ids", trial["answer_ids"], ids)
+        for field in ("first_token_id", "target_first_token_id"):
+            found += _differ(f"trial {number}, {field}", trial[field], ids[0])
+    return Check("verify", len(data["trials"]), tuple(found))
+
+
+def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, boundary: Boundary = "strict") -> Trials:
+    """Fixed trials of a file, with prompts of a tokenizer that must be the file's.
+
+    Args:
+        model: name of the model to run; its last part must be that of the file's (None: any model of this tokenizer).
+        boundary: how answers are found; see `prompts.target_ids`.
+
+    Raises:
+        LoadError: no such file, or one whose fields are not those of fixed trials.
+        TextError: prompts or answers are not what this tokenizer makes of the file's pairs, or the file is of another
+            model; names trial and field.
+    """
+    data = read_json(path)
+    theirs = data["meta"]["model_name_for_tokenizer"]
+    if model is not None and short_name(model) != short_name(theirs):
+        raise ic.TextError(
+            f"{path}: meta.model_name_for_tokenizer is {theirs}, the model is {model}: make a file for this one with "
+            "`interp run fv_fixed_trials`"
+        )
+    for check in (prompt_parity(data, tokenizer), verify_answers(data, tokenizer)):
+        if check.mismatches:
+            more = f" (and {check.mismatch_count - 1} more)" if check.mismatch_count > 1 else ""
+            raise ic.TextError(
+                f"{path}: {check.mismatches[0]}{more}. The file was made for {theirs}, this tokenizer is "
+                f"{name_of(tokenizer)}: load that one, or make a file for this one with `interp run fv_fixed_trials`"
+            )
+    template = template_of(data, tokenizer, boundary)
+    slots = dummy(tokenizer, template, data["meta"]["n_shots"])
+    splits = {key: tuple(rows) for key, rows in data["splits"].items()}
+    items = tuple(_trial(row, tokenizer, template, slots) for row in data["trials"])
+    return Trials(items, slots, data["meta"], splits)
+
+
+def _trial(row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
+    clean, corrupted = ([unspaced(template, pair) for pair in row[f"demos_{kind}"]] for kind in KINDS)
+    query = unspaced(template, row["query"])
+    rows = row["demo_indices_in_train"], row["query_index_in_valid"]
+    return made(row["trial_id"], tokenizer, template, slots, clean, corrupted, query, *rows)
+
+
+def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list[str]:
+    """Labels by the reference's procedure, one per token that the growing text gains.
+
+    Args:
+        data: `prompt_data`.
+        bos: the tokenizer adds a BOS.
+    """
+    before, after = data["prefixes"], data["separators"]
+    groups = [[(before["instructions"], "bos_token")], [(data["instructions"], "instructions_token")]]
+    groups += [[(after["instructions"], "separator_token")]]
+    asked = [(pair["input"], pair["output"], f"demonstration_{i}", "") for i, pair in enumerate(data["examples"], 1)]
+    for x, y, name, kind in [*asked, (data["query_target"]["input"], None, "query_demonstration", "query_")]:
+        group = [(before["input"], f"{kind}structural_token"), (x, f"{name}_token")]
+        group += [(after["input"], f"{kind}separator_token"), (before["output"], f"{kind}structural_token")]
+        answered = [] if y is None else [(y, f"{name}_label_token"), (after["output"], "separator_token")]
+        groups.append(group + answered)
+    labels, text = ["bos_token"] * bos, ""
+    for group in groups:
+        for place, (piece, label) in enumerate(group):
+            if not piece:
+                continue
+            length = len(tokenizer.tokenize(text))
+            text += piece
+            new = len(tokenizer.tokenize(text)) - length
+            labels = labels + [label] * new if new else [*labels[:-1], label]
+            if place == 3 or (place == 2 and not group[3][0]):
+                labels[-1] = labels[-1].replace("structural", "predictive").replace("separator", "predictive")
+            if place == 5 and new:
+                labels[-new] = "end_of_example_token"
+    return labels
+
+
+def _reference_dummy(tokenizer: Any, template: Template, slots: Slots) -> list[str]:
+    word = {"input": template.spaced("a"), "output": template.spaced("a")}
+    data = prompt_data(template, slots.front.text, [word] * slots.n_shots, word)
+    labels = reference_labels(tokenizer, data, slots.front.added)
+    return [x for i, x in enumerate(labels) if "demo" not in x or x not in labels[:i]]  # one slot a word
+
+
+def _slots_differ(where: str, prompt: Prompt, labels: Sequence[str], slots: Sequence[str]) -> list[str]:
+    """What differs between a prompt and the reference's labels zipped with its tokens and the slots."""
+    words: dict[str, list[int]] = {}
+    for token, label in zip(range(len(prompt.ids)), labels, strict=False):
+        if "demo" in label:
+            words.setdefault(label, []).append(token)
+    further = {token for tokens in words.values() for token in tokens[1:]}
+    kept = (token for token in range(len(prompt.ids)) if token not in further)
+    idx_map = dict(zip(kept, range(len(slots)), strict=False))
+    idx_avg = {label: (tokens[0], tokens[-1]) for label, tokens in words.items() if len(tokens) > 1}
+    return [
+        *_differ(f"{where}, labels", list(prompt.labels), list(labels)),
+        *_differ(f"{where}, idx_map", prompt.idx_map, idx_map),
+        *_differ(f"{where}, idx_avg", prompt.idx_avg, idx_avg),
+    ]
+
+
+def _differ(field: str, found: Any, wanted: Any) -> list[str]:
+    """A line if two things differ."""
+    if found == wanted:
+        return []
+    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(found) == len(wanted):
+        at = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+        return [f"{field}[{at}] is {found[at]!r}, should be {wanted[at]!r}"]
+    return [f"{field} is {_short(found)}, should be {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}"

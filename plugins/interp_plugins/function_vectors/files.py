@@ -1,0 +1,79 @@
+"""Artefacts of the published code: means, effects and vectors in `.pt` files, read without running what is in them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+
+from .effects import CLASSES
+from .means import head_shape
+from .vectors import FunctionVector
+
+
+def read_tensor(path: str | Path) -> Tensor:
+    """The tensor that a `.pt` file holds, float32 or as stored if wider.
+
+    Raises:
+        LoadError: no such file, one that needs code to be read, or no tensor in it.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ic.LoadError(f"there is no file {path}") from error
+    except Exception as error:  # whatever pickle and zip raise
+        raise ic.LoadError(f"{path} is no .pt file of plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ic.LoadError(f"{path} holds {kind}, not a tensor of numbers")
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def read_means(path: str | Path, model: ic.Model) -> Float[Tensor, "layer head slot d_head"]:
+    """Mean head activations.
+
+    Raises:
+        LoadError: not readable, or of another model.
+    """
+    found = read_tensor(path)
+    heads, d_head = head_shape(model)
+    if found.ndim != 4 or (found.shape[0], found.shape[1], found.shape[3]) != (model.n_layers, heads, d_head):
+        raise ic.LoadError(
+            f"{path} holds {list(found.shape)}; means of this model are [layer {model.n_layers}, head {heads}, slot, "
+            f"d_head {d_head}]"
+        )
+    return found
+
+
+def read_effects(path: str | Path, model: ic.Model) -> Float[Tensor, "trial layer head *token_class"]:
+    """Indirect effects, of the last token or of all classes. The published code drops axes of size one: they come back.
+
+    Raises:
+        LoadError: not readable, or of another model.
+    """
+    found = read_tensor(path)
+    wanted = model.n_layers, head_shape(model)[0], *((len(CLASSES),) if found.ndim == 4 else ())
+    trials, rest = divmod(found.numel(), math.prod(wanted))
+    if rest or tuple(found.squeeze().shape) != tuple(size for size in (trials, *wanted) if size != 1):
+        raise ic.LoadError(
+            f"{path} holds {list(found.shape)}; effects of this model are [trial, layer {wanted[0]}, head {wanted[1]}] "
+            f"or [trial, layer, head, token class {len(CLASSES)}]"
+        )
+    return found.reshape(trials, *wanted)
+
+
+def read_vector(path: str | Path, model: ic.Model, *, task: str = "") -> FunctionVector:
+    """A function vector `(1, d_model)` or `(d_model,)`.
+
+    Raises:
+        LoadError: not readable, or of another width.
+    """
+    found = read_tensor(path)
+    if found.numel() != model.atlas.shape.d_model:
+        raise ic.LoadError(f"{path} holds {list(found.shape)}, the residual stream has {model.atlas.shape.d_model}")
+    return FunctionVector(found.flatten().float(), "resid", task or Path(path).stem, model.source)
