@@ -560,12 +560,14 @@ def test_a_stopped_run_goes_on(tmp_path: Path, sent: signal.Signals, code: int) 
     done = len(lines(out / "questions/Q2/cie_scores.csv")) // 24
     assert 1 <= done < n
     first = {file: file.stat().st_mtime_ns for file in (out / "questions/Q1").rglob("*.*")}
+    (out / "questions/Q2/.cie_scores.csv.1.tmp").write_text("half a li")
     run(path, tmp_path / "whole", n_trials=n, q_ids="Q2")
     with counted(toy_model()) as passes:
         assert run(path, out, n_trials=n)[0] == "Q1: completed before"
     zero = json.loads((out / "questions/Q2/sampled_trials_zeroshot.json").read_text())["trials"]
     assert len(passes) == 3 * (n - done) + 2 * len({trial["prompt_str"] for trial in zero})
     assert {file: file.stat().st_mtime_ns for file in first} == first and status(out, "Q2")["status"] == "completed"
+    assert not list(out.rglob("*.tmp"))
     mended, whole = (
         json.loads((folder / "questions/Q2/step6/step6_all_layers_summary.json").read_text())
         for folder in (out, tmp_path / "whole")

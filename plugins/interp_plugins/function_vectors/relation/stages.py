@@ -51,6 +51,8 @@ def run_question(model: ic.Model, work: Work, settings: RelationSettings, layers
         InterpError: from the stage that `at` then names.
     """
     at.stage = "trials"
+    for draft in work.folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
+        draft.unlink()
     write_trials(work)
     at.stage = "mean activations"
     mean = mean_activations(model, work)
