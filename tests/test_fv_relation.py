@@ -459,7 +459,9 @@ def test_statuses_and_files() -> None:
         "fv_global_resid.pt", "fv_global_resid_meta.json", "step6/step6_all_layers_summary.json",
     }  # fmt: skip
     by_layer = torch.load(folder / "out/questions/french/fv_by_layer.pt", weights_only=True)
+    whole = torch.load(folder / "out/questions/french/fv_global_resid.pt", weights_only=True)["fv_global_resid"]
     assert {x.shape for x in by_layer["fv_by_layer"].values()} == {(128,)} and by_layer["selected_k"] == 20
+    torch.testing.assert_close(sum(by_layer["resid_by_layer"].values()), whole, atol=1e-5, rtol=1e-5)
     metrics = [
         json.loads(line) for line in (folder / "out/questions/french/trial_metrics.jsonl").read_text().splitlines()
     ]

@@ -45,36 +45,51 @@ def missing_layers(folder: Path, layers: Sequence[int]) -> list[int]:
 def make_vector(
     model: ic.Model, work: Work, mean: Means, rows: Sequence[Row], settings: RelationSettings
 ) -> FunctionVector:
-    """Average effects, the heads of largest, and their vector, in the residual stream and before the projection."""
-    folder, key = work.folder, settings.score_key
-    last = mean[:, :, -1]
+    """Average effects, the heads of largest, and their vector."""
+    key, last = settings.score_key, mean[:, :, -1]
     norms = {(layer, head): float(last[layer, head].norm()) for layer, head in model.heads}
     table = aie_rows(rows, norms, key)
     best = table[: settings.top_k]
-    heads = [Head(row["layer"], row["head"], row[key]) for row in best]
-    vector = function_vector(model, mean, heads, task=work.question.q_id)
-    parts = head_space(model, mean, heads, task=work.question.q_id)
+    gap = best[-1][key] - table[len(best)][key] if len(table) > len(best) else None
+    kept = ("layer", "head", "mean_delta_logprob", "mean_delta_p", "n_trials")
+    listed = [{name: row[name] for name in kept} | {"score_key": key, "rank_score": row[key]} for row in best]
+    vector = function_vector(
+        model, mean, [Head(row["layer"], row["head"], row[key]) for row in best], task=work.question.q_id
+    )
+    meta = {"k": settings.top_k, "model": settings.model, "model_spec": _kind(model), "score_key": key}
+    write_csv(work.folder / "aie_scores.csv", table)
+    write_json(work.folder / "top_heads.json", {"meta": meta | {"gap_k_to_k1": gap}, "heads": listed})
+    _write_vector(model, work, mean, vector, settings, listed)
+    return vector
+
+
+def _write_vector(
+    model: ic.Model, work: Work, mean: Means, vector: FunctionVector, settings: RelationSettings, heads: list[Row]
+) -> None:
+    """The vector in the residual stream, and its parts by layer, before the projection and after it."""
+    chosen = [Head(*head) for head in vector.heads]
+    before = head_space(model, mean, chosen, task=vector.task)
+    after = {at: function_vector(model, mean, [head for head in chosen if head.layer == at]) for at in before}
     n_heads, d_head = head_shape(model)
     sizes = {"n_heads": n_heads, "head_dim": d_head, "resid_dim": len(vector.vector)}
-    kind = str(model.hf.config.model_type)
-    listed = [
-        {
-            "layer": row["layer"], "head": row["head"], "score_key": key, "rank_score": row[key],
-            "mean_delta_logprob": row["mean_delta_logprob"], "mean_delta_p": row["mean_delta_p"],
-            "n_trials": row["n_trials"],
-        }
-        for row in best
-    ]  # fmt: skip
-    gap = best[-1][key] - table[len(best)][key] if len(table) > len(best) else None
-    named = {"k": settings.top_k, "model": settings.model, "model_spec": kind, "score_key": key, "gap_to_next": gap}
-    write_csv(folder / "aie_scores.csv", table)
-    write_json(folder / "top_heads.json", {"meta": named, "heads": listed})
-    save_tensors(folder / "fv_global_resid.pt", {"fv_global_resid": vector.vector, **sizes})
-    by_layer = {"fv_by_layer": {layer: part.vector for layer, part in parts.items()}, "selected_k": settings.top_k}
-    save_tensors(folder / "fv_by_layer.pt", by_layer | {"alpha_default": settings.alpha, "model_spec": kind} | sizes)
-    meta = {"spec_name": kind, "model": settings.model, "q_id": work.question.q_id, "norm": vector.norm, **sizes}
-    write_json(folder / "fv_global_resid_meta.json", meta | {"heads": listed, "token_position_rule": TOKEN_RULE})
-    return vector
+    by_layer = sizes | {
+        "selected_k": len(chosen), "alpha_default": settings.alpha, "model_spec": _kind(model),
+        "space": {"fv_by_layer": "head_space", "resid_by_layer": "resid"},
+        "fv_by_layer": {layer: part.vector for layer, part in before.items()},
+        "resid_by_layer": {layer: part.vector for layer, part in after.items()},
+    }  # fmt: skip
+    meta = {
+        "spec_name": _kind(model), "model": settings.model, "q_id": work.question.q_id, "space": "resid",
+        "shape": [len(vector.vector)], "norm": vector.norm, "bias": "per_head", "heads": heads,
+        "token_position_rule": TOKEN_RULE,
+    }  # fmt: skip
+    save_tensors(work.folder / "fv_by_layer.pt", by_layer)
+    save_tensors(work.folder / "fv_global_resid.pt", {"fv_global_resid": vector.vector, **sizes})
+    write_json(work.folder / "fv_global_resid_meta.json", meta)
+
+
+def _kind(model: ic.Model) -> str:
+    return str(model.hf.config.model_type)
 
 
 def evaluate_layers(
@@ -91,30 +106,30 @@ def evaluate_layers(
     found = Measured(*(values[..., place] for values in found))
     for number, layer in enumerate(todo):
         rows = eval_rows(work.question.q_id, model.tokenizer, work.asked, found, number)
-        _write_layer(work, vector, settings, layer, rows)
+        _write_layer(work, settings, layer, rows)
 
 
-def _write_layer(work: Work, vector: FunctionVector, settings: RelationSettings, layer: int, rows: list[Row]) -> None:
+def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[Row]) -> None:
     """The files of one layer; the summary, which says that it is complete, comes last."""
-    folder, q_id = layer_folder(work.folder, layer), work.question.q_id
-    summary, alpha = eval_summary(rows), settings.alpha
-    fv = {"shape": list(vector.vector.shape), "norm": vector.norm}
+    folder, q_id, summary = layer_folder(work.folder, layer), work.question.q_id, eval_summary(rows)
+    fv_meta = _json(work.folder / "fv_global_resid_meta.json")
+    fv = {key: fv_meta[key] for key in ("shape", "norm")}
     config = {
         "model": settings.model, "edit_layer": layer, "fv_source": "fv_global_resid", "seed": settings.seed,
-        "n_eval": len(rows), "alpha": alpha, "dtype": settings.dtype, "score_key": settings.score_key,
+        "n_eval": len(rows), "alpha": settings.alpha, "dtype": settings.dtype, "score_key": settings.score_key,
     }  # fmt: skip
     meta = config | {
-        "injection_point": "resid_post", "slot": "query_predictive", "slot_index_rule": TOKEN_RULE,
-        "token_rule": "the first token of the answer after the prompt", "fv_type": "question", "eval_scope": "question",
-        "eval_qids": [q_id], "heads": _json(work.folder / "top_heads.json")["heads"], "fv": fv, "config": config,
-        "fv_meta": "fv_global_resid_meta.json",
+        "injection_point": f"resid_post[{layer}], {TOKEN_RULE}", "slot": "query_predictive",
+        "slot_index_rule": TOKEN_RULE, "token_rule": "the first token of the answer after the prompt",
+        "fv_type": "question", "eval_scope": "question", "eval_qids": [q_id], "heads": fv_meta["heads"], "fv": fv,
+        "config": config, "fv_meta": fv_meta,
     }  # fmt: skip
     results = {
         "config": config, "fv": fv, "summary": summary, "per_qid": {q_id: summary},
         "matrix": {"__global__": {q_id: summary[settings.score_key]}}, "metadata": meta, "results": rows,
     }  # fmt: skip
-    model = next(iter(folder_names([short_name(settings.model)]).values()))
-    write_json(folder / f"step6_results_{model}_layer{layer}_n{len(rows)}.json", results)
+    name = short_name(settings.model)
+    write_json(folder / f"step6_results_{folder_names([name])[name]}_layer{layer}_n{len(rows)}.json", results)
     write_lines(folder / "eval_trials.jsonl", rows)
     write_json(folder / "eval_meta.json", meta)
     write_json(folder / "eval_summary.json", summary)

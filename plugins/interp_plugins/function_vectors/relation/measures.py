@@ -1,8 +1,6 @@
-"""Probability, logit and log-probability of the targets, and the likeliest token: four measures for one sweep.
+"""Probability, logit and log-probability of the targets, and the likeliest token, all from the same passes.
 
-A sweep judges every pass by one score. The score used here writes all measures of a row of logits down, and gives the
-place where they stand; places come back in whatever order the passes had, and are looked up. So four measures cost what
-one costs. Must equal: the same measures of one `model.run` per edit.
+Must equal: the same measures of one `model.run` per edit.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from ..prompts import Prompt
 from ..rows import targets, tokens
 
 MEASURES = ("p", "logit", "logprob")
-_PLACES = 1 << 24  # whole numbers that float32 holds
+_TOP = score.Score("top", lambda logits: logits.argmax(-1).to(logits.dtype))  # ids are whole numbers in float32 too
 
 
 class Measured(NamedTuple):
@@ -44,22 +42,12 @@ def measured(
     """The measures under each edit, in one sweep.
 
     Raises:
-        PlanError: prompts without targets, or more than 2^24 passes at once.
+        PlanError: prompts without targets.
         CapabilityError: logits that are not numbers.
     """
-    if (len(edits) + 1) * len(prompts) > _PLACES:
-        raise ic.PlanError(f"{len(edits)} edits on {len(prompts)} prompts at once are too many; give fewer prompts")
-    seen: list[Tensor] = []
-
-    def place(logits: Tensor, ids: Tensor) -> Tensor:
-        start = sum(map(len, seen))
-        seen.append(_measures(logits, ids))
-        return torch.arange(start, start + len(logits), device=logits.device).to(logits.dtype)
-
-    judge = score.Score("place", place, targets=(targets(prompts),))
-    found = model.sweep(tokens(prompts), edits, judge, strategy=strategy)
-    rows = _numbers(torch.cat(seen))
-    clean, values = rows[found.clean.long()].movedim(-1, 0), rows[found.values.long()].movedim(-1, 0)
+    found = model.sweep(tokens(prompts), edits, _scores(targets(prompts)), strategy=strategy)
+    clean, values = torch.stack([one.clean for one in found]), torch.stack([one.values for one in found])
+    _demand_numbers(clean, values)
     return Measured(clean[:3], values[:3], clean[3].long(), values[3].long())
 
 
@@ -73,23 +61,20 @@ def as_they_are(model: ic.Model, prompts: Sequence[Prompt]) -> tuple[Tensor, Ten
     found = []
     for prompt, target in zip(prompts, targets(prompts), strict=True):
         logits = model.run(tokens([prompt]), logits=-1).logits.as_subclass(Tensor)
-        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        found.append(_measures(logits.to(kind), target[None].to(logits.device)))
-    rows = _numbers(torch.cat(found))
-    return rows.T[:3], rows[:, 3].long()
+        wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+        found.append(torch.cat([one.rows(wide).cpu() for one in _scores(target[None])]))
+    rows = torch.stack(found, -1)
+    _demand_numbers(rows)
+    return rows[:3], rows[3].long()
 
 
-def _measures(logits: Tensor, ids: Tensor) -> Float[Tensor, "row measure"]:
-    """Probability, logit, log-probability and likeliest token of each row, on the CPU, in float64."""
-    logit, logprob = (values.gather(-1, ids[:, None])[:, 0] for values in (logits, torch.log_softmax(logits, -1)))
-    rows = torch.stack([logit, logprob, logits.argmax(-1).to(logits.dtype)], -1).cpu().double()
-    return torch.cat([rows[:, 1:2].exp(), rows], -1)
+def _scores(target: Tensor) -> tuple[score.Score, ...]:
+    return score.probability(target), score.logit(target), score.logprob(target), _TOP
 
 
-def _numbers(rows: Tensor) -> Tensor:
-    if not rows.isfinite().all():
+def _demand_numbers(*values: Tensor) -> None:
+    if not all(bool(part.isfinite().all()) for part in values):
         raise ic.CapabilityError(
             "the model gives logits that are not finite numbers here; load it with another dtype (float16 overflows in "
             "models that were trained in bfloat16)"
         )
-    return rows
