@@ -69,14 +69,15 @@ def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], gr
     shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
     about = (
         "Share of prompts whose answer's first token is the likeliest: with demonstrations, with their answers "
-        "shuffled, without demonstrations, and with the vector added at the best layer."
+        "shuffled, without demonstrations, and with the vector added at the best layer, which is that of the largest "
+        f"score ({done[0]['config']['score_key'] if done else 'none yet'})."
     )
     sections = [Section("Questions", about, table(shown))]
     if done:
         sections += [Section("Layers", "", _layers(out, done)), Section("Heads", "", _head_map(out, done))]
     failed = [
         {"stage": group["stage"], "error": group["error_class"], "questions": ", ".join(map(short, group["q_ids"])),
-         "what": "\n".join(group["messages"]), "fix": group["fix"]}
+         "what": "\n".join(group["rows"] or group["messages"]), "fix": group["fix"]}
         for group in groups
     ]  # fmt: skip
     skipped = [{"question": short(s["q_id"], 40), "why": s["reason"]} for s in found if s["status"] == "skipped"]
@@ -86,8 +87,10 @@ def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], gr
         if "dropped_rows" in status
     ]
     config = max(found, key=lambda status: status["updated_at"])["config"] if found else {}
-    given = [{"setting": key, "value": value} for key, value in config.items() if value is not None]
-    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped, "Settings": given[:-1]}
+    given = [
+        {"setting": key, "value": value} for key, value in config.items() if value is not None and key != "pairs_sha256"
+    ]
+    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped, "Settings": given}
     sections += [Section(title, "", table(lines)) for title, lines in listed.items() if lines]
     return page("Function vectors of a relation", said, sections)
 
