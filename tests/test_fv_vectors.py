@@ -90,7 +90,9 @@ def made(*numbers: float, task: str = "a", **more: object) -> FunctionVector:
 def test_algebra() -> None:
     a, b = made(3.0, 4.0, layer=2, heads=((1, 2, 0.5),)), made(1.0, -1.0, task="b", layer=2)
     assert (a + b - 2.0 * b).vector.tolist() == [2.0, 5.0] and (-a).vector.tolist() == [-3.0, -4.0]
-    assert (a - b).task == "a - b" and (2.0 * (a + b)).task == "2 (a + b)" and (a - b).layer == 2 and (a - b).heads == ()
+    assert (
+        (a - b).task == "a - b" and (2.0 * (a + b)).task == "2 (a + b)" and (a - b).layer == 2 and (a - b).heads == ()
+    )
     assert mean_vector([a, b]).vector.tolist() == [2.0, 1.5] and mean_vector([a, b]).task == "mean of a, b"
     assert a.norm == 5 and a.random(1).norm == pytest.approx(5) and a.random(1) == a.random(1) != a.random(2)
     cosines = similarity([a, b, 3.0 * a])

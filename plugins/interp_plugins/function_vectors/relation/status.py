@@ -163,7 +163,8 @@ def classified(found: Iterable[Mapping[str, Any]]) -> list[Row]:
         {
             "stage": stage, "error_class": kind, "count": len(group), "q_ids": [status["q_id"] for status in group],
             "messages": [status["error"]["message"] for status in group],
-            "rows": [f"{s['q_id']}: {row}" for s in group for row in s["error"].get("rows", ())], "fix": group[0]["error"]["fix"],
+            "rows": [f"{s['q_id']}: {row}" for s in group for row in s["error"].get("rows", ())],
+            "fix": group[0]["error"]["fix"],
         }
         for (stage, kind), group in sorted(groups.items(), key=lambda item: _place(item[0]))
     ]  # fmt: skip
