@@ -1,8 +1,8 @@
 """Several relations between the same words: one set of heads for all, their vectors, differences and similarities.
 
-    heads           the k of largest AIE, averaged over tasks (or each task's own), injected after one layer: k and layer
-                    are those of the best mean zero-shot accuracy on validation words; of equals, those of the largest
-                    mean log-probability of the answers
+    heads           the k of largest AIE, averaged over tasks (or each task's own); the vector is added after one layer.
+                    k and layer: the best mean zero-shot accuracy on validation words; of equals, the largest mean
+                    log-probability of the answers
     with vector     zero-shot accuracy on test words, after that layer; random: with vectors of the same lengths
     swap[a, b]      share of few-shot prompts showing b that are answered as a would with vector a - vector b, after the
                     layer that turns most of them on validation words
