@@ -135,7 +135,7 @@ def function_vectors(
         print("", *fv_report.sentences(done[-1]), "", sep="\n")
     page = folders[0].path / "report.html"
     if len(done) > 1:
-        page = _together(loaded, done, out, asked)
+        page = _together(loaded, done, folders, out)
     print(f"{time.perf_counter() - began:.1f} s")
     return page
 
@@ -282,9 +282,18 @@ def _examples(
     return found
 
 
-def _together(model: ic.Model, done: Sequence[Findings], out: Path, asked: Settings) -> Path:
-    """What the tasks share, measured and written."""
+def _together(model: ic.Model, done: Sequence[Findings], folders: Sequence[Folder], out: Path) -> Path:
+    """What the tasks share, measured and written; kept if the same settings made it."""
     print(f"related: {len(done)} tasks", flush=True)
-    found: Related = related(model, [Extracted(one.task, one.mean, one.aie) for one in done], seed=asked.seed)
+    args = {one.task.name: dict(folder.args) for one, folder in zip(done, folders, strict=True)}
+    folder = Folder(out / "related", args, ["result.json", "result.safetensors"])
+    folder.open()
+    try:
+        found = Related.load(folder.path)
+        print("  kept related")
+    except ic.LoadError:
+        extracted = [Extracted(one.task, one.mean, one.aie) for one in done]
+        found = related(model, extracted, seed=folders[0].args["seed"])
+        found.save(folder.path)
     found.show()
     return fv_report.write_all(out, model, done, found)

@@ -38,8 +38,8 @@ def sentences(found: Findings) -> list[str]:
     ]
     if shuffled.accuracy() >= 0.9:
         said.append(
-            "Shuffled answers do not hide this task from the model, so that AIE, which measures what is given back, has "
-            "little to measure: heads shared by several tasks are a better choice."
+            "Shuffled answers do not hide this task from the model, so that AIE, which measures what is given back, "
+            "has little to measure: heads shared by several tasks are a better choice."
         )
     return said
 
@@ -127,9 +127,8 @@ def sections(found: Findings) -> list[html.Section]:
 
 
 def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Related) -> Path:
-    """Table, result, picture and page of several tasks."""
+    """Table, picture and page of several tasks."""
     folder = Folder(out, {}, ())
-    found.save(out / "related")
     folder.table("tasks.csv", found.table())
     names = found.tasks
 
@@ -150,12 +149,19 @@ def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Relat
     links = " · ".join(f"<a href='{html.escape(one.task.name)}/report.html'>{one.task.name}</a>" for one in done)
     pages = [
         html.Section(
-            "Each task with its own heads", "The layer is chosen on validation rows.", html.table(rows) + links
+            "Each task with its own heads",
+            "The layer is chosen on validation rows.",
+            html.table(percents(rows)) + links,
         ),
         html.Section("One set of heads for all, differences, similarities", "", f"{_pre(found)}{found.html()}"),
     ]
     write(out / "report.html", html.page(f"Function vectors of {len(done)} tasks", repr(model), pages))
     return out / "report.html"
+
+
+def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a page: shares as percents."""
+    return [{key: f"{v:.0%}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
 
 
 def _pre(found: Related) -> str:

@@ -179,9 +179,10 @@ class Related(ic.Result):
             return heatmap(values.tolist(), self.tasks, self.tasks, texts=texts, caption=caption, **how)
 
         swap = "Prompts that show the column's task, with the row's vector minus the column's: answered as the row's."
-        shown = f"Mean share without: {float(self.shown.nanmean()):.2g}. Empty: too few words have both."
+        shown = f"Mean share without: {float(self.shown.nanmean()):.2g}. ∅: too few words have both."
         alike = grid(self.similarity, "Cosines between vectors.", diverging=True, limits=(-1.0, 1.0))
-        return table(self.table()) + grid(self.swap, f"{swap} {shown}", limits=(0.0, 1.0)) + alike
+        rows = [{key: f"{v:.0%}" if isinstance(v, float) else v for key, v in row.items()} for row in self.table()]
+        return table(rows) + grid(self.swap, f"{swap} {shown}", limits=(0.0, 1.0)) + alike
 
 
 def extract(
