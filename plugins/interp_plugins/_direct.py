@@ -166,9 +166,9 @@ class DirectRuns:
         seen = {site: run[site].as_subclass(Tensor).unflatten(0, (rows, batch)) for site in self.plan.reads}
 
         def change(sender: int, site: S.Site, whole: bool) -> ic.Edit:
-            value = seen[site.whole][1 + chunk.index(sender)] - seen[site.whole][0]
-            value = value + self.base[site.whole] if whole else value
-            part = value[:, :, site.units] if isinstance(site.units, int) else value
+            unit = (slice(None), slice(None), site.units) if isinstance(site.units, int) else ()
+            part = seen[site.whole][1 + chunk.index(sender)][unit] - seen[site.whole][0][unit]
+            part = part + self.base[site.whole][unit] if whole else part
             where, part = site.at(self.plan.at), part[:, 0] if self.plan.single else part
             return where.set(part) if whole else where.add(part)
 

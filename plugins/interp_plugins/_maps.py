@@ -80,13 +80,11 @@ class Grid(NamedTuple):
         """A site in one layer at one place, all units."""
         return site[layer].at(self.places[place])
 
-    def unit(self, value: Tensor, site: S.Site, place: int, head: int | None) -> Tensor:
-        """One head of a value."""
-        if head is None:
-            return value
+    def axis(self, site: S.Site, place: int) -> int:
+        """Where a value has its heads, counted from the end."""
         single = single_place(self.places[place])
         axes = [axis for axis in site.info.axes if not (single and axis in ("pos", "query"))]
-        return value.select(axes.index(str(site.info.unit)) - len(axes), head).contiguous()
+        return axes.index(str(site.info.unit)) - len(axes)
 
     def shaped(self, effects: Float[Tensor, "patch batch"]) -> Float[Tensor, "batch layer head pos"]:
         """Effects in the order of `patches`, as a map."""
@@ -183,7 +181,8 @@ def patches(grid: Grid, given: Values | None) -> list[list[ic.Edit]]:
         where = (site[layer] if head is None else site[layer, head]).at(grid.places[place])
         if given is None:
             return where.zero()
-        return where.set(grid.unit(given[site.name, layer, place], site, place, head))
+        value = given[site.name, layer, place]
+        return where.set(value if head is None else value.select(grid.axis(site, place), head).contiguous())
 
     return [
         [edit(site, layer, head, place) for site in grid.sites]

@@ -182,14 +182,14 @@ class AttributionPatching(ic.Method):
             for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
                 grads[key] = grads.get(key, 0) + share * grad
         steps = {key: torch.where(there[key] == here[key], 0, there[key] - here[key]) for key in grads}  # also of -inf
-        parts = {key: step * grads[key] for key, step in steps.items()}
-        effects = [
-            sum(where.unit(parts[site.name, layer, n], site, n, head).flatten(1).sum(-1) for site in where.sites)
-            for layer in where.layers
-            for head in where.heads
-            for n in range(len(where.places))
-        ]
-        return torch.stack([torch.as_tensor(effect).to(pair.low) for effect in effects])
+        found = torch.zeros(*where.shape, len(pair.low), dtype=pair.low.dtype)
+        for site in where.sites:
+            for i, layer in enumerate(where.layers):
+                for n in range(len(where.places)):
+                    part = steps[site.name, layer, n] * grads[site.name, layer, n]
+                    part = part[:, None] if where.heads == [None] else part.movedim(where.axis(site, n), 1)
+                    found[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(found)
+        return found.flatten(0, 2)
 
 
 def _runs(
