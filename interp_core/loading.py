@@ -61,6 +61,18 @@ def open_model(
     return Opened(model.eval(), tokenizer, processor, str(source))
 
 
+def open_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a hub id, a folder or a toy, without its model.
+
+    Raises:
+        LoadError: there is none.
+    """
+    path = toy_folder(str(source)) if str(source).startswith("toy:") else str(source)
+    if not Path(path).is_dir() and (path.startswith(("/", "./", "../", "~")) or path.count("/") > 1):
+        raise LoadError(f"there is no folder {path}; give a folder with a tokenizer, a hub id, or 'toy:text'")
+    return _attempt(path, "AutoTokenizer", {"trust_remote_code": False})
+
+
 def toy_folder(name: str) -> str:
     """Folder of a toy model of the package.
 

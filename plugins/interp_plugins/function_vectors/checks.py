@@ -4,7 +4,7 @@
 * slot parity     dummy labels, labels, idx_map and idx_avg of this package equal those of the reference's procedure,
                   which is written down here a second time, word by word as it is specified: pieces tokenized one after
                   the other, labels zipped with tokens, tokens zipped with slots; for clean and corrupted prompts
-* verify          answer_ids[0], first_token_id and target_first_token_id equal what the tokenizer gives
+* verify          answer_ids, first_token_id and target_first_token_id equal what the tokenizer gives
 
 Every check says how many trials it looked at and what did not agree; all of them look at all trials.
 """
@@ -89,7 +89,7 @@ def slot_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
     return Check("slot parity", len(data["trials"]), tuple(found))
 
 
-def verify(data: Mapping[str, Any], tokenizer: Any) -> Check:
+def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
     """Answers' first tokens against the tokenizer."""
     template = template_of(data, tokenizer)
     special = template.front(tokenizer).added
@@ -129,7 +129,7 @@ def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, b
             f"{path}: meta.model_name_for_tokenizer is {theirs}, the model is {model}: make a file for this one with "
             "`interp run fv_fixed_trials`"
         )
-    for check in (prompt_parity(data, tokenizer), verify(data, tokenizer)):
+    for check in (prompt_parity(data, tokenizer), verify_answers(data, tokenizer)):
         if check.mismatches:
             more = f" (and {check.mismatch_count - 1} more)" if check.mismatch_count > 1 else ""
             raise ic.TextError(
@@ -139,15 +139,15 @@ def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, b
     template = template_of(data, tokenizer, boundary)
     slots = dummy(tokenizer, template, data["meta"]["n_shots"])
     splits = {key: tuple(rows) for key, rows in data["splits"].items()}
-    items = tuple(_trial(number, row, tokenizer, template, slots) for number, row in enumerate(data["trials"]))
+    items = tuple(_trial(row, tokenizer, template, slots) for row in data["trials"])
     return Trials(items, slots, data["meta"], splits)
 
 
-def _trial(number: int, row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
+def _trial(row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
     clean, corrupted = ([unspaced(template, pair) for pair in row[f"demos_{kind}"]] for kind in KINDS)
     query = unspaced(template, row["query"])
     rows = row["demo_indices_in_train"], row["query_index_in_valid"]
-    return made(number, tokenizer, template, slots, clean, corrupted, query, *rows)
+    return made(row["trial_id"], tokenizer, template, slots, clean, corrupted, query, *rows)
 
 
 def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list[str]:

@@ -30,6 +30,7 @@ from .tasks import Pair
 from .template import Boundary, Front, Part, Template, name_of
 
 LAST = "query_predictive_token"
+_BARE = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _RULES: dict[str, tuple[bool, bool]] = {  # boundary: (move a blank to the answer, the prompt must stay as it is)
     "strict": (False, True), "recompute": (True, False), "recompute-strict": (True, True), "reference": (False, False),
 }  # fmt: skip
@@ -151,10 +152,13 @@ def build(
     labels: tuple[str, ...] = ()
     places: tuple[int, ...] = ()
     if slots is not None:
-        if (slots.template, slots.n_shots) != (template, len(demos)):
+        theirs = (slots.template, slots.n_shots, slots.tokenizer)
+        ours = (template, len(demos), name_of(tokenizer))
+        if theirs != ours:
+            named = [f"template {str(t)!r}, {n} demonstrations and tokenizer {name}" for t, n, name in (theirs, ours)]
             raise ic.PlanError(
-                f"{where}: the slots are of template {str(slots.template)!r} with {slots.n_shots} demonstrations, the "
-                f"prompt is of {str(template)!r} with {len(demos)}; make them with dummy(tokenizer, template, n_shots)"
+                f"{where}: the slots are of {named[0]}; the prompt is of {named[1]}. Make them with "
+                "dummy(tokenizer, template, n_shots)"
             )
         labels = _labels(tokenizer, parts, front, ids, where)
         places = _places(tokenizer, template, labels, slots, ids, where)
@@ -214,13 +218,13 @@ def target_ids(
 def _ids(tokenizer: Any, text: str, special: bool) -> tuple[int, ...]:
     if not text and not special:
         return ()
-    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return tuple(tokenizer(text, add_special_tokens=special, **_BARE)["input_ids"])
 
 
 def _labels(tokenizer: Any, parts: Sequence[Part], front: Front, ids: Sequence[int], where: str) -> tuple[str, ...]:
     """A label per token, by how far each piece makes the tokenized text grow."""
     texts = list(accumulate(part.text for part in parts))
-    counts = [len(row) for row in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    counts = [len(row) for row in tokenizer(texts, add_special_tokens=False, **_BARE)["input_ids"]]
     labels = ["bos_token"] * front.added
     before = 0
     for part, count in zip(parts, counts, strict=True):
@@ -263,12 +267,19 @@ def _places(
         token = kept[min(at, len(kept) - 1)]
         has = f"token {token} ({tokenizer.convert_ids_to_tokens(ids[token])!r}) is labelled {labels[token]}"
         wants = f"slot {at} is {slots.labels[at]}" if at < len(slots) else f"there are {len(slots)} slots"
-        hint = " Its output separator is empty: words merge with the prefix that follows."
         raise ic.TextError(
             f"{where}: {len(named)} tokens for {len(slots)} slots: {has}, {wants}. The slots of template "
-            f"{str(template)!r} do not align with {name_of(tokenizer)}.{'' if template.separators['output'] else hint} "
-            "Give separators that no word merges with, such as line breaks"
+            f"{str(template)!r} do not align with {name_of(tokenizer)}. {_advice(template)}"
         )
     first = {labels[token]: slot for slot, token in enumerate(kept)}
     place = dict(zip(kept, range(len(kept)), strict=True))
     return tuple(place[token] if token in place else first[labels[token]] for token in range(len(labels)))
+
+
+def _advice(template: Template) -> str:
+    """What to change in a template whose slots do not align."""
+    if not template.separators["output"]:
+        return "Its output separator is empty, so that words merge with the prefix that follows: give one"
+    if not template.prepend_space and any(text.endswith(" ") for text in template.prefixes.values()):
+        return "A prefix ends in a blank, which words take along: leave it out, and let prepend_space put it"
+    return "Words merge with the text around them: give prefixes and separators that keep apart, such as line breaks"

@@ -89,6 +89,12 @@ class Template:
         if self.boundary not in (known := Boundary.__args__):  # type: ignore[attr-defined]
             raise ic.PlanError(f"a template has no boundary {self.boundary!r}. {nearest(str(self.boundary), known)}")
 
+    @staticmethod
+    def of(prefixes: tuple[str, str], separators: tuple[str, str], **more: Any) -> Template:
+        """A template from the prefixes and separators of input and output, as in `PREFIXES` and `SEPARATORS`."""
+        before, after = ({"input": pair[0], "output": pair[1]} for pair in (prefixes, separators))
+        return Template(before, after, **more)
+
     def __hash__(self) -> int:
         texts = (*self.prefixes.values(), *self.separators.values(), self.instructions)
         return hash((texts, self.prepend_space, self.bos, self.boundary))

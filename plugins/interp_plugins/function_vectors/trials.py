@@ -60,7 +60,7 @@ class Trials(Sequence[Trial]):
     Attributes:
         items: the trials.
         slots: of their prompts; None where they were built without.
-        meta: settings, as the file has them.
+        meta: settings, as the file has them; `query_split` where queries are not validation rows.
         splits: row numbers of the task: `train_indices`, `valid_indices`, `test_indices`.
     """
 
@@ -277,7 +277,7 @@ def _made(
         "model_prepend_bos": front.added,
         "prepend_bos_token_used": bool(front.text),
         "rng": rng,
-    }
+    } | ({} if split == "valid" else {"query_split": split or "all"})
     splits = {"train_indices": task.train, "valid_indices": task.valid, "test_indices": task.test}
     return Trials(tuple(trial(i, draw) for i, draw in enumerate(draws)), known, settings, splits)
 
@@ -294,10 +294,11 @@ def made(
     query_index: int,
 ) -> Trial:
     """A trial with its two prompts."""
-    clean, corrupted = (
-        build(tokenizer, template, shown, query, slots, where=f"trial {number}, {kind} prompt")
-        for kind, shown in (("clean", demos), ("corrupted", corrupted_demos))
-    )
-    return Trial(
-        number, tuple(demos), query, clean, corrupted, tuple(demo_indices), query_index, tuple(corrupted_demos)
-    )
+
+    def prompt(kind: str, shown: Sequence[Pair]) -> Prompt:
+        return build(tokenizer, template, shown, query, slots, where=f"trial {number}, {kind} prompt")
+
+    shown, shuffled = tuple(demos), tuple(corrupted_demos)
+    clean = prompt("clean", shown)
+    corrupted = clean if shuffled == shown else prompt("corrupted", shuffled)
+    return Trial(number, shown, query, clean, corrupted, tuple(demo_indices), query_index, shuffled)

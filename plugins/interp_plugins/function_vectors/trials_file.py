@@ -54,10 +54,14 @@ def to_json(trials: Trials) -> dict[str, Any]:
     """Trials as the file holds them.
 
     Raises:
-        PlanError: trials of a relation or without slots, which the file has no place for.
+        PlanError: queries that are not validation rows, or no slots: the file has no place for that.
     """
-    if trials.slots is None or trials.meta.get("rng") == "random.Random":
-        raise ic.PlanError("the file of fixed trials is for trials with slots whose rows are those of a split")
+    if trials.slots is None or "query_split" in trials.meta:
+        rows = trials.meta.get("query_split", "valid")
+        raise ic.PlanError(
+            "the file of fixed trials holds prompts with slots whose queries are validation rows; these queries are "
+            f"{rows} rows, built with{'' if trials.slots else 'out'} slots"
+        )
     template, front = trials.slots.template, trials.slots.front
     return {
         "meta": dict(trials.meta),
