@@ -138,6 +138,17 @@ class Bound:
             tail = (torch.tensor(units),)
         return (*arrays, *tail)
 
+    @property
+    def stretch(self) -> Any:
+        """The one index of positions that every row has (a number or a slice); None if there is none."""
+        return None if self.region.attention or not self.basic else self._index[1]
+
+    @property
+    def unit(self) -> int | None:
+        """The one unit that it takes, if it takes one."""
+        units = self.region.units
+        return units if isinstance(units, int) else None
+
     def index(self, device: torch.device) -> tuple[Any, ...]:
         """The index with its arrays on `device`."""
         if self.basic:

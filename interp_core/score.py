@@ -1,7 +1,7 @@
 """Scores: what a run is judged by, one number per example.
 
 A score is a function of the logits at one position, `[batch d_vocab]` to `[batch]`, with a name and the position it
-reads (`-1` unless said otherwise).
+reads (`-1` unless said otherwise); or of an inner site's value.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Score:
         targets: token ids.
         clean: `fn` takes the logits of the run without edits too, after the targets; for sweeps only.
         span: it reads several positions: logits are `[batch pos d_vocab]`, ids `[batch pos]`.
+        narrow: `fn` looks at the targets' logits only, so that a sweep computes no others; it is handed
+            `[batch target]` then, and where the targets are in it.
+        of: the site whose value it reads instead, in one layer, at the site's own positions: `fn` takes that value
+            `[batch …]`, and a sweep ends its passes there.
     """
 
     name: str
@@ -43,12 +47,16 @@ class Score:
     targets: tuple[Target, ...] = ()
     clean: bool = False
     span: bool = False
+    narrow: bool = False
+    of: Site | None = None
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
-        """The score of a run that kept all logits, or those at this score's position."""
-        logits = run.logits
+        """The score of a run that kept all logits, or those at this score's position, or the site that it reads."""
         if self.clean:
             raise PlanError(f"score {self.name} compares with a clean run; use it in a sweep")
+        if self.of is not None:
+            return self.rows(run[self.of].as_subclass(Tensor))
+        logits = run.logits
         if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
             raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
         if logits.site.pos is None:
@@ -57,15 +65,25 @@ class Score:
             raise PlanError(f"score {self.name} reads logits at {self.at}, the run kept {logits.site}")
         return self.rows(logits.as_subclass(Tensor))
 
-    def rows(self, logits: Tensor, example: int | None = None, clean: Tensor | None = None) -> Tensor:
-        """Values `[row]` of logits `[row d_vocab]`: one row per example, or all rows of one example."""
+    def ids(self, example: int) -> Tensor:
+        """All target ids of an example, ascending."""
+        found = [target if isinstance(target, int) else _of(target, example) for target in self.targets]
+        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in found]).unique()
+
+    def rows(
+        self, logits: Tensor, example: int | None = None, clean: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Values `[row]` of logits `[row d_vocab]`: one row per example, or all rows of one example; of all tokens, or
+        of those `kept`."""
         found = []
         for target in self.targets:
             ids = torch.stack(target) if isinstance(target, tuple) and example is None else target
-            if example is not None and not isinstance(ids, int) and (isinstance(ids, tuple) or ids.ndim):
-                ids = ids[example]
+            if example is not None and not isinstance(ids, int):
+                ids = _of(ids, example)
             assert not isinstance(ids, tuple)
-            found.append(torch.as_tensor(ids, device=logits.device).expand(logits.shape[:-1]))
+            ids = torch.as_tensor(ids, device=logits.device)
+            ids = ids if kept is None else torch.searchsorted(kept.to(ids.device), ids)
+            found.append(ids.expand(logits.shape[:-1]))
         return self.fn(logits, *found, *([] if clean is None else [clean]))
 
 
@@ -79,9 +97,16 @@ def probability(target: Target, at: PositionLike = -1) -> Score:
     return Score("probability", lambda logits, ids: _pick(torch.softmax(logits, -1), ids), at, (target,))
 
 
+def logit(target: Target, at: PositionLike = -1) -> Score:
+    """Logit of the target token."""
+    return Score("logit", lambda logits, ids: _pick(logits, ids), at, (target,), narrow=True)
+
+
 def logit_diff(target: Target, other: Target, at: PositionLike = -1) -> Score:
     """Logit of the target token minus that of another."""
-    return Score("logit_diff", lambda logits, a, b: _pick(logits, a) - _pick(logits, b), at, (target, other))
+    return Score(
+        "logit_diff", lambda logits, a, b: _pick(logits, a) - _pick(logits, b), at, (target, other), narrow=True
+    )
 
 
 def rank(target: Target, at: PositionLike = -1) -> Score:
@@ -115,6 +140,21 @@ def kl(at: PositionLike = -1) -> Score:
         return (wanted.exp() * (wanted - torch.log_softmax(logits, -1))).sum(-1)
 
     return Score("kl", fn, at, clean=True)
+
+
+def projection(site: Site, direction: Float[Tensor, " d"]) -> Score:
+    """How far a site's value goes along a direction: value · direction, at the site's one position; a sweep ends its
+    passes there.
+
+    Args:
+        site: in one layer, at one position: `S.resid_post[5].at(-1)`.
+    """
+    return Score(f"projection of {site}", lambda x: x @ direction.to(x.device, x.dtype), of=site)
+
+
+def _of(target: Tensor | tuple[Tensor, ...], example: int) -> Tensor:
+    """An example's part of a target."""
+    return target[example] if isinstance(target, tuple) or target.ndim else target
 
 
 def _pick(values: Tensor, ids: Tensor) -> Tensor:

@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from .edits import Edit
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
 from .errors import PlanError, nearest
+from .model import model_inputs
 from .plan import Plan
 from .positions import Rows
 from .score import Score
@@ -139,7 +141,13 @@ def _listed(variants: Iterable[Variant]) -> tuple[tuple[Edit, ...], ...]:
 
 
 class _Runner(Planner):
-    """Carries a plan out."""
+    """Carries a plan out.
+
+    Attributes:
+        kept: the tokens whose logits are computed, ascending; None: all.
+    """
+
+    kept: Tensor | None = None
 
     def run(self, plan: SweepPlan, store: Store, progress: _Progress) -> Sweep:
         """All passes, text by text. What is done is kept, also when this is stopped."""
@@ -155,46 +163,76 @@ class _Runner(Planner):
         """All variants on one text; returns its score without edits."""
         text = self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
         kind, passes, saved = store.values.dtype, plan.passes[row], time.monotonic()
-        if passes:
-            keep = any(one.start for one in passes)
-            shared = clean_pass(self._engine(), self.model.atlas, self._inputs(text, 0, row), keep=keep)
-            reference = self._seen(shared.logits[:, self._kept(0, row)]).to(kind)
-        else:
-            reference = self._seen(self.model.run(text, logits=self.scored[row]).logits.as_subclass(Tensor)).to(kind)
-        for one in passes:
-            for step, value, norm in self._climb(one, text, shared, row, reference):
-                store.put(step.number, row, value, norm)
-            progress.add(len(one.steps))
-            if time.monotonic() - saved > SAVE_SECONDS:
-                store.save()
-                saved = time.monotonic()
-        for number in plan.singles[row]:
-            run = self.model.run(text, edits=self.single(number, row), logits=self.scored[row], allow_noop=True)
-            logits = self._seen(run.logits.as_subclass(Tensor)).to(kind)
-            store.put(
-                number,
-                row,
-                float(self._score(logits, row, reference)[0]),
-                sum(receipt.norm**2 for receipt in run.receipts) ** 0.5,
-            )
-            progress.add(1)
+        with self._only_targets(row):
+            if passes:
+                keep = any(one.start for one in passes)
+                shared = self._clean(text, row, keep=keep)
+                reference = self._seen(shared.value, 0, row).to(kind)
+            else:
+                reference = self._alone(text, row, ())[0].to(kind)
+            for one in passes:
+                for step, value, norm in self._climb(one, text, shared, row, reference):
+                    store.put(step.number, row, value, norm)
+                progress.add(len(one.steps))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    store.save()
+                    saved = time.monotonic()
+            for number in plan.singles[row]:
+                alone, norm = self._alone(text, row, self.single(number, row))
+                store.put(number, row, float(self._score(alone.to(kind), row, reference)[0]), norm)
+                progress.add(1)
         return self._score(reference, row, reference)[0]
+
+    def _alone(self, text: Tokens, row: int, edits: Sequence[Edit]) -> tuple[Tensor, float]:
+        """One forward pass: what is scored, and the norm of what the edits changed."""
+        read = self.site(row)
+        reads, kept = ((), self.scored[row]) if read is None else ((read,), False)
+        run = self.model.run(text, read=reads, edits=edits, logits=kept, allow_noop=True)
+        moved = sum(receipt.norm**2 for receipt in run.receipts) ** 0.5
+        if read is not None:
+            return run[read].as_subclass(Tensor), moved
+        logits = run.logits.as_subclass(Tensor)
+        return logits if self.score.span else logits[:, 0], moved
+
+    @contextmanager
+    def _only_targets(self, row: int) -> Iterator[None]:
+        """While a narrow score judges a text, only its targets' logits are computed."""
+        self.kept, head = None, self.model.hf.get_output_embeddings()
+        everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
+        plain = type(head) is nn.Linear and "forward" not in head.__dict__ and type(self.model.engine) is TorchEngine
+        if not self.score.narrow or everything or not plain:
+            yield
+            return
+        self.kept = self.score.ids(row)
+        rows = self.kept.to(head.weight.device)
+        weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
+        head.__dict__["forward"] = lambda x: nn.functional.linear(x, weight, bias)
+        try:
+            yield
+        finally:
+            del head.__dict__["forward"]
 
     def _engine(self) -> TorchEngine:
         engine = self.model.engine
         assert isinstance(engine, TorchEngine)
         return engine
 
+    def _clean(self, text: Tokens, row: int, *, keep: bool) -> Clean:
+        with self.model.fresh():
+            inputs, width = self._inputs(text, 0, row), self.widths[row]
+            rows = Rows([range(width)], {}, width)
+            return clean_pass(self._engine(), self.model.atlas, inputs, rows, self.site(row), keep=keep)
+
     def _climb(
         self, one: Pass, text: Tokens, clean: Clean, row: int, reference: Tensor
     ) -> Iterable[tuple[Step, float, float]]:
         steps = one.steps
         try:
-            program = Staircase(
-                self._engine(), self.model.atlas, [step.edits for step in steps], [step.layer for step in steps]
-            )
+            edits, joins = [step.edits for step in steps], [step.layer for step in steps]
+            program = Staircase(self._engine(), self.model.atlas, edits, joins, self.site(row))
             rows = Rows([range(self.widths[row])], {}, self.widths[row])
-            logits, moved = program.climb(self._inputs(text, one.start, row), rows, one.start, clean)
+            with self.model.fresh():
+                value, moved = program.climb(self._inputs(text, one.start, row), rows, one.start, clean)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise
@@ -202,27 +240,31 @@ class _Runner(Planner):
             for part in (steps[:half], steps[half:]):
                 yield from self._climb(Pass(part, one.start), text, clean, row, reference)
             return
-        scored = self._seen(logits[:, self._kept(one.start, row)]).to(reference.dtype)
-        yield from zip(steps, self._score(scored, row, reference).tolist(), moved, strict=True)
+        scored = self._seen(value, one.start, row).to(reference.dtype)
+        yield from zip(steps, self._score(scored, row, reference).tolist(), moved.tolist(), strict=True)
 
-    def _score(self, logits: Tensor, row: int, reference: Tensor) -> Tensor:
-        clean = reference.expand_as(logits) if self.score.clean else None
-        return self.score.rows(logits, row, clean).detach().cpu()
+    def _score(self, value: Tensor, row: int, reference: Tensor) -> Tensor:
+        clean = reference.expand_as(value) if self.score.clean else None
+        return self.score.rows(value, row, clean, self.kept).detach().cpu()
 
     def _inputs(self, text: Tokens, start: int, row: int) -> dict[str, Any]:
         """Inputs of the columns from `start` on."""
         device, width = self.model.device, self.widths[row]
-        inputs: dict[str, Any] = {"input_ids": text.ids[:, start:width].to(device), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": text.ids[:, start:width].to(device)}
+        if text.inputs:
+            inputs = dict(model_inputs(self.model, text))
+        inputs["use_cache"] = False
         if start:
             inputs["position_ids"] = torch.arange(start, width, device=device)[None]
         if self.model.keeps_logits:
             inputs["logits_to_keep"] = torch.tensor(self.scored[row], device=device) - start
         return inputs
 
-    def _kept(self, start: int, row: int) -> slice | list[int]:
-        """Where the scored logits are in what a pass returns."""
-        return slice(None) if self.model.keeps_logits else [column - start for column in self.scored[row]]
-
-    def _seen(self, logits: Tensor) -> Tensor:
-        """Logits `[row pos d_vocab]` as the score takes them: one position has no axis."""
-        return logits if self.score.span else logits[:, 0]
+    def _seen(self, value: Tensor, start: int, row: int) -> Tensor:
+        """What a pass from `start` on gives, as the score takes it: an inner site's value, or logits
+        `[row (pos) d_vocab]` at the scored positions."""
+        if self.score.of is not None:
+            return value
+        if not self.model.keeps_logits:
+            value = value[:, [column - start for column in self.scored[row]]]
+        return value if self.score.span else value[:, 0]

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .architectures.atlas import Entry
 from .edits import TENSOR_OPS, Edit
+from .engines.program import place
 from .engines.staircase import clean_pass
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError
-from .positions import Position, is_single, resolve
+from .positions import Position, Rows, Slice, is_single, resolve
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
-from .sites import Site
+from .sites import SITES, Site
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class SweepPlan:
         strategy: what was chosen.
         why: why nothing cheaper was.
         n_layers, lengths: of the model, and tokens per row of the batch.
+        top: layers that a pass runs: all, unless an inner site is scored.
         passes: per row of the batch.
         singles: per row, variants that get a forward pass of their own.
         row_bytes: estimated memory of one variant in the widest pass.
@@ -59,6 +61,7 @@ class SweepPlan:
     strategy: str
     why: str
     n_layers: int
+    top: int
     lengths: list[int]
     n_variants: int
     passes: list[list[Pass]] = field(default_factory=list)
@@ -70,9 +73,9 @@ class SweepPlan:
         """Token-layers that will be executed."""
         total = 0
         for length, passes, singles in zip(self.lengths, self.passes, self.singles, strict=True):
-            total += length * self.n_layers * (1 + len(singles))
+            total += length * self.top * (1 + len(singles))
             for one in passes:
-                total += sum((self.n_layers - step.layer) * (length - one.start) for step in one.steps)
+                total += sum((self.top - max(step.layer, 0)) * (length - one.start) for step in one.steps)
         return total
 
     @property
@@ -110,17 +113,50 @@ class Planner:
         self.model, self.tokens, self.variants, self.score = model, tokens, variants, score
         self.budget = budget if budget is not None else _free(model.device) // 2
         self._resolved: dict[Position, list[list[int]]] = {}
-        self.scored = self._local(Site("logits").at(score.at).pos or 0)
+        self.top, self.ceiling = model.n_layers, (model.n_layers, len(SITES))
+        if score.of is None:
+            self.scored = self._local(Site("logits").at(score.at).pos or 0)
+        else:
+            self._inner(score.of)
+            self.scored = self._local(score.of.pos or Slice())
         for row, places in enumerate(self.scored):
-            if len(places) != 1 and not score.span:
+            if len(places) != 1 and not score.span and score.of is None:
                 raise PlanError(f"score {score.name} reads {len(places)} positions of row {row}; it takes one")
-        self.widths = [max(*self.scored[row], self._last(row)) + 1 for row in range(len(tokens))]
+        self.widths = [self._width(row) for row in range(len(tokens))]
+
+    def _inner(self, site: Site) -> None:
+        """Hold an inner site that is scored against the model: one layer, readable; and where passes end."""
+        entries = self.model.atlas.select(site)
+        if len(entries) != 1 or not site.info.layered or site.info.visual:
+            raise PlanError(f"score {self.score.name} reads {site}; it takes a site of one layer, as {site.name}[0]")
+        (entry,) = entries
+        if why := self.model.can(site.name, "read"):
+            raise CapabilityError(f"score {self.score.name} reads {site}: {why}")
+        self.top = entry.layer + (site.name != "resid_pre")
+        self.ceiling = place(entry, self.model.n_layers)
+
+    def site(self, row: int) -> Site | None:
+        """The inner site that is scored, with positions of one row."""
+        of = self.score.of
+        return None if of is None else _at(replace(of, pos=None, key=None), self._places(of, row))
+
+    def _width(self, row: int) -> int:
+        """Columns of a row that are run: what lies behind every edit and everything scored is not."""
+        of, whole = self.score.of, self.tokens.lengths[row]
+        if self.tokens.inputs or (of is not None and "key" in of.info.axes):
+            return whole
+        return max(*self.scored[row], self._last(row)) + 1
 
     def _local(self, chosen: Position) -> list[list[int]]:
         """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once."""
         if chosen not in self._resolved:
             found = zip(self.tokens.rows.real, resolve(chosen, self.tokens.rows), strict=True)
-            self._resolved[chosen] = [[real.index(column) for column in columns] for real, columns in found]
+            for row, (real, columns) in enumerate(found):
+                if padding := sorted({*columns} - {*real}):
+                    raise PlanError(
+                        f"column {padding[0]} of row {row} is padding; a sweep edits and scores real tokens"
+                    )
+                self._resolved.setdefault(chosen, []).append([real.index(column) for column in columns])
         return self._resolved[chosen]
 
     def _places(self, site: Site, row: int) -> dict[str, int | list[int]]:
@@ -133,14 +169,14 @@ class Planner:
         return places
 
     def _last(self, row: int) -> int:
-        """The last position that any edit names: what lies behind it and the scored one is not run."""
+        """The last position that any edit names."""
         places = [place for edits in self.variants for e in edits for place in self._places(e.site, row).values()]
         return max((max(p) if isinstance(p, list) and p else p if isinstance(p, int) else 0 for p in places), default=0)
 
     def plan(self, strategy: str, why: str, done: Tensor) -> SweepPlan:
         """The passes of a strategy, for what is not `done` `[variant batch]`."""
         tokens, n_layers = self.tokens, self.model.n_layers
-        plan = SweepPlan(strategy, why, n_layers, self.widths, len(self.variants))
+        plan = SweepPlan(strategy, why, n_layers, self.top, self.widths, len(self.variants))
         for row in range(len(tokens)):
             steps: list[Step] = []
             singles: list[int] = []
@@ -158,6 +194,7 @@ class Planner:
         layer, start, own = self.model.n_layers - 1, self.widths[row], []
         for edit in edits:
             for entry in self.model.atlas.select(edit.site):
+                self._check_below(edit, entry)
                 placed = self._placed(edit, entry, row)
                 if placed is None:
                     return None
@@ -171,26 +208,40 @@ class Planner:
                 f"{named_edits(edits)} acts from position {start} on, the score {self.score.name} reads position "
                 f"{scored}: nothing can change"
             )
-        layer = 0 if strategy in ("batched", "prefix") else layer
+        if strategy in ("batched", "prefix"):
+            layer = min(layer, 0)
+        if self.tokens.inputs and layer < len(self.model.atlas.layers("deepstack")):
+            return None  # visual features that the model adds after this layer are laid over one row
         start = 0 if strategy in ("batched", "restart") else min(start, *self.scored[row])
         return Step(number, tuple(own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
         """An edit in one layer of one row, the layer and the column from which on it acts."""
-        tap, layer = entry.write, entry.layer
-        if tap is None or tap.get is not None or not edit.site.info.layered or edit.site.info.visual:
+        name, layer = entry.name, entry.layer
+        if name == "embed" and not self.tokens.inputs:
+            layer = -1
+        elif not edit.site.info.layered or edit.site.info.visual:
             return None
-        if edit.op in ("mask", "apply"):
-            return None
-        name = entry.name
-        if name == "resid_post" and layer + 1 < self.model.n_layers and not self.model.atlas.layers("deepstack"):
+        if name == "resid_post" and layer + 1 < self.top and not self.model.atlas.layers("deepstack"):
             name, layer = "resid_pre", layer + 1  # the same tensor, and the block below need not run
         places = self._places(edit.site, row)
         first = places.get("pos", 0)
         if [] in places.values():
             return None
-        site = _at(Site(name, layer, edit.site.units), places)
+        site = _at(Site(name, None if layer < 0 else layer, edit.site.units), places)
         return self._valued(edit, site, row), layer, min(first) if isinstance(first, list) else first
+
+    def _check_below(self, edit: Edit, entry: Entry) -> None:
+        """Refuse an edit that the scored site cannot see.
+
+        Raises:
+            PlanError: it acts above it.
+        """
+        if place(entry, self.model.n_layers) > self.ceiling:
+            raise PlanError(
+                f"{edit} lies above {self.score.of}, which score {self.score.name} reads: it can change nothing; leave "
+                "it out, or score a site above it"
+            )
 
     def _valued(self, edit: Edit, site: Site, row: int) -> Edit:
         """The edit at its place in one row, with this row's part of its value."""
@@ -203,10 +254,10 @@ class Planner:
         return Edit(site, edit.op, value)
 
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
-        by_start: dict[int, list[Step]] = {}
+        groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
         for step in steps:
-            by_start.setdefault(step.start, []).append(step)
-        for start, group in sorted(by_start.items()):
+            groups.setdefault((step.start, step.layer < 0), []).append(step)
+        for (start, _), group in sorted(groups.items()):
             cost = self._row_bytes(width, width - start)
             plan.row_bytes = max(plan.row_bytes, cost)
             most = self.budget // cost
@@ -224,7 +275,9 @@ class Planner:
         shape, config = self.model.atlas.shape, self.model.hf.config.get_text_config()
         d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
         heads = getattr(config, "num_attention_heads", 1)
-        numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width) + 3 * shape.d_vocab
+        numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)
+        if not self.score.narrow and self.score.of is None:
+            numbers += 3 * shape.d_vocab
         return int(numbers * max(4, torch.empty((), dtype=self.model.dtype).element_size()))
 
     def single(self, number: int, row: int) -> list[Edit]:
@@ -252,24 +305,23 @@ def _free(device: torch.device) -> int:
 def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str]:
     """The cheapest strategy that holds on this model, no dearer than asked for; and why not a cheaper one."""
     order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
-    never = ""
-    if type(model.engine) is not TorchEngine:
-        never = f"engine {model.engine.name!r} runs one variant after the other"
-    elif tokens.inputs:
-        never = "a text with images is run whole"
     found: list[str] = []
     for strategy in order:
-        problem = "" if strategy == "full" else never or _problem(model, strategy, max(tokens.lengths))
+        problem = "" if strategy == "full" else _problem(model, strategy, tokens)
         if not problem:
             return strategy, "; ".join(dict.fromkeys(found))
         found.append(problem)
     raise CapabilityError(f"strategy {asked!r} cannot be had here: {found[0]}")
 
 
-def _problem(model: Model, strategy: str, length: int) -> str:
+def _problem(model: Model, strategy: str, tokens: Tokens) -> str:
     """What keeps a strategy from being exact on this model, tried once and remembered."""
-    config = model.hf.config.get_text_config()
+    if type(model.engine) is not TorchEngine:
+        return f"engine {model.engine.name!r} runs one variant after the other"
+    config, length = model.hf.config.get_text_config(), max(tokens.lengths)
     if strategy in ("staircase", "prefix"):
+        if tokens.inputs:
+            return "a text with images is run from its first token on"
         closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
         if closed or any(model.atlas.entries["scores", i].write is None for i in range(model.n_layers)):
             return f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions"
@@ -278,11 +330,11 @@ def _problem(model: Model, strategy: str, length: int) -> str:
             return f"attention in chunks of {chunk} does not reach back over the whole text"
         if silent := _silent_window(model, length):
             return silent
-    tried = model.tried
-    if strategy not in tried:
-        tried[strategy] = ""
-        tried[strategy] = _trial(model, strategy)
-    return tried[strategy]
+    tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
+    if key not in tried:
+        tried[key] = ""
+        tried[key] = _trial(model, strategy, tokens if tokens.inputs else _probe(model))
+    return tried[key]
 
 
 def _silent_window(model: Model, length: int) -> str:
@@ -293,20 +345,25 @@ def _silent_window(model: Model, length: int) -> str:
         return ""
     ids = probe_ids(model)[None].to(model.device)
     assert isinstance(model.engine, TorchEngine)
-    told = clean_pass(model.engine, model.atlas, {"input_ids": ids, "use_cache": False}, keep=True).windows
+    rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
+    inputs = {"input_ids": ids, "use_cache": False}
+    told = clean_pass(model.engine, model.atlas, inputs, rows, None, keep=True).windows
     for layer, seen in enumerate(told):
         if seen is None and (kinds is None or kinds[layer] == "sliding_attention"):
             return f"layer {layer} attends in a window of {window} and does not tell its attention so"
     return ""
 
 
-def _trial(model: Model, strategy: str) -> str:
-    """Hold a strategy against full forward passes on a few tokens and edits."""
-    ids = probe_ids(model)
-    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool))
+def _probe(model: Model) -> Tokens:
+    """A few tokens."""
+    return Tokens(probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool))
+
+
+def _trial(model: Model, strategy: str, tokens: Tokens) -> str:
+    """Hold a strategy against full forward passes on a text and a few edits."""
     vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
     layers = sorted({0, model.n_layers // 2, model.n_layers - 1})
-    variants = [Site("resid_pre", layer).at(pos).add(vector) for layer in layers for pos in (-1, WIDTH - 3)]
+    variants = [Site("resid_pre", layer).at(pos).add(vector) for layer in layers for pos in (-1, -3)]
     weights = torch.linspace(-1, 1, model.atlas.shape.d_vocab, device=model.device)
     score = Score("trial", lambda logits: logits @ weights.to(logits.dtype))
     try:

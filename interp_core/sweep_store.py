@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .model import Model
 
 FORMAT = "interp-sweep/1"
+SAMPLE = 64
+"""How many numbers of each weight tell a model from another of the same name."""
 
 
 class Store:
@@ -72,9 +74,13 @@ class Store:
 
 
 def key_of(model: Model, tokens: Tokens, variants: Sequence[Sequence[Edit]], score: Score) -> str:
-    """What makes two sweeps the same: model by name and size, tokens, edits with their tensors, score and targets."""
-    made = hashlib.sha256(f"{model.source} {model.atlas.shape} {model.dtype} {score.name} {score.at}".encode())
-    for tensor in (tokens.ids, tokens.mask, *(torch.as_tensor(target) for target in score.targets)):
+    """What makes two sweeps the same: model by name, size and some of its weights, tokens, edits with their tensors,
+    score and targets."""
+    head = f"{model.source} {model.atlas.shape} {model.dtype} {score.name} {score.at} {score.of}"
+    made = hashlib.sha256(head.encode())
+    targets = [part for target in score.targets for part in (target if isinstance(target, tuple) else (target,))]
+    weights = [weight.detach().flatten()[:SAMPLE] for weight in model.hf.parameters()]
+    for tensor in (tokens.ids, tokens.mask, *map(torch.as_tensor, targets), *weights):
         made.update(digest(tensor).encode())
     for edits in variants:
         made.update(

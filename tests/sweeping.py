@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import interp_core as ic
 from interp_core import score, testing
@@ -34,6 +38,63 @@ def variants(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
         S.resid_pre[1].at([1, 3]).project(vector),
     ]
     return out
+
+
+def everywhere(model: ic.Model) -> list[ic.Edit]:
+    """An edit of every site that can be changed, in its last layer."""
+    found: list[ic.Edit] = []
+    for name, info in S.SITES.items():
+        layers = model.atlas.layers(name)
+        if not layers or info.visual or model.can(name, "write"):
+            continue
+        site = S.named(name)[layers[-1]] if info.layered else S.named(name)
+        if info.unit in ("head", "expert") and name not in ("router_logits", "router_weights"):
+            site = S.named(name)[layers[-1], 1]
+        if "query" in info.axes:
+            found += [site.at(query=-1).scale(0.5), site.at(query=[1, 2], key=0).apply(lambda x: x * 0.3)]
+        else:
+            found += [site.at(-1).scale(0.5), site.at([0, 2, 3]).apply(lambda x: x * 0.3), site.scale(2.0)]
+        if name == "router_logits":
+            found.append(site.at(-1).mask(experts=[0]))
+    return found
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and that are still there; weights are none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tree_map_only(torch.Tensor, self.given, (args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, out)
+        return out
+
+    def given(self, tensor: torch.Tensor) -> None:
+        self.known.add(tensor.untyped_storage()._cdata)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.known:
+            self.known.add(address)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.gone, address, size)
+
+    def gone(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that tensors made by a function took at a time."""
+    with _Allocations() as counted:
+        function()
+    return counted.most
 
 
 class Row(NamedTuple):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pictures
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from sweeping import JUDGED, tokens, variants
+from layouts import DEEPSTACK, VISUAL
+from sweeping import JUDGED, everywhere, peak_bytes, tokens, variants
 
 import interp_core as ic
 from interp_core import score, testing
@@ -48,7 +50,7 @@ def test_it_equals_a_loop_of_runs() -> None:
     assert found.top(1)[0][0] == str(edits[int(found.effects.mean(-1).abs().argmax())])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision(dtype: torch.dtype) -> None:
     model = tiny_model("qwen3", dtype)
     swept = [model.sweep(tokens(), variants(model), JUDGED, strategy=name) for name in ("auto", "full")]
@@ -142,19 +144,36 @@ def test_scores() -> None:
     )
 
 
-def test_what_a_pass_of_many_cannot_do_gets_passes_of_its_own() -> None:
-    model = tiny_model("qwen3_moe")
-    edits = [
-        S.router_logits[0].at(-1).mask(experts=[0]), S.head_out[1, 2].at(-1).zero(),
-        S.resid_post[1].at(-1).apply(lambda x: x * 2), S.z[1, 2].at(-1).zero(), S.embed.at(2).scale(2.0),
-    ]  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_goes_into_passes_of_many(family: str) -> None:
+    """Also those whose value is computed beside the forward pass: routers, experts' and heads' outputs, resid_mid."""
+    model = tiny_model(family, torch.float64)
+    edits = everywhere(model)
     found = model.sweep(tokens(), edits, JUDGED)
-    assert found.plan.singles == [[0, 1, 2, 4], [0, 1, 2, 4]]
-    torch.testing.assert_close(found.values[1], found.values[3], atol=1e-5, rtol=1e-5)
-    nothing = model.sweep(tokens(), [[], edits[3]], JUDGED)
-    torch.testing.assert_close(nothing.values[0], nothing.clean)
+    ends = [i for i, edit in enumerate(edits) if edit.site.name in ("final_norm", "logits")]
+    assert found.plan.singles == [ends, ends]
     full = model.sweep(tokens(), edits, JUDGED, strategy="full")
-    torch.testing.assert_close(found.values, full.values, atol=1e-4, rtol=1e-4)
+    limit = 1e-6 if family in FLOAT32_INSIDE else 1e-10
+    assert (found.values - full.values).abs().max() <= limit * full.values.abs().max()
+    torch.testing.assert_close(found.moved, full.moved, atol=1e-5, rtol=1e-5)
+
+
+def test_edits_of_one_variant_follow_each_other() -> None:
+    """At one place of one row, and beside other variants' edits there."""
+    model = tiny_model("llama", torch.float64)
+    vector = torch.linspace(-2, 2, 64, dtype=torch.float64)
+    at = S.resid_pre[1].at(-1)
+    edits = [
+        [at.add(vector), at.scale(2.0)], [at.scale(2.0), at.add(vector)], at.zero(), [at.zero(), at.add(vector)],
+        [S.head_out[1, 0].at(-1).scale(2.0), S.head_out[1, 0].at(-1).zero(), S.head_out[1, 1].at([1, 3, 4]).zero()],
+        [S.resid_pre[1].at([0, 1, 3]).zero(), S.resid_pre[1].apply(lambda x: x + 1)], [],
+    ]  # fmt: skip
+    found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    assert found.plan.singles == [[6], [6]]
+    torch.testing.assert_close(found.values, full.values, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.moved, full.moved, atol=1e-6, rtol=1e-6)
+    assert len(set(full.values[:4, 0].tolist())) == 4
+    torch.testing.assert_close(full.values[6], full.clean)
 
 
 def test_other_engines_run_one_after_the_other() -> None:
@@ -297,3 +316,139 @@ def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pyte
     monkeypatch.setattr(sweep_plan, "clean_pass", silent)
     plan = model.sweep(tokens(), edits, JUDGED).plan
     assert plan.strategy == "restart" and "layer 1 attends in a window of 4 and does not tell" in plan.why
+
+
+@pytest.mark.parametrize("family", VISUAL)
+def test_texts_with_images(family: str) -> None:
+    """Blocks below the first edited one are left out; what the tower hands over is edited one by one."""
+    model = tiny_model(family, torch.float64)
+    values = pictures.inputs(family, [[pictures.picture(family)]])
+    values = {k: v.double() if k == "pixel_values" else v for k, v in values.items()}
+    vector = torch.linspace(-2, 2, 64, dtype=torch.float64)
+    edits: list[ic.Edit | list[ic.Edit]] = [S.z[at, head].at(-1).zero() for at, head in model.heads]
+    edits += [S.resid_pre[at].at("vision").add(vector) for at in range(3)]
+    edits += [S.vision_embed.scale(0.5), S.mlp_out[2].at(2).zero()]
+    if not model.can("pattern", "write"):
+        edits.append(S.pattern[2].knockout(query=-1, key="vision"))
+    judged = score.logit_diff(3, 9)
+    found, full = (model.sweep(values, edits, judged, strategy=name) for name in ("auto", "full"))
+    assert found.plan.strategy == "restart"
+    first = 1 if family in DEEPSTACK else 0  # what is added after the first blocks is laid over one row
+    assert len(found.plan.singles[0]) == 1 + (first and sum(edit.site.layers == 0 for edit in edits))  # type: ignore[union-attr]
+    limit = 1e-6 if family in FLOAT32_INSIDE else 1e-10
+    assert (found.values - full.values).abs().max() <= limit * full.values.abs().max()
+    torch.testing.assert_close(found.moved, full.moved, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ic.CapabilityError, match="a text with images is run from its first token on"):
+        model.sweep(values, edits, judged, strategy="staircase")
+
+
+INNER = {
+    "resid_post": S.resid_post[1].at(-1), "resid_pre": S.resid_pre[1].at(3), "z": S.z[1, 2].at(-1),
+    "pattern": S.pattern[1, 2].at(query=-1, key=1), "patterns": S.pattern[1].at(query=[1, 3, 4]),
+    "rot_k": S.rot_k[1, 0].at([0, 2, 3]), "head_out": S.head_out[1, [0, 3]].at(-2), "whole": S.mlp_out[1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("strategy", ["auto", "batched", "prefix"])
+def test_scores_of_inner_sites(name: str, strategy: str) -> None:
+    model = tiny_model("llama", torch.float64)
+    judged = score.Score("size", lambda x: x.reshape(len(x), -1).square().sum(-1), of=INNER[name])
+    edits = [S.z[0, head].at(1).zero() for head in range(4)] + [S.resid_pre[1].at(1).scale(2.0), S.embed.at(0).zero()]
+    found, full = (model.sweep(tokens(), edits, judged, strategy=asked) for asked in (strategy, "full"))
+    torch.testing.assert_close(found.values, full.values, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.clean, full.clean, atol=1e-9, rtol=1e-9)
+    assert found.plan.singles == [[], []]
+    for number, edit in enumerate([None, *edits]):
+        run = model.run(tokens().row(1), read=INNER[name], edits=edit or (), logits=False, allow_noop=True)
+        wanted = found.clean[1] if edit is None else found.values[number - 1, 1]
+        torch.testing.assert_close(judged(run)[0], wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_passes_end_where_an_inner_site_is_scored() -> None:
+    model = tiny_model("llama")
+    edits = [S.z[0, 1].at(-1).zero(), S.resid_pre[1].at(-1).scale(2.0)]
+    judged = score.projection(S.resid_post[1].at(-1), torch.linspace(-1, 1, 64))
+    model.sweep(tokens(), edits, judged)
+    ran: list[int] = []
+    handles = [
+        model.engine.modules[f"model.layers.{at}.self_attn"].register_forward_pre_hook(lambda *_, at=at: ran.append(at))
+        for at in range(3)
+    ]
+    try:
+        found = model.sweep(tokens(), edits, judged)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert set(ran) == {0, 1}
+    assert found.plan.token_layers == 2 * (8 + 5) + 2 * (2 + 1)
+    wanted = model.run(tokens(), read=S.resid_post[1].at(-1), edits=edits[0])[S.resid_post[1].at(-1)]
+    torch.testing.assert_close(
+        found.values[0], wanted.as_subclass(torch.Tensor) @ torch.linspace(-1, 1, 64), atol=1e-5, rtol=1e-5
+    )
+    for site, message in (
+        (S.z[2, 0].at(-1).zero(), r"z\[2,0\]@-1 zero lies above resid_post\[1\]@-1, which score projection of"),
+        (S.resid_pre[2].at(-1).zero(), "it can change nothing; leave it out, or score a site above it"),
+    ):
+        with pytest.raises(ic.PlanError, match=message):
+            model.sweep(tokens(), [edits[0], site], judged)
+    with pytest.raises(ic.PlanError, match=r"reads resid_post@-1; it takes a site of one layer, as resid_post\[0\]"):
+        model.sweep(tokens(), edits, score.projection(S.resid_post.at(-1), torch.ones(64)))
+
+
+def test_only_the_logits_that_a_score_looks_at_are_computed() -> None:
+    model = tiny_model("llama")
+    widths: list[int] = []
+    head = model.hf.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _m, _a, output: widths.append(output.shape[-1]))
+    try:
+        model.sweep(tokens(), variants(model), score.logit_diff(torch.tensor([3, 7]), 3))
+        assert set(widths) == {1, 2}  # in the first row both tokens are one
+        widths.clear()
+        model.sweep(tokens(), variants(model), score.logprob(3))
+        assert set(widths) == {model.atlas.shape.d_vocab}
+    finally:
+        handle.remove()
+    assert "forward" not in head.__dict__
+    logits = score.logit(torch.tensor([3, 7]))
+    run = model.run(tokens(), edits=S.z[1, 0].at(-1).zero(), logits=-1)
+    torch.testing.assert_close(
+        model.sweep(tokens(), [S.z[1, 0].at(-1).zero()], logits).values[0], logits(run), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_padding_cannot_be_edited() -> None:
+    model = tiny_model("llama")
+    assert tokens().padded
+    mask = ~tokens().mask
+    with pytest.raises(ic.PlanError, match="of row 1 is padding; a sweep edits and scores real tokens"):
+        model.sweep(tokens(), [S.resid_pre[1].at(mask).zero()], JUDGED)
+
+
+def test_a_folder_knows_ragged_targets_and_other_weights(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    text = replace(tokens(), spans={"answer": ((ic.Span(4, 7),), (ic.Span(3, 5),))})
+    edits = [S.z[1, 0].at(1).zero()]
+    found = model.sweep(text, edits, score.nll(text, "answer"), out=tmp_path)
+    assert torch.equal(model.sweep(text, edits, score.nll(text, "answer"), out=tmp_path).values, found.values)
+    other = ic.load(testing.tiny("llama", seed=1))
+    with pytest.raises(ic.PlanError, match="holds another sweep"):
+        other.sweep(text, edits, score.nll(text, "answer"), out=tmp_path)
+
+
+def test_memory_is_that_of_a_clean_pass_and_the_rows() -> None:
+    """Bytes allocated at most at a time: no more than 1.5 × a forward pass with cache, and what the rows take alone."""
+    hf = testing.tiny("llama", num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16, hidden_size=128)
+    model = ic.load(hf)
+    ids = torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0))
+    edits = [S.z[at, head].at(-1).zero() for at, head in model.heads]
+    model.sweep(ids, edits[:2], score.rank(5))
+    with torch.no_grad():
+        clean = peak_bytes(lambda: hf(ids, use_cache=True, logits_to_keep=1))
+        rows = peak_bytes(lambda: hf(ids[:, :1].expand(len(edits), -1), use_cache=False))
+    swept = peak_bytes(lambda: model.sweep(ids, edits, score.rank(5)))
+    plan = model.sweep(ids, edits, score.rank(5)).plan
+    assert len(plan.passes[0]) == 1
+    attention = len(edits) * 16 * 96 * 4  # scores of every row over the text, which rows of one token do not have
+    assert swept <= 1.5 * clean + rows + attention, (swept, clean, rows, attention)
+    assert swept <= clean + plan.row_bytes * len(edits)

@@ -142,9 +142,9 @@ class Change(Part):
             return new
         into = x.clone()
         if view is None:
-            self._write(edit, x, into, x)
+            self.write(edit, x, into, x)
         else:
-            self._write(edit, view(x), view(into), x)
+            self.write(edit, view(x), view(into), x)
         return into
 
     def derive(self, call: Call) -> None:
@@ -153,10 +153,10 @@ class Change(Part):
             return
         value = call.value(self.tap, self.units)
         into = value.clone()
-        self._write(self.program.edits[self.number], value, into, call.first)
+        self.write(self.program.edits[self.number], value, into, call.first)
         call.change(self.tap, self.units, value, into)
 
-    def _write(self, edit: Edit, value: Tensor, into: Tensor, x: Tensor) -> None:
+    def write(self, edit: Edit, value: Tensor, into: Tensor, x: Tensor) -> None:
         """Write the edited part of `value` into its copy `into`."""
         bound = self.bound
         old = value if bound is None else bound.take(value)

@@ -33,6 +33,13 @@ FIRST = ("embed", "vision_embed", "deepstack")
 """What is there before the first block, in whatever layer it acts."""
 
 
+def place(entry: Entry, n_layers: int) -> tuple[int, int]:
+    """When a forward pass reaches a site, for comparison."""
+    if entry.name in FIRST:
+        return -1, ORDER[entry.name]
+    return entry.layer if SITES[entry.name].layered else n_layers, ORDER[entry.name]
+
+
 class Stop(BaseException):
     """Ends a forward pass whose remaining layers nobody needs."""
 
@@ -155,21 +162,17 @@ class PortProgram(ABC):
                 tap = entry.read
                 if tap is None:
                     raise CapabilityError(f"{site} cannot be read: {entry.why['read']}")
-                read = Read(len(slots), entry, tap, site)
+                read = self._read(len(slots), entry, tap, site)
                 slots.append(read)
                 (by_tap.get(tap) or self._port(tap)).reads.append(read)
 
+    def _read(self, number: int, entry: Entry, tap: Tap, site: Site) -> Read:
+        return Read(number, entry, tap, site)
+
     def _last(self) -> Port | None:
         """The port that a forward pass reaches last, of those with reads."""
-        last = max(self.slots, key=lambda read: self._place(read.entry), default=None)
+        last = max(self.slots, key=lambda read: place(read.entry, self.atlas.shape.n_layers), default=None)
         return None if last is None else self._by_tap[last.tap]
-
-    def _place(self, entry: Entry) -> tuple[int, int]:
-        """When a forward pass reaches a site, for comparison."""
-        if entry.name in FIRST:
-            return -1, ORDER[entry.name]
-        layer = entry.layer if SITES[entry.name].layered else self.atlas.shape.n_layers
-        return layer, ORDER[entry.name]
 
     def _add_edits(self, edits: tuple[Edit, ...]) -> list[Change]:
         changes = []
@@ -270,9 +273,10 @@ class PortProgram(ABC):
 
     def check_reach(self, edits: tuple[Edit, ...]) -> None:
         """See `Program.check_reach`."""
-        top = max(self._place(slot.entry) for slot in self.slots)
+        n_layers = self.atlas.shape.n_layers
+        top = max(place(slot.entry, n_layers) for slot in self.slots)
         for change in self._changes:
-            if self._place(change.entry) > top:
+            if place(change.entry, n_layers) > top:
                 raise PlanError(
                     f"{edits[change.number]} lies above the last site read, so with logits=False it never acts"
                 )

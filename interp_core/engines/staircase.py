@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
-from ..architectures.taps import Tap
-from ..edits import Edit
+from ..architectures.taps import Call, Tap
+from ..edits import Edit, carry_out
 from ..plan import Plan
 from ..positions import Rows
 from ..regions import Window
+from ..sites import Site
 from .attention import LayerTap
-from .ports import Change
-from .program import LocalEngine
+from .ports import Change, Read
+from .program import LocalEngine, Stop
+from .protocol import Passed
 from .torch import TorchProgram
 
 
@@ -40,29 +42,36 @@ class Clean:
     """What a clean pass over one text left: everything that variants share with it.
 
     Attributes:
-        logits: at the columns that were asked for `[1 kept d_vocab]`.
-        streams: input of every block `[1 pos d_model]`.
+        value: what is scored: logits at the columns that were asked for `[1 kept d_vocab]`, or an inner site's value.
+        streams: input of every block that ran `[1 pos d_model]`.
         rest: per block, what it returns beside the stream (None: it returns the stream alone).
         prefix: keys and values of every layer `[1 kv_head pos d_head]`; empty if they were not kept.
         windows: per layer, the sliding window that attention was told.
     """
 
-    logits: Tensor
+    value: Tensor
     streams: list[Tensor] = field(default_factory=list)
     rest: list[tuple[Any, ...] | None] = field(default_factory=list)
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
 
 
-def clean_pass(engine: LocalEngine, atlas: Atlas, inputs: Mapping[str, Any], *, keep: bool) -> Clean:
+def clean_pass(
+    engine: LocalEngine, atlas: Atlas, inputs: Mapping[str, Any], rows: Rows, read: Site | None, *, keep: bool
+) -> Clean:
     """One pass without edits.
 
     Args:
+        rows: the text, one row.
+        read: the site that is scored, with which the pass ends; None: the logits.
         keep: also keep keys and values, of models in which every layer attends through the attention interface.
     """
+    program = TorchProgram(engine, Plan(() if read is None else (read,), ()), atlas)
     blocks, attentions = _modules(engine, atlas)
-    lent: dict[int, Any] = {}
-    taps = [LayerTap(module, {}, lent, keep=True) for module in attentions] if keep else []
+    if keep:
+        program.taps = tapped(program.taps, attentions)
+        for tap in program.taps:
+            tap.keep = True
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
 
@@ -72,22 +81,31 @@ def clean_pass(engine: LocalEngine, atlas: Atlas, inputs: Mapping[str, Any], *, 
     def leaving(module: nn.Module, args: Any, output: Any) -> None:
         rest.append(None if isinstance(output, Tensor) else tuple(output[1:]))
 
-    engine.begin()
     handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(leaving) for block in blocks]
     try:
-        for tap in taps:
-            tap.install()
         with torch.no_grad():
-            logits = engine.model(**inputs).logits
+            passed = program.forward(inputs, rows, (), keep_graph=False, stop=read is not None)
     finally:
         for handle in handles:
             handle.remove()
-        for tap in taps:
-            tap.remove()
-        engine.end()
-    kept = [tap.kept for tap in taps if tap.kept is not None]
-    return Clean(logits, streams, rest, [(k, v) for k, v, _ in kept], [window for _, _, window in kept])
+    kept = [tap.kept for tap in program.taps if tap.kept is not None]
+    value = passed.output.logits if read is None else seen(passed, program.slots)
+    return Clean(value, streams, rest, [(k, v) for k, v, _ in kept], [window for _, _, window in kept])
+
+
+def seen(passed: Passed, slots: Sequence[Read]) -> Tensor:
+    """The value of the one site that a pass read, in the site's axes."""
+    (value,), (slot,) = passed.values, slots
+    assert value is not None
+    return slot.view(value) if slot.late and slot.view is not None else value
+
+
+def tapped(taps: Sequence[LayerTap], modules: Sequence[nn.Module]) -> list[LayerTap]:
+    """A tap on every attention module, those that a plan has among them."""
+    known = {id(tap.module): tap for tap in taps}
+    lent: dict[int, Any] = {}
+    return [known.get(id(module)) or LayerTap(module, {}, lent) for module in modules]
 
 
 def _modules(engine: LocalEngine, atlas: Atlas) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -103,6 +121,17 @@ def _modules(engine: LocalEngine, atlas: Atlas) -> tuple[list[nn.Module], list[n
     return blocks, attentions
 
 
+class RowRead(Read):
+    """A read of all rows of a pass, however many there are of the one text."""
+
+    __slots__ = ("n_rows",)
+    n_rows: int
+
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point the selection at all of them."""
+        super().bind(Rows(list(rows.real) * self.n_rows, {}, rows.width), window)
+
+
 class RowChange(Change):
     """A change of one row of the batch."""
 
@@ -112,15 +141,86 @@ class RowChange(Change):
         super().__init__(program, number, edit, entry, tap)
         self.row = program.row_of[number]
 
+
+class RowChanges:
+    """Changes of one value, each in a row of its own, carried out in one copy of the batch.
+
+    Attributes:
+        tap: where the value is.
+        alone: changes that are carried out one by one.
+        together: changes that are one operation on equal places of their rows, and so take one index.
+    """
+
+    __slots__ = ("alone", "members", "program", "tap", "together", "units")
+
+    def __init__(self, program: Staircase, members: Sequence[RowChange]) -> None:
+        self.program, self.members = program, members
+        self.tap, self.units = members[0].tap, members[0].units
+        self.alone: list[RowChange] = []
+        self.together: list[list[RowChange]] = []
+
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point the selections at the rows of a pass."""
+        for member in self.members:
+            member.bind(rows, window)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Find out which changes go together."""
+        alike: dict[Any, list[RowChange]] = {}
+        for member in self.members:
+            alike.setdefault(self._kind(member), []).append(member)
+        self.alone = alike.pop(None, [])
+        self.together = list(alike.values())
+
+    def _kind(self, member: RowChange) -> Any:
+        """Equal for changes that take one index; None for those that are carried out alone."""
+        edit, bound = self.program.edits[member.number], member.bound
+        if edit.op not in ("set", "add", "zero", "scale") or (bound is not None and bound.stretch is None):
+            return None
+        place = None if bound is None else (str(bound.stretch), bound.unit is None)
+        return None if member.idle else (edit.op, place)
+
     def apply(self, x: Tensor) -> Tensor:
-        """Carry the edit out on its row, in a copy of the batch that all changes of a place share."""
-        program = self.program
-        assert isinstance(program, Staircase)
-        if program.copied is not x:
-            x = program.copied = x.clone()
-        row = x[self.row : self.row + 1]
-        row.copy_(super().apply(row))
-        return x
+        """Carry the edits out on the tensor that passes."""
+        into, view = x.clone(), self.tap.view
+        self._write(x if view is None else view(x), into if view is None else view(into), x)
+        return into
+
+    def derive(self, call: Call) -> None:
+        """The same for a value that the tap computes, and knows how to put back."""
+        value = call.value(self.tap, self.units)
+        into = value.clone()
+        self._write(value, into, value)
+        call.change(self.tap, self.units, value, into)
+
+    def _write(self, value: Tensor, into: Tensor, x: Tensor) -> None:
+        for member in self.alone:
+            if not member.idle:
+                row = slice(member.row, member.row + 1)
+                member.write(self.program.edits[member.number], value[row], into[row], x[row])
+        for members in self.together:
+            self._write_together(members, value, into)
+
+    def _write_together(self, members: list[RowChange], value: Tensor, into: Tensor) -> None:
+        edits = [self.program.edits[member.number] for member in members]
+        device, bounds = value.device, [member.bound for member in members]
+        rows = torch.tensor([member.row for member in members], device=device)
+        index: tuple[Any, ...] = (rows,)
+        if bounds[0] is not None:
+            index = (rows, bounds[0].stretch)
+            if bounds[0].unit is not None:
+                index = (*index, torch.tensor([bound.unit for bound in bounds if bound is not None], device=device))
+        old, op = value[index], edits[0].op
+        given: Any = None
+        if op == "scale":
+            given = torch.tensor([edit.value for edit in edits], dtype=old.dtype, device=device)
+            given = given.view(-1, *[1] * (old.ndim - 1))
+        elif op != "zero":
+            given = torch.cat([edit.value.to(device).expand(1, *old.shape[1:]) for edit in edits])
+        new = carry_out(edits[0], old, given)
+        into[index] = new
+        self.program.note(rows, torch.linalg.vector_norm((new - old).flatten(1), dim=-1))
 
 
 class Staircase(TorchProgram):
@@ -128,22 +228,54 @@ class Staircase(TorchProgram):
 
     Args:
         variants: edits per row, each in one layer, with positions counted in this one text.
-        joins: per row, the layer at which it joins; ascending.
+        joins: per row, the layer at which it joins; ascending. All are -1 for rows that begin before the first block.
+        read: the site that the variants are scored by, with which the pass ends; None: the logits.
     """
 
     def __init__(
-        self, engine: LocalEngine, atlas: Atlas, variants: Sequence[Sequence[Edit]], joins: Sequence[int]
+        self,
+        engine: LocalEngine,
+        atlas: Atlas,
+        variants: Sequence[Sequence[Edit]],
+        joins: Sequence[int],
+        read: Site | None = None,
     ) -> None:
         self.row_of = [row for row, edits in enumerate(variants) for _ in edits]
-        self.copied: Tensor | None = None
         self.joins = joins
         self.flat = tuple(edit for edits in variants for edit in edits)
-        super().__init__(engine, Plan((), self.flat), atlas)
+        self.squares: list[tuple[Tensor, Tensor]] = []
+        self.groups: list[RowChanges] = []
+        super().__init__(engine, Plan(() if read is None else (read,), self.flat), atlas)
+
+    def _read(self, number: int, entry: Entry, tap: Tap, site: Site) -> Read:
+        read = RowRead(number, entry, tap, site)
+        read.n_rows = len(self.joins)
+        return read
 
     def _change(self, number: int, edit: Edit, entry: Entry, tap: Tap) -> Change:
         return RowChange(self, number, edit, entry, tap)
 
-    def climb(self, inputs: Mapping[str, Any], rows: Rows, start: int, clean: Clean) -> tuple[Tensor, list[float]]:
+    def _add_edits(self, edits: tuple[Edit, ...]) -> list[Change]:
+        """The first changes of all rows go together, then the second ones, so that each row keeps its order."""
+        changes = super()._add_edits(edits)
+        for port in self._ports.values():
+            seen: dict[int, int] = {}
+            groups: dict[Any, list[Any]] = {}
+            for change in port.changes:
+                assert isinstance(change, RowChange)
+                seen[change.row] = turn = seen.get(change.row, -1) + 1
+                tap = change.tap
+                groups.setdefault((turn, tap.rank, tap.view, tap.get, change.units), []).append(change)
+            found = [RowChanges(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
+            port.changes = found  # type: ignore[assignment]  # a port asks of them what it asks of a change
+            self.groups += found
+        return changes
+
+    def note(self, rows: Tensor, norms: Tensor) -> None:
+        """Norms of what was changed in some rows."""
+        self.squares.append((rows, norms.double().square()))
+
+    def climb(self, inputs: Mapping[str, Any], rows: Rows, start: int, clean: Clean) -> tuple[Tensor, Tensor]:
         """Run it.
 
         Args:
@@ -153,41 +285,54 @@ class Staircase(TorchProgram):
             clean: of the same text.
 
         Returns:
-            Logits `[row kept d_vocab]`, and per row the norm of what its edits changed.
+            What is scored, `[row kept d_vocab]` or an inner site's value of all rows, and per row the norm of what its
+            edits changed.
         """
+        lead = max(self.joins.count(-1), 1)
+        if lead > 1:
+            inputs = {**inputs, "input_ids": inputs["input_ids"].expand(lead, -1)}
         self.engine.begin()
         try:
-            self.window, self.edits = None, self.flat
+            self.window, self.edits, self.squares = None, self.flat, []
             self._check(rows)
             self.window = Window(start, rows.width)
             passed = self._begin(rows, rows.width - start, False)
-            self.shape = (-1, rows.width - start)  # rows join on the way
+            for group in self.groups:
+                group.arrange()
+            self.shape = (lead, rows.width - start)
+            self.stop_at = self._last()
             with torch.no_grad(), self._stairs(start, clean):
-                logits = self.carry("forward", inputs).logits
+                passed.output = self.carry("forward", inputs)
+        except Stop:
+            pass
         finally:
-            self.copied = None
             self._end()
-        moved = [0.0] * len(self.joins)
+        return seen(passed, self.slots) if self.slots else passed.output.logits, self._moved(passed)
+
+    def _moved(self, passed: Passed) -> Tensor:
+        """Per row, the norm of what its edits changed."""
+        total = torch.zeros(len(self.joins), dtype=torch.float64)
         norms = [(self.row_of[number], norm) for number, fires in enumerate(passed.fires) for _, _, norm in fires]
         if norms:
-            for (row, _), norm in zip(norms, torch.stack([n for _, n in norms]).double().tolist(), strict=True):
-                moved[row] = (moved[row] ** 2 + norm**2) ** 0.5
-        return logits, moved
+            self.note(torch.tensor([row for row, _ in norms]), torch.stack([norm for _, norm in norms]))
+        for rows, squares in self.squares:
+            total.index_add_(0, rows.cpu(), squares.cpu())
+        return total.sqrt()
 
     @contextmanager
     def _stairs(self, start: int, clean: Clean) -> Iterator[None]:
         """Blocks below the first row hand through, rows join, attention sees the columns before."""
         blocks, attentions = _modules(self.engine, self.atlas)
-        first = self.joins[0]
+        first, joining = max(self.joins[0], 0), sorted({layer for layer in self.joins if layer >= 0})
         own = [block.__dict__.get("forward") for block in blocks[:first]]
         handles = []
         taps, self.taps = self.taps, self._with_prefix(attentions[first:], start, clean, first) if start else self.taps
         try:
             for block, rest in zip(blocks[:first], clean.rest, strict=False):
                 block.__dict__["forward"] = _handing_through(rest)
-            for layer in sorted(set(self.joins)):
+            for layer in joining:
                 stream = clean.streams[layer][:, start:].expand(self.joins.count(layer), -1, -1)
-                hook = _joining(stream, first=layer == first)
+                hook = self._joining(stream, first=layer == self.joins[0])
                 handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -199,12 +344,21 @@ class Staircase(TorchProgram):
                 if forward is not None:
                     block.__dict__["forward"] = forward
 
+    def _joining(self, stream: Tensor, *, first: bool) -> Callable[..., Any]:
+        """A hook that puts new rows under those that are there; the first ones take the place of what came by."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            x = stream if first else torch.cat([x, stream])
+            self.shape = (len(x), x.shape[1])
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        return hook
+
     def _with_prefix(self, modules: Sequence[nn.Module], start: int, clean: Clean, first: int) -> list[LayerTap]:
         """A tap on every layer that will run, with what the clean pass had before `start`."""
-        known = {id(tap.module): tap for tap in self.taps}
-        lent: dict[int, Any] = {}
-        taps = [known.get(id(module)) or LayerTap(module, {}, lent) for module in modules]
-        for tap, (key, value) in zip(taps, clean.prefix[first:], strict=True):
+        taps = tapped(self.taps, modules)
+        for tap, (key, value) in zip(taps, clean.prefix[first:], strict=False):  # a pass may end before the last
             tap.prefix = key[:, :, :start], value[:, :, :start]
         return taps
 
@@ -214,14 +368,3 @@ def _handing_through(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
         return hidden_states if rest is None else (hidden_states, *rest)
 
     return forward
-
-
-def _joining(stream: Tensor, *, first: bool) -> Callable[..., Any]:
-    """A hook that puts new rows under those that are there; the first ones take the place of what came by."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        x = stream if first else torch.cat([x, stream])
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-    return hook
