@@ -1,0 +1,233 @@
+"""One function vector from fixed trials, and what prompts answer with it, in one of two ways.
+
+    replay   one full forward pass per prompt, and per trial, layer and head, as the published code: what two such runs
+             give on one machine is equal to the bit
+    sweep    only what an edit changes is run again; answers are scored in sweeps, logits come from padded batches
+
+Discrete results are the same, numbers within the tolerances of `parity`. Log-probabilities are taken in float32 at least.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import interp_core as ic
+
+from .artefacts import FixedRun, PromptKind
+from .effects import CLASSES, Head, Measure, average, gap, indirect_effect, top_heads
+from .inject import by_layer, injection
+from .means import mean_head_activations
+from .prompts import Prompt
+from .rows import batches, targets, tokens
+from .vectors import FunctionVector, function_vector
+
+By = Literal["replay", "sweep"]
+BATCH = 8
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A function vector and what it was made of.
+
+    Attributes:
+        mean: mean activations of heads on clean prompts.
+        effects: indirect effects on corrupted prompts (difference of the measure).
+        other: the same effects in the other measure (log-probability where `effects` are probabilities), if asked for.
+        aie: mean effects of the chosen token class.
+        heads: those of largest AIE.
+        vector: their sum.
+        gap: AIE of the last of them minus that of the next head.
+        token_class: number of the class.
+        by: how it was worked out.
+        measure: of `effects`.
+    """
+
+    mean: Float[Tensor, "layer head slot d_head"]
+    effects: Float[Tensor, "trial layer head *token_class"]
+    other: Float[Tensor, "trial layer head *token_class"] | None
+    aie: Float[Tensor, "layer head"]
+    heads: tuple[Head, ...]
+    vector: FunctionVector
+    gap: float
+    token_class: int
+    by: By
+    measure: Measure
+
+
+def extract(
+    model: ic.Model,
+    run: FixedRun,
+    *,
+    by: By = "sweep",
+    n_top_heads: int = 10,
+    token_class_idx: int = -1,
+    last_token_only: bool = True,
+    measure: Measure = "probability",
+    both: bool = False,
+    clock: Clock | None = None,
+    progress: bool = False,
+) -> Extraction:
+    """Means, effects, heads and vector.
+
+    Args:
+        token_class_idx: class of tokens that heads are chosen by; all but the last one need all classes.
+        last_token_only: effects of the last token alone, `[trial layer head]`; else of every class.
+        measure: what effects are differences of, and heads are ranked by.
+        both: also effects in the other measure.
+
+    Raises:
+        PlanError: a class that there is not, or that the last token alone does not have.
+    """
+    clock = clock or Clock()
+    if not -len(CLASSES) <= token_class_idx < len(CLASSES):
+        raise ic.PlanError(f"token_class_idx is {token_class_idx}; classes are -1 and 0 to 9: {', '.join(CLASSES)}")
+    if last_token_only and token_class_idx % len(CLASSES) != len(CLASSES) - 1:
+        raise ic.PlanError(
+            f"token_class_idx {token_class_idx} ({CLASSES[token_class_idx]}) needs effects of all classes: "
+            "last_token_only=false"
+        )
+    corrupted = run.corrupted
+    with clock("mean"):
+        mean = mean_head_activations(model, run.clean)
+    with clock("effects"):
+        measures: list[Measure] = [measure]
+        measures += [("logprob" if measure == "probability" else "probability")] if both else []
+        found = [
+            indirect_effect(
+                model, corrupted, mean, classes=not last_token_only, by=by, measure=one, progress=progress
+            )
+            for one in measures
+        ]  # fmt: skip
+    with clock("vector"):
+        aie = average(found[0], token_class_idx)
+        heads = top_heads(aie, n_top_heads)
+        vector = function_vector(model, mean, heads, task=run.dataset_name)
+    return Extraction(
+        mean, found[0], found[1] if both else None, aie, heads, vector, gap(aie, n_top_heads), token_class_idx, by,
+        measure,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How each prompt's target stands at its last token.
+
+    Attributes:
+        logits: of all tokens, in float32 at least.
+        logprob: of the target's first token (nats).
+        rank: how many tokens have a larger logit.
+    """
+
+    logits: Float[Tensor, "trial vocab"]
+    logprob: Float[Tensor, " trial"]
+    rank: Int[Tensor, " trial"]
+    targets: Int[Tensor, " trial"] = field(repr=False)
+
+    @property
+    def logit(self) -> Float[Tensor, " trial"]:
+        """Logit of the target."""
+        return self.logits.gather(-1, self.targets[:, None])[:, 0]
+
+    @property
+    def p(self) -> Float[Tensor, " trial"]:
+        """Probability of the target."""
+        return self.logprob.exp()
+
+    @property
+    def pred_id(self) -> Int[Tensor, " trial"]:
+        """Likeliest token."""
+        return self.logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What prompts answer, as they are and with the vector.
+
+    Attributes:
+        prompts: what was asked.
+        kind: which prompts of the trials they are.
+        layer: where the vector was added, at the last token.
+        alpha: factor of the vector.
+        base, given: without it and with it.
+    """
+
+    prompts: tuple[Prompt, ...]
+    kind: PromptKind
+    layer: int
+    alpha: float
+    base: Judged
+    given: Judged
+
+
+def answers(
+    model: ic.Model,
+    run: FixedRun,
+    vector: FunctionVector,
+    layer: int,
+    *,
+    kind: PromptKind = "corrupted",
+    by: By = "sweep",
+    alpha: float = 1.0,
+    clock: Clock | None = None,
+) -> Answers:
+    """Answers of all trials, without the vector and with it."""
+    prompts = run.prompts(kind, model.tokenizer)
+    edit = injection(model, vector, layer, strength=alpha)
+    with (clock or Clock())("injection"):
+        if by == "replay":
+            base, given = (_alone(model, prompts, edits) for edits in ((), (edit,)))
+        else:
+            base, given = _swept(model, prompts, vector, layer, alpha, edit)
+    return Answers(tuple(prompts), kind, layer, alpha, base, given)
+
+
+def _alone(model: ic.Model, prompts: Sequence[Prompt], edits: tuple[ic.Edit, ...]) -> Judged:
+    """One full forward pass per prompt, logits of all positions."""
+    logits = _wide([model.run(tokens([p]), edits=edits).logits.as_subclass(Tensor)[:, -1] for p in prompts])
+    asked = targets(prompts)
+    own = logits.gather(-1, asked[:, None])
+    logprob = torch.log_softmax(logits, -1).gather(-1, asked[:, None])[:, 0]
+    return Judged(logits, logprob, (logits > own).sum(-1), asked)
+
+
+def _swept(
+    model: ic.Model, prompts: Sequence[Prompt], vector: FunctionVector, layer: int, alpha: float, edit: ic.Edit
+) -> tuple[Judged, Judged]:
+    """Log-probabilities and ranks by sweeps, logits by batches."""
+    asked, parts = targets(prompts), [tokens(part) for part in batches(prompts, BATCH)]
+    logprob = by_layer(model, prompts, vector, "logprob", layers=[layer], strength=alpha)
+    rank = by_layer(model, prompts, vector, "rank", layers=[layer], strength=alpha)
+    base, given = (
+        _wide([model.run(part, edits=edits, logits=-1).logits.as_subclass(Tensor) for part in parts])
+        for edits in ((), (edit,))
+    )
+    return (
+        Judged(base, logprob.clean, rank.clean.long(), asked),
+        Judged(given, logprob.values[0], rank.values[0].long(), asked),
+    )
+
+
+def _wide(logits: Sequence[Tensor]) -> Tensor:
+    joined = torch.cat(list(logits)).cpu()
+    return joined.to(torch.promote_types(joined.dtype, torch.float32))
