@@ -1,7 +1,7 @@
 """Runs over fixed trials: what they are made on, and how their files are written.
 
-A run is named by its task and its file of fixed trials, and leaves its files in `<root>/<dataset_name>/<fixed_trials_id>/`.
-Files are written whole or not at all; what was there before is named. The same run writes the same bytes.
+A run is named by its task and its file of fixed trials; its files go to `<root>/<dataset_name>/<fixed_trials_id>/`,
+each whole or not at all. What was there before is named. The same run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class FixedRun:
             return self.clean if kind == "clean" else self.corrupted
         assert self.trials.slots is not None
         template = self.trials.slots.template
-        return [build(tokenizer, template, [], t.query, None, where=f"trial {t.number}, zero-shot") for t in self.trials]
+        return [
+            build(tokenizer, template, [], t.query, None, where=f"trial {t.number}, zero-shot") for t in self.trials
+        ]
 
     def folder(self, root: Path) -> Path:
         """Where the run's files go."""
@@ -121,22 +123,31 @@ def fixed_run(
         *((name, value, meta[name]) for name, value in expected.items()),
     ]:
         if asked is not None and asked != found:
-            raise ic.PlanError(f"{name} is {asked!r}, the fixed trials of {path} have {found!r}; give their file, or {found!r}")
+            raise ic.PlanError(
+                f"{name} is {asked!r}, the fixed trials of {path} have {found!r}; give their file, or {found!r}"
+            )
     numbers = Counter(trial.number for trial in trials)
     if twice := [number for number, count in numbers.items() if count > 1]:
         raise ic.TextError(f"{path}: {numbers[twice[0]]} trials have trial_id {twice[0]}; number them apart")
-    names = _named("dataset_name", dataset_name or task), _named("fixed_trials_id", fixed_trials_id or Path(path).stem)
+    names = (
+        folder_name("dataset_name", dataset_name or task),
+        folder_name("fixed_trials_id", fixed_trials_id or Path(path).stem),
+    )
     return FixedRun(Path(path), trials, *names, model_name)
 
 
-def _named(setting: str, name: str) -> str:
-    """A name that may become a folder's."""
+def folder_name(setting: str, name: str) -> str:
+    """A name that may become a folder's.
+
+    Raises:
+        PlanError: one that may not.
+    """
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ic.PlanError(f"{setting} is {name!r}, which is no name of a folder: use letters, digits, '_', '-', '.'")
     return name
 
 
-def edit_layer(model: ic.Model, asked: int | None) -> int:
+def edit_layer_of(model: ic.Model, asked: int | None) -> int:
     """The layer to inject at: the one asked for, or a third of the way up, as the reference does on GPT-J (9 of 28).
 
     Raises:
@@ -179,15 +190,20 @@ def text(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A JSON list with a row per line."""
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
 def lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """A file of JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def comma_separated(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """A CSV file with a line of column names."""
+    """A CSV file of these columns, with a line of their names."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()

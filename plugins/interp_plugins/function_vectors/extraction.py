@@ -4,16 +4,17 @@
              give on one machine is equal to the bit
     sweep    only what an edit changes is run again; answers are scored in sweeps, logits come from padded batches
 
-Discrete results are the same, numbers within the tolerances of `parity`. Log-probabilities are taken in float32 at least.
+Discrete results are the same, numbers within the tolerances of `parity`. Log-probabilities are in float32 or wider.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +23,7 @@ from torch import Tensor
 import interp_core as ic
 
 from .artefacts import FixedRun, PromptKind
-from .effects import CLASSES, Head, Measure, average, gap, indirect_effect, top_heads
+from .effects import CLASSES, Head, average, gap, indirect_effect, top_heads
 from .inject import by_layer, injection
 from .means import mean_head_activations
 from .prompts import Prompt
@@ -30,6 +31,8 @@ from .rows import batches, targets, tokens
 from .vectors import FunctionVector, function_vector
 
 By = Literal["replay", "sweep"]
+Measure = Literal["probability", "logprob"]
+OTHER: dict[Measure, Measure] = {"probability": "logprob", "logprob": "probability"}
 BATCH = 8
 
 
@@ -111,8 +114,7 @@ def extract(
     with clock("mean"):
         mean = mean_head_activations(model, run.clean)
     with clock("effects"):
-        measures: list[Measure] = [measure]
-        measures += [("logprob" if measure == "probability" else "probability")] if both else []
+        measures = [measure, OTHER[measure]] if both else [measure]
         found = [
             indirect_effect(
                 model, corrupted, mean, classes=not last_token_only, by=by, measure=one, progress=progress
@@ -127,6 +129,23 @@ def extract(
         mean, found[0], found[1] if both else None, aie, heads, vector, gap(aie, n_top_heads), token_class_idx, by,
         measure,
     )  # fmt: skip
+
+
+def _effects(
+    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, measure: Measure, classes: bool, progress: bool
+) -> Tensor:
+    """Effects in one measure; by replay trial after trial, so that progress can be told."""
+    options: dict[str, Any] = {"classes": classes, "by": by, "measure": measure}
+    if by == "sweep":
+        return indirect_effect(model, prompts, mean, **options, progress=progress)
+    found = []
+    for number, prompt in enumerate(prompts):
+        found.append(indirect_effect(model, [prompt], mean, **options))
+        if progress:
+            end = "\n" if number + 1 == len(prompts) else ""
+            sys.stderr.write(f"\rreplay, {measure}: {number + 1} of {len(prompts)} trials{end}")
+            sys.stderr.flush()
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
