@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Float
@@ -287,24 +287,37 @@ class Model:
         """
         return self.compile(read, edits).run(x, grad=grad, logits=logits, allow_noop=allow_noop)
 
+    @overload
+    def sweep(
+        self, x: Input, variants: Iterable[Edit | Sequence[Edit]], score: Score, *, strategy: str = "auto",
+        memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
+    ) -> Sweep: ...  # fmt: skip
+
+    @overload
+    def sweep(
+        self, x: Input, variants: Iterable[Edit | Sequence[Edit]], score: Sequence[Score], *, strategy: str = "auto",
+        memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
+    ) -> tuple[Sweep, ...]: ...  # fmt: skip
+
     def sweep(
         self,
         x: Input,
         variants: Iterable[Edit | Sequence[Edit]],
-        score: Score,
+        score: Score | Sequence[Score],
         *,
         strategy: str = "auto",
         memory_budget: int | None = None,
         out: str | Path | None = None,
         progress: bool = False,
-    ) -> Sweep:
+    ) -> Sweep | tuple[Sweep, ...]:
         """Run many variants of a text, each with its own edits, and score them: exactly what one run per variant gives,
         for the price of what each changes; see `sweep` for how.
 
         Args:
             x: as in `run`; each row of a batch is swept.
             variants: what to change, an edit or several per variant.
-            score: `ic.score.logprob(target)` and so on.
+            score: `ic.score.logprob(target)` and so on; of several that read the same place, each gets its own `Sweep`
+                of the same passes.
             strategy: "auto" takes the cheapest that is exact here. "full" is one forward pass per variant, "batched"
                 many variants per pass, "restart" leaves out layers below the first edited one, "prefix" positions
                 before it, "staircase" both.
@@ -316,9 +329,12 @@ class Model:
             SiteError, PositionError, PlanError, CapabilityError: before anything runs.
             LoadError: the folder holds something else.
         """
+        from .score import Score
         from .sweep import sweep
 
-        return sweep(self, x, variants, score, strategy, memory_budget, out, progress)
+        scores = (score,) if isinstance(score, Score) else tuple(score)
+        found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
+        return found[0] if isinstance(score, Score) else found
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,

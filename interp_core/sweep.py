@@ -88,23 +88,25 @@ def sweep(
     model: Model,
     x: Input,
     variants: Iterable[Variant],
-    score: Score,
+    scores: tuple[Score, ...],
     strategy: str,
     budget: int | None,
     out: str | Path | None,
     progress: bool,
-) -> Sweep:
-    """See `Model.sweep`, which has the defaults."""
+) -> tuple[Sweep, ...]:
+    """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens = model._fitting(model._input(x))
     listed = _listed(variants)
+    if not scores:
+        raise PlanError("a sweep needs a score: score.logprob(target), say")
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
     everything = tuple(edit for edits in listed for edit in edits)
     model.engine.compile(Plan((), everything), model.atlas)  # a wrong one is found before anything runs
-    runner = _Runner(model, tokens, listed, score, budget)
+    runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    key = key_of(model, tokens, listed, score) if out is not None else ""
-    store = Store(None if out is None else Path(out), key, len(listed), len(tokens), kind)
+    key = key_of(model, tokens, listed, scores) if out is not None else ""
+    store = Store(None if out is None else Path(out), key, (len(listed), len(tokens), len(scores)), kind)
     plan = runner.plan(*choose(model, tokens, strategy), store.done)
     return runner.run(plan, store, _Progress(progress, int((~store.done).sum())))
 
@@ -149,15 +151,16 @@ class _Runner(Planner):
 
     kept: Tensor | None = None
 
-    def run(self, plan: SweepPlan, store: Store, progress: _Progress) -> Sweep:
+    def run(self, plan: SweepPlan, store: Store, progress: _Progress) -> tuple[Sweep, ...]:
         """All passes, text by text. What is done is kept, also when this is stopped."""
-        clean = torch.zeros(len(self.tokens), dtype=store.values.dtype)
+        clean = torch.zeros(len(self.tokens), len(self.scores), dtype=store.values.dtype)
         try:
             for row in range(len(self.tokens)):
                 clean[row] = self._text(row, plan, store, progress)
         finally:
             store.save()
-        return Sweep(store.values, clean, store.moved, self.variants, self.score.name, plan)
+        parts = zip(store.values.unbind(-1), clean.unbind(-1), self.scores, strict=True)
+        return tuple(Sweep(x, base, store.moved, self.variants, one.name, plan) for x, base, one in parts)
 
     def _text(self, row: int, plan: SweepPlan, store: Store, progress: _Progress) -> Tensor:
         """All variants on one text; returns its score without edits."""
@@ -179,7 +182,7 @@ class _Runner(Planner):
                     saved = time.monotonic()
             for number in plan.singles[row]:
                 alone, norm = self._alone(text, row, self.single(number, row))
-                store.put(number, row, float(self._score(alone.to(kind), row, reference)[0]), norm)
+                store.put(number, row, self._score(alone.to(kind), row, reference)[0], norm)
                 progress.add(1)
         return self._score(reference, row, reference)[0]
 
@@ -200,10 +203,10 @@ class _Runner(Planner):
         self.kept, head = None, self.model.hf.get_output_embeddings()
         everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
         plain = type(head) is nn.Linear and "forward" not in head.__dict__ and type(self.model.engine) is TorchEngine
-        if not self.score.narrow or everything or not plain:
+        if not all(score.narrow for score in self.scores) or everything or not plain:
             yield
             return
-        self.kept = self.score.ids(row)
+        self.kept = torch.cat([score.ids(row) for score in self.scores]).unique()
         rows = self.kept.to(head.weight.device)
         weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
         head.__dict__["forward"] = lambda x: nn.functional.linear(x, weight, bias)
@@ -225,7 +228,7 @@ class _Runner(Planner):
 
     def _climb(
         self, one: Pass, text: Tokens, clean: Clean, row: int, reference: Tensor
-    ) -> Iterable[tuple[Step, float, float]]:
+    ) -> Iterable[tuple[Step, Tensor, float]]:
         steps = one.steps
         try:
             edits, joins = [step.edits for step in steps], [step.layer for step in steps]
@@ -241,11 +244,13 @@ class _Runner(Planner):
                 yield from self._climb(Pass(part, one.start), text, clean, row, reference)
             return
         scored = self._seen(value, one.start, row).to(reference.dtype)
-        yield from zip(steps, self._score(scored, row, reference).tolist(), moved.tolist(), strict=True)
+        yield from zip(steps, self._score(scored, row, reference), moved.tolist(), strict=True)
 
     def _score(self, value: Tensor, row: int, reference: Tensor) -> Tensor:
-        clean = reference.expand_as(value) if self.score.clean else None
-        return self.score.rows(value, row, clean, self.kept).detach().cpu()
+        """All scores `[row score]`."""
+        clean = reference.expand_as(value)
+        found = [one.rows(value, row, clean if one.clean else None, self.kept) for one in self.scores]
+        return torch.stack([one.detach().cpu().to(reference.dtype) for one in found], -1)
 
     def _inputs(self, text: Tokens, start: int, row: int) -> dict[str, Any]:
         """Inputs of the columns from `start` on."""

@@ -108,9 +108,18 @@ class Planner:
     """What a sweep has to do: every variant placed on every row of the batch, and passes that carry many of them."""
 
     def __init__(
-        self, model: Model, tokens: Tokens, variants: tuple[tuple[Edit, ...], ...], score: Score, budget: int | None
+        self,
+        model: Model,
+        tokens: Tokens,
+        variants: tuple[tuple[Edit, ...], ...],
+        scores: tuple[Score, ...],
+        budget: int | None,
     ) -> None:
-        self.model, self.tokens, self.variants, self.score = model, tokens, variants, score
+        self.model, self.tokens, self.variants, self.scores = model, tokens, variants, scores
+        self.score = score = scores[0]
+        for other in scores[1:]:
+            if (other.at, other.of, other.span) != (score.at, score.of, score.span):
+                raise PlanError(f"scores {score.name} and {other.name} read different places; sweep once for each")
         self.budget = budget if budget is not None else _free(model.device) // 2
         self._resolved: dict[Position, list[list[int]]] = {}
         self.top, self.ceiling = model.n_layers, (model.n_layers, len(SITES))
@@ -276,7 +285,7 @@ class Planner:
         d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
         heads = getattr(config, "num_attention_heads", 1)
         numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)
-        if not self.score.narrow and self.score.of is None:
+        if not all(score.narrow for score in self.scores) and self.score.of is None:
             numbers += 3 * shape.d_vocab
         return int(numbers * max(4, torch.empty((), dtype=self.model.dtype).element_size()))
 

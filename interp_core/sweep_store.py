@@ -20,13 +20,13 @@ from .text import Tokens
 if TYPE_CHECKING:
     from .model import Model
 
-FORMAT = "interp-sweep/1"
+FORMAT = "interp-sweep/2"
 SAMPLE = 64
 """How many numbers of each weight tell a model from another of the same name."""
 
 
 class Store:
-    """Scores of a sweep `[variant batch]`, kept in a folder if there is one.
+    """Scores of a sweep `[variant batch score]`, kept in a folder if there is one.
 
     Attributes:
         values: scores; not a number where there is none yet.
@@ -34,11 +34,11 @@ class Store:
         done: which are there.
     """
 
-    def __init__(self, folder: Path | None, key: str, n_variants: int, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path | None, key: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.folder, self.key = folder, key
-        self.values = torch.full((n_variants, batch), float("nan"), dtype=dtype)
-        self.moved = torch.zeros(n_variants, batch)
-        self.done = torch.zeros(n_variants, batch, dtype=torch.bool)
+        self.values = torch.full(shape, float("nan"), dtype=dtype)
+        self.moved = torch.zeros(shape[:2])
+        self.done = torch.zeros(shape[:2], dtype=torch.bool)
         if folder is not None and (folder / "sweep.json").exists():
             self._load(folder)
 
@@ -59,8 +59,8 @@ class Store:
             )
         self.values, self.moved, self.done = found["values"], found["moved"], found["done"]
 
-    def put(self, number: int, row: int, value: float, moved: float) -> None:
-        """Note a score."""
+    def put(self, number: int, row: int, value: Tensor, moved: float) -> None:
+        """Note the scores of a variant on a row."""
         self.values[number, row], self.moved[number, row], self.done[number, row] = value, moved, True
 
     def save(self) -> None:
@@ -73,12 +73,13 @@ class Store:
             write(self.folder / "sweep.json", json.dumps({"format": FORMAT, "key": self.key}))
 
 
-def key_of(model: Model, tokens: Tokens, variants: Sequence[Sequence[Edit]], score: Score) -> str:
+def key_of(model: Model, tokens: Tokens, variants: Sequence[Sequence[Edit]], scores: Sequence[Score]) -> str:
     """What makes two sweeps the same: model by name, size and some of its weights, tokens, edits with their tensors,
-    score and targets."""
-    head = f"{model.source} {model.atlas.shape} {model.dtype} {score.name} {score.at} {score.of}"
-    made = hashlib.sha256(head.encode())
-    targets = [part for target in score.targets for part in (target if isinstance(target, tuple) else (target,))]
+    scores and targets."""
+    judged = [f"{score.name} {score.at} {score.of}" for score in scores]
+    made = hashlib.sha256(f"{model.source} {model.atlas.shape} {model.dtype} {judged}".encode())
+    given = [target for score in scores for target in score.targets]
+    targets = [part for target in given for part in (target if isinstance(target, tuple) else (target,))]
     weights = [weight.detach().flatten()[:SAMPLE] for weight in model.hf.parameters()]
     for tensor in (tokens.ids, tokens.mask, *map(torch.as_tensor, targets), *weights):
         made.update(digest(tensor).encode())

@@ -14,6 +14,7 @@ from interp_plugins.function_vectors.effects import (
     average,
     gap,
     indirect_effect,
+    indirect_effects,
     ranking,
     token_class,
     top_heads,
@@ -183,9 +184,12 @@ def test_measures() -> None:
     model = tiny_model("llama", torch.float64)
     mean = torch.randn(3, 4, 3, 24, generator=torch.Generator().manual_seed(0))
     prompts = [made([0, 1, 2])]
-    logit, logprob, probability = (
-        indirect_effect(model, prompts, mean, measure=m) for m in ("logit", "logprob", "probability")
-    )
+    every = indirect_effects(model, prompts, mean)
+    logit, logprob, probability = (every[m].effects for m in ("logit", "logprob", "probability"))
+    for measure, (base, effects) in every.items():
+        torch.testing.assert_close(effects, indirect_effect(model, prompts, mean, measure=measure))
+        replayed = indirect_effects(model, prompts, mean, (measure,), by="replay")[measure]
+        torch.testing.assert_close(replayed, (base, effects), atol=1e-7, rtol=1e-5)
     clean = model.run(torch.tensor([prompts[0].ids]), logits=-1).logits[0].as_subclass(Tensor)
     start = torch.log_softmax(clean, -1)[3]
     torch.testing.assert_close((start + logprob).exp() - start.exp(), probability)

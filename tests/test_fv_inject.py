@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model, toy_model
 from fv_golden import FAMILIES
 from interp_plugins.function_vectors.effects import Head
-from interp_plugins.function_vectors.inject import by_layer, continued, head_injection, injection
+from interp_plugins.function_vectors.inject import by_layer, continued, head_injection, injection, scored
 from interp_plugins.function_vectors.prompts import Prompt
 from interp_plugins.function_vectors.rows import tokens
 from interp_plugins.function_vectors.vectors import FunctionVector
@@ -65,10 +65,23 @@ def test_scores_at_every_layer(family: str, kind: str) -> None:
     clean, values = by_layer(model, made, golden.vector(family), "rank")
     assert torch.equal(clean.expand(4, -1).double(), rows(family, kind, "base_rank"))
     assert torch.equal(values.double(), rows(family, kind, "with_rank"))
-    for judged, key, sign in (("logprob", "logprob", 1), ("nll", "nll", 1)):
+    for judged in ("logprob", "nll"):
         clean, values = by_layer(model, made, golden.vector(family), judged)
-        assert float((clean - sign * rows(family, kind, f"base_{key}")).abs().max()) <= CLOSE
-        assert float((values - sign * rows(family, kind, f"with_{key}")).abs().max()) <= CLOSE
+        assert float((clean - rows(family, kind, f"base_{judged}")).abs().max()) <= CLOSE
+        assert float((values - rows(family, kind, f"with_{judged}")).abs().max()) <= CLOSE
+
+
+def test_several_scores_of_one_sweep() -> None:
+    model, made = golden.model("gpt2-xl"), prompts("gpt2-xl", "zeroshot")
+    vector = golden.vector("gpt2-xl")
+    edits = [injection(model, vector, layer) for layer in range(4)]
+    found = scored(model, made, edits, ("rank", "logprob", "probability", "logit"))
+    for judged, one in found.items():
+        alone = by_layer(model, made, vector, judged)
+        torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["logprob"].values.exp(), found["probability"].values)
+    with pytest.raises(ic.PlanError, match="ask for it alone"):
+        scored(model, made, edits, ("rank", "nll"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

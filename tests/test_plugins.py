@@ -282,6 +282,6 @@ def test_verbose_listing_loads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = CliRunner().invoke(app, ["plugins", "recipes", "-v"]).stdout
     refresh()
     rows = {line.split()[1]: line.split()[2] for line in out.splitlines() if line.startswith("recipes ")}
-    assert rows == {"demo": "ok", "crash": "broken", "fine": "ok"}
+    assert rows.pop("crash") == "broken" and {"demo", "fine"} <= rows.keys() and {*rows.values()} == {"ok"}
     assert "no luck" in out and "Traceback" in out
     assert "broken_plugin" not in sys.modules

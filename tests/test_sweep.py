@@ -158,6 +158,29 @@ def test_every_site_goes_into_passes_of_many(family: str) -> None:
     torch.testing.assert_close(found.moved, full.moved, atol=1e-5, rtol=1e-5)
 
 
+def test_several_scores_of_the_same_passes() -> None:
+    model = tiny_model("llama")
+    target, edits = torch.tensor([3, 7]), variants(model)
+    judged = [score.logprob(target), score.rank(target), score.kl(), JUDGED]
+    ran: list[int] = []
+    handle = model.hf.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        many = model.sweep(tokens(), edits, judged)
+        together = len(ran)
+        alone = [model.sweep(tokens(), edits, one) for one in judged]
+    finally:
+        handle.remove()
+    assert len(ran) == 5 * together
+    for found, wanted in zip(many, alone, strict=True):
+        assert found.score == wanted.score
+        torch.testing.assert_close(found.values, wanted.values, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.clean, wanted.clean, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ic.PlanError, match="scores logprob and rank read different places; sweep once for each"):
+        model.sweep(tokens(), edits, [score.logprob(3), score.rank(3, at=2)])
+    with pytest.raises(ic.PlanError, match="a sweep needs a score"):
+        model.sweep(tokens(), edits, [])
+
+
 def test_edits_of_one_variant_follow_each_other() -> None:
     """At one place of one row, and beside other variants' edits there."""
     model = tiny_model("llama", torch.float64)

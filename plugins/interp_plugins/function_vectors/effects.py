@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,18 @@ def token_class(label: str) -> str | None:
     return name if name in CLASSES else None
 
 
+class Effects(NamedTuple):
+    """Effects by one measure.
+
+    Attributes:
+        clean: what the corrupted prompts give as they are.
+        effects: what each patch adds to that; see `indirect_effect`.
+    """
+
+    clean: Float[Tensor, " trial"]
+    effects: Float[Tensor, "trial layer head *token_class"]
+
+
 def indirect_effect(
     model: ic.Model,
     prompts: Sequence[Prompt],
@@ -79,38 +91,56 @@ def indirect_effect(
     Raises:
         PlanError: prompts and means that do not fit, or a prompt without target.
     """
+    how: Any = {"classes": classes, "by": by, "strategy": strategy, "progress": progress}
+    return indirect_effects(model, prompts, mean, (measure,), **how)[measure].effects
+
+
+def indirect_effects(
+    model: ic.Model,
+    prompts: Sequence[Prompt],
+    mean: Float[Tensor, "layer head slot d_head"],
+    measures: Sequence[Measure] = ("probability", "logprob", "logit"),
+    *,
+    classes: bool = False,
+    by: Literal["sweep", "replay"] = "sweep",
+    strategy: str = "auto",
+    progress: bool = False,
+) -> dict[Measure, Effects]:
+    """Effects by several measures, from the same passes; arguments as for `indirect_effect`."""
+    first = targets(prompts)
     _check(model, prompts, mean)
-    judged = _judge(measure, targets(prompts))
     mean = mean.to(model.device, model.dtype)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    found = torch.full((len(prompts), *mean.shape[:2], len(CLASSES) if classes else 1), torch.nan, dtype=kind)
+    shape = len(measures), len(prompts), *mean.shape[:2], len(CLASSES) if classes else 1
+    found, clean = torch.full(shape, torch.nan, dtype=kind), torch.zeros(shape[:2], dtype=kind)
     for layer, head in model.heads:
-        found[:, layer, head] = 0.0
-    if by == "sweep" and not classes:
-        last = prompts[0].slots[-1]
-        edits = [S.z[layer, head].at(-1).set(mean[layer, head, last]) for layer, head in model.heads]
-        effects = model.sweep(tokens(prompts), edits, judged, strategy=strategy, progress=progress).effects
-        for (layer, head), values in zip(model.heads, effects, strict=True):
-            found[:, layer, head, 0] = values
-        return found[..., 0]
-    for number, prompt in enumerate(prompts):
-        patches = _patches(model, prompt, mean, classes)
-        one = _judge(measure, prompt.target_ids[0])
-        edits = list(patches.values())
+        found[:, :, layer, head] = 0.0
+    groups = [list(range(len(prompts)))] if by == "sweep" and not classes else [[n] for n in range(len(prompts))]
+    for group in groups:  # the last token is the same position in all prompts, classes are not
+        patches = _patches(model, prompts[group[0]], mean, classes)
+        judged = [getattr(score, measure)(first[group]) for measure in measures]
+        text, edits = tokens([prompts[n] for n in group]), list(patches.values())
         if by == "sweep":
-            values = model.sweep(tokens([prompt]), edits, one, strategy=strategy, progress=progress).effects[:, 0]
+            swept = model.sweep(text, edits, judged, strategy=strategy, progress=progress)
+            base, values = torch.stack([one.clean for one in swept]), torch.stack([one.effects for one in swept])
         else:
-            values = _replayed(model, prompt, edits, one)
-        for (layer, head, place), value in zip(patches, values, strict=True):
-            found[number, layer, head, place] = value
-    return found if classes else found[..., 0]
+            base, values = _replayed(model, text, edits, judged)
+        clean[:, group] = base
+        for (layer, head, place), value in zip(patches, values.unbind(1), strict=True):
+            found[:, group, layer, head, place] = value
+    found = found if classes else found[..., 0]
+    return {measure: Effects(clean[i], found[i]) for i, measure in enumerate(measures)}
 
 
-def _replayed(model: ic.Model, prompt: Prompt, edits: Sequence[ic.Edit], judged: score.Score) -> Tensor:
-    """Effects, one full forward pass each."""
-    text = tokens([prompt])
-    clean = judged(model.run(text))
-    return torch.cat([judged(model.run(text, edits=edit, allow_noop=True)) - clean for edit in edits])
+def _replayed(
+    model: ic.Model, text: ic.Tokens, edits: Sequence[ic.Edit], judged: Sequence[score.Score]
+) -> tuple[Tensor, Tensor]:
+    """Scores `[measure trial]` of one prompt, and effects `[measure patch trial]`, one full forward pass each."""
+    run = model.run(text)
+    clean = torch.stack([one(run) for one in judged])
+    runs = (model.run(text, edits=edit, allow_noop=True) for edit in edits)
+    values = torch.stack([torch.stack([one(run) for one in judged]) for run in runs], 1)
+    return clean, values - clean[:, None]
 
 
 def _patches(model: ic.Model, prompt: Prompt, mean: Tensor, classes: bool) -> dict[tuple[int, int, int], ic.Edit]:
@@ -126,12 +156,6 @@ def _patches(model: ic.Model, prompt: Prompt, mean: Tensor, classes: bool) -> di
         for number, at in enumerate(places.values())
         if at
     }
-
-
-def _judge(measure: Measure, target: int | Tensor) -> score.Score:
-    if measure == "logit":
-        return score.Score("logit", lambda logits, ids: logits.gather(-1, ids[:, None])[:, 0], targets=(target,))
-    return {"probability": score.probability, "logprob": score.logprob}[measure](target)
 
 
 def _check(model: ic.Model, prompts: Sequence[Prompt], mean: Tensor) -> None:

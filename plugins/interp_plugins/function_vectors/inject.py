@@ -30,7 +30,7 @@ from .vectors import FunctionVector
 
 Vectors = FunctionVector | Mapping[int, FunctionVector]
 """One for all layers, or one per layer (the mean-hidden-state baseline)."""
-Judged = Literal["rank", "logprob", "probability", "nll"]
+Judged = Literal["rank", "logprob", "probability", "logit", "nll"]
 
 
 def injection(
@@ -91,27 +91,29 @@ def scored(
     model: ic.Model,
     prompts: Sequence[Prompt],
     edits: Sequence[ic.Edit | Sequence[ic.Edit]],
-    judged: Judged = "rank",
+    judged: Sequence[Judged] = ("rank",),
     *,
     strategy: str = "auto",
     progress: bool = False,
-) -> Scored:
-    """Scores of the targets under each edit, in one sweep.
+) -> dict[Judged, Scored]:
+    """Scores of the targets under each edit, all of them from the same sweep.
 
     Args:
         edits: with "nll", at positions that `prompt_ends` gives, since targets follow the prompts there.
-        judged: of the target's first token its rank (0 is best), log-probability (nats) or probability; or the negative
-            log-likelihood of the whole target, the mean over its tokens (nats).
+        judged: of the target's first token its rank (0 is best), log-probability (nats), probability, logit; or alone
+            "nll", the negative log-likelihood of the whole target, the mean over its tokens (nats).
 
     Raises:
-        PlanError: prompts without targets.
+        PlanError: prompts without targets, or "nll" with others.
     """
-    first = targets(prompts)
-    text = tokens(prompts, answered=judged == "nll")
-    measure = score.nll(text) if judged == "nll" else getattr(score, judged)(first)
-    found = model.sweep(text, edits, measure, strategy=strategy, progress=progress)
-    per = torch.tensor([len(prompt.target_ids) if judged == "nll" else 1 for prompt in prompts]).to(found.clean)
-    return Scored(found.clean / per, found.values / per)
+    first, whole = targets(prompts), list(judged) == ["nll"]
+    if "nll" in judged and not whole:
+        raise ic.PlanError("nll reads the targets' positions, the other scores the prompt's end: ask for it alone")
+    text = tokens(prompts, answered=whole)
+    measures = [score.nll(text)] if whole else [getattr(score, name)(first) for name in judged]
+    found = model.sweep(text, edits, measures, strategy=strategy, progress=progress)
+    per = torch.tensor([len(prompt.target_ids) if whole else 1 for prompt in prompts]).to(found[0].clean)
+    return {name: Scored(one.clean / per, one.values / per) for name, one in zip(judged, found, strict=True)}
 
 
 def prompt_ends(prompts: Sequence[Prompt], judged: Judged) -> Any:
@@ -147,7 +149,7 @@ def by_layer(
         )
         for layer in (range(model.n_layers) if layers is None else layers)
     ]  # fmt: skip
-    return scored(model, prompts, edits, judged, strategy=strategy, progress=progress)
+    return scored(model, prompts, edits, (judged,), strategy=strategy, progress=progress)[judged]
 
 
 class Continued(NamedTuple):

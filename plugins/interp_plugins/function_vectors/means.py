@@ -47,7 +47,8 @@ def mean_head_activations(
 
     Args:
         prompts: of one template and number of shots, so that slots mean the same in all.
-        batch: prompts per pass; more than one changes the last digits.
+        batch: prompts of one length per pass, at most. Kernels may sum more rows in another order: only one prompt per
+            pass is sure to give the published code's bits.
 
     Raises:
         PlanError: no prompts, or prompts with different slots.
@@ -57,14 +58,13 @@ def mean_head_activations(
     n_slots = _common_slots(prompts)
     layers = model.atlas.layers("z")
     found = torch.zeros(len(prompts), model.n_layers, heads, n_slots, d_head)
-    number = 0
-    for part in batches(prompts, batch):
-        run = model.run(tokens(part), read=S.z[layers], logits=False)
+    for numbers in _alike(prompts, batch):
+        run = model.run(tokens([prompts[number] for number in numbers]), read=S.z[layers], logits=False)
         z = run[S.z[layers]].as_subclass(Tensor)
-        for row, prompt in enumerate(part):
-            own = z[:, row, z.shape[2] - len(prompt.ids) :]
-            found[number, layers] = _by_slot(own, prompt.slots).transpose(1, 2).float().cpu()
-            number += 1
+        for row, number in enumerate(numbers):
+            means = _by_slot(z[:, row], prompts[number].slots).transpose(1, 2)
+            for layer, one in zip(layers, means, strict=True):
+                found[number, layer] = one
     return found.mean(0)
 
 
@@ -88,6 +88,14 @@ def _by_slot(z: Tensor, slots: Sequence[int]) -> Tensor:
         if stop - start > 1:
             out[:, slots[start]] = z[:, start:stop].mean(1)
     return out
+
+
+def _alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Numbers of the prompts in groups of one length."""
+    by_length: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt.ids), []).append(number)
+    return [list(part) for group in by_length.values() for part in batches(group, size)]
 
 
 def _common_slots(prompts: Sequence[Prompt]) -> int:

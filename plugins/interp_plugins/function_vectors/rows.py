@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
 import interp_core as ic
 
 from .prompts import Prompt
+
+T = TypeVar("T")
 
 
 def tokens(prompts: Sequence[Prompt], *, answered: bool = False) -> ic.Tokens:
@@ -32,8 +35,8 @@ def tokens(prompts: Sequence[Prompt], *, answered: bool = False) -> ic.Tokens:
     return rows[0] if len(rows) == 1 else ic.Tokens.stack(rows)
 
 
-def batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    """Prompts, so many at a time.
+def batches(prompts: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Prompts, or whatever it is, so many at a time.
 
     Raises:
         PlanError: less than one at a time.

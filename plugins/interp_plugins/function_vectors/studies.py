@@ -98,7 +98,7 @@ def heads_curve(
     ks = [k for k in counts if 0 <= k <= len(model.heads)]
     vectors = {k: function_vector(model, mean, top_heads(aie, k), bias=bias) for k in ks if k}
     edits = [injection(model, vector, layer) for vector in vectors.values()]
-    found = scored(model, prompts, edits)
+    found = scored(model, prompts, edits)["rank"]
     ranks = {0: found.clean, **dict(zip(vectors, found.values, strict=True))}
     rows = []
     for k in ks:

@@ -1,0 +1,175 @@
+"""Function vectors against the published algorithm: python benchmarks/function_vectors.py [trials] [threads]
+
+8 layers × 16 heads (8 for keys and values), d_model 512, vocabulary 8,192, Llama architecture with random weights;
+prompts of 122 tokens with 10 shots in 87 slots, float32. The other side is the published algorithm written down
+plainly: hooks on the output projections, one full forward pass per prompt for means, one per layer and head for
+indirect effects, two per layer for injection. Both run in one process and take turns, so that what else the machine
+does meets both; times are of the processor (of the wall in brackets), by the median call.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from interp_plugins.function_vectors import (
+    FunctionVector,
+    Prompt,
+    by_layer,
+    indirect_effect,
+    mean_head_activations,
+)
+from torch import Tensor
+
+import interp_core as ic
+
+LAYERS, HEADS, D_MODEL, VOCAB, TOKENS, SHOTS = 8, 16, 512, 8192, 122, 10
+D_HEAD = D_MODEL // HEADS
+
+
+def prompt(rng: random.Random) -> Prompt:
+    """Random tokens in the roles of ten questions and answers; words are as long as it takes to make 122 tokens."""
+    roles = ["bos_token"]
+    for shot in range(1, SHOTS + 1):
+        roles += ["structural_token"] * 2 + [f"demonstration_{shot}_token", "separator_token", "structural_token"]
+        roles += ["predictive_token", f"demonstration_{shot}_label_token", "end_of_example_token"]
+    roles += ["query_structural_token"] * 2 + ["query_demonstration_token", "query_separator_token"]
+    roles += ["query_structural_token", "query_predictive_token"]
+    words = [slot for slot, role in enumerate(roles) if "demonstration" in role]
+    longer = rng.choices(words, k=TOKENS - len(roles))
+    slots = sorted([*range(len(roles)), *longer])
+    ids = tuple(rng.randrange(3, VOCAB) for _ in slots)
+    return Prompt("", ids, tuple(roles[slot] for slot in slots), tuple(slots), "", (rng.randrange(3, VOCAB),))
+
+
+class Published:
+    """The published algorithm, plainly."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        self.projections = [layer.self_attn.o_proj for layer in hf.model.layers]
+
+    @torch.no_grad()
+    def logits(self, prompt: Prompt) -> Tensor:
+        return self.hf(torch.tensor([prompt.ids])).logits[0, -1]
+
+    def inputs(self, prompt: Prompt) -> list[Tensor]:
+        """What the output projections get."""
+        kept: list[Tensor] = []
+        hooks = [p.register_forward_pre_hook(lambda _, args: kept.append(args[0])) for p in self.projections]
+        self.logits(prompt)
+        for hook in hooks:
+            hook.remove()
+        return kept
+
+    def means(self, prompts: list[Prompt]) -> Tensor:
+        n_slots = prompts[0].slots[-1] + 1
+        store = torch.zeros(len(prompts), LAYERS, HEADS, n_slots, D_HEAD)
+        for number, prompt in enumerate(prompts):
+            z = torch.vstack([x.view(1, TOKENS, HEADS, D_HEAD) for x in self.inputs(prompt)]).permute(0, 2, 1, 3)
+            for slot in range(n_slots):
+                places = [at for at, found in enumerate(prompt.slots) if found == slot]
+                store[number, :, :, slot] = z[:, :, places[0] : places[-1] + 1].mean(2)
+        return store.mean(0)
+
+    def effect(self, prompt: Prompt, mean: Tensor, layer: int, head: int) -> float:
+        """The probability of the answer with one head's mean in place; the caller takes off the clean one."""
+        projection, part = self.projections[layer], slice(head * D_HEAD, (head + 1) * D_HEAD)
+
+        def patch(module: Any, args: Any, _: Any) -> Tensor:
+            x = args[0].clone()
+            x[:, -1, part] = mean[layer, head, -1]
+            return x @ module.weight.T
+
+        hook = projection.register_forward_hook(patch)
+        logits = self.logits(prompt)
+        hook.remove()
+        return float(torch.softmax(logits, -1)[prompt.target_ids[0]])
+
+    def injected(self, prompt: Prompt, vector: Tensor, layer: int) -> tuple[float, float]:
+        """Log-probability of the answer without the vector, and with it after a layer."""
+
+        def add(_m: Any, _a: Any, out: Any) -> Any:
+            stream = out if isinstance(out, Tensor) else out[0]
+            stream[:, -1] += vector
+            return out
+
+        clean = torch.log_softmax(self.logits(prompt), -1)
+        hook = self.hf.model.layers[layer].register_forward_hook(add)
+        steered = torch.log_softmax(self.logits(prompt), -1)
+        hook.remove()
+        return float(clean[prompt.target_ids[0]]), float(steered[prompt.target_ids[0]])
+
+
+class Clock:
+    """Processor and wall time of what is done under a name."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[tuple[float, float]]] = {}
+
+    def __call__(self, name: str, act: Callable[[], Any]) -> Any:
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = act()
+        self.spent.setdefault(name, []).append((time.process_time() - cpu, time.perf_counter() - wall))
+        return result
+
+    def total(self, name: str, count: int = 1) -> tuple[float, float]:
+        """Seconds for so many calls, by the median call."""
+        cpu, wall = (statistics.median(column) for column in zip(*self.spent[name], strict=True))
+        return cpu * count, wall * count
+
+
+def main(trials: str = "3", threads: str = "1") -> None:
+    torch.set_num_threads(int(threads))
+    hf = ic.testing.tiny(
+        "llama", num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS // 2,
+        hidden_size=D_MODEL, head_dim=D_HEAD, intermediate_size=1376, attention_bias=False, vocab_size=VOCAB,
+    )  # fmt: skip
+    model, published, clock, rng = ic.load(hf), Published(hf), Clock(), random.Random(0)
+    prompts = [prompt(rng) for _ in range(10)]
+    vector = FunctionVector(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)))
+    mean_head_activations(model, prompts[:1])
+    by_layer(model, prompts[:1], vector, "logprob")  # tries the strategy on the model
+    rows = []
+    for _ in range(5):
+        wanted = clock("means, published", lambda: published.means(prompts))
+        found = clock("means", lambda: mean_head_activations(model, prompts))
+        fives = clock("means by five", lambda: mean_head_activations(model, prompts, batch=5))
+    rows.append(("mean activations, 10 prompts", "means", 1, float((found - wanted).abs().max())))
+    rows.append(("the same, five per pass", "means by five", 1, float((fives - wanted).abs().max())))
+    clock.spent["means by five, published"] = clock.spent["means, published"]
+    mean, some = found, prompts[: int(trials)]
+    base = [float(torch.softmax(published.logits(one), -1)[one.target_ids[0]]) for one in some]
+    effects = torch.zeros(len(some), LAYERS, HEADS)
+    for layer in range(LAYERS):
+        found = clock("effects", lambda: indirect_effect(model, some, mean))
+        for head, (number, one) in product(range(HEADS), enumerate(some)):
+            patched = clock("effects, published", lambda a=(one, mean, layer, head): published.effect(*a))
+            effects[number, layer, head] = patched - base[number]
+    apart, largest = float((found - effects).abs().max()), float(effects.abs().max())
+    rows.append((f"indirect effect, {trials} trials", "effects", len(some) * (LAYERS * HEADS + 1), apart))
+    steered = torch.zeros(LAYERS, len(some))
+    for _, layer in product(range(3), range(LAYERS)):
+        found = clock("injection", lambda: by_layer(model, some, vector, "logprob")).values
+        for number, one in enumerate(some):
+            pair = clock("injection, published", lambda a=(one, vector.vector, layer): published.injected(*a))
+            steered[layer, number] = pair[1]
+    apart = float((found - steered).abs().max())
+    rows.append((f"injection at all layers, {trials} prompts", "injection", len(some) * LAYERS, apart))
+    print(f"{sum(p.numel() for p in hf.parameters()) / 1e6:.1f} M parameters, {threads} thread(s), {trials} trials\n")
+    print("| stage | published, s | here, s | ratio | apart |\n|---|---|---|---|---|")
+    for stage, name, count, apart in rows:
+        theirs, ours = clock.total(f"{name}, published", count), clock.total(name)
+        times = " | ".join(f"{cpu:.3f} ({wall:.3f})" for cpu, wall in (theirs, ours))
+        print(f"| {stage} | {times} | {theirs[0] / ours[0]:.2f} ({theirs[1] / ours[1]:.2f}) | {apart:.1g} |")
+    print(f"\nlargest effect {largest:.2g}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
