@@ -114,6 +114,8 @@ class PortProgram(ABC):
     How the model's values come to the ports, and go back, is the engine's: it writes `carry`.
     """
 
+    read: ClassVar[type[Read]] = Read
+
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         self.engine, self.atlas = engine, atlas
         self.edits: tuple[Edit, ...] = ()
@@ -152,7 +154,7 @@ class PortProgram(ABC):
 
     def _add_reads(self, reads: tuple[Site, ...]) -> None:
         """One slot per site and layer; kept lean, since plans may have thousands."""
-        slots, entries, by_tap = self.slots, self.atlas.entries, self._by_tap
+        slots, entries, by_tap, make = self.slots, self.atlas.entries, self._by_tap, self.read
         for site in reads:
             one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
             for entry in self.atlas.select(site) if one is None else (one,):
@@ -162,12 +164,9 @@ class PortProgram(ABC):
                 tap = entry.read
                 if tap is None:
                     raise CapabilityError(f"{site} cannot be read: {entry.why['read']}")
-                read = self._read(len(slots), entry, tap, site)
+                read = make(len(slots), entry, tap, site)
                 slots.append(read)
                 (by_tap.get(tap) or self._port(tap)).reads.append(read)
-
-    def _read(self, number: int, entry: Entry, tap: Tap, site: Site) -> Read:
-        return Read(number, entry, tap, site)
 
     def _last(self) -> Port | None:
         """The port that a forward pass reaches last, of those with reads."""

@@ -232,6 +232,8 @@ class Staircase(TorchProgram):
         read: the site that the variants are scored by, with which the pass ends; None: the logits.
     """
 
+    read = RowRead
+
     def __init__(
         self,
         engine: LocalEngine,
@@ -246,11 +248,9 @@ class Staircase(TorchProgram):
         self.squares: list[tuple[Tensor, Tensor]] = []
         self.groups: list[RowChanges] = []
         super().__init__(engine, Plan(() if read is None else (read,), self.flat), atlas)
-
-    def _read(self, number: int, entry: Entry, tap: Tap, site: Site) -> Read:
-        read = RowRead(number, entry, tap, site)
-        read.n_rows = len(self.joins)
-        return read
+        for slot in self.slots:
+            assert isinstance(slot, RowRead)
+            slot.n_rows = len(joins)
 
     def _change(self, number: int, edit: Edit, entry: Entry, tap: Tap) -> Change:
         return RowChange(self, number, edit, entry, tap)
