@@ -72,8 +72,9 @@ def fv_golden(
         progress=True,
     )  # fmt: skip
     answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by)
-    print(f"{model}\nmeans {list(made.mean.shape)}, effects {list(made.effects.shape)}, gap at the end {made.gap:.3g}")
-    print(f"function vector of norm {made.vector.norm:.4g}: " + ", ".join(f"L{a}H{h}" for a, h, _ in made.heads))
+    shapes = list(made.mean.shape), list(made.effects[made.measure].shape)
+    print(f"{model}\nmeans {shapes[0]}, effects {shapes[1]}, gap after the last head {made.gap:.3g}")
+    print(f"function vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}")
     folder = run.folder(save_path_root)
     print(*put(folder, source_files(model, run, made, answered)), sep="\n")
     return folder

@@ -69,7 +69,7 @@ def fv_runtime(
     )  # fmt: skip
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
     layer = edit_layer_of(model, edit_layer)
-    made = extract(model, run, by=by, n_top_heads=n_top_heads, measure=KEYS[score_key], both=True, progress=True)
+    made = extract(model, run, by=by, n_top_heads=n_top_heads, measure=KEYS[score_key], progress=True)
     answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, alpha=alpha)
     moved = float((answered.given.logprob - answered.base.logprob).mean())
     print(

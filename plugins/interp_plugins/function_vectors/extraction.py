@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +23,8 @@ from torch import Tensor
 import interp_core as ic
 
 from .artefacts import FixedRun, PromptKind
-from .effects import CLASSES, Head, average, gap, indirect_effect, top_heads
-from .inject import by_layer, injection
+from .effects import CLASSES, Head, average, gap, indirect_effects, top_heads
+from .inject import injection, scored
 from .means import mean_head_activations
 from .prompts import Prompt
 from .rows import batches, targets, tokens
@@ -32,7 +32,7 @@ from .vectors import FunctionVector, function_vector
 
 By = Literal["replay", "sweep"]
 Measure = Literal["probability", "logprob"]
-OTHER: dict[Measure, Measure] = {"probability": "logprob", "logprob": "probability"}
+MEASURES: tuple[Measure, ...] = ("probability", "logprob")
 BATCH = 8
 
 
@@ -55,27 +55,27 @@ class Extraction:
 
     Attributes:
         mean: mean activations of heads on clean prompts.
-        effects: indirect effects on corrupted prompts (difference of the measure).
-        other: the same effects in the other measure (log-probability where `effects` are probabilities), if asked for.
-        aie: mean effects of the chosen token class.
+        effects: indirect effects on corrupted prompts, in probability and in log-probability (nats).
+        measure: which of them heads are ranked by.
+        token_class: number of the class of tokens that they are ranked by.
         heads: those of largest AIE.
         vector: their sum.
         gap: AIE of the last of them minus that of the next head.
-        token_class: number of the class.
         by: how it was worked out.
-        measure: of `effects`.
     """
 
     mean: Float[Tensor, "layer head slot d_head"]
-    effects: Float[Tensor, "trial layer head *token_class"]
-    other: Float[Tensor, "trial layer head *token_class"] | None
-    aie: Float[Tensor, "layer head"]
+    effects: Mapping[Measure, Float[Tensor, "trial layer head *token_class"]]
+    measure: Measure
+    token_class: int
     heads: tuple[Head, ...]
     vector: FunctionVector
     gap: float
-    token_class: int
     by: By
-    measure: Measure
+
+    def aie(self, measure: Measure | None = None) -> Float[Tensor, "layer head"]:
+        """Mean effects over trials (None: in the measure that heads are ranked by)."""
+        return average(self.effects[measure or self.measure], self.token_class)
 
 
 def extract(
@@ -87,7 +87,6 @@ def extract(
     token_class_idx: int = -1,
     last_token_only: bool = True,
     measure: Measure = "probability",
-    both: bool = False,
     clock: Clock | None = None,
     progress: bool = False,
 ) -> Extraction:
@@ -96,11 +95,11 @@ def extract(
     Args:
         token_class_idx: class of tokens that heads are chosen by; all but the last one need all classes.
         last_token_only: effects of the last token alone, `[trial layer head]`; else of every class.
-        measure: what effects are differences of, and heads are ranked by.
-        both: also effects in the other measure.
+        measure: what heads are ranked by.
 
     Raises:
         PlanError: a class that there is not, or that the last token alone does not have.
+        InterpError: means or effects that are not numbers.
     """
     clock = clock or Clock()
     if not -len(CLASSES) <= token_class_idx < len(CLASSES):
@@ -110,42 +109,40 @@ def extract(
             f"token_class_idx {token_class_idx} ({CLASSES[token_class_idx]}) needs effects of all classes: "
             "last_token_only=false"
         )
-    corrupted = run.corrupted
     with clock("mean"):
         mean = mean_head_activations(model, run.clean)
     with clock("effects"):
-        measures = [measure, OTHER[measure]] if both else [measure]
-        found = [
-            indirect_effect(
-                model, corrupted, mean, classes=not last_token_only, by=by, measure=one, progress=progress
-            )
-            for one in measures
-        ]  # fmt: skip
+        effects = _effects(model, run.corrupted, mean, by, not last_token_only, progress)
+    for name, values in (("mean", mean.permute(2, 0, 1, 3)), *effects.items()):
+        _demand_numbers(model, name, values)
     with clock("vector"):
-        aie = average(found[0], token_class_idx)
+        aie = average(effects[measure], token_class_idx)
         heads = top_heads(aie, n_top_heads)
         vector = function_vector(model, mean, heads, task=run.dataset_name)
-    return Extraction(
-        mean, found[0], found[1] if both else None, aie, heads, vector, gap(aie, n_top_heads), token_class_idx, by,
-        measure,
-    )  # fmt: skip
+    return Extraction(mean, effects, measure, token_class_idx, heads, vector, gap(aie, n_top_heads), by)
 
 
 def _effects(
-    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, measure: Measure, classes: bool, progress: bool
-) -> Tensor:
-    """Effects in one measure; by replay trial after trial, so that progress can be told."""
-    options: dict[str, Any] = {"classes": classes, "by": by, "measure": measure}
-    if by == "sweep":
-        return indirect_effect(model, prompts, mean, **options, progress=progress)
+    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, classes: bool, progress: bool
+) -> dict[Measure, Tensor]:
+    """Effects in both measures; by replay trial after trial, so that progress can be told."""
     found = []
-    for number, prompt in enumerate(prompts):
-        found.append(indirect_effect(model, [prompt], mean, **options))
-        if progress:
+    for number, part in enumerate([prompts] if by == "sweep" else [[prompt] for prompt in prompts]):
+        swept = progress and by == "sweep"
+        found.append(indirect_effects(model, part, mean, MEASURES, classes=classes, by=by, progress=swept))
+        if progress and by == "replay":
             end = "\n" if number + 1 == len(prompts) else ""
-            sys.stderr.write(f"\rreplay, {measure}: {number + 1} of {len(prompts)} trials{end}")
+            sys.stderr.write(f"\rreplay: {number + 1} of {len(prompts)} trials {end}")
             sys.stderr.flush()
-    return torch.cat(found)
+    return {measure: torch.cat([part[measure].effects for part in found]) for measure in MEASURES}
+
+
+def _demand_numbers(model: ic.Model, name: str, values: Tensor) -> None:
+    """Values `[any layer head …]` are numbers in every head."""
+    for layer, head in model.heads:
+        if not bool(values[:, layer, head].isfinite().all()):
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise ic.InterpError(f"{name} of layer {layer}, head {head} is no number in {dtype}; load a wider dtype")
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,7 @@ def answers(
         if by == "replay":
             base, given = (_alone(model, prompts, edits) for edits in ((), (edit,)))
         else:
-            base, given = _swept(model, prompts, vector, layer, alpha, edit)
+            base, given = _swept(model, prompts, edit)
     return Answers(tuple(prompts), kind, layer, alpha, base, given)
 
 
@@ -230,13 +227,11 @@ def _alone(model: ic.Model, prompts: Sequence[Prompt], edits: tuple[ic.Edit, ...
     return Judged(logits, logprob, (logits > own).sum(-1), asked)
 
 
-def _swept(
-    model: ic.Model, prompts: Sequence[Prompt], vector: FunctionVector, layer: int, alpha: float, edit: ic.Edit
-) -> tuple[Judged, Judged]:
-    """Log-probabilities and ranks by sweeps, logits by batches."""
+def _swept(model: ic.Model, prompts: Sequence[Prompt], edit: ic.Edit) -> tuple[Judged, Judged]:
+    """Log-probabilities and ranks from a sweep, logits from batches."""
     asked, parts = targets(prompts), [tokens(part) for part in batches(prompts, BATCH)]
-    logprob = by_layer(model, prompts, vector, "logprob", layers=[layer], strength=alpha)
-    rank = by_layer(model, prompts, vector, "rank", layers=[layer], strength=alpha)
+    swept = scored(model, prompts, [edit], ("logprob", "rank"))
+    logprob, rank = swept["logprob"], swept["rank"]
     base, given = (
         _wide([model.run(part, edits=edits, logits=-1).logits.as_subclass(Tensor) for part in parts])
         for edits in ((), (edit,))

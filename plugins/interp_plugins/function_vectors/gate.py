@@ -92,7 +92,7 @@ class Sides:
                 by: By = "replay" if side == "a" or self.mode == "replay" else "sweep"
                 made = extract(
                     model, self.run, by=by, n_top_heads=k, token_class_idx=token_class, last_token_only=last,
-                    both=side == "b", clock=clock, progress=True,
+                    clock=clock, progress=True,
                 )  # fmt: skip
                 answered = answers(model, self.run, made.vector, layer, kind=kind, by=by, clock=clock)
                 write = source_files if side == "a" else runtime_files

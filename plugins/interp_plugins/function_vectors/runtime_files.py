@@ -23,8 +23,7 @@ from torch import Tensor
 import interp_core as ic
 
 from .artefacts import Files, FixedRun, lines, profile, pt, text
-from .effects import average
-from .extraction import OTHER, Answers, Extraction, Measure
+from .extraction import Answers, Extraction, Measure
 from .means import head_shape
 from .source_files import LOGITS, MAPS, logits_file, settings_of, slot_maps
 from .trials_file import short_name
@@ -37,13 +36,7 @@ SLOT_RULE = "last slot, query_predictive_token: the last token of the prompt"
 
 
 def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> Files:
-    """The files, by name.
-
-    Raises:
-        PlanError: effects in one measure only.
-    """
-    if made.other is None:
-        raise ic.PlanError("runtime files hold effects in probability and log-probability: extract(…, both=True)")
+    """The files, by name."""
     rows = _rows(model, run, answered)
     summary = _summary(rows)
     meta = _eval_meta(model, run, made, answered)
@@ -53,7 +46,7 @@ def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: An
     return {
         "mean_activations.pt": pt(made.mean),
         "mean_activations_meta.json": text(_mean_meta(model, run)),
-        "indirect_effect.pt": pt(made.effects),
+        "indirect_effect.pt": pt(made.effects[made.measure]),
         MAPS: slot_maps(run, model),
         "top_heads.json": text(_top_heads(run, made)),
         "fv_by_layer.pt": pt(_by_layer(model, run, made, answered)),
@@ -96,8 +89,7 @@ def _mean_meta(model: ic.Model, run: FixedRun) -> dict[str, Any]:
 
 
 def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
-    assert made.other is not None
-    by_key = {made.measure: made.aie, OTHER[made.measure]: average(made.other, made.token_class)}
+    p, logprob = made.aie("probability"), made.aie("logprob")
     score_key = next(key for key, measure in KEYS.items() if measure == made.measure)
     return {
         "meta": {
@@ -109,8 +101,8 @@ def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
         "heads": [
             {
                 "layer": layer, "head": head, "score_key": score_key, "rank_score": score,
-                "mean_delta_logprob": float(by_key["logprob"][layer, head]),
-                "mean_delta_p": float(by_key["probability"][layer, head]), "n_trials": len(made.effects),
+                "mean_delta_logprob": float(logprob[layer, head]),
+                "mean_delta_p": float(p[layer, head]), "n_trials": len(run.trials),
             }
             for layer, head, score in made.heads
         ],

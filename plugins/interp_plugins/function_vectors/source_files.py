@@ -37,7 +37,7 @@ def source_files(model: ic.Model, run: FixedRun, made: Extraction, answered: Ans
     return {
         f"{name}_mean_head_activations_FIXED.pt": pt(made.mean),
         f"{name}_dummy_labels.json": text(run.trials.slots.json()),
-        f"{name}_indirect_effect.pt": pt(made.effects),
+        f"{name}_indirect_effect.pt": pt(made.effects[made.measure]),
         VECTOR: pt(made.vector.vector[None]),
         HEADS: text(heads_table(made)),
         MAPS: slot_maps(run, model),
@@ -60,7 +60,7 @@ def heads_table(made: Extraction) -> dict[str, Any]:
         "n_top_heads": len(made.heads),
         "top_heads": [[h.layer, h.head, round(h.score, 4)] for h in made.heads],
         "fv_norm": made.vector.norm,
-        "aie_sorted_full": [list(head) for head in ranking(made.aie)],
+        "aie_sorted_full": [list(head) for head in ranking(made.aie())],
         "gap_k_to_k1": made.gap if made.gap != float("inf") else None,
     }
 
@@ -95,7 +95,7 @@ def logits_file(answered: Answers) -> bytes:
 
 
 def _dump(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> dict[str, Any]:
-    trials, slots = run.trials, run.trials.slots
+    trials, slots, effects = run.trials, run.trials.slots, made.effects[made.measure]
     assert slots is not None
     return {
         "meta": {
@@ -110,8 +110,8 @@ def _dump(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -
         "mean_shape": list(made.mean.shape),
         "query_pred_slot": len(slots) - 1,
         "indirect_effect": {
-            "shape": list(made.effects.shape),
-            "max_abs": float(made.effects.nan_to_num().abs().max()),
+            "shape": list(effects.shape),
+            "max_abs": float(effects.nan_to_num().abs().max()),
             "top_heads": [list(head) for head in made.heads],
             "gap_k_to_k1": made.gap if made.gap != float("inf") else None,
         },
