@@ -167,7 +167,7 @@ class Stage:
     def tensors(
         self, files: Pair, name: str, axes: Sequence[str], a: Tensor, b: Tensor, tolerance: float, *, gaps: bool = False
     ) -> bool:
-        """Whether two tensors agree.
+        """Whether two tensors agree; what is no number agrees with nothing.
 
         Args:
             name: of the tensor, and of its axes, for the key.
@@ -181,7 +181,7 @@ class Stage:
             return False
         a, b = a.double(), b.double()
         apart = (a - b).abs()
-        good = (apart <= tolerance) | (a == b)
+        good = (apart <= tolerance) & a.isfinite() & b.isfinite()
         if gaps:
             good |= a.isnan() & b.isnan()
         self.max_abs_diff = max(

@@ -19,6 +19,7 @@ A file that is missing or cannot be read is a part with a problem, for the compa
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 from collections import Counter
@@ -127,21 +128,21 @@ def read_folder(folder: str | Path, dataset_name: str | None = None) -> Artefact
     layout = (
         "runtime" if any((path / name).exists() for name in ("eval_meta.json", "mean_activations.pt")) else "source"
     )
-    named = dataset_name or "*"
-    parts = {name: _part(path, named, sources) for name, sources in (LAYOUTS[layout]).items()}
+    settings = _settings(path)
+    named = dataset_name or str(settings.get("dataset_name", ""))
+    parts = {name: _part(path, named, sources) for name, sources in LAYOUTS[layout].items()}
     if not any(part.file.exists() for part in parts.values()):
         names = sorted({file for sources in LAYOUTS["source"].values() for file, _ in sources})
         raise ic.LoadError(f"{path} holds no artefacts of function vectors: none of {', '.join(names)}")
-    return Artefacts(path, layout, parts, _settings(path))
+    return Artefacts(path, layout, parts, settings)
 
 
 def _part(folder: Path, dataset: str, sources: Iterable[tuple[str, Callable[[Path], Any]]]) -> Part:
-    """The first of the files that is there."""
+    """The first of the files that is there; of any task if none is named."""
     first = None
     for pattern, reader in sources:
-        name = pattern.replace("<ds>", dataset)
-        found = sorted(folder.glob(name))
-        first = first or folder / name
+        found = sorted(folder.glob(pattern.replace("<ds>", glob.escape(Path(dataset).name) or "*")))
+        first = first or folder / pattern.replace("<ds>", dataset or "<ds>")
         if len(found) > 1:
             return Part(first, None, f"{len(found)} files of this name; say which task's: dataset_name=…")
         if found:

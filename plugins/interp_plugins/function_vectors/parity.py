@@ -15,6 +15,7 @@ are compared where both have them. All trials are compared.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Comparison:
         for files, one, two in self._both(stage, "effects"):
             if one.ndim != two.ndim:  # all classes against the last token
                 one, two = (x[..., self.token_class_idx] if x.ndim == 4 else x for x in (one, two))
-            tolerance = self.within.effect + self.within.effect_share * float(one.nan_to_num().abs().max())
+            tolerance = self.within.effect + self.within.effect_share * _largest(one)
             axes = ("trial", "layer", "head", "token_class")[: one.ndim]
             stage.tensors(files, "effects", axes, one, two, tolerance, gaps=True)
             stage.notes |= {"shape": list(one.shape), "tolerance": tolerance}
@@ -140,8 +141,9 @@ class Comparison:
     def _fv_vector(self, stage: Stage) -> None:
         for files, one, two in self._both(stage, "vector"):
             norms = [float(x.double().norm()) for x in (one, two)]
-            stage.tensors(files, "fv", ("d_model",), one, two, self.within.vector * norms[0])
-            stage.notes |= {"norm_a": norms[0], "norm_b": norms[1], "tolerance": self.within.vector * norms[0]}
+            tolerance = self.within.vector * (norms[0] if math.isfinite(norms[0]) else 0.0)
+            stage.tensors(files, "fv", ("d_model",), one, two, tolerance)
+            stage.notes |= {"norm_a": norms[0], "norm_b": norms[1], "tolerance": tolerance}
 
     def _injection_output(self, stage: Stage) -> None:
         logits = self._logits(stage)
@@ -253,3 +255,8 @@ class Comparison:
                     stage.find(files, f"{x.key}: {name}", side=lacking[0], why="no such field in this row")
                 else:
                     stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
+
+
+def _largest(x: Tensor) -> float:
+    """The largest of the numbers, without sign."""
+    return float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
