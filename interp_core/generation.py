@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas
 from .architectures.taps import KEYED
+from .compiled import CompiledPlan, model_inputs
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
@@ -26,7 +27,7 @@ from .text import Tokens, token_text
 from .trace import Reading, Receipt, Store, demand_effect, receipts
 
 if TYPE_CHECKING:
-    from .model import CompiledPlan, Input, Model
+    from .model import Input, Model
 
 REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "prompt_lookup_num_tokens", "use_cache")
 
@@ -96,8 +97,6 @@ def _check_options(options: dict[str, Any], max_new_tokens: int) -> None:
 
 def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
     """What transformers' `generate` is called with; it derives position ids from the mask by itself."""
-    from .model import model_inputs
-
     inputs = {k: value for k, value in model_inputs(compiled.model, tokens).items() if k != "position_ids"}
     inputs["attention_mask"] = tokens.mask.to(compiled.model.device, torch.long)
     if compiled.touches("logits"):

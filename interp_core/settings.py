@@ -88,7 +88,7 @@ class _Schema(GenerateJsonSchema):
 def schema(config: type[Config]) -> dict[str, Any]:
     """JSON schema of a config, with the descriptions of its docstring."""
     made = config.model_json_schema(schema_generator=_Schema)
-    for name, text in described(config.__doc__ or "").items():
+    for name, text in _texts(config).items():
         if name in made.get("properties", {}):
             made["properties"][name].setdefault("description", text)
     return made
@@ -96,7 +96,7 @@ def schema(config: type[Config]) -> dict[str, Any]:
 
 def rows(config: type[Config]) -> list[dict[str, str]]:
     """Name, type, default and description of every field."""
-    texts = described(config.__doc__ or "")
+    texts = _texts(config)
     return [
         {
             "setting": name,
@@ -106,6 +106,12 @@ def rows(config: type[Config]) -> list[dict[str, str]]:
         }
         for name, field in config.model_fields.items()
     ]
+
+
+def _texts(config: type[Config]) -> dict[str, str]:
+    """What the docstrings of a config, and of those that it inherits from, say of each field."""
+    kinds = [kind for kind in reversed(config.__mro__) if issubclass(kind, BaseModel)]
+    return {name: text for kind in kinds for name, text in described(vars(kind).get("__doc__") or "").items()}
 
 
 def _shown(default: Any) -> str:

@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .compiled import model_inputs
 from .edits import Edit
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
 from .errors import PlanError, nearest
-from .model import model_inputs
 from .plan import Plan
 from .positions import Rows
 from .score import Score

@@ -22,7 +22,8 @@ from .text import Tokens
 
 if TYPE_CHECKING:
     from .architectures.atlas import Atlas, Entry
-    from .model import CompiledPlan, Model
+    from .compiled import CompiledPlan
+    from .model import Model
 
 
 class Reading(Tensor):

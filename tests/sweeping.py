@@ -108,7 +108,7 @@ class Row(NamedTuple):
 def against_full(family: str, dtype: torch.dtype) -> Row:
     """Largest difference over the largest value."""
     model = ic.load(testing.tiny(family, dtype=dtype))
-    edits = variants(model)
+    edits = [*variants(model), *everywhere(model)]
     found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
     return Row(
         found.plan.strategy, float((found.values - full.values).abs().max() / full.values.abs().max()), found.plan.why

@@ -69,6 +69,19 @@ def test_pictures(tmp_path: Path) -> None:
     assert path.stat().st_size > 2000
 
 
+def test_pictures_of_many_rows_and_columns_stay_small(tmp_path: Path) -> None:
+    """Names that would run into each other are left out, long titles are broken into lines."""
+    from matplotlib.image import imread
+
+    values = [[float(i == j) for j in range(400)] for i in range(300)]
+    path = png.heatmap(
+        tmp_path / "x.png", values, [f"r{i}" for i in range(300)], [f"c{j}" for j in range(400)], title="long " * 200
+    )
+    height, width, _ = imread(path).shape
+    assert width < 150 * (png.SIDE + 3) and height < 150 * (png.SIDE + 4)
+    assert list(png._named(10, 0.42)) == list(range(10)) and len(png._named(400, 0.06)) == 134
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "page.html"
     write(target, "first")

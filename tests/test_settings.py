@@ -76,6 +76,22 @@ def test_descriptions_come_from_docstrings() -> None:
     }  # fmt: skip
 
 
+def test_inherited_settings_are_described_where_they_are_written() -> None:
+    class More(Many):
+        """Settings.
+
+        Attributes:
+            b: of its own.
+            g: new.
+        """
+
+        g: int = 2
+
+    rows = {row["setting"]: row["description"] for row in settings.rows(More)}
+    assert (rows["a"], rows["b"], rows["g"]) == ("share a line and go on.", "of its own.", "new.")
+    assert settings.schema(More)["properties"]["a"]["description"] == "share a line and go on."
+
+
 def test_schemas_are_json_whatever_the_types() -> None:
     schema = json.loads(json.dumps(settings.schema(LensConfig)))
     assert schema["additionalProperties"] is False and schema["properties"]["top_k"]["type"] == "integer"

@@ -241,6 +241,8 @@ def test_bad_input() -> None:
             "reads 2 positions of row 0; it takes one",
         ),
         (lambda: model.sweep(tokens(), [S.z[9, 0].zero()], JUDGED), "9"),
+        (lambda: score.rank(3, at=2)(model.run(tokens(), logits=-1)), "reads logits at 2, the run kept logits@-1"),
+        (lambda: score.rank(3)(model.run(tokens(), read=S.resid_post[0], logits=False)), "logits"),
     ):
         with pytest.raises((ic.InterpError, TypeError), match=message):
             asked()

@@ -1,0 +1,211 @@
+"""What studies share: which run is changed, where values come from, and what a change is judged by.
+
+    denoising   base: the corrupted prompt, values from the clean one
+    noising     base: the clean prompt, values from the corrupted one
+    share(v) = (score(base with v) - score(base)) / (score(source) - score(base))
+
+1 is the whole difference between the prompts, 0 none of it. Without a corrupted prompt values are zero, and an effect
+is the plain change of the score.
+
+Source: Heimersheim and Nanda (2024), arXiv:2404.15255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import score as scores
+from interp_core import sites as S
+
+UNITS = {
+    "logit_diff": "logits",
+    "logit": "logits",
+    "logprob": "nats",
+    "kl": "nats",
+    "nll": "nats",
+    "probability": "probability",
+}
+SHARE = "share of the difference"
+
+
+class JudgedConfig(ic.Config):
+    """What every study can be set to.
+
+    Attributes:
+        answer, other: a token id or a word per row, or one for all.
+        strategy: of the sweep.
+        progress: show how much of the sweep is done.
+    """
+
+    answer: int | str | list[int] | list[str] | None = None
+    other: int | str | list[int] | list[str] | None = None
+    strategy: str = "auto"
+    progress: bool = False
+
+
+class ContrastConfig(JudgedConfig):
+    """What studies of two prompts can be set to.
+
+    Attributes:
+        corrupted: the other prompt, or one per row, with as many tokens; without one, what is chosen is set to zero.
+        direction: "denoising" puts clean values into the corrupted run, "noising" corrupted ones into the clean run.
+        score: "logit_diff" of answer and other, "logit", "logprob" or "probability" of the answer, or an `ic.score` of
+            your own (None: logit_diff with a corrupted prompt, else logprob).
+        answer, other: a token id or a word per row, or one for all (None: what the model says to the clean and to the
+            corrupted prompt).
+    """
+
+    corrupted: Any = None
+    direction: Literal["denoising", "noising"] = "denoising"
+    score: Literal["logit_diff", "logit", "logprob", "probability"] | scores.Score | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two runs and what they are judged by.
+
+    Attributes:
+        base: the run that is changed.
+        source: the run that gives the values; None: zeros.
+        judged: the score.
+        low, high: scores of base and source `[batch]`; equal without a source.
+        answer, other: token ids `[batch]`; None with a score of the user's own.
+        kind: "denoising", "noising" or "zero".
+    """
+
+    base: ic.Run
+    source: ic.Run | None
+    judged: scores.Score
+    low: Float[Tensor, " batch"]
+    high: Float[Tensor, " batch"]
+    answer: Tensor | None
+    other: Tensor | None
+    kind: str
+
+    def share(self, effects: Float[Tensor, "*any batch"]) -> Float[Tensor, "*any batch"]:
+        """Changes of the score as a share of the difference; as they are without a source."""
+        return effects if self.source is None else effects / (self.high - self.low).to(effects)
+
+    def named(self) -> dict[str, Any]:
+        """The fields of a result that tell what was compared."""
+        unit = SHARE if self.source is not None else UNITS.get(self.judged.name, self.judged.name)
+        return {"base": self.low, "kind": self.kind, "score": self.judged.name, "unit": unit}
+
+
+def contrast(
+    owner: str,
+    model: ic.Model,
+    tokens: ic.Tokens,
+    config: ContrastConfig,
+    here: Sequence[S.Site] = (),
+    there: Sequence[S.Site] = (),
+) -> Contrast:
+    """The two runs of a study; two forward passes, one without a corrupted prompt.
+
+    Args:
+        here, there: sites to read in the base and in the source run.
+
+    Raises:
+        PlanError: prompts of different lengths, the same answer to both, equal scores, or a score that needs more.
+    """
+    twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
+    noising = twin is None or config.direction == "noising"
+    own = config.score if isinstance(config.score, scores.Score) else None
+    of = () if own is None or own.of is None else (own.of,)
+    kept = False if of else -1 if own is None else own.at
+    clean = model.run(tokens, read=(*(here if noising else there), *of), logits=kept)
+    dirty = clean if twin is None else model.run(twin, read=(*(there if noising else here), *of), logits=kept)
+    answer = None if own else said(owner, model, clean, config.answer)
+    other = answer if twin is None or own else said(owner, model, dirty, config.other)
+    name = str(config.score or ("logprob" if twin is None else "logit_diff"))
+    judged = own or _judged(owner, model, name, answer, other)
+    base, source = (clean, dirty) if noising else (dirty, clean)
+    low, high = scored(owner, base, judged), scored(owner, source, judged)
+    if twin is not None and bool((low == high).any()):
+        row = int((low == high).nonzero()[0])
+        raise ic.PlanError(
+            f"{owner}: both prompts of row {row} have the {judged.name} {float(low[row]):.4g}: there is no difference "
+            "to explain; give prompts or answers that differ"
+        )
+    kind = "zero" if twin is None else config.direction
+    return Contrast(base, None if twin is None else source, judged, low, high, answer, other, kind)
+
+
+def _judged(owner: str, model: ic.Model, name: str, answer: Any, other: Any) -> scores.Score:
+    if name != "logit_diff":
+        made: scores.Score = getattr(scores, name)(answer)
+        return made
+    if bool((answer == other).any()):
+        row = int((answer == other).nonzero()[0])
+        raise ic.PlanError(
+            f"{owner}: row {row} has the answer {model.word(int(answer[row]))!r} for both prompts; "
+            "give answer=[…] and other=[…], or prompts that differ"
+        )
+    return scores.logit_diff(answer, other)
+
+
+def said(owner: str, model: ic.Model, run: ic.Run, given: Any) -> Tensor:
+    """Ids of the answers `[batch]`: those given, or what the model says at the end.
+
+    Raises:
+        PlanError: another number of answers than rows, a word of several tokens, an id that does not exist.
+    """
+    rows, size = len(run.tokens), model.atlas.shape.d_vocab
+    if given is None:
+        return run.logits.as_subclass(Tensor).argmax(-1).cpu()
+    items = given if isinstance(given, list) else [given] * rows
+    if len(items) != rows:
+        raise ic.PlanError(f"{owner}: {len(items)} answers for {rows} rows; give one per row, or one for all")
+    found = [_id(owner, model, item) for item in items]
+    for item in found:
+        if not 0 <= item < size:
+            raise ic.PlanError(f"{owner}: the answer {item} is no token id: the model has {size}, 0 to {size - 1}")
+    return torch.tensor(found)
+
+
+def _id(owner: str, model: ic.Model, item: int | str) -> int:
+    if isinstance(item, int):
+        return item
+    ids = model.tokens(item, bos=False).ids[0].tolist()
+    if len(ids) != 1:
+        words = ", ".join(repr(model.word(one)) for one in ids)
+        raise ic.PlanError(
+            f"{owner}: the answer {item!r} is {len(ids)} tokens ({words}), a score reads one; give its first"
+        )
+    return int(ids[0])
+
+
+def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " batch"]:
+    """A run's score in the precision of sweeps, whatever the model's.
+
+    Raises:
+        PlanError: a score that compares with a run without edits, or spans that differ in length.
+    """
+    if judged.clean:
+        raise ic.PlanError(
+            f"{owner}: score {judged.name} compares with the run without edits; method ablations takes it"
+        )
+    value = (run.logits if judged.of is None else run[judged.of]).as_subclass(Tensor)
+    if judged.span and value.ndim != 3:
+        raise ic.PlanError(f"{owner}: score {judged.name}: the rows' spans differ in length; run them one by one")
+    return judged.rows(value.to(torch.promote_types(value.dtype, torch.float32))).detach().cpu()
+
+
+def _twin(owner: str, model: ic.Model, tokens: ic.Tokens, corrupted: Any) -> ic.Tokens:
+    """The corrupted prompts, one per row."""
+    other = corrupted if isinstance(corrupted, ic.Tokens) else model.tokens(corrupted)
+    if len(other) == 1 and len(tokens) > 1:
+        other = ic.Tokens.stack([other] * len(tokens))
+    if other.lengths != tokens.lengths:
+        raise ic.PlanError(
+            f"{owner}: the prompts have {tokens.lengths} tokens, the corrupted ones {other.lengths}; "
+            "positions must mean the same in both"
+        )
+    return replace(other, spans={**tokens.spans, **other.spans})  # names mean the same tokens in both

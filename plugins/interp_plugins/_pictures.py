@@ -1,0 +1,66 @@
+"""How studies show matrices of effects: heatmaps in pages and as files, with numbers in the cells.
+
+Source: this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ._contrast import SHARE
+
+WIDEST = 32
+"""Columns up to which a file has numbers in its cells."""
+
+
+class Picture(NamedTuple):
+    """A matrix to look at: numbers, names along its sides, limits of its colours (None: its own)."""
+
+    title: str
+    values: list[list[float]]
+    rows: list[str]
+    columns: list[str]
+    limits: tuple[float, float] | None = None
+
+
+def pages(pictures: Sequence[Picture], unit: str, note: str) -> str:
+    """Heatmaps below each other, and what is to be said of them. Cells say their whole number when pointed at."""
+    from interp_core.report.html import escape, heatmap
+
+    grids = [
+        heatmap(
+            one.values, one.rows, one.columns, texts=texts(one.values, unit), diverging=True, limits=one.limits,
+            caption=f"{one.title} ({unit})",
+        )
+        for one in pictures
+    ]  # fmt: skip
+    return "".join(grids) + f"<pre>{escape(note)}</pre>"
+
+
+def picture(path: str | Path, one: Picture, unit: str) -> Path:
+    """A heatmap as a file."""
+    from interp_core.report.png import heatmap
+
+    cells = texts(one.values, unit) if len(one.columns) <= WIDEST else None
+    return heatmap(
+        path, one.values, one.rows, one.columns, texts=cells, diverging=True, limits=one.limits, title=one.title,
+        colorbar=unit,
+    )  # fmt: skip
+
+
+def texts(values: Sequence[Sequence[float]], unit: str) -> list[list[str]]:
+    """Numbers as the cells show them: to two digits of the largest, shares in percent."""
+    factor, sign = (100, "%") if unit == SHARE else (1, "")
+    top = factor * max((abs(value) for line in values for value in line if math.isfinite(value)), default=0.0)
+    digits = max(0, 1 - math.floor(math.log10(top))) if top else 0
+
+    def say(value: float) -> str:
+        if not math.isfinite(value):
+            return "–"
+        rounded = round(factor * value, digits)
+        return f"{rounded:.{digits}f}{sign}" if rounded else "0"
+
+    return [[say(value) for value in line] for line in values]

@@ -1,0 +1,199 @@
+"""Ablations: what a part of a model does, seen by what is lost without it.
+
+    effect(v) = score(text with v := r) - score(text)
+
+    zero        r = 0
+    mean        r = mean of v over reference prompts, at the same position or over all their tokens
+    resample    r = v of one reference prompt at the same position; mean and spread over draws of the prompt
+
+v runs over layers, heads and positions of a site, or over whole layers. Zero takes away also what v always says, the
+mean leaves that; a resampled value is one that the model really has.
+
+Source: zero: Michel et al. (2019), arXiv:1905.10650; mean: Wang et al. (2022), arXiv:2211.00593; resample: Chan et al.
+(2022), "Causal Scrubbing"; the three compared: Zhang and Nanda (2023), arXiv:2309.16042.
+
+Cost: that of the sweep over v (times draws), and one forward pass over the reference prompts.
+Must equal: one full forward pass per v and draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import score as scores
+from interp_core import sites as S
+
+from ._contrast import UNITS, said
+from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
+from ._pictures import Picture
+
+CHUNK = 16
+"""Reference prompts that are run together."""
+
+
+class AblationConfig(MapConfig):
+    """Settings of ablations.
+
+    Attributes:
+        kind: what takes the place of v: "zero", "mean" or "resample".
+        reference: prompts whose values do, for mean and resample.
+        over: of the mean: values at the same "position" of each reference prompt, or at "all" their tokens.
+        draws: of resample: how many reference prompts to draw (None: each of them once).
+        seed: of the draws.
+        score: "logprob", "logit" or "probability" of the answer, "logit_diff" of answer and other, "kl" to the run
+            without edits, "nll" of a span, or an `ic.score` of your own.
+        span: whose negative log-likelihood "nll" is.
+        answer: a token id or a word per row, or one for all (None: what the model says).
+        other: the same, for logit_diff.
+    """
+
+    kind: Literal["zero", "mean", "resample"] = "zero"
+    reference: Any = None
+    over: Literal["position", "all"] = "position"
+    draws: int | None = None
+    seed: int = 0
+    score: Literal["logprob", "logit", "probability", "logit_diff", "kl", "nll"] | scores.Score = "logprob"
+    span: str = "target"
+
+
+@dataclass(frozen=True, eq=False)
+class AblationResult(MapResult):
+    """Effects of ablations.
+
+    Attributes:
+        spread: standard deviation over draws; None of fewer than two.
+        draws: over how many `effect` is the mean.
+    """
+
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {**MapResult.AXES, "spread": ("batch", "layer", "head", "pos")}
+    spread: Float[Tensor, "batch layer head pos"] | None
+    draws: int
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per patch, averaged over batch rows, with the spread over draws if there is one."""
+        rows = super().table()
+        spread = [] if self.spread is None else self.spread.mean(0).flatten().tolist()
+        return [row | {"spread": value} for row, value in zip(rows, spread, strict=True)] if spread else rows
+
+    def pictures(self) -> list[Picture]:
+        """The effects, and their spread over draws if there is one."""
+        first = super().pictures()
+        if self.spread is None:
+            return first
+        beside = Picture(
+            f"standard deviation over {self.draws} draws", self._folded(self.spread).tolist(), *first[0][2:4]
+        )
+        return [*first, beside]
+
+
+class Ablations(ic.Method):
+    """What is lost without a head or a layer: set to zero, to its mean, or to its value on other prompts."""
+
+    name = "ablations"
+    Config = AblationConfig
+
+    def run(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> AblationResult:
+        """Read the reference prompts, sweep over what is ablated."""
+        where = grid(self.name, model, tokens, config)
+        reference = self._reference(model, where, config)
+        judged = self._judged(model, tokens, config)
+        given = list(self._given(model, reference, where, config))
+        edits = [edits for one in given for edits in patches(where, one)]
+        found = swept(model, tokens, edits, judged, config)
+        effects = torch.stack([where.shaped(part) for part in found.effects.chunk(len(given))])
+        return AblationResult(
+            effect=effects.mean(0), base=found.clean, kind=f"{config.kind} ablation", score=judged.name,
+            unit=UNITS.get(judged.name, judged.name), explain=found.plan.explain(), draws=len(given),
+            spread=effects.std(0) if len(given) > 1 else None, **named(where),
+        )  # fmt: skip
+
+    def _reference(self, model: ic.Model, where: Grid, config: AblationConfig) -> ic.Tokens | None:
+        """The reference prompts; of resample, those that are drawn."""
+        if (config.kind == "zero") != (config.reference is None):
+            asked = "takes no" if config.kind == "zero" else "needs"
+            raise ic.PlanError(f"ablations: kind={config.kind!r} {asked} reference=[…] prompts")
+        if config.reference is None:
+            return None
+        given = config.reference if isinstance(config.reference, ic.Tokens) else model.tokens(config.reference)
+        attention = any("query" in site.info.axes for site in where.sites)
+        if attention and (config.over == "all" or given.padded):
+            raise ic.PlanError("ablations: attention has a mean by position only, over prompts of one length")
+        if config.kind == "mean":
+            return given
+        draws = len(given) if config.draws is None else config.draws
+        if not 1 <= draws <= len(given):
+            raise ic.PlanError(f"ablations: {draws} draws of {len(given)} reference prompts; give more prompts")
+        order = torch.randperm(len(given), generator=torch.Generator().manual_seed(config.seed))
+        return ic.Tokens.stack([given.row(int(row)) for row in order[:draws]])
+
+    def _judged(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> scores.Score:
+        if isinstance(config.score, scores.Score):
+            return config.score
+        if config.score == "kl":
+            return scores.kl()
+        if config.score == "nll":
+            return scores.nll(tokens, config.span)
+        if config.score == "logit_diff" and config.other is None:
+            raise ic.PlanError("ablations: score='logit_diff' needs other=[…], the answer to compare with")
+        run = model.run(tokens, logits=-1)
+        answer = said(self.name, model, run, config.answer)
+        if config.score == "logit_diff":
+            return scores.logit_diff(answer, said(self.name, model, run, config.other))
+        made: scores.Score = getattr(scores, config.score)(answer)
+        return made
+
+    def _given(
+        self, model: ic.Model, reference: ic.Tokens | None, where: Grid, config: AblationConfig
+    ) -> Iterator[Values | None]:
+        """What takes the place of v, once per draw."""
+        if reference is None:
+            yield None
+        elif config.kind == "mean" and config.over == "all":
+            yield _mean_of_tokens(model, reference, where)
+        else:
+            found = [_at_places(model, part, where) for part in _chunks(reference)]
+            joined = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+            if config.kind == "mean":
+                yield {key: value.mean(0) for key, value in joined.items()}
+            else:
+                yield from ({key: value[row] for key, value in joined.items()} for row in range(len(reference)))
+
+
+def _chunks(tokens: ic.Tokens) -> Iterator[ic.Tokens]:
+    for start in range(0, len(tokens), CHUNK):
+        yield ic.Tokens.stack([tokens.row(row) for row in range(start, min(start + CHUNK, len(tokens)))])
+
+
+def _at_places(model: ic.Model, tokens: ic.Tokens, where: Grid) -> Values:
+    try:
+        return values(model.run(tokens, read=where.reads, logits=False), where)
+    except ic.PositionError as error:
+        raise ic.PositionError(
+            f"ablations: a reference prompt lacks a position ({error}); give prompts of the same form, or over='all'"
+        ) from error
+
+
+def _mean_of_tokens(model: ic.Model, tokens: ic.Tokens, where: Grid) -> Values:
+    """Means over all tokens of all prompts, the same for every place."""
+    sites = [site[layer] for site in where.sites for layer in where.layers]
+    sums: dict[S.Site, Tensor] = {}
+    for part in _chunks(tokens):
+        run = model.run(part, read=sites, logits=False)
+        for site in sites:
+            value = run[site].as_subclass(Tensor)
+            real = value[part.mask.to(value.device)]
+            sums[site] = sums.get(site, 0) + real.sum(0, dtype=torch.promote_types(real.dtype, torch.float32))
+    count = int(tokens.mask.sum())
+    return {
+        (site.name, layer, place): (sums[site[layer]] / count).to(model.dtype)
+        for site in where.sites
+        for layer in where.layers
+        for place in range(len(where.places))
+    }

@@ -1,0 +1,278 @@
+"""Attribution patching: the effects of all patches at once, estimated by gradients.
+
+    gradient      effect(v) ≈ <v' - v, d score / d v>                               at the base run
+    inputs        effect(v) ≈ <v' - v, mean over α of d score / d v>                at the run whose inputs are
+                                                                                    x + α (x' - x)
+    activations   effect(v) ≈ <v' - v, mean over α of d score / d v>                at the base run with the site of v's
+                                                                                    layer set to v + α (v' - v), at all
+                                                                                    heads and places asked for at once;
+                                                                                    layers above follow
+    α = (k - 1/2) / steps, k = 1 … steps
+
+v is the base run's value of a patch, v' the source run's (zero without a corrupted prompt), x and x' the streams that
+enter the first block. Effects are shares of the difference, as in activation patching.
+
+Source: the gradient Nanda (2023), "Attribution Patching"; Syed et al. (2023), arXiv:2310.10348. The integrals Hanna et
+al. (2024), arXiv:2403.17806: "inputs" is their EAP-IG, "activations" the variant of it that moves the activations of a
+layer; both by the midpoint rule, where theirs is k / steps. Integrated gradients: Sundararajan et al. (2017),
+arXiv:1703.01365.
+
+Cost: of the gradient two forward passes and one backward; of "inputs" steps × (forward + backward), of "activations"
+steps × layers × (forward + backward). `compare` adds the exact sweep.
+Must equal: the gradient is the effect of a small step of the patch, scaled up; the effects by "activations" in a layer
+add up to that of patching all its heads and places together, as steps grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import sites as S
+from interp_core.score import Score
+
+from ._contrast import Contrast, ContrastConfig, contrast
+from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
+from ._pictures import Picture
+
+ROUNDING = 1e-6
+"""Of the largest effect, below which the order of patches is left to chance."""
+
+
+class AttributionConfig(MapConfig, ContrastConfig):
+    """Settings of attribution patching.
+
+    Attributes:
+        steps: points of the integral; 0 takes the gradient of the base run alone.
+        along: what moves from one run to the other in the integral: the "inputs" of the first block, or the
+            "activations" of the site, layer by layer.
+        compare: also sweep, and say how well the estimate ranks the patches.
+        top_k: of how many strongest patches to count the overlap.
+    """
+
+    steps: int = 0
+    along: Literal["inputs", "activations"] = "inputs"
+    compare: bool = False
+    top_k: int = 10
+
+
+class Agreement(NamedTuple):
+    """How well estimates fit exact effects, per batch row."""
+
+    pearson: Float[Tensor, " batch"]
+    spearman: Float[Tensor, " batch"]
+    overlap: Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionResult(MapResult):
+    """Estimated effects.
+
+    Attributes:
+        source: scores of the run that values come from (of zeros: those of the base).
+        exact: effects by the sweep, if they were compared.
+        pearson, spearman: correlation of estimated and exact effects over all patches, and of their ranks.
+        overlap: share of the `top_k` strongest patches (by size) that both name.
+        answer, other: token ids; None with a score of the user's own.
+        steps, along: of the integral.
+        top_k: at most the number of patches.
+    """
+
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **MapResult.AXES, "source": ("batch",), "exact": ("batch", "layer", "head", "pos"), "pearson": ("batch",),
+        "spearman": ("batch",), "overlap": ("batch",), "answer": ("batch",), "other": ("batch",),
+    }  # fmt: skip
+    source: Float[Tensor, " batch"]
+    exact: Float[Tensor, "batch layer head pos"] | None
+    pearson: Float[Tensor, " batch"] | None
+    spearman: Float[Tensor, " batch"] | None
+    overlap: Float[Tensor, " batch"] | None
+    answer: Tensor | None
+    other: Tensor | None
+    steps: int
+    along: str
+    top_k: int
+
+    @property
+    def title(self) -> str:
+        """What the map shows."""
+        how = f"{self.steps} steps along the {self.along}" if self.steps else "gradient"
+        return f"{super().title}, by {how}"
+
+    @property
+    def agreement(self) -> str:
+        """The comparison with the sweep in a sentence; empty without one."""
+        if self.pearson is None or self.spearman is None or self.overlap is None:
+            return ""
+        return (
+            f"against the sweep: Pearson {self.pearson.mean():.3f}, Spearman {self.spearman.mean():.3f}, "
+            f"{self.overlap.mean():.0%} of the {self.top_k} strongest"
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per patch, averaged over batch rows, beside the exact effect if there is one."""
+        rows = super().table()
+        exact = [] if self.exact is None else self.exact.mean(0).flatten().tolist()
+        return [row | {"exact": value} for row, value in zip(rows, exact, strict=True)] if exact else rows
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (super().__str__(), self.agreement) if part)
+
+    def pictures(self) -> list[Picture]:
+        """The estimate, and the exact effects if there are some."""
+        first, exact = super().pictures()[0], self.exact
+        if exact is None:
+            return [first]
+        folded = self._folded(exact)
+        top = max(float(self.mean.abs().max()), float(folded.abs().max())) or 1.0
+        title = f"{first.title}; {self.agreement}"
+        beside = Picture(f"{super().title}, by sweep", folded.tolist(), self.rows, self.columns, (-top, top))
+        return [first._replace(title=title, limits=(-top, top)), beside]
+
+
+class AttributionPatching(ic.Method):
+    """All effects of patching at once, estimated by gradients; how well, on request."""
+
+    name = "attribution_patching"
+    Config = AttributionConfig
+
+    def run(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> AttributionResult:
+        """Gradients at one run or along a line of them; then the sweep, if asked for."""
+        where = grid(self.name, model, tokens, config)
+        for site in where.sites:
+            if why := model.can(site.name, "grad"):
+                raise ic.CapabilityError(f"{self.name} of {site}: {why}; use activation_patching")
+        if isinstance(config.score, Score) and config.score.of is not None:
+            raise ic.PlanError(
+                f"{self.name}: score {config.score.name} reads {config.score.of}, gradients go from logits"
+            )
+        if config.steps < 0 or config.top_k < 1:
+            raise ic.PlanError(f"{self.name}: steps={config.steps}, top_k={config.top_k}: at least 0 and 1")
+        inputs = [S.resid_pre[0]] if config.steps and config.along == "inputs" else []
+        pair = contrast(self.name, model, tokens, config, [*where.reads, *inputs], [*where.reads, *inputs])
+        here = values(pair.base, where)
+        there = values(pair.source, where) if pair.source else {k: torch.zeros_like(v) for k, v in here.items()}
+        effect = where.shaped(pair.share(self._estimated(model, pair, where, here, there, config)))
+        exact: Tensor | None = None
+        found: Agreement | tuple[None, None, None] = (None, None, None)
+        explain, top_k = _cost(config, where), min(config.top_k, effect[0].numel())
+        if config.compare:
+            edits = patches(where, None if pair.source is None else there)
+            sweep = swept(model, pair.base.tokens, edits, pair.judged, config)
+            exact = where.shaped(pair.share(sweep.effects))
+            found, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
+        return AttributionResult(
+            effect=effect, source=pair.high, answer=pair.answer, other=pair.other, explain=explain, exact=exact,
+            pearson=found[0], spearman=found[1], overlap=found[2], steps=config.steps, along=config.along, top_k=top_k,
+            **named(where), **pair.named(),
+        )  # fmt: skip
+
+    def _estimated(
+        self, model: ic.Model, pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionConfig
+    ) -> Float[Tensor, "patch batch"]:
+        """First-order effects of all patches, summed over the sites that are changed together."""
+        grads: dict[tuple[str, int, int], Tensor] = {}
+        for layers, edits, share in _runs(pair, where, here, there, config):
+            for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
+                grads[key] = grads.get(key, 0) + share * grad
+        steps = {key: torch.where(there[key] == here[key], 0, there[key] - here[key]) for key in grads}  # also of -inf
+        found = torch.zeros(*where.shape, len(pair.low), dtype=pair.low.dtype)
+        for site in where.sites:
+            for i, layer in enumerate(where.layers):
+                for n in range(len(where.places)):
+                    part = steps[site.name, layer, n] * grads[site.name, layer, n]
+                    part = part[:, None] if where.heads == [None] else part.movedim(where.axis(site, n), 1)
+                    found[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(found)
+        return found.flatten(0, 2)
+
+
+def _runs(
+    pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionConfig
+) -> Iterable[tuple[list[int], list[ic.Edit], float]]:
+    """The runs whose gradients are averaged: layers that are differentiated, edits, weight."""
+    if not config.steps:
+        yield where.layers, [], 1.0
+        return
+    points = [(k + 0.5) / config.steps for k in range(config.steps)]
+    if config.along == "inputs":
+        first = S.resid_pre[0]
+        x = pair.base[first].as_subclass(Tensor)
+        y = torch.zeros_like(x) if pair.source is None else pair.source[first].as_subclass(Tensor)
+        for point in points:
+            yield where.layers, [first.set(torch.lerp(x, y, point))], 1 / config.steps
+        return
+    for layer in where.layers:
+        starts, stops = (
+            [part for site in where.sites for part in _joined(where, site, layer, x)] for x in (here, there)
+        )
+        for point in points:
+            edits = [at.set(torch.lerp(a, b, point)) for (at, a), (_, b) in zip(starts, stops, strict=True)]
+            yield [layer], edits, 1 / config.steps
+
+
+def _joined(where: Grid, site: S.Site, layer: int, given: Values) -> list[tuple[S.Site, Tensor]]:
+    """A layer's values at all places, and where they belong; all tokens as one, since each edit copies the site."""
+    parts = [given[site.name, layer, place] for place in range(len(where.places))]
+    if len(parts) > 1 and where.places == list(range(len(parts))):
+        axis = next(i for i, name in enumerate(site.info.axes) if name in ("pos", "query"))
+        return [(site[layer].at(where.places), torch.stack(parts, axis))]
+    return [(where.where(site, layer, place), part) for place, part in enumerate(parts)]
+
+
+def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit]) -> Values:
+    """Gradients of the score at every layer and place of a run."""
+
+    def total(logits: Tensor) -> Tensor:
+        found = pair.judged.rows(logits).sum()
+        if not found.requires_grad:
+            raise ic.PlanError(
+                f"attribution_patching: score {pair.judged.name} has no gradient; use activation_patching"
+            )
+        return found
+
+    reads = [site[layer] for site in where.sites for layer in where.layers]
+    run = model.run(pair.base.tokens, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)
+    return {
+        (site.name, layer, place): run.grad[where.where(site, layer, place)].as_subclass(Tensor)
+        for site in where.sites
+        for layer in where.layers
+        for place in range(len(where.places))
+    }
+
+
+def _cost(config: AttributionConfig, where: Grid) -> str:
+    passes = max(1, config.steps) * (len(where.layers) if config.steps and config.along == "activations" else 1)
+    return f"{passes} forward and backward pass(es) for {torch.Size(where.shape).numel()} patches"
+
+
+def agreement(
+    estimated: Float[Tensor, "batch layer head pos"], exact: Float[Tensor, "batch layer head pos"], top_k: int
+) -> Agreement:
+    """Correlation of values and of ranks, and overlap of the strongest, over all patches of each batch row; not a
+    number where one side is the same everywhere. Effects under a millionth of the largest are rounding, and count as
+    nought."""
+    sides = [side.flatten(1).double() for side in (estimated, exact)]
+    a, b = (side.where(side.abs() > ROUNDING * side.abs().amax(1, keepdim=True), 0) for side in sides)
+    rows = range(len(a))
+    pearson = torch.stack([_correlation(a[i], b[i]) for i in rows])
+    spearman = torch.stack([_correlation(ranks(a[i]), ranks(b[i])) for i in rows])
+    tops = [[set(x[i].abs().topk(top_k).indices.tolist()) for x in (a, b)] for i in rows]
+    overlap = torch.tensor([len(mine & right) / top_k for mine, right in tops])
+    return Agreement(pearson.float(), spearman.float(), overlap)
+
+
+def _correlation(a: Float[Tensor, " patch"], b: Float[Tensor, " patch"]) -> Float[Tensor, ""]:
+    return torch.corrcoef(torch.stack([a, b]))[0, 1] if len(a) > 1 else a.new_tensor(float("nan"))
+
+
+def ranks(values: Float[Tensor, " patch"]) -> Float[Tensor, " patch"]:
+    """Ranks from 1; equal values share their mean rank."""
+    _, where, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).to(values)
+    return (last - (counts.to(values) - 1) / 2)[where]
