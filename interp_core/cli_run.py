@@ -1,7 +1,7 @@
 """`interp run`: a method or a recipe from the command line.
 
-Settings are given as `--name value`, or as `--set name=value`, which reaches also those that are called like an option of
-`interp run` itself. A setting that is true or false needs no value: `--verify` is `--verify true`.
+Settings are given as `--name value`, or as `--set name=value`, which also reaches those that are called like an option
+of `interp run` itself. A setting that is true or false needs no value: `--verify` is `--verify true`.
 """
 
 from __future__ import annotations

@@ -46,11 +46,21 @@ def toy_trials(root: Path) -> Path:
     return fv_fixed_trials(task, root, n_trials=3, n_shots=3, verify_n=0)
 
 
+def some(family: str, n: int, folder: Path) -> dict[str, Any]:
+    """Settings of a golden model and its first trials."""
+    settings = trials(family)
+    data = json.loads(settings["fixed_trials_path"].read_text())
+    data["trials"], data["meta"]["n_trials"] = data["trials"][:n], n
+    path = folder / "some.json"
+    path.write_text(json.dumps(data))
+    return {**settings, "fixed_trials_path": path}
+
+
 @pytest.fixture(scope="session")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The toy's golden folder by replay and its runtime folder by sweep; tests copy them."""
+    """A model's golden folder by replay and its runtime folder by sweep; tests copy them."""
     root = tmp_path_factory.mktemp("sides")
-    settings: dict[str, Any] = {"fixed_trials_path": toy_trials(root), "n_top_heads": 4, "edit_layer": 2}
+    settings = some("tiny-llama2-7b", 3, root) | {"n_top_heads": 4, "edit_layer": 2}
     return (
         fv_golden(**settings, save_path_root=root / "results"),
         fv_runtime(**settings, save_path_root=root / "results_fv"),
@@ -136,7 +146,7 @@ def test_other_prompts_of_the_golden_folder(kind: str, tmp_path: Path) -> None:
 
 def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By fast and by replay: PASS; a second run over the first finds its own bytes."""
-    settings: dict[str, Any] = {"fixed_trials_path": toy_trials(tmp_path), "n_top_heads": 4, "save_path_root": tmp_path}
+    settings = some("tiny-llama2-7b", 2, tmp_path) | {"n_top_heads": 4, "save_path_root": tmp_path}
     folder = fv_parity(**settings)
     fast = report(tmp_path)
     assert fast["status"] == "PASS" and fast["first_divergence"] is None and fast["mode"] == "fast"
@@ -269,7 +279,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str, str, str]] = {
     "target": ("a", edit(DUMP, lambda d: at(d, "trials", 2, "target_id", to=17)), "prompt_boundary", EVAL, "trial (2, 2), corrupted: target_id"),
     "boundary": ("b", edit(EVAL, lambda d: at(d, 0, "answer", to=lambda x: x[1:])), "prompt_boundary", EVAL, "trial (0, 0), corrupted: boundary_answer"),
     "slot": ("b", edit(MAPS, lambda d: shifted(d[3])), "slot_map", MAPS, "trial 1, corrupted: idx_map[9]"),
-    "all slots": ("a", edit(MAPS, lambda d: at(d, 0, "idx_map_updated", "3", to=2)), "slot_map", MAPS, "trial 0, clean: idx_map_updated[3]"),
+    "all slots": ("a", edit(MAPS, lambda d: at(d, 0, "idx_map_updated", "3", to=lambda x: x + 1)), "slot_map", MAPS, "trial 0, clean: idx_map_updated[3]"),
     "label": ("b", edit(MAPS, lambda d: at(d, 0, "labels", 4, to="structural_token")), "slot_map", MAPS, "trial 0, clean: labels[4]"),
     "span": ("b", edit(MAPS, lambda d: d[1]["idx_avg"].update(query_demonstration_token=[9, 11])), "slot_map", MAPS, "trial 0, corrupted: idx_avg[query_demonstration_token]"),
     "dummy label": ("a", edit("antonym_dummy_labels.json", lambda d: at(d, "labels", 5, 1, to="bos_token")), "slot_map", "mean_activations_meta.json", "labels[5]"),
@@ -277,8 +287,8 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str, str, str]] = {
     "mean": ("b", tensor("mean_activations.pt", put((2, 1, 5, 3), 1e-3, add=True)), "mean_activations", "mean_activations.pt", "mean[layer 2, head 1, slot 5, d_head 3]"),
     "mean, not a number": ("a", tensor(MEAN, put((0, 3, 0, 1), torch.nan)), "mean_activations", "mean_activations.pt", "mean[layer 0, head 3, slot 0, d_head 1]"),
     "mean of other slots": ("a", tensor(MEAN, lambda x: x[:, :, 1:]), "mean_activations", "mean_activations.pt", "mean shape"),
-    "effect": ("b", tensor("indirect_effect.pt", put((1, 4, 2), 1e-3, add=True)), "top_heads", "indirect_effect.pt", "effects[trial 1, layer 4, head 2]"),
-    "effect, not a number": ("b", tensor("indirect_effect.pt", put((0, 5, 1), torch.nan)), "top_heads", "indirect_effect.pt", "effects[trial 0, layer 5, head 1]"),
+    "effect": ("b", tensor("indirect_effect.pt", put((1, 3, 2), 1e-3, add=True)), "top_heads", "indirect_effect.pt", "effects[trial 1, layer 3, head 2]"),
+    "effect, not a number": ("b", tensor("indirect_effect.pt", put((0, 2, 1), torch.nan)), "top_heads", "indirect_effect.pt", "effects[trial 0, layer 2, head 1]"),
     "a trial's effects": ("b", tensor("indirect_effect.pt", lambda x: x[:2]), "top_heads", "indirect_effect.pt", "effects shape"),
     "heads swapped": ("b", edit("top_heads.json", lambda d: swap(d["heads"], 1, 2)), "top_heads", "top_heads.json", "heads[1]"),
     "heads swapped in a": ("a", edit("top_heads_src.json", lambda d: swap(d["top_heads"], 0, 3)), "top_heads", "top_heads.json", "heads[0]"),
@@ -343,7 +353,8 @@ def test_seeded_faults(fault: str, copies: dict[str, Path], tmp_path: Path, monk
 
 def test_a_wrong_edit_layer(sides: tuple[Path, Path], tmp_path: Path) -> None:
     """Answers at another layer than the other side's, or than asked for; the settings say why."""
-    b = fv_runtime(toy_trials(sides[0].parents[2]), n_top_heads=4, edit_layer=3, save_path_root=tmp_path / "other")
+    settings = some("tiny-llama2-7b", 3, tmp_path) | {"n_top_heads": 4, "edit_layer": 3}
+    b = fv_runtime(**settings, save_path_root=tmp_path / "other")
     with pytest.raises(ic.InterpError, match=rf"{EVAL} / edit_layer: a has \[2\], b has \[3\]\n"):
         fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
     assert report(tmp_path)["settings_that_differ"]["edit_layer"] == [2, 3]
@@ -411,18 +422,16 @@ def test_heads_that_the_effects_do_not_determine(tmp_path: Path) -> None:
         assert fast.notes["gap_at_k"][0] == fast.notes["gap_at_k"][1] > 0
 
 
-def test_effects_of_all_classes_against_the_last_token(sides: tuple[Path, Path], copies: dict[str, Path]) -> None:
-    path = toy_trials(sides[0].parents[2])
-    settings: dict[str, Any] = {"n_top_heads": 4, "edit_layer": 2, "by": "sweep", "last_token_only": False}
-    a = fv_golden(path, **settings, save_path_root=copies["a"])
-    effects = torch.load(a / "antonym_indirect_effect.pt", weights_only=True)
-    assert effects.shape == (3, 6, 4, 10)
-    one, two = read_folder(a), read_folder(sides[1])
+def test_effects_of_all_classes_against_the_last_token(copies: dict[str, Path]) -> None:
+    """The class by which heads are chosen is compared; two folders with all classes are compared in all."""
+    last = torch.load(copies["a"] / "antonym_indirect_effect.pt", weights_only=True)
+    torch.save(torch.stack([*[1e-3 - last] * 9, last], -1), copies["a"] / "antonym_indirect_effect.pt")
+    one, two = read_folder(copies["a"]), read_folder(copies["b"])
     assert [stage.status for stage in Comparison(one, two).stages()] == ["PASS"] * 6
     (stage,) = Comparison(one, two, token_class_idx=3).stages(["top_heads"])
     assert stage.status == "FAIL" and stage.findings[0].key.startswith("effects[trial")
     (whole,) = Comparison(one, one).stages(["top_heads"])
-    assert whole.compared == effects.numel() + 1 + 4
+    assert whole.compared == 10 * last.numel() + 1 + 4
 
 
 # What is refused
@@ -462,7 +471,7 @@ def test_trials_are_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch
         (trials("gpt2-xl") | {"dataset_name": "synonym"}, "dataset_name is 'synonym', .* have 'antonym'"),
         (trials("gpt2-xl") | {"fixed_trials_id": "../up"}, "fixed_trials_id is '../up', which is no name of a folder"),
         (trials("gpt2-xl") | {"edit_layer": 4}, "edit_layer is 4, this model has layers 0 to 3"),
-        (trials("gpt2-xl") | {"n_top_heads": 40}, "k is 40, this model has 32 heads"),
+        (trials("gpt2-xl") | {"n_top_heads": 40}, "n_top_heads is 40, this model has 32 heads"),
     ],
 )  # fmt: skip
 def test_what_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ import pytest
 import torch
 from fv_golden import FAMILIES
 from interp_plugins.function_vectors.artefacts import fixed_run, put
-from interp_plugins.function_vectors.effects import average, indirect_effect
+from interp_plugins.function_vectors.effects import average
 from interp_plugins.function_vectors.extraction import answers, extract
 from interp_plugins.function_vectors.files import read_effects, read_means, read_vector
 from interp_plugins.function_vectors.vectors import FunctionVector, function_vector
 from interp_recipes.fv_golden import fv_golden
 from interp_recipes.fv_runtime import fv_runtime
 from test_fv_means import published
-from test_fv_parity import FIXED, toy_trials, trials
+from test_fv_parity import FIXED, some, toy_trials, trials
 
 import interp_core as ic
 from interp_core.loading import open_tokenizer
@@ -33,16 +33,6 @@ EFFECT = 1e-8, 1e-4
 
 def load(path: Path) -> Any:
     return torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
-
-
-def some(family: str, n: int, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a golden model and its first trials."""
-    settings = trials(family)
-    data = json.loads(settings["fixed_trials_path"].read_text())
-    data["trials"], data["meta"]["n_trials"] = data["trials"][:n], n
-    path = tmp_path / "some.json"
-    path.write_text(json.dumps(data))
-    return {**settings, "fixed_trials_path": path}
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -105,10 +95,10 @@ def test_all_token_classes(tmp_path: Path) -> None:
         "save_path_root": tmp_path,
     }
     folder = fv_golden(**settings, token_class_idx=1)
-    effects, mean = load(folder / "antonym_indirect_effect.pt"), load(folder / "antonym_mean_head_activations_FIXED.pt")
-    prompts = golden.prompts("tiny-llama3-8b", "corrupted")[:1]
+    effects = load(folder / "antonym_indirect_effect.pt")
+    last = fv_golden(**settings | {"last_token_only": True, "save_path_root": tmp_path / "last"})
     assert effects.shape == (1, 4, 8, 10)
-    assert torch.equal(effects, indirect_effect(golden.model("tiny-llama3-8b"), prompts, mean, classes=True))
+    close(effects[..., -1], load(last / "antonym_indirect_effect.pt"))
     heads = load(folder / "top_heads_src.json")["aie_sorted_full"]
     assert heads[0][2] == pytest.approx(float(average(effects, "label").max()))
     with pytest.raises(

@@ -98,7 +98,7 @@ def extract(
         measure: what heads are ranked by.
 
     Raises:
-        PlanError: a class that there is not, or that the last token alone does not have.
+        PlanError: a class that there is not, or that the last token alone does not have; more heads than there are.
         InterpError: means or effects that are not numbers.
     """
     clock = clock or Clock()
@@ -109,6 +109,8 @@ def extract(
             f"token_class_idx {token_class_idx} ({CLASSES[token_class_idx]}) needs effects of all classes: "
             "last_token_only=false"
         )
+    if not 1 <= n_top_heads <= len(model.heads):
+        raise ic.PlanError(f"n_top_heads is {n_top_heads}, this model has {len(model.heads)} heads")
     with clock("mean"):
         mean = mean_head_activations(model, run.clean)
     with clock("effects"):
