@@ -1,4 +1,8 @@
-"""`interp run`: a method or a recipe from the command line."""
+"""`interp run`: a method or a recipe from the command line.
+
+Settings are given as `--name value`, or as `--set name=value`, which also reaches those that are called like an option
+of `interp run` itself. A setting that is true or false needs no value: `--verify` is `--verify true`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,9 @@ RUNNABLE = ("methods", "recipes")
 
 
 def run(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="a method or a recipe (dist:name reaches a shadowed one)")],
-    given: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
+    given: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the result and its page")] = None,
@@ -24,21 +29,48 @@ def run(
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
 ) -> None:
-    """Run a method on text, or a recipe. `interp plugins show NAME` says what can be set."""
+    """Run a method on text, or a recipe. `interp plugins show NAME` says what can be set, each by `--setting value`."""
+    if name.startswith("-"):
+        raise PlanError(f"interp run takes the name of a method or a recipe first, then its settings, not {name}")
     both = all(name in registry(either).names() for either in RUNNABLE)
     plugin = find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
     value = plugin.load()
     if plugin.kind == "methods":
-        _method(value, given or [], model or "toy:text", text or [], out or Path("out") / plugin.name)
+        settled = settings.read(value.name, value.Config, _pairs(value.name, value.Config, context.args, given))
+        _method(value, settled, model or "toy:text", text or [], out or Path("out") / plugin.name)
     elif plugin.kind == "recipes":
         options = {"model": model, "text": text[0] if text and len(text) == 1 else text, "out": out}
-        _recipe(plugin.name, value, given or [], {key: v for key, v in options.items() if v is not None})
+        _recipe(plugin.name, value, context.args, given, {key: v for key, v in options.items() if v is not None})
     else:
         raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
 
-def _method(kind: Any, given: list[str], model: str, text: list[str], out: Path) -> None:
-    values = settings.read(kind.name, kind.Config, given)
+def _pairs(owner: str, config: type[settings.Config], words: list[str], given: list[str] | None) -> list[str]:
+    """`--name value` and `--name=value` as `name=value`, then what `--set` gave.
+
+    Raises:
+        PlanError: a word that belongs to no setting, or a setting without a value.
+    """
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise PlanError(f"{owner}: {word!r} belongs to no setting: write --setting value, or --set setting=value")
+        key, sign, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not sign:
+            known = config.model_fields.get(key)
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif known is not None and known.annotation in (bool, bool | None):
+                value = "true"
+            elif known is not None:
+                raise PlanError(f"{owner}: --{key} has no value")
+        pairs.append(f"{key}={value}")
+    return pairs + (given or [])
+
+
+def _method(kind: Any, values: dict[str, Any], model: str, text: list[str], out: Path) -> None:
     if not text:
         raise PlanError(f"{kind.name} is a method and runs on text: --text 'Q: big\\nA:'")
     ready = kind()
@@ -48,12 +80,13 @@ def _method(kind: Any, given: list[str], model: str, text: list[str], out: Path)
     _keep(ready(load(model), text, **values), out)
 
 
-def _recipe(name: str, function: Any, given: list[str], options: dict[str, Any]) -> None:
+def _recipe(name: str, function: Any, words: list[str], given: list[str] | None, options: dict[str, Any]) -> None:
     config = settings.of_function(function)
+    pairs = _pairs(f"recipe {name}", config, words, given)
     for key in options:
         if key not in config.model_fields:
             raise PlanError(f"recipe {name} has no --{key}; its settings: {', '.join(config.model_fields) or 'none'}")
-    ready = settings.configured(f"recipe {name}", config, settings.read(name, config, given) | options)
+    ready = settings.configured(f"recipe {name}", config, settings.read(f"recipe {name}", config, pairs) | options)
     found = function(**{key: getattr(ready, key) for key in config.model_fields})
     if hasattr(found, "to_html") and hasattr(found, "save"):
         _keep(found, options.get("out", Path("out") / name))

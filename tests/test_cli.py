@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import DATA
+from safetensors.torch import load_file
+
+import interp_core as ic
+from interp_core.cli_run import _pairs
+from interp_core.settings import read
 
 INTERP = [sys.executable, "-m", "interp_core.cli"]
 
@@ -42,11 +47,61 @@ def test_importing_the_package_is_light() -> None:
         (["sites", str(DATA)], "interp: "),
         (["plugins", "methodz"], "Did you mean 'methods'"),
         (["bench", "toy:text", "--extra", "nowhere:nothing", "--rounds", "1"], "give module:function"),
+        (
+            ["run", "--top_k", "3", "logit_lens"],
+            "the name of a method or a recipe first, then its settings, not --top_k",
+        ),
+        (["run", "logit_lens", "--topk", "3"], "logit_lens has no setting 'topk'. Did you mean 'top_k'"),
+        (["run", "logit_lens", "--topk=3"], "logit_lens has no setting 'topk'. Did you mean 'top_k'"),
+        (["run", "logit_lens", "--top_k"], "logit_lens: --top_k has no value"),
+        (["run", "logit_lens", "--top_k", "--at", "1"], "logit_lens: --top_k has no value"),
+        (["run", "logit_lens", "3"], "logit_lens: '3' belongs to no setting: write --setting value"),
+        (["run", "logit_lens", "--text", "x", "--top_k", "many"], "logit_lens: setting top_k: "),
+        (["run", "demo", "--modle", "x"], "recipe demo has no setting 'modle'. Did you mean 'model'"),
+        (["run", "demo", "--text", "x"], "recipe demo has no --text; its settings: model, out"),
     ],
 )
 def test_errors_are_one_sentence(args: list[str], says: str) -> None:
     out = interp(*args)
     assert out.returncode == 2 and says in out.stderr and "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["--top-k", "3", "--at", "-1"], ["top_k=3", "at=-1"]),
+        (["--top_k=3", "--note=a=b", "--quiet"], ["top_k=3", "note=a=b", "quiet=true"]),
+        (["--quiet", "false", "--note", ""], ["quiet=false", "note="]),
+        (["--maybe", "--note", "two words"], ["maybe=true", "note=two words"]),
+        (["--note=--at", "--set"], None),
+    ],
+)
+def test_settings_as_options(words: list[str], given: list[str] | None) -> None:
+    """`--name value`, `--name=value`, flags; `--set` comes after and wins."""
+
+    class Config(ic.Config):
+        top_k: int = 1
+        at: int | None = None
+        note: str = ""
+        quiet: bool = False
+        maybe: bool | None = None
+
+    if given is None:
+        with pytest.raises(ic.PlanError, match="one has no setting 'set'"):
+            read("one", Config, _pairs("one", Config, words, None))
+        return
+    assert _pairs("one", Config, words, None) == given
+    assert _pairs("one", Config, words, ["top_k=9"]) == [*given, "top_k=9"]
+    assert read("one", Config, _pairs("one", Config, words, ["top_k=9"]))["top_k"] == 9
+
+
+def test_run_takes_settings_by_name(tmp_path: Path) -> None:
+    """Beside the options of `interp run` itself; the last position alone, two tokens of it."""
+    settings = ["--at", "-1", "--set", "top_k=2"]
+    out = interp("run", "logit_lens", "--text", "Q: big", *settings, "--out", str(tmp_path / "lens"))
+    assert out.returncode == 0, out.stderr
+    axes = {name: value.shape for name, value in load_file(tmp_path / "lens/result.safetensors").items()}
+    assert axes["top_ids"] == (1, 7, 1, 2), axes
 
 
 def test_sites() -> None:

@@ -1,0 +1,249 @@
+"""One function vector from fixed trials, and what prompts answer with it, in one of two ways.
+
+    replay   one full forward pass per prompt, and per trial, layer and head, as the published code: what two such runs
+             give on one machine is equal to the bit
+    sweep    only what an edit changes is run again; answers are scored in sweeps, logits come from padded batches
+
+Discrete results are the same, numbers within the tolerances of `parity`. Log-probabilities are in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import interp_core as ic
+
+from .artefacts import FixedRun, PromptKind
+from .effects import CLASSES, Head, average, gap, indirect_effects, top_heads
+from .inject import injection, scored
+from .means import mean_head_activations
+from .prompts import Prompt
+from .rows import batches, targets, tokens
+from .vectors import FunctionVector, function_vector
+
+By = Literal["replay", "sweep"]
+Measure = Literal["probability", "logprob"]
+MEASURES: tuple[Measure, ...] = ("probability", "logprob")
+BATCH = 8
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A function vector and what it was made of.
+
+    Attributes:
+        mean: mean activations of heads on clean prompts.
+        effects: indirect effects on corrupted prompts, in probability and in log-probability (nats).
+        measure: which of them heads are ranked by.
+        token_class: number of the class of tokens that they are ranked by.
+        heads: those of largest AIE.
+        vector: their sum.
+        gap: AIE of the last of them minus that of the next head.
+        by: how it was worked out.
+    """
+
+    mean: Float[Tensor, "layer head slot d_head"]
+    effects: Mapping[Measure, Float[Tensor, "trial layer head *token_class"]]
+    measure: Measure
+    token_class: int
+    heads: tuple[Head, ...]
+    vector: FunctionVector
+    gap: float
+    by: By
+
+    def aie(self, measure: Measure | None = None) -> Float[Tensor, "layer head"]:
+        """Mean effects over trials (None: in the measure that heads are ranked by)."""
+        return average(self.effects[measure or self.measure], self.token_class)
+
+
+def extract(
+    model: ic.Model,
+    run: FixedRun,
+    *,
+    by: By = "sweep",
+    n_top_heads: int = 10,
+    token_class_idx: int = -1,
+    last_token_only: bool = True,
+    measure: Measure = "probability",
+    clock: Clock | None = None,
+    progress: bool = False,
+) -> Extraction:
+    """Means, effects, heads and vector.
+
+    Args:
+        token_class_idx: class of tokens that heads are chosen by; all but the last one need all classes.
+        last_token_only: effects of the last token alone, `[trial layer head]`; else of every class.
+        measure: what heads are ranked by.
+
+    Raises:
+        PlanError: a class that there is not, or that the last token alone does not have; more heads than there are.
+        InterpError: means or effects that are not numbers.
+    """
+    clock = clock or Clock()
+    if not -len(CLASSES) <= token_class_idx < len(CLASSES):
+        raise ic.PlanError(f"token_class_idx is {token_class_idx}; classes are -1 and 0 to 9: {', '.join(CLASSES)}")
+    if last_token_only and token_class_idx % len(CLASSES) != len(CLASSES) - 1:
+        raise ic.PlanError(
+            f"token_class_idx {token_class_idx} ({CLASSES[token_class_idx]}) needs effects of all classes: "
+            "last_token_only=false"
+        )
+    if not 1 <= n_top_heads <= len(model.heads):
+        raise ic.PlanError(f"n_top_heads is {n_top_heads}, this model has {len(model.heads)} heads")
+    with clock("mean"):
+        mean = mean_head_activations(model, run.clean)
+    with clock("effects"):
+        effects = _effects(model, run.corrupted, mean, by, not last_token_only, progress)
+    for name, values in (("mean", mean.permute(2, 0, 1, 3)), *effects.items()):
+        _demand_numbers(model, name, values)
+    with clock("vector"):
+        aie = average(effects[measure], token_class_idx)
+        heads = top_heads(aie, n_top_heads)
+        vector = function_vector(model, mean, heads, task=run.dataset_name)
+    return Extraction(mean, effects, measure, token_class_idx, heads, vector, gap(aie, n_top_heads), by)
+
+
+def _effects(
+    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, classes: bool, progress: bool
+) -> dict[Measure, Tensor]:
+    """Effects in both measures; by replay trial after trial, so that progress can be told."""
+    found = []
+    for number, part in enumerate([prompts] if by == "sweep" else [[prompt] for prompt in prompts]):
+        swept = progress and by == "sweep"
+        found.append(indirect_effects(model, part, mean, MEASURES, classes=classes, by=by, progress=swept))
+        if progress and by == "replay":
+            end = "\n" if number + 1 == len(prompts) else ""
+            sys.stderr.write(f"\rreplay: {number + 1} of {len(prompts)} trials {end}")
+            sys.stderr.flush()
+    return {measure: torch.cat([part[measure].effects for part in found]) for measure in MEASURES}
+
+
+def _demand_numbers(model: ic.Model, name: str, values: Tensor) -> None:
+    """Values `[any layer head …]` are numbers in every head."""
+    for layer, head in model.heads:
+        if not bool(values[:, layer, head].isfinite().all()):
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise ic.InterpError(f"{name} of layer {layer}, head {head} is no number in {dtype}; load a wider dtype")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How each prompt's target stands at its last token.
+
+    Attributes:
+        logits: of all tokens, in float32 at least.
+        logprob: of the target's first token (nats).
+        rank: how many tokens have a larger logit.
+    """
+
+    logits: Float[Tensor, "trial vocab"]
+    logprob: Float[Tensor, " trial"]
+    rank: Int[Tensor, " trial"]
+    targets: Int[Tensor, " trial"] = field(repr=False)
+
+    @property
+    def logit(self) -> Float[Tensor, " trial"]:
+        """Logit of the target."""
+        return self.logits.gather(-1, self.targets[:, None])[:, 0]
+
+    @property
+    def p(self) -> Float[Tensor, " trial"]:
+        """Probability of the target."""
+        return self.logprob.exp()
+
+    @property
+    def pred_id(self) -> Int[Tensor, " trial"]:
+        """Likeliest token."""
+        return self.logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What prompts answer, as they are and with the vector.
+
+    Attributes:
+        prompts: what was asked.
+        kind: which prompts of the trials they are.
+        layer: where the vector was added, at the last token.
+        alpha: factor of the vector.
+        base, given: without it and with it.
+    """
+
+    prompts: tuple[Prompt, ...]
+    kind: PromptKind
+    layer: int
+    alpha: float
+    base: Judged
+    given: Judged
+
+
+def answers(
+    model: ic.Model,
+    run: FixedRun,
+    vector: FunctionVector,
+    layer: int,
+    *,
+    kind: PromptKind = "corrupted",
+    by: By = "sweep",
+    alpha: float = 1.0,
+    clock: Clock | None = None,
+) -> Answers:
+    """Answers of all trials, without the vector and with it."""
+    prompts = run.prompts(kind, model.tokenizer)
+    edit = injection(model, vector, layer, strength=alpha)
+    with (clock or Clock())("injection"):
+        if by == "replay":
+            base, given = (_alone(model, prompts, edits) for edits in ((), (edit,)))
+        else:
+            base, given = _swept(model, prompts, edit)
+    return Answers(tuple(prompts), kind, layer, alpha, base, given)
+
+
+def _alone(model: ic.Model, prompts: Sequence[Prompt], edits: tuple[ic.Edit, ...]) -> Judged:
+    """One full forward pass per prompt, logits of all positions."""
+    logits = _wide([model.run(tokens([p]), edits=edits).logits.as_subclass(Tensor)[:, -1] for p in prompts])
+    asked = targets(prompts)
+    own = logits.gather(-1, asked[:, None])
+    logprob = torch.log_softmax(logits, -1).gather(-1, asked[:, None])[:, 0]
+    return Judged(logits, logprob, (logits > own).sum(-1), asked)
+
+
+def _swept(model: ic.Model, prompts: Sequence[Prompt], edit: ic.Edit) -> tuple[Judged, Judged]:
+    """Log-probabilities and ranks from a sweep, logits from batches."""
+    asked, parts = targets(prompts), [tokens(part) for part in batches(prompts, BATCH)]
+    swept = scored(model, prompts, [edit], ("logprob", "rank"))
+    logprob, rank = swept["logprob"], swept["rank"]
+    base, given = (
+        _wide([model.run(part, edits=edits, logits=-1).logits.as_subclass(Tensor) for part in parts])
+        for edits in ((), (edit,))
+    )
+    return (
+        Judged(base, logprob.clean, rank.clean.long(), asked),
+        Judged(given, logprob.values[0], rank.values[0].long(), asked),
+    )
+
+
+def _wide(logits: Sequence[Tensor]) -> Tensor:
+    joined = torch.cat(list(logits)).cpu()
+    return joined.to(torch.promote_types(joined.dtype, torch.float32))

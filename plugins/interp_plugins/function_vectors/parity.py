@@ -1,0 +1,262 @@
+"""Parity of two folders of artefacts, stage by stage in a fixed order, down to the first number that differs.
+
+    prompt_boundary    prompts, their ids, where the answer begins, its tokens
+    slot_map           labels of the slots; labels, idx_map, idx_avg and slot of every token
+    mean_activations   the tensor
+    top_heads          effects, heads in order, their AIE, and its gap at the end of the list
+    fv_vector          the tensor
+    injection_output   log-probabilities, ranks and likeliest tokens without and with the vector, and logits
+
+*replay* demands equality to the bit. *fast* demands it of everything discrete, and of numbers agreement within
+`Tolerances`. If the AIE of the last head lies no further above the next one's than effects may differ, such a
+comparison does not determine the heads: that fails too. So does a part that both folders lack, but for logits, which
+are compared where both have them. All trials are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .differences import STAGES, Mode, Pair, Stage, Tolerances
+from .effects import average, gap, ranking
+from .folders import Artefacts, Combination, Row, Table
+
+EXACT = ("target_id", "base_rank", "with_rank", "base_pred_id", "with_pred_id")
+"""Columns of answers that must be the same."""
+SETTINGS = (
+    "dataset_name", "fixed_trials_id", "model_name", "seed", "n_trials", "n_shots", "by", "n_top_heads",
+    "token_class_idx", "edit_layer", "prompt_kind", "alpha",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two folders, and how to compare them.
+
+    Attributes:
+        a, b: the folders.
+        mode: "replay" or "fast".
+        of: kind of prompts and layer of injection that both must have; None: all that both have.
+        max_trials: look at rows of the first trials only.
+        token_class_idx: class by which heads were chosen, where effects have all.
+        tolerances: None: the mode's.
+    """
+
+    a: Artefacts
+    b: Artefacts
+    mode: Mode = "fast"
+    of: Combination | None = None
+    max_trials: int | None = None
+    token_class_idx: int = -1
+    tolerances: Tolerances | None = None
+
+    @property
+    def within(self) -> Tolerances:
+        """The tolerances."""
+        return self.tolerances or Tolerances.of(self.mode)
+
+    def stages(self, names: Iterable[str] = STAGES) -> list[Stage]:
+        """These stages, compared in order."""
+        found = []
+        for name in names:
+            began, stage = time.perf_counter(), Stage(name)
+            getattr(self, f"_{name}")(stage)
+            stage.seconds = time.perf_counter() - began
+            found.append(stage)
+        return found
+
+    def settings(self) -> dict[str, tuple[Any, Any]]:
+        """Settings, and what numbers depend on besides, in which the folders say that they differ."""
+        sides = self.a.settings, self.b.settings
+        if not all(sides):
+            return {}
+        flat = [{**{key: side.get(key) for key in SETTINGS}, **side.get("profile", {})} for side in sides]
+        return {key: (flat[0].get(key), flat[1].get(key)) for key in flat[0] if flat[0].get(key) != flat[1].get(key)}
+
+    def _prompt_boundary(self, stage: Stage) -> None:
+        for files, one, two in self._both(stage, "trials"):
+            kinds = [{row.of[0] for row in table.rows.values() if row.of} for table in (one, two)]
+            asked = {self.of[0]} if self.of else kinds[0] & kinds[1]
+            if not asked or not asked <= kinds[0] & kinds[1]:
+                stage.find(files, "prompt_kind", *(sorted(kind) for kind in kinds))
+                continue
+            tables = [
+                Table({k: r for k, r in t.rows.items() if r.of and r.of[0] in asked}, t.problems) for t in (one, two)
+            ]
+            self._tables(stage, files, tables[0], tables[1])
+        for files, one, two in self._both(stage, "maps"):
+            self._tables(stage, files, one, two, ("prompt", "input_ids"))
+
+    def _slot_map(self, stage: Stage) -> None:
+        for files, one, two in self._both(stage, "labels"):
+            stage.thing(files, "labels", one, two)
+        for files, one, two in self._both(stage, "maps"):
+            self._tables(stage, files, one, two, ("labels", "idx_map", "idx_avg", "idx_map_updated"))
+
+    def _mean_activations(self, stage: Stage) -> None:
+        for files, one, two in self._both(stage, "mean"):
+            stage.tensors(files, "mean", ("layer", "head", "slot", "d_head"), one, two, self.within.mean)
+            stage.notes |= {"shape": list(one.shape), "tolerance": self.within.mean}
+
+    def _top_heads(self, stage: Stage) -> None:
+        tolerance, aies = 0.0, None
+        for files, one, two in self._both(stage, "effects"):
+            if one.ndim != two.ndim:  # all classes against the last token
+                one, two = (x[..., self.token_class_idx] if x.ndim == 4 else x for x in (one, two))
+            tolerance = self.within.effect + self.within.effect_share * _largest(one)
+            axes = ("trial", "layer", "head", "token_class")[: one.ndim]
+            stage.tensors(files, "effects", axes, one, two, tolerance, gaps=True)
+            stage.notes |= {"shape": list(one.shape), "tolerance": tolerance}
+            aies = [average(x, self.token_class_idx) for x in (one, two)]
+        for files, one, two in self._both(stage, "heads"):
+            stage.thing(files, "heads", *([head[:2] for head in side] for side in (one, two)))
+            for place, (x, y) in enumerate(zip(one, two, strict=False)):
+                if x[:2] == y[:2]:
+                    stage.number(files, f"heads[{place}] L{x[0]}H{x[1]} AIE", x[2], y[2], tolerance)
+            if aies is not None:
+                self._gap(stage, files, aies, len(one), tolerance)
+
+    def _gap(self, stage: Stage, files: Pair, aies: list[Tensor], k: int, tolerance: float) -> None:
+        """Whether the list of heads ends where their AIE falls by more than effects may differ."""
+        count = min(len(ranking(aie)) for aie in aies)
+        gaps = {n: min(gap(aie, n) for aie in aies) for n in range(1, count + 1)}
+        stage.notes |= {"n_top_heads": k, "gap_at_k": [gap(aie, k) for aie in aies] if k <= count else None}
+        if tolerance == 0.0 or k >= count or gaps[k] > tolerance:
+            return
+        clear = sorted((n for n in gaps if gaps[n] > tolerance), key=lambda n: (abs(n - k), n))
+        stage.find(
+            files, f"gap at k={k}", *stage.notes["gap_at_k"],
+            why=f"the AIE of head {k} lies {gaps[k]:.3g} above that of head {k + 1}, where effects may differ by "
+            f"{tolerance:.3g}: this comparison does not determine the heads. Compare by replay, or take "
+            f"n_top_heads={clear[0]}",
+        )  # fmt: skip
+
+    def _fv_vector(self, stage: Stage) -> None:
+        for files, one, two in self._both(stage, "vector"):
+            norms = [float(x.double().norm()) for x in (one, two)]
+            tolerance = self.within.vector * (norms[0] if math.isfinite(norms[0]) else 0.0)
+            stage.tensors(files, "fv", ("d_model",), one, two, tolerance)
+            stage.notes |= {"norm_a": norms[0], "norm_b": norms[1], "tolerance": tolerance}
+
+    def _injection_output(self, stage: Stage) -> None:
+        logits = self._logits(stage)
+        for files, one, two in self._both(stage, "answers"):
+            held = [sorted({row.of for row in table.rows.values() if row.of}) for table in (one, two)]
+            asked = {self.of} if self.of else {*held[0]} & {*held[1]}
+            if not asked or not asked <= {*held[0]} & {*held[1]}:
+                self._other(stage, files, held)
+                continue
+            tables = [Table({k: r for k, r in t.rows.items() if r.of in asked}, t.problems) for t in (one, two)]
+            for x, y in self._rows(stage, files, *tables):
+                stage.rows.append(self._answer(stage, files, x, y, logits))
+            stage.notes |= {"tolerance": self.within.logit, "checked_trials": len(stage.rows)}
+            stage.notes |= {"prompt_kind, edit_layer": [list(of) for of in sorted(asked)]}
+
+    def _other(self, stage: Stage, files: Pair, held: list[list[Combination]]) -> None:
+        """The folders hold answers of other prompts or layers than asked for, or than each other."""
+        for place, key in enumerate(("prompt_kind", "edit_layer")):
+            sides = [sorted({of[place] for of in side}) for side in held]
+            wanted = [self.of[place]] if self.of else sides[0]
+            if not {*wanted} & {*sides[0]} & {*sides[1]}:
+                side = int({*wanted} <= {*sides[0]})
+                asked = f"; asked for: {self.of[place]!r}" if self.of else ""
+                stage.find(files, key, *sides, side=side, why=f"a has {sides[0]}, b has {sides[1]}{asked}")
+
+    def _answer(
+        self, stage: Stage, files: Pair, x: Row, y: Row, logits: dict[Combination, tuple[Pair, Tensor]]
+    ) -> dict[str, Any]:
+        """One trial: its findings, and its row of the table."""
+        tolerance, before = self.within.logit, len(stage.findings)
+        for name in EXACT:
+            if name in x.fields and name in y.fields:
+                stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
+        row: dict[str, Any] = {"trial_idx": x.trial, "target_id": x.fields.get("target_id")}
+        equal: dict[str, bool] = {}
+        for name, key in (("clean", "base_logprob"), ("with", "with_logprob"), ("delta", "delta_logprob")):
+            one, two = (side.fields.get(key) for side in (x, y))
+            row |= {f"{name}_src_logprob": one, f"{name}_fv_logprob": two}
+            equal[f"{name}_equal"] = False
+            if isinstance(one, float) and isinstance(two, float):
+                allowed = 2 * tolerance if name == "delta" else tolerance
+                equal[f"{name}_equal"] = stage.number(files, f"{x.key}: {key}", one, two, allowed)
+            else:
+                stage.find(files, f"{x.key}: {key}", one, two, side=int(isinstance(one, float)), why="no number")
+        row |= equal
+        assert x.of is not None
+        where, apart = logits.get(x.of, (files, torch.zeros(0)))
+        for place, name in enumerate(("clean", "with")):
+            found = float(apart[x.trial, place]) if x.trial < len(apart) else None
+            row[f"{name}_logits_max_abs_diff"] = found
+            if found is not None:
+                stage.number(where, f"{x.key}: {name} logits", found, 0.0, tolerance)
+        row["trial_match"] = len(stage.findings) == before
+        return {**row, "prompt_kind": x.of[0], "edit_layer": x.of[1], "trial": x.key}
+
+    def _logits(self, stage: Stage) -> dict[Combination, tuple[Pair, Tensor]]:
+        """Largest difference of logits, without and with the vector `[trial 2]`, where both have them."""
+        pair = self.a.parts["logits"], self.b.parts["logits"]
+        if lacking := [str(part.file) for part in pair if part.problem == "missing"]:
+            stage.notes["logits"] = f"not compared: no {' and no '.join(lacking)}"
+            return {}
+        found: dict[Combination, tuple[Pair, Tensor]] = {}
+        for files, one, two in self._both(stage, "logits"):
+            for of in sorted({*one} & {*two}):
+                if one[of][0].shape[1:] != two[of][0].shape[1:]:
+                    stage.find(files, f"logits {of} shape", *(list(side[of][0].shape) for side in (one, two)))
+                    continue
+                n = min(len(x) for side in (one, two) for x in side[of])
+                apart = [
+                    (x[:n].double() - y[:n].double()).abs().amax(-1) for x, y in zip(one[of], two[of], strict=True)
+                ]
+                found[of] = files, torch.stack(apart, -1)
+        return found
+
+    def _both(self, stage: Stage, name: str) -> Iterator[tuple[Pair, Any, Any]]:
+        """A part of both folders; nothing, and findings, if one cannot be read."""
+        pair = self.a.parts[name], self.b.parts[name]
+        files = pair[0].file, pair[1].file
+        stage.files.append(files)
+        for side, part in enumerate(pair):
+            if part.problem:
+                stage.find(files, "(file)", side=side, why=part.problem)
+        if not any(part.problem for part in pair):
+            yield files, pair[0].value, pair[1].value
+
+    def _rows(self, stage: Stage, files: Pair, one: Table, two: Table) -> Iterator[tuple[Row, Row]]:
+        """Rows that both tables have; findings for those that one lacks, and for repeated ones."""
+        for side, table in enumerate((one, two)):
+            for key, why in table.problems:
+                stage.find(files, key, side=side, why=why)
+        for key in dict.fromkeys([*one.rows, *two.rows]):
+            rows = [table.rows.get(key) for table in (one, two)]
+            if self.max_trials is not None and any(row is not None and row.trial >= self.max_trials for row in rows):
+                continue
+            x, y = rows
+            if x is None or y is None:
+                stage.find(files, key, side=int(y is None), why=f"missing in {'b' if y is None else 'a'}")
+            else:
+                yield x, y
+
+    def _tables(self, stage: Stage, files: Pair, one: Table, two: Table, names: Iterable[str] | None = None) -> None:
+        """Every field that both tables have, row by row."""
+        known = [dict.fromkeys(name for row in table.rows.values() for name in row.fields) for table in (one, two)]
+        wanted = [name for name in (known[0] if names is None else names) if name in known[0] and name in known[1]]
+        for x, y in self._rows(stage, files, one, two):
+            for name in wanted:
+                lacking = [side for side, row in enumerate((x, y)) if name not in row.fields]
+                if lacking:
+                    stage.find(files, f"{x.key}: {name}", side=lacking[0], why="no such field in this row")
+                else:
+                    stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
+
+
+def _largest(x: Tensor) -> float:
+    """The largest of the numbers, without sign."""
+    return float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0

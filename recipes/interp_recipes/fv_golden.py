@@ -1,0 +1,80 @@
+"""Golden artefacts of fixed trials, as the published code would leave them, and a dump to compare others with.
+
+    interp run fv_golden --fixed_trials_path out/fixed_trials_antonym_t10_s10_seed0_gpt2.json --model_name gpt2
+
+Means of heads on the clean prompts, indirect effects on the corrupted ones, the heads of largest effect, the function
+vector, and what each trial answers without it and with it. `replay` keeps the order of operations of the published
+code; `sweep` gives the same numbers but for rounding, sooner. Files: `interp_plugins.function_vectors.source_files`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, put
+from interp_plugins.function_vectors.extraction import By, answers, extract
+from interp_plugins.function_vectors.source_files import source_files
+
+import interp_core as ic
+from interp_core.loading import open_tokenizer
+
+
+def fv_golden(
+    fixed_trials_path: Path,
+    model_name: str = "toy:text",
+    dataset_name: str | None = None,
+    fixed_trials_id: str | None = None,
+    fixed_trials_model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    seed: int | None = None,
+    n_shots: int | None = None,
+    n_trials: int | None = None,
+    by: By = "replay",
+    last_token_only: bool = True,
+    n_top_heads: int = 10,
+    token_class_idx: int = -1,
+    edit_layer: int | None = None,
+    prompt_kind: PromptKind = "corrupted",
+    save_path_root: Path = Path("results"),
+) -> Path:
+    """Write the artefacts; returns their folder.
+
+    Args:
+        fixed_trials_path: file of fixed trials, made with this model's tokenizer.
+        model_name: toy:text, a folder, or a hub id.
+        dataset_name, seed, n_shots, n_trials: what the file must have (default: whatever it has).
+        fixed_trials_id: name of the folder (default: the file's name).
+        fixed_trials_model: what the file calls this model, if that is not the end of model_name.
+        device, dtype, attn_implementation: of the model (default: as stored; CUDA if there is one).
+        by: replay (one full forward pass per trial, layer and head) or sweep.
+        last_token_only: effects of the last token (rank 3), or of all ten token classes (rank 4).
+        n_top_heads: heads of the vector.
+        token_class_idx: class of tokens that heads are chosen by; others than -1 need all classes.
+        edit_layer: where the vector is added (default: a third of the way up).
+        prompt_kind: which prompts are answered: corrupted, clean or zeroshot.
+        save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/.
+
+    Raises:
+        TextError: fixed trials of another tokenizer or model.
+        PlanError: settings that do not fit the file or the model.
+    """
+    run = fixed_run(
+        fixed_trials_path, open_tokenizer(model_name), model_name=model_name, dataset_name=dataset_name,
+        fixed_trials_id=fixed_trials_id, fixed_trials_model=fixed_trials_model, seed=seed, n_shots=n_shots,
+        n_trials=n_trials,
+    )  # fmt: skip
+    model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    layer = edit_layer_of(model, edit_layer)
+    made = extract(
+        model, run, by=by, n_top_heads=n_top_heads, token_class_idx=token_class_idx, last_token_only=last_token_only,
+        progress=True,
+    )  # fmt: skip
+    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by)
+    shapes = list(made.mean.shape), list(made.effects[made.measure].shape)
+    print(f"{model}\nmeans {shapes[0]}, effects {shapes[1]}, gap after the last head {made.gap:.3g}")
+    print(f"function vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}")
+    folder = run.folder(save_path_root)
+    print(*put(folder, source_files(model, run, made, answered)), sep="\n")
+    return folder

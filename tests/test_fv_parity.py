@@ -1,0 +1,510 @@
+"""The parity suite: golden folders are reproduced, runs agree with themselves, every seeded fault is found in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fv_golden as golden
+import pytest
+import torch
+from fv_golden import FAMILIES
+from interp_plugins.function_vectors.differences import STAGES, Tolerances, chosen
+from interp_plugins.function_vectors.folders import read_folder
+from interp_plugins.function_vectors.parity import Comparison
+from interp_recipes.fv_fixed_trials import fv_fixed_trials
+from interp_recipes.fv_golden import fv_golden
+from interp_recipes.fv_parity import fv_parity
+from interp_recipes.fv_runtime import fv_runtime
+
+import interp_core as ic
+from interp_core.cli import main
+from interp_core.toys.text import relations
+
+FIXED = "fixed_trials_antonym_t10_s10_seed0.json"
+GATE = ["prompt", "slot", "fv", "injection"]
+
+
+def trials(family: str) -> dict[str, Any]:
+    """Settings of a golden model and its trials."""
+    folder = golden.FOLDER / family
+    return {"fixed_trials_path": folder / FIXED, "model_name": str(folder / "model"), "fixed_trials_model": family}
+
+
+@cache
+def toy_trials(root: Path) -> Path:
+    """Three antonym trials of the toy."""
+    task = root / "antonym.json"
+    task.write_text(json.dumps([{"input": x, "output": y} for x, y in relations()["antonym"].items()]))
+    return fv_fixed_trials(task, root, n_trials=3, n_shots=3, verify_n=0)
+
+
+def some(family: str, n: int, folder: Path) -> dict[str, Any]:
+    """Settings of a golden model and its first trials."""
+    settings = trials(family)
+    data = json.loads(settings["fixed_trials_path"].read_text())
+    data["trials"], data["meta"]["n_trials"] = data["trials"][:n], n
+    path = folder / "some.json"
+    path.write_text(json.dumps(data))
+    return {**settings, "fixed_trials_path": path}
+
+
+@pytest.fixture(scope="session")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model's golden folder by replay and its runtime folder by sweep; tests copy them."""
+    root = tmp_path_factory.mktemp("sides")
+    settings = some("tiny-llama2-7b", 3, root) | {"n_top_heads": 4, "edit_layer": 2}
+    return (
+        fv_golden(**settings, save_path_root=root / "results"),
+        fv_runtime(**settings, save_path_root=root / "results_fv"),
+    )
+
+
+@pytest.fixture
+def copies(sides: tuple[Path, Path], tmp_path: Path) -> dict[str, Path]:
+    """Both folders, to be spoilt."""
+    return {name: shutil.copytree(side, tmp_path / name) for name, side in zip("ab", sides, strict=True)}
+
+
+def report(root: Path, name: str = "src_vs_fv_diff_report.json") -> Any:
+    (found,) = root.rglob(name)
+    return json.loads(found.read_text())
+
+
+def command(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of a command line."""
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    try:
+        main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+# Golden folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_golden_folders_are_reproduced(family: str, tmp_path: Path) -> None:
+    """The published code's folder against ours, worked out from the trials alone: all stages agree, at every value. The
+    heads of one model end where their AIE fall by less than effects may differ, which is no pass."""
+    settings = {**trials(family), "a": golden.FOLDER / family, "edit_layer": 1, "save_path_root": tmp_path}
+    if family == "tiny-llama3-8b":
+        with pytest.raises(ic.InterpError, match="gap at k=10: the AIE of head 10 lies 1.42e-08 above .*n_top_heads=9"):
+            fv_parity(**settings)
+    else:
+        assert fv_parity(**settings) == tmp_path / "antonym" / FIXED.removesuffix(".json")
+    found = report(tmp_path)
+    counts = {stage["stage"]: stage["mismatch_count"] for stage in found["stages"]}
+    assert counts == dict.fromkeys(STAGES, 0) | {"top_heads": int(family == "tiny-llama3-8b")}
+    slots = golden.tensors(family)["mean"].shape[2]
+    compared = {stage["stage"]: stage["compared"] for stage in found["stages"]}
+    assert compared == {
+        "prompt_boundary": 20 + 20 + 10 * 5, "slot_map": 10 + 1 + 20 * 4, "mean_activations": 4 * 8 * slots * 16,
+        "top_heads": 10 * 4 * 8 + 1 + 10, "fv_vector": 128, "injection_output": 10 * (5 + 3 + 2),
+    }  # fmt: skip
+    injection = report(tmp_path, "injection_parity_report.json")
+    assert injection["checked_trials"] == 10 and injection["mismatch_count"] == 0 and injection["edit_layer"] == 1
+    assert 0 < injection["max_abs_diff_with_logits"] <= 5e-5 and injection["n_top_heads"] == 10
+    for column in ("clean", "with"):  # against the reference's table, not through the suite
+        rows = [r for r in golden.table(family, "injection_trials") if r["prompt_kind"] == "corrupted"]
+        wanted = [r["base_logprob" if column == "clean" else "with_logprob"] for r in rows if r["edit_layer"] == 1]
+        lines = next(tmp_path.rglob("injection_parity_trials.csv")).read_text().splitlines()
+        cells = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+        assert [float(cell[f"{column}_src_logprob"]) for cell in cells] == wanted
+        for cell, value in zip(cells, wanted, strict=True):
+            assert abs(float(cell[f"{column}_fv_logprob"]) - value) <= 5e-5 and cell["trial_match"] == "True"
+
+
+def test_a_golden_folder_agrees_with_itself_at_every_layer_and_prompt() -> None:
+    """Two readings of the published folder: replay, all prompts and layers that it has."""
+    folder = read_folder(golden.FOLDER / "gpt2-xl")
+    stages = Comparison(folder, folder, "replay").stages()
+    assert [stage.status for stage in stages] == ["PASS"] * 6
+    assert len(stages[-1].rows) == 3 * 10 * 4 and stages[3].notes["gap_at_k"] == [pytest.approx(4.26e-8, rel=1e-2)] * 2
+
+
+@pytest.mark.parametrize("kind", ["clean", "zeroshot"])
+def test_other_prompts_of_the_golden_folder(kind: str, tmp_path: Path) -> None:
+    settings = {**trials("tiny-llama2-7b"), "prompt_kind": kind, "edit_layer": 2}
+    b = fv_runtime(**settings, save_path_root=tmp_path / "fv")
+    found = Comparison(read_folder(golden.FOLDER / "tiny-llama2-7b"), read_folder(b), of=(kind, 2)).stages()
+    assert [stage.status for stage in found] == ["PASS"] * 6 and len(found[-1].rows) == 10
+    measured = [row["with_logits_max_abs_diff"] is not None for row in found[-1].rows]
+    assert measured == [True] * 3 + [False] * 7  # the golden folder has these prompts' logits of three trials
+
+
+# A run against itself
+
+
+def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By fast and by replay: PASS; a second run over the first finds its own bytes."""
+    settings = some("tiny-llama2-7b", 2, tmp_path) | {"n_top_heads": 4, "save_path_root": tmp_path}
+    folder = fv_parity(**settings)
+    fast = report(tmp_path)
+    assert fast["status"] == "PASS" and fast["first_divergence"] is None and fast["mode"] == "fast"
+    capsys.readouterr()
+    assert fv_parity(**settings, compare="replay") == folder
+    said = capsys.readouterr().out
+    assert re.findall(r"/src/\S+  (\w+)", said) == ["same"] * 8
+    assert re.search(r"parity_suite_report.json  replaced", said)
+    replay = report(tmp_path)
+    assert replay["status"] == "PASS" and [stage["max_abs_diff"] for stage in replay["stages"]] == [0.0] * 6
+    assert set(replay["tolerances"].values()) == {0.0} and replay["settings_that_differ"] == {}
+    assert fast["settings_that_differ"] == {"by": ["replay", "sweep"]}
+    profile = report(tmp_path, "parity_suite_report.json")["profile"]
+    assert profile["dtype"] == "float32" and profile["attn_implementation"] == "sdpa" and profile["threads"] == 1
+    assert profile["versions"]["torch"] == torch.__version__
+
+
+def test_every_file_and_field(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of the gate and of the diff."""
+    folder = fv_parity(a=sides[0], b=sides[1], save_path_root=tmp_path)
+    assert folder == tmp_path / "antonym" / sides[0].name
+    suite = json.loads((folder / "parity_suite_report.json").read_text())
+    wanted = {
+        "status",
+        "dataset_name",
+        "fixed_trials_id",
+        "model_name",
+        "seed",
+        "earliest_failed_stage",
+        "stages",
+        "paths",
+    }
+    assert wanted <= suite.keys() and suite["seed"] == 0 and suite["earliest_failed_stage"] is None
+    fields = ["name", "status", "cmd", "exit_code", "mismatch_count", "max_abs_diff", "duration_sec"]
+    assert [list(stage) for stage in suite["stages"]] == [fields] * 4
+    assert [stage["name"] for stage in suite["stages"]] == GATE
+    assert all(Path(path).is_file() for path in suite["paths"].values()) and {*suite["paths"]} == {
+        "log",
+        "csv",
+        "report",
+    }
+    header, *lines = (folder / "parity_suite_stages.csv").read_text().splitlines()
+    assert header == "name,status,exit_code,mismatch_count,max_abs_diff,duration_sec,cmd" and len(lines) == 4
+    assert "injection_output: PASS" in (folder / "parity_suite.log").read_text()
+    header, *lines = (folder / "injection_parity_trials.csv").read_text().splitlines()
+    assert header.startswith(
+        "trial_idx,target_id,clean_src_logprob,clean_fv_logprob,with_src_logprob,with_fv_logprob,delta_src_logprob,"
+        "delta_fv_logprob,clean_equal,with_equal,delta_equal,trial_match,clean_logits_max_abs_diff,"
+        "with_logits_max_abs_diff"
+    )
+    assert [line.split(",")[0] for line in lines] == ["0", "1", "2"] and all("True,True,True,True" in x for x in lines)
+    injection = json.loads((folder / "injection_parity_report.json").read_text())
+    wanted = {"checked_trials", "edit_layer", "n_top_heads", "token_class_idx", "top_heads", "mismatch_count"}
+    wanted |= {"max_abs_diff_clean_logits", "max_abs_diff_with_logits", "trials_csv"}
+    assert wanted <= injection.keys() and injection["edit_layer"] == 2 and len(injection["top_heads"]) == 4
+    diff = report(tmp_path)
+    assert [stage["stage"] for stage in diff["stages"]] == list(STAGES)
+    page = (folder.parent / "src_vs_fv_diff_report.md").read_text()
+    assert all(f"{n}. {title} | PASS" in page for n, title in enumerate(STAGES.values(), 1)) and "None.\n" in page
+
+
+# Seeded faults
+
+
+def edit(name: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
+    """A change to a JSON file, or to a file of JSON lines."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        rows = path.suffix == ".jsonl"
+        data = [json.loads(x) for x in path.read_text().splitlines()] if rows else json.loads(path.read_text())
+        change(data)
+        path.write_text("".join(json.dumps(row) + "\n" for row in data) if rows else json.dumps(data))
+
+    return spoil
+
+
+def tensor(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """A change to a `.pt` file."""
+
+    def spoil(folder: Path) -> None:
+        data = torch.load(folder / name, weights_only=True)
+        torch.save(change(data), folder / name)
+
+    return spoil
+
+
+def at(value: Any, *keys: Any, to: Any) -> None:
+    for key in keys[:-1]:
+        value = value[key]
+    value[keys[-1]] = to(value[keys[-1]]) if callable(to) else to
+
+
+def put(place: tuple[int, ...], value: float, add: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x[place] = x[place] + value if add else value
+        return x
+
+    return change
+
+
+def swap(rows: list[Any], i: int, j: int) -> None:
+    rows[i], rows[j] = rows[j], rows[i]
+
+
+def delete(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def garbage(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:60])
+
+
+def shifted(row: dict[str, Any]) -> None:
+    """One token's slot off by one."""
+    row["idx_map"]["9"] += 1
+
+
+def scaled(vectors: dict[str, Any]) -> dict[str, Any]:
+    return vectors | {"fv_global_resid": vectors["fv_global_resid"] * 1.001}
+
+
+DUMP, EVAL, MAPS = "src_reference_dump.json", "eval_trials.jsonl", "slot_maps.json"
+MEAN = "antonym_mean_head_activations_FIXED.pt"
+FAULTS: dict[str, tuple[str, Callable[[Path], None], str, str, str]] = {
+    # what: (side, how, stage, file, key)
+    "prompt": ("b", edit(EVAL, lambda d: at(d, 1, "prompt", to=lambda x: x[:-2] + "B:")), "prompt_boundary", EVAL, "trial (1, 1), corrupted: prompt"),
+    "prompt of the map": ("a", edit(MAPS, lambda d: at(d, 4, "prompt", to=lambda x: x + " ")), "prompt_boundary", MAPS, "trial 2, clean: prompt"),
+    "id": ("b", edit(MAPS, lambda d: at(d, 5, "input_ids", 7, to=3)), "prompt_boundary", MAPS, "trial 2, corrupted: input_ids[7]"),
+    "target": ("a", edit(DUMP, lambda d: at(d, "trials", 2, "target_id", to=17)), "prompt_boundary", EVAL, "trial (2, 2), corrupted: target_id"),
+    "boundary": ("b", edit(EVAL, lambda d: at(d, 0, "answer", to=lambda x: x[1:])), "prompt_boundary", EVAL, "trial (0, 0), corrupted: boundary_answer"),
+    "slot": ("b", edit(MAPS, lambda d: shifted(d[3])), "slot_map", MAPS, "trial 1, corrupted: idx_map[9]"),
+    "all slots": ("a", edit(MAPS, lambda d: at(d, 0, "idx_map_updated", "3", to=lambda x: x + 1)), "slot_map", MAPS, "trial 0, clean: idx_map_updated[3]"),
+    "label": ("b", edit(MAPS, lambda d: at(d, 0, "labels", 4, to="structural_token")), "slot_map", MAPS, "trial 0, clean: labels[4]"),
+    "span": ("b", edit(MAPS, lambda d: d[1]["idx_avg"].update(query_demonstration_token=[9, 11])), "slot_map", MAPS, "trial 0, corrupted: idx_avg[query_demonstration_token]"),
+    "dummy label": ("a", edit("antonym_dummy_labels.json", lambda d: at(d, "labels", 5, 1, to="bos_token")), "slot_map", "mean_activations_meta.json", "labels[5]"),
+    "number of slots": ("b", edit("mean_activations_meta.json", lambda d: d["dummy_labels"].pop()), "slot_map", "mean_activations_meta.json", "labels"),
+    "mean": ("b", tensor("mean_activations.pt", put((2, 1, 5, 3), 1e-3, add=True)), "mean_activations", "mean_activations.pt", "mean[layer 2, head 1, slot 5, d_head 3]"),
+    "mean, not a number": ("a", tensor(MEAN, put((0, 3, 0, 1), torch.nan)), "mean_activations", "mean_activations.pt", "mean[layer 0, head 3, slot 0, d_head 1]"),
+    "mean of other slots": ("a", tensor(MEAN, lambda x: x[:, :, 1:]), "mean_activations", "mean_activations.pt", "mean shape"),
+    "effect": ("b", tensor("indirect_effect.pt", put((1, 3, 2), 1e-3, add=True)), "top_heads", "indirect_effect.pt", "effects[trial 1, layer 3, head 2]"),
+    "effect, not a number": ("b", tensor("indirect_effect.pt", put((0, 2, 1), torch.nan)), "top_heads", "indirect_effect.pt", "effects[trial 0, layer 2, head 1]"),
+    "a trial's effects": ("b", tensor("indirect_effect.pt", lambda x: x[:2]), "top_heads", "indirect_effect.pt", "effects shape"),
+    "heads swapped": ("b", edit("top_heads.json", lambda d: swap(d["heads"], 1, 2)), "top_heads", "top_heads.json", "heads[1]"),
+    "heads swapped in a": ("a", edit("top_heads_src.json", lambda d: swap(d["top_heads"], 0, 3)), "top_heads", "top_heads.json", "heads[0]"),
+    "heads too few": ("b", edit("top_heads.json", lambda d: d["heads"].pop()), "top_heads", "top_heads.json", "heads"),
+    "head score": ("b", edit("top_heads.json", lambda d: at(d, "heads", 2, "rank_score", to=lambda x: x + 1e-3)), "top_heads", "top_heads.json", "heads[2] L"),
+    "vector scaled": ("b", tensor("fv_global_resid.pt", scaled), "fv_vector", "fv_global_resid.pt", "fv[d_model "),
+    "vector without numbers": ("a", tensor("src_fv.pt", put((0, 17), torch.inf)), "fv_vector", "fv_global_resid.pt", "fv[d_model 17]"),
+    "log-probability": ("b", edit(EVAL, lambda d: at(d, 1, "logprob_with", to=lambda x: x + 1e-3)), "injection_output", EVAL, "trial (1, 1), corrupted, layer 2: with_logprob"),
+    "log-probability, not a number": ("a", edit(DUMP, lambda d: at(d, "trials", 0, "base_logprob", to=float("nan"))), "injection_output", EVAL, "trial (0, 0), corrupted, layer 2: base_logprob"),
+    "log-probability, none": ("b", edit(EVAL, lambda d: at(d, 2, "logprob_base", to=None)), "injection_output", EVAL, "trial (2, 2), corrupted, layer 2: base_logprob"),
+    "rank": ("b", edit(EVAL, lambda d: at(d, 2, "rank_with", to=lambda x: x + 1)), "injection_output", EVAL, "trial (2, 2), corrupted, layer 2: with_rank"),
+    "likeliest token": ("b", edit(EVAL, lambda d: at(d, 0, "pred_id_base", to=5)), "injection_output", EVAL, "trial (0, 0), corrupted, layer 2: base_pred_id"),
+    "edit layer": ("b", edit(EVAL, lambda d: [at(row, "edit_layer", to=3) for row in d]), "injection_output", EVAL, "edit_layer"),
+    "trial missing": ("b", edit(EVAL, lambda d: d.pop(1)), "prompt_boundary", EVAL, "n_trials"),
+    "trial missing in a": ("a", edit(DUMP, lambda d: d["trials"].pop(1)), "prompt_boundary", DUMP, "n_trials"),
+    "trial twice": ("a", edit(DUMP, lambda d: d["trials"].append(d["trials"][0])), "prompt_boundary", DUMP, "trial (0, 0), corrupted"),
+    "trial numbered wrongly": ("b", edit(EVAL, lambda d: at(d, 2, "trial_id", to=7)), "prompt_boundary", EVAL, "trial (2, 2), corrupted"),
+    "map missing": ("b", edit(MAPS, lambda d: d.pop(2)), "prompt_boundary", MAPS, "trial 1, clean"),
+    "no such field": ("a", edit(MAPS, lambda d: d[1].pop("idx_map")), "slot_map", MAPS, "trial 0, corrupted: idx_map"),
+    "a field nowhere": ("b", edit("top_heads.json", lambda d: d["heads"][0].pop("rank_score")), "top_heads", "top_heads.json", "(file)"),
+    "dump cut off": ("a", garbage(DUMP), "prompt_boundary", DUMP, "(file)"),
+    "map cut off": ("b", garbage(MAPS), "prompt_boundary", MAPS, "(file)"),
+    "means cut off": ("b", garbage("mean_activations.pt"), "mean_activations", "mean_activations.pt", "(file)"),
+    "logits cut off": ("b", garbage("injection_logits.safetensors"), "injection_output", "injection_logits.safetensors", "(file)"),
+    "list for a vector": ("b", tensor("fv_global_resid.pt", lambda d: [d["fv_global_resid"]]), "fv_vector", "fv_global_resid.pt", "(file)"),
+} | {
+    f"{side} without {name}": (side, delete(name), stage, name, "(file)")
+    for side, name, stage in [
+        ("a", DUMP, "prompt_boundary"), ("a", MAPS, "prompt_boundary"), ("a", "antonym_dummy_labels.json", "slot_map"),
+        ("a", MEAN, "mean_activations"), ("a", "antonym_indirect_effect.pt", "top_heads"),
+        ("a", "top_heads_src.json", "top_heads"), ("a", "src_fv.pt", "fv_vector"),
+        ("b", EVAL, "prompt_boundary"), ("b", "mean_activations_meta.json", "slot_map"),
+        ("b", "mean_activations.pt", "mean_activations"), ("b", "indirect_effect.pt", "top_heads"),
+        ("b", "top_heads.json", "top_heads"), ("b", "fv_global_resid.pt", "fv_vector"),
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_seeded_faults(fault: str, copies: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is the first divergence, in its stage, file and key; stages before it pass; one line shows it again."""
+    side, spoil, stage, file, key = FAULTS[fault]
+    spoil(copies[side])
+    with pytest.raises(ic.InterpError, match=rf"FAIL\n  {stage} / \S*{re.escape(file)} / {re.escape(key)}"):
+        fv_parity(**copies, save_path_root=tmp_path / "out")
+    found = report(tmp_path / "out")
+    first = found["first_divergence"]
+    assert (first["stage"], Path(first["file"]).name) == (stage, file) and first["key"].startswith(key)
+    states = [one["status"] for one in found["stages"]]
+    place = list(STAGES).index(stage)
+    assert states[:place] == ["PASS"] * place and states[place] == "FAIL" and found["status"] == "FAIL"
+    gate = report(tmp_path / "out", "parity_suite_report.json")
+    failed = next(one for one in gate["stages"] if one["status"] == "FAIL")
+    assert gate["earliest_failed_stage"] == failed["name"] and failed["exit_code"] == 2 and failed["mismatch_count"] > 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file())
+    assert command(first["command"], monkeypatch) == 2
+    assert first["command"].endswith(f"--stages {stage}") and first["command"] == failed["cmd"]
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file())
+    page = next((tmp_path / "out").rglob("*.md")).read_text()
+    assert first["command"] in page and STAGES[stage] in page and first["key"] in page
+
+
+def test_a_wrong_edit_layer(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """Answers at another layer than the other side's, or than asked for; the settings say why."""
+    settings = some("tiny-llama2-7b", 3, tmp_path) | {"n_top_heads": 4, "edit_layer": 3}
+    b = fv_runtime(**settings, save_path_root=tmp_path / "other")
+    with pytest.raises(ic.InterpError, match=rf"{EVAL} / edit_layer: a has \[2\], b has \[3\]\n"):
+        fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
+    assert report(tmp_path)["settings_that_differ"]["edit_layer"] == [2, 3]
+    with pytest.raises(ic.InterpError, match=rf"{DUMP} / edit_layer: a has \[2\], b has \[3\]; asked for: 3"):
+        fv_parity(a=sides[0], b=b, edit_layer=3, save_path_root=tmp_path)
+    with pytest.raises(ic.InterpError, match=rf"prompt_boundary / .*{EVAL} / prompt_kind: a has \['corr"):
+        fv_parity(a=sides[0], b=sides[1], edit_layer=2, prompt_kind="clean", save_path_root=tmp_path)
+
+
+def test_a_scaled_injection_is_found_by_its_logits(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """All rows of the table agree; only the logits do not."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    b = shutil.copytree(sides[1], tmp_path / "b")
+    with safe_open(b / "injection_logits.safetensors", "pt") as file:
+        found, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    found["with"][1, 40] += 1e-3
+    save_file(found, b / "injection_logits.safetensors", about)
+    with pytest.raises(ic.InterpError, match=r"safetensors / trial \(1, 1\), corrupted, layer 2: with logits"):
+        fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
+    assert report(tmp_path, "injection_parity_report.json")["max_abs_diff_with_logits"] == pytest.approx(1e-3, rel=0.1)
+    (b / "injection_logits.safetensors").unlink()  # the published code leaves none
+    fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
+    assert report(tmp_path, "injection_parity_report.json")["max_abs_diff_with_logits"] is None
+    assert "not compared: no " in report(tmp_path)["stages"][-1]["notes"]["logits"]
+
+
+def test_the_first_of_several(copies: dict[str, Path], tmp_path: Path) -> None:
+    for fault in ("vector scaled", "slot", "mean"):
+        FAULTS[fault][1](copies["b"])
+    with pytest.raises(ic.InterpError, match="slot_map / "):
+        fv_parity(**copies, save_path_root=tmp_path / "out")
+    gate = report(tmp_path / "out", "parity_suite_report.json")["stages"]
+    assert [stage["status"] for stage in gate] == ["PASS", "FAIL", "FAIL", "PASS"]
+
+
+# How far numbers may lie apart
+
+
+@pytest.mark.parametrize(
+    ("by", "fast", "replay"), [(0.0, "PASS", "PASS"), (0.9e-5, "PASS", "FAIL"), (1.2e-5, "FAIL", "FAIL")]
+)
+def test_tolerance_of_means(by: float, fast: str, replay: str, copies: dict[str, Path]) -> None:
+    mean = torch.load(copies["a"] / MEAN, weights_only=True)
+    assert float(mean[0, 0, 2, 0].abs()) < 1.0  # so that the sum keeps the difference
+    torch.save(put((0, 0, 2, 0), by, add=True)(mean), copies["b"] / "mean_activations.pt")
+    a, b = (read_folder(copies[side]) for side in "ab")
+    for mode, wanted in (("fast", fast), ("replay", replay)):
+        (stage,) = Comparison(a, b, mode).stages(["mean_activations"])  # type: ignore[arg-type]
+        assert stage.status == wanted and stage.max_abs_diff == pytest.approx(by, abs=1e-7)
+    (stage,) = Comparison(a, b, tolerances=Tolerances(mean=1.0)).stages(["mean_activations"])
+    assert stage.status == "PASS"
+
+
+def test_heads_that_the_effects_do_not_determine(tmp_path: Path) -> None:
+    """One head more or less makes the difference, on the same numbers."""
+    for k, passes in ((9, True), (10, False)):
+        settings = {**trials("tiny-llama3-8b"), "n_top_heads": k, "edit_layer": 1}
+        a = fv_golden(**settings, by="sweep", save_path_root=tmp_path / f"a{k}")
+        b = fv_runtime(**settings, save_path_root=tmp_path / f"b{k}")
+        (fast,) = Comparison(read_folder(a), read_folder(b)).stages(["top_heads"])
+        (replay,) = Comparison(read_folder(a), read_folder(b), "replay").stages(["top_heads"])
+        assert replay.status == "PASS" and fast.status == ("PASS" if passes else "FAIL")
+        assert fast.notes["gap_at_k"][0] == fast.notes["gap_at_k"][1] > 0
+
+
+def test_effects_of_all_classes_against_the_last_token(copies: dict[str, Path]) -> None:
+    """The class by which heads are chosen is compared; two folders with all classes are compared in all."""
+    last = torch.load(copies["a"] / "antonym_indirect_effect.pt", weights_only=True)
+    torch.save(torch.stack([*[1e-3 - last] * 9, last], -1), copies["a"] / "antonym_indirect_effect.pt")
+    one, two = read_folder(copies["a"]), read_folder(copies["b"])
+    assert [stage.status for stage in Comparison(one, two).stages()] == ["PASS"] * 6
+    (stage,) = Comparison(one, two, token_class_idx=3).stages(["top_heads"])
+    assert stage.status == "FAIL" and stage.findings[0].key.startswith("effects[trial")
+    (whole,) = Comparison(one, one).stages(["top_heads"])
+    assert whole.compared == 10 * last.numel() + 1 + 4
+
+
+# What is refused
+
+
+def test_trials_are_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed prompt, and an answer that is none: report, no model, and one line that shows it again."""
+    data = json.loads(toy_trials(tmp_path).read_text())
+    data["trials"][1]["corrupted_prompt_str"] += " "
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr(ic, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(
+        ic.InterpError, match="prompt_boundary / .*changed.json / trial 1, corrupted_prompt_str: prompt p"
+    ):
+        fv_parity(path, save_path_root=tmp_path / "out")
+    found = report(tmp_path / "out")
+    assert [stage["status"] for stage in found["stages"]] == ["FAIL", "PASS", *["SKIPPED"] * 4]
+    gate = report(tmp_path / "out", "parity_suite_report.json")
+    assert [stage["status"] for stage in gate["stages"]] == ["FAIL", "PASS", "SKIPPED", "SKIPPED"]
+    assert gate["dataset_name"] == "antonym" and gate["fixed_trials_id"] == "changed"
+    assert found["first_divergence"]["command"] == f"interp run fv_fixed_trials --out_path {path}"
+    assert command(found["first_divergence"]["command"], monkeypatch) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "takes two folders, a and b; or fixed_trials_path"),
+        ({"a": Path("/nowhere/a"), "b": Path("/nowhere/b")}, "there is no folder /nowhere/a; `interp run fv_golden`"),
+        ({"a": golden.FOLDER, "b": golden.FOLDER}, "holds no artefacts of function vectors: none of <ds>_dummy_labels"),
+        ({"stages": "slots", "a": golden.FOLDER, "b": golden.FOLDER}, "there is no stage 'slots'. Did you mean 'slot_map'"),
+        (trials("gpt2-xl") | {"fixed_trials_model": None}, "the model is .*pass fixed_trials_model=gpt2-xl"),
+        (trials("gpt2-xl") | {"model_name": trials("tiny-pythia")["model_name"], "fixed_trials_model": None}, "model_name_for_tokenizer is gpt2-xl, the model is"),
+        (trials("tiny-llama3-8b") | {"model_name": trials("gpt2-xl")["model_name"]}, "meta.model_prepend_bos is True, but"),
+        (trials("gpt2-xl") | {"seed": 1}, "seed is 1, the fixed trials of .* have 0"),
+        (trials("gpt2-xl") | {"dataset_name": "synonym"}, "dataset_name is 'synonym', .* have 'antonym'"),
+        (trials("gpt2-xl") | {"fixed_trials_id": "../up"}, "fixed_trials_id is '../up', which is no name of a folder"),
+        (trials("gpt2-xl") | {"edit_layer": 4}, "edit_layer is 4, this model has layers 0 to 3"),
+        (trials("gpt2-xl") | {"n_top_heads": 40}, "n_top_heads is 40, this model has 32 heads"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """Named before a model runs; nothing is written."""
+    with pytest.raises(ic.InterpError, match=says):
+        fv_parity(**settings, save_path_root=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trials_of_another_tokenizer(tmp_path: Path) -> None:
+    settings = trials("tiny-llama3-8b") | {"model_name": trials("tiny-llama2-7b")["model_name"]}
+    with pytest.raises(ic.InterpError, match=r"trial 0, answer_ids\[0\]: verify: .* is 1341, should be 1449"):
+        fv_parity(**settings, save_path_root=tmp_path)
+    with pytest.raises(ic.TextError, match=r"trial 0, answer_ids\[0\] is 1341, should be 1449"):
+        fv_runtime(**settings, save_path_root=tmp_path / "runtime")
+    assert not (tmp_path / "runtime").exists()
+
+
+def test_the_command_line(sides: tuple[Path, Path], copies: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """`--a … --b …`; 0 for PASS, 2 for FAIL."""
+    line = f"interp run fv_parity --a {copies['a']} --b {copies['b']} --save-path-root {tmp_path}/out --max_trials 2"
+    assert command(line, monkeypatch) == 0
+    assert re.search(r"injection_output +PASS +20 ", capsys.readouterr().out)
+    FAULTS["rank"][1](copies["b"])  # of the third trial
+    assert command(line, monkeypatch) == 0
+    assert command(line.removesuffix(" --max_trials 2"), monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "with_rank" in said and "again: interp run fv_parity --a " in said and "Traceback" not in said
+    assert command(line + " --stages fv_vector,slot_map --compare=replay", monkeypatch) == 0
+    assert command(line + " --compair replay", monkeypatch) == 2
+    assert "recipe fv_parity has no setting 'compair'. Did you mean 'compare'" in capsys.readouterr().err
+
+
+def test_stages_by_name() -> None:
+    assert chosen("") == chosen([]) == tuple(STAGES)
+    assert chosen("fv_vector, prompt_boundary") == ("prompt_boundary", "fv_vector")
