@@ -153,6 +153,6 @@ def test_generated_answers() -> None:
         and plain[0]["f1"] == plain[0]["exact_match"] == plain[0]["first_word"] == 1
     )
     push = injection(
-        model, FunctionVector(torch.randn(128, generator=torch.Generator().manual_seed(1))), 5, strength=1000
+        model, FunctionVector(torch.randn(128, generator=torch.Generator().manual_seed(1))), 5, strength=1000.0
     )
     assert generated(model, made, push, max_new_tokens=3)[0]["exact_match"] == 0

@@ -12,6 +12,7 @@ from conftest import tiny_model
 from fv_golden import FAMILIES
 from interp_plugins.function_vectors.effects import Head, average, indirect_effect, top_heads
 from interp_plugins.function_vectors.means import mean_head_activations
+from interp_plugins.function_vectors.trials import legacy_trials
 from interp_plugins.function_vectors.vectors import (
     FunctionVector,
     function_vector,
@@ -89,11 +90,13 @@ def made(*numbers: float, task: str = "a", **more: object) -> FunctionVector:
 
 def test_algebra() -> None:
     a, b = made(3.0, 4.0, layer=2, heads=((1, 2, 0.5),)), made(1.0, -1.0, task="b", layer=2)
-    assert (a + b - 2 * b).vector.tolist() == [2.0, 5.0] and (-a).vector.tolist() == [-3.0, -4.0]
-    assert (a - b).task == "a - b" and (2 * (a + b)).task == "2 (a + b)" and (a - b).layer == 2 and (a - b).heads == ()
+    assert (a + b - 2.0 * b).vector.tolist() == [2.0, 5.0] and (-a).vector.tolist() == [-3.0, -4.0]
+    assert (
+        (a - b).task == "a - b" and (2.0 * (a + b)).task == "2 (a + b)" and (a - b).layer == 2 and (a - b).heads == ()
+    )
     assert mean_vector([a, b]).vector.tolist() == [2.0, 1.5] and mean_vector([a, b]).task == "mean of a, b"
     assert a.norm == 5 and a.random(1).norm == pytest.approx(5) and a.random(1) == a.random(1) != a.random(2)
-    cosines = similarity([a, b, 3 * a])
+    cosines = similarity([a, b, 3.0 * a])
     assert cosines[0, 2] == pytest.approx(1) and cosines[0, 1] == pytest.approx(-1 / (5 * 2**0.5))
     with pytest.raises(ic.PlanError, match="of no vectors"):
         mean_vector([])
@@ -140,3 +143,21 @@ def test_bad_heads() -> None:
         function_vector(model, mean, [Head(7, 0, 0.0)])
     with pytest.raises(ic.SiteError, match="no head 9 in layer 1"):
         function_vector(model, mean, [Head(1, 9, 0.0)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_drawing_by_itself(family: str) -> None:
+    """From numpy's stream to the vector: prompts, effects, heads in order, vector."""
+    model, wanted = golden.model(family), golden.tensors(family)
+    table = golden.table(family, "legacy_stream")
+    clean = [t.clean for t in legacy_trials(golden.task(), model.tokenizer, n_trials=10, seed=0, shuffle=False)]
+    corrupted = [t.corrupted for t in legacy_trials(golden.task(), model.tokenizer, n_trials=10, seed=0)]
+    assert [p.text for p in clean] == table["mean_prompts"] and [p.text for p in corrupted] == table["ie_prompts"]
+    mean = mean_head_activations(model, clean)
+    effects = indirect_effect(model, corrupted, mean)
+    largest = float(wanted["legacy_indirect_effect"].abs().max())
+    assert float((effects - wanted["legacy_indirect_effect"]).abs().max()) <= 1e-8 + 1e-4 * largest
+    heads = top_heads(average(effects))
+    assert [[h.layer, h.head] for h in heads] == [row[:2] for row in table["top_heads"]]
+    limit = 1e-6 if golden.same_arithmetic(family) else 5e-6
+    assert relative(function_vector(model, mean, heads).vector, wanted["legacy_function_vector"]) <= limit

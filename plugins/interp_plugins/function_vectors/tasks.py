@@ -162,8 +162,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _parts(
-    rows: np.ndarray[Any, Any], test_split: float, seed: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rows: np.ndarray[Any, np.dtype[Any]], test_split: float, seed: int
+) -> tuple[np.ndarray[Any, np.dtype[Any]], np.ndarray[Any, np.dtype[Any]]]:
     """Rows in two parts, the second with ceil(test_split · n) of them."""
     order = np.random.RandomState(seed).permutation(len(rows))
     cut = math.ceil(test_split * len(rows))

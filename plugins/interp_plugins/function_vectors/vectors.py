@@ -68,7 +68,7 @@ class FunctionVector(ic.Result):
     __rmul__ = __mul__
 
     def __neg__(self) -> FunctionVector:
-        return -1 * self
+        return -1.0 * self
 
     def _fitting(self, other: FunctionVector) -> Tensor:
         if self.kind != other.kind or self.vector.shape != other.vector.shape:
