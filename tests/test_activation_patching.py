@@ -200,7 +200,7 @@ def test_bad_input() -> None:
         ({"site": "embed"}, "takes sites of a layer along pos"),
         ({"site": ["z", "mlp_out"]}, "need the same heads, here z 4, mlp_out 1; by='layer'"),
         ({"site": "router_logits"}, "has no mixture-of-experts router"),
-        ({"layers": [9]}, "9"),
+        ({"layers": [9]}, "no layer 9"),
         ({"answer": [1, 2]}, "2 answers for 1 rows"),
         ({"answer": 5000}, "the answer 5000 is no token id: the model has 1469"),
         ({"answer": " dry wet"}, r"is 2 tokens \(' dry', ' wet'\)"),
@@ -220,3 +220,19 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ic.PlanError, match=message):
             patch(model, rows, **settings)
+
+
+def test_what_is_asked_wrongly_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings are judged before the model runs."""
+    model = tiny_model("qwen3_moe")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(type(model), "run", never)
+    for settings in (
+        {"answer": 900}, {"answer": [1, 2, 3]}, {"at": 40}, {"at": "each", "layers": [7]}, {"score": score.kl()},
+        {"site": ["mlp_act", "router_logits"]}, {"corrupted": tokens(OTHER[:, :4])},
+    ):  # fmt: skip
+        with pytest.raises(ic.InterpError):
+            patch(model, tokens(IDS), **settings)

@@ -118,12 +118,16 @@ def contrast(
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
     noising = twin is None or config.direction == "noising"
     own = config.score if isinstance(config.score, scores.Score) else None
+    if own is not None and own.clean:
+        raise ic.PlanError(f"{owner}: score {own.name} compares with the run without edits; method ablations takes it")
+    answer, other = (answers(owner, model, given, len(tokens)) for given in (config.answer, config.other))
     of = () if own is None or own.of is None else (own.of,)
     kept = False if of else -1 if own is None else own.at
     clean = model.run(tokens, read=(*(here if noising else there), *of), logits=kept)
     dirty = clean if twin is None else model.run(twin, read=(*(there if noising else here), *of), logits=kept)
-    answer = None if own else said(owner, model, clean, config.answer)
-    other = answer if twin is None or own else said(owner, model, dirty, config.other)
+    if own is None:
+        answer = said(clean) if answer is None else answer
+        other = answer if twin is None else said(dirty) if other is None else other
     name = str(config.score or ("logprob" if twin is None else "logit_diff"))
     judged = own or _judged(owner, model, name, answer, other)
     base, source = (clean, dirty) if noising else (dirty, clean)
@@ -135,7 +139,8 @@ def contrast(
             "to explain; give prompts or answers that differ"
         )
     kind = "zero" if twin is None else config.direction
-    return Contrast(base, None if twin is None else source, judged, low, high, answer, other, kind)
+    said_of = (None, None) if own else (answer, other)
+    return Contrast(base, None if twin is None else source, judged, low, high, *said_of, kind)
 
 
 def _judged(owner: str, model: ic.Model, name: str, answer: Any, other: Any) -> scores.Score:
@@ -151,15 +156,20 @@ def _judged(owner: str, model: ic.Model, name: str, answer: Any, other: Any) -> 
     return scores.logit_diff(answer, other)
 
 
-def said(owner: str, model: ic.Model, run: ic.Run, given: Any) -> Tensor:
-    """Ids of the answers `[batch]`: those given, or what the model says at the end.
+def said(run: ic.Run) -> Tensor:
+    """Ids of what the model says at the end `[batch]`."""
+    return run.logits.as_subclass(Tensor).argmax(-1).cpu()
+
+
+def answers(owner: str, model: ic.Model, given: Any, rows: int) -> Tensor | None:
+    """Ids of the answers that are given `[batch]`.
 
     Raises:
         PlanError: another number of answers than rows, a word of several tokens, an id that does not exist.
     """
-    rows, size = len(run.tokens), model.atlas.shape.d_vocab
     if given is None:
-        return run.logits.as_subclass(Tensor).argmax(-1).cpu()
+        return None
+    size = model.atlas.shape.d_vocab
     items = given if isinstance(given, list) else [given] * rows
     if len(items) != rows:
         raise ic.PlanError(f"{owner}: {len(items)} answers for {rows} rows; give one per row, or one for all")
@@ -186,12 +196,8 @@ def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " bat
     """A run's score in the precision of sweeps, whatever the model's.
 
     Raises:
-        PlanError: a score that compares with a run without edits, or spans that differ in length.
+        PlanError: a score of spans that differ in length.
     """
-    if judged.clean:
-        raise ic.PlanError(
-            f"{owner}: score {judged.name} compares with the run without edits; method ablations takes it"
-        )
     value = (run.logits if judged.of is None else run[judged.of]).as_subclass(Tensor)
     if judged.span and value.ndim != 3:
         raise ic.PlanError(f"{owner}: score {judged.name}: the rows' spans differ in length; run them one by one")

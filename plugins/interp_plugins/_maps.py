@@ -99,7 +99,8 @@ def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> G
         CapabilityError: the site cannot be changed.
         PlanError: a site without positions, sites with different heads, rows that do not have the same positions.
     """
-    sites = tuple(S.named(name) for name in ([config.site] if isinstance(config.site, str) else config.site))
+    names = [config.site] if isinstance(config.site, str) else config.site
+    sites = tuple(S.named(name) for name in dict.fromkeys(names))
     if not sites:
         raise ic.PlanError(f"{owner}: site=[] names nothing; give a site, or several that are changed together")
     units: dict[str, list[int | None]] = {}
@@ -113,6 +114,8 @@ def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> G
         layers = [entry.layer for entry in entries if site is sites[0] or entry.layer in layers]
         whole = site.info.unit is None or config.by == "layer"
         units[site.name] = [None] if whole else list(range(entries[0].n_units or 0))
+    if not layers:
+        raise ic.PlanError(f"{owner}: no layer has all of {', '.join(units)}; patch them one by one")
     heads = units[sites[0].name]
     if any(found != heads for found in units.values()):
         counts = ", ".join(f"{name} {len(found)}" for name, found in units.items())

@@ -30,7 +30,7 @@ import interp_core as ic
 from interp_core import score as scores
 from interp_core import sites as S
 
-from ._contrast import UNITS, said
+from ._contrast import UNITS, answers, said
 from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
 from ._pictures import Picture
 
@@ -142,10 +142,11 @@ class Ablations(ic.Method):
             return scores.nll(tokens, config.span)
         if config.score == "logit_diff" and config.other is None:
             raise ic.PlanError("ablations: score='logit_diff' needs other=[…], the answer to compare with")
-        run = model.run(tokens, logits=-1)
-        answer = said(self.name, model, run, config.answer)
+        answer, other = (answers(self.name, model, given, len(tokens)) for given in (config.answer, config.other))
+        answer = said(model.run(tokens, logits=-1)) if answer is None else answer
         if config.score == "logit_diff":
-            return scores.logit_diff(answer, said(self.name, model, run, config.other))
+            assert other is not None
+            return scores.logit_diff(answer, other)
         made: scores.Score = getattr(scores, config.score)(answer)
         return made
 

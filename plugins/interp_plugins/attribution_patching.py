@@ -186,7 +186,8 @@ class AttributionPatching(ic.Method):
         for site in where.sites:
             for i, layer in enumerate(where.layers):
                 for n in range(len(where.places)):
-                    part = steps[site.name, layer, n] * grads[site.name, layer, n]
+                    step, grad = steps[site.name, layer, n], grads[site.name, layer, n]
+                    part = step.to(torch.promote_types(step.dtype, torch.float32)) * grad
                     part = part[:, None] if where.heads == [None] else part.movedim(where.axis(site, n), 1)
                     found[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(found)
         return found.flatten(0, 2)
