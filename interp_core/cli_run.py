@@ -13,7 +13,7 @@ import typer
 
 from . import settings
 from .errors import PlanError
-from .plugins import find
+from .plugins import find, registry
 
 RUNNABLE = ("methods", "recipes")
 
@@ -27,12 +27,15 @@ def run(
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the result and its page")] = None,
-    kind: Annotated[str | None, typer.Option(help="methods or recipes, where both have the name")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
+    ] = None,
 ) -> None:
     """Run a method on text, or a recipe. `interp plugins show NAME` says what can be set, each by `--setting value`."""
     if name.startswith("-"):
         raise PlanError(f"interp run takes the name of a method or a recipe first, then its settings, not {name}")
-    plugin = find(name, (kind,) if kind else RUNNABLE)
+    both = all(name in registry(either).names() for either in RUNNABLE)
+    plugin = find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
     value = plugin.load()
     if plugin.kind == "methods":
         settled = settings.read(value.name, value.Config, _pairs(value.name, value.Config, words or [], given))

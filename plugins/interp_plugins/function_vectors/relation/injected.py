@@ -1,0 +1,156 @@
+"""The vector of a question, and what it does: files of heads and vectors, of every layer, and of all layers.
+
+top_heads.json          the heads of largest effect
+fv_global_resid.pt      their vector in the residual stream, which is what is added
+fv_by_layer.pt          per layer their means side by side, before the output projection: cannot be added
+step6/layer_<l>/        prompts without demonstrations, as they are and with the vector after layer l
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import interp_core as ic
+
+from ..effects import Head
+from ..inject import injection
+from ..means import head_shape
+from ..trials_file import short_name
+from ..vectors import FunctionVector, function_vector, head_space
+from .draws import Work
+from .measures import Measured, measured
+from .settings import RelationSettings
+from .source import folder_names
+from .tables import Means, Row, aie_rows, eval_rows, eval_summary, save_tensors, write_csv, write_json, write_lines
+
+SUMMARY = "step6/step6_all_layers_summary.json"
+TOKEN_RULE = "the last token of the prompt"
+
+
+def layer_folder(folder: Path, layer: int) -> Path:
+    """Where the evaluation at a layer goes."""
+    return folder / "step6" / f"layer_{layer}"
+
+
+def missing_layers(folder: Path, layers: Sequence[int]) -> list[int]:
+    """Layers without a complete evaluation: its summary is written last."""
+    return [layer for layer in layers if not (layer_folder(folder, layer) / "eval_summary.json").is_file()]
+
+
+def make_vector(
+    model: ic.Model, work: Work, mean: Means, rows: Sequence[Row], settings: RelationSettings
+) -> FunctionVector:
+    """Average effects, the heads of largest, and their vector."""
+    key, last = settings.score_key, mean[:, :, -1]
+    norms = {(layer, head): float(last[layer, head].norm()) for layer, head in model.heads}
+    table = aie_rows(rows, norms, key)
+    best = table[: settings.top_k]
+    gap = best[-1][key] - table[len(best)][key] if len(table) > len(best) else None
+    kept = ("layer", "head", "mean_delta_logprob", "mean_delta_p", "n_trials")
+    listed = [{name: row[name] for name in kept} | {"score_key": key, "rank_score": row[key]} for row in best]
+    vector = function_vector(
+        model, mean, [Head(row["layer"], row["head"], row[key]) for row in best], task=work.question.q_id
+    )
+    meta = {"k": settings.top_k, "model": settings.model, "model_spec": _kind(model), "score_key": key}
+    write_csv(work.folder / "aie_scores.csv", table)
+    write_json(work.folder / "top_heads.json", {"meta": meta | {"gap_k_to_k1": gap}, "heads": listed})
+    _write_vector(model, work, mean, vector, settings, listed)
+    return vector
+
+
+def _write_vector(
+    model: ic.Model, work: Work, mean: Means, vector: FunctionVector, settings: RelationSettings, heads: list[Row]
+) -> None:
+    """The vector in the residual stream, and its parts by layer, before the projection and after it."""
+    chosen = [Head(*head) for head in vector.heads]
+    before = head_space(model, mean, chosen, task=vector.task)
+    after = {at: function_vector(model, mean, [head for head in chosen if head.layer == at]) for at in before}
+    n_heads, d_head = head_shape(model)
+    sizes = {"n_heads": n_heads, "head_dim": d_head, "resid_dim": len(vector.vector)}
+    by_layer = sizes | {
+        "selected_k": len(chosen), "alpha_default": settings.alpha, "model_spec": _kind(model),
+        "space": {"fv_by_layer": "head_space", "resid_by_layer": "resid"},
+        "fv_by_layer": {layer: part.vector for layer, part in before.items()},
+        "resid_by_layer": {layer: part.vector for layer, part in after.items()},
+    }  # fmt: skip
+    meta = {
+        "spec_name": _kind(model), "model": settings.model, "q_id": work.question.q_id, "space": "resid",
+        "shape": [len(vector.vector)], "norm": vector.norm, "bias": "per_head", "heads": heads,
+        "token_position_rule": TOKEN_RULE,
+    }  # fmt: skip
+    save_tensors(work.folder / "fv_by_layer.pt", by_layer)
+    save_tensors(work.folder / "fv_global_resid.pt", {"fv_global_resid": vector.vector, **sizes})
+    write_json(work.folder / "fv_global_resid_meta.json", meta)
+
+
+def _kind(model: ic.Model) -> str:
+    return str(model.hf.config.model_type)
+
+
+def evaluate_layers(
+    model: ic.Model, work: Work, vector: FunctionVector, settings: RelationSettings, layers: Sequence[int]
+) -> None:
+    """The prompts without demonstrations, as they are and with the vector at every layer that is not on file."""
+    todo = missing_layers(work.folder, layers)
+    if not todo:
+        return
+    different = list(dict.fromkeys(work.asked))
+    edits = [injection(model, vector, layer, strength=settings.alpha) for layer in todo]
+    found = measured(model, different, edits)
+    place = torch.tensor([different.index(prompt) for prompt in work.asked])
+    found = Measured(*(values[..., place] for values in found))
+    for number, layer in enumerate(todo):
+        rows = eval_rows(work.question.q_id, model.tokenizer, work.asked, found, number)
+        _write_layer(work, settings, layer, rows)
+
+
+def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[Row]) -> None:
+    """The files of one layer; the summary, which says that it is complete, comes last."""
+    folder, q_id, summary = layer_folder(work.folder, layer), work.question.q_id, eval_summary(rows)
+    fv_meta = _json(work.folder / "fv_global_resid_meta.json")
+    fv = {key: fv_meta[key] for key in ("shape", "norm")}
+    config = {
+        "model": settings.model, "edit_layer": layer, "fv_source": "fv_global_resid", "seed": settings.seed,
+        "n_eval": len(rows), "alpha": settings.alpha, "dtype": settings.dtype, "score_key": settings.score_key,
+    }  # fmt: skip
+    meta = config | {
+        "injection_point": f"resid_post[{layer}], {TOKEN_RULE}", "slot": "query_predictive",
+        "slot_index_rule": TOKEN_RULE, "token_rule": "the first token of the answer after the prompt",
+        "fv_type": "question", "eval_scope": "question", "eval_qids": [q_id], "heads": fv_meta["heads"], "fv": fv,
+        "config": config, "fv_meta": fv_meta,
+    }  # fmt: skip
+    results = {
+        "config": config, "fv": fv, "summary": summary, "per_qid": {q_id: summary},
+        "matrix": {"__global__": {q_id: summary[settings.score_key]}}, "metadata": meta, "results": rows,
+    }  # fmt: skip
+    name = short_name(settings.model)
+    write_json(folder / f"step6_results_{folder_names([name])[name]}_layer{layer}_n{len(rows)}.json", results)
+    write_lines(folder / "eval_trials.jsonl", rows)
+    write_json(folder / "eval_meta.json", meta)
+    write_json(folder / "eval_summary.json", summary)
+
+
+def summarise(work: Work, settings: RelationSettings, layers: Sequence[int]) -> Row:
+    """All layers side by side; the best is that of the highest score, the lowest of several."""
+    missing = missing_layers(work.folder, layers)
+    done = [layer for layer in layers if layer not in missing]
+    files = {layer: layer_folder(work.folder, layer) / "eval_summary.json" for layer in done}
+    per = {layer: _json(path) for layer, path in files.items()}
+    best = max(done, key=lambda layer: (per[layer][settings.score_key], -layer), default=None)
+    found: Row = {
+        "q_id": work.question.q_id, "score_key": settings.score_key, "expected_layers": list(layers),
+        "completed_layers": done, "missing_layers": missing, "best_layer": best,
+        "best_score": None if best is None else per[best][settings.score_key],
+        "per_layer": {str(layer): summary for layer, summary in per.items()},
+    }  # fmt: skip
+    write_json(work.folder / SUMMARY, found)
+    return found
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

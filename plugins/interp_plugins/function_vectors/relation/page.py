@@ -1,0 +1,145 @@
+"""The summary of a run, from the files of its questions: a table, what went wrong, and a page with layers and heads."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from interp_core.result import write
+
+from .injected import SUMMARY
+from .status import classified, statuses
+from .tables import Row, read_lines, write_csv, write_json
+
+COLUMNS = (
+    "q_id", "status", "rows", "trials", "acc_clean", "acc_corrupted", "acc_base", "acc_with", "delta_acc", "best_layer",
+    "score_key", "best_score", "top_head", "folder", "reason",
+)  # fmt: skip
+"""Of `summary.csv`. Accuracies are shares of prompts whose first answer token is the likeliest: with demonstrations, as
+they are and with shuffled answers (where the two are near, effects of heads have little to restore); without
+demonstrations, without the vector (`acc_base`) and with it at the best layer (`acc_with`)."""
+_SHOWN = {
+    "q_id": "question", "status": "status", "rows": "rows", "trials": "trials", "acc_clean": "with demonstrations",
+    "acc_corrupted": "shuffled", "acc_base": "without", "acc_with": "with vector", "best_layer": "best layer",
+    "best_score": "score", "top_head": "first head",
+}  # fmt: skip
+
+
+def write_summary(out: Path) -> Path:
+    """Write `summary.csv`, `failures.json` and `summary.html`; returns the page."""
+    found = statuses(out)
+    rows = [_row(out, status) for status in found]
+    groups = classified(found)
+    if rows:
+        write_csv(out / "summary.csv", rows)
+    write_json(out / "failures.json", {"n_failed": sum(group["count"] for group in groups), "classes": groups})
+    page = out / "summary.html"
+    write(page, _page(out, found, rows, groups))
+    return page
+
+
+def _row(out: Path, status: Mapping[str, Any]) -> Row:
+    """A question in the summary; what it has no numbers for is empty."""
+    row: Row = dict.fromkeys(COLUMNS, "")
+    row |= {"q_id": status["q_id"], "status": status["status"], "rows": status["q_row_count"]}
+    row |= {"folder": status["q_root"], "reason": status["reason"]}
+    if status["status"] != "completed":
+        return row
+    folder = out / status["q_root"]
+    found = _json(folder / SUMMARY)
+    best, first = found["per_layer"][str(found["best_layer"])], _json(folder / "top_heads.json")["heads"][0]
+    lines = read_lines(folder / "trial_metrics.jsonl")
+    row |= {key: found[key] for key in ("best_layer", "score_key", "best_score")}
+    row |= {key: best[key] for key in ("acc_base", "acc_with", "delta_acc")}
+    row |= {f"acc_{kind}": fmean(line[f"accuracy_{kind}"] for line in lines) for kind in ("clean", "corrupted")}
+    return row | {"trials": len(lines), "top_head": f"L{first['layer']}H{first['head']}"}
+
+
+def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
+    from interp_core.report.html import Section, page, short, table
+
+    done = [status for status in found if status["status"] == "completed"]
+    counts = Counter(status["status"] for status in found)
+    said = f"{len(found)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
+    shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
+    about = (
+        "Share of prompts whose answer's first token is the likeliest: with demonstrations, with their answers "
+        "shuffled, without demonstrations, and with the vector added at the best layer, which is that of the largest "
+        f"score ({done[0]['config']['score_key'] if done else 'none yet'})."
+    )
+    sections = [Section("Questions", about, table(shown))]
+    if done:
+        sections += [Section("Layers", "", _layers(out, done)), Section("Heads", "", _head_map(out, done))]
+    failed = [
+        {"stage": group["stage"], "error": group["error_class"], "questions": ", ".join(map(short, group["q_ids"])),
+         "what": "\n".join(group["rows"] or group["messages"]), "fix": group["fix"]}
+        for group in groups
+    ]  # fmt: skip
+    skipped = [{"question": short(s["q_id"], 40), "why": s["reason"]} for s in found if s["status"] == "skipped"]
+    dropped = [
+        {"question": short(status["q_id"], 40), "rows": "\n".join(status["dropped_rows"])}
+        for status in found
+        if "dropped_rows" in status
+    ]
+    config = max(found, key=lambda status: status["updated_at"])["config"] if found else {}
+    given = [
+        {"setting": key, "value": value} for key, value in config.items() if value is not None and key != "pairs_sha256"
+    ]
+    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped, "Settings": given}
+    sections += [Section(title, "", table(lines)) for title, lines in listed.items() if lines]
+    return page("Function vectors of a relation", said, sections)
+
+
+def _text(key: str, value: Any) -> str:
+    """A cell of the table on the page."""
+    from interp_core.report.html import short
+
+    if key.startswith("acc_") and value != "":
+        return f"{100 * value:.0f}%"
+    return f"{value:+.4f}" if isinstance(value, float) else short(str(value), 40)
+
+
+def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy of every question without the vector and with it at each layer."""
+    from interp_core.report.html import heatmap, short
+
+    found = [_json(out / status["q_root"] / SUMMARY) for status in done]
+    layers = list(found[0]["per_layer"])
+    values, tips = [], []
+    for summary in found:
+        one = [summary["per_layer"][layer] for layer in layers]
+        key = summary["score_key"]
+        values.append([one[0]["acc_base"], *(layer["acc_with"] for layer in one)])
+        tips.append(["without the vector", *(f"{key} {layer[key]:+.4f}" for layer in one)])
+    texts = [[f"{100 * value:.0f}%" for value in row] for row in values]
+    names = [short(status["q_id"], 40) for status in done]
+    note = "Accuracy on prompts without demonstrations: without the vector, and with it added after each layer."
+    return heatmap(values, names, ["without", *layers], texts=texts, tips=tips, limits=(0.0, 1.0), caption=note)
+
+
+def _head_map(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
+    """Each head's average effect, the mean over questions."""
+    from interp_core.report.html import heatmap
+
+    key = done[0]["config"]["score_key"]
+    found: dict[tuple[int, int], list[float]] = {}
+    for status in done:
+        with (out / status["q_root"] / "aie_scores.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault((int(row["layer"]), int(row["head"])), []).append(float(row[key]))
+    layers, heads = (sorted({place[axis] for place in found}) for axis in (0, 1))
+    values = [[fmean(found.get((layer, head), [0.0])) for head in heads] for layer in layers]
+    note = (
+        f"{key} of every head, patched alone at the last token of corrupted prompts: mean over {len(done)} questions."
+    )
+    rows, columns = [f"layer {layer}" for layer in layers], [f"{head}" for head in heads]
+    return heatmap(values, rows, columns, diverging=True, caption=note)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

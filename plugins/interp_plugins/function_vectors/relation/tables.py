@@ -1,0 +1,175 @@
+"""Tables of a question: effects per trial and head, their statistics per head, and the lines of an evaluation.
+
+    delta    a measure with an edit minus the same measure without
+    std      over trials, divided by their number (not one less), as the published runs have it
+
+CSV files hold floats so that they are read back to the bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+from interp_core.result import write
+
+from ..prompts import Prompt
+from .measures import MEASURES, Measured
+
+Row = dict[str, Any]
+Means = Float[Tensor, "layer head slot d_head"]
+_WHOLE = ("trial_idx", "layer", "head", "target_id")
+
+
+def compared(before: Tensor, after: Tensor, names: tuple[str, str]) -> Row:
+    """Measures of two runs `[measure]` side by side: `p_base`, `p_patch`, `delta_p` and so on."""
+    row: Row = {}
+    for place, measure in enumerate(MEASURES):
+        old, new = float(before[place]), float(after[place])
+        row |= {f"{measure}_{names[0]}": old, f"{measure}_{names[1]}": new, f"delta_{measure}": new - old}
+    return row
+
+
+def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], found: Measured) -> list[Row]:
+    """Causal indirect effects of one trial, a row per head; `found` is of that trial's prompt alone."""
+    return [
+        {"q_id": q_id, "trial_idx": trial, "layer": layer, "head": head, "target_id": target}
+        | compared(found.clean[:, 0], found.values[:, number, 0], ("base", "patch"))
+        for number, (layer, head) in enumerate(heads)
+    ]
+
+
+def aie_rows(rows: Iterable[Mapping[str, Any]], norms: Mapping[tuple[int, int], float], score_key: str) -> list[Row]:
+    """Statistics over trials, a row per head, the best first; ties go to the lower layer, then the lower head.
+
+    Args:
+        rows: of `cie_rows`, of all trials.
+        norms: length of each head's mean activation at the last token.
+        score_key: which column says what is best.
+    """
+    by_head: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_head.setdefault((row["layer"], row["head"]), []).append(row)
+    found = []
+    for (layer, head), listed in by_head.items():
+        one: Row = {"layer": layer, "head": head, "n_trials": len(listed)}
+        for measure in MEASURES:
+            one |= changes(measure, listed) | means(measure, listed, ("base", "patch"))
+        one["any_nonzero"] = any(row[f"delta_{measure}"] != 0 for row in listed for measure in MEASURES)
+        found.append(one | {"mean_act_norm": norms[layer, head]})
+    return sorted(found, key=lambda row: (-row[score_key], row["layer"], row["head"]))
+
+
+def changes(measure: str, rows: Sequence[Mapping[str, Any]]) -> Row:
+    """Mean, standard deviation and mean size of a measure's change."""
+    delta = [row[f"delta_{measure}"] for row in rows]
+    return {
+        f"mean_delta_{measure}": fmean(delta),
+        f"std_delta_{measure}": pstdev(delta),
+        f"mean_abs_delta_{measure}": fmean(map(abs, delta)),
+    }
+
+
+def means(measure: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Row:
+    """Means of a measure under several names."""
+    return {f"mean_{measure}_{name}": fmean(row[f"{measure}_{name}"] for row in rows) for name in names}
+
+
+def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measured, variant: int) -> list[Row]:
+    """What prompts measure without and with one of the edits, a row per prompt."""
+    rows = []
+    for number, prompt in enumerate(prompts):
+        target, tops = prompt.target_ids[0], (int(found.clean_top[number]), int(found.top[variant, number]))
+        word = tokenizer.convert_ids_to_tokens(target)
+        hits = [float(top == target) for top in tops]
+        row: Row = {
+            "idx": number, "q_id": q_id, "prompt": prompt.text, "answer": prompt.target, "target_id": target,
+            "target_token": word, "leading_space": (prompt.target or "").startswith(" "), "used_id": target,
+            "used_token": word, "pred_id_base": tops[0], "pred_id_with": tops[1], "accuracy_base": hits[0],
+            "accuracy_with": hits[1], "delta_acc": hits[1] - hits[0],
+        }  # fmt: skip
+        rows.append(row | compared(found.clean[:, number], found.values[:, variant, number], ("base", "with")))
+    return rows
+
+
+def eval_summary(rows: Sequence[Mapping[str, Any]]) -> Row:
+    """Means over the rows of an evaluation."""
+    columns = {"acc_base": "accuracy_base", "acc_with": "accuracy_with", "delta_acc": "delta_acc"}
+    out: Row = {"n_eval": len(rows)} | {key: fmean(row[name] for row in rows) for key, name in columns.items()}
+    for measure in MEASURES:
+        out |= means(measure, rows, ("base", "with")) | changes(measure, rows)
+    return out
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """A JSON file, whole or not at all."""
+    write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A file of JSON lines, whole or not at all."""
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """A CSV file with the columns of the first row, whole or not at all."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(path, text.getvalue())
+    return path
+
+
+def read_cie(path: Path) -> list[Row]:
+    """Rows of `cie_scores.csv`; none if there is no file.
+
+    Raises:
+        LoadError: another table.
+    """
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            return [
+                {
+                    key: text if key == "q_id" else int(text) if key in _WHOLE else float(text)
+                    for key, text in row.items()
+                }
+                for row in csv.DictReader(file)
+            ]
+        except (ValueError, TypeError) as error:
+            raise ic.LoadError(f"{path} is not the table of effects that was written ({error}); delete it") from error
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Rows of a file of JSON lines; none if there is no file.
+
+    Raises:
+        LoadError: other lines.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ic.LoadError(f"{path} is not the file that was written ({error}); delete it") from error
+
+
+def save_tensors(path: Path, data: Any) -> None:
+    """A `.pt` file of plain tensors, whole or not at all."""
+    held = io.BytesIO()
+    torch.save(data, held)
+    write(path, held.getvalue())

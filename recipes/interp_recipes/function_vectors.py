@@ -1,0 +1,299 @@
+"""Function vectors of tasks: from pairs of words to vectors, accuracies and a page.
+
+    interp run function_vectors --set tasks=antonym                       a relation of toy:text
+    interp run function_vectors --set tasks=antonym.json --model gpt2     a task file
+    interp run function_vectors --set tasks=all                           all relations, and what they share
+
+Per task, in the order and with the random numbers of the published script: rows that the model answers with shots;
+mean activations and indirect effects over them; the vector of the heads of largest AIE; zero-shot and shuffled
+few-shot accuracy with the vector after every layer, on test rows that it answers with shots; 0 to n shots without. The
+layer that examples are shown for is chosen on validation rows. Of several tasks also `related`: one set of heads for
+all, differences of vectors, similarities.
+
+`out/<task>/` has the published result files by their names, the vector, tables (CSV), a picture and `report.html`; of
+several tasks `out/report.html` has all. A second run keeps what the same settings made, and says what it replaces.
+Relations of the toy are split by word, the same for all, files by row. Cost: as `interp_plugins.function_vectors`.
+
+Source: Todd et al. (2024), arXiv:2310.15213.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from interp_plugins import function_vectors as fv
+from interp_plugins.function_vectors.files import read_effects, read_means
+from interp_plugins.function_vectors.related import Choice, Extracted, Related, by_word, choose, related
+from torch import Tensor
+
+import interp_core as ic
+from interp_core.errors import nearest
+from interp_core.toys.text import relations
+
+from . import fv_report
+from .fv_folder import Folder, fingerprint
+
+MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
+VALID, FEW, ZERO = "fs_results_validation.json", "fs_results_layer_sweep.json", "zs_results_layer_sweep.json"
+SHUFFLED, BASELINE = "fs_shuffled_results_layer_sweep.json", "model_baseline.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for; see `function_vectors`."""
+
+    n_shots: int
+    n_mean_trials: int
+    n_trials: int
+    n_top_heads: int
+    seed: int
+    test_split: float
+    compute_baseline: bool
+    examples: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came out for one task.
+
+    Attributes:
+        task: the task.
+        aie: average indirect effect.
+        mean: mean activations.
+        vector: the vector, with its layer.
+        choice: that layer, and the validation accuracy there.
+        few: accuracy with shots.
+        zero, shuffled: accuracies without and with the vector, on rows that it answers with shots.
+        baseline: the published form, by number of shots.
+        words: what the vector decodes to.
+        examples: what the model said, without and with the vector.
+    """
+
+    task: fv.Task
+    aie: Tensor
+    mean: Tensor
+    vector: fv.FunctionVector
+    choice: Choice
+    few: float
+    zero: fv.Evaluation
+    shuffled: fv.Evaluation
+    baseline: Mapping[str, Mapping[str, Any]]
+    words: Sequence[tuple[str, float]]
+    examples: Sequence[Mapping[str, Any]]
+
+
+def function_vectors(
+    tasks: str = "antonym",
+    model: str = "toy:text",
+    out: Path = Path("out/function_vectors"),
+    n_shots: int = 10,
+    n_mean_trials: int = 100,
+    n_trials: int = 25,
+    n_top_heads: int = 10,
+    seed: int = 42,
+    test_split: float = 0.3,
+    compute_baseline: bool = True,
+    examples: int = 8,
+) -> Path:
+    """Extract and measure; returns the page's path.
+
+    Args:
+        tasks: task files or relations of toy:text, separated by commas; "all": every relation.
+        model: toy:text, a folder, or a hub id.
+        out: folder for the artefacts of all tasks.
+        n_shots: demonstrations in each prompt.
+        n_mean_trials, n_trials: prompts for mean activations, and for indirect effects.
+        n_top_heads: heads that make a vector.
+        seed: of the split and of all draws.
+        test_split: share of a file's rows that are not for training; of the others 30 % validate at 0.3.
+        compute_baseline: also accuracies of 0 to n_shots shots.
+        examples: test rows to show.
+
+    Raises:
+        LoadError, PlanError, TextError: tasks, model and settings that do not fit, before the model runs.
+    """
+    began = time.perf_counter()
+    asked = Settings(
+        n_shots, n_mean_trials, n_trials, n_top_heads, seed, test_split, compute_baseline, examples
+    )  # fmt: skip
+    found = _tasks(tasks, asked)
+    loaded = ic.load(model)
+    folders = [_folder(out, task, loaded, asked) for task in found]
+    _check(loaded, found, folders, asked)
+    print(loaded, flush=True)
+    done = []
+    for task, folder in zip(found, folders, strict=True):
+        print(task)
+        done.append(_study(loaded, task, folder, asked))
+        fv_report.write_task(folder, loaded, done[-1])
+        print("", *fv_report.sentences(done[-1]), "", sep="\n")
+    page = folders[0].path / "report.html"
+    if len(done) > 1:
+        page = _together(loaded, done, folders, out)
+    print(f"{time.perf_counter() - began:.1f} s")
+    return page
+
+
+def _tasks(names: str, asked: Settings) -> list[fv.Task]:
+    """Tasks by name or file.
+
+    Raises:
+        PlanError, LoadError: settings out of range; no such relation or file; two of one name.
+    """
+    for key in ("n_shots", "n_mean_trials", "n_trials", "n_top_heads"):
+        if (value := getattr(asked, key)) < 1:
+            raise ic.PlanError(f"function_vectors: {key} is at least 1, not {value}")
+    known = {task.name: task for task in by_word(relations())}
+    wanted = list(known) if names.strip() == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    found = []
+    for name in wanted:
+        if name in known:
+            found.append(known[name])
+        elif Path(name).suffix or Path(name).exists():
+            found.append(fv.load_task(name, seed=asked.seed, test_split=asked.test_split))
+        else:
+            raise ic.PlanError(
+                f"there is no task {name!r}, neither a relation of toy:text nor a file. {nearest(name, known)} A task "
+                "file is a .json list of objects with 'input' and 'output'"
+            )
+    if not found or len({task.name for task in found}) < len(found):
+        raise ic.PlanError(f"tasks {names!r}: give at least one, each once; results go to a folder of the task's name")
+    return found
+
+
+def _folder(out: Path, task: fv.Task, model: ic.Model, asked: Settings) -> Folder:
+    pairs = repr((task.pairs, task.train, task.valid, task.test)).encode()
+    args = {
+        "dataset_name": task.name, "dataset_source": task.source, "model_name": model.source,
+        **{key: value for key, value in vars(asked).items() if key != "examples"}, "edit_layer": -1,
+        "model_fingerprint": fingerprint(model), "dataset_fingerprint": hashlib.sha256(pairs).hexdigest()[:16],
+    }  # fmt: skip
+    stages = [MEAN.format(task.name), EFFECT.format(task.name), VALID, FEW, ZERO, SHUFFLED, BASELINE]
+    return Folder(out / task.name, args, stages)
+
+
+def _check(model: ic.Model, tasks: Sequence[fv.Task], folders: Sequence[Folder], asked: Settings) -> None:
+    """Everything that can be known before the model runs.
+
+    Raises:
+        PlanError, TextError: more heads than the model has, rows for fewer shots, prompts that cannot be built.
+    """
+    if model.tokenizer is None:
+        raise ic.TextError("function_vectors builds prompts of its tasks: load the model with its tokenizer")
+    if asked.n_top_heads > len(model.heads):
+        raise ic.PlanError(f"n_top_heads is {asked.n_top_heads}; {model.source} has {len(model.heads)} heads")
+    for task, folder in zip(tasks, folders, strict=True):
+        folder.check()
+        fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, n_shots=asked.n_shots, seed=asked.seed)
+        fv.questions(task, model.tokenizer, shots=asked.n_shots, seed=asked.seed)
+
+
+def _study(model: ic.Model, task: fv.Task, folder: Folder, asked: Settings) -> Findings:
+    """The published protocol, stage by stage."""
+    seed, shots = asked.seed, asked.n_shots
+    folder.open()
+    valid = folder.json(VALID, lambda: _answered(model, task, "valid", shots, seed + 42))
+    right = [row for row, rank in enumerate(valid["clean_rank_list"]) if rank == 0]
+    drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right}
+    few = folder.json(FEW, lambda: _answered(model, task, "test", shots, seed))
+    kept = [row for row, rank in enumerate(few["clean_rank_list"]) if rank == 0]
+    if not right or not kept:
+        raise ic.PlanError(
+            f"{model.source} answers no {'test' if right else 'validation'} row of {task.name} with {shots} shots: it "
+            "does not do this task, and a vector of it would mean nothing. Take more shots, another task or model"
+        )
+
+    def means() -> Tensor:
+        trials = fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_mean_trials, shuffle=False, **drawn)
+        return fv.mean_head_activations(model, [trial.clean for trial in trials])
+
+    def effects() -> Tensor:
+        trials = fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, **drawn)
+        return fv.indirect_effect(model, [trial.corrupted for trial in trials], mean)
+
+    mean = folder.tensor(MEAN.format(task.name), lambda path: read_means(path, model), means)
+    found = folder.tensor(EFFECT.format(task.name), lambda path: read_effects(path, model), effects)
+    aie = fv.average(found)
+    choice, _ = choose(model, [Extracted(task, mean, aie)], [asked.n_top_heads], "own")
+    heads = fv.top_heads(aie, asked.n_top_heads)
+    vector = fv.function_vector(model, mean, heads, task=task.name, layer=choice.layer)
+    zero = folder.json(ZERO, lambda: _swept(model, task, vector, 0, seed, kept))
+    shuffled = folder.json(SHUFFLED, lambda: _swept(model, task, vector, shots, seed, kept))
+    baseline = folder.json(BASELINE, lambda: _baseline(model, task, asked)) if asked.compute_baseline else {}
+    return Findings(
+        task, aie, mean, vector, choice, len(kept) / len(few["clean_rank_list"]), _evaluation(zero, "zero-shot"),
+        _evaluation(shuffled, "shuffled"), baseline, fv.words(model, fv.decoded(model, vector)),
+        _examples(model, task, vector, asked),
+    )  # fmt: skip
+
+
+def _answered(model: ic.Model, task: fv.Task, split: str, shots: int, seed: int) -> dict[str, Any]:
+    asked = fv.questions(task, model.tokenizer, shots=shots, split=split, seed=seed)
+    return fv.evaluate(model, asked, likelihood=True).published()
+
+
+def _swept(
+    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, seed: int, kept: Sequence[int]
+) -> dict[int, Any]:
+    asked = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, seed=seed)
+    found = fv.evaluate(model, asked, vector)
+    return {layer: found.published(layer) for layer in found.layers}
+
+
+def _baseline(model: ic.Model, task: fv.Task, asked: Settings) -> dict[int, Any]:
+    found = fv.baseline(model, task, shots=range(asked.n_shots + 1), seed=asked.seed, likelihood=True)
+    return {n: one.published() for n, one in found.items()}
+
+
+def _evaluation(published: Mapping[str, Mapping[str, Any]], name: str) -> fv.Evaluation:
+    """Ranks from the published form by layer."""
+    rows = list(published.values())
+    ranks = torch.tensor([row["intervention_rank_list"] for row in rows])
+    return fv.Evaluation(
+        torch.tensor(rows[0]["clean_rank_list"]), ranks, None, tuple(int(layer) for layer in published), name
+    )
+
+
+def _examples(
+    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, asked: Settings
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Test rows zero-shot and with shuffled answers: what the model says without the vector, and with it."""
+    assert vector.layer is not None
+    edit, rows = fv.injection(model, vector, vector.layer), range(min(asked.examples, len(task.test)))
+    found: list[dict[str, Any]] = []
+    for kind, shots in (("zero-shot", 0), ("shuffled", asked.n_shots)) if rows else ():
+        prompts = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, rows=rows, seed=asked.seed)
+        new = max(len(prompt.target_ids) for prompt in prompts)
+        plain, steered = (fv.generated(model, prompts, edits, max_new_tokens=new) for edits in ((), edit))
+        for row, a, b in zip(rows, plain, steered, strict=True):
+            query = task.pairs[task.test[row]].input
+            found.append(
+                {
+                    "prompt": kind, "query": query, "answer": a["target"], "without": a["generated"].strip(),
+                    "with vector": b["generated"].strip(),
+                }
+            )  # fmt: skip
+    return found
+
+
+def _together(model: ic.Model, done: Sequence[Findings], folders: Sequence[Folder], out: Path) -> Path:
+    """What the tasks share, measured and written; kept if the same settings made it."""
+    print(f"related: {len(done)} tasks", flush=True)
+    args = {one.task.name: dict(folder.args) for one, folder in zip(done, folders, strict=True)}
+    folder = Folder(out / "related", args, ["result.json", "result.safetensors"])
+    folder.open()
+    try:
+        found = Related.load(folder.path)
+        print("  kept related")
+    except ic.LoadError:
+        extracted = [Extracted(one.task, one.mean, one.aie) for one in done]
+        found = related(model, extracted, seed=folders[0].args["seed"])
+        found.save(folder.path)
+    found.show()
+    return fv_report.write_all(out, model, done, found)

@@ -1,0 +1,172 @@
+"""Tables, pictures and pages of the recipe `function_vectors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_plugins import function_vectors as fv
+from interp_plugins.function_vectors.page import Line, curves
+from interp_plugins.function_vectors.related import Related
+
+import interp_core as ic
+from interp_core.report import html, png
+from interp_core.result import write
+
+from .fv_folder import Folder
+
+if TYPE_CHECKING:
+    from .function_vectors import Findings
+
+
+def sentences(found: Findings) -> list[str]:
+    """What came out, in words."""
+    layer, zero, shuffled = found.choice.layer, found.zero, found.shuffled
+    at = zero.layers.index(layer)
+    heads = ", ".join(f"L{a}H{b}" for a, b, _ in found.vector.heads[:5])
+    words = ", ".join(word.strip() or repr(word) for word, _ in found.words[:5])
+    said = [
+        f"With shots the model answers {found.few:.0%} of {len(found.task.test)} test rows; what follows is on those.",
+        f"Without shots {zero.accuracy():.0%}; with the vector after layer {layer}, chosen on validation rows, "
+        f"{zero.accuracies()[at]:.0%} (the best layer here is {zero.best_layer}: {max(zero.accuracies()):.0%}).",
+        f"After shots with shuffled answers {shuffled.accuracy():.0%}; with the vector "
+        f"{shuffled.accuracies()[at]:.0%} (best layer {shuffled.best_layer}: {max(shuffled.accuracies()):.0%}).",
+        f"Heads of largest AIE: {heads}; the vector sums {len(found.vector.heads)}, its length is "
+        f"{found.vector.norm:.2f}, and it decodes to {words}.",
+    ]
+    if shuffled.accuracy() >= 0.9:
+        said.append(
+            "Shuffled answers do not hide this task from the model, so that AIE, which measures what is given back, "
+            "has little to measure: heads shared by several tasks are a better choice."
+        )
+    return said
+
+
+def layers_table(found: Findings) -> list[dict[str, Any]]:
+    """Accuracies without the vector, then after each layer, with 95 % intervals."""
+    rows: list[dict[str, Any]] = [
+        {"layer": "none", "zero-shot": found.zero.accuracy(), "shuffled": found.shuffled.accuracy()}
+    ]
+    for i, layer in enumerate(found.zero.layers):
+        row: dict[str, Any] = {"layer": layer}
+        for name, one in (("zero-shot", found.zero), ("shuffled", found.shuffled)):
+            low, high = one.bands()[i]
+            row |= {name: one.accuracies()[i], f"{name} low": low, f"{name} high": high}
+        rows.append(row)
+    columns = rows[-1]
+    return [{key: row.get(key, "") for key in columns} for row in rows]
+
+
+def heads_table(found: Findings) -> list[dict[str, Any]]:
+    """All heads, the largest AIE first, and whether the vector has them."""
+    chosen = {(layer, head) for layer, head, _ in found.vector.heads}
+    return [{**one._asdict(), "in vector": (one.layer, one.head) in chosen} for one in fv.ranking(found.aie)]
+
+
+def shots_table(baseline: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracies by number of shots, without a vector."""
+    return [
+        {"shots": int(n), **{f"top-{k}": share for k, share in one["clean_topk"]}, "perplexity": one["clean_ppl"]}
+        for n, one in baseline.items()
+    ]
+
+
+def write_task(folder: Folder, model: ic.Model, found: Findings) -> None:
+    """Vector, tables, picture and page of one task."""
+    found.vector.save(folder.path / "function_vector")
+    folder.table("heads.csv", heads_table(found))
+    folder.table("accuracy_by_layer.csv", layers_table(found))
+    folder.table("decoded.csv", [{"token": word, "probability": p} for word, p in found.words])
+    folder.table("examples.csv", found.examples)
+    if found.baseline:
+        folder.table("baseline.csv", shots_table(found.baseline))
+    title, bar = f"Heads of {found.task.name}", "average indirect effect"
+
+    def draw(path: Path) -> None:
+        png.heatmap(path, found.aie.nan_to_num().tolist(), *_axes(found), diverging=True, title=title, colorbar=bar)
+
+    folder.picture("heads.png", draw)
+    made = html.Section("How it was made", "", f"<pre>{html.escape(json.dumps(folder.args, indent=2))}</pre>")
+    folder.write("report.html", html.page(f"Function vector: {found.task.name}", repr(model), [*sections(found), made]))
+
+
+def sections(found: Findings) -> list[html.Section]:
+    """The page of one task."""
+    said = "".join(f"<li>{html.escape(line)}</li>" for line in sentences(found))
+    note = (
+        "Probability of the answer that each head's mean gives back, where the shots' answers are shuffled; the mean "
+    )
+    grid = html.heatmap(
+        found.aie.nan_to_num().tolist(), *_axes(found), diverging=True, caption=f"{note}over prompts (AIE)."
+    )
+    top = html.table([{"layer": a, "head": b, "AIE": aie} for a, b, aie in found.vector.heads[:20]])
+    gap = f"AIE of the last chosen head minus that of the next one: {fv.gap(found.aie, len(found.vector.heads)):.3g}."
+    places = [str(layer) for layer in found.zero.layers]
+    lines = [Line(one.name, one.accuracies(), one.bands(), one.accuracy()) for one in (found.zero, found.shuffled)]
+    chart = curves(lines, places, "Layer after which the vector is added; bands of 95 %; dashed: without it.")
+    pages = [
+        html.Section("What came out", str(found.task), f"<ul>{said}</ul>"),
+        html.Section("Which heads carry the task", gap, grid + top),
+        html.Section("Accuracy by layer", "Test rows that the model answers with shots.", chart),
+        html.Section(
+            "Before and after",
+            f"What the model says without the vector, and with it after layer {found.choice.layer}: with no shots, and "
+            "after shots with shuffled answers.",
+            html.table([{**row, "hit": "✓" if row["with vector"] == row["answer"] else ""} for row in found.examples]),
+        ),
+        html.Section(
+            "What the vector says", "Likeliest tokens when it is read out alone.",
+            html.table([{"token": html.visible(word), "probability": p} for word, p in found.words]),
+        ),
+    ]  # fmt: skip
+    if found.baseline:
+        pages.append(html.Section("With shots, without a vector", "", html.table(shots_table(found.baseline))))
+    return pages
+
+
+def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Related) -> Path:
+    """Table, picture and page of several tasks."""
+    folder = Folder(out, {}, ())
+    folder.table("tasks.csv", found.table())
+    names = found.tasks
+
+    def draw(path: Path) -> None:
+        png.heatmap(path, found.similarity.tolist(), names, names, diverging=True, limits=(-1, 1), title="Similarity")
+
+    folder.picture("similarity.png", draw)
+    rows = [
+        {
+            "task": one.task.name, "test rows": len(one.task.test), "with shots": one.few,
+            "without": one.zero.accuracy(),
+            "with vector": one.zero.accuracies()[one.zero.layers.index(one.choice.layer)], "layer": one.choice.layer,
+            "shuffled": one.shuffled.accuracy(),
+            "shuffled with vector": one.shuffled.accuracies()[one.shuffled.layers.index(one.choice.layer)],
+        }
+        for one in done
+    ]  # fmt: skip
+    links = " · ".join(f"<a href='{html.escape(one.task.name)}/report.html'>{one.task.name}</a>" for one in done)
+    pages = [
+        html.Section(
+            "Each task with its own heads",
+            "The layer is chosen on validation rows.",
+            html.table(percents(rows)) + links,
+        ),
+        html.Section("One set of heads for all, differences, similarities", "", f"{_pre(found)}{found.html()}"),
+    ]
+    write(out / "report.html", html.page(f"Function vectors of {len(done)} tasks", repr(model), pages))
+    return out / "report.html"
+
+
+def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a page: shares as percents."""
+    return [{key: f"{v:.0%}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+
+
+def _pre(found: Related) -> str:
+    return f"<pre>{html.escape(chr(10).join(str(found).splitlines()[-2:]))}</pre>"
+
+
+def _axes(found: Findings) -> tuple[list[str], list[str]]:
+    return [f"layer {i}" for i in range(len(found.aie))], [f"head {i}" for i in range(found.aie.shape[1])]
