@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(plugins, name="plugins")
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
+app.command(context_settings={"ignore_unknown_options": True})(run)
 Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
 
 

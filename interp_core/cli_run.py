@@ -19,8 +19,10 @@ RUNNABLE = ("methods", "recipes")
 
 
 def run(
-    context: typer.Context,
     name: Annotated[str, typer.Argument(help="a method or a recipe (dist:name reaches a shadowed one)")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp plugins show NAME`")
+    ] = None,
     given: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
@@ -36,11 +38,11 @@ def run(
     plugin = find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
     value = plugin.load()
     if plugin.kind == "methods":
-        settled = settings.read(value.name, value.Config, _pairs(value.name, value.Config, context.args, given))
+        settled = settings.read(value.name, value.Config, _pairs(value.name, value.Config, words or [], given))
         _method(value, settled, model or "toy:text", text or [], out or Path("out") / plugin.name)
     elif plugin.kind == "recipes":
         options = {"model": model, "text": text[0] if text and len(text) == 1 else text, "out": out}
-        _recipe(plugin.name, value, context.args, given, {key: v for key, v in options.items() if v is not None})
+        _recipe(plugin.name, value, words or [], given, {key: v for key, v in options.items() if v is not None})
     else:
         raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 

@@ -505,6 +505,25 @@ def test_the_command_line(sides: tuple[Path, Path], copies: dict[str, Path], tmp
     assert "recipe fv_parity has no setting 'compair'. Did you mean 'compare'" in capsys.readouterr().err
 
 
+def test_the_commands_of_the_milestones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden artefacts and gate with every setting named, as scripts give them."""
+    settings = some("tiny-llama2-7b", 2, tmp_path)
+    named = (
+        f"--dataset_name antonym --fixed_trials_path {settings['fixed_trials_path']} --model_name {settings['model_name']} "
+        "--fixed_trials_model tiny-llama2-7b --device cpu --seed 0 --edit_layer 1"
+    )
+    golden_files = f"{named} --n_shots 10 --n_trials 2 --save_path_root {tmp_path}/results"
+    assert command(f"interp run fv_golden {golden_files}", monkeypatch) == 0
+    files = {path.name for path in (tmp_path / "results/antonym/some").iterdir()}
+    wanted = {MEAN, "antonym_dummy_labels.json", "antonym_indirect_effect.pt", DUMP, "src_fv.pt", "top_heads_src.json"}
+    assert wanted <= files
+    gate = f"{named} --fixed_trials_id mine --n_top_heads 10 --token_class_idx -1 --max_trials 5 --a {tmp_path}/results/antonym/some"
+    assert command(f"interp run fv_parity {gate} --save_path_root {tmp_path}/results_fv", monkeypatch) == 0
+    found = json.loads((tmp_path / "results_fv/antonym/mine/parity_suite_report.json").read_text())
+    assert (found["status"], found["fixed_trials_id"], found["model_name"]) == ("PASS", "mine", settings["model_name"])
+    assert (tmp_path / "results_fv/antonym/mine/fv/eval_meta.json").is_file()
+
+
 def test_stages_by_name() -> None:
     assert chosen("") == chosen([]) == tuple(STAGES)
     assert chosen("fv_vector, prompt_boundary") == ("prompt_boundary", "fv_vector")
