@@ -442,6 +442,16 @@ def test_only_the_logits_that_a_score_looks_at_are_computed() -> None:
     )
 
 
+def test_an_edit_of_one_number() -> None:
+    """One neuron at one position: nothing is left of the row but its batch axis."""
+    model = tiny_model("llama", torch.float64)
+    edits = [S.mlp_act[1, n].at(2).set(torch.tensor(1.5, dtype=torch.float64)) for n in (5, 7)]
+    edits.append(S.mlp_act[1, 5].at(2).zero())
+    found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    torch.testing.assert_close(found.values, full.values, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.moved, full.moved, atol=1e-6, rtol=1e-6)
+
+
 def test_padding_cannot_be_edited() -> None:
     model = tiny_model("llama")
     assert tokens().padded

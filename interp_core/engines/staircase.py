@@ -220,7 +220,7 @@ class RowChanges:
             given = torch.cat([edit.value.to(device).expand(1, *old.shape[1:]) for edit in edits])
         new = carry_out(edits[0], old, given)
         into[index] = new
-        self.program.note(rows, torch.linalg.vector_norm((new - old).flatten(1), dim=-1))
+        self.program.note(rows, torch.linalg.vector_norm((new - old).reshape(len(new), -1), dim=-1))
 
 
 class Staircase(TorchProgram):
