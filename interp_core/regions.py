@@ -46,7 +46,7 @@ class Region:
         self.units: int | tuple[int, ...] | None = None
         if site.units is not None:
             assert n_units is not None
-            found = indices(site.units, n_units, site.info.unit or "unit", str(site))
+            found = indices(site.units, n_units, site.info.unit or "unit", site)
             self.units = found[0] if isinstance(site.units, int) else tuple(found)
         self.whole = self.pos is None and self.key is None and self.units is None
 

@@ -267,7 +267,7 @@ def _index(item: Any, name: str) -> Index:
     raise SiteError(f"{name}[{item!r}]: a layer or unit is an integer, slice or list of integers")
 
 
-def indices(index: Index, size: int, what: str, where: str) -> range | tuple[int, ...]:
+def indices(index: Index, size: int, what: str, where: object) -> range | tuple[int, ...]:
     """The numbers that an index selects out of `size`, negative ones counted from the end.
 
     Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from .plan import Plan
 from .positions import Rows
 from .score import Score
 from .sites import Site
-from .sweep_plan import STRATEGIES, Pass, Planner, Step, SweepPlan, choose, named_edits
+from .sweep_plan import STRATEGIES, Group, Pass, Planner, Step, SweepPlan, choose, named_edits
 from .sweep_store import Store, key_of
 from .text import Tokens
 
@@ -152,39 +152,61 @@ class _Runner(Planner):
     kept: Tensor | None = None
 
     def run(self, plan: SweepPlan, store: Store, progress: _Progress) -> tuple[Sweep, ...]:
-        """All passes, text by text. What is done is kept, also when this is stopped."""
+        """All passes, group by group. What is done is kept, also when this is stopped."""
         clean = torch.zeros(len(self.tokens), len(self.scores), dtype=store.values.dtype)
         try:
-            for row in range(len(self.tokens)):
-                clean[row] = self._text(row, plan, store, progress)
+            for group in plan.groups:
+                self._group(group, plan, store, progress, clean)
         finally:
             store.save()
         parts = zip(store.values.unbind(-1), clean.unbind(-1), self.scores, strict=True)
         return tuple(Sweep(x, base, store.moved, self.variants, one.name, plan) for x, base, one in parts)
 
-    def _text(self, row: int, plan: SweepPlan, store: Store, progress: _Progress) -> Tensor:
-        """All variants on one text; returns its score without edits."""
-        text = self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
-        kind, passes, saved = store.values.dtype, plan.passes[row], time.monotonic()
-        with self._only_targets(row):
-            if passes:
-                keep = any(one.start for one in passes)
-                shared = self._clean(text, row, keep=keep)
-                reference = self._seen(shared.value, 0, row).to(kind)
-            else:
-                reference = self._alone(text, row, ())[0].to(kind)
-            for one in passes:
-                for step, value, norm in self._climb(one, text, shared, row, reference):
-                    store.put(step.number, row, value, norm)
+    def _group(self, group: Group, plan: SweepPlan, store: Store, progress: _Progress, clean: Tensor) -> None:
+        """All variants on some texts; their scores without edits go to `clean`."""
+        saved = time.monotonic()
+        with self._only_targets(group.texts):
+            shared = self._shared(group) if group.passes else None
+            if isinstance(shared, list):
+                for half in shared:
+                    self._group(half, plan, store, progress, clean)
+                return
+            references = {}
+            for place, row in enumerate(group.texts):
+                if shared is None:
+                    value = self._alone(self._row(row), row, ())[0]
+                else:
+                    value = self._seen(shared.value[place : place + 1], row)
+                references[row] = value.to(clean.dtype)
+                clean[row] = self._score(references[row], row, references[row])[0]
+            for one in group.passes:
+                assert isinstance(shared, Clean)
+                for steps, values, norms in self._climb(one, group, shared, references):
+                    store.put(steps, values, norms)
                 progress.add(len(one.steps))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     store.save()
                     saved = time.monotonic()
-            for number in plan.singles[row]:
-                alone, norm = self._alone(text, row, self.single(number, row))
-                store.put(number, row, self._score(alone.to(kind), row, reference)[0], norm)
-                progress.add(1)
-        return self._score(reference, row, reference)[0]
+            for row in group.texts:
+                for number in plan.singles[row]:
+                    alone, norm = self._alone(self._row(row), row, self.single(number, row))
+                    values = self._score(alone.to(clean.dtype), row, references[row])
+                    store.put([Step(number, row, (), 0, 0)], values, torch.tensor([norm]))
+                    progress.add(1)
+
+    def _row(self, row: int) -> Tokens:
+        """One text."""
+        return self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
+
+    def _shared(self, group: Group) -> Clean | list[Group]:
+        """What the clean pass leaves; the group in halves if memory runs out."""
+        try:
+            return self._clean(group)
+        except torch.OutOfMemoryError:
+            if len(group.texts) == 1:
+                raise
+        half = len(group.texts) // 2
+        return [_part(group, texts) for texts in (group.texts[:half], group.texts[half:])]
 
     def _alone(self, text: Tokens, row: int, edits: Sequence[Edit]) -> tuple[Tensor, float]:
         """One forward pass: what is scored, and the norm of what the edits changed."""
@@ -198,15 +220,15 @@ class _Runner(Planner):
         return logits if self.score.span else logits[:, 0], moved
 
     @contextmanager
-    def _only_targets(self, row: int) -> Iterator[None]:
-        """While a narrow score judges a text, only its targets' logits are computed."""
+    def _only_targets(self, texts: Sequence[int]) -> Iterator[None]:
+        """While narrow scores judge some texts, only their targets' logits are computed."""
         self.kept, head = None, self.model.hf.get_output_embeddings()
         everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
         plain = type(head) is nn.Linear and "forward" not in head.__dict__ and type(self.model.engine) is TorchEngine
         if not all(score.narrow for score in self.scores) or everything or not plain:
             yield
             return
-        self.kept = torch.cat([score.ids(row) for score in self.scores]).unique()
+        self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
         rows = self.kept.to(head.weight.device)
         weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
         head.__dict__["forward"] = lambda x: nn.functional.linear(x, weight, bias)
@@ -220,31 +242,42 @@ class _Runner(Planner):
         assert isinstance(engine, TorchEngine)
         return engine
 
-    def _clean(self, text: Tokens, row: int, *, keep: bool) -> Clean:
-        with self.model.fresh():
-            inputs, width = self._inputs(text, 0, row), self.widths[row]
-            rows = Rows([range(width)], {}, width)
-            return clean_pass(self._engine(), self.model.atlas, inputs, rows, self.site(row), keep=keep)
+    def _clean(self, group: Group) -> Clean:
+        """One pass over the texts, with what the passes over their variants need of it."""
+        starts, columns = [0] * len(group.texts), [self.scored[text] for text in group.texts]
+        keep = any(one.columns < self.widths[step.text] for one in group.passes for step in one.steps)
+        rows = Rows([range(group.width)] * len(group.texts), {}, group.width)
+        read = self.site(group.texts[0])
+        with self.model.fresh(), self._only_scored(columns):
+            inputs = self._inputs(group, starts, group.width)
+            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, keep=keep)
 
     def _climb(
-        self, one: Pass, text: Tokens, clean: Clean, row: int, reference: Tensor
-    ) -> Iterable[tuple[Step, Tensor, float]]:
-        steps = one.steps
+        self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
+    ) -> Iterator[tuple[Sequence[Step], Tensor, Tensor]]:
+        """Scores `[step score]` of a pass, and norms of what the edits changed, text by text."""
+        steps, place = one.steps, {text: number for number, text in enumerate(group.texts)}
         try:
-            edits, joins = [step.edits for step in steps], [step.layer for step in steps]
-            program = Staircase(self._engine(), self.model.atlas, edits, joins, self.site(row))
-            rows = Rows([range(self.widths[row])], {}, self.widths[row])
-            with self.model.fresh():
-                value, moved = program.climb(self._inputs(text, one.start, row), rows, one.start, clean)
+            edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
+            program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, self.site(group.texts[0]))
+            starts = [self.widths[text] - one.columns for text in group.texts]
+            columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
+            with self.model.fresh(), self._only_scored(columns):
+                inputs = self._inputs(group, starts, one.columns)
+                value, moved = program.climb(inputs, starts, one.columns, clean)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise
             half = len(steps) // 2
             for part in (steps[:half], steps[half:]):
-                yield from self._climb(Pass(part, one.start), text, clean, row, reference)
+                yield from self._climb(Pass(part, one.columns), group, clean, references)
             return
-        scored = self._seen(value, one.start, row).to(reference.dtype)
-        yield from zip(steps, self._score(scored, row, reference), moved.tolist(), strict=True)
+        for text in group.texts:
+            rows = [row for row, step in enumerate(steps) if step.text == text]
+            if rows:
+                own = value if len(rows) == len(steps) else value[rows]
+                scored = self._seen(own, text).to(references[text].dtype)
+                yield [steps[row] for row in rows], self._score(scored, text, references[text]), moved[rows]
 
     def _score(self, value: Tensor, row: int, reference: Tensor) -> Tensor:
         """All scores `[row score]`."""
@@ -252,24 +285,42 @@ class _Runner(Planner):
         found = [one.rows(value, row, clean if one.clean else None, self.kept) for one in self.scores]
         return torch.stack([one.detach().cpu().to(reference.dtype) for one in found], -1)
 
-    def _inputs(self, text: Tokens, start: int, row: int) -> dict[str, Any]:
-        """Inputs of the columns from `start` on."""
-        device, width = self.model.device, self.widths[row]
-        inputs: dict[str, Any] = {"input_ids": text.ids[:, start:width].to(device)}
-        if text.inputs:
-            inputs = dict(model_inputs(self.model, text))
-        inputs["use_cache"] = False
-        if start:
-            inputs["position_ids"] = torch.arange(start, width, device=device)[None]
-        if self.model.keeps_logits:
-            inputs["logits_to_keep"] = torch.tensor(self.scored[row], device=device) - start
+    def _inputs(self, group: Group, starts: Sequence[int], columns: int) -> dict[str, Any]:
+        """Inputs of so many columns of each text from its start on, filled up on the right where a text has fewer."""
+        device = self.model.device
+        if self.tokens.inputs:
+            return {**model_inputs(self.model, self.tokens), "use_cache": False}
+        ids = torch.zeros(len(group.texts), columns, dtype=torch.long)
+        for own, text, start in zip(ids, group.texts, starts, strict=True):
+            found = self._row(text).ids[0, start : min(start + columns, self.widths[text])]
+            own[: len(found)] = found
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
+        if any(starts):
+            inputs["position_ids"] = (torch.tensor(starts)[:, None] + torch.arange(columns)).to(device)
         return inputs
 
-    def _seen(self, value: Tensor, start: int, row: int) -> Tensor:
-        """What a pass from `start` on gives, as the score takes it: an inner site's value, or logits
-        `[row (pos) d_vocab]` at the scored positions."""
+    @contextmanager
+    def _only_scored(self, columns: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Of each row only the scored columns reach the unembedding, the last one again where a row has fewer."""
+        most = max(map(len, columns))
+        table = torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in columns])
+        rows = torch.arange(len(table))[:, None]
+        head = self.model.hf.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, table], *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _seen(self, value: Tensor, text: int) -> Tensor:
+        """What a pass gives of a text, as the score takes it: an inner site's value, or logits `[row (pos) d_vocab]` at
+        the scored positions."""
         if self.score.of is not None:
             return value
-        if not self.model.keeps_logits:
-            value = value[:, [column - start for column in self.scored[row]]]
-        return value if self.score.span else value[:, 0]
+        return value[:, : len(self.scored[text])] if self.score.span else value[:, 0]
+
+
+def _part(group: Group, texts: tuple[int, ...]) -> Group:
+    """Some texts of a group, with their part of its passes."""
+    passes = [Pass(tuple(step for step in one.steps if step.text in texts), one.columns) for one in group.passes]
+    return Group(texts, group.width, [one for one in passes if one.steps])

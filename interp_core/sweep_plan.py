@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ from .text import Tokens
 if TYPE_CHECKING:
     from .model import Model
 
+TOGETHER = 512
+"""Tokens of the texts that share a clean pass, at most: a matrix product of so many rows runs at the machine's rate."""
+FILLED = 1.125
+"""Columns that they may have, filled up to one length, for each of their tokens."""
+APART = "several texts in one pass"
+"""Under this a model remembers that it was tried and does not hold."""
 STRATEGIES = ("auto", "staircase", "restart", "prefix", "batched", "full")
 
 
@@ -32,16 +38,25 @@ class Step(NamedTuple):
     """A variant on one text: its edits layer by layer with positions in this text, and where they begin."""
 
     number: int
+    text: int
     edits: tuple[Edit, ...]
     layer: int
     start: int
 
 
 class Pass(NamedTuple):
-    """One pass over some variants."""
+    """One pass over some variants, each on `columns` tokens from its first one on."""
 
     steps: tuple[Step, ...]
-    start: int
+    columns: int
+
+
+class Group(NamedTuple):
+    """Texts of the batch that share a clean pass over `width` columns, and the passes over their variants."""
+
+    texts: tuple[int, ...]
+    width: int
+    passes: list[Pass]
 
 
 @dataclass
@@ -53,7 +68,7 @@ class SweepPlan:
         why: why nothing cheaper was.
         n_layers, lengths: of the model, and tokens per row of the batch.
         top: layers that a pass runs: all, unless an inner site is scored.
-        passes: per row of the batch.
+        groups: texts that go together, with their passes.
         singles: per row, variants that get a forward pass of their own.
         row_bytes: estimated memory of one variant in the widest pass.
     """
@@ -64,19 +79,21 @@ class SweepPlan:
     top: int
     lengths: list[int]
     n_variants: int
-    passes: list[list[Pass]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
     singles: list[list[int]] = field(default_factory=list)
     row_bytes: int = 0
 
     @property
+    def passes(self) -> list[Pass]:
+        """All passes over variants."""
+        return [one for group in self.groups for one in group.passes]
+
+    @property
     def token_layers(self) -> int:
         """Token-layers that will be executed."""
-        total = 0
-        for length, passes, singles in zip(self.lengths, self.passes, self.singles, strict=True):
-            total += length * self.top * (1 + len(singles))
-            for one in passes:
-                total += sum((self.top - max(step.layer, 0)) * (length - one.start) for step in one.steps)
-        return total
+        steps = sum((self.top - max(step.layer, 0)) * one.columns for one in self.passes for step in one.steps)
+        alone = sum(length * len(singles) for length, singles in zip(self.lengths, self.singles, strict=True))
+        return steps + self.top * (alone + sum(len(group.texts) * group.width for group in self.groups))
 
     @property
     def naive(self) -> int:
@@ -85,12 +102,11 @@ class SweepPlan:
 
     def explain(self) -> str:
         """Strategy, cost against one full forward pass per variant, memory, and why nothing cheaper."""
-        count = sum(map(len, self.passes))
-        rows = max((len(one.steps) for passes in self.passes for one in passes), default=0)
+        rows = max((len(one.steps) for one in self.passes), default=0)
         lines = [
             f"strategy     {self.strategy}",
             f"variants     {self.n_variants} on {len(self.lengths)} text(s) of {max(self.lengths)} tokens or less",
-            f"passes       {len(self.lengths)} clean, {count} with up to {rows} variants, "
+            f"passes       {len(self.groups)} clean, {len(self.passes)} with up to {rows} variants, "
             f"{sum(map(len, self.singles))} with one",
             f"token-layers {self.token_layers:,} against {self.naive:,} of one full forward pass per variant "
             f"({self.naive / self.token_layers:.1f}× fewer)",
@@ -184,19 +200,46 @@ class Planner:
 
     def plan(self, strategy: str, why: str, done: Tensor) -> SweepPlan:
         """The passes of a strategy, for what is not `done` `[variant batch]`."""
-        tokens, n_layers = self.tokens, self.model.n_layers
-        plan = SweepPlan(strategy, why, n_layers, self.top, self.widths, len(self.variants))
-        for row in range(len(tokens)):
-            steps: list[Step] = []
+        plan = SweepPlan(strategy, why, self.model.n_layers, self.top, self.widths, len(self.variants))
+        steps: list[list[Step]] = []
+        for row in range(len(self.tokens)):
+            found: list[Step] = []
             singles: list[int] = []
             for number, edits in enumerate(self.variants):
-                if done[number, row]:
-                    continue
-                step = None if strategy == "full" else self._step(number, edits, row, strategy)
-                singles.append(number) if step is None else steps.append(step)
+                if not done[number, row]:
+                    step = None if strategy == "full" else self._step(number, edits, row, strategy)
+                    singles.append(number) if step is None else found.append(step)
             plan.singles.append(singles)
-            plan.passes.append(list(self._passes(steps, self.widths[row], plan)))
+            steps.append(found)
+        for texts in self._groups(strategy, [row for row, found in enumerate(steps) if found]):
+            width = max(self.widths[text] for text in texts)
+            passes = self._passes([step for text in texts for step in steps[text]], width, plan)
+            plan.groups.append(Group(texts, width, list(passes)))
         return plan
+
+    def _groups(self, strategy: str, swept: list[int]) -> list[tuple[int, ...]]:
+        """Texts that go together: as many as fill a pass well, of about one length, because shorter ones are filled up.
+        Alone are texts with images, those of which an inner site is scored, and edits inside attention, where rows of
+        several texts have different keys."""
+        most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
+        exact = strategy in ("restart", "batched") or _rescaled(self.model)
+        alone = APART in self.model.tried or bool(self.tokens.inputs) or self.score.of is not None
+        alone = alone or self._inside_attention()
+        found: list[list[int]] = []
+        for row in sorted(swept, key=lambda row: self.widths[row]):
+            own = [*found[-1], row] if found else []
+            width, used = self.widths[row], sum(self.widths[one] for one in own)
+            if not own or alone or width * len(own) > min(most, used if exact else used * FILLED):
+                found.append([row])
+            else:
+                found[-1] = own
+        found += [[row] for row in range(len(self.tokens)) if row not in swept]
+        return [tuple(sorted(group)) for group in sorted(found, key=min)]
+
+    def _inside_attention(self) -> bool:
+        sites = {edit.site.name for edits in self.variants for edit in edits}
+        entries = [self.model.atlas.entries[name, layer] for name in sites for layer in self.model.atlas.layers(name)]
+        return any(entry.write is not None and entry.write.side == "attention" for entry in entries)
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
@@ -222,7 +265,7 @@ class Planner:
         if self.tokens.inputs and layer < len(self.model.atlas.layers("deepstack")):
             return None  # visual features that the model adds after this layer are laid over one row
         start = 0 if strategy in ("batched", "restart") else min(start, *self.scored[row])
-        return Step(number, tuple(own), layer, start)
+        return Step(number, row, tuple(own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
         """An edit in one layer of one row, the layer and the column from which on it acts."""
@@ -265,9 +308,9 @@ class Planner:
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
         groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
         for step in steps:
-            groups.setdefault((step.start, step.layer < 0), []).append(step)
-        for (start, _), group in sorted(groups.items()):
-            cost = self._row_bytes(width, width - start)
+            groups.setdefault((self.widths[step.text] - step.start, step.layer < 0), []).append(step)
+        for (columns, _), group in sorted(groups.items(), reverse=True):
+            cost = self._row_bytes(width, columns)
             plan.row_bytes = max(plan.row_bytes, cost)
             most = self.budget // cost
             if most < 1:
@@ -277,7 +320,16 @@ class Planner:
                 )
             group.sort(key=lambda step: step.layer)
             for i in range(0, len(group), most):
-                yield Pass(tuple(group[i : i + most]), start)
+                yield Pass(tuple(group[i : i + most]), columns)
+
+    @property
+    def _clean_bytes(self) -> int:
+        """What a clean pass leaves of one token: streams, keys and values of all layers."""
+        shape, config = self.model.atlas.shape, self.model.hf.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        width = getattr(config, "head_dim", None) or shape.d_model // heads
+        kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+        return self.model.n_layers * (shape.d_model + kept) * torch.empty((), dtype=self.model.dtype).element_size()
 
     def _row_bytes(self, width: int, columns: int) -> int:
         """What one row takes at most at a time: streams and MLP of its columns, attention over the text, its logits."""
@@ -298,10 +350,16 @@ class Planner:
         return [self._valued(edit, site, row) for edit, site in zip(self.variants[number], bare, strict=True)]
 
 
-def _at(site: Site, places: Mapping[str, Any]) -> Site:
-    if "query" in site.info.axes:
-        return site.at(query=places.get("pos"), key=places.get("key"))
-    return site.at(places["pos"]) if places else site
+def _at(site: Site, places: Mapping[str, int | list[int]]) -> Site:
+    """A site without positions at the ones given."""
+    pos, key = (tuple(found) if isinstance(found := places.get(axis), list) else found for axis in ("pos", "key"))
+    return Site(site.name, site.layers, site.units, pos, key)
+
+
+def _rescaled(model: Model) -> bool:
+    """Whether positions are turned by an angle that depends on the longest text of the batch."""
+    config = model.hf.config.get_text_config()
+    return any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("dynamic", "longrope"))
 
 
 def _free(device: torch.device) -> int:
@@ -343,6 +401,8 @@ def _problem(model: Model, strategy: str, tokens: Tokens) -> str:
     if key not in tried:
         tried[key] = ""
         tried[key] = _trial(model, strategy, tokens if tokens.inputs else _probe(model))
+        if tried[key] and not tokens.inputs and not (alone := _trial(model, strategy, _probe(model).row(0))):
+            tried[APART], tried[key] = tried[key], alone
     return tried[key]
 
 
@@ -364,15 +424,18 @@ def _silent_window(model: Model, length: int) -> str:
 
 
 def _probe(model: Model) -> Tokens:
-    """A few tokens."""
-    return Tokens(probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool))
+    """A few tokens in two texts, one shorter by a token."""
+    ids = probe_ids(model)
+    mask = torch.ones(2, WIDTH, dtype=torch.bool)
+    mask[1, -1] = False
+    return Tokens(torch.stack([ids, ids.flip(0)]), mask)
 
 
 def _trial(model: Model, strategy: str, tokens: Tokens) -> str:
-    """Hold a strategy against full forward passes on a text and a few edits."""
+    """Hold a strategy against full forward passes on some texts and a few edits."""
     vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
-    layers = sorted({0, model.n_layers // 2, model.n_layers - 1})
-    variants = [Site("resid_pre", layer).at(pos).add(vector) for layer in layers for pos in (-1, -3)]
+    places = ((0, -1), (model.n_layers // 2, -3), (model.n_layers - 1, -1))
+    variants = [Site("resid_pre", layer).at(pos).add(vector) for layer, pos in places]
     weights = torch.linspace(-1, 1, model.atlas.shape.d_vocab, device=model.device)
     score = Score("trial", lambda logits: logits @ weights.to(logits.dtype))
     try:

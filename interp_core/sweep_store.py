@@ -19,6 +19,7 @@ from .text import Tokens
 
 if TYPE_CHECKING:
     from .model import Model
+    from .sweep_plan import Step
 
 FORMAT = "interp-sweep/2"
 SAMPLE = 64
@@ -59,9 +60,11 @@ class Store:
             )
         self.values, self.moved, self.done = found["values"], found["moved"], found["done"]
 
-    def put(self, number: int, row: int, value: Tensor, moved: float) -> None:
-        """Note the scores of a variant on a row."""
-        self.values[number, row], self.moved[number, row], self.done[number, row] = value, moved, True
+    def put(self, steps: Sequence[Step], values: Tensor, moved: Tensor) -> None:
+        """Note the scores `[step score]` of some variants, each on its text, and the norms of what was changed."""
+        numbers, rows = (torch.tensor(column) for column in zip(*((s.number, s.text) for s in steps), strict=True))
+        self.values[numbers, rows], self.moved[numbers, rows] = values, moved.to(self.moved.dtype)
+        self.done[numbers, rows] = True
 
     def save(self) -> None:
         """Write what is there, whole or not at all."""

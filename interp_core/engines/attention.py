@@ -17,8 +17,9 @@ Memory: one `[batch head query key]` tensor for scores and one for the pattern, 
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -35,21 +36,72 @@ Stage = Callable[[Tensor, int], Tensor]
 """What a plan does with one tensor inside attention: takes the tensor and the number of keys, gives its new value."""
 
 
+class Texts:
+    """The texts whose rows go through a pass together.
+
+    Attributes:
+        starts: per text, how many columns lie before those of the pass.
+        rows: the text of each row that takes part, in the order of the rows.
+    """
+
+    def __init__(self, starts: Sequence[int], rows: Sequence[int] = ()) -> None:
+        self.starts, self.rows = list(starts), list(rows)
+        self._known: dict[Any, Any] = {}
+
+    def join(self, rows: Sequence[int]) -> None:
+        """More rows take part from here on."""
+        self.rows += rows
+        self._known.pop("order", None)
+
+    def order(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The rows text by text, each text's filled up to the most that one has, and where each row stands there; None
+        for one text."""
+        if len(self.starts) == 1:
+            return None
+        if "order" not in self._known:
+            members: list[list[int]] = [[] for _ in self.starts]
+            places = []
+            for row, text in enumerate(self.rows):
+                places.append((text, len(members[text])))
+                members[text].append(row)
+            most = max(map(len, members))
+            table = torch.tensor([row for own in members for row in (*own, *[0] * (most - len(own)))], device=device)
+            self._known["order"] = table, torch.tensor([text * most + at for text, at in places], device=device)
+        return self._known["order"]
+
+    def hidden(self, n: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Which earlier keys a text's `n` queries do not see `[text key query]`: they lie behind the text's first own
+        column, or a sliding window has passed them. None if they see all."""
+        if (n, window) not in self._known:
+            starts = torch.tensor(self.starts, device=device).view(-1, 1, 1)
+            keys = torch.arange(max(self.starts), device=device).view(1, -1, 1)
+            found = (keys >= starts).expand(-1, -1, n)
+            if window is not None:
+                found = found | (starts + torch.arange(n, device=device) - keys >= window)
+            self._known[n, window] = found if bool(found.any()) else None
+        return self._known[n, window]
+
+
+_ONE = Texts([0])
+
+
 class LayerTap:
     """What a plan does inside one layer's attention.
 
     Attributes:
-        prefix: keys and values `[1 head key d_head]` of earlier positions, which every row of the batch shares.
+        prefix: keys and values `[text head key d_head]` of earlier positions, which all rows of a text share.
+        texts: which row is of which text, and where their own columns begin.
         kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         lent: the config that names our function, shared by all layers of a plan.
     """
 
-    __slots__ = ("keep", "kept", "lent", "module", "original", "prefix", "softmax_dtype", "stages")
+    __slots__ = ("keep", "kept", "lent", "module", "original", "prefix", "softmax_dtype", "stages", "texts")
 
     def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
         self.module, self.stages, self.keep = module, stages, keep
         self.prefix: tuple[Tensor, Tensor] | None = None
+        self.texts = _ONE
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = module.config
         implementation = self.original._attn_implementation
@@ -102,14 +154,15 @@ def attention(
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
-    scores = _products(query, key) * scale
-    if tap.prefix is None:
-        scores = _masked(_shaped(scores, kwargs), attention_mask, kwargs, module)
-    else:
-        n_keys += tap.prefix[0].shape[2]
-        own = _masked(_shaped(scores, kwargs), attention_mask, kwargs, module)
-        before = _shaped(_products(query * scale, tap.prefix[0]), kwargs)
-        scores = torch.cat([_windowed(before, kwargs.get("sliding_window")), own], -1)
+    scores = _masked(_shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
+    if tap.prefix is not None:
+        earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
+        n_keys += earlier.shape[2]
+        before = _shaped(_products(query * scale, earlier), kwargs)
+        hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
+        if hidden is not None:
+            before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
+        scores = torch.cat([before, scores], -1)
     if "scores" in stages:
         scores = stages["scores"](scores, n_keys)
     pattern = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
@@ -121,10 +174,11 @@ def attention(
         out = _mixed(pattern, value)
     else:
         split = n_keys - key.shape[2]
-        out = _mixed(pattern[..., :split], tap.prefix[1]) + _mixed(pattern[..., split:], value)
+        out = _mixed(pattern[..., :split], values) + _mixed(pattern[..., split:], value)
     return out.transpose(1, 2).contiguous(), pattern
 
 
+_BITS = math.log2(math.e)
 _OPENED = {"scores", "pattern", "position_bias"}
 """What needs scores of earlier and own keys in one tensor."""
 
@@ -138,45 +192,52 @@ def _merged(
     kwargs: dict[str, Any],
     module: nn.Module,
 ) -> Tensor:
-    """Attention over earlier keys that all rows share and a row's own ones, without a tensor of both:
+    """Attention over earlier keys that a text's rows share and a row's own ones, without a tensor of both:
 
-        top    = max(before, own)           weights = exp(before - top)           mine = exp(own - top)
+        top    = max(before, own)           weights = 2 ** (before - top)         mine = 2 ** (own - top)
         output = (weights @ earlier values + mine @ values) / (sum of weights + sum of mine)
 
-    The large one, `[kv_head key (batch group query)]`, is written over in place; keys come before rows in it, which
-    makes its products and its maximum twice as fast for narrow heads.
+    Scores are in bits here, times log2 e: powers of two take a third of the time of exponentials. The large one,
+    `[(text kv_head) key (row group query)]`, is written over in place; keys come before rows in it, which makes its
+    products and its maximum twice as fast for narrow heads.
     """
     tap: LayerTap = module.__dict__["interp_tap"]
     assert tap.prefix is not None
-    (batch, heads, n, _), kv = query.shape, key.shape[1]
-    (earlier,), (values,) = tap.prefix
+    (_, heads, n, _), kv, texts = query.shape, key.shape[1], len(tap.texts.starts)
+    order = tap.texts.order(query.device)
+    earlier, values = (x.flatten(0, 1) for x in tap.prefix)
 
     def joined(x: Tensor) -> Tensor:
-        """`[batch head query x]` as `[kv_head x (batch group query)]`."""
-        return x.reshape(batch, kv, -1, x.shape[-1]).transpose(0, 1).reshape(kv, -1, x.shape[-1]).mT
+        """`[row head query x]` as `[(text kv_head) x (row group query)]`."""
+        x = x if order is None else x[order[0]]
+        return x.reshape(texts, -1, kv, heads // kv * n, x.shape[-1]).transpose(1, 2).flatten(2, 3).flatten(0, 1).mT
 
     def parted(x: Tensor) -> Tensor:
-        return x.mT.reshape(kv, batch, -1, x.shape[1]).transpose(0, 1).reshape(batch, heads, n, x.shape[1])
+        x = x.mT.reshape(texts, kv, -1, heads // kv * n, x.shape[1]).transpose(1, 2).reshape(-1, heads, n, x.shape[1])
+        return x if order is None else x[order[1]]
 
     own = _masked(_shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
-    before = _shaped(torch.matmul(earlier, joined(query) * scale), kwargs)
-    if (window := kwargs.get("sliding_window")) is not None:
-        before = _windowed(before.unflatten(-1, (-1, n)).movedim(1, -1), window).movedim(-1, 1).flatten(-2)
+    before = _shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
+    if (hidden := tap.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
+        each = before.view(texts, kv, before.shape[1], -1, n)
+        before = each.masked_fill_(hidden[:, None, :, None], _LOWEST[before.dtype]).view(before.shape)
     if (wide := tap.softmax_dtype or (torch.float32 if own.dtype in _HALF else None)) is not None:
         own, before = own.to(wide), before.to(wide)
-    top = torch.maximum(before.amax(1, keepdim=True), joined(own.amax(-1, keepdim=True)))
+    own, before = own * _BITS, before.mul_(_BITS)
+    highest = own.amax(-1, keepdim=True)
     if (sinks := kwargs.get("s_aux")) is not None:
-        sinks = sinks.reshape(1, -1, 1, 1).to(own.dtype).expand(batch, -1, n, 1)
-        top = torch.maximum(top, joined(sinks))
-    weights = before.sub_(top).exp_()
-    highest = parted(top)
-    mine = (own - highest).exp_()
-    total = parted(weights.sum(1, keepdim=True)) + mine.sum(-1, keepdim=True)
-    if sinks is not None:
-        total += (sinks - highest).exp_()
+        sinks = sinks.reshape(1, -1, 1, 1).to(own.dtype) * _BITS
+        highest = torch.maximum(highest, sinks)
+    top = torch.maximum(before.amax(1, keepdim=True), joined(highest))
+    weights = before.sub_(top).exp2_()
     kind = value.dtype
-    out = parted(torch.matmul(values.mT, weights.to(kind))) + _mixed(mine.to(kind), value)
-    return (out / total).to(kind)
+    found = torch.cat([torch.matmul(values.mT, weights.to(kind)), weights.sum(1, keepdim=True), top], 1)
+    out, total, top = parted(found).split([value.shape[-1], 1, 1], -1)
+    mine = (own - top).exp2_()
+    total = total + mine.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp2_()
+    return ((out + _mixed(mine.to(kind), value)) / total).to(kind)
 
 
 def _shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -205,7 +266,8 @@ def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
     batch, heads, n, keys = pattern.shape
     kv = value.shape[1]
     if value.shape[0] == batch:
-        return torch.matmul(pattern, _repeated(value, heads // kv))
+        value = _repeated(value, heads // kv)
+        return pattern * value if keys == 1 else torch.matmul(pattern, value)
     joined = pattern.reshape(batch, kv, -1, keys).transpose(0, 1).reshape(kv, -1, keys)
     found = torch.matmul(joined, value[0])
     return found.reshape(kv, batch, -1, value.shape[-1]).transpose(0, 1).reshape(batch, heads, n, -1)
@@ -213,15 +275,6 @@ def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
-
-
-def _windowed(scores: Tensor, window: int | None) -> Tensor:
-    """Scores of the keys right before the first query, without those that a sliding window has passed."""
-    queries, keys = scores.shape[-2:]
-    if window is None or queries + keys <= window:
-        return scores
-    distance = torch.arange(queries, device=scores.device)[:, None] + keys - torch.arange(keys, device=scores.device)
-    return scores.masked_fill(distance >= window, _LOWEST[scores.dtype])
 
 
 def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:

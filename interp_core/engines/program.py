@@ -160,7 +160,7 @@ class PortProgram(ABC):
             for entry in self.atlas.select(site) if one is None else (one,):
                 units = site.units
                 if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
-                    indices(units, entry.n_units or 0, site.info.unit or "unit", str(site))
+                    indices(units, entry.n_units or 0, site.info.unit or "unit", site)
                 tap = entry.read
                 if tap is None:
                     raise CapabilityError(f"{site} cannot be read: {entry.why['read']}")

@@ -1,4 +1,4 @@
-"""Many variants of one text in one pass, each row joining at the layer where it first differs.
+"""Many variants of a text, or of some texts, in one pass, each row joining at the layer where it first differs.
 
     row 0   ────────────────────┐ joins at layer 0
     row 1           ┌───────────┘ joins at layer 3: below it, its stream is that of the clean pass
@@ -28,9 +28,9 @@ from ..architectures.taps import Call, Tap
 from ..edits import Edit, carry_out
 from ..plan import Plan
 from ..positions import Rows
-from ..regions import Window
+from ..regions import Bound, Window
 from ..sites import Site
-from .attention import LayerTap
+from .attention import LayerTap, Texts
 from .ports import Change, Read
 from .program import LocalEngine, Stop
 from .protocol import Passed
@@ -39,13 +39,13 @@ from .torch import TorchProgram
 
 @dataclass
 class Clean:
-    """What a clean pass over one text left: everything that variants share with it.
+    """What a clean pass over some texts left: everything that variants share with it.
 
     Attributes:
-        value: what is scored: logits at the columns that were asked for `[1 kept d_vocab]`, or an inner site's value.
-        streams: input of every block that ran `[1 pos d_model]`.
+        value: what is scored: logits `[text kept d_vocab]`, or an inner site's value.
+        streams: input of every block that ran `[text pos d_model]`.
         rest: per block, what it returns beside the stream (None: it returns the stream alone).
-        prefix: keys and values of every layer `[1 kv_head pos d_head]`; empty if they were not kept.
+        prefix: keys and values of every layer `[text kv_head pos d_head]`; empty if they were not kept.
         windows: per layer, the sliding window that attention was told.
     """
 
@@ -62,7 +62,7 @@ def clean_pass(
     """One pass without edits.
 
     Args:
-        rows: the text, one row.
+        rows: the texts; shorter ones are filled up on the right, where causal attention does not see it.
         read: the site that is scored, with which the pass ends; None: the logits.
         keep: also keep keys and values, of models in which every layer attends through the attention interface.
     """
@@ -141,6 +141,22 @@ class RowChange(Change):
         super().__init__(program, number, edit, entry, tap)
         self.row = program.row_of[number]
 
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point the selection at the row, in the columns of its own text; many rows have the same one."""
+        program, region = self.program, self.region
+        assert isinstance(program, Staircase) and window is not None
+        rows, shift = program.placed[program.texts[self.row]]
+        own = Window(*(column + shift for column in window))
+        key = self.site.name, region.pos, region.key, region.units, own
+        if key not in program.bounds:
+            program.bounds[key] = None if region.whole else region.bind(rows, own)
+        self.bound = program.bounds[key]
+
+    def check(self, rows: Rows) -> None:
+        """Hold the edit's value against its own text."""
+        assert isinstance(self.program, Staircase)
+        super().check(self.program.placed[self.program.texts[self.row]][0])
+
 
 class RowChanges:
     """Changes of one value, each in a row of its own, carried out in one copy of the batch.
@@ -217,19 +233,24 @@ class RowChanges:
             given = torch.tensor([edit.value for edit in edits], dtype=old.dtype, device=device)
             given = given.view(-1, *[1] * (old.ndim - 1))
         elif op != "zero":
-            given = torch.cat([edit.value.to(device).expand(1, *old.shape[1:]) for edit in edits])
+            numbers: dict[int, int] = {}  # many rows of several texts get the same tensor
+            which = [numbers.setdefault(id(edit.value), len(numbers)) for edit in edits]
+            alike = {id(edit.value): edit.value for edit in edits}
+            given = torch.cat([one.to(device).expand(1, *old.shape[1:]) for one in alike.values()])
+            given = given if len(given) == len(which) else given[which]
         new = carry_out(edits[0], old, given)
         into[index] = new
         self.program.note(rows, torch.linalg.vector_norm((new - old).reshape(len(new), -1), dim=-1))
 
 
 class Staircase(TorchProgram):
-    """One pass over many variants.
+    """One pass over many variants, of one text or of several.
 
     Args:
-        variants: edits per row, each in one layer, with positions counted in this one text.
+        variants: edits per row, each in one layer, with positions counted in the row's text.
         joins: per row, the layer at which it joins; ascending. All are -1 for rows that begin before the first block.
-        read: the site that the variants are scored by, with which the pass ends; None: the logits.
+        texts: per row, which text it is a variant of.
+        read: the site that the variants are scored by, with which the pass ends; None: the logits. Of one text only.
     """
 
     read = RowRead
@@ -240,13 +261,16 @@ class Staircase(TorchProgram):
         atlas: Atlas,
         variants: Sequence[Sequence[Edit]],
         joins: Sequence[int],
+        texts: Sequence[int],
         read: Site | None = None,
     ) -> None:
         self.row_of = [row for row, edits in enumerate(variants) for _ in edits]
-        self.joins = joins
+        self.joins, self.texts = joins, texts
         self.flat = tuple(edit for edits in variants for edit in edits)
         self.squares: list[tuple[Tensor, Tensor]] = []
         self.groups: list[RowChanges] = []
+        self.placed: list[tuple[Rows, int]] = []
+        self.bounds: dict[Any, Bound | None] = {}
         super().__init__(engine, Plan(() if read is None else (read,), self.flat), atlas)
         for slot in self.slots:
             assert isinstance(slot, RowRead)
@@ -275,39 +299,56 @@ class Staircase(TorchProgram):
         """Norms of what was changed in some rows."""
         self.squares.append((rows, norms.double().square()))
 
-    def climb(self, inputs: Mapping[str, Any], rows: Rows, start: int, clean: Clean) -> tuple[Tensor, Tensor]:
+    def climb(
+        self, inputs: Mapping[str, Any], starts: Sequence[int], n_columns: int, clean: Clean
+    ) -> tuple[Tensor, Tensor]:
         """Run it.
 
         Args:
-            inputs: of the columns from `start` on, one row.
-            rows: the text, one row, whole.
-            start: the first column that any edit touches.
-            clean: of the same text.
+            inputs: of the columns that are run, one row per text.
+            starts: per text, the first column that any edit touches.
+            n_columns: how many are run from there on.
+            clean: of the same texts.
 
         Returns:
             What is scored, `[row kept d_vocab]` or an inner site's value of all rows, and per row the norm of what its
             edits changed.
         """
-        lead = max(self.joins.count(-1), 1)
-        if lead > 1:
-            inputs = {**inputs, "input_ids": inputs["input_ids"].expand(lead, -1)}
+        alike = len(set(starts)) == 1
+        texts = Texts(starts)
+        inputs = self._inputs(inputs, alike)
         self.engine.begin()
         try:
-            self.window, self.edits, self.squares = None, self.flat, []
-            self._check(rows)
-            self.window = Window(start, rows.width)
-            passed = self._begin(rows, rows.width - start, False)
+            self.edits, self.squares, self.bounds = self.flat, [], {}
+            widths = [start + n_columns for start in starts]
+            self.placed = [(Rows([range(width)], {}, width), width - widths[0]) for width in widths]
+            self.window = Window(starts[0], widths[0])
+            passed = self._begin(self.placed[0][0], n_columns, False)
+            for change in self._changes:
+                change.check(self.rows)
             for group in self.groups:
                 group.arrange()
-            self.shape = (lead, rows.width - start)
+            self.shape = (len(inputs["input_ids"]), n_columns)
             self.stop_at = self._last()
-            with torch.no_grad(), self._stairs(start, clean):
+            with torch.no_grad(), self._stairs(texts, n_columns, clean, narrow=not alike):
                 passed.output = self.carry("forward", inputs)
         except Stop:
             pass
         finally:
             self._end()
         return seen(passed, self.slots) if self.slots else passed.output.logits, self._moved(passed)
+
+    def _inputs(self, inputs: Mapping[str, Any], alike: bool) -> dict[str, Any]:
+        """What the model is called with: a row for each that takes part, or one that all are taken for, where none
+        begins before the first block and all stand in the same columns."""
+        found = dict(inputs)
+        if self.joins[0] < 0 or not alike:
+            found["input_ids"] = inputs["input_ids"][list(self.texts)]
+        elif len(inputs["input_ids"]) > 1:
+            found["input_ids"] = inputs["input_ids"][:1]
+        if "position_ids" in inputs:
+            found["position_ids"] = inputs["position_ids"][:1] if alike else inputs["position_ids"][list(self.texts)]
+        return found
 
     def _moved(self, passed: Passed) -> Tensor:
         """Per row, the norm of what its edits changed."""
@@ -320,20 +361,25 @@ class Staircase(TorchProgram):
         return total.sqrt()
 
     @contextmanager
-    def _stairs(self, start: int, clean: Clean) -> Iterator[None]:
+    def _stairs(self, texts: Texts, n_columns: int, clean: Clean, *, narrow: bool) -> Iterator[None]:
         """Blocks below the first row hand through, rows join, attention sees the columns before."""
         blocks, attentions = _modules(self.engine, self.atlas)
-        first, joining = max(self.joins[0], 0), sorted({layer for layer in self.joins if layer >= 0})
+        first = max(self.joins[0], 0)
         own = [block.__dict__.get("forward") for block in blocks[:first]]
         handles = []
-        taps, self.taps = self.taps, self._with_prefix(attentions[first:], start, clean, first) if start else self.taps
+        taps = self.taps
+        if any(texts.starts):
+            self.taps = self._with_prefix(attentions[first:], texts, clean, first)
+        if self.joins[0] < 0:
+            texts.join(self.texts)
         try:
             for block, rest in zip(blocks[:first], clean.rest, strict=False):
                 block.__dict__["forward"] = _handing_through(rest)
-            for layer in joining:
-                stream = clean.streams[layer][:, start:].expand(self.joins.count(layer), -1, -1)
-                hook = self._joining(stream, first=layer == self.joins[0])
-                handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            for layer in range(first, len(blocks)):
+                joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
+                if joining or narrow:
+                    hook = self._joining(texts, joining, clean.streams, layer, n_columns, narrow)
+                    handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             self.taps = taps
@@ -344,22 +390,36 @@ class Staircase(TorchProgram):
                 if forward is not None:
                     block.__dict__["forward"] = forward
 
-    def _joining(self, stream: Tensor, *, first: bool) -> Callable[..., Any]:
-        """A hook that puts new rows under those that are there; the first ones take the place of what came by."""
+    def _joining(
+        self, texts: Texts, joining: Sequence[int], streams: Sequence[Tensor], layer: int, n_columns: int, narrow: bool
+    ) -> Callable[..., Any]:
+        """A hook that puts new rows under those that are there; the first ones take the place of what came by. Where
+        the model was called with all rows, a block is told the positions of those that are there."""
+        total = len(self.joins)
+
+        def there(x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return type(x)(map(there, x))
+            return x[: len(texts.rows)] if isinstance(x, Tensor) and x.shape[:1] == (total,) else x
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            x = stream if first else torch.cat([x, stream])
-            self.shape = (len(x), x.shape[1])
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+            if joining:
+                columns = torch.tensor([texts.starts[text] for text in joining])[:, None] + torch.arange(n_columns)
+                new = streams[layer][torch.tensor(joining)[:, None], columns]
+                x = torch.cat([x, new]) if texts.rows else new
+                texts.join(joining)
+                self.shape = (len(x), x.shape[1])
+            rest = {name: there(value) for name, value in kwargs.items()} if narrow else kwargs
+            return ((x, *there(args[1:])), rest) if args else (args, {**rest, "hidden_states": x})
 
         return hook
 
-    def _with_prefix(self, modules: Sequence[nn.Module], start: int, clean: Clean, first: int) -> list[LayerTap]:
-        """A tap on every layer that will run, with what the clean pass had before `start`."""
-        taps = tapped(self.taps, modules)
+    def _with_prefix(self, modules: Sequence[nn.Module], texts: Texts, clean: Clean, first: int) -> list[LayerTap]:
+        """A tap on every layer that will run, with what the clean pass had before the pass' columns."""
+        taps, start = tapped(self.taps, modules), max(texts.starts)
         for tap, (key, value) in zip(taps, clean.prefix[first:], strict=False):  # a pass may end before the last
-            tap.prefix = key[:, :, :start], value[:, :, :start]
+            tap.prefix, tap.texts = (key[:, :, :start], value[:, :, :start]), texts
         return taps
 
 
