@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .compiled import model_inputs
 from .edits import Edit
-from .engines.staircase import Clean, Staircase, clean_pass
+from .engines.staircase import Clean, Staircase, clean_pass, standing_in
 from .engines.torch import TorchEngine
 from .errors import PlanError, nearest
 from .plan import Plan
@@ -164,49 +164,44 @@ class _Runner(Planner):
 
     def _group(self, group: Group, plan: SweepPlan, store: Store, progress: _Progress, clean: Tensor) -> None:
         """All variants on some texts; their scores without edits go to `clean`."""
-        saved = time.monotonic()
-        with self._only_targets(group.texts):
-            shared = self._shared(group) if group.passes else None
-            if isinstance(shared, list):
-                for half in shared:
-                    self._group(half, plan, store, progress, clean)
-                return
-            references = {}
-            for place, row in enumerate(group.texts):
-                if shared is None:
-                    value = self._alone(self._row(row), row, ())[0]
-                else:
-                    value = self._seen(shared.value[place : place + 1], row)
-                references[row] = value.to(clean.dtype)
-                clean[row] = self._score(references[row], row, references[row])[0]
-            for one in group.passes:
-                assert isinstance(shared, Clean)
-                for steps, values, norms in self._climb(one, group, shared, references):
-                    store.put(steps, values, norms)
-                progress.add(len(one.steps))
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    store.save()
-                    saved = time.monotonic()
-            for row in group.texts:
-                for number in plan.singles[row]:
-                    alone, norm = self._alone(self._row(row), row, self.single(number, row))
-                    values = self._score(alone.to(clean.dtype), row, references[row])
-                    store.put([Step(number, row, (), 0, 0)], values, torch.tensor([norm]))
-                    progress.add(1)
+        try:
+            with self._only_targets(group.texts):
+                shared = self._clean(group) if group.passes else None
+                self._variants(group, shared, plan, store, progress, clean)
+        except _TooMany:
+            half = len(group.texts) // 2
+            for texts in (group.texts[:half], group.texts[half:]):
+                self._group(_part(group, texts), plan, store, progress, clean)
+
+    def _variants(
+        self, group: Group, shared: Clean | None, plan: SweepPlan, store: Store, progress: _Progress, clean: Tensor
+    ) -> None:
+        saved, references = time.monotonic(), {}
+        for place, row in enumerate(group.texts):
+            if shared is None:
+                value = self._alone(self._row(row), row, ())[0]
+            else:
+                value = self._seen(shared.value[place : place + 1], row)
+            references[row] = value.to(clean.dtype)
+            clean[row] = self._score(references[row], row, references[row])[0]
+        for one in group.passes:
+            assert shared is not None
+            for steps, values, norms in self._climb(one, group, shared, references):
+                store.put(steps, values, norms)
+            progress.add(len(one.steps))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                store.save()
+                saved = time.monotonic()
+        for row in group.texts:
+            for number in plan.singles[row]:
+                alone, norm = self._alone(self._row(row), row, self.single(number, row))
+                values = self._score(alone.to(clean.dtype), row, references[row])
+                store.put([Step(number, row, (), 0, 0)], values, torch.tensor([norm]))
+                progress.add(1)
 
     def _row(self, row: int) -> Tokens:
         """One text."""
         return self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
-
-    def _shared(self, group: Group) -> Clean | list[Group]:
-        """What the clean pass leaves; the group in halves if memory runs out."""
-        try:
-            return self._clean(group)
-        except torch.OutOfMemoryError:
-            if len(group.texts) == 1:
-                raise
-        half = len(group.texts) // 2
-        return [_part(group, texts) for texts in (group.texts[:half], group.texts[half:])]
 
     def _alone(self, text: Tokens, row: int, edits: Sequence[Edit]) -> tuple[Tensor, float]:
         """One forward pass: what is scored, and the norm of what the edits changed."""
@@ -231,11 +226,8 @@ class _Runner(Planner):
         self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
         rows = self.kept.to(head.weight.device)
         weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
-        head.__dict__["forward"] = lambda x: nn.functional.linear(x, weight, bias)
-        try:
+        with standing_in({head: lambda x: nn.functional.linear(x, weight, bias)}):
             yield
-        finally:
-            del head.__dict__["forward"]
 
     def _engine(self) -> TorchEngine:
         engine = self.model.engine
@@ -248,23 +240,30 @@ class _Runner(Planner):
         keep = any(one.columns < self.widths[step.text] for one in group.passes for step in one.steps)
         rows = Rows([range(group.width)] * len(group.texts), {}, group.width)
         read = self.site(group.texts[0])
-        with self.model.fresh(), self._only_scored(columns):
-            inputs = self._inputs(group, starts, group.width)
-            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, keep=keep)
+        with self.model.fresh(), self._only_scored(columns) as scored:
+            inputs = self._inputs(group.texts, starts, group.width)
+            wanted = scored if read is None else None
+            try:
+                return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, keep=keep, scored=wanted)
+            except torch.OutOfMemoryError:
+                if len(group.texts) == 1:
+                    raise
+                raise _TooMany from None
 
     def _climb(
         self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
     ) -> Iterator[tuple[Sequence[Step], Tensor, Tensor]]:
         """Scores `[step score]` of a pass, and norms of what the edits changed, text by text."""
-        steps, place = one.steps, {text: number for number, text in enumerate(group.texts)}
+        steps, own = one.steps, sorted({step.text for step in one.steps})
+        place = {text: number for number, text in enumerate(own)}
         try:
             edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
             program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, self.site(group.texts[0]))
-            starts = [self.widths[text] - one.columns for text in group.texts]
+            starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
             with self.model.fresh(), self._only_scored(columns):
-                inputs = self._inputs(group, starts, one.columns)
-                value, moved = program.climb(inputs, starts, one.columns, clean)
+                inputs = self._inputs(own, starts, one.columns)
+                value, moved = program.climb(inputs, starts, one.columns, clean, within)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise
@@ -272,12 +271,10 @@ class _Runner(Planner):
             for part in (steps[:half], steps[half:]):
                 yield from self._climb(Pass(part, one.columns), group, clean, references)
             return
-        for text in group.texts:
+        for text in own:
             rows = [row for row, step in enumerate(steps) if step.text == text]
-            if rows:
-                own = value if len(rows) == len(steps) else value[rows]
-                scored = self._seen(own, text).to(references[text].dtype)
-                yield [steps[row] for row in rows], self._score(scored, text, references[text]), moved[rows]
+            scored = self._seen(value if len(own) == 1 else value[rows], text).to(references[text].dtype)
+            yield [steps[row] for row in rows], self._score(scored, text, references[text]), moved[rows]
 
     def _score(self, value: Tensor, row: int, reference: Tensor) -> Tensor:
         """All scores `[row score]`."""
@@ -285,13 +282,13 @@ class _Runner(Planner):
         found = [one.rows(value, row, clean if one.clean else None, self.kept) for one in self.scores]
         return torch.stack([one.detach().cpu().to(reference.dtype) for one in found], -1)
 
-    def _inputs(self, group: Group, starts: Sequence[int], columns: int) -> dict[str, Any]:
+    def _inputs(self, texts: Sequence[int], starts: Sequence[int], columns: int) -> dict[str, Any]:
         """Inputs of so many columns of each text from its start on, filled up on the right where a text has fewer."""
         device = self.model.device
         if self.tokens.inputs:
             return {**model_inputs(self.model, self.tokens), "use_cache": False}
-        ids = torch.zeros(len(group.texts), columns, dtype=torch.long)
-        for own, text, start in zip(ids, group.texts, starts, strict=True):
+        ids = torch.zeros(len(texts), columns, dtype=torch.long)
+        for own, text, start in zip(ids, texts, starts, strict=True):
             found = self._row(text).ids[0, start : min(start + columns, self.widths[text])]
             own[: len(found)] = found
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
@@ -300,15 +297,16 @@ class _Runner(Planner):
         return inputs
 
     @contextmanager
-    def _only_scored(self, columns: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Of each row only the scored columns reach the unembedding, the last one again where a row has fewer."""
+    def _only_scored(self, columns: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Of each row only the scored columns reach the unembedding, the last one again where a row has fewer: gives
+        them `[row scored]`."""
         most = max(map(len, columns))
         table = torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in columns])
         rows = torch.arange(len(table))[:, None]
         head = self.model.hf.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, table], *args[1:]))
         try:
-            yield
+            yield table
         finally:
             handle.remove()
 
@@ -318,6 +316,10 @@ class _Runner(Planner):
         if self.score.of is not None:
             return value
         return value[:, : len(self.scored[text])] if self.score.span else value[:, 0]
+
+
+class _TooMany(Exception):
+    """Memory ran out for the texts of a group together."""
 
 
 def _part(group: Group, texts: tuple[int, ...]) -> Group:

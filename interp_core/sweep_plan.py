@@ -25,6 +25,8 @@ from .text import Tokens
 if TYPE_CHECKING:
     from .model import Model
 
+EXACT = ("restart", "batched")
+"""Strategies that take texts together only if they are equally long."""
 TOGETHER = 512
 """Tokens of the texts that share a clean pass, at most: a matrix product of so many rows runs at the machine's rate."""
 FILLED = 1.125
@@ -222,7 +224,7 @@ class Planner:
         Alone are texts with images, those of which an inner site is scored, and edits inside attention, where rows of
         several texts have different keys."""
         most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
-        exact = strategy in ("restart", "batched") or _rescaled(self.model)
+        exact = strategy in EXACT or _rescaled(self.model)
         alone = APART in self.model.tried or bool(self.tokens.inputs) or self.score.of is not None
         alone = alone or self._inside_attention()
         found: list[list[int]] = []
@@ -400,9 +402,13 @@ def _problem(model: Model, strategy: str, tokens: Tokens) -> str:
     tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
     if key not in tried:
         tried[key] = ""
-        tried[key] = _trial(model, strategy, tokens if tokens.inputs else _probe(model))
-        if tried[key] and not tokens.inputs and not (alone := _trial(model, strategy, _probe(model).row(0))):
-            tried[APART], tried[key] = tried[key], alone
+        probe = tokens if tokens.inputs else _probe(model, 0 if strategy in EXACT else 1)
+        tried[key] = _trial(model, strategy, probe)
+        if tried[key] and not tokens.inputs and APART not in tried:
+            tried[APART], tried[key] = tried[key], ""
+            tried[key] = _trial(model, strategy, probe)
+            if tried[key]:
+                del tried[APART]  # that was not it
     return tried[key]
 
 
@@ -423,11 +429,10 @@ def _silent_window(model: Model, length: int) -> str:
     return ""
 
 
-def _probe(model: Model) -> Tokens:
-    """A few tokens in two texts, one shorter by a token."""
-    ids = probe_ids(model)
-    mask = torch.ones(2, WIDTH, dtype=torch.bool)
-    mask[1, -1] = False
+def _probe(model: Model, shorter: int) -> Tokens:
+    """A few tokens in two texts, the second so many shorter."""
+    ids, mask = probe_ids(model), torch.ones(2, WIDTH, dtype=torch.bool)
+    mask[1, WIDTH - shorter :] = False
     return Tokens(torch.stack([ids, ids.flip(0)]), mask)
 
 

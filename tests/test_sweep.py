@@ -423,6 +423,7 @@ def test_passes_end_where_an_inner_site_is_scored() -> None:
 
 def test_only_the_logits_that_a_score_looks_at_are_computed() -> None:
     model = tiny_model("llama")
+    model.sweep(tokens(), variants(model)[:1], JUDGED)  # tries the strategy on the model
     widths: list[int] = []
     head = model.hf.get_output_embeddings()
     handle = head.register_forward_hook(lambda _m, _a, output: widths.append(output.shape[-1]))

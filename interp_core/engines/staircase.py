@@ -57,7 +57,14 @@ class Clean:
 
 
 def clean_pass(
-    engine: LocalEngine, atlas: Atlas, inputs: Mapping[str, Any], rows: Rows, read: Site | None, *, keep: bool
+    engine: LocalEngine,
+    atlas: Atlas,
+    inputs: Mapping[str, Any],
+    rows: Rows,
+    read: Site | None,
+    *,
+    keep: bool,
+    scored: Tensor | None = None,
 ) -> Clean:
     """One pass without edits.
 
@@ -65,6 +72,8 @@ def clean_pass(
         rows: the texts; shorter ones are filled up on the right, where causal attention does not see it.
         read: the site that is scored, with which the pass ends; None: the logits.
         keep: also keep keys and values, of models in which every layer attends through the attention interface.
+        scored: columns whose logits are asked for `[text scored]`; of the others the last layer computes no more than
+            keys and values need.
     """
     program = TorchProgram(engine, Plan(() if read is None else (read,), ()), atlas)
     blocks, attentions = _modules(engine, atlas)
@@ -83,8 +92,9 @@ def clean_pass(
 
     handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(leaving) for block in blocks]
+    narrow = {} if scored is None else _narrowed(engine, atlas, scored)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), standing_in(narrow):
             passed = program.forward(inputs, rows, (), keep_graph=False, stop=read is not None)
     finally:
         for handle in handles:
@@ -92,6 +102,45 @@ def clean_pass(
     kept = [tap.kept for tap in program.taps if tap.kept is not None]
     value = passed.output.logits if read is None else seen(passed, program.slots)
     return Clean(value, streams, rest, [(k, v) for k, v, _ in kept], [window for _, _, window in kept])
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """For a while, modules compute something else."""
+    own = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, former in own.items():
+            module.__dict__.pop("forward", None)
+            if former is not None:
+                module.__dict__["forward"] = former
+
+
+def _narrowed(engine: LocalEngine, atlas: Atlas, columns: Tensor) -> dict[nn.Module, Callable[..., Any]]:
+    """The last layer's output projection and MLP, in some columns alone."""
+    last = [atlas.entries.get((name, atlas.shape.n_layers - 1)) for name in ("z", "mlp_in")]
+    modules = [engine.modules[entry.read.module] for entry in last if entry is not None and entry.read is not None]
+    return {module: _only(module.forward, columns) for module in modules}
+
+
+def _only(forward: Callable[..., Any], columns: Tensor) -> Callable[..., Any]:
+    """What a module does that treats every position by itself, in these columns `[text column]`; zero in the others."""
+
+    def some(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.shape[:1] != columns.shape[:1] or x.ndim != 3:
+            return forward(x, *args, **kwargs)
+        rows = torch.arange(len(x))[:, None]
+        found = forward(x[rows, columns], *args, **kwargs)
+        if not isinstance(found, Tensor) or found.shape[:2] != columns.shape:
+            return forward(x, *args, **kwargs)
+        out = found.new_zeros(*x.shape[:2], found.shape[-1])
+        out[rows, columns] = found
+        return out
+
+    return some
 
 
 def seen(passed: Passed, slots: Sequence[Read]) -> Tensor:
@@ -300,7 +349,7 @@ class Staircase(TorchProgram):
         self.squares.append((rows, norms.double().square()))
 
     def climb(
-        self, inputs: Mapping[str, Any], starts: Sequence[int], n_columns: int, clean: Clean
+        self, inputs: Mapping[str, Any], starts: Sequence[int], n_columns: int, clean: Clean, within: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Run it.
 
@@ -308,7 +357,8 @@ class Staircase(TorchProgram):
             inputs: of the columns that are run, one row per text.
             starts: per text, the first column that any edit touches.
             n_columns: how many are run from there on.
-            clean: of the same texts.
+            clean: of these texts, and maybe others.
+            within: per text, which one it is there.
 
         Returns:
             What is scored, `[row kept d_vocab]` or an inner site's value of all rows, and per row the norm of what its
@@ -330,7 +380,7 @@ class Staircase(TorchProgram):
                 group.arrange()
             self.shape = (len(inputs["input_ids"]), n_columns)
             self.stop_at = self._last()
-            with torch.no_grad(), self._stairs(texts, n_columns, clean, narrow=not alike):
+            with torch.no_grad(), self._stairs(texts, n_columns, clean, within, narrow=not alike):
                 passed.output = self.carry("forward", inputs)
         except Stop:
             pass
@@ -361,38 +411,34 @@ class Staircase(TorchProgram):
         return total.sqrt()
 
     @contextmanager
-    def _stairs(self, texts: Texts, n_columns: int, clean: Clean, *, narrow: bool) -> Iterator[None]:
+    def _stairs(
+        self, texts: Texts, n_columns: int, clean: Clean, within: Sequence[int], *, narrow: bool
+    ) -> Iterator[None]:
         """Blocks below the first row hand through, rows join, attention sees the columns before."""
         blocks, attentions = _modules(self.engine, self.atlas)
         first = max(self.joins[0], 0)
-        own = [block.__dict__.get("forward") for block in blocks[:first]]
         handles = []
         taps = self.taps
         if any(texts.starts):
-            self.taps = self._with_prefix(attentions[first:], texts, clean, first)
+            self.taps = self._with_prefix(attentions[first:], texts, clean.prefix[first:], within)
         if self.joins[0] < 0:
             texts.join(self.texts)
+        below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
         try:
-            for block, rest in zip(blocks[:first], clean.rest, strict=False):
-                block.__dict__["forward"] = _handing_through(rest)
             for layer in range(first, len(blocks)):
                 joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
                 if joining or narrow:
-                    hook = self._joining(texts, joining, clean.streams, layer, n_columns, narrow)
+                    new = _columns(clean.streams[layer], within, texts.starts, joining, n_columns) if joining else None
+                    hook = self._joining(texts, joining, new, narrow)
                     handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+            with standing_in(below):
+                yield
         finally:
             self.taps = taps
             for handle in handles:
                 handle.remove()
-            for block, forward in zip(blocks[:first], own, strict=True):
-                block.__dict__.pop("forward")
-                if forward is not None:
-                    block.__dict__["forward"] = forward
 
-    def _joining(
-        self, texts: Texts, joining: Sequence[int], streams: Sequence[Tensor], layer: int, n_columns: int, narrow: bool
-    ) -> Callable[..., Any]:
+    def _joining(self, texts: Texts, joining: Sequence[int], new: Tensor | None, narrow: bool) -> Callable[..., Any]:
         """A hook that puts new rows under those that are there; the first ones take the place of what came by. Where
         the model was called with all rows, a block is told the positions of those that are there."""
         total = len(self.joins)
@@ -404,9 +450,7 @@ class Staircase(TorchProgram):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            if joining:
-                columns = torch.tensor([texts.starts[text] for text in joining])[:, None] + torch.arange(n_columns)
-                new = streams[layer][torch.tensor(joining)[:, None], columns]
+            if new is not None:
                 x = torch.cat([x, new]) if texts.rows else new
                 texts.join(joining)
                 self.shape = (len(x), x.shape[1])
@@ -415,12 +459,23 @@ class Staircase(TorchProgram):
 
         return hook
 
-    def _with_prefix(self, modules: Sequence[nn.Module], texts: Texts, clean: Clean, first: int) -> list[LayerTap]:
+    def _with_prefix(
+        self, modules: Sequence[nn.Module], texts: Texts, kept: Sequence[tuple[Tensor, Tensor]], within: Sequence[int]
+    ) -> list[LayerTap]:
         """A tap on every layer that will run, with what the clean pass had before the pass' columns."""
         taps, start = tapped(self.taps, modules), max(texts.starts)
-        for tap, (key, value) in zip(taps, clean.prefix[first:], strict=False):  # a pass may end before the last
-            tap.prefix, tap.texts = (key[:, :, :start], value[:, :, :start]), texts
+        for tap, pair in zip(taps, kept, strict=False):  # a pass may end before the last
+            key, value = (x[:, :, :start] if len(x) == len(within) else x[list(within), :, :start] for x in pair)
+            tap.prefix, tap.texts = (key, value), texts
         return taps
+
+
+def _columns(
+    stream: Tensor, within: Sequence[int], starts: Sequence[int], joining: Sequence[int], count: int
+) -> Tensor:
+    """So many columns of each joining row's text, from its start on `[row pos d_model]`."""
+    columns = torch.tensor([starts[text] for text in joining])[:, None] + torch.arange(count)
+    return stream[torch.tensor([within[text] for text in joining])[:, None], columns]
 
 
 def _handing_through(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
