@@ -2,8 +2,9 @@
 
 heads:     every head at the last position, 12 layers × 12 heads, d_model 768, 96 tokens (144 variants).
 many:      the same for 32 layers × 32 heads, d_model 256 (1,024 variants); loops are timed on a part and scaled up.
-           Both by the median of five sweeps.
 positions: the residual stream at every layer and position, 12 × 96 (1,152 variants); loops as for `many`.
+
+The sweep and the loop with hooks by hand take turns, three times for `heads` and nine for `many`; medians count.
 
 The floor is the time that the executed token-layers' multiply-adds take as one matrix product at the rate measured
 beside it.
@@ -11,6 +12,7 @@ beside it.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from interp_core import score
 from interp_core import sites as S
 
 SIZES = {"heads": (12, 12, 768, 64, 2048), "many": (32, 32, 256, 8, 688), "positions": (12, 12, 768, 64, 2048)}
+ROUNDS = {"heads": 3, "many": 9, "positions": 1}
 TOKENS = 96
 TARGET, OTHER = 5, 9
 
@@ -46,14 +49,19 @@ def main(name: str = "heads", threads: str = "2") -> None:
         variants = [S.z[at, head].at(-1).set(mean[at, head]) for at, head in model.heads]
     judged = score.logit_diff(TARGET, OTHER)
     model.sweep(ids, variants[:2], judged)  # tries the strategy on the model
-    runs = [timed(lambda: model.sweep(ids, variants, judged)) for _ in range(1 if name == "positions" else 5)]
-    (ours, found), times = runs[0], sorted(seconds for seconds, _ in runs)
-    ours = times[len(times) // 2]
+    turns, given = [], (name, model, ids, mean, stream, variants)
+    for _ in range(ROUNDS[name]):
+        seconds, found = timed(lambda: model.sweep(ids, variants, judged))
+        others = loops(*given)
+        turns.append((seconds, next(others)))
+    ours = statistics.median(seconds for seconds, _ in turns)
+    tool, _, values, chosen = turns[-1][1]
+    by_hand = statistics.median(seconds for _, (_, seconds, _, _) in turns)
     print(found.plan.explain(), "\n")
     rate = matmul_rate(d_model, d_mlp)
     floor = found.plan.token_layers * (4 * d_model * heads * d_head + 3 * d_model * d_mlp) * 2 / rate
     rows = [("interp_core sweep", ours, len(variants))]
-    for tool, seconds, values, chosen in loops(name, model, ids, mean, stream, variants):
+    for tool, seconds, values, chosen in [(tool, by_hand, values, chosen), *others]:
         wanted = found.values[chosen, 0]
         assert torch.allclose(values, wanted, atol=1e-3, rtol=1e-4), (tool, (values - wanted).abs().max())
         rows.append((tool, seconds * len(variants) / len(chosen), len(chosen)))

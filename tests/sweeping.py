@@ -74,16 +74,19 @@ class _Allocations(TorchDispatchMode):
         return out
 
     def given(self, tensor: torch.Tensor) -> None:
-        self.known.add(tensor.untyped_storage()._cdata)
+        self.note(tensor, 0)
 
     def add(self, tensor: torch.Tensor) -> None:
+        self.note(tensor, tensor.untyped_storage().nbytes())
+
+    def note(self, tensor: torch.Tensor, size: int) -> None:
+        """Once for as long as it is there: its address may be another's afterwards."""
         storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self.known:
-            self.known.add(address)
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
             self.now += size
             self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.gone, address, size)
+            weakref.finalize(storage, self.gone, storage._cdata, size)
 
     def gone(self, address: int, size: int) -> None:
         self.known.discard(address)

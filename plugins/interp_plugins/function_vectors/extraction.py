@@ -112,7 +112,7 @@ def extract(
     if not 1 <= n_top_heads <= len(model.heads):
         raise ic.PlanError(f"n_top_heads is {n_top_heads}, this model has {len(model.heads)} heads")
     with clock("mean"):
-        mean = mean_head_activations(model, run.clean)
+        mean = mean_head_activations(model, run.clean, batch=1 if by == "replay" else BATCH)
     with clock("effects"):
         effects = _effects(model, run.corrupted, mean, by, not last_token_only, progress)
     for name, values in (("mean", mean.permute(2, 0, 1, 3)), *effects.items()):

@@ -237,7 +237,8 @@ class FunctionVectors(ic.Method):
     def _extracted(
         self, model: ic.Model, trials: Trials, task: str, config: FunctionVectorsConfig
     ) -> tuple[FunctionVector, Tensor]:
-        mean = mean_head_activations(model, [trial.clean for trial in trials])
+        clean = [trial.clean for trial in trials]
+        mean = mean_head_activations(model, clean, batch=1 if config.by == "replay" else 8)
         effects = indirect_effect(model, [trial.corrupted for trial in trials], mean, by=config.by)
         aie = average(effects)
         return function_vector(model, mean, top_heads(aie, config.top), task=task), aie
