@@ -55,13 +55,13 @@ def main(name: str = "heads", threads: str = "2") -> None:
         others = loops(*given)
         turns.append((seconds, next(others)))
     ours = statistics.median(seconds for seconds, _ in turns)
-    tool, _, values, chosen = turns[-1][1]
-    by_hand = statistics.median(seconds for _, (_, seconds, _, _) in turns)
+    by_hand = statistics.median(first[1] for _, first in turns)
+    first, *rest = turns[-1][1]
     print(found.plan.explain(), "\n")
     rate = matmul_rate(d_model, d_mlp)
     floor = found.plan.token_layers * (4 * d_model * heads * d_head + 3 * d_model * d_mlp) * 2 / rate
     rows = [("interp_core sweep", ours, len(variants))]
-    for tool, seconds, values, chosen in [(tool, by_hand, values, chosen), *others]:
+    for tool, seconds, values, chosen in [(first, by_hand, *rest[1:]), *others]:
         wanted = found.values[chosen, 0]
         assert torch.allclose(values, wanted, atol=1e-3, rtol=1e-4), (tool, (values - wanted).abs().max())
         rows.append((tool, seconds * len(variants) / len(chosen), len(chosen)))
