@@ -446,7 +446,7 @@ class Staircase(TorchProgram):
         def there(x: Any) -> Any:
             if isinstance(x, (tuple, list)):
                 return type(x)(map(there, x))
-            return x[: len(texts.rows)] if isinstance(x, Tensor) and x.shape[:1] == (total,) else x
+            return x[: len(texts.rows)] if isinstance(x, Tensor) and x.ndim > 1 and len(x) == total else x
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
