@@ -172,7 +172,7 @@ def whole(model: ic.Model, published: Published, clock: Clock, rng: random.Rando
     compare("means", mean, theirs)
     for number, one in enumerate(corrupted):
         base = clock("whole clean", lambda a=one: torch.softmax(published.logits(a), -1)[a.target_ids[0]])
-        for layer, head in product(range(LAYERS), (number, (number + HEADS // 2) % HEADS)):
+        for layer, head in product(range(LAYERS), (number % HEADS, (number + HEADS // 2) % HEADS)):
             patched = clock("whole effects", lambda a=(one, theirs, layer, head): published.effect(*a))
             compare("effects", effects[number, layer, head], patched - base)
     clock("whole", ours)
@@ -227,6 +227,7 @@ def main(trials: str = "3", threads: str = "1") -> None:
     apart = float((found - steered).abs().max())
     rows.append((f"injection at all layers, {trials} prompts", "injection", len(some) * LAYERS, apart))
     parts = whole(model, published, clock, rng)
+    most = parts.pop("largest effect")
     rows.append(("whole recipe", "whole", 1, parts["log-probabilities"]))
     print(f"{sum(p.numel() for p in hf.parameters()) / 1e6:.1f} M parameters, {threads} thread(s), {trials} trials\n")
     print("| stage | published, s | here, s | ratio | apart |\n|---|---|---|---|---|")
@@ -234,10 +235,9 @@ def main(trials: str = "3", threads: str = "1") -> None:
         theirs, ours = clock.total(f"{name}, published", count), clock.total(name)
         times = " | ".join(f"{cpu:.3f} ({wall:.3f})" for cpu, wall in (theirs, ours))
         print(f"| {stage} | {times} | {theirs[0] / ours[0]:.2f} ({theirs[1] / ours[1]:.2f}) | {apart:.1g} |")
-    print(
-        f"\nlargest effect {largest:.2g}\nwhole recipe, apart: {', '.join(f'{k} {v:.1g}' for k, v in parts.items())};"
-    )
-    print(f"its published effects were timed for 2 heads of {HEADS} per layer and trial, and scaled")
+    print(f"\nlargest effect {largest:.2g}; of the whole recipe {most:.2g}")
+    print(f"whole recipe, apart: {', '.join(f'{stage} {far:.1g}' for stage, far in parts.items())}")
+    print(f"its published effects: 2 heads of {HEADS} per layer and trial timed, scaled to all")
 
 
 if __name__ == "__main__":
