@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ FILES = {
     "fs_results_validation.json", "report.html", "heads.png", "heads.csv", "accuracy_by_layer.csv", "decoded.csv",
     "examples.csv", "baseline.csv", "function_vector",
 }  # fmt: skip
+STEERED = ("zs_results", "fs_shuffled_results")
 
 
 @cache
@@ -161,6 +164,89 @@ def test_stopping_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
             assert (tmp_path / "a/antonym" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers as those of a sweep at that layer, under the published names, in their form of one layer."""
+    quick = {**QUICK, "compute_baseline": False}
+    swept = recipe.function_vectors(out=tmp_path, **quick).parent
+    sweep = {name: json.loads((swept / f"{name}_layer_sweep.json").read_text()) for name in STEERED}
+    capsys.readouterr()
+    folder = recipe.function_vectors(out=tmp_path, edit_layer=4, **quick).parent
+    said = capsys.readouterr().out
+    assert "zs_results_layer_sweep.json" in said and "(edit_layer was -1, is 4)" in said
+    for name in STEERED:
+        assert json.loads((folder / f"{name}_editlayer_4.json").read_text()) == sweep[name]["4"]
+        assert not (folder / f"{name}_layer_sweep.json").exists()
+    assert fv.FunctionVector.load(folder / "function_vector").layer == 4
+    assert len((folder / "accuracy_by_layer.csv").read_text().splitlines()) == 3  # columns, without, layer 4
+    page = (folder / "report.html").read_text()
+    assert "layer 4, the only one evaluated" in page and "best layer" not in page
+    recipe.function_vectors(out=tmp_path, edit_layer=1, **quick)
+    assert {path.name for path in folder.glob("*_editlayer_*")} == {f"{name}_editlayer_1.json" for name in STEERED}
+    recipe.function_vectors(out=tmp_path, edit_layer=1, **quick)
+    assert "kept zs_results_editlayer_1.json" in capsys.readouterr().out
+
+
+def test_another_template_is_that_of_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file made again by the plain functions, of prompts that the default template does not make."""
+    given = {"separators": {"input": "\n", "output": "\n"}, "instructions": "Answer the question.\n"}
+    recipe.function_vectors(out=tmp_path, **QUICK)
+    capsys.readouterr()
+    folder = recipe.function_vectors(out=tmp_path, **given, **QUICK).parent
+    said = capsys.readouterr().out
+    assert "replaces" in said and "'output': '\\n'" in said and "instructions was ''" in said and "kept" not in said
+    args = json.loads((folder / "fv_eval_args.txt").read_text())
+    assert args["separators"]["output"] == "\n" and args["prefixes"]["input"] == "Q:"
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text())
+
+    model, template = toy_model(), fv.Template.filled(None, **given)
+    task = next(task for task in by_word(relations()) if task.name == "antonym")
+    mine = {"template": template, "seed": 42}
+
+    def asked(**how: Any) -> list[fv.Prompt]:
+        return fv.questions(task, model.tokenizer, **{**mine, **how})
+
+    for name, split, seed in (("fs_results_validation.json", "valid", 84), ("fs_results_layer_sweep.json", "test", 42)):
+        found = fv.evaluate(model, asked(shots=4, split=split, seed=seed), likelihood=True)
+        assert read(name) == json.loads(json.dumps(found.published()))
+    right = [row for row, rank in enumerate(read("fs_results_validation.json")["clean_rank_list"]) if rank == 0]
+    kept = [row for row, rank in enumerate(read("fs_results_layer_sweep.json")["clean_rank_list"]) if rank == 0]
+    drawn = {"n_shots": 4, "filter_set": right, **mine}
+    shown = fv.legacy_trials(task, model.tokenizer, n_trials=8, shuffle=False, **drawn)
+    mean = fv.mean_head_activations(model, [trial.clean for trial in shown])
+    assert torch.equal(read_means(folder / "antonym_mean_head_activations.pt", model), mean)
+    corrupted = [trial.corrupted for trial in fv.legacy_trials(task, model.tokenizer, n_trials=4, **drawn)]
+    effects = fv.indirect_effect(model, corrupted, mean)
+    assert torch.equal(read_effects(folder / "antonym_indirect_effect.pt", model), effects)
+    vector = fv.FunctionVector.load(folder / "function_vector")
+    for name, shots in (("zs_results", 0), ("fs_shuffled_results", 4)):
+        found = fv.evaluate(model, asked(shots=shots, shuffled=shots > 0, filter_set=kept), vector, layers=[2])
+        assert read(f"{name}_layer_sweep.json")["2"] == json.loads(json.dumps(found.published(2)))
+    found = fv.baseline(model, task, shots=range(5), likelihood=True, **mine)
+    assert read("model_baseline.json") == json.loads(json.dumps({n: one.published() for n, one in found.items()}))
+
+
+def test_every_prompt_that_the_model_gets_is_of_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of layers, examples and what tasks share included."""
+    seen: dict[str, list[str]] = {"run": [], "sweep": [], "generate": []}
+
+    def watch(name: str, method: Callable[..., Any]) -> None:
+        def watched(self: ic.Model, x: ic.Tokens, *args: Any, **more: Any) -> Any:
+            seen[name] += self.tokenizer.batch_decode(x.ids)
+            return method(self, x, *args, **more)
+
+        monkeypatch.setattr(ic.Model, name, watched)
+
+    for name in seen:
+        watch(name, getattr(ic.Model, name))
+    quick = {**QUICK, "compute_baseline": False}
+    recipe.function_vectors("gerund,past", out=tmp_path, instructions="Answer the question.\n", **quick)
+    asked = {name: [text for text in texts if "Q:" in text] for name, texts in seen.items()}  # else probes of a sweep
+    assert all(len(texts) > 10 for texts in asked.values())
+    assert [text for texts in asked.values() for text in texts if "Answer the question.\nQ:" not in text] == []
+
+
 def test_several_tasks_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [{"input": word, "output": past} for word, past in relations()["past"].items()]
     file = tmp_path / "mine.json"
@@ -199,6 +285,10 @@ def test_by_name_a_recipe_with_text_the_method(tmp_path: Path) -> None:
         ({"n_top_heads": 25}, ic.PlanError, "has 24 heads"),
         ({"n_trials": 0}, ic.PlanError, "n_trials is at least 1"),
         ({"model": "toy:txet"}, ic.LoadError, "Did you mean 'text'"),
+        ({"edit_layer": 6}, ic.PlanError, "edit_layer is 6; toy:text has layers 0 to 5. Give one of them, or -1"),
+        ({"edit_layer": -2}, ic.PlanError, "edit_layer is -2"),
+        ({"prefixes": {"inptu": "Q:", "output": "A:"}}, ic.PlanError, "Did you mean 'input'"),
+        ({"separators": {"input": " ", "output": ""}}, ic.TextError, "do not align.*output separator is empty"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(

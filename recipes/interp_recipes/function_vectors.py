@@ -6,9 +6,9 @@
 
 Per task, in the order and with the random numbers of the published script: rows that the model answers with shots;
 mean activations and indirect effects over them; the vector of the heads of largest AIE; zero-shot and shuffled
-few-shot accuracy with the vector after every layer, on test rows that it answers with shots; 0 to n shots without. The
-layer that examples are shown for is chosen on validation rows. Of several tasks also `related`: one set of heads for
-all, differences of vectors, similarities.
+few-shot accuracy with the vector after every layer (or after `edit_layer`), on test rows that it answers with shots; 0
+to n shots without. The layer that examples are shown for is chosen on validation rows. Of several tasks also `related`:
+one set of heads for all, differences of vectors, similarities; it chooses its own layer.
 
 `out/<task>/` has the published result files by their names, the vector, tables (CSV), a picture and `report.html`; of
 several tasks `out/report.html` has all. A second run keeps what the same settings made, and says what it replaces.
@@ -19,6 +19,7 @@ Source: Todd et al. (2024), arXiv:2310.15213.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,8 @@ from . import fv_report
 from .fv_folder import Folder, fingerprint
 
 MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
-VALID, FEW, ZERO = "fs_results_validation.json", "fs_results_layer_sweep.json", "zs_results_layer_sweep.json"
-SHUFFLED, BASELINE = "fs_shuffled_results_layer_sweep.json", "model_baseline.json"
+VALID, FEW, BASELINE = "fs_results_validation.json", "fs_results_layer_sweep.json", "model_baseline.json"
+ZERO, SHUFFLED = "zs_results_{}.json", "fs_shuffled_results_{}.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ class Settings:
     test_split: float
     compute_baseline: bool
     examples: int
+    edit_layer: int
+    template: fv.Template
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Where the vector is evaluated (None: after every layer)."""
+        return None if self.edit_layer == -1 else (self.edit_layer,)
+
+    def name(self, results: str) -> str:
+        """The published name of a file of results with the vector."""
+        return results.format("layer_sweep" if self.layers is None else f"editlayer_{self.edit_layer}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,10 @@ def function_vectors(
     test_split: float = 0.3,
     compute_baseline: bool = True,
     examples: int = 8,
+    edit_layer: int = -1,
+    prefixes: dict[str, str] | None = None,
+    separators: dict[str, str] | None = None,
+    instructions: str = "",
 ) -> Path:
     """Extract and measure; returns the page's path.
 
@@ -114,13 +130,17 @@ def function_vectors(
         test_split: share of a file's rows that are not for training; of the others 30 % validate at 0.3.
         compute_baseline: also accuracies of 0 to n_shots shots.
         examples: test rows to show.
+        edit_layer: the layer after which the vector is evaluated; -1: every layer.
+        prefixes, separators: of the template; default Q: / A:, a line break and an empty line.
+        instructions: text before the demonstrations.
 
     Raises:
         LoadError, PlanError, TextError: tasks, model and settings that do not fit, before the model runs.
     """
     began = time.perf_counter()
     asked = Settings(
-        n_shots, n_mean_trials, n_trials, n_top_heads, seed, test_split, compute_baseline, examples
+        n_shots, n_mean_trials, n_trials, n_top_heads, seed, test_split, compute_baseline, examples, edit_layer,
+        fv.Template.filled(prefixes, separators, instructions=instructions),
     )  # fmt: skip
     found = _tasks(tasks, asked)
     loaded = ic.load(model)
@@ -135,7 +155,7 @@ def function_vectors(
         print("", *fv_report.sentences(done[-1]), "", sep="\n")
     page = folders[0].path / "report.html"
     if len(done) > 1:
-        page = _together(loaded, done, folders, out)
+        page = _together(loaded, done, folders, out, asked)
     print(f"{time.perf_counter() - began:.1f} s")
     return page
 
@@ -169,12 +189,16 @@ def _tasks(names: str, asked: Settings) -> list[fv.Task]:
 
 def _folder(out: Path, task: fv.Task, model: ic.Model, asked: Settings) -> Folder:
     pairs = repr((task.pairs, task.train, task.valid, task.test)).encode()
+    template = asked.template
     args = {
         "dataset_name": task.name, "dataset_source": task.source, "model_name": model.source,
-        **{key: value for key, value in vars(asked).items() if key != "examples"}, "edit_layer": -1,
+        **{key: value for key, value in vars(asked).items() if key not in ("examples", "template")},
+        "prefixes": dict(template.prefixes), "separators": dict(template.separators),
+        "instructions": template.instructions,
         "model_fingerprint": fingerprint(model), "dataset_fingerprint": hashlib.sha256(pairs).hexdigest()[:16],
     }  # fmt: skip
-    stages = [MEAN.format(task.name), EFFECT.format(task.name), VALID, FEW, ZERO, SHUFFLED, BASELINE]
+    stages = [*(name.format(glob.escape(task.name)) for name in (MEAN, EFFECT)), VALID, FEW, BASELINE]
+    stages += [name.format(kind) for name in (ZERO, SHUFFLED) for kind in ("layer_sweep", "editlayer_*")]
     return Folder(out / task.name, args, stages)
 
 
@@ -182,26 +206,33 @@ def _check(model: ic.Model, tasks: Sequence[fv.Task], folders: Sequence[Folder],
     """Everything that can be known before the model runs.
 
     Raises:
-        PlanError, TextError: more heads than the model has, rows for fewer shots, prompts that cannot be built.
+        PlanError, TextError: heads or a layer that the model does not have, rows for fewer shots, prompts that cannot
+            be built, a template whose slots do not align.
     """
     if model.tokenizer is None:
         raise ic.TextError("function_vectors builds prompts of its tasks: load the model with its tokenizer")
     if asked.n_top_heads > len(model.heads):
         raise ic.PlanError(f"n_top_heads is {asked.n_top_heads}; {model.source} has {len(model.heads)} heads")
+    if asked.edit_layer not in range(-1, model.n_layers):
+        raise ic.PlanError(
+            f"edit_layer is {asked.edit_layer}; {model.source} has layers 0 to {model.n_layers - 1}. Give one of them, "
+            "or -1 for all"
+        )
     for task, folder in zip(tasks, folders, strict=True):
         folder.check()
-        fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, n_shots=asked.n_shots, seed=asked.seed)
-        fv.questions(task, model.tokenizer, shots=asked.n_shots, seed=asked.seed)
+        drawn: dict[str, Any] = {"seed": asked.seed, "template": asked.template}
+        fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, n_shots=asked.n_shots, **drawn)
+        fv.questions(task, model.tokenizer, shots=asked.n_shots, **drawn)
 
 
 def _study(model: ic.Model, task: fv.Task, folder: Folder, asked: Settings) -> Findings:
     """The published protocol, stage by stage."""
     seed, shots = asked.seed, asked.n_shots
     folder.open()
-    valid = folder.json(VALID, lambda: _answered(model, task, "valid", shots, seed + 42))
+    valid = folder.json(VALID, lambda: _answered(model, task, "valid", asked, seed + 42))
     right = [row for row, rank in enumerate(valid["clean_rank_list"]) if rank == 0]
-    drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right}
-    few = folder.json(FEW, lambda: _answered(model, task, "test", shots, seed))
+    drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right, "template": asked.template}
+    few = folder.json(FEW, lambda: _answered(model, task, "test", asked, seed))
     kept = [row for row, rank in enumerate(few["clean_rank_list"]) if rank == 0]
     if not right or not kept:
         raise ic.PlanError(
@@ -220,55 +251,64 @@ def _study(model: ic.Model, task: fv.Task, folder: Folder, asked: Settings) -> F
     mean = folder.tensor(MEAN.format(task.name), lambda path: read_means(path, model), means)
     found = folder.tensor(EFFECT.format(task.name), lambda path: read_effects(path, model), effects)
     aie = fv.average(found)
-    choice, _ = choose(model, [Extracted(task, mean, aie)], [asked.n_top_heads], "own")
+    extracted = Extracted(task, mean, aie, asked.template)
+    choice, _ = choose(model, [extracted], [asked.n_top_heads], "own", layers=asked.layers)
     heads = fv.top_heads(aie, asked.n_top_heads)
     vector = fv.function_vector(model, mean, heads, task=task.name, layer=choice.layer)
-    zero = folder.json(ZERO, lambda: _swept(model, task, vector, 0, seed, kept))
-    shuffled = folder.json(SHUFFLED, lambda: _swept(model, task, vector, shots, seed, kept))
+    zero = folder.json(asked.name(ZERO), lambda: _steered(model, task, vector, 0, kept, asked))
+    shuffled = folder.json(asked.name(SHUFFLED), lambda: _steered(model, task, vector, shots, kept, asked))
     baseline = folder.json(BASELINE, lambda: _baseline(model, task, asked)) if asked.compute_baseline else {}
     return Findings(
-        task, aie, mean, vector, choice, len(kept) / len(few["clean_rank_list"]), _evaluation(zero, "zero-shot"),
-        _evaluation(shuffled, "shuffled"), baseline, fv.words(model, fv.decoded(model, vector)),
-        _examples(model, task, vector, asked),
+        task, aie, mean, vector, choice, len(kept) / len(few["clean_rank_list"]),
+        _evaluation(zero, "zero-shot", asked.layers), _evaluation(shuffled, "shuffled", asked.layers), baseline,
+        fv.words(model, fv.decoded(model, vector)), _examples(model, task, vector, asked),
     )  # fmt: skip
 
 
-def _answered(model: ic.Model, task: fv.Task, split: str, shots: int, seed: int) -> dict[str, Any]:
-    asked = fv.questions(task, model.tokenizer, shots=shots, split=split, seed=seed)
-    return fv.evaluate(model, asked, likelihood=True).published()
+def _answered(model: ic.Model, task: fv.Task, split: str, asked: Settings, seed: int) -> dict[str, Any]:
+    prompts = fv.questions(
+        task, model.tokenizer, shots=asked.n_shots, split=split, seed=seed, template=asked.template
+    )  # fmt: skip
+    return fv.evaluate(model, prompts, likelihood=True).published()
 
 
-def _swept(
-    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, seed: int, kept: Sequence[int]
-) -> dict[int, Any]:
-    asked = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, seed=seed)
-    found = fv.evaluate(model, asked, vector)
-    return {layer: found.published(layer) for layer in found.layers}
+def _steered(
+    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, kept: Sequence[int], asked: Settings
+) -> dict[int, Any] | dict[str, Any]:
+    """The published form: by layer after a sweep, else of the one layer."""
+    prompts = fv.questions(
+        task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, seed=asked.seed,
+        template=asked.template,
+    )  # fmt: skip
+    found = fv.evaluate(model, prompts, vector, layers=asked.layers)
+    by_layer = {layer: found.published(layer) for layer in found.layers}
+    return by_layer if asked.layers is None else by_layer[asked.edit_layer]
 
 
 def _baseline(model: ic.Model, task: fv.Task, asked: Settings) -> dict[int, Any]:
-    found = fv.baseline(model, task, shots=range(asked.n_shots + 1), seed=asked.seed, likelihood=True)
+    found = fv.baseline(
+        model, task, shots=range(asked.n_shots + 1), seed=asked.seed, likelihood=True, template=asked.template
+    )
     return {n: one.published() for n, one in found.items()}
 
 
-def _evaluation(published: Mapping[str, Mapping[str, Any]], name: str) -> fv.Evaluation:
-    """Ranks from the published form by layer."""
-    rows = list(published.values())
-    ranks = torch.tensor([row["intervention_rank_list"] for row in rows])
-    return fv.Evaluation(
-        torch.tensor(rows[0]["clean_rank_list"]), ranks, None, tuple(int(layer) for layer in published), name
-    )
+def _evaluation(published: Mapping[str, Any], name: str, layers: Sequence[int] | None) -> fv.Evaluation:
+    """Ranks from the published form."""
+    by_layer: Mapping[Any, Any] = published if layers is None else {layers[0]: published}
+    ranks = torch.tensor([row["intervention_rank_list"] for row in by_layer.values()])
+    clean = torch.tensor(next(iter(by_layer.values()))["clean_rank_list"])
+    return fv.Evaluation(clean, ranks, None, tuple(int(layer) for layer in by_layer), name)
 
 
-def _examples(
-    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, asked: Settings
-) -> list[dict[str, Any]]:  # fmt: skip
+def _examples(model: ic.Model, task: fv.Task, vector: fv.FunctionVector, asked: Settings) -> list[dict[str, Any]]:
     """Test rows zero-shot and with shuffled answers: what the model says without the vector, and with it."""
     assert vector.layer is not None
     edit, rows = fv.injection(model, vector, vector.layer), range(min(asked.examples, len(task.test)))
     found: list[dict[str, Any]] = []
     for kind, shots in (("zero-shot", 0), ("shuffled", asked.n_shots)) if rows else ():
-        prompts = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, rows=rows, seed=asked.seed)
+        prompts = fv.questions(
+            task, model.tokenizer, shots=shots, shuffled=shots > 0, rows=rows, seed=asked.seed, template=asked.template
+        )
         new = max(len(prompt.target_ids) for prompt in prompts)
         plain, steered = (fv.generated(model, prompts, edits, max_new_tokens=new) for edits in ((), edit))
         for row, a, b in zip(rows, plain, steered, strict=True):
@@ -282,7 +322,9 @@ def _examples(
     return found
 
 
-def _together(model: ic.Model, done: Sequence[Findings], folders: Sequence[Folder], out: Path) -> Path:
+def _together(
+    model: ic.Model, done: Sequence[Findings], folders: Sequence[Folder], out: Path, asked: Settings
+) -> Path:  # fmt: skip
     """What the tasks share, measured and written; kept if the same settings made it."""
     print(f"related: {len(done)} tasks", flush=True)
     args = {one.task.name: dict(folder.args) for one, folder in zip(done, folders, strict=True)}
@@ -292,8 +334,8 @@ def _together(model: ic.Model, done: Sequence[Findings], folders: Sequence[Folde
         found = Related.load(folder.path)
         print("  kept related")
     except ic.LoadError:
-        extracted = [Extracted(one.task, one.mean, one.aie) for one in done]
-        found = related(model, extracted, seed=folders[0].args["seed"])
+        extracted = [Extracted(one.task, one.mean, one.aie, asked.template) for one in done]
+        found = related(model, extracted, seed=asked.seed)
         found.save(folder.path)
     found.show()
     return fv_report.write_all(out, model, done, found)

@@ -87,8 +87,7 @@ def _template(
     prepend_bos_token_used: bool | None,
 ) -> Template:
     """The template, with the BOS that the two settings ask for."""
-    plain = Template()
-    template = Template(prefixes or plain.prefixes, separators or plain.separators)
+    template = Template.filled(prefixes, separators)
     added = template.front(tokenizer).added
     if model_prepend_bos and not added:
         raise ic.TextError("model_prepend_bos is true, but this tokenizer adds no BOS; leave the setting out")

@@ -37,7 +37,7 @@ class Folder:
     Attributes:
         path: the folder.
         args: settings, as `fv_eval_args.txt` has them.
-        stages: files that a later run may keep.
+        stages: files that a later run may keep, as patterns.
     """
 
     path: Path
@@ -115,7 +115,7 @@ class Folder:
         write(self.path / name, data)
 
     def _there(self) -> list[str]:
-        return [name for name in self.stages if (self.path / name).is_file()]
+        return [path.name for stage in self.stages for path in sorted(self.path.glob(stage)) if path.is_file()]
 
     def _before(self) -> dict[str, Any] | None:
         try:

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 def sentences(found: Findings) -> list[str]:
     """What came out, in words."""
     layer, zero, shuffled = found.choice.layer, found.zero, found.shuffled
-    at = zero.layers.index(layer)
+    at, swept = zero.layers.index(layer), len(zero.layers) > 1
+    why = "chosen on validation rows" if swept else "the only one evaluated"
     heads = ", ".join(f"L{a}H{b}" for a, b, _ in found.vector.heads[:5])
     words = ", ".join(word.strip() or repr(word) for word, _ in found.words[:5])
     said = [
         f"With shots the model answers {found.few:.0%} of {len(found.task.test)} test rows; what follows is on those.",
-        f"Without shots {zero.accuracy():.0%}; with the vector after layer {layer}, chosen on validation rows, "
-        f"{zero.accuracies()[at]:.0%} (the best layer here is {zero.best_layer}: {max(zero.accuracies()):.0%}).",
-        f"After shots with shuffled answers {shuffled.accuracy():.0%}; with the vector "
-        f"{shuffled.accuracies()[at]:.0%} (best layer {shuffled.best_layer}: {max(shuffled.accuracies()):.0%}).",
+        f"Without shots {zero.accuracy():.0%}; with the vector after layer {layer}, {why}, {zero.accuracies()[at]:.0%}"
+        + (f" (the best layer here is {zero.best_layer}: {max(zero.accuracies()):.0%})." if swept else "."),
+        f"After shots with shuffled answers {shuffled.accuracy():.0%}; with the vector {shuffled.accuracies()[at]:.0%}"
+        + (f" (best layer {shuffled.best_layer}: {max(shuffled.accuracies()):.0%})." if swept else "."),
         f"Heads of largest AIE: {heads}; the vector sums {len(found.vector.heads)}, its length is "
         f"{found.vector.norm:.2f}, and it decodes to {words}.",
     ]
@@ -106,6 +107,8 @@ def sections(found: Findings) -> list[html.Section]:
     places = [str(layer) for layer in found.zero.layers]
     lines = [Line(one.name, one.accuracies(), one.bands(), one.accuracy()) for one in (found.zero, found.shuffled)]
     chart = curves(lines, places, "Layer after which the vector is added; bands of 95 %; dashed: without it.")
+    if len(places) == 1:
+        chart = html.table(percents(layers_table(found)))
     pages = [
         html.Section("What came out", str(found.task), f"<ul>{said}</ul>"),
         html.Section("Which heads carry the task", gap, grid + top),

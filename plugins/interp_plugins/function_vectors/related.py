@@ -80,11 +80,12 @@ def by_word(
 
 
 class Extracted(NamedTuple):
-    """What a task's prompts gave."""
+    """What a task's prompts gave, and their template."""
 
     task: Task
     mean: Float[Tensor, "layer head slot d_head"]
     aie: Float[Tensor, "layer head"]
+    template: Template = Template()
 
 
 class Choice(NamedTuple):
@@ -186,15 +187,21 @@ class Related(ic.Result):
 
 
 def extract(
-    model: ic.Model, tasks: Sequence[Task], *, trials: int = 10, shots: int = 10, seed: int = 0
+    model: ic.Model,
+    tasks: Sequence[Task],
+    *,
+    template: Template | None = None,
+    trials: int = 10,
+    shots: int = 10,
+    seed: int = 0,
 ) -> list[Extracted]:
     """Mean activations and AIE of every task, from its own prompts (training words asked of by validation words)."""
-    found = []
+    found, template = [], template or Template()
     for task in tasks:
-        drawn = fixed_trials(task, model.tokenizer, n_trials=trials, n_shots=shots, seed=seed)
+        drawn = fixed_trials(task, model.tokenizer, template=template, n_trials=trials, n_shots=shots, seed=seed)
         mean = mean_head_activations(model, [trial.clean for trial in drawn])
         effects = indirect_effect(model, [trial.corrupted for trial in drawn], mean)
-        found.append(Extracted(task, mean, average(effects)))
+        found.append(Extracted(task, mean, average(effects), template))
     return found
 
 
@@ -213,20 +220,30 @@ def vectors_of(model: ic.Model, found: Sequence[Extracted], k: int, whose: Whose
 
 
 def choose(
-    model: ic.Model, found: Sequence[Extracted], counts: Sequence[int], whose: Whose = "all"
+    model: ic.Model,
+    found: Sequence[Extracted],
+    counts: Sequence[int],
+    whose: Whose = "all",
+    *,
+    layers: Sequence[int] | None = None,
 ) -> tuple[Choice, Float[Tensor, "count layer"]]:
-    """Number of heads and layer by mean zero-shot accuracy on validation words, and that accuracy for all of them."""
-    shares, logprob = (torch.zeros(len(counts), model.n_layers, dtype=torch.float64) for _ in range(2))
+    """Number of heads and layer by mean zero-shot accuracy on validation words, and that accuracy for all of them.
+
+    Args:
+        layers: to choose from (None: all).
+    """
+    places = list(range(model.n_layers)) if layers is None else list(layers)
+    shares, logprob = (torch.zeros(len(counts), len(places), dtype=torch.float64) for _ in range(2))
     made = [vectors_of(model, found, k, whose) for k in counts]
     for number, one in enumerate(found):
-        asked = questions(one.task, model.tokenizer, split="valid")
-        edits = [injection(model, vectors[number], layer) for vectors in made for layer in range(model.n_layers)]
+        asked = questions(one.task, model.tokenizer, split="valid", template=one.template)
+        edits = [injection(model, vectors[number], layer) for vectors in made for layer in places]
         judged = scored(model, asked, edits, ("rank", "logprob"))
         shares += (judged["rank"].values == 0).double().mean(-1).view(shares.shape) / len(found)
         logprob += judged["logprob"].values.double().mean(-1).view(shares.shape) / len(found)
     pairs = list(zip(shares.flatten().tolist(), logprob.flatten().tolist(), strict=True))
-    at, layer = divmod(pairs.index(max(pairs)), model.n_layers)
-    return Choice(counts[at], layer, float(shares[at, layer])), shares
+    at, place = divmod(pairs.index(max(pairs)), len(places))
+    return Choice(counts[at], places[place], float(shares[at, place])), shares
 
 
 def related(
@@ -264,10 +281,10 @@ def related(
     tried = tuple(k for k in counts if k <= len(model.heads))
     choice, validated = choose(model, found, tried, whose)
     vectors = vectors_of(model, found, choice.top, whose)
-    asked = [questions(task, model.tokenizer) for task in tasks]
+    asked = [questions(one.task, model.tokenizer, template=one.template) for one in found]
     measured = [_measured(model, *one, choice.layer, draws) for one in zip(asked, vectors, strict=True)]
     clean, accuracy, noise, curve = (torch.stack(column) for column in zip(*measured, strict=True))
-    swap = _Swap(tasks, vectors, words, context, seed)
+    swap = _Swap(found, vectors, words, context, seed)
     layers = range(model.n_layers)
     turned = swap.measured(model, "valid", layers)[1].nanmean((1, 2))
     swap_layer = int(turned.nan_to_num().argmax())
@@ -294,14 +311,15 @@ def _measured(
 class _Swap(NamedTuple):
     """Prompts that show one task, to be answered as another."""
 
-    tasks: Sequence[Task]
+    found: Sequence[Extracted]
     vectors: Sequence[FunctionVector]
     words: int
     context: int
     seed: int
 
-    def prompts(self, model: ic.Model, shown: Task, wanted: Task, part: str) -> list[Prompt]:
-        """Words of a part that both tasks have, with different answers; none if there are fewer than three."""
+    def prompts(self, model: ic.Model, a: int, b: int, part: str) -> list[Prompt]:
+        """Words of a part that both tasks have, with different answers, shown b; none if there are fewer than three."""
+        wanted, shown, template = self.found[a].task, self.found[b].task, self.found[b].template
         rng, answers = random.Random(f"{self.seed} {shown.name} {wanted.name}"), dict(wanted.pairs)
         both = [pair for pair in (shown.pairs[row] for row in shown.rows(part)) if pair.input in answers]
         both = [Pair(word, answers[word]) for word, answer in both if answers[word] != answer]
@@ -309,7 +327,7 @@ class _Swap(NamedTuple):
             return []
         return [
             build(
-                model.tokenizer, Template(), [shown.pairs[row] for row in rng.sample(shown.train, self.context)], query,
+                model.tokenizer, template, [shown.pairs[row] for row in rng.sample(shown.train, self.context)], query,
                 None,
             )
             for query in rng.sample(both, min(self.words, len(both)))
@@ -317,11 +335,11 @@ class _Swap(NamedTuple):
 
     def measured(self, model: ic.Model, part: str, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Shares answered as wanted: without `[to shown]`, and with the difference of vectors `[layer to shown]`."""
-        n = len(self.tasks)
+        n = len(self.found)
         clean = torch.full((n, n), torch.nan, dtype=torch.float64)
         turned = torch.full((len(layers), n, n), torch.nan, dtype=torch.float64)
         for a, b in ((a, b) for a in range(n) for b in range(n) if a != b):
-            prompts = self.prompts(model, self.tasks[b], self.tasks[a], part)
+            prompts = self.prompts(model, a, b, part)
             if prompts:
                 edits = [injection(model, self.vectors[a] - self.vectors[b], layer) for layer in layers]
                 found = scored(model, prompts, edits)["rank"]

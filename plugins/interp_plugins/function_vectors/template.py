@@ -95,6 +95,12 @@ class Template:
         before, after = ({"input": pair[0], "output": pair[1]} for pair in (prefixes, separators))
         return Template(before, after, **more)
 
+    @staticmethod
+    def filled(prefixes: Mapping[str, str] | None, separators: Mapping[str, str] | None, **more: Any) -> Template:
+        """A template from settings; None leaves the default's."""
+        plain = Template()
+        return Template(prefixes or plain.prefixes, separators or plain.separators, **more)
+
     def __hash__(self) -> int:
         texts = (*self.prefixes.values(), *self.separators.values(), self.instructions)
         return hash((texts, self.prepend_space, self.bos, self.boundary))

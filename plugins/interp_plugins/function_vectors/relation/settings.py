@@ -109,8 +109,7 @@ class RelationSettings(ic.Config):
 
     def template(self, tokenizer: Any) -> Template:
         """The template, with the BOS that the tokenizer adds, or the text of one if that is asked for."""
-        plain = Template()
-        template = Template(self.prefixes or plain.prefixes, self.separators or plain.separators)
+        template = Template.filled(self.prefixes, self.separators)
         if self.prepend_bos_token_used or template.front(tokenizer).added:
             return template
         return Template(template.prefixes, template.separators, bos=False)
