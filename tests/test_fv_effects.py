@@ -138,7 +138,8 @@ def test_token_classes() -> None:
 
 
 def test_token_layers_are_those_of_the_arithmetic() -> None:
-    """Counted at the attention modules: one pass per text, then one column per head and layer from its own on."""
+    """Counted at the attention modules: one pass over texts filled up to the longest, then one column per head and layer
+    from its own on."""
     family = "tiny-llama3-8b"
     model, mean = golden.model(family), golden.tensors(family)["mean"]
     prompts = golden.prompts(family, "corrupted")[:2]
@@ -156,7 +157,8 @@ def test_token_layers_are_those_of_the_arithmetic() -> None:
         for hook in hooks:
             hook.remove()
     layers, heads = 4, 8
-    assert sum(seen) == sum(len(p.ids) * layers + heads * layers * (layers + 1) // 2 for p in prompts)
+    width = max(len(prompt.ids) for prompt in prompts)
+    assert sum(seen) == len(prompts) * (width * layers + heads * layers * (layers + 1) // 2)
 
 
 def made(slots: list[int], target: tuple[int, ...] = (3,)) -> Prompt:
