@@ -16,13 +16,14 @@ L(L + 1)/2) token-layers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.result import write
 
+from ..artefacts import lines, pt, text
 from ..files import read_means
 from ..means import mean_head_activations
 from .draws import Work
@@ -30,7 +31,7 @@ from .injected import SUMMARY, evaluate_layers, make_vector, missing_layers, sum
 from .measures import MEASURES, as_they_are, measured
 from .settings import RelationSettings
 from .status import Status, holds_numbers
-from .tables import Means, Row, cie_rows, read_cie, read_lines, save_tensors, write_csv, write_json, write_lines
+from .tables import Means, Row, cie_rows, csv_table, read_cie, read_json, read_lines
 
 
 def is_complete(folder: Path, layers: Sequence[int]) -> bool:
@@ -75,9 +76,9 @@ def write_trials(work: Work) -> None:
     bound = holds_numbers(work.folder)
     for name, data in (("sampled_trials.json", work.sampled), ("sampled_trials_zeroshot.json", work.zeroshot)):
         path = work.folder / name
-        if bound and path.is_file() and json.loads(path.read_text(encoding="utf-8"))["trials"] != data["trials"]:
+        if bound and path.is_file() and read_json(path)["trials"] != data["trials"]:
             raise ic.LoadError(f"{path} holds other trials than these pairs and settings give; delete {work.folder}")
-        write_json(path, data)
+        write(path, text(data))
 
 
 def mean_activations(model: ic.Model, work: Work) -> Means:
@@ -86,18 +87,18 @@ def mean_activations(model: ic.Model, work: Work) -> Means:
     if path.is_file():
         return read_means(path, model)
     mean = mean_head_activations(model, [trial.clean for trial in work.trials])
-    save_tensors(path, mean)
+    write(path, pt(mean))
     return mean
 
 
 def effects(model: ic.Model, work: Work, mean: Means) -> list[Row]:
     """Effects of every head in every trial; trials that are on file are not run again."""
     scores, metrics = work.folder / "cie_scores.csv", work.folder / "trial_metrics.jsonl"
-    found, lines = read_cie(scores), read_lines(metrics)
+    found, said = read_cie(scores), read_lines(metrics)
     done = len({row["trial_idx"] for row in found})
-    if len(found) != done * len(model.heads) or len(lines) < done:
+    if len(found) != done * len(model.heads) or len(said) < done:
         raise ic.LoadError(f"{scores} does not hold {len(model.heads)} heads of every trial; delete it and {metrics}")
-    lines, q_id = lines[:done], work.question.q_id
+    said, q_id = said[:done], work.question.q_id
     values = mean.to(model.device, model.dtype)
     last = work.trials[0].clean.slots[-1]
     edits = [S.z[layer, head].at(-1).set(values[layer, head, last]) for layer, head in model.heads]
@@ -114,7 +115,7 @@ def effects(model: ic.Model, work: Work, mean: Means) -> list[Row]:
         for kind, numbers, first in (("clean", clean, top), ("corrupted", patched.clean, patched.clean_top)):
             line |= {f"{measure}_{kind}": float(x) for measure, x in zip(MEASURES, numbers[:, 0], strict=True)}
             line |= {f"pred_id_{kind}": int(first[0]), f"accuracy_{kind}": float(int(first[0]) == target)}
-        lines.append(line)
-        write_lines(metrics, lines)
-        write_csv(scores, found)
+        said.append(line)
+        write(metrics, lines(said))
+        write(scores, csv_table(found))
     return found
