@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import interp_core as ic
-from interp_core import sites as S
 from interp_core.result import write
 
 from ..artefacts import lines, pt, text
+from ..effects import Head
 from ..files import read_means
+from ..inject import head_injection
 from ..means import mean_head_activations
 from .draws import Work
 from .injected import SUMMARY, evaluate_layers, make_vector, missing_layers, summarise
@@ -98,14 +99,13 @@ def effects(model: ic.Model, work: Work, mean: Means) -> list[Row]:
     done = len({row["trial_idx"] for row in found})
     if len(found) != done * len(model.heads) or len(said) < done:
         raise ic.LoadError(f"{scores} does not hold {len(model.heads)} heads of every trial; delete it and {metrics}")
-    said, q_id = said[:done], work.question.q_id
-    values = mean.to(model.device, model.dtype)
-    last = work.trials[0].clean.slots[-1]
-    edits = [S.z[layer, head].at(-1).set(values[layer, head, last]) for layer, head in model.heads]
+    table, told = csv_table(found), lines(said[:done])
+    q_id, slot = work.question.q_id, work.trials[0].clean.slots[-1]
+    edits = head_injection(mean, [Head(*place, 0.0) for place in model.heads], model, slot=slot)
     for trial in work.trials[done:]:
         patched = measured(model, [trial.corrupted], edits)
         target = trial.clean.target_ids[0]
-        found += cie_rows(q_id, trial.number, target, model.heads, patched)
+        rows = cie_rows(q_id, trial.number, target, model.heads, patched)
         line: Row = {
             "q_id": q_id, "trial_idx": trial.number, "query_source_index": work.sources[trial.query_index],
             "target_str": trial.clean.target, "target_id": target,
@@ -115,7 +115,9 @@ def effects(model: ic.Model, work: Work, mean: Means) -> list[Row]:
         for kind, numbers, first in (("clean", clean, top), ("corrupted", patched.clean, patched.clean_top)):
             line |= {f"{measure}_{kind}": float(x) for measure, x in zip(MEASURES, numbers[:, 0], strict=True)}
             line |= {f"pred_id_{kind}": int(first[0]), f"accuracy_{kind}": float(int(first[0]) == target)}
-        said.append(line)
-        write(metrics, lines(said))
-        write(scores, csv_table(found))
+        found += rows
+        table += csv_table(rows, header=not table)
+        told += lines([line])
+        write(metrics, told)
+        write(scores, table)
     return found

@@ -30,21 +30,21 @@ Means = Float[Tensor, "layer head slot d_head"]
 _WHOLE = ("trial_idx", "layer", "head", "target_id")
 
 
-def compared(before: Tensor, after: Tensor, names: tuple[str, str]) -> Row:
-    """Measures of two runs `[measure]` side by side: `p_base`, `p_patch`, `delta_p` and so on."""
+def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, str]) -> Row:
+    """Measures of two runs side by side: `p_base`, `p_patch`, `delta_p` and so on."""
     row: Row = {}
-    for place, measure in enumerate(MEASURES):
-        old, new = float(before[place]), float(after[place])
+    for measure, old, new in zip(MEASURES, before, after, strict=True):
         row |= {f"{measure}_{names[0]}": old, f"{measure}_{names[1]}": new, f"delta_{measure}": new - old}
     return row
 
 
 def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], found: Measured) -> list[Row]:
     """Causal indirect effects of one trial, a row per head; `found` is of that trial's prompt alone."""
+    before, patched = found.clean[:, 0].tolist(), found.values[:, :, 0].T.tolist()
     return [
         {"q_id": q_id, "trial_idx": trial, "layer": layer, "head": head, "target_id": target}
-        | compared(found.clean[:, 0], found.values[:, number, 0], ("base", "patch"))
-        for number, (layer, head) in enumerate(heads)
+        | compared(before, after, ("base", "patch"))
+        for (layer, head), after in zip(heads, patched, strict=True)
     ]
 
 
@@ -87,6 +87,7 @@ def means(measure: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
 def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measured, variant: int) -> list[Row]:
     """What prompts measure without and with one of the edits, a row per prompt."""
     rows = []
+    without, given = found.clean.T.tolist(), found.values[:, variant].T.tolist()
     for number, prompt in enumerate(prompts):
         target, tops = prompt.target_ids[0], (int(found.clean_top[number]), int(found.top[variant, number]))
         hits = [float(top == target) for top in tops]
@@ -96,7 +97,7 @@ def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measu
             "pred_id_with": tops[1], "accuracy_base": hits[0], "accuracy_with": hits[1],
             "delta_acc": hits[1] - hits[0],
         }  # fmt: skip
-        rows.append(row | compared(found.clean[:, number], found.values[:, variant, number], ("base", "with")))
+        rows.append(row | compared(without[number], given[number], ("base", "with")))
     return rows
 
 
@@ -110,8 +111,8 @@ def eval_summary(rows: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
-    """A CSV file with the columns of the first row, or lines to add to one."""
-    return comma_separated(list(rows[0]), rows, header=header)
+    """A CSV file with the columns of the first row, or lines to add to one; nothing of no rows."""
+    return comma_separated(list(rows[0]), rows, header=header) if rows else ""
 
 
 def read_json(path: Path) -> Any:
