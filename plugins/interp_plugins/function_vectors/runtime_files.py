@@ -101,7 +101,7 @@ def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
         "meta": {
             **run.meta(), "k": len(made.heads), "model": run.model_name, "model_spec": short_name(run.model_name),
             "score_key": score_key, "token_class_idx": made.token_class, "by": made.by,
-            "gap_k_to_k1": made.gap if made.gap != float("inf") else None,
+            "gap_k_to_k1": made.known_gap,
             "ties": "score descending, layer ascending, head ascending",
         },
         "heads": [

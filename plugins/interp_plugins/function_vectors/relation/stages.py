@@ -37,13 +37,16 @@ from .tables import Means, Row, cie_rows, csv_table, read_cie, read_json, read_l
 
 def is_complete(folder: Path, layers: Sequence[int]) -> bool:
     """Whether every file of a question is there."""
-    stem = f"qid_{folder.name}_clean_mean.pt"
     names = (
-        "sampled_trials.json", "sampled_trials_zeroshot.json", f"stepD_mean_acts/{stem}", "cie_scores.csv",
+        "sampled_trials.json", "sampled_trials_zeroshot.json", _means_file(folder), "cie_scores.csv",
         "trial_metrics.jsonl", "aie_scores.csv", "top_heads.json", "fv_global_resid.pt", "fv_global_resid_meta.json",
         "fv_by_layer.pt", SUMMARY,
     )  # fmt: skip
     return all((folder / name).is_file() for name in names) and not missing_layers(folder, layers)
+
+
+def _means_file(folder: Path) -> str:
+    return f"stepD_mean_acts/qid_{folder.name}_clean_mean.pt"
 
 
 def run_question(model: ic.Model, work: Work, settings: RelationSettings, layers: Sequence[int], at: Status) -> Row:
@@ -84,7 +87,7 @@ def write_trials(work: Work) -> None:
 
 def mean_activations(model: ic.Model, work: Work) -> Means:
     """Means over the clean prompts, from the file if there is one."""
-    path = work.folder / "stepD_mean_acts" / f"qid_{work.folder.name}_clean_mean.pt"
+    path = work.folder / _means_file(work.folder)
     if path.is_file():
         return read_means(path, model)
     mean = mean_head_activations(model, [trial.clean for trial in work.trials])
