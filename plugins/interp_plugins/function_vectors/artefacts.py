@@ -200,11 +200,12 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def comma_separated(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """A CSV file of these columns, with a line of their names."""
+def comma_separated(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
+    """A CSV file of these columns, with a line of their names; without it, lines to add to one."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 

@@ -19,9 +19,10 @@ from typing import Any
 import interp_core as ic
 
 from .prompts import Prompt, Slots, build, dummy, target_ids
+from .tasks import Pair
 from .template import Boundary, Template, name_of
 from .trials import Trial, Trials, made
-from .trials_file import prompt_data, read_json, short_name, template_of, unspaced
+from .trials_file import prompt_data, read_json, short_name, spaced, template_of, unspaced
 
 KINDS = ("clean", "corrupted")
 
@@ -183,7 +184,7 @@ def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list
 
 
 def _reference_dummy(tokenizer: Any, template: Template, slots: Slots) -> list[str]:
-    word = {"input": template.spaced("a"), "output": template.spaced("a")}
+    word = spaced(template, Pair("a", "a"))
     data = prompt_data(template, slots.front.text, [word] * slots.n_shots, word)
     labels = reference_labels(tokenizer, data, slots.front.added)
     return [x for i, x in enumerate(labels) if "demo" not in x or x not in labels[:i]]  # one slot a word

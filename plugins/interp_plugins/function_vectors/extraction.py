@@ -73,6 +73,11 @@ class Extraction:
     gap: float
     by: By
 
+    @property
+    def known_gap(self) -> float | None:
+        """`gap` as JSON has it; None if there is no next head."""
+        return self.gap if self.gap != float("inf") else None
+
     def aie(self, measure: Measure | None = None) -> Float[Tensor, "layer head"]:
         """Mean effects over trials (None: in the measure that heads are ranked by)."""
         return average(self.effects[measure or self.measure], self.token_class)

@@ -197,7 +197,7 @@ class Comparison:
             if found is not None:
                 stage.number(where, f"{x.key}: {name} logits", found, 0.0, tolerance)
         row["trial_match"] = len(stage.findings) == before
-        return {**row, "prompt_kind": x.of[0], "edit_layer": x.of[1], "trial": x.key}
+        return {**row, "prompt_kind": x.of[0], "edit_layer": x.of[1]}
 
     def _logits(self, stage: Stage) -> dict[Combination, tuple[Pair, Tensor]]:
         """Largest difference of logits, without and with the vector `[trial 2]`, where both have them."""

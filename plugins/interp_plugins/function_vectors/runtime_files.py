@@ -23,11 +23,11 @@ from torch import Tensor
 import interp_core as ic
 
 from .artefacts import Files, FixedRun, lines, profile, pt, text
+from .common_files import by_layer, target_fields
 from .extraction import Answers, Extraction, Measure
 from .means import head_shape
 from .source_files import LOGITS, MAPS, logits_file, settings_of, slot_maps
 from .trials_file import short_name
-from .vectors import FunctionVector, function_vector, head_space
 
 KEYS: dict[str, Measure] = {"mean_delta_p": "probability", "mean_delta_logprob": "logprob"}
 """What heads can be ranked by: names of the files, and of the measure."""
@@ -49,7 +49,9 @@ def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: An
         "indirect_effect.pt": pt(made.effects[made.measure]),
         MAPS: slot_maps(run, model),
         "top_heads.json": text(_top_heads(run, made)),
-        "fv_by_layer.pt": pt(_by_layer(model, run, made, answered)),
+        "fv_by_layer.pt": pt(
+            by_layer(model, made.mean, made.heads, alpha=answered.alpha, model_spec=short_name(run.model_name))
+        ),
         "fv_global_resid.pt": pt(
             {"fv_global_resid": vector, "resid_dim": len(vector), "head_dim": d_head, "n_heads": heads}
         ),
@@ -60,6 +62,10 @@ def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: An
         "eval_trials.jsonl": lines(rows),
         "eval_meta.json": text(meta),
     }
+
+
+def _score_key(made: Extraction) -> str:
+    return next(key for key, measure in KEYS.items() if measure == made.measure)
 
 
 def _plain(name: str) -> str:
@@ -90,12 +96,12 @@ def _mean_meta(model: ic.Model, run: FixedRun) -> dict[str, Any]:
 
 def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
     p, logprob = made.aie("probability"), made.aie("logprob")
-    score_key = next(key for key, measure in KEYS.items() if measure == made.measure)
+    score_key = _score_key(made)
     return {
         "meta": {
             **run.meta(), "k": len(made.heads), "model": run.model_name, "model_spec": short_name(run.model_name),
             "score_key": score_key, "token_class_idx": made.token_class, "by": made.by,
-            "gap_k_to_k1": made.gap if made.gap != float("inf") else None,
+            "gap_k_to_k1": made.known_gap,
             "ties": "score descending, layer ascending, head ascending",
         },
         "heads": [
@@ -107,26 +113,6 @@ def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
             for layer, head, score in made.heads
         ],
     }  # fmt: skip
-
-
-def _by_layer(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> dict[str, Any]:
-    heads, d_head = head_shape(model)
-    before = head_space(model, made.mean, made.heads)
-    added: dict[int, FunctionVector] = {
-        layer: function_vector(model, made.mean, [head for head in made.heads if head.layer == layer])
-        for layer in before
-    }
-    return {
-        "n_heads": heads,
-        "head_dim": d_head,
-        "resid_dim": model.atlas.shape.d_model,
-        "selected_k": len(made.heads),
-        "alpha_default": answered.alpha,
-        "model_spec": short_name(run.model_name),
-        "space": {"fv_by_layer": "head_space", "resid_by_layer": "resid"},
-        "fv_by_layer": {layer: vector.vector for layer, vector in before.items()},
-        "resid_by_layer": {layer: vector.vector for layer, vector in added.items()},
-    }
 
 
 def _vector_meta(run: FixedRun, made: Extraction) -> dict[str, Any]:
@@ -146,7 +132,6 @@ def _vector_meta(run: FixedRun, made: Extraction) -> dict[str, Any]:
 def _rows(model: ic.Model, run: FixedRun, answered: Answers) -> list[dict[str, Any]]:
     rows = []
     for place, (trial, prompt) in enumerate(zip(run.trials, answered.prompts, strict=True)):
-        target = prompt.target_ids[0]
         row: dict[str, Any] = {}
         for side, judged in (("base", answered.base), ("with", answered.given)):
             row |= {
@@ -163,10 +148,8 @@ def _rows(model: ic.Model, run: FixedRun, answered: Answers) -> list[dict[str, A
             "idx": place, "trial_id": trial.number, "trial_idx": place, "q_id": run.dataset_name,
             "prompt_kind": answered.kind, "edit_layer": answered.layer, "prompt": prompt.text,
             "n_tokens": len(prompt.ids), "answer": prompt.target, "answer_ids": list(prompt.target_ids),
-            "target_id": target, "target_token": model.word(target),
-            "leading_space": (prompt.target or "").startswith(" "), "used_id": target, "used_token": model.word(target),
         }  # fmt: skip
-        rows.append({**about, **row})
+        rows.append({**about, **target_fields(prompt, model.word(prompt.target_ids[0])), **row})
     return rows
 
 
@@ -188,7 +171,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _eval_meta(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> dict[str, Any]:
     vector = _vector_meta(run, made)
-    score_key = next(key for key, measure in KEYS.items() if measure == made.measure)
+    score_key = _score_key(made)
     return {
         **run.meta(),
         "model": run.model_name,

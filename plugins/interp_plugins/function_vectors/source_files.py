@@ -61,7 +61,7 @@ def heads_table(made: Extraction) -> dict[str, Any]:
         "top_heads": [[h.layer, h.head, round(h.score, 4)] for h in made.heads],
         "fv_norm": made.vector.norm,
         "aie_sorted_full": [list(head) for head in ranking(made.aie())],
-        "gap_k_to_k1": made.gap if made.gap != float("inf") else None,
+        "gap_k_to_k1": made.known_gap,
     }
 
 
@@ -113,7 +113,7 @@ def _dump(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -
             "shape": list(effects.shape),
             "max_abs": float(effects.nan_to_num().abs().max()),
             "top_heads": [list(head) for head in made.heads],
-            "gap_k_to_k1": made.gap if made.gap != float("inf") else None,
+            "gap_k_to_k1": made.known_gap,
         },
         "fv": {"shape": [1, len(made.vector.vector)], "norm": made.vector.norm},
         "trials": [

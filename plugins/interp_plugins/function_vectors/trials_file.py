@@ -21,6 +21,7 @@ from typing import Any
 
 import interp_core as ic
 from interp_core.errors import nearest
+from interp_core.result import write
 
 from .tasks import Pair
 from .template import Boundary, Template, name_of
@@ -72,11 +73,7 @@ def to_json(trials: Trials) -> dict[str, Any]:
 
 def write_trials(trials: Trials, path: Path) -> Path:
     """Write the file, whole or not at all."""
-    text = json.dumps(to_json(trials), indent=1, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write(path, json.dumps(to_json(trials), indent=1, ensure_ascii=False))
     return path
 
 
@@ -143,6 +140,11 @@ def template_of(data: Mapping[str, Any], tokenizer: Any, boundary: Boundary = "s
     return template
 
 
+def spaced(template: Template, pair: Pair) -> dict[str, str]:
+    """A pair as the file's examples have it."""
+    return {"input": template.spaced(pair.input), "output": template.spaced(pair.output)}
+
+
 def unspaced(template: Template, pair: Mapping[str, str]) -> Pair:
     """An example of the file as a pair."""
     skip = int(template.prepend_space)
@@ -167,11 +169,8 @@ def prompt_data(
 
 
 def _trial(trial: Trial, template: Template, front: str) -> dict[str, Any]:
-    def example(pair: Pair) -> dict[str, str]:
-        return {"input": template.spaced(pair.input), "output": template.spaced(pair.output)}
-
-    clean, corrupted = [example(p) for p in trial.demos], [example(p) for p in trial.corrupted_demos]
-    query, first = example(trial.query), trial.clean.target_ids[0]
+    clean, corrupted = ([spaced(template, p) for p in demos] for demos in (trial.demos, trial.corrupted_demos))
+    query, first = spaced(template, trial.query), trial.clean.target_ids[0]
     return {
         "trial_id": trial.number,
         "demo_indices_in_train": list(trial.demo_indices),

@@ -19,10 +19,10 @@ from typing import Any
 import interp_core as ic
 
 from ..prompts import Prompt, build, target_ids
-from ..tasks import Pair, Task
+from ..tasks import Task
 from ..template import Template
 from ..trials import Trial, Trials, relation_trials
-from ..trials_file import prompt_data
+from ..trials_file import prompt_data, spaced
 from .settings import RelationSettings
 from .source import Problem, Question
 from .tables import Row
@@ -103,9 +103,6 @@ class Work:
         return {"meta": named | {key: meta[key] for key in kept}, "trials": trials}
 
     def _trial(self, trial: Trial, template: Template, front: str) -> Row:
-        def spaced(pair: Pair) -> dict[str, str]:
-            return {"input": template.spaced(pair.input), "output": template.spaced(pair.output)}
-
         row: Row = {
             "q_id": self.question.q_id, "trial_id": trial.number,
             "query_source_index": self.sources[trial.query_index],
@@ -116,7 +113,9 @@ class Work:
         for kind, (demos, prompt) in kinds.items():
             row[f"demos_{kind}"] = [pair._asdict() for pair in demos]
             row[f"{kind}_prompt_str"] = prompt.text
-            row[f"prompt_data_{kind}"] = prompt_data(template, front, [*map(spaced, demos)], spaced(trial.query))
+            row[f"prompt_data_{kind}"] = prompt_data(
+                template, front, [spaced(template, pair) for pair in demos], spaced(template, trial.query)
+            )
         return row | _answer(trial.clean)
 
 

@@ -8,27 +8,28 @@ step6/layer_<l>/        prompts without demonstrations, as they are and with the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import interp_core as ic
+from interp_core.result import write
 
+from ..artefacts import lines, pt, text
+from ..common_files import by_layer
 from ..effects import Head
 from ..inject import injection
-from ..means import head_shape
 from ..trials_file import short_name
-from ..vectors import FunctionVector, function_vector, head_space
+from ..vectors import FunctionVector, function_vector
 from .draws import Work
 from .measures import Measured, measured
 from .settings import RelationSettings
 from .source import folder_names
-from .tables import Means, Row, aie_rows, eval_rows, eval_summary, save_tensors, write_csv, write_json, write_lines
+from .tables import Means, Row, aie_rows, csv_table, eval_rows, eval_summary, read_json
 
 SUMMARY = "step6/step6_all_layers_summary.json"
+META = "fv_global_resid_meta.json"
 TOKEN_RULE = "the last token of the prompt"
 
 
@@ -57,8 +58,8 @@ def make_vector(
         model, mean, [Head(row["layer"], row["head"], row[key]) for row in best], task=work.question.q_id
     )
     meta = {"k": settings.top_k, "model": settings.model, "model_spec": _kind(model), "score_key": key}
-    write_csv(work.folder / "aie_scores.csv", table)
-    write_json(work.folder / "top_heads.json", {"meta": meta | {"gap_k_to_k1": gap}, "heads": listed})
+    write(work.folder / "aie_scores.csv", csv_table(table))
+    write(work.folder / "top_heads.json", text({"meta": meta | {"gap_k_to_k1": gap}, "heads": listed}))
     _write_vector(model, work, mean, vector, settings, listed)
     return vector
 
@@ -68,24 +69,16 @@ def _write_vector(
 ) -> None:
     """The vector in the residual stream, and its parts by layer, before the projection and after it."""
     chosen = [Head(*head) for head in vector.heads]
-    before = head_space(model, mean, chosen, task=vector.task)
-    after = {at: function_vector(model, mean, [head for head in chosen if head.layer == at]) for at in before}
-    n_heads, d_head = head_shape(model)
-    sizes = {"n_heads": n_heads, "head_dim": d_head, "resid_dim": len(vector.vector)}
-    by_layer = sizes | {
-        "selected_k": len(chosen), "alpha_default": settings.alpha, "model_spec": _kind(model),
-        "space": {"fv_by_layer": "head_space", "resid_by_layer": "resid"},
-        "fv_by_layer": {layer: part.vector for layer, part in before.items()},
-        "resid_by_layer": {layer: part.vector for layer, part in after.items()},
-    }  # fmt: skip
+    parts = by_layer(model, mean, chosen, alpha=settings.alpha, model_spec=_kind(model))
+    sizes = {key: parts[key] for key in ("n_heads", "head_dim", "resid_dim")}
     meta = {
         "spec_name": _kind(model), "model": settings.model, "q_id": work.question.q_id, "space": "resid",
         "shape": [len(vector.vector)], "norm": vector.norm, "bias": "per_head", "heads": heads,
         "token_position_rule": TOKEN_RULE,
     }  # fmt: skip
-    save_tensors(work.folder / "fv_by_layer.pt", by_layer)
-    save_tensors(work.folder / "fv_global_resid.pt", {"fv_global_resid": vector.vector, **sizes})
-    write_json(work.folder / "fv_global_resid_meta.json", meta)
+    write(work.folder / "fv_by_layer.pt", pt(parts))
+    write(work.folder / "fv_global_resid.pt", pt({"fv_global_resid": vector.vector, **sizes}))
+    write(work.folder / META, text(meta))
 
 
 def _kind(model: ic.Model) -> str:
@@ -104,15 +97,15 @@ def evaluate_layers(
     found = measured(model, different, edits)
     place = torch.tensor([different.index(prompt) for prompt in work.asked])
     found = Measured(*(values[..., place] for values in found))
+    fv_meta = read_json(work.folder / META)
     for number, layer in enumerate(todo):
         rows = eval_rows(work.question.q_id, model.tokenizer, work.asked, found, number)
-        _write_layer(work, settings, layer, rows)
+        _write_layer(work, settings, layer, rows, fv_meta)
 
 
-def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[Row]) -> None:
+def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[Row], fv_meta: Row) -> None:
     """The files of one layer; the summary, which says that it is complete, comes last."""
     folder, q_id, summary = layer_folder(work.folder, layer), work.question.q_id, eval_summary(rows)
-    fv_meta = _json(work.folder / "fv_global_resid_meta.json")
     fv = {key: fv_meta[key] for key in ("shape", "norm")}
     config = {
         "model": settings.model, "edit_layer": layer, "fv_source": "fv_global_resid", "seed": settings.seed,
@@ -129,18 +122,17 @@ def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[
         "matrix": {"__global__": {q_id: summary[settings.score_key]}}, "metadata": meta, "results": rows,
     }  # fmt: skip
     name = short_name(settings.model)
-    write_json(folder / f"step6_results_{folder_names([name])[name]}_layer{layer}_n{len(rows)}.json", results)
-    write_lines(folder / "eval_trials.jsonl", rows)
-    write_json(folder / "eval_meta.json", meta)
-    write_json(folder / "eval_summary.json", summary)
+    write(folder / f"step6_results_{folder_names([name])[name]}_layer{layer}_n{len(rows)}.json", text(results))
+    write(folder / "eval_trials.jsonl", lines(rows))
+    write(folder / "eval_meta.json", text(meta))
+    write(folder / "eval_summary.json", text(summary))
 
 
 def summarise(work: Work, settings: RelationSettings, layers: Sequence[int]) -> Row:
     """All layers side by side; the best is that of the highest score, the lowest of several."""
     missing = missing_layers(work.folder, layers)
     done = [layer for layer in layers if layer not in missing]
-    files = {layer: layer_folder(work.folder, layer) / "eval_summary.json" for layer in done}
-    per = {layer: _json(path) for layer, path in files.items()}
+    per = {layer: read_json(layer_folder(work.folder, layer) / "eval_summary.json") for layer in done}
     best = max(done, key=lambda layer: (per[layer][settings.score_key], -layer), default=None)
     found: Row = {
         "q_id": work.question.q_id, "score_key": settings.score_key, "expected_layers": list(layers),
@@ -148,9 +140,5 @@ def summarise(work: Work, settings: RelationSettings, layers: Sequence[int]) -> 
         "best_score": None if best is None else per[best][settings.score_key],
         "per_layer": {str(layer): summary for layer, summary in per.items()},
     }  # fmt: skip
-    write_json(work.folder / SUMMARY, found)
+    write(work.folder / SUMMARY, text(found))
     return found
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

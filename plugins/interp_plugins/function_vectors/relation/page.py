@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 from interp_core.result import write
 
+from ..artefacts import text
 from .injected import SUMMARY
 from .status import classified, statuses
-from .tables import Row, read_lines, write_csv, write_json
+from .tables import Row, csv_table, read_json, read_lines
 
 COLUMNS = (
     "q_id", "status", "rows", "trials", "acc_clean", "acc_corrupted", "acc_base", "acc_with", "delta_acc", "best_layer",
@@ -36,8 +36,9 @@ def write_summary(out: Path) -> Path:
     rows = [_row(out, status) for status in found]
     groups = classified(found)
     if rows:
-        write_csv(out / "summary.csv", rows)
-    write_json(out / "failures.json", {"n_failed": sum(group["count"] for group in groups), "classes": groups})
+        write(out / "summary.csv", csv_table(rows))
+    failures = {"n_failed": sum(group["count"] for group in groups), "classes": groups}
+    write(out / "failures.json", text(failures))
     page = out / "summary.html"
     write(page, _page(out, found, rows, groups))
     return page
@@ -51,8 +52,8 @@ def _row(out: Path, status: Mapping[str, Any]) -> Row:
     if status["status"] != "completed":
         return row
     folder = out / status["q_root"]
-    found = _json(folder / SUMMARY)
-    best, first = found["per_layer"][str(found["best_layer"])], _json(folder / "top_heads.json")["heads"][0]
+    found = read_json(folder / SUMMARY)
+    best, first = found["per_layer"][str(found["best_layer"])], read_json(folder / "top_heads.json")["heads"][0]
     lines = read_lines(folder / "trial_metrics.jsonl")
     row |= {key: found[key] for key in ("best_layer", "score_key", "best_score")}
     row |= {key: best[key] for key in ("acc_base", "acc_with", "delta_acc")}
@@ -108,7 +109,7 @@ def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy of every question without the vector and with it at each layer."""
     from interp_core.report.html import heatmap, short
 
-    found = [_json(out / status["q_root"] / SUMMARY) for status in done]
+    found = [read_json(out / status["q_root"] / SUMMARY) for status in done]
     layers = list(found[0]["per_layer"])
     values, tips = [], []
     for summary in found:
@@ -139,7 +140,3 @@ def _head_map(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     )
     rows, columns = [f"layer {layer}" for layer in layers], [f"{head}" for head in heads]
     return heatmap(values, rows, columns, diverging=True, caption=note)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -16,32 +16,37 @@ L(L + 1)/2) token-layers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import interp_core as ic
-from interp_core import sites as S
+from interp_core.result import write
 
+from ..artefacts import lines, pt, text
+from ..effects import Head
 from ..files import read_means
+from ..inject import head_injection
 from ..means import mean_head_activations
 from .draws import Work
 from .injected import SUMMARY, evaluate_layers, make_vector, missing_layers, summarise
 from .measures import MEASURES, as_they_are, measured
 from .settings import RelationSettings
 from .status import Status, holds_numbers
-from .tables import Means, Row, cie_rows, read_cie, read_lines, save_tensors, write_csv, write_json, write_lines
+from .tables import Means, Row, cie_rows, csv_table, read_cie, read_json, read_lines
 
 
 def is_complete(folder: Path, layers: Sequence[int]) -> bool:
     """Whether every file of a question is there."""
-    stem = f"qid_{folder.name}_clean_mean.pt"
     names = (
-        "sampled_trials.json", "sampled_trials_zeroshot.json", f"stepD_mean_acts/{stem}", "cie_scores.csv",
+        "sampled_trials.json", "sampled_trials_zeroshot.json", _means_file(folder), "cie_scores.csv",
         "trial_metrics.jsonl", "aie_scores.csv", "top_heads.json", "fv_global_resid.pt", "fv_global_resid_meta.json",
         "fv_by_layer.pt", SUMMARY,
     )  # fmt: skip
     return all((folder / name).is_file() for name in names) and not missing_layers(folder, layers)
+
+
+def _means_file(folder: Path) -> str:
+    return f"stepD_mean_acts/qid_{folder.name}_clean_mean.pt"
 
 
 def run_question(model: ic.Model, work: Work, settings: RelationSettings, layers: Sequence[int], at: Status) -> Row:
@@ -75,36 +80,35 @@ def write_trials(work: Work) -> None:
     bound = holds_numbers(work.folder)
     for name, data in (("sampled_trials.json", work.sampled), ("sampled_trials_zeroshot.json", work.zeroshot)):
         path = work.folder / name
-        if bound and path.is_file() and json.loads(path.read_text(encoding="utf-8"))["trials"] != data["trials"]:
+        if bound and path.is_file() and read_json(path)["trials"] != data["trials"]:
             raise ic.LoadError(f"{path} holds other trials than these pairs and settings give; delete {work.folder}")
-        write_json(path, data)
+        write(path, text(data))
 
 
 def mean_activations(model: ic.Model, work: Work) -> Means:
     """Means over the clean prompts, from the file if there is one."""
-    path = work.folder / "stepD_mean_acts" / f"qid_{work.folder.name}_clean_mean.pt"
+    path = work.folder / _means_file(work.folder)
     if path.is_file():
         return read_means(path, model)
     mean = mean_head_activations(model, [trial.clean for trial in work.trials])
-    save_tensors(path, mean)
+    write(path, pt(mean))
     return mean
 
 
 def effects(model: ic.Model, work: Work, mean: Means) -> list[Row]:
     """Effects of every head in every trial; trials that are on file are not run again."""
     scores, metrics = work.folder / "cie_scores.csv", work.folder / "trial_metrics.jsonl"
-    found, lines = read_cie(scores), read_lines(metrics)
+    found, said = read_cie(scores), read_lines(metrics)
     done = len({row["trial_idx"] for row in found})
-    if len(found) != done * len(model.heads) or len(lines) < done:
+    if len(found) != done * len(model.heads) or len(said) < done:
         raise ic.LoadError(f"{scores} does not hold {len(model.heads)} heads of every trial; delete it and {metrics}")
-    lines, q_id = lines[:done], work.question.q_id
-    values = mean.to(model.device, model.dtype)
-    last = work.trials[0].clean.slots[-1]
-    edits = [S.z[layer, head].at(-1).set(values[layer, head, last]) for layer, head in model.heads]
+    table, told = csv_table(found), lines(said[:done])
+    q_id, slot = work.question.q_id, work.trials[0].clean.slots[-1]
+    edits = head_injection(mean, [Head(*place, 0.0) for place in model.heads], model, slot=slot)
     for trial in work.trials[done:]:
         patched = measured(model, [trial.corrupted], edits)
         target = trial.clean.target_ids[0]
-        found += cie_rows(q_id, trial.number, target, model.heads, patched)
+        rows = cie_rows(q_id, trial.number, target, model.heads, patched)
         line: Row = {
             "q_id": q_id, "trial_idx": trial.number, "query_source_index": work.sources[trial.query_index],
             "target_str": trial.clean.target, "target_id": target,
@@ -114,7 +118,9 @@ def effects(model: ic.Model, work: Work, mean: Means) -> list[Row]:
         for kind, numbers, first in (("clean", clean, top), ("corrupted", patched.clean, patched.clean_top)):
             line |= {f"{measure}_{kind}": float(x) for measure, x in zip(MEASURES, numbers[:, 0], strict=True)}
             line |= {f"pred_id_{kind}": int(first[0]), f"accuracy_{kind}": float(int(first[0]) == target)}
-        lines.append(line)
-        write_lines(metrics, lines)
-        write_csv(scores, found)
+        found += rows
+        table += csv_table(rows, header=not table)
+        told += lines([line])
+        write(metrics, told)
+        write(scores, table)
     return found

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 import interp_core as ic
+from interp_core.result import write
 
+from ..artefacts import text
 from .settings import difference
-from .tables import Row, write_json
+from .tables import Row
 
 STATUS = "qid_status.json"
 QUESTIONS = "questions"
@@ -63,7 +65,7 @@ class Status:
         """Change the state, and write it."""
         self.data = {k: v for k, v in self.data.items() if k not in ("error", "dropped_rows")}
         self.data |= {"status": status, "reason": reason, "updated_at": _now()} | more
-        write_json(self.folder / STATUS, self.data)
+        write(self.folder / STATUS, text(self.data))
 
     def fail(self, error: Exception) -> None:
         """Note an error with its stage."""
@@ -146,9 +148,9 @@ _FIXES: tuple[tuple[str | None, type[BaseException], str], ...] = (
 
 def fix(stage: str, error: Exception) -> str:
     """What to do about an error."""
-    for where, kind, text in _FIXES:
+    for where, kind, advice in _FIXES:
         if where in (None, stage) and isinstance(error, kind):
-            return text
+            return advice
     return "run this question alone with on_error=stop to see where it comes from, and report it"
 
 

@@ -9,20 +9,19 @@ CSV files hold floats so that they are read back to the bit.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 import interp_core as ic
-from interp_core.result import write
 
+from ..artefacts import comma_separated
+from ..common_files import target_fields
 from ..prompts import Prompt
 from .measures import MEASURES, Measured
 
@@ -31,21 +30,21 @@ Means = Float[Tensor, "layer head slot d_head"]
 _WHOLE = ("trial_idx", "layer", "head", "target_id")
 
 
-def compared(before: Tensor, after: Tensor, names: tuple[str, str]) -> Row:
-    """Measures of two runs `[measure]` side by side: `p_base`, `p_patch`, `delta_p` and so on."""
+def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, str]) -> Row:
+    """Measures of two runs side by side: `p_base`, `p_patch`, `delta_p` and so on."""
     row: Row = {}
-    for place, measure in enumerate(MEASURES):
-        old, new = float(before[place]), float(after[place])
+    for measure, old, new in zip(MEASURES, before, after, strict=True):
         row |= {f"{measure}_{names[0]}": old, f"{measure}_{names[1]}": new, f"delta_{measure}": new - old}
     return row
 
 
 def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], found: Measured) -> list[Row]:
     """Causal indirect effects of one trial, a row per head; `found` is of that trial's prompt alone."""
+    before, patched = found.clean[:, 0].tolist(), found.values[:, :, 0].T.tolist()
     return [
         {"q_id": q_id, "trial_idx": trial, "layer": layer, "head": head, "target_id": target}
-        | compared(found.clean[:, 0], found.values[:, number, 0], ("base", "patch"))
-        for number, (layer, head) in enumerate(heads)
+        | compared(before, after, ("base", "patch"))
+        for (layer, head), after in zip(heads, patched, strict=True)
     ]
 
 
@@ -88,17 +87,17 @@ def means(measure: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
 def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measured, variant: int) -> list[Row]:
     """What prompts measure without and with one of the edits, a row per prompt."""
     rows = []
+    without, given = found.clean.T.tolist(), found.values[:, variant].T.tolist()
     for number, prompt in enumerate(prompts):
         target, tops = prompt.target_ids[0], (int(found.clean_top[number]), int(found.top[variant, number]))
-        word = tokenizer.convert_ids_to_tokens(target)
         hits = [float(top == target) for top in tops]
         row: Row = {
-            "idx": number, "q_id": q_id, "prompt": prompt.text, "answer": prompt.target, "target_id": target,
-            "target_token": word, "leading_space": (prompt.target or "").startswith(" "), "used_id": target,
-            "used_token": word, "pred_id_base": tops[0], "pred_id_with": tops[1], "accuracy_base": hits[0],
-            "accuracy_with": hits[1], "delta_acc": hits[1] - hits[0],
+            "idx": number, "q_id": q_id, "prompt": prompt.text, "answer": prompt.target,
+            **target_fields(prompt, tokenizer.convert_ids_to_tokens(target)), "pred_id_base": tops[0],
+            "pred_id_with": tops[1], "accuracy_base": hits[0], "accuracy_with": hits[1],
+            "delta_acc": hits[1] - hits[0],
         }  # fmt: skip
-        rows.append(row | compared(found.clean[:, number], found.values[:, variant, number], ("base", "with")))
+        rows.append(row | compared(without[number], given[number], ("base", "with")))
     return rows
 
 
@@ -111,26 +110,14 @@ def eval_summary(rows: Sequence[Mapping[str, Any]]) -> Row:
     return out
 
 
-def write_json(path: Path, data: Any) -> Path:
-    """A JSON file, whole or not at all."""
-    write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    return path
+def csv_table(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
+    """A CSV file with the columns of the first row, or lines to add to one; nothing of no rows."""
+    return comma_separated(list(rows[0]), rows, header=header) if rows else ""
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """A file of JSON lines, whole or not at all."""
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """A CSV file with the columns of the first row, whole or not at all."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write(path, text.getvalue())
-    return path
+def read_json(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_cie(path: Path) -> list[Row]:
@@ -166,10 +153,3 @@ def read_lines(path: Path) -> list[Row]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise ic.LoadError(f"{path} is not the file that was written ({error}); delete it") from error
-
-
-def save_tensors(path: Path, data: Any) -> None:
-    """A `.pt` file of plain tensors, whole or not at all."""
-    held = io.BytesIO()
-    torch.save(data, held)
-    write(path, held.getvalue())
