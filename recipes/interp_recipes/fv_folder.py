@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from interp_plugins.function_vectors.artefacts import pt
 
 import interp_core as ic
 from interp_core.result import write
@@ -86,7 +87,7 @@ class Folder:
 
     def tensor(self, name: str, read: Callable[[Path], torch.Tensor], make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A stage that is one tensor in a `.pt` file."""
-        return self.stage(name, read, make, _pt)
+        return self.stage(name, read, make, pt)
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """A stage that is JSON; what is returned is as it is read back."""
@@ -123,9 +124,3 @@ class Folder:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
-
-
-def _pt(value: torch.Tensor) -> bytes:
-    data = io.BytesIO()
-    torch.save(value, data)
-    return data.getvalue()
