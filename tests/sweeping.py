@@ -17,6 +17,10 @@ from interp_core import sites as S
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3])
 JUDGED = score.logit_diff(torch.tensor([3, 7]), torch.tensor([9, 11]))
+COARSER = {"gptj", "gpt_neo", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
+"""Families in which some layer's attention cannot take keys from the clean pass."""
+FLOAT32_INSIDE = {"gptj", "gpt_neo", "llama4", "glm4_moe", "deepseek_v3"}
+"""Families with modules that compute in float32 always."""
 
 
 @cache

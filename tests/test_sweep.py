@@ -10,16 +10,12 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from layouts import DEEPSTACK, VISUAL
-from sweeping import JUDGED, everywhere, peak_bytes, tokens, variants
+from sweeping import COARSER, FLOAT32_INSIDE, JUDGED, everywhere, peak_bytes, tokens, variants
 
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
 from interp_core.engines import staircase
-
-COARSER = {"gptj", "gpt_neo", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
-"""Families in which some layer's attention cannot take keys from the clean pass."""
-FLOAT32_INSIDE = {"gptj", "gpt_neo", "llama4", "glm4_moe", "deepseek_v3"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from sweeping import variants
-from test_sweep import COARSER, FLOAT32_INSIDE
+from sweeping import COARSER, FLOAT32_INSIDE, variants
 
 import interp_core as ic
 from interp_core import score, sweep_plan, testing
