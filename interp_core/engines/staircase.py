@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -392,10 +393,8 @@ class Staircase(TorchProgram):
         """What the model is called with: a row for each that takes part, or one that all are taken for, where none
         begins before the first block and all stand in the same columns."""
         found = dict(inputs)
-        if self.joins[0] < 0 or not alike:
-            found["input_ids"] = inputs["input_ids"][list(self.texts)]
-        elif len(inputs["input_ids"]) > 1:
-            found["input_ids"] = inputs["input_ids"][:1]
+        each = self.joins[0] < 0 or not alike
+        found["input_ids"] = inputs["input_ids"][list(self.texts)] if each else inputs["input_ids"][:1]
         if "position_ids" in inputs:
             found["position_ids"] = inputs["position_ids"][:1] if alike else inputs["position_ids"][list(self.texts)]
         return found
@@ -428,7 +427,7 @@ class Staircase(TorchProgram):
             for layer in range(first, len(blocks)):
                 joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
                 if joining or narrow:
-                    new = _columns(clean.streams[layer], within, texts.starts, joining, n_columns) if joining else None
+                    new = partial(_columns, clean.streams[layer], within, texts.starts, joining, n_columns)
                     hook = self._joining(texts, joining, new, narrow)
                     handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
             with standing_in(below):
@@ -438,7 +437,9 @@ class Staircase(TorchProgram):
             for handle in handles:
                 handle.remove()
 
-    def _joining(self, texts: Texts, joining: Sequence[int], new: Tensor | None, narrow: bool) -> Callable[..., Any]:
+    def _joining(
+        self, texts: Texts, joining: Sequence[int], new: Callable[[], Tensor], narrow: bool
+    ) -> Callable[..., Any]:
         """A hook that puts new rows under those that are there; the first ones take the place of what came by. Where
         the model was called with all rows, a block is told the positions of those that are there."""
         total = len(self.joins)
@@ -450,8 +451,8 @@ class Staircase(TorchProgram):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            if new is not None:
-                x = torch.cat([x, new]) if texts.rows else new
+            if joining:
+                x = torch.cat([x, new()]) if texts.rows else new()
                 texts.join(joining)
                 self.shape = (len(x), x.shape[1])
             rest = {name: there(value) for name, value in kwargs.items()} if narrow else kwargs
