@@ -167,7 +167,10 @@ CLI = [sys.executable, "-m", "interp_core.cli", "run", "fv_relation"]
 def started(path: Path, out: Path, n_trials: int) -> subprocess.Popen[bytes]:
     given = {"relation_csv": path, "n_trials": n_trials, "n_demos": 5}
     sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
-    return subprocess.Popen([*CLI, *sets, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [*CLI, *sets, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
