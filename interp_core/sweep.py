@@ -35,7 +35,7 @@ from .plan import Plan
 from .positions import Rows
 from .score import Score
 from .sites import Site
-from .sweep_plan import STRATEGIES, Group, Pass, Planner, Step, SweepPlan, choose, named_edits
+from .sweep_plan import STRATEGIES, Group, Pass, Planner, SweepPlan, choose, named_edits
 from .sweep_store import Store, key_of
 from .text import Tokens
 
@@ -187,8 +187,8 @@ class _Runner(Planner):
             clean[row] = self._score(references[row], row, references[row])[0]
         for one in group.passes:
             assert shared is not None
-            for steps, values, norms in self._climb(one, group, shared, references):
-                store.put(steps, values, norms)
+            for row, numbers, values, norms in self._climb(one, group, shared, references):
+                store.put(numbers, row, values, norms)
             progress.add(len(one.steps))
             if time.monotonic() - saved > SAVE_SECONDS:
                 store.save()
@@ -197,7 +197,7 @@ class _Runner(Planner):
             for number in plan.singles[row]:
                 alone, norm = self._alone(self._row(row), row, self.single(number, row))
                 values = self._score(alone.to(clean.dtype), row, references[row])
-                store.put([Step(number, row, (), 0, 0)], values, torch.tensor([norm]))
+                store.put([number], row, values, torch.tensor([norm]))
                 progress.add(1)
 
     def _row(self, row: int) -> Tokens:
@@ -253,8 +253,9 @@ class _Runner(Planner):
 
     def _climb(
         self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
-    ) -> Iterator[tuple[Sequence[Step], Tensor, Tensor]]:
-        """Scores `[step score]` of a pass, and norms of what the edits changed, text by text."""
+    ) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
+        """Text by text its number and those of its variants, their scores `[variant score]` in a pass, and norms of
+        what they changed."""
         steps, own = one.steps, sorted({step.text for step in one.steps})
         place = {text: number for number, text in enumerate(own)}
         try:
@@ -275,7 +276,7 @@ class _Runner(Planner):
         for text in own:
             rows = [row for row, step in enumerate(steps) if step.text == text]
             scored = self._seen(value if len(own) == 1 else value[rows], text).to(references[text].dtype)
-            yield [steps[row] for row in rows], self._score(scored, text, references[text]), moved[rows]
+            yield text, [steps[row].number for row in rows], self._score(scored, text, references[text]), moved[rows]
 
     def _score(self, value: Tensor, row: int, reference: Tensor) -> Tensor:
         """All scores `[row score]`."""
@@ -290,7 +291,7 @@ class _Runner(Planner):
             return {**model_inputs(self.model, self.tokens), "use_cache": False}
         ids = torch.zeros(len(texts), columns, dtype=torch.long)
         for own, text, start in zip(ids, texts, starts, strict=True):
-            found = self._row(text).ids[0, start : min(start + columns, self.widths[text])]
+            found = self.tokens.ids[text][self.tokens.mask[text]][start : min(start + columns, self.widths[text])]
             own[: len(found)] = found
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
         if any(starts):

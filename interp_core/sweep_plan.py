@@ -25,8 +25,8 @@ from .text import Tokens
 if TYPE_CHECKING:
     from .model import Model
 
-EXACT = ("restart", "batched")
-"""Strategies that take texts together only if they are equally long."""
+WHOLE = ("restart", "batched")
+"""Strategies that run all columns of a text, so that only equally long texts go together."""
 TOGETHER = 512
 """Tokens of the texts that share a clean pass, at most: a matrix product of so many rows runs at the machine's rate."""
 FILLED = 1.125
@@ -224,7 +224,7 @@ class Planner:
         Alone are texts with images, those of which an inner site is scored, and edits inside attention, where rows of
         several texts have different keys."""
         most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
-        exact = strategy in EXACT or _rescaled(self.model)
+        exact = strategy in WHOLE or _rescaled(self.model)
         alone = APART in self.model.tried or bool(self.tokens.inputs) or self.score.of is not None
         alone = alone or self._inside_attention()
         found: list[list[int]] = []
@@ -266,7 +266,7 @@ class Planner:
             layer = min(layer, 0)
         if self.tokens.inputs and layer < len(self.model.atlas.layers("deepstack")):
             return None  # visual features that the model adds after this layer are laid over one row
-        start = 0 if strategy in ("batched", "restart") else min(start, *self.scored[row])
+        start = 0 if strategy in WHOLE else min(start, *self.scored[row])
         return Step(number, row, tuple(own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
@@ -402,7 +402,7 @@ def _problem(model: Model, strategy: str, tokens: Tokens) -> str:
     tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
     if key not in tried:
         tried[key] = ""
-        probe = tokens if tokens.inputs else _probe(model, 0 if strategy in EXACT else 1)
+        probe = tokens if tokens.inputs else _probe(model, 0 if strategy in WHOLE else 1)
         tried[key] = _trial(model, strategy, probe)
         if tried[key] and not tokens.inputs and APART not in tried:
             tried[APART], tried[key] = tried[key], ""

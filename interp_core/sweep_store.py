@@ -19,7 +19,6 @@ from .text import Tokens
 
 if TYPE_CHECKING:
     from .model import Model
-    from .sweep_plan import Step
 
 FORMAT = "interp-sweep/2"
 SAMPLE = 64
@@ -60,11 +59,10 @@ class Store:
             )
         self.values, self.moved, self.done = found["values"], found["moved"], found["done"]
 
-    def put(self, steps: Sequence[Step], values: Tensor, moved: Tensor) -> None:
-        """Note the scores `[step score]` of some variants, each on its text, and the norms of what was changed."""
-        numbers, rows = (torch.tensor(column) for column in zip(*((s.number, s.text) for s in steps), strict=True))
-        self.values[numbers, rows], self.moved[numbers, rows] = values, moved.to(self.moved.dtype)
-        self.done[numbers, rows] = True
+    def put(self, numbers: list[int], row: int, values: Tensor, moved: Tensor) -> None:
+        """Note the scores `[variant score]` of some variants on a row, and the norms of what was changed."""
+        self.values[numbers, row], self.moved[numbers, row] = values, moved.to(self.moved.dtype)
+        self.done[numbers, row] = True
 
     def save(self) -> None:
         """Write what is there, whole or not at all."""

@@ -158,6 +158,7 @@ def test_several_scores_of_the_same_passes() -> None:
     model = tiny_model("llama")
     target, edits = torch.tensor([3, 7]), variants(model)
     judged = [score.logprob(target), score.rank(target), score.kl(), JUDGED]
+    model.sweep(tokens(), edits[:1], JUDGED)  # tries the strategy on the model
     ran: list[int] = []
     handle = model.hf.register_forward_hook(lambda *_: ran.append(1))
     try:

@@ -99,7 +99,7 @@ class Atlas:
         having = self.layers(site.name)
         if site.layers is None:
             return [self.entries[site.name, layer] for layer in having]
-        asked = indices(site.layers, self.shape.n_layers, "layer", str(site))
+        asked = indices(site.layers, self.shape.n_layers, "layer", site)
         if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
             shown = ", ".join(map(str, having))
             raise SiteError(f"{site}: layer {missing[0]} has no {site.name}; layers {shown} have")

@@ -44,8 +44,8 @@ class Texts:
         rows: the text of each row that takes part, in the order of the rows.
     """
 
-    def __init__(self, starts: Sequence[int], rows: Sequence[int] = ()) -> None:
-        self.starts, self.rows = list(starts), list(rows)
+    def __init__(self, starts: Sequence[int]) -> None:
+        self.starts, self.rows = list(starts), list[int]()
         self._known: dict[Any, Any] = {}
 
     def join(self, rows: Sequence[int]) -> None:

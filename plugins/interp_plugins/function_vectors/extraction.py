@@ -25,7 +25,7 @@ import interp_core as ic
 from .artefacts import FixedRun, PromptKind
 from .effects import CLASSES, Head, average, gap, indirect_effects, top_heads
 from .inject import injection, scored
-from .means import mean_head_activations
+from .means import BATCH, mean_head_activations
 from .prompts import Prompt
 from .rows import batches, targets, tokens
 from .vectors import FunctionVector, function_vector
@@ -33,7 +33,6 @@ from .vectors import FunctionVector, function_vector
 By = Literal["replay", "sweep"]
 Measure = Literal["probability", "logprob"]
 MEASURES: tuple[Measure, ...] = ("probability", "logprob")
-BATCH = 8
 
 
 class Clock:

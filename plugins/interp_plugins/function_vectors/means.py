@@ -23,6 +23,9 @@ from interp_core import sites as S
 from .prompts import Prompt
 from .rows import batches, tokens
 
+BATCH = 8
+"""Prompts per pass, where nothing is to be equal to the bit."""
+
 
 def head_shape(model: ic.Model) -> tuple[int, int]:
     """Heads and d_head.
@@ -41,7 +44,7 @@ def head_shape(model: ic.Model) -> tuple[int, int]:
 
 
 def mean_head_activations(
-    model: ic.Model, prompts: Sequence[Prompt], *, batch: int = 8
+    model: ic.Model, prompts: Sequence[Prompt], *, batch: int = BATCH
 ) -> Float[Tensor, "layer head slot d_head"]:
     """Mean z per slot, float32, on the CPU; zero in layers without heads.
 

@@ -32,7 +32,7 @@ from interp_core import sites as S
 from .effects import average, gap, indirect_effect, top_heads
 from .evaluate import Evaluation, evaluate, questions
 from .inject import injection
-from .means import mean_head_activations
+from .means import BATCH, mean_head_activations
 from .tasks import Pair, Task, load_task
 from .template import Template
 from .trials import Trials, fixed_trials
@@ -238,7 +238,7 @@ class FunctionVectors(ic.Method):
         self, model: ic.Model, trials: Trials, task: str, config: FunctionVectorsConfig
     ) -> tuple[FunctionVector, Tensor]:
         clean = [trial.clean for trial in trials]
-        mean = mean_head_activations(model, clean, batch=1 if config.by == "replay" else 8)
+        mean = mean_head_activations(model, clean, batch=1 if config.by == "replay" else BATCH)
         effects = indirect_effect(model, [trial.corrupted for trial in trials], mean, by=config.by)
         aie = average(effects)
         return function_vector(model, mean, top_heads(aie, config.top), task=task), aie
