@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import fv_golden as golden
 import pytest
 import torch
+from fv_faults import DUMP, EVAL, FAULTS, MEAN, put
 from fv_golden import FAMILIES
 from interp_plugins.function_vectors.differences import STAGES, Tolerances, chosen
 from interp_plugins.function_vectors.folders import read_folder
@@ -209,122 +209,6 @@ def test_every_file_and_field(sides: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 # Seeded faults
-
-
-def edit(name: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
-    """A change to a JSON file, or to a file of JSON lines."""
-
-    def spoil(folder: Path) -> None:
-        path = folder / name
-        rows = path.suffix == ".jsonl"
-        data = [json.loads(x) for x in path.read_text().splitlines()] if rows else json.loads(path.read_text())
-        change(data)
-        path.write_text("".join(json.dumps(row) + "\n" for row in data) if rows else json.dumps(data))
-
-    return spoil
-
-
-def tensor(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """A change to a `.pt` file."""
-
-    def spoil(folder: Path) -> None:
-        data = torch.load(folder / name, weights_only=True)
-        torch.save(change(data), folder / name)
-
-    return spoil
-
-
-def at(value: Any, *keys: Any, to: Any) -> None:
-    for key in keys[:-1]:
-        value = value[key]
-    value[keys[-1]] = to(value[keys[-1]]) if callable(to) else to
-
-
-def put(place: tuple[int, ...], value: float, add: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(x: torch.Tensor) -> torch.Tensor:
-        x[place] = x[place] + value if add else value
-        return x
-
-    return change
-
-
-def swap(rows: list[Any], i: int, j: int) -> None:
-    rows[i], rows[j] = rows[j], rows[i]
-
-
-def delete(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def garbage(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:60])
-
-
-def shifted(row: dict[str, Any]) -> None:
-    """One token's slot off by one."""
-    row["idx_map"]["9"] += 1
-
-
-def scaled(vectors: dict[str, Any]) -> dict[str, Any]:
-    return vectors | {"fv_global_resid": vectors["fv_global_resid"] * 1.001}
-
-
-DUMP, EVAL, MAPS = "src_reference_dump.json", "eval_trials.jsonl", "slot_maps.json"
-MEAN = "antonym_mean_head_activations_FIXED.pt"
-FAULTS: dict[str, tuple[str, Callable[[Path], None], str, str, str]] = {
-    # what: (side, how, stage, file, key)
-    "prompt": ("b", edit(EVAL, lambda d: at(d, 1, "prompt", to=lambda x: x[:-2] + "B:")), "prompt_boundary", EVAL, "trial (1, 1), corrupted: prompt"),
-    "prompt of the map": ("a", edit(MAPS, lambda d: at(d, 4, "prompt", to=lambda x: x + " ")), "prompt_boundary", MAPS, "trial 2, clean: prompt"),
-    "id": ("b", edit(MAPS, lambda d: at(d, 5, "input_ids", 7, to=3)), "prompt_boundary", MAPS, "trial 2, corrupted: input_ids[7]"),
-    "target": ("a", edit(DUMP, lambda d: at(d, "trials", 2, "target_id", to=17)), "prompt_boundary", EVAL, "trial (2, 2), corrupted: target_id"),
-    "boundary": ("b", edit(EVAL, lambda d: at(d, 0, "answer", to=lambda x: x[1:])), "prompt_boundary", EVAL, "trial (0, 0), corrupted: boundary_answer"),
-    "slot": ("b", edit(MAPS, lambda d: shifted(d[3])), "slot_map", MAPS, "trial 1, corrupted: idx_map[9]"),
-    "all slots": ("a", edit(MAPS, lambda d: at(d, 0, "idx_map_updated", "3", to=lambda x: x + 1)), "slot_map", MAPS, "trial 0, clean: idx_map_updated[3]"),
-    "label": ("b", edit(MAPS, lambda d: at(d, 0, "labels", 4, to="structural_token")), "slot_map", MAPS, "trial 0, clean: labels[4]"),
-    "span": ("b", edit(MAPS, lambda d: d[1]["idx_avg"].update(query_demonstration_token=[9, 11])), "slot_map", MAPS, "trial 0, corrupted: idx_avg[query_demonstration_token]"),
-    "dummy label": ("a", edit("antonym_dummy_labels.json", lambda d: at(d, "labels", 5, 1, to="bos_token")), "slot_map", "mean_activations_meta.json", "labels[5]"),
-    "number of slots": ("b", edit("mean_activations_meta.json", lambda d: d["dummy_labels"].pop()), "slot_map", "mean_activations_meta.json", "labels"),
-    "mean": ("b", tensor("mean_activations.pt", put((2, 1, 5, 3), 1e-3, add=True)), "mean_activations", "mean_activations.pt", "mean[layer 2, head 1, slot 5, d_head 3]"),
-    "mean, not a number": ("a", tensor(MEAN, put((0, 3, 0, 1), torch.nan)), "mean_activations", "mean_activations.pt", "mean[layer 0, head 3, slot 0, d_head 1]"),
-    "mean of other slots": ("a", tensor(MEAN, lambda x: x[:, :, 1:]), "mean_activations", "mean_activations.pt", "mean shape"),
-    "effect": ("b", tensor("indirect_effect.pt", put((1, 3, 2), 1e-3, add=True)), "top_heads", "indirect_effect.pt", "effects[trial 1, layer 3, head 2]"),
-    "effect, not a number": ("b", tensor("indirect_effect.pt", put((0, 2, 1), torch.nan)), "top_heads", "indirect_effect.pt", "effects[trial 0, layer 2, head 1]"),
-    "a trial's effects": ("b", tensor("indirect_effect.pt", lambda x: x[:2]), "top_heads", "indirect_effect.pt", "effects shape"),
-    "heads swapped": ("b", edit("top_heads.json", lambda d: swap(d["heads"], 1, 2)), "top_heads", "top_heads.json", "heads[1]"),
-    "heads swapped in a": ("a", edit("top_heads_src.json", lambda d: swap(d["top_heads"], 0, 3)), "top_heads", "top_heads.json", "heads[0]"),
-    "heads too few": ("b", edit("top_heads.json", lambda d: d["heads"].pop()), "top_heads", "top_heads.json", "heads"),
-    "head score": ("b", edit("top_heads.json", lambda d: at(d, "heads", 2, "rank_score", to=lambda x: x + 1e-3)), "top_heads", "top_heads.json", "heads[2] L"),
-    "vector scaled": ("b", tensor("fv_global_resid.pt", scaled), "fv_vector", "fv_global_resid.pt", "fv[d_model "),
-    "vector without numbers": ("a", tensor("src_fv.pt", put((0, 17), torch.inf)), "fv_vector", "fv_global_resid.pt", "fv[d_model 17]"),
-    "log-probability": ("b", edit(EVAL, lambda d: at(d, 1, "logprob_with", to=lambda x: x + 1e-3)), "injection_output", EVAL, "trial (1, 1), corrupted, layer 2: with_logprob"),
-    "log-probability, not a number": ("a", edit(DUMP, lambda d: at(d, "trials", 0, "base_logprob", to=float("nan"))), "injection_output", EVAL, "trial (0, 0), corrupted, layer 2: base_logprob"),
-    "log-probability, none": ("b", edit(EVAL, lambda d: at(d, 2, "logprob_base", to=None)), "injection_output", EVAL, "trial (2, 2), corrupted, layer 2: base_logprob"),
-    "rank": ("b", edit(EVAL, lambda d: at(d, 2, "rank_with", to=lambda x: x + 1)), "injection_output", EVAL, "trial (2, 2), corrupted, layer 2: with_rank"),
-    "likeliest token": ("b", edit(EVAL, lambda d: at(d, 0, "pred_id_base", to=5)), "injection_output", EVAL, "trial (0, 0), corrupted, layer 2: base_pred_id"),
-    "edit layer": ("b", edit(EVAL, lambda d: [at(row, "edit_layer", to=3) for row in d]), "injection_output", EVAL, "edit_layer"),
-    "trial missing": ("b", edit(EVAL, lambda d: d.pop(1)), "prompt_boundary", EVAL, "n_trials"),
-    "trial missing in a": ("a", edit(DUMP, lambda d: d["trials"].pop(1)), "prompt_boundary", DUMP, "n_trials"),
-    "trial twice": ("a", edit(DUMP, lambda d: d["trials"].append(d["trials"][0])), "prompt_boundary", DUMP, "trial (0, 0), corrupted"),
-    "trial numbered wrongly": ("b", edit(EVAL, lambda d: at(d, 2, "trial_id", to=7)), "prompt_boundary", EVAL, "trial (2, 2), corrupted"),
-    "map missing": ("b", edit(MAPS, lambda d: d.pop(2)), "prompt_boundary", MAPS, "trial 1, clean"),
-    "no such field": ("a", edit(MAPS, lambda d: d[1].pop("idx_map")), "slot_map", MAPS, "trial 0, corrupted: idx_map"),
-    "a field nowhere": ("b", edit("top_heads.json", lambda d: d["heads"][0].pop("rank_score")), "top_heads", "top_heads.json", "(file)"),
-    "dump cut off": ("a", garbage(DUMP), "prompt_boundary", DUMP, "(file)"),
-    "map cut off": ("b", garbage(MAPS), "prompt_boundary", MAPS, "(file)"),
-    "means cut off": ("b", garbage("mean_activations.pt"), "mean_activations", "mean_activations.pt", "(file)"),
-    "logits cut off": ("b", garbage("injection_logits.safetensors"), "injection_output", "injection_logits.safetensors", "(file)"),
-    "list for a vector": ("b", tensor("fv_global_resid.pt", lambda d: [d["fv_global_resid"]]), "fv_vector", "fv_global_resid.pt", "(file)"),
-} | {
-    f"{side} without {name}": (side, delete(name), stage, name, "(file)")
-    for side, name, stage in [
-        ("a", DUMP, "prompt_boundary"), ("a", MAPS, "prompt_boundary"), ("a", "antonym_dummy_labels.json", "slot_map"),
-        ("a", MEAN, "mean_activations"), ("a", "antonym_indirect_effect.pt", "top_heads"),
-        ("a", "top_heads_src.json", "top_heads"), ("a", "src_fv.pt", "fv_vector"),
-        ("b", EVAL, "prompt_boundary"), ("b", "mean_activations_meta.json", "slot_map"),
-        ("b", "mean_activations.pt", "mean_activations"), ("b", "indirect_effect.pt", "top_heads"),
-        ("b", "top_heads.json", "top_heads"), ("b", "fv_global_resid.pt", "fv_vector"),
-    ]
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
