@@ -106,7 +106,7 @@ def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:
         return x.index_fill(-1, value, float("-inf"))
     if op == "knockout":
         return torch.full_like(x, torch.finfo(x.dtype).min)
-    new = edit.value(x)
+    new = edit.value(x.clone())  # a function that works in place does what its result says, and no more
     if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
         found = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise PlanError(f"{edit}: the function returned {found} for {x.dtype} {list(x.shape)}")
@@ -114,12 +114,13 @@ def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:
 
 
 def prepared(edit: Edit, x: Tensor) -> Any:
-    """An edit's value as `carry_out` takes it for `x`: on its device, directions made orthonormal."""
+    """An edit's value as `carry_out` takes it for `x`: on its device, in its dtype (routers may compute in another one than
+    the model's), directions made orthonormal."""
     if edit.op == "mask":
         return torch.tensor(edit.value, device=x.device)
     if not isinstance(edit.value, Tensor):
         return edit.value
     if edit.op != "project":
-        return edit.value.to(x.device)
+        return edit.value.to(x.device, x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.qr(torch.atleast_2d(edit.value).to(x.device, wide).mT).Q.mT.to(x.dtype)

@@ -108,16 +108,10 @@ class Bound:
         self, region: Region, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
     ) -> None:
         self.region, self.columns = region, queries
-        start = 0 if window is None else window.start
-        parts: list[_Part] = []
+        start, stop, first = (0, rows.width, 0) if window is None else window
+        parts = [_Part.of(queries, region.pos, start, stop - start)]
         if region.attention:
-            width, first = (rows.width, 0) if window is None else (window.stop, window.keys)
-            parts = [
-                _Part.of(queries, is_single(region.pos) if region.pos is not None else False, start, width - start),
-                _Part.of(keys, is_single(region.key) if region.key is not None else False, first, width - first),
-            ]
-        elif queries is not None:
-            parts = [_Part.of(queries, is_single(region.pos), start, 0)]  # type: ignore[arg-type]
+            parts.append(_Part.of(keys, region.key, first, stop - first))
         self.ragged = any(part.ragged for part in parts)
         self._index = self._build(parts, len(rows.real))
         names = region.site.info.positions or ("visual",)
@@ -131,7 +125,7 @@ class Bound:
         tail: tuple[Any, ...] = () if units is None else (units if isinstance(units, int) else list(units),)
         if not self.ragged and all(part.key is not None for part in parts):
             # basic indexing: every row selects the same stretch
-            return (slice(None), *(part.key for part in parts or [_Part.everything()]), *tail)
+            return (slice(None), *(part.key for part in parts), *tail)
         arrays = _ragged(parts, n_rows) if self.ragged else _uniform(parts, n_rows)
         if units is not None and not isinstance(units, int):
             arrays = [array[..., None] for array in arrays]
@@ -175,23 +169,18 @@ class Bound:
 
 
 class _Part:
-    """Columns of one position axis: a basic key if all rows agree, and the columns themselves."""
+    """Columns of one position axis, per row or once for all: a basic key if all rows agree, and the columns."""
 
     __slots__ = ("columns", "key", "ragged", "single")
 
-    def __init__(self, columns: Columns | None, key: Any, single: bool, ragged: bool) -> None:
+    def __init__(self, columns: Sequence[Sequence[int]], key: Any, single: bool, ragged: bool) -> None:
         self.columns, self.key, self.single, self.ragged = columns, key, single, ragged
 
     @staticmethod
-    def everything() -> _Part:
-        return _Part(None, slice(None), False, False)
-
-    @staticmethod
-    def of(columns: Columns | None, single: bool, start: int, width: int) -> _Part:
-        if columns is None:
-            part = _Part.everything()
-            part.columns = [list(range(width))]
-            return part
+    def of(columns: Columns | None, chosen: Position | None, start: int, width: int) -> _Part:
+        if columns is None or chosen is None:
+            return _Part([range(width)], slice(None), False, False)
+        single = is_single(chosen)
         local = [[column - start for column in row] for row in columns]
         first = local[0]
         if any(len(row) != len(first) for row in local) or not first:
@@ -207,12 +196,11 @@ class _Part:
     @property
     def count(self) -> int:
         """Positions per row (of the first, where rows differ)."""
-        assert self.columns is not None
         return len(self.columns[0])
 
-    def rows(self, n: int) -> Columns:
-        assert self.columns is not None
-        return self.columns * n if len(self.columns) == 1 else self.columns
+    def rows(self, n: int) -> list[Sequence[int]]:
+        """The columns of each of `n` rows."""
+        return [*self.columns] * n if len(self.columns) == 1 else [*self.columns]
 
 
 def _uniform(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .compiled import model_inputs
-from .edits import Edit
+from .edits import TENSOR_OPS, Edit
 from .engines.staircase import Clean, Staircase, clean_pass, standing_in
 from .engines.torch import TorchEngine
 from .errors import PlanError, nearest
@@ -104,12 +104,21 @@ def sweep(
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
     everything = tuple(edit for edits in listed for edit in edits)
     model.engine.compile(Plan((), everything), model.atlas)  # a wrong one is found before anything runs
+    kinds = tuple({_kind(edit): edit for edit in everything}.values())
+    model.engine.compile(Plan((), kinds), model.atlas).check(tokens.rows, kinds)
     runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     key = key_of(model, tokens, listed, scores) if out is not None else ""
     store = Store(None if out is None else Path(out), key, (len(listed), len(tokens), len(scores)), kind)
     plan = runner.plan(*choose(model, tokens, strategy), store.done)
     return runner.run(plan, store, _Progress(progress, int((~store.done).sum())))
+
+
+def _kind(edit: Edit) -> tuple[Any, ...]:
+    """Equal for edits of which one fits a batch if the other does."""
+    site, units = edit.site, edit.site.units
+    shape = (edit.value.shape, edit.value.dtype) if edit.op in TENSOR_OPS else edit.value if edit.op == "mask" else None
+    return site.name, site.layers, "one" if isinstance(units, int) else units, site.pos, site.key, edit.op, shape
 
 
 class _Progress:

@@ -39,10 +39,11 @@ class Entry:
         why: reasons by what is missing (`read`, `write`, `grad`).
         module: the module whose input or output it is, where it is one.
         visual: its positions are the visual tokens.
+        overwritten: the model writes into the tensor after it passed, so what is read is not what the model goes on with.
         wide: the family may compute it in float32 whatever the model's dtype.
     """
 
-    __slots__ = ("layer", "module", "n_units", "name", "read", "sizes", "visual", "why", "wide", "write")
+    __slots__ = ("layer", "module", "n_units", "name", "overwritten", "read", "sizes", "visual", "why", "wide", "write")
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Entry:
         self.n_units = None if unit is None else sizes[unit]
         self.why, self.module = why or {}, module
         self.visual, self.wide = SITES[name].visual, name.startswith("router")
+        self.overwritten = False
 
 
 class Atlas:

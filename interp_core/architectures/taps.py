@@ -97,8 +97,19 @@ class Lens:
         return x if self.factor == 1 else x * self.factor
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
-        """The site's tensor as the module has to pass it on."""
-        return (x if self.factor == 1 else x / self.factor).reshape(like.shape)
+        """The site's tensor as the module has to pass it on, in the place of `like`."""
+        x = x.reshape(like.shape)
+        if self.factor == 1:
+            return x
+        entered = like * self.factor
+        return unrounded(entered, x, like, x / self.factor, self.factor)
+
+
+def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float = 1.0) -> Tensor:
+    """What lies under a value that was changed from `old` to `new`, where it was worked out from `before` and `after` is
+    worked back: where nothing changed, exactly what was there, so that setting a site to its own value changes no bit.
+    (The difference is zero there, but carries the gradient.)"""
+    return torch.where(new == old, before + (new - old) / factor, after)
 
 
 Get = Callable[[Call, "tuple[int, ...] | None"], Tensor]
@@ -147,8 +158,8 @@ def resid_mid(block: Tap, attn_out: Tap) -> Tap:
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         return call.needs[0] + call.first
 
-    def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        call.first = new - call.needs[0]
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        call.first = unrounded(old, new, call.first, new - call.needs[0])
 
     return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
 

@@ -97,12 +97,21 @@ class Read(Part):
         if program.keep_graph:
             x = self._branch(x)
             program.passed.bases[self.number] = x
-        kept = x
-        if not self.late:
-            kept = self.take(x if self.tap.view is None else self.tap.view(x))
-            if kept._base is not None and not program.keep_graph:
-                kept = kept.clone()  # a view would keep the whole tensor alive
-        program.passed.values[self.number] = kept
+        passed = program.passed
+        if self.late:
+            kept = x
+            if self.entry.overwritten and program.keep_graph:
+                x = x.clone()  # gradients are those of the tensor that is kept, so the model goes on with the copy
+            elif self.entry.overwritten:
+                kept = x.clone()
+            passed.values[self.number] = kept
+            if not program.untracked:
+                passed.versions[self.number] = kept._version
+            return x
+        kept = self.take(x if self.tap.view is None else self.tap.view(x))
+        if kept._base is not None and (self.entry.overwritten or not program.keep_graph):
+            kept = kept.clone()  # a view would keep the whole tensor alive
+        passed.values[self.number] = kept
         return x
 
     def _branch(self, x: Tensor) -> Tensor:
@@ -138,7 +147,10 @@ class Change(Part):
         edit, view = self.program.edits[self.number], self.tap.view
         if self.bound is None and view is None:
             new = carry_out(edit, x, prepared(edit, x))
-            self._note(edit, x, new, x)
+            if edit.op in ("set", "apply"):
+                # This may be the caller's own tensor, and the model may write into what it goes on with.
+                new = torch.empty_like(x).copy_(new)
+            self._note(edit, x, x, new, x)
             return new
         into = x.clone()
         if view is None:
@@ -172,10 +184,10 @@ class Change(Part):
         if edit.op == "knockout" and not self.knockout:
             into.copy_(torch.where((into < 0).any(-1, keepdim=True), _renormalised(into), into))
             new = self.take(into)
-        self._note(edit, old, new, x)
+        self._note(edit, value, old, new, x)
 
-    def _note(self, edit: Edit, old: Tensor, new: Tensor, x: Tensor) -> None:
-        """Write down that the edit fired, where, and the norm of what it changed."""
+    def _note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
+        """Write down that the edit fired, where, and the norm of what it changed: a part `old` of `value` to `new`."""
         if edit.op == "zero":
             change = old.detach()
         elif edit.op == "mask":  # how many logits were taken out, not how far it is to minus infinity
@@ -187,19 +199,18 @@ class Change(Part):
             change = new.detach() - old.detach()
         columns = None if self.bound is None else self.bound.columns
         fires = self.program.passed.fires[self.number]
-        if (real := self.real()) is not None:
-            change = torch.where(real.to(change.device), change, 0)
+        if (real := self.real(value.shape, value.device)) is not None:
+            change = torch.where(real, change, 0)
         fires.append((self.entry.layer, columns, torch.linalg.vector_norm(change)))
 
-    def real(self) -> Tensor | None:
-        """Where a change is none of padding, in the axes of what was changed; None if it is nowhere."""
-        real, region, axes = self.program.real, self.region, SITES[self.entry.name].axes
+    def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
+        """Which numbers of the changed part of a value of that shape are none of padding; None where all are."""
+        real, region = self.program.real, self.region
         if real is None or region.pos is not None or self.entry.visual:
             return None
-        single = isinstance(region.units, int)
-        shape = [len(real)] + [1] * (len(axes) - 1 - single - (region.key is not None and is_single(region.key)))
-        shape[2 if region.attention and not single else 1] = real.shape[1]
-        return real.view(shape)
+        sizes = [1] * len(shape)
+        sizes[0], sizes[2 if region.attention else 1] = real.shape
+        return self.take(real.to(device).view(sizes).expand(*shape))
 
     def check(self, rows: Rows) -> None:
         """Hold the edit's value against the part that it meets.
@@ -224,7 +235,9 @@ class Change(Part):
         if value.dtype != dtype and not (self.entry.wide and value.dtype == torch.float32):
             raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
         axes = self.axes(len(rows.real), rows.width)
-        sizes = [size for _, size in axes]
+        sizes, last = [size for _, size in axes], edit.site.info.axes[-1]
+        if edit.op == "project" and axes[-1][0] != last:
+            raise PlanError(f"{edit}: directions lie along {last}, of which this selects a single one; leave it whole")
         wanted = sizes[-1:] if edit.op == "project" else sizes
         shape = list(value.shape)[-1:] if edit.op == "project" else list(value.shape)
         if len(shape) > len(wanted) or shape != wanted[len(wanted) - len(shape) :]:
@@ -292,7 +305,8 @@ class Port:
     @property
     def plain(self) -> bool:
         """Whether all that is done here is to keep the tensor that passes."""
-        return not (self.changes or self.capture or self.tap.lens) and all(read.late for read in self.reads)
+        bare = not (self.changes or self.capture or self.tap.lens)
+        return bare and all(read.late and not read.entry.overwritten for read in self.reads)
 
     @property
     def derived(self) -> bool:
@@ -319,9 +333,10 @@ class Port:
         def keep(module: Any, args: Any, kwargs: Any) -> Any:
             if program.keep_graph or program.stop_at is self:
                 return full(module, args, kwargs)
-            values = program.passed.values
+            passed, x = program.passed, args[0] if args else kwargs[self.name]
+            version = 0 if program.untracked else x._version
             for number in numbers:
-                values[number] = args[0] if args else kwargs[self.name]
+                passed.values[number], passed.versions[number] = x, version
             return None
 
         return keep
@@ -335,9 +350,10 @@ class Port:
         def keep(module: Any, args: Any, output: Any) -> Any:
             if program.keep_graph or program.stop_at is self:
                 return full(module, args, output)
-            values = program.passed.values
+            passed, x = program.passed, output[0] if output.__class__ in many else output
+            version = 0 if program.untracked else x._version
             for number in numbers:
-                values[number] = output[0] if output.__class__ in many else output
+                passed.values[number], passed.versions[number] = x, version
             return None
 
         return keep

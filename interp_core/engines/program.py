@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -125,7 +125,7 @@ class PortProgram(ABC):
         self.window: Window | None = None
         self.shape = (0, 0)
         self.real: Tensor | None = None
-        self.keep_graph = False
+        self.keep_graph = self.untracked = False
         self.stop_at: Port | None = None
         self._n_edits = len(plan.edits)
         self._ports: dict[tuple[str, str, str], Port] = {}
@@ -136,6 +136,7 @@ class PortProgram(ABC):
         self._needed = [port for port in ports if port.capture]
         self.ports = [port for port in ports if port.tap.side != "attention"]
         self.taps = self._layer_taps([port for port in ports if port.tap.side == "attention"])
+        self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
 
     # Compiling
@@ -219,16 +220,19 @@ class PortProgram(ABC):
         try:
             self.prepare(inputs)
             self.window, self.edits = None, edits
-            passed = self._begin(rows, rows.width, keep_graph)
-            for change in self._changes:
-                change.check(rows)
-            self.stop_at = self._last() if stop else None
-            passed.output = self.carry("forward", inputs)
-        except Stop:
-            pass
+            passed: Passed | None = None
+            while passed is None or self._overwritten((passed,)):
+                passed = self._begin(rows, rows.width, keep_graph)
+                for change in self._changes:
+                    change.check(rows)
+                self.stop_at = self._last() if stop else None
+                try:
+                    passed.output = self.carry("forward", inputs)
+                except Stop:
+                    pass
+            return passed
         finally:
             self._end()
-        return passed
 
     def generate(
         self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
@@ -257,11 +261,46 @@ class PortProgram(ABC):
             self.prepare(inputs)
             handle = self.engine.model.register_forward_pre_hook(step, with_kwargs=True)
             result = self.carry("generate", inputs)
+            if self._overwritten(steps):
+                raise CapabilityError(
+                    "the model wrote into a tensor after it was kept, which the self-check at load finds out; load "
+                    "with check=True, or generate again: from now on such tensors are copied"
+                )
         finally:
             if handle is not None:
                 handle.remove()
             self._end()
         return result, steps
+
+    def _overwritten(self, passes: Sequence[Passed]) -> bool:
+        """Whether the model wrote into a tensor after it was kept. Such sites are marked, and copied in further passes; the
+        self-check at load, which reads every site, leaves hardly any to be found here.
+
+        Raises:
+            CapabilityError: the model wrote into a copy.
+        """
+        if self.untracked:
+            return False
+        written = {
+            number
+            for passed in passes
+            for number in self._late
+            if (x := passed.values[number]) is not None and x._version != passed.versions[number]
+        }
+        entries = [self.slots[number].entry for number in written]
+        if known := [entry for entry in entries if entry.overwritten]:
+            raise CapabilityError(
+                f"{known[0].name}[{known[0].layer}]: the model writes into this tensor in a way that reads cannot keep "
+                "apart; read it at positions, or without grad"
+            )
+        for entry in entries:
+            entry.overwritten = True
+        if entries:
+            self.listen()
+        return bool(entries)
+
+    def listen(self) -> None:  # noqa: B027 (most make their hooks for each pass)
+        """Make the hooks anew, for sites of which something else is known now."""
 
     def _check(self, rows: Rows) -> None:
         """Hold every edit's positions and value against the rows that it will meet."""
@@ -269,6 +308,15 @@ class PortProgram(ABC):
             part.bind(rows, None)
         for change in self._changes:
             change.check(rows)
+
+    def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:
+        """See `Program.check`."""
+        self.engine.begin()
+        try:
+            self.edits = edits
+            self._check(rows)
+        finally:
+            self._end()
 
     def check_reach(self, edits: tuple[Edit, ...]) -> None:
         """See `Program.check_reach`."""
@@ -283,6 +331,7 @@ class PortProgram(ABC):
     def _begin(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
         """Make ready for one pass over `width` columns."""
         self.rows, self.keep_graph = rows, keep_graph
+        self.untracked = torch.is_inference_mode_enabled()  # there, tensors do not know whether they were written to
         self.shape = (len(rows.real), width)
         self.real = _real(rows, self.window)
         for part in self._bound:

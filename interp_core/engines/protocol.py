@@ -40,15 +40,17 @@ class Passed:
 
     Attributes:
         values: kept tensors, one per slot (None if the pass did not reach it or the step had none of it).
+        versions: per kept tensor that is the very one that passed, how often it had been written to by then.
         bases: with gradients, the tensors of the pass that `values` are views or parts of.
         fires: per edit of the plan, what it changed: `(layer, selected columns per row or None for all, norm)`.
         output: the model's output, None after an early stop.
     """
 
-    __slots__ = ("bases", "fires", "output", "values")
+    __slots__ = ("bases", "fires", "output", "values", "versions")
 
     def __init__(self, n_slots: int, n_edits: int) -> None:
         self.values: list[Tensor | None] = [None] * n_slots
+        self.versions = [0] * n_slots
         self.bases: list[Tensor | None] = [None] * n_slots
         self.fires: list[list[tuple[int, list[list[int]] | None, Tensor]]] = [[] for _ in range(n_edits)]
         self.output: Any = None
@@ -79,6 +81,14 @@ class Program(Protocol):
 
         Raises:
             PositionError, PlanError: edits that do not fit the rows, before the model runs.
+        """
+        ...
+
+    def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:
+        """Hold the edits' positions and values against rows, without a pass.
+
+        Raises:
+            PositionError, PlanError: edits that do not fit them.
         """
         ...
 

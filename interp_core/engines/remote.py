@@ -8,7 +8,7 @@ head and expert outputs, writing `resid_mid`), `apply`, gradients and generation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,8 @@ class RemoteProgram(PortProgram):
             if not change.idle:
                 edit = self.edits[change.number]
                 value = prepared(edit, torch.empty(0, dtype=self.engine.dtype))
-                more = {"op": edit.op, "value": value, "number": id(change), "real": change.real()}
+                real = change.real(self._seen(change, width).shape, torch.device("cpu"))
+                more = {"op": edit.op, "value": value, "number": id(change), "real": real}
                 actions.append(self._spot(change, width) | more)
         for read in port.reads:
             if not read.idle:
@@ -118,12 +119,16 @@ class RemoteProgram(PortProgram):
 
     def _spot(self, part: Part, width: int) -> dict[str, Any]:
         """Where a part lies in its module's tensor: sizes, strides and offset of the tap's view, and an index in it."""
-        view: Callable[[Tensor], Tensor] | None = part.tap.view
         index = None if part.bound is None else part.bound.index(torch.device("cpu"))
-        if view is None:
+        if part.tap.view is None:
             return {"view": None, "index": index}
-        seen = view(torch.empty(*self.shape, width, device="meta"))
+        seen = self._seen(part, width)
         return {"view": (tuple(seen.size()), seen.stride(), seen.storage_offset()), "index": index}
+
+    def _seen(self, part: Part, width: int) -> Tensor:
+        """What passes where a part is, in its site's axes: sizes and strides without numbers."""
+        x = torch.empty(*self.shape, width, device="meta")
+        return x if part.tap.view is None else part.tap.view(x)
 
     def _sent(self, wire: list[Any], inputs: Mapping[str, Any], stop: bool) -> tuple[dict[Any, Any], Any, Any]:
         """Send it off; returns kept tensors, norms of changes, logits. The block must stand on its own."""

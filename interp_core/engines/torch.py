@@ -19,6 +19,10 @@ class TorchProgram(PortProgram):
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         super().__init__(engine, plan, atlas)
+        self.listen()
+
+    def listen(self) -> None:
+        """See `PortProgram.listen`."""
         self._hooks = [(port, port.hook()) for port in self.ports]
 
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
