@@ -114,7 +114,7 @@ def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:
 
 
 def prepared(edit: Edit, x: Tensor) -> Any:
-    """An edit's value as `carry_out` takes it for `x`: on its device, in its dtype (routers may compute in another one than
+    """An edit's value as `carry_out` takes it for `x`: on its device, in its dtype (routers may compute in another than
     the model's), directions made orthonormal."""
     if edit.op == "mask":
         return torch.tensor(edit.value, device=x.device)

@@ -102,10 +102,11 @@ def sweep(
         raise PlanError("a sweep needs a score: score.logprob(target), say")
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
-    everything = tuple(edit for edits in listed for edit in edits)
-    model.engine.compile(Plan((), everything), model.atlas)  # a wrong one is found before anything runs
-    kinds = tuple({_kind(edit): edit for edit in everything}.values())
-    model.engine.compile(Plan((), kinds), model.atlas).check(tokens.rows, kinds)
+    model.engine.compile(Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas)
+    for edits in {
+        tuple(map(_kind, edits)): edits for edits in listed
+    }.values():  # a wrong one is found before anything runs
+        model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     key = key_of(model, tokens, listed, scores) if out is not None else ""

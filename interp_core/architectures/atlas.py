@@ -16,6 +16,7 @@ from ..errors import CapabilityError, LoadError, SiteError, nearest
 from ..sites import SITES, Site, indices
 from . import taps
 from .family import Family, Heads, Place, split_heads
+from .reach import Reach
 from .taps import Lens, Tap
 
 
@@ -39,7 +40,7 @@ class Entry:
         why: reasons by what is missing (`read`, `write`, `grad`).
         module: the module whose input or output it is, where it is one.
         visual: its positions are the visual tokens.
-        overwritten: the model writes into the tensor after it passed, so what is read is not what the model goes on with.
+        overwritten: the model writes into the tensor after it passed; reads keep a copy.
         wide: the family may compute it in float32 whatever the model's dtype.
     """
 
@@ -70,6 +71,7 @@ class Atlas:
         family: name of the family, `config.model_type`.
         shape: sizes of the model.
         config: the model's whole config.
+        reaches: per layer with heads, how far its queries look.
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason.
         notes: what a user should know of this model.
@@ -78,6 +80,7 @@ class Atlas:
     def __init__(self, family: Family, shape: Shape, config: Any) -> None:
         self.family, self.shape, self.config = family, shape, config
         self.entries: dict[tuple[str, int], Entry] = {}
+        self.reaches: dict[int, Reach] = {}
         self.lacking: dict[str, str] = {}
         self.notes: list[str] = []
 
@@ -273,6 +276,7 @@ class _Builder:
             sizes = {"head": heads.n_heads, **self.d_model}
             self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
         matrix = {"head": heads.n_heads}
+        self.atlas.reaches[layer] = Reach.of(module, self.config, layer)
         if family.pattern:
             block = f"{self.paths['blocks']}.{layer}"
             self._view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)

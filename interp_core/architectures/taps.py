@@ -106,9 +106,9 @@ class Lens:
 
 
 def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float = 1.0) -> Tensor:
-    """What lies under a value that was changed from `old` to `new`, where it was worked out from `before` and `after` is
-    worked back: where nothing changed, exactly what was there, so that setting a site to its own value changes no bit.
-    (The difference is zero there, but carries the gradient.)"""
+    """What lies under a value that was worked out of `before` and changed from `old` to `new`: `after`, but exactly
+    what was there where nothing changed, so that setting a site to its own value changes no bit. (The difference is
+    zero there, and carries the gradient.)"""
     return torch.where(new == old, before + (new - old) / factor, after)
 
 

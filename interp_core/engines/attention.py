@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..errors import CapabilityError
+from ..errors import CapabilityError, PlanError
+from .knockout import NOTHING_LEFT
 
 NAME = "interp_core"
 OPEN = ("eager", "sdpa")
@@ -93,15 +94,17 @@ class LayerTap:
         texts: which row is of which text, and where their own columns begin.
         kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
+        filled: while generating, how many columns there are; a static cache hands over its empty places too.
         lent: the config that names our function, shared by all layers of a plan.
     """
 
-    __slots__ = ("keep", "kept", "lent", "module", "original", "prefix", "softmax_dtype", "stages", "texts")
+    __slots__ = ("filled", "keep", "kept", "lent", "module", "original", "prefix", "softmax_dtype", "stages", "texts")
 
     def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
         self.module, self.stages, self.keep = module, stages, keep
         self.prefix: tuple[Tensor, Tensor] | None = None
         self.texts = _ONE
+        self.filled: int | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = module.config
         implementation = self.original._attn_implementation
@@ -138,7 +141,10 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention `[batch head query d_head]` by steps, with the layer's tap called on the way."""
     tap: LayerTap = module.__dict__["interp_tap"]
-    stages, n_keys = tap.stages, key.shape[2]
+    stages, filled = tap.stages, tap.filled
+    if filled is not None and key.shape[2] > filled:
+        key, value = key[:, :, :filled], value[:, :, :filled]
+    n_keys = key.shape[2]
     if "rot_q" in stages:
         query = stages["rot_q"](query, n_keys)
     if "rot_k" in stages:
@@ -164,7 +170,10 @@ def attention(
             before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
         scores = torch.cat([before, scores], -1)
     if "scores" in stages:
-        scores = stages["scores"](scores, n_keys)
+        before = scores
+        scores = stages["scores"](before, n_keys)
+        if scores is not before:
+            _demand_a_key(before, scores)
     pattern = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](pattern, n_keys)
@@ -292,8 +301,9 @@ def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module:
 
 @lru_cache(maxsize=4)
 def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What causal attention adds, the same for every layer of a pass."""
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    """What causal attention adds, the same for every layer of a pass. Where there is no mask and more keys than queries,
+    these are the empty places of a cache that is filled for the first time; kernels align to the first key there."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
     return _additive(seen, dtype)
 
 
@@ -306,6 +316,17 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in kept:
         kept[dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _LOWEST[dtype])
     return kept[dtype]
+
+
+def _demand_a_key(before: Tensor, scores: Tensor) -> None:
+    """Refuse edits of scores that hide every key of a query which saw some.
+
+    Raises:
+        PlanError: there is such a query.
+    """
+    lowest = _LOWEST[scores.dtype]
+    if bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
+        raise PlanError(NOTHING_LEFT)
 
 
 def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:

@@ -18,10 +18,11 @@ from ..architectures.family import View
 from ..architectures.taps import KEYED, Call, Tap
 from ..edits import TENSOR_OPS, Edit, carry_out, prepared
 from ..errors import CapabilityError, PlanError
-from ..positions import Rows, Slice, is_single
+from ..positions import Rows, Slice
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
 from .attention import softmax
+from .knockout import Hidden, renormalised
 
 if TYPE_CHECKING:
     from .program import PortProgram
@@ -182,7 +183,8 @@ class Change(Part):
             else:
                 bound.put(into, new)
         if edit.op == "knockout" and not self.knockout:
-            into.copy_(torch.where((into < 0).any(-1, keepdim=True), _renormalised(into), into))
+            hit = (into < 0).any(-1)
+            into[hit] = renormalised(into[hit])
             new = self.take(into)
         self._note(edit, value, old, new, x)
 
@@ -227,8 +229,6 @@ class Change(Part):
                 self.checked = seen
         elif edit.op == "mask":
             self._check_experts(edit)
-        elif edit.op == "knockout":
-            self._check_rest(edit, rows)
 
     def _check_value(self, edit: Edit, value: Tensor, rows: Rows) -> None:
         dtype = self.program.engine.dtype
@@ -245,20 +245,14 @@ class Change(Part):
             takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
             raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.")
 
-    def _check_rest(self, edit: Edit, rows: Rows) -> None:
-        """Refuse to take away everything that a query can attend to: what softmax would then give means nothing."""
-        region = self.region
-        queries = region.columns(rows, Slice() if region.pos is None else region.pos)
-        keys = region.columns(rows, Slice() if region.key is None else region.key)
-        for row, (asking, hidden) in enumerate(zip(queries, keys, strict=True)):
-            gone = set(hidden)
-            for query in asking:
-                if all(column in gone for column in rows.real[row] if column <= query):
-                    place = rows.real[row].index(query)
-                    raise PlanError(
-                        f"{edit}: position {place} of row {row} would have nothing left to attend to; leave it out of "
-                        f"the queries (query=slice({place + 1}, None)), or keep a key"
-                    )
+    def hidden(self, rows: Rows) -> Hidden:
+        """What a knockout hides in these rows."""
+        region, units = self.region, self.region.units
+        heads = range(self.entry.n_units or 0) if units is None else (units,) if isinstance(units, int) else units
+        queries, keys = (
+            region.columns(rows, Slice() if place is None else place) for place in (region.pos, region.key)
+        )
+        return Hidden(self.program.edits[self.number], self.entry.layer, heads, queries, keys)
 
     def axes(self, batch: int, width: int) -> list[tuple[str, int]]:
         """Names and sizes of the axes of the part that this edit meets."""
@@ -282,16 +276,10 @@ class Change(Part):
                 raise PlanError(f"{edit}: no expert {expert}, there are {n}, 0 to {n - 1}")
 
 
-def _renormalised(pattern: Tensor) -> Tensor:
-    """Rows of a pattern in which knocked-out entries are negative, made to sum to one without them."""
-    kept = pattern.clamp(min=0)
-    return kept / kept.sum(-1, keepdim=True)
-
-
 class Port:
     """Everything that a plan does at one side of one module, or at one part of its attention."""
 
-    __slots__ = ("_name", "capture", "captured", "changes", "module", "needs", "program", "reads", "tap")
+    __slots__ = ("_name", "capture", "captured", "changes", "edited", "module", "needs", "program", "reads", "tap")
 
     def __init__(self, program: PortProgram, module: nn.Module, tap: Tap) -> None:
         self.program, self.module, self.tap = program, module, tap
@@ -300,6 +288,8 @@ class Port:
         self.needs: Sequence[Port] = ()
         self.capture = False
         self.captured: Tensor | None = None
+        self.edited: Tensor | None = None
+        """While generating: keys or values so far, with what was edited."""
         self._name = ""
 
     @property
@@ -424,23 +414,47 @@ class Port:
 
     def stage(self) -> Callable[[Tensor, int], Tensor]:
         """What the attention tap calls with its tensor and the number of keys: gives the tensor's new value."""
-        program = self.program
-        part, numbers = self.tap.part, [read.number for read in self.reads] if self.plain else None
+        program, keyed = self.program, self.tap.part in KEYED
+        numbers = [read.number for read in self.reads] if self.plain else None
 
         def stage(x: Tensor, n_keys: int) -> Tensor:
-            if numbers is not None and not program.keep_graph and program.stop_at is not self:
-                for number in numbers:
-                    program.passed.values[number] = x
-                return x
             window = program.window
-            if window is not None and (n_keys < window.stop or part in KEYED):
-                # keys reach back beyond this step, and sliding windows have dropped the first of them
-                first = window.stop - n_keys
-                for item in (*self.changes, *self.reads):
-                    item.bind(program.rows, Window(first if part in KEYED else window.start, window.stop, first))
-            return self._through(x)
+            if window is None or not keyed:
+                if numbers is not None and not program.keep_graph and program.stop_at is not self:
+                    for number in numbers:
+                        program.passed.values[number] = x
+                    return x
+                if window is not None and n_keys < window.stop:  # a sliding window has dropped the first keys
+                    self._bind([*self.changes, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
+                return self._through(x)
+            return self._keyed(x, n_keys, window)
 
         return stage
+
+    def _bind(self, parts: Sequence[Part], window: Window) -> None:
+        for part in parts:
+            part.bind(self.program.rows, window)
+
+    def _keyed(self, x: Tensor, n_keys: int, window: Window) -> Tensor:
+        """Keys or values of a step while generating `[batch head key d_head]`, which reach back to the first. Edits act
+        on the step's own, and stay: what was edited at earlier steps takes the place of what the cache holds. Reads see
+        all."""
+        program, before = self.program, n_keys - (window.stop - window.start)
+        own = changed = x[:, :, before:]
+        for change in self.changes:
+            changed = change.apply(changed)
+        if changed is not own or self.edited is not None:
+            earlier = x if self.edited is None else self.edited
+            first = earlier.shape[2] - before if self.edited is not None else 0
+            x = self.edited = torch.cat([earlier[:, :, first : first + before], changed], 2)
+        if self.reads:
+            if program.untracked or x._version:  # a buffer, which the next step writes to
+                x = x.clone()
+            first = window.stop - n_keys
+            self._bind(self.reads, Window(first, window.stop, first))
+            for read in self.reads:
+                x = read.keep(x, program)
+        return x
 
     def _through(self, x: Tensor) -> Tensor:
         """Changes, then reads, of the tensor that passes."""

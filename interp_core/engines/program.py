@@ -25,6 +25,7 @@ from ..positions import Rows
 from ..regions import Window
 from ..sites import SITES, Site, indices
 from .attention import LayerTap
+from .knockout import check_knockouts
 from .ports import Change, Part, Port, Read
 from .protocol import Passed
 
@@ -127,6 +128,7 @@ class PortProgram(ABC):
         self.real: Tensor | None = None
         self.keep_graph = self.untracked = False
         self.stop_at: Port | None = None
+        self._left_for: Rows | None = None
         self._n_edits = len(plan.edits)
         self._ports: dict[tuple[str, str, str], Port] = {}
         self._by_tap: dict[Tap, Port] = {}
@@ -135,7 +137,9 @@ class PortProgram(ABC):
         ports = list(self._ports.values())
         self._needed = [port for port in ports if port.capture]
         self.ports = [port for port in ports if port.tap.side != "attention"]
-        self.taps = self._layer_taps([port for port in ports if port.tap.side == "attention"])
+        self._inside = [port for port in ports if port.tap.side == "attention"]
+        self.taps = self._layer_taps(self._inside)
+        self._knockouts = [change for change in self._changes if plan.edits[change.number].op == "knockout"]
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
 
@@ -223,8 +227,7 @@ class PortProgram(ABC):
             passed: Passed | None = None
             while passed is None or self._overwritten((passed,)):
                 passed = self._begin(rows, rows.width, keep_graph)
-                for change in self._changes:
-                    change.check(rows)
+                self._check_values(rows)
                 self.stop_at = self._last() if stop else None
                 try:
                     passed.output = self.carry("forward", inputs)
@@ -273,8 +276,8 @@ class PortProgram(ABC):
         return result, steps
 
     def _overwritten(self, passes: Sequence[Passed]) -> bool:
-        """Whether the model wrote into a tensor after it was kept. Such sites are marked, and copied in further passes; the
-        self-check at load, which reads every site, leaves hardly any to be found here.
+        """Whether the model wrote into a tensor after it was kept. Such sites are marked, and copied in further passes;
+        the self-check at load, which reads every site, leaves hardly any to be found here.
 
         Raises:
             CapabilityError: the model wrote into a copy.
@@ -306,8 +309,15 @@ class PortProgram(ABC):
         """Hold every edit's positions and value against the rows that it will meet."""
         for part in self._bound:
             part.bind(rows, None)
+        self._check_values(rows)
+
+    def _check_values(self, rows: Rows) -> None:
         for change in self._changes:
             change.check(rows)
+        if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
+            hidden = [change.hidden(rows) for change in self._knockouts]
+            check_knockouts(hidden, self.atlas.reaches, rows)
+            self._left_for = rows
 
     def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:
         """See `Program.check`."""
@@ -336,6 +346,8 @@ class PortProgram(ABC):
         self.real = _real(rows, self.window)
         for part in self._bound:
             part.bind(rows, self.window)
+        for tap in self.taps:
+            tap.filled = None if self.window is None else self.window.stop
         self.passed = Passed(len(self.slots), self._n_edits)
         return self.passed
 
@@ -344,6 +356,8 @@ class PortProgram(ABC):
         self.edits, self.passed = (), _NOTHING
         for port in self._needed:
             port.captured = None
+        for port in self._inside:
+            port.edited = None
         self.engine.end()
 
     def end_pass(self) -> None:
