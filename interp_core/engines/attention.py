@@ -302,7 +302,7 @@ def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module:
 @lru_cache(maxsize=4)
 def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What causal attention adds, the same for every layer of a pass. Where there is no mask and more keys than queries,
-    these are the empty places of a cache that is filled for the first time; kernels align to the first key there."""
+    the rest are empty places of a cache that is filled for the first time; kernels align to the first key there."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
     return _additive(seen, dtype)
 
