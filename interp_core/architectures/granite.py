@@ -1,22 +1,29 @@
-"""Granite: what attention and MLP add to the stream is scaled by the config's `residual_multiplier`, in the block.
+"""Granite: the block scales what attention and MLP add to the stream by its `residual_multiplier`. HyperCLOVA X does so
+too, after norms of its own.
 
 Granite-MoE's router takes the top-k of the logits and a softmax over these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .family import Family
+from .family import Family, llama_like
 from .routing import Router, top_k_softmax
 
 
-def added(config: Any) -> float:
+def added(block: Any) -> Mapping[str, float]:
     """The factor on what a block adds to the stream."""
-    return float(config.residual_multiplier)
+    return dict.fromkeys(("attn_out", "mlp_out"), block.residual_multiplier)
 
 
 FAMILY = Family("granite", added=added)
 MOE = Family(
     "granitemoe", added=added, router=Router("block_sparse_moe.router", "block_sparse_moe.experts", top_k_softmax)
+)
+HYPERCLOVAX = Family(
+    "hyperclovax",
+    paths={**llama_like("model"), "blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},
+    added=added,
 )

@@ -86,18 +86,21 @@ class Lens:
     Attributes:
         flat: batch and pos are one axis.
         factor: the block multiplies by it after the module.
+        overwritten: the block writes into the tensor after it passed, so the site's is a copy.
     """
 
     flat: bool = False
     factor: float = 1.0
+    overwritten: bool = False
 
     def enter(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """What passes, as the site has it."""
-        x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
+        x = x.reshape(*shape, *x.shape[1:]) if self.flat else x.clone() if self.overwritten else x
         return x if self.factor == 1 else x * self.factor
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
         """The site's tensor as the module has to pass it on."""
+        x = x.clone() if self.overwritten else x
         return (x if self.factor == 1 else x / self.factor).reshape(like.shape)
 
 
@@ -141,14 +144,18 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def resid_mid(block: Tap, attn_out: Tap) -> Tap:
-    """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`."""
+def resid_mid(block: Tap, attn_out: Tap, join: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tap:
+    """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`.
+
+    Args:
+        join: what the stream before and `attn_out` make, where that is not their sum (but moves as `attn_out` does).
+    """
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        return call.needs[0] + call.first
+        return (join or torch.add)(call.needs[0], call.first)
 
-    def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        call.first = new - call.needs[0]
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        call.first = new - call.needs[0] if join is None else call.first + (new - old)
 
     return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
 
