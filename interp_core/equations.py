@@ -7,7 +7,7 @@ to one, pattern times values is z, and the readout gives the model's logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,6 +45,7 @@ class Finding(NamedTuple):
         detail: by how much.
         law: what it is about.
         others: further sites of the equation, which fail with it.
+        note: what a user should know though it holds.
     """
 
     site: str
@@ -53,6 +54,7 @@ class Finding(NamedTuple):
     detail: str
     law: Law = Law.VALUE
     others: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -80,15 +82,24 @@ class Sum:
 
     @property
     def defined(self) -> tuple[str, ...]:
-        """The sites that must go if it fails: a block's input and output are what they are."""
-        return tuple(name for name in (*self.parts, self.before, self.after) if name in ("resid_mid", *self.parts))
+        """The sites that go if it fails: what is added, and the stream between, which it is that makes. A block's input
+        and output are what they are."""
+        return (*self.parts, *([self.after] if self.after == "resid_mid" else []))
+
+    def within(self, atlas: Atlas) -> Sum | None:
+        """What can still be asked of it after sites were withdrawn."""
+        if any((name, self.layer) not in atlas.entries for name in (*self.parts, self.after)):
+            return None
+        known = not self.before or (self.before, self.layer) in atlas.entries
+        return self if known else replace(self, before="")
 
     def __str__(self) -> str:
         return f"adds up: {' + '.join((self.before or 'stream', *self.parts))} is {self.after}"
 
 
 def sums(atlas: Atlas) -> list[Sum]:
-    """The sums that a model's sites allow, layer by layer."""
+    """The sums that a model's sites allow, layer by layer. Where attention's part is known and the MLP's is not, the
+    block may have none."""
     made = []
     for layer in range(atlas.shape.n_layers):
         resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
@@ -117,26 +128,30 @@ def add_up(model: Model, run: Run, made: list[Sum], edited: Sequence[Entry] = ()
     when, findings = " after edits" if edited else "", []
     for what, alike in kinds.items():
         checked = [_adds_up(model, run, one, edited) for one in alike]
-        ok, worst = all(ok for ok, _ in checked), max((off for _, off in checked), key=lambda x: (x != x, x))
+        ok, worst = all(ok for ok, _, _ in checked), max((off for _, off, _ in checked), key=lambda x: (x != x, x))
         first, *others = alike[0].defined
-        findings.append(Finding(first, f"{what}{when}", ok, f"{worst:.1e}", Law.SUM, tuple(others)))
+        own = ok and any(joined for _, _, joined in checked)
+        note = f"{alike[0].after} is no plain sum: the family norms or scales the stream itself, which the check allows for"
+        finding = Finding(first, f"{what}{when}", ok, f"{worst:.1e}", Law.SUM, tuple(others), note if own else "")
+        findings.append(finding)
     return findings
 
 
-def _adds_up(model: Model, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float]:
-    """Whether a sum holds up to rounding, and how far it is off, in parts of the largest number."""
+def _adds_up(model: Model, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
+    """Whether a sum holds up to rounding, how far it is off in parts of the largest number, and whether it does so by
+    the family's own `join` only."""
     shown = _shown(model.atlas, one)
     rows = [0, *(i for i, entry in enumerate(edited, 1) if id(entry) not in shown)]
     before, *parts, after = (run[Site(name, one.layer)].as_subclass(Tensor)[rows] for name in one.names)
     added = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    if (join := model.atlas.family.join) is None:
-        return within_rounding(model, before + added, after, before.abs() + sum(part.abs() for part in parts))
-    block = model.atlas.entries["resid_pre", one.layer].module
-    assert block is not None
+    terms = before.abs() + sum(part.abs() for part in parts)
+    ok, off = within_rounding(model, before + added, after, terms)
+    block, join = model.atlas.entries["resid_pre", one.layer].module, model.atlas.family.join
+    if ok or join is None or block is None:
+        return ok, off, False
     with torch.no_grad():
-        joined = join(block, one.after, before, added)
-    off = distance(joined, after)
-    return off <= tolerance(model), off
+        off = distance(join(block, one.after, before, added), after)
+    return off <= tolerance(model), off, True
 
 
 def _shown(atlas: Atlas, one: Sum) -> set[int]:
@@ -166,10 +181,10 @@ def tolerance(model: Model) -> float:
     return 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
 
 
-def equations(model: Model, run: Run) -> Iterator[Finding]:
-    """The equations between the sites of a pass that has read them all."""
+def equations(model: Model, run: Run, made: list[Sum]) -> Iterator[Finding]:
+    """The equations between the sites of a pass that has read them all, sums among them."""
     atlas = model.atlas
-    yield from add_up(model, run, sums(atlas))
+    yield from add_up(model, run, made)
     if both(atlas, "vision_embed", "embed"):
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
     if layers := both(atlas, "head_out", "z"):

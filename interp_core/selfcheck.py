@@ -104,7 +104,7 @@ def _tell(atlas: Atlas, rows: list[Finding]) -> None:
         if failed:
             names = ", ".join(dict.fromkeys(name for row in failed for name in row.sites))
             clauses.append(f"{names} {law.value} ({failed[0].detail})")
-    atlas.notes += clauses
+    atlas.notes += [*clauses, *dict.fromkeys(row.note for row in rows if row.note)]
     if clauses:
         log.warning("%s: %s", atlas.family.name, "; ".join(clauses))
 
@@ -121,8 +121,9 @@ def _checks(model: Model) -> Iterator[Finding]:
         run = model.run(tokens, read=_everything(atlas))
     for name in [name for name in CHECKED if atlas.layers(name)]:
         yield Finding(name, "has the declared shape", *_shape(run, name, atlas))
-    yield from equations(model, run)
-    yield from _effects(model, run, ids)
+    made = sums(model.atlas)
+    yield from equations(model, run, made)
+    yield from _effects(model, run, ids, [left for one in made if (left := one.within(model.atlas))])
     yield from _padding(model, ids[:ALONE])
 
 
@@ -192,7 +193,7 @@ def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
     return True, ""
 
 
-def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[Finding]:
+def _effects(model: Model, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
     atlas = model.atlas
     entries = _probed_entries(atlas)
@@ -201,7 +202,8 @@ def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[Finding]:
     spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
-    made = [one for one in sums(atlas) if one.layer in {entry.layer for entry in entries}]
+    layers = {entry.layer for entry in entries}
+    made = [one for one in made if one.layer in layers]
     read = dict.fromkeys(Site(name, one.layer) for one in made for name in one.names)
     edited = model.run(tokens, read=read, edits=edits, logits=-1, allow_noop=True)
     yield from [*_once(entries, edited), *add_up(model, edited, made, entries), *_added(model, edited, made, entries)]

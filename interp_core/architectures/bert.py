@@ -1,5 +1,8 @@
-"""BERT and its kin norm the stream after each sum: what is added is what the last projections give, and `resid_mid` and
-`resid_post` are the normed sums. The norms lie inside the attention's and the MLP's output modules.
+"""BERT and its kin add the residual stream inside attention's and the MLP's output modules, so what they add is what the
+last projections in these give.
+
+Most norm the stream after each sum, in these modules: `resid_mid` and `resid_post` are the normed sums there. Those of
+`_normed_before` norm what attention and MLP read, as GPT does.
 """
 
 from __future__ import annotations
@@ -35,15 +38,30 @@ def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return output.LayerNorm(before + added)
 
 
-def _family(name: str) -> Family:
+def _normed_after(name: str) -> Family:
     return Family(name, paths=PATHS, places=PLACES, join=join, refuse=_NO_ROTARY)
 
 
-FAMILY = _family("bert")
-BERT_GENERATION = _family("bert-generation")
-CAMEMBERT = _family("camembert")
-DATA2VEC = _family("data2vec-text")
-ELECTRA = _family("electra")
-ERNIE = _family("ernie")
-ROBERTA = _family("roberta")
-XLM_ROBERTA = _family("xlm-roberta")
+def _normed_before(name: str) -> Family:
+    return Family(name, paths=PATHS, places=PLACES, refuse=_NO_ROTARY)
+
+
+FAMILY = _normed_after("bert")
+BERT_GENERATION = _normed_after("bert-generation")
+BIG_BIRD = _normed_after("big_bird")
+CAMEMBERT = _normed_after("camembert")
+CONVBERT = _normed_after("convbert")
+DATA2VEC = _normed_after("data2vec-text")
+ELECTRA = _normed_after("electra")
+ERNIE = _normed_after("ernie")
+ESM = _normed_before("esm")
+MEGATRON_BERT = _normed_before("megatron-bert")
+MRA = _normed_after("mra")
+NYSTROMFORMER = _normed_after("nystromformer")
+REMBERT = _normed_after("rembert")
+ROBERTA = _normed_after("roberta")
+ROBERTA_PRELAYERNORM = _normed_before("roberta-prelayernorm")
+ROFORMER = _normed_after("roformer")
+XLM_ROBERTA = _normed_after("xlm-roberta")
+XLM_ROBERTA_XL = _normed_before("xlm-roberta-xl")
+YOSO = _normed_after("yoso")

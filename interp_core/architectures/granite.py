@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, llama_like
+from .family import Family, Place, llama_like
 from .routing import Router, top_k_softmax
 
 
@@ -18,10 +18,15 @@ def added(block: Any) -> Mapping[str, float]:
     return dict.fromkeys(("attn_out", "mlp_out"), block.residual_multiplier)
 
 
+_ROUTER = Router("block_sparse_moe.router", "block_sparse_moe.experts", top_k_softmax)
+_STREAM = {key: path for key, path in llama_like("model").items() if "mlp" not in key}
+_BETWEEN = {"resid_mid": Place("post_attention_layernorm", "in")}
+
 FAMILY = Family("granite", added=added)
-MOE = Family(
-    "granitemoe", added=added, router=Router("block_sparse_moe.router", "block_sparse_moe.experts", top_k_softmax)
-)
+SWA = Family("granite_swa", paths=llama_like("model"), added=added)
+MOE = Family("granitemoe", added=added, router=_ROUTER)
+MOE_SHARED = Family("granitemoeshared", paths=_STREAM, places=_BETWEEN, added=added, router=_ROUTER)
+MOE_SWA = Family("granitemoe_swa", paths=_STREAM, places=_BETWEEN, added=added, router=_ROUTER)
 HYPERCLOVAX = Family(
     "hyperclovax",
     paths={**llama_like("model"), "blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},
