@@ -132,6 +132,6 @@ def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
             other = {"left": "right", "right": "left"}[side]
             free = f", or pad on the {other}" if f"{other} padding" not in atlas.lacking else ""
             raise CapabilityError(
-                f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone ({why}): "
-                f"run rows one by one (for row in tokens){free}"
+                f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
+                f"({why}): run rows one by one (for row in tokens){free}"
             )

@@ -30,7 +30,7 @@ class Law(Enum):
 
     VALUE = "withdrawn: not what the model computes with"
     SUM = "withdrawn: they do not add up"
-    EDIT = "not to be edited: no effect"
+    EDIT = "not to be edited: an edit does not act as it should"
     READOUT = "refused: it gives other logits"
     PADDING = "refused: a padded row is not what it is alone"
 
@@ -45,6 +45,7 @@ class Finding(NamedTuple):
         detail: by how much.
         law: what it is about.
         others: further sites of the equation, which fail with it.
+        layers: where it fails; () for everywhere.
         note: what a user should know though it holds.
     """
 
@@ -54,6 +55,7 @@ class Finding(NamedTuple):
     detail: str
     law: Law = Law.VALUE
     others: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
     note: str = ""
 
     @property
@@ -125,16 +127,20 @@ def add_up(model: Model, run: Run, made: list[Sum], edited: Sequence[Entry] = ()
     for one in made:
         if one.before:
             kinds.setdefault(str(one), []).append(one)
-    when, findings = " after edits" if edited else "", []
-    for what, alike in kinds.items():
-        checked = [_adds_up(model, run, one, edited) for one in alike]
-        ok, worst = all(ok for ok, _, _ in checked), max((off for _, off, _ in checked), key=lambda x: (x != x, x))
-        first, *others = alike[0].defined
-        own = ok and any(joined for _, _, joined in checked)
-        note = f"{alike[0].after} is no plain sum: the family norms or scales the stream itself, which the check allows for"
-        finding = Finding(first, f"{what}{when}", ok, f"{worst:.1e}", Law.SUM, tuple(others), note if own else "")
-        findings.append(finding)
-    return findings
+    return [_held(model, run, what, alike, edited) for what, alike in kinds.items()]
+
+
+def _held(model: Model, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
+    checked = [_adds_up(model, run, one, edited) for one in alike]
+    failed = tuple(one.layer for one, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
+    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))
+    first, *others = alike[0].defined
+    note = ""
+    if not failed and any(joined for _, _, joined in checked):
+        note = f"{alike[0].after} is no plain sum: the family norms or scales the stream itself, see docs/families.md"
+    # without edits every layer was seen, with them only those that are edited stand for the others
+    layers, when = ((), " after edits") if edited else (failed, "")
+    return Finding(first, what + when, not failed, f"{worst:.1e}", Law.SUM, tuple(others), layers, note)
 
 
 def _adds_up(model: Model, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
@@ -184,6 +190,10 @@ def tolerance(model: Model) -> float:
 def equations(model: Model, run: Run, made: list[Sum]) -> Iterator[Finding]:
     """The equations between the sites of a pass that has read them all, sums among them."""
     atlas = model.atlas
+    covered = {(name, one.layer) for one in made for name in one.defined}
+    for name in ("attn_out", "resid_mid", "mlp_out"):
+        if open_ := tuple(layer for layer in atlas.layers(name) if (name, layer) not in covered):
+            yield Finding(name, "adds up", False, "no site has the stream that it is part of", Law.SUM, layers=open_)
     yield from add_up(model, run, made)
     if both(atlas, "vision_embed", "embed"):
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])

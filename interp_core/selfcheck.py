@@ -86,7 +86,7 @@ def _withdraw(atlas: Atlas, finding: Finding) -> None:
         if name not in SITES:
             atlas.lacking[name] = why
         elif finding.law is not Law.EDIT:
-            atlas.drop(name, why)
+            atlas.drop(name, why, finding.layers)
             if name == "final_norm":
                 atlas.lacking.setdefault("readout", why)
         else:
@@ -103,10 +103,18 @@ def _tell(atlas: Atlas, rows: list[Finding]) -> None:
         failed = [row for row in rows if row.law is law and not row.ok]
         if failed:
             names = ", ".join(dict.fromkeys(name for row in failed for name in row.sites))
-            clauses.append(f"{names} {law.value} ({failed[0].detail})")
+            clauses.append(f"{names}{_where(failed, atlas)} {law.value} ({failed[0].detail})")
     atlas.notes += [*clauses, *dict.fromkeys(row.note for row in rows if row.note)]
     if clauses:
         log.warning("%s: %s", atlas.family.name, "; ".join(clauses))
+
+
+def _where(failed: list[Finding], atlas: Atlas) -> str:
+    """In which layers, where it is not in all."""
+    layers = sorted({layer for row in failed for layer in row.layers})
+    if not all(row.layers for row in failed) or len(layers) == atlas.shape.n_layers:
+        return ""
+    return f" in {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
 
 
 def _checks(model: Model) -> Iterator[Finding]:
@@ -243,7 +251,9 @@ def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
                 "their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load a "
                 "model whose layers have weights of their own"
             )
-        yield Finding(entry.name, "passes once", False, f"{often} in layer {entry.layer}, which others share")
+        # what is read is the last pass, which the equations of sites without layers are about
+        law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
+        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
 
 
 def _added(model: Model, edited: Run, made: list[Sum], entries: list[Entry]) -> Iterator[Finding]:

@@ -240,7 +240,9 @@ def test_a_padded_row_that_is_not_the_row_alone_is_refused(ids: Tensor) -> None:
     assert "left padding" in model.atlas.lacking and "right padding" not in model.atlas.lacking
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, :3] = False
-    with pytest.raises(ic.CapabilityError, match="padded on the left gets other numbers in this rwkv.*pad on the right"):
+    with pytest.raises(
+        ic.CapabilityError, match="padded on the left gets other numbers in this rwkv.*pad on the right"
+    ):
         model.run(ic.Tokens(ids, mask))
     alone = model.run(ids[1:, :4]).logits[0]
     right = model.run(ic.Tokens(ids, mask.flip(1))).logits[1, :4]

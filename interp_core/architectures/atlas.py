@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -69,7 +69,9 @@ class Atlas:
         shape: sizes of the model.
         config: the model's whole config.
         entries: `(name, layer)` to entry, for everything that exists in this model.
-        lacking: site names that the whole model lacks, with the reason.
+        lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
+            padding`, where the model cannot have those.
+        withdrawn: `(name, layer)` of what was taken out later, with the reason.
         notes: what a user should know of this model.
     """
 
@@ -77,6 +79,7 @@ class Atlas:
         self.family, self.shape, self.config = family, shape, config
         self.entries: dict[tuple[str, int], Entry] = {}
         self.lacking: dict[str, str] = {}
+        self.withdrawn: dict[tuple[str, int], str] = {}
         self.notes: list[str] = []
 
     def layers(self, name: str) -> list[int]:
@@ -103,14 +106,18 @@ class Atlas:
         asked = indices(site.layers, counted, "layer", site)
         if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
             shown = ", ".join(map(str, having))
-            raise SiteError(f"{site}: layer {missing[0]} has no {site.name}; layers {shown} have")
+            why = f" ({self.withdrawn[site.name, missing[0]]})" if (site.name, missing[0]) in self.withdrawn else ""
+            raise SiteError(f"{site}: layer {missing[0]} has no {site.name}{why}; layers {shown} have")
         return [self.entries[site.name, layer] for layer in asked]
 
-    def drop(self, name: str, why: str) -> None:
-        """Take a site out of the atlas."""
+    def drop(self, name: str, why: str, layers: Sequence[int] = ()) -> None:
+        """Take a site out of the atlas, in some layers or all (())."""
         for layer in self.layers(name):
-            del self.entries[name, layer]
-        self.lacking[name] = why
+            if not layers or layer in layers:
+                del self.entries[name, layer]
+                self.withdrawn[name, layer] = why
+        if not self.layers(name):
+            self.lacking[name] = why
 
 
 @cache
@@ -211,8 +218,8 @@ class _Builder:
 
     def _components(self, block: str) -> dict[str, str]:
         """Module paths of the components that this block has."""
-        found = {}
-        for key, names in self.paths.items():
+        found, own = {}, self.family.varied
+        for key, names in {**self.paths, **(own(self.modules[block]) if own else {})}.items():
             if key.startswith("blocks."):
                 paths = (self._inside(block, key, name) for name in names.split("|"))
                 if path := next((path for path in paths if path in self.modules), None):

@@ -1,5 +1,6 @@
-"""BART and its kin as decoders: no module holds the MLP. Some norm before attention and MLP, as GPT does; BART, PLBart,
-Blenderbot-small, Marian and TrOCR norm the stream itself after each sum, so `resid_mid` and `resid_post` are normed sums.
+"""BART and its kin as decoders: no module holds the MLP. Some norm before attention and MLP, as GPT does; BART, MVP,
+PLBart, Blenderbot-small, Marian and TrOCR norm the stream itself after each sum, so `resid_mid` and `resid_post` are
+normed sums there.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def _normed_after(name: str) -> Family:
 
 
 FAMILY = _normed_after("bart")
-BIGBIRD_PEGASUS = _normed_before("bigbird_pegasus")
+BIGBIRD_MVP = _normed_after("mvp")
+PEGASUS = _normed_before("bigbird_pegasus")
 BIOGPT = _normed_before("biogpt")
 BLENDERBOT = _normed_before("blenderbot")
 BLENDERBOT_SMALL = _normed_after("blenderbot-small")
 MARIAN = _normed_after("marian")
 MBART = _normed_before("mbart")
+MVP = _normed_after("mvp")
 PEGASUS = _normed_before("pegasus")
 PLBART = _normed_after("plbart")
 TROCR = _normed_after("trocr")
+WHISPER = _normed_before("whisper")
 XGLM = _normed_before("xglm")

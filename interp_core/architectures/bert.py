@@ -1,5 +1,5 @@
-"""BERT and its kin add the residual stream inside attention's and the MLP's output modules, so what they add is what the
-last projections in these give.
+"""BERT and its kin add the residual stream inside attention's and the MLP's output modules, so what they add is what
+the last projections in these give.
 
 Most norm the stream after each sum, in these modules: `resid_mid` and `resid_post` are the normed sums there. Those of
 `_normed_before` norm what attention and MLP read, as GPT does.
@@ -52,9 +52,12 @@ BIG_BIRD = _normed_after("big_bird")
 CAMEMBERT = _normed_after("camembert")
 CONVBERT = _normed_after("convbert")
 DATA2VEC = _normed_after("data2vec-text")
+DEBERTA = _normed_after("deberta")
+DEBERTA_V2 = _normed_after("deberta-v2")
 ELECTRA = _normed_after("electra")
 ERNIE = _normed_after("ernie")
 ESM = _normed_before("esm")
+LAYOUTLM = _normed_after("layoutlm")
 MEGATRON_BERT = _normed_before("megatron-bert")
 MRA = _normed_after("mra")
 NYSTROMFORMER = _normed_after("nystromformer")
@@ -62,6 +65,7 @@ REMBERT = _normed_after("rembert")
 ROBERTA = _normed_after("roberta")
 ROBERTA_PRELAYERNORM = _normed_before("roberta-prelayernorm")
 ROFORMER = _normed_after("roformer")
+TAPAS = _normed_after("tapas")
 XLM_ROBERTA = _normed_after("xlm-roberta")
 XLM_ROBERTA_XL = _normed_before("xlm-roberta-xl")
 YOSO = _normed_after("yoso")

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .family import Family, Place, fused_blocks, fused_per_head
 
-_NO_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "its positions are a bias on the scores, no rotary embedding; read q and k")
+_NO_ROTARY = dict.fromkeys(
+    ("rot_q", "rot_k"), "its positions are a bias on the scores, no rotary embedding; read q and k"
+)
 _OWN_ATTENTION = {"scores": "attention is its own, and scores cross no module boundary"}
 
 
@@ -35,5 +37,7 @@ MPT = Family(
     "mpt",
     fused=fused_blocks,
     places={"mlp_out": Place("ffn.down_proj", "out")},
-    refuse=_NO_ROTARY | _OWN_ATTENTION | {"pattern": "attention is its own, and its pattern crosses no module boundary"},
+    refuse=_NO_ROTARY
+    | _OWN_ATTENTION
+    | {"pattern": "attention is its own, and its pattern crosses no module boundary"},
 )

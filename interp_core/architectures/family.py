@@ -105,6 +105,7 @@ class Family:
         name: for tables and messages.
         paths: canonical component to module path, over TransformerLens' table (`blocks.mlp.out`, …). Alternatives are
             joined by `|`; the first that a block has is taken.
+        varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
@@ -128,6 +129,7 @@ class Family:
 
     name: str
     paths: Mapping[str, str] = field(default_factory=dict)
+    varied: Callable[[Any], Mapping[str, str]] | None = None
     fused: Fused | None = None
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None

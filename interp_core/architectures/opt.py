@@ -1,6 +1,6 @@
 """OPT: no module holds the MLP, whose parts see batch and pos flattened; queries are scaled before they meet the keys.
 
-OPT-350m norms the stream itself after attention and after the MLP, so `resid_mid` and `resid_post` are normed sums there.
+OPT-350m norms the stream itself after attention and after the MLP, so `resid_mid` and `resid_post` are normed sums.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax and RWKV do so before they add; DistilBERT, GTE, Jina Embeddings and Nomic BERT norm each sum; ESM C,
-Inkling, Kolibri and MiniCPM3 change only what they add.
+BEAM, Doge, MiniMax and RWKV do so before they add; DistilBERT, GTE, Jina Embeddings and Nomic BERT norm each sum;
+ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
 """
@@ -66,6 +66,13 @@ def _evenly(factor: Callable[[Any], float]) -> Callable[[Any], Mapping[str, floa
     return lambda block: dict.fromkeys(("attn_out", "mlp_out"), factor(block))
 
 
+def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
+    """OLMo-hybrid: blocks with linear attention norm what parts read, those with attention what parts give."""
+    if hasattr(block, "linear_attn"):
+        return {}
+    return {"blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": ""}
+
+
 _LLAMA = llama_like("model")
 _STREAM = {key: path for key, path in _LLAMA.items() if not key.startswith("blocks.attn.") and key != "blocks.mlp.out"}
 _SANDWICH = {
@@ -98,4 +105,7 @@ KOLIBRI = Family(
 MINICPM3 = Family("minicpm3", paths=_STREAM, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join)
 NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
-RWKV = Family("rwkv", paths={"blocks.attn": "attention", "blocks.mlp": "feed_forward", "blocks.ln2": "ln2"}, join=rwkv_join)
+OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
+RWKV = Family(
+    "rwkv", paths={"blocks.attn": "attention", "blocks.mlp": "feed_forward", "blocks.ln2": "ln2"}, join=rwkv_join
+)
