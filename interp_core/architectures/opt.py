@@ -15,9 +15,9 @@ from .family import Family, Place
 
 def places(config: Any) -> Mapping[str, Place]:
     """Where the stream passes between attention and MLP, and the parts of the MLP."""
-    between = ("final_layer_norm", "in", True) if config.do_layer_norm_before else ("self_attn_layer_norm", "out")
+    before = Place("final_layer_norm", "in", flat=True)
     return {
-        "resid_mid": Place(*between),  # type: ignore[arg-type]
+        "resid_mid": before if config.do_layer_norm_before else Place("self_attn_layer_norm", "out"),
         "mlp_in": Place("fc1", "in", flat=True),
         "mlp_act": Place("fc2", "in", flat=True),
         "mlp_out": Place("fc2", "out", flat=True),

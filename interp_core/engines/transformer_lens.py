@@ -144,8 +144,8 @@ class BridgeEngine(TorchEngine):
         before, added = (atlas.entries.get((name, layer)) for name in ("resid_pre", "attn_out"))
         if before is None or added is None or before.read is None or added.write is None:
             return None
-        join = atlas.family.join
-        return taps.resid_mid(before.read, added.write, join and partial(join, before.module, "resid_mid"))
+        join, block = atlas.family.join, before.module
+        return taps.resid_mid(before.read, added.write, join and block and partial(join, block, "resid_mid"))
 
     def _head_out(self, atlas: Atlas, layer: int) -> Tap | None:
         z = atlas.entries.get(("z", layer))
