@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .architectures.atlas import Atlas
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Program
 from .errors import CapabilityError, PlanError
@@ -104,7 +105,10 @@ def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
 
     Raises:
         TextError: tokens that do not fit the model.
+        CapabilityError: padding on a side where it changes the numbers of this model.
     """
+    if model.atlas.lacking and tokens.padded:
+        _check_padding(model.atlas, tokens)
     device = model.device
     key = (model.atlas.shape, device)
     if key in tokens.placed:
@@ -119,3 +123,15 @@ def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     tokens.placed[key] = inputs
     return inputs
+
+
+def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
+    """Refuse rows whose padding would change their numbers, as the self-check found."""
+    for side, column in (("left", 0), ("right", -1)):
+        if (why := atlas.lacking.get(f"{side} padding")) and not tokens.mask[:, column].all():
+            other = {"left": "right", "right": "left"}[side]
+            free = f", or pad on the {other}" if f"{other} padding" not in atlas.lacking else ""
+            raise CapabilityError(
+                f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
+                f"({why}): run rows one by one (for row in tokens){free}"
+            )

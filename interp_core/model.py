@@ -68,7 +68,7 @@ def load(
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
         revision: of a hub repository.
         trust_remote_code: run code that comes with the model.
-        check: verify the atlas on the model itself (two short forward passes).
+        check: verify the atlas on the model itself (four short forward passes).
 
     Raises:
         LoadError: nothing usable there; the message says what to do.

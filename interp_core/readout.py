@@ -43,7 +43,7 @@ def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
     out = heads.module(z.flatten(-2))
     if not added:
         return out
-    if not heads.read.module.startswith(f"{end.read.module}."):  # not the attention itself: a norm behind it
+    if not f"{heads.read.module}.".startswith(f"{end.read.module}."):  # neither attention nor its last projection
         assert end.module is not None
         out = end.module(out)
     return out if end.read.lens is None else out * end.read.lens.factor

@@ -1,14 +1,15 @@
-"""The self-check at load: two short passes that hold the atlas against the model itself.
+"""The self-check at load: a few short passes that hold the atlas against the model itself.
 
-The first reads every site: shapes are as declared, the residual stream adds up, head outputs sum to the attention
-output, patterns to one, and the readout gives the model's logits. The second has one row per kind of site, each row
-with an edit at its site: its logits must differ from those of the row without. What fails is taken out of the atlas,
-with the reason.
+The first reads every site: shapes are as declared, and the equations between them hold. The second has one row per kind
+of site, each row with an edit at its site: its logits must differ from those of the row without, and the residual
+stream must add up in every row, so that an edit of what is added moves the stream by just that. The last two run a row
+alone and padded on either side: that must not change it. What fails is taken out of the atlas, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry
 from .edits import Edit
+from .equations import Finding, Law, Sum, add_up, distance, equations, sums, tolerance, within_rounding
 from .errors import CapabilityError, InterpError, ReadError
 from .positions import VISION, Mask, Span
 from .sites import SITES, Site
@@ -27,9 +29,12 @@ from .vision import placeholder_ids
 if TYPE_CHECKING:
     from .model import Model
 
+log = logging.getLogger(__name__)
 WIDTH = 6
 PROBED = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
+ALONE = WIDTH - 2
+"""Length of the row that is run alone and padded."""
 CHECKED = tuple(name for name in SITES if name != "deepstack")
 """The check runs on text. `vision_embed` is checked by taking text tokens for visual ones; features of images that are
 added later exist with images only, and are left to the tests."""
@@ -42,47 +47,77 @@ class Check:
     """What the self-check found.
 
     Attributes:
-        rows: `(site, what was checked, passed, detail)`.
+        rows: everything that was checked; each starts with `site, what, ok, detail`.
     """
 
-    rows: tuple[tuple[str, str, bool, str], ...]
+    rows: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
         """Whether everything passed."""
-        return all(row[2] for row in self.rows)
+        return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
-        return "\n".join(f"{'ok  ' if ok else 'FAIL'}  {site:15}{what}  {more}" for site, what, ok, more in self.rows)
+        return "\n".join(f"{'ok  ' if row.ok else 'FAIL'}  {row.site:15}{row.what}  {row.detail}" for row in self.rows)
 
 
 def check_atlas(model: Model) -> Check:
-    """Check a model's atlas, and take out of it what fails."""
-    found: list[tuple[str, str, bool, str]] = []
-    for name, what, ok, detail in _checks(model):
-        found.append((name, what, ok, detail))
-        if not ok and name in model.atlas.lacking:
+    """Check a model's atlas, and take out of it what fails: each failed equation takes its own sites, and no others.
+
+    What is taken out is said in one line of the log, and stands in the atlas' notes.
+
+    Raises:
+        CapabilityError: a model that does not run, or that runs its blocks more than once in a pass.
+    """
+    rows: list[Finding] = []
+    for finding in _checks(model):
+        rows.append(finding)
+        if not finding.ok:
+            _withdraw(model.atlas, finding)
+    _tell(model.atlas, rows)
+    return Check(tuple(rows))
+
+
+def _withdraw(atlas: Atlas, finding: Finding) -> None:
+    why = f"self-check: {finding.what} fails ({finding.detail})"
+    for name in finding.sites:
+        if name in atlas.lacking:
             continue
-        if not ok and name == "readout":
-            model.atlas.lacking["readout"] = f"self-check: {what} ({detail})"
-        elif not ok and what.startswith("an edit"):
-            _refuse(model.atlas, name, ("write", "grad"), f"self-check: {what} {detail}")
-        elif not ok and what.startswith("adds up"):
-            _refuse(model.atlas, "resid_mid", ("write",), f"self-check: {what} fails ({detail})")
-            model.atlas.notes.append(f"{name} {what} fails ({detail}): the family scales what it adds")
-        elif not ok:
-            model.atlas.drop(name, f"self-check: {what} ({detail})")
-    return Check(tuple(found))
+        if name not in SITES:
+            atlas.lacking[name] = why
+        elif finding.law is not Law.EDIT:
+            atlas.drop(name, why, finding.layers)
+            if name == "final_norm":
+                atlas.lacking.setdefault("readout", why)
+        else:
+            for layer in atlas.layers(name):
+                entry = atlas.entries[name, layer]
+                entry.write = None
+                entry.why = dict.fromkeys(("write", "grad"), why) | entry.why
 
 
-def _refuse(atlas: Atlas, name: str, uses: Sequence[str], why: str) -> None:
-    for layer in atlas.layers(name):
-        entry = atlas.entries[name, layer]
-        entry.write = None
-        entry.why = dict.fromkeys(uses, why) | entry.why
+def _tell(atlas: Atlas, rows: list[Finding]) -> None:
+    """Say what was taken out."""
+    clauses = []
+    for law in Law:
+        failed = [row for row in rows if row.law is law and not row.ok]
+        if failed:
+            names = ", ".join(dict.fromkeys(name for row in failed for name in row.sites))
+            clauses.append(f"{names}{_where(failed, atlas)} {law.value} ({failed[0].detail})")
+    atlas.notes += [*clauses, *dict.fromkeys(row.note for row in rows if row.note)]
+    if clauses:
+        log.warning("%s: %s", atlas.family.name, "; ".join(clauses))
 
 
-def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
+def _where(failed: list[Finding], atlas: Atlas) -> str:
+    """In which layers, where it is not in all."""
+    layers = sorted({layer for row in failed for layer in row.layers})
+    if not all(row.layers for row in failed) or len(layers) == atlas.shape.n_layers:
+        return ""
+    return f" in {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
+
+
+def _checks(model: Model) -> Iterator[Finding]:
     atlas = model.atlas
     ids = probe_ids(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
@@ -93,10 +128,11 @@ def _checks(model: Model) -> Iterator[tuple[str, str, bool, str]]:
         yield from _unreadable(model, tokens)
         run = model.run(tokens, read=_everything(atlas))
     for name in [name for name in CHECKED if atlas.layers(name)]:
-        yield name, "has the declared shape", *_shape(run, name, atlas)
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
-    yield from _sums(model, run, tolerance)
-    yield from _effects(model, run, ids)
+        yield Finding(name, "has the declared shape", *_shape(run, name, atlas))
+    made = sums(model.atlas)
+    yield from equations(model, run, made)
+    yield from _effects(model, run, ids, [left for one in made if (left := one.within(model.atlas))])
+    yield from _padding(model, ids[:ALONE])
 
 
 def _everything(atlas: Atlas) -> list[Site]:
@@ -117,13 +153,13 @@ def _demand_a_pass(model: Model, tokens: Tokens, error: Exception) -> None:
         ) from error
 
 
-def _unreadable(model: Model, tokens: Tokens) -> Iterator[tuple[str, str, bool, str]]:
+def _unreadable(model: Model, tokens: Tokens) -> Iterator[Finding]:
     """Sites whose reading raises."""
     for site in _everything(model.atlas):
         try:
             model.run(tokens, read=site)
         except (InterpError, RuntimeError) as error:
-            yield site.name, "can be read", False, str(error)
+            yield Finding(site.name, "can be read", False, str(error))
 
 
 def first_unit(site: Site, atlas: Atlas) -> Site:
@@ -165,115 +201,93 @@ def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
     return True, ""
 
 
-def _sums(model: Model, run: Run, tolerance: float) -> Iterator[tuple[str, str, bool, str]]:
-    """The equations between sites."""
-    atlas = model.atlas
-
-    def close(name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> tuple[str, str, bool, str]:
-        worst = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs)
-        return name, what, worst <= tolerance, f"{worst:.1e}"
-
-    def both(*names: str) -> list[int]:
-        return sorted(set.intersection(*(set(atlas.layers(name)) for name in names)))
-
-    def at(name: str, layer: int) -> Tensor:
-        return run[Site(name, layer)].as_subclass(Tensor)
-
-    if both("vision_embed", "embed"):
-        yield close("vision_embed", "is what is embedded", [(at("vision_embed", 0), at("embed", 0))])
-    if layers := both("resid_mid", "attn_out"):
-        pairs = [(at("resid_pre", i) + at("attn_out", i), at("resid_mid", i)) for i in layers]
-        yield close("resid_mid", "adds up: resid_pre + attn_out", pairs)
-    if layers := both("attn_out", "mlp_out"):
-        start = "resid_mid" if atlas.layers("resid_mid") else None
-        pairs = [
-            (
-                (at(start, i) if start else at("resid_pre", i) + at("attn_out", i)) + at("mlp_out", i),
-                at("resid_post", i),
-            )
-            for i in layers
-        ]
-        yield close("resid_post", "adds up: stream + mlp_out", pairs)
-    if layers := both("head_out", "z"):
-        yield close("head_out", "sums to the output projection", [_projected(model, run, i) for i in layers])
-    if layers := both("pattern"):
-        sinks = any("sinks" in name for name, _ in model.hf.named_parameters())
-        sums = [at("pattern", i).sum(-1) for i in layers]
-        ones = [x.clamp(max=1) if sinks else torch.ones_like(x) for x in sums]
-        what = "sums to less than one, the rest is the sink's" if sinks else "sums to one"
-        yield close("pattern", what, list(zip(sums, ones, strict=True)))
-        pairs = [(at("scores", i).float().softmax(-1), at("pattern", i).float()) for i in both("scores", "pattern")]
-        if pairs and not sinks:
-            yield close("scores", "give the pattern by softmax", pairs)
-    if layers := both("pattern", "v", "z"):
-        mixed = [(_mixed(at("pattern", i), at("v", i)), at("z", i)) for i in layers]
-        if atlas.family.gated:
-            pairs = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
-            yield close("v", "times pattern, times a gate between 0 and 1, is z", pairs)
-        else:
-            yield close("v", "times pattern is z", mixed)
-    if (layers := both("scores", "q", "k")) and not _normed(model):
-        pairs = [_first_scores(at("q", i), at("k", i), at("scores", i)) for i in layers]
-        for name in ("q", "k"):
-            yield close(name, "gives the scores of the first position", pairs)
-    if atlas.layers("final_norm"):
-        last = at("resid_post", atlas.shape.n_layers - 1)
-        with torch.no_grad():
-            yield close("readout", "gives the model's logits", [(model.readout(last), run.logits.as_subclass(Tensor))])
-
-
-def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
-    """Values mixed by the pattern `[batch pos head d_head]`."""
-    groups = pattern.shape[1] // v.shape[2]
-    return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
-
-
-def _normed(model: Model) -> bool:
-    """Whether queries and keys pass a norm or scores a cap, so that their product does not show."""
-    named = any(name.endswith(("q_norm", "k_norm", "q_layernorm", "k_layernorm")) for name in model.engine.modules)
-    return named or bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
-
-
-def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the first position, where rotary embeddings do nothing, by q and k and as they are, up to scale."""
-    product = (q[:, 0] * k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1)).sum(-1).float()
-    found = scores[:, :, 0, 0].float()
-    return product * (found.norm() / product.norm()), found
-
-
-def _projected(model: Model, run: Run, layer: int) -> tuple[Tensor, Tensor]:
-    """Sum of head outputs plus bias, and what the output projection makes of z."""
-    module = model.atlas.entries["z", layer].module
-    assert module is not None
-    z = run[Site("z", layer)].as_subclass(Tensor)
-    total = run[Site("head_out", layer)].as_subclass(Tensor).sum(2)
-    if (bias := getattr(module, "bias", None)) is not None:
-        total = total + bias.detach()
-    with torch.no_grad():
-        return total, module(z.reshape(*z.shape[:2], -1))
-
-
-def _effects(model: Model, run: Run, ids: Tensor) -> Iterator[tuple[str, str, bool, str]]:
+def _effects(model: Model, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
     atlas = model.atlas
-    entries = [
+    entries = _probed_entries(atlas)
+    n = len(entries) + 1
+    visual = [entry.visual for entry in entries]
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
+    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
+    edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    layers = {entry.layer for entry in entries}
+    made = [one for one in made if one.layer in layers]
+    read = dict.fromkeys(Site(name, one.layer) for one in made for name in one.names)
+    edited = model.run(tokens, read=read, edits=edits, logits=-1, allow_noop=True)
+    yield from [*_once(entries, edited), *add_up(model, edited, made, entries), *_added(model, edited, made, entries)]
+    changed = edited.logits.as_subclass(Tensor)
+    scale = float(changed[0].float().std())
+    for row, entry in enumerate(entries):
+        effect = float((changed[row + 1] - changed[0]).float().abs().max())
+        acted, what = effect > 1e-4 * scale, f"an edit in layer {entry.layer} changes the logits"
+        yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
+
+
+def _probed_entries(atlas: Atlas) -> list[Entry]:
+    """Every kind of site in its first and last layer."""
+    return [
         atlas.entries[name, layer]
         for name in CHECKED
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
     ]
-    n = len(entries) + 1
-    visual = [entry.visual for entry in entries]
-    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
-    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
-    edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
-    changed = model.run(tokens, edits=edits, logits=-1, allow_noop=True).logits.as_subclass(Tensor)
-    scale = float(changed[0].float().std())
-    for row, entry in enumerate(entries):
-        effect = float((changed[row + 1] - changed[0]).float().abs().max())
-        acted = effect > 1e-4 * scale
-        yield entry.name, f"an edit in layer {entry.layer} changes the logits", acted, f"by {effect:.1e}"
+
+
+def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
+    """Modules that run several times in a pass, for layers that share them: a read shows one of them, an edit is made
+    in all.
+
+    Raises:
+        CapabilityError: whole blocks are shared.
+    """
+    for entry, receipt in zip(entries, edited.receipts, strict=True):
+        if receipt.fired < 2:
+            continue
+        often = f"{receipt.fired} times"
+        if entry.name == "resid_post":
+            raise CapabilityError(
+                f"this {edited.model.atlas.family.name} runs the same block {often} in a pass, for layers that share "
+                "their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load a "
+                "model whose layers have weights of their own"
+            )
+        # what is read is the last pass, which the equations of sites without layers are about
+        law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
+        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
+
+
+def _added(model: Model, edited: Run, made: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
+    """Parts whose stream no site has: the stream after them moves by what an edit adds to them."""
+    for one in made:
+        rows = [0, *(i + 1 for i, e in enumerate(entries) if (e.name, e.layer) == (one.parts[0], one.layer))]
+        if one.before or len(rows) == 1:
+            continue
+        part, after = (edited[Site(name, one.layer)].as_subclass(Tensor)[rows] for name in one.names)
+        moved, added = after[1:] - after[:1], part[1:] - part[:1]
+        terms = (after[1:].abs() + after[:1].abs() + part[1:].abs() + part[:1].abs()).amax(-1, keepdim=True)
+        ok, off = within_rounding(model, moved, added, terms)
+        yield Finding(one.parts[0], f"{one} after edits", ok, f"{off:.1e}", Law.SUM)
+
+
+def _padding(model: Model, ids: Tensor) -> Iterator[Finding]:
+    """A row with padding on either side, against the row alone."""
+    pad, known = WIDTH - ALONE, getattr(model.hf.config.get_text_config(), "pad_token_id", None)
+    filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.d_vocab else 0)
+    sides = {"left": slice(pad, None), "right": slice(0, ALONE)}
+    mask = torch.zeros(2, WIDTH, dtype=torch.bool)
+    for row, real in enumerate(sides.values()):
+        mask[row, real] = True
+    padded = Tokens(torch.stack([torch.cat([filler, ids]), torch.cat([ids, filler])]), mask)
+    alone = model.run(Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.as_subclass(Tensor)[0]
+    try:
+        logits = model.run(padded).logits.as_subclass(Tensor)
+    except (InterpError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        for side in sides:
+            yield Finding(f"{side} padding", "changes nothing", False, str(error).partition("\n")[0], Law.PADDING)
+        return
+    for row, (side, real) in enumerate(sides.items()):
+        off = distance(logits[row, real], alone)
+        yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
 
 
 def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:

@@ -98,16 +98,17 @@ def test_granite_without_experts() -> None:
 
 
 def test_opt_that_norms_the_stream_itself(ids: torch.Tensor) -> None:
-    """OPT-350m: the sum of stream and attention passes no module."""
+    """OPT-350m: the stream goes on normed after attention and after the MLP."""
     model = ic.load(ic.testing.tiny("opt", do_layer_norm_before=False))
-    with pytest.raises(ic.CapabilityError, match="this OPT norms the stream itself after attention"):
-        model.run(ids, read=S.resid_mid)
     with pytest.raises(ic.CapabilityError, match="does not know where opt keeps final_norm"):
         model.run(ids, read=S.final_norm)
-    read = [S.mlp_in[1], S.mlp_act[1], S.mlp_out[1], S.resid_post[1]]
+    read = [S.resid_pre[1], S.attn_out[1], S.resid_mid[1], S.mlp_in[1], S.mlp_act[1], S.mlp_out[1], S.resid_post[1]]
     run = model.run(ids, read=read)
     block = model.hf.model.decoder.layers[1]
     with torch.no_grad():
+        between = block.self_attn_layer_norm((run[S.resid_pre[1]] + run[S.attn_out[1]]).as_subclass(torch.Tensor))
+        close(between, run[S.resid_mid[1]], 1e-5)
+        assert torch.equal(run[S.resid_mid[1]], run[S.mlp_in[1]])
         close(block.fc2(run[S.mlp_act[1]].as_subclass(torch.Tensor)), run[S.mlp_out[1]], 1e-5)
         summed = (run[S.mlp_in[1]] + run[S.mlp_out[1]]).as_subclass(torch.Tensor)
         close(block.final_layer_norm(summed), run[S.resid_post[1]], 1e-5)

@@ -176,7 +176,8 @@ def test_deepstack_is_what_is_added(family: str) -> None:
     made = model.generate(batch(family), edits=S.deepstack[0].scale(0.5), max_new_tokens=3, stop_at_eos=False)
     assert made.receipts[0].fired == 1
     assert [len(row) for row in made.receipts[0].positions] == [len(row) for row in run.rows(S.deepstack[0])]
-    with pytest.raises(ic.SiteError, match="layer 1 has no deepstack; layers 0 have"):
+    assert model.atlas.select(S.deepstack[-1]) == model.atlas.select(S.deepstack[0])
+    with pytest.raises(ic.SiteError, match="no layer 1, there are 1, 0 to 0"):
         model.run(batch(family), read=S.deepstack[1])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ class Atlas:
         config: the model's whole config.
         reaches: per layer with heads, how far its queries look.
         entries: `(name, layer)` to entry, for everything that exists in this model.
-        lacking: site names that the whole model lacks, with the reason.
+        lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
+            padding`, where the model cannot have those.
+        withdrawn: `(name, layer)` of what was taken out later, with the reason.
         notes: what a user should know of this model.
     """
 
@@ -82,6 +84,7 @@ class Atlas:
         self.entries: dict[tuple[str, int], Entry] = {}
         self.reaches: dict[int, Reach] = {}
         self.lacking: dict[str, str] = {}
+        self.withdrawn: dict[tuple[str, int], str] = {}
         self.notes: list[str] = []
 
     def layers(self, name: str) -> list[int]:
@@ -104,17 +107,22 @@ class Atlas:
         having = self.layers(site.name)
         if site.layers is None:
             return [self.entries[site.name, layer] for layer in having]
-        asked = indices(site.layers, self.shape.n_layers, "layer", site)
+        counted = len(having) if site.info.visual else self.shape.n_layers  # what a vision tower hands over is apart
+        asked = indices(site.layers, counted, "layer", site)
         if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
             shown = ", ".join(map(str, having))
-            raise SiteError(f"{site}: layer {missing[0]} has no {site.name}; layers {shown} have")
+            why = f" ({self.withdrawn[site.name, missing[0]]})" if (site.name, missing[0]) in self.withdrawn else ""
+            raise SiteError(f"{site}: layer {missing[0]} has no {site.name}{why}; layers {shown} have")
         return [self.entries[site.name, layer] for layer in asked]
 
-    def drop(self, name: str, why: str) -> None:
-        """Take a site out of the atlas."""
+    def drop(self, name: str, why: str, layers: Sequence[int] = ()) -> None:
+        """Take a site out of the atlas, in some layers or all (())."""
         for layer in self.layers(name):
-            del self.entries[name, layer]
-        self.lacking[name] = why
+            if not layers or layer in layers:
+                del self.entries[name, layer]
+                self.withdrawn[name, layer] = why
+        if not self.layers(name):
+            self.lacking[name] = why
 
 
 @cache
@@ -158,7 +166,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     for layer in range(shape.n_layers):
         builder.block(layer)
     builder.ends()
-    _explain(atlas, builder.refused)
+    _explain(atlas, builder.refused, builder.parallel)
     return atlas
 
 
@@ -169,7 +177,7 @@ class _Builder:
         self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
         family = self.family = atlas.family
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
-        self.lens = Lens(factor=family.added(config)) if family.added else None
+        self.places = family.places(config) if callable(family.places) else family.places
         self.d_model = {"d_model": atlas.shape.d_model}
         self.refused = refusals(family, config)
 
@@ -202,15 +210,12 @@ class _Builder:
         self._view("resid_pre", layer, Tap(block, "in"), self.d_model)
         self._view("resid_post", layer, Tap(block, "out"), self.d_model)
         if attn := found.get("attn", found.get("linear_attn")):
-            attn_out = Tap(found.get("ln1_post", attn), "out", lens=self.lens)
-            self._view("attn_in", layer, Tap(attn, "in"), self.d_model)
+            attn_out = self._added("attn_out", block, found.get("ln1_post", attn))
+            place = self.places.get("attn_in")
+            self._view("attn_in", layer, _placed(block, place) if place else Tap(attn, "in"), self.d_model)
             self._view("attn_out", layer, attn_out, self.d_model)
-            after = self._after_attention(block, found)
-            if not self.parallel and after is not None:
-                why = {"grad": "the stream also goes on past the module where it is read"} if after.lens else None
-                self._add(
-                    Entry("resid_mid", layer, after, taps.resid_mid(Tap(block, "in"), attn_out), self.d_model, why)
-                )
+            if not self.parallel:
+                self._between(layer, block, attn_out, found)
         if attn := found.get("attn"):
             self._heads(layer, attn, found)
         self._mlp(layer, block, found)
@@ -218,8 +223,8 @@ class _Builder:
 
     def _components(self, block: str) -> dict[str, str]:
         """Module paths of the components that this block has."""
-        found = {}
-        for key, names in self.paths.items():
+        found, own = {}, self.family.varied
+        for key, names in {**self.paths, **(own(self.modules[block]) if own else {})}.items():
             if key.startswith("blocks."):
                 paths = (self._inside(block, key, name) for name in names.split("|"))
                 if path := next((path for path in paths if path in self.modules), None):
@@ -233,25 +238,45 @@ class _Builder:
             return f"{block}.{parent}.{name}" if parent else f"{block}.{name}"
         return f"{block}.{name}"
 
-    def _after_attention(self, block: str, found: Mapping[str, str]) -> Tap | None:
-        """Where the stream passes between attention and MLP."""
-        if place := self.family.places.get("resid_mid"):
-            return _placed(block, place)
-        module = found.get("ln2", found.get("mlp"))
-        return None if module is None or "mlp" not in found else Tap(module, "in")
+    def _added(self, name: str, block: str, module: str, *, flat: bool = False) -> Tap:
+        """What is added to the stream: what a module gives, times the block's factor."""
+        if place := self.places.get(name):
+            module, flat = f"{block}.{place.module}", place.flat
+        factors = self.family.added(self.modules[block]) if self.family.added else {}
+        lens = Lens(flat, float(factors.get(name, 1.0)))
+        return Tap(module, "out", lens=None if lens == Lens() else lens)
+
+    def _between(self, layer: int, block: str, attn_out: Tap, found: Mapping[str, str]) -> None:
+        """The stream between attention and MLP. What a module gives is the stream itself; what a module reads is
+        a use of it beside others, so there changes go in by `attn_out`."""
+        place, module = self.places.get("resid_mid"), found.get("ln2", found.get("mlp"))
+        if place is None and (module is None or "mlp" not in found):
+            return
+        tap = _placed(block, place) if place else Tap(str(module), "in")
+        if tap.side == "out":
+            self._view("resid_mid", layer, tap, self.d_model)
+            return
+        why = {"grad": "the stream also goes on past the module where it is read"} if tap.lens else None
+        join = partial(self.family.join, self.modules[block], "resid_mid") if self.family.join else None
+        write = taps.resid_mid(Tap(block, "in"), attn_out, join)
+        self._add(Entry("resid_mid", layer, tap, write, self.d_model, why))
 
     def _mlp(self, layer: int, block: str, found: Mapping[str, str]) -> None:
         where: dict[str, Tap] = {}
-        if mlp := found.get("mlp"):
+        mlp = found.get("mlp")
+        if mlp:
+            where["mlp_in"] = Tap(mlp, "in")
+        if mlp or "mlp_out" in self.places:
             router = self.family.router
             flat = router is not None and router.flat and f"{block}.{router.module}" in self.modules
-            lens = Lens(flat=True) if flat else self.lens
-            where = {"mlp_in": Tap(mlp, "in"), "mlp_out": Tap(found.get("ln2_post", mlp), "out", lens=lens)}
+            where["mlp_out"] = self._added("mlp_out", block, found.get("ln2_post", str(mlp)), flat=flat)
         if out := found.get("mlp.out") or found.get("mlp.dense_out"):
             where["mlp_act"] = Tap(out, "in")
-        where |= {name: _placed(block, place) for name, place in self.family.places.items() if name.startswith("mlp")}
+        for name in ("mlp_in", "mlp_act"):
+            if name in self.places:
+                where[name] = _placed(block, self.places[name])
         for name, tap in where.items():
-            sizes = {"d_mlp": taps.in_features(self.modules[str(out)])} if name == "mlp_act" else self.d_model
+            sizes = {"d_mlp": taps.in_features(self.modules[tap.module])} if name == "mlp_act" else self.d_model
             self._view(name, layer, tap, sizes)
 
     def _heads(self, layer: int, attn: str, found: Mapping[str, str]) -> None:
@@ -336,7 +361,7 @@ def refusals(family: Family, config: Any) -> dict[str, str]:
     return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
 
 
-def _explain(atlas: Atlas, refused: Mapping[str, str]) -> None:
+def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
     """Say why each site that is not there is not there."""
     present = {name for name, _ in atlas.entries}
     family = atlas.family
@@ -345,7 +370,7 @@ def _explain(atlas: Atlas, refused: Mapping[str, str]) -> None:
             continue
         if name in refused:
             why = refused[name]
-        elif name == "resid_mid":
+        elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
         elif name in ("router_logits", "router_weights", "expert_out"):
             why = f"{family.name} has no mixture-of-experts router that the atlas knows"

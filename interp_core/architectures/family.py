@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grids import Grid
 from .routing import Router
 
 View = Callable[[Tensor], Tensor]
 """A strided view of a module's tensor in the axes of a site: writing to the view writes to the tensor."""
+
+Join = Callable[[nn.Module, str, Tensor, Tensor], Tensor]
+"""How a block goes on, of the block, the site of the stream that follows (`resid_mid` or `resid_post`), the stream
+before it, and what is added."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,17 @@ class Family:
         name: for tables and messages.
         paths: canonical component to module path, over TransformerLens' table (`blocks.mlp.out`, …). Alternatives are
             joined by `|`; the first that a block has is taken.
+        varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
         gated: z is the mixed values times a gate between 0 and 1.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
-        places: sites of the MLP that lie elsewhere than at the module `blocks.mlp`.
-        added: factor by which the block multiplies what attention and MLP add to the stream, given the config.
+        places: `attn_in`, `attn_out`, `resid_mid` and sites of the MLP that lie elsewhere than at `blocks.attn`,
+            before `blocks.ln2` and at `blocks.mlp`; or a function of the config that gives them.
+        added: factors by which the block multiplies what attention and MLP give before it adds them to the stream, by
+            site (`attn_out`, `mlp_out`), given the block.
+        join: how the block goes on from the stream and what is added to it, where that is not their sum.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
         pattern: module in the block whose output is the attention pattern, for families that do not go through
@@ -119,13 +127,15 @@ class Family:
 
     name: str
     paths: Mapping[str, str] = field(default_factory=dict)
+    varied: Callable[[Any], Mapping[str, str]] | None = None
     fused: Fused | None = None
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None
     gated: bool = False
     inside: tuple[str, ...] = ()
-    places: Mapping[str, Place] = field(default_factory=dict)
-    added: Callable[[Any], float] | None = None
+    places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
+    added: Callable[[Any], Mapping[str, float]] | None = None
+    join: Join | None = None
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
     pattern: str | None = None

@@ -1,22 +1,34 @@
-"""Granite: what attention and MLP add to the stream is scaled by the config's `residual_multiplier`, in the block.
+"""Granite: the block scales what attention and MLP add to the stream by its `residual_multiplier`. HyperCLOVA X does so
+too, after norms of its own.
 
 Granite-MoE's router takes the top-k of the logits and a softmax over these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .family import Family
+from .family import Family, Place, llama_like
 from .routing import Router, top_k_softmax
 
 
-def added(config: Any) -> float:
+def added(block: Any) -> Mapping[str, float]:
     """The factor on what a block adds to the stream."""
-    return float(config.residual_multiplier)
+    return dict.fromkeys(("attn_out", "mlp_out"), block.residual_multiplier)
 
+
+_ROUTER = Router("block_sparse_moe.router", "block_sparse_moe.experts", top_k_softmax)
+_STREAM = {key: path for key, path in llama_like("model").items() if "mlp" not in key}
+_BETWEEN = {"resid_mid": Place("post_attention_layernorm", "in")}
 
 FAMILY = Family("granite", added=added)
-MOE = Family(
-    "granitemoe", added=added, router=Router("block_sparse_moe.router", "block_sparse_moe.experts", top_k_softmax)
+SWA = Family("granite_swa", paths=llama_like("model"), added=added)
+MOE = Family("granitemoe", added=added, router=_ROUTER)
+MOE_SHARED = Family("granitemoeshared", paths=_STREAM, places=_BETWEEN, added=added, router=_ROUTER)
+MOE_SWA = Family("granitemoe_swa", paths=_STREAM, places=_BETWEEN, added=added, router=_ROUTER)
+HYPERCLOVAX = Family(
+    "hyperclovax",
+    paths={**llama_like("model"), "blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},
+    added=added,
 )

@@ -1,6 +1,6 @@
 """OPT: no module holds the MLP, whose parts see batch and pos flattened; queries are scaled before they meet the keys.
 
-OPT-350m norms the stream after attention and after the MLP, so the stream between the two is what the MLP reads.
+OPT-350m norms the stream itself after attention and after the MLP, so `resid_mid` and `resid_post` are normed sums.
 """
 
 from __future__ import annotations
@@ -8,27 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .family import Family, Place
 
 
-def refuse_if(config: Any) -> Mapping[str, str]:
-    """OPT-350m's blocks norm the stream itself."""
-    if config.do_layer_norm_before:
-        return {}
-    why = "this OPT norms the stream itself after attention, so no sum of resid_pre and attn_out passes; read mlp_in"
-    return {"resid_mid": why}
+def places(config: Any) -> Mapping[str, Place]:
+    """Where the stream passes between attention and MLP, and the parts of the MLP."""
+    before = Place("final_layer_norm", "in", flat=True)
+    return {
+        "resid_mid": before if config.do_layer_norm_before else Place("self_attn_layer_norm", "out"),
+        "mlp_in": Place("fc1", "in", flat=True),
+        "mlp_act": Place("fc2", "in", flat=True),
+        "mlp_out": Place("fc2", "out", flat=True),
+    }
+
+
+def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """The sum, or its norm."""
+    total = before + added
+    if block.do_layer_norm_before:
+        return total
+    return block.self_attn_layer_norm(total) if site == "resid_mid" else block.final_layer_norm(total)
 
 
 _NO_ROTARY = "OPT has learnt position embeddings, no rotary ones; read q and k"
 
-FAMILY = Family(
-    "opt",
-    refuse={"rot_q": _NO_ROTARY, "rot_k": _NO_ROTARY},
-    places={
-        "resid_mid": Place("final_layer_norm", "in", flat=True),
-        "mlp_in": Place("fc1", "in", flat=True),
-        "mlp_act": Place("fc2", "in", flat=True),
-        "mlp_out": Place("fc2", "out", flat=True),
-    },
-    refuse_if=refuse_if,
-)
+FAMILY = Family("opt", refuse={"rot_q": _NO_ROTARY, "rot_k": _NO_ROTARY}, places=places, join=join)

@@ -152,14 +152,19 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def resid_mid(block: Tap, attn_out: Tap) -> Tap:
-    """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`."""
+def resid_mid(block: Tap, attn_out: Tap, join: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tap:
+    """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`.
+
+    Args:
+        join: what the stream before and `attn_out` make, where that is not their sum (but moves as `attn_out` does).
+    """
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        return call.needs[0] + call.first
+        return (join or torch.add)(call.needs[0], call.first)
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
-        call.first = unrounded(old, new, call.first, new - call.needs[0])
+        back = new - call.needs[0] if join is None else call.first + (new - old)
+        call.first = unrounded(old, new, call.first, back)
 
     return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
 

@@ -301,8 +301,8 @@ def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module:
 
 @lru_cache(maxsize=4)
 def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What causal attention adds, the same for every layer of a pass. Where there is no mask and more keys than queries,
-    the rest are empty places of a cache that is filled for the first time; kernels align to the first key there."""
+    """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
+    mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
     return _additive(seen, dtype)
 

@@ -17,6 +17,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -104,8 +105,9 @@ class BridgeEngine(TorchEngine):
             if name in _OUTSIDE:
                 continue
             elif name == "resid_mid":
+                own = entry.write is not None and entry.write.get is None  # what a module gives is the stream itself
                 entry.read = moved[name, layer]
-                entry.write = self._resid_mid(atlas, layer) if entry.read else None
+                entry.write = entry.read if own else self._resid_mid(atlas, layer) if entry.read else None
             elif name == "head_out":
                 entry.read = entry.write = self._head_out(atlas, layer)
             else:
@@ -142,7 +144,8 @@ class BridgeEngine(TorchEngine):
         before, added = (atlas.entries.get((name, layer)) for name in ("resid_pre", "attn_out"))
         if before is None or added is None or before.read is None or added.write is None:
             return None
-        return taps.resid_mid(before.read, added.write)
+        join, block = atlas.family.join, before.module
+        return taps.resid_mid(before.read, added.write, join and block and partial(join, block, "resid_mid"))
 
     def _head_out(self, atlas: Atlas, layer: int) -> Tap | None:
         z = atlas.entries.get(("z", layer))

@@ -1,0 +1,111 @@
+"""Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
+
+BEAM, Doge, MiniMax and RWKV do so before they add; DistilBERT, GTE, Jina Embeddings and Nomic BERT norm each sum;
+ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what they add.
+
+`attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .family import Family, Place, llama_like
+
+
+def beam_added(block: Any) -> Mapping[str, float]:
+    """BEAM: the n-th thing that is added counts as one of n, by variance."""
+    places = {"attn_out": block.attn_residual_add_idx, "mlp_out": block.mlp_residual_add_idx}
+    return {name: 1 / math.sqrt(n) for name, n in places.items()}
+
+
+def beam_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """BEAM: the stream before as the other n - 1."""
+    n = block.attn_residual_add_idx if site == "resid_mid" else block.mlp_residual_add_idx
+    return before * math.sqrt((n - 1) / n) + added
+
+
+def doge_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Doge: learnt factors on the stream, one per dimension."""
+    return (block.input_residual if site == "resid_mid" else block.post_attention_residual) * before + added
+
+
+def minimax_added(block: Any) -> Mapping[str, float]:
+    """MiniMax: "beta" of attention (by its kind) and of the MLP."""
+    return {"attn_out": block.attn_beta_factor, "mlp_out": block.mlp_beta_factor}
+
+
+def minimax_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """MiniMax: what is carried on is the norm that attention or the MLP reads, times "alpha"."""
+    if site == "resid_mid":
+        return block.input_layernorm(before) * block.attn_alpha_factor + added
+    return block.post_attention_layernorm(before) * block.mlp_alpha_factor + added
+
+
+def rwkv_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """RWKV: the first block norms the embeddings before anything else."""
+    return (block.pre_ln(before) if site == "resid_mid" and block.layer_id == 0 else before) + added
+
+
+def distilbert_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """DistilBERT: the norm of the sum."""
+    return (block.sa_layer_norm if site == "resid_mid" else block.output_layer_norm)(before + added)
+
+
+def gte_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """GTE, Jina Embeddings, Nomic BERT: the norm of the sum."""
+    return (block.post_attention_layernorm if site == "resid_mid" else block.post_mlp_layernorm)(before + added)
+
+
+def _evenly(factor: Callable[[Any], float]) -> Callable[[Any], Mapping[str, float]]:
+    """One factor for attention and MLP."""
+    return lambda block: dict.fromkeys(("attn_out", "mlp_out"), factor(block))
+
+
+def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
+    """OLMo-hybrid: blocks with linear attention norm what parts read, those with attention what parts give."""
+    if hasattr(block, "linear_attn"):
+        return {}
+    return {"blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": ""}
+
+
+_LLAMA = llama_like("model")
+_STREAM = {key: path for key, path in _LLAMA.items() if not key.startswith("blocks.attn.") and key != "blocks.mlp.out"}
+_SANDWICH = {
+    "blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": "pre_feedforward_layernorm",
+    "blocks.ln2_post": "post_feedforward_layernorm",
+}  # fmt: skip
+_BARE = {"blocks.attn": "self_attn", "blocks.mlp": "mlp"}
+_NORMED = {"resid_mid": Place("post_attention_layernorm", "out")}
+
+BEAM = Family("beam", paths=_LLAMA | _SANDWICH, added=beam_added, join=beam_join)
+DISTILBERT = Family(
+    "distilbert",
+    paths={"blocks.attn": "attention", "blocks.mlp": "ffn"},
+    places={"resid_mid": Place("sa_layer_norm", "out")},
+    join=distilbert_join,
+)
+DOGE = Family("doge", paths=_LLAMA, join=doge_join)
+ESMC = Family(
+    "esmc",
+    paths=_BARE | {"blocks.ln2": "post_attention_layernorm"},
+    added=_evenly(lambda block: 1 / block.scaling_factor),
+)
+GTE = Family("gte", paths=_BARE, places=_NORMED, join=gte_join)
+INKLING = Family("inkling", paths=_STREAM | {"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
+JINA = Family("jina_embeddings_v3", paths=_BARE, places=_NORMED, join=gte_join)
+KOLIBRI = Family(
+    "kolibri1",
+    paths=_STREAM | {"blocks.ln1_post": "post_self_attn_layernorm", "blocks.ln2_post": "post_mlp_layernorm"},
+)
+MINICPM3 = Family("minicpm3", paths=_STREAM, added=_evenly(lambda block: block.residual_scale))
+MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join)
+NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
+OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
+RWKV = Family(
+    "rwkv", paths={"blocks.attn": "attention", "blocks.mlp": "feed_forward", "blocks.ln2": "ln2"}, join=rwkv_join
+)
