@@ -112,6 +112,11 @@ class Read(Part):
             x = x.view_as(x)
         return x if x.requires_grad else x.requires_grad_()
 
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point the selection at the text in the rows of a pass: a change may act on what fills up a row that has
+        ended, so that its value keeps its shape, but nothing is read there."""
+        super().bind(rows.text, window)
+
     def derive(self, call: Call, program: PortProgram) -> None:
         """The same for a value that the tap computes."""
         if not self.idle:
@@ -187,7 +192,13 @@ class Change(Part):
             change = new.detach() - old.detach()
         columns = None if self.bound is None else self.bound.columns
         fires = self.program.passed.fires[self.number]
-        if (real := self.real()) is not None:
+        real = self.real()
+        if columns is not None and (live := self.program.rows.live) is not None:
+            columns = [row if on else [] for row, on in zip(columns, live, strict=True)]
+            if not any(columns):
+                return
+            real = self._of_live(torch.tensor(live), change.ndim)
+        if real is not None:
             change = torch.where(real.to(change.device), change, 0)
         fires.append((self.entry.layer, columns, torch.linalg.vector_norm(change)))
 
@@ -200,6 +211,12 @@ class Change(Part):
         shape = [len(real)] + [1] * (len(axes) - 1 - single - (region.key is not None and is_single(region.key)))
         shape[2 if region.attention and not single else 1] = real.shape[1]
         return real.view(shape)
+
+    def _of_live(self, live: Tensor, ndim: int) -> Tensor:
+        """Where the selected part belongs to a row that has not ended, in the axes of the part."""
+        assert self.bound is not None
+        rows = live[self.bound.index(torch.device("cpu"))[0]] if self.bound.ragged else live
+        return rows.view(-1, *[1] * (ndim - 1))
 
     def check(self, rows: Rows) -> None:
         """Hold the edit's value against the part that it meets.
