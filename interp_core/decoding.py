@@ -70,7 +70,7 @@ _NEUTRAL = {
     "guidance_scale": 1.0, "use_cache": True, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10, "target_lookbehind": 10,
 }  # fmt: skip
-"""Values that ask for nothing, beside None and False."""
+"""Values that ask for nothing, where that is not False; None never does."""
 _PADDED = {
     "max_length": None, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0, "forced_bos_token_id": None,
@@ -100,10 +100,13 @@ class Ends:
 
     def __init__(self, eos: Sequence[int], criteria: Sequence[Any]) -> None:
         self.eos, self._criteria = tuple(eos), tuple(criteria)
+        self._tokens = torch.tensor(self.eos, dtype=torch.long)
         self._done: list[Tensor] = []
 
     def __call__(self, ids: Tensor, scores: Any, **more: Any) -> Tensor:
-        done = torch.isin(ids[:, -1], torch.tensor(self.eos, dtype=ids.dtype, device=ids.device))
+        """Which rows have ended `[batch]`, given all ids so far `[batch pos]`."""
+        self._tokens = self._tokens.to(ids.device)
+        done = torch.isin(ids[:, -1], self._tokens)
         for criterion in self._criteria:
             done = done | criterion(ids, scores, **more)
         self._done.append(done | self._done[-1] if self._done else done)
@@ -151,7 +154,8 @@ def decoding(model: Model, tokens: Tokens, options: Mapping[str, Any], own: Mapp
     said |= {name: value for name, value in own.items() if value is not None}
     inputs = {name: said.pop(name) for name in _model_inputs(model) & set(said)}
     _check(said, tokens)
-    keywords = {name: said.pop(name) for name in KEYWORDS if said.get(name) is not None}
+    said = {name: said[name] for name in said if name not in REFUSED and said[name] is not None}
+    keywords = {name: said.pop(name) for name in KEYWORDS if name in said}
     new = _new_tokens(said, tokens.ids.shape[1])
     eos = _special(model, said, stop)
     if not eos and said.get("exponential_decay_length_penalty") is not None:
@@ -162,7 +166,7 @@ def decoding(model: Model, tokens: Tokens, options: Mapping[str, Any], own: Mapp
     else:
         said = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | said
     try:
-        config = Said(**said, max_new_tokens=new, disable_compile=True, use_cache=True)
+        config = Said(**{**said, "max_new_tokens": new, "disable_compile": True, "use_cache": True})
     except (ValueError, TypeError) as error:
         raise PlanError(f"transformers does not take these options: {error}") from error
     ends = Ends(eos, criteria)
@@ -189,7 +193,8 @@ def _check(said: Mapping[str, Any], tokens: Tokens) -> None:
     """Refuse what is not honoured, by name."""
     for name, value in said.items():
         if name in REFUSED:
-            if not (value is None or value is False or (name in _NEUTRAL and value == _NEUTRAL[name])):
+            plain = isinstance(value, (bool, int, float, str)) and value == _NEUTRAL.get(name, False)
+            if value is not None and not plain:
                 raise PlanError(f"generate({name}=…): {REFUSED[name]}")
         elif name not in SERVED and name not in KEYWORDS:
             raise PlanError(f"generate has no option {name!r}. {nearest(name, [*OWN, *SERVED, *KEYWORDS])}")
@@ -224,7 +229,7 @@ def _special(model: Model, said: dict[str, Any], stop: bool) -> list[int]:
     listed = [] if eos is None else [int(token) for token in torch.as_tensor(eos).flatten()]
     pad, top = model_says.pad_token_id, model.atlas.shape.d_vocab
     pad = pad if pad is not None and 0 <= pad < top else (listed or [0])[0]
-    said["pad_token_id"] = pad if said.get("pad_token_id") is None else said["pad_token_id"]
+    said.setdefault("pad_token_id", pad)
     said["eos_token_id"] = listed if stop and listed else None
     return listed if stop else []
 

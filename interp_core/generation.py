@@ -31,6 +31,7 @@ from .trace import Reading, Receipt, Store, demand_effect, receipts
 if TYPE_CHECKING:
     from .model import Input, Model
 
+
 def generate(
     model: Model,
     x: Input,

@@ -111,7 +111,7 @@ class Rows(NamedTuple):
         width: columns of the padded batch.
         prompt: per row, how many real tokens the prompt had (for generation; else the row's length).
         growing: more tokens will follow, so that a position beyond the row is not there yet, instead of wrong.
-        stops: per row, how many of `real` are text, where a row has ended and what follows only fills it up (None: all).
+        stops: per row, how many of `real` are text, where a row has ended and the rest only fills it up (None: all).
         moved: per row, where a column of the batch as the caller laid it out lies now (None: where it was).
     """
 
