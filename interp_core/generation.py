@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas
 from .architectures.taps import KEYED
-from .compiled import CompiledPlan, model_inputs
+from .compiled import CompiledPlan, model_inputs, padded_on
 from .decoding import Ends, decoding
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
@@ -68,7 +68,9 @@ def generate(
     own = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     given = model._input(x)
     told = decoding(model, given, options, own | {"top_k": top_k}, stop_at_eos)
-    tokens, rows = _leftward(replace(given, inputs={**given.inputs, **told.inputs}) if told.inputs else given)
+    given = replace(given, inputs={**given.inputs, **told.inputs}) if told.inputs else given
+    tokens, moved = padded_on(given, "left")
+    rows = tokens.rows._replace(moved=moved)
     model._fitting(tokens, told.new - 1)
     compiled = model.compile(read, edits)
     _check_plan(compiled, rows)
@@ -93,23 +95,6 @@ def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
     for site in {site.name: site for site in reversed(sites)}.values():  # one of each name, plans may have thousands
         if why := compiled.model.can(site.name, "generate"):
             raise CapabilityError(f"{site} while generating: {why}")
-
-
-def _leftward(tokens: Tokens) -> tuple[Tokens, Rows]:
-    """The same rows with all padding on the left, and what positions resolve against: they count real tokens, so only
-    masks over the padded batch have to follow. Holes inside a row are closed."""
-    mask = tokens.mask
-    if not tokens.padded or bool((mask.long().diff(dim=1) >= 0).all()):
-        return tokens, tokens.rows
-    order = mask.long().argsort(dim=1, stable=True)
-
-    def moved(value: Any) -> Any:
-        along = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[-2:] == mask.shape
-        return value.gather(-1, order.to(value.device).expand(value.shape)) if along else value
-
-    inputs = {name: moved(value) for name, value in tokens.inputs.items()}
-    left = replace(tokens, ids=moved(tokens.ids), mask=mask.gather(1, order), inputs=inputs)
-    return left, left.rows._replace(moved=order.argsort(dim=1).tolist())
 
 
 def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
@@ -164,6 +149,7 @@ class Generation:
         texts: their text per row, up to the end-of-sequence token.
         tokens: prompt and new tokens up to each row's end (the token that ends it included), padded on the left, and
             on the right where a row has ended; with the spans `prompt` and `generated`.
+        ended: per row, whether it came to an end of its own (the others stopped at `max_new_tokens` or `max_time`).
     """
 
     def __init__(
@@ -173,7 +159,7 @@ class Generation:
         self.ids = ids[:, prompt.ids.shape[1] :]
         self._passes = passes[: self.ids.shape[1]]  # some devices make one pass more before they see the end
         lengths = ends.lengths(self.ids.shape[1])
-        self._lengths = lengths
+        self._lengths, self.ended = lengths, ends.now()
         tokenizer = compiled.model.tokenizer
         kept = [[*row[: n - 1], *(i for i in row[n - 1 : n] if i not in ends.eos)]
                 for row, n in zip(self.ids.tolist(), lengths, strict=True)]  # fmt: skip
