@@ -188,7 +188,9 @@ def _check_holes(model: Model, mask: Tensor) -> None:
     reach = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     short = any(isinstance(n, int) and n < mask.shape[1] for n in reach)
     states = getattr(type(model.hf), "_is_stateful", False) or any("linear" in k or "mamba" in k for k in kinds)
-    if short or states or not _takes_positions(model):
+    named = "position_ids" in inspect.signature(type(model.hf).forward).parameters
+    named = named or hasattr(model.hf.base_model, "build_alibi_tensor")  # made from the mask
+    if short or states or not named:
         row = int(holes.long().argmax())
         raise TextError(
             f"row {row} has padding between its tokens, and {model.atlas.family.name} counts it (windows or states go "

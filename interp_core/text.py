@@ -93,7 +93,9 @@ class Tokens:
     def row(self, index: int) -> Tokens:
         """One row without its padding (text only: further inputs are refused)."""
         if self.inputs:
-            raise TextError("a batch with images cannot be split into rows; tokenize the rows one by one")
+            raise TextError(
+                f"a batch with {', '.join(self.inputs)} cannot be split into rows; tokenize them one by one"
+            )
         keep = self.mask[index]
         pick = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
         return replace(

@@ -24,12 +24,12 @@ VISION = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_vision", "llava", "
 SAMPLE = [f if f in KINDS else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
-def held(model: ic.Model, mask: torch.Tensor | None = None) -> Any:
+def held(model: ic.Model, mask: torch.Tensor | None = None, rows: int = 2) -> Any:
     """A cache of the first tokens."""
     made = DynamicCache(config=model.hf.config.get_text_config())
     with torch.no_grad():
         more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        model.hf(input_ids=IDS[:, :KNOWN], past_key_values=made, use_cache=True, **more)
+        model.hf(input_ids=IDS[:rows, :KNOWN], past_key_values=made, use_cache=True, **more)
     return made
 
 
@@ -82,12 +82,21 @@ def test_what_a_cache_is_refused_for() -> None:
             model.run(x, read=site)
     with pytest.raises(ic.PlanError, match=r"past_key_values is for run\(\)"):
         model.generate(x)
-    with pytest.raises(ic.PlanError, match=r"past_key_values is for run\(\)"):
-        model.sweep(x, [S.z[0, 1].zero()], ic.score.logprob(5))
     with pytest.raises(ic.TextError, match=r"a mask covers both, \[batch, 7\]"):
         model.run({**x, "attention_mask": torch.ones(2, 3)})
     with pytest.raises(ic.TextError, match="do not fit the model's context"):
         model.run({**x, "input_ids": torch.ones(2, model.atlas.shape.n_ctx - 2, dtype=torch.long)})
+
+
+def test_sweeps_with_a_cache_and_with_positions() -> None:
+    model, variants = tiny_model("llama"), [S.z[0, 1].zero(), S.resid_post[1].at(1).scale(2.0)]
+    cached = {"input_ids": IDS[:1, KNOWN:], "past_key_values": held(model, rows=1)}
+    packed = {"input_ids": IDS[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    for x in (cached, packed):
+        swept = model.sweep(x, variants, ic.score.logprob(5))
+        for variant, value in zip(variants, swept.values[:, 0], strict=True):
+            wanted = model.run(x, edits=variant).logits[0, -1].log_softmax(-1)[5]
+            torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [f if f in KINDS else pytest.param(f, marks=pytest.mark.slow)
@@ -174,8 +183,7 @@ def test_holes_in_a_mask() -> None:
     ids = torch.tensor([[5, 9, 11, 17, 33, 11, 21, 40], [61, 7, 54, 12, 70, 3, 28, 8]])
     mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1], [1] * 8])
     x = {"input_ids": ids, "attention_mask": mask}
-    for family in ("llama", "gpt2", "qwen3_moe"):
-        model = tiny_model(family)
+    for model in (tiny_model("llama"), tiny_model("gpt2"), tiny_model("qwen3_moe"), odd("BloomForCausalLM")):
         alone = model.run(ids[:1, mask[0].bool()]).logits[0]
         torch.testing.assert_close(model.run(x).logits[0][mask[0].bool()], alone, atol=1e-4, rtol=1e-4)
     for family in ("mistral", "gpt_neo", "qwen3_next"):
