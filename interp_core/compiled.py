@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .architectures.atlas import Atlas
+from .architectures.taps import KEYED
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Program
-from .errors import CapabilityError, PlanError
+from .errors import CapabilityError, PlanError, TextError
 from .plan import Plan
 from .positions import PositionLike, Rows
 from .regions import Bound, Region
@@ -21,6 +25,8 @@ from .trace import Run
 
 if TYPE_CHECKING:
     from .model import Input, Model
+
+CACHE = "past_key_values"
 
 
 class CompiledPlan:
@@ -58,7 +64,10 @@ class CompiledPlan:
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
         if graph:
             self._check_grad(bool(grad))
-        inputs = {**model_inputs(model, tokens), "use_cache": False}
+        inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
+        if CACHE in inputs:
+            self._check_cached()
+            inputs[CACHE] = _own(inputs[CACHE])  # the pass adds to it
         if not isinstance(logits, bool):
             keep = self._keep(logits, tokens.rows, inputs)
         with torch.set_grad_enabled(graph), model.fresh():
@@ -93,33 +102,55 @@ class CompiledPlan:
             raise PlanError("grad needs the logits; leave logits=False out")
         self.program.check_reach(self.edits)
 
+    def _check_cached(self) -> None:
+        """Refuse sites whose keys reach back into a cache that was handed in: positions count this run's tokens."""
+        entries = [slot.entry for slot in self.program.slots]
+        entries += [entry for edit in self.edits for entry in self.model.atlas.select(edit.site)]
+        for entry in entries:
+            if any(tap and tap.side == "attention" and tap.part in (*KEYED, "scores", "pattern")
+                   for tap in (entry.read, entry.write)):  # fmt: skip
+                raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
+
     def _check_grad(self, asked: bool) -> None:
         for slot in self.program.slots:
             if asked and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
 
 
-def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
-    """What the Hugging Face model is called with, made and checked once per tokens, kind of model and device. Masks and
-    positions only where there is padding: without, the model's own defaults are the same and cheaper.
+def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[str, Any]:
+    """What the Hugging Face model is called with, made and checked once per tokens, kind of model and device. What the
+    caller gave goes in as it is; masks and positions are added only where there is padding: without, the model's own
+    defaults are the same and cheaper.
+
+    Args:
+        cache: a cache of earlier tokens is allowed for.
 
     Raises:
         TextError: tokens that do not fit the model.
         CapabilityError: padding on a side where it changes the numbers of this model.
+        PlanError: a cache where there must be none.
     """
     if model.atlas.lacking and tokens.padded:
         _check_padding(model.atlas, tokens)
     device = model.device
     key = (model.atlas.shape, device)
+    if CACHE in tokens.inputs and not cache:
+        raise PlanError(f"{CACHE} is for run(), one pass that starts where the cache ends: pass the whole text instead")
     if key in tokens.placed:
         return tokens.placed[key]
-    model._fitting(tokens)
+    more = tokens.inputs[CACHE].get_seq_length() if cache and CACHE in tokens.inputs else 0
+    model._fitting(tokens, more)
+    given, width = tokens.inputs, tokens.ids.shape[1]
+    seen = given.get("attention_mask", tokens.mask).to(device, torch.long)  # wider than the text where a cache is given
+    padded = not bool(seen.all())
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
-    if tokens.padded or tokens.inputs:
-        inputs["attention_mask"] = tokens.mask.to(device, torch.long)
-    if tokens.padded and not any(name.endswith("_grid_thw") for name in tokens.inputs):  # those models count by grids
-        inputs["position_ids"] = (tokens.mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
-    for name, value in tokens.inputs.items():
+    if padded or (given and not {CACHE, "position_ids"} & set(given)):
+        inputs["attention_mask"] = seen
+    if padded and not any(name.endswith("_grid_thw") for name in given):  # those models count by grids
+        _check_holes(model, tokens.mask)
+        if _takes_positions(model):
+            inputs["position_ids"] = ((seen.cumsum(-1) - 1).clamp(min=0) + first_position(model.hf))[:, -width:]
+    for name, value in given.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     tokens.placed[key] = inputs
     return inputs
@@ -135,3 +166,65 @@ def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
                 f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
                 f"({why}): run rows one by one (for row in tokens){free}"
             )
+
+
+def _own(cache: Any) -> Any:
+    """A copy of a cache, with its graph."""
+    parts = (cache, *getattr(cache, "layers", ()))
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
+
+
+def _takes_positions(model: Model) -> bool:
+    takes = inspect.signature(type(model.hf).forward).parameters
+    return "position_ids" in takes or any(item.kind is item.VAR_KEYWORD for item in takes.values())
+
+
+def first_position(hf: Any) -> int:
+    """The position that a model gives a text's first token: RoBERTa and its kin count from behind the padding id,
+    others from where their table of positions begins, most from 0."""
+    for path, module in hf.named_modules():
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    tables = (table for path, table in hf.named_buffers() if path.endswith("embeddings.position_ids"))
+    return next((int(table.flatten()[0]) for table in tables), 0)
+
+
+def _check_holes(model: Model, mask: Tensor) -> None:
+    """Refuse padding between a row's tokens where the model counts columns, not tokens.
+
+    Raises:
+        TextError: naming the first such row.
+    """
+    holes = (mask.long().diff(dim=1).abs().sum(1) - (~mask[:, 0]).long() - (~mask[:, -1]).long()) > 0
+    if not bool(holes.any()):
+        return
+    config = model.hf.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    reach = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    short = any(isinstance(n, int) and n < mask.shape[1] for n in reach)
+    states = getattr(type(model.hf), "_is_stateful", False) or any("linear" in k or "mamba" in k for k in kinds)
+    named = "position_ids" in inspect.signature(type(model.hf).forward).parameters
+    named = named or hasattr(model.hf.base_model, "build_alibi_tensor")  # made from the mask
+    if short or states or not named:
+        row = int(holes.long().argmax())
+        raise TextError(
+            f"row {row} has padding between its tokens, and {model.atlas.family.name} counts it (windows or states go "
+            "by columns): move the row's tokens together"
+        )
+
+
+def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None]:
+    """The same rows with all padding on one side, and where each column went to (None: nothing moved). Holes inside a
+    row are closed. Positions count real tokens, so they mean the same."""
+    order = tokens.mask.long().argsort(dim=1, stable=True, descending=side == "right")
+    if not tokens.padded or torch.equal(tokens.mask.gather(1, order), tokens.mask):
+        return tokens, None
+
+    def moved(value: Any) -> Any:
+        along = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[-2:] == order.shape
+        return value.gather(-1, order.to(value.device).expand(value.shape)) if along else value
+
+    inputs = {name: moved(value) for name, value in tokens.inputs.items()}
+    aligned = replace(tokens, ids=moved(tokens.ids), mask=moved(tokens.mask), inputs=inputs)
+    return aligned, order.argsort(dim=1).tolist()

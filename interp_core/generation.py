@@ -9,6 +9,7 @@ position on everything. Keys of attention sites reach back over the whole sequen
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas
 from .architectures.taps import KEYED
-from .compiled import CompiledPlan, model_inputs
+from .compiled import CompiledPlan, model_inputs, padded_on
+from .decoding import Ends, decoding
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
@@ -29,8 +31,6 @@ from .trace import Reading, Receipt, Store, demand_effect, receipts
 if TYPE_CHECKING:
     from .model import Input, Model
 
-REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "prompt_lookup_num_tokens", "use_cache")
-
 
 def generate(
     model: Model,
@@ -38,11 +38,11 @@ def generate(
     edits: Iterable[Edit] | Edit = (),
     read: Iterable[Site | str] | Site | str = (),
     *,
-    max_new_tokens: int = 32,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
     seed: int | None = None,
     stop_at_eos: bool = True,
     allow_noop: bool = False,
@@ -51,77 +51,66 @@ def generate(
     """Generate text with edits and reads at every step.
 
     Args:
-        x: as in `Model.run`; batches are padded on the left.
+        x: as in `Model.run`; batches are padded on the left, those that come with padding elsewhere are moved there.
         edits, read: as in `Model.run`, see the module for positions.
-        max_new_tokens: at most so many.
-        do_sample: sample instead of taking the likeliest; then `temperature`, `top_p`, `top_k` (0: off) apply and
-            `seed` makes it repeatable without touching the global generator.
+        max_new_tokens: at most so many (default 32).
+        do_sample: sample instead of taking the likeliest; then `temperature` (1.0), `top_p` (1.0), `top_k` (0: off)
+            apply and `seed` makes it repeatable without touching the global generator.
         stop_at_eos: end a row at its end-of-sequence token.
-        options: passed on to transformers' `generate`.
+        options: of transformers' `generate`, or a `generation_config` that holds them (what is said here goes before
+            it). The model's own `generation_config` decides only which tokens end a text and fill it up.
 
     Raises:
-        PlanError: an edit whose value has positions that generation moves, or an option that changes the rows.
+        PlanError: an edit whose value has positions that generation moves, or an option that is refused or unknown.
         TextError: prompt and new tokens do not fit the context.
         EffectError: an edit did nothing.
     """
-    _check_options(options, max_new_tokens)
-    tokens = model._fitting(model._input(x), max_new_tokens - 1)
+    own = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    given = model._input(x)
+    told = decoding(model, given, options, own | {"top_k": top_k}, stop_at_eos)
+    given = replace(given, inputs={**given.inputs, **told.inputs}) if told.inputs else given
+    tokens, moved = padded_on(given, "left")
+    rows = tokens.rows._replace(moved=moved)
+    model._fitting(tokens, told.new - 1)
     compiled = model.compile(read, edits)
-    for edit in compiled.edits:
-        _check_steady(edit, tokens.rows)
-    sites = (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots))
-    for site in {site.name: site for site in reversed(sites)}.values():  # one of each name, plans may have thousands
-        if why := model.can(site.name, "generate"):
-            raise CapabilityError(f"{site} while generating: {why}")
-    settings = _settings(model, do_sample, temperature, top_p, top_k, stop_at_eos)
-    inputs = _inputs(tokens, compiled) | {"max_new_tokens": max_new_tokens} | settings | options
+    _check_plan(compiled, rows)
+    inputs = _inputs(tokens, compiled) | told.arguments
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), model.fresh(), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        final = _grown(tokens.rows, max_new_tokens - 1)
-        ids, passes = compiled.program.generate(inputs, tokens.rows, final, compiled.edits)
-    made = Generation(compiled, tokens, ids.cpu(), passes, settings["eos_token_id"])
+        final = _grown(rows, told.new - 1)
+        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends.now)
+    made = Generation(compiled, tokens, rows, ids.cpu(), passes, told.ends)
     if not allow_noop:
         demand_effect(compiled.edits, passes, lambda: made.receipts)
     return made
 
 
-def _check_options(options: dict[str, Any], max_new_tokens: int) -> None:
-    for name in REFUSED:
-        if options.get(name) not in (None, 1, True):
-            raise PlanError(f"generate({name}=…) changes the rows or steps that positions refer to; leave it out")
-    if max_new_tokens < 1:
-        raise PlanError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
+    """Refuse edits and sites that cannot be carried out while generating."""
+    for edit in compiled.edits:
+        _check_steady(edit, rows)
+    sites = (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots))
+    for site in {site.name: site for site in reversed(sites)}.values():  # one of each name, plans may have thousands
+        if why := compiled.model.can(site.name, "generate"):
+            raise CapabilityError(f"{site} while generating: {why}")
 
 
 def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
-    """What transformers' `generate` is called with; it derives position ids from the mask by itself."""
-    inputs = {k: value for k, value in model_inputs(compiled.model, tokens).items() if k != "position_ids"}
+    """The model's inputs, for transformers' `generate`; it derives position ids from the mask by itself."""
+    placed = model_inputs(compiled.model, tokens)
+    inputs = {name: value for name, value in placed.items() if name != "position_ids" or name in tokens.inputs}
     inputs["attention_mask"] = tokens.mask.to(compiled.model.device, torch.long)
     if compiled.touches("logits"):
         inputs["logits_to_keep"] = 0  # it would compute the prompt's last ones only
     return inputs
 
 
-def _settings(model: Model, sample: bool, temperature: float, top_p: float, top_k: int, stop: bool) -> dict[str, Any]:
-    """Everything that decides the next token, said aloud, so that a model's own defaults do not."""
-    defaults = model.hf.generation_config
-    eos = defaults.eos_token_id
-    if eos is None and model.tokenizer is not None:
-        eos = model.tokenizer.eos_token_id
-    listed = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-    settings: dict[str, Any] = {"do_sample": sample, "pad_token_id": (listed or [0])[0]}
-    settings["eos_token_id"] = listed if stop and listed else None
-    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    settings |= chosen if sample else dict.fromkeys(chosen)
-    return settings | {"repetition_penalty": 1.0, "num_beams": 1}
-
-
 def _grown(rows: Rows, more: int) -> Rows:
     """The rows as the last step will see them."""
     real = [[*row, *range(rows.width, rows.width + more)] for row in rows.real]
-    return Rows(real, rows.names, rows.width + more, [len(row) for row in rows.real])
+    return rows._replace(real=real, width=rows.width + more, prompt=[len(row) for row in rows.real])
 
 
 def _check_steady(edit: Edit, rows: Rows) -> None:
@@ -144,44 +133,56 @@ class Step(Store):
 
     _what = "step"
 
-    def __init__(self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, passed: Passed) -> None:
+    def __init__(self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, passed: Passed, columns: int) -> None:
         super().__init__(slots, atlas, rows)
-        self._passed = passed
+        self._passed, self._columns = passed, columns
 
     def _value(self, slot: int) -> Tensor | None:
-        return self._passed.values[slot]
+        value = self._passed.values[slot]
+        if value is None or self._slots[slot].site.key is not None or "key" not in self._slots[slot].site.info.axes:
+            return value
+        return value[..., : self._columns]  # a static cache has places for keys that are not there yet
 
 
 class Generation:
     """What `generate` gives back.
 
     Attributes:
-        ids: new tokens `[batch new]`.
+        ids: new tokens `[batch new]`; after a row's end they only fill it up.
         texts: their text per row, up to the end-of-sequence token.
-        tokens: prompt and new tokens, with the spans `prompt` and `generated`.
+        tokens: prompt and new tokens up to each row's end (the token that ends it included), padded on the left, and
+            on the right where a row has ended; with the spans `prompt` and `generated`.
+        ended: per row, whether it came to an end of its own (the others stopped at `max_new_tokens` or `max_time`).
     """
 
     def __init__(
-        self, compiled: CompiledPlan, prompt: Tokens, ids: Tensor, passes: list[Passed], eos: list[int] | None
+        self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[Passed], ends: Ends
     ) -> None:
-        self._compiled, self._passes, self._prompt = compiled, passes, prompt
+        self._compiled, self._rows = compiled, rows
         self.ids = ids[:, prompt.ids.shape[1] :]
+        self._passes = passes[: self.ids.shape[1]]  # some devices make one pass more before they see the end
+        lengths = ends.lengths(self.ids.shape[1])
+        self._lengths, self.ended = lengths, ends.now()
         tokenizer = compiled.model.tokenizer
-        kept = [row[: _end(row, eos)] for row in self.ids.tolist()]
+        kept = [[*row[: n - 1], *(i for i in row[n - 1 : n] if i not in ends.eos)]
+                for row, n in zip(self.ids.tolist(), lengths, strict=True)]  # fmt: skip
         self.texts = [tokenizer.decode(row, skip_special_tokens=True) for row in kept] if tokenizer else []
-        self.tokens = _joined(prompt, ids, tokenizer)
+        self.tokens = _joined(prompt, ids, lengths, tokenizer)
 
     @cached_property
     def receipts(self) -> list[Receipt]:
         """One per edit, over all steps."""
-        return receipts(self._compiled.edits, self._passes, self._prompt.rows)
+        return receipts(self._compiled.edits, self._passes, self._rows)
 
     @cached_property
     def steps(self) -> list[Step]:
         """One `Step` per forward pass: the prompt's, then one per token."""
-        slots, atlas, prompt = self._compiled.program.slots, self._compiled.model.atlas, self._prompt
-        one = Rows([[0]] * len(prompt), {}, 1)  # positions within a step: the prompt's, then the one new token
-        return [Step(slots, atlas, one if i else prompt.rows, passed) for i, passed in enumerate(self._passes)]
+        slots, atlas, width = self._compiled.program.slots, self._compiled.model.atlas, self._rows.width
+        steps = [Step(slots, atlas, self._rows, self._passes[0], width)]
+        for i, passed in enumerate(self._passes[1:], 1):  # positions within a step: the one new token, if there is one
+            one = Rows([[0] if i < length else [] for length in self._lengths], {}, 1, growing=True)
+            steps.append(Step(slots, atlas, one, passed, width + i))
+        return steps
 
     def __str__(self) -> str:
         return "\n".join(self.texts) if self.texts else str(self.ids.tolist())
@@ -209,16 +210,13 @@ class Generation:
         return Reading.of(full, site, rows)
 
 
-def _end(row: list[int], eos: list[int] | None) -> int:
-    return next((i for i, token in enumerate(row) if token in (eos or ())), len(row))
-
-
-def _joined(prompt: Tokens, ids: Tensor, tokenizer: Any) -> Tokens:
-    new = ids.shape[1] - prompt.ids.shape[1]
-    mask = torch.cat([prompt.mask, torch.ones(len(prompt), new, dtype=torch.bool)], 1)
+def _joined(prompt: Tokens, ids: Tensor, lengths: list[int], tokenizer: Any) -> Tokens:
+    width = prompt.ids.shape[1]
+    mask = torch.cat([prompt.mask, torch.arange(ids.shape[1] - width) < torch.tensor(lengths)[:, None]], 1)
     spans = dict(prompt.spans)
     spans["prompt"] = tuple((Span(0, length),) for length in prompt.lengths)
-    spans["generated"] = tuple((Span(length, length + new),) for length in prompt.lengths)
-    words = [[token_text(tokenizer, i) if tokenizer else str(i) for i in row[-new:]] for row in ids.tolist()]
+    spans["generated"] = tuple((Span(n, n + more),) for n, more in zip(prompt.lengths, lengths, strict=True))
+    made = [row[width : width + n] for row, n in zip(ids.tolist(), lengths, strict=True)]
+    words = [[token_text(tokenizer, i) if tokenizer else str(i) for i in row] for row in made]
     labels = [(*old, *fresh) for old, fresh in zip(prompt.labels, words, strict=True)]
     return Tokens(ids, mask, spans=spans, labels=tuple(labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from . import loading, text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas
-from .compiled import CompiledPlan
+from .compiled import CompiledPlan, padded_on
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
@@ -115,6 +116,7 @@ class Model:
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.tried: dict[str, str] = {}
+        self._warned = False
         self.check: Check | None = check_atlas(self) if check else None
 
     def _check_tokenizer(self) -> None:
@@ -209,7 +211,9 @@ class Model:
         Raises:
             TextError: empty, longer than the context, or a boundary inside a token.
         """
-        return self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
+        tokens = self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
+        sides = [side for side in ("left", "right") if f"{side} padding" not in self.atlas.lacking]
+        return padded_on(tokens, sides[0])[0] if sides else tokens
 
     def chat(self, messages: Sequence[Mapping[str, str]], target: str | None = None, **template: Any) -> Tokens:
         """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
@@ -254,8 +258,24 @@ class Model:
             x = {"input_ids": x if x.ndim == 2 else x[None]}
         if isinstance(x, Mapping):
             tokens = self._fitting(text.from_inputs(x, self.tokenizer))
+            if "attention_mask" not in x:
+                self._warn_of_padding(tokens.ids)
             return with_visual_names(tokens, self.hf.config, self.atlas.family)
         return self.tokens(x)
+
+    def _warn_of_padding(self, ids: Tensor) -> None:
+        """Say, once, that ids without a mask look as if they were padded."""
+        config = self.hf.config.get_text_config()
+        pad, bos, eos = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+        taken = pad in (bos, eos) or (isinstance(eos, list) and pad in eos)  # such an id may well be text
+        if pad is None or taken or self._warned or not bool((ids[:, [0, -1]] == pad).any()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"the ids begin or end with the padding id {pad} and come without an attention_mask, so padding counts as "
+            "text: pass {'input_ids': ids, 'attention_mask': mask} (all ones, if it is text)",
+            stacklevel=5,
+        )
 
     # Running
 

@@ -111,6 +111,8 @@ class Rows(NamedTuple):
         width: columns of the padded batch.
         prompt: per row, how many real tokens the prompt had (for generation; else the row's length).
         growing: more tokens will follow, so that a position beyond the row is not there yet, instead of wrong.
+        stops: per row, how many of `real` are text, where a row has ended and the rest only fills it up (None: all).
+        moved: per row, where a column of the batch as the caller laid it out lies now (None: where it was).
     """
 
     real: Sequence[Sequence[int]]
@@ -118,6 +120,22 @@ class Rows(NamedTuple):
     width: int
     prompt: Sequence[int] | None = None
     growing: bool = False
+    stops: Sequence[int] | None = None
+    moved: Sequence[Sequence[int]] | None = None
+
+    @property
+    def live(self) -> list[bool] | None:
+        """Which rows have not ended (None: all)."""
+        if self.stops is None:
+            return None
+        return [n == len(row) for row, n in zip(self.real, self.stops, strict=True)]
+
+    @property
+    def text(self) -> Rows:
+        """The same without what only fills rows up."""
+        if self.stops is None:
+            return self
+        return self._replace(real=[row[:n] for row, n in zip(self.real, self.stops, strict=True)], stops=None)
 
 
 def resolve(value: Position, rows: Rows) -> list[list[int]]:
@@ -132,6 +150,8 @@ def resolve(value: Position, rows: Rows) -> list[list[int]]:
             raise PositionError(
                 f"the mask is [{len(value.columns)}, {value.width}], the batch is [{len(rows.real)}, {rows.width}]"
             )
+        if rows.moved is not None:
+            return [sorted(to[c] for c in row) for row, to in zip(value.columns, rows.moved, strict=True)]
         return [list(columns) for columns in value.columns]
     if isinstance(value, PerRow):
         if len(value.rows) != len(rows.real):
@@ -144,7 +164,7 @@ def _row(value: Any, rows: Rows, row: int) -> list[int]:
     real = rows.real[row]
     length = len(real)
     if isinstance(value, int):
-        if rows.growing and value >= length:
+        if rows.growing and (value >= length or not length):
             return []
         if not -length <= value < length:
             raise PositionError(f"no position {value} in row {row}: it has {length} tokens, 0 to {length - 1}")
@@ -170,7 +190,7 @@ def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
     if name in rows.names:
         return rows.names[name][row]
     if name == LAST:
-        return [length - 1]
+        return range(length)[-1:]
     if name == ALL:
         return range(length)
     prompt = length if rows.prompt is None else rows.prompt[row]

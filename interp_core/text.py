@@ -93,7 +93,9 @@ class Tokens:
     def row(self, index: int) -> Tokens:
         """One row without its padding (text only: further inputs are refused)."""
         if self.inputs:
-            raise TextError("a batch with images cannot be split into rows; tokenize the rows one by one")
+            raise TextError(
+                f"a batch with {', '.join(self.inputs)} cannot be split into rows; tokenize them one by one"
+            )
         keep = self.mask[index]
         pick = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
         return replace(
@@ -259,12 +261,31 @@ def encode_chat(
 
 
 def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
-    """Tokens of what a tokenizer or processor returned (`input_ids`, `attention_mask`, `pixel_values`, …)."""
+    """Tokens of what a tokenizer or processor returned (`input_ids`, `attention_mask`, `pixel_values`, …).
+
+    Where positions or a cache come with them, a mask reaches the model as it is: it decides whether transformers takes
+    the row for several packed texts, and it covers the tokens of the cache too.
+
+    Raises:
+        TextError: no ids, or a mask of another shape than ids, or than cache and ids together.
+    """
     rest = dict(inputs)
     if "input_ids" not in rest:
         raise TextError(f"the inputs lack input_ids; they have {', '.join(map(repr, rest)) or 'nothing'}")
     ids = torch.as_tensor(rest.pop("input_ids"))
-    mask = torch.as_tensor(rest.pop("attention_mask", torch.ones_like(ids))).bool()
+    given = rest.pop("attention_mask", None)
+    mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
+    if given is not None and {"position_ids", "past_key_values"} & set(rest):
+        rest["attention_mask"] = mask.long()
+    if given is not None and (cache := rest.get("past_key_values")) is not None:
+        known, width = cache.get_seq_length(), ids.shape[-1]
+        if mask.shape[-1] != known + width:
+            raise TextError(
+                f"the mask is {list(mask.shape)}, the cache holds {known} tokens and the ids are {list(ids.shape)}: a "
+                f"mask covers both, [batch, {known + width}]"
+            )
+        mask = mask[..., -width:]
+    mask = mask.bool()
     tokens = Tokens(ids, mask, inputs=rest)
     return tokens if tokenizer is None else replace(tokens, labels=_decoded(tokenizer, ids, mask))
 

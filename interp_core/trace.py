@@ -201,9 +201,14 @@ class Store:
         value, whole = self._held(site, entry)
         if whole:
             return _take(Region(site, entry.n_units), value, self._rows)
-        if value.ndim < _ndim(site):
+        if self._strung(site, value):
             raise PositionError(f"{site} selects different numbers of positions per row; use run.rows(site)")
         return value
+
+    def _strung(self, site: Site, value: Tensor) -> bool:
+        """Whether a kept part has its rows strung together, because they select different numbers of positions."""
+        single = site.pos is not None and is_single(site.pos)  # then some rows have it, and others have ended
+        return value.ndim < _ndim(site) or (single and len(value) < len(self._rows.real))
 
     def _held(self, site: Site, entry: Entry) -> tuple[Tensor, bool]:
         """The kept value that answers for a site, and whether it is the whole site or exactly this part."""
@@ -239,9 +244,9 @@ class Store:
         if whole:
             value = _take(Region(replace(site, pos=None), entry.n_units), value, self._rows)
             return [value[row][chosen] for row, chosen in enumerate(columns)]
-        if value.ndim < _ndim(site):
+        if self._strung(site, value):
             return list(value.split([len(row) for row in columns]))
-        return list(value)
+        return list(value.unsqueeze(1) if site.pos is not None and is_single(site.pos) else value)
 
     def held(self) -> str:
         """What can be had, in short."""

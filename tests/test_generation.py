@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import FAMILIES, nth, tiny_model
@@ -21,6 +23,13 @@ def by_recomputing(model: ic.Model, tokens: ic.Tokens, edits_at: object, new: in
         logits = model.run(row, edits=edits_at(ids.shape[1])).logits  # type: ignore[operator]
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
     return ids[0, tokens.ids.shape[1] :].tolist()
+
+
+@cache
+def on_engine(family: str, engine: str) -> ic.Model:
+    """A model on an engine; the bridge's own attention gives NaN in float64 for rows of padding."""
+    dtype = torch.float32 if engine == "transformer_lens" else torch.float64
+    return tiny_model(family, dtype) if engine == "torch" else tiny_model(family, dtype).on(engine)
 
 
 def single(ids: list[int]) -> ic.Tokens:
@@ -224,3 +233,106 @@ def test_an_edit_that_never_fires_is_an_error(toy: ic.Model) -> None:
     push[toy.tokenizer.eos_token_id] = 1000.0
     with pytest.raises(ic.EffectError, match="never fired"):  # the text ends before its position comes
         toy.generate("Q: big\nA:", edits=[S.logits.add(push), S.resid_post[1].at("generated").zero()], max_new_tokens=3)
+
+
+LAYOUTS = {
+    "right": [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]],
+    "mixed": [[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]],
+    "holes": [[1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 0]],
+}
+ROWS = [[5, 17, 33], [9, 54, 12, 70, 3, 28], [7, 30]]
+KINDS = ("gpt2", "llama", "gemma3", "qwen3_moe", "qwen3_next", "falcon")
+
+
+def laid_out(layout: str) -> dict[str, torch.Tensor]:
+    mask = torch.tensor(LAYOUTS[layout])
+    ids = torch.full_like(mask, 11)
+    ids[mask.bool()] = torch.tensor([token for row in ROWS for token in row])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", [f if f in KINDS else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_padding_anywhere_equals_single_rows(family: str) -> None:
+    model = tiny_model(family, torch.float32 if family == "gemma2" else torch.float64)
+    edits = [S.resid_post[1].at(-1).scale(1.5), S.mlp_out[0].at(1).zero(), S.resid_post[2].at("prompt").scale(0.5)]
+    singles = [model.generate(single(row), edits, S.resid_post[2], max_new_tokens=4, stop_at_eos=False) for row in ROWS]
+    for layout in LAYOUTS:
+        x = laid_out(layout)
+        mask = torch.zeros(3, 6, dtype=torch.bool)
+        mask[range(3), x["attention_mask"].argmax(1)] = True  # each row's first token, in the caller's columns
+        same = S.resid_post[2].at(mask).scale(1.0)
+        made = model.generate(x, [*edits, same], S.resid_post[2], max_new_tokens=4, stop_at_eos=False, allow_noop=True)
+        assert made.ids.tolist() == [alone.ids[0].tolist() for alone in singles], layout
+        assert made.receipts[3].positions == ((0,),) * 3
+        for number in range(3):
+            alone = [run.receipts[number] for run in singles]
+            assert made.receipts[number].positions == tuple(receipt.positions[0] for receipt in alone)  # type: ignore[index]
+        for row, run in enumerate(singles):
+            read = made[S.resid_post[2]][row, -run[S.resid_post[2]].shape[1] :]
+            torch.testing.assert_close(read, run[S.resid_post[2]][0].as_subclass(torch.Tensor), atol=1e-3, rtol=1e-3)
+
+
+ENDING = {
+    "last, a value per row": lambda i, dtype: (
+        S.resid_post[1].at(-1).add(torch.stack([VECTOR, VECTOR * 2, -VECTOR])[i].to(dtype))
+    ),
+    "generated": lambda _, __: S.resid_post[1].at("generated").scale(1.5),
+    "slice, a function": lambda _, __: S.z[1, 2].at(slice(1, None)).apply(lambda z: z * 2 + 1),
+    "everywhere": lambda _, __: S.mlp_out[1].scale(1.2),
+    "units everywhere": lambda _, __: S.z[1, [0, 2]].scale(1.3),
+    "keys": lambda _, __: S.pattern[1].knockout(query=-1, key=[1]),
+    "a head's pattern": lambda _, __: S.pattern[1, 0].at(query=-1, key=[0, 1]).scale(0.5),
+    "rotated keys": lambda _, __: S.rot_k[0].at(-1).scale(1.5),
+}
+
+
+@pytest.mark.parametrize("case", ENDING)
+@pytest.mark.parametrize("engine", ["torch", "nnsight", "transformer_lens"])
+def test_rows_that_end_early_equal_the_row_alone(engine: str, case: str) -> None:
+    """Ids, lengths, receipts and reads: what follows a row's end is neither text nor changed for it."""
+    model, make = on_engine("llama", engine), lambda i: ENDING[case](i, model.dtype)
+    near = {"atol": 1e-9, "rtol": 1e-9} if model.dtype == torch.float64 else {"atol": 1e-3, "rtol": 1e-3}
+    reads = [S.resid_post[2], S.z[0].at(-1)]
+    free = [model.generate(single(row), make([i]), max_new_tokens=6, stop_at_eos=False) for i, row in enumerate(ROWS)]
+    eos = [int(free[0].ids[0, 2]), int(free[2].ids[0, 4])]
+    options = {"max_new_tokens": 6, "eos_token_id": eos, "allow_noop": True}
+    singles = [model.generate(single(row), make([i]), reads, **options) for i, row in enumerate(ROWS)]
+    assert len({run.ids.shape[1] for run in singles}) > 1
+    made = model.generate(laid_out("right"), make(slice(None)), reads, **options)
+    assert made.tokens.lengths == [run.tokens.lengths[0] for run in singles]
+    assert [list(span) for (span,) in made.tokens.spans["generated"]] == [
+        list(run.tokens.spans["generated"][0][0]) for run in singles
+    ]
+    for row, run in enumerate(singles):
+        new = run.ids.shape[1]
+        assert made.ids[row, :new].tolist() == run.ids[0].tolist()
+        assert made.tokens.labels[row] == run.tokens.labels[0]
+        whole = run[S.resid_post[2]][0].as_subclass(torch.Tensor)
+        n = made.tokens.rows.real[row][-1]  # the last token of a row was never fed
+        torch.testing.assert_close(made[S.resid_post[2]][row, n - len(whole) : n], whole, **near)
+        torch.testing.assert_close(made[S.resid_post[2]].at(-1)[row], whole[-1], **near)
+        for step in range(made.ids.shape[1]):
+            held = made.steps[step].rows(reads[1])[row]
+            assert len(held) == (step < new), (row, step)
+            if step < new:
+                wanted = run.steps[step][reads[1]].as_subclass(torch.Tensor)
+                torch.testing.assert_close(held, wanted, **near)
+    receipt, alone = made.receipts[0], [run.receipts[0] for run in singles]
+    torch.testing.assert_close(receipt.norm, sum(one.norm**2 for one in alone) ** 0.5, rtol=1e-3, atol=0)
+    if receipt.positions is not None:
+        assert receipt.positions == tuple(one.positions[0] for one in alone)  # type: ignore[index]
+
+
+def test_positions_of_a_row_that_has_ended() -> None:
+    model = tiny_model("llama", torch.float64)
+    free = model.generate(laid_out("right"), max_new_tokens=6, stop_at_eos=False)
+    options = {"max_new_tokens": 6, "eos_token_id": int(free.ids[2, 1])}
+    made = model.generate(laid_out("right"), read=S.resid_post[1], **options)
+    assert made.tokens.lengths == [9, 12, 4]
+    with pytest.raises(ic.PositionError, match="different numbers of positions per row"):
+        made.steps[-1][S.resid_post[1].at(-1)]
+    assert [len(row) for row in made.steps[-1].rows(S.resid_post[1].at([-1]))] == [1, 1, 0]
+    with pytest.raises(ic.EffectError, match="never fired"):  # position 4 of the last row would be filler
+        model.generate(
+            laid_out("right"), S.resid_post[1].at([slice(8, 8), slice(11, 11), slice(4, 5)]).zero(), **options
+        )

@@ -16,5 +16,4 @@ FAMILY = Family(
     "falcon",
     paths={"blocks.ln2": "post_attention_layernorm"},
     parallel=parallel,
-    places={"mlp_out": Place("mlp", "out", overwritten=True)},
 )

@@ -122,6 +122,11 @@ class Read(Part):
             x = x.view_as(x)
         return x if x.requires_grad else x.requires_grad_()
 
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point the selection at the text in the rows of a pass: a change may act on what fills up a row that has
+        ended, so that its value keeps its shape, but nothing is read there."""
+        super().bind(rows.text, window)
+
     def derive(self, call: Call, program: PortProgram) -> None:
         """The same for a value that the tap computes."""
         if not self.idle:
@@ -201,18 +206,24 @@ class Change(Part):
             change = new.detach() - old.detach()
         columns = None if self.bound is None else self.bound.columns
         fires = self.program.passed.fires[self.number]
+        if columns is not None and (live := self.program.rows.live) is not None:
+            columns = [row if on else [] for row, on in zip(columns, live, strict=True)]
+            if not any(columns):
+                return
         if (real := self.real(value.shape, value.device)) is not None:
             change = torch.where(real, change, 0)
         fires.append((self.entry.layer, columns, torch.linalg.vector_norm(change)))
 
     def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """Which numbers of the changed part of a value of that shape are none of padding; None where all are."""
-        real, region = self.program.real, self.region
-        if real is None or region.pos is not None or self.entry.visual:
+        """Which numbers of the changed part of a value of that shape are no padding, and in no row that has ended; None
+        where all are such."""
+        live, region = self.program.rows.live, self.region
+        seen = self.program.real if region.pos is None else None if live is None else torch.tensor(live)[:, None]
+        if seen is None or self.entry.visual:
             return None
         sizes = [1] * len(shape)
-        sizes[0], sizes[2 if region.attention else 1] = real.shape
-        return self.take(real.to(device).view(sizes).expand(*shape))
+        sizes[0], sizes[2 if region.attention else 1] = seen.shape
+        return self.take(seen.to(device).view(sizes).expand(*shape))
 
     def check(self, rows: Rows) -> None:
         """Hold the edit's value against the part that it meets.
@@ -439,21 +450,19 @@ class Port:
         """Keys or values of a step while generating `[batch head key d_head]`, which reach back to the first. Edits act
         on the step's own, and stay: what was edited at earlier steps takes the place of what the cache holds. Reads see
         all."""
-        program, before = self.program, n_keys - (window.stop - window.start)
+        program, first = self.program, window.stop - n_keys
+        before = window.start - first
         own = changed = x[:, :, before:]
         for change in self.changes:
             changed = change.apply(changed)
         if changed is not own or self.edited is not None:
-            earlier = x if self.edited is None else self.edited
-            first = earlier.shape[2] - before if self.edited is not None else 0
-            x = self.edited = torch.cat([earlier[:, :, first : first + before], changed], 2)
-        if self.reads:
-            if program.untracked or x._version:  # a buffer, which the next step writes to
-                x = x.clone()
-            first = window.stop - n_keys
-            self._bind(self.reads, Window(first, window.stop, first))
-            for read in self.reads:
-                x = read.keep(x, program)
+            earlier = x[:, :, :before] if self.edited is None else self.edited[:, :, self.edited.shape[2] - before :]
+            x = self.edited = torch.cat([earlier, changed], 2)
+        if self.reads and (program.untracked or x._version):  # a buffer, which the next step writes to
+            x = x.clone()
+        self._bind(self.reads, Window(first, window.stop, first))
+        for read in self.reads:
+            x = read.keep(x, program)
         return x
 
     def _through(self, x: Tensor) -> Tensor:

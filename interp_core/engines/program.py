@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.taps import Tap
 from ..edits import Edit
-from ..errors import CapabilityError, PlanError
+from ..errors import CapabilityError, InterpError, PlanError
 from ..plan import Plan
 from ..positions import Rows
 from ..regions import Window
@@ -99,8 +99,10 @@ _NOTHING = Passed(0, 0)
 
 
 def _real(rows: Rows, window: Window | None) -> Tensor | None:
-    """Which columns of a pass are no padding `[batch pos]`; None if none is."""
+    """Which columns of a pass are text `[batch pos]`, neither padding nor what fills up a row that has ended; None if
+    all are."""
     start, stop = (0, rows.width) if window is None else (window.start, window.stop)
+    rows = rows.text
     if all(len(row) == rows.width for row in rows.real):
         return None
     real = torch.zeros(len(rows.real), rows.width, dtype=torch.bool)
@@ -238,12 +240,18 @@ class PortProgram(ABC):
             self._end()
 
     def generate(
-        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
+        self,
+        inputs: Mapping[str, Any],
+        rows: Rows,
+        final: Rows,
+        edits: tuple[Edit, ...],
+        ended: Callable[[], Sequence[bool]] = lambda: (),
     ) -> tuple[Any, list[Passed]]:
         """See `Program.generate`."""
         steps: list[Passed] = []
         real = [list(row) for row in rows.real]
         prompt = [len(row) for row in real]
+        stops: list[int | None] = [None] * len(real)
         columns = 0
 
         def step(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -251,10 +259,14 @@ class PortProgram(ABC):
             ids = kwargs.get("input_ids")
             width = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
             start, columns = columns, columns + width
+            for i, over in enumerate(ended() if len(real) > 1 else ()):  # one row alone ends with the passes
+                stops[i] = len(real[i]) if over and stops[i] is None else stops[i]
             for row in real:
                 row.extend(range(max(start, rows.width), columns))
             self.window = Window(start, columns)
-            steps.append(self._begin(Rows(real, rows.names, columns, prompt, growing=True), width, False))
+            texts = [len(row) if n is None else n for row, n in zip(real, stops, strict=True)] if any(stops) else None
+            now = rows._replace(real=real, width=columns, prompt=prompt, growing=True, stops=texts)
+            steps.append(self._begin(now, width, False))
 
         self.engine.begin()
         handle = None
@@ -269,6 +281,10 @@ class PortProgram(ABC):
                     "the model wrote into a tensor after it was kept, which the self-check at load finds out; load "
                     "with check=True, or generate again: from now on such tensors are copied"
                 )
+        except (ValueError, TypeError, ImportError) as error:
+            if steps or isinstance(error, InterpError):
+                raise
+            raise PlanError(f"transformers does not take these options: {error}") from error
         finally:
             if handle is not None:
                 handle.remove()

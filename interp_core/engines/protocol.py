@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -101,10 +101,18 @@ class Program(Protocol):
         ...
 
     def generate(
-        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...]
+        self,
+        inputs: Mapping[str, Any],
+        rows: Rows,
+        final: Rows,
+        edits: tuple[Edit, ...],
+        ended: Callable[[], Sequence[bool]],
     ) -> tuple[Any, list[Passed]]:
         """Many forward passes, made by the model's own `generate`, over a sequence that grows from `rows` to at most
         `final`. Returns its result and one record per pass.
+
+        Args:
+            ended: at the beginning of a pass, which rows have ended and are only filled up; empty before the first.
 
         Raises:
             PositionError, PlanError: edits that do not fit the final rows, before the model runs.

@@ -196,5 +196,8 @@ def continued(
     ids, texts, rest = made.ids, made.texts, max_new_tokens - first
     if rest and ids.shape[1] == first:
         more = model.generate(made.tokens, max_new_tokens=rest, **options)
-        ids, texts = torch.cat([ids, more.ids], 1), [a + b for a, b in zip(texts, more.texts, strict=True)]
+        over = made.ended  # what has come to its end does not go on
+        added = torch.where(torch.tensor(over)[:, None], ids[:, -1:], more.ids)
+        ids = torch.cat([ids, added], 1)
+        texts = [a if end else a + b for a, b, end in zip(texts, more.texts, over, strict=True)]
     return Continued(ids, tuple(texts), tuple(made.receipts))
