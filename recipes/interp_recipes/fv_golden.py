@@ -4,7 +4,8 @@
 
 Means of heads on the clean prompts, indirect effects on the corrupted ones, the heads of largest effect, the function
 vector, and what each trial answers without it and with it. `replay` keeps the order of operations of the published
-code; `sweep` gives the same numbers but for rounding, sooner. Files: `interp_plugins.function_vectors.source_files`.
+code, by hooks written by hand (`interp_plugins.function_vectors.plain`) that share nothing with what `fv_runtime` uses;
+`sweep` gives the same numbers but for rounding, sooner. Files: `interp_plugins.function_vectors.source_files`.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ def fv_golden(
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
     layer = edit_layer_of(model, edit_layer)
     made = extract(
-        model, run, by=by, n_top_heads=n_top_heads, token_class_idx=token_class_idx, last_token_only=last_token_only,
-        progress=True,
+        model, run, by=by, by_hand=by == "replay", n_top_heads=n_top_heads, token_class_idx=token_class_idx,
+        last_token_only=last_token_only, progress=True,
     )  # fmt: skip
-    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by)
+    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, by_hand=by == "replay")
     shapes = list(made.mean.shape), list(made.effects[made.measure].shape)
     print(f"{model}\nmeans {shapes[0]}, effects {shapes[1]}, gap after the last head {made.gap:.3g}")
     print(f"function vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}")
