@@ -119,6 +119,25 @@ def test_replay_equals_sweep(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in slow.iterdir()}
 
 
+def test_in_another_python(tmp_path: Path) -> None:
+    """`python_bin` runs the recipe there, with the same settings: the same bytes."""
+    settings = {"fixed_trials_path": toy_trials(tmp_path), "n_top_heads": 2, "by": "sweep", "prompt_kind": "clean"}
+    here = fv_golden(**settings, save_path_root=tmp_path / "here", python_bin=Path(sys.executable))
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\ntouch {tmp_path}/called\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    assert not (tmp_path / "called").exists()
+    there = fv_golden(**settings, save_path_root=tmp_path / "there", python_bin=other)
+    assert (tmp_path / "called").exists() and there == tmp_path / "there" / here.relative_to(tmp_path / "here")
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == {p.name: p.read_bytes() for p in here.iterdir()}
+    with pytest.raises(ic.PlanError, match="python_bin is /no/python, which is no program"):
+        fv_golden(**settings, python_bin=Path("/no/python"))
+    other.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(ic.InterpError, match="fv_golden ended with exit code 3 in .*python"):
+        fv_golden(**settings, save_path_root=tmp_path / "no", python_bin=other)
+    assert not (tmp_path / "no").exists()
+
+
 RUNTIME = {
     "mean_activations_meta.json": "n_mean_trials n_icl_examples seed layers n_layers n_heads head_dim resid_dim dummy_labels "
     "slot_index_map slot_query_pred",

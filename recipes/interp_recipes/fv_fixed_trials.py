@@ -1,28 +1,34 @@
 """Fixed trials of function vectors: drawn once, written to a file, checked.
 
     interp run fv_fixed_trials --set dataset_json=antonym.json --set model_name_for_tokenizer=gpt2 --set out_path=out/
-    interp run fv_fixed_trials --set out_path=out/fixed_trials_antonym_t10_s10_seed0_gpt2.json      (checks only)
+    interp run fv_fixed_trials --fixed_trials_path out/fixed_trials_antonym_t10_s10_seed0_gpt2.json      (checks only)
 
 Each trial has a clean prompt, and one whose answers are permuted; `numpy.random.default_rng(seed)` draws them. Checks
 are prompt parity, slot parity and verify (see `interp_plugins.function_vectors.checks`), over all trials, clean and
-corrupted; a mismatch ends the recipe with an error. Needs a tokenizer, no model.
+corrupted, if not told otherwise; a mismatch ends the recipe with an error. What was checked, and every mismatch, is
+written to `<the file's name>_parity.log` beside it (`…_parity_corrupted.log`, `…_parity_first3.log` where only those
+were checked). Needs a tokenizer, no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from interp_plugins.function_vectors.checks import Check, prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.artefacts import put
+from interp_plugins.function_vectors.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
 from interp_plugins.function_vectors.tasks import load_task
-from interp_plugins.function_vectors.template import Template
+from interp_plugins.function_vectors.template import Template, name_of
 from interp_plugins.function_vectors.trials import fixed_trials
 from interp_plugins.function_vectors.trials_file import file_name, read_json
 
 import interp_core as ic
 from interp_core.loading import open_tokenizer
+
+Mode = Literal["both", "clean", "corrupted"]
+"""Which prompts are checked."""
 
 
 def fv_fixed_trials(
@@ -39,6 +45,12 @@ def fv_fixed_trials(
     prepend_bos_token_used: bool | None = None,
     verify: bool = True,
     verify_n: int = 3,
+    fixed_trials_path: Path | None = None,
+    tokenizer_name: str | None = None,
+    mode: Mode = "both",
+    max_trials: int | None = None,
+    assert_zero: bool = True,
+    log_path: Path | None = None,
 ) -> Path:
     """Write fixed trials and check them; returns the file's path.
 
@@ -54,11 +66,23 @@ def fv_fixed_trials(
         prepend_bos_token_used: the text of a BOS stands in the prompts (default: where the tokenizer adds none).
         verify: also compare the answers' first tokens.
         verify_n: trials to print.
+        fixed_trials_path: a file that is only checked, in place of `out_path`.
+        tokenizer_name: the same as `model_name_for_tokenizer`.
+        mode: whether clean prompts, corrupted ones, or both are checked.
+        max_trials: check the first trials only.
+        assert_zero: a mismatch is an error; if false, it is only printed and logged.
+        log_path: where the log goes (default: beside the file).
 
     Raises:
         TextError: a mismatch, or prompts that cannot be built.
+        PlanError: settings that contradict each other.
     """
-    path = out_path
+    model_name_for_tokenizer = _one_of(model_name_for_tokenizer=model_name_for_tokenizer, tokenizer_name=tokenizer_name)
+    if dataset_json is not None and fixed_trials_path is not None:
+        raise ic.PlanError("fixed_trials_path names a file that is only checked: leave it out, or dataset_json")
+    if max_trials is not None and max_trials < 1:
+        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to check all trials")
+    path = fixed_trials_path or out_path
     if dataset_json is not None:
         name = model_name_for_tokenizer or "toy:text"
         tokenizer = open_tokenizer(name)
@@ -71,12 +95,48 @@ def fv_fixed_trials(
         print(f"{task}\n{path}")
     data = read_json(path)
     tokenizer = open_tokenizer(model_name_for_tokenizer or data["meta"]["model_name_for_tokenizer"])
-    checks = [prompt_parity(data, tokenizer), slot_parity(data, tokenizer)]
+    some = {**data, "trials": data["trials"][:max_trials]}
+    kinds = KINDS if mode == "both" else (mode,)
+    checks = [prompt_parity(some, tokenizer, kinds), slot_parity(some, tokenizer, kinds)]
     if verify:
-        _show(data, tokenizer, verify_n)
-        checks.append(verify_answers(data, tokenizer))
-    _judge(path, checks)
+        _show(some, tokenizer, verify_n)
+        checks.append(verify_answers(some, tokenizer))
+    log = log_path or path.with_name(_log_name(path, mode, len(some["trials"]), len(data["trials"])))
+    try:
+        print(*put(log.parent, {log.name: _log(path, tokenizer, kinds, checks)}), sep="\n")
+    except OSError as error:
+        raise ic.PlanError(f"the log {log} cannot be written ({error}); give another place: log_path=FILE") from error
+    _judge(path, checks, assert_zero)
     return path
+
+
+def _one_of(**names: str | None) -> str | None:
+    """The value of settings that mean the same.
+
+    Raises:
+        PlanError: they say different things.
+    """
+    said = {key: value for key, value in names.items() if value is not None}
+    if len({*said.values()}) > 1:
+        raise ic.PlanError(
+            f"{' and '.join(f'{key}={value!r}' for key, value in said.items())} differ; give one of them"
+        )
+    return next(iter(said.values()), None)
+
+
+def _log_name(path: Path, mode: Mode, looked_at: int, trials: int) -> str:
+    """Another for checks of a part, which leave the log of the whole file alone."""
+    part = ("" if mode == "both" else f"_{mode}") + ("" if looked_at == trials else f"_first{looked_at}")
+    return f"{path.stem}_parity{part}.log"
+
+
+def _log(path: Path, tokenizer: Any, kinds: Sequence[str], checks: Sequence[Check]) -> str:
+    """What was checked, with every mismatch; the same for the same file."""
+    lines = [f"fixed trials: {path}", f"tokenizer: {name_of(tokenizer)}", f"prompts: {', '.join(kinds)}", ""]
+    for check in checks:
+        lines += [str(check), *(f"  {line}" for line in check.mismatches)]
+    good = all(check.checked_trials and not check.mismatches for check in checks)
+    return "\n".join([*lines, "", "PASS" if good else "FAIL"]) + "\n"
 
 
 def _template(
@@ -110,12 +170,16 @@ def _show(data: Mapping[str, Any], tokenizer: Any, n: int) -> None:
         print(f"  target    {trial['target_str']!r}  first_token_id {trial['first_token_id']} ({first!r})")
 
 
-def _judge(path: Path, checks: list[Check]) -> None:
-    """Print what was checked; an error if anything does not agree."""
+def _judge(path: Path, checks: list[Check], assert_zero: bool) -> None:
+    """Print what was checked; an error, or a list, if anything does not agree."""
     for check in checks:
         print(check)
     wrong = [line for check in checks for line in check.mismatches]
-    if wrong:
+    if empty := [check.name for check in checks if not check.checked_trials]:
+        wrong.append(f"{', '.join(empty)}: there are no trials to check")
+    if wrong and not assert_zero:
+        print(*wrong, sep="\n")
+    elif wrong:
         shown = "\n  ".join(wrong[:10])
         more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ic.TextError(

@@ -19,6 +19,8 @@ from interp_plugins.function_vectors.source_files import source_files
 import interp_core as ic
 from interp_core.loading import open_tokenizer
 
+from .fv_python import another, run_in
+
 
 def fv_golden(
     fixed_trials_path: Path,
@@ -39,6 +41,7 @@ def fv_golden(
     edit_layer: int | None = None,
     prompt_kind: PromptKind = "corrupted",
     save_path_root: Path = Path("results"),
+    python_bin: Path | None = None,
 ) -> Path:
     """Write the artefacts; returns their folder.
 
@@ -56,16 +59,22 @@ def fv_golden(
         edit_layer: where the vector is added (default: a third of the way up).
         prompt_kind: which prompts are answered: corrupted, clean or zeroshot.
         save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/.
+        python_bin: another Python, to work them out there (default: this one); the dump names its versions.
 
     Raises:
         TextError: fixed trials of another tokenizer or model.
         PlanError: settings that do not fit the file or the model.
     """
+    asked = {key: value for key, value in locals().items() if key != "python_bin"}
+    python = another(python_bin)
     run = fixed_run(
         fixed_trials_path, open_tokenizer(model_name), model_name=model_name, dataset_name=dataset_name,
         fixed_trials_id=fixed_trials_id, fixed_trials_model=fixed_trials_model, seed=seed, n_shots=n_shots,
         n_trials=n_trials,
     )  # fmt: skip
+    if python is not None:
+        run_in(python, "fv_golden", asked)
+        return run.folder(save_path_root)
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
     layer = edit_layer_of(model, edit_layer)
     made = extract(

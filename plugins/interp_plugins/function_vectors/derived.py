@@ -104,7 +104,8 @@ def _prompts(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
     for kind in sorted(asked.kinds):
         if kinds[kind] != asked.first:
             yield Problem("trials", "n_trials", f"{kinds[kind]} {kind} trials, there are {asked.first}")
-    maps = _by_place(value(folder, "maps"))
+    numbered = value(folder, "maps") is not None and not [*_maps_of_trials(folder, asked)]
+    maps = _by_place(value(folder, "maps")) if numbered else {}  # a missing one would move those behind it
     for row in table.rows.values():
         if row.of is None or row.of[0] not in asked.kinds or row.trial >= asked.first:
             continue
@@ -130,7 +131,9 @@ def _maps_of_trials(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
 
 
 def _ids(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
-    yield from _maps_of_trials(folder, asked)
+    if lacking := [*_maps_of_trials(folder, asked)]:
+        yield from lacking
+        return
     for (trial, mode), fields in _by_place(value(folder, "maps")).items():
         if trial < asked.first and mode in asked.prompts:
             wanted = asked.prompts[mode][trial]

@@ -18,6 +18,7 @@ import interp_core as ic
 
 from .artefacts import FixedRun, PromptKind, fixed_run, folder_name, profile, put
 from .checks import prompt_parity, slot_parity, verify_answers
+from .derived import MODES
 from .differences import STAGES, Mode, Stage, chosen
 from .effects import CLASSES
 from .extraction import By, Clock, answers, extract
@@ -132,8 +133,8 @@ class Sides:
         """What the folders' prompts must be, where the file of fixed trials was given."""
         if self.run is None:
             return {}
-        kinds: list[PromptKind] = ["clean", "corrupted", *(["zeroshot"] if kind == "zeroshot" else [])]
-        return {name: self.run.prompts(name, self.tokenizer) for name in kinds}
+        kinds: tuple[PromptKind, ...] = ("clean", "corrupted", "zeroshot")
+        return {name: self.run.prompts(name, self.tokenizer) for name in kinds if name in MODES or name == kind}
 
     def _named(self, comparison: Comparison | None) -> dict[str, Any]:
         """Names for the reports: as given, else as the folders say."""
