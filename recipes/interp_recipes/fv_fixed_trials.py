@@ -29,11 +29,12 @@ from interp_core.loading import open_tokenizer
 
 Mode = Literal["both", "clean", "corrupted"]
 """Which prompts are checked."""
+OUT = Path("out/fixed_trials")
 
 
 def fv_fixed_trials(
     dataset_json: Path | None = None,
-    out_path: Path = Path("out/fixed_trials"),
+    out_path: Path = OUT,
     n_trials: int = 10,
     n_shots: int = 10,
     seed: int = 0,
@@ -61,15 +62,13 @@ def fv_fixed_trials(
         seed: of the split and of the draws.
         test_split: share of rows that are not for training.
         prefixes, separators: of the template; default Q: / A:, a line break and an empty line.
-        model_name_for_tokenizer: toy:text, a folder, or a hub id; a file that is only checked names its own.
+        model_name_for_tokenizer, tokenizer_name: toy:text, a folder, or a hub id (default: the file's own).
         model_prepend_bos: the tokenizer adds a BOS (default: asked of the tokenizer).
         prepend_bos_token_used: the text of a BOS stands in the prompts (default: where the tokenizer adds none).
         verify: also compare the answers' first tokens.
         verify_n: trials to print.
         fixed_trials_path: a file that is only checked, in place of `out_path`.
-        tokenizer_name: the same as `model_name_for_tokenizer`.
-        mode: whether clean prompts, corrupted ones, or both are checked.
-        max_trials: check the first trials only.
+        mode, max_trials: check clean or corrupted prompts, or the first trials only.
         assert_zero: a mismatch is an error; if false, it is only printed and logged.
         log_path: where the log goes (default: beside the file).
 
@@ -77,37 +76,54 @@ def fv_fixed_trials(
         TextError: a mismatch, or prompts that cannot be built.
         PlanError: settings that contradict each other.
     """
-    model_name_for_tokenizer = _one_of(model_name_for_tokenizer=model_name_for_tokenizer, tokenizer_name=tokenizer_name)
-    if dataset_json is not None and fixed_trials_path is not None:
-        raise ic.PlanError("fixed_trials_path names a file that is only checked: leave it out, or dataset_json")
-    if max_trials is not None and max_trials < 1:
-        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to check all trials")
-    path = fixed_trials_path or out_path
+    named = _one_of(model_name_for_tokenizer=model_name_for_tokenizer, tokenizer_name=tokenizer_name)
+    path = _path(dataset_json, out_path, fixed_trials_path, max_trials)
     if dataset_json is not None:
-        name = model_name_for_tokenizer or "toy:text"
+        name = named or "toy:text"
         tokenizer = open_tokenizer(name)
         template = _template(tokenizer, prefixes, separators, model_prepend_bos, prepend_bos_token_used)
         task = load_task(dataset_json, seed=seed, test_split=test_split)
         trials = fixed_trials(task, tokenizer, template=template, n_trials=n_trials, n_shots=n_shots, seed=seed)
-        if path.suffix != ".json":
-            path /= file_name(task.name, n_trials, n_shots, seed, name)
+        path = path if path.suffix == ".json" else path / file_name(task.name, n_trials, n_shots, seed, name)
         replace(trials, meta={**trials.meta, "model_name_for_tokenizer": name}).save(path)
         print(f"{task}\n{path}")
     data = read_json(path)
-    tokenizer = open_tokenizer(model_name_for_tokenizer or data["meta"]["model_name_for_tokenizer"])
+    tokenizer = open_tokenizer(named or data["meta"]["model_name_for_tokenizer"])
+    log = log_path or path.with_name(_log_name(path, mode, max_trials, len(data["trials"])))
     some = {**data, "trials": data["trials"][:max_trials]}
+    _judge(path, _checked(path, some, tokenizer, mode, log, verify_n if verify else None), assert_zero)
+    return path
+
+
+def _path(dataset_json: Path | None, out_path: Path, fixed_trials_path: Path | None, max_trials: int | None) -> Path:
+    """The file that is asked for, or the folder for it.
+
+    Raises:
+        PlanError: settings that contradict each other.
+    """
+    if fixed_trials_path is not None and (dataset_json is not None or out_path != OUT):
+        raise ic.PlanError(
+            "fixed_trials_path names a file that is only checked: leave it out, or dataset_json, out_path"
+        )
+    if max_trials is not None and max_trials < 1:
+        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to check all trials")
+    return fixed_trials_path or out_path
+
+
+def _checked(
+    path: Path, data: Mapping[str, Any], tokenizer: Any, mode: Mode, log: Path, verify_n: int | None
+) -> list[Check]:
+    """The checks of these trials, which are also logged; with the answers' if a number of trials is to be shown."""
     kinds = KINDS if mode == "both" else (mode,)
-    checks = [prompt_parity(some, tokenizer, kinds), slot_parity(some, tokenizer, kinds)]
-    if verify:
-        _show(some, tokenizer, verify_n)
-        checks.append(verify_answers(some, tokenizer))
-    log = log_path or path.with_name(_log_name(path, mode, len(some["trials"]), len(data["trials"])))
+    checks = [prompt_parity(data, tokenizer, kinds), slot_parity(data, tokenizer, kinds)]
+    if verify_n is not None:
+        _show(data, tokenizer, verify_n)
+        checks.append(verify_answers(data, tokenizer))
     try:
         print(*put(log.parent, {log.name: _log(path, tokenizer, kinds, checks)}), sep="\n")
     except OSError as error:
         raise ic.PlanError(f"the log {log} cannot be written ({error}); give another place: log_path=FILE") from error
-    _judge(path, checks, assert_zero)
-    return path
+    return checks
 
 
 def _one_of(**names: str | None) -> str | None:
@@ -124,9 +140,9 @@ def _one_of(**names: str | None) -> str | None:
     return next(iter(said.values()), None)
 
 
-def _log_name(path: Path, mode: Mode, looked_at: int, trials: int) -> str:
+def _log_name(path: Path, mode: Mode, first: int | None, trials: int) -> str:
     """Another for checks of a part, which leave the log of the whole file alone."""
-    part = ("" if mode == "both" else f"_{mode}") + ("" if looked_at == trials else f"_first{looked_at}")
+    part = ("" if mode == "both" else f"_{mode}") + ("" if first is None or first >= trials else f"_first{first}")
     return f"{path.stem}_parity{part}.log"
 
 
