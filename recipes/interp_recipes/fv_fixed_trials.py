@@ -62,7 +62,7 @@ def fv_fixed_trials(
         seed: of the split and of the draws.
         test_split: share of rows that are not for training.
         prefixes, separators: of the template; default Q: / A:, a line break and an empty line.
-        model_name_for_tokenizer, tokenizer_name: toy:text, a folder, or a hub id (default: the file's own; for a new one toy:text).
+        model_name_for_tokenizer, tokenizer_name: toy:text, a folder, or a hub id (default: the file's own).
         model_prepend_bos: the tokenizer adds a BOS (default: asked of the tokenizer).
         prepend_bos_token_used: the text of a BOS stands in the prompts (default: where the tokenizer adds none).
         verify: also compare the answers' first tokens.
