@@ -13,7 +13,7 @@ import interp_core as ic
 
 
 def ran_elsewhere(recipe: str, settings: Mapping[str, Any]) -> bool:
-    """Run a recipe in the Python that its setting `python_bin` names, and wait for it; what it prints is printed. False,
+    """Run a recipe in the Python that its setting `python_bin` names, and wait for it; what it prints is shown. False,
     and nothing was run, if that is no other than this one.
 
     Raises:
