@@ -124,3 +124,123 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str, str, str]] = {
         ("b", "top_heads.json", "top_heads"), ("b", "fv_global_resid.pt", "fv_vector"),
     ]
 }  # fmt: skip
+
+
+def both(spoil: Callable[[Path], None]) -> Callable[[Path, Path], None]:
+    """The same fault in both folders, under names that both have."""
+    return lambda a, b: (spoil(a), spoil(b))[0]
+
+
+def alike(ours: Callable[[Path], None], theirs: Callable[[Path], None]) -> Callable[[Path, Path], None]:
+    """The same fault in the files of either layout."""
+    return lambda a, b: (ours(a), theirs(b))[0]
+
+
+def tensors(source: str, runtime: str, change: Callable[[Any], Any]) -> Callable[[Path, Path], None]:
+    """The same change to a tensor of both folders."""
+    in_runtime = (
+        (lambda d: d | {"fv_global_resid": change(d["fv_global_resid"][None])[0]}) if "fv" in runtime else change
+    )
+    return alike(tensor(source, change), tensor(runtime, in_runtime))
+
+
+def lists(change: Callable[[list[Any]], None]) -> Callable[[Path, Path], None]:
+    """The same change to both lists of heads."""
+    return alike(
+        edit("top_heads_src.json", lambda d: change(d["top_heads"])),
+        edit("top_heads.json", lambda d: change(d["heads"])),
+    )
+
+
+def logits(change: Callable[[torch.Tensor], torch.Tensor], of: str | None = None) -> Callable[[Path], None]:
+    """A change to the logits, and to what they say that they are of."""
+
+    def spoil(folder: Path) -> None:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        with safe_open(folder / LOGITS, "pt") as file:
+            kept, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        new = {key: change(x.clone()).contiguous() for key, x in kept.items()}
+        save_file(new, folder / LOGITS, about if of is None else {"of": of})
+
+    return spoil
+
+
+def rows(change: Callable[[list[dict[str, Any]]], None]) -> Callable[[Path, Path], None]:
+    """The same change to the rows of trials."""
+    return alike(edit(DUMP, lambda d: change(d["trials"])), edit(EVAL, change))
+
+
+def least(folder: Path) -> None:
+    """The last of the chosen heads exchanged for the one of smallest AIE, each with the score that it has."""
+    path = folder / "top_heads_src.json"
+    source = path.exists()
+    effects = torch.load(
+        folder / ("antonym_indirect_effect.pt" if source else "indirect_effect.pt"), weights_only=True
+    ).mean(0)
+    layer, head = divmod(int(effects.argmin()), effects.shape[1])
+    score = float(effects.min())
+    path = path if source else folder / "top_heads.json"
+    data = json.loads(path.read_text())
+    if source:
+        data["top_heads"][-1] = [layer, head, round(score, 4)]
+    else:
+        data["heads"][-1] |= {"layer": layer, "head": head, "rank_score": score}
+    path.write_text(json.dumps(data))
+
+
+def emptied(x: torch.Tensor) -> torch.Tensor:
+    return x[..., :0]
+
+
+LOGITS, EFFECTS, VECTORS = "injection_logits.safetensors", "indirect_effect.pt", ("src_fv.pt", "fv_global_resid.pt")
+EFFECTS_A, MEANS, HEADS = f"antonym_{EFFECTS}", (MEAN, "mean_activations.pt"), "top_heads_src.json"
+HOLES: dict[str, tuple[Callable[[Path, Path], None], str, str, str]] = {
+    # what is wrong in both folders alike, or in one where the other could not tell: (how, stage, file, key)
+    "a head's effects, not numbers": (tensors(EFFECTS_A, EFFECTS, lambda x: at(x, (slice(None), 2, 4), to=torch.nan) or x), "top_heads", EFFECTS, "effects[trial 0, layer 2, head 4]"),
+    "a head's effects in one trial, not numbers": (tensors(EFFECTS_A, EFFECTS, put((1, 0, 3), torch.nan)), "top_heads", EFFECTS, "effects[trial 1, layer 0, head 3]"),
+    "a layer's effects, not numbers": (tensors(EFFECTS_A, EFFECTS, lambda x: at(x, (slice(None), 1), to=torch.nan) or x), "top_heads", EFFECTS, "effects[trial 0, layer 1, head 0]"),
+    "effects of a trial missing": (tensors(EFFECTS_A, EFFECTS, lambda x: x[:-1]), "top_heads", EFFECTS_A, "effects shape"),
+    "no effects": (tensors(EFFECTS_A, EFFECTS, emptied), "top_heads", EFFECTS, "effects shape"),
+    "effects of rank 2": (tensors(EFFECTS_A, EFFECTS, lambda x: x[0]), "top_heads", EFFECTS, "effects shape"),
+    "effects all zero": (tensors(EFFECTS_A, EFFECTS, torch.zeros_like), "top_heads", "top_heads.json", "gap at k"),
+    "no maps": (both(edit("slot_maps.json", list.clear)), "prompt_boundary", "slot_maps.json", "n_trials"),
+    "a trial without maps": (both(edit("slot_maps.json", lambda d: d.__delitem__(slice(2, 4)))), "prompt_boundary", "slot_maps.json", "n_trials"),
+    "maps of clean prompts only": (both(edit("slot_maps.json", lambda d: d.__delitem__(slice(1, None, 2)))), "prompt_boundary", "slot_maps.json", "n_trials"),
+    "other prompts than in the maps": (rows(lambda d: at(d, 1, "prompt", to=lambda x: x[1:])), "prompt_boundary", DUMP, "trial (1, 1), corrupted: prompt"),
+    "target that no answer begins with": (rows(lambda d: at(d, 2, "target_id", to=3)), "prompt_boundary", DUMP, "trial (2, 2), corrupted: target_id"),
+    "rows without prompts": (rows(lambda d: [row.pop("target_id") for row in d]), "prompt_boundary", DUMP, "trial (0, 0), corrupted: target_id"),
+    "no rows": (rows(list.clear), "prompt_boundary", EVAL, "prompt_kind"),
+    "no labels": (alike(edit("antonym_dummy_labels.json", lambda d: d["labels"].clear()), edit("mean_activations_meta.json", lambda d: d["dummy_labels"].clear())), "slot_map", "antonym_dummy_labels.json", "labels"),
+    "a label too few": (alike(edit("antonym_dummy_labels.json", lambda d: d["labels"].pop()), edit("mean_activations_meta.json", lambda d: d["dummy_labels"].pop())), "slot_map", "slot_maps.json", "trial 0, clean: idx_map_updated"),
+    "a token without slot": (both(edit("slot_maps.json", lambda d: d[0]["idx_map_updated"].pop("3"))), "slot_map", "slot_maps.json", "trial 0, clean: idx_map_updated"),
+    "a slot off in one of two maps": (both(edit("slot_maps.json", lambda d: shifted(d[3]))), "slot_map", "slot_maps.json", "trial 1, corrupted: idx_map"),
+    "maps without slots": (both(edit("slot_maps.json", lambda d: [row.pop("idx_map_updated") for row in d])), "slot_map", "slot_maps.json", "trial 0, clean: idx_map_updated"),
+    "means all zero": (tensors(*MEANS, torch.zeros_like), "mean_activations", MEAN, "mean"),
+    "no means": (tensors(*MEANS, emptied), "mean_activations", MEANS[1], "mean shape"),
+    "means of fewer slots": (tensors(*MEANS, lambda x: x[:, :, 1:]), "mean_activations", MEAN, "mean shape"),
+    "no heads": (lists(list.clear), "top_heads", HEADS, "heads"),
+    "a head too few": (lists(list.pop), "top_heads", HEADS, "heads"),
+    "a head twice": (lists(lambda d: d.__setitem__(3, d[0])), "top_heads", HEADS, "heads L"),
+    "a head that is none": (alike(edit(HEADS, lambda d: at(d, "top_heads", 0, 0, to=99)), edit("top_heads.json", lambda d: at(d, "heads", 0, "layer", to=99))), "top_heads", "top_heads.json", "heads[0] L99"),
+    "heads in another order": (lists(lambda d: swap(d, 0, 3)), "top_heads", HEADS, "heads[0]"),
+    "a head of smaller AIE": (both(least), "top_heads", HEADS, "heads[3]"),
+    "an AIE that is not its effects'": (alike(edit(HEADS, lambda d: at(d, "aie_sorted_full", 1, 2, to=lambda x: x * 1.01)), edit("top_heads.json", lambda d: at(d, "heads", 1, "rank_score", to=lambda x: x * 1.01))), "top_heads", HEADS, "heads[1] L"),
+    "an AIE that is none": (alike(edit(HEADS, lambda d: at(d, "aie_sorted_full", 1, 2, to=None)), edit("top_heads.json", lambda d: at(d, "heads", 1, "rank_score", to=None))), "top_heads", HEADS, "(file)"),
+    "vector all zero": (tensors(*VECTORS, torch.zeros_like), "fv_vector", "src_fv.pt", "fv"),
+    "vector scaled alike": (tensors(*VECTORS, lambda x: x * 1.001), "fv_vector", "src_fv.pt", "fv"),
+    "vector turned round": (tensors(*VECTORS, lambda x: -x), "fv_vector", VECTORS[1], "fv"),
+    "vector without numbers in both": (tensors(*VECTORS, put((0, 3), torch.nan)), "fv_vector", VECTORS[1], "fv[d_model 3]"),
+    "no vector": (tensors(*VECTORS, emptied), "fv_vector", VECTORS[1], "fv shape"),
+    "means of heads by layer": (lambda _, b: tensor("fv_by_layer.pt", lambda d: d | {"fv_by_layer": {k: x + 1 for k, x in d["fv_by_layer"].items()}})(b), "fv_vector", "fv_by_layer.pt", "fv_by_layer["),
+    "vectors by layer cut off": (lambda _, b: garbage("fv_by_layer.pt")(b), "fv_vector", "fv_by_layer.pt", "(file)"),
+    "logits of one trial": (lambda _, b: logits(lambda x: x[:1])(b), "injection_output", LOGITS, "logits ('corrupted', 2)"),
+    "logits of one trial in both": (both(logits(lambda x: x[:1])), "injection_output", LOGITS, "logits ('corrupted', 2)"),
+    "logits of none": (lambda _, b: logits(lambda x: x[:0])(b), "injection_output", LOGITS, "logits ('corrupted', 2)"),
+    "logits of other prompts": (lambda _, b: logits(lambda x: x + 1, '["clean", 2]')(b), "injection_output", LOGITS, "logits ('corrupted', 2)"),
+    "logits of another layer in both": (both(logits(lambda x: x, '["corrupted", 1]')), "injection_output", LOGITS, "logits ('corrupted', 2)"),
+    "logits of other trials in both": (both(logits(lambda x: x.roll(1, 0))), "injection_output", LOGITS, "trial (0, 0), corrupted, layer 2: base logits"),
+    "log-probabilities of other logits": (rows(lambda d: [at(row, key, to=lambda x: x - 1.0) for row in d for key in row if "logprob" in key and "delta" not in key]), "injection_output", LOGITS, "trial (0, 0), corrupted, layer 2: base logits"),
+    "a difference of others": (rows(lambda d: at(d, 1, "delta_logprob", to=lambda x: x + 0.1)), "injection_output", DUMP, "trial (1, 1), corrupted, layer 2: delta_logprob"),
+}  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import fv_golden as golden
 import pytest
 import torch
-from fv_faults import DUMP, EVAL, FAULTS, MEAN, put
+from fv_faults import DUMP, EVAL, FAULTS, HOLES, MEAN, put, swap
 from fv_golden import FAMILIES
 from interp_plugins.function_vectors.differences import STAGES, Tolerances, chosen
 from interp_plugins.function_vectors.folders import read_folder
@@ -150,6 +150,7 @@ def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder = fv_parity(**settings)
     fast = report(tmp_path)
     assert fast["status"] == "PASS" and fast["first_divergence"] is None and fast["mode"] == "fast"
+    assert fast["worked_out"] == {"a": "replay, by hand", "b": "sweep"} and fast["remarks"] == []
     capsys.readouterr()
     assert fv_parity(**settings, compare="replay") == folder
     said = capsys.readouterr().out
@@ -157,6 +158,7 @@ def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"parity_suite_report.json  replaced", said)
     replay = report(tmp_path)
     assert replay["status"] == "PASS" and [stage["max_abs_diff"] for stage in replay["stages"]] == [0.0] * 6
+    assert replay["worked_out"] == {"a": "replay, by hand", "b": "replay"}
     assert set(replay["tolerances"].values()) == {0.0} and replay["settings_that_differ"] == {}
     assert fast["settings_that_differ"] == {"by": ["replay", "sweep"]}
     profile = report(tmp_path, "parity_suite_report.json")["profile"]
@@ -235,6 +237,20 @@ def test_seeded_faults(fault: str, copies: dict[str, Path], tmp_path: Path, monk
     assert first["command"] in page and STAGES[stage] in page and first["key"] in page
 
 
+@pytest.mark.parametrize("hole", HOLES)
+def test_faults_that_both_sides_share(hole: str, copies: dict[str, Path], tmp_path: Path) -> None:
+    """Parts are held against what they derive from, and against what the trials ask: agreement alone is no pass."""
+    spoil, stage, file, key = HOLES[hole]
+    spoil(copies["a"], copies["b"])
+    with pytest.raises(ic.InterpError, match=rf"FAIL\n  {stage} / \S*{re.escape(file)} / {re.escape(key)}"):
+        fv_parity(**copies, save_path_root=tmp_path / "out")
+    failed = [one for one in report(tmp_path / "out")["stages"] if one["status"] != "PASS"]
+    assert failed[0]["stage"] == stage and all(one["mismatch_count"] > 0 for one in failed)
+    for mode in ("fast", "replay"):
+        (again,) = Comparison(*(read_folder(copies[side]) for side in "ab"), mode).stages([stage])  # type: ignore[arg-type]
+        assert again.status == "FAIL" and again.mismatch_count > 0
+
+
 def test_a_wrong_edit_layer(sides: tuple[Path, Path], tmp_path: Path) -> None:
     """Answers at another layer than the other side's, or than asked for; the settings say why."""
     settings = some("tiny-llama2-7b", 3, tmp_path) | {"n_top_heads": 4, "edit_layer": 3}
@@ -246,6 +262,38 @@ def test_a_wrong_edit_layer(sides: tuple[Path, Path], tmp_path: Path) -> None:
         fv_parity(a=sides[0], b=b, edit_layer=3, save_path_root=tmp_path)
     with pytest.raises(ic.InterpError, match=rf"prompt_boundary / .*{EVAL} / prompt_kind: a has \['corr"):
         fv_parity(a=sides[0], b=sides[1], edit_layer=2, prompt_kind="clean", save_path_root=tmp_path)
+
+
+def test_a_folder_against_itself_is_said(sides: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """It passes, and says that this means nothing; also under another name."""
+    link = tmp_path / "link"
+    link.symlink_to(sides[0])
+    for b in (sides[0], link):
+        fv_parity(a=sides[0], b=b, save_path_root=tmp_path / "out")
+        said = "are the same folder, .*: nothing was held against another side"
+        assert re.search(f"note: a and b {said}", capsys.readouterr().out)
+        assert re.fullmatch(f"a and b {said}", report(tmp_path / "out")["remarks"][0])
+        assert re.search(said, next((tmp_path / "out").rglob("*.md")).read_text())
+
+
+def test_folders_of_other_trials_than_the_file(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """Both agree with each other, and not with the trials that were given."""
+    settings = some("tiny-llama2-7b", 3, tmp_path) | {"a": sides[0], "b": sides[1], "dataset_name": "antonym"}
+    fv_parity(**settings, save_path_root=tmp_path)
+    for change, says in (
+        (lambda d: swap(d["trials"], 0, 1), r"trial \(0, 0\), corrupted: prompt: is 'Q: .* the fixed trials have 'Q: "),
+        (
+            lambda d: (d["trials"].pop(), d["meta"].update(n_trials=2)),
+            "effects shape: effects of 3 trials, there are 2",
+        ),
+    ):
+        data = json.loads(settings["fixed_trials_path"].read_text())
+        change(data)
+        (tmp_path / "other.json").write_text(json.dumps(data))
+        with pytest.raises(ic.InterpError, match="FAIL"):
+            fv_parity(**settings | {"fixed_trials_path": tmp_path / "other.json"}, save_path_root=tmp_path / "out")
+        findings = [one for stage in report(tmp_path / "out")["stages"] for one in stage["findings"]]
+        assert any(re.search(says, f"{one['key']}: {one['why']}") for one in findings)
 
 
 def test_a_scaled_injection_is_found_by_its_logits(sides: tuple[Path, Path], tmp_path: Path) -> None:
@@ -354,6 +402,7 @@ def test_trials_are_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch
         (trials("gpt2-xl") | {"seed": 1}, "seed is 1, the fixed trials of .* have 0"),
         (trials("gpt2-xl") | {"dataset_name": "synonym"}, "dataset_name is 'synonym', .* have 'antonym'"),
         (trials("gpt2-xl") | {"fixed_trials_id": "../up"}, "fixed_trials_id is '../up', which is no name of a folder"),
+        (trials("gpt2-xl") | {"max_trials": 0}, "max_trials is 0: give at least 1, or leave it out"),
         (trials("gpt2-xl") | {"edit_layer": 4}, "edit_layer is 4, this model has layers 0 to 3"),
         (trials("gpt2-xl") | {"n_top_heads": 40}, "n_top_heads is 40, this model has 32 heads"),
     ],

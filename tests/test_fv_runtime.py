@@ -26,6 +26,7 @@ from test_fv_means import published
 from test_fv_parity import FIXED, some, toy_trials, trials
 
 import interp_core as ic
+from interp_core.cli import main
 from interp_core.loading import open_tokenizer
 
 EFFECT = 1e-8, 1e-4
@@ -117,6 +118,30 @@ def test_replay_equals_sweep(tmp_path: Path) -> None:
     close(load(fast / "antonym_indirect_effect.pt"), load(slow / "antonym_indirect_effect.pt"))
     again = fv_golden(**settings, save_path_root=tmp_path / "again")
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in slow.iterdir()}
+
+
+def test_in_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python_bin` runs the recipe there, with the same settings: what it is called with gives the same bytes."""
+    settings = {"fixed_trials_path": toy_trials(tmp_path), "n_top_heads": 2, "by": "sweep", "last_token_only": True}
+    here = fv_golden(**settings, save_path_root=tmp_path / "here", python_bin=Path(sys.executable))
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
+    other.chmod(0o755)
+    there = fv_golden(**settings, save_path_root=tmp_path / "there", python_bin=other)
+    assert there == tmp_path / "there" / here.relative_to(tmp_path / "here") and not there.exists()
+    option, code, *words = (tmp_path / "words").read_text().splitlines()
+    assert (option, code) == ("-c", "from interp_core.cli import main; main()")
+    monkeypatch.setattr(sys, "argv", ["interp", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == {p.name: p.read_bytes() for p in here.iterdir()}
+    with pytest.raises(ic.PlanError, match="python_bin is /no/python, which is no program"):
+        fv_golden(**settings, python_bin=Path("/no/python"))
+    other.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(ic.InterpError, match="fv_golden ended with exit code 3 in .*python"):
+        fv_golden(**settings, save_path_root=tmp_path / "no", python_bin=other)
+    assert not (tmp_path / "no").exists()
 
 
 RUNTIME = {

@@ -299,7 +299,7 @@ def test_recipe_with_and_without_bos(
 def test_the_command_line_fails_on_a_mismatch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [f"out_path={FV / 'tiny-llama3-8b' / FIXED}", "verify_n=0"]
+    settings = [f"out_path={FV / 'tiny-llama3-8b' / FIXED}", "verify_n=0", f"log_path={tmp_path}/parity.log"]
     settings += [f"model_name_for_tokenizer={TOKENIZERS['tiny-llama2-7b']}"]
     given = [word for setting in settings for word in ("--set", setting)]
     monkeypatch.setattr(sys, "argv", ["interp", "run", "fv_fixed_trials", *given])
@@ -308,5 +308,65 @@ def test_the_command_line_fails_on_a_mismatch(
     said = capsys.readouterr()
     assert stopped.value.code == 2 and "verify: checked_trials=10 mismatch_count=30" in said.out
     assert "trial 0, answer_ids[0] is 1341, should be 1449" in said.err and "and 20 more" in said.err
+    log = (tmp_path / "parity.log").read_text()
+    assert log.count("should be") == 30 and "mismatch_count=30" in log and log.endswith("FAIL\n")
     with pytest.raises(ic.LoadError, match="there is no folder /nowhere/at/all; give a folder with a tokenizer"):
         fv_fixed_trials(ANTONYM, tmp_path, model_name_for_tokenizer="/nowhere/at/all")
+
+
+def test_the_commands_of_the_first_milestone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Draw, prompt parity, slot parity, verify: with the flags that scripts give; each leaves its log."""
+
+    def interp(flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["interp", "run", "fv_fixed_trials", *flags.split()])
+        try:
+            main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+        return 0
+
+    model, path = TOKENIZERS["tiny-llama3-8b"], tmp_path / "t.json"
+    drawn = f"--n_trials 3 --n_shots 2 --seed 0 --model_name_for_tokenizer {model} --model_prepend_bos true"
+    assert interp(f"--dataset_json {ANTONYM} --out_path {path} {drawn} --prepend_bos_token_used false") == 0
+    whole = (tmp_path / "t_parity.log").read_text()
+    for check in ("prompt parity", "slot parity", "verify"):
+        assert f"{check}: checked_trials=3 mismatch_count=0" in whole
+    assert whole.endswith("PASS\n") and f"fixed trials: {path}" in whole and "prompts: clean, corrupted" in whole
+    assert interp(f"--fixed_trials_path {path} --max_trials 10 --model_name_for_tokenizer {model}") == 0
+    assert (tmp_path / "t_parity.log").read_text() == whole and "same as before" in capsys.readouterr().out
+    slots = f"--fixed_trials_path {path} --max_trials 10 --mode corrupted --tokenizer_name {model}"
+    assert interp(f"{slots} --assert_zero") == 0
+    assert "prompts: corrupted\n" in (tmp_path / "t_parity_corrupted.log").read_text()
+    assert interp(f"--verify true --out_path {path} --verify_n 5") == 0
+    data = read_json(path)
+    data["trials"][1]["demos_clean"][0]["output"] = " other"
+    path.write_text(json.dumps(data))
+    capsys.readouterr()
+    assert interp(f"{slots} --assert_zero") == 0  # the corrupted prompts are as they were
+    assert interp(f"--fixed_trials_path {path} --max_trials 1 --assert_zero") == 0  # so is the first trial
+    assert "checked_trials=1 " in (tmp_path / "t_parity_first1.log").read_text()
+    assert interp(f"--fixed_trials_path {path} --assert_zero") == 2
+    failed = (tmp_path / "t_parity.log").read_text()
+    assert "  trial 1, clean_prompt_str is 'Q: " in failed and failed.endswith("FAIL\n")
+    capsys.readouterr()
+    assert interp(f"--fixed_trials_path {path} --assert_zero false") == 0  # only said
+    assert "trial 1, clean_prompt_str is 'Q: " in capsys.readouterr().out
+    assert interp(f"{slots} --model_name_for_tokenizer toy:text") == 2
+    assert "differ; give one of them" in capsys.readouterr().err
+    for flags, says in (
+        (f"--dataset_json {ANTONYM} --fixed_trials_path {path}", "a file that is only checked"),
+        (f"--fixed_trials_path {path} --max_trials 0", "max_trials is 0: give at least 1"),
+        (f"--fixed_trials_path {path} --log_path {path}/log", "cannot be written"),
+    ):
+        assert interp(flags) == 2 and says in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_trials_are_no_pass(tmp_path: Path) -> None:
+    data = read_json(FV / "tiny-llama3-8b" / FIXED)
+    data["trials"], data["meta"]["n_trials"] = [], 0
+    (tmp_path / "none.json").write_text(json.dumps(data))
+    settings = {"tokenizer_name": str(TOKENIZERS["tiny-llama3-8b"]), "verify_n": 0}
+    with pytest.raises(ic.TextError, match="prompt parity, slot parity, verify: there are no trials to check"):
+        fv_fixed_trials(out_path=tmp_path / "none.json", **settings)

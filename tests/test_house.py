@@ -135,9 +135,8 @@ def test_nothing_is_installed_behind_the_users_back() -> None:
     for path in sources(*PACKAGES):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"boot_transformers", "_ensure_torchvision"}, path
-        alone = (
-            {"pip"} if path.name == "probe.py" else {"subprocess", "pip"}
-        )  # looks at plugins in a process of their own
+        of_their_own = {"probe.py", "fv_python.py"}  # plugins are looked at, and recipes run where a Python is named
+        alone = {"pip"} if path.name in of_their_own else {"subprocess", "pip"}
         assert not alone & {name.split(".")[0] for name in imported(path)}, path
 
 

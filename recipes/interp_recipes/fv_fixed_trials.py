@@ -1,33 +1,40 @@
 """Fixed trials of function vectors: drawn once, written to a file, checked.
 
     interp run fv_fixed_trials --set dataset_json=antonym.json --set model_name_for_tokenizer=gpt2 --set out_path=out/
-    interp run fv_fixed_trials --set out_path=out/fixed_trials_antonym_t10_s10_seed0_gpt2.json      (checks only)
+    interp run fv_fixed_trials --fixed_trials_path out/fixed_trials_antonym_t10_s10_seed0_gpt2.json      (checks only)
 
 Each trial has a clean prompt, and one whose answers are permuted; `numpy.random.default_rng(seed)` draws them. Checks
 are prompt parity, slot parity and verify (see `interp_plugins.function_vectors.checks`), over all trials, clean and
-corrupted; a mismatch ends the recipe with an error. Needs a tokenizer, no model.
+corrupted, if not told otherwise; a mismatch ends the recipe with an error. What was checked, and every mismatch, is
+written to `<the file's name>_parity.log` beside it (`…_parity_corrupted.log`, `…_parity_first3.log` where only those
+were checked). Needs a tokenizer, no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from interp_plugins.function_vectors.checks import Check, prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.artefacts import put
+from interp_plugins.function_vectors.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
 from interp_plugins.function_vectors.tasks import load_task
-from interp_plugins.function_vectors.template import Template
+from interp_plugins.function_vectors.template import Template, name_of
 from interp_plugins.function_vectors.trials import fixed_trials
 from interp_plugins.function_vectors.trials_file import file_name, read_json
 
 import interp_core as ic
 from interp_core.loading import open_tokenizer
 
+Mode = Literal["both", "clean", "corrupted"]
+"""Which prompts are checked."""
+OUT = Path("out/fixed_trials")
+
 
 def fv_fixed_trials(
     dataset_json: Path | None = None,
-    out_path: Path = Path("out/fixed_trials"),
+    out_path: Path = OUT,
     n_trials: int = 10,
     n_shots: int = 10,
     seed: int = 0,
@@ -39,6 +46,12 @@ def fv_fixed_trials(
     prepend_bos_token_used: bool | None = None,
     verify: bool = True,
     verify_n: int = 3,
+    fixed_trials_path: Path | None = None,
+    tokenizer_name: str | None = None,
+    mode: Mode = "both",
+    max_trials: int | None = None,
+    assert_zero: bool = True,
+    log_path: Path | None = None,
 ) -> Path:
     """Write fixed trials and check them; returns the file's path.
 
@@ -49,34 +62,97 @@ def fv_fixed_trials(
         seed: of the split and of the draws.
         test_split: share of rows that are not for training.
         prefixes, separators: of the template; default Q: / A:, a line break and an empty line.
-        model_name_for_tokenizer: toy:text, a folder, or a hub id; a file that is only checked names its own.
+        model_name_for_tokenizer, tokenizer_name: toy:text, a folder, or a hub id (default: the file's own).
         model_prepend_bos: the tokenizer adds a BOS (default: asked of the tokenizer).
         prepend_bos_token_used: the text of a BOS stands in the prompts (default: where the tokenizer adds none).
         verify: also compare the answers' first tokens.
         verify_n: trials to print.
+        fixed_trials_path: a file that is only checked, in place of `out_path`.
+        mode, max_trials: check clean or corrupted prompts, or the first trials only.
+        assert_zero: a mismatch is an error; if false, it is only printed and logged.
+        log_path: where the log goes (default: beside the file).
 
     Raises:
         TextError: a mismatch, or prompts that cannot be built.
+        PlanError: settings that contradict each other.
     """
-    path = out_path
+    named = _one_of(model_name_for_tokenizer=model_name_for_tokenizer, tokenizer_name=tokenizer_name)
+    path = _path(dataset_json, out_path, fixed_trials_path, max_trials)
     if dataset_json is not None:
-        name = model_name_for_tokenizer or "toy:text"
+        name = named or "toy:text"
         tokenizer = open_tokenizer(name)
         template = _template(tokenizer, prefixes, separators, model_prepend_bos, prepend_bos_token_used)
         task = load_task(dataset_json, seed=seed, test_split=test_split)
         trials = fixed_trials(task, tokenizer, template=template, n_trials=n_trials, n_shots=n_shots, seed=seed)
-        if path.suffix != ".json":
-            path /= file_name(task.name, n_trials, n_shots, seed, name)
+        path = path if path.suffix == ".json" else path / file_name(task.name, n_trials, n_shots, seed, name)
         replace(trials, meta={**trials.meta, "model_name_for_tokenizer": name}).save(path)
         print(f"{task}\n{path}")
     data = read_json(path)
-    tokenizer = open_tokenizer(model_name_for_tokenizer or data["meta"]["model_name_for_tokenizer"])
-    checks = [prompt_parity(data, tokenizer), slot_parity(data, tokenizer)]
-    if verify:
+    tokenizer = open_tokenizer(named or data["meta"]["model_name_for_tokenizer"])
+    log = log_path or path.with_name(_log_name(path, mode, max_trials, len(data["trials"])))
+    some = {**data, "trials": data["trials"][:max_trials]}
+    _judge(path, _checked(path, some, tokenizer, mode, log, verify_n if verify else None), assert_zero)
+    return path
+
+
+def _path(dataset_json: Path | None, out_path: Path, fixed_trials_path: Path | None, max_trials: int | None) -> Path:
+    """The file that is asked for, or the folder for it.
+
+    Raises:
+        PlanError: settings that contradict each other.
+    """
+    if fixed_trials_path is not None and (dataset_json is not None or out_path != OUT):
+        raise ic.PlanError(
+            "fixed_trials_path names a file that is only checked: leave it out, or dataset_json, out_path"
+        )
+    if max_trials is not None and max_trials < 1:
+        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to check all trials")
+    return fixed_trials_path or out_path
+
+
+def _checked(
+    path: Path, data: Mapping[str, Any], tokenizer: Any, mode: Mode, log: Path, verify_n: int | None
+) -> list[Check]:
+    """The checks of these trials, which are also logged; with the answers' if a number of trials is to be shown."""
+    kinds = KINDS if mode == "both" else (mode,)
+    checks = [prompt_parity(data, tokenizer, kinds), slot_parity(data, tokenizer, kinds)]
+    if verify_n is not None:
         _show(data, tokenizer, verify_n)
         checks.append(verify_answers(data, tokenizer))
-    _judge(path, checks)
-    return path
+    try:
+        print(*put(log.parent, {log.name: _log(path, tokenizer, kinds, checks)}), sep="\n")
+    except OSError as error:
+        raise ic.PlanError(f"the log {log} cannot be written ({error}); give another place: log_path=FILE") from error
+    return checks
+
+
+def _one_of(**names: str | None) -> str | None:
+    """The value of settings that mean the same.
+
+    Raises:
+        PlanError: they say different things.
+    """
+    said = {key: value for key, value in names.items() if value is not None}
+    if len({*said.values()}) > 1:
+        raise ic.PlanError(
+            f"{' and '.join(f'{key}={value!r}' for key, value in said.items())} differ; give one of them"
+        )
+    return next(iter(said.values()), None)
+
+
+def _log_name(path: Path, mode: Mode, first: int | None, trials: int) -> str:
+    """Another for checks of a part, which leave the log of the whole file alone."""
+    part = ("" if mode == "both" else f"_{mode}") + ("" if first is None or first >= trials else f"_first{first}")
+    return f"{path.stem}_parity{part}.log"
+
+
+def _log(path: Path, tokenizer: Any, kinds: Sequence[str], checks: Sequence[Check]) -> str:
+    """What was checked, with every mismatch; the same for the same file."""
+    lines = [f"fixed trials: {path}", f"tokenizer: {name_of(tokenizer)}", f"prompts: {', '.join(kinds)}", ""]
+    for check in checks:
+        lines += [str(check), *(f"  {line}" for line in check.mismatches)]
+    good = all(check.checked_trials and not check.mismatches for check in checks)
+    return "\n".join([*lines, "", "PASS" if good else "FAIL"]) + "\n"
 
 
 def _template(
@@ -110,12 +186,16 @@ def _show(data: Mapping[str, Any], tokenizer: Any, n: int) -> None:
         print(f"  target    {trial['target_str']!r}  first_token_id {trial['first_token_id']} ({first!r})")
 
 
-def _judge(path: Path, checks: list[Check]) -> None:
-    """Print what was checked; an error if anything does not agree."""
+def _judge(path: Path, checks: list[Check], assert_zero: bool) -> None:
+    """Print what was checked; an error, or a list, if anything does not agree."""
     for check in checks:
         print(check)
     wrong = [line for check in checks for line in check.mismatches]
-    if wrong:
+    if empty := [check.name for check in checks if not check.checked_trials]:
+        wrong.append(f"{', '.join(empty)}: there are no trials to check")
+    if wrong and not assert_zero:
+        print(*wrong, sep="\n")
+    elif wrong:
         shown = "\n  ".join(wrong[:10])
         more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ic.TextError(

@@ -4,7 +4,8 @@
 
 Means of heads on the clean prompts, indirect effects on the corrupted ones, the heads of largest effect, the function
 vector, and what each trial answers without it and with it. `replay` keeps the order of operations of the published
-code; `sweep` gives the same numbers but for rounding, sooner. Files: `interp_plugins.function_vectors.source_files`.
+code, by hooks written by hand (`interp_plugins.function_vectors.plain`) that share nothing with what `fv_runtime` uses;
+`sweep` gives the same numbers but for rounding, sooner. Files: `interp_plugins.function_vectors.source_files`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from interp_plugins.function_vectors.source_files import source_files
 
 import interp_core as ic
 from interp_core.loading import open_tokenizer
+
+from .fv_python import ran_elsewhere
 
 
 def fv_golden(
@@ -38,6 +41,7 @@ def fv_golden(
     edit_layer: int | None = None,
     prompt_kind: PromptKind = "corrupted",
     save_path_root: Path = Path("results"),
+    python_bin: Path | None = None,
 ) -> Path:
     """Write the artefacts; returns their folder.
 
@@ -50,31 +54,32 @@ def fv_golden(
         device, dtype, attn_implementation: of the model (default: as stored; CUDA if there is one).
         by: replay (one full forward pass per trial, layer and head) or sweep.
         last_token_only: effects of the last token (rank 3), or of all ten token classes (rank 4).
-        n_top_heads: heads of the vector.
-        token_class_idx: class of tokens that heads are chosen by; others than -1 need all classes.
-        edit_layer: where the vector is added (default: a third of the way up).
-        prompt_kind: which prompts are answered: corrupted, clean or zeroshot.
+        n_top_heads, token_class_idx: heads of the vector; the class they are chosen by, other than -1 of all classes.
+        edit_layer, prompt_kind: where the vector is added (default: a third of the way up), and to which prompts.
         save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/.
+        python_bin: another Python, to work them out there (default: this one); the dump names its versions.
 
     Raises:
         TextError: fixed trials of another tokenizer or model.
         PlanError: settings that do not fit the file or the model.
     """
+    settings = {**locals()}
     run = fixed_run(
         fixed_trials_path, open_tokenizer(model_name), model_name=model_name, dataset_name=dataset_name,
         fixed_trials_id=fixed_trials_id, fixed_trials_model=fixed_trials_model, seed=seed, n_shots=n_shots,
         n_trials=n_trials,
     )  # fmt: skip
+    if ran_elsewhere("fv_golden", settings):
+        return run.folder(save_path_root)
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
-    layer = edit_layer_of(model, edit_layer)
+    layer, folder = edit_layer_of(model, edit_layer), run.folder(save_path_root)
     made = extract(
-        model, run, by=by, n_top_heads=n_top_heads, token_class_idx=token_class_idx, last_token_only=last_token_only,
-        progress=True,
+        model, run, by=by, by_hand=by == "replay", n_top_heads=n_top_heads, token_class_idx=token_class_idx,
+        last_token_only=last_token_only, progress=True,
     )  # fmt: skip
-    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by)
-    shapes = list(made.mean.shape), list(made.effects[made.measure].shape)
-    print(f"{model}\nmeans {shapes[0]}, effects {shapes[1]}, gap after the last head {made.gap:.3g}")
-    print(f"function vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}")
-    folder = run.folder(save_path_root)
+    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, by_hand=by == "replay")
+    heads, effects = ", ".join(f"L{a}H{b}" for a, b, _ in made.heads), made.effects[made.measure]
+    print(f"{model}\nmeans {[*made.mean.shape]}, effects {[*effects.shape]}, gap after the last head {made.gap:.3g}")
+    print(f"function vector of norm {made.vector.norm:.4g}: {heads}")
     print(*put(folder, source_files(model, run, made, answered)), sep="\n")
     return folder

@@ -4,10 +4,10 @@
     interp run fv_parity --fixed_trials_path T.json --model_name M --a DIR  one of them read
     interp run fv_parity --a DIR --b DIR                                    both read; no model needed
 
-Side a is worked out by replay, in the order of operations of the published code; side b by sweep, or by replay too with
-`--compare replay`, where numbers must then be equal to the bit. What is compared, within which tolerances, and what
-counts as failure: `interp_plugins.function_vectors.parity`. Reports: `interp_plugins.function_vectors.parity_files`.
-FAIL is an error, so that the command exits with 2.
+Side a is worked out by replay, in the order of operations of the published code, by hooks written by hand; side b by
+this package's functions, by sweep, or by replay too with `--compare replay`, where numbers must then be equal to the
+bit. What is compared, within which tolerances, and what counts as failure: `interp_plugins.function_vectors.parity`.
+Reports: `interp_plugins.function_vectors.parity_files`. FAIL is an error, so that the command exits with 2.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def fv_parity(
     Raises:
         InterpError: FAIL; names the first divergence and a command that shows it again.
     """
+    if max_trials is not None and max_trials < 1:
+        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to compare all trials")
     names = {"dataset_name": dataset_name, "fixed_trials_id": fixed_trials_id, "model_name": model_name}
     sides = Sides(a, b, compare, save_path_root, names)
     if fixed_trials_path is not None:

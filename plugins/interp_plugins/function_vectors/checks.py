@@ -6,7 +6,7 @@
                   the other, labels zipped with tokens, tokens zipped with slots; for clean and corrupted prompts
 * verify          answer_ids, first_token_id and target_first_token_id equal what the tokenizer gives
 
-Every check says how many trials it looked at and what did not agree; all of them look at all trials.
+Every check says how many trials it looked at and what did not agree: all of the file, if not told otherwise.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Check:
         return f"{self.name}: checked_trials={self.checked_trials} mismatch_count={self.mismatch_count}"
 
 
-def prompt_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
-    """Prompts built from the file's pairs against the file's prompts."""
+def prompt_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = KINDS) -> Check:
+    """Prompts of these kinds built from the file's pairs against the file's prompts."""
     template = template_of(data, tokenizer)
     front = template.front(tokenizer)
     found = []
     for number, trial in enumerate(data["trials"]):
-        for kind in KINDS:
+        for kind in kinds:
             demos, query = trial[f"demos_{kind}"], trial["query"]
             pairs = [unspaced(template, pair) for pair in demos]
             prompt = build(tokenizer, template, pairs, unspaced(template, query).input, None)
@@ -70,14 +70,14 @@ def prompt_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
     return Check("prompt parity", len(data["trials"]), tuple(found))
 
 
-def slot_parity(data: Mapping[str, Any], tokenizer: Any) -> Check:
-    """Slots of this package against those of the reference's procedure."""
+def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = KINDS) -> Check:
+    """Slots of this package, in prompts of these kinds, against those of the reference's procedure."""
     template = template_of(data, tokenizer, "reference")
     slots = dummy(tokenizer, template, data["meta"]["n_shots"])
     wanted = _reference_dummy(tokenizer, template, slots)
     found = _differ("dummy labels", list(slots.labels), wanted)
     for number, trial in enumerate(data["trials"]):
-        for kind in KINDS:
+        for kind in kinds:
             where = f"trial {number}, {kind} prompt"
             pairs = [unspaced(template, pair) for pair in trial[f"demos_{kind}"]]
             try:

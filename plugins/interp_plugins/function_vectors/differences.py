@@ -105,6 +105,7 @@ class Stage:
         files: those compared.
         findings: what does not agree.
         compared: how many values were looked at.
+        asked: how many the trials ask for.
         max_abs_diff: largest difference between two numbers.
         notes: what else there is to know.
         rows: of the injection, one per trial.
@@ -116,6 +117,7 @@ class Stage:
     files: list[Pair] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     compared: int = 0
+    asked: int = 0
     max_abs_diff: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -129,20 +131,27 @@ class Stage:
 
     @property
     def status(self) -> str:
-        """PASS; FAIL if something does not agree or nothing was compared; or SKIPPED."""
+        """PASS; FAIL if something does not agree, which `counted` also finds of too few comparisons; or SKIPPED."""
         return "SKIPPED" if self.skipped else "PASS" if self.compared and not self.findings else "FAIL"
+
+    def counted(self, files: Pair, asked: int) -> None:
+        """Hold the number of comparisons against what the trials ask for; a stage that has a finding may stop short."""
+        self.asked += asked
+        if not self.findings and (self.compared != self.asked or not self.asked):
+            why = f"{self.compared:,} values were compared, the trials ask for {self.asked:,}"
+            self.find(files, "(count)", self.compared, self.asked, why=why)
 
     def find(self, files: Pair, key: str, a: Any = None, b: Any = None, *, side: int = 1, **more: Any) -> None:
         """Add a finding."""
         self.findings.append(Finding(self.name, files, side, key, a, b, **more))
 
     def number(self, files: Pair, key: str, a: float, b: float, tolerance: float) -> bool:
-        """Whether two numbers agree."""
+        """Whether two numbers agree; what is no number agrees with nothing."""
         self.compared += 1
         apart = abs(a - b)
         if math.isfinite(apart):
             self.max_abs_diff = max(self.max_abs_diff, apart)
-        good = a == b or apart <= tolerance
+        good = apart <= tolerance
         if not good:
             self.find(files, key, a, b, difference=apart)
         return good
@@ -165,16 +174,17 @@ class Stage:
         return False
 
     def tensors(
-        self, files: Pair, name: str, axes: Sequence[str], a: Tensor, b: Tensor, tolerance: float, *, gaps: bool = False
-    ) -> bool:
+        self, files: Pair, name: str, axes: Sequence[str], a: Tensor, b: Tensor, tolerance: float,
+        *, gaps: Tensor | None = None,
+    ) -> bool:  # fmt: skip
         """Whether two tensors agree; what is no number agrees with nothing.
 
         Args:
             name: of the tensor, and of its axes, for the key.
-            gaps: entries that are not a number in both agree.
+            gaps: entries that must not be a number in either, of the same shape (None: all must be numbers).
         """
         self.compared += a.numel()
-        if a.shape != b.shape:
+        if a.shape != b.shape or a.ndim != len(axes) or not a.numel():
             named = " ".join(axes)
             self.find(files, f"{name} shape", list(a.shape), list(b.shape), why=f"a is {list(a.shape)}, b is "
                       f"{list(b.shape)} [{named}]")  # fmt: skip
@@ -182,8 +192,8 @@ class Stage:
         a, b = a.double(), b.double()
         apart = (a - b).abs()
         good = (apart <= tolerance) & a.isfinite() & b.isfinite()
-        if gaps:
-            good |= a.isnan() & b.isnan()
+        if gaps is not None:
+            good = torch.where(gaps, a.isnan() & b.isnan(), good)
         self.max_abs_diff = max(
             self.max_abs_diff, float(apart[apart.isfinite()].max()) if apart.isfinite().any() else 0.0
         )

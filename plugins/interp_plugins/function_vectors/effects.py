@@ -135,11 +135,15 @@ def indirect_effects(
 def _replayed(
     model: ic.Model, text: ic.Tokens, edits: Sequence[ic.Edit], judged: Sequence[score.Score]
 ) -> tuple[Tensor, Tensor]:
-    """Scores `[measure trial]` of one prompt, and effects `[measure patch trial]`, one full forward pass each."""
-    run = model.run(text)
-    clean = torch.stack([one(run) for one in judged])
-    runs = (model.run(text, edits=edit, allow_noop=True) for edit in edits)
-    values = torch.stack([torch.stack([one(run) for one in judged]) for run in runs], 1)
+    """Scores `[measure trial]` of one prompt, and effects `[measure patch trial]`, one full forward pass each; of
+    logits in float32 at least, as a sweep has them."""
+
+    def scores(run: ic.Run) -> Tensor:
+        logits = run.logits.as_subclass(Tensor)[:, -1]
+        return torch.stack([one.rows(logits.to(torch.promote_types(logits.dtype, torch.float32))) for one in judged])
+
+    clean = scores(model.run(text))
+    values = torch.stack([scores(model.run(text, edits=edit, allow_noop=True)) for edit in edits], 1)
     return clean, values - clean[:, None]
 
 

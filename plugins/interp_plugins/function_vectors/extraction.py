@@ -4,6 +4,9 @@
              give on one machine is equal to the bit
     sweep    only what an edit changes is run again; answers are scored in sweeps, logits come from padded batches
 
+*By hand* is replay by the hooks of `plain` instead of this package's means, effects, vectors and injections: the same
+bits from code that shares nothing with them, for the parity suite to hold them against.
+
 Discrete results are the same, numbers within the tolerances of `parity`. Log-probabilities are in float32 or wider.
 """
 
@@ -26,6 +29,7 @@ from .artefacts import FixedRun, PromptKind
 from .effects import CLASSES, Head, average, gap, indirect_effects, top_heads
 from .inject import injection, scored
 from .means import BATCH, mean_head_activations
+from .plain import plain_effects, plain_logits, plain_means, plain_vector
 from .prompts import Prompt
 from .rows import batches, targets, tokens
 from .vectors import FunctionVector, function_vector
@@ -87,6 +91,7 @@ def extract(
     run: FixedRun,
     *,
     by: By = "sweep",
+    by_hand: bool = False,
     n_top_heads: int = 10,
     token_class_idx: int = -1,
     last_token_only: bool = True,
@@ -97,6 +102,7 @@ def extract(
     """Means, effects, heads and vector.
 
     Args:
+        by_hand: by the hooks of `plain`; for replay only.
         token_class_idx: class of tokens that heads are chosen by; all but the last one need all classes.
         last_token_only: effects of the last token alone, `[trial layer head]`; else of every class.
         measure: what heads are ranked by.
@@ -116,31 +122,42 @@ def extract(
     if not 1 <= n_top_heads <= len(model.heads):
         raise ic.PlanError(f"n_top_heads is {n_top_heads}, this model has {len(model.heads)} heads")
     with clock("mean"):
-        mean = mean_head_activations(model, run.clean, batch=1 if by == "replay" else BATCH)
+        one = 1 if by == "replay" else BATCH
+        mean = plain_means(model, run.clean) if by_hand else mean_head_activations(model, run.clean, batch=one)
     with clock("effects"):
-        effects = _effects(model, run.corrupted, mean, by, not last_token_only, progress)
+        effects = _effects(model, run.corrupted, mean, by, by_hand, not last_token_only, progress)
     for name, values in (("mean", mean.permute(2, 0, 1, 3)), *effects.items()):
         _demand_numbers(model, name, values)
     with clock("vector"):
         aie = average(effects[measure], token_class_idx)
         heads = top_heads(aie, n_top_heads)
-        vector = function_vector(model, mean, heads, task=run.dataset_name)
+        vector = _vector(model, mean, heads, run.dataset_name, by_hand)
     return Extraction(mean, effects, measure, token_class_idx, heads, vector, gap(aie, n_top_heads), by)
 
 
 def _effects(
-    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, classes: bool, progress: bool
+    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, by_hand: bool, classes: bool, progress: bool
 ) -> dict[Measure, Tensor]:
     """Effects in both measures; by replay trial after trial, so that progress can be told."""
     found = []
     for number, part in enumerate([prompts] if by == "sweep" else [[prompt] for prompt in prompts]):
-        swept = progress and by == "sweep"
-        found.append(indirect_effects(model, part, mean, MEASURES, classes=classes, by=by, progress=swept))
+        if by_hand:
+            found.append(plain_effects(model, part, mean, classes=classes))
+        else:
+            swept = progress and by == "sweep"
+            one = indirect_effects(model, part, mean, MEASURES, classes=classes, by=by, progress=swept)
+            found.append({measure: one[measure].effects for measure in MEASURES})
         if progress and by == "replay":
             end = "\n" if number + 1 == len(prompts) else ""
             sys.stderr.write(f"\rreplay: {number + 1} of {len(prompts)} trials {end}")
             sys.stderr.flush()
-    return {measure: torch.cat([part[measure].effects for part in found]) for measure in MEASURES}
+    return {measure: torch.cat([part[measure] for part in found]) for measure in MEASURES}
+
+
+def _vector(model: ic.Model, mean: Tensor, heads: tuple[Head, ...], task: str, by_hand: bool) -> FunctionVector:
+    if by_hand:
+        return FunctionVector(plain_vector(model, mean, heads), "resid", task, model.source, heads)
+    return function_vector(model, mean, heads, task=task)
 
 
 def _demand_numbers(model: ic.Model, name: str, values: Tensor) -> None:
@@ -210,23 +227,32 @@ def answers(
     *,
     kind: PromptKind = "corrupted",
     by: By = "sweep",
+    by_hand: bool = False,
     alpha: float = 1.0,
     clock: Clock | None = None,
 ) -> Answers:
-    """Answers of all trials, without the vector and with it."""
+    """Answers of all trials, without the vector and with it; `by_hand` as `extract` has it."""
     prompts = run.prompts(kind, model.tokenizer)
-    edit = injection(model, vector, layer, strength=alpha)
     with (clock or Clock())("injection"):
-        if by == "replay":
+        if by_hand:
+            added = alpha * vector.vector.to(model.device, model.dtype)
+            base, given = (_judged(plain_logits(model, prompts, v, layer), prompts) for v in (None, added))
+        elif by == "replay":
+            edit = injection(model, vector, layer, strength=alpha)
             base, given = (_alone(model, prompts, edits) for edits in ((), (edit,)))
         else:
-            base, given = _swept(model, prompts, edit)
+            base, given = _swept(model, prompts, injection(model, vector, layer, strength=alpha))
     return Answers(tuple(prompts), kind, layer, alpha, base, given)
 
 
 def _alone(model: ic.Model, prompts: Sequence[Prompt], edits: tuple[ic.Edit, ...]) -> Judged:
     """One full forward pass per prompt, logits of all positions."""
-    logits = _wide([model.run(tokens([p]), edits=edits).logits.as_subclass(Tensor)[:, -1] for p in prompts])
+    return _judged(
+        _wide([model.run(tokens([p]), edits=edits).logits.as_subclass(Tensor)[:, -1] for p in prompts]), prompts
+    )
+
+
+def _judged(logits: Tensor, prompts: Sequence[Prompt]) -> Judged:
     asked = targets(prompts)
     own = logits.gather(-1, asked[:, None])
     logprob = torch.log_softmax(logits, -1).gather(-1, asked[:, None])[:, 0]

@@ -13,8 +13,12 @@ Of every part the first file that is there is taken:
     vector    src_fv.pt                                                                   fv_global_resid.pt
     answers   as trials                                                                   as trials
     logits    injection_logits.safetensors, golden.safetensors                            injection_logits.safetensors
+    said      top_heads_src.json                                                          top_heads.json
+    norm      top_heads_src.json                                                          fv_global_resid_meta.json
+    by_layer                                                                              fv_by_layer.pt
 
-A file that is missing or cannot be read is a part with a problem, for the comparison to report in its place.
+The last three are only held against the others (see `derived`). A file that
+is missing or cannot be read is a part with a problem, for the comparison to report in its place.
 """
 
 from __future__ import annotations
@@ -205,7 +209,7 @@ def _trials(path: Path) -> Table:
         if row["prompt"] is not None:  # the published tables write it once
             fields = {name: row[name] for name in names if name in row}
             of = (row["prompt_kind"], row["edit_layer"])
-            found.append(Row(f"{_place(row)}, {of[0]}", row["trial_idx"], of, fields))
+            found.append(Row(f"{_place(row)}, {of[0]}", int(row["trial_idx"]), of, fields))
     return Table.of(found, expected)
 
 
@@ -218,7 +222,7 @@ def _answers(path: Path) -> Table:
         fields = {name: row[name] for name in (*names, "delta_logprob") if name in row}
         fields |= {f"{side}_pred_id": row[f"{side}_top5"][0] for side in ("base", "with") if f"{side}_top5" in row}
         of = (row["prompt_kind"], row["edit_layer"])
-        found.append(Row(f"{_place(row)}, {of[0]}, layer {of[1]}", row["trial_idx"], of, fields))
+        found.append(Row(f"{_place(row)}, {of[0]}, layer {of[1]}", int(row["trial_idx"]), of, fields))
     return Table.of(found, expected)
 
 
@@ -239,9 +243,31 @@ def _heads(path: Path) -> list[tuple[int, int, float]]:
     """Heads with their AIE; of the published list, whose scores are rounded, that of the full list beside it."""
     data = _json(path)
     if "heads" in data:
-        return [(row["layer"], row["head"], row["rank_score"]) for row in data["heads"]]
+        return [(int(row["layer"]), int(row["head"]), float(row["rank_score"])) for row in data["heads"]]
     exact = {(layer, head): score for layer, head, score in data.get("aie_sorted_full", [])}
-    return [(layer, head, exact.get((layer, head), score)) for layer, head, score in data["top_heads"]]
+    return [(int(at), int(head), float(exact.get((at, head), score))) for at, head, score in data["top_heads"]]
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a list of heads says of itself: how many there are, AIE of all heads in order, places of rounded scores."""
+    data = _json(path)
+    if "heads" in data:
+        return {"n_top_heads": data["meta"].get("k")}
+    every = data.get("aie_sorted_full")
+    return {"n_top_heads": data.get("n_top_heads"), "aie": every, "places": 4 if every is None else None}
+
+
+def _norm(path: Path) -> float | None:
+    """The vector's length."""
+    data = _json(path)
+    found = data.get("fv_norm", data.get("norm"))
+    return None if found is None else float(found)
+
+
+def _by_layer(path: Path) -> dict[str, dict[int, Tensor]]:
+    """Vectors of the layers, before and behind their output projections."""
+    data = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: dict(data[name]) for name in ("fv_by_layer", "resid_by_layer")}
 
 
 def _global(path: Path) -> Tensor:
@@ -282,6 +308,8 @@ LAYOUTS: dict[str, dict[str, list[tuple[str, Callable[[Path], Any]]]]] = {
         "vector": [(VECTOR, _vector)],
         "answers": [(DUMP, _answers), ("injection_trials.json", _answers)],
         "logits": [(LOGITS, _logits), ("golden.safetensors", _logits)],
+        "said": [(HEADS, _said)],
+        "norm": [(HEADS, _norm)],
     },
     "runtime": {
         "trials": [("eval_trials.jsonl", _trials)],
@@ -293,6 +321,9 @@ LAYOUTS: dict[str, dict[str, list[tuple[str, Callable[[Path], Any]]]]] = {
         "vector": [("fv_global_resid.pt", _global)],
         "answers": [("eval_trials.jsonl", _answers)],
         "logits": [(LOGITS, _logits)],
+        "said": [("top_heads.json", _said)],
+        "norm": [("fv_global_resid_meta.json", _norm)],
+        "by_layer": [("fv_by_layer.pt", _by_layer)],
     },
 }  # fmt: skip
 """Files of every part, the first that is there, with what reads them."""

@@ -1,8 +1,9 @@
 """From fixed trials to a parity suite: the trials are checked, sides that are missing are worked out, folders compared.
 
 Fixed trials are checked with their tokenizer alone, before a model is loaded; where they fail, nothing is worked out.
-Side a is worked out by replay, in the order of operations of the published code; side b by sweep, or by replay too
-where the comparison is one of replays.
+Side a is worked out by replay, in the order of operations of the published code, with hooks written by hand (`plain`);
+side b by this package's means, effects, vector and injection, by sweep, or by replay too where the comparison is one of
+replays. So no stage holds one piece of code against itself.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import interp_core as ic
 
 from .artefacts import FixedRun, PromptKind, fixed_run, folder_name, profile, put
 from .checks import prompt_parity, slot_parity, verify_answers
+from .derived import MODES
 from .differences import STAGES, Mode, Stage, chosen
 from .effects import CLASSES
 from .extraction import By, Clock, answers, extract
 from .folders import Combination, read_folder
 from .parity import Comparison
 from .parity_files import Suite
+from .prompts import Prompt
 from .runtime_files import runtime_files
 from .source_files import source_files
 
@@ -46,6 +49,8 @@ class Sides:
         early: stages of the file alone.
         seconds: spent on each stage before the comparison.
         profile: of the model, if one was loaded.
+        worked_out: how, of the sides that were.
+        tokenizer: that the trials were checked with.
     """
 
     a: Path | None
@@ -58,6 +63,8 @@ class Sides:
     early: list[Stage] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
+    worked_out: dict[str, str] = field(default_factory=dict)
+    tokenizer: Any = None
 
     def check(
         self, path: Path, data: Mapping[str, Any], tokenizer: Any, fixed_trials_model: str | None, seed: int | None
@@ -71,7 +78,7 @@ class Sides:
         Raises:
             TextError, PlanError: as `fixed_run`; prompts, answers and slots that do not agree are stages' findings.
         """
-        self.trials, self.early = path, checked(path, data, tokenizer)
+        self.trials, self.tokenizer, self.early = path, tokenizer, checked(path, data, tokenizer)
         model_name = self.names["model_name"] or data["meta"]["model_name_for_tokenizer"]
         if not any(stage.findings for stage in self.early):
             self.run = fixed_run(
@@ -90,11 +97,13 @@ class Sides:
         for side, name in (("a", "src"), ("b", "fv")):
             if getattr(self, side) is None:
                 by: By = "replay" if side == "a" or self.mode == "replay" else "sweep"
+                by_hand = side == "a"
                 made = extract(
-                    model, self.run, by=by, n_top_heads=k, token_class_idx=token_class, last_token_only=last,
-                    clock=clock, progress=True,
+                    model, self.run, by=by, by_hand=by_hand, n_top_heads=k, token_class_idx=token_class,
+                    last_token_only=last, clock=clock, progress=True,
                 )  # fmt: skip
-                answered = answers(model, self.run, made.vector, layer, kind=kind, by=by, clock=clock)
+                answered = answers(model, self.run, made.vector, layer, kind=kind, by=by, by_hand=by_hand, clock=clock)
+                self.worked_out[side] = f"{by}, by hand" if by_hand else by
                 write = source_files if side == "a" else runtime_files
                 folder = self.run.folder(self.root) / name
                 said += put(folder, write(model, self.run, made, answered))
@@ -111,13 +120,21 @@ class Sides:
         found = stopped(self.early, names)
         if self.a is not None and self.b is not None:
             one, two = (read_folder(folder, self.names["dataset_name"]) for folder in (self.a, self.b))
-            comparison = Comparison(one, two, self.mode, of, max_trials, token_class)
+            prompts = self._prompts(None if of is None else of[0])
+            comparison = Comparison(one, two, self.mode, of, max_trials, token_class, prompts=prompts)
             found = merged(self.early, comparison.stages(names), self.seconds)
         checks = f"interp run fv_fixed_trials --out_path {self.trials}" if self.trials else ""
         return Suite(
-            found, comparison, **self._named(comparison), root=self.root, options=options, trials_command=checks,
-            profile=self.profile,
+            found, comparison, **self._named(comparison), root=self.root, options=options, trials=self.trials,
+            trials_command=checks, profile=self.profile, worked_out=self.worked_out,
         )  # fmt: skip
+
+    def _prompts(self, kind: str | None) -> dict[str, list[Prompt]]:
+        """What the folders' prompts must be, where the file of fixed trials was given."""
+        if self.run is None:
+            return {}
+        kinds: tuple[PromptKind, ...] = ("clean", "corrupted", "zeroshot")
+        return {name: self.run.prompts(name, self.tokenizer) for name in kinds if name in MODES or name == kind}
 
     def _named(self, comparison: Comparison | None) -> dict[str, Any]:
         """Names for the reports: as given, else as the folders say."""
@@ -143,8 +160,10 @@ def checked(path: Path, data: Mapping[str, Any], tokenizer: Any) -> list[Stage]:
         for check in checks:
             found = check(data, tokenizer)
             stage.compared += found.checked_trials
+            stage.asked += data["meta"]["n_trials"]
             for line in found.mismatches:
                 stage.find((path, path), line.partition(" is ")[0][:80], why=f"{found.name}: {line}")
+        stage.counted((path, path), 0)
         stage.seconds = time.perf_counter() - began
         stages.append(stage)
     return stages
@@ -162,6 +181,7 @@ def merged(early: Iterable[Stage], late: Iterable[Stage], seconds: Mapping[str, 
         if (first := before.get(stage.name)) is not None:
             stage.files[:0], stage.findings[:0] = first.files, first.findings
             stage.compared += first.compared
+            stage.asked += first.asked
             stage.seconds += first.seconds
     return stages
 

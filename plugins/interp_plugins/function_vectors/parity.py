@@ -11,25 +11,35 @@
 `Tolerances`. If the AIE of the last head lies no further above the next one's than effects may differ, such a
 comparison does not determine the heads: that fails too. So does a part that both folders lack, but for logits, which
 are compared where both have them. All trials are compared.
+
+That two folders agree is not enough: each is held against what its parts derive from (`derived`), and every stage
+fails that has compared fewer values, or more, than the trials ask for.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .derived import Asked, all_heads, problems, value
 from .differences import STAGES, Mode, Pair, Stage, Tolerances
 from .effects import average, gap, ranking
 from .folders import Artefacts, Combination, Row, Table
+from .prompts import Prompt
 
 EXACT = ("target_id", "base_rank", "with_rank", "base_pred_id", "with_pred_id")
 """Columns of answers that must be the same."""
+LOGPROBS = ("base_logprob", "with_logprob", "delta_logprob")
+"""Columns that answers must have."""
+MAPPED = ("labels", "idx_map", "idx_avg", "idx_map_updated")
+"""What a map says of a prompt's tokens."""
 SETTINGS = (
     "dataset_name", "fixed_trials_id", "model_name", "seed", "n_trials", "n_shots", "by", "n_top_heads",
     "token_class_idx", "edit_layer", "prompt_kind", "alpha",
@@ -47,6 +57,7 @@ class Comparison:
         max_trials: look at rows of the first trials only.
         token_class_idx: class by which heads were chosen, where effects have all.
         tolerances: None: the mode's.
+        prompts: of the fixed trials, by kind, where their file is given: what both folders must have.
     """
 
     a: Artefacts
@@ -56,6 +67,7 @@ class Comparison:
     max_trials: int | None = None
     token_class_idx: int = -1
     tolerances: Tolerances | None = None
+    prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
 
     @property
     def within(self) -> Tolerances:
@@ -68,6 +80,8 @@ class Comparison:
         for name in names:
             began, stage = time.perf_counter(), Stage(name)
             getattr(self, f"_{name}")(stage)
+            self._derived(stage)
+            stage.counted(stage.files[0], 0 if stage.findings else self._count(name, stage))
             stage.seconds = time.perf_counter() - began
             found.append(stage)
         return found
@@ -80,17 +94,80 @@ class Comparison:
         flat = [{**{key: side.get(key) for key in SETTINGS}, **side.get("profile", {})} for side in sides]
         return {key: (flat[0].get(key), flat[1].get(key)) for key in flat[0] if flat[0].get(key) != flat[1].get(key)}
 
+    @cached_property
+    def trials(self) -> int:
+        """How many trials there are: in their file, else as the folders say, else as many as any part has."""
+        if self.prompts:
+            return max(len(prompts) for prompts in self.prompts.values())
+        said = [side.settings.get("n_trials") for side in (self.a, self.b)]
+        if numbers := [number for number in said if isinstance(number, int)]:
+            return max(numbers)
+        found = [0]
+        for side in (self.a, self.b):
+            tables = [table for name in ("trials", "maps", "answers") if (table := value(side, name)) is not None]
+            found += [row.trial + 1 for table in tables for row in table.rows.values()]
+            found += [len(effects) for effects in [value(side, "effects")] if effects is not None and effects.ndim]
+        return max(found)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """What the trials ask of either folder."""
+        first = self.trials if self.max_trials is None else min(self.trials, max(0, self.max_trials))
+        return Asked(self.trials, first, self._combinations(), self._kinds(), self.token_class_idx, self.prompts)
+
+    def _combinations(self) -> frozenset[Combination]:
+        """Kinds and layers of the answers that are compared: what was asked for, or what both have."""
+        tables = [value(side, "answers") for side in (self.a, self.b)]
+        held = [{row.of for row in table.rows.values() if row.of} for table in tables if table is not None]
+        shared = held[0] & held[1] if len(held) == 2 else set()
+        return frozenset(shared if self.of is None else {self.of} & shared)
+
+    def _kinds(self) -> frozenset[str]:
+        """Kinds of the prompts that are compared."""
+        tables = [value(side, "trials") for side in (self.a, self.b)]
+        held = [{row.of[0] for row in table.rows.values() if row.of} for table in tables if table is not None]
+        shared = held[0] & held[1] if len(held) == 2 else set()
+        return frozenset(shared if self.of is None else {self.of[0]} & shared)
+
+    def _derived(self, stage: Stage) -> None:
+        """What either folder's own parts say against each other."""
+        for side, folder in enumerate((self.a, self.b)):
+            for part, key, why in problems(stage.name, folder, self.asked):
+                files = [each.parts.get(part, folder.parts[part]).file for each in (self.a, self.b)]
+                stage.find((files[0], files[1]), key, side=side, why=why)
+
+    def _count(self, name: str, stage: Stage) -> int:
+        """How many values a stage compares that has found nothing: as many as the trials ask for."""
+        n, side = self.asked.first, self.a
+        if name == "prompt_boundary":
+            return n * len(self.asked.kinds) * len(stage.notes["fields"]) + 2 * n * len(("prompt", "input_ids"))
+        if name == "slot_map":
+            return 1 + 2 * n * len(MAPPED)
+        if name == "injection_output":
+            exact = len(LOGPROBS) + len(stage.notes["columns"])
+            return n * len(self.asked.combinations) * exact + 2 * stage.notes.get("trials with logits", 0)
+        shapes = {part: value(side, part) for part in ("mean", "effects", "vector", "heads", "labels")}
+        if name == "mean_activations":
+            layers, heads, slots, width = shapes["mean"].shape
+            return int(layers * heads * (len(shapes["labels"]) if shapes["labels"] else slots) * width)
+        if name == "fv_vector":
+            return int(shapes["vector"].numel())
+        per_trial = math.prod(stage.notes["shape"][1:])
+        return self.trials * per_trial + 1 + len(shapes["heads"])
+
     def _prompt_boundary(self, stage: Stage) -> None:
+        stage.notes["fields"] = []
         for files, one, two in self._both(stage, "trials"):
             kinds = [{row.of[0] for row in table.rows.values() if row.of} for table in (one, two)]
-            asked = {self.of[0]} if self.of else kinds[0] & kinds[1]
-            if not asked or not asked <= kinds[0] & kinds[1]:
+            if not self.asked.kinds:
                 stage.find(files, "prompt_kind", *(sorted(kind) for kind in kinds))
                 continue
             tables = [
-                Table({k: r for k, r in t.rows.items() if r.of and r.of[0] in asked}, t.problems) for t in (one, two)
+                Table({k: r for k, r in t.rows.items() if r.of and r.of[0] in self.asked.kinds}, t.problems)
+                for t in (one, two)
             ]
-            self._tables(stage, files, tables[0], tables[1])
+            stage.notes["fields"] = [*{"prompt": None, "target_id": None, **_shared(*tables)}]
+            self._tables(stage, files, tables[0], tables[1], stage.notes["fields"])
         for files, one, two in self._both(stage, "maps"):
             self._tables(stage, files, one, two, ("prompt", "input_ids"))
 
@@ -98,7 +175,7 @@ class Comparison:
         for files, one, two in self._both(stage, "labels"):
             stage.thing(files, "labels", one, two)
         for files, one, two in self._both(stage, "maps"):
-            self._tables(stage, files, one, two, ("labels", "idx_map", "idx_avg", "idx_map_updated"))
+            self._tables(stage, files, one, two, MAPPED)
 
     def _mean_activations(self, stage: Stage) -> None:
         for files, one, two in self._both(stage, "mean"):
@@ -111,17 +188,25 @@ class Comparison:
             if one.ndim != two.ndim:  # all classes against the last token
                 one, two = (x[..., self.token_class_idx] if x.ndim == 4 else x for x in (one, two))
             tolerance = self.within.effect + self.within.effect_share * _largest(one)
-            axes = ("trial", "layer", "head", "token_class")[: one.ndim]
-            stage.tensors(files, "effects", axes, one, two, tolerance, gaps=True)
+            axes = ("trial", "layer", "head", "token_class")[: 4 if one.ndim == 4 else 3]
+            if stage.tensors(files, "effects", axes, one, two, tolerance, gaps=self._headless(one)):
+                aies = [average(x, self.token_class_idx) for x in (one, two)]
             stage.notes |= {"shape": list(one.shape), "tolerance": tolerance}
-            aies = [average(x, self.token_class_idx) for x in (one, two)]
         for files, one, two in self._both(stage, "heads"):
             stage.thing(files, "heads", *([head[:2] for head in side] for side in (one, two)))
             for place, (x, y) in enumerate(zip(one, two, strict=False)):
                 if x[:2] == y[:2]:
                     stage.number(files, f"heads[{place}] L{x[0]}H{x[1]} AIE", x[2], y[2], tolerance)
-            if aies is not None:
+            if aies is not None and one:
                 self._gap(stage, files, aies, len(one), tolerance)
+
+    def _headless(self, effects: Tensor) -> Tensor | None:
+        """Where effects are of layers without heads, as the means of both folders say."""
+        sides = [all_heads(side) for side in (self.a, self.b)]
+        if any(side is None or effects.ndim < 3 or len(side) != effects.shape[1] for side in sides):
+            return None
+        headless = ~torch.stack([side for side in sides if side is not None]).any(0)
+        return headless.view(1, -1, *[1] * (effects.ndim - 2)).expand_as(effects)
 
     def _gap(self, stage: Stage, files: Pair, aies: list[Tensor], k: int, tolerance: float) -> None:
         """Whether the list of heads ends where their AIE falls by more than effects may differ."""
@@ -148,16 +233,21 @@ class Comparison:
     def _injection_output(self, stage: Stage) -> None:
         logits = self._logits(stage)
         for files, one, two in self._both(stage, "answers"):
-            held = [sorted({row.of for row in table.rows.values() if row.of}) for table in (one, two)]
-            asked = {self.of} if self.of else {*held[0]} & {*held[1]}
-            if not asked or not asked <= {*held[0]} & {*held[1]}:
+            if not self.asked.combinations:
+                held = [sorted({row.of for row in table.rows.values() if row.of}) for table in (one, two)]
                 self._other(stage, files, held)
                 continue
-            tables = [Table({k: r for k, r in t.rows.items() if r.of in asked}, t.problems) for t in (one, two)]
+            tables = [
+                Table({k: r for k, r in t.rows.items() if r.of in self.asked.combinations}, t.problems)
+                for t in (one, two)
+            ]
+            stage.notes["columns"] = [name for name in EXACT if name in {"target_id": None, **_shared(*tables)}]
             for x, y in self._rows(stage, files, *tables):
                 stage.rows.append(self._answer(stage, files, x, y, logits))
+            with_logits = [row for row in stage.rows if row["clean_logits_max_abs_diff"] is not None]
             stage.notes |= {"tolerance": self.within.logit, "checked_trials": len(stage.rows)}
-            stage.notes |= {"prompt_kind, edit_layer": [list(of) for of in sorted(asked)]}
+            stage.notes |= {"trials with logits": len(with_logits)}
+            stage.notes |= {"prompt_kind, edit_layer": [list(of) for of in sorted(self.asked.combinations)]}
 
     def _other(self, stage: Stage, files: Pair, held: list[list[Combination]]) -> None:
         """The folders hold answers of other prompts or layers than asked for, or than each other."""
@@ -174,9 +264,8 @@ class Comparison:
     ) -> dict[str, Any]:
         """One trial: its findings, and its row of the table."""
         tolerance, before = self.within.logit, len(stage.findings)
-        for name in EXACT:
-            if name in x.fields and name in y.fields:
-                stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
+        for name in stage.notes["columns"]:
+            self._field(stage, files, x, y, name)
         row: dict[str, Any] = {"trial_idx": x.trial, "target_id": x.fields.get("target_id")}
         equal: dict[str, bool] = {}
         for name, key in (("clean", "base_logprob"), ("with", "with_logprob"), ("delta", "delta_logprob")):
@@ -207,7 +296,7 @@ class Comparison:
             return {}
         found: dict[Combination, tuple[Pair, Tensor]] = {}
         for files, one, two in self._both(stage, "logits"):
-            for of in sorted({*one} & {*two}):
+            for of in sorted(self.asked.combinations & {*one} & {*two}):
                 if one[of][0].shape[1:] != two[of][0].shape[1:]:
                     stage.find(files, f"logits {of} shape", *(list(side[of][0].shape) for side in (one, two)))
                     continue
@@ -244,17 +333,25 @@ class Comparison:
             else:
                 yield x, y
 
-    def _tables(self, stage: Stage, files: Pair, one: Table, two: Table, names: Iterable[str] | None = None) -> None:
-        """Every field that both tables have, row by row."""
-        known = [dict.fromkeys(name for row in table.rows.values() for name in row.fields) for table in (one, two)]
-        wanted = [name for name in (known[0] if names is None else names) if name in known[0] and name in known[1]]
+    def _tables(self, stage: Stage, files: Pair, one: Table, two: Table, names: Iterable[str]) -> None:
+        """These fields, row by row."""
         for x, y in self._rows(stage, files, one, two):
-            for name in wanted:
-                lacking = [side for side, row in enumerate((x, y)) if name not in row.fields]
-                if lacking:
-                    stage.find(files, f"{x.key}: {name}", side=lacking[0], why="no such field in this row")
-                else:
-                    stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
+            for name in names:
+                self._field(stage, files, x, y, name)
+
+    def _field(self, stage: Stage, files: Pair, x: Row, y: Row, name: str) -> None:
+        """A field of two rows, which both must have."""
+        lacking = [side for side, row in enumerate((x, y)) if name not in row.fields]
+        if lacking:
+            stage.find(files, f"{x.key}: {name}", side=lacking[0], why="no such field in this row")
+        else:
+            stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
+
+
+def _shared(one: Table, two: Table) -> dict[str, None]:
+    """Names of the fields that both tables have."""
+    known = [dict.fromkeys(name for row in table.rows.values() for name in row.fields) for table in (one, two)]
+    return {name: None for name in known[0] if name in known[1]}
 
 
 def _largest(x: Tensor) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,10 @@ class Suite:
         dataset_name, fixed_trials_id, model_name, seed: of the run.
         root: where folders of tasks lie.
         options: of the command that repeats the comparison.
+        trials: the file of fixed trials, if there is one.
         trials_command: the command that checks the fixed trials alone, if there is a file of them.
         profile: of the model, if one was loaded.
+        worked_out: how, of the sides that were worked out here.
     """
 
     stages: Sequence[Stage]
@@ -63,8 +65,10 @@ class Suite:
     seed: int | None
     root: Path
     options: Mapping[str, Any]
+    trials: Path | None = None
     trials_command: str = ""
     profile: Mapping[str, Any] | None = None
+    worked_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -91,8 +95,18 @@ class Suite:
 
     def reproduction(self, finding: Finding) -> str:
         """One line that shows a finding again."""
-        of_trials = self.trials_command and finding.files[0] == finding.files[1]
-        return self.trials_command if of_trials else self.command((finding.stage,))
+        return self.trials_command if self.trials in finding.files else self.command((finding.stage,))
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of PASS has to know."""
+        if self.comparison is None:
+            return []
+        one, two = self.comparison.a.folder, self.comparison.b.folder
+        said = (
+            [f"a and b are the same folder, {one}: nothing was held against another side"] if one.samefile(two) else []
+        )
+        return said + [f"logits {stage.notes['logits']}" for stage in self.stages if "logits" in stage.notes]
 
     def gate(self) -> list[dict[str, Any]]:
         """Stages of the gate."""
@@ -129,6 +143,7 @@ class Suite:
         one = self.comparison
         return {
             "mode": one.mode, "tolerances": asdict(one.within), "a": str(one.a.folder), "b": str(one.b.folder),
+            "worked_out": dict(self.worked_out), "remarks": self.remarks,
             "profile": self.profile or one.b.settings.get("profile"),
             "settings_that_differ": {key: list(pair) for key, pair in one.settings().items()},
         }  # fmt: skip
@@ -158,7 +173,7 @@ class Suite:
         return {
             "stage": stage.name, "title": STAGES[stage.name], "status": stage.status, "skipped": stage.skipped,
             "files": [[str(file) for file in pair] for pair in stage.files], "compared": stage.compared,
-            "mismatch_count": stage.mismatch_count, "max_abs_diff": stage.max_abs_diff,
+            "asked": stage.asked, "mismatch_count": stage.mismatch_count, "max_abs_diff": stage.max_abs_diff,
             "notes": {key: plain(value) for key, value in stage.notes.items()},
             "findings": [finding.json() for finding in stage.findings[:SHOWN]],
             "command": self.command((stage.name,)), "duration_sec": round(stage.seconds, 3),
@@ -199,6 +214,7 @@ class Suite:
                 f"{stage.name:18} {stage.status:8} {stage.compared:9,} {stage.mismatch_count:10,} "
                 f"{stage.max_abs_diff:12.3g}  {stage.seconds:7.2f}"
             )
+        shown += [f"note: {remark}" for remark in self.remarks]
         if (first := self.first) is not None:
             shown += ["", f"first divergence: {first}", f"again: {self.reproduction(first)}"]
         return shown
@@ -221,6 +237,7 @@ class Suite:
         if self.comparison is not None:
             one = self.comparison
             out += [f"a: `{one.a.folder}`, b: `{one.b.folder}`, compared by *{one.mode}*.", ""]
+            out += [f"{remark[0].upper()}{remark[1:]}.\n" for remark in self.remarks]
         out += ["| stage | status | compared | mismatches | max_abs_diff |", "|---|---|---|---|---|"]
         out += [
             f"| {n}. {STAGES[s.name]} | {s.status} | {s.compared:,} | {s.mismatch_count:,} | {s.max_abs_diff:.3g} |"
