@@ -25,15 +25,29 @@ if TYPE_CHECKING:
 class CompiledPlan:
     """A plan checked against a model. `run` it on as many inputs as you like."""
 
-    __slots__ = ("_reads", "edits", "model", "program")
+    __slots__ = ("_reads", "_snapshot", "edits", "model", "program")
 
     def __init__(self, model: Model, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
         self.model, self.program, self._reads, self.edits = model, program, reads, edits
+        self._snapshot = model.snapshot
 
     @property
     def plan(self) -> Plan:
         """The plan."""
         return Plan.of(self._reads, self.edits)
+
+    def ready(self) -> Program:
+        """The program for the model as it is now, compiled again if it has changed; for whoever holds the turn.
+
+        Raises:
+            SiteError, PlanError, CapabilityError: the model as it is now cannot do it.
+        """
+        model = self.model
+        if model.snapshot.stale(getattr(self.program, "places", ())):
+            model.reopen()
+        if self._snapshot is not model.snapshot:
+            self.program, self._snapshot = model.compile(self._reads, self.edits).program, model.snapshot
+        return self.program
 
     def touches(self, name: str) -> bool:
         """Whether it reads or edits sites of that name."""
@@ -49,20 +63,22 @@ class CompiledPlan:
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass; arguments as in `Model.run`."""
-        model, program = self.model, self.program
+        model, edits = self.model, self.edits
         tokens = x if isinstance(x, Tokens) else model._input(x)
-        edits, keep, stop = self.edits, None, logits is False
-        if stop:
-            self._check_stop(bool(grad))
+        stop = logits is False
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
-        if graph:
-            self._check_grad(bool(grad))
-        inputs = {**model_inputs(model, tokens), "use_cache": False}
-        if not isinstance(logits, bool):
-            keep = self._keep(logits, tokens.rows, inputs)
-        with torch.set_grad_enabled(graph), model.fresh():
-            passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
-        run = Run(self, tokens, passed)
+        with model.turn:
+            program, keep = self.ready(), None
+            if stop:
+                self._check_stop(bool(grad))
+            if graph:
+                self._check_grad(bool(grad))
+            inputs = {**model_inputs(model, tokens), "use_cache": False}
+            if not isinstance(logits, bool):
+                keep = self._keep(logits, tokens.rows, inputs)
+            with torch.set_grad_enabled(graph), model.fresh():
+                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
+            run = Run(self, tokens, passed)
         if not stop:
             run.set_logits(passed.output.logits, logits, keep)
         passed.output = None

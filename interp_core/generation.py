@@ -18,6 +18,7 @@ from torch import Tensor
 from .architectures.atlas import Atlas
 from .architectures.taps import KEYED
 from .compiled import CompiledPlan, model_inputs
+from .drawing import drawing
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
@@ -67,6 +68,8 @@ def generate(
     _check_options(options, max_new_tokens)
     tokens = model._fitting(model._input(x), max_new_tokens - 1)
     compiled = model.compile(read, edits)
+    with model.turn:
+        compiled.ready()
     for edit in compiled.edits:
         _check_steady(edit, tokens.rows)
     sites = (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots))
@@ -75,10 +78,7 @@ def generate(
             raise CapabilityError(f"{site} while generating: {why}")
     settings = _settings(model, do_sample, temperature, top_p, top_k, stop_at_eos)
     inputs = _inputs(tokens, compiled) | {"max_new_tokens": max_new_tokens} | settings | options
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), model.fresh(), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
         final = _grown(tokens.rows, max_new_tokens - 1)
         ids, passes = compiled.program.generate(inputs, tokens.rows, final, compiled.edits)
     made = Generation(compiled, tokens, ids.cpu(), passes, settings["eos_token_id"])

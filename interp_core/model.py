@@ -21,11 +21,13 @@ from .compiled import CompiledPlan
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
+from .engines.turns import turn_of
 from .errors import CapabilityError, TextError
 from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
 from .sites import Site, named
+from .snapshot import Snapshot, demand_steady, demand_weights
 from .table import SiteTable
 from .text import Tokens
 from .trace import Run
@@ -97,6 +99,8 @@ class Model:
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
         tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
+        turn: held while it runs; one for all models that share modules.
+        snapshot: what it was like when it was opened, last.
     """
 
     def __init__(
@@ -108,14 +112,42 @@ class Model:
         check: bool = True,
     ) -> None:
         self.hf, self.tokenizer, self.processor, self.source = opened
+        self._made = engine, dict(engine_options or {}), check
+        self.turn = turn_of(self.hf)
+        with self.turn:
+            self.reopen()
+
+    def reopen(self) -> None:
+        """Work out what there is of the model as it is now; for whoever holds the turn. What was compiled is forgotten.
+
+        Raises:
+            CapabilityError, LoadError, TextError: as `load`.
+        """
+        engine, options, check = self._made
+        self.turn.demand_idle(dict(self.hf.named_modules()))
+        demand_steady(self.hf)
+        demand_weights(self.hf)
+        for name in ("heads", "keeps_logits"):
+            vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
         self._check_tokenizer()
-        self.engine = make_engine(engine, self.hf, engine_options or {})
+        self.engine = make_engine(engine, self.hf, options)
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.tried: dict[str, str] = {}
+        self.turn = turn_of(self.hf, self.engine.model)
+        self.snapshot = Snapshot(self.hf, self.engine.model)
         self.check: Check | None = check_atlas(self) if check else None
+
+    def renew(self) -> None:
+        """Open it again if any of its modules has changed; for whoever holds the turn.
+
+        Raises:
+            CapabilityError, LoadError, TextError: it has become one that `load` refuses.
+        """
+        if self.snapshot.stale(self.snapshot.modules):
+            self.reopen()
 
     def _check_tokenizer(self) -> None:
         size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.d_vocab
@@ -345,9 +377,11 @@ class Model:
         found = self._programs.get(key)
         if found is None or None in key[1]:
             plan = Plan.of(reads, changes)
-            found = self._programs[key] = self.engine.compile(plan, self.atlas)
-            if len(self._programs) > PROGRAMS:
-                self._programs.popitem(last=False)
+            with self.turn:
+                self.renew()
+                found = self._programs[key] = self.engine.compile(plan, self.atlas)
+                if len(self._programs) > PROGRAMS:
+                    self._programs.popitem(last=False)
         return CompiledPlan(self, found, reads, changes)
 
     def generate(self, x: Input, edits: Iterable[Edit] | Edit = (), read: Any = (), **options: Any) -> Generation:
@@ -362,13 +396,15 @@ class Model:
         Raises:
             CapabilityError: the self-check found that this does not reproduce the model's logits.
         """
-        if "readout" in self.atlas.lacking:
-            raise CapabilityError(self.atlas.lacking["readout"])
         from .readout import readout
 
-        norm = self.atlas.entries["final_norm", 0].module
-        assert norm is not None
-        return readout(self.hf, norm, resid)
+        with self.turn:
+            self.renew()
+            if "readout" in self.atlas.lacking:
+                raise CapabilityError(self.atlas.lacking["readout"])
+            norm = self.atlas.entries["final_norm", 0].module
+            assert norm is not None
+            return readout(self.hf, norm, resid)
 
     def project(
         self, z: Float[Tensor, "... head d_head"], layer: int, *, added: bool = False
@@ -383,7 +419,9 @@ class Model:
         """
         from .readout import project
 
-        return project(self.atlas, z, layer, added)
+        with self.turn:
+            self.renew()
+            return project(self.atlas, z, layer, added)
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""

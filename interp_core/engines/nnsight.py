@@ -164,7 +164,7 @@ class NNsightEngine(LocalEngine):
     program = NNsightProgram
 
     def __init__(self, model: Any, *, remote: bool | str = False) -> None:
-        super().__init__(with_same_weights(model))
+        super().__init__(with_same_weights(model), model)
         self.own: dict[str, nn.Module] = dict(model.named_modules())
         self.remote = remote
         self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)

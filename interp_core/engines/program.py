@@ -7,9 +7,8 @@ keeps tensors; how the model's values come to it is the engine's.
 from __future__ import annotations
 
 import copy
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,9 +23,11 @@ from ..plan import Plan
 from ..positions import Rows
 from ..regions import Window
 from ..sites import SITES, Site, indices
+from ..snapshot import Place
 from .attention import LayerTap
 from .ports import Change, Part, Port, Read
 from .protocol import Passed
+from .turns import turn_of
 
 ORDER = {name: number for number, name in enumerate(SITES)}
 FIRST = ("embed", "vision_embed", "deepstack")
@@ -45,23 +46,26 @@ class Stop(BaseException):
 
 
 class LocalEngine:
-    """An engine that runs a model in this process. Runs of the same model take turns.
+    """An engine that runs a model in this process, for whoever holds the turn.
+
+    Args:
+        model: the model that it runs: the user's own, or a copy with the same weights.
+        own: the user's own.
 
     Attributes:
         name: as registered.
-        model: the model that it runs: the user's own, or a copy with the same weights.
-        modules: its modules by path.
+        modules: the model's modules by path.
+        turn: the right to run on them, and on the user's own.
     """
 
     name: str
     program: ClassVar[type[PortProgram]]
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, own: Any = None) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self._embedding = model.get_input_embeddings()
-        self.lock = threading.RLock()
-        self.busy = False
+        self.turn = turn_of(model) if own is None else turn_of(model, own)
 
     def adapt(self, atlas: Atlas) -> None:
         """See `Engine.adapt`."""
@@ -75,18 +79,30 @@ class LocalEngine:
         """Dtype of the weights."""
         return self._embedding.weight.dtype
 
+    def places(self, paths: Iterable[str]) -> tuple[Place, ...]:
+        """Where modules hang that lie on the way from the model to those at these paths."""
+        found: dict[str, Place] = {}
+        for path in paths:
+            while path and path not in found:
+                outer, _, name = path.rpartition(".")
+                found[path] = self.modules[outer]._modules, name, self.modules[path]
+                path = outer
+        return tuple(found.values())
+
     def begin(self) -> None:
-        """One run at a time: another thread waits here, a run inside a run is refused."""
-        self.lock.acquire()
-        if self.busy:
-            self.lock.release()
-            raise PlanError("the model is running: a run inside another run's edit would see its hooks")
-        self.busy = True
+        """Begin a run, unless it would be one inside another one of the same modules.
+
+        Raises:
+            PlanError: it would see the other one's hooks.
+        """
+        running = self.turn.running
+        if running:
+            self.turn.demand_idle(self.modules)
+        running.append(self.modules)
 
     def end(self) -> None:
-        """Let the next run begin."""
-        self.busy = False
-        self.lock.release()
+        """End it."""
+        self.turn.running.pop()
 
 
 def with_same_weights(model: Any) -> Any:
@@ -136,6 +152,7 @@ class PortProgram(ABC):
         self._needed = [port for port in ports if port.capture]
         self.ports = [port for port in ports if port.tap.side != "attention"]
         self.taps = self._layer_taps([port for port in ports if port.tap.side == "attention"])
+        self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
 
     # Compiling

@@ -88,7 +88,7 @@ class BridgeEngine(TorchEngine):
         if fold:
             self.name = "transformer_lens (weights folded)"
             _fold(self.bridge)
-        super().__init__(inner)
+        super().__init__(inner, model)
         self._paths = {path.replace("._original_component", ""): path for path in reversed(self.modules)}
         self._path_of = {id(module): path for path, module in self.modules.items()}
 

@@ -1,0 +1,137 @@
+"""Whether a model is still what it was when it was opened.
+
+Sites, taps and compiled plans are worked out once. What can change under them afterwards is looked at before every run,
+in loops over attributes without one Python call: the modules that the run touches still hang where they hung, dtype,
+device and config (the attention implementation among it) are those of the opening, and nothing that draws random numbers
+while training is in training mode. A model that changed is opened anew, as `load` would; weights need no look, since
+nothing is worked out from their values.
+
+An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .errors import CapabilityError
+
+Place = tuple[Mapping[str, Any], str, Any]
+"""Where something hangs: a module's table of what it holds, the name there, and what it was."""
+_DRAWS = ("drop", "jitter")
+"""What attributes of modules are called that say how much of what passes is random while training."""
+
+
+class Snapshot:
+    """What a model was like.
+
+    Args:
+        model: the user's model.
+        run: the model that the engine runs: the same, or a copy.
+
+    Attributes:
+        modules: where every module of the user's model hangs.
+    """
+
+    __slots__ = ("_configs", "_copied", "_draws", "_table", "_weight", "modules")
+
+    def __init__(self, model: Any, run: Any) -> None:
+        self.modules = tuple(_held(model, "_modules"))
+        held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
+        self._copied = () if run is model else held
+        self._draws = tuple(module for module in model.modules() if _may_draw(module))
+        self._configs = [(kept, dict(kept)) for kept in (vars(model.config), vars(model.config.get_text_config()))]
+        embedding = model.get_input_embeddings()
+        self._table = next(module._parameters for module in embedding.modules() if "weight" in module._parameters)
+        weight = self._table["weight"]
+        assert weight is not None
+        self._weight = weight.dtype, weight.device, weight.shape
+
+    def stale(self, places: Iterable[Place] = ()) -> bool:
+        """Whether the model is another one by now, as far as these places matter.
+
+        Raises:
+            CapabilityError: it is in training mode, where runs differ.
+        """
+        for module in self._draws:
+            if module.training:
+                demand_steady(module)
+        weight, (dtype, device, shape) = self._table["weight"], self._weight
+        if weight.dtype is not dtype or weight.device != device or weight.shape != shape:
+            return True
+        for now, then in self._configs:
+            if now != then:
+                return True
+        try:
+            for part in (places, self._copied):
+                for table, name, held in part:
+                    if table[name] is not held:
+                        return True
+        except KeyError:
+            return True
+        return False
+
+
+def demand_steady(model: nn.Module) -> None:
+    """Refuse a model of which a part would do something else at every run, because it is in training mode.
+
+    Raises:
+        CapabilityError: naming the first such part.
+    """
+    for path, module in model.named_modules():
+        if module.training and (what := _drawing(module)):
+            where = f"{path} ({type(module).__name__})" if path else type(module).__name__
+            raise CapabilityError(
+                f"the model is in training mode, where {what} of {where} makes runs differ; call model.hf.eval(), and "
+                "model.hf.train() after the run"
+            )
+
+
+def demand_weights(model: nn.Module) -> None:
+    """Refuse weights that hold no numbers, and that nobody loads when they are needed.
+
+    Raises:
+        CapabilityError: naming the first of them.
+    """
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta and not hasattr(module, "_hf_hook"):
+                raise CapabilityError(
+                    f"{path}.{name} is on the meta device, which holds no numbers; load the weights, or move the model "
+                    "with model.hf.to_empty(device=…) and load_state_dict"
+                )
+
+
+def _held(model: nn.Module, kind: str) -> Iterator[Place]:
+    for module in model.modules():
+        table = module.__dict__[kind]
+        yield from ((table, name, held) for name, held in table.items() if held is not None)
+
+
+def _lasting(model: nn.Module) -> Iterator[Place]:
+    """Buffers that are saved with the model; others, such as tables of rotary angles, models make anew by themselves."""
+    for module in model.modules():
+        table, passing = module._buffers, module._non_persistent_buffers_set
+        yield from ((table, name, held) for name, held in table.items() if held is not None and name not in passing)
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether it might do something random while training, with what it is set to now or later."""
+    return isinstance(module, _DropoutNd) or any(_named(name) for name in vars(module))
+
+
+def _named(attribute: str) -> bool:
+    return attribute == "gradient_checkpointing" or any(kind in attribute for kind in _DRAWS)
+
+
+def _drawing(module: nn.Module) -> str:
+    """What makes a module in training mode random; empty if nothing does."""
+    if isinstance(module, _DropoutNd):
+        return f"p={module.p:g}" if module.p else ""
+    for name, value in vars(module).items():
+        if _named(name) and isinstance(value, (bool, int, float)) and value:
+            return f"{name}={value}"
+    return ""
