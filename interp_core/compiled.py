@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from .trace import Run
 
 if TYPE_CHECKING:
     from .model import Input, Model
+
+
+NOTHING = nullcontext()
 
 
 class CompiledPlan:
@@ -64,6 +68,8 @@ class CompiledPlan:
     ) -> Run:
         """One forward pass; arguments as in `Model.run`."""
         model, edits = self.model, self.edits
+        if torch.is_inference_mode_enabled():
+            return self._outside_inference(x, grad, logits, allow_noop)
         tokens = x if isinstance(x, Tokens) else model._input(x)
         stop = logits is False
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
@@ -72,11 +78,12 @@ class CompiledPlan:
             if stop:
                 self._check_stop(bool(grad))
             if graph:
-                self._check_grad(bool(grad))
+                self._check_grad(grad)
             inputs = {**model_inputs(model, tokens), "use_cache": False}
             if not isinstance(logits, bool):
                 keep = self._keep(logits, tokens.rows, inputs)
-            with torch.set_grad_enabled(graph), model.fresh():
+            apart = model.snapshot.weights_apart() if graph else NOTHING
+            with torch.set_grad_enabled(graph), model.fresh(), apart:
                 passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
             run = Run(self, tokens, passed)
         if not stop:
@@ -108,10 +115,34 @@ class CompiledPlan:
             raise PlanError("grad needs the logits; leave logits=False out")
         self.program.check_reach(self.edits)
 
-    def _check_grad(self, asked: bool) -> None:
+    def _outside_inference(self, x: Input, grad: Any, logits: bool | PositionLike, allow_noop: bool) -> Run:
+        """A run called under `torch.inference_mode()`: what is kept for later runs serves those with gradients too.
+
+        Raises:
+            PlanError: it asks for gradients.
+        """
+        wanted = next((f"{e}'s value" for e in self.edits if e.op in TENSOR_OPS and e.value.requires_grad), "")
+        if grad is not False or wanted:
+            raise PlanError(
+                f"gradients are asked for ({wanted or 'grad='}) under torch.inference_mode(), where nothing has any; "
+                "leave it for this run, or use torch.no_grad() instead, which runs with gradients turn off by themselves"
+            )
+        with torch.inference_mode(False):
+            return self.run(x, logits=logits, allow_noop=allow_noop)
+
+    def _check_grad(self, asked: Any) -> None:
         for slot in self.program.slots:
             if asked and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        if asked is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
+            raise PlanError(
+                "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "
+                "edit a value that requires grad"
+            )
+
+
+def _may_need_grad(edit: Edit) -> bool:
+    return edit.op == "apply" or (edit.op in TENSOR_OPS and edit.value.requires_grad)
 
 
 def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
@@ -133,5 +164,8 @@ def model_inputs(model: Model, tokens: Tokens) -> dict[str, Any]:
         inputs["position_ids"] = (tokens.mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
     for name, value in tokens.inputs.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_inference():  # autograd would not take it in a later run
+            inputs[name] = value.clone()
     tokens.placed[key] = inputs
     return inputs

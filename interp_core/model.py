@@ -27,7 +27,7 @@ from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
 from .sites import Site, named
-from .snapshot import Snapshot, demand_steady, demand_weights
+from .snapshot import Snapshot, demand_usable
 from .table import SiteTable
 from .text import Tokens
 from .trace import Run
@@ -125,8 +125,7 @@ class Model:
         """
         engine, options, check = self._made
         self.turn.demand_idle(dict(self.hf.named_modules()))
-        demand_steady(self.hf)
-        demand_weights(self.hf)
+        demand_usable(self.hf)
         for name in ("heads", "keeps_logits"):
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
@@ -309,7 +308,7 @@ class Model:
             edits: changes, in order.
             grad: a function of the logits `[batch pos d_vocab]` that returns one number: `run.grad[site]` is then its
                 gradient with respect to every site read. True keeps the graph for your own `backward`. Where an
-                edit's value requires grad, the graph is kept anyway.
+                edit's value requires grad, the graph is kept anyway. Weights get no gradient.
             logits: False ends the pass after the last site read; a position computes only these logits.
             allow_noop: let edits pass that changed nothing.
 
@@ -365,7 +364,8 @@ class Model:
         from .sweep import sweep
 
         scores = (score,) if isinstance(score, Score) else tuple(score)
-        found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
+        with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
+            found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
         return found[0] if isinstance(score, Score) else found
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
@@ -388,7 +388,8 @@ class Model:
         """Generate text with edits and reads at every step; see `generation.generate`."""
         from .generation import generate
 
-        return generate(self, x, edits, read, **options)
+        with torch.inference_mode(False):
+            return generate(self, x, edits, read, **options)
 
     def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.

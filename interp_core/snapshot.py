@@ -12,6 +12,7 @@ An engine's copy of the model shares its weights and nothing else, so there ever
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -34,13 +35,15 @@ class Snapshot:
 
     Attributes:
         modules: where every module of the user's model hangs.
+        weights: parameters of the model that the engine runs.
     """
 
-    __slots__ = ("_configs", "_copied", "_draws", "_table", "_weight", "modules")
+    __slots__ = ("_configs", "_copied", "_draws", "_table", "_weight", "modules", "weights")
 
     def __init__(self, model: Any, run: Any) -> None:
         self.modules = tuple(_held(model, "_modules"))
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
+        self.weights = tuple(held for _, _, held in _held(run, "_parameters"))
         self._copied = () if run is model else held
         self._draws = tuple(module for module in model.modules() if _may_draw(module))
         self._configs = [(kept, dict(kept)) for kept in (vars(model.config), vars(model.config.get_text_config()))]
@@ -75,6 +78,40 @@ class Snapshot:
         return False
 
 
+    @contextmanager
+    def weights_apart(self) -> Iterator[None]:
+        """A while in which what is computed is not differentiated by weights.
+
+        Raises:
+            CapabilityError: weights that autograd does not take.
+        """
+        if self._table["weight"].is_inference():
+            raise CapabilityError(
+                "the weights were made under torch.inference_mode(), so nothing behind them has gradients; load the "
+                "model outside of it"
+            )
+        trained = [weight for weight in self.weights if weight.requires_grad]
+        try:
+            for weight in trained:
+                weight.requires_grad = False
+            yield
+        finally:
+            for weight in trained:
+                weight.requires_grad = True
+
+
+def demand_usable(model: Any) -> None:
+    """Refuse a model that cannot be run, or whose runs mean nothing.
+
+    Raises:
+        CapabilityError: with the reason.
+    """
+    demand_steady(model)
+    _demand_weights(model)
+    if getattr(model.config, "return_dict", True) is False:
+        raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
+
+
 def demand_steady(model: nn.Module) -> None:
     """Refuse a model of which a part would do something else at every run, because it is in training mode.
 
@@ -90,7 +127,7 @@ def demand_steady(model: nn.Module) -> None:
             )
 
 
-def demand_weights(model: nn.Module) -> None:
+def _demand_weights(model: nn.Module) -> None:
     """Refuse weights that hold no numbers, and that nobody loads when they are needed.
 
     Raises:
