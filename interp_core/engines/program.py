@@ -98,11 +98,11 @@ class LocalEngine:
         running = self.turn.running
         if running:
             self.turn.demand_idle(self.modules)
-        running.append(self.modules)
+        running += (self.modules,)
 
     def end(self) -> None:
         """End it."""
-        self.turn.running.pop()
+        del self.turn.running[-1]
 
 
 def with_same_weights(model: Any) -> Any:

@@ -28,6 +28,16 @@ _GUARD = threading.Lock()
 """Held while the tables above are read or changed; never while waiting for a turn."""
 
 
+class _Me(threading.local):
+    """This thread's number, at the price of an attribute."""
+
+    def __init__(self) -> None:
+        self.number = threading.get_ident()
+
+
+_ME = _Me()
+
+
 class Turn:
     """The right to run on some modules; a context that holds it.
 
@@ -52,7 +62,7 @@ class Turn:
             if turn is self._into:
                 break
             turn._lock.release()  # joined to another one meanwhile
-        turn._owner = threading.get_ident()
+        turn._owner = _ME.number
         turn._depth += 1
 
     def __exit__(self, *_: object) -> None:
@@ -76,7 +86,7 @@ class Turn:
         Raises:
             PlanError: whoever has it waits for what this thread has.
         """
-        me = threading.get_ident()
+        me = _ME.number
         try:
             while not self._lock.acquire(timeout=PATIENCE):
                 with _GUARD:
