@@ -125,7 +125,7 @@ class CompiledPlan:
         if grad is not False or wanted:
             raise PlanError(
                 f"gradients are asked for ({wanted or 'grad='}) under torch.inference_mode(), where nothing has any; "
-                "leave it for this run, or use torch.no_grad() instead, which runs with gradients turn off by themselves"
+                "leave it for this run, or use torch.no_grad() instead, which such a run turns off for itself"
             )
         with torch.inference_mode(False):
             return self.run(x, logits=logits, allow_noop=allow_noop)

@@ -68,8 +68,7 @@ def generate(
     _check_options(options, max_new_tokens)
     tokens = model._fitting(model._input(x), max_new_tokens - 1)
     compiled = model.compile(read, edits)
-    with model.turn:
-        compiled.ready()
+    model.snapshot.demand_no_checkpoints()
     for edit in compiled.edits:
         _check_steady(edit, tokens.rows)
     sites = (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots))

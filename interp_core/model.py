@@ -137,16 +137,22 @@ class Model:
         self.tried: dict[str, str] = {}
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)
-        self.check: Check | None = check_atlas(self) if check else None
+        try:
+            self.check: Check | None = check_atlas(self) if check else None
+        except BaseException:
+            self.snapshot.forget()
+            raise
 
-    def renew(self) -> None:
-        """Open it again if any of its modules has changed; for whoever holds the turn.
+    def renew(self) -> bool:
+        """Open it again if any of its modules has changed; for whoever holds the turn. Whether it was.
 
         Raises:
             CapabilityError, LoadError, TextError: it has become one that `load` refuses.
         """
-        if self.snapshot.stale(self.snapshot.modules):
+        changed = self.snapshot.stale(self.snapshot.modules)
+        if changed:
             self.reopen()
+        return changed
 
     def _check_tokenizer(self) -> None:
         size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.d_vocab
@@ -268,6 +274,15 @@ class Model:
         return self.tokenizer
 
     def _fitting(self, tokens: Tokens, more: int = 0) -> Tokens:
+        try:
+            return self._demand_fit(tokens, more)
+        except TextError:
+            with self.turn:
+                if not self.renew():
+                    raise
+            return self._demand_fit(tokens, more)  # it may have more tokens or a longer context by now
+
+    def _demand_fit(self, tokens: Tokens, more: int) -> Tokens:
         limit = self.atlas.shape.n_ctx
         longest = max(tokens.lengths) + more
         if limit is not None and longest > limit:
@@ -365,6 +380,8 @@ class Model:
 
         scores = (score,) if isinstance(score, Score) else tuple(score)
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
+            with self.turn:
+                self.renew()
             found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
         return found[0] if isinstance(score, Score) else found
 
@@ -389,6 +406,8 @@ class Model:
         from .generation import generate
 
         with torch.inference_mode(False):
+            with self.turn:
+                self.renew()
             return generate(self, x, edits, read, **options)
 
     def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:

@@ -1,10 +1,10 @@
 """Whether a model is still what it was when it was opened.
 
-Sites, taps and compiled plans are worked out once. What can change under them afterwards is looked at before every run,
-in loops over attributes without one Python call: the modules that the run touches still hang where they hung, dtype,
-device and config (the attention implementation among it) are those of the opening, and nothing that draws random numbers
-while training is in training mode. A model that changed is opened anew, as `load` would; weights need no look, since
-nothing is worked out from their values.
+Sites, taps and compiled plans are worked out once. What can change under them is looked at before every run, in loops
+over attributes that cost no Python call: whether the modules that the run touches hang where they hung, whether dtype,
+device and config (with it the attention implementation) are as they were, and whether anything that is random while
+training is in training mode. A model that changed is opened anew, as `load` would. Values of weights need no look:
+nothing is worked out from them.
 
 An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
 """
@@ -51,7 +51,7 @@ class Snapshot:
         self._table = next(module._parameters for module in embedding.modules() if "weight" in module._parameters)
         weight = self._table["weight"]
         assert weight is not None
-        self._weight = weight.dtype, weight.device, weight.shape
+        self._weight: tuple[Any, Any, Any] = weight.dtype, weight.device, weight.shape
 
     def stale(self, places: Iterable[Place] = ()) -> bool:
         """Whether the model is another one by now, as far as these places matter.
@@ -77,6 +77,22 @@ class Snapshot:
             return True
         return False
 
+    def forget(self) -> None:
+        """Count as stale from now on."""
+        self._weight = None, None, None
+
+    def demand_no_checkpoints(self) -> None:
+        """Refuse activation checkpoints: a layer would run again in the backward pass, and without a cache.
+
+        Raises:
+            CapabilityError: naming the first module that has them.
+        """
+        for _, name, module in self.modules:
+            if module.training and vars(module).get("gradient_checkpointing"):
+                raise CapabilityError(
+                    f"{name} ({type(module).__name__}) is in training mode with activation checkpoints, so that the "
+                    "backward pass would run it again without this plan; call model.hf.eval() for the run"
+                )
 
     @contextmanager
     def weights_apart(self) -> Iterator[None]:
@@ -85,6 +101,7 @@ class Snapshot:
         Raises:
             CapabilityError: weights that autograd does not take.
         """
+        self.demand_no_checkpoints()
         if self._table["weight"].is_inference():
             raise CapabilityError(
                 "the weights were made under torch.inference_mode(), so nothing behind them has gradients; load the "
@@ -149,7 +166,7 @@ def _held(model: nn.Module, kind: str) -> Iterator[Place]:
 
 
 def _lasting(model: nn.Module) -> Iterator[Place]:
-    """Buffers that are saved with the model; others, such as tables of rotary angles, models make anew by themselves."""
+    """Buffers that are saved with the model; others, such as tables of rotary angles, models make anew."""
     for module in model.modules():
         table, passing = module._buffers, module._non_persistent_buffers_set
         yield from ((table, name, held) for name, held in table.items() if held is not None and name not in passing)
@@ -161,7 +178,7 @@ def _may_draw(module: nn.Module) -> bool:
 
 
 def _named(attribute: str) -> bool:
-    return attribute == "gradient_checkpointing" or any(kind in attribute for kind in _DRAWS)
+    return any(kind in attribute for kind in _DRAWS)
 
 
 def _drawing(module: nn.Module) -> str:

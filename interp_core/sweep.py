@@ -104,7 +104,6 @@ def sweep(
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
     everything = tuple(edit for edits in listed for edit in edits)
     with model.turn:
-        model.renew()
         model.engine.compile(Plan((), everything), model.atlas)  # a wrong one is found before anything runs
     runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -154,7 +153,7 @@ class _Runner(Planner):
     """
 
     kept: Tensor | None = None
-    standing: Mapping[nn.Module, Callable[..., Any]] = {}  # noqa: RUF012 (never written to)
+    standing: Mapping[nn.Module, Callable[..., Any]] = {}
 
     def run(self, plan: SweepPlan, store: Store, progress: _Progress) -> tuple[Sweep, ...]:
         """All passes, group by group. What is done is kept, also when this is stopped."""

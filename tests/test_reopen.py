@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
 
 import interp_core as ic
 from interp_core import sites as S
@@ -112,7 +113,9 @@ def test_readout_and_projection_are_those_of_the_model_now(ids: Tensor) -> None:
     adapt("o_proj")(hf)
     hf.model.norm = nn.LayerNorm(64)
     torch.testing.assert_close(model.project(z, 1), hf.model.layers[1].self_attn.o_proj(z.flatten(-2)))
-    torch.testing.assert_close(model.readout(z[:, :, 0, :1].expand(-1, -1, 64)), ic.load(hf).readout(z[:, :, 0, :1].expand(-1, -1, 64)))
+    torch.testing.assert_close(
+        model.readout(z[:, :, 0, :1].expand(-1, -1, 64)), ic.load(hf).readout(z[:, :, 0, :1].expand(-1, -1, 64))
+    )
     with pytest.raises(ic.CapabilityError, match="head_out.*self-check: sums to the output projection"):
         model.run(ids, read=S.head_out[1])  # its weight is not all that the projection does
 
@@ -145,18 +148,23 @@ def test_training_mode_without_anything_random_is_served(ids: Tensor) -> None:
     wanted = model.run(ids).logits
     hf.train()
     assert torch.equal(model.run(ids).logits, wanted) and hf.training
-    hf.gradient_checkpointing_enable()
-    with pytest.raises(ic.CapabilityError, match="gradient_checkpointing=True of model"):
-        model.run(ids)
+    (getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable)()
+    assert torch.equal(model.run(ids).logits, wanted)
+    for call in (
+        lambda: model.run(ids, read=S.z, grad=lambda logits: logits.sum()),
+        lambda: model.generate(ids, max_new_tokens=2),
+    ):
+        with pytest.raises(ic.CapabilityError, match="in training mode with activation checkpoints"):
+            call()
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own
 def test_what_cannot_be_served_is_refused_by_name_until_it_can(ids: Tensor) -> None:
     hf = testing.tiny("llama")
     model = ic.load(hf)
-    wanted = model.run(ids, read=S.pattern[1])
-    hf.set_attn_implementation("flex_attention")
-    with pytest.raises(ic.CapabilityError, match="attention sites need attn_implementation 'eager' or 'sdpa'.*flex"):
+    wanted, plain = model.run(ids, read=S.pattern[1]), model.run(ids).logits
+    AttentionInterface.register("another", AttentionInterface()["sdpa"])
+    hf.set_attn_implementation("another")
+    with pytest.raises(ic.CapabilityError, match="attention sites need attn_implementation 'eager' or 'sdpa'.*another"):
         model.run(ids, read=S.pattern[1])
     hf.set_attn_implementation("sdpa")
     assert torch.equal(model.run(ids, read=S.pattern[1])[S.pattern[1]], wanted[S.pattern[1]])
@@ -164,11 +172,13 @@ def test_what_cannot_be_served_is_refused_by_name_until_it_can(ids: Tensor) -> N
     with pytest.raises(ic.CapabilityError, match="return_dict is False.*set it to True"):
         model.run(ids)
     hf.config.return_dict = True
-    assert torch.equal(model.run(ids).logits, wanted.logits)
-    hf.config.max_position_embeddings = 5
-    with pytest.raises(ic.TextError, match="7 tokens do not fit the model's context of 5"):
+    assert torch.equal(model.run(ids).logits, plain)
+    hf.config.max_position_embeddings = 6
+    with pytest.raises(ic.TextError, match="7 tokens do not fit the model's context of 6"):
         model.run(ids)
     hf.config.max_position_embeddings = 128
+    hf.resize_token_embeddings(120, mean_resizing=False)
+    assert model.run(ids + 20).logits.shape == (2, 7, 120)  # ids that load did not know
     hf.to("meta")
     with pytest.raises(ic.CapabilityError, match="embed_tokens.weight is on the meta device"):
         model.run(ids)

@@ -31,7 +31,9 @@ def jobs(models: dict[str, ic.Model], ids: Tensor) -> dict[str, Job]:
     for number, (name, model) in enumerate(models.items()):
         factor = 0.5 + number
         edit = S.resid_post[1].at(-1).scale(factor)
-        heads = [S.z[i, h].at(-1).scale(factor - 0.7) for i, h in model.heads[: 6 if model.engine.name == "torch" else 2]]
+        heads = [
+            S.z[i, h].at(-1).scale(factor - 0.7) for i, h in model.heads[: 6 if model.engine.name == "torch" else 2]
+        ]
 
         def run(model: ic.Model = model, edit: Any = edit) -> Tensor:
             run = model.run(ids, read=[S.z, S.pattern[0]], edits=edit)
@@ -94,13 +96,10 @@ def siblings(family: str, engines: tuple[str, ...]) -> dict[str, ic.Model]:
     return {"one": one, "again": ic.load(hf)} | {engine: one.on(engine) for engine in engines}
 
 
-@pytest.mark.parametrize(
-    ("family", "engines"), [("llama", ("nnsight", "transformer_lens")), ("gpt2", ()), ("gemma2", ()), ("qwen3_moe", ())]
-)
+@pytest.mark.parametrize(("family", "engines"), [("llama", ("nnsight", "transformer_lens")), ("gpt2", ())])
 def test_any_mix_gives_what_one_after_the_other_gives(family: str, engines: tuple[str, ...], ids: Tensor) -> None:
     found = jobs(siblings(family, engines), ids)
-    n = 3 * len(found)
-    assert tally(found, 3, 1) == {"right": n}
+    assert tally(found, 2, 1) == {"right": 2 * len(found)}
 
 
 @pytest.mark.slow
@@ -201,11 +200,10 @@ def test_models_nested_both_ways_do_not_wait_forever(ids: Tensor) -> None:
             outer.run(ids, edits=nested(outer, meet, ids), allow_noop=True)
             outcomes["ran"] += 1
         except ic.PlanError as error:
-            assert "wait for each other" in str(error)
-            outcomes["refused"] += 1
+            outcomes[str(error)[:43]] += 1
 
     together(lambda: work(*models), lambda: work(*models[::-1]))
-    assert outcomes == {"ran": 1, "refused": 1}
+    assert outcomes == {"ran": 1, "two threads would wait for each other: this": 1}
 
 
 class Pair(nn.Module):
