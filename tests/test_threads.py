@@ -145,6 +145,12 @@ def test_a_seed_draws_what_transformers_draws(ids: Tensor) -> None:
     assert torch.equal(made.tokens.ids, plain)
 
 
+def test_models_on_nnsight_take_turns(ids: Tensor) -> None:
+    models = [ic.load(testing.tiny(family), engine="nnsight") for family in ("llama", "gpt2")]
+    found = {str(i): lambda m=m: flat(m.run(ids, read=S.z[1]).logits) for i, m in enumerate(models)}
+    assert tally(found, 2, 4) == {"right": 16}
+
+
 def nested(outer: ic.Model, inner: Callable[[], Any], ids: Tensor) -> Any:
     """An edit of the outer model that runs something inside."""
     return S.resid_post[0].apply(lambda x: (inner(), x)[1])

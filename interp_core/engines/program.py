@@ -50,22 +50,23 @@ class LocalEngine:
 
     Args:
         model: the model that it runs: the user's own, or a copy with the same weights.
-        own: the user's own.
+        beside: what else nothing may run on meanwhile: the user's own model, a mark of a library that has one state for
+            the whole process.
 
     Attributes:
         name: as registered.
         modules: the model's modules by path.
-        turn: the right to run on them, and on the user's own.
+        turn: the right to run on them, and on what is beside.
     """
 
     name: str
     program: ClassVar[type[PortProgram]]
 
-    def __init__(self, model: Any, own: Any = None) -> None:
+    def __init__(self, model: Any, *beside: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self._embedding = model.get_input_embeddings()
-        self.turn = turn_of(model) if own is None else turn_of(model, own)
+        self.turn = turn_of(model, *beside)
 
     def adapt(self, atlas: Atlas) -> None:
         """See `Engine.adapt`."""
