@@ -45,7 +45,7 @@ class Snapshot:
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
         self.weights = tuple(held for _, _, held in _held(run, "_parameters"))
         self._copied = () if run is model else held
-        self._draws = tuple(module for module in model.modules() if _may_draw(module))
+        self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
         self._configs = [(kept, dict(kept)) for kept in (vars(model.config), vars(model.config.get_text_config()))]
         embedding = model.get_input_embeddings()
         self._table = next(module._parameters for module in embedding.modules() if "weight" in module._parameters)
@@ -59,9 +59,9 @@ class Snapshot:
         Raises:
             CapabilityError: it is in training mode, where runs differ.
         """
-        for module in self._draws:
+        for path, module in self._draws:
             if module.training:
-                demand_steady(module)
+                _demand_steady(path, module)
         weight, (dtype, device, shape) = self._table["weight"], self._weight
         if weight.dtype is not dtype or weight.device != device or weight.shape != shape:
             return True
@@ -123,25 +123,24 @@ def demand_usable(model: Any) -> None:
     Raises:
         CapabilityError: with the reason.
     """
-    demand_steady(model)
+    for path, module in model.named_modules():
+        _demand_steady(path, module)
     _demand_weights(model)
     if getattr(model.config, "return_dict", True) is False:
         raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
 
 
-def demand_steady(model: nn.Module) -> None:
-    """Refuse a model of which a part would do something else at every run, because it is in training mode.
+def _demand_steady(path: str, module: nn.Module) -> None:
+    """Refuse a module that does something else at every run, because it is in training mode.
 
     Raises:
-        CapabilityError: naming the first such part.
+        CapabilityError: naming it.
     """
-    for path, module in model.named_modules():
-        if module.training and (what := _drawing(module)):
-            where = f"{path} ({type(module).__name__})" if path else type(module).__name__
-            raise CapabilityError(
-                f"the model is in training mode, where {what} of {where} makes runs differ; call model.hf.eval(), and "
-                "model.hf.train() after the run"
-            )
+    if module.training and (what := _drawing(module)):
+        raise CapabilityError(
+            f"the model is in training mode, where {what} of {path or 'the model'} ({type(module).__name__}) makes "
+            "runs differ; call model.hf.eval(), and model.hf.train() after the run"
+        )
 
 
 def _demand_weights(model: nn.Module) -> None:
