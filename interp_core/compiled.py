@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +30,35 @@ if TYPE_CHECKING:
 CACHE = "past_key_values"
 
 
+NOTHING = nullcontext()
+
+
 class CompiledPlan:
     """A plan checked against a model. `run` it on as many inputs as you like."""
 
-    __slots__ = ("_reads", "edits", "model", "program")
+    __slots__ = ("_reads", "_snapshot", "edits", "model", "program")
 
     def __init__(self, model: Model, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
         self.model, self.program, self._reads, self.edits = model, program, reads, edits
+        self._snapshot = model.snapshot
 
     @property
     def plan(self) -> Plan:
         """The plan."""
         return Plan.of(self._reads, self.edits)
+
+    def ready(self) -> Program:
+        """The program for the model as it is now, compiled again if it has changed; for whoever holds the turn.
+
+        Raises:
+            SiteError, PlanError, CapabilityError: the model as it is now cannot do it.
+        """
+        model = self.model
+        if model.snapshot.stale(getattr(self.program, "places", ())):
+            model.reopen()
+        if self._snapshot is not model.snapshot:
+            self.program, self._snapshot = model.compile(self._reads, self.edits).program, model.snapshot
+        return self.program
 
     def touches(self, name: str) -> bool:
         """Whether it reads or edits sites of that name."""
@@ -56,23 +74,28 @@ class CompiledPlan:
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass; arguments as in `Model.run`."""
-        model, program = self.model, self.program
+        model, edits = self.model, self.edits
+        if torch.is_inference_mode_enabled():
+            return self._outside_inference(x, grad, logits, allow_noop)
         tokens = x if isinstance(x, Tokens) else model._input(x)
-        edits, keep, stop = self.edits, None, logits is False
-        if stop:
-            self._check_stop(bool(grad))
+        stop = logits is False
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
-        if graph:
-            self._check_grad(bool(grad))
-        inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
-        if CACHE in inputs:
-            self._check_cached()
-            inputs[CACHE] = _own(inputs[CACHE])  # the pass adds to it
-        if not isinstance(logits, bool):
-            keep = self._keep(logits, tokens.rows, inputs)
-        with torch.set_grad_enabled(graph), model.fresh():
-            passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
-        run = Run(self, tokens, passed)
+        with model.turn:
+            program, keep = self.ready(), None
+            if stop:
+                self._check_stop(bool(grad))
+            if graph:
+                self._check_grad(grad)
+            inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
+            if CACHE in inputs:
+                self._check_cached()
+                inputs[CACHE] = _own(inputs[CACHE])  # the pass adds to it
+            if not isinstance(logits, bool):
+                keep = self._keep(logits, tokens.rows, inputs)
+            apart = model.snapshot.weights_apart() if graph else NOTHING
+            with torch.set_grad_enabled(graph), model.fresh(), apart:
+                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
+            run = Run(self, tokens, passed)
         if not stop:
             run.set_logits(passed.output.logits, logits, keep)
         passed.output = None
@@ -111,10 +134,34 @@ class CompiledPlan:
                    for tap in (entry.read, entry.write)):  # fmt: skip
                 raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
 
-    def _check_grad(self, asked: bool) -> None:
+    def _outside_inference(self, x: Input, grad: Any, logits: bool | PositionLike, allow_noop: bool) -> Run:
+        """A run called under `torch.inference_mode()`: what is kept for later runs serves those with gradients too.
+
+        Raises:
+            PlanError: it asks for gradients.
+        """
+        wanted = next((f"{e}'s value" for e in self.edits if e.op in TENSOR_OPS and e.value.requires_grad), "")
+        if grad is not False or wanted:
+            raise PlanError(
+                f"gradients are asked for ({wanted or 'grad='}) under torch.inference_mode(), where nothing has any; "
+                "leave it for this run, or use torch.no_grad() instead, which such a run turns off for itself"
+            )
+        with torch.inference_mode(False):
+            return self.run(x, logits=logits, allow_noop=allow_noop)
+
+    def _check_grad(self, asked: Any) -> None:
         for slot in self.program.slots:
             if asked and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        if asked is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
+            raise PlanError(
+                "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "
+                "edit a value that requires grad"
+            )
+
+
+def _may_need_grad(edit: Edit) -> bool:
+    return edit.op == "apply" or (edit.op in TENSOR_OPS and edit.value.requires_grad)
 
 
 def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[str, Any]:
@@ -152,6 +199,9 @@ def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[s
             inputs["position_ids"] = ((seen.cumsum(-1) - 1).clamp(min=0) + first_position(model.hf))[:, -width:]
     for name, value in given.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_inference():  # autograd would not take it in a later run
+            inputs[name] = value.clone()
     tokens.placed[key] = inputs
     return inputs
 

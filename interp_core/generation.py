@@ -20,6 +20,7 @@ from .architectures.atlas import Atlas
 from .architectures.taps import KEYED
 from .compiled import CompiledPlan, model_inputs, padded_on
 from .decoding import Ends, decoding
+from .drawing import drawing
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
@@ -73,12 +74,10 @@ def generate(
     rows = tokens.rows._replace(moved=moved)
     model._fitting(tokens, told.new - 1)
     compiled = model.compile(read, edits)
+    model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
     inputs = _inputs(tokens, compiled) | told.arguments
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), model.fresh(), torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
         final = _grown(rows, told.new - 1)
         ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends.now)
     made = Generation(compiled, tokens, rows, ids.cpu(), passes, told.ends)

@@ -22,11 +22,13 @@ from .compiled import CompiledPlan, padded_on
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
+from .engines.turns import turn_of
 from .errors import CapabilityError, TextError
 from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
 from .sites import Site, named
+from .snapshot import Snapshot, demand_usable
 from .table import SiteTable
 from .text import Tokens
 from .trace import Run
@@ -98,6 +100,8 @@ class Model:
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
         tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
+        turn: held while it runs; one for all models that share modules.
+        snapshot: what it was like when it was opened, last.
     """
 
     def __init__(
@@ -109,15 +113,48 @@ class Model:
         check: bool = True,
     ) -> None:
         self.hf, self.tokenizer, self.processor, self.source = opened
+        self._made = engine, dict(engine_options or {}), check
+        self.turn = turn_of(self.hf)
+        with self.turn:
+            self.reopen()
+
+    def reopen(self) -> None:
+        """Work out what there is of the model as it is now; for whoever holds the turn. What was compiled is forgotten.
+
+        Raises:
+            CapabilityError, LoadError, TextError: as `load`.
+        """
+        engine, options, check = self._made
+        self.turn.demand_idle(dict(self.hf.named_modules()))
+        demand_usable(self.hf)
+        for name in ("heads", "keeps_logits"):
+            vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
         self._check_tokenizer()
-        self.engine = make_engine(engine, self.hf, engine_options or {})
+        self.engine = make_engine(engine, self.hf, options)
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.tried: dict[str, str] = {}
         self._warned = False
-        self.check: Check | None = check_atlas(self) if check else None
+        self.turn = turn_of(self.hf, self.engine.model)
+        self.snapshot = Snapshot(self.hf, self.engine.model)
+        try:
+            self.check: Check | None = check_atlas(self) if check else None
+        except BaseException:
+            self.snapshot.forget()
+            raise
+
+    def renew(self) -> bool:
+        """Open it again if any of its modules has changed; for whoever holds the turn. Whether it was.
+
+        Raises:
+            CapabilityError, LoadError, TextError: it has become one that `load` refuses.
+        """
+        changed = self.snapshot.stale(self.snapshot.modules)
+        if changed:
+            self.reopen()
+        return changed
 
     def _check_tokenizer(self) -> None:
         size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.d_vocab
@@ -241,6 +278,15 @@ class Model:
         return self.tokenizer
 
     def _fitting(self, tokens: Tokens, more: int = 0) -> Tokens:
+        try:
+            return self._demand_fit(tokens, more)
+        except TextError:
+            with self.turn:
+                if not self.renew():
+                    raise
+            return self._demand_fit(tokens, more)  # it may have more tokens or a longer context by now
+
+    def _demand_fit(self, tokens: Tokens, more: int) -> Tokens:
         limit = self.atlas.shape.n_ctx
         longest = max(tokens.lengths) + more
         if limit is not None and longest > limit:
@@ -297,7 +343,7 @@ class Model:
             edits: changes, in order.
             grad: a function of the logits `[batch pos d_vocab]` that returns one number: `run.grad[site]` is then its
                 gradient with respect to every site read. True keeps the graph for your own `backward`. Where an
-                edit's value requires grad, the graph is kept anyway.
+                edit's value requires grad, the graph is kept anyway. Weights get no gradient.
             logits: False ends the pass after the last site read; a position computes only these logits.
             allow_noop: let edits pass that changed nothing.
 
@@ -353,7 +399,10 @@ class Model:
         from .sweep import sweep
 
         scores = (score,) if isinstance(score, Score) else tuple(score)
-        found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
+        with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
+            with self.turn:
+                self.renew()
+            found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
         return found[0] if isinstance(score, Score) else found
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
@@ -365,16 +414,21 @@ class Model:
         found = self._programs.get(key)
         if found is None or None in key[1]:
             plan = Plan.of(reads, changes)
-            found = self._programs[key] = self.engine.compile(plan, self.atlas)
-            if len(self._programs) > PROGRAMS:
-                self._programs.popitem(last=False)
+            with self.turn:
+                self.renew()
+                found = self._programs[key] = self.engine.compile(plan, self.atlas)
+                if len(self._programs) > PROGRAMS:
+                    self._programs.popitem(last=False)
         return CompiledPlan(self, found, reads, changes)
 
     def generate(self, x: Input, edits: Iterable[Edit] | Edit = (), read: Any = (), **options: Any) -> Generation:
         """Generate text with edits and reads at every step; see `generation.generate`."""
         from .generation import generate
 
-        return generate(self, x, edits, read, **options)
+        with torch.inference_mode(False):
+            with self.turn:
+                self.renew()
+            return generate(self, x, edits, read, **options)
 
     def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.
@@ -382,13 +436,15 @@ class Model:
         Raises:
             CapabilityError: the self-check found that this does not reproduce the model's logits.
         """
-        if "readout" in self.atlas.lacking:
-            raise CapabilityError(self.atlas.lacking["readout"])
         from .readout import readout
 
-        norm = self.atlas.entries["final_norm", 0].module
-        assert norm is not None
-        return readout(self.hf, norm, resid)
+        with self.turn:
+            self.renew()
+            if "readout" in self.atlas.lacking:
+                raise CapabilityError(self.atlas.lacking["readout"])
+            norm = self.atlas.entries["final_norm", 0].module
+            assert norm is not None
+            return readout(self.hf, norm, resid)
 
     def project(
         self, z: Float[Tensor, "... head d_head"], layer: int, *, added: bool = False
@@ -403,7 +459,9 @@ class Model:
         """
         from .readout import project
 
-        return project(self.atlas, z, layer, added)
+        with self.turn:
+            self.renew()
+            return project(self.atlas, z, layer, added)
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""

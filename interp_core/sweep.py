@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +102,10 @@ def sweep(
         raise PlanError("a sweep needs a score: score.logprob(target), say")
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
-    model.engine.compile(Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas)
-    for edits in {
-        tuple(map(_kind, edits)): edits for edits in listed
-    }.values():  # a wrong one is found before anything runs
-        model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
+    with model.turn:  # a wrong one is found before anything runs
+        model.engine.compile(Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas)
+        for edits in {tuple(map(_kind, edits)): edits for edits in listed}.values():
+            model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     key = key_of(model, tokens, listed, scores) if out is not None else ""
@@ -158,9 +157,11 @@ class _Runner(Planner):
 
     Attributes:
         kept: the tokens whose logits are computed, ascending; None: all.
+        standing: what modules compute instead while a pass runs.
     """
 
     kept: Tensor | None = None
+    standing: Mapping[nn.Module, Callable[..., Any]] = {}
 
     def run(self, plan: SweepPlan, store: Store, progress: _Progress) -> tuple[Sweep, ...]:
         """All passes, group by group. What is done is kept, also when this is stopped."""
@@ -176,9 +177,10 @@ class _Runner(Planner):
     def _group(self, group: Group, plan: SweepPlan, store: Store, progress: _Progress, clean: Tensor) -> None:
         """All variants on some texts; their scores without edits go to `clean`."""
         try:
-            with self._only_targets(group.texts):
-                shared = self._clean(group) if group.passes else None
-                self._variants(group, shared, plan, store, progress, clean)
+            with self.model.turn:
+                self._only_targets(group.texts)
+            shared = self._clean(group) if group.passes else None
+            self._variants(group, shared, plan, store, progress, clean)
         except _TooMany:
             half = len(group.texts) // 2
             for texts in (group.texts[:half], group.texts[half:]):
@@ -218,26 +220,30 @@ class _Runner(Planner):
         """One forward pass: what is scored, and the norm of what the edits changed."""
         read = self.site(row)
         reads, kept = ((), self.scored[row]) if read is None else ((read,), False)
-        run = self.model.run(text, read=reads, edits=edits, logits=kept, allow_noop=True)
+        with self._turn():
+            run = self.model.run(text, read=reads, edits=edits, logits=kept, allow_noop=True)
         moved = sum(receipt.norm**2 for receipt in run.receipts) ** 0.5
         if read is not None:
             return run[read].as_subclass(Tensor), moved
         logits = run.logits.as_subclass(Tensor)
         return logits if self.score.span else logits[:, 0], moved
 
-    @contextmanager
-    def _only_targets(self, texts: Sequence[int]) -> Iterator[None]:
+    def _only_targets(self, texts: Sequence[int]) -> None:
         """While narrow scores judge some texts, only their targets' logits are computed."""
-        self.kept, head = None, self.model.hf.get_output_embeddings()
+        self.kept, self.standing, head = None, {}, self.model.hf.get_output_embeddings()
         everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
         plain = type(head) is nn.Linear and "forward" not in head.__dict__ and type(self.model.engine) is TorchEngine
         if not all(score.narrow for score in self.scores) or everything or not plain:
-            yield
             return
         self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
         rows = self.kept.to(head.weight.device)
         weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
-        with standing_in({head: lambda x: nn.functional.linear(x, weight, bias)}):
+        self.standing = {head: lambda x: nn.functional.linear(x, weight, bias)}
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """For one pass: alone with the model, only what is scored computed. Scores are worked out outside of it."""
+        with self.model.turn, standing_in(self.standing):
             yield
 
     def _engine(self) -> TorchEngine:
@@ -251,7 +257,7 @@ class _Runner(Planner):
         keep = any(one.columns < self.widths[step.text] for one in group.passes for step in one.steps)
         rows = Rows([range(group.width)] * len(group.texts), {}, group.width)
         read = self.site(group.texts[0])
-        with self.model.fresh(), self._only_scored(columns) as scored:
+        with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
             inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
             try:
@@ -270,10 +276,10 @@ class _Runner(Planner):
         place = {text: number for number, text in enumerate(own)}
         try:
             edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
-            program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, self.site(group.texts[0]))
             starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
-            with self.model.fresh(), self._only_scored(columns):
+            with self._turn(), self.model.fresh(), self._only_scored(columns):
+                program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, self.site(group.texts[0]))
                 inputs = self._inputs(own, starts, one.columns)
                 value, moved = program.climb(inputs, starts, one.columns, clean, within)
         except torch.OutOfMemoryError:

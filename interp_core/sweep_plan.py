@@ -376,7 +376,8 @@ def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str]:
     order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
     found: list[str] = []
     for strategy in order:
-        problem = "" if strategy == "full" else _problem(model, strategy, tokens)
+        with model.turn:  # another thread does not take a strategy that is still being tried
+            problem = "" if strategy == "full" else _problem(model, strategy, tokens)
         if not problem:
             return strategy, "; ".join(dict.fromkeys(found))
         found.append(problem)

@@ -378,7 +378,10 @@ class Run(Store):
             shape = list(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
             raise ReadError(f"grad= takes a function of the logits that returns one number, it returned {shape}")
         bases = [base for base in self._passed.bases if base is not None]
-        grads = torch.autograd.grad(scalar.sum(), bases, allow_unused=True, materialize_grads=True)
+        if scalar.requires_grad:
+            grads = torch.autograd.grad(scalar.sum(), bases, allow_unused=True, materialize_grads=True)
+        else:  # edits have cut it off from everything read
+            grads = tuple(map(torch.zeros_like, bases))
         self._grad = Gradients(self, list(grads))
         self._passed.bases = []
         self._passed.values = [None if value is None else value.detach() for value in self._passed.values]

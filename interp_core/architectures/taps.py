@@ -190,10 +190,10 @@ def head_out(z: Tap, projected: Tap, module: nn.Module, n_heads: int, d_head: in
 
 
 def output_weight(module: nn.Module) -> Tensor:
-    """Weight of a linear layer or Conv1D as `[in out]`."""
+    """Weight of a linear layer, also one wrapped by an adapter, or of a Conv1D as `[in out]`."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.mT if isinstance(module, nn.Linear) else weight
+    return weight.mT if hasattr(module, "in_features") else weight
 
 
 def in_features(module: nn.Module) -> int:

@@ -33,6 +33,8 @@ from .program import LocalEngine, PortProgram, with_same_weights
 Place = tuple[str, str]
 """A module's path, and "in" or "out"."""
 Visit = Callable[[], None]
+_PROCESS = nn.Module()
+"""Stands for nnsight's state, which is one for all models of the process."""
 
 
 class Passage(NamedTuple):
@@ -164,7 +166,7 @@ class NNsightEngine(LocalEngine):
     program = NNsightProgram
 
     def __init__(self, model: Any, *, remote: bool | str = False) -> None:
-        super().__init__(with_same_weights(model))
+        super().__init__(with_same_weights(model), model, _PROCESS)
         self.own: dict[str, nn.Module] = dict(model.named_modules())
         self.remote = remote
         self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)

@@ -7,9 +7,8 @@ keeps tensors; how the model's values come to it is the engine's.
 from __future__ import annotations
 
 import copy
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,10 +23,12 @@ from ..plan import Plan
 from ..positions import Rows
 from ..regions import Window
 from ..sites import SITES, Site, indices
+from ..snapshot import Place
 from .attention import LayerTap
 from .knockout import check_knockouts
 from .ports import Change, Part, Port, Read
 from .protocol import Passed
+from .turns import turn_of
 
 ORDER = {name: number for number, name in enumerate(SITES)}
 FIRST = ("embed", "vision_embed", "deepstack")
@@ -46,23 +47,27 @@ class Stop(BaseException):
 
 
 class LocalEngine:
-    """An engine that runs a model in this process. Runs of the same model take turns.
+    """An engine that runs a model in this process, for whoever holds the turn.
+
+    Args:
+        model: the model that it runs: the user's own, or a copy with the same weights.
+        beside: what else nothing may run on meanwhile: the user's own model, a mark of a library that has one state for
+            the whole process.
 
     Attributes:
         name: as registered.
-        model: the model that it runs: the user's own, or a copy with the same weights.
-        modules: its modules by path.
+        modules: the model's modules by path.
+        turn: the right to run on them, and on what is beside.
     """
 
     name: str
     program: ClassVar[type[PortProgram]]
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *beside: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self._embedding = model.get_input_embeddings()
-        self.lock = threading.RLock()
-        self.busy = False
+        self.turn = turn_of(model, *beside)
 
     def adapt(self, atlas: Atlas) -> None:
         """See `Engine.adapt`."""
@@ -76,18 +81,30 @@ class LocalEngine:
         """Dtype of the weights."""
         return self._embedding.weight.dtype
 
+    def places(self, paths: Iterable[str]) -> tuple[Place, ...]:
+        """Where modules hang that lie on the way from the model to those at these paths."""
+        found: dict[str, Place] = {}
+        for path in paths:
+            while path and path not in found:
+                outer, _, name = path.rpartition(".")
+                found[path] = self.modules[outer]._modules, name, self.modules[path]
+                path = outer
+        return tuple(found.values())
+
     def begin(self) -> None:
-        """One run at a time: another thread waits here, a run inside a run is refused."""
-        self.lock.acquire()
-        if self.busy:
-            self.lock.release()
-            raise PlanError("the model is running: a run inside another run's edit would see its hooks")
-        self.busy = True
+        """Begin a run, unless it would be one inside another one of the same modules.
+
+        Raises:
+            PlanError: it would see the other one's hooks.
+        """
+        running = self.turn.running
+        if running:
+            self.turn.demand_idle(self.modules)
+        running += (self.modules,)
 
     def end(self) -> None:
-        """Let the next run begin."""
-        self.busy = False
-        self.lock.release()
+        """End it."""
+        del self.turn.running[-1]
 
 
 def with_same_weights(model: Any) -> Any:
@@ -143,6 +160,7 @@ class PortProgram(ABC):
         self.taps = self._layer_taps(self._inside)
         self._knockouts = [change for change in self._changes if plan.edits[change.number].op == "knockout"]
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
+        self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
 
     # Compiling

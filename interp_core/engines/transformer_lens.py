@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..architectures import taps
 from ..architectures.atlas import Atlas, Entry
@@ -54,6 +54,9 @@ CACHE_NAMES = {
     "head_out": "blocks.{}.attn.hook_result",
 }  # fmt: skip
 """Our sites under TransformerLens' names in an `ActivationCache`."""
+
+_PROCESS = nn.Module()
+"""Stands for the list of warnings that are not shown, which is one for all bridges of the process."""
 
 
 class BridgeProgram(TorchProgram):
@@ -89,7 +92,7 @@ class BridgeEngine(TorchEngine):
         if fold:
             self.name = "transformer_lens (weights folded)"
             _fold(self.bridge)
-        super().__init__(inner)
+        super().__init__(inner, model, _PROCESS)
         self._paths = {path.replace("._original_component", ""): path for path in reversed(self.modules)}
         self._path_of = {id(module): path for path, module in self.modules.items()}
 

@@ -1,0 +1,190 @@
+"""Whether a model is still what it was when it was opened.
+
+Sites, taps and compiled plans are worked out once. What can change under them is looked at before every run, in loops
+over attributes that cost no Python call: whether the modules that the run touches hang where they hung, whether dtype,
+device and config (with it the attention implementation) are as they were, and whether anything that is random while
+training is in training mode. A model that changed is opened anew, as `load` would. Values of weights need no look:
+nothing is worked out from them.
+
+An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .errors import CapabilityError
+
+Place = tuple[Mapping[str, Any], str, Any]
+"""Where something hangs: a module's table of what it holds, the name there, and what it was."""
+_DRAWS = ("drop", "jitter")
+"""What attributes of modules are called that say how much of what passes is random while training."""
+
+
+class Snapshot:
+    """What a model was like.
+
+    Args:
+        model: the user's model.
+        run: the model that the engine runs: the same, or a copy.
+
+    Attributes:
+        modules: where every module of the user's model hangs.
+        weights: parameters of the model that the engine runs.
+    """
+
+    __slots__ = ("_configs", "_copied", "_draws", "_table", "_weight", "modules", "weights")
+
+    def __init__(self, model: Any, run: Any) -> None:
+        self.modules = tuple(_held(model, "_modules"))
+        held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
+        self.weights = tuple(held for _, _, held in _held(run, "_parameters"))
+        self._copied = () if run is model else held
+        self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
+        self._configs = [(kept, dict(kept)) for kept in (vars(model.config), vars(model.config.get_text_config()))]
+        embedding = model.get_input_embeddings()
+        self._table = next(module._parameters for module in embedding.modules() if "weight" in module._parameters)
+        weight = self._table["weight"]
+        assert weight is not None
+        self._weight: tuple[Any, Any, Any] = weight.dtype, weight.device, weight.shape
+
+    def stale(self, places: Iterable[Place] = ()) -> bool:
+        """Whether the model is another one by now, as far as these places matter.
+
+        Raises:
+            CapabilityError: it is in training mode, where runs differ.
+        """
+        for path, module in self._draws:
+            if module.training:
+                _demand_steady(path, module)
+        weight, (dtype, device, shape) = self._table["weight"], self._weight
+        if weight.dtype is not dtype or weight.device != device or weight.shape != shape:
+            return True
+        for now, then in self._configs:
+            if now != then:
+                return True
+        try:
+            for part in (places, self._copied):
+                for table, name, held in part:
+                    if table[name] is not held:
+                        return True
+        except KeyError:
+            return True
+        return False
+
+    def forget(self) -> None:
+        """Count as stale from now on."""
+        self._weight = None, None, None
+
+    def demand_no_checkpoints(self) -> None:
+        """Refuse activation checkpoints: a layer would run again in the backward pass, and without a cache.
+
+        Raises:
+            CapabilityError: naming the first module that has them.
+        """
+        for _, name, module in self.modules:
+            if module.training and vars(module).get("gradient_checkpointing"):
+                raise CapabilityError(
+                    f"{name} ({type(module).__name__}) is in training mode with activation checkpoints, so that the "
+                    "backward pass would run it again without this plan; call model.hf.eval() for the run"
+                )
+
+    @contextmanager
+    def weights_apart(self) -> Iterator[None]:
+        """A while in which what is computed is not differentiated by weights.
+
+        Raises:
+            CapabilityError: weights that autograd does not take.
+        """
+        self.demand_no_checkpoints()
+        if self._table["weight"].is_inference():
+            raise CapabilityError(
+                "the weights were made under torch.inference_mode(), so nothing behind them has gradients; load the "
+                "model outside of it"
+            )
+        trained = [weight for weight in self.weights if weight.requires_grad]
+        try:
+            for weight in trained:
+                weight.requires_grad = False
+            yield
+        finally:
+            for weight in trained:
+                weight.requires_grad = True
+
+
+def demand_usable(model: Any) -> None:
+    """Refuse a model that cannot be run, or whose runs mean nothing.
+
+    Raises:
+        CapabilityError: with the reason.
+    """
+    for path, module in model.named_modules():
+        _demand_steady(path, module)
+    _demand_weights(model)
+    if getattr(model.config, "return_dict", True) is False:
+        raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
+
+
+def _demand_steady(path: str, module: nn.Module) -> None:
+    """Refuse a module that does something else at every run, because it is in training mode.
+
+    Raises:
+        CapabilityError: naming it.
+    """
+    if module.training and (what := _drawing(module)):
+        raise CapabilityError(
+            f"the model is in training mode, where {what} of {path or 'the model'} ({type(module).__name__}) makes "
+            "runs differ; call model.hf.eval(), and model.hf.train() after the run"
+        )
+
+
+def _demand_weights(model: nn.Module) -> None:
+    """Refuse weights that hold no numbers, and that nobody loads when they are needed.
+
+    Raises:
+        CapabilityError: naming the first of them.
+    """
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta and not hasattr(module, "_hf_hook"):
+                raise CapabilityError(
+                    f"{path}.{name} is on the meta device, which holds no numbers; load the weights, or move the model "
+                    "with model.hf.to_empty(device=…) and load_state_dict"
+                )
+
+
+def _held(model: nn.Module, kind: str) -> Iterator[Place]:
+    for module in model.modules():
+        table = module.__dict__[kind]
+        yield from ((table, name, held) for name, held in table.items() if held is not None)
+
+
+def _lasting(model: nn.Module) -> Iterator[Place]:
+    """Buffers that are saved with the model; others, such as tables of rotary angles, models make anew."""
+    for module in model.modules():
+        table, passing = module._buffers, module._non_persistent_buffers_set
+        yield from ((table, name, held) for name, held in table.items() if held is not None and name not in passing)
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether it might do something random while training, with what it is set to now or later."""
+    return isinstance(module, _DropoutNd) or any(_named(name) for name in vars(module))
+
+
+def _named(attribute: str) -> bool:
+    return any(kind in attribute for kind in _DRAWS)
+
+
+def _drawing(module: nn.Module) -> str:
+    """What makes a module in training mode random; empty if nothing does."""
+    if isinstance(module, _DropoutNd):
+        return f"p={module.p:g}" if module.p else ""
+    for name, value in vars(module).items():
+        if _named(name) and isinstance(value, (bool, int, float)) and value:
+            return f"{name}={value}"
+    return ""
