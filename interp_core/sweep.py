@@ -106,7 +106,7 @@ def sweep(
     model.engine.compile(Plan((), everything), model.atlas)  # a wrong one is found before anything runs
     runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    key = key_of(model, tokens, listed, scores) if out is not None else ""
+    key = key_of(model, tokens, listed, scores) if out is not None else {}
     store = Store(None if out is None else Path(out), key, (len(listed), len(tokens), len(scores)), kind)
     plan = runner.plan(*choose(model, tokens, strategy), store.done)
     return runner.run(plan, store, _Progress(progress, int((~store.done).sum())))
