@@ -44,7 +44,7 @@ INSTALLED = ("site-packages", "dist-packages")
 """Folders of packages whose code is known by their version."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 PASSING = (
-    "max_seq_len_cached", "rope_deltas", "warnings_issued", "_is_hf_initialized", "name_or_path", "hf_device_map",
+    "max_seq_len_cached", "rope_deltas", "warnings_issued", "_output_capturing_hooks_installed", "_is_hf_initialized", "name_or_path", "hf_device_map",
 )  # fmt: skip
 """Attributes of modules that passes leave behind, or that say where a model is and not what it does."""
 NAMING = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -283,7 +284,7 @@ class Planner:
         if [] in places.values():
             return None
         site = _at(Site(name, None if layer < 0 else layer, edit.site.units), places)
-        return self._valued(edit, site, row), layer, min(first) if isinstance(first, list) else first
+        return self._valued(edit, site, row, self.widths[row]), layer, min(first) if isinstance(first, list) else first
 
     def _check_below(self, edit: Edit, entry: Entry) -> None:
         """Refuse an edit that the scored site cannot see.
@@ -297,15 +298,35 @@ class Planner:
                 "it out, or score a site above it"
             )
 
-    def _valued(self, edit: Edit, site: Site, row: int) -> Edit:
-        """The edit at its place in one row, with this row's part of its value."""
-        value = edit.value
-        if edit.op in TENSOR_OPS and edit.op != "project" and len(self.tokens) > 1:
-            chosen = (edit.site.pos, edit.site.key)
-            dropped = isinstance(edit.site.units, int) + sum(p is not None and is_single(p) for p in chosen)
-            if value.ndim == len(edit.site.info.axes) - dropped:
-                value = value[row : row + 1]
-        return Edit(site, edit.op, value)
+    def _valued(self, edit: Edit, site: Site, row: int, width: int | None = None) -> Edit:
+        """The edit at its place in one row, with this row's part of its value; of the row's first `width` tokens."""
+        given = edit.op in TENSOR_OPS and edit.op != "project"
+        return Edit(site, edit.op, self._part(edit.value, edit.site, row, width) if given else edit.value)
+
+    def _part(self, value: Tensor, site: Site, row: int, width: int | None) -> Tensor:
+        """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
+        rows select different numbers of positions."""
+        info, columns = site.info, self.tokens.ids.shape[1]
+        chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
+        places = {axis: self._local(at) for axis, at in chosen.items() if at is not None}
+        counts = [[len(places[axis][i]) if axis in places else columns for axis in chosen] for i in range(len(self.tokens))]
+        units = [axis for axis in info.axes[1:] if axis not in chosen and not (axis == info.unit and isinstance(site.units, int))]
+        kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
+        axes = [axis for axis in info.axes[1:] if axis in (*units, *kept)]
+        if any(each != counts[0] for each in counts):
+            axes = [*kept, *units]
+            if value.ndim != 1 + len(units) or len(value) != sum(map(math.prod, counts)):
+                return value
+            start = sum(map(math.prod, counts[:row]))
+            shape = [count for axis, count in zip(chosen, counts[row], strict=True) if axis in kept]
+            value = value[start : start + math.prod(counts[row])].reshape(*shape, *value.shape[1:])
+        elif value.ndim > len(axes) and len(self.tokens) > 1:
+            value = value[row : row + 1]
+        real = torch.tensor(self.tokens.rows.real[row][:width], device=value.device)
+        for place, axis in enumerate(reversed(axes), 1):
+            laid = axis in kept and axis not in places and place <= value.ndim and value.shape[-place] == columns
+            value = value.index_select(-place, real) if laid and len(real) < columns else value
+        return value.movedim(-1, 0) if axes != sorted(axes, key=info.axes.index) else value
 
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
         groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
@@ -345,11 +366,14 @@ class Planner:
 
     def single(self, number: int, row: int) -> list[Edit]:
         """A variant's edits on one row, for a forward pass of its own."""
-        if len(self.tokens) == 1:
+        if len(self.tokens) == 1 and not self.tokens.padded:
             return list(self.variants[number])
-        sites = [edit.site for edit in self.variants[number]]
-        bare = [_at(replace(site, pos=None, key=None), self._places(site, row)) for site in sites]
-        return [self._valued(edit, site, row) for edit, site in zip(self.variants[number], bare, strict=True)]
+        placed = [(edit, self._places(edit.site, row)) for edit in self.variants[number]]
+        return [
+            self._valued(edit, _at(replace(edit.site, pos=None, key=None), places), row)
+            for edit, places in placed
+            if [] not in places.values()  # nothing of this row
+        ]
 
 
 def _at(site: Site, places: Mapping[str, int | list[int]]) -> Site:
