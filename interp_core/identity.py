@@ -47,6 +47,8 @@ PASSING = (
     "max_seq_len_cached", "rope_deltas", "warnings_issued", "_output_capturing_hooks_installed", "_is_hf_initialized", "name_or_path", "hf_device_map",
 )  # fmt: skip
 """Attributes of modules that passes leave behind, or that say where a model is and not what it does."""
+PLACES = ("layer_idx", "layer_id", "layer_number", "idx", "number")
+"""What a module calls its place among its like."""
 NAMING = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
 
 class NoIdentityError(Exception):
@@ -232,6 +234,16 @@ def _is_setting(name: str, value: Any) -> bool:
     if type(value) is dict:
         return name not in PASSING and all(type(item) in PLAIN for pair in value.items() for item in pair)
     return name not in PASSING and (type(value) in PLAIN or value is None)
+
+
+def settings_of(module: nn.Module) -> str:
+    """How a module and those in it are built: classes, settings and shapes; not where it stands in a model."""
+    parts = []
+    for path, each in module.named_modules():
+        kept = sorted((name, repr(x)) for name, x in vars(each).items() if _is_setting(name, x) and name not in PLACES)
+        shapes = [(name, tuple(x.shape)) for name, x in each.named_parameters(recurse=False)]
+        parts.append(f"{path} {type(each).__qualname__} {kept} {shapes}")
+    return "\n".join(parts)
 
 
 def _settings(config: Any) -> dict[str, Any]:
