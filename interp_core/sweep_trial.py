@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 FAULTS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a model raises that is called in a way that it does not take."""
+WINDOW = "sliding windows"
+"""Under this a model remembers whether its layers tell their attention of them."""
 SEEN = 64
 """Rows of the unembedding that a trial looks at."""
 
@@ -44,17 +46,21 @@ def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str, Trial | 
     for strategy in order:
         problem = "" if strategy == "full" else _problem(model, strategy, tokens, trials)
         if not problem:
-            together = Trial(*map(sum, list(zip(*trials, strict=True))[:2]), trials[0].layers) if trials else None
-            return strategy, "; ".join(dict.fromkeys(found)), together
+            return strategy, "; ".join(dict.fromkeys(found)), _summed(trials)
         found.append(problem)
     raise CapabilityError(f"strategy {asked!r} cannot be had here: {found[0]}")
+
+
+def _summed(trials: list[Trial]) -> Trial | None:
+    calls, token_layers = sum(one.calls for one in trials), sum(one.token_layers for one in trials)
+    return Trial(calls, token_layers, max(one.layers for one in trials)) if trials else None
 
 
 def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
     """What keeps a strategy from being exact on this model, tried once and remembered."""
     if type(model.engine) is not TorchEngine:
         return f"engine {model.engine.name!r} runs one variant after the other"
-    if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens)):
+    if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
         return problem
     tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
     if key not in tried:
@@ -69,7 +75,7 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
     return tried[key]
 
 
-def _unreached(model: Model, tokens: Tokens) -> str:
+def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
     """Why keys of earlier positions cannot be had from a clean pass; empty if they can."""
     config, length = model.hf.config.get_text_config(), max(tokens.lengths)
     if tokens.inputs:
@@ -80,22 +86,26 @@ def _unreached(model: Model, tokens: Tokens) -> str:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and length > chunk:
         return f"attention in chunks of {chunk} does not reach back over the whole text"
-    return _silent_window(model, length)
-
-
-def _silent_window(model: Model, length: int) -> str:
-    """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
-    config = model.hf.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
     if not window or length <= window or not getattr(config, "use_sliding_window", True):
         return ""
-    ids = probe_ids(model)[None].to(model.device)
+    if WINDOW not in model.tried:
+        model.tried[WINDOW] = _silent_window(model, window, trials)
+    return model.tried[WINDOW]
+
+
+def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
+    """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
+    kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), probe_ids(model)[None]
     assert isinstance(model.engine, TorchEngine)
-    rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
-    inputs = {"input_ids": ids, "use_cache": False}
-    told = clean_pass(model.engine, model.atlas, inputs, rows, None, keep=True).windows
-    for layer, seen in enumerate(told):
-        if seen is None and (kinds is None or kinds[layer] == "sliding_attention"):
+    rows, inputs = Rows([range(ids.shape[1])], {}, ids.shape[1]), {"input_ids": ids.to(model.device), "use_cache": False}
+    blocks = _blocks(model)
+    layers = _representative(model, blocks, middle=True)
+    with _shortened(model, blocks, layers) as counted:
+        told = clean_pass(model.engine, model.atlas, inputs, rows, None, keep=True).windows
+    trials.append(Trial(len(counted), sum(counted), len(layers)))
+    for layer in layers:
+        if told[layer] is None and (kinds is None or kinds[layer] == "sliding_attention"):
             return f"layer {layer} attends in a window of {window} and does not tell its attention so"
     return ""
 
@@ -173,13 +183,14 @@ def _blocks(model: Model) -> list[nn.Module]:
     return [model.engine.modules[entry.read.module] for entry in entries if entry.read is not None]
 
 
-def _representative(model: Model, blocks: list[nn.Module]) -> tuple[int, ...]:
-    """The first and the last layer, and of each kind of layer its first and last."""
+def _representative(model: Model, blocks: list[nn.Module], *, middle: bool = False) -> tuple[int, ...]:
+    """The first and the last layer, and of each kind of layer its first and last (and the one in the middle)."""
     kinds: dict[Any, list[int]] = {}
     types = getattr(model.hf.config.get_text_config(), "layer_types", None) or [""] * len(blocks)
     for layer, block in enumerate(blocks):
         kinds.setdefault((str(types[layer : layer + 1]), settings_of(block)), []).append(layer)
-    return tuple(sorted({0, len(blocks) - 1} | {at for layers in kinds.values() for at in (layers[0], layers[-1])}))
+    chosen = {0, len(blocks) - 1} | {at for layers in kinds.values() for at in (layers[0], layers[-1])}
+    return tuple(sorted(chosen | ({layers[len(layers) // 2] for layers in kinds.values()} if middle else set())))
 
 
 @contextmanager

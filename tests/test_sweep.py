@@ -325,18 +325,19 @@ def test_likelihood_of_spans(family: str) -> None:
 
 def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens show no difference; a text longer than the window would."""
-    from interp_core import sweep_plan
+    from interp_core import sweep_trial
 
     model = tiny_model("mistral")
     edits = [S.z[1, 0].at(-1).zero()]
     assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
-    told = sweep_plan.clean_pass
+    told = sweep_trial.clean_pass
 
     def silent(*args: object, **kwargs: object) -> staircase.Clean:
         return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep_plan, "clean_pass", silent)
-    plan = model.sweep(tokens(), edits, JUDGED).plan
+    monkeypatch.setattr(sweep_trial, "clean_pass", silent)
+    assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"  # remembered
+    plan = ic.load(testing.tiny("mistral")).sweep(tokens(), edits, JUDGED).plan
     assert plan.strategy == "restart" and "layer 1 attends in a window of 4 and does not tell" in plan.why
 
 

@@ -429,7 +429,7 @@ class Staircase(TorchProgram):
             texts.join(self.texts)
         below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
         try:
-            for layer in range(first, len(blocks)):
+            for layer in range(first, len(clean.streams)):  # a pass may end before the last
                 joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
                 if joining or narrow:
                     new = partial(_columns, clean.streams[layer], within, texts.starts, joining, n_columns)
