@@ -86,7 +86,7 @@ def digest(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and content."""
     data = tensor.detach().cpu().contiguous().reshape(-1)
     made = hashlib.sha256(f"{data.dtype}{list(tensor.shape)}".encode())
-    made.update(data.view(torch.uint8).numpy())
+    made.update(data.view(torch.uint8).numpy().data)
     return made.hexdigest()
 
 

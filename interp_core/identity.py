@@ -14,7 +14,6 @@ import enum
 import functools
 import hashlib
 import importlib.util
-import os
 import re
 import sys
 import types
@@ -44,12 +43,14 @@ INSTALLED = ("site-packages", "dist-packages")
 """Folders of packages whose code is known by their version."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 PASSING = (
-    "max_seq_len_cached", "rope_deltas", "warnings_issued", "_output_capturing_hooks_installed", "_is_hf_initialized", "name_or_path", "hf_device_map",
+    "max_seq_len_cached", "rope_deltas", "warnings_issued", "_output_capturing_hooks_installed", "_is_hf_initialized",
+    "name_or_path", "hf_device_map",
 )  # fmt: skip
 """Attributes of modules that passes leave behind, or that say where a model is and not what it does."""
 PLACES = ("layer_idx", "layer_id", "layer_number", "idx", "number")
 """What a module calls its place among its like."""
 NAMING = ("_name_or_path", "transformers_version", "architectures", "_commit_hash")
+
 
 class NoIdentityError(Exception):
     """It cannot be told whether a value is the same as another; says which and why."""

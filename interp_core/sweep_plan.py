@@ -15,7 +15,7 @@ from .architectures.atlas import Entry
 from .edits import TENSOR_OPS, Edit
 from .engines.program import place
 from .errors import CapabilityError, PlanError
-from .positions import Position, Rows, Slice, is_single, resolve
+from .positions import Position, Slice, is_single, resolve
 from .score import Score
 from .sites import SITES, Site
 from .text import Tokens
@@ -126,8 +126,8 @@ class SweepPlan:
         ]
         if self.trial is not None:
             lines.append(
-                f"trial        {self.trial.token_layers:,} token-layers more, once per model: {self.trial.calls} calls of "
-                f"{self.trial.layers} layers"
+                f"trial        {self.trial.token_layers:,} token-layers more, once per model, in {self.trial.calls} calls "
+                f"of {self.trial.layers} layers"
             )
         return "\n".join(lines + ([f"not cheaper: {self.why}"] if self.why else []))
 
@@ -323,24 +323,24 @@ class Planner:
         info, columns = site.info, self.tokens.ids.shape[1]
         chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
         places = {axis: self._local(at) for axis, at in chosen.items() if at is not None}
-        counts = [[len(places[axis][i]) if axis in places else columns for axis in chosen] for i in range(len(self.tokens))]
-        units = [axis for axis in info.axes[1:] if axis not in chosen and not (axis == info.unit and isinstance(site.units, int))]
         kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
+        units = [axis for axis in info.axes[1:] if axis not in chosen]
+        units = units[isinstance(site.units, int) :] if info.unit in units else units
         axes = [axis for axis in info.axes[1:] if axis in (*units, *kept)]
+        counts = [
+            [len(places[axis][i]) if axis in places else columns for axis in chosen] for i in range(len(self.tokens))
+        ]
         if any(each != counts[0] for each in counts):
-            axes = [*kept, *units]
-            if value.ndim != 1 + len(units) or len(value) != sum(map(math.prod, counts)):
-                return value
-            start = sum(map(math.prod, counts[:row]))
-            shape = [count for axis, count in zip(chosen, counts[row], strict=True) if axis in kept]
-            value = value[start : start + math.prod(counts[row])].reshape(*shape, *value.shape[1:])
+            axes = [*kept, *units]  # as in `regions`, positions come first where they are strung together
+            value = _stretch(value, counts, row, [axis in kept for axis in chosen], len(units))
         elif value.ndim > len(axes) and len(self.tokens) > 1:
             value = value[row : row + 1]
         real = torch.tensor(self.tokens.rows.real[row][:width], device=value.device)
-        for place, axis in enumerate(reversed(axes), 1):
-            laid = axis in kept and axis not in places and place <= value.ndim and value.shape[-place] == columns
-            value = value.index_select(-place, real) if laid and len(real) < columns else value
-        return value.movedim(-1, 0) if axes != sorted(axes, key=info.axes.index) else value
+        for end, axis in enumerate(reversed(axes), 1):
+            laid = axis in kept and axis not in places and end <= value.ndim and value.shape[-end] == columns
+            value = value.index_select(-end, real) if laid and len(real) < columns else value
+        strung = axes != sorted(axes, key=info.axes.index) and value.ndim == len(axes)
+        return value.movedim(-1, 0) if strung else value
 
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
         groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
@@ -388,6 +388,16 @@ class Planner:
             for edit, places in placed
             if [] not in places.values()  # nothing of this row
         ]
+
+
+def _stretch(value: Tensor, counts: list[list[int]], row: int, kept: list[bool], n_units: int) -> Tensor:
+    """A row's stretch of a value whose first axis strings the rows together, with an axis for each position kept."""
+    lengths = [*map(math.prod, counts)]
+    if value.ndim != 1 + n_units or len(value) != sum(lengths):
+        return value  # one that all positions share
+    start = sum(lengths[:row])
+    shape = [count for count, keep in zip(counts[row], kept, strict=True) if keep]
+    return value[start : start + lengths[row]].reshape(*shape, *value.shape[1:])
 
 
 def _at(site: Site, places: Mapping[str, int | list[int]]) -> Site:

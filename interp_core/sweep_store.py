@@ -75,9 +75,7 @@ class Store:
                 f"{folder} holds a sweep that cannot be read ({error}); delete it, or give another"
             ) from error
         if head.get("format") != FORMAT:
-            raise PlanError(
-                f"{folder} holds a sweep of format {head.get('format')}, not {FORMAT}; give another folder"
-            )
+            raise PlanError(f"{folder} holds a sweep of format {head.get('format')}, not {FORMAT}; give another folder")
         if key != self.key:
             raise PlanError(f"{folder} holds another sweep: {_difference(key, self.key)}; give another folder")
         for name in ("values", "moved", "done"):
@@ -99,9 +97,7 @@ class Store:
             write(self.folder / FILE, save(tensors, {"format": FORMAT, "key": json.dumps(self.key)}))
 
 
-def key_of(
-    model: Model, tokens: Tokens, variants: Sequence[Sequence[Edit]], scores: Sequence[Score]
-) -> dict[str, str]:
+def key_of(model: Model, tokens: Tokens, variants: Sequence[Sequence[Edit]], scores: Sequence[Score]) -> dict[str, str]:
     """Everything that can change a score, part by part: short ones in words, others as digests.
 
     Raises:
@@ -123,7 +119,7 @@ def _edit(edit: Edit) -> tuple[str, ...]:
 
 
 def _advice(owner: str) -> str:
-    return f"give {owner} ic.keyed(function, key) with a key that you change when the function changes, or run without out="
+    return f"give {owner} ic.keyed(function, key), with another key whenever the function changes, or run without out="
 
 
 def _told(identify: Callable[[Any], Any], value: Any, what: str, advice: str) -> Any:

@@ -98,7 +98,8 @@ def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
     """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
     kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), probe_ids(model)[None]
     assert isinstance(model.engine, TorchEngine)
-    rows, inputs = Rows([range(ids.shape[1])], {}, ids.shape[1]), {"input_ids": ids.to(model.device), "use_cache": False}
+    rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
+    inputs = {"input_ids": ids.to(model.device), "use_cache": False}
     blocks = _blocks(model)
     layers = _representative(model, blocks, middle=True)
     with _shortened(model, blocks, layers) as counted:
@@ -113,8 +114,7 @@ def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
 def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
     """Hold a strategy against plain forward passes, on a model of few layers; on all where the others need them."""
     blocks = _blocks(model)
-    some, problem = _representative(model, blocks), ""
-    for layers in dict.fromkeys((some, tuple(range(len(blocks))))):
+    for layers in dict.fromkeys((_representative(model, blocks), tuple(range(len(blocks))))):
         with _shortened(model, blocks, layers) as counted:
             problem = _compare(model, strategy, tokens, layers)
         calls, token_layers = len(counted), sum(counted)
@@ -165,7 +165,7 @@ def _edit(model: Model, layer: int, pos: Any) -> Edit:
 
 
 def _plainly(model: Model, texts: Tokens, row: int, joins: list[int], start: int, judged: Score) -> Tensor:
-    """Scores of a text by plain forward passes: of all variants in one, or of each in its own where there are images."""
+    """Scores of a text by plain forward passes: of all variants in one, or one for each where there are images."""
     if texts.inputs:
         runs = [model.run(texts, edits=_edit(model, layer, start), logits=-1) for layer in joins]
         return torch.cat([judged(run) for run in runs]).cpu()

@@ -466,7 +466,11 @@ class Staircase(TorchProgram):
         return hook
 
     def _with_prefix(
-        self, modules: Sequence[nn.Module], texts: Texts, kept: Sequence[tuple[Tensor, Tensor] | None], within: Sequence[int]
+        self,
+        modules: Sequence[nn.Module],
+        texts: Texts,
+        kept: Sequence[tuple[Tensor, Tensor] | None],
+        within: Sequence[int],
     ) -> list[LayerTap]:
         """A tap on every layer that will run, with what the clean pass had before the pass' columns."""
         taps, start = tapped(self.taps, modules), max(texts.starts)
