@@ -126,7 +126,7 @@ class SweepPlan:
         ]
         if self.trial is not None:
             lines.append(
-                f"trial        {self.trial.token_layers:,} token-layers more, once per model, in {self.trial.calls} calls "
+                f"trial        {self.trial.token_layers:,} token-layers more, once per model: {self.trial.calls} calls "
                 f"of {self.trial.layers} layers"
             )
         return "\n".join(lines + ([f"not cheaper: {self.why}"] if self.why else []))

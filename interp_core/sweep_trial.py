@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .engines.staircase import clean_pass, standing_in
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
-from .positions import Mask, Rows
+from .positions import Mask, PerRow, Rows
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
 from .sites import Site
@@ -124,57 +124,69 @@ def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> 
     return "a forward pass with an edit fails on this model"
 
 
+class _Variant(NamedTuple):
+    """A vector is added at a layer, in each text at its position from the end."""
+
+    layer: int
+    places: tuple[int, ...]
+
+    def edit(self, model: Model, at: Any = None) -> Edit:
+        """It, at these positions or at its own."""
+        vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
+        return Site("resid_pre", self.layer).at(PerRow(self.places) if at is None else at).add(vector)
+
+
 def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...]) -> str | None:
-    """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with."""
-    judged = Score("trial", lambda logits: logits @ torch.linspace(-1, 1, logits.shape[-1]).to(logits))
+    """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
+
+    Variants of two texts of unequal length (equal for strategies that run whole texts) go through a pass together, and
+    some of the first text through one of their own.
+    """
     joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    worst = 0.0
-    for texts, start in _probes(model, strategy, tokens):
-        edits = [_edit(model, layer, start) for layer in joins]
-        try:
-            wanted = torch.stack([_plainly(model, texts, row, joins, start, judged) for row in range(len(texts))], 1)
-        except (*FAULTS, InterpError):
-            return None
-        try:
-            found = model.sweep(texts, edits, judged, strategy=strategy).values
-        except FAULTS as error:
-            return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-        differ = float((found - wanted.to(found)).abs().max() / wanted.abs().max())
-        worst = differ if differ != differ else max(worst, differ)
-        if worst != worst:
-            break
+    texts, variants = tokens, [_Variant(layer, (-1,)) for layer in joins]
+    if not tokens.inputs:
+        ids, mask = probe_ids(model), torch.ones(2, WIDTH, dtype=torch.bool)
+        mask[1, WIDTH - (strategy not in WHOLE) :] = False
+        texts = Tokens(torch.stack([ids, ids.flip(0)]), mask)
+        variants = [_Variant(at, (-3, -3)) for at in joins] + [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
+    try:
+        wanted = (_by_runs if tokens.inputs else _in_one_run)(model, texts, variants)
+    except (*FAULTS, InterpError):
+        return None
+    try:
+        edits = [variant.edit(model) for variant in variants]
+        found = model.sweep(texts, edits, Score("trial", _judged), strategy=strategy).values
+    except FAULTS as error:
+        return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    differ = float((found - wanted.to(found)).abs().max() / wanted.abs().max())
     limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
-    return "" if worst <= limit else f"its numbers differ from full forward passes by {worst:.0e} on this model"
+    return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
 
-def _probes(model: Model, strategy: str, tokens: Tokens) -> Iterator[tuple[Tokens, int]]:
-    """Texts, and the position from the end from which on they are changed: several texts of unequal length together
-    (equal for strategies that run whole texts), and one alone in its last column."""
-    if tokens.inputs:
-        yield tokens, -1
-        return
-    ids, mask = probe_ids(model), torch.ones(2, WIDTH, dtype=torch.bool)
-    mask[1, WIDTH - (strategy not in WHOLE) :] = False
-    yield Tokens(torch.stack([ids, ids.flip(0)]), mask), -3
-    yield Tokens(ids[None], mask[:1]), -1
+def _judged(logits: Tensor) -> Tensor:
+    return logits @ torch.linspace(-1, 1, logits.shape[-1]).to(logits)
 
 
-def _edit(model: Model, layer: int, pos: Any) -> Edit:
-    vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
-    return Site("resid_pre", layer).at(pos).add(vector)
+def _by_runs(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
+    """Scores `[variant 1]` of one text by a forward pass for each variant."""
+    runs = [model.run(texts, edits=variant.edit(model), logits=-1) for variant in variants]
+    return torch.stack([_judged(run.logits.as_subclass(Tensor)[:, 0]) for run in runs]).cpu()
 
 
-def _plainly(model: Model, texts: Tokens, row: int, joins: list[int], start: int, judged: Score) -> Tensor:
-    """Scores of a text by plain forward passes: of all variants in one, or one for each where there are images."""
-    if texts.inputs:
-        runs = [model.run(texts, edits=_edit(model, layer, start), logits=-1) for layer in joins]
-        return torch.cat([judged(run) for run in runs]).cpu()
-    ids, count = texts.ids[row][texts.mask[row]], len(joins)
-    place = len(ids) + start
-    each = [Mask(tuple((place,) if i == own else () for i in range(count)), len(ids)) for own in range(count)]
-    batch = Tokens(ids.expand(count, -1).clone(), torch.ones(count, len(ids), dtype=torch.bool))
-    edits = [_edit(model, layer, mask) for layer, mask in zip(joins, each, strict=True)]
-    return judged(model.run(batch, edits=edits, logits=-1)).cpu()
+def _in_one_run(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
+    """Scores `[variant text]` by one forward pass with a row for each variant of each text. A text that is shorter is
+    followed by what it was cut from, which what is before does not see."""
+    rows = [(text, variant) for text in range(len(texts)) for variant in variants]
+    ids = torch.stack([texts.ids[text] for text, _ in rows])
+    ends = [texts.lengths[text] for text, _ in rows]
+    edits = []
+    for own, (text, variant) in enumerate(rows):
+        place = texts.lengths[text] + variant.places[text]
+        mask = Mask(tuple((place,) if i == own else () for i in range(len(rows))), ids.shape[1])
+        edits.append(variant.edit(model, mask))
+    logits = model.run(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), edits=edits).logits.as_subclass(Tensor)
+    last = torch.tensor(ends, device=logits.device) - 1
+    return _judged(logits[torch.arange(len(rows)), last]).view(len(texts), -1).mT.cpu()
 
 
 def _blocks(model: Model) -> list[nn.Module]:

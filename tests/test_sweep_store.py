@@ -147,7 +147,7 @@ def test_a_function_that_cannot_be_told_needs_a_key(fn: Any, why: str, tmp_path:
     try:
         for asked, owner in ((applied(fn), "edit resid_post"), (judged(fn), "score mine")):
             with pytest.raises(ic.PlanError, match=rf"(?s){owner}.* cannot be told.*{why}.*ic\.keyed\(function, key\)"):
-                swept(tiny_model("mistral"), asked, tmp_path)
+                swept(model, asked, tmp_path)
     finally:
         handle.remove()
     assert not ran and not list(tmp_path.iterdir())
