@@ -175,14 +175,15 @@ def _by_runs(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
 
 def _in_one_run(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
     """Scores `[variant text]` by one forward pass with a row for each variant of each text. A text that is shorter is
-    followed by what it was cut from, which what is before does not see."""
+    followed by what it was cut from, which what is before does not see; and a row more shows whether rows see each
+    other."""
     rows = [(text, variant) for text in range(len(texts)) for variant in variants]
-    ids = torch.stack([texts.ids[text] for text, _ in rows])
+    ids = torch.stack([*(texts.ids[text] for text, _ in rows), texts.ids[0].roll(1)])
     ends = [texts.lengths[text] for text, _ in rows]
     edits = []
     for own, (text, variant) in enumerate(rows):
         place = texts.lengths[text] + variant.places[text]
-        mask = Mask(tuple((place,) if i == own else () for i in range(len(rows))), ids.shape[1])
+        mask = Mask(tuple((place,) if i == own else () for i in range(len(ids))), ids.shape[1])
         edits.append(variant.edit(model, mask))
     logits = model.run(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), edits=edits).logits.as_subclass(Tensor)
     last = torch.tensor(ends, device=logits.device) - 1

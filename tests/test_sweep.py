@@ -96,55 +96,6 @@ def test_the_published_count() -> None:
     assert "79.4× fewer" in plan.explain()
 
 
-@pytest.mark.parametrize(("family", "layers", "calls"), [("llama", 2, 8), ("gemma3", 6, 22), ("gptj", 2, 6)])
-def test_the_trial_costs_a_few_calls_of_a_few_layers(family: str, layers: int, calls: int) -> None:
-    """However deep the model is; and what it says that it took is what its layers were called with."""
-    deep = {"n_layer": 12} if family == "gptj" else {"num_hidden_layers": 12}
-    if family == "gemma3":
-        deep["layer_types"] = ["sliding_attention", "full_attention"] * 6  # type: ignore[assignment]
-    model = ic.load(testing.tiny(family, **deep))
-    ids = torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0))
-    edits = [S.z[at, head].at(-1).zero() for at, head in model.heads]
-    counted: list[int] = []
-    blocks = [model.engine.modules[model.atlas.entries["resid_pre", at].read.module] for at in range(12)]  # type: ignore[union-attr]
-    computing = [module for block in blocks for name, module in block.named_modules() if name in ("mlp", "mlp.fc_in")]
-    handles = [
-        module.register_forward_hook(lambda _m, _a, output: counted.append(output.shape[:-1].numel()))
-        for module in computing
-        if len(list(module.children())) > 1 or family != "gptj"
-    ]
-    try:
-        cold = model.sweep(ids, edits, JUDGED).plan
-        first = len(counted)
-        warm = model.sweep(ids, edits, JUDGED).plan
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert cold.trial is not None and warm.trial is None
-    assert (cold.trial.layers, cold.trial.calls) == (layers, calls)
-    assert first - (len(counted) - first) == calls
-    assert cold.trial.token_layers <= cold.token_layers / 8
-    assert f"once per model: {calls} calls of {layers} layers" in cold.explain() and "trial" not in warm.explain()
-
-
-def test_a_model_that_shapes_its_output_like_its_input_is_called_with_all_rows() -> None:
-    """gpt_bigcode: one row of inputs for many variants of one text does not do there."""
-    import transformers
-
-    config = transformers.GPTBigCodeConfig(
-        vocab_size=96, n_embd=64, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    torch.manual_seed(0)
-    model = ic.load(transformers.GPTBigCodeForCausalLM(config).double().eval())
-    inner = score.projection(S.resid_post[1].at(-1), torch.linspace(-1, 1, 64, dtype=torch.float64))
-    edits = [S.resid_pre[1].at(-1).scale(c) for c in (0.5, 2.0)] + [S.resid_pre[0].at(0).scale(3.0)]
-    for text in (tokens(), tokens().row(0)):
-        for judged in (score.logit_diff(3, 9), inner):
-            found, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
-            assert found.plan.strategy == "staircase"
-            torch.testing.assert_close(found.values, full.values, atol=1e-10, rtol=1e-9)
-
-
 def test_chunks_fit_the_budget_and_shrink_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     edits = variants(model)
@@ -370,24 +321,6 @@ def test_likelihood_of_spans(family: str) -> None:
         score.nll(text, "answr")
     with pytest.raises(ic.PlanError, match="nothing before it to be predicted from"):
         score.nll(replace(text, spans={"answer": ((ic.Span(0, 2),), (ic.Span(3, 5),))}), "answer")
-
-
-def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few tokens show no difference; a text longer than the window would."""
-    from interp_core import sweep_trial
-
-    model = tiny_model("mistral")
-    edits = [S.z[1, 0].at(-1).zero()]
-    assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
-    told = sweep_trial.clean_pass
-
-    def silent(*args: object, **kwargs: object) -> staircase.Clean:
-        return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sweep_trial, "clean_pass", silent)
-    assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"  # remembered
-    plan = ic.load(testing.tiny("mistral")).sweep(tokens(), edits, JUDGED).plan
-    assert plan.strategy == "restart" and "layer 1 attends in a window of 4 and does not tell" in plan.why
 
 
 @pytest.mark.parametrize("family", VISUAL)
