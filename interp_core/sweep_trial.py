@@ -170,7 +170,7 @@ def _judged(logits: Tensor) -> Tensor:
 def _by_runs(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
     """Scores `[variant 1]` of one text by a forward pass for each variant."""
     runs = [model.run(texts, edits=variant.edit(model), logits=-1) for variant in variants]
-    return torch.stack([_judged(run.logits.as_subclass(Tensor)[:, 0]) for run in runs]).cpu()
+    return torch.stack([_judged(run.logits.as_subclass(Tensor)) for run in runs]).cpu()
 
 
 def _in_one_run(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
