@@ -1,8 +1,12 @@
 """Sweeps against loops, side by side in one process: python benchmarks/sweep.py [heads|many|positions] [threads]
+and python benchmarks/sweep.py cold [heads|many] [threads]
 
 heads:     every head at the last position, 12 layers × 12 heads, d_model 768, 96 tokens (144 variants).
 many:      the same for 32 layers × 32 heads, d_model 256 (1,024 variants); loops are timed on a part and scaled up.
 positions: the residual stream at every layer and position, 12 × 96 (1,152 variants); loops as for `many`.
+
+cold:      the first sweep of a process, with the trial of strategies, and a later one, each against the loop; in three
+           processes one after the other, of which the median counts.
 
 The sweep and the loop with hooks by hand take turns, three times for `heads` and nine for `many`; medians count.
 
@@ -13,6 +17,7 @@ beside it.
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,19 +39,8 @@ TARGET, OTHER = 5, 9
 def main(name: str = "heads", threads: str = "2") -> None:
     """Print the table of one sweep."""
     torch.set_num_threads(int(threads))
-    layers, heads, d_model, d_head, d_mlp = SIZES[name]
-    hf = ic.testing.tiny(
-        "llama", num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=d_model,
-        head_dim=d_head, intermediate_size=d_mlp, attention_bias=False, vocab_size=32000,
-    )  # fmt: skip
-    model = ic.load(hf)
-    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    mean = torch.randn(layers, heads, d_head, generator=torch.Generator().manual_seed(1))
-    stream = torch.randn(layers, TOKENS, d_model, generator=torch.Generator().manual_seed(2))
-    if name == "positions":
-        variants = [S.resid_pre[at].at(pos).set(stream[at, pos]) for at in range(layers) for pos in range(TOKENS)]
-    else:
-        variants = [S.z[at, head].at(-1).set(mean[at, head]) for at, head in model.heads]
+    _, heads, d_model, d_head, d_mlp = SIZES[name]
+    model, ids, mean, stream, variants = study(name)
     judged = score.logit_diff(TARGET, OTHER)
     model.sweep(ids, variants[:2], judged)  # tries the strategy on the model
     turns, given = [], (name, model, ids, mean, stream, variants)
@@ -70,6 +64,51 @@ def main(name: str = "heads", threads: str = "2") -> None:
     for tool, seconds, count in rows:
         print(f"| {tool} | {seconds:.2f} | {seconds / ours:.1f} | {count} |")
     print(f"\nfloor {floor:.2f} s at {rate / 1e9:.0f} GFLOP/s: {floor / ours:.0%} of it reached, {threads} threads")
+
+
+def cold(name: str = "heads", threads: str = "2") -> None:
+    """Print the ratios of first and later sweeps, each process fresh."""
+    rows = []
+    for _ in range(3):
+        run = [sys.executable, __file__, "once", name, threads]
+        rows.append([float(x) for x in subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()])
+    first, later, loop = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"| {name} | s | ratio |\n|---|---|---|\n| first sweep of a process | {first:.3f} | {loop / first:.1f} |")
+    print(
+        f"| later sweeps | {later:.3f} | {loop / later:.1f} |\n\ncold at {later / first:.2f} of warm, {threads} threads"
+    )
+
+
+def once(name: str, threads: str) -> None:
+    """Seconds of the first sweep, of a later one, and of one full forward pass per variant."""
+    torch.set_num_threads(int(threads))
+    model, ids, mean, stream, variants = study(name)
+    with torch.no_grad():
+        model.hf(ids, use_cache=False)  # what the machine does at its first products is nobody's
+    judged = score.logit_diff(TARGET, OTHER)
+    first, _ = timed(lambda: model.sweep(ids, variants, judged))
+    later = statistics.median(timed(lambda: model.sweep(ids, variants, judged))[0] for _ in range(3))
+    _, seconds, values, chosen = next(loops(name, model, ids, mean, stream, variants))
+    assert len(values) == len(chosen)
+    print(first, later, seconds * len(variants) / len(chosen))
+
+
+def study(name: str) -> tuple[ic.Model, Tensor, Tensor, Tensor, list[ic.Edit]]:
+    """The model of a size, a text, values for heads and for the stream, and the variants."""
+    layers, heads, d_model, d_head, d_mlp = SIZES[name]
+    hf = ic.testing.tiny(
+        "llama", num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=d_model,
+        head_dim=d_head, intermediate_size=d_mlp, attention_bias=False, vocab_size=32000,
+    )  # fmt: skip
+    model = ic.load(hf)
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    mean = torch.randn(layers, heads, d_head, generator=torch.Generator().manual_seed(1))
+    stream = torch.randn(layers, TOKENS, d_model, generator=torch.Generator().manual_seed(2))
+    if name == "positions":
+        variants = [S.resid_pre[at].at(pos).set(stream[at, pos]) for at in range(layers) for pos in range(TOKENS)]
+    else:
+        variants = [S.z[at, head].at(-1).set(mean[at, head]) for at, head in model.heads]
+    return model, ids, mean, stream, variants
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -177,4 +216,6 @@ def bridged(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> T
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    modes = {"cold": cold, "once": once}
+    asked = sys.argv[1:]
+    modes[asked[0]](*asked[1:]) if asked and asked[0] in modes else main(*asked)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import SiteError as SiteError
     from .errors import TextError as TextError
     from .generation import Generation as Generation
+    from .identity import keyed as keyed
     from .methods import Method as Method
     from .methods import method as method
     from .model import Model as Model
@@ -68,6 +69,7 @@ _HOME = {
     "Sweep": "sweep",
     "Tokens": "text",
     "VisualToken": "vision",
+    "keyed": "identity",
     "load": "model",
     "method": "methods",
     "registry": "plugins",

@@ -85,8 +85,9 @@ class Edit:
 def digest(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and content."""
     data = tensor.detach().cpu().contiguous().reshape(-1)
-    head = f"{data.dtype}{list(tensor.shape)}".encode()
-    return hashlib.sha256(head + data.view(torch.uint8).numpy().tobytes()).hexdigest()
+    made = hashlib.sha256(f"{data.dtype}{list(tensor.shape)}".encode())
+    made.update(data.view(torch.uint8).numpy().data)
+    return made.hexdigest()
 
 
 def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:

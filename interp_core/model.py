@@ -224,6 +224,21 @@ class Model:
         entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
         return next((entry.why[use] for entry in entries if use in entry.why), "")
 
+    def fingerprint(self) -> str:
+        """Sixteen digits that stand for all in which this model's numbers may differ from another's: all its weights
+        and buffers, config, modules, dtype, attention, engine and the packages' versions. Weights are read once while
+        they stay as they are.
+
+        Raises:
+            CapabilityError: something of it cannot be told, such as weights that are not here.
+        """
+        from .identity import NoIdentityError, identity, model_parts
+
+        try:
+            return identity(model_parts(self))[:16]
+        except NoIdentityError as error:
+            raise CapabilityError(f"this model has no fingerprint: {error}") from error
+
     def on(self, engine: str, **options: Any) -> Model:
         """The same model on another engine, weights shared.
 

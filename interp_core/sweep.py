@@ -35,8 +35,9 @@ from .plan import Plan
 from .positions import Rows
 from .score import Score
 from .sites import Site
-from .sweep_plan import STRATEGIES, Group, Pass, Planner, SweepPlan, choose, named_edits
+from .sweep_plan import EACH, STRATEGIES, Group, Pass, Planner, SweepPlan, named_edits
 from .sweep_store import Store, key_of
+from .sweep_trial import choose
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -108,9 +109,11 @@ def sweep(
             model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     runner = _Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    key = key_of(model, tokens, listed, scores) if out is not None else ""
+    key = key_of(model, tokens, listed, scores) if out is not None else {}
     store = Store(None if out is None else Path(out), key, (len(listed), len(tokens), len(scores)), kind)
-    plan = runner.plan(*choose(model, tokens, strategy), store.done)
+    chosen, why, trial = choose(model, tokens, strategy)
+    plan = runner.plan(chosen, why, store.done)
+    plan.trial = trial
     return runner.run(plan, store, _Progress(progress, int((~store.done).sum())))
 
 
@@ -276,10 +279,11 @@ class _Runner(Planner):
         place = {text: number for number, text in enumerate(own)}
         try:
             edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
+            read, each = self.site(group.texts[0]), EACH in self.model.tried
             starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
             with self._turn(), self.model.fresh(), self._only_scored(columns):
-                program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, self.site(group.texts[0]))
+                program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, read, each=each)
                 inputs = self._inputs(own, starts, one.columns)
                 value, moved = program.climb(inputs, starts, one.columns, clean, within)
         except torch.OutOfMemoryError:

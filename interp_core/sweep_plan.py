@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,9 @@ from torch import Tensor
 from .architectures.atlas import Entry
 from .edits import TENSOR_OPS, Edit
 from .engines.program import place
-from .engines.staircase import clean_pass
-from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError
-from .positions import Position, Rows, Slice, is_single, resolve
+from .positions import Position, Slice, is_single, resolve
 from .score import Score
-from .selfcheck import WIDTH, probe_ids
 from .sites import SITES, Site
 from .text import Tokens
 
@@ -32,7 +30,9 @@ TOGETHER = 512
 FILLED = 1.125
 """Columns that they may have, filled up to one length, for each of their tokens."""
 APART = "several texts in one pass"
-"""Under this a model remembers that it was tried and does not hold."""
+EACH = "one row of inputs for all variants"
+"""Under these a model remembers that they were tried and do not hold: texts then go alone, and a model that shapes its
+output like its input is called with a row for each variant."""
 STRATEGIES = ("auto", "staircase", "restart", "prefix", "batched", "full")
 
 
@@ -61,6 +61,14 @@ class Group(NamedTuple):
     passes: list[Pass]
 
 
+class Trial(NamedTuple):
+    """What it took to try strategies on a model: calls of layers, token-layers, and how many layers were called."""
+
+    calls: int
+    token_layers: int
+    layers: int
+
+
 @dataclass
 class SweepPlan:
     """How a sweep is carried out.
@@ -73,6 +81,7 @@ class SweepPlan:
         groups: texts that go together, with their passes.
         singles: per row, variants that get a forward pass of their own.
         row_bytes: estimated memory of one variant in the widest pass.
+        trial: what trying the strategy on the model took before.
     """
 
     strategy: str
@@ -84,6 +93,7 @@ class SweepPlan:
     groups: list[Group] = field(default_factory=list)
     singles: list[list[int]] = field(default_factory=list)
     row_bytes: int = 0
+    trial: Trial | None = None
 
     @property
     def passes(self) -> list[Pass]:
@@ -114,6 +124,11 @@ class SweepPlan:
             f"({self.naive / self.token_layers:.1f}× fewer)",
             f"memory       about {rows * self.row_bytes / 2**20:,.1f} MiB for the widest pass",
         ]
+        if self.trial is not None:
+            lines.append(
+                f"trial        {self.trial.token_layers:,} token-layers more, once per model: {self.trial.calls} calls "
+                f"of {self.trial.layers} layers"
+            )
         return "\n".join(lines + ([f"not cheaper: {self.why}"] if self.why else []))
 
 
@@ -283,7 +298,7 @@ class Planner:
         if [] in places.values():
             return None
         site = _at(Site(name, None if layer < 0 else layer, edit.site.units), places)
-        return self._valued(edit, site, row), layer, min(first) if isinstance(first, list) else first
+        return self._valued(edit, site, row, self.widths[row]), layer, min(first) if isinstance(first, list) else first
 
     def _check_below(self, edit: Edit, entry: Entry) -> None:
         """Refuse an edit that the scored site cannot see.
@@ -297,15 +312,35 @@ class Planner:
                 "it out, or score a site above it"
             )
 
-    def _valued(self, edit: Edit, site: Site, row: int) -> Edit:
-        """The edit at its place in one row, with this row's part of its value."""
-        value = edit.value
-        if edit.op in TENSOR_OPS and edit.op != "project" and len(self.tokens) > 1:
-            chosen = (edit.site.pos, edit.site.key)
-            dropped = isinstance(edit.site.units, int) + sum(p is not None and is_single(p) for p in chosen)
-            if value.ndim == len(edit.site.info.axes) - dropped:
-                value = value[row : row + 1]
-        return Edit(site, edit.op, value)
+    def _valued(self, edit: Edit, site: Site, row: int, width: int | None = None) -> Edit:
+        """The edit at its place in one row, with this row's part of its value; of the row's first `width` tokens."""
+        given = edit.op in TENSOR_OPS and edit.op != "project"
+        return Edit(site, edit.op, self._part(edit.value, edit.site, row, width) if given else edit.value)
+
+    def _part(self, value: Tensor, site: Site, row: int, width: int | None) -> Tensor:
+        """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
+        rows select different numbers of positions."""
+        info, columns = site.info, self.tokens.ids.shape[1]
+        chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
+        places = {axis: self._local(at) for axis, at in chosen.items() if at is not None}
+        kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
+        units = [axis for axis in info.axes[1:] if axis not in chosen]
+        units = units[isinstance(site.units, int) :] if info.unit in units else units
+        axes = [axis for axis in info.axes[1:] if axis in (*units, *kept)]
+        counts = [
+            [len(places[axis][i]) if axis in places else columns for axis in chosen] for i in range(len(self.tokens))
+        ]
+        if any(each != counts[0] for each in counts):
+            axes = [*kept, *units]  # as in `regions`, positions come first where they are strung together
+            value = _stretch(value, counts, row, [axis in kept for axis in chosen], len(units))
+        elif value.ndim > len(axes) and len(self.tokens) > 1:
+            value = value[row : row + 1]
+        real = torch.tensor(self.tokens.rows.real[row][:width], device=value.device)
+        for end, axis in enumerate(reversed(axes), 1):
+            laid = axis in kept and axis not in places and end <= value.ndim and value.shape[-end] == columns
+            value = value.index_select(-end, real) if laid and len(real) < columns else value
+        strung = axes != sorted(axes, key=info.axes.index) and value.ndim == len(axes)
+        return value.movedim(-1, 0) if strung else value
 
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
         groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
@@ -345,11 +380,24 @@ class Planner:
 
     def single(self, number: int, row: int) -> list[Edit]:
         """A variant's edits on one row, for a forward pass of its own."""
-        if len(self.tokens) == 1:
+        if len(self.tokens) == 1 and not self.tokens.padded:
             return list(self.variants[number])
-        sites = [edit.site for edit in self.variants[number]]
-        bare = [_at(replace(site, pos=None, key=None), self._places(site, row)) for site in sites]
-        return [self._valued(edit, site, row) for edit, site in zip(self.variants[number], bare, strict=True)]
+        placed = [(edit, self._places(edit.site, row)) for edit in self.variants[number]]
+        return [
+            self._valued(edit, _at(replace(edit.site, pos=None, key=None), places), row)
+            for edit, places in placed
+            if [] not in places.values()  # nothing of this row
+        ]
+
+
+def _stretch(value: Tensor, counts: list[list[int]], row: int, kept: list[bool], n_units: int) -> Tensor:
+    """A row's stretch of a value whose first axis strings the rows together, with an axis for each position kept."""
+    lengths = [*map(math.prod, counts)]
+    if value.ndim != 1 + n_units or len(value) != sum(lengths):
+        return value  # one that all positions share
+    start = sum(lengths[:row])
+    shape = [count for count, keep in zip(counts[row], kept, strict=True) if keep]
+    return value[start : start + lengths[row]].reshape(*shape, *value.shape[1:])
 
 
 def _at(site: Site, places: Mapping[str, int | list[int]]) -> Site:
@@ -369,85 +417,3 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str]:
-    """The cheapest strategy that holds on this model, no dearer than asked for; and why not a cheaper one."""
-    order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
-    found: list[str] = []
-    for strategy in order:
-        with model.turn:  # another thread does not take a strategy that is still being tried
-            problem = "" if strategy == "full" else _problem(model, strategy, tokens)
-        if not problem:
-            return strategy, "; ".join(dict.fromkeys(found))
-        found.append(problem)
-    raise CapabilityError(f"strategy {asked!r} cannot be had here: {found[0]}")
-
-
-def _problem(model: Model, strategy: str, tokens: Tokens) -> str:
-    """What keeps a strategy from being exact on this model, tried once and remembered."""
-    if type(model.engine) is not TorchEngine:
-        return f"engine {model.engine.name!r} runs one variant after the other"
-    config, length = model.hf.config.get_text_config(), max(tokens.lengths)
-    if strategy in ("staircase", "prefix"):
-        if tokens.inputs:
-            return "a text with images is run from its first token on"
-        closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
-        if closed or any(model.atlas.entries["scores", i].write is None for i in range(model.n_layers)):
-            return f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions"
-        chunk = getattr(config, "attention_chunk_size", None)
-        if chunk and length > chunk:
-            return f"attention in chunks of {chunk} does not reach back over the whole text"
-        if silent := _silent_window(model, length):
-            return silent
-    tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
-    if key not in tried:
-        tried[key] = ""
-        probe = tokens if tokens.inputs else _probe(model, 0 if strategy in WHOLE else 1)
-        tried[key] = _trial(model, strategy, probe)
-        if tried[key] and not tokens.inputs and APART not in tried:
-            tried[APART], tried[key] = tried[key], ""
-            tried[key] = _trial(model, strategy, probe)
-            if tried[key]:
-                del tried[APART]  # that was not it
-    return tried[key]
-
-
-def _silent_window(model: Model, length: int) -> str:
-    """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
-    config = model.hf.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not window or length <= window or not getattr(config, "use_sliding_window", True):
-        return ""
-    ids = probe_ids(model)[None].to(model.device)
-    assert isinstance(model.engine, TorchEngine)
-    rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
-    inputs = {"input_ids": ids, "use_cache": False}
-    told = clean_pass(model.engine, model.atlas, inputs, rows, None, keep=True).windows
-    for layer, seen in enumerate(told):
-        if seen is None and (kinds is None or kinds[layer] == "sliding_attention"):
-            return f"layer {layer} attends in a window of {window} and does not tell its attention so"
-    return ""
-
-
-def _probe(model: Model, shorter: int) -> Tokens:
-    """A few tokens in two texts, the second so many shorter."""
-    ids, mask = probe_ids(model), torch.ones(2, WIDTH, dtype=torch.bool)
-    mask[1, WIDTH - shorter :] = False
-    return Tokens(torch.stack([ids, ids.flip(0)]), mask)
-
-
-def _trial(model: Model, strategy: str, tokens: Tokens) -> str:
-    """Hold a strategy against full forward passes on some texts and a few edits."""
-    vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
-    places = ((0, -1), (model.n_layers // 2, -3), (model.n_layers - 1, -1))
-    variants = [Site("resid_pre", layer).at(pos).add(vector) for layer, pos in places]
-    weights = torch.linspace(-1, 1, model.atlas.shape.d_vocab, device=model.device)
-    score = Score("trial", lambda logits: logits @ weights.to(logits.dtype))
-    try:
-        found = [model.sweep(tokens, variants, score, strategy=name) for name in (strategy, "full")]
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"it fails on this model ({type(error).__name__}: {str(error).splitlines()[0]})"
-    differ = float((found[0].values - found[1].values).abs().max() / found[1].values.abs().max())
-    limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
-    return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"

@@ -323,23 +323,6 @@ def test_likelihood_of_spans(family: str) -> None:
         score.nll(replace(text, spans={"answer": ((ic.Span(0, 2),), (ic.Span(3, 5),))}), "answer")
 
 
-def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few tokens show no difference; a text longer than the window would."""
-    from interp_core import sweep_plan
-
-    model = tiny_model("mistral")
-    edits = [S.z[1, 0].at(-1).zero()]
-    assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
-    told = sweep_plan.clean_pass
-
-    def silent(*args: object, **kwargs: object) -> staircase.Clean:
-        return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sweep_plan, "clean_pass", silent)
-    plan = model.sweep(tokens(), edits, JUDGED).plan
-    assert plan.strategy == "restart" and "layer 1 attends in a window of 4 and does not tell" in plan.why
-
-
 @pytest.mark.parametrize("family", VISUAL)
 def test_texts_with_images(family: str) -> None:
     """Blocks below the first edited one are left out; what the tower hands over is edited one by one."""

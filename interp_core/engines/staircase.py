@@ -46,14 +46,15 @@ class Clean:
         value: what is scored: logits `[text kept d_vocab]`, or an inner site's value.
         streams: input of every block that ran `[text pos d_model]`.
         rest: per block, what it returns beside the stream (None: it returns the stream alone).
-        prefix: keys and values of every layer `[text kv_head pos d_head]`; empty if they were not kept.
+        prefix: keys and values of every layer `[text kv_head pos d_head]`, None where the pass did not attend; empty if
+            they were not kept.
         windows: per layer, the sliding window that attention was told.
     """
 
     value: Tensor
     streams: list[Tensor] = field(default_factory=list)
     rest: list[tuple[Any, ...] | None] = field(default_factory=list)
-    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    prefix: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
 
 
@@ -100,9 +101,9 @@ def clean_pass(
     finally:
         for handle in handles:
             handle.remove()
-    kept = [tap.kept for tap in program.taps if tap.kept is not None]
+    kept = [tap.kept for tap in program.taps if tap.keep]
     value = passed.output.logits if read is None else seen(passed, program.slots)
-    return Clean(value, streams, rest, [(k, v) for k, v, _ in kept], [window for _, _, window in kept])
+    return Clean(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept])
 
 
 @contextmanager
@@ -301,6 +302,7 @@ class Staircase(TorchProgram):
         joins: per row, the layer at which it joins; ascending. All are -1 for rows that begin before the first block.
         texts: per row, which text it is a variant of.
         read: the site that the variants are scored by, with which the pass ends; None: the logits. Of one text only.
+        each: call the model with a row of inputs for each variant, also where one would do for all.
     """
 
     read = RowRead
@@ -313,7 +315,10 @@ class Staircase(TorchProgram):
         joins: Sequence[int],
         texts: Sequence[int],
         read: Site | None = None,
+        *,
+        each: bool = False,
     ) -> None:
+        self.each = each
         self.row_of = [row for row, edits in enumerate(variants) for _ in edits]
         self.joins, self.texts = joins, texts
         self.flat = tuple(edit for edits in variants for edit in edits)
@@ -365,7 +370,7 @@ class Staircase(TorchProgram):
             What is scored, `[row kept d_vocab]` or an inner site's value of all rows, and per row the norm of what its
             edits changed.
         """
-        alike = len(set(starts)) == 1
+        alike = len(set(starts)) == 1 and not self.each
         texts = Texts(starts)
         inputs = self._inputs(inputs, alike)
         self.engine.begin()
@@ -424,7 +429,7 @@ class Staircase(TorchProgram):
             texts.join(self.texts)
         below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
         try:
-            for layer in range(first, len(blocks)):
+            for layer in range(first, len(clean.streams)):  # a pass may end before the last
                 joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
                 if joining or narrow:
                     new = partial(_columns, clean.streams[layer], within, texts.starts, joining, n_columns)
@@ -461,11 +466,17 @@ class Staircase(TorchProgram):
         return hook
 
     def _with_prefix(
-        self, modules: Sequence[nn.Module], texts: Texts, kept: Sequence[tuple[Tensor, Tensor]], within: Sequence[int]
+        self,
+        modules: Sequence[nn.Module],
+        texts: Texts,
+        kept: Sequence[tuple[Tensor, Tensor] | None],
+        within: Sequence[int],
     ) -> list[LayerTap]:
         """A tap on every layer that will run, with what the clean pass had before the pass' columns."""
         taps, start = tapped(self.taps, modules), max(texts.starts)
-        for tap, pair in zip(taps, kept, strict=False):  # a pass may end before the last
+        for tap, pair in zip(taps, kept, strict=False):
+            if pair is None:
+                continue  # the pass ended before, or handed through
             key, value = (x[:, :, :start] if len(x) == len(within) else x[list(within), :, :start] for x in pair)
             tap.prefix, tap.texts = (key, value), texts
         return taps

@@ -38,7 +38,7 @@ from interp_core.errors import nearest
 from interp_core.toys.text import relations
 
 from . import fv_report
-from .fv_folder import Folder, fingerprint
+from .fv_folder import Folder
 
 MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
 VALID, FEW, BASELINE = "fs_results_validation.json", "fs_results_layer_sweep.json", "model_baseline.json"
@@ -195,7 +195,7 @@ def _folder(out: Path, task: fv.Task, model: ic.Model, asked: Settings) -> Folde
         **{key: value for key, value in vars(asked).items() if key not in ("examples", "template")},
         "prefixes": dict(template.prefixes), "separators": dict(template.separators),
         "instructions": template.instructions,
-        "model_fingerprint": fingerprint(model), "dataset_fingerprint": hashlib.sha256(pairs).hexdigest()[:16],
+        "model_identity": model.fingerprint(), "dataset_fingerprint": hashlib.sha256(pairs).hexdigest()[:16],
     }  # fmt: skip
     stages = [*(name.format(glob.escape(task.name)) for name in (MEAN, EFFECT)), VALID, FEW, BASELINE]
     stages += [name.format(kind) for name in (ZERO, SHUFFLED) for kind in ("layer_sweep", "editlayer_*")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +18,9 @@ import interp_core as ic
 from interp_core.result import write
 
 ARGS = "fv_eval_args.txt"
+OLD = "model_fingerprint"
+"""What older versions noted of a model."""
 T = TypeVar("T")
-
-
-def fingerprint(model: ic.Model) -> str:
-    """Sixteen digits that other weights, shapes or types change: of the first numbers of every parameter."""
-    made = hashlib.sha256()
-    for name, value in model.hf.state_dict().items():
-        head = value.flatten()[:64].float().cpu().numpy().tobytes()
-        made.update(f"{name} {list(value.shape)} {value.dtype}".encode() + head)
-    return made.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -49,10 +41,15 @@ class Folder:
         """Whether this folder may be written to; changes nothing.
 
         Raises:
-            PlanError: artefacts that this recipe did not make.
+            PlanError: artefacts that this recipe did not make, or whose settings do not tell all that they depend on.
         """
-        there = self._there()
-        if there and self._before() is None:
+        there, before = self._there(), self._before()
+        if there and before is not None and OLD in before:
+            raise ic.PlanError(
+                f"{self.path} holds {there[0]} of an older version, which noted the first numbers of weights alone, so "
+                "it is not known whether this model made it; give another out, or move it away"
+            )
+        if there and before is None:
             raise ic.PlanError(
                 f"{self.path} holds {there[0]} but no readable {ARGS}, so it is not known what made it; give another "
                 "out, or move it away"

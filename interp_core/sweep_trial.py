@@ -1,0 +1,237 @@
+"""Which strategy a sweep takes: the cheapest that is exact on this model, which is tried before its first sweep.
+
+The trial costs what a few layers cost on a few tokens. Of layers that are built alike the first and the last take part;
+the others hand the stream through, and of the unembedding some rows are left. So shortened, the model is held against
+itself: a strategy's numbers against those of plain forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .edits import Edit
+from .engines.staircase import clean_pass, standing_in
+from .engines.torch import TorchEngine
+from .errors import CapabilityError, InterpError
+from .identity import settings_of
+from .positions import Mask, PerRow, Rows
+from .score import Score
+from .selfcheck import WIDTH, probe_ids
+from .sites import Site
+from .sweep_plan import APART, EACH, WHOLE, Trial
+from .text import Tokens
+
+if TYPE_CHECKING:
+    from .model import Model
+
+FAULTS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a model raises that is called in a way that it does not take."""
+WINDOW = "sliding windows"
+"""Under this a model remembers whether its layers tell their attention of them."""
+SEEN = 64
+"""Rows of the unembedding that a trial looks at."""
+
+
+def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str, Trial | None]:
+    """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
+    took, if that was not done before."""
+    order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
+    found: list[str] = []
+    trials: list[Trial] = []
+    for strategy in order:
+        with model.turn:  # another thread does not take a strategy that is still being tried
+            problem = "" if strategy == "full" else _problem(model, strategy, tokens, trials)
+        if not problem:
+            return strategy, "; ".join(dict.fromkeys(found)), _summed(trials)
+        found.append(problem)
+    raise CapabilityError(f"strategy {asked!r} cannot be had here: {found[0]}")
+
+
+def _summed(trials: list[Trial]) -> Trial | None:
+    calls, token_layers = sum(one.calls for one in trials), sum(one.token_layers for one in trials)
+    return Trial(calls, token_layers, max(one.layers for one in trials)) if trials else None
+
+
+def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
+    """What keeps a strategy from being exact on this model, tried once and remembered."""
+    if type(model.engine) is not TorchEngine:
+        return f"engine {model.engine.name!r} runs one variant after the other"
+    if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
+        return problem
+    tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
+    if key not in tried:
+        tried[key] = ""  # so that the trial's own sweeps go ahead
+        tried[key] = _trial(model, strategy, tokens, trials)
+        for relief in (APART, EACH):
+            if tried[key] and not tokens.inputs and relief not in tried:
+                tried[relief], tried[key] = tried[key], ""
+                tried[key] = _trial(model, strategy, tokens, trials)
+                if tried[key]:
+                    del tried[relief]  # that was not it
+    return tried[key]
+
+
+def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
+    """Why keys of earlier positions cannot be had from a clean pass; empty if they can."""
+    config, length = model.hf.config.get_text_config(), max(tokens.lengths)
+    if tokens.inputs:
+        return "a text with images is run from its first token on"
+    closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
+    if closed or any(model.atlas.entries["scores", i].write is None for i in range(model.n_layers)):
+        return f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and length > chunk:
+        return f"attention in chunks of {chunk} does not reach back over the whole text"
+    window = getattr(config, "sliding_window", None)
+    if not window or length <= window or not getattr(config, "use_sliding_window", True):
+        return ""
+    if WINDOW not in model.tried:
+        model.tried[WINDOW] = _silent_window(model, window, trials)
+    return model.tried[WINDOW]
+
+
+def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
+    """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
+    kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), probe_ids(model)[None]
+    assert isinstance(model.engine, TorchEngine)
+    rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
+    inputs = {"input_ids": ids.to(model.device), "use_cache": False}
+    blocks = _blocks(model)
+    layers = _representative(model, blocks, middle=True)
+    with _shortened(model, blocks, layers) as counted:
+        told = clean_pass(model.engine, model.atlas, inputs, rows, None, keep=True).windows
+    trials.append(Trial(len(counted), sum(counted), len(layers)))
+    for layer in layers:
+        if told[layer] is None and (kinds is None or kinds[layer] == "sliding_attention"):
+            return f"layer {layer} attends in a window of {window} and does not tell its attention so"
+    return ""
+
+
+def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
+    """Hold a strategy against plain forward passes, on a model of few layers; on all where the others need them."""
+    blocks = _blocks(model)
+    for layers in dict.fromkeys((_representative(model, blocks), tuple(range(len(blocks))))):
+        with _shortened(model, blocks, layers) as counted:
+            problem = _compare(model, strategy, tokens, layers)
+        calls, token_layers = len(counted), sum(counted)
+        trials.append(Trial(calls, token_layers, len(layers)))
+        if problem is not None:
+            return problem
+    return "a forward pass with an edit fails on this model"
+
+
+class _Variant(NamedTuple):
+    """A vector is added at a layer, in each text at its position from the end."""
+
+    layer: int
+    places: tuple[int, ...]
+
+    def edit(self, model: Model, at: Any = None) -> Edit:
+        """It, at these positions or at its own."""
+        vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
+        return Site("resid_pre", self.layer).at(PerRow(self.places) if at is None else at).add(vector)
+
+
+def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...]) -> str | None:
+    """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
+
+    Variants of two texts of unequal length (equal for strategies that run whole texts) go through a pass together, and
+    some of the first text through one of their own.
+    """
+    joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    texts, variants = tokens, [_Variant(layer, (-1,)) for layer in joins]
+    if not tokens.inputs:
+        ids, mask = probe_ids(model), torch.ones(2, WIDTH, dtype=torch.bool)
+        mask[1, WIDTH - (strategy not in WHOLE) :] = False
+        texts = Tokens(torch.stack([ids, ids.flip(0)]), mask)
+        variants = [_Variant(at, (-3, -3)) for at in joins] + [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
+    try:
+        wanted = (_by_runs if tokens.inputs else _in_one_run)(model, texts, variants)
+    except (*FAULTS, InterpError):
+        return None
+    try:
+        edits = [variant.edit(model) for variant in variants]
+        found = model.sweep(texts, edits, Score("trial", _judged), strategy=strategy).values
+    except FAULTS as error:
+        return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    differ = float((found - wanted.to(found)).abs().max() / wanted.abs().max())
+    limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
+    return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
+
+
+def _judged(logits: Tensor) -> Tensor:
+    return logits @ torch.linspace(-1, 1, logits.shape[-1]).to(logits)
+
+
+def _by_runs(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
+    """Scores `[variant 1]` of one text by a forward pass for each variant."""
+    runs = [model.run(texts, edits=variant.edit(model), logits=-1) for variant in variants]
+    return torch.stack([_judged(run.logits.as_subclass(Tensor)) for run in runs]).cpu()
+
+
+def _in_one_run(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
+    """Scores `[variant text]` by one forward pass with a row for each variant of each text. A text that is shorter is
+    followed by what it was cut from, which what is before does not see; and a row more shows whether rows see each
+    other."""
+    rows = [(text, variant) for text in range(len(texts)) for variant in variants]
+    ids = torch.stack([*(texts.ids[text] for text, _ in rows), texts.ids[0].roll(1)])
+    ends = [texts.lengths[text] for text, _ in rows]
+    edits = []
+    for own, (text, variant) in enumerate(rows):
+        place = texts.lengths[text] + variant.places[text]
+        mask = Mask(tuple((place,) if i == own else () for i in range(len(ids))), ids.shape[1])
+        edits.append(variant.edit(model, mask))
+    logits = model.run(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), edits=edits).logits.as_subclass(Tensor)
+    last = torch.tensor(ends, device=logits.device) - 1
+    return _judged(logits[torch.arange(len(rows)), last]).view(len(texts), -1).mT.cpu()
+
+
+def _blocks(model: Model) -> list[nn.Module]:
+    assert isinstance(model.engine, TorchEngine)
+    entries = [model.atlas.entries["resid_pre", layer] for layer in range(model.n_layers)]
+    return [model.engine.modules[entry.read.module] for entry in entries if entry.read is not None]
+
+
+def _representative(model: Model, blocks: list[nn.Module], *, middle: bool = False) -> tuple[int, ...]:
+    """The first and the last layer, and of each kind of layer its first and last (and the one in the middle)."""
+    kinds: dict[Any, list[int]] = {}
+    types = getattr(model.hf.config.get_text_config(), "layer_types", None) or [""] * len(blocks)
+    for layer, block in enumerate(blocks):
+        kinds.setdefault((str(types[layer : layer + 1]), settings_of(block)), []).append(layer)
+    chosen = {0, len(blocks) - 1} | {at for layers in kinds.values() for at in (layers[0], layers[-1])}
+    return tuple(sorted(chosen | ({layers[len(layers) // 2] for layers in kinds.values()} if middle else set())))
+
+
+@contextmanager
+def _shortened(model: Model, blocks: list[nn.Module], layers: tuple[int, ...]) -> Iterator[list[int]]:
+    """For a while, only these layers compute and the model has few logits; gives the tokens of each call of a layer."""
+    counted: list[int] = []
+    last: list[Any] = [None]
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        stream = output if isinstance(output, Tensor) else output[0]
+        counted.append(stream.shape[:-1].numel())
+        last[0] = None if isinstance(output, Tensor) else output[1:]
+
+    def through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden_states if last[0] is None else (hidden_states, *last[0])
+
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        block: through for layer, block in enumerate(blocks) if layer not in layers
+    }
+    head = model.hf.get_output_embeddings()
+    if type(head) is nn.Linear and "forward" not in head.__dict__:
+        weight, bias = head.weight[:SEEN].detach(), None if head.bias is None else head.bias[:SEEN].detach()
+        forwards[head] = lambda x: nn.functional.linear(x, weight, bias)
+    handles = [blocks[layer].register_forward_hook(note) for layer in layers]
+    try:
+        with standing_in(forwards):
+            yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
