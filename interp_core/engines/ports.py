@@ -105,9 +105,7 @@ class Read(Part):
                 x = x.clone()  # gradients are those of the tensor that is kept, so the model goes on with the copy
             elif self.entry.overwritten:
                 kept = x.clone()
-            passed.values[self.number] = kept
-            if not program.untracked:
-                passed.versions[self.number] = kept._version
+            passed.values[self.number], passed.versions[self.number] = kept, kept._version
             return x
         kept = self.take(x if self.tap.view is None else self.tap.view(x))
         if kept._base is not None and (self.entry.overwritten or not program.keep_graph):
@@ -335,9 +333,8 @@ class Port:
             if program.keep_graph or program.stop_at is self:
                 return full(module, args, kwargs)
             passed, x = program.passed, args[0] if args else kwargs[self.name]
-            version = 0 if program.untracked else x._version
             for number in numbers:
-                passed.values[number], passed.versions[number] = x, version
+                passed.values[number], passed.versions[number] = x, x._version
             return None
 
         return keep
@@ -352,9 +349,8 @@ class Port:
             if program.keep_graph or program.stop_at is self:
                 return full(module, args, output)
             passed, x = program.passed, output[0] if output.__class__ in many else output
-            version = 0 if program.untracked else x._version
             for number in numbers:
-                passed.values[number], passed.versions[number] = x, version
+                passed.values[number], passed.versions[number] = x, x._version
             return None
 
         return keep
@@ -458,7 +454,7 @@ class Port:
         if changed is not own or self.edited is not None:
             earlier = x[:, :, :before] if self.edited is None else self.edited[:, :, self.edited.shape[2] - before :]
             x = self.edited = torch.cat([earlier, changed], 2)
-        if self.reads and (program.untracked or x._version):  # a buffer, which the next step writes to
+        if self.reads and x._version:  # a buffer, which the next step writes to
             x = x.clone()
         self._bind(self.reads, Window(first, window.stop, first))
         for read in self.reads:

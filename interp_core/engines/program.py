@@ -119,7 +119,7 @@ def _real(rows: Rows, window: Window | None) -> Tensor | None:
     """Which columns of a pass are text `[batch pos]`, neither padding nor what fills up a row that has ended; None if
     all are."""
     start, stop = (0, rows.width) if window is None else (window.start, window.stop)
-    rows = rows.text
+    rows = rows if rows.stops is None else rows.text
     if all(len(row) == rows.width for row in rows.real):
         return None
     real = torch.zeros(len(rows.real), rows.width, dtype=torch.bool)
@@ -145,7 +145,7 @@ class PortProgram(ABC):
         self.window: Window | None = None
         self.shape = (0, 0)
         self.real: Tensor | None = None
-        self.keep_graph = self.untracked = False
+        self.keep_graph = False
         self.stop_at: Port | None = None
         self._left_for: Rows | None = None
         self._n_edits = len(plan.edits)
@@ -245,9 +245,12 @@ class PortProgram(ABC):
             self.prepare(inputs)
             self.window, self.edits = None, edits
             passed: Passed | None = None
-            while passed is None or self._overwritten((passed,)):
+            while passed is None or (self._late and self._overwritten((passed,))):
                 passed = self._begin(rows, rows.width, keep_graph)
-                self._check_values(rows)
+                for change in self._changes:
+                    change.check(rows)
+                if self._knockouts:
+                    self._check_knockouts(rows)
                 self.stop_at = self._last() if stop else None
                 try:
                     passed.output = self.carry("forward", inputs)
@@ -316,25 +319,23 @@ class PortProgram(ABC):
         Raises:
             CapabilityError: the model wrote into a copy.
         """
-        if self.untracked:
-            return False
-        written = {
-            number
+        written = [
+            self.slots[number].entry
             for passed in passes
             for number in self._late
             if (x := passed.values[number]) is not None and x._version != passed.versions[number]
-        }
-        entries = [self.slots[number].entry for number in written]
-        if known := [entry for entry in entries if entry.overwritten]:
+        ]
+        if not written:
+            return False
+        if known := [entry for entry in written if entry.overwritten]:
             raise CapabilityError(
                 f"{known[0].name}[{known[0].layer}]: the model writes into this tensor in a way that reads cannot keep "
                 "apart; read it at positions, or without grad"
             )
-        for entry in entries:
+        for entry in written:
             entry.overwritten = True
-        if entries:
-            self.listen()
-        return bool(entries)
+        self.listen()
+        return True
 
     def listen(self) -> None:  # noqa: B027 (most make their hooks for each pass)
         """Make the hooks anew, for sites of which something else is known now."""
@@ -343,12 +344,12 @@ class PortProgram(ABC):
         """Hold every edit's positions and value against the rows that it will meet."""
         for part in self._bound:
             part.bind(rows, None)
-        self._check_values(rows)
-
-    def _check_values(self, rows: Rows) -> None:
         for change in self._changes:
             change.check(rows)
-        if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
+        self._check_knockouts(rows)
+
+    def _check_knockouts(self, rows: Rows) -> None:
+        if self._left_for is not rows:  # the same tokens again need no new look
             hidden = [change.hidden(rows) for change in self._knockouts]
             check_knockouts(hidden, self.atlas.reaches, rows)
             self._left_for = rows
@@ -375,7 +376,6 @@ class PortProgram(ABC):
     def _begin(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
         """Make ready for one pass over `width` columns."""
         self.rows, self.keep_graph = rows, keep_graph
-        self.untracked = torch.is_inference_mode_enabled()  # there, tensors do not know whether they were written to
         self.shape = (len(rows.real), width)
         self.real = _real(rows, self.window)
         for part in self._bound:
