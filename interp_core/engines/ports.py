@@ -215,8 +215,10 @@ class Change(Part):
     def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Which numbers of the changed part of a value of that shape are no padding, and in no row that has ended; None
         where all are such."""
-        live, region = self.program.rows.live, self.region
-        seen = self.program.real if region.pos is None else None if live is None else torch.tensor(live)[:, None]
+        seen, region = self.program.real, self.region
+        if region.pos is not None:
+            live = self.program.rows.live
+            seen = None if live is None else torch.tensor(live)[:, None]
         if seen is None or self.entry.visual:
             return None
         sizes = [1] * len(shape)
