@@ -30,7 +30,7 @@ REFUSED = {
 NO_BRIDGE = ("internvl", "smolvlm")
 FLOAT32_INSIDE = ("gpt_neox", "phi3", "gpt_oss")
 """Families in which the bridge's own attention computes in float32."""
-WIDE = ("router_logits",)
+WIDE = ("router_logits", "router_weights")
 """What some families compute in float32 whatever the model's dtype."""
 IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 

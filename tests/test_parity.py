@@ -23,7 +23,8 @@ def test_every_site_equals_hand_written_hooks(family: str, dtype: torch.dtype) -
     found = battery(family, dtype)
     worst = {site: max(cell) for site, cell in found.cells.items()}
     assert not found.refused
-    assert max(worst.values()) <= TOLERANCE[dtype], worst
+    for site, apart in worst.items():  # routers compute in float32 whatever the dtype; by hand it is token by token
+        assert apart <= TOLERANCE[torch.float32 if site.startswith("router") else dtype], (site, worst)
 
 
 def test_the_battery_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

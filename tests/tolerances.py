@@ -33,10 +33,15 @@ def rounding(model: ic.Model) -> float:
 
 
 def close(found: Tensor, wanted: Tensor, model: ic.Model, *, size: Tensor | float | None = None) -> None:
-    """Assert that two computations by other shapes agree, relative to the largest value (or `size`)."""
+    """Assert that two computations by other shapes agree, relative to the largest value.
+
+    Args:
+        size: of what `wanted` is a difference of. Logits, log-probabilities and shares, which effects are made of, are
+            of order one, so without it one is the least.
+    """
     found, wanted = found.as_subclass(Tensor), wanted.as_subclass(Tensor)
-    largest = float(wanted.detach().abs().max()) if size is None else size
-    torch.testing.assert_close(found, wanted, atol=rounding(model) * float(largest), rtol=0)
+    largest = max(1.0, float(wanted.detach().abs().max())) if size is None else float(size)
+    torch.testing.assert_close(found, wanted, atol=rounding(model) * largest, rtol=0)
 
 
 def same_choice(found: int, wanted: int, values: Tensor, slack: float) -> bool:
