@@ -7,7 +7,7 @@ from functools import cache
 import pictures
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import sampled, tiny_model
 from parity import cell
 from reference import Reference
 
@@ -48,7 +48,7 @@ def plain(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_every_site_agrees_with_hooks_by_hand(engine: str, family: str) -> None:
     hf = testing.tiny(family, dtype=torch.float64)
     hf.set_attn_implementation("eager")

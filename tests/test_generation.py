@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, nth, tiny_model
+from conftest import FAMILIES, nth, sampled, tiny_model
 from tolerances import agreeing, close, rounding, same_choice
 
 import interp_core as ic
@@ -39,7 +39,7 @@ PROMPT = [5, 17, 33, 8, 61, 40, 22]
 VECTOR = torch.linspace(-3, 3, 64, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_positions_mean_the_same_with_and_without_cache(family: str) -> None:
     model = tiny_model(family, torch.float64)
     n, first = len(PROMPT), nth(model, "v", 0)
@@ -90,7 +90,7 @@ def test_sliding_windows_keep_absolute_key_positions() -> None:
         assert made.ids[0].tolist() == wanted, family
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> None:
     dtype = torch.float32 if family == "gemma2" else torch.float64  # see test_padding_changes_nothing
     model = tiny_model(family, dtype)

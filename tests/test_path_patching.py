@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,14 @@ RECEIVERS = [
 ]
 
 
-@pytest.mark.parametrize("through_mlps", [False, True])
-@pytest.mark.parametrize("at", ["all", [2, 4]])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "gemma2", "qwen3_moe", "granitemoe", "gptj"])
+BY_HAND = [
+    pytest.param(family, at, through, marks=() if (at == "all") == through or family == "llama" else pytest.mark.slow)
+    for family in ("gpt2", "llama", "qwen3", "gpt_neox", "gemma2", "qwen3_moe", "granitemoe", "gptj")
+    for at, through in itertools.product(("all", [2, 4]), (False, True))
+]
+
+
+@pytest.mark.parametrize(("family", "at", "through_mlps"), BY_HAND)
 def test_it_equals_hooks_by_hand(family: str, at: object, through_mlps: bool) -> None:
     model = tiny_model(family, torch.float64)
     hand = ByHand(family, model.hf, IDS, OTHER)

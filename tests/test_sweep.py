@@ -8,7 +8,7 @@ from pathlib import Path
 import pictures
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import sampled, tiny_model
 from layouts import DEEPSTACK, VISUAL
 from sweeping import COARSER, JUDGED, everywhere, peak_bytes, same, tokens, variants
 from tolerances import close, rounding
@@ -19,7 +19,7 @@ from interp_core import sites as S
 from interp_core.engines import staircase
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_every_strategy_equals_full_forward_passes(family: str) -> None:
     model = tiny_model(family, torch.float64)
     edits = variants(model)
@@ -137,7 +137,7 @@ def test_scores() -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_every_site_goes_into_passes_of_many(family: str) -> None:
     """Also those whose value is computed beside the forward pass: routers, experts' and heads' outputs, resid_mid."""
     model = tiny_model(family, torch.float64)

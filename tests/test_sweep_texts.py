@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import sampled, tiny_model
 from sweeping import COARSER, same, variants
 from tolerances import close
 
@@ -33,7 +33,7 @@ def edits(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
     return [*found, S.resid_pre[1].at(1).set(values), S.embed.at(-1).scale(2.0), S.mlp_out[1].at([1, -1]).scale(0.5)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_texts_together_equal_full_forward_passes(family: str) -> None:
     model = tiny_model(family, torch.float64)
     found, full = (model.sweep(texts(), edits(model), JUDGED, strategy=name) for name in ("auto", "full"))
