@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from layouts import OWN_ATTENTION
 from tolerances import close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -18,7 +19,7 @@ from interp_core import sites as S
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3])
 JUDGED = score.logit_diff(torch.tensor([3, 7]), torch.tensor([9, 11]))
-COARSER = {"gptj", "gpt_neo", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
+COARSER = {*OWN_ATTENTION, "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
 """Families in which some layer's attention cannot take keys from the clean pass."""
 
 

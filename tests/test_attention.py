@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from layouts import OWN_ATTENTION
 from test_engine import executed
 from tolerances import close
 
 import interp_core as ic
 from interp_core import sites as S
 
-TAPPED = [family for family in FAMILIES if family not in ("gptj", "gpt_neo")]
+TAPPED = [family for family in FAMILIES if family not in OWN_ATTENTION]
 COMMON = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -172,5 +173,5 @@ def test_attention_implementations_without_scores_are_refused(ids: torch.Tensor)
             model.engine.compile(ic.Plan.of(S.pattern), model.atlas)
     finally:
         model.hf.set_attn_implementation("sdpa")
-    with pytest.raises(ic.CapabilityError, match="GPT-J does not use transformers' attention interface"):
-        tiny_model("gptj").run(ids, read=S.scores)
+    with pytest.raises(ic.CapabilityError, match="GPT-Neo does not use transformers' attention interface"):
+        tiny_model("gpt_neo").run(ids, read=S.scores)

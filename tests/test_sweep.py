@@ -238,7 +238,7 @@ def test_bad_input() -> None:
         with pytest.raises((ic.InterpError, TypeError), match=message):
             asked()
     with pytest.raises(ic.CapabilityError, match="strategy 'staircase' cannot be had here: layer 0 has no attention"):
-        tiny_model("gptj").sweep(tokens(), [S.resid_post[0].at(-1).zero()], JUDGED, strategy="staircase")
+        tiny_model("gpt_neo").sweep(tokens(), [S.resid_post[0].at(-1).zero()], JUDGED, strategy="staircase")
 
 
 def test_scores_that_are_no_numbers_are_named() -> None:
@@ -291,7 +291,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
 def test_likelihood_of_spans(family: str) -> None:
     """Rows have spans of different lengths; what lies before the first scored position comes from the clean pass."""
     model = tiny_model(family, torch.float64)

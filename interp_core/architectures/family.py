@@ -108,8 +108,9 @@ class Family:
         added: factor by which the block multiplies what attention and MLP add to the stream, given the config.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
-        pattern: module in the block whose output is the attention pattern, for families that do not go through
-            transformers' attention interface.
+        pattern: module in the block whose output is the attention pattern, where the installed version's module does
+            not go through transformers' attention interface.
+        unseen: sites that cross no module boundary there, with the reason.
         refuse: sites that the family cannot give, with the reason.
         refuse_if: the same, given the config.
         grid: which pixels each visual token stands for.
@@ -129,6 +130,7 @@ class Family:
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
     pattern: str | None = None
+    unseen: Mapping[str, str] = field(default_factory=dict)
     refuse: Mapping[str, str] = field(default_factory=dict)
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
     grid: Grid | None = None
