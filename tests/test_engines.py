@@ -8,6 +8,7 @@ import pictures
 import pytest
 import torch
 from conftest import sampled, tiny_model
+from layouts import OWN_ATTENTION
 from parity import cell
 from reference import Reference
 
@@ -20,7 +21,7 @@ _ROUTERS = dict.fromkeys(("router_logits", "router_weights"), "all")
 _ROTARY = dict.fromkeys(("rot_q", "rot_k"), "all")
 _DELEGATED = _ROTARY | {"scores": "all", "pattern": "write"}  # attention is the model's own module, hooked afterwards
 REFUSED = {
-    "gpt_neox": _ROTARY, "phi3": _ROTARY, "gptj": {"pattern": "write"}, "gpt_neo": {"pattern": "write"},
+    "gpt_neox": _ROTARY, "phi3": _ROTARY, "gptj": {"pattern": "write"} if "gptj" in OWN_ATTENTION else _DELEGATED, "gpt_neo": {"pattern": "write"},
     "opt": {"scores": "all", "pattern": "write"}, "granitemoe": _ROUTERS | {"embed": "all"},
     "deepseek_v3": _ROUTERS | _ROTARY | {"q": "all", "v": "all"}, "llama4": _ROUTERS | _DELEGATED | {"mlp_out": "all"},
     "qwen3_next": _ROUTERS | {"q": "all"}, "qwen3_5": {"q": "all"}, "qwen3_5_vision": {"q": "all"}, "qwen3_5_moe": _ROUTERS | {"q": "all"},
