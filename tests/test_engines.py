@@ -29,7 +29,7 @@ REFUSED = {
 } | dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe"), _ROUTERS)  # fmt: skip
 """What the bridge cannot do, by family: no hook point that fires, or edits that it discards."""
 NO_BRIDGE = ("internvl", "smolvlm")
-FLOAT32_INSIDE = ("gpt_neox", "phi3", "gpt_oss")
+FLOAT32_INSIDE = ("gpt_neox", "phi3", "gpt_oss", "gptj")
 """Families in which the bridge's own attention computes in float32."""
 WIDE = ("router_logits", "router_weights")
 """What some families compute in float32 whatever the model's dtype."""
