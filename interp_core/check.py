@@ -116,7 +116,7 @@ class _Casts(TorchDispatchMode):
     """Notes the coarsest dtype that values are cast to."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.coarsest = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

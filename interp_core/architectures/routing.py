@@ -43,7 +43,8 @@ class Router:
 
     def weights(self, output: Any, n_experts: int) -> Tensor:
         """Executed weights `[n expert]`, zero where not chosen."""
-        return dense(*ordered(output)[1:3], n_experts)
+        _, weights, chosen = ordered(output)
+        return dense(weights, chosen, n_experts)
 
     def rerouted(self, module: Any, output: Any, logits: Tensor) -> Any:
         """What the module would have returned for other logits.
