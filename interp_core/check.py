@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CapabilityError, InterpError
 from .selfcheck import PROBED, probe_edit, probe_ids, probed
@@ -33,7 +34,7 @@ USES = ("read", "write", "grad", "generate")
 ENGINES = ("torch", "nnsight", "transformer_lens")
 NEW = 3
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""By dtype, relative to the largest value."""
+"""By dtype, relative to the largest value; the dtype is the coarsest that values pass through, see `coarsest`."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def check_model(model: Model, engines: Sequence[str] = ENGINES) -> Battery:
         CapabilityError: no such engine.
     """
     cells: list[Cell] = []
+    limit = TOLERANCE.get(coarsest(model), 2e-5)
     sites = [site for site in model.sites if not SITES[site].visual]  # these need images
     for name in engines:
         try:
@@ -106,11 +108,34 @@ def check_model(model: Model, engines: Sequence[str] = ENGINES) -> Battery:
             cells += [Cell(name, site, use, None, f"refused: {error}", False) for site in sites for use in USES]
             continue
         for site in sites:
-            cells += [_cell(model, other, name, site, use) for use in USES]
+            cells += [_cell(model, other, name, site, use, limit) for use in USES]
     return Battery(tuple(cells))
 
 
-def _cell(model: Model, other: Model, engine: str, name: str, use: str) -> Cell:
+class _Casts(TorchDispatchMode):
+    """Notes the coarsest dtype that values are cast to."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.coarsest = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and args[0].is_floating_point() and out.is_floating_point()
+        if cast and torch.finfo(out.dtype).eps > torch.finfo(self.coarsest).eps:
+            self.coarsest = out.dtype
+        return out
+
+
+def coarsest(model: Model) -> torch.dtype:
+    """The coarsest dtype that values pass through: norms, rotary angles and routers of many families compute in
+    float32 whatever the model's dtype is, so two ways to one number in a float64 model are no closer than that."""
+    with _Casts(model.dtype) as casts:
+        model.run(_tokens(model))
+    return casts.coarsest
+
+
+def _cell(model: Model, other: Model, engine: str, name: str, use: str, limit: float) -> Cell:
     """One cell: the worst of the first and last layer."""
     if why := other.can(name, use):
         return Cell(engine, name, use, None, f"refused: {why}", False)
@@ -120,7 +145,6 @@ def _cell(model: Model, other: Model, engine: str, name: str, use: str) -> Cell:
         error = max(measure(model, other, name, layer) for layer in sorted({layers[0], layers[-1]}))
     except InterpError as problem:
         return Cell(engine, name, use, None, f"failed: {problem}", False)
-    limit = TOLERANCE.get(model.dtype, 2e-5)
     why = "" if error <= limit else f"failed: differs by {error:.1e}, more than {limit:g}"
     return Cell(engine, name, use, error, why, not why)
 

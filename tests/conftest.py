@@ -6,8 +6,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: two threads on two busy cores are slower
+# One thread, also for the processes that tests start: two threads on two busy cores are slower.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("INTERP_TEST_THREADS", "1")
 
+from collections.abc import Container, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,37 @@ from interp_core import testing
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = testing.families()
-torch.set_num_threads(1)
+FEW = {
+    "gpt2": "fused q, k and v; LayerNorm; learnt positions; float64 throughout",
+    "llama": "separate projections with biases, grouped queries, rotary positions, RMSNorm in float32",
+    "gemma2": "caps, norms after attention and MLP, every second layer a sliding window",
+    "gptj": "parallel block, rotary positions in pairs, scores in float32",
+    "deepseek_v3": "latent attention (keys wider than values), router by groups with a correction bias, shared expert",
+    "gpt_oss": "sinks, router that takes the best and then the softmax",
+    "qwen3_5": "linear attention in a layer, gated attention in the others",
+    "qwen3_vl": "pictures, DeepStack, positions in three dimensions",
+}
+"""Families that stand for the kinds which differ most, and the kind: where a test costs seconds per family."""
+SAMPLED: dict[str, str] = FEW | {
+    "gpt_neox": "parallel block, fused head by head, rotary positions in a part of a head",
+    "gpt_neo": "attention of its own, unscaled, local windows",
+    "opt": "MLP without a module of its own",
+    "qwen3": "norms of queries and keys",
+    "olmo2": "norms after attention and MLP only",
+    "qwen3_moe": "router by softmax, dense layers between",
+    "granitemoe": "multipliers of the stream, the scores and the logits; experts in one module",
+    "llama4": "attention in chunks, layers without rotary positions, weights on the experts' inputs",
+    "qwen3_next": "linear attention, gate, and shared expert together",
+    "llava": "pictures in a plain language model",
+    "gemma3_vision": "pictures that attend both ways, windows",
+}
+"""Families that stand for every kind, and the kind they stand for; the others repeat one of these."""
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def sampled(families: Iterable[str] = FAMILIES, fast: Container[str] = SAMPLED) -> list[Any]:
+    """Parameters: all families, those that only repeat a kind among the slow tests."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in families]
 
 
 @cache

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from conftest import DATA
 from interp_plugins.function_vectors.prompts import Prompt
+from interp_plugins.function_vectors.rows import tokens
 from interp_plugins.function_vectors.tasks import Task, load_task
 from interp_plugins.function_vectors.vectors import FunctionVector
 from safetensors.torch import load_file
+from tolerances import possible_ranks, rounding
 from torch import Tensor
 
 import interp_core as ic
@@ -87,3 +90,22 @@ def task() -> Task:
 def vector(family: str) -> FunctionVector:
     """The published function vector."""
     return FunctionVector(tensors(family)["fv"][0], task="antonym", model=family)
+
+
+def same_ranks(found: Tensor, wanted: Any, model: ic.Model, prompts: Sequence[Prompt], edits: Any = ()) -> None:
+    """Ranks `[prompt]` of the answers are the published ones, or both lie within rounding of a tie."""
+    wanted = torch.as_tensor(wanted)
+    for i in (found != wanted).nonzero()[:, 0].tolist():
+        logits = model.run(tokens([prompts[i]]), edits=edits, logits=-1).logits[0].as_subclass(Tensor)
+        slack = rounding(model) * float(logits.abs().max())
+        low, high = possible_ranks(logits, torch.tensor(prompts[i].target_ids[0]), slack)
+        assert low <= found[i] <= high and low <= wanted[i] <= high, (i, found[i], wanted[i], low, high)
+
+
+def same_order(found: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """Rows `[layer, head, effect]` stand in the published order, but for effects as close as published ones are held."""
+    effects = {tuple(row[:2]): row[2] for row in wanted}
+    assert sorted(effects) == sorted(tuple(row[:2]) for row in found)
+    limit = 1e-8 + 1e-4 * max(map(abs, effects.values()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert abs(effects[tuple(ours[:2])] - theirs[2]) <= limit, (ours, theirs)

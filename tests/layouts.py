@@ -6,6 +6,8 @@ own way in the tiny models of `interp_core.testing`.
 
 from __future__ import annotations
 
+from transformers.models.gptj import modeling_gptj
+
 _LLAMA = {
     "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "attn": "self_attn",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
@@ -79,6 +81,11 @@ LACKS: dict[str, set[str]] = {
     "deepseek_v3": {"k"},
 } | {family: {"mlp_act"} for family in ("mixtral", "olmoe", "gpt_oss", "granitemoe", "qwen3_5_moe")}
 """What a family does not have, beside routers in dense families."""
+OWN_ATTENTION = {"gpt_neo"} if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS") else {"gpt_neo", "gptj"}
+"""Families that compute attention by themselves, GPT-J until transformers 5.24."""
+if "gptj" not in OWN_ATTENTION:
+    LACKS["gptj"] = {"resid_mid"}
+    del LAYOUT["gptj"]["pattern"]
 DENSE = {
     "qwen2_moe": [0], "qwen3_moe": [1], "deepseek_v3": [0], "glm4_moe": [0], "llama4": [1], "qwen3_next": [1],
     "qwen3_vl_moe": [1], "mixtral": [], "olmoe": [], "gpt_oss": [], "granitemoe": [], "qwen3_5_moe": [],

@@ -8,6 +8,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from layouts import OWN_ATTENTION
+from tolerances import close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -17,10 +19,8 @@ from interp_core import sites as S
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3])
 JUDGED = score.logit_diff(torch.tensor([3, 7]), torch.tensor([9, 11]))
-COARSER = {"gptj", "gpt_neo", "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
+COARSER = {*OWN_ATTENTION, "llama4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_vision"}
 """Families in which some layer's attention cannot take keys from the clean pass."""
-FLOAT32_INSIDE = {"gptj", "gpt_neo", "llama4", "glm4_moe", "deepseek_v3"}
-"""Families with modules that compute in float32 always."""
 
 
 @cache
@@ -102,6 +102,13 @@ def peak_bytes(function: Callable[[], object]) -> int:
     with _Allocations() as counted:
         function()
     return counted.most
+
+
+def same(found: ic.Sweep, wanted: ic.Sweep, model: ic.Model) -> None:
+    """Values, sizes of changes and clean scores of two sweeps of the same variants agree."""
+    close(found.values, wanted.values, model)
+    close(found.clean, wanted.clean, model, size=wanted.values.abs().max())
+    close(found.moved, wanted.moved, model)
 
 
 class Row(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, toy_model
 from studying import CLEAN, FRENCH, IDS, OTHER, judged, patched, study, tokens
+from tolerances import close
 
 import interp_core as ic
 from interp_core import score, testing
@@ -47,9 +48,9 @@ def test_every_map_equals_runs_by_hand(site: str, at: Any, direction: str) -> No
     heads: list[int | None] = [None] if S.named(site).info.unit is None else list(range(len(found.heads)))
     for layer, head, place in ((0, 0, 0), (1, len(heads) - 1, len(places) - 1), (2, len(heads) // 2, len(places) // 2)):
         wanted = patched(model, base, source, site, layer, heads[head], places[place])
-        torch.testing.assert_close(found.effect[:, layer, head, place], (wanted - low) / (high - low))
-    torch.testing.assert_close(found.base, low)
-    torch.testing.assert_close(found.source, high)
+        close(found.effect[:, layer, head, place], (wanted - low) / (high - low), model)
+    close(found.base, low, model)
+    close(found.source, high, model)
     assert found.effect.abs().max() > 1e-3
     assert (len(found.rows), len(found.columns)) == found.mean.shape
 
@@ -68,7 +69,7 @@ def test_the_stream_and_its_parts_in_other_families(family: str) -> None:
             continue
         found = patch(model, site=site, at=[3])
         wanted = patched(model, tokens(OTHER), tokens(IDS), site, 1, None, 3)
-        torch.testing.assert_close(found.effect[:, 1, 0, 0], (wanted - low) / (high - low), atol=1e-7, rtol=1e-6)
+        close(found.effect[:, 1, 0, 0], (wanted - low) / (high - low), model)
 
 
 def test_sites_that_change_together_and_whole_layers() -> None:
@@ -77,11 +78,11 @@ def test_sites_that_change_together_and_whole_layers() -> None:
     run = model.run(tokens(IDS), read=[S.attn_out, S.mlp_out])
     edits = [site[1].at(2).set(run[site[1].at(2)].as_subclass(torch.Tensor)) for site in (S.attn_out, S.mlp_out)]
     low, high = both.base, both.source
-    torch.testing.assert_close(both.effect[:, 1, 0, 1], (judged(model, tokens(OTHER), edits) - low) / (high - low))
+    close(both.effect[:, 1, 0, 1], (judged(model, tokens(OTHER), edits) - low) / (high - low), model)
     assert both.site == "attn_out + mlp_out" and both.heads == ("-",)
     layers = patch(model, site="z", by="layer")
     attention = patch(model, site="attn_out")
-    torch.testing.assert_close(layers.effect, attention.effect)
+    close(layers.effect, attention.effect, model)
 
 
 def test_without_another_prompt_values_are_zero() -> None:
@@ -122,15 +123,15 @@ def test_other_scores() -> None:
         low, high = (judged(model, tokens(ids), by=by) for ids in (OTHER, IDS))
         value = model.run(IDS, read=S.z[1, 2].at(-1))[S.z[1, 2].at(-1)].as_subclass(torch.Tensor)
         changed = judged(model, tokens(OTHER), S.z[1, 2].at(-1).set(value), by)
-        torch.testing.assert_close(found.effect[:, 1, 2, 0], (changed - low) / (high - low))
+        close(found.effect[:, 1, 2, 0], (changed - low) / (high - low), model)
     inner = score.projection(S.resid_post[1].at(-1), torch.linspace(-1, 1, 64, dtype=torch.float64))
     found = patch(model, score=inner, layers=[0, 1])
     values = [model.run(ids, read=inner.of)[inner.of].as_subclass(torch.Tensor) for ids in (OTHER, IDS)]
-    torch.testing.assert_close(torch.stack([found.base, found.source]), torch.stack([inner.rows(x) for x in values]))
+    close(torch.stack([found.base, found.source]), torch.stack([inner.rows(x) for x in values]), model)
     own = score.Score("norm", lambda x: x.norm(dim=-1), at=4)
     found = patch(model, score=own, at=2)
     low, high = (judged(model, tokens(ids), by=own) for ids in (OTHER, IDS))
-    torch.testing.assert_close(torch.stack([found.base, found.source]), torch.stack([low, high]))
+    close(torch.stack([found.base, found.source]), torch.stack([low, high]), model)
     assert found.answer is None and found.score == "norm"
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model, toy_model
 from interp_plugins.attribution_patching import agreement, ranks
 from studying import ANSWERS, CLEAN, FRENCH, IDS, JUDGED, OTHER, study, tokens
+from tolerances import close
 
 import interp_core as ic
 from interp_core import score, testing
@@ -41,7 +42,7 @@ def test_the_gradient_is_that_of_the_patch(site: str, corrupted: bool) -> None:
     value, grad = slope(model, base, one, 3, [], by)
     there = model.run(IDS, read=one)[one].at(3).as_subclass(torch.Tensor) if corrupted else torch.zeros_like(value)
     scale = found.source - found.base if corrupted else 1.0
-    torch.testing.assert_close(found.effect[:, 1, 2 if site == "z" else 0, 1], (grad * (there - value)).sum(-1) / scale)
+    close(found.effect[:, 1, 2 if site == "z" else 0, 1], (grad * (there - value)).sum(-1) / scale, model)
 
 
 def test_the_integral_along_the_inputs_by_hand() -> None:
@@ -80,7 +81,7 @@ def test_the_integral_along_the_inputs_by_hand() -> None:
         total += held["mlp"].grad / steps
     model.hf.zero_grad()
     wanted = ((after - before) * total)[:, 4].sum(-1) / (found.source - found.base)
-    torch.testing.assert_close(found.effect[:, 1, 0, 0], wanted)
+    close(found.effect[:, 1, 0, 0], wanted, model)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_sites_together_are_the_sum_of_their_gradients() -> None:
     model = tiny_model("llama", torch.float64)
     both = attribute(model, site=["attn_out", "mlp_out"], at=[2, -1])
     parts = [attribute(model, site=site, at=[2, -1]).effect for site in ("attn_out", "mlp_out")]
-    torch.testing.assert_close(both.effect, parts[0] + parts[1])
+    close(both.effect, parts[0] + parts[1], model)
 
 
 def test_hidden_scores_do_no_harm() -> None:

@@ -43,14 +43,15 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_golden_files_equal_the_published_codes(family: str, tmp_path: Path) -> None:
-    """From fixed trials alone. Means to the bit against the published algorithm in this process; all else against its
-    own files, within the stated tolerances."""
+    """From fixed trials alone, within the stated tolerances: by sweep, several prompts share a pass, and kernels may sum
+    more rows in another order (test_fv_means and by="replay" hold the means to the bit)."""
     folder = fv_golden(**trials(family), by="sweep", edit_layer=2, save_path_root=tmp_path)
     assert folder == tmp_path / "antonym" / FIXED.removesuffix(".json")
     wanted, model = golden.tensors(family), golden.model(family)
     mean = load(folder / "antonym_mean_head_activations_FIXED.pt")
-    assert mean.dtype == torch.float32 and torch.equal(mean, published(family))
-    assert float((mean - wanted["mean"]).abs().max()) <= (0.0 if golden.same_arithmetic(family) else 1e-5)
+    assert mean.dtype == torch.float32
+    for known in (published(family), wanted["mean"]):
+        assert float((mean - known).abs().max()) <= 1e-5
     effects = load(folder / "antonym_indirect_effect.pt")
     assert effects.shape == (10, 4, 8)
     close(effects, wanted["ie"])
@@ -58,7 +59,7 @@ def test_golden_files_equal_the_published_codes(family: str, tmp_path: Path) -> 
     assert load(folder / labels) == golden.table(family, labels.removesuffix(".json"))
     heads, published_heads = load(folder / "top_heads_src.json"), golden.table(family, "top_heads_src")
     assert heads["top_heads"] == published_heads["top_heads"] and heads["n_top_heads"] == 10
-    assert [row[:2] for row in heads["aie_sorted_full"]] == [row[:2] for row in published_heads["aie_sorted_full"]]
+    golden.same_order(heads["aie_sorted_full"], published_heads["aie_sorted_full"])
     assert heads["gap_k_to_k1"] == pytest.approx(published_heads["gap_k_to_k1"], abs=1e-8)
     vector = load(folder / "src_fv.pt")
     assert vector.shape == (1, 128) and float((vector - wanted["fv"]).abs().max()) <= 1e-6 * float(wanted["fv"].norm())

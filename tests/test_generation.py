@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import FAMILIES, nth, tiny_model
-from layouts import LINEAR
+from conftest import FAMILIES, nth, sampled, tiny_model
+from tolerances import agreeing, close, rounding, same_choice
 
 import interp_core as ic
 from interp_core import sites as S
@@ -15,13 +15,21 @@ from interp_core import sites as S
 NEW = 6
 
 
-def by_recomputing(model: ic.Model, tokens: ic.Tokens, edits_at: object, new: int = NEW) -> list[int]:
-    """Greedy tokens without a cache: the whole sequence again at every step, edits given for the sequence so far."""
+def by_recomputing(
+    model: ic.Model, tokens: ic.Tokens, edits_at: object, new: int = NEW, like: torch.Tensor | None = None
+) -> list[int]:
+    """Greedy tokens without a cache: the whole sequence again at every step, edits given for the sequence so far.
+
+    Where the two largest logits lie within rounding of a tie, the token of `like` `[new]` is as good.
+    """
     ids = tokens.ids
-    for _ in range(new):
+    for step in range(new):
         row = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
-        logits = model.run(row, edits=edits_at(ids.shape[1])).logits  # type: ignore[operator]
-        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        logits = model.run(row, edits=edits_at(ids.shape[1])).logits[0, -1].as_subclass(torch.Tensor)  # type: ignore[operator]
+        best = int(logits.argmax())
+        if like is not None and same_choice(int(like[step]), best, logits, rounding(model)):
+            best = int(like[step])
+        ids = torch.cat([ids, torch.tensor([[best]])], 1)
     return ids[0, tokens.ids.shape[1] :].tolist()
 
 
@@ -40,7 +48,7 @@ PROMPT = [5, 17, 33, 8, 61, 40, 22]
 VECTOR = torch.linspace(-3, 3, 64, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_positions_mean_the_same_with_and_without_cache(family: str) -> None:
     model = tiny_model(family, torch.float64)
     n, first = len(PROMPT), nth(model, "v", 0)
@@ -66,14 +74,14 @@ def test_positions_mean_the_same_with_and_without_cache(family: str) -> None:
     }
     for name, (edit, again) in cases.items():
         made = model.generate(single(PROMPT), edits=edit, max_new_tokens=NEW, stop_at_eos=False, allow_noop=True)
-        assert made.ids[0].tolist() == by_recomputing(model, single(PROMPT), again), name
+        assert made.ids[0].tolist() == by_recomputing(model, single(PROMPT), again, like=made.ids[0]), name
 
 
 def test_rotated_keys_stay_edited_while_generating() -> None:
     model = tiny_model("llama", torch.float64)
     edit = S.rot_k[1].at([1, 3]).scale(-2.0)
     made = model.generate(single(PROMPT), edits=edit, max_new_tokens=NEW, stop_at_eos=False)
-    assert made.ids[0].tolist() == by_recomputing(model, single(PROMPT), lambda _: edit)
+    assert made.ids[0].tolist() == by_recomputing(model, single(PROMPT), lambda _: edit, like=made.ids[0])
     assert made.receipts[0].fired == 1  # on the prompt; from then on it is what the steps attend to
 
 
@@ -83,12 +91,15 @@ def test_sliding_windows_keep_absolute_key_positions() -> None:
         edit = S.pattern[0].knockout(query=slice(6, None), key=[5])
         made = model.generate(single(PROMPT), edits=edit, max_new_tokens=NEW, stop_at_eos=False)
         wanted = by_recomputing(
-            model, single(PROMPT), lambda length: S.pattern[0].knockout(query=slice(6, length), key=[5])
+            model,
+            single(PROMPT),
+            lambda length: S.pattern[0].knockout(query=slice(6, length), key=[5]),
+            like=made.ids[0],
         )
         assert made.ids[0].tolist() == wanted, family
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> None:
     dtype = torch.float32 if family == "gemma2" else torch.float64  # see test_padding_changes_nothing
     model = tiny_model(family, dtype)
@@ -98,15 +109,16 @@ def test_padded_batches_equal_single_rows(family: str, padded: ic.Tokens) -> Non
         S.z[nth(model, "z", 0), 1].at(0).zero(),
         S.v[2].at("prompt").scale(0.5),
     ]
-    batch = model.generate(padded, edits=edits, read=[S.resid_post[2], S.z[1]], max_new_tokens=NEW, stop_at_eos=False)
+    reads = [S.resid_post[2], S.z[1], S.logits]
+    batch = model.generate(padded, edits=edits, read=reads, max_new_tokens=NEW, stop_at_eos=False)
     for i, row in enumerate(padded):
-        alone = model.generate(row, edits=edits, read=[S.resid_post[2], S.z[1]], max_new_tokens=NEW, stop_at_eos=False)
-        assert batch.ids[i].tolist() == alone.ids[0].tolist()
+        alone = model.generate(row, edits=edits, read=reads, max_new_tokens=NEW, stop_at_eos=False)
+        logits = torch.stack([step[S.logits][0, -1] for step in alone.steps])
         n = row.lengths[0] + NEW - 1
+        start = batch.tokens.ids.shape[1] - 1 - n
+        same = n - NEW + agreeing(batch.ids[i], alone.ids[0], logits, rounding(model))
         for site in (S.resid_post[2], S.z[1, 2]):
-            torch.testing.assert_close(
-                batch[site][i, -n:], alone[site][0], atol=1e-3 if family in ("gemma2", *LINEAR) else 1e-6, rtol=1e-3
-            )
+            close(batch[site][i, start : start + same], alone[site][0, :same], model)
     assert batch.receipts[0].positions == tuple(tuple(range(n - 1, n + NEW - 1)) for n in padded.lengths)
     assert batch.receipts[1].positions == ((0,),) * 3
 
@@ -119,9 +131,7 @@ def test_reads_over_steps_equal_one_pass(family: str) -> None:
     made = model.generate(single(PROMPT), read=sites, max_new_tokens=NEW, stop_at_eos=False)
     whole = model.run(single([*PROMPT, *made.ids[0, :-1].tolist()]), read=sites)
     for site in (S.resid_post, S.z[1, 3], values) + ((S.rot_k[1],) if len(sites) > 3 else ()):
-        torch.testing.assert_close(
-            made[site].as_subclass(torch.Tensor), whole[site].as_subclass(torch.Tensor), atol=2e-4, rtol=2e-4
-        )
+        close(made[site], whole[site], model)
     assert len(made.steps) == NEW
     assert made.steps[0][S.resid_post[1]].shape[1] == len(PROMPT)
     assert made.steps[3][S.resid_post[1]].shape[1] == 1

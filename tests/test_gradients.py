@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from reference import Reference
+from tolerances import rounding
 
 import interp_core as ic
 from interp_core import sites as S
@@ -31,7 +32,8 @@ def test_gradients_equal_those_by_hand(family: str, ids: torch.Tensor) -> None:
         with torch.enable_grad(), reference.hooked(name, layers[name], lambda x, zero=zero: x + zero):
             logits = model.hf(input_ids=ids, use_cache=False).logits
             (wanted,) = torch.autograd.grad(scalar(logits), zero)
-        torch.testing.assert_close(run.grad[site].as_subclass(torch.Tensor), wanted, atol=1e-9, rtol=1e-7)
+        far = rounding(model) if family == "gptj" else 1e-9  # whose own function takes the scores in float32
+        torch.testing.assert_close(run.grad[site].as_subclass(torch.Tensor), wanted, atol=far, rtol=1e-7)
 
 
 def test_parts_and_selection(ids: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, FEW, sampled
 from layouts import LAYOUT
 from parity import battery, cell
 from reference import Reference
@@ -17,13 +17,22 @@ from interp_core.architectures.family import Family, fused_per_head
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
-def test_every_site_equals_hand_written_hooks(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("family", sampled())
+def test_every_site_equals_hand_written_hooks(family: str) -> None:
+    holds(family, torch.float64)
+
+
+@pytest.mark.parametrize("family", sampled(fast=FEW))
+def test_every_site_in_float32(family: str) -> None:
+    holds(family, torch.float32)
+
+
+def holds(family: str, dtype: torch.dtype) -> None:
     found = battery(family, dtype)
     worst = {site: max(cell) for site, cell in found.cells.items()}
     assert not found.refused
-    assert max(worst.values()) <= TOLERANCE[dtype], worst
+    for site, apart in worst.items():  # routers compute in float32 whatever the dtype; by hand it is token by token
+        assert apart <= TOLERANCE[torch.float32 if site.startswith("router") else dtype], (site, worst)
 
 
 def test_the_battery_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
-from sweeping import COARSER, FLOAT32_INSIDE, variants
+from conftest import sampled, tiny_model
+from sweeping import COARSER, same, variants
+from tolerances import close
 
 import interp_core as ic
 from interp_core import score, sweep_plan, testing
@@ -32,17 +33,14 @@ def edits(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
     return [*found, S.resid_pre[1].at(1).set(values), S.embed.at(-1).scale(2.0), S.mlp_out[1].at([1, -1]).scale(0.5)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled())
 def test_texts_together_equal_full_forward_passes(family: str) -> None:
     model = tiny_model(family, torch.float64)
     found, full = (model.sweep(texts(), edits(model), JUDGED, strategy=name) for name in ("auto", "full"))
     groups = [group.texts for group in found.plan.groups]
     assert groups == ([(0, 1), (2,)] if family in COARSER else [(0, 1, 2)]), found.plan.why
     assert not any(found.plan.singles)
-    limit = 1e-6 if family in FLOAT32_INSIDE else 1e-10
-    assert (found.values - full.values).abs().max() <= limit * full.values.abs().max()
-    torch.testing.assert_close(found.moved, full.moved, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.clean, full.clean)
+    same(found, full, model)
 
 
 @pytest.mark.parametrize(
@@ -170,5 +168,5 @@ def test_spans_of_different_lengths_and_what_is_done_already(tmp_path: Path, mon
         model.sweep(text, some, judged, out=tmp_path)
     found = model.sweep(text, some, judged, out=tmp_path)
     assert sum(rows) == 3 * len(some) and 0 < sum(rows[:2]) < sum(rows)  # what was done is not done again
-    torch.testing.assert_close(found.values, full.values, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(found.clean, full.clean, atol=1e-9, rtol=1e-9)
+    close(found.values, full.values, model)
+    close(found.clean, full.clean, model)

@@ -209,6 +209,7 @@ def test_what_new_wrote_passes_its_tests(python: Run, site: Path) -> None:
     assert out.returncode == 0 and "6 passed" in out.stdout, out.stdout
 
 
+@pytest.mark.slow  # a minute, where mypy knows nothing of torch yet
 @pytest.mark.skipif(not CHECKERS, reason="mypy and ruff come with the dev extra: make check")
 def test_what_new_wrote_passes_type_check_and_lint(python: Run, site: Path) -> None:
     cache = ROOT / ".mypy_cache/written"  # its settings are its own

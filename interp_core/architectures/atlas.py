@@ -302,14 +302,14 @@ class _Builder:
             self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
         matrix = {"head": heads.n_heads}
         self.atlas.reaches[layer] = Reach.of(module, self.config, layer)
-        if family.pattern:
-            block = f"{self.paths['blocks']}.{layer}"
-            self._view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)
-        elif uses_interface(module):
+        if uses_interface(module):
             for name, sizes in (("rot_q", q), ("rot_k", k)):
                 self._view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)
             for name in ("scores", "pattern"):
                 self._view(name, layer, Tap(attn, "attention", name), matrix)
+        elif family.pattern:
+            block = f"{self.paths['blocks']}.{layer}"
+            self._view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)
 
     def _head_counts(self, module: nn.Module, found: Mapping[str, str]) -> Heads | None:
         """Head counts of a layer, from the config and, where it has them, the layer's own weights."""
@@ -368,8 +368,8 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
     for name in SITES:
         if name in present:
             continue
-        if name in refused:
-            why = refused[name]
+        if reason := {**family.unseen, **refused}.get(name):
+            why = reason
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
         elif name in ("router_logits", "router_weights", "expert_out"):

@@ -10,6 +10,6 @@ FAMILY = Family(
     refuse={
         "rot_q": _NO_ROTARY,
         "rot_k": _NO_ROTARY,
-        "scores": "GPT-Neo does not use transformers' attention interface, and scores cross no module boundary",
     },
+    unseen={"scores": "GPT-Neo does not use transformers' attention interface, and scores cross no module boundary"},
 )

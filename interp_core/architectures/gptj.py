@@ -1,4 +1,5 @@
-"""GPT-J computes attention by itself, so only its probabilities have a module boundary (their dropout)."""
+"""GPT-J computed attention by itself before transformers 5.24: only its probabilities had a module boundary (their
+dropout)."""
 
 from .family import Family
 
@@ -8,5 +9,5 @@ FAMILY = Family(
     "gptj",
     parallel=lambda config: True,
     pattern="attn.attn_dropout",
-    refuse=dict.fromkeys(("rot_q", "rot_k", "scores"), _OWN_ATTENTION),
+    unseen=dict.fromkeys(("rot_q", "rot_k", "scores"), f"{_OWN_ATTENTION}; from transformers 5.24 on it does"),
 )

@@ -14,6 +14,7 @@ What the self-check finds wrong on the bridge is refused with the reason, like e
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -89,6 +90,8 @@ class BridgeEngine(TorchEngine):
     def __init__(self, model: Any, *, fold: bool = False) -> None:
         inner = copy.deepcopy(model) if fold else with_same_weights(model)
         self.bridge = build_bridge(inner)
+        for block in self.bridge.blocks:
+            _hand_on_the_cache(getattr(block, "attn", None))
         if fold:
             self.name = "transformer_lens (weights folded)"
             _fold(self.bridge)
@@ -182,6 +185,23 @@ def build_bridge(model: Any) -> Any:
         ) from error
     finally:
         ArchitectureAdapter._check_required_libraries = check
+
+
+def _hand_on_the_cache(attention: Any) -> None:
+    """From transformers 5.24 on blocks call attention with `cache`; the bridge's own looks for `past_key_values`, and
+    without it every later step of a generation would attend to itself alone."""
+    inner = getattr(attention, "original_component", None)
+    if inner is None or "cache" not in inspect.signature(inner.forward).parameters:
+        return
+
+    def under_both_names(_m: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"past_key_values": kwargs["cache"]} if "cache" in kwargs else kwargs
+
+    def under_its_own(_m: Any, args: Any, kwargs: Any) -> Any:
+        return args, {name: value for name, value in kwargs.items() if name != "past_key_values"}
+
+    attention.register_forward_pre_hook(under_both_names, with_kwargs=True)
+    inner.register_forward_pre_hook(under_its_own, with_kwargs=True)
 
 
 def _fold(bridge: Any) -> None:
