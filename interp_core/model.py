@@ -211,7 +211,7 @@ class Model:
         """
         return self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], target: str | None = None, **template: Any) -> Tokens:
+    def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any) -> Tokens:
         """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
         return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
 
