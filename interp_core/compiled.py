@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Program
-from .errors import CapabilityError, PlanError
+from .errors import CapabilityError, PlanError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
 from .regions import Bound, Region
@@ -52,6 +52,10 @@ class CompiledPlan:
         model, program = self.model, self.program
         tokens = x if isinstance(x, Tokens) else model._input(x)
         edits, keep, stop = self.edits, None, logits is False
+        if grad is not True and grad is not False and not callable(grad):
+            raise PlanError(wrong("grad=", "True, False or a function of the logits", grad))
+        if logits is None:
+            raise PlanError(wrong("logits=", "True, False or positions", logits))
         if stop:
             self._check_stop(bool(grad))
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)

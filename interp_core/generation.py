@@ -91,7 +91,7 @@ def _check_options(options: dict[str, Any], max_new_tokens: int) -> None:
     for name in REFUSED:
         if options.get(name) not in (None, 1, True):
             raise PlanError(f"generate({name}=…) changes the rows or steps that positions refer to; leave it out")
-    if max_new_tokens < 1:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise PlanError(f"max_new_tokens is at least 1, not {max_new_tokens}")
 
 

@@ -21,7 +21,7 @@ from .compiled import CompiledPlan
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
-from .errors import CapabilityError, TextError
+from .errors import CapabilityError, PlanError, SiteError, TextError, nearest, several, wrong
 from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
 """What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
 PROGRAMS = 64
+USES = ("read", "write", "grad", "generate")
 _NOTHING = nullcontext()
 
 
@@ -111,7 +112,7 @@ class Model:
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
         self._check_tokenizer()
-        self.engine = make_engine(engine, self.hf, engine_options or {})
+        self.engine = make_engine(engine, self.hf, {} if engine_options is None else engine_options)
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.tried: dict[str, str] = {}
@@ -178,8 +179,11 @@ class Model:
 
         Raises:
             SiteError: no site is called so.
+            PlanError: another use.
         """
         name = named(site).name
+        if use not in USES:
+            raise PlanError(f"a site has no use {use!r}. {nearest(use, USES)}")
         if name in self.atlas.lacking:
             return self.atlas.lacking[name]
         entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
@@ -229,7 +233,13 @@ class Model:
 
     def word(self, token: int) -> str:
         """Text of one token id, its leading space included; the number where there is no tokenizer."""
-        return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, token)
+        if isinstance(token, Tensor) and token.numel() == 1:
+            token = token.item()
+        if isinstance(token, (bool, Tensor)) or not hasattr(token, "__index__"):
+            raise TextError(wrong("word", "a token id", token))
+        if not 0 <= int(token) < self.atlas.shape.d_vocab:
+            raise TextError(f"token id {token} does not exist: the model has {self.atlas.shape.d_vocab} tokens")
+        return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, int(token))
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -255,7 +265,9 @@ class Model:
         if isinstance(x, Mapping):
             tokens = self._fitting(text.from_inputs(x, self.tokenizer))
             return with_visual_names(tokens, self.hf.config, self.atlas.family)
-        return self.tokens(x)
+        if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, bytes)):
+            return self.tokens(x)
+        raise TextError(wrong("a model", "text, texts, Tokens, a tokenizer's output or ids", x))
 
     # Running
 
@@ -332,16 +344,30 @@ class Model:
         from .score import Score
         from .sweep import sweep
 
-        scores = (score,) if isinstance(score, Score) else tuple(score)
+        variants = several("variants", "edits, or lists of edits", variants, PlanError)
+        for item in variants:
+            if isinstance(item, Tensor) or not isinstance(item, (Edit, Site, Iterable)):
+                raise PlanError(wrong("a variant", "edits", item))
+        if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
+            raise PlanError(wrong("memory_budget=", "a number of bytes", memory_budget))
+        if out is not None and not isinstance(out, (str, Path)):
+            raise PlanError(wrong("out=", "a folder", out))
+        scores = (score,) if isinstance(score, Score) else several("score=", "a score, or several", score, PlanError)
+        for item in scores:
+            if not isinstance(item, Score):
+                raise PlanError(wrong("score=", "a score such as ic.score.logprob(target), or several", item))
+            item.fits(self.atlas.shape.d_vocab)
         found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
         return found[0] if isinstance(score, Score) else found
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,
         also for edits with other values."""
-        reads = (read,) if isinstance(read, (Site, str)) else tuple(read)
-        changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        reads = (read,) if isinstance(read, (Site, str)) else several("read=", "sites", read, PlanError)
+        changes = (edits,) if isinstance(edits, Edit) else several("edits=", "edits", edits, PlanError)
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
+        if not all([isinstance(item, (Site, str)) for item in reads]):  # noqa: C419 (faster)
+            Plan.of(reads, changes)  # says what is wrong with it
         found = self._programs.get(key)
         if found is None or None in key[1]:
             plan = Plan.of(reads, changes)
@@ -360,15 +386,25 @@ class Model:
         """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.
 
         Raises:
+            PlanError: not `[… d_model]`.
             CapabilityError: the self-check found that this does not reproduce the model's logits.
         """
         if "readout" in self.atlas.lacking:
             raise CapabilityError(self.atlas.lacking["readout"])
         from .readout import readout
 
+        self._check_width("readout", resid, (self.atlas.shape.d_model,))
         norm = self.atlas.entries["final_norm", 0].module
         assert norm is not None
         return readout(self.hf, norm, resid)
+
+    def _check_width(self, what: str, value: Any, ends: tuple[int, ...]) -> None:
+        """Refuse what is no tensor that ends in these sizes."""
+        if not isinstance(value, Tensor):
+            raise PlanError(wrong(what, f"a tensor [… {' '.join(map(str, ends))}]", value))
+        if tuple(value.shape[-len(ends) :]) != ends or not value.is_floating_point():
+            takes = f"numbers [… {' '.join(map(str, ends))}] of {self.dtype}"
+            raise PlanError(f"{what} takes {takes}, not {value.dtype} {list(value.shape)}")
 
     def project(
         self, z: Float[Tensor, "... head d_head"], layer: int, *, added: bool = False
@@ -379,10 +415,15 @@ class Model:
             added: as the block adds it to the stream: through a post-norm and multiplier where the family has them.
 
         Raises:
+            PlanError: not `[… head d_head]`.
             SiteError, CapabilityError: no such layer, or one whose heads are not known.
         """
         from .readout import project
 
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise SiteError(wrong("project", "the number of a layer", layer))
+        sizes = self.atlas.select(Site("z", layer))[0].sizes
+        self._check_width("project", z, (sizes["head"], sizes["d_head"]))
         return project(self.atlas, z, layer, added)
 
     def fresh(self) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .chat import Chars, rendered
-from .errors import PositionError, TextError, nearest
+from .errors import PositionError, TextError, nearest, wrong
 from .positions import Rows, Span
 
 Where = Span | Chars | str | re.Pattern[str]
@@ -53,6 +53,9 @@ class Tokens:
     """What models are called with, by shape limits and device; filled by their first run."""
 
     def __post_init__(self) -> None:
+        for name, value in (("ids", self.ids), ("mask", self.mask)):
+            if not isinstance(value, Tensor):
+                raise TextError(wrong(f"Tokens({name}=…)", "a tensor [batch, pos]", value))
         if self.ids.ndim != 2 or self.ids.is_floating_point() or self.ids.dtype == torch.bool:
             raise TextError(f"token ids are integers [batch, pos], not {self.ids.dtype} {list(self.ids.shape)}")
         if self.mask.shape != self.ids.shape:
@@ -92,6 +95,8 @@ class Tokens:
 
     def row(self, index: int) -> Tokens:
         """One row without its padding (text only: further inputs are refused)."""
+        if isinstance(index, bool) or not isinstance(index, int) or not -len(self) <= index < len(self):
+            raise PositionError(wrong("row", f"a row of the batch, 0 to {len(self) - 1}", index))
         if self.inputs:
             raise TextError("a batch with images cannot be split into rows; tokenize the rows one by one")
         keep = self.mask[index]
@@ -119,11 +124,18 @@ class Tokens:
             PositionError: not found, or outside the text.
             TextError: the row's text or offsets are not known.
         """
+        for name, number in (("row", row), ("nth", nth)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise PositionError(wrong(f"find({name}=…)", "an integer", number))
+        if not -len(self) <= row < len(self):
+            raise PositionError(f"no row {row} in a batch of {len(self)}")
         length = self.lengths[row]
         if isinstance(what, Span):
             if not 0 <= what.start < what.stop <= length:
                 raise PositionError(f"{what} lies outside row {row}, which has {length} tokens")
             return what
+        if not isinstance(what, (str, re.Pattern)) and not _is_pair(what):
+            raise PositionError(wrong("find", "a string, a regular expression, (start, stop) or a Span", what))
         text = self._text(row)
         if isinstance(what, (str, re.Pattern)):
             pattern = re.escape(what) if isinstance(what, str) else what
@@ -144,6 +156,8 @@ class Tokens:
 
     def chars(self, span: Span, row: int = 0) -> Chars:
         """The characters that a token span covers."""
+        if not isinstance(span, Span):
+            raise PositionError(wrong("chars", "a Span", span))
         span = self.find(span, row)
         self._text(row)
         assert self.offsets is not None
@@ -177,7 +191,15 @@ class Tokens:
 
     @staticmethod
     def stack(rows: Sequence[Tokens]) -> Tokens:
-        """Rows of several batches as one, padded on the left."""
+        """Rows of several batches as one, padded on the left.
+
+        Raises:
+            TextError: none, or something else than tokens.
+        """
+        if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(x, Tokens) for x in rows):
+            raise TextError(wrong("Tokens.stack", "a list of Tokens", rows))
+        if not rows:
+            raise TextError("Tokens.stack of an empty list; give at least one Tokens")
         singles = [single for tokens in rows for single in tokens]
         width = max(single.ids.shape[1] for single in singles)
         ids = torch.stack([_pad(single.ids[0], width, int(single.ids[0, 0])) for single in singles])
@@ -215,8 +237,11 @@ def encode(
     Raises:
         TextError: empty text or target, no BOS to put, or a boundary that is not between two tokens.
     """
-    rows = [texts] if isinstance(texts, str) else list(texts)
-    targets = [target] * len(rows) if target is None or isinstance(target, str) else list(target)
+    if isinstance(bos, Tensor) or bos not in (None, True, False):
+        raise TextError(wrong("bos=", "True, False or None", bos))
+    rows = _strings("a text", "a string or a list of strings", texts)
+    targets = [None] * len(rows) if target is None else _strings("target=", "a string, or one per text", target)
+    targets = targets * len(rows) if isinstance(target, str) else targets
     if not rows:
         raise TextError("no text given")
     if len(targets) != len(rows):
@@ -227,6 +252,14 @@ def encode(
             for row, (text, goal) in enumerate(zip(rows, targets, strict=True))
         ]
     )
+
+
+def _strings(what: str, takes: str, value: Any) -> list[Any]:
+    """A string as a list of one, or a list of strings."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or isinstance(items, bytes) or not all(isinstance(x, str) for x in items):
+        raise TextError(wrong(what, takes, value))
+    return list(items)
 
 
 def encode_chat(
@@ -246,6 +279,8 @@ def encode_chat(
     Raises:
         TextError: no chat template, one that cannot render these messages, or a message that it does not show.
     """
+    if target is not None and not isinstance(target, str):
+        raise TextError(wrong("target=", "the beginning of the answer, a string", target))
     text, places = rendered(tokenizer, messages, **template)
     tokens = _encode_row(tokenizer, text, target, False, "strict", 0)
     spans = dict(tokens.spans)
@@ -401,6 +436,11 @@ def token_text(tokenizer: Any, token: int) -> str:
 def _decoded(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...], ...]:
     known = {i: token_text(tokenizer, i) for i in set(ids[mask].tolist())}
     return tuple(tuple(known[i] for i in row[keep].tolist()) for row, keep in zip(ids, mask, strict=True))
+
+
+def _is_pair(value: Any) -> bool:
+    whole = isinstance(value, (tuple, list)) and len(value) == 2
+    return whole and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
 def _pad(row: Tensor, width: int, fill: int) -> Tensor:
