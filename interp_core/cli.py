@@ -94,10 +94,11 @@ def bench(
 
 
 def main() -> None:
-    """Run the command line; errors of interp_core end it with their message, not a traceback."""
+    """Run the command line; errors of interp_core, and files that cannot be read or written, end it with their message,
+    not a traceback."""
     try:
         app()
-    except InterpError as error:
+    except (InterpError, OSError) as error:
         print(f"interp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

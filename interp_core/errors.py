@@ -11,7 +11,14 @@ InterpError
 ├── ReadError        a value that the run does not hold
 └── PluginError      a plugin that is missing, broken, clashing or incompatible
 
-All are raised before the forward pass, except `EffectError` (only the run can tell) and `ReadError` (on access).
+All are raised before the forward pass, except those that only the run can tell, after which the model is as it was:
+`EffectError`; `ReadError`, on access; and while the pass runs
+
+    PlanError        `apply`: the function returned another shape or dtype; a router edit that leaves a token no expert,
+                     or gives weight to more experts than the model takes; a run inside another run's edit
+    CapabilityError  a module that was not handed the named input that a site is; weights that were offloaded after load
+
+An error in a function of yours (`apply`, `grad=`, a score) is raised as it is.
 """
 
 from __future__ import annotations
