@@ -74,8 +74,8 @@ def check(
 @app.command()
 def bench(
     model: Model = "toy:text",
-    rounds: Annotated[int, typer.Option(help="how often each operation is timed")] = 20,
-    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each operation is timed")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="length of the prompt")] = 32,
     out: Annotated[Path | None, typer.Option(help="also write the table as Markdown")] = None,
     extra: Annotated[
         list[str] | None, typer.Option(help="a method, or module:function of your own taking model and ids")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Mapping
 from importlib import resources
@@ -232,8 +233,22 @@ def _check_folder(path: str) -> None:
             raise LoadError(f"{path}/config.json is not JSON ({error}); copy the file again") from error
         if not isinstance(config, dict):
             raise LoadError(f"{path}/config.json holds no settings, but a {type(config).__name__}; copy the file again")
+        _check_index(folder)
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise LoadError(f"there is no folder {path}; give a folder, a hub id like 'Qwen/Qwen3-0.6B', or 'toy:text'")
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse lists of weights that are none, or that name files elsewhere."""
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if not index.is_file():
+            continue
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise LoadError(f"{index} lists no weights ({type(error).__name__}); copy the file again") from error
+        if outside := sorted(str(n) for n in names if os.path.isabs(str(n)) or os.path.normpath(str(n))[:2] == ".."):
+            raise LoadError(f"{index} names weights outside of the folder ({outside[0]!r}); do not trust it")
 
 
 def _attempt(path: str, what: str, options: dict[str, Any]) -> Any:
