@@ -74,8 +74,8 @@ def check(
 @app.command()
 def bench(
     model: Model = "toy:text",
-    rounds: Annotated[int, typer.Option(help="how often each operation is timed")] = 20,
-    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each operation is timed")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="length of the prompt")] = 32,
     out: Annotated[Path | None, typer.Option(help="also write the table as Markdown")] = None,
     extra: Annotated[
         list[str] | None, typer.Option(help="a method, or module:function of your own taking model and ids")
@@ -94,10 +94,11 @@ def bench(
 
 
 def main() -> None:
-    """Run the command line; errors of interp_core end it with their message, not a traceback."""
+    """Run the command line; errors of interp_core, and files that cannot be read or written, end it with their message,
+    not a traceback."""
     try:
         app()
-    except InterpError as error:
+    except (InterpError, OSError) as error:
         print(f"interp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

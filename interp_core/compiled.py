@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Atlas
+from .architectures.atlas import Atlas, Shape
 from .architectures.taps import KEYED
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Program
-from .errors import CapabilityError, PlanError, TextError
+from .errors import CapabilityError, PlanError, TextError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
 from .regions import Bound, Region
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .model import Input, Model
 
 CACHE = "past_key_values"
+PADDED = (
+    "the ids begin or end with the model's padding id and come without an attention_mask, so padding counts as text: "
+    "pass {'input_ids': ids, 'attention_mask': mask} (all ones, if it is text)"
+)
 
 
 NOTHING = nullcontext()
@@ -79,6 +83,10 @@ class CompiledPlan:
             return self._outside_inference(x, grad, logits, allow_noop)
         tokens = x if isinstance(x, Tokens) else model._input(x)
         stop = logits is False
+        if grad is not True and grad is not False and not callable(grad):
+            raise PlanError(wrong("grad=", "True, False or a function of the logits", grad))
+        if logits is None:
+            raise PlanError(wrong("logits=", "True, False or positions", logits))
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
         with model.turn:
             program, keep = self.ready(), None
@@ -262,6 +270,30 @@ def _check_holes(model: Model, mask: Tensor) -> None:
             f"row {row} has padding between its tokens, and {model.atlas.family.name} counts it (windows or states go "
             "by columns): move the row's tokens together"
         )
+
+
+def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
+    """The tokens, if they and so many new ones fit a model.
+
+    Raises:
+        TextError: too long, or an id that the model does not have.
+    """
+    longest = max(tokens.lengths) + more
+    if shape.n_ctx is not None and longest > shape.n_ctx:
+        asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
+        raise TextError(f"{asked} do not fit the model's context of {shape.n_ctx}; shorten the text")
+    top = int(tokens.ids.max())
+    if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
+        raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")
+    return tokens
+
+
+def looks_padded(config: Any, ids: Tensor) -> bool:
+    """Whether rows begin or end with the padding id, where that is not also one that text has."""
+    config = config.get_text_config()
+    pad, bos, eos = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    taken = pad in (bos, eos) or (isinstance(eos, list) and pad in eos)
+    return pad is not None and not taken and bool((ids[:, [0, -1]] == pad).any())
 
 
 def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None]:

@@ -49,6 +49,8 @@ class Edit:
             raise PlanError(f"{self.site}: {op} takes a torch tensor, not {type(value).__name__}")
         if op == "scale" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise PlanError(f"{self.site}: scale takes a number, not {type(value).__name__}")
+        if op == "mask" and not (isinstance(value, tuple) and value and all(isinstance(item, int) for item in value)):
+            raise PlanError(f"{self.site}: mask takes the numbers of experts, not {value!r:.60}")
         if op == "apply" and not callable(value):
             raise PlanError(f"{self.site}: apply takes a function of a tensor, not {type(value).__name__}")
         if op == "project" and not 1 <= value.ndim <= 2:

@@ -11,13 +11,21 @@ InterpError
 ├── ReadError        a value that the run does not hold
 └── PluginError      a plugin that is missing, broken, clashing or incompatible
 
-All are raised before the forward pass, except `EffectError` (only the run can tell) and `ReadError` (on access).
+All are raised before the forward pass, except those that only the run can tell, after which the model is as it was:
+`EffectError`; `ReadError`, on access; and while the pass runs
+
+    PlanError        `apply`: the function returned another shape or dtype; a router edit that leaves a token no expert,
+                     or gives weight to more experts than the model takes; a run inside another run's edit
+    CapabilityError  a module that was not handed the named input that a site is; weights that were offloaded after load
+
+An error in a function of yours (`apply`, `grad=`, a score) is raised as it is.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InterpError(Exception):
@@ -60,10 +68,27 @@ class PluginError(InterpError, ImportError):
     """A plugin is missing, broken, clashing or incompatible."""
 
 
-def nearest(asked: str, known: Iterable[str], limit: int = 12) -> str:
+def wrong(what: str, takes: str, value: object) -> str:
+    """The message for an argument of the wrong kind: what it is for, what it takes, and what came."""
+    shown = " ".join(repr(value).split())
+    return f"{what} takes {takes}, not {type(value).__name__} {shown[:60]}{'…' * (len(shown) > 60)}"
+
+
+def several(what: str, takes: str, value: Any, error: type[InterpError]) -> tuple[Any, ...]:
+    """The items of an argument that takes several.
+
+    Raises:
+        InterpError: of the class given, for what cannot be gone through.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise error(wrong(what, takes, value))
+    return tuple(value)
+
+
+def nearest(asked: object, known: Iterable[str], limit: int = 12) -> str:
     """The sentence that ends an unknown-name error: the nearest names, or all of them if none is near."""
     names = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(asked, names, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(asked, names, n=3, cutoff=0.6) if isinstance(asked, str) else []
     if close:
         return f"Did you mean {' or '.join(repr(name) for name in close)}?"
     if not names:

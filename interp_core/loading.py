@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .errors import LoadError, nearest
+from .errors import LoadError, nearest, wrong
 
 TOYS = ("text",)
 
@@ -39,12 +42,12 @@ def open_model(
     """Open what `ic.load` was given; see there."""
     if device is not None and device_map is not None:
         raise LoadError("give device or device_map, not both")
+    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision, device_map)
     if isinstance(source, nn.Module):
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
-    if not isinstance(source, (str, Path)):
-        raise LoadError(
-            f"load takes a hub id, a folder, 'toy:text' or a Hugging Face model, not {type(source).__name__}"
-        )
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise LoadError(wrong("load", "a hub id, a folder, 'toy:text' or a Hugging Face model", source))
+    place = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     path = toy_folder(str(source)) if str(source).startswith("toy:") else str(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -54,10 +57,17 @@ def open_model(
     kinds = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     options_model = options | {key: value for key, value in kinds.items() if value is not None}
     auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
-    model = _attempt(path, auto, options_model)
+    model, info = _attempt(path, auto, options_model | {"output_loading_info": True})
+    if lacking := sorted(info["missing_keys"]):
+        raise LoadError(
+            f"the weights of {path} lack {', '.join(lacking[:4])}{' …' * (len(lacking) > 4)} of {type(model).__name__}"
+            ", which would be filled at random; give the checkpoint of the whole language model"
+        )
     if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = tokenizer or _attempt(path, "AutoTokenizer", options)
+        model = model.to(place)
+    _check_plain(model)
+    if tokenizer is None:
+        tokenizer = _tokenizer(path, options)
     return Opened(model.eval(), tokenizer, processor, str(source))
 
 
@@ -67,10 +77,15 @@ def open_tokenizer(source: str | Path) -> Any:
     Raises:
         LoadError: there is none.
     """
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise LoadError(wrong("open_tokenizer", "a hub id, a folder or 'toy:text'", source))
     path = toy_folder(str(source)) if str(source).startswith("toy:") else str(source)
     if not Path(path).is_dir() and (path.startswith(("/", "./", "../", "~")) or path.count("/") > 1):
         raise LoadError(f"there is no folder {path}; give a folder with a tokenizer, a hub id, or 'toy:text'")
-    return _attempt(path, "AutoTokenizer", {"trust_remote_code": False})
+    tokenizer = _tokenizer(path, {"trust_remote_code": False})
+    if tokenizer is None:
+        raise LoadError(f"{path} has no tokenizer; give a folder with tokenizer.json, a hub id, or 'toy:text'")
+    return tokenizer
 
 
 def toy_folder(name: str) -> str:
@@ -88,6 +103,7 @@ def toy_folder(name: str) -> str:
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
+    _check_plain(model)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
     if model.get_output_embeddings() is None:
@@ -106,6 +122,102 @@ def _in_memory(
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
 
 
+def _check_kinds(
+    tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any, device_map: Any
+) -> None:
+    """Refuse options that transformers would stumble over later."""
+    if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens")):
+        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer))
+    if processor is not None and not hasattr(processor, "tokenizer"):
+        raise LoadError(wrong("processor=", "a processor of transformers, with its tokenizer", processor))
+    named = isinstance(dtype, str) and (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype))
+    if dtype is not None and not isinstance(dtype, torch.dtype) and not named:
+        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16 or 'bfloat16'", dtype))
+    for name, value in (("attn_implementation=", attn_implementation), ("revision=", revision)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise LoadError(wrong(name, "a name", value))
+    if device_map is not None and not isinstance(device_map, (str, int, Mapping, torch.device)):
+        raise LoadError(wrong("device_map=", "'auto', a device, or a device per module", device_map))
+
+
+def _device(device: Any) -> torch.device:
+    """The device, if it is there.
+
+    Raises:
+        LoadError: no device of that name, or none here.
+    """
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise LoadError(wrong("device=", "a device like 'cpu' or 'cuda:0'", device))
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        text = str(error).strip().splitlines()[0]
+        raise LoadError(
+            f"there is no device {device!r} ({text}): this PyTorch, {torch.__version__}, sees {have}. "
+            "Leave device out for the best that is there, or give 'cpu'."
+        ) from error
+    if place.type == "meta":
+        raise LoadError("device='meta' holds no weights; give 'cpu', a CUDA device, or a device_map")
+    return place
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse models that something is wrapped around, or whose weights are not there as numbers: their sites would be
+    half there.
+
+    Raises:
+        LoadError: naming the module, and what to load instead.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
+        if inner is not None:
+            merge = "model.merge_and_unload(), or " if hasattr(model, "merge_and_unload") or "Peft" in kind else ""
+            raise LoadError(
+                f"{kind} wraps a {type(inner[1]).__name__}, whose sites would not be where they are looked for; load "
+                f"{merge}the model inside, model.{inner[0]} (without what the wrapper itself does)"
+            )
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        whole = isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not weight.is_complex()
+        if whole or hasattr(module, "qweight") or (weight is not None and callable(weight)):
+            raise LoadError(
+                f"{name} ({type(module).__name__}) is quantised: its weights are not there as numbers. Load the model "
+                "without quantisation, as in dtype=torch.bfloat16."
+            )
+        if hasattr(module, "_orig_mod"):
+            raise LoadError(
+                f"{name} is a compiled module ({type(module).__name__}), inside which nothing can be seen; load the "
+                f"model with the one that it was made of, {name}._orig_mod, in its place"
+            )
+
+
+def _tokenizer(path: str, options: dict[str, Any]) -> Any:
+    """The tokenizer that comes with a model, or None if there is none: transformers makes up an empty one."""
+    folder = Path(path)
+    bare = folder.is_dir() and not any(_is_of_tokenizer(item.name) for item in folder.iterdir())
+    if bare:
+        return None
+    tokenizer = _attempt(path, "AutoTokenizer", options)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.added_tokens_encoder):  # made up, too
+        if folder.is_dir():
+            raise LoadError(
+                f"{path} has no usable tokenizer (no vocabulary beside {type(tokenizer).__name__}'s settings); pass "
+                "tokenizer=…, or add tokenizer.json to the folder"
+            )
+        return None
+    return tokenizer
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    parts = ("tokeniz", "vocab", "merges", "tekken", "special_tokens_map", "added_tokens")
+    return any(part in name for part in parts) or Path(name).suffix in (".model", ".tiktoken", ".spm", ".bpe")
+
+
 def _check_folder(path: str) -> None:
     """Refuse what looks like a folder but holds no model, before transformers takes it for a hub id."""
     folder = Path(path)
@@ -116,17 +228,33 @@ def _check_folder(path: str) -> None:
             held = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
             raise LoadError(f"{path} holds no config.json, so it is no transformers model (it holds {held})")
         try:
-            json.loads((folder / "config.json").read_text())
-        except ValueError as error:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise LoadError(f"{path}/config.json is not JSON ({error}); copy the file again") from error
+        if not isinstance(config, dict):
+            raise LoadError(f"{path}/config.json holds no settings, but a {type(config).__name__}; copy the file again")
+        _check_index(folder)
     elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise LoadError(f"there is no folder {path}; give a folder, a hub id like 'Qwen/Qwen3-0.6B', or 'toy:text'")
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse lists of weights that are none, or that name files elsewhere."""
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if not index.is_file():
+            continue
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise LoadError(f"{index} lists no weights ({type(error).__name__}); copy the file again") from error
+        if outside := sorted(str(n) for n in names if os.path.isabs(str(n)) or os.path.normpath(str(n))[:2] == ".."):
+            raise LoadError(f"{index} names weights outside of the folder ({outside[0]!r}); do not trust it")
 
 
 def _attempt(path: str, what: str, options: dict[str, Any]) -> Any:
     """Let transformers load something, and say what to do when it cannot."""
     import transformers
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from safetensors import SafetensorError
 
     try:
@@ -141,7 +269,12 @@ def _attempt(path: str, what: str, options: dict[str, Any]) -> Any:
         raise LoadError(f"the hub has no model {path!r}, or it is private: check the name, or log in") from error
     except SafetensorError as error:
         raise LoadError(f"the weights of {path} are damaged ({error}); download or copy them again") from error
-    except (OSError, HfHubHTTPError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        raise LoadError(
+            f"the weights of {path} are pickled, and hold more than tensors or are damaged: they are not opened, since "
+            "a pickle can run code. Convert them to safetensors where you trust them."
+        ) from error
+    except Exception as error:  # the code of others, on files of others
         raise LoadError(_advice(path, what, error)) from error
 
 

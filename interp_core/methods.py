@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import settings as _settings
-from .errors import CapabilityError, PluginError
+from .errors import CapabilityError, PlanError, PluginError, wrong
 from .plugins import API, registry
 from .settings import Config
 
@@ -56,6 +56,8 @@ class Method(ABC):
         """
         from .result import Result
 
+        if not hasattr(model, "atlas"):
+            raise PlanError(wrong(f"method {self.name}", "a model of ic.load first, then the text", model))
         config = self.configured(settings)
         for need in sorted(self.requires):
             if need in model.atlas.lacking:

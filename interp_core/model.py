@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from . import loading, text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas
-from .compiled import CompiledPlan, padded_on
+from .compiled import PADDED, CompiledPlan, demand_fit, looks_padded, padded_on
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
 from .engines.turns import turn_of
-from .errors import CapabilityError, TextError
+from .errors import CapabilityError, PlanError, SiteError, TextError, nearest, several, wrong
 from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
 """What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
 PROGRAMS = 64
+USES = ("read", "write", "grad", "generate")
 _NOTHING = nullcontext()
 
 
@@ -217,8 +218,11 @@ class Model:
 
         Raises:
             SiteError: no site is called so.
+            PlanError: another use.
         """
         name = named(site).name
+        if use not in USES:
+            raise PlanError(f"a site has no use {use!r}. {nearest(use, USES)}")
         if name in self.atlas.lacking:
             return self.atlas.lacking[name]
         entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
@@ -267,7 +271,7 @@ class Model:
         sides = [side for side in ("left", "right") if f"{side} padding" not in self.atlas.lacking]
         return padded_on(tokens, sides[0])[0] if sides else tokens
 
-    def chat(self, messages: Sequence[Mapping[str, str]], target: str | None = None, **template: Any) -> Tokens:
+    def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any) -> Tokens:
         """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
         return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
 
@@ -285,7 +289,13 @@ class Model:
 
     def word(self, token: int) -> str:
         """Text of one token id, its leading space included; the number where there is no tokenizer."""
-        return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, token)
+        if isinstance(token, Tensor) and token.numel() == 1:
+            token = token.item()
+        if isinstance(token, (bool, Tensor)) or not hasattr(token, "__index__"):
+            raise TextError(wrong("word", "a token id", token))
+        if not 0 <= int(token) < self.atlas.shape.d_vocab:
+            raise TextError(f"token id {token} does not exist: the model has {self.atlas.shape.d_vocab} tokens")
+        return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, int(token))
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -294,23 +304,12 @@ class Model:
 
     def _fitting(self, tokens: Tokens, more: int = 0) -> Tokens:
         try:
-            return self._demand_fit(tokens, more)
+            return demand_fit(self.atlas.shape, tokens, more)
         except TextError:
             with self.turn:
                 if not self.renew():
                     raise
-            return self._demand_fit(tokens, more)  # it may have more tokens or a longer context by now
-
-    def _demand_fit(self, tokens: Tokens, more: int) -> Tokens:
-        limit = self.atlas.shape.n_ctx
-        longest = max(tokens.lengths) + more
-        if limit is not None and longest > limit:
-            asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
-            raise TextError(f"{asked} do not fit the model's context of {limit}; shorten the text")
-        top = int(tokens.ids.max())
-        if top >= self.atlas.shape.d_vocab or int(tokens.ids.min()) < 0:
-            raise TextError(f"token id {top} does not exist: the model has {self.atlas.shape.d_vocab} tokens")
-        return tokens
+            return demand_fit(self.atlas.shape, tokens, more)  # it may have more tokens or a longer context by now
 
     def _input(self, x: Input) -> Tokens:
         if isinstance(x, Tokens):
@@ -319,24 +318,13 @@ class Model:
             x = {"input_ids": x if x.ndim == 2 else x[None]}
         if isinstance(x, Mapping):
             tokens = self._fitting(text.from_inputs(x, self.tokenizer))
-            if "attention_mask" not in x:
-                self._warn_of_padding(tokens.ids)
+            if "attention_mask" not in x and not self._warned and looks_padded(self.hf.config, tokens.ids):
+                self._warned = True
+                warnings.warn(PADDED, stacklevel=4)
             return with_visual_names(tokens, self.hf.config, self.atlas.family)
-        return self.tokens(x)
-
-    def _warn_of_padding(self, ids: Tensor) -> None:
-        """Say, once, that ids without a mask look as if they were padded."""
-        config = self.hf.config.get_text_config()
-        pad, bos, eos = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
-        taken = pad in (bos, eos) or (isinstance(eos, list) and pad in eos)  # such an id may well be text
-        if pad is None or taken or self._warned or not bool((ids[:, [0, -1]] == pad).any()):
-            return
-        self._warned = True
-        warnings.warn(
-            f"the ids begin or end with the padding id {pad} and come without an attention_mask, so padding counts as "
-            "text: pass {'input_ids': ids, 'attention_mask': mask} (all ones, if it is text)",
-            stacklevel=5,
-        )
+        if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, bytes)):
+            return self.tokens(x)
+        raise TextError(wrong("a model", "text, texts, Tokens, a tokenizer's output or ids", x))
 
     # Running
 
@@ -411,21 +399,23 @@ class Model:
             LoadError: the folder holds something else.
         """
         from .score import Score
-        from .sweep import sweep
+        from .sweep import checked, sweep
 
-        scores = (score,) if isinstance(score, Score) else tuple(score)
+        listed, scores = checked(variants, score, memory_budget, out, self.atlas.shape.d_vocab)
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()
-            found = sweep(self, x, variants, scores, strategy, memory_budget, out, progress)
+            found = sweep(self, x, listed, scores, strategy, memory_budget, out, progress)
         return found[0] if isinstance(score, Score) else found
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,
         also for edits with other values."""
-        reads = (read,) if isinstance(read, (Site, str)) else tuple(read)
-        changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        reads = (read,) if isinstance(read, (Site, str)) else several("read=", "sites", read, PlanError)
+        changes = (edits,) if isinstance(edits, Edit) else several("edits=", "edits", edits, PlanError)
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
+        if not all([isinstance(item, (Site, str)) for item in reads]):  # noqa: C419 (faster)
+            Plan.of(reads, changes)  # says what is wrong with it
         found = self._programs.get(key)
         if found is None or None in key[1]:
             plan = Plan.of(reads, changes)
@@ -449,14 +439,16 @@ class Model:
         """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.
 
         Raises:
+            PlanError: not `[… d_model]`.
             CapabilityError: the self-check found that this does not reproduce the model's logits.
         """
-        from .readout import readout
+        from .readout import demand_width, readout
 
         with self.turn:
             self.renew()
             if "readout" in self.atlas.lacking:
                 raise CapabilityError(self.atlas.lacking["readout"])
+            demand_width("readout", resid, self.atlas.shape.d_model)
             norm = self.atlas.entries["final_norm", 0].module
             assert norm is not None
             return readout(self.hf, norm, resid)
@@ -470,12 +462,17 @@ class Model:
             added: as the block adds it to the stream: through a post-norm and multiplier where the family has them.
 
         Raises:
+            PlanError: not `[… head d_head]`.
             SiteError, CapabilityError: no such layer, or one whose heads are not known.
         """
-        from .readout import project
+        from .readout import demand_width, project
 
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise SiteError(wrong("project", "the number of a layer", layer))
         with self.turn:
             self.renew()
+            sizes = self.atlas.select(Site("z", layer))[0].sizes
+            demand_width("project", z, sizes["head"], sizes["d_head"])
             return project(self.atlas, z, layer, added)
 
     def fresh(self) -> AbstractContextManager[None]:

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from .edits import TENSOR_OPS, Edit, digest
-from .errors import LoadError, PlanError
+from .errors import LoadError, PlanError, several, wrong
+from .result import folder_of
 from .sites import Site
 
 FORMAT = "interp-plan/1"
@@ -41,8 +42,8 @@ class Plan:
             PlanError: something that is neither.
             SiteError: a text that names no site.
         """
-        wanted = (reads,) if isinstance(reads, (Site, str)) else reads
-        changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        wanted = (reads,) if isinstance(reads, (Site, str)) else several("read=", "sites", reads, PlanError)
+        changes = (edits,) if isinstance(edits, Edit) else several("edits=", "edits", edits, PlanError)
         sites = tuple(Site.parse(item) if isinstance(item, str) else item for item in wanted)
         for item in sites:
             if not isinstance(item, Site):
@@ -81,16 +82,21 @@ class Plan:
         Raises:
             PlanError: another format, or a tensor that is missing.
         """
-        if data.get("format") != FORMAT:
-            raise PlanError(f"this is {data.get('format')!r}, not {FORMAT!r}")
-        reads = tuple(Site.parse(text) for text in data.get("reads", ()))
-        return Plan(reads, tuple(_edit_from_json(item, tensors or {}) for item in data.get("edits", ())))
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise PlanError(
+                f"this is {data.get('format') if isinstance(data, Mapping) else data!r:.60}, not {FORMAT!r}"
+            )
+        reads = several("reads", "a list of sites", data.get("reads", ()), PlanError)
+        edits = several("edits", "a list of edits", data.get("edits", ()), PlanError)
+        return Plan(
+            tuple(Site.parse(text) for text in reads), tuple(_edit_from_json(item, tensors or {}) for item in edits)
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write `plan.json`, and `plan.safetensors` if edits carry tensors."""
         from safetensors.torch import save_file
 
-        folder = Path(folder)
+        folder = folder_of("save", folder)
         folder.mkdir(parents=True, exist_ok=True)
         if tensors := self.tensors():
             save_file({key: value.detach().contiguous() for key, value in tensors.items()}, folder / "plan.safetensors")
@@ -102,18 +108,27 @@ class Plan:
 
         Raises:
             LoadError: no plan there, or not readable.
+            PlanError: another format.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = Path(folder) / "plan.json"
+        path = folder_of("load", folder) / "plan.json"
         if not path.is_file():
             raise LoadError(f"{folder} holds no plan.json")
         try:
-            data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise LoadError(f"{path} is not JSON: {error}") from error
         stored = path.with_name("plan.safetensors")
-        return Plan.from_json(data, load_file(stored) if stored.is_file() else {})
+        try:
+            tensors = load_file(stored) if stored.is_file() else {}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise LoadError(f"{stored} is damaged ({error}); save the plan again") from error
+        for key, tensor in tensors.items():
+            if digest(tensor) != key:
+                raise LoadError(f"{stored} is damaged: the numbers of {key[:12]}… are not those that were saved")
+        return Plan.from_json(data, tensors)
 
 
 def _edit_json(edit: Edit) -> dict[str, Any]:
@@ -126,12 +141,16 @@ def _edit_json(edit: Edit) -> dict[str, Any]:
 
 
 def _edit_from_json(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+    if not isinstance(item, Mapping) or not isinstance(item.get("op"), str):
+        raise PlanError(wrong("an edit of a plan", '{"site": …, "op": …, "value": …}', item))
     value = item.get("value")
     if isinstance(value, Mapping):
-        key = value["tensor"]
-        if key not in tensors:
-            raise PlanError(f"{item['site']} {item['op']}: its tensor {key[:12]}… {value['shape']} is not given")
+        key = value.get("tensor")
+        if not isinstance(key, str) or key not in tensors:
+            raise PlanError(
+                f"{item.get('site')} {item['op']}: its tensor {key!s:.12}… {value.get('shape')} is not given"
+            )
         value = tensors[key]
     if isinstance(value, list):
         value = tuple(value)
-    return Edit(Site.parse(item["site"]), item["op"], value)
+    return Edit(Site.parse(item.get("site", "")), item["op"], value)

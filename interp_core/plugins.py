@@ -21,7 +21,7 @@ from importlib import metadata
 from typing import Any
 
 from . import __version__
-from .errors import PluginError, nearest
+from .errors import PluginError, nearest, wrong
 
 API = 1
 """Version of the interface between interp_core and its plugins."""
@@ -161,6 +161,8 @@ class Registry:
         Raises:
             PluginError: unknown.
         """
+        if not isinstance(name, str):
+            raise PluginError(wrong(f"a {self.kind[:-1]}", "its name", name))
         dist, _, bare = name.rpartition(":")
         rows = [row for row in self.rows if row.name == bare and (row.dist == dist if dist else not row.hidden)]
         usable = [row for row in rows if row.state != "incompatible"]

@@ -81,12 +81,12 @@ def position(value: PositionLike) -> Position:
     if getattr(value, "ndim", 0) == 2 and "bool" in str(getattr(value, "dtype", "")):
         rows = value.tolist()
         return Mask(tuple(tuple(i for i, on in enumerate(row) if on) for row in rows), len(rows[0]) if rows else 0)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, bool):
         raise PositionError(f"{value} is not a position; give an integer, slice, Span, list, mask or name")
     if hasattr(value, "__index__"):
         return int(value)
-    if hasattr(value, "tolist"):
-        value = value.tolist()
     if isinstance(value, Sequence):
         if value and all(hasattr(item, "__index__") and not isinstance(item, bool) for item in value):
             return tuple(int(item) for item in value)

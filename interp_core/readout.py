@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas
+from .errors import PlanError, wrong
 from .sites import Site
 
 
@@ -47,3 +48,16 @@ def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
         assert end.module is not None
         out = end.module(out)
     return out if end.read.lens is None else out * end.read.lens.factor
+
+
+def demand_width(what: str, value: Any, *ends: int) -> None:
+    """Refuse what is no tensor of numbers that ends in these sizes.
+
+    Raises:
+        PlanError: saying what it is.
+    """
+    wanted = f"a tensor of numbers [… {' '.join(map(str, ends))}]"
+    if not isinstance(value, Tensor):
+        raise PlanError(wrong(what, wanted, value))
+    if tuple(value.shape[-len(ends) :]) != ends or not value.is_floating_point():
+        raise PlanError(f"{what} takes {wanted}, not {value.dtype} {list(value.shape)}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import LoadError
+from .errors import LoadError, wrong
 
 FORMAT = "interp-result/1"
 R = TypeVar("R", bound="Result")
@@ -76,7 +76,7 @@ class Result:
         """Write `result.safetensors` and `result.json` into a folder; `load` reads them back."""
         from safetensors.torch import save as to_bytes
 
-        out = Path(folder)
+        out = folder_of("save", folder)
         tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
         axes = {name: " ".join(self.AXES[name]) for name in tensors}
@@ -98,16 +98,42 @@ class Result:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = Path(folder) / "result.json"
+        path = folder_of("load", folder) / "result.json"
         try:
             head = json.loads(path.read_text(encoding="utf-8"))
             tensors = load_file(path.with_name("result.safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
             raise LoadError(f"{folder} holds no readable result: {error}") from error
+        plain = head.get("fields") if isinstance(head, dict) else None
+        if not isinstance(plain, dict):
+            raise LoadError(f"{folder} holds no result: result.json has no fields")
         if head.get("format") != FORMAT or head.get("class") != cls.__name__:
             raise LoadError(f"{folder} holds a {head.get('class')} ({head.get('format')}), not a {cls.__name__}")
+        cls._check_fields(folder, plain, tensors)
         missing = {name: None for name in cls.AXES if name not in tensors}
-        return cls(**{k: _tupled(v) for k, v in head["fields"].items()}, **tensors, **missing)
+        try:
+            return cls(**{k: _tupled(v) for k, v in plain.items()}, **tensors, **missing)
+        except (TypeError, ValueError) as error:
+            raise LoadError(f"{folder} holds a damaged {cls.__name__}: {error}") from error
+
+    @classmethod
+    def _check_fields(cls, folder: str | Path, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a saved result whose fields are not those of this class."""
+        known = {f.name: f for f in fields(cls)}
+        numbers = {name for name in plain if name in cls.AXES} | {name for name in tensors if name not in cls.AXES}
+        if foreign := sorted(({*plain, *tensors} - set(known)) | numbers):
+            raise LoadError(
+                f"{folder} holds a {cls.__name__} of another version: it has a field {foreign[0]!r}, this one has "
+                f"{', '.join(known)}. Load it with the version that saved it, or run the method again."
+            )
+        for name, f in known.items():
+            optional = f.default is not MISSING or f.default_factory is not MISSING
+            may_lack = "None" in str(f.type) if name in cls.AXES else optional
+            if name not in plain and name not in tensors and not may_lack:
+                raise LoadError(
+                    f"{folder} holds a {cls.__name__} of another version: it lacks the field {name!r}. Load it with "
+                    "the version that saved it, or run the method again."
+                )
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -115,6 +141,17 @@ class Result:
         return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def folder_of(what: str, folder: Any) -> Path:
+    """A folder as a path.
+
+    Raises:
+        LoadError: something that names none.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise LoadError(wrong(what, "a folder", folder))
+    return Path(folder)
 
 
 def write(path: Path, data: str | bytes) -> None:

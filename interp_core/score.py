@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import PlanError, nearest
+from .errors import PlanError, nearest, wrong
 from .positions import PositionLike
 from .sites import Site
 from .text import Tokens
@@ -50,6 +50,18 @@ class Score:
     narrow: bool = False
     of: Site | None = None
 
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            ids = target if isinstance(target, tuple) else (target,)
+            whole = (torch.int32, torch.int64)
+            numbers = all(isinstance(part, Tensor) and part.dtype in whole and part.numel() for part in ids)
+            if isinstance(target, bool) or not ids or not (isinstance(target, int) or numbers):
+                raise PlanError(
+                    wrong(
+                        f"score {self.name}", "token ids, such as model.tokens(' Paris', bos=False).ids[:, 0]", target
+                    )
+                )
+
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         """The score of a run that kept all logits, or those at this score's position, or the site that it reads."""
         if self.clean:
@@ -64,6 +76,19 @@ class Score:
         if logits.site != Site("logits").at(self.at):
             raise PlanError(f"score {self.name} reads logits at {self.at}, the run kept {logits.site}")
         return self.rows(logits.as_subclass(Tensor))
+
+    def fits(self, d_vocab: int) -> None:
+        """Refuse targets that the model does not have.
+
+        Raises:
+            PlanError: a token id that is not between 0 and d_vocab.
+        """
+        for target in self.targets:
+            for ids in target if isinstance(target, tuple) else (torch.as_tensor(target),):
+                low, high = int(ids.min()), int(ids.max())
+                if low < 0 or high >= d_vocab:
+                    bad = low if low < 0 else high
+                    raise PlanError(f"score {self.name}: no token id {bad}, there are {d_vocab}, 0 to {d_vocab - 1}")
 
     def ids(self, example: int) -> Tensor:
         """All target ids of an example, ascending."""

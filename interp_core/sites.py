@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import SiteError, nearest
+from .errors import SiteError, nearest, wrong
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
 
 if TYPE_CHECKING:
@@ -195,8 +195,8 @@ class Site:
 
     def mask(self, experts: int | Sequence[int]) -> Edit:
         """`router_logits` only: ban experts, so that tokens are routed to others."""
-        banned = (experts,) if isinstance(experts, int) else tuple(int(expert) for expert in experts)
-        return self._edit("mask", banned)
+        index = _index(experts, "mask")
+        return self._edit("mask", (index,) if isinstance(index, int) else index)
 
     def _edit(self, op: str, value: Any) -> Edit:
         from .edits import Edit
@@ -224,6 +224,8 @@ class Site:
         Raises:
             SiteError: not in this form, or an unknown name.
         """
+        if not isinstance(text, str):
+            raise SiteError(wrong("a site", "the text of one, like 'resid_post[3]@-1'", text))
         body, _, place = text.strip().partition("@")
         name, bracket, rest = body.partition("[")
         site = named(name.strip())
@@ -235,7 +237,9 @@ class Site:
             return site
         if "key=" not in place:
             return site.at(parse_position(place))
-        parts = dict(part.split("=", 1) for part in place.split(";"))
+        parts = dict(part.partition("=")[::2] for part in place.split(";"))
+        if unknown := set(parts) - {"query", "key"}:
+            raise SiteError(f"{text!r} has positions of {sorted(unknown)[0]!r}; write {name}[layer]@query=…;key=…")
         return site.at(**{axis: parse_position(where) for axis, where in parts.items()})
 
 
@@ -245,15 +249,15 @@ def named(name: str) -> Site:
     Raises:
         SiteError: unknown name.
     """
-    if name not in SITES:
+    if not isinstance(name, str) or name not in SITES:
         raise SiteError(f"no site is called {name!r}. {nearest(name, SITES)}")
     return Site(name)
 
 
 def _index(item: Any, name: str) -> Index:
-    if isinstance(item, bool):
-        raise SiteError(f"{name}[{item}]: a layer or unit is an integer, slice or list of integers")
-    if hasattr(item, "__index__"):
+    if hasattr(item, "tolist"):
+        item = item.tolist()
+    if _is_integer(item):
         return int(item)
     if isinstance(item, slice):
         whole = item == slice(None)
@@ -263,8 +267,13 @@ def _index(item: Any, name: str) -> Index:
     if isinstance(item, Sequence) and not isinstance(item, str):
         if not item:
             raise SiteError(f"{name}[[]]: an empty list selects nothing")
-        return tuple(int(i) for i in item)
-    raise SiteError(f"{name}[{item!r}]: a layer or unit is an integer, slice or list of integers")
+        if all(map(_is_integer, item)):
+            return tuple(int(i) for i in item)
+    raise SiteError(f"{name}[{item!r:.60}]: a layer or unit is an integer, slice or list of integers")
+
+
+def _is_integer(item: Any) -> bool:
+    return hasattr(item, "__index__") and not isinstance(item, bool)
 
 
 def indices(index: Index, size: int, what: str, where: object) -> range | tuple[int, ...]:

@@ -30,7 +30,7 @@ from .compiled import model_inputs
 from .edits import TENSOR_OPS, Edit
 from .engines.staircase import Clean, Staircase, clean_pass, standing_in
 from .engines.torch import TorchEngine
-from .errors import PlanError, nearest
+from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
 from .positions import Rows
 from .score import Score
@@ -84,6 +84,30 @@ class Sweep:
         mean = self.effects.mean(-1)
         order = mean.abs().nan_to_num(0).argsort(descending=True)[:k].tolist()
         return [(named_edits(self.variants[i]), float(mean[i])) for i in order]
+
+
+def checked(
+    variants: Any, score: Any, memory_budget: Any, out: Any, d_vocab: int
+) -> tuple[tuple[Variant, ...], tuple[Score, ...]]:
+    """Variants and scores as they were given to `Model.sweep`, if all its arguments are of their kinds.
+
+    Raises:
+        PlanError: naming the first that is not.
+    """
+    listed = several("variants", "edits, or lists of edits", variants, PlanError)
+    for item in listed:
+        if isinstance(item, Tensor) or not isinstance(item, (Edit, Site, Iterable)):
+            raise PlanError(wrong("a variant", "edits", item))
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
+        raise PlanError(wrong("memory_budget=", "a number of bytes", memory_budget))
+    if out is not None and not isinstance(out, (str, Path)):
+        raise PlanError(wrong("out=", "a folder", out))
+    scores = (score,) if isinstance(score, Score) else several("score=", "a score, or several", score, PlanError)
+    for item in scores:
+        if not isinstance(item, Score):
+            raise PlanError(wrong("score=", "a score such as ic.score.logprob(target), or several", item))
+        item.fits(d_vocab)
+    return listed, scores
 
 
 def sweep(

@@ -10,6 +10,7 @@ Batches are padded on the left, so that the last column is the last token of eve
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,11 +20,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .errors import PositionError, TextError, nearest
+from .chat import Chars, rendered
+from .errors import PositionError, TextError, nearest, wrong
 from .positions import Rows, Span
 
-Chars = tuple[int, int]
-"""Half-open character range in a row's text."""
 Where = Span | Chars | str | re.Pattern[str]
 """What `Tokens.find` takes: a token span, a character range, a string or a regular expression."""
 
@@ -53,6 +53,9 @@ class Tokens:
     """What models are called with, by shape limits and device; filled by their first run."""
 
     def __post_init__(self) -> None:
+        for name, value in (("ids", self.ids), ("mask", self.mask)):
+            if not isinstance(value, Tensor):
+                raise TextError(wrong(f"Tokens({name}=…)", "a tensor [batch, pos]", value))
         if self.ids.ndim != 2 or self.ids.is_floating_point() or self.ids.dtype == torch.bool:
             raise TextError(f"token ids are integers [batch, pos], not {self.ids.dtype} {list(self.ids.shape)}")
         if self.mask.shape != self.ids.shape:
@@ -92,6 +95,8 @@ class Tokens:
 
     def row(self, index: int) -> Tokens:
         """One row without its padding (text only: further inputs are refused)."""
+        if isinstance(index, bool) or not isinstance(index, int) or not -len(self) <= index < len(self):
+            raise PositionError(wrong("row", f"a row of the batch, 0 to {len(self) - 1}", index))
         if self.inputs:
             raise TextError(
                 f"a batch with {', '.join(self.inputs)} cannot be split into rows; tokenize them one by one"
@@ -121,11 +126,18 @@ class Tokens:
             PositionError: not found, or outside the text.
             TextError: the row's text or offsets are not known.
         """
+        for name, number in (("row", row), ("nth", nth)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise PositionError(wrong(f"find({name}=…)", "an integer", number))
+        if not -len(self) <= row < len(self):
+            raise PositionError(f"no row {row} in a batch of {len(self)}")
         length = self.lengths[row]
         if isinstance(what, Span):
             if not 0 <= what.start < what.stop <= length:
                 raise PositionError(f"{what} lies outside row {row}, which has {length} tokens")
             return what
+        if not isinstance(what, (str, re.Pattern)) and not _is_pair(what):
+            raise PositionError(wrong("find", "a string, a regular expression, (start, stop) or a Span", what))
         text = self._text(row)
         if isinstance(what, (str, re.Pattern)):
             pattern = re.escape(what) if isinstance(what, str) else what
@@ -139,14 +151,15 @@ class Tokens:
         start, stop = what
         if not 0 <= start < stop <= len(text):
             raise PositionError(f"characters {start}:{stop} lie outside row {row}, whose text has {len(text)}")
-        assert self.offsets is not None
-        hit = [i for i, (a, b) in enumerate(self.offsets[row]) if a < stop and start < b]
-        if not hit:
+        span = self._covering(start, stop, row)
+        if span is None:
             raise PositionError(f"no token covers characters {start}:{stop} ({text[start:stop]!r}) of row {row}")
-        return Span(hit[0], hit[-1] + 1)
+        return span
 
     def chars(self, span: Span, row: int = 0) -> Chars:
         """The characters that a token span covers."""
+        if not isinstance(span, Span):
+            raise PositionError(wrong("chars", "a Span", span))
         span = self.find(span, row)
         self._text(row)
         assert self.offsets is not None
@@ -168,6 +181,11 @@ class Tokens:
             spans[name] = tuple((self.find(item, row),) for row, item in enumerate(items))
         return replace(self, spans=spans)
 
+    def _covering(self, start: int, stop: int, row: int) -> Span | None:
+        assert self.offsets is not None
+        hit = [i for i, (a, b) in enumerate(self.offsets[row]) if a < stop and start < b]
+        return Span(hit[0], hit[-1] + 1) if hit else None
+
     def _text(self, row: int) -> str:
         if self.texts is None or self.offsets is None:
             raise TextError("these tokens carry no text or offsets; make them with model.tokens(text)")
@@ -175,7 +193,15 @@ class Tokens:
 
     @staticmethod
     def stack(rows: Sequence[Tokens]) -> Tokens:
-        """Rows of several batches as one, padded on the left."""
+        """Rows of several batches as one, padded on the left.
+
+        Raises:
+            TextError: none, or something else than tokens.
+        """
+        if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(x, Tokens) for x in rows):
+            raise TextError(wrong("Tokens.stack", "a list of Tokens", rows))
+        if not rows:
+            raise TextError("Tokens.stack of an empty list; give at least one Tokens")
         singles = [single for tokens in rows for single in tokens]
         width = max(single.ids.shape[1] for single in singles)
         ids = torch.stack([_pad(single.ids[0], width, int(single.ids[0, 0])) for single in singles])
@@ -213,8 +239,11 @@ def encode(
     Raises:
         TextError: empty text or target, no BOS to put, or a boundary that is not between two tokens.
     """
-    rows = [texts] if isinstance(texts, str) else list(texts)
-    targets = [target] * len(rows) if target is None or isinstance(target, str) else list(target)
+    if isinstance(bos, Tensor) or bos not in (None, True, False):
+        raise TextError(wrong("bos=", "True, False or None", bos))
+    rows = _strings("a text", "a string or a list of strings", texts)
+    targets = [None] * len(rows) if target is None else _strings("target=", "a string, or one per text", target)
+    targets = targets * len(rows) if isinstance(target, str) else targets
     if not rows:
         raise TextError("no text given")
     if len(targets) != len(rows):
@@ -227,36 +256,40 @@ def encode(
     )
 
 
+def _strings(what: str, takes: str, value: Any) -> list[Any]:
+    """A string as a list of one, or a list of strings."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or isinstance(items, bytes) or not all(isinstance(x, str) for x in items):
+        raise TextError(wrong(what, takes, value))
+    return list(items)
+
+
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], target: str | None = None, **template: Any
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any
 ) -> Tokens:
     """Tokens of a conversation through the tokenizer's chat template, ready for the assistant's answer.
 
-    Every message is a span `message_{i}`, and all messages of a role are spans of that role's name.
+    The text of every message that has one is the span `message_{i}` (more than one, where the template keeps parts of
+    it), and all messages of a role are spans of that role's name. White space at its ends is left out.
 
     Args:
-        messages: `{"role": …, "content": …}` each.
+        messages: `{"role": …, "content": …}` each; the content is text or a list of `{"type": "text", "text": …}`.
         target: the beginning of the answer; gets the span `target`.
-        template: passed on to `apply_chat_template` (`enable_thinking=False`, …).
+        template: passed on to `apply_chat_template` (`enable_thinking=False`, …). With `continue_final_message=True`
+            the last message stays open; otherwise a new answer is opened, unless `add_generation_prompt=False`.
 
     Raises:
-        TextError: no chat template, or a message that the template does not show as it is.
+        TextError: no chat template, one that cannot render these messages, or a message that it does not show.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise TextError("this tokenizer has no chat template; pass plain text, or set tokenizer.chat_template")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template)
+    if target is not None and not isinstance(target, str):
+        raise TextError(wrong("target=", "the beginning of the answer, a string", target))
+    text, places = rendered(tokenizer, messages, **template)
     tokens = _encode_row(tokenizer, text, target, False, "strict", 0)
     spans = dict(tokens.spans)
-    cursor = 0
-    for i, message in enumerate(messages):
-        content = message["content"].strip()
-        start = text.find(content, cursor)
-        if start < 0 or not content:
-            raise TextError(f"message {i} ({message['role']}) is empty or does not occur in the templated text")
-        cursor = start + len(content)
-        span = tokens.find((start, cursor))
-        spans[f"message_{i}"] = ((span,),)
-        spans[message["role"]] = ((*spans.get(message["role"], ((),))[0], span),)
+    for i, (message, ranges) in enumerate(zip(messages, places, strict=True)):
+        if shown := tuple(span for chars in ranges if (span := tokens._covering(*chars, 0))):
+            spans[f"message_{i}"] = (shown,)
+            spans[message["role"]] = (spans.get(message["role"], ((),))[0] + shown,)
     return replace(tokens, spans=spans)
 
 
@@ -329,37 +362,84 @@ def _ids(tokenizer: Any, text: str, bos: bool | None) -> tuple[list[int], list[C
     """Ids of one text and the characters of each."""
     if bos and tokenizer.bos_token_id is None:
         raise TextError("a BOS was asked for, but the tokenizer has none; leave bos out or set tokenizer.bos_token")
-    special = bos is not False
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
-    else:
-        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        offsets = _offsets_by_decoding(tokenizer, ids, text)
+    special, fast = bos is not False, getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(text, add_special_tokens=special, **({"return_offsets_mapping": True} if fast else {}))
+    ids = list(encoded["input_ids"])
     if not ids:
-        raise TextError(f"the text {text!r} has no tokens")
+        raise TextError(f"the text {text!r:.60} has no tokens")
+    own = _not_doubled(tokenizer, text, ids) if special else slice(None)
+    ids = ids[own]
+    if fast:
+        offsets = _with_composed(text, [(int(a), int(b)) for a, b in encoded["offset_mapping"]][own])
+    else:
+        offsets = _offsets_by_decoding(tokenizer, ids, text)
     if bos and ids[0] != tokenizer.bos_token_id:
         ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
     return ids, offsets
 
 
+def _not_doubled(tokenizer: Any, text: str, ids: list[int]) -> slice:
+    """Which tokens to keep so that special ones that the text has written out (a chat template rendered by hand) are
+    not put around it a second time."""
+    specials = set(tokenizer.all_special_ids)
+    if not specials.intersection(ids[1:3] + ids[-3:-1]):
+        return slice(None)
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in reversed(range(len(ids) - len(own) + 1)):
+        before, after = ids[:start], ids[start + len(own) :]
+        if ids[start : start + len(own)] != own:
+            continue
+        doubled = bool(before) and own[: len(before)] == before, bool(after) and own[-len(after) :] == after
+        if any(doubled):
+            return slice(len(before) if doubled[0] else 0, len(ids) - (len(after) if doubled[1] else 0))
+    return slice(None)
+
+
+def _with_composed(text: str, offsets: list[Chars]) -> list[Chars]:
+    """Offsets in which characters that the tokenizer composed with the one before (a letter and its accent become one)
+    belong to that one's tokens."""
+    if unicodedata.is_normalized("NFC", text):
+        return offsets
+    covered = {i for a, b in offsets for i in range(a, b)}
+
+    def composes(start: int, end: int) -> bool:
+        """Whether the character at `end` adds none to those before it."""
+        without, whole = (unicodedata.normalize("NFC", text[start:stop]) for stop in (end, end + 1))
+        return len(whole) <= len(without)
+
+    longer: list[Chars] = []
+    for start, end in offsets:
+        while start < end < len(text) and end not in covered and composes(start, end):
+            end += 1
+        longer.append((start, end))
+    return longer
+
+
 def _offsets_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[Chars]:
-    """Offsets for tokenizers that give none: how far each decoded prefix reaches into the text."""
+    """Offsets for tokenizers that give none: how far each decoded prefix reaches into the text.
+
+    Special tokens cover what the text has written out for them, or nothing; decoding starts anew after those.
+    """
     specials = set(tokenizer.all_special_ids)
     offsets: list[Chars] = []
     kept: list[int] = []
-    before, skipped = 0, None  # SentencePiece drops white space at the start
+    before, start, skipped = 0, 0, False  # SentencePiece drops white space at the start
     for token in ids:
         if token in specials:
-            offsets.append((before, before))
+            begin, written = before + len(text[before:]) - len(text[before:].lstrip()), tokenizer.decode([token])
+            if text.startswith(written, begin):
+                before, kept, skipped = begin + len(written), [], False
+                start = before
+            offsets.append((min(begin, before), before))
             continue
         kept.append(token)
         whole = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
         decoded = whole.rstrip("\ufffd")  # the bytes of a character that is not complete yet
-        if skipped is None and decoded:
-            skipped = text.find(decoded) if not text[: text.find(decoded)].strip() else 0
-        after = (skipped or 0) + len(decoded)
-        if text[skipped or 0 : after] != decoded:
+        if not skipped and decoded:
+            place = text.find(decoded, start)
+            skipped, start = True, place if place >= 0 and not text[start:place].strip() else start
+        after = start + len(decoded)
+        if text[start:after] != decoded:
             raise TextError(f"this tokenizer gives no offsets and does not decode to its text ({decoded[-20:]!r})")
         after = max(after, before)  # a run of bytes may fall back to its start until it is complete
         offsets.append((before, min(after + (decoded != whole), len(text))))
@@ -377,6 +457,11 @@ def token_text(tokenizer: Any, token: int) -> str:
 def _decoded(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...], ...]:
     known = {i: token_text(tokenizer, i) for i in set(ids[mask].tolist())}
     return tuple(tuple(known[i] for i in row[keep].tolist()) for row, keep in zip(ids, mask, strict=True))
+
+
+def _is_pair(value: Any) -> bool:
+    whole = isinstance(value, (tuple, list)) and len(value) == 2
+    return whole and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
 def _pad(row: Tensor, width: int, fill: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import DATA
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.loading import open_tokenizer
 
 STORIES = DATA / "stories260K"
 
@@ -81,11 +83,14 @@ def broken(tmp_path: Path, name: str, data: bytes | None) -> str:
     [
         ("config.json", None, "holds no config.json, so it is no transformers model"),
         ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b"\xff\xfe", "config.json is not JSON"),
+        ("config.json", b"[1]", "config.json holds no settings, but a list"),
         ("config.json", b'{"model_type": "nonsense"}', "cannot be loaded as a language model"),
         ("model.safetensors", None, "cannot be loaded as a language model"),
         ("model.safetensors", b"not weights", "the weights of .* are damaged|cannot be loaded"),
         ("model.safetensors", (STORIES / "model.safetensors").read_bytes()[:5000], "damaged|cannot be loaded"),
         ("tokenizer.json", b"{}", "has no usable tokenizer"),
+        ("tokenizer_config.json", b"[]", "has no usable tokenizer"),
     ],
 )
 def test_damaged_folders(tmp_path: Path, name: str, data: bytes | None, says: str) -> None:
@@ -98,6 +103,93 @@ def test_files_and_empty_folders(tmp_path: Path) -> None:
         ic.load(str(STORIES / "config.json"))
     with pytest.raises(ic.LoadError, match="it holds nothing"):
         ic.load(str(tmp_path))
+
+
+def bare(tmp_path: Path, *kept: str) -> Path:
+    """The folder without its tokenizer, but for some files."""
+    folder = Path(broken(tmp_path, "LICENCE_NOTE.txt", None))
+    for item in folder.iterdir():
+        if "token" in item.name and item.name not in kept:
+            item.unlink()
+    return folder
+
+
+def test_no_tokenizer_is_made_up(tmp_path: Path, ids: torch.Tensor) -> None:
+    folder = bare(tmp_path)
+    model = ic.load(str(folder))
+    assert model.tokenizer is None
+    assert torch.equal(model.run(ids).logits, ic.load(str(STORIES)).run(ids).logits)
+    with pytest.raises(ic.TextError, match="loaded without a tokenizer: pass ids"):
+        model.run("Once")
+    with pytest.raises(ic.LoadError, match="has no tokenizer"):
+        open_tokenizer(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(ic.LoadError, match=r"no usable tokenizer .*pass tokenizer=…"):
+        ic.load(str(folder))
+
+
+def test_devices_that_are_not_there() -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    for device in (missing, "nonsense", -1):
+        with pytest.raises(ic.LoadError, match=f"there is no device {device!r} .* Leave device out"):
+            ic.load(str(STORIES), device=device)  # type: ignore[arg-type]
+    with pytest.raises(ic.LoadError, match="device='meta' holds no weights"):
+        ic.load(str(STORIES), device="meta")
+    with pytest.raises(ic.LoadError, match="cannot be loaded as a language model"):
+        ic.load(str(STORIES), device_map={"": missing})
+
+
+def test_weights_that_lack_some_are_not_filled_at_random(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(broken(tmp_path, "LICENCE_NOTE.txt", None))
+    weights = load_file(folder / "model.safetensors")
+    gone = "model.layers.1.mlp.up_proj.weight"
+    save_file(
+        {name: value for name, value in weights.items() if name != gone}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ic.LoadError, match=f"lack {gone} of LlamaForCausalLM, which would be filled at random"):
+        ic.load(str(folder))
+
+
+class PeftModelForCausalLM(torch.nn.Module):
+    """Wraps as PEFT does: a config, everything passed on, the model two modules down."""
+
+    def __init__(self, hf: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = hf
+        self.config = hf.config
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.base_model.model.get_output_embeddings()  # type: ignore[no-any-return, union-attr, operator]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (torch.compile, r"OptimizedModule wraps a LlamaForCausalLM.*model\._orig_mod"),
+        (torch.nn.DataParallel, r"DataParallel wraps a LlamaForCausalLM.*model\.module"),
+        (PeftModelForCausalLM, r"PeftModelForCausalLM wraps .*merge_and_unload\(\), or .* model\.base_model\.model"),
+    ],
+)
+def test_wrapped_models_are_refused(wrap: Callable[[torch.nn.Module], torch.nn.Module], says: str) -> None:
+    with pytest.raises(ic.LoadError, match=says):
+        ic.load(wrap(ic.testing.tiny("llama")).eval())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_and_quantised_modules_are_refused() -> None:
+    hf = ic.testing.tiny("llama")
+    hf.model.layers[0] = torch.compile(hf.model.layers[0])
+    with pytest.raises(ic.LoadError, match=r"model\.layers\.0 is a compiled module"):
+        ic.load(hf)
+    hf = ic.testing.tiny("llama")
+    attention = hf.model.layers[1].self_attn
+    attention.q_proj.weight = torch.nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ic.LoadError, match=r"model\.layers\.1\.self_attn\.q_proj \(Linear\) is quantised"):
+        ic.load(hf)
 
 
 def test_unknown_engines() -> None:

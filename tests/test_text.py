@@ -46,7 +46,8 @@ class Slow:
 def test_ids_are_the_tokenizers_and_offsets_cover_the_text(kind: str) -> None:
     for text in TEXTS:
         tokens = encode(tokenizer(kind), text)
-        assert tokens.ids[0].tolist() == tokenizer(kind)(text)["input_ids"]
+        carried = kind == "phi3" and text.startswith("<s>")
+        assert tokens.ids[0].tolist() == tokenizer(kind)(text, add_special_tokens=not carried)["input_ids"]
         assert tokens.offsets is not None
         covered = {i for a, b in tokens.offsets[0] for i in range(a, b)}
         assert {i for i, char in enumerate(text) if not char.isspace()} <= covered
@@ -177,30 +178,98 @@ def test_begin_of_sequence() -> None:
         encode(tokenizer("qwen2.5"), "Hello world", bos=True)
 
 
-@pytest.mark.parametrize("kind", ["qwen2.5", "phi3"])
-def test_chat(kind: str) -> None:
-    messages = [
-        {"role": "user", "content": "Name a colour."},
-        {"role": "assistant", "content": "Blue"},
-        {"role": "user", "content": "What is the capital of France?"},
-    ]
-    tokens = encode_chat(tokenizer(kind), messages)
-    text = tokenizer(kind).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert tokens.texts == (text,)
-    assert tokens.ids[0].tolist() == tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
-    for i, message in enumerate(messages):
-        a, b = tokens.chars(tokens.spans[f"message_{i}"][0][0])
-        assert message["content"] in text[a:b] and len(text[a:b].strip()) <= len(message["content"]) + 1
-    assert len(tokens.spans["user"][0]) == 2 and len(tokens.spans["assistant"][0]) == 1
-    answer = encode_chat(tokenizer(kind), messages, target="Paris")
-    assert answer.texts[0].endswith("Paris") and "target" in answer.spans  # type: ignore[index]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_begin_of_sequence_is_never_doubled(kind: str, bos: bool | None) -> None:
+    """A rendered template, passed on as a string, has its BOS already; what a text itself repeats stays."""
+    for one in (tokenizer(kind), Slow(tokenizer(kind))):
+        begin = one.bos_token or one.eos_token
+        first = one.convert_tokens_to_ids(begin)
+        if bos and one.bos_token_id is None:
+            continue
+        for text in (begin, f"{begin}Hello world", f"{begin}{begin}Hello world", f"Hello world{begin}", f"a{begin}b"):
+            tokens = encode(one, text, bos=bos)
+            own = one(text, add_special_tokens=False)["input_ids"]
+            adds = own[0] != first and (bos or (bos is None and kind == "phi3"))
+            assert tokens.ids[0].tolist() == [first] * bool(adds) + own, text
+            assert len(tokens.offsets[0]) == len(tokens.labels[0]) == tokens.lengths[0]  # type: ignore[index]
+    prompt, target = f"{begin}The Eiffel Tower is in", " Paris"
+    joined = encode(tokenizer(kind), prompt, target)
+    assert joined.ids[0].tolist() == tokenizer(kind)(prompt + target, add_special_tokens=False)["input_ids"]
 
 
-def test_chat_refusals() -> None:
-    with pytest.raises(ic.TextError, match="no chat template"):
-        encode_chat(tokenizer("gpt2"), [{"role": "user", "content": "Hello world"}])
-    with pytest.raises(ic.TextError, match=r"message 0 \(user\) is empty"):
-        encode_chat(tokenizer("qwen2.5"), [{"role": "user", "content": ""}])
+@cache
+def framing() -> Any:
+    """A tokenizer that puts a token at both ends, as encoders' do, and one with a BOS of two."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "the": 3, "cat": 4}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("the cat", [1, 3, 4, 2]),
+        ("<s> the cat", [1, 3, 4, 2]),
+        ("the cat </s>", [1, 3, 4, 2]),
+        ("<s> the cat </s>", [1, 3, 4, 2]),
+        ("<s> <s> the </s> </s>", [1, 1, 3, 2, 2]),
+        ("the <s> cat", [1, 3, 1, 4, 2]),
+        ("</s> the <s>", [1, 2, 3, 1, 2]),
+        ("<s>", [1, 2]),
+        ("</s>", [1, 2]),
+        ("<s> </s>", [1, 2]),
+    ],
+)
+def test_special_tokens_at_both_ends(text: str, ids: list[int]) -> None:
+    for one in (framing(), Slow(framing())):
+        for bos in (None, True):
+            tokens = encode(one, text, bos=bos)
+            assert tokens.ids[0].tolist() == ids and len(tokens.offsets[0]) == len(ids)  # type: ignore[index]
+
+
+def test_rendered_chats_without_the_tokenizers_offsets() -> None:
+    """Special tokens that a text has written out cover their characters."""
+    messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": "end"}]
+    fast, slow = (encode_chat(one, messages) for one in (tokenizer("qwen2.5"), Slow(tokenizer("qwen2.5"))))
+    assert slow.ids.tolist() == fast.ids.tolist() and slow.offsets == fast.offsets and slow.spans == fast.spans
+
+
+def test_models_are_fed_one_begin_of_sequence() -> None:
+    model = ic.load(ic.testing.tiny("llama"), tokenizer=framing())
+    for text in ("<s> the cat </s>", "the cat"):
+        assert model.run(text).tokens.ids.tolist() == [[1, 3, 4, 2]]
+        assert model.generate(text, max_new_tokens=1).tokens.ids[0, :4].tolist() == [1, 3, 4, 2]
+    assert model.tokens(["<s> the", "the cat"]).ids.tolist() == [[1, 1, 3, 2], [1, 3, 4, 2]]
+
+
+MARKS = [
+    "\u0301",
+    "\u0302\u0301",
+    "e\u0301",
+    "n\u0303o e\u0302\u0301",
+    " \u0301",
+    "\u093f",
+    "\u1112\u1161\u11ab",
+    "a\u200d",
+    "\ufeffa",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", MARKS)
+def test_combining_marks_belong_to_tokens(kind: str, text: str) -> None:
+    """Also where a tokenizer composes them with the letter before, and where nothing is before them."""
+    for whole in (text, f"Hello {text} world", f"{text}{text}"):
+        tokens = encode(tokenizer(kind), whole)
+        assert tokens.ids[0].tolist() == tokenizer(kind)(whole)["input_ids"]
+        spans = [tokens.find((i, i + 1)) for i, char in enumerate(whole) if not char.isspace()]
+        assert all(len(span) for span in spans) and spans == sorted(spans)
+        assert tokens.chars(spans[-1])[1] == len(whole)
 
 
 def test_empty_and_misfitting_text(toy: ic.Model) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CapabilityError, nearest
+from ..errors import CapabilityError, nearest, wrong
 from ..plugins import registry
 from .protocol import Engine
 
@@ -18,6 +18,8 @@ def make_engine(name: str, model: Any, options: Mapping[str, Any]) -> Engine:
         CapabilityError: no such engine is installed, it has no such option, or it cannot run the model.
         PluginError: it is installed but broken.
     """
+    if not isinstance(options, Mapping):
+        raise CapabilityError(wrong("engine_options=", "a dictionary of settings", options))
     engines = registry("engines")
     if name not in engines:
         raise CapabilityError(f"no engine is called {name!r}. {nearest(name, engines.names())}")
