@@ -139,6 +139,8 @@ def attention(
     """Attention `[batch head query d_head]` by steps, with the layer's tap called on the way."""
     tap: LayerTap = module.__dict__["interp_tap"]
     stages, n_keys = tap.stages, key.shape[2]
+    if tap.original._attn_implementation == "sdpa":
+        kwargs.pop("softcap", None)  # its kernel has none: transformers before 5.21 went on without, since then refuses
     if "rot_q" in stages:
         query = stages["rot_q"](query, n_keys)
     if "rot_k" in stages:
