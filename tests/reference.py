@@ -192,7 +192,7 @@ class Reference:
                     return batched(weights), logits
                 logits = batched(logits)
                 return route(self.family, config, m, logits), logits
-            turned = not output[0].is_floating_point()  # Granite's before transformers 5.22
+            turned = not output[0].is_floating_point()  # Granite's before transformers 5.21
             logits, weights, chosen = output[::-1] if turned else output
             if site == "router_logits":
                 logits = batched(logits)

@@ -85,7 +85,7 @@ class Router:
 
 def ordered(output: Any, like: Any = None) -> Any:
     """Logits, weights and indices; or back in the order of `like`: in some versions of transformers a module returns
-    the indices first (Granite's before 5.22)."""
+    the indices first (Granite's before 5.21)."""
     turned = not (output if like is None else like)[0].is_floating_point()
     return tuple(output[2::-1]) if turned else tuple(output[:3])
 
