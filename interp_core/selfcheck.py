@@ -212,7 +212,7 @@ def _effects(model: Model, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[F
     edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     layers = {entry.layer for entry in entries}
     made = [one for one in made if one.layer in layers]
-    read = dict.fromkeys(Site(name, one.layer) for one in made for name in one.names)
+    read = tuple(dict.fromkeys(Site(name, one.layer) for one in made for name in one.names))
     edited = model.run(tokens, read=read, edits=edits, logits=-1, allow_noop=True)
     yield from [*_once(entries, edited), *add_up(model, edited, made, entries), *_added(model, edited, made, entries)]
     changed = edited.logits.as_subclass(Tensor)
