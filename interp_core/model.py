@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .generation import Generation
     from .score import Score
     from .sweep import Sweep
+    from .sweep_plan import Trial
 
 Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
 """What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
@@ -101,6 +102,7 @@ class Model:
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
         tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
+        trials: what trying them took.
         turn: held while it runs; one for all models that share modules.
         snapshot: what it was like when it was opened, last.
     """
@@ -137,6 +139,7 @@ class Model:
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.tried: dict[str, str] = {}
+        self.trials: dict[str, list[Trial]] = {}
         self._warned = False
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)

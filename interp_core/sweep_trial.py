@@ -39,7 +39,7 @@ SEEN = 64
 
 def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str, Trial | None]:
     """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
-    took, if that was not done before."""
+    these took before the model's first sweep."""
     order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
     found: list[str] = []
     trials: list[Trial] = []
@@ -65,14 +65,16 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
         return problem
     tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
     if key not in tried:
+        own = model.trials[key] = []
         tried[key] = ""  # so that the trial's own sweeps go ahead
-        tried[key] = _trial(model, strategy, tokens, trials)
+        tried[key] = _trial(model, strategy, tokens, own)
         for relief in (APART, EACH):
             if tried[key] and not tokens.inputs and relief not in tried:
                 tried[relief], tried[key] = tried[key], ""
-                tried[key] = _trial(model, strategy, tokens, trials)
+                tried[key] = _trial(model, strategy, tokens, own)
                 if tried[key]:
                     del tried[relief]  # that was not it
+    trials += model.trials.get(key, [])
     return tried[key]
 
 
@@ -91,7 +93,9 @@ def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
     if not window or length <= window or not getattr(config, "use_sliding_window", True):
         return ""
     if WINDOW not in model.tried:
-        model.tried[WINDOW] = _silent_window(model, window, trials)
+        own = model.trials[WINDOW] = []
+        model.tried[WINDOW] = _silent_window(model, window, own)
+    trials += model.trials.get(WINDOW, [])
     return model.tried[WINDOW]
 
 

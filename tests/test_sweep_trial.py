@@ -22,6 +22,8 @@ def test_the_trial_costs_a_few_calls_of_a_few_layers(family: str, layers: int, c
     if family == "gemma3":
         deep["layer_types"] = ["sliding_attention", "full_attention"] * 6  # type: ignore[assignment]
     model = ic.load(testing.tiny(family, **deep))
+    if family == "gptj" and model.atlas.layers("scores"):
+        calls = 8  # since transformers 5.24 its attention is open, so that the staircase is tried first, and holds
     ids = torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0))
     edits = [S.z[at, head].at(-1).zero() for at, head in model.heads]
     counted: list[int] = []
@@ -39,11 +41,11 @@ def test_the_trial_costs_a_few_calls_of_a_few_layers(family: str, layers: int, c
     finally:
         for handle in handles:
             handle.remove()
-    assert cold.trial is not None and warm.trial is None
+    assert cold.trial is not None and warm.trial == cold.trial  # what is said does not depend on who was first
     assert (cold.trial.layers, cold.trial.calls) == (layers, calls)
     assert first - (len(counted) - first) == calls
     assert cold.trial.token_layers <= cold.token_layers / 3
-    assert f"once per model: {calls} calls of {layers} layers" in cold.explain() and "trial" not in warm.explain()
+    assert f"once per model: {calls} calls of {layers} layers" in cold.explain() == warm.explain()
 
 
 def test_a_model_that_shapes_its_output_like_its_input_is_called_with_all_rows() -> None:
