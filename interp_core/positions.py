@@ -160,6 +160,23 @@ def resolve(value: Position, rows: Rows) -> list[list[int]]:
     return [_row(value, rows, i) for i in range(len(rows.real))]
 
 
+def selects_newest(value: Position, rows: Rows, row: int) -> bool:
+    """Whether a position selects a row's last token, where that came after the prompt: as `resolve` has it, but at the
+    same cost however long the row is."""
+    newest = len(rows.real[row]) - 1
+    if isinstance(value, int):
+        return value in (-1, newest)
+    if isinstance(value, str):
+        return value in (LAST, ALL, GENERATED) and value not in rows.names  # all other names are the prompt's
+    if isinstance(value, Slice):
+        return newest in range(newest + 1)[value.slice]
+    if isinstance(value, Span):
+        return value.start <= newest < value.stop
+    if isinstance(value, PerRow):
+        return selects_newest(value.rows[row], rows, row)
+    return isinstance(value, tuple) and any(selects_newest(item, rows, row) for item in value)
+
+
 def _row(value: Any, rows: Rows, row: int) -> list[int]:
     real = rows.real[row]
     length = len(real)

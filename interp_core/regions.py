@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import PositionError
-from .positions import VISION, Position, Rows, is_single, resolve
+from .positions import VISION, Position, Rows, is_single, resolve, selects_newest
 from .sites import Site, indices
 
 Columns = list[list[int]]
@@ -37,7 +37,7 @@ class Region:
         SiteError: a unit that does not exist.
     """
 
-    __slots__ = ("attention", "key", "pos", "site", "units", "whole")
+    __slots__ = ("_step", "attention", "key", "pos", "site", "units", "whole")
 
     def __init__(self, site: Site, n_units: int | None) -> None:
         self.site = site
@@ -49,6 +49,7 @@ class Region:
             found = indices(site.units, n_units, site.info.unit or "unit", site)
             self.units = found[0] if isinstance(site.units, int) else tuple(found)
         self.whole = self.pos is None and self.key is None and self.units is None
+        self._step: tuple[int, Bound] | None = None
 
     def give_units(self) -> tuple[int, ...] | None:
         """Leave the selection of units to whoever computes the value; what it then gives is selected here."""
@@ -65,6 +66,8 @@ class Region:
         Raises:
             PositionError: positions that the text does not have, or a selection that is empty.
         """
+        if window is not None and rows.growing and window.stop - window.start == 1 <= window.start and self.key is None:
+            return self._bind_newest(rows, window)
         queries = keys = None
         if self.pos is not None:
             queries = self.columns(rows, self.pos, window)
@@ -77,6 +80,22 @@ class Region:
                 if not any(keys):
                     return None
         return Bound(self, rows, queries, keys, window)
+
+    def _bind_newest(self, rows: Rows, window: Window) -> Bound | None:
+        """The same for a step that computes one token of each row. Its index does not depend on the step, so that steps
+        cost the same however long the text is."""
+        start, real = window.start, rows.real
+        if self.pos is not None:
+            hit = [row[-1] == start and selects_newest(self.pos, rows, i) for i, row in enumerate(real)]
+            if not any(hit):
+                return None
+            if not all(hit):
+                return Bound(self, rows, [[start] if on else [] for on in hit], None, window)
+        if self._step is None or self._step[0] != len(real):
+            self._step = len(real), Bound(self, rows, None if self.pos is None else [[start]] * len(real), None, window)
+        elif self.pos is not None:
+            self._step[1].columns = [[start]] * len(real)
+        return self._step[1]
 
     def columns(self, rows: Rows, value: Position, window: Window | None = None) -> Columns:
         """Columns per row of one of the region's positions, those outside the window left out.

@@ -118,7 +118,10 @@ _NOTHING = Passed(0, 0)
 def _real(rows: Rows, window: Window | None) -> Tensor | None:
     """Which columns of a pass are text `[batch pos]`, neither padding nor what fills up a row that has ended; None if
     all are."""
-    start, stop = (0, rows.width) if window is None else (window.start, window.stop)
+    start, stop = (0, rows.width) if window is None else window[:2]
+    if start and rows.growing:  # a step after the prompt: a token of each row, or what fills it up
+        live = rows.live
+        return None if live is None else torch.tensor(live)[:, None].expand(-1, stop - start)
     rows = rows if rows.stops is None else rows.text
     if all(len(row) == rows.width for row in rows.real):
         return None
