@@ -97,7 +97,7 @@ class CompiledPlan:
             inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
             if CACHE in inputs:
                 self._check_cached()
-                inputs[CACHE] = _own(inputs[CACHE])  # the pass adds to it
+                inputs[cache_name(model.hf)] = _own(inputs.pop(CACHE))  # the pass adds to it
             if not isinstance(logits, bool):
                 keep = self._keep(logits, tokens.rows, inputs)
             apart = model.snapshot.weights_apart() if graph else NOTHING
@@ -224,6 +224,11 @@ def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
                 f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
                 f"({why}): run rows one by one (for row in tokens){free}"
             )
+
+
+def cache_name(hf: Any) -> str:
+    """What a model calls the cache that it is handed; most have another word for it since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(type(hf).forward).parameters else CACHE
 
 
 def _own(cache: Any) -> Any:

@@ -211,10 +211,10 @@ def _new_tokens(said: dict[str, Any], width: int) -> int:
     """How many tokens at most; as in transformers, `max_new_tokens` goes before `max_length`."""
     total, new = said.pop("max_length", None), said.pop("max_new_tokens", None)
     if new is None:
-        new = 32 if total is None else total - width
-    if new < 1:
-        raise PlanError(f"max_new_tokens is at least 1, not {new}")
-    return int(new)
+        new = 32 if total is None else total - width if isinstance(total, int) else total
+    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+        raise PlanError(f"max_new_tokens is a number, at least 1, not {new!r:.60}")
+    return new
 
 
 def _special(model: Model, said: dict[str, Any], stop: bool) -> list[int]:

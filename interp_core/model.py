@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import loading, text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas
-from .compiled import PADDED, CompiledPlan, demand_fit, looks_padded, padded_on
+from .compiled import NOTHING, PADDED, CompiledPlan, demand_fit, looks_padded, padded_on
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
@@ -44,7 +44,6 @@ Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
 """What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
 PROGRAMS = 64
 USES = ("read", "write", "grad", "generate")
-_NOTHING = nullcontext()
 
 
 def load(
@@ -116,7 +115,7 @@ class Model:
         check: bool = True,
     ) -> None:
         self.hf, self.tokenizer, self.processor, self.source = opened
-        self._made = engine, dict(engine_options or {}), check
+        self._made = engine, {} if engine_options is None else engine_options, check
         self.turn = turn_of(self.hf)
         with self.turn:
             self.reopen()
@@ -254,8 +253,6 @@ class Model:
         """
         opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source)
         return Model(opened, engine=engine, engine_options=options)
-
-    # Text
 
     def tokens(
         self,
@@ -414,12 +411,15 @@ class Model:
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,
         also for edits with other values."""
-        reads = (read,) if isinstance(read, (Site, str)) else several("read=", "sites", read, PlanError)
-        changes = (edits,) if isinstance(edits, Edit) else several("edits=", "edits", edits, PlanError)
+        reads = read if isinstance(read, tuple) else (read,) if isinstance(read, (Site, str)) else None
+        reads = several("read=", "sites", read, PlanError) if reads is None else reads
+        changes = edits if isinstance(edits, tuple) else (edits,) if isinstance(edits, Edit) else None
+        changes = several("edits=", "edits", edits, PlanError) if changes is None else changes
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
-        if not all([isinstance(item, (Site, str)) for item in reads]):  # noqa: C419 (faster)
-            Plan.of(reads, changes)  # says what is wrong with it
-        found = self._programs.get(key)
+        try:
+            found = self._programs.get(key)
+        except TypeError:  # something that is no site, and has no hash
+            found = None
         if found is None or None in key[1]:
             plan = Plan.of(reads, changes)
             with self.turn:
@@ -480,7 +480,7 @@ class Model:
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""
-        return self._fresh() if self.atlas.family.carried else _NOTHING
+        return self._fresh() if self.atlas.family.carried else NOTHING
 
     @contextmanager
     def _fresh(self) -> Iterator[None]:

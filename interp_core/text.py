@@ -302,7 +302,7 @@ def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
     Raises:
         TextError: no ids, or a mask of another shape than ids, or than cache and ids together.
     """
-    rest = dict(inputs)
+    rest = {"past_key_values" if name == "cache" else name: value for name, value in inputs.items()}
     if "input_ids" not in rest:
         raise TextError(f"the inputs lack input_ids; they have {', '.join(map(repr, rest)) or 'nothing'}")
     ids = torch.as_tensor(rest.pop("input_ids"))

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.compiled import cache_name
 from interp_core.testing import tiny
 
 IDS = torch.tensor([[5, 9, 17, 33, 21, 40, 8], [61, 7, 54, 12, 70, 3, 28]])
@@ -29,7 +30,7 @@ def held(model: ic.Model, mask: torch.Tensor | None = None, rows: int = 2) -> An
     made = DynamicCache(config=model.hf.config.get_text_config())
     with torch.no_grad():
         more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        model.hf(input_ids=IDS[:rows, :KNOWN], past_key_values=made, use_cache=True, **more)
+        model.hf(input_ids=IDS[:rows, :KNOWN], use_cache=True, **{cache_name(model.hf): made}, **more)
     return made
 
 
@@ -44,7 +45,7 @@ def test_a_cache_handed_in(family: str) -> None:
     rest = {"input_ids": IDS[:, KNOWN:], "past_key_values": held(model)}
     for _ in range(2):  # the run's own copy grows, not the caller's
         run = model.run(rest, read=[S.resid_post[1], S.mlp_out[2].at(-1)])
-        wanted = plainly(model, input_ids=IDS[:, KNOWN:], past_key_values=held(model))
+        wanted = plainly(model, input_ids=IDS[:, KNOWN:], **{cache_name(model.hf): held(model)})
         torch.testing.assert_close(run.logits.as_subclass(torch.Tensor), wanted, atol=1e-4, rtol=1e-4)
         assert rest["past_key_values"].get_seq_length() == KNOWN
     assert run[S.resid_post[1]].shape[1] == IDS.shape[1] - KNOWN
@@ -57,7 +58,7 @@ def test_a_cache_handed_in(family: str) -> None:
 def test_a_cache_on_every_engine(engine: str) -> None:
     model = tiny_model("llama")
     on = model if engine == "torch" else model.on(engine)
-    run = on.run({"input_ids": IDS[:, KNOWN:], "past_key_values": held(model)}, read=S.resid_post[2].at(0))
+    run = on.run({"input_ids": IDS[:, KNOWN:], "cache": held(model)}, read=S.resid_post[2].at(0))
     wanted = model.run(IDS, read=S.resid_post[2].at(KNOWN))
     torch.testing.assert_close(run.logits[:, -1], wanted.logits[:, -1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(

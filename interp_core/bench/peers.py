@@ -281,10 +281,10 @@ class Bridge(Tool):
 
     def __init__(self, model: Model, ids: Tensor) -> None:
         super().__init__(model, ids)
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+        from ..engines.transformer_lens import build_bridge
 
         hf = copy.deepcopy(model.hf)
-        self.bridge = build_bridge_from_module(hf, type(model.hf).__name__, hf_config=hf.config)
+        self.bridge = build_bridge(hf)
 
     def _hooked(self, name: str, hook: Any) -> Any:
         return self.bridge.run_with_hooks(self.ids, fwd_hooks=[(f"blocks.{self.layer}.{name}", hook)])
@@ -328,7 +328,8 @@ class Bridge(Tool):
 
     def generate(self) -> Any:
         name = f"blocks.{self.layer}.hook_out"
-        with self.bridge.hooks(fwd_hooks=[(name, lambda x, hook: x + self.vector)]):
+        with self.bridge.hooks(fwd_hooks=[(name, lambda x, hook: x + self.vector)]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # TransformerLens 4.3 uses it
             return self.bridge.generate(
                 self.ids, max_new_tokens=NEW_TOKENS, do_sample=False, verbose=False, stop_at_eos=False
             )

@@ -182,7 +182,7 @@ class NNsightEngine(LocalEngine):
 
     def order(self, inputs: Mapping[str, Any]) -> dict[Place, Passage]:
         """When a forward pass on such inputs begins and ends each module; learnt once per kind of input."""
-        if "past_key_values" in inputs:  # a pass would add to it
+        if "past_key_values" in inputs or "cache" in inputs:  # a pass would add to it
             inputs = {"input_ids": inputs["input_ids"]}
         kind = frozenset(inputs) & {"input_ids", "pixel_values", "pixel_values_videos", "inputs_embeds"}
         if kind not in self._orders:

@@ -90,8 +90,6 @@ class BridgeEngine(TorchEngine):
     def __init__(self, model: Any, *, fold: bool = False) -> None:
         inner = copy.deepcopy(model) if fold else with_same_weights(model)
         self.bridge = build_bridge(inner)
-        for block in self.bridge.blocks:
-            _hand_on_the_cache(getattr(block, "attn", None))
         if fold:
             self.name = "transformer_lens (weights folded)"
             _fold(self.bridge)
@@ -177,7 +175,7 @@ def build_bridge(model: Any) -> Any:
     check = ArchitectureAdapter._check_required_libraries
     ArchitectureAdapter._check_required_libraries = lambda self: None
     try:
-        return build_bridge_from_module(model, kind, hf_config=model.config)
+        bridge = build_bridge_from_module(model, kind, hf_config=model.config)
     except Exception as error:  # adapters fail in many ways on what they do not expect
         raise CapabilityError(
             f"TransformerLens builds no bridge around a {kind} ({type(error).__name__}: {error}); load with "
@@ -185,20 +183,24 @@ def build_bridge(model: Any) -> Any:
         ) from error
     finally:
         ArchitectureAdapter._check_required_libraries = check
+    for block in bridge.blocks:
+        _hand_on_the_cache(getattr(block, "attn", None), "past_key_values")
+        _hand_on_the_cache(getattr(block, "linear_attn", None), "cache_params")
+    return bridge
 
 
-def _hand_on_the_cache(attention: Any) -> None:
-    """From transformers 5.24 on blocks call attention with `cache`; the bridge's own looks for `past_key_values`, and
-    without it every later step of a generation would attend to itself alone."""
+def _hand_on_the_cache(attention: Any, name: str) -> None:
+    """From transformers 5.24 on blocks call attention with `cache`; the bridge's own looks for it under its former
+    name, and without it every later step of a generation would attend to itself alone."""
     inner = getattr(attention, "original_component", None)
     if inner is None or "cache" not in inspect.signature(inner.forward).parameters:
         return
 
     def under_both_names(_m: Any, args: Any, kwargs: Any) -> Any:
-        return args, kwargs | {"past_key_values": kwargs["cache"]} if "cache" in kwargs else kwargs
+        return args, kwargs | {name: kwargs["cache"]} if "cache" in kwargs else kwargs
 
     def under_its_own(_m: Any, args: Any, kwargs: Any) -> Any:
-        return args, {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        return args, {key: value for key, value in kwargs.items() if key != name}
 
     attention.register_forward_pre_hook(under_both_names, with_kwargs=True)
     inner.register_forward_pre_hook(under_its_own, with_kwargs=True)
