@@ -255,6 +255,8 @@ def named(name: str) -> Site:
 
 
 def _index(item: Any, name: str) -> Index:
+    if item.__class__ is int:  # nearly all
+        return item
     if hasattr(item, "tolist"):
         item = item.tolist()
     if _is_integer(item):
