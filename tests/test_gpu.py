@@ -14,8 +14,8 @@ import torch
 import interp_core as ic
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("sweeps", "overhead", "synchronisations", "memory", "streams", "environment")
-LONG = ("parity", "compiled", "generation")
+SHORT = ("sweeps", "synchronisations", "memory", "streams", "environment")
+LONG = ("parity", "overhead", "compiled", "generation")
 NEED_A_DEVICE = ("synchronisations", "memory")
 BARE = """
 import importlib.abc, importlib.metadata, runpy, sys
@@ -77,14 +77,15 @@ def test_a_part_that_fails_is_counted_and_the_next_goes_on(monkeypatch: pytest.M
         while True:
             pass
 
-    monkeypatch.setattr(
-        gpu, "PARTS", {"breaks": (breaks, 1.0), "endless": (endless, 0.001), "streams": (gpu.streams, 1.0)}
-    )
+    def holds(bench: gpu.Bench) -> None:
+        bench.hold("second", True, 25)
+
+    monkeypatch.setattr(gpu, "PARTS", {"breaks": (breaks, 1.0), "endless": (endless, 0.001), "holds": (holds, 1.0)})
     bench = gpu.Bench("cpu", small=True)
     for name in gpu.PARTS:
         gpu.run_part(bench, name, minutes=1.0)
-    assert bench.compared == {"breaks": 1, "endless": 0, "streams": 25}
-    assert bench.failed == {"breaks": 1, "endless": 1, "streams": 0}
+    assert bench.compared == {"breaks": 1, "endless": 0, "holds": 25}
+    assert bench.failed == {"breaks": 1, "endless": 1, "holds": 0}
     assert any("cut off" in text for part, text in bench.lines if part == "endless")
 
 
