@@ -194,6 +194,12 @@ def _check_plain(model: nn.Module) -> None:
                 f"{name} is a compiled module ({type(module).__name__}), inside which nothing can be seen; load the "
                 f"model with the one that it was made of, {name}._orig_mod, in its place"
             )
+        forward = vars(module).get("forward")
+        if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
+            raise LoadError(
+                f"{name or 'the model'} ({type(module).__name__}) is compiled in place, where hooks do not fire; "
+                "load the model before it is compiled, or a copy that is not"
+            )
 
 
 def _tokenizer(path: str, options: dict[str, Any]) -> Any:

@@ -199,7 +199,7 @@ class Reference:
                 dense = route(self.family, config, m, logits)
                 chosen = torch.stack([(row != 0).nonzero()[:, 0] for row in dense])
             else:
-                dense = torch.zeros(logits.shape, dtype=weights.dtype)
+                dense = weights.new_zeros(logits.shape)
                 for token in range(len(dense)):
                     dense[token, chosen[token]] = weights[token]
                 dense = batched(dense)
