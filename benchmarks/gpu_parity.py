@@ -87,7 +87,8 @@ def flash(bench: Any) -> bool:
 
 def by_hand(bench: Any, family: str, dtype: torch.dtype, attention: str) -> tuple[float | None, int]:
     """Largest relative difference of reads and edits to hooks by hand, and how many sites were compared in their first
-    and last layer; None if the model has no such attention. A run without edits must be the model's, to the bit if it repeats itself."""
+    and last layer; None if the model has no such attention. A run without edits must be the model's, to the bit if it
+    repeats itself."""
     from reference import Reference  # imports models that other parts do without
 
     hf, inputs = ic.testing.tiny(family, dtype=dtype).to(bench.device), {"input_ids": IDS.to(bench.device)}
