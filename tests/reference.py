@@ -192,8 +192,7 @@ class Reference:
                     return batched(weights), logits
                 logits = batched(logits)
                 return route(self.family, config, m, logits), logits
-            turned = not output[0].is_floating_point()  # Granite's before transformers 5.21
-            logits, weights, chosen = output[::-1] if turned else output
+            logits, weights, chosen = output
             if site == "router_logits":
                 logits = batched(logits)
                 dense = route(self.family, config, m, logits)
@@ -204,7 +203,7 @@ class Reference:
                     dense[token, chosen[token]] = weights[token]
                 dense = batched(dense)
             weights = torch.stack([dense[token, chosen[token]] for token in range(len(dense))]).to(weights.dtype)
-            return (chosen, weights, logits) if turned else (logits, weights, chosen)
+            return logits, weights, chosen
 
         handle = module.register_forward_hook(hook)
         try:

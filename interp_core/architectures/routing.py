@@ -39,12 +39,11 @@ class Router:
 
     def logits(self, output: Any) -> Tensor:
         """Logits `[n expert]` in what the module returned."""
-        return ordered(output)[0]
+        return output[0]
 
     def weights(self, output: Any, n_experts: int) -> Tensor:
         """Executed weights `[n expert]`, zero where not chosen."""
-        _, weights, chosen = ordered(output)
-        return dense(weights, chosen, n_experts)
+        return dense(output[1], output[2], n_experts)
 
     def rerouted(self, module: Any, output: Any, logits: Tensor) -> Any:
         """What the module would have returned for other logits.
@@ -52,8 +51,7 @@ class Router:
         Raises:
             PlanError: no expert is left for a token.
         """
-        weights, chosen = selected(self.select, module, logits, output[1].dtype)
-        return *ordered((logits, weights, chosen), output), *output[3:]
+        return logits, *selected(self.select, module, logits, output[1].dtype), *output[3:]
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """The output with other dense weights.
@@ -66,8 +64,7 @@ class Router:
         kept = weights.gather(-1, chosen)
         if not torch.equal(dense(kept, chosen, weights.shape[-1]), weights):
             raise PlanError(f"router_weights: a token can have {k} experts, the edit gives weight to more")
-        changed = self.logits(output), kept.to(output[1].dtype), chosen
-        return *ordered(changed, output), *output[3:]
+        return output[0], kept.to(output[1].dtype), chosen, *output[3:]
 
     def contributions(self, experts: Any, args: Any, _output: Tensor, units: tuple[int, ...]) -> Tensor:
         """Weighted outputs `[n expert d_model]` of single experts, by the experts' own code, one at a time."""
@@ -81,13 +78,6 @@ class Router:
     def contributed(self, output: Tensor, change: Tensor) -> Tensor:
         """The experts' output, with contributions changed by `change` `[n expert d_model]`."""
         return output + change.sum(1).view_as(output)
-
-
-def ordered(output: Any, like: Any = None) -> Any:
-    """Logits, weights and indices; or back in the order of `like`: in some versions of transformers a module returns
-    the indices first (Granite's before 5.21)."""
-    turned = not (output if like is None else like)[0].is_floating_point()
-    return tuple(output[2::-1]) if turned else tuple(output[:3])
 
 
 def dense(weights: Tensor, chosen: Tensor, n_experts: int) -> Tensor:
