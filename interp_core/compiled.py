@@ -21,19 +21,16 @@ from .plan import Plan
 from .positions import PositionLike, Rows
 from .regions import Bound, Region
 from .sites import Site
-from .text import Tokens
+from .text import CACHE, Tokens
 from .trace import Run
 
 if TYPE_CHECKING:
     from .model import Input, Model
 
-CACHE = "past_key_values"
 PADDED = (
     "the ids begin or end with the model's padding id and come without an attention_mask, so padding counts as text: "
     "pass {'input_ids': ids, 'attention_mask': mask} (all ones, if it is text)"
 )
-
-
 NOTHING = nullcontext()
 
 

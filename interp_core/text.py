@@ -24,6 +24,8 @@ from .chat import Chars, rendered
 from .errors import PositionError, TextError, nearest, wrong
 from .positions import Rows, Span
 
+CACHE = "past_key_values"
+"""What a cache that is handed in is called here; `cache`, as transformers has it since 5.24, is taken for it."""
 Where = Span | Chars | str | re.Pattern[str]
 """What `Tokens.find` takes: a token span, a character range, a string or a regular expression."""
 
@@ -302,15 +304,15 @@ def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
     Raises:
         TextError: no ids, or a mask of another shape than ids, or than cache and ids together.
     """
-    rest = {"past_key_values" if name == "cache" else name: value for name, value in inputs.items()}
+    rest = {CACHE if name == "cache" else name: value for name, value in inputs.items()}
     if "input_ids" not in rest:
         raise TextError(f"the inputs lack input_ids; they have {', '.join(map(repr, rest)) or 'nothing'}")
     ids = torch.as_tensor(rest.pop("input_ids"))
     given = rest.pop("attention_mask", None)
     mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
-    if given is not None and {"position_ids", "past_key_values"} & set(rest):
+    if given is not None and {"position_ids", CACHE} & set(rest):
         rest["attention_mask"] = mask.long()
-    if given is not None and (cache := rest.get("past_key_values")) is not None:
+    if given is not None and (cache := rest.get(CACHE)) is not None:
         known, width = cache.get_seq_length(), ids.shape[-1]
         if mask.shape[-1] != known + width:
             raise TextError(

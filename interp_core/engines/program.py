@@ -250,10 +250,7 @@ class PortProgram(ABC):
             passed: Passed | None = None
             while passed is None or (self._late and self._overwritten((passed,))):
                 passed = self._begin(rows, rows.width, keep_graph)
-                for change in self._changes:
-                    change.check(rows)
-                if self._knockouts:
-                    self._check_knockouts(rows)
+                self._check(rows)
                 self.stop_at = self._last() if stop else None
                 try:
                     passed.output = self.carry("forward", inputs)
@@ -296,7 +293,7 @@ class PortProgram(ABC):
         handle = None
         try:
             self.window, self.stop_at, self.edits = None, None, edits
-            self._check(final)
+            self._fit(final)
             self.prepare(inputs)
             handle = self.engine.model.register_forward_pre_hook(step, with_kwargs=True)
             result = self.carry("generate", inputs)
@@ -343,18 +340,18 @@ class PortProgram(ABC):
     def listen(self) -> None:  # noqa: B027 (most make their hooks for each pass)
         """Make the hooks anew, for sites of which something else is known now."""
 
-    def _check(self, rows: Rows) -> None:
+    def _fit(self, rows: Rows) -> None:
         """Hold every edit's positions and value against the rows that it will meet."""
         for part in self._bound:
             part.bind(rows, None)
+        self._check(rows)
+
+    def _check(self, rows: Rows) -> None:
+        """Hold every edit's value, and what knockouts leave, against the rows that the edits are bound to."""
         for change in self._changes:
             change.check(rows)
-        self._check_knockouts(rows)
-
-    def _check_knockouts(self, rows: Rows) -> None:
-        if self._left_for is not rows:  # the same tokens again need no new look
-            hidden = [change.hidden(rows) for change in self._knockouts]
-            check_knockouts(hidden, self.atlas.reaches, rows)
+        if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
+            check_knockouts([change.hidden(rows) for change in self._knockouts], self.atlas.reaches, rows)
             self._left_for = rows
 
     def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:
@@ -362,7 +359,7 @@ class PortProgram(ABC):
         self.engine.begin()
         try:
             self.edits = edits
-            self._check(rows)
+            self._fit(rows)
         finally:
             self._end()
 

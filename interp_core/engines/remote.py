@@ -76,8 +76,7 @@ class RemoteProgram(PortProgram):
         try:
             self.window, self.edits = None, edits
             passed = self._begin(rows, rows.width, False)
-            for change in self._changes:
-                change.check(rows)
+            self._check(rows)
             order = self.engine.order(inputs)
             ports = sorted(self.ports, key=lambda port: order[port.tap.module, port.tap.side].rank)
             wire = [(port.tap.module, port.tap.side, self._actions(port, order)) for port in ports]
