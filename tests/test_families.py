@@ -155,3 +155,10 @@ def test_a_wrapped_model_is_read_like_its_language_model(ids: torch.Tensor) -> N
     model = ic.load(t.LlavaForConditionalGeneration(config).eval())
     assert model.atlas.layers("router_logits") == [0, 2] and model.atlas.family.name == "llava"
     assert model.atlas.layers("vision_embed") == [0]
+
+
+def test_every_family_that_is_declared_is_there() -> None:
+    """A misspelt attribute in an entry point would leave a family to its module names, silently."""
+    registry = ic.registry("architectures")
+    families = [registry.get(name) for name in registry.names()]
+    assert len(families) > 80 and all(family.name for family in families)

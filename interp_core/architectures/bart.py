@@ -35,8 +35,7 @@ def _normed_after(name: str) -> Family:
 
 
 FAMILY = _normed_after("bart")
-BIGBIRD_MVP = _normed_after("mvp")
-PEGASUS = _normed_before("bigbird_pegasus")
+BIGBIRD_PEGASUS = _normed_before("bigbird_pegasus")
 BIOGPT = _normed_before("biogpt")
 BLENDERBOT = _normed_before("blenderbot")
 BLENDERBOT_SMALL = _normed_after("blenderbot-small")
