@@ -232,7 +232,7 @@ def compare(bench: Bench, operation: str, tools: dict[str, Any]) -> None:
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         results = {name: call() for name, call in calls.items()}  # and warm
-        for _ in range(2 if bench.small else 3 if operation == "generate" else 20):
+        for _ in range(2 if bench.small or operation == "generate" else 20):
             for name, call in calls.items():
                 times[name].append(milliseconds(bench, call))
     medians = {name: statistics.median(taken) for name, taken in times.items()}

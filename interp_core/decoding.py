@@ -7,7 +7,7 @@ holds decides nothing but which ids end a text and fill it up: all else is said 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ REFUSED: dict[str, str] = {
     "compile_config": _COMPILED,
     "synced_gpus": "steps that other processes ask for have no text; leave it out",
 }  # fmt: skip
-"""What is not honoured, and why: all other fields and arguments of transformers 5.23."""
+"""What is not honoured, and why: all other fields and arguments of transformers 5.24."""
 _NEUTRAL = {
     "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "length_penalty": 1.0, "diversity_penalty": 0.0,
     "guidance_scale": 1.0, "use_cache": True, "num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant",
@@ -96,21 +96,31 @@ class Ends:
 
     Attributes:
         eos: the end-of-sequence tokens.
+        follow: called with the number of columns so far, after every new token.
     """
 
     def __init__(self, eos: Sequence[int], criteria: Sequence[Any]) -> None:
         self.eos, self._criteria = tuple(eos), tuple(criteria)
+        self.follow: Callable[[int], None] | None = None
         self._tokens = torch.tensor(self.eos, dtype=torch.long)
         self._done: list[Tensor] = []
+        self._endless = not (self.eos or self._criteria)
 
     def __call__(self, ids: Tensor, scores: Any, **more: Any) -> Tensor:
         """Which rows have ended `[batch]`, given all ids so far `[batch pos]`."""
-        self._tokens = self._tokens.to(ids.device)
+        if not self._done or not self._endless:
+            self._done.append(self._ended(ids, scores, more))
+        if self.follow is not None:
+            self.follow(ids.shape[1])
+        return self._done[-1]
+
+    def _ended(self, ids: Tensor, scores: Any, more: Mapping[str, Any]) -> Tensor:
+        if self._tokens.device != ids.device:
+            self._tokens = self._tokens.to(ids.device)
         done = torch.isin(ids[:, -1], self._tokens)
         for criterion in self._criteria:
             done = done | criterion(ids, scores, **more)
-        self._done.append(done | self._done[-1] if self._done else done)
-        return self._done[-1]
+        return done | self._done[-1] if self._done else done
 
     def now(self) -> list[bool]:
         """Which rows have ended; empty before the first new token."""
@@ -118,6 +128,8 @@ class Ends:
 
     def lengths(self, new: int) -> list[int]:
         """New tokens of each row, the one that ends it included, of at most `new`."""
+        if self._endless:
+            return [new] * len(self._done[-1])
         going = (~torch.stack(self._done[:new])).sum(0) + 1
         return going.clamp(max=new).tolist()
 

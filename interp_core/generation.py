@@ -79,7 +79,7 @@ def generate(
     inputs = _inputs(tokens, compiled) | told.arguments
     with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
         final = _grown(rows, told.new - 1)
-        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends.now)
+        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends)
     made = Generation(compiled, tokens, rows, ids.cpu(), passes, told.ends)
     if not allow_noop:
         demand_effect(compiled.edits, passes, lambda: made.receipts)

@@ -13,11 +13,13 @@ this package register the same way as anyone's. What cannot be read, imported or
 from __future__ import annotations
 
 import re
+import tomllib
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -27,6 +29,8 @@ API = 1
 """Version of the interface between interp_core and its plugins."""
 KINDS = ("methods", "recipes", "engines", "architectures", "launchers")
 OWN = "interp-core"
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+"""Where a clone declares the entry points of this package, installed or not, and as they are now."""
 SESSION = "session"
 
 
@@ -228,9 +232,14 @@ def refresh() -> None:
 
 @cache
 def installed() -> tuple[Plugin, ...]:
-    """Every plugin of every installed distribution, from metadata alone: nothing is imported."""
-    found: list[Plugin] = []
-    seen: set[str] = set()
+    """Every plugin of every installed distribution, from metadata alone: nothing is imported.
+
+    Raises:
+        PluginError: nothing says what this package itself brings, so that models of many families would be taken for
+            what they are not.
+    """
+    found = list(_cloned())
+    seen = {plugin.dist for plugin in found}
     for dist in metadata.distributions():
         try:
             text = dist.read_text("entry_points.txt") or ""
@@ -242,7 +251,24 @@ def installed() -> tuple[Plugin, ...]:
         if name.lower() not in seen:  # of two on the path, the first is the one that would be imported
             seen.add(name.lower())
             found += _points(text, name, version, needs, error)
+    if OWN not in seen:
+        raise PluginError(
+            f"{Path(__file__).parent} is a copy without its engines and model families: {OWN} is not installed, and "
+            f"no {PROJECT.name} of it lies beside. Install it: pip install {OWN}"
+        )
     return tuple(sorted(found, key=lambda plugin: (plugin.dist != OWN, plugin.dist, plugin.name)))
+
+
+def _cloned() -> Iterator[Plugin]:
+    """What this package brings, where it runs from a clone."""
+    try:
+        project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    except (OSError, ValueError, KeyError):
+        return
+    if project.get("name") == OWN:
+        for group, points in project["entry-points"].items():
+            kind = group.removeprefix("interp_core.")
+            yield from (Plugin(kind, name, target, OWN, __version__) for name, target in points.items())
 
 
 def _points(text: str, dist: str, version: str, needs: str, error: str) -> Iterator[Plugin]:

@@ -177,6 +177,20 @@ def selects_newest(value: Position, rows: Rows, row: int) -> bool:
     return isinstance(value, tuple) and any(selects_newest(item, rows, row) for item in value)
 
 
+def settled(value: Position, rows: Rows, row: int) -> bool:
+    """Whether `selects_newest` says the same of every token to come."""
+    newest = len(rows.real[row]) - 1
+    if isinstance(value, int):
+        return value < newest
+    if isinstance(value, Slice):
+        return value.step in (None, 1) and all(bound is None or bound <= newest for bound in (value.start, value.stop))
+    if isinstance(value, Span):
+        return value.stop <= newest
+    if isinstance(value, PerRow):
+        return settled(value.rows[row], rows, row)
+    return not isinstance(value, tuple) or all(settled(item, rows, row) for item in value)
+
+
 def _row(value: Any, rows: Rows, row: int) -> list[int]:
     real = rows.real[row]
     length = len(real)

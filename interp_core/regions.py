@@ -175,7 +175,7 @@ class Bound:
         if self.region.attention:
             part = x.permute(0, 2, 3, 1)[self.index(x.device)]
             return part if isinstance(self.region.units, int) or self.ragged else part.movedim(-1, 1)
-        return x[self.index(x.device)]
+        return x[self._index if self.basic else self.index(x.device)]
 
     def put(self, x: Tensor, new: Tensor) -> None:
         """Write the selected part of `x` in place."""
@@ -184,7 +184,7 @@ class Bound:
                 new = new.movedim(1, -1)
             x.permute(0, 2, 3, 1)[self.index(x.device)] = new
         else:
-            x[self.index(x.device)] = new
+            x[self._index if self.basic else self.index(x.device)] = new
 
 
 class _Part:

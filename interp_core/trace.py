@@ -111,12 +111,10 @@ def receipts(edits: Sequence[Edit], passes: Sequence[Passed], rows: Rows) -> lis
     """One receipt per edit, over all passes."""
     if not edits:
         return []
-    norms = [fire[2] for passed in passes for fires in passed.fires for fire in fires]
-    numbers = iter(_numbers(norms))
+    fires = [fire for passed in passes for fire in passed.fires]
     found: list[list[tuple[int, Any, float]]] = [[] for _ in edits]
-    for passed in passes:
-        for number, fires in enumerate(passed.fires):
-            found[number] += [(layer, columns, next(numbers)) for layer, columns, _ in fires]
+    for (number, layer, columns, _), norm in zip(fires, _numbers([fire[3] for fire in fires]), strict=True):
+        found[number].append((layer, columns, norm))
     return [_receipt(edit, fires, rows) for edit, fires in zip(edits, found, strict=True)]
 
 
@@ -153,9 +151,12 @@ def demand_effect(edits: Sequence[Edit], passes: Sequence[Passed], made: Callabl
     Raises:
         EffectError: naming the first of them.
     """
-    for number in range(len(edits)):
-        norms = [fire[2] for passed in passes for fire in passed.fires[number]]
-        if norms and any(_numbers(norms)):
+    norms: list[list[Tensor]] = [[] for _ in edits]
+    for passed in passes:
+        for number, _, _, norm in passed.fires:
+            norms[number].append(norm)
+    for number, of_edit in enumerate(norms):
+        if of_edit and any(_numbers(of_edit)):
             continue
         receipt = made()[number]
         did = "changed nothing: the value was already so" if receipt.fired else "never fired in this run"

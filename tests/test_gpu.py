@@ -22,7 +22,7 @@ import importlib.abc, importlib.metadata, runpy, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("nnsight", "transformer_lens"):
+        if name.partition(".")[0] in ("nnsight", "transformer_lens", "httpx"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -285,3 +286,25 @@ def test_verbose_listing_loads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rows.pop("crash") == "broken" and {"demo", "fine"} <= rows.keys() and {*rows.values()} == {"ok"}
     assert "no luck" in out and "Traceback" in out
     assert "broken_plugin" not in sys.modules
+
+
+def test_a_clone_that_is_not_installed_has_all_families(monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    """Else a model of a family that the general walk reads wrongly would be taken for what it is not."""
+    before = {kind: Registry(kind).names() for kind in KINDS}
+    own = {kind: [row.name for row in Registry(kind) if row.dist == OWN] for kind in KINDS}
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: iter(()))
+    request.addfinalizer(refresh)
+    refresh()
+    found = {kind: Registry(kind).names() for kind in KINDS}
+    assert {"gpt_neox", "opt"} <= set(found["architectures"]) <= set(before["architectures"])
+    assert found == own
+
+
+def test_a_copy_without_its_families_is_refused(monkeypatch: pytest.MonkeyPatch, request: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: iter(()))
+    monkeypatch.setattr("interp_core.plugins.PROJECT", tmp_path / "pyproject.toml")
+    request.addfinalizer(refresh)
+    refresh()
+    model = ic.testing.tiny("opt")
+    with pytest.raises(ic.PluginError, match=r"without its engines and model families.*pip install interp-core"):
+        ic.load(model)

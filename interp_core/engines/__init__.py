@@ -21,14 +21,9 @@ def make_engine(name: str, model: Any, options: Mapping[str, Any]) -> Engine:
     if not isinstance(options, Mapping):
         raise CapabilityError(wrong("engine_options=", "a dictionary of settings", options))
     engines = registry("engines")
-    if name == "torch" and name not in engines:  # this package lies on the path and is not installed
-        from .torch import TorchEngine
-
-        kind: Any = TorchEngine
-    elif name in engines:
-        kind = engines.get(name)
-    else:
+    if name not in engines:
         raise CapabilityError(f"no engine is called {name!r}. {nearest(name, engines.names())}")
+    kind = engines.get(name)
     known = list(inspect.signature(kind).parameters)[1:]
     for option in options:
         if option not in known:

@@ -18,7 +18,7 @@ from ..architectures.family import View
 from ..architectures.taps import KEYED, Call, Tap
 from ..edits import TENSOR_OPS, Edit, carry_out, prepared
 from ..errors import CapabilityError, PlanError
-from ..positions import Rows, Slice
+from ..positions import Rows, Slice, settled
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
 from .attention import softmax
@@ -61,6 +61,12 @@ class Part:
             region = self.region
             self.bound = None if region.whole else region.bind(rows, window)
             self.bound_to = rows if window is None else None
+
+    def settled(self, rows: Rows) -> bool:
+        """Whether all further steps of a generation select of their tokens what this step does."""
+        pos, bound = self.region.pos, self.bound
+        same = bound is None or not bound.ragged  # in all rows or in none
+        return same and (pos is None or all(settled(pos, rows, row) for row in range(len(rows.real))))
 
     def take(self, value: Tensor) -> Tensor:
         """The selected part of the site's value."""
@@ -133,9 +139,13 @@ class Read(Part):
 
 
 class Change(Part):
-    """One edit in one layer. The edit itself, with its value, is the run's: a program serves many."""
+    """One edit in one layer. The edit itself, with its value, is the run's: a program serves many.
 
-    __slots__ = ("checked", "knockout", "number", "program")
+    Attributes:
+        ready: the edit's value as this run's tensors need it, once it has met one.
+    """
+
+    __slots__ = ("checked", "knockout", "number", "program", "ready")
 
     def __init__(self, program: PortProgram, number: int, edit: Edit, entry: Entry, tap: Tap) -> None:
         super().__init__(entry, tap, edit.site)
@@ -143,6 +153,7 @@ class Change(Part):
         self.program, self.number = program, number
         self.knockout = edit.op == "knockout" and tap is not entry.write
         self.checked: Any = None
+        self.ready: Any = None
 
     def apply(self, x: Tensor) -> Tensor:
         """Carry the edit out on the tensor that passes, and note what it did."""
@@ -150,7 +161,9 @@ class Change(Part):
             return x
         edit, view = self.program.edits[self.number], self.tap.view
         if self.bound is None and view is None:
-            new = carry_out(edit, x, prepared(edit, x))
+            if self.ready is None:
+                self.ready = prepared(edit, x)
+            new = carry_out(edit, x, self.ready)
             if edit.op in ("set", "apply"):
                 # This may be the caller's own tensor, and the model may write into what it goes on with.
                 new = torch.empty_like(x).copy_(new)
@@ -176,15 +189,13 @@ class Change(Part):
         """Write the edited part of `value` into its copy `into`."""
         bound = self.bound
         old = value if bound is None else bound.take(value)
-        if bound is not None and bound.basic:  # the part is a view of the copy: write there
-            part = bound.take(into)
-            new = part.zero_() if edit.op == "zero" else part.copy_(carry_out(edit, old, prepared(edit, old)))
+        if self.ready is None:
+            self.ready = prepared(edit, old)
+        new = carry_out(edit, old, self.ready)
+        if bound is None:
+            into.copy_(new)
         else:
-            new = carry_out(edit, old, prepared(edit, old))
-            if bound is None:
-                into.copy_(new)
-            else:
-                bound.put(into, new)
+            bound.put(into, new)
         if edit.op == "knockout" and not self.knockout:
             hit = (into < 0).any(-1)
             into[hit] = renormalised(into[hit])
@@ -193,31 +204,33 @@ class Change(Part):
 
     def _note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
         """Write down that the edit fired, where, and the norm of what it changed: a part `old` of `value` to `new`."""
+        program = self.program
         if edit.op == "zero":
-            change = old.detach()
+            change = old
         elif edit.op == "mask":  # how many logits were taken out, not how far it is to minus infinity
             change = (torch.isfinite(old) & ~torch.isfinite(new)).float()
         elif self.knockout:  # the probability that was taken away
-            sinks = getattr(self.program.engine.modules[self.tap.module], "sinks", None)
-            change = self.take(softmax(x.detach(), sinks, None))
+            sinks = getattr(program.engine.modules[self.tap.module], "sinks", None)
+            change = self.take(softmax(x, sinks, None))
         else:
-            change = new.detach() - old.detach()
+            change = new - old
         columns = None if self.bound is None else self.bound.columns
-        fires = self.program.passed.fires[self.number]
-        if columns is not None and (live := self.program.rows.live) is not None:
-            columns = [row if on else [] for row, on in zip(columns, live, strict=True)]
+        if columns is not None and program.live is not None:
+            columns = [row if on else [] for row, on in zip(columns, program.live, strict=True)]
             if not any(columns):
                 return
-        if (real := self.real(value.shape, value.device)) is not None:
-            change = torch.where(real, change, 0)
-        fires.append((self.entry.layer, columns, torch.linalg.vector_norm(change)))
+        if program.real is not None or program.live is not None:
+            real = self.real(value.shape, value.device)
+            change = change if real is None else torch.where(real, change, 0)
+        norm = torch.linalg.vector_norm(change.detach() if change.requires_grad else change)
+        program.passed.fires.append((self.number, self.entry.layer, columns, norm))
 
     def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Which numbers of the changed part of a value of that shape are no padding, and in no row that has ended; None
         where all are such."""
         seen, region = self.program.real, self.region
         if region.pos is not None:
-            live = self.program.rows.live
+            live = self.program.live
             seen = None if live is None else torch.tensor(live)[:, None]
         if seen is None or self.entry.visual:
             return None
@@ -359,12 +372,12 @@ class Port:
 
     def on_output(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's output: `(module, args, output)` to the new output, None if it stays."""
-        derived, lens = self.derived, self.tap.lens
+        derived, lens, program = self.derived, self.tap.lens, self.program
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             single = isinstance(output, Tensor)
             passing = output if single else output[0]
-            first = passing if lens is None else lens.enter(passing, self.program.shape)
+            first = passing if lens is None else lens.enter(passing, program.shape)
             if derived:
                 call = self._derive(Call(module, args, output, first))
                 if call.output is not output:
@@ -372,7 +385,7 @@ class Port:
                 new = call.first
             else:
                 new = self._through(first)
-            if self._same(first, new):
+            if new is first and (lens is None or not program.keep_graph):  # what a lens made is another tensor
                 return None
             new = new if lens is None else lens.leave(new, passing)
             return new if single else (new, *output[1:])
@@ -385,10 +398,6 @@ class Port:
         if not self._name:
             self._name = self.tap.part or list(inspect.signature(type(self.module).forward).parameters)[1]
         return self._name
-
-    def _same(self, old: Tensor, new: Tensor) -> bool:
-        """Whether the model can go on with what it has. What a lens made is another tensor, so gradients need it."""
-        return new is old and not (self.tap.lens and self.program.keep_graph)
 
     def _handed(self, kwargs: dict[str, Any]) -> Tensor:
         """What the module is handed by name.
@@ -404,16 +413,16 @@ class Port:
 
     def on_input(self) -> Callable[[Any, Any, Any], Any]:
         """What is done to a module's input: `(module, args, kwargs)` to new ones, None if they stay."""
-        derived, lens = self.derived, self.tap.lens
+        derived, lens, program = self.derived, self.tap.lens, self.program
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if derived:
                 call = self._derive(Call(module, args, None, self._handed(kwargs), kwargs))
                 return args, {**call.kwargs, self.name: call.first}
             passing = args[0] if args and not self.tap.part else self._handed(kwargs)
-            first = passing if lens is None else lens.enter(passing, self.program.shape)
+            first = passing if lens is None else lens.enter(passing, program.shape)
             new = self._through(first)
-            if self._same(first, new):
+            if new is first and (lens is None or not program.keep_graph):  # what a lens made is another tensor
                 return None
             new = new if lens is None else lens.leave(new, passing)
             named = self.tap.part or not args

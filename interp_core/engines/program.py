@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,13 +21,14 @@ from ..edits import Edit
 from ..errors import CapabilityError, InterpError, PlanError
 from ..plan import Plan
 from ..positions import Rows
-from ..regions import Window
+from ..regions import Bound, Window
 from ..sites import SITES, Site, indices
 from ..snapshot import Place
 from .attention import LayerTap
 from .knockout import check_knockouts
 from .ports import Change, Part, Port, Read
-from .protocol import Passed
+from .protocol import Ending, Passed
+from .steps import Steps
 from .turns import turn_of
 
 ORDER = {name: number for number, name in enumerate(SITES)}
@@ -112,7 +113,7 @@ def with_same_weights(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-_NOTHING = Passed(0, 0)
+_NOTHING = Passed(0)
 
 
 def _real(rows: Rows, window: Window | None) -> Tensor | None:
@@ -148,13 +149,14 @@ class PortProgram(ABC):
         self.window: Window | None = None
         self.shape = (0, 0)
         self.real: Tensor | None = None
+        self.live: list[bool] | None = None
         self.keep_graph = False
         self.stop_at: Port | None = None
         self._left_for: Rows | None = None
-        self._n_edits = len(plan.edits)
         self._ports: dict[tuple[str, str, str], Port] = {}
         self._by_tap: dict[Tap, Port] = {}
         self._add_reads(plan.reads)
+        self.n_slots = len(self.slots)
         self._changes = self._add_edits(plan.edits)
         ports = list(self._ports.values())
         self._needed = [port for port in ports if port.capture]
@@ -249,7 +251,7 @@ class PortProgram(ABC):
             self.window, self.edits = None, edits
             passed: Passed | None = None
             while passed is None or (self._late and self._overwritten((passed,))):
-                passed = self._begin(rows, rows.width, keep_graph)
+                passed = self.begin_pass(rows, rows.width, keep_graph)
                 self._check(rows)
                 self.stop_at = self._last() if stop else None
                 try:
@@ -266,51 +268,31 @@ class PortProgram(ABC):
         rows: Rows,
         final: Rows,
         edits: tuple[Edit, ...],
-        ended: Callable[[], Sequence[bool]] = lambda: (),
+        ends: Ending,
     ) -> tuple[Any, list[Passed]]:
         """See `Program.generate`."""
-        steps: list[Passed] = []
-        real = [list(row) for row in rows.real]
-        prompt = [len(row) for row in real]
-        stops: list[int | None] = [None] * len(real)
-        columns = 0
-
-        def step(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal columns
-            ids = kwargs.get("input_ids")
-            width = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
-            start, columns = columns, columns + width
-            for i, over in enumerate(ended() if len(real) > 1 else ()):  # one row alone ends with the passes
-                stops[i] = len(real[i]) if over and stops[i] is None else stops[i]
-            for row in real:
-                row.extend(range(max(start, rows.width), columns))
-            self.window = Window(start, columns)
-            texts = [len(row) if n is None else n for row, n in zip(real, stops, strict=True)] if any(stops) else None
-            now = rows._replace(real=real, width=columns, prompt=prompt, growing=True, stops=texts)
-            steps.append(self._begin(now, width, False))
-
         self.engine.begin()
-        handle = None
+        steps: Steps | None = None
         try:
             self.window, self.stop_at, self.edits = None, None, edits
             self._fit(final)
             self.prepare(inputs)
-            handle = self.engine.model.register_forward_pre_hook(step, with_kwargs=True)
+            steps = Steps(self, rows, ends)
             result = self.carry("generate", inputs)
-            if self._overwritten(steps):
+            if self._overwritten(steps.passes):
                 raise CapabilityError(
                     "the model wrote into a tensor after it was kept, which the self-check at load finds out; load "
                     "with check=True, or generate again: from now on such tensors are copied"
                 )
         except (ValueError, TypeError, ImportError) as error:
-            if steps or isinstance(error, InterpError):
+            if (steps and steps.passes) or isinstance(error, InterpError):
                 raise
             raise PlanError(f"transformers does not take these options: {error}") from error
         finally:
-            if handle is not None:
-                handle.remove()
+            if steps is not None:
+                steps.close()
             self._end()
-        return result, steps
+        return result, steps.passes
 
     def _overwritten(self, passes: Sequence[Passed]) -> bool:
         """Whether the model wrote into a tensor after it was kept. Such sites are marked, and copied in further passes;
@@ -373,21 +355,29 @@ class PortProgram(ABC):
                     f"{edits[change.number]} lies above the last site read, so with logits=False it never acts"
                 )
 
-    def _begin(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
+    def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
         """Make ready for one pass over `width` columns."""
         self.rows, self.keep_graph = rows, keep_graph
         self.shape = (len(rows.real), width)
-        self.real = _real(rows, self.window)
+        self.real, self.live = _real(rows, self.window), rows.live
         for part in self._bound:
             part.bind(rows, self.window)
         for tap in self.taps:
             tap.filled = None if self.window is None else self.window.stop
-        self.passed = Passed(len(self.slots), self._n_edits)
+        self.passed = Passed(self.n_slots)
         return self.passed
+
+    def steady(self, rows: Rows) -> list[Bound] | None:
+        """What this step selects, if all further steps select the same of their tokens; else None."""
+        if self.taps or not all(part.settled(rows) for part in self._bound):
+            return None
+        return [part.bound for part in self._bound if part.bound is not None and part.bound.columns is not None]
 
     def _end(self) -> None:
         """Let go of the run's tensors, and of the engine."""
         self.edits, self.passed = (), _NOTHING
+        for change in self._changes:
+            change.ready = None
         for port in self._needed:
             port.captured = None
         for port in self._inside:

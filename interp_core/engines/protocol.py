@@ -42,18 +42,32 @@ class Passed:
         values: kept tensors, one per slot (None if the pass did not reach it or the step had none of it).
         versions: per kept tensor that is the very one that passed, how often it had been written to by then.
         bases: with gradients, the tensors of the pass that `values` are views or parts of.
-        fires: per edit of the plan, what it changed: `(layer, selected columns per row or None for all, norm)`.
+        fires: what edits changed: `(number in the plan, layer, selected columns per row or None for all, norm)`.
         output: the model's output, None after an early stop.
     """
 
     __slots__ = ("bases", "fires", "output", "values", "versions")
 
-    def __init__(self, n_slots: int, n_edits: int) -> None:
+    def __init__(self, n_slots: int) -> None:
         self.values: list[Tensor | None] = [None] * n_slots
         self.versions = [0] * n_slots
         self.bases: list[Tensor | None] = [None] * n_slots
-        self.fires: list[list[tuple[int, list[list[int]] | None, Tensor]]] = [[] for _ in range(n_edits)]
+        self.fires: list[tuple[int, int, list[list[int]] | None, Tensor]] = []
         self.output: Any = None
+
+
+class Ending(Protocol):
+    """What a generation tells its program.
+
+    Attributes:
+        follow: called with the number of columns so far, after every new token.
+    """
+
+    follow: Callable[[int], None] | None
+
+    def now(self) -> Sequence[bool]:
+        """Which rows have ended and are only filled up; empty before the first new token."""
+        ...
 
 
 @runtime_checkable
@@ -106,13 +120,13 @@ class Program(Protocol):
         rows: Rows,
         final: Rows,
         edits: tuple[Edit, ...],
-        ended: Callable[[], Sequence[bool]],
+        ends: Ending,
     ) -> tuple[Any, list[Passed]]:
         """Many forward passes, made by the model's own `generate`, over a sequence that grows from `rows` to at most
         `final`. Returns its result and one record per pass.
 
         Args:
-            ended: at the beginning of a pass, which rows have ended and are only filled up; empty before the first.
+            ends: says when rows end, and that a token came.
 
         Raises:
             PositionError, PlanError: edits that do not fit the final rows, before the model runs.

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import torch
 from torch import Tensor
 
@@ -70,12 +69,14 @@ class RemoteProgram(PortProgram):
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
     ) -> Passed:
         """See `Program.forward`."""
+        import httpx  # nnsight's, as this engine is; what only measures plans does not have it
+
         if keep_graph:
             raise CapabilityError(f"a graph does not travel; {WHY}")
         self.engine.begin()
         try:
             self.window, self.edits = None, edits
-            passed = self._begin(rows, rows.width, False)
+            passed = self.begin_pass(rows, rows.width, False)
             self._check(rows)
             order = self.engine.order(inputs)
             ports = sorted(self.ports, key=lambda port: order[port.tap.module, port.tap.side].rank)
@@ -93,7 +94,7 @@ class RemoteProgram(PortProgram):
         for change in self._changes:
             if id(change) in norms:
                 columns = None if change.bound is None else change.bound.columns
-                passed.fires[change.number].append((change.entry.layer, columns, norms[id(change)]))
+                passed.fires.append((change.number, change.entry.layer, columns, norms[id(change)]))
         passed.output = SimpleNamespace(logits=logits)
         return passed
 

@@ -379,7 +379,7 @@ class Staircase(TorchProgram):
             widths = [start + n_columns for start in starts]
             self.placed = [(Rows([range(width)], {}, width), width - widths[0]) for width in widths]
             self.window = Window(starts[0], widths[0])
-            passed = self._begin(self.placed[0][0], n_columns, False)
+            passed = self.begin_pass(self.placed[0][0], n_columns, False)
             for change in self._changes:
                 change.check(self.rows)
             for group in self.groups:
@@ -407,7 +407,7 @@ class Staircase(TorchProgram):
     def _moved(self, passed: Passed) -> Tensor:
         """Per row, the norm of what its edits changed."""
         total = torch.zeros(len(self.joins), dtype=torch.float64)
-        norms = [(self.row_of[number], norm) for number, fires in enumerate(passed.fires) for _, _, norm in fires]
+        norms = [(self.row_of[number], norm) for number, _, _, norm in passed.fires]
         if norms:
             self.note(torch.tensor([row for row, _ in norms]), torch.stack([norm for _, norm in norms]))
         for rows, squares in self.squares:
