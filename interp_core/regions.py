@@ -9,6 +9,7 @@ that positions select come right after the batch and the unit axis after them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,27 +118,46 @@ class Bound:
     Attributes:
         axes: names and sizes of the position axes that it leaves.
         basic: whether what it takes is a view.
+        fills: it takes the whole value, if without the axis of a single position.
         ragged: rows select different numbers of positions, so they are strung together along one axis `selected`.
         columns: columns selected per row (None: all), counted over the whole sequence.
     """
 
-    __slots__ = ("_index", "_moved", "axes", "basic", "columns", "ragged", "region")
+    __slots__ = ("_index", "_moved", "_parts", "axes", "basic", "columns", "fills", "ragged", "region", "rows")
 
     def __init__(
         self, region: Region, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
     ) -> None:
-        self.region, self.columns = region, queries
+        self.region, self.columns, self.rows = region, queries, len(rows.real)
         start, stop, first = (0, rows.width, 0) if window is None else window
         parts = [_Part.of(queries, region.pos, start, stop - start)]
         if region.attention:
             parts.append(_Part.of(keys, region.key, first, stop - first))
+        self._point(parts)
+        self.fills = self.basic and region.units is None and not region.attention and parts[0].count == stop - start
+
+    def _point(self, parts: list[_Part]) -> None:
+        """Make the index that selects these columns."""
+        self._parts = parts
         self.ragged = any(part.ragged for part in parts)
-        self._index = self._build(parts, len(rows.real))
-        names = region.site.info.positions or ("visual",)
+        self._index = self._build(parts, self.rows)
+        names = self.region.site.info.positions or ("visual",)
         counts = [(name, part.count) for name, part in zip(names, parts, strict=False) if not part.single]
         self.axes = [("selected", self._index[0].shape[0])] if self.ragged else counts
         self.basic = not any(isinstance(part, (Tensor, list)) for part in self._index)
         self._moved: dict[torch.device, tuple[Any, ...]] = {}
+
+    def among(self, queries: Sequence[int]) -> Bound:
+        """The same part of a tensor that has these queries alone, counted as in `columns`; all that it takes are there.
+
+        Raises:
+            KeyError: one is not.
+        """
+        at = {column: i for i, column in enumerate(queries)}
+        local = [[at[column] for column in row] for row in self.columns or ()]
+        made = copy.copy(self)
+        made._point([_Part.of(local, self.region.pos, 0, len(at)), *self._parts[1:]])
+        return made
 
     def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
         units = self.region.units

@@ -274,17 +274,16 @@ def _ndim(site: Site) -> int:
 class Gradients(Store):
     """Gradients of the run's scalar with respect to what was read; indexed like the run."""
 
-    def __init__(self, run: Run, grads: list[Tensor]) -> None:
+    def __init__(self, run: Run, grads: list[Tensor], bounds: list[Bound | None]) -> None:
         super().__init__(run._slots, run._atlas, run._rows)
-        self._grads = grads
+        self._grads, self._bounds = grads, bounds
 
     def _value(self, slot: int) -> Tensor:
-        grad, info = self._grads[slot], self._slots[slot]
+        grad, bound, info = self._grads[slot], self._bounds[slot], self._slots[slot]
         if info.late:
             return grad
-        region = Region(info.site, info.entry.n_units)
         whole = grad if info.view is None else info.view(grad)
-        return whole if region.whole else region.bind(self._rows).take(whole)  # type: ignore[union-attr]
+        return whole if bound is None else bound.take(whole)
 
 
 class Run(Store):
@@ -379,11 +378,12 @@ class Run(Store):
             shape = list(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
             raise ReadError(f"grad= takes a function of the logits that returns one number, it returned {shape}")
         bases = [base for base in self._passed.bases if base is not None]
+        tensors, bounds = [tensor for tensor, _ in bases], [bound for _, bound in bases]
         if scalar.requires_grad:
-            grads = torch.autograd.grad(scalar.sum(), bases, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(scalar.sum(), tensors, allow_unused=True, materialize_grads=True)
         else:  # edits have cut it off from everything read
-            grads = tuple(map(torch.zeros_like, bases))
-        self._grad = Gradients(self, list(grads))
+            grads = tuple(map(torch.zeros_like, tensors))
+        self._grad = Gradients(self, list(grads), bounds)
         self._passed.bases = []
         self._passed.values = [None if value is None else value.detach() for value in self._passed.values]
         self._logits = self._logits.detach()

@@ -11,7 +11,11 @@ from tolerances import agreeing, close, rounding, same_choice
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.bench import count_calls
+from interp_core.engines.program import PortProgram
+from interp_core.positions import Rows, Slice, position, selects_newest, settled
 
+NARROW = {"num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
 NEW = 6
 
 
@@ -346,3 +350,89 @@ def test_positions_of_a_row_that_has_ended() -> None:
         model.generate(
             laid_out("right"), S.resid_post[1].at([slice(8, 8), slice(11, 11), slice(4, 5)]).zero(), **options
         )
+
+
+SELECTED = (
+    None, -1, -2, 0, 3, 9, "last", "all", "generated", "prompt", slice(None), slice(1, None), slice(9, None),
+    slice(12, None), slice(None, -1), slice(None, 9), slice(2, 12), slice(-3, None), slice(None, None, 2), slice(2, 5),
+    [0, 3], [-1, 0], [-1, 11], ic.Span(0, 4), ic.Span(6, 11),
+)  # fmt: skip
+
+
+def test_what_is_settled_does_not_change() -> None:
+    """`settled` may say no too often, but never yes where a later token is selected otherwise."""
+    for chosen in map(position, SELECTED):
+        newest = []
+        for length in range(1, 60):
+            rows = Rows([list(range(length))], {"subject": [[0]]}, length, [7], growing=True)
+            newest.append((selects_newest(chosen, rows, 0), settled(chosen, rows, 0)))
+        first = next((i for i, (_, done) in enumerate(newest) if done), None)
+        assert (first is None) == (chosen == Slice(None, None, 2)), chosen
+        if first is not None:
+            assert {at for at, _ in newest[first:]} == {newest[first][0]}, chosen
+
+
+@pytest.mark.parametrize("engine", ["torch", "nnsight", "transformer_lens"])
+def test_steps_that_are_not_looked_up_anew_do_the_same(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids, receipts and reads of every selection, with rows that end early and without, as with each step bound."""
+    model = on_engine("llama", engine)
+    value = VECTOR.to(model.dtype)
+    free = model.generate(laid_out("right"), max_new_tokens=12, stop_at_eos=False)
+    ending = {"eos_token_id": int(free.ids[2, 4])}
+    cases = [
+        (single(PROMPT), {"stop_at_eos": False}),
+        (laid_out("right"), {"stop_at_eos": False}),
+        (laid_out("right"), ending),
+    ]
+
+    def made() -> list[ic.Generation]:
+        found = []
+        for chosen in SELECTED if engine == "torch" else SELECTED[::6]:
+            site = S.resid_post[0] if chosen is None else S.resid_post[0].at(chosen)
+            edits = [site.add(value), S.z[:, 1].at(-1).scale(1.5)]
+            for given, options in cases:
+                read = [S.mlp_out[1].at(-1), S.resid_pre[2]]
+                found.append(model.generate(given, edits, read, max_new_tokens=12, allow_noop=True, **options))
+        return found
+
+    lookups = 0
+    steady = PortProgram.steady
+
+    def count(program: PortProgram, rows: Rows) -> object:
+        nonlocal lookups
+        lookups += 1
+        return steady(program, rows)
+
+    monkeypatch.setattr(PortProgram, "steady", count)
+    ours = made()
+    some = lookups
+    monkeypatch.setattr(PortProgram, "steady", lambda program, rows: count(program, rows) and None)
+    for one, other in zip(ours, made(), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert [(r.fired, r.positions, r.norm) for r in one.receipts] == [
+            (r.fired, r.positions, r.norm) for r in other.receipts
+        ]
+        for a, b in zip(one.steps, other.steps, strict=True):
+            assert [x.tolist() for x in a.rows(S.mlp_out[1].at(-1))] == [
+                x.tolist() for x in b.rows(S.mlp_out[1].at(-1))
+            ]
+        assert torch.equal(one[S.resid_pre[2]], other[S.resid_pre[2]])
+    assert some < 0.6 * (lookups - some)
+
+
+def test_python_calls_of_a_steered_generation() -> None:
+    """32 steered tokens add at most 800 to transformers' own, and a step costs the same however long the text is."""
+    model = tiny_model("llama", **NARROW)
+    ids = torch.randint(3, 90, (1, 8))
+    vector = torch.ones(96)
+    said = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    model.hf.generation_config.eos_token_id = None
+
+    def calls(new: int) -> tuple[int, int]:
+        edit = S.resid_post[1].at(-1).add(vector)
+        plain = count_calls(lambda: model.hf.generate(ids, max_new_tokens=new, **said))
+        return plain, count_calls(lambda: model.generate(ids, edits=edit, max_new_tokens=new, stop_at_eos=False))
+
+    (plain, ours), (longer, steered) = calls(32), calls(96)
+    assert ours - plain <= 800
+    assert (steered - longer) - (ours - plain) <= 23 * 64

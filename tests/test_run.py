@@ -52,7 +52,7 @@ def test_parts_read_equal_parts_of_the_whole(ids: torch.Tensor) -> None:
     ]  # fmt: skip
     parts = model.run(ids, read=sites)
     for site in sites:
-        assert torch.equal(parts[site], whole[site]), site
+        close(parts[site], whole[site], model)  # attention that is opened for few queries leaves the rest to the kernel
 
 
 def test_readings_know_their_site(toy: ic.Model) -> None:

@@ -11,7 +11,9 @@ function. All other layers keep their config, and so their kernel.
     pattern = softmax(scores, with the sink if the family has one)
     output  = pattern @ v                                [batch query head d_head]
 
-Memory: one `[batch head query key]` tensor for scores and one for the pattern, per tapped layer, while it runs.
+Memory: one `[batch head query key]` tensor for scores and one for the pattern, per tapped layer, while it runs. Where a
+plan asks for few queries, the layer's own kernel does all of them, and only those few are done again in the open: they
+take the place of the kernel's where something was changed.
 """
 
 from __future__ import annotations
@@ -95,16 +97,23 @@ class LayerTap:
         kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         filled: while generating, how many columns there are; a static cache hands over its empty places too.
+        asked: the queries whose scores and patterns are asked for, as columns of this pass; None for all.
+        kernel: the layer's own attention function, if it can be found.
+        softmax_dtype: in which the family's eager attention takes its softmax even for wider types.
         lent: the config that names our function, shared by all layers of a plan.
     """
 
-    __slots__ = ("filled", "keep", "kept", "lent", "module", "original", "prefix", "softmax_dtype", "stages", "texts")
+    __slots__ = (
+        "asked", "filled", "keep", "kept", "kernel", "lent", "module", "original", "prefix", "softmax_dtype", "stages",
+        "texts",
+    )  # fmt: skip
 
     def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
         self.module, self.stages, self.keep = module, stages, keep
         self.prefix: tuple[Tensor, Tensor] | None = None
         self.texts = _ONE
         self.filled: int | None = None
+        self.asked: Sequence[int] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = module.config
         implementation = self.original._attn_implementation
@@ -113,7 +122,10 @@ class LayerTap:
                 f"attention sites need attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
                 "load it with ic.load(..., attn_implementation='sdpa')"
             )
-        self.softmax_dtype = torch.float32 if implementation == "eager" and _eager_in_float32(module) else None
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        self.kernel = eager if implementation == "eager" else AttentionInterface()[implementation]
+        narrow = implementation == "eager" and eager is not None and "float32" in eager.__code__.co_names
+        self.softmax_dtype = torch.float32 if narrow else None
         if id(self.original) not in lent:
             lent[id(self.original)] = copy.copy(self.original)
             lent[id(self.original)].__dict__["_attn_implementation_internal"] = NAME
@@ -122,6 +134,11 @@ class LayerTap:
     def install(self) -> None:
         """Lend the layer the config, and hang this on the layer."""
         self.module.__dict__.update(config=self.lent, interp_tap=self)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the layer's own kernel can do what is not asked for."""
+        return self.kernel is not None and self.prefix is None and not self.keep
 
     def remove(self) -> None:
         """Give the layer its own config back."""
@@ -157,6 +174,16 @@ def attention(
             kernel = AttentionInterface()["sdpa"]  # nothing to do inside: the layer's own
             return kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    closed, asked = None, None
+    if tap.asked is not None and filled in (None, n_keys):
+        assert tap.kernel is not None
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., :n_keys]
+        closed = tap.kernel(module, query, key, value, attention_mask, scaling=scale, dropout=dropout, **kwargs)[0]
+        asked = torch.tensor(tap.asked, device=query.device)
+        attention_mask = _mask_at(asked, query, key, attention_mask, kwargs, module)
+        kwargs = {**kwargs, "position_bias": _at(asked, kwargs.get("position_bias"))}
+        query = query[:, :, asked]
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
@@ -169,14 +196,16 @@ def attention(
         if hidden is not None:
             before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
         scores = torch.cat([before, scores], -1)
+    given = scores
     if "scores" in stages:
-        before = scores
-        scores = stages["scores"](before, n_keys)
-        if scores is not before:
-            _demand_a_key(before, scores)
-    pattern = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
+        scores = stages["scores"](given, n_keys)
+        if scores is not given:
+            _demand_a_key(given, scores)
+    pattern = computed = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
-        pattern = stages["pattern"](pattern, n_keys)
+        pattern = stages["pattern"](computed, n_keys)
+    if closed is not None and scores is given and pattern is computed and not pattern.requires_grad:
+        return closed, None
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
     if tap.prefix is None:
@@ -184,7 +213,8 @@ def attention(
     else:
         split = n_keys - key.shape[2]
         out = _mixed(pattern[..., :split], values) + _mixed(pattern[..., split:], value)
-    return out.transpose(1, 2).contiguous(), pattern
+    out = out.transpose(1, 2).contiguous()
+    return (out, pattern) if closed is None else (closed.index_copy(1, asked, out), None)
 
 
 _BITS = math.log2(math.e)
@@ -286,12 +316,33 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
+def _mask_at(
+    asked: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module
+) -> Tensor | None:
+    """The layer's mask for these queries alone."""
+    if mask is not None:
+        return _at(asked, mask)
+    if query.shape[2] == 1 or not _is_causal(kwargs, module):
+        return None
+    return torch.arange(key.shape[2], device=asked.device) <= asked[:, None]
+
+
+def _at(asked: Tensor, x: Tensor | None) -> Tensor | None:
+    """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
+    return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
+
+
+def _is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a layer that is handed no mask hides later keys."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
 def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
     """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
     queries, keys = scores.shape[-2:]
     if mask is None:
-        causal = kwargs.get("is_causal")
-        if queries == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+        if queries == 1 or not _is_causal(kwargs, module):
             return scores
         return scores + _causal(queries, keys, scores.device, scores.dtype)
     if mask.dtype == torch.bool:
@@ -344,12 +395,6 @@ def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> 
 
 _HALF = (torch.float16, torch.bfloat16)
 _LOWEST = {kind: torch.finfo(kind).min / 2 for kind in (*_HALF, torch.float32, torch.float64)}
-
-
-def _eager_in_float32(module: nn.Module) -> bool:
-    """Whether the family's eager attention takes its softmax in float32 even for wider types."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return eager is not None and "float32" in eager.__code__.co_names
 
 
 AttentionInterface.register(NAME, attention)

@@ -103,7 +103,7 @@ class Read(Part):
             return x
         if program.keep_graph:
             x = self._branch(x)
-            program.passed.bases[self.number] = x
+            program.passed.bases[self.number] = x, self.bound
         passed = program.passed
         if self.late:
             kept = x
@@ -159,16 +159,16 @@ class Change(Part):
         """Carry the edit out on the tensor that passes, and note what it did."""
         if self.bound is None and not self.whole:
             return x
-        edit, view = self.program.edits[self.number], self.tap.view
-        if self.bound is None and view is None:
-            if self.ready is None:
-                self.ready = prepared(edit, x)
-            new = carry_out(edit, x, self.ready)
+        edit, view, bound = self.program.edits[self.number], self.tap.view, self.bound
+        if view is None and (bound is None or bound.fills):
+            old = x if bound is None else bound.take(x)
+            self.ready = prepared(edit, old) if self.ready is None else self.ready
+            new = carry_out(edit, old, self.ready)
             if edit.op in ("set", "apply"):
                 # This may be the caller's own tensor, and the model may write into what it goes on with.
-                new = torch.empty_like(x).copy_(new)
-            self._note(edit, x, x, new, x)
-            return new
+                new = torch.empty_like(old).copy_(new)
+            self._note(edit, x, old, new, x)
+            return new if bound is None else new.view_as(x)
         into = x.clone()
         if view is None:
             self.write(edit, x, into, x)
@@ -189,8 +189,7 @@ class Change(Part):
         """Write the edited part of `value` into its copy `into`."""
         bound = self.bound
         old = value if bound is None else bound.take(value)
-        if self.ready is None:
-            self.ready = prepared(edit, old)
+        self.ready = prepared(edit, old) if self.ready is None else self.ready
         new = carry_out(edit, old, self.ready)
         if bound is None:
             into.copy_(new)
@@ -251,8 +250,10 @@ class Change(Part):
             if self.checked is None or self.checked[0] is not rows or self.checked[1:] != seen[1:]:
                 self._check_value(edit, value, rows)
                 self.checked = seen
-        elif edit.op == "mask":
-            self._check_experts(edit)
+        elif edit.op == "mask" and (n := self.entry.n_units or 0):
+            for expert in edit.value:
+                if not 0 <= expert < n:
+                    raise PlanError(f"{edit}: no expert {expert}, there are {n}, 0 to {n - 1}")
 
     def _check_value(self, edit: Edit, value: Tensor, rows: Rows) -> None:
         dtype = self.program.engine.dtype
@@ -271,11 +272,9 @@ class Change(Part):
 
     def hidden(self, rows: Rows) -> Hidden:
         """What a knockout hides in these rows."""
-        region, units = self.region, self.region.units
+        region, units, every = self.region, self.region.units, Slice()
         heads = range(self.entry.n_units or 0) if units is None else (units,) if isinstance(units, int) else units
-        queries, keys = (
-            region.columns(rows, Slice() if place is None else place) for place in (region.pos, region.key)
-        )
+        queries, keys = (region.columns(rows, every if at is None else at) for at in (region.pos, region.key))
         return Hidden(self.program.edits[self.number], self.entry.layer, heads, queries, keys)
 
     def axes(self, batch: int, width: int) -> list[tuple[str, int]]:
@@ -292,12 +291,6 @@ class Change(Part):
             return [*rows, *places, *units] if ragged else [*rows, *units, *places]
         features = [(a, self.entry.sizes[a]) for a in info.axes if a in self.entry.sizes and a != info.unit]
         return [*rows, *places, *units, *features]
-
-    def _check_experts(self, edit: Edit) -> None:
-        n = self.entry.n_units or 0
-        for expert in edit.value:
-            if not 0 <= expert < n:
-                raise PlanError(f"{edit}: no expert {expert}, there are {n}, 0 to {n - 1}")
 
 
 class Port:

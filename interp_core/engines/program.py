@@ -139,6 +139,8 @@ class PortProgram(ABC):
     """
 
     read: ClassVar[type[Read]] = Read
+    closes: ClassVar[bool] = True
+    """Whether attention is opened only for the queries that are asked for, where these are few."""
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         self.engine, self.atlas = engine, atlas
@@ -167,6 +169,7 @@ class PortProgram(ABC):
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
+        self._few = [(tap, parts) for tap in self.taps if self.closes and (parts := self._few_queries(tap))]
 
     # Compiling
 
@@ -230,6 +233,12 @@ class PortProgram(ABC):
             stages.setdefault(port.tap.module, {})[port.tap.part] = port.stage()
         lent: dict[int, Any] = {}
         return [LayerTap(self.engine.modules[path], found, lent) for path, found in stages.items()]
+
+    def _few_queries(self, layer: LayerTap) -> list[Part]:
+        """What selects queries of a layer's scores and patterns; nothing if something asks for all of them."""
+        ports = [p for p in self._inside if p.module is layer.module and p.tap.part in ("scores", "pattern")]
+        parts = [part for port in ports for part in (*port.changes, *port.reads)]
+        return parts if all(part.region.attention and part.region.pos is not None for part in parts) else []
 
     # Running
 
@@ -364,8 +373,22 @@ class PortProgram(ABC):
             part.bind(rows, self.window)
         for tap in self.taps:
             tap.filled = None if self.window is None else self.window.stop
+        for tap, parts in self._few:
+            self._ask(tap, parts, width)
         self.passed = Passed(self.n_slots)
         return self.passed
+
+    def _ask(self, layer: LayerTap, parts: Sequence[Part], width: int) -> None:
+        """Let a layer open its attention only for the queries that are selected, where these are few."""
+        bounds = [part.bound for part in parts if part.bound is not None]
+        asked = sorted({column for bound in bounds for row in bound.columns or () for column in row})
+        layer.asked = None
+        if bounds and layer.has_kernel and 2 * len(asked) <= width:
+            start = 0 if self.window is None else self.window.start
+            layer.asked = [column - start for column in asked]
+            for part in parts:
+                part.bound = None if part.bound is None else part.bound.among(asked)
+                part.bound_to = None  # the next pass may ask for others
 
     def steady(self, rows: Rows) -> list[Bound] | None:
         """What this step selects, if all further steps select the same of their tokens; else None."""

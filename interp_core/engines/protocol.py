@@ -12,6 +12,7 @@ from ..architectures.family import View
 from ..edits import Edit
 from ..plan import Plan
 from ..positions import Rows
+from ..regions import Bound
 from ..sites import Site
 
 
@@ -41,7 +42,7 @@ class Passed:
     Attributes:
         values: kept tensors, one per slot (None if the pass did not reach it or the step had none of it).
         versions: per kept tensor that is the very one that passed, how often it had been written to by then.
-        bases: with gradients, the tensors of the pass that `values` are views or parts of.
+        bases: with gradients, the tensors of the pass that `values` are views or parts of, and which parts.
         fires: what edits changed: `(number in the plan, layer, selected columns per row or None for all, norm)`.
         output: the model's output, None after an early stop.
     """
@@ -51,7 +52,7 @@ class Passed:
     def __init__(self, n_slots: int) -> None:
         self.values: list[Tensor | None] = [None] * n_slots
         self.versions = [0] * n_slots
-        self.bases: list[Tensor | None] = [None] * n_slots
+        self.bases: list[tuple[Tensor, Bound | None] | None] = [None] * n_slots
         self.fires: list[tuple[int, int, list[list[int]] | None, Tensor]] = []
         self.output: Any = None
 

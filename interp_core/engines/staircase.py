@@ -306,6 +306,7 @@ class Staircase(TorchProgram):
     """
 
     read = RowRead
+    closes = False  # rows hold the queries of one text each
 
     def __init__(
         self,
