@@ -32,7 +32,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
 
-from gpu_parity import IDS, LIMIT, apart, changed, first_line, parity, plain  # noqa: E402
+from gpu_parity import IDS, LIMIT, apart, changed, first_line, knockout, parity, plain  # noqa: E402
 
 import interp_core as ic  # noqa: E402
 from interp_core import sites as S  # noqa: E402
@@ -95,6 +95,35 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of a call, the device's work included, and its result."""
+        self.sync()
+        start = time.perf_counter()
+        result = function()
+        self.sync()
+        return time.perf_counter() - start, result
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """Time between two events around a call; of the clock where there is no device."""
+        if not self.cuda:
+            return self.timed(call)[0] * 1e3
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def peak(self, call: Callable[[], Any]) -> tuple[int, Any]:
+        """Bytes at the peak of a call over what was there before, and its result."""
+        self.sync()
+        self.free()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        result = call()
+        self.sync()
+        return torch.cuda.max_memory_allocated(self.device) - before, result
+
     def free(self) -> int:
         """Bytes that are free on the device (on a CPU: as if 1 GiB were)."""
         gc.collect()
@@ -106,7 +135,8 @@ class Bench:
     def llama(self, n_layers: int, dtype: torch.dtype) -> Any:
         """A model of random weights, made on the device."""
         shape, vocab = (SMALL, 96) if self.small else (SHAPE, VOCAB)
-        config = transformers.LlamaConfig(num_hidden_layers=n_layers, vocab_size=vocab, eos_token_id=2, **shape)
+        shape = {**shape, "vocab_size": vocab, "max_position_embeddings": 8192}
+        config = transformers.LlamaConfig(num_hidden_layers=n_layers, eos_token_id=2, **shape)
         torch.manual_seed(0)
         with torch.device(self.device):
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -163,11 +193,11 @@ def ratio(bench: Bench, n_tokens: int) -> None:
     """A sweep over all heads of the large model against a loop with hooks by hand, which a part is timed on."""
     model, ids, judged = bench.large, bench.ids(n_tokens), ic.score.logit_diff(5, 9)
     variants = heads(model)
-    cold, swept = timed(bench, lambda: model.sweep(ids, variants, judged))
-    warm = statistics.median(timed(bench, lambda: model.sweep(ids, variants, judged))[0] for _ in range(2))
+    cold, swept = bench.timed(lambda: model.sweep(ids, variants, judged))
+    warm = statistics.median(bench.timed(lambda: model.sweep(ids, variants, judged))[0] for _ in range(2))
     chosen = list(range(0, len(variants), max(1, len(variants) // 16)))
     loop_by_hand(model, ids, chosen[:1])
-    seconds, values = timed(bench, lambda: loop_by_hand(model, ids, chosen))
+    seconds, values = bench.timed(lambda: loop_by_hand(model, ids, chosen))
     full = model.sweep(ids, [variants[i] for i in chosen], judged, strategy="full").values[:, 0]
     off = apart(values, full)
     bench.hold(f"loop by hand against full passes: {off:.1e}", off <= TOLERANCE[torch.bfloat16], len(chosen))
@@ -199,15 +229,6 @@ def loop_by_hand(model: ic.Model, ids: Tensor, numbers: list[int]) -> Tensor:
     return torch.stack(found)
 
 
-def timed(bench: Bench, function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, the device's work included."""
-    bench.sync()
-    start = time.perf_counter()
-    result = function()
-    bench.sync()
-    return time.perf_counter() - start, result
-
-
 # Overhead
 
 
@@ -234,7 +255,7 @@ def compare(bench: Bench, operation: str, tools: dict[str, Any]) -> None:
         results = {name: call() for name, call in calls.items()}  # and warm
         for _ in range(2 if bench.small or operation == "generate" else 20):
             for name, call in calls.items():
-                times[name].append(milliseconds(bench, call))
+                times[name].append(bench.milliseconds(call))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     other = "by hand" if "by hand" in results else "bare"
     logits = [(x[0] if isinstance(x, tuple) else x) for x in (results["ours"], results[other])]
@@ -243,18 +264,6 @@ def compare(bench: Bench, operation: str, tools: dict[str, Any]) -> None:
     shown = " | ".join(f"{medians[name]:.3f}" if name in medians else "-" for name in tools)
     what = f"{operation}: {shown} ({medians['ours'] / medians[other]:.3f}), differ by {off:.0e}"
     bench.hold(what, off <= TOLERANCE[tools["ours"].model.dtype])
-
-
-def milliseconds(bench: Bench, call: Callable[[], Any]) -> float:
-    """Time between two events around a call; of the clock where there is no device."""
-    if not bench.cuda:
-        return timed(bench, call)[0] * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
 
 
 def synchronisations(bench: Bench) -> None:
@@ -295,27 +304,16 @@ def memory(bench: Bench) -> None:
     model.sweep(ids, variants[:2], judged)
     kept = 512 * model.n_layers * 2 * (config.hidden_size + 2 * config.num_key_value_heads * config.head_dim)
     for budget in (2**29, 2**31, None):
-        peak, swept = peak_of(bench, lambda: model.sweep(ids, variants, judged, memory_budget=budget))  # noqa: B023
+        peak, swept = bench.peak(lambda: model.sweep(ids, variants, judged, memory_budget=budget))  # noqa: B023
         rows = max(len(one.steps) for one in swept.plan.passes)
         promise = rows * swept.plan.row_bytes + kept
         sizes = f"peak {peak / 2**20:,.0f} MiB, promised {promise / 2**20:,.0f} MiB, {kept / 2**20:,.0f} of it shared"
         bench.hold(f"sweep with memory_budget={budget}: {rows} rows, {sizes}", peak <= promise)
-    bare, _ = peak_of(bench, lambda: model.run(ids, logits=-1))
-    peak, run = peak_of(bench, lambda: model.run(ids, read=S.resid_post, logits=-1))
+    bare, _ = bench.peak(lambda: model.run(ids, logits=-1))
+    peak, run = bench.peak(lambda: model.run(ids, read=S.resid_post, logits=-1))
     held = sum(run[S.resid_post[layer]].nbytes for layer in range(model.n_layers))
     sizes = f"{(peak - bare) / 2**20:,.0f} MiB over a plain pass, what is read takes {held / 2**20:,.0f} MiB"
     bench.hold(f"stream of every layer read: {sizes}", peak - bare <= 1.05 * held)
-
-
-def peak_of(bench: Bench, call: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes at the peak of a call over what was there before, and its result."""
-    bench.sync()
-    bench.free()
-    torch.cuda.reset_peak_memory_stats(bench.device)
-    before = torch.cuda.memory_allocated(bench.device)
-    result = call()
-    bench.sync()
-    return torch.cuda.max_memory_allocated(bench.device) - before, result
 
 
 # Streams, compiled layers, generation
@@ -416,7 +414,7 @@ def environment(bench: Bench) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
-    "parity": (parity, 0.38), "sweeps": (sweeps, 0.2), "overhead": (overhead, 0.1),
+    "parity": (parity, 0.33), "sweeps": (sweeps, 0.2), "overhead": (overhead, 0.11), "knockout": (knockout, 0.04),
     "synchronisations": (synchronisations, 0.03), "memory": (memory, 0.08), "streams": (streams, 0.03),
     "compiled": (compiled, 0.03), "generation": (generation, 0.12), "environment": (environment, 0.03),
 }  # fmt: skip

@@ -152,3 +152,25 @@ def against_float64(bench: Any, family: str) -> tuple[float, int]:
         run = model.run(IDS, read=S.resid_post, edits=S.resid_post[0].at(-2).add(vector))
         found.append([run[S.resid_post], run.logits])
     return max(apart(a, b) for a, b in zip(*found, strict=True)), len(found[0])
+
+
+def knockout(bench: Any) -> None:
+    """A knockout at the last query of a long text against a plain pass and against all of the attention opened."""
+    model, n_tokens = bench.large, 48 if bench.small else 4096
+    ids, keys = bench.ids(n_tokens).to(bench.device), slice(-20, -10)
+    few = S.pattern[1].knockout(query=-1, key=keys)
+    most = S.pattern[1].knockout(query=slice(n_tokens // 4, None), key=slice(2, 12))
+
+    def run(*edits: ic.Edit) -> ic.Run:
+        return model.run(ids, edits=edits, logits=-1, allow_noop=True)
+
+    found, whole = run(few), run(few, S.pattern[1].at(query=slice(1, None)).scale(1.0))
+    off = apart(found.logits, whole.logits)
+    bench.hold(f"logits differ by {off:.0e} from attention opened whole", off <= TOLERANCE[model.dtype])
+    shown = []
+    for what, edits in (("plain", ()), ("one query", (few,)), ("most queries", (most,))):
+        run(*edits)
+        taken = min(bench.milliseconds(lambda: run(*edits)) for _ in range(3))  # noqa: B023
+        peak = f", {bench.peak(lambda: run(*edits))[0] / 2**20:,.0f} MiB" if bench.cuda else ""  # noqa: B023
+        shown.append(f"{what} {taken:.1f} ms{peak}")
+    bench.say(f"{model!r}, {n_tokens} tokens: {'; '.join(shown)}")

@@ -15,7 +15,7 @@ import interp_core as ic
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("sweeps", "synchronisations", "memory", "streams", "environment")
-LONG = ("parity", "overhead", "compiled", "generation")
+LONG = ("parity", "overhead", "knockout", "compiled", "generation")
 NEED_A_DEVICE = ("synchronisations", "memory")
 BARE = """
 import importlib.abc, importlib.metadata, runpy, sys

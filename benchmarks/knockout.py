@@ -1,0 +1,67 @@
+"""Knockouts at one query, side by side with a plain pass: python benchmarks/knockout.py [tokens] [rounds] [family ...]
+
+One layer of three (d_model 256, 8 heads) hides ten keys from the last query. Both calls keep the last logits only, take
+turns, and the shortest of all rounds counts; a knockout at all later queries stands beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import interp_core as ic
+from interp_core import sites as S
+
+FAMILIES = ("llama", "mistral", "gpt2", "gptj", "gpt_neo", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_moe", "llama4")
+LLAMA_LIKE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8}
+SHAPES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "gpt_neo": {"hidden_size": 256, "num_heads": 8},
+    "gpt2": {"n_embd": 256, "n_head": 8},
+    "gptj": {"n_embd": 256, "n_head": 8, "rotary_dim": 16},
+}
+
+
+def shortest(rounds: int, *calls: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each call, which take turns."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], (time.perf_counter() - start) * 1e3)
+    return best
+
+
+def main(tokens: str = "2048", rounds: str = "5", *families: str) -> None:
+    """Print a row per family."""
+    n = int(tokens)
+    print(f"| family ({n} tokens) | attention | plain, ms | one query | all later queries |")
+    print("|---|---|---|---|---|")
+    for family in families or FAMILIES:
+        longest = "n_positions" if family in ("gpt2", "gptj") else "max_position_embeddings"
+        model = ic.load(ic.testing.tiny(family, **{longest: n}, **SHAPES.get(family, LLAMA_LIKE)))
+        ids = torch.randint(3, 90, (1, n), generator=torch.Generator().manual_seed(0))
+        layer = model.atlas.layers("pattern")[-1]
+        keys = list(range(n - 12, n - 2))
+        one = S.pattern[layer].knockout(query=-1, key=keys)
+        later = S.pattern[layer].knockout(query=slice(n // 4, None), key=slice(2, 12))
+
+        def run(*edits: ic.Edit, model: ic.Model = model, ids: torch.Tensor = ids) -> Any:
+            return model.run(ids, edits=edits, logits=-1, allow_noop=True)
+
+        plain, few, many = shortest(int(rounds), run, lambda: run(one), lambda: run(later))  # noqa: B023
+        kernel = model.hf.config._attn_implementation
+        print(
+            f"| {family} | {kernel} | {plain:.0f} | {few:.0f} ({few / plain:.2f}×) | {many:.0f} ({many / plain:.2f}×) |"
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
