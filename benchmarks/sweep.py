@@ -1,11 +1,15 @@
 """Sweeps against loops, side by side in one process: python benchmarks/sweep.py [heads|many|positions] [threads]
-and python benchmarks/sweep.py cold [heads|many] [threads]
+and python benchmarks/sweep.py cold [heads|many|sixteen|fv|knockout] [threads]
 
 heads:     every head at the last position, 12 layers × 12 heads, d_model 768, 96 tokens (144 variants).
 many:      the same for 32 layers × 32 heads, d_model 256 (1,024 variants); loops are timed on a part and scaled up.
 positions: the residual stream at every layer and position, 12 × 96 (1,152 variants); loops as for `many`.
 
-cold:      the first sweep of a process, with the trial of strategies, and a later one, each against the loop; in three
+sixteen:   every head of 16 layers × 16 heads, d_model 1,024, 128 tokens (256 variants).
+fv:        every head of 8 layers × 16 heads, d_model 1,024, 122 tokens (128 variants), as for function vectors.
+knockout:  ten keys hidden from the last query, layer by layer, in the model of `heads` (12 variants).
+
+cold:      the first sweep of a process, with the trial of strategies, and a later one, each against the loop; in five
            processes one after the other, of which the median counts.
 
 The sweep and the loop with hooks by hand take turns, three times for `heads` and nine for `many`; medians count.
@@ -16,6 +20,7 @@ beside it.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -30,16 +35,21 @@ import interp_core as ic
 from interp_core import score
 from interp_core import sites as S
 
-SIZES = {"heads": (12, 12, 768, 64, 2048), "many": (32, 32, 256, 8, 688), "positions": (12, 12, 768, 64, 2048)}
+SIZES = {
+    "heads": (12, 12, 768, 64, 2048, 96), "positions": (12, 12, 768, 64, 2048, 96),
+    "knockout": (12, 12, 768, 64, 2048, 96), "many": (32, 32, 256, 8, 688, 96),
+    "sixteen": (16, 16, 1024, 64, 2736, 128), "fv": (8, 16, 1024, 64, 2736, 122),
+}  # fmt: skip
+"""Layers, heads, d_model, d_head, d_mlp and tokens."""
 ROUNDS = {"heads": 3, "many": 9, "positions": 1}
-TOKENS = 96
+HIDDEN = slice(20, 30)
 TARGET, OTHER = 5, 9
 
 
 def main(name: str = "heads", threads: str = "2") -> None:
     """Print the table of one sweep."""
     torch.set_num_threads(int(threads))
-    _, heads, d_model, d_head, d_mlp = SIZES[name]
+    _, heads, d_model, d_head, d_mlp, _ = SIZES[name]
     model, ids, mean, stream, variants = study(name)
     judged = score.logit_diff(TARGET, OTHER)
     model.sweep(ids, variants[:2], judged)  # tries the strategy on the model
@@ -52,7 +62,7 @@ def main(name: str = "heads", threads: str = "2") -> None:
     by_hand = statistics.median(first[1] for _, first in turns)
     first, *rest = turns[-1][1]
     print(found.plan.explain(), "\n")
-    rate = matmul_rate(d_model, d_mlp)
+    rate = matmul_rate(4 * ids.numel(), d_model, d_mlp)
     floor = found.plan.token_layers * (4 * d_model * heads * d_head + 3 * d_model * d_mlp) * 2 / rate
     rows = [("interp_core sweep", ours, len(variants))]
     for tool, seconds, values, chosen in [(first, by_hand, *rest[1:]), *others]:
@@ -69,9 +79,11 @@ def main(name: str = "heads", threads: str = "2") -> None:
 def cold(name: str = "heads", threads: str = "2") -> None:
     """Print the ratios of first and later sweeps, each process fresh."""
     rows = []
-    for _ in range(3):
+    for _ in range(5):
         run = [sys.executable, __file__, "once", name, threads]
-        rows.append([float(x) for x in subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()])
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
+        done = subprocess.run(run, check=True, capture_output=True, text=True, env=env)
+        rows.append([float(x) for x in done.stdout.split()])
     first, later, loop = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"| {name} | s | ratio |\n|---|---|---|\n| first sweep of a process | {first:.3f} | {loop / first:.1f} |")
     print(
@@ -89,23 +101,26 @@ def once(name: str, threads: str) -> None:
     first, _ = timed(lambda: model.sweep(ids, variants, judged))
     later = statistics.median(timed(lambda: model.sweep(ids, variants, judged))[0] for _ in range(3))
     _, seconds, values, chosen = next(loops(name, model, ids, mean, stream, variants))
-    assert len(values) == len(chosen)
+    wanted = model.sweep(ids, variants, judged).values[chosen, 0]
+    assert torch.allclose(values, wanted, atol=1e-3, rtol=1e-4), (values - wanted).abs().max()
     print(first, later, seconds * len(variants) / len(chosen))
 
 
 def study(name: str) -> tuple[ic.Model, Tensor, Tensor, Tensor, list[ic.Edit]]:
     """The model of a size, a text, values for heads and for the stream, and the variants."""
-    layers, heads, d_model, d_head, d_mlp = SIZES[name]
+    layers, heads, d_model, d_head, d_mlp, tokens = SIZES[name]
     hf = ic.testing.tiny(
         "llama", num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=d_model,
         head_dim=d_head, intermediate_size=d_mlp, attention_bias=False, vocab_size=32000,
     )  # fmt: skip
     model = ic.load(hf)
-    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
     mean = torch.randn(layers, heads, d_head, generator=torch.Generator().manual_seed(1))
-    stream = torch.randn(layers, TOKENS, d_model, generator=torch.Generator().manual_seed(2))
+    stream = torch.randn(layers, tokens, d_model, generator=torch.Generator().manual_seed(2))
     if name == "positions":
-        variants = [S.resid_pre[at].at(pos).set(stream[at, pos]) for at in range(layers) for pos in range(TOKENS)]
+        variants = [S.resid_pre[at].at(pos).set(stream[at, pos]) for at in range(layers) for pos in range(tokens)]
+    elif name == "knockout":
+        variants = [S.pattern[at].knockout(query=-1, key=HIDDEN) for at in range(layers)]
     else:
         variants = [S.z[at, head].at(-1).set(mean[at, head]) for at, head in model.heads]
     return model, ids, mean, stream, variants
@@ -117,9 +132,9 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def matmul_rate(d_model: int, d_mlp: int) -> float:
+def matmul_rate(rows: int, d_model: int, d_mlp: int) -> float:
     """Floating-point operations per second of a product as the model has them, the best of some."""
-    a, b = torch.randn(TOKENS * 4, d_model), torch.randn(d_model, d_mlp)
+    a, b = torch.randn(rows, d_model), torch.randn(d_model, d_mlp)
     best = min(timed(lambda: [a @ b for _ in range(20)])[0] for _ in range(5))
     return 20 * 2 * a.numel() * d_mlp / best
 
@@ -128,7 +143,8 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
     """What others do, each with its values of the variants that it was timed on."""
     hf, layers = model.hf, model.n_layers
     heads = mean.shape[1]
-    chosen = list(range(len(variants))) if name == "heads" else list(range(0, len(variants), len(variants) // 16))
+    tokens, few = ids.shape[1], name in ("heads", "knockout")
+    chosen = list(range(len(variants))) if few else list(range(0, len(variants), len(variants) // 16))
 
     def difference(logits: Tensor) -> Tensor:
         return (logits[:, -1, TARGET] - logits[:, -1, OTHER]).float()
@@ -136,7 +152,7 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
     def place(number: int) -> tuple[Any, Any]:
         """Module and input hook of one variant, or of a batch of them."""
         if name == "positions":
-            at, pos = divmod(number, TOKENS)
+            at, pos = divmod(number, tokens)
             return hf.model.layers[at], (pos, slice(None), stream[at, pos])
         at, head = divmod(number, heads)
         d = mean.shape[-1]
@@ -159,9 +175,25 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
         finally:
             handle.remove()
 
-    seconds, values = timed(lambda: torch.cat([hooked([number]) for number in chosen]))
+    def hidden(number: int) -> Tensor:
+        """Keys hidden from the last query in one layer, by a mask."""
+        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+        seen[..., -1, HIDDEN] = False
+
+        def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "attention_mask": seen}
+
+        handle = hf.model.layers[number].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                return difference(hf(ids, use_cache=False, logits_to_keep=1).logits)
+        finally:
+            handle.remove()
+
+    one = hidden if name == "knockout" else lambda number: hooked([number])
+    seconds, values = timed(lambda: torch.cat([one(number) for number in chosen]))
     yield "one full forward per variant, hooks by hand", seconds, values, chosen
-    per = heads if name != "positions" else TOKENS
+    per = heads if name != "positions" else tokens
     size = min(per, 32)
     groups = [
         list(range(at * per + i, min(at * per + i + size, (at + 1) * per)))
@@ -171,13 +203,13 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
     groups = groups if name == "heads" else groups[:: max(1, len(groups) // 3)]
     seconds, values = timed(lambda: torch.cat([hooked(group) for group in groups]))
     yield "batched by layer, hooks by hand", seconds, values, [number for group in groups for number in group]
-    few = chosen[:: max(1, len(chosen) // 24)]
+    some = chosen[:: max(1, len(chosen) // 24)]
     if name != "positions":
-        yield ("nnsight, one trace per variant", *timed(lambda: traced(model, ids, mean, few)), few)
+        yield ("nnsight, one trace per variant", *timed(lambda: traced(model, ids, mean, some)), some)
         yield (
             "TransformerLens bridge, run_with_hooks per variant",
-            *timed(lambda: bridged(model, ids, mean, few)),
-            few,
+            *timed(lambda: bridged(model, ids, mean, some)),
+            some,
         )
 
 

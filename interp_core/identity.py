@@ -239,9 +239,10 @@ def _is_setting(name: str, value: Any) -> bool:
 
 def settings_of(module: nn.Module) -> str:
     """How a module and those in it are built: classes, settings and shapes; not where it stands in a model."""
-    parts = []
+    parts, skipped = [], {*vars(nn.Module()), *PLACES} - {"training"}
     for path, each in module.named_modules():
-        kept = sorted((name, repr(x)) for name, x in vars(each).items() if _is_setting(name, x) and name not in PLACES)
+        own = [(name, x) for name, x in vars(each).items() if name not in skipped]
+        kept = sorted((name, repr(x)) for name, x in own if _is_setting(name, x))
         shapes = [(name, tuple(x.shape)) for name, x in each.named_parameters(recurse=False)]
         parts.append(f"{path} {type(each).__qualname__} {kept} {shapes}")
     return "\n".join(parts)

@@ -63,12 +63,13 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
         return f"engine {model.engine.name!r} runs one variant after the other"
     if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
         return problem
-    tried, key = model.tried, f"{strategy}, images" if tokens.inputs else strategy
+    kind = "images" if tokens.inputs else "texts" if len(tokens.ids) > 1 else "one text"
+    tried, key = model.tried, f"{strategy}, {kind}"
     if key not in tried:
         own = model.trials[key] = []
         tried[key] = ""  # so that the trial's own sweeps go ahead
         tried[key] = _trial(model, strategy, tokens, own)
-        for relief in (APART, EACH):
+        for relief in (APART, EACH) if kind == "texts" else (EACH,):
             if tried[key] and not tokens.inputs and relief not in tried:
                 tried[relief], tried[key] = tried[key], ""
                 tried[key] = _trial(model, strategy, tokens, own)
@@ -144,16 +145,20 @@ class _Variant(NamedTuple):
 def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...]) -> str | None:
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
-    Variants of two texts of unequal length (equal for strategies that run whole texts) go through a pass together, and
-    some of the first text through one of their own.
+    For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)
+    go through a pass together, and some of the first text through one of their own.
     """
     joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     texts, variants = tokens, [_Variant(layer, (-1,)) for layer in joins]
     if not tokens.inputs:
-        ids, mask = probe_ids(model), torch.ones(2, WIDTH, dtype=torch.bool)
-        mask[1, WIDTH - (strategy not in WHOLE) :] = False
-        texts = Tokens(torch.stack([ids, ids.flip(0)]), mask)
-        variants = [_Variant(at, (-3, -3)) for at in joins] + [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
+        ids, mask = probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
+        variants = [_Variant(at, (-3,)) for at in joins]
+        if len(tokens.ids) > 1:
+            ids, mask = torch.cat([ids, ids.flip(1)]), mask.repeat(2, 1)
+            mask[1, WIDTH - (strategy not in WHOLE) :] = False
+            variants = [_Variant(at, (-3, -3)) for at in joins]
+            variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
+        texts = Tokens(ids, mask)
     try:
         wanted = (_by_runs if tokens.inputs else _in_one_run)(model, texts, variants)
     except (*FAULTS, InterpError):
