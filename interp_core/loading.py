@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .errors import LoadError, nearest, wrong
+from .snapshot import demand_plain
 
 TOYS = ("text",)
 
@@ -65,7 +66,7 @@ def open_model(
         )
     if device_map is None:
         model = model.to(place)
-    _check_plain(model)
+    demand_plain(model)
     if tokenizer is None:
         tokenizer = _tokenizer(path, options)
     return Opened(model.eval(), tokenizer, processor, str(source))
@@ -103,7 +104,7 @@ def toy_folder(name: str) -> str:
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
-    _check_plain(model)
+    demand_plain(model)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
     if model.get_output_embeddings() is None:
@@ -161,45 +162,6 @@ def _device(device: Any) -> torch.device:
     if place.type == "meta":
         raise LoadError("device='meta' holds no weights; give 'cpu', a CUDA device, or a device_map")
     return place
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Refuse models that something is wrapped around, or whose weights are not there as numbers: their sites would be
-    half there.
-
-    Raises:
-        LoadError: naming the module, and what to load instead.
-    """
-    from transformers import PreTrainedModel
-
-    kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        inner = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
-        if inner is not None:
-            merge = "model.merge_and_unload(), or " if hasattr(model, "merge_and_unload") or "Peft" in kind else ""
-            raise LoadError(
-                f"{kind} wraps a {type(inner[1]).__name__}, whose sites would not be where they are looked for; load "
-                f"{merge}the model inside, model.{inner[0]} (without what the wrapper itself does)"
-            )
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        whole = isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not weight.is_complex()
-        if whole or hasattr(module, "qweight") or (weight is not None and callable(weight)):
-            raise LoadError(
-                f"{name} ({type(module).__name__}) is quantised: its weights are not there as numbers. Load the model "
-                "without quantisation, as in dtype=torch.bfloat16."
-            )
-        if hasattr(module, "_orig_mod"):
-            raise LoadError(
-                f"{name} is a compiled module ({type(module).__name__}), inside which nothing can be seen; load the "
-                f"model with the one that it was made of, {name}._orig_mod, in its place"
-            )
-        forward = vars(module).get("forward")
-        if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
-            raise LoadError(
-                f"{name or 'the model'} ({type(module).__name__}) is compiled in place, where hooks do not fire; "
-                "load the model before it is compiled, or a copy that is not"
-            )
 
 
 def _tokenizer(path: str, options: dict[str, Any]) -> Any:

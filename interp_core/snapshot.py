@@ -1,10 +1,10 @@
 """Whether a model is still what it was when it was opened.
 
 Sites, taps and compiled plans are worked out once. What can change under them is looked at before every run, in loops
-over attributes that cost no Python call: whether the modules that the run touches hang where they hung, whether dtype,
-device and config (with it the attention implementation) are as they were, and whether anything that is random while
-training is in training mode. A model that changed is opened anew, as `load` would. Values of weights need no look:
-nothing is worked out from them.
+over attributes that cost no Python call: whether the modules that the run touches hang where they hung and are not
+compiled in place, whether dtype, device and config (with it the attention implementation) are as they were, and whether
+anything that is random while training is in training mode. A model that changed is opened anew, as `load` would. Values
+of weights need no look: nothing is worked out from them.
 
 An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
 """
@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .errors import CapabilityError
+from .errors import CapabilityError, LoadError
 
 Place = tuple[Mapping[str, Any], str, Any]
 """Where something hangs: a module's table of what it holds, the name there, and what it was."""
@@ -38,9 +39,10 @@ class Snapshot:
         weights: parameters of the model that the engine runs.
     """
 
-    __slots__ = ("_configs", "_copied", "_draws", "_table", "_weight", "modules", "weights")
+    __slots__ = ("_configs", "_copied", "_draws", "_root", "_table", "_weight", "modules", "weights")
 
     def __init__(self, model: Any, run: Any) -> None:
+        self._root = run
         self.modules = tuple(_held(model, "_modules"))
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
         self.weights = tuple(held for _, _, held in _held(run, "_parameters"))
@@ -68,11 +70,15 @@ class Snapshot:
         for now, then in self._configs:
             if now != then:
                 return True
+        if self._root._compiled_call_impl is not None:
+            return True
         try:
-            for part in (places, self._copied):
-                for table, name, held in part:
-                    if table[name] is not held:
-                        return True
+            for table, name, held in places:
+                if table[name] is not held or held._compiled_call_impl is not None:
+                    return True
+            for table, name, held in self._copied:
+                if table[name] is not held:
+                    return True
         except KeyError:
             return True
         return False
@@ -117,12 +123,53 @@ class Snapshot:
                 weight.requires_grad = True
 
 
+def demand_plain(model: nn.Module) -> None:
+    """Refuse models that something is wrapped around, or whose weights are not there as numbers: their sites would be
+    half there.
+
+    Raises:
+        LoadError: naming the module, and what to load instead.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
+        if inner is not None:
+            merge = "model.merge_and_unload(), or " if hasattr(model, "merge_and_unload") or "Peft" in kind else ""
+            raise LoadError(
+                f"{kind} wraps a {type(inner[1]).__name__}, whose sites would not be where they are looked for; load "
+                f"{merge}the model inside, model.{inner[0]} (without what the wrapper itself does)"
+            )
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        whole = isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not weight.is_complex()
+        if whole or hasattr(module, "qweight") or (weight is not None and callable(weight)):
+            raise LoadError(
+                f"{name} ({type(module).__name__}) is quantised: its weights are not there as numbers. Load the model "
+                "without quantisation, as in dtype=torch.bfloat16."
+            )
+        if hasattr(module, "_orig_mod"):
+            raise LoadError(
+                f"{name} is a compiled module ({type(module).__name__}), inside which nothing can be seen; load the "
+                f"model with the one that it was made of, {name}._orig_mod, in its place"
+            )
+        forward = vars(module).get("forward")
+        if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
+            raise LoadError(
+                f"{name or 'the model'} ({type(module).__name__}) is compiled in place, where hooks do not fire; "
+                "load the model before it is compiled, or a copy that is not"
+            )
+
+
 def demand_usable(model: Any) -> None:
     """Refuse a model that cannot be run, or whose runs mean nothing.
 
     Raises:
         CapabilityError: with the reason.
+        LoadError: it is wrapped, compiled or quantised.
     """
+    demand_plain(model)
     for path, module in model.named_modules():
         _demand_steady(path, module)
     _demand_weights(model)

@@ -271,3 +271,18 @@ def test_inference_mode(ids: Tensor) -> None:
     made_there.run(ids)
     with pytest.raises(ic.CapabilityError, match="weights were made under torch.inference_mode"):
         made_there.run(ids, read=reads, grad=lambda logits: logits.sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # what compile() imports says so
+@pytest.mark.parametrize("engine", ["torch", "nnsight", "transformer_lens"])
+@pytest.mark.parametrize("where", ["", "model.layers.1", "model.layers.1.mlp"])
+def test_a_model_compiled_after_load(where: str, engine: str, ids: Tensor) -> None:
+    """Hooks do not fire inside it, so a run would give nothing, or go without its edits; an engine's own copy still can."""
+    model = ic.load(testing.tiny("llama"), engine=engine)
+    before = model.run(ids, read=S.mlp_out[1])[S.mlp_out[1]]
+    model.hf.get_submodule(where).compile()
+    if engine == "torch":
+        with pytest.raises(ic.LoadError, match="is compiled in place, where hooks do not fire"):
+            model.run(ids, read=S.mlp_out[1])
+    else:
+        assert torch.equal(model.run(ids, read=S.mlp_out[1])[S.mlp_out[1]], before)

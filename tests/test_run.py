@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, nth, sampled, tiny_model
 from tolerances import close
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.sites import Site
 
 TEXT = "Q: big\nA: small\n\nQ: hot\nA: cold\n\nQ: wet\nA:"
 
@@ -342,3 +343,21 @@ def test_receipts_do_not_count_padding(site: str, padded: ic.Tokens) -> None:
     made = model.generate(padded, edits=edit, max_new_tokens=3, stop_at_eos=False).receipts[0].norm
     singles = [model.generate(row, edits=edit, max_new_tokens=3, stop_at_eos=False).receipts[0].norm for row in padded]
     assert made == pytest.approx(sum(norm**2 for norm in singles) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", sampled(fast=("olmo2", "gpt2", "gptj", "gemma3", "qwen3_moe", "opt")))
+def test_what_comes_before_an_edit_does_not_see_it(family: str, ids: torch.Tensor) -> None:
+    """Also where both sites are one tensor (OLMo 2's MLP reads the stream itself): the edit is of one use of it."""
+    model = tiny_model(family)
+    inner = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out")
+    layer = nth(model, "mlp_in", 1)
+    names = [name for name in inner if layer in model.atlas.layers(name)]
+    plain = model.run(ids, read=[Site(name, layer) for name in names])
+    for number, name in enumerate(names):
+        if model.can(name, "write") or name == "resid_mid":  # which is changed by what attention adds
+            continue
+        before = [Site(other, layer) for other in names[:number]]
+        run = model.run(ids, read=[*before, Site(name, layer)], edits=Site(name, layer).at(-1).scale(3.0))
+        assert not torch.equal(run[Site(name, layer)], plain[Site(name, layer)]), name
+        for site in before:
+            assert torch.equal(run[site], plain[site]), (name, site)

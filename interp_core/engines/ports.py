@@ -225,8 +225,7 @@ class Change(Part):
         program.passed.fires.append((self.number, self.entry.layer, columns, norm))
 
     def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """Which numbers of the changed part of a value of that shape are no padding, and in no row that has ended; None
-        where all are such."""
+        """Which numbers of the changed part are no padding, and in no row that has ended; None where all are such."""
         seen, region = self.program.real, self.region
         if region.pos is not None:
             live = self.program.live
@@ -305,8 +304,7 @@ class Port:
         self.needs: Sequence[Port] = ()
         self.capture = False
         self.captured: Tensor | None = None
-        self.edited: Tensor | None = None
-        """While generating: keys or values so far, with what was edited."""
+        self.edited: Tensor | None = None  # while generating: keys or values so far, with what was edited
         self._name = ""
 
     @property
@@ -418,8 +416,7 @@ class Port:
             if new is first and (lens is None or not program.keep_graph):  # what a lens made is another tensor
                 return None
             new = new if lens is None else lens.leave(new, passing)
-            named = self.tap.part or not args
-            return (args, {**kwargs, self.name: new}) if named else ((new, *args[1:]), kwargs)
+            return ((new, *args[1:]), kwargs) if args and not self.tap.part else (args, {**kwargs, self.name: new})
 
         return hook
 
@@ -447,9 +444,8 @@ class Port:
             part.bind(self.program.rows, window)
 
     def _keyed(self, x: Tensor, n_keys: int, window: Window) -> Tensor:
-        """Keys or values of a step while generating `[batch head key d_head]`, which reach back to the first. Edits act
-        on the step's own, and stay: what was edited at earlier steps takes the place of what the cache holds. Reads see
-        all."""
+        """Keys or values of a step `[batch head key d_head]`, which reach back to the first. Edits act on its own,
+        and stay: what earlier steps edited takes the place of what the cache holds. Reads see all."""
         program, first = self.program, window.stop - n_keys
         before = window.start - first
         own = changed = x[:, :, before:]
@@ -467,10 +463,14 @@ class Port:
 
     def _through(self, x: Tensor) -> Tensor:
         """Changes, then reads, of the tensor that passes."""
-        program = self.program
+        program, reads = self.program, self.reads
+        if reads and self.changes:  # what is changed here is only a use of sites that are changed elsewhere
+            for read in [one for one in reads if one.entry.write is not one.tap]:
+                x = read.keep(x, program)
+            reads = [one for one in reads if one.entry.write is one.tap]
         for change in self.changes:
             x = change.apply(x)
-        for read in self.reads:
+        for read in reads:
             x = read.keep(x, program)
         if self.capture:
             self.captured = x
