@@ -139,7 +139,8 @@ class Case:
             elif op == "apply":
                 result[full] = old * 2
             else:
-                result[full] = old - (old @ value) / (value @ value) * value
+                along = value.to(old.dtype)
+                result[full] = old - (old @ along) / (along @ along) * along
         return result
 
 
@@ -206,7 +207,8 @@ def test_values_act_as_written(family: str, name: str, kind: str) -> None:
             real = tokens.mask.view(seen)
             got = run[whole].as_subclass(Tensor)
             gap = torch.where(real, got - wanted, 0).nan_to_num(0.0)
-            assert float(gap.abs().max()) <= 1e-9 * float(wanted.clamp(-1e6, 1e6).abs().max()), (str(case.site), op)
+            near = max(1e-9, 16 * torch.finfo(got.dtype).eps)  # routers compute in float32 whatever the model does
+            assert float(gap.abs().max()) <= near * float(wanted.clamp(-1e6, 1e6).abs().max()), (str(case.site), op)
             assert kept is None or torch.equal(kept, value)
             tried += 1
     assert tried >= 5

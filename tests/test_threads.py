@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nth
 from torch import Tensor, nn
 
 import interp_core as ic
@@ -36,8 +37,9 @@ def jobs(models: dict[str, ic.Model], ids: Tensor) -> dict[str, Job]:
         ]
 
         def run(model: ic.Model = model, edit: Any = edit) -> Tensor:
-            run = model.run(ids, read=[S.z, S.pattern[0]], edits=edit)
-            return torch.cat([flat(run.logits), flat(run[S.z]), flat(run[S.pattern[0]])])
+            pattern = S.pattern[nth(model, "pattern", 0)]
+            run = model.run(ids, read=[S.z, pattern], edits=edit)
+            return torch.cat([flat(run.logits), flat(run[S.z]), flat(run[pattern])])
 
         def gradient(model: ic.Model = model, edit: Any = edit) -> Tensor:
             return flat(model.run(ids, read=S.resid_post, edits=edit, grad=lambda x: x[0, -1, 3]).grad[S.resid_post])

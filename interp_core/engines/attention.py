@@ -23,7 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -174,28 +174,19 @@ def attention(
             kernel = AttentionInterface()["sdpa"]  # nothing to do inside: the layer's own
             return kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    closed, asked = None, None
+    few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):
-        assert tap.kernel is not None
-        if attention_mask is not None:
-            attention_mask = attention_mask[..., :n_keys]
-        closed = tap.kernel(module, query, key, value, attention_mask, scaling=scale, dropout=dropout, **kwargs)[0]
-        asked = torch.tensor(tap.asked, device=query.device)
-        attention_mask = _mask_at(asked, query, key, attention_mask, kwargs, module)
-        kwargs = {**kwargs, "position_bias": _at(asked, kwargs.get("position_bias"))}
-        query = query[:, :, asked]
+        few = _few(
+            tap.asked, module, (query, key, value), attention_mask, {"scaling": scale, "dropout": dropout, **kwargs}
+        )
+        query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
     scores = _masked(_shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if tap.prefix is not None:
-        earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
-        n_keys += earlier.shape[2]
-        before = _shaped(_products(query * scale, earlier), kwargs)
-        hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
-        if hidden is not None:
-            before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
-        scores = torch.cat([before, scores], -1)
+        scores, values = _with_earlier(tap, query * scale, scores, kwargs)
+        n_keys = scores.shape[-1]
     given = scores
     if "scores" in stages:
         scores = stages["scores"](given, n_keys)
@@ -204,8 +195,8 @@ def attention(
     pattern = computed = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
-    if closed is not None and scores is given and pattern is computed and not pattern.requires_grad:
-        return closed, None
+    if few is not None and scores is given and pattern is computed and not pattern.requires_grad:
+        return few.closed, None
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
     if tap.prefix is None:
@@ -214,7 +205,55 @@ def attention(
         split = n_keys - key.shape[2]
         out = _mixed(pattern[..., :split], values) + _mixed(pattern[..., split:], value)
     out = out.transpose(1, 2).contiguous()
-    return (out, pattern) if closed is None else (closed.index_copy(1, asked, out), None)
+    return (out, pattern) if few is None else (few.closed.index_copy(1, few.asked, out), None)
+
+
+class _Few(NamedTuple):
+    """Attention of which few queries are opened.
+
+    Attributes:
+        closed: what the layer's own kernel makes of all queries `[batch query head d_head]`.
+        asked: the few, as columns of the pass.
+        query, mask, kwargs: what attention was called with, for these alone.
+    """
+
+    closed: Tensor
+    asked: Tensor
+    query: Tensor
+    mask: Tensor | None
+    kwargs: dict[str, Any]
+
+
+def _few(
+    columns: Sequence[int],
+    module: nn.Module,
+    called: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> _Few:
+    """Call the layer's own kernel, and leave the queries at these columns to be opened."""
+    query, key, _ = called
+    mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
+    closed = module.__dict__["interp_tap"].kernel(module, *called, mask, **kwargs)[0]
+    asked = torch.tensor(columns, device=query.device)
+    if mask is not None or (query.shape[2] > 1 and _is_causal(kwargs, module)):
+        own = torch.arange(key.shape[2], device=asked.device) <= asked[:, None] if mask is None else _at(asked, mask)
+    else:
+        own = None
+    return _Few(
+        closed, asked, query[:, :, asked], own, {**kwargs, "position_bias": _at(asked, kwargs.get("position_bias"))}
+    )
+
+
+def _with_earlier(tap: LayerTap, query: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Scores of earlier keys and own ones, and the earlier values; the query is scaled."""
+    assert tap.prefix is not None
+    earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
+    before = _shaped(_products(query, earlier), kwargs)
+    hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
+    if hidden is not None:
+        before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
+    return torch.cat([before, scores], -1), values
 
 
 _BITS = math.log2(math.e)
@@ -314,17 +353,6 @@ def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
-
-
-def _mask_at(
-    asked: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module
-) -> Tensor | None:
-    """The layer's mask for these queries alone."""
-    if mask is not None:
-        return _at(asked, mask)
-    if query.shape[2] == 1 or not _is_causal(kwargs, module):
-        return None
-    return torch.arange(key.shape[2], device=asked.device) <= asked[:, None]
 
 
 def _at(asked: Tensor, x: Tensor | None) -> Tensor | None:

@@ -57,6 +57,7 @@ class Passed:
         self.output: Any = None
 
 
+@runtime_checkable
 class Ending(Protocol):
     """What a generation tells its program.
 
