@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 
 import interp_core as ic
@@ -114,3 +115,16 @@ def test_a_plan_needs_no_source_of_the_caller() -> None:
     exec("run = model.run(ids, read=[S.z[2], S.resid_pre[0]], edits=S.mlp_out[1].scale(2.0))", names)
     wanted = tiny_model("llama").run(IDS, read=S.z[2], edits=S.mlp_out[1].scale(2.0))[S.z[2]]
     assert torch.equal(names["run"][S.z[2]], wanted)
+
+
+def test_modules_that_are_called_like_what_nnsight_serves() -> None:
+    """BERT's layers have submodules called `output`, which is what nnsight calls a module's output."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    hf = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=96, **sizes)).eval()
+    plain, model = ic.load(hf), ic.load(hf, engine="nnsight")
+    assert list(model.sites) == list(plain.sites)
+    plan = {"read": [S.resid_post, S.attn_out[1], S.z[0]], "edits": [S.attn_out[0].at(2).scale(2.0), S.z[1, 2].zero()]}
+    found, wanted = model.run(IDS, **plan), plain.run(IDS, **plan)
+    assert torch.equal(found.logits, wanted.logits)
+    for site in plan["read"]:
+        assert torch.equal(found[site], wanted[site]), site

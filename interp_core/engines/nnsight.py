@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,9 +170,13 @@ class NNsightEngine(LocalEngine):
         super().__init__(with_same_weights(model), model, _PROCESS)
         self.own: dict[str, nn.Module] = dict(model.named_modules())
         self.remote = remote
-        self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)
+        with warnings.catch_warnings():  # it says which modules it calls by other names, which nobody here does
+            warnings.filterwarnings("ignore", message=".*nnsight already serves on every module")
+            self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)
         self.envoys: dict[str, Any] = {"": self.nnsight}
-        self.envoys |= {path: self.nnsight.get(path) for path in self.modules if path}
+        # by module, not by name: nnsight calls some otherwise (BERT's `output` is a property of envoys)
+        found = {id(envoy._module): envoy for envoy in self.nnsight.modules()}
+        self.envoys |= {path: found[id(module)] for path, module in self.modules.items() if path}
         self._orders: dict[frozenset[str], dict[Place, Passage]] = {}
         self._takes = set(inspect.signature(type(self.model).forward).parameters) - {"use_cache"}
 
