@@ -8,11 +8,11 @@ What a step adds must not grow with the text.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from turns import shortest
 
 import interp_core as ic
 from interp_core import sites as S
@@ -49,21 +49,16 @@ def main(rounds: str = "3", *lengths: str) -> None:
     def ours(new: int) -> Any:
         return model.generate(ids, edit, max_new_tokens=new, stop_at_eos=False)
 
-    ways: tuple[Callable[[int], Any], ...] = (plain, by_hand, ours)
+    ways = (plain, by_hand, ours)
     print("| new tokens | plain, µs a token | by hand | interp_core | calls added by hand | by interp_core |")
     print("|---|---|---|---|---|---|")
     for new in wanted:
-        times: list[list[float]] = [[] for _ in ways]
-        for _ in range(int(rounds) * max(1, 512 // new)):
-            for taken, way in zip(times, ways, strict=True):
-                start = time.perf_counter()
-                way(new)
-                taken.append((time.perf_counter() - start) / new * 1e6)
-        base, hand, own = map(min, times)
+        calls = [partial(way, new) for way in ways]
+        base, hand, own = (s / new * 1e6 for s in shortest(int(rounds) * max(1, 512 // new), *calls))
         added = ["", ""]
         if new <= CALLS:
-            calls = [count_calls(lambda way=way, new=new: way(new)) for way in ways]
-            added = [f"{calls[1] - calls[0]:,}", f"{calls[2] - calls[0]:,}"]
+            counted = [count_calls(call) for call in calls]
+            added = [f"{n - counted[0]:,}" for n in counted[1:]]
         shown = f"{hand:.0f} ({hand / base:.3f}×) | {own:.0f} ({own / base:.3f}×)"
         print(f"| {new} | {base:.0f} | {shown} | {added[0]} | {added[1]} |", flush=True)
 

@@ -7,11 +7,11 @@ turns, and the shortest of all rounds counts; a knockout at all later queries st
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from turns import shortest
 
 import interp_core as ic
 from interp_core import sites as S
@@ -24,19 +24,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 256, "n_head": 8},
     "gptj": {"n_embd": 256, "n_head": 8, "rotary_dim": 16},
 }
-
-
-def shortest(rounds: int, *calls: Callable[[], Any]) -> list[float]:
-    """Milliseconds of each call, which take turns."""
-    best = [float("inf")] * len(calls)
-    for call in calls:
-        call()
-    for _ in range(rounds):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], (time.perf_counter() - start) * 1e3)
-    return best
 
 
 def main(tokens: str = "2048", rounds: str = "5", *families: str) -> None:
@@ -56,7 +43,9 @@ def main(tokens: str = "2048", rounds: str = "5", *families: str) -> None:
         def run(*edits: ic.Edit, model: ic.Model = model, ids: torch.Tensor = ids) -> Any:
             return model.run(ids, edits=edits, logits=-1, allow_noop=True)
 
-        plain, few, many = shortest(int(rounds), run, lambda: run(one), lambda: run(later))  # noqa: B023
+        calls = run, partial(run, one), partial(run, later)
+        shortest(1, *calls)  # warm
+        plain, few, many = (seconds * 1e3 for seconds in shortest(int(rounds), *calls))
         kernel = model.hf.config._attn_implementation
         print(
             f"| {family} | {kernel} | {plain:.0f} | {few:.0f} ({few / plain:.2f}×) | {many:.0f} ({many / plain:.2f}×) |"

@@ -139,15 +139,34 @@ def matmul_rate(rows: int, d_model: int, d_mlp: int) -> float:
     return 20 * 2 * a.numel() * d_mlp / best
 
 
+def difference(hf: Any, ids: Tensor, module: Any, hook: Any, *, with_kwargs: bool = False) -> Tensor:
+    """The score `[row]` of one forward pass with an input hook."""
+    handle = module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+    try:
+        with torch.no_grad():
+            logits = hf(ids, use_cache=False, logits_to_keep=1).logits
+    finally:
+        handle.remove()
+    return (logits[:, -1, TARGET] - logits[:, -1, OTHER]).float()
+
+
+def hidden(hf: Any, ids: Tensor, layer: int) -> Tensor:
+    """Keys hidden from the last query in one layer, by a mask."""
+    seen = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    seen[..., -1, HIDDEN] = False
+
+    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": seen}
+
+    return difference(hf, ids, hf.model.layers[layer].self_attn, hook, with_kwargs=True)
+
+
 def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor, variants: list[ic.Edit]) -> Any:
     """What others do, each with its values of the variants that it was timed on."""
     hf, layers = model.hf, model.n_layers
     heads = mean.shape[1]
     tokens, few = ids.shape[1], name in ("heads", "knockout")
     chosen = list(range(len(variants))) if few else list(range(0, len(variants), len(variants) // 16))
-
-    def difference(logits: Tensor) -> Tensor:
-        return (logits[:, -1, TARGET] - logits[:, -1, OTHER]).float()
 
     def place(number: int) -> tuple[Any, Any]:
         """Module and input hook of one variant, or of a batch of them."""
@@ -168,29 +187,9 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
                 x[row, pos, part] = value
             return (x, *args[1:])
 
-        handle = module.register_forward_pre_hook(hook)
-        try:
-            with torch.no_grad():
-                return difference(hf(ids.expand(len(numbers), -1), use_cache=False, logits_to_keep=1).logits)
-        finally:
-            handle.remove()
+        return difference(hf, ids.expand(len(numbers), -1), module, hook)
 
-    def hidden(number: int) -> Tensor:
-        """Keys hidden from the last query in one layer, by a mask."""
-        seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
-        seen[..., -1, HIDDEN] = False
-
-        def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "attention_mask": seen}
-
-        handle = hf.model.layers[number].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                return difference(hf(ids, use_cache=False, logits_to_keep=1).logits)
-        finally:
-            handle.remove()
-
-    one = hidden if name == "knockout" else lambda number: hooked([number])
+    one = (lambda layer: hidden(hf, ids, layer)) if name == "knockout" else (lambda number: hooked([number]))
     seconds, values = timed(lambda: torch.cat([one(number) for number in chosen]))
     yield "one full forward per variant, hooks by hand", seconds, values, chosen
     per = heads if name != "positions" else tokens

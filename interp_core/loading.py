@@ -66,7 +66,6 @@ def open_model(
         )
     if device_map is None:
         model = model.to(place)
-    demand_plain(model)
     if tokenizer is None:
         tokenizer = _tokenizer(path, options)
     return Opened(model.eval(), tokenizer, processor, str(source))

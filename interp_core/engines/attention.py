@@ -123,7 +123,7 @@ class LayerTap:
                 "load it with ic.load(..., attn_implementation='sdpa')"
             )
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        self.kernel = eager if implementation == "eager" else AttentionInterface()[implementation]
+        self.kernel: Any = eager if implementation == "eager" else AttentionInterface()[implementation]
         narrow = implementation == "eager" and eager is not None and "float32" in eager.__code__.co_names
         self.softmax_dtype = torch.float32 if narrow else None
         if id(self.original) not in lent:
@@ -170,9 +170,8 @@ def attention(
         value = stages["v"](value, n_keys)
     if tap.keep:
         tap.kept = key, value, kwargs.get("sliding_window")
-        if not stages and tap.original._attn_implementation == "sdpa":
-            kernel = AttentionInterface()["sdpa"]  # nothing to do inside: the layer's own
-            return kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if not stages and tap.original._attn_implementation == "sdpa":  # nothing to do inside
+            return tap.kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):
