@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from .edits import Edit
-from .engines.staircase import clean_pass, standing_in
+from .engines.staircase import Clean, clean_pass, standing_in
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
-from .positions import Mask, PerRow, Rows
+from .positions import PerRow, Rows
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
 from .sites import Site
-from .sweep_plan import APART, EACH, WHOLE, Trial
+from .sweep_plan import APART, EACH, WHOLE, Group, Trial
+from .sweep_runner import Progress, Runner
+from .sweep_store import Store
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -136,10 +138,11 @@ class _Variant(NamedTuple):
     layer: int
     places: tuple[int, ...]
 
-    def edit(self, model: Model, at: Any = None) -> Edit:
-        """It, at these positions or at its own."""
-        vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
-        return Site("resid_pre", self.layer).at(PerRow(self.places) if at is None else at).add(vector)
+    def vector(self, model: Model) -> Tensor:
+        return torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
+
+    def edit(self, model: Model) -> Edit:
+        return Site("resid_pre", self.layer).at(PerRow(self.places)).add(self.vector(model))
 
 
 def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...]) -> str | None:
@@ -159,16 +162,17 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
             variants = [_Variant(at, (-3, -3)) for at in joins]
             variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
         texts = Tokens(ids, mask)
+    rehearsal = _Rehearsal(model, texts, variants)
+    kind = torch.float64 if model.dtype == torch.float64 else torch.float32
+    store = Store(None, {}, (len(variants), len(texts), 1), kind)
     try:
-        wanted = (_by_runs if tokens.inputs else _in_one_run)(model, texts, variants)
-    except (*FAULTS, InterpError):
-        return None
-    try:
-        edits = [variant.edit(model) for variant in variants]
-        found = model.sweep(texts, edits, Score("trial", _judged), strategy=strategy).values
-    except FAULTS as error:
+        rehearsal.run(rehearsal.plan(strategy, "", store.done), store, Progress(False, len(variants)))
+    except (*FAULTS, InterpError) as error:
+        if len(rehearsal.wanted) < len(texts):
+            return None
         return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-    differ = float((found - wanted.to(found)).abs().max() / wanted.abs().max())
+    wanted = torch.stack([rehearsal.wanted[text] for text in range(len(texts))], -1)
+    differ = float((store.values[..., 0] - wanted.to(kind)).abs().max() / wanted.abs().max())
     limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
@@ -177,27 +181,49 @@ def _judged(logits: Tensor) -> Tensor:
     return logits @ torch.linspace(-1, 1, logits.shape[-1]).to(logits)
 
 
-def _by_runs(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
-    """Scores `[variant 1]` of one text by a forward pass for each variant."""
-    runs = [model.run(texts, edits=variant.edit(model), logits=-1) for variant in variants]
-    return torch.stack([_judged(run.logits.as_subclass(Tensor)) for run in runs]).cpu()
+class _Rehearsal(Runner):
+    """A sweep that also runs its variants in full: in rows of their own beside the texts of a clean pass, where hooks
+    by hand edit them, or, of images, in forward passes of their own.
+
+    Attributes:
+        wanted: per text, scores `[variant]` of those.
+    """
+
+    def __init__(self, model: Model, texts: Tokens, given: list[_Variant]) -> None:
+        super().__init__(model, texts, tuple((one.edit(model),) for one in given), (Score("trial", _judged),), None)
+        self.given = given
+        self.wanted: dict[int, Tensor] = {}
+        if texts.inputs:
+            runs = [model.run(texts, edits=one.edit(model), logits=-1) for one in given]
+            self.wanted[0] = torch.stack([_judged(run.logits.as_subclass(Tensor))[0] for run in runs]).cpu()
+
+    def _clean(self, group: Group) -> Clean:
+        if self.tokens.inputs:
+            return super()._clean(group)
+        edited = [(text, one) for text in group.texts for one in self.given]
+        blocks, handles = _blocks(self.model), []
+        for row, (text, one) in enumerate(edited, len(group.texts)):
+            hook = _adding(one.vector(self.model), row, self.tokens.lengths[text] + one.places[text])
+            handles.append(blocks[one.layer].register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            clean = super()._clean(group._replace(texts=(*group.texts, *(text for text, _ in edited))))
+        finally:
+            for handle in handles:
+                handle.remove()
+        scores = _judged(clean.value[len(group.texts) :, 0]).view(len(group.texts), -1)
+        self.wanted.update(zip(group.texts, scores.cpu(), strict=True))
+        return clean
 
 
-def _in_one_run(model: Model, texts: Tokens, variants: list[_Variant]) -> Tensor:
-    """Scores `[variant text]` by one forward pass with a row for each variant of each text. A text that is shorter is
-    followed by what it was cut from, which what is before does not see; and a row more shows whether rows see each
-    other."""
-    rows = [(text, variant) for text in range(len(texts)) for variant in variants]
-    ids = torch.stack([*(texts.ids[text] for text, _ in rows), texts.ids[0].roll(1)])
-    ends = [texts.lengths[text] for text, _ in rows]
-    edits = []
-    for own, (text, variant) in enumerate(rows):
-        place = texts.lengths[text] + variant.places[text]
-        mask = Mask(tuple((place,) if i == own else () for i in range(len(ids))), ids.shape[1])
-        edits.append(variant.edit(model, mask))
-    logits = model.run(Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), edits=edits).logits.as_subclass(Tensor)
-    last = torch.tensor(ends, device=logits.device) - 1
-    return _judged(logits[torch.arange(len(rows)), last]).view(len(texts), -1).mT.cpu()
+def _adding(vector: Tensor, row: int, column: int) -> Callable[..., Any]:
+    """A hook that adds to the stream of a row at a column."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = (args[0] if args else kwargs["hidden_states"]).clone()
+        x[row, column] += vector
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    return hook
 
 
 def _blocks(model: Model) -> list[nn.Module]:

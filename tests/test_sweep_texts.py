@@ -115,7 +115,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
             raise torch.OutOfMemoryError("on purpose")
         return passing(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("interp_core.sweep.clean_pass", narrow)
+    monkeypatch.setattr("interp_core.sweep_runner.clean_pass", narrow)
     torch.testing.assert_close(model.sweep(texts(), some, JUDGED).values, whole.values, atol=1e-5, rtol=1e-5)
     assert sizes == [3, 1, 2, 1, 1]
     monkeypatch.undo()

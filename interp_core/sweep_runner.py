@@ -1,0 +1,234 @@
+"""Carries a sweep's plan out: clean passes over texts, passes over their variants, forward passes of one variant."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compiled import model_inputs
+from .edits import Edit
+from .engines.staircase import Clean, Staircase, clean_pass, standing_in
+from .engines.torch import TorchEngine
+from .positions import Rows
+from .sweep_plan import EACH, Group, Pass, Planner, SweepPlan
+from .sweep_store import Store
+from .text import Tokens
+
+SAVE_SECONDS = 10.0
+"""How often what is done is written to the folder."""
+
+
+class Progress:
+    """A line on standard error: how much is done, how fast, how long it will take."""
+
+    def __init__(self, shown: bool, total: int) -> None:
+        self.shown, self.total, self.count, self.since = shown, total, 0, time.monotonic()
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self.count += count
+        if self.shown:
+            rate = self.count / max(time.monotonic() - self.since, 1e-9)
+            left = (self.total - self.count) / rate
+            end = "\n" if self.count == self.total else ""
+            print(
+                f"\rsweep {self.count:,} of {self.total:,}, {rate:,.0f} per second, {left:,.0f} s left ",
+                end=end, file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+
+class Runner(Planner):
+    """Carries a plan out.
+
+    Attributes:
+        kept: the tokens whose logits are computed, ascending; None: all.
+        standing: what modules compute instead while a pass runs.
+    """
+
+    kept: Tensor | None = None
+    standing: Mapping[nn.Module, Callable[..., Any]] = {}
+
+    def run(self, plan: SweepPlan, store: Store, progress: Progress) -> Tensor:
+        """All passes, group by group; gives scores without edits `[batch score]`. What is done is kept in the store,
+        also when this is stopped."""
+        clean = torch.zeros(len(self.tokens), len(self.scores), dtype=store.values.dtype)
+        try:
+            for group in plan.groups:
+                self._group(group, plan, store, progress, clean)
+        finally:
+            store.save()
+        return clean
+
+    def _group(self, group: Group, plan: SweepPlan, store: Store, progress: Progress, clean: Tensor) -> None:
+        """All variants on some texts; their scores without edits go to `clean`."""
+        with self.model.turn:
+            self._only_targets(group.texts)
+        parts = []
+        try:
+            shared = self._clean(group) if group.passes else None
+        except torch.OutOfMemoryError:
+            if len(group.texts) == 1:
+                raise
+            half = len(group.texts) // 2
+            parts = [_part(group, texts) for texts in (group.texts[:half], group.texts[half:])]
+        for part in parts:  # outside of the handler, which holds what the failed pass held
+            self._group(part, plan, store, progress, clean)
+        if not parts:
+            self._variants(group, shared, plan, store, progress, clean)
+
+    def _variants(
+        self, group: Group, shared: Clean | None, plan: SweepPlan, store: Store, progress: Progress, clean: Tensor
+    ) -> None:
+        saved, references = time.monotonic(), {}
+        for place, row in enumerate(group.texts):
+            if shared is None:
+                value = self._alone(self._row(row), row, ())[0]
+            else:
+                value = self._seen(shared.value[place : place + 1], row)
+            references[row] = value.to(clean.dtype)
+            clean[row] = self._score(references[row], row, references[row])[0]
+        for one in group.passes:
+            assert shared is not None
+            for row, numbers, values, norms in self._climb(one, group, shared, references):
+                store.put(numbers, row, values, norms)
+            progress.add(len(one.steps))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                store.save()
+                saved = time.monotonic()
+        for row in group.texts:
+            for number in plan.singles[row]:
+                alone, norm = self._alone(self._row(row), row, self.single(number, row))
+                values = self._score(alone.to(clean.dtype), row, references[row])
+                store.put([number], row, values, torch.tensor([norm]))
+                progress.add(1)
+
+    def _row(self, row: int) -> Tokens:
+        """One text."""
+        return self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
+
+    def _alone(self, text: Tokens, row: int, edits: Sequence[Edit]) -> tuple[Tensor, float]:
+        """One forward pass: what is scored, and the norm of what the edits changed."""
+        read = self.site(row)
+        reads, kept = ((), self.scored[row]) if read is None else ((read,), False)
+        with self._turn():
+            run = self.model.run(text, read=reads, edits=edits, logits=kept, allow_noop=True)
+        moved = sum(receipt.norm**2 for receipt in run.receipts) ** 0.5
+        if read is not None:
+            return run[read].as_subclass(Tensor), moved
+        logits = run.logits.as_subclass(Tensor)
+        return logits if self.score.span else logits[:, 0], moved
+
+    def _only_targets(self, texts: Sequence[int]) -> None:
+        """While narrow scores judge some texts, only their targets' logits are computed."""
+        self.kept, self.standing, head = None, {}, self.model.hf.get_output_embeddings()
+        everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
+        plain = type(head) is nn.Linear and "forward" not in head.__dict__ and type(self.model.engine) is TorchEngine
+        if not all(score.narrow for score in self.scores) or everything or not plain:
+            return
+        self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
+        rows = self.kept.to(head.weight.device)
+        weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
+        self.standing = {head: lambda x: nn.functional.linear(x, weight, bias)}
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """For one pass: alone with the model, only what is scored computed. Scores are worked out outside of it."""
+        with self.model.turn, standing_in(self.standing):
+            yield
+
+    def _engine(self) -> TorchEngine:
+        engine = self.model.engine
+        assert isinstance(engine, TorchEngine)
+        return engine
+
+    def _clean(self, group: Group) -> Clean:
+        """One pass over the texts, with what the passes over their variants need of it."""
+        starts, columns = [0] * len(group.texts), [self.scored[text] for text in group.texts]
+        keep = any(one.columns < self.widths[step.text] for one in group.passes for step in one.steps)
+        rows = Rows([range(group.width)] * len(group.texts), {}, group.width)
+        read = self.site(group.texts[0])
+        with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
+            inputs = self._inputs(group.texts, starts, group.width)
+            wanted = scored if read is None else None
+            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, keep=keep, scored=wanted)
+
+    def _climb(
+        self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
+    ) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
+        """Text by text its number and those of its variants, their scores `[variant score]` in a pass, and norms of
+        what they changed."""
+        steps, own = one.steps, sorted({step.text for step in one.steps})
+        place = {text: number for number, text in enumerate(own)}
+        try:
+            edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
+            read, each = self.site(group.texts[0]), EACH in self.model.tried
+            starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
+            columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
+            with self._turn(), self.model.fresh(), self._only_scored(columns):
+                program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, read, each=each)
+                inputs = self._inputs(own, starts, one.columns)
+                value, moved = program.climb(inputs, starts, one.columns, clean, within)
+        except torch.OutOfMemoryError:
+            if len(steps) == 1:
+                raise
+            half = len(steps) // 2
+            for part in (steps[:half], steps[half:]):
+                yield from self._climb(Pass(part, one.columns), group, clean, references)
+            return
+        for text in own:
+            rows = [row for row, step in enumerate(steps) if step.text == text]
+            scored = self._seen(value if len(own) == 1 else value[rows], text).to(references[text].dtype)
+            yield text, [steps[row].number for row in rows], self._score(scored, text, references[text]), moved[rows]
+
+    def _score(self, value: Tensor, row: int, reference: Tensor) -> Tensor:
+        """All scores `[row score]`."""
+        clean = reference.expand_as(value)
+        found = [one.rows(value, row, clean if one.clean else None, self.kept) for one in self.scores]
+        return torch.stack([one.detach().cpu().to(reference.dtype) for one in found], -1)
+
+    def _inputs(self, texts: Sequence[int], starts: Sequence[int], columns: int) -> dict[str, Any]:
+        """Inputs of so many columns of each text from its start on, filled up on the right where a text has fewer."""
+        device = self.model.device
+        if self.tokens.inputs:
+            return {**model_inputs(self.model, self.tokens), "use_cache": False}
+        ids = torch.zeros(len(texts), columns, dtype=torch.long)
+        for own, text, start in zip(ids, texts, starts, strict=True):
+            found = self.tokens.ids[text][self.tokens.mask[text]][start : min(start + columns, self.widths[text])]
+            own[: len(found)] = found
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
+        if any(starts):
+            inputs["position_ids"] = (torch.tensor(starts)[:, None] + torch.arange(columns)).to(device)
+        return inputs
+
+    @contextmanager
+    def _only_scored(self, columns: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Of each row only the scored columns reach the unembedding, the last one again where a row has fewer: gives
+        them `[row scored]`."""
+        most = max(map(len, columns))
+        table = torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in columns])
+        rows = torch.arange(len(table))[:, None]
+        head = self.model.hf.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, table], *args[1:]))
+        try:
+            yield table
+        finally:
+            handle.remove()
+
+    def _seen(self, value: Tensor, text: int) -> Tensor:
+        """What a pass gives of a text, as the score takes it: an inner site's value, or logits `[row (pos) d_vocab]` at
+        the scored positions."""
+        if self.score.of is not None:
+            return value
+        return value[:, : len(self.scored[text])] if self.score.span else value[:, 0]
+
+
+def _part(group: Group, texts: tuple[int, ...]) -> Group:
+    """Some texts of a group, with their part of its passes."""
+    passes = [Pass(tuple(step for step in one.steps if step.text in texts), one.columns) for one in group.passes]
+    return Group(texts, group.width, [one for one in passes if one.steps])
