@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from . import score as score
     from . import sites as sites
@@ -49,8 +51,6 @@ if TYPE_CHECKING:
     from .trace import Receipt as Receipt
     from .trace import Run as Run
     from .vision import VisualToken as VisualToken
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Config": "settings",

@@ -13,11 +13,60 @@ from pathlib import Path
 
 import pytest
 from conftest import FAMILIES
+from imports import arrows, circles, imports, modules, past_public_names
 
 import interp_core as ic
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"interp_core": ROOT / "interp_core", "interp_plugins": ROOT / "plugins", "interp_recipes": ROOT / "recipes"}
+MODULES = modules({name: root if root.name == name else root / name for name, root in PACKAGES.items()})
+CIRCLES = [
+    "architectures compiled decoding engines engines.transformer_lens equations generation identity kinds methods model "
+    "plugins score selfcheck sweep sweep_plan sweep_runner sweep_store sweep_trial trace",
+    "edits sites",
+    "engines.nnsight engines.remote",
+    "engines.ports engines.program engines.steps",
+    "function_vectors.checks function_vectors.trials function_vectors.trials_file",
+    "function_vectors fv_report",
+]
+"""Circles of imports, without the packages' names. It may only shrink: break one, and take out what is free."""
+PAST_PUBLIC_NAMES: dict[str, set[str]] = {
+    "interp_plugins._contrast": {".atlas"},
+    "interp_plugins._direct": {".atlas", "interp_core.positions"},
+    "interp_plugins._maps": {".atlas", "interp_core.positions", "interp_core.report"},
+    "interp_plugins._pictures": {"interp_core.report"},
+    "interp_plugins.function_vectors.artefacts": {".engine", "interp_core.result"},
+    "interp_plugins.function_vectors.common_files": {".atlas"},
+    "interp_plugins.function_vectors.differences": {"interp_core.errors"},
+    "interp_plugins.function_vectors.files": {".atlas"},
+    "interp_plugins.function_vectors.induction": {".atlas"},
+    "interp_plugins.function_vectors.means": {".atlas"},
+    "interp_plugins.function_vectors.method": {".atlas", "interp_core.report"},
+    "interp_plugins.function_vectors.page": {"interp_core.report"},
+    "interp_plugins.function_vectors.plain": {".atlas"},
+    "interp_plugins.function_vectors.related": {"interp_core.report"},
+    "interp_plugins.function_vectors.relation.injected": {"interp_core.result"},
+    "interp_plugins.function_vectors.relation.page": {"interp_core.report", "interp_core.result"},
+    "interp_plugins.function_vectors.relation.source": {"interp_core.errors"},
+    "interp_plugins.function_vectors.relation.stages": {"interp_core.result"},
+    "interp_plugins.function_vectors.relation.status": {"interp_core.result"},
+    "interp_plugins.function_vectors.runtime_files": {".atlas"},
+    "interp_plugins.function_vectors.tasks": {"interp_core.errors"},
+    "interp_plugins.function_vectors.template": {"interp_core.errors"},
+    "interp_plugins.function_vectors.trials_file": {"interp_core.errors", "interp_core.result"},
+    "interp_plugins.function_vectors.vectors": {".atlas"},
+    "interp_plugins.logit_lens": {".atlas", "interp_core.positions", "interp_core.report"},
+    "interp_recipes.demo": {"interp_core.report", "interp_core.result", "interp_core.toys"},
+    "interp_recipes.function_vectors": {"interp_core.errors", "interp_core.toys"},
+    "interp_recipes.fv_fixed_trials": {"interp_core.loading"},
+    "interp_recipes.fv_folder": {"interp_core.result"},
+    "interp_recipes.fv_golden": {"interp_core.loading"},
+    "interp_recipes.fv_parity": {"interp_core.loading"},
+    "interp_recipes.fv_relation": {"interp_core.loading"},
+    "interp_recipes.fv_report": {"interp_core.report", "interp_core.result"},
+    "interp_recipes.fv_runtime": {"interp_core.loading"},
+}
+"""What plugins and recipes use past interp_core's public names, by module. It may only shrink."""
 
 
 def sources(*packages: str) -> Iterator[Path]:
@@ -39,6 +88,60 @@ def test_import_arrows() -> None:
         assert not any(name.startswith(("interp_plugins", "interp_recipes")) for name in imported(path)), path
     for path in sources("interp_plugins"):
         assert not any(name.startswith("interp_recipes") for name in imported(path)), path
+
+
+def test_no_new_circles_of_imports() -> None:
+    """Of all imports: at load, in functions, for types alone."""
+    now = {" ".join(sorted(name.partition(".")[2] for name in circle)) for circle in circles(arrows(MODULES))}
+    assert now <= set(CIRCLES), f"a new circle of imports: {now - set(CIRCLES)}; let one of them import less"
+    assert now == set(CIRCLES), f"no longer a circle, take it out of the list: {set(CIRCLES) - now}"
+
+
+def test_plugins_and_recipes_use_public_names_alone() -> None:
+    """By imports (in every form) and by attributes; what they need is made public, documented and typed."""
+    now: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        if not module.startswith("interp_core"):
+            for line, name in sorted(past_public_names(path.read_text(), module, path.stem == "__init__")):
+                allowed = PAST_PUBLIC_NAMES.get(module, set())
+                assert name in allowed, f"{path}:{line} reaches past the public names of interp_core: {name}"
+                now.setdefault(module, set()).add(name)
+    assert now == PAST_PUBLIC_NAMES, "the list may only shrink: take out what is no longer reached for"
+
+
+def test_fences_see_every_form() -> None:
+    """Each of these reaches past the public names; the lines after do not."""
+    reaching = """
+import interp_core.trace
+import interp_core.trace as t
+from interp_core import trace
+from interp_core.trace import Run
+from interp_core.score import _pick
+from interp_core.sites import named as n, _index
+import interp_core; interp_core.trace
+import interp_core as ic; ic.trace.Run
+from interp_core import sites as S; S._split("")
+model.atlas
+self.model.engine.name
+f()._rows
+getattr(run, "_slots")
+importlib.import_module("interp_core.trace")
+if TYPE_CHECKING: from interp_core.model import USES
+def f(): from interp_core.text import Where"""
+    lines = {line for line, _ in past_public_names(reaching)}
+    assert lines == set(range(2, 2 + len(reaching.strip().splitlines())))
+    public = """
+import interp_core as ic, interp_core.sites, interp_core
+from interp_core import Run, score
+from interp_core.sites import z
+from ._mine import _hidden
+S = ic.sites; S.z[3].at(-1); ic.score.logprob(3); ic.__version__; interp_core.Run.logits
+self.atlas, self._mine, pair._replace(a=1), x.__class__"""
+    assert not past_public_names(public, "interp_plugins.some")
+    loops = circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a", "f"}})
+    assert loops == {frozenset("abc"), frozenset("de")}
+    by_itself = {(name, alias) for _, name, alias in imports(ast.parse("from .. import b as c"), "p.q.r", False)}
+    assert by_itself == {("p.b", "c")}
 
 
 def test_heavy_packages_are_imported_only_where_they_are_used() -> None:
