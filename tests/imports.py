@@ -114,7 +114,7 @@ def _hidden(name: str) -> list[str]:
     for i, part in enumerate(parts[1:], 2):
         if not isinstance(holder, ModuleType):
             break
-        if part not in holder.__all__ and not (part.startswith("__") and part.endswith("__")):
+        if part not in getattr(holder, "__all__", ()) and not (part.startswith("__") and part.endswith("__")):
             return [".".join(parts[:i])]
         holder = inspect.getattr_static(holder, part, None) or getattr(holder, part)
     return []

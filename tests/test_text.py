@@ -13,7 +13,8 @@ import torch
 from conftest import DATA
 
 import interp_core as ic
-from interp_core.text import _offsets_by_decoding, encode, encode_chat, from_inputs
+from interp_core.offsets import offsets_by_decoding
+from interp_core.text import encode, encode_chat, from_inputs
 
 KINDS = ["gpt2", "qwen2.5", "phi3"]
 TEXTS: list[str] = json.loads((DATA / "texts.json").read_text())
@@ -97,7 +98,7 @@ def test_offsets_without_the_tokenizers_help(kind: str) -> None:
         if word := re.search(r"\S+", text):
             assert set(fast.find(word.span())) & set(slow.find(word.span()))
     with pytest.raises(ic.TextError, match="does not decode to its text"):
-        _offsets_by_decoding(tokenizer("gpt2"), tokenizer("gpt2")("Paris")["input_ids"], "Rome")
+        offsets_by_decoding(tokenizer("gpt2"), tokenizer("gpt2")("Paris")["input_ids"], "Rome")
 
 
 @pytest.mark.parametrize("kind", KINDS)

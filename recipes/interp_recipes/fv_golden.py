@@ -17,7 +17,7 @@ from interp_plugins.function_vectors.extraction import By, answers, extract
 from interp_plugins.function_vectors.source_files import source_files
 
 import interp_core as ic
-from interp_core.loading import open_tokenizer
+from interp_core import open_tokenizer
 
 from .fv_python import ran_elsewhere
 

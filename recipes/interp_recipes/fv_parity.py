@@ -21,7 +21,7 @@ from interp_plugins.function_vectors.parity_files import Suite
 from interp_plugins.function_vectors.trials_file import read_json
 
 import interp_core as ic
-from interp_core.loading import open_tokenizer
+from interp_core import open_tokenizer
 
 
 def fv_parity(

@@ -15,7 +15,7 @@ from interp_plugins.function_vectors.relation.run import run_relation
 from interp_plugins.function_vectors.relation.settings import BadRows, OnError, RelationSettings, ScoreKey
 
 import interp_core as ic
-from interp_core.loading import open_tokenizer
+from interp_core import open_tokenizer
 
 
 def fv_relation(

@@ -18,7 +18,7 @@ from interp_plugins.function_vectors.extraction import By, answers, extract
 from interp_plugins.function_vectors.runtime_files import KEYS, runtime_files
 
 import interp_core as ic
-from interp_core.loading import open_tokenizer
+from interp_core import open_tokenizer
 
 
 def fv_runtime(

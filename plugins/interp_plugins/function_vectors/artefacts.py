@@ -172,7 +172,7 @@ def profile(model: ic.Model) -> dict[str, Any]:
         "device": str(model.device),
         "quantization": str(getattr(quantized, "quant_method", quantized)) if quantized is not None else None,
         "attn_implementation": getattr(config, "_attn_implementation", None),
-        "engine": model.engine.name,
+        "engine": model.engine_name,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
