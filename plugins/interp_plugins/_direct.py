@@ -73,7 +73,9 @@ def _single(model: ic.Model, what: str, given: Any, allowed: tuple[str, ...]) ->
             heads = [S.z[at] for at in model.heads if at[0] == layer] if site.name == "attn_out" else []
             yield End(str(whole), tuple(heads) or (whole,))
             continue
-        for unit in S.indices(site.units, model.sizes(site[layer])[site.info.unit], site.info.unit, str(site)):
+        for unit in S.indices(
+            site.units, model.sizes(S.named(site.name)[layer])[site.info.unit], site.info.unit, str(site)
+        ):
             one = S.named(site.name)[layer, unit]
             yield End(str(one), (one,))
 
