@@ -33,6 +33,8 @@ Evaluate = Callable[[Counts], Draws]
 Statistic = Callable[..., Any]
 SMALL = 100
 """Units below which "auto" is BCa; above, both agree and the jackknife costs."""
+FEW = 10
+"""Units below which intervals are said to be too narrow."""
 
 
 class _Resampled(NamedTuple):
@@ -197,8 +199,10 @@ class Bootstrap:
         draws = draws[good]
         rounding = 4 * n * np.finfo(np.float64).eps * np.abs(draws).max(0)  # of a sum of n numbers
         draws = np.where(draws.max(0) - draws.min(0) <= rounding, value, draws)
-        note = "" if good.all() else f"{int((~good).sum())} resamples give no number and are left out"
-        return _Resampled(value, draws, left, units, note)
+        notes = [] if good.all() else [f"{int((~good).sum())} resamples give no number and are left out"]
+        if units.count < FEW:
+            notes.append(f"only {units.count} units: a bootstrap of so few is too narrow")
+        return _Resampled(value, draws, left, units, "; ".join(notes))
 
     def _ends(self, drawn: _Resampled) -> tuple[np.ndarray, np.ndarray, str, str]:
         """Ends of an interval at each place, the method's name, and what is to be said."""
