@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write what scipy says of the samples in tests/statistical.py into tests/data/stats.json.
 
-    python scripts/stats_reference.py            # with numpy and scipy; nothing else of this project is needed
-    python scripts/stats_reference.py --check    # only say whether the file is still what scipy says
+python scripts/stats_reference.py            # with numpy and scipy; nothing else of this project is needed
+python scripts/stats_reference.py --check    # only say whether the file is still what scipy says
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import statistical  # noqa: E402
 
 
 def rounded(statistic: Callable[..., Any]) -> Callable[..., float]:
-    """A statistic to ten decimals, so that what is equal but for rounding counts as equal: scipy compares to the bit."""
+    """A statistic to ten decimals: what is equal but for rounding counts as equal, where scipy compares to the bit."""
     return lambda *data: round(float(statistic(*data)), 10)
 
 
@@ -70,8 +70,9 @@ def of_resamples(case: dict[str, Any]) -> list[list[float]]:
     for data, statistic in kinds:
         for method in ("percentile", "BCa"):
             done = stats.bootstrap(
-                data, rounded(statistic), method=method, confidence_level=case["level"], n_resamples=statistical.RESAMPLES,
-                rng=np.random.default_rng(case["seed"]), paired=len(data) > 1, vectorized=False,
+                data, rounded(statistic), method=method, confidence_level=case["level"],
+                n_resamples=statistical.RESAMPLES, rng=np.random.default_rng(case["seed"]),
+                paired=len(data) > 1, vectorized=False,
             )  # fmt: skip
             found.append([*map(float, done.confidence_interval), float(done.standard_error)])
     return found

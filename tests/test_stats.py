@@ -154,12 +154,18 @@ def test_clusters_are_drawn_whole() -> None:
     alone = boot.mean(values)
     assert [many.low, many.high, many.error] == pytest.approx([alone.low, alone.high, alone.error])
     assert (many.n, many.units, alone.units) == (120, 24, 24) and "n = 120 in 24 clusters" in str(many)
-    assert stats.sign_flip(np.repeat(values[:9], 5), clusters=np.repeat(names[:9], 5)).p == stats.sign_flip(values[:9]).p
+    assert (
+        stats.sign_flip(np.repeat(values[:9], 5), clusters=np.repeat(names[:9], 5)).p == stats.sign_flip(values[:9]).p
+    )
     tasks = np.repeat(["a", "b"], [4, 20])
-    counted = stats.Bootstrap(strata=tasks).draws(lambda task: [(task == 0).sum(), len(task)], np.repeat([0, 1], [4, 20]))
+    counted = stats.Bootstrap(strata=tasks).draws(
+        lambda task: [(task == 0).sum(), len(task)], np.repeat([0, 1], [4, 20])
+    )
     assert (counted == [4, 24]).all()
     groups = boot.difference(values[:4], values[4:], paired=False)
-    wanted = stats.Bootstrap(strata=tasks).of(lambda v, t: v[t == 0].mean() - v[t == 1].mean(), values, np.repeat([0, 1], [4, 20]))
+    wanted = stats.Bootstrap(strata=tasks).of(
+        lambda v, t: v[t == 0].mean() - v[t == 1].mean(), values, np.repeat([0, 1], [4, 20])
+    )
     assert [groups.low, groups.high] == pytest.approx([wanted.low, wanted.high])
 
 
@@ -196,3 +202,103 @@ def test_coverage_of_intervals() -> None:
     for method, expected in (("percentile", 0.701), ("bca", 0.754)):
         assert shares[method] == pytest.approx(expected, abs=3 * math.sqrt(0.25 / 600)), shares
     assert shares["bca"] > shares["percentile"] + 0.02
+
+
+def refused(message: str, call: Any) -> None:
+    with pytest.raises(ic.PlanError, match=message):
+        call()
+
+
+def test_what_is_refused() -> None:
+    """Before anything is computed, with what was given and what to do."""
+    nan = [1.0, math.nan, 3.0]
+    for call in (boot.mean, stats.sign_flip, stats.ranks, stats.holm, lambda x: stats.pearson(x, x)):
+        refused("1 of 3 are not finite, the first at \\[1\\]: nan", lambda call=call: call(nan))
+        refused("is empty", lambda call=call: call([]))
+        refused("takes numbers, not str", lambda call=call: call("abc"))
+    refused("are not finite", lambda: boot.mean([1.0, math.inf]))
+    refused("numbers of 1 axis, these have shape \\(2, 2\\)", lambda: boot.mean([[1, 2], [3, 4]]))
+    refused("first has 3, second has 2", lambda: boot.difference([1, 2, 3], [1, 2]))
+    refused("x has 3, y has 2", lambda: stats.kendall([1, 2, 3], [1, 2]))
+    refused("two samples at least", lambda: stats.spearman([1], [2]))
+    refused("1 sample\\(s\\) in 1 unit", lambda: boot.mean([1.0]))
+    refused("in 1 unit", lambda: stats.sign_flip([1.0, 2.0], clusters=["a", "a"]))
+    refused("3 labels for 2 samples", lambda: stats.Bootstrap(clusters=[1, 2, 3]).mean([1, 2]))
+    refused("a cluster has samples in two strata", lambda: stats.Bootstrap([0, 0, 1], [0, 1, 1]).mean([1, 2, 3]))
+    refused("not a number on the 3 samples themselves", lambda: boot.of(stats.spearman, [1, 1, 1], [1, 2, 3]))
+    refused("one number is wanted, not \\(2,\\)", lambda: boot.of(lambda x: x.mean(0), [[1, 2], [3, 5]]))
+    refused("axes \\('layer', 'head'\\) do not name", lambda: boot.band([[1, 2], [3, 5]], axes=("layer", "head")))
+    refused("give a statistic of them", lambda: boot.band([1, 2], [1, 2], axes=()))
+    refused("do not name those after sample", lambda: stats.sign_flips([1, 2], axes=("layer",)))
+    refused("all 2 samples are positives", lambda: stats.auroc([1, 2], [1, 1]))
+    refused("labels are between 0 and 1", lambda: stats.auroc([1, 2], [0, 2]))
+    refused("takes probabilities", lambda: stats.holm([0.1, 1.2]))
+    refused("between 0 and n = 3", lambda: stats.wilson(4, 3))
+    refused("at least 1", lambda: stats.wilson(0, 0))
+    for settings in ({"level": 95}, {"method": "best"}, {"resamples": 10}, {"seed": -1}):
+        refused("stats.Bootstrap: ", lambda settings=settings: stats.Bootstrap(**settings))
+    refused("'two-sided' or 'greater' or 'less'", lambda: stats.permutation([1], [2], alternative="more"))
+
+
+def test_what_is_said() -> None:
+    """Constant input, ties, few units, resamples without a number, exact or drawn."""
+    still = boot.mean([0.1] * 12)
+    assert (still.low, still.high, still.error) == (still.value,) * 2 + (0,) and "do not vary" in still.note
+    assert "only 5 units" in str(boot.mean(range(5)))
+    rare = boot.ratio([1.0] * 12, [0.0] * 11 + [1.0])
+    assert "resamples give no number and are left out" in rare.note
+    assert "x has ties (2 values in 4 samples)" in stats.correlation_test([1, 1, 2, 2], [1, 2, 3, 4]).note
+    assert stats.sign_flip([0.0, 0.0]).p == 1 and "all differences are 0" in str(stats.sign_flip([0.0, 0.0]))
+    drawn = stats.sign_flip(np.arange(20) - 3.0)
+    assert not drawn.exact and (drawn.arrangements, drawn.seed) == (9999, 0) and "9,999 random sign flips" in str(drawn)
+    assert "exact, all 16 sign flips, two-sided, n = 4" in str(stats.sign_flip([1, 2, 3, 4]))
+    assert f"{stats.wilson(5, 10):.2f}" == "0.50 [0.24, 0.76]"
+    assert str(stats.wilson(5, 10)) == "share 0.5, 95 % interval 0.2366 to 0.7634 (Wilson, n = 10)"
+    edge = stats.Bootstrap(method="bca").quantile(np.arange(30.0), 1.0)
+    assert edge.high == 29 and edge.low < 29  # ties of the largest with itself: half of them count as below
+
+
+def test_drawn_tests_come_near_exact_ones() -> None:
+    """Random arrangements give the exact p within four standard errors, and never 0."""
+    rng = np.random.default_rng(6)
+    for _ in range(5):
+        d = rng.normal(0.4, 1, size=16)
+        exact = stats.sign_flip(d)
+        few = stats.sign_flip([*d, 0.0, 0.0])  # zeros change no flip
+        assert exact.exact and few.p == exact.p
+        signs = rng.choice((-1, 1), size=(4000, 16))
+        assert stats.p_value(d.mean(), signs @ d / 16) == pytest.approx(exact.p, abs=4 * math.sqrt(2 * 0.25 / 4000))
+    far = stats.sign_flip(np.arange(1, 40))
+    assert far.p == 1 / 10_000
+    null = np.arange(99.0)
+    assert stats.p_value(1000, null) == 0.02 and stats.p_value(1000, null, "greater") == 0.01
+
+
+def test_a_maximum_keeps_the_chance_of_any_false_claim() -> None:
+    """In 200 studies of 12 layers without an effect, any adjusted p is below 0.1 in a tenth, where Holm is no surer."""
+    rng = np.random.default_rng(7)
+    any_max, any_alone = 0, 0
+    for _ in range(200):
+        found = stats.sign_flips(rng.normal(size=(10, 12)) * np.arange(1, 13), axes=("layer",))
+        any_max, any_alone = any_max + found.below(0.1).any(), any_alone + (found.p <= 0.1).any()
+        assert (found.adjusted >= found.p).all() and found.exact and found.p.shape == (12,)
+    assert any_max / 200 == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 200)) and any_alone > 100
+    strong = rng.normal(size=(10, 12)) + 9 * (np.arange(12) == 4)
+    assert stats.sign_flips(strong, axes=("layer",)).below().nonzero()[0].tolist() == [4]
+    for adjust in ("holm", "bh", "none"):
+        found = stats.sign_flips(strong, axes=("layer",), adjust=adjust)
+        assert found.adjusted[4] <= 0.05 or adjust == "holm"
+    assert "layer 4" in str(found).splitlines()[1]
+
+
+def test_a_simultaneous_band_holds_whole_curves() -> None:
+    """Of 150 studies, the band of a level holds all 8 true values at once in about so many; single intervals in fewer."""
+    rng = np.random.default_rng(8)
+    b = stats.Bootstrap(resamples=300, level=0.9)
+    whole = alone = 0
+    for _ in range(150):
+        study = rng.normal(size=(60, 8))
+        together, each = (b.band(study, axes=("layer",), simultaneous=kind) for kind in (True, False))
+        whole += bool(((together.low <= 0) & (together.high >= 0)).all())
+        alone += bool(((each.low <= 0) & (each.high >= 0)).all())
+    assert whole / 150 == pytest.approx(0.88, abs=4 * math.sqrt(0.1 / 150)) and alone / 150 < 0.6

@@ -8,9 +8,9 @@
     boot.band(drop, axes=("layer",))             # a curve with its band
     stats.sign_flip(original - blind)            # p, and whether it is exact or drawn
 
-Everything takes lists, numpy arrays and tensors, works in float64, and refuses numbers that are empty, unequal in length
-or not finite before it computes. What only colours a result (ties, constant input, resamples without a number) stands in
-its `note`. The mathematics is numpy's and the standard library's; docs/statistics.md says why not scipy.
+Everything takes lists, numpy arrays and tensors, works in float64, and refuses numbers that are empty, unequal in
+length or not finite before it computes. What only colours a result (ties, constant input, resamples without a number)
+stands in its `note`. The mathematics is numpy's and the standard library's; docs/statistics.md says why not scipy.
 """
 
 from .association import auroc, correlation_test, kendall, pearson, ranks, spearman

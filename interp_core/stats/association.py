@@ -193,11 +193,12 @@ def _unit(rows: Rows) -> Rows:
 def _kendall(x: Vector, ys: Rows) -> Float[np.ndarray, " row"]:
     """Kendall's τ_b of x with every row; rows are one another's permutations."""
     n = len(x)
-    (_, a, in_x), (_, b, in_y) = (np.unique(v, return_inverse=True, return_counts=True) for v in (x, ys[0]))
+    _, a, in_x = np.unique(x, return_inverse=True, return_counts=True)
+    distinct, in_y = np.unique(ys[0], return_counts=True)
     pairs, tied_x, tied_y = (float((c * (c - 1) // 2).sum()) for c in (np.array([n]), in_x, in_y))
     if pairs in (tied_x, tied_y):
         return np.full(len(ys), np.nan)
-    numbered = np.searchsorted(np.unique(ys[0]), ys)
+    numbered = np.searchsorted(distinct, ys)
     keys = np.sort(a * n + numbered, axis=1)  # in order of x, and of y where x is tied
     same = np.diff(keys, axis=1) == 0
     both = np.array([_tied(row) for row in same]) if same.any() else 0.0
@@ -215,8 +216,8 @@ def _tied(same: np.ndarray) -> float:
 def _inversions(rows: Int[np.ndarray, "row sample"]) -> Float[np.ndarray, " row"]:
     """How many pairs of each row stand in falling order: by merging halves of 1, 2, 4 …, all blocks at once.
 
-    Numbers are between 0 and n - 1. A block's numbers are lifted above those of the blocks before it, so that one sorted
-    list of all left halves serves every right half.
+    Numbers are between 0 and n - 1. A block's numbers are lifted above those of the blocks before it, so that one
+    sorted list of all left halves serves every right half.
     """
     n = rows.shape[1]
     total = np.zeros(len(rows))

@@ -28,7 +28,7 @@ from .intervals import NORMAL, Band, Interval
 from .samples import Told, Units, aligned, numbers, one_of, share, units_of, whole
 
 Counts = Float[np.ndarray, "resample sample"]
-Draws = Float[np.ndarray, "resample *axes"]
+Draws = Float[np.ndarray, " resample *axes"]
 Evaluate = Callable[[Counts], Draws]
 Statistic = Callable[..., Any]
 SMALL = 100
@@ -42,7 +42,7 @@ class _Resampled(NamedTuple):
 
     value: Float[np.ndarray, "*axes"]
     draws: Draws
-    jackknife: Float[np.ndarray, "unit *axes"] | None
+    jackknife: Float[np.ndarray, " unit *axes"] | None
     units: Units
     note: str
 
@@ -158,7 +158,7 @@ class Bootstrap:
         drawn = self._resampled(label, len(arrays[0]), evaluate, jackknife=not simultaneous)
         if drawn.value.ndim != len(axes) or not drawn.value.ndim:
             raise PlanError(f"Bootstrap.band: axes {tuple(axes)} do not name numbers of shape {drawn.value.shape}")
-        error = drawn.draws.std(0, ddof=1)
+        error = (drawn.draws - drawn.value).std(0, ddof=1)
         low, high, method, note = self._whole(drawn, error) if simultaneous else self._ends(drawn)
         return Band(
             drawn.value, low, high, error, tuple(axes), simultaneous, self.level, method, label, len(arrays[0]),
@@ -175,9 +175,9 @@ class Bootstrap:
         if drawn.value.shape:
             raise PlanError(f"bootstrap of {name}: one number is wanted, not {drawn.value.shape}; use `band`")
         low, high, method, note = self._ends(drawn)
+        error = float((drawn.draws - drawn.value).std(ddof=1))
         return Interval(
-            float(drawn.value), float(low), float(high), float(drawn.draws.std(ddof=1)), self.level, method, name, n,
-            drawn.units.count, self.resamples, self.seed, "; ".join(filter(None, (drawn.note, note))),
+            float(drawn.value), float(low), float(high), error, self.level, method, name, n, drawn.units.count, self.resamples, self.seed, "; ".join(filter(None, (drawn.note, note))),
         )  # fmt: skip
 
     def _resampled(self, name: str, n: int, evaluate: Evaluate, jackknife: bool) -> _Resampled:
@@ -211,15 +211,17 @@ class Bootstrap:
         notes = []
         if still := int((drawn.draws.min(0) == drawn.draws.max(0)).sum()):
             where = "" if not drawn.value.shape else f" at {still} of {drawn.value.size} places"
-            notes.append(f"every resample gives the same{where}: the samples do not vary, and the interval has no width")
+            notes.append(
+                f"every resample gives the same{where}: the samples do not vary, and the interval has no width"
+            )
         if drawn.jackknife is None:
             return low, high, "percentile bootstrap", "; ".join(notes)
         ends, odd = _bca(drawn, drawn.jackknife, tails)
         low, high = np.where(odd, low, ends[0]), np.where(odd, high, ends[1])
         if odd.sum() > still:
             notes.append(
-                f"no BCa at {int(odd.sum()) - still} place(s), where all resamples lie on one side of the value or leaving "
-                "out a unit leaves no number: percentiles there"
+                f"no BCa at {int(odd.sum()) - still} place(s), where all resamples lie on one side of the value or "
+                "leaving out a unit leaves no number: percentiles there"
             )
         return low, high, "BCa bootstrap", "; ".join(notes)
 
@@ -238,11 +240,11 @@ class Bootstrap:
 
 
 def _bca(
-    drawn: _Resampled, jackknife: Float[np.ndarray, "unit *axes"], tails: Float[np.ndarray, "2"]
-) -> tuple[Float[np.ndarray, "2 *axes"], np.ndarray]:
+    drawn: _Resampled, jackknife: Float[np.ndarray, " unit *axes"], tails: Float[np.ndarray, " 2"]
+) -> tuple[Float[np.ndarray, " 2 *axes"], np.ndarray]:
     """BCa's ends at each place, and where there are none."""
     draws, value = drawn.draws.reshape(len(drawn.draws), -1), drawn.value.reshape(-1)
-    left = jackknife.reshape(len(jackknife), -1)
+    left = np.where(np.isfinite(jackknife), jackknife, np.nan).reshape(len(jackknife), -1)
     below = ((draws < value).mean(0) + (draws <= value).mean(0)) / 2
     cubes, squares = np.zeros(len(value)), np.zeros(len(value))
     for units in (units for units in drawn.units.strata if len(units) > 1):
@@ -277,7 +279,7 @@ def _arrays(owner: str, samples: Sequence[Any]) -> list[Float[np.ndarray, "sampl
     return arrays
 
 
-def _means(values: Float[np.ndarray, "sample *axes"]) -> Evaluate:
+def _means(values: Float[np.ndarray, " sample *axes"]) -> Evaluate:
     """Means along all axes but the first, of every resample."""
     flat = values.reshape(len(values), -1)
 

@@ -123,11 +123,11 @@ class Band:
         place = place if isinstance(place, tuple) else (place,)
         if len(place) != len(self.axes):
             raise PlanError(f"a band along {' '.join(self.axes)} takes {len(self.axes)} number(s), not {len(place)}")
-        ends = (float(array[place]) for array in (self.value, self.low, self.high, self.error))
+        value, low, high, error = (float(array[place]) for array in (self.value, self.low, self.high, self.error))
         where = ", ".join(f"{axis} {i}" for axis, i in zip(self.axes, place, strict=True))
         return Interval(
-            *ends, self.level, self.method, f"{self.name}, {where}", self.n, self.units, self.resamples, self.seed,
-            self.note,
+            value, low, high, error, self.level, self.method, f"{self.name}, {where}", self.n, self.units,
+            self.resamples, self.seed, self.note,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Interval]:

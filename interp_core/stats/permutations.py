@@ -8,7 +8,7 @@ All arrangements are gone through where there are at most 2^16 (16 differences, 
 random ones are drawn, the one seen counts among them, p = (b + 1) / (m + 1), and the result says so.
 For curves, `adjust="max"` holds each place against the largest statistic of all places under the same flips.
 
-Source: Phipson and Smyth (2010), "Permutation p-values should never be zero"; Westfall and Young (1993) for the maximum.
+Source: Phipson and Smyth (2010), "Permutation p-values should never be zero"; of the maximum Westfall and Young (1993).
 Must equal: scipy.stats.permutation_test where both go through all arrangements.
 """
 
@@ -334,9 +334,9 @@ def _flips(
         largest += (null.max(1)[:, None] >= seen).sum(0)
         progress.add(len(signs))
     p, above = _share(alone, total, exact), _share(largest, total, exact)
-    adjusted = {"max": lambda: above, "holm": lambda: holm(p), "bh": lambda: benjamini_hochberg(p), "none": lambda: p}
+    adjusted = above if adjust == "max" else {"holm": holm, "bh": benjamini_hochberg}.get(adjust, np.copy)(p)
     return PermutationTests(
-        x.mean(0), p, adjusted[adjust](), adjust, ("place",), alternative, exact, total, "mean difference",
+        x.mean(0), p, adjusted, adjust, ("place",), alternative, exact, total, "mean difference",
         "sign flips", len(x), units.count, None if exact else seed, _zeros(x),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ SILENT = 3.0
 """Seconds after which a loop says how far it is."""
 
 
-def numbers(what: str, values: Any, *, finite: bool = True, ndim: int | None = 1) -> Float[np.ndarray, "..."]:
+def numbers(what: str, values: Any, *, finite: bool = True, ndim: int | None = 1) -> Float[np.ndarray, " ..."]:
     """Lists, arrays and tensors as float64.
 
     Args:
@@ -36,8 +36,9 @@ def numbers(what: str, values: Any, *, finite: bool = True, ndim: int | None = 1
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise PlanError(wrong(what, "numbers", values)) from error
-    if ndim is not None and array.ndim != ndim or not array.ndim:
-        raise PlanError(f"{what} takes {ndim or 'at least one'} axis/axes of numbers, these have shape {array.shape}")
+    if not array.ndim or (ndim is not None and array.ndim != ndim):
+        axes = "at least one axis" if ndim is None else f"{ndim} axis" if ndim == 1 else f"{ndim} axes"
+        raise PlanError(f"{what} takes numbers of {axes}, these have shape {array.shape}")
     if not array.size:
         raise PlanError(f"{what} is empty (shape {array.shape}); a statistic needs samples")
     bad = ~np.isfinite(array) if finite else np.isnan(array)
@@ -50,7 +51,7 @@ def numbers(what: str, values: Any, *, finite: bool = True, ndim: int | None = 1
     return array
 
 
-def aligned(owner: str, **arrays: Float[np.ndarray, "..."]) -> None:
+def aligned(owner: str, **arrays: Float[np.ndarray, " ..."]) -> None:
     """Refuse samples that do not belong together.
 
     Raises:
