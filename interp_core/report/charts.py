@@ -185,7 +185,10 @@ class Curves(Chart):
         """Ends of the vertical axis."""
         if self.limits is not None:
             return self.limits
-        known = [*(v for line in self.lines for v in line.values), *(line.base for line in self.lines if line.base)]
+        known = [
+            *(v for line in self.lines for v in line.values),
+            *(line.base for line in self.lines if line.base is not None),
+        ]
         return _span([*known, *(v for line in self.lines for band in line.bands or () for v in band)], self.percent)
 
     def html(self) -> str:

@@ -39,19 +39,14 @@ def written(value: float, percent: bool, digits: int = 0) -> str:
 def curves(chart: Curves) -> str:
     """Lines against places, bands around them, levels dashed."""
     low, high = chart.span
-    places = chart.places
-    step = (WIDTH - LEFT - RIGHT) / max(len(places) - 1, 1)
+    step = (WIDTH - LEFT - RIGHT) / max(len(chart.places) - 1, 1)
 
     def height(value: float) -> float:
         return TOP + (high - min(max(value, low), high)) / (high - low) * HEIGHT
 
     parts = [_level(height(tick), written(tick, chart.percent)) for tick in ticks(low, high, 5)]
-    longest = max(map(len, map(str, places))) * LETTER + 8
-    for place in range(0, len(places), max(1, len(places) // 16, math.ceil(longest / step))):
-        left = LEFT + place * step
-        parts.append(
-            f"<text x='{left:.1f}' y='{TOP + HEIGHT + 16}' text-anchor='middle'>{escape(places[place])}</text>"
-        )
+    names = [short(str(place), 24) for place in chart.places]
+    parts += _names(names, step)
     for series, line in enumerate(chart.lines):
         parts += _line(line, _ink(series), lambda place: LEFT + place * step, height, chart)
     legend = " · ".join(
@@ -65,6 +60,18 @@ def curves(chart: Curves) -> str:
         below = 42
     axis = f"<span class='soft'>{escape(chart.ylabel)}</span> " if chart.ylabel else ""
     return _figure(parts, TOP + HEIGHT + below, f"{axis}{legend}<br>{escape(chart.caption or chart.title)}")
+
+
+def _names(names: Sequence[str], step: float) -> list[str]:
+    """Names below the places: as many as fit, those at the ends turned inwards where they would leave the picture."""
+    every = max(1, len(names) // 16, math.ceil((max(map(len, names)) * LETTER + 8) / step))
+    parts = []
+    for place in range(0, len(names), every):
+        left, half = LEFT + place * step, len(names[place]) * LETTER / 2
+        anchor = "start" if half > left else "end" if left + half > WIDTH else "middle"
+        text = escape(names[place])
+        parts.append(f"<text x='{left:.1f}' y='{TOP + HEIGHT + 16}' text-anchor='{anchor}'>{text}</text>")
+    return parts
 
 
 def _line(
@@ -115,14 +122,14 @@ def bars(chart: Bars) -> str:
         parts.append(f"<text x='{x:.1f}' y='{bottom + 16}' text-anchor='middle'>{written(tick, chart.percent)}</text>")
     for row, (bar, name, value) in enumerate(zip(chart.bars, names, values, strict=True)):
         y = TOP + BAR * row + BAR / 2
-        start, stop = sorted((across(0.0), across(bar.value if math.isfinite(bar.value) else 0.0)))
-        ends = "" if bar.ends is None else f"\n{' to '.join(written(end, chart.percent, 1) for end in bar.ends)}"
-        tip = escape(f"{bar.name}: {value}{ends}")
         parts.append(f"<text x='{left - 8:.1f}' y='{y + 4:.1f}' text-anchor='end'>{escape(name)}</text>")
-        parts.append(
-            f"<rect x='{start:.1f}' y='{y - 8:.1f}' width='{max(stop - start, 0.5):.1f}' height='16' rx='2' "
-            f"style='fill:{_ink(0)}' opacity='.75' data-tip=\"{tip}\"/>"
-        )
+        if math.isfinite(bar.value):
+            start, stop = sorted((across(0.0), across(bar.value)))
+            ends = "" if bar.ends is None else f"\n{' to '.join(written(end, chart.percent, 1) for end in bar.ends)}"
+            parts.append(
+                f"<rect x='{start:.1f}' y='{y - 8:.1f}' width='{max(stop - start, 0.5):.1f}' height='16' rx='2' "
+                f"style='fill:{_ink(0)}' opacity='.75' data-tip=\"{escape(f'{bar.name}: {value}{ends}')}\"/>"
+            )
         if bar.ends is not None:
             a, b = (across(end) for end in bar.ends)
             whisker = f"M{a:.1f} {y - 4:.1f}v8M{a:.1f} {y:.1f}H{b:.1f}M{b:.1f} {y - 4:.1f}v8"

@@ -176,8 +176,10 @@ class Bootstrap:
             raise PlanError(f"bootstrap of {name}: one number is wanted, not {drawn.value.shape}; use `band`")
         low, high, method, note = self._ends(drawn)
         error = float((drawn.draws - drawn.value).std(ddof=1))
+        note = "; ".join(filter(None, (drawn.note, note)))
         return Interval(
-            float(drawn.value), float(low), float(high), error, self.level, method, name, n, drawn.units.count, self.resamples, self.seed, "; ".join(filter(None, (drawn.note, note))),
+            float(drawn.value), float(low), float(high), error, self.level, method, name, n, drawn.units.count,
+            self.resamples, self.seed, note,
         )  # fmt: skip
 
     def _resampled(self, name: str, n: int, evaluate: Evaluate, jackknife: bool) -> _Resampled:
