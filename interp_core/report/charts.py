@@ -139,7 +139,7 @@ class Curves(Chart):
     Attributes:
         lines: each with as many values as there are places.
         places: names along the horizontal axis; of many, some are written.
-        limits: of the vertical axis; None: what the lines need.
+        limits: of the vertical axis, at which lines are cut off; None: what the lines need.
         percent: values are shares, written in percent; from 0 to 100 % if that is where they lie.
         base: what the lines' dashed levels are, for tips and legend.
         title: above the PNG.

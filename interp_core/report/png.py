@@ -90,7 +90,8 @@ def curves(path: str | Path, chart: Curves) -> Path:
     some = range(0, len(places), max(1, len(places) // 16, math.ceil(longest * len(places) / 5.6)))
     axes.set_xticks(some, [_text(places[i]) for i in some], fontsize=7)
     axes.set_yticks(ticks(low, high, 5), [written(tick, chart.percent) for tick in ticks(low, high, 5)], fontsize=7)
-    axes.set_ylim(low, high)
+    room = 0.015 * (high - low)  # half a marker
+    axes.set_ylim(low - room, high + room)
     axes.margins(x=0.02)
     axes.grid(axis="y", color="#e4e7ec", linewidth=0.8)
     axes.legend(fontsize=7, frameon=False)
