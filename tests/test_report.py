@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,3 +203,14 @@ def test_charts_refuse_what_does_not_fit() -> None:
     }.items():
         with pytest.raises(ic.PlanError, match=message):
             call()
+
+
+@pytest.mark.parametrize("module", [report, ic.stats], ids=["report", "stats"])
+def test_public_names_are_documented(module: Any) -> None:
+    assert module.__all__ == sorted(set(module.__all__)) and inspect.getdoc(module)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert inspect.getdoc(thing), name
+        for attribute, value in vars(thing).items() if inspect.isclass(thing) else ():
+            if not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{attribute}"
