@@ -150,8 +150,8 @@ def _level(at: float, label: str) -> str:
     )
 
 
-def _figure(parts: Sequence[str], height: float, caption: str) -> str:
-    box = f"viewBox='0 0 {WIDTH} {height:.0f}' style='max-width:{WIDTH}px;font-size:11px;fill:{SOFT}'"
+def _figure(parts: Sequence[str], height: int, caption: str) -> str:
+    box = f"viewBox='0 0 {WIDTH} {height}' style='max-width:{WIDTH}px;font-size:11px;fill:{SOFT}'"
     return f"<figure><svg {box}>{''.join(parts)}</svg><figcaption>{caption}</figcaption></figure>"
 
 

@@ -52,8 +52,8 @@ class Bootstrap:
     """Settings of a bootstrap, and the intervals that it gives.
 
     Attributes:
-        clusters: a label per sample (an image, a document): samples of one label are drawn together, since they are not
-            independent. None: each by itself.
+        clusters: a label per sample (an image, a document; a list, an array or a tensor): samples of one label are
+            drawn together, since they are not independent. None: each by itself.
         strata: a label per sample (a task, a class): every resample has as many units of each as the samples.
         level: how sure, 0.95 for 95 % intervals; 0.9 for a one-sided bound of 95 %.
         method: "bca", "percentile", or "auto": BCa below 100 units.
@@ -65,8 +65,8 @@ class Bootstrap:
             fewer than two units.
     """
 
-    clusters: Sequence[Any] | None = None
-    strata: Sequence[Any] | None = None
+    clusters: Any = None
+    strata: Any = None
     level: float = 0.95
     method: Literal["auto", "bca", "percentile"] = "auto"
     resamples: int = field(default=2000, kw_only=True)
@@ -209,7 +209,7 @@ class Bootstrap:
     def _ends(self, drawn: _Resampled) -> tuple[np.ndarray, np.ndarray, str, str]:
         """Ends of an interval at each place, the method's name, and what is to be said."""
         tails = np.array([(1 - self.level) / 2, (1 + self.level) / 2])
-        low, high = np.quantile(drawn.draws, tails, axis=0)
+        low, high = map(np.asarray, np.quantile(drawn.draws, tails, axis=0))
         notes = []
         if still := int((drawn.draws.min(0) == drawn.draws.max(0)).sum()):
             where = "" if not drawn.value.shape else f" at {still} of {drawn.value.size} places"

@@ -172,7 +172,7 @@ def detectable(error: float, level: float) -> float:
     return (normal(level) + NORMAL.inv_cdf(POWER)) * error
 
 
-def wilson(hits: float, n: int, level: float = 0.95) -> Interval:
+def wilson(hits: int | float, n: int, level: float = 0.95) -> Interval:
     """The interval of a share, hits out of n, by Wilson's formula: also at none and at all, and of small n.
 
     Args:

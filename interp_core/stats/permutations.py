@@ -135,7 +135,7 @@ def said(test: PermutationTest | PermutationTests) -> str:
     return "; ".join([words, *([test.note] if test.note else [])])
 
 
-def p_value(statistic: float, null: Any, alternative: Alternative = "two-sided") -> float:
+def p_value(statistic: int | float, null: Any, alternative: Alternative = "two-sided") -> float:
     """p of a statistic against those of random arrangements of one's own (shuffled labels, permuted token classes):
     (b + 1) / (m + 1), b of the m being as far.
 
@@ -151,7 +151,7 @@ def p_value(statistic: float, null: Any, alternative: Alternative = "two-sided")
 def sign_flip(
     differences: Any,
     *,
-    clusters: Sequence[Any] | None = None,
+    clusters: Any = None,
     alternative: Alternative = "two-sided",
     resamples: int = 9999,
     seed: int = 0,
@@ -181,7 +181,7 @@ def sign_flips(
     *,
     axes: Sequence[str],
     adjust: Adjust = "max",
-    clusters: Sequence[Any] | None = None,
+    clusters: Any = None,
     alternative: Alternative = "two-sided",
     resamples: int = 9999,
     seed: int = 0,
@@ -307,7 +307,7 @@ def _random_divisions(n: int, size: int, resamples: int, seed: int) -> Iterator[
 def _flips(
     owner: str,
     x: Float[np.ndarray, "sample place"],
-    clusters: Sequence[Any] | None,
+    clusters: Any,
     alternative: Alternative,
     resamples: int,
     seed: int,

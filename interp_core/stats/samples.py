@@ -107,7 +107,7 @@ class Units:
     """
 
     of: Int[np.ndarray, " sample"]
-    strata: tuple[Int[np.ndarray, " unit"], ...]
+    strata: tuple[Int[np.ndarray, " _"], ...]
 
     @property
     def count(self) -> int:
