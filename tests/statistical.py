@@ -79,9 +79,9 @@ def families() -> list[list[float]]:
 
 
 def resampled() -> list[dict[str, Any]]:
-    """Samples to be drawn again by a seed: 40 of 4 to 30 samples."""
+    """Samples to be drawn again by a seed: 30 of 4 to 30 samples."""
     source, cases = Source(5), []
-    for number in range(40):
+    for number in range(30):
         n = source.below(31, 4)
         x = [source.skewed() if number % 2 else 1 + 2 * source.normal() for _ in range(n)]
         y = [a + source.normal() for a in x]

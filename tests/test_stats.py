@@ -275,7 +275,7 @@ def test_drawn_tests_come_near_exact_ones() -> None:
 
 
 def test_a_maximum_keeps_the_chance_of_any_false_claim() -> None:
-    """In 200 studies of 12 layers without an effect, any adjusted p is below 0.1 in a tenth, where Holm is no surer."""
+    """In 200 studies of 12 layers without an effect, any adjusted p is below 0.1 in a tenth of them, any p alone in most."""
     rng = np.random.default_rng(7)
     any_max, any_alone = 0, 0
     for _ in range(200):
@@ -284,10 +284,11 @@ def test_a_maximum_keeps_the_chance_of_any_false_claim() -> None:
         assert (found.adjusted >= found.p).all() and found.exact and found.p.shape == (12,)
     assert any_max / 200 == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 200)) and any_alone > 100
     strong = rng.normal(size=(10, 12)) + 9 * (np.arange(12) == 4)
-    assert stats.sign_flips(strong, axes=("layer",)).below().nonzero()[0].tolist() == [4]
+    tests_of_max = stats.sign_flips(strong, axes=("layer",))
+    assert tests_of_max.below().nonzero()[0].tolist() == [4]
     for adjust in ("holm", "bh", "none"):
         found = stats.sign_flips(strong, axes=("layer",), adjust=adjust)
-        assert found.adjusted[4] <= 0.05 or adjust == "holm"
+        assert found.adjusted[4] <= 0.05 and found.p.tolist() == tests_of_max.p.tolist()
     assert "layer 4" in str(found).splitlines()[1]
 
 
