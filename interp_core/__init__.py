@@ -20,8 +20,10 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import errors as errors
     from . import positions as positions
+    from . import report as report
     from . import score as score
     from . import sites as sites
+    from . import stats as stats
     from . import testing as testing
     from . import toys as toys
     from .edits import Edit as Edit
@@ -82,7 +84,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "score", "sites", "testing", "toys")
+_MODULES = ("errors", "positions", "report", "score", "sites", "stats", "testing", "toys")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -148,8 +148,6 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
         PositionError: the text has no such position.
         PlanError: rows have different numbers of them.
     """
-    from interp_core.report.html import visible
-
     where = positions.position(place)
     counts, shown = [len(row) for row in tokens.columns(where)], positions.format_position(where)
     if len(set(counts)) > 1 or not counts[0]:
@@ -159,7 +157,7 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
         )
     if not single_place(place):
         return "all positions" if where == positions.ALL else shown
-    words = {visible(label) for (label,) in tokens.labels_at(where)}
+    words = {ic.report.visible(label) for (label,) in tokens.labels_at(where)}
     return f"{shown} {words.pop()}" if len(words) == 1 else shown
 
 
