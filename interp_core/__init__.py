@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import runs as runs
     from . import score as score
     from . import sites as sites
     from . import testing as testing
@@ -77,7 +78,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("score", "sites", "testing")
+_MODULES = ("runs", "score", "sites", "testing")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
