@@ -1,15 +1,18 @@
-"""Files that are whole or not there: drafts that are renamed, and drafts that dead processes left behind."""
+"""Files that are whole or not there, of the same bytes for the same content; and drafts that dead processes left."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 STALE_SECONDS = 24 * 3600
 """Age after which a draft of another machine, whose processes cannot be asked, counts as left behind."""
@@ -47,6 +50,25 @@ def create(path: Path, data: str | bytes) -> bool:
 def sha256(data: str | bytes) -> str:
     """Digest of what a file will hold."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def safetensors_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file; the same tensors and metadata give the same bytes.
+
+    The library keeps metadata in a hash map and writes it in an order that changes from call to call: it is put in the
+    order of its names here.
+    """
+    from safetensors.torch import save
+
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    data = save(copies, dict(metadata or {}))
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers begin at a multiple of eight bytes, as the format asks for
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def file_sha256(path: Path) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoadError, wrong
+from .files import safetensors_bytes
 from .files import write as write
 
 FORMAT = "interp-result/1"
@@ -75,16 +76,11 @@ class Result:
 
     def files(self) -> dict[str, str | bytes]:
         """What `save` writes, by the names of the files."""
-        from safetensors.torch import save as to_bytes
-
         tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
-        axes = {name: " ".join(self.AXES[name]) for name in tensors}
         head = {"format": FORMAT, "class": type(self).__name__, "fields": plain}
         return {
-            "result.safetensors": to_bytes(
-                {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, axes
-            ),
+            "result.safetensors": safetensors_bytes(tensors, {name: " ".join(self.AXES[name]) for name in tensors}),
             "result.json": json.dumps(head, indent=1, ensure_ascii=False),
         }
 

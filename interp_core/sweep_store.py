@@ -124,7 +124,8 @@ def _refuse_old(folder: Path) -> None:
         )
     if (folder / FILE).exists() and (form := _read(folder / FILE)[0].get("format")) != FORMAT:
         raise PlanError(
-            f"{folder} holds a sweep of format {form}, not {FORMAT}; give another folder, or read its scores from {FILE}"
+            f"{folder} holds a sweep of format {form}, not {FORMAT}; give another folder, or read its scores from "
+            f"{FILE}"
         )
 
 
