@@ -49,7 +49,7 @@ def child(call: Callable[[], None]) -> int:
 
 
 def killing(point: int) -> None:
-    """From here on the process is killed around the n-th call: before, after, or halfway through a line."""
+    """From here on the process is killed at the n-th call: before it, and halfway through where it writes a line."""
     left = point
 
     def around(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,11 +59,8 @@ def killing(point: int) -> None:
                 if name == "write":
                     call(args[0], args[1][: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **more)
-            if left == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 2
-            return result
+            left -= 1
+            return call(*args, **more)
 
         return called
 

@@ -65,12 +65,12 @@ def raised(call: Callable[[], Any]) -> Exception | None:
 
 @pytest.mark.parametrize("kind", ["own", "tree"])
 def test_killed_at_every_point_a_run_goes_on(kind: str, tmp_path: Path) -> None:
-    """In a process without torch, which forks: `kill -9` before and after each write, rename, link and deletion, and in
-    the middle of each line."""
+    """In a process without torch, which forks: `kill -9` before each flush, rename, link and deletion, and in the middle of
+    each line."""
     out = subprocess.run([sys.executable, str(KILLED), kind], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr[-3000:]
     killed, points = map(int, out.stdout.split())
-    assert killed == points >= 40
+    assert killed == points >= 35
 
 
 def test_a_full_disk_at_every_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
