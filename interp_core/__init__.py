@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from . import positions as positions
     from . import report as report
+    from . import runs as runs
     from . import score as score
     from . import sites as sites
     from . import stats as stats
@@ -84,7 +85,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "report", "score", "sites", "stats", "testing", "toys")
+_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "toys")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
