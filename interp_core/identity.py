@@ -32,7 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .edits import digest
 
 if TYPE_CHECKING:
-    from .model import Model
+    from .structure import Structure
 
 PLAIN = (bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.layout, torch.Size)
 SINGLE = (None, ..., NotImplemented)
@@ -400,7 +400,7 @@ def _is_passing(root: nn.Module, name: str) -> bool:
     return stretched and "inv_freq" in own and "original" not in own
 
 
-def model_parts(model: Model) -> dict[str, str]:
+def model_parts(model: Structure) -> dict[str, str]:
     """Everything in which one model's numbers may differ from another's, short parts in words.
 
     Raises:

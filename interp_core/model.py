@@ -178,19 +178,6 @@ class Model(Structure):
         """Whether its forward pass can leave out logits that nobody asked for."""
         return "logits_to_keep" in inspect.signature(type(self.hf).forward).parameters
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.hf.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        weight = self._embedding.weight
-        if weight.is_meta:  # offloaded: accelerate knows where it will be
-            return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
-        return weight.device
-
     def fingerprint(self) -> str:
         """Sixteen digits that stand for all in which this model's numbers may differ from another's: all its weights
         and buffers, config, modules, dtype, attention, engine and the packages' versions. Weights are read once while

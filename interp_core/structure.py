@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,9 +27,12 @@ class Structure:
     """The part of `Model` that answers questions and runs nothing, or a few tokens at most."""
 
     hf: Any
+    tokenizer: Any
+    source: str
     atlas: Atlas
     engine: Engine
     turn: Turn
+    _embedding: Any
 
     def renew(self) -> bool:
         """See `Model.renew`."""
@@ -88,6 +92,19 @@ class Structure:
         return [
             (e.layer, h) for (name, _), e in self.atlas.entries.items() if name == "z" for h in range(e.n_units or 0)
         ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.hf.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        weight = self._embedding.weight
+        if weight.is_meta:  # offloaded: accelerate knows where it will be
+            return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
+        return weight.device
 
     @property
     def engine_name(self) -> str:

@@ -28,7 +28,7 @@ from .session import PASSED, sessions
 from .stages import Files, csv_text, json_lines, json_text
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..structure import Structure
 
 __all__ = [
     "Files", "Part", "Rows", "RunFolder", "csv_text", "digest", "json_lines", "json_text", "manifest", "model_record",
@@ -44,7 +44,7 @@ def open(
     settings: Mapping[str, Any] | Any,
     *,
     recipe: str,
-    model: Model | Mapping[str, Any] | None = None,
+    model: Structure | Mapping[str, Any] | None = None,
     dataset: str = "",
     free: Iterable[str] = (),
     say: Callable[[str], None] = print,
@@ -77,7 +77,7 @@ def publish(
     settings: Mapping[str, Any] | Any,
     *,
     recipe: str,
-    model: Model | Mapping[str, Any] | None = None,
+    model: Structure | Mapping[str, Any] | None = None,
     dataset: str = "",
     free: Iterable[str] = (),
     overwrite: bool = False,

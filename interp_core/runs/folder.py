@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,14 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InterpError, LoadError, PlanError
+from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
 from .identity import difference, digest, model_difference, model_record, plain, safe_name
 from .session import Session, now, sessions
 from .stages import Stages, json_text
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..structure import Structure
 
 FORMAT = "interp-run/1"
 MANIFEST, DONE, RECORD = "manifest.json", "DONE", "record"
@@ -86,7 +85,7 @@ class RunFolder(Stages):
         if text := "; ".join(part for part in differs if part):
             raise PlanError(f"{self.home} holds another {self.kind}: {text}; give another folder")
 
-    def bind(self, model: Model) -> None:
+    def bind(self, model: Structure) -> None:
         """The model, where it was not there when the folder was opened; what is made from here on is its.
 
         Raises:
@@ -130,7 +129,8 @@ class RunFolder(Stages):
         sweep_drafts(self.home)
         if self.shared:
             notes = [self.read(path) for kind in ("stages", "drafts") for path in (self.record / kind).rglob("*.json")]
-            for folder in {(self.path / note["folder"] / name).parent for note in notes if note for name in note["files"]}:
+            written = (self.path / note["folder"] / name for note in notes if note for name in note["files"])
+            for folder in {path.parent for path in written}:
                 sweep_drafts(folder, deep=False)
 
     def __exit__(
@@ -141,7 +141,7 @@ class RunFolder(Stages):
         state = "finished" if error is None else "stopped" if stopped else "failed"
         reason = "" if error is None else f"{type(error).__name__}: {error}"
         # What went wrong may be that the disk is full: then its error is told, not that of the record.
-        with suppress(OSError) if error is not None else suppress():
+        with suppress(*[OSError] * (error is not None)):
             self.session.end(state, reason)
             if error is None and all(part["state"] in OVER for part in self.parts()):
                 counts = Counter(part["state"] for part in self.parts())
@@ -347,7 +347,7 @@ def manifest(home: str | Path) -> dict[str, Any]:
 def identity_of(
     recipe: str,
     settings: Mapping[str, Any] | Any,
-    model: Model | Mapping[str, Any] | None,
+    model: Structure | Mapping[str, Any] | None,
     dataset: str,
     free: Iterable[str],
     passed: Mapping[str, str] | None,

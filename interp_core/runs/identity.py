@@ -14,14 +14,14 @@ from ..errors import CapabilityError, PlanError
 from ..files import sha256
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..structure import Structure
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
 
 
 def plain(value: Any, name: str = "settings") -> Any:
-    """A value as JSON holds it: paths, slices and enums as text, tuples as lists, configs and dataclasses by their fields.
+    """A value as JSON holds it: paths, slices and enums as text, tuples as lists, configs and dataclasses by fields.
 
     Raises:
         PlanError: something that JSON cannot hold, by name.
@@ -66,7 +66,7 @@ def difference(
     return "; ".join(words)
 
 
-def model_record(model: Model) -> dict[str, Any]:
+def model_record(model: Structure) -> dict[str, Any]:
     """A model and its tokenizer as a manifest has them: source, fingerprint, and the parts that this stands for.
 
     Raises:
