@@ -36,7 +36,7 @@ def test_help_does_not_import_torch() -> None:
 def test_importing_the_package_is_light() -> None:
     code = "import sys, interp_core; print(sorted(m for m in sys.modules if m.startswith('interp_core')))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['interp_core']"
+    assert out.stdout.strip() == "['interp_core', 'interp_core._version']"
 
 
 @pytest.mark.parametrize(
