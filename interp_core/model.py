@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import loading, text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas
-from .compiled import NOTHING, PADDED, CompiledPlan, demand_fit, looks_padded, padded_on
+from .compiled import NOTHING, PADDED, CompiledPlan, Each, demand_fit, looks_padded, padded_on
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
@@ -336,6 +336,7 @@ class Model:
         *,
         grad: Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
+        each: Each | None = None,
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass with reads and edits.
@@ -348,13 +349,14 @@ class Model:
                 gradient with respect to every site read. True keeps the graph for your own `backward`. Where an
                 edit's value requires grad, the graph is kept anyway. Weights get no gradient.
             logits: False ends the pass after the last site read; a position computes only these logits.
+            each: called as `each(layer, values)` when all that is read of a layer has passed, which is then let go.
             allow_noop: let edits pass that changed nothing.
 
         Raises:
             SiteError, PositionError, PlanError, CapabilityError, TextError: before the forward pass.
             EffectError: an edit did nothing.
         """
-        return self.compile(read, edits).run(x, grad=grad, logits=logits, allow_noop=allow_noop)
+        return self.compile(read, edits).run(x, grad=grad, logits=logits, each=each, allow_noop=allow_noop)
 
     @overload
     def sweep(

@@ -170,8 +170,10 @@ def attention(
         value = stages["v"](value, n_keys)
     if tap.keep:
         tap.kept = key, value, kwargs.get("sliding_window")
-        if not stages and tap.original._attn_implementation == "sdpa":  # nothing to do inside
-            return tap.kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if tap.kernel is not None and tap.prefix is None and not {"scores", "pattern"} & stages.keys():
+        # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
+        mask = None if attention_mask is None else attention_mask[..., :n_keys]
+        return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):

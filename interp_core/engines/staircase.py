@@ -386,7 +386,7 @@ class Staircase(TorchProgram):
             for group in self.groups:
                 group.arrange()
             self.shape = (len(inputs["input_ids"]), n_columns)
-            self.stop_at = self._last()
+            self.after = self.ending()
             with torch.no_grad(), self._stairs(texts, n_columns, clean, within, narrow=not alike):
                 passed.output = self.carry("forward", inputs)
         except Stop:
