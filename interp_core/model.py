@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -35,6 +36,7 @@ from .trace import Run
 from .vision import VisualToken, visual_grid, with_visual_names
 
 if TYPE_CHECKING:
+    from .engines.replace import Rule
     from .generation import Generation
     from .score import Score
     from .sweep import Sweep
@@ -357,6 +359,28 @@ class Model:
             EffectError: an edit did nothing.
         """
         return self.compile(read, edits).run(x, grad=grad, logits=logits, each=each, allow_noop=allow_noop)
+
+    def replacing(
+        self,
+        modules: Mapping[nn.Module | type[nn.Module], Rule] = MappingProxyType({}),
+        *,
+        attention: Rule | None = None,
+        operations: Mapping[str, Rule] = MappingProxyType({}),
+    ) -> AbstractContextManager[None]:
+        """For the runs of a `with` block, functions in the place of modules' forwards, of attention and of operations.
+
+        Args:
+            modules: per module of the model, or class of modules, `rule(module, forward, *args, **kwargs)`.
+            attention: `rule(module, kernel, query, key, value, attention_mask, **kwargs)`, for every layer.
+            operations: per operation (`"mul"` and `"matmul"` of two differentiable tensors, `"rsqrt"`, `"softmax"`,
+                `"activation"`, `"layer_norm"`, `"rms_norm"`, `"sdpa"`) `rule(operation, *args, **kwargs)`.
+
+        Raises:
+            PlanError, CapabilityError: what is not there, or cannot be replaced, before the block begins.
+        """
+        from .replacing import replacing
+
+        return replacing(self, modules, attention, operations)
 
     @overload
     def sweep(
