@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from .errors import LoadError
+from .errors import LoadError, nearest
 
 SILENT = 3.0
 """Seconds after which reading says that it goes on."""
@@ -80,8 +80,7 @@ def alone(path: str) -> Iterator[str]:
 def audible(path: str) -> Iterator[None]:
     """A line on standard error if what happens here takes long."""
     size = Path(path).stat().st_size / 1e6
-    said = f"{path}: reading and dequantising {size:,.0f} MB, which takes a while each time; to open it faster, save "
-    said += "the model once (model.hf.save_pretrained, model.tokenizer.save_pretrained) and load that folder\n"
+    said = f"{path}: reading and dequantising {size:,.0f} MB, each time that it is opened (docs/real_model.md: once)\n"
     timer = threading.Timer(SILENT, sys.stderr.write, [said])
     timer.daemon = True
     timer.start()
@@ -108,8 +107,22 @@ def warn_of_what_is_left(path: str, head: Header, model: Any, unexpected: Iterab
         warnings.warn(
             f"transformers leaves out of {path}: {', '.join(left[:6])}{' …' * (len(left) > 6)}. Its numbers may differ "
             "from llama.cpp's and from the original model's; for these, load the original weights (safetensors)",
-            stacklevel=4,
+            stacklevel=5,  # where `load` is called,
         )
+
+
+def cannot(path: str, head: Header, error: str) -> str:
+    """The message for a file that transformers does not read."""
+    from transformers.integrations.gguf import GGUF_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    known = sorted({*GGUF_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
+    others = f" {nearest(head.architecture, known, len(known))}" * ("not supported" in error)
+    return (
+        f"transformers cannot read {path}, architecture {head.architecture!r}: {error.rstrip('.')}.{others} Download or "
+        "copy it again if it may be damaged; else load the model's original weights (safetensors), or pass tokenizer=… "
+        "if only its vocabulary is the matter"
+    )
 
 
 def _without_place(head: Header, model: Any) -> list[str]:

@@ -222,6 +222,7 @@ def _tokenizer(files: Files) -> Any:
     if bare:
         return None
     tokenizer = _attempt(files, "AutoTokenizer")
+    tokenizer.name_or_path = path
     if set(tokenizer.get_vocab()) <= set(tokenizer.added_tokens_encoder):  # made up, too
         if folder.is_dir():
             raise LoadError(
@@ -304,10 +305,7 @@ def _advice(files: Files, what: str, error: Exception) -> str:
     path = files.name
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if files.head is not None:
-        return (
-            f"transformers cannot read {path} (architecture {files.head.architecture!r}): {text}. If the file is whole, "
-            "load the model's original weights (safetensors), or with tokenizer=… if its vocabulary is the matter"
-        )
+        return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():
         if what == "AutoTokenizer":
             return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"

