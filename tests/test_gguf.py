@@ -25,6 +25,8 @@ from interp_core.toys import smollm2
 pytest.importorskip("gguf", reason="files are written with gguf: pip install -c constraints.txt -e '.[real]'")
 from llama_cpp import TEMPLATE, llama, tokenizer, write
 
+pytestmark = pytest.mark.real
+
 IDS = torch.arange(1, 12)[None]
 
 
