@@ -65,7 +65,7 @@ def open_model(
     if isinstance(source, nn.Module):
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
-        raise LoadError(wrong("load", "a hub id, a folder, 'toy:text' or a Hugging Face model", source))
+        raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
     place = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
