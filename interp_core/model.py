@@ -64,8 +64,8 @@ def load(
     """A model, ready for runs.
 
     Args:
-        source: a hub id, a local folder, a `.gguf` file of llama.cpp (its weights dequantised), `"toy:text"`,
-            `"smollm2"` (a real model, see docs/real_model.md), or a Hugging Face model in memory (with its `tokenizer`).
+        source: a hub id, a local folder, a `.gguf` file of llama.cpp (dequantised), `"toy:text"`, `"smollm2"` (the real
+            model of docs/real_model.md), or a Hugging Face model in memory (with its `tokenizer`).
         engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
         engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
         dtype: of the weights (default: as stored; float32 for quantised GGUF files and `"smollm2"`).

