@@ -1,8 +1,8 @@
 """What work on the real model costs: python benchmarks/real.py [threads], after `make real`.
 
 Loading; every head of it set to zero at the last token, by a sweep the first time (with the trial of strategies) and
-again, and by one run per head; activation patching and the logit lens. Seconds of the processor, which on one thread are
-those of an idle machine's clock, and of the wall clock.
+again, and by one run per head; activation patching and the logit lens. Seconds of the processor, which on one thread
+are those of an idle machine's clock, and of the wall clock.
 """
 
 from __future__ import annotations

@@ -119,9 +119,9 @@ def cannot(path: str, head: Header, error: str) -> str:
     known = sorted({*GGUF_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
     others = f" {nearest(head.architecture, known, len(known))}" * ("not supported" in error)
     return (
-        f"transformers cannot read {path}, architecture {head.architecture!r}: {error.rstrip('.')}.{others} Download or "
-        "copy it again if it may be damaged; else load the model's original weights (safetensors), or pass tokenizer=… "
-        "if only its vocabulary is the matter"
+        f"transformers cannot read {path}, architecture {head.architecture!r}: {error.rstrip('.')}.{others} Download "
+        "or copy it again if it may be damaged; else load the model's original weights (safetensors), or pass "
+        "tokenizer=… if only its vocabulary is the matter"
     )
 
 
