@@ -107,17 +107,19 @@ def warn_of_what_is_left(path: str, head: Header, model: Any, unexpected: Iterab
         warnings.warn(
             f"transformers leaves out of {path}: {', '.join(left[:6])}{' …' * (len(left) > 6)}. Its numbers may differ "
             "from llama.cpp's and from the original model's; for these, load the original weights (safetensors)",
-            stacklevel=5,  # where `load` is called,
+            stacklevel=5,  # where `load` is called
         )
 
 
 def cannot(path: str, head: Header, error: str) -> str:
     """The message for a file that transformers does not read."""
-    from transformers.integrations.gguf import GGUF_ARCHS
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    others = ""
+    if "not supported" in error:
+        from transformers.integrations.gguf import GGUF_ARCHS
+        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    known = sorted({*GGUF_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
-    others = f" {nearest(head.architecture, known, len(known))}" * ("not supported" in error)
+        known = sorted({*GGUF_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
+        others = f" {nearest(head.architecture, known, len(known))}"
     return (
         f"transformers cannot read {path}, architecture {head.architecture!r}: {error.rstrip('.')}.{others} Download "
         "or copy it again if it may be damaged; else load the model's original weights (safetensors), or pass "
@@ -127,14 +129,15 @@ def cannot(path: str, head: Header, error: str) -> str:
 
 def _without_place(head: Header, model: Any) -> list[str]:
     """Tensors that transformers' older reader, which drops them, knows no parameter for."""
-    from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.integrations.gguf import GGUF_ARCHS
 
     if head.architecture in GGUF_ARCHS:  # the newer reader reports them by itself
         return []
+    from transformers import modeling_gguf_pytorch_utils as reader
+
     kind = reader.TENSOR_PROCESSORS.get(head.architecture, reader.TensorProcessor)
     known = reader.get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
-    # An output matrix beside tied embeddings is theirs; experts are known without their suffix.
+    # Experts are known without their suffix.
     return [n for n in head.tensors if n not in known and n.removesuffix(".weight") not in known]
 
 
