@@ -66,10 +66,11 @@ def load(
     """A model, ready for runs.
 
     Args:
-        source: a hub id, a local folder, `"toy:text"`, or a Hugging Face model in memory (with its `tokenizer`).
+        source: a hub id, a local folder, a `.gguf` file of llama.cpp (dequantised), `"toy:text"`, `"smollm2"` (the real
+            model of docs/real_model.md), or a Hugging Face model in memory (with its `tokenizer`).
         engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
         engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
-        dtype: of the weights (default: as stored).
+        dtype: of the weights (default: as stored; float32 for quantised GGUF files and `"smollm2"`).
         device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate.
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
         revision: of a hub repository.
