@@ -16,8 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import report as report
     from . import score as score
     from . import sites as sites
+    from . import stats as stats
     from . import testing as testing
     from .edits import Edit as Edit
     from .errors import CapabilityError as CapabilityError
@@ -79,7 +81,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("score", "sites", "testing")
+_MODULES = ("report", "score", "sites", "stats", "testing")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -68,9 +68,9 @@ class Result:
         return out
 
     def _repr_html_(self) -> str:
-        from .report.html import STYLE, script
+        from .report.html import fragment
 
-        return f"<style>{STYLE}</style>{self.html()}{script()}"
+        return fragment(self.html())
 
     def save(self, folder: str | Path) -> Path:
         """Write `result.safetensors` and `result.json` into a folder; `load` reads them back."""

@@ -50,7 +50,19 @@ def test_heavy_packages_are_imported_only_where_they_are_used() -> None:
 
 
 def test_light_modules_do_not_import_torch() -> None:
-    for module in ("errors", "sites", "positions", "plugins", "settings", "probe", "scaffold", "cli", "toys.text"):
+    for module in (
+        "errors",
+        "sites",
+        "positions",
+        "plugins",
+        "settings",
+        "probe",
+        "scaffold",
+        "cli",
+        "toys.text",
+        "report",
+        "stats",
+    ):
         code = f"import sys, interp_core.{module}; print('torch' in sys.modules)"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert out.stdout.strip() == "False", module

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import interp_core as ic
-from interp_core.report import colors, html, png
+from interp_core import report
+from interp_core.report import colors, html, png, svg
 from interp_core.result import write
 
 NASTY = "<script>alert('x')</script>\"'&"
@@ -119,3 +123,94 @@ def test_results(tmp_path: Path) -> None:
     (tmp_path / "result.safetensors").write_bytes(b"torn")
     with pytest.raises(ic.LoadError, match="no readable result"):
         Sample.load(tmp_path)
+
+
+def charts(name: str) -> list[report.Chart]:
+    """One of each kind, its texts all the same."""
+    lines = [
+        report.Line(name, [0.1, math.nan, 0.4, 0.9], [(0, 0.2), (0, 0), (0.3, 0.5), (0.8, 1)], base=0.25),
+        report.Line("other", torch.tensor([1.0, 0.5, 0.5, 0.0])),
+    ]
+    bars = [report.Bar(name, 0.5, (0.4, 0.6)), report.Bar("less", -0.25), report.Bar("none", math.nan)]
+    said = {"title": name, "caption": name}
+    return [
+        report.Heatmap(torch.eye(2), [name, "b"], [name, "d"], texts=[[name, ""], ["", name]], ylabel=name, **said),
+        report.Curves(lines, [name, "1", "2", name], base=name, xlabel=name, ylabel=name, **said),
+        report.Curves(lines, ["0", "1", "2", "3"], percent=True),
+        report.Bars(bars, base=0.1, xlabel=name, **said),
+        report.TokenStrip([name, " a", "\n"], [1.0, math.nan, -1.0], spans={name: (0, 2)}, colorbar=name, **said),
+    ]
+
+
+def test_charts_are_pages_and_pictures(tmp_path: Path) -> None:
+    """The same object gives both; texts are escaped in the one, and taken as they are by the other."""
+    for number, chart in enumerate(charts(NASTY)):
+        body = chart.html()
+        assert "<script" not in body and "alert('x')" not in body and not re.search(r"(src|href)=|url\(|https?:", body)
+        assert f"<div class='ic'>{body}" in chart._repr_html_()
+        assert chart.png(tmp_path / "a" / f"{number}.png").stat().st_size > 2000
+    for number, chart in enumerate(charts("$x_")):
+        assert chart.png(tmp_path / f"{number}.png").is_file()
+
+
+def test_curves_are_drawn_where_they_are() -> None:
+    """Heights by hand, gaps where a number lacks, bands, levels and tips; bars begin at 0."""
+    body = charts("x")[2].html()
+    top, height = svg.TOP, svg.HEIGHT
+    heights = [float(y) for y in re.findall(r"<circle cx='[\d.]+' cy='([\d.]+)'", body)]
+    wanted = [top + (1 - share) * height for share in (0.1, 0.4, 0.9, 1.0, 0.5, 0.5, 0.0)]
+    assert heights == pytest.approx(wanted, abs=0.06)  # written with one decimal
+    assert body.count("<polyline") == 3 and body.count("<polygon") == 2 and body.count("stroke-dasharray") == 1
+    assert 'data-tip="x, 2: 40.0% (base 25.0%)\n30.0% to 50.0%"' in body
+    assert re.findall(r">(\d+%)<", body) == ["0%", "25%", "50%", "75%", "100%"]
+    bars = charts("x")[3].html()
+    half, less = ((float(x), float(w)) for x, w in re.findall(r"<rect x='([\d.]+)' y='[\d.]+' width='([\d.]+)'", bars))
+    assert half[0] == pytest.approx(less[0] + less[1], abs=0.11) and half[1] == pytest.approx(2 * less[1], abs=0.11)
+
+
+def test_charts_take_statistics() -> None:
+    """Bands and intervals as `interp_core.stats` gives them."""
+    boot = ic.stats.Bootstrap(resamples=100)
+    values = torch.arange(24.0).view(12, 2)
+    band = boot.band(values, axes=("layer",))
+    line = report.Line.of("drop", band, base=3.0)
+    assert line.values == band.value.tolist() == [11.0, 12.0] and line.bands[1] == (band.low[1], band.high[1])
+    assert report.Curves([line], ["0", "1"]).span[0] < 3
+    bars = report.Bars.of({"a": boot.mean(values[:, 0]), "b": ic.stats.wilson(3, 4)}, xlabel="share")
+    assert [bar.value for bar in bars.bars] == [11.0, 0.75] and bars.bars[1].ends == pytest.approx(
+        (0.3006, 0.9544), abs=1e-4
+    )
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert svg.ticks(0, 1, 5) == [0, 0.25, 0.5, 0.75, 1] and svg.ticks(-0.3, 2.2, 5) == [0, 1, 2]
+    for low, high in ((-3e-7, 5e-7), (0.2, 0.21), (-1234.0, 77.0), (1e9, 2e9)):
+        found = svg.ticks(low, high)
+        assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high
+
+
+def test_charts_refuse_what_does_not_fit() -> None:
+    for message, call in {
+        "values are 1 rows of \\[2\\], the names 2 rows of 2": lambda: report.Heatmap([[1, 2]], ["a", "b"], ["c", "d"]),
+        "texts are 1 rows of \\[1\\]": lambda: report.Heatmap([[1, 2]], ["a"], ["c", "d"], texts=[["x"]]),
+        "line 'a' has 1 values, there are 2 places": lambda: report.Curves([report.Line("a", [1])], ["0", "1"]),
+        "1 values and 2 bands": lambda: report.Curves([report.Line("a", [1], [(0, 1), (0, 1)])], ["0"]),
+        "0 lines over 1 places": lambda: report.Curves([], ["0"]),
+        "Bars: there are none": lambda: report.Bars([]),
+        "1 values for 2 tokens": lambda: report.TokenStrip(["a", "b"], [1.0]),
+        "span 'x' is 1 to 3": lambda: report.TokenStrip(["a", "b"], [1.0, 2.0], spans={"x": (1, 3)}),
+        "takes lists of numbers, not float": lambda: report.TokenStrip(["a"], 1.0),
+    }.items():
+        with pytest.raises(ic.PlanError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("module", [report, ic.stats], ids=["report", "stats"])
+def test_public_names_are_documented(module: Any) -> None:
+    assert module.__all__ == sorted(set(module.__all__)) and inspect.getdoc(module)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert inspect.getdoc(thing), name
+        for attribute, value in vars(thing).items() if inspect.isclass(thing) else ():
+            if not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{attribute}"

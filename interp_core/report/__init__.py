@@ -1,1 +1,32 @@
-"""Pages and pictures from results: self-contained HTML, and PNG where matplotlib is installed (extra `plot`)."""
+"""Pages and pictures from results: charts that are self-contained HTML and, from the same object, PNG.
+
+    from interp_core import report
+
+    chart = report.Curves([report.Line.of("drop", band)], places=layers, ylabel="nats")
+    chart.html()                 # a piece of a page, with tips; a notebook shows it by itself
+    chart.png("drop.png")        # through matplotlib (extra `plot`)
+    report.page("Title", "what it is", [report.Section("Drop by layer", "", chart.html())])
+
+Pages are one file that needs no network, follow the reader's light or dark setting, and escape every text that they are
+given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers.
+"""
+
+from .charts import Bar, Bars, Chart, Curves, Heatmap, Line, TokenStrip
+from .html import Section, escape, number, page, short, table, visible
+
+__all__ = [
+    "Bar",
+    "Bars",
+    "Chart",
+    "Curves",
+    "Heatmap",
+    "Line",
+    "Section",
+    "TokenStrip",
+    "escape",
+    "number",
+    "page",
+    "short",
+    "table",
+    "visible",
+]

@@ -1,4 +1,4 @@
-"""Two colour scales: white to deep blue for amounts, blue over white to red for signed values."""
+"""Two colour scales, white to deep blue for amounts, blue over white to red for signed values; and colours of lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 _AMOUNT = ((248, 250, 253), (198, 219, 243), (117, 170, 219), (38, 110, 178), (9, 48, 107))
 _SIGNED = ((33, 84, 158), (146, 190, 226), (250, 250, 250), (240, 164, 136), (178, 32, 44))
 _MISSING = "#ececec"
+SERIES = ("#2f6fb0", "#c2571a", "#3d8f5a", "#7b4fa3", "#b0325f", "#5b6b7a")
+"""Of lines and bars on white."""
+DARK = ("#6fa9e3", "#ee9159", "#6cc38b", "#b595dc", "#e8789d", "#9fb0bf")
+"""The same on dark pages."""
 
 
 def limits_of(values: Iterable[Sequence[float]], diverging: bool) -> tuple[float, float]:

@@ -7,10 +7,32 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .colors import css, limits_of
+from .colors import DARK, SERIES, css, limits_of
 
-STYLE = """
-.ic{--ink:#1b1f24;--soft:#667085;--line:#e4e7ec;--card:#fff;font:15px/1.55 system-ui,sans-serif;color:var(--ink)}
+_LIGHT = {"ink": "#1b1f24", "soft": "#667085", "line": "#e4e7ec", "card": "#fff", "back": "#f2f4f7", "code": "#f6f7f9"}
+_NIGHT = {
+    "ink": "#e6e9ee",
+    "soft": "#9aa4b2",
+    "line": "#3a424d",
+    "card": "#1c2128",
+    "back": "#12161b",
+    "code": "#262d36",
+}
+
+
+def _colours(named: Mapping[str, str], series: Sequence[str]) -> str:
+    """Style sheet variables."""
+    return ";".join(
+        f"--{name}:{value}" for name, value in {**named, **{f"s{i}": c for i, c in enumerate(series)}}.items()
+    )
+
+
+STYLE = (
+    f"""
+.ic{{{_colours(_LIGHT, SERIES)};color-scheme:light dark}}
+@media(prefers-color-scheme:dark){{.ic{{{_colours(_NIGHT, DARK)}}}}}
+"""
+    + """.ic{background:var(--back);font:15px/1.55 system-ui,sans-serif;color:var(--ink)}
 .ic h1{font-size:1.7rem;margin:0 0 .3rem;letter-spacing:-.02em}.ic h2{font-size:1.15rem;margin:0 0 .4rem}
 .ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic .soft{color:var(--soft)}
 .ic section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.3rem;margin:1.1rem 0}
@@ -21,15 +43,19 @@ STYLE = """
 .ic table.grid td{text-align:center;font-family:ui-monospace,monospace;min-width:2.2rem;cursor:default}
 .ic table.rows td{border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
 .ic code,.ic pre{font-family:ui-monospace,monospace;font-size:12.5px}
-.ic pre{background:#f6f7f9;border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
+.ic pre{background:var(--code);border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
 .ic .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:.8rem}.ic .pair pre{margin:0}
-.ic .tokens span{font-family:ui-monospace,monospace;white-space:pre;border-radius:3px;padding:.08rem 0}
+.ic .tokens{line-height:1.9}.ic .tokens span{font-family:ui-monospace,monospace;white-space:pre-wrap;border-radius:3px;padding:.08rem 0}
+.ic .spans b{font-weight:500;border-bottom:3px solid;margin-right:.8rem;color:inherit}
 .ic figcaption{color:var(--soft);font-size:13px;margin-top:.5rem}.ic figure{margin:.4rem 0}
 .ic .bar{display:inline-block;width:9rem;height:.7rem;border-radius:3px;vertical-align:middle;margin:0 .4rem}
 .ic-tip{position:fixed;z-index:9;pointer-events:none;background:#1b1f24;color:#fff;border-radius:7px;padding:.45rem .65rem;
 font:12px/1.45 ui-monospace,monospace;white-space:pre;max-width:30rem;opacity:0;transition:opacity .08s}
 """
-_PAGE_STYLE = "body{background:#f2f4f7;margin:0}.ic{max-width:64rem;margin:0 auto;padding:2rem 1.2rem}"
+)
+_PAGE_STYLE = (
+    "body{margin:0}main.ic{min-height:100vh;box-sizing:border-box;padding:2rem max(1.2rem,(100vw - 61.6rem)/2)}"
+)
 _SCRIPT = """
 (()=>{if(window.icTip)return;const t=window.icTip=document.createElement('div');t.className='ic-tip';
 document.body.append(t);document.addEventListener('mousemove',e=>{const c=e.target.closest&&e.target.closest('[data-tip]');
@@ -50,6 +76,11 @@ class Section(NamedTuple):
 def script() -> str:
     """The few lines of JavaScript that show tooltips."""
     return f"<script>{_SCRIPT}</script>"
+
+
+def fragment(body: str) -> str:
+    """A piece of a page that stands by itself, for notebooks."""
+    return f"<style>{STYLE}</style><div class='ic'>{body}</div>{script()}"
 
 
 def page(title: str, intro: str, sections: Sequence[Section]) -> str:
@@ -106,23 +137,57 @@ def heatmap(
             text = short(visible(texts[i][j])) if texts else ""
             cells.append(f"<td style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>")
         lines.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
-    stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
-    bar = f"{number(low)}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{number(high)}"
+    bar = _scale(low, high, diverging)
     return (
         f"<figure><div class='scroll'><table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>"
         f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
     )
 
 
-def tokens(labels: Sequence[str], values: Sequence[float], *, diverging: bool = False, caption: str = "") -> str:
-    """A text whose tokens are coloured by a number each."""
-    low, high = limits_of([values], diverging)
-    spans = []
-    for label, value in zip(labels, values, strict=True):
+def tokens(
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    diverging: bool = False,
+    limits: tuple[float, float] | None = None,
+    spans: Mapping[str, tuple[int, int]] | None = None,
+    caption: str = "",
+    scale: str = "",
+) -> str:
+    """A text whose tokens are coloured by a number each; named spans are underlined."""
+    low, high = limits or limits_of([values], diverging)
+    marks = _marks(spans or {}, len(labels))
+    parts = []
+    for label, value, (mark, within) in zip(labels, values, marks, strict=True):
         back, ink = css(value, low, high, diverging)
-        tip = escape(f"{visible(label)}: {number(value)}")
-        spans.append(f"<span style='background:{back};color:{ink}' data-tip=\"{tip}\">{escape(label)}</span>")
-    return f"<figure><div class='tokens'>{''.join(spans)}</div><figcaption>{escape(caption)}</figcaption></figure>"
+        tip = escape(f"{visible(label)}: {number(value)}{within}")
+        style = f"background:{back};color:{ink}{mark}"
+        parts.append(f"<span style='{style}' data-tip=\"{tip}\">{escape(label)}</span>")
+    named = "".join(f"<b style='border-color:{_span_ink(i)}'>{escape(name)}</b>" for i, name in enumerate(spans or {}))
+    legend = f"<div class='spans'>{named}</div>" if named else ""
+    bar = f"{escape(scale)} {_scale(low, high, diverging)}<br>{escape(caption)}"
+    return f"<figure><div class='tokens'>{''.join(parts)}</div><figcaption>{legend}{bar}</figcaption></figure>"
+
+
+def _span_ink(i: int) -> str:
+    number_of = (i + 1) % len(SERIES)
+    return f"var(--s{number_of},{SERIES[number_of]})"
+
+
+def _marks(spans: Mapping[str, tuple[int, int]], count: int) -> list[tuple[str, str]]:
+    """Each token's underline, and the names of the spans that it is in; where spans overlap, the last one's line shows."""
+    marks = [("", "")] * count
+    for i, (name, (start, stop)) in enumerate(spans.items()):
+        for place in range(start, stop):
+            line = f";border-bottom:3px solid {_span_ink(i)};border-radius:0"
+            marks[place] = (line, f"{marks[place][1]}\n{name}")
+    return marks
+
+
+def _scale(low: float, high: float, diverging: bool) -> str:
+    """A colour bar between its ends."""
+    stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
+    return f"{number(low)}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{number(high)}"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,11 +6,20 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CapabilityError
-from .colors import _AMOUNT, _MISSING, _SIGNED, css, limits_of
-from .html import short, visible
+from .colors import _AMOUNT, _MISSING, _SIGNED, SERIES, css, limits_of
+from .html import number, short, visible
+from .svg import ticks, written
 
+if TYPE_CHECKING:
+    from .charts import Bars, Curves, TokenStrip
+
+COLUMNS = 90
+"""Letters in a line of a coloured text."""
+LETTER = 0.062
+"""Inches that a letter takes of a coloured text: 0.6 of its height, which is in points of 1/72 inch."""
 SIDE = 24.0
 """Inches that the cells of a picture take at most, along either side."""
 
@@ -25,6 +34,7 @@ def heatmap(
     diverging: bool = False,
     limits: tuple[float, float] | None = None,
     title: str = "",
+    xlabel: str = "",
     ylabel: str = "",
     colorbar: str = "",
 ) -> Path:
@@ -33,19 +43,13 @@ def heatmap(
     Raises:
         CapabilityError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LinearSegmentedColormap
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CapabilityError("pictures need matplotlib: pip install 'interp-core[plot]'") from error
     low, high = limits or limits_of(values, diverging)
     stops = [tuple(channel / 255 for channel in stop) for stop in (_SIGNED if diverging else _AMOUNT)]
     wide, tall = min(0.72 if texts else 0.42, SIDE / len(columns)), min(0.36, SIDE / len(rows))
-    figure = Figure(figsize=(1.9 + wide * len(columns), 1.2 + tall * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _canvas(1.9 + wide * len(columns), 1.2 + tall * len(rows))
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+
     scale = LinearSegmentedColormap.from_list("ic", stops).with_extremes(bad=_MISSING)
     image = axes.imshow(values, cmap=scale, vmin=low, vmax=high, aspect="auto")
     with matplotlib.rc_context({"font.size": 8}):
@@ -53,6 +57,7 @@ def heatmap(
         axes.set_xticks(some, [visible(columns[i]) for i in some], rotation=60, ha="right", fontsize=7)
         axes.set_yticks(few, [rows[i] for i in few], fontsize=7)
         axes.set_title(textwrap.fill(title, max(20, int(11 * figure.get_figwidth()))), fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=8)
         axes.set_ylabel(ylabel, fontsize=8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -66,6 +71,137 @@ def heatmap(
         bar.set_label(colorbar, fontsize=7)
         bar.ax.tick_params(labelsize=6, length=0)
         bar.outline.set_visible(False)
+    return _saved(figure, path)
+
+
+def curves(path: str | Path, chart: Curves) -> Path:
+    """Lines with bands as a picture."""
+    places, low, high = [str(place) for place in chart.places], *chart.span
+    figure, axes = _canvas(6.4, 3.2)
+    across = range(len(places))
+    for series, line in enumerate(chart.lines):
+        ink = SERIES[series % len(SERIES)]
+        axes.plot(across, line.values, color=ink, marker="o", markersize=3.5, linewidth=1.6, label=_text(line.name))
+        if line.bands is not None:
+            axes.fill_between(across, *zip(*line.bands, strict=True), color=ink, alpha=0.15, linewidth=0)
+        if line.base is not None:
+            axes.axhline(line.base, color=ink, linestyle="--", linewidth=1)
+    longest = max(map(len, places)) * 0.07 + 0.1
+    some = range(0, len(places), max(1, len(places) // 16, math.ceil(longest * len(places) / 5.6)))
+    axes.set_xticks(some, [_text(places[i]) for i in some], fontsize=7)
+    axes.set_yticks(ticks(low, high, 5), [written(tick, chart.percent) for tick in ticks(low, high, 5)], fontsize=7)
+    room = 0.015 * (high - low)  # half a marker
+    axes.set_ylim(low - room, high + room)
+    axes.margins(x=0.02)
+    axes.grid(axis="y", color="#e4e7ec", linewidth=0.8)
+    axes.legend(fontsize=7, frameon=False)
+    _dressed(axes, chart.title, chart.xlabel, chart.ylabel)
+    return _saved(figure, path)
+
+
+def bars(path: str | Path, chart: Bars) -> Path:
+    """Bars with intervals as a picture."""
+    low, high = chart.span
+    figure, axes = _canvas(6.4, 0.9 + 0.3 * len(chart.bars))
+    rows = range(len(chart.bars))
+    axes.barh(rows, [bar.value for bar in chart.bars], height=0.62, color=SERIES[0], alpha=0.75)
+    for row, bar in enumerate(chart.bars):
+        if bar.ends is not None:
+            axes.plot(bar.ends, (row, row), color="#1b1f24", linewidth=1.2, marker="|", markersize=6)
+        place = {"xy": (1.01, row), "xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+        axes.annotate(written(bar.value, chart.percent, 1), **place)
+    if chart.base is not None:
+        axes.axvline(chart.base, color=SERIES[1], linestyle="--", linewidth=1)
+    axes.set_yticks(rows, [_text(short(bar.name, 40)) for bar in chart.bars], fontsize=7)
+    axes.set_xticks(ticks(low, high), [written(tick, chart.percent) for tick in ticks(low, high)], fontsize=7)
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(chart.bars) - 0.5, -0.5)
+    axes.grid(axis="x", color="#e4e7ec", linewidth=0.8)
+    _dressed(axes, chart.title, chart.xlabel, "")
+    return _saved(figure, path)
+
+
+def strip(path: str | Path, chart: TokenStrip) -> Path:
+    """A coloured text as a picture, in lines of `COLUMNS` letters."""
+    low, high = chart.limits or limits_of([chart.values], chart.diverging)
+    placed, lines = _laid_out(chart.tokens)
+    wide = max(40, *(column + len(text) for _, _, column, text in placed))
+    figure, axes = _canvas(0.1 + wide * LETTER, 0.5 + 0.24 * lines + 0.2 * bool(chart.spans))
+    inks = {name: SERIES[(i + 1) % len(SERIES)] for i, name in enumerate(chart.spans or {})}
+    for number_of, row, column, text in placed:
+        back, ink = css(chart.values[number_of], low, high, chart.diverging)
+        axes.broken_barh([(column, len(text))], (row + 0.12, 0.8), facecolor=back)
+        how = {
+            "ha": "left",
+            "va": "center",
+            "fontsize": 112 * LETTER,
+            "family": "monospace",
+            "color": ink,
+            "parse_math": False,
+        }
+        axes.text(column, row + 0.5, text, **how)
+        for name, (start, stop) in (chart.spans or {}).items():
+            if start <= number_of < stop:
+                axes.plot((column, column + len(text)), (row + 0.96, row + 0.96), color=inks[name], linewidth=1.6)
+    for i, (name, ink) in enumerate(inks.items()):
+        axes.text(i * 20, lines + 0.6, short(name, 18), fontsize=7, color=ink, va="center", parse_math=False)
+    axes.set_xlim(0, wide)
+    axes.set_ylim(lines + bool(inks), 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    ends = f"{chart.colorbar + ': ' if chart.colorbar else ''}{number(low)} to {number(high)}"
+    _dressed(axes, f"{chart.title}\n{ends}" if chart.title else ends, "", "")
+    return _saved(figure, path)
+
+
+def _laid_out(tokens: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int]:
+    """Pieces of tokens with their line and column, and how many lines there are; tokens break where a line is full."""
+    pieces, row, column = [], 0, 0
+    for number_of, token in enumerate(tokens):
+        shown = visible(token).replace("·", " ", 1) if token.startswith(" ") else visible(token)
+        while shown:
+            if column == COLUMNS:
+                row, column = row + 1, 0
+            piece, shown = shown[: COLUMNS - column], shown[COLUMNS - column :]
+            pieces.append((number_of, row, column, piece))
+            column += len(piece)
+        if token.endswith("\n"):
+            row, column = row + 1, 0
+    return pieces, row + bool(column)
+
+
+def _canvas(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches, and its axes.
+
+    Raises:
+        CapabilityError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CapabilityError("pictures need matplotlib: pip install 'interp-core[plot]'") from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _dressed(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
+    """Titles, and no frame."""
+    axes.set_title(textwrap.fill(title, 70, replace_whitespace=False), fontsize=9, parse_math=False)
+    axes.set_xlabel(xlabel, fontsize=8, parse_math=False)
+    axes.set_ylabel(ylabel, fontsize=8, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _text(label: str) -> str:
+    """A label that matplotlib takes as it stands."""
+    return label.replace("$", r"\$")
+
+
+def _saved(figure: Any, path: str | Path) -> Path:
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)

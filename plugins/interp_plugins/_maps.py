@@ -150,7 +150,6 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
         PlanError: rows have different numbers of them.
     """
     from interp_core.positions import ALL, format_position, position, resolve
-    from interp_core.report.html import visible
 
     where = position(place)
     columns = resolve(where, tokens.rows)
@@ -163,7 +162,7 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
     if not single_place(place):
         return "all positions" if where == ALL else format_position(where)
     rows = zip(tokens.labels, tokens.rows.real, columns, strict=True)
-    words = {visible(labels[list(real).index(found[0])]) for labels, real, found in rows}
+    words = {ic.report.visible(labels[list(real).index(found[0])]) for labels, real, found in rows}
     return f"{format_position(where)} {words.pop()}" if len(words) == 1 else format_position(where)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from interp_core import report
+
 from ._contrast import SHARE
 
 WIDEST = 32
@@ -28,26 +30,19 @@ class Picture(NamedTuple):
 
 def pages(pictures: Sequence[Picture], unit: str, note: str) -> str:
     """Heatmaps below each other, and what is to be said of them. Cells say their whole number when pointed at."""
-    from interp_core.report.html import escape, heatmap
-
-    grids = [
-        heatmap(
-            one.values, one.rows, one.columns, texts=texts(one.values, unit), diverging=True, limits=one.limits,
-            caption=f"{one.title} ({unit})",
-        )
-        for one in pictures
-    ]  # fmt: skip
-    return "".join(grids) + f"<pre>{escape(note)}</pre>"
+    return "".join(drawn(one, unit).html() for one in pictures) + f"<pre>{report.escape(note)}</pre>"
 
 
 def picture(path: str | Path, one: Picture, unit: str) -> Path:
     """A heatmap as a file."""
-    from interp_core.report.png import heatmap
+    return drawn(one, unit, WIDEST).png(path)
 
-    cells = texts(one.values, unit) if len(one.columns) <= WIDEST else None
-    return heatmap(
-        path, one.values, one.rows, one.columns, texts=cells, diverging=True, limits=one.limits, title=one.title,
-        colorbar=unit,
+
+def drawn(one: Picture, unit: str, widest: float = math.inf) -> report.Heatmap:
+    """A matrix as a chart; of more columns than `widest`, without numbers in its cells."""
+    return report.Heatmap(
+        one.values, one.rows, one.columns, texts=texts(one.values, unit) if len(one.columns) <= widest else None,
+        diverging=True, limits=one.limits, title=one.title, caption=f"{one.title} ({unit})", colorbar=unit,
     )  # fmt: skip
 
 

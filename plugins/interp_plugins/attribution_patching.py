@@ -25,6 +25,7 @@ add up to that of patching all its heads and places together, as steps grow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -261,19 +262,10 @@ def agreement(
     sides = [side.flatten(1).double() for side in (estimated, exact)]
     a, b = (side.where(side.abs() > ROUNDING * side.abs().amax(1, keepdim=True), 0) for side in sides)
     rows = range(len(a))
-    pearson = torch.stack([_correlation(a[i], b[i]) for i in rows])
-    spearman = torch.stack([_correlation(ranks(a[i]), ranks(b[i])) for i in rows])
+    pearson, spearman = (
+        torch.tensor([correlation(a[i], b[i]) if len(a[i]) > 1 else math.nan for i in rows])
+        for correlation in (ic.stats.pearson, ic.stats.spearman)
+    )
     tops = [[set(x[i].abs().topk(top_k).indices.tolist()) for x in (a, b)] for i in rows]
     overlap = torch.tensor([len(mine & right) / top_k for mine, right in tops])
-    return Agreement(pearson.float(), spearman.float(), overlap)
-
-
-def _correlation(a: Float[Tensor, " patch"], b: Float[Tensor, " patch"]) -> Float[Tensor, ""]:
-    return torch.corrcoef(torch.stack([a, b]))[0, 1] if len(a) > 1 else a.new_tensor(float("nan"))
-
-
-def ranks(values: Float[Tensor, " patch"]) -> Float[Tensor, " patch"]:
-    """Ranks from 1; equal values share their mean rank."""
-    _, where, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).to(values)
-    return (last - (counts.to(values) - 1) / 2)[where]
+    return Agreement(pearson, spearman, overlap)

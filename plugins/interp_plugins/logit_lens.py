@@ -110,27 +110,27 @@ class LogitLensResult(ic.Result):
         return rows
 
     def __str__(self) -> str:
-        from interp_core.report.html import visible
-
         lines = []
         for row, tokens in enumerate(self.tokens):
-            cells = [["", *map(visible, tokens)]]
-            cells += [[name, *map(visible, line)] for name, line in zip(self.layers, self.tops(row), strict=True)]
+            cells = [["", *map(ic.report.visible, tokens)]]
+            cells += [
+                [name, *map(ic.report.visible, line)] for name, line in zip(self.layers, self.tops(row), strict=True)
+            ]
             widths = [min(max(len(line[i]) for line in cells), 10) for i in range(len(cells[0]))]
             lines += ["  ".join(c[:w].ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         return "\n".join(lines)
 
     def _tips(self, row: int) -> list[list[str]]:
-        from interp_core.report.html import visible
-
         tips = []
         for layer, name in enumerate(self.layers):
             line = []
             for p, token in enumerate(self.tokens[row]):
                 tops = zip(self.top_ids[row, layer, p].tolist(), self.top_logprob[row, layer, p].tolist(), strict=True)
-                head = f"layer {name}, after {visible(token)}\n"
-                body = "".join(f"{visible(self.word(i)):12} {torch.tensor(lp).exp():6.1%}\n" for i, lp in tops)
-                target = visible(self.word(int(self.target_ids[row, p])))
+                head = f"layer {name}, after {ic.report.visible(token)}\n"
+                body = "".join(
+                    f"{ic.report.visible(self.word(i)):12} {torch.tensor(lp).exp():6.1%}\n" for i, lp in tops
+                )
+                target = ic.report.visible(self.word(int(self.target_ids[row, p])))
                 rank = int(self.target_rank[row, layer, p])
                 tail = f"{target}: rank {rank}, {self.target_logprob[row, layer, p]:.2f} nats\n"
                 tail += f"entropy {self.entropy[row, layer, p]:.2f}, KL to final {self.kl[row, layer, p]:.2f}"
@@ -138,39 +138,20 @@ class LogitLensResult(ic.Result):
             tips.append(line)
         return tips
 
+    def _grid(self, row: int) -> ic.report.Heatmap:
+        return ic.report.Heatmap(
+            self.target_logprob[row].exp(), self.layers, self.tokens[row], texts=self.tops(row), tips=self._tips(row),
+            limits=(0.0, 1.0), title="Logit lens", ylabel="layer", colorbar="probability of the target",
+            caption="Likeliest token after each layer; colour: probability of the token that the model ends up with.",
+        )  # fmt: skip
+
     def html(self) -> str:
         """One grid per batch row: the likeliest token of each layer, coloured by the target's probability."""
-        from interp_core.report.html import heatmap
-
-        caption = "Likeliest token after each layer; colour: probability of the token that the model ends up with."
-        return "".join(
-            heatmap(
-                self.target_logprob[row].exp().tolist(),
-                self.layers,
-                self.tokens[row],
-                texts=self.tops(row),
-                tips=self._tips(row),
-                limits=(0.0, 1.0),
-                caption=caption,
-            )
-            for row in range(len(self.tokens))
-        )
+        return "".join(self._grid(row).html() for row in range(len(self.tokens)))
 
     def png(self, path: str | Path, row: int = 0) -> Path:
         """The grid of one batch row as a picture."""
-        from interp_core.report.png import heatmap
-
-        return heatmap(
-            path,
-            self.target_logprob[row].exp().tolist(),
-            self.layers,
-            self.tokens[row],
-            texts=self.tops(row),
-            limits=(0.0, 1.0),
-            title="Logit lens",
-            ylabel="layer",
-            colorbar="probability of the target",
-        )
+        return self._grid(row).png(path)
 
 
 class LogitLens(ic.Method):

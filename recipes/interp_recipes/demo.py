@@ -28,7 +28,6 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import score
 from interp_core import sites as S
-from interp_core.report import html, png
 from interp_core.result import write
 
 STORY = "Once upon a time, there was a little {}. The little {} was very happy. One day, the little"
@@ -259,25 +258,33 @@ def write_report(out: Path, model: ic.Model, task: Task, found: Findings) -> Pat
     note = "Corrupted prompts with one head's z at the last token taken from the clean run: share of the gap restored."
     found.lens.save(out / "lens")
     found.lens.png(out / "lens.png")
-    title, bar = "Heads that carry the answer", "share of the gap restored"
-    png.heatmap(out / "patching.png", values, rows, columns, texts=texts, diverging=True, title=title, colorbar=bar)
-    grid = html.heatmap(values, rows, columns, texts=texts, diverging=True, caption=note)
-    pair = "".join(f"<pre>{html.escape((tokens.texts or ('',))[0])}</pre>" for tokens in (task.clean, task.corrupted))
-    said = "".join(f"<li>{html.escape(line)}</li>" for line in found.sentences())
-    steered = html.table(found.steered) + f"<pre>{html.escape(found.made.receipts[0])}</pre>"
+    grid = ic.report.Heatmap(
+        values, rows, columns, texts=texts, diverging=True, title="Heads that carry the answer", caption=note,
+        colorbar="share of the gap restored",
+    )  # fmt: skip
+    grid.png(out / "patching.png")
+    pair = "".join(
+        f"<pre>{ic.report.escape((tokens.texts or ('',))[0])}</pre>" for tokens in (task.clean, task.corrupted)
+    )
+    said = "".join(f"<li>{ic.report.escape(line)}</li>" for line in found.sentences())
+    steered = ic.report.table(found.steered) + f"<pre>{ic.report.escape(found.made.receipts[0])}</pre>"
     sections = [
-        html.Section("What came out", "", f"<ul>{said}</ul>"),
-        html.Section("The prompts", f"{task.story} Left clean, right corrupted.", f"<div class='pair'>{pair}</div>"),
-        html.Section("Logit lens", "What each layer would say if the model stopped there.", found.lens.html()),
-        html.Section("Which heads decide", "", grid),
-        html.Section(
-            "Is that true?", "Named heads and others set to their mean over tasks.", html.table(found.ablated)
+        ic.report.Section("What came out", "", f"<ul>{said}</ul>"),
+        ic.report.Section(
+            "The prompts", f"{task.story} Left clean, right corrupted.", f"<div class='pair'>{pair}</div>"
         ),
-        html.Section("Where it can be moved", "The mean difference added after each layer.", html.table(found.layers)),
-        html.Section("Steered generation", "The same difference, added at every new token.", steered),
-        html.Section("What this model has", "", f"<pre>{html.escape(model.sites)}</pre>"),
+        ic.report.Section("Logit lens", "What each layer would say if the model stopped there.", found.lens.html()),
+        ic.report.Section("Which heads decide", "", grid.html()),
+        ic.report.Section(
+            "Is that true?", "Named heads and others set to their mean over tasks.", ic.report.table(found.ablated)
+        ),
+        ic.report.Section(
+            "Where it can be moved", "The mean difference added after each layer.", ic.report.table(found.layers)
+        ),
+        ic.report.Section("Steered generation", "The same difference, added at every new token.", steered),
+        ic.report.Section("What this model has", "", f"<pre>{ic.report.escape(model.sites)}</pre>"),
     ]
-    write(out / "report.html", html.page("interp_core demo", repr(model), sections))
+    write(out / "report.html", ic.report.page("interp_core demo", repr(model), sections))
     return out / "report.html"
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.page import Line, curves
+from interp_plugins.function_vectors.page import accuracy_curves, heads_map
 from interp_plugins.function_vectors.related import Related
 
 import interp_core as ic
-from interp_core.report import html, png
+from interp_core import report
 from interp_core.result import write
 
 from .fv_folder import Folder
@@ -83,49 +83,39 @@ def write_task(folder: Folder, model: ic.Model, found: Findings) -> None:
     folder.table("examples.csv", found.examples)
     if found.baseline:
         folder.table("baseline.csv", shots_table(found.baseline))
-    title, bar = f"Heads of {found.task.name}", "average indirect effect"
-
-    def draw(path: Path) -> None:
-        png.heatmap(path, found.aie.nan_to_num().tolist(), *_axes(found), diverging=True, title=title, colorbar=bar)
-
-    folder.picture("heads.png", draw)
-    made = html.Section("How it was made", "", f"<pre>{html.escape(json.dumps(folder.args, indent=2))}</pre>")
-    folder.write("report.html", html.page(f"Function vector: {found.task.name}", repr(model), [*sections(found), made]))
+    folder.picture("heads.png", _map(found).png)
+    made = report.Section("How it was made", "", f"<pre>{report.escape(json.dumps(folder.args, indent=2))}</pre>")
+    folder.write(
+        "report.html", report.page(f"Function vector: {found.task.name}", repr(model), [*sections(found), made])
+    )
 
 
-def sections(found: Findings) -> list[html.Section]:
+def sections(found: Findings) -> list[report.Section]:
     """The page of one task."""
-    said = "".join(f"<li>{html.escape(line)}</li>" for line in sentences(found))
-    note = (
-        "Probability of the answer that each head's mean gives back, where the shots' answers are shuffled; the mean "
-    )
-    grid = html.heatmap(
-        found.aie.nan_to_num().tolist(), *_axes(found), diverging=True, caption=f"{note}over prompts (AIE)."
-    )
-    top = html.table([{"layer": a, "head": b, "AIE": aie} for a, b, aie in found.vector.heads[:20]])
+    said = "".join(f"<li>{report.escape(line)}</li>" for line in sentences(found))
+    top = report.table([{"layer": a, "head": b, "AIE": aie} for a, b, aie in found.vector.heads[:20]])
     gap = f"AIE of the last chosen head minus that of the next one: {fv.gap(found.aie, len(found.vector.heads)):.3g}."
-    places = [str(layer) for layer in found.zero.layers]
-    lines = [Line(one.name, one.accuracies(), one.bands(), one.accuracy()) for one in (found.zero, found.shuffled)]
-    chart = curves(lines, places, "Layer after which the vector is added; bands of 95 %; dashed: without it.")
-    if len(places) == 1:
-        chart = html.table(percents(layers_table(found)))
+    note = "Layer after which the vector is added; bands of 95 %; dashed: without it."
+    chart = accuracy_curves((found.zero, found.shuffled), found.zero.layers, note).html()
+    if len(found.zero.layers) == 1:
+        chart = report.table(percents(layers_table(found)))
     pages = [
-        html.Section("What came out", str(found.task), f"<ul>{said}</ul>"),
-        html.Section("Which heads carry the task", gap, grid + top),
-        html.Section("Accuracy by layer", "Test rows that the model answers with shots.", chart),
-        html.Section(
+        report.Section("What came out", str(found.task), f"<ul>{said}</ul>"),
+        report.Section("Which heads carry the task", gap, _map(found).html() + top),
+        report.Section("Accuracy by layer", "Test rows that the model answers with shots.", chart),
+        report.Section(
             "Before and after",
             f"What the model says without the vector, and with it after layer {found.choice.layer}: with no shots, and "
             "after shots with shuffled answers.",
-            html.table([{**row, "hit": "✓" if row["with vector"] == row["answer"] else ""} for row in found.examples]),
+            report.table([{**row, "hit": "✓" * (row["with vector"] == row["answer"])} for row in found.examples]),
         ),
-        html.Section(
+        report.Section(
             "What the vector says", "Likeliest tokens when it is read out alone.",
-            html.table([{"token": html.visible(word), "probability": p} for word, p in found.words]),
+            report.table([{"token": report.visible(word), "probability": p} for word, p in found.words]),
         ),
     ]  # fmt: skip
     if found.baseline:
-        pages.append(html.Section("With shots, without a vector", "", html.table(shots_table(found.baseline))))
+        pages.append(report.Section("With shots, without a vector", "", report.table(shots_table(found.baseline))))
     return pages
 
 
@@ -133,12 +123,9 @@ def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Relat
     """Table, picture and page of several tasks."""
     folder = Folder(out, {}, ())
     folder.table("tasks.csv", found.table())
-    names = found.tasks
-
-    def draw(path: Path) -> None:
-        png.heatmap(path, found.similarity.tolist(), names, names, diverging=True, limits=(-1, 1), title="Similarity")
-
-    folder.picture("similarity.png", draw)
+    names, ends = found.tasks, (-1, 1)
+    alike = report.Heatmap(found.similarity, names, names, diverging=True, limits=ends, title="Similarity")
+    folder.picture("similarity.png", alike.png)
     rows = [
         {
             "task": one.task.name, "test rows": len(one.task.test), "with shots": one.few,
@@ -149,16 +136,16 @@ def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Relat
         }
         for one in done
     ]  # fmt: skip
-    links = " · ".join(f"<a href='{html.escape(one.task.name)}/report.html'>{one.task.name}</a>" for one in done)
+    links = " · ".join(f"<a href='{report.escape(one.task.name)}/report.html'>{one.task.name}</a>" for one in done)
     pages = [
-        html.Section(
+        report.Section(
             "Each task with its own heads",
             "The layer is chosen on validation rows.",
-            html.table(percents(rows)) + links,
+            report.table(percents(rows)) + links,
         ),
-        html.Section("One set of heads for all, differences, similarities", "", f"{_pre(found)}{found.html()}"),
+        report.Section("One set of heads for all, differences, similarities", "", f"{_pre(found)}{found.html()}"),
     ]
-    write(out / "report.html", html.page(f"Function vectors of {len(done)} tasks", repr(model), pages))
+    write(out / "report.html", report.page(f"Function vectors of {len(done)} tasks", repr(model), pages))
     return out / "report.html"
 
 
@@ -168,8 +155,9 @@ def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _pre(found: Related) -> str:
-    return f"<pre>{html.escape(chr(10).join(str(found).splitlines()[-2:]))}</pre>"
+    return f"<pre>{report.escape(chr(10).join(str(found).splitlines()[-2:]))}</pre>"
 
 
-def _axes(found: Findings) -> tuple[list[str], list[str]]:
-    return [f"layer {i}" for i in range(len(found.aie))], [f"head {i}" for i in range(found.aie.shape[1])]
+def _map(found: Findings) -> report.Heatmap:
+    note = "Probability of the answer that each head's mean gives back, where the shots' answers are shuffled; the mean"
+    return heads_map(found.aie, f"Heads of {found.task.name}", f"{note} over prompts (AIE).")

@@ -33,6 +33,7 @@ from .effects import average, gap, indirect_effect, top_heads
 from .evaluate import Evaluation, evaluate, questions
 from .inject import injection
 from .means import BATCH, mean_head_activations
+from .page import accuracy_curves, heads_map
 from .tasks import Pair, Task, load_task
 from .template import Template
 from .trials import Trials, fixed_trials
@@ -169,40 +170,28 @@ class FunctionVectorsResult(ic.Result):
 
     def html(self) -> str:
         """Map of heads, accuracies by layer, what the vector says, and the texts before and after."""
-        from interp_core.report.html import escape, heatmap, table, visible
-
-        from .page import Line, curves
-
-        grid = heatmap(
-            self.aie.nan_to_num().tolist(), *self._labels(), diverging=True,
-            caption=f"Average indirect effect of {self.task}: probability that each head's mean gives back.",
-        )  # fmt: skip
-        lines = [Line(n, e.accuracies(), e.bands(), e.accuracy()) for n, e in self.evaluations.items()]
-        chart = curves(lines, [str(layer) for layer in self.edit_layers], "Accuracy by layer of injection, 95 % bands.")
-        said = table([{"token": visible(word), "probability": p} for word, p in self.words])
+        found, note = self.evaluations, "Accuracy by layer of injection, 95 % bands."
+        chart = accuracy_curves(found.values(), self.edit_layers, note).html() if found else ""
+        said = ic.report.table([{"token": ic.report.visible(word), "probability": p} for word, p in self.words])
         texts = [
-            heatmap(
-                self.top_logprob[row].exp().tolist(), self.runs, [str(i + 1) for i in range(self.top_ids.shape[2])],
+            ic.report.Heatmap(
+                self.top_logprob[row].exp(), self.runs, [str(i + 1) for i in range(self.top_ids.shape[2])],
                 texts=[[self.vocab[str(i)] for i in line] for line in self.top_ids[row].tolist()],
                 limits=(0.0, 1.0), caption=f"Likeliest tokens after … {text}",
-            )
+            ).html()
             for row, text in enumerate(self.texts)
         ]  # fmt: skip
-        heads = table([{"layer": layer, "head": head, "AIE": aie} for layer, head, aie in self.heads])
-        gap = escape(f"AIE of the last head minus that of the next one: {self.gap:.3g}")
-        return f"{grid}{heads}<p>{gap}</p>{chart if lines else ''}{said}{''.join(texts)}"
+        heads = ic.report.table([{"layer": layer, "head": head, "AIE": aie} for layer, head, aie in self.heads])
+        gap = ic.report.escape(f"AIE of the last head minus that of the next one: {self.gap:.3g}")
+        return f"{self._map().html()}{heads}<p>{gap}</p>{chart}{said}{''.join(texts)}"
 
     def png(self, path: str | Path) -> Path:
         """The map of heads as a picture."""
-        from interp_core.report.png import heatmap
+        return self._map().png(path)
 
-        return heatmap(
-            path, self.aie.nan_to_num().tolist(), *self._labels(), diverging=True,
-            title=f"Heads of {self.task}", colorbar="average indirect effect",
-        )  # fmt: skip
-
-    def _labels(self) -> tuple[list[str], list[str]]:
-        return [f"layer {i}" for i in range(len(self.aie))], [f"head {i}" for i in range(self.aie.shape[1])]
+    def _map(self) -> ic.report.Heatmap:
+        note = f"Average indirect effect of {self.task}: probability that each head's mean gives back."
+        return heads_map(self.aie, f"Heads of {self.task}", note)
 
 
 class FunctionVectors(ic.Method):

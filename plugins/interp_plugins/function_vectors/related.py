@@ -173,17 +173,16 @@ class Related(ic.Result):
 
     def html(self) -> str:
         """Accuracies, answers turned, similarities."""
-        from interp_core.report.html import heatmap, table
 
         def grid(values: Tensor, caption: str, **how: Any) -> str:
             texts = [["" if v != v else f"{v:.2f}" for v in row] for row in values.tolist()]
-            return heatmap(values.tolist(), self.tasks, self.tasks, texts=texts, caption=caption, **how)
+            return ic.report.Heatmap(values, self.tasks, self.tasks, texts=texts, caption=caption, **how).html()
 
         swap = "Prompts that show the column's task, with the row's vector minus the column's: answered as the row's."
         shown = f"Mean share without: {float(self.shown.nanmean()):.2g}. ∅: too few words have both."
         alike = grid(self.similarity, "Cosines between vectors.", diverging=True, limits=(-1.0, 1.0))
         rows = [{key: f"{v:.0%}" if isinstance(v, float) else v for key, v in row.items()} for row in self.table()]
-        return table(rows) + grid(self.swap, f"{swap} {shown}", limits=(0.0, 1.0)) + alike
+        return ic.report.table(rows) + grid(self.swap, f"{swap} {shown}", limits=(0.0, 1.0)) + alike
 
 
 def extract(

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from interp_core.report import Heatmap, Section, page, short, table
 from interp_core.result import write
 
 from ..artefacts import text
@@ -39,9 +40,9 @@ def write_summary(out: Path) -> Path:
         write(out / "summary.csv", csv_table(rows))
     failures = {"n_failed": sum(group["count"] for group in groups), "classes": groups}
     write(out / "failures.json", text(failures))
-    page = out / "summary.html"
-    write(page, _page(out, found, rows, groups))
-    return page
+    summary = out / "summary.html"
+    write(summary, _page(out, found, rows, groups))
+    return summary
 
 
 def _row(out: Path, status: Mapping[str, Any]) -> Row:
@@ -62,8 +63,6 @@ def _row(out: Path, status: Mapping[str, Any]) -> Row:
 
 
 def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
-    from interp_core.report.html import Section, page, short, table
-
     done = [status for status in found if status["status"] == "completed"]
     counts = Counter(status["status"] for status in found)
     said = f"{len(found)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
@@ -98,8 +97,6 @@ def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], gr
 
 def _text(key: str, value: Any) -> str:
     """A cell of the table on the page."""
-    from interp_core.report.html import short
-
     if key.startswith("acc_") and value != "":
         return f"{100 * value:.0f}%"
     return f"{value:+.4f}" if isinstance(value, float) else short(str(value), 40)
@@ -107,8 +104,6 @@ def _text(key: str, value: Any) -> str:
 
 def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy of every question without the vector and with it at each layer."""
-    from interp_core.report.html import heatmap, short
-
     found = [read_json(out / status["q_root"] / SUMMARY) for status in done]
     layers = list(found[0]["per_layer"])
     values, tips = [], []
@@ -120,13 +115,12 @@ def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     texts = [[f"{100 * value:.0f}%" for value in row] for row in values]
     names = [short(status["q_id"], 40) for status in done]
     note = "Accuracy on prompts without demonstrations: without the vector, and with it added after each layer."
-    return heatmap(values, names, ["without", *layers], texts=texts, tips=tips, limits=(0.0, 1.0), caption=note)
+    columns = ["without", *layers]
+    return Heatmap(values, names, columns, texts=texts, tips=tips, limits=(0.0, 1.0), caption=note).html()
 
 
 def _head_map(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Each head's average effect, the mean over questions."""
-    from interp_core.report.html import heatmap
-
     key = done[0]["config"]["score_key"]
     found: dict[tuple[int, int], list[float]] = {}
     for status in done:
@@ -139,4 +133,4 @@ def _head_map(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
         f"{key} of every head, patched alone at the last token of corrupted prompts: mean over {len(done)} questions."
     )
     rows, columns = [f"layer {layer}" for layer in layers], [f"{head}" for head in heads]
-    return heatmap(values, rows, columns, diverging=True, caption=note)
+    return Heatmap(values, rows, columns, diverging=True, caption=note).html()
