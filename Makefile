@@ -6,10 +6,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO ?= out/demo
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 demo: .venv/ready
-	$(BIN)/interp demo
+	$(BIN)/interp demo --out $(DEMO)
 
 test: .venv/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

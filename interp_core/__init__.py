@@ -15,12 +15,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from . import errors as errors
+    from . import positions as positions
     from . import report as report
+    from . import runs as runs
     from . import score as score
     from . import sites as sites
     from . import stats as stats
     from . import testing as testing
+    from . import toys as toys
     from .edits import Edit as Edit
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from .errors import TextError as TextError
     from .generation import Generation as Generation
     from .identity import keyed as keyed
+    from .loading import open_tokenizer as open_tokenizer
     from .methods import Method as Method
     from .methods import method as method
     from .model import Model as Model
@@ -52,8 +59,6 @@ if TYPE_CHECKING:
     from .trace import Receipt as Receipt
     from .trace import Run as Run
     from .vision import VisualToken as VisualToken
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Config": "settings",
@@ -76,12 +81,13 @@ _HOME = {
     "keyed": "identity",
     "load": "model",
     "method": "methods",
+    "open_tokenizer": "loading",
     "registry": "plugins",
 } | {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("report", "score", "sites", "stats", "testing")
+_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "toys")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

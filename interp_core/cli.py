@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .cli_plugins import plugins
-from .cli_run import run
+from .cli_run import passed, run
 from .errors import InterpError
 from .plugins import registry
 
@@ -27,7 +27,7 @@ Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="toy:text, a folder, or a hub id")] = "toy:text",
-    out: Annotated[Path, typer.Option(help="folder for the report and pictures")] = Path("out/demo"),
+    out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
     clean: Annotated[str | None, typer.Option(help="prompt that leads to the answer")] = None,
     corrupted: Annotated[str | None, typer.Option(help="as many tokens, leads to the other answer")] = None,
     answer: Annotated[str | None, typer.Option(help="what should follow the clean prompt")] = None,
@@ -35,8 +35,9 @@ def demo(
 ) -> None:
     """Logit lens, a patching map and a steered generation on one model, in one HTML report."""
     recipe = registry("recipes").get("demo")
-    given = {"clean": clean, "corrupted": corrupted, "answer": answer, "other": other}
-    recipe(model=model, out=out, **{key: value for key, value in given.items() if value is not None})
+    given = {"clean": clean, "corrupted": corrupted, "answer": answer, "other": other, "out": out}
+    with passed([], model=model, **given):
+        recipe(model=model, **{key: value for key, value in given.items() if value is not None})
 
 
 @app.command()

@@ -6,14 +6,20 @@ of `interp run` itself. A setting that is true or false needs no value: `--verif
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import settings
 from .errors import PlanError
 from .plugins import find, registry
+
+if TYPE_CHECKING:
+    from .result import Result
+    from .runs import RunFolder
 
 RUNNABLE = ("methods", "recipes")
 
@@ -26,7 +32,7 @@ def run(
     given: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the result and its page")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
     kind: Annotated[
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
@@ -38,8 +44,9 @@ def run(
     plugin = find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
     value = plugin.load()
     if plugin.kind == "methods":
-        settled = settings.read(value.name, value.Config, _pairs(value.name, value.Config, words or [], given))
-        _method(value, settled, model or "toy:text", text or [], out or Path("out") / plugin.name)
+        pairs = _pairs(value.name, value.Config, words or [], given)
+        with passed(pairs, model=model, text=text, out=out):
+            _method(value, settings.read(value.name, value.Config, pairs), model or "toy:text", text or [], out)
     elif plugin.kind == "recipes":
         options = {"model": model, "text": text[0] if text and len(text) == 1 else text, "out": out}
         _recipe(plugin.name, value, words or [], given, {key: v for key, v in options.items() if v is not None})
@@ -72,14 +79,52 @@ def _pairs(owner: str, config: type[settings.Config], words: list[str], given: l
     return pairs + (given or [])
 
 
-def _method(kind: Any, values: dict[str, Any], model: str, text: list[str], out: Path) -> None:
+@contextmanager
+def passed(pairs: list[str], **options: Any) -> Iterator[None]:
+    """For a while, manifests of run folders have these settings as those that were passed."""
+    from .runs.session import PASSED
+
+    words = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+    more = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    token = PASSED.set({**words, **{key: value for key, value in more.items() if value is not None}})
+    try:
+        yield
+    finally:
+        PASSED.reset(token)
+
+
+def _method(kind: Any, values: dict[str, Any], model: str, text: list[str], out: Path | None) -> None:
     if not text:
         raise PlanError(f"{kind.name} is a method and runs on text: --text 'Q: big\\nA:'")
     ready = kind()
-    ready.configured(values)  # before the model is loaded
+    config = ready.configured(values)  # before the model is loaded
     from .model import load
 
-    _keep(ready(load(model), text, **values), out)
+    loaded = load(model)
+    with _opened(out, {**_held(config), "text": text}, kind.name, loaded, "text") as run:
+        _keep(ready(loaded, text, **values), run)
+
+
+def _held(config: settings.Config) -> dict[str, Any]:
+    """Settings as a manifest holds them; what is for Python alone (a tensor, a function) by its type."""
+    from .runs.identity import plain
+
+    held = {}
+    for key in type(config).model_fields:
+        try:
+            held[key] = plain(getattr(config, key), key)
+        except PlanError:
+            held[key] = type(getattr(config, key)).__name__
+    return held
+
+
+def _opened(out: Path | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = "") -> RunFolder:
+    """The run folder of something that keeps none itself."""
+    from . import runs
+
+    run = runs.open(out, values, recipe=name, model=model, dataset=dataset, say=lambda line: None)
+    run.claim(["result.json", "result.safetensors"], stage="result")
+    return run
 
 
 def _recipe(name: str, function: Any, words: list[str], given: list[str] | None, options: dict[str, Any]) -> None:
@@ -89,14 +134,18 @@ def _recipe(name: str, function: Any, words: list[str], given: list[str] | None,
         if key not in config.model_fields:
             raise PlanError(f"recipe {name} has no --{key}; its settings: {', '.join(config.model_fields) or 'none'}")
     ready = settings.configured(f"recipe {name}", config, settings.read(f"recipe {name}", config, pairs) | options)
-    found = function(**{key: getattr(ready, key) for key in config.model_fields})
+    with passed(pairs, **options):
+        found = function(**{key: getattr(ready, key) for key in config.model_fields})
     if hasattr(found, "to_html") and hasattr(found, "save"):
-        _keep(found, options.get("out", Path("out") / name))
+        values = {key: value for key, value in _held(ready).items() if key != "out"}
+        with _opened(options.get("out"), values, name) as run:
+            _keep(found, run)
     elif found is not None:
         print(found)
 
 
-def _keep(result: Any, out: Path) -> None:
+def _keep(result: Result, run: RunFolder) -> None:
     result.show()
-    result.save(out)
-    print(f"\n{result.to_html(out / 'result.html')}")
+    run.put(result.files(), stage="result")
+    run.figure("result.html", result.to_html)
+    print(f"\n{run.path / 'result.html'}")

@@ -27,6 +27,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+__all__ = [
+    "CapabilityError", "EffectError", "InterpError", "LoadError", "PlanError", "PluginError", "PositionError",
+    "ReadError", "SiteError", "TextError", "nearest", "several", "wrong",
+]  # fmt: skip
+
 
 class InterpError(Exception):
     """Base of all errors of interp_core."""

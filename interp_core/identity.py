@@ -14,6 +14,7 @@ import enum
 import functools
 import hashlib
 import importlib.util
+import json
 import re
 import sys
 import types
@@ -31,7 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .edits import digest
 
 if TYPE_CHECKING:
-    from .model import Model
+    from .structure import Structure
 
 PLAIN = (bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.layout, torch.Size)
 SINGLE = (None, ..., NotImplemented)
@@ -399,7 +400,7 @@ def _is_passing(root: nn.Module, name: str) -> bool:
     return stretched and "inv_freq" in own and "original" not in own
 
 
-def model_parts(model: Model) -> dict[str, str]:
+def model_parts(model: Structure) -> dict[str, str]:
     """Everything in which one model's numbers may differ from another's, short parts in words.
 
     Raises:
@@ -419,3 +420,21 @@ def model_parts(model: Model) -> dict[str, str]:
         "device": model.device.type,
         "arithmetic": f"{torch.get_float32_matmul_precision()} {torch.is_autocast_enabled(model.device.type)}",
     }
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """Digest of what a tokenizer makes of text: vocabulary, merges, rules, special tokens and chat template.
+
+    How the last call padded and truncated, which fast tokenizers keep in themselves, is no part of it.
+    """
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules |= {"padding": None, "truncation": None}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = str(getattr(tokenizer, "chat_template", None))
+    return _hashed("tokenizer", [json.dumps(rules, sort_keys=True), json.dumps(special, sort_keys=True), template])

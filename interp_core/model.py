@@ -24,13 +24,13 @@ from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
 from .engines.turns import turn_of
-from .errors import CapabilityError, PlanError, SiteError, TextError, nearest, several, wrong
+from .errors import CapabilityError, PlanError, SiteError, TextError, several, wrong
 from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
-from .sites import Site, named
+from .sites import Site
 from .snapshot import Snapshot, demand_usable
-from .table import SiteTable
+from .structure import Structure
 from .text import Tokens
 from .trace import Run
 from .vision import VisualToken, visual_grid, with_visual_names
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 Input = str | Sequence[str] | Tokens | Mapping[str, Any] | Tensor
 """What `run` and `generate` take: text, texts, tokens, a tokenizer's output, or ids `[batch pos]`."""
 PROGRAMS = 64
-USES = ("read", "write", "grad", "generate")
 
 
 def load(
@@ -95,7 +94,7 @@ def load(
     return Model(opened, engine=engine, engine_options=engine_options, check=check)
 
 
-class Model:
+class Model(Structure):
     """A language model whose inside can be named, read and changed.
 
     Attributes:
@@ -177,61 +176,10 @@ class Model:
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, engine {self.engine.name})"
         )
 
-    # What there is
-
-    @property
-    def sites(self) -> SiteTable:
-        """Every site of this model with its axes; prints as a table."""
-        return SiteTable(self.atlas)
-
-    @property
-    def n_layers(self) -> int:
-        """Number of transformer blocks."""
-        return self.atlas.shape.n_layers
-
-    @cached_property
-    def heads(self) -> list[tuple[int, int]]:
-        """All `(layer, head)` with a `z` site."""
-        return [
-            (e.layer, h) for (name, _), e in self.atlas.entries.items() if name == "z" for h in range(e.n_units or 0)
-        ]
-
     @cached_property
     def keeps_logits(self) -> bool:
         """Whether its forward pass can leave out logits that nobody asked for."""
         return "logits_to_keep" in inspect.signature(type(self.hf).forward).parameters
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.hf.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        weight = self._embedding.weight
-        if weight.is_meta:  # offloaded: accelerate knows where it will be
-            return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
-        return weight.device
-
-    def can(self, site: str, use: str) -> str:
-        """Why this model on this engine cannot do something with a site; empty if it can.
-
-        Args:
-            site: name of a site.
-            use: "read", "write", "grad" or "generate" (reads and edits while generating).
-
-        Raises:
-            SiteError: no site is called so.
-            PlanError: another use.
-        """
-        name = named(site).name
-        if use not in USES:
-            raise PlanError(f"a site has no use {use!r}. {nearest(use, USES)}")
-        if name in self.atlas.lacking:
-            return self.atlas.lacking[name]
-        entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
-        return next((entry.why[use] for entry in entries if use in entry.why), "")
 
     def fingerprint(self) -> str:
         """Sixteen digits that stand for all in which this model's numbers may differ from another's: all its weights
@@ -504,6 +452,13 @@ class Model:
             sizes = self.atlas.select(Site("z", layer))[0].sizes
             demand_width("project", z, sizes["head"], sizes["d_head"])
             return project(self.atlas, z, layer, added)
+
+    def sample(self, sites: Sequence[Site]) -> list[Tensor]:
+        """Values of sites on a few ordinary tokens, the same every time."""
+        from .selfcheck import probe_ids
+
+        run = self.run(probe_ids(self), read=tuple(sites), logits=False)
+        return [run[site].plain for site in sites]
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""

@@ -13,6 +13,11 @@ from typing import Any, NamedTuple
 
 from .errors import PositionError, nearest
 
+__all__ = [
+    "ALL", "GENERATED", "LAST", "VISION", "Mask", "PerRow", "Position", "PositionLike", "Rows", "Slice", "Span",
+    "format_position", "is_single", "parse_position", "position", "resolve",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Slice:

@@ -37,6 +37,11 @@ def unembed(model: Any, normed: Tensor) -> Tensor:
     return logits
 
 
+def scale_of(config: Any) -> float:
+    """The factor between unembedding and logits, before a cap."""
+    return float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
+
+
 def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
     """What the attention of a layer gives `[… d_model]` for heads `[… head d_head]`; see `Model.project`."""
     heads, end = (atlas.select(Site(name, layer))[0] for name in ("z", "attn_out"))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import LoadError, wrong
+from .files import safetensors_bytes
+from .files import write as write
 
 FORMAT = "interp-result/1"
 R = TypeVar("R", bound="Result")
@@ -72,20 +74,21 @@ class Result:
 
         return fragment(self.html())
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `result.safetensors` and `result.json` into a folder; `load` reads them back."""
-        from safetensors.torch import save as to_bytes
-
-        out = folder_of("save", folder)
+    def files(self) -> dict[str, str | bytes]:
+        """What `save` writes, by the names of the files."""
         tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
-        axes = {name: " ".join(self.AXES[name]) for name in tensors}
-        write(
-            out / "result.safetensors",
-            to_bytes({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, axes),
-        )
         head = {"format": FORMAT, "class": type(self).__name__, "fields": plain}
-        write(out / "result.json", json.dumps(head, indent=1, ensure_ascii=False))
+        return {
+            "result.safetensors": safetensors_bytes(tensors, {name: " ".join(self.AXES[name]) for name in tensors}),
+            "result.json": json.dumps(head, indent=1, ensure_ascii=False),
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `result.safetensors` and `result.json` into a folder; `load` reads them back."""
+        out = folder_of("save", folder)
+        for name, content in self.files().items():
+            write(out / name, content)
         return out
 
     @classmethod
@@ -152,17 +155,6 @@ def folder_of(what: str, folder: Any) -> Path:
     if not isinstance(folder, (str, os.PathLike)):
         raise LoadError(wrong(what, "a folder", folder))
     return Path(folder)
-
-
-def write(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def same(a: Any, b: Any) -> bool:

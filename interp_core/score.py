@@ -19,6 +19,8 @@ from .sites import Site
 from .text import Tokens
 from .trace import Run
 
+__all__ = ["Score", "kl", "logit", "logit_diff", "logprob", "nll", "probability", "projection", "rank"]
+
 Target = int | Tensor | tuple[Tensor, ...]
 """Token id, ids `[batch]`, or the ids of each row's span."""
 

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
     from .edits import Edit
 
+__all__ = [
+    "SITES", "Site", "SiteInfo", "attn_in", "attn_out", "deepstack", "embed", "expert_out", "final_norm", "head_out",
+    "indices", "k", "logits", "mlp_act", "mlp_in", "mlp_out", "named", "pattern", "q", "resid_mid", "resid_post",
+    "resid_pre", "rot_k", "rot_q", "router_logits", "router_weights", "scores", "v", "vision_embed", "z",
+]  # fmt: skip
+
 Index = int | Slice | tuple[int, ...] | None
 """Normal form of a layer or unit selection; None selects all."""
 

@@ -31,7 +31,7 @@ from .score import Score
 from .sites import Site
 from .sweep_plan import STRATEGIES, SweepPlan, named_edits
 from .sweep_runner import Progress, Runner
-from .sweep_store import Store, key_of
+from .sweep_store import opened
 from .sweep_trial import choose
 
 if TYPE_CHECKING:
@@ -126,12 +126,11 @@ def sweep(
             model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     runner = Runner(model, tokens, listed, scores, budget)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    key = key_of(model, tokens, listed, scores) if out is not None else {}
-    store = Store(None if out is None else Path(out), key, (len(listed), len(tokens), len(scores)), kind)
-    chosen, why, trial = choose(model, tokens, strategy)
-    plan = runner.plan(chosen, why, store.done)
-    plan.trial = trial
-    clean = runner.run(plan, store, Progress(progress, int((~store.done).sum())))
+    with opened(out, model, tokens, listed, scores, kind) as store:
+        chosen, why, trial = choose(model, tokens, strategy)
+        plan = runner.plan(chosen, why, store.done)
+        plan.trial = trial
+        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum())))
     parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
     return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
 

@@ -1,4 +1,4 @@
-"""What a sweep has done so far, in a folder, so that a stopped one goes on where it was.
+"""What a sweep has done so far, in a run folder, so that a stopped one goes on where it was.
 
 The folder says what its scores depend on, part by part (`key_of`), and goes on with a sweep of the same parts alone.
 """
@@ -6,7 +6,8 @@ The folder says what its scores depend on, part by part (`key_of`), and goes on 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,25 +16,25 @@ import torch
 from torch import Tensor
 
 from .edits import Edit
-from .errors import LoadError, PlanError
-from .identity import NoIdentityError, identity, model_parts
-from .result import write
+from .errors import CapabilityError, LoadError, PlanError
+from .identity import NoIdentityError, identity
 from .score import Score
 from .text import Tokens
 
 if TYPE_CHECKING:
     from .model import Model
+    from .runs import RunFolder
 
-FORMAT = "interp-sweep/3"
+FORMAT = "interp-sweep/4"
 FILE = "sweep.safetensors"
 OLD = "sweep.json"
-"""What the formats before this one had beside it."""
+"""What the formats before 3 had beside it."""
 SHOWN = ("texts", "offsets", "labels", "placed")
 """What of `Tokens` is to be looked at, and changes no number."""
 
 
 class Store:
-    """Scores of a sweep `[variant batch score]`, kept in a folder if there is one.
+    """Scores of a sweep `[variant batch score]`, kept in a run folder if there is one.
 
     Attributes:
         values: scores; not a number where there is none yet.
@@ -42,45 +43,25 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path | None, key: Mapping[str, str], shape: tuple[int, int, int], dtype: torch.dtype
+        self, run: RunFolder | None, key: Mapping[str, str], shape: tuple[int, int, int], dtype: torch.dtype
     ) -> None:
-        self.folder, self.key = folder, key
+        self.run, self.key = run, key
         self.values = torch.full(shape, float("nan"), dtype=dtype)
         self.moved = torch.zeros(shape[:2])
         self.done = torch.zeros(shape[:2], dtype=torch.bool)
-        if folder is not None and ((folder / FILE).exists() or (folder / OLD).exists()):
-            self._load(folder)
+        if run is not None and (run.path / FILE).exists():
+            self._load(run.path / FILE)
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, path: Path) -> None:
         """Go on with what the folder has.
 
         Raises:
-            PlanError: it is another sweep's, or of a format that does not tell.
             LoadError: it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if (folder / OLD).exists():
-            raise PlanError(
-                f"{folder} holds a sweep of an older format, which does not tell by all that scores depend on whether "
-                f"it is this one; give another folder, or read its scores from {FILE}"
-            )
-        try:
-            with safe_open(folder / FILE, "pt") as file:
-                head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-            key = json.loads(head.get("key", "{}"))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise LoadError(
-                f"{folder} holds a sweep that cannot be read ({error}); delete it, or give another"
-            ) from error
-        if head.get("format") != FORMAT:
-            raise PlanError(f"{folder} holds a sweep of format {head.get('format')}, not {FORMAT}; give another folder")
-        if key != self.key:
-            raise PlanError(f"{folder} holds another sweep: {_difference(key, self.key)}; give another folder")
+        _, tensors = _read(path)
         for name in ("values", "moved", "done"):
             if name not in tensors or tensors[name].shape != getattr(self, name).shape:
-                raise LoadError(f"{folder} holds a sweep without its {name}; delete it, or give another")
+                raise LoadError(f"{path.parent} holds a sweep without its {name}; delete it, or give another")
             setattr(self, name, tensors[name])
 
     def put(self, numbers: list[int], row: int, values: Tensor, moved: Tensor) -> None:
@@ -90,22 +71,89 @@ class Store:
 
     def save(self) -> None:
         """Write what is there, whole or not at all."""
-        from safetensors.torch import save
+        if self.run is not None:
+            from .runs import safetensors_bytes
 
-        if self.folder is not None:
-            tensors: dict[str, Tensor] = {"values": self.values, "moved": self.moved, "done": self.done}
-            write(self.folder / FILE, save(tensors, {"format": FORMAT, "key": json.dumps(self.key)}))
+            tensors = {"values": self.values, "moved": self.moved, "done": self.done}
+            head = {"format": FORMAT, "key": json.dumps(self.key)}  # so that the file alone says what it is of
+            self.run.put({FILE: safetensors_bytes(tensors, head)})
 
 
-def key_of(model: Model, tokens: Tokens, variants: Sequence[Sequence[Edit]], scores: Sequence[Score]) -> dict[str, str]:
-    """Everything that can change a score, part by part: short ones in words, others as digests.
+@contextmanager
+def opened(
+    out: str | Path | None,
+    model: Model,
+    tokens: Tokens,
+    variants: Sequence[Sequence[Edit]],
+    scores: Sequence[Score],
+    dtype: torch.dtype,
+) -> Iterator[Store]:
+    """The scores of a sweep, in the run folder `out` if there is one.
+
+    Raises:
+        PlanError: the folder is another sweep's or run's, or of a format that does not tell; or something of which it
+            cannot be told whether it is the same another time.
+        LoadError: it cannot be read.
+    """
+    shape = len(variants), len(tokens), len(scores)
+    if out is None:
+        yield Store(None, {}, shape, dtype)
+        return
+    from . import runs
+
+    key, folder = key_of(tokens, variants, scores), Path(out)
+    record = _told(runs.model_record, model, "the model", "run without out=")
+    _refuse_old(folder)
+    run = runs.open(folder, key, recipe="sweep", model=record, say=lambda line: None, kind="sweep")
+    store = Store(run, key, shape, dtype)  # one that cannot be read is found before anything is written
+    with run:
+        yield store
+
+
+def _refuse_old(folder: Path) -> None:
+    """Refuse folders of earlier formats, which have no manifest.
+
+    Raises:
+        PlanError: it is one.
+        LoadError: it cannot be read.
+    """
+    if (folder / OLD).exists():
+        raise PlanError(
+            f"{folder} holds a sweep of an older format, which does not tell by all that scores depend on whether "
+            f"it is this one; give another folder, or read its scores from {FILE}"
+        )
+    if (folder / FILE).exists() and (form := _read(folder / FILE)[0].get("format")) != FORMAT:
+        raise PlanError(
+            f"{folder} holds a sweep of format {form}, not {FORMAT}; give another folder, or read its scores from "
+            f"{FILE}"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file of scores says of itself, and its tensors.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LoadError(
+            f"{path.parent} holds a sweep that cannot be read ({error}); delete it, or give another"
+        ) from error
+
+
+def key_of(tokens: Tokens, variants: Sequence[Sequence[Edit]], scores: Sequence[Score]) -> dict[str, str]:
+    """Everything beside the model that can change a score, part by part, as digests.
 
     Raises:
         PlanError: something of which it cannot be told whether it is the same another time.
     """
     named = {field.name: getattr(tokens, field.name) for field in fields(tokens) if field.name not in SHOWN}
     return {
-        **_told(model_parts, model, "the model", "run without out="),
         "text": identity((named.pop("ids"), named.pop("mask"))),
         "named spans": identity(named.pop("spans")),
         "further inputs": _told(identity, named, "an input of the text", "leave it out, or run without out="),
@@ -126,19 +174,8 @@ def _told(identify: Callable[[Any], Any], value: Any, what: str, advice: str) ->
     """The identity of a part, or an error that names it."""
     try:
         return identify(value)
-    except NoIdentityError as error:
+    except (NoIdentityError, CapabilityError) as error:
         raise PlanError(
             f"{what} cannot be told from another one the next time that this folder is used: {error}. To go on where a "
             f"sweep stopped, {advice}"
         ) from error
-
-
-def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Which parts two keys have differently, short ones with what they were."""
-    found = []
-    for name in {**old, **new}:
-        was, now = old.get(name), new.get(name)
-        if was != now:
-            digests = len(was or "") == len(now or "") == 64
-            found.append(f"other {name}" if digests else f"{name} was {was}, is {now}")
-    return ", ".join(found)

@@ -10,19 +10,19 @@ Batches are padded on the left, so that the last column is the last token of eve
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from .chat import Chars, rendered
-from .errors import PositionError, TextError, nearest, wrong
-from .positions import Rows, Span
+from .errors import PlanError, PositionError, TextError, nearest, wrong
+from .offsets import offsets_by_decoding, with_composed
+from .positions import PositionLike, Rows, Span, format_position, is_single, position, resolve
 
 CACHE = "past_key_values"
 """What a cache that is handed in is called here; `cache`, as transformers has it since 5.24, is taken for it."""
@@ -94,6 +94,48 @@ class Tokens:
     def lengths(self) -> list[int]:
         """Number of real tokens of each row."""
         return [len(row) for row in self.rows.real]
+
+    def columns(self, at: PositionLike) -> list[list[int]]:
+        """Columns of `ids` that a position selects, row by row, as `Site.at` takes it (None: all real tokens).
+
+        Raises:
+            PositionError: not a position, or the text does not have it.
+        """
+        return resolve(position(at), self.rows)
+
+    def take(self, values: Shaped[Tensor, "batch pos ..."], at: PositionLike) -> Shaped[Tensor, "batch ..."]:
+        """A tensor of your own at positions, as a run gives a site's value there: `[batch pos …]` to `[batch n …]`, or
+        to `[batch …]` where the position is a single one.
+
+        Raises:
+            PositionError: not a position, the text does not have it, or rows have different numbers of it.
+            PlanError: a tensor that is not laid out like `ids`.
+        """
+        if not isinstance(values, Tensor) or values.shape[:2] != self.ids.shape:
+            takes = f"a tensor [{', '.join(map(str, self.ids.shape))}, …] of these tokens"
+            raise PlanError(wrong("take", takes, values if not isinstance(values, Tensor) else list(values.shape)))
+        place = position(at)
+        columns = self.columns(place)
+        if len({len(row) for row in columns}) > 1:
+            raise PositionError(
+                f"{format_position(place)} selects {[len(row) for row in columns]} positions of the rows; take them "
+                "row by row (for row in tokens: …), or positions of which all rows have as many"
+            )
+        index = torch.tensor(columns, dtype=torch.long, device=values.device)
+        taken = values[torch.arange(len(index), device=index.device)[:, None], index]
+        return taken[:, 0] if is_single(place) else taken
+
+    def labels_at(self, at: PositionLike) -> tuple[tuple[str, ...], ...]:
+        """The tokens at positions as text to show, row by row.
+
+        Raises:
+            PositionError: as `columns`.
+        """
+        out = []
+        for labels, real, columns in zip(self.labels, self.rows.real, self.columns(at), strict=True):
+            by_column = dict(zip(real, labels, strict=True))
+            out.append(tuple(by_column.get(column, "") for column in columns))
+        return tuple(out)
 
     def row(self, index: int) -> Tokens:
         """One row without its padding (text only: further inputs are refused)."""
@@ -372,9 +414,9 @@ def _ids(tokenizer: Any, text: str, bos: bool | None) -> tuple[list[int], list[C
     own = _not_doubled(tokenizer, text, ids) if special else slice(None)
     ids = ids[own]
     if fast:
-        offsets = _with_composed(text, [(int(a), int(b)) for a, b in encoded["offset_mapping"]][own])
+        offsets = with_composed(text, [(int(a), int(b)) for a, b in encoded["offset_mapping"]][own])
     else:
-        offsets = _offsets_by_decoding(tokenizer, ids, text)
+        offsets = offsets_by_decoding(tokenizer, ids, text)
     if bos and ids[0] != tokenizer.bos_token_id:
         ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
     return ids, offsets
@@ -395,58 +437,6 @@ def _not_doubled(tokenizer: Any, text: str, ids: list[int]) -> slice:
         if any(doubled):
             return slice(len(before) if doubled[0] else 0, len(ids) - (len(after) if doubled[1] else 0))
     return slice(None)
-
-
-def _with_composed(text: str, offsets: list[Chars]) -> list[Chars]:
-    """Offsets in which characters that the tokenizer composed with the one before (a letter and its accent become one)
-    belong to that one's tokens."""
-    if unicodedata.is_normalized("NFC", text):
-        return offsets
-    covered = {i for a, b in offsets for i in range(a, b)}
-
-    def composes(start: int, end: int) -> bool:
-        """Whether the character at `end` adds none to those before it."""
-        without, whole = (unicodedata.normalize("NFC", text[start:stop]) for stop in (end, end + 1))
-        return len(whole) <= len(without)
-
-    longer: list[Chars] = []
-    for start, end in offsets:
-        while start < end < len(text) and end not in covered and composes(start, end):
-            end += 1
-        longer.append((start, end))
-    return longer
-
-
-def _offsets_by_decoding(tokenizer: Any, ids: list[int], text: str) -> list[Chars]:
-    """Offsets for tokenizers that give none: how far each decoded prefix reaches into the text.
-
-    Special tokens cover what the text has written out for them, or nothing; decoding starts anew after those.
-    """
-    specials = set(tokenizer.all_special_ids)
-    offsets: list[Chars] = []
-    kept: list[int] = []
-    before, start, skipped = 0, 0, False  # SentencePiece drops white space at the start
-    for token in ids:
-        if token in specials:
-            begin, written = before + len(text[before:]) - len(text[before:].lstrip()), tokenizer.decode([token])
-            if text.startswith(written, begin):
-                before, kept, skipped = begin + len(written), [], False
-                start = before
-            offsets.append((min(begin, before), before))
-            continue
-        kept.append(token)
-        whole = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
-        decoded = whole.rstrip("\ufffd")  # the bytes of a character that is not complete yet
-        if not skipped and decoded:
-            place = text.find(decoded, start)
-            skipped, start = True, place if place >= 0 and not text[start:place].strip() else start
-        after = start + len(decoded)
-        if text[start:after] != decoded:
-            raise TextError(f"this tokenizer gives no offsets and does not decode to its text ({decoded[-20:]!r})")
-        after = max(after, before)  # a run of bytes may fall back to its start until it is complete
-        offsets.append((before, min(after + (decoded != whole), len(text))))
-        before = after
-    return offsets
 
 
 def token_text(tokenizer: Any, token: int) -> str:

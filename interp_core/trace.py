@@ -46,6 +46,11 @@ class Reading(Tensor):
         reading.site, reading.rows = site, rows
         return reading
 
+    @property
+    def plain(self) -> Tensor:
+        """The same values as a tensor of torch's own class: shares storage and graph, and knows no site."""
+        return self.as_subclass(Tensor)
+
     def at(self, pos: PositionLike = None, *, query: PositionLike = None, key: PositionLike = None) -> Tensor:
         """The value at positions, as `Site.at` selects them.
 
@@ -64,9 +69,8 @@ class Reading(Tensor):
                 return _take(region, x.unsqueeze(1), self.rows).squeeze(1)
             return _take(region, x, self.rows)
 
-        plain = self.as_subclass(Tensor)
         stacked = site.info.layered and not isinstance(site.layers, int)
-        return torch.stack([one(layer) for layer in plain]) if stacked else one(plain)
+        return torch.stack([one(layer) for layer in self.plain]) if stacked else one(self.plain)
 
 
 def _take(region: Region, value: Tensor, rows: Rows) -> Tensor:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 KEPT = {
-    "embed", "blocks", "ln_final", "unembed", "vision_encoder", "vision_projector",
-    "blocks.ln1", "blocks.ln1_post", "blocks.ln2", "blocks.ln2_post", "blocks.mlp", "blocks.mlp.out",
+    "embed", "embed_ln", "pos_embed", "rotary_emb", "blocks", "ln_final", "unembed", "vision_encoder",
+    "vision_projector", "blocks.ln1", "blocks.ln1_post", "blocks.ln2", "blocks.ln2_post", "blocks.mlp",
+    "blocks.mlp.in", "blocks.mlp.gate", "blocks.mlp.out", "blocks.mlp.dense_in", "blocks.mlp.dense_gate",
     "blocks.mlp.dense_out", "blocks.attn", "blocks.attn.q", "blocks.attn.k", "blocks.attn.v", "blocks.attn.qkv",
-    "blocks.attn.o", "blocks.linear_attn",
+    "blocks.attn.o", "blocks.attn.q_norm", "blocks.attn.k_norm", "blocks.linear_attn",
 }  # fmt: skip
 OUT = Path(__file__).parent.parent / "interp_core" / "architectures" / "paths.json"
 

@@ -53,7 +53,11 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "L2H2" in said and str(path) in said
     for line in ("What came out", "Logit lens", "Which heads decide", "Steered generation", "resid_post"):
         assert line in page
-    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "lens.png", "patching.png", "lens"}
+    files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
+    assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
+    with pytest.raises(ic.PlanError, match="holds another run: answer was ' cat', is ' dog'"):
+        recipe.demo(out=tmp_path, answer=" dog")
+    assert "kept patching.safetensors" in said and said.count("made patching.safetensors") == 1
     assert "http" not in page
 
 

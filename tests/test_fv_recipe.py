@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -115,13 +117,31 @@ def test_files_are_those_of_the_published_script(tmp_path: Path) -> None:
     task = next(task for task in by_word(relations()) if task.name == "antonym")
     again = fv.evaluate(model, fv.questions(task, model.tokenizer, seed=42), vector, layers=[2])
     assert zero["2"]["intervention_rank_list"] == again.rank[0].tolist()
+    assert_published_bytes(folder, ("dataset_name", "dataset_source", "model_name", "n_shots"))
     said = page.read_text()
     for title in ("Which heads carry the task", "Accuracy by layer", "Before and after", "What the vector says"):
         assert title in said
     assert "http" not in said
 
 
-def test_a_second_run_goes_on_and_says_what_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_published_bytes(folder: Path, first: tuple[str, ...]) -> None:
+    """The form of every file to the byte, written here a second time by other means than the recipe's."""
+    args = (folder / "fv_eval_args.txt").read_text()
+    assert tuple(json.loads(args))[:4] == first and args == json.dumps(json.loads(args), indent=2, ensure_ascii=False)
+    for path in folder.glob("*.json"):
+        assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=2), path.name
+    for path in folder.glob("*.pt"):
+        again = io.BytesIO()
+        torch.save(torch.load(path, weights_only=True), again)
+        assert path.read_bytes() == again.getvalue(), path.name
+    heads = [line.split(",") for line in (folder / "heads.csv").read_bytes().decode().split("\n")]
+    assert heads[0] == ["layer", "head", "score", "in vector"] and heads[-1] == [""] and len(heads) == 1 + 24 + 1
+    assert all(repr(float(score)) == score and flag in ("True", "False") for _, _, score, flag in heads[1:-1])
+
+
+def test_a_second_run_goes_on_and_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quick = {**QUICK, "compute_baseline": False}
     folder = recipe.function_vectors(out=tmp_path, **quick).parent
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt", ".json", ".csv")}
@@ -132,14 +152,12 @@ def test_a_second_run_goes_on_and_says_what_it_replaces(tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert "kept antonym_mean" in said and "made antonym_indirect" in said and "sweep.json is made again" in said
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before} == before
-    recipe.function_vectors(out=tmp_path, **{**quick, "n_trials": 5})
-    said = capsys.readouterr().out
-    assert (
-        "replaces antonym_mean_head_activations.pt" in said and "(n_trials was 4, is 5)" in said and "kept" not in said
-    )
-    (folder / "fv_eval_args.txt").unlink()
-    with pytest.raises(ic.PlanError, match="no readable fv_eval_args.txt"):
+    with pytest.raises(ic.PlanError, match="holds another run: n_trials was 4, is 5; give another folder"):
+        recipe.function_vectors(out=tmp_path, **{**quick, "n_trials": 5})
+    shutil.rmtree(tmp_path / "record")  # as a folder of the versions before run folders
+    with pytest.raises(ic.PlanError, match=r"fv_eval_args.txt is there, and this run did not write it; move it away"):
         recipe.function_vectors(out=tmp_path, **quick)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before} == before
 
 
 def test_stopping_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +172,7 @@ def test_stopping_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         recipe.function_vectors(out=tmp_path / "a", **quick)
     names = {path.name for path in (tmp_path / "a/antonym").iterdir()}
+    assert ic.runs.parts(tmp_path / "a")[0]["reason"] == "stopped at antonym_indirect_effect.pt"
     assert "antonym_mean_head_activations.pt" in names and "antonym_indirect_effect.pt" not in names
     assert not any("tmp" in name for name in names)
     monkeypatch.setattr(fv, "indirect_effect", effects)
@@ -170,9 +189,9 @@ def test_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swept = recipe.function_vectors(out=tmp_path, **quick).parent
     sweep = {name: json.loads((swept / f"{name}_layer_sweep.json").read_text()) for name in STEERED}
     capsys.readouterr()
-    folder = recipe.function_vectors(out=tmp_path, edit_layer=4, **quick).parent
-    said = capsys.readouterr().out
-    assert "zs_results_layer_sweep.json" in said and "(edit_layer was -1, is 4)" in said
+    with pytest.raises(ic.PlanError, match="edit_layer was -1, is 4"):
+        recipe.function_vectors(out=tmp_path, edit_layer=4, **quick)
+    folder = recipe.function_vectors(out=tmp_path / "one", edit_layer=4, **quick).parent
     for name in STEERED:
         assert json.loads((folder / f"{name}_editlayer_4.json").read_text()) == sweep[name]["4"]
         assert not (folder / f"{name}_layer_sweep.json").exists()
@@ -180,20 +199,16 @@ def test_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((folder / "accuracy_by_layer.csv").read_text().splitlines()) == 3  # columns, without, layer 4
     page = (folder / "report.html").read_text()
     assert "layer 4, the only one evaluated" in page and "best layer" not in page
-    recipe.function_vectors(out=tmp_path, edit_layer=1, **quick)
-    assert {path.name for path in folder.glob("*_editlayer_*")} == {f"{name}_editlayer_1.json" for name in STEERED}
-    recipe.function_vectors(out=tmp_path, edit_layer=1, **quick)
-    assert "kept zs_results_editlayer_1.json" in capsys.readouterr().out
+    recipe.function_vectors(out=tmp_path / "one", edit_layer=4, **quick)
+    assert "kept zs_results_editlayer_4.json" in capsys.readouterr().out
 
 
-def test_another_template_is_that_of_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_template_is_that_of_every_stage(tmp_path: Path) -> None:
     """Every file made again by the plain functions, of prompts that the default template does not make."""
     given = {"separators": {"input": "\n", "output": "\n"}, "instructions": "Answer the question.\n"}
-    recipe.function_vectors(out=tmp_path, **QUICK)
-    capsys.readouterr()
     folder = recipe.function_vectors(out=tmp_path, **given, **QUICK).parent
-    said = capsys.readouterr().out
-    assert "replaces" in said and "'output': '\\n'" in said and "instructions was ''" in said and "kept" not in said
+    with pytest.raises(ic.PlanError, match=r"template was \{.*\}, is \{"):
+        recipe.function_vectors(out=tmp_path, **QUICK)
     args = json.loads((folder / "fv_eval_args.txt").read_text())
     assert args["separators"]["output"] == "\n" and args["prefixes"]["input"] == "Q:"
 
@@ -256,7 +271,9 @@ def test_several_tasks_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert page == tmp_path / "out/report.html" and (tmp_path / "out/mine/report.html").is_file()
     made = Related.load(tmp_path / "out/related")
     assert made.tasks == ("gerund", "mine") and "of 2 pairs of tasks" in capsys.readouterr().out
-    assert {"tasks.csv", "similarity.png", "report.html"} <= {path.name for path in page.parent.iterdir()}
+    assert {"tasks.csv", "similarity.png", "report.html", "manifest.json", "DONE"} <= {
+        path.name for path in page.parent.iterdir()
+    }
     assert "mine/report.html" in page.read_text()
     before = page.read_bytes()
     recipe.function_vectors(f"gerund, {file}", out=tmp_path / "out", **quick)

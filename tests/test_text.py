@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, tiny_model
 
 import interp_core as ic
-from interp_core.text import _offsets_by_decoding, encode, encode_chat, from_inputs
+from interp_core.offsets import offsets_by_decoding
+from interp_core.text import encode, encode_chat, from_inputs
 
 KINDS = ["gpt2", "qwen2.5", "phi3"]
 TEXTS: list[str] = json.loads((DATA / "texts.json").read_text())
@@ -97,7 +98,7 @@ def test_offsets_without_the_tokenizers_help(kind: str) -> None:
         if word := re.search(r"\S+", text):
             assert set(fast.find(word.span())) & set(slow.find(word.span()))
     with pytest.raises(ic.TextError, match="does not decode to its text"):
-        _offsets_by_decoding(tokenizer("gpt2"), tokenizer("gpt2")("Paris")["input_ids"], "Rome")
+        offsets_by_decoding(tokenizer("gpt2"), tokenizer("gpt2")("Paris")["input_ids"], "Rome")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -310,3 +311,37 @@ def test_models_without_tokenizer_take_ids() -> None:
 def test_a_foreign_tokenizer_is_refused() -> None:
     with pytest.raises(ic.TextError, match="the tokenizer has 1469 tokens, the model 96: they do not belong together"):
         ic.load(ic.testing.tiny("llama"), tokenizer=ic.load("toy:text").tokenizer)
+
+
+# A tensor of one's own at positions
+
+
+@pytest.mark.parametrize(
+    "at", [-1, 0, "last", [0, -1], slice(1, 2), slice(-2, None), ic.Span(0, 2), ic.PerRow((1, 3, 0))]
+)
+def test_take_gives_what_a_run_would_give_there(padded: ic.Tokens, at: Any) -> None:
+    """Of any dtype and number of axes; columns are where the values lie."""
+    model, tokens = tiny_model("llama"), padded
+    site = ic.sites.resid_post[1]
+    run = model.run(tokens, read=[site, site.at(at)], logits=False)
+    assert torch.equal(tokens.take(run[site], at), run[site.at(at)].plain)
+    ids = tokens.take(tokens.ids, at)
+    assert ids.flatten().tolist() == [int(tokens.ids[i, c]) for i, row in enumerate(tokens.columns(at)) for c in row]
+    assert [label for row in tokens.labels_at(at) for label in row] == list(map(str, ids.flatten().tolist()))
+
+
+def test_columns_of_positions_that_rows_have_differently_many_of(padded: ic.Tokens) -> None:
+    tokens = padded
+    assert tokens.columns(None) == [[2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [5, 6]]
+    with pytest.raises(ic.PositionError, match=r": selects \[5, 7, 2\] positions of the rows; take them row by row"):
+        tokens.take(tokens.ids, None)
+    with pytest.raises(ic.PositionError, match="no position 3 in row 2: it has 2 tokens"):
+        tokens.columns(3)
+    for values in (torch.zeros(3, 6), torch.zeros(7), [[1]]):
+        with pytest.raises(ic.PlanError, match=r"take takes a tensor \[3, 7, …\] of these tokens"):
+            tokens.take(values, -1)  # type: ignore[arg-type]
+
+
+def test_a_reading_gives_its_plain_tensor() -> None:
+    reading = tiny_model("llama").run(torch.tensor([[5, 17, 33]]), read=ic.sites.embed)[ic.sites.embed]
+    assert type(reading.plain) is torch.Tensor and reading.plain.data_ptr() == reading.data_ptr()

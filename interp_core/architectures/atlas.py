@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import CapabilityError, LoadError, SiteError, nearest
 from ..sites import SITES, Site, indices
 from . import taps
+from .components import ENDS, Components
 from .family import Family, Heads, Place, split_heads
 from .reach import Reach
 from .taps import Lens, Tap
@@ -39,12 +40,15 @@ class Entry:
         n_units: how many heads, experts or neurons there are.
         why: reasons by what is missing (`read`, `write`, `grad`).
         module: the module whose input or output it is, where it is one.
+        view: how the site's value lies in what that module gives or takes (None: as it is).
         visual: its positions are the visual tokens.
         overwritten: the model writes into the tensor after it passed; reads keep a copy.
         wide: the family may compute it in float32 whatever the model's dtype.
     """
 
-    __slots__ = ("layer", "module", "n_units", "name", "overwritten", "read", "sizes", "visual", "why", "wide", "write")
+    __slots__ = (
+        "layer", "module", "n_units", "name", "overwritten", "read", "sizes", "view", "visual", "why", "wide", "write",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class Entry:
         self.name, self.layer, self.read, self.write, self.sizes = name, layer, read, write, sizes
         unit = SITES[name].unit
         self.n_units = None if unit is None else sizes[unit]
-        self.why, self.module = why or {}, module
+        self.why, self.module, self.view = why or {}, module, None if read is None else read.view
         self.visual, self.wide = SITES[name].visual, name.startswith("router")
         self.overwritten = False
 
@@ -71,6 +75,7 @@ class Atlas:
         family: name of the family, `config.model_type`.
         shape: sizes of the model.
         config: the model's whole config.
+        components: modules by TransformerLens' names of components.
         reaches: per layer with heads, how far its queries look.
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
@@ -82,6 +87,7 @@ class Atlas:
     def __init__(self, family: Family, shape: Shape, config: Any) -> None:
         self.family, self.shape, self.config = family, shape, config
         self.entries: dict[tuple[str, int], Entry] = {}
+        self.components = Components(family.name, shape.n_layers)
         self.reaches: dict[int, Reach] = {}
         self.lacking: dict[str, str] = {}
         self.withdrawn: dict[tuple[str, int], str] = {}
@@ -90,6 +96,10 @@ class Atlas:
     def layers(self, name: str) -> list[int]:
         """Layers that have the site."""
         return [layer for site, layer in self.entries if site == name]
+
+    def module(self, component: str, layer: int | None = None) -> nn.Module:
+        """The module of a component; see `Structure.module`."""
+        return self.components.get(component, layer)
 
     def select(self, site: Site) -> list[Entry]:
         """The entries that a site names.
@@ -166,6 +176,8 @@ def build(model: Any, family: Family | None) -> Atlas:
     for layer in range(shape.n_layers):
         builder.block(layer)
     builder.ends()
+    atlas.components.add("unembed", None, model.get_output_embeddings())
+    atlas.components.add("embed", None, model.get_input_embeddings())
     _explain(atlas, builder.refused, builder.parallel)
     return atlas
 
@@ -185,6 +197,9 @@ class _Builder:
         for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
             if (path := self.paths.get(component)) in self.modules:
                 self._view(name, 0, Tap(str(path), "out"), self.d_model)
+        for component in ENDS:
+            if (path := self.paths.get(component)) in self.modules:
+                self.atlas.components.add(component, None, self.modules[str(path)])
         self._vision()
         tap = taps.logits()
         why = {"grad": "the score is a function of the logits already; differentiate it by hand"}
@@ -207,6 +222,8 @@ class _Builder:
     def block(self, layer: int) -> None:
         block = f"{self.paths['blocks']}.{layer}"
         found = self._components(block)
+        self.atlas.components.add("block", layer, self.modules[block])
+        self.atlas.components.add_block(layer, found, self.modules)
         self._view("resid_pre", layer, Tap(block, "in"), self.d_model)
         self._view("resid_post", layer, Tap(block, "out"), self.d_model)
         if attn := found.get("attn", found.get("linear_attn")):
@@ -333,6 +350,7 @@ class _Builder:
         if router is None or f"{block}.{router.module}" not in self.modules:
             return
         gate, experts = f"{block}.{router.module}", f"{block}.{router.experts}"
+        self.atlas.components.add_router(layer, self.modules[gate], self.modules[experts])
         n = int(self.modules[gate].num_experts)  # type: ignore[arg-type]
         beside = {"grad": "it is computed beside the forward pass"}
         for name, tap in (

@@ -76,6 +76,8 @@ def llama_like(model: str) -> dict[str, str]:
         **attention,
         "blocks.attn": "self_attn",
         "blocks.mlp": "mlp",
+        "blocks.mlp.in": "up_proj",
+        "blocks.mlp.gate": "gate_proj",
         "blocks.mlp.out": "down_proj",
     }
 

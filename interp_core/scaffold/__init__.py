@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from .. import __version__
+from .._version import __version__
 from ..errors import PluginError, nearest
 from ..plugins import registry
 

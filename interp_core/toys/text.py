@@ -23,6 +23,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+__all__ = [
+    "END", "NAMES", "NUMBERS", "Example", "build_tokenizer", "induction_example", "needle_example", "relation_example",
+    "relations", "words",
+]  # fmt: skip
+
 Chars = tuple[int, int]
 """Half-open character range."""
 

@@ -158,7 +158,7 @@ def _judged(owner: str, model: ic.Model, name: str, answer: Any, other: Any) -> 
 
 def said(run: ic.Run) -> Tensor:
     """Ids of what the model says at the end `[batch]`."""
-    return run.logits.as_subclass(Tensor).argmax(-1).cpu()
+    return run.logits.plain.argmax(-1).cpu()
 
 
 def answers(owner: str, model: ic.Model, given: Any, rows: int) -> Tensor | None:
@@ -169,7 +169,7 @@ def answers(owner: str, model: ic.Model, given: Any, rows: int) -> Tensor | None
     """
     if given is None:
         return None
-    size = model.atlas.shape.d_vocab
+    size = model.d_vocab
     items = given if isinstance(given, list) else [given] * rows
     if len(items) != rows:
         raise ic.PlanError(f"{owner}: {len(items)} answers for {rows} rows; give one per row, or one for all")
@@ -198,7 +198,7 @@ def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " bat
     Raises:
         PlanError: a score of spans that differ in length.
     """
-    value = (run.logits if judged.of is None else run[judged.of]).as_subclass(Tensor)
+    value = (run.logits if judged.of is None else run[judged.of]).plain
     if judged.span and value.ndim != 3:
         raise ic.PlanError(f"{owner}: score {judged.name}: the rows' spans differ in length; run them one by one")
     return judged.rows(value.to(torch.promote_types(value.dtype, torch.float32))).detach().cpu()

@@ -65,16 +65,18 @@ def _single(model: ic.Model, what: str, given: Any, allowed: tuple[str, ...]) ->
     if site.name in ("embed", "logits"):
         yield End(site.name, (S.resid_pre[0] if site.name == "embed" else S.resid_post[model.n_layers - 1],))
         return
-    for entry in model.atlas.select(site):
-        if entry.n_units is None:
-            one = S.named(site.name)[entry.layer]
-            heads = model.atlas.entries.get(("z", entry.layer)) if site.name == "attn_out" else None
-            yield End(
-                str(one), (one,) if heads is None else tuple(S.z[entry.layer, h] for h in range(heads.n_units or 0))
-            )
+    if why := model.can(site.name, "read"):
+        raise ic.CapabilityError(f"{site}: {why}")
+    for layer in model.layers(site):
+        if site.info.unit is None:
+            whole = S.named(site.name)[layer]
+            heads = [S.z[at] for at in model.heads if at[0] == layer] if site.name == "attn_out" else []
+            yield End(str(whole), tuple(heads) or (whole,))
             continue
-        for unit in S.indices(site.units, entry.n_units, site.info.unit or "unit", str(site)):
-            one = S.named(site.name)[entry.layer, unit]
+        for unit in S.indices(
+            site.units, model.sizes(S.named(site.name)[layer])[site.info.unit], site.info.unit, str(site)
+        ):
+            one = S.named(site.name)[layer, unit]
             yield End(str(one), (one,))
 
 
@@ -104,9 +106,9 @@ class DirectPlan:
         self.model, self.senders, self.at, self.single = model, senders, at, single_place(at)
         self.reads = list(dict.fromkeys(site.whole for end in receivers for site in end.sites))
         self.top = max(map(_order, self.reads))
-        heads = model.atlas.layers("z")
-        frozen = [S.z[i] for i in heads] + [S.attn_out[i] for i in model.atlas.layers("attn_out") if i not in heads]
-        self.mlps = self._below([S.mlp_out[i] for i in model.atlas.layers("mlp_out")])
+        heads = model.layers(S.z)
+        frozen = [S.z[i] for i in heads] + [S.attn_out[i] for i in model.layers(S.attn_out) if i not in heads]
+        self.mlps = self._below([S.mlp_out[i] for i in model.layers(S.mlp_out)])
         self.frozen = self._below([S.resid_pre[0], *frozen]) + ([] if through_mlps else self.mlps)
         sending = {site.whole for end in senders for site in end.sites}
         sites = [*self.frozen, *(site for site in self.mlps if site in sending and site not in self.frozen)]
@@ -136,14 +138,12 @@ class DirectRuns:
 
     def _values(self, run: ic.Run, sites: list[S.Site]) -> dict[S.Site, Float[Tensor, "batch pos *rest"]]:
         """Values at the senders' positions, by whole site."""
-        found = {site.whole: run[site].as_subclass(Tensor) for site in sites}
+        found = {site.whole: run[site].plain for site in sites}
         return {site: value.unsqueeze(1) if self.plan.single else value for site, value in found.items()}
 
     def _columns(self, tokens: ic.Tokens) -> Tensor:
         """Token ids at the senders' positions `[batch pos]`."""
-        from interp_core.positions import position, resolve
-
-        columns = torch.tensor(resolve(position(self.plan.at), tokens.rows))
+        columns = torch.tensor(tokens.columns(self.plan.at))
         return tokens.ids.gather(1, columns.to(tokens.ids.device))
 
     def chunks(self, senders: list[int]) -> Iterator[list[int]]:
@@ -163,7 +163,7 @@ class DirectRuns:
         ids = self.ids.repeat(rows, 1)
         text = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         run = self.model.run(text, read=self.plan.reads, edits=edits, logits=False, allow_noop=True)
-        seen = {site: run[site].as_subclass(Tensor).unflatten(0, (rows, batch)) for site in self.plan.reads}
+        seen = {site: run[site].plain.unflatten(0, (rows, batch)) for site in self.plan.reads}
 
         def change(sender: int, site: S.Site, whole: bool) -> ic.Edit:
             unit = (slice(None), slice(None), site.units) if isinstance(site.units, int) else ()

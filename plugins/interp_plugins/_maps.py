@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import interp_core as ic
+from interp_core import positions
 from interp_core import score as scores
 from interp_core import sites as S
 
@@ -110,10 +111,10 @@ def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> G
             raise ic.CapabilityError(f"{owner} of {site}: {why}")
         if not site.info.positions or not site.info.layered:
             raise ic.PlanError(f"{owner} takes sites of a layer along pos, {site} goes along {site.info.axes}")
-        entries = model.atlas.select(site if config.layers is None else site[config.layers])
-        layers = [entry.layer for entry in entries if site is sites[0] or entry.layer in layers]
+        having = model.layers(site if config.layers is None else site[config.layers])
+        layers = [layer for layer in having if site is sites[0] or layer in layers]
         whole = site.info.unit is None or config.by == "layer"
-        units[site.name] = [None] if whole else list(range(entries[0].n_units or 0))
+        units[site.name] = [None] if whole else list(range(model.sizes(site[having[0]])[str(site.info.unit)]))
     if not layers:
         raise ic.PlanError(f"{owner}: no layer has all of {', '.join(units)}; patch them one by one")
     heads = units[sites[0].name]
@@ -127,9 +128,7 @@ def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> G
 
 def single_place(place: Any) -> bool:
     """Whether it is one position, whose axis is dropped."""
-    from interp_core.positions import is_single, position
-
-    return is_single(position(place))
+    return positions.is_single(positions.position(place))
 
 
 def _places(owner: str, tokens: ic.Tokens, at: Any) -> tuple[list[Any], tuple[str, ...]]:
@@ -149,27 +148,23 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
         PositionError: the text has no such position.
         PlanError: rows have different numbers of them.
     """
-    from interp_core.positions import ALL, format_position, position, resolve
-
-    where = position(place)
-    columns = resolve(where, tokens.rows)
-    counts = [len(row) for row in columns]
+    where = positions.position(place)
+    counts, shown = [len(row) for row in tokens.columns(where)], positions.format_position(where)
     if len(set(counts)) > 1 or not counts[0]:
         raise ic.PlanError(
-            f"{owner}: at {format_position(where)} the rows have {counts} positions; run them one by one, or choose "
-            "positions that all have"
+            f"{owner}: at {shown} the rows have {counts} positions; run them one by one, or choose positions that all "
+            "have"
         )
     if not single_place(place):
-        return "all positions" if where == ALL else format_position(where)
-    rows = zip(tokens.labels, tokens.rows.real, columns, strict=True)
-    words = {ic.report.visible(labels[list(real).index(found[0])]) for labels, real, found in rows}
-    return f"{format_position(where)} {words.pop()}" if len(words) == 1 else format_position(where)
+        return "all positions" if where == positions.ALL else shown
+    words = {ic.report.visible(label) for (label,) in tokens.labels_at(where)}
+    return f"{shown} {words.pop()}" if len(words) == 1 else shown
 
 
 def values(run: ic.Run, grid: Grid) -> Values:
     """The values of a run, which read `grid.reads`, at every layer and place."""
     return {
-        (site.name, layer, place): run[grid.where(site, layer, place)].as_subclass(Tensor)
+        (site.name, layer, place): run[grid.where(site, layer, place)].plain
         for site in grid.sites
         for layer in grid.layers
         for place in range(len(grid.places))

@@ -188,7 +188,7 @@ def _mean_of_tokens(model: ic.Model, tokens: ic.Tokens, where: Grid) -> Values:
     for part in _chunks(tokens):
         run = model.run(part, read=sites, logits=False)
         for site in sites:
-            value = run[site].as_subclass(Tensor)
+            value = run[site].plain
             real = value[part.mask.to(value.device)]
             sums[site] = sums.get(site, 0) + real.sum(0, dtype=torch.promote_types(real.dtype, torch.float32))
     count = int(tokens.mask.sum())

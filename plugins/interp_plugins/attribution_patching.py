@@ -204,8 +204,8 @@ def _runs(
     points = [(k + 0.5) / config.steps for k in range(config.steps)]
     if config.along == "inputs":
         first = S.resid_pre[0]
-        x = pair.base[first].as_subclass(Tensor)
-        y = torch.zeros_like(x) if pair.source is None else pair.source[first].as_subclass(Tensor)
+        x = pair.base[first].plain
+        y = torch.zeros_like(x) if pair.source is None else pair.source[first].plain
         for point in points:
             yield where.layers, [first.set(torch.lerp(x, y, point))], 1 / config.steps
         return
@@ -241,7 +241,7 @@ def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit
     reads = [site[layer] for site in where.sites for layer in where.layers]
     run = model.run(pair.base.tokens, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)
     return {
-        (site.name, layer, place): run.grad[where.where(site, layer, place)].as_subclass(Tensor)
+        (site.name, layer, place): run.grad[where.where(site, layer, place)].plain
         for site in where.sites
         for layer in where.layers
         for place in range(len(where.places))

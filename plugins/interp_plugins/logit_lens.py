@@ -171,7 +171,7 @@ class LogitLens(ic.Method):
         stream = [_with_pos(found[site]) for site in sites]
         batch, pos, _ = stream[0].shape
         targets = self._targets(config, tokens, batch, pos)
-        size = model.atlas.shape.d_vocab
+        size = model.d_vocab
         n = max(1, config.chunk_bytes // (4 * size))
         k = min(config.top_k, size)
         flat = [resid.flatten(0, 1) for resid in stream]
@@ -186,7 +186,7 @@ class LogitLens(ic.Method):
         return LogitLensResult(
             **shaped,
             layers=("embed", *map(str, range(last + 1))),
-            tokens=self._labels(config, tokens),
+            tokens=tokens.labels_at(config.at),
             vocab={str(i): model.word(i) for i in ids},
         )
 
@@ -224,22 +224,11 @@ class LogitLens(ic.Method):
             following = torch.roll(tokens.ids, -1, 1)
             following[~torch.roll(tokens.mask, -1, 1)] = -1  # padding on the right
             following[:, -1] = -1
-            run = ic.Reading.of(following, S.embed, tokens.rows)
-            return _with_pos(run.at(config.at)[..., None])[..., 0].flatten()
+            return tokens.take(following, config.at).flatten()
         ids = torch.tensor(config.targets)
         if ids.shape != (batch, pos):
             raise ic.PlanError(f"logit_lens: targets are {list(ids.shape)}, the positions [{batch}, {pos}]")
         return ids.flatten()
-
-    def _labels(self, config: LensConfig, tokens: ic.Tokens) -> tuple[tuple[str, ...], ...]:
-        from interp_core.positions import Slice, position, resolve
-
-        chosen = resolve(Slice() if config.at is None else position(config.at), tokens.rows)
-        labels = []
-        for row, columns in enumerate(chosen):
-            place = {column: i for i, column in enumerate(tokens.rows.real[row])}
-            labels.append(tuple(tokens.labels[row][place[column]] for column in columns))
-        return tuple(labels)
 
 
 def _with_pos(value: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import score
 from interp_core import sites as S
-from interp_core.result import write
 
 STORY = "Once upon a time, there was a little {}. The little {} was very happy. One day, the little"
 
@@ -206,11 +205,17 @@ class Findings:
         ]
 
 
-def study(model: ic.Model, task: Task, new: int) -> Findings:
-    """Lens, patching, ablation and steering, one after the other."""
+def study(model: ic.Model, task: Task, new: int, run: ic.runs.RunFolder) -> Findings:
+    """Lens, patching, ablation and steering, one after the other; the map is kept where the run has it."""
     start = max(0, task.clean.lengths[0] - 11)
     lens = ic.method("logit_lens")(model, task.clean.row(0), at=slice(start, None))
-    effect, high, low = patching_map(model, task)
+
+    def patched() -> dict[str, Tensor]:
+        effect, high, low = patching_map(model, task)
+        return {"effect": effect, "gap": torch.tensor([high, low], dtype=torch.float64)}
+
+    kept = run.stage("patching.safetensors", patched)
+    effect, (high, low) = kept["effect"], kept["gap"].tolist()
     heads = named_heads(effect)
     layer, layers = best_layer(model, task)
     steered, made = steering(model, task, layer, new)
@@ -219,7 +224,7 @@ def study(model: ic.Model, task: Task, new: int) -> Findings:
 
 def demo(
     model: str = "toy:text",
-    out: Path = Path("out/demo"),
+    out: Path | None = None,
     clean: str = STORY.format("cat", "cat"),
     corrupted: str = STORY.format("dog", "dog"),
     answer: str = " cat",
@@ -229,40 +234,45 @@ def demo(
 
     Args:
         model: toy:text, a folder, or a hub id.
-        out: folder for the report and pictures.
+        out: folder of the run (default: results/{model}/{dataset}/{timestamp}-demo-{hash}).
         clean: prompt that leads to the answer; not asked of the toy, which has tasks of its own.
         corrupted: a prompt of as many tokens that leads to the other answer.
         answer, other: what should follow the one and the other.
     """
     began = time.perf_counter()
+    settings = {key: value for key, value in locals().items() if key not in ("began", "out")}
     loaded, toy = ic.load(model), model == "toy:text"
     task = toy_task(loaded) if toy else text_task(loaded, clean, corrupted, answer, other)
-    print(f"{loaded}\n{task.story}\n", flush=True)
-    found = study(loaded, task, new=4 if toy else 24)
-    found.lens.show()
-    print("", *found.sentences(), "", sep="\n")
-    for row in found.steered:
-        print(f"  …{row['prompt ends']}   plain: {row['plain']}   steered: {row['steered']}")
-    print(f"  {found.made.receipts[0]}")
-    report = write_report(out, loaded, task, found)
+    dataset = "toy-relations" if toy else "texts"
+    with ic.runs.open(out, settings, recipe="demo", model=loaded, dataset=dataset) as run:
+        run.claim(["report.html", "lens.png", "patching.png"])
+        print(f"{loaded}\n{task.story}\n", flush=True)
+        found = study(loaded, task, 4 if toy else 24, run)
+        found.lens.show()
+        print("", *found.sentences(), "", sep="\n")
+        for row in found.steered:
+            print(f"  …{row['prompt ends']}   plain: {row['plain']}   steered: {row['steered']}")
+        print(f"  {found.made.receipts[0]}")
+        write_report(run, loaded, task, found)
+    report = run.path / "report.html"
     print(f"\n{report} ({time.perf_counter() - began:.1f} s)")
     return report
 
 
-def write_report(out: Path, model: ic.Model, task: Task, found: Findings) -> Path:
+def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, found: Findings) -> None:
     """One page, two pictures, the lens as data."""
     values = found.effect.tolist()
     rows = [f"layer {i}" for i in range(len(values))]
     columns = [f"head {i}" for i in range(len(values[0]))]
     texts = [[percent(value) for value in line] for line in values]
     note = "Corrupted prompts with one head's z at the last token taken from the clean run: share of the gap restored."
-    found.lens.save(out / "lens")
-    found.lens.png(out / "lens.png")
     grid = ic.report.Heatmap(
         values, rows, columns, texts=texts, diverging=True, title="Heads that carry the answer", caption=note,
         colorbar="share of the gap restored",
     )  # fmt: skip
-    grid.png(out / "patching.png")
+    run.result("lens", found.lens)
+    run.figure("lens.png", found.lens.png)
+    run.figure("patching.png", grid.png)
     pair = "".join(
         f"<pre>{ic.report.escape((tokens.texts or ('',))[0])}</pre>" for tokens in (task.clean, task.corrupted)
     )
@@ -284,8 +294,7 @@ def write_report(out: Path, model: ic.Model, task: Task, found: Findings) -> Pat
         ic.report.Section("Steered generation", "The same difference, added at every new token.", steered),
         ic.report.Section("What this model has", "", f"<pre>{ic.report.escape(model.sites)}</pre>"),
     ]
-    write(out / "report.html", ic.report.page("interp_core demo", repr(model), sections))
-    return out / "report.html"
+    run.put({"report.html": ic.report.page("interp_core demo", repr(model), sections)})
 
 
 def percent(value: float) -> str:

@@ -11,7 +11,8 @@ to n shots without. The layer that examples are shown for is chosen on validatio
 one set of heads for all, differences of vectors, similarities; it chooses its own layer.
 
 `out/<task>/` has the published result files by their names, the vector, tables (CSV), a picture and `report.html`; of
-several tasks `out/report.html` has all. A second run keeps what the same settings made, and says what it replaces.
+several tasks `out/report.html` has all. A second run keeps what the first made; `out` is a run folder, which other
+settings or another model cannot enter (docs/run_folders.md), while tasks may be added.
 Relations of the toy are split by word, the same for all, files by row. Cost: as `interp_plugins.function_vectors`.
 
 Source: Todd et al. (2024), arXiv:2310.15213.
@@ -19,16 +20,17 @@ Source: Todd et al. (2024), arXiv:2310.15213.
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from interp_plugins import function_vectors as fv
+from interp_plugins.function_vectors.artefacts import pt
 from interp_plugins.function_vectors.files import read_effects, read_means
 from interp_plugins.function_vectors.related import Choice, Extracted, Related, by_word, choose, related
 from torch import Tensor
@@ -38,8 +40,8 @@ from interp_core.errors import nearest
 from interp_core.toys.text import relations
 
 from . import fv_report
-from .fv_folder import Folder
 
+ARGS = "fv_eval_args.txt"
 MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
 VALID, FEW, BASELINE = "fs_results_validation.json", "fs_results_layer_sweep.json", "model_baseline.json"
 ZERO, SHUFFLED = "zs_results_{}.json", "fs_shuffled_results_{}.json"
@@ -103,7 +105,7 @@ class Findings:
 def function_vectors(
     tasks: str = "antonym",
     model: str = "toy:text",
-    out: Path = Path("out/function_vectors"),
+    out: Path | None = None,
     n_shots: int = 10,
     n_mean_trials: int = 100,
     n_trials: int = 25,
@@ -122,7 +124,7 @@ def function_vectors(
     Args:
         tasks: task files or relations of toy:text, separated by commas; "all": every relation.
         model: toy:text, a folder, or a hub id.
-        out: folder for the artefacts of all tasks.
+        out: folder of the run (default: results/{model}/{dataset}/{timestamp}-function_vectors-{hash}).
         n_shots: demonstrations in each prompt.
         n_mean_trials, n_trials: prompts for mean activations, and for indirect effects.
         n_top_heads: heads that make a vector.
@@ -144,20 +146,31 @@ def function_vectors(
     )  # fmt: skip
     found = _tasks(tasks, asked)
     loaded = ic.load(model)
-    folders = [_folder(out, task, loaded, asked) for task in found]
-    _check(loaded, found, folders, asked)
+    run = _opened(out, loaded, found, asked)
+    parts = [run.part(task.name, {"dataset": _fingerprint(task)}, task.name) for task in found]
+    _check(loaded, found, parts, asked)
     print(loaded, flush=True)
     done = []
-    for task, folder in zip(found, folders, strict=True):
-        print(task)
-        done.append(_study(loaded, task, folder, asked))
-        fv_report.write_task(folder, loaded, done[-1])
-        print("", *fv_report.sentences(done[-1]), "", sep="\n")
-    page = folders[0].path / "report.html"
-    if len(done) > 1:
-        page = _together(loaded, done, folders, out, asked)
+    with run:
+        for task, part in zip(found, parts, strict=True):
+            print(task)
+            with part.attempt(strict=True):
+                done.append(_study(loaded, task, part, asked))
+                fv_report.write_task(part, loaded, done[-1], _args(task, loaded, asked))
+            print("", *fv_report.sentences(done[-1]), "", sep="\n")
+        page = _together(loaded, done, parts, run, asked) if len(done) > 1 else parts[0].path / "report.html"
     print(f"{time.perf_counter() - began:.1f} s")
     return page
+
+
+def _opened(out: Path | None, model: ic.Model, tasks: Sequence[fv.Task], asked: Settings) -> ic.runs.RunFolder:
+    """The run's folder; tasks may be added to it, and more examples shown."""
+    names = [task.name for task in tasks]
+    settings = {**vars(asked), "tasks": names, "model": model.source}
+    dataset = "+".join(names) if len(names) <= 3 else f"{len(names)} tasks"
+    return ic.runs.open(
+        out, settings, recipe="function_vectors", model=model, dataset=dataset, free=("tasks", "examples")
+    )
 
 
 def _tasks(names: str, asked: Settings) -> list[fv.Task]:
@@ -187,27 +200,35 @@ def _tasks(names: str, asked: Settings) -> list[fv.Task]:
     return found
 
 
-def _folder(out: Path, task: fv.Task, model: ic.Model, asked: Settings) -> Folder:
-    pairs = repr((task.pairs, task.train, task.valid, task.test)).encode()
+def _fingerprint(task: fv.Task) -> str:
+    return hashlib.sha256(repr((task.pairs, task.train, task.valid, task.test)).encode()).hexdigest()[:16]
+
+
+def _args(task: fv.Task, model: ic.Model, asked: Settings) -> dict[str, Any]:
+    """The settings, as `fv_eval_args.txt` has them."""
     template = asked.template
-    args = {
+    return {
         "dataset_name": task.name, "dataset_source": task.source, "model_name": model.source,
         **{key: value for key, value in vars(asked).items() if key not in ("examples", "template")},
         "prefixes": dict(template.prefixes), "separators": dict(template.separators),
         "instructions": template.instructions,
-        "model_identity": model.fingerprint(), "dataset_fingerprint": hashlib.sha256(pairs).hexdigest()[:16],
+        "model_identity": model.fingerprint(), "dataset_fingerprint": _fingerprint(task),
     }  # fmt: skip
-    stages = [*(name.format(glob.escape(task.name)) for name in (MEAN, EFFECT)), VALID, FEW, BASELINE]
-    stages += [name.format(kind) for name in (ZERO, SHUFFLED) for kind in ("layer_sweep", "editlayer_*")]
-    return Folder(out / task.name, args, stages)
 
 
-def _check(model: ic.Model, tasks: Sequence[fv.Task], folders: Sequence[Folder], asked: Settings) -> None:
+def _files(task: fv.Task, asked: Settings) -> list[str]:
+    """What is made of a task and kept for the next run."""
+    steered = [asked.name(name) for name in (ZERO, SHUFFLED)]
+    names = [ARGS, MEAN.format(task.name), EFFECT.format(task.name), VALID, FEW, *steered]
+    return [*names, BASELINE] if asked.compute_baseline else names
+
+
+def _check(model: ic.Model, tasks: Sequence[fv.Task], parts: Sequence[ic.runs.Part], asked: Settings) -> None:
     """Everything that can be known before the model runs.
 
     Raises:
         PlanError, TextError: heads or a layer that the model does not have, rows for fewer shots, prompts that cannot
-            be built, a template whose slots do not align.
+            be built, a template whose slots do not align, files that this run did not write.
     """
     if model.tokenizer is None:
         raise ic.TextError("function_vectors builds prompts of its tasks: load the model with its tokenizer")
@@ -218,21 +239,21 @@ def _check(model: ic.Model, tasks: Sequence[fv.Task], folders: Sequence[Folder],
             f"edit_layer is {asked.edit_layer}; {model.source} has layers 0 to {model.n_layers - 1}. Give one of them, "
             "or -1 for all"
         )
-    for task, folder in zip(tasks, folders, strict=True):
-        folder.check()
+    for task, part in zip(tasks, parts, strict=True):
+        part.claim(_files(task, asked))
         drawn: dict[str, Any] = {"seed": asked.seed, "template": asked.template}
         fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, n_shots=asked.n_shots, **drawn)
         fv.questions(task, model.tokenizer, shots=asked.n_shots, **drawn)
 
 
-def _study(model: ic.Model, task: fv.Task, folder: Folder, asked: Settings) -> Findings:
+def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, asked: Settings) -> Findings:
     """The published protocol, stage by stage."""
     seed, shots = asked.seed, asked.n_shots
-    folder.open()
-    valid = folder.json(VALID, lambda: _answered(model, task, "valid", asked, seed + 42))
+    part.put({ARGS: json.dumps(_args(task, model, asked), indent=2, ensure_ascii=False)})
+    valid = _kept(part, VALID, lambda: _answered(model, task, "valid", asked, seed + 42))
     right = [row for row, rank in enumerate(valid["clean_rank_list"]) if rank == 0]
     drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right, "template": asked.template}
-    few = folder.json(FEW, lambda: _answered(model, task, "test", asked, seed))
+    few = _kept(part, FEW, lambda: _answered(model, task, "test", asked, seed))
     kept = [row for row, rank in enumerate(few["clean_rank_list"]) if rank == 0]
     if not right or not kept:
         raise ic.PlanError(
@@ -248,21 +269,34 @@ def _study(model: ic.Model, task: fv.Task, folder: Folder, asked: Settings) -> F
         trials = fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, **drawn)
         return fv.indirect_effect(model, [trial.corrupted for trial in trials], mean)
 
-    mean = folder.tensor(MEAN.format(task.name), lambda path: read_means(path, model), means)
-    found = folder.tensor(EFFECT.format(task.name), lambda path: read_effects(path, model), effects)
+    shown, patched = MEAN.format(task.name), EFFECT.format(task.name)
+    mean = part.stage(shown, means, after=[VALID], read=lambda path: read_means(path, model), data=pt)
+    found = part.stage(
+        patched, effects, after=[VALID, shown], read=lambda path: read_effects(path, model), data=pt
+    )  # fmt: skip
     aie = fv.average(found)
     extracted = Extracted(task, mean, aie, asked.template)
     choice, _ = choose(model, [extracted], [asked.n_top_heads], "own", layers=asked.layers)
     heads = fv.top_heads(aie, asked.n_top_heads)
     vector = fv.function_vector(model, mean, heads, task=task.name, layer=choice.layer)
-    zero = folder.json(asked.name(ZERO), lambda: _steered(model, task, vector, 0, kept, asked))
-    shuffled = folder.json(asked.name(SHUFFLED), lambda: _steered(model, task, vector, shots, kept, asked))
-    baseline = folder.json(BASELINE, lambda: _baseline(model, task, asked)) if asked.compute_baseline else {}
+    after = [FEW, shown, patched]
+    zero = _kept(part, asked.name(ZERO), lambda: _steered(model, task, vector, 0, kept, asked), after)
+    shuffled = _kept(part, asked.name(SHUFFLED), lambda: _steered(model, task, vector, shots, kept, asked), after)
+    baseline = _kept(part, BASELINE, lambda: _baseline(model, task, asked)) if asked.compute_baseline else {}
     return Findings(
         task, aie, mean, vector, choice, len(kept) / len(few["clean_rank_list"]),
         _evaluation(zero, "zero-shot", asked.layers), _evaluation(shuffled, "shuffled", asked.layers), baseline,
         fv.words(model, fv.decoded(model, vector)), _examples(model, task, vector, asked),
     )  # fmt: skip
+
+
+def _kept(part: ic.runs.Part, name: str, make: Callable[[], Any], after: Sequence[str] = ()) -> Any:
+    """A stage in a JSON file of the published form."""
+
+    def read(path: Path) -> Any:
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return part.stage(name, make, after=after, read=read, data=lambda value: json.dumps(value, indent=2))
 
 
 def _answered(model: ic.Model, task: fv.Task, split: str, asked: Settings, seed: int) -> dict[str, Any]:
@@ -323,19 +357,25 @@ def _examples(model: ic.Model, task: fv.Task, vector: fv.FunctionVector, asked: 
 
 
 def _together(
-    model: ic.Model, done: Sequence[Findings], folders: Sequence[Folder], out: Path, asked: Settings
-) -> Path:  # fmt: skip
-    """What the tasks share, measured and written; kept if the same settings made it."""
+    model: ic.Model,
+    done: Sequence[Findings],
+    parts: Sequence[ic.runs.Part],
+    run: ic.runs.RunFolder,
+    asked: Settings,
+) -> Path:
+    """What the tasks share, measured and written; kept if the same tasks made it."""
     print(f"related: {len(done)} tasks", flush=True)
-    args = {one.task.name: dict(folder.args) for one, folder in zip(done, folders, strict=True)}
-    folder = Folder(out / "related", args, ["result.json", "result.safetensors"])
-    folder.open()
-    try:
-        found = Related.load(folder.path)
-        print("  kept related")
-    except ic.LoadError:
+    inputs = {one.task.name: part.data["inputs"]["dataset"] for one, part in zip(done, parts, strict=True)}
+    after = [f"{part.prefix}/{form.format(part.name)}" for part in parts for form in (MEAN, EFFECT)]
+    if run.kept("related", inputs=inputs, after=after):
+        found = Related.load(run.path / "related")
+    else:
         extracted = [Extracted(one.task, one.mean, one.aie, asked.template) for one in done]
         found = related(model, extracted, seed=asked.seed)
-        found.save(folder.path)
+        args = {one.task.name: _args(one.task, model, asked) for one in done}
+        files = {**found.files(), ARGS: json.dumps(args, indent=2, ensure_ascii=False)}
+        run.put(
+            {f"related/{name}": content for name, content in files.items()}, stage="related", inputs=inputs, after=after
+        )
     found.show()
-    return fv_report.write_all(out, model, done, found)
+    return fv_report.write_all(run, model, done, found)

@@ -25,7 +25,7 @@ from interp_plugins.function_vectors.trials import fixed_trials
 from interp_plugins.function_vectors.trials_file import file_name, read_json
 
 import interp_core as ic
-from interp_core.loading import open_tokenizer
+from interp_core import open_tokenizer
 
 Mode = Literal["both", "clean", "corrupted"]
 """Which prompts are checked."""

@@ -13,9 +13,6 @@ from interp_plugins.function_vectors.related import Related
 
 import interp_core as ic
 from interp_core import report
-from interp_core.result import write
-
-from .fv_folder import Folder
 
 if TYPE_CHECKING:
     from .function_vectors import Findings
@@ -74,20 +71,19 @@ def shots_table(baseline: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     ]
 
 
-def write_task(folder: Folder, model: ic.Model, found: Findings) -> None:
+def write_task(folder: ic.runs.Part, model: ic.Model, found: Findings, args: Mapping[str, Any]) -> None:
     """Vector, tables, picture and page of one task."""
-    found.vector.save(folder.path / "function_vector")
+    folder.result("function_vector", found.vector)
     folder.table("heads.csv", heads_table(found))
     folder.table("accuracy_by_layer.csv", layers_table(found))
     folder.table("decoded.csv", [{"token": word, "probability": p} for word, p in found.words])
     folder.table("examples.csv", found.examples)
     if found.baseline:
         folder.table("baseline.csv", shots_table(found.baseline))
-    folder.picture("heads.png", _map(found).png)
-    made = report.Section("How it was made", "", f"<pre>{report.escape(json.dumps(folder.args, indent=2))}</pre>")
-    folder.write(
-        "report.html", report.page(f"Function vector: {found.task.name}", repr(model), [*sections(found), made])
-    )
+    folder.figure("heads.png", _map(found).png)
+    made = report.Section("How it was made", "", f"<pre>{report.escape(json.dumps(args, indent=2))}</pre>")
+    page = report.page(f"Function vector: {found.task.name}", repr(model), [*sections(found), made])
+    folder.put({"report.html": page})
 
 
 def sections(found: Findings) -> list[report.Section]:
@@ -119,13 +115,12 @@ def sections(found: Findings) -> list[report.Section]:
     return pages
 
 
-def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Related) -> Path:
+def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Findings], found: Related) -> Path:
     """Table, picture and page of several tasks."""
-    folder = Folder(out, {}, ())
     folder.table("tasks.csv", found.table())
     names, ends = found.tasks, (-1, 1)
     alike = report.Heatmap(found.similarity, names, names, diverging=True, limits=ends, title="Similarity")
-    folder.picture("similarity.png", alike.png)
+    folder.figure("similarity.png", alike.png)
     rows = [
         {
             "task": one.task.name, "test rows": len(one.task.test), "with shots": one.few,
@@ -145,8 +140,8 @@ def write_all(out: Path, model: ic.Model, done: Sequence[Findings], found: Relat
         ),
         report.Section("One set of heads for all, differences, similarities", "", f"{_pre(found)}{found.html()}"),
     ]
-    write(out / "report.html", report.page(f"Function vectors of {len(done)} tasks", repr(model), pages))
-    return out / "report.html"
+    folder.put({"report.html": report.page(f"Function vectors of {len(done)} tasks", repr(model), pages)})
+    return folder.path / "report.html"
 
 
 def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def by_layer(
     added = {layer: function_vector(model, mean, [head for head in heads if head.layer == layer]) for layer in before}
     n_heads, d_head = head_shape(model)
     return {
-        "n_heads": n_heads, "head_dim": d_head, "resid_dim": model.atlas.shape.d_model, "selected_k": len(heads),
+        "n_heads": n_heads, "head_dim": d_head, "resid_dim": model.d_model, "selected_k": len(heads),
         "alpha_default": alpha, "model_spec": model_spec,
         "space": {"fv_by_layer": "head_space", "resid_by_layer": "resid"},
         "fv_by_layer": {layer: vector.vector for layer, vector in before.items()},

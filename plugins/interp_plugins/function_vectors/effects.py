@@ -139,7 +139,7 @@ def _replayed(
     logits in float32 at least, as a sweep has them."""
 
     def scores(run: ic.Run) -> Tensor:
-        logits = run.logits.as_subclass(Tensor)[:, -1]
+        logits = run.logits.plain[:, -1]
         return torch.stack([one.rows(logits.to(torch.promote_types(logits.dtype, torch.float32))) for one in judged])
 
     clean = scores(model.run(text))

@@ -247,9 +247,7 @@ def answers(
 
 def _alone(model: ic.Model, prompts: Sequence[Prompt], edits: tuple[ic.Edit, ...]) -> Judged:
     """One full forward pass per prompt, logits of all positions."""
-    return _judged(
-        _wide([model.run(tokens([p]), edits=edits).logits.as_subclass(Tensor)[:, -1] for p in prompts]), prompts
-    )
+    return _judged(_wide([model.run(tokens([p]), edits=edits).logits.plain[:, -1] for p in prompts]), prompts)
 
 
 def _judged(logits: Tensor, prompts: Sequence[Prompt]) -> Judged:
@@ -265,8 +263,7 @@ def _swept(model: ic.Model, prompts: Sequence[Prompt], edit: ic.Edit) -> tuple[J
     swept = scored(model, prompts, [edit], ("logprob", "rank"))
     logprob, rank = swept["logprob"], swept["rank"]
     base, given = (
-        _wide([model.run(part, edits=edits, logits=-1).logits.as_subclass(Tensor) for part in parts])
-        for edits in ((), (edit,))
+        _wide([model.run(part, edits=edits, logits=-1).logits.plain for part in parts]) for edits in ((), (edit,))
     )
     return (
         Judged(base, logprob.clean, rank.clean.long(), asked),

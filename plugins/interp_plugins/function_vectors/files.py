@@ -74,6 +74,6 @@ def read_vector(path: str | Path, model: ic.Model, *, task: str = "") -> Functio
         LoadError: not readable, or of another width.
     """
     found = read_tensor(path)
-    if found.numel() != model.atlas.shape.d_model:
-        raise ic.LoadError(f"{path} holds {list(found.shape)}, the residual stream has {model.atlas.shape.d_model}")
+    if found.numel() != model.d_model:
+        raise ic.LoadError(f"{path} holds {list(found.shape)}, the residual stream has {model.d_model}")
     return FunctionVector(found.flatten().float(), "resid", task or Path(path).stem, model.source)

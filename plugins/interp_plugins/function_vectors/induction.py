@@ -44,14 +44,14 @@ def prefix_matching(
         PlanError: no ids to draw from.
         CapabilityError: a model whose patterns are not known.
     """
-    size = model.atlas.shape.d_vocab
+    size = model.d_vocab
     low, high = ids or ((1000, min(10_000, size)) if size > 2000 else (0, size))
     if not 0 <= low < high <= size:
         raise ic.PlanError(f"ids {low} to {high} are not those of a vocabulary of {size}")
     once = torch.randint(low, high, (sequences, length), generator=torch.Generator().manual_seed(seed))
     run = model.run(torch.cat([once, once], 1), read=S.pattern, logits=False)
-    layers = model.atlas.layers("pattern")
-    scores = [run[S.pattern[i]].as_subclass(Tensor).diagonal(1 - length, -2, -1).float().mean((0, -1)) for i in layers]
+    layers = model.layers(S.pattern)
+    scores = [run[S.pattern[i]].plain.diagonal(1 - length, -2, -1).float().mean((0, -1)) for i in layers]
     found = torch.full((model.n_layers, len(scores[0])), torch.nan)
     found[layers] = torch.stack(scores).cpu()
     return found
@@ -84,8 +84,8 @@ def slot_attention(model: ic.Model, prompts: Sequence[Prompt]) -> SlotAttention:
         plain: list[Tensor] = []
         weighted: list[Tensor] = []
         for layer in range(model.n_layers):
-            pattern = run[S.pattern[layer]].as_subclass(Tensor)[0].float().cpu()
-            norm = run[S.v[layer]].as_subclass(Tensor)[0].float().cpu().norm(dim=-1).T
+            pattern = run[S.pattern[layer]].plain[0].float().cpu()
+            norm = run[S.v[layer]].plain[0].float().cpu().norm(dim=-1).T
             norm = norm.repeat_interleave(len(pattern) // len(norm), 0)
             rows = pattern[:, starts]
             for out, values in ((plain, rows), (weighted, rows * norm[:, None])):

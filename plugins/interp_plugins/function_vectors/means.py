@@ -33,10 +33,10 @@ def head_shape(model: ic.Model) -> tuple[int, int]:
     Raises:
         CapabilityError: the layers' heads differ in number or width, or the family has none.
     """
-    if "z" in model.atlas.lacking:
-        raise ic.CapabilityError(f"function vectors need z: {model.atlas.lacking['z']}")
-    entries = [model.atlas.entries["z", layer] for layer in model.atlas.layers("z")]
-    sizes = {(entry.sizes["head"], entry.sizes["d_head"]) for entry in entries}
+    layers = model.layers(S.z)
+    if not layers:
+        raise ic.CapabilityError(f"function vectors need z: {model.can('z', 'read')}")
+    sizes = {(size["head"], size["d_head"]) for size in (model.sizes(S.z[layer]) for layer in layers)}
     if len(sizes) > 1:
         shown = ", ".join(f"{heads} of {width}" for heads, width in sorted(sizes))
         raise ic.CapabilityError(f"function vectors need the same heads in every layer; this model has {shown}")
@@ -59,11 +59,11 @@ def mean_head_activations(
     """
     heads, d_head = head_shape(model)
     n_slots = _common_slots(prompts)
-    layers = model.atlas.layers("z")
+    layers = model.layers(S.z)
     found = torch.zeros(len(prompts), model.n_layers, heads, n_slots, d_head)
     for numbers in _alike(prompts, batch):
         run = model.run(tokens([prompts[number] for number in numbers]), read=S.z[layers], logits=False)
-        z = run[S.z[layers]].as_subclass(Tensor)
+        z = run[S.z[layers]].plain
         for row, number in enumerate(numbers):
             means = _by_slot(z[:, row], prompts[number].slots).transpose(1, 2)
             for layer, one in zip(layers, means, strict=True):
@@ -79,7 +79,7 @@ def mean_layer_activations(
     found = []
     for part in batches(prompts, batch):
         run = model.run(tokens(part), read=S.resid_post.at(-1), logits=False)
-        found += list(run[S.resid_post.at(-1)].as_subclass(Tensor).float().cpu().unbind(1))
+        found += list(run[S.resid_post.at(-1)].plain.float().cpu().unbind(1))
     return torch.stack(found).mean(0)
 
 

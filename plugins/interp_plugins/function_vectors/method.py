@@ -211,7 +211,7 @@ class FunctionVectors(ic.Method):
             task, model.tokenizer, template=template, n_trials=config.trials, n_shots=config.shots, seed=config.seed
         )
         site = S.resid_post if config.layers is None else S.resid_post[config.layers]
-        layers = [entry.layer for entry in model.atlas.select(site)]
+        layers = model.layers(site)
         vector, aie = self._extracted(model, trials, task.name, config)
         ranks = self._accuracies(model, task, template, vector, layers, config)
         ids, logprob = self._answers(model, tokens, vector, layers, config)
@@ -255,11 +255,11 @@ class FunctionVectors(ic.Method):
         config: FunctionVectorsConfig,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Likeliest next tokens of the texts, without the vector and by layer: ids and log-probabilities."""
-        k = min(config.top_k, model.atlas.shape.d_vocab)
+        k = min(config.top_k, model.d_vocab)
         edits = [(), *((injection(model, vector, layer, strength=config.strength),) for layer in layers)]
         tops = []
         for edit in edits:
-            logits = model.run(tokens, edits=edit, logits=-1).logits.as_subclass(Tensor)
+            logits = model.run(tokens, edits=edit, logits=-1).logits.plain
             tops.append(torch.log_softmax(logits.float(), -1).topk(k))
         return torch.stack([top.indices for top in tops], 1).cpu(), torch.stack([top.values for top in tops], 1).cpu()
 

@@ -99,7 +99,7 @@ def plain_vector(
 ) -> Float[Tensor, " d_model"]:
     """The sum of what the output projections make of each head's mean at the last slot alone; float32, on the CPU."""
     projections, n_heads, d_head = _projections(model)
-    total = torch.zeros(model.atlas.shape.d_model)
+    total = torch.zeros(model.d_model)
     for layer, head, _ in heads:
         x = torch.zeros(1, 1, n_heads * d_head)
         x[..., head * d_head : (head + 1) * d_head] = mean[layer, head, -1]
@@ -115,8 +115,7 @@ def plain_logits(
     Args:
         vector: added there to what the block of `layer` hands on.
     """
-    block = model.atlas.entries["resid_post", layer].module
-    assert block is not None
+    block = model.module("block", layer)
 
     def add(_: nn.Module, __: Any, out: Any) -> Any:
         assert vector is not None
@@ -143,8 +142,7 @@ def _last_logits(model: ic.Model, prompt: Prompt) -> Float[Tensor, " vocab"]:
 
 def _projections(model: ic.Model) -> tuple[dict[int, nn.Module], int, int]:
     """Output projections by layer, heads, and d_head."""
-    modules = {layer: model.atlas.entries["z", layer].module for layer in model.atlas.layers("z")}
-    return {layer: module for layer, module in modules.items() if module is not None}, *head_shape(model)
+    return {layer: model.module("attn.o", layer) for layer in model.layers("z")}, *head_shape(model)
 
 
 @contextmanager

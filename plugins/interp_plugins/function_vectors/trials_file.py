@@ -21,7 +21,7 @@ from typing import Any
 
 import interp_core as ic
 from interp_core.errors import nearest
-from interp_core.result import write
+from interp_core.runs import write
 
 from .tasks import Pair
 from .template import Boundary, Template, name_of

@@ -102,10 +102,10 @@ class FunctionVector(ic.Result):
                 f"the vector of {self.task!r} is in head space, before the output projection of layer {self.layer}: it "
                 "cannot be added to the residual stream. Use vector.projected(model)."
             )
-        if len(self.vector) != model.atlas.shape.d_model:
+        if len(self.vector) != model.d_model:
             raise ic.PlanError(
                 f"the vector of {self.task!r} has {len(self.vector)} numbers (made on {self.model}), this model's "
-                f"residual stream {model.atlas.shape.d_model}; make it on this model"
+                f"residual stream {model.d_model}; make it on this model"
             )
         return self.vector.to(model.device, model.dtype)
 
@@ -114,7 +114,7 @@ class FunctionVector(ic.Result):
         if self.kind == "resid":
             return self
         assert self.layer is not None
-        sizes = model.atlas.select(ic.sites.z[self.layer])[0].sizes
+        sizes = model.sizes(ic.sites.z[self.layer])
         shape = sizes["head"], sizes["d_head"]
         if len(self.vector) != shape[0] * shape[1]:
             raise ic.PlanError(
@@ -162,7 +162,7 @@ def function_vector(
     """
     if not heads:
         raise ic.PlanError("a function vector needs at least one head")
-    total = torch.zeros(model.atlas.shape.d_model)
+    total = torch.zeros(model.d_model)
     seen: set[int] = set()
     known = set(model.heads)
     for at, head, _ in heads:

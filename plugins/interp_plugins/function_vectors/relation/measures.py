@@ -60,7 +60,7 @@ def as_they_are(model: ic.Model, prompts: Sequence[Prompt]) -> tuple[Tensor, Ten
     """
     found = []
     for prompt, target in zip(prompts, targets(prompts), strict=True):
-        logits = model.run(tokens([prompt]), logits=-1).logits.as_subclass(Tensor)
+        logits = model.run(tokens([prompt]), logits=-1).logits.plain
         wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
         found.append(torch.cat([one.rows(wide).cpu() for one in _scores(target[None])]))
     rows = torch.stack(found, -1)

@@ -1,0 +1,218 @@
+"""What a model is made of: its sizes, the layers of its sites, its modules and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .architectures.atlas import Atlas
+from .engines.protocol import Engine
+from .engines.turns import Turn
+from .errors import CapabilityError, PlanError, nearest
+from .sites import Site, named
+from .table import SiteTable
+
+if TYPE_CHECKING:
+    from .weights import Weights
+
+USES = ("read", "write", "grad", "generate")
+
+
+class Structure:
+    """The part of `Model` that answers questions and runs nothing, or a few tokens at most."""
+
+    hf: Any
+    tokenizer: Any
+    source: str
+    atlas: Atlas
+    engine: Engine
+    turn: Turn
+    _embedding: Any
+
+    def renew(self) -> bool:
+        """See `Model.renew`."""
+        raise NotImplementedError
+
+    def sample(self, sites: Sequence[Site]) -> list[Tensor]:
+        """See `Model.sample`."""
+        raise NotImplementedError
+
+    @property
+    def sites(self) -> SiteTable:
+        """Every site of this model with its axes; prints as a table."""
+        return SiteTable(self.atlas)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return self.atlas.shape.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.atlas.shape.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of tokens that the unembedding has, which may be more than the tokenizer's."""
+        return self.atlas.shape.d_vocab
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer.
+
+        Raises:
+            CapabilityError: the family's heads are not known, or layers differ: `sizes(S.z[layer])["head"]`.
+        """
+        return self.sizes(Site("z"))["head"]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads of a layer; as `n_heads`."""
+        return self.sizes(Site("v"))["head"]
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head's values, and of `z`; those of queries and keys may be wider (`sizes(S.q)`). As `n_heads`."""
+        return self.sizes(Site("z"))["d_head"]
+
+    @property
+    def d_mlp(self) -> int:
+        """Neurons of an MLP that is no mixture of experts; as `n_heads`."""
+        return self.sizes(Site("mlp_act"))["d_mlp"]
+
+    @cached_property
+    def heads(self) -> list[tuple[int, int]]:
+        """All `(layer, head)` with a `z` site."""
+        return [
+            (e.layer, h) for (name, _), e in self.atlas.entries.items() if name == "z" for h in range(e.n_units or 0)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.hf.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        weight = self._embedding.weight
+        if weight.is_meta:  # offloaded: accelerate knows where it will be
+            return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
+        return weight.device
+
+    @property
+    def engine_name(self) -> str:
+        """The engine that carries out plans, as it calls itself."""
+        return self.engine.name
+
+    def layers(self, site: Site | str) -> list[int]:
+        """The layers that a site names and that have it; [] if the model lacks it (`can` says why).
+
+        Raises:
+            SiteError: no site is called so, or a layer was asked for that does not have it.
+        """
+        site = _site(site)
+        if site.name in self.atlas.lacking:
+            return []
+        return [entry.layer for entry in self.atlas.select(site)]
+
+    def sizes(self, site: Site | str) -> Mapping[str, int]:
+        """Sizes of a site's feature axes by name, such as `{"head": 12, "d_head": 64}`.
+
+        Raises:
+            SiteError: there is no such site or layer.
+            CapabilityError: the family lacks it, or the layers that it names differ.
+        """
+        site = _site(site)
+        entries = self.atlas.select(site)
+        for entry in entries:
+            if entry.sizes != entries[0].sizes:
+                first, other = (f"{dict(e.sizes)} in layer {e.layer}" for e in (entries[0], entry))
+                raise CapabilityError(f"{site} differs between layers ({first}, {other}); ask for one layer")
+        return dict(entries[0].sizes)
+
+    def can(self, site: str, use: str) -> str:
+        """Why this model on this engine cannot do something with a site; empty if it can.
+
+        Args:
+            site: name of a site.
+            use: "read", "write", "grad" or "generate" (reads and edits while generating).
+
+        Raises:
+            SiteError: no site is called so.
+            PlanError: another use.
+        """
+        name = named(site).name
+        if use not in USES:
+            raise PlanError(f"a site has no use {use!r}. {nearest(use, USES)}")
+        if name in self.atlas.lacking:
+            return self.atlas.lacking[name]
+        entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
+        return next((entry.why[use] for entry in entries if use in entry.why), "")
+
+    def module(self, component: str, layer: int | None = None) -> nn.Module:
+        """The module of `hf` that is a component, by TransformerLens' name of it, whatever the family calls it.
+
+        Args:
+            component: once per model `embed`, `embed_ln`, `pos_embed`, `rotary_emb`, `ln_final`, `unembed`,
+                `vision_encoder`, `vision_projector`; per layer `block`, `ln1`, `attn`, `attn.q`, `attn.k`, `attn.v`,
+                `attn.qkv`, `attn.q_norm`, `attn.k_norm`, `attn.o`, `linear_attn`, `ln1_post`, `ln2`, `mlp`, `mlp.in`,
+                `mlp.gate`, `mlp.out`, `router`, `experts`, `ln2_post`.
+            layer: for those of a layer; negative counts from the end.
+
+        Raises:
+            SiteError: no component is called so, or this layer does not have it (the message says which do).
+            CapabilityError: the family has no module for it; the message lists what it has.
+        """
+        with self.turn:
+            self.renew()
+            return self.atlas.module(component, layer)
+
+    def weights(self, site: Site | str) -> Float[Tensor, "*axes"]:
+        """The weights at a site, as TransformerLens lays them out, whatever the family's own layout (fused projections,
+        Conv1D, grouped heads, quantized or adapted layers). Several layers are stacked along a first axis.
+
+            q, k, v[l]         [head d_model d_head]     q[l] = attn_in[l] @ weights + bias; k and v have KV heads
+            z[l]               [head d_head d_model]     head_out[l] = z[l] @ weights
+            mlp_act[l]         [d_mlp d_model]           the MLP's output projection gives mlp_act[l] @ weights + bias
+            embed              [d_vocab d_model]         embed = weights[ids]
+            logits             [d_model d_vocab]         final_norm @ weights + bias, before a cap
+            attn_in, mlp_in[l], final_norm   [d_model]   the norm that makes it, (x - mean) / deviation * weights + bias
+                                                         with LayerNorm, x / root mean square * weights with RMSNorm
+
+        A head or neuron drops its axis: `weights(S.z[2, 3])` is `[d_head d_model]`. The tensor may share memory with
+        the model: do not write into it.
+
+        Raises:
+            SiteError: a site without weights, or a layer or unit that there is not.
+            CapabilityError: here they are no such matrix (queries out of a latent, say), or are not on this machine.
+        """
+        return self._weights(site).weight
+
+    def bias(self, site: Site | str) -> Float[Tensor, "*axes"]:
+        """The bias that belongs to `weights(site)`, zeros where there is none: `[head d_head]` of q, k and v,
+        `[d_model]` of the output projections at `z` and `mlp_act` (it is no head's and no neuron's) and of norms,
+        `[d_vocab]` of logits.
+
+        Raises:
+            SiteError, CapabilityError: as `weights`; or a head of `z`, a neuron, `embed`.
+        """
+        return self._weights(site, alone=True).bias
+
+    def _weights(self, site: Site | str, alone: bool = False) -> Weights:
+        from .weights import WeightReader
+
+        with self.turn:
+            self.renew()
+            reader = WeightReader(self.atlas, self.engine.model, self.hf.dtype, self.sample)
+            return reader.read(_site(site), bias=alone)
+
+
+def _site(site: Site | str) -> Site:
+    return site if isinstance(site, Site) else Site.parse(site)
