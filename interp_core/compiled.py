@@ -15,14 +15,14 @@ from torch import Tensor
 from .architectures.atlas import Atlas, Shape
 from .architectures.taps import KEYED
 from .edits import TENSOR_OPS, Edit
-from .engines.protocol import Program
+from .engines.protocol import Passed, Program
 from .errors import CapabilityError, PlanError, TextError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
 from .regions import Bound, Region
 from .sites import Site
 from .text import CACHE, Tokens
-from .trace import Run
+from .trace import LayerReadings, Run
 
 if TYPE_CHECKING:
     from .model import Input, Model
@@ -32,6 +32,8 @@ PADDED = (
     "pass {'input_ids': ids, 'attention_mask': mask} (all ones, if it is text)"
 )
 NOTHING = nullcontext()
+Each = Callable[[int, LayerReadings], object]
+"""What is called with a layer and what was read of it, as soon as that has passed."""
 
 
 class CompiledPlan:
@@ -72,12 +74,13 @@ class CompiledPlan:
         *,
         grad: Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
+        each: Each | None = None,
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass; arguments as in `Model.run`."""
         model, edits = self.model, self.edits
         if torch.is_inference_mode_enabled():
-            return self._outside_inference(x, grad, logits, allow_noop)
+            return self._outside_inference(x, grad, logits, each, allow_noop)
         tokens = x if isinstance(x, Tokens) else model._input(x)
         stop = logits is False
         if grad is not True and grad is not False and not callable(grad):
@@ -98,8 +101,9 @@ class CompiledPlan:
             if not isinstance(logits, bool):
                 keep = self._keep(logits, tokens.rows, inputs)
             apart = model.snapshot.weights_apart() if graph else NOTHING
+            handing = None if each is None else self._handing(each, tokens.rows, graph)
             with torch.set_grad_enabled(graph), model.fresh(), apart:
-                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop)
+                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop, each=handing)
             run = Run(self, tokens, passed)
         if not stop:
             run.set_logits(passed.output.logits, logits, keep)
@@ -139,7 +143,32 @@ class CompiledPlan:
                    for tap in (entry.read, entry.write)):  # fmt: skip
                 raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
 
-    def _outside_inference(self, x: Input, grad: Any, logits: bool | PositionLike, allow_noop: bool) -> Run:
+    def _handing(self, each: Each, rows: Rows, graph: bool) -> Callable[[int, list[int], Passed], None]:
+        """What hands the readings of a layer over.
+
+        Raises:
+            PlanError: there is nothing to hand over, or a graph that would hold everything.
+        """
+        if not callable(each):
+            raise PlanError(wrong("each=", "a function of a layer and its readings", each))
+        slots, atlas = self.program.slots, self.model.atlas
+        if not any(slot.site.info.layered for slot in slots):
+            raise PlanError("each= is called with what is read of a layer, and nothing is: pass read=S.pattern, say")
+        if graph:
+            raise PlanError(
+                "each= lets values go as the pass goes on, and gradients need them all: leave grad= (or values that "
+                "require grad) out, or each="
+            )
+
+        def handing(layer: int, numbers: list[int], passed: Passed) -> None:
+            values = [passed.values[number] for number in numbers]
+            each(layer, LayerReadings([slots[number] for number in numbers], atlas, rows, layer, values))
+
+        return handing
+
+    def _outside_inference(
+        self, x: Input, grad: Any, logits: bool | PositionLike, each: Each | None, allow_noop: bool
+    ) -> Run:
         """A run called under `torch.inference_mode()`: what is kept for later runs serves those with gradients too.
 
         Raises:
@@ -152,7 +181,7 @@ class CompiledPlan:
                 "leave it for this run, or use torch.no_grad() instead, which such a run turns off for itself"
             )
         with torch.inference_mode(False):
-            return self.run(x, logits=logits, allow_noop=allow_noop)
+            return self.run(x, logits=logits, each=each, allow_noop=allow_noop)
 
     def _check_grad(self, asked: Any) -> None:
         for slot in self.program.slots:

@@ -1,11 +1,12 @@
-"""Finding and opening models: a hub id, a local folder, a toy of the package, or a model in memory."""
+"""Finding and opening models: a hub id, a local folder, a GGUF file, a toy, the real model, or a model in memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from . import gguf, real
 from .errors import LoadError, nearest, wrong
 from .snapshot import demand_plain
 
@@ -26,6 +28,22 @@ class Opened(NamedTuple):
     tokenizer: Any
     processor: Any
     source: str
+
+
+class Files(NamedTuple):
+    """Where transformers reads a model.
+
+    Attributes:
+        name: what messages call it.
+        folder: a folder, or a hub id.
+        options: what transformers is told of them.
+        head: of a GGUF file.
+    """
+
+    name: str
+    folder: str
+    options: Mapping[str, Any]
+    head: gguf.Header | None = None
 
 
 def open_model(
@@ -47,27 +65,21 @@ def open_model(
     if isinstance(source, nn.Module):
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
-        raise LoadError(wrong("load", "a hub id, a folder, 'toy:text' or a Hugging Face model", source))
+        raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
     place = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
-    path = toy_folder(str(source)) if str(source).startswith("toy:") else str(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    _check_folder(path)
-    config = _attempt(path, "config", options)
     kinds = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
-    options_model = options | {key: value for key, value in kinds.items() if value is not None}
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
-    model, info = _attempt(path, auto, options_model | {"output_loading_info": True})
-    if lacking := sorted(info["missing_keys"]):
-        raise LoadError(
-            f"the weights of {path} lack {', '.join(lacking[:4])}{' …' * (len(lacking) > 4)} of {type(model).__name__}"
-            ", which would be filled at random; give the checkpoint of the whole language model"
-        )
-    if device_map is None:
-        model = model.to(place)
-    if tokenizer is None:
-        tokenizer = _tokenizer(path, options)
+    path = _resolved(source)
+    if not gguf.is_gguf(path):
+        _check_folder(path)
+    with _files(path, options) as files:
+        model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
+        if device_map is None:
+            model = model.to(place)
+        if tokenizer is None:
+            tokenizer = _tokenizer(files)
     return Opened(model.eval(), tokenizer, processor, str(source))
 
 
@@ -79,10 +91,11 @@ def open_tokenizer(source: str | Path) -> Any:
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("open_tokenizer", "a hub id, a folder or 'toy:text'", source))
-    path = toy_folder(str(source)) if str(source).startswith("toy:") else str(source)
-    if not Path(path).is_dir() and (path.startswith(("/", "./", "../", "~")) or path.count("/") > 1):
+    path = _resolved(source)
+    if not gguf.is_gguf(path) and not Path(path).is_dir() and _looks_local(path):
         raise LoadError(f"there is no folder {path}; give a folder with a tokenizer, a hub id, or 'toy:text'")
-    tokenizer = _tokenizer(path, {"trust_remote_code": False})
+    with _files(path, {"trust_remote_code": False}) as files:
+        tokenizer = _tokenizer(files)
     if tokenizer is None:
         raise LoadError(f"{path} has no tokenizer; give a folder with tokenizer.json, a hub id, or 'toy:text'")
     return tokenizer
@@ -98,6 +111,42 @@ def toy_folder(name: str) -> str:
     if toy not in TOYS:
         raise LoadError(f"there is no toy {name!r}. {nearest(toy, TOYS)}")
     return str(resources.files("interp_core.toys").joinpath(f"data/{toy}"))
+
+
+def _resolved(source: str | Path) -> str:
+    """The folder, file or hub id that a name stands for. A folder of the real model's name comes before it."""
+    name = str(source)
+    if name.startswith("toy:"):
+        return toy_folder(name)
+    return real.real_model() if name == real.NAME and not Path(name).exists() else name
+
+
+@contextmanager
+def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
+    """What transformers is to read."""
+    if not gguf.is_gguf(path):
+        yield Files(path, path, options)
+        return
+    head = gguf.header(path)
+    with gguf.alone(path) as folder, gguf.audible(path):
+        yield Files(path, folder, {**options, "gguf_file": Path(path).name}, head)
+
+
+def _weights(files: Files, options: Mapping[str, Any]) -> Any:
+    """The model that files hold, all of it."""
+    config = _attempt(files, "AutoConfig")
+    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    packed = {} if files.head is None else gguf.dequantised(config)
+    model, info = _attempt(files, auto, **options, **packed, output_loading_info=True)
+    if lacking := sorted(info["missing_keys"]):
+        raise LoadError(
+            f"the weights of {files.name} lack {', '.join(lacking[:4])}{' …' * (len(lacking) > 4)} of "
+            f"{type(model).__name__}, which would be filled at random; give the checkpoint of the whole language model"
+        )
+    if files.head is not None:
+        gguf.warn_of_what_is_left(files.name, files.head, model, info["unexpected_keys"])
+        model.config.name_or_path = files.name
+    return model
 
 
 def _in_memory(
@@ -163,13 +212,17 @@ def _device(device: Any) -> torch.device:
     return place
 
 
-def _tokenizer(path: str, options: dict[str, Any]) -> Any:
+def _tokenizer(files: Files) -> Any:
     """The tokenizer that comes with a model, or None if there is none: transformers makes up an empty one."""
-    folder = Path(path)
-    bare = folder.is_dir() and not any(_is_of_tokenizer(item.name) for item in folder.iterdir())
+    path, folder = files.name, Path(files.folder)
+    if files.head is not None:
+        bare = "tokenizer.ggml.tokens" not in files.head.settings
+    else:
+        bare = folder.is_dir() and not any(_is_of_tokenizer(item.name) for item in folder.iterdir())
     if bare:
         return None
-    tokenizer = _attempt(path, "AutoTokenizer", options)
+    tokenizer = _attempt(files, "AutoTokenizer")
+    tokenizer.name_or_path = path
     if set(tokenizer.get_vocab()) <= set(tokenizer.added_tokens_encoder):  # made up, too
         if folder.is_dir():
             raise LoadError(
@@ -189,7 +242,7 @@ def _check_folder(path: str) -> None:
     """Refuse what looks like a folder but holds no model, before transformers takes it for a hub id."""
     folder = Path(path)
     if folder.is_file():
-        raise LoadError(f"{path} is a file; give the folder that holds config.json and the weights")
+        raise LoadError(f"{path} is a file; give the folder that holds config.json and the weights, or a .gguf file")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             held = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
@@ -201,8 +254,12 @@ def _check_folder(path: str) -> None:
         if not isinstance(config, dict):
             raise LoadError(f"{path}/config.json holds no settings, but a {type(config).__name__}; copy the file again")
         _check_index(folder)
-    elif path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
+    elif _looks_local(path):
         raise LoadError(f"there is no folder {path}; give a folder, a hub id like 'Qwen/Qwen3-0.6B', or 'toy:text'")
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
 
 
 def _check_index(folder: Path) -> None:
@@ -218,16 +275,15 @@ def _check_index(folder: Path) -> None:
             raise LoadError(f"{index} names weights outside of the folder ({outside[0]!r}); do not trust it")
 
 
-def _attempt(path: str, what: str, options: dict[str, Any]) -> Any:
+def _attempt(files: Files, what: str, **more: Any) -> Any:
     """Let transformers load something, and say what to do when it cannot."""
     import transformers
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from safetensors import SafetensorError
 
+    path = files.name
     try:
-        if what == "config":
-            return transformers.AutoConfig.from_pretrained(path, **options)
-        return getattr(transformers, what).from_pretrained(path, **options)
+        return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
     except GatedRepoError as error:
         raise LoadError(
             f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
@@ -242,11 +298,14 @@ def _attempt(path: str, what: str, options: dict[str, Any]) -> Any:
             "a pickle can run code. Convert them to safetensors where you trust them."
         ) from error
     except Exception as error:  # the code of others, on files of others
-        raise LoadError(_advice(path, what, error)) from error
+        raise LoadError(_advice(files, what, error)) from error
 
 
-def _advice(path: str, what: str, error: Exception) -> str:
+def _advice(files: Files, what: str, error: Exception) -> str:
+    path = files.name
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if files.head is not None:
+        return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():
         if what == "AutoTokenizer":
             return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import loading, text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas
-from .compiled import NOTHING, PADDED, CompiledPlan, demand_fit, looks_padded, padded_on
+from .compiled import NOTHING, PADDED, CompiledPlan, Each, demand_fit, looks_padded, padded_on
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
@@ -35,6 +36,7 @@ from .trace import Run
 from .vision import VisualToken, visual_grid, with_visual_names
 
 if TYPE_CHECKING:
+    from .engines.replace import Rule
     from .generation import Generation
     from .score import Score
     from .sweep import Sweep
@@ -63,10 +65,11 @@ def load(
     """A model, ready for runs.
 
     Args:
-        source: a hub id, a local folder, `"toy:text"`, or a Hugging Face model in memory (with its `tokenizer`).
+        source: a hub id, a local folder, a `.gguf` file of llama.cpp (dequantised), `"toy:text"`, `"smollm2"` (the real
+            model of docs/real_model.md), or a Hugging Face model in memory (with its `tokenizer`).
         engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
         engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
-        dtype: of the weights (default: as stored).
+        dtype: of the weights (default: as stored; float32 for quantised GGUF files and `"smollm2"`).
         device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate.
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
         revision: of a hub repository.
@@ -284,6 +287,7 @@ class Model(Structure):
         *,
         grad: Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
+        each: Each | None = None,
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass with reads and edits.
@@ -296,13 +300,36 @@ class Model(Structure):
                 gradient with respect to every site read. True keeps the graph for your own `backward`. Where an
                 edit's value requires grad, the graph is kept anyway. Weights get no gradient.
             logits: False ends the pass after the last site read; a position computes only these logits.
+            each: called as `each(layer, values)` when all that is read of a layer has passed, which is then let go.
             allow_noop: let edits pass that changed nothing.
 
         Raises:
             SiteError, PositionError, PlanError, CapabilityError, TextError: before the forward pass.
             EffectError: an edit did nothing.
         """
-        return self.compile(read, edits).run(x, grad=grad, logits=logits, allow_noop=allow_noop)
+        return self.compile(read, edits).run(x, grad=grad, logits=logits, each=each, allow_noop=allow_noop)
+
+    def replacing(
+        self,
+        modules: Mapping[nn.Module | type[nn.Module], Rule] = MappingProxyType({}),
+        *,
+        attention: Rule | None = None,
+        operations: Mapping[str, Rule] = MappingProxyType({}),
+    ) -> AbstractContextManager[None]:
+        """For the runs of a `with` block, functions in the place of modules' forwards, of attention and of operations.
+
+        Args:
+            modules: per module of the model, or class of modules, `rule(module, forward, *args, **kwargs)`.
+            attention: `rule(module, kernel, query, key, value, attention_mask, **kwargs)`, for every layer.
+            operations: per operation (`"mul"` and `"matmul"` of two differentiable tensors, `"rsqrt"`, `"softmax"`,
+                `"activation"`, `"layer_norm"`, `"rms_norm"`, `"sdpa"`) `rule(operation, *args, **kwargs)`.
+
+        Raises:
+            PlanError, CapabilityError: what is not there, or cannot be replaced, before the block begins.
+        """
+        from .replacing import replacing
+
+        return replacing(self, modules, attention, operations)
 
     @overload
     def sweep(

@@ -26,6 +26,7 @@ from torch import Tensor
 from .edits import TENSOR_OPS, Edit
 from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
+from .replacing import demand_own
 from .score import Score
 from .sites import Site
 from .sweep_plan import STRATEGIES, SweepPlan, named_edits
@@ -112,6 +113,7 @@ def sweep(
     progress: bool,
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
+    demand_own(model, "a sweep")
     tokens = model._fitting(model._input(x))
     listed = _listed(variants)
     if not scores:

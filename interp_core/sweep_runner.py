@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .compiled import model_inputs
 from .edits import Edit
-from .engines.staircase import Clean, Staircase, clean_pass, standing_in
+from .engines.replace import replaced_forwards
+from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
 from .positions import Rows
 from .sweep_plan import EACH, Group, Pass, Planner, SweepPlan
@@ -139,7 +140,7 @@ class Runner(Planner):
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """For one pass: alone with the model, only what is scored computed. Scores are worked out outside of it."""
-        with self.model.turn, standing_in(self.standing):
+        with self.model.turn, replaced_forwards(self.standing):
             yield
 
     def _engine(self) -> TorchEngine:

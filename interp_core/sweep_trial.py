@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .edits import Edit
-from .engines.staircase import Clean, clean_pass, standing_in
+from .engines.replace import replaced_forwards
+from .engines.staircase import Clean, clean_pass
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
@@ -265,7 +266,7 @@ def _shortened(model: Model, blocks: list[nn.Module], layers: tuple[int, ...]) -
         forwards[head] = lambda x: nn.functional.linear(x, weight, bias)
     handles = [blocks[layer].register_forward_hook(note) for layer in layers]
     try:
-        with standing_in(forwards):
+        with replaced_forwards(forwards):
             yield counted
     finally:
         for handle in handles:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .edits import Edit
+from .engines.layers import LET_GO
 from .engines.protocol import Passed, Slot
 from .errors import EffectError, PositionError, ReadError, SiteError
 from .plan import Plan
@@ -290,6 +291,32 @@ class Gradients(Store):
         return whole if bound is None else bound.take(whole)
 
 
+class LayerReadings(Store):
+    """What a run has read of one layer, for the time of a call of `each`: `values[S.pattern]` is this layer's.
+
+    Attributes:
+        layer: which one.
+    """
+
+    _what = "layer"
+
+    def __init__(
+        self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, layer: int, values: list[Tensor | None]
+    ) -> None:
+        super().__init__(slots, atlas, rows)
+        self.layer, self._values = layer, values
+
+    def _value(self, slot: int) -> Tensor | None:
+        return self._values[slot]
+
+    def __getitem__(self, site: Site | str) -> Reading:
+        """As of a run; a site without a layer is this layer's."""
+        site = Site.parse(site) if isinstance(site, str) else site
+        if isinstance(site, Site) and site.info.layered and site.layers is None:
+            site = replace(site, layers=self.layer)
+        return super().__getitem__(site)
+
+
 class Run(Store):
     """One forward pass: read values by site, logits, receipts, gradients.
 
@@ -306,7 +333,10 @@ class Run(Store):
         self._logits_site = Site("logits")
 
     def _value(self, slot: int) -> Tensor:
-        return self._passed.values[slot]  # type: ignore[return-value]
+        value = self._passed.values[slot]
+        if value is LET_GO:
+            raise ReadError(f"{self._slots[slot].site} was handed to each= as it passed, and let go")
+        return value  # type: ignore[return-value]
 
     @property
     def plan(self) -> Plan:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import interp_core as ic
-from interp_core import testing
+from interp_core import real, testing
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = testing.families()
@@ -50,6 +50,15 @@ SAMPLED: dict[str, str] = FEW | {
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the real model run only where they are asked for: the others are to stay fast, and to need no model."""
+    if "real" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="on the real model: `make real` gets it, `pytest -m real` runs this")
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(skip)
+
+
 def sampled(families: Iterable[str] = FAMILIES, fast: Container[str] = SAMPLED) -> list[Any]:
     """Parameters: all families, those that only repeat a kind among the slow tests."""
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in families]
@@ -75,6 +84,16 @@ def nth(model: ic.Model, name: str, n: int) -> int:
 @cache
 def toy_model() -> ic.Model:
     return ic.load("toy:text")
+
+
+@cache
+def the_real_model() -> ic.Model:
+    """Loaded once; the test is skipped if it is not there."""
+    try:
+        testing.real_model()
+    except ic.LoadError as error:
+        pytest.skip(reason=str(error))
+    return ic.load(real.NAME)
 
 
 @pytest.fixture

@@ -6,19 +6,29 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import the_real_model
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 from interp_core.plugins import refresh
 
 ROOT = Path(__file__).parent.parent
+REAL = ("real_model.md",)
+"""Pages whose blocks need the real model."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "tutorial.md"], ids=lambda page: page.name)
+def marked(page: Path) -> Any:
+    return pytest.param(page, marks=[pytest.mark.real] * (page.name in REAL), id=page.name)
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page.name != "tutorial.md"])
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name in REAL:
+        the_real_model()
     monkeypatch.chdir(tmp_path)
     document = Sybil(parsers=[PythonCodeBlockParser()], path=str(page.parent), patterns=[page.name]).parse(page)
     examples = list(document.examples())

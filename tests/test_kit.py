@@ -328,3 +328,22 @@ def test_every_check_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs/plugins.md").read_text()
     for name, check in CHECKS.items():
         assert f"| `{name}` | {' '.join((check.__doc__ or '').split())} |" in page, name
+
+
+@pytest.mark.parametrize("place", ["class", "function"])
+def test_a_class_or_a_function_that_stays_patched_is_found(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What published attribution code does (LlamaRMSNorm.forward = …, modeling_llama.rotate_half = …) reaches every
+    model of the process, and shows in no module."""
+    from transformers.models.llama import modeling_llama
+
+    holder, name = {"class": (modeling_llama.LlamaRMSNorm, "forward"), "function": (modeling_llama, "rotate_half")}[
+        place
+    ]
+    own = getattr(holder, name)
+
+    def patch(*_: Any) -> None:
+        monkeypatch.setattr(holder, name, lambda *given: own(*given))
+
+    report = testing.check_method(first(patch), ic.load(testing.tiny("llama")))
+    (row,) = [row for row in report.rows if row.check == "hooks"]
+    assert not row.ok and f"{name} was <function" in row.detail

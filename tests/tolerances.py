@@ -26,6 +26,12 @@ another order differ by about their square root (10), some 25 operations lie one
 add up by their square root again (5), and attention and gates sharpen differences (5)."""
 
 
+def in_float32(family: str, site: str) -> bool:
+    """Whether an edit of a site goes on in float32 whatever the model's dtype: routers, and the eager attention
+    function of GPT-J, which takes over what was edited before the scores."""
+    return site.startswith("router") or (family == "gptj" and site in ("rot_q", "rot_k", "v"))
+
+
 @cache
 def rounding(model: ic.Model) -> float:
     """Relative difference that a change of shapes can make in a model."""

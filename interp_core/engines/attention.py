@@ -33,6 +33,8 @@ from ..errors import CapabilityError, PlanError
 from .knockout import NOTHING_LEFT
 
 NAME = "interp_core"
+RULED = "interp_core_rule"
+"""The attention function of layers that a rule has taken over for a while (`replace.py`)."""
 OPEN = ("eager", "sdpa")
 """Attention implementations whose masks the tap understands."""
 Stage = Callable[[Tensor, int], Tensor]
@@ -115,25 +117,26 @@ class LayerTap:
         self.filled: int | None = None
         self.asked: Sequence[int] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
-        self.original = module.config
+        self.original = own_config(module)
         implementation = self.original._attn_implementation
         if implementation not in OPEN:
             raise CapabilityError(
                 f"attention sites need attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
                 "load it with ic.load(..., attn_implementation='sdpa')"
             )
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        self.kernel: Any = eager if implementation == "eager" else AttentionInterface()[implementation]
-        narrow = implementation == "eager" and eager is not None and "float32" in eager.__code__.co_names
+        self.kernel = kernel_of(module)
+        narrow = implementation == "eager" and self.kernel is not None and "float32" in self.kernel.__code__.co_names
         self.softmax_dtype = torch.float32 if narrow else None
         if id(self.original) not in lent:
-            lent[id(self.original)] = copy.copy(self.original)
-            lent[id(self.original)].__dict__["_attn_implementation_internal"] = NAME
+            lent[id(self.original)] = with_attention(self.original, NAME)
         self.lent = lent[id(self.original)]
 
     def install(self) -> None:
-        """Lend the layer the config, and hang this on the layer."""
-        self.module.__dict__.update(config=self.lent, interp_tap=self)
+        """Hang this on the layer, and lend it the config. A rule that has taken the layer's attention over keeps its
+        own, and calls us as the kernel."""
+        self.module.__dict__["interp_tap"] = self
+        if "interp_rule" not in self.module.__dict__:
+            self.module.__dict__["config"] = self.lent
 
     @property
     def has_kernel(self) -> bool:
@@ -142,8 +145,28 @@ class LayerTap:
 
     def remove(self) -> None:
         """Give the layer its own config back."""
-        self.module.__dict__["config"] = self.original
         self.module.__dict__.pop("interp_tap", None)
+        if "interp_rule" not in self.module.__dict__:
+            self.module.__dict__["config"] = self.original
+
+
+def own_config(module: Any) -> Any:
+    """A layer's config as it is between runs."""
+    return module.__dict__["interp_rule"][0] if "interp_rule" in module.__dict__ else module.config
+
+
+def with_attention(config: Any, name: str) -> Any:
+    """A copy of a config that names another attention function."""
+    other = copy.copy(config)
+    other.__dict__["_attn_implementation_internal"] = name
+    return other
+
+
+def kernel_of(module: Any) -> Any:
+    """A layer's own attention function; None if it cannot be found."""
+    implementation = own_config(module)._attn_implementation
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager if implementation == "eager" else AttentionInterface()[implementation]
 
 
 def attention(
@@ -170,8 +193,10 @@ def attention(
         value = stages["v"](value, n_keys)
     if tap.keep:
         tap.kept = key, value, kwargs.get("sliding_window")
-        if not stages and tap.original._attn_implementation == "sdpa":  # nothing to do inside
-            return tap.kernel(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if tap.kernel is not None and tap.prefix is None and not {"scores", "pattern"} & stages.keys():
+        # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
+        mask = None if attention_mask is None else attention_mask[..., :n_keys]
+        return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):

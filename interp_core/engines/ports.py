@@ -336,7 +336,7 @@ class Port:
         numbers = [read.number for read in self.reads]
 
         def keep(module: Any, args: Any, kwargs: Any) -> Any:
-            if program.keep_graph or program.stop_at is self:
+            if program.keep_graph or self in program.after:
                 return full(module, args, kwargs)
             passed, x = program.passed, args[0] if args else kwargs[self.name]
             for number in numbers:
@@ -352,7 +352,7 @@ class Port:
         many, full = (tuple, list), self.on_output()
 
         def keep(module: Any, args: Any, output: Any) -> Any:
-            if program.keep_graph or program.stop_at is self:
+            if program.keep_graph or self in program.after:
                 return full(module, args, output)
             passed, x = program.passed, output[0] if output.__class__ in many else output
             for number in numbers:
@@ -428,7 +428,7 @@ class Port:
         def stage(x: Tensor, n_keys: int) -> Tensor:
             window = program.window
             if window is None or not keyed:
-                if numbers is not None and not program.keep_graph and program.stop_at is not self:
+                if numbers is not None and not program.keep_graph and self not in program.after:
                     for number in numbers:
                         program.passed.values[number] = x
                     return x
@@ -474,8 +474,8 @@ class Port:
             x = read.keep(x, program)
         if self.capture:
             self.captured = x
-        if program.stop_at is self:
-            program.end_pass()
+        if self in program.after:
+            program.after[self]()
         return x
 
     def _derive(self, call: Call) -> Call:
@@ -495,6 +495,6 @@ class Port:
                 read.derive(call, program)
         if self.capture:
             self.captured = call.first
-        if program.stop_at is self:
-            program.end_pass()
+        if self in program.after:
+            program.after[self]()
         return call

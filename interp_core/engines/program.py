@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from ..sites import SITES, Site, indices
 from ..snapshot import Place
 from .attention import LayerTap
 from .knockout import check_knockouts
+from .layers import Layers
 from .ports import Change, Part, Port, Read
 from .protocol import Ending, Passed
 from .steps import Steps
@@ -153,7 +154,7 @@ class PortProgram(ABC):
         self.real: Tensor | None = None
         self.live: list[bool] | None = None
         self.keep_graph = False
-        self.stop_at: Port | None = None
+        self.after: Mapping[Port, Callable[[], None]] = {}
         self._left_for: Rows | None = None
         self._ports: dict[tuple[str, str, str], Port] = {}
         self._by_tap: dict[Tap, Port] = {}
@@ -201,10 +202,14 @@ class PortProgram(ABC):
                 slots.append(read)
                 (by_tap.get(tap) or self._port(tap)).reads.append(read)
 
-    def _last(self) -> Port | None:
-        """The port that a forward pass reaches last, of those with reads."""
+    def ending(self) -> dict[Port, Callable[[], None]]:
+        """What ends a pass: the port that a forward pass reaches last, of those with reads."""
         last = max(self.slots, key=lambda read: place(read.entry, self.atlas.shape.n_layers), default=None)
-        return None if last is None else self._by_tap[last.tap]
+        return {} if last is None else {self._by_tap[last.tap]: self.end_pass}
+
+    def port_of(self, read: Read) -> Port:
+        """Where a read's value passes."""
+        return self._by_tap[read.tap]
 
     def _add_edits(self, edits: tuple[Edit, ...]) -> list[Change]:
         changes = []
@@ -251,7 +256,14 @@ class PortProgram(ABC):
         """What has to be done once before inputs of a kind are carried, while nothing listens to the model."""
 
     def forward(
-        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+        self,
+        inputs: Mapping[str, Any],
+        rows: Rows,
+        edits: tuple[Edit, ...],
+        *,
+        keep_graph: bool,
+        stop: bool,
+        each: Callable[[int, list[int], Passed], None] | None = None,
     ) -> Passed:
         """See `Program.forward`."""
         self.engine.begin()
@@ -259,14 +271,17 @@ class PortProgram(ABC):
             self.prepare(inputs)
             self.window, self.edits = None, edits
             passed: Passed | None = None
+            layers = None if each is None else Layers(self, each, stop=stop)
             while passed is None or (self._late and self._overwritten((passed,))):
                 passed = self.begin_pass(rows, rows.width, keep_graph)
                 self._check(rows)
-                self.stop_at = self._last() if stop else None
+                self.after = layers.after if layers else self.ending() if stop else {}
                 try:
                     passed.output = self.carry("forward", inputs)
                 except Stop:
                     pass
+            if layers:
+                layers.finish()
             return passed
         finally:
             self._end()
@@ -283,7 +298,7 @@ class PortProgram(ABC):
         self.engine.begin()
         steps: Steps | None = None
         try:
-            self.window, self.stop_at, self.edits = None, None, edits
+            self.window, self.after, self.edits = None, {}, edits
             self._fit(final)
             self.prepare(inputs)
             steps = Steps(self, rows, ends)
@@ -310,12 +325,7 @@ class PortProgram(ABC):
         Raises:
             CapabilityError: the model wrote into a copy.
         """
-        written = [
-            self.slots[number].entry
-            for passed in passes
-            for number in self._late
-            if (x := passed.values[number]) is not None and x._version != passed.versions[number]
-        ]
+        written = [self.slots[number].entry for passed in passes for number in self.written(passed)]
         if not written:
             return False
         if known := [entry for entry in written if entry.overwritten]:
@@ -327,6 +337,15 @@ class PortProgram(ABC):
             entry.overwritten = True
         self.listen()
         return True
+
+    def written(self, passed: Passed) -> list[int]:
+        """Slots that hold a tensor into which the model wrote after it was kept."""
+        values, versions = passed.values, passed.versions
+        return [number for number in self._late if (x := values[number]) is not None and x._version != versions[number]]
+
+    def break_off(self) -> None:
+        """End this pass, to look at what it left."""
+        raise Stop
 
     def listen(self) -> None:  # noqa: B027 (most make their hooks for each pass)
         """Make the hooks anew, for sites of which something else is known now."""

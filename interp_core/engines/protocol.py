@@ -85,7 +85,14 @@ class Program(Protocol):
         ...
 
     def forward(
-        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+        self,
+        inputs: Mapping[str, Any],
+        rows: Rows,
+        edits: tuple[Edit, ...],
+        *,
+        keep_graph: bool,
+        stop: bool,
+        each: Callable[[int, list[int], Passed], None] | None = None,
     ) -> Passed:
         """One forward pass.
 
@@ -94,8 +101,11 @@ class Program(Protocol):
             edits: those that the program was compiled for, or the same with other values.
             keep_graph: keep what gradients need.
             stop: end the pass after the last slot; the output is then None.
+            each: called with a layer, the numbers of its slots and the record of the pass, as soon as all of them have
+                passed; what they kept is let go when it returns.
 
         Raises:
+            CapabilityError: `each` on an engine that cannot.
             PositionError, PlanError: edits that do not fit the rows, before the model runs.
         """
         ...

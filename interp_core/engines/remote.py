@@ -8,7 +8,7 @@ head and expert outputs, writing `resid_mid`), `apply`, gradients and generation
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +66,22 @@ class RemoteProgram(PortProgram):
         raise NotImplementedError
 
     def forward(
-        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool
+        self,
+        inputs: Mapping[str, Any],
+        rows: Rows,
+        edits: tuple[Edit, ...],
+        *,
+        keep_graph: bool,
+        stop: bool,
+        each: Callable[[int, list[int], Passed], None] | None = None,
     ) -> Passed:
         """See `Program.forward`."""
         import httpx  # nnsight's, as this engine is; what only measures plans does not have it
 
         if keep_graph:
             raise CapabilityError(f"a graph does not travel; {WHY}")
+        if each is not None:
+            raise CapabilityError(f"the function each= does not travel; {WHY}")
         self.engine.begin()
         try:
             self.window, self.edits = None, edits

@@ -35,6 +35,7 @@ from .attention import LayerTap, Texts
 from .ports import Change, Read
 from .program import LocalEngine, Stop
 from .protocol import Passed
+from .replace import replaced_forwards
 from .torch import TorchProgram
 
 
@@ -96,7 +97,7 @@ def clean_pass(
     handles += [block.register_forward_hook(leaving) for block in blocks]
     narrow = {} if scored is None else _narrowed(engine, atlas, scored)
     try:
-        with torch.no_grad(), standing_in(narrow):
+        with torch.no_grad(), replaced_forwards(narrow):
             passed = program.forward(inputs, rows, (), keep_graph=False, stop=read is not None)
     finally:
         for handle in handles:
@@ -104,21 +105,6 @@ def clean_pass(
     kept = [tap.kept for tap in program.taps if tap.keep]
     value = passed.output.logits if read is None else seen(passed, program.slots)
     return Clean(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept])
-
-
-@contextmanager
-def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """For a while, modules compute something else."""
-    own = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, former in own.items():
-            module.__dict__.pop("forward", None)
-            if former is not None:
-                module.__dict__["forward"] = former
 
 
 def _narrowed(engine: LocalEngine, atlas: Atlas, columns: Tensor) -> dict[nn.Module, Callable[..., Any]]:
@@ -386,7 +372,7 @@ class Staircase(TorchProgram):
             for group in self.groups:
                 group.arrange()
             self.shape = (len(inputs["input_ids"]), n_columns)
-            self.stop_at = self._last()
+            self.after = self.ending()
             with torch.no_grad(), self._stairs(texts, n_columns, clean, within, narrow=not alike):
                 passed.output = self.carry("forward", inputs)
         except Stop:
@@ -436,7 +422,7 @@ class Staircase(TorchProgram):
                     new = partial(_columns, clean.streams[layer], within, texts.starts, joining, n_columns)
                     hook = self._joining(texts, joining, new, narrow)
                     handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
-            with standing_in(below):
+            with replaced_forwards(below):
                 yield
         finally:
             self.taps = taps

@@ -2,10 +2,12 @@
 
     testing.check_method(MyMethod, ic.load(testing.tiny("gemma2"))).raise_if_failed()
 
-The models are made from config: no download, no training, the same weights for the same seed.
+The models are made from config: no download, no training, the same weights for the same seed. `real_model()` finds the
+one that is not, if it was fetched.
 """
 
+from ..real import real_model
 from .kit import Report, Row, check_method, check_plugin
 from .models import VOCAB, families, tiny
 
-__all__ = ["VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "tiny"]
+__all__ = ["VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "real_model", "tiny"]

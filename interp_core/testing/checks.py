@@ -152,7 +152,10 @@ def _part(part: str, must: str) -> None:
     check(compare)
 
 
-_part("hooks", "No hook stays behind, no module or forward is replaced.")
+_part(
+    "hooks",
+    "No hook stays behind, no module or forward is replaced, no class or function of the model's code is patched.",
+)
 _part("weights", "Parameters and buffers are the same objects, bit by bit.")
 _part("modes", "Training mode, `requires_grad`, gradients and torch's global modes are as before.")
 _part("config", "The model's config, cache settings and attention implementation are as before.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import random
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +66,7 @@ def _hooks(model: Any) -> Facts:
         if "forward" in vars(module):  # put over the class's own
             found[f"{place}.forward"] = vars(module)["forward"]
         found[f"{place} (class)"] = type(module).__qualname__
+        found |= _code(type(module))
     for name, weight in model.named_parameters():
         if weight._backward_hooks:
             found[f"{name}._backward_hooks"] = list(weight._backward_hooks)
@@ -71,6 +74,16 @@ def _hooks(model: Any) -> Facts:
         if hooks := getattr(torch_module, kind):
             found[f"torch.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
     return found
+
+
+def _code(kind: type) -> Facts:
+    """What a class of modules computes with: its `forward`, and the functions of the Python module that it is written
+    in, where published methods put their own."""
+    found: Facts = {f"{kind.__qualname__}.forward": kind.forward, f"{kind.__qualname__}.__call__": kind.__call__}  # type: ignore[attr-defined]
+    if kind.__module__.startswith("torch."):
+        return found
+    functions = vars(sys.modules.get(kind.__module__, object)).items()
+    return found | {f"{kind.__module__}.{name}": value for name, value in functions if inspect.isfunction(value)}
 
 
 def _weights(model: Any) -> Facts:

@@ -1,0 +1,81 @@
+"""Layer by layer: what a pass has read of a layer is handed over as soon as it is whole, and let go.
+
+Reading a site in all layers holds as many values as there are layers; handed over one layer at a time, it holds one
+layer's. Sites without layers stay with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..sites import SITES
+from .protocol import Passed
+
+if TYPE_CHECKING:
+    from .ports import Port
+    from .program import PortProgram
+
+LET_GO = torch.empty(0)
+"""Stands in a pass' record for a value that was handed over."""
+
+
+class Layers:
+    """The layers of one run, each handed over once, also where a pass has to be made again.
+
+    Args:
+        each: called with a layer, the numbers of its slots, and the record of the pass.
+        stop: end the pass when all slots have passed.
+
+    Attributes:
+        after: what the program does after its ports.
+    """
+
+    def __init__(self, program: PortProgram, each: Callable[[int, list[int], Passed], None], *, stop: bool) -> None:
+        self.program, self.each, self.stop = program, each, stop
+        self.slots: dict[int, list[int]] = {}
+        self.handed: set[int] = set()
+        layers: dict[Port, set[int]] = {}
+        for slot in program.slots:
+            of_port = layers.setdefault(program.port_of(slot), set())
+            if SITES[slot.entry.name].layered:
+                self.slots.setdefault(slot.entry.layer, []).append(slot.number)
+                of_port.add(slot.entry.layer)
+        self.after = {port: partial(self._passed, sorted(of_port)) for port, of_port in layers.items()}
+
+    def _passed(self, layers: list[int]) -> None:
+        """A port has done its part in these layers."""
+        values = self.program.passed.values
+        for layer in layers:
+            if not any([values[number] is None for number in self.slots[layer]]):  # noqa: C419 (faster)
+                self._hand_over(layer)
+        if self.stop:
+            self.program.end_pass()
+
+    def _hand_over(self, layer: int) -> None:
+        passed, numbers = self.program.passed, self.slots[layer]
+        if self.program.written(passed):
+            # The model has written into a kept tensor. The pass is made again with copies, as it would be at its end;
+            # only this layer and those above are still to be handed over then.
+            self.program.break_off()
+        if layer not in self.handed:
+            self.handed.add(layer)
+            self.each(layer, numbers, passed)
+        for number in numbers:
+            passed.values[number], passed.versions[number] = LET_GO, LET_GO._version
+
+    def finish(self) -> None:
+        """Hand over the layers of which the pass had none of some site's positions."""
+        values = self.program.passed.values
+        for layer, numbers in self.slots.items():
+            if any(is_held(values[number]) for number in numbers):
+                self._hand_over(layer)
+
+
+def is_held(value: Tensor | None) -> bool:
+    """Whether a pass' record has a value that was not handed over."""
+    return value is not None and value is not LET_GO

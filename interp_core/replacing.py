@@ -1,0 +1,135 @@
+"""Rules in the place of a model's modules, attention and operations: see `Model.replacing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .engines.attention import OPEN, own_config
+from .engines.replace import FUNCTIONS, Operations, Rule, activations, replaced_attention, replaced_forwards
+from .engines.torch import TorchEngine
+from .errors import CapabilityError, PlanError, nearest, wrong
+
+if TYPE_CHECKING:
+    from .model import Model
+
+MARK = "interp_replaced"
+"""Stands in the model while rules hold."""
+
+
+@contextmanager
+def replacing(
+    model: Model,
+    modules: Mapping[nn.Module | type[nn.Module], Rule],
+    attention: Rule | None,
+    operations: Mapping[str, Rule],
+) -> Iterator[None]:
+    """See `Model.replacing`."""
+    chosen = _chosen(model, modules, attention, operations)
+    with model.turn, ExitStack() as stack:
+        assert isinstance(model.engine, TorchEngine)
+        model.turn.demand_idle(model.engine.modules)
+        layers = [] if attention is None else _attention_modules(model)
+        by_operation = Operations(operations)
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            module: by_operation.applied(rule, module, by_operation.model_code(module.forward))
+            for module, rule in chosen.items()
+        }
+        if "activation" in operations:
+            rule = operations["activation"]
+            whole = [module for module in activations(model.hf) if module not in chosen]
+            forwards |= {module: by_operation.applied(rule, module.forward) for module in whole}
+        if operations:
+            forwards[model.hf] = by_operation.around(forwards.get(model.hf, model.hf.forward))
+        before = model.hf.__dict__.get(MARK, False)
+        stack.callback(model.hf.__dict__.__setitem__, MARK, before)
+        model.hf.__dict__[MARK] = True
+        stack.enter_context(replaced_forwards(forwards))
+        if attention is not None:
+            stack.enter_context(replaced_attention(layers, attention, by_operation))
+        yield
+
+
+def demand_own(model: Model, what: str) -> None:
+    """Refuse what relies on the model being itself.
+
+    Raises:
+        PlanError: rules stand in the place of some of it.
+    """
+    if model.hf.__dict__.get(MARK):
+        raise PlanError(f"{what} inside model.replacing(...) would mix the model's own numbers with those of the rules")
+
+
+def _chosen(model: Model, modules: Any, attention: Any, operations: Any) -> dict[nn.Module, Rule]:
+    """The rule of each module, if all arguments are of their kinds.
+
+    Raises:
+        PlanError: naming the first that is not.
+        CapabilityError: an engine that runs a copy of the model.
+    """
+    if type(model.engine) is not TorchEngine:
+        raise CapabilityError(
+            f"engine {model.engine.name!r} runs its own copy of the modules; replace them on model.on('torch')"
+        )
+    for name, given in (("modules", modules), ("operations=", operations)):
+        if not isinstance(given, Mapping):
+            raise PlanError(wrong(name, "a dictionary with a function for each", given))
+    for rule in (*modules.values(), *operations.values(), *([] if attention is None else [attention])):
+        if not callable(rule):
+            raise PlanError(wrong("a rule", "a function", rule))
+    for name in operations:
+        if name not in FUNCTIONS:
+            raise PlanError(f"no operation {name!r}. {nearest(str(name), FUNCTIONS)}")
+    if not (modules or operations or attention):
+        raise PlanError("nothing is replaced: give modules, attention= or operations=")
+    chosen: dict[nn.Module, Rule] = {}
+    parts: dict[nn.Module, None] = dict.fromkeys(model.hf.modules())
+    for key, rule in modules.items():
+        if isinstance(key, type):
+            matching: list[nn.Module] = [module for module in parts if type(module) is key]
+        elif isinstance(key, nn.Module):
+            matching = [key] if key in parts else []
+        else:
+            raise PlanError(wrong("what is replaced", "a module of the model, or a class of them", key))
+        if not matching:
+            name = key.__name__ if isinstance(key, type) else type(key).__name__
+            kinds = sorted({type(module).__name__ for module in parts})
+            raise PlanError(f"this model has no such module: {name}. {nearest(name, kinds)}")
+        chosen.update((module, rule) for module in matching)
+    return chosen
+
+
+def _attention_modules(model: Model) -> list[nn.Module]:
+    """The attention module of every layer that attends.
+
+    Raises:
+        CapabilityError: a layer whose attention function cannot be replaced.
+        PlanError: attention is replaced already.
+    """
+    assert isinstance(model.engine, TorchEngine)
+    entries, modules = model.atlas.entries, []
+    for layer in range(model.n_layers):
+        scores, pattern = entries.get(("scores", layer)), entries.get(("pattern", layer))
+        if scores is None or scores.read is None or scores.read.side != "attention":
+            if pattern is not None and pattern.read is not None:
+                raise CapabilityError(
+                    f"attention=: layer {layer} of this {model.atlas.family.name} computes attention by itself, so its "
+                    "function cannot be replaced; replace the module, or its operations"
+                )
+            continue
+        modules.append(model.engine.modules[scores.read.module])
+    for module in modules:
+        if "interp_rule" in module.__dict__:
+            raise PlanError("attention is replaced already, by a rule around this one; leave one of them out")
+        implementation = own_config(module)._attn_implementation
+        if implementation not in OPEN:
+            raise CapabilityError(
+                f"attention= needs attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
+                "load it with ic.load(..., attn_implementation='sdpa')"
+            )
+    if not modules:
+        raise CapabilityError(f"attention=: no layer of this {model.atlas.family.name} attends")
+    return modules
