@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from interp_core.runs import session
-
 from interp_core import runs
+from interp_core.runs import session
 
 CALLS = ("fsync", "replace", "link", "unlink", "write", "ftruncate")
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import toy_model
-from interp_core.runs import session
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -22,6 +21,7 @@ import interp_core as ic
 from interp_core import runs, testing
 from interp_core.cli import app
 from interp_core.identity import tokenizer_digest
+from interp_core.runs import session
 
 KILLED = Path(__file__).parent / "killed_runs.py"
 
