@@ -14,7 +14,7 @@ from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError, nearest, wrong
 
 if TYPE_CHECKING:
-    from .model import Model
+    from .structure import Structure
 
 MARK = "interp_replaced"
 """Stands in the model while rules hold."""
@@ -22,7 +22,7 @@ MARK = "interp_replaced"
 
 @contextmanager
 def replacing(
-    model: Model,
+    model: Structure,
     modules: Mapping[nn.Module | type[nn.Module], Rule],
     attention: Rule | None,
     operations: Mapping[str, Rule],
@@ -53,7 +53,7 @@ def replacing(
         yield
 
 
-def demand_own(model: Model, what: str) -> None:
+def demand_own(model: Structure, what: str) -> None:
     """Refuse what relies on the model being itself.
 
     Raises:
@@ -63,7 +63,7 @@ def demand_own(model: Model, what: str) -> None:
         raise PlanError(f"{what} inside model.replacing(...) would mix the model's own numbers with those of the rules")
 
 
-def _chosen(model: Model, modules: Any, attention: Any, operations: Any) -> dict[nn.Module, Rule]:
+def _chosen(model: Structure, modules: Any, attention: Any, operations: Any) -> dict[nn.Module, Rule]:
     """The rule of each module, if all arguments are of their kinds.
 
     Raises:
@@ -102,7 +102,7 @@ def _chosen(model: Model, modules: Any, attention: Any, operations: Any) -> dict
     return chosen
 
 
-def _attention_modules(model: Model) -> list[nn.Module]:
+def _attention_modules(model: Structure) -> list[nn.Module]:
     """The attention module of every layer that attends.
 
     Raises:

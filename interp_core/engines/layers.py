@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,12 +16,32 @@ from torch import Tensor
 from ..sites import SITES
 from .protocol import Passed
 
-if TYPE_CHECKING:
-    from .ports import Port
-    from .program import PortProgram
-
 LET_GO = torch.empty(0)
 """Stands in a pass' record for a value that was handed over."""
+
+
+@runtime_checkable
+class Passing(Protocol):
+    """What is asked of a program: its reads, where each passes, and what the present pass has kept."""
+
+    slots: list[Any]
+    passed: Passed
+
+    def port_of(self, read: Any) -> Any:
+        """See `PortProgram`."""
+        ...
+
+    def written(self, passed: Passed) -> list[int]:
+        """See `PortProgram`."""
+        ...
+
+    def break_off(self) -> None:
+        """See `PortProgram`."""
+        ...
+
+    def end_pass(self) -> None:
+        """See `PortProgram`."""
+        ...
 
 
 class Layers:
@@ -35,11 +55,11 @@ class Layers:
         after: what the program does after its ports.
     """
 
-    def __init__(self, program: PortProgram, each: Callable[[int, list[int], Passed], None], *, stop: bool) -> None:
+    def __init__(self, program: Passing, each: Callable[[int, list[int], Passed], None], *, stop: bool) -> None:
         self.program, self.each, self.stop = program, each, stop
         self.slots: dict[int, list[int]] = {}
         self.handed: set[int] = set()
-        layers: dict[Port, set[int]] = {}
+        layers: dict[Any, set[int]] = {}
         for slot in program.slots:
             of_port = layers.setdefault(program.port_of(slot), set())
             if SITES[slot.entry.name].layered:
