@@ -170,10 +170,12 @@ class WeightReader(NamedTuple):
     def _norms(self, name: str, entries: Sequence[Entry]) -> Iterator[tuple[Entry, nn.Module]]:
         """The norm that makes a site, layer by layer: of those that it may be, the one that on a few tokens does."""
         components, sources = INPUTS[name]
-        for entry in entries:
+        reads = [[name, *(site for site in sources if (site, entry.layer) in self.atlas.entries)] for entry in entries]
+        sites = [Site(site, entry.layer) for entry, named in zip(entries, reads, strict=True) for site in named]
+        values = iter(self.sample(sites))
+        for entry, named in zip(entries, reads, strict=True):
             layer = entry.layer
-            reads = [site for site in sources if (site, layer) in self.atlas.entries]
-            value, *streams = self.sample([Site(site, layer) for site in (name, *reads)])
+            value, *streams = (next(values) for _ in named)
             names = [one for one in components if one in self.atlas.components.names(layer)]
             modules = [self.atlas.module(one, layer) for one in names]
             rounding = 16 * torch.finfo(value.dtype).eps * value.abs().amax(-1, keepdim=True)
