@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .positions import PerRow as PerRow
     from .positions import Span as Span
     from .result import Result as Result
+    from .saved import SavedRun as SavedRun
+    from .saved import open_run as open_run
     from .settings import Config as Config
     from .sites import Site as Site
     from .sweep import Sweep as Sweep
@@ -65,6 +67,7 @@ _HOME = {
     "Receipt": "trace",
     "Result": "result",
     "Run": "trace",
+    "SavedRun": "saved",
     "Site": "sites",
     "Span": "positions",
     "Sweep": "sweep",
@@ -73,6 +76,7 @@ _HOME = {
     "keyed": "identity",
     "load": "model",
     "method": "methods",
+    "open_run": "saved",
     "registry": "plugins",
 } | {
     f"{kind}Error": "errors"
