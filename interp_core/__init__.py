@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from . import score as score
     from . import sites as sites
     from . import testing as testing
+    from .activations import Activations as Activations
     from .edits import Edit as Edit
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Activations": "activations",
     "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",

@@ -23,13 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .batches import Progress
 from .edits import TENSOR_OPS, Edit
 from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
 from .score import Score
 from .sites import Site
 from .sweep_plan import STRATEGIES, SweepPlan, named_edits
-from .sweep_runner import Progress, Runner
+from .sweep_runner import Runner
 from .sweep_store import opened
 from .sweep_trial import choose
 
@@ -128,7 +129,7 @@ def sweep(
         chosen, why, trial = choose(model, tokens, strategy)
         plan = runner.plan(chosen, why, store.done)
         plan.trial = trial
-        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum())))
+        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum()), "sweep"))
     parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
     return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
 

@@ -122,7 +122,9 @@ def test_files_are_those_of_the_published_script(tmp_path: Path) -> None:
     assert "http" not in said
 
 
-def test_a_second_run_goes_on_and_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_goes_on_and_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quick = {**QUICK, "compute_baseline": False}
     folder = recipe.function_vectors(out=tmp_path, **quick).parent
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt", ".json", ".csv")}
@@ -252,7 +254,9 @@ def test_several_tasks_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert page == tmp_path / "out/report.html" and (tmp_path / "out/mine/report.html").is_file()
     made = Related.load(tmp_path / "out/related")
     assert made.tasks == ("gerund", "mine") and "of 2 pairs of tasks" in capsys.readouterr().out
-    assert {"tasks.csv", "similarity.png", "report.html", "manifest.json", "DONE"} <= {path.name for path in page.parent.iterdir()}
+    assert {"tasks.csv", "similarity.png", "report.html", "manifest.json", "DONE"} <= {
+        path.name for path in page.parent.iterdir()
+    }
     assert "mine/report.html" in page.read_text()
     before = page.read_bytes()
     recipe.function_vectors(f"gerund, {file}", out=tmp_path / "out", **quick)
