@@ -55,6 +55,8 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert line in page
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
     assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
+    with pytest.raises(ic.PlanError, match="holds another run: answer was ' cat', is ' dog'"):
+        recipe.demo(out=tmp_path, answer=" dog")
     assert "kept patching.safetensors" in said and said.count("made patching.safetensors") == 1
     assert "http" not in page
 

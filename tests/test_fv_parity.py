@@ -152,7 +152,12 @@ def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert fast["status"] == "PASS" and fast["first_divergence"] is None and fast["mode"] == "fast"
     assert fast["worked_out"] == {"a": "replay, by hand", "b": "sweep"} and fast["remarks"] == []
     capsys.readouterr()
-    assert fv_parity(**settings, compare="replay") == folder
+    with pytest.raises(
+        ic.PlanError, match=r"report.json is there, written by fv_parity-\w{8} \(compare was 'fast', is 'rep"
+    ):
+        fv_parity(**settings, compare="replay")
+    assert report(tmp_path) == fast
+    assert fv_parity(**settings, compare="replay", overwrite=True) == folder
     said = capsys.readouterr().out
     assert re.findall(r"/src/\S+  (\w+)", said) == ["same"] * 8
     assert re.search(r"parity_suite_report.json  replaced", said)
@@ -259,9 +264,9 @@ def test_a_wrong_edit_layer(sides: tuple[Path, Path], tmp_path: Path) -> None:
         fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
     assert report(tmp_path)["settings_that_differ"]["edit_layer"] == [2, 3]
     with pytest.raises(ic.InterpError, match=rf"{DUMP} / edit_layer: a has \[2\], b has \[3\]; asked for: 3"):
-        fv_parity(a=sides[0], b=b, edit_layer=3, save_path_root=tmp_path)
+        fv_parity(a=sides[0], b=b, edit_layer=3, save_path_root=tmp_path, overwrite=True)
     with pytest.raises(ic.InterpError, match=rf"prompt_boundary / .*{EVAL} / prompt_kind: a has \['corr"):
-        fv_parity(a=sides[0], b=sides[1], edit_layer=2, prompt_kind="clean", save_path_root=tmp_path)
+        fv_parity(a=sides[0], b=sides[1], edit_layer=2, prompt_kind="clean", save_path_root=tmp_path / "kind")
 
 
 def test_a_folder_against_itself_is_said(sides: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -269,7 +274,7 @@ def test_a_folder_against_itself_is_said(sides: tuple[Path, Path], tmp_path: Pat
     link = tmp_path / "link"
     link.symlink_to(sides[0])
     for b in (sides[0], link):
-        fv_parity(a=sides[0], b=b, save_path_root=tmp_path / "out")
+        fv_parity(a=sides[0], b=b, save_path_root=tmp_path / "out", overwrite=True)
         said = "are the same folder, .*: nothing was held against another side"
         assert re.search(f"note: a and b {said}", capsys.readouterr().out)
         assert re.fullmatch(f"a and b {said}", report(tmp_path / "out")["remarks"][0])
@@ -430,7 +435,7 @@ def test_the_command_line(sides: tuple[Path, Path], copies: dict[str, Path], tmp
     assert re.search(r"injection_output +PASS +20 ", capsys.readouterr().out)
     FAULTS["rank"][1](copies["b"])  # of the third trial
     assert command(line, monkeypatch) == 0
-    assert command(line.removesuffix(" --max_trials 2"), monkeypatch) == 2
+    assert command(line.replace("--max_trials 2", "--overwrite"), monkeypatch) == 2
     said = capsys.readouterr().err
     assert "with_rank" in said and "again: interp run fv_parity --a " in said and "Traceback" not in said
     assert command(line + " --stages fv_vector,slot_map --compare=replay", monkeypatch) == 0

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import toy_model
 from fv_relations import counted, lines, run, settings, status, table, toy_pairs
-from interp_plugins.function_vectors.relation.page import COLUMNS
+from interp_plugins.function_vectors.relation import question as stages
+from interp_plugins.function_vectors.relation.page import COLUMNS, classified
 from interp_plugins.function_vectors.relation.run import run_relation
 from interp_plugins.function_vectors.relation.settings import RelationSettings
-from interp_plugins.function_vectors.relation.status import classified
 from interp_recipes.fv_relation import fv_relation
 
 import interp_core as ic
@@ -153,12 +153,17 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     with counted(model) as passes:
         run(path, out)
     assert len(passes) == 2 and (folder / "step6/layer_3/eval_summary.json").stat().st_mtime_ns == kept
-    scores = (folder / "cie_scores.csv").read_text().splitlines(keepends=True)
-    (folder / "cie_scores.csv").write_text("".join(scores[: 1 + 2 * 24]))  # two of four trials
+    journal = out / "record/rows/questions/Q2/cie_scores.csv.journal"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[: 1 + 2]) + b'[{"q_id": "Q2", "tri')
+    (folder / "cie_scores.csv").unlink()  # two of four trials, and a part of the third's line
     shutil.rmtree(folder / "step6")
     with counted(model) as passes:
         run(path, out)
     assert len(passes) == 2 * (1 + 2) + 2 and {file: file.read_text() for file in whole} == whole
+    (folder / "cie_scores.csv").write_text("as somebody else has it")
+    with counted(model) as passes:
+        run(path, out)
+    assert not passes and {file: file.read_text() for file in whole} == whole
 
 
 CLI = [sys.executable, "-m", "interp_core.cli", "run", "fv_relation"]
@@ -173,9 +178,9 @@ def started(path: Path, out: Path, n_trials: int) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[bytes], lines: int) -> None:
     until = time.monotonic() + 120
-    while not path.exists():
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.005)
 
@@ -189,7 +194,8 @@ def test_a_stopped_run_goes_on(tmp_path: Path, sent: signal.Signals, code: int) 
         96,  # so many that the signal comes before the last
     )
     process = started(path, out, n)
-    wait_for(out / "questions/Q2/cie_scores.csv", process)
+    journal = out / "record/rows/questions/Q2/cie_scores.csv.journal"
+    wait_for(journal, process, lines=3)
     os.kill(process.pid, sent)
     assert process.wait(60) == code
     left = status(out, "Q2")
@@ -197,10 +203,13 @@ def test_a_stopped_run_goes_on(tmp_path: Path, sent: signal.Signals, code: int) 
     assert (left["status"], left["reason"]) == (
         ("pending", "stopped at effects") if sent == signal.SIGINT else ("running", "")
     )
-    done = len(lines(out / "questions/Q2/cie_scores.csv")) // 24
-    assert 1 <= done < n
+    done = journal.read_bytes().count(b"\n") - 1  # after the line of inputs
+    assert 1 <= done < n and not (out / "DONE").exists() and not (out / "questions/Q2/cie_scores.csv").exists()
+    ended = "stopped" if sent == signal.SIGINT else "killed"
+    assert ic.runs.manifest(out)["sessions"][0]["state"] == ended == ic.runs.manifest(out)["state"]
     first = {file: file.stat().st_mtime_ns for file in (out / "questions/Q1").rglob("*.*")}
-    (out / "questions/Q2/.cie_scores.csv.1.tmp").write_text("half a li")
+    left_over = f".cie_scores.csv.{ic.runs.manifest(out)['sessions'][0]['host']}-{process.pid}-1.tmp"
+    (out / "questions/Q2" / left_over).write_text("half a li")
     run(path, tmp_path / "whole", n_trials=n, q_ids="Q2")
     with counted(toy_model()) as passes:
         assert run(path, out, n_trials=n)[0] == "Q1: completed before"
@@ -219,10 +228,14 @@ def test_changed_settings_and_pairs_are_refused(tmp_path: Path) -> None:
     path, out = table(tmp_path / "r.csv", {"Q1": toy_pairs("antonym"), "Q2": toy_pairs("french")}), tmp_path / "out"
     run(path, out, q_ids="Q1")
     with counted(toy_model()) as passes:
-        with pytest.raises(ic.PlanError, match=r"question 'Q1' of another run: n_trials was 4, is 5; seed was 0, is 1"):
+        with pytest.raises(
+            ic.PlanError, match=r"holds another run: n_trials was 4, is 5; seed was 0, is 1; give another"
+        ):
             run(path, out, q_ids="Q2", n_trials=5, seed=1)
         table(path, {"Q1": [*toy_pairs("antonym")[:-1], ("up", "down")], "Q2": toy_pairs("french")})
-        with pytest.raises(ic.PlanError, match=r"question 'Q1' with other pairs"):
+        with pytest.raises(
+            ic.PlanError, match=r"holds 'Q1' of other inputs: other pairs; give another folder, or delete it"
+        ):
             run(path, out)
     assert not passes
     table(path, {"Q1": toy_pairs("antonym"), "Q2": toy_pairs("french"), "Q3": toy_pairs("past")}, "qid,exA,exB")
@@ -249,22 +262,34 @@ def test_failed_and_skipped_questions_are_tried_again(tmp_path: Path) -> None:
     assert run(path, out, bad_rows="drop", top_k=3)[1].startswith("Q2: completed")
 
 
-def test_failures_are_classified(tmp_path: Path) -> None:
-    """A question whose files were changed fails at its stage, the others go on; or the run stops."""
+def test_failures_are_classified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question whose record is damaged fails at its stage, the others go on; or the run stops."""
     path, out = table(tmp_path / "r.csv", {"Q1": toy_pairs("antonym"), "Q2": toy_pairs("french")}), tmp_path / "out"
     run(path, out, q_ids="Q1")
-    scores = out / "questions/Q1/cie_scores.csv"
     (out / "questions/Q1/aie_scores.csv").unlink()
-    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:-5]))
+    journal = out / "record/rows/questions/Q1/cie_scores.csv.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole.replace(b"}]", b"", 1))
     said = run(path, out)
     assert said[0].startswith("Q1: failed, effects: ") and said[1].startswith("Q2: completed")
+    assert not (out / "DONE").exists()
     error = status(out, "Q1")["error"]
-    assert (error["stage"], error["error_class"]) == ("effects", "LoadError") and "delete it" in error["message"]
-    with pytest.raises(ic.LoadError, match="does not hold 24 heads of every trial"):
+    assert (error["stage"], error["error_class"]) == ("effects", "LoadError") and "delete the file" in error["message"]
+    assert list(error) == ["stage", "error_class", "message", "fix"]
+    with pytest.raises(ic.LoadError, match="line 1, is not what was written|line 2, is not what was written"):
         run(path, out, on_error="stop")
+    journal.write_bytes(whole)
+
+    def raises(*_: object) -> None:
+        raise ValueError("no means")
+
     torch.save({"no": "tensor"}, out / "questions/Q1/stepD_mean_acts/qid_Q1_clean_mean.pt")
-    run(path, out)
-    assert status(out, "Q1")["error"]["stage"] == "mean activations"
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "mean_head_activations", raises)
+        run(path, out)
+    assert status(out, "Q1")["reason"] == "mean activations: no means"
+    assert "no means" in ic.runs.parts(out)[0]["error"]["traceback"]
+    assert run(path, out)[1].startswith("Q1: completed, best") and (out / "DONE").exists()
     prompts = {"prefixes": {"input": "q", "output": "a"}, "separators": {"input": "", "output": ""}}
     with pytest.raises(ic.PlanError, match="no question could be run: trials: "):
         run(path, tmp_path / "other", **prompts)
@@ -276,13 +301,13 @@ def test_failures_are_classified(tmp_path: Path) -> None:
 def test_classes_are_in_the_order_of_stages() -> None:
     def failed(q_id: str, stage: str, kind: str) -> dict[str, Any]:
         return {
-            "q_id": q_id,
-            "status": "failed",
+            "name": q_id,
+            "state": "failed",
             "error": {"stage": stage, "error_class": kind, "message": q_id, "fix": ""},
         }
 
     found = classified(
-        [failed("a", "effects", "X"), failed("b", "rows", "Z"), failed("c", "effects", "X"), {"status": "completed"}]
+        [failed("a", "effects", "X"), failed("b", "rows", "Z"), failed("c", "effects", "X"), {"state": "completed"}]
     )
     assert [(g["stage"], g["q_ids"], g["count"]) for g in found] == [("rows", ["b"], 1), ("effects", ["a", "c"], 2)]
 

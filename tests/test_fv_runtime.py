@@ -106,9 +106,9 @@ def test_all_token_classes(tmp_path: Path) -> None:
     with pytest.raises(
         ic.PlanError, match=r"token_class_idx 1 \(label\) needs effects of all classes: last_token_only"
     ):
-        fv_golden(**settings | {"last_token_only": True}, token_class_idx=1)
+        fv_golden(**settings | {"last_token_only": True, "save_path_root": tmp_path / "bad"}, token_class_idx=1)
     with pytest.raises(ic.PlanError, match="token_class_idx is 10; classes are -1 and 0 to 9: demonstration, label"):
-        fv_golden(**settings, token_class_idx=10)
+        fv_golden(**settings | {"save_path_root": tmp_path / "worse"}, token_class_idx=10)
 
 
 def test_replay_equals_sweep(tmp_path: Path) -> None:

@@ -50,7 +50,19 @@ def test_heavy_packages_are_imported_only_where_they_are_used() -> None:
 
 
 def test_light_modules_do_not_import_torch() -> None:
-    for module in ("errors", "sites", "positions", "plugins", "settings", "probe", "scaffold", "cli", "toys.text"):
+    for module in (
+        "errors",
+        "files",
+        "runs",
+        "sites",
+        "positions",
+        "plugins",
+        "settings",
+        "probe",
+        "scaffold",
+        "cli",
+        "toys.text",
+    ):
         code = f"import sys, interp_core.{module}; print('torch' in sys.modules)"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert out.stdout.strip() == "False", module
@@ -136,7 +148,8 @@ def test_nothing_is_installed_behind_the_users_back() -> None:
     for path in sources(*PACKAGES):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"boot_transformers", "_ensure_torchvision"}, path
-        of_their_own = {"probe.py", "fv_python.py"}  # plugins are looked at, and recipes run where a Python is named
+        # plugins are looked at, recipes run where a Python is named, git is asked for the commit
+        of_their_own = {"probe.py", "fv_python.py", "session.py"}
         alone = {"pip"} if path.name in of_their_own else {"subprocess", "pip"}
         assert not alone & {name.split(".")[0] for name in imported(path)}, path
 

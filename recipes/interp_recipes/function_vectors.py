@@ -146,11 +146,7 @@ def function_vectors(
     )  # fmt: skip
     found = _tasks(tasks, asked)
     loaded = ic.load(model)
-    settings = {**vars(asked), "tasks": [task.name for task in found], "model": loaded.source}
-    dataset = "+".join(task.name for task in found) if len(found) <= 3 else f"{len(found)} tasks"
-    run = ic.runs.open(
-        out, settings, recipe="function_vectors", model=loaded, dataset=dataset, free=("tasks", "examples")
-    )
+    run = _opened(out, loaded, found, asked)
     parts = [run.part(task.name, {"dataset": _fingerprint(task)}, task.name) for task in found]
     _check(loaded, found, parts, asked)
     print(loaded, flush=True)
@@ -162,11 +158,19 @@ def function_vectors(
                 done.append(_study(loaded, task, part, asked))
                 fv_report.write_task(part, loaded, done[-1], _args(task, loaded, asked))
             print("", *fv_report.sentences(done[-1]), "", sep="\n")
-        page = parts[0].path / "report.html"
-        if len(done) > 1:
-            page = _together(loaded, done, parts, run, asked)
+        page = _together(loaded, done, parts, run, asked) if len(done) > 1 else parts[0].path / "report.html"
     print(f"{time.perf_counter() - began:.1f} s")
     return page
+
+
+def _opened(out: Path | None, model: ic.Model, tasks: Sequence[fv.Task], asked: Settings) -> ic.runs.RunFolder:
+    """The run's folder; tasks may be added to it, and more examples shown."""
+    names = [task.name for task in tasks]
+    settings = {**vars(asked), "tasks": names, "model": model.source}
+    dataset = "+".join(names) if len(names) <= 3 else f"{len(names)} tasks"
+    return ic.runs.open(
+        out, settings, recipe="function_vectors", model=model, dataset=dataset, free=("tasks", "examples")
+    )
 
 
 def _tasks(names: str, asked: Settings) -> list[fv.Task]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, put
+from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, published, put_in
 from interp_plugins.function_vectors.extraction import By, answers, extract
-from interp_plugins.function_vectors.source_files import source_files
+from interp_plugins.function_vectors.source_files import DUMP, HEADS, VECTOR, source_files
 
 import interp_core as ic
 from interp_core.loading import open_tokenizer
@@ -41,6 +41,7 @@ def fv_golden(
     edit_layer: int | None = None,
     prompt_kind: PromptKind = "corrupted",
     save_path_root: Path = Path("results"),
+    overwrite: bool = False,
     python_bin: Path | None = None,
 ) -> Path:
     """Write the artefacts; returns their folder.
@@ -56,7 +57,8 @@ def fv_golden(
         last_token_only: effects of the last token (rank 3), or of all ten token classes (rank 4).
         n_top_heads, token_class_idx: heads of the vector; the class they are chosen by, other than -1 of all classes.
         edit_layer, prompt_kind: where the vector is added (default: a third of the way up), and to which prompts.
-        save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/.
+        save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/, the run's record to <root>.runs/.
+        overwrite: files of other runs may be replaced.
         python_bin: another Python, to work them out there (default: this one); the dump names its versions.
 
     Raises:
@@ -73,13 +75,17 @@ def fv_golden(
         return run.folder(save_path_root)
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
     layer, folder = edit_layer_of(model, edit_layer), run.folder(save_path_root)
-    made = extract(
-        model, run, by=by, by_hand=by == "replay", n_top_heads=n_top_heads, token_class_idx=token_class_idx,
-        last_token_only=last_token_only, progress=True,
-    )  # fmt: skip
-    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, by_hand=by == "replay")
-    heads, effects = ", ".join(f"L{a}H{b}" for a, b, _ in made.heads), made.effects[made.measure]
-    print(f"{model}\nmeans {[*made.mean.shape]}, effects {[*effects.shape]}, gap after the last head {made.gap:.3g}")
-    print(f"function vector of norm {made.vector.norm:.4g}: {heads}")
-    print(*put(folder, source_files(model, run, made, answered)), sep="\n")
+    record = published(save_path_root, "fv_golden", settings, model, run, [DUMP, HEADS, VECTOR], overwrite)
+    with record:
+        made = extract(
+            model, run, by=by, by_hand=by == "replay", n_top_heads=n_top_heads, token_class_idx=token_class_idx,
+            last_token_only=last_token_only, progress=True,
+        )  # fmt: skip
+        answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, by_hand=by == "replay")
+        heads, effects = ", ".join(f"L{a}H{b}" for a, b, _ in made.heads), made.effects[made.measure]
+        print(
+            f"{model}\nmeans {[*made.mean.shape]}, effects {[*effects.shape]}, gap after the last head {made.gap:.3g}"
+        )
+        print(f"function vector of norm {made.vector.norm:.4g}: {heads}")
+        print(*put_in(record, folder, source_files(model, run, made, answered)), sep="\n")
     return folder

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, put
+from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, published, put_in
 from interp_plugins.function_vectors.differences import Mode
 from interp_plugins.function_vectors.gate import Sides
-from interp_plugins.function_vectors.parity_files import Suite
+from interp_plugins.function_vectors.parity_files import REPORT, Suite
 from interp_plugins.function_vectors.trials_file import read_json
 
 import interp_core as ic
@@ -44,6 +44,7 @@ def fv_parity(
     prompt_kind: PromptKind = "corrupted",
     max_trials: int | None = None,
     save_path_root: Path = Path("results_fv"),
+    overwrite: bool = False,
 ) -> Path:
     """Compare and report; returns the folder of the reports.
 
@@ -61,11 +62,14 @@ def fv_parity(
         edit_layer: where the vector is added (default: a third of the way up; of two folders all that both have).
         prompt_kind: which prompts are answered: corrupted, clean or zeroshot.
         max_trials: compare the rows of the first trials only.
-        save_path_root: reports go to <root>/<dataset_name>/ and <root>/<dataset_name>/<fixed_trials_id>/.
+        save_path_root: reports go to <root>/<dataset_name>/ and <root>/<dataset_name>/<fixed_trials_id>/, the run's
+            record beside them, to <root>.runs/.
+        overwrite: files of other runs may be replaced.
 
     Raises:
         InterpError: FAIL; names the first divergence and a command that shows it again.
     """
+    settings = {**locals()}
     if max_trials is not None and max_trials < 1:
         raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to compare all trials")
     names = {"dataset_name": dataset_name, "fixed_trials_id": fixed_trials_id, "model_name": model_name}
@@ -76,20 +80,34 @@ def fv_parity(
         sides.check(fixed_trials_path, data, tokenizer, fixed_trials_model, seed)
     elif a is None or b is None:
         raise ic.PlanError("fv_parity takes two folders, a and b; or fixed_trials_path, to work them out")
+    model = None
     if sides.run is not None and (a is None or b is None):
         model = ic.load(sides.run.model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
         edit_layer = edit_layer_of(model, edit_layer)
-        print(*sides.work_out(model, n_top_heads, token_class_idx, edit_layer, prompt_kind), sep="\n")
-    of = None if edit_layer is None else (prompt_kind, edit_layer)
-    return report(sides.suite(stages, of, max_trials, token_class_idx), whole=not stages)
+    record = published(save_path_root, "fv_parity", settings, model, sides.run, [REPORT], overwrite)
+    if model is None and stages:
+        return report(sides.suite(stages, _of(prompt_kind, edit_layer), max_trials, token_class_idx), None)
+    with record:
+        if model is not None:
+            said = sides.work_out(
+                model, n_top_heads, token_class_idx, edit_layer_of(model, edit_layer), prompt_kind,
+                lambda folder, files: put_in(record, folder, files),
+            )  # fmt: skip
+            print(*said, sep="\n")
+        suite = sides.suite(stages, _of(prompt_kind, edit_layer), max_trials, token_class_idx)
+        return report(suite, None if stages else record)
 
 
-def report(suite: Suite, *, whole: bool) -> Path:
-    """Print the suite, write it if it is whole, and fail if it does."""
+def _of(kind: PromptKind, layer: int | None) -> tuple[PromptKind, int] | None:
+    return None if layer is None else (kind, layer)
+
+
+def report(suite: Suite, record: ic.runs.RunFolder | None) -> Path:
+    """Print the suite, write it if there is a place for it, and fail if it does."""
     print(f"{suite.dataset_name}, {suite.fixed_trials_id}: {suite.status}", *suite.lines(), sep="\n")
-    if whole:
+    if record is not None:
         own, task = suite.files()
-        print(*put(suite.folder, own), *put(suite.folder.parent, task), sep="\n")
+        print(*put_in(record, suite.folder, own), *put_in(record, suite.folder.parent, task), sep="\n")
     if suite.status != "PASS":
         first = suite.first
         what = f"{first}\n  again: {suite.reproduction(first)}" if first else "not everything was compared"

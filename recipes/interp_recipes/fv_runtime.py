@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, put
+from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, published, put_in
 from interp_plugins.function_vectors.extraction import By, answers, extract
 from interp_plugins.function_vectors.runtime_files import KEYS, runtime_files
 
@@ -40,6 +40,7 @@ def fv_runtime(
     alpha: float = 1.0,
     prompt_kind: PromptKind = "corrupted",
     save_path_root: Path = Path("results_fv"),
+    overwrite: bool = False,
 ) -> Path:
     """Write the runtime files; returns their folder.
 
@@ -56,29 +57,32 @@ def fv_runtime(
         edit_layer: where the vector is added (default: a third of the way up).
         alpha: factor of the vector.
         prompt_kind: which prompts are answered: corrupted, clean or zeroshot.
-        save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/.
+        save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/, the run's record to <root>.runs/.
+        overwrite: files of other runs may be replaced.
 
     Raises:
         TextError: fixed trials of another tokenizer or model.
         PlanError: settings that do not fit the file or the model.
     """
+    settings = {**locals()}
     run = fixed_run(
         fixed_trials_path, open_tokenizer(model_name), model_name=model_name, dataset_name=dataset_name,
         fixed_trials_id=fixed_trials_id, fixed_trials_model=fixed_trials_model, seed=seed, n_shots=n_shots,
         n_trials=n_trials,
     )  # fmt: skip
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
-    layer = edit_layer_of(model, edit_layer)
-    made = extract(model, run, by=by, n_top_heads=n_top_heads, measure=KEYS[score_key], progress=True)
-    answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, alpha=alpha)
-    moved = float((answered.given.logprob - answered.base.logprob).mean())
-    print(
-        f"{model}\nfunction vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}"
-    )
-    print(
-        f"{len(run.trials)} {prompt_kind} prompts: {int((answered.base.rank == 0).sum())} answered, "
-        f"{int((answered.given.rank == 0).sum())} with the vector after layer {layer}; log-probability {moved:+.3f}"
-    )
-    folder = run.folder(save_path_root)
-    print(*put(folder, runtime_files(model, run, made, answered)), sep="\n")
+    layer, folder = edit_layer_of(model, edit_layer), run.folder(save_path_root)
+    names = ["mean_activations.pt", "top_heads.json", "eval_meta.json"]
+    record = published(save_path_root, "fv_runtime", settings, model, run, names, overwrite)
+    with record:
+        made = extract(model, run, by=by, n_top_heads=n_top_heads, measure=KEYS[score_key], progress=True)
+        answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, alpha=alpha)
+        moved = float((answered.given.logprob - answered.base.logprob).mean())
+        heads = ", ".join(f"L{a}H{h}" for a, h, _ in made.heads)
+        print(f"{model}\nfunction vector of norm {made.vector.norm:.4g}: {heads}")
+        print(
+            f"{len(run.trials)} {prompt_kind} prompts: {int((answered.base.rank == 0).sum())} answered, "
+            f"{int((answered.given.rank == 0).sum())} with the vector after layer {layer}; log-probability {moved:+.3f}"
+        )
+        print(*put_in(record, folder, runtime_files(model, run, made, answered)), sep="\n")
     return folder

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 import interp_core as ic
-from interp_core.result import write
+from interp_core import runs
 
 from .prompts import Prompt, build
 from .template import name_of
@@ -210,6 +210,40 @@ def comma_separated(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *
     return out.getvalue()
 
 
+def published(
+    root: Path,
+    recipe: str,
+    settings: Mapping[str, Any],
+    model: ic.Model | None,
+    run: FixedRun | None,
+    names: Sequence[str],
+    overwrite: bool,
+) -> runs.RunFolder:
+    """A recipe's run in a published tree, `<root>/<dataset_name>/<fixed_trials_id>/`.
+
+    Args:
+        settings: of the recipe.
+        names: files of that folder, which are looked for before the model runs.
+
+    Raises:
+        PlanError: one of them is another run's.
+    """
+    free = {"save_path_root", "overwrite", "python_bin"}
+    kept = {key: value for key, value in settings.items() if key not in free}
+    dataset = run.dataset_name if run is not None else ""
+    record = runs.publish(root, kept, recipe=recipe, model=model, dataset=dataset, overwrite=overwrite)
+    if run is not None:
+        place = run.folder(root).relative_to(root).as_posix()
+        record.claim([f"{place}/{name}" for name in names], stage=place)
+    return record
+
+
+def put_in(record: runs.RunFolder, folder: Path, files: Files) -> list[str]:
+    """Write the files of a folder below a tree's root; says what became of each, as `put`."""
+    place = folder.relative_to(record.path).as_posix()
+    return record.put({f"{place}/{name}": content for name, content in files.items()}, stage=place)
+
+
 def put(folder: Path, files: Files) -> list[str]:
     """Write files, each whole or not at all; what became of each: written, replaced, or the same as before."""
     said = []
@@ -218,6 +252,6 @@ def put(folder: Path, files: Files) -> list[str]:
         there = path.exists()
         same = there and path.read_bytes() == data
         if not same:
-            write(path, data)
+            runs.write(path, data)
         said.append(f"{path}  {'same as before' if same else 'replaced' if there else 'written'}")
     return said

@@ -9,14 +9,14 @@ replays. So no stage holds one piece of code against itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import interp_core as ic
 
-from .artefacts import FixedRun, PromptKind, fixed_run, folder_name, profile, put
+from .artefacts import Files, FixedRun, PromptKind, fixed_run, folder_name, profile
 from .checks import prompt_parity, slot_parity, verify_answers
 from .derived import MODES
 from .differences import STAGES, Mode, Stage, chosen
@@ -88,8 +88,16 @@ class Sides:
         known = {"dataset_name": Path(data["meta"]["dataset_json"]).stem, "fixed_trials_id": path.stem}
         self.names = {key: self.names[key] or value for key, value in {**known, "model_name": model_name}.items()}
 
-    def work_out(self, model: ic.Model, k: int, token_class: int, layer: int, kind: PromptKind) -> list[str]:
-        """The sides that are not given, in folders beside the reports; returns what became of their files."""
+    def work_out(
+        self,
+        model: ic.Model,
+        k: int,
+        token_class: int,
+        layer: int,
+        kind: PromptKind,
+        put: Callable[[Path, Files], list[str]],
+    ) -> list[str]:
+        """The sides that are not given, in folders beside the reports; returns what `put` says of their files."""
         assert self.run is not None
         clock, said = Clock(), list[str]()
         self.profile = profile(model)

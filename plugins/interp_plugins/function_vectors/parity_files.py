@@ -29,6 +29,7 @@ GATE = {
     "injection": ("injection_output",),
 }
 """Stages of the gate, with those of the comparison that they are made of."""
+REPORT = "parity_suite_report.json"
 STAGE_COLUMNS = ("name", "status", "exit_code", "mismatch_count", "max_abs_diff", "duration_sec", "cmd")
 TRIAL_COLUMNS = (
     "trial_idx", "target_id", "clean_src_logprob", "clean_fv_logprob", "with_src_logprob", "with_fv_logprob",
@@ -150,7 +151,7 @@ class Suite:
 
     def files(self) -> tuple[Files, Files]:
         """Files of the trials' folder, and of the task's."""
-        names = {"log": "parity_suite.log", "csv": "parity_suite_stages.csv", "report": "parity_suite_report.json"}
+        names = {"log": "parity_suite.log", "csv": "parity_suite_stages.csv", "report": REPORT}
         gate = self.gate()
         failed = next((row["name"] for row in gate if row["status"] != "PASS"), None)
         report = {

@@ -8,13 +8,12 @@ step6/layer_<l>/        prompts without demonstrations, as they are and with the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
 import interp_core as ic
-from interp_core.result import write
+from interp_core import runs
 
 from ..artefacts import lines, pt, text
 from ..common_files import by_layer
@@ -25,7 +24,6 @@ from ..vectors import FunctionVector, function_vector
 from .draws import Work
 from .measures import Measured, measured
 from .settings import RelationSettings
-from .source import folder_names
 from .tables import Means, Row, aie_rows, csv_table, eval_rows, eval_summary, read_json
 
 SUMMARY = "step6/step6_all_layers_summary.json"
@@ -33,18 +31,13 @@ META = "fv_global_resid_meta.json"
 TOKEN_RULE = "the last token of the prompt"
 
 
-def layer_folder(folder: Path, layer: int) -> Path:
-    """Where the evaluation at a layer goes."""
-    return folder / "step6" / f"layer_{layer}"
-
-
-def missing_layers(folder: Path, layers: Sequence[int]) -> list[int]:
-    """Layers without a complete evaluation: its summary is written last."""
-    return [layer for layer in layers if not (layer_folder(folder, layer) / "eval_summary.json").is_file()]
-
-
 def make_vector(
-    model: ic.Model, work: Work, mean: Means, rows: Sequence[Row], settings: RelationSettings
+    model: ic.Model,
+    work: Work,
+    mean: Means,
+    rows: Sequence[Row],
+    settings: RelationSettings,
+    part: runs.Part,
 ) -> FunctionVector:
     """Average effects, the heads of largest, and their vector."""
     key, last = settings.score_key, mean[:, :, -1]
@@ -58,15 +51,17 @@ def make_vector(
         model, mean, [Head(row["layer"], row["head"], row[key]) for row in best], task=work.question.q_id
     )
     meta = {"k": settings.top_k, "model": settings.model, "model_spec": _kind(model), "score_key": key}
-    write(work.folder / "aie_scores.csv", csv_table(table))
-    write(work.folder / "top_heads.json", text({"meta": meta | {"gap_k_to_k1": gap}, "heads": listed}))
-    _write_vector(model, work, mean, vector, settings, listed)
+    files: dict[str, str | bytes] = {
+        "aie_scores.csv": csv_table(table),
+        "top_heads.json": text({"meta": meta | {"gap_k_to_k1": gap}, "heads": listed}),
+    }
+    part.put(files | _vector_files(model, work, mean, vector, settings, listed), stage="vector")
     return vector
 
 
-def _write_vector(
+def _vector_files(
     model: ic.Model, work: Work, mean: Means, vector: FunctionVector, settings: RelationSettings, heads: list[Row]
-) -> None:
+) -> dict[str, str | bytes]:
     """The vector in the residual stream, and its parts by layer, before the projection and after it."""
     chosen = [Head(*head) for head in vector.heads]
     parts = by_layer(model, mean, chosen, alpha=settings.alpha, model_spec=_kind(model))
@@ -76,9 +71,11 @@ def _write_vector(
         "shape": [len(vector.vector)], "norm": vector.norm, "bias": "per_head", "heads": heads,
         "token_position_rule": TOKEN_RULE,
     }  # fmt: skip
-    write(work.folder / "fv_by_layer.pt", pt(parts))
-    write(work.folder / "fv_global_resid.pt", pt({"fv_global_resid": vector.vector, **sizes}))
-    write(work.folder / META, text(meta))
+    return {
+        "fv_by_layer.pt": pt(parts),
+        "fv_global_resid.pt": pt({"fv_global_resid": vector.vector, **sizes}),
+        META: text(meta),
+    }
 
 
 def _kind(model: ic.Model) -> str:
@@ -86,10 +83,15 @@ def _kind(model: ic.Model) -> str:
 
 
 def evaluate_layers(
-    model: ic.Model, work: Work, vector: FunctionVector, settings: RelationSettings, layers: Sequence[int]
+    model: ic.Model,
+    work: Work,
+    vector: FunctionVector,
+    settings: RelationSettings,
+    layers: Sequence[int],
+    part: runs.Part,
 ) -> None:
     """The prompts without demonstrations, as they are and with the vector at every layer that is not on file."""
-    todo = missing_layers(work.folder, layers)
+    todo = [layer for layer in layers if not part.kept(f"step6/layer_{layer}", after=["trials", "vector"])]
     if not todo:
         return
     different = list(dict.fromkeys(work.asked))
@@ -100,12 +102,17 @@ def evaluate_layers(
     fv_meta = read_json(work.folder / META)
     for number, layer in enumerate(todo):
         rows = eval_rows(work.question.q_id, model.tokenizer, work.asked, found, number)
-        _write_layer(work, settings, layer, rows, fv_meta)
+        files = {
+            f"step6/layer_{layer}/{name}": content for name, content in _layer(work, settings, layer, rows, fv_meta)
+        }
+        part.put(files, stage=f"step6/layer_{layer}", after=["trials", "vector"])
 
 
-def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[Row], fv_meta: Row) -> None:
-    """The files of one layer; the summary, which says that it is complete, comes last."""
-    folder, q_id, summary = layer_folder(work.folder, layer), work.question.q_id, eval_summary(rows)
+def _layer(
+    work: Work, settings: RelationSettings, layer: int, rows: list[Row], fv_meta: Row
+) -> Iterator[tuple[str, str]]:
+    """The files of one layer."""
+    q_id, summary = work.question.q_id, eval_summary(rows)
     fv = {key: fv_meta[key] for key in ("shape", "norm")}
     config = {
         "model": settings.model, "edit_layer": layer, "fv_source": "fv_global_resid", "seed": settings.seed,
@@ -122,23 +129,22 @@ def _write_layer(work: Work, settings: RelationSettings, layer: int, rows: list[
         "matrix": {"__global__": {q_id: summary[settings.score_key]}}, "metadata": meta, "results": rows,
     }  # fmt: skip
     name = short_name(settings.model)
-    write(folder / f"step6_results_{folder_names([name])[name]}_layer{layer}_n{len(rows)}.json", text(results))
-    write(folder / "eval_trials.jsonl", lines(rows))
-    write(folder / "eval_meta.json", text(meta))
-    write(folder / "eval_summary.json", text(summary))
+    yield f"step6_results_{runs.safe_name(name)}_layer{layer}_n{len(rows)}.json", text(results)
+    yield "eval_trials.jsonl", lines(rows)
+    yield "eval_meta.json", text(meta)
+    yield "eval_summary.json", text(summary)
 
 
-def summarise(work: Work, settings: RelationSettings, layers: Sequence[int]) -> Row:
+def summarise(work: Work, settings: RelationSettings, layers: Sequence[int], part: runs.Part) -> Row:
     """All layers side by side; the best is that of the highest score, the lowest of several."""
-    missing = missing_layers(work.folder, layers)
-    done = [layer for layer in layers if layer not in missing]
-    per = {layer: read_json(layer_folder(work.folder, layer) / "eval_summary.json") for layer in done}
+    done = list(layers)
+    per = {layer: read_json(work.folder / f"step6/layer_{layer}/eval_summary.json") for layer in done}
     best = max(done, key=lambda layer: (per[layer][settings.score_key], -layer), default=None)
     found: Row = {
         "q_id": work.question.q_id, "score_key": settings.score_key, "expected_layers": list(layers),
-        "completed_layers": done, "missing_layers": missing, "best_layer": best,
+        "completed_layers": done, "missing_layers": [], "best_layer": best,
         "best_score": None if best is None else per[best][settings.score_key],
         "per_layer": {str(layer): summary for layer, summary in per.items()},
     }  # fmt: skip
-    write(work.folder / SUMMARY, text(found))
+    part.put({SUMMARY: text(found)})
     return found

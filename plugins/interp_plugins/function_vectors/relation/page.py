@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from interp_core.result import write
+from interp_core import runs
 
 from ..artefacts import text
 from .injected import SUMMARY
-from .status import classified, statuses
+from .question import STAGES
 from .tables import Row, csv_table, read_json, read_lines
 
+QUESTIONS = "questions"
 COLUMNS = (
     "q_id", "status", "rows", "trials", "acc_clean", "acc_corrupted", "acc_base", "acc_with", "delta_acc", "best_layer",
     "score_key", "best_score", "top_head", "folder", "reason",
@@ -30,28 +32,55 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def write_summary(out: Path) -> Path:
+def write_summary(run: runs.RunFolder) -> Path:
     """Write `summary.csv`, `failures.json` and `summary.html`; returns the page."""
-    found = statuses(out)
-    rows = [_row(out, status) for status in found]
+    out, found = run.path, sorted(run.parts(), key=_natural)
+    rows = [_row(out, part) for part in found]
     groups = classified(found)
-    if rows:
-        write(out / "summary.csv", csv_table(rows))
     failures = {"n_failed": sum(group["count"] for group in groups), "classes": groups}
-    write(out / "failures.json", text(failures))
-    page = out / "summary.html"
-    write(page, _page(out, found, rows, groups))
-    return page
+    files: dict[str, str | bytes] = {"summary.csv": csv_table(rows)} if rows else {}
+    files |= {"failures.json": text(failures), "summary.html": _page(out, found, rows, groups)}
+    for name, content in files.items():
+        run.put({name: content}, binds=False)
+    return out / "summary.html"
 
 
-def _row(out: Path, status: Mapping[str, Any]) -> Row:
+def _natural(part: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """For sorting: Q2 before Q10."""
+    pieces = re.split(r"(\d+)", part["name"])
+    return [(int(piece) if piece.isdecimal() else -1, piece) for piece in pieces]
+
+
+def classified(found: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Failures by stage and class of error, in the order of the stages.
+
+    Args:
+        found: records of the run's parts.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for part in found:
+        if part["state"] == "failed":
+            error = part["error"]
+            groups.setdefault((error["stage"], error["error_class"]), []).append(part)
+    return [
+        {
+            "stage": stage, "error_class": kind, "count": len(group), "q_ids": [part["name"] for part in group],
+            "messages": [part["error"]["message"] for part in group],
+            "rows": [f"{part['name']}: {row}" for part in group for row in part["error"].get("rows", ())],
+            "fix": group[0]["error"]["fix"],
+        }
+        for (stage, kind), group in sorted(groups.items(), key=lambda item: (STAGES.index(item[0][0]), item[0][1]))
+    ]  # fmt: skip
+
+
+def _row(out: Path, part: Mapping[str, Any]) -> Row:
     """A question in the summary; what it has no numbers for is empty."""
     row: Row = dict.fromkeys(COLUMNS, "")
-    row |= {"q_id": status["q_id"], "status": status["status"], "rows": status["q_row_count"]}
-    row |= {"folder": status["q_root"], "reason": status["reason"]}
-    if status["status"] != "completed":
+    row |= {"q_id": part["name"], "status": _state(part), "rows": part["q_row_count"]}
+    row |= {"folder": part["folder"], "reason": part["reason"]}
+    if part["state"] != "completed":
         return row
-    folder = out / status["q_root"]
+    folder = out / part["folder"]
     found = read_json(folder / SUMMARY)
     best, first = found["per_layer"][str(found["best_layer"])], read_json(folder / "top_heads.json")["heads"][0]
     lines = read_lines(folder / "trial_metrics.jsonl")
@@ -61,11 +90,16 @@ def _row(out: Path, status: Mapping[str, Any]) -> Row:
     return row | {"trials": len(lines), "top_head": f"L{first['layer']}H{first['head']}"}
 
 
+def _state(part: Mapping[str, Any]) -> str:
+    """As the published files call it: a question that was stopped is still to be done."""
+    return "pending" if part["state"] == "stopped" else str(part["state"])
+
+
 def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
     from interp_core.report.html import Section, page, short, table
 
-    done = [status for status in found if status["status"] == "completed"]
-    counts = Counter(status["status"] for status in found)
+    done = [status for status in found if status["state"] == "completed"]
+    counts = Counter(map(_state, found))
     said = f"{len(found)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
     shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
     about = (
@@ -81,13 +115,13 @@ def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], gr
          "what": "\n".join(group["rows"] or group["messages"]), "fix": group["fix"]}
         for group in groups
     ]  # fmt: skip
-    skipped = [{"question": short(s["q_id"], 40), "why": s["reason"]} for s in found if s["status"] == "skipped"]
+    skipped = [{"question": short(s["name"], 40), "why": s["reason"]} for s in found if s["state"] == "skipped"]
     dropped = [
-        {"question": short(status["q_id"], 40), "rows": "\n".join(status["dropped_rows"])}
+        {"question": short(status["name"], 40), "rows": "\n".join(status["dropped_rows"])}
         for status in found
-        if "dropped_rows" in status
+        if status.get("dropped_rows")
     ]
-    config = max(found, key=lambda status: status["updated_at"])["config"] if found else {}
+    config = max(found, key=lambda status: status["updated"])["config"] if found else {}
     given = [
         {"setting": key, "value": value} for key, value in config.items() if value is not None and key != "pairs_sha256"
     ]
@@ -109,7 +143,7 @@ def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy of every question without the vector and with it at each layer."""
     from interp_core.report.html import heatmap, short
 
-    found = [read_json(out / status["q_root"] / SUMMARY) for status in done]
+    found = [read_json(out / status["folder"] / SUMMARY) for status in done]
     layers = list(found[0]["per_layer"])
     values, tips = [], []
     for summary in found:
@@ -118,7 +152,7 @@ def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
         values.append([one[0]["acc_base"], *(layer["acc_with"] for layer in one)])
         tips.append(["without the vector", *(f"{key} {layer[key]:+.4f}" for layer in one)])
     texts = [[f"{100 * value:.0f}%" for value in row] for row in values]
-    names = [short(status["q_id"], 40) for status in done]
+    names = [short(status["name"], 40) for status in done]
     note = "Accuracy on prompts without demonstrations: without the vector, and with it added after each layer."
     return heatmap(values, names, ["without", *layers], texts=texts, tips=tips, limits=(0.0, 1.0), caption=note)
 
@@ -130,7 +164,7 @@ def _head_map(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     key = done[0]["config"]["score_key"]
     found: dict[tuple[int, int], list[float]] = {}
     for status in done:
-        with (out / status["q_root"] / "aie_scores.csv").open(encoding="utf-8", newline="") as file:
+        with (out / status["folder"] / "aie_scores.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 found.setdefault((int(row["layer"]), int(row["head"])), []).append(float(row[key]))
     layers, heads = (sorted({place[axis] for place in found}) for axis in (0, 1))
