@@ -1,0 +1,105 @@
+"""What makes two runs the same: settings as plain data, a model's parts, and in words how two of them differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CapabilityError, PlanError
+from ..files import sha256
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
+
+
+def plain(value: Any, name: str = "settings") -> Any:
+    """A value as JSON holds it: paths, slices and enums as text, tuples as lists, configs and dataclasses by their fields.
+
+    Raises:
+        PlanError: something that JSON cannot hold, by name.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, enum.Enum):
+        return plain(value.value, name)
+    if isinstance(value, (PurePath, slice)):
+        return str(value)
+    if hasattr(value, "model_dump"):
+        value = {key: getattr(value, key) for key in type(value).model_fields}
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(item, f"{name}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item, name) for item in value), key=str)
+    raise PlanError(
+        f"{name} is a {type(value).__name__}, which a run's manifest cannot hold; give it as text, a number or a digest"
+    )
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain data; the order of a mapping's keys does not matter."""
+    return sha256(json.dumps(value, sort_keys=True, ensure_ascii=False))
+
+
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str] = (), shown: Callable[[Any], str] = repr
+) -> str:
+    """What two records have differently, in words: short values with what they were, digests by name; "" if nothing."""
+    words = []
+    for name in {**old, **new}:
+        was, now = old.get(name), new.get(name)
+        if name in free or json.dumps(was, sort_keys=True) == json.dumps(now, sort_keys=True):
+            continue
+        hidden = all(isinstance(value, str) and _HEX.fullmatch(value) for value in (was, now))
+        words.append(f"other {name}" if hidden else f"{name} was {shown(was)}, is {shown(now)}")
+    return "; ".join(words)
+
+
+def model_record(model: Model) -> dict[str, Any]:
+    """A model and its tokenizer as a manifest has them: source, fingerprint, and the parts that this stands for.
+
+    Raises:
+        CapabilityError: its fingerprint cannot be told.
+    """
+    from ..identity import NoIdentityError, identity, model_parts, tokenizer_digest
+
+    try:
+        parts = model_parts(model)
+        tokenizer = tokenizer_digest(model.tokenizer)
+    except NoIdentityError as error:
+        raise CapabilityError(f"this model has no fingerprint: {error}") from error
+    return {"source": model.source, "fingerprint": identity(parts)[:16], "tokenizer": tokenizer, "parts": parts}
+
+
+def model_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What two models' records have differently; where they came from is free."""
+    parts = difference(old.get("parts", {}), new.get("parts", {}), shown=str)
+    tokenizer = difference({"tokenizer": old.get("tokenizer")}, {"tokenizer": new.get("tokenizer")})
+    return "; ".join(text for text in (parts, tokenizer) if text)
+
+
+def safe_name(text: str) -> str:
+    """A text as the name of a folder or file: itself where that is short and plain, else with a digest of it.
+
+    Letters, digits, `.`, `_` and `-` are plain, up to 64, neither begun nor ended by a full stop.
+    """
+    if _SAFE.fullmatch(text):
+        return text
+    short = re.sub(r"[^A-Za-z0-9]+", "_", text)[:40].strip("_") or "x"
+    return f"{short}-{sha256(text)[:10]}"
+
+
+def slug(text: str) -> str:
+    """A text as a part of a path that is only to be recognised: what is not plain becomes `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:64] or "none"
