@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
 from .architectures.atlas import Atlas
 from .compiled import padded_on
-from .errors import PlanError, wrong
+from .errors import PlanError, TextError, wrong
 from .text import Tokens
 
 T = TypeVar("T")
@@ -30,6 +31,8 @@ class Progress:
 
     def add(self, count: int) -> None:
         """So many more are done."""
+        if not count:
+            return
         self.count += count
         now = time.monotonic()
         last = self.count == self.total
@@ -88,3 +91,27 @@ def laid_out(atlas: Atlas, tokens: Tokens) -> Tokens:
     """A batch with its padding where this model can have it."""
     possible = sides(atlas)
     return padded_on(tokens, possible[0])[0] if possible else tokens
+
+
+def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
+    """Some rows of a batch, laid out as they are in it, without columns that are padding in all of them.
+
+    Raises:
+        TextError: a batch with further inputs, such as images.
+    """
+    if tokens.inputs and list(numbers) != list(range(len(tokens))):
+        raise TextError(
+            f"prompts with {', '.join(tokens.inputs)} cannot be split into batches; run them one by one, without "
+            "batch_size= and out="
+        )
+    rows = list(numbers)
+    kept = tokens.mask[rows].any(0)
+    return replace(
+        tokens,
+        ids=tokens.ids[rows][:, kept],
+        mask=tokens.mask[rows][:, kept],
+        texts=tokens.texts and tuple(tokens.texts[row] for row in rows),
+        offsets=tokens.offsets and tuple(tokens.offsets[row] for row in rows),
+        spans={name: tuple(spans[row] for row in rows) for name, spans in tokens.spans.items()},
+        labels=tuple(tokens.labels[row] for row in rows),
+    )

@@ -389,7 +389,7 @@ class Model:
         from .score import Score
         from .sweep import checked, sweep
 
-        listed, scores = checked(variants, score, memory_budget, out, self.atlas.shape.d_vocab)
+        listed, scores = checked(variants, score, memory_budget, out)
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()

@@ -9,7 +9,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
@@ -22,9 +22,11 @@ from .errors import PlanError, PluginError, nearest
 class Config(BaseModel):
     """Base of the settings of methods: unknown keys are refused, values are checked, nothing changes afterwards.
 
-    An `Attributes:` section in a subclass's docstring describes its fields.
+    An `Attributes:` section in a subclass's docstring describes its fields. `PER_PROMPT` names those of which a list
+    has one item per prompt; any other value is for all prompts.
     """
 
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 

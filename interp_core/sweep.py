@@ -78,9 +78,7 @@ class Sweep:
         return [(named_edits(self.variants[i]), float(mean[i])) for i in order]
 
 
-def checked(
-    variants: Any, score: Any, memory_budget: Any, out: Any, d_vocab: int
-) -> tuple[tuple[Variant, ...], tuple[Score, ...]]:
+def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tuple[Variant, ...], tuple[Score, ...]]:
     """Variants and scores as they were given to `Model.sweep`, if all its arguments are of their kinds.
 
     Raises:
@@ -98,7 +96,6 @@ def checked(
     for item in scores:
         if not isinstance(item, Score):
             raise PlanError(wrong("score=", "a score such as ic.score.logprob(target), or several", item))
-        item.fits(d_vocab)
     return listed, scores
 
 
@@ -114,6 +111,9 @@ def sweep(
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens = model._fitting(model._input(x))
+    scores = tuple(score.on(model, len(tokens)) for score in scores)
+    for score in scores:
+        score.fits(model.atlas.shape.d_vocab)
     listed = _listed(variants)
     if not scores:
         raise PlanError("a sweep needs a score: score.logprob(target), say")

@@ -103,6 +103,10 @@ class FunctionVectorsResult(ic.Result):
         "zero_shot_clean": ("question",), "shuffled": ("edit", "question"), "shuffled_clean": ("question",),
         "top_ids": ("batch", "run", "k"), "top_logprob": ("batch", "run", "k"),
     }  # fmt: skip
+    JOINS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("aie", "vector", "zero_shot", "zero_shot_clean", "shuffled", "shuffled_clean"), "same"),
+        "texts": "rows", "vocab": "union",
+    }  # fmt: skip
     aie: Float[Tensor, "layer head"]
     vector: Float[Tensor, " d_model"]
     zero_shot: Int[Tensor, "edit question"] | None
