@@ -117,6 +117,18 @@ class Method(ABC):
         return _settings.configured(self.name, self.Config, settings)
 
 
+class Batching(Config):
+    """Settings that every method has beside its own.
+
+    Attributes:
+        batch_size: how many prompts run together (None: all).
+        progress: show how much is done on standard error.
+    """
+
+    batch_size: int | None = None
+    progress: bool = False
+
+
 def method(name: str) -> Method:
     """The method of that name, ready to be called: `ic.method("logit_lens")(model, text)`.
 

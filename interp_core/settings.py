@@ -78,6 +78,12 @@ def of_function(function: Callable[..., Any]) -> type[Config]:
     return made
 
 
+def joined(*configs: type[Config]) -> type[Config]:
+    """The settings of several configs as one."""
+    made: type[Config] = type(configs[-1].__name__, configs, {"__doc__": configs[-1].__doc__})
+    return made
+
+
 class _Schema(GenerateJsonSchema):
     """Values that JSON has not (functions, tensors) are fields that say so, not errors."""
 
@@ -163,14 +169,33 @@ def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, An
 
 
 def _value(annotation: Any, text: str) -> Any:
+    """The value that a setting takes of a text: JSON, the text, or a list of that one."""
     try:
         value = json.loads(text)
     except ValueError:
-        return text
+        value = text
+    for candidate in (value, text, [value], [text]):
+        if _takes(annotation, candidate):
+            return candidate
+    return text
+
+
+def listed(annotation: Any, texts: list[str]) -> list[Any] | None:
+    """Several texts as the list that a setting takes, of JSON or of the texts; None if it takes none."""
+    values = []
+    for text in texts:
+        try:
+            values.append(json.loads(text))
+        except ValueError:
+            values.append(text)
+    return next((candidate for candidate in (values, list(texts)) if _takes(annotation, candidate)), None)
+
+
+def _takes(annotation: Any, value: Any) -> bool:
     try:
         TypeAdapter(annotation, config={"arbitrary_types_allowed": True}).validate_python(value)
     except PydanticUserError:  # a type with a config of its own
-        return value
+        return True
     except ValidationError:
-        return text
-    return value
+        return False
+    return True
