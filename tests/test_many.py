@@ -144,6 +144,15 @@ def test_every_method_of_ours(name: str) -> None:
     assert not any(field.name == "tokens" and len(together.tokens) != 5 for field in fields(together))
 
 
+def test_work_that_all_prompts_share_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, calls = type(ic.method("function_vectors")), []
+    inner = kind._extracted
+    monkeypatch.setattr(kind, "_extracted", lambda *args: calls.append(1) or inner(*args))
+    assert kind()(toy_model(), TEXTS, batch_size=1, **STUDIES["function_vectors"]).top_ids.shape[0] == 5 and calls == [
+        1
+    ]
+
+
 def test_scores_and_positions_of_each_prompt_go_with_it() -> None:
     model = toy_model()
     at = [[0], [1], [2], [-1], [0]]
