@@ -69,10 +69,18 @@ class Score:
         Raises:
             PlanError: another number of targets than rows, or a word of several tokens.
         """
+        for target in self.targets:
+            if not isinstance(target, (int, str, list)) and (isinstance(target, tuple) or target.ndim):
+                self._counted("targets", target, rows)
         if not any(isinstance(target, (str, list)) for target in self.targets):
             return self
         owner = f"score {self.name}"
-        ids = [token_ids(model, x, rows, owner) if isinstance(x, (str, list)) else x for x in self.targets]
+        ids: list[Target] = []
+        for target in self.targets:
+            if isinstance(target, str):
+                ids.append(int(token_ids(model, target, 1, owner)))
+            else:
+                ids.append(token_ids(model, target, rows, owner) if isinstance(target, list) else target)
         return replace(self, targets=tuple(ids))
 
     def of_rows(self, numbers: Sequence[int], count: int) -> Score:
@@ -109,8 +117,8 @@ class Score:
         if self.of is not None:
             return self.rows(run[self.of].as_subclass(Tensor))
         logits = run.logits
-        if any(isinstance(target, (str, list)) for target in self.targets):
-            return self.on(run.model, len(run.tokens))(run)
+        if (score := self.on(run.model, len(run.tokens))) is not self:
+            return score(run)
         if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
             raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
         if logits.site.pos is None:
