@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,7 @@ class Score:
             PlanError: another number of targets than rows, or a word of several tokens.
         """
         for target in self.targets:
-            if not isinstance(target, (int, str, list)) and (isinstance(target, tuple) or target.ndim):
+            if _of_each(target) and len(target) < rows:
                 self._counted("targets", target, rows)
         if not any(isinstance(target, (str, list)) for target in self.targets):
             return self
@@ -97,11 +97,13 @@ class Score:
 
     def _chosen(self, target: Target, numbers: Sequence[int], count: int) -> Target:
         """A target of some examples."""
-        if isinstance(target, (int, str)) or (isinstance(target, Tensor) and not target.ndim):
+        if isinstance(target, (int, str)):
             return target
-        self._counted("targets", target, count)
         if isinstance(target, Tensor):
-            return target[list(numbers)]
+            if target.ndim:
+                self._counted("targets", target, count)
+            return target[list(numbers)] if target.ndim else target
+        self._counted("targets", target, count)
         if isinstance(target, tuple):
             return tuple(target[number] for number in numbers)
         return [target[number] for number in numbers]
@@ -119,6 +121,9 @@ class Score:
         logits = run.logits
         if (score := self.on(run.model, len(run.tokens))) is not self:
             return score(run)
+        for target in self.targets:
+            if _of_each(target):
+                self._counted("targets", target, len(run.tokens))
         if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
             raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
         if logits.site.pos is None:
@@ -266,6 +271,11 @@ def _token_id(model: Any, item: Any, what: str) -> int:
     if isinstance(item, bool) or not isinstance(item, int):
         raise PlanError(wrong(what, "token ids or words", item))
     return item
+
+
+def _of_each(target: Target) -> TypeGuard[Tensor | tuple[Tensor, ...]]:
+    """Whether it has ids for each row."""
+    return isinstance(target, tuple) or (isinstance(target, Tensor) and target.ndim > 0)
 
 
 def _is_target(target: Any) -> bool:

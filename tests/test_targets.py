@@ -57,7 +57,7 @@ def test_a_folder_knows_a_word_by_its_id(tmp_path: Path) -> None:
     [
         (" cold wet", r"score logprob: the target ' cold wet' is 2 tokens \(' cold', ' wet'\), a score reads one; give its first"),
         ([" cold", " dry", " wet"], "score logprob: 3 targets for 2 rows; give one per row, or one for all"),
-        (torch.tensor([1, 2, 3]), "score logprob has targets of 3 rows, there are 2"),
+        (torch.tensor([1]), "score logprob has targets of 1 rows, there are 2"),
         ([" cold", 5000], "score logprob: the target 5000 is no token id: the model has 1469, 0 to 1468"),
         ([5, -1], "the target -1 is no token id"),
         ("", "takes a token id, a word"),
