@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -116,10 +117,26 @@ def test_files_are_those_of_the_published_script(tmp_path: Path) -> None:
     task = next(task for task in by_word(relations()) if task.name == "antonym")
     again = fv.evaluate(model, fv.questions(task, model.tokenizer, seed=42), vector, layers=[2])
     assert zero["2"]["intervention_rank_list"] == again.rank[0].tolist()
+    assert_published_bytes(folder, ("dataset_name", "dataset_source", "model_name", "n_shots"))
     said = page.read_text()
     for title in ("Which heads carry the task", "Accuracy by layer", "Before and after", "What the vector says"):
         assert title in said
     assert "http" not in said
+
+
+def assert_published_bytes(folder: Path, first: tuple[str, ...]) -> None:
+    """The form of every file to the byte, written here a second time by other means than the recipe's."""
+    args = (folder / "fv_eval_args.txt").read_text()
+    assert tuple(json.loads(args))[:4] == first and args == json.dumps(json.loads(args), indent=2, ensure_ascii=False)
+    for path in folder.glob("*.json"):
+        assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=2), path.name
+    for path in folder.glob("*.pt"):
+        again = io.BytesIO()
+        torch.save(torch.load(path, weights_only=True), again)
+        assert path.read_bytes() == again.getvalue(), path.name
+    heads = [line.split(",") for line in (folder / "heads.csv").read_bytes().decode().split("\n")]
+    assert heads[0] == ["layer", "head", "score", "in vector"] and heads[-1] == [""] and len(heads) == 1 + 24 + 1
+    assert all(repr(float(score)) == score and flag in ("True", "False") for _, _, score, flag in heads[1:-1])
 
 
 def test_a_second_run_goes_on_and_other_settings_are_refused(

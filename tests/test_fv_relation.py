@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -104,6 +105,36 @@ def test_statuses_and_files(finished: tuple[Path, list[str]]) -> None:
         json.loads(line) for line in (folder / "out/questions/french/trial_metrics.jsonl").read_text().splitlines()
     ]
     assert [line["trial_idx"] for line in metrics] == list(range(8)) and all(line["p_clean"] > 0.5 for line in metrics)
+
+
+def test_published_bytes(finished: tuple[Path, list[str]]) -> None:
+    """The form of every file of a question to the byte, written here a second time by other means."""
+    folder = finished[0] / "out/questions/french"
+    keys = {
+        "top_heads.json": ["meta", "heads"], "sampled_trials.json": ["meta", "trials"],
+        "step6/layer_0/eval_meta.json": ["model", "edit_layer", "fv_source", "seed", "n_eval", "alpha", "dtype"],
+        "step6/layer_0/step6_results_toy-text_layer0_n8.json": ["config", "fv", "summary", "per_qid", "matrix"],
+        "step6/step6_all_layers_summary.json": ["q_id", "score_key", "expected_layers", "completed_layers"],
+        "fv_global_resid_meta.json": ["spec_name", "model", "q_id", "space", "shape", "norm", "bias", "heads"],
+    }  # fmt: skip
+    for name, first in keys.items():
+        assert list(json.loads((folder / name).read_text()))[: len(first)] == first, name
+    for path in folder.rglob("*.json"):
+        assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=1, ensure_ascii=False) + "\n", path
+    for path in folder.rglob("*.jsonl"):
+        texts = path.read_text().split("\n")
+        assert texts.pop() == "" and [json.dumps(json.loads(text), ensure_ascii=False) for text in texts] == texts
+    for path in folder.rglob("*.pt"):
+        again = io.BytesIO()
+        torch.save(torch.load(path, weights_only=True), again)
+        assert path.read_bytes() == again.getvalue(), path.name
+    names = {"cie_scores.csv": "q_id,trial_idx,layer,head,target_id,p_base,p_patch,delta_p,logit_base",
+             "aie_scores.csv": "layer,head,n_trials,mean_delta_p,std_delta_p"}  # fmt: skip
+    for name, first_columns in names.items():
+        data = (folder / name).read_bytes().decode()
+        assert data.startswith(first_columns) and "\r" not in data and data.endswith("\n"), name
+        cells = [cell for line in data.split("\n")[1:-1] for cell in line.split(",") if "." in cell or "e-" in cell]
+        assert all(repr(float(cell)) == cell for cell in cells) and len(cells) > 100
 
 
 def test_the_page(finished: tuple[Path, list[str]]) -> None:

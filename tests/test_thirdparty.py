@@ -146,11 +146,8 @@ def test_a_method_runs(interp: Run, tmp_path: Path) -> None:
         "run", "resid_norm", "--set", "power=2", "--text", "Q: big\nA:", "--text", "Q: hot\nA:", "--out", "norms"
     )
     assert out.returncode == 0, out.stderr
-    assert {path.name for path in (tmp_path / "norms").iterdir()} == {
-        "result.json",
-        "result.safetensors",
-        "result.html",
-    }
+    files = {"result.json", "result.safetensors", "result.html", "manifest.json", "record", "DONE"}
+    assert {path.name for path in (tmp_path / "norms").iterdir()} == files
     assert out.stdout.endswith("norms/result.html\n")
 
 

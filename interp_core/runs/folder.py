@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InterpError, LoadError, PlanError
+from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
 from .identity import difference, digest, model_difference, model_record, plain, safe_name
 from .session import Session, now, sessions
@@ -130,7 +129,9 @@ class RunFolder(Stages):
         sweep_drafts(self.home)
         if self.shared:
             notes = [self.read(path) for kind in ("stages", "drafts") for path in (self.record / kind).rglob("*.json")]
-            for folder in {(self.path / note["folder"] / name).parent for note in notes if note for name in note["files"]}:
+            for folder in {
+                (self.path / note["folder"] / name).parent for note in notes if note for name in note["files"]
+            }:
                 sweep_drafts(folder, deep=False)
 
     def __exit__(
@@ -141,7 +142,7 @@ class RunFolder(Stages):
         state = "finished" if error is None else "stopped" if stopped else "failed"
         reason = "" if error is None else f"{type(error).__name__}: {error}"
         # What went wrong may be that the disk is full: then its error is told, not that of the record.
-        with suppress(OSError) if error is not None else suppress():
+        with suppress(OSError) if error is not None else nullcontext():
             self.session.end(state, reason)
             if error is None and all(part["state"] in OVER for part in self.parts()):
                 counts = Counter(part["state"] for part in self.parts())

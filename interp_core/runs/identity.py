@@ -21,7 +21,7 @@ _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
 
 
 def plain(value: Any, name: str = "settings") -> Any:
-    """A value as JSON holds it: paths, slices and enums as text, tuples as lists, configs and dataclasses by their fields.
+    """A value as JSON holds it: paths, slices and enums as text, tuples as lists, configs and dataclasses by fields.
 
     Raises:
         PlanError: something that JSON cannot hold, by name.

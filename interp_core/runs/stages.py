@@ -153,8 +153,8 @@ class Stages:
         began, why = self._begun.pop(stage, (None, ""))
         self.root.begin_change()
         made = {
-            "folder": self.prefix, "inputs": self._inputs(inputs, after), "files": digests, "before": before, "made": now(), "why": why,
-            "seconds": None if began is None else round(time.perf_counter() - began, 3),
+            "folder": self.prefix, "inputs": self._inputs(inputs, after), "files": digests, "before": before,
+            "made": now(), "why": why, "seconds": None if began is None else round(time.perf_counter() - began, 3),
             "session": self.root.session.id,
         }  # fmt: skip
         if note is None or any(note[key] != made[key] for key in ("inputs", "files")) or before != digests:

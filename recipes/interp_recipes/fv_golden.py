@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, published, put_in
-from interp_plugins.function_vectors.extraction import By, answers, extract
+from interp_plugins.function_vectors.extraction import By, Extraction, answers, extract
 from interp_plugins.function_vectors.source_files import DUMP, HEADS, VECTOR, source_files
 
 import interp_core as ic
@@ -50,20 +50,18 @@ def fv_golden(
         fixed_trials_path: file of fixed trials, made with this model's tokenizer.
         model_name: toy:text, a folder, or a hub id.
         dataset_name, seed, n_shots, n_trials: what the file must have (default: whatever it has).
-        fixed_trials_id: name of the folder (default: the file's name).
-        fixed_trials_model: what the file calls this model, if that is not the end of model_name.
+        fixed_trials_id, fixed_trials_model: name of the folder (default: the file's name); of the model, in the file.
         device, dtype, attn_implementation: of the model (default: as stored; CUDA if there is one).
         by: replay (one full forward pass per trial, layer and head) or sweep.
         last_token_only: effects of the last token (rank 3), or of all ten token classes (rank 4).
         n_top_heads, token_class_idx: heads of the vector; the class they are chosen by, other than -1 of all classes.
         edit_layer, prompt_kind: where the vector is added (default: a third of the way up), and to which prompts.
         save_path_root: files go to <root>/<dataset_name>/<fixed_trials_id>/, the run's record to <root>.runs/.
-        overwrite: files of other runs may be replaced.
+        overwrite: replace files of other runs.
         python_bin: another Python, to work them out there (default: this one); the dump names its versions.
 
     Raises:
-        TextError: fixed trials of another tokenizer or model.
-        PlanError: settings that do not fit the file or the model.
+        TextError, PlanError: fixed trials of another tokenizer or model, settings that do not fit, files in the way.
     """
     settings = {**locals()}
     run = fixed_run(
@@ -71,21 +69,24 @@ def fv_golden(
         fixed_trials_id=fixed_trials_id, fixed_trials_model=fixed_trials_model, seed=seed, n_shots=n_shots,
         n_trials=n_trials,
     )  # fmt: skip
+    folder = run.folder(save_path_root)
     if ran_elsewhere("fv_golden", settings):
-        return run.folder(save_path_root)
+        return folder
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
-    layer, folder = edit_layer_of(model, edit_layer), run.folder(save_path_root)
-    record = published(save_path_root, "fv_golden", settings, model, run, [DUMP, HEADS, VECTOR], overwrite)
-    with record:
+    layer = edit_layer_of(model, edit_layer)
+    with published(save_path_root, "fv_golden", settings, model, run, [DUMP, HEADS, VECTOR], overwrite) as record:
         made = extract(
             model, run, by=by, by_hand=by == "replay", n_top_heads=n_top_heads, token_class_idx=token_class_idx,
             last_token_only=last_token_only, progress=True,
         )  # fmt: skip
         answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, by_hand=by == "replay")
-        heads, effects = ", ".join(f"L{a}H{b}" for a, b, _ in made.heads), made.effects[made.measure]
-        print(
-            f"{model}\nmeans {[*made.mean.shape]}, effects {[*effects.shape]}, gap after the last head {made.gap:.3g}"
-        )
-        print(f"function vector of norm {made.vector.norm:.4g}: {heads}")
+        _tell(model, made)
         print(*put_in(record, folder, source_files(model, run, made, answered)), sep="\n")
     return folder
+
+
+def _tell(model: ic.Model, made: Extraction) -> None:
+    """Print what came out."""
+    heads, effects = ", ".join(f"L{a}H{b}" for a, b, _ in made.heads), made.effects[made.measure]
+    print(f"{model}\nmeans {[*made.mean.shape]}, effects {[*effects.shape]}, gap after the last head {made.gap:.3g}")
+    print(f"function vector of norm {made.vector.norm:.4g}: {heads}")

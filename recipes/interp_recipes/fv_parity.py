@@ -12,7 +12,10 @@ Reports: `interp_plugins.function_vectors.parity_files`. FAIL is an error, so th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, published, put_in
 from interp_plugins.function_vectors.differences import Mode
@@ -70,8 +73,7 @@ def fv_parity(
         InterpError: FAIL; names the first divergence and a command that shows it again.
     """
     settings = {**locals()}
-    if max_trials is not None and max_trials < 1:
-        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to compare all trials")
+    _check(max_trials)
     names = {"dataset_name": dataset_name, "fixed_trials_id": fixed_trials_id, "model_name": model_name}
     sides = Sides(a, b, compare, save_path_root, names)
     if fixed_trials_path is not None:
@@ -80,26 +82,31 @@ def fv_parity(
         sides.check(fixed_trials_path, data, tokenizer, fixed_trials_model, seed)
     elif a is None or b is None:
         raise ic.PlanError("fv_parity takes two folders, a and b; or fixed_trials_path, to work them out")
-    model = None
-    if sides.run is not None and (a is None or b is None):
-        model = ic.load(sides.run.model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
-        edit_layer = edit_layer_of(model, edit_layer)
-    record = published(save_path_root, "fv_parity", settings, model, sides.run, [REPORT], overwrite)
+    return _compared(sides, settings)
+
+
+def _compared(sides: Sides, asked: Mapping[str, Any]) -> Path:
+    """Work out what is not given, and report; `asked` are the settings of the recipe."""
+    model, stages, layer, kind = None, asked["stages"], asked["edit_layer"], asked["prompt_kind"]
+    if sides.run is not None and (asked["a"] is None or asked["b"] is None):
+        options = {key: asked[key] for key in ("device", "dtype", "attn_implementation")}
+        model = ic.load(sides.run.model_name, **options)
+        layer = edit_layer_of(model, layer)
+    of = None if layer is None else (kind, layer)
+    compared = partial(sides.suite, stages, of, asked["max_trials"], asked["token_class_idx"])
     if model is None and stages:
-        return report(sides.suite(stages, _of(prompt_kind, edit_layer), max_trials, token_class_idx), None)
-    with record:
+        return report(compared(), None)
+    root, overwrite = asked["save_path_root"], asked["overwrite"]
+    with published(root, "fv_parity", asked, model, sides.run, [REPORT], overwrite) as record:
         if model is not None:
-            said = sides.work_out(
-                model, n_top_heads, token_class_idx, edit_layer_of(model, edit_layer), prompt_kind,
-                lambda folder, files: put_in(record, folder, files),
-            )  # fmt: skip
-            print(*said, sep="\n")
-        suite = sides.suite(stages, _of(prompt_kind, edit_layer), max_trials, token_class_idx)
-        return report(suite, None if stages else record)
+            heads, put = (asked["n_top_heads"], asked["token_class_idx"]), partial(put_in, record)
+            print(*sides.work_out(model, *heads, layer, kind, put), sep="\n")
+        return report(compared(), None if stages else record)
 
 
-def _of(kind: PromptKind, layer: int | None) -> tuple[PromptKind, int] | None:
-    return None if layer is None else (kind, layer)
+def _check(max_trials: int | None) -> None:
+    if max_trials is not None and max_trials < 1:
+        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to compare all trials")
 
 
 def report(suite: Suite, record: ic.runs.RunFolder | None) -> Path:

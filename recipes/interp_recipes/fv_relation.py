@@ -21,7 +21,7 @@ from interp_core.loading import open_tokenizer
 def fv_relation(
     relation_csv: Path,
     model: str = "toy:text",
-    out: Path = Path("out/fv_relation"),
+    out: Path | None = None,
     q_ids: str | list[str] | None = None,
     max_questions: int | None = None,
     n_trials: int = 25,
@@ -50,7 +50,7 @@ def fv_relation(
     Args:
         relation_csv: table with a pair per row: columns id (or q), ex_A, ex_B, however written.
         model: toy:text, a folder, or a hub id.
-        out: folder of the run.
+        out: folder of the run (None: results/{model}/{table}/{timestamp}-fv_relation-{hash}).
         q_ids: which questions (default: all).
         max_questions: at most so many of them.
         n_trials, n_demos: trials per question, and demonstrations in each.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, published, put_in
-from interp_plugins.function_vectors.extraction import By, answers, extract
+from interp_plugins.function_vectors.extraction import Answers, By, Extraction, answers, extract
 from interp_plugins.function_vectors.runtime_files import KEYS, runtime_files
 
 import interp_core as ic
@@ -73,16 +73,19 @@ def fv_runtime(
     model = ic.load(model_name, device=device, dtype=dtype, attn_implementation=attn_implementation)
     layer, folder = edit_layer_of(model, edit_layer), run.folder(save_path_root)
     names = ["mean_activations.pt", "top_heads.json", "eval_meta.json"]
-    record = published(save_path_root, "fv_runtime", settings, model, run, names, overwrite)
-    with record:
+    with published(save_path_root, "fv_runtime", settings, model, run, names, overwrite) as record:
         made = extract(model, run, by=by, n_top_heads=n_top_heads, measure=KEYS[score_key], progress=True)
         answered = answers(model, run, made.vector, layer, kind=prompt_kind, by=by, alpha=alpha)
-        moved = float((answered.given.logprob - answered.base.logprob).mean())
-        heads = ", ".join(f"L{a}H{h}" for a, h, _ in made.heads)
-        print(f"{model}\nfunction vector of norm {made.vector.norm:.4g}: {heads}")
-        print(
-            f"{len(run.trials)} {prompt_kind} prompts: {int((answered.base.rank == 0).sum())} answered, "
-            f"{int((answered.given.rank == 0).sum())} with the vector after layer {layer}; log-probability {moved:+.3f}"
-        )
+        print(model, *_told(made, answered, prompt_kind, layer), sep="\n")
         print(*put_in(record, folder, runtime_files(model, run, made, answered)), sep="\n")
     return folder
+
+
+def _told(made: Extraction, answered: Answers, kind: PromptKind, layer: int) -> list[str]:
+    """What came out, in words."""
+    moved = float((answered.given.logprob - answered.base.logprob).mean())
+    return [
+        f"function vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}",
+        f"{len(answered.base.rank)} {kind} prompts: {int((answered.base.rank == 0).sum())} answered, "
+        f"{int((answered.given.rank == 0).sum())} with the vector after layer {layer}; log-probability {moved:+.3f}",
+    ]

@@ -30,7 +30,7 @@ class RelationSettings(ic.Config):
     Attributes:
         relation_csv: the table of pairs; see `source`.
         model: toy:text, a folder, or a hub id.
-        out: folder of the run.
+        out: folder of the run (None: results/{model}/{table}/{timestamp}-fv_relation-{hash}).
         q_ids: which questions (None: all).
         max_questions: at most so many of them.
         n_trials: trials per question.
@@ -54,7 +54,7 @@ class RelationSettings(ic.Config):
 
     relation_csv: Path
     model: str = "toy:text"
-    out: Path = Path("out/fv_relation")
+    out: Path | None = None
     q_ids: str | list[str] | None = None
     max_questions: int | None = None
     n_trials: int = 25
