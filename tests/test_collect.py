@@ -254,7 +254,10 @@ def test_bad_input(tmp_path: Path, texts: Any, read: Any, options: dict[str, Any
     model = toy_model()
     with pytest.raises(kind, match=says):
         model.collect(texts, read, **{"out": tmp_path, **options})
-    acts = model.collect(TEXTS[:2], S.embed, out=tmp_path / "good")
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    acts = toy_model().collect(TEXTS[:2], S.embed, out=tmp_path / "good")
     for index, found in ((S.resid_post[1], "takes a site and"), ((S.embed, 2), "no text 2: there are 2, 0 to 1")):
         with pytest.raises(ic.ReadError, match=found):
             acts[index]  # type: ignore[index]
