@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import stats as stats
     from . import testing as testing
     from . import toys as toys
+    from .activations import Activations as Activations
     from .edits import Edit as Edit
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from .positions import PerRow as PerRow
     from .positions import Span as Span
     from .result import Result as Result
+    from .saved import SavedRun as SavedRun
+    from .saved import open_run as open_run
     from .settings import Config as Config
     from .sites import Site as Site
     from .sweep import Sweep as Sweep
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from .vision import VisualToken as VisualToken
 
 _HOME = {
+    "Activations": "activations",
     "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",
@@ -73,6 +77,7 @@ _HOME = {
     "Receipt": "trace",
     "Result": "result",
     "Run": "trace",
+    "SavedRun": "saved",
     "Site": "sites",
     "Span": "positions",
     "Sweep": "sweep",
@@ -82,6 +87,7 @@ _HOME = {
     "load": "model",
     "method": "methods",
     "open_tokenizer": "loading",
+    "open_run": "saved",
     "registry": "plugins",
 } | {
     f"{kind}Error": "errors"

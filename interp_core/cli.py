@@ -10,6 +10,7 @@ import typer
 
 from .cli_plugins import plugins
 from .cli_run import passed, run
+from .cli_settings import RunCommand
 from .errors import InterpError
 from .plugins import registry
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(plugins, name="plugins")
-app.command(context_settings={"ignore_unknown_options": True})(run)
+app.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})(run)
 Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
 
 

@@ -1,7 +1,8 @@
 """`interp run`: a method or a recipe from the command line.
 
-Settings are given as `--name value`, or as `--set name=value`, which also reaches those that are called like an option
-of `interp run` itself. A setting that is true or false needs no value: `--verify` is `--verify true`.
+Settings are given as `--name value` or, where a setting takes several, `--name A B`; or as `--set name=value`, which
+also reaches those that are called like an option of `interp run` itself. A setting that is true or false needs no
+value: `--verify` is `--verify true`. A file after `--config` has any of them by name; flags win over it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import settings
+from . import cli_settings, settings
 from .errors import PlanError
 from .plugins import find, registry
 
@@ -33,6 +34,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
     kind: Annotated[
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
@@ -43,40 +45,14 @@ def run(
     both = all(name in registry(either).names() for either in RUNNABLE)
     plugin = find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
     value = plugin.load()
+    options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":
-        pairs = _pairs(value.name, value.Config, words or [], given)
-        with passed(pairs, model=model, text=text, out=out):
-            _method(value, settings.read(value.name, value.Config, pairs), model or "toy:text", text or [], out)
+        _method(value, words or [], given, options, config)
     elif plugin.kind == "recipes":
-        options = {"model": model, "text": text[0] if text and len(text) == 1 else text, "out": out}
-        _recipe(plugin.name, value, words or [], given, {key: v for key, v in options.items() if v is not None})
+        options["text"] = text[0] if text and len(text) == 1 else text
+        _recipe(plugin.name, value, words or [], given, {k: v for k, v in options.items() if v is not None}, config)
     else:
         raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
-
-
-def _pairs(owner: str, config: type[settings.Config], words: list[str], given: list[str] | None) -> list[str]:
-    """`--name value` and `--name=value` as `name=value`, then what `--set` gave.
-
-    Raises:
-        PlanError: a word that belongs to no setting, or a setting without a value.
-    """
-    pairs, rest = [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise PlanError(f"{owner}: {word!r} belongs to no setting: write --setting value, or --set setting=value")
-        key, sign, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if not sign:
-            known = config.model_fields.get(key)
-            if rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            elif known is not None and known.annotation in (bool, bool | None):
-                value = "true"
-            elif known is not None:
-                raise PlanError(f"{owner}: --{key} has no value")
-        pairs.append(f"{key}={value}")
-    return pairs + (given or [])
 
 
 @contextmanager
@@ -93,16 +69,37 @@ def passed(pairs: list[str], **options: Any) -> Iterator[None]:
         PASSED.reset(token)
 
 
-def _method(kind: Any, values: dict[str, Any], model: str, text: list[str], out: Path | None) -> None:
+def _method(kind: Any, words: list[str], given: list[str] | None, options: dict[str, Any], file: Path | None) -> None:
+    """A method on text: settings of its own, and those of every method."""
+    from .methods import Batching
+
+    called = settings.joined(Batching, kind.Config)
+    pairs = cli_settings.pairs(kind.name, called, words, given)
+    values = settings.read(kind.name, called, pairs)
+    if file is not None:
+        known = {**called.model_fields, **options}
+        for key, value in cli_settings.read_file(file, kind.name, list(known)).items():
+            if key in options:
+                options[key] = value if options[key] is None else options[key]
+            else:
+                values.setdefault(key, value)
+    model, text, out = options["model"] or "toy:text", options["text"] or [], options["out"]
     if not text:
         raise PlanError(f"{kind.name} is a method and runs on text: --text 'Q: big\\nA:'")
+    settings.configured(kind.name, called, values)  # before the model is loaded
+    batching = {key: values.pop(key) for key in Batching.model_fields if key in values}
     ready = kind()
-    config = ready.configured(values)  # before the model is loaded
+    config = ready.configured(values)
     from .model import load
 
     loaded = load(model)
-    with _opened(out, {**_held(config), "text": text}, kind.name, loaded, "text") as run:
-        _keep(ready(loaded, text, **values), run)
+    record = {**_held(config), "text": text}
+    with (
+        passed(pairs, **options),
+        _opened(out, record, kind.name, loaded, "text") as run,
+    ):
+        more = {"out": run} if batching.get("batch_size") is not None else {}
+        _keep(ready(loaded, text, **values, **batching, **more), run)
 
 
 def _held(config: settings.Config) -> dict[str, Any]:
@@ -118,23 +115,29 @@ def _held(config: settings.Config) -> dict[str, Any]:
     return held
 
 
-def _opened(out: Path | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = "") -> RunFolder:
+def _opened(
+    out: Path | str | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = ""
+) -> RunFolder:
     """The run folder of something that keeps none itself."""
     from . import runs
 
-    run = runs.open(out, values, recipe=name, model=model, dataset=dataset, say=lambda line: None)
+    run = runs.open(out, values, recipe=name, model=model, dataset=dataset, free=("progress",), say=lambda line: None)
     run.claim(["result.json", "result.safetensors"], stage="result")
     return run
 
 
-def _recipe(name: str, function: Any, words: list[str], given: list[str] | None, options: dict[str, Any]) -> None:
+def _recipe(
+    name: str, function: Any, words: list[str], given: list[str] | None, options: dict[str, Any], file: Path | None
+) -> None:
     config = settings.of_function(function)
-    pairs = _pairs(f"recipe {name}", config, words, given)
+    pairs = cli_settings.pairs(f"recipe {name}", config, words, given)
     for key in options:
         if key not in config.model_fields:
             raise PlanError(f"recipe {name} has no --{key}; its settings: {', '.join(config.model_fields) or 'none'}")
-    ready = settings.configured(f"recipe {name}", config, settings.read(f"recipe {name}", config, pairs) | options)
-    with passed(pairs, **options):
+    held = {} if file is None else cli_settings.read_file(file, f"recipe {name}", list(config.model_fields))
+    values = held | settings.read(f"recipe {name}", config, pairs) | options
+    ready = settings.configured(f"recipe {name}", config, values)
+    with passed(pairs, **{key: str(value) for key, value in held.items()} | options):
         found = function(**{key: getattr(ready, key) for key in config.model_fields})
     if hasattr(found, "to_html") and hasattr(found, "save"):
         values = {key: value for key, value in _held(ready).items() if key != "out"}

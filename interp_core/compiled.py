@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,9 @@ from .plan import Plan
 from .positions import PositionLike, Rows
 from .regions import Bound, Region
 from .sites import Site
-from .text import CACHE, Tokens
+from .text import CACHE, Tokens, from_inputs
 from .trace import LayerReadings, Run
+from .vision import with_visual_names
 
 if TYPE_CHECKING:
     from .model import Input, Model
@@ -196,6 +198,25 @@ class CompiledPlan:
 
 def _may_need_grad(edit: Edit) -> bool:
     return edit.op == "apply" or (edit.op in TENSOR_OPS and edit.value.requires_grad)
+
+
+def tokens_of(model: Model, x: Input) -> Tokens:
+    """What a user gave a model, as tokens.
+
+    Raises:
+        TextError: something else, or what does not fit the model.
+    """
+    if isinstance(x, Tensor):
+        x = {"input_ids": x if x.ndim == 2 else x[None]}
+    if isinstance(x, Mapping):
+        tokens = model._fitting(from_inputs(x, model.tokenizer))
+        if "attention_mask" not in x and not model._warned and looks_padded(model.hf.config, tokens.ids):
+            model._warned = True
+            warnings.warn(PADDED, stacklevel=5)
+        return with_visual_names(tokens, model.hf.config, model.atlas.family)
+    if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, (bytes, Tokens))):
+        return model.tokens(x)
+    raise TextError(wrong("a model", "text, texts, Tokens, a tokenizer's output or ids", x))
 
 
 def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import settings as _settings
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from .model import Input, Model
     from .result import Result
+    from .runs import RunFolder
     from .text import Tokens
 
 CAPABILITIES = ("readout",)
@@ -46,11 +48,39 @@ class Method(ABC):
         method to it, within a ten-thousandth of the larger side. None by default."""
         return {}
 
-    def __call__(self, model: Model, x: Input, **settings: Any) -> Any:
+    def check(self, model: Model, tokens: Tokens, config: Any) -> None:  # noqa: B027  # nothing by default
+        """Refuse what cannot be done, before anything runs; called once, with all prompts."""
+
+    def run_batches(self, model: Model, batches: Iterable[tuple[Tokens, Any]], config: Any) -> Iterator[Result]:
+        """One result per batch, in order: `run` on each. A method with work that all prompts share does it first.
+
+        Args:
+            batches: some prompts each, and their part of the settings.
+            config: the settings of all prompts.
+        """
+        return (self.run(model, tokens, part) for tokens, part in batches)
+
+    def __call__(
+        self,
+        model: Model,
+        x: Input,
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+        out: str | Path | RunFolder | None = None,
+        **settings: Any,
+    ) -> Any:
         """Run the method on text; returns its `Result`.
 
+        Args:
+            batch_size: how many prompts run together, those of about one length (None: all; with `out=` 16).
+            progress: show how much is done on standard error.
+            out: a folder for the results of batches as they come, and then the whole; a run that was stopped goes on
+                there, and what is done is read.
+
         Raises:
-            PlanError: settings that the method does not have, or of the wrong kind.
+            PlanError: settings that the method does not have, or of the wrong kind; a result that cannot be joined from
+                batches; a folder of another run, naming what differs.
             CapabilityError: the model lacks what the method needs.
             PluginError: the method returned something else.
         """
@@ -58,11 +88,21 @@ class Method(ABC):
 
         if not hasattr(model, "atlas"):
             raise PlanError(wrong(f"method {self.name}", "a model of ic.load first, then the text", model))
+        split = batch_size is not None or out is not None
+        if "progress" in self.Config.model_fields and not split:
+            settings = {"progress": progress, **settings}
         config = self.configured(settings)
         for need in sorted(self.requires):
             if need in model.atlas.lacking:
                 raise CapabilityError(f"{self.name} needs {need}: {model.atlas.lacking[need]}")
-        result = self.run(model, model._input(x), config)
+        tokens = model._input(x)
+        self.check(model, tokens, config)
+        if split:
+            from .batches import BATCH
+            from .many import run_many
+
+            return run_many(self, model, tokens, config, BATCH if batch_size is None else batch_size, progress, out)
+        result = self.run(model, tokens, config)
         if not isinstance(result, Result):
             kind = type(result).__name__
             raise PluginError(f"{type(self).__name__}.run returned a {kind}: methods return an interp_core.Result")
@@ -75,6 +115,18 @@ class Method(ABC):
             PlanError: naming the setting, and the nearest one that there is.
         """
         return _settings.configured(self.name, self.Config, settings)
+
+
+class Batching(Config):
+    """Settings that every method has beside its own.
+
+    Attributes:
+        batch_size: how many prompts run together (None: all).
+        progress: show how much is done on standard error.
+    """
+
+    batch_size: int | None = None
+    progress: bool = False
 
 
 def method(name: str) -> Method:

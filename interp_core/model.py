@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from . import loading, text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas
-from .compiled import NOTHING, PADDED, CompiledPlan, Each, demand_fit, looks_padded, padded_on
+from .batches import BATCH, laid_out
+from .compiled import NOTHING, CompiledPlan, Each, demand_fit, tokens_of
 from .edits import Edit
 from .engines import make_engine
 from .engines.protocol import Program
@@ -29,13 +29,14 @@ from .plan import Plan
 from .positions import PositionLike
 from .selfcheck import Check, check_atlas
 from .sites import Site
-from .snapshot import Snapshot, demand_usable
+from .snapshot import Snapshot, demand_usable, forgotten
 from .structure import Structure
 from .text import Tokens
 from .trace import Run
-from .vision import VisualToken, visual_grid, with_visual_names
+from .vision import VisualToken, visual_grid
 
 if TYPE_CHECKING:
+    from .activations import Activations
     from .engines.replace import Rule
     from .generation import Generation
     from .score import Score
@@ -219,8 +220,7 @@ class Model(Structure):
             TextError: empty, longer than the context, or a boundary inside a token.
         """
         tokens = self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
-        sides = [side for side in ("left", "right") if f"{side} padding" not in self.atlas.lacking]
-        return padded_on(tokens, sides[0])[0] if sides else tokens
+        return laid_out(self.atlas, tokens)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any) -> Tokens:
         """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
@@ -263,19 +263,7 @@ class Model(Structure):
             return demand_fit(self.atlas.shape, tokens, more)  # it may have more tokens or a longer context by now
 
     def _input(self, x: Input) -> Tokens:
-        if isinstance(x, Tokens):
-            return x
-        if isinstance(x, Tensor):
-            x = {"input_ids": x if x.ndim == 2 else x[None]}
-        if isinstance(x, Mapping):
-            tokens = self._fitting(text.from_inputs(x, self.tokenizer))
-            if "attention_mask" not in x and not self._warned and looks_padded(self.hf.config, tokens.ids):
-                self._warned = True
-                warnings.warn(PADDED, stacklevel=4)
-            return with_visual_names(tokens, self.hf.config, self.atlas.family)
-        if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, bytes)):
-            return self.tokens(x)
-        raise TextError(wrong("a model", "text, texts, Tokens, a tokenizer's output or ids", x))
+        return x if isinstance(x, Tokens) else tokens_of(self, x)
 
     # Running
 
@@ -376,12 +364,39 @@ class Model(Structure):
         from .score import Score
         from .sweep import checked, sweep
 
-        listed, scores = checked(variants, score, memory_budget, out, self.atlas.shape.d_vocab)
+        listed, scores = checked(variants, score, memory_budget, out)
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()
             found = sweep(self, x, listed, scores, strategy, memory_budget, out, progress)
         return found[0] if isinstance(score, Score) else found
+
+    def collect(
+        self,
+        texts: Iterable[Input],
+        read: Iterable[Site | str] | Site | str,
+        *,
+        out: str | Path,
+        batch_size: int = BATCH,
+        progress: bool = False,
+    ) -> Activations:
+        """Read sites of many texts into a folder, a batch in memory at a time; what was stopped goes on there.
+
+        Args:
+            texts: texts, `Tokens` or inputs, one by one; a generator is drawn from as it goes.
+            read: sites, at positions that mean the same in every text: numbers, slices, names.
+            out: a run folder; texts that follow those that are there are added.
+            batch_size: texts that run together, sorted by length.
+            progress: show how much is done on standard error.
+
+        Raises:
+            SiteError, PlanError, CapabilityError: before anything runs.
+            PlanError: the folder is of another model, of other sites or of other texts, naming what differs.
+            PositionError, TextError: a text that does not fit, by its number, before those around it run.
+        """
+        from .collect import collect
+
+        return collect(self, texts, read, out, batch_size, progress)
 
     def compile(self, read: Iterable[Site | str] | Site | str = (), edits: Iterable[Edit] | Edit = ()) -> CompiledPlan:
         """A plan checked against this model, for use in loops. What was compiled last is kept, so that `run` finds it,
@@ -462,19 +477,5 @@ class Model(Structure):
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""
-        return self._fresh() if self.atlas.family.carried else NOTHING
-
-    @contextmanager
-    def _fresh(self) -> Iterator[None]:
-        saved = []
-        for path in self.atlas.family.carried:
-            owner, _, name = path.rpartition(".")
-            module = self.engine.model.get_submodule(owner)
-            if hasattr(module, name):
-                saved.append((module, name, getattr(module, name)))
-                setattr(module, name, None)
-        try:
-            yield
-        finally:
-            for module, name, value in saved:
-                setattr(module, name, value)
+        carried = self.atlas.family.carried
+        return forgotten(self.engine.model, carried) if carried else NOTHING

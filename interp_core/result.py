@@ -24,13 +24,16 @@ R = TypeVar("R", bound="Result")
 class Result:
     """Base of all results: a frozen dataclass whose tensor fields are listed, with their axes, in `AXES`.
 
-    Subclasses add fields and override `table`, `html` and `png` where they have something to show.
+    Subclasses add fields and override `table`, `html` and `png` where they have something to show. `JOINS` says how
+    fields without the axis `batch` are put together from those of batches: one of "sum", "mean", "same", "rows",
+    "union" and "first"; see docs/plugins.md.
 
     Raises:
         ValueError: tensors whose shapes contradict the axes.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    JOINS: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         sizes: dict[str, int] = {}

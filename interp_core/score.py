@@ -6,23 +6,26 @@ reads (`-1` unless said otherwise); or of an inner site's value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .errors import PlanError, nearest, wrong
-from .positions import PositionLike
+from .positions import PerRow, PositionLike, position
 from .sites import Site
 from .text import Tokens
 from .trace import Run
 
 __all__ = ["Score", "kl", "logit", "logit_diff", "logprob", "nll", "probability", "projection", "rank"]
 
-Target = int | Tensor | tuple[Tensor, ...]
-"""Token id, ids `[batch]`, or the ids of each row's span."""
+Token = int | str
+"""A token id, or the word that is one token, its leading space included."""
+Target = Token | list[Token] | Tensor | tuple[Tensor, ...]
+"""A token for all rows; tokens, one per row; ids `[batch]`; or the ids of each row's span."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Score:
         fn: logits `[batch d_vocab]`, and one tensor `[batch]` per target, to values `[batch]`; row by row, so that a
             sweep can give it many variants of one example.
         at: position whose logits it reads.
-        targets: token ids.
+        targets: tokens; words become ids when the score meets a model.
         clean: `fn` takes the logits of the run without edits too, after the targets; for sweeps only.
         span: it reads several positions: logits are `[batch pos d_vocab]`, ids `[batch pos]`.
         narrow: `fn` looks at the targets' logits only, so that a sweep computes no others; it is handed
@@ -53,16 +56,63 @@ class Score:
     of: Site | None = None
 
     def __post_init__(self) -> None:
+        takes = "a token id, a word, a list of them (one per row) or a tensor of ids"
         for target in self.targets:
-            ids = target if isinstance(target, tuple) else (target,)
-            whole = (torch.int32, torch.int64)
-            numbers = all(isinstance(part, Tensor) and part.dtype in whole and part.numel() for part in ids)
-            if isinstance(target, bool) or not ids or not (isinstance(target, int) or numbers):
-                raise PlanError(
-                    wrong(
-                        f"score {self.name}", "token ids, such as model.tokens(' Paris', bos=False).ids[:, 0]", target
-                    )
-                )
+            if not _is_target(target):
+                raise PlanError(wrong(f"score {self.name}", takes, target))
+
+    def on(self, model: Any, rows: int) -> Score:
+        """The same score with the ids of its targets.
+
+        Args:
+            model: whose tokenizer says what words are.
+            rows: how many examples there are.
+
+        Raises:
+            PlanError: another number of targets than rows, or a word of several tokens.
+        """
+        for target in self.targets:
+            if _of_each(target) and len(target) < rows:
+                self._counted("targets", target, rows)
+        if not any(isinstance(target, (str, list)) for target in self.targets):
+            return self
+        owner = f"score {self.name}"
+        ids: list[Target] = []
+        for target in self.targets:
+            if isinstance(target, str):
+                ids.append(int(token_ids(model, target, 1, owner)))
+            else:
+                ids.append(token_ids(model, target, rows, owner) if isinstance(target, list) else target)
+        return replace(self, targets=tuple(ids))
+
+    def of_rows(self, numbers: Sequence[int], count: int) -> Score:
+        """The same score for some of so many examples.
+
+        Raises:
+            PlanError: it has targets or positions for another number of examples.
+        """
+        place = self.at if self.of is not None else position(self.at)
+        if isinstance(place, PerRow):
+            self._counted("positions", place.rows, count)
+            place = PerRow(tuple(place.rows[number] for number in numbers))
+        return replace(self, targets=tuple(self._chosen(x, numbers, count) for x in self.targets), at=place)
+
+    def _chosen(self, target: Target, numbers: Sequence[int], count: int) -> Target:
+        """A target of some examples."""
+        if isinstance(target, (int, str)):
+            return target
+        if isinstance(target, Tensor):
+            if target.ndim:
+                self._counted("targets", target, count)
+            return target[list(numbers)] if target.ndim else target
+        self._counted("targets", target, count)
+        if isinstance(target, tuple):
+            return tuple(target[number] for number in numbers)
+        return [target[number] for number in numbers]
+
+    def _counted(self, what: str, items: Sized, count: int) -> None:
+        if len(items) != count:
+            raise PlanError(f"score {self.name} has {what} of {len(items)} rows, there are {count}")
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         """The score of a run that kept all logits, or those at this score's position, or the site that it reads."""
@@ -71,6 +121,11 @@ class Score:
         if self.of is not None:
             return self.rows(run[self.of].as_subclass(Tensor))
         logits = run.logits
+        if (score := self.on(run.model, len(run.tokens))) is not self:
+            return score(run)
+        for target in self.targets:
+            if _of_each(target):
+                self._counted("targets", target, len(run.tokens))
         if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
             raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
         if logits.site.pos is None:
@@ -86,6 +141,7 @@ class Score:
             PlanError: a token id that is not between 0 and d_vocab.
         """
         for target in self.targets:
+            assert not isinstance(target, (str, list)), "on() comes first"
             for ids in target if isinstance(target, tuple) else (torch.as_tensor(target),):
                 low, high = int(ids.min()), int(ids.max())
                 if low < 0 or high >= d_vocab:
@@ -94,7 +150,7 @@ class Score:
 
     def ids(self, example: int) -> Tensor:
         """All target ids of an example, ascending."""
-        found = [target if isinstance(target, int) else _of(target, example) for target in self.targets]
+        found = [target if isinstance(target, (int, str, list)) else _of(target, example) for target in self.targets]
         return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in found]).unique()
 
     def rows(
@@ -104,6 +160,8 @@ class Score:
         of those `kept`."""
         found = []
         for target in self.targets:
+            if isinstance(target, (str, list)):
+                raise PlanError(f"score {self.name}: words and lists are given to a model first: score.on(model, rows)")
             ids = torch.stack(target) if isinstance(target, tuple) and example is None else target
             if example is not None and not isinstance(ids, int):
                 ids = _of(ids, example)
@@ -115,7 +173,7 @@ class Score:
 
 
 def logprob(target: Target, at: PositionLike = -1) -> Score:
-    """Log-probability of the target token, in nats."""
+    """Log-probability of the target token, in nats: `logprob(" Paris")`, an id, or one per row."""
     return Score("logprob", lambda logits, ids: _pick(torch.log_softmax(logits, -1), ids), at, (target,))
 
 
@@ -177,6 +235,60 @@ def projection(site: Site, direction: Float[Tensor, " d"]) -> Score:
         site: in one layer, at one position: `S.resid_post[5].at(-1)`.
     """
     return Score(f"projection of {site}", lambda x: x @ direction.to(x.device, x.dtype), of=site)
+
+
+def token_ids(model: Any, target: Any, rows: int, owner: str = "score", noun: str = "target") -> Tensor:
+    """Ids of tokens `[batch]`.
+
+    Args:
+        target: an id or a word, for all rows, or a list or tensor with one per row.
+        owner, noun: whose and what it is, for messages.
+
+    Raises:
+        PlanError: another number than rows, a word of several tokens, an id that does not exist, or something else.
+    """
+    if isinstance(target, Tensor):
+        target = target.tolist()
+    items = list(target) if isinstance(target, (list, tuple)) else [target] * rows
+    if len(items) != rows:
+        raise PlanError(f"{owner}: {len(items)} {noun}s for {rows} rows; give one per row, or one for all")
+    size = model.atlas.shape.d_vocab if hasattr(model, "atlas") else None
+    what = f"{owner}: the {noun}"
+    ids = [_token_id(model, item, what) for item in items]
+    for item in ids:
+        if size is not None and not 0 <= item < size:
+            raise PlanError(f"{what} {item} is no token id: the model has {size}, 0 to {size - 1}")
+    return torch.tensor(ids)
+
+
+def _token_id(model: Any, item: Any, what: str) -> int:
+    if isinstance(item, str):
+        if not hasattr(model, "tokens"):
+            raise PlanError(f"{what} {item!r} is a word, and there is no model to say which token: give its id")
+        ids = model.tokens(item, bos=False).ids[0].tolist()
+        if len(ids) != 1:
+            words = ", ".join(repr(model.word(token)) for token in ids)
+            raise PlanError(f"{what} {item!r} is {len(ids)} tokens ({words}), a score reads one; give its first")
+        return int(ids[0])
+    if isinstance(item, bool) or not isinstance(item, int):
+        raise PlanError(wrong(what, "token ids or words", item))
+    return item
+
+
+def _of_each(target: Target) -> TypeGuard[Tensor | tuple[Tensor, ...]]:
+    """Whether it has ids for each row."""
+    return isinstance(target, tuple) or (isinstance(target, Tensor) and target.ndim > 0)
+
+
+def _is_target(target: Any) -> bool:
+    whole = (torch.int32, torch.int64)
+    if isinstance(target, Tensor):
+        return target.dtype in whole and target.numel() > 0
+    if isinstance(target, tuple):
+        return bool(target) and all(isinstance(ids, Tensor) and _is_target(ids) for ids in target)
+    if isinstance(target, list):
+        return bool(target) and all(isinstance(item, (int, str)) and _is_target(item) for item in target)
+    return bool(target) if isinstance(target, str) else isinstance(target, int) and not isinstance(target, bool)
 
 
 def _of(target: Tensor | tuple[Tensor, ...], example: int) -> Tensor:

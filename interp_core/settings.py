@@ -9,7 +9,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
@@ -22,9 +22,11 @@ from .errors import PlanError, PluginError, nearest
 class Config(BaseModel):
     """Base of the settings of methods: unknown keys are refused, values are checked, nothing changes afterwards.
 
-    An `Attributes:` section in a subclass's docstring describes its fields.
+    An `Attributes:` section in a subclass's docstring describes its fields. `PER_PROMPT` names those of which a list
+    has one item per prompt; any other value is for all prompts.
     """
 
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
@@ -73,6 +75,12 @@ def of_function(function: Callable[..., Any]) -> type[Config]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an argument may be called as something of pydantic's
         made: type[Config] = create_model(function.__name__, __base__=Config, __doc__=function.__doc__, **fields)
+    return made
+
+
+def joined(*configs: type[Config]) -> type[Config]:
+    """The settings of several configs as one."""
+    made: type[Config] = type(configs[-1].__name__, configs, {"__doc__": configs[-1].__doc__})
     return made
 
 
@@ -161,14 +169,33 @@ def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, An
 
 
 def _value(annotation: Any, text: str) -> Any:
+    """The value that a setting takes of a text: JSON, the text, or a list of that one."""
     try:
         value = json.loads(text)
     except ValueError:
-        return text
+        value = text
+    for candidate in (value, text, [value], [text]):
+        if _takes(annotation, candidate):
+            return candidate
+    return text
+
+
+def listed(annotation: Any, texts: list[str]) -> list[Any] | None:
+    """Several texts as the list that a setting takes, of JSON or of the texts; None if it takes none."""
+    values = []
+    for text in texts:
+        try:
+            values.append(json.loads(text))
+        except ValueError:
+            values.append(text)
+    return next((candidate for candidate in (values, list(texts)) if _takes(annotation, candidate)), None)
+
+
+def _takes(annotation: Any, value: Any) -> bool:
     try:
         TypeAdapter(annotation, config={"arbitrary_types_allowed": True}).validate_python(value)
     except PydanticUserError:  # a type with a config of its own
-        return value
+        return True
     except ValidationError:
-        return text
-    return value
+        return False
+    return True

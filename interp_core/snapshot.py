@@ -11,7 +11,7 @@ An engine's copy of the model shares its weights and nothing else, so there ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -235,3 +235,20 @@ def _drawing(module: nn.Module) -> str:
         if _named(name) and isinstance(value, (bool, int, float)) and value:
             return f"{name}={value}"
     return ""
+
+
+@contextmanager
+def forgotten(root: nn.Module, carried: Sequence[str]) -> Iterator[None]:
+    """Forget, for a while, what passes have left in attributes of modules; their paths are `carried`."""
+    saved = []
+    for path in carried:
+        owner, _, name = path.rpartition(".")
+        module = root.get_submodule(owner)
+        if hasattr(module, name):
+            saved.append((module, name, getattr(module, name)))
+            setattr(module, name, None)
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .batches import Progress
 from .edits import TENSOR_OPS, Edit
 from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
@@ -30,7 +31,7 @@ from .replacing import demand_own
 from .score import Score
 from .sites import Site
 from .sweep_plan import STRATEGIES, SweepPlan, named_edits
-from .sweep_runner import Progress, Runner
+from .sweep_runner import Runner
 from .sweep_store import opened
 from .sweep_trial import choose
 
@@ -78,9 +79,7 @@ class Sweep:
         return [(named_edits(self.variants[i]), float(mean[i])) for i in order]
 
 
-def checked(
-    variants: Any, score: Any, memory_budget: Any, out: Any, d_vocab: int
-) -> tuple[tuple[Variant, ...], tuple[Score, ...]]:
+def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tuple[Variant, ...], tuple[Score, ...]]:
     """Variants and scores as they were given to `Model.sweep`, if all its arguments are of their kinds.
 
     Raises:
@@ -98,7 +97,6 @@ def checked(
     for item in scores:
         if not isinstance(item, Score):
             raise PlanError(wrong("score=", "a score such as ic.score.logprob(target), or several", item))
-        item.fits(d_vocab)
     return listed, scores
 
 
@@ -115,6 +113,9 @@ def sweep(
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     demand_own(model, "a sweep")
     tokens = model._fitting(model._input(x))
+    scores = tuple(score.on(model, len(tokens)) for score in scores)
+    for score in scores:
+        score.fits(model.atlas.shape.d_vocab)
     listed = _listed(variants)
     if not scores:
         raise PlanError("a sweep needs a score: score.logprob(target), say")
@@ -130,7 +131,7 @@ def sweep(
         chosen, why, trial = choose(model, tokens, strategy)
         plan = runner.plan(chosen, why, store.done)
         plan.trial = trial
-        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum())))
+        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum()), "sweep"))
     parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
     return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
 

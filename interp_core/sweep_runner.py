@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import Progress
 from .compiled import model_inputs
 from .edits import Edit
 from .engines.replace import replaced_forwards
@@ -23,25 +23,6 @@ from .text import Tokens
 
 SAVE_SECONDS = 10.0
 """How often what is done is written to the folder."""
-
-
-class Progress:
-    """A line on standard error: how much is done, how fast, how long it will take."""
-
-    def __init__(self, shown: bool, total: int) -> None:
-        self.shown, self.total, self.count, self.since = shown, total, 0, time.monotonic()
-
-    def add(self, count: int) -> None:
-        """So many more are done."""
-        self.count += count
-        if self.shown:
-            rate = self.count / max(time.monotonic() - self.since, 1e-9)
-            left = (self.total - self.count) / rate
-            end = "\n" if self.count == self.total else ""
-            print(
-                f"\rsweep {self.count:,} of {self.total:,}, {rate:,.0f} per second, {left:,.0f} s left ",
-                end=end, file=sys.stderr, flush=True,
-            )  # fmt: skip
 
 
 class Runner(Planner):

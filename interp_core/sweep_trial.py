@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .batches import Progress
 from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, clean_pass
@@ -25,7 +26,7 @@ from .score import Score
 from .selfcheck import WIDTH, probe_ids
 from .sites import Site
 from .sweep_plan import APART, EACH, WHOLE, Group, Trial
-from .sweep_runner import Progress, Runner
+from .sweep_runner import Runner
 from .sweep_store import Store
 from .text import Tokens
 
@@ -167,7 +168,7 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     store = Store(None, {}, (len(variants), len(texts), 1), kind)
     try:
-        rehearsal.run(rehearsal.plan(strategy, "", store.done), store, Progress(False, len(variants)))
+        rehearsal.run(rehearsal.plan(strategy, "", store.done), store, Progress(False, len(variants), "trial"))
     except (*FAULTS, InterpError) as error:
         if len(rehearsal.wanted) < len(texts):
             return None

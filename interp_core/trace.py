@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 
 class Reading(Tensor):
-    """A value that a run read: a tensor (any operation gives a plain one) that still knows its site and rows.
+    """A value that a run read: a tensor that still knows its site and rows. Operations, copies and files give a plain
+    tensor.
 
     Attributes:
         site: what it is.
@@ -50,6 +53,15 @@ class Reading(Tensor):
     def plain(self) -> Tensor:
         """The same values as a tensor of torch's own class: shares storage and graph, and knows no site."""
         return self.as_subclass(Tensor)
+
+    # A reading that leaves this process, or is copied, is the plain tensor: files then hold nothing of this package,
+    # and `torch.load(…, weights_only=True)` takes them.
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain, memo)
 
     def at(self, pos: PositionLike = None, *, query: PositionLike = None, key: PositionLike = None) -> Tensor:
         """The value at positions, as `Site.at` selects them.
@@ -317,7 +329,37 @@ class LayerReadings(Store):
         return super().__getitem__(site)
 
 
-class Run(Store):
+class ForwardPass(Store):
+    """What one forward pass gave, now or in an earlier process: values by site, logits, gradients."""
+
+    _logits: Tensor | None = None
+    _logits_site = Site("logits")
+    _grad: Store | None = None
+
+    @property
+    def logits(self) -> Reading:
+        """Logits `[batch pos d_vocab]`, at the positions that `run(logits=…)` asked for.
+
+        Raises:
+            ReadError: the run went without.
+        """
+        if self._logits is None:
+            raise ReadError("this run ended before the logits (logits=False)")
+        return Reading.of(self._logits, self._logits_site, self._rows)
+
+    @property
+    def grad(self) -> Store:
+        """Gradients of the scalar that `run(grad=…)` computed, by site.
+
+        Raises:
+            ReadError: the run computed none.
+        """
+        if self._grad is None:
+            raise ReadError("this run has no gradients; pass grad=lambda logits: <a scalar>")
+        return self._grad
+
+
+class Run(ForwardPass):
     """One forward pass: read values by site, logits, receipts, gradients.
 
     Attributes:
@@ -328,9 +370,6 @@ class Run(Store):
     def __init__(self, compiled: CompiledPlan, tokens: Tokens, passed: Passed) -> None:
         self._slots, self._atlas, self._rows = compiled.program.slots, compiled.model.atlas, tokens.rows
         self._compiled, self.tokens, self._passed = compiled, tokens, passed
-        self._grad: Gradients | None = None
-        self._logits: Tensor | None = None
-        self._logits_site = Site("logits")
 
     def _value(self, slot: int) -> Tensor:
         value = self._passed.values[slot]
@@ -347,6 +386,17 @@ class Run(Store):
     def model(self) -> Model:
         """What ran."""
         return self._compiled.model
+
+    def save(self, folder: str | Path) -> Path:
+        """Write all of it into a folder, as `run.json` and `run.safetensors`: what was read, gradients, logits, tokens,
+        plan and receipts. `ic.open_run(folder)` gives them back, without the model.
+
+        Raises:
+            PlanError: an edit that is a function, or an input of the text that no file can hold.
+        """
+        from .saved import save_run
+
+        return save_run(self, folder)
 
     def to_cache(self, model: Any = None) -> Any:
         """A TransformerLens `ActivationCache` of the whole sites that were read, under TransformerLens' names.
@@ -376,28 +426,6 @@ class Run(Store):
             EffectError: naming the first of them.
         """
         demand_effect(self._compiled.edits, (self._passed,), lambda: self.receipts)
-
-    @property
-    def logits(self) -> Reading:
-        """Logits `[batch pos d_vocab]`, at the positions that `run(logits=…)` asked for.
-
-        Raises:
-            ReadError: the run went without.
-        """
-        if self._logits is None:
-            raise ReadError("this run ended before the logits (logits=False)")
-        return Reading.of(self._logits, self._logits_site, self._rows)
-
-    @property
-    def grad(self) -> Gradients:
-        """Gradients of the scalar that `run(grad=…)` computed.
-
-        Raises:
-            ReadError: the run computed none.
-        """
-        if self._grad is None:
-            raise ReadError("this run has no gradients; pass grad=lambda logits: <a scalar>")
-        return self._grad
 
     def set_logits(self, logits: Tensor, asked: bool | PositionLike, bound: Bound | None) -> None:
         """Keep the logits that were asked for."""

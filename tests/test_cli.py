@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import DATA
 from safetensors.torch import load_file
 
 import interp_core as ic
-from interp_core.cli_run import _pairs
+from interp_core.cli_settings import pairs
 from interp_core.settings import read
 
 INTERP = [sys.executable, "-m", "interp_core.cli"]
@@ -88,11 +91,112 @@ def test_settings_as_options(words: list[str], given: list[str] | None) -> None:
 
     if given is None:
         with pytest.raises(ic.PlanError, match="one has no setting 'set'"):
-            read("one", Config, _pairs("one", Config, words, None))
+            read("one", Config, pairs("one", Config, words, None))
         return
-    assert _pairs("one", Config, words, None) == given
-    assert _pairs("one", Config, words, ["top_k=9"]) == [*given, "top_k=9"]
-    assert read("one", Config, _pairs("one", Config, words, ["top_k=9"]))["top_k"] == 9
+    assert pairs("one", Config, words, None) == given
+    assert pairs("one", Config, words, ["top_k=9"]) == [*given, "top_k=9"]
+    assert read("one", Config, pairs("one", Config, words, ["top_k=9"]))["top_k"] == 9
+
+
+class Several(ic.Config):
+    """Settings that take several values."""
+
+    in_jsonl: list[Path] | None = None
+    layers: list[int] | list[str] | None = None
+    at: Any = None
+    words: str | list[str] = ""
+    top_k: int = 1
+    quiet: bool = False
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["--in_jsonl", "A", "B", "C", "--top_k", "3"], {"in_jsonl": ["A", "B", "C"], "top_k": 3}),
+        (["--in_jsonl", "A"], {"in_jsonl": ["A"]}),
+        (["--in-jsonl", '["A", "B"]'], {"in_jsonl": ["A", "B"]}),
+        (["--layers", "1", "-2", "--at", "0", "-1"], {"layers": [1, -2], "at": [0, -1]}),
+        (["--layers", "1", "all"], {"layers": ["1", "all"]}),
+        (["--layers", "3"], {"layers": [3]}),
+        (["--layers", "null", "--at", "last"], {"layers": None, "at": "last"}),
+        (["--words", "a b", "3", "--quiet"], {"words": ["a b", "3"], "quiet": True}),
+        (["--words", "7"], {"words": "7"}),
+        (["--top_k", "3", "4"], "one: --top_k takes one value, not 2: 3 4"),
+        (["--quiet", "false", "true"], "one: --quiet takes one value, not 2: false true"),
+        (["--topk", "3", "4"], "one has no setting 'topk'. Did you mean 'top_k'"),
+        (["--top_k=3", "4"], "'4' belongs to no setting"),
+    ],
+)
+def test_several_values_after_one_flag(words: list[str], values: Any) -> None:
+    if isinstance(values, str):
+        with pytest.raises(ic.PlanError, match=values):
+            read("one", Several, pairs("one", Several, words, None))
+        return
+    found = read("one", Several, pairs("one", Several, words, None))
+    assert found == values
+    Several(**found)
+
+
+def invoked(*args: str) -> Any:
+    """`interp run` in this process; an error of ours is raised."""
+    from typer.testing import CliRunner
+
+    from interp_core.cli import app
+
+    done = CliRunner().invoke(app, ["run", *args])
+    if done.exception is not None:
+        raise done.exception
+    return done
+
+
+def test_a_file_of_settings(tmp_path: Path) -> None:
+    """JSON and TOML give the same; flags and options win; several texts after one flag; batches in the run's folder."""
+    held = {"at": -1, "top-k": 3, "text": ["Q: big", "Q: hot\nA:"], "batch_size": 1, "out": str(tmp_path / "file")}
+    (tmp_path / "a.json").write_text(json.dumps(held))
+    lines = "at = -1\ntop_k = 3\ntext = ['Q: big', \"Q: hot\\nA:\"]\nbatch_size = 1\n"
+    (tmp_path / "a.toml").write_text(lines)
+    invoked("logit_lens", "--config", str(tmp_path / "a.json"))
+    invoked("logit_lens", "--config", str(tmp_path / "a.toml"), "--out", str(tmp_path / "toml"), "--top_k", "2")
+    invoked(
+        "logit_lens", "--at", "-1", "--text", "Q: big", "Q: hot\nA:", "--top_k", "3", "--out", str(tmp_path / "flags")
+    )
+    ids = {name: load_file(tmp_path / name / "result.safetensors")["top_ids"] for name in ("file", "toml", "flags")}
+    assert ids["file"].shape == (2, 7, 1, 3) and torch.equal(ids["file"], ids["flags"])
+    assert torch.equal(ids["toml"], ids["flags"][..., :2])
+    assert len(list((tmp_path / "file/parts").iterdir())) == 2 and not (tmp_path / "flags/parts").exists()
+    manifest = json.loads((tmp_path / "toml/manifest.json").read_text())
+    assert manifest["settings"]["top_k"] == 2 and manifest["settings"]["text"] == held["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "says"),
+    [
+        ("a.toml", "topk = 3", ic.PlanError, r"a\.toml: logit_lens has no setting 'topk'. Did you mean 'top_k'"),
+        ("a.json", '{"top_k": 1, "top-k": 2}', ic.PlanError, "has the setting top_k twice"),
+        ("a.json", "[1]", ic.PlanError, "holds a list, not settings by name"),
+        ("a.json", "{", ic.LoadError, r"cannot be read as \.json: "),
+        ("a.toml", "a = = 3", ic.LoadError, r"cannot be read as \.toml: "),
+        ("a.json", '{"top_k": "many", "text": "x"}', ic.PlanError, "setting top_k: "),
+        ("a.json", '{"batch_size": "many", "text": "x"}', ic.PlanError, "setting batch_size: "),
+        ("", "", ic.LoadError, r"there is no file .*; --config takes a \.json or \.toml file of settings"),
+    ],
+)
+def test_a_bad_file_of_settings(tmp_path: Path, name: str, content: str, kind: Any, says: str) -> None:
+    if name:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(kind, match=says):
+        invoked("logit_lens", "--config", str(tmp_path / (name or "none.json")))
+
+
+def test_a_file_of_settings_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"modle": "toy:text"}')
+    with pytest.raises(ic.PlanError, match="recipe demo has no setting 'modle'. Did you mean 'model'"):
+        invoked("demo", "--config", str(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text(json.dumps({"model": "toy:txt", "out": str(tmp_path)}))
+    with pytest.raises(ic.LoadError, match="there is no toy 'toy:txt'"):
+        invoked("demo", "--config", str(tmp_path / "a.json"))
+    with pytest.raises(ic.LoadError, match="there is no toy 'toy:tex'"):
+        invoked("demo", "--config", str(tmp_path / "a.json"), "--model", "toy:tex")
 
 
 def test_run_takes_settings_by_name(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ class Norms(ic.Result):
     total: Float[Tensor, "batch"]  # noqa: F821, UP037 (jaxtyping's)
 
 
+@dataclass(frozen=True, eq=False)
+class Longest(Norms):
+    """What all prompts give together, joined by the wrong rule."""
+
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {**Norms.AXES, "longest": ()}
+    JOINS: ClassVar[Mapping[str, str]] = {"longest": "sum"}
+    longest: Float[Tensor, ""]
+
+
 class Good(ic.Method):
     """Norms of the residual stream, and their sum over real tokens."""
 
@@ -221,6 +230,7 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("batch", lambda: then(lambda _m, _t, r: Norms(r.norm / r.norm.mean(), r.total)), "norm of row 0 differs by up to"),
     ("padding_left", lambda: raw(0), "total of row 2 differs"),
     ("padding_right", lambda: raw(-1), "total of row 2 differs"),
+    ("batch_size", lambda: then(lambda _m, _t, r: Longest(r.norm, r.total, r.total.max())), "in batches of one it differs from one batch of 2 in longest"),
     ("conserved", lambda: then(lambda _m, _t, r: Norms(r.norm, r.total * 1.01)), "norms is the total: the sides differ"),
 ]  # fmt: skip
 
@@ -270,7 +280,8 @@ def test_without_a_result_what_needs_one_is_not_reached() -> None:
     report = testing.check_method(first(lambda *_: 1 / 0), fresh())
     assert report.failed == ["result"]
     assert [row.check for row in report.rows if row.ok is None] == [
-        "shapes", "saving", "exception", "deterministic", "batch", "padding_left", "padding_right", "conserved",
+        "shapes", "saving", "exception", "deterministic", "batch", "padding_left", "padding_right",
+        "batch_size", "conserved",
     ]  # fmt: skip
 
 
@@ -307,7 +318,11 @@ def test_rows_of_ones_own(toy: ic.Model) -> None:
     report = testing.check_method(Good, toy, rows=["Q: big\nA: small", toy.tokens("Q: hot\nA:")])
     assert report.ok, str(report)
     alone = testing.check_method(Good, toy, rows=["Q: big\nA:"])
-    assert alone.ok and [row.check for row in alone.rows if row.ok is None] == ["padding_left", "padding_right"]
+    assert alone.ok and [row.check for row in alone.rows if row.ok is None] == [
+        "padding_left",
+        "padding_right",
+        "batch_size",
+    ]
 
 
 def test_rows_with_images() -> None:
@@ -315,7 +330,12 @@ def test_rows_with_images() -> None:
     model = tiny_model("qwen3_vl")
     report = testing.check_method(Good, model, rows=[model._input(inputs()), model._input(inputs(2))])
     assert report.ok, str(report)
-    assert [row.check for row in report.rows if row.ok is None] == ["batch", "padding_left", "padding_right"]
+    assert [row.check for row in report.rows if row.ok is None] == [
+        "batch",
+        "padding_left",
+        "padding_right",
+        "batch_size",
+    ]
 
 
 @pytest.mark.parametrize("row", [*ic.registry("methods"), *ic.registry("recipes")], ids=lambda row: row.name)

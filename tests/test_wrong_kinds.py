@@ -136,7 +136,8 @@ def test_every_function_takes_it_or_says_why_not() -> None:
             ic.PlanError,
             "score= takes a score, or several, not str",
         ),
-        (lambda m: score.logprob(" Paris"), ic.PlanError, "takes token ids, such as .* not str ' Paris'"),
+        (lambda m: score.logprob(2.5), ic.PlanError, "takes a token id, a word, .* not float 2.5"),
+        (lambda m: score.logprob(["a", True]), ic.PlanError, r"takes a token id, .* not list \['a', True\]"),
         (
             lambda m: m.sweep("Q:", [S.z[1].zero()], score.logprob(5000)),
             ic.PlanError,

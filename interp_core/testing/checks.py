@@ -22,7 +22,7 @@ from ..result import Result
 from ..sites import SITES
 from ..text import Tokens
 from .state import State
-from .trial import CLOSE, Failed, NotReached, Trial, as_singles, failing, stacked, unequal
+from .trial import CLOSE, Failed, NotReached, Trial, apart, as_singles, failing, stacked, unequal
 
 CHECKS: dict[str, Callable[[Trial], str]] = {}
 
@@ -229,6 +229,21 @@ def padding_right(trial: Trial) -> str:
     ids = torch.stack([row.roll(n) for row, n in zip(left.ids, shift, strict=True)])
     mask = torch.stack([row.roll(n) for row, n in zip(left.mask, shift, strict=True)])
     return as_singles(trial, replace(left, ids=ids, mask=mask), trial.rows)
+
+
+@check
+def batch_size(trial: Trial) -> str:
+    """Split into batches by `batch_size=`, rows give what they give alone, and what all give together is what it is
+    unsplit; refusing to be split is as good."""
+    rows, whole = trial.rows, trial.whole
+    if len(rows) == 1 or any(row.inputs for row in rows):
+        raise NotReached("there is one row, or rows with images")
+    remark = as_singles(trial, Tokens.stack(rows), rows, batch_size=2)
+    if remark.startswith("refused") or not isinstance(trial.outcome.result, Result):
+        return remark
+    if len(whole) > 1 and (differ := apart(trial.outcome.result, trial.run(whole, batch_size=1))):
+        raise Failed(f"in batches of one it differs from one batch of {len(whole)} in {', '.join(differ)}")
+    return remark
 
 
 @check

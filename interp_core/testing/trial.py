@@ -60,10 +60,10 @@ class Trial:
     rows: list[Tokens]
     limit: float
 
-    def run(self, tokens: Tokens) -> Any:
+    def run(self, tokens: Tokens, **options: Any) -> Any:
         """One run from the same random state."""
         _seed()
-        return self.method()(self.model, tokens, **self.settings)
+        return self.method()(self.model, tokens, **self.settings, **options)
 
     @cached_property
     def whole(self) -> Tokens:
@@ -114,6 +114,20 @@ def unequal(a: Any, b: Any) -> list[str]:
     return [f.name for f in fields(a) if not same(getattr(a, f.name), getattr(b, f.name))]
 
 
+def apart(a: Result, b: Result) -> list[str]:
+    """Names of the tensors without the axis `batch` in which two results differ by more than rounding."""
+    found = []
+    for name, axes in a.AXES.items():
+        one, other = getattr(a, name), getattr(b, name)
+        if "batch" in axes or one is None or other is None:
+            continue
+        x, y = one.double().nan_to_num(), other.double().nan_to_num()
+        limit = CLOSE * max(1.0, float(x.abs().max()) if x.numel() else 1.0)
+        if x.shape != y.shape or not torch.allclose(x, y, rtol=CLOSE, atol=limit):
+            found.append(name)
+    return found
+
+
 @contextmanager
 def failing(model: nn.Module, at: int) -> Iterator[list[None]]:
     """Raise `Midway` at the n-th call of a module (0: never); yields what grows by one with every call."""
@@ -147,12 +161,16 @@ def stacked(trial: Trial) -> Tokens:
     return stacked
 
 
-def as_singles(trial: Trial, tokens: Tokens, rows: list[Tokens]) -> str:
-    """Hold a batch against its rows alone."""
+def as_singles(trial: Trial, tokens: Tokens, rows: list[Tokens], **options: Any) -> str:
+    """Hold a batch against its rows alone.
+
+    Args:
+        options: of the method's call on the batch.
+    """
     if not isinstance(trial.outcome.result, Result):
         raise NotReached("needs a result")
     try:
-        together = trial.run(tokens)
+        together = trial.run(tokens, **options)
     except InterpError as error:
         return f"refused: {str(error).splitlines()[0]}"
     except Exception as error:  # the plugin's own

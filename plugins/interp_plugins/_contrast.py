@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,7 @@ class JudgedConfig(ic.Config):
         progress: show how much of the sweep is done.
     """
 
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset({"answer", "other"})
     answer: int | str | list[int] | list[str] | None = None
     other: int | str | list[int] | list[str] | None = None
     strategy: str = "auto"
@@ -62,6 +63,7 @@ class ContrastConfig(JudgedConfig):
             corrupted prompt).
     """
 
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset({"answer", "other", "corrupted"})
     corrupted: Any = None
     direction: Literal["denoising", "noising"] = "denoising"
     score: Literal["logit_diff", "logit", "logprob", "probability"] | scores.Score | None = None
@@ -117,7 +119,7 @@ def contrast(
     """
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
     noising = twin is None or config.direction == "noising"
-    own = config.score if isinstance(config.score, scores.Score) else None
+    own = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
     if own is not None and own.clean:
         raise ic.PlanError(f"{owner}: score {own.name} compares with the run without edits; method ablations takes it")
     answer, other = (answers(owner, model, given, len(tokens)) for given in (config.answer, config.other))
@@ -167,29 +169,7 @@ def answers(owner: str, model: ic.Model, given: Any, rows: int) -> Tensor | None
     Raises:
         PlanError: another number of answers than rows, a word of several tokens, an id that does not exist.
     """
-    if given is None:
-        return None
-    size = model.d_vocab
-    items = given if isinstance(given, list) else [given] * rows
-    if len(items) != rows:
-        raise ic.PlanError(f"{owner}: {len(items)} answers for {rows} rows; give one per row, or one for all")
-    found = [_id(owner, model, item) for item in items]
-    for item in found:
-        if not 0 <= item < size:
-            raise ic.PlanError(f"{owner}: the answer {item} is no token id: the model has {size}, 0 to {size - 1}")
-    return torch.tensor(found)
-
-
-def _id(owner: str, model: ic.Model, item: int | str) -> int:
-    if isinstance(item, int):
-        return item
-    ids = model.tokens(item, bos=False).ids[0].tolist()
-    if len(ids) != 1:
-        words = ", ".join(repr(model.word(one)) for one in ids)
-        raise ic.PlanError(
-            f"{owner}: the answer {item!r} is {len(ids)} tokens ({words}), a score reads one; give its first"
-        )
-    return int(ids[0])
+    return None if given is None else scores.token_ids(model, given, rows, owner, "answer")
 
 
 def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " batch"]:

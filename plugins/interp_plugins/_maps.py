@@ -210,6 +210,7 @@ class MapResult(ic.Result):
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {"effect": ("batch", "layer", "head", "pos"), "base": ("batch",)}
+    JOINS: ClassVar[Mapping[str, str]] = {"explain": "first", "places": "first"}
     effect: Float[Tensor, "batch layer head pos"]
     base: Float[Tensor, " batch"]
     site: str

@@ -99,6 +99,10 @@ class Ablations(ic.Method):
     name = "ablations"
     Config = AblationConfig
 
+    def check(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> None:
+        """Sites, layers and positions that all prompts have."""
+        grid(self.name, model, tokens, config)
+
     def run(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> AblationResult:
         """Read the reference prompts, sweep over what is ablated."""
         where = grid(self.name, model, tokens, config)
@@ -135,7 +139,7 @@ class Ablations(ic.Method):
 
     def _judged(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> scores.Score:
         if isinstance(config.score, scores.Score):
-            return config.score
+            return config.score.on(model, len(tokens))
         if config.score == "kl":
             return scores.kl()
         if config.score == "nll":

@@ -56,6 +56,10 @@ class ActivationPatching(ic.Method):
     name = "activation_patching"
     Config = PatchingConfig
 
+    def check(self, model: ic.Model, tokens: ic.Tokens, config: PatchingConfig) -> None:
+        """Sites, layers and positions that all prompts have."""
+        grid(self.name, model, tokens, config)
+
     def run(self, model: ic.Model, tokens: ic.Tokens, config: PatchingConfig) -> PatchingResult:
         """Sweep over the patches."""
         where = grid(self.name, model, tokens, config)

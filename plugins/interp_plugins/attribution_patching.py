@@ -143,6 +143,10 @@ class AttributionPatching(ic.Method):
     name = "attribution_patching"
     Config = AttributionConfig
 
+    def check(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> None:
+        """Sites, layers and positions that all prompts have."""
+        grid(self.name, model, tokens, config)
+
     def run(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> AttributionResult:
         """Gradients at one run or along a line of them; then the sweep, if asked for."""
         where = grid(self.name, model, tokens, config)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import field_validator
 from torch import Tensor
 
 import interp_core as ic
@@ -40,11 +41,19 @@ class LensConfig(ic.Config):
         chunk_bytes: memory for one chunk of logits.
     """
 
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset({"targets"})
     at: Any = None
     targets: Literal["final", "next"] | list[list[int]] = "final"
     top_k: int = 5
     translator: Callable[[int, Tensor], Tensor] | None = None
     chunk_bytes: int = 1 << 26
+
+    @field_validator("at")
+    @classmethod
+    def _per_row(cls, at: Any) -> Any:
+        """Lists in a list are positions per row."""
+        nested = isinstance(at, list) and at and all(isinstance(row, list) for row in at)
+        return ic.PerRow(tuple(map(tuple, at))) if nested else at
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +79,7 @@ class LogitLensResult(ic.Result):
         "entropy": ("batch", "layer", "pos"),
         "kl": ("batch", "layer", "pos"),
     }
+    JOINS: ClassVar[Mapping[str, str]] = {"tokens": "rows", "vocab": "union"}
     top_ids: Int[Tensor, "batch layer pos k"]
     top_logprob: Float[Tensor, "batch layer pos k"]
     target_ids: Int[Tensor, "batch pos"]
@@ -161,10 +171,13 @@ class LogitLens(ic.Method):
     requires = frozenset({"resid_pre", "resid_post", "readout"})
     Config = LensConfig
 
-    def run(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> LogitLensResult:
-        """Read the residual stream once, unembed it layer by layer."""
+    def check(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> None:
+        """Prompts have the same positions."""
         if config.at is None and tokens.padded:
             raise ic.PlanError(f"logit_lens: rows have {tokens.lengths} tokens; choose positions that all have: at=-1")
+
+    def run(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> LogitLensResult:
+        """Read the residual stream once, unembed it layer by layer."""
         last = model.n_layers - 1
         sites = [S.resid_pre[0].at(config.at), *(S.resid_post[layer].at(config.at) for layer in range(last + 1))]
         found = model.run(tokens, read=sites, logits=False)

@@ -77,6 +77,7 @@ class PathResult(ic.Result):
         "effect": ("batch", "sender", "receiver"), "base": ("batch",), "source": ("batch",), "answer": ("batch",),
         "other": ("batch",),
     }  # fmt: skip
+    JOINS: ClassVar[Mapping[str, str]] = {"explain": "first", "place": "first"}
     effect: Float[Tensor, "batch sender receiver"]
     base: Float[Tensor, " batch"]
     source: Float[Tensor, " batch"]

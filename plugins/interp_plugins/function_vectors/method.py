@@ -17,7 +17,7 @@ Must equal: the published code's means, effects, heads, vectors and ranks (tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,6 +103,10 @@ class FunctionVectorsResult(ic.Result):
         "aie": ("layer", "head"), "vector": ("d_model",), "zero_shot": ("edit", "question"),
         "zero_shot_clean": ("question",), "shuffled": ("edit", "question"), "shuffled_clean": ("question",),
         "top_ids": ("batch", "run", "k"), "top_logprob": ("batch", "run", "k"),
+    }  # fmt: skip
+    JOINS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("aie", "vector", "zero_shot", "zero_shot_clean", "shuffled", "shuffled_clean"), "same"),
+        "texts": "rows", "vocab": "union",
     }  # fmt: skip
     aie: Float[Tensor, "layer head"]
     vector: Float[Tensor, " d_model"]
@@ -203,6 +207,12 @@ class FunctionVectors(ic.Method):
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: FunctionVectorsConfig) -> FunctionVectorsResult:
         """Extract, measure, inject."""
+        return next(self.run_batches(model, [(tokens, config)], config))
+
+    def run_batches(
+        self, model: ic.Model, batches: Iterable[tuple[ic.Tokens, Any]], config: FunctionVectorsConfig
+    ) -> Iterator[FunctionVectorsResult]:
+        """Extract and measure once, inject into every batch of texts."""
         task = _task(config)
         template = config.template or Template()
         if model.tokenizer is None:
@@ -212,16 +222,20 @@ class FunctionVectors(ic.Method):
         )
         site = S.resid_post if config.layers is None else S.resid_post[config.layers]
         layers = model.layers(site)
-        vector, aie = self._extracted(model, trials, task.name, config)
-        ranks = self._accuracies(model, task, template, vector, layers, config)
-        ids, logprob = self._answers(model, tokens, vector, layers, config)
-        return FunctionVectorsResult(
-            aie=aie, vector=vector.vector, **ranks, top_ids=ids, top_logprob=logprob, task=task.name,
-            model=model.source, heads=vector.heads, gap=gap(aie, config.top), edit_layers=tuple(layers),
-            words=tuple(words(model, decoded(model, vector))),
-            texts=tuple("".join(row[-12:]) for row in tokens.labels),
-            vocab={str(i): model.word(i) for i in ids.unique().tolist()},
-        )  # fmt: skip
+        made: tuple[FunctionVector, Tensor, dict[str, Tensor | None]] | None = None
+        for tokens, _ in batches:
+            if made is None:
+                vector, aie = self._extracted(model, trials, task.name, config)
+                made = vector, aie, self._accuracies(model, task, template, vector, layers, config)
+            vector, aie, ranks = made
+            ids, logprob = self._answers(model, tokens, vector, layers, config)
+            yield FunctionVectorsResult(
+                aie=aie, vector=vector.vector, **ranks, top_ids=ids, top_logprob=logprob, task=task.name,
+                model=model.source, heads=vector.heads, gap=gap(aie, config.top), edit_layers=tuple(layers),
+                words=tuple(words(model, decoded(model, vector))),
+                texts=tuple("".join(row[-12:]) for row in tokens.labels),
+                vocab={str(i): model.word(i) for i in ids.unique().tolist()},
+            )  # fmt: skip
 
     def _extracted(
         self, model: ic.Model, trials: Trials, task: str, config: FunctionVectorsConfig

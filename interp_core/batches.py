@@ -1,0 +1,117 @@
+"""Many prompts in batches: which go together, and the line that says how far the work is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, TypeVar
+
+from .architectures.atlas import Atlas
+from .compiled import padded_on
+from .errors import PlanError, TextError, wrong
+from .text import Tokens
+
+T = TypeVar("T")
+BATCH = 16
+"""Prompts that run together where nobody says how many."""
+AHEAD = 16
+"""Batches whose prompts are sorted by length together, where prompts come one by one."""
+SHOWN_SECONDS = 0.1
+
+
+class Progress:
+    """A line on standard error: how much is done, how fast, how long it will take."""
+
+    def __init__(self, shown: bool, total: int | None, what: str) -> None:
+        self.shown, self.total, self.what = shown, total, what
+        self.count, self.since, self.drawn = 0, time.monotonic(), 0.0
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        if not count:
+            return
+        self.count += count
+        now = time.monotonic()
+        last = self.count == self.total
+        if not self.shown or (not last and now - self.drawn < SHOWN_SECONDS):
+            return
+        self.drawn = now
+        rate = self.count / max(now - self.since, 1e-9)
+        known = "" if self.total is None else f" of {self.total:,}"
+        left = "" if self.total is None else f", {(self.total - self.count) / rate:,.0f} s left"
+        line = f"\r{self.what} {self.count:,}{known}, {rate:,.0f} per second{left} "
+        print(line, end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+def batch_size_of(value: Any) -> int:
+    """How many prompts go together.
+
+    Raises:
+        PlanError: not a number from 1 on.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(wrong("batch_size=", "a number of prompts from 1 on", value))
+    return value
+
+
+def bucketed(lengths: Sequence[int], size: int, *, mixed: bool = True) -> list[list[int]]:
+    """Numbers of prompts, in batches of prompts of about one length, the longest first: what does not fit into memory
+    shows at once.
+
+    Args:
+        mixed: lengths may differ within a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    batches: list[list[int]] = []
+    for number in order:
+        fits = batches and len(batches[-1]) < size
+        if fits and (mixed or lengths[batches[-1][0]] == lengths[number]):
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """So many items at a time."""
+    rest = iter(items)
+    while window := list(islice(rest, size)):
+        yield window
+
+
+def sides(atlas: Atlas) -> list[str]:
+    """On which sides this model can have padding."""
+    return [side for side in ("left", "right") if f"{side} padding" not in atlas.lacking]
+
+
+def laid_out(atlas: Atlas, tokens: Tokens) -> Tokens:
+    """A batch with its padding where this model can have it."""
+    possible = sides(atlas)
+    return padded_on(tokens, possible[0])[0] if possible else tokens
+
+
+def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
+    """Some rows of a batch, laid out as they are in it, without columns that are padding in all of them.
+
+    Raises:
+        TextError: a batch with further inputs, such as images.
+    """
+    if tokens.inputs and list(numbers) != list(range(len(tokens))):
+        raise TextError(
+            f"prompts with {', '.join(tokens.inputs)} cannot be split into batches; run them one by one, without "
+            "batch_size= and out="
+        )
+    rows = list(numbers)
+    kept = tokens.mask[rows].any(0)
+    return replace(
+        tokens,
+        ids=tokens.ids[rows][:, kept],
+        mask=tokens.mask[rows][:, kept],
+        texts=tokens.texts and tuple(tokens.texts[row] for row in rows),
+        offsets=tokens.offsets and tuple(tokens.offsets[row] for row in rows),
+        spans={name: tuple(spans[row] for row in rows) for name, spans in tokens.spans.items()},
+        labels=tuple(tokens.labels[row] for row in rows),
+    )
