@@ -20,7 +20,7 @@ from .sites import Site
 from .text import Tokens
 from .trace import Run
 
-__all__ = ["Score", "kl", "logit", "logit_diff", "logprob", "nll", "probability", "projection", "rank"]
+__all__ = ["Score", "kl", "logit", "logit_diff", "logprob", "nll", "probability", "projection", "rank", "token_ids"]
 
 Token = int | str
 """A token id, or the word that is one token, its leading space included."""
