@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from .plugins import registry as registry
     from .positions import PerRow as PerRow
     from .positions import Span as Span
+    from .readings import LayerReadings as LayerReadings
+    from .readings import Reading as Reading
+    from .readings import Receipt as Receipt
     from .result import Result as Result
     from .saved import SavedRun as SavedRun
     from .saved import open_run as open_run
@@ -57,9 +60,6 @@ if TYPE_CHECKING:
     from .sites import Site as Site
     from .sweep import Sweep as Sweep
     from .text import Tokens as Tokens
-    from .trace import LayerReadings as LayerReadings
-    from .trace import Reading as Reading
-    from .trace import Receipt as Receipt
     from .trace import Run as Run
     from .vision import VisualToken as VisualToken
 
@@ -68,13 +68,13 @@ _HOME = {
     "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",
-    "LayerReadings": "trace",
+    "LayerReadings": "readings",
     "Method": "methods",
     "Model": "model",
     "PerRow": "positions",
     "Plan": "plan",
-    "Reading": "trace",
-    "Receipt": "trace",
+    "Reading": "readings",
+    "Receipt": "readings",
     "Result": "result",
     "Run": "trace",
     "SavedRun": "saved",

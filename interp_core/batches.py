@@ -9,8 +9,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from .architectures.atlas import Atlas
-from .compiled import padded_on
 from .errors import PlanError, TextError, wrong
 from .text import Tokens
 
@@ -115,3 +117,19 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
         spans={name: tuple(spans[row] for row in rows) for name, spans in tokens.spans.items()},
         labels=tuple(tokens.labels[row] for row in rows),
     )
+
+
+def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None]:
+    """The same rows with all padding on one side, and where each column went to (None: nothing moved). Holes inside a
+    row are closed. Positions count real tokens, so they mean the same."""
+    order = tokens.mask.long().argsort(dim=1, stable=True, descending=side == "right")
+    if not tokens.padded or torch.equal(tokens.mask.gather(1, order), tokens.mask):
+        return tokens, None
+
+    def moved(value: Any) -> Any:
+        along = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[-2:] == order.shape
+        return value.gather(-1, order.to(value.device).expand(value.shape)) if along else value
+
+    inputs = {name: moved(value) for name, value in tokens.inputs.items()}
+    aligned = replace(tokens, ids=moved(tokens.ids), mask=moved(tokens.mask), inputs=inputs)
+    return aligned, order.argsort(dim=1).tolist()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +24,11 @@ from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
 from .plan import Plan
 from .positions import Mask, PerRow, Position, Rows, is_single
+from .readings import ForwardPass
 from .regions import Region
 from .saved import atlas_data
 from .sites import Site
 from .text import Tokens
-from .trace import Run
-
-if TYPE_CHECKING:
-    from .model import Input, Model
 
 SHARD_BYTES = 1 << 24
 """Of values that wait to be written."""
@@ -40,14 +37,14 @@ SHOWN = 40
 
 
 def collect(
-    model: Model,
-    texts: Iterable[Input],
+    model: Any,
+    texts: Iterable[Any],
     read: Iterable[Site | str] | Site | str,
     out: str | Path,
     batch_size: int,
     progress: bool,
 ) -> Activations:
-    """See `Model.collect`."""
+    """See `Model.collect`, which calls this with itself."""
     reads = Plan.of(read).reads
     _check(model, texts, reads)
     size = batch_size_of(batch_size)
@@ -153,7 +150,7 @@ def _start(tokens: Tokens) -> str:
     return "".join(tokens.labels[0])[:SHOWN]
 
 
-def _check(model: Model, texts: Any, reads: Sequence[Site]) -> None:
+def _check(model: Any, texts: Any, reads: Sequence[Site]) -> None:
     """Refuse what cannot be collected of any text."""
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise PlanError(wrong("collect", "texts, one by one", texts))
@@ -169,7 +166,7 @@ def _check(model: Model, texts: Any, reads: Sequence[Site]) -> None:
                 )
 
 
-def _items(model: Model, texts: Iterable[Input], shelf: Shelf, shown: Progress) -> Iterator[Item]:
+def _items(model: Any, texts: Iterable[Any], shelf: Shelf, shown: Progress) -> Iterator[Item]:
     """Texts that are not there yet, by number."""
     number = 0
     for given in texts:
@@ -194,7 +191,7 @@ def _digest(tokens: Tokens, number: int) -> str:
         raise PlanError(f"text {number} cannot be told from another one: {error}; leave it out") from error
 
 
-def _check_positions(model: Model, reads: Sequence[Site], item: Item) -> None:
+def _check_positions(model: Any, reads: Sequence[Site], item: Item) -> None:
     """Refuse a text that lacks a position, before those around it run."""
     for site in reads:
         region = Region(site, model.atlas.select(site)[0].n_units)
@@ -207,7 +204,7 @@ def _check_positions(model: Model, reads: Sequence[Site], item: Item) -> None:
 
 
 def _run_window(
-    model: Model, reads: Sequence[Site], window: list[Item], size: int, shelf: Shelf, shown: Progress
+    model: Any, reads: Sequence[Site], window: list[Item], size: int, shelf: Shelf, shown: Progress
 ) -> None:
     alone = [item for item in window if item.tokens.inputs]
     together = [item for item in window if not item.tokens.inputs]
@@ -221,7 +218,7 @@ def _run_window(
         shown.add(len(batch))
 
 
-def row_values(run: Run, number: int) -> list[Tensor]:
+def row_values(run: ForwardPass, number: int) -> list[Tensor]:
     """What a run kept in a slot, row by row on the CPU: axes of the site without `batch`, no padding."""
     slot, rows = run._slots[number], run._rows
     site, value = slot.site, run._value(number)

@@ -7,7 +7,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +19,11 @@ from .engines.protocol import Passed, Program
 from .errors import CapabilityError, PlanError, TextError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
+from .readings import LayerReadings
 from .regions import Bound, Region
 from .sites import Site
 from .text import CACHE, Tokens, from_inputs
-from .trace import LayerReadings, Run
+from .trace import Run
 from .vision import with_visual_names
 
 if TYPE_CHECKING:
@@ -346,19 +346,3 @@ def looks_padded(config: Any, ids: Tensor) -> bool:
     pad, bos, eos = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
     taken = pad in (bos, eos) or (isinstance(eos, list) and pad in eos)
     return pad is not None and not taken and bool((ids[:, [0, -1]] == pad).any())
-
-
-def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None]:
-    """The same rows with all padding on one side, and where each column went to (None: nothing moved). Holes inside a
-    row are closed. Positions count real tokens, so they mean the same."""
-    order = tokens.mask.long().argsort(dim=1, stable=True, descending=side == "right")
-    if not tokens.padded or torch.equal(tokens.mask.gather(1, order), tokens.mask):
-        return tokens, None
-
-    def moved(value: Any) -> Any:
-        along = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[-2:] == order.shape
-        return value.gather(-1, order.to(value.device).expand(value.shape)) if along else value
-
-    inputs = {name: moved(value) for name, value in tokens.inputs.items()}
-    aligned = replace(tokens, ids=moved(tokens.ids), mask=moved(tokens.mask), inputs=inputs)
-    return aligned, order.argsort(dim=1).tolist()

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas
 from .architectures.taps import KEYED
-from .compiled import CompiledPlan, model_inputs, padded_on
+from .batches import padded_on
+from .compiled import CompiledPlan, model_inputs
 from .decoding import Ends, decoding
 from .drawing import drawing
 from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .positions import LAST, Rows, Span, resolve
+from .readings import Reading, Receipt, Store, demand_effect, receipts
 from .sites import Site
 from .text import Tokens, token_text
-from .trace import Reading, Receipt, Store, demand_effect, receipts
 
 if TYPE_CHECKING:
     from .model import Input, Model

@@ -31,22 +31,21 @@ from .settings import Config
 from .text import Tokens
 
 if TYPE_CHECKING:
-    from .methods import Method
-    from .model import Model
+    from .structure import Structure
 
 PARTS, INDEX = "parts", "parts.jsonl"
 
 
 def run_many(
-    method: Method,
-    model: Model,
+    method: Any,
+    model: Structure,
     tokens: Tokens,
     config: Config,
     batch_size: int,
     progress: bool,
     out: str | Path | runs.RunFolder | None,
 ) -> Any:
-    """See `Method.__call__`."""
+    """See `Method.__call__`, which calls this with its method."""
     size, name = batch_size_of(batch_size), method.name
     kind = result_kind(type(method).run)
     if kind is not None:
@@ -74,7 +73,7 @@ def run_many(
 
 
 def _results(
-    method: Method, model: Model, tokens: Tokens, config: Config, batches: Sequence[Sequence[int]]
+    method: Any, model: Structure, tokens: Tokens, config: Config, batches: Sequence[Sequence[int]]
 ) -> Iterator[Part]:
     """The results of batches, one by one; errors name the prompts."""
     texts = [some_rows(tokens, numbers) for numbers in batches]
@@ -186,8 +185,8 @@ class FolderShelf(Shelf):
 
 @contextmanager
 def _shelf(
-    method: Method,
-    model: Model,
+    method: Any,
+    model: Structure,
     tokens: Tokens,
     config: Config,
     out: str | Path | runs.RunFolder | None,
@@ -248,7 +247,7 @@ def _digest(what: str, value: Any) -> str:
         ) from error
 
 
-def _code(method: Method) -> str:
+def _code(method: Any) -> str:
     """Digest of the file that a method is written in; "" where there is none."""
     module = inspect.getmodule(type(method))
     try:

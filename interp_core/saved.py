@@ -24,13 +24,13 @@ from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, safetensors_bytes, sha256, write
 from .plan import Plan
 from .positions import Span
+from .readings import ForwardPass, Receipt, Store
 from .result import folder_of
 from .sites import Site
 from .text import Tokens
-from .trace import ForwardPass, Receipt, Store
 
 if TYPE_CHECKING:
-    from .trace import Run
+    from .structure import Structure
 
 FORMAT = "interp-readings/1"
 HEAD, VALUES = "run.json", "run.safetensors"
@@ -81,12 +81,11 @@ class SavedRun(StoredValues, ForwardPass):
         return f"SavedRun({self.held()}; {len(self.tokens)} rows; of {self.model})"
 
 
-def save_run(run: Run, folder: str | Path) -> Path:
+def save_run(run: ForwardPass, plan: Plan, receipts: Sequence[Receipt], model: Structure, folder: str | Path) -> Path:
     """See `Run.save`."""
     out = folder_of("save", folder)
     tokens, tensors = tokens_data(run.tokens)
-    plan = run.plan.to_json()
-    tensors |= {f"plan/{key}": value for key, value in run.plan.tensors().items()}
+    tensors |= {f"plan/{key}": value for key, value in plan.tensors().items()}
     reads: list[dict[str, Any]] = []
     for number, slot in enumerate(run._slots):
         name = slot_name(slot.site, slot.entry)
@@ -103,16 +102,16 @@ def save_run(run: Run, folder: str | Path) -> Path:
     head = {
         "format": FORMAT,
         "sha256": sha256(data),
-        "source": run.model.source,
-        "model": repr(run.model),
-        "atlas": atlas_data(run.model.atlas),
+        "source": model.source,
+        "model": repr(model),
+        "atlas": atlas_data(model.atlas),
         "reads": reads,
         "gradients": run._grad is not None,
         "logits": None if run._logits is None else str(run._logits_site),
         "tokens": tokens,
-        "plan": plan,
+        "plan": plan.to_json(),
         "receipts": [
-            {"fired": r.fired, "layers": r.layers, "positions": r.positions, "norm": r.norm} for r in run.receipts
+            {"fired": r.fired, "layers": r.layers, "positions": r.positions, "norm": r.norm} for r in receipts
         ],
     }
     text = json.dumps(head, ensure_ascii=False)

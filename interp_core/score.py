@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .errors import PlanError, nearest, wrong
 from .positions import PerRow, PositionLike, position
+from .readings import ForwardPass
 from .sites import Site
 from .text import Tokens
-from .trace import Run
 
 __all__ = ["Score", "kl", "logit", "logit_diff", "logprob", "nll", "probability", "projection", "rank", "token_ids"]
 
@@ -114,7 +114,7 @@ class Score:
         if len(items) != count:
             raise PlanError(f"score {self.name} has {what} of {len(items)} rows, there are {count}")
 
-    def __call__(self, run: Run) -> Float[Tensor, " batch"]:
+    def __call__(self, run: ForwardPass) -> Float[Tensor, " batch"]:
         """The score of a run that kept all logits, or those at this score's position, or the site that it reads."""
         if self.clean:
             raise PlanError(f"score {self.name} compares with a clean run; use it in a sweep")
