@@ -11,7 +11,8 @@ Pages are one file that needs no network, follow the reader's light or dark sett
 given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers.
 """
 
-from .charts import Bar, Bars, Chart, Curves, Heatmap, Line, TokenStrip
+from .charts import Bars, Chart, Curves, Heatmap, TokenStrip
+from .figures import Bar, Line
 from .html import Section, escape, number, page, short, table, visible
 
 __all__ = [

@@ -8,19 +8,17 @@ TokenStrip    a text whose tokens are coloured by a number each
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PlanError, wrong
+from ..errors import PlanError
+from .figures import Bar, BarsData, CurvesData, Ends, TokenStripData, plain_values
 
 if TYPE_CHECKING:
-    from ..stats import Band, Interval
-
-Ends = tuple[float, float]
+    from ..stats import Interval
 
 
 class Chart(ABC):
@@ -78,7 +76,7 @@ class Heatmap(Chart):
     colorbar: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", _plain("Heatmap", self.values))
+        object.__setattr__(self, "values", plain_values("Heatmap", self.values))
         for what in ("values", "texts", "tips"):
             lines = getattr(self, what)
             if lines is None:
@@ -110,30 +108,7 @@ class Heatmap(Chart):
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
-    """One line of `Curves`.
-
-    Attributes:
-        name: for the legend.
-        values: one number per place; NaN leaves a gap.
-        bands: low and high around each `[place 2]`; None: no band.
-        base: a level to compare with, drawn dashed in the same colour; None: none.
-    """
-
-    name: str
-    values: Any
-    bands: Any = None
-    base: float | None = None
-
-    @staticmethod
-    def of(name: str, numbers: Band | Iterable[Interval], base: float | None = None) -> Line:
-        """The line of a band along one axis, or of an interval per place."""
-        each = list(numbers)
-        return Line(name, [one.value for one in each], [(one.low, one.high) for one in each], base)
-
-
-@dataclass(frozen=True, eq=False)
-class Curves(Chart):
+class Curves(CurvesData, Chart):
     """Lines over places, with bands.
 
     Attributes:
@@ -150,47 +125,6 @@ class Curves(Chart):
         PlanError: no places, no lines, or lines of another length.
     """
 
-    lines: Sequence[Line]
-    places: Sequence[str]
-    _: KW_ONLY
-    limits: Ends | None = None
-    percent: bool = False
-    base: str = "base"
-    title: str = ""
-    caption: str = ""
-    xlabel: str = ""
-    ylabel: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.lines or not self.places:
-            raise PlanError(
-                f"Curves: {len(self.lines)} lines over {len(self.places)} places; give one of both at least"
-            )
-        lines = [
-            Line(line.name, _plain("Curves", line.values), None if line.bands is None else _plain("Curves", line.bands),
-                 line.base)
-            for line in self.lines
-        ]  # fmt: skip
-        for line in lines:
-            if {len(line.values), len(self.places if line.bands is None else line.bands)} != {len(self.places)}:
-                raise PlanError(
-                    f"Curves: line {line.name!r} has {len(line.values)} values"
-                    + (f" and {len(line.bands)} bands" if line.bands is not None else "")
-                    + f", there are {len(self.places)} places"
-                )
-        object.__setattr__(self, "lines", lines)
-
-    @property
-    def span(self) -> Ends:
-        """Ends of the vertical axis."""
-        if self.limits is not None:
-            return self.limits
-        known = [
-            *(v for line in self.lines for v in line.values),
-            *(line.base for line in self.lines if line.base is not None),
-        ]
-        return _span([*known, *(v for line in self.lines for band in line.bands or () for v in band)], self.percent)
-
     def html(self) -> str:
         """The lines as inline SVG, with a tip at every point."""
         from .svg import curves
@@ -205,27 +139,7 @@ class Curves(Chart):
 
 
 @dataclass(frozen=True, eq=False)
-class Bar:
-    """One bar of `Bars`.
-
-    Attributes:
-        name: beside it.
-        value: its length; NaN draws none.
-        ends: of its interval; None: none.
-    """
-
-    name: str
-    value: float
-    ends: Ends | None = None
-
-    @staticmethod
-    def of(name: str, interval: Interval) -> Bar:
-        """The bar of an interval."""
-        return Bar(name, interval.value, (interval.low, interval.high))
-
-
-@dataclass(frozen=True, eq=False)
-class Bars(Chart):
+class Bars(BarsData, Chart):
     """One number per name, below each other, with intervals.
 
     Attributes:
@@ -241,31 +155,10 @@ class Bars(Chart):
         PlanError: no bars.
     """
 
-    bars: Sequence[Bar]
-    _: KW_ONLY
-    limits: Ends | None = None
-    percent: bool = False
-    base: float | None = None
-    title: str = ""
-    caption: str = ""
-    xlabel: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.bars:
-            raise PlanError("Bars: there are none; give one at least")
-
     @staticmethod
     def of(intervals: Mapping[str, Interval], **how: Any) -> Bars:
         """The bars of intervals by name; `how` are further fields."""
         return Bars([Bar.of(name, interval) for name, interval in intervals.items()], **how)
-
-    @property
-    def span(self) -> Ends:
-        """Ends of the axis."""
-        if self.limits is not None:
-            return self.limits
-        ends = [end for bar in self.bars for end in bar.ends or ()]
-        return _span([0.0, self.base or 0.0, *(bar.value for bar in self.bars), *ends], self.percent)
 
     def html(self) -> str:
         """The bars as inline SVG, with tips."""
@@ -281,7 +174,7 @@ class Bars(Chart):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenStrip(Chart):
+class TokenStrip(TokenStripData, Chart):
     """A text whose tokens are coloured by a number each.
 
     Attributes:
@@ -298,27 +191,6 @@ class TokenStrip(Chart):
         PlanError: no tokens, another number of values, a span outside the text.
     """
 
-    tokens: Sequence[str]
-    values: Any
-    _: KW_ONLY
-    diverging: bool = False
-    limits: Ends | None = None
-    spans: Mapping[str, tuple[int, int]] | None = None
-    title: str = ""
-    caption: str = ""
-    colorbar: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "values", _plain("TokenStrip", self.values))
-        if not self.tokens or len(self.tokens) != len(self.values):
-            raise PlanError(f"TokenStrip: {len(self.values)} values for {len(self.tokens)} tokens; give one per token")
-        for name, (start, stop) in (self.spans or {}).items():
-            if not 0 <= start < stop <= len(self.tokens):
-                raise PlanError(
-                    f"TokenStrip: span {name!r} is {start} to {stop}, the text has tokens 0 to {len(self.tokens)} "
-                    "(the end is not part of a span)"
-                )
-
     def html(self) -> str:
         """The text, with a tip at every token."""
         from .html import tokens
@@ -333,30 +205,3 @@ class TokenStrip(Chart):
         from .png import strip
 
         return strip(path, self)
-
-
-def _plain(owner: str, values: Any) -> Any:
-    """Arrays and tensors as lists.
-
-    Raises:
-        PlanError: something without items.
-    """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-    if hasattr(values, "tolist"):
-        return values.tolist()
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise PlanError(wrong(owner, "lists of numbers", values))
-    return [_plain(owner, item) if hasattr(item, "__len__") else float(item) for item in values]
-
-
-def _span(values: Iterable[float], percent: bool) -> Ends:
-    """Limits that hold all finite values, with a little room; of shares, all shares."""
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return 0.0, 1.0
-    low, high = min(known), max(known)
-    if percent and low >= 0 and high <= 1:
-        return 0.0, 1.0
-    room = 0.05 * (high - low) or abs(high) or 1.0
-    return (low if low == 0 else low - room), (high if high == 0 else high + room)

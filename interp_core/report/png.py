@@ -14,7 +14,7 @@ from .html import number, short, visible
 from .svg import ticks, written
 
 if TYPE_CHECKING:
-    from .charts import Bars, Curves, TokenStrip
+    from .figures import BarsData, CurvesData, TokenStripData
 
 COLUMNS = 90
 """Letters in a line of a coloured text."""
@@ -74,7 +74,7 @@ def heatmap(
     return _saved(figure, path)
 
 
-def curves(path: str | Path, chart: Curves) -> Path:
+def curves(path: str | Path, chart: CurvesData) -> Path:
     """Lines with bands as a picture."""
     places, low, high = [str(place) for place in chart.places], *chart.span
     figure, axes = _canvas(6.4, 3.2)
@@ -99,7 +99,7 @@ def curves(path: str | Path, chart: Curves) -> Path:
     return _saved(figure, path)
 
 
-def bars(path: str | Path, chart: Bars) -> Path:
+def bars(path: str | Path, chart: BarsData) -> Path:
     """Bars with intervals as a picture."""
     low, high = chart.span
     figure, axes = _canvas(6.4, 0.9 + 0.3 * len(chart.bars))
@@ -121,7 +121,7 @@ def bars(path: str | Path, chart: Bars) -> Path:
     return _saved(figure, path)
 
 
-def strip(path: str | Path, chart: TokenStrip) -> Path:
+def strip(path: str | Path, chart: TokenStripData) -> Path:
     """A coloured text as a picture, in lines of `COLUMNS` letters."""
     low, high = chart.limits or limits_of([chart.values], chart.diverging)
     placed, lines = _laid_out(chart.tokens)

@@ -11,7 +11,7 @@ from .colors import SERIES
 from .html import escape, number, short
 
 if TYPE_CHECKING:
-    from .charts import Bars, Curves, Line
+    from .figures import BarsData, CurvesData, Line
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT = 640, 220, 44, 14, 12
 BAR = 26
@@ -36,7 +36,7 @@ def written(value: float, percent: bool, digits: int = 0) -> str:
     return f"{value:.{digits}%}"
 
 
-def curves(chart: Curves) -> str:
+def curves(chart: CurvesData) -> str:
     """Lines against places, bands around them, levels dashed."""
     low, high = chart.span
     step = (WIDTH - LEFT - RIGHT) / max(len(chart.places) - 1, 1)
@@ -75,7 +75,7 @@ def _names(names: Sequence[str], step: float) -> list[str]:
 
 
 def _line(
-    line: Line, ink: str, across: Callable[[int], float], height: Callable[[float], float], chart: Curves
+    line: Line, ink: str, across: Callable[[int], float], height: Callable[[float], float], chart: CurvesData
 ) -> list[str]:
     """A line in its runs of known values, its band, its level, and a tip at every point."""
     parts = []
@@ -103,7 +103,7 @@ def _line(
     return parts
 
 
-def bars(chart: Bars) -> str:
+def bars(chart: BarsData) -> str:
     """Bars below each other, whiskers for intervals, a level dashed."""
     low, high = chart.span
     names = [short(bar.name, 40) for bar in chart.bars]

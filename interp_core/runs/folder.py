@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
 from .identity import difference, digest, model_difference, model_record, plain, safe_name
+from .rows import Folder
 from .session import Session, now, sessions
-from .stages import Stages, json_text
+from .stages import json_text
 
 if TYPE_CHECKING:
     from ..structure import Structure
@@ -27,7 +28,7 @@ OVER = ("completed", "skipped")
 """States of parts that a run need not come back to."""
 
 
-class RunFolder(Stages):
+class RunFolder(Folder):
     """A run and its files; made by `runs.open` and `runs.publish`, and used in a `with` block.
 
     Attributes:
@@ -226,7 +227,7 @@ class RunFolder(Stages):
         return dict(data)
 
 
-class Part(Stages):
+class Part(Folder):
     """A part of a run: a folder with its own inputs and stages, and a state.
 
     Attributes:

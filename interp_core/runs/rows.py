@@ -16,14 +16,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import LoadError, PlanError
 from .identity import difference, plain
-from .stages import csv_text, json_lines
-
-if TYPE_CHECKING:
-    from .stages import Stages
+from .stages import Stages, csv_text, json_lines
 
 Row = dict[str, Any]
 
@@ -133,3 +130,11 @@ class Rows:
             raise PlanError(
                 f"{self.journal} holds rows of other inputs: {differs}; delete it, or give the run another folder"
             )
+
+
+class Folder(Stages):
+    """Stages with rows."""
+
+    def rows(self, name: str, key: str, *, inputs: Mapping[str, Any] | None = None) -> Rows:
+        """Rows that come one by one and are not lost when the run is stopped; see `Rows`."""
+        return Rows(self, name, key, inputs)

@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ..errors import InterpError, PlanError, nearest
 from ..files import create, file_sha256, safetensors_bytes, sha256, write
 from .identity import difference, digest, plain
-from .session import now
-
-if TYPE_CHECKING:
-    from .folder import RunFolder
+from .session import Session, now
 
 Files = Mapping[str, str | bytes]
 """What files are to hold, by their names below a folder."""
@@ -54,6 +51,29 @@ def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = 
     return text.getvalue()
 
 
+@runtime_checkable
+class Root(Protocol):
+    """What stages ask of the run that they are part of; see `RunFolder`."""
+
+    record: Path
+    session: Session
+    shared: bool
+    overwrite: bool
+    say: Callable[[str], None]
+
+    def begin_change(self) -> None:
+        """See `RunFolder`."""
+        ...
+
+    def owner(self, path: Path) -> str:
+        """See `RunFolder`."""
+        ...
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """See `RunFolder`."""
+        ...
+
+
 class Stages:
     """A folder of a run and the stages in it: the run's own, or that of a part.
 
@@ -64,7 +84,7 @@ class Stages:
             where nobody says.
     """
 
-    root: RunFolder
+    root: Root
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         self.path, self.prefix = path, prefix
@@ -219,12 +239,6 @@ class Stages:
     def result(self, name: str, result: Any) -> None:
         """A method's `Result`, as `result.save` writes it, in a folder."""
         self.put({f"{name}/{file}": content for file, content in result.files().items()}, stage=name)
-
-    def rows(self, name: str, key: str, *, inputs: Mapping[str, Any] | None = None) -> Any:
-        """Rows that come one by one and are not lost when the run is stopped; see `Rows`."""
-        from .rows import Rows
-
-        return Rows(self, name, key, inputs)
 
     # Notes
 

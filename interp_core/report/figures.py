@@ -1,0 +1,187 @@
+"""What the charts of lines, bars and tokens are made of: data that is checked once; `charts` draws it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PlanError, wrong
+
+if TYPE_CHECKING:
+    from ..stats import Band, Interval
+
+Ends = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One line of `Curves`.
+
+    Attributes:
+        name: for the legend.
+        values: one number per place; NaN leaves a gap.
+        bands: low and high around each `[place 2]`; None: no band.
+        base: a level to compare with, drawn dashed in the same colour; None: none.
+    """
+
+    name: str
+    values: Any
+    bands: Any = None
+    base: float | None = None
+
+    @staticmethod
+    def of(name: str, numbers: Band | Iterable[Interval], base: float | None = None) -> Line:
+        """The line of a band along one axis, or of an interval per place."""
+        each = list(numbers)
+        return Line(name, [one.value for one in each], [(one.low, one.high) for one in each], base)
+
+
+@dataclass(frozen=True, eq=False)
+class Bar:
+    """One bar of `Bars`.
+
+    Attributes:
+        name: beside it.
+        value: its length; NaN draws none.
+        ends: of its interval; None: none.
+    """
+
+    name: str
+    value: float
+    ends: Ends | None = None
+
+    @staticmethod
+    def of(name: str, interval: Interval) -> Bar:
+        """The bar of an interval."""
+        return Bar(name, interval.value, (interval.low, interval.high))
+
+
+@dataclass(frozen=True, eq=False)
+class CurvesData:
+    """The lines of `Curves`."""
+
+    lines: Sequence[Line]
+    places: Sequence[str]
+    _: KW_ONLY
+    limits: Ends | None = None
+    percent: bool = False
+    base: str = "base"
+    title: str = ""
+    caption: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.lines or not self.places:
+            raise PlanError(
+                f"Curves: {len(self.lines)} lines over {len(self.places)} places; give one of both at least"
+            )
+        lines = [
+            Line(
+                line.name,
+                plain_values("Curves", line.values),
+                None if line.bands is None else plain_values("Curves", line.bands),
+                line.base,
+            )
+            for line in self.lines
+        ]
+        for line in lines:
+            if {len(line.values), len(self.places if line.bands is None else line.bands)} != {len(self.places)}:
+                raise PlanError(
+                    f"Curves: line {line.name!r} has {len(line.values)} values"
+                    + (f" and {len(line.bands)} bands" if line.bands is not None else "")
+                    + f", there are {len(self.places)} places"
+                )
+        object.__setattr__(self, "lines", lines)
+
+    @property
+    def span(self) -> Ends:
+        """Ends of the vertical axis."""
+        if self.limits is not None:
+            return self.limits
+        known = [
+            *(v for line in self.lines for v in line.values),
+            *(line.base for line in self.lines if line.base is not None),
+        ]
+        return _span([*known, *(v for line in self.lines for band in line.bands or () for v in band)], self.percent)
+
+
+@dataclass(frozen=True, eq=False)
+class BarsData:
+    """The bars of `Bars`."""
+
+    bars: Sequence[Bar]
+    _: KW_ONLY
+    limits: Ends | None = None
+    percent: bool = False
+    base: float | None = None
+    title: str = ""
+    caption: str = ""
+    xlabel: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.bars:
+            raise PlanError("Bars: there are none; give one at least")
+
+    @property
+    def span(self) -> Ends:
+        """Ends of the axis."""
+        if self.limits is not None:
+            return self.limits
+        ends = [end for bar in self.bars for end in bar.ends or ()]
+        return _span([0.0, self.base or 0.0, *(bar.value for bar in self.bars), *ends], self.percent)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStripData:
+    """The tokens of `TokenStrip`."""
+
+    tokens: Sequence[str]
+    values: Any
+    _: KW_ONLY
+    diverging: bool = False
+    limits: Ends | None = None
+    spans: Mapping[str, tuple[int, int]] | None = None
+    title: str = ""
+    caption: str = ""
+    colorbar: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", plain_values("TokenStrip", self.values))
+        if not self.tokens or len(self.tokens) != len(self.values):
+            raise PlanError(f"TokenStrip: {len(self.values)} values for {len(self.tokens)} tokens; give one per token")
+        for name, (start, stop) in (self.spans or {}).items():
+            if not 0 <= start < stop <= len(self.tokens):
+                raise PlanError(
+                    f"TokenStrip: span {name!r} is {start} to {stop}, the text has tokens 0 to {len(self.tokens)} "
+                    "(the end is not part of a span)"
+                )
+
+
+def plain_values(owner: str, values: Any) -> Any:
+    """Arrays and tensors as lists.
+
+    Raises:
+        PlanError: something without items.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise PlanError(wrong(owner, "lists of numbers", values))
+    return [plain_values(owner, item) if hasattr(item, "__len__") else float(item) for item in values]
+
+
+def _span(values: Iterable[float], percent: bool) -> Ends:
+    """Limits that hold all finite values, with a little room; of shares, all shares."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return 0.0, 1.0
+    low, high = min(known), max(known)
+    if percent and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    room = 0.05 * (high - low) or abs(high) or 1.0
+    return (low if low == 0 else low - room), (high if high == 0 else high + room)
