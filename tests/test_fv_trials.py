@@ -370,3 +370,18 @@ def test_no_trials_are_no_pass(tmp_path: Path) -> None:
     settings = {"tokenizer_name": str(TOKENIZERS["tiny-llama3-8b"]), "verify_n": 0}
     with pytest.raises(ic.TextError, match="prompt parity, slot parity, verify: there are no trials to check"):
         fv_fixed_trials(out_path=tmp_path / "none.json", **settings)
+
+
+def test_another_files_place_is_taken_only_by_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"n_trials": 3, "n_shots": 2, "verify": False}
+    path = fv_fixed_trials(ANTONYM, tmp_path / "out", **settings)
+    own = path.read_bytes()
+    assert fv_fixed_trials(ANTONYM, tmp_path / "out", **settings) == path and path.read_bytes() == own
+    assert "same as before" in capsys.readouterr().out
+    other = tmp_path / "other" / path.name
+    other.parent.mkdir()
+    other.write_text("{}")
+    with pytest.raises(ic.PlanError, match="overwrite"):
+        fv_fixed_trials(ANTONYM, other.parent, **settings)
+    assert other.read_text() == "{}"
+    assert fv_fixed_trials(ANTONYM, other.parent, overwrite=True, **settings).read_bytes() == own

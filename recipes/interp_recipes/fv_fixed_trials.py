@@ -22,10 +22,10 @@ from interp_plugins.function_vectors.checks import KINDS, Check, prompt_parity, 
 from interp_plugins.function_vectors.tasks import load_task
 from interp_plugins.function_vectors.template import Template, name_of
 from interp_plugins.function_vectors.trials import fixed_trials
-from interp_plugins.function_vectors.trials_file import file_name, read_json
+from interp_plugins.function_vectors.trials_file import file_name, read_json, trials_text
 
 import interp_core as ic
-from interp_core import open_tokenizer
+from interp_core import open_tokenizer, runs
 
 Mode = Literal["both", "clean", "corrupted"]
 """Which prompts are checked."""
@@ -52,6 +52,7 @@ def fv_fixed_trials(
     max_trials: int | None = None,
     assert_zero: bool = True,
     log_path: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write fixed trials and check them; returns the file's path.
 
@@ -71,6 +72,7 @@ def fv_fixed_trials(
         mode, max_trials: check clean or corrupted prompts, or the first trials only.
         assert_zero: a mismatch is an error; if false, it is only printed and logged.
         log_path: where the log goes (default: beside the file).
+        overwrite: replace a file that another run or a person left there.
 
     Raises:
         TextError: a mismatch, or prompts that cannot be built.
@@ -85,8 +87,11 @@ def fv_fixed_trials(
         task = load_task(dataset_json, seed=seed, test_split=test_split)
         trials = fixed_trials(task, tokenizer, template=template, n_trials=n_trials, n_shots=n_shots, seed=seed)
         path = path if path.suffix == ".json" else path / file_name(task.name, n_trials, n_shots, seed, name)
-        replace(trials, meta={**trials.meta, "model_name_for_tokenizer": name}).save(path)
-        print(f"{task}\n{path}")
+        print(task)
+        drawn = {"dataset": dataset_json.name, "tokenizer": name, "file": path.name, "test_split": test_split}
+        with runs.publish(path.parent, drawn, recipe="fv_fixed_trials", overwrite=overwrite) as record:
+            named_trials = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": name})
+            print(*record.put({path.name: trials_text(named_trials)}), sep="\n")
     data = read_json(path)
     tokenizer = open_tokenizer(named or data["meta"]["model_name_for_tokenizer"])
     log = log_path or path.with_name(_log_name(path, mode, max_trials, len(data["trials"])))

@@ -73,8 +73,13 @@ def to_json(trials: Trials) -> dict[str, Any]:
 
 def write_trials(trials: Trials, path: Path) -> Path:
     """Write the file, whole or not at all."""
-    write(path, json.dumps(to_json(trials), indent=1, ensure_ascii=False))
+    write(path, trials_text(trials))
     return path
+
+
+def trials_text(trials: Trials) -> str:
+    """What the file holds."""
+    return json.dumps(to_json(trials), indent=1, ensure_ascii=False)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
