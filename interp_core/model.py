@@ -299,7 +299,7 @@ class Model(Structure):
 
     def replacing(
         self,
-        modules: Mapping[nn.Module | type[nn.Module], Rule] = MappingProxyType({}),
+        modules: Mapping[nn.Module | type[nn.Module] | str, Rule] = MappingProxyType({}),
         *,
         attention: Rule | None = None,
         operations: Mapping[str, Rule] = MappingProxyType({}),
@@ -307,7 +307,8 @@ class Model(Structure):
         """For the runs of a `with` block, functions in the place of modules' forwards, of attention and of operations.
 
         Args:
-            modules: per module of the model, or class of modules, `rule(module, forward, *args, **kwargs)`.
+            modules: per module of the model, class of modules, or component (`"ln1"`: of every layer that has it),
+                `rule(module, forward, *args, **kwargs)`.
             attention: `rule(module, kernel, query, key, value, attention_mask, **kwargs)`, for every layer.
             operations: per operation (`"mul"` and `"matmul"` of two differentiable tensors, `"rsqrt"`, `"softmax"`,
                 `"activation"`, `"layer_norm"`, `"rms_norm"`, `"sdpa"`) `rule(operation, *args, **kwargs)`.

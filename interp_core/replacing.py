@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .architectures.components import OF_BLOCKS
 from .engines.attention import OPEN, own_config
 from .engines.replace import FUNCTIONS, Operations, Rule, activations, replaced_attention, replaced_forwards
 from .engines.torch import TorchEngine
@@ -23,7 +24,7 @@ MARK = "interp_replaced"
 @contextmanager
 def replacing(
     model: Structure,
-    modules: Mapping[nn.Module | type[nn.Module], Rule],
+    modules: Mapping[nn.Module | type[nn.Module] | str, Rule],
     attention: Rule | None,
     operations: Mapping[str, Rule],
 ) -> Iterator[None]:
@@ -92,8 +93,12 @@ def _chosen(model: Structure, modules: Any, attention: Any, operations: Any) -> 
             matching: list[nn.Module] = [module for module in parts if type(module) is key]
         elif isinstance(key, nn.Module):
             matching = [key] if key in parts else []
+        elif isinstance(key, str):
+            layers: list[int | None] = [*model.atlas.components.layers(key)]
+            matching = [model.module(key, layer) for layer in layers or [0 if key in OF_BLOCKS else None]]
         else:
-            raise PlanError(wrong("what is replaced", "a module of the model, or a class of them", key))
+            takes = "a module of the model, a class of them, or a component as ln1"
+            raise PlanError(wrong("what is replaced", takes, key))
         if not matching:
             name = key.__name__ if isinstance(key, type) else type(key).__name__
             kinds = sorted({type(module).__name__ for module in parts})

@@ -140,6 +140,16 @@ def test_modules_by_class_and_by_themselves() -> None:
     assert not any(step[S.mlp_out[at]].any() for step in made.steps for at in range(3))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "phi3"])
+def test_components_are_those_of_every_layer(family: str) -> None:
+    """By TransformerLens' names, whatever a family calls its modules."""
+    model, calls = tiny_model(family), Counter[str]()
+    plain = model.run(tokens()).logits
+    with model.replacing({name: as_it_is(calls, name) for name in ("ln1", "mlp", "ln_final")}):
+        assert torch.equal(model.run(tokens()).logits, plain)
+    assert calls == {"ln1": model.n_layers, "mlp": model.n_layers, "ln_final": 1}
+
+
 def test_inner_rules_call_outer_ones() -> None:
     model = tiny_model("llama")
     layer = model.hf.model.layers[1].mlp
@@ -186,7 +196,9 @@ def test_what_cannot_be_replaced_is_refused_before_anything_runs() -> None:
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"modules": {other.hf.lm_head: rule}}, ic.PlanError, "no such module: Linear"),
         ({"modules": {torch.nn.LayerNorm: rule}}, ic.PlanError, "no such module: LayerNorm. .*LlamaRMSNorm"),
-        ({"modules": {"mlp": rule}}, ic.PlanError, "what is replaced takes a module"),
+        ({"modules": {3: rule}}, ic.PlanError, "what is replaced takes a module"),
+        ({"modules": {"mpl": rule}}, ic.SiteError, "no component is called 'mpl'. .*mlp"),
+        ({"modules": {"ln1_post": rule}}, ic.CapabilityError, "no module for ln1_post"),
         ({"modules": {model.hf.lm_head: 3}}, ic.PlanError, "a rule takes a function"),
         ({"modules": [model.hf.lm_head]}, ic.PlanError, "modules takes a dictionary"),
         ({"operations": {"rsqr": rule}}, ic.PlanError, "no operation 'rsqr'. .*rsqrt"),
