@@ -21,7 +21,7 @@ from interp_plugins.function_vectors.artefacts import put
 from interp_plugins.function_vectors.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
 from interp_plugins.function_vectors.tasks import load_task
 from interp_plugins.function_vectors.template import Template, name_of
-from interp_plugins.function_vectors.trials import fixed_trials
+from interp_plugins.function_vectors.trials import Trials, fixed_trials
 from interp_plugins.function_vectors.trials_file import file_name, read_json, trials_text
 
 import interp_core as ic
@@ -88,16 +88,21 @@ def fv_fixed_trials(
         trials = fixed_trials(task, tokenizer, template=template, n_trials=n_trials, n_shots=n_shots, seed=seed)
         path = path if path.suffix == ".json" else path / file_name(task.name, n_trials, n_shots, seed, name)
         print(task)
-        drawn = {"dataset": dataset_json.name, "tokenizer": name, "file": path.name, "test_split": test_split}
-        with runs.publish(path.parent, drawn, recipe="fv_fixed_trials", overwrite=overwrite) as record:
-            named_trials = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": name})
-            print(*record.put({path.name: trials_text(named_trials)}), sep="\n")
+        _keep(path, trials, dataset_json.name, name, overwrite)
     data = read_json(path)
     tokenizer = open_tokenizer(named or data["meta"]["model_name_for_tokenizer"])
     log = log_path or path.with_name(_log_name(path, mode, max_trials, len(data["trials"])))
     some = {**data, "trials": data["trials"][:max_trials]}
     _judge(path, _checked(path, some, tokenizer, mode, log, verify_n if verify else None), assert_zero)
     return path
+
+
+def _keep(path: Path, trials: Trials, dataset: str, tokenizer: str, overwrite: bool) -> None:
+    """Write the file, as a run of its own in the tree."""
+    drawn = {"dataset": dataset, "tokenizer": tokenizer, "file": path.name}
+    with runs.publish(path.parent, drawn, recipe="fv_fixed_trials", overwrite=overwrite) as record:
+        named = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": tokenizer})
+        print(*record.put({path.name: trials_text(named)}), sep="\n")
 
 
 def _path(dataset_json: Path | None, out_path: Path, fixed_trials_path: Path | None, max_trials: int | None) -> Path:
