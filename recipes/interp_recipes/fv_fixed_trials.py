@@ -81,14 +81,12 @@ def fv_fixed_trials(
     named = _one_of(model_name_for_tokenizer=model_name_for_tokenizer, tokenizer_name=tokenizer_name)
     path = _path(dataset_json, out_path, fixed_trials_path, max_trials)
     if dataset_json is not None:
-        name = named or "toy:text"
-        tokenizer = open_tokenizer(name)
+        tokenizer = open_tokenizer(name := named or "toy:text")
         template = _template(tokenizer, prefixes, separators, model_prepend_bos, prepend_bos_token_used)
         task = load_task(dataset_json, seed=seed, test_split=test_split)
         trials = fixed_trials(task, tokenizer, template=template, n_trials=n_trials, n_shots=n_shots, seed=seed)
-        path = path if path.suffix == ".json" else path / file_name(task.name, n_trials, n_shots, seed, name)
         print(task)
-        _keep(path, trials, dataset_json.name, name, overwrite)
+        path = _kept(path, file_name(task.name, n_trials, n_shots, seed, name), trials, name, overwrite)
     data = read_json(path)
     tokenizer = open_tokenizer(named or data["meta"]["model_name_for_tokenizer"])
     log = log_path or path.with_name(_log_name(path, mode, max_trials, len(data["trials"])))
@@ -97,12 +95,14 @@ def fv_fixed_trials(
     return path
 
 
-def _keep(path: Path, trials: Trials, dataset: str, tokenizer: str, overwrite: bool) -> None:
-    """Write the file, as a run of its own in the tree."""
-    drawn = {"dataset": dataset, "tokenizer": tokenizer, "file": path.name}
+def _kept(path: Path, name: str, trials: Trials, tokenizer: str, overwrite: bool) -> Path:
+    """Write the file, of this name where a folder is given, as a run of its own in the tree; returns its path."""
+    path = path if path.suffix == ".json" else path / name
+    drawn = {"tokenizer": tokenizer, "file": path.name}
     with runs.publish(path.parent, drawn, recipe="fv_fixed_trials", overwrite=overwrite) as record:
         named = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": tokenizer})
         print(*record.put({path.name: trials_text(named)}), sep="\n")
+    return path
 
 
 def _path(dataset_json: Path | None, out_path: Path, fixed_trials_path: Path | None, max_trials: int | None) -> Path:
