@@ -45,9 +45,9 @@ def replacing(
             forwards |= {module: by_operation.applied(rule, module.forward) for module in whole}
         if operations:
             forwards[model.hf] = by_operation.around(forwards.get(model.hf, model.hf.forward))
-        before = model.hf.__dict__.get(MARK, False)
-        stack.callback(model.hf.__dict__.__setitem__, MARK, before)
-        model.hf.__dict__[MARK] = True
+        if MARK not in model.hf.__dict__:
+            model.hf.__dict__[MARK] = True
+            stack.callback(model.hf.__dict__.pop, MARK)
         stack.enter_context(replaced_forwards(forwards))
         if attention is not None:
             stack.enter_context(replaced_attention(layers, attention, by_operation))
@@ -60,7 +60,7 @@ def demand_own(model: Structure, what: str) -> None:
     Raises:
         PlanError: rules stand in the place of some of it.
     """
-    if model.hf.__dict__.get(MARK):
+    if MARK in model.hf.__dict__:
         raise PlanError(f"{what} inside model.replacing(...) would mix the model's own numbers with those of the rules")
 
 

@@ -164,7 +164,7 @@ def test_inner_rules_call_outer_ones() -> None:
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_errors_leave_the_model_as_it_was(error: type[BaseException]) -> None:
     model = tiny_model("qwen3")
-    plain, before = model.run(tokens()).logits, State.of(model.hf)
+    plain, before, known = model.run(tokens()).logits, State.of(model.hf), model.fingerprint()
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise error
@@ -176,7 +176,7 @@ def test_errors_leave_the_model_as_it_was(error: type[BaseException]) -> None:
         assert not [before.changes(part, after) for part in vars(before) if before.changes(part, after)]
     with pytest.raises(error), model.replacing(**LRP):
         raise error
-    assert torch.equal(model.run(tokens()).logits, plain)
+    assert torch.equal(model.run(tokens()).logits, plain) and model.fingerprint() == known
 
 
 def test_other_threads_wait_for_their_own_model() -> None:
