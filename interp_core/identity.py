@@ -221,6 +221,8 @@ class _Walk:
             hung = [hook for kind in HOOKS for hook in own[kind].values() if not _is_noting(hook)]
             if "forward" in own and "_hf_hook" not in own:  # accelerate's moves weights and changes no number
                 hung.append(own["forward"])
+            if "interp_rule" in own:  # what has its attention for a while; see `engines/replace.py`
+                hung.append(own["interp_rule"][1])
             parts += map(self.of, hung)
         return _hashed("modules", [*parts, *(self.of(_settings(config)) for config in configs.values())])
 

@@ -179,6 +179,27 @@ def test_errors_leave_the_model_as_it_was(error: type[BaseException]) -> None:
     assert torch.equal(model.run(tokens()).logits, plain) and model.fingerprint() == known
 
 
+def test_a_model_with_rules_is_another_model() -> None:
+    """What is kept in a folder under its fingerprint is not taken for the model's own, nor for that of other rules."""
+    model = tiny_model("llama")
+
+    def doubled(own: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    def halved(own: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **{**kwargs, "half": True})
+
+    known = {model.fingerprint()}
+    ways: list[dict[str, Any]] = [
+        way for rule in (doubled, halved)
+        for way in ({"modules": {"mlp": rule}}, {"attention": rule}, {"operations": {"mul": rule}}, {"operations": {"activation": rule}})
+    ]  # fmt: skip
+    for way in ways:
+        with model.replacing(**way):
+            known.add(model.fingerprint())
+    assert len(known) == 1 + len(ways)
+
+
 def test_other_threads_wait_for_their_own_model() -> None:
     model, numbers = tiny_model("llama"), list[Tensor]()
     plain = model.run(tokens()).logits
