@@ -6,7 +6,7 @@ layer's. Sites without layers stay with the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,7 @@ class Passing(Protocol):
         """See `PortProgram`."""
         ...
 
-    def written(self, passed: Passed) -> list[int]:
+    def written(self, passes: Sequence[Passed]) -> list[int]:
         """See `PortProgram`."""
         ...
 
@@ -78,7 +78,7 @@ class Layers:
 
     def _hand_over(self, layer: int) -> None:
         passed, numbers = self.program.passed, self.slots[layer]
-        if self.program.written(passed):
+        if self.program.written((passed,)):
             # The model has written into a kept tensor. The pass is made again with copies, as it would be at its end;
             # only this layer and those above are still to be handed over then.
             self.program.break_off()

@@ -325,7 +325,7 @@ class PortProgram(ABC):
         Raises:
             CapabilityError: the model wrote into a copy.
         """
-        written = [self.slots[number].entry for passed in passes for number in self.written(passed)]
+        written = [self.slots[number].entry for number in self.written(passes)]
         if not written:
             return False
         if known := [entry for entry in written if entry.overwritten]:
@@ -338,10 +338,14 @@ class PortProgram(ABC):
         self.listen()
         return True
 
-    def written(self, passed: Passed) -> list[int]:
+    def written(self, passes: Sequence[Passed]) -> list[int]:
         """Slots that hold a tensor into which the model wrote after it was kept."""
-        values, versions = passed.values, passed.versions
-        return [number for number in self._late if (x := values[number]) is not None and x._version != versions[number]]
+        return [
+            number
+            for passed in passes
+            for number in self._late
+            if (x := passed.values[number]) is not None and x._version != passed.versions[number]
+        ]
 
     def break_off(self) -> None:
         """End this pass, to look at what it left."""
