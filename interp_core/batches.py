@@ -95,6 +95,11 @@ def laid_out(atlas: Atlas, tokens: Tokens) -> Tokens:
     return padded_on(tokens, possible[0])[0] if possible else tokens
 
 
+def numbering(tokens: Tokens) -> tuple[Any, ...]:
+    """All of tokens that a number may depend on, for folders to tell them apart by."""
+    return tokens.ids, tokens.mask, dict(tokens.spans), dict(tokens.inputs)
+
+
 def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
     """Some rows of a batch, laid out as they are in it, without columns that are padding in all of them.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import runs
 from .activations import INDEX, RECIPE, SHARDS, SITES, Activations, located, shard_bytes
-from .batches import AHEAD, Progress, batch_size_of, bucketed, laid_out, sides, windows
+from .batches import AHEAD, Progress, batch_size_of, bucketed, laid_out, numbering, sides, windows
 from .engines.protocol import Slot
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
@@ -186,7 +186,7 @@ def _items(model: Any, texts: Iterable[Any], shelf: Shelf, shown: Progress) -> I
 
 def _digest(tokens: Tokens, number: int) -> str:
     try:
-        return identity((tokens.ids, tokens.mask, dict(tokens.spans), dict(tokens.inputs)))[:32]
+        return identity(numbering(tokens))[:32]
     except NoIdentityError as error:
         raise PlanError(f"text {number} cannot be told from another one: {error}; leave it out") from error
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .architectures.atlas import Atlas, Shape
 from .architectures.taps import KEYED
 from .edits import TENSOR_OPS, Edit
-from .engines.protocol import Passed, Program
+from .engines.protocol import HandOver, Passed, Program
 from .errors import CapabilityError, PlanError, TextError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
@@ -145,7 +145,7 @@ class CompiledPlan:
                    for tap in (entry.read, entry.write)):  # fmt: skip
                 raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
 
-    def _handing(self, each: Each, rows: Rows, graph: bool) -> Callable[[int, list[int], Passed], None]:
+    def _handing(self, each: Each, rows: Rows, graph: bool) -> HandOver:
         """What hands the readings of a layer over.
 
         Raises:

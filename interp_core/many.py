@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import runs
-from .batches import Progress, batch_size_of, bucketed, sides, some_rows
+from .batches import Progress, batch_size_of, bucketed, numbering, sides, some_rows
 from .errors import InterpError, PlanError, PluginError, wrong
 from .files import sha256
 from .identity import NoIdentityError, identity
@@ -203,22 +203,17 @@ def _shelf(
             "class it returns: def run(self, model, tokens, config) -> MyResult"
         )
     if isinstance(out, runs.RunFolder):
-        with out.rows(INDEX, key="part", inputs={"prompts": _digest("the prompts", _said(tokens))}) as rows:
+        with out.rows(INDEX, key="part", inputs={"prompts": _digest("the prompts", numbering(tokens))}) as rows:
             yield FolderShelf(out, rows, kind)
         return
     settings = {**identified(method.name, config), "code": _code(method)}
-    settings["prompts"] = _digest("the prompts", _said(tokens))
+    settings["prompts"] = _digest("the prompts", numbering(tokens))
     run = runs.open(
         out, settings, recipe=method.name, model=model, free=("progress",), say=lambda line: None, kind="result"
     )
     run.claim(["result.json", "result.safetensors"], stage="result")
     with run, run.rows(INDEX, key="part") as rows:
         yield FolderShelf(run, rows, kind)
-
-
-def _said(tokens: Tokens) -> tuple[Any, ...]:
-    """All of tokens that a number may depend on."""
-    return tokens.ids, tokens.mask, dict(tokens.spans), dict(tokens.inputs)
 
 
 def identified(owner: str, config: Config) -> Mapping[str, Any]:

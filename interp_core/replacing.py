@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .architectures.components import OF_BLOCKS
-from .engines.attention import OPEN, own_config
+from .engines.attention import demand_open
 from .engines.replace import FUNCTIONS, Operations, Rule, activations, replaced_attention, replaced_forwards
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, PlanError, nearest, wrong
@@ -129,12 +129,7 @@ def _attention_modules(model: Structure) -> list[nn.Module]:
     for module in modules:
         if "interp_rule" in module.__dict__:
             raise PlanError("attention is replaced already, by a rule around this one; leave one of them out")
-        implementation = own_config(module)._attn_implementation
-        if implementation not in OPEN:
-            raise CapabilityError(
-                f"attention= needs attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
-                "load it with ic.load(..., attn_implementation='sdpa')"
-            )
+        demand_open(module, "attention= needs")
     if not modules:
         raise CapabilityError(f"attention=: no layer of this {model.atlas.family.name} attends")
     return modules

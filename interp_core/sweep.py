@@ -126,8 +126,7 @@ def sweep(
         for edits in {tuple(map(_kind, edits)): edits for edits in listed}.values():
             model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     runner = Runner(model, tokens, listed, scores, budget)
-    kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    with opened(out, model, tokens, listed, scores, kind) as store:
+    with opened(out, model, tokens, listed, scores) as store:
         chosen, why, trial = choose(model, tokens, strategy)
         plan = runner.plan(chosen, why, store.done)
         plan.trial = trial

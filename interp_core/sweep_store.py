@@ -86,7 +86,6 @@ def opened(
     tokens: Tokens,
     variants: Sequence[Sequence[Edit]],
     scores: Sequence[Score],
-    dtype: torch.dtype,
 ) -> Iterator[Store]:
     """The scores of a sweep, in the run folder `out` if there is one.
 
@@ -96,6 +95,7 @@ def opened(
         LoadError: it cannot be read.
     """
     shape = len(variants), len(tokens), len(scores)
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     if out is None:
         yield Store(None, {}, shape, dtype)
         return

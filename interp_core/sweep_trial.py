@@ -27,7 +27,7 @@ from .selfcheck import WIDTH, probe_ids
 from .sites import Site
 from .sweep_plan import APART, EACH, WHOLE, Group, Trial
 from .sweep_runner import Runner
-from .sweep_store import Store
+from .sweep_store import opened
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -165,16 +165,15 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
             variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
         texts = Tokens(ids, mask)
     rehearsal = _Rehearsal(model, texts, variants)
-    kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    store = Store(None, {}, (len(variants), len(texts), 1), kind)
     try:
-        rehearsal.run(rehearsal.plan(strategy, "", store.done), store, Progress(False, len(variants), "trial"))
+        with opened(None, model, texts, rehearsal.variants, rehearsal.scores) as store:
+            rehearsal.run(rehearsal.plan(strategy, "", store.done), store, Progress(False, len(variants), "trial"))
     except (*FAULTS, InterpError) as error:
         if len(rehearsal.wanted) < len(texts):
             return None
         return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     wanted = torch.stack([rehearsal.wanted[text] for text in range(len(texts))], -1)
-    differ = float((store.values[..., 0] - wanted.to(kind)).abs().max() / wanted.abs().max())
+    differ = float((store.values[..., 0] - wanted.to(store.values)).abs().max() / wanted.abs().max())
     limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 

@@ -7,11 +7,12 @@ import threading
 import pytest
 import torch
 from conftest import sampled, tiny_model
-from sweeping import peak_bytes, tokens
+from sweeping import tokens
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+from interp_core.bench.allocations import peak_bytes
 
 MIXED = [S.pattern, S.v, S.resid_pre, S.attn_out.at(-1), S.mlp_out, S.resid_post, S.embed]
 

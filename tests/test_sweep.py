@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import sampled, tiny_model
 from layouts import DEEPSTACK, VISUAL
-from sweeping import COARSER, JUDGED, everywhere, peak_bytes, same, tokens, variants
+from sweeping import COARSER, JUDGED, everywhere, same, tokens, variants
 from tolerances import close, rounding
 
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
+from interp_core.bench.allocations import peak_bytes
 from interp_core.engines import staircase
 
 

@@ -118,12 +118,7 @@ class LayerTap:
         self.asked: Sequence[int] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = own_config(module)
-        implementation = self.original._attn_implementation
-        if implementation not in OPEN:
-            raise CapabilityError(
-                f"attention sites need attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
-                "load it with ic.load(..., attn_implementation='sdpa')"
-            )
+        implementation = demand_open(module, "attention sites need")
         self.kernel = kernel_of(module)
         narrow = implementation == "eager" and self.kernel is not None and "float32" in self.kernel.__code__.co_names
         self.softmax_dtype = torch.float32 if narrow else None
@@ -153,6 +148,21 @@ class LayerTap:
 def own_config(module: Any) -> Any:
     """A layer's config as it is between runs."""
     return module.__dict__["interp_rule"][0] if "interp_rule" in module.__dict__ else module.config
+
+
+def demand_open(module: Any, what: str) -> str:
+    """A layer's attention implementation, if the tap understands its masks.
+
+    Raises:
+        CapabilityError: it does not.
+    """
+    implementation = str(own_config(module)._attn_implementation)
+    if implementation not in OPEN:
+        raise CapabilityError(
+            f"{what} attn_implementation 'eager' or 'sdpa', the model runs {implementation!r}; "
+            "load it with ic.load(..., attn_implementation='sdpa')"
+        )
+    return implementation
 
 
 def with_attention(config: Any, name: str) -> Any:

@@ -6,15 +6,14 @@ layer's. Sites without layers stay with the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from ..sites import SITES
-from .protocol import Passed
+from .protocol import HandOver, Passed
 
 LET_GO = torch.empty(0)
 """Stands in a pass' record for a value that was handed over."""
@@ -55,7 +54,7 @@ class Layers:
         after: what the program does after its ports.
     """
 
-    def __init__(self, program: Passing, each: Callable[[int, list[int], Passed], None], *, stop: bool) -> None:
+    def __init__(self, program: Passing, each: HandOver, *, stop: bool) -> None:
         self.program, self.each, self.stop = program, each, stop
         self.slots: dict[int, list[int]] = {}
         self.handed: set[int] = set()
@@ -92,10 +91,5 @@ class Layers:
         """Hand over the layers of which the pass had none of some site's positions."""
         values = self.program.passed.values
         for layer, numbers in self.slots.items():
-            if any(is_held(values[number]) for number in numbers):
+            if any(values[number] is not None and values[number] is not LET_GO for number in numbers):
                 self._hand_over(layer)
-
-
-def is_held(value: Tensor | None) -> bool:
-    """Whether a pass' record has a value that was not handed over."""
-    return value is not None and value is not LET_GO

@@ -28,7 +28,7 @@ from .attention import LayerTap
 from .knockout import check_knockouts
 from .layers import Layers
 from .ports import Change, Part, Port, Read
-from .protocol import Ending, Passed
+from .protocol import Ending, HandOver, Passed
 from .steps import Steps
 from .turns import turn_of
 
@@ -256,15 +256,9 @@ class PortProgram(ABC):
         """What has to be done once before inputs of a kind are carried, while nothing listens to the model."""
 
     def forward(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Rows,
-        edits: tuple[Edit, ...],
-        *,
-        keep_graph: bool,
-        stop: bool,
-        each: Callable[[int, list[int], Passed], None] | None = None,
-    ) -> Passed:
+        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
+        each: HandOver | None = None,
+    ) -> Passed:  # fmt: skip
         """See `Program.forward`."""
         self.engine.begin()
         try:

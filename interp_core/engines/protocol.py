@@ -57,6 +57,10 @@ class Passed:
         self.output: Any = None
 
 
+HandOver = Callable[[int, list[int], Passed], None]
+"""What is called with a layer, the numbers of its slots and the record of the pass."""
+
+
 @runtime_checkable
 class Ending(Protocol):
     """What a generation tells its program.
@@ -85,15 +89,9 @@ class Program(Protocol):
         ...
 
     def forward(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Rows,
-        edits: tuple[Edit, ...],
-        *,
-        keep_graph: bool,
-        stop: bool,
-        each: Callable[[int, list[int], Passed], None] | None = None,
-    ) -> Passed:
+        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
+        each: HandOver | None = None,
+    ) -> Passed:  # fmt: skip
         """One forward pass.
 
         Args:
@@ -101,8 +99,7 @@ class Program(Protocol):
             edits: those that the program was compiled for, or the same with other values.
             keep_graph: keep what gradients need.
             stop: end the pass after the last slot; the output is then None.
-            each: called with a layer, the numbers of its slots and the record of the pass, as soon as all of them have
-                passed; what they kept is let go when it returns.
+            each: called for a layer as soon as all its slots have passed; what they kept is let go when it returns.
 
         Raises:
             CapabilityError: `each` on an engine that cannot.

@@ -8,7 +8,7 @@ head and expert outputs, writing `resid_mid`), `apply`, gradients and generation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ..positions import Rows
 from ..sites import SITES
 from .ports import Part, Port
 from .program import PortProgram
-from .protocol import Passed
+from .protocol import HandOver, Passed
 
 if TYPE_CHECKING:
     from ..architectures.atlas import Atlas
@@ -66,15 +66,9 @@ class RemoteProgram(PortProgram):
         raise NotImplementedError
 
     def forward(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Rows,
-        edits: tuple[Edit, ...],
-        *,
-        keep_graph: bool,
-        stop: bool,
-        each: Callable[[int, list[int], Passed], None] | None = None,
-    ) -> Passed:
+        self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
+        each: HandOver | None = None,
+    ) -> Passed:  # fmt: skip
         """See `Program.forward`."""
         import httpx  # nnsight's, as this engine is; what only measures plans does not have it
 

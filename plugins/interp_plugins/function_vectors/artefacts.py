@@ -6,7 +6,6 @@ each whole or not at all. What was there before is named. The same run writes th
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import platform
@@ -185,29 +184,9 @@ def pt(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def text(value: Any) -> str:
-    """A JSON file."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """A JSON list with a row per line."""
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
-def lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A file of JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def comma_separated(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
-    """A CSV file of these columns, with a line of their names; without it, lines to add to one."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def published(

@@ -18,7 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .artefacts import Files, comma_separated, text
+from interp_core import runs
+
+from .artefacts import Files
 from .differences import STAGES, Finding, Stage, plain
 from .parity import Comparison
 
@@ -163,12 +165,12 @@ class Suite:
         diff = {**self.about(), **self.setting(), "stages": [self._stage(s) for s in self.stages], **self._first()}
         own: dict[str, str | bytes] = {
             names["log"]: self.log(),
-            names["csv"]: comma_separated(STAGE_COLUMNS, gate),
-            names["report"]: text(report),
-            "injection_parity_trials.csv": comma_separated(TRIAL_COLUMNS, trials),
-            "injection_parity_report.json": text(self._injection(trials)),
+            names["csv"]: runs.csv_text(gate, STAGE_COLUMNS),
+            names["report"]: runs.json_text(report),
+            "injection_parity_trials.csv": runs.csv_text(trials, TRIAL_COLUMNS),
+            "injection_parity_report.json": runs.json_text(self._injection(trials)),
         }
-        return own, {"src_vs_fv_diff_report.json": text(diff), "src_vs_fv_diff_report.md": self.markdown()}
+        return own, {"src_vs_fv_diff_report.json": runs.json_text(diff), "src_vs_fv_diff_report.md": self.markdown()}
 
     def _stage(self, stage: Stage) -> dict[str, Any]:
         return {

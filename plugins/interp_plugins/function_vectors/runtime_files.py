@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import interp_core as ic
+from interp_core import runs
 
-from .artefacts import Files, FixedRun, lines, profile, pt, text
+from .artefacts import Files, FixedRun, profile, pt
 from .common_files import by_layer, target_fields
 from .extraction import Answers, Extraction, Measure
 from .means import head_shape
@@ -45,22 +46,22 @@ def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: An
     step6 = f"step6_results_{_plain(short_name(run.model_name))}_layer{answered.layer}_n{len(rows)}.json"
     return {
         "mean_activations.pt": pt(made.mean),
-        "mean_activations_meta.json": text(_mean_meta(model, run)),
+        "mean_activations_meta.json": runs.json_text(_mean_meta(model, run)),
         "indirect_effect.pt": pt(made.effects[made.measure]),
         MAPS: slot_maps(run, model),
-        "top_heads.json": text(_top_heads(run, made)),
+        "top_heads.json": runs.json_text(_top_heads(run, made)),
         "fv_by_layer.pt": pt(
             by_layer(model, made.mean, made.heads, alpha=answered.alpha, model_spec=short_name(run.model_name))
         ),
         "fv_global_resid.pt": pt(
             {"fv_global_resid": vector, "resid_dim": len(vector), "head_dim": d_head, "n_heads": heads}
         ),
-        "fv_global_resid_meta.json": text(_vector_meta(run, made)),
+        "fv_global_resid_meta.json": runs.json_text(_vector_meta(run, made)),
         LOGITS: logits_file(answered),
-        step6: text(_step6(meta, summary, rows)),
-        "eval_summary.json": text(summary),
-        "eval_trials.jsonl": lines(rows),
-        "eval_meta.json": text(meta),
+        step6: runs.json_text(_step6(meta, summary, rows)),
+        "eval_summary.json": runs.json_text(summary),
+        "eval_trials.jsonl": runs.json_lines(rows),
+        "eval_meta.json": runs.json_text(meta),
     }
 
 

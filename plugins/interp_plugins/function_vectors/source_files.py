@@ -17,8 +17,9 @@ import json
 from typing import Any
 
 import interp_core as ic
+from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile, pt, table, text
+from .artefacts import Files, FixedRun, profile, pt, table
 from .effects import ranking
 from .extraction import Answers, Extraction
 from .prompts import Prompt
@@ -36,13 +37,13 @@ def source_files(model: ic.Model, run: FixedRun, made: Extraction, answered: Ans
     name = run.dataset_name
     return {
         f"{name}_mean_head_activations_FIXED.pt": pt(made.mean),
-        f"{name}_dummy_labels.json": text(run.trials.slots.json()),
+        f"{name}_dummy_labels.json": runs.json_text(run.trials.slots.json()),
         f"{name}_indirect_effect.pt": pt(made.effects[made.measure]),
         VECTOR: pt(made.vector.vector[None]),
-        HEADS: text(heads_table(made)),
+        HEADS: runs.json_text(heads_table(made)),
         MAPS: slot_maps(run, model),
         LOGITS: logits_file(answered),
-        DUMP: text(_dump(model, run, made, answered)),
+        DUMP: runs.json_text(_dump(model, run, made, answered)),
     }
 
 

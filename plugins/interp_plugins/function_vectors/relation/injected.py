@@ -15,7 +15,7 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from ..artefacts import lines, pt, text
+from ..artefacts import pt
 from ..common_files import by_layer
 from ..effects import Head
 from ..inject import injection
@@ -53,7 +53,7 @@ def make_vector(
     meta = {"k": settings.top_k, "model": settings.model, "model_spec": _kind(model), "score_key": key}
     files: dict[str, str | bytes] = {
         "aie_scores.csv": csv_table(table),
-        "top_heads.json": text({"meta": meta | {"gap_k_to_k1": gap}, "heads": listed}),
+        "top_heads.json": runs.json_text({"meta": meta | {"gap_k_to_k1": gap}, "heads": listed}),
     }
     part.put(files | _vector_files(model, work, mean, vector, settings, listed), stage="vector")
     return vector
@@ -74,7 +74,7 @@ def _vector_files(
     return {
         "fv_by_layer.pt": pt(parts),
         "fv_global_resid.pt": pt({"fv_global_resid": vector.vector, **sizes}),
-        META: text(meta),
+        META: runs.json_text(meta),
     }
 
 
@@ -129,10 +129,10 @@ def _layer(
         "matrix": {"__global__": {q_id: summary[settings.score_key]}}, "metadata": meta, "results": rows,
     }  # fmt: skip
     name = short_name(settings.model)
-    yield f"step6_results_{runs.safe_name(name)}_layer{layer}_n{len(rows)}.json", text(results)
-    yield "eval_trials.jsonl", lines(rows)
-    yield "eval_meta.json", text(meta)
-    yield "eval_summary.json", text(summary)
+    yield f"step6_results_{runs.safe_name(name)}_layer{layer}_n{len(rows)}.json", runs.json_text(results)
+    yield "eval_trials.jsonl", runs.json_lines(rows)
+    yield "eval_meta.json", runs.json_text(meta)
+    yield "eval_summary.json", runs.json_text(summary)
 
 
 def summarise(work: Work, settings: RelationSettings, layers: Sequence[int], part: runs.Part) -> Row:
@@ -146,5 +146,5 @@ def summarise(work: Work, settings: RelationSettings, layers: Sequence[int], par
         "best_score": None if best is None else per[best][settings.score_key],
         "per_layer": {str(layer): summary for layer, summary in per.items()},
     }  # fmt: skip
-    part.put({SUMMARY: text(found)})
+    part.put({SUMMARY: runs.json_text(found)})
     return found

@@ -13,7 +13,6 @@ from typing import Any
 from interp_core import runs
 from interp_core.report import Heatmap, Section, page, short, table
 
-from ..artefacts import text
 from .injected import SUMMARY
 from .question import STAGES
 from .tables import Row, csv_table, read_json, read_lines
@@ -40,7 +39,7 @@ def write_summary(run: runs.RunFolder) -> Path:
     groups = classified(found)
     failures = {"n_failed": sum(group["count"] for group in groups), "classes": groups}
     files: dict[str, str | bytes] = {"summary.csv": csv_table(rows)} if rows else {}
-    files |= {"failures.json": text(failures), "summary.html": _page(out, found, rows, groups)}
+    files |= {"failures.json": runs.json_text(failures), "summary.html": _page(out, found, rows, groups)}
     for name, content in files.items():
         run.put({name: content}, binds=False)
     return out / "summary.html"

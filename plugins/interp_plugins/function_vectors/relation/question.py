@@ -24,7 +24,7 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from ..artefacts import pt, text
+from ..artefacts import pt
 from ..effects import Head
 from ..files import read_means
 from ..inject import head_injection
@@ -64,7 +64,9 @@ def run_question(
 
 def write_trials(work: Work, part: runs.Part, *, binds: bool = True) -> None:
     """The two files of trials."""
-    part.put({TRIALS: text(work.sampled), ZEROSHOT: text(work.zeroshot)}, stage="trials", binds=binds)
+    part.put(
+        {TRIALS: runs.json_text(work.sampled), ZEROSHOT: runs.json_text(work.zeroshot)}, stage="trials", binds=binds
+    )
 
 
 def mean_activations(model: ic.Model, work: Work, part: runs.Part) -> Means:

@@ -19,7 +19,6 @@ from typing import Any
 import interp_core as ic
 from interp_core import runs
 
-from ..artefacts import text
 from .draws import BadRows, Skipped, Work, draw
 from .page import QUESTIONS, write_summary
 from .question import fix, run_question, write_trials
@@ -83,7 +82,7 @@ def _part(run: runs.RunFolder, question: Question, settings: RelationSettings) -
     config = settings.config(question)
 
     def tell(part: runs.Part) -> None:
-        part.put({STATUS: text(_status(part, config))}, binds=False)
+        part.put({STATUS: runs.json_text(_status(part, config))}, binds=False)
 
     part = run.part(
         question.q_id, {"pairs": question.digest}, f"{QUESTIONS}/{question.folder}", watch=tell,

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 import interp_core as ic
+from interp_core import runs
 
-from ..artefacts import comma_separated
 from ..common_files import target_fields
 from ..prompts import Prompt
 from .measures import MEASURES, Measured
@@ -110,9 +110,9 @@ def eval_summary(rows: Sequence[Mapping[str, Any]]) -> Row:
     return out
 
 
-def csv_table(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
-    """A CSV file with the columns of the first row, or lines to add to one; nothing of no rows."""
-    return comma_separated(list(rows[0]), rows, header=header) if rows else ""
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file with the columns of the first row; nothing of no rows."""
+    return runs.csv_text(rows, list(rows[0])) if rows else ""
 
 
 def read_json(path: Path) -> Any:
