@@ -156,6 +156,22 @@ class Rules:
         }  # fmt: skip
         return f"{self.name} ({', '.join(part for part, on in parts.items() if on) or 'the gradient alone'})"
 
+    def demand_reach(self, model: ic.Model) -> None:
+        """Refuse a model whose attention function or tables of positions the rules do not reach.
+
+        Raises:
+            CapabilityError: naming what it runs.
+        """
+        runs = getattr(model.hf.config.get_text_config(), "_attn_implementation", "eager")
+        if self.attention != "gradient" and runs not in ("eager", "sdpa"):
+            raise ic.CapabilityError(
+                f"rules {self.name!r} need attn_implementation 'eager' or 'sdpa', the model runs {runs!r}; load it with "
+                "ic.load(..., attn_implementation='sdpa')"
+            )
+        if self.positions and "pos_embed" not in model.atlas.components.names():
+            if TABLES not in inspect.signature(type(model.module("block", 0)).forward).parameters:
+                raise ic.CapabilityError(_no_tables(self, model))
+
     @contextmanager
     def on(self, model: ic.Model) -> Iterator[Places]:
         """The rules hold for the runs of the block; gives where the tables of positions are kept.
@@ -167,7 +183,7 @@ class Rules:
         if self.empty:
             yield state
             return
-        demand_reach(self, model)
+        self.demand_reach(model)
         with model.replacing(modules=_modules(self, model, state), operations=_operations(self, state)):
             yield state
 
@@ -261,24 +277,11 @@ class Places:
             vars(self).update(before)
 
 
-def demand_reach(chosen: Rules, model: ic.Model) -> None:
-    """Refuse attention functions that operations do not reach.
-
-    Raises:
-        CapabilityError: the model runs another attention than eager or sdpa; no table of positions to take as input.
-    """
-    runs = getattr(model.hf.config.get_text_config(), "_attn_implementation", "eager")
-    if chosen.attention != "gradient" and runs not in ("eager", "sdpa"):
-        raise ic.CapabilityError(
-            f"rules {chosen.name!r} for attention need attn_implementation 'eager' or 'sdpa', the model runs {runs!r}; "
-            "load it with ic.load(..., attn_implementation='sdpa')"
-        )
-    if chosen.positions and "pos_embed" not in model.atlas.components.names():
-        if TABLES not in inspect.signature(type(model.module("block", 0)).forward).parameters:
-            raise ic.CapabilityError(
-                f"rules {chosen.name!r}: blocks of this {model.atlas.family.name} are not handed their tables of "
-                "positions, so these cannot be inputs; take rules 'attnlrp'"
-            )
+def _no_tables(chosen: Rules, model: ic.Model) -> str:
+    return (
+        f"rules {chosen.name!r}: blocks of this {model.atlas.family.name} are not handed cosines and sines of positions, "
+        "so these cannot be inputs; take rules 'attnlrp'"
+    )
 
 
 def unruled(model: ic.Model) -> list[int]:
@@ -330,6 +333,8 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
 
     def with_tables(layer: int) -> Callable[..., Any]:
         def rule(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            if not isinstance(named.get(TABLES), tuple):  # one table of complex numbers, say
+                raise ic.CapabilityError(_no_tables(chosen, model))
             leaves = tuple(table.detach().requires_grad_() for table in named[TABLES])
             state.tables[layer] = leaves
             return forward(*args, **{**named, TABLES: leaves})
