@@ -156,6 +156,16 @@ class Structure:
         entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
         return next((entry.why[use] for entry in entries if use in entry.why), "")
 
+    def components(self, layer: int | None = None) -> list[str]:
+        """Names that `module` takes for a layer, or for what the model has once.
+
+        Args:
+            layer: negative counts from the end.
+        """
+        with self.turn:
+            self.renew()
+            return list(self.atlas.components.names(None if layer is None else layer % self.n_layers))
+
     def module(self, component: str, layer: int | None = None) -> nn.Module:
         """The module of `hf` that is a component, by TransformerLens' name of it, whatever the family calls it.
 

@@ -76,7 +76,7 @@ class Explained:
         self._zeros = [_zero(model, tokens, site) for site in self._sites]
         edits = [site.add(zero) for site, zero in zip(self._sites, self._zeros, strict=True)]
         with chosen.on(model) as places, _narrowed(model, tokens, at if alone and not sites else None):
-            run = model.run(tokens, read=self._sites, edits=edits, grad=True, logits=list(at), allow_noop=True)
+            run = model.run(tokens, read=self._sites, edits=edits, logits=list(at), allow_noop=True)
         self._places = places
         self._values = [run[site].plain.detach() for site in self._sites]
         self.logits = run.logits.plain[0]
@@ -224,7 +224,7 @@ def _positions(tables: Sequence[Tensor], grads: Sequence[Tensor], length: int) -
 def _narrowed(model: ic.Model, tokens: ic.Tokens, at: Sequence[int] | None) -> Iterator[None]:
     """For a while, the last layer's MLP runs at these positions alone; others get zeros, which nobody reads."""
     last, width = model.n_layers - 1, tokens.ids.shape[1]
-    if at is None or tokens.inputs or last not in model.atlas.components.layers("mlp"):
+    if at is None or tokens.inputs or "mlp" not in model.components(last):
         yield
         return
     kept = torch.tensor(list(at), device=model.device)

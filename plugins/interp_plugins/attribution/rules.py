@@ -168,9 +168,9 @@ class Rules:
                 f"rules {self.name!r} need attn_implementation 'eager' or 'sdpa', the model runs {runs!r}; load it with "
                 "ic.load(..., attn_implementation='sdpa')"
             )
-        if self.positions and "pos_embed" not in model.atlas.components.names():
+        if self.positions and "pos_embed" not in model.components():
             if TABLES not in inspect.signature(type(model.module("block", 0)).forward).parameters:
-                raise ic.CapabilityError(_no_tables(self, model))
+                raise ic.CapabilityError(_no_tables(self.name))
 
     @contextmanager
     def on(self, model: ic.Model) -> Iterator[Places]:
@@ -277,16 +277,16 @@ class Places:
             vars(self).update(before)
 
 
-def _no_tables(chosen: Rules, model: ic.Model) -> str:
+def _no_tables(name: str) -> str:
     return (
-        f"rules {chosen.name!r}: blocks of this {model.atlas.family.name} are not handed cosines and sines of positions, "
-        "so these cannot be inputs; take rules 'attnlrp'"
+        f"rules {name!r}: this model's blocks are not handed cosines and sines of positions, so these cannot be inputs; "
+        "take rules 'attnlrp'"
     )
 
 
 def unruled(model: ic.Model) -> list[int]:
     """Layers of linear attention, which keep their own gradient: they are products all through."""
-    return model.atlas.components.layers("linear_attn")
+    return [layer for layer in range(model.n_layers) if "linear_attn" in model.components(layer)]
 
 
 def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
@@ -317,7 +317,6 @@ def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
 
 def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callable[..., Any]]:
     """What replaces modules: the parts in which other rules hold."""
-    parts = model.atlas.components
     found: dict[Any, Callable[..., Any]] = {}
 
     def within(**places: bool) -> Callable[..., Any]:
@@ -334,7 +333,7 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
     def with_tables(layer: int) -> Callable[..., Any]:
         def rule(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
             if not isinstance(named.get(TABLES), tuple):  # one table of complex numbers, say
-                raise ic.CapabilityError(_no_tables(chosen, model))
+                raise ic.CapabilityError(_no_tables(chosen.name))
             leaves = tuple(table.detach().requires_grad_() for table in named[TABLES])
             state.tables[layer] = leaves
             return forward(*args, **{**named, TABLES: leaves})
@@ -346,16 +345,17 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
         state.tables[-1] = (leaf,)
         return leaf
 
-    if chosen.positions and "pos_embed" in parts.names():
+    if chosen.positions and "pos_embed" in model.components():
         found["pos_embed"] = with_embedding
     elif chosen.positions:
         found |= {model.module("block", layer): with_tables(layer) for layer in range(model.n_layers)}
-    for layer in parts.layers("linear_attn"):
-        found[model.module("linear_attn", layer)] = within(plain=True)
-    for layer in parts.layers("experts"):
-        found[model.module("mlp", layer)] = within(routing=True)
-        found[model.module("experts", layer)] = within(routing=False)
-        found[model.module("router", layer)] = frozen if chosen.router == "frozen" else within(plain=True)
+    for layer in range(model.n_layers):
+        parts = {name: model.module(name, layer) for name in model.components(layer)}
+        if "linear_attn" in parts:
+            found[parts["linear_attn"]] = within(plain=True)
+        if "experts" in parts:
+            found[parts["mlp"]], found[parts["experts"]] = within(routing=True), within(routing=False)
+            found[parts["router"]] = frozen if chosen.router == "frozen" else within(plain=True)
     return found
 
 
