@@ -38,8 +38,7 @@ def relevance(hf: Any, family: str, ids: Tensor, at: int, token: int, rule: str,
     finally:
         handle.remove()
     if rule != "gradient":
-        for node in nodes(logit.grad_fn):
-            hang(node, rule, router, ranges)
+        Hung(rule, router, ranges).on(logit.grad_fn)
     (grad,) = torch.autograd.grad(logit, leaf[0])
     return (leaf[0].detach() * grad).sum(-1)[0]
 
@@ -64,7 +63,7 @@ def now() -> int:
 @contextmanager
 def marked(hf: Any, family: str, router: str, rule: str) -> Iterator[Ranges]:
     """While the model runs, note which nodes are made where; composed activations become one factor of their input."""
-    ranges: Ranges = {"mixture": [], "experts": [], "plain": []}
+    ranges: Ranges = {"mixture": [], "experts": [], "plain": [], "cut": []}
     layout, modules, handles = LAYOUT[family], dict(hf.named_modules()), []
 
     def timed(module: Any, kind: str) -> None:
@@ -75,7 +74,8 @@ def marked(hf: Any, family: str, router: str, rule: str) -> Iterator[Ranges]:
     def constant(_module: Any, _args: Any, output: Any) -> None:
         for part in output if isinstance(output, tuple) else (output,):
             if part.requires_grad:
-                part.register_hook(torch.zeros_like)
+                number = part.grad_fn._sequence_nr()
+                ranges["cut"].append((number, number + 1))
 
     def factor(module: Any, args: Any, output: Tensor) -> Tensor:
         x = args[0].detach()
@@ -102,45 +102,74 @@ def marked(hf: Any, family: str, router: str, rule: str) -> Iterator[Ranges]:
             handle.remove()
 
 
-def hang(node: Any, rule: str, router: str, ranges: Ranges) -> None:
-    """Hang its rule on a node."""
+class Hung:
+    """Rules on the nodes of a graph."""
 
-    def inside(kind: str) -> bool:
-        return any(start <= node._sequence_nr() < stop for start, stop in ranges[kind])
+    def __init__(self, rule: str, router: str, ranges: Ranges) -> None:
+        self.rule, self.router, self.ranges = rule, router, ranges
+        self.known: dict[Any, bool] = {}
 
-    if inside("plain"):
-        return
-    kind, parents = type(node).__name__.removesuffix("Backward0"), [parent for parent, _ in node.next_functions]
-    routing = inside("mixture") and not inside("experts")
-    shares = [1.0] * len(parents)
-    if kind == "Rsqrt" or (kind == "Softmax" and (rule == "cp_lrp" or (routing and router == "frozen"))):
-        shares = [0.0]
-    elif kind == "Sigmoid" and not (routing and router == "halved"):
-        shares = [0.0]
-    elif kind in ("Mul", "Bmm") and sum(parent is not None for parent in parents) == 2:
-        active = [type(parent).__name__ in ("SiluBackward0", "GeluBackward0") for parent in parents]
-        if rule == "cp_lrp" and any(active):
-            shares = [0.0 if on else 1.0 for on in active]
-        elif not (rule == "cp_lrp" and kind == "Bmm"):
-            shares = [0.5, 0.5]
-    elif kind in SLOPES:
-        slope = SLOPES[kind](node)
-        node.register_hook(lambda _inputs, outputs: (outputs[0] * slope,))
-        return
-    elif kind == "NativeLayerNorm":
-        scale, weight = node._saved_result2, node._saved_weight
+    def inside(self, node: Any, kind: str) -> bool:
+        return any(start <= node._sequence_nr() < stop for start, stop in self.ranges[kind])
 
-        def centred(_inputs: Any, outputs: Any) -> Any:
-            grad = outputs[0] * weight * scale
-            return (grad - grad.mean(-1, keepdim=True), None, None)
+    def routing(self, node: Any) -> bool:
+        return self.inside(node, "mixture") and not self.inside(node, "experts")
 
-        node.register_hook(centred)
-        return
-    if shares != [1.0] * len(parents):
+    def cut(self, node: Any) -> bool:
+        """Whether what a node computed counts as a constant."""
+        kind, routing = type(node).__name__.removesuffix("Backward0"), self.routing(node)
+        if self.inside(node, "cut"):
+            return True
+        if self.inside(node, "plain"):
+            return False
+        softmax = self.rule == "cp_lrp" or (routing and self.router == "frozen")
+        gate = not (routing and self.router == "halved")
+        return kind == "Rsqrt" or (kind == "Softmax" and softmax) or (kind in ("Sigmoid", "Softplus") and gate)
+
+    def moves(self, node: Any) -> bool:
+        """Whether any gradient gets through a node."""
+        if node is None:
+            return False
+        if node not in self.known:
+            parents = [parent for parent, _ in node.next_functions]
+            self.known[node] = not self.cut(node) and (not parents or any(map(self.moves, parents)))
+        return self.known[node]
+
+    def on(self, root: Any) -> None:
+        for node in reversed(list(nodes(root))):
+            self.moves(node)
+        for node in nodes(root):
+            self.hang(node)
+
+    def hang(self, node: Any) -> None:
+        """Hang its rule on a node."""
+        if self.cut(node):
+            self.shared(node, [0.0] * len(node.next_functions))
+            return
+        if self.inside(node, "plain"):
+            return
+        kind, parents = type(node).__name__.removesuffix("Backward0"), [parent for parent, _ in node.next_functions]
+        if kind in ("Mul", "Bmm") and sum(map(self.moves, parents)) == 2:
+            active = [type(parent).__name__ in ("SiluBackward0", "GeluBackward0") for parent in parents]
+            if self.rule == "cp_lrp" and any(active):
+                self.shared(node, [0.0 if on else 1.0 for on in active])
+            else:
+                self.shared(node, [0.5, 0.5])
+        elif kind in SLOPES:
+            slope = SLOPES[kind](node)
+            node.register_hook(lambda _inputs, outputs: (outputs[0] * slope,))
+        elif kind == "NativeLayerNorm":
+            scale, weight = node._saved_result2, node._saved_weight
+
+            def centred(_inputs: Any, outputs: Any) -> Any:
+                grad = outputs[0] * weight * scale
+                return (grad - grad.mean(-1, keepdim=True), None, None)
+
+            node.register_hook(centred)
+
+    def shared(self, node: Any, shares: list[float]) -> None:
         node.register_hook(
-            lambda inputs, _: tuple(
-                None if x is None else x * share for x, share in zip(inputs, shares, strict=True)
-            )
+            lambda inputs, _: tuple(None if x is None else x * s for x, s in zip(inputs, shares, strict=True))
         )
 
 

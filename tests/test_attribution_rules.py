@@ -14,11 +14,12 @@ from interp_plugins.attribution.relevance import Explained, relevance, relevance
 from layouts import DEEPSTACK, LINEAR
 from relevance_by_hand import relevance as by_hand
 from sweeping import ROWS
-from tolerances import close, rounding
+from tolerances import GROWTH, close, rounding
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+from interp_core.check import coarsest
 from interp_core.testing.state import State
 
 AT, TOKEN = 7, 11
@@ -49,7 +50,9 @@ def check_by_hand(family: str, chosen: R.Rules) -> None:
     ours = relevance(model, row(), chosen, [AT], [TOKEN])
     close(torch.tensor(ours.objective), model.run(row()).logits.plain[0, AT, TOKEN].float(), model)
     assert wanted.abs().max() > 1e-3
-    close(ours.tokens, wanted, model, size=wanted.abs().sum())
+    slack = torch.float32 if family in ("gptj", "opt") else coarsest(model)  # their eager attention narrows
+    far = GROWTH * torch.finfo(slack).eps * float(wanted.abs().sum())
+    torch.testing.assert_close(ours.tokens, wanted, atol=far, rtol=0)
 
 
 def without_biases(family: str) -> ic.Model:
@@ -140,7 +143,7 @@ def test_against_another_token_and_the_largest() -> None:
     both = relevance(model, row(), chosen, [AT], [3], against=9)
     close(both.tokens, one.tokens - other.tokens, model)
     logits = model.run(row()).logits.plain[0, AT]
-    assert relevance(model, row(), chosen, [AT]).objective == float(logits.max())
+    assert relevance(model, row(), chosen, [AT]).objective == pytest.approx(float(logits.max()))
 
 
 def test_inner_sites() -> None:

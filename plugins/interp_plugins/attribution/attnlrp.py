@@ -69,7 +69,7 @@ class AttnLRP(Attribution):
     """Relevance of tokens by layer-wise relevance propagation, or input × gradient."""
 
     name = "attnlrp"
-    requires = frozenset({"embed", "grad"})
+    requires = frozenset({"embed"})
     Config = AttnLRPConfig
     additive: ClassVar[bool] = False
 
