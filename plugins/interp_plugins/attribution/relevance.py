@@ -13,7 +13,7 @@ Source: Achtibat et al. (2024), arXiv:2402.05602; DeepStack inputs as in Pan et 
 Bakish et al. (2025), arXiv:2506.02138.
 
 Cost: a span is one forward and one backward pass. `relevance_rows` is one backward pass per target token over the
-tokens before it, and a forward pass per √(2T) of them; the MLP of the last layer runs on the predicting positions alone.
+tokens before it, and a forward pass per √(2T) of them; the last layer's MLP runs on the predicting positions alone.
 Must equal: input × gradient without rules.
 """
 
