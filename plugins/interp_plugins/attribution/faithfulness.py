@@ -1,6 +1,6 @@
-"""RISE, MAS and RISE+AP: how fast a target becomes unlikely when prompt tokens are deleted from the highest weight down.
+"""RISE, MAS and RISE+AP: how soon a target becomes unlikely as prompt tokens are deleted by descending weight.
 
-    s_i            log p of the target after i of K steps (`orders.py`: groups in descending weight, replaced, cumulative)
+    s_i            log p of the target after i of K steps (`orders.py`: groups of tokens, replaced, cumulative)
     density_i      1 - share of the weight deleted so far; 1 … 0 in equal steps where the weights add up to 0 or less
     n_i            running minimum, from 1, of clip((s_i - s_K) / |s_0 - s_K|, 0, 1); 1 where s_0 = s_K
     AP_i           |n_i - density_i|
@@ -11,11 +11,11 @@
 Lower is better in all three. Where deletion makes the target likelier (s_K > s_0), n is 0 everywhere and RISE is 0, the
 best number there is, for any weights: such a vector is marked degenerate, and says nothing.
 
-`profile="sound"` ranks and deletes every prompt token; `"reference"` only `kept` ones, for the methods that the reference
-scores on another token set than its baselines (their stop words are neither deleted nor ranked).
+By default every prompt token is ranked and deleted, for all methods alike. `kept=` leaves tokens out: the reference
+scores its own methods without stop words, an easier set of tokens than that of the baselines in the same table.
 
-Source: RISE, Petsiuk et al. (2018), arXiv:1806.07421; MAS, Walker et al. (2023), arXiv:2310.12444; in the form of the
-reference implementation of FlashTrace (arXiv:2602.01914), whose numbers the tests hold (2e-7 of the same curve and order).
+Source: RISE, Petsiuk et al. (2018), arXiv:1806.07421; MAS, Walker et al. (2023), arXiv:2310.12444; both in the form of
+FlashTrace's implementation (arXiv:2602.01914), whose numbers the tests hold (2e-7 of the same curve and order).
 Cost: 1 + K forward passes for one ordering; 1 + 1 + (K - 1) × orderings for several.
 """
 
@@ -37,12 +37,14 @@ from .orders import (
     checked_order,
     checked_weights,
     deletion_steps,
+    named,
     ordered,
     tied_share,
 )
 from .perturbed import Perturbed
 
 METRICS = ("RISE", "MAS", "RISE+AP")
+ENDS = ("low", "mean", "high")
 
 
 class Metrics(NamedTuple):
@@ -64,7 +66,8 @@ class Faithfulness(ic.Result):
         steps: the step in which each prompt token is deleted; -1: never.
         degenerate: deletion made the target likelier, so that the scores say nothing.
         tied: share of ranked tokens whose weight another one has too.
-        tie_range: least and largest score over random orders among equals; None if not asked for.
+        tie_range: least, mean and largest score over random orders among equals (the declared order counts among the
+            ends, not in the mean); None if not asked for.
         names: of the vectors.
         tie_orders: how many random orders, seeds 0 to n - 1.
         order: "stable" (lower position first among equals) or "given".
@@ -109,8 +112,8 @@ class Faithfulness(ic.Result):
             row: dict[str, Any] = {"vector": name, **dict(zip(METRICS, self.scores[number].tolist(), strict=True))}
             row |= {"degenerate": bool(self.degenerate[number]), "tied": float(self.tied[number])}
             if self.tie_range is not None:
-                ends = self.tie_range[number].tolist()
-                row |= {f"{metric} ties": f"{low:.4f} to {high:.4f}" for metric, (low, high) in zip(METRICS, ends, strict=True)}
+                ends = zip(METRICS, self.tie_range[number].tolist(), strict=True)
+                row |= {f"{metric} ties {end}": x for metric, xs in ends for end, x in zip(ENDS, xs, strict=True)}
             rows.append(row)
         return rows
 
@@ -142,7 +145,7 @@ def faithfulness(
         names: of the vectors.
         kept: prompt tokens that are ranked and deleted (a mask, or indices); None: all.
         steps: of the curve.
-        order: prompt tokens in the order of deletion, one row per vector; None: descending weight, equal ones by position.
+        order: prompt tokens in the order of deletion, one row per vector; None: descending weight, then position.
         tie_orders: how many random orders among equal weights to score for `tie_range`.
 
     Raises:
@@ -155,9 +158,7 @@ def faithfulness(
     for what, value, least in (("steps=", steps, 1), ("tie_orders=", tie_orders, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ic.PlanError(ic.errors.wrong(what, f"a whole number from {least} on", value))
-    labels = tuple(names) or tuple(map(str, range(len(weights))))
-    if len(labels) != len(weights):
-        raise ic.PlanError(f"faithfulness: {len(labels)} names for {len(weights)} vectors")
+    labels = named(names, len(weights), "faithfulness")
     ranking = ordered(weights, keep) if order is None else checked_order(order, keep, len(weights))
     step = deletion_steps(ranking, steps, text.size)
     before = text.cost
@@ -231,13 +232,15 @@ def _tie_range(
     tied: Float[Tensor, " vector"],
     found: Metrics,
 ) -> Float[Tensor, "vector metric end"]:
-    """Least and largest score over random orders among equal weights; the score itself where nothing is tied."""
-    out = found.scores[..., None].repeat(1, 1, 2)
+    """Scores over random orders among equal weights; the score itself where nothing is tied."""
+    out = found.scores[..., None].repeat(1, 1, 3)
     open_ones = (tied > 0).nonzero()[:, 0]
     if len(open_ones):
         some = weights[open_ones]
         ranks = [deletion_steps(ordered(some, keep, seed), steps, text.size) for seed in range(orders)]
         curves = deletion_curve(text, torch.cat(ranks))
         drawn = metrics(curves, some.repeat(orders, 1), torch.cat(ranks)).scores.view(orders, len(some), -1)
-        out[open_ones] = torch.stack([drawn.amin(0), drawn.amax(0)], -1)
+        own = found.scores[open_ones]
+        ends = torch.minimum(drawn.amin(0), own), drawn.mean(0), torch.maximum(drawn.amax(0), own)
+        out[open_ones] = torch.stack(ends, -1)
     return out

@@ -9,8 +9,8 @@ Columns are the P prompt tokens and then the G target tokens. r[P+t], the token'
 a_t(k) the weight with which N[k] enters r, rec is linear:  a_t (1 - L) = 1_t,  L[j, k] = N[j, P+k] for k < j, one
 triangular system for all t; only what stays in the target's columns depends on the order of the pushes.
 
-Where all rows have one prompt part (methods that explain a span by one vector), seq, row and rec are that vector times a
-number: they are computed as such, so that equal weights stay equal and all three give one ordering.
+Where all rows have one prompt part (methods that explain a span by one vector), seq, row and rec are that vector times
+a number: they are computed as such, so that equal weights stay equal and all three give one ordering.
 
 Source: the reference implementation of FlashTrace (Pan et al. 2026, arXiv:2602.01914), after CAGE's recursion.
 Cost: one pass over M in blocks of rows; rec a [G G] float64 matrix more.
@@ -97,7 +97,8 @@ def forms(matrix: Float[Tensor, "target pos"], explained: range | ic.Span) -> Fo
     if common is not None:
         out[:, :prompt] = (coefficients @ torch.cat(scales))[:, None] * common
     out[2, prompt:] = _kept(entering, generated, span)
-    return Forms(*out, prompt, common is not None)
+    seq, row, rec = out
+    return Forms(seq, row, rec, prompt, common is not None)
 
 
 def _checked(matrix: Float[Tensor, "target pos"], span: range) -> int:

@@ -9,7 +9,8 @@ Source: the reference implementation of FlashTrace for the groups; the rule for 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +18,6 @@ from torch import Tensor
 
 import interp_core as ic
 
-Ties = Literal["stable", "random"]
 STEPS = 20
 
 
@@ -48,7 +48,7 @@ def checked_kept(kept: Any, size: int, what: str) -> Bool[Tensor, " prompt"]:
     """
     if kept is None:
         return torch.ones(size, dtype=torch.bool)
-    kept = torch.as_tensor(kept)
+    kept = torch.as_tensor(kept).cpu()
     if kept.dtype != torch.bool:
         bad = [int(i) for i in kept.flatten() if not 0 <= i < size]
         if bad or kept.ndim != 1:
@@ -57,6 +57,17 @@ def checked_kept(kept: Any, size: int, what: str) -> Bool[Tensor, " prompt"]:
     if list(kept.shape) != [size]:
         raise ic.PlanError(f"{what} is a mask of {list(kept.shape)}, the prompt has {size} tokens")
     return kept
+
+
+def named(names: Sequence[str], count: int, what: str) -> tuple[str, ...]:
+    """Names of vectors; numbers where none are given.
+
+    Raises:
+        PlanError: another number of them.
+    """
+    if names and len(names) != count:
+        raise ic.PlanError(f"{what}: {len(names)} names for {count} vectors")
+    return tuple(names) or tuple(map(str, range(count)))
 
 
 def ordered(
