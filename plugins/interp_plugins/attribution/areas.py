@@ -68,7 +68,7 @@ class Areas(ic.Result):
             for which, k in enumerate(self.ks):
                 row |= {f"drop@{k}": float(self.drop[number, which])}
                 row |= {} if self.odds_drop is None else {f"log-odds drop@{k}": float(self.odds_drop[number, which])}
-            rows.append({**row, "degenerate": bool(self.degenerate[number])})
+            rows.append({**row, "degenerate AUC": bool(self.degenerate[number])})
         return rows
 
 

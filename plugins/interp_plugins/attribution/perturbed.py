@@ -124,8 +124,8 @@ class Perturbed:
     def _scores(self, gone: Bool[Tensor, "text prompt"]) -> Float[Tensor, "text kind"]:
         if gone.ndim != 2 or gone.shape[1] != self.size or gone.dtype != torch.bool:
             raise ic.PlanError(
-                f"deleted tokens are a boolean [text, {self.size}], not {gone.dtype} {list(gone.shape)}: one column per "
-                "prompt token"
+                f"deleted tokens are a boolean [text, {self.size}], one column per prompt token, not {gone.dtype} "
+                f"{list(gone.shape)}"
             )
         keys = [row.numpy().tobytes() for row in gone.cpu()]
         missing = {key: row for key, row in zip(keys, gone.cpu(), strict=True) if key not in self._known}

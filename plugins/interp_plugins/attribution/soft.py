@@ -10,11 +10,11 @@ The distance is max(0, p - p') of the scored token ("probability", the original)
 distributions ("hellinger", as later used for generation). Both ratios are averaged over `draws` masks, u < q with the
 same uniform numbers u for all vectors, from `seed`. The standard error over draws is the noise floor: differences below
 it say nothing. Soft-NS may be negative, where blur is worse than no prompt; Δ(0) = 0 leaves both undefined (NaN). With
-one target token and the distance "probability" this is the original; for more the means are taken before the ratio. Only
+one target token and the distance "probability" this is the original; for more, means are taken before the ratio. Only
 the prompt's own tokens are blurred, at the site `embed`; template and target stay.
 
 Source: Zhao and Aletras (2023), "Incorporating Attribution Importance for Improving Faithfulness Metrics",
-arXiv:2305.10496, equations 3 to 6; the Hellinger form Zhao and Shan (2024), arXiv:2402.00794.
+arXiv:2305.10496; the Hellinger form Zhao and Shan (2024), arXiv:2402.00794.
 Cost: 2 + 2 draws × vectors forward passes, and one read of the embeddings.
 """
 

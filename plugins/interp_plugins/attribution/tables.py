@@ -1,13 +1,12 @@
-"""Tables of evaluations: the published CSV files to the letter, and our own with intervals.
+"""Tables of evaluations in their published form, to the letter.
 
     faithfulness/<data set>/<model>/<method>_<num_examples>_examples.csv
         Method,RISE,MAS,RISE+AP / Seq, Row, Recursive Attr Scores Mean / the same Var / Avg Sample Time (s)
     recovery/<data set>/<model>/<method>_<num_examples>_examples.csv
-        Method,Recovery@10% / Seq, Row, Recursive Attr Recovery Mean / Std / Examples Used / Skipped / Avg Sample Time (s)
+        Method,Recovery@10% / Seq, Row, Recursive Attr Recovery Mean / Std / Examples Used / Examples Skipped / the time
 
 "Var" rows hold standard deviations there, and do so here: over examples, of the population. num_examples is what was
-asked for, not what was there. Our own tables are one row per example, method and form, and one per method, form and
-metric with a bootstrap interval over examples, the paired difference to a baseline, and how many examples count.
+asked for, not what was there. Our own tables are in `comparing.py`.
 
 Source: the files that FlashTrace's experiments write (`exp2`, commit 075e7e4).
 """
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
