@@ -59,11 +59,6 @@ def checked_kept(kept: Any, size: int, what: str) -> Bool[Tensor, " prompt"]:
     return kept
 
 
-def content_tokens(labels: Sequence[str]) -> Bool[Tensor, " prompt"]:
-    """Which tokens are no stop tokens: not a full stop, a comma or white space alone, as the reference has it."""
-    return torch.tensor([label.strip() not in ("", ",", ".") for label in labels], dtype=torch.bool)
-
-
 def named(names: Sequence[str], count: int, what: str) -> tuple[str, ...]:
     """Names of vectors; numbers where none are given.
 

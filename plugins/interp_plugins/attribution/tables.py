@@ -17,7 +17,6 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -81,16 +80,13 @@ def recovery_table(recovered: Any, seconds: Sequence[float], *, skipped: int = 0
     """The table of Recovery@10%.
 
     Args:
-        recovered: `[example, form]`, of the examples that have gold tokens; there may be none.
-        seconds: of each example's attribution.
+        recovered: `[example, form]`, of the examples that have gold tokens.
+        seconds: of each of these examples' attribution.
         skipped: examples without gold tokens.
 
     Raises:
-        PlanError: other shapes, numbers that are not finite.
+        PlanError: no examples (the published command writes no file then), other shapes, numbers that are not finite.
     """
-    if not len(recovered):
-        none = ((float("nan"),),) * len(FORMS)
-        return Published((RECOVERY,), none, none, _mean(seconds), 0, skipped)
     values = _examples("recovery_table", recovered, (len(FORMS),))[..., None]
     return _published((RECOVERY,), values, seconds, len(values), skipped)
 
@@ -109,7 +105,9 @@ def _mean(seconds: Sequence[float]) -> float:
 
 def _examples(owner: str, values: Any, axes: tuple[int, ...]) -> np.ndarray:
     numbers = np.asarray(values, dtype=np.float64)
-    if numbers.shape[1:] != axes or not len(numbers):
+    if not len(numbers):
+        raise ic.PlanError(f"{owner}: there are no examples, and a table of none says nothing")
+    if numbers.shape[1:] != axes:
         raise ic.PlanError(f"{owner} takes [example, {', '.join(map(str, axes))}], not {list(numbers.shape)}")
     if not np.isfinite(numbers).all():
         example = int(np.argwhere(~np.isfinite(numbers))[0][0])
@@ -147,19 +145,20 @@ def read_table(text: str) -> Published:
 
 
 def table_path(kind: str, dataset: str, model: str, method: str, num_examples: int) -> str:
-    """Where a table lies in a published tree; a data set given as a path becomes nested folders, without the ending.
+    """Where a table lies in a published tree; a data set given as a path, or a model by its hub id, makes nested folders.
 
     Args:
         kind: "faithfulness" or "recovery".
-        dataset: a name, or the path of a file.
+        dataset: a name, or the path of a file (from the root: without it, to stay in the tree).
         model: the label.
         num_examples: as asked for.
 
     Raises:
         PlanError: names that lead out of the tree.
     """
-    parts = PurePosixPath(dataset.removesuffix(".jsonl").lstrip("/")).parts
-    for part in (kind, *parts, model, method):
-        if part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
-            raise ic.PlanError(f"{part!r} cannot be a folder or file of a tree of results; give a plain name")
-    return "/".join((kind, *parts, model, f"{method}_{num_examples}_examples.csv"))
+    places = {"data set": dataset.lstrip("/"), "model": model, "method": f"{method}_{num_examples}_examples.csv"}
+    for what, place in places.items():
+        parts = place.split("/")
+        if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+            raise ic.PlanError(f"{what} {place!r} cannot be a place in a tree of results; give a plain name")
+    return "/".join((kind, *places.values()))
