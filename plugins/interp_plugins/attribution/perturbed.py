@@ -27,8 +27,9 @@ from torch import Tensor
 
 import interp_core as ic
 
-TOKENS = 4096
-"""Tokens of all rows of one pass."""
+TOKENS = {"cpu": 1024}
+"""Tokens of all rows of one pass, by kind of device: more than a processor's caches hold makes passes slower."""
+TOKENS_ELSEWHERE = 16_384
 LOGITS = 2**28
 """Bytes of one pass's logits."""
 SILENT = 3.0
@@ -84,7 +85,7 @@ class Perturbed:
         replace_id: int | None = None,
         scored: Any = "target",
         odds: bool = False,
-        tokens_at_once: int = TOKENS,
+        tokens_at_once: int | None = None,
     ) -> None:
         """A text with the spans `prompt` and `target`.
 
@@ -93,14 +94,13 @@ class Perturbed:
             scored: a position (as `Site.at` takes it) of target tokens: those whose probability counts; a name such as
                 "sink", or the whole target.
             odds: also keep log-odds.
-            tokens_at_once: of all rows of one pass.
+            tokens_at_once: of all rows of one pass (default: by the kind of device).
 
         Raises:
             PlanError, PositionError: no such spans, more than a row, no token to replace with.
         """
-        if tokens_at_once < 1 or isinstance(tokens_at_once, bool):
-            raise ic.PlanError(ic.errors.wrong("tokens_at_once=", "a number of tokens from 1 on", tokens_at_once))
         self.model, self.tokens = model, single(tokens)
+        rows_at_once(model, self.tokens, 1, tokens_at_once)  # refuses it now, not when it first runs
         self.places = places_of(self.tokens, scored)
         self.replace_id = replacement(model, replace_id)
         self.odds, self.tokens_at_once, self.cost = odds, tokens_at_once, Cost()
@@ -211,8 +211,16 @@ def replacement(model: ic.Model, given: int | None) -> int:
     return given
 
 
-def rows_at_once(model: ic.Model, tokens: ic.Tokens, scored: int, tokens_at_once: int) -> int:
-    """How many variants of a text go into one pass: within the budget of tokens, and of logits."""
+def rows_at_once(model: ic.Model, tokens: ic.Tokens, scored: int, tokens_at_once: int | None) -> int:
+    """How many variants of a text go into one pass: within the budget of tokens, and of logits.
+
+    Raises:
+        PlanError: no such budget.
+    """
+    if tokens_at_once is None:
+        tokens_at_once = TOKENS.get(model.device.type, TOKENS_ELSEWHERE)
+    if isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1:
+        raise ic.PlanError(ic.errors.wrong("tokens_at_once=", "a number of tokens from 1 on", tokens_at_once))
     if tokens.inputs:
         return 1
     row = scored * model.d_vocab * model.dtype.itemsize

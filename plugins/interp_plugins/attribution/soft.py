@@ -33,7 +33,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from .orders import checked_weights, named
-from .perturbed import TOKENS, Places, log_probs, places_of, predicting, repeated, rows_at_once, single
+from .perturbed import Places, log_probs, places_of, predicting, repeated, rows_at_once, single
 
 Distance = Literal["probability", "hellinger"]
 
@@ -87,7 +87,7 @@ def soft(
     distance: Distance = "probability",
     draws: int = 10,
     seed: int = 0,
-    tokens_at_once: int = TOKENS,
+    tokens_at_once: int | None = None,
 ) -> Soft:
     """Soft-NS and Soft-NC of weight vectors on one text.
 
@@ -99,7 +99,7 @@ def soft(
         distance: between predictions.
         draws: masks per vector; two at least, for the noise.
         seed: of the masks.
-        tokens_at_once: of all rows of one pass.
+        tokens_at_once: of all rows of one pass (default: by the kind of device).
 
     Raises:
         PlanError: what does not fit the text, before the model runs.
@@ -134,7 +134,12 @@ class _Blurred:
     """Distances to a text's prediction when elements of the prompt's embeddings are masked."""
 
     def __init__(
-        self, model: ic.Model, tokens: ic.Tokens, places: Places, distance: Callable[..., Tensor], tokens_at_once: int
+        self,
+        model: ic.Model,
+        tokens: ic.Tokens,
+        places: Places,
+        distance: Callable[..., Tensor],
+        tokens_at_once: int | None,
     ) -> None:
         self.model, self.tokens, self.places, self.distance = model, tokens, places, distance
         self.site = S.embed.at(places.prompt)

@@ -145,7 +145,7 @@ def read_table(text: str) -> Published:
 
 
 def table_path(kind: str, dataset: str, model: str, method: str, num_examples: int) -> str:
-    """Where a table lies in a published tree; a data set given as a path, or a model by its hub id, makes nested folders.
+    """Where a table lies in a published tree; a data set given as a path, or a model by its hub id, makes more folders.
 
     Args:
         kind: "faithfulness" or "recovery".
