@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 import interp_core as ic
@@ -74,7 +74,7 @@ class Areas(ic.Result):
 
 def areas(
     text: Perturbed,
-    weights: Float[Tensor, "vector prompt"],
+    weights: Shaped[Tensor, "*vector prompt"],
     *,
     names: Sequence[str] = (),
     kept: Any = None,

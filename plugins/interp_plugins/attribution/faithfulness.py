@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 import interp_core as ic
@@ -130,7 +130,7 @@ class Faithfulness(ic.Result):
 
 def faithfulness(
     text: Perturbed,
-    weights: Float[Tensor, "vector prompt"],
+    weights: Shaped[Tensor, "*vector prompt"],
     *,
     names: Sequence[str] = (),
     kept: Any = None,
@@ -142,7 +142,7 @@ def faithfulness(
 
     Args:
         text: what is perturbed; other metrics of the same text share its forward passes.
-        weights: one row per vector, a weight per prompt token.
+        weights: one row per vector (or a single vector), a weight per prompt token.
         names: of the vectors.
         kept: prompt tokens that are ranked and deleted (a mask, or indices); None: all.
         steps: of the curve.

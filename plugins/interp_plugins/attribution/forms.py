@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import interp_core as ic
@@ -68,7 +68,7 @@ def _positive(values: Float[Tensor, "... pos"]) -> Float[Tensor, "... pos"]:
     return values.double().masked_fill(torch.isnan(values), 0.0).clamp(min=0)
 
 
-def forms(matrix: Float[Tensor, "target pos"], explained: range | ic.Span) -> Forms:
+def forms(matrix: Shaped[Tensor, "target pos"], explained: range | ic.Span) -> Forms:
     """Sequence, row and recursive vector of a matrix.
 
     Args:
@@ -101,7 +101,7 @@ def forms(matrix: Float[Tensor, "target pos"], explained: range | ic.Span) -> Fo
     return Forms(seq, row, rec, prompt, common is not None)
 
 
-def _checked(matrix: Float[Tensor, "target pos"], span: range) -> int:
+def _checked(matrix: Shaped[Tensor, "target pos"], span: range) -> int:
     """Number of prompt tokens.
 
     Raises:

@@ -22,7 +22,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 import interp_core as ic
@@ -78,7 +78,7 @@ class Recovery(ic.Result):
 
 
 def recovery(
-    weights: Float[Tensor, "vector prompt"],
+    weights: Shaped[Tensor, "*vector prompt"],
     gold: Any,
     *,
     share: float = SHARE,
@@ -88,7 +88,7 @@ def recovery(
     """Recovery of gold tokens by weight vectors.
 
     Args:
-        weights: one row per vector, a weight per prompt token.
+        weights: one row per vector (or a single vector), a weight per prompt token.
         gold: the tokens that matter, as a mask over the prompt or its indices; none: the example is skipped.
         share: k, the part of the ranked tokens that is taken.
         kept: prompt tokens that are ranked (a mask, or indices); None: all.

@@ -26,7 +26,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import interp_core as ic
@@ -80,7 +80,7 @@ class Soft(ic.Result):
 def soft(
     model: ic.Model,
     tokens: ic.Tokens,
-    weights: Float[Tensor, "vector prompt"],
+    weights: Shaped[Tensor, "*vector prompt"],
     *,
     names: Sequence[str] = (),
     scored: Any = "target",
@@ -93,7 +93,7 @@ def soft(
 
     Args:
         tokens: one row with the spans `prompt` and `target`.
-        weights: one row per vector, a weight per prompt token.
+        weights: one row per vector (or a single vector), a weight per prompt token.
         names: of the vectors.
         scored: target tokens whose prediction counts, a position as `Site.at` takes it.
         distance: between predictions.
