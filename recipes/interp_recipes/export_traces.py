@@ -100,7 +100,9 @@ def _folders(trace_dir: Path | None, traces_root: Path | None, out_dir: Path | N
         PlanError, LoadError: none, or two answers.
     """
     if (trace_dir is None) == (traces_root is None):
-        raise ic.PlanError("give --trace_dir (one run's trace folder) or --traces_root (all below a folder): one of both")
+        raise ic.PlanError(
+            "give --trace_dir (one run's trace folder) or --traces_root (all below a folder): one of both"
+        )
     if trace_dir is not None:
         read_manifest(trace_dir, 1)
         return [trace_dir]
@@ -164,7 +166,9 @@ def _runs_of(folder: Path) -> Iterator[Mapping[str, Any]]:
         label = settings.get("model") or Path(str(settings.get("model_path"))).name
         named = settings.get("datasets") or []
         listed = named.split(",") if isinstance(named, str) else named
-        if (Path(str(label)).name,) == model and "/".join(name) in {Path(str(one)).as_posix().strip("/") for one in listed}:
+        if (Path(str(label)).name,) == model and "/".join(name) in {
+            Path(str(one)).as_posix().strip("/") for one in listed
+        }:
             yield settings
 
 
@@ -232,7 +236,9 @@ def _indexed(path: Path) -> dict[tuple[str, str], Example]:
             row = json.loads(text)
             prompt, target = row["prompt"], row.get("target")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ic.LoadError(f"{path}, line {number}, is no example with a prompt and a target ({error!r})") from error
+            raise ic.LoadError(
+                f"{path}, line {number}, is no example with a prompt and a target ({error!r})"
+            ) from error
         if target is None:
             continue
         example = Example(str(prompt), str(target), number)
@@ -247,9 +253,7 @@ def _indexed(path: Path) -> dict[tuple[str, str], Example]:
     return index
 
 
-def _tokens(
-    folder: Path, traces: Sequence[Trace], dataset: Path, tokenizer: Any, name: str
-) -> Iterator[list[str]]:
+def _tokens(folder: Path, traces: Sequence[Trace], dataset: Path, tokenizer: Any, name: str) -> Iterator[list[str]]:
     """The tokens of each trace, without the end of sequence.
 
     Raises:

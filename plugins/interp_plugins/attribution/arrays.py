@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from interp_core import LoadError, Span
 
 Array = np.ndarray[Any, Any]
@@ -23,7 +24,7 @@ Array = np.ndarray[Any, Any]
 def npz_bytes(members: Mapping[str, Array]) -> bytes:
     """The file that holds these arrays, in their order."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **members)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, allow_pickle=False, **members)
     return buffer.getvalue()
 
 
@@ -34,7 +35,8 @@ def read_npz(path: Path) -> dict[str, Array]:
         LoadError: no such file, one that is damaged, or one that holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # opened here: numpy leaves the file of a damaged archive open
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise LoadError(f"{path} holds one array, not several by name: it is no .npz file")
             return {name: archive[name] for name in archive.files}

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
 from interp_core import LoadError, Span, TextError
 
 from .arrays import Array, checked, closed, demand_finite, npz_bytes, opened, read_npz
 from .traces import WITH_HOPS, Trace
 
 Form = Literal["proc", "proc_1"]
-"""With tokens and hops of the methods that are made of them; without tokens, with lengths and all hops that there are."""
+"""With tokens, and hops of the methods made of them; or without tokens, with lengths and all hops that there are."""
 SPANS = ("span_in", "span_cot", "span_out")
 SCORES = ("rise", "mas", "recovery")
 KEYS: Mapping[Form, tuple[str, ...]] = {
@@ -148,7 +149,9 @@ def read_export(path: str | Path) -> Export:
     form: Form = "proc" if "tok" in members else "proc_1"
     names = [name for name in members if name != "hop"]
     if sorted(names) != sorted(KEYS[form]):
-        raise LoadError(f"{path} is no export: it has {', '.join(members)}, an export {', '.join(KEYS[form])} (and hop)")
+        raise LoadError(
+            f"{path} is no export: it has {', '.join(members)}, an export {', '.join(KEYS[form])} (and hop)"
+        )
     attr = checked(path, "attr", members["attr"], "float32", (None,))
     demand_finite(path, "attr", attr)
     hop = members.get("hop")
@@ -161,8 +164,11 @@ def read_export(path: str | Path) -> Export:
         said = checked(path, "length", members["length"], "int64", (3,)).tolist()
         if said != (lengths := [len(span or ()) for span in spans]):
             raise LoadError(f"{path}: length is {said}, the spans have {lengths} tokens; the file is damaged")
-    scores = {name: float(checked(path, name, members[name], "float64", ())) for name in SCORES}
-    return Export(attr, hop, None if tok is None else tuple(tok), *spans, **scores)
+    rise, mas, recovery = (float(checked(path, name, members[name], "float64", ())) for name in SCORES)
+    return Export(
+        attr, hop, None if tok is None else tuple(tok), spans[0], spans[1], spans[2], rise=rise, mas=mas,
+        recovery=recovery,
+    )  # fmt: skip
 
 
 def _demand_order(path: Path, spans: Sequence[Span | None], length: int) -> None:
@@ -170,7 +176,8 @@ def _demand_order(path: Path, spans: Sequence[Span | None], length: int) -> None
     for name, span in zip(SPANS, spans, strict=True):
         if span is not None and not 0 <= span.start < span.stop <= length:
             raise LoadError(
-                f"{path}: {name} is {span.start} to {span.stop - 1} (both within), the text has tokens 0 to {length - 1}"
+                f"{path}: {name} is {span.start} to {span.stop - 1} (both within), the text has tokens 0 to "
+                f"{length - 1}"
             )
     head = spans[0]
     later = [span for span in spans[1:] if span is not None]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from interp_core import LoadError, PlanError, Span, runs
 
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
@@ -340,8 +341,8 @@ def read_trace(folder: str | Path, line: Mapping[str, Any]) -> Trace:
     """The trace of a line of the manifest.
 
     Raises:
-        LoadError: its file is missing, damaged, lacks a member or has one that is not known; arrays that do not fit each
-            other or the manifest; scores that are not finite.
+        LoadError: its file is missing, damaged, lacks a member or has one that is not known; arrays that do not fit
+            each other or the manifest; scores that are not finite.
     """
     path = Path(folder) / str(line["file"])
     members = read_npz(path)
@@ -354,24 +355,34 @@ def read_trace(folder: str | Path, line: Mapping[str, Any]) -> Trace:
         if line.get(name, size) != size:
             raise LoadError(f"{path}: {name} is {size}, {MANIFEST} says {line[name]}; files of two runs are mixed")
     length = prompt_len + gen_len
-    vectors = {form: _vector(path, members, form, length, prompt_len) for form in FORMS}
-    spans = [_span(path, members, name) for name in SPANS]
+    explained, sink, thinking = (_span(path, members, name) for name in SPANS)
     hops = members.get("vh")
     if hops is not None:
         demand_finite(path, "vh", checked(path, "vh", hops, "float32", (None, length)))
-    scores: dict[str, Array | None] = {"faithfulness_scores": None, "recovery_scores": None}
-    for name, shape in (("faithfulness_scores", (3, 3)), ("recovery_scores", (3,))):
-        if name in members:
-            scores[name] = checked(path, name, members[name], "float64", shape)
     lrp = [members[name].item() for name in KNOWN[-3:] if name in members]
     return Trace(
-        int(line["example_idx"]), str(line["attr_func"]), str(line["prompt_sha1"]), line.get("target_sha1"), vectors,
-        prompt_len, *spans,
-        {name: checked(path, name, members[name], "int64", (None,)) for name in INDICES if name in members},
-        scores["faithfulness_scores"], scores["recovery_scores"], line.get("recovery_skipped_reason"),
-        {name: float(members[name]) for name in SECONDS if name in members},
-        hops, (str(lrp[0]), str(lrp[1]), int(lrp[2])) if len(lrp) == 3 else None, dict(line),
-    )  # fmt: skip
+        index=int(line["example_idx"]),
+        attr_func=str(line["attr_func"]),
+        prompt_sha1=str(line["prompt_sha1"]),
+        target_sha1=line.get("target_sha1"),
+        vectors={form: _vector(path, members, form, length, prompt_len) for form in FORMS},
+        prompt_len=prompt_len,
+        explained=explained,
+        sink=sink,
+        thinking=thinking,
+        indices={n: checked(path, n, members[n], "int64", (None,)) for n in INDICES if n in members},
+        faithfulness=_scores(path, members, "faithfulness_scores", (3, 3)),
+        recovery=_scores(path, members, "recovery_scores", (3,)),
+        skipped=line.get("recovery_skipped_reason"),
+        seconds={name: float(members[name]) for name in SECONDS if name in members},
+        hops=hops,
+        lrp=(str(lrp[0]), str(lrp[1]), int(lrp[2])) if len(lrp) == 3 else None,
+        line=dict(line),
+    )
+
+
+def _scores(path: Path, members: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Array | None:
+    return checked(path, name, members[name], "float64", shape) if name in members else None
 
 
 def _vector(path: Path, members: Mapping[str, Array], form: str, length: int, prompt_len: int) -> Array:
