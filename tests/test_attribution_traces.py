@@ -298,7 +298,13 @@ def test_damaged_folders(tmp_path: Path) -> None:
         with pytest.raises(ic.LoadError, match=says):
             list(traces.read_traces(folder))
     (folder / "manifest.jsonl").write_text("".join(lines))
-    for content, says in ((b"", "cannot be read"), ((BOTH / "ex_000001.npz").read_bytes()[:-300], "cannot be read")):
+    whole = (BOTH / "ex_000001.npz").read_bytes()
+    flipped = whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]
+    for content, says in (
+        (b"", "is no .npz file"),
+        (whole[:-300], "is cut off"),
+        (flipped, "cannot be read as an .npz"),
+    ):
         (folder / "ex_000001.npz").write_bytes(content)
         with pytest.raises(ic.LoadError, match=says):
             list(traces.read_traces(folder))

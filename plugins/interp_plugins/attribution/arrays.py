@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 def npz_bytes(members: Mapping[str, Array]) -> bytes:
     """The file that holds these arrays, in their order."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **members)
+    np.savez_compressed(buffer, **members)
     return buffer.getvalue()
 
 
@@ -35,11 +35,12 @@ def read_npz(path: Path) -> dict[str, Array]:
         LoadError: no such file, one that is damaged, or one that holds pickled objects.
     """
     try:
-        # opened here: numpy leaves the file of a damaged archive open
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise LoadError(f"{path} holds one array, not several by name: it is no .npz file")
-            return {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:  # numpy would leave the file of a damaged archive open
+            if not zipfile.is_zipfile(file):
+                raise LoadError(f"{path} is no .npz file (an archive of arrays by name), or is cut off")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise LoadError(f"there is no file {path}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
