@@ -112,6 +112,15 @@ class AttributionResult(ic.Result):
     spans: tuple[dict[str, list[list[int]]], ...]
     notes: tuple[dict[str, Any], ...]
 
+    def __str__(self) -> str:
+        lines = []
+        for row, labels in enumerate(self.labels):
+            first, sinks = float(self.first_share[row]), float(self.sink_share[row])
+            lines.append(f"{self.method}, row {row}: {len(labels)} tokens")
+            lines += [f"  {ic.report.visible(x['token']):16} {x['score']: .4g}  at {x['pos']}" for x in self.top(row)]
+            lines.append(f"  of the mass, {first:.1%} lie on the first token, {sinks:.1%} on attention sinks")
+        return "\n".join(lines)
+
     def top(self, row: int = 0, k: int = 10) -> list[dict[str, Any]]:
         """The tokens that count most, those of the target left out."""
         scores = self._own(self.scores[row], row)
