@@ -23,8 +23,8 @@ Array = np.ndarray[Any, Any]
 
 def npz_bytes(members: Mapping[str, Array]) -> bytes:
     """The file that holds these arrays, in their order."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **members)
+    buffer, named = io.BytesIO(), dict[str, Any](members)
+    np.savez_compressed(buffer, **named)
     return buffer.getvalue()
 
 
