@@ -6,15 +6,16 @@
     Q: hot
     A:' --target ' cold' --method ifr_multi_hop_both --n_hops 1 --out out/hot
 
-Methods go by the names of the published evaluation (`interp_plugins.attribution.named`) or by their own. Without a target
-the model writes one, greedily, and that is explained. In the folder: `page.html` (the text coloured, hops to switch
-between, text and scores to copy), `attribution.json` (all of it as plain data) and `result/` (the method's `Result`).
+Methods go by the names of the published evaluation (`interp_plugins.attribution.named`) or by their own. Without a
+target the model writes one, greedily, and that is explained. In the folder: `page.html` (the text coloured, hops to
+switch between, text and scores to copy), `attribution.json` (all of it as plain data) and `result/` (the `Result`).
 Python and notebooks have the same from the method itself: `ic.method("ifr")(model, prompt, target=…)` is a result that
 shows itself, and `result.to_html(path)` writes it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from interp_plugins.attribution.layout import layout_of
 from interp_plugins.attribution.method import AttributionResult
 from interp_plugins.attribution.named import named
 
@@ -75,15 +77,17 @@ def attribute(
     asked = {name: value for name, value in locals().items() if name not in ("out", "top")}
     if max_new_tokens < 1 or top < 1:
         raise ic.PlanError(f"max_new_tokens is {max_new_tokens}, top {top}: give at least 1 of each")
+    if not prompt.strip():
+        raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
     chosen, how = _method(method, n_hops, profile, settings or {})
     loaded = ic.load(model, dtype=dtype, device=device)
-    tokens = _tokens(loaded, prompt, target, chat)
-    with runs.open(out, asked, recipe="attribute", model=loaded, dataset="texts", free=("top",)) as run:
-        run.claim(["page.html", "attribution.json"])
-        print(loaded, flush=True)
-        whole = tokens if target is not None else _answered(loaded, tokens, max_new_tokens)
-        parts = {name: _part(name, value) for name, value in (("sink", sink), ("thinking", thinking))}
-        whole = _with_parts(loaded, whole, parts["sink"], parts["thinking"])
+    tokens = loaded.chat([{"role": "user", "content": prompt}], target) if chat else loaded.tokens(prompt, target)
+    run = runs.open(out, asked, recipe="attribute", model=loaded, dataset="texts")
+    run.claim(["page.html", "attribution.json"])
+    print(loaded, flush=True)
+    whole = tokens if target is not None else _answered(loaded, tokens, max_new_tokens)
+    whole = _with_parts(loaded, whole, _part("sink", sink), _part("thinking", thinking))
+    with run:
         if run.kept("result"):
             result = AttributionResult.load(run.path / "result")
         else:
@@ -111,34 +115,19 @@ def _method(name: str, n_hops: int | None, profile: str, more: Mapping[str, Any]
     return method, how
 
 
-def _tokens(model: ic.Model, prompt: str, target: str | None, chat: bool) -> ic.Tokens:
-    """The prompt's tokens, with the target's where there is one.
-
-    Raises:
-        TextError: empty, too long, or no boundary between prompt and target.
-    """
-    if not prompt.strip():
-        raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
-    if chat:
-        return model.chat([{"role": "user", "content": prompt}], target)
-    return model.tokens(prompt, target)
-
-
 def _answered(model: ic.Model, tokens: ic.Tokens, most: int) -> ic.Tokens:
     """The prompt and what the model writes after it, as the span `target`; its text can be searched like a prompt's."""
-    made = model.generate(tokens, max_new_tokens=most)
-    new, ended = made.tokens, made.ended[0]
+    written = model.generate(tokens, max_new_tokens=most)
+    new, ended = written.tokens, written.ended[0]
     span = new.spans["generated"][0][0]
     how = "it ended by itself" if ended else f"cut off at --max_new_tokens {most}"
-    print(f"no --target: the model wrote {len(span)} tokens, {how}:\n  {made.texts[0]!r}", flush=True)
+    print(f"no --target: the model wrote {len(span)} tokens, {how}:\n  {written.texts[0]!r}", flush=True)
     labels = new.labels[0]
-    ends = [0]
-    for label in labels:
-        ends.append(ends[-1] + len(label))
+    ends = [0, *itertools.accumulate(map(len, labels))]
     spans = {name: rows for name, rows in new.spans.items() if name != "generated"} | {"target": ((span,),)}
     if ended and len(span) > 1:
         spans["sink"] = ((ic.Span(span.start, span.stop - 1),),)
-    offsets = tuple(zip(ends[:-1], ends[1:], strict=True))
+    offsets = tuple(itertools.pairwise(ends))
     return replace(new, texts=("".join(labels),), offsets=(offsets,), spans=spans)
 
 
@@ -157,8 +146,6 @@ def _with_parts(model: ic.Model, tokens: ic.Tokens, sink: Part | None, thinking:
     Raises:
         PositionError: a part that the target does not have.
     """
-    from interp_plugins.attribution.layout import layout_of
-
     layout = layout_of(model, tokens, sink=sink, thinking=thinking)
     spans = {"sink": layout.sink}
     if thinking is not None:
@@ -180,8 +167,8 @@ def _show(result: AttributionResult, top: int) -> None:
     for row in result.top(0, top):
         print(f"  {row['pos']:>5}  {row['score']:>10.4g}  {row['share']:>6.1%}  {row['token']!r}")
     print(
-        f"  of the mass {float(result.first_share[0]):.1%} lies on the first token, {float(result.sink_share[0]):.1%} on "
-        "attention sinks"
+        f"  of the mass {float(result.first_share[0]):.1%} lies on the first token, "
+        f"{float(result.sink_share[0]):.1%} on attention sinks"
     )
 
 
@@ -191,7 +178,7 @@ def _record(result: AttributionResult, top: int) -> dict[str, Any]:
     return {
         "method": result.method,
         "tokens": list(result.labels[0]),
-        "spans": {name: places for name, places in result.spans[0].items()},
+        "spans": result.spans[0],
         "scores": result.scores[0].tolist(),
         "hops": hops,
         "mass": None if result.mass is None else result.mass[0].tolist(),

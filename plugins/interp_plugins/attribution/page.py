@@ -26,7 +26,7 @@ def layers_of(
     if hops is None or not len(hops):
         return {"score": scores}
     known = [math.nan] * len(hops) if mass is None else list(mass)
-    named = [f"hop {i}" + ("" if math.isnan(m) else f" (passes on {100 * m:.0f} %)") for i, m in enumerate(known)]
+    named = [f"hop {i}" + ("" if math.isnan(m) else f" (passes on {100 * m:.2g} %)") for i, m in enumerate(known)]
     return {WHOLE: scores, **dict(zip(named, hops, strict=True))}
 
 
