@@ -27,10 +27,10 @@ import torch
 import interp_core as ic
 from interp_core import errors, runs, text
 
-from .examples import Chars, Example, boxed, boxes, closed, example_of, migrated, overlapping, sha1, with_spans
+from .examples import FIELDS, Chars, Example, boxed, boxes, closed, example_of, migrated, overlapping, sha1, with_spans
 
 __all__ = [
-    "Example", "Profile", "boxed", "boxes", "cache_text", "closed", "example_of", "example_tokens", "is_stop",
+    "FIELDS", "Example", "Profile", "boxed", "boxes", "cache_text", "closed", "example_of", "example_tokens", "is_stop",
     "json_rows", "load_examples", "migrated", "read_examples", "sha1", "stop_positions", "with_spans",
 ]  # fmt: skip
 
