@@ -73,7 +73,9 @@ def build_cache(
         TextError: nothing could be kept.
     """
     settings = {key: value for key, value in locals().items() if key not in ("out", "batch_size", "num_examples")}
-    examples = _examples(source, kind, {"count": count, "sentences": sentences, "hidden": hidden, "hops": hops, "seed": seed})
+    examples = _examples(
+        source, kind, {"count": count, "sentences": sentences, "hidden": hidden, "hops": hops, "seed": seed}
+    )
     name = name or Path(source).stem
     digest = runs.digest([one.row() for one in examples])
     loaded = ic.load(model) if targets == "model" else None
@@ -82,7 +84,9 @@ def build_cache(
             todo = [i for i in range(len(examples)) if i not in rows]
             kept = sum(row["row"] is not None for row in rows)
             began = said = time.monotonic()
-            for i, row in zip(todo, _rows(loaded or model, [examples[i] for i in todo], settings, batch_size), strict=False):
+            for i, row in zip(
+                todo, _rows(loaded or model, [examples[i] for i in todo], settings, batch_size), strict=False
+            ):
                 if num_examples is not None and kept >= num_examples:
                     break
                 rows.add({"example": i, **row})
@@ -99,7 +103,9 @@ def _examples(source: str, kind: str | None, made: dict[str, int]) -> list[Examp
     if Path(source).suffix in (".json", ".jsonl") or Path(source).exists():
         return read_source(source, kind)
     if source not in MADE:
-        raise ic.LoadError(f"there is no file {source}, and nothing made up of that name. {errors.nearest(source, MADE)}")
+        raise ic.LoadError(
+            f"there is no file {source}, and nothing made up of that name. {errors.nearest(source, MADE)}"
+        )
     takes = {"needles": ("sentences", "hidden"), "toy_needles": ("hops",)}.get(source, ())
     return MADE[source](made["count"], seed=made["seed"], **{key: made[key] for key in takes})
 
@@ -131,6 +137,8 @@ def _written(run: runs.RunFolder, name: str, rows: list[dict[str, Any]], num_exa
     run.put({f"{name}.jsonl": runs.json_lines(kept)}, after=["answers.jsonl"])
     run.json("counts.json", {"examples": len(rows), "kept": len(kept), "dropped": dict(reasons)})
     if not kept:
-        raise ic.TextError(f"none of {len(rows)} examples could be kept: {words}; {run.path / 'answers.jsonl'} has the answers")
+        raise ic.TextError(
+            f"none of {len(rows)} examples could be kept: {words}; {run.path / 'answers.jsonl'} has the answers"
+        )
     print(f"kept {len(kept)} of {len(rows)}" + (f"; left out {words}" if words else ""))
     return run.path / f"{name}.jsonl"

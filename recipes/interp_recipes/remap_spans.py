@@ -53,14 +53,14 @@ def remap_spans(
     if not paths:
         raise ic.PlanError("in_jsonl names no file; give at least one file of cached examples")
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ic.PlanError(f"two files are called {twice}, and both would be written to {out_dir / twice}; map them apart")
+        raise ic.PlanError(
+            f"two files are called {twice}, and both would be written to {out_dir / twice}; map them apart"
+        )
     settings = {
         "in_jsonl": [str(path) for path in paths], "old_tokenizer_model": old_tokenizer_model,
         "new_tokenizer_model": new_tokenizer_model, "allow_fallback_answer": allow_fallback_answer,
     }  # fmt: skip
-    with runs.publish(
-        out_dir, settings, recipe="remap_spans", overwrite=overwrite, say=lambda line: None
-    ) as record:
+    with runs.publish(out_dir, settings, recipe="remap_spans", overwrite=overwrite, say=lambda line: None) as record:
         record.claim(names, stage="remapped")
         old, new = ic.open_tokenizer(old_tokenizer_model), ic.open_tokenizer(new_tokenizer_model)
         files, reports = {}, []

@@ -114,7 +114,10 @@ def build(
     Raises:
         TextError: no tokenizer, or a prompt that its template does not show.
     """
-    asked = [replace(one, prompt=f"{one.prompt}\n{instruction}" if instruction else one.prompt, target=None) for one in examples]
+    asked = [
+        replace(one, prompt=f"{one.prompt}\n{instruction}" if instruction else one.prompt, target=None)
+        for one in examples
+    ]
     for start in range(0, len(asked), batch_size):
         some = asked[start : start + batch_size]
         yield from _some(model, some, form, judge, max_new_tokens, keep_unfinished, profile)

@@ -93,7 +93,12 @@ def read_examples(path: str | Path, bad: Bad | None = None) -> list[Example]:
 
 
 def load_examples(
-    path: str | Path, num_examples: int | None = None, *, sample: int | None = None, seed: int = 42, bad: Bad | None = None
+    path: str | Path,
+    num_examples: int | None = None,
+    *,
+    sample: int | None = None,
+    seed: int = 42,
+    bad: Bad | None = None,
 ) -> list[Example]:
     """Examples of a file, in its order; with `sample` fewer than there are, that many of them, shuffled.
 
@@ -196,7 +201,9 @@ def _appended(first: ic.Tokens, second: ic.Tokens) -> ic.Tokens:
 def _ended(tokenizer: Any, example: Example, target: ic.Tokens) -> ic.Tokens:
     """The target with the end token, by its id."""
     if tokenizer.eos_token_id is None:
-        raise ic.TextError(f"{example.where}: the tokenizer has no end token; leave eos out, or set tokenizer.eos_token")
+        raise ic.TextError(
+            f"{example.where}: the tokenizer has no end token; leave eos out, or set tokenizer.eos_token"
+        )
     ids = torch.tensor([[tokenizer.eos_token_id]])
     end = ic.Tokens(ids, ids >= 0, ("",), (((0, 0),),), labels=((str(tokenizer.eos_token),),))
     return _appended(target, end)
@@ -214,7 +221,11 @@ def _touching(tokens: ic.Tokens, ranges: Iterable[Chars]) -> set[int]:
     """The tokens of a row that share a character with any of the ranges."""
     assert tokens.offsets is not None
     ranges = list(ranges)
-    return {i for i, (a, b) in enumerate(tokens.offsets[0]) if a < b and any(a < stop and b > start for start, stop in ranges)}
+    return {
+        i
+        for i, (a, b) in enumerate(tokens.offsets[0])
+        if a < b and any(a < stop and b > start for start, stop in ranges)
+    }
 
 
 def _sound_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tuple[ic.Span, ...], tuple[ic.Span, ...]]:
@@ -230,7 +241,9 @@ def _sound_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tuple[ic
         tokens = text.encode(tokenizer, example.prompt)
         user = _places(_touching(tokens, [(0, len(example.prompt))]))
     if not user:
-        raise ic.TextError(f"{example.where}: the prompt {example.prompt!r:.40} has no token of its own; give it some text")
+        raise ic.TextError(
+            f"{example.where}: the prompt {example.prompt!r:.40} has no token of its own; give it some text"
+        )
     if not example.needles:
         return tokens, user, ()
     assert tokens.texts and tokens.offsets
@@ -260,12 +273,12 @@ def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tupl
     ids, own = tokens.ids[0].tolist(), alone.ids[0].tolist()
     start = ids.index(own[0]) if own[0] in ids else len(ids)
     if ids[start : start + len(own)] != own:
-        words = f"the user's {len(own)} tokens are not where their first one is first found, token {start} of {len(ids)}"
+        words = (
+            f"the user's {len(own)} tokens are not where their first one is first found, token {start} of {len(ids)}"
+        )
         if start + len(own) > len(ids):
             raise ic.TextError(f"{example.where}: {words}; the profile 'sound' locates them by characters")
-        warnings.warn(
-            f"{example.where}: {words}; the profile 'reference' takes that place all the same", stacklevel=3
-        )
+        warnings.warn(f"{example.where}: {words}; the profile 'reference' takes that place all the same", stacklevel=3)
     gold = _touching(alone, [(a + 1, b + 1) for a, b in example.needles])
     return tokens, (ic.Span(start, start + len(own)),), _places(start + i for i in gold)
 

@@ -161,7 +161,9 @@ def _span(row: Mapping[str, Any], name: str, where: str) -> ic.Span | None:
 def _check_order(example: Example) -> None:
     sink, thinking = example.sink_span or example.indices_to_explain, example.thinking_span
     if example.target is None and (sink or thinking):
-        raise ic.LoadError(f"{example.where} has spans of a target, but no target; give the target, or null for the spans")
+        raise ic.LoadError(
+            f"{example.where} has spans of a target, but no target; give the target, or null for the spans"
+        )
     if sink and thinking and thinking.stop > sink.start:
         fix = closed(ic.Span(0, sink.start)) if sink.start else None
         raise ic.LoadError(

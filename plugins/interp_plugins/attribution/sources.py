@@ -184,7 +184,9 @@ def mapped(example: Example, tokenizer: Any) -> Example | None:
         TextError: the source gives no reasoning.
     """
     if example.target is None:
-        raise ic.TextError(f"{example.where} has no solution; let a model write one, or give a source of kind gsm8k or math")
+        raise ic.TextError(
+            f"{example.where} has no solution; let a model write one, or give a source of kind gsm8k or math"
+        )
     found = with_spans(example, tokenizer)
     if found is None:
         return None
@@ -226,7 +228,10 @@ def _needle(rng: random.Random, sentences: int, hidden: int, where: str) -> Exam
     places = rng.sample(PLACES, hidden)
     numbers = [str(rng.randrange(100, 1000)) for _ in places]
     at = sorted(rng.sample(range(sentences), hidden))
-    facts = {i: f"The special number of the {place} is {number}." for i, place, number in zip(at, places, numbers, strict=True)}
+    facts = {
+        i: f"The special number of the {place} is {number}."
+        for i, place, number in zip(at, places, numbers, strict=True)
+    }
     asked = rng.randrange(hidden)
     prompt, spans = "", []
     for i in range(sentences):

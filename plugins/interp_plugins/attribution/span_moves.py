@@ -81,7 +81,9 @@ def _answer(row: Mapping[str, Any], target: str) -> str:
     metadata = row.get("metadata")
     known = metadata if isinstance(metadata, Mapping) else {}
     named = [str(known.get(name) or "").strip() for name in ("boxed_answer", "reference_answer")]
-    return next((answer for answer in named if answer), target.strip().splitlines()[-1].strip() if target.strip() else "")
+    return next(
+        (answer for answer in named if answer), target.strip().splitlines()[-1].strip() if target.strip() else ""
+    )
 
 
 def _with(row: Mapping[str, Any], sink: ic.Span, target: ic.Tokens, method: str) -> dict[str, Any]:
