@@ -1,12 +1,12 @@
 r"""Cached examples made of a data set: a model answers, right answers are kept with the spans of the answer.
 
     interp run build_cache --source needles --count 50 --sentences 80 --model smollm2 --out data/needles
-    interp run build_cache --source test.jsonl --model smollm2 --form boxed --instruction 'Put the answer in \boxed{}.' \
-        --out data/gsm8k
-    interp run build_cache --source test.jsonl --targets source --model qwen3-8b --out data/gsm8k       (no model is run)
+    interp run build_cache --source test.jsonl --model qwen3-8b --form boxed --out data/gsm8k \
+        --instruction 'Put the answer in \boxed{}.'
+    interp run build_cache --source test.jsonl --targets source --model qwen3-8b --out data/gsm8k
 
-`<out>/<name>.jsonl` holds what is kept, `<out>/answers.jsonl` every answer with what became of it, `<out>/counts.json` how
-many of each. A run that was stopped goes on at the first example without an answer. See docs/attribution_caches.md.
+`<out>/<name>.jsonl` holds what is kept, `<out>/answers.jsonl` every answer with what became of it, `<out>/counts.json`
+how many of each. A run that was stopped goes on at the first example without an answer. See docs/attribution_caches.md.
 """
 
 from __future__ import annotations

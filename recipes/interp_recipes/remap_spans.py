@@ -3,9 +3,9 @@
     interp run remap_spans --in_jsonl niah_mq_q2.jsonl math.jsonl --out_dir mapped --old_tokenizer_model qwen3-8b \
         --new_tokenizer_model llama-3.1-8b-instruct
 
-Every file is written to `out_dir` under its own name, whole, once all of them are mapped; the run's record stands beside
-the folder, in `{out_dir}.runs`. Standard output is JSON: a line per file, then all of it. Examples that cannot be moved
-are left out, counted there by reason, and named on standard error. See docs/attribution_caches.md.
+Every file is written to `out_dir` under its own name, whole, once all of them are mapped; the run's record stands
+beside the folder, in `{out_dir}.runs`. Standard output is JSON: a line per file, then all of it. Examples that cannot
+be moved are left out, counted there by reason, and named on standard error. See docs/attribution_caches.md.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 r"""Caches built with a model: it answers, right answers are kept, and the spans are where the answer stands.
 
-    boxed      "<reasoning> \boxed{<answer>}" with nothing after the box; target = reasoning, line break, answer without it
-    contains   any finished answer in which the reference answer stands, and after it no other number; target = what was written
+    boxed      "<reasoning> \boxed{<answer>}" with nothing after the box; the target is the reasoning, a line break, and
+               what was in the box
+    contains   any finished answer in which the reference answer stands, and after it no other number; the target is
+               what was written
 
-In both forms the sink is every token that shares a character with the last occurrence of the answer's text, and reasoning
-is what comes before. Answers are greedy, to the very tokens that the evaluation will show: what the model is told to do
-(`instruction`) is part of the cached prompt, whereas the published code put it into a system message that its evaluation
-leaves out.
+In both forms the sink is every token that shares a character with the last occurrence of the answer's text, and
+reasoning is what comes before. Answers are greedy, to the very tokens that the evaluation will show: what the model is
+told to do (`instruction`) is part of the cached prompt, whereas the published code put it into a system message that
+its evaluation leaves out.
 
 Source: `exp/exp2/sample_and_filter.py` of FlashTrace at 075e7e4, whose judge is a model; here it is a comparison, or a
-function of yours. Cost: one generation per example. Must equal: in form `contains`, the target's tokens are those generated
-(an example whose text has other tokens is left out).
+function of yours. Cost: one generation per example. Must equal: in form `contains`, the target's tokens are those
+generated (an example whose text has other tokens is left out).
 """
 
 from __future__ import annotations

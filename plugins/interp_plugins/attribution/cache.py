@@ -2,12 +2,12 @@
 
 Source: the loader and the text handling of FlashTrace at 075e7e4. Two profiles:
 
-    sound       the prompt through the tokenizer's chat template, if it has one, as one user message (thinking switched off),
-                else as it is; the user's tokens are found by characters; the target's tokens follow, which must not change
-                those of the prompt
-    reference   the published one: a space in front of the prompt, "Context:" and "Query: " around it, always a chat template;
-                target and end token tokenized as one text; the user's tokens taken to begin where the first of their ids
-                first occurs, and to be consecutive
+    sound       the prompt through the tokenizer's chat template, if it has one, as one user message (thinking is
+                switched off), else as it is; the user's tokens are found by characters; the target's tokens follow,
+                which must not change those of the user
+    reference   the published one: a space in front of the prompt, "Context:" and "Query: " around it, always a chat
+                template; target and end token are tokenized as one text; the user's tokens are taken to begin where
+                the first of their ids first occurs, and to be consecutive
 
 Must equal: in the reference profile, every id, position and string of the published run.
 """
@@ -141,8 +141,8 @@ def stop_positions(tokens: ic.Tokens) -> tuple[int, ...]:
 
 
 def example_tokens(source: Any, example: Example, profile: Profile = "sound", *, eos: bool = False) -> ic.Tokens:
-    """An example as one row, with the spans `prompt` (the user's tokens), `target`, `sink`, `thinking` and `explained`, as
-    far as it has them, and `gold`: the user's tokens that share a character with its needles.
+    """An example as one row, with the spans `prompt` (the user's tokens), `target`, `sink`, `thinking` and
+    `explained`, as far as it has them, and `gold`: the user's tokens that share a character with its needles.
 
     Args:
         source: a model or a tokenizer.
@@ -150,8 +150,8 @@ def example_tokens(source: Any, example: Example, profile: Profile = "sound", *,
         eos: end the target with the tokenizer's end token (the reference profile always does).
 
     Raises:
-        TextError: no chat template or end token where one is needed, a prompt that the template does not show or that the
-            target changes, or spans that lie outside the target, as those of another tokenizer do.
+        TextError: no chat template or end token where one is needed, a prompt that the template does not show or that
+            the target changes, or spans that lie outside the target, as those of another tokenizer do.
         PlanError: no such profile.
     """
     tokenizer = source.tokenizer if isinstance(source, ic.Model) else source
@@ -286,7 +286,7 @@ def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tupl
 def _check_boundary(tokenizer: Any, example: Example, prompt: ic.Tokens, last: int) -> None:
     """Refuse a target that changes the user's tokens, or shares one with them.
 
-    What a chat template puts between the two is not held against it: a model is given those tokens and goes on from there.
+    What a chat template puts between the two may change: a model is given those tokens, and goes on from there.
     """
     assert prompt.texts and prompt.offsets and example.target is not None
     chat = bool(getattr(tokenizer, "chat_template", None))
@@ -304,8 +304,8 @@ def _check_boundary(tokenizer: Any, example: Example, prompt: ic.Tokens, last: i
 def _check_inside(example: Example, field: str, span: ic.Span, count: int) -> None:
     if span.stop > count:
         raise ic.TextError(
-            f"{example.where}: {field} {closed(span)} ends at token {span.stop - 1}, and this tokenizer makes {count} tokens "
-            f"of the target (0 to {count - 1}). If another tokenizer made the spans, move them: interp run remap_spans"
+            f"{example.where}: {field} {closed(span)} ends at token {span.stop - 1}, and this tokenizer makes "
+            f"{count} tokens of the target (0 to {count - 1}). If another tokenizer made the spans, move them: interp run remap_spans"
         )
 
 
@@ -314,15 +314,15 @@ def _check_tokenizer(example: Example, target: ic.Tokens) -> None:
     written, count, move = example.metadata.get("target_tokens"), len(target.labels[0]), "interp run remap_spans"
     if isinstance(written, int) and written != count:
         raise ic.TextError(
-            f"{example.where}: its spans are of a tokenizer that makes {written} tokens of the target, and this one makes "
-            f"{count}; move them: {move}"
+            f"{example.where}: its spans are of a tokenizer that makes {written} tokens of the target, and this one "
+            f"makes {count}; move them: {move}"
         )
     answer, sink = str(example.metadata.get("boxed_answer") or "").strip(), example.sink_span
     at = example.target.rfind(answer) if example.target and answer else -1
     if at < 0 or sink is None or sink.stop > count or sink == overlapping(target, (at, at + len(answer))):
         return
     warnings.warn(
-        f"{example.where}: the sink is {''.join(target.labels[0][sink.start : sink.stop])!r:.60}, the answer in metadata is "
-        f"{answer!r:.60}. If another tokenizer made the spans, move them: {move}",
+        f"{example.where}: the sink is {''.join(target.labels[0][sink.start : sink.stop])!r:.60}, the answer in "
+        f"metadata is {answer!r:.60}. If another tokenizer made the spans, move them: {move}",
         stacklevel=3,
     )

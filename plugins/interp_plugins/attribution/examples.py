@@ -4,8 +4,8 @@
      "thinking_span": [0, 34], "metadata": {"needle_spans": [{"span": [124, 184], "snippet": …}], …}}
 
 Source: the caches of FlashTrace at 075e7e4 (`exp/exp2/data/<name>.jsonl`). Spans count the target's tokens, as a
-tokenizer gives them for the target alone, and are closed intervals in the file; here they are half-open. Needle spans are
-half-open characters of the prompt. Must equal: a row that is read and written is the same, byte for byte.
+tokenizer gives them for the target alone, and are closed intervals in the file; here they are half-open. Needle spans
+are half-open characters of the prompt. Must equal: a row that is read and written is the same, byte for byte.
 
 Spans mean something only with the tokenizer that they were made with: `interp run remap_spans` moves them to another.
 """
@@ -88,7 +88,7 @@ class Example:
         values = {
             "prompt": self.prompt, "target": self.target, "indices_to_explain": explained, "attr_mask_indices": masks,
             "sink_span": closed(self.sink_span), "thinking_span": closed(self.thinking_span), "metadata": self.metadata,
-        } | self.more  # fmt: skip
+        } | dict(self.more)  # fmt: skip
         added = [key for key, value in values.items() if key not in self.keys and value not in (None, {})]
         return {key: values[key] for key in (*self.keys, *added)}
 
@@ -147,13 +147,13 @@ def _span(row: Mapping[str, Any], name: str, where: str) -> ic.Span | None:
     numbers = _numbers(row, name, where)
     if numbers is None:
         return None
-    if len(numbers) != 2 or not 0 <= numbers[0]:
+    if len(numbers) != 2 or numbers[0] < 0:
         takes = "[first, last], two token numbers from 0 (both belong to it), or null"
         raise ic.LoadError(f"{where}: {errors.wrong(name, takes, list(numbers))}")
     if numbers[1] < numbers[0]:
         raise ic.LoadError(
-            f"{where}: {name} is {list(numbers)}, which is empty: the last token is before the first. Give [first, last], "
-            "both of which belong to it, or null"
+            f"{where}: {name} is {list(numbers)}, which is empty: the last token is before the first. Give [first, "
+            "last], both of which belong to it, or null"
         )
     return ic.Span(numbers[0], numbers[1] + 1)
 
@@ -167,8 +167,8 @@ def _check_order(example: Example) -> None:
     if sink and thinking and thinking.stop > sink.start:
         fix = closed(ic.Span(0, sink.start)) if sink.start else None
         raise ic.LoadError(
-            f"{example.where}: thinking_span {closed(thinking)} reaches into the sink {closed(sink)}; reasoning ends before "
-            f"it: give {json.dumps(fix)}"
+            f"{example.where}: thinking_span {closed(thinking)} reaches into the sink {closed(sink)}; reasoning ends "
+            f"before it: give {json.dumps(fix)}"
         )
 
 
@@ -186,8 +186,8 @@ def _check_needles(example: Example) -> None:
             raise ic.LoadError(errors.wrong(what, '{"span": [start, stop]} in characters of the prompt', needle))
         if not 0 <= span[0] < span[1] <= len(example.prompt):
             raise ic.LoadError(
-                f"{what} is characters {span[0]}:{span[1]}, the prompt has {len(example.prompt)}; give 0 ≤ start < stop "
-                f"≤ {len(example.prompt)}, without a space put in front of the prompt"
+                f"{what} is characters {span[0]}:{span[1]}, the prompt has {len(example.prompt)}; give 0 ≤ start < "
+                f"stop ≤ {len(example.prompt)}, without a space put in front of the prompt"
             )
         snippet, there = needle.get("snippet"), example.prompt[slice(*span)]
         if isinstance(snippet, str) and snippet.strip() != there.strip():
@@ -200,8 +200,8 @@ def _check_needles(example: Example) -> None:
 
 
 def boxes(content: str) -> list[tuple[int, int, str]]:
-    r"""Every `\box{…}` or `\boxed{…}` of a text with balanced braces: start, stop, and what is in it, without white space
-    around. (The published code ends a box at its first closing brace, within `\frac{1}{2}` too.)"""
+    r"""Every `\box{…}` or `\boxed{…}` of a text with balanced braces: start, stop, and what is in it, without white
+    space around. (The published code ends a box at its first closing brace, within `\frac{1}{2}` too.)"""
     out = []
     for match in _BOX.finditer(content):
         depth, start = 0, match.end()
@@ -226,8 +226,8 @@ def overlapping(tokens: ic.Tokens, chars: Chars) -> ic.Span | None:
 
 
 def with_spans(example: Example, tokenizer: Any, answer: str | None = None) -> Example | None:
-    """The example with its spans where the answer's text stands last in the target: the sink is every token that shares a
-    character with it, reasoning is what comes before. None if the text is not there.
+    """The example with its spans where the answer's text stands last in the target: the sink is every token that
+    shares a character with it, reasoning is what comes before. None if the text is not there.
 
     Args:
         answer: its text (default: what was in the box).
@@ -258,7 +258,7 @@ def migrated(example: Example, tokenizer: Any) -> Example:
     found = with_spans(example, tokenizer)
     if found is None:
         raise ic.TextError(
-            f"{example.where}: indices_to_explain {list(example.sentences)} counts sentences, which says nothing of tokens; "
-            f"give sink_span, or metadata.boxed_answer with a text of the target {example.target!r:.60}"
+            f"{example.where}: indices_to_explain {list(example.sentences)} counts sentences, which says nothing of "
+            f"tokens; give sink_span, or metadata.boxed_answer with a text of the target {example.target!r:.60}"
         )
     return found

@@ -1,18 +1,18 @@
 """Data sets as examples: prompts with the answer that is to come, and needles where the source says where they are.
 
-| kind | rows | prompt | answer |
-|---|---|---|---|
-| `ruler` | `input`, `answer_prefix`, `outputs`, `needle_spans`; or `prompt`, `answers`, `needle_char_spans` | input and prefix | outputs, joined by commas |
-| `gsm8k` | `question`, `answer` as "… #### 18" | the question | what follows the last `####` |
-| `math` | `problem`, `solution` with a box, `answer` | the problem | `answer` |
-| `morehopqa` | `question`, `answer`, `context` of titles and sentences | the paragraphs, a line break, the question | `answer` |
+    kind        rows                                                  prompt
+    ruler       input, answer_prefix, outputs, needle_spans           input and prefix
+                or prompt, answers, needle_char_spans                 the prompt
+    gsm8k       question, answer as "… #### 18"                       the question
+    math        problem, solution with a box, answer                  the problem
+    morehopqa   question, answer, context of titles and sentences     the paragraphs, a line break, the question
 
 Source: `attribution_datasets.py` and `map_math_mine_to_exp2_cache.py` of FlashTrace at 075e7e4 (kinds `ruler`, `gsm8k`,
-`morehopqa`); Hsieh et al. (2024), RULER, arXiv:2404.06654; Cobbe et al. (2021), GSM8K, arXiv:2110.14168; Hendrycks et al.
-(2021), MATH, arXiv:2103.03874; Schnitzler et al. (2024), MoreHopQA, arXiv:2406.13397.
+`morehopqa`); Hsieh et al. (2024), RULER, arXiv:2404.06654; Cobbe et al. (2021), GSM8K, arXiv:2110.14168; Hendrycks et
+al. (2021), MATH, arXiv:2103.03874; Schnitzler et al. (2024), MoreHopQA, arXiv:2406.13397.
 
-Sources give no target: a model writes it (`building`), or, of the two kinds whose answer shows the reasoning, the answer
-is mapped: reasoning, a line break, the final answer, which is the sink. Boxes are taken off.
+Sources give no target: a model writes it (`building`), or, of the two kinds whose answer shows the reasoning, the
+answer is mapped: reasoning, a line break, the final answer, which is the sink. Boxes are taken off.
 """
 
 from __future__ import annotations
@@ -171,14 +171,14 @@ def read_source(path: str | Path, kind: str | None = None) -> list[Example]:
         example = make(row, where)
         if example.metadata.get("dataset") in ("math_mine", "math500"):
             noted = {"dataset": example.metadata["dataset"], "source_path": str(path), "example_idx": number}
-            example = replace(example, metadata=noted | example.metadata)
+            example = replace(example, metadata={**noted, **example.metadata})
         examples.append(example)
     return examples
 
 
 def mapped(example: Example, tokenizer: Any) -> Example | None:
-    """An example of a source that gives the reasoning, with the spans of its final answer: no model is asked. None where no
-    token holds the answer.
+    """An example of a source that gives the reasoning, with the spans of its final answer: no model is asked. None
+    where no token holds the answer.
 
     Raises:
         TextError: the source gives no reasoning.

@@ -43,7 +43,7 @@ def moved(
     target = row.get("target")
     if not isinstance(target, str) or not target:
         return None, "missing_target"
-    spans = (row.get(name) for name in ("indices_to_explain", "sink_span"))
+    spans: list[Any] = [row.get(name) for name in ("indices_to_explain", "sink_span")]
     span = next((ic.Span(one[0], one[1] + 1) for one in spans if _is_closed(one)), None)
     if span is None:
         return None, "missing_old_span"
