@@ -305,7 +305,8 @@ def _check_inside(example: Example, field: str, span: ic.Span, count: int) -> No
     if span.stop > count:
         raise ic.TextError(
             f"{example.where}: {field} {closed(span)} ends at token {span.stop - 1}, and this tokenizer makes "
-            f"{count} tokens of the target (0 to {count - 1}). If another tokenizer made the spans, move them: interp run remap_spans"
+            f"{count} tokens of the target (0 to {count - 1}). If another tokenizer made the spans, move them: interp "
+            "run remap_spans"
         )
 
 
