@@ -65,7 +65,9 @@ def test_spans_are_half_open_inside() -> None:
     first = example(0)
     assert first.sink_span == ic.Span(35, 48) and first.thinking_span == ic.Span(0, 35) and closed(None) is None
     assert [first.prompt[a:b][:7] for a, b in first.needles] == ["One of "] * 2
-    assert first.target is not None and first.target_sha1 == sha1(first.target) and first.prompt_sha1 != first.target_sha1
+    assert (
+        first.target is not None and first.target_sha1 == sha1(first.target) and first.prompt_sha1 != first.target_sha1
+    )
 
 
 def test_digests_are_those_of_the_published_traces() -> None:
@@ -128,7 +130,9 @@ def test_the_sound_profile_shows_the_prompt_as_it_is(k: int) -> None:
 
 
 def test_without_a_chat_template_text_is_as_it_is(toy: ic.Model) -> None:
-    asked = Example("VAR V3 84.\n? V3", " 84", ic.Span(0, 1), ic.Span(0, 1), metadata={"needle_spans": [{"span": [6, 9]}]})
+    asked = Example(
+        "VAR V3 84.\n? V3", " 84", ic.Span(0, 1), ic.Span(0, 1), metadata={"needle_spans": [{"span": [6, 9]}]}
+    )
     tokens = example_tokens(toy, asked)
     assert tokens.texts == ("VAR V3 84.\n? V3 84",) and tokens.ids.tolist() == toy.tokens(tokens.texts[0]).ids.tolist()
     assert tokens.labels_at("gold") == ((" 84",),) and tokens.columns("sink") == [[6]]
@@ -201,7 +205,8 @@ def test_rows_that_contradict_themselves(tmp_path: Path, fields: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("", "holds no example"), ('{"prompt": "a"}\n{"pro', "line 2, is no JSON"), ("[1]\n", "is a list")]
+    ("content", "says"),
+    [("", "holds no example"), ('{"prompt": "a"}\n{"pro', "line 2, is no JSON"), ("[1]\n", "is a list")],
 )
 def test_files_that_are_none(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
@@ -215,7 +220,9 @@ def test_spans_of_another_tokenizer(toy: ic.Model) -> None:
     llama, new = tokenizer("models/llama"), tokenizer("exp5/tok_new")
     far = example_of(row(sink_span=[400, 405]))
     for profile in ("sound", "reference"):
-        with pytest.raises(ic.TextError, match=r"sink_span \[400, 405\] ends at token 405.* makes \d\d tokens.*remap_spans"):
+        with pytest.raises(
+            ic.TextError, match=r"sink_span \[400, 405\] ends at token 405.* makes \d\d tokens.*remap_spans"
+        ):
             example_tokens(llama, far, profile)
     with pytest.warns(UserWarning, match="the sink is .*, the answer in metadata is .*remap_spans"):
         example_tokens(new, example(0))

@@ -105,7 +105,9 @@ def test_made_up_prompts_hold_their_needles() -> None:
         said = " ".join(one.prompt[a:b] for a, b in one.needles)
         assert one.metadata["dataset"] == "two_steps" or one.metadata["reference_answer"] in said
     assert needles(3, 12) == needles(3, 12) != needles(3, 12, seed=1)
-    assert len({len(one.needles) for one in toy_needles(5, hops=2)}) == 1 and len(toy_needles(1, hops=2)[0].needles) == 3
+    assert (
+        len({len(one.needles) for one in toy_needles(5, hops=2)}) == 1 and len(toy_needles(1, hops=2)[0].needles) == 3
+    )
     with pytest.raises(ic.PlanError, match="hidden=9: give 1 to 8"):
         needles(1, 12, hidden=9)
 
@@ -158,7 +160,9 @@ def test_what_the_toy_answers_right_is_kept(toy: ic.Model) -> None:
 
 def test_a_prompt_that_does_not_fit_is_left_out_alone(toy: ic.Model) -> None:
     few = toy_needles(2)
-    long = replace(few[0], prompt="VAR V1 84.\n" * 70 + few[0].prompt, metadata={**few[0].metadata, "needle_spans": None})
+    long = replace(
+        few[0], prompt="VAR V1 84.\n" * 70 + few[0].prompt, metadata={**few[0].metadata, "needle_spans": None}
+    )
     made = list(build(toy, [few[0], long, few[1]], max_new_tokens=1, keep_unfinished=True))
     assert [one.reason for one in made] == ["", "too_long", ""]
 
@@ -181,7 +185,9 @@ def test_build_cache_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(recipe, "build", until(5))
     with pytest.raises(KeyboardInterrupt):
-        recipe.build_cache("toy_needles", out=tmp_path / "again", hops=1, count=8, max_new_tokens=1, keep_unfinished=True)
+        recipe.build_cache(
+            "toy_needles", out=tmp_path / "again", hops=1, count=8, max_new_tokens=1, keep_unfinished=True
+        )
     monkeypatch.setattr(recipe, "build", until(99))
     path = recipe.build_cache(
         "toy_needles", out=tmp_path / "again", hops=1, count=8, max_new_tokens=1, keep_unfinished=True, batch_size=2
@@ -190,7 +196,9 @@ def test_build_cache_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     counts = json.loads((tmp_path / "again/counts.json").read_text())
     assert counts["examples"] == 8 and counts["kept"] + sum(counts["dropped"].values()) == 8 and counts["kept"] >= 6
     with pytest.raises(ic.PlanError, match="holds another run: count was 8, is 9"):
-        recipe.build_cache("toy_needles", out=tmp_path / "again", hops=1, count=9, max_new_tokens=1, keep_unfinished=True)
+        recipe.build_cache(
+            "toy_needles", out=tmp_path / "again", hops=1, count=9, max_new_tokens=1, keep_unfinished=True
+        )
 
 
 def test_build_cache_of_the_sources_solutions(tmp_path: Path) -> None:
