@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from . import sites as sites
     from . import stats as stats
     from . import testing as testing
+    from . import text as text
     from . import toys as toys
     from .activations import Activations as Activations
     from .edits import Edit as Edit
@@ -93,7 +94,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "toys")
+_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
