@@ -103,11 +103,12 @@ class LayerTap:
         kernel: the layer's own attention function, if it can be found.
         softmax_dtype: in which the family's eager attention takes its softmax even for wider types.
         lent: the config that names our function, shared by all layers of a plan.
+        note: is handed what the layer's attention is called with: `(query, key, mask, the rest)`.
     """
 
     __slots__ = (
-        "asked", "filled", "keep", "kept", "kernel", "lent", "module", "original", "prefix", "softmax_dtype", "stages",
-        "texts",
+        "asked", "filled", "keep", "kept", "kernel", "lent", "module", "note", "original", "prefix", "softmax_dtype",
+        "stages", "texts",
     )  # fmt: skip
 
     def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
@@ -116,6 +117,7 @@ class LayerTap:
         self.texts = _ONE
         self.filled: int | None = None
         self.asked: Sequence[int] | None = None
+        self.note: Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = own_config(module)
         implementation = demand_open(module, "attention sites need")
@@ -203,6 +205,8 @@ def attention(
         value = stages["v"](value, n_keys)
     if tap.keep:
         tap.kept = key, value, kwargs.get("sliding_window")
+    if tap.note is not None:
+        tap.note(query, key, attention_mask, {"scaling": scaling, **kwargs})
     if tap.kernel is not None and tap.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
@@ -217,7 +221,7 @@ def attention(
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
-    scores = _masked(_shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
+    scores = scores_of(query, key, attention_mask, {"scaling": scale, **kwargs}, module)
     if tap.prefix is not None:
         scores, values = _with_earlier(tap, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
@@ -270,12 +274,13 @@ def _few(
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
     closed = module.__dict__["interp_tap"].kernel(module, *called, mask, **kwargs)[0]
     asked = torch.tensor(columns, device=query.device)
-    if mask is not None or (query.shape[2] > 1 and _is_causal(kwargs, module)):
-        own = torch.arange(key.shape[2], device=asked.device) <= asked[:, None] if mask is None else _at(asked, mask)
-    else:
-        own = None
+    own = rows_of_mask(asked, query.shape[2], key.shape[2], mask, kwargs, module)
     return _Few(
-        closed, asked, query[:, :, asked], own, {**kwargs, "position_bias": _at(asked, kwargs.get("position_bias"))}
+        closed,
+        asked,
+        query[:, :, asked],
+        own,
+        {**kwargs, "position_bias": at_queries(asked, kwargs.get("position_bias"))},
     )
 
 
@@ -352,6 +357,23 @@ def _merged(
     return ((out + _mixed(mine.to(kind), value)) / total).to(kind)
 
 
+def rows_of_mask(
+    asked: Tensor, n_queries: int, n_keys: int, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module
+) -> Tensor | None:
+    """The mask for few of a pass' queries, which hides what the layer's own hides from them."""
+    if mask is not None:
+        return at_queries(asked, mask)
+    if n_queries == 1 or not is_causal(kwargs, module):
+        return None
+    return torch.arange(n_keys, device=asked.device) <= asked[:, None]
+
+
+def scores_of(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
+    """Attention scores `[batch head query key]`, scaled, shaped as the family does, and masked."""
+    scale = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+    return _masked(_shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
+
+
 def _shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Scores as the family shapes them before the mask: capped, or with a bias by position."""
     if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
@@ -389,12 +411,12 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def _at(asked: Tensor, x: Tensor | None) -> Tensor | None:
+def at_queries(asked: Tensor, x: Tensor | None) -> Tensor | None:
     """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
     return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
 
 
-def _is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
+def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
     """Whether a layer that is handed no mask hides later keys."""
     causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -404,7 +426,7 @@ def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module:
     """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
     queries, keys = scores.shape[-2:]
     if mask is None:
-        if queries == 1 or not _is_causal(kwargs, module):
+        if queries == 1 or not is_causal(kwargs, module):
             return scores
         return scores + _causal(queries, keys, scores.device, scores.dtype)
     if mask.dtype == torch.bool:
