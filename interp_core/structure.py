@@ -198,6 +198,7 @@ class Structure:
             logits             [d_model d_vocab]         final_norm @ weights + bias, before a cap
             attn_in, mlp_in[l], final_norm   [d_model]   the norm that makes it, (x - mean) / deviation * weights + bias
                                                          with LayerNorm, x / root mean square * weights with RMSNorm
+            attn_out, mlp_out[l]             [d_model]   the same of the norm of what is added, where there is one
 
         A head or neuron drops its axis: `weights(S.z[2, 3])` is `[d_head d_model]`. The tensor may share memory with
         the model: do not write into it.
