@@ -159,12 +159,13 @@ class WeightReader(NamedTuple):
         up, down = module(self._like(module, c * torch.stack([sign, -sign])))
         made = Weights((up - down) / 2 * sign.to(up), (up + down) / 2)
         x = self._like(module, c * _random(8, len(sign)))
+        eps = max(torch.finfo(kind).eps for kind in (self.dtype, torch.float32))
         gain, bias = made.weight.double(), made.bias.double()
         for mean in (0.0, x.double().mean(-1, keepdim=True)):
             values = x.double() - mean
             values = values / values.pow(2).mean(-1, keepdim=True).sqrt()
             size = (1 + values.abs()) * gain.abs() + bias.abs()  # 1 is the deviation, against which a mean rounds
-            if _close(module(x), values * gain + bias, 8 * torch.finfo(self.dtype).eps * size):
+            if _close(module(x), values * gain + bias, 8 * eps * size):
                 return Weights(*(_here(self._what(entry), part) for part in made))
         raise CapabilityError(
             f"{self._what(entry)} is made by {type(module).__name__}, which is no LayerNorm or RMSNorm with gains; see "
