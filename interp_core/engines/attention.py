@@ -211,7 +211,7 @@ def attention(
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
         return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = scale_of(query, scaling)
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):
         few = _few(
@@ -221,7 +221,7 @@ def attention(
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
-    scores = scores_of(query, key, attention_mask, {"scaling": scale, **kwargs}, module)
+    scores = masked(shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if tap.prefix is not None:
         scores, values = _with_earlier(tap, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
@@ -274,7 +274,14 @@ def _few(
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
     closed = module.__dict__["interp_tap"].kernel(module, *called, mask, **kwargs)[0]
     asked = torch.tensor(columns, device=query.device)
-    own = rows_of_mask(asked, query.shape[2], key.shape[2], mask, kwargs, module)
+    if mask is not None or (query.shape[2] > 1 and is_causal(kwargs, module)):
+        own = (
+            torch.arange(key.shape[2], device=asked.device) <= asked[:, None]
+            if mask is None
+            else at_queries(asked, mask)
+        )
+    else:
+        own = None
     return _Few(
         closed,
         asked,
@@ -288,7 +295,7 @@ def _with_earlier(tap: LayerTap, query: Tensor, scores: Tensor, kwargs: dict[str
     """Scores of earlier keys and own ones, and the earlier values; the query is scaled."""
     assert tap.prefix is not None
     earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
-    before = _shaped(_products(query, earlier), kwargs)
+    before = shaped(_products(query, earlier), kwargs)
     hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
     if hidden is not None:
         before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
@@ -333,8 +340,8 @@ def _merged(
         x = x.mT.reshape(texts, kv, -1, heads // kv * n, x.shape[1]).transpose(1, 2).reshape(-1, heads, n, x.shape[1])
         return x if order is None else x[order[1]]
 
-    own = _masked(_shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
-    before = _shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
+    own = masked(shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
+    before = shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
     if (hidden := tap.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
         each = before.view(texts, kv, before.shape[1], -1, n)
         before = each.masked_fill_(hidden[:, None, :, None], _LOWEST[before.dtype]).view(before.shape)
@@ -357,24 +364,12 @@ def _merged(
     return ((out + _mixed(mine.to(kind), value)) / total).to(kind)
 
 
-def rows_of_mask(
-    asked: Tensor, n_queries: int, n_keys: int, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module
-) -> Tensor | None:
-    """The mask for few of a pass' queries, which hides what the layer's own hides from them."""
-    if mask is not None:
-        return at_queries(asked, mask)
-    if n_queries == 1 or not is_causal(kwargs, module):
-        return None
-    return torch.arange(n_keys, device=asked.device) <= asked[:, None]
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """What products of queries and keys are multiplied by."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
-def scores_of(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
-    """Attention scores `[batch head query key]`, scaled, shaped as the family does, and masked."""
-    scale = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
-    return _masked(_shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
-
-
-def _shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Scores as the family shapes them before the mask: capped, or with a bias by position."""
     if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
         scores = torch.tanh(scores / cap) * cap
@@ -422,7 +417,7 @@ def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
     """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
     queries, keys = scores.shape[-2:]
     if mask is None:
@@ -430,7 +425,7 @@ def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module:
             return scores
         return scores + _causal(queries, keys, scores.device, scores.dtype)
     if mask.dtype == torch.bool:
-        mask = _additive(mask, scores.dtype)
+        mask = additive(mask, scores.dtype)
     return scores + (mask if mask.shape[-1] == keys else mask[..., :keys])
 
 
@@ -439,10 +434,10 @@ def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -
     """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
     mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-    return _additive(seen, dtype)
+    return additive(seen, dtype)
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask that is added, from one that is true where a query may look; kept with it, for the layers that share it.
 
     Half of the lowest number hides as well as the lowest, and a row that is hidden whole (padding) stays finite.

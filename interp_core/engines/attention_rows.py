@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionError
-from .attention import at_queries, is_causal, rows_of_mask, scores_of, softmax
+from .attention import additive, at_queries, is_causal, masked, scale_of, shaped, softmax
 
 CHUNK = 64
 """Queries whose rows are made at a time, where only their sum is asked for."""
@@ -98,10 +98,23 @@ class AttentionRows:
         """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off."""
         asked = torch.tensor(list(queries), device=self.query.device)
         places = torch.tensor(self._places(queries), device=asked.device)
-        key, mask, called = self.key, self.mask, {**self.called}
-        if mask is None and is_causal(called, self.module) and called.get("position_bias") is None:
-            key = key[:, :, : max(queries) + 1]
-        own = rows_of_mask(asked, self.key.shape[2], key.shape[2], mask, called, self.module)
+        query, key, mask, called = self.query[:, :, places], self.key, self.mask, {**self.called}
         called["position_bias"] = at_queries(places, called.get("position_bias"))
-        scores = scores_of(self.query[:, :, places], key, own, called, self.module)
+        hides = mask is None and self.key.shape[2] > 1 and is_causal(called, self.module)
+        if hides and called["position_bias"] is None:
+            key = key[:, :, : max(queries) + 1]
+        scores = shaped(_grouped(query, key) * scale_of(query, called["scaling"]), called)
+        if mask is None and hides:
+            first = min(queries)  # keys before it are seen by all of these queries
+            own = torch.arange(first, key.shape[2], device=asked.device) <= asked[:, None]
+            scores[..., first:] += additive(own, scores.dtype)
+        elif mask is not None:
+            scores = masked(scores, at_queries(asked, mask), called, self.module)
         return softmax(scores, called.get("s_aux"), self.softmax_dtype)
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """Queries with keys, as `attention` has them, without a copy of the keys for each head of a group."""
+    batch, heads, n, d = query.shape
+    joined = query.reshape(batch, key.shape[1], -1, d)
+    return torch.matmul(joined, key.mT).view(batch, heads, n, -1)

@@ -48,7 +48,8 @@ class OutMap(NamedTuple):
     """What a layer makes of what its heads mix.
 
     Attributes:
-        w_o: output projection, with a post-norm's gains `[head d_head d_model]`.
+        w_o: output projection, with a post-norm's gains, as it lies in memory `[d_model head d_head]`.
+        longest: each head's longest column of it.
         bias: its bias, with the gains `[d_model]`.
         own: bias of the post-norm `[d_model]`.
         normed: there is a post-norm.
@@ -56,7 +57,8 @@ class OutMap(NamedTuple):
         w_v: in the reference, value projection, gains before it and whether its norm takes the mean away.
     """
 
-    w_o: Tensor
+    w_o: Float[Tensor, "d_model head d_head"]
+    longest: Float[Tensor, " head"]
     bias: Tensor
     own: Tensor
     normed: bool
@@ -159,7 +161,7 @@ class Flow:
             CapabilityError: what is added is no multiple of what the projection gives.
         """
         per_row, few = out.normed, z if out.normed else z[-16:]
-        made = few.flatten(1) @ out.w_o.flatten(0, 1) + out.bias
+        made = few.flatten(1) @ out.w_o.flatten(1).mT + out.bias
         added = added[-len(few) :] - out.own
         across = (made * added).sum(-1), made.square().sum(-1)
         top, bottom = across if per_row else (x.sum().expand(1) for x in across)
@@ -277,10 +279,7 @@ class Flow:
         w = weight.to(kept.before)
         before, added = w @ kept.before[index], w @ kept.added[index]
         x = before + added
-        values = _per_head(kept.values[:reach].to(mix), mix.shape[0])
-        mix = mix[:, :reach]
-        parts = (mix if mix.ndim == 3 else mix[..., None]) * values
-        near = proximities_to(x, parts, kept.out.w_o, self.chunk)
+        near = proximities_to(x, mix[:, :reach], kept.values[:reach].to(mix), kept.out, self.chunk)
         limit = self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
         near = near.masked_fill(near < limit, 0.0).double().cpu() if limit else near.double().cpu()
         resid, bias = proximity(before, x), torch.zeros((), dtype=torch.float64)
@@ -300,47 +299,56 @@ def proximity(part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"])
 
 
 def proximities_to(
-    whole: Float[Tensor, " d_model"], parts: Float[Tensor, "head key d_head"], w_o: Tensor, chunk: int = 128
-) -> Float[Tensor, "head key"]:
-    """prox(parts @ W_O, whole), exact, mostly without making `parts @ W_O`:
+    whole: Float[Tensor, " d_model"], mix: Tensor, values: Float[Tensor, "key kv_head d_head"], out: OutMap,
+    chunk: int = 128,
+) -> Float[Tensor, "head key"]:  # fmt: skip
+    """prox(mix * values @ W_O, whole), exact, mostly without making `values @ W_O`:
 
         u = sign(x) * y      prox(y, x) = max(sum of u - 2 * sum of max(u - |x|, 0), 0)
 
-    The first sum is one product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over
-    those dimensions only in which |x| is less than u can be, `|part| * |W_O column|` at most: the smallest of |x|, few
-    for most tokens.
+    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over those
+    dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of |x|,
+    few for most tokens.
 
     Args:
-        w_o: output projection `[head d_head d_model]`.
+        mix: what each value is multiplied by `[head key]`, or each number of it `[head key d_head]`.
         chunk: tokens that are worked on at a time.
     """
+    if mix.ndim == 3:
+        values, mix = (mix * _per_head(values, len(mix))).transpose(0, 1), mix.new_ones(mix.shape[:2])
     size, order = whole.abs().sort()
-    w = (w_o * torch.where(whole < 0, -1.0, 1.0).to(w_o))[..., order]
-    total, longest = w.sum(-1, keepdim=True), w.norm(dim=1).amax(-1)
-    out = []
-    for part in parts.split(chunk, 1):
-        linear = torch.bmm(part, total)[..., 0]
-        need = torch.searchsorted(size, part.norm(dim=-1) * longest[:, None])
-        need = need.masked_fill(linear <= 0, 0)
-        out.append((linear - 2 * _overshoot(part, w, size, need)).clamp_min_(0))
-    return torch.cat(out, 1)
-
-
-def _overshoot(part: Tensor, w: Tensor, size: Tensor, need: Tensor) -> Tensor:
-    """Sum of `max(part @ w - size, 0)` `[head key]` over each one's first `need` dimensions, beyond which it is 0."""
-    d, n = len(size), need.numel()
-    widths = [0, *(d >> shift for shift in (6, 5, 4, 3, 2, 1) if d >> shift), d]
-    more = [float((need > width).sum()) for width in widths]
-    width = min(zip(widths, more, strict=True), key=lambda pair: pair[0] * n + 1.5 * d * pair[1])[0]
-    over = part.new_zeros(need.shape)
-    if width:
-        over = torch.baddbmm(-size[:width].expand(len(part), 1, -1), part, w[..., :width]).clamp_min_(0).sum(-1)
-    if width < d:
-        for head in range(len(part)):
+    sign = torch.where(whole < 0, -1.0, 1.0).to(whole)
+    heads, group = len(mix), len(mix) // values.shape[1]
+    total = (sign @ out.w_o.flatten(1)).view(values.shape[1], group, -1)
+    found = []
+    for value, share in zip(values.split(chunk), mix.split(chunk, 1), strict=True):
+        linear = torch.matmul(total, value.permute(1, 2, 0)).flatten(0, 1) * share
+        reach = value.norm(dim=-1).mT.repeat_interleave(group, 0) * share.abs() * out.longest[:, None]
+        need = torch.searchsorted(size, reach).masked_fill(linear <= 0, 0)
+        width, single = _split(need, len(size))
+        if width:
+            at = order[:width]
+            w = (out.w_o[at] * sign[at, None, None]).unflatten(1, (-1, group)).permute(1, 3, 2, 0).flatten(2)
+            u = torch.matmul(value.transpose(0, 1), w).unflatten(-1, (group, width))
+            over = (u * share.view(-1, group, share.shape[1], 1).transpose(1, 2) - size[:width]).clamp_min_(0).sum(-1)
+            linear = linear - 2 * over.transpose(1, 2).reshape(heads, -1)
+        for head in range(heads) if single else ():
             rest = torch.nonzero(need[head] > width)[:, 0]
             if len(rest):
-                over[head, rest] = torch.addmm(-size, part[head, rest], w[head]).clamp_min_(0).sum(-1)
-    return over
+                part = value[rest, head // group] * share[head, rest, None]
+                missed = torch.addmm(whole, part, out.w_o[:, head].mT, alpha=-1).abs_().sum(-1)
+                linear[head, rest] = size.sum() - missed
+        found.append(linear.clamp_min_(0))
+    return torch.cat(found, 1)
+
+
+def _split(need: Tensor, d: int) -> tuple[int, bool]:
+    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that need
+    more; and whether there are such."""
+    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
+    more = (need.flatten()[:, None] > torch.tensor(widths, device=need.device)).sum(0).tolist()
+    width = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])
+    return widths[width], more[width] > 0
 
 
 def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
@@ -368,7 +376,8 @@ def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
             centred = isinstance(model.module("ln1", layer), torch.nn.LayerNorm)
             w_v = model.weights(S.v[layer]).to(wide), gains[layer], centred
         biased = w_v is None and bool(bias.any() | own.any())
-        maps.append(OutMap(w_o, bias, own, normed, biased, w_v))
+        w_o = w_o.permute(2, 0, 1).contiguous()
+        maps.append(OutMap(w_o, w_o.norm(dim=-1).amax(0), bias, own, normed, biased, w_v))
     return maps
 
 
@@ -411,4 +420,3 @@ def demand_patterns(model: ic.Model) -> None:
 def _per_head(values: Tensor, heads: int) -> Float[Tensor, "head key d_head"]:
     """Values `[key kv_head d_head]` of each head's group."""
     return values.transpose(0, 1).repeat_interleave(heads // values.shape[1], 0)
-

@@ -155,7 +155,9 @@ def _by_hops(flow: Flow, layout: Layout, config: IFRConfig, parts: Parts) -> Att
     rows = None
     if len(layout.target):
         rows = torch.full((len(layout.target), layout.length), float("nan"), dtype=torch.float64)
-        own = [p for p in layout.sink if (keep is None or keep[p]) and (config.variant not in ALL or p in parts.reasoning)]
+        own = [
+            p for p in layout.sink if (keep is None or keep[p]) and (config.variant not in ALL or p in parts.reasoning)
+        ]
         rows[[p - layout.target.start for p in own]] = hops.observed
     return Attributed(
         hops.observed, rows=rows, hops=hops.vectors, mass=hops.mass, stream=flow.stream, notes=dict(hops.notes)
