@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from . import toys as toys
     from .activations import Activations as Activations
     from .edits import Edit as Edit
+    from .engines.attention_rows import AttentionRows as AttentionRows
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
     from .errors import InterpError as InterpError
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Activations": "activations",
+    "AttentionRows": "engines.attention_rows",
     "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",
