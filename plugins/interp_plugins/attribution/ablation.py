@@ -10,19 +10,19 @@
 
 With `delete_text` the white space before a unit goes with it, and that before the first which is kept. Where the token
 that predicts the answer is taken away, the last one that is kept before it predicts (except by `replace`). What is left
-must hold a token before the answer. `mask` equals `delete_keep_positions`, which is held against it on the text itself.
+must hold a token before the answer. `mask` equals `delete_keep_positions`, which is held against it on the text.
 
-Source: Cohen-Wang et al. (2024), arXiv:2409.00729, for `delete_text`; Pan et al. (2026), arXiv:2602.01914, for `replace`
-and `blur`.
-Cost: `mask` and `replace` are sweeps: layers × (tokens from the first one taken away on) per variant, as their plan says;
-deletions are texts of their own, layers × tokens left; `blur` is a forward pass per variant.
+Source: Cohen-Wang et al. (2024), arXiv:2409.00729, for `delete_text`; Pan et al. (2026), arXiv:2602.01914, for
+`replace` and `blur`.
+Cost: `mask` and `replace` are sweeps, layers × (tokens from the first one taken away on) per variant, as their plan
+says; deletions are texts of their own, layers × tokens left; `blur` is a forward pass per variant.
 Must equal: one forward pass per variant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from .blurring import blurred
-from .deletion import Shortened, shortened
+from .deletion import Shortened, predictors, shortened
 from .gate import RESIDUE
 from .judge import Judge, StandIn, embedded, stand_in
 from .layout import Layout
@@ -45,6 +45,8 @@ POSITIONS = {
     "mask": "those of the whole text", "replace": "those of the whole text", "blur": "those of the whole text",
 }  # fmt: skip
 """Position ids of what is left, by convention."""
+ROUNDING = 256 * torch.finfo(torch.float32).eps
+"""How far two computations of a number of order one by other shapes lie apart: most families' norms are float32."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ class Price:
 
 
 class Part(NamedTuple):
-    """Variants that are judged at the same positions, as edits of one sweep (no edit: the text as it is)."""
+    """Variants that are judged at the same positions, as edits of one sweep; no edits, where nothing that is judged
+    sees what is taken away."""
 
     judge: Judge
     numbers: list[int]
-    edits: list[ic.Edit | None]
+    edits: list[ic.Edit]
 
 
 class Ablation:
@@ -118,7 +121,11 @@ class Ablation:
             return Price(own + layers * width + checks, naive, (how + more,))
         if self.convention == "blur":
             return Price(naive + layers * width, naive, (f"{len(self.removals)} passes with another image",))
-        plans = [ic.Sweep.planned(self.model, self.layout.tokens, p.edits, p.judge.score()) for p in self._swept(judge)]
+        plans = [
+            ic.Sweep.planned(self.model, self.layout.tokens, part.edits, part.judge.score())
+            for part in self._parts(judge, self.gone)
+            if part.edits
+        ]
         return Price(sum(plan.token_layers for plan in plans), naive, tuple(plan.explain() for plan in plans))
 
     def run(self, judge: Judge) -> tuple[Tensor, Tensor]:
@@ -163,10 +170,6 @@ class Ablation:
             count = max(1, self.batch_tokens // width)
             yield from (numbers[i : i + count] for i in range(0, len(numbers), count))
 
-    def _swept(self, judge: Judge) -> Iterator[Part]:
-        """Parts with edits."""
-        return (part for part in self._parts(judge, self.gone) if None not in part.edits)
-
     def _parts(self, judge: Judge, gone: Sequence[Sequence[int]]) -> Iterator[Part]:
         """Variants by the positions at which they are judged."""
         parts: dict[tuple[tuple[int, ...], bool], Part] = {}
@@ -176,20 +179,18 @@ class Ablation:
             if embedding is not None and places:
                 edit = S.embed.at(list(places)).set(embedding)
             elif embedding is None:
-                positions = predictors(judge.positions, places)
+                positions = predictors(self.owner, judge.positions, places)
                 edit = _hidden(places, max(positions) + 1)
-            key = positions, edit is None
-            part = parts.setdefault(
-                key, Part(Judge(positions, judge.ids, judge.scale, judge.against, judge.mean), [], [])
-            )
+            moved = replace(judge, positions=positions)
+            part = parts.setdefault((positions, edit is None), Part(moved, [], []))
             part.numbers.append(number)
-            part.edits.append(edit)
+            part.edits.extend([] if edit is None else [edit])
         yield from parts.values()
 
     def _of_part(self, part: Part) -> Float[Tensor, " variant"]:
-        if None in part.edits:  # nothing that is judged sees what is taken away
+        if not part.edits:
             return self._judged(part.judge).expand(len(part.numbers))
-        return self.model.sweep(self.layout.tokens, part.edits, part.judge.score()).values[:, 0]  # type: ignore[arg-type]
+        return self.model.sweep(self.layout.tokens, part.edits, part.judge.score()).values[:, 0]
 
     def _must_be_checked(self) -> bool:
         """Whether keeping position ids can be held against hiding keys."""
@@ -205,35 +206,18 @@ class Ablation:
         number = next(n for n, places in enumerate(self.gone) if places)
         (part,) = self._parts(judge, [self.gone[number]])
         masked = float(self._of_part(part)[0])
-        limit = RESIDUE.get(self.model.dtype, 1e-4) * max(1.0, abs(masked)) * len(judge.ids)
+        limit = max(ROUNDING, RESIDUE.get(self.model.dtype, 0.0) if self.model.dtype.itemsize < 4 else 0.0)
+        limit *= max(1.0, abs(masked))
         if not abs(masked - float(values[number])) <= limit:
             raise ic.CapabilityError(
-                f"{self.owner}: in {self.model.source} tokens do not keep their positions when others are deleted: without "
-                f"{self.units[self.removals[number][0]].name!r:.40} the {judge.name} is {float(values[number]):.4g}, and "
-                f"{masked:.4g} with its keys hidden. It takes positions from elsewhere, or its windows count what is "
+                f"{self.owner}: in {self.model.source} tokens do not keep their positions when others are deleted: "
+                f"without {self.units[self.removals[number][0]].name!r:.40} the {judge.name} is "
+                f"{float(values[number]):.4g}, and {masked:.4g} with its keys hidden. It takes positions from elsewhere, or its windows count what is "
                 "left; use 'mask' or 'delete_tokens'"
             )
 
 
-def predictors(positions: Sequence[int], gone: Sequence[int]) -> tuple[int, ...]:
-    """The last kept positions at or before those that predict.
-
-    Raises:
-        PositionError: none is kept.
-    """
-    away = set(gone)
-    kept = tuple(next((q for q in range(p, -1, -1) if q not in away), -1) for p in positions)
-    if min(kept) < 0:
-        raise ic.PositionError(
-            "a variant takes away every token before the answer, and nothing is left to predict it from: keep some out "
-            "of it (a chat template, a span by within=), or take convention 'replace'"
-        )
-    return kept
-
-
-def demand_possible(
-    owner: str, model: ic.Model, layout: Layout, units: Sequence[Unit], convention: Convention
-) -> None:
+def demand_possible(owner: str, model: ic.Model, layout: Layout, units: Sequence[Unit], convention: Convention) -> None:
     """Refuse a convention that this model or text cannot have.
 
     Raises:

@@ -30,8 +30,8 @@ def blurred(owner: str, tokens: ic.Tokens, cells: Sequence[tuple[int, int, int, 
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
         shape = list(pixels.shape) if isinstance(pixels, Tensor) else None
         raise ic.CapabilityError(
-            f"{owner}: blur needs pixel_values as pictures, [picture channel height width], these are {shape} (cut into "
-            "patches by their processor); use convention 'mask'"
+            f"{owner}: blur needs pixel_values as pictures, [picture channel height width], these are {shape} (cut "
+            "into patches by their processor); use convention 'mask'"
         )
     flat = pixels.reshape(-1, *pixels.shape[-3:]).clone()
     pictures = {key: n for n, key in enumerate(sorted({(image, tile) for image, tile, _, _ in cells}))}

@@ -48,12 +48,23 @@ def shortened(
         away = set(places)
         kept = [p for p in range(width) if p not in away]
         index = {p: n for n, p in enumerate(kept)}
-        before = [max((index[q] for q in kept if q <= p), default=-1) for p in layout.predictors]
-        if min(before) < 0:
-            raise _nothing_left(owner)
+        before = [index[p] for p in predictors(owner, layout.predictors, places)]
         own = tuple(kept) if convention == "delete_keep_positions" else ()
         texts.append(Shortened(tuple(ids[p] for p in kept), own, tuple(before)))
     return texts
+
+
+def predictors(owner: str, positions: Sequence[int], gone: Sequence[int]) -> tuple[int, ...]:
+    """The last kept positions at or before those that predict.
+
+    Raises:
+        PositionError: none is kept.
+    """
+    away = set(gone)
+    kept = tuple(next((q for q in range(p, -1, -1) if q not in away), -1) for p in positions)
+    if min(kept) < 0:
+        raise _nothing_left(owner)
+    return kept
 
 
 def _by_characters(
@@ -76,8 +87,8 @@ def _by_characters(
 
 def _nothing_left(owner: str) -> ic.PositionError:
     return ic.PositionError(
-        f"{owner}: a variant takes away every token before the answer, and nothing is left to predict it from: keep some "
-        "out of it (a chat template, a span by within=), or take convention 'replace'"
+        f"{owner}: a variant takes away every token before the answer, and nothing is left to predict it from: keep "
+        "some out of it (a chat template, a span by within=), or take convention 'replace'"
     )
 
 
@@ -118,7 +129,7 @@ def _retokeniser(owner: str, model: ic.Model, layout: Layout) -> tuple[str, Call
     """
     tokens = layout.tokens
     if tokens.texts is None or tokens.offsets is None:
-        raise ic.TextError(f"{owner}: delete_text needs the text of the tokens; use model.tokens(text), or delete_tokens")
+        raise ic.TextError(f"{owner}: delete_text needs the tokens' text; use model.tokens(text), or delete_tokens")
     whole, offsets, start = tokens.texts[0], tokens.offsets[0], layout.target.start
     ends = [len(whole)]
     if len(layout.target):

@@ -3,17 +3,17 @@
     input × gradient       score(j) = <x_j, dF/dx_j>
     integrated gradients   score(j) = <x_j - x'_j, sum over k of w_k dF/dx_j at x' + a_k (x - x')>
 
-x are the embeddings of the row, x' those of a baseline, F the answer's logits or log-probabilities. Nodes a_k and weights
-w_k are those of a quadrature rule on [0, 1]. Visual tokens count by what the vision tower hands over for them.
+x are the embeddings of the row, x' those of a baseline, F the answer's logits or log-probabilities. Nodes a_k and
+weights w_k are those of a quadrature rule on [0, 1]. Visual tokens count by what the vision tower hands over for them.
 
 profile="reference" of integrated gradients does as the published experiments: log-probabilities, every token at eos in
-the baseline, and a trapezoid rule whose n weights are 1/n (the ends half of it), so that they add up to 1 - 1/n: with 20
-steps .95 of the integral.
+the baseline, and a trapezoid rule whose n weights are 1/n (the ends half of it), so that they add up to 1 - 1/n: with
+20 steps .95 of the integral.
 
 Source: Shrikumar et al. (2016), arXiv:1605.01713; Sundararajan et al. (2017), arXiv:1703.01365; the reference is
 FlashTrace (Pan et al. 2026), arXiv:2602.01914.
-Cost: one forward and one backward pass; integrated gradients steps × (forward + backward), many steps in a pass, and two
-forwards. `per_token` adds a backward pass per token of the target to each.
+Cost: one forward and one backward pass; integrated gradients steps × (forward + backward), many steps in a pass, and
+two forwards. `per_token` adds a forward, and a backward per token of the target, to each.
 Must equal: a small step of an embedding, scaled up; the scores of integrated gradients add up to F(x) - F(x') as steps
 grow, and equal captum's.
 """
@@ -135,8 +135,9 @@ class IntegratedGradients(Gradients):
                 f"{self.name} moves token embeddings, and these tokens come with {', '.join(tokens.inputs)}; use "
                 "input_x_gradient or leave_out"
             )
-        if _baseline(config) != "zeros":
-            stand_in(self.name, model, _baseline(config))
+        kind = _baseline(config)
+        if kind != "zeros":
+            stand_in(self.name, model, kind)
 
     def attribute(self, model: ic.Model, layout: Layout, config: IntegratedConfig) -> Attributed:
         """Steps of the line, many in a pass."""
@@ -241,7 +242,9 @@ def _visual(model: ic.Model, tokens: ic.Tokens) -> list[S.Site]:
     """Sites at which visual tokens come in."""
     if not any(tokens.spans.get("vision", ((),))[0]):
         return []
-    return [site for site in (S.vision_embed, *(S.deepstack[n] for n in model.layers(S.deepstack))) if _has(model, site)]
+    return [
+        site for site in (S.vision_embed, *(S.deepstack[n] for n in model.layers(S.deepstack))) if _has(model, site)
+    ]
 
 
 def _has(model: ic.Model, site: S.Site) -> bool:

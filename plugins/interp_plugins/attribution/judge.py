@@ -1,8 +1,8 @@
 """By what the alternatives judge an answer: its logits or log-probabilities, at the positions that predict it.
 
-    logit      sum over the answer's tokens of logit(token)
-    logprob    sum over the answer's tokens of log p(token | what precedes it)
-    against    logit(token) - logit(other), which is also the difference of their log-probabilities
+logit      sum over the answer's tokens of logit(token)
+logprob    sum over the answer's tokens of log p(token | what precedes it)
+against    logit(token) - logit(other), which is also the difference of their log-probabilities
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Must equal: one forward pass per unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,7 @@ class AblationConfig(AttributionConfig):
     """
 
     units: Kind = "token"
-    spans: list[str | Chars] = []
+    spans: list[str | Chars] | None = None
     within: str = ""
     convention: Convention = "replace"
     replacement: StandIn = "eos"
@@ -65,7 +66,7 @@ class AblationMethod(Attribution):
 
     additive = False
 
-    def removals(self, units: list[Unit], config: Any) -> list[list[int]]:
+    def removals(self, units: Sequence[Unit], config: Any) -> list[list[int]]:
         """Which units each variant is without."""
         raise NotImplementedError
 
@@ -79,15 +80,15 @@ class AblationMethod(Attribution):
 
     def ablation(self, model: ic.Model, layout: Layout, config: Any) -> Ablation:
         """The variants of one row."""
-        units = units_of(self.name, model, layout, config.units, config.spans, config.within)
+        units = units_of(self.name, model, layout, config.units, config.spans or (), config.within)
         return Ablation(
             self.name, model, layout, units, self.removals(units, config), config.convention, config.replacement,
             config.batch_tokens,
         )  # fmt: skip
 
     def price(self, model: ic.Model, x: Any, *, target: Any = None, **settings: Any) -> list[Price]:
-        """What a call with these arguments costs, per prompt; no variant runs. Without a target one pass finds the token
-        that is explained.
+        """What a call with these arguments costs, per prompt; no variant runs. Without a target one pass finds the
+        token that is explained.
 
         Raises:
             PositionError, PlanError, CapabilityError, TextError: as the call.
@@ -118,7 +119,7 @@ class LeaveOut(AblationMethod):
     requires = frozenset({"embed", "resid_post"})
     Config = LeaveOutConfig
 
-    def removals(self, units: list[Unit], config: Any) -> list[list[int]]:
+    def removals(self, units: Sequence[Unit], config: Any) -> list[list[int]]:
         """One unit each."""
         return [[number] for number in range(len(units))]
 
@@ -132,7 +133,7 @@ class LeaveOut(AblationMethod):
         return Attributed(spread(layout, work.units, losses), notes=notes)
 
 
-def spread(layout: Layout, units: list[Unit], values: Float[Tensor, " unit"]) -> Float[Tensor, " pos"]:
+def spread(layout: Layout, units: Sequence[Unit], values: Float[Tensor, " unit"]) -> Float[Tensor, " pos"]:
     """Each unit's number in equal parts on its tokens."""
     scores = torch.zeros(layout.length, dtype=values.dtype)
     for unit, value in zip(units, values, strict=True):
@@ -149,7 +150,7 @@ def described(work: Ablation, judge: Judge, price: Price) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def listed(units: list[Unit], values: Tensor, name: str) -> list[dict[str, Any]]:
+def listed(units: Sequence[Unit], values: Tensor, name: str) -> list[dict[str, Any]]:
     """Units with their numbers, for the record."""
     return [
         {"unit": unit.name, "positions": list(unit.positions), name: float(value)}

@@ -45,4 +45,6 @@ class RandomAttribution(Attribution):
         seed = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")
         scores = torch.rand(layout.length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
         scores[max(layout.predictors) + 1 :] = 0
-        return Attributed(scores, notes={"sampler": "torch.rand by a hash of the row and the seed", "seed": config.seed})
+        return Attributed(
+            scores, notes={"sampler": "torch.rand by a hash of the row and the seed", "seed": config.seed}
+        )

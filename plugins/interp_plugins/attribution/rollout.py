@@ -80,7 +80,9 @@ class AttentionRollout(Attribution):
         rows = attention * gradients.to(attention)
         sink = [stops.index(p) for p in layout.sink] or [0]
         notes = {**integrated.notes, "attention": "last layer, mean over heads and over all queries before the token"}
-        return Attributed(rows[sink].mean(0), rows if len(layout.target) else None, stream=integrated.stream, notes=notes)
+        return Attributed(
+            rows[sink].mean(0), rows if len(layout.target) else None, stream=integrated.stream, notes=notes
+        )
 
 
 def rollout(model: ic.Model, tokens: ic.Tokens, residual: float = 0.5) -> Float[Tensor, "query key"]:

@@ -10,10 +10,10 @@ With `against`, y is the difference of the two logits. 1 - p is worked out as -e
 
 Sources are sentences, words or spans of the user's prompt (`units`); they are taken away by their characters, with the
 white space before them, unless another convention is asked for (`ablation`). Where two sources say the same, both get
-weight, where leaving out one of them costs nothing.
+weight, while leaving out either costs nothing.
 
-    LDS(masks held out)    Spearman's correlation of b + w · mask and y          `held_out` fresh masks, seeds after those
-    drop(k)                log p(answer | prompt) - log p(answer | without the k best sources)         `top_k`
+    LDS        Spearman's correlation of b + w · mask and y, on `held_out` fresh masks with the seeds that follow
+    drop(k)    log p(answer | prompt) - log p(answer | prompt without the k best sources), for k of `top_k`
 
 Source: Cohen-Wang et al. (2024), arXiv:2409.00729 (ContextCite); LDS: Park et al. (2023), arXiv:2303.14186.
 Cost: a forward pass per mask over what is left of the prompt and the answer; with conventions "mask" and "replace" what
@@ -23,6 +23,7 @@ Must equal: the lasso's optimality conditions on the values of one forward pass 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class SurrogateConfig(AblationConfig):
     seed: int = 0
     alpha: float = 0.01
     held_out: int = 0
-    top_k: list[int] = []
+    top_k: list[int] | None = None
 
 
 class Surrogate(AblationMethod):
@@ -76,23 +77,23 @@ class Surrogate(AblationMethod):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> None:
         """Masks, and numbers that make sense of them."""
-        if config.ablations < 2 or config.held_out in (1,) or config.held_out < 0:
+        if config.ablations < 2 or config.held_out == 1 or config.held_out < 0:
             raise ic.PlanError(
-                f"{self.name}: ablations={config.ablations}, held_out={config.held_out}; a fit takes two masks at least, "
-                "a test none or two"
+                f"{self.name}: ablations={config.ablations}, held_out={config.held_out}; a fit takes two masks at least, a "
+                "test none or two"
             )
-        if not 0 < config.keep < 1 or not config.alpha >= 0 or any(k < 1 for k in config.top_k):
+        if not 0 < config.keep < 1 or not config.alpha >= 0 or any(k < 1 for k in config.top_k or ()):
             raise ic.PlanError(
                 f"{self.name}: keep={config.keep}, alpha={config.alpha}, top_k={config.top_k}; take a probability "
                 "between 0 and 1, a penalty of at least 0, and numbers of sources from 1"
             )
         super().check(model, tokens, config)
 
-    def removals(self, units: list[Unit], config: Any) -> list[list[int]]:
+    def removals(self, units: Sequence[Unit], config: Any) -> list[list[int]]:
         """What the masks leave out: those of the fit, then those of the test."""
         return [np.flatnonzero(~mask).tolist() for mask in self.masks(units, config)]
 
-    def masks(self, units: list[Unit], config: Any) -> np.ndarray:
+    def masks(self, units: Sequence[Unit], config: Any) -> np.ndarray:
         """All masks `[mask source]`."""
         return drawn(config.ablations + config.held_out, len(units), config.keep, config.seed)
 
@@ -102,7 +103,7 @@ class Surrogate(AblationMethod):
         price = work.price(judge)
         clean, values = work.run(judge)
         y = values.double() if judge.against is not None else logit_scaled(values)
-        masks = self.masks(list(work.units), config)
+        masks = self.masks(work.units, config)
         fit = lasso(masks[: config.ablations], y[: config.ablations].numpy(), config.alpha, len(judge.ids))
         weights = torch.from_numpy(fit.weights)
         notes = {
@@ -110,12 +111,12 @@ class Surrogate(AblationMethod):
             "target_scale": "difference of logits" if judge.against is not None else "log p - log(1 - p)",
             "sampler": f"numpy RandomState(i + {config.seed}), each source kept with probability {config.keep}",
             "ablations": config.ablations, "alpha": config.alpha, "intercept": fit.intercept, "kkt": fit.kkt,
-            "units": listed(list(work.units), weights, "weight"),
+            "units": listed(work.units, weights, "weight"),
         }  # fmt: skip
         if config.held_out:
             tested, found = fit.predicted(masks[config.ablations :]), y[config.ablations :].numpy()
             notes["lds"] = ic.stats.spearman(tested.tolist(), found.tolist())
-        return Attributed(spread(layout, list(work.units), weights), notes=notes)
+        return Attributed(spread(layout, work.units, weights), notes=notes)
 
     def _tests(
         self, model: ic.Model, layout: Layout, config: SurrogateConfig, work: Ablation, judge: Judge, fit: Fit,

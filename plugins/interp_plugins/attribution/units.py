@@ -139,8 +139,9 @@ def _owned(text: str, ranges: Sequence[Chars], run: range, offsets: Sequence[Cha
 def _span(owner: str, layout: Layout, span: str | Chars) -> Unit:
     if isinstance(span, str):
         return _named(owner, layout, span)
-    found = layout.tokens.find(tuple(span))
-    return _inside(owner, layout, Unit(layout.tokens.texts[0][slice(*span)], tuple(found), tuple(span)))  # type: ignore[index]
+    start, stop = span
+    places = tuple(layout.tokens.find((start, stop)))
+    return _inside(owner, layout, Unit((layout.tokens.texts or ("",))[0][start:stop], places, (start, stop)))
 
 
 def _named(owner: str, layout: Layout, name: str) -> Unit:
@@ -156,8 +157,8 @@ def _inside(owner: str, layout: Layout, unit: Unit) -> Unit:
     outside = sorted({*unit.positions} - {*layout.prompt})
     if outside:
         raise ic.PositionError(
-            f"{owner}: {unit.name!r:.40} has token {outside[0]}, which is none of the user's prompt: template and target "
-            "are never taken away"
+            f"{owner}: {unit.name!r:.40} has token {outside[0]}, which is none of the user's prompt: template and "
+            "target are never taken away"
         )
     return unit
 
