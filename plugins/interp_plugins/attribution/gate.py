@@ -1,0 +1,51 @@
+"""The gate before attribution: what a model adds to its residual stream must add up.
+
+    resid_pre[l] + attn_out[l] + mlp_out[l] = resid_post[l]
+
+Everything here stands on it: a method that shares out what attention and MLPs add would share out something else.
+
+Cost: one pass over the first few tokens of the text. Must equal: the model's own stream, to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import interp_core as ic
+from interp_core import sites as S
+
+TOKENS = 16
+"""How many tokens of a text are looked at: an equation that fails does so at each."""
+RESIDUE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""How much may be left over, in parts of the stream's norm: a few roundings of its terms."""
+
+
+def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
+    """Refuse a model whose contributions do not add up.
+
+    Args:
+        tokens: one row; with further inputs (images) all of it is looked at.
+
+    Raises:
+        CapabilityError: naming the site that is missing, or the layer and what is left over.
+    """
+    parts = [name for name in ("attn_out", "mlp_out") if model.layers(name)]
+    for name in ("resid_pre", "resid_post", *(("attn_out", "mlp_out") if not parts else ())):
+        if not model.layers(name):
+            raise ic.CapabilityError(f"{owner} shares out what is added to the stream: {model.can(name, 'read')}")
+    few = tokens if tokens.inputs else ic.Tokens(tokens.ids[:, :TOKENS], tokens.mask[:, :TOKENS])
+    limit = RESIDUE.get(model.dtype, 1e-4)
+    reads = [site for site in (S.resid_pre, S.attn_out, S.mlp_out, S.resid_post) if model.layers(site)]
+
+    def look(layer: int, values: ic.LayerReadings) -> None:
+        before, after = values[S.resid_pre].double(), values[S.resid_post].double()
+        added = sum(values[site].double() for site in (S.attn_out, S.mlp_out) if layer in model.layers(site))
+        residue = float(((before + added - after).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)).max())
+        if not residue <= limit:
+            raise ic.CapabilityError(
+                f"{owner} shares out what is added to the stream, and in layer {layer} of {model.source} it does not "
+                f"add up: resid_pre + attn_out + mlp_out is off resid_post by {residue:.1e} of its norm (at most "
+                f"{limit:.0e} in {str(model.dtype).removeprefix('torch.')}); see `interp sites` for what this model has"
+            )
+
+    model.run(few, read=reads, logits=False, each=look)
