@@ -159,7 +159,6 @@ class Structure:
             return self._no_rows(entries)
         return next((entry.why[use] for entry in entries if use in entry.why), "")
 
-<<<<<<< HEAD
     def _no_rows(self, entries: Sequence[Entry]) -> str:
         """Why rows of patterns cannot be made after a run."""
         if any(entry.name != "pattern" for entry in entries):
@@ -169,7 +168,7 @@ class Structure:
         if any(entry.read is None or entry.read.side != "attention" for entry in entries):
             return f"attention of this {self.atlas.family.name} does not go through transformers' attention interface"
         return ""
-=======
+
     def components(self, layer: int | None = None) -> list[str]:
         """Names that `module` takes for a layer, or for what the model has once.
 
@@ -179,7 +178,6 @@ class Structure:
         with self.turn:
             self.renew()
             return list(self.atlas.components.names(None if layer is None else layer % self.n_layers))
->>>>>>> lrp
 
     def module(self, component: str, layer: int | None = None) -> nn.Module:
         """The module of `hf` that is a component, by TransformerLens' name of it, whatever the family calls it.
