@@ -96,7 +96,7 @@ def test_few_pairs_get_every_component_and_the_bound_is_of_use() -> None:
 def test_float32_and_half_widths_are_computed_in_float32(seed: int) -> None:
     layer, scale = case(seed, torch.float32)
     wide: Any = [x.double() for x in layer]
-    exact = formula(*wide, None if scale is None else scale.double())
+    exact = formula(wide[0], wide[1], wide[2], wide[3], None if scale is None else scale.double())
     result = compute(layer, scale, seed)
     assert result.tokens.dtype == torch.float32
     room = 100 * torch.finfo(torch.float32).eps * (layer[3].abs().sum(-1).amax() + exact.amax() + 1)
@@ -134,4 +134,5 @@ def test_parts_of_a_model_are_its_heads() -> None:
     torch.testing.assert_close(brought, run[S.head_out[1]].plain[0], atol=1e-5, rtol=1e-4)  # the parts are the model's
     exact = formula(pattern.double(), values.double(), w_o.double(), mid.double())
     result = proximities(pattern, values, w_o, mid)
-    torch.testing.assert_close(result.tokens.double(), exact.sum(0), atol=1e-5, rtol=1e-4)
+    room = 10 * torch.finfo(torch.float32).eps * mid.abs().sum(-1, keepdim=True)  # what the formula rounds in float32
+    assert ((result.tokens - exact.sum(0)).abs() <= room).all() and exact.sum(0).amax() > 1e3 * room.amax()
