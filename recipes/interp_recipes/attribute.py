@@ -71,8 +71,7 @@ def attribute(
 
     Raises:
         TextError: an empty prompt, one longer than the context, a target that changes its tokens.
-        PlanError: no such method or setting; another run's folder.
-        PositionError: a part that the target does not have.
+        PlanError, PositionError: no such method, setting or part of the target; another run's folder.
     """
     asked = {name: value for name, value in locals().items() if name not in ("out", "top")}
     if max_new_tokens < 1 or top < 1:
