@@ -209,23 +209,28 @@ class Attribution(ic.Method):
             raise ic.PlanError(
                 f"{self.name} explains states, not logits: against= is for methods by gradient or ablation"
             )
-        rows = _rows(tokens)
-        for number, row in enumerate(rows):
-            self._layout(model, row, config, number, len(rows))
+        layouts = self.layouts(model, tokens, config)
         if self.additive:
-            demand_additive(self.name, model, rows[0])
+            demand_additive(self.name, model, layouts[0].tokens)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> AttributionResult:
         """Row by row: rows do not see each other."""
-        rows = _rows(tokens)
-        layouts = [self._layout(model, row, config, number, len(rows)) for number, row in enumerate(rows)]
-        found = []
+        layouts, found = self.layouts(model, tokens, config), []
         for layout in layouts:
             attributed = self.attribute(model, layout, config)
             if not bool(attributed.scores.isfinite().all()):
                 raise ic.ReadError(f"{self.name} gave scores that are no numbers; see dtype {model.dtype}")
             found.append(attributed)
         return self._result(model, tokens, layouts, found, config)
+
+    def layouts(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> list[Layout]:
+        """Where prompt, target and its parts stand, per row.
+
+        Raises:
+            PositionError, PlanError: a row that has not what is asked for.
+        """
+        rows = _rows(tokens)
+        return [self._layout(model, row, config, number, len(rows)) for number, row in enumerate(rows)]
 
     def _layout(self, model: ic.Model, row: ic.Tokens, config: Any, number: int, count: int) -> Layout:
         asked = {name: _of_row(name, getattr(config, name), number, count) for name in ("sink", "thinking", "against")}
