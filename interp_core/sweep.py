@@ -37,6 +37,7 @@ from .sweep_trial import choose
 
 if TYPE_CHECKING:
     from .model import Input, Model
+    from .text import Tokens
 
 Variant = Edit | Sequence[Edit]
 
@@ -71,6 +72,33 @@ class Sweep:
         """Variants whose score is not a number in some example."""
         bad = torch.isnan(self.values).any(-1).tolist()
         return [named_edits(edits) for edits, is_bad in zip(self.variants, bad, strict=True) if is_bad]
+
+    @staticmethod
+    def planned(
+        model: Model,
+        x: Input,
+        variants: Iterable[Variant],
+        score: Score,
+        *,
+        strategy: str = "auto",
+        memory_budget: int | None = None,
+    ) -> SweepPlan:
+        """What `model.sweep` with these arguments would do, and its price; nothing is swept.
+
+        Raises:
+            SiteError, PositionError, PlanError, CapabilityError: as `model.sweep`.
+        """
+        listed, scores = checked(variants, score, memory_budget, None)
+        with torch.inference_mode(False):
+            with model.turn:
+                model.renew()
+            tokens, edits, scores = _ready(model, x, listed, scores, strategy)
+            chosen, why, trial = choose(model, tokens, strategy)
+            plan = Runner(model, tokens, edits, scores, memory_budget).plan(
+                chosen, why, torch.zeros(len(edits), len(tokens), dtype=torch.bool)
+            )
+        plan.trial = trial
+        return plan
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
         """The variants that move the score most, averaged over examples: `(edits, effect)`."""
@@ -111,6 +139,21 @@ def sweep(
     progress: bool,
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
+    tokens, listed, scores = _ready(model, x, variants, scores, strategy)
+    runner = Runner(model, tokens, listed, scores, budget)
+    with opened(out, model, tokens, listed, scores) as store:
+        chosen, why, trial = choose(model, tokens, strategy)
+        plan = runner.plan(chosen, why, store.done)
+        plan.trial = trial
+        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum()), "sweep"))
+    parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
+    return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
+
+
+def _ready(
+    model: Model, x: Input, variants: Iterable[Variant], scores: tuple[Score, ...], strategy: str
+) -> tuple[Tokens, tuple[tuple[Edit, ...], ...], tuple[Score, ...]]:
+    """Tokens, variants and scores as a model takes them; what is wrong is found before anything runs."""
     demand_own(model, "a sweep")
     tokens = model._fitting(model._input(x))
     scores = tuple(score.on(model, len(tokens)) for score in scores)
@@ -121,18 +164,11 @@ def sweep(
         raise PlanError("a sweep needs a score: score.logprob(target), say")
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
-    with model.turn:  # a wrong one is found before anything runs
+    with model.turn:
         model.engine.compile(Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas)
         for edits in {tuple(map(_kind, edits)): edits for edits in listed}.values():
             model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
-    runner = Runner(model, tokens, listed, scores, budget)
-    with opened(out, model, tokens, listed, scores) as store:
-        chosen, why, trial = choose(model, tokens, strategy)
-        plan = runner.plan(chosen, why, store.done)
-        plan.trial = trial
-        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum()), "sweep"))
-    parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
-    return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
+    return tokens, listed, scores
 
 
 def _kind(edit: Edit) -> tuple[Any, ...]:
