@@ -32,7 +32,8 @@ def published(name: str) -> tuple[ic.Model, dict[str, Any], Layout]:
         numbers = {key: torch.from_numpy(file[key]) for key in file.files}
     start, ids = len(numbers["prompt_ids"]), torch.cat([numbers["prompt_ids"], numbers["generation_ids"]])[None]
     sink, thinking = (
-        range(start + int(numbers[part][0]), start + int(numbers[part][1]) + 1) for part in ("sink_span", "thinking_span")
+        range(start + int(numbers[part][0]), start + int(numbers[part][1]) + 1)
+        for part in ("sink_span", "thinking_span")
     )
     tokens = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     prompt = tuple(numbers["user_prompt_indices"].tolist())
@@ -88,9 +89,7 @@ def test_rows_and_spans_are_the_published_ones(name: str) -> None:
     where = list(layout.projected)
     for objective in ("generated", "max"):
         rows = attributed(name, variant="per_token", objective=objective).rows[numbers["rows"]][:, where]
-        torch.testing.assert_close(
-            rows, numbers[f"per_token/{objective}"], atol=TOLERANCE, rtol=0, equal_nan=True
-        )
+        torch.testing.assert_close(rows, numbers[f"per_token/{objective}"], atol=TOLERANCE, rtol=0, equal_nan=True)
     mean = attributed(name, normalise=True)
     torch.testing.assert_close(mean.scores[where], numbers["span_mean"], atol=TOLERANCE, rtol=0)
 

@@ -118,7 +118,9 @@ def test_a_row_passes_only_over_the_tokens_before_it(monkeypatch: pytest.MonkeyP
     ids = torch.arange(3, 67)[None]
     tokens = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     run, ask = ic.Model.run, Explained.relevance
-    monkeypatch.setattr(ic.Model, "run", lambda self, x, *a, **k: widths.append(x.ids.shape[1]) or run(self, x, *a, **k))
+    monkeypatch.setattr(
+        ic.Model, "run", lambda self, x, *a, **k: widths.append(x.ids.shape[1]) or run(self, x, *a, **k)
+    )
     monkeypatch.setattr(Explained, "relevance", lambda self, *a, **k: backward.append(1) or ask(self, *a, **k))
     rows = relevance_rows(model, tokens, R.rules("attnlrp"), range(31, 63), ids[0, 32:].tolist())
     assert widths == [42, 53, 63] and len(backward) == len(rows) == 32

@@ -22,8 +22,8 @@ al. (2024), arXiv:2403.17806: "inputs" is their EAP-IG, "activations" the varian
 layer; both by the midpoint rule, where theirs is k / steps. Integrated gradients: Sundararajan et al. (2017),
 arXiv:1703.01365. RelP: Jafari et al. (2025), "RelP: Faithful and Efficient Circuit Discovery via Relevance Patching".
 
-Cost: of the gradient, with rules or without, two forward passes and one backward; of "inputs" steps × (forward + backward), of "activations"
-steps × layers × (forward + backward). `compare` adds the exact sweep.
+Cost: of the gradient, with rules or without, two forward passes and one backward; of "inputs" steps × (forward +
+backward), of "activations" steps × layers × (forward + backward). `compare` adds the exact sweep.
 Must equal: the gradient is the effect of a small step of the patch, scaled up; the effects by "activations" in a layer
 add up to that of patching all its heads and places together, as steps grow. RelP of what turns a normed vector and
 keeps its length is the effect itself.
@@ -63,8 +63,8 @@ class AttributionConfig(MapConfig, ContrastConfig):
         compare: also sweep, and say how well the estimate ranks the patches.
         top_k: of how many strongest patches to count the overlap.
         rule: how the backward pass goes: by the "gradient", or by "relp".
-        relp_rules: of "relp": "paper" is ln, identity and half, "published_demo" what the published demo switches on (ln
-            and half); or names of ln, identity, half and ah (patterns are constants) as a list.
+        relp_rules: of "relp": "paper" is ln, identity and half, "published_demo" what the published demo switches on
+            (ln and half); or names of ln, identity, half and ah (patterns are constants) as a list.
     """
 
     steps: int = 0
@@ -224,7 +224,9 @@ def _rules(config: AttributionConfig) -> Rules:
     if config.rule == "gradient":
         return GRADIENT
     if config.steps:
-        raise ic.PlanError(f'attribution_patching: rule="relp" takes one run, not steps={config.steps}; leave steps out')
+        raise ic.PlanError(
+            f'attribution_patching: rule="relp" takes one run, not steps={config.steps}; leave steps out'
+        )
     return relp(config.relp_rules)
 
 

@@ -1,7 +1,7 @@
 """AttnLRP: relevance of tokens by a backward pass under rules, for a span, for each target token, or hop by hop.
 
-    span         v = relevance of Σ logits of the sink's tokens                                        signed
-    per_token    row g = relevance of the logit of target token g; v = sum of the sink's rows            signed
+    span         v = relevance of Σ logits of the sink's tokens                                         signed
+    per_token    row g = relevance of the logit of target token g; v = sum of the sink's rows           signed
     hop0         v = shaped(relevance of the sink's mean logit), copied into every row
     multi_hop    v₀ as hop0; ρ₀ = share of v₀ on the thinking span; then, n_hops times,
                  v_h = shaped(relevance of Σ over thinking of v_{h-1}(t) · logit(t)),
@@ -10,16 +10,17 @@
     shaped       negatives dropped, or taken as absolute; with "norm" divided by the sum over prompt and target
                  (with "no_norm" sums in the place of means, and every ρ is 1)
 
-The token at position p is predicted at p - 1: its logit is taken there, and its row ends there. Rules and their names are
-those of `rules`: attnlrp, cp_lrp, pa_lrp, gradient.
+The token at position p is predicted at p - 1: its logit is taken there, and its row ends there. Rules and their names
+are those of `rules`: attnlrp, cp_lrp, pa_lrp, gradient.
 
-LRP is patented: the authors' package says that it is free for personal and scientific use only. See docs/methods/attnlrp.md.
+LRP is patented: the authors' package says that it is free for personal and scientific use only.
+See docs/methods/attnlrp.md.
 
 Source: Achtibat et al. (2024), arXiv:2402.05602; hops by Pan et al. (2026), arXiv:2602.01914; positions Bakish et al.
 (2025), arXiv:2506.02138.
 
-Cost: span and hop0 one forward and one backward pass, multi_hop one more backward pass per hop, per_token one per target
-token (see `relevance`).
+Cost: span and hop0 one forward and one backward pass, multi_hop one more backward pass per hop, per_token one per
+target token (see `relevance`).
 Must equal: LXT on Llama and Qwen3; without biases, `cp_lrp` adds up to the logit, and what is missing elsewhere is the
 note `residue`.
 """
@@ -83,7 +84,7 @@ class AttnLRP(Attribution):
     def attribute(self, model: ic.Model, layout: Layout, config: AttnLRPConfig) -> Attributed:
         """Scores of one row."""
         chosen = rules(config.rules, router=config.router, profile=config.profile)
-        notes = {"rules": str(chosen), "unruled_layers": unruled(model) if not chosen.empty else []}
+        notes: dict[str, Any] = {"rules": str(chosen), "unruled_layers": unruled(model) if not chosen.empty else []}
         if config.variant == "per_token" and layout.target:
             rows = _rows(model, layout, chosen, config)
             inside = _within(layout, layout.sink)
@@ -98,13 +99,11 @@ class AttnLRP(Attribution):
         n_hops = config.n_hops if config.variant == "multi_hop" and layout.target else 0
         hops, mass = _hops(explained, logits, layout, n_hops, config)
         scores = hops[0] if config.variant == "hop0" else observed(hops, mass, layout)
-        rows = scores.expand(len(layout.target), -1) if layout.target else None
-        return Attributed(scores, None if rows is None else _cut(rows, layout), hops, mass, notes=notes)
+        copies = _cut(scores.expand(len(layout.target), -1), layout) if layout.target else None
+        return Attributed(scores, copies, hops, mass, notes=notes)
 
 
-def observed(
-    hops: Float[Tensor, "hop pos"], mass: Float[Tensor, " hop"], layout: Layout
-) -> Float[Tensor, " pos"]:
+def observed(hops: Float[Tensor, "hop pos"], mass: Float[Tensor, " hop"], layout: Layout) -> Float[Tensor, " pos"]:
     """What all hops say of the tokens outside of thinking, sink and all that follows the thinking."""
     seen = torch.zeros_like(hops[0])
     seen[list(layout.prompt)] = 1

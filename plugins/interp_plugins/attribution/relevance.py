@@ -12,8 +12,8 @@ relevance of a span is the sum of its tokens' relevances.
 Source: Achtibat et al. (2024), arXiv:2402.05602; DeepStack inputs as in Pan et al. (2026), arXiv:2602.01914; positions
 Bakish et al. (2025), arXiv:2506.02138.
 
-Cost: a span is one forward and one backward pass. `relevance_rows` is one backward pass per target token over the tokens
-before it, and a forward pass per √(2T) of them; the MLP of the last layer runs on the predicting positions alone.
+Cost: a span is one forward and one backward pass. `relevance_rows` is one backward pass per target token over the
+tokens before it, and a forward pass per √(2T) of them; the last layer's MLP runs on the predicting positions alone.
 Must equal: input × gradient without rules.
 """
 
@@ -92,7 +92,9 @@ class Explained:
         logits = self.logits.gather(-1, largest[:, None])[:, 0]
         return logits if against is None else logits - self.logits[:, against]
 
-    def relevance(self, logits: Float[Tensor, " asked"], weights: Tensor | None = None, last: bool = False) -> Relevances:
+    def relevance(
+        self, logits: Float[Tensor, " asked"], weights: Tensor | None = None, last: bool = False
+    ) -> Relevances:
         """One backward pass from a weighted sum of what `chosen` gave (default: from the plain sum).
 
         Args:
@@ -104,9 +106,7 @@ class Explained:
             logits, [*self._zeros, *tables], weights, retain_graph=not last, allow_unused=True, materialize_grads=True
         )
         grads, of_tables = grads[: len(self._zeros)], grads[len(self._zeros) :]
-        parts = [
-            _summed(value, grad, site) for value, grad, site in zip(self._values, grads, self._sites, strict=True)
-        ]
+        parts = [_summed(value, grad, site) for value, grad, site in zip(self._values, grads, self._sites, strict=True)]
         first = len(parts) - len(self._inner)
         found, deep = parts[0], None
         if first > 1:

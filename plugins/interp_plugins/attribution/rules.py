@@ -9,7 +9,7 @@ passed back, never what is computed:
     product gated       f(g) · u                f(g) is a constant; other products halved
     attention halved    A(q, k) v               half to v, half to A; softmax as it is; half of what is left to q and k
     attention detached  A(q, k) v               A is a constant
-    router halved       w(x) · expert(x)        half to the expert, half to the weight, and on through the router as it is
+    router halved       w(x) · expert(x)        half to the expert, half to the weight and through the router as it is
     router frozen       w(x) · expert(x)        w is a constant
     gates               σ(g) · y, f(0) ≠ 0      a gate that is open at 0 carries nothing: it is a constant
     positions           x · cos + rotate(x) · sin   half to the table of each layer, half to x
@@ -63,7 +63,7 @@ class Scaled(torch.autograd.Function):
         ctx.share = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.share, None
 
 
@@ -81,7 +81,7 @@ class Followed(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return (grad * slope).to(slope.dtype), None, None
 
@@ -101,12 +101,13 @@ class Normed(torch.autograd.Function):
         ctx.save_for_backward(scale, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         scale, weight = ctx.saved_tensors
         grad = (grad if weight is None else grad * weight) * scale
         if ctx.centred:
             grad = grad - grad.mean(tuple(range(-ctx.axes, 0)), keepdim=True)
         return grad, None, None, None, None, None
+
 
 TABLES = "position_embeddings"
 """Name by which blocks are handed the cosines and sines of rotary positions."""
@@ -165,12 +166,12 @@ class Rules:
         runs = getattr(model.hf.config.get_text_config(), "_attn_implementation", "eager")
         if self.attention != "gradient" and runs not in ("eager", "sdpa"):
             raise ic.CapabilityError(
-                f"rules {self.name!r} need attn_implementation 'eager' or 'sdpa', the model runs {runs!r}; load it with "
-                "ic.load(..., attn_implementation='sdpa')"
+                f"rules {self.name!r} need attn_implementation 'eager' or 'sdpa', the model runs {runs!r}; load it "
+                "with ic.load(..., attn_implementation='sdpa')"
             )
-        if self.positions and "pos_embed" not in model.components():
-            if TABLES not in inspect.signature(type(model.module("block", 0)).forward).parameters:
-                raise ic.CapabilityError(_no_tables(self.name))
+        takes = inspect.signature(type(model.module("block", 0)).forward).parameters
+        if self.positions and "pos_embed" not in model.components() and TABLES not in takes:
+            raise ic.CapabilityError(_no_tables(self.name))
 
     @contextmanager
     def on(self, model: ic.Model) -> Iterator[Places]:
@@ -279,8 +280,8 @@ class Places:
 
 def _no_tables(name: str) -> str:
     return (
-        f"rules {name!r}: this model's blocks are not handed cosines and sines of positions, so these cannot be inputs; "
-        "take rules 'attnlrp'"
+        f"rules {name!r}: this model's blocks are not handed cosines and sines of positions, so these cannot be "
+        "inputs; take rules 'attnlrp'"
     )
 
 
@@ -302,8 +303,7 @@ def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     if chosen.norms:
         found |= {"rsqrt": _constant, "layer_norm": _layer_norm, "rms_norm": _rms_norm}
-    if chosen.activations is not None:
-        found["activation"] = _activation(chosen, state)
+    found["activation"] = _plain if chosen.activations is None else _activation(chosen, state)
     if chosen.products != "gradient":
         found["mul"] = _halved if chosen.products == "halved" else _gated(state)
     if chosen.attention == "detached":
@@ -370,6 +370,11 @@ def _cut(x: Tensor) -> Tensor:
     return x.detach()
 
 
+def _plain(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+    """One operation, however it is composed: no rule for products goes into it."""
+    return operation(*args, **named)
+
+
 def _constant(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
     return operation(*args, **named).detach()
 
@@ -379,7 +384,7 @@ def _halved(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tenso
 
 
 def _scaled(x: Tensor, share: float) -> Tensor:
-    return Scaled.apply(x, share)  # type: ignore[no-any-return, no-untyped-call]
+    return Scaled.apply(x, share)  # type: ignore[no-untyped-call]
 
 
 def _softmax(state: Places, everywhere: bool = True) -> Callable[..., Tensor]:
@@ -447,7 +452,7 @@ def _layer_norm(
         value = operation(x, normalized_shape, weight, bias, eps)
         axes = tuple(range(-len(normalized_shape), 0))
         scale = (x.var(axes, correction=0, keepdim=True) + eps).rsqrt()
-    return Normed.apply(x, value, scale, weight, len(axes), True)  # type: ignore[no-any-return, no-untyped-call]
+    return Normed.apply(x, value, scale, weight, len(axes), True)  # type: ignore[no-untyped-call]
 
 
 def _rms_norm(
@@ -458,4 +463,4 @@ def _rms_norm(
         value = operation(x, normalized_shape, weight, eps)
         axes = tuple(range(-len(normalized_shape), 0))
         scale = (x.square().mean(axes, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
-    return Normed.apply(x, value, scale, weight, len(axes), False)  # type: ignore[no-any-return, no-untyped-call]
+    return Normed.apply(x, value, scale, weight, len(axes), False)  # type: ignore[no-untyped-call]
