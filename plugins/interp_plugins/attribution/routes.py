@@ -150,7 +150,7 @@ class RoutesResult(AttributionResult):
     JOINS: ClassVar[Mapping[str, str]] = {**AttributionResult.JOINS, "edges": "rows", "tops": "rows"}
     layer_scores: Float[Tensor, "batch step pos"]
     edges: tuple[dict[str, list[Any]], ...]
-    tops: tuple[list[int], ...]
+    tops: tuple[tuple[int, ...], ...]
 
     def graph(self, row: int = 0) -> RouteGraph:
         """One row's graph."""
@@ -222,7 +222,7 @@ class Routes(Attribution):
         graphs = [notes["graph"] for notes in plain.notes]
         return RoutesResult(
             **kept, layer_scores=steps, edges=tuple(graph.columns() for graph in graphs),
-            tops=tuple(list(graph.tops) for graph in graphs),
+            tops=tuple(graph.tops for graph in graphs),
         )  # fmt: skip
 
     def conserved(self, model: ic.Model, tokens: ic.Tokens, result: Any) -> Mapping[str, tuple[Tensor, Tensor]]:
