@@ -186,6 +186,19 @@ class Flow:
 
     # Asking
 
+    @property
+    def layers(self) -> Sequence[KeptLayer]:
+        """What was kept, layer by layer."""
+        return self._layers
+
+    def pattern_at(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "head row key"]:
+        """Rows of one layer's pattern; where nothing was kept to make them of, by a pass up to that layer."""
+        kept = self._layers[layer]
+        if kept.attention is not None:
+            return kept.attention.pattern(list(positions))[0].to(kept.scale)
+        site = S.pattern[layer].at(query=list(positions))
+        return self.model.run(self.tokens, read=site, logits=False)[site].plain[0].to(kept.scale)
+
     def span(self, positions: Sequence[int], weights: Tensor | None = None) -> Float[Tensor, " pos"]:
         """The flow into sinks taken together, in float64.
 
