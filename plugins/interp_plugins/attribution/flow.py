@@ -207,8 +207,7 @@ class Flow:
         """The same layer by layer, with the shares of heads, residual and biases."""
         index = self._index(positions)
         weight = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.double().cpu()
-        reach = max(positions) + 1
-        found = [self._share(kept, index, weight, mix, reach) for kept, mix in self._mixes(index, weight)]
+        found = [self._share(kept, index, weight, mix) for kept, mix in self._mixes(index, weight)]
         return Shares(*(torch.stack(part) for part in zip(*found, strict=True)))
 
     def all_rows(self, positions: Sequence[int]) -> tuple[Float[Tensor, "row pos"], float]:
@@ -229,9 +228,9 @@ class Flow:
                     off += most
                     continue
                 for n, row in enumerate(part):
-                    one, reach = torch.ones(1, dtype=torch.float64), self.rows[row] + 1
+                    one = torch.ones(1, dtype=torch.float64)
                     mix = self._mix_of(kept, [row], pattern[:, n : n + 1], one)
-                    out[start + n] += self._share(kept, [row], one, mix, reach)[0]
+                    out[start + n] += self._share(kept, [row], one, mix)[0]
             error = max(error, off)
         return out, error
 
@@ -307,12 +306,14 @@ class Flow:
         yield from zip(self._layers, found, strict=True)
 
     def _share(
-        self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor, reach: int
+        self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shares of one layer: of tokens (those before `reach`), heads, residual, bias; on this machine, float64."""
+        """Shares of one layer: of tokens, heads, residual, bias; on this machine, in float64."""
         w = weight.to(kept.before)
         before, added = w @ kept.before[index], w @ kept.added[index]
         x = before + added
+        seen = torch.nonzero(mix.any(-1).any(0) if mix.ndim == 3 else mix.any(0))  # images see forward, too
+        reach = int(seen.max()) + 1 if len(seen) else 1
         near = proximities_to(x, mix[:, :reach], kept.values[:reach].to(mix), kept.out, self.chunk)
         limit = self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
         near = near.masked_fill(near < limit, 0.0).double().cpu() if limit else near.double().cpu()

@@ -14,7 +14,7 @@ spans and hops.
 
 Shapes: scores `[pos]`, rows `[target pos]`, hops `[hop pos]`.
 Cost: one forward pass without unembedding; then a fifth of one per hop at most, most of it the attention of its rows
-once more; for all positions see `proximity`. Memory is linear in the length of the text, but for the rows that are asked.
+once more; for all positions see `proximity`. Memory is linear in the length of the text, beside the rows asked for.
 Must equal: FlashTrace 075e7e4 in profile "reference" (all positions 2e-5, hop vectors 1e-4), and shares that add up to
 1 in each layer (float64, every family).
 """
