@@ -216,15 +216,15 @@ def test_build_cache_of_the_sources_solutions(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_real_model_writes_a_cache() -> None:
-    """Needle prompts of 256 to 1,024 tokens and questions of two steps: most, and some, are answered right."""
+    """Needle prompts of 256 to 1,024 tokens, and a question of two steps that it writes reasoning for."""
     model = the_real_model()
-    examples = [*needles(2, 40, hidden=2), *needles(1, 150), *two_steps(5)]
+    examples = [*needles(2, 40, hidden=2), *needles(1, 150), *two_steps(1)]
     lengths = [example_tokens(model, one).ids.shape[1] for one in examples[:3]]
-    assert 256 <= min(lengths) and max(lengths) <= 1024
-    made = list(build(model, examples, max_new_tokens=100, batch_size=4, keep_unfinished=True))
+    assert min(lengths) >= 256 and max(lengths) <= 1024
+    made = list(build(model, examples, max_new_tokens=60, batch_size=4, keep_unfinished=True))
     kept = Counter(one.example.metadata["dataset"] for one in made if one.example is not None)
-    assert kept["needles"] >= 2 and kept["two_steps"] >= 1
+    assert kept["needles"] >= 2 and kept["two_steps"] == 1
     for example in (one.example for one in made if one.example is not None):
         tokens = example_tokens(model, example)
         assert example.metadata["reference_answer"] in "".join(tokens.labels_at("sink")[0]) and example.thinking_span
-    assert set(building.REASONS) >= {one.reason for one in made} - {""}
+    assert {one.reason for one in made} <= {*building.REASONS, ""}

@@ -218,7 +218,7 @@ def test_an_example_that_is_not_in_the_data_set_is_named(tmp_path: Path) -> None
         ([rows[0], rows[1] | {"target": " x"}], "its prompt is in line 2, with another target"),
         ([rows[0], rows[1], rows[0]], "lines 1 and 3 have the same prompt and target"),
         ([{**row, "target": None} for row in rows], "none of 2 lines has a target"),
-        ([rows[0], {"text": "x"}], "line 2, is no example with a prompt and a target"),
+        ([rows[0], {"text": "x"}], "line 2, is no example: it has no prompt, but text"),
     ):
         data.write_text("".join(json.dumps(row) + "\n" for row in changed))
         with pytest.raises((ic.TextError, ic.LoadError), match=says):

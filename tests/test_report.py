@@ -155,6 +155,18 @@ def test_charts_are_pages_and_pictures(tmp_path: Path) -> None:
         assert chart.png(tmp_path / f"{number}.png").is_file()
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-300, float("nan")])
+def test_values_that_are_all_alike_are_drawn(tmp_path: Path, value: float) -> None:
+    charts: list[report.Chart] = [
+        report.Bars([report.Bar("a", value), report.Bar("b", value, (value, value))]),
+        report.Curves([report.Line("a", [value, value])], ["x", "y"]),
+        report.TokenStrip(["a", "b"], [value, value]),
+        report.Heatmap([[value, value]], ["r"], ["a", "b"]),
+    ]
+    for number, chart in enumerate(charts):
+        assert chart.html() and chart.png(tmp_path / f"{number}.png").stat().st_size > 500
+
+
 def test_layers_of_a_strip_are_switched_by_the_style_sheet() -> None:
     """One button per layer, the first on; each right before what it shows, which is how the style sheet finds it."""
     values = {"sum": [1.0, 0.0], "hop 0": [0.0, 2.0], "hop 1": [0.5, 0.5]}

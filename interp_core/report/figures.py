@@ -191,7 +191,7 @@ def plain_values(owner: str, values: Any) -> Any:
 def _span(values: Iterable[float], percent: bool) -> Ends:
     """Limits that hold all finite values, with a little room; of shares, all shares."""
     known = [value for value in values if math.isfinite(value)]
-    if not known:
+    if not any(known):
         return 0.0, 1.0
     low, high = min(known), max(known)
     if percent and low >= 0 and high <= 1:

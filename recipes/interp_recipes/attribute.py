@@ -71,8 +71,7 @@ def attribute(
 
     Raises:
         TextError: an empty prompt, one longer than the context, a target that changes its tokens.
-        PlanError: no such method or setting; another run's folder.
-        PositionError: a part that the target does not have.
+        PlanError, PositionError: no such method, setting or part of the target; another run's folder.
     """
     asked = {name: value for name, value in locals().items() if name not in ("out", "top")}
     if max_new_tokens < 1 or top < 1:
@@ -93,11 +92,8 @@ def attribute(
         else:
             result = chosen(loaded, whole, **how)
             run.result("result", result)
-        _show(result, top)
-        record = {"model": loaded.source, "prompt": prompt, "chat": chat, **_record(result, top)}
-        run.put({"attribution.json": runs.json_text(record)})
-        run.put({"page.html": _page(loaded, result, method)})
-        print(f"\n{run.path / 'attribution.json'}\n{run.path / 'page.html'}")
+        about = {"model": loaded.source, "prompt": prompt, "chat": chat}
+        _tell(run, result, about, top, _page(loaded, result, method))
 
 
 def _method(name: str, n_hops: int | None, profile: str, more: Mapping[str, Any]) -> tuple[ic.Method, dict[str, Any]]:
@@ -157,6 +153,14 @@ def _with_parts(model: ic.Model, tokens: ic.Tokens, sink: Part | None, thinking:
 
 
 # What comes out
+
+
+def _tell(run: runs.RunFolder, result: AttributionResult, about: Mapping[str, Any], top: int, page: str) -> None:
+    """Print the top tokens, and write JSON and page."""
+    _show(result, top)
+    run.put({"attribution.json": runs.json_text({**about, **_record(result, top)})})
+    run.put({"page.html": page})
+    print(f"\n{run.path / 'attribution.json'}\n{run.path / 'page.html'}")
 
 
 def _show(result: AttributionResult, top: int) -> None:

@@ -19,6 +19,7 @@ Source: FlashTrace (Pan et al. 2026), arXiv:2602.01914, `exp/exp2/run_exp.py`.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -238,11 +239,14 @@ def _summary(run: runs.RunFolder, name: str, label: str, rows: Rows, count: int)
 
 
 def _bars(lines: Rows, metric: str) -> str:
-    """A metric of the row form, method by method, with intervals."""
-    chosen = [line for line in lines if line["metric"] == metric and line["form"] == "row"]
-    ends = [(line["low"], line["high"]) for line in chosen]
-    bars = [report.Bar(line["method"], line["mean"], end) for line, end in zip(chosen, ends, strict=True)]
-    return report.Bars(bars, xlabel=f"{metric}, means over examples with 95 % intervals").html()
+    """A metric of the row form, method by method, with intervals where there are examples enough."""
+    bars = [
+        report.Bar(line["method"], line["mean"], None if math.isnan(line["low"]) else (line["low"], line["high"]))
+        for line in lines
+        if line["metric"] == metric and line["form"] == "row" and not math.isnan(line["mean"])
+    ]
+    words = f"{metric}: means over examples with 95 % intervals"
+    return report.Bars(bars, xlabel=words).html() if bars else "no example counts"
 
 
 def _words(value: list[str] | str) -> list[str]:

@@ -61,11 +61,9 @@ def build_cache(
         keep_unfinished: also take answers that did not come to an end.
         profile: how prompts are shown to the model, sound or reference.
         batch_size: prompts in a pass.
-        count: how many are made up.
-        sentences: noise in each of the needles' prompts.
-        hidden: numbers in each of them.
+        count, seed: of what is made up.
+        sentences, hidden: of needles: how much is noise, and how many numbers are in it.
         hops: aliases of toy_needles.
-        seed: of what is made up.
 
     Raises:
         LoadError: a source or model that cannot be read.
@@ -82,20 +80,25 @@ def build_cache(
     with runs.open(out, settings, recipe="build_cache", model=loaded, dataset=name) as run:
         with run.rows("answers.jsonl", key="example", inputs={"source": digest}) as rows:
             todo = [i for i in range(len(examples)) if i not in rows]
-            kept = sum(row["row"] is not None for row in rows)
-            began = said = time.monotonic()
-            for i, row in zip(
-                todo, _rows(loaded or model, [examples[i] for i in todo], settings, batch_size), strict=False
-            ):
-                if num_examples is not None and kept >= num_examples:
-                    break
-                rows.add({"example": i, **row})
-                kept += row["row"] is not None
-                if time.monotonic() - said > 3:
-                    said = time.monotonic()
-                    print(f"  {len(rows)} of {len(examples)} answered, {kept} kept, {said - began:.0f} s")
+            made = _rows(loaded or model, [examples[i] for i in todo], settings, batch_size)
+            _answer(rows, zip(todo, made, strict=False), len(examples), num_examples)
             listed = sorted(rows, key=lambda row: int(row["example"]))
         return _written(run, name, listed, num_examples)
+
+
+def _answer(rows: runs.Rows, made: Iterator[tuple[int, dict[str, Any]]], count: int, num_examples: int | None) -> None:
+    """Add what becomes of the examples, until enough are kept."""
+    kept = sum(row["row"] is not None for row in rows)
+    began = said = time.monotonic()
+    while num_examples is None or kept < num_examples:
+        i, row = next(made, (None, {}))
+        if i is None:
+            return
+        rows.add({"example": i, **row})
+        kept += row["row"] is not None
+        if time.monotonic() - said > 3:
+            said = time.monotonic()
+            print(f"  {len(rows)} of {count} answered, {kept} kept, {said - began:.0f} s")
 
 
 def _examples(source: str, kind: str | None, made: dict[str, int]) -> list[Example]:

@@ -12,11 +12,11 @@ before anything is written. The settings are those of the published script.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interp_plugins.attribution.cache import json_rows
 from interp_plugins.attribution.exports import Form, export_bytes, export_of, is_cut, pieces
 from interp_plugins.attribution.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces, sha1
 
@@ -228,17 +228,11 @@ def _indexed(path: Path) -> dict[tuple[str, str], Example]:
     """
     index: dict[tuple[str, str], Example] = {}
     count = 0
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not text.strip():
-            continue
+    for number, row in json_rows(path):
         count += 1
-        try:
-            row = json.loads(text)
-            prompt, target = row["prompt"], row.get("target")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ic.LoadError(
-                f"{path}, line {number}, is no example with a prompt and a target ({error!r})"
-            ) from error
+        prompt, target = row.get("prompt"), row.get("target")
+        if prompt is None:
+            raise ic.LoadError(f"{path}, line {number}, is no example: it has no prompt, but {', '.join(row)}")
         if target is None:
             continue
         example = Example(str(prompt), str(target), number)

@@ -121,15 +121,20 @@ class Ablation:
             return Price(own + layers * width + checks, naive, (how + more,))
         if self.convention == "blur":
             return Price(naive + layers * width, naive, (f"{len(self.removals)} passes with another image",))
+        parts = list(self._parts(judge, self.gone))
         plans = [
             ic.Sweep.planned(self.model, self.layout.tokens, part.edits, part.judge.score())
-            for part in self._parts(judge, self.gone)
+            for part in parts
             if part.edits
         ]
-        return Price(sum(plan.token_layers for plan in plans), naive, tuple(plan.explain() for plan in plans))
+        whole = sum(not part.edits for part in parts) + all(not _is_clean(part, judge) for part in parts)
+        how = [plan.explain() for plan in plans] + [f"{whole} passes of the whole text"] * bool(whole)
+        return Price(sum(plan.token_layers for plan in plans) + whole * layers * width, naive, tuple(how))
 
     def run(self, judge: Judge) -> tuple[Tensor, Tensor]:
         """What the judge says of the text as it is (one number), and of each variant `[variant]`."""
+        if not self.rows and self.convention != "blur":
+            return self._sweeps(judge)
         clean = self._judged(judge)
         values = torch.zeros(len(self.removals), dtype=clean.dtype)
         if self.rows:
@@ -137,14 +142,21 @@ class Ablation:
                 values[numbers] = self._of_rows(judge, [self.rows[n] for n in numbers]).to(values)
             if self._must_be_checked():
                 self._demand_equal_to_mask(judge, values)
-        elif self.convention == "blur":
+        else:
             for number, removed in enumerate(self.removals):
                 cells = [cell for n in removed if (cell := self.units[n].cell) is not None]
                 values[number] = self._judged(judge, blurred(self.owner, self.layout.tokens, cells))
-        else:
-            for part in self._parts(judge, self.gone):
-                values[part.numbers] = self._of_part(part).to(values)
         return clean, values
+
+    def _sweeps(self, judge: Judge) -> tuple[Tensor, Tensor]:
+        """As `run`, by sweeps, whose own clean pass says what the text as it is gives."""
+        clean: Tensor | None = None
+        values = torch.zeros(len(self.removals), dtype=torch.promote_types(self.model.dtype, torch.float32))
+        for part in self._parts(judge, self.gone):
+            found, base = self._of_part(part)
+            values[part.numbers] = found.to(values)
+            clean = base if _is_clean(part, judge) else clean
+        return self._judged(judge) if clean is None else clean, values
 
     def _judged(self, judge: Judge, tokens: ic.Tokens | None = None) -> Tensor:
         """One pass over the text, or over one with other images."""
@@ -187,10 +199,13 @@ class Ablation:
             part.edits.extend([] if edit is None else [edit])
         yield from parts.values()
 
-    def _of_part(self, part: Part) -> Float[Tensor, " variant"]:
+    def _of_part(self, part: Part) -> tuple[Float[Tensor, " variant"], Tensor]:
+        """Variants, and the text as it is, at the part's positions."""
         if not part.edits:
-            return self._judged(part.judge).expand(len(part.numbers))
-        return self.model.sweep(self.layout.tokens, part.edits, part.judge.score()).values[:, 0]
+            clean = self._judged(part.judge)
+            return clean.expand(len(part.numbers)), clean
+        sweep = self.model.sweep(self.layout.tokens, part.edits, part.judge.score())
+        return sweep.values[:, 0], sweep.clean[0]
 
     def _must_be_checked(self) -> bool:
         """Whether keeping position ids can be held against hiding keys."""
@@ -205,16 +220,22 @@ class Ablation:
         """
         number = next(n for n, places in enumerate(self.gone) if places)
         (part,) = self._parts(judge, [self.gone[number]])
-        masked = float(self._of_part(part)[0])
+        masked = float(self._of_part(part)[0][0])
         limit = max(ROUNDING, RESIDUE.get(self.model.dtype, 0.0) if self.model.dtype.itemsize < 4 else 0.0)
         limit *= max(1.0, abs(masked))
         if not abs(masked - float(values[number])) <= limit:
+            unit = self.units[self.removals[number][0]].name
             raise ic.CapabilityError(
                 f"{self.owner}: in {self.model.source} tokens do not keep their positions when others are deleted: "
-                f"without {self.units[self.removals[number][0]].name!r:.40} the {judge.name} is "
-                f"{float(values[number]):.4g}, and {masked:.4g} with its keys hidden. It takes positions from elsewhere, or its windows count what is "
-                "left; use 'mask' or 'delete_tokens'"
+                f"without {unit!r:.40} the {judge.name} is {float(values[number]):.4g}, and {masked:.4g} with its keys "
+                "hidden. It takes positions from elsewhere, or its windows count what is left; use 'mask' or "
+                "'delete_tokens'"
             )
+
+
+def _is_clean(part: Part, judge: Judge) -> bool:
+    """Whether a part's clean pass is judged where the text is."""
+    return part.judge.positions == judge.positions
 
 
 def demand_possible(owner: str, model: ic.Model, layout: Layout, units: Sequence[Unit], convention: Convention) -> None:

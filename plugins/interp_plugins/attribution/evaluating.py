@@ -1,11 +1,12 @@
 """One example through one method: vectors, RISE and MAS on the target, Recovery@10 % of the needles.
 
-    matrix [target, prompt + target]   rows of the method; its one vector, for all explained tokens, where it has no rows
+    matrix [target, prompt + target]   rows of the method; where it has none, its one vector for what is explained
     seq, row, rec                      see `forms`
     faithfulness, recovery             of the prompt's part of each, see `faithfulness` and `recovery`
 
-In the profile `sound` all methods are scored on the same tokens, all of the prompt; in `reference`, methods that leave
-stop words out are scored without them, on an easier set than the others.
+In the profile `sound` all methods are scored on the same tokens, all of the prompt, and equal weights are taken in the
+order of the text; in `reference`, methods that leave stop words out are scored without them, on an easier set than the
+others, and equal weights are taken as torch's sort leaves them.
 
 Source: FlashTrace at 075e7e4, `exp2`. Cost: the method, and 1 + 20 forward passes per ordering.
 """
@@ -112,17 +113,19 @@ def evaluate(model: ic.Model, example: Example, index: int, attr_func: str, opti
     gold = _indices(tokens, "gold", prompt)
     only = kept if options.profile == "reference" and attr_func in WITHOUT_STOPS else None
     faith, faith_s = _faithfulness(model, tokens, three, only, options)
+    hops = result.hops is not None and attr_func in HOP_COUNTED
     found, recovery_s = _recovery(three, gold, only, options)
     trace = made_trace(
         index, attr_func=attr_func, prompt=example.prompt, target=example.target,
         vectors={name: getattr(three, name) for name in Forms.NAMES}, prompt_len=len(prompt), explained=explained,
         sink=_within(tokens, "sink", target[0]), thinking=_within(tokens, "thinking", target[0]),
-        user_prompt_indices=prompt, keep_prompt_token_indices=kept, gold_prompt_token_indices=gold,
+        user_prompt_indices=prompt, keep_prompt_token_indices=kept if attr_func in WITHOUT_STOPS else None,
+        gold_prompt_token_indices=gold,
         faithfulness=None if faith is None else faith.scores,
         recovery=None if found is None or found.skipped else found.recovery,
         recovery_skipped_reason=None if found is None else found.skipped or None,
         time_attr_s=took, time_faith_s=faith_s, time_recovery_s=recovery_s,
-        hops=None if result.hops is None else result.hops[0][:, [*prompt, *target]],
+        hops=result.hops[0][:, [*prompt, *target]] if hops else None,
         lrp=_lrp(attr_func, options),
     )  # fmt: skip
     return Evaluated(trace, _rows(trace, result, faith, found))
@@ -146,10 +149,18 @@ def _faithfulness(
     if FAITHFULNESS not in options.modes:
         return None, None
     start = time.perf_counter()
+    weights = three.prompt_weights
+    order = _torch_order(weights, only) if options.profile == "reference" else None
     scored = faithfulness(
-        Perturbed(model, tokens), three.prompt_weights, names=Forms.NAMES, kept=only, tie_orders=options.tie_orders
+        Perturbed(model, tokens), weights, names=Forms.NAMES, kept=only, order=order, tie_orders=options.tie_orders
     )
     return scored, time.perf_counter() - start
+
+
+def _torch_order(weights: Tensor, only: Sequence[int] | None) -> Tensor:
+    """The order that the reference deletes in: torch's, which among equal weights is any."""
+    places = torch.arange(weights.shape[1]) if only is None else torch.tensor(only)
+    return places[torch.argsort(weights[:, places].float(), dim=-1, descending=True)]
 
 
 def _recovery(

@@ -4,7 +4,8 @@
     integrated gradients   score(j) = <x_j - x'_j, sum over k of w_k dF/dx_j at x' + a_k (x - x')>
 
 x are the embeddings of the row, x' those of a baseline, F the answer's logits or log-probabilities. Nodes a_k and
-weights w_k are those of a quadrature rule on [0, 1]. Visual tokens count by what the vision tower hands over for them.
+weights w_k are those of a quadrature rule on [0, 1]. Visual tokens count by what the vision tower hands over for them,
+features that are added after later layers (DeepStack) included.
 
 profile="reference" of integrated gradients does as the published experiments: log-probabilities, every token at eos in
 the baseline, and a trapezoid rule whose n weights are 1/n (the ends half of it), so that they add up to 1 - 1/n: with
@@ -92,7 +93,9 @@ class InputXGradient(Gradients):
 
     def attribute(self, model: ic.Model, layout: Layout, config: GradientConfig) -> Attributed:
         """One forward and one backward pass; for rows another forward, and a backward per token of the target."""
-        middle, sites = stream_site(model), [S.embed, *_visual(model, layout.tokens)]
+        middle, later = stream_site(model), _added_later(model, layout.tokens)
+        seen = [p for span in layout.tokens.spans.get("vision", ((),))[0] for p in span]
+        sites = [S.embed, *([S.vision_embed] if seen else []), *(S.resid_pre[layer + 1] for layer in later)]
         judges: list[Judge] = []
 
         def goal(logits: Tensor) -> Tensor:
@@ -100,15 +103,20 @@ class InputXGradient(Gradients):
             return judges[0].rows(logits).sum()
 
         run = model.run(layout.tokens, read=[*sites, middle], grad=goal, logits=list(layout.predictors))
-        values = [wide(run[site].plain) for site in sites]
+        values = [run[site].plain for site in sites]
+        features = [*values[1 : 1 + bool(seen)], *later.values()]
 
-        def scored(grads: Sequence[Tensor]) -> Tensor:
-            return _per_token(layout, [(x * g).sum(-1) for x, g in zip(values, grads, strict=True)])
+        def scored(grads: Sequence[Tensor]) -> Float[Tensor, " pos"]:
+            scores = (wide(values[0]) * grads[0]).sum(-1)[0]
+            for feature, grad in zip(features, grads[1:], strict=True):
+                own = grad.flatten(0, -2) if grad.shape == feature.shape else grad[0, seen]
+                scores[seen] += (wide(feature.flatten(0, -2)) * own).sum(-1)
+            return scores
 
         scores = scored([run.grad[site].plain for site in sites])
         rows = None
         if config.per_token and len(layout.target):
-            zeros = [torch.zeros_like(run[site].plain, requires_grad=True) for site in sites]
+            zeros = [torch.zeros_like(value, requires_grad=True) for value in values]
             added = [site.add(zero) for site, zero in zip(sites, zeros, strict=True)]
             rows = torch.stack([*map(scored, _of_each_token(model, layout, judges[0], layout.tokens, added, zeros))])
         stream = run[middle].plain[0].float().norm(dim=-1)
@@ -238,26 +246,13 @@ def _at(model: ic.Model, layout: Layout, x: Float[Tensor, "pos d_model"]) -> Flo
     return run.logits.plain
 
 
-def _visual(model: ic.Model, tokens: ic.Tokens) -> list[S.Site]:
-    """Sites at which visual tokens come in."""
-    if not any(tokens.spans.get("vision", ((),))[0]):
-        return []
-    return [
-        site for site in (S.vision_embed, *(S.deepstack[n] for n in model.layers(S.deepstack))) if _has(model, site)
-    ]
-
-
-def _has(model: ic.Model, site: S.Site) -> bool:
-    return not model.can(site.name, "grad")
-
-
-def _per_token(layout: Layout, parts: Sequence[Tensor]) -> Float[Tensor, " pos"]:
-    """A number per token: of embeddings where they stand, of visual features at their tokens."""
-    scores = parts[0][0].clone()
-    if len(parts) > 1:
-        places = [p for span in layout.tokens.spans["vision"][0] for p in span]
-        scores[places] = torch.stack([part.flatten() for part in parts[1:]]).sum(0).to(scores)
-    return scores
+def _added_later(model: ic.Model, tokens: ic.Tokens) -> dict[int, Tensor]:
+    """Visual features that are added after some layers, `[batch visual d_model]` by layer."""
+    layers = model.layers(S.deepstack) if any(tokens.spans.get("vision", ((),))[0]) else []
+    if not layers:
+        return {}
+    run = model.run(tokens, read=[S.deepstack[layer] for layer in layers], logits=False)
+    return {layer: run[S.deepstack[layer]].plain for layer in layers}
 
 
 def _rule(config: IntegratedConfig) -> Rule:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,11 +52,7 @@ class Cost:
     logits: int = 0
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(*(a - b for a, b in zip(self._counts, other._counts, strict=True)))
-
-    @property
-    def _counts(self) -> tuple[int, ...]:
-        return self.asked, self.passes, self.batches, self.logits
+        return Cost(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Places(NamedTuple):

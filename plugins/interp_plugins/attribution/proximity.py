@@ -3,18 +3,19 @@
     prox(y, x) = max(|x|_1 - |x - y|_1, 0)                                     of a part y in a whole x
     tokens_ij = Σ_h prox(α_hij f_jh, x_i)        f_jh = v_jh W_O[h], α the pattern, x the stream after attention
 
-Source: information-flow routes, Ferrando and Voita (2024), arXiv:2403.00824; of every position at once in FlashTrace (2026),
-arXiv:2602.01914.
+Source: information-flow routes, Ferrando and Voita (2024), arXiv:2403.00824; of every position at once in FlashTrace
+(2026), arXiv:2602.01914.
 
-How: where y does not overshoot x, a component adds sign(x_k) y_k, which is linear in y. So, with K_i a few components of a
-row, those that are smallest against what parts usually have there,
+How: where y does not overshoot x, a component adds sign(x_k) y_k, which is linear in y. So, with K_i a few components
+of a row, those that are smallest against what parts usually have there,
 
     prox(α f, x) = max(α ⟨O_h^T (sign(x) outside K), v⟩ + Σ_K |x_k| - |α f_k - x_k|, 0)
 
-where nothing is overshot outside K. Its first term is, for all pairs, one matrix product shaped like attention. Nothing is
-overshot where t = α max_k |f_k| / c_k stays below all |x_k| / c_k outside K (c_k: the usual size of f_k); the few pairs beyond
-that get every component. So scores are exact to rounding. With a `tolerance` a pair may overshoot a little outside K: by at
-most 2 Σ c_k max(t - |x_k| / c_k, 0), which is convex in t, so that a chord bounds it and every score has a bound.
+where nothing is overshot outside K. Its first term is, for all pairs, one matrix product shaped like attention. Nothing
+is overshot where t = α max_k |f_k| / c_k stays below all |x_k| / c_k outside K (c_k: the usual size of f_k); the few
+pairs beyond that get every component. So scores are exact to rounding. With a `tolerance` a pair may overshoot a little
+outside K: by at most 2 Σ c_k max(t - |x_k| / c_k, 0), which is convex in t, so that a chord bounds it and every score
+has a bound.
 
 Cost: two matrix products of row · key · head · d_head, and |K| · row · key · head element by element (the formula as it
 stands: d_model · row · key · head). Temporaries: head · d_model · `chunk_tokens` numbers, and a few MB.
@@ -23,6 +24,7 @@ Must equal: the formula, whatever the chunks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,33 +93,46 @@ def proximities(
         chunk_tokens, sink_chunk_tokens: keys and rows at a time: time and memory, not results.
     """
     if tolerance and threshold:
-        raise ic.PlanError(f"proximities: a threshold ({threshold}) needs exact proximities; leave out tolerance={tolerance}")
+        raise ic.PlanError(
+            f"proximities: a threshold ({threshold}) needs exact proximities; leave out tolerance={tolerance}"
+        )
     dtype = torch.promote_types(mid.dtype, torch.float32)
     layer = _Layer.of(values.to(dtype), w_o.to(dtype), mid.to(dtype), row_scale)
     peak = layer.peaks(chunk_tokens)
     chunks = layer.plan(pattern, peak, tolerance or 0.0, sink_chunk_tokens)
-    heads, rows, keys = pattern.shape
-    tokens, totals = layer.mid.new_zeros(rows, keys), layer.mid.new_zeros(rows, heads)
-    kept = layer.mid.new_zeros(heads, rows, keys) if edges else None
-    bound = layer.mid.new_zeros(rows, keys)
-    whole = 0
-    for first in range(0, keys, chunk_tokens):
-        span = slice(first, min(first + chunk_tokens, keys))
+    sums = _Sums(layer.mid, pattern.shape, tolerance or 0.0, threshold, edges)
+    for first in range(0, pattern.shape[-1], chunk_tokens):
+        span = slice(first, min(first + chunk_tokens, pattern.shape[-1]))
         near = [chunk for chunk in chunks if chunk.first < span.stop and chunk.end > span.start]
-        brought = layer.brought(span) if near else None
-        for chunk in near:
-            block = _Block(layer, chunk, span, pattern[:, chunk.rows, span].to(dtype), peak[:, span], brought)
-            each = block.proximities()
-            whole += block.whole
-            if tolerance:
-                bound[chunk.rows, span] = block.bound(each)
-            if threshold:
-                each.masked_fill_(each < threshold, 0)
-            tokens[chunk.rows, span] = each.sum(0)
-            totals[chunk.rows] += each.sum(-1).T
-            if kept is not None:
-                kept[:, chunk.rows, span] = each
-    return Proximities(tokens, totals, kept, bound, whole)
+        if near:
+            brought = layer.brought(span)
+            for chunk in near:
+                alpha = pattern[:, chunk.rows, span].to(dtype)
+                sums.add(_Block(layer, chunk, span, alpha, peak[:, span], brought))
+    return Proximities(sums.tokens, sums.heads, sums.edges, sums.bound, sums.whole)
+
+
+class _Sums:
+    """What blocks add up to."""
+
+    def __init__(self, like: Tensor, shape: Sequence[int], tolerance: float, threshold: float, edges: bool) -> None:
+        heads, rows, keys = shape
+        self.tokens, self.heads = like.new_zeros(rows, keys), like.new_zeros(rows, heads)
+        self.bound = like.new_zeros(rows, keys)
+        self.edges = like.new_zeros(heads, rows, keys) if edges else None
+        self.tolerance, self.threshold, self.whole = tolerance, threshold, 0
+
+    def add(self, block: _Block) -> None:
+        rows, span, each = block.chunk.rows, block.span, block.proximities()
+        self.whole += block.whole
+        if self.tolerance:
+            self.bound[rows, span] = block.bound(each)
+        if self.threshold:
+            each.masked_fill_(each < self.threshold, 0)
+        self.tokens[rows, span] = each.sum(0)
+        self.heads[rows] += each.sum(-1).mT
+        if self.edges is not None:
+            self.edges[:, rows, span] = each
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class _Rows:
     Attributes:
         first, end: the keys that they see.
         query: O_h^T (sign(x) outside K), the linear part.
-        chosen: the components K. small: |x| over the scale there. weights: the scale's size.
+        chosen: the components K. small: x there. scale: what parts are multiplied by there.
         free: t up to which nothing is overshot outside K. limit: up to which no more than `allowed` is.
     """
 
@@ -137,7 +152,7 @@ class _Rows:
     query: Float[Tensor, "head row d_head"]
     chosen: Int[Tensor, "row chosen"]
     small: Float[Tensor, "row chosen"]
-    weights: Float[Tensor, "row chosen"]
+    scale: Float[Tensor, "row chosen"] | None
     free: Float[Tensor, "row 1"]
     limit: Float[Tensor, "row 1"]
     allowed: Float[Tensor, "row 1"]
@@ -151,7 +166,7 @@ class _Layer:
     w_o: Float[Tensor, "head d_head d_model"]
     mid: Float[Tensor, "row d_model"]
     scale: Float[Tensor, "row d_model"] | None
-    usual: Float[Tensor, "d_model"]
+    usual: Float[Tensor, " d_model"]
 
     @classmethod
     def of(cls, values: Tensor, w_o: Tensor, mid: Tensor, scale: Tensor | None) -> _Layer:
@@ -190,9 +205,11 @@ class _Layer:
         free = torch.stack([edge[:, level] for level in levels])
         limit = free
         if tolerance:
-            limit = torch.stack([_limit(sizes.gather(1, order[:, n:]), weights.gather(1, order[:, n:]), allowed) for n in levels])
+            limit = torch.stack(
+                [_limit(sizes.gather(1, order[:, n:]), weights.gather(1, order[:, n:]), allowed) for n in levels]
+            )
         best = _cheapest(pattern, peak, limit, levels, d_model, size)
-        seen = torch.stack([part.ne(0).any(0).any(0) for part in pattern.split(size, 1)]).cpu()
+        seen = torch.stack([part.flatten(0, 1).amax(0) for part in pattern.split(size, 1)]).gt(0).cpu()
         chunks = []
         for index, (n, keys) in enumerate(zip(best, seen, strict=True)):
             where = keys.nonzero()[:, 0].tolist()
@@ -203,19 +220,18 @@ class _Layer:
                 chunks.append(self.chunk(rows, ends, chosen, free[n, rows], limit[n, rows], allowed[rows]))
         return chunks
 
-    def chunk(self, rows: slice, ends: tuple[int, int], chosen: Tensor, free: Tensor, limit: Tensor, allowed: Tensor) -> _Rows:
+    def chunk(
+        self, rows: slice, ends: tuple[int, int], chosen: Tensor, free: Tensor, limit: Tensor, allowed: Tensor
+    ) -> _Rows:
         mid = self.mid[rows]
         signs = mid.sign() if self.scale is None else mid.sign() * self.scale[rows]
         query = torch.einsum("rk,hek->hre", signs.scatter(1, chosen, 0), self.w_o)
+        scale = None if self.scale is None else self.scale[rows].gather(1, chosen)
         small = mid.gather(1, chosen)
-        weights = torch.ones_like(small)
-        if self.scale is not None:
-            scale = self.scale[rows].gather(1, chosen)
-            small, weights = torch.where(scale != 0, small / scale, 0), scale.abs()
-        return _Rows(rows, *ends, query, chosen, small, weights, free[:, None], limit[:, None], allowed[:, None])
+        return _Rows(rows, *ends, query, chosen, small, scale, free[:, None], limit[:, None], allowed[:, None])
 
 
-def _limit(sizes: Tensor, weights: Tensor, allowed: Tensor) -> Float[Tensor, "row"]:
+def _limit(sizes: Tensor, weights: Tensor, allowed: Tensor) -> Float[Tensor, " row"]:
     """Largest t with 2 Σ max(t w_k - |x_k|, 0) <= allowed, over components in the order of |x_k| / w_k."""
     if not sizes.shape[-1]:
         return torch.full_like(allowed, torch.inf)
@@ -269,11 +285,12 @@ class _Block:
         step = max(1, _room(each) // (n * heads * keys))
         for first in range(0, each.shape[1], step):
             rows = slice(first, first + step)
-            small, weights = chunk.small[rows], chunk.weights[rows]
             parts = self.brought[0].index_select(1, chunk.chosen[rows].flatten()).view(heads, -1, n, keys)
-            torch.addcmul(-small[..., None], parts, self.alpha[:, rows, None], out=parts)
-            each[:, rows] += (small.abs() * weights).sum(-1, keepdim=True)
-            each[:, rows] -= (weights[:, None] @ parts.abs_()).squeeze(2)
+            if chunk.scale is not None:
+                parts *= chunk.scale[rows, :, None]
+            torch.addcmul(-chunk.small[rows, :, None], parts, self.alpha[:, rows, None], out=parts)
+            each[:, rows] += chunk.small[rows].abs().sum(-1, keepdim=True)
+            each[:, rows] -= parts.abs_().sum(2)
 
     def replace_whole(self, each: Tensor) -> None:
         """The pairs beyond the limit, component by component."""
@@ -289,10 +306,11 @@ class _Block:
     def bound(self, each: Tensor) -> Float[Tensor, "row key"]:
         """By how much the sums over heads may be too large."""
         chunk = self.chunk
-        chord = torch.where((self.reach > chunk.free) & ~self.beyond, chunk.allowed / chunk.limit * self.reach, 0)
+        slope = chunk.allowed / chunk.limit.clamp_min(torch.finfo(chunk.limit.dtype).tiny)
+        chord = torch.where((self.reach > chunk.free) & ~self.beyond, slope * self.reach, 0)
         return torch.minimum(chord, each).sum(0)
 
 
 def _room(like: Tensor) -> int:
     """Elements of a temporary: what a CPU keeps in its cache, or enough for a device to be busy."""
-    return 1 << 16 if like.device.type == "cpu" else 1 << 26
+    return 1 << 17 if like.device.type == "cpu" else 1 << 26

@@ -79,8 +79,8 @@ class Surrogate(AblationMethod):
         """Masks, and numbers that make sense of them."""
         if config.ablations < 2 or config.held_out == 1 or config.held_out < 0:
             raise ic.PlanError(
-                f"{self.name}: ablations={config.ablations}, held_out={config.held_out}; a fit takes two masks at least, a "
-                "test none or two"
+                f"{self.name}: ablations={config.ablations}, held_out={config.held_out}; a fit takes two masks at "
+                "least, a test none or two"
             )
         if not 0 < config.keep < 1 or not config.alpha >= 0 or any(k < 1 for k in config.top_k or ()):
             raise ic.PlanError(

@@ -12,7 +12,6 @@ byte (`arrays`).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +22,13 @@ import numpy as np
 from interp_core import LoadError, PlanError, Span, runs
 
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
+from .cache import json_rows
 
 MANIFEST = "manifest.jsonl"
 FORMS = ("seq", "row", "rec")
 """Vectors of one attribution: of the row-normalised matrix, of the rows that are explained, by recursion."""
+NEEDED = ("example_idx", "attr_func", "file", "prompt_sha1")
+"""What every line of a manifest says."""
 SPANS = ("indices_to_explain_gen", "sink_span_gen", "thinking_span_gen")
 INDICES = ("user_prompt_indices", "keep_prompt_token_indices", "gold_prompt_token_indices")
 SECONDS = ("time_attr_s", "time_faith_s", "time_recovery_s")
@@ -304,14 +306,8 @@ def read_manifest(folder: str | Path, limit: int | None = None) -> list[dict[str
     if not path.is_file():
         raise LoadError(f"{folder} is no trace folder: there is no {MANIFEST} in it")
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise LoadError(f"{path}, line {number}, is no JSON ({error}); is the run still writing it?") from error
-        if lacking := [name for name in ("example_idx", "attr_func", "file", "prompt_sha1") if not _has(line, name)]:
+    for number, line in json_rows(path):
+        if lacking := [name for name in NEEDED if line.get(name) in (None, "")]:
             raise LoadError(f"{path}, line {number}, lacks {', '.join(lacking)}")
         if Path(line["file"]).name != line["file"]:
             raise LoadError(f"{path}, line {number}: {line['file']!r} is no name of a file beside it")
@@ -322,10 +318,6 @@ def read_manifest(folder: str | Path, limit: int | None = None) -> list[dict[str
     if double := next((name for name in names if names.count(name) > 1), None):
         raise LoadError(f"{path} names {double} twice; examples have files of their own")
     return lines[:limit]
-
-
-def _has(line: Any, name: str) -> bool:
-    return isinstance(line, dict) and line.get(name) not in (None, "")
 
 
 def read_traces(folder: str | Path, limit: int | None = None) -> Iterator[Trace]:
