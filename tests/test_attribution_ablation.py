@@ -10,10 +10,10 @@ import pictures
 import pytest
 import torch
 from conftest import FAMILIES, SAMPLED, sampled, tiny_model, toy_model
-from interp_plugins.attribution.blurring import gaussian
-from interp_plugins.attribution.lasso import drawn, lasso
+from interp_plugins.attribution.ablations.blurring import gaussian
+from interp_plugins.attribution.ablations.lasso import drawn, lasso
+from interp_plugins.attribution.ablations.units import sentences, words
 from interp_plugins.attribution.surrogate import logit_scaled
-from interp_plugins.attribution.units import sentences, words
 from tolerances import close, rounding
 
 import interp_core as ic

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA
-from interp_plugins.attribution import traces
-from interp_plugins.attribution.tables import read_table
+from interp_plugins.attribution.evaluation.tables import read_table
+from interp_plugins.attribution.files import traces
 from interp_recipes.attribution_eval import attribution_eval
 from interp_recipes.export_traces import export_traces
 from torch import nn

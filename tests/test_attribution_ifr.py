@@ -12,8 +12,8 @@ import pictures
 import pytest
 import torch
 from conftest import sampled, tiny_model
-from interp_plugins.attribution.flow import Flow
-from interp_plugins.attribution.hops import Parts, multi_hop, segments, split_hop
+from interp_plugins.attribution.flows.flow import Flow
+from interp_plugins.attribution.flows.hops import Parts, multi_hop, segments, split_hop
 from interp_plugins.attribution.ifr import IFR, IFRConfig
 from interp_plugins.attribution.layout import Layout, layout_of
 from interp_plugins.attribution.named import NAMES

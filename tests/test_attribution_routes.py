@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from conftest import sampled, tiny_model
-from interp_plugins.attribution.proximity import proximity
+from interp_plugins.attribution.flows.proximity import proximity
 from interp_plugins.attribution.routes import KINDS, RouteGraph, Routes, RoutesResult
 from layouts import LINEAR
 from sweeping import ROWS

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DATA
-from interp_plugins.attribution import exports, traces
+from interp_plugins.attribution.files import exports, traces
 from interp_recipes.attribution_eval import attribution_eval
 from interp_recipes.export_traces import export_traces
 

@@ -4,8 +4,8 @@
         --dataset_jsonl exp/exp2/data/math.jsonl --tokenizer_model Qwen/Qwen3-8B
     interp run export_traces --traces_root exp/exp2/output/traces --form proc_1          (every run below a folder)
 
-A trace folder (`manifest.jsonl`, `ex_*.npz`; `interp_plugins.attribution.traces`) becomes one `.npz` per example
-(`interp_plugins.attribution.exports`). Examples are found in the data set by the SHA-1 of prompt and target, and their
+A trace folder (`manifest.jsonl`, `ex_*.npz`; `interp_plugins.attribution.files.traces`) becomes one `.npz` per example
+(`interp_plugins.attribution.files.exports`). Examples are found in the data set by the SHA-1 of prompt and target, and their
 tokens are cut again with the run's tokenizer, as the run cut them; numbers of tokens must agree. Everything is checked
 before anything is written. The settings are those of the published script.
 """
@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_plugins.attribution.cache import example_tokens, json_rows
-from interp_plugins.attribution.examples import example_of
-from interp_plugins.attribution.exports import Form, export_bytes, export_of, is_cut, pieces
-from interp_plugins.attribution.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces, sha1
+from interp_plugins.attribution.data.cache import example_tokens, json_rows
+from interp_plugins.attribution.data.examples import example_of
+from interp_plugins.attribution.files.exports import Form, export_bytes, export_of, is_cut, pieces
+from interp_plugins.attribution.files.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces, sha1
 
 import interp_core as ic
 from interp_core import open_tokenizer, runs

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .flow import Flow, demand_patterns
-from .hops import Hops, Parts, is_stop, multi_hop, split_hop
+from .flows.flow import Flow, demand_patterns
+from .flows.hops import Hops, Parts, is_stop, multi_hop, split_hop
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig
 

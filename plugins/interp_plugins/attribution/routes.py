@@ -38,10 +38,10 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .flow import Flow, KeptLayer
+from .flows.flow import Flow, KeptLayer
+from .flows.proximity import proximities, proximity
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig, AttributionResult
-from .proximity import proximities, proximity
 
 KINDS = ("attention", "residual", "bias", "mlp", "mlp_residual")
 """Of edges, by their numbers."""
@@ -168,7 +168,7 @@ class RoutesResult(AttributionResult):
 
     def html(self) -> str:
         """Each row's graph, with a slider that filters it, and its tokens coloured by their scores."""
-        from .routes_drawing import svg
+        from .flows.routes_drawing import svg
 
         graphs = (svg(self.graph(row), self.labels[row], self.n_layers) for row in range(len(self.edges)))
         return "".join(graphs) + super().html()
@@ -179,7 +179,7 @@ class RoutesResult(AttributionResult):
         Raises:
             CapabilityError: matplotlib is not installed.
         """
-        from .routes_drawing import png
+        from .flows.routes_drawing import png
 
         return png(path, self.graph(row), self.labels[row], self.n_layers, self.method)
 
@@ -199,7 +199,7 @@ class Routes(Attribution):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RoutesConfig) -> None:
         """As all attribution methods; and every layer mixes tokens by a pattern."""
-        from .flow import demand_patterns
+        from .flows.flow import demand_patterns
 
         demand_patterns(model)
         super().check(model, tokens, config)

@@ -32,11 +32,11 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from ..gate import RESIDUE
+from ..layout import Layout
 from .blurring import blurred
 from .deletion import Shortened, predictors, shortened
-from .gate import RESIDUE
 from .judge import Judge, StandIn, embedded, stand_in
-from .layout import Layout
 from .units import Unit
 
 Convention = Literal["delete_text", "delete_tokens", "delete_keep_positions", "mask", "replace", "blur"]

@@ -35,7 +35,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .method import stream_site
+from ..method import stream_site
 from .proximity import proximities, proximity
 
 Profile = Literal["sound", "reference"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import interp_core as ic
 from interp_core import report
 
-from .routes import ATTENTION, BIAS, KINDS, MLP, MLP_RESIDUAL, RouteGraph
+from ..routes import ATTENTION, BIAS, KINDS, MLP, MLP_RESIDUAL, RouteGraph
 
 COLUMN, STEP, LEFT, TOP, FOOT = 46.0, 62.0, 52.0, 18.0, 68.0
 """Pixels: between tokens, between blocks, and around them."""

@@ -24,15 +24,15 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .cache import Example, example_tokens, is_stop
+from ..data.cache import Example, example_tokens, is_stop
+from ..files.traces import HOP_COUNTED, LRP, Trace, made_trace
+from ..method import AttributionResult
+from ..named import named
 from .comparing import example_rows
 from .faithfulness import Faithfulness, faithfulness
 from .forms import Forms, forms
-from .method import AttributionResult
-from .named import named
 from .perturbed import Perturbed
 from .recovery import Recovery, recovery
-from .traces import HOP_COUNTED, LRP, Trace, made_trace
 
 FAITHFULNESS, RECOVERY = "faithfulness_gen", "recovery_ruler"
 MODES = (FAITHFULNESS, RECOVERY)
