@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from . import sites as sites
     from . import stats as stats
     from . import testing as testing
+    from . import text as text
     from . import toys as toys
     from .activations import Activations as Activations
     from .edits import Edit as Edit
+    from .engines.attention_rows import AttentionRows as AttentionRows
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
     from .errors import InterpError as InterpError
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Activations": "activations",
+    "AttentionRows": "engines.attention_rows",
     "Config": "settings",
     "Edit": "edits",
     "Generation": "generation",
@@ -93,7 +96,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "toys")
+_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -41,6 +41,20 @@ def demo(
         recipe(model=model, **{key: value for key, value in given.items() if value is not None})
 
 
+@app.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})
+def attribute(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp plugins show attribute`")
+    ] = None,
+    given: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
+    model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
+) -> None:
+    """Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table, JSON and a page."""
+    run("attribute", words, given, model, None, out, config, "recipes")
+
+
 @app.command()
 def sites(model: Model) -> None:
     """Every site of a model, and what its self-check found."""

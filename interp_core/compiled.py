@@ -77,12 +77,13 @@ class CompiledPlan:
         grad: Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
         each: Each | None = None,
+        attention: bool = False,
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass; arguments as in `Model.run`."""
         model, edits = self.model, self.edits
         if torch.is_inference_mode_enabled():
-            return self._outside_inference(x, grad, logits, each, allow_noop)
+            return self._outside_inference(x, grad, logits, each, attention, allow_noop)
         tokens = x if isinstance(x, Tokens) else model._input(x)
         stop = logits is False
         if grad is not True and grad is not False and not callable(grad):
@@ -104,8 +105,9 @@ class CompiledPlan:
                 keep = self._keep(logits, tokens.rows, inputs)
             apart = model.snapshot.weights_apart() if graph else NOTHING
             handing = None if each is None else self._handing(each, tokens.rows, graph)
+            more = self._attending(each) if attention else {}
             with torch.set_grad_enabled(graph), model.fresh(), apart:
-                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop, each=handing)
+                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop, each=handing, **more)
             run = Run(self, tokens, passed)
         if not stop:
             run.set_logits(passed.output.logits, logits, keep)
@@ -164,13 +166,31 @@ class CompiledPlan:
 
         def handing(layer: int, numbers: list[int], passed: Passed) -> None:
             values = [passed.values[number] for number in numbers]
-            each(layer, LayerReadings([slots[number] for number in numbers], atlas, rows, layer, values))
+            kept = [slots[number] for number in numbers]
+            each(layer, LayerReadings(kept, atlas, rows, layer, values, passed.attention.get(layer)))
 
         return handing
 
+    def _attending(self, each: Each | None) -> dict[str, bool]:
+        """What a program is told that is to keep attention for `each`.
+
+        Raises:
+            PlanError: nobody is handed it, or edits change what it would be made of.
+            CapabilityError: this model on this engine cannot.
+        """
+        if each is None:
+            raise PlanError("attention=True hands each layer's attention over to each=, and there is none: pass each=")
+        for edit in self.edits:
+            if edit.site.name in ("scores", "pattern"):
+                raise PlanError(f"{edit}: rows of attention=True are made of queries and keys, before such an edit")
+        if why := self.model.can("pattern", "rows"):
+            raise CapabilityError(f"attention=True: {why}; read S.pattern.at(query=…) instead")
+        return {"attention": True}
+
     def _outside_inference(
-        self, x: Input, grad: Any, logits: bool | PositionLike, each: Each | None, allow_noop: bool
-    ) -> Run:
+        self, x: Input, grad: Any, logits: bool | PositionLike, each: Each | None, attention: bool,
+        allow_noop: bool,
+    ) -> Run:  # fmt: skip
         """A run called under `torch.inference_mode()`: what is kept for later runs serves those with gradients too.
 
         Raises:
@@ -183,7 +203,7 @@ class CompiledPlan:
                 "leave it for this run, or use torch.no_grad() instead, which such a run turns off for itself"
             )
         with torch.inference_mode(False):
-            return self.run(x, logits=logits, each=each, allow_noop=allow_noop)
+            return self.run(x, logits=logits, each=each, attention=attention, allow_noop=allow_noop)
 
     def _check_grad(self, asked: Any) -> None:
         for slot in self.program.slots:

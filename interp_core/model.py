@@ -276,6 +276,7 @@ class Model(Structure):
         grad: Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
         each: Each | None = None,
+        attention: bool = False,
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass with reads and edits.
@@ -289,13 +290,16 @@ class Model(Structure):
                 edit's value requires grad, the graph is kept anyway. Weights get no gradient.
             logits: False ends the pass after the last site read; a position computes only these logits.
             each: called as `each(layer, values)` when all that is read of a layer has passed, which is then let go.
+            attention: hand `each` the layer's attention too: `values.attention` gives rows of its pattern, also after
+                the run (`AttentionRows`), where `can("pattern", "rows")` has nothing against it.
             allow_noop: let edits pass that changed nothing.
 
         Raises:
             SiteError, PositionError, PlanError, CapabilityError, TextError: before the forward pass.
             EffectError: an edit did nothing.
         """
-        return self.compile(read, edits).run(x, grad=grad, logits=logits, each=each, allow_noop=allow_noop)
+        plan = self.compile(read, edits)
+        return plan.run(x, grad=grad, logits=logits, each=each, attention=attention, allow_noop=allow_noop)
 
     def replacing(
         self,

@@ -22,6 +22,7 @@ from .text import Tokens
 
 if TYPE_CHECKING:
     from .architectures.atlas import Atlas, Entry
+    from .engines.attention_rows import AttentionRows
 
 
 class Reading(Tensor):
@@ -308,10 +309,25 @@ class LayerReadings(Store):
     _what = "layer"
 
     def __init__(
-        self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, layer: int, values: list[Tensor | None]
-    ) -> None:
+        self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, layer: int, values: list[Tensor | None],
+        attention: AttentionRows | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(slots, atlas, rows)
-        self.layer, self._values = layer, values
+        self.layer, self._values, self._attention = layer, values, attention
+
+    @property
+    def attention(self) -> AttentionRows:
+        """The layer's attention, which gives rows of its pattern as long as it is held.
+
+        Raises:
+            ReadError: the run was not asked for it, or nothing is read of this layer behind its attention.
+        """
+        if self._attention is None:
+            raise ReadError(
+                f"layer {self.layer} was handed over without its attention: pass run(…, attention=True), and read "
+                "something of the layer that comes after attention, such as S.attn_out"
+            )
+        return self._attention
 
     def _value(self, slot: int) -> Tensor | None:
         return self._values[slot]

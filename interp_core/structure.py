@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .architectures.atlas import Atlas
+from .architectures.atlas import Atlas, Entry
 from .engines.protocol import Engine
 from .engines.turns import Turn
 from .errors import CapabilityError, PlanError, nearest
@@ -20,7 +20,7 @@ from .table import SiteTable
 if TYPE_CHECKING:
     from .weights import Weights
 
-USES = ("read", "write", "grad", "generate")
+USES = ("read", "write", "grad", "generate", "rows")
 
 
 class Structure:
@@ -142,7 +142,8 @@ class Structure:
 
         Args:
             site: name of a site.
-            use: "read", "write", "grad" or "generate" (reads and edits while generating).
+            use: "read", "write", "grad", "generate" (reads and edits while generating) or "rows" (of `pattern`, made
+                after the run from what `run(attention=True)` hands over).
 
         Raises:
             SiteError: no site is called so.
@@ -154,7 +155,29 @@ class Structure:
         if name in self.atlas.lacking:
             return self.atlas.lacking[name]
         entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
+        if use == "rows":
+            return self._no_rows(entries)
         return next((entry.why[use] for entry in entries if use in entry.why), "")
+
+    def _no_rows(self, entries: Sequence[Entry]) -> str:
+        """Why rows of patterns cannot be made after a run."""
+        if any(entry.name != "pattern" for entry in entries):
+            return f"rows are made of patterns, not of {entries[0].name}"
+        if not getattr(self.engine, "attends", False):
+            return f"engine {self.engine.name} keeps nothing of which rows of patterns could be made"
+        if any(entry.read is None or entry.read.side != "attention" for entry in entries):
+            return f"attention of this {self.atlas.family.name} does not go through transformers' attention interface"
+        return ""
+
+    def components(self, layer: int | None = None) -> list[str]:
+        """Names that `module` takes for a layer, or for what the model has once.
+
+        Args:
+            layer: negative counts from the end.
+        """
+        with self.turn:
+            self.renew()
+            return list(self.atlas.components.names(None if layer is None else layer % self.n_layers))
 
     def module(self, component: str, layer: int | None = None) -> nn.Module:
         """The module of `hf` that is a component, by TransformerLens' name of it, whatever the family calls it.
@@ -185,6 +208,7 @@ class Structure:
             logits             [d_model d_vocab]         final_norm @ weights + bias, before a cap
             attn_in, mlp_in[l], final_norm   [d_model]   the norm that makes it, (x - mean) / deviation * weights + bias
                                                          with LayerNorm, x / root mean square * weights with RMSNorm
+            attn_out, mlp_out[l]             [d_model]   the same of the norm of what is added, where there is one
 
         A head or neuron drops its axis: `weights(S.z[2, 3])` is `[d_head d_model]`. The tensor may share memory with
         the model: do not write into it.

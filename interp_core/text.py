@@ -24,6 +24,8 @@ from .errors import PlanError, PositionError, TextError, nearest, wrong
 from .offsets import offsets_by_decoding, with_composed
 from .positions import PositionLike, Rows, Span, format_position, is_single, position, resolve
 
+__all__ = ["Tokens", "encode", "encode_chat"]
+
 CACHE = "past_key_values"
 """What a cache that is handed in is called here; `cache`, as transformers has it since 5.24, is taken for it."""
 Where = Span | Chars | str | re.Pattern[str]

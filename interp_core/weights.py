@@ -23,7 +23,9 @@ from .sites import Site, indices
 HEADS = ("q", "k", "v")
 INPUTS = {"attn_in": (("ln1",), ("resid_pre",)), "mlp_in": (("ln2", "ln1"), ("resid_mid", "resid_pre"))}
 """Sites that a norm makes in most families: the components that it may be, and the sites that it may read."""
-KNOWN = (*HEADS, "z", "mlp_act", "embed", "logits", *INPUTS, "final_norm")
+ADDED = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
+"""Sites that a norm makes in families with post-norms, and the component that it is."""
+KNOWN = (*HEADS, "z", "mlp_act", "embed", "logits", *INPUTS, *ADDED, "final_norm")
 ROWS = 1024
 """Unit vectors or ids that go through a module at a time."""
 
@@ -71,6 +73,8 @@ class WeightReader(NamedTuple):
         entries = self.atlas.select(site)
         if site.name in INPUTS:
             layers = [self._norm(entry, module) for entry, module in self._norms(site.name, entries)]
+        elif site.name in ADDED:
+            layers = [self._added(entry) for entry in entries]
         else:
             layers = [self._in_layer(site, entry) for entry in entries]
         if isinstance(site.layers, int) or not site.info.layered:
@@ -155,17 +159,26 @@ class WeightReader(NamedTuple):
         up, down = module(self._like(module, c * torch.stack([sign, -sign])))
         made = Weights((up - down) / 2 * sign.to(up), (up + down) / 2)
         x = self._like(module, c * _random(8, len(sign)))
+        eps = max(torch.finfo(kind).eps for kind in (self.dtype, torch.float32))
         gain, bias = made.weight.double(), made.bias.double()
         for mean in (0.0, x.double().mean(-1, keepdim=True)):
             values = x.double() - mean
             values = values / values.pow(2).mean(-1, keepdim=True).sqrt()
             size = (1 + values.abs()) * gain.abs() + bias.abs()  # 1 is the deviation, against which a mean rounds
-            if _close(module(x), values * gain + bias, 8 * torch.finfo(self.dtype).eps * size):
+            if _close(module(x), values * gain + bias, 8 * eps * size):
                 return Weights(*(_here(self._what(entry), part) for part in made))
         raise CapabilityError(
             f"{self._what(entry)} is made by {type(module).__name__}, which is no LayerNorm or RMSNorm with gains; see "
             "model.module"
         )
+
+    def _added(self, entry: Entry) -> Weights:
+        """Gains and bias of the norm of what is added, with the factor that the block multiplies by."""
+        if (component := ADDED[entry.name]) not in self.atlas.components.names(entry.layer):
+            raise CapabilityError(f"{self._what(entry)} is not what a norm makes: this layer has no {component}")
+        made = self._norm(entry, self.atlas.module(component, entry.layer))
+        factor = entry.read.lens.factor if entry.read is not None and entry.read.lens is not None else 1.0
+        return Weights(made.weight * factor, made.bias * factor)
 
     def _norms(self, name: str, entries: Sequence[Entry]) -> Iterator[tuple[Entry, nn.Module]]:
         """The norm that makes a site, layer by layer: of those that it may be, the one that on a few tokens does."""

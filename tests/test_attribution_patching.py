@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, toy_model
+from interp_plugins.attribution import rules
 from interp_plugins.attribution_patching import agreement
 from studying import ANSWERS, CLEAN, FRENCH, IDS, JUDGED, OTHER, study, tokens
 from tolerances import close
@@ -185,3 +186,85 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ic.InterpError, match=message):
             attribute(model, CLEAN, **settings)
+
+
+RELP = (["ln"], ["ln", "half"], ["ln", "identity", "half"], ["ln", "identity", "half", "ah"])
+
+
+@pytest.mark.parametrize("chosen", RELP)
+def test_relp_is_the_difference_times_the_coefficient(chosen: list[str]) -> None:
+    """The coefficient is the gradient under the rules at the base run; the sweep and its comparison stay the model's."""
+    model = tiny_model("qwen3", torch.float64)
+    settings: dict[str, Any] = {"site": "mlp_out", "at": [3], "corrupted": tokens(OTHER), **ANSWERS}
+    ours = attribute(model, tokens(IDS), rule="relp", relp_rules=chosen, compare=True, **settings)
+    plain = attribute(model, tokens(IDS), compare=True, **settings)
+    with rules.relp(chosen).on(model):
+        run = model.run(OTHER, read=S.mlp_out, grad=lambda logits: JUDGED.rows(logits[:, -1]).sum())
+    there = model.run(IDS, read=S.mlp_out)
+    for layer in range(3):
+        site = S.mlp_out[layer]
+        wanted = ((there[site].plain - run[site].plain) * run.grad[site].plain)[:, 3].sum(-1)
+        wanted = wanted / (ours.source - ours.base)
+        close(ours.effect[:, layer, 0, 0], wanted, model)
+    assert torch.equal(ours.exact, plain.exact) and not torch.allclose(ours.effect, plain.effect, rtol=1e-3)
+    assert str(rules.relp(chosen)) in ours.title and ours.rules and not plain.rules and "gradient" in plain.title
+
+
+def test_relp_of_a_turned_vector_is_exact() -> None:
+    """m = w · RMSNorm(y) with y_c across y_r and as long: 1.41421, where the gradient gives 2.82843; over random pairs
+    RelP is the effect, and the gradient correlates with it by 1/√2."""
+    weight = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    base, other = torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 3.0], dtype=torch.float64)
+
+    def m(y: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
+        return (weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True)))).sum(-1)
+
+    for chosen, wanted in ((rules.relp(("ln",)), 1.41421), (rules.GRADIENT, 2.82843)):
+        grad = gradient_inside(m, base, chosen)
+        assert float(((other - base) * grad).sum()) == pytest.approx(wanted, abs=1e-5)
+    assert float(m(other) - m(base)) == pytest.approx(1.41421, abs=1e-5)
+    pick = torch.Generator().manual_seed(0)
+    weight, base, other = (torch.randn(4000, 64, generator=pick, dtype=torch.float64) for _ in range(3))
+    other = other - (other * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True) * base
+    other = other * base.norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True)
+    exact = m(other, weight) - m(base, weight)
+    found = [
+        ((other - base) * gradient_inside(lambda y: m(y, weight), base, chosen)).sum(-1)
+        for chosen in (rules.relp(("ln",)), rules.GRADIENT)
+    ]
+    torch.testing.assert_close(found[0], exact, atol=1e-10, rtol=0)
+    assert float(ic.stats.pearson(found[1], exact)) == pytest.approx(0.7071, abs=0.03)
+
+
+def gradient_inside(function: Any, y: torch.Tensor, chosen: rules.Rules) -> torch.Tensor:
+    """Gradient of a function's sum where a model under rules would compute it."""
+    model, grads = ic.load(testing.tiny("llama"), check=False), list[torch.Tensor]()
+    leaf = y.clone().requires_grad_()
+
+    def computing(module: Any, forward: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            grads.append(torch.autograd.grad(function(leaf).sum(), leaf)[0])
+        return forward(x)
+
+    own = model.hf.model.layers[0].mlp.forward
+    model.hf.model.layers[0].mlp.forward = lambda x: computing(None, own, x)
+    with chosen.on(model):
+        model.run(IDS)
+    return grads[0]
+
+
+def test_half_leaves_an_activation_whole() -> None:
+    """GPT-2 has no gated product: "half" changes nothing there, though its GELU is made of products."""
+    ones = [attribute(tiny_model("gpt2"), rule="relp", relp_rules=chosen).effect for chosen in (["ln"], ["ln", "half"])]
+    assert torch.equal(*ones)
+
+
+def test_relp_by_name_and_what_it_refuses() -> None:
+    model = tiny_model("llama")
+    assert attribute(model, rule="relp").rules == "relp:ln+identity+half (norm, activation, product halved)"
+    demo = attribute(model, rule="relp", relp_rules="published_demo")
+    assert demo.rules == "relp:ln+half (norm, product halved)"
+    with pytest.raises(ic.PlanError, match="RelP has no rule 'identiy'. Did you mean 'identity'"):
+        attribute(model, rule="relp", relp_rules=["identiy"])
+    with pytest.raises(ic.PlanError, match="leave steps out"):
+        attribute(model, rule="relp", steps=4)

@@ -23,7 +23,8 @@ NASTY = "<script>alert('x')</script>\"'&"
 
 def test_everything_is_escaped() -> None:
     body = html.heatmap([[0.5]], [NASTY], [NASTY], texts=[[NASTY]], tips=[[NASTY]], caption=NASTY)
-    body += html.tokens([NASTY], [1.0], caption=NASTY) + html.table([{NASTY: NASTY}])
+    body += html.tokens([NASTY], {NASTY: [1.0], NASTY + "2": [2.0]}, caption=NASTY) + html.table([{NASTY: NASTY}])
+    body += html.copyable(NASTY, NASTY)
     page = html.page(NASTY, NASTY, [html.Section(NASTY, NASTY, body)])
     assert page.count("<script>") == 1  # our own
     assert "alert('x')" not in page
@@ -39,7 +40,7 @@ def test_everything_is_escaped() -> None:
     parser.feed(page)
     assert parser.found <= {
         "html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "section", "figure", "div", "table",
-        "thead", "tbody", "tr", "th", "td", "figcaption", "span", "br", "script",
+        "thead", "tbody", "tr", "th", "td", "figcaption", "span", "br", "script", "form", "input", "details", "summary", "pre",
     }  # fmt: skip
 
 
@@ -139,6 +140,7 @@ def charts(name: str) -> list[report.Chart]:
         report.Curves(lines, ["0", "1", "2", "3"], percent=True),
         report.Bars(bars, base=0.1, xlabel=name, **said),
         report.TokenStrip([name, " a", "\n"], [1.0, math.nan, -1.0], spans={name: (0, 2)}, colorbar=name, **said),
+        report.TokenStrip([name, " a", "\n"], {name: [1.0, 0, -1], "b": torch.ones(3)}, spans={name: (0, 2)}, **said),
     ]
 
 
@@ -151,6 +153,36 @@ def test_charts_are_pages_and_pictures(tmp_path: Path) -> None:
         assert chart.png(tmp_path / "a" / f"{number}.png").stat().st_size > 2000
     for number, chart in enumerate(charts("$x_")):
         assert chart.png(tmp_path / f"{number}.png").is_file()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-300, float("nan")])
+def test_values_that_are_all_alike_are_drawn(tmp_path: Path, value: float) -> None:
+    charts: list[report.Chart] = [
+        report.Bars([report.Bar("a", value), report.Bar("b", value, (value, value))]),
+        report.Curves([report.Line("a", [value, value])], ["x", "y"]),
+        report.TokenStrip(["a", "b"], [value, value]),
+        report.Heatmap([[value, value]], ["r"], ["a", "b"]),
+    ]
+    for number, chart in enumerate(charts):
+        assert chart.html() and chart.png(tmp_path / f"{number}.png").stat().st_size > 500
+
+
+def test_layers_of_a_strip_are_switched_by_the_style_sheet() -> None:
+    """One button per layer, the first on; each right before what it shows, which is how the style sheet finds it."""
+    values = {"sum": [1.0, 0.0], "hop 0": [0.0, 2.0], "hop 1": [0.5, 0.5]}
+    body = report.TokenStrip(["a", " b"], values, spans={"sink": (1, 2)}).html()
+    buttons = re.findall(
+        r"<input type='radio' name='layer' aria-label=\"([^\"]+)\"( checked)?><div class='layer'>", body
+    )
+    assert buttons == [("sum", " checked"), ("hop 0", ""), ("hop 1", "")]
+    assert "form.layers>input:checked+.layer{display:block}" in html.STYLE
+    assert re.findall(r'data-tip="([^"]+)"', body) == [
+        f"{token}: {number}{end}"
+        for numbers in values.values()
+        for token, number, end in zip(("a", "·b"), (f"{x:.4g}" for x in numbers), ("", "\nsink"), strict=True)
+    ]
+    single = report.TokenStrip(["a", " b"], {"sum": [1.0, 0.0]}).html()
+    assert single == report.TokenStrip(["a", " b"], [1.0, 0.0]).html() and "<input" not in single
 
 
 def test_curves_are_drawn_where_they_are() -> None:
@@ -198,6 +230,8 @@ def test_charts_refuse_what_does_not_fit() -> None:
         "0 lines over 1 places": lambda: report.Curves([], ["0"]),
         "Bars: there are none": lambda: report.Bars([]),
         "1 values for 2 tokens": lambda: report.TokenStrip(["a", "b"], [1.0]),
+        "1 values of 'y' for 2 tokens": lambda: report.TokenStrip(["a", "b"], {"x": [1.0, 2.0], "y": [1.0]}),
+        "there are no values; give one per token": lambda: report.TokenStrip(["a"], {}),
         "span 'x' is 1 to 3": lambda: report.TokenStrip(["a", "b"], [1.0, 2.0], spans={"x": (1, 3)}),
         "takes lists of numbers, not float": lambda: report.TokenStrip(["a"], 1.0),
     }.items():

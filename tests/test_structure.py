@@ -99,6 +99,22 @@ def test_gains_say_what_the_norms_give(family: str) -> None:
         torch.testing.assert_close(ours, run[site].plain.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_gains_of_post_norms(family: str, dtype: torch.dtype) -> None:
+    """What is added, from what the norm behind attention or the MLP is given; also where it computes in float32."""
+    model = tiny_model(family, dtype)
+    for site, component in ((S.attn_out[1], "ln1_post"), (S.mlp_out[1], "ln2_post")):
+        module = model.module(component, 1)
+        stored = module.weight.detach().double() + (family == "gemma2")
+        slack = 8 * max(torch.finfo(kind).eps for kind in (dtype, torch.float32))
+        torch.testing.assert_close(model.weights(site).double(), stored, rtol=slack, atol=0)
+        assert not model.bias(site).any()
+    assert model.weights(S.attn_out).shape == (3, model.d_model)
+    with pytest.raises(ic.CapabilityError, match=r"attn_out of this llama in layer 0 .*no ln1_post"):
+        tiny_model("llama").weights(S.attn_out[0])
+
+
 def test_axes_of_weights() -> None:
     """Heads and neurons drop their axis, lists keep it, layers are stacked; a TransformerLens reader finds its own."""
     model = tiny_model("llama")

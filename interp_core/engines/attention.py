@@ -103,11 +103,12 @@ class LayerTap:
         kernel: the layer's own attention function, if it can be found.
         softmax_dtype: in which the family's eager attention takes its softmax even for wider types.
         lent: the config that names our function, shared by all layers of a plan.
+        note: is handed what the layer's attention is called with: `(query, key, mask, the rest)`.
     """
 
     __slots__ = (
-        "asked", "filled", "keep", "kept", "kernel", "lent", "module", "original", "prefix", "softmax_dtype", "stages",
-        "texts",
+        "asked", "filled", "keep", "kept", "kernel", "lent", "module", "note", "original", "prefix", "softmax_dtype",
+        "stages", "texts",
     )  # fmt: skip
 
     def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
@@ -116,6 +117,7 @@ class LayerTap:
         self.texts = _ONE
         self.filled: int | None = None
         self.asked: Sequence[int] | None = None
+        self.note: Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = own_config(module)
         implementation = demand_open(module, "attention sites need")
@@ -203,11 +205,13 @@ def attention(
         value = stages["v"](value, n_keys)
     if tap.keep:
         tap.kept = key, value, kwargs.get("sliding_window")
+    if tap.note is not None:
+        tap.note(query, key, attention_mask, {"scaling": scaling, **kwargs})
     if tap.kernel is not None and tap.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
         return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = scale_of(query, scaling)
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):
         few = _few(
@@ -217,7 +221,7 @@ def attention(
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
-    scores = _masked(_shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
+    scores = masked(shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if tap.prefix is not None:
         scores, values = _with_earlier(tap, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
@@ -270,12 +274,20 @@ def _few(
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
     closed = module.__dict__["interp_tap"].kernel(module, *called, mask, **kwargs)[0]
     asked = torch.tensor(columns, device=query.device)
-    if mask is not None or (query.shape[2] > 1 and _is_causal(kwargs, module)):
-        own = torch.arange(key.shape[2], device=asked.device) <= asked[:, None] if mask is None else _at(asked, mask)
+    if mask is not None or (query.shape[2] > 1 and is_causal(kwargs, module)):
+        own = (
+            torch.arange(key.shape[2], device=asked.device) <= asked[:, None]
+            if mask is None
+            else at_queries(asked, mask)
+        )
     else:
         own = None
     return _Few(
-        closed, asked, query[:, :, asked], own, {**kwargs, "position_bias": _at(asked, kwargs.get("position_bias"))}
+        closed,
+        asked,
+        query[:, :, asked],
+        own,
+        {**kwargs, "position_bias": at_queries(asked, kwargs.get("position_bias"))},
     )
 
 
@@ -283,7 +295,7 @@ def _with_earlier(tap: LayerTap, query: Tensor, scores: Tensor, kwargs: dict[str
     """Scores of earlier keys and own ones, and the earlier values; the query is scaled."""
     assert tap.prefix is not None
     earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
-    before = _shaped(_products(query, earlier), kwargs)
+    before = shaped(_products(query, earlier), kwargs)
     hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
     if hidden is not None:
         before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
@@ -328,8 +340,8 @@ def _merged(
         x = x.mT.reshape(texts, kv, -1, heads // kv * n, x.shape[1]).transpose(1, 2).reshape(-1, heads, n, x.shape[1])
         return x if order is None else x[order[1]]
 
-    own = _masked(_shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
-    before = _shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
+    own = masked(shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
+    before = shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
     if (hidden := tap.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
         each = before.view(texts, kv, before.shape[1], -1, n)
         before = each.masked_fill_(hidden[:, None, :, None], _LOWEST[before.dtype]).view(before.shape)
@@ -352,7 +364,12 @@ def _merged(
     return ((out + _mixed(mine.to(kind), value)) / total).to(kind)
 
 
-def _shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """What products of queries and keys are multiplied by."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Scores as the family shapes them before the mask: capped, or with a bias by position."""
     if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
         scores = torch.tanh(scores / cap) * cap
@@ -389,26 +406,26 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def _at(asked: Tensor, x: Tensor | None) -> Tensor | None:
+def at_queries(asked: Tensor, x: Tensor | None) -> Tensor | None:
     """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
     return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
 
 
-def _is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
+def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
     """Whether a layer that is handed no mask hides later keys."""
     causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
     """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
     queries, keys = scores.shape[-2:]
     if mask is None:
-        if queries == 1 or not _is_causal(kwargs, module):
+        if queries == 1 or not is_causal(kwargs, module):
             return scores
         return scores + _causal(queries, keys, scores.device, scores.dtype)
     if mask.dtype == torch.bool:
-        mask = _additive(mask, scores.dtype)
+        mask = additive(mask, scores.dtype)
     return scores + (mask if mask.shape[-1] == keys else mask[..., :keys])
 
 
@@ -417,10 +434,10 @@ def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -
     """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
     mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-    return _additive(seen, dtype)
+    return additive(seen, dtype)
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask that is added, from one that is true where a query may look; kept with it, for the layers that share it.
 
     Half of the lowest number hides as well as the lowest, and a row that is hidden whole (padding) stays finite.

@@ -84,6 +84,7 @@ class Layers:
         if layer not in self.handed:
             self.handed.add(layer)
             self.each(layer, numbers, passed)
+        passed.attention.pop(layer, None)
         for number in numbers:
             passed.values[number], passed.versions[number] = LET_GO, LET_GO._version
 

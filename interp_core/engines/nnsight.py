@@ -169,7 +169,7 @@ class NNsightEngine(LocalEngine):
     def __init__(self, model: Any, *, remote: bool | str = False) -> None:
         super().__init__(with_same_weights(model), model, _PROCESS)
         self.own: dict[str, nn.Module] = dict(model.named_modules())
-        self.remote = remote
+        self.remote, self.attends = remote, not remote
         with warnings.catch_warnings():  # it says which modules it calls by other names, which nobody here does
             warnings.filterwarnings("ignore", message=".*nnsight already serves on every module")
             self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)

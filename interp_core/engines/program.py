@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from ..regions import Bound, Window
 from ..sites import SITES, Site, indices
 from ..snapshot import Place
 from .attention import LayerTap
+from .attention_rows import AttentionRows
 from .knockout import check_knockouts
 from .layers import Layers
 from .ports import Change, Part, Port, Read
@@ -64,6 +66,8 @@ class LocalEngine:
 
     name: str
     program: ClassVar[type[PortProgram]]
+    attends = True
+    """Whether `forward` can keep what attention was called with."""
 
     def __init__(self, model: Any, *beside: nn.Module) -> None:
         self.model = model
@@ -257,18 +261,22 @@ class PortProgram(ABC):
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
-        each: HandOver | None = None,
+        each: HandOver | None = None, attention: bool = False,
     ) -> Passed:  # fmt: skip
         """See `Program.forward`."""
         self.engine.begin()
+        taps = self.taps
         try:
             self.prepare(inputs)
             self.window, self.edits = None, edits
+            noting = self._noting() if attention else {}
             passed: Passed | None = None
             layers = None if each is None else Layers(self, each, stop=stop)
             while passed is None or (self._late and self._overwritten((passed,))):
                 passed = self.begin_pass(rows, rows.width, keep_graph)
                 self._check(rows)
+                for layer, tap in noting.items():
+                    tap.note = partial(self._noted, layer, tap)
                 self.after = layers.after if layers else self.ending() if stop else {}
                 try:
                     passed.output = self.carry("forward", inputs)
@@ -278,7 +286,25 @@ class PortProgram(ABC):
                 layers.finish()
             return passed
         finally:
+            for tap in self.taps:
+                tap.note = None
+            self.taps = taps
             self._end()
+
+    def _noting(self) -> dict[int, LayerTap]:
+        """A tap on the attention of every layer that has an open one; those of the plan are among them."""
+        scores = {entry.layer: entry.read for (name, _), entry in self.atlas.entries.items() if name == "scores"}
+        modules = {layer: self.engine.modules[tap.module] for layer, tap in scores.items() if tap is not None}
+        known, lent = {id(tap.module): tap for tap in self.taps}, dict[int, Any]()
+        noting = {i: known.get(id(module)) or LayerTap(module, {}, lent) for i, module in modules.items()}
+        self.taps = [*self.taps, *(tap for tap in noting.values() if id(tap.module) not in known)]
+        return noting
+
+    def _noted(
+        self, layer: int, tap: LayerTap, query: Tensor, key: Tensor, mask: Tensor | None, called: dict[str, Any]
+    ) -> None:
+        """Keep what a layer's attention was called with."""
+        self.passed.attention[layer] = AttentionRows(query, key, mask, called, tap.module, tap.softmax_dtype)
 
     def generate(
         self,

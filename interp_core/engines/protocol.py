@@ -14,6 +14,7 @@ from ..plan import Plan
 from ..positions import Rows
 from ..regions import Bound
 from ..sites import Site
+from .attention_rows import AttentionRows
 
 
 @runtime_checkable
@@ -45,9 +46,10 @@ class Passed:
         bases: with gradients, the tensors of the pass that `values` are views or parts of, and which parts.
         fires: what edits changed: `(number in the plan, layer, selected columns per row or None for all, norm)`.
         output: the model's output, None after an early stop.
+        attention: by layer, what its attention was called with, until the layer is handed over.
     """
 
-    __slots__ = ("bases", "fires", "output", "values", "versions")
+    __slots__ = ("attention", "bases", "fires", "output", "values", "versions")
 
     def __init__(self, n_slots: int) -> None:
         self.values: list[Tensor | None] = [None] * n_slots
@@ -55,6 +57,7 @@ class Passed:
         self.bases: list[tuple[Tensor, Bound | None] | None] = [None] * n_slots
         self.fires: list[tuple[int, int, list[list[int]] | None, Tensor]] = []
         self.output: Any = None
+        self.attention: dict[int, AttentionRows] = {}
 
 
 HandOver = Callable[[int, list[int], Passed], None]
@@ -90,7 +93,7 @@ class Program(Protocol):
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
-        each: HandOver | None = None,
+        each: HandOver | None = None, attention: bool = False,
     ) -> Passed:  # fmt: skip
         """One forward pass.
 
@@ -100,6 +103,8 @@ class Program(Protocol):
             keep_graph: keep what gradients need.
             stop: end the pass after the last slot; the output is then None.
             each: called for a layer as soon as all its slots have passed; what they kept is let go when it returns.
+            attention: keep for `each` what each layer's attention was called with; only engines that say so
+                (`attends`) are asked.
 
         Raises:
             CapabilityError: `each` on an engine that cannot.

@@ -67,7 +67,7 @@ class RemoteProgram(PortProgram):
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
-        each: HandOver | None = None,
+        each: HandOver | None = None, attention: bool = False,
     ) -> Passed:  # fmt: skip
         """See `Program.forward`."""
         import httpx  # nnsight's, as this engine is; what only measures plans does not have it

@@ -86,6 +86,7 @@ class BridgeEngine(TorchEngine):
 
     name = "transformer_lens"
     program = BridgeProgram
+    attends = False  # the bridge does attention by itself
 
     def __init__(self, model: Any, *, fold: bool = False) -> None:
         inner = copy.deepcopy(model) if fold else with_same_weights(model)

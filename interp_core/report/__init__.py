@@ -13,7 +13,7 @@ given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers
 
 from .charts import Bars, Chart, Curves, Heatmap, TokenStrip
 from .figures import Bar, Line
-from .html import Section, escape, number, page, short, table, visible
+from .html import Section, copyable, escape, number, page, short, table, visible
 
 __all__ = [
     "Bar",
@@ -24,6 +24,7 @@ __all__ = [
     "Line",
     "Section",
     "TokenStrip",
+    "copyable",
     "escape",
     "number",
     "page",

@@ -179,9 +179,10 @@ class TokenStrip(TokenStripData, Chart):
 
     Attributes:
         tokens: as text, with their white space.
-        values: one number per token; NaN is drawn grey.
+        values: one number per token, NaN drawn grey; or several such by name, layers that the reader of the HTML
+            switches between, below each other in the PNG.
         diverging: blue over white to red, symmetric about 0; else white to blue.
-        limits: ends of the scale; None: those of the values.
+        limits: ends of the scale; None: those of each layer's values.
         spans: named ranges of tokens, half-open, underlined.
         title: above the PNG.
         caption: below the HTML; the title if empty.
@@ -196,7 +197,7 @@ class TokenStrip(TokenStripData, Chart):
         from .html import tokens
 
         return tokens(
-            self.tokens, self.values, diverging=self.diverging, limits=self.limits, spans=self.spans or {},
+            self.tokens, self.layers, diverging=self.diverging, limits=self.limits, spans=self.spans or {},
             caption=self.caption or self.title, scale=self.colorbar,
         )  # fmt: skip
 

@@ -149,15 +149,28 @@ class TokenStripData:
     colorbar: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", plain_values("TokenStrip", self.values))
-        if not self.tokens or len(self.tokens) != len(self.values):
-            raise PlanError(f"TokenStrip: {len(self.values)} values for {len(self.tokens)} tokens; give one per token")
+        several = self.values if isinstance(self.values, Mapping) else {"": self.values}
+        layers = {str(name): plain_values("TokenStrip", values) for name, values in several.items()}
+        object.__setattr__(self, "values", layers if isinstance(self.values, Mapping) else layers[""])
+        if not layers:
+            raise PlanError("TokenStrip: there are no values; give one per token")
+        for name, values in layers.items():
+            if not self.tokens or len(self.tokens) != len(values):
+                of = f" of {name!r}" if name else ""
+                raise PlanError(
+                    f"TokenStrip: {len(values)} values{of} for {len(self.tokens)} tokens; give one per token"
+                )
         for name, (start, stop) in (self.spans or {}).items():
             if not 0 <= start < stop <= len(self.tokens):
                 raise PlanError(
                     f"TokenStrip: span {name!r} is {start} to {stop}, the text has tokens 0 to {len(self.tokens)} "
                     "(the end is not part of a span)"
                 )
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The numbers by name; one without a name where there is one layer."""
+        return self.values if isinstance(self.values, Mapping) else {"": self.values}
 
 
 def plain_values(owner: str, values: Any) -> Any:
@@ -178,7 +191,7 @@ def plain_values(owner: str, values: Any) -> Any:
 def _span(values: Iterable[float], percent: bool) -> Ends:
     """Limits that hold all finite values, with a little room; of shares, all shares."""
     known = [value for value in values if math.isfinite(value)]
-    if not known:
+    if not any(known):
         return 0.0, 1.0
     low, high = min(known), max(known)
     if percent and low >= 0 and high <= 1:

@@ -46,6 +46,13 @@ STYLE = (
 .ic pre{background:var(--code);border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
 .ic .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:.8rem}.ic .pair pre{margin:0}
 .ic .tokens{line-height:1.9}.ic .tokens span{font-family:ui-monospace,monospace;white-space:pre-wrap;border-radius:3px;padding:.08rem 0}
+.ic form.layers{display:flex;flex-wrap:wrap;gap:.35rem;margin:0}.ic form.layers>.layer{order:1;flex:0 0 100%;display:none}
+.ic form.layers>input:checked+.layer{display:block}
+.ic form.layers>input{appearance:none;-webkit-appearance:none;width:auto;height:auto;margin:0;padding:.05rem .6rem;cursor:pointer;
+border:1px solid var(--line);border-radius:999px;font:13px/1.6 system-ui,sans-serif;color:var(--soft);background:none}
+.ic form.layers>input::after{content:attr(aria-label)}.ic form.layers>input:checked{color:var(--ink);border-color:currentColor}
+.ic form.layers>input:focus-visible{outline:2px solid var(--s0);outline-offset:1px}
+.ic details{margin:.5rem 0}.ic summary{cursor:pointer;color:var(--soft);font-size:13px}.ic .whole{user-select:all}
 .ic .spans b{font-weight:500;border-bottom:3px solid;margin-right:.8rem;color:inherit}
 .ic figcaption{color:var(--soft);font-size:13px;margin-top:.5rem}.ic figure{margin:.4rem 0}
 .ic .bar{display:inline-block;width:9rem;height:.7rem;border-radius:3px;vertical-align:middle;margin:0 .4rem}
@@ -146,7 +153,7 @@ def heatmap(
 
 def tokens(
     labels: Sequence[str],
-    values: Sequence[float],
+    layers: Mapping[str, Sequence[float]],
     *,
     diverging: bool = False,
     limits: tuple[float, float] | None = None,
@@ -154,19 +161,33 @@ def tokens(
     caption: str = "",
     scale: str = "",
 ) -> str:
-    """A text whose tokens are coloured by a number each; named spans are underlined."""
-    low, high = limits or limits_of([values], diverging)
+    """A text whose tokens are coloured by a number each; named spans are underlined. Of several layers of numbers the
+    first shows, and the reader switches (by style sheet alone)."""
     marks = _marks(spans or {}, len(labels))
-    parts = []
-    for label, value, (mark, within) in zip(labels, values, marks, strict=True):
-        back, ink = css(value, low, high, diverging)
-        tip = escape(f"{visible(label)}: {number(value)}{within}")
-        style = f"background:{back};color:{ink}{mark}"
-        parts.append(f"<span style='{style}' data-tip=\"{tip}\">{escape(label)}</span>")
+    drawn = []
+    for values in layers.values():
+        low, high = limits or limits_of([values], diverging)
+        parts = []
+        for label, value, (mark, within) in zip(labels, values, marks, strict=True):
+            back, ink = css(value, low, high, diverging)
+            tip = escape(f"{visible(label)}: {number(value)}{within}")
+            parts.append(f"<span style='background:{back};color:{ink}{mark}' data-tip=\"{tip}\">{escape(label)}</span>")
+        bar = f"<figcaption>{escape(scale)} {_scale(low, high, diverging)}</figcaption>"
+        drawn.append(f"<div class='tokens'>{''.join(parts)}</div>{bar}")
     named = "".join(f"<b style='border-color:{_span_ink(i)}'>{escape(name)}</b>" for i, name in enumerate(spans or {}))
     legend = f"<div class='spans'>{named}</div>" if named else ""
-    bar = f"{escape(scale)} {_scale(low, high, diverging)}<br>{escape(caption)}"
-    return f"<figure><div class='tokens'>{''.join(parts)}</div><figcaption>{legend}{bar}</figcaption></figure>"
+    below = f"<figcaption>{legend}{escape(caption)}</figcaption>" if legend or caption else ""
+    return f"<figure>{drawn[0] if len(drawn) == 1 else _switched(list(layers), drawn)}{below}</figure>"
+
+
+def _switched(names: Sequence[str], bodies: Sequence[str]) -> str:
+    """Pieces of which the reader sees one. A form of its own keeps its buttons apart from those of other charts."""
+    parts = [
+        f"<input type='radio' name='layer' aria-label=\"{escape(name)}\"{' checked' * (i == 0)}>"
+        f"<div class='layer'>{body}</div>"
+        for i, (name, body) in enumerate(zip(names, bodies, strict=True))
+    ]
+    return f"<form class='layers' autocomplete='off'>{''.join(parts)}</form>"
 
 
 def _span_ink(i: int) -> str:
@@ -188,6 +209,11 @@ def _scale(low: float, high: float, diverging: bool) -> str:
     """A colour bar between its ends."""
     stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
     return f"{number(low)}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{number(high)}"
+
+
+def copyable(title: str, text: str) -> str:
+    """Text behind a title that opens it; a click takes the whole of it, to be copied."""
+    return f"<details><summary>{escape(title)}</summary><pre class='whole'>{escape(text)}</pre></details>"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,14 +122,47 @@ def bars(path: str | Path, chart: BarsData) -> Path:
 
 
 def strip(path: str | Path, chart: TokenStripData) -> Path:
-    """A coloured text as a picture, in lines of `COLUMNS` letters."""
-    low, high = chart.limits or limits_of([chart.values], chart.diverging)
+    """A coloured text as a picture, in lines of `COLUMNS` letters; layers stand below each other."""
     placed, lines = _laid_out(chart.tokens)
     wide = max(40, *(column + len(text) for _, _, column, text in placed))
-    figure, axes = _canvas(0.1 + wide * LETTER, 0.5 + 0.24 * lines + 0.2 * bool(chart.spans))
+    heads = len(chart.layers) > 1
+    tall = len(chart.layers) * (lines + heads)
+    figure, axes = _canvas(0.1 + wide * LETTER, 0.5 + 0.24 * tall + 0.2 * bool(chart.spans))
     inks = {name: SERIES[(i + 1) % len(SERIES)] for i, name in enumerate(chart.spans or {})}
-    for number_of, row, column, text in placed:
-        back, ink = css(chart.values[number_of], low, high, chart.diverging)
+    for i, (layer, values) in enumerate(chart.layers.items()):
+        top = i * (lines + heads) + heads
+        ends = chart.limits or limits_of([values], chart.diverging)
+        if heads:
+            said = f"{layer}: {number(ends[0])} to {number(ends[1])}"
+            axes.text(0, top - 0.4, said, fontsize=7, va="center", parse_math=False)
+        _coloured(axes, placed, top, values, ends, chart, inks)
+    for i, (name, ink) in enumerate(inks.items()):
+        axes.text(i * 20, tall + 0.6, short(name, 18), fontsize=7, color=ink, va="center", parse_math=False)
+    axes.set_xlim(0, wide)
+    axes.set_ylim(tall + bool(inks), 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    shown = chart.colorbar
+    if not heads:
+        low, high = ends
+        shown = f"{shown + ': ' if shown else ''}{number(low)} to {number(high)}"
+    _dressed(axes, "\n".join(line for line in (chart.title, shown) if line), "", "")
+    return _saved(figure, path)
+
+
+def _coloured(
+    axes: Any,
+    placed: Sequence[tuple[int, int, int, str]],
+    top: int,
+    values: Sequence[float],
+    ends: tuple[float, float],
+    chart: TokenStripData,
+    inks: Mapping[str, str],
+) -> None:
+    """The tokens of one layer, `top` lines down, with the lines of their spans."""
+    for number_of, line, column, text in placed:
+        row = top + line
+        back, ink = css(values[number_of], *ends, chart.diverging)
         axes.broken_barh([(column, len(text))], (row + 0.12, 0.8), facecolor=back)
         how = {
             "ha": "left",
@@ -143,15 +176,6 @@ def strip(path: str | Path, chart: TokenStripData) -> Path:
         for name, (start, stop) in (chart.spans or {}).items():
             if start <= number_of < stop:
                 axes.plot((column, column + len(text)), (row + 0.96, row + 0.96), color=inks[name], linewidth=1.6)
-    for i, (name, ink) in enumerate(inks.items()):
-        axes.text(i * 20, lines + 0.6, short(name, 18), fontsize=7, color=ink, va="center", parse_math=False)
-    axes.set_xlim(0, wide)
-    axes.set_ylim(lines + bool(inks), 0)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    ends = f"{chart.colorbar + ': ' if chart.colorbar else ''}{number(low)} to {number(high)}"
-    _dressed(axes, f"{chart.title}\n{ends}" if chart.title else ends, "", "")
-    return _saved(figure, path)
 
 
 def _laid_out(tokens: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int]:

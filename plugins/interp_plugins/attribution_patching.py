@@ -8,6 +8,11 @@
                                                                                     heads and places asked for at once;
                                                                                     layers above follow
     α = (k - 1/2) / steps, k = 1 … steps
+    relp          effect(v) ≈ <v' - v, relevance coefficient of v>                  at the base run
+
+With `rule="relp"` the gradient's place is taken by coefficients of layer-wise relevance propagation: the same backward
+pass with other rules (`relp_rules`) for norms, activations, gated products and patterns, see
+`interp_plugins.attribution.rules`.
 
 v is the base run's value of a patch, v' the source run's (zero without a corrupted prompt), x and x' the streams that
 enter the first block. Effects are shares of the difference, as in activation patching.
@@ -15,12 +20,13 @@ enter the first block. Effects are shares of the difference, as in activation pa
 Source: the gradient Nanda (2023), "Attribution Patching"; Syed et al. (2023), arXiv:2310.10348. The integrals Hanna et
 al. (2024), arXiv:2403.17806: "inputs" is their EAP-IG, "activations" the variant of it that moves the activations of a
 layer; both by the midpoint rule, where theirs is k / steps. Integrated gradients: Sundararajan et al. (2017),
-arXiv:1703.01365.
+arXiv:1703.01365. RelP: Jafari et al. (2025), "RelP: Faithful and Efficient Circuit Discovery via Relevance Patching".
 
-Cost: of the gradient two forward passes and one backward; of "inputs" steps × (forward + backward), of "activations"
-steps × layers × (forward + backward). `compare` adds the exact sweep.
+Cost: of the gradient, with rules or without, two forward passes and one backward; of "inputs" steps × (forward +
+backward), of "activations" steps × layers × (forward + backward). `compare` adds the exact sweep.
 Must equal: the gradient is the effect of a small step of the patch, scaled up; the effects by "activations" in a layer
-add up to that of patching all its heads and places together, as steps grow.
+add up to that of patching all its heads and places together, as steps grow. RelP of what turns a normed vector and
+keeps its length is the effect itself.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ from interp_core.score import Score
 from ._contrast import Contrast, ContrastConfig, contrast
 from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
 from ._pictures import Picture
+from .attribution.rules import GRADIENT, Rules, relp
 
 ROUNDING = 1e-6
 """Of the largest effect, below which the order of patches is left to chance."""
@@ -55,12 +62,17 @@ class AttributionConfig(MapConfig, ContrastConfig):
             "activations" of the site, layer by layer.
         compare: also sweep, and say how well the estimate ranks the patches.
         top_k: of how many strongest patches to count the overlap.
+        rule: how the backward pass goes: by the "gradient", or by "relp".
+        relp_rules: of "relp": "paper" is ln, identity and half, "published_demo" what the published demo switches on
+            (ln and half); or names of ln, identity, half and ah (patterns are constants) as a list.
     """
 
     steps: int = 0
     along: Literal["inputs", "activations"] = "inputs"
     compare: bool = False
     top_k: int = 10
+    rule: Literal["gradient", "relp"] = "gradient"
+    relp_rules: str | list[str] = "paper"
 
 
 class Agreement(NamedTuple):
@@ -83,6 +95,7 @@ class AttributionResult(MapResult):
         answer, other: token ids; None with a score of the user's own.
         steps, along: of the integral.
         top_k: at most the number of patches.
+        rules: the rules of the backward pass that held; empty for the gradient.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -99,11 +112,12 @@ class AttributionResult(MapResult):
     steps: int
     along: str
     top_k: int
+    rules: str = ""
 
     @property
     def title(self) -> str:
         """What the map shows."""
-        how = f"{self.steps} steps along the {self.along}" if self.steps else "gradient"
+        how = f"{self.steps} steps along the {self.along}" if self.steps else self.rules or "gradient"
         return f"{super().title}, by {how}"
 
     @property
@@ -144,8 +158,9 @@ class AttributionPatching(ic.Method):
     Config = AttributionConfig
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> None:
-        """Sites, layers and positions that all prompts have."""
+        """Sites, layers and positions that all prompts have; rules that the model can follow."""
         grid(self.name, model, tokens, config)
+        _rules(config).demand_reach(model)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> AttributionResult:
         """Gradients at one run or along a line of them; then the sweep, if asked for."""
@@ -166,6 +181,7 @@ class AttributionPatching(ic.Method):
         effect = where.shaped(pair.share(self._estimated(model, pair, where, here, there, config)))
         exact: Tensor | None = None
         found: Agreement | tuple[None, None, None] = (None, None, None)
+        chosen = _rules(config)
         explain, top_k = _cost(config, where), min(config.top_k, effect[0].numel())
         if config.compare:
             edits = patches(where, None if pair.source is None else there)
@@ -175,7 +191,7 @@ class AttributionPatching(ic.Method):
         return AttributionResult(
             effect=effect, source=pair.high, answer=pair.answer, other=pair.other, explain=explain, exact=exact,
             pearson=found[0], spearman=found[1], overlap=found[2], steps=config.steps, along=config.along, top_k=top_k,
-            **named(where), **pair.named(),
+            rules="" if chosen.empty else str(chosen), **named(where), **pair.named(),
         )  # fmt: skip
 
     def _estimated(
@@ -183,9 +199,10 @@ class AttributionPatching(ic.Method):
     ) -> Float[Tensor, "patch batch"]:
         """First-order effects of all patches, summed over the sites that are changed together."""
         grads: dict[tuple[str, int, int], Tensor] = {}
-        for layers, edits, share in _runs(pair, where, here, there, config):
-            for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
-                grads[key] = grads.get(key, 0) + share * grad
+        with _rules(config).on(model):
+            for layers, edits, share in _runs(pair, where, here, there, config):
+                for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
+                    grads[key] = grads.get(key, 0) + share * grad
         steps = {key: torch.where(there[key] == here[key], 0, there[key] - here[key]) for key in grads}  # also of -inf
         found = torch.zeros(*where.shape, len(pair.low), dtype=pair.low.dtype)
         for site in where.sites:
@@ -196,6 +213,21 @@ class AttributionPatching(ic.Method):
                     part = part[:, None] if where.heads == [None] else part.movedim(where.axis(site, n), 1)
                     found[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(found)
         return found.flatten(0, 2)
+
+
+def _rules(config: AttributionConfig) -> Rules:
+    """The rules of the backward pass.
+
+    Raises:
+        PlanError: a rule that RelP does not have, or an integral of coefficients.
+    """
+    if config.rule == "gradient":
+        return GRADIENT
+    if config.steps:
+        raise ic.PlanError(
+            f'attribution_patching: rule="relp" takes one run, not steps={config.steps}; leave steps out'
+        )
+    return relp(config.relp_rules)
 
 
 def _runs(

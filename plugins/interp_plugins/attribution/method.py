@@ -29,6 +29,7 @@ from interp_core import sites as S
 
 from .gate import demand_additive
 from .layout import Layout, Part, layout_of, with_target
+from .page import layers_of, strip_of, strip_page, top_tokens
 
 MASSIVE = 8.0
 """How many times as long as the row's median the stream of an attention sink is."""
@@ -122,34 +123,36 @@ class AttributionResult(ic.Result):
         return "\n".join(lines)
 
     def top(self, row: int = 0, k: int = 10) -> list[dict[str, Any]]:
-        """The tokens that count most, those of the target left out."""
-        scores = self._own(self.scores[row], row)
-        stop = next((a for a, _ in self.spans[row].get("target", ())), len(scores))
-        order = scores[:stop].argsort(descending=True, stable=True)[:k].tolist()
-        return [{"pos": i, "token": self.labels[row][i], "score": float(scores[i])} for i in order]
+        """The tokens that count most, those of the target left out; with their shares of the mass of all tokens."""
+        labels, layers, shown = self._drawn(row)
+        return top_tokens(labels, next(iter(layers.values())), shown["spans"], k=k, stop=shown["stop"])
 
     def table(self) -> list[dict[str, Any]]:
         """The ten tokens that count most in each row."""
         return [{"row": row, **line} for row in range(len(self.labels)) for line in self.top(row)]
 
     def html(self) -> str:
-        """The tokens of each row, coloured by their scores."""
-        return "".join(self._strip(row).html() for row in range(len(self.labels)))
+        """Each row's text, coloured by scores and by the vectors of hops, with the tokens that count most."""
+        drawn = [self._drawn(row) for row in range(len(self.labels))]
+        return "".join(strip_page(labels, layers, title=self.method, **shown) for labels, layers, shown in drawn)
 
     def png(self, path: Any, row: int = 0) -> Any:
-        """One row as a picture."""
-        return self._strip(row).png(path)
+        """One row as a picture, the layers below each other."""
+        labels, layers, shown = self._drawn(row)
+        return strip_of(labels, layers, shown["spans"], title=self.method).png(path)
 
-    def _strip(self, row: int) -> ic.report.TokenStrip:
-        spans = self.spans[row]
-        shown: dict[str, tuple[int, int]] = {
-            name: (spans[name][0][0], spans[name][0][1]) for name in ("thinking", "sink") if name in spans
-        }
-        scores = self._own(self.scores[row], row)
-        return ic.report.TokenStrip(
-            self.labels[row], scores.nan_to_num().tolist(), spans=shown, diverging=bool((scores < 0).any()),
-            colorbar="score", title=self.method,
-        )  # fmt: skip
+    def _drawn(self, row: int) -> tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]:
+        """A row's tokens, its numbers by name, and where prompt, reasoning and sink stand and the target begins."""
+        places = {name: self.spans[row].get(name, []) for name in ("prompt", "thinking", "sink")}
+        if places["thinking"] == places["sink"]:
+            places["thinking"] = []
+        spans = {name: (ranges[0][0], ranges[0][1]) for name, ranges in places.items() if len(ranges) == 1}
+        hops = None if self.hops is None else self._own(self.hops[row], row).tolist()
+        layers = layers_of(
+            self._own(self.scores[row], row).tolist(), hops, None if self.mass is None else self.mass[row].tolist()
+        )
+        stop = next((start for start, _ in self.spans[row].get("target", ())), len(self.labels[row]))
+        return self.labels[row], layers, {"spans": spans, "stop": stop}
 
     def _own(self, values: Tensor, row: int) -> Tensor:
         """Of values along the columns of the batch those of a row's own tokens."""

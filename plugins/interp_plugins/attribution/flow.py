@@ -1,0 +1,464 @@
+"""Information flow into residual streams, from what one forward pass kept.
+
+In each layer the stream after attention is a sum of parts: the stream before it, what each head takes from each token,
+and the output bias. A part y counts for the whole x by how much nearer it brings to it (L1 norm):
+
+    prox(y, x) = max(|x| - |x - y|, 0)
+    x          = sum over sinks i of w_i * (resid_pre + attn_out)[i]
+    part(h, j) = sum over sinks i of w_i * pattern[h, i, j] * scale_i * v[j, h] @ W_O[h]
+    share(j)   = sum over heads of prox(part(h, j), x) / (all of them + prox(resid_pre, x) + prox(bias, x))
+    flow(j)    = sum over layers of share(j)
+
+Per layer the shares of tokens, residual and bias add up to 1; parts and bias add up to `attn_out`. `scale_i` is 1, or
+the post-norm's 1 / rms (its gains go into W_O) and the block's multiplier; where z is gated, the gate multiplies v. The
+profile "reference" does as the published code: values by an eps of 1e-6 and without biases, no part for the bias, a
+threshold in units of the stream.
+
+Source: Ferrando and Voita (2024), arXiv:2403.00824, for proximities; Pan et al. (2026), arXiv:2602.01914, for spans.
+
+Cost: one forward pass with the model's own attention; per span the attention of its rows again, and for each head and
+token a product with W_O, of which only those columns are done that can count (see `proximities_to`). Kept per layer:
+values `[pos kv_head d_head]`, rotated queries and streams of the rows that spans may ask for, rotated keys.
+Must equal: the sum over all parts one by one (the tests, float64), and the published numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import sites as S
+
+from .method import stream_site
+from .proximity import proximities, proximity
+
+Profile = Literal["sound", "reference"]
+FITTED = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""How well what a layer adds must be the sum of its parts, in parts of its norm; 5e-2 in half precision."""
+ELEMENTS = 1 << 24
+"""How many numbers of a layer's pattern are held at a time."""
+EPS = 1e-6
+"""What the published code adds to every variance, whatever the model's config says."""
+
+
+class OutMap(NamedTuple):
+    """What a layer makes of what its heads mix.
+
+    Attributes:
+        w_o: output projection, with a post-norm's gains, as it lies in memory `[d_model head d_head]`.
+        longest: each head's longest column of it.
+        bias: its bias, with the gains `[d_model]`.
+        own: bias of the post-norm `[d_model]`.
+        normed: there is a post-norm.
+        biased: there are biases, whose part is told apart.
+        w_v: in the reference, value projection, gains before it and whether its norm takes the mean away.
+    """
+
+    w_o: Float[Tensor, "d_model head d_head"]
+    longest: Float[Tensor, " head"]
+    bias: Tensor
+    own: Tensor
+    normed: bool
+    biased: bool
+    w_v: tuple[Tensor, Tensor, bool] | None
+
+
+@dataclass(eq=False)
+class KeptLayer:
+    """What is kept of one layer, linear in the length of the text.
+
+    Attributes:
+        values: of all tokens `[key kv_head d_head]`.
+        before, added: `resid_pre` and `attn_out` of the rows `[row d_model]`.
+        z: what the output projection read there, where it is gated `[row head d_head]`; else None.
+        scale: what the layer multiplies each row's parts by `[row]`.
+        out: what makes parts of values.
+        attention: rows of the pattern; None where they must be read again.
+    """
+
+    values: Tensor
+    before: Tensor
+    added: Tensor
+    z: Tensor | None
+    scale: Tensor
+    out: OutMap
+    attention: ic.AttentionRows | None
+
+
+class Shares(NamedTuple):
+    """What the parts of each layer's stream count for in one set of sinks; together 1 per layer.
+
+    Attributes:
+        token: of each token, over all heads.
+        head: of each head, over all tokens.
+        resid, bias: of the stream before attention, and of biases.
+    """
+
+    token: Float[Tensor, "layer pos"]
+    head: Float[Tensor, "layer head"]
+    resid: Float[Tensor, " layer"]
+    bias: Float[Tensor, " layer"]
+
+
+@dataclass(eq=False)
+class Flow:
+    """What one forward pass over a row kept, and the flows that follow from it.
+
+    Attributes:
+        model: the model.
+        tokens: one row without padding.
+        rows: positions of sinks that may be asked for.
+        profile: "sound", or "reference" for the published code's conventions.
+        threshold: parts that count for less are left out: in parts of |x|, or its own units in the reference.
+        chunk, sink_chunk: how many tokens and sinks are worked on at a time; results do not depend on it.
+        tolerance: how far above its exact value a head's part may be in `all_rows`, in parts of |x| (None: exact).
+        stream: lengths of the stream at `stream_site` `[pos]`.
+
+    Raises:
+        CapabilityError: a layer that mixes tokens other than by a pattern, or whose parts do not add up.
+    """
+
+    model: ic.Model
+    tokens: ic.Tokens
+    rows: tuple[int, ...]
+    profile: Profile = "sound"
+    threshold: float = 0.0
+    chunk: int = 128
+    sink_chunk: int = 32
+    tolerance: float | None = None
+    stream: Tensor = field(init=False)
+    _layers: list[KeptLayer] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        demand_patterns(self.model)
+        self.rows = tuple(sorted(set(self.rows)))
+        self._place = {position: place for place, position in enumerate(self.rows)}
+        maps = maps_of(self.model, self.profile)
+        halfway, later = stream_site(self.model), not self.model.can("pattern", "rows")
+        parts = [site.at(list(self.rows)) for site in (S.resid_pre, S.attn_out, S.z)]
+        reads = [S.v, *parts, halfway, *([S.resid_pre] if self.profile == "reference" else [])]
+
+        def each(layer: int, values: ic.LayerReadings) -> None:
+            if layer == halfway.layers:
+                self.stream = values[halfway][0].float().norm(dim=-1)
+            before, added, z = (values[site].plain[0].to(maps[layer].w_o) for site in parts)
+            attention = values.attention.at(self.rows) if later else None
+            v, w_v = values[S.v].plain[0], maps[layer].w_v
+            if w_v is not None:
+                v = reference_values(values[S.resid_pre].plain[0].to(before), *w_v)
+            scale = self._scale(layer, z, added, maps[layer])
+            gated = attention is not None and w_v is None and not self._plain(attention, v.to(z), z)
+            kept = KeptLayer(v, before, added, z if gated else None, scale, maps[layer], attention)
+            self._layers.append(kept)
+
+        self.model.run(self.tokens, read=reads, logits=False, each=each, attention=later)
+
+    def _scale(self, layer: int, z: Tensor, added: Tensor, out: OutMap) -> Float[Tensor, " row"]:
+        """What the block multiplies the projection by: the post-norm's 1 / rms of each row, or one factor for all.
+
+        Raises:
+            CapabilityError: what is added is no multiple of what the projection gives.
+        """
+        per_row, few = out.normed, z if out.normed else z[-16:]
+        made = few.flatten(1) @ out.w_o.flatten(1).mT + out.bias
+        added = added[-len(few) :] - out.own
+        across = (made * added).sum(-1), made.square().sum(-1)
+        top, bottom = across if per_row else (x.sum().expand(1) for x in across)
+        scale = top / bottom.clamp_min(torch.finfo(bottom.dtype).tiny)
+        off = float((added - scale[:, None] * made).norm() / added.norm().clamp_min(1e-30))
+        if not off <= FITTED.get(self.model.dtype, 5e-2):
+            raise ic.CapabilityError(
+                f"layer {layer} of {self.model.source} does not add the output projection of its heads, times a norm "
+                f"or a factor, to the stream (off by {off:.1e} of its norm), so its flow has no parts by tokens"
+            )
+        if not per_row and abs(float(scale) - 1) < FITTED.get(self.model.dtype, 5e-2):
+            scale = torch.ones_like(scale)
+        return scale.expand(len(z)).contiguous()
+
+    def _plain(self, attention: ic.AttentionRows, values: Tensor, z: Tensor) -> bool:
+        """Whether z is the values mixed by the pattern, without a gate."""
+        few = list(self.rows[-4:])
+        pattern = attention.pattern(few)[0].to(z.dtype)
+        mixed = torch.matmul(pattern, _per_head(values, z.shape[1])).transpose(0, 1)
+        off = float((mixed - z[-len(few) :]).norm() / mixed.norm().clamp_min(1e-30))
+        return off <= FITTED.get(self.model.dtype, 5e-2)
+
+    # Asking
+
+    @property
+    def layers(self) -> Sequence[KeptLayer]:
+        """What was kept, layer by layer."""
+        return self._layers
+
+    def pattern_at(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "head row key"]:
+        """Rows of one layer's pattern; where nothing was kept to make them of, by a pass up to that layer."""
+        kept = self._layers[layer]
+        if kept.attention is not None:
+            return kept.attention.pattern(list(positions))[0].to(kept.scale)
+        site = S.pattern[layer].at(query=list(positions))
+        return self.model.run(self.tokens, read=site, logits=False)[site].plain[0].to(kept.scale)
+
+    def span(self, positions: Sequence[int], weights: Tensor | None = None) -> Float[Tensor, " pos"]:
+        """The flow into sinks taken together, in float64.
+
+        Args:
+            positions: of the sinks.
+            weights: of each, 1 together (default: all alike).
+
+        Raises:
+            PositionError: a sink that was not announced.
+        """
+        return self.shares(positions, weights).token.sum(0)
+
+    def shares(self, positions: Sequence[int], weights: Tensor | None = None) -> Shares:
+        """The same layer by layer, with the shares of heads, residual and biases."""
+        index = self._index(positions)
+        weight = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.double().cpu()
+        found = [self._share(kept, index, weight, mix) for kept, mix in self._mixes(index, weight)]
+        return Shares(*(torch.stack(part) for part in zip(*found, strict=True)))
+
+    def all_rows(self, positions: Sequence[int]) -> tuple[Float[Tensor, "row pos"], float]:
+        """The flow into each sink by itself, in float64, and by how much a score may be off at most (0: exact).
+
+        Raises:
+            PositionError: a sink that was not announced.
+        """
+        index, error = self._index(positions), 0.0
+        out = torch.zeros(len(positions), self.tokens.lengths[0], dtype=torch.float64)
+        rows = max(self.sink_chunk, ELEMENTS // (out.shape[1] * len(self._layers[0].out.longest)))
+        for start in range(0, len(index), rows):
+            part, off = index[start : start + rows], 0.0
+            for kept, pattern in self._patterns(part):
+                if kept.z is None and not (self.threshold and self.profile == "sound"):
+                    found, most = self._rows_of(kept, part, pattern)
+                    out[start : start + rows] += found
+                    off += most
+                    continue
+                for n, row in enumerate(part):
+                    one = torch.ones(1, dtype=torch.float64)
+                    mix = self._mix_of(kept, [row], pattern[:, n : n + 1], one)
+                    out[start + n] += self._share(kept, [row], one, mix)[0]
+            error = max(error, off)
+        return out, error
+
+    def _rows_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor) -> tuple[Tensor, float]:
+        """One layer's shares of tokens in each of some sinks `[row pos]`, and by how much they may be off."""
+        before, added = kept.before[index], kept.added[index]
+        x, scale = before + added, kept.scale[index]
+        near = proximities(
+            pattern * scale[:, None], kept.values, kept.out.w_o.permute(1, 2, 0), x, tolerance=self.tolerance,
+            threshold=self.threshold, chunk_tokens=self.chunk, sink_chunk_tokens=self.sink_chunk,
+        )  # fmt: skip
+        other = proximity(before.double(), x.double())
+        if kept.out.biased:
+            other = other + proximity(scale[:, None].double() * kept.out.bias + kept.out.own, x.double())
+        token, bound = near.tokens.double(), near.bound.double()
+        whole = self._positive(token.sum(-1) + other)[:, None]
+        shares, least = token / whole, (whole - bound.sum(-1, keepdim=True)).clamp_min(1e-30)
+        off = torch.maximum(bound / whole, token / least - shares)
+        return shares.cpu(), float(off.max())
+
+    def _positive(self, whole: Tensor) -> Tensor:
+        """What shares are parts of, above 0."""
+        return whole + 1e-12 if self.profile == "reference" else whole.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def _index(self, positions: Sequence[int]) -> list[int]:
+        if missing := [position for position in positions if position not in self._place]:
+            raise ic.PositionError(f"the flow into position {missing[0]} was not announced: rows= has {self.rows}")
+        if not positions:
+            raise ic.PositionError("a flow needs at least one sink")
+        return [self._place[position] for position in positions]
+
+    def _mixes(self, index: Sequence[int], weight: Tensor) -> Iterator[tuple[KeptLayer, Tensor]]:
+        """Per layer the pattern of sinks taken together: `[head key]`, or `[head key d_head]` with gates."""
+        queries = [self.rows[place] for place in index]
+        for kept in self._layers:
+            if kept.attention is None or kept.z is not None:
+                break
+            scaled = weight.to(kept.scale) * kept.scale[index]
+            yield kept, kept.attention.mixed(queries, scaled[None], self.sink_chunk)[0]
+        else:
+            return
+        sums: dict[int, Tensor] = {}
+        for start in range(0, len(index), self.sink_chunk):
+            part, own = index[start : start + self.sink_chunk], weight[start : start + self.sink_chunk]
+            for layer, (kept, pattern) in enumerate(self._patterns(part)):
+                mix = self._mix_of(kept, part, pattern, own)
+                sums[layer] = sums[layer] + mix if layer in sums else mix
+        yield from zip(self._layers, sums.values(), strict=True)
+
+    def _mix_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor, weight: Tensor) -> Tensor:
+        """The pattern of some sinks `[head row key]` taken together."""
+        scaled = pattern * (weight.to(kept.scale) * kept.scale[index])[:, None]
+        if kept.z is None:
+            return scaled.sum(1)
+        mixed = torch.matmul(pattern, _per_head(kept.values.to(pattern), len(pattern)))
+        gate = kept.z[index].transpose(0, 1) / mixed
+        return torch.einsum("hik,hid->hkd", scaled, gate.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
+
+    def _patterns(self, index: Sequence[int]) -> Iterator[tuple[KeptLayer, Tensor]]:
+        """Per layer, rows of the pattern `[head row key]`; where nothing was kept to make them of, by another pass."""
+        queries = [self.rows[place] for place in index]
+        if all(kept.attention is not None for kept in self._layers):
+            for kept in self._layers:
+                assert kept.attention is not None
+                yield kept, kept.attention.pattern(queries)[0].to(kept.scale)
+            return
+        found: list[Tensor] = []
+        site = S.pattern.at(query=queries)
+        self.model.run(
+            self.tokens, read=site, logits=False,
+            each=lambda layer, values: found.append(values[site].plain[0].to(self._layers[layer].scale)),
+        )  # fmt: skip
+        yield from zip(self._layers, found, strict=True)
+
+    def _share(
+        self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Shares of one layer: of tokens, heads, residual, bias; on this machine, in float64."""
+        w = weight.to(kept.before)
+        before, added = w @ kept.before[index], w @ kept.added[index]
+        x = before + added
+        seen = torch.nonzero(mix.any(-1).any(0) if mix.ndim == 3 else mix.any(0))  # images see forward, too
+        reach = int(seen.max()) + 1 if len(seen) else 1
+        near = proximities_to(x, mix[:, :reach], kept.values[:reach].to(mix), kept.out, self.chunk)
+        limit = self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
+        near = near.masked_fill(near < limit, 0.0).double().cpu() if limit else near.double().cpu()
+        resid, bias = proximity(before.double(), x.double()).cpu(), torch.zeros((), dtype=torch.float64)
+        if kept.out.biased:
+            part = (w * kept.scale[index]).sum() * kept.out.bias + w.sum() * kept.out.own
+            bias = proximity(part.double(), x.double()).cpu()
+        whole = self._positive(near.sum() + resid + bias)
+        token = near.new_zeros(self.tokens.lengths[0])
+        token[:reach] = near.sum(0)
+        return token / whole, near.sum(1) / whole, resid / whole, bias / whole
+
+
+def proximities_to(
+    whole: Float[Tensor, " d_model"], mix: Tensor, values: Float[Tensor, "key kv_head d_head"], out: OutMap,
+    chunk: int = 128,
+) -> Float[Tensor, "head key"]:  # fmt: skip
+    """prox(mix * values @ W_O, whole), exact, mostly without making `values @ W_O`:
+
+        u = sign(x) * y      prox(y, x) = max(sum of u - 2 * sum of max(u - |x|, 0), 0)
+
+    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over
+    those dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of
+    |x|, few for most tokens.
+
+    Args:
+        mix: what each value is multiplied by `[head key]`, or each number of it `[head key d_head]`.
+        chunk: tokens that are worked on at a time.
+    """
+    if mix.ndim == 3:
+        values, mix = (mix * _per_head(values, len(mix))).transpose(0, 1), mix.new_ones(mix.shape[:2])
+    size, order = whole.abs().sort()
+    sign = torch.where(whole < 0, -1.0, 1.0).to(whole)
+    heads, group = len(mix), len(mix) // values.shape[1]
+    total = (sign @ out.w_o.flatten(1)).view(values.shape[1], group, -1)
+    found = []
+    for value, share in zip(values.split(chunk), mix.split(chunk, 1), strict=True):
+        linear = torch.matmul(total, value.permute(1, 2, 0)).flatten(0, 1) * share
+        reach = value.norm(dim=-1).mT.repeat_interleave(group, 0) * share.abs() * out.longest[:, None]
+        need = torch.searchsorted(size, reach).masked_fill(linear <= 0, 0)
+        width, single = _split(need, len(size))
+        if width:
+            at = order[:width]
+            w = (out.w_o[at] * sign[at, None, None]).unflatten(1, (-1, group)).permute(1, 3, 2, 0).flatten(2)
+            u = torch.matmul(value.transpose(0, 1), w).unflatten(-1, (group, width))
+            over = (u * share.view(-1, group, share.shape[1], 1).transpose(1, 2) - size[:width]).clamp_min_(0).sum(-1)
+            linear = linear - 2 * over.transpose(1, 2).reshape(heads, -1)
+        for head in range(heads) if single else ():
+            rest = torch.nonzero(need[head] > width)[:, 0]
+            if len(rest):
+                part = value[rest, head // group] * share[head, rest, None]
+                missed = torch.addmm(whole, part, out.w_o[:, head].mT, alpha=-1).abs_().sum(-1)
+                linear[head, rest] = size.sum() - missed
+        found.append(linear.clamp_min_(0))
+    return torch.cat(found, 1)
+
+
+def _split(need: Tensor, d: int) -> tuple[int, bool]:
+    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that
+    need more; and whether there are such."""
+    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
+    more = (need.flatten()[:, None] > torch.tensor(widths, device=need.device)).sum(0).tolist()
+    width = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])
+    return widths[width], more[width] > 0
+
+
+def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
+    """What every layer makes of what its heads mix.
+
+    Raises:
+        CapabilityError: weights that there are not, or families that the reference does not know.
+    """
+    wide, maps = torch.promote_types(model.dtype, torch.float32), []
+    gains = model.weights(S.attn_in).to(wide) if profile == "reference" else None
+    for layer in range(model.n_layers):
+        w_o, bias = model.weights(S.z[layer]).to(wide), model.bias(S.z[layer]).to(wide)
+        own, normed = torch.zeros_like(bias), "ln1_post" in components(model, layer)
+        if normed:
+            post, own = (of(S.attn_out[layer]).to(wide) for of in (model.weights, model.bias))
+            w_o, bias = w_o * post, bias * post
+        w_v = None
+        if gains is not None:
+            if normed or model.layers("resid_mid") != list(range(model.n_layers)):
+                what = "norms behind attention" if normed else "parallel blocks"
+                raise ic.CapabilityError(
+                    f"profile 'reference' follows published code that knows no {what}, which {model.source} has; use "
+                    "profile='sound'"
+                )
+            centred = isinstance(model.module("ln1", layer), torch.nn.LayerNorm)
+            w_v = model.weights(S.v[layer]).to(wide), gains[layer], centred
+        biased = w_v is None and bool(bias.any() | own.any())
+        w_o = w_o.permute(2, 0, 1).contiguous()
+        maps.append(OutMap(w_o, w_o.norm(dim=-1).amax(0), bias, own, normed, biased, w_v))
+    return maps
+
+
+def reference_values(before: Float[Tensor, "pos d_model"], w_v: Tensor, gains: Tensor, centred: bool) -> Tensor:
+    """Values as the published code makes them `[pos kv_head d_head]`: an eps of 1e-6, no mean taken away, no biases."""
+    spread = before.var(-1, correction=0, keepdim=True) if centred else before.square().mean(-1, keepdim=True)
+    return torch.einsum("pm,hmd->phd", before * gains * (spread + EPS).rsqrt(), w_v)
+
+
+def components(model: ic.Model, layer: int) -> set[str]:
+    """Which of the components that matter here a layer has."""
+    found = set()
+    for name in ("ln1_post", "linear_attn"):
+        try:
+            model.module(name, layer)
+        except (ic.SiteError, ic.CapabilityError):
+            continue
+        found.add(name)
+    return found
+
+
+def demand_patterns(model: ic.Model) -> None:
+    """Refuse a model that has layers whose mixing is no pattern of heads, before it runs.
+
+    Raises:
+        CapabilityError: naming the layer.
+    """
+    for name in ("resid_pre", "attn_out", "v", "z", "pattern"):
+        if why := model.can(name, "read"):
+            raise ic.CapabilityError(f"information flow is told by values, heads and patterns: {why}")
+    for layer in range(model.n_layers):
+        if lacking := [name for name in ("v", "z", "pattern") if layer not in model.layers(name)]:
+            what = "linear attention" if "linear_attn" in components(model, layer) else "something"
+            raise ic.CapabilityError(
+                f"layer {layer} of {model.source} mixes tokens by {what} without {' and '.join(lacking)} of heads, and "
+                f"information flow is told by these; layers {', '.join(map(str, model.layers('pattern')))} have them"
+            )
+
+
+def _per_head(values: Tensor, heads: int) -> Float[Tensor, "head key d_head"]:
+    """Values `[key kv_head d_head]` of each head's group."""
+    return values.transpose(0, 1).repeat_interleave(heads // values.shape[1], 0)

@@ -1,0 +1,316 @@
+"""Proximities of one layer: how much of each row's stream is made of what each head brings from each token.
+
+    prox(y, x) = max(|x|_1 - |x - y|_1, 0)                                     of a part y in a whole x
+    tokens_ij = Σ_h prox(α_hij f_jh, x_i)        f_jh = v_jh W_O[h], α the pattern, x the stream after attention
+
+Source: information-flow routes, Ferrando and Voita (2024), arXiv:2403.00824; of every position at once in FlashTrace
+(2026), arXiv:2602.01914.
+
+How: where y does not overshoot x, a component adds sign(x_k) y_k, which is linear in y. So, with K_i a few components
+of a row, those that are smallest against what parts usually have there,
+
+    prox(α f, x) = max(α ⟨O_h^T (sign(x) outside K), v⟩ + Σ_K |x_k| - |α f_k - x_k|, 0)
+
+where nothing is overshot outside K. Its first term is, for all pairs, one matrix product shaped like attention. Nothing
+is overshot where t = α max_k |f_k| / c_k stays below all |x_k| / c_k outside K (c_k: the usual size of f_k); the few
+pairs beyond that get every component. So scores are exact to rounding. With a `tolerance` a pair may overshoot a little
+outside K: by at most 2 Σ c_k max(t - |x_k| / c_k, 0), which is convex in t, so that a chord bounds it and every score
+has a bound.
+
+Cost: two matrix products of row · key · head · d_head, and |K| · row · key · head element by element (the formula as it
+stands: d_model · row · key · head). Temporaries: head · d_model · `chunk_tokens` numbers, and a few MB.
+Must equal: the formula, whatever the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import interp_core as ic
+
+_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Sizes of K: each chunk of rows takes the cheapest."""
+_WHOLE = 4.0
+"""What a component of a gathered pair costs, against one that is done for all pairs."""
+_SAMPLE = 128
+"""Keys by which the cost of a size is estimated."""
+
+
+class Proximities(NamedTuple):
+    """What a layer's heads bring to some rows, in the units of the stream's L1 norm.
+
+    Attributes:
+        tokens: sum over heads.
+        heads: sum over keys.
+        edges: of each head and key, where they were asked for.
+        bound: by how much `tokens` may be above the exact value, never below it; zeros where they are exact.
+        whole: how many pairs of row, key and head got every component.
+    """
+
+    tokens: Float[Tensor, "row key"]
+    heads: Float[Tensor, "row head"]
+    edges: Float[Tensor, "head row key"] | None
+    bound: Float[Tensor, "row key"]
+    whole: int
+
+
+def proximity(part: Float[Tensor, "*axes d_model"], whole: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes"]:
+    """prox(part, whole) in units of the L1 norm: 0 for what is not in it, |whole|_1 for all of it."""
+    return (whole.abs().sum(-1) - (whole - part).abs().sum(-1)).clamp_min(0)
+
+
+@torch.no_grad()
+def proximities(
+    pattern: Float[Tensor, "head row key"],
+    values: Float[Tensor, "key kv_head d_head"],
+    w_o: Float[Tensor, "head d_head d_model"],
+    mid: Float[Tensor, "row d_model"],
+    *,
+    row_scale: Float[Tensor, "row d_model"] | None = None,
+    tolerance: float | None = None,
+    threshold: float = 0.0,
+    edges: bool = False,
+    chunk_tokens: int = 128,
+    sink_chunk_tokens: int = 32,
+) -> Proximities:
+    """Proximity of every head and key to every row, in float32 or wider: see the module.
+
+    Args:
+        pattern: attention of the rows; keys that they do not see are 0.
+        values: of all keys, one per KV head.
+        w_o: output projection, `model.weights(S.z[layer])`.
+        mid: the stream after attention at the rows.
+        row_scale: what a row's parts are multiplied by, component by component (a norm after attention).
+        tolerance: how far above the exact value a head's proximity may be, as a fraction of |mid|_1 (None: exact).
+        threshold: a head's proximity below this counts as 0, in units of the L1 norm.
+        edges: keep those of every head.
+        chunk_tokens, sink_chunk_tokens: keys and rows at a time: time and memory, not results.
+    """
+    if tolerance and threshold:
+        raise ic.PlanError(
+            f"proximities: a threshold ({threshold}) needs exact proximities; leave out tolerance={tolerance}"
+        )
+    dtype = torch.promote_types(mid.dtype, torch.float32)
+    layer = _Layer.of(values.to(dtype), w_o.to(dtype), mid.to(dtype), row_scale)
+    peak = layer.peaks(chunk_tokens)
+    chunks = layer.plan(pattern, peak, tolerance or 0.0, sink_chunk_tokens)
+    sums = _Sums(layer.mid, pattern.shape, tolerance or 0.0, threshold, edges)
+    for first in range(0, pattern.shape[-1], chunk_tokens):
+        span = slice(first, min(first + chunk_tokens, pattern.shape[-1]))
+        near = [chunk for chunk in chunks if chunk.first < span.stop and chunk.end > span.start]
+        if near:
+            brought = layer.brought(span)
+            for chunk in near:
+                alpha = pattern[:, chunk.rows, span].to(dtype)
+                sums.add(_Block(layer, chunk, span, alpha, peak[:, span], brought))
+    return Proximities(sums.tokens, sums.heads, sums.edges, sums.bound, sums.whole)
+
+
+class _Sums:
+    """What blocks add up to."""
+
+    def __init__(self, like: Tensor, shape: Sequence[int], tolerance: float, threshold: float, edges: bool) -> None:
+        heads, rows, keys = shape
+        self.tokens, self.heads = like.new_zeros(rows, keys), like.new_zeros(rows, heads)
+        self.bound = like.new_zeros(rows, keys)
+        self.edges = like.new_zeros(heads, rows, keys) if edges else None
+        self.tolerance, self.threshold, self.whole = tolerance, threshold, 0
+
+    def add(self, block: _Block) -> None:
+        rows, span, each = block.chunk.rows, block.span, block.proximities()
+        self.whole += block.whole
+        if self.tolerance:
+            self.bound[rows, span] = block.bound(each)
+        if self.threshold:
+            each.masked_fill_(each < self.threshold, 0)
+        self.tokens[rows, span] = each.sum(0)
+        self.heads[rows] += each.sum(-1).mT
+        if self.edges is not None:
+            self.edges[:, rows, span] = each
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A chunk of rows, and which components K of them are done one by one.
+
+    Attributes:
+        first, end: the keys that they see.
+        query: O_h^T (sign(x) outside K), the linear part.
+        chosen: the components K. small: x there. scale: what parts are multiplied by there.
+        free: t up to which nothing is overshot outside K. limit: up to which no more than `allowed` is.
+    """
+
+    rows: slice
+    first: int
+    end: int
+    query: Float[Tensor, "head row d_head"]
+    chosen: Int[Tensor, "row chosen"]
+    small: Float[Tensor, "row chosen"]
+    scale: Float[Tensor, "row chosen"] | None
+    free: Float[Tensor, "row 1"]
+    limit: Float[Tensor, "row 1"]
+    allowed: Float[Tensor, "row 1"]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What all chunks share. `usual` is the root mean square of what heads bring, by component."""
+
+    values: Float[Tensor, "kv_head key d_head"]
+    w_o: Float[Tensor, "head d_head d_model"]
+    mid: Float[Tensor, "row d_model"]
+    scale: Float[Tensor, "row d_model"] | None
+    usual: Float[Tensor, " d_model"]
+
+    @classmethod
+    def of(cls, values: Tensor, w_o: Tensor, mid: Tensor, scale: Tensor | None) -> _Layer:
+        values = values.transpose(0, 1).contiguous()
+        squares = values.mT @ values / values.shape[1]
+        squares = squares.repeat_interleave(len(w_o) // len(values), 0)
+        usual = ((squares @ w_o) * w_o).sum(1).mean(0).clamp_min(0).sqrt()
+        return cls(values, w_o, mid, None if scale is None else scale.to(mid), torch.where(usual > 0, usual, 1))
+
+    def grouped(self, of_heads: Tensor) -> Tensor:
+        """`[head n d]` as `[kv_head (heads of a group, n) d]`."""
+        return of_heads.reshape(len(self.values), -1, of_heads.shape[-1])
+
+    def brought(self, span: slice) -> tuple[Float[Tensor, "head d_model key"], Float[Tensor, "head key d_model"]]:
+        """What heads bring from some keys, laid out twice: by component, and by key."""
+        values = self.values[:, span].repeat_interleave(len(self.w_o) // len(self.values), 0)
+        by_key = values @ self.w_o
+        return by_key.mT.contiguous(), by_key
+
+    def peaks(self, chunk: int) -> Float[Tensor, "head key"]:
+        """max_k |f_k| / c_k of every head and key."""
+        w_o, group = self.w_o / self.usual, len(self.w_o) // len(self.values)
+        parts = [v.repeat_interleave(group, 0) @ w_o for v in self.values.split(chunk, 1)]
+        return torch.cat([torch.maximum(f.amax(-1), -f.amin(-1)) for f in parts], 1)
+
+    def plan(self, pattern: Tensor, peak: Tensor, tolerance: float, size: int) -> list[_Rows]:
+        """The rows in chunks that see some key, each with the number of components that costs least."""
+        sizes = self.mid.abs()
+        weights = self.usual.expand_as(sizes) if self.scale is None else self.scale.abs() * self.usual
+        ratio = torch.where(weights > 0, sizes / weights, torch.inf)
+        d_model = ratio.shape[-1]
+        levels = [level for level in _LEVELS if level < d_model] + [d_model] * (d_model <= _LEVELS[-1])
+        smallest, order = ratio.topk(d_model if tolerance else min(levels[-1] + 1, d_model), largest=False)
+        allowed = tolerance * sizes.sum(-1)
+        edge = torch.cat([smallest, smallest.new_full((len(smallest), 1), torch.inf)], 1)
+        free = torch.stack([edge[:, level] for level in levels])
+        limit = free
+        if tolerance:
+            limit = torch.stack(
+                [_limit(sizes.gather(1, order[:, n:]), weights.gather(1, order[:, n:]), allowed) for n in levels]
+            )
+        best = _cheapest(pattern, peak, limit, levels, d_model, size)
+        seen = torch.stack([part.flatten(0, 1).amax(0) for part in pattern.split(size, 1)]).gt(0).cpu()
+        chunks = []
+        for index, (n, keys) in enumerate(zip(best, seen, strict=True)):
+            where = keys.nonzero()[:, 0].tolist()
+            if where:
+                rows = slice(index * size, min((index + 1) * size, len(ratio)))
+                chosen = order[rows, : levels[n]]
+                ends = (where[0], where[-1] + 1)
+                chunks.append(self.chunk(rows, ends, chosen, free[n, rows], limit[n, rows], allowed[rows]))
+        return chunks
+
+    def chunk(
+        self, rows: slice, ends: tuple[int, int], chosen: Tensor, free: Tensor, limit: Tensor, allowed: Tensor
+    ) -> _Rows:
+        mid = self.mid[rows]
+        signs = mid.sign() if self.scale is None else mid.sign() * self.scale[rows]
+        query = torch.einsum("rk,hek->hre", signs.scatter(1, chosen, 0), self.w_o)
+        scale = None if self.scale is None else self.scale[rows].gather(1, chosen)
+        small = mid.gather(1, chosen)
+        return _Rows(rows, *ends, query, chosen, small, scale, free[:, None], limit[:, None], allowed[:, None])
+
+
+def _limit(sizes: Tensor, weights: Tensor, allowed: Tensor) -> Float[Tensor, " row"]:
+    """Largest t with 2 Σ max(t w_k - |x_k|, 0) <= allowed, over components in the order of |x_k| / w_k."""
+    if not sizes.shape[-1]:
+        return torch.full_like(allowed, torch.inf)
+    slope = weights.cumsum(-1)
+    reach = (allowed[:, None] / 2 + sizes.cumsum(-1)) / slope
+    return torch.where(slope > 0, reach, torch.inf).amin(-1)
+
+
+def _cheapest(pattern: Tensor, peak: Tensor, limit: Tensor, levels: list[int], d_model: int, size: int) -> list[int]:
+    """For each chunk of rows, which level costs least, by a sample of the keys."""
+    keys = pattern.shape[-1]
+    step = max(1, keys // _SAMPLE)
+    sample = slice(step // 2, None, step)
+    reach = pattern[:, :, sample] * peak[:, None, sample]
+    costs = []
+    for level, most in zip(levels, limit, strict=True):
+        pairs = (reach > most[:, None]).sum((0, 2)) * (keys / reach.shape[-1])
+        cost = level * len(pattern) * keys + pairs * d_model * _WHOLE
+        costs.append(torch.stack([part.sum() for part in cost.split(size)]))
+    best: list[int] = torch.stack(costs).argmin(0).tolist()
+    return best
+
+
+class _Block:
+    """Some rows against some keys."""
+
+    def __init__(
+        self, layer: _Layer, chunk: _Rows, span: slice, alpha: Tensor, peak: Tensor, brought: tuple[Tensor, Tensor]
+    ) -> None:
+        self.layer, self.chunk, self.span, self.alpha, self.brought = layer, chunk, span, alpha, brought
+        self.reach = alpha * peak[:, None]
+        self.beyond = self.reach > chunk.limit
+        self.whole = 0
+
+    def proximities(self) -> Float[Tensor, "head row key"]:
+        layer, chunk, alpha = self.layer, self.chunk, self.alpha
+        linear = layer.grouped(chunk.query) @ layer.values[:, self.span].mT
+        each = linear.view_as(alpha).mul_(alpha)
+        self.add_chosen(each)
+        each.masked_fill_(alpha == 0, 0).clamp_min_(0)
+        self.beyond &= each > 0
+        self.replace_whole(each)
+        return each
+
+    def add_chosen(self, each: Tensor) -> None:
+        """Σ_K |x_k| - |α f_k - x_k|, a few rows at a time."""
+        chunk, n = self.chunk, self.chunk.chosen.shape[-1]
+        if not n:
+            return
+        heads, _, keys = each.shape
+        step = max(1, _room(each) // (n * heads * keys))
+        for first in range(0, each.shape[1], step):
+            rows = slice(first, first + step)
+            parts = self.brought[0].index_select(1, chunk.chosen[rows].flatten()).view(heads, -1, n, keys)
+            if chunk.scale is not None:
+                parts *= chunk.scale[rows, :, None]
+            torch.addcmul(-chunk.small[rows, :, None], parts, self.alpha[:, rows, None], out=parts)
+            each[:, rows] += chunk.small[rows].abs().sum(-1, keepdim=True)
+            each[:, rows] -= parts.abs_().sum(2)
+
+    def replace_whole(self, each: Tensor) -> None:
+        """The pairs beyond the limit, component by component."""
+        layer, where = self.layer, self.beyond.nonzero()
+        self.whole = len(where)
+        for head, row, key in (part.unbind(1) for part in where.split(max(1, _room(each) // len(layer.usual)))):
+            parts = self.brought[1][head, key] * self.alpha[head, row, key, None]
+            rows = row + self.chunk.rows.start
+            if layer.scale is not None:
+                parts *= layer.scale[rows]
+            each[head, row, key] = proximity(parts, layer.mid[rows])
+
+    def bound(self, each: Tensor) -> Float[Tensor, "row key"]:
+        """By how much the sums over heads may be too large."""
+        chunk = self.chunk
+        slope = chunk.allowed / chunk.limit.clamp_min(torch.finfo(chunk.limit.dtype).tiny)
+        chord = torch.where((self.reach > chunk.free) & ~self.beyond, slope * self.reach, 0)
+        return torch.minimum(chord, each).sum(0)
+
+
+def _room(like: Tensor) -> int:
+    """Elements of a temporary: what a CPU keeps in its cache, or enough for a device to be busy."""
+    return 1 << 17 if like.device.type == "cpu" else 1 << 26

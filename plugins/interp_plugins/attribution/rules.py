@@ -1,0 +1,466 @@
+"""Rules of layer-wise relevance propagation: other backward passes through the same forward pass.
+
+Relevance is value times gradient, R(x) = x · ∂objective/∂x, where the gradient follows rules. A rule changes what is
+passed back, never what is computed:
+
+    norm                x / deviation(x)        the deviation is a constant; a mean that is taken away stays linear
+    activation          y = f(x)                y = x · [f(x) / s(x)], [·] constant; s(x) = x + ε sign(x), sign(0) = 1
+    product halved      a · b                   half of the gradient to each factor
+    product gated       f(g) · u                f(g) is a constant; other products halved
+    attention halved    A(q, k) v               half to v, half to A; softmax as it is; half of what is left to q and k
+    attention detached  A(q, k) v               A is a constant
+    router halved       w(x) · expert(x)        half to the expert, half to the weight and through the router as it is
+    router frozen       w(x) · expert(x)        w is a constant
+    gates               σ(g) · y, f(0) ≠ 0      a gate that is open at 0 carries nothing: it is a constant
+    positions           x · cos + rotate(x) · sin   half to the table of each layer, half to x
+    everything else     linear layers, sums     the gradient; biases keep what goes to them
+
+    name        norm  activation  product  attention  positions
+    gradient    -     -           -        -          -           input × gradient
+    attnlrp     yes   yes         halved   halved     -           Achtibat et al. (2024)
+    cp_lrp      yes   yes         gated    detached   -           Ali et al. (2022)
+    pa_lrp      yes   yes         halved   halved     yes         Bakish et al. (2025)
+    relp(…)     ln    identity    half     ah: detached           Jafari et al. (2025)
+
+Source: arXiv:2402.05602 (AttnLRP), arXiv:2202.07304 (constant patterns and deviations), arXiv:2506.02138 (positions);
+RelP is named after Jafari et al. (2025). Gates as in Arras et al. (2019), arXiv:1909.12114.
+
+Cost: a pass with rules is one forward and one backward pass.
+Must equal: logits are the model's bit for bit. Without biases, constant patterns and routers make a model homogeneous,
+so relevance adds up to the logit at every layer (`conserving`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import interp_core as ic
+
+PUBLISHED = 1e-10
+"""ε of the published AttnLRP, there without a sign."""
+RELP = 1e-6
+"""ε of the published RelP."""
+
+
+class Scaled(torch.autograd.Function):
+    """What passes, with a part of its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, share: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.share = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None
+
+
+class Followed(torch.autograd.Function):
+    """A value whose gradient is that of slope · x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (grad * slope).to(slope.dtype), None, None
+
+
+class Normed(torch.autograd.Function):
+    """A normed value whose deviation is a constant; with `centred`, the mean stays linear."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, scale: Tensor, weight: Tensor | None, axes: int, centred: bool) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, _, scale, weight, ctx.axes, ctx.centred = inputs
+        ctx.save_for_backward(scale, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        scale, weight = ctx.saved_tensors
+        grad = (grad if weight is None else grad * weight) * scale
+        if ctx.centred:
+            grad = grad - grad.mean(tuple(range(-ctx.axes, 0)), keepdim=True)
+        return grad, None, None, None, None, None
+
+
+TABLES = "position_embeddings"
+"""Name by which blocks are handed the cosines and sines of rotary positions."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which rules hold.
+
+    Attributes:
+        name: of the set.
+        norms: deviations are constants.
+        activations: ε of the activation's rule; None leaves the gradient.
+        signed: ε has the sign of the input.
+        products: "gradient", "halved" (factors share the gradient) or "gated" (an activated factor is a constant).
+        attention: "gradient", "halved" or "detached".
+        router: of mixtures of experts: "gradient", "halved" or "frozen".
+        positions: tables of positions are inputs of their own.
+    """
+
+    name: str
+    norms: bool = True
+    activations: float | None = PUBLISHED
+    signed: bool = True
+    products: Literal["gradient", "halved", "gated"] = "halved"
+    attention: Literal["gradient", "halved", "detached"] = "halved"
+    router: Literal["gradient", "halved", "frozen"] = "frozen"
+    positions: bool = False
+
+    @property
+    def conserving(self) -> bool:
+        """Whether relevance adds up to the logit in a model without biases."""
+        on = self.norms and self.activations is not None and self.products != "gradient"
+        return on and self.attention == "detached" and self.router == "frozen"
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is replaced."""
+        return replace(self, name="gradient", signed=True) == GRADIENT
+
+    def __str__(self) -> str:
+        parts = {
+            "norm": self.norms, "activation": self.activations is not None,
+            f"product {self.products}": self.products != "gradient",
+            f"attention {self.attention}": self.attention != "gradient",
+            f"router {self.router}": self.router != "gradient", "positions": self.positions,
+        }  # fmt: skip
+        return f"{self.name} ({', '.join(part for part, on in parts.items() if on) or 'the gradient alone'})"
+
+    def demand_reach(self, model: ic.Model) -> None:
+        """Refuse a model whose attention function or tables of positions the rules do not reach.
+
+        Raises:
+            CapabilityError: naming what it runs.
+        """
+        runs = getattr(model.hf.config.get_text_config(), "_attn_implementation", "eager")
+        if self.attention != "gradient" and runs not in ("eager", "sdpa"):
+            raise ic.CapabilityError(
+                f"rules {self.name!r} need attn_implementation 'eager' or 'sdpa', the model runs {runs!r}; load it "
+                "with ic.load(..., attn_implementation='sdpa')"
+            )
+        takes = inspect.signature(type(model.module("block", 0)).forward).parameters
+        if self.positions and "pos_embed" not in model.components() and TABLES not in takes:
+            raise ic.CapabilityError(_no_tables(self.name))
+
+    @contextmanager
+    def on(self, model: ic.Model) -> Iterator[Places]:
+        """The rules hold for the runs of the block; gives where the tables of positions are kept.
+
+        Raises:
+            CapabilityError: the model computes something that the rules do not reach.
+        """
+        state = Places()
+        if self.empty:
+            yield state
+            return
+        self.demand_reach(model)
+        with model.replacing(modules=_modules(self, model, state), operations=_operations(self, state)):
+            yield state
+
+
+GRADIENT = Rules("gradient", False, None, True, "gradient", "gradient", "gradient")
+SETS = {
+    "attnlrp": Rules("attnlrp"),
+    "cp_lrp": Rules("cp_lrp", products="gated", attention="detached"),
+    "pa_lrp": Rules("pa_lrp", positions=True),
+    "gradient": GRADIENT,
+}
+"""Rule sets by name."""
+
+
+def rules(name: str, *, router: str = "frozen", profile: str = "sound") -> Rules:
+    """A rule set by name.
+
+    Args:
+        router: "frozen" or "halved", for mixtures of experts.
+        profile: "reference" takes the published stabiliser, which has no sign.
+
+    Raises:
+        PlanError: no set is called so, or another router.
+    """
+    if name not in SETS:
+        raise ic.PlanError(f"no set of rules is called {name!r}. {ic.errors.nearest(name, SETS)}")
+    if router not in ("frozen", "halved"):
+        raise ic.PlanError(f"router={router!r}: 'frozen' or 'halved'")
+    chosen = SETS[name]
+    return chosen if chosen is GRADIENT else replace(chosen, router=router, signed=profile == "sound")  # type: ignore[arg-type]
+
+
+RELP_RULES = ("ln", "identity", "half", "ah")
+"""Rules of RelP by their published names."""
+RELP_SETS: dict[str, tuple[str, ...]] = {
+    "paper": ("ln", "identity", "half"),
+    "published_demo": ("ln", "half"),
+}
+"""Sets of RelP by name: what the paper defines; what its demo switches on, where the activation's rule stays off."""
+
+
+def relp(chosen: Sequence[str] | str = "paper") -> Rules:
+    """A rule set of RelP.
+
+    Args:
+        chosen: names of `RELP_RULES`, or a name of `RELP_SETS`.
+
+    Raises:
+        PlanError: another name.
+    """
+    known = [*RELP_SETS, *RELP_RULES]
+    names = (RELP_SETS.get(chosen) or (chosen,)) if isinstance(chosen, str) else tuple(chosen)
+    for name in names:
+        if name not in RELP_RULES:
+            raise ic.PlanError(f"RelP has no rule {name!r}. {ic.errors.nearest(name, known)}")
+    return Rules(
+        "relp:" + "+".join(name for name in RELP_RULES if name in names),
+        norms="ln" in names,
+        activations=RELP if "identity" in names else None,
+        products="halved" if "half" in names else "gradient",
+        attention="detached" if "ah" in names else "gradient",
+        router="frozen" if "ah" in names else "gradient",
+    )
+
+
+@dataclass
+class Places:
+    """Where a pass is, and what it left.
+
+    Attributes:
+        plain: inside a module that keeps its own gradient.
+        routing: inside a mixture of experts, outside its experts.
+        activated: what the last activation gave.
+        tables: per layer, the cosines and sines that were taken as inputs `[… pos d_head]`; under -1 the learnt
+            embedding of positions `[… pos d_model]`.
+    """
+
+    plain: bool = False
+    routing: bool = False
+    activated: Tensor | None = None
+    tables: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @contextmanager
+    def inside(self, **places: bool) -> Iterator[None]:
+        """For a while."""
+        before = {name: getattr(self, name) for name in places}
+        try:
+            vars(self).update(places)
+            yield
+        finally:
+            vars(self).update(before)
+
+
+def _no_tables(name: str) -> str:
+    return (
+        f"rules {name!r}: this model's blocks are not handed cosines and sines of positions, so these cannot be "
+        "inputs; take rules 'attnlrp'"
+    )
+
+
+def unruled(model: ic.Model) -> list[int]:
+    """Layers of linear attention, which keep their own gradient: they are products all through."""
+    return [layer for layer in range(model.n_layers) if "linear_attn" in model.components(layer)]
+
+
+def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
+    """What replaces operations."""
+
+    def kept(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def call(operation: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            moves = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+            return rule(operation, *args, **named) if moves and not state.plain else operation(*args, **named)
+
+        return call
+
+    found: dict[str, Callable[..., Any]] = {}
+    if chosen.norms:
+        found |= {"rsqrt": _constant, "layer_norm": _layer_norm, "rms_norm": _rms_norm}
+    found["activation"] = _plain if chosen.activations is None else _activation(chosen, state)
+    if chosen.products != "gradient":
+        found["mul"] = _halved if chosen.products == "halved" else _gated(state)
+    if chosen.attention == "detached":
+        found |= {"softmax": _softmax(state), "sdpa": _detached_attention}
+    elif chosen.attention == "halved":
+        found |= {"matmul": _halved, "sdpa": _halved_attention}
+    if chosen.router == "frozen" and "softmax" not in found:
+        found["softmax"] = _softmax(state, everywhere=False)
+    return {name: kept(rule) for name, rule in found.items()}
+
+
+def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callable[..., Any]]:
+    """What replaces modules: the parts in which other rules hold."""
+    found: dict[Any, Callable[..., Any]] = {}
+
+    def within(**places: bool) -> Callable[..., Any]:
+        def rule(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            with state.inside(**places):
+                return forward(*args, **named)
+
+        return rule
+
+    def frozen(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        with state.inside(plain=True):
+            return _each(forward(*args, **named), _cut)
+
+    def with_tables(layer: int) -> Callable[..., Any]:
+        def rule(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            if not isinstance(named.get(TABLES), tuple):  # one table of complex numbers, say
+                raise ic.CapabilityError(_no_tables(chosen.name))
+            leaves = tuple(table.detach().requires_grad_() for table in named[TABLES])
+            state.tables[layer] = leaves
+            return forward(*args, **{**named, TABLES: leaves})
+
+        return rule
+
+    def with_embedding(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        leaf = forward(*args, **named).detach().requires_grad_()
+        state.tables[-1] = (leaf,)
+        return leaf
+
+    if chosen.positions and "pos_embed" in model.components():
+        found["pos_embed"] = with_embedding
+    elif chosen.positions:
+        found |= {model.module("block", layer): with_tables(layer) for layer in range(model.n_layers)}
+    for layer in range(model.n_layers):
+        parts = {name: model.module(name, layer) for name in model.components(layer)}
+        if "linear_attn" in parts:
+            found[parts["linear_attn"]] = within(plain=True)
+        if "experts" in parts:
+            found[parts["mlp"]], found[parts["experts"]] = within(routing=True), within(routing=False)
+            found[parts["router"]] = frozen if chosen.router == "frozen" else within(plain=True)
+    return found
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The tensors of an output, changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return tuple(_each(part, change) for part in value) if isinstance(value, tuple) else value
+
+
+def _cut(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def _plain(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+    """One operation, however it is composed: no rule for products goes into it."""
+    return operation(*args, **named)
+
+
+def _constant(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+    return operation(*args, **named).detach()
+
+
+def _halved(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+    return _scaled(operation(*args, **named), 0.5)
+
+
+def _scaled(x: Tensor, share: float) -> Tensor:
+    return Scaled.apply(x, share)  # type: ignore[no-untyped-call]
+
+
+def _softmax(state: Places, everywhere: bool = True) -> Callable[..., Tensor]:
+    """Patterns are constants, and so are weights of experts."""
+
+    def rule(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+        found = operation(*args, **named)
+        return found.detach() if everywhere or state.routing else found
+
+    return rule
+
+
+def _detached_attention(
+    operation: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any
+) -> Tensor:
+    return operation(query.detach(), key.detach(), value, *args, **named)
+
+
+def _halved_attention(
+    operation: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any
+) -> Tensor:
+    return operation(_scaled(query, 0.25), _scaled(key, 0.25), _scaled(value, 0.5), *args, **named)
+
+
+def _activation(chosen: Rules, state: Places) -> Callable[..., Tensor]:
+    """An activation is a factor of its input; one that is open at 0 is a gate."""
+    assert chosen.activations is not None
+    epsilon = chosen.activations
+
+    def rule(operation: Callable[..., Tensor], x: Tensor, *args: Any, **named: Any) -> Tensor:
+        with torch.no_grad():
+            is_gate = bool(operation(x.new_zeros(1), *args, **named).any())
+        if is_gate:
+            keeps = state.routing and chosen.router != "frozen"
+            found = operation(x, *args, **named)
+            return found if keeps else found.detach()
+        with torch.no_grad():
+            value = operation(x, *args, **named)
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            shift = torch.copysign(torch.full_like(wide, epsilon), wide) if chosen.signed else epsilon
+            slope = (value.to(wide.dtype) / (wide + shift)).to(x.dtype)
+        state.activated = Followed.apply(x, value, slope)  # type: ignore[no-untyped-call]
+        return state.activated
+
+    return rule
+
+
+def _gated(state: Places) -> Callable[..., Tensor]:
+    """An activated factor is a constant; factors of other products share."""
+
+    def rule(operation: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
+        gate, state.activated = state.activated, None
+        if a is gate or b is gate:
+            return operation(*(x.detach() if x is gate else x for x in (a, b)))
+        return _halved(operation, a, b)
+
+    return rule
+
+
+def _layer_norm(
+    operation: Callable[..., Tensor], x: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    with torch.no_grad():
+        value = operation(x, normalized_shape, weight, bias, eps)
+        axes = tuple(range(-len(normalized_shape), 0))
+        scale = (x.var(axes, correction=0, keepdim=True) + eps).rsqrt()
+    return Normed.apply(x, value, scale, weight, len(axes), True)  # type: ignore[no-untyped-call]
+
+
+def _rms_norm(
+    operation: Callable[..., Tensor], x: Tensor, normalized_shape: Sequence[int], weight: Any = None,
+    eps: float | None = None,
+) -> Tensor:  # fmt: skip
+    with torch.no_grad():
+        value = operation(x, normalized_shape, weight, eps)
+        axes = tuple(range(-len(normalized_shape), 0))
+        scale = (x.square().mean(axes, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+    return Normed.apply(x, value, scale, weight, len(axes), False)  # type: ignore[no-untyped-call]

@@ -1,0 +1,322 @@
+"""Attribution methods on cached data sets: faithfulness on the generated span, recovery of needles.
+
+    interp run attribution_eval --datasets niah_mq_q2 --data_root D --output_root O --model LABEL --model_path PATH
+        --attr_funcs ifr_all_positions,attnlrp,ifr_multi_hop_both --mode faithfulness_gen,recovery_ruler --n_hops 1
+
+writes, as the published experiment does, into the tree O:
+
+    faithfulness/<data set>/<label>/<method>_<num_examples>_examples.csv     RISE, MAS, RISE+AP
+    recovery/<data set>/<label>/<method>_<num_examples>_examples.csv         Recovery@10%
+    traces/<data set>/<label>/<tag>/                                         with --save_hop_traces
+    examples/<data set>/<label>/all_<num_examples>_examples.csv              ours: every example, method and form
+    summary/<data set>/<label>/all_<num_examples>_examples.{csv,html}        ours: means with intervals, as a page
+
+The run's record lies beside the tree; the same command goes on where it was stopped. In the profile `reference` every
+number is the published code's; `sound` (default) differs where docs/attribution_evaluation.md says.
+
+Source: FlashTrace (Pan et al. 2026), arXiv:2602.01914, `exp/exp2/run_exp.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from interp_plugins.attribution.arrays import npz_bytes
+from interp_plugins.attribution.cache import Example, load_examples
+from interp_plugins.attribution.comparing import compare, examples_csv
+from interp_plugins.attribution.evaluating import FAITHFULNESS, MODES, RECOVERY, Options, evaluate
+from interp_plugins.attribution.faithfulness import METRICS
+from interp_plugins.attribution.named import named
+from interp_plugins.attribution.tables import faithfulness_table, recovery_table, table_path
+from interp_plugins.attribution.traces import MANIFEST, Trace, line_of, members_of, run_tag
+
+import interp_core as ic
+from interp_core import report, runs
+
+ATTR_FUNCS = ("ifr_all_positions", "attnlrp", "ifr_multi_hop_both")
+MATH = ("math", "gsm8k")
+"""Data sets without needles."""
+METRICS_SHOWN = {
+    "RISE": "RISE (lower is better)", "MAS": "MAS (lower is better)", "recovery": "Recovery@10 % (higher is better)",
+    "mass": "Share of the weight on needles", "first_share": "Share of the mass on the first token",
+    "sink_share": "Share of the mass on attention sinks", "seconds": "Seconds of the attribution",
+}  # fmt: skip
+Rows = list[dict[str, Any]]
+
+
+def attribution_eval(
+    datasets: list[str] | str,
+    attr_funcs: list[str] | str = ",".join(ATTR_FUNCS),
+    model: str = "toy:text",
+    model_path: str | None = None,
+    data_root: Path = Path("exp/exp2/data"),
+    output_root: Path = Path("exp/exp2/output"),
+    num_examples: int = 100,
+    mode: list[str] | str = FAITHFULNESS,
+    sample: int | None = None,
+    seed: int = 42,
+    n_hops: int = 3,
+    chunk_tokens: int = 128,
+    sink_chunk_tokens: int = 32,
+    attnlrp_neg_handling: Literal["drop", "abs"] = "drop",
+    attnlrp_norm_mode: Literal["norm", "no_norm"] = "norm",
+    save_hop_traces: bool = False,
+    cuda: str | None = None,
+    cuda_num: int | None = None,
+    dtype: str | None = None,
+    profile: Literal["sound", "reference"] = "sound",
+    tie_orders: int = 0,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Evaluate attribution methods on caches of examples; returns the folder of the tables.
+
+    Args:
+        datasets: names of caches in `data_root`, or paths of them (a path becomes nested folders); several by commas.
+        attr_funcs: methods by their published names, or any attribution method; several by commas.
+        model: what the tables call the model; also what is loaded where there is no `model_path`.
+        model_path: toy:text, smollm2, a folder, or a hub id.
+        data_root, output_root: where caches are, and where the tree goes.
+        num_examples: of each data set, at most.
+        mode: faithfulness_gen, recovery_ruler, or both.
+        sample, seed: draw so many examples by a shuffle with this seed.
+        n_hops: of multi-hop methods.
+        chunk_tokens, sink_chunk_tokens: how many sources and sinks of IFR are worked on at a time.
+        attnlrp_neg_handling, attnlrp_norm_mode: of AttnLRP.
+        save_hop_traces: also write trace folders.
+        cuda: the device's number, or several (2,3,4), over which the model is laid out; None: the first, if any.
+        cuda_num: one device's number, as `cuda`.
+        dtype: of the weights (float16 is what the published experiment uses).
+        profile: "reference" reproduces the published code, "sound" does what it should have done.
+        tie_orders: random orders among equal weights that are scored too, for the range in the examples' table.
+        strict: the first example that cannot be evaluated ends the run; without it, it is recorded and dropped.
+        overwrite: replace tables that another run wrote there.
+
+    Raises:
+        PlanError: unknown methods or modes, recovery on data without needles, before the model is loaded.
+        LoadError: a cache that cannot be read.
+    """
+    modes, functions = _words(mode), _words(attr_funcs)
+    options = Options(
+        tuple(modes), profile, n_hops, chunk_tokens, sink_chunk_tokens, attnlrp_neg_handling, attnlrp_norm_mode,
+        tie_orders,
+    )  # fmt: skip
+    _check(modes, functions, options)
+    caches = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
+    for name, examples in caches.items():
+        _check_needles(name, examples, modes)
+    settings = {
+        "datasets": {name: [e.prompt_sha1 + e.target_sha1 for e in examples] for name, examples in caches.items()},
+        "label": model, "options": {**vars(options), "modes": modes}, "num_examples": num_examples,
+    }  # fmt: skip
+    device = _device(cuda if cuda is not None else None if cuda_num is None else str(cuda_num))
+    loaded = ic.load(model_path or model, dtype=dtype, **device)
+    with runs.publish(
+        output_root, {**settings, "attr_funcs": functions, "traces": save_hop_traces}, recipe="attribution_eval",
+        model=loaded, dataset=",".join(caches), overwrite=overwrite,
+    ) as run:  # fmt: skip
+        for name, examples in caches.items():
+            work = [Work(run, loaded, name, model, examples, f, options, num_examples) for f in functions]
+            for each in work:
+                each.claim(save_hop_traces)
+            rows = [row for each in work for row in each.done(save_hop_traces, strict)]
+            _summary(run, name, model, rows, num_examples)
+    return output_root
+
+
+@dataclass(frozen=True)
+class Work:
+    """One method on one data set.
+
+    Attributes:
+        run: where files go.
+        loaded: the model.
+        name, label: of data set and model, in the tree.
+        examples: of the data set.
+        function: the method, by its published name.
+        options: how examples are evaluated.
+        count: how many examples were asked for.
+    """
+
+    run: runs.RunFolder
+    loaded: ic.Model
+    name: str
+    label: str
+    examples: Sequence[Example]
+    function: str
+    options: Options
+    count: int
+
+    def table(self, kind: str) -> str:
+        """Where a table lies in the tree."""
+        return table_path(kind, self.name, self.label, self.function, self.count)
+
+    @property
+    def folder(self) -> str:
+        """Where traces lie."""
+        o = self.options
+        settings = (o.n_hops, o.attnlrp_neg_handling, o.attnlrp_norm_mode)
+        tag = run_tag(self.function, o.modes, len(self.examples), *settings)
+        return f"{self.table('traces').rpartition('/')[0]}/{tag}"
+
+    def claim(self, traces: bool) -> None:
+        """Refuse now what another run has written."""
+        kinds = [
+            kind
+            for kind, mode in (("faithfulness", FAITHFULNESS), ("recovery", RECOVERY))
+            if mode in self.options.modes
+        ]
+        self.run.claim([*map(self.table, kinds), *([f"{self.folder}/{MANIFEST}"] if traces else [])])
+
+    def done(self, traces: bool, strict: bool) -> Rows:
+        """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
+        with self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows:
+            for index, example in told(f"{self.name}, {self.function}", self.examples):
+                file = f"{self.folder}/ex_{index:06d}.npz"
+                if index in rows and (not traces or self.run.kept(file)):
+                    continue
+                row, trace = self._evaluated(example, index, strict)
+                if trace is not None and traces:
+                    self.run.put({file: npz_bytes(members_of(trace))})
+                if index not in rows:
+                    rows.add(row)
+            every = list(rows)
+        good = [row for row in every if not row["dropped"]]
+        if not good:
+            raise ic.PlanError(f"{self.function}: no example of {self.name} works; the first: {every[0]['dropped']}")
+        self._tables([row["forms"] for row in good])
+        if traces:
+            self.run.put({f"{self.folder}/{MANIFEST}": runs.json_lines(row["line"] for row in good)})
+        return [form for row in good for form in row["forms"]]
+
+    def _evaluated(self, example: Example, index: int, strict: bool) -> tuple[dict[str, Any], Trace | None]:
+        """The row of one example, and its trace; an example that does not work is noted and dropped.
+
+        Raises:
+            InterpError: it does not work, and the run is strict.
+        """
+        row: dict[str, Any] = {"example": index, "method": self.function, "dropped": "", "forms": [], "line": None}
+        try:
+            evaluated = evaluate(self.loaded, example, index, self.function, self.options)
+        except ic.InterpError as error:
+            if strict:
+                raise
+            print(f"  dropped example {index}: {error}", file=sys.stderr)
+            return row | {"dropped": str(error)}, None
+        return row | {"forms": evaluated.rows, "line": line_of(evaluated.trace)}, evaluated.trace
+
+    def _tables(self, forms: Sequence[Rows]) -> None:
+        """The published tables of examples' rows, one per form."""
+        seconds = [rows[0]["seconds"] for rows in forms]
+        if FAITHFULNESS in self.options.modes:
+            scores = [[[row[metric] for metric in METRICS] for row in rows] for rows in forms]
+            self.run.put({self.table("faithfulness"): faithfulness_table(scores, seconds).text()})
+        if RECOVERY in self.options.modes:
+            hits = [[row["recovery"] for row in rows] for rows in forms if not rows[0]["skipped"]]
+            table = recovery_table(hits, seconds, skipped=len(forms) - len(hits))
+            self.run.put({self.table("recovery"): table.text()})
+
+
+def _summary(run: runs.RunFolder, name: str, label: str, rows: Rows, count: int) -> None:
+    """Our own tables: every example, and means with intervals as CSV and as a page."""
+    metrics = [metric for metric in METRICS_SHOWN if any(row.get(metric) is not None for row in rows)]
+    lines = compare(rows, metrics)
+    sections = [report.Section(METRICS_SHOWN[metric], "", _bars(lines, metric)) for metric in metrics]
+    page = report.page(f"Attribution on {name}", label, [*sections, report.Section("All", "", report.table(lines))])
+    places = {kind: table_path(kind, name, label, "all", count) for kind in ("examples", "summary")}
+    run.put({
+        places["examples"]: examples_csv(rows), places["summary"]: runs.csv_text(lines, list(lines[0])),
+        places["summary"].removesuffix(".csv") + ".html": page,
+    }, stage=places["summary"])  # fmt: skip
+
+
+def _bars(lines: Rows, metric: str) -> str:
+    """A metric of the row form, method by method, with intervals where there are examples enough."""
+    bars = [
+        report.Bar(line["method"], line["mean"], None if math.isnan(line["low"]) else (line["low"], line["high"]))
+        for line in lines
+        if line["metric"] == metric and line["form"] == "row" and not math.isnan(line["mean"])
+    ]
+    words = f"{metric}: means over examples with 95 % intervals"
+    return report.Bars(bars, xlabel=words).html() if bars else "no example counts"
+
+
+def _words(value: list[str] | str) -> list[str]:
+    """Names, given one by one or joined by commas."""
+    return [word.strip() for part in ([value] if isinstance(value, str) else value) for word in part.split(",") if word]
+
+
+def _check(modes: Sequence[str], functions: Sequence[str], options: Options) -> None:
+    for word in modes:
+        if word not in MODES:
+            raise ic.PlanError(f"no mode {word!r}. {ic.errors.nearest(word, MODES)}")
+    if not modes or not functions:
+        raise ic.PlanError("nothing to do: give --mode and --attr_funcs")
+    for function in functions:
+        named(function)
+        options.settings(function)
+    if options.n_hops < 0:
+        raise ic.PlanError(f"n_hops is {options.n_hops}: give 0 or more")
+
+
+def _examples(name: str, root: Path, count: int, sample: int | None, seed: int, strict: bool) -> list[Example]:
+    """The examples of a data set; rows that cannot be read are dropped, and said."""
+    path = Path(name) if name.endswith(".jsonl") else root / f"{name}.jsonl"
+    if not path.is_file():
+        there = sorted(p.stem for p in root.glob("*.jsonl")) if root.is_dir() else []
+        raise ic.LoadError(f"no cache {path}. {ic.errors.nearest(name, there) if there else f'{root} holds none'}")
+    bad = None if strict else (lambda line, error: print(f"  dropped line {line}: {error}", file=sys.stderr))
+    examples = load_examples(path, count, sample=sample, seed=seed, bad=bad)
+    if not examples:
+        raise ic.LoadError(f"{path} holds no example that can be used")
+    return examples
+
+
+def _check_needles(name: str, examples: Sequence[Example], modes: Sequence[str]) -> None:
+    if RECOVERY not in modes:
+        return
+    if Path(name).stem in MATH or not any(example.needles for example in examples):
+        raise ic.PlanError(
+            f"recovery_ruler is recall of needles, and {name} has none (metadata.needle_spans); leave it out"
+        )
+
+
+def _device(cuda: str | None) -> dict[str, Any]:
+    """How a model is loaded for the CUDA devices asked for.
+
+    Raises:
+        PlanError: devices that this machine does not have.
+    """
+    if cuda is None:
+        return {}
+    numbers = [int(word) if word.strip().isdigit() else -1 for word in cuda.split(",")]
+    count = torch.cuda.device_count()
+    if any(not 0 <= number < count for number in numbers):
+        there = f"this machine has {count}" if count else "this machine has none; leave --cuda out"
+        raise ic.PlanError(f"--cuda takes numbers of CUDA devices, as 0 or 2,3,4, not {cuda!r}: {there}")
+    if len(numbers) == 1:
+        return {"device": f"cuda:{numbers[0]}"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))  # before the first tensor goes there
+    return {"device_map": "balanced"}
+
+
+def told(what: str, examples: Sequence[Example]) -> Iterator[tuple[int, Example]]:
+    """Examples with their numbers, and a line on standard error where they take long."""
+    start, shown = time.monotonic(), 0.0
+    for index, example in enumerate(examples):
+        yield index, example
+        took = time.monotonic() - start
+        if took - shown > 2:
+            shown = took
+            left = took / (index + 1) * (len(examples) - index - 1)
+            print(f"\r{what}: {index + 1} of {len(examples)}, {left:,.0f} s left ", end="", file=sys.stderr, flush=True)
+    if shown:
+        print(file=sys.stderr)

@@ -1,0 +1,98 @@
+"""Cached examples of one tokenizer made those of another: their spans are moved by the target's characters.
+
+    interp run remap_spans --in_jsonl niah_mq_q2.jsonl math.jsonl --out_dir mapped --old_tokenizer_model qwen3-8b \
+        --new_tokenizer_model llama-3.1-8b-instruct
+
+Every file is written to `out_dir` under its own name, whole, once all of them are mapped; the run's record stands
+beside the folder, in `{out_dir}.runs`. Standard output is JSON: a line per file, then all of it. Examples that cannot
+be moved are left out, counted there by reason, and named on standard error. See docs/attribution_caches.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interp_plugins.attribution.cache import json_rows
+from interp_plugins.attribution.span_moves import REASONS, moved
+
+import interp_core as ic
+from interp_core import runs
+
+
+def remap_spans(
+    in_jsonl: list[str],
+    out_dir: Path,
+    old_tokenizer_model: str,
+    new_tokenizer_model: str,
+    allow_fallback_answer: bool = False,
+    strict: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Move the spans of cached examples to another tokenizer.
+
+    Args:
+        in_jsonl: files of cached examples (several, also joined by commas).
+        out_dir: where they go, under the same names.
+        old_tokenizer_model: whose tokens the spans count: a folder, a hub id, or toy:text.
+        new_tokenizer_model: whose tokens they are to count.
+        allow_fallback_answer: where a span cannot be moved, look for the answer that metadata has.
+        strict: an example that cannot be moved is an error, and nothing is written.
+        overwrite: replace files that another run or a person left there.
+
+    Raises:
+        LoadError: a file or tokenizer that cannot be read.
+        PlanError: two files of one name, or one that is there already.
+        TextError: with `strict`, an example that cannot be moved.
+    """
+    paths = [Path(part.strip()) for given in in_jsonl for part in given.split(",") if part.strip()]
+    names = [path.name for path in paths]
+    if not paths:
+        raise ic.PlanError("in_jsonl names no file; give at least one file of cached examples")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ic.PlanError(
+            f"two files are called {twice}, and both would be written to {out_dir / twice}; map them apart"
+        )
+    settings = {
+        "in_jsonl": [str(path) for path in paths], "old_tokenizer_model": old_tokenizer_model,
+        "new_tokenizer_model": new_tokenizer_model, "allow_fallback_answer": allow_fallback_answer,
+    }  # fmt: skip
+    with runs.publish(out_dir, settings, recipe="remap_spans", overwrite=overwrite, say=lambda line: None) as record:
+        record.claim(names, stage="remapped")
+        old, new = ic.open_tokenizer(old_tokenizer_model), ic.open_tokenizer(new_tokenizer_model)
+        files, reports = {}, []
+        for path in paths:
+            rows, report = _mapped(path, old, new, allow_fallback_answer, strict)
+            files[path.name] = runs.json_lines(rows)
+            reports.append({"in_jsonl": str(path), "out_jsonl": str(out_dir / path.name), **report})
+        record.put(files, stage="remapped")
+    for report in reports:
+        print(json.dumps(report, ensure_ascii=False))
+    tokenizers = {"old_tokenizer_model": old_tokenizer_model, "new_tokenizer_model": new_tokenizer_model}
+    print(json.dumps({**tokenizers, "datasets": reports}, ensure_ascii=False, indent=2))
+
+
+def _mapped(
+    path: Path, old: Any, new: Any, allow_fallback_answer: bool, strict: bool
+) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+    """The rows of a file that could be moved, and counts of all."""
+    rows: list[Mapping[str, Any]] = []
+    errors: dict[str, int] = {}
+    total = 0
+    for number, row in json_rows(path):
+        total += 1
+        made, reason = moved(row, old, new, allow_fallback_answer=allow_fallback_answer)
+        if made is not None:
+            rows.append(made)
+            continue
+        spans = ", ".join(f"{name} {row.get(name)}" for name in ("indices_to_explain", "sink_span"))
+        words = f"{path}, line {number}: {reason}: {REASONS[reason]} ({spans})"
+        if strict:
+            hint = "" if allow_fallback_answer else "; --allow_fallback_answer looks for the answer in metadata"
+            raise ic.TextError(f"{words}. Leave --strict out to drop it{hint}")
+        print(f"dropped {words}", file=sys.stderr)
+        errors[reason] = errors.get(reason, 0) + 1
+    return rows, {"total": total, "mapped_ok": len(rows), "dropped": total - len(rows), "errors": errors}
