@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from interp_plugins.attribution.faithfulness import Faithfulness, faithfulness
-from interp_plugins.attribution.perturbed import Perturbed
+from interp_plugins.attribution.evaluation.faithfulness import Faithfulness, faithfulness
+from interp_plugins.attribution.evaluation.perturbed import Perturbed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,6 +1,6 @@
 """Relevance by hand: the plain model runs, and rules are hung on the nodes of its autograd graph.
 
-Nothing here replaces anything in the forward pass, and nothing comes from `interp_plugins.attribution.rules`: what a node
+Nothing here replaces anything in the forward pass, and nothing comes from `interp_plugins.attribution.relevance.rules`: what a node
 is is told by its name, where it stands by when it was made.
 """
 

@@ -10,10 +10,10 @@ import pictures
 import pytest
 import torch
 from conftest import FAMILIES, SAMPLED, sampled, tiny_model, toy_model
-from interp_plugins.attribution.blurring import gaussian
-from interp_plugins.attribution.lasso import drawn, lasso
+from interp_plugins.attribution.ablations.blurring import gaussian
+from interp_plugins.attribution.ablations.lasso import drawn, lasso
+from interp_plugins.attribution.ablations.units import sentences, words
 from interp_plugins.attribution.surrogate import logit_scaled
-from interp_plugins.attribution.units import sentences, words
 from tolerances import close, rounding
 
 import interp_core as ic
@@ -172,7 +172,7 @@ def test_template_and_special_tokens_are_never_taken_away() -> None:
     toy, method = toy_model(), ic.method("leave_out")
     tokens = toy.tokens(TEXT, ANSWER).name(prompt=[(8, 31)])
     found = method(toy, tokens, units="word", convention="delete_tokens")
-    inside = {p for p in tokens.spans["prompt"][0][0]}
+    inside = set(tokens.spans["prompt"][0][0])
     taken = [p for unit in found.notes[0]["units"] for p in unit["positions"]]
     assert inside >= set(taken) and len(taken) == len(set(taken)) > 5
     with pytest.raises(ic.PositionError, match="none of the user's prompt: template and target are never taken away"):
@@ -327,7 +327,7 @@ def test_blocks_of_an_image() -> None:
             pixels[0, :, 4:8, 4:8] = gaussian(pixels[0], 16 / 12)[:, 4:8, 4:8]
             run = model.run({**values, "pixel_values": pixels}, logits=-1)
         else:
-            after = [p for p in range(unit["positions"][-1] + 1, values["input_ids"].shape[1])]
+            after = list(range(unit["positions"][-1] + 1, values["input_ids"].shape[1]))
             run = model.run(values, edits=S.pattern.knockout(query=after, key=unit["positions"]), logits=-1)
         wanted = found.notes[0]["full"] - float(torch.log_softmax(run.logits.plain[0], -1)[answer])
         assert unit["loss"] == pytest.approx(wanted, abs=rounding(model) * 10)

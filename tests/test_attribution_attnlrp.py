@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, tiny_model, toy_model
-from interp_plugins.attribution import rules as R
 from interp_plugins.attribution.attnlrp import AttnLRP, AttnLRPConfig
 from interp_plugins.attribution.layout import Layout
-from interp_plugins.attribution.relevance import Relevances, relevance, relevance_rows
+from interp_plugins.attribution.relevance import rules as R
+from interp_plugins.attribution.relevance.passes import Relevances, relevance, relevance_rows
 from tolerances import close
 
 import interp_core as ic
@@ -183,7 +183,7 @@ def test_the_conformance_kit(family: str) -> None:
 
 def test_passes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """One forward pass; one backward pass, and one more per hop."""
-    from interp_plugins.attribution.relevance import Explained
+    from interp_plugins.attribution.relevance.passes import Explained
 
     model, forward, backward = toy_model(), list[int](), list[int]()
     run, ask = ic.Model.run, Explained.relevance

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import DATA
-from interp_plugins.attribution.cache import (
+from interp_plugins.attribution.data.cache import (
     Example,
     boxed,
     cache_text,
@@ -27,7 +27,7 @@ from interp_plugins.attribution.cache import (
     stop_positions,
     with_spans,
 )
-from interp_plugins.attribution.span_moves import moved
+from interp_plugins.attribution.data.span_moves import moved
 
 import interp_core as ic
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA
-from interp_plugins.attribution import forms as forms_module
-from interp_plugins.attribution.areas import areas
-from interp_plugins.attribution.comparing import compare, example_rows, examples_csv
-from interp_plugins.attribution.faithfulness import Faithfulness, faithfulness, metrics
-from interp_plugins.attribution.forms import forms, normalised
-from interp_plugins.attribution.orders import deletion_steps, ordered, step_sizes
-from interp_plugins.attribution.perturbed import Perturbed, log_odds, log_probs
-from interp_plugins.attribution.recovery import chance, recovery, top_count
-from interp_plugins.attribution.soft import soft
-from interp_plugins.attribution.tables import faithfulness_table, read_table, recovery_table, table_path
+from interp_plugins.attribution.evaluation import forms as forms_module
+from interp_plugins.attribution.evaluation.areas import areas
+from interp_plugins.attribution.evaluation.comparing import compare, example_rows, examples_csv
+from interp_plugins.attribution.evaluation.faithfulness import Faithfulness, faithfulness, metrics
+from interp_plugins.attribution.evaluation.forms import forms, normalised
+from interp_plugins.attribution.evaluation.orders import deletion_steps, ordered, step_sizes
+from interp_plugins.attribution.evaluation.perturbed import Perturbed, log_odds, log_probs
+from interp_plugins.attribution.evaluation.recovery import chance, recovery, top_count
+from interp_plugins.attribution.evaluation.soft import soft
+from interp_plugins.attribution.evaluation.tables import faithfulness_table, read_table, recovery_table, table_path
 from tolerances import close, rounding
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, toy_model
-from interp_plugins.attribution import rules
+from interp_plugins.attribution.relevance import rules
 from interp_plugins.attribution_patching import agreement
 from studying import ANSWERS, CLEAN, FRENCH, IDS, JUDGED, OTHER, study, tokens
 from tolerances import close

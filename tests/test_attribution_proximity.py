@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from interp_plugins.attribution.proximity import Proximities, proximities, proximity
+from interp_plugins.attribution.flows.proximity import Proximities, proximities, proximity
 from torch import Tensor
 
 import interp_core as ic

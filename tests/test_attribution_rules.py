@@ -9,8 +9,8 @@ import pictures
 import pytest
 import torch
 from conftest import sampled, tiny_model
-from interp_plugins.attribution import rules as R
-from interp_plugins.attribution.relevance import Explained, relevance, relevance_rows
+from interp_plugins.attribution.relevance import rules as R
+from interp_plugins.attribution.relevance.passes import Explained, relevance, relevance_rows
 from layouts import DEEPSTACK, LINEAR
 from relevance_by_hand import relevance as by_hand
 from sweeping import ROWS

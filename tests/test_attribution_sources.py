@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import DATA, the_real_model
-from interp_plugins.attribution import building
-from interp_plugins.attribution.building import build, same, split_boxed
-from interp_plugins.attribution.cache import Example, example_tokens, read_examples
-from interp_plugins.attribution.sources import mapped, needles, read_source, toy_needles, two_steps
+from interp_plugins.attribution.data import building
+from interp_plugins.attribution.data.building import build, same, split_boxed
+from interp_plugins.attribution.data.cache import Example, example_tokens, read_examples
+from interp_plugins.attribution.data.sources import mapped, needles, read_source, toy_needles, two_steps
 from interp_recipes import build_cache as recipe
 from test_cli import invoked
 

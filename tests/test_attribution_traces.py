@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DATA
-from interp_plugins.attribution import exports, traces
+from interp_plugins.attribution.files import exports, traces
+from interp_recipes.attribution_eval import attribution_eval
 from interp_recipes.export_traces import export_traces
 
 import interp_core as ic
@@ -199,15 +200,36 @@ def test_data_set_and_tokenizer_are_inferred(tmp_path: Path, capsys: pytest.Capt
         export_traces(folder, None, str(LLAMA), tmp_path / "o")
     (tmp_path / "exp/exp2/data").mkdir()
     shutil.copy(HERE / "traces/tiny_gen.jsonl", tmp_path / name)
-    with pytest.raises(ic.LoadError, match="tokenizer of .* is not given, and no record of its run says it"):
+    with pytest.raises(
+        ic.LoadError, match="tokenizer model of .* is not given, and no record of its run says it; give --tok"
+    ):
         export_traces(folder, out_dir=tmp_path / "o")
-    settings = {"datasets": [name], "model": "tiny-llama", "model_path": str(LLAMA)}
-    with ic.runs.publish(tmp_path / "exp/exp2/output", settings, recipe="attribution_eval") as run:
-        run.put({"faithfulness/a.csv": "a\n"})
-    export_traces(folder, out_dir=tmp_path / "o")
-    said = capsys.readouterr().out
-    assert f"data set: {tmp_path / name}" in said and f"tokenizer: {LLAMA}" in said
-    assert len(list((tmp_path / "o").iterdir())) == 2
+    export_traces(folder, None, str(LLAMA), tmp_path / "o")
+    assert f"data set: {tmp_path / name}" in capsys.readouterr().out and len(list((tmp_path / "o").iterdir())) == 2
+
+
+@pytest.mark.parametrize("profile", ["sound", "reference"])
+def test_our_own_runs_are_exported(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the folder is given: the rest is in the run's record."""
+    monkeypatch.chdir(tmp_path)
+    shots = "Q: big\nA: small\n\nQ: hot\nA:"
+    row = {"prompt": shots, "target": " cold\n\n", "indices_to_explain": [0, 0], "sink_span": [0, 0]}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/toy.jsonl").write_text(json.dumps(row) + "\n")
+    model = ic.load("toy:text", check=False)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = {"data_root": tmp_path / "data", "output_root": tmp_path / "output", "num_examples": 1}
+    given |= {"model_path": str(tmp_path / "model"), "profile": profile, "save_hop_traces": True, "n_hops": 1}
+    attribution_eval("toy", "ifr_multi_hop_both", **given)
+    (folder,) = (path.parent for path in (tmp_path / "output").rglob("manifest.jsonl"))
+    out = export_traces(folder)
+    assert out == Path("exp/proc/output/toy") / folder.parent.name / folder.name
+    (trace,), export = traces.read_traces(folder), exports.read_export(out / "ex_000000.npz")
+    assert "".join(export.tok) == (" " if profile == "reference" else "") + shots + " cold\n\n"
+    assert export.tok[export.span_out.start] == " cold" and export.hop.shape == (2, trace.length - 1)
+    assert np.array_equal(export.attr, trace.vectors["row"][:-1]) and export.rise == trace.faithfulness[1, 0]
 
 
 def test_an_example_that_is_not_in_the_data_set_is_named(tmp_path: Path) -> None:

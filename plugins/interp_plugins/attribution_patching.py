@@ -12,7 +12,7 @@
 
 With `rule="relp"` the gradient's place is taken by coefficients of layer-wise relevance propagation: the same backward
 pass with other rules (`relp_rules`) for norms, activations, gated products and patterns, see
-`interp_plugins.attribution.rules`.
+`interp_plugins.attribution.relevance.rules`.
 
 v is the base run's value of a patch, v' the source run's (zero without a corrupted prompt), x and x' the streams that
 enter the first block. Effects are shares of the difference, as in activation patching.
@@ -47,7 +47,7 @@ from interp_core.score import Score
 from ._contrast import Contrast, ContrastConfig, contrast
 from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
 from ._pictures import Picture
-from .attribution.rules import GRADIENT, Rules, relp
+from .attribution.relevance.rules import GRADIENT, Rules, relp
 
 ROUNDING = 1e-6
 """Of the largest effect, below which the order of patches is left to chance."""

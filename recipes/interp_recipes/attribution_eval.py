@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from interp_plugins.attribution.arrays import npz_bytes
-from interp_plugins.attribution.cache import Example, load_examples
-from interp_plugins.attribution.comparing import compare, examples_csv
-from interp_plugins.attribution.evaluating import FAITHFULNESS, MODES, RECOVERY, Options, evaluate
-from interp_plugins.attribution.faithfulness import METRICS
+from interp_plugins.attribution.data.cache import Example, load_examples
+from interp_plugins.attribution.evaluation.comparing import compare, examples_csv
+from interp_plugins.attribution.evaluation.evaluating import FAITHFULNESS, MODES, RECOVERY, Options, evaluate
+from interp_plugins.attribution.evaluation.faithfulness import METRICS
+from interp_plugins.attribution.evaluation.tables import faithfulness_table, recovery_table, table_path
+from interp_plugins.attribution.files.arrays import npz_bytes
+from interp_plugins.attribution.files.traces import MANIFEST, Trace, line_of, members_of, run_tag
 from interp_plugins.attribution.named import named
-from interp_plugins.attribution.tables import faithfulness_table, recovery_table, table_path
-from interp_plugins.attribution.traces import MANIFEST, Trace, line_of, members_of, run_tag
 
 import interp_core as ic
 from interp_core import report, runs

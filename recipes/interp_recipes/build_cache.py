@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_plugins.attribution.building import REASONS, Form, build
-from interp_plugins.attribution.cache import Example, Profile
-from interp_plugins.attribution.sources import MADE, mapped, read_source
+from interp_plugins.attribution.data.building import REASONS, Form, build
+from interp_plugins.attribution.data.cache import Example, Profile
+from interp_plugins.attribution.data.sources import MADE, mapped, read_source
 
 import interp_core as ic
 from interp_core import errors, runs

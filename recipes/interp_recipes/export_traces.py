@@ -4,8 +4,8 @@
         --dataset_jsonl exp/exp2/data/math.jsonl --tokenizer_model Qwen/Qwen3-8B
     interp run export_traces --traces_root exp/exp2/output/traces --form proc_1          (every run below a folder)
 
-A trace folder (`manifest.jsonl`, `ex_*.npz`; `interp_plugins.attribution.traces`) becomes one `.npz` per example
-(`interp_plugins.attribution.exports`). Examples are found in the data set by the SHA-1 of prompt and target, and their
+A trace folder (`manifest.jsonl`, `ex_*.npz`; `interp_plugins.attribution.files.traces`) becomes one `.npz` per example
+(`interp_plugins.attribution.files.exports`). Examples are found in the data set by the SHA-1 of prompt and target, and their
 tokens are cut again with the run's tokenizer, as the run cut them; numbers of tokens must agree. Everything is checked
 before anything is written. The settings are those of the published script.
 """
@@ -14,25 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from interp_plugins.attribution.cache import json_rows
-from interp_plugins.attribution.exports import Form, export_bytes, export_of, is_cut, pieces
-from interp_plugins.attribution.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces, sha1
+from interp_plugins.attribution.data.cache import example_tokens, json_rows
+from interp_plugins.attribution.data.examples import example_of
+from interp_plugins.attribution.files.exports import Form, export_bytes, export_of, is_cut, pieces
+from interp_plugins.attribution.files.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces, sha1
 
 import interp_core as ic
 from interp_core import open_tokenizer, runs
 
 OUTPUT: Mapping[Form, Path] = {"proc": Path("exp/proc/output"), "proc_1": Path("exp/proc_1/output")}
 """Where exports go if nothing is said, each below what follows `traces/` in its folder's path."""
-
-
-class Example(NamedTuple):
-    """A prompt and its target, and where they stand."""
-
-    prompt: str
-    target: str
-    line: int
 
 
 def export_traces(
@@ -43,6 +36,7 @@ def export_traces(
     out_root: Path | None = None,
     traces_root: Path | None = None,
     form: Form = "proc",
+    profile: Literal["reference", "sound"] | None = None,
     limit: int | None = None,
     overwrite: bool = False,
     allow_missing_ft_hops: bool = False,
@@ -57,6 +51,7 @@ def export_traces(
         out_root: default exp/proc/output, for form proc_1 exp/proc_1/output.
         traces_root: in place of trace_dir, every trace folder below this one.
         form: proc, or proc_1: without tokens (and so without data set and tokenizer), with the lengths of the spans.
+        profile: of the run, which says how it cut tokens (default: what its record says, else reference).
         limit: the first so many examples of each folder.
         overwrite: replace exports that another run, or a person, left there.
         allow_missing_ft_hops: write exports without `hop` where a trace of such a method has no `vh`.
@@ -76,10 +71,9 @@ def export_traces(
         _demand_hops(folder, traces, form, allow_missing_ft_hops)
         tokens: Sequence[list[str] | None] = [None] * len(traces)
         if form == "proc":
-            data, name = _dataset(folder, dataset_jsonl), _tokenizer_of(folder, tokenizer_model)
-            tokenizer = tokenizers.setdefault(name, None) or open_tokenizer(name)
-            tokenizers[name] = tokenizer
-            tokens = list(_tokens(folder, traces, data, tokenizer, name))
+            name, cut = _how(folder, tokenizer_model, profile)
+            tokenizers[name] = tokenizers[name] if name in tokenizers else open_tokenizer(name)
+            tokens = list(_tokens(folder, traces, _dataset(folder, dataset_jsonl), tokenizers[name], name, cut))
         below = Path() if out_dir is not None else _suffix(folder)
         made = [export_of(trace, tok, form=form) for trace, tok in zip(traces, tokens, strict=True)]
         for trace, export in zip(traces, made, strict=True):
@@ -157,19 +151,45 @@ def _tell(traces: Sequence[Trace], form: Form) -> None:
 # Data set and tokenizer
 
 
-def _runs_of(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Settings of the evaluations that wrote into the folder's tree, from their records beside it."""
+def _records_of(folder: Path) -> list[Mapping[str, Any]]:
+    """Records of our evaluations that wrote traces of this data set and model into the folder's tree."""
     tree, suffix = _output_root(folder), _suffix(folder)
-    name, model = suffix.parts[:-2], suffix.parts[-2:-1]
-    for path in sorted(tree.parent.glob(f"{tree.name}.runs/*/manifest.json")):
-        settings = runs.manifest(path.parent)["settings"]
-        label = settings.get("model") or Path(str(settings.get("model_path"))).name
-        named = settings.get("datasets") or []
-        listed = named.split(",") if isinstance(named, str) else named
-        if (Path(str(label)).name,) == model and "/".join(name) in {
-            Path(str(one)).as_posix().strip("/") for one in listed
-        }:
-            yield settings
+    place = suffix.parent.as_posix()
+    records = [runs.manifest(path.parent) for path in sorted(tree.parent.glob(f"{tree.name}.runs/*/manifest.json"))]
+    return [
+        record
+        for record in records
+        if record["recipe"] == "attribution_eval"
+        and place in {f"{name.strip('/')}/{record['settings']['label']}" for name in record["settings"]["datasets"]}
+    ]
+
+
+def _how(folder: Path, tokenizer_model: str | None, profile: str | None) -> tuple[str, str]:
+    """The tokenizer of a run and its profile."""
+    records = _records_of(folder)
+    sources = [record["model"]["source"] for record in records if record["model"]]
+    profiles = [record["settings"]["options"]["profile"] for record in records]
+    return (
+        _said(folder, "tokenizer model", sources, tokenizer_model, None),
+        _said(folder, "profile", profiles, profile, "reference"),
+    )
+
+
+def _said(folder: Path, what: str, values: Sequence[str], asked: str | None, fallback: str | None) -> str:
+    """What was asked for, or else the one thing that the records of a folder say.
+
+    Raises:
+        LoadError: they say nothing, or several things, and there is nothing to fall back on.
+    """
+    if asked is not None:
+        return asked
+    names = sorted({*values})
+    if len(names) != 1 and (names or fallback is None):
+        known = f"its records name {' and '.join(names)}" if names else "no record of its run says it"
+        raise ic.LoadError(f"the {what} of {folder} is not given, and {known}; give --{what.replace(' ', '_')}")
+    if names:
+        print(f"  {what}: {names[0]}")
+    return names[0] if names else str(fallback)
 
 
 def _dataset(folder: Path, dataset_jsonl: Path | None) -> Path:
@@ -187,7 +207,8 @@ def _dataset(folder: Path, dataset_jsonl: Path | None) -> Path:
     if name.parts:
         around = [Path(), *folder.absolute().parents]
         looked = [parent / name for parent in around] if name.suffix == ".jsonl" else []
-        roots = [Path(str(settings["data_root"])) for settings in _runs_of(folder) if settings.get("data_root")]
+        passed = [record["passed"] or {} for record in _records_of(folder)]
+        roots = [Path(words["data_root"]) for words in passed if "data_root" in words]
         data = [*roots, _output_root(folder).parent / "data", Path("exp/exp2/data")]
         looked += [root / f"{name}.jsonl" for root in data] + [parent / name for parent in around]
     for path in looked:
@@ -201,32 +222,14 @@ def _dataset(folder: Path, dataset_jsonl: Path | None) -> Path:
     )
 
 
-def _tokenizer_of(folder: Path, tokenizer_model: str | None) -> str:
-    """The name of a run's tokenizer.
-
-    Raises:
-        LoadError: it is not given, and no record, or several, say it.
-    """
-    if tokenizer_model is not None:
-        return tokenizer_model
-    names = {str(settings.get("model_path") or settings["model"]) for settings in _runs_of(folder)}
-    if len(names) == 1:
-        print(f"  tokenizer: {(name := names.pop())}")
-        return name
-    found = f"its records name {' and '.join(sorted(names))}" if names else "no record of its run says it"
-    raise ic.LoadError(
-        f"the tokenizer of {folder} is not given, and {found}; give --tokenizer_model, the --model_path of the run"
-    )
-
-
-def _indexed(path: Path) -> dict[tuple[str, str], Example]:
-    """The examples of a data set by the SHA-1 of prompt and target.
+def _indexed(path: Path) -> dict[tuple[str, str], tuple[int, Mapping[str, Any]]]:
+    """The rows of a data set, and their lines, by the SHA-1 of prompt and target.
 
     Raises:
         LoadError: a line that is no JSON object, or none with a target.
         TextError: the same prompt and target twice.
     """
-    index: dict[tuple[str, str], Example] = {}
+    index: dict[tuple[str, str], tuple[int, Mapping[str, Any]]] = {}
     count = 0
     for number, row in json_rows(path):
         count += 1
@@ -235,11 +238,10 @@ def _indexed(path: Path) -> dict[tuple[str, str], Example]:
             raise ic.LoadError(f"{path}, line {number}, is no example: it has no prompt, but {', '.join(row)}")
         if target is None:
             continue
-        example = Example(str(prompt), str(target), number)
-        before = index.setdefault((sha1(example.prompt), sha1(example.target)), example)
-        if before is not example:
+        before, _ = index.setdefault((sha1(str(prompt)), sha1(str(target))), (number, row))
+        if before != number:
             raise ic.TextError(
-                f"{path}: lines {before.line} and {number} have the same prompt and target, so traces cannot be told "
+                f"{path}: lines {before} and {number} have the same prompt and target, so traces cannot be told "
                 "apart by them; leave one out"
             )
     if not index:
@@ -247,7 +249,9 @@ def _indexed(path: Path) -> dict[tuple[str, str], Example]:
     return index
 
 
-def _tokens(folder: Path, traces: Sequence[Trace], dataset: Path, tokenizer: Any, name: str) -> Iterator[list[str]]:
+def _tokens(
+    folder: Path, traces: Sequence[Trace], dataset: Path, tokenizer: Any, name: str, profile: str
+) -> Iterator[list[str]]:
     """The tokens of each trace, without the end of sequence.
 
     Raises:
@@ -258,23 +262,29 @@ def _tokens(folder: Path, traces: Sequence[Trace], dataset: Path, tokenizer: Any
     if missing:
         first = missing[0]
         near = next((one for (prompt, _), one in index.items() if prompt == first.prompt_sha1), None)
-        why = f"its prompt is in line {near.line}, with another target" if near else "its prompt is not there either"
+        why = f"its prompt is in line {near[0]}, with another target" if near else "its prompt is not there either"
         raise ic.TextError(
             f"Failed to match manifest sha1 to dataset_jsonl: {len(missing)} of {len(traces)} examples of {folder} are "
             f"not among the {len(index)} of {dataset}, the first is example {first.index} ({first.file}, prompt_sha1 "
             f"{first.prompt_sha1}, target_sha1 {first.target_sha1}; {why}); give the cached JSONL of that very run"
         )
     for trace in traces:
-        example = index[trace.prompt_sha1, str(trace.target_sha1)]
-        prompt, generation = pieces(tokenizer, example.prompt, example.target)
-        for what, cut, kept in (
-            ("Prompt", prompt, trace.prompt_len),
-            ("Generation", generation, trace.gen_len),
-        ):
+        line, row = index[trace.prompt_sha1, str(trace.target_sha1)]
+        prompt, generation = _cut(tokenizer, row, f"{dataset}, line {line}", profile)
+        for what, cut, kept in (("Prompt", prompt, trace.prompt_len), ("Generation", generation, trace.gen_len)):
             if len(cut) != kept:
                 raise ic.TextError(
                     f"{what} token length mismatch: {trace.file} has {kept} tokens, {name} gives {len(cut)} (example "
-                    f"{trace.index}, line {example.line} of {dataset}); give --tokenizer_model of the run that wrote "
-                    f"{folder}"
+                    f"{trace.index}, line {line} of {dataset}, profile {profile}); give --tokenizer_model of the run "
+                    f"that wrote {folder}"
                 )
         yield prompt + generation[:-1]
+
+
+def _cut(tokenizer: Any, row: Mapping[str, Any], where: str, profile: str) -> tuple[list[str], list[str]]:
+    """Tokens of prompt and generation as a run of that profile cut them."""
+    if profile == "reference":
+        return pieces(tokenizer, str(row["prompt"]), str(row["target"]))
+    tokens = example_tokens(tokenizer, example_of(row, where), "sound", eos=True)
+    prompt, generation = (list(tokens.labels_at(name)[0]) for name in ("prompt", "target"))
+    return prompt, generation

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from interp_plugins.attribution.cache import json_rows
-from interp_plugins.attribution.span_moves import REASONS, moved
+from interp_plugins.attribution.data.cache import json_rows
+from interp_plugins.attribution.data.span_moves import REASONS, moved
 
 import interp_core as ic
 from interp_core import runs

@@ -38,8 +38,8 @@ import interp_core as ic
 
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig
-from .relevance import Explained, Relevances, relevance_rows
-from .rules import Rules, rules, unruled
+from .relevance.passes import Explained, Relevances, relevance_rows
+from .relevance.rules import Rules, rules, unruled
 
 
 class AttnLRPConfig(AttributionConfig):

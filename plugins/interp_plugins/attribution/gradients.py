@@ -32,7 +32,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .judge import Judge, StandIn, TargetScale, embedded, judge_of, stand_in, wide
+from .ablations.judge import Judge, StandIn, TargetScale, embedded, judge_of, stand_in, wide
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig, stream_site
 

@@ -13,10 +13,10 @@ Source: Ferrando and Voita (2024), arXiv:2403.00824, for shares; Pan et al. (202
 spans and hops.
 
 Shapes: scores `[pos]`, rows `[target pos]`, hops `[hop pos]`.
-Cost: one forward pass without unembedding; then a twentieth to a tenth of one per hop, and for all positions one product
-with W_O per sink, head and token. Memory is linear in the length of the text.
-Must equal: FlashTrace 075e7e4 in profile "reference" (all positions 2e-5, hop vectors 1e-4), and shares that add up to 1
-in each layer (float64, every family).
+Cost: one forward pass without unembedding; then a fifth of one per hop at most, most of it the attention of its rows
+once more; for all positions see `proximity`. Memory is linear in the length of the text, beside the rows asked for.
+Must equal: FlashTrace 075e7e4 in profile "reference" (all positions 2e-5, hop vectors 1e-4), and shares that add up to
+1 in each layer (float64, every family).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .flow import Flow
-from .hops import Hops, Parts, is_stop, multi_hop, split_hop
+from .flows.flow import Flow, demand_patterns
+from .flows.hops import Hops, Parts, is_stop, multi_hop, split_hop
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig
 
@@ -54,6 +54,8 @@ class IFRConfig(AttributionConfig):
             paper, or into the sink, as in the later package.
         threshold: parts of heads that count for less are left out: in parts of the stream's length (reference: in its
             own units).
+        tolerance: for all positions, how far above its exact value the part of a head may be, in parts of the stream's
+            length; the notes say by how much a score may then be off (None: exact).
         chunk_tokens: tokens that are worked on at a time; bounds memory, and changes no result.
         sink_chunk_tokens: sinks that are worked on at a time; the same.
     """
@@ -63,6 +65,7 @@ class IFRConfig(AttributionConfig):
     combine: Literal["sum", "avg"] = "sum"
     hop0: Literal["all", "sink"] = "all"
     threshold: float = Field(0.0, ge=0)
+    tolerance: float | None = Field(None, ge=0)
     chunk_tokens: int = Field(128, ge=1)
     sink_chunk_tokens: int = Field(32, ge=1)
 
@@ -76,10 +79,10 @@ class IFR(Attribution):
     contrastive: ClassVar[bool] = False
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: IFRConfig) -> None:
-        """As all attribution methods; and every layer mixes tokens by a pattern."""
-        from .flow import demand_patterns
-
+        """As all attribution methods; every layer mixes tokens by a pattern, and nothing contradicts."""
         demand_patterns(model)
+        if config.tolerance and config.threshold:
+            raise ic.PlanError(f"threshold={config.threshold} needs exact parts; leave tolerance= out")
         super().check(model, tokens, config)
 
     def attribute(self, model: ic.Model, layout: Layout, config: IFRConfig) -> Attributed:
@@ -88,7 +91,7 @@ class IFR(Attribution):
         asked = layout.target if config.variant in ROWS else (*parts.answer, *parts.reasoning, *layout.sink)
         flow = Flow(
             model, layout.tokens, _sinks(layout, asked, config.profile), config.profile, config.threshold,
-            config.chunk_tokens, config.sink_chunk_tokens,
+            config.chunk_tokens, config.sink_chunk_tokens, config.tolerance,
         )  # fmt: skip
         if config.variant in ROWS:
             return _by_rows(flow, layout, config)
@@ -126,13 +129,15 @@ def _sinks(layout: Layout, tokens: Any, profile: str) -> tuple[int, ...]:
 def _by_rows(flow: Flow, layout: Layout, config: IFRConfig) -> Attributed:
     """A row per token; scores are the mean of the sink's rows."""
     if not len(layout.target):
-        return Attributed(flow.span(_sinks(layout, (), config.profile)), stream=flow.stream)
+        scores, error = flow.all_rows(_sinks(layout, (), config.profile))
+        return Attributed(scores[0], stream=flow.stream, notes={"error": error})
     asked = layout.target if config.variant == "all_positions" else layout.sink
     rows = torch.full((len(layout.target), layout.length), float("nan"), dtype=torch.float64)
     start = layout.target.start
-    rows[asked.start - start : asked.stop - start] = flow.all_rows(_sinks(layout, asked, config.profile))
+    found, error = flow.all_rows(_sinks(layout, asked, config.profile))
+    rows[asked.start - start : asked.stop - start] = found
     scores = rows[layout.sink.start - start : layout.sink.stop - start].mean(0)
-    return Attributed(scores, rows=rows, stream=flow.stream)
+    return Attributed(scores, rows=rows, stream=flow.stream, notes={"error": error})
 
 
 def _by_hops(flow: Flow, layout: Layout, config: IFRConfig, parts: Parts) -> Attributed:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .ablation import POSITIONS, Ablation, Convention, Price
-from .judge import Judge, StandIn, TargetScale, judge_of
+from .ablations.ablation import POSITIONS, Ablation, Convention, Price
+from .ablations.judge import Judge, StandIn, TargetScale, judge_of
+from .ablations.units import Chars, Kind, Unit, units_of
 from .layout import Layout, with_target
 from .method import Attributed, Attribution, AttributionConfig
-from .units import Chars, Kind, Unit, units_of
 
 
 class AblationConfig(AttributionConfig):

@@ -23,8 +23,8 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from .ablations.judge import wide
 from .gradients import IntegratedConfig, IntegratedGradients
-from .judge import wide
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig
 

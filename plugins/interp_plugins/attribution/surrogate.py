@@ -32,13 +32,13 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .ablation import Ablation, Convention, Price
-from .judge import Judge
-from .lasso import Fit, drawn, lasso
+from .ablations.ablation import Ablation, Convention, Price
+from .ablations.judge import Judge
+from .ablations.lasso import Fit, drawn, lasso
+from .ablations.units import Kind, Unit
 from .layout import Layout
 from .leave_out import AblationConfig, AblationMethod, described, listed, spread
 from .method import Attributed
-from .units import Kind, Unit
 
 CERTAIN = -1e-12
 """The largest log-probability that is taken as it is."""

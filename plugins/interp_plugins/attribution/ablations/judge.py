@@ -17,7 +17,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .layout import Layout
+from ..layout import Layout
 
 TargetScale = Literal["logit", "logprob"]
 StandIn = Literal["eos", "pad"] | int

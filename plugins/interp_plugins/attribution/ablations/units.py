@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import interp_core as ic
 
-from .layout import Layout
+from ..layout import Layout
 
 Kind = Literal["token", "word", "sentence", "span", "visual"]
 Chars = tuple[int, int]

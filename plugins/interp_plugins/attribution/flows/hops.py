@@ -20,6 +20,7 @@ Must equal: the recursions above by hand, and the published numbers (the tests).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ def segments(stretch: range, n: int) -> list[range]:
         return []
     size, longer = divmod(len(stretch), n)
     starts = [stretch.start + i * size + min(i, longer) for i in range(n + 1)]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def is_stop(text: str) -> bool:

@@ -21,8 +21,8 @@ import numpy as np
 
 from interp_core import LoadError, PlanError, Span, runs
 
+from ..data.cache import json_rows
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
-from .cache import json_rows
 
 MANIFEST = "manifest.jsonl"
 FORMS = ("seq", "row", "rec")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import interp_core as ic
 
-from .layout import Layout
+from ..layout import Layout
 from .units import Unit, runs
 
 

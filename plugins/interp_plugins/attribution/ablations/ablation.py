@@ -32,11 +32,11 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from ..gate import RESIDUE
+from ..layout import Layout
 from .blurring import blurred
 from .deletion import Shortened, predictors, shortened
-from .gate import RESIDUE
 from .judge import Judge, StandIn, embedded, stand_in
-from .layout import Layout
 from .units import Unit
 
 Convention = Literal["delete_text", "delete_tokens", "delete_keep_positions", "mask", "replace", "blur"]
@@ -128,8 +128,8 @@ class Ablation:
             if part.edits
         ]
         whole = sum(not part.edits for part in parts) + all(not _is_clean(part, judge) for part in parts)
-        how = [plan.explain() for plan in plans] + [f"{whole} passes of the whole text"] * bool(whole)
-        return Price(sum(plan.token_layers for plan in plans) + whole * layers * width, naive, tuple(how))
+        said = [plan.explain() for plan in plans] + [f"{whole} passes of the whole text"] * bool(whole)
+        return Price(sum(plan.token_layers for plan in plans) + whole * layers * width, naive, tuple(said))
 
     def run(self, judge: Judge) -> tuple[Tensor, Tensor]:
         """What the judge says of the text as it is (one number), and of each variant `[variant]`."""

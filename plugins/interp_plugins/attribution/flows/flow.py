@@ -9,8 +9,8 @@ and the output bias. A part y counts for the whole x by how much nearer it bring
     share(j)   = sum over heads of prox(part(h, j), x) / (all of them + prox(resid_pre, x) + prox(bias, x))
     flow(j)    = sum over layers of share(j)
 
-Per layer the shares of tokens, residual and bias add up to 1; parts and bias add up to `attn_out`. `scale_i` is 1, or the
-post-norm's 1 / rms (its gains go into W_O) and the block's multiplier; where z is gated, the gate multiplies v. The
+Per layer the shares of tokens, residual and bias add up to 1; parts and bias add up to `attn_out`. `scale_i` is 1, or
+the post-norm's 1 / rms (its gains go into W_O) and the block's multiplier; where z is gated, the gate multiplies v. The
 profile "reference" does as the published code: values by an eps of 1e-6 and without biases, no part for the bias, a
 threshold in units of the stream.
 
@@ -35,11 +35,14 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .method import stream_site
+from ..method import stream_site
+from .proximity import proximities, proximity
 
 Profile = Literal["sound", "reference"]
 FITTED = {torch.float64: 1e-5, torch.float32: 1e-3}
 """How well what a layer adds must be the sum of its parts, in parts of its norm; 5e-2 in half precision."""
+ELEMENTS = 1 << 24
+"""How many numbers of a layer's pattern are held at a time."""
 EPS = 1e-6
 """What the published code adds to every variance, whatever the model's config says."""
 
@@ -114,6 +117,7 @@ class Flow:
         profile: "sound", or "reference" for the published code's conventions.
         threshold: parts that count for less are left out: in parts of |x|, or its own units in the reference.
         chunk, sink_chunk: how many tokens and sinks are worked on at a time; results do not depend on it.
+        tolerance: how far above its exact value a head's part may be in `all_rows`, in parts of |x| (None: exact).
         stream: lengths of the stream at `stream_site` `[pos]`.
 
     Raises:
@@ -127,6 +131,7 @@ class Flow:
     threshold: float = 0.0
     chunk: int = 128
     sink_chunk: int = 32
+    tolerance: float | None = None
     stream: Tensor = field(init=False)
     _layers: list[KeptLayer] = field(init=False, default_factory=list)
 
@@ -169,8 +174,8 @@ class Flow:
         off = float((added - scale[:, None] * made).norm() / added.norm().clamp_min(1e-30))
         if not off <= FITTED.get(self.model.dtype, 5e-2):
             raise ic.CapabilityError(
-                f"layer {layer} of {self.model.source} does not add the output projection of its heads, times a norm or "
-                f"a factor, to the stream (off by {off:.1e} of its norm), so its flow cannot be told apart by tokens"
+                f"layer {layer} of {self.model.source} does not add the output projection of its heads, times a norm "
+                f"or a factor, to the stream (off by {off:.1e} of its norm), so its flow has no parts by tokens"
             )
         if not per_row and abs(float(scale) - 1) < FITTED.get(self.model.dtype, 5e-2):
             scale = torch.ones_like(scale)
@@ -185,6 +190,19 @@ class Flow:
         return off <= FITTED.get(self.model.dtype, 5e-2)
 
     # Asking
+
+    @property
+    def layers(self) -> Sequence[KeptLayer]:
+        """What was kept, layer by layer."""
+        return self._layers
+
+    def pattern_at(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "head row key"]:
+        """Rows of one layer's pattern; where nothing was kept to make them of, by a pass up to that layer."""
+        kept = self._layers[layer]
+        if kept.attention is not None:
+            return kept.attention.pattern(list(positions))[0].to(kept.scale)
+        site = S.pattern[layer].at(query=list(positions))
+        return self.model.run(self.tokens, read=site, logits=False)[site].plain[0].to(kept.scale)
 
     def span(self, positions: Sequence[int], weights: Tensor | None = None) -> Float[Tensor, " pos"]:
         """The flow into sinks taken together, in float64.
@@ -202,25 +220,53 @@ class Flow:
         """The same layer by layer, with the shares of heads, residual and biases."""
         index = self._index(positions)
         weight = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.double().cpu()
-        reach = max(positions) + 1
-        found = [self._share(kept, index, weight, mix, reach) for kept, mix in self._mixes(index, weight)]
+        found = [self._share(kept, index, weight, mix) for kept, mix in self._mixes(index, weight)]
         return Shares(*(torch.stack(part) for part in zip(*found, strict=True)))
 
-    def all_rows(self, positions: Sequence[int]) -> Float[Tensor, "row pos"]:
-        """The flow into each sink by itself, in float64.
+    def all_rows(self, positions: Sequence[int]) -> tuple[Float[Tensor, "row pos"], float]:
+        """The flow into each sink by itself, in float64, and by how much a score may be off at most (0: exact).
 
         Raises:
             PositionError: a sink that was not announced.
         """
-        index, out = self._index(positions), torch.zeros(len(positions), self.tokens.lengths[0], dtype=torch.float64)
-        for start in range(0, len(index), self.sink_chunk):
-            part = index[start : start + self.sink_chunk]
+        index, error = self._index(positions), 0.0
+        out = torch.zeros(len(positions), self.tokens.lengths[0], dtype=torch.float64)
+        rows = max(self.sink_chunk, ELEMENTS // (out.shape[1] * len(self._layers[0].out.longest)))
+        for start in range(0, len(index), rows):
+            part, off = index[start : start + rows], 0.0
             for kept, pattern in self._patterns(part):
+                if kept.z is None and not (self.threshold and self.profile == "sound"):
+                    found, most = self._rows_of(kept, part, pattern)
+                    out[start : start + rows] += found
+                    off += most
+                    continue
                 for n, row in enumerate(part):
-                    one, reach = torch.ones(1, dtype=torch.float64), self.rows[row] + 1
+                    one = torch.ones(1, dtype=torch.float64)
                     mix = self._mix_of(kept, [row], pattern[:, n : n + 1], one)
-                    out[start + n] += self._share(kept, [row], one, mix, reach)[0]
-        return out
+                    out[start + n] += self._share(kept, [row], one, mix)[0]
+            error = max(error, off)
+        return out, error
+
+    def _rows_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor) -> tuple[Tensor, float]:
+        """One layer's shares of tokens in each of some sinks `[row pos]`, and by how much they may be off."""
+        before, added = kept.before[index], kept.added[index]
+        x, scale = before + added, kept.scale[index]
+        near = proximities(
+            pattern * scale[:, None], kept.values, kept.out.w_o.permute(1, 2, 0), x, tolerance=self.tolerance,
+            threshold=self.threshold, chunk_tokens=self.chunk, sink_chunk_tokens=self.sink_chunk,
+        )  # fmt: skip
+        other = proximity(before.double(), x.double())
+        if kept.out.biased:
+            other = other + proximity(scale[:, None].double() * kept.out.bias + kept.out.own, x.double())
+        token, bound = near.tokens.double(), near.bound.double()
+        whole = self._positive(token.sum(-1) + other)[:, None]
+        shares, least = token / whole, (whole - bound.sum(-1, keepdim=True)).clamp_min(1e-30)
+        off = torch.maximum(bound / whole, token / least - shares)
+        return shares.cpu(), float(off.max())
+
+    def _positive(self, whole: Tensor) -> Tensor:
+        """What shares are parts of, above 0."""
+        return whole + 1e-12 if self.profile == "reference" else whole.clamp_min(torch.finfo(torch.float64).tiny)
 
     def _index(self, positions: Sequence[int]) -> list[int]:
         if missing := [position for position in positions if position not in self._place]:
@@ -273,29 +319,25 @@ class Flow:
         yield from zip(self._layers, found, strict=True)
 
     def _share(
-        self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor, reach: int
+        self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shares of one layer: of tokens (those before `reach`), heads, residual, bias; on this machine, float64."""
+        """Shares of one layer: of tokens, heads, residual, bias; on this machine, in float64."""
         w = weight.to(kept.before)
         before, added = w @ kept.before[index], w @ kept.added[index]
         x = before + added
+        seen = torch.nonzero(mix.any(-1).any(0) if mix.ndim == 3 else mix.any(0))  # images see forward, too
+        reach = int(seen.max()) + 1 if len(seen) else 1
         near = proximities_to(x, mix[:, :reach], kept.values[:reach].to(mix), kept.out, self.chunk)
         limit = self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
         near = near.masked_fill(near < limit, 0.0).double().cpu() if limit else near.double().cpu()
-        resid, bias = proximity(before, x), torch.zeros((), dtype=torch.float64)
+        resid, bias = proximity(before.double(), x.double()).cpu(), torch.zeros((), dtype=torch.float64)
         if kept.out.biased:
-            bias = proximity((w * kept.scale[index]).sum() * kept.out.bias + w.sum() * kept.out.own, x)
-        whole = near.sum() + resid + bias
-        whole = whole + 1e-12 if self.profile == "reference" else whole.clamp_min(torch.finfo(torch.float64).tiny)
+            part = (w * kept.scale[index]).sum() * kept.out.bias + w.sum() * kept.out.own
+            bias = proximity(part.double(), x.double()).cpu()
+        whole = self._positive(near.sum() + resid + bias)
         token = near.new_zeros(self.tokens.lengths[0])
         token[:reach] = near.sum(0)
         return token / whole, near.sum(1) / whole, resid / whole, bias / whole
-
-
-def proximity(part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]) -> Tensor:
-    """How much nearer a part brings to the whole, in float64 on this machine."""
-    part, whole = part.double().cpu(), whole.double().cpu()
-    return (whole.abs().sum() - (whole - part).abs().sum()).clamp_min(0)
 
 
 def proximities_to(
@@ -306,9 +348,9 @@ def proximities_to(
 
         u = sign(x) * y      prox(y, x) = max(sum of u - 2 * sum of max(u - |x|, 0), 0)
 
-    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over those
-    dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of |x|,
-    few for most tokens.
+    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over
+    those dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of
+    |x|, few for most tokens.
 
     Args:
         mix: what each value is multiplied by `[head key]`, or each number of it `[head key d_head]`.
@@ -343,8 +385,8 @@ def proximities_to(
 
 
 def _split(need: Tensor, d: int) -> tuple[int, bool]:
-    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that need
-    more; and whether there are such."""
+    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that
+    need more; and whether there are such."""
     widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
     more = (need.flatten()[:, None] > torch.tensor(widths, device=need.device)).sum(0).tolist()
     width = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])

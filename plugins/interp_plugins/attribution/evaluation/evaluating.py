@@ -24,15 +24,15 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .cache import Example, example_tokens, is_stop
+from ..data.cache import Example, example_tokens, is_stop
+from ..files.traces import HOP_COUNTED, LRP, Trace, made_trace
+from ..method import AttributionResult
+from ..named import named
 from .comparing import example_rows
 from .faithfulness import Faithfulness, faithfulness
 from .forms import Forms, forms
-from .method import AttributionResult
-from .named import named
 from .perturbed import Perturbed
 from .recovery import Recovery, recovery
-from .traces import HOP_COUNTED, LRP, Trace, made_trace
 
 FAITHFULNESS, RECOVERY = "faithfulness_gen", "recovery_ruler"
 MODES = (FAITHFULNESS, RECOVERY)
@@ -113,17 +113,19 @@ def evaluate(model: ic.Model, example: Example, index: int, attr_func: str, opti
     gold = _indices(tokens, "gold", prompt)
     only = kept if options.profile == "reference" and attr_func in WITHOUT_STOPS else None
     faith, faith_s = _faithfulness(model, tokens, three, only, options)
+    hops = result.hops is not None and attr_func in HOP_COUNTED
     found, recovery_s = _recovery(three, gold, only, options)
     trace = made_trace(
         index, attr_func=attr_func, prompt=example.prompt, target=example.target,
         vectors={name: getattr(three, name) for name in Forms.NAMES}, prompt_len=len(prompt), explained=explained,
         sink=_within(tokens, "sink", target[0]), thinking=_within(tokens, "thinking", target[0]),
-        user_prompt_indices=prompt, keep_prompt_token_indices=kept, gold_prompt_token_indices=gold,
+        user_prompt_indices=prompt, keep_prompt_token_indices=kept if attr_func in WITHOUT_STOPS else None,
+        gold_prompt_token_indices=gold,
         faithfulness=None if faith is None else faith.scores,
         recovery=None if found is None or found.skipped else found.recovery,
         recovery_skipped_reason=None if found is None else found.skipped or None,
         time_attr_s=took, time_faith_s=faith_s, time_recovery_s=recovery_s,
-        hops=None if result.hops is None else result.hops[0][:, [*prompt, *target]],
+        hops=result.hops[0][:, [*prompt, *target]] if hops else None,
         lrp=_lrp(attr_func, options),
     )  # fmt: skip
     return Evaluated(trace, _rows(trace, result, faith, found))

@@ -1,0 +1,1 @@
+"""Parts of prompts that are taken away: units, conventions, judges, and a sparse fit."""

@@ -1,0 +1,1 @@
+"""Examples: cached files, readers of sources, moves between tokenizers, building."""

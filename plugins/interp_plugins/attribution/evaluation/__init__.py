@@ -1,0 +1,1 @@
+"""How good scores are: deletion curves, recovery, soft metrics, tables and comparisons."""

@@ -1,0 +1,1 @@
+"""Files of published runs: trace folders and compact exports."""

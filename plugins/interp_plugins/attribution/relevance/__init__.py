@@ -1,0 +1,1 @@
+"""Rules of relevance propagation, and passes under them."""
