@@ -95,7 +95,12 @@ class AttentionRows:
         return [index[query] for query in queries]
 
     def _rows(self, queries: Sequence[int]) -> Tensor:
-        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off."""
+        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off. With a graph
+        only where the pass had one: sinks and biases are weights, which always ask for it."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.query.requires_grad):
+            return self._made(queries)
+
+    def _made(self, queries: Sequence[int]) -> Tensor:
         asked = torch.tensor(list(queries), device=self.query.device)
         places = torch.tensor(self._places(queries), device=asked.device)
         query, key, mask, called = self.query[:, :, places], self.key, self.mask, {**self.called}
