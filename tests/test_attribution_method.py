@@ -54,7 +54,9 @@ def test_where_things_stand(toy: ic.Model) -> None:
     plain = layout_of(toy, tokens)
     assert plain.target == plain.sink == plain.thinking == plain.explained == range(start, stop)
     assert plain.prompt == tuple(range(start)) and plain.projected == tuple(range(stop)) and plain.length == stop
-    assert plain.predictors == tuple(range(start - 1, stop - 1)) and plain.answer == tuple(tokens.ids[0, start:].tolist())
+    assert plain.predictors == tuple(range(start - 1, stop - 1)) and plain.answer == tuple(
+        tokens.ids[0, start:].tolist()
+    )
     by_text = layout_of(toy, tokens, sink=" down", thinking=" cold")
     assert "".join(tokens.labels[0][p] for p in by_text.sink) == " down" and by_text.sink == by_text.explained
     assert "".join(tokens.labels[0][p] for p in by_text.thinking) == " cold"

@@ -47,6 +47,13 @@ def test_everything_is_escaped() -> None:
     }  # fmt: skip
 
 
+def test_a_token_turns_no_other_round() -> None:
+    """A token that overrides the direction of text does so within itself; others stand as they do without it."""
+    body = report.TokenStrip(["a", "\u202eb", " c"], [1.0, 2.0, 3.0]).html()
+    assert re.findall(r"<span style='([^']*)' data-tip", body)[1].endswith(";unicode-bidi:isolate")
+    assert body.count("unicode-bidi") == 1 and "unicode-bidi" not in report.TokenStrip(["a", "שלום"], [1.0, 2.0]).html()
+
+
 def test_pages_need_no_network() -> None:
     page = html.page("t", "i", [html.Section("a", "b", html.table([{"x": 1.5}]))])
     assert not re.search(r"(src|href)=|@import|url\(|https?:", page)
@@ -200,7 +207,9 @@ def test_boxes_lie_over_a_picture(tmp_path: Path) -> None:
     (tmp_path / "behind.png").write_bytes(base64.b64decode(uri))
     assert np.array_equal(np.rint(imread(tmp_path / "behind.png") * 255), picture)
     assert re.findall(r"viewBox='([^']+)'", body) == ["0 0 6 4"] * 2 and body.count("type='radio'") == 2
-    places = re.findall(r"<rect x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body)
+    places = re.findall(
+        r"<rect x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body
+    )
     assert [(x, tip) for x, _, tip in places] == [("0", "1"), ("3", "3"), ("0", "2"), ("3", "nan")]
     assert places[3][1] == "#ececec" and "<image" not in report.Overlay(boxes, [1.0, 2.0]).html()
 

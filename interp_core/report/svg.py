@@ -1,4 +1,4 @@
-"""Lines, bars and overlays as inline SVG. Colours are those of the page (`html.STYLE`), or the light ones without one."""
+"""Lines, bars and overlays as inline SVG. Colours are those of the page (`html.STYLE`), or light ones without it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .colors import SERIES, css
-from .html import scale_bar, switched, escape, number, short
+from .html import escape, number, scale_bar, short, switched
 from .pictures import data_uri
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def overlay(chart: OverlayData) -> str:
         boxes = [
             f"<rect x='{left:g}' y='{top:g}' width='{right - left:g}' height='{bottom - top:g}' "
             f"style='fill:{css(value, low, high, chart.diverging)[0]}' opacity='{opacity:g}' "
-            f"data-tip=\"{escape(number(float(value)))}\"/>"
+            f'data-tip="{escape(number(float(value)))}"/>'
             for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True)
         ]
         bar = f"<figcaption>{escape(chart.colorbar)} {scale_bar(low, high, chart.diverging)}</figcaption>"

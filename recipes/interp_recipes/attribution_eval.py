@@ -94,7 +94,8 @@ def attribution_eval(
     options, functions = Options(tuple(_words(mode)), profile, *ifr, *lrp, tie_orders), _words(attr_funcs)
     _check(functions, options)
     read = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
-    caches, dropped = ({name: pair[place] for name, pair in read.items()} for place in (0, 1))
+    caches = {name: examples for name, (examples, _) in read.items()}
+    dropped = {name: lines for name, (_, lines) in read.items()}
     for name, examples in caches.items():
         _check_needles(name, examples, options)
     loaded = ic.load(model_path or model, dtype=dtype, **_device(cuda_num if cuda is None else cuda))
