@@ -319,6 +319,8 @@ def _square(rows: Tensor | None, layout: Layout) -> Tensor | None:
 
 def _spread(values: Tensor, place: Tensor, width: int) -> Tensor:
     """A row's values at its columns in the batch; not a number at padding."""
+    if len(place) == width:
+        return values
     return values.new_full((*values.shape[:-1], width), float("nan")).index_copy_(-1, place, values)
 
 
