@@ -83,7 +83,7 @@ def test_hops_are_the_published_ones(name: str) -> None:
                     torch.testing.assert_close(found.mass, numbers[f"{key}/mass"].float(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 def test_rows_and_spans_are_the_published_ones(name: str) -> None:
     _, numbers, layout = published(name)
     where = list(layout.projected)
@@ -176,7 +176,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         AttnLRP()(tiny_model("llama4"), torch.tensor([[5, 17, 33]]), rules="pa_lrp")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "qwen3_moe"])
 def test_the_conformance_kit(family: str) -> None:
     testing.check_method("attnlrp", tiny_model(family)).raise_if_failed()
 

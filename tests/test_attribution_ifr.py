@@ -51,6 +51,7 @@ def tokens_of(numbers: Any, example: str, *, spans: bool = True, template: bool 
 
 
 def cases(family: str) -> list[tuple[str, str]]:
+    """Examples and the variants that they were explained by."""
     names = np.load(DATA / "ifr" / f"{family}.npz").files
     return sorted({(a, b) for a, b, _ in (n.split("/") for n in names if n.count("/") == 2) if "ifr_" in b})
 
@@ -279,6 +280,7 @@ def test_the_reference_refuses_what_it_does_not_know() -> None:
             IFR()(tiny_model(family), IDS, profile="reference")
 
 
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_conformance(family: str) -> None:
     testing.check_method(IFR, tiny_model(family), settings={"n_hops": 1}).raise_if_failed()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import sampled, tiny_model
 from interp_plugins.attribution.flows.proximity import proximity
-from interp_plugins.attribution.routes import KINDS, RouteGraph, Routes, RoutesResult
+from interp_plugins.attribution.flows.route_graph import KINDS, RouteGraph
+from interp_plugins.attribution.routes import Routes, RoutesResult
 from layouts import LINEAR
 from sweeping import ROWS
 from torch import Tensor
@@ -60,37 +61,34 @@ def test_scores_are_products_of_matrices_and_edges_their_shares(family: str) -> 
     for layer in reversed(range(model.n_layers)):
         heads, resid, bias, mlp = shares_by_hand(model, layer, run)
         mass = mass @ (heads.sum(0) + torch.diag(resid + bias))
-        torch.testing.assert_close(result.layer_scores[0, layer], mass, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(result.layer_scores[0, layer], mass, atol=1e-7, rtol=0)
         for head, row, key in (heads > 0.01).nonzero().tolist():
             by_node["attention", layer, head, key, row] = float(heads[head, row, key])
         for name, shares in (("residual", resid), ("bias", bias), ("mlp", mlp[0]), ("mlp_residual", mlp[1])):
             by_node |= {(name, layer, "", i, i): share for i, share in enumerate(shares.tolist())}
-    torch.testing.assert_close(result.scores[0], mass, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(result.scores[0], mass, atol=1e-7, rtol=0)
     lines = result.table()
     assert len(lines) > 20
     for line in lines:
         key = tuple(line[name] for name in ("kind", "layer", "head", "source", "target"))
-        assert line["share"] == pytest.approx(by_node[key], abs=1e-9, rel=1e-7) and line["share"] > 0.01
+        assert line["share"] == pytest.approx(by_node[key], abs=1e-7)  # Gemma's norms are in float32
+        assert line["share"] > 0.01
 
 
-@pytest.mark.parametrize("family", sampled())
+@pytest.mark.parametrize("family", sampled([name for name in testing.families() if name not in LINEAR]))
 def test_mass_adds_up_after_every_layer(family: str) -> None:
-    model = tiny_model(family)
-    try:
-        result = Routes()(model, tokens())
-    except ic.CapabilityError as error:
-        assert any(word in str(error) for word in ("pattern", "gate", "add up", "norm or"))
-        return
+    result = Routes()(tiny_model(family), tokens())
     mass = result.layer_scores.sum(-1)
     torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-9, rtol=0)
-    assert (result.layer_scores >= 0).all()
+    assert (result.layer_scores >= 0).all() and len(result.graph()) > 5
 
 
 def test_a_filtered_graph_is_that_of_the_higher_threshold(toy: RoutesResult) -> None:
-    low = Routes()(ic.load("toy:text"), SHOTS, threshold=0.002)
+    model = ic.load("toy:text")
+    low = Routes()(model, SHOTS, threshold=0.002)
     assert len(low.graph()) > len(toy.graph()) > 10
     for threshold in (0.04, 0.2):
-        high = Routes()(ic.load("toy:text"), SHOTS, threshold=threshold).graph()
+        high = Routes()(model, SHOTS, threshold=threshold).graph()
         filtered = low.graph().filter(threshold)
         assert edges_of(filtered) == edges_of(high)
         assert low.filter(threshold).graph().columns() == filtered.columns()
@@ -149,6 +147,7 @@ def test_drawings(toy: RoutesResult, tmp_path: Path) -> None:
     assert toy.png(tmp_path / "routes.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_kit() -> None:
     testing.check_method(Routes, ic.load(testing.tiny("llama"))).raise_if_failed()
 

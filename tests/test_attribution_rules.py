@@ -31,13 +31,34 @@ def row() -> ic.Tokens:
     return ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp", "gradient"])
-@pytest.mark.parametrize("family", sampled())
-def test_relevance_is_that_by_hand(family: str, rule: str) -> None:
+KINDS = (
+    "gpt2",
+    "gptj",
+    "gemma2",
+    "gpt_neo",
+    "opt",
+    "qwen3",
+    "olmo2",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "qwen3_vl",
+)
+"""Composed and plain activations, LayerNorm and RMSNorm, parallel and post-normed blocks, attention of its own, mixtures."""
+
+
+@pytest.mark.parametrize("family", sampled(fast=KINDS))
+def test_relevance_is_that_by_hand(family: str) -> None:
+    check_by_hand(family, R.rules("attnlrp"))
+
+
+@pytest.mark.parametrize("rule", ["cp_lrp", "gradient"])
+@pytest.mark.parametrize("family", sampled(fast=("llama",)))
+def test_other_rules_are_those_by_hand(family: str, rule: str) -> None:
     check_by_hand(family, R.rules(rule))
 
 
-@pytest.mark.parametrize("family", sampled(MIXTURES, ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")))
+@pytest.mark.parametrize("family", sampled(MIXTURES, ("qwen3_moe", "deepseek_v3")))
 def test_halved_routers_are_those_by_hand(family: str) -> None:
     check_by_hand(family, R.rules("attnlrp", router="halved"))
 
@@ -63,7 +84,7 @@ def without_biases(family: str) -> ic.Model:
     return ic.load(hf)
 
 
-@pytest.mark.parametrize("family", sampled([name for name in testing.families() if name != "gpt_oss"]))
+@pytest.mark.parametrize("family", sampled([name for name in testing.families() if name != "gpt_oss"], KINDS))
 def test_constant_patterns_and_routers_conserve(family: str) -> None:
     """In every layer above one of linear attention. GPT-OSS adds one to a factor, which is a bias."""
     model = without_biases(family)
@@ -80,7 +101,7 @@ def test_constant_patterns_and_routers_conserve(family: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp", "pa_lrp"])
-@pytest.mark.parametrize("family", sampled(fast=("llama", "gpt2", "qwen3_moe")))
+@pytest.mark.parametrize("family", sampled(fast=("gpt2", "qwen3_moe")))
 def test_logits_and_the_model_stay_what_they_are(family: str, rule: str) -> None:
     model = tiny_model(family)
     before = State.of(model.hf)

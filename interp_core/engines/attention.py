@@ -140,6 +140,13 @@ class LayerTap:
         """Whether the layer's own kernel can do what is not asked for."""
         return self.kernel is not None and self.prefix is None and not self.keep
 
+    def look(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, called: dict[str, Any]) -> None:
+        """Keep, and hand on, what attention is called with."""
+        if self.keep:
+            self.kept = key, value, called.get("sliding_window")
+        if self.note is not None:
+            self.note(query, key, mask, called)
+
     def remove(self) -> None:
         """Give the layer its own config back."""
         self.module.__dict__.pop("interp_tap", None)
@@ -203,10 +210,8 @@ def attention(
         key = stages["rot_k"](key, n_keys)
     if "v" in stages:
         value = stages["v"](value, n_keys)
-    if tap.keep:
-        tap.kept = key, value, kwargs.get("sliding_window")
-    if tap.note is not None:
-        tap.note(query, key, attention_mask, {"scaling": scaling, **kwargs})
+    if tap.keep or tap.note is not None:
+        tap.look(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
     if tap.kernel is not None and tap.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]

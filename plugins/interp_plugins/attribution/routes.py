@@ -6,21 +6,21 @@ Nodes are the stream after each block, the stream between attention and MLP, and
     into resid_post:             the MLP, the residual stream
     share(edge) = prox(part, whole) / sum over all edges into the node        prox as in `proximity`
 
-From the nodes that predict the answer downwards, edges with a share above `threshold` are kept, and the nodes where they
-begin; what is left of a node's shares, divided by their sum, is an edge's importance. Beside the graph stand the scores
-of real routes, through all layers and over all edges, none dropped:
+From the nodes that predict the answer downwards, edges with a share above `threshold` are kept, and the nodes where
+they begin; what is left of a node's shares, divided by their sum, is an edge's importance. Beside the graph stand the
+scores of real routes, through all layers and over all edges, none dropped:
 
     scores[L] = 1 at the answer's predictors (1 together)
     scores[l][j] = Σ_i scores[l + 1][i] · (Σ_heads share(j → i) + [i = j] (share of residual and bias))
 
-MLPs and biases keep mass at their token. Every node's shares add up to 1, so that every layer's scores do: the summed form
-of method `ifr` leaves out what flows on by the residual stream, and never follows an edge twice.
+MLPs and biases keep mass at their token. Every node's shares add up to 1, so that every layer's scores do. (The summed
+form, method `ifr`, takes each layer's shares at the answer's predictors, and follows no edge.)
 
 Source: Ferrando and Voita (2024), arXiv:2403.00824; prox by L1 norms, with values' biases, as their published tool.
 Parallel blocks are taken as attention first, then MLP.
 Cost: two forward passes, and per layer the proximities of all tokens up to the answer. Memory is linear in the length.
-Must equal: scores that add up to 1 after each layer; every node's shares to 1; and, as a graph at a higher threshold, the
-same graph filtered.
+Must equal: matrices of shares multiplied by hand (float64); scores that add up to 1 after each layer; and, for a higher
+threshold, the same graph filtered.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -40,12 +40,10 @@ from interp_core import sites as S
 
 from .flows.flow import Flow, KeptLayer
 from .flows.proximity import proximities, proximity
+from .flows.route_graph import ATTENTION, BIAS, COLUMNS, MLP, MLP_RESIDUAL, RESIDUAL, RouteGraph
+from .flows.routes_drawing import png, svg
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig, AttributionResult
-
-KINDS = ("attention", "residual", "bias", "mlp", "mlp_residual")
-"""Of edges, by their numbers."""
-ATTENTION, RESIDUAL, BIAS, MLP, MLP_RESIDUAL = range(5)
 
 
 class RoutesConfig(AttributionConfig):
@@ -60,78 +58,6 @@ class RoutesConfig(AttributionConfig):
     threshold: float = Field(0.04, ge=1e-3, lt=1)
     chunk_tokens: int = Field(128, ge=1)
     sink_chunk_tokens: int = Field(32, ge=1)
-
-
-@dataclass(frozen=True, eq=False)
-class RouteGraph:
-    """Edges of one row's graph, from the top down.
-
-    Attributes:
-        kind: number of the kind in `KINDS`.
-        layer: of the block.
-        head: of attention; else -1.
-        source, target: positions where the edge begins and ends; the same but for attention.
-        share: of the part in all that its node is made of.
-        strength: the largest threshold below which the edge is in the graph: the least share on the best way from its
-            end to the top, and its own.
-        tops: positions that the graph explains, in the last layer.
-    """
-
-    kind: Int[Tensor, " edge"]
-    layer: Int[Tensor, " edge"]
-    head: Int[Tensor, " edge"]
-    source: Int[Tensor, " edge"]
-    target: Int[Tensor, " edge"]
-    share: Float[Tensor, " edge"]
-    strength: Float[Tensor, " edge"]
-    tops: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    def filter(self, threshold: float) -> RouteGraph:
-        """The graph of a higher threshold: edges with a larger share, as far as they still lead to the top."""
-        return self[self.strength > threshold]
-
-    def __getitem__(self, edges: Tensor) -> RouteGraph:
-        """Some of the edges, by a mask or by index."""
-        return replace(self, **{name: getattr(self, name)[edges] for name in _COLUMNS})
-
-    @property
-    def importance(self) -> Float[Tensor, " edge"]:
-        """Shares among the edges that are left of each node."""
-        node = torch.stack([self.layer, self.target, (self.kind >= MLP).long()])
-        _, index = node.unique(dim=1, return_inverse=True)
-        sums = self.share.new_zeros(len(self) + 1).index_add_(0, index.flatten(), self.share)
-        return self.share / sums[index.flatten()]
-
-    @classmethod
-    def of(cls, columns: Mapping[str, Sequence[Any]], tops: Sequence[int]) -> RouteGraph:
-        """From plain columns."""
-        dtype = {"share": torch.float64, "strength": torch.float64}
-        return cls(*(torch.tensor(columns[n], dtype=dtype.get(n, torch.int64)) for n in _COLUMNS), tuple(tops))
-
-    def columns(self) -> dict[str, list[Any]]:
-        """As plain columns."""
-        return {name: getattr(self, name).tolist() for name in _COLUMNS}
-
-    def table(self, tokens: Sequence[str]) -> list[dict[str, Any]]:
-        """A row per edge, the most important first."""
-        importance = self.importance
-        order = importance.argsort(descending=True, stable=True).tolist()
-        return [
-            {
-                "kind": KINDS[int(self.kind[e])], "layer": int(self.layer[e]),
-                "head": int(self.head[e]) if self.head[e] >= 0 else "",
-                "source": int(self.source[e]), "target": int(self.target[e]),
-                "from": tokens[int(self.source[e])], "to": tokens[int(self.target[e])],
-                "share": float(self.share[e]), "importance": float(importance[e]),
-            }
-            for e in order
-        ]  # fmt: skip
-
-
-_COLUMNS = tuple(f.name for f in fields(RouteGraph) if f.name != "tops")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +94,6 @@ class RoutesResult(AttributionResult):
 
     def html(self) -> str:
         """Each row's graph, with a slider that filters it, and its tokens coloured by their scores."""
-        from .flows.routes_drawing import svg
-
         graphs = (svg(self.graph(row), self.labels[row], self.n_layers) for row in range(len(self.edges)))
         return "".join(graphs) + super().html()
 
@@ -179,8 +103,6 @@ class RoutesResult(AttributionResult):
         Raises:
             CapabilityError: matplotlib is not installed.
         """
-        from .flows.routes_drawing import png
-
         return png(path, self.graph(row), self.labels[row], self.n_layers, self.method)
 
     @property
@@ -199,7 +121,7 @@ class Routes(Attribution):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RoutesConfig) -> None:
         """As all attribution methods; and every layer mixes tokens by a pattern."""
-        from .flows.flow import demand_patterns
+        from .flow import demand_patterns
 
         demand_patterns(model)
         super().check(model, tokens, config)
@@ -264,8 +186,8 @@ class Walk:
             self.through_attention(layer, kept, mid)
             self.post = kept.before
             steps.append(self.scores)
-        columns = [torch.cat(column) for column in zip(*self.edges, strict=True)]
-        return RouteGraph(*columns, self.tops), torch.stack(steps[::-1])
+        columns = dict(zip(COLUMNS, map(torch.cat, zip(*self.edges, strict=True)), strict=True))
+        return RouteGraph(**columns, tops=self.tops), torch.stack(steps[::-1])
 
     def through_mlp(self, layer: int, mid: Tensor) -> None:
         """The MLP's part and the residual's, of the nodes in the graph."""

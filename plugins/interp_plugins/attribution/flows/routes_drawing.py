@@ -8,14 +8,14 @@ Source: this package.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import interp_core as ic
 from interp_core import report
 
-from ..routes import ATTENTION, BIAS, KINDS, MLP, MLP_RESIDUAL, RouteGraph
+from .route_graph import ATTENTION, BIAS, KINDS, MLP, MLP_RESIDUAL, RouteGraph
 
 COLUMN, STEP, LEFT, TOP, FOOT = 46.0, 62.0, 52.0, 18.0, 68.0
 """Pixels: between tokens, between blocks, and around them."""
@@ -62,12 +62,16 @@ def laid_out(graph: RouteGraph, tokens: Sequence[str], n_layers: int) -> Picture
     return Picture(strokes, tops, columns, layers, LEFT + COLUMN * len(touched) + 12, height)
 
 
-def _strokes(graph: RouteGraph, tokens: Sequence[str], across: dict[int, float], level) -> Iterator[Stroke]:  # type: ignore[no-untyped-def]
+def _strokes(
+    graph: RouteGraph, tokens: Sequence[str], across: Mapping[int, float], level: Callable[[float], float]
+) -> Iterator[Stroke]:
+    """Edges as lines: MLPs make a bend beside their token's line."""
     columns = (graph.kind, graph.layer, graph.head, graph.source, graph.target, graph.importance, graph.strength)
     for kind, layer, head, source, target, importance, strength in zip(*(c.tolist() for c in columns), strict=True):
         a, b, low, middle, high = across[source], across[target], level(layer), level(layer + 0.55), level(layer + 1)
         side = COLUMN / 4
-        points: tuple[tuple[float, float], ...] = ((a, low), (b, middle))
+        beside = 2.0 * (head % 5 - 2) if kind == ATTENTION else 0.0  # heads that read the same token, beside each other
+        points: tuple[tuple[float, float], ...] = ((a + beside, low), (b + beside, middle))
         if kind == MLP_RESIDUAL:
             points = ((a, middle), (b, high))
         elif kind == MLP:
