@@ -121,7 +121,7 @@ class Routes(Attribution):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RoutesConfig) -> None:
         """As all attribution methods; and every layer mixes tokens by a pattern."""
-        from .flow import demand_patterns
+        from .flows.flow import demand_patterns
 
         demand_patterns(model)
         super().check(model, tokens, config)
