@@ -102,7 +102,7 @@ REAL: Methods = {
 }
 PUBLISHED = (
     ("ifr span", "ifr", {"variant": "span"}),
-    ("ifr multi_hop_both", "ifr", {"variant": "multi_hop_both", "n_hops": 1, "hop0": "sink"}),
+    ("ifr multi_hop_both", "ifr", {"variant": "multi_hop_both", "n_hops": 1}),
     ("attnlrp", "attnlrp", {}),
 )
 

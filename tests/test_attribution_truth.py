@@ -10,9 +10,11 @@ from typing import Any
 
 import attribution_truth as truth
 import pytest
-from attribution_truth import FLOWS_AND_GRADIENTS, LEAVE_OUT, METHODS, Prompt
+import torch
+from attribution_truth import FLOWS_AND_GRADIENTS, METHODS, Prompt
 from conftest import toy_model
 
+import interp_core as ic
 from interp_core.stats import Bootstrap
 
 SIZES = [6, pytest.param(60, marks=pytest.mark.slow)]
@@ -23,9 +25,14 @@ def asked(hops: int, count: int) -> list[Prompt]:
     return truth.needles(toy_model(), hops, count)
 
 
-def recovered(method: tuple[str, Any], prompts: list[Prompt], **more: Any) -> list[float]:
-    name, settings = method
-    return [truth.found(truth.scored(toy_model(), prompt, name, {**settings, **more}), prompt) for prompt in prompts]
+def found(prompts: list[Prompt], method: str, **settings: Any) -> list[float]:
+    return [truth.found(truth.scored(toy_model(), prompt, method, settings), prompt) for prompt in prompts]
+
+
+@cache
+def recovered(name: str, hops: int, count: int) -> list[float]:
+    method, settings = METHODS[name]
+    return found(asked(hops, count), method, **settings)
 
 
 def mean(values: list[float]) -> float:
@@ -49,8 +56,8 @@ def test_flows_and_gradients_find_more_than_chance(hops: int, count: int) -> Non
     """By a paired interval: the same prompts, and what random weights find in each on average, which is exact."""
     prompts = asked(hops, count)
     by_chance = [truth.by_chance(prompt) for prompt in prompts]
-    for name, method in FLOWS_AND_GRADIENTS.items():
-        gap = Bootstrap().difference(recovered(method, prompts), by_chance)
+    for name in FLOWS_AND_GRADIENTS:
+        gap = Bootstrap().difference(recovered(name, hops, count), by_chance)
         assert gap.low > 0, f"{name}: {gap}"
 
 
@@ -58,10 +65,9 @@ def test_flows_and_gradients_find_more_than_chance(hops: int, count: int) -> Non
 def test_a_value_that_is_stated_is_found(count: int) -> None:
     """Without an alias; in the reference profile the flow starts at the value itself, and does not find where it is
     from."""
-    prompts = asked(0, count)
     for name in ("ifr span", "attnlrp", "attnlrp, cp_lrp", "attnlrp, pa_lrp", "integrated_gradients"):
-        assert mean(recovered(METHODS[name], prompts)) >= 0.95, name
-    assert mean(recovered(METHODS["ifr span, reference"], prompts)) <= 0.05
+        assert mean(recovered(name, 0, count)) >= 0.95, name
+    assert mean(recovered("ifr span, reference", 0, count)) <= 0.05
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def test_a_value_that_is_stated_is_found(count: int) -> None:
     [(2, 6), pytest.param(1, 60, marks=pytest.mark.slow), pytest.param(2, 60, marks=pytest.mark.slow)],
 )
 def test_aliases_are_found_by_leaving_them_out(hops: int, count: int) -> None:
-    assert mean(recovered(LEAVE_OUT, asked(hops, count))) >= 0.8
+    assert mean(recovered("leave_out, logit", hops, count)) >= 0.8
 
 
 @pytest.mark.parametrize("count", SIZES)
@@ -78,10 +84,21 @@ def test_hops_go_through_written_reasoning(steps: int, count: int) -> None:
     """The target states the aliases, the prompt the value: it takes a hop per alias to come to the value, if hops go
     on from the tokens that were read. The flow into the answer alone hardly comes there."""
     prompts = truth.written(toy_model(), steps, count)
-    found = {
-        hops: recovered(("ifr", {"variant": "multi_hop", "read_at": "tokens", "n_hops": hops}), prompts)
-        for hops in range(steps + 1)
-    }
-    assert mean(found[steps]) >= 0.95
-    assert all(mean(found[hops]) <= 0.4 for hops in range(steps))
-    assert recovered(("ifr", {"variant": "span"}), prompts) == found[0]
+    hop = [found(prompts, "ifr", variant="multi_hop", read_at="tokens", n_hops=hops) for hops in range(steps + 1)]
+    assert mean(hop[steps]) >= 0.95
+    assert all(mean(hop[hops]) <= 0.4 for hops in range(steps))
+    assert found(prompts, "ifr", variant="span") == hop[0]
+
+
+def test_where_hops_go_on() -> None:
+    """A hop into one token of the reasoning is the flow into the position that predicts it, or into its own, which
+    predicts the next."""
+    prompt, model = truth.written(toy_model(), 1, 1)[0], toy_model()
+    for at, shift in (("predictors", 0), ("tokens", 1)):
+        hops = ic.method("ifr")(
+            model, prompt.tokens, variant="multi_hop", sink=(6, 7), thinking=(2, 3), n_hops=1, read_at=at
+        )
+        direct = ic.method("ifr")(model, prompt.tokens, variant="span", sink=(2 + shift, 3 + shift))
+        assert hops.mass[0, 0] > 0 and torch.allclose(hops.hops[0, 1], direct.hops[0, 0], rtol=1e-6, atol=1e-9)
+        answer = ic.method("ifr")(model, prompt.tokens, variant="span", sink=(6, 7))
+        assert torch.equal(hops.hops[0, 0], answer.hops[0, 0])
