@@ -94,12 +94,17 @@ class AttentionRows:
         return [index[query] for query in queries]
 
     def _rows(self, queries: Sequence[int], places: Sequence[int]) -> Tensor:
-        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off.
+        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off. With a graph
+        only where the pass had one: sinks and biases are weights, which always ask for it.
 
         Args:
             queries: columns of the batch.
             places: where they lie in `query`.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.query.requires_grad):
+            return self._made(queries, places)
+
+    def _made(self, queries: Sequence[int], places: Sequence[int]) -> Tensor:
         mask, called = self.mask, {**self.called}
         query, key = _taken(self.query, places), self.key
         if called.get("position_bias") is not None:
