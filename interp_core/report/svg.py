@@ -161,7 +161,7 @@ def overlay(chart: OverlayData) -> str:
         boxes = [
             f"<rect x='{left:g}' y='{top:g}' width='{right - left:g}' height='{bottom - top:g}' "
             f"style='fill:{css(value, low, high, chart.diverging)[0]}' opacity='{opacity:g}' "
-            f"data-tip=\"{escape(number(float(value)))}\"/>"
+            f'data-tip="{escape(number(float(value)))}"/>'
             for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True)
         ]
         bar = f"<figcaption>{escape(chart.colorbar)} {scale_bar(low, high, chart.diverging)}</figcaption>"
