@@ -1,4 +1,4 @@
-"""Lines, bars and overlays as inline SVG. Colours are those of the page (`html.STYLE`), or the light ones without one."""
+"""Lines, bars and overlays as inline SVG, in the colours of the page (`html.STYLE`), or the light ones without one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .colors import SERIES, css
-from .html import scale_bar, switched, escape, number, short
+from .html import escape, number, scale_bar, short, switched
 from .pictures import data_uri
 
 if TYPE_CHECKING:
