@@ -268,7 +268,7 @@ class Attribution(ic.Method):
         sinks = [attention_sinks(model, layout, each.stream) for layout, each in zip(layouts, found, strict=True)]
         shares = [mass_shares(each.scores, where) for each, where in zip(found, sinks, strict=True)]
         kept = [_without(each, where, config.leave_out) for each, where in zip(found, sinks, strict=True)]
-        settings = {name: value for name, value in config.model_dump().items() if value != _default(config, name)}
+        settings = {n: v for n, v in config.model_dump().items() if n == "variant" or v != _default(config, n)}
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in settings.items() if name not in config.PER_PROMPT)
 
         def laid(values: Sequence[Tensor | None]) -> Tensor | None:
