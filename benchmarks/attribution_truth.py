@@ -161,7 +161,7 @@ def written(model: ic.Model, hops: int, count: int, chains: int = 5, seed: int =
     return out
 
 
-def scored(model: ic.Model, prompt: Prompt, method: str, settings: Mapping[str, Any]) -> ic.Result:
+def scored(model: ic.Model, prompt: Prompt, method: str, settings: Mapping[str, Any]) -> Any:
     """What a method says."""
     own = {key: prompt.other if value == "other" else value for key, value in settings.items()}
     return ic.method(method)(model, prompt.tokens, **own)
@@ -196,7 +196,7 @@ def rows_of(
         weights, more = list[Tensor](), list[dict[str, Any]]()
         for method, settings in methods.values():
             began = time.perf_counter()
-            result: Any = scored(model, prompt, method, settings)
+            result = scored(model, prompt, method, settings)
             more.append({"seconds": time.perf_counter() - began, "first": float(result.first_share[0])})
             weights.append(_weights(result, prompt))
         signed, text = torch.stack(weights), Perturbed(model, prompt.tokens)
@@ -254,14 +254,19 @@ def on_steps(count: int) -> None:
 
 
 def on_real(name: str, examples: Sequence[Example], steps: int) -> None:
-    """The table of one cache."""
+    """The table of one cache.
+
+    Args:
+        steps: of deletion curves; 0: none, and no method that deletes.
+    """
     model = ic.load("smollm2")
-    prompts = [_cached(model, example, "sound") for example in examples]
-    rows = rows_of(model, prompts, REAL, steps=steps, with_areas=False)
+    prompts = [cached(model, example, "sound") for example in examples]
+    methods = {label: method for label, method in REAL.items() if steps or method[0] != "leave_out"}
+    rows = rows_of(model, prompts, methods, steps=steps, with_areas=False)
     print(f"\n{_titled(name, prompts)}\n\n{table(rows)}", flush=True)
 
 
-def _cached(model: ic.Model, example: Example, profile: Profile) -> Prompt:
+def cached(model: ic.Model, example: Example, profile: Profile) -> Prompt:
     """An example of a cache."""
     tokens = example_tokens(model, example, profile, eos=True)
     places = {position: place for place, position in enumerate(tokens.columns("prompt")[0])}
@@ -274,7 +279,7 @@ def beside_published(name: str, examples: Sequence[Example]) -> None:
     model, rows = ic.load("smollm2"), list[dict[str, Any]]()
     theirs = Theirs(model)
     for number, example in enumerate(examples):
-        prompt = _cached(model, example, "reference")
+        prompt = cached(model, example, "reference")
         for label, method, settings in PUBLISHED:
             began = time.perf_counter()
             result: Any = ic.method(method)(model, prompt.tokens, profile="reference", **settings)
@@ -350,7 +355,7 @@ def main() -> None:
     parser.add_argument("part", choices=["toy", "steps", "real", "published"])
     parser.add_argument("what", nargs="*", help="number of prompts, or caches")
     parser.add_argument("--most", type=int, help="examples of each cache, at most")
-    parser.add_argument("--steps", type=int, default=20, help="of the deletion curves on the real model; 0: none")
+    parser.add_argument("--steps", type=int, default=20, help="of the real model's deletion curves; 0: no deletions")
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

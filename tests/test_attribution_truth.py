@@ -12,7 +12,9 @@ import attribution_truth as truth
 import pytest
 import torch
 from attribution_truth import FLOWS_AND_GRADIENTS, METHODS, Prompt
-from conftest import toy_model
+from conftest import the_real_model, toy_model
+from interp_plugins.attribution.data.building import build
+from interp_plugins.attribution.data.sources import needles, two_steps
 
 import interp_core as ic
 from interp_core.stats import Bootstrap
@@ -102,3 +104,35 @@ def test_where_hops_go_on() -> None:
         assert hops.mass[0, 0] > 0 and torch.allclose(hops.hops[0, 1], direct.hops[0, 0], rtol=1e-6, atol=1e-9)
         answer = ic.method("ifr")(model, prompt.tokens, variant="span", sink=(6, 7))
         assert torch.equal(hops.hops[0, 0], answer.hops[0, 0])
+
+
+@cache
+def real_prompts() -> list[Prompt]:
+    """What the real model answers itself: a number that is hidden in 260 tokens."""
+    model = the_real_model()
+    built = list(build(model, needles(2, 40), max_new_tokens=24, batch_size=2))
+    assert all(one.example for one in built), [one.answer for one in built]
+    return [truth.cached(model, one.example, "sound") for one in built if one.example]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["ifr span", "ifr multi_hop_both, 1 hop", "attnlrp", "attnlrp, cp_lrp"])
+def test_the_real_model_reads_the_sentence_with_the_number(name: str) -> None:
+    method, settings = truth.REAL[name]
+    for prompt in real_prompts():
+        assert truth.found(truth.scored(the_real_model(), prompt, method, settings), prompt) >= 0.4
+        assert truth.by_chance(prompt) < 0.11
+
+
+@pytest.mark.real
+def test_the_real_model_reads_its_own_reasoning() -> None:
+    """A question of two steps, answered with written reasoning: the answer takes more from what was written than from
+    the question, and a hop hands that on to the question's facts."""
+    model = the_real_model()
+    asked = next(example for example in two_steps(40) if example.prompt.startswith("Carol has 6 marbles."))
+    (built,) = build(model, [asked], max_new_tokens=64)
+    assert built.example is not None, built
+    prompt = truth.cached(model, built.example, "sound")
+    result = truth.scored(model, prompt, "ifr", {"variant": "multi_hop", "read_at": "tokens"})
+    assert len(prompt.tokens.columns("thinking")[0]) > 30 and 0.1 < result.mass[0, 0] < 1
+    assert (result.hops[0, 1, prompt.tokens.columns("prompt")[0]] > 0).any()
