@@ -9,6 +9,7 @@ writes, as the published experiment does, into the tree O:
     recovery/<data set>/<label>/<method>_<num_examples>_examples.csv         Recovery@10%
     traces/<data set>/<label>/<tag>/                                         with --save_hop_traces
     examples/<data set>/<label>/all_<num_examples>_examples.csv              ours: every example, method and form
+    examples/<data set>/<label>/unreadable_<num_examples>_examples.jsonl     ours: lines of the cache that were dropped
     summary/<data set>/<label>/all_<num_examples>_examples.{csv,html}        ours: means with intervals, as a page
 
 The run's record lies beside the tree; the same command goes on where it was stopped. In the profile `reference` every
@@ -24,7 +25,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,10 +93,12 @@ def attribution_eval(
     ifr, lrp = (n_hops, chunk_tokens, sink_chunk_tokens), (attnlrp_neg_handling, attnlrp_norm_mode)
     options, functions = Options(tuple(_words(mode)), profile, *ifr, *lrp, tie_orders), _words(attr_funcs)
     _check(functions, options)
-    caches = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
+    read = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
+    caches, dropped = ({name: pair[place] for name, pair in read.items()} for place in (0, 1))
     for name, examples in caches.items():
         _check_needles(name, examples, options)
     loaded = ic.load(model_path or model, dtype=dtype, **_device(cuda_num if cuda is None else cuda))
+    _check_template(loaded, profile)
     settings = {
         "datasets": {name: [e.prompt_sha1 + e.target_sha1 for e in examples] for name, examples in caches.items()},
         "label": model, "options": {**vars(options), "modes": list(options.modes)}, "num_examples": num_examples,
@@ -105,16 +108,19 @@ def attribution_eval(
         output_root, settings, recipe="attribution_eval", model=loaded, dataset=",".join(caches), overwrite=overwrite
     ) as run:
         work = [Work(run, loaded, n, model, e, f, options, num_examples) for n, e in caches.items() for f in functions]
-        _evaluated(work, save_hop_traces, strict)
+        _evaluated(work, save_hop_traces, strict, dropped)
     return output_root
 
 
-def _evaluated(work: Sequence[Work], traces: bool, strict: bool) -> None:
-    """All methods on all data sets, each data set with its summary."""
+def _evaluated(work: Sequence[Work], traces: bool, strict: bool, dropped: Mapping[str, Rows]) -> None:
+    """All methods on all data sets, each data set with its summary, and with the lines that could not be read."""
     for each in work:
         each.claim(traces)
     for name, of_cache in itertools.groupby(work, lambda each: each.name):
         listed = list(of_cache)
+        if dropped[name]:
+            place = table_path("examples", name, listed[0].label, "unreadable", listed[0].count)
+            listed[0].run.put({place.removesuffix(".csv") + ".jsonl": runs.json_lines(dropped[name])})
         rows = [row for each in listed for row in each.done(traces, strict)]
         _summary(listed[0].run, name, listed[0].label, rows, listed[0].count)
 
@@ -254,17 +260,33 @@ def _check(functions: Sequence[str], options: Options) -> None:
         raise ic.PlanError(f"n_hops is {options.n_hops}: give 0 or more")
 
 
-def _examples(name: str, root: Path, count: int, sample: int | None, seed: int, strict: bool) -> list[Example]:
-    """The examples of a data set; rows that cannot be read are dropped, and said."""
+def _examples(
+    name: str, root: Path, count: int, sample: int | None, seed: int, strict: bool
+) -> tuple[list[Example], Rows]:
+    """The examples of a data set; lines that cannot be read are dropped and said, and come second."""
     path = Path(name) if name.endswith(".jsonl") else root / f"{name}.jsonl"
     if not path.is_file():
         there = sorted(p.stem for p in root.glob("*.jsonl")) if root.is_dir() else []
         raise ic.LoadError(f"no cache {path}. {ic.errors.nearest(name, there) if there else f'{root} holds none'}")
-    bad = None if strict else (lambda line, error: print(f"  dropped line {line}: {error}", file=sys.stderr))
-    examples = load_examples(path, count, sample=sample, seed=seed, bad=bad)
+    dropped: Rows = []
+
+    def bad(line: int, error: ic.InterpError) -> None:
+        print(f"  dropped line {line}: {error}", file=sys.stderr)
+        dropped.append({"line": line, "dropped": str(error)})
+
+    examples = load_examples(path, count, sample=sample, seed=seed, bad=None if strict else bad)
     if not examples:
         raise ic.LoadError(f"{path} holds no example that can be used")
-    return examples
+    return examples, dropped
+
+
+def _check_template(model: ic.Model, profile: str) -> None:
+    """The published code goes through a chat template: without one no example works."""
+    if profile == "reference" and not getattr(model.tokenizer, "chat_template", None):
+        raise ic.PlanError(
+            f"the profile 'reference' goes through a chat template, and the tokenizer of {model.source} has none; set "
+            "tokenizer.chat_template, or take the profile 'sound'"
+        )
 
 
 def _check_needles(name: str, examples: Sequence[Example], options: Options) -> None:

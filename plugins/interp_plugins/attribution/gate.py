@@ -45,15 +45,27 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
     reads = [site for site in (S.resid_pre, S.attn_out, S.mlp_out, S.resid_post) if model.layers(site)]
 
     def look(layer: int, values: ic.LayerReadings) -> None:
+        terms = [site for site in (S.attn_out, S.mlp_out) if layer in model.layers(site)]
         before, after = values[S.resid_pre].double(), values[S.resid_post].double()
-        added = sum(values[site].double() for site in (S.attn_out, S.mlp_out) if layer in model.layers(site))
+        added = sum(values[site].double() for site in terms)
         residue = float(((before + added - after).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)).max())
         if not residue <= limit:
+            sums = " + ".join(["resid_pre", *(site.name for site in terms)])
+            why = "".join(f"; {_lacking(model, name, layer)}" for name in parts if layer not in model.layers(name))
             raise ic.CapabilityError(
                 f"{owner} shares out what is added to the stream, and in layer {layer} of {model.source} it does not "
-                f"add up: resid_pre + attn_out + mlp_out is off resid_post by {residue:.1e} of its norm (at most "
-                f"{limit:.0e} in {str(model.dtype).removeprefix('torch.')}); see `interp sites` for what this model has"
+                f"add up: {sums} is off resid_post by {residue:.1e} of its norm (at most {limit:.0e} in "
+                f"{str(model.dtype).removeprefix('torch.')}){why}; see `interp sites` for what this model has"
             )
 
     model.run(few, read=reads, logits=False, each=look)
     _PASSED[model] = model.check
+
+
+def _lacking(model: ic.Model, name: str, layer: int) -> str:
+    """Why a layer does not have a site that others have, as the self-check says."""
+    try:
+        model.sizes(getattr(S, name)[layer])
+    except ic.SiteError as error:
+        return str(error)
+    return ""

@@ -190,7 +190,7 @@ class AttributionResult(ic.Result):
     @property
     def real(self) -> Tensor:
         """Which columns are tokens, not padding `[batch pos]`."""
-        return self.sinks >= 0
+        return ~self.scores.isnan()
 
 
 def stream_site(model: ic.Model) -> S.Site:
@@ -282,10 +282,10 @@ class Attribution(ic.Method):
             _spread(_spread(square, place, width).mT, place, width).mT
             for square, place in zip(squares, places, strict=True) if square is not None
         ])  # fmt: skip
-        scores, marks = laid([each.scores for each in kept]), torch.full((len(tokens), width), -1)
+        scores, marks = laid([each.scores for each in kept]), torch.zeros(len(tokens), width, dtype=torch.bool)
         assert scores is not None
         for row, (place, where) in enumerate(zip(places, sinks, strict=True)):
-            marks[row, place] = where.long()
+            marks[row, place] = where
         masses = [each.mass for each in kept if each.mass is not None]
         return AttributionResult(
             scores=scores, rows=rows, hops=laid([each.hops for each in kept]),
