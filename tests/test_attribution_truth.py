@@ -67,7 +67,8 @@ def test_flows_and_gradients_find_more_than_chance(hops: int, count: int) -> Non
 def test_a_value_that_is_stated_is_found(count: int) -> None:
     """Without an alias; in the reference profile the flow starts at the value itself, and does not find where it is
     from."""
-    for name in ("ifr span", "attnlrp", "attnlrp, cp_lrp", "attnlrp, pa_lrp", "integrated_gradients"):
+    assert mean(recovered("ifr span", 0, count)) >= 0.9
+    for name in ("attnlrp", "attnlrp, cp_lrp", "attnlrp, pa_lrp", "integrated_gradients"):
         assert mean(recovered(name, 0, count)) >= 0.95, name
     assert mean(recovered("ifr span, reference", 0, count)) <= 0.05
 
@@ -87,7 +88,7 @@ def test_hops_go_through_written_reasoning(steps: int, count: int) -> None:
     on from the tokens that were read. The flow into the answer alone hardly comes there."""
     prompts = truth.written(toy_model(), steps, count)
     hop = [found(prompts, "ifr", variant="multi_hop", read_at="tokens", n_hops=hops) for hops in range(steps + 1)]
-    assert mean(hop[steps]) >= 0.95
+    assert mean(hop[steps]) >= 0.9
     assert all(mean(hop[hops]) <= 0.4 for hops in range(steps))
     assert found(prompts, "ifr", variant="span") == hop[0]
 
@@ -126,13 +127,14 @@ def test_the_real_model_reads_the_sentence_with_the_number(name: str) -> None:
 
 @pytest.mark.real
 def test_the_real_model_reads_its_own_reasoning() -> None:
-    """A question of two steps, answered with written reasoning: the answer takes more from what was written than from
-    the question, and a hop hands that on to the question's facts."""
+    """A question of two steps, answered with written reasoning: most of the flow into the answer comes from what was
+    written, little from the question, and a hop hands more on to it."""
     model = the_real_model()
     asked = next(example for example in two_steps(40) if example.prompt.startswith("Carol has 6 marbles."))
     (built,) = build(model, [asked], max_new_tokens=64)
     assert built.example is not None, built
     prompt = truth.cached(model, built.example, "sound")
     result = truth.scored(model, prompt, "ifr", {"variant": "multi_hop", "read_at": "tokens"})
-    assert len(prompt.tokens.columns("thinking")[0]) > 30 and 0.1 < result.mass[0, 0] < 1
-    assert (result.hops[0, 1, prompt.tokens.columns("prompt")[0]] > 0).any()
+    first, second = result.hops[0, :, prompt.tokens.columns("prompt")[0]].sum(-1) / result.hops[0].sum(-1)
+    assert len(prompt.tokens.columns("thinking")[0]) > 30 and result.mass[0, 0] > 0.5
+    assert first < 0.2 and second > 1.2 * first
