@@ -200,7 +200,9 @@ def test_boxes_lie_over_a_picture(tmp_path: Path) -> None:
     (tmp_path / "behind.png").write_bytes(base64.b64decode(uri))
     assert np.array_equal(np.rint(imread(tmp_path / "behind.png") * 255), picture)
     assert re.findall(r"viewBox='([^']+)'", body) == ["0 0 6 4"] * 2 and body.count("type='radio'") == 2
-    places = re.findall(r"<rect x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body)
+    places = re.findall(
+        r"<rect x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body
+    )
     assert [(x, tip) for x, _, tip in places] == [("0", "1"), ("3", "3"), ("0", "2"), ("3", "nan")]
     assert places[3][1] == "#ececec" and "<image" not in report.Overlay(boxes, [1.0, 2.0]).html()
 

@@ -165,9 +165,10 @@ def overlay(path: str | Path, chart: OverlayData) -> Path:
         if chart.picture is not None:
             axes.imshow(chart.picture, extent=(0, width, height, 0), aspect="equal", interpolation="nearest")
         for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True):
-            how = {"facecolor": css(value, *ends, chart.diverging)[0], "linewidth": 0}
+            colour = css(value, *ends, chart.diverging)[0]
             opacity = 1.0 if chart.picture is None else chart.opacity
-            axes.add_patch(Rectangle((left, top), right - left, bottom - top, alpha=opacity, **how))
+            box = Rectangle((left, top), right - left, bottom - top, alpha=opacity, facecolor=colour, linewidth=0)
+            axes.add_patch(box)
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
         axes.set_aspect("equal")
