@@ -234,9 +234,9 @@ def length(at: Setting) -> Calls:
     both = {"sink_span": at.sink, "thinking_span": at.thinking, "n_hops": 1}
     theirs = at.flashtrace("LLMIFRAttributionBoth", "calculate_ifr_multi_hop_both", **both)
     calls |= dict(zip(["flashtrace one hop"], theirs.values(), strict=False))
-    if n <= 512:
+    if n <= 256:
         calls["AttnLRP per token"] = at.ours("attnlrp", variant="per_token")
-    if n <= 1024:
+    if n <= 512:
         theirs = at.flashtrace("LLMIFRAttribution", "calculate_ifr_for_all_positions", sink_chunk_tokens=1)
         calls |= dict(zip(["flashtrace all positions"], theirs.values(), strict=False))
     return calls
