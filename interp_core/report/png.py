@@ -165,8 +165,9 @@ def overlay(path: str | Path, chart: OverlayData) -> Path:
         if chart.picture is not None:
             axes.imshow(chart.picture, extent=(0, width, height, 0), aspect="equal", interpolation="nearest")
         for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True):
-            ink, opacity = css(value, *ends, chart.diverging)[0], 1.0 if chart.picture is None else chart.opacity
-            box = Rectangle((left, top), right - left, bottom - top, alpha=opacity, facecolor=ink, linewidth=0)
+            colour = css(value, *ends, chart.diverging)[0]
+            opacity = 1.0 if chart.picture is None else chart.opacity
+            box = Rectangle((left, top), right - left, bottom - top, alpha=opacity, facecolor=colour, linewidth=0)
             axes.add_patch(box)
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)

@@ -1,4 +1,4 @@
-"""Lines, bars and overlays as inline SVG. Colours are those of the page (`html.STYLE`), or light ones without it."""
+"""Lines, bars and overlays as inline SVG, in the colours of the page (`html.STYLE`), or the light ones without one."""
 
 from __future__ import annotations
 

@@ -95,7 +95,6 @@ def attribution_eval(
     _check(functions, options)
     read = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
     caches = {name: examples for name, (examples, _) in read.items()}
-    dropped = {name: lines for name, (_, lines) in read.items()}
     for name, examples in caches.items():
         _check_needles(name, examples, options)
     loaded = ic.load(model_path or model, dtype=dtype, **_device(cuda_num if cuda is None else cuda))
@@ -109,7 +108,7 @@ def attribution_eval(
         output_root, settings, recipe="attribution_eval", model=loaded, dataset=",".join(caches), overwrite=overwrite
     ) as run:
         work = [Work(run, loaded, n, model, e, f, options, num_examples) for n, e in caches.items() for f in functions]
-        _evaluated(work, save_hop_traces, strict, dropped)
+        _evaluated(work, save_hop_traces, strict, {name: unread for name, (_, unread) in read.items()})
     return output_root
 
 

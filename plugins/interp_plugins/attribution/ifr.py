@@ -52,6 +52,8 @@ class IFRConfig(AttributionConfig):
         combine: what hops observe is added up, or averaged.
         hop0: with "multi_hop_both" and "in_all_gen", whether the first flow goes into all of the answer, as in the
             paper, or into the sink, as in the later package.
+        read_at: where hops go on into the reasoning: the positions that predict its tokens (what made the model write
+            them), or the "tokens" themselves (what they hold when they are read); "reference" is always at the tokens.
         threshold: parts of heads that count for less are left out: in parts of the stream's length (reference: in its
             own units).
         tolerance: for all positions, how far above its exact value the part of a head may be, in parts of the stream's
@@ -64,6 +66,7 @@ class IFRConfig(AttributionConfig):
     n_hops: int = Field(1, ge=0)
     combine: Literal["sum", "avg"] = "sum"
     hop0: Literal["all", "sink"] = "all"
+    read_at: Literal["predictors", "tokens"] = "predictors"
     threshold: float = Field(0.0, ge=0)
     tolerance: float | None = Field(None, ge=0)
     chunk_tokens: int = Field(128, ge=1)
@@ -89,8 +92,9 @@ class IFR(Attribution):
         """One pass, then the flows that the variant asks for."""
         parts = parts_of(model, layout, config)
         asked = layout.target if config.variant in ROWS else (*parts.answer, *parts.reasoning, *layout.sink)
+        sinks = (*_sinks(layout, asked, config.profile), *(parts.reasoning if config.read_at == "tokens" else ()))
         flow = Flow(
-            model, layout.tokens, _sinks(layout, asked, config.profile), config.profile, config.threshold,
+            model, layout.tokens, sinks, config.profile, config.threshold,
             config.chunk_tokens, config.sink_chunk_tokens, config.tolerance,
         )  # fmt: skip
         if config.variant in ROWS:
@@ -146,8 +150,12 @@ def _by_hops(flow: Flow, layout: Layout, config: IFRConfig, parts: Parts) -> Att
     def into(tokens: Any, weights: Tensor | None) -> Tensor:
         return flow.span(_sinks(layout, tokens, config.profile), weights)
 
+    def through(tokens: Any, weights: Tensor | None) -> Tensor:
+        return flow.span(tuple(tokens), weights) if config.read_at == "tokens" else into(tokens, weights)
+
     keep = _kept(layout) if config.variant in STOPS else None
-    shared: Any = {"combine": config.combine, "divisor": max(1, config.n_hops) if config.profile == "reference" else 0}
+    divisor = max(1, config.n_hops) if config.profile == "reference" else 0
+    shared: Any = {"through": through, "combine": config.combine, "divisor": divisor}
     if config.variant == "span":
         vector = into(layout.sink, None)
         hops = Hops(vector, vector[None], vector.new_ones(1), {})

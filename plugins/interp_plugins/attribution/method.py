@@ -268,7 +268,7 @@ class Attribution(ic.Method):
         sinks = [attention_sinks(model, layout, each.stream) for layout, each in zip(layouts, found, strict=True)]
         shares = [mass_shares(each.scores, where) for each, where in zip(found, sinks, strict=True)]
         kept = [_without(each, where, config.leave_out) for each, where in zip(found, sinks, strict=True)]
-        settings = {name: value for name, value in config.model_dump().items() if value != _default(config, name)}
+        settings = {n: v for n, v in config.model_dump().items() if n == "variant" or v != _default(config, n)}
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in settings.items() if name not in config.PER_PROMPT)
 
         def laid(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -344,6 +344,8 @@ def _square(rows: Tensor | None, layout: Layout) -> Tensor | None:
 
 def _spread(values: Tensor, place: Tensor, width: int) -> Tensor:
     """A row's values at its columns in the batch; not a number at padding."""
+    if len(place) == width:
+        return values
     return values.new_full((*values.shape[:-1], width), float("nan")).index_copy_(-1, place, values)
 
 

@@ -69,17 +69,19 @@ class Hops(NamedTuple):
 
 
 def multi_hop(
-    flow: Flow, parts: Parts, n_hops: int, *, keep: Bool[Tensor, " pos"] | None = None, into_all: bool = False,
-    hop0: Literal["all", "sink"] = "all", combine: Combine = "sum", divisor: int = 0,
+    flow: Flow, parts: Parts, n_hops: int, *, through: Flow | None = None, keep: Bool[Tensor, " pos"] | None = None,
+    into_all: bool = False, hop0: Literal["all", "sink"] = "all", combine: Combine = "sum", divisor: int = 0,
 ) -> Hops:  # fmt: skip
     """Hops from the answer into the reasoning, again and again.
 
     Args:
+        through: the flow into the reasoning, of all hops after the first (default: `flow`).
         keep: tokens that are no stop words.
         into_all: flows go into the hull of answer and reasoning.
         hop0: with `into_all`, whether the first flow goes into all of it or into the answer.
         combine: "avg" divides what was observed by `divisor`, or by how many vectors it is the sum of.
     """
+    through = through or flow
     stretch = parts.hull if into_all else parts.reasoning
     first = parts.answer if not into_all or hop0 == "sink" else stretch
     kept = None if keep is None else keep.double()
@@ -98,15 +100,18 @@ def multi_hop(
         if not (ratio > 0) or not bool(weights.any()):
             vectors.append(torch.zeros_like(last))
             continue
-        vectors.append(_kept(flow(stretch, weights / weights.sum()), kept))
+        vectors.append(_kept(through(stretch, weights / weights.sum()), kept))
         observed = observed + vectors[-1] * mask * ratio
     if combine == "avg":
         observed = observed / (divisor or len(vectors))
     return Hops(observed, torch.stack(vectors), torch.stack(mass), {})
 
 
-def split_hop(flow: Flow, parts: Parts, n_hops: int, *, combine: Combine = "sum", divisor: int = 0) -> Hops:
+def split_hop(
+    flow: Flow, parts: Parts, n_hops: int, *, through: Flow | None = None, combine: Combine = "sum", divisor: int = 0
+) -> Hops:
     """One hop per segment of the reasoning, from the last to the first; `n_hops` is how many segments there are."""
+    through = through or flow
     mask = _mask(parts, None)
     vectors = [flow(parts.answer, None)]
     first = vectors[0]
@@ -119,7 +124,7 @@ def split_hop(flow: Flow, parts: Parts, n_hops: int, *, combine: Combine = "sum"
             vectors.append(torch.zeros_like(first))
             mass.append(first.new_zeros(()))
             continue
-        vector = flow(segment, waiting / waiting.sum()).clone()
+        vector = through(segment, waiting / waiting.sum()).clone()
         vector[segment.start : segment.stop] = 0
         total = vector.sum()
         share = waiting.sum() / total if total > 0 else torch.zeros_like(total)
