@@ -12,8 +12,8 @@ import interp_core as ic
 
 INTERNAL = {"atlas", "engine", "renew", "reopen", "snapshot", "tried", "turn"}
 """Attributes of `Model` that are the engine's own."""
-OF_OTHERS = {"_asdict", "_fields", "_make", "_replace", "_attn_implementation"}
-"""Underscored attributes of namedtuples and of transformers' configs."""
+OF_OTHERS = {"_asdict", "_fields", "_make", "_replace", "_attn_implementation", "_forward_hooks", "_forward_pre_hooks"}
+"""Underscored attributes of namedtuples, of transformers' configs and of torch's modules."""
 
 
 def modules(packages: Mapping[str, Path]) -> dict[str, Path]:

@@ -282,6 +282,26 @@ def test_a_model_that_does_not_add_up_is_refused(family: str) -> None:
         assert bool(ic.method(name)(model, ids(LONG), **({"steps": 2} if "ated" in name else {})).scores.any())
 
 
+def test_a_model_that_changes_is_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at once; and again where a block was given another forward, or a hook."""
+    hf = testing.tiny("llama")
+    model, runs, run = ic.load(hf), list[int](), ic.Model.run
+    monkeypatch.setattr(ic.Model, "run", lambda self, *a, **k: runs.append(1) or run(self, *a, **k))
+    demand_additive("x", model, ids(LONG))
+    demand_additive("x", model, ids(LONG))
+    assert len(runs) == 1
+    block = hf.model.layers[1]
+    hook = block.register_forward_hook(lambda module, args, out: out * 1.3)
+    with pytest.raises(ic.CapabilityError, match="in layer 1 of LlamaForCausalLM it does not add up"):
+        demand_additive("x", model, ids(LONG))
+    hook.remove()
+    demand_additive("x", model, ids(LONG))
+    forward = block.forward
+    block.forward = lambda *args, **named: forward(*args, **named) * 1.3
+    with pytest.raises(ic.CapabilityError, match="in layer 1 of LlamaForCausalLM it does not add up"):
+        demand_additive("x", model, ids(LONG))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_gate_is_as_fine_as_the_dtype(dtype: torch.dtype) -> None:
     demand_additive("x", tiny_model("qwen2", dtype), ids(LONG))

@@ -21,8 +21,9 @@ TOKENS = 16
 RESIDUE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """How much may be left over, in parts of the stream's norm: a few roundings of its terms."""
 
-_PASSED: WeakKeyDictionary[ic.Model, object] = WeakKeyDictionary()
-"""Models that have passed, each with its self-check of then: one that has changed is looked at anew."""
+_PASSED: WeakKeyDictionary[ic.Model, tuple[object, ...]] = WeakKeyDictionary()
+"""Models that have passed, each with its self-check and what was laid over its modules then: one that has changed is
+looked at anew."""
 
 
 def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
@@ -38,7 +39,8 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
     for name in ("resid_pre", "resid_post", *(("attn_out", "mlp_out") if not parts else ())):
         if not model.layers(name):
             raise ic.CapabilityError(f"{owner} shares out what is added to the stream: {model.can(name, 'read')}")
-    if model.check is not None and _PASSED.get(model) is model.check:
+    now = (id(model.check), *_changes(model))
+    if model.check is not None and _PASSED.get(model) == now:
         return
     few = tokens if tokens.inputs else ic.Tokens(tokens.ids[:, :TOKENS], tokens.mask[:, :TOKENS])
     limit = RESIDUE.get(model.dtype, 1e-4)
@@ -59,7 +61,13 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
             )
 
     model.run(few, read=reads, logits=False, each=look)
-    _PASSED[model] = model.check
+    _PASSED[model] = now
+
+
+def _changes(model: ic.Model) -> list[object]:
+    """What was laid over single modules: other forwards, and hooks."""
+    over = ((m.__dict__.get("forward"), m._forward_hooks, m._forward_pre_hooks) for m in model.hf.modules())
+    return [(place, f, *h.values(), *p.values()) for place, (f, h, p) in enumerate(over) if f or h or p]
 
 
 def _lacking(model: ic.Model, name: str, layer: int) -> str:
