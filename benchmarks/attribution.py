@@ -3,29 +3,35 @@
     span     span and multi-hop IFR: one hop, three hops
     all      all positions: exact, and with a tolerance
     lrp      AttnLRP of a span, and a row per token of the target
+    length   one hop, all positions and AttnLRP per token, at every length
 
 8 layers, d_model 512 (`--width`), 8 heads of which 2 have keys and values, random weights, float32 (`--dtype`), one
 thread; half of the tokens are the prompt, half the target, whose last 16 are explained. Calls take turns in one
-process, and the shortest of all rounds counts; the unit is one plain sdpa pass over the same tokens that keeps the last
-logits. `--memory` adds the most bytes that tensors took at a time, `--png FILE` draws seconds and bytes against the
-number of tokens. `flashtrace` and `lxt` are measured where they are installed (`pip install flashtrace lxt`; they are
-no dependency): flashtrace needs eager attention, so it has a second model with the same weights. Where a CUDA device is
-at hand: `--device cuda --dtype bfloat16 --width 2048 5000`.
+process, and the shortest of all rounds counts, in CPU seconds (on a CUDA device by the clock); the unit is one plain
+sdpa pass over the same tokens that keeps the last logits. `--memory` adds the most bytes that tensors took at a time.
+`length` draws seconds and bytes against the number of tokens (`--png FILE`), beside the published seconds where their
+file is given (`--published efficiency.json` of FlashTrace's repository: 8B on six GPUs, against generated tokens).
+`flashtrace` and `lxt` are measured where they are installed (`pip install flashtrace lxt`; they are no dependency):
+flashtrace needs eager attention, so it has a second model with the same weights. Where a CUDA device is at hand:
+`--device cuda --dtype bfloat16 --width 2048 5000`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import math
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from turns import shortest
 
 import interp_core as ic
 from interp_core.bench.allocations import peak_bytes
@@ -94,8 +100,9 @@ def span(at: Setting) -> Calls:
     """Span and multi-hop IFR."""
     both = {"sink_span": at.sink, "thinking_span": at.thinking}
     calls = {"span": at.ours("ifr", variant="span")}
-    for hops in (1, 3):
-        calls[f"multi_hop_both, {hops} hops"] = at.ours("ifr", variant="multi_hop_both", n_hops=hops)
+    for variant in ("multi_hop", "multi_hop_both"):
+        for hops in (1, 3):
+            calls[f"{variant}, {hops} hops"] = at.ours("ifr", variant=variant, n_hops=hops)
     calls |= at.flashtrace("LLMIFRAttribution", "calculate_ifr_span", span=at.sink)
     for hops in (1, 3):
         theirs = at.flashtrace("LLMIFRAttributionBoth", "calculate_ifr_multi_hop_both", n_hops=hops, **both)
@@ -170,42 +177,72 @@ def lxt_rules() -> Iterator[None]:
 def measured(calls: Calls, at: Setting, rounds: int, *, memory: bool) -> list[tuple[str, float, float]]:
     """Print a row per call, in plain passes; gives names, seconds and MiB (0 where they were not asked for)."""
     every = {"plain pass": at.plain, **calls}
-    waited = [partial(_waited, call, at) for call in every.values()]
-    seconds = shortest(rounds, *waited)
+    seconds = [math.inf] * len(every)
+    for _ in range(rounds):
+        seconds = [min(best, _seconds(call, at)) for best, call in zip(seconds, every.values(), strict=True)]
     print(f"| {at.tokens.ids.shape[1]} tokens | s | of a plain pass |" + (" MiB above the model |" if memory else ""))
     print("|---|---|---|" + ("---|" if memory else ""))
     rows = []
-    for (name, call), time in zip(every.items(), seconds, strict=True):
+    for (name, call), took in zip(every.items(), seconds, strict=True):
         size = peak_bytes(call) / 2**20 if memory else 0.0
         more = f" {size:.0f} |" if memory else ""
-        print(f"| {name} | {time:.3f} | {time / seconds[0]:.2f} |{more}", flush=True)
-        rows.append((name, time, size))
+        print(f"| {name} | {took:.3f} | {took / seconds[0]:.2f} |{more}", flush=True)
+        rows.append((name, took, size))
     return rows
 
 
-def _waited(call: Callable[[], object], at: Setting) -> None:
+def _seconds(call: Callable[[], object], at: Setting) -> float:
+    """Of one call: CPU time, which other processes do not add to; on a CUDA device by the clock."""
+    cuda = at.hf.device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    start = clock()
     call()
-    if at.hf.device.type == "cuda":
+    if cuda:
         torch.cuda.synchronize()
+    return clock() - start
 
 
-def draw(rows: dict[str, list[tuple[float, float]]], tokens: list[int], path: str) -> None:
-    """Seconds and MiB against the number of tokens, both axes logarithmic."""
+def draw(rows: dict[str, dict[int, tuple[float, float]]], published: str | None, path: str) -> None:
+    """Seconds and MiB against the number of tokens, all axes logarithmic; ours solid, theirs dashed."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = ["seconds, here", "MiB above the model, here"] + ["published seconds: 8B, six GPUs"] * bool(published)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained")
     for name, points in rows.items():
-        dashed = "--" if name.startswith(("flashtrace", "lxt")) else "-"
-        for axis, values in zip(axes, zip(*points, strict=True), strict=True):
-            axis.loglog(tokens[: len(values)], values, dashed, marker="o", markersize=3, label=name)
-    for axis, label in zip(axes, ("seconds", "MiB above the model"), strict=True):
-        axis.set(xlabel="tokens", ylabel=label, xticks=tokens, xticklabels=tokens)
-        axis.minorticks_off()
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+        style = "--" if name.startswith(("flashtrace", "lxt")) else "-"
+        for axis, number in zip(axes, (0, 1), strict=False):
+            axis.loglog(list(points), [p[number] for p in points.values()], style, marker="o", ms=3, label=name)
+    if published:
+        curves = json.loads(Path(published).read_text())
+        for name in ("FlashTrace", "IFR", "AttnLRP"):
+            axes[-1].loglog(
+                curves["lengths"], curves["series"]["time_generation_seconds"][name], "--o", ms=3, label=name
+            )
+    for axis, title in zip(axes, panels, strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("generated tokens" if "published" in title else "tokens")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    figure.savefig(path, dpi=110)
 
 
-PARTS: dict[str, Callable[[Setting], Calls]] = {"span": span, "all": every, "lrp": lrp}
+def length(at: Setting) -> Calls:
+    """What the published curves show, as far as it takes less than minutes."""
+    n = at.tokens.ids.shape[1]
+    calls = {"one hop": at.ours("ifr", variant="multi_hop_both", n_hops=1)}
+    calls["all positions"] = at.ours("ifr", variant="all_positions")
+    both = {"sink_span": at.sink, "thinking_span": at.thinking, "n_hops": 1}
+    theirs = at.flashtrace("LLMIFRAttributionBoth", "calculate_ifr_multi_hop_both", **both)
+    calls |= dict(zip(["flashtrace one hop"], theirs.values(), strict=False))
+    if n <= 256:
+        calls["AttnLRP per token"] = at.ours("attnlrp", variant="per_token")
+    if n <= 512:
+        theirs = at.flashtrace("LLMIFRAttribution", "calculate_ifr_for_all_positions", sink_chunk_tokens=1)
+        calls |= dict(zip(["flashtrace all positions"], theirs.values(), strict=False))
+    return calls
+
+
+PARTS: dict[str, Callable[[Setting], Calls]] = {"span": span, "all": every, "lrp": lrp, "length": length}
 
 
 def main() -> None:
@@ -219,17 +256,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--png", help="also draw seconds and bytes against tokens")
+    parser.add_argument("--published", help="file of published curves to draw beside them")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    drawn: dict[str, list[tuple[float, float]]] = {}
+    drawn: dict[str, dict[int, tuple[float, float]]] = {}
     for n in options.tokens:
         at = Setting(n, width=options.width, device=options.device, dtype=options.dtype)
         rows = measured(PARTS[options.part](at), at, options.rounds, memory=options.memory or bool(options.png))
         for name, seconds, size in rows:
-            drawn.setdefault(name, []).append((seconds, size))
+            drawn.setdefault(name, {})[n] = seconds, size
         print()
     if options.png:
-        draw(drawn, options.tokens, options.png)
+        draw(drawn, options.published, options.png)
 
 
 if __name__ == "__main__":

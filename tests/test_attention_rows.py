@@ -43,6 +43,7 @@ def test_rows_are_those_that_a_run_reads(family: str) -> None:
     real = batch.mask[:, None, :, None]  # what padding looks at is nobody's
     for layer, attention in layers.items():
         pattern = run[S.pattern[layer]].plain
+        assert not attention.pattern([0]).requires_grad and not attention.mixed([0], weights[:, :1]).requires_grad
         close(attention.pattern(range(width)) * real, pattern * real, model)
         close(attention.at(few).pattern(few[1:]) * real[:, :, few[1:]], (pattern * real)[:, :, few[1:]], model)
         if not batch.padded:

@@ -19,15 +19,14 @@ from interp_plugins.attribution.data.cache import (
     closed,
     example_of,
     example_tokens,
-    is_stop,
     load_examples,
     migrated,
     read_examples,
     sha1,
-    stop_positions,
     with_spans,
 )
 from interp_plugins.attribution.data.span_moves import moved
+from interp_plugins.attribution.layout import is_stop
 
 import interp_core as ic
 
@@ -104,8 +103,7 @@ def test_the_reference_profile_is_the_published_text(golden: Path) -> None:
     assert [labels[i] for i in user] == wanted["user_prompt_tokens"]
     gold = tokens.columns("gold")[0] if "gold" in tokens.spans else []
     assert [user.index(i) for i in gold] == wanted["gold_prompt_token_indices"]
-    stops = stop_positions(tokens)
-    assert [n for n, i in enumerate(user) if i not in stops] == wanted["keep_prompt_token_indices"]
+    assert [n for n, i in enumerate(user) if not is_stop(labels[i])] == wanted["keep_prompt_token_indices"]
     for name, field in (("sink", "sink_span"), ("thinking", "thinking_span"), ("explained", "sink_span")):
         (span,) = tokens.spans[name][0]
         assert [span.start - start, span.stop - start - 1] == wanted[field]

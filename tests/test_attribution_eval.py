@@ -162,24 +162,38 @@ def test_recovery_needs_needles(tmp_path: Path) -> None:
         run(tmp_path / "out", datasets="math", data_root=tmp_path, model_path="no/such/model")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a CUDA device, one may be asked for")
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ic.PlanError, match="this machine has none; leave --cuda out"):
-        run(tmp_path / "out", attr_funcs="ifr_span", cuda="0")
+    number = torch.cuda.device_count()
+    with pytest.raises(ic.PlanError, match=rf"not '{number}': this machine has"):
+        run(tmp_path / "out", attr_funcs="ifr_span", cuda=f"{number}")
 
 
 def test_a_bad_example_is_dropped_or_ends_a_strict_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.loads((HERE / "traces/tiny_gen_ruler.jsonl").read_text())
     bad = good | {"indices_to_explain": [900, 901], "sink_span": [900, 901]}
-    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (bad, good)))
+    rows = [json.dumps(bad), "[1]", json.dumps(good | {"sink_span": [2, 1]}), json.dumps(good), json.dumps(good)[:40]]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(rows))
     settings: dict[str, Any] = {"datasets": str(tmp_path / "mixed.jsonl"), "attr_funcs": "ifr_span"}
     out = run(tmp_path / "out", **settings)
-    assert "dropped example 0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "dropped example 0" in said and "dropped line 2" in said and "line 5, is no JSON" in said
+    (kept,) = (out / "examples").rglob("unreadable_100_examples.jsonl")
+    assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [2, 3, 5]
     (table,) = (out / "recovery").rglob("ifr_span_100_examples.csv")
     assert read_table(table.read_text()).used == 1
+    with pytest.raises(ic.LoadError, match="line 2, is a list"):
+        run(tmp_path / "strict", strict=True, **settings)
+    (tmp_path / "mixed.jsonl").write_text("\n".join([rows[0], rows[3]]))
     with pytest.raises(ic.TextError, match="makes 33 tokens"):
         run(tmp_path / "strict", strict=True, **settings)
     assert not list((tmp_path / "strict").rglob("*.csv"))
+
+
+def test_the_reference_needs_a_chat_template(tmp_path: Path) -> None:
+    """Said once, before a run is begun that would stand in the way of the next."""
+    with pytest.raises(ic.PlanError, match="goes through a chat template, and the tokenizer of toy:text has none"):
+        run(tmp_path / "out", attr_funcs="ifr_span", model_path="toy:text", profile="reference")
+    assert not (tmp_path / "out").exists()
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

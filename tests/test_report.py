@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import math
 import re
@@ -10,12 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import interp_core as ic
 from interp_core import report
 from interp_core.report import colors, html, png, svg
+from interp_core.report.pictures import pixels_of
 from interp_core.result import write
 
 NASTY = "<script>alert('x')</script>\"'&"
@@ -141,6 +144,7 @@ def charts(name: str) -> list[report.Chart]:
         report.Bars(bars, base=0.1, xlabel=name, **said),
         report.TokenStrip([name, " a", "\n"], [1.0, math.nan, -1.0], spans={name: (0, 2)}, colorbar=name, **said),
         report.TokenStrip([name, " a", "\n"], {name: [1.0, 0, -1], "b": torch.ones(3)}, spans={name: (0, 2)}, **said),
+        report.Overlay([(0, 0, 4, 4), (4, 0, 8, 4)], {name: [1.0, -2], "b": [math.nan, 0]}, colorbar=name, **said),
     ]
 
 
@@ -183,6 +187,37 @@ def test_layers_of_a_strip_are_switched_by_the_style_sheet() -> None:
     ]
     single = report.TokenStrip(["a", " b"], {"sum": [1.0, 0.0]}).html()
     assert single == report.TokenStrip(["a", " b"], [1.0, 0.0]).html() and "<input" not in single
+
+
+def test_boxes_lie_over_a_picture(tmp_path: Path) -> None:
+    """The picture's own pixels behind, each box where it is said; layers are switched, tips say the numbers."""
+    from matplotlib.image import imread
+
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+    boxes = [(0, 0, 3, 4), (3, 0, 6, 4)]
+    body = report.Overlay(boxes, {"all": [1.0, 3.0], "hop 0": [2.0, math.nan]}, picture=picture).html()
+    (uri,) = set(re.findall(r"href='data:image/png;base64,([^']+)'", body))
+    (tmp_path / "behind.png").write_bytes(base64.b64decode(uri))
+    assert np.array_equal(np.rint(imread(tmp_path / "behind.png") * 255), picture)
+    assert re.findall(r"viewBox='([^']+)'", body) == ["0 0 6 4"] * 2 and body.count("type='radio'") == 2
+    places = re.findall(
+        r"<rect x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body
+    )
+    assert [(x, tip) for x, _, tip in places] == [("0", "1"), ("3", "3"), ("0", "2"), ("3", "nan")]
+    assert places[3][1] == "#ececec" and "<image" not in report.Overlay(boxes, [1.0, 2.0]).html()
+
+
+def test_pictures_of_many_kinds() -> None:
+    """Arrays, tensors as processors give them, grey ones, shares, whole numbers: all the same bytes."""
+    wanted = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    first = np.ascontiguousarray(wanted.transpose(2, 0, 1))
+    alpha = np.concatenate([wanted, wanted[:, :, :1]], 2)
+    for picture in (wanted, wanted.tolist(), alpha, first, torch.from_numpy(first), torch.from_numpy(wanted / 255)):
+        assert np.array_equal(pixels_of(picture), wanted)
+    assert np.array_equal(pixels_of(wanted[:, :, 0]), np.repeat(wanted[:, :, :1], 3, 2))
+    stretched = pixels_of(torch.tensor([[-2.0, 0.0, 2.0]]).to(torch.bfloat16))
+    assert stretched[0, :, 0].tolist() == [0, 128, 255]
+    assert pixels_of(np.full((2, 2), -3.0)).tolist() == [[[0] * 3] * 2] * 2
 
 
 def test_curves_are_drawn_where_they_are() -> None:
@@ -233,6 +268,10 @@ def test_charts_refuse_what_does_not_fit() -> None:
         "1 values of 'y' for 2 tokens": lambda: report.TokenStrip(["a", "b"], {"x": [1.0, 2.0], "y": [1.0]}),
         "there are no values; give one per token": lambda: report.TokenStrip(["a"], {}),
         "span 'x' is 1 to 3": lambda: report.TokenStrip(["a", "b"], [1.0, 2.0], spans={"x": (1, 3)}),
+        "1 values for 2 boxes": lambda: report.Overlay([(0, 0, 1, 1)] * 2, [1.0]),
+        "nothing to draw": lambda: report.Overlay([], []),
+        "takes a picture .*, not str": lambda: report.Overlay([(0, 0, 1, 1)], [1.0], picture="x.png"),
+        "values that are no numbers": lambda: report.Overlay([(0, 0, 1, 1)], [1.0], picture=[[math.nan, 1.0]]),
         "takes lists of numbers, not float": lambda: report.TokenStrip(["a"], 1.0),
     }.items():
         with pytest.raises(ic.PlanError, match=message):

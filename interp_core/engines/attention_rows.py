@@ -9,8 +9,9 @@ steps as attention in the open:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class AttentionRows:
         Raises:
             PositionError: a query that is not here.
         """
-        made = self._rows(queries)
+        made = self._rows(queries, self._places(queries))
         n_keys = self.key.shape[2]
         return made if made.shape[-1] == n_keys else nn.functional.pad(made, (0, n_keys - made.shape[-1]))
 
@@ -76,14 +77,12 @@ class AttentionRows:
         """
         wide = torch.promote_types(torch.promote_types(weights.dtype, self.query.dtype), torch.float32)
         out = self.key.new_zeros(self.query.shape[0], self.query.shape[1], self.key.shape[2], dtype=wide)
-        for part, weight in self._chunks(queries, weights.to(out), chunk):
-            rows = self._rows(part)
-            out[..., : rows.shape[-1]] += torch.matmul(weight[:, None, None], rows.to(wide)).squeeze(2)
-        return out
-
-    def _chunks(self, queries: Sequence[int], weights: Tensor, chunk: int) -> Iterator[tuple[Sequence[int], Tensor]]:
+        queries, places, weights = list(queries), self._places(queries), weights.to(out)
         for start in range(0, len(queries), chunk):
-            yield queries[start : start + chunk], weights[:, start : start + chunk]
+            part = slice(start, start + chunk)
+            rows = self._rows(queries[part], places[part])
+            out[..., : rows.shape[-1]] += torch.matmul(weights[:, None, None, part], rows.to(wide)).squeeze(2)
+        return out
 
     def _places(self, queries: Sequence[int]) -> list[int]:
         """Where queries lie in `query`."""
@@ -94,23 +93,41 @@ class AttentionRows:
             raise PositionError(f"attention of this layer has no query in column {missing[0]}: there are {shown}")
         return [index[query] for query in queries]
 
-    def _rows(self, queries: Sequence[int]) -> Tensor:
-        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off."""
-        asked = torch.tensor(list(queries), device=self.query.device)
-        places = torch.tensor(self._places(queries), device=asked.device)
-        query, key, mask, called = self.query[:, :, places], self.key, self.mask, {**self.called}
-        called["position_bias"] = at_queries(places, called.get("position_bias"))
+    def _rows(self, queries: Sequence[int], places: Sequence[int]) -> Tensor:
+        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off. With a graph
+        only where the pass had one: sinks and biases are weights, which always ask for it.
+
+        Args:
+            queries: columns of the batch.
+            places: where they lie in `query`.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.query.requires_grad):
+            return self._made(queries, places)
+
+    def _made(self, queries: Sequence[int], places: Sequence[int]) -> Tensor:
+        mask, called = self.mask, {**self.called}
+        query, key = _taken(self.query, places), self.key
+        if called.get("position_bias") is not None:
+            called["position_bias"] = at_queries(torch.tensor(places, device=key.device), called["position_bias"])
         hides = mask is None and self.key.shape[2] > 1 and is_causal(called, self.module)
-        if hides and called["position_bias"] is None:
+        if hides and called.get("position_bias") is None:
             key = key[:, :, : max(queries) + 1]
-        scores = shaped(_grouped(query, key) * scale_of(query, called["scaling"]), called)
-        if mask is None and hides:
+        scores = shaped(_grouped(query * scale_of(query, called["scaling"]), key), called)
+        if hides:
             first = min(queries)  # keys before it are seen by all of these queries
+            asked = torch.tensor(queries, device=key.device)
             own = torch.arange(first, key.shape[2], device=asked.device) <= asked[:, None]
             scores[..., first:] += additive(own, scores.dtype)
         elif mask is not None:
-            scores = masked(scores, at_queries(asked, mask), called, self.module)
+            scores = masked(scores, at_queries(torch.tensor(queries, device=key.device), mask), called, self.module)
         return softmax(scores, called.get("s_aux"), self.softmax_dtype)
+
+
+def _taken(query: Tensor, places: Sequence[int]) -> Tensor:
+    """Some of the queries; without a copy where they follow each other."""
+    if places[-1] - places[0] == len(places) - 1 and all(b > a for a, b in pairwise(places)):
+        return query[:, :, places[0] : places[-1] + 1]
+    return query[:, :, torch.tensor(places, device=query.device)]
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:

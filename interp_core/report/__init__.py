@@ -11,7 +11,7 @@ Pages are one file that needs no network, follow the reader's light or dark sett
 given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers.
 """
 
-from .charts import Bars, Chart, Curves, Heatmap, TokenStrip
+from .charts import Bars, Chart, Curves, Heatmap, Overlay, TokenStrip
 from .figures import Bar, Line
 from .html import Section, copyable, escape, number, page, short, table, visible
 
@@ -22,6 +22,7 @@ __all__ = [
     "Curves",
     "Heatmap",
     "Line",
+    "Overlay",
     "Section",
     "TokenStrip",
     "copyable",

@@ -4,6 +4,7 @@ Heatmap       a matrix: layers against heads, tokens, experts
 Curves        lines over places (layers, lengths), with bands
 Bars          one number per name, with its interval: methods beside each other
 TokenStrip    a text whose tokens are coloured by a number each
+Overlay       a picture whose parts are coloured by a number each
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from .figures import Bar, BarsData, CurvesData, Ends, TokenStripData, plain_values
+from .figures import Bar, BarsData, CurvesData, Ends, OverlayData, TokenStripData, plain_values
 
 if TYPE_CHECKING:
     from ..stats import Interval
@@ -206,3 +207,37 @@ class TokenStrip(TokenStripData, Chart):
         from .png import strip
 
         return strip(path, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay(OverlayData, Chart):
+    """A picture whose parts are coloured by a number each.
+
+    Attributes:
+        boxes: of the parts: left, top, right and bottom in the picture's pixels.
+        values: one number per box, NaN drawn grey; or several such by name, as in `TokenStrip`.
+        picture: what lies behind (an image of PIL, an array or tensor `[height width 3]` or `[3 height width]`),
+            stretched to `size`; None: nothing.
+        size: width and height that the boxes lie in; None: as far as they reach.
+        opacity: of the colours, where there is a picture.
+        diverging: blue over white to red, symmetric about 0; else white to blue.
+        limits: ends of the scale, or of each layer's by its name; None: those of the values.
+        title: above the PNG.
+        caption: below the HTML; the title if empty.
+        colorbar: what the numbers are.
+
+    Raises:
+        PlanError: no boxes, another number of values, or something that is no picture.
+    """
+
+    def html(self) -> str:
+        """The picture as inline SVG, with a tip at every box."""
+        from .svg import overlay
+
+        return overlay(self)
+
+    def png(self, path: str | Path) -> Path:
+        """The picture as a file, the layers beside each other."""
+        from .png import overlay
+
+        return overlay(path, self)

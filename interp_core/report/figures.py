@@ -1,4 +1,4 @@
-"""What the charts of lines, bars and tokens are made of: data that is checked once; `charts` draws it."""
+"""What the charts of lines, bars, tokens and pictures are made of: data that is checked once; `charts` draws it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, wrong
+from .colors import limits_of
+from .pictures import pixels_of
 
 if TYPE_CHECKING:
     from ..stats import Band, Interval
 
 Ends = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +175,55 @@ class TokenStripData:
     def layers(self) -> Mapping[str, Any]:
         """The numbers by name; one without a name where there is one layer."""
         return self.values if isinstance(self.values, Mapping) else {"": self.values}
+
+
+@dataclass(frozen=True, eq=False)
+class OverlayData:
+    """The parts of `Overlay`."""
+
+    boxes: Sequence[Box]
+    values: Any
+    _: KW_ONLY
+    picture: Any = None
+    size: tuple[float, float] | None = None
+    opacity: float = 0.6
+    diverging: bool = False
+    limits: Ends | Mapping[str, Ends] | None = None
+    title: str = ""
+    caption: str = ""
+    colorbar: str = ""
+
+    def __post_init__(self) -> None:
+        several = self.values if isinstance(self.values, Mapping) else {"": self.values}
+        layers = {str(name): plain_values("Overlay", values) for name, values in several.items()}
+        object.__setattr__(self, "values", layers if isinstance(self.values, Mapping) else layers[""])
+        if not layers or not self.boxes:
+            raise PlanError("Overlay: there is nothing to draw; give boxes, and a number for each")
+        for name, values in layers.items():
+            if len(values) != len(self.boxes):
+                of = f" of {name!r}" if name else ""
+                raise PlanError(f"Overlay: {len(values)} values{of} for {len(self.boxes)} boxes; give one per box")
+        if self.picture is not None:
+            object.__setattr__(self, "picture", pixels_of(self.picture))
+        if self.size is None:
+            far = (max(box[2] for box in self.boxes), max(box[3] for box in self.boxes))
+            object.__setattr__(self, "size", far)
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The numbers by name; one without a name where there is one layer."""
+        return self.values if isinstance(self.values, Mapping) else {"": self.values}
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Width and height in the units of the boxes."""
+        assert self.size is not None
+        return self.size
+
+    def ends(self, layer: str) -> Ends:
+        """Ends of a layer's scale."""
+        known = self.limits.get(layer) if isinstance(self.limits, Mapping) else self.limits
+        return known or limits_of([self.layers[layer]], self.diverging)
 
 
 def plain_values(owner: str, values: Any) -> Any:

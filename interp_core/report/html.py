@@ -144,7 +144,7 @@ def heatmap(
             text = short(visible(texts[i][j])) if texts else ""
             cells.append(f"<td style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>")
         lines.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
-    bar = _scale(low, high, diverging)
+    bar = scale_bar(low, high, diverging)
     return (
         f"<figure><div class='scroll'><table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>"
         f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
@@ -172,15 +172,15 @@ def tokens(
             back, ink = css(value, low, high, diverging)
             tip = escape(f"{visible(label)}: {number(value)}{within}")
             parts.append(f"<span style='background:{back};color:{ink}{mark}' data-tip=\"{tip}\">{escape(label)}</span>")
-        bar = f"<figcaption>{escape(scale)} {_scale(low, high, diverging)}</figcaption>"
+        bar = f"<figcaption>{escape(scale)} {scale_bar(low, high, diverging)}</figcaption>"
         drawn.append(f"<div class='tokens'>{''.join(parts)}</div>{bar}")
     named = "".join(f"<b style='border-color:{_span_ink(i)}'>{escape(name)}</b>" for i, name in enumerate(spans or {}))
     legend = f"<div class='spans'>{named}</div>" if named else ""
     below = f"<figcaption>{legend}{escape(caption)}</figcaption>" if legend or caption else ""
-    return f"<figure>{drawn[0] if len(drawn) == 1 else _switched(list(layers), drawn)}{below}</figure>"
+    return f"<figure>{drawn[0] if len(drawn) == 1 else switched(list(layers), drawn)}{below}</figure>"
 
 
-def _switched(names: Sequence[str], bodies: Sequence[str]) -> str:
+def switched(names: Sequence[str], bodies: Sequence[str]) -> str:
     """Pieces of which the reader sees one. A form of its own keeps its buttons apart from those of other charts."""
     parts = [
         f"<input type='radio' name='layer' aria-label=\"{escape(name)}\"{' checked' * (i == 0)}>"
@@ -205,7 +205,7 @@ def _marks(spans: Mapping[str, tuple[int, int]], count: int) -> list[tuple[str, 
     return marks
 
 
-def _scale(low: float, high: float, diverging: bool) -> str:
+def scale_bar(low: float, high: float, diverging: bool) -> str:
     """A colour bar between its ends."""
     stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
     return f"{number(low)}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{number(high)}"

@@ -14,7 +14,7 @@ from .html import number, short, visible
 from .svg import ticks, written
 
 if TYPE_CHECKING:
-    from .figures import BarsData, CurvesData, TokenStripData
+    from .figures import BarsData, CurvesData, OverlayData, TokenStripData
 
 COLUMNS = 90
 """Letters in a line of a coloured text."""
@@ -147,6 +147,36 @@ def strip(path: str | Path, chart: TokenStripData) -> Path:
         low, high = ends
         shown = f"{shown + ': ' if shown else ''}{number(low)} to {number(high)}"
     _dressed(axes, "\n".join(line for line in (chart.title, shown) if line), "", "")
+    return _saved(figure, path)
+
+
+def overlay(path: str | Path, chart: OverlayData) -> Path:
+    """Coloured boxes over a picture; layers stand beside each other."""
+    width, height = chart.extent
+    tall = min(6.0, max(1.5, 4.0 * height / width))
+    figure, first = _canvas((4.0 + 0.2) * len(chart.layers), tall + 0.8)
+    places = [first, *(figure.add_subplot(1, len(chart.layers), i + 1) for i in range(1, len(chart.layers)))]
+    if len(places) > 1:
+        first.set_subplotspec(places[1].get_gridspec()[0])
+    from matplotlib.patches import Rectangle
+
+    for axes, (layer, values) in zip(places, chart.layers.items(), strict=True):
+        ends = chart.ends(layer)
+        if chart.picture is not None:
+            axes.imshow(chart.picture, extent=(0, width, height, 0), aspect="equal", interpolation="nearest")
+        for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True):
+            colour = css(value, *ends, chart.diverging)[0]
+            opacity = 1.0 if chart.picture is None else chart.opacity
+            box = Rectangle((left, top), right - left, bottom - top, alpha=opacity, facecolor=colour, linewidth=0)
+            axes.add_patch(box)
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        named = ": ".join(part for part in (layer, chart.colorbar) if part)
+        said = f"{named + ': ' if named else ''}{number(float(ends[0]))} to {number(float(ends[1]))}"
+        _dressed(axes, "\n".join(line for line in (chart.title, said) if line), "", "")
     return _saved(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Lines and bars as inline SVG. Colours are those of the page (`html.STYLE`), or the light ones without one."""
+"""Lines, bars and overlays as inline SVG, in the colours of the page (`html.STYLE`), or the light ones without one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .colors import SERIES
-from .html import escape, number, short
+from .colors import SERIES, css
+from .html import escape, number, scale_bar, short, switched
+from .pictures import data_uri
 
 if TYPE_CHECKING:
-    from .figures import BarsData, CurvesData, Line
+    from .figures import BarsData, CurvesData, Line, OverlayData
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT = 640, 220, 44, 14, 12
 BAR = 26
@@ -140,6 +141,34 @@ def bars(chart: BarsData) -> str:
         parts.append(f"<path d='M{x:.1f} {TOP}V{bottom}' style='stroke:{_ink(1)}' stroke-dasharray='4 4'/>")
     axis = f"{escape(chart.xlabel)}<br>" if chart.xlabel else ""
     return _figure(parts, bottom + 24, f"{axis}{escape(chart.caption or chart.title)}")
+
+
+def overlay(chart: OverlayData) -> str:
+    """Coloured boxes over a picture; of several layers the reader switches between, the first shows."""
+    width, height = chart.extent
+    shown = min(WIDTH, max(240, round(420 * width / height)))
+    frame = f"viewBox='0 0 {width:g} {height:g}' style='max-width:{shown}px;display:block'"
+    behind, opacity = "", 1.0
+    if chart.picture is not None:
+        opacity = chart.opacity
+        behind = (
+            f"<image width='{width:g}' height='{height:g}' preserveAspectRatio='none' image-rendering='pixelated' "
+            f"href='{data_uri(chart.picture)}'/>"
+        )
+    drawn = []
+    for layer, values in chart.layers.items():
+        low, high = chart.ends(layer)
+        boxes = [
+            f"<rect x='{left:g}' y='{top:g}' width='{right - left:g}' height='{bottom - top:g}' "
+            f"style='fill:{css(value, low, high, chart.diverging)[0]}' opacity='{opacity:g}' "
+            f'data-tip="{escape(number(float(value)))}"/>'
+            for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True)
+        ]
+        bar = f"<figcaption>{escape(chart.colorbar)} {scale_bar(low, high, chart.diverging)}</figcaption>"
+        drawn.append(f"<svg {frame}>{behind}{''.join(boxes)}</svg>{bar}")
+    body = drawn[0] if len(drawn) == 1 else switched(list(chart.layers), drawn)
+    words = chart.caption or chart.title
+    return f"<figure>{body}{f'<figcaption>{escape(words)}</figcaption>' if words else ''}</figure>"
 
 
 def _level(at: float, label: str) -> str:

@@ -9,6 +9,7 @@ writes, as the published experiment does, into the tree O:
     recovery/<data set>/<label>/<method>_<num_examples>_examples.csv         Recovery@10%
     traces/<data set>/<label>/<tag>/                                         with --save_hop_traces
     examples/<data set>/<label>/all_<num_examples>_examples.csv              ours: every example, method and form
+    examples/<data set>/<label>/unreadable_<num_examples>_examples.jsonl     ours: lines of the cache that were dropped
     summary/<data set>/<label>/all_<num_examples>_examples.{csv,html}        ours: means with intervals, as a page
 
 The run's record lies beside the tree; the same command goes on where it was stopped. In the profile `reference` every
@@ -19,11 +20,12 @@ Source: FlashTrace (Pan et al. 2026), arXiv:2602.01914, `exp/exp2/run_exp.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +43,7 @@ from interp_plugins.attribution.named import named
 import interp_core as ic
 from interp_core import report, runs
 
-ATTR_FUNCS = ("ifr_all_positions", "attnlrp", "ifr_multi_hop_both")
+ATTR_FUNCS = "ifr_all_positions,attnlrp,ifr_multi_hop_both"
 MATH = ("math", "gsm8k")
 """Data sets without needles."""
 METRICS_SHOWN = {
@@ -53,30 +55,15 @@ Rows = list[dict[str, Any]]
 
 
 def attribution_eval(
-    datasets: list[str] | str,
-    attr_funcs: list[str] | str = ",".join(ATTR_FUNCS),
-    model: str = "toy:text",
-    model_path: str | None = None,
-    data_root: Path = Path("exp/exp2/data"),
-    output_root: Path = Path("exp/exp2/output"),
-    num_examples: int = 100,
-    mode: list[str] | str = FAITHFULNESS,
-    sample: int | None = None,
-    seed: int = 42,
-    n_hops: int = 3,
-    chunk_tokens: int = 128,
-    sink_chunk_tokens: int = 32,
-    attnlrp_neg_handling: Literal["drop", "abs"] = "drop",
-    attnlrp_norm_mode: Literal["norm", "no_norm"] = "norm",
-    save_hop_traces: bool = False,
-    cuda: str | None = None,
-    cuda_num: int | None = None,
-    dtype: str | None = None,
-    profile: Literal["sound", "reference"] = "sound",
-    tie_orders: int = 0,
-    strict: bool = False,
+    datasets: list[str] | str, attr_funcs: list[str] | str = ATTR_FUNCS, model: str = "toy:text",
+    model_path: str | None = None, data_root: Path = Path("exp/exp2/data"),
+    output_root: Path = Path("exp/exp2/output"), num_examples: int = 100, mode: list[str] | str = FAITHFULNESS,
+    sample: int | None = None, seed: int = 42, n_hops: int = 3, chunk_tokens: int = 128, sink_chunk_tokens: int = 32,
+    attnlrp_neg_handling: Literal["drop", "abs"] = "drop", attnlrp_norm_mode: Literal["norm", "no_norm"] = "norm",
+    save_hop_traces: bool = False, cuda: str | int | None = None, cuda_num: int | None = None, dtype: str | None = None,
+    profile: Literal["sound", "reference"] = "sound", tie_orders: int = 0, strict: bool = False,
     overwrite: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """Evaluate attribution methods on caches of examples; returns the folder of the tables.
 
     Args:
@@ -92,8 +79,7 @@ def attribution_eval(
         chunk_tokens, sink_chunk_tokens: how many sources and sinks of IFR are worked on at a time.
         attnlrp_neg_handling, attnlrp_norm_mode: of AttnLRP.
         save_hop_traces: also write trace folders.
-        cuda: the device's number, or several (2,3,4), over which the model is laid out; None: the first, if any.
-        cuda_num: one device's number, as `cuda`.
+        cuda, cuda_num: a CUDA device's number, or several (2,3,4) to lay the model over; None: the first, if any.
         dtype: of the weights (float16 is what the published experiment uses).
         profile: "reference" reproduces the published code, "sound" does what it should have done.
         tie_orders: random orders among equal weights that are scored too, for the range in the examples' table.
@@ -104,32 +90,39 @@ def attribution_eval(
         PlanError: unknown methods or modes, recovery on data without needles, before the model is loaded.
         LoadError: a cache that cannot be read.
     """
-    modes, functions = _words(mode), _words(attr_funcs)
-    options = Options(
-        tuple(modes), profile, n_hops, chunk_tokens, sink_chunk_tokens, attnlrp_neg_handling, attnlrp_norm_mode,
-        tie_orders,
-    )  # fmt: skip
-    _check(modes, functions, options)
-    caches = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
+    ifr, lrp = (n_hops, chunk_tokens, sink_chunk_tokens), (attnlrp_neg_handling, attnlrp_norm_mode)
+    options, functions = Options(tuple(_words(mode)), profile, *ifr, *lrp, tie_orders), _words(attr_funcs)
+    _check(functions, options)
+    read = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
+    caches = {name: examples for name, (examples, _) in read.items()}
     for name, examples in caches.items():
-        _check_needles(name, examples, modes)
+        _check_needles(name, examples, options)
+    loaded = ic.load(model_path or model, dtype=dtype, **_device(cuda_num if cuda is None else cuda))
+    _check_template(loaded, profile)
     settings = {
         "datasets": {name: [e.prompt_sha1 + e.target_sha1 for e in examples] for name, examples in caches.items()},
-        "label": model, "options": {**vars(options), "modes": modes}, "num_examples": num_examples,
+        "label": model, "options": {**vars(options), "modes": list(options.modes)}, "num_examples": num_examples,
+        "attr_funcs": functions, "traces": save_hop_traces,
     }  # fmt: skip
-    device = _device(cuda if cuda is not None else None if cuda_num is None else str(cuda_num))
-    loaded = ic.load(model_path or model, dtype=dtype, **device)
     with runs.publish(
-        output_root, {**settings, "attr_funcs": functions, "traces": save_hop_traces}, recipe="attribution_eval",
-        model=loaded, dataset=",".join(caches), overwrite=overwrite,
-    ) as run:  # fmt: skip
-        for name, examples in caches.items():
-            work = [Work(run, loaded, name, model, examples, f, options, num_examples) for f in functions]
-            for each in work:
-                each.claim(save_hop_traces)
-            rows = [row for each in work for row in each.done(save_hop_traces, strict)]
-            _summary(run, name, model, rows, num_examples)
+        output_root, settings, recipe="attribution_eval", model=loaded, dataset=",".join(caches), overwrite=overwrite
+    ) as run:
+        work = [Work(run, loaded, n, model, e, f, options, num_examples) for n, e in caches.items() for f in functions]
+        _evaluated(work, save_hop_traces, strict, {name: unread for name, (_, unread) in read.items()})
     return output_root
+
+
+def _evaluated(work: Sequence[Work], traces: bool, strict: bool, dropped: Mapping[str, Rows]) -> None:
+    """All methods on all data sets, each data set with its summary, and with the lines that could not be read."""
+    for each in work:
+        each.claim(traces)
+    for name, of_cache in itertools.groupby(work, lambda each: each.name):
+        listed = list(of_cache)
+        if dropped[name]:
+            place = table_path("examples", name, listed[0].label, "unreadable", listed[0].count)
+            listed[0].run.put({place.removesuffix(".csv") + ".jsonl": runs.json_lines(dropped[name])})
+        rows = [row for each in listed for row in each.done(traces, strict)]
+        _summary(listed[0].run, name, listed[0].label, rows, listed[0].count)
 
 
 @dataclass(frozen=True)
@@ -249,16 +242,16 @@ def _bars(lines: Rows, metric: str) -> str:
     return report.Bars(bars, xlabel=words).html() if bars else "no example counts"
 
 
-def _words(value: list[str] | str) -> list[str]:
+def _words(value: Sequence[str] | str) -> list[str]:
     """Names, given one by one or joined by commas."""
     return [word.strip() for part in ([value] if isinstance(value, str) else value) for word in part.split(",") if word]
 
 
-def _check(modes: Sequence[str], functions: Sequence[str], options: Options) -> None:
-    for word in modes:
+def _check(functions: Sequence[str], options: Options) -> None:
+    for word in options.modes:
         if word not in MODES:
             raise ic.PlanError(f"no mode {word!r}. {ic.errors.nearest(word, MODES)}")
-    if not modes or not functions:
+    if not options.modes or not functions:
         raise ic.PlanError("nothing to do: give --mode and --attr_funcs")
     for function in functions:
         named(function)
@@ -267,21 +260,37 @@ def _check(modes: Sequence[str], functions: Sequence[str], options: Options) -> 
         raise ic.PlanError(f"n_hops is {options.n_hops}: give 0 or more")
 
 
-def _examples(name: str, root: Path, count: int, sample: int | None, seed: int, strict: bool) -> list[Example]:
-    """The examples of a data set; rows that cannot be read are dropped, and said."""
+def _examples(
+    name: str, root: Path, count: int, sample: int | None, seed: int, strict: bool
+) -> tuple[list[Example], Rows]:
+    """The examples of a data set; lines that cannot be read are dropped and said, and come second."""
     path = Path(name) if name.endswith(".jsonl") else root / f"{name}.jsonl"
     if not path.is_file():
         there = sorted(p.stem for p in root.glob("*.jsonl")) if root.is_dir() else []
         raise ic.LoadError(f"no cache {path}. {ic.errors.nearest(name, there) if there else f'{root} holds none'}")
-    bad = None if strict else (lambda line, error: print(f"  dropped line {line}: {error}", file=sys.stderr))
-    examples = load_examples(path, count, sample=sample, seed=seed, bad=bad)
+    dropped: Rows = []
+
+    def bad(line: int, error: ic.InterpError) -> None:
+        print(f"  dropped line {line}: {error}", file=sys.stderr)
+        dropped.append({"line": line, "dropped": str(error)})
+
+    examples = load_examples(path, count, sample=sample, seed=seed, bad=None if strict else bad)
     if not examples:
         raise ic.LoadError(f"{path} holds no example that can be used")
-    return examples
+    return examples, dropped
 
 
-def _check_needles(name: str, examples: Sequence[Example], modes: Sequence[str]) -> None:
-    if RECOVERY not in modes:
+def _check_template(model: ic.Model, profile: str) -> None:
+    """The published code goes through a chat template: without one no example works."""
+    if profile == "reference" and not getattr(model.tokenizer, "chat_template", None):
+        raise ic.PlanError(
+            f"the profile 'reference' goes through a chat template, and the tokenizer of {model.source} has none; set "
+            "tokenizer.chat_template, or take the profile 'sound'"
+        )
+
+
+def _check_needles(name: str, examples: Sequence[Example], options: Options) -> None:
+    if RECOVERY not in options.modes:
         return
     if Path(name).stem in MATH or not any(example.needles for example in examples):
         raise ic.PlanError(
@@ -289,7 +298,7 @@ def _check_needles(name: str, examples: Sequence[Example], modes: Sequence[str])
         )
 
 
-def _device(cuda: str | None) -> dict[str, Any]:
+def _device(cuda: str | int | None) -> dict[str, Any]:
     """How a model is loaded for the CUDA devices asked for.
 
     Raises:
@@ -297,7 +306,7 @@ def _device(cuda: str | None) -> dict[str, Any]:
     """
     if cuda is None:
         return {}
-    numbers = [int(word) if word.strip().isdigit() else -1 for word in cuda.split(",")]
+    numbers = [int(word) if word.strip().isdigit() else -1 for word in str(cuda).split(",")]
     count = torch.cuda.device_count()
     if any(not 0 <= number < count for number in numbers):
         there = f"this machine has {count}" if count else "this machine has none; leave --cuda out"

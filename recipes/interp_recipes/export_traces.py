@@ -5,9 +5,9 @@
     interp run export_traces --traces_root exp/exp2/output/traces --form proc_1          (every run below a folder)
 
 A trace folder (`manifest.jsonl`, `ex_*.npz`; `interp_plugins.attribution.files.traces`) becomes one `.npz` per example
-(`interp_plugins.attribution.files.exports`). Examples are found in the data set by the SHA-1 of prompt and target, and their
-tokens are cut again with the run's tokenizer, as the run cut them; numbers of tokens must agree. Everything is checked
-before anything is written. The settings are those of the published script.
+(`interp_plugins.attribution.files.exports`). Examples are found in the data set by the SHA-1 of prompt and target, and
+their tokens are cut again with the run's tokenizer, as the run cut them; numbers of tokens must agree. Everything is
+checked before anything is written. The settings are those of the published script.
 """
 
 from __future__ import annotations

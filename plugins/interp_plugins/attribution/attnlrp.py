@@ -28,7 +28,7 @@ note `residue`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -72,7 +72,6 @@ class AttnLRP(Attribution):
     name = "attnlrp"
     requires = frozenset({"embed"})
     Config = AttnLRPConfig
-    additive: ClassVar[bool] = False
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: AttnLRPConfig) -> None:
         """As of any method; and numbers that make sense."""

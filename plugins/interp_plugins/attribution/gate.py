@@ -4,10 +4,12 @@
 
 Everything here stands on it: a method that shares out what attention and MLPs add would share out something else.
 
-Cost: one pass over the first few tokens of the text. Must equal: the model's own stream, to rounding.
+Cost: once per model, a pass over the first few tokens of the text. Must equal: the model's own stream, to rounding.
 """
 
 from __future__ import annotations
+
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,6 +20,9 @@ TOKENS = 16
 """How many tokens of a text are looked at: an equation that fails does so at each."""
 RESIDUE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """How much may be left over, in parts of the stream's norm: a few roundings of its terms."""
+
+_PASSED: WeakKeyDictionary[ic.Model, object] = WeakKeyDictionary()
+"""Models that have passed, each with its self-check of then: one that has changed is looked at anew."""
 
 
 def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
@@ -33,19 +38,34 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
     for name in ("resid_pre", "resid_post", *(("attn_out", "mlp_out") if not parts else ())):
         if not model.layers(name):
             raise ic.CapabilityError(f"{owner} shares out what is added to the stream: {model.can(name, 'read')}")
+    if model.check is not None and _PASSED.get(model) is model.check:
+        return
     few = tokens if tokens.inputs else ic.Tokens(tokens.ids[:, :TOKENS], tokens.mask[:, :TOKENS])
     limit = RESIDUE.get(model.dtype, 1e-4)
     reads = [site for site in (S.resid_pre, S.attn_out, S.mlp_out, S.resid_post) if model.layers(site)]
 
     def look(layer: int, values: ic.LayerReadings) -> None:
+        terms = [site for site in (S.attn_out, S.mlp_out) if layer in model.layers(site)]
         before, after = values[S.resid_pre].double(), values[S.resid_post].double()
-        added = sum(values[site].double() for site in (S.attn_out, S.mlp_out) if layer in model.layers(site))
+        added = sum(values[site].double() for site in terms)
         residue = float(((before + added - after).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)).max())
         if not residue <= limit:
+            sums = " + ".join(["resid_pre", *(site.name for site in terms)])
+            why = "".join(f"; {_lacking(model, name, layer)}" for name in parts if layer not in model.layers(name))
             raise ic.CapabilityError(
                 f"{owner} shares out what is added to the stream, and in layer {layer} of {model.source} it does not "
-                f"add up: resid_pre + attn_out + mlp_out is off resid_post by {residue:.1e} of its norm (at most "
-                f"{limit:.0e} in {str(model.dtype).removeprefix('torch.')}); see `interp sites` for what this model has"
+                f"add up: {sums} is off resid_post by {residue:.1e} of its norm (at most {limit:.0e} in "
+                f"{str(model.dtype).removeprefix('torch.')}){why}; see `interp sites` for what this model has"
             )
 
     model.run(few, read=reads, logits=False, each=look)
+    _PASSED[model] = model.check
+
+
+def _lacking(model: ic.Model, name: str, layer: int) -> str:
+    """Why a layer does not have a site that others have, as the self-check says."""
+    try:
+        model.sizes(getattr(S, name)[layer])
+    except ic.SiteError as error:
+        return str(error)
+    return ""

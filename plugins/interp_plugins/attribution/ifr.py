@@ -30,8 +30,8 @@ from torch import Tensor
 import interp_core as ic
 
 from .flows.flow import Flow, demand_patterns
-from .flows.hops import Hops, Parts, is_stop, multi_hop, split_hop
-from .layout import Layout
+from .flows.hops import Hops, Parts, multi_hop, split_hop
+from .layout import Layout, is_stop
 from .method import Attributed, Attribution, AttributionConfig
 
 ROWS = ("all_positions", "all_positions_output_only")

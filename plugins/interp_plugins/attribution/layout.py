@@ -127,6 +127,11 @@ def layout_of(
     return Layout(tokens, _prompt(tokens, target), target, asked, reasoning, explained, other)
 
 
+def is_stop(label: str) -> bool:
+    """Whether a token is a stop word: a comma, a full stop, or nothing but blanks."""
+    return label.strip() in ("", ",", ".")
+
+
 def with_target(model: ic.Model, tokens: ic.Tokens, target: str | Sequence[str]) -> ic.Tokens:
     """The same texts followed by a target, as span `target`.
 

@@ -29,6 +29,7 @@ from interp_core import sites as S
 
 from .gate import demand_additive
 from .layout import Layout, Part, layout_of, with_target
+from .over_image import Place, overlays, places_of
 from .page import layers_of, strip_of, strip_page, top_tokens
 
 MASSIVE = 8.0
@@ -94,13 +95,14 @@ class AttributionResult(ic.Result):
         labels: tokens of each row, as text.
         spans: where prompt, target, sink and thinking stand, as half-open ranges of the row's tokens.
         notes: what else the method says, per row.
+        visual: where visual tokens lie in their images, per row; see `over_image`.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "scores": ("batch", "pos"), "rows": ("batch", "query", "key"), "hops": ("batch", "hop", "pos"),
         "mass": ("batch", "hop"), "first_share": ("batch",), "sink_share": ("batch",), "sinks": ("batch", "pos"),
     }  # fmt: skip
-    JOINS: ClassVar[Mapping[str, str]] = {"labels": "rows", "spans": "rows", "notes": "rows"}
+    JOINS: ClassVar[Mapping[str, str]] = {"labels": "rows", "spans": "rows", "notes": "rows", "visual": "rows"}
     scores: Float[Tensor, "batch pos"]
     rows: Float[Tensor, "batch query key"] | None
     hops: Float[Tensor, "batch hop pos"] | None
@@ -112,6 +114,7 @@ class AttributionResult(ic.Result):
     labels: tuple[tuple[str, ...], ...]
     spans: tuple[dict[str, list[list[int]]], ...]
     notes: tuple[dict[str, Any], ...]
+    visual: tuple[tuple[Place, ...], ...]
 
     def __str__(self) -> str:
         lines = []
@@ -132,9 +135,30 @@ class AttributionResult(ic.Result):
         return [{"row": row, **line} for row in range(len(self.labels)) for line in self.top(row)]
 
     def html(self) -> str:
-        """Each row's text, coloured by scores and by the vectors of hops, with the tokens that count most."""
-        drawn = [self._drawn(row) for row in range(len(self.labels))]
-        return "".join(strip_page(labels, layers, title=self.method, **shown) for labels, layers, shown in drawn)
+        """Each row's text, coloured by scores and by the vectors of hops, with the tokens that count most; then its
+        images, if it has some, as colours alone (`over_images` lays them over the pictures)."""
+        pieces = []
+        for row in range(len(self.labels)):
+            labels, layers, shown = self._drawn(row)
+            pieces.append(strip_page(labels, layers, title=self.method, **shown))
+            pieces += [overlay.html() for overlay in self.over_images(row=row).values()]
+        return "".join(pieces)
+
+    def over_images(self, pictures: Sequence[Any] | None = None, row: int = 0) -> dict[str, ic.report.Overlay]:
+        """A row's scores over its images, by name: charts with `html()` and `png(path)`.
+
+        Args:
+            pictures: one per image: of PIL, or numbers `[height width 3]` or `[3 height width]`; of an image that was
+                cut into tiles, a list of them. Without, colours alone.
+
+        Raises:
+            PlanError: another number of pictures, or some where there are no images.
+        """
+        places = self.visual[row]
+        if not places and not pictures:
+            return {}
+        _, layers, _ = self._drawn(row)
+        return overlays(layers, places, pictures, title=self.method)
 
     def png(self, path: Any, row: int = 0) -> Any:
         """One row as a picture, the layers below each other."""
@@ -166,7 +190,7 @@ class AttributionResult(ic.Result):
     @property
     def real(self) -> Tensor:
         """Which columns are tokens, not padding `[batch pos]`."""
-        return self.sinks >= 0
+        return ~self.scores.isnan()
 
 
 def stream_site(model: ic.Model) -> S.Site:
@@ -244,7 +268,7 @@ class Attribution(ic.Method):
         sinks = [attention_sinks(model, layout, each.stream) for layout, each in zip(layouts, found, strict=True)]
         shares = [mass_shares(each.scores, where) for each, where in zip(found, sinks, strict=True)]
         kept = [_without(each, where, config.leave_out) for each, where in zip(found, sinks, strict=True)]
-        settings = {name: value for name, value in config.model_dump().items() if value != _default(config, name)}
+        settings = {n: v for n, v in config.model_dump().items() if n == "variant" or v != _default(config, n)}
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in settings.items() if name not in config.PER_PROMPT)
 
         def laid(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -258,10 +282,10 @@ class Attribution(ic.Method):
             _spread(_spread(square, place, width).mT, place, width).mT
             for square, place in zip(squares, places, strict=True) if square is not None
         ])  # fmt: skip
-        scores, marks = laid([each.scores for each in kept]), torch.full((len(tokens), width), -1)
+        scores, marks = laid([each.scores for each in kept]), torch.zeros(len(tokens), width, dtype=torch.bool)
         assert scores is not None
         for row, (place, where) in enumerate(zip(places, sinks, strict=True)):
-            marks[row, place] = where.long()
+            marks[row, place] = where
         masses = [each.mass for each in kept if each.mass is not None]
         return AttributionResult(
             scores=scores, rows=rows, hops=laid([each.hops for each in kept]),
@@ -270,6 +294,7 @@ class Attribution(ic.Method):
             sink_share=torch.stack([sink for _, sink in shares]),
             sinks=marks, method=f"{self.name}({shown})", labels=tokens.labels,
             spans=tuple(layout.spans() for layout in layouts), notes=tuple(dict(each.notes) for each in kept),
+            visual=places_of(model, tokens),
         )  # fmt: skip
 
 
@@ -319,6 +344,8 @@ def _square(rows: Tensor | None, layout: Layout) -> Tensor | None:
 
 def _spread(values: Tensor, place: Tensor, width: int) -> Tensor:
     """A row's values at its columns in the batch; not a number at padding."""
+    if len(place) == width:
+        return values
     return values.new_full((*values.shape[:-1], width), float("nan")).index_copy_(-1, place, values)
 
 

@@ -30,23 +30,25 @@ from interp_core import errors, runs, text
 from .examples import FIELDS, Chars, Example, boxed, boxes, closed, example_of, migrated, overlapping, sha1, with_spans
 
 __all__ = [
-    "FIELDS", "Example", "Profile", "boxed", "boxes", "cache_text", "closed", "example_of", "example_tokens", "is_stop",
-    "json_rows", "load_examples", "migrated", "read_examples", "sha1", "stop_positions", "with_spans",
+    "FIELDS", "Example", "Profile", "boxed", "boxes", "cache_text", "closed", "example_of", "example_tokens",
+    "json_rows", "load_examples", "migrated", "read_examples", "sha1", "with_spans",
 ]  # fmt: skip
 
 Profile = Literal["sound", "reference"]
 """How text becomes tokens; see the module."""
 Bad = Callable[[int, ic.InterpError], None]
 """What gets the line and the error of a row that cannot be used."""
-STOPS = frozenset({"", ",", "."})
-"""Texts, without white space around, of tokens that the `stop_words` methods leave out."""
 
 
 # Files
 
 
-def json_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(path: str | Path, bad: Bad | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a file of JSON lines, each with its line number; empty lines are passed over.
+
+    Args:
+        bad: called with the number and error of every line that is no JSON object, which is left out; without it the
+            first one is raised.
 
     Raises:
         LoadError: no such file, or a line that is no JSON object.
@@ -59,12 +61,23 @@ def json_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ic.LoadError(f"{path}, line {number}, is no JSON ({error}); it may be cut off") from error
-        if not isinstance(row, dict):
-            raise ic.LoadError(f"{path}, line {number}, is a {type(row).__name__}; a line holds one JSON object")
+            row = _json_object(line, f"{path}, line {number}")
+        except ic.LoadError as error:
+            if bad is None:
+                raise
+            bad(number, error)
+            continue
         yield number, row
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ic.LoadError(f"{where}, is no JSON ({error}); it may be cut off") from error
+    if not isinstance(row, dict):
+        raise ic.LoadError(f"{where}, is a {type(row).__name__}; a line holds one JSON object")
+    return row
 
 
 def read_examples(path: str | Path, bad: Bad | None = None) -> list[Example]:
@@ -78,16 +91,21 @@ def read_examples(path: str | Path, bad: Bad | None = None) -> list[Example]:
         LoadError: a file that cannot be read, that holds no example, or whose rows have a field of the wrong form,
             with line and field.
     """
-    examples = []
-    number = 0
-    for number, row in json_rows(path):
+    examples, dropped = [], 0
+
+    def left_out(number: int, error: ic.InterpError) -> None:
+        nonlocal dropped
+        dropped += 1
+        if bad is None:
+            raise error
+        bad(number, error)
+
+    for number, row in json_rows(path, left_out):
         try:
             examples.append(example_of(row, f"{path}, line {number}"))
         except ic.LoadError as error:
-            if bad is None:
-                raise
-            bad(number, error)
-    if not number:
+            left_out(number, error)
+    if not examples and not dropped:
         raise ic.LoadError(f"{path} holds no example; give a file with a JSON object per line")
     return examples
 
@@ -127,17 +145,6 @@ def cache_text(examples: Iterable[Example]) -> str:
 
 
 # Tokens
-
-
-def is_stop(label: str) -> bool:
-    """Whether a token counts as a stop token: a comma, a full stop, or white space alone."""
-    return label.strip() in STOPS
-
-
-def stop_positions(tokens: ic.Tokens) -> tuple[int, ...]:
-    """Positions of the stop tokens of one row, among the prompt's and the target's."""
-    ours = sorted({i for name in ("prompt", "target") for span in tokens.spans.get(name, ((),))[0] for i in span})
-    return tuple(i for i in ours if is_stop(tokens.labels[0][i]))
 
 
 def example_tokens(source: Any, example: Example, profile: Profile = "sound", *, eos: bool = False) -> ic.Tokens:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 import interp_core as ic
 
-from ..data.cache import Example, example_tokens, is_stop
+from ..data.cache import Example, example_tokens
 from ..files.traces import HOP_COUNTED, LRP, Trace, made_trace
+from ..layout import is_stop
 from ..method import AttributionResult
 from ..named import named
 from .comparing import example_rows

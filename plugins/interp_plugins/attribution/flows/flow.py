@@ -141,7 +141,9 @@ class Flow:
         self._place = {position: place for place, position in enumerate(self.rows)}
         maps = maps_of(self.model, self.profile)
         halfway, later = stream_site(self.model), not self.model.can("pattern", "rows")
-        parts = [site.at(list(self.rows)) for site in (S.resid_pre, S.attn_out, S.z)]
+        first, stop = self.rows[0], self.rows[-1] + 1
+        at = slice(first, stop) if len(self.rows) == stop - first else list(self.rows)  # a slice is resolved at once
+        parts = [site.at(at) for site in (S.resid_pre, S.attn_out, S.z)]
         reads = [S.v, *parts, halfway, *([S.resid_pre] if self.profile == "reference" else [])]
 
         def each(layer: int, values: ic.LayerReadings) -> None:

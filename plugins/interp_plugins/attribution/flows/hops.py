@@ -152,11 +152,6 @@ def segments(stretch: range, n: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(starts)]
 
 
-def is_stop(text: str) -> bool:
-    """Whether a token is a stop word: a comma, a full stop or nothing but blanks."""
-    return text.strip() in ("", ",", ".")
-
-
 def _mask(parts: Parts, start: int | None) -> Tensor:
     """1 on the tokens that may explain `[pos]`.
 
