@@ -201,6 +201,12 @@ def test_conformance(name: str, family: str) -> None:
         ("attention_rollout", {"against": 3}, ic.PlanError, "against= is for methods by gradient or ablation"),
         ("integrated_gradients", {"steps": 0}, ic.PlanError, "take one at least"),
         ("integrated_gradients", {"steps": 1, "rule": "trapezoid"}, ic.PlanError, "two for the trapezoid rule"),
+        (
+            "integrated_gradients",
+            {"steps": 1001, "rule": "gauss_legendre"},
+            ic.PlanError,
+            "more than 1000 bring nothing",
+        ),
         ("integrated_gradients", {"baseline": 96}, ic.PlanError, "no token id 96; the model has 96, 0 to 95"),
         ("integrated_gradients", {"batch_tokens": 0}, ic.PlanError, "batch_tokens=0; take one at least"),
     ],

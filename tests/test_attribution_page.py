@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import sampled
 from interp_plugins.attribution import page
 from interp_plugins.attribution.method import AttributionResult
+from interp_plugins.attribution.named import NAMES, named
 from interp_recipes.attribute import attribute
 from typer.testing import CliRunner
 
@@ -163,6 +165,26 @@ def test_ctrl_c_leaves_a_folder_to_go_on_with(tmp_path: Path, monkeypatch: pytes
     assert ic.runs.manifest(tmp_path)["state"] == "stopped" and not (tmp_path / "page.html").exists()
     attribute(PROMPT, " cold", out=tmp_path)
     assert ic.runs.manifest(tmp_path)["state"] == "done" and (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("method", sampled([*NAMES, "ifr_routes", "attention_rollout"], ("ifr_routes", "surrogate")))
+def test_every_method_goes_by_its_name(method: str, tmp_path: Path) -> None:
+    """And a second run over the first tells the same again."""
+    more = {"IG": {"steps": 2}, "surrogate": {"units": "token", "convention": "replace", "ablations": 8}}
+    given: dict[str, Any] = {"method": method, "settings": more.get(method), "out": tmp_path}
+    attribute(PROMPT, " cold", **given)
+    told = (tmp_path / "page.html").read_bytes(), (tmp_path / "attribution.json").read_bytes()
+    (tmp_path / "page.html").unlink()
+    attribute(PROMPT, " cold", **given)
+    assert told == ((tmp_path / "page.html").read_bytes(), (tmp_path / "attribution.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("logit_lens", "logit_lens is no attribution"), ("ifr_rout", "'ifr_routes'")]
+)
+def test_what_is_no_attribution_method(name: str, says: str) -> None:
+    with pytest.raises(ic.PlanError, match=says):
+        named(name)
 
 
 def test_the_command(tmp_path: Path) -> None:

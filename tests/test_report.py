@@ -47,6 +47,13 @@ def test_everything_is_escaped() -> None:
     }  # fmt: skip
 
 
+def test_a_token_turns_no_other_round() -> None:
+    """A token that overrides the direction of text does so within itself; others stand as they do without it."""
+    body = report.TokenStrip(["a", "\u202eb", " c"], [1.0, 2.0, 3.0]).html()
+    assert re.findall(r"<span style='([^']*)' data-tip", body)[1].endswith(";unicode-bidi:isolate")
+    assert body.count("unicode-bidi") == 1 and "unicode-bidi" not in report.TokenStrip(["a", "שלום"], [1.0, 2.0]).html()
+
+
 def test_pages_need_no_network() -> None:
     page = html.page("t", "i", [html.Section("a", "b", html.table([{"x": 1.5}]))])
     assert not re.search(r"(src|href)=|@import|url\(|https?:", page)

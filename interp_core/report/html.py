@@ -72,6 +72,10 @@ t.style.top=Math.min(e.clientY+14,innerHeight-t.offsetHeight-8)+'px'})})()
 """
 
 
+TURNING = frozenset("\u202a\u202b\u202d\u202e\u2066\u2067\u2068")
+"""Letters that turn the direction of what follows them, up to the end of the line or of what isolates them."""
+
+
 class Section(NamedTuple):
     """A titled part of a page: `text` is plain, `body` is HTML."""
 
@@ -171,6 +175,8 @@ def tokens(
         for label, value, (mark, within) in zip(labels, values, marks, strict=True):
             back, ink = css(value, low, high, diverging)
             tip = escape(f"{visible(label)}: {number(value)}{within}")
+            if not TURNING.isdisjoint(label):
+                mark += ";unicode-bidi:isolate"
             parts.append(f"<span style='background:{back};color:{ink}{mark}' data-tip=\"{tip}\">{escape(label)}</span>")
         bar = f"<figcaption>{escape(scale)} {scale_bar(low, high, diverging)}</figcaption>"
         drawn.append(f"<div class='tokens'>{''.join(parts)}</div>{bar}")

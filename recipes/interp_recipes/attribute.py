@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def attribute(
     whole = _with_parts(loaded, whole, _part("sink", sink), _part("thinking", thinking))
     with run:
         if run.kept("result"):
-            result = AttributionResult.load(run.path / "result")
+            result = typing.get_type_hints(chosen.run)["return"].load(run.path / "result")
         else:
             result = chosen(loaded, whole, **how)
             run.result("result", result)

@@ -40,6 +40,10 @@ Rule = Literal["gauss_legendre", "trapezoid", "left", "right", "middle"]
 Baseline = Literal["zeros"] | StandIn
 
 
+LEGENDRE = 1000
+"""Steps that the Gauss-Legendre rule takes at most."""
+
+
 class GradientConfig(AttributionConfig):
     """Settings of input × gradient.
 
@@ -136,6 +140,11 @@ class IntegratedGradients(Gradients):
         super().check(model, tokens, config)
         if config.steps < 1 or (config.steps < 2 and "trapezoid" in (config.rule, _rule(config))):
             raise ic.PlanError(f"{self.name}: steps={config.steps}; take one at least, two for the trapezoid rule")
+        if config.steps > LEGENDRE and _rule(config) == "gauss_legendre":
+            raise ic.PlanError(
+                f"{self.name}: steps={config.steps}; nodes of gauss_legendre are eigenvalues of a matrix of steps by "
+                f"steps, and more than {LEGENDRE} bring nothing; take fewer, or rule='middle'"
+            )
         if config.batch_tokens < 1:
             raise ic.PlanError(f"{self.name}: batch_tokens={config.batch_tokens}; take one at least")
         if tokens.inputs:

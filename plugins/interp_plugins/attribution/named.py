@@ -10,6 +10,8 @@ from typing import Any
 
 import interp_core as ic
 
+from .method import Attribution
+
 NAMES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "ifr_span": ("ifr", {"variant": "span"}),
     "ifr_all_positions": ("ifr", {"variant": "all_positions"}),
@@ -41,7 +43,13 @@ def named(name: str) -> tuple[str, Mapping[str, Any]]:
     """
     if name in NAMES:
         return NAMES[name]
-    methods = {method for method, _ in NAMES.values()}
-    if name in methods:
-        return name, {}
-    raise ic.PlanError(f"no attribution method is called {name!r}. {ic.errors.nearest(name, [*NAMES, *methods])}")
+    methods = sorted({method for method, _ in NAMES.values()} | {"ifr_routes"})
+    try:
+        method = ic.method(name)
+    except ic.PluginError as error:
+        raise ic.PlanError(
+            f"no attribution method is called {name!r}. {ic.errors.nearest(name, [*NAMES, *methods])}"
+        ) from error
+    if not isinstance(method, Attribution):
+        raise ic.PlanError(f"{name} is no attribution method. {ic.errors.nearest(name, [*NAMES, *methods])}")
+    return name, {}
