@@ -52,8 +52,8 @@ class IFRConfig(AttributionConfig):
         combine: what hops observe is added up, or averaged.
         hop0: with "multi_hop_both" and "in_all_gen", whether the first flow goes into all of the answer, as in the
             paper, or into the sink, as in the later package.
-        read_at: where hops go on into the reasoning: the positions that predict its tokens (what made the model write
-            them), or the "tokens" themselves (what they hold when they are read); "reference" is always at the tokens.
+        read_at: where hops go on into the reasoning: at its "tokens", whose streams the hop before took from, or at the
+            "predictors" (what made the model write them); "reference" is always at the tokens.
         threshold: parts of heads that count for less are left out: in parts of the stream's length (reference: in its
             own units).
         tolerance: for all positions, how far above its exact value the part of a head may be, in parts of the stream's
@@ -66,7 +66,7 @@ class IFRConfig(AttributionConfig):
     n_hops: int = Field(1, ge=0)
     combine: Literal["sum", "avg"] = "sum"
     hop0: Literal["all", "sink"] = "all"
-    read_at: Literal["predictors", "tokens"] = "predictors"
+    read_at: Literal["tokens", "predictors"] = "tokens"
     threshold: float = Field(0.0, ge=0)
     tolerance: float | None = Field(None, ge=0)
     chunk_tokens: int = Field(128, ge=1)
