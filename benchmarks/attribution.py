@@ -221,9 +221,13 @@ def draw(rows: dict[str, dict[int, tuple[float, float]]], published: str | None,
     for axis, title in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("generated tokens" if "published" in title else "tokens")
+        if "published" not in title:
+            known = sorted({n for points in rows.values() for n in points})
+            axis.set_xticks(known, [f"{n:,}" for n in known])
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def length(at: Setting) -> Calls:
