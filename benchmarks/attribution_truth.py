@@ -91,6 +91,7 @@ REAL: Methods = {
     "ifr span": ("ifr", {"variant": "span"}),
     "ifr multi_hop, 1 hop, predictors": ("ifr", {"variant": "multi_hop", "read_at": "predictors"}),
     "ifr multi_hop, 1 hop, tokens": ("ifr", {"variant": "multi_hop", "read_at": "tokens"}),
+    "ifr multi_hop_both, 1 hop": ("ifr", {"variant": "multi_hop_both"}),
     "ifr multi_hop_both, 1 hop, predictors": ("ifr", {"variant": "multi_hop_both", "read_at": "predictors"}),
     "attnlrp": ("attnlrp", {}),
     "attnlrp, cp_lrp": ("attnlrp", {"rules": "cp_lrp"}),
