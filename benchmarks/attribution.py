@@ -21,17 +21,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from turns import shortest
 
 import interp_core as ic
 from interp_core.bench.allocations import peak_bytes
@@ -177,9 +177,9 @@ def lxt_rules() -> Iterator[None]:
 def measured(calls: Calls, at: Setting, rounds: int, *, memory: bool) -> list[tuple[str, float, float]]:
     """Print a row per call, in plain passes; gives names, seconds and MiB (0 where they were not asked for)."""
     every = {"plain pass": at.plain, **calls}
-    seconds = [math.inf] * len(every)
-    for _ in range(rounds):
-        seconds = [min(best, _seconds(call, at)) for best, call in zip(seconds, every.values(), strict=True)]
+    cuda = at.hf.device.type == "cuda"
+    waited = [partial(_waited, call) for call in every.values()] if cuda else list(every.values())
+    seconds = shortest(rounds, *waited, clock=time.perf_counter if cuda else time.process_time)
     print(f"| {at.tokens.ids.shape[1]} tokens | s | of a plain pass |" + (" MiB above the model |" if memory else ""))
     print("|---|---|---|" + ("---|" if memory else ""))
     rows = []
@@ -191,15 +191,10 @@ def measured(calls: Calls, at: Setting, rounds: int, *, memory: bool) -> list[tu
     return rows
 
 
-def _seconds(call: Callable[[], object], at: Setting) -> float:
-    """Of one call: CPU time, which other processes do not add to; on a CUDA device by the clock."""
-    cuda = at.hf.device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    start = clock()
+def _waited(call: Callable[[], object]) -> None:
+    """A call until the CUDA device has done all of it."""
     call()
-    if cuda:
-        torch.cuda.synchronize()
-    return clock() - start
+    torch.cuda.synchronize()
 
 
 def draw(rows: dict[str, dict[int, tuple[float, float]]], published: str | None, path: str) -> None:

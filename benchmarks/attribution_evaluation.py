@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from interp_plugins.attribution.evaluation.faithfulness import Faithfulness, faithfulness
 from interp_plugins.attribution.evaluation.perturbed import Perturbed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import shortest
 
 import interp_core as ic
 
@@ -59,7 +58,7 @@ def rise_mas(n: int, rounds: int = 2) -> list[str]:
         def loop(steps: Tensor = steps, results: dict[str, Faithfulness | Tensor] = results) -> None:
             results["loop"] = torch.stack([plain_curve(model, ids, 4, half, vector) for vector in steps])
 
-        one_pass, seconds, plain = cpu_seconds(rounds, lambda: model.run(tokens), ours, loop)
+        one_pass, seconds, plain = shortest(rounds, lambda: model.run(tokens), ours, loop, clock=time.process_time)
         found, wanted = results["ours"], results["loop"]
         assert isinstance(found, Faithfulness) and isinstance(wanted, Tensor)
         torch.testing.assert_close(found.curve, wanted, atol=1e-2, rtol=1e-5)
@@ -68,17 +67,6 @@ def rise_mas(n: int, rounds: int = 2) -> list[str]:
             f"{one_pass:.3f} | {seconds / one_pass:.1f} | {cached(steps, 4, n):.1%} |"
         )
     return lines
-
-
-def cpu_seconds(rounds: int, *calls: Callable[[], Any]) -> list[float]:
-    """CPU seconds of each call, the least of so many rounds."""
-    best = [float("inf")] * len(calls)
-    for _ in range(rounds):
-        for i, call in enumerate(calls):
-            start = time.process_time()
-            call()
-            best[i] = min(best[i], time.process_time() - start)
-    return best
 
 
 def plain_curve(model: ic.Model, ids: Tensor, start: int, target: int, steps: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ def test_a_second_run_evaluates_nothing(tmp_path: Path) -> None:
         run(tmp_path / "out", attr_funcs="ifr_span,random", save_hop_traces=True)
     finally:
         handle.remove()
+    assert loading > 0 and len(before) > 5  # the self-check does run blocks, and there are files to compare
     assert len(blocks) == loading  # the self-check at load, and no example
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from interp_plugins.attribution.data.cache import example_tokens, json_rows
-from interp_plugins.attribution.data.examples import example_of
+from interp_plugins.attribution.data.examples import example_of, sha1
 from interp_plugins.attribution.files.exports import Form, export_bytes, export_of, is_cut, pieces
-from interp_plugins.attribution.files.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces, sha1
+from interp_plugins.attribution.files.traces import MANIFEST, WITH_HOPS, Trace, read_manifest, read_traces
 
 import interp_core as ic
 from interp_core import open_tokenizer, runs

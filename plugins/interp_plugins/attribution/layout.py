@@ -9,7 +9,7 @@ Source: Pan et al. (2026), arXiv:2602.01914, for sink and thinking spans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +81,7 @@ class Layout:
         """The places as half-open ranges, for records."""
         ranges = {"target": self.target, "sink": self.sink, "thinking": self.thinking, "explained": self.explained}
         listed = {name: [[r.start, r.stop]] for name, r in ranges.items() if len(r)}
-        return {"prompt": _ranges(self.prompt), **listed}
+        return {"prompt": [[span.start, span.stop] for span in stretches(self.prompt)], **listed}
 
 
 def layout_of(
@@ -211,12 +211,9 @@ def _part(tokens: ic.Tokens, name: str, part: Part | None, target: range) -> ran
     return range(target.start + start, target.start + stop)
 
 
-def _ranges(positions: Sequence[int]) -> list[list[int]]:
-    """Sorted positions as half-open ranges."""
-    ranges: list[list[int]] = []
-    for position in positions:
-        if ranges and ranges[-1][1] == position:
-            ranges[-1][1] += 1
-        else:
-            ranges.append([position, position + 1])
-    return ranges
+def stretches(positions: Iterable[int]) -> tuple[ic.Span, ...]:
+    """Positions as spans, neighbours joined."""
+    out: list[ic.Span] = []
+    for i in sorted(positions):
+        out = [*out[:-1], ic.Span(out[-1].start, i + 1)] if out and out[-1].stop == i else [*out, ic.Span(i, i + 1)]
+    return tuple(out)

@@ -38,7 +38,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .flows.flow import Flow, KeptLayer
+from .flows.flow import Flow, KeptLayer, demand_patterns
 from .flows.proximity import proximities, proximity
 from .flows.route_graph import ATTENTION, BIAS, COLUMNS, MLP, MLP_RESIDUAL, RESIDUAL, RouteGraph
 from .flows.routes_drawing import png, svg
@@ -121,8 +121,6 @@ class Routes(Attribution):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RoutesConfig) -> None:
         """As all attribution methods; and every layer mixes tokens by a pattern."""
-        from .flows.flow import demand_patterns
-
         demand_patterns(model)
         super().check(model, tokens, config)
 

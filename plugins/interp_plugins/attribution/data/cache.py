@@ -27,6 +27,7 @@ import torch
 import interp_core as ic
 from interp_core import errors, runs, text
 
+from ..layout import stretches
 from .examples import FIELDS, Chars, Example, boxed, boxes, closed, example_of, migrated, overlapping, sha1, with_spans
 
 __all__ = [
@@ -216,14 +217,6 @@ def _ended(tokenizer: Any, example: Example, target: ic.Tokens) -> ic.Tokens:
     return _appended(target, end)
 
 
-def _places(positions: Iterable[int]) -> tuple[ic.Span, ...]:
-    """Positions as spans, neighbours joined."""
-    out: list[ic.Span] = []
-    for i in sorted(positions):
-        out = [*out[:-1], ic.Span(out[-1].start, i + 1)] if out and out[-1].stop == i else [*out, ic.Span(i, i + 1)]
-    return tuple(out)
-
-
 def _touching(tokens: ic.Tokens, ranges: Iterable[Chars]) -> set[int]:
     """The tokens of a row that share a character with any of the ranges."""
     assert tokens.offsets is not None
@@ -246,7 +239,7 @@ def _sound_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tuple[ic
         user: tuple[ic.Span, ...] = tokens.spans["message_0"][0] if "message_0" in tokens.spans else ()
     else:
         tokens = text.encode(tokenizer, example.prompt)
-        user = _places(_touching(tokens, [(0, len(example.prompt))]))
+        user = stretches(_touching(tokens, [(0, len(example.prompt))]))
     if not user:
         raise ic.TextError(
             f"{example.where}: the prompt {example.prompt!r:.40} has no token of its own; give it some text"
@@ -262,7 +255,7 @@ def _sound_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tuple[ic
             "metadata.needle_spans out, or write the prompt as the template shows it"
         )
     ours = {i for span in user for i in span}
-    return tokens, user, _places(ours & _touching(tokens, [(at + a, at + b) for a, b in example.needles]))
+    return tokens, user, stretches(ours & _touching(tokens, [(at + a, at + b) for a, b in example.needles]))
 
 
 def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tuple[ic.Span, ...], tuple[ic.Span, ...]]:
@@ -287,7 +280,7 @@ def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tupl
             raise ic.TextError(f"{example.where}: {words}; the profile 'sound' locates them by characters")
         warnings.warn(f"{example.where}: {words}; the profile 'reference' takes that place all the same", stacklevel=3)
     gold = _touching(alone, [(a + 1, b + 1) for a, b in example.needles])
-    return tokens, (ic.Span(start, start + len(own)),), _places(start + i for i in gold)
+    return tokens, (ic.Span(start, start + len(own)),), stretches(start + i for i in gold)
 
 
 def _check_boundary(tokenizer: Any, example: Example, prompt: ic.Tokens, last: int) -> None:

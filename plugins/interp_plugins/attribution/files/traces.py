@@ -11,7 +11,6 @@ byte (`arrays`).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from interp_core import LoadError, PlanError, Span, runs
 
 from ..data.cache import json_rows
+from ..data.examples import sha1
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
 
 MANIFEST = "manifest.jsonl"
@@ -43,11 +43,6 @@ KNOWN = (
     "attnlrp_ratio_enabled",
 )  # fmt: skip
 """Members of an example's file, in their order."""
-
-
-def sha1(text: str) -> str:
-    """How manifests name a text."""
-    return hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()
 
 
 def run_tag(
