@@ -433,24 +433,6 @@ class Model(Structure):
                 self.renew()
             return generate(self, x, edits, read, **options)
 
-    def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.
-
-        Raises:
-            PlanError: not `[… d_model]`.
-            CapabilityError: the self-check found that this does not reproduce the model's logits.
-        """
-        from .readout import demand_width, readout
-
-        with self.turn:
-            self.renew()
-            if "readout" in self.atlas.lacking:
-                raise CapabilityError(self.atlas.lacking["readout"])
-            demand_width("readout", resid, self.atlas.shape.d_model)
-            norm = self.atlas.entries["final_norm", 0].module
-            assert norm is not None
-            return readout(self.hf, norm, resid)
-
     def project(
         self, z: Float[Tensor, "... head d_head"], layer: int, *, added: bool = False
     ) -> Float[Tensor, "... d_model"]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,10 +25,32 @@ def readout(model: Any, final_norm: nn.Module, resid: Tensor) -> Tensor:
     return unembed(model, final_norm(resid))
 
 
-def unembed(model: Any, normed: Tensor) -> Tensor:
-    """Logits `[… d_vocab]` of a normed residual stream `[… d_model]`."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(normed)
+def unembed(model: Any, normed: Tensor, tokens: slice | Tensor | None = None) -> Tensor:
+    """Logits `[… d_vocab]` of a normed residual stream `[… d_model]`, or `[… token]` of some tokens."""
+    head = model.get_output_embeddings()
+    if tokens is None:
+        return finished(model.config, head(normed))
+    if not is_plain(head):
+        return unembed(model, normed.to(model.dtype))[..., _on(tokens, head)]
+    tokens, like = _on(tokens, head), {"device": head.weight.device, "dtype": normed.dtype}
+    bias = None if head.bias is None else head.bias[tokens].to(**like)
+    return finished(model.config, nn.functional.linear(normed.to(**like), head.weight[tokens].to(**like), bias))
+
+
+def unembed_tiles(model: Any, normed: Tensor, width: int) -> Iterator[Tensor]:
+    """Logits `[… width]`, so many tokens after so many; the last ones may be fewer. A head that is no plain matrix is
+    asked once, for all."""
+    head = model.get_output_embeddings()
+    if not is_plain(head):
+        yield from unembed(model, normed).split(width, -1)
+        return
+    for start in range(0, len(head.weight), width):
+        yield unembed(model, normed, slice(start, start + width))
+
+
+def finished(config: Any, logits: Tensor) -> Tensor:
+    """What the head gives, with the family's scales and cap."""
+    config = config.get_text_config()
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):
@@ -35,6 +58,16 @@ def unembed(model: Any, normed: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def is_plain(head: Any) -> bool:
+    """Whether a head gives a product with its matrix and no more, so that some of its rows give some of its logits."""
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return type(head) is nn.Linear and "forward" not in head.__dict__ and not hooked
+
+
+def _on(tokens: slice | Tensor, head: nn.Module) -> slice | Tensor:
+    return tokens if isinstance(tokens, slice) else tokens.to(next(head.parameters()).device)
 
 
 def scale_of(config: Any) -> float:
@@ -66,3 +99,18 @@ def demand_width(what: str, value: Any, *ends: int) -> None:
         raise PlanError(wrong(what, wanted, value))
     if tuple(value.shape[-len(ends) :]) != ends or not value.is_floating_point():
         raise PlanError(f"{what} takes {wanted}, not {value.dtype} {list(value.shape)}")
+
+
+def demand_tokens(tokens: Any, d_vocab: int) -> None:
+    """Refuse what names no tokens.
+
+    Raises:
+        PlanError: saying what it is, or the first id that there is not.
+    """
+    if tokens is None or isinstance(tokens, slice):
+        return
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
+        raise PlanError(wrong("unembed(tokens=…)", "a slice or a tensor of ids [token]", tokens))
+    bad = tokens[(tokens < 0) | (tokens >= d_vocab)]
+    if len(bad):
+        raise PlanError(f"no token id {int(bad[0])}, there are {d_vocab}, 0 to {d_vocab - 1}")

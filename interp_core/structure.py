@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .architectures.atlas import Atlas, Entry
 from .engines.protocol import Engine
 from .engines.turns import Turn
-from .errors import CapabilityError, PlanError, nearest
+from .errors import CapabilityError, PlanError, nearest, wrong
 from .sites import Site, named
 from .table import SiteTable
 
@@ -236,6 +237,68 @@ class Structure:
             self.renew()
             reader = WeightReader(self.atlas, self.engine.model, self.hf.dtype, self.sample)
             return reader.read(_site(site), bias=alone)
+
+    def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits that the model would give for a residual stream: its own final norm, unembedding and caps.
+
+        Raises:
+            PlanError: not `[… d_model]`.
+            CapabilityError: the self-check found that this does not reproduce the model's logits.
+        """
+        from .readout import readout
+
+        with self._reading_out("readout", resid):
+            norm = self.atlas.entries["final_norm", 0].module
+            assert norm is not None
+            return readout(self.hf, norm, resid)
+
+    def unembed(
+        self, normed: Float[Tensor, "... d_model"], tokens: slice | Tensor | None = None
+    ) -> Float[Tensor, "... token"]:
+        """The second half of `readout`: logits of a stream that has been through the final norm (`S.final_norm`).
+
+        Args:
+            tokens: of these alone, a slice or ids `[token]`, for the price of these and in the dtype of `normed`; a
+                head that is no plain matrix (quantized, adapted, hooked) works out all.
+
+        Raises:
+            PlanError: not `[… d_model]`, or a token id that there is not.
+            CapabilityError: as `readout`.
+        """
+        from .readout import demand_tokens, unembed
+
+        with self._reading_out("unembed", normed):
+            demand_tokens(tokens, self.atlas.shape.d_vocab)
+            return unembed(self.hf, normed, tokens)
+
+    def unembed_tiles(
+        self, normed: Float[Tensor, "... d_model"], width: int
+    ) -> Iterator[Float[Tensor, "... token"]]:
+        """All logits that `unembed` gives, `width` tokens at a time from the first on, so that no more are held at once
+        (a head that is no plain matrix works out all).
+
+        Raises:
+            PlanError: not `[… d_model]`, or a width below 1.
+            CapabilityError: as `readout`.
+        """
+        from .readout import unembed_tiles
+
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise PlanError(wrong("unembed_tiles", "a number of tokens, 1 or more", width))
+        with self._reading_out("unembed_tiles", normed):
+            return unembed_tiles(self.hf, normed, width)
+
+    @contextmanager
+    def _reading_out(self, what: str, stream: Tensor) -> Iterator[None]:
+        """With the turn, once it is clear that a stream of this model can be read out."""
+        from .readout import demand_width
+
+        with self.turn:
+            self.renew()
+            if "readout" in self.atlas.lacking:
+                raise CapabilityError(self.atlas.lacking["readout"])
+            demand_width(what, stream, self.atlas.shape.d_model)
+            yield
 
 
 def _site(site: Site | str) -> Site:

@@ -17,6 +17,7 @@ from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
 from .positions import Rows
+from .readout import is_plain
 from .sweep_plan import EACH, Group, Pass, Planner, SweepPlan
 from .sweep_store import Store
 from .text import Tokens
@@ -110,7 +111,7 @@ class Runner(Planner):
         """While narrow scores judge some texts, only their targets' logits are computed."""
         self.kept, self.standing, head = None, {}, self.model.hf.get_output_embeddings()
         everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
-        plain = type(head) is nn.Linear and "forward" not in head.__dict__ and type(self.model.engine) is TorchEngine
+        plain = is_plain(head) and type(self.model.engine) is TorchEngine
         if not all(score.narrow for score in self.scores) or everything or not plain:
             return
         self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()

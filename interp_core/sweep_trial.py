@@ -22,6 +22,7 @@ from .engines.torch import TorchEngine
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
 from .positions import PerRow, Rows
+from .readout import is_plain
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
 from .sites import Site
@@ -261,7 +262,7 @@ def _shortened(model: Model, blocks: list[nn.Module], layers: tuple[int, ...]) -
         block: through for layer, block in enumerate(blocks) if layer not in layers
     }
     head = model.hf.get_output_embeddings()
-    if type(head) is nn.Linear and "forward" not in head.__dict__:
+    if is_plain(head):
         weight, bias = head.weight[:SEEN].detach(), None if head.bias is None else head.bias[:SEEN].detach()
         forwards[head] = lambda x: nn.functional.linear(x, weight, bias)
     handles = [blocks[layer].register_forward_hook(note) for layer in layers]
