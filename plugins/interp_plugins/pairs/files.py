@@ -10,16 +10,17 @@
     canonical_non_ws_positions         also canonical_nonws_positions, canonical_nonws_a: columns of the agentic context
     canonical_non_ws_tokens            of these positions, as ids or text
 
-    assisted_ids + assisted_canonical_non_ws_positions    also b_ids + canonical_nonws_b: an assisted context of its own,
-                                                          with its own columns (the packed layout)
+    assisted_ids + assisted_canonical_non_ws_positions    also b_ids + canonical_nonws_b: an assisted context of its
+                                                          own, with its own columns (the packed layout)
 
-A file may also be {"pairs": [row, …]} or [row, …] with the name in "id", "name" or "task_id". What else a row has is kept
-and written again. Every target that is left out is counted: at the first token, which nothing predicts; masked out of
-a context. Source: the files of Geuan666/XAI4Agent.
+A file may also be {"pairs": [row, …]} or [row, …] with the name in "id", "name" or "task_id". What else a row has is
+kept and written again. Every target that is left out is counted: at the first token, which nothing predicts; masked out
+of a context. Source: the files of Geuan666/XAI4Agent.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -186,10 +187,8 @@ def _aligned(name: str, agentic: Context, assisted: Context, fields: _Fields, mo
             kept.append((a, b))
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise ic.LoadError(
-            f"sample {name!r}: {fields.called(POSITIONS)} has no target{f' left ({why})' if why else ''}; a pair has one "
-            "at least"
-        )
+        left = f"no target left ({why})" if why else "no target"
+        raise ic.LoadError(f"sample {name!r}: {fields.called(POSITIONS)} has {left}; a pair has one at least")
     return Pair(
         name, tokens_of(agentic[0], seen), tokens_of(assisted[0], mask), tuple(sum(seen[:a]) for a, _ in kept),
         tuple(sum(mask[:b]) for _, b in kept), dict(dropped), more,
@@ -261,9 +260,9 @@ class _Fields:
         positions, called = self._numbers(names, "positions"), self.called(names)
         if outside := [p for p in positions if p >= length]:
             raise ic.LoadError(
-                f"sample {self.name!r}: {called} has {outside[0]}, and the context has {length} tokens (0 to {length - 1})"
+                f"sample {self.name!r}: {called} has {outside[0]}, the context has {length} tokens (0 to {length - 1})"
             )
-        if any(a >= b for a, b in zip(positions, positions[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(positions)):
             raise ic.LoadError(f"sample {self.name!r}: {called} does not increase; give each target once, in order")
         return positions
 
@@ -278,8 +277,8 @@ class _Fields:
                 (n for n, (a, b) in enumerate(zip(said, there, strict=False)) if a != b), min(len(said), len(there))
             )
             raise ic.LoadError(
-                f"sample {self.name!r}: {self.called(TOKENS)} are not the tokens at {self.called(POSITIONS)}: number {n} is "
-                f"{said[n : n + 1]}, there is {there[n : n + 1]}"
+                f"sample {self.name!r}: {self.called(TOKENS)} are not the tokens at {self.called(POSITIONS)}: number "
+                f"{n} is {said[n : n + 1]}, there is {there[n : n + 1]}"
             )
 
     def dropped(self) -> dict[str, int]:

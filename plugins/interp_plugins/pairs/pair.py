@@ -10,6 +10,7 @@ Two layouts of the second context, which give different numbers:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -57,16 +58,17 @@ class Pair:
         here, there = len(self.agentic_positions), len(self.assisted_positions)
         if here != there:
             raise ic.PlanError(
-                f"sample {self.name!r}: {here} agentic_positions and {there} assisted_positions; a target has one of each"
+                f"sample {self.name!r}: {here} agentic_positions and {there} assisted_positions; a target has one of "
+                "each"
             )
         agentic, assisted = (self.target_ids(side).tolist() for side in SIDES)
         if wrong := [n for n, (a, b) in enumerate(zip(agentic, assisted, strict=True)) if a != b]:
             n = wrong[0]
             raise ic.PlanError(
-                f"sample {self.name!r}: {len(wrong)} of {here} targets have other ids in the two contexts, the first at "
-                f"position {self.agentic_positions[n]} (agentic: {agentic[n]}) and {self.assisted_positions[n]} "
-                f"(assisted: {assisted[n]}); a target is the same token in both. Build the pair again with one tokenizer, "
-                "or leave these positions out"
+                f"sample {self.name!r}: {len(wrong)} of {here} targets have other ids in the two contexts, the first "
+                f"at position {self.agentic_positions[n]} (agentic: {agentic[n]}) and {self.assisted_positions[n]} "
+                f"(assisted: {assisted[n]}); a target is the same token in both. Build the pair again with one "
+                "tokenizer, or leave these positions out"
             )
 
     def _check_positions(self, side: Side) -> None:
@@ -81,7 +83,7 @@ class Pair:
                 f"sample {self.name!r}: {side}_positions has {outside[0]}; of {length} tokens, targets are 1 to "
                 f"{length - 1} (nothing predicts the first)"
             )
-        if any(a >= b for a, b in zip(positions, positions[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(positions)):
             raise ic.PlanError(
                 f"sample {self.name!r}: {side}_positions do not increase; give each target once, in order"
             )
