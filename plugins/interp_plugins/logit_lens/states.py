@@ -1,0 +1,187 @@
+"""Streams in files: only the rows that predict targets, so that a lens can be read again without the model's passes.
+
+    {folder}/{sample}.{agentic|assisted}.safetensors
+        layer.-1, layer.0, …      [target d_model]      one tensor per layer, -1 the embedding, before the final norm
+        metadata "lens_states"    JSON: format, sample, side, layers, positions, ids, final, model
+
+A layer is read by itself without the others. Size: layers · targets · d_model numbers, in the model's dtype: 49 layers,
+100 targets and 2,048 numbers of bfloat16 are 20 MB, where all positions of a text of 2,500 tokens would take 490.
+
+Refused, naming sample and field: states of other weights, config or dtype; layers that are missing; numbers that are not
+finite (float16 ends at 65,504, below the massive activations of many models); shapes, positions or ids that are not the
+pair's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from interp_plugins.pairs import Pair
+from torch import Tensor
+
+import interp_core as ic
+from interp_core import runs
+
+from .aligned import EMBEDDING, SIDES, States
+
+FORMAT = "interp-lens-states/1"
+HEADER = "lens_states"
+TOLD_BY = ("model", "config and modules", "weights", "dtype")
+"""Parts of a model's record in which the states of one are not those of another."""
+
+
+def state_file(folder: Path, sample: str, side: str) -> Path:
+    """Where the states of a context lie."""
+    return folder / f"{runs.safe_name(sample)}.{side}.safetensors"
+
+
+def write_states(folder: str | Path, model: ic.Model, states: Iterable[States]) -> list[Path]:
+    """Write contexts' states, each file whole or not at all.
+
+    Raises:
+        PlanError: states that are not finite, or already normed.
+        CapabilityError: a model whose fingerprint cannot be told.
+    """
+    record = identity(model)
+    paths = []
+    for each in states:
+        where = f"{each.sample} {each.side}"
+        for layer, rows in zip(each.layers, each.stream, strict=True):
+            if each.normed_last and layer == each.layers[-1]:
+                raise ic.PlanError(f"{where}: layer {layer} is normed already; a store holds streams before the norm")
+            check_finite(where, layer, rows)
+        head = {
+            "format": FORMAT, "sample": each.sample, "side": each.side, "layers": list(each.layers),
+            "positions": list(each.positions), "ids": each.ids.tolist(), "final": each.final, "model": record,
+        }  # fmt: skip
+        tensors = {f"layer.{layer}": rows for layer, rows in zip(each.layers, each.stream, strict=True)}
+        path = state_file(Path(folder), each.sample, each.side)
+        runs.write(path, runs.safetensors_bytes(tensors, {HEADER: json.dumps(head)}))
+        paths.append(path)
+    return paths
+
+
+def read_state(
+    folder: str | Path, model: ic.Model, pair: Pair, side: str, layers: Sequence[int] | None = None
+) -> States:
+    """The states of a context, checked against model and pair.
+
+    Args:
+        layers: these alone, the last among them; None: all.
+
+    Raises:
+        LoadError: no such file, damaged, or of another model, of other targets, with missing layers or numbers that
+            are not finite; it names sample and field.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = state_file(Path(folder), pair.name, side)
+    where = f"{pair.name} {side}"
+    if not path.is_file():
+        raise ic.LoadError(f"{where}: no file {path.name} in {folder}; write it with write_states")
+    try:
+        with safe_open(path, "pt") as file:
+            head = _header(file.metadata(), where)
+            _check_head(head, model, pair, side)
+            wanted = [EMBEDDING, *range(model.n_layers)] if layers is None else list(layers)
+            _check_layers(where, file.keys(), wanted)
+            rows = [file.get_tensor(f"layer.{layer}") for layer in wanted]
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, ic.LoadError):
+            raise
+        raise ic.LoadError(f"{where}: {path} is damaged: {error}; write it again") from error
+    for layer, value in zip(wanted, rows, strict=True):
+        _check_rows(where, layer, value, len(pair), model.d_model)
+    final = None if head.get("final") is None else (float(head["final"][0]), float(head["final"][1]))
+    positions, ids = tuple(head["positions"]), torch.tensor(head["ids"])
+    return States(pair.name, side, tuple(wanted), positions, ids, torch.stack(rows), final)
+
+
+def read_pair(folder: str | Path, model: ic.Model, pair: Pair) -> tuple[States, States]:
+    """Both contexts of a pair; as `read_state`."""
+    agentic, assisted = (read_state(folder, model, pair, side) for side in SIDES)
+    return agentic, assisted
+
+
+def identity(model: ic.Model) -> dict[str, str]:
+    """What a store has of the model that its states are of: the parts in which they would differ.
+
+    Raises:
+        CapabilityError: they cannot be told.
+    """
+    parts = runs.model_record(model)["parts"]
+    return {name: parts[name] for name in TOLD_BY}
+
+
+# Checks
+
+
+def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+    try:
+        head = json.loads((metadata or {})[HEADER])
+        assert head["format"] == FORMAT and isinstance(head["positions"], list) and isinstance(head["ids"], list)
+    except (KeyError, ValueError, TypeError, AssertionError) as error:
+        raise ic.LoadError(f"{where}: metadata {HEADER!r} is missing or no {FORMAT}; write the states again") from error
+    return head
+
+
+def _check_head(head: Mapping[str, Any], model: ic.Model, pair: Pair, side: str) -> None:
+    where = f"{pair.name} {side}"
+    before, now = head.get("model") or {}, identity(model)
+    if other := [name for name in TOLD_BY if before.get(name) != now[name]]:
+        short = ", ".join(_told(name, before.get(name), now[name]) for name in other)
+        raise ic.LoadError(f"{where}: states of another model ({short}); load that one, or write them again")
+    if (head["sample"], head["side"]) != (pair.name, side):
+        raise ic.LoadError(f"{where}: sample and side of the file are {head['sample']} {head['side']}; it was renamed")
+    for field, wanted in (("positions", list(_positions(pair, side))), ("ids", pair.target_ids().tolist())):
+        if head[field] != wanted:
+            n = next((i for i, (a, b) in enumerate(zip(head[field], wanted, strict=False)) if a != b), None)
+            first = "" if n is None else f", the first that differs is {head[field][n]} where the pair has {wanted[n]}"
+            raise ic.LoadError(
+                f"{where}: {field} are {len(head[field])}, the pair's {len(wanted)}{first}; the states are of other "
+                "targets: write them again from these pairs"
+            )
+
+
+def _told(name: str, was: Any, now: str) -> str:
+    return f"other {name}" if name in ("weights", "config and modules") else f"{name} was {was}, is {now}"
+
+
+def _positions(pair: Pair, side: str) -> tuple[int, ...]:
+    return pair.agentic_positions if side == "agentic" else pair.assisted_positions
+
+
+def _check_layers(where: str, names: Iterable[str], wanted: Sequence[int]) -> None:
+    missing = [layer for layer in wanted if f"layer.{layer}" not in set(names)]
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise ic.LoadError(f"{where}: layers {shown} are missing; the lens reads every layer: write the states again")
+
+
+def _check_rows(where: str, layer: int, rows: Tensor, n: int, d_model: int) -> None:
+    if tuple(rows.shape) != (n, d_model) or not rows.is_floating_point():
+        raise ic.LoadError(
+            f"{where}: layer {layer} is {rows.dtype} {list(rows.shape)}; the pair has {n} targets and the model "
+            f"d_model {d_model}, so it is [{n}, {d_model}]"
+        )
+    check_finite(where, layer, rows, ic.LoadError)
+
+
+def check_finite(where: str, layer: int, rows: Tensor, error: type[ic.InterpError] = ic.PlanError) -> None:
+    """Refuse infinities, which are what float16 makes of large numbers."""
+    finite = rows.isfinite()
+    if not bool(finite.all()):
+        target = int((~finite).any(-1).nonzero()[0])
+        why = (
+            "float16 ends at 65,504 and this stream goes beyond; work in bfloat16 or float32"
+            if rows.dtype == torch.float16
+            else "the model's own pass gave them"
+        )
+        raise error(
+            f"{where}: layer {layer} has {int((~finite).sum())} numbers that are not finite, the first at target "
+            f"{target}: {why}"
+        )
