@@ -271,9 +271,7 @@ class Structure:
             demand_tokens(tokens, self.atlas.shape.d_vocab)
             return unembed(self.hf, normed, tokens)
 
-    def unembed_tiles(
-        self, normed: Float[Tensor, "... d_model"], width: int
-    ) -> Iterator[Float[Tensor, "... token"]]:
+    def unembed_tiles(self, normed: Float[Tensor, "... d_model"], width: int) -> Iterator[Float[Tensor, "... token"]]:
         """All logits that `unembed` gives, `width` tokens at a time from the first on, so that no more are held at once
         (a head that is no plain matrix works out all).
 

@@ -7,8 +7,8 @@
 A target is predicted at p - 1: that is where the stream is read, and nowhere else. Rows of all layers, of both contexts
 and of several samples go through the unembedding in one product (`tiles`).
 
-Source: nostalgebraist (2020), "interpreting GPT: the logit lens". "Logit-lens scores" in published tables of agentic and
-assisted code are minus this NLL.
+Source: nostalgebraist (2020), "interpreting GPT: the logit lens". "Logit-lens scores" in published tables of agentic
+and assisted code are minus this NLL.
 Cost: one forward pass per context, then as `tiles` says for (n_layers + 1) · targets rows.
 Must equal: its last row is the model's own log-probability. That is checked at each context's last target; transformers
 gives the last hidden state already normed, and norming it again is the field's commonest error here.
@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
-from interp_plugins.pairs import Pair
 from jaxtyping import Float, Int
 from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_plugins.pairs import Pair
 
 from .tiles import ROWS, Divergence, JsMode, Readout, divergence, read_out
 
@@ -64,8 +64,8 @@ class States:
         """The first so many targets; None for all."""
         if count is None or count >= len(self.ids):
             return self
-        kept = {"positions": self.positions[:count], "ids": self.ids[:count], "stream": self.stream[:, :count]}
-        return replace(self, **kept, final=None)
+        positions, ids, stream = self.positions[:count], self.ids[:count], self.stream[:, :count]
+        return replace(self, positions=positions, ids=ids, stream=stream, final=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,9 @@ class PairScores:
     apart: Divergence | None = None
 
 
-def read_states(model: ic.Model, tokens: ic.Tokens, positions: Sequence[int], sample: str = "", side: str = "") -> States:
+def read_states(
+    model: ic.Model, tokens: ic.Tokens, positions: Sequence[int], sample: str = "", side: str = ""
+) -> States:
     """The stream before each target, from one forward pass.
 
     Args:
@@ -206,7 +208,7 @@ def _scored(
 
 def _part(whole: Part, targets: slice) -> Part:
     """The same of some targets."""
-    return type(whole)(**{name: None if x is None else x[:, targets] for name, x in vars(whole).items()})
+    return replace(whole, **{name: x[:, targets] for name, x in vars(whole).items() if x is not None})
 
 
 def _split(whole: Part, sizes: Sequence[int]) -> list[Part]:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interp_plugins.pairs import Pair
 from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_plugins.pairs import Pair
 
 from .aligned import EMBEDDING, SIDES, States
 from .states import check_finite
@@ -75,8 +75,8 @@ def _states(content: Mapping[Any, Any], model: ic.Model, pair: Pair, side: str) 
     counts = (model.n_layers, model.n_layers + 1)
     if hidden.shape[0] not in counts or tuple(hidden.shape[1:]) != (width, model.d_model):
         raise ic.LoadError(
-            f"{where} is {list(hidden.shape)}; the model has {model.n_layers} layers of {model.d_model} and the context "
-            f"{width} columns, so it is [{counts[0]} or {counts[1]}, {width}, {model.d_model}]"
+            f"{where} is {list(hidden.shape)}; the model has {model.n_layers} layers of {model.d_model} and the "
+            f"context {width} columns, so it is [{counts[0]} or {counts[1]}, {width}, {model.d_model}]"
         )
     stream = hidden[:, tokens.columns([p - 1 for p in positions])[0]]
     layers = tuple(range(model.n_layers)) if len(hidden) == counts[0] else (EMBEDDING, *range(model.n_layers))
@@ -87,7 +87,7 @@ def _states(content: Mapping[Any, Any], model: ic.Model, pair: Pair, side: str) 
 
 
 def is_normed(model: ic.Model, rows: Tensor) -> bool:
-    """Whether rows `[target d_model]` have been through the final norm: without its bias and gains they have variance 1.
+    """Whether rows `[target d_model]` have been through the final norm: without bias and gains they have variance 1.
 
     Rows of the stream itself do not: their lengths differ from target to target, and from one by orders of magnitude.
     """

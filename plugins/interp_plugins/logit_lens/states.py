@@ -7,9 +7,9 @@
 A layer is read by itself without the others. Size: layers · targets · d_model numbers, in the model's dtype: 49 layers,
 100 targets and 2,048 numbers of bfloat16 are 20 MB, where all positions of a text of 2,500 tokens would take 490.
 
-Refused, naming sample and field: states of other weights, config or dtype; layers that are missing; numbers that are not
-finite (float16 ends at 65,504, below the massive activations of many models); shapes, positions or ids that are not the
-pair's.
+Refused, naming sample and field: states of other weights, config or dtype; layers that are missing; numbers that are
+not finite (float16 ends at 65,504, below the massive activations of many models); shapes, positions or ids that are not
+the pair's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interp_plugins.pairs import Pair
 from torch import Tensor
 
 import interp_core as ic
 from interp_core import runs
+from interp_plugins.pairs import Pair
 
 from .aligned import EMBEDDING, SIDES, States
 
