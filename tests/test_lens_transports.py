@@ -82,7 +82,7 @@ def test_closed_form_of_blocks_that_add_a_mean_of_the_past() -> None:
     past = torch.tril(torch.ones(20, 20, dtype=torch.float64)) / torch.arange(1, 21)[:, None]
     valid = slice(4, 19)
     twice = (past @ past)[valid, valid].sum() / 15
-    assert float(twice) == pytest.approx(0.300886578, abs=1e-8) or float(twice) > 0.3
+    assert float(twice) == pytest.approx(0.300886578, abs=1e-8)
     torch.testing.assert_close(found[0], eye + c * (a + b) + twice * b @ a, atol=1e-11, rtol=1e-11)
 
 
@@ -118,9 +118,9 @@ def directly(model: ic.Model, ids: list[int], skip: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", [*FAMILIES[:2], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[2:])])
 def test_fit_is_the_sum_of_autograds_jacobians(family: str) -> None:
     model = tiny_model(family, torch.float64)
-    texts = [row[:9] for row in IDS[:2]]
+    texts = [row[:9].tolist() for row in IDS[:2]]
     lens = fit_jacobian(model, texts, skip_first=3, dim_batch=5)
-    wanted = [directly(model, text.tolist(), 3) for text in texts]
+    wanted = [directly(model, text, 3) for text in texts]
     assert lens.layers == tuple(range(model.n_layers - 1)) and lens.n_prompts == 2
     for layer in lens.layers:
         mean = sum(matrices[layer] for matrices in wanted) / 2

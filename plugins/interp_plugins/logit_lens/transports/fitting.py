@@ -132,11 +132,15 @@ def _settings(settings: Mapping[str, Any]) -> JacobianFit:
 
 
 def _ids(model: ic.Model, text: Any, fit: JacobianFit) -> list[int]:
-    tokens = text if isinstance(text, ic.Tokens) else model.tokens(text)
-    if len(tokens) != 1 or tokens.inputs:
-        raise ic.PlanError("a Jacobian lens is fitted on texts, one by one, without images")
-    ids = tokens.ids[0, tokens.mask[0]].tolist()
-    first = getattr(model.tokenizer, "bos_token_id", None) if isinstance(text, str) and fit.bos else None
+    if isinstance(text, str):
+        text = model.tokens(text)
+    if isinstance(text, ic.Tokens):
+        if len(text) != 1 or text.inputs:
+            raise ic.PlanError("a Jacobian lens is fitted on texts, one by one, without images")
+        ids, bare = text.ids[0, text.mask[0]].tolist(), True
+    else:
+        ids, bare = torch.as_tensor(text).flatten().tolist(), False
+    first = getattr(model.tokenizer, "bos_token_id", None) if bare and fit.bos else None
     if first is not None and ids[:1] != [first]:
         ids = [first, *ids]
     return ids[: fit.max_seq_len]
