@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .plugins import registry as registry
     from .positions import PerRow as PerRow
     from .positions import Span as Span
+    from .progress import Progress as Progress
     from .readings import LayerReadings as LayerReadings
     from .readings import Reading as Reading
     from .readings import Receipt as Receipt
@@ -76,6 +77,7 @@ _HOME = {
     "Model": "model",
     "PerRow": "positions",
     "Plan": "plan",
+    "Progress": "progress",
     "Reading": "readings",
     "Receipt": "readings",
     "Result": "result",

@@ -15,8 +15,6 @@ Must equal: one whole forward pass per text, and its log-softmax (float32 roundi
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
@@ -32,7 +30,6 @@ TOKENS = {"cpu": 1024}
 TOKENS_ELSEWHERE = 16_384
 LOGITS = 2**28
 """Bytes of one pass's logits."""
-SILENT = 3.0
 
 
 @dataclass(frozen=True)
@@ -128,12 +125,12 @@ class Perturbed:
         self.cost = replace(self.cost, asked=self.cost.asked + len(keys))
         rows = list(missing.items())
         size = rows_at_once(self.model, self.tokens, len(self.places.scored), self.tokens_at_once)
-        told = _Told("perturbed texts", len(rows))
-        for first in range(0, len(rows), size):
-            some = rows[first : first + size]
-            scores = self._run(torch.stack([row for _, row in some]))
-            self._known |= {key: score for (key, _), score in zip(some, scores, strict=True)}
-            told.add(len(some))
+        with ic.Progress("perturbed texts", len(rows)) as told:
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                scores = self._run(torch.stack([row for _, row in some]))
+                self._known |= {key: score for (key, _), score in zip(some, scores, strict=True)}
+                told.add(len(some))
         return torch.stack([self._known[key] for key in keys])
 
     def _run(self, gone: Bool[Tensor, "text prompt"]) -> Float[Tensor, "text kind"]:
@@ -253,18 +250,3 @@ def log_odds(logits: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"]) -> Fl
     chosen = logits.gather(-1, ids[:, None])
     others = logits.scatter(-1, ids[:, None], -torch.inf)
     return chosen[:, 0].double() - others.logsumexp(-1).double()
-
-
-class _Told:
-    """A line on standard error, once work takes long."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.began = what, total, 0, time.monotonic()
-
-    def add(self, count: int) -> None:
-        """So many more are done."""
-        self.done += count
-        if time.monotonic() - self.began > SILENT:
-            end = "\n" if self.done == self.total else ""
-            sys.stderr.write(f"\r{self.what}: {self.done:,} of {self.total:,} {end}")
-            sys.stderr.flush()
