@@ -25,6 +25,8 @@ from torch import Tensor
 
 import interp_core as ic
 
+from .orders import checked_count
+
 TOKENS = {"cpu": 1024}
 """Tokens of all rows of one pass, by kind of device: more than a processor's caches hold makes passes slower."""
 TOKENS_ELSEWHERE = 16_384
@@ -212,8 +214,7 @@ def rows_at_once(model: ic.Model, tokens: ic.Tokens, scored: int, tokens_at_once
     """
     if tokens_at_once is None:
         tokens_at_once = TOKENS.get(model.device.type, TOKENS_ELSEWHERE)
-    if isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1:
-        raise ic.PlanError(ic.errors.wrong("tokens_at_once=", "a number of tokens from 1 on", tokens_at_once))
+    checked_count("tokens_at_once=", tokens_at_once, 1)
     if tokens.inputs:
         return 1
     row = scored * model.d_vocab * model.dtype.itemsize

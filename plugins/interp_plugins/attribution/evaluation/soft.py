@@ -32,7 +32,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .orders import checked_weights, named
+from .orders import checked_count, checked_weights, named
 from .perturbed import Places, log_probs, places_of, predicting, repeated, rows_at_once, single
 
 Distance = Literal["probability", "hellinger"]
@@ -108,9 +108,8 @@ def soft(
     places = places_of(tokens, scored)
     weights = checked_weights(weights, len(places.prompt), "soft")
     labels = named(names, len(weights), "soft")
-    for what, value, least in (("draws=", draws, 2), ("seed=", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ic.PlanError(ic.errors.wrong(f"soft: {what}", f"a whole number from {least} on", value))
+    checked_count("soft: draws=", draws, 2)
+    checked_count("soft: seed=", seed, 0)
     if distance not in DISTANCES:
         raise ic.PlanError(f"soft: distance {distance!r}. {ic.errors.nearest(distance, DISTANCES)}")
     blurred = _Blurred(model, tokens, places, DISTANCES[distance], tokens_at_once)
