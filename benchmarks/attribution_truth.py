@@ -98,9 +98,13 @@ REAL: Methods = {
     "ft_attnlrp, 1 hop": ("attnlrp", {"variant": "multi_hop"}),
     "input_x_gradient": ("input_x_gradient", {}),
     "leave_out, sentences": ("leave_out", {"units": "sentence", "target_scale": "logit"}),
+    "integrated_gradients, 8 steps": ("integrated_gradients", {"steps": 8, "batch_tokens": 512}),
+    "surrogate, sentences": ("surrogate", {}),
     "random": ("random_attribution", {}),
     "ifr span, reference": ("ifr", {"variant": "span", "profile": "reference"}),
 }
+DEAR = ("leave_out, sentences", "integrated_gradients, 8 steps", "surrogate, sentences")
+"""Of `REAL` what takes minutes per prompt."""
 PUBLISHED = (
     ("ifr span", "ifr", {"variant": "span"}),
     ("ifr multi_hop_both", "ifr", {"variant": "multi_hop_both", "n_hops": 1}),
@@ -255,15 +259,17 @@ def on_steps(count: int) -> None:
         print(f"\n{_titled(f'{steps} written', prompts)}\n\n{table(rows_of(model, prompts, THROUGH))}", flush=True)
 
 
-def on_real(name: str, examples: Sequence[Example], steps: int) -> None:
+def on_real(name: str, examples: Sequence[Example], steps: int, labels: Sequence[str]) -> None:
     """The table of one cache.
 
     Args:
-        steps: of deletion curves; 0: none, and no method that deletes.
+        steps: of deletion curves; 0: none, and none of `DEAR` unless it is named.
+        labels: of methods; none: all.
     """
     model = ic.load("smollm2")
     prompts = [cached(model, example, "sound") for example in examples]
-    methods = {label: method for label, method in REAL.items() if steps or method[0] != "leave_out"}
+    labels = labels or [label for label in REAL if steps or label not in DEAR]
+    methods = {label: REAL[label] for label in labels}
     rows = rows_of(model, prompts, methods, steps=steps, with_areas=False)
     print(f"\n{_titled(name, prompts)}\n\n{table(rows)}", flush=True)
 
@@ -358,6 +364,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="number of prompts, or caches")
     parser.add_argument("--most", type=int, help="examples of each cache, at most")
     parser.add_argument("--steps", type=int, default=20, help="of the real model's deletion curves; 0: no deletions")
+    parser.add_argument("--methods", nargs="+", choices=list(REAL), default=[], help="of the real model's tables")
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -369,7 +376,7 @@ def main() -> None:
         for path in map(Path, options.what):
             examples = load_examples(path, options.most)
             if options.part == "real":
-                on_real(path.stem, examples, options.steps)
+                on_real(path.stem, examples, options.steps, options.methods)
             else:
                 beside_published(path.stem, examples)
 

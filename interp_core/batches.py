@@ -1,9 +1,7 @@
-"""Many prompts in batches: which go together, and the line that says how far the work is."""
+"""Many prompts in batches: which go together."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -21,31 +19,6 @@ BATCH = 16
 """Prompts that run together where nobody says how many."""
 AHEAD = 16
 """Batches whose prompts are sorted by length together, where prompts come one by one."""
-SHOWN_SECONDS = 0.1
-
-
-class Progress:
-    """A line on standard error: how much is done, how fast, how long it will take."""
-
-    def __init__(self, shown: bool, total: int | None, what: str) -> None:
-        self.shown, self.total, self.what = shown, total, what
-        self.count, self.since, self.drawn = 0, time.monotonic(), 0.0
-
-    def add(self, count: int) -> None:
-        """So many more are done."""
-        if not count:
-            return
-        self.count += count
-        now = time.monotonic()
-        last = self.count == self.total
-        if not self.shown or (not last and now - self.drawn < SHOWN_SECONDS):
-            return
-        self.drawn = now
-        rate = self.count / max(now - self.since, 1e-9)
-        known = "" if self.total is None else f" of {self.total:,}"
-        left = "" if self.total is None else f", {(self.total - self.count) / rate:,.0f} s left"
-        line = f"\r{self.what} {self.count:,}{known}, {rate:,.0f} per second{left} "
-        print(line, end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def batch_size_of(value: Any) -> int:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from . import runs
 from .activations import INDEX, RECIPE, SHARDS, SITES, Activations, located, shard_bytes
-from .batches import AHEAD, Progress, batch_size_of, bucketed, laid_out, numbering, sides, windows
+from .batches import AHEAD, batch_size_of, bucketed, laid_out, numbering, sides, windows
 from .engines.protocol import Slot
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
 from .plan import Plan
 from .positions import Mask, PerRow, Position, Rows, is_single
+from .progress import Progress
 from .readings import ForwardPass
 from .regions import Region
 from .saved import atlas_data
@@ -50,8 +51,8 @@ def collect(
     size = batch_size_of(batch_size)
     settings = {"read": [str(site) for site in reads]}
     run = runs.open(out, settings, recipe=RECIPE, model=model, say=lambda line: None, kind="collection")
-    shown = Progress(progress, len(texts) if isinstance(texts, Sized) else None, RECIPE)
-    with run:
+    total = len(texts) if isinstance(texts, Sized) else None
+    with run, Progress(RECIPE, total, shown=progress) as shown:
         run.put({SITES: runs.json_text(atlas_data(model.atlas))})
         with run.rows(INDEX, key="shard") as rows:
             shelf = Shelf(run, rows)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from .errors import LoadError, nearest
-
-SILENT = 3.0
-"""Seconds after which reading says that it goes on."""
+from .progress import Progress
 
 
 class Header(NamedTuple):
@@ -76,18 +72,11 @@ def alone(path: str) -> Iterator[str]:
         yield folder
 
 
-@contextmanager
-def audible(path: str) -> Iterator[None]:
-    """A line on standard error if what happens here takes long."""
+def reading(path: str) -> Progress:
+    """What is said if reading takes long."""
     size = Path(path).stat().st_size / 1e6
-    said = f"{path}: reading and dequantising {size:,.0f} MB, each time that it is opened (docs/real_model.md: once)\n"
-    timer = threading.Timer(SILENT, sys.stderr.write, [said])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    said = f"{path}: reading and dequantising {size:,.0f} MB, each time that it is opened (docs/real_model.md: once)"
+    return Progress(said, 0)
 
 
 def dequantised(config: Any) -> dict[str, Any]:

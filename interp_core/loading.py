@@ -128,7 +128,7 @@ def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
         yield Files(path, path, options)
         return
     head = gguf.header(path)
-    with gguf.alone(path) as folder, gguf.audible(path):
+    with gguf.alone(path) as folder, gguf.reading(path):
         yield Files(path, folder, {**options, "gguf_file": Path(path).name}, head)
 
 

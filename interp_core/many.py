@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from . import runs
-from .batches import Progress, batch_size_of, bucketed, numbering, sides, some_rows
+from .batches import batch_size_of, bucketed, numbering, sides, some_rows
 from .errors import InterpError, PlanError, PluginError, wrong
 from .files import sha256
 from .identity import NoIdentityError, identity
 from .joining import Part, demand_alike, demand_joinable, joined, result_kind
 from .positions import Mask, PerRow
+from .progress import Progress
 from .result import Result
 from .runs.identity import plain
 from .score import Score
@@ -55,18 +56,18 @@ def run_many(
         parts = shelf.parts(name, tokens)
         done = {number for part in parts for number in part.numbers}
         todo = [number for number in range(len(tokens)) if number not in done]
-        shown = Progress(progress, len(tokens), name)
-        shown.add(len(done))
         groups = bucketed([tokens.lengths[number] for number in todo], size, mixed=bool(sides(model.atlas)))
         batches = [sorted(todo[place] for place in group) for group in groups]
-        for part in _results(method, model, tokens, config, batches):
-            if not parts:
-                demand_joinable(name, type(part.result))
-            else:
-                demand_alike(name, parts[0], part)
-            parts.append(part)
-            shelf.keep(part)
-            shown.add(len(part.numbers))
+        with Progress(name, len(tokens), shown=progress) as told:
+            told.add(len(done))
+            for part in _results(method, model, tokens, config, batches):
+                if not parts:
+                    demand_joinable(name, type(part.result))
+                else:
+                    demand_alike(name, parts[0], part)
+                parts.append(part)
+                shelf.keep(part)
+                told.add(len(part.numbers))
         result = joined(parts, tokens)
         shelf.finish(result)
     return result

@@ -74,7 +74,7 @@ class Method(ABC):
 
         Args:
             batch_size: how many prompts run together, those of about one length (None: all; with `out=` 16).
-            progress: show how much is done on standard error.
+            progress: show from the beginning how much is done, on standard error; else from three seconds on.
             out: a folder for the results of batches as they come, and then the whole; a run that was stopped goes on
                 there, and what is done is read.
 
@@ -122,7 +122,7 @@ class Batching(Config):
 
     Attributes:
         batch_size: how many prompts run together (None: all).
-        progress: show how much is done on standard error.
+        progress: show from the beginning how much is done, on standard error; else from three seconds on.
     """
 
     batch_size: int | None = None

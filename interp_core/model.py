@@ -360,7 +360,7 @@ class Model(Structure):
                 before it, "staircase" both.
             memory_budget: bytes that one pass may take (default: half of what is free).
             out: a folder for the scores as they come; a sweep that was stopped goes on there.
-            progress: show how much is done on standard error.
+            progress: show from the beginning how much is done, on standard error; else from three seconds on.
 
         Raises:
             SiteError, PositionError, PlanError, CapabilityError: before anything runs.
@@ -392,7 +392,7 @@ class Model(Structure):
             read: sites, at positions that mean the same in every text: numbers, slices, names.
             out: a run folder; texts that follow those that are there are added.
             batch_size: texts that run together, sorted by length.
-            progress: show how much is done on standard error.
+            progress: show from the beginning how much is done, on standard error; else from three seconds on.
 
         Raises:
             SiteError, PlanError, CapabilityError: before anything runs.

@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .batches import Progress
 from .edits import TENSOR_OPS, Edit
 from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
+from .progress import Progress
 from .replacing import demand_own
 from .score import Score
 from .sites import Site
@@ -145,7 +145,8 @@ def sweep(
         chosen, why, trial = choose(model, tokens, strategy)
         plan = runner.plan(chosen, why, store.done)
         plan.trial = trial
-        clean = runner.run(plan, store, Progress(progress, int((~store.done).sum()), "sweep"))
+        with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
+            clean = runner.run(plan, store, told)
     parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
     return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
 

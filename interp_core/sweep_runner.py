@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Progress
 from .compiled import model_inputs
 from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
 from .positions import Rows
+from .progress import Progress
 from .readout import is_plain
 from .sweep_plan import EACH, Group, Pass, Planner, SweepPlan
 from .sweep_store import Store

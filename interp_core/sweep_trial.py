@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batches import Progress
 from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, clean_pass
@@ -22,6 +21,7 @@ from .engines.torch import TorchEngine
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
 from .positions import PerRow, Rows
+from .progress import Progress
 from .readout import is_plain
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
@@ -167,8 +167,8 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
         texts = Tokens(ids, mask)
     rehearsal = _Rehearsal(model, texts, variants)
     try:
-        with opened(None, model, texts, rehearsal.variants, rehearsal.scores) as store:
-            rehearsal.run(rehearsal.plan(strategy, "", store.done), store, Progress(False, len(variants), "trial"))
+        with opened(None, model, texts, rehearsal.variants, rehearsal.scores) as store, Progress("trial") as told:
+            rehearsal.run(rehearsal.plan(strategy, "", store.done), store, told)
     except (*FAULTS, InterpError) as error:
         if len(rehearsal.wanted) < len(texts):
             return None

@@ -297,6 +297,25 @@ def test_the_surrogate_on_a_model() -> None:
     assert notes["sampler"] == "numpy RandomState(i + 5), each source kept with probability 0.5"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [
+        ("the big small hot cold up down left right of day and night", "the prompt is one sentence"),
+        ("The big small hot cold up. The down left right of day", "a mask leaves none of the few sentences"),
+    ],
+)
+def test_words_where_sentences_cannot_be_sources(prompt: str, why: str) -> None:
+    """Refused before; the result says so, and is that by words. Sentences that can be sources are."""
+    surrogate, toy = ic.method("surrogate"), toy_model()
+    tokens = toy.tokens(prompt, " cold")
+    by_word = surrogate(toy, tokens, units="word", ablations=16)
+    found = surrogate(toy, tokens, ablations=16)
+    assert found.notes[0]["sources"] == f"words, not sentences: {why}" and by_word.notes[0]["sources"] == "words"
+    assert torch.equal(found.scores, by_word.scores) and len(found.notes[0]["units"]) == len(prompt.split())
+    kept = surrogate(toy, toy.tokens(f"{prompt}. ? A", " cold").name(prompt=[(0, len(prompt))]), ablations=8)
+    assert kept.notes[0]["sources"] == ("sentences" if "." in prompt else f"words, not sentences: {why}")
+
+
 def test_certain_and_hopeless_answers_stay_finite() -> None:
     scaled = logit_scaled(torch.tensor([0.0, -1e-30, -0.5, -800.0]))
     assert bool(scaled.isfinite().all()) and scaled[0] == scaled[1] == pytest.approx(27.63, abs=0.01)

@@ -455,8 +455,14 @@ def test_weights_that_do_not_fit_are_refused_before_the_model_runs(unembedded: U
     ):
         with pytest.raises(ic.PlanError, match=said):
             faithfulness(perturbed, weights, **options)
-    with pytest.raises(ic.PlanError, match="ks= takes"):
-        areas(perturbed, drawn(PROMPT), ks=(PROMPT + 1,))
+    for options, said in (
+        ({"ks": (PROMPT + 1,)}, "ks= takes"),
+        ({"ks": (0,)}, "ks= takes"),
+        ({"steps": 0}, "areas: steps= takes a whole number from 1 on"),
+        ({"kept": []}, "areas: kept= leaves no prompt token"),
+    ):
+        with pytest.raises(ic.PlanError, match=said):
+            areas(perturbed, drawn(PROMPT), **options)
     with pytest.raises(ic.PlanError, match="odds=True"):
         perturbed.log_odds(torch.zeros(1, PROMPT, dtype=torch.bool))
     for options, said in (({"draws": 1}, "draws= takes"), ({"distance": "hellinge"}, "Did you mean 'hellinger'")):

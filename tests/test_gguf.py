@@ -122,7 +122,7 @@ def test_a_file_without_vocabulary(tmp_path: Path) -> None:
 def test_long_reading_is_not_silent(file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     ic.load(file)
     assert "each time that it is opened" not in capfd.readouterr().err
-    monkeypatch.setattr("interp_core.gguf.SILENT", 0.0)
+    monkeypatch.setattr("interp_core.progress.SILENT", 0.0)
     ic.load(file)
     assert f"{file}: reading and dequantising 0 MB, each time that it is opened" in capfd.readouterr().err
 

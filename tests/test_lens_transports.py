@@ -262,7 +262,8 @@ def test_swap_of_coordinates_by_numbers() -> None:
 
 def test_edits_along_directions() -> None:
     model = tiny_model("llama")
-    lens, tokens = fit_jacobian(model, IDS, skip_first=2), model.tokens(IDS[:1])
+    lens = fit_jacobian(model, IDS, skip_first=2)
+    tokens = ic.Tokens(IDS[:1], torch.ones_like(IDS[:1], dtype=torch.bool))
     clean = model.run(tokens, read=[S.resid_post[0], S.resid_post[1]])
     run = model.run(tokens, read=S.resid_post[0], edits=steering(model, lens, tokens, [0], 9, alpha=3.0))
     step = run[S.resid_post[0]].plain - clean[S.resid_post[0]].plain

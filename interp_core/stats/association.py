@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..errors import PlanError
+from ..progress import Progress
 from .permutations import EXACT, Alternative, PermutationTest, judged
-from .samples import Told, aligned, numbers, one_of, whole
+from .samples import aligned, numbers, one_of, whole
 
 Kind = Literal["pearson", "spearman", "kendall"]
 Vector = Float[np.ndarray, " sample"]
@@ -146,12 +147,12 @@ def _told(side: str, values: Vector) -> str:
 def _shuffled(kind: Kind, x: Vector, y: Vector, resamples: int, seed: int) -> Vector:
     """The correlation under random orders."""
     rng, rows = np.random.default_rng(seed), max(1, 1_000_000 // len(x))
-    progress = Told(f"permutations of {kind}", resamples)
     out = []
-    for start in range(0, resamples, rows):
-        block = np.broadcast_to(y, (min(rows, resamples - start), len(y)))
-        out.append(_STATISTICS[kind](x, rng.permuted(block, axis=1)))
-        progress.add(len(block))
+    with Progress(f"permutations of {kind}", resamples) as progress:
+        for start in range(0, resamples, rows):
+            block = np.broadcast_to(y, (min(rows, resamples - start), len(y)))
+            out.append(_STATISTICS[kind](x, rng.permuted(block, axis=1)))
+            progress.add(len(block))
     return np.concatenate(out)
 
 

@@ -24,8 +24,9 @@ import numpy as np
 from jaxtyping import Float
 
 from ..errors import PlanError
+from ..progress import Progress
 from .intervals import NORMAL, Band, Interval
-from .samples import Told, Units, aligned, numbers, one_of, share, units_of, whole
+from .samples import Units, aligned, numbers, one_of, share, units_of, whole
 
 Counts = Float[np.ndarray, "resample sample"]
 Draws = Float[np.ndarray, " resample *axes"]
@@ -192,9 +193,9 @@ class Bootstrap:
                 "that vary, a ratio a sum that is not 0"
             )
         bca = jackknife and (self.method == "bca" or (self.method == "auto" and units.count < SMALL))
-        progress = Told(f"bootstrap of {name}", self.resamples + (units.count if bca else 0))
-        draws = _evaluated(evaluate, units.drawn(self.resamples, self.seed), progress)
-        left = _evaluated(evaluate, units.without_each(), progress) if bca else None
+        with Progress(f"bootstrap of {name}", self.resamples + (units.count if bca else 0)) as progress:
+            draws = _evaluated(evaluate, units.drawn(self.resamples, self.seed), progress)
+            left = _evaluated(evaluate, units.without_each(), progress) if bca else None
         good = np.isfinite(draws.reshape(len(draws), -1)).all(1)
         if good.sum() < max(2, len(good) / 2):
             raise PlanError(f"bootstrap of {name}: {int((~good).sum())} of {len(good)} resamples give no number")
@@ -263,7 +264,7 @@ def _bca(
     return ends.reshape(2, *drawn.value.shape), odd.reshape(drawn.value.shape)
 
 
-def _evaluated(evaluate: Evaluate, blocks: Iterator[Counts], progress: Told) -> Draws:
+def _evaluated(evaluate: Evaluate, blocks: Iterator[Counts], progress: Progress) -> Draws:
     """A statistic of every resample."""
     values = []
     for counts in blocks:

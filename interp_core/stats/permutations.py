@@ -24,8 +24,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..errors import PlanError
+from ..progress import Progress
 from .many import benjamini_hochberg, holm
-from .samples import Told, numbers, one_of, units_of, whole
+from .samples import numbers, one_of, units_of, whole
 
 Alternative = Literal["two-sided", "greater", "less"]
 Adjust = Literal["max", "holm", "bh", "none"]
@@ -238,10 +239,11 @@ def permutation(
     name = "mean difference" if statistic is None else getattr(statistic, "__name__", "statistic").strip("<>")
     exact = comb(n, size) <= EXACT
     total = comb(n, size) if exact else resamples
-    progress, null = Told(f"permutations of {name}", total), []
-    for groups in _all_divisions(n, size) if exact else _random_divisions(n, size, resamples, seed):
-        null.append(_of_groups(together, groups, statistic))
-        progress.add(len(groups))
+    null = []
+    with Progress(f"permutations of {name}", total) as progress:
+        for groups in _all_divisions(n, size) if exact else _random_divisions(n, size, resamples, seed):
+            null.append(_of_groups(together, groups, statistic))
+            progress.add(len(groups))
     seen = _of_groups(together, np.arange(n)[None] < size, statistic)[0]
     notes = ["all samples are the same"] if (together == together[0]).all() else []
     # Sums in another order differ by rounding, and must not count as another value
@@ -327,12 +329,13 @@ def _flips(
     unit = np.divide(sums, length, out=np.zeros_like(sums), where=length > 0)  # one scale for all places
     side = {"two-sided": np.abs, "greater": np.positive, "less": np.negative}[alternative]
     seen = side(unit.sum(0)) - 8 * len(sums) ** 1.5 * np.finfo(np.float64).eps  # rounding is no difference
-    alone, largest, progress = np.zeros(x.shape[1]), np.zeros(x.shape[1]), Told("sign flips", total)
-    for signs in _signs(len(sums), total, exact, seed):
-        null = side(signs @ unit)
-        alone += (null >= seen).sum(0)
-        largest += (null.max(1)[:, None] >= seen).sum(0)
-        progress.add(len(signs))
+    alone, largest = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    with Progress("sign flips", total) as progress:
+        for signs in _signs(len(sums), total, exact, seed):
+            null = side(signs @ unit)
+            alone += (null >= seen).sum(0)
+            largest += (null.max(1)[:, None] >= seen).sum(0)
+            progress.add(len(signs))
     p, above = _share(alone, total, exact), _share(largest, total, exact)
     adjusted = above if adjust == "max" else {"holm": holm, "bh": benjamini_hochberg}.get(adjust, np.copy)(p)
     return PermutationTests(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,6 @@ from ..errors import PlanError, wrong
 
 BLOCK = 64
 """Resamples that are worked on together."""
-SILENT = 3.0
 """Seconds after which a loop says how far it is."""
 
 
@@ -162,22 +159,3 @@ def _numbered(what: str, n: int, labels: Any, default: Int[np.ndarray, " sample"
         raise PlanError(f"{what}: {len(items)} labels for {n} samples; give one per sample")
     known: dict[Any, int] = {}
     return np.array([known.setdefault(item, len(known)) for item in items])
-
-
-class Told:
-    """Counts what is done; from three seconds on, a line on standard error says how far."""
-
-    def __init__(self, doing: str, total: int) -> None:
-        self.doing, self.total, self.done = doing, total, 0
-        self.began = self.last = time.monotonic()
-
-    def add(self, count: int = 1) -> None:
-        """So many more are done."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.began > SILENT and (now - self.last > 1 or self.done == self.total):
-            self.last = now
-            left = (now - self.began) / self.done * (self.total - self.done)
-            end = "\n" if self.done == self.total else ""
-            sys.stderr.write(f"\r{self.doing}: {self.done:,} of {self.total:,}, {left:,.0f} s left {end}")
-            sys.stderr.flush()

@@ -41,7 +41,7 @@ class JudgedConfig(ic.Config):
     Attributes:
         answer, other: a token id or a word per row, or one for all.
         strategy: of the sweep.
-        progress: show how much of the sweep is done.
+        progress: show from the beginning how much of the sweep is done.
     """
 
     PER_PROMPT: ClassVar[frozenset[str]] = frozenset({"answer", "other"})

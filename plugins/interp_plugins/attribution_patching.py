@@ -53,7 +53,7 @@ ROUNDING = 1e-6
 """Of the largest effect, below which the order of patches is left to chance."""
 
 
-class AttributionConfig(MapConfig, ContrastConfig):
+class AttributionPatchingConfig(MapConfig, ContrastConfig):
     """Settings of attribution patching.
 
     Attributes:
@@ -84,7 +84,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class AttributionResult(MapResult):
+class AttributionPatchingResult(MapResult):
     """Estimated effects.
 
     Attributes:
@@ -155,14 +155,14 @@ class AttributionPatching(ic.Method):
     """All effects of patching at once, estimated by gradients; how well, on request."""
 
     name = "attribution_patching"
-    Config = AttributionConfig
+    Config = AttributionPatchingConfig
 
-    def check(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> None:
+    def check(self, model: ic.Model, tokens: ic.Tokens, config: AttributionPatchingConfig) -> None:
         """Sites, layers and positions that all prompts have; rules that the model can follow."""
         grid(self.name, model, tokens, config)
         _rules(config).demand_reach(model)
 
-    def run(self, model: ic.Model, tokens: ic.Tokens, config: AttributionConfig) -> AttributionResult:
+    def run(self, model: ic.Model, tokens: ic.Tokens, config: AttributionPatchingConfig) -> AttributionPatchingResult:
         """Gradients at one run or along a line of them; then the sweep, if asked for."""
         where = grid(self.name, model, tokens, config)
         for site in where.sites:
@@ -188,14 +188,20 @@ class AttributionPatching(ic.Method):
             sweep = swept(model, pair.base.tokens, edits, pair.judged, config)
             exact = where.shaped(pair.share(sweep.effects))
             found, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
-        return AttributionResult(
+        return AttributionPatchingResult(
             effect=effect, source=pair.high, answer=pair.answer, other=pair.other, explain=explain, exact=exact,
             pearson=found[0], spearman=found[1], overlap=found[2], steps=config.steps, along=config.along, top_k=top_k,
             rules="" if chosen.empty else str(chosen), **named(where), **pair.named(),
         )  # fmt: skip
 
     def _estimated(
-        self, model: ic.Model, pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionConfig
+        self,
+        model: ic.Model,
+        pair: Contrast,
+        where: Grid,
+        here: Values,
+        there: Values,
+        config: AttributionPatchingConfig,
     ) -> Float[Tensor, "patch batch"]:
         """First-order effects of all patches, summed over the sites that are changed together."""
         grads: dict[tuple[str, int, int], Tensor] = {}
@@ -215,7 +221,7 @@ class AttributionPatching(ic.Method):
         return found.flatten(0, 2)
 
 
-def _rules(config: AttributionConfig) -> Rules:
+def _rules(config: AttributionPatchingConfig) -> Rules:
     """The rules of the backward pass.
 
     Raises:
@@ -231,7 +237,7 @@ def _rules(config: AttributionConfig) -> Rules:
 
 
 def _runs(
-    pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionConfig
+    pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionPatchingConfig
 ) -> Iterable[tuple[list[int], list[ic.Edit], float]]:
     """The runs whose gradients are averaged: layers that are differentiated, edits, weight."""
     if not config.steps:
@@ -284,7 +290,7 @@ def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit
     }
 
 
-def _cost(config: AttributionConfig, where: Grid) -> str:
+def _cost(config: AttributionPatchingConfig, where: Grid) -> str:
     passes = max(1, config.steps) * (len(where.layers) if config.steps and config.along == "activations" else 1)
     return f"{passes} forward and backward pass(es) for {torch.Size(where.shape).numel()} patches"
 

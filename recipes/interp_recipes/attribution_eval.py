@@ -24,8 +24,7 @@ import itertools
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,16 +170,19 @@ class Work:
 
     def done(self, traces: bool, strict: bool) -> Rows:
         """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
-        with self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows:
-            for index, example in told(f"{self.name}, {self.function}", self.examples):
+        with (
+            self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows,
+            ic.Progress(f"{self.name}, {self.function}", len(self.examples)) as told,
+        ):
+            for index, example in enumerate(self.examples):
                 file = f"{self.folder}/ex_{index:06d}.npz"
-                if index in rows and (not traces or self.run.kept(file)):
-                    continue
-                row, trace = self._evaluated(example, index, strict)
-                if trace is not None and traces:
-                    self.run.put({file: npz_bytes(members_of(trace))})
-                if index not in rows:
-                    rows.add(row)
+                if index not in rows or (traces and not self.run.kept(file)):
+                    row, trace = self._evaluated(example, index, strict)
+                    if trace is not None and traces:
+                        self.run.put({file: npz_bytes(members_of(trace))})
+                    if index not in rows:
+                        rows.add(row)
+                told.add()
             every = list(rows)
         good = [row for row in every if not row["dropped"]]
         if not good:
@@ -315,17 +317,3 @@ def _device(cuda: str | int | None) -> dict[str, Any]:
         return {"device": f"cuda:{numbers[0]}"}
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))  # before the first tensor goes there
     return {"device_map": "balanced"}
-
-
-def told(what: str, examples: Sequence[Example]) -> Iterator[tuple[int, Example]]:
-    """Examples with their numbers, and a line on standard error where they take long."""
-    start, shown = time.monotonic(), 0.0
-    for index, example in enumerate(examples):
-        yield index, example
-        took = time.monotonic() - start
-        if took - shown > 2:
-            shown = took
-            left = took / (index + 1) * (len(examples) - index - 1)
-            print(f"\r{what}: {index + 1} of {len(examples)}, {left:,.0f} s left ", end="", file=sys.stderr, flush=True)
-    if shown:
-        print(file=sys.stderr)

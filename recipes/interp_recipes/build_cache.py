@@ -11,7 +11,6 @@ how many of each. A run that was stopped goes on at the first example without an
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,16 +88,15 @@ def build_cache(
 def _answer(rows: runs.Rows, made: Iterator[tuple[int, dict[str, Any]]], count: int, num_examples: int | None) -> None:
     """Add what becomes of the examples, until enough are kept."""
     kept = sum(row["row"] is not None for row in rows)
-    began = said = time.monotonic()
-    while num_examples is None or kept < num_examples:
-        i, row = next(made, (None, {}))
-        if i is None:
-            return
-        rows.add({"example": i, **row})
-        kept += row["row"] is not None
-        if time.monotonic() - said > 3:
-            said = time.monotonic()
-            print(f"  {len(rows)} of {count} answered, {kept} kept, {said - began:.0f} s")
+    with ic.Progress("examples answered", count) as told:
+        told.add(len(rows))
+        while num_examples is None or kept < num_examples:
+            i, row = next(made, (None, {}))
+            if i is None:
+                return
+            rows.add({"example": i, **row})
+            kept += row["row"] is not None
+            told.add()
 
 
 def _examples(source: str, kind: str | None, made: dict[str, int]) -> list[Example]:

@@ -21,6 +21,7 @@ grow, and equal captum's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -122,7 +123,13 @@ class InputXGradient(Gradients):
         if config.per_token and len(layout.target):
             zeros = [torch.zeros_like(value, requires_grad=True) for value in values]
             added = [site.add(zero) for site, zero in zip(sites, zeros, strict=True)]
-            rows = torch.stack([*map(scored, _of_each_token(model, layout, judges[0], layout.tokens, added, zeros))])
+            with ic.Progress("rows", len(layout.target)) as told:
+                each = _of_each_token(model, layout, judges[0], layout.tokens, added, zeros)
+                listed = []
+                for grads in each:
+                    listed.append(scored(grads))
+                    told.add()
+            rows = torch.stack(listed)
         stream = run[middle].plain[0].float().norm(dim=-1)
         notes = {"explains": judges[0].name, "answer": list(judges[0].ids), "input": "token embeddings"}
         return Attributed(scores, rows, stream=stream, notes=notes)
@@ -219,15 +226,18 @@ def _integral(
     start, x = ends
     count = max(1, batch_tokens // layout.length)
     total = torch.zeros(1 + per_token * len(layout.target), *x.shape, device=x.device, dtype=wide(x).dtype)
-    for at in range(0, len(points[0]), count):
-        nodes, weights = (torch.as_tensor(p[at : at + count], device=x.device, dtype=x.dtype) for p in points)
-        line = torch.lerp(start[None], x[None], nodes[:, None, None]).requires_grad_()
-        tokens, edit = _repeated(layout, len(line)), S.embed.set(line)
-        run = model.run(tokens, edits=edit, logits=list(judge.positions), allow_noop=True)
-        grads = [torch.autograd.grad(judge.rows(run.logits.plain).sum(), line)]
-        grads += _of_each_token(model, layout, judge, tokens, [edit], [line]) if per_token else []
-        for goal, (grad,) in zip(total, grads, strict=True):
-            goal += torch.einsum("r,rpd->pd", wide(weights), wide(grad))
+    with ic.Progress("gradients", len(total) * len(points[0])) as told:
+        for at in range(0, len(points[0]), count):
+            nodes, weights = (torch.as_tensor(p[at : at + count], device=x.device, dtype=x.dtype) for p in points)
+            line = torch.lerp(start[None], x[None], nodes[:, None, None]).requires_grad_()
+            tokens, edit = _repeated(layout, len(line)), S.embed.set(line)
+            run = model.run(tokens, edits=edit, logits=list(judge.positions), allow_noop=True)
+            grads = iter([torch.autograd.grad(judge.rows(run.logits.plain).sum(), line)])
+            if per_token:
+                grads = itertools.chain(grads, _of_each_token(model, layout, judge, tokens, [edit], [line]))
+            for goal, (grad,) in zip(total, grads, strict=True):
+                goal += torch.einsum("r,rpd->pd", wide(weights), wide(grad))
+                told.add(len(line))
     return total
 
 

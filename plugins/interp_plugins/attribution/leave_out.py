@@ -80,7 +80,11 @@ class AblationMethod(Attribution):
 
     def ablation(self, model: ic.Model, layout: Layout, config: Any) -> Ablation:
         """The variants of one row."""
-        units = units_of(self.name, model, layout, config.units, config.spans or (), config.within)
+        return self.by_units(model, layout, config, config.units)
+
+    def by_units(self, model: ic.Model, layout: Layout, config: Any, kind: Kind) -> Ablation:
+        """The variants of one row taken apart into units of a kind."""
+        units = units_of(self.name, model, layout, kind, config.spans or (), config.within)
         return Ablation(
             self.name, model, layout, units, self.removals(units, config), config.convention, config.replacement,
             config.batch_tokens,

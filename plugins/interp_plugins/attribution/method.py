@@ -240,11 +240,13 @@ class Attribution(ic.Method):
     def run(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> AttributionResult:
         """Row by row: rows do not see each other."""
         layouts, found = self.layouts(model, tokens, config), []
-        for layout in layouts:
-            attributed = self.attribute(model, layout, config)
-            if not bool(attributed.scores.isfinite().all()):
-                raise ic.ReadError(f"{self.name} gave scores that are no numbers; see dtype {model.dtype}")
-            found.append(attributed)
+        with ic.Progress(f"{self.name}, prompts", len(layouts)) as told:
+            for layout in layouts:
+                attributed = self.attribute(model, layout, config)
+                if not bool(attributed.scores.isfinite().all()):
+                    raise ic.ReadError(f"{self.name} gave scores that are no numbers; see dtype {model.dtype}")
+                found.append(attributed)
+                told.add()
         return self._result(model, tokens, layouts, found, config)
 
     def layouts(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> list[Layout]:

@@ -8,9 +8,10 @@
 With `against`, y is the difference of the two logits. 1 - p is worked out as -expm1(log p), and log p is at most
 -1e-12, so that a certain answer gives 27.6, not infinity.
 
-Sources are sentences, words or spans of the user's prompt (`units`); they are taken away by their characters, with the
-white space before them, unless another convention is asked for (`ablation`). Where two sources say the same, both get
-weight, while leaving out either costs nothing.
+Sources are sentences, words or spans of the user's prompt (`units`). A prompt of one sentence, or of so few that a mask
+leaves none of them and nothing else to predict from, is taken apart into words instead, and the note `sources` says so.
+Sources are taken away by their characters, with the white space before them, unless another convention is asked for
+(`ablation`). Where two sources say the same, both get weight, while leaving out either costs nothing.
 
     LDS        Spearman's correlation of b + w · mask and y, on `held_out` fresh masks with the seeds that follow
     drop(k)    log p(answer | prompt) - log p(answer | prompt without the k best sources), for k of `top_k`
@@ -35,7 +36,7 @@ import interp_core as ic
 from .ablations.ablation import Ablation, Convention, Price
 from .ablations.judge import Judge
 from .ablations.lasso import Fit, drawn, lasso
-from .ablations.units import Kind, Unit
+from .ablations.units import Kind, Unit, units_of
 from .layout import Layout
 from .leave_out import AblationConfig, AblationMethod, described, listed, spread
 from .method import Attributed
@@ -93,6 +94,23 @@ class Surrogate(AblationMethod):
         """What the masks leave out: those of the fit, then those of the test."""
         return [np.flatnonzero(~mask).tolist() for mask in self.masks(units, config)]
 
+    def ablation(self, model: ic.Model, layout: Layout, config: Any) -> Ablation:
+        """The variants of one row: by words, where sentences cannot be sources."""
+        kind, _ = self.sources(model, layout, config)
+        return self.by_units(model, layout, config, kind)
+
+    def sources(self, model: ic.Model, layout: Layout, config: Any) -> tuple[Kind, str]:
+        """What kind of source a row is taken apart into, and why it is not the one that was asked for."""
+        if config.units == "sentence":
+            few = len(units_of(self.name, model, layout, "sentence", (), config.within)) < 2
+            if few:
+                return "word", "the prompt is one sentence"
+            try:
+                self.by_units(model, layout, config, "sentence")
+            except ic.PositionError:
+                return "word", "a mask leaves none of the few sentences"
+        return config.units, ""
+
     def masks(self, units: Sequence[Unit], config: Any) -> np.ndarray:
         """All masks `[mask source]`."""
         return drawn(config.ablations + config.held_out, len(units), config.keep, config.seed)
@@ -100,7 +118,7 @@ class Surrogate(AblationMethod):
     def attribute(self, model: ic.Model, layout: Layout, config: SurrogateConfig) -> Attributed:
         """Ablations of one row, the fit, and its tests."""
         work, judge = self.ablation(model, layout, config), self.judge(model, layout, config)
-        price = work.price(judge)
+        price, (kind, why) = work.price(judge), self.sources(model, layout, config)
         clean, values = work.run(judge)
         y = values.double() if judge.against is not None else logit_scaled(values)
         masks = self.masks(work.units, config)
@@ -110,6 +128,7 @@ class Surrogate(AblationMethod):
             **described(work, judge, price), **self._tests(model, layout, config, work, judge, fit, clean),
             "target_scale": "difference of logits" if judge.against is not None else "log p - log(1 - p)",
             "sampler": f"numpy RandomState(i + {config.seed}), each source kept with probability {config.keep}",
+            "sources": f"{kind}s" + (f", not sentences: {why}" if why else ""),
             "ablations": config.ablations, "alpha": config.alpha, "intercept": fit.intercept, "kkt": fit.kkt,
             "units": listed(work.units, weights, "weight"),
         }  # fmt: skip

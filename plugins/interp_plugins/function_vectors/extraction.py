@@ -12,12 +12,11 @@ Discrete results are the same, numbers within the tolerances of `parity`. Log-pr
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -139,18 +138,16 @@ def _effects(
     model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, by_hand: bool, classes: bool, progress: bool
 ) -> dict[Measure, Tensor]:
     """Effects in both measures; by replay trial after trial, so that progress can be told."""
-    found = []
-    for number, part in enumerate([prompts] if by == "sweep" else [[prompt] for prompt in prompts]):
-        if by_hand:
-            found.append(plain_effects(model, part, mean, classes=classes))
-        else:
-            swept = progress and by == "sweep"
-            one = indirect_effects(model, part, mean, MEASURES, classes=classes, by=by, progress=swept)
-            found.append({measure: one[measure].effects for measure in MEASURES})
-        if progress and by == "replay":
-            end = "\n" if number + 1 == len(prompts) else ""
-            sys.stderr.write(f"\rreplay: {number + 1} of {len(prompts)} trials {end}")
-            sys.stderr.flush()
+    found, replay = [], by == "replay"
+    with ic.Progress(f"{by}, trials", len(prompts), shown=progress and replay) as told:
+        for part in [[prompt] for prompt in prompts] if replay else [prompts]:
+            if by_hand:
+                found.append(plain_effects(model, part, mean, classes=classes))
+            else:
+                how: Any = {"classes": classes, "by": by, "progress": progress and not replay}
+                effects = indirect_effects(model, part, mean, MEASURES, **how)
+                found.append({measure: effects[measure].effects for measure in MEASURES})
+            told.add(len(part))
     return {measure: torch.cat([part[measure] for part in found]) for measure in MEASURES}
 
 

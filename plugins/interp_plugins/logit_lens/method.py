@@ -15,7 +15,7 @@ Must equal: the last row is the model's own output (`kl` 0 there).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -37,7 +37,10 @@ class LensConfig(ic.Config):
         targets: whose log-probability and rank to follow: `"final"` the model's own prediction at each position,
             `"next"` the next token of the text, or token ids `[batch pos]`.
         top_k: how many tokens to keep per layer and position.
-        translator: `(layer, resid [n d_model]) -> resid`; layer -1 is the embedding.
+        translator: `(layer, resid [n d_model]) -> resid`; layer -1 is the embedding. Those of `transports` know their
+            layers: rows that such a lens can never have (the embedding of a Jacobian lens) are left out.
+        unfitted: what becomes of rows that a translator could have and has not: "refuse", "leave_out", or "plain" for
+            a row without a translator.
         chunk_bytes: memory for one chunk of logits.
     """
 
@@ -46,6 +49,7 @@ class LensConfig(ic.Config):
     targets: Literal["final", "next"] | list[list[int]] = "final"
     top_k: int = 5
     translator: Callable[[int, Tensor], Tensor] | None = None
+    unfitted: Literal["refuse", "leave_out", "plain"] = "refuse"
     chunk_bytes: int = 1 << 26
 
     @field_validator("at")
@@ -175,11 +179,14 @@ class LogitLens(ic.Method):
         """Prompts have the same positions."""
         if config.at is None and tokens.padded:
             raise ic.PlanError(f"logit_lens: rows have {tokens.lengths} tokens; choose positions that all have: at=-1")
+        if hasattr(config.translator, "check"):
+            config.translator.check(model)
+        _rows(model, config)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> LogitLensResult:
         """Read the residual stream once, unembed it layer by layer."""
-        last = model.n_layers - 1
-        sites = [S.resid_pre[0].at(config.at), *(S.resid_post[layer].at(config.at) for layer in range(last + 1))]
+        layers = _rows(model, config)
+        sites = [(S.resid_pre[0] if layer < 0 else S.resid_post[layer]).at(config.at) for layer in layers]
         found = model.run(tokens, read=sites, logits=False)
         stream = [_with_pos(found[site]) for site in sites]
         batch, pos, _ = stream[0].shape
@@ -189,7 +196,7 @@ class LogitLens(ic.Method):
         k = min(config.top_k, size)
         flat = [resid.flatten(0, 1) for resid in stream]
         rows = [
-            self._chunk(model, [resid[i : i + n] for resid in flat], targets, i, k, config)
+            self._chunk(model, layers, [resid[i : i + n] for resid in flat], targets, i, k, config)
             for i in range(0, batch * pos, n)
         ]
         parts = {key: torch.cat([row[key] for row in rows], -1 if key == "target_ids" else 1) for key in rows[0]}
@@ -198,26 +205,27 @@ class LogitLens(ic.Method):
         ids = torch.cat([shaped["top_ids"].flatten(), shaped["target_ids"].flatten()]).unique().tolist()
         return LogitLensResult(
             **shaped,
-            layers=("embed", *map(str, range(last + 1))),
+            layers=tuple("embed" if layer < 0 else str(layer) for layer in layers),
             tokens=tokens.labels_at(config.at),
             vocab={str(i): model.word(i) for i in ids},
         )
 
     @torch.no_grad()
     def _chunk(
-        self, model: ic.Model, stream: list[Tensor], targets: Tensor | None, start: int, k: int, config: LensConfig
-    ) -> dict[str, Tensor]:
+        self, model: ic.Model, layers: Sequence[int], stream: list[Tensor], targets: Tensor | None, start: int, k: int,
+        config: LensConfig,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """All layers at a few positions: each value `[layer n …]`."""
         final = torch.log_softmax(model.readout(stream[-1]).float(), -1)
         target = final.argmax(-1) if targets is None else targets[start : start + len(final)].to(final.device)
         target = torch.where(target < 0, final.argmax(-1), target)
         out: dict[str, list[Tensor]] = {key: [] for key in LogitLensResult.AXES if key != "target_ids"}
-        for layer, resid in enumerate(stream):
-            if layer == len(stream) - 1:
+        for layer, resid in zip(layers, stream, strict=True):
+            if layer == layers[-1]:
                 logprob = final
             else:
-                if config.translator is not None:
-                    resid = config.translator(layer - 1, resid)
+                if config.translator is not None and (config.unfitted != "plain" or _has(config.translator, layer)):
+                    resid = config.translator(layer, resid)
                 logprob = torch.log_softmax(model.readout(resid).float(), -1)
             top = logprob.topk(k, -1)
             mine = logprob.gather(-1, target[:, None])
@@ -242,6 +250,30 @@ class LogitLens(ic.Method):
         if ids.shape != (batch, pos):
             raise ic.PlanError(f"logit_lens: targets are {list(ids.shape)}, the positions [{batch}, {pos}]")
         return ids.flatten()
+
+
+def _has(translator: Any, layer: int) -> bool:
+    """Whether a translator has a layer; one that does not say has them all."""
+    return not hasattr(translator, "layers") or layer in translator.layers
+
+
+def _rows(model: ic.Model, config: LensConfig) -> list[int]:
+    """Layers that are read out, -1 for the embedding.
+
+    Raises:
+        PlanError: a translator lacks some that it could have.
+    """
+    last, translator = model.n_layers - 1, config.translator
+    if config.unfitted == "plain":
+        return list(range(-1, last + 1))
+    layers = list(range(getattr(translator, "FIRST", -1), last))
+    lacking = [layer for layer in layers if translator is not None and not _has(translator, layer)]
+    if lacking and config.unfitted == "refuse":
+        raise ic.PlanError(
+            f"logit_lens: the lens has no matrix or translator for layer {', '.join(map(str, lacking))}; fit it for "
+            'these, or say unfitted="leave_out" or unfitted="plain"'
+        )
+    return [*(layer for layer in layers if layer not in lacking), last]
 
 
 def _with_pos(value: Tensor) -> Tensor:

@@ -137,16 +137,21 @@ class Ablation:
             return self._sweeps(judge)
         clean = self._judged(judge)
         values = torch.zeros(len(self.removals), dtype=clean.dtype)
-        if self.rows:
-            for numbers in self._batches():
-                values[numbers] = self._of_rows(judge, [self.rows[n] for n in numbers]).to(values)
-            if self._must_be_checked():
-                self._demand_equal_to_mask(judge, values)
-        else:
-            for number, removed in enumerate(self.removals):
-                cells = [cell for n in removed if (cell := self.units[n].cell) is not None]
-                values[number] = self._judged(judge, blurred(self.owner, self.layout.tokens, cells))
+        with ic.Progress("ablations", len(self.removals)) as told:
+            for numbers in self._batches() if self.rows else ([number] for number in range(len(self.removals))):
+                values[numbers] = self._of_variants(judge, numbers).to(values)
+                told.add(len(numbers))
+        if self.rows and self._must_be_checked():
+            self._demand_equal_to_mask(judge, values)
         return clean, values
+
+    def _of_variants(self, judge: Judge, numbers: Sequence[int]) -> Float[Tensor, " variant"]:
+        """One pass: shorter texts of one length, or one with another image."""
+        if self.rows:
+            return self._of_rows(judge, [self.rows[n] for n in numbers])
+        (number,) = numbers
+        cells = [cell for n in self.removals[number] if (cell := self.units[n].cell) is not None]
+        return self._judged(judge, blurred(self.owner, self.layout.tokens, cells))[None]
 
     def _sweeps(self, judge: Judge) -> tuple[Tensor, Tensor]:
         """As `run`, by sweeps, whose own clean pass says what the text as it is gives."""

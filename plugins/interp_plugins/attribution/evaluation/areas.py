@@ -27,7 +27,7 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .orders import STEPS, checked_kept, checked_weights, deletion_steps, named, ordered, step_sizes
+from .orders import STEPS, checked_count, checked_deleted, checked_weights, deletion_steps, named, ordered, step_sizes
 from .perturbed import Perturbed
 
 NOTHING = 1e-8
@@ -90,11 +90,9 @@ def areas(
         PlanError: what does not fit the text, before the model runs.
     """
     weights = checked_weights(weights, text.size, "areas")
-    keep = checked_kept(kept, text.size, "areas: kept=")
-    if not bool(keep.any()):
-        raise ic.PlanError("areas: kept= leaves no prompt token to delete; give at least one, or None for all")
+    keep = checked_deleted("areas", kept, text.size, steps)
     most = int(keep.sum())
-    if not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most for k in ks):
+    if any(checked_count("areas: ks=", k, 1) > most for k in ks):
         raise ic.PlanError(ic.errors.wrong("areas: ks=", f"numbers of tokens, 1 to {most}", ks))
     order = ordered(weights, keep)
     step = deletion_steps(order, steps, text.size)[:, None]

@@ -34,7 +34,8 @@ import interp_core as ic
 
 from .orders import (
     STEPS,
-    checked_kept,
+    checked_count,
+    checked_deleted,
     checked_order,
     checked_weights,
     deletion_steps,
@@ -153,12 +154,8 @@ def faithfulness(
         PlanError: weights, tokens or an order that do not fit the text, before the model runs.
     """
     weights = checked_weights(weights, text.size, "faithfulness")
-    keep = checked_kept(kept, text.size, "faithfulness: kept=")
-    if not bool(keep.any()):
-        raise ic.PlanError("faithfulness: kept= leaves no prompt token to delete; give at least one, or None for all")
-    for what, value, least in (("steps=", steps, 1), ("tie_orders=", tie_orders, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ic.PlanError(ic.errors.wrong(what, f"a whole number from {least} on", value))
+    keep = checked_deleted("faithfulness", kept, text.size, steps)
+    checked_count("faithfulness: tie_orders=", tie_orders, 0)
     labels = named(names, len(weights), "faithfulness")
     ranking = ordered(weights, keep) if order is None else checked_order(order, keep, len(weights))
     step = deletion_steps(ranking, steps, text.size)

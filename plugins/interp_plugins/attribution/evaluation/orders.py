@@ -40,6 +40,17 @@ def checked_weights(weights: Any, size: int, what: str) -> Float[Tensor, "vector
     return weights
 
 
+def checked_count(what: str, value: Any, least: int) -> int:
+    """A whole number.
+
+    Raises:
+        PlanError: something else, or a smaller one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ic.PlanError(ic.errors.wrong(what, f"a whole number from {least} on", value))
+    return value
+
+
 def checked_kept(kept: Any, size: int, what: str) -> Bool[Tensor, " prompt"]:
     """Which prompt tokens are ranked, as a mask (None: all; or their indices).
 
@@ -57,6 +68,19 @@ def checked_kept(kept: Any, size: int, what: str) -> Bool[Tensor, " prompt"]:
     if list(kept.shape) != [size]:
         raise ic.PlanError(f"{what} is a mask of {list(kept.shape)}, the prompt has {size} tokens")
     return kept
+
+
+def checked_deleted(owner: str, kept: Any, size: int, steps: Any) -> Bool[Tensor, " prompt"]:
+    """Which prompt tokens are deleted, in how many steps.
+
+    Raises:
+        PlanError: none of them, other tokens, or no steps.
+    """
+    keep = checked_kept(kept, size, f"{owner}: kept=")
+    if not bool(keep.any()):
+        raise ic.PlanError(f"{owner}: kept= leaves no prompt token to delete; give at least one, or None for all")
+    checked_count(f"{owner}: steps=", steps, 1)
+    return keep
 
 
 def named(names: Sequence[str], count: int, what: str) -> tuple[str, ...]:

@@ -15,8 +15,6 @@ Must equal: one whole forward pass per text, and its log-softmax (float32 roundi
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
@@ -27,12 +25,13 @@ from torch import Tensor
 
 import interp_core as ic
 
+from .orders import checked_count
+
 TOKENS = {"cpu": 1024}
 """Tokens of all rows of one pass, by kind of device: more than a processor's caches hold makes passes slower."""
 TOKENS_ELSEWHERE = 16_384
 LOGITS = 2**28
 """Bytes of one pass's logits."""
-SILENT = 3.0
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,12 @@ class Perturbed:
         self.cost = replace(self.cost, asked=self.cost.asked + len(keys))
         rows = list(missing.items())
         size = rows_at_once(self.model, self.tokens, len(self.places.scored), self.tokens_at_once)
-        told = _Told("perturbed texts", len(rows))
-        for first in range(0, len(rows), size):
-            some = rows[first : first + size]
-            scores = self._run(torch.stack([row for _, row in some]))
-            self._known |= {key: score for (key, _), score in zip(some, scores, strict=True)}
-            told.add(len(some))
+        with ic.Progress("perturbed texts", len(rows)) as told:
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                scores = self._run(torch.stack([row for _, row in some]))
+                self._known |= {key: score for (key, _), score in zip(some, scores, strict=True)}
+                told.add(len(some))
         return torch.stack([self._known[key] for key in keys])
 
     def _run(self, gone: Bool[Tensor, "text prompt"]) -> Float[Tensor, "text kind"]:
@@ -215,8 +214,7 @@ def rows_at_once(model: ic.Model, tokens: ic.Tokens, scored: int, tokens_at_once
     """
     if tokens_at_once is None:
         tokens_at_once = TOKENS.get(model.device.type, TOKENS_ELSEWHERE)
-    if isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1:
-        raise ic.PlanError(ic.errors.wrong("tokens_at_once=", "a number of tokens from 1 on", tokens_at_once))
+    checked_count("tokens_at_once=", tokens_at_once, 1)
     if tokens.inputs:
         return 1
     row = scored * model.d_vocab * model.dtype.itemsize
@@ -253,18 +251,3 @@ def log_odds(logits: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"]) -> Fl
     chosen = logits.gather(-1, ids[:, None])
     others = logits.scatter(-1, ids[:, None], -torch.inf)
     return chosen[:, 0].double() - others.logsumexp(-1).double()
-
-
-class _Told:
-    """A line on standard error, once work takes long."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.began = what, total, 0, time.monotonic()
-
-    def add(self, count: int) -> None:
-        """So many more are done."""
-        self.done += count
-        if time.monotonic() - self.began > SILENT:
-            end = "\n" if self.done == self.total else ""
-            sys.stderr.write(f"\r{self.what}: {self.done:,} of {self.total:,} {end}")
-            sys.stderr.flush()

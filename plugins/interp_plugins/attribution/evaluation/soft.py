@@ -32,7 +32,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .orders import checked_weights, named
+from .orders import checked_count, checked_weights, named
 from .perturbed import Places, log_probs, places_of, predicting, repeated, rows_at_once, single
 
 Distance = Literal["probability", "hellinger"]
@@ -108,15 +108,14 @@ def soft(
     places = places_of(tokens, scored)
     weights = checked_weights(weights, len(places.prompt), "soft")
     labels = named(names, len(weights), "soft")
-    for what, value, least in (("draws=", draws, 2), ("seed=", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ic.PlanError(ic.errors.wrong(f"soft: {what}", f"a whole number from {least} on", value))
+    checked_count("soft: draws=", draws, 2)
+    checked_count("soft: seed=", seed, 0)
     if distance not in DISTANCES:
         raise ic.PlanError(f"soft: distance {distance!r}. {ic.errors.nearest(distance, DISTANCES)}")
     blurred = _Blurred(model, tokens, places, DISTANCES[distance], tokens_at_once)
     importance = weights.clamp(min=0) / weights.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     nothing = blurred([torch.zeros(blurred.embedding.shape, dtype=torch.bool)]).item()
-    distances = blurred(_masks(importance, blurred.embedding.shape[-1], draws, seed))
+    distances = blurred(_masks(importance, blurred.embedding.shape[-1], draws, seed), 2 * draws * len(weights))
     ratios = distances.view(draws, 2, len(weights)) / (nothing if nothing > 0 else torch.nan)
     means, noise = ratios.mean(0), ratios.std(0) / draws**0.5
     return Soft(1 - means[0], means[1], noise[0], noise[1], nothing, labels, distance, draws, seed, blurred.passes)
@@ -147,16 +146,18 @@ class _Blurred:
         self.embedding, self.before = run[self.site].plain[0], run.logits.plain[0]
         self.size, self.passes = rows_at_once(model, tokens, len(places.scored), tokens_at_once), 1
 
-    def __call__(self, masks: Iterable[Tensor]) -> Float[Tensor, " mask"]:
-        """A distance per mask, in float64."""
+    def __call__(self, masks: Iterable[Tensor], count: int = 1) -> Float[Tensor, " mask"]:
+        """A distance per mask, in float64; so many are to come."""
         rest, out = iter(masks), []
-        while some := list(islice(rest, self.size)):
-            values = self.embedding * torch.stack(some).to(self.embedding)
-            rows = repeated(self.tokens, self.tokens.ids.repeat(len(some), 1))
-            logits = predicting(self.model, rows, self.places, [self.site.set(values)])
-            ids = self.tokens.ids[0, self.places.scored].to(logits.device)
-            out += [self.distance(self.before, row, ids).mean().cpu() for row in logits]
-            self.passes += len(some)
+        with ic.Progress("blurred texts", count) as told:
+            while some := list(islice(rest, self.size)):
+                values = self.embedding * torch.stack(some).to(self.embedding)
+                rows = repeated(self.tokens, self.tokens.ids.repeat(len(some), 1))
+                logits = predicting(self.model, rows, self.places, [self.site.set(values)])
+                ids = self.tokens.ids[0, self.places.scored].to(logits.device)
+                out += [self.distance(self.before, row, ids).mean().cpu() for row in logits]
+                self.passes += len(some)
+                told.add(len(some))
         return torch.stack(out)
 
 

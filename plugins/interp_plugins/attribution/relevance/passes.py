@@ -163,14 +163,16 @@ def relevance_rows(
     """
     length, found = tokens.ids.shape[1], []
     step = len(at) if tokens.inputs else max(1, round(math.sqrt(2 * length)))
-    for start in range(0, len(at), step):
-        group = list(at[start : start + step])
-        part = tokens if tokens.inputs else _head(tokens, group[-1] + 1)
-        explained = Explained(model, part, chosen, group, alone=True)
-        logits = explained.chosen(None if ids is None else ids[start : start + step], against)
-        for i, seed in enumerate(torch.eye(len(group), device=logits.device)):
-            row = explained.relevance(logits, seed, last=i == len(group) - 1).tokens
-            found.append(torch.cat([row, row.new_zeros(length - len(row))]))
+    with ic.Progress("rows", len(at)) as told:
+        for start in range(0, len(at), step):
+            group = list(at[start : start + step])
+            part = tokens if tokens.inputs else _head(tokens, group[-1] + 1)
+            explained = Explained(model, part, chosen, group, alone=True)
+            logits = explained.chosen(None if ids is None else ids[start : start + step], against)
+            for i, seed in enumerate(torch.eye(len(group), device=logits.device)):
+                row = explained.relevance(logits, seed, last=i == len(group) - 1).tokens
+                found.append(torch.cat([row, row.new_zeros(length - len(row))]))
+                told.add()
     return torch.stack(found)
 
 

@@ -255,6 +255,7 @@ def _fit(
             run.put({STATE: sums.file()})
 
 
+@torch.enable_grad()  # whoever fits under no_grad means that nothing is to be trained
 def prompt_jacobians(
     model: ic.Model, ids: Sequence[int], fit: JacobianFit, target: int, *, check: bool = True
 ) -> dict[int, Float[Tensor, "d_model d_model"]]:
@@ -276,7 +277,7 @@ def prompt_jacobians(
     ]
     edits = [S.resid_post[layer].add(zero) for layer, zero in enumerate(zeros)]
     rules = relp("paper").on(model) if fit.rule == "relp" else nullcontext()
-    with torch.enable_grad(), rules:  # whoever fits under no_grad means that nothing is to be trained
+    with rules:
         run = model.run(tokens, read=S.resid_post[target], edits=edits, logits=False, allow_noop=True)
     end = run[S.resid_post[target]].plain
     if check:
