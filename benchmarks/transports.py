@@ -4,8 +4,8 @@
     python benchmarks/transports.py fit TEXTS OUT [PROMPTS] [TOKENS]    a Jacobian lens of the real model (`make real`)
     python benchmarks/transports.py facts FACTS TEXTS OUT               factual prompts of it, by all three lenses
 
-TEXTS is a text file such as WikiText's: blank lines and headings are left out, the rest is joined and cut into pieces of
-2,000 characters, as published lenses are fitted. FACTS is a JSON list of {prompt, attribute}. A fit that was stopped
+TEXTS is a text file such as WikiText's: blank lines and headings are left out, the rest is joined and cut into pieces
+of 2,000 characters, as published lenses are fitted. FACTS is a JSON list of {prompt, attribute}. A fit that was stopped
 goes on in OUT. Per layer: share of prompts whose answer's first token comes first, and its median rank; only prompts
 that the model itself answers count.
 """
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interp_plugins.logit_lens.transports import JacobianLens, TunedLens, fit_jacobian, fit_tuned
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core.toys import text as tasks
-from interp_plugins.logit_lens.transports import JacobianLens, TunedLens, fit_jacobian, fit_tuned
 
 PIECE = 2000
 FIT = {"dim_batch": 16, "min_prompts": 10**6}
@@ -111,7 +111,8 @@ def table(
             for layer, site in enumerate(sites):
                 resid = run[site].plain.reshape(1, -1)
                 moved = lens is not None and layer < model.n_layers - 1
-                logits = model.readout(lens(layer, resid) if moved else resid)[0]
+                with torch.no_grad():
+                    logits = model.readout(lens(layer, resid) if moved else resid)[0]
                 rank.append(int((logits > logits[target]).sum()))
             ranks[name].append(rank)
     print(f"{len(ranks['plain'])} of {len(prompts)} prompts are answered")
@@ -127,5 +128,4 @@ def table(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with torch.no_grad():
-        {"toy": toy, "fit": fit, "facts": facts}[sys.argv[1]](*sys.argv[2:])
+    {"toy": toy, "fit": fit, "facts": facts}[sys.argv[1]](*sys.argv[2:])

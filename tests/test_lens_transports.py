@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import DATA, tiny_model
 from torch import nn
 
 import interp_core as ic
@@ -124,7 +124,7 @@ def test_fit_is_the_sum_of_autograds_jacobians(family: str) -> None:
     assert lens.layers == tuple(range(model.n_layers - 1)) and lens.n_prompts == 2
     for layer in lens.layers:
         mean = sum(matrices[layer] for matrices in wanted) / 2
-        torch.testing.assert_close(lens.matrices[layer], mean, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(lens.matrices[layer], mean, atol=1e-5, rtol=1e-5)  # norms are in float32
     half = apart(wanted[0][0], wanted[1][0])
     assert lens.agreement()[0] == pytest.approx(half, rel=1e-6)
 
@@ -311,7 +311,9 @@ def test_files_of_jacobian_lenses_in_all_forms(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of 4 prompts, it should be of 615"):
         load_jacobian(path, n_prompts=615)
     width = model.d_model
-    torch.save({"J": data["J"], "source_layers": [0, 1], "d_model": width, "provenance": {"n_prompts": 3}}, tmp_path / "v.pt")
+    torch.save(
+        {"J": data["J"], "source_layers": [0, 1], "d_model": width, "provenance": {"n_prompts": 3}}, tmp_path / "v.pt"
+    )
     assert load_jacobian(tmp_path / "v.pt").n_prompts == 3
 
 
@@ -422,3 +424,23 @@ def test_a_fitted_tuned_lens_is_nearer_to_the_end(objective: Any) -> None:
     assert all(torch.equal(again.weight[i], lens.weight[i]) for i in lens.layers)
     with pytest.raises(ic.PlanError, match="no positions|have none after"):
         fit_tuned(model, IDS, skip_first=40)
+
+
+def test_equals_transformer_lens_own_fit() -> None:
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens as Theirs
+
+    folder = str(DATA / "stories260K")
+    model = ic.load(folder, engine="transformer_lens", engine_options={"fold": False})
+    bridge = model.engine.bridge  # type: ignore[attr-defined]
+    bridge.tokenizer = model.tokenizer  # our engine reads texts itself
+    bridge.tokenizer.pad_token = bridge.tokenizer.eos_token  # theirs wants to pad what is alone
+    texts = [
+        "Once upon a time, there was a girl named Lily who liked to play in the park with her red ball.",
+        "Tom and Sue went to the big house. They saw a cat and a dog, and the dog was very sad that day.",
+    ]
+    settings = {"max_seq_len": 26, "dim_batch": 16}
+    theirs = Theirs.fit(bridge, texts, corpus="two stories", show_progress=False, **settings)
+    ours = fit_jacobian(ic.load(folder), texts, **settings)
+    assert list(ours.layers) == theirs.source_layers and ours.n_prompts == theirs.n_prompts == 2
+    for layer in ours.layers:
+        torch.testing.assert_close(ours.matrices[layer], theirs.jacobians[layer], atol=1e-5, rtol=1e-5)

@@ -179,8 +179,9 @@ class LogitLens(ic.Method):
         """Prompts have the same positions."""
         if config.at is None and tokens.padded:
             raise ic.PlanError(f"logit_lens: rows have {tokens.lengths} tokens; choose positions that all have: at=-1")
-        if hasattr(config.translator, "check"):
-            config.translator.check(model)
+        check = getattr(config.translator, "check", None)
+        if check is not None:
+            check(model)
         _rows(model, config)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> LogitLensResult:

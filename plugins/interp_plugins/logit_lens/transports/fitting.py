@@ -5,8 +5,8 @@ all target positions together; what arrives at a layer's output, averaged over s
 layer's matrix. Later targets than sources are all that count, which needs a model that never looks ahead: a first
 backward pass from one position shows whether it does. Nothing is random.
 
-A prompt's matrix X_n moves the mean by δ_n = mean over layers of ‖(X_n - J_{n-1}) / n‖ / ‖J_n‖; the published rule stops
-once the mean of the last 10 is below 2e-3, after 100 prompts at least and 1,000 at most.
+A prompt's matrix X_n moves the mean by δ_n = mean over layers of ‖(X_n - J_{n-1}) / n‖ / ‖J_n‖; the published rule
+stops once the mean of the last 10 is below 2e-3, after 100 prompts at least and 1,000 at most.
 """
 
 from __future__ import annotations
@@ -211,9 +211,7 @@ class Sums:
 
     def file(self) -> bytes:
         """All of it as one file, so that sums and the table of what they are of cannot part."""
-        tensors = {
-            f"{side}.{layer}": matrix for side, half in enumerate(self.halves) for layer, matrix in half.items()
-        }
+        tensors = {f"{side}.{layer}": matrix for side, half in enumerate(self.halves) for layer, matrix in half.items()}
         return ic.runs.safetensors_bytes({**tensors, "table": torch.tensor(self.table, dtype=torch.float64)})
 
     def restore(self, path: Path) -> None:

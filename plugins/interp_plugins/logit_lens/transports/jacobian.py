@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -62,8 +63,8 @@ class JacobianLens:
         """
         if layer not in self.matrices:
             raise ic.PlanError(
-                f"the Jacobian lens has no layer {layer}; it was fitted for {listed(self.layers)}. Fit it for this one, "
-                "or read the layer without a transport"
+                f"the Jacobian lens has no layer {layer}; it was fitted for {listed(self.layers)}. Fit it for this "
+                "one, or read the layer without a lens"
             )
         return self.matrices[layer]
 
@@ -118,15 +119,13 @@ def merged(lenses: Sequence[JacobianLens]) -> JacobianLens:
     for lens in lenses[1:]:
         if lens.layers != first.layers:
             raise ic.PlanError(f"fits of layers {listed(first.layers)} and {listed(lens.layers)} cannot be merged")
-        differs = {
-            key for key in {*lens.metadata, *first.metadata} - COUNTS if lens.metadata.get(key) != first.metadata.get(key)
-        }
-        if differs:
-            raise ic.PlanError(f"these fits cannot be merged: they differ in {', '.join(sorted(differs))}")
+        names = {*lens.metadata, *first.metadata} - COUNTS
+        if differs := sorted(name for name in names if lens.metadata.get(name) != first.metadata.get(name)):
+            raise ic.PlanError(f"these fits cannot be merged: they differ in {', '.join(differs)}")
     sums = {
-        layer: sum((lens.matrices[layer] * (lens.n_prompts / n) for lens in lenses[1:]), first.matrices[layer] * (first.n_prompts / n))
+        layer: torch.stack([lens.matrices[layer] * (lens.n_prompts / n) for lens in lenses]).sum(0)
         for layer in first.layers
-    }  # fmt: skip
+    }
     return JacobianLens(sums, n, {**first.metadata, "n_prompts": n})
 
 

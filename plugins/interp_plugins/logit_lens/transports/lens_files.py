@@ -4,13 +4,14 @@
     J, source_layers, d_model, provenance                    what vllm-lens writes
     jacobian_sum, n_done, next_idx, source_layers            a fit that was stopped: sums, divided by n_done here
 
-Row i of a matrix is a coordinate of the output. Files are read with `weights_only`. Two kinds with the same or like keys
-are refused by name: a lens of attention heads (a matrix for the last layer too) and an estimate from random
+Row i of a matrix is a coordinate of the output. Files are read with `weights_only`. Two kinds with the same or like
+keys are refused by name: a lens of attention heads (a matrix for the last layer too) and an estimate from random
 projections.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -64,8 +65,6 @@ def save_jacobian(lens: JacobianLens, path: str | Path) -> Path:
         "J": matrices, "n_prompts": lens.n_prompts, "source_layers": list(lens.layers), "d_model": lens.d_model,
         "metadata": dict(lens.metadata),
     }  # fmt: skip
-    import io
-
     buffer = io.BytesIO()
     torch.save(data, buffer)
     ic.runs.write(Path(path), buffer.getvalue())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -136,7 +136,7 @@ def swapped(resid: Float[Tensor, "... d_model"], basis: Float[Tensor, "d_model 2
     return resid + alpha * (coordinates.flip(-1) - coordinates) @ basis.mT
 
 
-def _clamp(basis: Tensor, goal: Tensor, alpha: float) -> ic.identity.Keyed:  # type: ignore[name-defined]
+def _clamp(basis: Tensor, goal: Tensor, alpha: float) -> Callable[[Tensor], Tensor]:
     inverse = torch.linalg.pinv(basis)
 
     def clamp(resid: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def _demand_apart(basis: Tensor, layer: int, tokens: tuple[int, int]) -> None:
     cosine = abs(float(torch.nn.functional.cosine_similarity(basis[:, 0], basis[:, 1], dim=0)))
     if cosine >= SAME:
         raise ic.PlanError(
-            f"layer {layer}: the directions of tokens {tokens[0]} and {tokens[1]} are nearly one (cosine {cosine:.4f}); "
-            "there is nothing to exchange"
+            f"layer {layer}: the directions of tokens {tokens[0]} and {tokens[1]} are nearly one (cosine "
+            f"{cosine:.4f}), so there is nothing to exchange"
         )
     if cosine >= ALIKE:
         warnings.warn(

@@ -9,8 +9,8 @@ Two fits, both deterministic: "kl" minimises KL(final ‖ layer) on the texts' p
 steps from zero; "regression" is the least-squares map to the last block's output, with a ridge, in closed form.
 
 Source: Belrose et al. (2023), arXiv:2303.08112; the regression is that of Din et al. (2023), arXiv:2303.09435.
-Cost: reading out one product [d_model d_model] per row. "regression": one forward pass per text, and a linear system per
-layer. "kl": steps · rows · d_vocab · d_model multiply-adds, three times, per layer.
+Cost: reading out one product [d_model d_model] per row. "regression": one forward pass per text, and a linear system
+per layer. "kl": steps · rows · d_vocab · d_model multiply-adds, three times, per layer.
 Must equal: h + h Wᵀ + b; with zeros the logit lens, bit by bit.
 """
 
@@ -92,8 +92,8 @@ class TunedLens:
         expected = self.metadata.get("unembed_hash")
         if expected and expected != unembed_hash(model):
             warnings.warn(
-                "the tuned lens was made for another unembedding than this model's (unembed_hash differs): a fine-tuned "
-                "or another model; its rows may say little",
+                "the tuned lens was made for another unembedding than this model's (unembed_hash differs): a "
+                "fine-tuned or another model; its rows may say little",
                 stacklevel=2,
             )
         return self
@@ -141,7 +141,8 @@ def load_tuned(folder: str | Path, model: ic.Model | None = None) -> TunedLens:
 def _translators(state: Any, path: Path) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ic.LoadError(f"{path} holds no translators")
-    weight, bias = {}, {}
+    weight: dict[int, Tensor] = {}
+    bias: dict[int, Tensor] = {}
     for name, value in state.items():
         number, _, kind = str(name).partition(".")
         if not number.isdigit() or kind not in ("weight", "bias"):
@@ -164,7 +165,8 @@ def save_tuned(lens: TunedLens, folder: str | Path) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     config = {
-        **lens.metadata, "d_model": lens.d_model, "num_hidden_layers": len(lens.layers), "bias": True, "lens_type": KIND,
+        **lens.metadata, "d_model": lens.d_model, "num_hidden_layers": len(lens.layers), "bias": True,
+        "lens_type": KIND,
     }  # fmt: skip
     ic.runs.write(folder / PARAMS, buffer.getvalue())
     ic.runs.write(folder / CONFIG, ic.runs.json_text(config))
@@ -190,8 +192,8 @@ def fit_tuned(
 
     Args:
         objective: "kl", as published, or "regression"; see the module.
-        steps, rows, rate: of "kl": steps, positions per step (taken round and round, in order), Adam's rate, which falls
-            to zero in a line.
+        steps, rows, rate: of "kl": steps, positions per step (taken round and round, in order), Adam's rate, which
+            falls to zero in a line.
         ridge: of "regression", in units of the mean square of a coordinate.
         progress: say how far it is on standard error.
 
