@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,4 +128,5 @@ def table(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"toy": toy, "fit": fit, "facts": facts}[sys.argv[1]](*sys.argv[2:])
+    parts: dict[str, Callable[..., Any]] = {"toy": toy, "fit": fit, "facts": facts}
+    parts[sys.argv[1]](*sys.argv[2:])
