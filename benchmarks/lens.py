@@ -82,7 +82,12 @@ def whole(model: ic.Model, rounds: int) -> None:
 
     difference = (ours() - plainly()).abs().max()
     seconds = shortest(rounds, ours, spread, theirs, plainly, clock=time.process_time)
-    names = ("ours: NLL and rank", "ours, with entropy and KL", "TransformerLens, these positions", "hidden states, all positions")
+    names = (
+        "ours: NLL and rank",
+        "ours, with entropy and KL",
+        "TransformerLens, these positions",
+        "hidden states, all positions",
+    )
     for name, each in zip(names, seconds, strict=True):
         print(f"| {str(model.dtype).removeprefix('torch.')} | {name} | {each:.3f} | {each / seconds[0]:.1f} × |")
     print(f"\nours and the plain one differ by {difference:.1e} nats at most\n")

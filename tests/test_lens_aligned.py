@@ -145,14 +145,15 @@ def test_only_needed_positions_are_unembedded() -> None:
 def test_states_written_and_read_back(tmp_path: Path) -> None:
     model, pairs = moe_golden.model(), golden()
     before = streams(pairs)
-    paths = states.write_states(tmp_path, model, [one for pair in before for one in pair])
+    store = states.StateStore(tmp_path, model)
+    paths = store.write(one for pair in before for one in pair)
     assert len(paths) == 12 and set(load_file(paths[0])) == {f"layer.{i}" for i in range(-1, 4)}
-    after = [states.read_pair(tmp_path, model, pair) for pair in pairs]
+    after = [store.pair(pair) for pair in pairs]
     for old, new in zip(scored(before), scored(after), strict=True):
         assert torch.equal(old.agentic.logprob, new.agentic.logprob) and torch.equal(old.apart.js, new.apart.js)
-    part = states.read_state(tmp_path, model, pairs[0], "assisted", layers=[1, 3])
+    part = store.read(pairs[0], "assisted", layers=[1, 3])
     assert part.layers == (1, 3) and torch.equal(part.stream[1], before[0][1].stream[-1])
-    again = [path.read_bytes() for path in states.write_states(tmp_path, model, before[0])]
+    again = [path.read_bytes() for path in store.write(before[0])]
     assert again == [path.read_bytes() for path in paths[:2]]
 
 
@@ -167,16 +168,16 @@ def changed(path: Path, tensors: dict[str, torch.Tensor] | None = None, **header
 
 def test_states_that_do_not_fit_are_refused_by_sample_and_field(tmp_path: Path) -> None:
     model, pair = moe_golden.model(), golden()[0]
-    both = aligned.pair_states(model, pair)
+    both, store = aligned.pair_states(model, pair), states.StateStore(tmp_path, model)
 
     def refused(match: str, tensors: dict[str, torch.Tensor] | None = None, **header: Any) -> None:
-        path = states.write_states(tmp_path, model, both)[0]
+        path = store.write(both)[0]
         changed(path, tensors, **header)
         with pytest.raises(ic.LoadError, match=match):
-            states.read_pair(tmp_path, model, pair)
+            store.pair(pair)
 
     rows = {f"layer.{layer}": row for layer, row in zip(both[0].layers, both[0].stream, strict=True)}
-    own = states.identity(model)
+    own = store.identity
     refused("pair_0 agentic: states of another model .other weights.", model={**own, "weights": "0" * 64})
     refused(
         "pair_0 agentic: states of another model .dtype was bfloat16, is float32.", model={**own, "dtype": "bfloat16"}
@@ -194,15 +195,15 @@ def test_states_that_do_not_fit_are_refused_by_sample_and_field(tmp_path: Path) 
     refused("pair_0 agentic: metadata 'lens_states' is missing or no interp-lens-states/1", format="x")
     states.state_file(tmp_path, pair.name, "agentic").write_bytes(b"no")
     with pytest.raises(ic.LoadError, match="pair_0 agentic: .* is damaged"):
-        states.read_pair(tmp_path, model, pair)
+        store.pair(pair)
     with pytest.raises(ic.LoadError, match="pair_1 agentic: no file pair_1.agentic.safetensors"):
-        states.read_pair(tmp_path, model, golden()[1])
+        store.pair(golden()[1])
     with pytest.raises(ic.PlanError, match="layer 0 has 1 numbers that are not finite"):
         broken = both[0].stream.clone()
         broken[1, 0, 0] = torch.inf
-        states.write_states(tmp_path, model, [replace(both[0], stream=broken)])
+        store.write([replace(both[0], stream=broken)])
     with pytest.raises(ic.PlanError, match="layer 3 is normed already"):
-        states.write_states(tmp_path, model, [replace(both[0], normed_last=True)])
+        store.write([replace(both[0], normed_last=True)])
 
 
 def published(path: Path, pair: Pair, embedding: bool = False, raw: bool = False, mode: str | None = "full") -> Path:

@@ -143,10 +143,13 @@ def _target_logits(model: ic.Model, rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def _tiles(model: ic.Model, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First token and logits of each tile, in float32 at least."""
-    start = 0
+    """First token and logits of each tile, in float32 at least; the next one may be written where it is."""
+    start, wide = 0, torch.empty(0)
     for z in model.unembed_tiles(rows, tile_width(len(rows), rows.device)):
-        yield start, z.to(torch.promote_types(z.dtype, torch.float32))
+        if z.dtype.itemsize < 4:
+            wide = wide if wide.shape == z.shape else torch.empty_like(z, dtype=torch.float32)
+            z = wide.copy_(z)
+        yield start, z
         start += z.shape[-1]
 
 
@@ -163,14 +166,14 @@ class _Tiles:
         self.lse: list[Tensor] = []
         self.entropy: list[Tensor] = []
         self.cross: list[Tensor] = []
-        self.scratch = bar.new_empty(0)
+        self.scratch = self.logp = bar.new_empty(0)
 
     def add(self, z: Tensor, start: int) -> None:
         """Logits `[(layer target) tile]`."""
         if self.scratch.shape != z.shape:
-            self.scratch = torch.empty_like(z)
+            self.scratch, self.logp = torch.empty_like(z), torch.empty_like(z)
         self._count(z, start)
-        logp = torch.log_softmax(z, -1)
+        logp = torch.log_softmax(z, -1, out=self.logp)
         self.lse.append((z[:, 0] - logp[:, 0]).double())
         if not self.spread:
             return
