@@ -1,4 +1,4 @@
-"""The lens by tiles beside what it is made of and what others do: python benchmarks/lens.py [rounds] [d_vocab] [d_model]
+"""The lens by tiles beside its bare product, and others: python benchmarks/lens.py [rounds] [d_vocab] [d_model]
 
 Processor time of one thread (the shortest of the rounds, all taking turns), a model of four small blocks and the
 vocabulary of Qwen3. First 128 rows through the unembedding: the bare product, and all that the lens says of these rows.
@@ -78,7 +78,7 @@ def whole(model: ic.Model, rounds: int) -> None:
         return aligned.score(model, aligned.read_states(model, tokens, positions)).logprob
 
     def theirs() -> Any:
-        return logit_lens(bridge, ids, positions=before, targets=targets, return_type="log_probs", chunk_size=1024)
+        return logit_lens(bridge, ids, positions=before, targets=targets, return_type="log_probs")
 
     difference = (ours() - plainly()).abs().max()
     seconds = shortest(rounds, ours, spread, theirs, plainly, clock=time.process_time)

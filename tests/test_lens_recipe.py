@@ -85,24 +85,26 @@ def test_the_same_command_keeps_what_is_there(whole: Path, capsys: pytest.Captur
         run(whole, js_mode="none")
 
 
+@pytest.mark.slow
 def test_states_from_files_give_the_same(whole: Path, tmp_path: Path) -> None:
-    run(
-        tmp_path / "again",
-        hidden_states_dir=whole.parent / "states",
-        max_samples=2,
-        max_tokens=5,
-        js_mode="topk_rest",
-        js_topk=16,
-    )
-    run(tmp_path / "forward", max_samples=2, max_tokens=5)
+    how = {"max_samples": 2, "max_tokens": 5}
+    run(tmp_path / "again", hidden_states_dir=whole.parent / "states", js_mode="topk_rest", js_topk=16, **how)
+    run(tmp_path / "forward", **how)
     for name in CURVES[:6]:
         assert np.abs(curve(tmp_path / "again", name) - curve(tmp_path / "forward", name)).max() < 1e-6
-    lower, exact, upper = (
-        curve(tmp_path / d, n) for d, n in (("again", "js_all"), ("forward", "js_all"), ("again", "js_upper_all"))
-    )
+    exact = curve(tmp_path / "forward", "js_all")
+    lower, upper = (curve(tmp_path / "again", name) for name in ("js_all", "js_upper_all"))
     assert (lower <= exact + 1e-6).all() and (exact <= upper + 1e-6).all()
 
 
+@pytest.mark.slow
+def test_one_sample_has_no_bands(tmp_path: Path) -> None:
+    run(tmp_path / "one", max_samples=1)
+    assert "nll_agentic_all_low" not in table(tmp_path / "one")[0]
+    assert "one sample does not tell how sure that is" in (tmp_path / "one/nll_core.html").read_text()
+
+
+@pytest.mark.slow
 def test_published_states_and_samples_that_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "hidden"
     folder.mkdir()
@@ -130,9 +132,3 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(tmp_path: Path) -> 
     refused("chunk_size is 0: give at least 1", chunk_size=0)
     refused("hidden states are read or written", hidden_states_dir=tmp_path, save_hidden_states=tmp_path)
     assert not (tmp_path / "out").exists()
-
-
-def test_one_sample_has_no_bands(tmp_path: Path) -> None:
-    run(tmp_path / "one", max_samples=1)
-    assert "nll_agentic_all_low" not in table(tmp_path / "one")[0]
-    assert "one sample does not tell how sure that is" in (tmp_path / "one/nll_core.html").read_text()

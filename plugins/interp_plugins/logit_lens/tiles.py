@@ -36,7 +36,7 @@ ROWS = 1024
 """Rows of the stream that go through the unembedding together."""
 TILE_BYTES = 1 << 25
 """Of the logits of one tile, in float32."""
-NARROWEST, WIDEST = 1024, 16384
+NARROWEST, WIDEST = 1024, 8192
 """Tokens of a tile; threads that share one take as many each."""
 
 
