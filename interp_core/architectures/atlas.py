@@ -20,7 +20,6 @@ from .family import Family, Heads, Place, split_heads
 from .reach import Reach
 from .taps import Lens, Tap
 
-
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
 """Sites that only mixtures of experts have."""
 
