@@ -144,7 +144,9 @@ class Findings:
 
     @property
     def chance(self) -> Mapping[Curve, float]:
-        """What random sets give: of equal weights, for the total variation."""
+        """What random sets give: of equal weights, for the total variation. Nothing where every expert is in the set."""
+        if self.top_k == self.shape.n_experts:
+            return {}
         chance = Chance.of(self.top_k, self.shape.n_experts)
         return {"tv": 1 - chance.overlap, "jaccard": chance.jaccard, "intersection": chance.intersection}
 
@@ -196,7 +198,7 @@ class Findings:
             row |= {f"{name}_topk": float(self.curve(name)[i]) for name in CURVES} | count
             for name, band in self.bands.items():
                 row |= {f"{name}_topk_low": float(band.low[i]), f"{name}_topk_high": float(band.high[i])}
-            row |= {f"{name}_chance": self.chance[name] for name in CURVES}
+            row |= {f"{name}_chance": self.chance.get(name, "") for name in CURVES}
             row |= {"tv_full": float(self.curve("tv_full")[i]), "top1_same": float(self.curve("top1_same")[i])}
             row |= {f"{name}_topk_last": float(self.curve(f"{name}_last")[i]) for name in CURVES}
             row |= {f"tv_usage_{view}": float(usage[view][i]) for view in VIEWS}

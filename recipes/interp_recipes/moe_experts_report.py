@@ -89,16 +89,17 @@ def _map(findings: Findings, view: View, values: np.ndarray, title: str, **how: 
 
 
 def _curve(findings: Findings, name: Curve) -> report.Curves:
-    band, chance = findings.bands.get(name), findings.chance[name]
+    band, chance = findings.bands.get(name), findings.chance.get(name)
     said = f"{CURVE_NAMES[name]}, top {findings.top_k} of {findings.shape.n_experts}"
     line = (
         report.Line(said, findings.curve(name), base=chance) if band is None else report.Line.of(said, band, chance)
     )  # fmt: skip
     random = "random sets of equal weights" if name == "tv" else "random sets"
+    dashed = "" if chance is None else f" (dashed: {random})"
     return report.Curves(
         [line], [str(layer) for layer in findings.layers], base=random, xlabel="decoder layer", ylabel=CURVE_NAMES[name],
-        title=f"Agentic and assisted routing of the same tokens: {CURVE_NAMES[name]}",
-        caption=f"Means over samples of each one's mean over its targets; 95 % intervals over samples; dashed: {random}. "
+        title=f"Routing of the same tokens: {CURVE_NAMES[name]}{dashed}",
+        caption=f"Means over samples of each one's mean over its targets, 95 % intervals over samples{dashed}. "
         + findings.few,
     )  # fmt: skip
 
@@ -151,7 +152,7 @@ def _where_most(findings: Findings) -> list[str]:
 
 
 def _against_chance(findings: Findings) -> list[str]:
-    if not findings.bands:
+    if not findings.bands or not findings.chance:
         return []
     band, chance, count = findings.bands["jaccard"], findings.chance["jaccard"], len(findings.layers)
     above, below = int((band.low > chance).sum()), int((band.high < chance).sum())
