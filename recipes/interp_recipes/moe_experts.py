@@ -101,7 +101,9 @@ def moe_experts(
         if not names:
             raise ic.PlanError(f"{data_path}: the model runs none of the samples; the first: {failed[0]['reason']}")
         dropped += [
-            {"sample": pair.name, "targets": count, "reason": why} for pair in pairs for why, count in pair.dropped.items()
+            {"sample": pair.name, "targets": count, "reason": why}
+            for pair in pairs
+            for why, count in pair.dropped.items()
         ]
         layouts = sorted({pair.layout for pair in pairs})
         findings = Findings(settings, shape, names, sums, [*dropped, *failed], layouts, str(data_path))
