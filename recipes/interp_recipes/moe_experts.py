@@ -14,8 +14,9 @@ writes, as the published analysis does, into the folder O:
     tables/expert_core_samples/*.safetensors    ours: each sample's own sums, by which a stopped run goes on
     expert_core_report.html                 ours: all of it as a page
 
-The run's record lies beside the folder (O.runs), so that `moe_nll` may write into the same; without O the run has a
-folder of its own. Layers are decoder layers. Numbers and where they differ from the published code: docs/moe_experts.md.
+The run's record lies beside the folder (O.runs), so that `moe_nll` may write into the same; without O the run has
+a folder of its own. Layers are decoder layers. Numbers, and where they differ from the published code:
+docs/moe_experts.md.
 
 Source: Geuan666/XAI4Agent (2026), `analyze_expert_core.py`.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +135,9 @@ def _sums(
     """Sums of all samples, block by block; their names; and those that the model does not run."""
     parts, names, failed = [], [], []
     blocks = [pairs[start : start + BLOCK] for start in range(0, len(pairs), BLOCK)]
-    for number, block in told("moe_experts", blocks):
-        file = f"{SAMPLES}/{number:04d}.safetensors"
-        made = run.stage(file, lambda block=block: _block(model, block, settings, strict), read=_read, data=_data)
+    for number, block in enumerate(blocks):
+        file, make = f"{SAMPLES}/{number:04d}.safetensors", partial(_block, model, block, settings, strict)
+        made = run.stage(file, make, read=_read, data=_data)
         parts += [made[0]] if made[1]["samples"] else []
         names += made[1]["samples"]
         failed += made[1]["dropped"]
@@ -148,7 +150,7 @@ Block = tuple[dict[str, Tensor], dict[str, Any]]
 
 def _block(model: ic.Model, pairs: Sequence[Pair], settings: Settings, strict: bool) -> Block:
     parts, names, dropped = [], [], []
-    for pair in pairs:
+    for _, pair in told(f"samples {pairs[0].name} to {pairs[-1].name}", pairs):
         try:
             parts.append(pair_sums(*(routed_targets(model, pair, side, settings.top_k) for side in SIDES)))
             names.append(pair.name)
@@ -169,5 +171,6 @@ def _read(path: Path) -> Block:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         noted: Mapping[str, str] = file.metadata()
-        return {name: file.get_tensor(name) for name in file.keys()}, {k: json.loads(v) for k, v in noted.items()}  # noqa: SIM118
+    return tensors, {name: json.loads(value) for name, value in noted.items()}

@@ -97,7 +97,8 @@ def _curve(findings: Findings, name: Curve) -> report.Curves:
     random = "random sets of equal weights" if name == "tv" else "random sets"
     dashed = "" if chance is None else f" (dashed: {random})"
     return report.Curves(
-        [line], [str(layer) for layer in findings.layers], base=random, xlabel="decoder layer", ylabel=CURVE_NAMES[name],
+        [line], [str(layer) for layer in findings.layers], base=random, xlabel="decoder layer",
+        ylabel=CURVE_NAMES[name],
         title=f"Routing of the same tokens: {CURVE_NAMES[name]}{dashed}",
         caption=f"Means over samples of each one's mean over its targets, 95 % intervals over samples{dashed}. "
         + findings.few,
@@ -118,16 +119,16 @@ def sentences(findings: Findings, top: Sequence[dict[str, Any]]) -> list[str]:
         said.append(f"Sets are the {findings.top_k} experts that the model executes; weights are normalised over them.")
     else:
         said.append(
-            f"Sets are the {findings.top_k} experts of largest probability; the model executes {shape.top_k}. This is a "
-            "statistic of its router, not what it computes."
+            f"Sets are the {findings.top_k} experts of largest probability; the model executes {shape.top_k}. This is "
+            "a statistic of its router, not what it computes."
         )
     said += [*_where_most(findings), *_against_chance(findings)]
     for view in VIEWS:
         t, cells = findings.thresholded[view]
         more, less = int((cells > 0).sum()), int((cells < 0).sum())
         said.append(
-            f"At {VIEW_NAMES[view]}, {more + less} of {cells.size} cells differ by {t:.4g} or more: {more} are used more "
-            f"by the agentic context, {less} by the assisted one."
+            f"At {VIEW_NAMES[view]}, {more + less} of {cells.size} cells differ by {t:.4g} or more: {more} are used "
+            f"more by the agentic context, {less} by the assisted one."
         )
     said += [_largest(next(row for row in top if row["view"] == view)) for view in VIEWS]
     return [*said, *filter(None, [findings.few, _left_out(findings)])]
@@ -166,9 +167,9 @@ def _against_chance(findings: Findings) -> list[str]:
 def _largest(row: dict[str, Any]) -> str:
     interval = "" if row["low"] == "" else f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
     return (
-        f"The largest difference at {VIEW_NAMES[row['view']]} is that of expert {row['expert']} in layer {row['layer']}: "
-        f"{row['difference']:+.4f}{interval} (agentic {row['agentic']:.4f}, assisted {row['assisted']:.4f}); it was "
-        "picked by this number, so that the interval flatters it."
+        f"The largest difference at {VIEW_NAMES[row['view']]} is that of expert {row['expert']} in layer "
+        f"{row['layer']}: {row['difference']:+.4f}{interval} (agentic {row['agentic']:.4f}, assisted "
+        f"{row['assisted']:.4f}); it was picked by this number, so that the interval flatters it."
     )
 
 
@@ -215,8 +216,8 @@ def page(
         sections.append(
             report.Section(
                 f"Usage of experts at {VIEW_NAMES[view]}",
-                "Share of the routers' normalised weight, layer by layer; rows sum to 1. Point at a cell for its layer, "
-                "expert and numbers. In differences red is more agentic, blue more assisted, white no difference.",
+                "Share of the routers' normalised weight, layer by layer; rows sum to 1. Point at a cell for its "
+                "layer, expert and numbers. In differences red is more agentic, blue more assisted, white neither.",
                 "".join(charts[name].html() for name in names),
             )
         )
@@ -227,8 +228,8 @@ def page(
         sections.append(
             report.Section(
                 f"The {len(rows)} largest differences at {VIEW_NAMES[view]}",
-                f"With 95 % intervals over samples, each by itself. Picked out of {findings.difference(view).size} cells by "
-                "their size, they are on average smaller in other samples.",
+                f"With 95 % intervals over samples, each by itself. Picked out of {findings.difference(view).size} "
+                "cells by their size, they are on average smaller in other samples.",
                 report.table(rows),
             )
         )

@@ -54,12 +54,12 @@ def build_pair(source: Any, name: str, agentic: Context, assisted: Context, targ
     }
     cells = {side: _inside(tokens, _located(tokens, name, side, target)) for side, tokens in contexts.items()}
     here, there = (contexts[side] for side in SIDES)
-    kept, dropped = _matched(here, there, *(cells[side] for side in SIDES), len(target))
+    kept, dropped = _matched(here, there, cells["agentic"], cells["assisted"], len(target))
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise ic.TextError(
-            f"sample {name!r}: no token of the target is the same in both contexts ({why or 'it has no tokens'}); give a "
-            "longer target, with the same line break or space before it in both"
+            f"sample {name!r}: no token of the target is the same in both contexts ({why or 'it has no tokens'}); "
+            "give a longer target, with the same line break or space before it in both"
         )
     return Pair(name, here, there, tuple(a for a, _ in kept), tuple(b for _, b in kept), dropped, {"target": target})
 
@@ -103,8 +103,8 @@ def _located(tokens: ic.Tokens, name: str, side: Side, target: str) -> tuple[int
     start = tokens.texts[0].rfind(target)
     if start < 0:
         raise ic.TextError(
-            f"sample {name!r}: the target {target!r:.60} does not stand in {side}; it is looked for letter by letter, as "
-            "the chat template shows it"
+            f"sample {name!r}: the target {target!r:.60} does not stand in {side}; it is looked for letter by letter, "
+            "as the chat template shows it"
         )
     return start, start + len(target)
 

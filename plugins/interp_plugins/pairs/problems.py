@@ -3,8 +3,8 @@
     {"task_id": "HumanEval/0", "prompt": "def …", "canonical_solution": "    return …", "entry_point": …, "test": …}
 
 Both end with the same fenced code, signature and solution, which is the target. In the agentic context it comes after
-two turns of work, the assistant's tests and what they printed; in the assisted one it is the answer to the question. The
-turns are written by rule and nothing is executed: they are contexts to compare routing in, no record of an agent.
+two turns of work, the assistant's tests and what they printed; in the assisted one it is the answer to the question.
+The turns are written by rule and nothing is executed: they are contexts to compare routing in, no record of an agent.
 
 Source: the form of the problems is HumanEval's (Chen et al. 2021, arXiv:2107.03374).
 """
@@ -54,14 +54,13 @@ def contexts_of(row: Mapping[str, Any], form: Form = "chat") -> dict[str, Any]:
         return {**row, "name": name}
     if missing := [key for key in NEEDS if not isinstance(row.get(key), str)]:
         raise ic.TextError(
-            f"sample {name!r} has no {missing[0]}: a problem has prompt and canonical_solution, a pair agentic, assisted "
-            f"and target; it has {', '.join(map(str, row))}"
+            f"sample {name!r} has no {missing[0]}: a problem has prompt and canonical_solution, a pair agentic, "
+            f"assisted and target; it has {', '.join(map(str, row))}"
         )
     code = (row["prompt"] + row["canonical_solution"]).strip("\n")
-    agentic, assisted = _agentic(row, code), _assisted(row, code)
-    if form == "plain":
-        agentic, assisted = plain(agentic), plain(assisted)
-    return {"name": name, "agentic": agentic, "assisted": assisted, "target": code}
+    written = {"agentic": _agentic(row, code), "assisted": _assisted(row, code)}
+    shown = written if form == "chat" else {side: plain(messages) for side, messages in written.items()}
+    return {"name": name, **shown, "target": code}
 
 
 Message = dict[str, str]
