@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 import torch
 from interp_plugins.pairs import Pair, read_pairs, write_pairs
 from interp_plugins.pairs.pair import SIDES, tokens_of
-from interp_plugins.pairs.routing import VIEWS, routed_targets
+from interp_plugins.pairs.routing import VIEWS, joined, pair_sums, routed_targets
 from interp_plugins.router.points import Shape, read_points
 from interp_recipes import moe_experts as recipe
+from interp_recipes.moe_experts_findings import Findings, Settings
+from interp_recipes.moe_experts_report import figures, page, sentences, summary
 from moe_golden import DATA, expected, model
 from PIL import Image
 
 import interp_core as ic
 from interp_core import runs, testing
+from interp_core import sites as S
 
 MODEL, PAIRS = str(DATA / "model"), DATA / "pairs.json"
 FIGURES = {
@@ -35,18 +39,64 @@ TABLES = {
 LETTER = dict(zip(SIDES, "ab", strict=True))
 
 
-def run(out: Path, **settings: Any) -> Path:
-    return recipe.moe_experts(MODEL, PAIRS, out, device="cpu", **settings).parent
+BROKEN = {
+    "unequal": {"agentic_ids": [1, 20, 21], "assisted_aligned_ids": [1, 20, 22], "canonical_non_ws_positions": [2]},
+    "outside": {"agentic_ids": [1, 600, 21], "assisted_aligned_ids": [1, 20, 21], "canonical_non_ws_positions": [2]},
+}
+"""Samples of which one is no pair, and one is not of this model."""
+
+
+def run(out: Path, data: Path = PAIRS, **settings: Any) -> Path:
+    return recipe.moe_experts(MODEL, data, out, device="cpu", **settings).parent
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("packed") / "out", layout="packed")
+    """A run that was stopped in the seventh pass, and gone on with."""
+    out, calls = tmp_path_factory.mktemp("packed") / "out", list[str]()
+
+    def counted(loaded: ic.Model, pair: Pair, side: Any, top_k: int | None) -> Any:
+        calls.append(pair.name)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return routed_targets(loaded, pair, side, top_k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "routed_targets", counted)
+        patch.setattr(recipe, "BLOCK", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, layout="packed")
+        assert runs.manifest(home(out))["state"] == "stopped" and not (out / "figures").exists()
+        assert [path.name for path in (out / "tables/expert_core_samples").iterdir()] == ["0000.safetensors"]
+        run(out, layout="packed")
+        assert calls[7:] == [f"pair_{i}" for i in (2, 2, 3, 3, 4, 4, 5, 5)]
+    assert runs.manifest(home(out))["state"] == "done"
+    return out
 
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("padded") / "out", layout="padded")
+    """Of a file with two samples that cannot be used."""
+    folder = tmp_path_factory.mktemp("padded")
+    pairs = json.loads(PAIRS.read_text())["pairs"] + [{"id": name, **row} for name, row in BROKEN.items()]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return run(folder / "out", folder / "pairs.json", layout="padded")
+
+
+def home(out: Path) -> Path:
+    """The run's record beside its folder."""
+    (found,) = Path(f"{out}.runs").iterdir()
+    return found
+
+
+def findings(loaded: ic.Model, pairs: Sequence[Pair], **asked: Any) -> Findings:
+    """What the recipe finds, without its files."""
+    defaults: dict[str, Any] = {
+        "top_k": None, "threshold_percentile": 99.0, "threshold_min": 0.005, "max_samples": None, "layout": None,
+    }  # fmt: skip
+    settings = Settings(**{**defaults, **asked})
+    sums = joined([pair_sums(*(routed_targets(loaded, pair, s, settings.top_k) for s in SIDES)) for pair in pairs])
+    return Findings(settings, Shape.of(loaded), [pair.name for pair in pairs], sums, [], ["packed"], "here")
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
@@ -126,8 +176,6 @@ def test_the_padded_layout_is_what_transformers_makes_of_it(padded: Path) -> Non
     np.testing.assert_allclose(found["avg_all_assisted"], sums / tokens, atol=1e-6)
     np.testing.assert_allclose(found["tv_mean"], np.mean(curves, 0), atol=1e-6)
     assert abs(found["avg_all_assisted"] - expected()["usage_weight_all_b"]).max() > 1e-2
-    dropped = rows(padded / "tables/expert_core_dropped.csv")
-    assert dropped == [{"sample": "pair_3", "targets": "2", "reason": "masked out of a context"}]
 
 
 def test_every_file_is_there(packed: Path) -> None:
@@ -135,7 +183,7 @@ def test_every_file_is_there(packed: Path) -> None:
     assert {path.name for path in (packed / "tables").iterdir()} == TABLES
     for name in FIGURES:
         with Image.open(packed / "figures/expert_core" / name) as picture:
-            assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 24) or []) > 5
+            assert picture.width > 300 and all(low < high for low, high in picture.convert("RGB").getextrema())
     told = json.loads((packed / "tables/expert_core_summary.json").read_text())
     assert (told["n_samples"], told["n_targets"], told["top_k"], told["sets"]) == (6, 79, 2, "executed")
     assert told["dropped"] == [] and set(told["versions"]) >= {"torch", "transformers", "interp-core"}
@@ -149,72 +197,53 @@ def test_every_file_is_there(packed: Path) -> None:
 
 
 def test_the_page_stands_alone_and_says_what_the_numbers_say(packed: Path) -> None:
-    page = (packed / "expert_core_report.html").read_text()
-    assert "http" not in page and "layer 3, expert 4\nagentic" in page
+    text = (packed / "expert_core_report.html").read_text()
+    assert "http" not in text and "layer 3, expert 4\nagentic" in text
     found = arrays(packed)
     most = int(found["tv_mean"].argmax())
-    assert f"Routing differs most in layer {most} (total variation {found['tv_mean'][most]:.3f}" in page
+    assert f"Routing differs most in layer {most} (total variation {found['tv_mean'][most]:.3f}" in text
     above = int((found["jaccard_low"] > 5 / 28).sum())
-    assert f"above that of random sets (0.179) in {above} of 4 layers" in page
+    assert f"above that of random sets (0.179) in {above} of 4 layers" in text
     cells = found["thresholded_all"]
-    assert f"{(cells > 0).sum()} are used more by the agentic context, {(cells < 0).sum()} by the assisted" in page
-    assert "Intervals of 6 samples are narrower than the truth" in page
-    assert page.count("<table class='grid'>") == 8 and page.count("<svg") == 3
+    assert f"{(cells > 0).sum()} are used more by the agentic context, {(cells < 0).sum()} by the assisted" in text
+    assert "Intervals of 6 samples are narrower than the truth" in text
+    assert text.count("<table class='grid'>") == 8 and text.count("<svg") == 3
 
 
 def test_differences_are_white_at_zero_and_symmetric(packed: Path) -> None:
-    page = (packed / "expert_core_report.html").read_text()
-    ends = re.findall(r"<figcaption>(-[\d.]+)<span class='bar'.*?</span>([\d.]+)<br>", page)
+    text = (packed / "expert_core_report.html").read_text()
+    ends = re.findall(r"<figcaption>(-[\d.]+)<span class='bar'.*?</span>([\d.]+)<br>", text)
     assert len(ends) == 4 and all(float(low) == -float(high) for low, high in ends)
-    assert "background:#fafafa" in page  # of a thresholded cell that does not stand out
+    assert "background:#fafafa" in text  # of a thresholded cell that does not stand out
 
 
-def test_a_second_run_keeps_everything_and_a_stopped_one_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls: list[str] = []
-
-    def counted(loaded: ic.Model, pair: Pair, side: Any, top_k: int | None) -> Any:
-        calls.append(pair.name)
-        if len(calls) == 7 and not calls.count("stop"):
-            raise KeyboardInterrupt
-        return routed_targets(loaded, pair, side, top_k)
-
-    monkeypatch.setattr(recipe, "routed_targets", counted)
-    monkeypatch.setattr(recipe, "BLOCK", 2)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", layout="packed")
-    (home,) = (tmp_path / "out.runs").iterdir()
-    assert runs.manifest(home)["state"] == "stopped" and not (tmp_path / "out/figures").exists()
-    assert [path.name for path in (tmp_path / "out/tables/expert_core_samples").iterdir()] == ["0000.safetensors"]
-    calls[:] = ["stop"]
-    run(tmp_path / "out", layout="packed")
-    assert calls[1:] == [f"pair_{i}" for i in (2, 2, 3, 3, 4, 4, 5, 5)] and runs.manifest(home)["state"] == "done"
-    same = [path.relative_to(packed) for path in packed.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-    assert len(same) > 18
-    for path in same:
-        assert (tmp_path / "out" / path).read_bytes() == (packed / path).read_bytes(), path
-    calls[:] = ["stop"]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    run(tmp_path / "out", layout="packed")
-    assert calls == ["stop"] and "kept tables/expert_core_samples/0002.safetensors" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-    with pytest.raises(ic.PlanError, match="give --overwrite to replace it"):
-        run(tmp_path / "out", layout="packed", threshold_percentile=90.0)
+def test_a_second_run_keeps_everything(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "BLOCK", 2)
+        patch.setattr(recipe, "routed_targets", None)
+        before = {path: path.stat().st_mtime_ns for path in packed.rglob("*") if path.is_file()}
+        run(packed, layout="packed")
+        said = capsys.readouterr().out
+        assert "kept tables/expert_core_samples/0002.safetensors" in said and "kept expert_core_report.html" in said
+        assert before == {path: path.stat().st_mtime_ns for path in before} and len(before) > 20
+        with pytest.raises(ic.PlanError, match="give --overwrite to replace it"):  # before any pass
+            run(packed, layout="packed", threshold_percentile=90.0)
 
 
-def test_another_number_of_experts_is_a_statistic_of_the_probabilities(tmp_path: Path) -> None:
+def test_another_number_of_experts_is_a_statistic_of_the_probabilities() -> None:
     """All of them: the router's mean probabilities. As many as the model takes: what it executes."""
-    out = run(tmp_path / "all", layout="packed", top_k=8)
-    found, wanted = arrays(out), expected()
+    pairs, wanted = read_pairs(PAIRS, layout="packed"), expected()
+    found = findings(model(), pairs, top_k=8)
     for view in VIEWS:
         for side, letter in LETTER.items():
-            np.testing.assert_allclose(found[f"avg_{view}_{side}"], wanted[f"usage_softmax_{view}_{letter}"], atol=1e-6)
-    np.testing.assert_allclose(found["tv_mean"], wanted["curve_tv_full"], atol=1e-6)
-    told = json.loads((out / "tables/expert_core_summary.json").read_text())
+            np.testing.assert_allclose(found.matrix(view, side), wanted[f"usage_softmax_{view}_{letter}"], atol=1e-6)
+    np.testing.assert_allclose(found.curve("tv"), wanted["curve_tv_full"], atol=1e-6)
+    told = summary(found, model())
     assert (told["top_k"], told["model_top_k"], told["sets"], told["chance"]) == (8, 2, "re-ranked", {})
-    assert "the model executes 2. This is a statistic" in (out / "expert_core_report.html").read_text()
+    said = " ".join(sentences(found, found.top_rows("all") + found.top_rows("last")))
+    assert "the model executes 2. This is a statistic" in said and "random sets" not in said
+    plain, named = (findings(model(), pairs[:2], top_k=k) for k in (None, 2))
+    assert all(torch.equal(plain.sums[name], named.sums[name]) for name in plain.sums) and named.executed
 
 
 def other_pairs(tmp_path: Path, count: int = 3, vocabulary: int = 60) -> Path:
@@ -230,44 +259,50 @@ def other_pairs(tmp_path: Path, count: int = 3, vocabulary: int = 60) -> Path:
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_layers_are_the_decoders(family: str, tmp_path: Path) -> None:
-    """Dense layers have no row; sets are the executed ones where a bias and groups choose, not the largest probabilities."""
-    folder = tmp_path / "model"
-    testing.tiny(family).save_pretrained(folder)
-    loaded = ic.load(str(folder), check=False)
-    recipe.moe_experts(str(folder), other_pairs(tmp_path), tmp_path / "out", device="cpu")
-    found = arrays(tmp_path / "out")
-    assert found["layers"].tolist() == loaded.layers(ic.sites.router_logits)
-    np.testing.assert_allclose(found["avg_all_agentic"].sum(-1), 1, atol=1e-6)
-    counts = np.zeros_like(found["count_all_agentic"])
-    for pair in read_pairs(tmp_path / "pair_tokens.json"):
-        indices = loaded.run(pair.agentic, read=ic.sites.router_indices.at(list(pair.agentic_positions)), logits=False)
-        for row, layer in enumerate(found["layers"].tolist()):
-            ids = indices[ic.sites.router_indices[layer].at(list(pair.agentic_positions))].plain.flatten()
+    """Dense layers have no row; sets are the executed ones where a bias and groups choose, not the largest ones."""
+    loaded = ic.load(testing.tiny(family), check=False)
+    pairs = read_pairs(other_pairs(tmp_path))
+    found = findings(loaded, pairs)
+    assert found.arrays()["layers"].tolist() == loaded.layers(S.router_logits)
+    np.testing.assert_allclose(found.matrix("all", "agentic").sum(-1), 1, atol=1e-6)
+    counts = np.zeros((len(found.layers), found.shape.n_experts))
+    for pair in pairs:
+        indices = loaded.run(pair.agentic, read=S.router_indices, logits=False)
+        for row, layer in enumerate(found.layers):
+            ids = indices[S.router_indices[layer]].plain[0, list(pair.agentic_positions)].flatten()
             counts[row] += np.bincount(ids.numpy(), minlength=counts.shape[1])
-    np.testing.assert_array_equal(found["count_all_agentic"], counts)
+    np.testing.assert_array_equal(found.arrays()["count_all_agentic"], counts)
+    assert counts.sum() == 12 * found.top_k * len(found.layers)
 
 
-def test_samples_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
-    data = json.loads(other_pairs(tmp_path, 3).read_text())
-    data["s1"]["assisted_ids"][-1] += 1  # another target
-    data["s2"]["agentic_ids"][0] = 600  # not in the vocabulary
+def test_samples_that_cannot_be_used_are_listed(padded: Path) -> None:
+    listed = {row["sample"]: row for row in rows(padded / "tables/expert_core_dropped.csv")}
+    assert "1 of 1 targets have other ids" in listed["unequal"]["reason"]
+    assert "agentic: token id 600 does not exist" in listed["outside"]["reason"]
+    assert (listed["pair_3"]["targets"], listed["pair_3"]["reason"]) == ("2", "masked out of a context")
+    told = json.loads((padded / "tables/expert_core_summary.json").read_text())
+    assert len(told["samples"]) == 6 and {row["sample"] for row in told["dropped"]} == set(listed) and len(listed) == 3
+    page = (padded / "expert_core_report.html").read_text()
+    assert "Left out: 2 samples and 2 targets" in page and "token id 600" in page
+
+
+@pytest.mark.parametrize(("name", "says"), [("unequal", "1 of 1 targets have other ids"), ("outside", "token id 600")])
+def test_samples_that_cannot_be_used_end_a_strict_run(name: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
-    path.write_text(json.dumps(data))
-    out = recipe.moe_experts(MODEL, path, tmp_path / "out", device="cpu").parent
-    listed = {row["sample"]: row["reason"] for row in rows(out / "tables/expert_core_dropped.csv")}
-    assert "1 of 4 targets have other ids" in listed["s1"] and "token id 600 does not exist" in listed["s2"]
-    told = json.loads((out / "tables/expert_core_summary.json").read_text())
-    assert told["samples"] == ["s0"] and {row["sample"] for row in told["dropped"]} == {"s1", "s2"}
-    page = (out / "expert_core_report.html").read_text()
-    assert "Left out: 2 samples and 0 targets" in page and "token id 600" in page
-    assert "There is one sample, and intervals need two." in page and "tv_low" not in arrays(out)
-    for number, says in ((1, "sample 's1': 1 of 4 targets"), (2, "sample 's2': .*token id 600")):
-        path.write_text(json.dumps({"s0": data["s0"], f"s{number}": data[f"s{number}"]}))
-        with pytest.raises((ic.LoadError, ic.TextError), match=says):
-            recipe.moe_experts(MODEL, path, tmp_path / f"strict{number}", device="cpu", strict=True)
-        path.write_text(json.dumps({f"s{number}": data[f"s{number}"]}))
-        with pytest.raises((ic.LoadError, ic.PlanError), match="the first: .*s" + str(number)):
-            recipe.moe_experts(MODEL, path, tmp_path / f"none{number}", device="cpu")
+    path.write_text(json.dumps({name: BROKEN[name]}))
+    for strict in (True, False):  # not strict, no sample is left
+        with pytest.raises(ic.InterpError, match=f"sample {name!r}.*{says}"):
+            run(tmp_path / f"out{strict}", path, strict=strict)
+        assert not (tmp_path / f"out{strict}/figures").exists()
+
+
+def test_one_sample_has_no_intervals() -> None:
+    found = findings(model(), read_pairs(PAIRS, layout="packed", max_samples=1))
+    top = found.top_rows("all") + found.top_rows("last")
+    assert found.bands == {} and "tv_low" not in found.arrays() and top[0]["low"] == ""
+    said = sentences(found, top)
+    assert "There is one sample, and intervals need two." in said and "interval" not in "".join(said[:-1])
+    assert "one sample" in page(found, model(), figures(found), top, said)
 
 
 def test_a_dense_model_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

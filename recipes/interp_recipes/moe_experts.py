@@ -41,7 +41,7 @@ from interp_core import runs
 
 from .attribution_eval import told
 from .moe_experts_findings import Findings, Settings
-from .moe_experts_report import write
+from .moe_experts_report import FILES, PAGE, write
 
 BLOCK = 8
 """Samples whose sums are kept together: what a stopped run does again at most."""
@@ -99,7 +99,8 @@ def moe_experts(
     shape = Shape.of(model)
     settings.check(shape)
     with _opened(out_dir, settings, model, pairs, Path(data_path).stem, overwrite) as run:
-        sums, names, failed = _sums(run, model, pairs, settings, strict)
+        run.claim(FILES, stage=PAGE)  # what another run wrote is found before any work
+        stages, sums, names, failed = _sums(run, model, pairs, settings, strict)
         if not names:
             raise ic.PlanError(f"{data_path}: the model runs none of the samples; the first: {failed[0]['reason']}")
         dropped += [
@@ -109,7 +110,7 @@ def moe_experts(
         ]
         layouts = sorted({pair.layout for pair in pairs})
         findings = Findings(settings, shape, names, sums, [*dropped, *failed], layouts, str(data_path))
-        return write(run, model, findings)
+        return write(run, model, findings, stages)
 
 
 def _opened(
@@ -131,17 +132,18 @@ def _identity(pair: Pair) -> list[Any]:
 
 def _sums(
     run: runs.RunFolder, model: ic.Model, pairs: Sequence[Pair], settings: Settings, strict: bool
-) -> tuple[dict[str, Tensor], list[str], list[dict[str, Any]]]:
-    """Sums of all samples, block by block; their names; and those that the model does not run."""
-    parts, names, failed = [], [], []
+) -> tuple[list[str], dict[str, Tensor], list[str], list[dict[str, Any]]]:
+    """Stages and sums of all samples, block by block; their names; and those that the model does not run."""
+    stages, parts, names, failed = [], [], [], []
     blocks = [pairs[start : start + BLOCK] for start in range(0, len(pairs), BLOCK)]
     for number, block in enumerate(blocks):
         file, make = f"{SAMPLES}/{number:04d}.safetensors", partial(_block, model, block, settings, strict)
         made = run.stage(file, make, read=_read, data=_data)
+        stages.append(file)
         parts += [made[0]] if made[1]["samples"] else []
         names += made[1]["samples"]
         failed += made[1]["dropped"]
-    return (joined(parts) if parts else {}), names, failed
+    return stages, (joined(parts) if parts else {}), names, failed
 
 
 Block = tuple[dict[str, Tensor], dict[str, Any]]
@@ -151,15 +153,20 @@ Block = tuple[dict[str, Tensor], dict[str, Any]]
 def _block(model: ic.Model, pairs: Sequence[Pair], settings: Settings, strict: bool) -> Block:
     parts, names, dropped = [], [], []
     for _, pair in told(f"samples {pairs[0].name} to {pairs[-1].name}", pairs):
+        doing = ""
         try:
-            parts.append(pair_sums(*(routed_targets(model, pair, side, settings.top_k) for side in SIDES)))
-            names.append(pair.name)
+            sides = []
+            for doing in SIDES:
+                sides.append(routed_targets(model, pair, doing, settings.top_k))
         except (ic.TextError, ic.CapabilityError) as error:
-            said = f"sample {pair.name!r}: {error}"
+            said = f"sample {pair.name!r}, {doing}: {error}"
             if strict:
                 raise type(error)(said) from error
             print(f"  left out {said}")
             dropped.append({"sample": pair.name, "targets": "", "reason": said})
+        else:
+            parts.append(pair_sums(*sides))
+            names.append(pair.name)
     return (joined(parts) if parts else {"none": torch.zeros(0)}), {"samples": names, "dropped": dropped}
 
 
