@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_coactivation_of_all_pairs_and_of_neighbours() -> None:
         assert float((off.sum(1)).sum() / own.sum()) == pytest.approx(mean)
     by_hand = torch.zeros(9, 9, dtype=torch.long)
     for row in ids.tolist():
-        for first, second in zip(row, row[1:], strict=False):
+        for first, second in pairwise(row):
             by_hand[first, second] += 1
             by_hand[second, first] += 1
     assert torch.equal(near - torch.diag(near.diagonal()), by_hand)
