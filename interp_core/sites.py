@@ -18,11 +18,11 @@ Names follow TransformerLens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import SiteError, nearest, wrong
+from .errors import PlanError, SiteError, nearest, wrong
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SITES", "Site", "SiteInfo", "attn_in", "attn_out", "deepstack", "embed", "expert_out", "final_norm", "head_out",
     "indices", "k", "logits", "mlp_act", "mlp_in", "mlp_out", "named", "pattern", "q", "resid_mid", "resid_post",
-    "resid_pre", "rot_k", "rot_q", "router_logits", "router_weights", "scores", "v", "vision_embed", "z",
+    "resid_pre", "rot_k", "rot_q", "router_indices", "router_logits", "router_probs", "router_weights", "scores",
+    "shared_expert_gate", "v", "vision_embed", "z",
 ]  # fmt: skip
 
 Index = int | Slice | tuple[int, ...] | None
@@ -93,7 +94,10 @@ SITES: dict[str, SiteInfo] = {
     "mlp_in": SiteInfo(_RESID, "what the MLP reads, after its norm"),
     "mlp_act": SiteInfo(("batch", "pos", "d_mlp"), "input of the MLP's output projection", "d_mlp"),
     "router_logits": SiteInfo(_EXPERTS, "router logits; an edit re-routes", "expert"),
+    "router_probs": SiteInfo(_EXPERTS, "the router's scores as probabilities; read only", "expert"),
     "router_weights": SiteInfo(_EXPERTS, "executed expert weights, zero where not chosen", "expert"),
+    "router_indices": SiteInfo(("batch", "pos", "k"), "executed experts, as the router orders them; read only"),
+    "shared_expert_gate": SiteInfo(("batch", "pos", "gate"), "factor on the shared expert's output; read only"),
     "expert_out": SiteInfo(("batch", "pos", "expert", "d_model"), "weighted output of an expert", "expert"),
     "mlp_out": SiteInfo(_RESID, "what the MLP adds to the residual stream"),
     "resid_post": SiteInfo(_RESID, "residual stream that leaves the block"),
@@ -199,10 +203,45 @@ class Site:
         row takes over the probability."""
         return self.at(query=query, key=key)._edit("knockout", None)
 
-    def mask(self, experts: int | Sequence[int]) -> Edit:
-        """`router_logits` only: ban experts, so that tokens are routed to others."""
-        index = _index(experts, "mask")
-        return self._edit("mask", (index,) if isinstance(index, int) else index)
+    def mask(self, experts: int | Sequence[int], mode: str = "replace") -> Edit:
+        """`router_logits` only: ban experts, so that they are not executed at all at the selected positions.
+
+        Args:
+            mode: "replace": out of the choice, before groups and top-k, so that others take their slots. "keep": the
+                set stays as chosen, without the banned ones, and the others' weights are rescaled to the old sum.
+                "drop": the same without rescaling. In these two modes a token whose whole set is banned keeps it, and
+                the receipt counts it.
+
+        Raises:
+            PlanError: no such mode.
+        """
+        from .edits import MASKS
+
+        return self._edit(_mode("mask", MASKS, mode), _experts(experts, "mask"))
+
+    def force(self, experts: int | Sequence[int], mode: str = "own_weight") -> Edit:
+        """`router_logits` only: have experts executed at every selected position; the weakest of the chosen give way.
+        Forces act after all other edits of the same logits.
+
+        Args:
+            mode: "own_weight": the new set is weighed by the family's rule on the router's own logits. "steermoe": the
+                logits of forced experts become the highest one + 0.01, from which the family selects and weighs.
+
+        Raises:
+            PlanError: no such mode.
+        """
+        from .edits import FORCES
+
+        return self._edit(_mode("force", FORCES, mode), _experts(experts, "force"))
+
+    def boost(self, experts: int | Sequence[int], factor: float, renormalise: bool = False) -> Edit:
+        """`router_weights` only: multiply the executed weights of experts, where they are chosen. An expert that is
+        chosen nowhere is an EffectError.
+
+        Args:
+            renormalise: rescale a token's weights to the sum that they had.
+        """
+        return self._edit("boost_renormalised" if renormalise else "boost", (_experts(experts, "boost"), factor))
 
     def _edit(self, op: str, value: Any) -> Edit:
         from .edits import Edit
@@ -280,6 +319,17 @@ def _index(item: Any, name: str) -> Index:
     raise SiteError(f"{name}[{item!r:.60}]: a layer or unit is an integer, slice or list of integers")
 
 
+def _experts(experts: Any, what: str) -> Any:
+    index = _index(experts, what)
+    return (index,) if isinstance(index, int) else index
+
+
+def _mode(what: str, modes: Mapping[str, str], mode: Any) -> str:
+    if not isinstance(mode, str) or mode not in modes:
+        raise PlanError(f"{what}: no mode is called {mode!r}. {nearest(mode, modes)}")
+    return modes[mode]
+
+
 def _is_integer(item: Any) -> bool:
     return hasattr(item, "__index__") and not isinstance(item, bool)
 
@@ -355,7 +405,10 @@ resid_mid = Site("resid_mid")
 mlp_in = Site("mlp_in")
 mlp_act = Site("mlp_act")
 router_logits = Site("router_logits")
+router_probs = Site("router_probs")
 router_weights = Site("router_weights")
+router_indices = Site("router_indices")
+shared_expert_gate = Site("shared_expert_gate")
 expert_out = Site("expert_out")
 mlp_out = Site("mlp_out")
 resid_post = Site("resid_post")

@@ -9,10 +9,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA, tiny_model
-from torch import nn
-
-import interp_core as ic
-from interp_core import sites as S
 from interp_plugins.logit_lens.transports import (
     JacobianLens,
     TunedLens,
@@ -31,6 +27,10 @@ from interp_plugins.logit_lens.transports.fitting import JacobianFit, prompt_jac
 from interp_plugins.logit_lens.transports.jacobian import apart, merged
 from interp_plugins.logit_lens.transports.steering import swapped
 from interp_plugins.logit_lens.transports.tuned import unembed_hash
+from torch import nn
+
+import interp_core as ic
+from interp_core import sites as S
 
 FAMILIES = ("gpt2", "llama", "gemma2", "qwen3_moe")
 GENERATOR = torch.Generator().manual_seed(0)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from interp_plugins.logit_lens.aligned import States, pair_states, score_pairs
 from interp_plugins.logit_lens.curves import scores_of, tensors_of
 from interp_plugins.logit_lens.origin_states import read_origin
-from interp_plugins.logit_lens.states import read_pair, state_file, write_states
+from interp_plugins.logit_lens.states import StateStore, state_file
 from interp_plugins.logit_lens.tiles import ROWS
 from interp_plugins.pairs import Pair, read_pairs
 from safetensors.torch import load_file
@@ -128,16 +128,18 @@ def _drawn(
     strict: bool, dropped: Dropped,
 ) -> Iterator[tuple[States, States]]:  # fmt: skip
     """Both contexts of each pair, by a forward pass or from files; one that cannot be used is noted and left out."""
+    store = None if states is None else StateStore(states, model)
+    kept = None if save is None else StateStore(save, model)
     for pair in pairs:
         try:
-            if states is None:
-                found = pair_states(model, pair, max_tokens if save is None else None)
-            elif state_file(states, pair.name, "agentic").is_file():
-                found = read_pair(states, model, pair)
+            if store is None:
+                found = pair_states(model, pair, max_tokens if kept is None else None)
+            elif state_file(store.folder, pair.name, "agentic").is_file():
+                found = store.pair(pair)
             else:
-                found = read_origin(states / f"{runs.safe_name(pair.name)}.pt", model, pair)
-            if save is not None:
-                write_states(save, model, found)
+                found = read_origin(store.folder / f"{runs.safe_name(pair.name)}.pt", model, pair)
+            if kept is not None:
+                kept.write(found)
         except ic.InterpError as error:
             if strict:
                 raise

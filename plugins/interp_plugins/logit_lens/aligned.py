@@ -142,15 +142,18 @@ def normed(model: ic.Model, states: States) -> Float[Tensor, "layer target d_mod
     return torch.cat([norm(stream[:-1]), stream[-1:]])
 
 
-def score(model: ic.Model, states: States, *, top: int = 0, rows: int = ROWS) -> Readout:
+def score(model: ic.Model, states: States, *, spread: bool = True, top: int = 0, rows: int = ROWS) -> Readout:
     """What each layer says about each target of one context.
+
+    Args:
+        spread, top, rows: as of `tiles.read_out`.
 
     Raises:
         CapabilityError: the last row is not what the model itself says.
         PlanError, CapabilityError: as `tiles.read_out`.
     """
     with torch.no_grad():
-        found = read_out(model, normed(model, states), states.ids, top=top, rows=rows)
+        found = read_out(model, normed(model, states), states.ids, spread=spread, top=top, rows=rows)
     _check_last(states, found)
     return found
 

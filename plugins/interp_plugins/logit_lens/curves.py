@@ -150,9 +150,10 @@ def _per_target(scores: PairScores) -> dict[str, Array]:
         logprob, rank = readout.logprob.double().numpy(), readout.rank.double().numpy()
         found |= {
             f"nll_{side}": -logprob, f"logitlens_{side}": logprob, f"rank_{side}": np.log10(1 + rank),
-            f"entropy_{side}": readout.entropy.double().numpy(), f"top1_{side}": (rank == 0).astype(float),
-            f"kl_{side}": readout.kl.double().numpy(),
+            f"top1_{side}": (rank == 0).astype(float),
         }  # fmt: skip
+        assert readout.entropy is not None and readout.kl is not None
+        found |= {f"entropy_{side}": readout.entropy.double().numpy(), f"kl_{side}": readout.kl.double().numpy()}
     if scores.apart is not None:
         named = zip(APART, (scores.apart.js, scores.apart.js_upper, scores.apart.kl), strict=True)
         found |= {name: value.double().numpy() for name, value in named if value is not None}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,37 @@ def state_file(folder: Path, sample: str, side: str) -> Path:
     return folder / f"{runs.safe_name(sample)}.{side}.safetensors"
 
 
-def write_states(folder: str | Path, model: ic.Model, states: Iterable[States]) -> list[Path]:
-    """Write contexts' states, each file whole or not at all.
+class StateStore:
+    """A folder of contexts' states, of one model.
 
-    Raises:
-        PlanError: states that are not finite, or already normed.
-        CapabilityError: a model whose fingerprint cannot be told.
+    Attributes:
+        folder: where they are.
+        model: whose they must be.
     """
-    record = identity(model)
-    paths = []
-    for each in states:
+
+    def __init__(self, folder: str | Path, model: ic.Model) -> None:
+        self.folder, self.model = Path(folder), model
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """The parts of the model's record in which its states would be others.
+
+        Raises:
+            CapabilityError: they cannot be told.
+        """
+        parts = runs.model_record(self.model)["parts"]
+        return {name: parts[name] for name in TOLD_BY}
+
+    def write(self, states: Iterable[States]) -> list[Path]:
+        """Write contexts' states, each file whole or not at all.
+
+        Raises:
+            PlanError: states that are not finite, or already normed.
+            CapabilityError: a model whose fingerprint cannot be told.
+        """
+        return [self._write(each) for each in states]
+
+    def _write(self, each: States) -> Path:
         where = f"{each.sample} {each.side}"
         for layer, rows in zip(each.layers, each.stream, strict=True):
             if each.normed_last and layer == each.layers[-1]:
@@ -56,65 +78,47 @@ def write_states(folder: str | Path, model: ic.Model, states: Iterable[States]) 
             check_finite(where, layer, rows)
         head = {
             "format": FORMAT, "sample": each.sample, "side": each.side, "layers": list(each.layers),
-            "positions": list(each.positions), "ids": each.ids.tolist(), "final": each.final, "model": record,
+            "positions": list(each.positions), "ids": each.ids.tolist(), "final": each.final, "model": self.identity,
         }  # fmt: skip
         tensors = {f"layer.{layer}": rows for layer, rows in zip(each.layers, each.stream, strict=True)}
-        path = state_file(Path(folder), each.sample, each.side)
+        path = state_file(self.folder, each.sample, each.side)
         runs.write(path, runs.safetensors_bytes(tensors, {HEADER: json.dumps(head)}))
-        paths.append(path)
-    return paths
+        return path
 
+    def read(self, pair: Pair, side: str, layers: Sequence[int] | None = None) -> States:
+        """The states of a context, checked against model and pair.
 
-def read_state(
-    folder: str | Path, model: ic.Model, pair: Pair, side: str, layers: Sequence[int] | None = None
-) -> States:
-    """The states of a context, checked against model and pair.
+        Args:
+            layers: these alone, the last among them; None: all.
 
-    Args:
-        layers: these alone, the last among them; None: all.
+        Raises:
+            LoadError: no such file, damaged, or of another model, of other targets, with missing layers or numbers that
+                are not finite; it names sample and field.
+        """
+        from safetensors import SafetensorError, safe_open
 
-    Raises:
-        LoadError: no such file, damaged, or of another model, of other targets, with missing layers or numbers that
-            are not finite; it names sample and field.
-    """
-    from safetensors import SafetensorError, safe_open
+        path, where = state_file(self.folder, pair.name, side), f"{pair.name} {side}"
+        if not path.is_file():
+            raise ic.LoadError(f"{where}: no file {path.name} in {self.folder}; write it with StateStore.write")
+        wanted = [EMBEDDING, *range(self.model.n_layers)] if layers is None else list(layers)
+        try:
+            with safe_open(path, "pt") as file:
+                head = _header(file.metadata(), where)
+                _check_head(head, self.identity, pair, side)
+                _check_layers(where, file.keys(), wanted)
+                rows = [file.get_tensor(f"layer.{layer}") for layer in wanted]
+        except SafetensorError as error:
+            raise ic.LoadError(f"{where}: {path} is damaged: {error}; write it again") from error
+        for layer, value in zip(wanted, rows, strict=True):
+            _check_rows(where, layer, value, len(pair), self.model.d_model)
+        final = None if head.get("final") is None else (float(head["final"][0]), float(head["final"][1]))
+        positions, ids = tuple(head["positions"]), torch.tensor(head["ids"])
+        return States(pair.name, side, tuple(wanted), positions, ids, torch.stack(rows), final)
 
-    path = state_file(Path(folder), pair.name, side)
-    where = f"{pair.name} {side}"
-    if not path.is_file():
-        raise ic.LoadError(f"{where}: no file {path.name} in {folder}; write it with write_states")
-    try:
-        with safe_open(path, "pt") as file:
-            head = _header(file.metadata(), where)
-            _check_head(head, model, pair, side)
-            wanted = [EMBEDDING, *range(model.n_layers)] if layers is None else list(layers)
-            _check_layers(where, file.keys(), wanted)
-            rows = [file.get_tensor(f"layer.{layer}") for layer in wanted]
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, ic.LoadError):
-            raise
-        raise ic.LoadError(f"{where}: {path} is damaged: {error}; write it again") from error
-    for layer, value in zip(wanted, rows, strict=True):
-        _check_rows(where, layer, value, len(pair), model.d_model)
-    final = None if head.get("final") is None else (float(head["final"][0]), float(head["final"][1]))
-    positions, ids = tuple(head["positions"]), torch.tensor(head["ids"])
-    return States(pair.name, side, tuple(wanted), positions, ids, torch.stack(rows), final)
-
-
-def read_pair(folder: str | Path, model: ic.Model, pair: Pair) -> tuple[States, States]:
-    """Both contexts of a pair; as `read_state`."""
-    agentic, assisted = (read_state(folder, model, pair, side) for side in SIDES)
-    return agentic, assisted
-
-
-def identity(model: ic.Model) -> dict[str, str]:
-    """What a store has of the model that its states are of: the parts in which they would differ.
-
-    Raises:
-        CapabilityError: they cannot be told.
-    """
-    parts = runs.model_record(model)["parts"]
-    return {name: parts[name] for name in TOLD_BY}
+    def pair(self, pair: Pair) -> tuple[States, States]:
+        """Both contexts of a pair; as `read`."""
+        agentic, assisted = (self.read(pair, side) for side in SIDES)
+        return agentic, assisted
 
 
 # Checks
@@ -129,9 +133,9 @@ def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
     return head
 
 
-def _check_head(head: Mapping[str, Any], model: ic.Model, pair: Pair, side: str) -> None:
+def _check_head(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: str) -> None:
     where = f"{pair.name} {side}"
-    before, now = head.get("model") or {}, identity(model)
+    before = head.get("model") or {}
     if other := [name for name in TOLD_BY if before.get(name) != now[name]]:
         short = ", ".join(_told(name, before.get(name), now[name]) for name in other)
         raise ic.LoadError(f"{where}: states of another model ({short}); load that one, or write them again")

@@ -4,7 +4,7 @@
     lse    = ln Σ_t e^lse_t,   lse_t = z - log_softmax(z) of any token of the tile     (one fused pass)
     log p(y) = z_y - lse        rank(y) = Σ_t #{v ≠ y : z_v > z_y}          (0 is best)
     H      = Σ_t w_t (H_t - ln w_t),   w_t = e^(lse_t - lse)     the chain rule of entropy
-    KL(final ‖ l) = Σ_t w_t E_t[z_final - z_l] - lse_final + lse_l
+    KL(final ‖ l) = Σ_t w_t (E_t[ln p_final|t - ln p_l|t] + ln w_t - ln w_lt),   w and E_t of the final row
     JS(a, b) = ½ Σ p_a (ln 2 - softplus(b - a)) + ½ Σ p_b (ln 2 - softplus(a - b)),   a = ln p_a, b = ln p_b
 
 All in nats, in log space, without any epsilon; what can only be negative by rounding is 0. JS needs both lse first: a
@@ -36,7 +36,7 @@ ROWS = 1024
 """Rows of the stream that go through the unembedding together."""
 TILE_BYTES = 1 << 25
 """Of the logits of one tile, in float32."""
-NARROWEST, WIDEST = 1024, 16384
+NARROWEST, WIDEST = 1024, 8192
 """Tokens of a tile; threads that share one take as many each."""
 
 
@@ -47,17 +47,17 @@ class Readout:
     Attributes:
         logprob: of the target, in nats.
         rank: how many tokens have a larger logit; 0 is best.
-        entropy: of the layer's distribution, in nats.
-        kl: from the last layer's distribution to it, KL(last ‖ layer), in nats.
         lse: log of the sum of exponentials of its logits.
+        entropy: of the layer's distribution, in nats, if it was asked for.
+        kl: from the last layer's distribution to it, KL(last ‖ layer), in nats, if it was asked for.
         top: the likeliest tokens, if they were asked for.
     """
 
     logprob: Float[Tensor, "layer target"]
     rank: Int[Tensor, "layer target"]
-    entropy: Float[Tensor, "layer target"]
-    kl: Float[Tensor, "layer target"]
     lse: Float[Tensor, "layer target"]
+    entropy: Float[Tensor, "layer target"] | None = None
+    kl: Float[Tensor, "layer target"] | None = None
     top: Int[Tensor, "layer target k"] | None = None
 
 
@@ -88,6 +88,7 @@ def read_out(
     normed: Float[Tensor, "layer target d_model"],
     targets: Int[Tensor, " target"],
     *,
+    spread: bool = True,
     top: int = 0,
     rows: int = ROWS,
 ) -> Readout:
@@ -96,6 +97,7 @@ def read_out(
     Args:
         normed: streams that have been through the final norm, the last layer last.
         targets: token ids.
+        spread: entropy and KL too, which go over each tile three times more.
         top: how many of the likeliest tokens to keep.
         rows: that go through the unembedding together.
 
@@ -105,7 +107,7 @@ def read_out(
     """
     n_layers, n = normed.shape[:2]
     parts = [
-        _read_out(model, normed[:, i:j].flatten(0, 1), targets[i:j], n_layers, top)
+        _read_out(model, normed[:, i:j].flatten(0, 1), targets[i:j], n_layers, spread, top)
         for i, j in _spans(n, max(1, rows // n_layers))
     ]
     joined = {name: torch.cat([part[name].unflatten(0, (n_layers, -1)) for part in parts], 1) for name in parts[0]}
@@ -118,21 +120,17 @@ def read_out(
     return Readout(**joined)
 
 
-def _read_out(model: ic.Model, rows: Tensor, targets: Tensor, n_layers: int, top: int) -> dict[str, Tensor]:
+def _read_out(
+    model: ic.Model, rows: Tensor, targets: Tensor, n_layers: int, spread: bool, top: int
+) -> dict[str, Tensor]:
     """Values `[(layer target) …]` of a few targets in all layers."""
-    numbers = torch.arange(len(rows), device=rows.device)
     ids = targets.to(rows.device).repeat(n_layers)
     target = _target_logits(model, rows, ids)
-    bar = target.to(rows.dtype).to(target.dtype)[:, None]  # as the model rounds it, so that ties are ties
-    rank, tiles, best = torch.zeros_like(ids), _Tiles(n_layers), None
+    tiles, best = _Tiles(n_layers, ids, target.to(rows.dtype).to(target.dtype), spread), None
     for start, z in _tiles(model, rows):
-        own = (ids >= start) & (ids < start + z.shape[-1])
-        mine = z[numbers[own], ids[own] - start] > bar[own, 0]
-        rank += (z > bar).sum(-1, dtype=torch.int32)
-        rank[own] -= mine.to(rank.dtype)  # another product than the target's own, so it may differ in its last digit
-        tiles.add(z)
+        tiles.add(z, start)
         best = _best(best, z, start, top) if top else None
-    found = tiles.joined() | {"rank": rank}
+    found = tiles.joined()
     found["logprob"] = (target - found["lse"]).clamp(max=0)
     return {name: value.cpu() for name, value in found.items()} | ({} if best is None else {"top": best[1].cpu()})
 
@@ -145,42 +143,65 @@ def _target_logits(model: ic.Model, rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def _tiles(model: ic.Model, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First token and logits of each tile, in float32 at least."""
-    start = 0
+    """First token and logits of each tile, in float32 at least; the next one may be written where it is."""
+    start, wide = 0, torch.empty(0)
     for z in model.unembed_tiles(rows, tile_width(len(rows), rows.device)):
-        yield start, z.to(torch.promote_types(z.dtype, torch.float32))
+        if z.dtype.itemsize < 4:
+            wide = wide if wide.shape == z.shape else torch.empty_like(z, dtype=torch.float32)
+            z = wide.copy_(z)
+        yield start, z
         start += z.shape[-1]
 
 
 class _Tiles:
-    """What is kept of every tile, and joined in float64."""
+    """What is kept of every tile, and joined in float64.
 
-    def __init__(self, n_layers: int) -> None:
-        self.n_layers = n_layers
+    Logits are gone over twice, or five times, into the same scratch, so that a tile costs little beside its product.
+    """
+
+    def __init__(self, n_layers: int, ids: Tensor, bar: Tensor, spread: bool) -> None:
+        self.spread = spread
+        self.n_layers, self.ids, self.bar = n_layers, ids, bar[:, None]  # as the model rounds it, so that ties are ties
+        self.rank = torch.zeros_like(ids)
         self.lse: list[Tensor] = []
         self.entropy: list[Tensor] = []
-        self.ahead: list[Tensor] = []
+        self.cross: list[Tensor] = []
+        self.scratch = self.logp = bar.new_empty(0)
 
-    def add(self, z: Tensor) -> None:
+    def add(self, z: Tensor, start: int) -> None:
         """Logits `[(layer target) tile]`."""
-        logp = torch.log_softmax(z, -1)
+        if self.scratch.shape != z.shape:
+            self.scratch, self.logp = torch.empty_like(z), torch.empty_like(z)
+        self._count(z, start)
+        logp = torch.log_softmax(z, -1, out=self.logp)
         self.lse.append((z[:, 0] - logp[:, 0]).double())
-        p = logp.exp()
-        self.entropy.append(-torch.linalg.vecdot(p, logp).double())
-        final, layers = p.unflatten(0, (self.n_layers, -1))[-1], z.unflatten(0, (self.n_layers, -1))
-        self.ahead.append(torch.linalg.vecdot(final.expand_as(layers), layers[-1] - layers).flatten().double())
+        if not self.spread:
+            return
+        p = torch.exp(logp, out=self.scratch)
+        final, layers = p.unflatten(0, (self.n_layers, -1))[-1], logp.unflatten(0, (self.n_layers, -1))
+        self.cross.append(-torch.bmm(layers.transpose(0, 1), final[:, :, None])[..., 0].T.double())
+        self.entropy.append(-torch.mul(p, logp, out=self.scratch).sum(-1).double())
+
+    def _count(self, z: Tensor, start: int) -> None:
+        """Add how many logits are above the target's own, which is another product and may differ in its last digit."""
+        above = torch.gt(z, self.bar, out=self.scratch)
+        own = ((self.ids >= start) & (self.ids < start + z.shape[-1])).nonzero()[:, 0]
+        above[own, self.ids[own] - start] = 0
+        self.rank += above.sum(-1).to(self.rank.dtype)
 
     def joined(self) -> dict[str, Tensor]:
         """Values `[(layer target)]` of the whole vocabulary."""
-        each = torch.stack(self.lse)
+        each = torch.stack(self.lse).unflatten(1, (self.n_layers, -1))  # [tile layer target]
         lse = each.logsumexp(0)
+        if not self.spread:
+            return {"lse": lse.flatten(), "rank": self.rank}
         logw = each - lse
-        weights = logw.exp()
-        final = weights.unflatten(1, (self.n_layers, -1))[:, -1].repeat(1, self.n_layers)
-        last = lse.unflatten(0, (self.n_layers, -1))[-1].repeat(self.n_layers)
-        kl = (final * torch.stack(self.ahead)).sum(0) - last + lse
-        entropy = (weights * (torch.stack(self.entropy) - logw)).sum(0)
-        return {"lse": lse, "entropy": entropy.clamp(min=0), "kl": kl.clamp(min=0)}
+        weights, last = logw.exp(), logw[:, -1:]
+        cross = torch.stack(self.cross)
+        kl = (last.exp() * (cross - cross[:, -1:] + last - logw)).sum(0)
+        entropy = (weights * (torch.stack(self.entropy).view_as(logw) - logw)).sum(0)
+        found = {"lse": lse, "entropy": entropy.clamp(min=0), "kl": kl.clamp(min=0)}
+        return {name: value.flatten() for name, value in found.items()} | {"rank": self.rank}
 
 
 def _best(best: tuple[Tensor, Tensor] | None, z: Tensor, start: int, top: int) -> tuple[Tensor, Tensor]:
