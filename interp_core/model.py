@@ -208,17 +208,22 @@ class Model(Structure):
 
     def tokens(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Mapping[str, Any],
         target: str | Sequence[str] | None = None,
         *,
         bos: bool | None = None,
         boundary: str = "strict",
     ) -> Tokens:
         """Tokens of a text or several, with the spans `prompt` and `target` if a target is given; see `text.encode`.
+        Of what a tokenizer or processor returned (images), they are its ids, with the spans of what is seen.
 
         Raises:
             TextError: empty, longer than the context, or a boundary inside a token.
         """
+        if isinstance(texts, Mapping):
+            if (target, bos, boundary) != (None, None, "strict"):
+                raise TextError("what a processor returned is tokens already; put the target into its text")
+            return self._input(texts)
         tokens = self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
         return laid_out(self.atlas, tokens)
 

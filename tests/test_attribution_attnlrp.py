@@ -56,7 +56,7 @@ def test_relevance_is_that_of_lxt(name: str, rule: str) -> None:
     torch.testing.assert_close(span.tokens, numbers[f"lxt/{rule}/sum"], atol=2 * far, rtol=0)
     largest = relevance(model, layout.tokens, chosen, [start - 1]).tokens
     torch.testing.assert_close(largest, numbers[f"lxt/{rule}/largest"], atol=far, rtol=0)
-    inner = relevance(model, layout.tokens, chosen, [start - 1], [ids[start]], sites=[S.resid_post]).sites
+    inner = relevance(model, layout.tokens, chosen, [start - 1], [ids[start]], sites=[S.resid_post]).relevance
     torch.testing.assert_close(torch.stack(list(inner.values())), numbers[f"lxt/{rule}/stream"], atol=far, rtol=0)
 
 

@@ -316,7 +316,7 @@ def test_every_family_adds_up(family: str) -> None:
 # Over images
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "llava", "llava_onevision"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_vl", marks=pytest.mark.slow), "llava", "llava_onevision"])
 def test_scores_over_images(family: str, tmp_path: Path) -> None:
     """Every box has the number of its visual token; pictures lie behind; pages and files."""
     model = tiny_model(family)

@@ -86,7 +86,15 @@ def test_the_integral_along_the_inputs_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("site", "at"), [("z", -1), ("z", "each"), ("mlp_out", [2, -1]), ("resid_pre", "each"), ("resid_post", "all")]
+    ("site", "at"),
+    [
+        ("z", "each"),
+        ("mlp_out", [2, -1]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("z", -1), ("resid_pre", "each"), ("resid_post", "all"))
+        ),
+    ],
 )
 def test_effects_along_the_activations_add_up(site: str, at: Any) -> None:
     """Completeness: in each layer they make up the effect of patching all heads and places together."""
@@ -151,13 +159,28 @@ def test_other_engines_give_the_same() -> None:
     torch.testing.assert_close(both[0].effect, both[1].effect, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["toy:text", "gpt2", "llama", "qwen3_moe"])
-def test_it_passes_the_kit(family: str) -> None:
+KIT = ("toy:text", "gpt2", "llama", "qwen3_moe")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "zeros": {},
+    "compared": {"corrupted": True, "steps": 2, "compare": True},
+    "along": {"corrupted": True, "steps": 2, "along": "activations", "at": "each"},
+}
+FAST = {("gpt2", "zeros"), ("toy:text", "compared"), ("qwen3_moe", "along")}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=() if (family, name) in FAST else pytest.mark.slow)
+        for family in KIT
+        for name in SETTINGS
+    ],
+)
+def test_it_passes_the_kit(family: str, name: str) -> None:
     model = toy_model() if ":" in family else tiny_model(family)
     other = "Q: dog\nA: cats\n\nQ: hot\nA:" if ":" in family else tokens(OTHER[:1])
-    more = {"steps": 2, "along": "activations", "at": "each"}
-    for settings in ({}, {"corrupted": other, "steps": 2, "compare": True}, {"corrupted": other, **more}):
-        testing.check_method("attribution_patching", model, settings=settings).raise_if_failed()
+    settings = {key: other if key == "corrupted" else value for key, value in SETTINGS[name].items()}
+    testing.check_method("attribution_patching", model, settings=settings).raise_if_failed()
 
 
 def test_pictures_and_pages(tmp_path: Path) -> None:

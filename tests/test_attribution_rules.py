@@ -94,10 +94,10 @@ def test_constant_patterns_and_routers_conserve(family: str) -> None:
         found = relevance(model, row(), chosen, [AT], [TOKEN], sites=[S.resid_pre])
         slack = (rounding(model) + 100 * epsilon) * max(1.0, abs(found.objective))
         for layer in range(first, model.n_layers):
-            assert abs(float(found.sites[S.resid_pre[layer]].sum()) - found.objective) < slack, (chosen.name, layer)
+            assert abs(float(found.relevance[S.resid_pre[layer]].sum()) - found.objective) < slack, (chosen.name, layer)
     lost = relevance(model, row(), R.rules("attnlrp"), [AT], [TOKEN], sites=[S.resid_pre])
     assert not R.SETS["attnlrp"].conserving
-    assert abs(float(lost.sites[S.resid_pre[0]].sum()) - lost.objective) > 1e-3  # softmax keeps a part
+    assert abs(float(lost.relevance[S.resid_pre[0]].sum()) - lost.objective) > 1e-3  # softmax keeps a part
 
 
 @pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp", "pa_lrp"])
@@ -173,13 +173,18 @@ def test_inner_sites() -> None:
     """Under gradient × input, relevance at any site is value times gradient; heads keep their axis."""
     model = tiny_model("llama", torch.float64)
     sites = [S.z, S.mlp_out[1], S.pattern[2], S.final_norm]
-    found = relevance(model, row(), R.GRADIENT, [AT], [TOKEN], sites=sites).sites
+    found = relevance(model, row(), R.GRADIENT, [AT], [TOKEN], sites=sites).relevance
     run = model.run(row(), read=sites, grad=lambda logits: logits[0, AT, TOKEN])
     assert list(found) == [S.z[0], S.z[1], S.z[2], S.mlp_out[1], S.pattern[2], S.final_norm]
     for site, shape in ((S.z[1], [8, 4]), (S.mlp_out[1], [8]), (S.pattern[2], [4, 8, 8]), (S.final_norm, [8])):
         product = (run[site].plain * run.grad[site].plain)[0]
         close(found[site], product if site.name == "pattern" else product.sum(-1), model)
         assert list(found[site].shape) == shape
+    assert list(found[S.z].shape) == [3, 8, 4] and torch.equal(found[S.z][1], found[S.z[1]])
+    assert torch.equal(found[S.mlp_out], found[S.mlp_out[1]][None])
+    for site in (S.mlp_out[0], S.attn_out, S.z[1, 2]):
+        with pytest.raises(ic.SiteError, match=r"no relevance of .* that of: z\[0\], z\[1\], z\[2\], mlp_out\[1\]"):
+            found[site]
     with pytest.raises(ic.PlanError, match="give whole sites, as z"):
         relevance(model, row(), R.GRADIENT, [AT], sites=[S.z[0, 1]])
 
@@ -190,11 +195,11 @@ def test_positions_take_half_of_what_reaches_the_scores(family: str) -> None:
     model = tiny_model(family, torch.float64)
     above = relevance(model, row(), R.rules("pa_lrp"), [AT], [TOKEN], sites=[S.rot_q, S.rot_k])
     assert above.positions is not None
-    close(above.positions[0].sum(), sum(part.sum() for part in above.sites.values()) / 2, model)
+    close(above.positions[0].sum(), sum(part.sum() for part in above.relevance.values()) / 2, model)
     assert above.positions[1].sum() > above.positions[0].sum().abs()
     last = model.n_layers - 1
     plain, halved = (
-        relevance(model, row(), R.rules(name), [AT], [TOKEN], sites=[S.rot_q[last], S.q[last]]).sites
+        relevance(model, row(), R.rules(name), [AT], [TOKEN], sites=[S.rot_q[last], S.q[last]]).relevance
         for name in ("attnlrp", "pa_lrp")
     )
     close(halved[S.rot_q[last]], plain[S.rot_q[last]], model)

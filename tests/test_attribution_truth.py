@@ -53,7 +53,7 @@ def test_prompts_can_be_solved() -> None:
 
 
 @pytest.mark.parametrize("count", SIZES)
-@pytest.mark.parametrize("hops", truth.MOST_CHAINS)
+@pytest.mark.parametrize("hops", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_flows_and_gradients_find_more_than_chance(hops: int, count: int) -> None:
     """By a paired interval: the same prompts, and what random weights find in each on average, which is exact."""
     prompts = asked(hops, count)
@@ -75,14 +75,14 @@ def test_a_value_that_is_stated_is_found(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("hops", "count"),
-    [(2, 6), pytest.param(1, 60, marks=pytest.mark.slow), pytest.param(2, 60, marks=pytest.mark.slow)],
+    [(2, 3), pytest.param(1, 60, marks=pytest.mark.slow), pytest.param(2, 60, marks=pytest.mark.slow)],
 )
 def test_aliases_are_found_by_leaving_them_out(hops: int, count: int) -> None:
     assert mean(recovered("leave_out, logit", hops, count)) >= 0.8
 
 
 @pytest.mark.parametrize("count", SIZES)
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_hops_go_through_written_reasoning(steps: int, count: int) -> None:
     """The target states the aliases, the prompt the value: it takes a hop per alias to come to the value, if hops go
     on from the tokens that were read. The flow into the answer alone hardly comes there."""

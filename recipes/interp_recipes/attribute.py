@@ -15,11 +15,10 @@ shows itself, and `result.to_html(path)` writes it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,8 @@ from interp_plugins.attribution.named import named
 import interp_core as ic
 from interp_core import runs
 
+from .attribute_images import opened, processor_of, searchable, shown, tokens_of
+
 Part = str | tuple[int, int]
 
 
@@ -39,6 +40,7 @@ def attribute(
     target: str | None = None,
     model: str = "toy:text",
     chat: bool = False,
+    image: list[Path] | None = None,
     method: str = "ifr_multi_hop_both",
     n_hops: int | None = None,
     sink: Part | None = None,
@@ -58,6 +60,7 @@ def attribute(
         target: the answer that is explained, with its leading space (default: the model's own, written greedily).
         model: toy:text, a folder, or a hub id.
         chat: put the prompt into the tokenizer's chat template, as the user's message.
+        image: pictures that a vision-language model sees with the prompt (several, one after the other).
         method: by its name or that of the published evaluation (ifr_all_positions, attnlrp, ifr_multi_hop_both, …).
         n_hops: hops back through the reasoning (default: the method's).
         sink: the part of the target that is explained: text of it (the last such place), or tokens of it as START:STOP
@@ -80,8 +83,13 @@ def attribute(
     if not prompt.strip():
         raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
     chosen, how = _method(method, n_hops, profile, settings or {})
-    loaded = ic.load(model, dtype=dtype, device=device)
-    tokens = loaded.chat([{"role": "user", "content": prompt}], target) if chat else loaded.tokens(prompt, target)
+    images = opened(image or ())
+    processor = processor_of(model) if images else None
+    loaded = ic.load(model, dtype=dtype, device=device, processor=processor)
+    if images:
+        tokens = tokens_of(loaded, prompt, images, target, chat)
+    else:
+        tokens = loaded.chat([{"role": "user", "content": prompt}], target) if chat else loaded.tokens(prompt, target)
     run = runs.open(out, asked, recipe="attribute", model=loaded, dataset="texts")
     run.claim(["page.html", "attribution.json"])
     print(loaded, flush=True)
@@ -93,8 +101,8 @@ def attribute(
         else:
             result = chosen(loaded, whole, **how)
             run.result("result", result)
-        about = {"model": loaded.source, "prompt": prompt, "chat": chat}
-        _tell(run, result, about, top, _page(loaded, result, method))
+        about = {"model": loaded.source, "prompt": prompt, "chat": chat, "images": [str(path) for path in image or ()]}
+        _tell(run, result, about, top, _page(loaded, result, method, shown(whole, images)))
 
 
 def _method(name: str, n_hops: int | None, profile: str, more: Mapping[str, Any]) -> tuple[ic.Method, dict[str, Any]]:
@@ -119,13 +127,10 @@ def _answered(model: ic.Model, tokens: ic.Tokens, most: int) -> ic.Tokens:
     span = new.spans["generated"][0][0]
     how = "it ended by itself" if ended else f"cut off at --max_new_tokens {most}"
     print(f"no --target: the model wrote {len(span)} tokens, {how}:\n  {written.texts[0]!r}", flush=True)
-    labels = new.labels[0]
-    ends = [0, *itertools.accumulate(map(len, labels))]
     spans = {name: rows for name, rows in new.spans.items() if name != "generated"} | {"target": ((span,),)}
     if ended and len(span) > 1:
         spans["sink"] = ((ic.Span(span.start, span.stop - 1),),)
-    offsets = tuple(itertools.pairwise(ends))
-    return replace(new, texts=("".join(labels),), offsets=(offsets,), spans=spans)
+    return searchable(replace(new, spans=spans))
 
 
 def _part(name: str, value: Part | None) -> Part | None:
@@ -194,8 +199,12 @@ def _record(result: AttributionResult, top: int) -> dict[str, Any]:
     }
 
 
-def _page(model: ic.Model, result: AttributionResult, method: str) -> str:
-    """The page of one attribution."""
+def _page(model: ic.Model, result: AttributionResult, method: str, images: Sequence[Any]) -> str:
+    """The page of one attribution, over its images where each is one picture to the model."""
     about = f"{method}: {result.method}. Point at a token for its score."
-    section = ic.report.Section("Which tokens the answer comes from", about, result.html())
-    return ic.report.page("Attribution", repr(model), [section])
+    sections = [ic.report.Section("Which tokens the answer comes from", about, result.html())]
+    tiles = {place[2] for place in result.visual[0]}
+    if images and tiles == {0}:
+        over = "".join(overlay.html() for overlay in result.over_images(images).values())
+        sections.append(ic.report.Section("Over the images", "Boxes are visual tokens.", over))
+    return ic.report.page("Attribution", repr(model), sections)

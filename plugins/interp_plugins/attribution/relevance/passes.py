@@ -20,7 +20,7 @@ Must equal: input × gradient without rules.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,20 +34,32 @@ from interp_core import sites as S
 from .rules import Rules
 
 
+class AtSites(dict[S.Site, Tensor]):
+    """Relevance by site, one layer each; `[S.z]`, without a layer, is that of all its layers, `[layer …]`."""
+
+    def __missing__(self, site: S.Site) -> Tensor:
+        layers = [value for one, value in self.items() if one.name == site.name]
+        if site != S.Site(site.name) or not layers:
+            known = ", ".join(map(str, self)) or "none"
+            raise ic.SiteError(f"no relevance of {site} was asked for; there is that of: {known}. Name it in sites=")
+        return torch.stack(layers)
+
+
 class Relevances(NamedTuple):
     """The relevance of everything for one weighted sum of logits.
 
     Attributes:
         tokens: per token of the row; DeepStack's part of a visual token is in it.
         objective: the sum of logits itself.
-        sites: per site that was asked for, one layer each, summed over its feature axes, without the batch's axis.
+        relevance: of the sites that were asked for, summed over their feature axes, without the batch's axis:
+            `run.relevance[S.z[3]]`, or of all layers `run.relevance[S.z]`.
         deepstack: DeepStack's part by itself.
         positions: of tables of positions: signed, and layer by layer without sign, per token; not in `tokens`.
     """
 
     tokens: Float[Tensor, " pos"]
     objective: float
-    sites: Mapping[S.Site, Tensor]
+    relevance: AtSites
     deepstack: Float[Tensor, " pos"] | None = None
     positions: Float[Tensor, "two pos"] | None = None
 
@@ -114,7 +126,7 @@ class Explained:
             deep[torch.tensor(self._tokens.columns("vision")[0])] = torch.stack(parts[1:first]).sum(0)
             found = found + deep
         positions = _positions(tables, of_tables, len(found))
-        inner = dict(zip(self._inner, parts[first:], strict=True))
+        inner = AtSites(zip(self._inner, parts[first:], strict=True))
         return Relevances(found, float((logits.detach() * weights).sum()), inner, deep, positions)
 
 
