@@ -38,10 +38,10 @@ def reroute(change: Change, call: Call, row: int | None = None) -> None:
     counted = (here if seen is None else here & seen.to(here.device)).flatten()
     here = here.flatten()
     if edit.op in ROUTING:
-        before = _measured(edit, call, routed)[part]
+        before = _measured(edit, call, routed)[part].view(-1, width, routed.n_experts)
         left = routed.edit(call, edit.op, edit.value, here, part)
-        moved = (_measured(edit, call, routed)[part] - before)[counted]
-        change.fire(torch.linalg.vector_norm(moved.detach()))
+        after = _measured(edit, call, routed)[part].view_as(before)
+        change.note(edit, before, change.take(before), change.take(after), call.first)
     else:
         left = torch.zeros_like(here)
         change.derive_value(call)
