@@ -1,0 +1,96 @@
+"""Domains of `toy:moe`, and its tokenizer: six kinds of document, each with knowledge of its own.
+
+Every document belongs to one domain and is a list of lines that a question mark of one kind ends: what stands after
+` =` follows from what stands before it. The token ` =` is common to all, words are common to translation and grammar,
+numbers to arithmetic and chemistry; so which expert a token needs is said by its context.
+
+* geography    `capital France = Paris`           three facts of each of 48 countries
+* translation  `german dog = Hund`                three languages, 152 words
+* grammar      `plural dog = dogs`                five forms of the same words
+* arithmetic   `7 * 8 = 56`, `17 + 5 = 22`        products up to 12 * 12, sums up to 20 + 20
+* brackets     `( [ < = > ] )`                    a row of opening brackets, closed in reverse
+* chemistry    `number iron = 26`, `symbol …`     forty elements
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+from .text import Chars, Example, build_tokenizer, relations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["DOMAINS", "document", "facts", "pieces", "tokenizer"]
+
+RELATIONS = {
+    "geography": ("capital", "continent", "language"),
+    "translation": ("french", "german", "spanish"),
+    "grammar": ("antonym", "comparative", "gerund", "past", "plural"),
+}
+BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">", "«": "»", "“": "”"}
+ELEMENTS = (
+    "hydrogen H helium He lithium Li beryllium Be boron B carbon C nitrogen N oxygen O fluorine F neon Ne sodium Na "
+    "magnesium Mg aluminium Al silicon Si phosphorus P sulfur S chlorine Cl argon Ar potassium K calcium Ca scandium Sc "
+    "titanium Ti vanadium V chromium Cr manganese Mn iron Fe cobalt Co nickel Ni copper Cu zinc Zn gallium Ga "
+    "germanium Ge arsenic As selenium Se bromine Br krypton Kr rubidium Rb strontium Sr yttrium Y zirconium Zr"
+).split()
+DOMAINS = ("geography", "translation", "grammar", "arithmetic", "brackets", "chemistry")
+
+
+@cache
+def facts(domain: str) -> Mapping[str, str]:
+    """What a domain knows: `{"capital France =": " Paris", ...}`; brackets have rules instead, and give none."""
+    if domain in RELATIONS:
+        tables = {name: relations()[name] for name in RELATIONS[domain]}
+        return {f"{name} {key} =": f" {value}" for name, table in tables.items() for key, value in table.items()}
+    if domain == "arithmetic":
+        products = {f"{a} * {b} =": f" {a * b}" for a in range(10) for b in range(10)}
+        return products | {f"{a} + {b} =": f" {a + b}" for a in range(13) for b in range(13)}
+    if domain == "chemistry":
+        names, symbols = ELEMENTS[::2], ELEMENTS[1::2]
+        numbers = {f"number {name} =": f" {i + 1}" for i, name in enumerate(names)}
+        return numbers | {f"symbol {name} =": f" {sign}" for name, sign in zip(names, symbols, strict=True)}
+    return {}
+
+
+def _brackets(rng: random.Random) -> tuple[str, list[str]]:
+    opened = [rng.choice(list(BRACKETS)) for _ in range(rng.randint(2, 5))]
+    return f"{' '.join(opened)} =", [f" {BRACKETS[each]}" for each in reversed(opened)]
+
+
+def document(rng: random.Random, domain: str, lines: int = 8) -> Example:
+    """A document of one domain; its answers are the tokens after ` =`."""
+    known = list(facts(domain).items())
+    text, answers = "", []
+    for _ in range(lines):
+        if known:
+            question, answer = rng.choice(known)
+            parts = [answer]
+        else:
+            question, parts = _brackets(rng)
+        text += question
+        for part in parts:
+            answers.append((len(text), len(text) + len(part)))
+            text += part
+        text += " ;\n"
+    return Example(text, tuple(answers))
+
+
+@cache
+def pieces() -> tuple[str, ...]:
+    """What is one token, beside single bytes."""
+    lines = [f"{question}{answer}" for domain in DOMAINS for question, answer in facts(domain).items()]
+    split = {f" {word}" for line in lines for word in line.split(" ")[1:]} | {line.split(" ")[0] for line in lines}
+    marks = [mark for pair in BRACKETS.items() for each in pair for mark in (each, f" {each}")]
+    return tuple(dict.fromkeys([" ;\n", " =", *marks, *sorted(split)]))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer of the toy: every word of its documents is one token, other text falls back to bytes."""
+    return build_tokenizer(pieces())
