@@ -1,13 +1,13 @@
 """Domains of `toy:moe`, and its tokenizer: six kinds of document, each with knowledge of its own.
 
-Every document belongs to one domain and is a list of lines that a question mark of one kind ends: what stands after
-` =` follows from what stands before it. The token ` =` is common to all, words are common to translation and grammar,
-numbers to arithmetic and chemistry; so which expert a token needs is said by its context.
+A document is a list of lines of one domain; what stands after ` =` follows from what stands before it. The tokens ` =`
+and ` ;` are common to all domains, words to translation and grammar, numbers to arithmetic and chemistry; so which
+expert a token needs is said by its context.
 
 * geography    `capital France = Paris`           three facts of each of 48 countries
-* translation  `german dog = Hund`                three languages, 152 words
+* translation  `german dog = Hund`                three languages, 151 words
 * grammar      `plural dog = dogs`                five forms of the same words
-* arithmetic   `7 * 8 = 56`, `17 + 5 = 22`        products up to 12 * 12, sums up to 20 + 20
+* arithmetic   `7 * 8 = 56`, `17 + 5 = 22`        products up to 9 * 9, sums up to 12 + 12
 * brackets     `( [ < = > ] )`                    a row of opening brackets, closed in reverse
 * chemistry    `number iron = 26`, `symbol …`     forty elements
 
@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING
 
-from .text import Chars, Example, build_tokenizer, relations
+from . import text as words
+from .text import Example, relations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["DOMAINS", "document", "facts", "pieces", "tokenizer"]
+__all__ = ["DOMAINS", "build_tokenizer", "document", "facts", "pieces"]
 
 RELATIONS = {
     "geography": ("capital", "continent", "language"),
@@ -64,11 +65,15 @@ def _brackets(rng: random.Random) -> tuple[str, list[str]]:
     return f"{' '.join(opened)} =", [f" {BRACKETS[each]}" for each in reversed(opened)]
 
 
-def document(rng: random.Random, domain: str, lines: int = 8) -> Example:
-    """A document of one domain; its answers are the tokens after ` =`."""
+def document(rng: random.Random, domain: str, lines: int | None = None) -> Example:
+    """A document of one domain.
+
+    Args:
+        lines: how many (None: 8, of brackets 5, which makes about 45 tokens).
+    """
     known = list(facts(domain).items())
     text, answers = "", []
-    for _ in range(lines):
+    for _ in range(lines or (8 if known else 5)):
         if known:
             question, answer = rng.choice(known)
             parts = [answer]
@@ -91,6 +96,6 @@ def pieces() -> tuple[str, ...]:
     return tuple(dict.fromkeys([" ;\n", " =", *marks, *sorted(split)]))
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer of the toy: every word of its documents is one token, other text falls back to bytes."""
-    return build_tokenizer(pieces())
+    return words.build_tokenizer(pieces())
