@@ -7,15 +7,16 @@
 
 The narrow scopes go through `model.sweep`, which does again only what a mask can change. It gives likelihoods; how many
 slots went to others is counted in forward passes, so the first context of such a run is done both ways, its likelihoods
-held against each other, and `slots` of the other contexts stand empty.
+held against each other, and the slots of other contexts stand empty.
+A run in which a banned expert was executed, or in which the family's selection does not reproduce the router, is refused.
 
 Cost: scope all, masks × samples × 2 forward passes; else what docs/sweeps.md says. Logits of the predicting positions
-alone are worked out. Must equal: /tests/data/moe/mask_sweep.json within 2e-5 nats.
+alone are worked out. Must equal: the golden model's 37 masks (tests/data/moe/mask_sweep.json) within 2e-5 nats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .mask_orders import Mode, Variant
+from .mask_orders import Variant
 
 Scope = Literal["all", "targets", "predicting", "segment"]
 SCOPES: tuple[Scope, ...] = ("all", "targets", "predicting", "segment")
@@ -96,73 +97,59 @@ def measured(
                     f"sample {pair.name!r}, {side}, {variant.key}: the sweep gives {row['nll_all']:.6f} nats, a forward "
                     f"pass {proof['nll_all']:.6f}; please report this model, and use scope='all' until then"
                 )
-            row = proof | {name: row[name] for name in ("nll_all", "nll_last", "hits")}
+            row |= {name: proof[name] for name in ("slots", "slots_changed", "unmasked")}
         yield row
 
 
 def _run(model: ic.Model, pair: Pair, side: Side, variant: Variant, at: Sequence[int] | None) -> Row:
     """One forward pass; its receipts prove the mask."""
     tokens, targets = pair.tokens(side), list(pair.positions(side))
-    logits = model.run(
-        tokens, edits=edits_of(variant, at), logits=[p - 1 for p in targets], allow_noop=True
-    )  # fmt: skip
-    values = logits.logits.plain[0].double()
+    top_k = model.sizes(S.router_indices)["k"]
+    run = model.run(tokens, edits=edits_of(variant, at), logits=[p - 1 for p in targets], allow_noop=True)
+    values = run.logits.plain[0].double()
     ids = pair.target_ids(side).to(values.device)
     nll = -values.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-    row = _row(pair, side, variant, nll, (values.argmax(-1) == ids).sum())
-    proofs = [receipt.routing for receipt in logits.receipts if receipt.routing is not None]
-    row["tokens"] = sum(proof.tokens + proof.unmasked for proof in proofs)
+    hits = float((values.argmax(-1) == ids).sum())
+    row = _row(pair, side, variant, float(nll.mean()), float(nll[-1]), hits)
+    proofs = [receipt.routing for receipt in run.receipts if receipt.routing is not None]
+    if len(proofs) != len(variant.banned):
+        raise ic.EffectError(f"{variant.key}: {len(proofs)} of {len(variant.banned)} layers prove that they were masked")
+    row["slots"] = sum(proof.tokens + proof.unmasked for proof in proofs) * top_k
     row["slots_changed"] = sum(proof.changed for proof in proofs)
     row["unmasked"] = sum(proof.unmasked for proof in proofs)
-    row["banned_executed"] = sum(proof.broken for proof in proofs)
     return row
 
 
 def _swept(model: ic.Model, pair: Pair, side: Side, masks: Sequence[Variant], at: Sequence[int]) -> list[Row]:
     """All masks of a narrow scope at once."""
-    targets = list(pair.positions(side))
-    ids = pair.target_ids(side)
-
-    def nll(logits: Tensor, wanted: Tensor) -> Tensor:
-        return -logits.double().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-
-    def score(name: str, fn: Any) -> ic.score.Score:
-        return ic.score.Score(name, fn, [[p - 1 for p in targets]], ((ids,),), span=True)
-
-    scores = [
-        score("nll", lambda x, y: nll(x, y).mean(-1)),
-        score("nll of the last", lambda x, y: nll(x, y)[..., -1]),
-        score("hits", lambda x, y: (x.argmax(-1) == y).double().sum(-1)),
-    ]
     edited = [variant for variant in masks if variant.banned]
-    columns = [[p - 1 for p in targets]]
     if not edited:
         return [_run(model, pair, side, variant, at) for variant in masks]
-    alls, lasts, hits = model.sweep(pair.tokens(side), [edits_of(variant, at) for variant in edited], scores)
-    assert columns
-    found: dict[str, tuple[float, float, float]] = {
-        variant.key: (float(a), float(b), float(c))
-        for variant, a, b, c in zip(edited, alls.values[:, 0], lasts.values[:, 0], hits.values[:, 0], strict=True)
+    sweeps = model.sweep(pair.tokens(side), [edits_of(variant, at) for variant in edited], _scores(pair, side))
+    numbers = {"none": [float(sweep.clean[0]) for sweep in sweeps]}
+    for i, variant in enumerate(edited):
+        numbers[variant.key] = [float(sweep.values[i, 0]) for sweep in sweeps]
+    return [_row(pair, side, variant, *numbers[variant.key]) for variant in masks]
+
+
+def _scores(pair: Pair, side: Side) -> list[ic.score.Score]:
+    """Mean NLL of the targets, that of the last, and how many come first; of the same positions."""
+
+    def nll(logits: Tensor, ids: Tensor) -> Tensor:
+        return -logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "nll": lambda x, y: nll(x, y).mean(-1),
+        "nll of the last": lambda x, y: nll(x, y)[..., -1],
+        "hits": lambda x, y: (x.argmax(-1) == y).double().sum(-1),
     }
-    found["none"] = (float(alls.clean[0]), float(lasts.clean[0]), float(hits.clean[0]))
-    rows = []
-    for variant in masks:
-        mean, last, right = found[variant.key]
-        nlls = torch.tensor([mean, last], dtype=torch.float64)
-        row = _row(pair, side, variant, nlls, torch.tensor(right))
-        row["nll_all"], row["nll_last"] = mean, last
-        rows.append(row)
-    return rows
+    places, ids = [[p - 1 for p in pair.positions(side)]], pair.target_ids(side)
+    return [ic.score.Score(name, fn, places, ((ids,),), span=True) for name, fn in functions.items()]
 
 
-def _row(pair: Pair, side: Side, variant: Variant, nll: Tensor, hits: Tensor) -> Row:
+def _row(pair: Pair, side: Side, variant: Variant, mean: float, last: float, hits: float) -> Row:
     return {
         "id": row_key(pair.name, side, variant), "sample": pair.name, "side": side, "mask": variant.key,
-        "nll_all": float(nll.mean()), "nll_last": float(nll[-1]), "targets": len(pair), "hits": int(hits),
-        "tokens": None, "slots_changed": None, "unmasked": None, "banned_executed": None,
+        "nll_all": mean, "nll_last": last, "targets": len(pair), "hits": round(hits),
+        "slots": None, "slots_changed": None, "unmasked": None,
     }  # fmt: skip
-
-
-def none_of(mode: Mode, variants: Sequence[Variant]) -> Variant:
-    """The run without a mask, N = 0."""
-    return Variant(mode, variants[0].order, 0, {})
