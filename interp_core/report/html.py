@@ -41,6 +41,8 @@ STYLE = (
 .ic thead th{vertical-align:bottom}.ic td{padding:.2rem .45rem;white-space:pre;border-radius:4px}
 .ic table.grid thead th{text-align:center}.ic table.grid tbody th{position:sticky;left:0;background:var(--card)}
 .ic table.grid td{text-align:center;font-family:ui-monospace,monospace;min-width:2.2rem;cursor:default}
+.ic table.fine{border-spacing:1px}.ic table.fine td{min-width:.55rem;height:.6rem;padding:0;border-radius:1px}
+.ic table.fine th{padding:0 .3rem 0 0;font-size:10px;line-height:1}.ic table.fine thead th{max-width:0;text-align:left}
 .ic table.rows td{border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
 .ic code,.ic pre{font-family:ui-monospace,monospace;font-size:12.5px}
 .ic pre{background:var(--code);border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
@@ -72,6 +74,8 @@ t.style.top=Math.min(e.clientY+14,innerHeight-t.offsetHeight-8)+'px'})})()
 """
 
 
+FINE = 40
+"""Columns of cells without text from which on a matrix is drawn finely."""
 TURNING = frozenset("\u202a\u202b\u202d\u202e\u2066\u2067\u2068")
 """Letters that turn the direction of what follows them, up to the end of the line or of what isolates them."""
 
@@ -136,9 +140,12 @@ def heatmap(
     limits: tuple[float, float] | None = None,
     caption: str = "",
 ) -> str:
-    """A matrix as coloured cells with tooltips: `rows` × `columns`, cell text and tips optional."""
+    """A matrix as coloured cells with tooltips: `rows` × `columns`, cell text and tips optional. Of many columns whose
+    cells say nothing, cells are small and every eighth column is named."""
     low, high = limits or limits_of(values, diverging)
-    head = "".join(f"<th>{escape(visible(c))}</th>" for c in columns)
+    fine = texts is None and len(columns) > FINE
+    named = [c if not fine or j % 8 == 0 else "" for j, c in enumerate(columns)]
+    head = "".join(f"<th>{escape(visible(c) if c else c)}</th>" for c in named)
     lines = []
     for i, label in enumerate(rows):
         cells = []
@@ -150,7 +157,7 @@ def heatmap(
         lines.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
     bar = scale_bar(low, high, diverging)
     return (
-        f"<figure><div class='scroll'><table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>"
+        f"<figure><div class='scroll'><table class='grid{' fine' * fine}'><thead><tr><th></th>{head}</tr></thead><tbody>"
         f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
     )
 

@@ -182,6 +182,16 @@ class Points:
         Raises:
             PlanError: points of no known model.
         """
+        out = Path(path)
+        ic.runs.write(out, self.text())
+        return out
+
+    def text(self) -> str:
+        """What the file holds.
+
+        Raises:
+            PlanError: points of no known model.
+        """
         if self.shape is None:
             raise ic.PlanError("these points do not say of which model they are; make them with shape=Shape.of(model)")
         head = {
@@ -193,9 +203,7 @@ class Points:
             {name: value for name, value in point._asdict().items() if value is not None} | {"rank": rank}
             for rank, point in enumerate(self.points)
         ]
-        out = Path(path)
-        ic.runs.write(out, json.dumps(head | {"points": rows}, indent=1, ensure_ascii=False))
-        return out
+        return json.dumps(head | {"points": rows}, indent=1, ensure_ascii=False)
 
 
 def ranked(points: Iterable[Point]) -> tuple[Point, ...]:
