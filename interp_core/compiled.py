@@ -19,7 +19,7 @@ from .engines.protocol import HandOver, Passed, Program
 from .errors import CapabilityError, PlanError, TextError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
-from .readings import LayerReadings
+from .readings import LayerReadings, demand_proof
 from .regions import Bound, Region
 from .sites import Site
 from .text import CACHE, Tokens, from_inputs
@@ -115,6 +115,8 @@ class CompiledPlan:
         if callable(grad):
             with torch.enable_grad():
                 run.differentiate(grad)
+        if passed.routed:
+            demand_proof(edits, (passed,))
         if not allow_noop and edits:
             run.demand_effect()
         return run
