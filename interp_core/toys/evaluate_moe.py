@@ -47,9 +47,9 @@ class Documents:
         tokens = model.tokens([example.text for example in examples])
         answers = torch.zeros_like(tokens.mask)
         assert tokens.offsets is not None
-        for row, (example, offsets) in enumerate(zip(examples, tokens.offsets, strict=True)):
-            places = [i for i, chars in enumerate(offsets) if tuple(chars) in set(example.answers)]
-            answers[row, tokens.columns(places)[row]] = True
+        for row, (example, offsets, real) in enumerate(zip(examples, tokens.offsets, tokens.rows.real, strict=True)):
+            wanted = set(example.answers)
+            answers[row, [real[i] for i, chars in enumerate(offsets) if tuple(chars) in wanted]] = True
         return Documents(tokens, answers)
 
 
@@ -108,7 +108,7 @@ class Effect:
         return harm / chance if chance > 0 else math.inf
 
 
-def effects(model: Model, every: Mapping[str, Documents], draws: int = 20) -> dict[str, Effect]:
+def effects(model: Model, every: Mapping[str, Documents], draws: int = 100) -> dict[str, Effect]:
     """The effect of masks in each domain."""
     used = {name: usage(model, documents) for name, documents in every.items()}
     clean = {name: nll(model, documents) for name, documents in every.items()}

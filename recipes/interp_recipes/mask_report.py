@@ -20,9 +20,10 @@ NAMES = {
     "usage_random": "random, matched per layer and usage",
 }  # fmt: skip
 YLABELS = {
-    "nll_all": "rise of the NLL, mean over targets, in nats", "nll_last": "rise of the NLL of the last target, in nats",
+    "nll_all": "rise in nats", "nll_last": "rise in nats",
     "score": "change of the score",
 }  # fmt: skip
+TITLES = {"nll_all": "NLL of the targets", "nll_last": "NLL of the last target", "score": "score"}
 Facts = Mapping[str, Any]
 
 
@@ -74,7 +75,7 @@ def chart(findings: Findings, mode: str, side: str, metric: str) -> report.Curve
     caption = f"{len(findings.samples)} samples, 95 % bootstrap intervals over samples; {draws} random orders, their mean."
     return report.Curves(
         lines, [str(n) for n in (0, *findings.sizes)], xlabel="cells (layer · expert) banned", ylabel=YLABELS[metric],
-        title=f"{side}, {mode}", caption=caption,
+        title=f"{side}, {mode}: {TITLES[metric]}", caption=caption,
     )  # fmt: skip
 
 
@@ -119,13 +120,14 @@ def _at_most(findings: Findings, mode: str, side: str) -> str:
 
 
 def _area(area: Mapping[str, Any]) -> str:
-    words = {True: "the interval excludes 0", False: "the interval holds 0", None: "no interval of one sample"}
-    more = "more" if area["area"] > 0 else "less"
-    ends = "" if area["low"] is None else f" [{area['low']:+.4f}, {area['high']:+.4f}]"
-    return (
-        f"{area['context']}, {area['mode']}: over all N, {area['order']} costs {abs(area['area']):.4f} nats {more} than "
-        f"{NAMES[area['against']]} on average ({area['area']:+.4f}{ends}; {words[area['excludes_0']]})."
-    )
+    """What the area between two curves says, and whether it says anything."""
+    where, chance = f"{area['context']}, {area['mode']}: over all N, ", NAMES[area["against"]]
+    if area["low"] is None:
+        return f"{where}{area['order']} minus {chance} is {area['area']:+.4f} nats on average (one sample, no interval)."
+    number = f"{area['area']:+.4f} nats on average [{area['low']:+.4f}, {area['high']:+.4f}]"
+    if not area["excludes_0"]:
+        return f"{where}{area['order']} and {chance} are not told apart ({number})."
+    return f"{where}{area['order']} costs {'more' if area['area'] > 0 else 'less'} than {chance} ({number})."
 
 
 def _nats(values: tuple[float, float, float]) -> str:
@@ -148,7 +150,7 @@ def page(
     words = f"{facts['model']} · {len(findings.samples)} samples of {facts['pairs']} · masks {place}"
     sections = [report.Section("What comes out", "\n".join(said), "")]
     for name, made in charts.items():
-        sections.append(report.Section(f"{made.title}: {made.ylabel}", "", made.html()))
+        sections.append(report.Section(made.title, "", made.html()))
     if areas:
         shown = [{name: "" if value is None else value for name, value in area.items()} for area in areas]
         text = "Area between two curves over N, divided by the largest N: nats on average over the curve."
