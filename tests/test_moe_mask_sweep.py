@@ -332,7 +332,8 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
 def test_what_cannot_be_done_is_said_before_the_model_runs(
     settings: dict[str, Any], error: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ic.Model, "run", no_run)
+    monkeypatch.setattr("interp_recipes.moe_mask_sweep.measured", no_run)
+    monkeypatch.setattr("interp_recipes.moe_mask_sweep.routed_targets", no_run)
     cells = settings.get("cells")
     rest = {name: value for name, value in settings.items() if name != "cells"}
     points = points_file(tmp_path / "points.json", order_of("replace", "a_minus_b") if cells is None else cells)

@@ -86,13 +86,13 @@ def orders(
     kinds: Sequence[str],
     draws: int,
     seed: int,
-    usage: Float[np.ndarray, "layer expert"] | None = None,
+    usage: Sequence[Sequence[float]] | Float[np.ndarray, "layer expert"] | None = None,
 ) -> list[Order]:
     """The orders of these kinds.
 
     Args:
         draws: random orders of each random kind.
-        usage: of the layers that have routers, for `usage_random`.
+        usage: `[layer expert]` of the layers that have routers, for `usage_random` (None: it is drawn like `random`).
     """
     cells: Cells = tuple((point.layer, point.expert) for point in points.points)
     made = []
@@ -110,11 +110,11 @@ def orders(
     return made
 
 
-def _permutation(rng: np.random.Generator, n: int, usage: Float[np.ndarray, " expert"] | None) -> np.ndarray:
+def _permutation(rng: np.random.Generator, n: int, usage: Sequence[float] | np.ndarray | None) -> np.ndarray:
     """Which expert stands in for each."""
     if usage is None:
         return rng.permutation(n)
-    by_usage = np.argsort(-usage, kind="stable")
+    by_usage = np.argsort(-np.asarray(usage), kind="stable")
     stand_in = np.empty(n, dtype=int)
     for start in range(0, n, BLOCK):
         block = by_usage[start : start + BLOCK]

@@ -11,6 +11,7 @@ many experts in every layer; and writes
     tables/mask_sweep.csv, mask_sweep.json     a row per mode, order and N; skipped ones with the reason
     tables/mask_sweep_areas.csv                area between the descending order and the others
     tables/mask_sweep_samples.jsonl            a row per sample, context and mask
+    tables/mask_sweep_usage.json               by which usage_random draws
     mask_sweep_report.html                     all of it as a page
 
 Modes, scopes, orders and statistics: docs/moe_mask_sweep.md. The same command goes on where it was stopped.
@@ -31,19 +32,18 @@ from interp_plugins.pairs import Pair, read_pairs
 from interp_plugins.pairs.pair import SIDES, Layout
 from interp_plugins.pairs.routing import routed_targets
 from interp_plugins.router.points import LayerIndex, Points, Shape, read_points
-from jaxtyping import Float
 
 import interp_core as ic
 from interp_core import runs
 
 from .attribution_eval import told
 from .mask_findings import Findings
-from .mask_orders import ORDERS, Mode, Order, Variant, modes_of, orders, sizes_of, variants
+from .mask_orders import ORDERS, Variant, modes_of, orders, sizes_of, variants
 from .mask_report import write
 from .mask_runs import SCOPES, Row, Scope, edits_of, measured, positions_of, row_key
 from .mask_scores import Scorer, answered, scorer_of
 
-SAMPLES = "tables/mask_sweep_samples.jsonl"
+SAMPLES, USAGE = "tables/mask_sweep_samples.jsonl", "tables/mask_sweep_usage.json"
 
 
 def moe_mask_sweep(
@@ -119,10 +119,7 @@ def moe_mask_sweep(
     if judge is not None:
         _check_writing(model, scope)
     warned = _super(listed, max(wanted), super_experts)
-    usage = _usage(model, pairs) if "usage_random" in kinds else None
-    made = variants(orders(listed, shape, kinds, random_orders, seed, usage), modes, wanted, shape)
-    if all(variant.skipped for variant in made):
-        raise ic.PlanError(f"no mask can be run: {made[0].skipped}; give smaller sizes, or mode keep or drop")
+    _demand_some(variants(orders(listed, shape, kinds, random_orders, seed), modes, wanted, shape))
     settings = {
         "points": [[p.layer, p.expert] for p in listed.points], "sizes": wanted, "modes": modes, "orders": kinds,
         "random_orders": random_orders, "scope": scope, "segment": segment, "scorer": scorer, "seed": seed,
@@ -131,6 +128,8 @@ def moe_mask_sweep(
     }  # fmt: skip
     dataset = Path(pair_tokens_json).stem
     with runs.open(out_dir, settings, recipe="moe_mask_sweep", model=model, dataset=dataset, free=("resamples",)) as run:
+        usage = run.stage(USAGE, lambda: _usage(model, pairs)) if "usage_random" in kinds else None
+        made = variants(orders(listed, shape, kinds, random_orders, seed, usage), modes, wanted, shape)
         work = Work(run, model, pairs, places, made, judge, max_new_tokens)
         findings = Findings(made, [pair.name for pair in pairs], work.rows(), wanted, kinds, modes, seed, resamples)
         told_of = {
@@ -188,13 +187,24 @@ class Work:
         return {"score": score, "text": answer.text}
 
 
-def _usage(model: ic.Model, pairs: Sequence[Pair]) -> Float[np.ndarray, "layer expert"]:
-    """Share of the selections of all targets, both contexts."""
+def _demand_some(made: Sequence[Variant]) -> None:
+    """Refuse a sweep of which the guard leaves out everything. How many experts a random order bans in a layer does not
+    depend on its draw.
+
+    Raises:
+        PlanError: naming the first layer.
+    """
+    if all(variant.skipped for variant in made):
+        raise ic.PlanError(f"no mask can be run: {made[0].skipped}; give smaller sizes, or mode keep or drop")
+
+
+def _usage(model: ic.Model, pairs: Sequence[Pair]) -> list[list[float]]:
+    """Share of the selections of all targets, both contexts, `[layer expert]`."""
     total: Any = 0
     for _, (pair, side) in told("usage of experts", [(pair, side) for pair in pairs for side in SIDES]):
         layers = routed_targets(model, pair, side)
         total = total + np.stack([layers[layer].chosen.sum(0).double().cpu().numpy() for layer in sorted(layers)])
-    return np.asarray(total / total.sum(-1, keepdims=True))
+    return (total / total.sum(-1, keepdims=True)).tolist()  # type: ignore[no-any-return]
 
 
 def _pairs(
