@@ -245,6 +245,8 @@ def test_edits_are_data(tmp_path: Path) -> None:
 def test_what_cannot_hold_is_refused_before_the_run() -> None:
     model = tiny_model("qwen3_moe")
     L, W = S.router_logits[2], S.router_weights[2]
+    passes: list[int] = []
+    handle = model.hf.register_forward_pre_hook(lambda *_: passes.append(1))
     for plan, said in (
         ([L.force([0, 1, 2])], "3 experts are forced, and a token takes 2"),
         ([L.force([0, 1]), L.at(3).force(2)], "layer 2: 3 experts are forced at a token, which takes 2"),
@@ -253,14 +255,10 @@ def test_what_cannot_hold_is_refused_before_the_run() -> None:
         ([L.force(6)], "no expert 6, there are 6, 0 to 5"),
         ([W.boost(-1, 2.0)], "no expert -1, there are 6, 0 to 5"),
     ):  # fmt: skip
-        passes = []
-        handle = model.hf.register_forward_pre_hook(lambda *_: passes.append(1))
-        try:
-            with pytest.raises(ic.PlanError, match=said):
-                model.run(IDS, edits=plan)
-        finally:
-            handle.remove()
+        with pytest.raises(ic.PlanError, match=said):
+            model.run(IDS, edits=plan)
         assert not passes
+    handle.remove()
     model.run(IDS, edits=[L.at(2).mask([0, 4]), L.at(5).force(4)], allow_noop=True)  # at other tokens both hold
     for make, said in (
         (lambda: L.mask(0, mode="remove"), "mask: no mode is called 'remove'"),
