@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from interp_plugins.attribution.data.cache import Example, load_examples
@@ -52,6 +52,7 @@ METRICS_SHOWN = {
     "sink_share": "Share of the mass on attention sinks", "seconds": "Seconds of the attribution",
 }  # fmt: skip
 Rows = list[dict[str, Any]]
+T = TypeVar("T")
 
 
 def attribution_eval(
@@ -317,7 +318,7 @@ def _device(cuda: str | int | None) -> dict[str, Any]:
     return {"device_map": "balanced"}
 
 
-def told(what: str, examples: Sequence[Example]) -> Iterator[tuple[int, Example]]:
+def told(what: str, examples: Sequence[T]) -> Iterator[tuple[int, T]]:
     """Examples with their numbers, and a line on standard error where they take long."""
     start, shown = time.monotonic(), 0.0
     for index, example in enumerate(examples):

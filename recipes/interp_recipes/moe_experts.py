@@ -14,8 +14,9 @@ writes, as the published analysis does, into the folder O:
     tables/expert_core_samples/*.safetensors    ours: each sample's own sums, by which a stopped run goes on
     expert_core_report.html                 ours: all of it as a page
 
-The run's record lies beside the folder (O.runs), so that `moe_nll` may write into the same; without O the run has a
-folder of its own. Layers are decoder layers. Numbers and where they differ from the published code: docs/moe_experts.md.
+The run's record lies beside the folder (O.runs), so that `moe_nll` may write into the same; without O the run has
+a folder of its own. Layers are decoder layers. Numbers, and where they differ from the published code:
+docs/moe_experts.md.
 
 Source: Geuan666/XAI4Agent (2026), `analyze_expert_core.py`.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from interp_core import runs
 
 from .attribution_eval import told
 from .moe_experts_findings import Findings, Settings
-from .moe_experts_report import write
+from .moe_experts_report import FILES, PAGE, write
 
 BLOCK = 8
 """Samples whose sums are kept together: what a stopped run does again at most."""
@@ -97,15 +99,18 @@ def moe_experts(
     shape = Shape.of(model)
     settings.check(shape)
     with _opened(out_dir, settings, model, pairs, Path(data_path).stem, overwrite) as run:
-        sums, names, failed = _sums(run, model, pairs, settings, strict)
+        run.claim(FILES, stage=PAGE)  # what another run wrote is found before any work
+        stages, sums, names, failed = _sums(run, model, pairs, settings, strict)
         if not names:
             raise ic.PlanError(f"{data_path}: the model runs none of the samples; the first: {failed[0]['reason']}")
         dropped += [
-            {"sample": pair.name, "targets": count, "reason": why} for pair in pairs for why, count in pair.dropped.items()
+            {"sample": pair.name, "targets": count, "reason": why}
+            for pair in pairs
+            for why, count in pair.dropped.items()
         ]
         layouts = sorted({pair.layout for pair in pairs})
         findings = Findings(settings, shape, names, sums, [*dropped, *failed], layouts, str(data_path))
-        return write(run, model, findings)
+        return write(run, model, findings, stages)
 
 
 def _opened(
@@ -127,17 +132,18 @@ def _identity(pair: Pair) -> list[Any]:
 
 def _sums(
     run: runs.RunFolder, model: ic.Model, pairs: Sequence[Pair], settings: Settings, strict: bool
-) -> tuple[dict[str, Tensor], list[str], list[dict[str, Any]]]:
-    """Sums of all samples, block by block; their names; and those that the model does not run."""
-    parts, names, failed = [], [], []
+) -> tuple[list[str], dict[str, Tensor], list[str], list[dict[str, Any]]]:
+    """Stages and sums of all samples, block by block; their names; and those that the model does not run."""
+    stages, parts, names, failed = [], [], [], []
     blocks = [pairs[start : start + BLOCK] for start in range(0, len(pairs), BLOCK)]
-    for number, block in told("moe_experts", blocks):
-        file = f"{SAMPLES}/{number:04d}.safetensors"
-        made = run.stage(file, lambda block=block: _block(model, block, settings, strict), read=_read, data=_data)
+    for number, block in enumerate(blocks):
+        file, make = f"{SAMPLES}/{number:04d}.safetensors", partial(_block, model, block, settings, strict)
+        made = run.stage(file, make, read=_read, data=_data)
+        stages.append(file)
         parts += [made[0]] if made[1]["samples"] else []
         names += made[1]["samples"]
         failed += made[1]["dropped"]
-    return (joined(parts) if parts else {}), names, failed
+    return stages, (joined(parts) if parts else {}), names, failed
 
 
 Block = tuple[dict[str, Tensor], dict[str, Any]]
@@ -146,16 +152,21 @@ Block = tuple[dict[str, Tensor], dict[str, Any]]
 
 def _block(model: ic.Model, pairs: Sequence[Pair], settings: Settings, strict: bool) -> Block:
     parts, names, dropped = [], [], []
-    for pair in pairs:
+    for _, pair in told(f"samples {pairs[0].name} to {pairs[-1].name}", pairs):
+        doing = ""
         try:
-            parts.append(pair_sums(*(routed_targets(model, pair, side, settings.top_k) for side in SIDES)))
-            names.append(pair.name)
+            sides = []
+            for doing in SIDES:
+                sides.append(routed_targets(model, pair, doing, settings.top_k))
         except (ic.TextError, ic.CapabilityError) as error:
-            said = f"sample {pair.name!r}: {error}"
+            said = f"sample {pair.name!r}, {doing}: {error}"
             if strict:
                 raise type(error)(said) from error
             print(f"  left out {said}")
             dropped.append({"sample": pair.name, "targets": "", "reason": said})
+        else:
+            parts.append(pair_sums(*sides))
+            names.append(pair.name)
     return (joined(parts) if parts else {"none": torch.zeros(0)}), {"samples": names, "dropped": dropped}
 
 
@@ -167,5 +178,6 @@ def _read(path: Path) -> Block:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         noted: Mapping[str, str] = file.metadata()
-        return {name: file.get_tensor(name) for name in file.keys()}, {k: json.loads(v) for k, v in noted.items()}  # noqa: SIM118
+    return tensors, {name: json.loads(value) for name, value in noted.items()}

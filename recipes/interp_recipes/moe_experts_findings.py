@@ -51,7 +51,8 @@ class Settings:
         most = None if shape is None else shape.n_experts
         if self.top_k is not None and (self.top_k < 1 or (most is not None and self.top_k > most)):
             raise ic.PlanError(
-                f"top_k is {self.top_k}: give 1 to {most or 'the number of experts'}, or leave it out for the model's own"
+                f"top_k is {self.top_k}: give 1 to {most or 'the number of experts'}, or leave it out for the model's "
+                "own"
             )
 
 
@@ -144,7 +145,7 @@ class Findings:
 
     @property
     def chance(self) -> Mapping[Curve, float]:
-        """What random sets give: of equal weights, for the total variation. Nothing where every expert is in the set."""
+        """What random sets give: of equal weights, for the total variation. Nothing where sets hold every expert."""
         if self.top_k == self.shape.n_experts:
             return {}
         chance = Chance.of(self.top_k, self.shape.n_experts)
@@ -182,8 +183,8 @@ class Findings:
             {
                 "view": view, "layer": self.layers[row], "expert": int(expert),
                 "difference": float(difference[row, expert]), "low": float(band.low[i]) if band else "",
-                "high": float(band.high[i]) if band else "", "agentic": float(self.matrix(view, "agentic")[row, expert]),
-                "assisted": float(self.matrix(view, "assisted")[row, expert]),
+                "high": float(band.high[i]) if band else "",
+                **{side: float(self.matrix(view, side)[row, expert]) for side in SIDES},
             }
             for i, (row, expert) in enumerate(zip(rows, experts, strict=True))
         ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,32 +16,55 @@ from interp_plugins.pairs.routing import VIEWS, View
 import interp_core as ic
 from interp_core import report, runs
 
-from .moe_experts_findings import CURVES, TOP, Curve, Findings
+from .moe_experts_findings import CURVES, LISTS, TOP, Curve, Findings
 
 FIGURES, TABLES, PAGE = "figures/expert_core", "tables", "expert_core_report.html"
 CURVE_NAMES: dict[Curve, str] = {
     "tv": "total variation of weights", "jaccard": "Jaccard index of sets", "intersection": "experts in common",
 }  # fmt: skip
+MAPS = tuple(f"expert_usage_{view}_{which}" for view in VIEWS for which in (*SIDES, "diff", "diff_thresholded"))
+FILES = (
+    *(f"{FIGURES}/{name}.png" for name in (*MAPS, *(f"routing_{name}_curve" for name in CURVES))),
+    *(f"{TABLES}/last_token_{name}_points.json" for name in LISTS),
+    *(f"{TABLES}/expert_core_{name}" for name in (
+        "layer_metrics.csv", "matrices.npz", "top_experts.csv", "dropped.csv", "summary.json",
+    )),
+    PAGE,
+)  # fmt: skip
+"""All that is written beside the samples' sums."""
 VIEW_NAMES: dict[View, str] = {"all": "all targets", "last": "the last target"}
 
 
-def write(run: runs.RunFolder, model: ic.Model, findings: Findings) -> Path:
-    """Write everything; returns the page's path."""
-    charts = figures(findings)
-    for name, chart in charts.items():
-        run.figure(f"{FIGURES}/{name}.png", chart.png)
-    run.table(f"{TABLES}/expert_core_layer_metrics.csv", findings.layer_rows())
-    run.put({f"{TABLES}/expert_core_matrices.npz": npz_bytes(findings.arrays())})
-    for name, points in findings.points.items():
-        run.put({f"{TABLES}/last_token_{name}_points.json": points.text()})
-    top = [row for view in VIEWS for row in findings.top_rows(view)]
-    run.table(f"{TABLES}/expert_core_top_experts.csv", top)
-    run.table(f"{TABLES}/expert_core_dropped.csv", findings.dropped, ["sample", "targets", "reason"])
-    run.json(f"{TABLES}/expert_core_summary.json", summary(findings, model))
-    said = sentences(findings, top)
-    run.put({PAGE: page(findings, model, charts, top, said)})
-    print("", *said, "", f"{run.path / PAGE}", sep="\n")
+def write(run: runs.RunFolder, model: ic.Model, findings: Findings, after: Sequence[str]) -> Path:
+    """Write everything that is not there yet; returns the page's path.
+
+    Args:
+        after: the stages that the findings are made of.
+    """
+    inputs = {"dropped": runs.digest([dict(row) for row in findings.dropped]), "source": findings.source}
+    if not run.kept(PAGE, inputs=inputs, after=after):
+        top = [row for view in VIEWS for row in findings.top_rows(view)]
+        said, charts = sentences(findings, top), figures(findings)
+        made: dict[str, str | bytes] = {f"{FIGURES}/{name}.png": drawn(chart) for name, chart in charts.items()}
+        made |= {f"{TABLES}/last_token_{name}_points.json": points.text() for name, points in findings.points.items()}
+        made |= {
+            f"{TABLES}/expert_core_layer_metrics.csv": runs.csv_text(findings.layer_rows()),
+            f"{TABLES}/expert_core_matrices.npz": npz_bytes(findings.arrays()),
+            f"{TABLES}/expert_core_top_experts.csv": runs.csv_text(top),
+            f"{TABLES}/expert_core_dropped.csv": runs.csv_text(findings.dropped, ["sample", "targets", "reason"]),
+            f"{TABLES}/expert_core_summary.json": runs.json_text(summary(findings, model)),
+            PAGE: page(findings, model, charts, top, said),
+        }
+        assert set(made) == set(FILES)
+        run.put(made, stage=PAGE, inputs=inputs, after=after)
+        print("", *said, "", sep="\n")
     return run.path / PAGE
+
+
+def drawn(chart: report.Chart) -> bytes:
+    """A chart as the bytes of a PNG."""
+    with TemporaryDirectory() as folder:
+        return chart.png(Path(folder) / "chart.png").read_bytes()
 
 
 # Figures
@@ -97,7 +121,8 @@ def _curve(findings: Findings, name: Curve) -> report.Curves:
     random = "random sets of equal weights" if name == "tv" else "random sets"
     dashed = "" if chance is None else f" (dashed: {random})"
     return report.Curves(
-        [line], [str(layer) for layer in findings.layers], base=random, xlabel="decoder layer", ylabel=CURVE_NAMES[name],
+        [line], [str(layer) for layer in findings.layers], base=random, xlabel="decoder layer",
+        ylabel=CURVE_NAMES[name],
         title=f"Routing of the same tokens: {CURVE_NAMES[name]}{dashed}",
         caption=f"Means over samples of each one's mean over its targets, 95 % intervals over samples{dashed}. "
         + findings.few,
@@ -118,16 +143,16 @@ def sentences(findings: Findings, top: Sequence[dict[str, Any]]) -> list[str]:
         said.append(f"Sets are the {findings.top_k} experts that the model executes; weights are normalised over them.")
     else:
         said.append(
-            f"Sets are the {findings.top_k} experts of largest probability; the model executes {shape.top_k}. This is a "
-            "statistic of its router, not what it computes."
+            f"Sets are the {findings.top_k} experts of largest probability; the model executes {shape.top_k}. This is "
+            "a statistic of its router, not what it computes."
         )
     said += [*_where_most(findings), *_against_chance(findings)]
     for view in VIEWS:
         t, cells = findings.thresholded[view]
         more, less = int((cells > 0).sum()), int((cells < 0).sum())
         said.append(
-            f"At {VIEW_NAMES[view]}, {more + less} of {cells.size} cells differ by {t:.4g} or more: {more} are used more "
-            f"by the agentic context, {less} by the assisted one."
+            f"At {VIEW_NAMES[view]}, {more + less} of {cells.size} cells differ by {t:.4g} or more: {more} are used "
+            f"more by the agentic context, {less} by the assisted one."
         )
     said += [_largest(next(row for row in top if row["view"] == view)) for view in VIEWS]
     return [*said, *filter(None, [findings.few, _left_out(findings)])]
@@ -164,11 +189,13 @@ def _against_chance(findings: Findings) -> list[str]:
 
 
 def _largest(row: dict[str, Any]) -> str:
-    interval = "" if row["low"] == "" else f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
+    known = row["low"] != ""
+    interval = f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}" if known else ""
+    picked = ", so that the interval flatters it" if known else ""
     return (
-        f"The largest difference at {VIEW_NAMES[row['view']]} is that of expert {row['expert']} in layer {row['layer']}: "
-        f"{row['difference']:+.4f}{interval} (agentic {row['agentic']:.4f}, assisted {row['assisted']:.4f}); it was "
-        "picked by this number, so that the interval flatters it."
+        f"The largest difference at {VIEW_NAMES[row['view']]} is that of expert {row['expert']} in layer "
+        f"{row['layer']}: {row['difference']:+.4f}{interval} (agentic {row['agentic']:.4f}, assisted "
+        f"{row['assisted']:.4f}); it was picked by this number{picked}."
     )
 
 
@@ -183,7 +210,7 @@ def summary(findings: Findings, model: ic.Model) -> dict[str, Any]:
     shape, few = findings.shape, findings.few
     return {
         "format": "expert-core/1",
-        "model": {"source": model.source, "fingerprint": model.fingerprint(), "dtype": str(model.dtype)},
+        "model": {"source": model.source, "weights": shape.weights, "dtype": str(model.dtype)},
         "n_layers": shape.n_layers, "moe_layers": list(findings.layers), "n_experts": shape.n_experts,
         "model_top_k": shape.top_k, "top_k": findings.top_k, "sets": "executed" if findings.executed else "re-ranked",
         "weights": "normalised over the set; usage averaged over targets, curves over samples", "data": findings.source,
@@ -215,8 +242,8 @@ def page(
         sections.append(
             report.Section(
                 f"Usage of experts at {VIEW_NAMES[view]}",
-                "Share of the routers' normalised weight, layer by layer; rows sum to 1. Point at a cell for its layer, "
-                "expert and numbers. In differences red is more agentic, blue more assisted, white no difference.",
+                "Share of the routers' normalised weight, layer by layer; rows sum to 1. Point at a cell for its "
+                "layer, expert and numbers. In differences red is more agentic, blue more assisted, white neither.",
                 "".join(charts[name].html() for name in names),
             )
         )
@@ -227,8 +254,8 @@ def page(
         sections.append(
             report.Section(
                 f"The {len(rows)} largest differences at {VIEW_NAMES[view]}",
-                f"With 95 % intervals over samples, each by itself. Picked out of {findings.difference(view).size} cells by "
-                "their size, they are on average smaller in other samples.",
+                f"With 95 % intervals over samples, each by itself. Picked out of {findings.difference(view).size} "
+                "cells by their size, they are on average smaller in other samples.",
                 report.table(rows),
             )
         )

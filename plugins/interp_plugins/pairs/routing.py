@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 import interp_core as ic
-from interp_core import sites as S
 
 from ..router.divergence import token_statistics
-from ..router.points import demand_routers
+from ..router.reading import read
 from ..router.routed import Layers, Routed, chosen_of
 from ..router.usage import LayerSums, Usage, layer_sums
 from .pair import SIDES, Pair, Side
@@ -44,28 +43,19 @@ def routed_targets(model: ic.Model, pair: Pair, side: Side, top_k: int | None = 
         CapabilityError: a model without routers.
         PlanError: no such number of experts.
     """
-    layers = demand_routers("routing of pairs", model)
-    at = list(pair.positions(side))
-    read = [site.at(at) for site in (S.router_weights, S.router_probs, S.router_indices)]
-    found: dict[int, Routed] = {}
-
-    def layer(number: int, values: ic.LayerReadings) -> None:
-        weights, probs, indices = (values[site].plain[0].detach() for site in read)
-        found[number] = _routed(weights, probs, indices, top_k)
-
     with torch.no_grad():
-        model.run(pair.tokens(side), read=read, each=layer, logits=False)
-    assert sorted(found) == layers
-    return found
+        layers = read(model, pair.tokens(side), list(pair.positions(side)))
+    return {number: _of(routed, top_k) for number, routed in layers.items()}
 
 
-def _routed(weights: Tensor, probs: Tensor, indices: Tensor, top_k: int | None) -> Routed:
-    if top_k is None or top_k == indices.shape[-1]:
-        return Routed.of_ids(indices, probs.shape[-1], weights, probs)
-    if not 1 <= top_k <= probs.shape[-1]:
-        raise ic.PlanError(f"top_k is {top_k}: give 1 to {probs.shape[-1]}, the number of experts")
-    chosen = chosen_of(probs.topk(top_k, dim=-1).indices, probs.shape[-1])
-    return Routed(chosen, probs * chosen, probs)
+def _of(routed: Routed, top_k: int | None) -> Routed:
+    if top_k is None or top_k == int(routed.chosen[0].sum()):
+        return routed
+    if not 1 <= top_k <= routed.n_experts:
+        raise ic.PlanError(f"top_k is {top_k}: give 1 to {routed.n_experts}, the number of experts")
+    probs = routed.need("probs")
+    chosen = chosen_of(probs.topk(top_k, dim=-1).indices, routed.n_experts)
+    return Routed(chosen, probs * chosen, probs, routed.logits)
 
 
 def pair_sums(agentic: Layers, assisted: Layers) -> dict[str, Tensor]:
