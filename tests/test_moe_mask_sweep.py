@@ -66,10 +66,10 @@ def test_the_golden_sweep(tmp_path: Path) -> None:
     cells = [(p["layer"], p["expert"]) for p in points]
     page = sweep(tmp_path, cells, order="descending,reversed", mode="replace_topk,keep_topk")
     rows = table(page)
+    assert order_of("replace", "random") == order_of("keep", "random")
     (tmp_path / "random").mkdir()
-    for mode in ("replace", "keep"):
-        (folder := tmp_path / "random" / mode).mkdir()
-        rows += [r | {"order": "random"} for r in table(sweep(folder, order_of(mode, "random"), mode=mode)) if r["n"]]
+    drawn = table(sweep(tmp_path / "random", order_of("keep", "random"), mode="replace,keep"))
+    rows += [row | {"order": "random"} for row in drawn if row["n"]]
     names = {"a_minus_b": "descending", "reversed": "reversed", "random": "random"}
     compared = 0
     for wanted in GOLDEN:
@@ -172,7 +172,7 @@ def test_a_second_run_measures_nothing_and_a_stopped_one_goes_on(
     assert runs.manifest(other / "out")["state"] == "stopped"
     stop_at = None
     out = sweep(other, **settings)
-    assert len(calls) == len(rows) + 1  # the row that was being measured is measured again
+    assert len(calls) == len(rows)  # none twice
     assert (out / "tables/mask_sweep_samples.jsonl").read_text().splitlines() == rows
     assert (out / "tables/mask_sweep.csv").read_text() == (whole / "tables/mask_sweep.csv").read_text()
     with pytest.raises(ic.PlanError, match="holds another run: scope was"):
@@ -252,7 +252,9 @@ def test_on_the_toy_a_domains_cells_cost_more_than_chance(tmp_path: Path) -> Non
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) == 13 and float(table[2]["nll_all_agentic"]) == masked["nll_all_agentic"]
     figures = sorted(p.name for p in (tmp_path / "out/figures/mask_sweep").iterdir())
-    assert figures == [f"{m}_{s}_replace.png" for m in ("nll_all", "nll_last", "score") for s in ("agentic", "assisted")]
+    assert figures == [
+        f"{m}_{s}_replace.png" for m in ("nll_all", "nll_last", "score") for s in ("agentic", "assisted")
+    ]
 
 
 def test_own_scorers_and_super_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +282,9 @@ def test_programs_run_within_limits(tmp_path: Path) -> None:
     assert run_program("while True: pass", seconds=0.5) == (False, "took more than 0.5 s")
     assert "MemoryError" in run_program("x = bytearray(1 << 31)", megabytes=256).why
     mark = tmp_path / "here.txt"
-    program = "import os\nassert os.getcwd() == os.environ['HOME'] and 'PYTHONPATH' not in os.environ\nopen('a','w').close()"
+    program = (
+        "import os\nassert os.getcwd() == os.environ['HOME'] and 'PYTHONPATH' not in os.environ\nopen('a','w').close()"
+    )
     assert run_program(program).passed and not mark.exists()
     if has_no_network():
         assert not run_program("import socket\nsocket.create_connection(('127.0.0.1', 1), 1)").passed
@@ -292,12 +296,16 @@ def test_code_is_run_only_with_leave(tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     test = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
     problems.write_text(json.dumps({"task_id": "T/0", "prompt": CODE, "test": test, "entry_point": "add"}))
-    with pytest.raises(ic.PlanError, match="runs programs that the model writes, on this machine, and is off by default"):
+    with pytest.raises(
+        ic.PlanError, match="runs programs that the model writes, on this machine, and is off by default"
+    ):
         scorer_of("code", problems, False, 5, 512)
     said: list[str] = []
     scorer = scorer_of("code", problems, True, 5, 512, said.append)
     assert "runs code that the model writes" in said[0] and "512 MB" in said[0]
-    scores = [scorer(Answer("t_0", "agentic", text, "", {})) for text in ("    return a + b\n", "    return a\n", "```")]
+    scores = [
+        scorer(Answer("t_0", "agentic", text, "", {})) for text in ("    return a + b\n", "    return a\n", "```")
+    ]
     assert scores == [1.0, 0.0, 0.0]
     with pytest.raises(ic.PlanError, match="is none of the 1 problems"):
         scorer(Answer("t_9", "agentic", "", "", {}))
@@ -324,7 +332,11 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"scorer": "exact_match", "scope": "targets"}, ic.PlanError, "a scorer reads what the model writes"),
     ({"scorer": "nowhere:nothing"}, ic.PlanError, "No module named 'nowhere'"),
     ({"scorer": "code"}, ic.PlanError, "needs --problems"),
-    ({"cells": [(2, e) for e in range(8)], "sizes": [8]}, ic.PlanError, "no mask can be run: layer 2 would have 0 of 8"),
+    (
+        {"cells": [(2, e) for e in range(8)], "sizes": [8]},
+        ic.PlanError,
+        "no mask can be run: layer 2 would have 0 of 8",
+    ),
 ]
 
 

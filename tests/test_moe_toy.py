@@ -55,7 +55,7 @@ def test_domains_use_few_experts_and_all_together_all() -> None:
 
 
 def test_the_context_of_common_words_chooses_the_expert() -> None:
-    """" =" is a token of every domain: which expert it gets is decided by what stands before it."""
+    """ " =" is a token of every domain: which expert it gets is decided by what stands before it."""
     texts = {"geography": "capital France =", "chemistry": "number iron =", "arithmetic": "7 * 8 ="}
     last = {
         name: toy().run(text, read=S.router_weights[1].at(-1))[S.router_weights[1].at(-1)].plain[0].argmax().item()

@@ -150,8 +150,8 @@ class Findings:
         line = {"mode": mode, "order": kind, "against": chance, "context": side, "metric": metric}
         if len(sizes) == 1:
             return line | {"sizes": 0, "area": None, "low": None, "high": None, "excludes_0": None}
-        area = np.trapezoid(np.stack(gaps), sizes, axis=0) / sizes[-1]
-        value, low, high = self.interval(area)
+        area = np.asarray(np.trapezoid(np.stack(gaps), sizes, axis=0)) / sizes[-1]
+        value, low, high = self.interval(np.asarray(area))
         sure = bool(low > 0 or high < 0) if np.isfinite(low) else None
         return line | {
             "sizes": len(sizes) - 1, "area": value, "low": _number(low), "high": _number(high), "excludes_0": sure,

@@ -72,7 +72,9 @@ def chart(findings: Findings, mode: str, side: str, metric: str) -> report.Curve
         marks = [0.0 if n in skipped else math.nan for n in (0, *findings.sizes)]
         lines.append(report.Line("left out by the guard (some order)", marks))
     draws = max(variant.order.draw for variant in findings.variants) + 1
-    caption = f"{len(findings.samples)} samples, 95 % bootstrap intervals over samples; {draws} random orders, their mean."
+    caption = (
+        f"{len(findings.samples)} samples, 95 % bootstrap intervals over samples; {draws} random orders, their mean."
+    )
     return report.Curves(
         lines, [str(n) for n in (0, *findings.sizes)], xlabel="cells (layer · expert) banned", ylabel=YLABELS[metric],
         title=f"{side}, {mode}: {TITLES[metric]}", caption=caption,
@@ -123,7 +125,9 @@ def _area(area: Mapping[str, Any]) -> str:
     """What the area between two curves says, and whether it says anything."""
     where, chance = f"{area['context']}, {area['mode']}: over all N, ", NAMES[area["against"]]
     if area["low"] is None:
-        return f"{where}{area['order']} minus {chance} is {area['area']:+.4f} nats on average (one sample, no interval)."
+        return (
+            f"{where}{area['order']} minus {chance} is {area['area']:+.4f} nats on average (one sample, no interval)."
+        )
     number = f"{area['area']:+.4f} nats on average [{area['low']:+.4f}, {area['high']:+.4f}]"
     if not area["excludes_0"]:
         return f"{where}{area['order']} and {chance} are not told apart ({number})."

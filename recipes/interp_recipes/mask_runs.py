@@ -113,7 +113,9 @@ def _run(model: ic.Model, pair: Pair, side: Side, variant: Variant, at: Sequence
     row = _row(pair, side, variant, float(nll.mean()), float(nll[-1]), hits)
     proofs = [receipt.routing for receipt in run.receipts if receipt.routing is not None]
     if len(proofs) != len(variant.banned):
-        raise ic.EffectError(f"{variant.key}: {len(proofs)} of {len(variant.banned)} layers prove that they were masked")
+        raise ic.EffectError(
+            f"{variant.key}: {len(proofs)} of {len(variant.banned)} layers prove that they were masked"
+        )
     row["slots"] = sum(proof.tokens + proof.unmasked for proof in proofs) * top_k
     row["slots_changed"] = sum(proof.changed for proof in proofs)
     row["unmasked"] = sum(proof.unmasked for proof in proofs)

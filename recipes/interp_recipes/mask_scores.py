@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from interp_plugins.pairs import Pair
 from interp_plugins.pairs.pair import Side
@@ -90,7 +90,7 @@ def scorer_of(
         raise ic.PlanError(f"--scorer {name}: {error}") from error
     if not callable(scorer):
         raise ic.PlanError(f"--scorer {name} is a {type(scorer).__name__}, not a function of an Answer")
-    return scorer  # type: ignore[no-any-return]
+    return cast(Scorer, scorer)
 
 
 def read_problems(path: Path) -> dict[str, Mapping[str, str]]:
@@ -135,9 +135,7 @@ def _tests(problems: Mapping[str, Mapping[str, str]], seconds: float, megabytes:
     return scorer
 
 
-def answered(
-    model: ic.Model, pair: Pair, side: Side, edits: Sequence[ic.Edit], max_new_tokens: int | None
-) -> Answer:
+def answered(model: ic.Model, pair: Pair, side: Side, edits: Sequence[ic.Edit], max_new_tokens: int | None) -> Answer:
     """What the model writes after a context's part before its first target; greedy, under a mask of all positions.
 
     Args:

@@ -53,7 +53,7 @@ def moe_mask_sweep(
     out_dir: Path | None = None,
     sizes: list[int] | str | None = None,
     mode: list[str] | str = "replace",
-    order: list[str] | str = ",".join(ORDERS),
+    order: list[str] | str = "descending,reversed,random,usage_random",
     random_orders: int = 5,
     scope: Scope = "all",
     segment: list[int] | None = None,
@@ -117,7 +117,7 @@ def moe_mask_sweep(
     wanted = sizes_of(_numbers(sizes), listed)
     places = [[positions_of(pair, side, scope, segment) for side in SIDES] for pair in pairs]
     if judge is not None:
-        _check_writing(model, scope)
+        _check_writing(model)
     warned = _super(listed, max(wanted), super_experts)
     _demand_some(variants(orders(listed, shape, kinds, random_orders, seed), modes, wanted, shape))
     settings = {
@@ -127,7 +127,8 @@ def moe_mask_sweep(
         "pairs": runs.digest([_identity(pair) for pair in pairs]), "resamples": resamples,
     }  # fmt: skip
     dataset = Path(pair_tokens_json).stem
-    with runs.open(out_dir, settings, recipe="moe_mask_sweep", model=model, dataset=dataset, free=("resamples",)) as run:
+    named: dict[str, Any] = {"recipe": "moe_mask_sweep", "dataset": dataset, "free": ("resamples",)}
+    with runs.open(out_dir, settings, model=model, **named) as run:
         usage = run.stage(USAGE, lambda: _usage(model, pairs)) if "usage_random" in kinds else None
         made = variants(orders(listed, shape, kinds, random_orders, seed, usage), modes, wanted, shape)
         work = Work(run, model, pairs, places, made, judge, max_new_tokens)
@@ -204,7 +205,8 @@ def _usage(model: ic.Model, pairs: Sequence[Pair]) -> list[list[float]]:
     for _, (pair, side) in told("usage of experts", [(pair, side) for pair in pairs for side in SIDES]):
         layers = routed_targets(model, pair, side)
         total = total + np.stack([layers[layer].chosen.sum(0).double().cpu().numpy() for layer in sorted(layers)])
-    return (total / total.sum(-1, keepdims=True)).tolist()  # type: ignore[no-any-return]
+    shares: list[list[float]] = (total / total.sum(-1, keepdims=True)).tolist()
+    return shares
 
 
 def _pairs(
@@ -279,6 +281,6 @@ def _check(draws: int, scope: str, segment: Sequence[int] | None, scorer: str | 
         raise ic.PlanError(f"resamples is {resamples}: give 100 at least")
 
 
-def _check_writing(model: ic.Model, scope: str) -> None:
+def _check_writing(model: ic.Model) -> None:
     if model.tokenizer is None:
         raise ic.TextError("a scorer reads text: load the model with its tokenizer, or leave --scorer out")
