@@ -16,9 +16,11 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Mapping
 from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING
 
 from . import text as words
@@ -35,12 +37,6 @@ RELATIONS = {
     "grammar": ("antonym", "comparative", "gerund", "past", "plural"),
 }
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">", "«": "»", "“": "”"}
-ELEMENTS = (
-    "hydrogen H helium He lithium Li beryllium Be boron B carbon C nitrogen N oxygen O fluorine F neon Ne sodium Na "
-    "magnesium Mg aluminium Al silicon Si phosphorus P sulfur S chlorine Cl argon Ar potassium K calcium Ca scandium Sc "
-    "titanium Ti vanadium V chromium Cr manganese Mn iron Fe cobalt Co nickel Ni copper Cu zinc Zn gallium Ga "
-    "germanium Ge arsenic As selenium Se bromine Br krypton Kr rubidium Rb strontium Sr yttrium Y zirconium Zr"
-).split()
 DOMAINS = ("geography", "translation", "grammar", "arithmetic", "brackets", "chemistry")
 
 
@@ -54,9 +50,9 @@ def facts(domain: str) -> Mapping[str, str]:
         products = {f"{a} * {b} =": f" {a * b}" for a in range(10) for b in range(10)}
         return products | {f"{a} + {b} =": f" {a + b}" for a in range(13) for b in range(13)}
     if domain == "chemistry":
-        names, symbols = ELEMENTS[::2], ELEMENTS[1::2]
-        numbers = {f"number {name} =": f" {i + 1}" for i, name in enumerate(names)}
-        return numbers | {f"symbol {name} =": f" {sign}" for name, sign in zip(names, symbols, strict=True)}
+        text = resources.files(__package__).joinpath("data/elements.tsv").read_text(encoding="utf-8")
+        rows = list(csv.DictReader(text.splitlines(), delimiter="\t"))
+        return {f"{name} {row['english']} =": f" {row[name]}" for name in ("number", "symbol") for row in rows}
     return {}
 
 

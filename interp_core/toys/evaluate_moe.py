@@ -1,6 +1,6 @@
-"""How the experts of `toy:moe` specialise: `python -m interp_core.toys.evaluate_moe [FOLDER]` prints docs/toys.md's tables.
+"""How the experts of `toy:moe` specialise: `python -m interp_core.toys.evaluate_moe [FOLDER]` prints its tables.
 
-Per domain: its likelihood, how many experts it uses, and what masks do to it: of the tenth of all cells (layer · expert)
+Per domain: its likelihood, how many experts it uses, and what masks do to it: of the tenth of all cells (layer, expert)
 that the domain uses most beyond the others, and of as many cells per layer drawn at random. Documents are drawn with
 seeds of their own, which training never uses.
 """

@@ -51,6 +51,7 @@ class Findings:
 
     @cached_property
     def by_id(self) -> dict[str, Row]:
+        """Rows by their names."""
         return {row["id"]: _full(row) for row in self.rows}
 
     @property

@@ -153,7 +153,7 @@ def page(
     place = where.get(facts["scope"], f"at tokens {facts['segment']}")
     words = f"{facts['model']} · {len(findings.samples)} samples of {facts['pairs']} · masks {place}"
     sections = [report.Section("What comes out", "\n".join(said), "")]
-    for name, made in charts.items():
+    for made in charts.values():
         sections.append(report.Section(made.title, "", made.html()))
     if areas:
         shown = [{name: "" if value is None else value for name, value in area.items()} for area in areas]
@@ -164,9 +164,9 @@ def page(
                "slots_changed_assisted", "tokens_unmasked_agentic", "tokens_unmasked_assisted", "skipped")  # fmt: skip
     every = [{c: "" if line[c] is None else line[c] for c in columns if c in line} for line in lines]
     text = (
-        f"Points: {facts['points']} ({facts['statistic'] or 'no statistic named'}). Every mask was proved: banned experts "
-        "executed nowhere, and the family's selection gives the router's own choice without the mask. Slots changed: "
-        "share of the token-slots in masked layers that went to another expert, or to none."
+        f"Points: {facts['points']} ({facts['statistic'] or 'no statistic named'}). Every mask that was run is proved: "
+        "banned experts executed nowhere, and the family's selection gives the router's own choice without the mask. "
+        "Slots changed: share of the token-slots in masked layers that went to another expert, or to none."
     )
     sections.append(report.Section("All masks", text, report.table(every)))
     return report.page("Masks of experts", words, sections)

@@ -8,7 +8,7 @@
 The narrow scopes go through `model.sweep`, which does again only what a mask can change. It gives likelihoods; how many
 slots went to others is counted in forward passes, so the first context of such a run is done both ways, its likelihoods
 held against each other, and the slots of other contexts stand empty.
-A run in which a banned expert was executed, or in which the family's selection does not reproduce the router, is refused.
+A run in which a banned expert was executed, or whose selection does not reproduce the family's router, is refused.
 
 Cost: scope all, masks × samples × 2 forward passes; else what docs/sweeps.md says. Logits of the predicting positions
 alone are worked out. Must equal: the golden model's 37 masks (tests/data/moe/mask_sweep.json) within 2e-5 nats.
@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 from interp_plugins.pairs import Pair
 from interp_plugins.pairs.pair import Side
 from torch import Tensor
@@ -94,8 +93,8 @@ def measured(
             proof = _run(model, pair, side, variant, at)
             if abs(proof["nll_all"] - row["nll_all"]) > TOLERANCE * max(1.0, abs(proof["nll_all"])):
                 raise ic.EffectError(
-                    f"sample {pair.name!r}, {side}, {variant.key}: the sweep gives {row['nll_all']:.6f} nats, a forward "
-                    f"pass {proof['nll_all']:.6f}; please report this model, and use scope='all' until then"
+                    f"sample {pair.name!r}, {side}, {variant.key}: the sweep gives {row['nll_all']:.6f} nats, a "
+                    f"forward pass {proof['nll_all']:.6f}; please report this model, and use scope='all' until then"
                 )
             row |= {name: proof[name] for name in ("slots", "slots_changed", "unmasked")}
         yield row

@@ -21,8 +21,7 @@ Source: Geuan666/XAI4Agent (2026), whose masks have no effect on transformers 5.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,41 +37,25 @@ from interp_core import runs
 
 from .attribution_eval import told
 from .mask_findings import Findings
-from .mask_orders import ORDERS, Variant, modes_of, orders, sizes_of, variants
+from .mask_orders import Variant, orders, variants
 from .mask_report import write
-from .mask_runs import SCOPES, Row, Scope, edits_of, measured, positions_of, row_key
-from .mask_scores import Scorer, answered, scorer_of
+from .mask_runs import Row, Scope, edits_of, measured, positions_of, row_key
+from .mask_scores import Scorer, answered
+from .mask_settings import Settings
 
 SAMPLES, USAGE = "tables/mask_sweep_samples.jsonl", "tables/mask_sweep_usage.json"
 
 
 def moe_mask_sweep(
-    model_path: str,
-    points: Path,
-    pair_tokens_json: Path,
-    out_dir: Path | None = None,
-    sizes: list[int] | str | None = None,
-    mode: list[str] | str = "replace",
-    order: list[str] | str = "descending,reversed,random,usage_random",
-    random_orders: int = 5,
-    scope: Scope = "all",
-    segment: list[int] | None = None,
-    layout: Layout | None = None,
-    layer_index: LayerIndex | None = None,
-    super_experts: Path | None = None,
-    scorer: str | None = None,
-    problems: Path | None = None,
-    execute_code: bool = False,
-    code_seconds: float = 10.0,
-    code_megabytes: int = 1024,
-    max_new_tokens: int | None = None,
-    max_samples: int | None = None,
-    seed: int = 0,
-    resamples: int = 2000,
-    device: str | None = None,
-    dtype: str | None = None,
-    strict: bool = False,
-) -> Path:
+    model_path: str, points: Path, pair_tokens_json: Path, out_dir: Path | None = None,
+    sizes: list[int] | str | None = None, mode: list[str] | str = "replace",
+    order: list[str] | str = "descending,reversed,random,usage_random", random_orders: int = 5, scope: Scope = "all",
+    segment: list[int] | None = None, layout: Layout | None = None, layer_index: LayerIndex | None = None,
+    super_experts: Path | None = None, scorer: str | None = None, problems: Path | None = None,
+    execute_code: bool = False, code_seconds: float = 10.0, code_megabytes: int = 1024,
+    max_new_tokens: int | None = None, max_samples: int | None = None, seed: int = 0, resamples: int = 2000,
+    device: str | None = None, dtype: str | None = None, strict: bool = False,
+) -> Path:  # fmt: skip
     """Ban more and more experts and measure both contexts; returns the page's path.
 
     Args:
@@ -107,37 +90,69 @@ def moe_mask_sweep(
             could be run. All before the model runs.
         LoadError: points or pairs that cannot be read, naming the field.
     """
-    modes, kinds = modes_of(_words(mode)), _kinds(_words(order))
-    _check(random_orders, scope, segment, scorer, resamples)
-    judge = None if scorer is None else scorer_of(scorer, problems, execute_code, code_seconds, code_megabytes)
-    pairs, dropped = _pairs(pair_tokens_json, layout, max_samples, strict)
-    model = ic.load(model_path, device=device, dtype=dtype)
-    shape = Shape.of(model)
-    listed = read_points(points, shape, layer_index=layer_index)
-    wanted = sizes_of(_numbers(sizes), listed)
+    settings = Settings(**dict(locals()))
+    settings.check()
+    judge = settings.judge()
+    pairs, dropped = _pairs(settings)
     places = [[positions_of(pair, side, scope, segment) for side in SIDES] for pair in pairs]
-    if judge is not None:
-        _check_writing(model)
-    warned = _super(listed, max(wanted), super_experts)
-    _demand_some(variants(orders(listed, shape, kinds, random_orders, seed), modes, wanted, shape))
-    settings = {
-        "points": [[p.layer, p.expert] for p in listed.points], "sizes": wanted, "modes": modes, "orders": kinds,
-        "random_orders": random_orders, "scope": scope, "segment": segment, "scorer": scorer, "seed": seed,
-        "max_new_tokens": max_new_tokens, "problems": problems and runs.digest(problems.read_text(encoding="utf-8")),
-        "pairs": runs.digest([_identity(pair) for pair in pairs]), "resamples": resamples,
+    model = ic.load(model_path, device=device, dtype=dtype)
+    listed, shape, masks = _masks(settings, model)
+    supers = settings.supers(listed)
+    with _opened(settings, model, pairs, listed) as run:
+        usage = run.stage(USAGE, lambda: _usage(model, pairs)) if "usage_random" in settings.kinds else None
+        made = masks(usage)
+        rows = Work(run, model, pairs, places, made, judge, max_new_tokens).rows()
+        findings = Findings(
+            made,
+            [p.name for p in pairs],
+            rows,
+            settings.numbers(listed),
+            settings.kinds,
+            settings.modes,
+            seed,
+            resamples,
+        )
+        facts = settings.facts | {"statistic": listed.statistic, "dropped": dropped, "super_experts": supers}
+        return write(run, findings, facts)
+
+
+Masks = Callable[[list[list[float]] | None], list[Variant]]
+"""All masks, by the usage of experts."""
+
+
+def _masks(settings: Settings, model: ic.Model) -> tuple[Points, Shape, Masks]:
+    """The points, and what makes masks of them.
+
+    Raises:
+        CapabilityError, PlanError, LoadError: as the recipe; a scorer of text without a tokenizer, or masks of which the
+            guard leaves out every one (how many experts a random order bans in a layer does not depend on its draw).
+    """
+    shape = Shape.of(model)
+    listed = read_points(settings.points, shape, layer_index=settings.layer_index)
+    sizes = settings.numbers(listed)
+    if settings.scorer is not None and model.tokenizer is None:
+        raise ic.TextError("a scorer reads text: load the model with its tokenizer, or leave --scorer out")
+
+    def masks(usage: list[list[float]] | None) -> list[Variant]:
+        drawn = orders(listed, shape, settings.kinds, settings.random_orders, settings.seed, usage)
+        return variants(drawn, settings.modes, sizes, shape)
+
+    made = masks(None)
+    if all(variant.skipped for variant in made):
+        raise ic.PlanError(f"no mask can be run: {made[0].skipped}; give smaller sizes, or mode keep or drop")
+    return listed, shape, masks
+
+
+def _opened(settings: Settings, model: ic.Model, pairs: Sequence[Pair], listed: Points) -> runs.RunFolder:
+    """The run's folder; intervals may be worked out with other resamples the next time."""
+    resolved = settings.identity | {
+        "points": [[p.layer, p.expert] for p in listed.points], "sizes": settings.numbers(listed),
+        "pairs": runs.digest([_identity(pair) for pair in pairs]),
     }  # fmt: skip
-    dataset = Path(pair_tokens_json).stem
-    named: dict[str, Any] = {"recipe": "moe_mask_sweep", "dataset": dataset, "free": ("resamples",)}
-    with runs.open(out_dir, settings, model=model, **named) as run:
-        usage = run.stage(USAGE, lambda: _usage(model, pairs)) if "usage_random" in kinds else None
-        made = variants(orders(listed, shape, kinds, random_orders, seed, usage), modes, wanted, shape)
-        work = Work(run, model, pairs, places, made, judge, max_new_tokens)
-        findings = Findings(made, [pair.name for pair in pairs], work.rows(), wanted, kinds, modes, seed, resamples)
-        told_of = {
-            "model": model.source, "points": str(points), "statistic": listed.statistic, "pairs": str(pair_tokens_json),
-            "scope": scope, "segment": segment, "scorer": scorer, "dropped": dropped, "super_experts": warned,
-        }  # fmt: skip
-        return write(run, findings, told_of)
+    dataset = settings.pair_tokens_json.stem
+    return runs.open(
+        settings.out_dir, resolved, recipe="moe_mask_sweep", model=model, dataset=dataset, free=("resamples",)
+    )
 
 
 @dataclass(frozen=True)
@@ -188,17 +203,6 @@ class Work:
         return {"score": score, "text": answer.text}
 
 
-def _demand_some(made: Sequence[Variant]) -> None:
-    """Refuse a sweep of which the guard leaves out everything. How many experts a random order bans in a layer does not
-    depend on its draw.
-
-    Raises:
-        PlanError: naming the first layer.
-    """
-    if all(variant.skipped for variant in made):
-        raise ic.PlanError(f"no mask can be run: {made[0].skipped}; give smaller sizes, or mode keep or drop")
-
-
 def _usage(model: ic.Model, pairs: Sequence[Pair]) -> list[list[float]]:
     """Share of the selections of all targets, both contexts, `[layer expert]`."""
     total: Any = 0
@@ -209,9 +213,7 @@ def _usage(model: ic.Model, pairs: Sequence[Pair]) -> list[list[float]]:
     return shares
 
 
-def _pairs(
-    path: Path, layout: Layout | None, max_samples: int | None, strict: bool
-) -> tuple[list[Pair], list[dict[str, str]]]:
+def _pairs(settings: Settings) -> tuple[list[Pair], list[dict[str, str]]]:
     """The samples, and those that cannot be used."""
     dropped: list[dict[str, str]] = []
 
@@ -219,7 +221,8 @@ def _pairs(
         print(f"  left out {name}: {error}")
         dropped.append({"sample": name, "reason": str(error)})
 
-    pairs = read_pairs(path, layout=layout, max_samples=max_samples, bad=None if strict else bad)
+    path, most = settings.pair_tokens_json, settings.max_samples
+    pairs = read_pairs(path, layout=settings.layout, max_samples=most, bad=None if settings.strict else bad)
     if not pairs:
         raise ic.LoadError(f"{path}: no sample can be used; the first: {dropped[0]['reason'] if dropped else 'none'}")
     return pairs, dropped
@@ -229,58 +232,3 @@ def _identity(pair: Pair) -> list[Any]:
     """All that a number of a pair depends on."""
     contexts = [[pair.tokens(side).ids.tolist(), pair.tokens(side).mask.tolist()] for side in SIDES]
     return [pair.name, contexts, list(pair.agentic_positions), list(pair.assisted_positions)]
-
-
-def _super(listed: Points, most: int, path: Path | None) -> list[list[int]]:
-    """Super experts among the first points, said on standard output too."""
-    if path is None:
-        return []
-    try:
-        cells = {(int(layer), int(expert)) for layer, expert in json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:
-        raise ic.LoadError(f"{path}: super experts are a JSON list of [layer, expert]: {error}") from error
-    hit = [[p.layer, p.expert] for p in listed.points[:most] if (p.layer, p.expert) in cells]
-    if hit:
-        print(f"  among the first {most} points are super experts {hit}: a mask of one alone may ruin the model")
-    return hit
-
-
-def _words(value: Sequence[str] | str) -> list[str]:
-    return [word.strip() for part in ([value] if isinstance(value, str) else value) for word in part.split(",") if word]
-
-
-def _numbers(value: Sequence[int] | str | None) -> list[int] | None:
-    """Sizes, given one by one or joined by commas."""
-    if value is None or not isinstance(value, str):
-        return None if value is None else list(value)
-    words = _words(value)
-    if not all(word.isdigit() for word in words):
-        raise ic.PlanError(f"sizes are whole numbers from 1, as 15,20,25, not {value!r}; N = 0 is always run")
-    return [int(word) for word in words]
-
-
-def _kinds(words: Sequence[str]) -> list[str]:
-    for word in words:
-        if word not in ORDERS:
-            raise ic.PlanError(f"there is no order {word!r}. {ic.errors.nearest(word, ORDERS)}")
-    if not words:
-        raise ic.PlanError(f"give an order: {', '.join(ORDERS)}")
-    return [kind for kind in ORDERS if kind in words]
-
-
-def _check(draws: int, scope: str, segment: Sequence[int] | None, scorer: str | None, resamples: int) -> None:
-    if draws < 5:
-        raise ic.PlanError(f"random_orders is {draws}: give 5 at least, or leave random orders out with --order")
-    if scope not in SCOPES:
-        raise ic.PlanError(f"there is no scope {scope!r}. {ic.errors.nearest(scope, SCOPES)}")
-    if (scope == "segment") != (segment is not None) or (segment is not None and len(segment) != 2):
-        raise ic.PlanError(f"segment is {segment} and scope {scope!r}: scope segment takes --segment START STOP")
-    if scorer is not None and scope != "all":
-        raise ic.PlanError(f"a scorer reads what the model writes, which scope {scope!r} does not mask; give scope all")
-    if resamples < 100:
-        raise ic.PlanError(f"resamples is {resamples}: give 100 at least")
-
-
-def _check_writing(model: ic.Model) -> None:
-    if model.tokenizer is None:
-        raise ic.TextError("a scorer reads text: load the model with its tokenizer, or leave --scorer out")
