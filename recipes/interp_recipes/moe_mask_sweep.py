@@ -90,28 +90,24 @@ def moe_mask_sweep(
             could be run. All before the model runs.
         LoadError: points or pairs that cannot be read, naming the field.
     """
-    settings = Settings(**dict(locals()))
+    return _sweep(Settings(**dict(locals())))
+
+
+def _sweep(settings: Settings) -> Path:
+    """See `moe_mask_sweep`."""
     settings.check()
     judge = settings.judge()
     pairs, dropped = _pairs(settings)
-    places = [[positions_of(pair, side, scope, segment) for side in SIDES] for pair in pairs]
-    model = ic.load(model_path, device=device, dtype=dtype)
-    listed, shape, masks = _masks(settings, model)
-    supers = settings.supers(listed)
+    places = [[positions_of(pair, side, settings.scope, settings.segment) for side in SIDES] for pair in pairs]
+    model = ic.load(settings.model_path, device=settings.device, dtype=settings.dtype)
+    listed, masks = _masks(settings, model)
+    supers, sizes = settings.supers(listed), settings.numbers(listed)
     with _opened(settings, model, pairs, listed) as run:
         usage = run.stage(USAGE, lambda: _usage(model, pairs)) if "usage_random" in settings.kinds else None
-        made = masks(usage)
-        rows = Work(run, model, pairs, places, made, judge, max_new_tokens).rows()
-        findings = Findings(
-            made,
-            [p.name for p in pairs],
-            rows,
-            settings.numbers(listed),
-            settings.kinds,
-            settings.modes,
-            seed,
-            resamples,
-        )
+        made, names = masks(usage), [pair.name for pair in pairs]
+        rows = Work(run, model, pairs, places, made, judge, settings.max_new_tokens).rows()
+        statistics = (settings.kinds, settings.modes, settings.seed, settings.resamples)
+        findings = Findings(made, names, rows, sizes, *statistics)
         facts = settings.facts | {"statistic": listed.statistic, "dropped": dropped, "super_experts": supers}
         return write(run, findings, facts)
 
@@ -120,11 +116,11 @@ Masks = Callable[[list[list[float]] | None], list[Variant]]
 """All masks, by the usage of experts."""
 
 
-def _masks(settings: Settings, model: ic.Model) -> tuple[Points, Shape, Masks]:
+def _masks(settings: Settings, model: ic.Model) -> tuple[Points, Masks]:
     """The points, and what makes masks of them.
 
     Raises:
-        CapabilityError, PlanError, LoadError: as the recipe; a scorer of text without a tokenizer, or masks of which the
+        CapabilityError, PlanError, LoadError: as the recipe; a scorer of text without a tokenizer; masks of which the
             guard leaves out every one (how many experts a random order bans in a layer does not depend on its draw).
     """
     shape = Shape.of(model)
@@ -140,7 +136,7 @@ def _masks(settings: Settings, model: ic.Model) -> tuple[Points, Shape, Masks]:
     made = masks(None)
     if all(variant.skipped for variant in made):
         raise ic.PlanError(f"no mask can be run: {made[0].skipped}; give smaller sizes, or mode keep or drop")
-    return listed, shape, masks
+    return listed, masks
 
 
 def _opened(settings: Settings, model: ic.Model, pairs: Sequence[Pair], listed: Points) -> runs.RunFolder:
