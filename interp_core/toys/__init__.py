@@ -1,5 +1,5 @@
 """Tiny trained models that ship with the package, their tasks, and the scripts that train them."""
 
-from . import text
+from . import domains, text
 
-__all__ = ["text"]
+__all__ = ["domains", "text"]

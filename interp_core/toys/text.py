@@ -166,14 +166,19 @@ def induction_example(
     return Example(out.text, tuple(spans[period:]), {"source": spans[length - 1 - period]})
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer of the toy: every word of the tasks is one token, other text falls back to bytes."""
+def build_tokenizer(pieces: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer of a toy: `pieces` are one token each, other text falls back to bytes.
+
+    Args:
+        pieces: with their leading spaces; None: every word of the tasks of `toy:text`.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False)
-    pieces = ["Q:", "A:", "VAR", "?", ".", ".\n", "\n", "\n\n"]
-    pieces += [f" {word}" for word in (*NUMBERS, *NAMES, *words())]
+    if pieces is None:
+        pieces = ["Q:", "A:", "VAR", "?", ".", ".\n", "\n", "\n\n"]
+        pieces += [f" {word}" for word in (*NUMBERS, *NAMES, *words())]
     encoded = ["".join(text for text, _ in byte_level.pre_tokenize_str(piece)) for piece in pieces]
     vocab: dict[str, int] = {}
     for token in [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), *encoded]:

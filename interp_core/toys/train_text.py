@@ -63,15 +63,21 @@ PASS = {"induction": 0.97, "hop0": 0.98, "hop1": 0.98, "hop2": 0.98, "relation":
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `[batch pos]` (padded right) and which of them are answers."""
-    encoded = tokenizer(
-        [e.text + END for e in examples], return_offsets_mapping=True, padding=True, return_tensors="pt"
-    )
+    """Ids `[batch pos]` (padded right), an end after each text, and which of them are answers."""
+    ids, _, answers = marked(tokenizer, [Example(e.text + END, e.answers) for e in examples])
+    return ids, answers
+
+
+def marked(
+    tokenizer: PreTrainedTokenizerFast, examples: list[Example]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and mask `[batch pos]` (padded right), and which tokens are answers."""
+    encoded = tokenizer([e.text for e in examples], return_offsets_mapping=True, padding=True, return_tensors="pt")
     answers = torch.zeros_like(encoded.input_ids, dtype=torch.bool)
     for row, (example, offsets) in enumerate(zip(examples, encoded.offset_mapping.tolist(), strict=True)):
         wanted = set(example.answers)
         answers[row, [i for i, o in enumerate(offsets) if tuple(o) in wanted]] = True
-    return encoded.input_ids, answers
+    return encoded.input_ids, encoded.attention_mask, answers
 
 
 def step_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
