@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SITES", "Site", "SiteInfo", "attn_in", "attn_out", "deepstack", "embed", "expert_out", "final_norm", "head_out",
     "indices", "k", "logits", "mlp_act", "mlp_in", "mlp_out", "named", "pattern", "q", "resid_mid", "resid_post",
-    "resid_pre", "rot_k", "rot_q", "router_logits", "router_weights", "scores", "v", "vision_embed", "z",
+    "resid_pre", "rot_k", "rot_q", "router_indices", "router_logits", "router_probs", "router_weights", "scores",
+    "shared_expert_gate", "v", "vision_embed", "z",
 ]  # fmt: skip
 
 Index = int | Slice | tuple[int, ...] | None
@@ -93,7 +94,10 @@ SITES: dict[str, SiteInfo] = {
     "mlp_in": SiteInfo(_RESID, "what the MLP reads, after its norm"),
     "mlp_act": SiteInfo(("batch", "pos", "d_mlp"), "input of the MLP's output projection", "d_mlp"),
     "router_logits": SiteInfo(_EXPERTS, "router logits; an edit re-routes", "expert"),
+    "router_probs": SiteInfo(_EXPERTS, "the router's scores as probabilities; read only", "expert"),
     "router_weights": SiteInfo(_EXPERTS, "executed expert weights, zero where not chosen", "expert"),
+    "router_indices": SiteInfo(("batch", "pos", "k"), "executed experts, as the router orders them; read only"),
+    "shared_expert_gate": SiteInfo(("batch", "pos", "gate"), "factor on the shared expert's output; read only"),
     "expert_out": SiteInfo(("batch", "pos", "expert", "d_model"), "weighted output of an expert", "expert"),
     "mlp_out": SiteInfo(_RESID, "what the MLP adds to the residual stream"),
     "resid_post": SiteInfo(_RESID, "residual stream that leaves the block"),
@@ -355,7 +359,10 @@ resid_mid = Site("resid_mid")
 mlp_in = Site("mlp_in")
 mlp_act = Site("mlp_act")
 router_logits = Site("router_logits")
+router_probs = Site("router_probs")
 router_weights = Site("router_weights")
+router_indices = Site("router_indices")
+shared_expert_gate = Site("shared_expert_gate")
 expert_out = Site("expert_out")
 mlp_out = Site("mlp_out")
 resid_post = Site("resid_post")

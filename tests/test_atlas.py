@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from layouts import DEEPSTACK, DENSE, LACKS, VISUAL
+from layouts import DEEPSTACK, DENSE, LACKS, SHARED, VISUAL
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core.architectures import atlas as atlas_module
 from interp_core.architectures import gpt2, qwen3_moe
-from interp_core.architectures.atlas import known_paths
+from interp_core.architectures.atlas import ROUTED, known_paths
 from interp_core.architectures.family import Family, fused_per_head
 from interp_core.selfcheck import check_atlas
 
@@ -29,7 +29,8 @@ def test_every_family_passes_its_self_check(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_family_lacks_is_said(family: str) -> None:
     model = tiny_model(family)
-    router = set() if family in DENSE else {"router_logits", "router_weights", "expert_out"}
+    router = set() if family in DENSE else set(ROUTED)
+    router |= set() if SHARED.get(family, ("", None))[1] else {"shared_expert_gate"}
     visual = ({"vision_embed"} if family not in VISUAL else set()) | (
         {"deepstack"} if family not in DEEPSTACK else set()
     )

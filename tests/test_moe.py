@@ -64,6 +64,32 @@ def test_experts_add_up_to_the_mlp_in_every_family(family: str, ids: torch.Tenso
     torch.testing.assert_close(total, run[S.mlp_out[layer]].as_subclass(torch.Tensor), atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_can_only_be_read(family: str, ids: torch.Tensor) -> None:
+    """Probabilities of the family's own scores, the executed set in the router's order, the shared expert's gate."""
+    model = tiny_model(family)
+    layer = model.atlas.layers("router_logits")[-1]
+    read = [S.router_logits[layer], S.router_probs[layer], S.router_weights[layer], S.router_indices[layer]]
+    run = model.run(ids, read=read)
+    logits, probs, weights, chosen = (run[site].as_subclass(torch.Tensor) for site in read)
+    scores = logits.sigmoid() if family in (*GROUPED, "llama4") else logits.exp()
+    torch.testing.assert_close(probs, scores / scores.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
+    assert torch.equal(weights != 0, torch.zeros_like(weights).scatter(-1, chosen, 1) != 0)
+    assert chosen.dtype == torch.long and chosen.shape[-1] == model.hf.config.get_text_config().num_experts_per_tok
+    gate = SHARED.get(family, ("", None))[1]
+    if gate is None:
+        assert "no gate on a shared expert" in model.can("shared_expert_gate", "read")
+    else:
+        run = model.run(ids, read=[S.shared_expert_gate[layer], S.mlp_in[layer]])
+        module = model.hf.get_submodule(f"{LAYOUT[family]['blocks']}.{layer}.{gate}")
+        with torch.no_grad():
+            wanted = torch.sigmoid(module(run[S.mlp_in[layer]].as_subclass(torch.Tensor)))
+        torch.testing.assert_close(run[S.shared_expert_gate[layer]].as_subclass(torch.Tensor), wanted)
+    for site in (S.router_probs, S.router_indices):
+        with pytest.raises(ic.CapabilityError, match="is only read; edit router_logits or router_weights"):
+            model.run(ids, edits=site[layer].scale(2.0))
+
+
 @contextmanager
 def poisoned(hf: torch.nn.Module, family: str, experts: Sequence[int], fill: float) -> Iterator[None]:
     """All weights of these experts replaced, in every layer."""

@@ -20,6 +20,9 @@ from .family import Family, Heads, Place, split_heads
 from .reach import Reach
 from .taps import Lens, Tap
 
+ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
+"""Sites that only mixtures of experts have."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -351,13 +354,19 @@ class _Builder:
             return
         gate, experts = f"{block}.{router.module}", f"{block}.{router.experts}"
         self.atlas.components.add_router(layer, self.modules[gate], self.modules[experts])
-        n = int(self.modules[gate].num_experts)  # type: ignore[arg-type]
+        n, k = router.sizes(self.modules[gate])
         beside = {"grad": "it is computed beside the forward pass"}
         for name, tap in (
             ("router_logits", taps.router_logits(gate, router)),
             ("router_weights", taps.router_weights(gate, router, n)),
         ):
             self._add(Entry(name, layer, tap, tap, {"expert": n}, dict(beside)))
+        only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
+        self._add(Entry("router_probs", layer, taps.router_probs(gate, router), None, {"expert": n}, dict(only_read)))
+        self._add(Entry("router_indices", layer, taps.router_indices(gate, router, k), None, {"k": k}, dict(only_read)))
+        if router.shared_gate and (path := f"{block}.{router.shared_gate}") in self.modules:
+            why = {"write": "it is only read", **beside}
+            self._add(Entry("shared_expert_gate", layer, taps.shared_expert_gate(path), None, {"gate": 1}, why))
         tap = taps.expert_out(experts, router, n)
         self._add(Entry("expert_out", layer, tap, tap, {"expert": n, **self.d_model}, beside))
 
@@ -390,8 +399,10 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = reason
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
-        elif name in ("router_logits", "router_weights", "expert_out"):
+        elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
             why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+        elif name == "shared_expert_gate":
+            why = f"this {family.name} has no gate on a shared expert"
         elif SITES[name].visual:
             why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
         elif name == "mlp_act" and "expert_out" in present:

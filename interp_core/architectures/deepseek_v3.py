@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .family import Family, Heads
-from .routing import Router, sigmoid_in_groups
+from .routing import Router, SigmoidInGroups
 
 
 def latent_heads(attention: Any, heads: Heads) -> Heads:
@@ -24,6 +24,6 @@ FAMILY = Family(
     paths={"blocks.attn.q": "q_b_proj|q_proj"},
     heads=latent_heads,
     inside=("v",),
-    router=Router("mlp.gate", "mlp.experts", sigmoid_in_groups),
+    router=Router("mlp.gate", "mlp.experts", SigmoidInGroups()),
     refuse={"k": "keys are put together inside latent attention, from two projections; rot_k has them"},
 )

@@ -1,6 +1,6 @@
 """GLM-4-MoE: sigmoid scores, chosen with a correction bias and by groups; the first layers are dense."""
 
 from .family import Family
-from .routing import Router, sigmoid_in_groups
+from .routing import Router, SigmoidInGroups
 
-FAMILY = Family("glm4_moe", router=Router("mlp.gate", "mlp.experts", sigmoid_in_groups))
+FAMILY = Family("glm4_moe", router=Router("mlp.gate", "mlp.experts", SigmoidInGroups()))

@@ -3,6 +3,6 @@ logits (with a bias), then softmax over these.
 """
 
 from .family import Family
-from .routing import Router, top_k_softmax
+from .routing import Router, TopKOfLogits
 
-FAMILY = Family("gpt_oss", router=Router("mlp.router", "mlp.experts", top_k_softmax))
+FAMILY = Family("gpt_oss", router=Router("mlp.router", "mlp.experts", TopKOfLogits()))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .family import Family, Place, llama_like
-from .routing import Router, top_k_softmax
+from .routing import Router, TopKOfLogits
 
 
 def added(block: Any) -> Mapping[str, float]:
@@ -18,7 +18,7 @@ def added(block: Any) -> Mapping[str, float]:
     return dict.fromkeys(("attn_out", "mlp_out"), block.residual_multiplier)
 
 
-_ROUTER = Router("block_sparse_moe.router", "block_sparse_moe.experts", top_k_softmax)
+_ROUTER = Router("block_sparse_moe.router", "block_sparse_moe.experts", TopKOfLogits())
 _STREAM = {key: path for key, path in llama_like("model").items() if "mlp" not in key}
 _BETWEEN = {"resid_mid": Place("post_attention_layernorm", "in")}
 

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from .family import Family
-from .routing import Router, dense, selected
+from .routing import Router, Selection, dense, selected, shares
 
 
-def select(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Top-k, then sigmoid."""
-    best, chosen = logits.topk(router.top_k, dim=-1)
-    return torch.sigmoid(best.float()), chosen
+class TopKOfLogitsThenSigmoid(Selection):
+    """Top-k of the logits, then a sigmoid."""
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """See `Selection.weigh`."""
+        return torch.sigmoid(logits.gather(-1, chosen).float())
+
+    def probs(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.probs`; shares of the sigmoids."""
+        return shares(logits.sigmoid())
 
 
 class InputRouter(Router):
@@ -32,9 +38,14 @@ class InputRouter(Router):
         """See `Router.weights`."""
         return output[0]
 
-    def rerouted(self, module: Any, output: Any, logits: Tensor) -> Any:
+    def chosen(self, output: Any, k: int) -> Tensor:
+        """See `Router.chosen`; the heaviest first, which is the order of the logits."""
+        best = output[0].topk(k, dim=-1)
+        return torch.where(best.values == 0, best.indices[:, :1], best.indices)
+
+    def rerouted(self, router: Any, output: Any, logits: Tensor) -> Any:
         """See `Router.rerouted`."""
-        weights, chosen = selected(self.select, module, logits, output[0].dtype)
+        weights, chosen = selected(self.selection, router, logits, output[0].dtype)
         return dense(weights, chosen, logits.shape[-1]), logits
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
@@ -51,4 +62,6 @@ class InputRouter(Router):
         return torch.cat([output[: len(total)] + total, output[len(total) :]])
 
 
-FAMILY = Family("llama4", router=InputRouter("feed_forward.router", "feed_forward.experts", select, flat=True))
+FAMILY = Family(
+    "llama4", router=InputRouter("feed_forward.router", "feed_forward.experts", TopKOfLogitsThenSigmoid(), flat=True)
+)

@@ -3,9 +3,9 @@ so; some layers may be dense. Qwen2-MoE and OLMoE differ in what lies beside the
 """
 
 from .family import Family
-from .routing import Router, softmax_top_k
+from .routing import Router, TopKOfSoftmax
 
-ROUTER = Router("mlp.gate", "mlp.experts", softmax_top_k)
+ROUTER = Router("mlp.gate", "mlp.experts", TopKOfSoftmax(), shared_gate="mlp.shared_expert_gate")
 FAMILY = Family("qwen3_moe", router=ROUTER)
 QWEN2_MOE = Family("qwen2_moe", router=ROUTER)
 OLMOE = Family("olmoe", router=ROUTER)

@@ -2,13 +2,12 @@
 
 In transformers a router module returns `(logits, weights, indices)` over batch and pos flattened, and the block hands
 weights and indices to the experts' module as they are. So what a router returns is what is executed; replacing its
-logits alone does nothing. An edit of the logits therefore selects again, by the family's own rule (`Select`), and a
+logits alone does nothing. An edit of the logits therefore selects again, by the family's own rule (`Selection`), and a
 banned expert (logit minus infinity) is out of every stage of the choice: correction biases and groups included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,105 @@ from torch import Tensor
 
 from ..errors import PlanError
 
-Select = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""`(router module, logits [n expert])` to `(weights [n k], indices [n k])`, as the family selects."""
+BANNED = float("-inf")
+
+
+class Selection:
+    """How a family's routers select experts, stage by stage: `weigh(choose(...))` is what the router itself does.
+
+    All tensors have the batch and pos axes flattened to n. `router` is what `Router.rule` gives: the router's module,
+    or something with the attributes that the rule reads, for families that hand the router a bias as an argument. A
+    logit of minus infinity is a ban, by whoever edits; the family's own logits have none.
+
+    A family overrides what it does differently. The base is that of GPT-OSS and Granite: top-k of the logits, then a
+    softmax over these.
+    """
+
+    def scores(self, router: Any, logits: Tensor) -> Tensor:
+        """Selection scores `[n expert]`: what single experts are ranked by, correction biases included, before groups.
+        Minus infinity where banned."""
+        return logits
+
+    def choose(self, router: Any, logits: Tensor) -> Tensor:
+        """Chosen experts `[n k]`, in the router's own order. Bans act at the selection score, before groups and top-k.
+        Slots that no expert is left for hold banned ones (whoever calls clears them)."""
+        return self.scores(router, logits).topk(router.top_k, dim=-1).indices
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """Executed weights `[n k]` of any set `chosen` `[n k]`, after the family's normalisation and scaling: the
+        router's own for its own set. A set may come from elsewhere (forced experts), in any order and whatever the
+        logits would choose. Zero for banned experts; the dtype is the caller's to restore."""
+        return torch.softmax(logits.gather(-1, chosen), -1)
+
+    def probs(self, router: Any, logits: Tensor) -> Tensor:
+        """The family's scores of all experts as probabilities `[n expert]`, float32 or wider, summing to 1: a softmax,
+        or shares of the scores where a softmax means nothing to the family. Zero for banned experts."""
+        return torch.softmax(logits, -1, dtype=wide(logits))
+
+
+class TopKOfLogits(Selection):
+    """Top-k of the logits, then softmax over these (GPT-OSS, Granite)."""
+
+
+class TopKOfSoftmax(Selection):
+    """Softmax over all experts, then top-k, renormalised unless the router's flag says no (Mixtral, Qwen, OLMoE)."""
+
+    def scores(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.scores`."""
+        return torch.softmax(logits, -1, dtype=torch.float).masked_fill(logits == BANNED, BANNED)
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """See `Selection.weigh`."""
+        weights = torch.softmax(logits, -1, dtype=torch.float).gather(-1, chosen)
+        return weights / weights.sum(-1, keepdim=True) if getattr(router, "norm_topk_prob", True) else weights
+
+
+class SigmoidInGroups(Selection):
+    """Sigmoid scores; the choice adds a correction bias and takes the best groups first (DeepSeek-V3, GLM-4-MoE).
+
+    A group counts by its two best experts: banned ones are not among them, and a group without others is out.
+    """
+
+    def scores(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.scores`."""
+        return (logits.sigmoid() + router.e_score_correction_bias).masked_fill(logits == BANNED, BANNED)
+
+    def choose(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.choose`."""
+        return in_groups(self.scores(router, logits), router.num_group, router.topk_group, router.top_k)
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """See `Selection.weigh`."""
+        weights = logits.sigmoid().gather(-1, chosen)
+        if router.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * router.routed_scaling_factor
+
+    def probs(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.probs`; shares of the sigmoid scores, without the bias."""
+        return shares(logits.sigmoid())
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to compute probabilities in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def shares(scores: Tensor) -> Tensor:
+    """Scores `[n expert]` that are no probabilities, divided by their sum."""
+    scores = scores.to(wide(scores))
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def in_groups(scores: Tensor, n_groups: int, n_kept: int, k: int, best: int = 2) -> Tensor:
+    """Top-k `[n k]` of scores `[n expert]` within the `n_kept` groups whose `best` highest ones sum to most."""
+    groups = scores.view(len(scores), n_groups, -1)
+    highest = groups.topk(best, dim=-1).values
+    rank = torch.where(highest.isinf(), 0, highest).sum(-1).masked_fill(highest[..., 0].isinf(), BANNED)
+    kept = torch.zeros_like(rank).scatter(-1, rank.topk(n_kept, dim=-1).indices, 1).bool()
+    # slots that are over go to banned experts of these groups, so that all know them for what they are
+    within = groups.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~kept[..., None], BANNED).flatten(1)
+    return within.topk(k, dim=-1).indices
 
 
 @dataclass(frozen=True)
@@ -28,14 +124,25 @@ class Router:
     Attributes:
         module: its path in the block.
         experts: path of the module that is called with `(hidden, indices, weights)`.
-        select: the family's selection.
+        selection: how the family selects.
         flat: the block's MLP returns batch and pos flattened.
+        shared_gate: path of the linear layer whose sigmoid scales the shared expert's output, in blocks that have it.
     """
 
     module: str
     experts: str
-    select: Select
+    selection: Selection
     flat: bool = False
+    shared_gate: str = ""
+
+    def sizes(self, module: Any) -> tuple[int, int]:
+        """How many experts the router has, and how many a token takes."""
+        return int(module.num_experts), int(module.top_k)
+
+    def rule(self, module: Any, args: tuple[Any, ...]) -> Any:
+        """What the selection is handed as `router`: the module; something that has its attributes and the bias too,
+        where a family calls the module with the bias among its positional arguments `args`."""
+        return module
 
     def logits(self, output: Any) -> Tensor:
         """Logits `[n expert]` in what the module returned."""
@@ -45,13 +152,17 @@ class Router:
         """Executed weights `[n expert]`, zero where not chosen."""
         return dense(output[1], output[2], n_experts)
 
-    def rerouted(self, module: Any, output: Any, logits: Tensor) -> Any:
-        """What the module would have returned for other logits.
+    def chosen(self, output: Any, k: int) -> Tensor:
+        """Executed experts `[n k]`, as the router orders them. Slots that are over repeat an expert of the set."""
+        return output[2]
+
+    def rerouted(self, router: Any, output: Any, logits: Tensor) -> Any:
+        """What the module would have returned for other logits; `router` is what `rule` gives.
 
         Raises:
             PlanError: no expert is left for a token.
         """
-        return logits, *selected(self.select, module, logits, output[1].dtype), *output[3:]
+        return logits, *selected(self.selection, router, logits, output[1].dtype), *output[3:]
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """The output with other dense weights.
@@ -85,7 +196,7 @@ def dense(weights: Tensor, chosen: Tensor, n_experts: int) -> Tensor:
     return weights.new_zeros(len(weights), n_experts).scatter_add(-1, chosen, weights)
 
 
-def selected(select: Select, module: Any, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def selected(selection: Selection, router: Any, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights and indices for `logits`, where minus infinity bans an expert.
 
     A token with fewer than k experts left spends the slots that are over on an expert that it has, with weight zero:
@@ -94,44 +205,12 @@ def selected(select: Select, module: Any, logits: Tensor, dtype: torch.dtype) ->
     Raises:
         PlanError: no expert is left for a token.
     """
-    weights, chosen = select(module, logits)
-    dead = logits.gather(-1, chosen) == float("-inf")
+    chosen = selection.choose(router, logits)
+    weights = selection.weigh(router, logits, chosen)
+    dead = logits.gather(-1, chosen) == BANNED
     if bool(dead.any()):
         if bool(dead.all(-1).any()):
             raise PlanError("router_logits: a token has no expert left to go to; ban fewer")
         spare = chosen.gather(-1, (~dead).int().argmax(-1, keepdim=True))
         weights, chosen = torch.where(dead, 0, weights), torch.where(dead, spare, chosen)
     return weights.to(dtype), chosen
-
-
-def softmax_top_k(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, then top-k, renormalised unless the router's flag says no (Mixtral, Qwen, OLMoE)."""
-    weights, chosen = torch.softmax(logits, -1, dtype=torch.float).topk(router.top_k, dim=-1)
-    if getattr(router, "norm_topk_prob", True):
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights, chosen
-
-
-def top_k_softmax(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Top-k of the logits, then softmax over these (GPT-OSS, Granite)."""
-    best, chosen = logits.topk(router.top_k, dim=-1)
-    return torch.softmax(best, -1), chosen
-
-
-def sigmoid_in_groups(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sigmoid scores; the choice adds a correction bias and takes the best groups first (DeepSeek-V3, GLM-4-MoE).
-
-    A group counts by its two best experts: banned ones are not among them, and a group without others is out.
-    """
-    scores, banned = logits.sigmoid(), logits == float("-inf")
-    choice = (scores + router.e_score_correction_bias).masked_fill(banned, float("-inf"))
-    groups = choice.view(len(choice), router.num_group, -1)
-    best = groups.topk(2, dim=-1).values
-    rank = torch.where(best.isinf(), 0, best).sum(-1).masked_fill(best[..., 0].isinf(), float("-inf"))
-    kept = torch.zeros_like(rank).scatter(-1, rank.topk(router.topk_group, dim=-1).indices, 1).bool()
-    choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-    chosen = choice.topk(router.top_k, dim=-1).indices
-    weights = scores.gather(-1, chosen).masked_fill(choice.gather(-1, chosen).isinf(), 0)
-    if router.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * router.routed_scaling_factor, chosen

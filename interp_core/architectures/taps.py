@@ -213,7 +213,8 @@ def router_logits(module: str, router: Router) -> Tap:
         return router.logits(call.output).view(*call.shape, -1)
 
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        call.output = router.rerouted(call.module, call.output, new.reshape(-1, new.shape[-1]))
+        rule = router.rule(call.module, call.args)
+        call.output = router.rerouted(rule, call.output, new.reshape(-1, new.shape[-1]))
 
     return Tap(module, "out", get=get, put=put)
 
@@ -228,6 +229,34 @@ def router_weights(module: str, router: Router, n_experts: int) -> Tap:
         call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
     return Tap(module, "out", get=get, put=put, rank=1)
+
+
+def router_probs(module: str, router: Router) -> Tap:
+    """The family's scores as probabilities, of the logits that were selected by; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        rule = router.rule(call.module, call.args)
+        return router.selection.probs(rule, router.logits(call.output)).view(*call.shape, -1)
+
+    return Tap(module, "out", get=get)
+
+
+def router_indices(module: str, router: Router, k: int) -> Tap:
+    """Executed experts, as the router orders them; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return router.chosen(call.output, k).view(*call.shape, k)
+
+    return Tap(module, "out", get=get)
+
+
+def shared_expert_gate(module: str) -> Tap:
+    """What a shared expert's output is multiplied by: the sigmoid of what the module gives; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.first.sigmoid().view(*call.shape, 1)
+
+    return Tap(module, "out", get=get)
 
 
 def expert_out(module: str, router: Router, n_experts: int) -> Tap:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..architectures import taps
-from ..architectures.atlas import Atlas, Entry
+from ..architectures.atlas import ROUTED, Atlas, Entry
 from ..architectures.family import View, split_heads
 from ..architectures.taps import Tap
 from ..errors import CapabilityError, ReadError
@@ -40,7 +40,6 @@ _INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}
 _ATTENTION = {"rot_q": "hook_rot_q", "rot_k": "hook_rot_k", "scores": "hook_attn_scores", "pattern": "hook_pattern"}
 _OUTSIDE = ("logits", "vision_embed", "deepstack")
 """What passes modules that the bridge does not swap."""
-_ROUTED = ("router_logits", "router_weights", "expert_out")
 _NO_ROUTER = (
     "on the bridge a hook at the router sees one tensor of what the block goes on with, and an edit there does not "
     "re-route; load with engine='torch' or 'nnsight'"
@@ -100,7 +99,7 @@ class BridgeEngine(TorchEngine):
 
     def adapt(self, atlas: Atlas) -> None:
         """Move the atlas' taps to the bridge's hook points; what has none is refused."""
-        for name in _ROUTED:
+        for name in ROUTED:
             if atlas.layers(name):
                 atlas.drop(name, f"{name}: {_NO_ROUTER}")
         moved = {key: self._moved(entry) for key, entry in atlas.entries.items()}
