@@ -26,6 +26,8 @@ FAST = {
 }
 """Families that stand for the kinds, and the kind."""
 ALL = sampled(MIXTURES, FAST)
+IN_FLOAT32 = ("nemotron_h",)
+"""Families that add experts up in float32, whatever the model's dtype."""
 
 
 def hand(family: str, model: ic.Model, layer: int, logits: torch.Tensor) -> torch.Tensor:
@@ -36,6 +38,10 @@ def hand(family: str, model: ic.Model, layer: int, logits: torch.Tensor) -> torc
             for expert, weight in route(family, model.hf, layer, token).items():
                 dense[b, p, expert] = weight
     return dense
+
+
+def tolerance(family: str) -> float:
+    return 1e-5 if family in IN_FLOAT32 else 1e-8
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +91,7 @@ def test_experts_are_called_with_the_weights_and_add_up(family: str, ids: torch.
             assert ((dense != 0).sum(-1) == chosen.shape[-1]).all()
         called.clear()
         parts = plain(model.run(ids, read=S.expert_out[layer])[S.expert_out[layer]])
-        torch.testing.assert_close(parts.flatten(0, 1).sum(1), called[0][-1], atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(parts.flatten(0, 1).sum(1), called[0][-1], atol=tolerance(family), rtol=1e-6)
     finally:
         handle.remove()
 
@@ -95,8 +101,8 @@ def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torc
     """By the modules' own outputs: what `mlp_out` is, or between `resid_mid` and `resid_post` where it does not exist."""
     model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
     layer = mixture.layers[-1]
-    if model.can(S.expert_out[layer], "read"):
-        assert family == "jetmoe"
+    if family == "jetmoe":
+        assert "no module gives one expert's output" in (model.can("expert_out", "read") or "")
         return
     block = mixture.block(model.hf, layer)
     named = [block.get_submodule(name) for name in mixture.shared]
@@ -114,8 +120,8 @@ def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torc
         if family == "gemma4":
             dense = block.post_feedforward_layernorm_1(block.mlp(block.pre_feedforward_layernorm(plain(run[S.resid_mid[layer]]))))
             total = dense + block.post_feedforward_layernorm_2(total)
-        for norm in ("post_mlp_layernorm", "post_feedforward_layernorm"):
-            total = getattr(block, norm)(total) if hasattr(block, norm) else total
+        for norm in ("post_mlp_layernorm", "mlp.post_mlp_layernorm", "post_feedforward_layernorm"):
+            total = modules[norm](total) if (modules := dict(block.named_modules())).get(norm) else total
         total = total * getattr(block, "mlp_beta_factor", 1) * getattr(block, "residual_multiplier", 1)
     if "mlp_out" in whole:
         added = plain(run[S.mlp_out[layer]])
@@ -123,7 +129,7 @@ def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torc
         return
     else:
         added = plain(run[S.resid_post[layer]]) - plain(run[S.resid_mid[layer]])
-    torch.testing.assert_close(total, added, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(total, added, atol=tolerance(family), rtol=1e-6)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "longcat_flash": (
         "LongcatFlashForCausalLM",
         {
-            **_MHA, **_MLA, "num_layers": 3, "ffn_hidden_size": 96, "moe_topk": 3, "n_routed_experts": 6, "zero_expert_num": 2,
+            **_MHA, **_MLA, "num_hidden_layers": 6, "ffn_hidden_size": 96, "moe_topk": 3, "n_routed_experts": 6, "zero_expert_num": 2,
             "expert_ffn_hidden_size": 48, "head_dim": 8, "routed_scaling_factor": 1.5,
         },
     ),
