@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,6 +92,20 @@ MIXTURES: dict[str, Mixture] = {
     "jetmoe": Mixture("mlp.router", "mlp.output_linear", _ALL, score="top"),
     "aria": Mixture("mlp.router", layers=_ALL, score="top", k="moe_topk", shared=_SHARED),
     "axk1": _V3,
+    "deepseek_v32": _V3,
+    "glm_moe_dsa": _V3,
+    "kimi_linear": _V3,
+    "bailing_hybrid": _V3,
+    "mimo_v2_flash": replace(_V3, shared=()),
+    "solar_open": replace(_V3, layers=_ALL),
+    "mellum": Mixture(layers=_ALL),
+    "lara_mini": Mixture(layers=_ALL, shared=("mlp.shared_expert",)),
+    "flint": Mixture(layers=(2,), score="sigmoid", shared=("mlp.shared_expert",)),
+    "hy_v3": Mixture(score="sigmoid", bias="mlp.e_score_correction_bias", scale="router_scaling_factor", shared=_SHARED),
+    "cohere2_moe": Mixture(layers=_ALL, score="sigmoid", shared=_SHARED),
+    "kolibri1": Mixture(layers=_ALL, score="sigmoid of the biased", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
+    "laguna": Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
+    "granitemoe_swa": replace(_GRANITE, shared=()),
 }  # fmt: skip
 
 
@@ -105,7 +119,7 @@ def route(family: str, hf: Any, layer: int, logits: Tensor) -> Numbers:
         return _slots(left, k, config.router_jitter_noise)
     scores = _scores(mixture.score, left)
     bias = _attribute(block, mixture.bias).flatten().tolist() if mixture.bias else [0.0] * len(logits)
-    choice = {e: score + bias[e] for e, score in scores.items()}
+    choice = {e: score + bias[e] for e, score in (left if mixture.score == "sigmoid of the biased" else scores).items()}
     if mixture.groups:
         choice = _best_groups(choice, len(logits) // config.n_group, config.topk_group, mixture.groups)
     chosen = sorted(choice, key=lambda e: -choice[e])[:k]
@@ -118,7 +132,7 @@ def route(family: str, hf: Any, layer: int, logits: Tensor) -> Numbers:
 
 
 def _scores(kind: str, logits: Numbers) -> Numbers:
-    if kind == "sigmoid":
+    if kind.startswith("sigmoid"):
         return {e: 1 / (1 + math.exp(-z)) for e, z in logits.items()}
     if kind == "sqrtsoftplus":
         return {e: math.sqrt(math.log1p(math.exp(z))) for e, z in logits.items()}

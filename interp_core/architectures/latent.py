@@ -6,6 +6,7 @@ Mistral 4 takes a softmax and counts groups by their two best experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,11 @@ class GroupsByConfig(Scored):
         return Scored.choose(rule, router, logits)
 
 
+def delta_paths(block: Any) -> Mapping[str, str]:
+    """Kimi Linear and its kin: most layers' attention is linear, under the same name."""
+    return {} if hasattr(block.self_attn, "qk_head_dim") else {"blocks.attn": "", "blocks.linear_attn": "self_attn"}
+
+
 def _paths() -> dict[str, str]:
     return {**llama_like("model"), **DEEPSEEK_V3.paths}
 
@@ -39,3 +45,7 @@ MISTRAL4 = replace(
 )
 GLM_LITE = replace(DEEPSEEK_V3, name="glm4_moe_lite")
 AXK1 = replace(DEEPSEEK_V3, name="axk1", paths=_paths())
+DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32", paths=_paths())
+GLM_DSA = replace(DEEPSEEK_V3, name="glm_moe_dsa")
+KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", paths=_paths(), varied=delta_paths)
+BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", paths=_paths(), varied=delta_paths)

@@ -8,15 +8,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, Place, llama_like
+import torch
+from torch import Tensor
+
+from .family import Family, Heads, Place, llama_like
 from .granite import added
 from .qwen3_moe import ROUTER as QWEN_ROUTER
-from .routing import Router, SigmoidInGroups, TopKOfLogits
+from .routing import Router, Selection, SigmoidInGroups, TopKOfLogits, shares
 from .scored import BIAS, HandedRouter, Scored, sigmoid, sigmoid_as_is
+
+class CohereSelection(Selection):
+    """Top-k of the logits, then a softmax over these or their sigmoids, as the config says."""
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """See `Selection.weigh`."""
+        best = logits.gather(-1, chosen)
+        if router.expert_selection_fn == "softmax":
+            return torch.softmax(best, -1, dtype=torch.float)
+        weights = best.sigmoid()
+        return weights / weights.sum(-1, keepdim=True) if router.norm_topk_prob else weights
+
+    def probs(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.probs`."""
+        return super().probs(router, logits) if router.expert_selection_fn == "softmax" else shares(logits.sigmoid())
+
+
+def mimo_heads(attention: Any, _heads: Heads) -> Heads:
+    """MiMo: keys are wider than values, and layers with windows have more of them."""
+    n = attention.config.num_attention_heads
+    return Heads(n, n // attention.num_key_value_groups, attention.v_head_dim, attention.head_dim)
+
 
 _LLAMA = llama_like("model")
 IN_GROUPS = Router("mlp.gate", "mlp.experts", SigmoidInGroups())
 
+SOLAR = Family("solar_open", paths=_LLAMA, router=IN_GROUPS)
+MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, router=IN_GROUPS)
+MELLUM = Family("mellum", paths=_LLAMA, router=QWEN_ROUTER)
+LARA = Family("lara_mini", paths={**_LLAMA, "blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
+FLINT = Family(
+    "flint",
+    paths=_LLAMA,
+    router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob")),
+)
+HY3 = Family(
+    "hy_v3",
+    paths=_LLAMA,
+    router=HandedRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="router_scaling_factor")),
+)
+COHERE = Family(
+    "cohere2_moe",
+    paths={key: path for key, path in _LLAMA.items() if key != "blocks.ln2"},
+    parallel=lambda _config: True,
+    router=Router("mlp.gate", "mlp.experts", CohereSelection()),
+)
+LAGUNA = Family("laguna", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
 DOTS = Family("dots1", paths=_LLAMA, router=IN_GROUPS)
 EXAONE = Family("exaone_moe", paths=_LLAMA, router=IN_GROUPS)
 FLEX_OLMO = Family("flex_olmo", router=QWEN_ROUTER)

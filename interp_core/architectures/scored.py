@@ -97,6 +97,15 @@ class Scored(Selection):
         return shares(self.score(router, logits))
 
 
+class BiasOnLogits(Scored):
+    """The bias is added to the logits, not to their scores."""
+
+    def scores(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.scores`."""
+        bias: Tensor = attrgetter(self.bias)(router)
+        return logits + bias
+
+
 BIAS = "e_score_correction_bias"
 
 

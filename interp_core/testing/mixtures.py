@@ -21,6 +21,8 @@ _ROUTED = {
 _DENSE_FIRST = {"first_k_dense_replace": 1}
 _SPARSE_LAST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 _LINEAR = ["linear_attention", "full_attention", "full_attention"]
+_KDA = {"layer_types": _LINEAR, "linear_head_dim": 8, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
+_INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_conv": 3}
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,6 +119,32 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "AriaTextForCausalLM", {**_GQA, "moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 1},
     ),
     "axk1": ("AXK1ForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST}),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_INDEX}),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_INDEX}),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {**_GQA, **_ROUTED, "v_head_dim": 12, "swa_head_dim": 16}),
+    "solar_open": ("SolarOpenForCausalLM", {**_GQA, **_ROUTED}),
+    "mellum": ("MellumForCausalLM", {**_GQA, **_MOE, "norm_topk_prob": True}),
+    "lara_mini": ("LaraMiniForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}),
+    "flint": ("FlintForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}),
+    "hy_v3": ("HYV3ForCausalLM", {**_GQA, **_MOE, "num_local_experts": 6, "router_scaling_factor": 1.5}),
+    "cohere2_moe": (
+        "Cohere2MoeForCausalLM",
+        {
+            **_GQA, **_MOE, "num_shared_experts": 1, "expert_selection_fn": "sigmoid", "norm_topk_prob": True,
+            "shared_expert_combination_strategy": "sum",
+        },
+    ),
+    "kolibri1": ("Kolibri1ForCausalLM", {**_GQA, **_MOE, "norm_topk_prob": True}),
+    "laguna": ("LagunaForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40}),
+    "kimi_linear": (
+        "KimiLinearForCausalLM",
+        {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
+    ),
+    "bailing_hybrid": (
+        "BailingHybridForCausalLM",
+        {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
+    ),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", {**_GQA, **_LOCAL, "residual_multiplier": 0.4}),
 }  # fmt: skip
 """Class and settings of a tiny model by family."""
 
