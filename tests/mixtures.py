@@ -105,6 +105,8 @@ MIXTURES: dict[str, Mixture] = {
     "cohere2_moe": Mixture(layers=_ALL, score="sigmoid", shared=_SHARED),
     "kolibri1": Mixture(layers=_ALL, score="sigmoid of the biased", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
     "laguna": Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
+    "glm4v_moe": replace(_V3, blocks="model.language_model.layers"),
+    "qwen3_omni_moe_thinker": Mixture(layers=_ALL, blocks="model.language_model.layers"),
     "granitemoe_swa": replace(_GRANITE, shared=()),
 }  # fmt: skip
 

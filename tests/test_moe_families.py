@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import sampled, tiny_model
 from mixtures import MIXTURES, Mixture, route
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+from interp_core.architectures.family import Family
+from interp_core.architectures.undescribed import UNDESCRIBED
 
 FAST = {
     "phimoe": "a softmax for each slot",
@@ -26,6 +33,11 @@ FAST = {
 }
 """Families that stand for the kinds, and the kind."""
 ALL = sampled(MIXTURES, FAST)
+WITHDRAWN: dict[str, tuple[str, ...]] = {
+    "deepseek_v4": ("resid_pre", "resid_post", "attn_out", "resid_mid", "mlp_out"),
+    **dict.fromkeys(("gemma4", "laguna", "mimo_v2_flash", "bailing_hybrid"), ("v",)),
+}
+"""What the self-check takes out: sites of several streams; values that are normed, scaled or gated inside attention."""
 IN_FLOAT32 = ("nemotron_h", "hy_v3")
 """Families that add experts up in float32, whatever the model's dtype."""
 
@@ -49,8 +61,65 @@ def plain(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_family_has_a_rule() -> None:
-    assert sorted(MIXTURES) + ["dbrx"] == sorted(set(testing.mixtures()) - {"dbrx"}) + ["dbrx"]
+    assert sorted(MIXTURES) == sorted(testing.mixtures())
     assert set(FAST) <= set(MIXTURES)
+
+
+def with_experts() -> dict[str, str]:
+    """Model types of transformers whose code has experts, with the class that `Auto` would take."""
+    found = {}
+    for kinds in KINDS:
+        for kind, name in getattr(modeling_auto, f"MODEL_FOR_{kinds}_MAPPING_NAMES").items():
+            module = model_type_to_module_name(kind)
+            code = Path(transformers.__file__).parent / "models" / module / f"modeling_{module}.py"
+            if code.exists() and re.search(r"^class \w*(Experts|TopKGating|CDMoE)\(", code.read_text(), re.M):
+                found[kind] = name if isinstance(name, str) else name[0]
+    return found
+
+
+KINDS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+
+
+def test_no_family_of_transformers_is_silently_without_routers() -> None:
+    """Each model type with experts has a family with a router, or a reason why not; no reason is out of date."""
+    families = {row.name for row in ic.registry("architectures").rows}
+    kinds = with_experts()
+    assert len(kinds) > 60 and {"mixtral", "deepseek_v3", "gemma4_text", "switch_transformers"} <= set(kinds)
+    described = set()
+    for kind in kinds:
+        names = families & {kind, kind.removesuffix("_text")}
+        if any(ic.registry("architectures").get(name, Family).router for name in names):
+            described.add(kind.removesuffix("_text"))
+        else:
+            assert UNDESCRIBED.get(kind, UNDESCRIBED.get(kind.removesuffix("_text"))), kind
+    assert not described & set(UNDESCRIBED)
+    assert set(UNDESCRIBED) <= {kind.removesuffix("_text") for kind in kinds}
+
+
+def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
+    from transformers import Qwen3MoeForCausalLM
+
+    hf = testing.tiny("qwen3_moe")
+    assert isinstance(hf, Qwen3MoeForCausalLM)
+    hf.config.model_type = "axk2"
+    with pytest.raises(ic.CapabilityError, match="router_logits.*experts of a group that is left out"):
+        ic.load(hf, check=False).run(ids, read=S.router_logits)
+    hf.config.model_type = "novel"
+    with pytest.raises(ic.CapabilityError, match=r"no family file says how it selects experts \(model.layers.0.mlp.exp"):
+        ic.load(hf, check=False).run(ids, read=S.router_logits)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_self_check_leaves_every_router_its_sites(family: str) -> None:
+    """In bfloat16 too; and what it takes out of the stream and of heads is what is known to be so."""
+    for dtype in (torch.float32, torch.bfloat16):
+        atlas = tiny_model(family, dtype).atlas
+        for name in ("router_logits", "router_probs", "router_weights", "router_indices", "expert_out"):
+            if (family, name) != ("jetmoe", "expert_out"):
+                assert set(atlas.layers(name)) >= set(MIXTURES[family].layers)
+        assert all(atlas.entries["router_weights", layer].write for layer in MIXTURES[family].layers)
+        withdrawn = {name for (name, _), why in atlas.withdrawn.items() if why.startswith("self-check")}
+        assert withdrawn == set(WITHDRAWN.get(family, ()))
 
 
 @pytest.mark.parametrize("family", ALL)

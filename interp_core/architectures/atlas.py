@@ -154,7 +154,10 @@ def build(model: Any, family: Family | None) -> Atlas:
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
-    paths = {**(known or discover(modules, model.get_input_embeddings())), **(family.paths if family else {})}
+    shown = known or discover(modules, model.get_input_embeddings())
+    paths = {**shown, **(family.paths if family else {})}
+    if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
+        paths |= {key: path for key, path in shown.items() if not key.startswith("blocks.")}
     if paths.get("blocks") not in modules:
         raise LoadError(
             f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "

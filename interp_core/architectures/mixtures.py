@@ -14,6 +14,7 @@ from torch import Tensor
 from .family import Family, Heads, Place, llama_like
 from .granite import added
 from .qwen3_moe import ROUTER as QWEN_ROUTER
+from .qwen3_vl import CARRIED, NEEDS
 from .routing import Router, Selection, SigmoidInGroups, TopKOfLogits, shares
 from .scored import BIAS, HandedRouter, Scored, sigmoid, sigmoid_as_is
 
@@ -95,9 +96,9 @@ AFMOE = Family(
     gated=True,
     router=HandedRouter("mlp.router", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="route_scale")),
 )
-ARIA_ROUTER = Router("mlp.router", "mlp.experts", TopKOfLogits())
-ARIA_TEXT = Family("aria_text", paths=_LLAMA, router=ARIA_ROUTER)
-ARIA = Family("aria", paths=llama_like("model.language_model"), router=ARIA_ROUTER)
+ARIA = Family("aria", paths=_LLAMA, router=Router("mlp.router", "mlp.experts", TopKOfLogits()))
+GLM4V = Family("glm4v_moe", paths=_LLAMA, router=IN_GROUPS, carried=CARRIED, needs=NEEDS)
+QWEN_OMNI = Family("qwen3_omni_moe_thinker", paths=_LLAMA, router=QWEN_ROUTER, carried=CARRIED)
 GRANITE_HYBRID = Family(
     "granitemoehybrid",
     paths={"blocks.linear_attn": "mamba"},

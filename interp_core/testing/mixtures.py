@@ -22,6 +22,12 @@ _DENSE_FIRST = {"first_k_dense_replace": 1}
 _SPARSE_LAST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 _LINEAR = ["linear_attention", "full_attention", "full_attention"]
 _KDA = {"layer_types": _LINEAR, "linear_head_dim": 8, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_TOWER = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "intermediate_size": 48,
+    "spatial_merge_size": 2, "temporal_patch_size": 1,
+}  # fmt: skip
+_IMAGES = {"image_token_id": 90, "video_token_id": 91}
 _INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_conv": 3}
 
@@ -106,14 +112,6 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "expert_ffn_hidden_size": 48, "head_dim": 8, "routed_scaling_factor": 1.5,
         },
     ),
-    "dbrx": (
-        "DbrxForCausalLM",
-        {
-            "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 96,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
-            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 6, "moe_top_k": 2},
-        },
-    ),
     "jetmoe": ("JetMoeForCausalLM", {**_GQA, **_LOCAL, "kv_channels": 16}),
     "aria": (
         "AriaTextForCausalLM", {**_GQA, "moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 1},
@@ -143,6 +141,24 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid": (
         "BailingHybridForCausalLM",
         {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
+    ),
+    "glm4v_moe": (
+        "Glm4vMoeForConditionalGeneration",
+        {
+            "text_config": {**_GQA, **_ROUTED, **_DENSE_FIRST, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+            "vision_config": {**_TOWER, "image_size": 16}, **_IMAGES,
+        },
+    ),
+    "qwen3_omni_moe_thinker": (
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {
+            "text_config": {**_GQA, **_MOE, "rope_parameters": {**_MROPE, "mrope_section": [4, 2, 2]}},
+            "vision_config": {**_TOWER, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+            "audio_config": {
+                "encoder_layers": 1, "d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+                "num_mel_bins": 16, "output_dim": 64, "downsample_hidden_size": 16,
+            }, **_IMAGES,
+        },
     ),
     "granitemoe_swa": ("GraniteMoeSWAForCausalLM", {**_GQA, **_LOCAL, "residual_multiplier": 0.4}),
 }  # fmt: skip
