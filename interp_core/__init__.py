@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .readings import LayerReadings as LayerReadings
     from .readings import Reading as Reading
     from .readings import Receipt as Receipt
+    from .readings import Routing as Routing
     from .result import Result as Result
     from .saved import SavedRun as SavedRun
     from .saved import open_run as open_run
@@ -79,6 +80,7 @@ _HOME = {
     "Reading": "readings",
     "Receipt": "readings",
     "Result": "result",
+    "Routing": "readings",
     "Run": "trace",
     "SavedRun": "saved",
     "Site": "sites",

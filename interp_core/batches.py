@@ -112,7 +112,7 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
             "batch_size= and out="
         )
     rows = list(numbers)
-    kept = tokens.mask[rows].any(0)
+    kept = tokens.within[rows].any(0)
     return replace(
         tokens,
         ids=tokens.ids[rows][:, kept],
@@ -126,9 +126,9 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
 
 def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None]:
     """The same rows with all padding on one side, and where each column went to (None: nothing moved). Holes inside a
-    row are closed. Positions count real tokens, so they mean the same."""
-    order = tokens.mask.long().argsort(dim=1, stable=True, descending=side == "right")
-    if not tokens.padded or torch.equal(tokens.mask.gather(1, order), tokens.mask):
+    row stay between the same tokens. Positions count real tokens, so they mean the same."""
+    order = tokens.within.long().argsort(dim=1, stable=True, descending=side == "right")
+    if not tokens.padded or torch.equal(tokens.within.gather(1, order), tokens.within):
         return tokens, None
 
     def moved(value: Any) -> Any:

@@ -19,7 +19,7 @@ from .engines.protocol import HandOver, Passed, Program
 from .errors import CapabilityError, PlanError, TextError, wrong
 from .plan import Plan
 from .positions import PositionLike, Rows
-from .readings import LayerReadings
+from .readings import LayerReadings, demand_proof
 from .regions import Bound, Region
 from .sites import Site
 from .text import CACHE, Tokens, from_inputs
@@ -115,6 +115,8 @@ class CompiledPlan:
         if callable(grad):
             with torch.enable_grad():
                 run.differentiate(grad)
+        if passed.routed:
+            demand_proof(edits, (passed,))
         if not allow_noop and edits:
             run.demand_effect()
         return run
@@ -268,10 +270,9 @@ def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[s
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
     if padded or (given and not {CACHE, "position_ids"} & set(given)):
         inputs["attention_mask"] = seen
-    if padded and not any(name.endswith("_grid_thw") for name in given):  # those models count by grids
-        _check_holes(model, tokens.mask)
-        if _takes_positions(model):
-            inputs["position_ids"] = ((seen.cumsum(-1) - 1).clamp(min=0) + first_position(model.hf))[:, -width:]
+    by_grids = any(name.endswith("_grid_thw") for name in given)
+    if padded and not by_grids and _takes_positions(model):
+        inputs["position_ids"] = (_from_first(seen) + first_position(model.hf))[:, -width:]
     for name, value in given.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     for name, value in inputs.items():
@@ -279,6 +280,14 @@ def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[s
             inputs[name] = value.clone()
     tokens.placed[key] = inputs
     return inputs
+
+
+def _from_first(seen: Tensor) -> Tensor:
+    """Columns counted from each row's first real token to its last, as `forward` counts a row that begins in column 0:
+    padding around a row takes no part, holes in it do."""
+    columns = torch.arange(seen.shape[1], device=seen.device)
+    first, last = seen.argmax(1, keepdim=True), seen.shape[1] - 1 - seen.flip(1).argmax(1, keepdim=True)
+    return (columns - first).clamp(min=0).minimum(last - first)
 
 
 def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
@@ -320,37 +329,13 @@ def first_position(hf: Any) -> int:
     return next((int(table.flatten()[0]) for table in tables), 0)
 
 
-def _check_holes(model: Model, mask: Tensor) -> None:
-    """Refuse padding between a row's tokens where the model counts columns, not tokens.
-
-    Raises:
-        TextError: naming the first such row.
-    """
-    holes = (mask.long().diff(dim=1).abs().sum(1) - (~mask[:, 0]).long() - (~mask[:, -1]).long()) > 0
-    if not bool(holes.any()):
-        return
-    config = model.hf.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    reach = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    short = any(isinstance(n, int) and n < mask.shape[1] for n in reach)
-    states = getattr(type(model.hf), "_is_stateful", False) or any("linear" in k or "mamba" in k for k in kinds)
-    named = "position_ids" in inspect.signature(type(model.hf).forward).parameters
-    named = named or hasattr(model.hf.base_model, "build_alibi_tensor")  # made from the mask
-    if short or states or not named:
-        row = int(holes.long().argmax())
-        raise TextError(
-            f"row {row} has padding between its tokens, and {model.atlas.family.name} counts it (windows or states go "
-            "by columns): move the row's tokens together"
-        )
-
-
 def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
     """The tokens, if they and so many new ones fit a model.
 
     Raises:
         TextError: too long, or an id that the model does not have.
     """
-    longest = max(tokens.lengths) + more
+    longest = max(tokens.widths) + more
     if shape.n_ctx is not None and longest > shape.n_ctx:
         asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
         raise TextError(f"{asked} do not fit the model's context of {shape.n_ctx}; shorten the text")

@@ -1,12 +1,14 @@
 """Edits: a site, an operation and a value, as data; and what each operation does to a tensor.
 
 The vocabulary is small and closed, so that every engine, also a remote one, can carry it out:
-`set add scale zero project apply`, `knockout` for attention patterns and `mask` for router logits.
+`set add scale zero project apply`, `knockout` for attention patterns, and for routers `mask` and `force` (of logits)
+and `boost` (of executed weights), in several modes each.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,18 @@ from torch import Tensor
 from .errors import PlanError
 from .sites import Site
 
-OPS = ("set", "add", "scale", "zero", "project", "apply", "knockout", "mask")
+MASKS = {"replace": "mask", "keep": "mask_keep", "drop": "mask_drop"}
+FORCES = {"own_weight": "force", "steermoe": "force_steermoe"}
+BOOSTS = ("boost", "boost_renormalised")
+ROUTING = (*MASKS.values(), *FORCES.values(), *BOOSTS)
+"""Edits of what a router selects, of whole tokens; what they do is in `architectures/rerouting.py`."""
+OPS = ("set", "add", "scale", "zero", "project", "apply", "knockout", *ROUTING)
 TENSOR_OPS = ("set", "add", "project")
-_ONLY = {"knockout": ("pattern",), "mask": ("router_logits",)}
+_ONLY = {
+    "knockout": "pattern",
+    **dict.fromkeys((*MASKS.values(), *FORCES.values()), "router_logits"),
+    **dict.fromkeys(BOOSTS, "router_weights"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +39,8 @@ class Edit:
     Attributes:
         site: what is changed.
         op: one of `OPS`.
-        value: a tensor (`set`, `add`, `project`), a number (`scale`), expert indices (`mask`), a function (`apply`),
-            or None.
+        value: a tensor (`set`, `add`, `project`), a number (`scale`), expert indices (`mask…`, `force…`), these and a
+            factor (`boost…`), a function (`apply`), or None.
 
     Raises:
         PlanError: an operation that the site does not take, or a value of the wrong kind.
@@ -43,14 +54,14 @@ class Edit:
         op, value = self.op, self.value
         if op not in OPS:
             raise PlanError(f"no edit is called {op!r}; there are {', '.join(OPS)}")
-        if op in _ONLY and self.site.name not in _ONLY[op]:
-            raise PlanError(f"{op} is for {' and '.join(_ONLY[op])}, not for {self.site.name}")
+        if op in _ONLY and self.site.name != _ONLY[op]:
+            raise PlanError(f"{op} is for {_ONLY[op]}, not for {self.site.name}")
         if op in TENSOR_OPS and not isinstance(value, Tensor):
             raise PlanError(f"{self.site}: {op} takes a torch tensor, not {type(value).__name__}")
         if op == "scale" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise PlanError(f"{self.site}: scale takes a number, not {type(value).__name__}")
-        if op == "mask" and not (isinstance(value, tuple) and value and all(isinstance(item, int) for item in value)):
-            raise PlanError(f"{self.site}: mask takes the numbers of experts, not {value!r:.60}")
+        if op in ROUTING:
+            self._check_routing()
         if op == "apply" and not callable(value):
             raise PlanError(f"{self.site}: apply takes a function of a tensor, not {type(value).__name__}")
         if op == "project" and not 1 <= value.ndim <= 2:
@@ -59,6 +70,23 @@ class Edit:
             raise PlanError(f"{self.site}: project got a direction of length zero")
         if op == "knockout" and self.site.key is None and self.site.pos is None:
             raise PlanError(f"{self.site}: knockout of every key leaves nothing to attend to; give query= and key=")
+
+    def _check_routing(self) -> None:
+        op, value = self.op, self.value
+        if op in BOOSTS:
+            if not (isinstance(value, tuple) and len(value) == 2 and _is_finite(value[1])):
+                raise PlanError(f"{self.site}: boost takes experts and a finite factor, not {value!r:.60}")
+            value = value[0]
+        if not (isinstance(value, tuple) and value and all(type(item) is int for item in value)):
+            raise PlanError(f"{self.site}: {op} takes the numbers of experts, not {value!r:.60}")
+        if self.site.units is not None:
+            raise PlanError(f"{self.site}: {op} is about whole tokens; leave the expert out of the site, {op}(experts)")
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts that an edit of what a router selects names."""
+        found: tuple[int, ...] = self.value[0] if self.op in BOOSTS else self.value if self.op in ROUTING else ()
+        return found
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and self._identity() == other._identity()
@@ -73,8 +101,8 @@ class Edit:
         value = self.value
         if isinstance(value, Tensor):
             shown = f" {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        elif self.op == "mask":
-            shown = " experts=" + ",".join(map(str, value))
+        elif self.op in ROUTING:
+            shown = " experts=" + ",".join(map(str, self.experts)) + (f" × {value[1]:g}" if self.op in BOOSTS else "")
         elif self.op == "apply":
             shown = f" {getattr(value, '__qualname__', repr(value))}"
         else:
@@ -82,6 +110,10 @@ class Edit:
         return f"{self.site} {self.op}{shown}"
 
     __repr__ = __str__
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def digest(tensor: Tensor) -> str:
@@ -105,8 +137,6 @@ def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:
         return torch.zeros_like(x)
     if op == "project":
         return x - (x @ value.mT) @ value
-    if op == "mask":
-        return x.index_fill(-1, value, float("-inf"))
     if op == "knockout":
         return torch.full_like(x, torch.finfo(x.dtype).min)
     new = edit.value(x.clone())  # a function that works in place does what its result says, and no more
@@ -119,8 +149,6 @@ def carry_out(edit: Edit, x: Tensor, value: Any) -> Tensor:
 def prepared(edit: Edit, x: Tensor) -> Any:
     """An edit's value as `carry_out` takes it for `x`: on its device, in its dtype (routers may compute in another than
     the model's), directions made orthonormal."""
-    if edit.op == "mask":
-        return torch.tensor(edit.value, device=x.device)
     if not isinstance(edit.value, Tensor):
         return edit.value
     if edit.op != "project":

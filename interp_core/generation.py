@@ -26,7 +26,7 @@ from .edits import TENSOR_OPS, Edit
 from .engines.protocol import Passed, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .positions import LAST, Rows, Span, resolve
-from .readings import Reading, Receipt, Store, demand_effect, receipts
+from .readings import Reading, Receipt, Store, demand_effect, demand_proof, receipts
 from .sites import Site
 from .text import Tokens, token_text
 
@@ -82,6 +82,7 @@ def generate(
         final = _grown(rows, told.new - 1)
         ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends)
     made = Generation(compiled, tokens, rows, ids.cpu(), passes, told.ends)
+    demand_proof(compiled.edits, passes)
     if not allow_noop:
         demand_effect(compiled.edits, passes, lambda: made.receipts)
     return made

@@ -137,7 +137,7 @@ def _edit_json(edit: Edit) -> dict[str, Any]:
         raise PlanError(f"{edit}: a function has no JSON form; use set, add, scale, zero or project")
     if isinstance(value, Tensor):
         value = {"tensor": digest(value), "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    return {"site": str(edit.site), "op": edit.op, "value": list(value) if isinstance(value, tuple) else value}
+    return {"site": str(edit.site), "op": edit.op, "value": _listed(value)}
 
 
 def _edit_from_json(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
@@ -151,6 +151,12 @@ def _edit_from_json(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> E
                 f"{item.get('site')} {item['op']}: its tensor {key!s:.12}… {value.get('shape')} is not given"
             )
         value = tensors[key]
-    if isinstance(value, list):
-        value = tuple(value)
-    return Edit(Site.parse(item.get("site", "")), item["op"], value)
+    return Edit(Site.parse(item.get("site", "")), item["op"], _tupled(value))
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .edits import Edit
+from .edits import BOOSTS, Edit
 from .engines.protocol import Passed, Slot
-from .errors import EffectError, PositionError, ReadError, SiteError
+from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
 from .positions import PositionLike, Rows, is_single
 from .regions import Bound, Region
 from .sites import Site
@@ -91,6 +91,34 @@ def _take(region: Region, value: Tensor, rows: Rows) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """What proves an edit of a router, counted over layers, passes and tokens that are no padding.
+
+    Attributes:
+        tokens: that were edited.
+        broken: banned experts that were executed there all the same, or forced ones that were not; a run with any is
+            refused.
+        held: tokens whose experts were selected again from the router's own logits, without the edit.
+        differing: of these, tokens where experts or weights (beyond rounding) came out otherwise than the model's own
+            router had them; a run that edits logits is refused then.
+        changed: slots whose expert is not executed any more.
+        unmasked: tokens left as they are, since their whole set is banned (modes "keep" and "drop").
+    """
+
+    tokens: int
+    broken: int
+    held: int
+    differing: int
+    changed: int
+    unmasked: int
+
+    def __str__(self) -> str:
+        left = f", {self.unmasked} tokens left as they are" if self.unmasked else ""
+        again = f"the selection reproduced the router at {self.held - self.differing} of {self.held}"
+        return f"{self.changed} slots went to others at {self.tokens} tokens{left}; {again}"
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What an edit did in a run.
 
@@ -100,7 +128,9 @@ class Receipt:
         layers: in which layers.
         positions: per row, the positions it changed (counted over real tokens); None for all of them.
         norm: Euclidean norm of all its changes together. For `knockout` that of the probabilities taken away, for
-            `mask` of the number of logits banned.
+            `mask` of the number of logits banned, for other edits of what a router selects that of the change of
+            executed weights.
+        routing: what proves an edit of a router.
     """
 
     edit: Edit
@@ -108,6 +138,7 @@ class Receipt:
     layers: tuple[int, ...]
     positions: tuple[tuple[int, ...], ...] | None
     norm: float
+    routing: Routing | None = None
 
     def __str__(self) -> str:
         if not self.fired:
@@ -117,7 +148,8 @@ class Receipt:
         else:
             shown = [f"row {i} at {','.join(map(str, row))}" for i, row in enumerate(self.positions) if row]
             where = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
-        return f"{self.edit}: fired {self.fired}×, {where}, changed by norm {self.norm:.4g}"
+        routing = "" if self.routing is None else f"; {self.routing}"
+        return f"{self.edit}: fired {self.fired}×, {where}, changed by norm {self.norm:.4g}{routing}"
 
 
 def receipts(edits: Sequence[Edit], passes: Sequence[Passed], rows: Rows) -> list[Receipt]:
@@ -128,7 +160,43 @@ def receipts(edits: Sequence[Edit], passes: Sequence[Passed], rows: Rows) -> lis
     found: list[list[tuple[int, Any, float]]] = [[] for _ in edits]
     for (number, layer, columns, _), norm in zip(fires, _numbers([fire[3] for fire in fires]), strict=True):
         found[number].append((layer, columns, norm))
-    return [_receipt(edit, fires, rows) for edit, fires in zip(edits, found, strict=True)]
+    made = [_receipt(edit, fires, rows) for edit, fires in zip(edits, found, strict=True)]
+    counted = routings(passes)
+    return [replace(one, routing=counted[i][0]) if i in counted else one for i, one in enumerate(made)]
+
+
+def routings(passes: Sequence[Passed]) -> dict[int, tuple[Routing, list[int]]]:
+    """What proves the edits of routers, by number, and how often each of their experts is executed."""
+    counts: dict[int, list[Tensor]] = {}
+    for passed in passes:
+        for proof in passed.routed:
+            assert proof.counts is not None
+            counts.setdefault(proof.number, []).append(proof.counts.cpu())
+    totals = {number: torch.stack(of_edit).sum(0).tolist() for number, of_edit in counts.items()}
+    n = len(fields(Routing))
+    return {number: (Routing(*total[:n]), total[n:]) for number, total in totals.items()}
+
+
+def demand_proof(edits: Sequence[Edit], passes: Sequence[Passed]) -> None:
+    """Refuse a run in which a router did not do as it was told, or its family's selection is not what the model does.
+
+    Raises:
+        CapabilityError: selecting again without the edit gives another result than the model's own router.
+        EffectError: banned experts were executed, or forced ones were not.
+    """
+    for number, (routing, _) in routings(passes).items():
+        if routing.differing and edits[number].site.name == "router_logits":
+            raise CapabilityError(
+                f"{edits[number]}: selecting experts again as the family file says gives other experts or weights than "
+                f"the model's own router, at {routing.differing} of {routing.held} tokens; an edit would be another "
+                "model's. Please report this family and version of transformers"
+            )
+        if routing.broken:
+            what = "banned experts were executed" if edits[number].op.startswith("mask") else "forced ones were not"
+            raise EffectError(
+                f"{edits[number]}: {what} after all, {routing.broken} times at {routing.tokens} tokens: a later edit "
+                "of the same router undid it; leave that edit out, or choose other positions"
+            )
 
 
 def _numbers(norms: list[Tensor]) -> list[float]:
@@ -158,12 +226,30 @@ def _receipt(edit: Edit, fires: list[tuple[int, Any, float]], rows: Rows) -> Rec
     return Receipt(edit, len(fires), layers, positions, norm)
 
 
+def demand_used(edits: Sequence[Edit], passes: Sequence[Passed]) -> None:
+    """Refuse a boost of an expert that is chosen nowhere.
+
+    Raises:
+        EffectError: naming it.
+    """
+    if not any(edit.op in BOOSTS for edit in edits):
+        return
+    for number, (_, used) in routings(passes).items():
+        idle = [e for e, n in zip(edits[number].experts, used, strict=True) if not n]
+        if edits[number].op in BOOSTS and idle:
+            raise EffectError(
+                f"{edits[number]}: expert {', '.join(map(str, idle))} is chosen at none of these positions, so there "
+                "is no weight to boost; use S.router_logits.force to have it executed, or pass allow_noop=True"
+            )
+
+
 def demand_effect(edits: Sequence[Edit], passes: Sequence[Passed], made: Callable[[], list[Receipt]]) -> None:
     """Refuse edits that did nothing. Receipts are `made` only to word the error.
 
     Raises:
         EffectError: naming the first of them.
     """
+    demand_used(edits, passes)
     norms: list[list[Tensor]] = [[] for _ in edits]
     for passed in passes:
         for number, _, _, norm in passed.fires:

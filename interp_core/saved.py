@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry, Shape
 from .architectures.family import Family, View
+from .edits import Edit
 from .engines.protocol import Slot
 from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, safetensors_bytes, sha256, write
 from .plan import Plan
 from .positions import Span
-from .readings import ForwardPass, Receipt, Store
+from .readings import ForwardPass, Receipt, Routing, Store
 from .result import folder_of
 from .sites import Site
 from .text import Tokens
@@ -111,7 +112,9 @@ def save_run(run: ForwardPass, plan: Plan, receipts: Sequence[Receipt], model: S
         "tokens": tokens,
         "plan": plan.to_json(),
         "receipts": [
-            {"fired": r.fired, "layers": r.layers, "positions": r.positions, "norm": r.norm} for r in receipts
+            {"fired": r.fired, "layers": r.layers, "positions": r.positions, "norm": r.norm}
+            | ({"routing": asdict(r.routing)} if r.routing else {})
+            for r in receipts
         ],
     }
     text = json.dumps(head, ensure_ascii=False)
@@ -163,15 +166,19 @@ def _rebuilt(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SavedRun
     run = SavedRun(slots, atlas, tokens, values["read"])
     run.source, run.model = str(head["source"]), str(head["model"])
     run.plan = Plan.from_json(head["plan"], {k.removeprefix("plan/"): v for k, v in tensors.items()})
-    run.receipts = [
-        Receipt(edit, int(item["fired"]), tuple(item["layers"]), _rows_of(item["positions"]), float(item["norm"]))
-        for edit, item in zip(run.plan.edits, head["receipts"], strict=True)
-    ]
+    run.receipts = [_receipt(edit, item) for edit, item in zip(run.plan.edits, head["receipts"], strict=True)]
     if head["gradients"]:
         run._grad = StoredValues(slots, atlas, tokens, values["grad"])
     if head["logits"] is not None:
         run._logits, run._logits_site = tensors["logits"], Site.parse(head["logits"])
     return run
+
+
+def _receipt(edit: Edit, item: Mapping[str, Any]) -> Receipt:
+    routing = Routing(**item["routing"]) if "routing" in item else None
+    return Receipt(
+        edit, int(item["fired"]), tuple(item["layers"]), _rows_of(item["positions"]), float(item["norm"]), routing
+    )
 
 
 def _rows_of(positions: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:

@@ -129,6 +129,7 @@ def _checks(model: Model) -> Iterator[Finding]:
         run = model.run(tokens, read=_everything(atlas))
     for name in [name for name in CHECKED if atlas.layers(name)]:
         yield Finding(name, "has the declared shape", *_shape(run, name, atlas))
+    yield from _routers(model, tokens)
     made = sums(model.atlas)
     yield from equations(model, run, made)
     yield from _effects(model, run, ids, [left for one in made if (left := one.within(model.atlas))])
@@ -179,6 +180,21 @@ def probe_ids(model: Model) -> Tensor:
     size = model.atlas.shape.d_vocab
     ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
+
+
+def _routers(model: Model, tokens: Tokens) -> Iterator[Finding]:
+    """Experts selected again from a router's own logits, as the family file says, against what its module returned: an
+    edit selects by that rule, so one that is not the model's must not be edited by."""
+    entries = [entry for (name, _), entry in model.atlas.entries.items() if name == "router_logits" and entry.write]
+    if not entries:
+        return
+    same = [Site("router_logits", entry.layer).scale(1.0) for entry in entries]
+    what, why = "selects as the family does", ""
+    try:
+        model.run(tokens, edits=same, logits=-1, allow_noop=True)
+    except InterpError as error:
+        why = str(error)
+    yield Finding("router_logits", what, not why, why, Law.EDIT)
 
 
 def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:

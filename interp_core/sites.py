@@ -18,11 +18,11 @@ Names follow TransformerLens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import SiteError, nearest, wrong
+from .errors import PlanError, SiteError, nearest, wrong
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
 
 if TYPE_CHECKING:
@@ -203,10 +203,45 @@ class Site:
         row takes over the probability."""
         return self.at(query=query, key=key)._edit("knockout", None)
 
-    def mask(self, experts: int | Sequence[int]) -> Edit:
-        """`router_logits` only: ban experts, so that tokens are routed to others."""
-        index = _index(experts, "mask")
-        return self._edit("mask", (index,) if isinstance(index, int) else index)
+    def mask(self, experts: int | Sequence[int], mode: str = "replace") -> Edit:
+        """`router_logits` only: ban experts, so that they are not executed at all at the selected positions.
+
+        Args:
+            mode: "replace": out of the choice, before groups and top-k, so that others take their slots. "keep": the
+                set stays as chosen, without the banned ones, and the others' weights are rescaled to the old sum.
+                "drop": the same without rescaling. In these two modes a token whose whole set is banned keeps it, and
+                the receipt counts it.
+
+        Raises:
+            PlanError: no such mode.
+        """
+        from .edits import MASKS
+
+        return self._edit(_mode("mask", MASKS, mode), _experts(experts, "mask"))
+
+    def force(self, experts: int | Sequence[int], mode: str = "own_weight") -> Edit:
+        """`router_logits` only: have experts executed at every selected position; the weakest of the chosen give way.
+        Forces act after all other edits of the same logits.
+
+        Args:
+            mode: "own_weight": the new set is weighed by the family's rule on the router's own logits. "steermoe": the
+                logits of forced experts become the highest one + 0.01, from which the family selects and weighs.
+
+        Raises:
+            PlanError: no such mode.
+        """
+        from .edits import FORCES
+
+        return self._edit(_mode("force", FORCES, mode), _experts(experts, "force"))
+
+    def boost(self, experts: int | Sequence[int], factor: float, renormalise: bool = False) -> Edit:
+        """`router_weights` only: multiply the executed weights of experts, where they are chosen. An expert that is
+        chosen nowhere is an EffectError.
+
+        Args:
+            renormalise: rescale a token's weights to the sum that they had.
+        """
+        return self._edit("boost_renormalised" if renormalise else "boost", (_experts(experts, "boost"), factor))
 
     def _edit(self, op: str, value: Any) -> Edit:
         from .edits import Edit
@@ -282,6 +317,17 @@ def _index(item: Any, name: str) -> Index:
         if all(map(_is_integer, item)):
             return tuple(int(i) for i in item)
     raise SiteError(f"{name}[{item!r:.60}]: a layer or unit is an integer, slice or list of integers")
+
+
+def _experts(experts: Any, what: str) -> Any:
+    index = _index(experts, what)
+    return (index,) if isinstance(index, int) else index
+
+
+def _mode(what: str, modes: Mapping[str, str], mode: Any) -> str:
+    if not isinstance(mode, str) or mode not in modes:
+        raise PlanError(f"{what}: no mode is called {mode!r}. {nearest(mode, modes)}")
+    return modes[mode]
 
 
 def _is_integer(item: Any) -> bool:

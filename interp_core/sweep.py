@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .batches import Progress
-from .edits import TENSOR_OPS, Edit
+from .edits import ROUTING, TENSOR_OPS, Edit
 from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
 from .replacing import demand_own
@@ -174,7 +174,9 @@ def _ready(
 def _kind(edit: Edit) -> tuple[Any, ...]:
     """Equal for edits of which one fits a batch if the other does."""
     site, units = edit.site, edit.site.units
-    shape = (edit.value.shape, edit.value.dtype) if edit.op in TENSOR_OPS else edit.value if edit.op == "mask" else None
+    shape = (
+        (edit.value.shape, edit.value.dtype) if edit.op in TENSOR_OPS else edit.value if edit.op in ROUTING else None
+    )
     return site.name, site.layers, "one" if isinstance(units, int) else units, site.pos, site.key, edit.op, shape
 
 

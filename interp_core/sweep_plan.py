@@ -219,12 +219,14 @@ class Planner:
         """The passes of a strategy, for what is not `done` `[variant batch]`."""
         plan = SweepPlan(strategy, why, self.model.n_layers, self.top, self.widths, len(self.variants))
         steps: list[list[Step]] = []
+        # holes in a row are columns of their own, which only a pass over all of it has
+        gaps = [width > length for width, length in zip(self.tokens.widths, self.tokens.lengths, strict=True)]
         for row in range(len(self.tokens)):
             found: list[Step] = []
             singles: list[int] = []
             for number, edits in enumerate(self.variants):
                 if not done[number, row]:
-                    step = None if strategy == "full" else self._step(number, edits, row, strategy)
+                    step = None if strategy == "full" or gaps[row] else self._step(number, edits, row, strategy)
                     singles.append(number) if step is None else found.append(step)
             plan.singles.append(singles)
             steps.append(found)

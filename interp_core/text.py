@@ -4,7 +4,8 @@ One module owns special tokens, chat templates, the boundary between prompt and 
 characters and tokens. That map goes by overlap, not containment: byte-level tokens may share a character.
 
 Batches are padded on the left, so that the last column is the last token of every row; positions count real tokens
-(see `positions`), so the side never shows.
+(see `positions`), so the side never shows. A mask may have holes, columns between a row's tokens that nothing attends
+to: they stay where they are, since a model counts its own positions by columns there, as transformers does.
 """
 
 from __future__ import annotations
@@ -97,6 +98,18 @@ class Tokens:
         """Number of real tokens of each row."""
         return [len(row) for row in self.rows.real]
 
+    @cached_property
+    def widths(self) -> list[int]:
+        """Number of columns from each row's first real token to its last: more than its length where the mask has holes
+        between them."""
+        return [row[-1] - row[0] + 1 for row in self.rows.real]
+
+    @cached_property
+    def within(self) -> Bool[Tensor, "batch pos"]:
+        """Which columns lie between a row's first and last real token: the row, without padding around it."""
+        real = self.mask.long()
+        return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+
     def columns(self, at: PositionLike) -> list[list[int]]:
         """Columns of `ids` that a position selects, row by row, as `Site.at` takes it (None: all real tokens).
 
@@ -140,19 +153,19 @@ class Tokens:
         return tuple(out)
 
     def row(self, index: int) -> Tokens:
-        """One row without its padding (text only: further inputs are refused)."""
+        """One row without the padding around it (text only: further inputs are refused)."""
         if isinstance(index, bool) or not isinstance(index, int) or not -len(self) <= index < len(self):
             raise PositionError(wrong("row", f"a row of the batch, 0 to {len(self) - 1}", index))
         if self.inputs:
             raise TextError(
                 f"a batch with {', '.join(self.inputs)} cannot be split into rows; tokenize them one by one"
             )
-        keep = self.mask[index]
+        keep = self.within[index]
         pick = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
         return replace(
             self,
             ids=self.ids[index][keep][None],
-            mask=keep[keep][None],
+            mask=self.mask[index][keep][None],
             texts=self.texts and self.texts[pick],
             offsets=self.offsets and self.offsets[pick],
             spans={name: rows[pick] for name, rows in self.spans.items()},

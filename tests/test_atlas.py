@@ -130,8 +130,8 @@ def test_the_self_check_finds_a_router_edit_that_does_nothing(monkeypatch: pytes
 
     original = taps.router_logits
 
-    def silent(module: str, router: object) -> taps.Tap:
-        tap = original(module, router)  # type: ignore[arg-type]
+    def silent(module: str, router: object, *sizes: int) -> taps.Tap:
+        tap = original(module, router, *sizes)  # type: ignore[arg-type]
 
         def put(call: taps.Call, _old: torch.Tensor, new: torch.Tensor) -> None:
             call.output = (new.reshape(-1, new.shape[-1]), *call.output[1:])

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.batches import padded_on, some_rows
 from interp_core.compiled import cache_name
 from interp_core.testing import tiny
 
@@ -184,14 +185,56 @@ def test_holes_in_a_mask() -> None:
     ids = torch.tensor([[5, 9, 11, 17, 33, 11, 21, 40], [61, 7, 54, 12, 70, 3, 28, 8]])
     mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1], [1] * 8])
     x = {"input_ids": ids, "attention_mask": mask}
-    for model in (tiny_model("llama"), tiny_model("gpt2"), tiny_model("qwen3_moe"), odd("BloomForCausalLM")):
-        alone = model.run(ids[:1, mask[0].bool()]).logits[0]
-        torch.testing.assert_close(model.run(x).logits[0][mask[0].bool()], alone, atol=1e-4, rtol=1e-4)
-    for family in ("mistral", "gpt_neo", "qwen3_next"):
-        with pytest.raises(ic.TextError, match="row 0 has padding between its tokens"):
-            tiny_model(family).run(x)
-    with pytest.raises(ic.TextError, match="row 0 has padding between its tokens"):
-        odd("BartForCausalLM").run(x)
+    families = ("llama", "gpt2", "qwen3_moe", "gpt_oss", "mistral", "gpt_neo", "qwen3_next")
+    for model in (*map(tiny_model, families), odd("BloomForCausalLM"), odd("BartForCausalLM")):
+        with torch.no_grad():
+            plain = model.hf(**x, use_cache=False).logits
+        run = model.run(x, read=S.resid_post[-1].at([2, -1]))
+        torch.testing.assert_close(run.logits[mask.bool()].as_subclass(torch.Tensor), plain[mask.bool()])
+        assert run.tokens.columns([2, -1]) == [[3, 7], [2, 7]]  # positions count real tokens
+        assert run.tokens.labels_at([2, -1]) == (("17", "40"), ("54", "8"))
+        alone = model.run(run.tokens.row(0)).logits[0]
+        assert torch.equal(alone[mask[0].bool()], model.run({k: v[:1] for k, v in x.items()}).logits[0][mask[0].bool()])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mistral"])
+def test_rows_with_holes_are_moved_as_they_are(family: str) -> None:
+    """Padding around a row changes nothing, on either side; holes stay between the same tokens."""
+    model = tiny_model(family)
+    ids, mask = torch.tensor([[5, 9, 11, 17, 33, 11]]), torch.tensor([[1, 1, 0, 0, 1, 1]]).bool()
+    row, other = ic.Tokens(ids, mask), ic.Tokens(torch.arange(20, 28)[None], torch.ones(1, 8, dtype=torch.bool))
+    alone = model.run(row).logits[0][mask[0]]
+    stacked = ic.Tokens.stack([row, other])
+    assert stacked.mask[0].tolist() == [False, False, True, True, False, False, True, True]
+    assert stacked.widths == [6, 8] and stacked.lengths == [4, 8]
+    for tokens in (stacked, padded_on(stacked, "right")[0], some_rows(stacked, [0])):
+        assert tokens.ids[0][tokens.mask[0]].tolist() == [5, 9, 33, 11]
+        found = model.run(tokens).logits[0][tokens.mask[0]]
+        torch.testing.assert_close(found, alone, atol=2e-5, rtol=1e-4)
+    edit = S.resid_post[0].at(1).zero()
+    swept = model.sweep(stacked, [edit], score=ic.score.logprob(7))
+    for number, tokens in enumerate((row, other)):
+        wanted = model.run(tokens, edits=edit).logits[0, -1].log_softmax(-1)[7]
+        torch.testing.assert_close(swept.values[0, number].float(), wanted.as_subclass(torch.Tensor).float())
+    closed = model.run(ids[:, mask[0]]).logits[0]
+    assert not torch.allclose(closed, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mistral"])
+def test_holes_and_positions_while_generating(family: str) -> None:
+    """transformers' `generate` counts a row's tokens, its `forward` columns; both are what we give."""
+    model = tiny_model(family)
+    ids = torch.tensor([[5, 9, 11, 17, 33, 11, 21, 40], [61, 7, 54, 12, 70, 3, 28, 8]])
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1], [1] * 8])
+    plain = model.hf.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    made = model.generate({"input_ids": ids, "attention_mask": mask}, max_new_tokens=4, stop_at_eos=False)
+    assert made.ids.tolist() == plain[:, 8:].tolist()
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    both = {"input_ids": ids, "attention_mask": mask, "position_ids": counted}
+    with torch.no_grad():
+        wanted = model.hf(**both, use_cache=False).logits
+    torch.testing.assert_close(model.run(both).logits[mask.bool()].as_subclass(torch.Tensor), wanted[mask.bool()])
+    assert wanted[:, -1].argmax(-1).tolist() == made.ids[:, 0].tolist()
 
 
 def test_ids_that_look_padded_are_said_once() -> None:

@@ -362,8 +362,8 @@ class _Builder:
         n, k = router.sizes(self.modules[gate])
         beside = {"grad": "it is computed beside the forward pass"}
         for name, tap in (
-            ("router_logits", taps.router_logits(gate, router)),
-            ("router_weights", taps.router_weights(gate, router, n)),
+            ("router_logits", taps.router_logits(gate, router, n, k)),
+            ("router_weights", taps.router_weights(gate, router, n, k)),
         ):
             self._add(Entry(name, layer, tap, tap, {"expert": n}, dict(beside)))
         only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .family import Family
-from .routing import Router, Selection, dense, selected, shares
+from .routing import Router, Selection, dense, shares
 
 
 class TopKOfLogitsThenSigmoid(Selection):
@@ -43,10 +43,13 @@ class InputRouter(Router):
         best = output[0].topk(k, dim=-1)
         return torch.where(best.values == 0, best.indices[:, :1], best.indices)
 
-    def rerouted(self, router: Any, output: Any, logits: Tensor) -> Any:
-        """See `Router.rerouted`."""
-        weights, chosen = selected(self.selection, router, logits, output[0].dtype)
-        return dense(weights, chosen, logits.shape[-1]), logits
+    def slots(self, output: Any, k: int) -> tuple[Tensor, Tensor]:
+        """See `Router.slots`."""
+        return output[0].topk(k, dim=-1).values, self.chosen(output, k)
+
+    def returned(self, output: Any, logits: Tensor, weights: Tensor, chosen: Tensor) -> Any:
+        """See `Router.returned`."""
+        return dense(weights.to(output[0].dtype), chosen, logits.shape[-1]), logits
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """The output with other weights; any number of experts can have some."""

@@ -3,7 +3,8 @@
 In transformers a router module returns `(logits, weights, indices)` over batch and pos flattened, and the block hands
 weights and indices to the experts' module as they are. So what a router returns is what is executed; replacing its
 logits alone does nothing. An edit of the logits therefore selects again, by the family's own rule (`Selection`), and a
-banned expert (logit minus infinity) is out of every stage of the choice: correction biases and groups included.
+banned expert (logit minus infinity) is out of every stage of the choice: correction biases and groups included
+(`rerouting.py`).
 """
 
 from __future__ import annotations
@@ -161,13 +162,13 @@ class Router:
         """Executed experts `[n k]`, as the router orders them. Slots that are over repeat an expert of the set."""
         return output[2]
 
-    def rerouted(self, router: Any, output: Any, logits: Tensor) -> Any:
-        """What the module would have returned for other logits; `router` is what `rule` gives.
+    def slots(self, output: Any, k: int) -> tuple[Tensor, Tensor]:
+        """Executed weights and experts `[n k]`; slots that are over have weight zero."""
+        return output[1], self.chosen(output, k)
 
-        Raises:
-            PlanError: no expert is left for a token.
-        """
-        return logits, *selected(self.selection, router, logits, output[1].dtype), *output[3:]
+    def returned(self, output: Any, logits: Tensor, weights: Tensor, chosen: Tensor) -> Any:
+        """The output with other logits, and other weights `[n k]` of other experts `[n k]`."""
+        return logits, weights.to(output[1].dtype), chosen, *output[3:]
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """The output with other dense weights.
@@ -180,6 +181,8 @@ class Router:
         kept = weights.gather(-1, chosen)
         if not torch.equal(dense(kept, chosen, weights.shape[-1]), weights):
             raise PlanError(f"router_weights: a token can have {k} experts, the edit gives weight to more")
+        none = kept == 0  # nothing that has no weight takes a slot, but what the token has
+        chosen = torch.where(none, torch.where(none.all(-1, keepdim=True), output[2], chosen[:, :1]), chosen)
         return output[0], kept.to(output[1].dtype), chosen, *output[3:]
 
     def contributions(self, experts: Any, args: Any, _output: Tensor, units: tuple[int, ...]) -> Tensor:
@@ -199,23 +202,3 @@ class Router:
 def dense(weights: Tensor, chosen: Tensor, n_experts: int) -> Tensor:
     """Weights `[n k]` of chosen experts as `[n expert]`."""
     return weights.new_zeros(len(weights), n_experts).scatter_add(-1, chosen, weights)
-
-
-def selected(selection: Selection, router: Any, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights and indices for `logits`, where minus infinity bans an expert.
-
-    A token with fewer than k experts left spends the slots that are over on an expert that it has, with weight zero:
-    nothing banned is executed, not even for nothing.
-
-    Raises:
-        PlanError: no expert is left for a token.
-    """
-    chosen = selection.choose(router, logits)
-    weights = selection.weigh(router, logits, chosen)
-    dead = logits.gather(-1, chosen) == BANNED
-    if bool(dead.any()):
-        if bool(dead.all(-1).any()):
-            raise PlanError("router_logits: a token has no expert left to go to; ban fewer")
-        spare = chosen.gather(-1, (~dead).int().argmax(-1, keepdim=True))
-        weights, chosen = torch.where(dead, 0, weights), torch.where(dead, spare, chosen)
-    return weights.to(dtype), chosen

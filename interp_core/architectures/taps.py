@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CapabilityError
 from .family import View
+from .rerouting import Proof, Routed, Taken
 from .routing import Router
 
 Side = Literal["in", "out", "attention"]
@@ -34,9 +35,14 @@ class Call:
         shape: batch and pos of the pass, for modules that see them flattened.
         needs: first tensors of the taps that this one needs.
         kwargs: inputs passed by name, for taps at a module's input.
+        unedited: the output as the module gave it.
+        taken: what edits of a router have forced so far.
+        proofs: of edits of a router, to be closed when all of them are done.
     """
 
-    __slots__ = ("_changes", "args", "first", "kwargs", "module", "needs", "output", "shape")
+    __slots__ = (
+        "_changes", "args", "first", "kwargs", "module", "needs", "output", "proofs", "shape", "taken", "unedited",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class Call:
         self.kwargs: Mapping[str, Any] = kwargs or {}
         self.shape: tuple[int, int] = (0, 0)
         self.needs: tuple[Tensor, ...] = ()
+        self.unedited, self.taken, self.proofs = output, list[Taken](), list[Proof]()
         self._changes: list[tuple[Tap, tuple[int, ...] | None, Tensor]] = []
 
     def value(self, tap: Tap, units: tuple[int, ...] | None) -> Tensor:
@@ -128,6 +135,7 @@ class Tap:
         partial: `get` computes only the units asked for, and `put` takes their change.
         needs: taps whose first tensors `get` and `put` use; they lie before this one.
         rank: order among taps at the same place.
+        routed: how experts are banned, forced and weighed there, for sites of a router.
         lens: how the tensor passes, where that is not as the site has it; the same for all taps of a place.
     """
 
@@ -140,6 +148,7 @@ class Tap:
     partial: bool = False
     needs: tuple[Tap, ...] = ()
     rank: int = 0
+    routed: Routed | None = None
     lens: Lens | None = None
 
 
@@ -206,20 +215,20 @@ def out_features(module: nn.Module) -> int:
     return int(output_weight(module).shape[1])
 
 
-def router_logits(module: str, router: Router) -> Tap:
+def router_logits(module: str, router: Router, n_experts: int, k: int) -> Tap:
     """Router logits; a change selects experts again, as the family does."""
+    routed = Routed(router, n_experts, k)
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         return router.logits(call.output).view(*call.shape, -1)
 
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        rule = router.rule(call.module, call.args)
-        call.output = router.rerouted(rule, call.output, new.reshape(-1, new.shape[-1]))
+        routed.select_again(call, new.reshape(-1, n_experts))
 
-    return Tap(module, "out", get=get, put=put)
+    return Tap(module, "out", get=get, put=put, routed=routed)
 
 
-def router_weights(module: str, router: Router, n_experts: int) -> Tap:
+def router_weights(module: str, router: Router, n_experts: int, k: int) -> Tap:
     """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
@@ -228,7 +237,7 @@ def router_weights(module: str, router: Router, n_experts: int) -> Tap:
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
-    return Tap(module, "out", get=get, put=put, rank=1)
+    return Tap(module, "out", get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
 
 
 def router_probs(module: str, router: Router) -> Tap:

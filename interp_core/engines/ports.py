@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from ..architectures.atlas import Entry
 from ..architectures.family import View
 from ..architectures.taps import KEYED, Call, Tap
-from ..edits import TENSOR_OPS, Edit, carry_out, prepared
-from ..errors import CapabilityError, PlanError
+from ..edits import ROUTING, TENSOR_OPS, Edit, carry_out, prepared
+from ..errors import CapabilityError
 from ..positions import Rows, Slice, settled
 from ..regions import Bound, Region, Window
 from ..sites import SITES, Site
 from .attention import softmax
 from .knockout import Hidden, renormalised
+from .rerouting import check_experts, close, reroute
+from .values import check_value
 
 if TYPE_CHECKING:
     from .program import PortProgram
@@ -177,9 +180,13 @@ class Change(Part):
         return into
 
     def derive(self, call: Call) -> None:
-        """The same for a value that the tap computes, and knows how to put back."""
-        if self.idle:
-            return
+        """The same for a value that the tap computes, and knows how to put back; a router's edits have a way of their
+        own."""
+        if not self.idle:
+            (self.derive_value if self.tap.routed is None else partial(reroute, self))(call)
+
+    def derive_value(self, call: Call) -> None:
+        """Compute the value, change it and put it back."""
         value = call.value(self.tap, self.units)
         into = value.clone()
         self.write(self.program.edits[self.number], value, into, call.first)
@@ -206,22 +213,23 @@ class Change(Part):
         program = self.program
         if edit.op == "zero":
             change = old
-        elif edit.op == "mask":  # how many logits were taken out, not how far it is to minus infinity
-            change = (torch.isfinite(old) & ~torch.isfinite(new)).float()
         elif self.knockout:  # the probability that was taken away
             sinks = getattr(program.engine.modules[self.tap.module], "sinks", None)
             change = self.take(softmax(x, sinks, None))
         else:
             change = new - old
-        columns = None if self.bound is None else self.bound.columns
+        if program.real is not None or program.live is not None:
+            real = self.real(value.shape, value.device)
+            change = change if real is None else torch.where(real, change, 0)
+        self.fire(torch.linalg.vector_norm(change.detach() if change.requires_grad else change))
+
+    def fire(self, norm: Tensor) -> None:
+        """Write down that the edit fired, in rows that have not ended."""
+        program, columns = self.program, None if self.bound is None else self.bound.columns
         if columns is not None and program.live is not None:
             columns = [row if on else [] for row, on in zip(columns, program.live, strict=True)]
             if not any(columns):
                 return
-        if program.real is not None or program.live is not None:
-            real = self.real(value.shape, value.device)
-            change = change if real is None else torch.where(real, change, 0)
-        norm = torch.linalg.vector_norm(change.detach() if change.requires_grad else change)
         program.passed.fires.append((self.number, self.entry.layer, columns, norm))
 
     def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
@@ -247,27 +255,10 @@ class Change(Part):
             value = edit.value
             seen = (rows, value.shape, value.dtype)
             if self.checked is None or self.checked[0] is not rows or self.checked[1:] != seen[1:]:
-                self._check_value(edit, value, rows)
+                check_value(self, edit, value, rows)
                 self.checked = seen
-        elif edit.op == "mask" and (n := self.entry.n_units or 0):
-            for expert in edit.value:
-                if not 0 <= expert < n:
-                    raise PlanError(f"{edit}: no expert {expert}, there are {n}, 0 to {n - 1}")
-
-    def _check_value(self, edit: Edit, value: Tensor, rows: Rows) -> None:
-        dtype = self.program.engine.dtype
-        if value.dtype != dtype and not (self.entry.wide and value.dtype == torch.float32):
-            raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
-        axes = self.axes(len(rows.real), rows.width)
-        sizes, last = [size for _, size in axes], edit.site.info.axes[-1]
-        if edit.op == "project" and axes[-1][0] != last:
-            raise PlanError(f"{edit}: directions lie along {last}, of which this selects a single one; leave it whole")
-        wanted = sizes[-1:] if edit.op == "project" else sizes
-        shape = list(value.shape)[-1:] if edit.op == "project" else list(value.shape)
-        if len(shape) > len(wanted) or shape != wanted[len(wanted) - len(shape) :]:
-            named = ", ".join(f"{axis} {size}" for axis, size in axes)
-            takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
-            raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.")
+        elif edit.op in ROUTING:
+            check_experts(self, edit)
 
     def hidden(self, rows: Rows) -> Hidden:
         """What a knockout hides in these rows."""
@@ -488,6 +479,8 @@ class Port:
                 call.first = change.apply(call.first)
             else:
                 change.derive(call)
+        if call.proofs:
+            close(program, call)
         for read in self.reads:
             if read.tap.get is None:
                 call.first = read.keep(call.first, program)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.taps import Tap
-from ..edits import Edit
+from ..edits import ROUTING, Edit
 from ..errors import CapabilityError, InterpError, PlanError
 from ..plan import Plan
 from ..positions import Rows
@@ -31,6 +31,7 @@ from .knockout import check_knockouts
 from .layers import Layers
 from .ports import Change, Part, Port, Read
 from .protocol import Ending, HandOver, Passed
+from .rerouting import TURN, check_together
 from .steps import Steps
 from .turns import turn_of
 
@@ -160,6 +161,7 @@ class PortProgram(ABC):
         self.keep_graph = False
         self.after: Mapping[Port, Callable[[], None]] = {}
         self._left_for: Rows | None = None
+        self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
         self._ports: dict[tuple[str, str, str], Port] = {}
         self._by_tap: dict[Tap, Port] = {}
         self._add_reads(plan.reads)
@@ -171,6 +173,7 @@ class PortProgram(ABC):
         self._inside = [port for port in ports if port.tap.side == "attention"]
         self.taps = self._layer_taps(self._inside)
         self._knockouts = [change for change in self._changes if plan.edits[change.number].op == "knockout"]
+        self._rerouting = [change for change in self._changes if plan.edits[change.number].op in ROUTING]
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
@@ -228,7 +231,7 @@ class PortProgram(ABC):
                 changes.append(self._change(number, edit, entry, tap))
                 self._port(tap).changes.append(changes[-1])
         for port in self._ports.values():
-            port.changes.sort(key=lambda change: change.tap.rank)
+            port.changes.sort(key=lambda change: (change.tap.rank, TURN.get(edits[change.number].op, 0)))
             # a read of the whole stream must see the tensor before one that only follows this port branches it off
             port.reads.sort(key=lambda read: read.entry.write is read.tap)
         return changes
@@ -384,6 +387,9 @@ class PortProgram(ABC):
         """Hold every edit's value, and what knockouts leave, against the rows that the edits are bound to."""
         for change in self._changes:
             change.check(rows)
+        if len(self._rerouting) > 1 and (self._routed_for is None or self._routed_for != (rows, self.edits)):
+            check_together(self._rerouting, rows)
+            self._routed_for = rows, self.edits
         if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
             check_knockouts([change.hidden(rows) for change in self._knockouts], self.atlas.reaches, rows)
             self._left_for = rows

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.family import View
+from ..architectures.rerouting import Proof
 from ..edits import Edit
 from ..plan import Plan
 from ..positions import Rows
@@ -45,17 +46,19 @@ class Passed:
         versions: per kept tensor that is the very one that passed, how often it had been written to by then.
         bases: with gradients, the tensors of the pass that `values` are views or parts of, and which parts.
         fires: what edits changed: `(number in the plan, layer, selected columns per row or None for all, norm)`.
+        routed: proofs of edits of routers, closed.
         output: the model's output, None after an early stop.
         attention: by layer, what its attention was called with, until the layer is handed over.
     """
 
-    __slots__ = ("attention", "bases", "fires", "output", "values", "versions")
+    __slots__ = ("attention", "bases", "fires", "output", "routed", "values", "versions")
 
     def __init__(self, n_slots: int) -> None:
         self.values: list[Tensor | None] = [None] * n_slots
         self.versions = [0] * n_slots
         self.bases: list[tuple[Tensor, Bound | None] | None] = [None] * n_slots
         self.fires: list[tuple[int, int, list[list[int]] | None, Tensor]] = []
+        self.routed: list[Proof] = []
         self.output: Any = None
         self.attention: dict[int, AttentionRows] = {}
 

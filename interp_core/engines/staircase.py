@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.taps import Call, Tap
-from ..edits import Edit, carry_out
+from ..edits import ROUTING, Edit, carry_out
 from ..plan import Plan
 from ..positions import Rows
+from ..readings import demand_proof
 from ..regions import Bound, Window
 from ..sites import Site
 from .attention import LayerTap, Texts
@@ -36,6 +37,7 @@ from .ports import Change, Read
 from .program import LocalEngine, Stop
 from .protocol import Passed
 from .replace import replaced_forwards
+from .rerouting import reroute
 from .torch import TorchProgram
 
 
@@ -242,6 +244,12 @@ class RowChanges:
 
     def derive(self, call: Call) -> None:
         """The same for a value that the tap computes, and knows how to put back."""
+        edits = self.program.edits
+        for member in (routing := [one for one in self.alone if edits[one.number].op in ROUTING]):
+            if not member.idle:
+                reroute(member, call, member.row)
+        if len(routing) == len(self.members):
+            return
         value = call.value(self.tap, self.units)
         into = value.clone()
         self._write(value, into, value)
@@ -249,7 +257,7 @@ class RowChanges:
 
     def _write(self, value: Tensor, into: Tensor, x: Tensor) -> None:
         for member in self.alone:
-            if not member.idle:
+            if not member.idle and self.program.edits[member.number].op not in ROUTING:
                 row = slice(member.row, member.row + 1)
                 member.write(self.program.edits[member.number], value[row], into[row], x[row])
         for members in self.together:
@@ -379,6 +387,7 @@ class Staircase(TorchProgram):
             pass
         finally:
             self._end()
+        demand_proof(self.flat, (passed,))
         return seen(passed, self.slots) if self.slots else passed.output.logits, self._moved(passed)
 
     def _inputs(self, inputs: Mapping[str, Any], alike: bool) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""Edits of routers, carried out at a port: for which tokens, what they changed, and what proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..architectures.rerouting import WHOLE, Proof, Routed
+from ..architectures.routing import wide
+from ..architectures.taps import Call
+from ..edits import ROUTING, Edit
+from ..errors import PlanError
+from ..positions import Rows, Slice
+
+if TYPE_CHECKING:
+    from .ports import Change
+    from .program import PortProgram
+
+TURN = {"force_steermoe": 1, "force": 2}
+"""Forces come after whatever else is done to the logits: what they have executed, nothing takes away again."""
+
+
+def reroute(change: Change, call: Call, row: int | None = None) -> None:
+    """Carry out an edit whose tap is a router's, and begin its proof.
+
+    Args:
+        row: the one row of the batch that it is about.
+    """
+    program, routed = change.program, change.tap.routed
+    assert routed is not None
+    edit, width = program.edits[change.number], call.shape[1]
+    part = WHOLE if row is None else slice(row * width, (row + 1) * width)
+    here = _selected(change, call, row)
+    seen = None if row is not None else _text(program, positions=change.region.pos is not None)
+    counted = (here if seen is None else here & seen.to(here.device)).flatten()
+    here = here.flatten()
+    if edit.op in ROUTING:
+        before = _measured(edit, call, routed)[part]
+        left = routed.edit(call, edit.op, edit.value, here, part)
+        moved = (_measured(edit, call, routed)[part] - before)[counted]
+        change.fire(torch.linalg.vector_norm(moved.detach()))
+    else:
+        left = torch.zeros_like(here)
+        change.derive_value(call)
+    number, layer = change.number, change.entry.layer
+    unmasked = (counted & left).sum()
+    call.proofs.append(Proof(routed, number, layer, edit.op, edit.experts, part, counted & ~left, unmasked))
+
+
+def _measured(edit: Edit, call: Call, routed: Routed) -> Tensor:
+    """What the size of an edit is measured by `[n expert]`: which logits are banned, or executed weights."""
+    if edit.op == "mask":
+        return (~torch.isfinite(routed.router.logits(call.output))).float()
+    weights = routed.router.weights(call.output, routed.n_experts)
+    return weights.to(wide(weights))
+
+
+def _selected(change: Change, call: Call, row: int | None) -> Tensor:
+    """Tokens `[batch pos]` that an edit selects in this pass, of one row or all."""
+    batch, width = call.shape
+    here = torch.zeros(batch if row is None else 1, width, 1, dtype=torch.bool, device=call.first.device)
+    if change.bound is None:
+        here.fill_(True)
+    else:
+        change.bound.put(here, torch.ones_like(change.bound.take(here)))
+    return here[..., 0]
+
+
+def _text(program: PortProgram, *, positions: bool) -> Tensor | None:
+    """Tokens `[batch pos]` of a pass that are neither padding nor what fills up a row that has ended; None: all.
+
+    Args:
+        positions: of an edit at chosen positions, which select no padding.
+    """
+    if not positions:
+        return program.real
+    return None if program.live is None else torch.tensor(program.live)[:, None].expand(program.shape)
+
+
+def close(program: PortProgram, call: Call) -> None:
+    """Count what became of the edits of a router, when all of them are done."""
+    text = _text(program, positions=False)
+    text = None if text is None else text.flatten().to(call.first.device)
+    parity = call.proofs[0].routed.parity(call, text)  # of the one router that all of them are about
+    program.passed.routed += [proof.routed.close(call, proof, parity) for proof in call.proofs]
+
+
+def check_experts(change: Change, edit: Edit) -> None:
+    """Refuse experts that there are not, and more forced ones than a token takes.
+
+    Raises:
+        PlanError: naming the first of them.
+    """
+    routed = change.tap.routed
+    if routed is None:
+        raise PlanError(f"{edit}: nothing there selects experts")
+    n, k = routed.n_experts, routed.k
+    for expert in edit.experts:
+        if not 0 <= expert < n:
+            raise PlanError(f"{edit}: no expert {expert}, there are {n}, 0 to {n - 1}")
+    if edit.op.startswith("force") and len(set(edit.experts)) > k:
+        raise PlanError(
+            f"{edit}: {len(set(edit.experts))} experts are forced, and a token takes {k}; force {k} or fewer"
+        )
+
+
+def check_together(changes: Sequence[Change], rows: Rows) -> None:
+    """Refuse edits of routers that cannot all hold at one token.
+
+    Raises:
+        PlanError: experts both banned and forced, more forced than a token takes, or a set that one edit keeps and
+            another one changes.
+    """
+    by_layer: dict[int, list[Change]] = {}
+    for change in changes:
+        if change.entry.name == "router_logits":
+            by_layer.setdefault(change.entry.layer, []).append(change)
+    for layer, of_layer in by_layer.items():
+        if len(of_layer) > 1 and any(_edit(change).op.startswith("force") for change in of_layer):
+            _check_layer(layer, of_layer, rows)
+
+
+def _edit(change: Change) -> Edit:
+    return change.program.edits[change.number]
+
+
+def _check_layer(layer: int, changes: Sequence[Change], rows: Rows) -> None:
+    routed = changes[0].tap.routed
+    assert routed is not None
+    shape = len(rows.real), rows.width, routed.n_experts
+    banned, forced = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    kept = torch.zeros(shape[:2], dtype=torch.bool)
+    for change in changes:
+        edit, pos = _edit(change), change.region.pos
+        for row, columns in enumerate(change.region.columns(rows, Slice() if pos is None else pos)):
+            at = torch.tensor(list(columns), dtype=torch.long)
+            if edit.op.startswith("mask"):
+                banned[row, at[:, None], torch.tensor(edit.experts)] = True
+                kept[row, at] |= edit.op != "mask"
+            elif edit.op.startswith("force"):
+                forced[row, at[:, None], torch.tensor(edit.experts)] = True
+    if bool((both := banned & forced).any()):
+        raise PlanError(
+            f"layer {layer}: expert {int(both.any(0).any(0).nonzero()[0])} is both banned and forced at a token; take "
+            "it out of one of these edits, or choose other positions"
+        )
+    if int(most := forced.sum(-1).max()) > routed.k:
+        raise PlanError(f"layer {layer}: {most} experts are forced at a token, which takes {routed.k}; force fewer")
+    if bool((kept & forced.any(-1)).any()):
+        raise PlanError(
+            f"layer {layer}: mask with mode 'keep' or 'drop' leaves a token's set as it is, and force changes it at "
+            "the same token; mask with mode 'replace', or choose other positions"
+        )

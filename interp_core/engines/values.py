@@ -1,0 +1,36 @@
+"""Whether an edit's value fits what it meets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..edits import Edit
+from ..errors import PlanError
+from ..positions import Rows
+
+if TYPE_CHECKING:
+    from .ports import Change
+
+
+def check_value(change: Change, edit: Edit, value: Tensor, rows: Rows) -> None:
+    """Hold an edit's value against the part that it meets.
+
+    Raises:
+        PlanError: shape or dtype that do not fit.
+    """
+    dtype = change.program.engine.dtype
+    if value.dtype != dtype and not (change.entry.wide and value.dtype == torch.float32):
+        raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
+    axes = change.axes(len(rows.real), rows.width)
+    sizes, last = [size for _, size in axes], edit.site.info.axes[-1]
+    if edit.op == "project" and axes[-1][0] != last:
+        raise PlanError(f"{edit}: directions lie along {last}, of which this selects a single one; leave it whole")
+    wanted = sizes[-1:] if edit.op == "project" else sizes
+    shape = list(value.shape)[-1:] if edit.op == "project" else list(value.shape)
+    if len(shape) > len(wanted) or shape != wanted[len(wanted) - len(shape) :]:
+        named = ", ".join(f"{axis} {size}" for axis, size in axes)
+        takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
+        raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.")
