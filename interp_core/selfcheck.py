@@ -313,7 +313,9 @@ def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     site = probed(entry.name, entry.layer)
     if entry.name == "router_weights":
         # unevenly: a norm of what experts give undoes a factor that all have in common
-        return site.at(mask).apply(lambda x: x * torch.linspace(0.25, 0.75, x.shape[-1], device=x.device, dtype=x.dtype))
+        return site.at(mask).apply(
+            lambda x: x * torch.linspace(0.25, 0.75, x.shape[-1], device=x.device, dtype=x.dtype)
+        )
     value = run[site].as_subclass(Tensor)
     attention = "query" in info.axes
     size = int(value.shape[1] if attention else value.shape[-1])

@@ -51,11 +51,13 @@ class Mixture:
 _ALL = (0, 1, 2)
 _SHARED = ("mlp.shared_experts",)
 _V3 = Mixture(
-    score="sigmoid", bias="mlp.gate.e_score_correction_bias", groups="two", scale="routed_scaling_factor", shared=_SHARED
+    score="sigmoid",
+    bias="mlp.gate.e_score_correction_bias",
+    groups="two",
+    scale="routed_scaling_factor",
+    shared=_SHARED,
 )
-_GRANITE = Mixture(
-    "block_sparse_moe.router", "block_sparse_moe.experts", _ALL, score="top", shared=("shared_mlp",)
-)
+_GRANITE = Mixture("block_sparse_moe.router", "block_sparse_moe.experts", _ALL, score="top", shared=("shared_mlp",))
 
 MIXTURES: dict[str, Mixture] = {
     "phimoe": Mixture("mlp.router", layers=_ALL, score="slots"),

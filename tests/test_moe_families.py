@@ -105,7 +105,9 @@ def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
     with pytest.raises(ic.CapabilityError, match="router_logits.*experts of a group that is left out"):
         ic.load(hf, check=False).run(ids, read=S.router_logits)
     hf.config.model_type = "novel"
-    with pytest.raises(ic.CapabilityError, match=r"no family file says how it selects experts \(model.layers.0.mlp.exp"):
+    with pytest.raises(
+        ic.CapabilityError, match=r"no family file says how it selects experts \(model.layers.0.mlp.exp"
+    ):
         ic.load(hf, check=False).run(ids, read=S.router_logits)
 
 
@@ -130,8 +132,12 @@ def test_routers_select_as_by_hand(family: str, ids: torch.Tensor) -> None:
     layer = mixture.layers[-1]
     logits, weights = S.router_logits[layer], S.router_weights[layer]
     run = model.run(ids, read=[logits, weights, S.router_probs[layer], S.router_indices[layer]])
-    torch.testing.assert_close(plain(run[weights]).double(), hand(family, model, layer, run[logits]), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(plain(run[S.router_probs[layer]]).sum(-1).double(), torch.ones(2, 7).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        plain(run[weights]).double(), hand(family, model, layer, run[logits]), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        plain(run[S.router_probs[layer]]).sum(-1).double(), torch.ones(2, 7).double(), atol=1e-5, rtol=0
+    )
     assert (plain(run[weights]).gather(-1, plain(run[S.router_indices[layer]])) != 0).all()
     generator = torch.Generator().manual_seed(3)
     for n_banned in range(model.sizes(logits)["expert"]):
@@ -187,7 +193,9 @@ def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torc
         total = plain(run[S.expert_out[layer]]).sum(2)
         total = total + sum(x.view_as(total) for x in given)
         if family == "gemma4":
-            dense = block.post_feedforward_layernorm_1(block.mlp(block.pre_feedforward_layernorm(plain(run[S.resid_mid[layer]]))))
+            dense = block.post_feedforward_layernorm_1(
+                block.mlp(block.pre_feedforward_layernorm(plain(run[S.resid_mid[layer]])))
+            )
             total = dense + block.post_feedforward_layernorm_2(total)
         for norm in ("post_mlp_layernorm", "mlp.post_mlp_layernorm", "post_feedforward_layernorm"):
             total = modules[norm](total) if (modules := dict(block.named_modules())).get(norm) else total
@@ -237,6 +245,29 @@ def test_banned_experts_are_never_executed(family: str, ids: torch.Tensor) -> No
         model.run(ids, edits=S.router_logits[layer].mask(list(range(n))))
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_edits_carry_their_proof(family: str, ids: torch.Tensor) -> None:
+    """In both dtypes: the selection reproduces the router at every token, bans and forces hold, the rest keeps its bits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, layer = tiny_model(family, dtype), MIXTURES[family].layers[-1]
+        logits, weights, indices = S.router_logits[layer], S.router_weights[layer], S.router_indices[layer]
+        before = model.run(ids, read=[weights, indices])
+        chosen = plain(before[indices])
+        used, rare = chosen.flatten().mode().values.item(), int((plain(before[weights]) != 0).sum((0, 1)).argmin())
+        edits = {mode: logits.at([1, 4]).mask(used, mode=mode) for mode in ("replace", "keep", "drop")}
+        edits |= {mode: logits.at([1, 4]).force([rare], mode=mode) for mode in ("own_weight", "steermoe")}
+        edits |= {f"boost {on}": weights.at([1, 4]).boost(used, 3.0, renormalise=on) for on in (False, True)}
+        for what, edit in edits.items():
+            run = model.run(ids, read=[weights, indices], edits=edit, allow_noop=True)
+            proof = run.receipts[0].routing
+            assert proof is not None and proof.tokens == 4, (what, dtype)
+            assert (proof.broken, proof.differing, proof.held) == (0, 0, 14), (what, dtype, proof)
+            if what in ("own_weight", "steermoe"):
+                assert (plain(run[indices])[:, [1, 4]] == rare).any(-1).all(), what
+            for site in (weights, indices):
+                assert torch.equal(plain(run[site])[:, [0, 2, 3, 5, 6]], plain(before[site])[:, [0, 2, 3, 5, 6]])
+
+
 @pytest.mark.parametrize("family", [f for f in ALL if MIXTURES[f.values[0]].bias])
 def test_a_correction_bias_brings_no_banned_expert_back(family: str, ids: torch.Tensor) -> None:
     hf, mixture = testing.tiny(family), MIXTURES[family]
@@ -257,5 +288,8 @@ def test_hash_routers_have_no_logits(ids: torch.Tensor) -> None:
     run = model.run(ids, read=S.router_indices[0])
     table = model.hf.model.layers[0].mlp.gate.tid2eid
     assert torch.equal(plain(run[S.router_indices[0]]), table[ids])
+    boosted = model.run(ids, edits=S.router_weights[0].boost(1, 2.0))
+    proof = boosted.receipts[0].routing
+    assert proof is not None and (proof.held, proof.differing) == (14, 0)
     with pytest.raises(ic.SiteError, match="layer 0 has no router_logits .*a hash router: token ids choose"):
         model.run(ids, edits=S.router_logits[0].mask(1))

@@ -374,9 +374,9 @@ class _Builder:
             self._add(Entry("shared_expert_gate", layer, taps.shared_expert_gate(path), None, {"gate": 1}, why))
         tap = taps.expert_out(experts, router, n)
         self._add(Entry("expert_out", layer, tap, tap, {"expert": n, **self.d_model}, beside))
-        for name, why in router.absent(self.modules[gate]).items():
+        for name, reason in router.absent(self.modules[gate]).items():
             if self.atlas.entries.pop((name, layer), None):
-                self.atlas.withdrawn[name, layer] = why
+                self.atlas.withdrawn[name, layer] = reason
 
     def _view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
         if tap.module in self.modules:

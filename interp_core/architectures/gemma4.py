@@ -40,10 +40,11 @@ class ProbabilityRouter(Router):
         probabilities: Tensor = output[0]
         return probabilities.log()
 
-    def rerouted(self, router: Any, output: Any, logits: Tensor) -> Any:
-        """See `Router.rerouted`."""
-        _, *rest = super().rerouted(router, output, logits)
-        return torch.softmax(logits, -1, dtype=output[0].dtype), *rest
+    def returned(self, output: Any, logits: Tensor, weights: Tensor, chosen: Tensor) -> Any:
+        """See `Router.returned`; tokens whose logits are what they were keep the bits of their probabilities."""
+        same = (logits == self.logits(output)).all(-1, keepdim=True)
+        probabilities = torch.where(same, output[0], torch.softmax(logits, -1, dtype=output[0].dtype))
+        return super().returned(output, probabilities, weights, chosen)
 
 
 FAMILY = Family("gemma4", router=ProbabilityRouter("router", "experts", ScaledByExpert()))

@@ -1,7 +1,7 @@
 """JetMoE: top-k of the logits, then softmax over these; the router's module gives the slots sorted by expert.
 
-Attention is a mixture too: a router of its own chooses the heads' projections, and has no site. No single module runs an
-expert, so `expert_out` does not exist.
+Attention is a mixture too: a router of its own chooses the heads' projections, and has no site. No single module runs
+an expert, so `expert_out` does not exist.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .family import Family
-from .routing import Router, TopKOfLogits, dense, selected
+from .routing import Router, TopKOfLogits, dense
 
 
 class SortedRouter(Router):
-    """The module returns `(slots in the order of their experts, their tokens, weights, slots per expert, logits)`, where
-    slot i is the (i mod k)-th of token i div k."""
+    """The module returns `(slots in the order of their experts, their tokens, weights, slots per expert, logits)`; slot
+    i is the (i mod k)-th of token i div k."""
 
     def logits(self, output: Any) -> Tensor:
         """See `Router.logits`."""
@@ -26,10 +26,7 @@ class SortedRouter(Router):
 
     def weights(self, output: Any, n_experts: int) -> Tensor:
         """See `Router.weights`."""
-        slots, _, weights, _, logits = output
-        k = len(slots) // len(logits)
-        by_token = torch.empty_like(weights).scatter(0, slots, weights).view(-1, k)
-        return dense(by_token, self.chosen(output, k), n_experts)
+        return dense(*self.slots(output, len(output[0]) // len(output[4])), n_experts)
 
     def chosen(self, output: Any, k: int) -> Tensor:
         """See `Router.chosen`."""
@@ -38,22 +35,22 @@ class SortedRouter(Router):
         experts = experts.repeat_interleave(torch.tensor(sizes, device=slots.device))
         return torch.empty_like(experts).scatter(0, slots, experts).view(-1, k)
 
-    def rerouted(self, router: Any, output: Any, logits: Tensor) -> Any:
-        """See `Router.rerouted`."""
-        return self._sorted(*selected(self.selection, router, logits, output[2].dtype), logits)
+    def slots(self, output: Any, k: int) -> tuple[Tensor, Tensor]:
+        """See `Router.slots`."""
+        weights = torch.empty_like(output[2]).scatter(0, output[0], output[2])
+        return weights.view(-1, k), self.chosen(output, k)
+
+    def returned(self, output: Any, logits: Tensor, weights: Tensor, chosen: Tensor) -> Any:
+        """See `Router.returned`."""
+        experts, slots = chosen.flatten().sort(stable=True)
+        sizes = torch.bincount(experts, minlength=logits.shape[-1]).tolist()
+        given = weights.to(output[2].dtype).flatten()[slots]
+        return slots, slots.div(chosen.shape[-1], rounding_mode="trunc"), given, sizes, logits
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """See `Router.reweighted`."""
-        k = len(output[0]) // len(weights)
-        plain = (None, output[2].view(-1, k), None)
-        _, kept, chosen = super().reweighted(plain, weights)
-        return self._sorted(kept, chosen, output[4])
-
-    def _sorted(self, weights: Tensor, chosen: Tensor, logits: Tensor) -> Any:
-        """The module's output for weights and experts `[n k]`."""
-        experts, slots = chosen.flatten().sort(stable=True)
-        sizes = torch.bincount(experts, minlength=logits.shape[-1]).tolist()
-        return slots, slots.div(chosen.shape[-1], rounding_mode="trunc"), weights.flatten()[slots], sizes, logits
+        as_others_give_it = (output[4], *self.slots(output, len(output[0]) // len(weights)))
+        return self.returned(output, *super().reweighted(as_others_give_it, weights))
 
 
 FAMILY = Family(

@@ -40,9 +40,7 @@ _V2 = GroupsByConfig(softmax, best=1, renormalise=False, scale="routed_scaling_f
 _MISTRAL = Scored(softmax_as_is, best=2, renormalise="norm_topk_prob", eps=1e-20, scale="routed_scaling_factor")
 
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="deepseek_v2", router=Router("mlp.gate", "mlp.experts", _V2))
-MISTRAL4 = replace(
-    DEEPSEEK_V3, name="mistral4", paths=_paths(), router=Router("mlp.gate", "mlp.experts", _MISTRAL)
-)
+MISTRAL4 = replace(DEEPSEEK_V3, name="mistral4", paths=_paths(), router=Router("mlp.gate", "mlp.experts", _MISTRAL))
 GLM_LITE = replace(DEEPSEEK_V3, name="glm4_moe_lite")
 AXK1 = replace(DEEPSEEK_V3, name="axk1", paths=_paths())
 DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32", paths=_paths())

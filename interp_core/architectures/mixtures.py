@@ -18,6 +18,7 @@ from .qwen3_vl import CARRIED, NEEDS
 from .routing import Router, Selection, SigmoidInGroups, TopKOfLogits, shares
 from .scored import BIAS, HandedRouter, Scored, sigmoid, sigmoid_as_is
 
+
 class CohereSelection(Selection):
     """Top-k of the logits, then a softmax over these or their sigmoids, as the config says."""
 

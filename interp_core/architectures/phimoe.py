@@ -1,5 +1,5 @@
-"""Phi-3.5-MoE: a sparse mixer. Each of the two slots takes the best expert that is left, and weighs it by a softmax over
-those experts that lie within a band below it; so a token's weights do not sum to one, but to nearly two.
+"""Phi-3.5-MoE: a sparse mixer. Each of the two slots takes the best expert that is left, and weighs it by a softmax
+over those experts that lie within a band below it; so a token's weights do not sum to one, but to nearly two.
 """
 
 from __future__ import annotations

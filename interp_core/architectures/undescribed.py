@@ -11,9 +11,8 @@ _OWN = "text and images have routers and experts of their own in one block; a si
 _NOT_HELD = "nobody has held its routers against selection by hand yet; a family file with a router can be added"
 
 UNDESCRIBED: dict[str, str] = {
-    "axk2": "experts of a group that is left out count zero in the choice, so they may be chosen; no selection does that",
-    "dbrx": "the router's module gives logits only, and the block selects by a method: no module shows what is executed "
-    "before it is",
+    "axk2": "experts of a group that is left out count zero in the choice, so they may be chosen all the same",
+    "dbrx": "the router's module gives logits only, and the block selects by a method: nothing shows what is executed",
     "diffusion_gemma": "it denoises blocks of text and is no causal language model",
     "doge": "its experts are rows of two tables, found by product keys; there is no router of single experts",
     "ernie4_5_vl_moe": _OWN,

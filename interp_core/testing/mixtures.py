@@ -21,6 +21,8 @@ _ROUTED = {
 _DENSE_FIRST = {"first_k_dense_replace": 1}
 _SPARSE_LAST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 _LINEAR = ["linear_attention", "full_attention", "full_attention"]
+_SCALED = {"shared_intermediate_size": 40, "residual_multiplier": 0.4}
+_ONE_SHARED = {**_MOE, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}
 _KDA = {"layer_types": _LINEAR, "linear_head_dim": 8, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TOWER = {
@@ -64,10 +66,10 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoehybrid": (
         "GraniteMoeHybridForCausalLM",
-        {**_GQA, **_LOCAL, **_MAMBA, "layer_types": _LINEAR, "shared_intermediate_size": 40, "residual_multiplier": 0.4},
+        {**_GQA, **_LOCAL, **_MAMBA, **_SCALED, "layer_types": _LINEAR},
     ),
     "granitemoeshared": (
-        "GraniteMoeSharedForCausalLM", {**_GQA, **_LOCAL, "shared_intermediate_size": 40, "residual_multiplier": 0.4},
+        "GraniteMoeSharedForCausalLM", {**_GQA, **_LOCAL, **_SCALED},
     ),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST}),
     "dots1": ("Dots1ForCausalLM", {**_GQA, **_ROUTED, **_DENSE_FIRST}),
@@ -99,7 +101,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v4": (
         "DeepseekV4ForCausalLM",
         {
-            **_MHA, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 32, "num_experts_per_tok": 2, "n_routed_experts": 6,
+            **_MHA, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 32, "num_experts_per_tok": 2,
+            "n_routed_experts": 6,
             "moe_intermediate_size": 48, "hc_mult": 2, "sliding_window": 4, "o_groups": 2, "o_lora_rank": 16,
             "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
             "layer_types": ["sliding_attention"] * 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
@@ -108,7 +111,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "longcat_flash": (
         "LongcatFlashForCausalLM",
         {
-            **_MHA, **_MLA, "num_hidden_layers": 6, "ffn_hidden_size": 96, "moe_topk": 3, "n_routed_experts": 6, "zero_expert_num": 2,
+            **_MHA, **_MLA, "num_hidden_layers": 6, "ffn_hidden_size": 96, "moe_topk": 3, "n_routed_experts": 6,
+            "zero_expert_num": 2,
             "expert_ffn_hidden_size": 48, "head_dim": 8, "routed_scaling_factor": 1.5,
         },
     ),
@@ -122,8 +126,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {**_GQA, **_ROUTED, "v_head_dim": 12, "swa_head_dim": 16}),
     "solar_open": ("SolarOpenForCausalLM", {**_GQA, **_ROUTED}),
     "mellum": ("MellumForCausalLM", {**_GQA, **_MOE, "norm_topk_prob": True}),
-    "lara_mini": ("LaraMiniForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}),
-    "flint": ("FlintForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}),
+    "lara_mini": ("LaraMiniForCausalLM", {**_GQA, **_ONE_SHARED}),
+    "flint": ("FlintForCausalLM", {**_GQA, **_ONE_SHARED}),
     "hy_v3": ("HYV3ForCausalLM", {**_GQA, **_MOE, "num_local_experts": 6, "router_scaling_factor": 1.5}),
     "cohere2_moe": (
         "Cohere2MoeForCausalLM",
@@ -145,7 +149,9 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration",
         {
-            "text_config": {**_GQA, **_ROUTED, **_DENSE_FIRST, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
+            "text_config": {
+                **_GQA, **_ROUTED, **_DENSE_FIRST, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]},
+            },
             "vision_config": {**_TOWER, "image_size": 16}, **_IMAGES,
         },
     ),

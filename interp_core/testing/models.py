@@ -146,7 +146,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
         model = _build(family, config)
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
-            if ("norm" in name and "weight" in name or name.endswith("scale")) and parameter.ndim == 1:
+            if (("norm" in name and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
                 parameter.data += 1
         for name, buffer in model.named_buffers():
             if name.endswith(("correction_bias", "expert_bias")):
