@@ -263,9 +263,13 @@ def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
 
 
+NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+"""How modules that norm queries and keys are called."""
+
+
 def _normed(model: Model) -> bool:
     """Whether queries and keys pass a norm or scores a cap, so that their product does not show."""
-    named = any(name.endswith(("q_norm", "k_norm", "q_layernorm", "k_layernorm")) for name in model.engine.modules)
+    named = any(name.endswith(NORMS_OF_HEADS) for name in model.engine.modules)
     return named or bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
 
 

@@ -312,12 +312,16 @@ def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     info = SITES[entry.name]
     site = probed(entry.name, entry.layer)
     if entry.name == "router_weights":
-        return site.at(mask).scale(0.5)
+        # unevenly: a norm of what experts give undoes a factor that all have in common
+        return site.at(mask).apply(
+            lambda x: x * torch.linspace(0.25, 0.75, x.shape[-1], device=x.device, dtype=x.dtype)
+        )
     value = run[site].as_subclass(Tensor)
     attention = "query" in info.axes
     size = int(value.shape[1] if attention else value.shape[-1])
     generator = torch.Generator().manual_seed(row)
-    noise = torch.randn(size, generator=generator).to(value.device, value.dtype)
+    dtype = value.dtype if entry.wide else run.model.dtype  # some models give float32 logits whatever their dtype
+    noise = torch.randn(size, generator=generator).to(value.device, dtype)
     size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
     place = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
-    return place.add(noise * (3 * size_of).to(value.dtype))
+    return place.add(noise * (3 * size_of).to(dtype))

@@ -19,6 +19,7 @@ from .components import ENDS, Components
 from .family import Family, Heads, Place, split_heads
 from .reach import Reach
 from .taps import Lens, Tap
+from .undescribed import UNDESCRIBED
 
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
 """Sites that only mixtures of experts have."""
@@ -153,13 +154,17 @@ def build(model: Any, family: Family | None) -> Atlas:
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
-    paths = {**(known or discover(modules, model.get_input_embeddings())), **(family.paths if family else {})}
+    shown = known or discover(modules, model.get_input_embeddings())
+    paths = {**shown, **(family.paths if family else {})}
+    if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
+        paths |= {key: path for key, path in shown.items() if not key.startswith("blocks.")}
     if paths.get("blocks") not in modules:
         raise LoadError(
             f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
             "transformers. For another layout write a family file, see docs/families.md."
         )
     unnamed = family is None
+    undescribed = {} if family and family.router else router_reason(model, modules)
     family = family or Family(str(model.config.model_type))
     blocks = modules[paths["blocks"]]
     shape = Shape(
@@ -181,7 +186,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     builder.ends()
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
-    _explain(atlas, builder.refused, builder.parallel)
+    _explain(atlas, undescribed | builder.refused, builder.parallel)
     return atlas
 
 
@@ -369,6 +374,9 @@ class _Builder:
             self._add(Entry("shared_expert_gate", layer, taps.shared_expert_gate(path), None, {"gate": 1}, why))
         tap = taps.expert_out(experts, router, n)
         self._add(Entry("expert_out", layer, tap, tap, {"expert": n, **self.d_model}, beside))
+        for name, reason in router.absent(self.modules[gate]).items():
+            if self.atlas.entries.pop((name, layer), None):
+                self.atlas.withdrawn[name, layer] = reason
 
     def _view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
         if tap.module in self.modules:
@@ -386,6 +394,15 @@ def _placed(block: str, place: Place) -> Tap:
 def refusals(family: Family, config: Any) -> dict[str, str]:
     """Sites that the family cannot give, with the reason."""
     return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
+
+
+def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
+    kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
+    why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
+    if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
+        why = f"no family file says how it selects experts ({path}); write one with a router, see docs/families.md"
+    return dict.fromkeys(ROUTED, why) if why else {}
 
 
 def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:

@@ -9,6 +9,7 @@ banned expert (logit minus infinity) is out of every stage of the choice: correc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,10 @@ class Router:
     def sizes(self, module: Any) -> tuple[int, int]:
         """How many experts the router has, and how many a token takes."""
         return int(module.num_experts), int(module.top_k)
+
+    def absent(self, module: Any) -> Mapping[str, str]:
+        """Sites that this router cannot give, with the reason, where others of the model can."""
+        return {}
 
     def rule(self, module: Any, args: tuple[Any, ...]) -> Any:
         """What the selection is handed as `router`: the module; something that has its attributes and the bias too,

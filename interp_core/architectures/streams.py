@@ -15,6 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from .family import Family, Place, llama_like
+from .qwen3_moe import ROUTER as QWEN_ROUTER
+from .routing import Router
+from .scored import BIAS, BiasOnLogits, sigmoid
 
 
 def beam_added(block: Any) -> Mapping[str, float]:
@@ -101,9 +104,16 @@ JINA = Family("jina_embeddings_v3", paths=_BARE, places=_NORMED, join=gte_join)
 KOLIBRI = Family(
     "kolibri1",
     paths=_STREAM | {"blocks.ln1_post": "post_self_attn_layernorm", "blocks.ln2_post": "post_mlp_layernorm"},
+    router=Router("mlp.gate", "mlp.experts", BiasOnLogits(sigmoid, BIAS, renormalise="norm_topk_prob")),
 )
 MINICPM3 = Family("minicpm3", paths=_STREAM, added=_evenly(lambda block: block.residual_scale))
-MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join)
+MINIMAX = Family(
+    "minimax",
+    paths=_LLAMA,
+    added=minimax_added,
+    join=minimax_join,
+    router=QWEN_ROUTER,
+)
 NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(

@@ -8,6 +8,6 @@ one that is not, if it was fetched.
 
 from ..real import real_model
 from .kit import Report, Row, check_method, check_plugin
-from .models import VOCAB, families, tiny
+from .models import VOCAB, families, mixtures, tiny
 
-__all__ = ["VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "real_model", "tiny"]
+__all__ = ["VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "mixtures", "real_model", "tiny"]

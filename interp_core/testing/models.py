@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import LoadError, nearest
+from .mixtures import MIXTURES
+from .mixtures import build as build_mixture
 from .visual import VISUAL
 
 VOCAB = 96
@@ -118,8 +120,13 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def families() -> list[str]:
-    """Names that `tiny` takes."""
+    """Families whose every site is held against hooks written by hand."""
     return [*_FAMILIES, *VISUAL]
+
+
+def mixtures() -> list[str]:
+    """Further families, whose routers are held against selection written by hand. `tiny` takes them too."""
+    return list(MIXTURES)
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -131,17 +138,18 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
     Raises:
         LoadError: no such family here.
     """
-    if family not in families():
-        raise LoadError(f"no tiny model of {family!r}. {nearest(family, families())}")
+    known = [*families(), *mixtures()]
+    if family not in known:
+        raise LoadError(f"no tiny model of {family!r}. {nearest(family, known)}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _build(family, config)
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
-            if "norm" in name and "weight" in name and parameter.ndim == 1:
+            if (("norm" in name and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
                 parameter.data += 1
         for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
+            if name.endswith(("correction_bias", "expert_bias")):
                 nn.init.normal_(buffer, std=0.5)
     if dtype == torch.float64 and "experts" in str(model):  # the grouped kernel has no float64
         model.set_experts_implementation("eager")
@@ -151,6 +159,8 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
 def _build(family: str, config: dict[str, Any]) -> Any:
     import transformers
 
+    if family in MIXTURES:
+        return build_mixture(family, config)
     if family in VISUAL:
         return VISUAL[family]({**_COMMON, **config})
     name, settings = _FAMILIES[family]

@@ -1,0 +1,50 @@
+"""Gemma 4 with experts: they lie beside the dense MLP in each block, and both are normed before they are added up.
+
+The router's module keeps its logits to itself and gives probabilities: `router_logits` are their logarithms, which are
+the logits up to a constant per token, and minus infinity where a probability is zero in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .family import Family
+from .routing import Router, TopKOfSoftmax
+from .scored import Beside
+
+
+class ScaledByExpert(TopKOfSoftmax):
+    """Softmax, top-k, renormalised; then times a learnt factor per expert."""
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """See `Selection.weigh`."""
+        return super().weigh(router, logits, chosen) * router.per_expert_scale[chosen]
+
+
+class ProbabilityRouter(Router):
+    """The module returns `(probabilities, weights, indices)`."""
+
+    def sizes(self, module: Any) -> tuple[int, int]:
+        """See `Router.sizes`."""
+        return int(module.config.num_experts), int(module.config.top_k_experts)
+
+    def rule(self, module: Any, args: tuple[Any, ...]) -> Any:
+        """See `Router.rule`."""
+        return Beside(module, top_k=module.config.top_k_experts)
+
+    def logits(self, output: Any) -> Tensor:
+        """See `Router.logits`."""
+        probabilities: Tensor = output[0]
+        return probabilities.log()
+
+    def returned(self, output: Any, logits: Tensor, weights: Tensor, chosen: Tensor) -> Any:
+        """See `Router.returned`; tokens whose logits are what they were keep the bits of their probabilities."""
+        same = (logits == self.logits(output)).all(-1, keepdim=True)
+        probabilities = torch.where(same, output[0], torch.softmax(logits, -1, dtype=output[0].dtype))
+        return super().returned(output, probabilities, weights, chosen)
+
+
+FAMILY = Family("gemma4", router=ProbabilityRouter("router", "experts", ScaledByExpert()))

@@ -1,0 +1,49 @@
+"""Families with DeepSeek's latent attention (MLA) and other routers than DeepSeek-V3's, or other names of classes.
+
+DeepSeek-V2 takes a softmax, and by its config the best groups first, each by its best expert; it does not renormalise.
+Mistral 4 takes a softmax and counts groups by their two best experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .deepseek_v3 import FAMILY as DEEPSEEK_V3
+from .family import llama_like
+from .routing import Router
+from .scored import Scored, softmax, softmax_as_is
+
+
+class GroupsByConfig(Scored):
+    """Groups only where the config says so."""
+
+    def choose(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.choose`."""
+        rule = self if router.topk_method == "group_limited_greedy" else Scored(self.score)
+        return Scored.choose(rule, router, logits)
+
+
+def delta_paths(block: Any) -> Mapping[str, str]:
+    """Kimi Linear and its kin: most layers' attention is linear, under the same name."""
+    return {} if hasattr(block.self_attn, "qk_head_dim") else {"blocks.attn": "", "blocks.linear_attn": "self_attn"}
+
+
+def _paths() -> dict[str, str]:
+    return {**llama_like("model"), **DEEPSEEK_V3.paths}
+
+
+_V2 = GroupsByConfig(softmax, best=1, renormalise=False, scale="routed_scaling_factor")
+_MISTRAL = Scored(softmax_as_is, best=2, renormalise="norm_topk_prob", eps=1e-20, scale="routed_scaling_factor")
+
+DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="deepseek_v2", router=Router("mlp.gate", "mlp.experts", _V2))
+MISTRAL4 = replace(DEEPSEEK_V3, name="mistral4", paths=_paths(), router=Router("mlp.gate", "mlp.experts", _MISTRAL))
+GLM_LITE = replace(DEEPSEEK_V3, name="glm4_moe_lite")
+AXK1 = replace(DEEPSEEK_V3, name="axk1", paths=_paths())
+DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32", paths=_paths())
+GLM_DSA = replace(DEEPSEEK_V3, name="glm_moe_dsa")
+KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", paths=_paths(), varied=delta_paths)
+BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", paths=_paths(), varied=delta_paths)

@@ -1,0 +1,125 @@
+"""Families of which nothing is particular but how their routers select experts, and where.
+
+transformers has most of them call the experts' module with what the router's module returned, as Mixtral does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .family import Family, Heads, Place, llama_like
+from .granite import added
+from .qwen3_moe import ROUTER as QWEN_ROUTER
+from .qwen3_vl import CARRIED, NEEDS
+from .routing import Router, Selection, SigmoidInGroups, TopKOfLogits, shares
+from .scored import BIAS, HandedRouter, Scored, sigmoid, sigmoid_as_is
+
+
+class CohereSelection(Selection):
+    """Top-k of the logits, then a softmax over these or their sigmoids, as the config says."""
+
+    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        """See `Selection.weigh`."""
+        best = logits.gather(-1, chosen)
+        if router.expert_selection_fn == "softmax":
+            return torch.softmax(best, -1, dtype=torch.float)
+        weights = best.sigmoid()
+        return weights / weights.sum(-1, keepdim=True) if router.norm_topk_prob else weights
+
+    def probs(self, router: Any, logits: Tensor) -> Tensor:
+        """See `Selection.probs`."""
+        return super().probs(router, logits) if router.expert_selection_fn == "softmax" else shares(logits.sigmoid())
+
+
+def mimo_heads(attention: Any, _heads: Heads) -> Heads:
+    """MiMo: keys are wider than values, and layers with windows have more of them."""
+    n = attention.config.num_attention_heads
+    return Heads(n, n // attention.num_key_value_groups, attention.v_head_dim, attention.head_dim)
+
+
+_LLAMA = llama_like("model")
+IN_GROUPS = Router("mlp.gate", "mlp.experts", SigmoidInGroups())
+
+SOLAR = Family("solar_open", paths=_LLAMA, router=IN_GROUPS)
+MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, router=IN_GROUPS)
+MELLUM = Family("mellum", paths=_LLAMA, router=QWEN_ROUTER)
+LARA = Family("lara_mini", paths={**_LLAMA, "blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
+FLINT = Family(
+    "flint",
+    paths=_LLAMA,
+    router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob")),
+)
+HY3 = Family(
+    "hy_v3",
+    paths=_LLAMA,
+    router=HandedRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="router_scaling_factor")),
+)
+COHERE = Family(
+    "cohere2_moe",
+    paths={key: path for key, path in _LLAMA.items() if key != "blocks.ln2"},
+    parallel=lambda _config: True,
+    router=Router("mlp.gate", "mlp.experts", CohereSelection()),
+)
+LAGUNA = Family("laguna", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
+DOTS = Family("dots1", paths=_LLAMA, router=IN_GROUPS)
+EXAONE = Family("exaone_moe", paths=_LLAMA, router=IN_GROUPS)
+FLEX_OLMO = Family("flex_olmo", router=QWEN_ROUTER)
+HUNYUAN = Family(
+    "hunyuan_v1_moe",
+    paths={**_LLAMA, "blocks.attn.q_norm": "query_layernorm", "blocks.attn.k_norm": "key_layernorm"},
+    router=Router("mlp.gate", "mlp.experts", Scored()),
+)
+MINIMAX_M2 = Family("minimax_m2", router=HandedRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
+ERNIE = Family(
+    "ernie4_5_moe",
+    router=Router("mlp.gate", "mlp.experts", Scored(bias=f"moe_statics.{BIAS}", least="norm_min")),
+)
+JAMBA = Family(
+    "jamba",
+    paths={"blocks.linear_attn": "mamba"},
+    router=Router("feed_forward.router", "feed_forward.experts", Scored(renormalise=False)),
+)
+LFM2 = Family(
+    "lfm2_moe",
+    paths={"blocks.linear_attn": "conv"},
+    router=HandedRouter(
+        "feed_forward.gate",
+        "feed_forward.experts",
+        Scored(sigmoid_as_is, BIAS, renormalise="norm_topk_prob", eps=1e-6, scale="routed_scaling_factor"),
+    ),
+)
+AFMOE = Family(
+    "afmoe",
+    gated=True,
+    router=HandedRouter("mlp.router", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="route_scale")),
+)
+ARIA = Family("aria", paths=_LLAMA, router=Router("mlp.router", "mlp.experts", TopKOfLogits()))
+GLM4V = Family("glm4v_moe", paths=_LLAMA, router=IN_GROUPS, carried=CARRIED, needs=NEEDS)
+QWEN_OMNI = Family("qwen3_omni_moe_thinker", paths=_LLAMA, router=QWEN_ROUTER, carried=CARRIED)
+GRANITE_HYBRID = Family(
+    "granitemoehybrid",
+    paths={"blocks.linear_attn": "mamba"},
+    places={"resid_mid": Place("post_attention_layernorm", "in")},
+    added=added,
+    router=Router("block_sparse_moe.router", "block_sparse_moe.experts", TopKOfLogits()),
+)
+
+
+def nemotron_paths(block: Any) -> Mapping[str, str]:
+    """Nemotron-H: a block has one mixer, of attention, a state space model or experts."""
+    kinds = {"full_attention": "blocks.attn", "linear_attention": "blocks.linear_attn"}
+    return {kinds.get(block.block_type, "blocks.mlp"): "mixer"}
+
+
+NEMOTRON = Family(
+    "nemotron_h",
+    paths={
+        "blocks": "model.layers", "embed": "model.embeddings", "ln_final": "model.norm_f", "blocks.ln1": "norm",
+    } | {f"blocks.attn.{part}": f"mixer.{part}_proj" for part in "qkvo"},
+    varied=nemotron_paths,
+    router=Router("mixer.gate", "mixer.experts", SigmoidInGroups()),
+)  # fmt: skip

@@ -1,0 +1,295 @@
+"""Routers of every family with experts: what is executed is what the sites say, and what was asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import sampled, tiny_model
+from mixtures import MIXTURES, Mixture, route
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+import interp_core as ic
+from interp_core import sites as S
+from interp_core import testing
+from interp_core.architectures.family import Family
+from interp_core.architectures.undescribed import UNDESCRIBED
+
+FAST = {
+    "phimoe": "a softmax for each slot",
+    "deepseek_v2": "groups by their best expert, softmax",
+    "minimax_m2": "the bias is handed to the router",
+    "gemma4": "the router gives probabilities, and a norm follows",
+    "longcat_flash": "zero experts",
+    "jetmoe": "slots sorted by expert",
+    "deepseek_v4": "hash routers",
+    "nemotron_h": "blocks without attention",
+}
+"""Families that stand for the kinds, and the kind."""
+ALL = sampled(MIXTURES, FAST)
+WITHDRAWN: dict[str, tuple[str, ...]] = {
+    "deepseek_v4": ("resid_pre", "resid_post", "attn_out", "resid_mid", "mlp_out"),
+    **dict.fromkeys(("gemma4", "laguna", "mimo_v2_flash", "bailing_hybrid"), ("v",)),
+}
+"""What the self-check takes out: sites of several streams; values that are normed, scaled or gated inside attention."""
+IN_FLOAT32 = ("nemotron_h", "hy_v3")
+"""Families that add experts up in float32, whatever the model's dtype."""
+
+
+def hand(family: str, model: ic.Model, layer: int, logits: torch.Tensor) -> torch.Tensor:
+    """Executed weights `[batch pos expert]` by hand."""
+    dense = torch.zeros(logits.shape, dtype=torch.float64)
+    for b, row in enumerate(logits):
+        for p, token in enumerate(row):
+            for expert, weight in route(family, model.hf, layer, token).items():
+                dense[b, p, expert] = weight
+    return dense
+
+
+def tolerance(family: str) -> float:
+    return 1e-5 if family in IN_FLOAT32 else 1e-8
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return x.as_subclass(torch.Tensor)
+
+
+def test_every_family_has_a_rule() -> None:
+    assert sorted(MIXTURES) == sorted(testing.mixtures())
+    assert set(FAST) <= set(MIXTURES)
+
+
+def with_experts() -> dict[str, str]:
+    """Model types of transformers whose code has experts, with the class that `Auto` would take."""
+    found = {}
+    for kinds in KINDS:
+        for kind, name in getattr(modeling_auto, f"MODEL_FOR_{kinds}_MAPPING_NAMES").items():
+            module = model_type_to_module_name(kind)
+            code = Path(transformers.__file__).parent / "models" / module / f"modeling_{module}.py"
+            if code.exists() and re.search(r"^class \w*(Experts|TopKGating|CDMoE)\(", code.read_text(), re.M):
+                found[kind] = name if isinstance(name, str) else name[0]
+    return found
+
+
+KINDS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+
+
+def test_no_family_of_transformers_is_silently_without_routers() -> None:
+    """Each model type with experts has a family with a router, or a reason why not; no reason is out of date."""
+    families = {row.name for row in ic.registry("architectures").rows}
+    kinds = with_experts()
+    assert len(kinds) > 60 and {"mixtral", "deepseek_v3", "gemma4_text", "switch_transformers"} <= set(kinds)
+    described = set()
+    for kind in kinds:
+        names = families & {kind, kind.removesuffix("_text")}
+        if any(ic.registry("architectures").get(name, Family).router for name in names):
+            described.add(kind.removesuffix("_text"))
+        else:
+            assert UNDESCRIBED.get(kind, UNDESCRIBED.get(kind.removesuffix("_text"))), kind
+    assert not described & set(UNDESCRIBED)
+    assert set(UNDESCRIBED) <= {kind.removesuffix("_text") for kind in kinds}
+
+
+def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
+    from transformers import Qwen3MoeForCausalLM
+
+    hf = testing.tiny("qwen3_moe")
+    assert isinstance(hf, Qwen3MoeForCausalLM)
+    hf.config.model_type = "axk2"
+    with pytest.raises(ic.CapabilityError, match="router_logits.*experts of a group that is left out"):
+        ic.load(hf, check=False).run(ids, read=S.router_logits)
+    hf.config.model_type = "novel"
+    with pytest.raises(
+        ic.CapabilityError, match=r"no family file says how it selects experts \(model.layers.0.mlp.exp"
+    ):
+        ic.load(hf, check=False).run(ids, read=S.router_logits)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_self_check_leaves_every_router_its_sites(family: str) -> None:
+    """In bfloat16 too; and what it takes out of the stream and of heads is what is known to be so."""
+    for dtype in (torch.float32, torch.bfloat16):
+        atlas = tiny_model(family, dtype).atlas
+        for name in ("router_logits", "router_probs", "router_weights", "router_indices", "expert_out"):
+            if (family, name) != ("jetmoe", "expert_out"):
+                assert set(atlas.layers(name)) >= set(MIXTURES[family].layers)
+        assert all(atlas.entries["router_weights", layer].write for layer in MIXTURES[family].layers)
+        withdrawn = {name for (name, _), why in atlas.withdrawn.items() if why.startswith("self-check")}
+        assert withdrawn == set(WITHDRAWN.get(family, ()))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_routers_select_as_by_hand(family: str, ids: torch.Tensor) -> None:
+    """In float64: the model's own choice, and that for any logits, with bans down to a single expert."""
+    model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
+    assert tuple(model.atlas.layers("router_logits")) == mixture.layers
+    layer = mixture.layers[-1]
+    logits, weights = S.router_logits[layer], S.router_weights[layer]
+    run = model.run(ids, read=[logits, weights, S.router_probs[layer], S.router_indices[layer]])
+    torch.testing.assert_close(
+        plain(run[weights]).double(), hand(family, model, layer, run[logits]), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        plain(run[S.router_probs[layer]]).sum(-1).double(), torch.ones(2, 7).double(), atol=1e-5, rtol=0
+    )
+    assert (plain(run[weights]).gather(-1, plain(run[S.router_indices[layer]])) != 0).all()
+    generator = torch.Generator().manual_seed(3)
+    for n_banned in range(model.sizes(logits)["expert"]):
+        wanted = torch.randn(run[logits].shape, generator=generator)
+        banned = torch.rand(wanted.shape, generator=generator).argsort(-1) < n_banned
+        wanted = wanted.masked_fill(banned, float("-inf"))
+        edited = model.run(ids, read=weights, edits=logits.set(wanted.to(run[logits].dtype)))
+        found = plain(edited[weights]).double()
+        torch.testing.assert_close(found, hand(family, model, layer, wanted), atol=1e-6, rtol=1e-5)
+        assert not found[banned].any()
+
+
+@pytest.mark.parametrize("family", [f for f in ALL if f.values[0] != "jetmoe"])
+def test_experts_are_called_with_the_weights_and_add_up(family: str, ids: torch.Tensor) -> None:
+    model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
+    layer = mixture.layers[-1]
+    experts = mixture.block(model.hf, layer).get_submodule(mixture.experts)
+    called: list[tuple[torch.Tensor, ...]] = []
+    handle = experts.register_forward_hook(lambda _m, args, output: called.append((*args, output)))
+    try:
+        for edits in ((), S.router_logits[layer].mask([0, 5])):
+            run = model.run(ids, read=S.router_weights[layer], edits=edits, allow_noop=True)
+            _, chosen, weights, _ = called.pop()
+            dense = plain(run[S.router_weights[layer]]).flatten(0, 1)
+            assert torch.equal(torch.zeros_like(dense).scatter_add(-1, chosen, weights.to(dense.dtype)), dense)
+            assert ((weights != 0).sum(-1) == (dense != 0).sum(-1)).all()
+        called.clear()
+        parts = plain(model.run(ids, read=S.expert_out[layer])[S.expert_out[layer]])
+        torch.testing.assert_close(parts.flatten(0, 1).sum(1), called[0][-1], atol=tolerance(family), rtol=1e-6)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torch.Tensor) -> None:
+    """By the modules' own outputs: what `mlp_out` is, or between `resid_mid` and `resid_post` where it does not exist."""
+    model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
+    layer = mixture.layers[-1]
+    if family == "jetmoe":
+        assert "no module gives one expert's output" in (model.can("expert_out", "read") or "")
+        return
+    block = mixture.block(model.hf, layer)
+    named = [block.get_submodule(name) for name in mixture.shared]
+    given: list[torch.Tensor] = []
+    handles = [module.register_forward_hook(lambda _m, _a, output: given.append(output)) for module in named]
+    whole = [name for name in ("resid_pre", "resid_mid", "mlp_out", "resid_post") if layer in model.atlas.layers(name)]
+    try:
+        run = model.run(ids, read=[S.expert_out[layer], *(S.named(name)[layer] for name in whole)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        total = plain(run[S.expert_out[layer]]).sum(2)
+        total = total + sum(x.view_as(total) for x in given)
+        if family == "gemma4":
+            dense = block.post_feedforward_layernorm_1(
+                block.mlp(block.pre_feedforward_layernorm(plain(run[S.resid_mid[layer]])))
+            )
+            total = dense + block.post_feedforward_layernorm_2(total)
+        for norm in ("post_mlp_layernorm", "mlp.post_mlp_layernorm", "post_feedforward_layernorm"):
+            total = modules[norm](total) if (modules := dict(block.named_modules())).get(norm) else total
+        total = total * getattr(block, "mlp_beta_factor", 1) * getattr(block, "residual_multiplier", 1)
+    if "mlp_out" in whole:
+        added = plain(run[S.mlp_out[layer]])
+    elif family == "deepseek_v4":  # several streams, and no site for what is added
+        return
+    else:
+        added = plain(run[S.resid_post[layer]]) - plain(run[S.resid_mid[layer]])
+    torch.testing.assert_close(total, added, atol=tolerance(family), rtol=1e-6)
+
+
+@contextmanager
+def poisoned(hf: torch.nn.Module, mixture: Mixture, experts: Sequence[int]) -> Iterator[None]:
+    """NaN in all weights of these experts, in every layer."""
+    held = []
+    for layer in mixture.layers:
+        module = mixture.block(hf, layer).get_submodule(mixture.experts)
+        others = [module] if "experts" in mixture.experts else [module, mixture.block(hf, layer).mlp.input_linear]
+        held += [(weight, weight.data.clone()) for each in others for weight in each.parameters()]
+    for weight, _ in held:
+        weight.data[[e for e in experts if e < len(weight)]] = float("nan")
+    try:
+        yield
+    finally:
+        for weight, before in held:
+            weight.data.copy_(before)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_banned_experts_are_never_executed(family: str, ids: torch.Tensor) -> None:
+    """Each expert in turn, then all but one: NaN in the banned ones' weights changes no bit."""
+    model, mixture = tiny_model(family), MIXTURES[family]
+    layer = mixture.layers[-1]
+    n, k = model.sizes(S.router_logits[layer])["expert"], getattr(model.hf.config.get_text_config(), mixture.k)
+    for banned in [[e] for e in range(n)] + [[e for e in range(n) if e != 3]]:
+        ban = [S.router_logits[each].mask(banned) for each in mixture.layers]
+        wanted = model.run(ids, edits=ban, allow_noop=True).logits
+        with poisoned(model.hf, mixture, banned):
+            run = model.run(ids, read=S.router_weights[layer], edits=ban, allow_noop=True)
+        assert torch.isfinite(run.logits).all() and torch.equal(run.logits, wanted)
+        weights = plain(run[S.router_weights[layer]])
+        assert not weights[..., banned].any()
+        assert ((weights != 0).sum(-1) == (min(k, n - len(banned)) if len(banned) == 1 else 1)).all()
+    with pytest.raises(ic.PlanError, match="no expert left to go to"):
+        model.run(ids, edits=S.router_logits[layer].mask(list(range(n))))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_edits_carry_their_proof(family: str, ids: torch.Tensor) -> None:
+    """In both dtypes: the selection reproduces the router at every token, bans and forces hold, the rest keeps its bits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, layer = tiny_model(family, dtype), MIXTURES[family].layers[-1]
+        logits, weights, indices = S.router_logits[layer], S.router_weights[layer], S.router_indices[layer]
+        before = model.run(ids, read=[weights, indices])
+        chosen = plain(before[indices])
+        used, rare = chosen.flatten().mode().values.item(), int((plain(before[weights]) != 0).sum((0, 1)).argmin())
+        edits = {mode: logits.at([1, 4]).mask(used, mode=mode) for mode in ("replace", "keep", "drop")}
+        edits |= {mode: logits.at([1, 4]).force([rare], mode=mode) for mode in ("own_weight", "steermoe")}
+        edits |= {f"boost {on}": weights.at([1, 4]).boost(used, 3.0, renormalise=on) for on in (False, True)}
+        for what, edit in edits.items():
+            run = model.run(ids, read=[weights, indices], edits=edit, allow_noop=True)
+            proof = run.receipts[0].routing
+            assert proof is not None and proof.tokens == 4, (what, dtype)
+            assert (proof.broken, proof.differing, proof.held) == (0, 0, 14), (what, dtype, proof)
+            if what in ("own_weight", "steermoe"):
+                assert (plain(run[indices])[:, [1, 4]] == rare).any(-1).all(), what
+            for site in (weights, indices):
+                assert torch.equal(plain(run[site])[:, [0, 2, 3, 5, 6]], plain(before[site])[:, [0, 2, 3, 5, 6]])
+
+
+@pytest.mark.parametrize("family", [f for f in ALL if MIXTURES[f.values[0]].bias])
+def test_a_correction_bias_brings_no_banned_expert_back(family: str, ids: torch.Tensor) -> None:
+    hf, mixture = testing.tiny(family), MIXTURES[family]
+    layer = mixture.layers[0]
+    *path, name = mixture.bias.split(".")
+    bias = getattr(mixture.block(hf, layer).get_submodule(".".join(path)), name).data
+    bias[..., 2] = 50.0
+    model = ic.load(hf, check=False)
+    weights = S.router_weights[layer]
+    assert (model.run(ids, read=weights)[weights][..., 2] != 0).all()
+    run = model.run(ids, read=weights, edits=S.router_logits[layer].mask(2))
+    assert not run[weights][..., 2].any()
+
+
+def test_hash_routers_have_no_logits(ids: torch.Tensor) -> None:
+    model = tiny_model("deepseek_v4")
+    assert model.atlas.layers("router_weights") == [0, 1, 2]
+    run = model.run(ids, read=S.router_indices[0])
+    table = model.hf.model.layers[0].mlp.gate.tid2eid
+    assert torch.equal(plain(run[S.router_indices[0]]), table[ids])
+    boosted = model.run(ids, edits=S.router_weights[0].boost(1, 2.0))
+    proof = boosted.receipts[0].routing
+    assert proof is not None and (proof.held, proof.differing) == (14, 0)
+    with pytest.raises(ic.SiteError, match="layer 0 has no router_logits .*a hash router: token ids choose"):
+        model.run(ids, edits=S.router_logits[0].mask(1))
