@@ -30,7 +30,7 @@ def unembed(model: Any, normed: Tensor, tokens: slice | Tensor | None = None) ->
     head = model.get_output_embeddings()
     if tokens is None:
         return finished(model.config, head(normed))
-    if not is_plain(head):
+    if not is_plain(head) or _hooked(head):
         return unembed(model, normed.to(model.dtype))[..., _on(tokens, head)]
     tokens, like = _on(tokens, head), {"device": head.weight.device, "dtype": normed.dtype}
     bias = None if head.bias is None else head.bias[tokens].to(**like)
@@ -41,7 +41,7 @@ def unembed_tiles(model: Any, normed: Tensor, width: int) -> Iterator[Tensor]:
     """Logits `[… width]`, so many tokens after so many; the last ones may be fewer. A head that is no plain matrix is
     asked once, for all."""
     head = model.get_output_embeddings()
-    if not is_plain(head):
+    if not is_plain(head) or _hooked(head):
         yield from unembed(model, normed).split(width, -1)
         return
     for start in range(0, len(head.weight), width):
@@ -61,9 +61,13 @@ def finished(config: Any, logits: Tensor) -> Tensor:
 
 
 def is_plain(head: Any) -> bool:
-    """Whether a head gives a product with its matrix and no more, so that some of its rows give some of its logits."""
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is nn.Linear and "forward" not in head.__dict__ and not hooked
+    """Whether a head's own forward is a product with its matrix and no more, so that some rows give some logits."""
+    return type(head) is nn.Linear and "forward" not in head.__dict__
+
+
+def _hooked(head: nn.Module) -> bool:
+    """Whether others look at, or change, what the head takes or gives."""
+    return bool(head._forward_hooks or head._forward_pre_hooks)
 
 
 def _on(tokens: slice | Tensor, head: nn.Module) -> slice | Tensor:

@@ -149,7 +149,7 @@ def test_registering_by_hand() -> None:
     registry.register("logit_lens", lens)
     assert registry.get("mine") is mine and registry.get("logit_lens") is lens
     assert [row.status for row in registry if row.name == "logit_lens"] == ["shadowed", "ok"]
-    assert registry.get("interp-core:logit_lens").__module__ == "interp_plugins.logit_lens"
+    assert registry.get("interp-core:logit_lens").__module__ == "interp_plugins.logit_lens.method"
     registry.register("mine", again := type("Mine", (mine,), {}))  # a notebook's cell, run again
     assert registry.get("mine") is again and [row.status for row in registry if row.name == "mine"] == ["ok"]
 

@@ -84,12 +84,8 @@ def attribute(
         raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
     chosen, how = _method(method, n_hops, profile, settings or {})
     images = opened(image or ())
-    processor = processor_of(model) if images else None
-    loaded = ic.load(model, dtype=dtype, device=device, processor=processor)
-    if images:
-        tokens = tokens_of(loaded, prompt, images, target, chat)
-    else:
-        tokens = loaded.chat([{"role": "user", "content": prompt}], target) if chat else loaded.tokens(prompt, target)
+    loaded = ic.load(model, dtype=dtype, device=device, processor=processor_of(model) if images else None)
+    tokens = tokens_of(loaded, prompt, images, target, chat)
     run = runs.open(out, asked, recipe="attribute", model=loaded, dataset="texts")
     run.claim(["page.html", "attribution.json"])
     print(loaded, flush=True)

@@ -35,7 +35,6 @@ from interp_plugins.router.points import LayerIndex, Points, Shape, read_points
 import interp_core as ic
 from interp_core import runs
 
-from .attribution_eval import told
 from .mask_findings import Findings
 from .mask_orders import Variant, orders, variants
 from .mask_report import write
@@ -181,12 +180,14 @@ class Work:
         masks = list({variant.key: variant for variant in (clean, *self.variants) if not variant.skipped}.values())
         contexts = [(pair, side, at) for pair, ats in zip(self.pairs, self.places, strict=True)
                     for side, at in zip(SIDES, ats, strict=True)]  # fmt: skip
-        with self.run.rows(SAMPLES, key="id") as rows:
-            for number, (pair, side, at) in told("mask sweep, contexts", contexts):
+        shown = ic.Progress("mask sweep, contexts", len(contexts))
+        with self.run.rows(SAMPLES, key="id") as rows, shown as told:
+            for pair, side, at in contexts:
                 left = [mask for mask in masks if row_key(pair.name, side, mask) not in rows]
-                measures = measured(self.model, pair, side, left, at, check=number == 0)
+                measures = measured(self.model, pair, side, left, at, check=told.count == 0)
                 for mask, row in zip(left, measures, strict=True):
                     rows.add(row | self._score(pair, side, mask))
+                told.add()
             return list(rows)
 
     def _score(self, pair: Pair, side: Literal["agentic", "assisted"], mask: Variant) -> dict[str, Any]:
@@ -202,9 +203,12 @@ class Work:
 def _usage(model: ic.Model, pairs: Sequence[Pair]) -> list[list[float]]:
     """Share of the selections of all targets, both contexts, `[layer expert]`."""
     total: Any = 0
-    for _, (pair, side) in told("usage of experts", [(pair, side) for pair in pairs for side in SIDES]):
-        layers = routed_targets(model, pair, side)
-        total = total + np.stack([layers[layer].chosen.sum(0).double().cpu().numpy() for layer in sorted(layers)])
+    contexts = [(pair, side) for pair in pairs for side in SIDES]
+    with ic.Progress("usage of experts, contexts", len(contexts)) as told:
+        for pair, side in contexts:
+            layers = routed_targets(model, pair, side)
+            total = total + np.stack([layers[layer].chosen.sum(0).double().cpu().numpy() for layer in sorted(layers)])
+            told.add()
     shares: list[list[float]] = (total / total.sum(-1, keepdims=True)).tolist()
     return shares
 

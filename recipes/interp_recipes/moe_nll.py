@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_plugins.logit_lens.aligned import States, pair_states, score_pairs
+from interp_plugins.logit_lens.aligned import PairScores, States, pair_states, score_pairs
 from interp_plugins.logit_lens.curves import scores_of, tensors_of
 from interp_plugins.logit_lens.origin_states import read_origin
 from interp_plugins.logit_lens.states import StateStore, state_file
@@ -98,18 +98,22 @@ def moe_nll(
     settings = Settings(mode, js_topk if mode.startswith("topk") else None, max_tokens, kind or "forward")
     with _opened(out_dir, settings, pairs, model, overwrite) as run:
         _score(run, model, pairs, settings, hidden_states_dir, save_hidden_states, chunk_size, strict, dropped)
-        names = {pair.name: runs.safe_name(pair.name) for pair in pairs}
-        there = [name for name in names if (run.path / SAMPLES / f"{names[name]}.safetensors").is_file()]
-        left_out = {row["sample"] for row in dropped}
-        kept = [
-            scores_of(name, load_file(run.path / SAMPLES / f"{names[name]}.safetensors"))
-            for name in there
-            if name not in left_out
-        ]
-        if not kept:
-            raise ic.LoadError(f"no sample could be scored; {_first(dropped)}")
+        kept = _kept(run, pairs, dropped)
         about = {"model_path": model_path, "pair_tokens_json": str(pair_tokens_json), "dtype": str(model.dtype)}
         return write_all(run, model, pairs, kept, settings, dropped, about)
+
+
+def _kept(run: runs.RunFolder, pairs: Sequence[Pair], dropped: Dropped) -> list[PairScores]:
+    """The scores of all samples that were not left out.
+
+    Raises:
+        LoadError: there are none.
+    """
+    left_out = {row["sample"] for row in dropped}
+    names = [pair.name for pair in pairs if pair.name not in left_out]
+    if not names:
+        raise ic.LoadError(f"no sample could be scored; {_first(dropped)}")
+    return [scores_of(name, load_file(run.path / _file(name))) for name in names]
 
 
 def _score(
