@@ -6,10 +6,10 @@ Nothing here comes from the atlas or its selections; rules are in plain Python n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Numbers = dict[int, float]
@@ -176,4 +176,11 @@ def _attribute(block: nn.Module, path: str) -> Tensor:
     return value
 
 
-Added = Callable[[nn.Module, Tensor], Tensor]
+def by_hand(family: str, hf: Any, layer: int, logits: Tensor) -> Tensor:
+    """Executed weights `[batch pos expert]` of logits."""
+    dense = torch.zeros(logits.shape, dtype=torch.float64)
+    for b, row in enumerate(logits):
+        for p, token in enumerate(row):
+            for expert, weight in route(family, hf, layer, token).items():
+                dense[b, p, expert] = weight
+    return dense

@@ -196,7 +196,7 @@ def test_the_stream_between_is_the_stream(name: str, ids: Tensor) -> None:
 @pytest.mark.parametrize(
     ("name", "gone", "line"),
     [
-        ("gemma4", {"mlp_out"}, "gemma4_text: .*mlp_out withdrawn: they do not add up"),
+        ("gemma4", {"mlp_out"}, "gemma4: .*mlp_out withdrawn: they do not add up"),
         ("falcon_h1", {"attn_out", "resid_mid"}, "falcon_h1: attn_out, resid_mid withdrawn: they do not add up"),
     ],
 )
