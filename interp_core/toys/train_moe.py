@@ -30,7 +30,7 @@ from .evaluate_moe import tables
 from .text import Example
 from .train_text import OTHER_WEIGHT, marked
 
-BATCH, STEPS = 24, 700
+BATCH, STEPS = 24, 550
 BALANCE, FOCUS, EXPERTS_OF_A_DOCUMENT = 0.03, 0.02, 3
 
 
@@ -58,9 +58,7 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
         initializer_range=0.02,
     )
     model = Qwen3MoeForCausalLM(config)
-    for vectors in (model.model.embed_tokens, model.lm_head):
-        torch.nn.init.normal_(vectors.weight, std=0.5 if vectors is model.model.embed_tokens else 0.1)
-        vectors.requires_grad_(False)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     return model
 
 
@@ -118,7 +116,7 @@ def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
     model = build(tokenizer)
     routers = Routers(model)
     matrices = [p for n, p in model.named_parameters() if "self_attn" in n and p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if p.requires_grad and not ("self_attn" in n and p.ndim == 2)]
+    others = [p for n, p in model.named_parameters() if not ("self_attn" in n and p.ndim == 2)]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
