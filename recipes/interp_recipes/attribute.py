@@ -78,10 +78,7 @@ def attribute(
         PlanError, PositionError: no such method, setting or part of the target; another run's folder.
     """
     asked = {name: value for name, value in locals().items() if name not in ("out", "top")}
-    if max_new_tokens < 1 or top < 1:
-        raise ic.PlanError(f"max_new_tokens is {max_new_tokens}, top {top}: give at least 1 of each")
-    if not prompt.strip():
-        raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
+    _demand(prompt, max_new_tokens, top)
     chosen, how = _method(method, n_hops, profile, settings or {})
     images = opened(image or ())
     loaded = ic.load(model, dtype=dtype, device=device, processor=processor_of(model) if images else None)
@@ -99,6 +96,14 @@ def attribute(
             run.result("result", result)
         about = {"model": loaded.source, "prompt": prompt, "chat": chat, "images": [str(path) for path in image or ()]}
         _tell(run, result, about, top, _page(loaded, result, method, shown(whole, images)))
+
+
+def _demand(prompt: str, max_new_tokens: int, top: int) -> None:
+    """Refuse what asks for nothing."""
+    if max_new_tokens < 1 or top < 1:
+        raise ic.PlanError(f"max_new_tokens is {max_new_tokens}, top {top}: give at least 1 of each")
+    if not prompt.strip():
+        raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
 
 
 def _method(name: str, n_hops: int | None, profile: str, more: Mapping[str, Any]) -> tuple[ic.Method, dict[str, Any]]:

@@ -50,8 +50,8 @@ def processor_of(model: str) -> Any:
 def tokens_of(model: ic.Model, prompt: str, images: Sequence[Any], target: str | None, chat: bool) -> ic.Tokens:
     """Tokens of images and a text, with the target as the span of that name; labels stand for the text.
 
-    Without a chat template the images stand before the text, one to a line, where the prompt does not place them. A text
-    without images is the tokenizer's work alone.
+    Without a chat template the images stand before the text, one to a line, where the prompt does not place them. A
+    text without images is the tokenizer's work alone.
 
     Raises:
         TextError: no chat template, other numbers of images and places, or a target that changes the prompt's tokens.
