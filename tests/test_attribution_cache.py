@@ -202,9 +202,22 @@ def test_rows_that_contradict_themselves(tmp_path: Path, fields: dict[str, Any],
     assert [line for line, _ in bad] == [2]
 
 
+def test_a_mark_of_byte_order_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\ufeff" + cache_text([example(1)]), encoding="utf-8")
+    assert read_examples(path) == [example(1)]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("", "holds no example"), ('{"prompt": "a"}\n{"pro', "line 2, is no JSON"), ("[1]\n", "is a list")],
+    [
+        ("", "holds no example"),
+        ('{"prompt": "a"}\n{"pro', "line 2, is no JSON"),
+        ("[1]\n", "is a list"),
+        ("[" * 100_000 + "\n", "line 1, is no JSON"),
+        ('{"prompt": "\\ud800 x"}\n', "line 1, holds half a character"),
+        ('{"prompt": "a", "target": "b", "sink_span": [0, 1' + "0" * 30 + "]}\n", "sink_span takes a list of integers"),
+    ],
 )
 def test_files_that_are_none(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)

@@ -214,6 +214,29 @@ def test_build_cache_of_the_sources_solutions(tmp_path: Path) -> None:
         recipe.build_cache("toy_needles", out=tmp_path / "few", count=2, max_new_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"count": 0}, "count is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_examples": -1}, "num_examples is -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"hops": 13}, "hops=13: give 0 to 12"),
+        ({"hops": -1}, "hops=-1: give 0 to 12"),
+        ({"name": "answers"}, "cannot be called 'answers'"),
+        ({"name": "record/run"}, "cannot be called 'record/run'"),
+        ({"source": "answers.jsonl"}, "cannot be called 'answers'"),
+    ],
+)
+def test_settings_without_sense_are_refused_before_the_model_is_loaded(
+    settings: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """A cache called as the run's own file would have taken its place."""
+    with pytest.raises(ic.PlanError, match=says):
+        recipe.build_cache(**{"source": "toy_needles", "model": "no/model", "out": tmp_path / "out", **settings})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.real
 def test_the_real_model_writes_a_cache() -> None:
     """Needle prompts of 256 to 1,024 tokens, and a question of two steps that it writes reasoning for."""

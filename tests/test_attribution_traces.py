@@ -291,6 +291,10 @@ def damaged(folder: Path, name: str, **changes: Any) -> None:
         ({"gen_len": np.int64(34)}, "gen_len is 34, manifest.jsonl says 33"),
         ({"extra": np.zeros(2)}, "holds 'extra', which traces do not have"),
         ({"sink_span_gen": np.array([1, 2, 3])}, r"sink_span_gen is int64 \[3\]"),
+        ({"time_attr_s": np.array("soon")}, r"time_attr_s is <U4 \[\], not float64 \[\]"),
+        ({"time_attr_s": np.zeros(0)}, r"time_attr_s is float64 \[0\], not float64 \[\]"),
+        ({"attnlrp_ratio_enabled": np.array(np.nan)}, r"attnlrp_ratio_enabled is float64 \[\], not int64"),
+        ({"attnlrp_norm_mode": np.zeros(0, "U4")}, r"attnlrp_norm_mode is <U4 \[0\]"),
         ({"vh": np.array([{}], dtype=object)}, "it holds pickled objects, which are never loaded"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -315,6 +319,13 @@ def test_damaged_folders(tmp_path: Path) -> None:
         (lines[0] + "{}\n", "line 2, lacks example_idx, attr_func, file, prompt_sha1"),
         (lines[0] * 2, "names ex_000000.npz twice"),
         (lines[0].replace("ex_000000.npz", "../ex_000000.npz"), "'../ex_000000.npz' is no name of a file beside it"),
+        (lines[0].replace('"ex_000000.npz"', "7"), "7 is no name of a file beside it"),
+        (
+            lines[0].replace('"example_idx": 0', '"example_idx": "one"'),
+            "example_idx takes a whole number, not str 'one'",
+        ),
+        (lines[0].replace('"attr_func": "', '"attr_func": ["a"], "b": "'), "attr_func takes a text, not list"),
+        (lines[0].replace('"target_sha1": "', '"target_sha1": ["a"], "b": "'), "target_sha1 takes a text, not list"),
     ):
         (folder / "manifest.jsonl").write_text(text)
         with pytest.raises(ic.LoadError, match=says):
@@ -333,6 +344,11 @@ def test_damaged_folders(tmp_path: Path) -> None:
     (folder / "ex_000001.npz").unlink()
     with pytest.raises(ic.LoadError, match="there is no file"):
         list(traces.read_traces(folder))
+    (folder / "ex_000001.npz").mkdir()
+    with pytest.raises(ic.LoadError, match="ex_000001.npz cannot be read"):
+        list(traces.read_traces(folder))
+    (folder / "ex_000001.npz").rmdir()
+    (folder / "ex_000001.npz").write_bytes(whole)
     for given, says in (
         ({}, "give --trace_dir"),
         ({"trace_dir": folder, "traces_root": folder}, "one of both"),
@@ -340,7 +356,10 @@ def test_damaged_folders(tmp_path: Path) -> None:
         ({"traces_root": LLAMA}, "there is no manifest.jsonl below"),
         ({"traces_root": GOLDEN, "out_dir": tmp_path}, "give --out_root"),
         ({"trace_dir": folder, "limit": 0}, "limit is 0: give at least 1"),
-        ({"trace_dir": folder, "dataset_jsonl": tmp_path / "no"}, "there is no file"),
+        (
+            {"trace_dir": folder, "tokenizer_model": str(LLAMA), "dataset_jsonl": tmp_path / "no"},
+            "there is no file .*no;",
+        ),
     ):
         with pytest.raises((ic.LoadError, ic.PlanError), match=says):
             export_traces(**given)

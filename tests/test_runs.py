@@ -227,6 +227,8 @@ def test_a_file_that_the_run_did_not_write_is_not_replaced(tmp_path: Path) -> No
         runs.manifest(tmp_path / "nowhere")
     with pytest.raises(ic.PlanError, match="is a file; give a folder"):
         runs.open(tmp_path / "first.json", {}, recipe="r")
+    with pytest.raises(ic.PlanError, match="first.json is a file, and .* would lie below it"):
+        runs.open(tmp_path / "first.json" / "a" / "b", {}, recipe="r")
 
 
 # published trees

@@ -103,8 +103,10 @@ def publish(
 def _path(folder: Any) -> Path:
     if not isinstance(folder, (str, Path)) or not str(folder):
         raise PlanError(wrong("the folder of a run", "a path", folder))
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise PlanError(f"{folder} is a file; give a folder for the run")
+    for part in (Path(folder), *Path(folder).parents):
+        if part.exists() and not part.is_dir():
+            below = "" if part == Path(folder) else f", and {folder} would lie below it"
+            raise PlanError(f"{part} is a file{below}; give a folder for the run")
     return Path(folder)
 
 

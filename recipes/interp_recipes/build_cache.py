@@ -70,19 +70,27 @@ def build_cache(
         TextError: nothing could be kept.
     """
     settings = {key: value for key, value in locals().items() if key not in ("out", "batch_size", "num_examples")}
+    least = {"count": count, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_examples": num_examples}
+    for word, value in least.items():
+        if value is not None and value < 1:
+            raise ic.PlanError(f"{word} is {value}: give at least 1")
+    cache = name or Path(source).stem
+    if cache == "answers" or Path(cache).name != cache:
+        raise ic.PlanError(
+            f"a cache cannot be called {cache!r}: give --name, a plain one; answers.jsonl is the run's own"
+        )
     examples = _examples(
         source, kind, {"count": count, "sentences": sentences, "hidden": hidden, "hops": hops, "seed": seed}
     )
-    name = name or Path(source).stem
     digest = runs.digest([one.row() for one in examples])
     loaded = ic.load(model) if targets == "model" else None
-    with runs.open(out, settings, recipe="build_cache", model=loaded, dataset=name) as run:
+    with runs.open(out, settings, recipe="build_cache", model=loaded, dataset=cache) as run:
         with run.rows("answers.jsonl", key="example", inputs={"source": digest}) as rows:
             todo = [i for i in range(len(examples)) if i not in rows]
             made = _rows(loaded or model, [examples[i] for i in todo], settings, batch_size)
             _answer(rows, zip(todo, made, strict=False), len(examples), num_examples)
             listed = sorted(rows, key=lambda row: int(row["example"]))
-        return _written(run, name, listed, num_examples)
+        return _written(run, cache, listed, num_examples)
 
 
 def _answer(rows: runs.Rows, made: Iterator[tuple[int, dict[str, Any]]], count: int, num_examples: int | None) -> None:

@@ -55,7 +55,7 @@ def json_rows(path: str | Path, bad: Bad | None = None) -> Iterator[tuple[int, d
         LoadError: no such file, or a line that is no JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a file with a JSON object per line") from error
     for number, line in enumerate(lines, 1):
@@ -71,11 +71,26 @@ def json_rows(path: str | Path, bad: Bad | None = None) -> Iterator[tuple[int, d
         yield number, row
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def parsed(text: str, where: str, what: str = "JSON") -> Any:
+    """What a JSON text says.
+
+    Raises:
+        LoadError: it is none, or holds halves of characters, which no file and no tokenizer takes.
+    """
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ic.LoadError(f"{where}, is no JSON ({error}); it may be cut off") from error
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ic.LoadError(
+            f"{where} holds half a character ({error.object[error.start]!r}); write whole ones"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ic.LoadError(f"{where} is no {what} ({error}); it may be cut off") from error
+    return value
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    row = parsed(line, f"{where},")
     if not isinstance(row, dict):
         raise ic.LoadError(f"{where}, is a {type(row).__name__}; a line holds one JSON object")
     return row

@@ -132,7 +132,7 @@ def example_of(row: Mapping[str, Any], where: str = "the example") -> Example:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _numbers(row: Mapping[str, Any], name: str, where: str) -> tuple[int, ...] | None:

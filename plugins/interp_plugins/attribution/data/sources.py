@@ -17,7 +17,6 @@ answer is mapped: reasoning, a line break, the final answer, which is the sink. 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,9 +25,9 @@ from typing import Any
 
 import interp_core as ic
 from interp_core import errors
-from interp_core.toys.text import needle_example
+from interp_core.toys.text import NAMES, needle_example
 
-from .cache import FIELDS, Example, boxes, example_of, json_rows, with_spans
+from .cache import FIELDS, Example, boxes, example_of, json_rows, parsed, with_spans
 
 Row = Mapping[str, Any]
 
@@ -134,16 +133,12 @@ def source_rows(path: str | Path) -> list[tuple[str, Row]]:
         LoadError: a file that cannot be read, or that holds anything else.
     """
     try:
-        begins = Path(path).read_text(encoding="utf-8").lstrip()[:1]
+        content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a .jsonl file, or a .json list of rows") from error
-    if begins != "[":
+    if not content.lstrip().startswith("["):
         return [(f"{path}, line {number}", row) for number, row in json_rows(path)]
-    try:
-        listed = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ic.LoadError(f"{path} is no JSON list ({error}); it may be cut off") from error
-    rows = [(f"{path}, row {number}", row) for number, row in enumerate(listed)]
+    rows = [(f"{path}, row {number}", row) for number, row in enumerate(parsed(content, str(path), "JSON list"))]
     for where, row in rows:
         if not isinstance(row, dict):
             raise ic.LoadError(f"{where} is a {type(row).__name__}; a row is a JSON object")
@@ -265,6 +260,11 @@ def _made_up(dataset: str, prompt: str, answer: str, spans: Sequence[Row], where
 
 def toy_needles(count: int, *, hops: int = 0, chains: int = 3, seed: int = 0) -> list[Example]:
     """Prompts of `toy:text` whose next token is a value, with the value and the aliases on the way to it as needles."""
+    most = len(NAMES) // chains - 1
+    if not 0 <= hops <= most:
+        raise ic.PlanError(
+            f"hops={hops}: give 0 to {most} for {chains} values, which have {len(NAMES)} names between them"
+        )
     rng = random.Random(seed)
     made = []
     for i in range(count):

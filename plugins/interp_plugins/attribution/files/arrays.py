@@ -43,6 +43,8 @@ def read_npz(path: Path) -> dict[str, Array]:
                 return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise LoadError(f"there is no file {path}") from error
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         why = "it holds pickled objects, which are never loaded" if "pickle" in str(error).lower() else str(error)
         raise LoadError(f"{path} cannot be read as an .npz file: {why}") from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from interp_core import LoadError, PlanError, Span, runs
+from interp_core import LoadError, PlanError, Span, errors, runs
 
 from ..data.cache import json_rows
 from ..data.examples import sha1
@@ -27,8 +27,9 @@ from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
 MANIFEST = "manifest.jsonl"
 FORMS = ("seq", "row", "rec")
 """Vectors of one attribution: of the row-normalised matrix, of the rows that are explained, by recursion."""
-NEEDED = ("example_idx", "attr_func", "file", "prompt_sha1")
+NEEDED = {"example_idx": int, "attr_func": str, "file": str, "prompt_sha1": str}
 """What every line of a manifest says."""
+TAKES = {int: "a whole number", str: "a text"}
 SPANS = ("indices_to_explain_gen", "sink_span_gen", "thinking_span_gen")
 INDICES = ("user_prompt_indices", "keep_prompt_token_indices", "gold_prompt_token_indices")
 SECONDS = ("time_attr_s", "time_faith_s", "time_recovery_s")
@@ -304,8 +305,13 @@ def read_manifest(folder: str | Path, limit: int | None = None) -> list[dict[str
     for number, line in json_rows(path):
         if lacking := [name for name in NEEDED if line.get(name) in (None, "")]:
             raise LoadError(f"{path}, line {number}, lacks {', '.join(lacking)}")
-        if Path(line["file"]).name != line["file"]:
+        if not isinstance(line["file"], str) or Path(line["file"]).name != line["file"]:
             raise LoadError(f"{path}, line {number}: {line['file']!r} is no name of a file beside it")
+        for name, kind in NEEDED.items():
+            if not isinstance(line[name], kind) or isinstance(line[name], bool):
+                raise LoadError(f"{path}, line {number}: {errors.wrong(name, TAKES[kind], line[name])}")
+        if not isinstance(line.get("target_sha1"), (str, type(None))):
+            raise LoadError(f"{path}, line {number}: {errors.wrong('target_sha1', TAKES[str], line['target_sha1'])}")
         lines.append(line)
     if not lines:
         raise LoadError(f"{path} is empty; give the folder of a run that wrote traces (--save_hop_traces)")
@@ -346,11 +352,12 @@ def read_trace(folder: str | Path, line: Mapping[str, Any]) -> Trace:
     hops = members.get("vh")
     if hops is not None:
         demand_finite(path, "vh", checked(path, "vh", hops, "float32", (None, length)))
-    lrp = [members[name].item() for name in KNOWN[-3:] if name in members]
+    kinds = dict(zip(KNOWN[-3:], ("U", "U", "int64"), strict=True))
+    lrp = [checked(path, name, members[name], kind, ()).item() for name, kind in kinds.items() if name in members]
     return Trace(
-        index=int(line["example_idx"]),
-        attr_func=str(line["attr_func"]),
-        prompt_sha1=str(line["prompt_sha1"]),
+        index=line["example_idx"],
+        attr_func=line["attr_func"],
+        prompt_sha1=line["prompt_sha1"],
         target_sha1=line.get("target_sha1"),
         vectors={form: _vector(path, members, form, length, prompt_len) for form in FORMS},
         prompt_len=prompt_len,
@@ -361,7 +368,7 @@ def read_trace(folder: str | Path, line: Mapping[str, Any]) -> Trace:
         faithfulness=_scores(path, members, "faithfulness_scores", (3, 3)),
         recovery=_scores(path, members, "recovery_scores", (3,)),
         skipped=line.get("recovery_skipped_reason"),
-        seconds={name: float(members[name]) for name in SECONDS if name in members},
+        seconds={name: float(checked(path, name, members[name], "float64", ())) for name in SECONDS if name in members},
         hops=hops,
         lrp=(str(lrp[0]), str(lrp[1]), int(lrp[2])) if len(lrp) == 3 else None,
         line=dict(line),
