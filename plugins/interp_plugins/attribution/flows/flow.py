@@ -36,7 +36,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ..method import stream_site
-from .proximity import proximities, proximity
+from .proximity import per_head, proximities, proximities_to, proximity
 
 Profile = Literal["sound", "reference"]
 FITTED = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -141,8 +141,7 @@ class Flow:
         self._place = {position: place for place, position in enumerate(self.rows)}
         maps = maps_of(self.model, self.profile)
         halfway, later = stream_site(self.model), not self.model.can("pattern", "rows")
-        first, stop = self.rows[0], self.rows[-1] + 1
-        at = slice(first, stop) if len(self.rows) == stop - first else list(self.rows)  # a slice is resolved at once
+        at = _at(self.rows)
         parts = [site.at(at) for site in (S.resid_pre, S.attn_out, S.z)]
         reads = [S.v, *parts, halfway, *([S.resid_pre] if self.profile == "reference" else [])]
 
@@ -187,7 +186,7 @@ class Flow:
         """Whether z is the values mixed by the pattern, without a gate."""
         few = list(self.rows[-4:])
         pattern = attention.pattern(few)[0].to(z.dtype)
-        mixed = torch.matmul(pattern, _per_head(values, z.shape[1])).transpose(0, 1)
+        mixed = torch.matmul(pattern, per_head(values, z.shape[1])).transpose(0, 1)
         off = float((mixed - z[-len(few) :]).norm() / mixed.norm().clamp_min(1e-30))
         return off <= FITTED.get(self.model.dtype, 5e-2)
 
@@ -251,8 +250,9 @@ class Flow:
 
     def _rows_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor) -> tuple[Tensor, float]:
         """One layer's shares of tokens in each of some sinks `[row pos]`, and by how much they may be off."""
-        before, added = kept.before[index], kept.added[index]
-        x, scale = before + added, kept.scale[index]
+        at = _at(index)
+        before, added, scale = kept.before[at], kept.added[at], kept.scale[at]
+        x = before + added
         near = proximities(
             pattern * scale[:, None], kept.values, kept.out.w_o.permute(1, 2, 0), x, tolerance=self.tolerance,
             threshold=self.threshold, chunk_tokens=self.chunk, sink_chunk_tokens=self.sink_chunk,
@@ -283,8 +283,8 @@ class Flow:
         for kept in self._layers:
             if kept.attention is None or kept.z is not None:
                 break
-            scaled = weight.to(kept.scale) * kept.scale[index]
-            yield kept, kept.attention.mixed(queries, scaled[None], self.sink_chunk)[0]
+            scaled = weight.to(kept.scale) * kept.scale[_at(index)]
+            yield kept, kept.attention.mixed(queries, scaled[None])[0]
         else:
             return
         sums: dict[int, Tensor] = {}
@@ -300,7 +300,7 @@ class Flow:
         scaled = pattern * (weight.to(kept.scale) * kept.scale[index])[:, None]
         if kept.z is None:
             return scaled.sum(1)
-        mixed = torch.matmul(pattern, _per_head(kept.values.to(pattern), len(pattern)))
+        mixed = torch.matmul(pattern, per_head(kept.values.to(pattern), len(pattern)))
         gate = kept.z[index].transpose(0, 1) / mixed
         return torch.einsum("hik,hid->hkd", scaled, gate.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
 
@@ -324,75 +324,23 @@ class Flow:
         self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shares of one layer: of tokens, heads, residual, bias; on this machine, in float64."""
-        w = weight.to(kept.before)
-        before, added = w @ kept.before[index], w @ kept.added[index]
+        w, at = weight.to(kept.before), _at(index)
+        before, added = w @ kept.before[at], w @ kept.added[at]
         x = before + added
         seen = torch.nonzero(mix.any(-1).any(0) if mix.ndim == 3 else mix.any(0))  # images see forward, too
         reach = int(seen.max()) + 1 if len(seen) else 1
-        near = proximities_to(x, mix[:, :reach], kept.values[:reach].to(mix), kept.out, self.chunk)
-        limit = self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
+        values = kept.values[:reach].to(mix)
+        near = proximities_to(x, mix[:, :reach], values, kept.out.w_o, kept.out.longest, chunk_tokens=self.chunk)
+        limit = self.threshold and self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
         near = near.masked_fill(near < limit, 0.0).double().cpu() if limit else near.double().cpu()
         resid, bias = proximity(before.double(), x.double()).cpu(), torch.zeros((), dtype=torch.float64)
         if kept.out.biased:
-            part = (w * kept.scale[index]).sum() * kept.out.bias + w.sum() * kept.out.own
+            part = (w * kept.scale[at]).sum() * kept.out.bias + w.sum() * kept.out.own
             bias = proximity(part.double(), x.double()).cpu()
         whole = self._positive(near.sum() + resid + bias)
         token = near.new_zeros(self.tokens.lengths[0])
         token[:reach] = near.sum(0)
         return token / whole, near.sum(1) / whole, resid / whole, bias / whole
-
-
-def proximities_to(
-    whole: Float[Tensor, " d_model"], mix: Tensor, values: Float[Tensor, "key kv_head d_head"], out: OutMap,
-    chunk: int = 128,
-) -> Float[Tensor, "head key"]:  # fmt: skip
-    """prox(mix * values @ W_O, whole), exact, mostly without making `values @ W_O`:
-
-        u = sign(x) * y      prox(y, x) = max(sum of u - 2 * sum of max(u - |x|, 0), 0)
-
-    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over
-    those dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of
-    |x|, few for most tokens.
-
-    Args:
-        mix: what each value is multiplied by `[head key]`, or each number of it `[head key d_head]`.
-        chunk: tokens that are worked on at a time.
-    """
-    if mix.ndim == 3:
-        values, mix = (mix * _per_head(values, len(mix))).transpose(0, 1), mix.new_ones(mix.shape[:2])
-    size, order = whole.abs().sort()
-    sign = torch.where(whole < 0, -1.0, 1.0).to(whole)
-    heads, group = len(mix), len(mix) // values.shape[1]
-    total = (sign @ out.w_o.flatten(1)).view(values.shape[1], group, -1)
-    found = []
-    for value, share in zip(values.split(chunk), mix.split(chunk, 1), strict=True):
-        linear = torch.matmul(total, value.permute(1, 2, 0)).flatten(0, 1) * share
-        reach = value.norm(dim=-1).mT.repeat_interleave(group, 0) * share.abs() * out.longest[:, None]
-        need = torch.searchsorted(size, reach).masked_fill(linear <= 0, 0)
-        width, single = _split(need, len(size))
-        if width:
-            at = order[:width]
-            w = (out.w_o[at] * sign[at, None, None]).unflatten(1, (-1, group)).permute(1, 3, 2, 0).flatten(2)
-            u = torch.matmul(value.transpose(0, 1), w).unflatten(-1, (group, width))
-            over = (u * share.view(-1, group, share.shape[1], 1).transpose(1, 2) - size[:width]).clamp_min_(0).sum(-1)
-            linear = linear - 2 * over.transpose(1, 2).reshape(heads, -1)
-        for head in range(heads) if single else ():
-            rest = torch.nonzero(need[head] > width)[:, 0]
-            if len(rest):
-                part = value[rest, head // group] * share[head, rest, None]
-                missed = torch.addmm(whole, part, out.w_o[:, head].mT, alpha=-1).abs_().sum(-1)
-                linear[head, rest] = size.sum() - missed
-        found.append(linear.clamp_min_(0))
-    return torch.cat(found, 1)
-
-
-def _split(need: Tensor, d: int) -> tuple[int, bool]:
-    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that
-    need more; and whether there are such."""
-    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
-    more = (need.flatten()[:, None] > torch.tensor(widths, device=need.device)).sum(0).tolist()
-    width = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])
-    return widths[width], more[width] > 0
 
 
 def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
@@ -461,6 +409,7 @@ def demand_patterns(model: ic.Model) -> None:
             )
 
 
-def _per_head(values: Tensor, heads: int) -> Float[Tensor, "head key d_head"]:
-    """Values `[key kv_head d_head]` of each head's group."""
-    return values.transpose(0, 1).repeat_interleave(heads // values.shape[1], 0)
+def _at(places: Sequence[int]) -> slice | list[int]:
+    """Places as an index; a slice, which takes no copy, where they follow each other."""
+    first, stop = places[0], places[-1] + 1
+    return slice(first, stop) if list(places) == list(range(first, stop)) else list(places)
