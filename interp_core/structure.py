@@ -235,7 +235,7 @@ class Structure:
 
         with self.turn:
             self.renew()
-            reader = WeightReader(self.atlas, self.engine.model, self.hf.dtype, self.sample)
+            reader = WeightReader(self.atlas, self.hf, self.engine.model, self.hf.dtype, self.sample)
             return reader.read(_site(site), bias=alone)
 
     def readout(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:

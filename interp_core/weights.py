@@ -42,12 +42,14 @@ class WeightReader(NamedTuple):
 
     Attributes:
         atlas: of the model.
+        loaded: the model whose modules the atlas has.
         running: the model that the engine runs: its parameters are those that count.
         dtype: of what modules are called with.
         sample: values of sites on a few tokens.
     """
 
     atlas: Atlas
+    loaded: nn.Module
     running: nn.Module
     dtype: torch.dtype
     sample: Callable[[Sequence[Site]], list[Tensor]]
@@ -208,6 +210,8 @@ class WeightReader(NamedTuple):
 
     def _demand_running(self, entry: Entry, module: nn.Module) -> None:
         """Refuse weights that are not those that the engine's runs have."""
+        if self.running is self.loaded:
+            return
         known = {id(parameter) for parameter in self.running.parameters()}
         if any(id(parameter) not in known for parameter in module.parameters()):
             raise CapabilityError(

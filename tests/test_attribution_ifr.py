@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +125,25 @@ def by_hand(model: ic.Model, flow: Flow, tokens: ic.Tokens, rows: list[int], wei
     """Shares of tokens, residual and bias `[layer pos + 2]`, part by part, from patterns, values, z and weights; and
     how far parts and bias are off attn_out."""
     sites = (S.pattern, S.v, S.z, S.attn_out, S.resid_pre)
-    run = model.run(tokens, read=sites)
+    run, linear = by_rule(model, tokens, sites)
     found, off = [], []
     for layer in range(model.n_layers):
-        pattern, v, z, added, before = (run[site[layer]].plain[0] for site in sites)
+        added, before = (run[site[layer]].plain[0] for site in sites[3:])
+        pattern, v, z = linear[layer] if layer in linear else (run[site[layer]].plain[0] for site in sites[:3])
         heads = pattern.shape[0]
         v = v.transpose(0, 1).repeat_interleave(heads // v.shape[1], 0)  # [head key d_head]
         mixed = (pattern @ v).transpose(0, 1)
         value = v[:, None] * (z / mixed)[rows].transpose(0, 1)[:, :, None]  # 1, or the gate
-        value = torch.where(pattern[:, rows, :, None] > 0, value, 0)
-        parts = torch.einsum("hrk,hrkd,hdm->rhkm", pattern[:, rows], value, model.weights(S.z[layer]))
-        bias = model.bias(S.z[layer]).expand(len(rows), -1)
+        value = torch.where(pattern[:, rows, :, None] != 0, value, 0)
+        if layer in linear:
+            w_o = model.module("linear_attn", layer).out_proj.weight.detach().mT.unflatten(0, v.shape[::2])
+            bias = torch.zeros(len(rows), w_o.shape[-1], dtype=w_o.dtype)
+        else:
+            w_o, bias = model.weights(S.z[layer]), model.bias(S.z[layer]).expand(len(rows), -1)
+        parts = torch.einsum("hrk,hrkd,hdm->rhkm", pattern[:, rows], value, w_o)
         whole = parts.sum((1, 2)) + bias
         ratio = added[rows] / whole  # a post-norm, a multiplier, or 1
-        if float((ratio - 1).abs().max()) > 1e-9:
+        if layer not in linear and float((ratio - 1).abs().max()) > 1e-9:
             gains = model.weights(S.attn_out[layer]) if flow._layers[layer].out.normed else torch.ones_like(bias[0])
             ratio = ((gains * whole * added[rows]).sum(-1) / (gains * whole).square().sum(-1))[:, None] * gains
         parts, bias = parts * ratio[:, None, None], bias * ratio
@@ -149,6 +157,54 @@ def by_hand(model: ic.Model, flow: Flow, tokens: ic.Tokens, rows: list[int], wei
         others = torch.stack([near(weights @ before[rows]), near(weights @ bias)])
         found.append(torch.cat([token, others]) / (token.sum() + others.sum()))
     return torch.stack(found), torch.tensor(off)
+
+
+def by_rule(model: ic.Model, tokens: ic.Tokens, sites: Any) -> tuple[ic.Run, dict[int, tuple[Tensor, Tensor, Tensor]]]:
+    """A run; and of layers of linear attention what each position takes from each value, step by step in float64, with
+    values and what the output projection reads."""
+    layers = [layer for layer in range(model.n_layers) if layer not in model.layers("pattern")]
+    seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    with ExitStack() as stack, noted_rules(seen, model):
+        for layer in layers:
+            projection = model.module("linear_attn", layer).out_proj
+            note = partial(lambda kept, _, args: kept.update(z=args[0]), seen[layer])
+            stack.callback(projection.register_forward_pre_hook(note).remove)
+        run = model.run(tokens, read=sites)
+    found = {}
+    for layer, called in seen.items():
+        q, k, v, g, beta = (called[name][0].double() for name in ("query", "key", "value", "g", "beta"))
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], 1) for x in (q * q.shape[-1] ** -0.5, k))
+        mix = torch.zeros(v.shape[1], len(v), len(v), dtype=torch.float64)
+        for source in range(len(v)):
+            state = torch.zeros_like(k[0])
+            for t in range(source, len(v)):
+                state = state * g[t].exp()[:, None]
+                told = float(t == source) - (state * k[t]).sum(-1)
+                state = state + k[t] * (told * beta[t])[:, None]
+                mix[:, t, source] = (state * q[t]).sum(-1)
+        found[layer] = mix, v, called["z"][0].double().view(v.shape)
+    return run, found
+
+
+@contextmanager
+def noted_rules(seen: dict[int, dict[str, Tensor]], model: ic.Model) -> Iterator[None]:
+    """While it lasts, rules note what they are called with, layer by layer."""
+    if not seen:
+        yield
+        return
+    module, order = sys.modules[type(model.module("linear_attn", next(iter(seen)))).__module__], iter(seen.values())
+    rule = module.torch_chunk_gated_delta_rule
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
+        next(order).update(query=query, key=key, value=value, g=kwargs["g"], beta=kwargs["beta"])
+        return rule(query, key, value, **kwargs)
+
+    module.torch_chunk_gated_delta_rule = noting
+    try:
+        yield
+    finally:
+        module.torch_chunk_gated_delta_rule = rule
 
 
 def flow_law(model: ic.Model, tokens: ic.Tokens, limit: float) -> None:
@@ -180,11 +236,35 @@ def test_shares_add_up_in_every_family(family: str) -> None:
         values = pictures.inputs(family, [[pictures.picture(family)]])
         values["pixel_values"] = values["pixel_values"].double()
     tokens = model._input(values)
-    if family in LINEAR:
-        with pytest.raises(ic.CapabilityError, match=r"layer 0 of .* mixes tokens by linear attention without v and z"):
-            Flow(model, tokens, (3,))
+    if family in LINEAR:  # its rule takes float32, whatever the dtype
+        flow_law(model, tokens, 1e-5)
         return
     flow_law(model, tokens, 1e-6 if family.startswith(("gemma", "olmo2")) else 1e-9)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe"])
+def test_linear_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of later tokens bring nothing, hops go through, and a layer that does something else is refused."""
+    model = tiny_model(family)
+    places = {"prompt": (0, 8), "target": (8, 12), "thinking": (8, 10), "sink": (10, 12)}
+    spans = {name: ((ic.Span(*place),),) for name, place in places.items()}
+    tokens = ic.Tokens(IDS, torch.ones_like(IDS, dtype=torch.bool), spans=spans)
+    hops = IFR()(model, tokens, n_hops=1).hops
+    assert hops is not None and hops[0, 1].any()
+    flow = Flow(model, model._input(IDS), tuple(range(12)))
+    assert not flow.shares([4]).token[0, 5:].any() and flow.shares([4]).token[0, :5].any()
+    with pytest.raises(ic.CapabilityError, match="knows no linear attention, which layer 0"):
+        IFR()(model, IDS, profile="reference")
+    with pytest.raises(ic.CapabilityError, match=r"layer 0 of .* mixes tokens by linear attention without v and z"):
+        ic.method("ifr_routes")(model, IDS)
+    module = model.module("linear_attn", 0)
+    monkeypatch.setattr(
+        module, "forward", partial(lambda call, *args, **kwargs: 2 * call(*args, **kwargs), module.forward)
+    )
+    with pytest.raises(
+        ic.CapabilityError, match="layer 0 of .* does not add the values of its tokens, mixed by its rule"
+    ):
+        Flow(model, model._input(IDS), (11,))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])

@@ -428,14 +428,14 @@ def masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: 
     if mask is None:
         if queries == 1 or not is_causal(kwargs, module):
             return scores
-        return scores + _causal(queries, keys, scores.device, scores.dtype)
+        return scores + no_later(queries, keys, scores.device, scores.dtype)
     if mask.dtype == torch.bool:
         mask = additive(mask, scores.dtype)
     return scores + (mask if mask.shape[-1] == keys else mask[..., :keys])
 
 
 @lru_cache(maxsize=4)
-def _causal(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def no_later(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
     mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()

@@ -9,7 +9,7 @@ steps as attention in the open:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionError
-from .attention import additive, at_queries, is_causal, masked, scale_of, shaped, softmax
+from .attention import additive, at_queries, is_causal, masked, no_later, scale_of, shaped, softmax
 
-CHUNK = 64
-"""Queries whose rows are made at a time, where only their sum is asked for."""
+ROOM, LEAST = 1 << 18, 16
+"""Where only a sum of rows is asked for: how many numbers of them are made at a time, so that a CPU keeps them in its
+cache (other devices: 64 times as many); `LEAST` rows in any case."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,26 +63,29 @@ class AttentionRows:
         Raises:
             PositionError: a query that is not here.
         """
-        made = self._rows(queries, self._places(queries))
+        with self._graph():
+            ((_, made),) = self._rows(queries, len(queries))
         n_keys = self.key.shape[2]
         return made if made.shape[-1] == n_keys else nn.functional.pad(made, (0, n_keys - made.shape[-1]))
 
     def mixed(
-        self, queries: Sequence[int], weights: Float[Tensor, "batch query"], chunk: int = CHUNK
+        self, queries: Sequence[int], weights: Float[Tensor, "batch query"], chunk: int | None = None
     ) -> Float[Tensor, "batch head key"]:
-        """The sum of these queries' rows, each times its weight, without holding more than `chunk` rows. In float32, or
-        the dtype of the weights where that is wider.
+        """The sum of these queries' rows, each times its weight, without holding more than `chunk` rows (default: as
+        many as are made fastest). In float32, or the dtype of the weights where that is wider.
 
         Raises:
             PositionError: a query that is not here.
         """
         wide = torch.promote_types(torch.promote_types(weights.dtype, self.query.dtype), torch.float32)
-        out = self.key.new_zeros(self.query.shape[0], self.query.shape[1], self.key.shape[2], dtype=wide)
-        queries, places, weights = list(queries), self._places(queries), weights.to(out)
-        for start in range(0, len(queries), chunk):
-            part = slice(start, start + chunk)
-            rows = self._rows(queries[part], places[part])
-            out[..., : rows.shape[-1]] += torch.matmul(weights[:, None, None, part], rows.to(wide)).squeeze(2)
+        (batch, heads), n_keys = self.query.shape[:2], self.key.shape[2]
+        out, weights = self.key.new_zeros(batch, heads, n_keys, dtype=wide), weights.to(self.key.device, wide)
+        if chunk is None:
+            room = ROOM if out.device.type == "cpu" else ROOM << 6
+            chunk = max(LEAST, room // (batch * heads * n_keys))
+        with self._graph():
+            for part, rows in self._rows(queries, chunk):
+                out[..., : rows.shape[-1]] += torch.matmul(weights[:, None, None, part], rows.to(wide)).squeeze(2)
         return out
 
     def _places(self, queries: Sequence[int]) -> list[int]:
@@ -93,45 +97,59 @@ class AttentionRows:
             raise PositionError(f"attention of this layer has no query in column {missing[0]}: there are {shown}")
         return [index[query] for query in queries]
 
-    def _rows(self, queries: Sequence[int], places: Sequence[int]) -> Tensor:
-        """Rows of the pattern `[batch head query key]`; later keys that a causal layer hides are cut off. With a graph
-        only where the pass had one: sinks and biases are weights, which always ask for it.
+    def _graph(self) -> torch.set_grad_enabled:
+        """A graph only where the pass had one: sinks and biases are weights, which always ask for it."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.query.requires_grad)
 
-        Args:
-            queries: columns of the batch.
-            places: where they lie in `query`.
-        """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.query.requires_grad):
-            return self._made(queries, places)
+    def _rows(self, queries: Sequence[int], chunk: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the pattern `[batch head query key]`, some queries at a time and which these are; later keys that a
+        causal layer hides are cut off."""
+        queries, places = list(queries), self._places(queries)
+        called, bias, key = {**self.called}, self.called.get("position_bias"), self.key.mT
+        query = _taken(self.query, places)
+        query = query * scale_of(query, called["scaling"])
+        hides = self.mask is None and self.key.shape[2] > 1 and is_causal(called, self.module)
+        if len(queries) > chunk:
+            key = key.contiguous()  # laid out as products want it, once for all
+        for start in range(0, len(queries), chunk):
+            part = slice(start, start + chunk)
+            asked = queries[part]
+            if bias is not None:
+                called["position_bias"] = at_queries(torch.tensor(places[part], device=key.device), bias)
+            seen = key[..., : max(asked) + 1] if hides and bias is None else key
+            scores = shaped(_grouped(query[:, :, part], seen), called)
+            if hides:
+                first = min(asked)  # keys before it are seen by all of these queries
+                scores[..., first:] += _later(asked, scores)
+            elif self.mask is not None:
+                mask = at_queries(torch.tensor(asked, device=key.device), self.mask)
+                scores = masked(scores, mask, called, self.module)
+            yield part, softmax(scores, called.get("s_aux"), self.softmax_dtype)
 
-    def _made(self, queries: Sequence[int], places: Sequence[int]) -> Tensor:
-        mask, called = self.mask, {**self.called}
-        query, key = _taken(self.query, places), self.key
-        if called.get("position_bias") is not None:
-            called["position_bias"] = at_queries(torch.tensor(places, device=key.device), called["position_bias"])
-        hides = mask is None and self.key.shape[2] > 1 and is_causal(called, self.module)
-        if hides and called.get("position_bias") is None:
-            key = key[:, :, : max(queries) + 1]
-        scores = shaped(_grouped(query * scale_of(query, called["scaling"]), key), called)
-        if hides:
-            first = min(queries)  # keys before it are seen by all of these queries
-            asked = torch.tensor(queries, device=key.device)
-            own = torch.arange(first, key.shape[2], device=asked.device) <= asked[:, None]
-            scores[..., first:] += additive(own, scores.dtype)
-        elif mask is not None:
-            scores = masked(scores, at_queries(torch.tensor(queries, device=key.device), mask), called, self.module)
-        return softmax(scores, called.get("s_aux"), self.softmax_dtype)
+
+def _later(queries: Sequence[int], scores: Tensor) -> Float[Tensor, "query key"]:
+    """What hides from queries the keys after them, from the key of the first query on."""
+    first, n_keys = min(queries), scores.shape[-1]
+    if _row(queries) and n_keys == queries[-1] + 1:
+        return no_later(len(queries), len(queries), scores.device, scores.dtype)
+    asked = torch.tensor(queries, device=scores.device)
+    return additive(torch.arange(first, n_keys, device=asked.device) <= asked[:, None], scores.dtype)
+
+
+def _row(places: Sequence[int]) -> bool:
+    """Whether they follow each other."""
+    return places[-1] - places[0] == len(places) - 1 and all(b > a for a, b in pairwise(places))
 
 
 def _taken(query: Tensor, places: Sequence[int]) -> Tensor:
     """Some of the queries; without a copy where they follow each other."""
-    if places[-1] - places[0] == len(places) - 1 and all(b > a for a, b in pairwise(places)):
+    if _row(places):
         return query[:, :, places[0] : places[-1] + 1]
     return query[:, :, torch.tensor(places, device=query.device)]
 
 
-def _grouped(query: Tensor, key: Tensor) -> Tensor:
+def _grouped(query: Tensor, key: Float[Tensor, "batch kv_head d_head key"]) -> Float[Tensor, "batch head query key"]:
     """Queries with keys, as `attention` has them, without a copy of the keys for each head of a group."""
     batch, heads, n, d = query.shape
     joined = query.reshape(batch, key.shape[1], -1, d)
-    return torch.matmul(joined, key.mT).view(batch, heads, n, -1)
+    return torch.matmul(joined, key).view(batch, heads, n, -1)

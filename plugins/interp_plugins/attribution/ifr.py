@@ -83,7 +83,7 @@ class IFR(Attribution):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: IFRConfig) -> None:
         """As all attribution methods; every layer mixes tokens by a pattern, and nothing contradicts."""
-        demand_patterns(model)
+        demand_patterns(model, linear=True)
         if config.tolerance and config.threshold:
             raise ic.PlanError(f"threshold={config.threshold} needs exact parts; leave tolerance= out")
         super().check(model, tokens, config)

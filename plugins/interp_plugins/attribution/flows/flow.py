@@ -18,14 +18,16 @@ Source: Ferrando and Voita (2024), arXiv:2403.00824, for proximities; Pan et al.
 
 Cost: one forward pass with the model's own attention; per span the attention of its rows again, and for each head and
 token a product with W_O, of which only those columns are done that can count (see `proximities_to`). Kept per layer:
-values `[pos kv_head d_head]`, rotated queries and streams of the rows that spans may ask for, rotated keys.
+values `[pos kv_head d_head]`, rotated queries and streams of the rows that spans may ask for, rotated keys. Layers of
+linear attention: see `linear`.
 Must equal: the sum over all parts one by one (the tests, float64), and the published numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,7 +38,8 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ..method import stream_site
-from .proximity import proximities, proximity
+from .linear import ROUNDED, LinearMixing, head_size, projection, rule_name
+from .proximity import per_head, proximities, proximities_to, proximity
 
 Profile = Literal["sound", "reference"]
 FITTED = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -79,7 +82,8 @@ class KeptLayer:
         z: what the output projection read there, where it is gated `[row head d_head]`; else None.
         scale: what the layer multiplies each row's parts by `[row]`.
         out: what makes parts of values.
-        attention: rows of the pattern; None where they must be read again.
+        attention: rows of the pattern; None where they must be read again, and in layers of linear attention.
+        linear: what those mix tokens by.
     """
 
     values: Tensor
@@ -89,6 +93,7 @@ class KeptLayer:
     scale: Tensor
     out: OutMap
     attention: ic.AttentionRows | None
+    linear: LinearMixing | None = None
 
 
 class Shares(NamedTuple):
@@ -136,19 +141,25 @@ class Flow:
     _layers: list[KeptLayer] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        demand_patterns(self.model)
+        demand_patterns(self.model, linear=True)
         self.rows = tuple(sorted(set(self.rows)))
         self._place = {position: place for place, position in enumerate(self.rows)}
         maps = maps_of(self.model, self.profile)
         halfway, later = stream_site(self.model), not self.model.can("pattern", "rows")
-        first, stop = self.rows[0], self.rows[-1] + 1
-        at = slice(first, stop) if len(self.rows) == stop - first else list(self.rows)  # a slice is resolved at once
+        at = _at(self.rows)
         parts = [site.at(at) for site in (S.resid_pre, S.attn_out, S.z)]
-        reads = [S.v, *parts, halfway, *([S.resid_pre] if self.profile == "reference" else [])]
+        linear = sorted({*range(self.model.n_layers)} - {*self.model.layers("pattern")})
+        hidden = {layer: S.attn_in[layer] for layer in linear}
+        reads = [S.v, *parts, halfway, *hidden.values(), *([S.resid_pre] if self.profile == "reference" else [])]
 
         def each(layer: int, values: ic.LayerReadings) -> None:
             if layer == halfway.layers:
                 self.stream = values[halfway][0].float().norm(dim=-1)
+            if layer in hidden:
+                before, added = (values[site].plain[0].to(maps[layer].w_o) for site in parts[:2])
+                scale, inputs = added.new_ones(len(added)), values[hidden[layer]].plain[0]
+                self._layers.append(KeptLayer(inputs, before, added, None, scale, maps[layer], None))
+                return
             before, added, z = (values[site].plain[0].to(maps[layer].w_o) for site in parts)
             attention = values.attention.at(self.rows) if later else None
             v, w_v = values[S.v].plain[0], maps[layer].w_v
@@ -160,6 +171,20 @@ class Flow:
             self._layers.append(kept)
 
         self.model.run(self.tokens, read=reads, logits=False, each=each, attention=later)
+        for layer in linear:  # after the pass, whose hooks hang on their modules
+            self._mix_linearly(layer)
+
+    def _mix_linearly(self, layer: int) -> None:
+        """Put what a layer of linear attention mixes tokens by in the place of what it read.
+
+        Raises:
+            CapabilityError: its parts are not what it adds.
+        """
+        kept, module = self._layers[layer], self.model.module("linear_attn", layer)
+        mixing = LinearMixing.of(module, kept.values, self.rows)
+        most = max(FITTED.get(self.model.dtype, 5e-2), ROUNDED)
+        mixing.demand(kept.added, kept.out.w_o, kept.out.bias, most, f"layer {layer} of {self.model.source}")
+        self._layers[layer] = replace(kept, values=mixing.values, linear=mixing)
 
     def _scale(self, layer: int, z: Tensor, added: Tensor, out: OutMap) -> Float[Tensor, " row"]:
         """What the block multiplies the projection by: the post-norm's 1 / rms of each row, or one factor for all.
@@ -187,7 +212,7 @@ class Flow:
         """Whether z is the values mixed by the pattern, without a gate."""
         few = list(self.rows[-4:])
         pattern = attention.pattern(few)[0].to(z.dtype)
-        mixed = torch.matmul(pattern, _per_head(values, z.shape[1])).transpose(0, 1)
+        mixed = torch.matmul(pattern, per_head(values, z.shape[1])).transpose(0, 1)
         off = float((mixed - z[-len(few) :]).norm() / mixed.norm().clamp_min(1e-30))
         return off <= FITTED.get(self.model.dtype, 5e-2)
 
@@ -234,25 +259,26 @@ class Flow:
         index, error = self._index(positions), 0.0
         out = torch.zeros(len(positions), self.tokens.lengths[0], dtype=torch.float64)
         rows = max(self.sink_chunk, ELEMENTS // (out.shape[1] * len(self._layers[0].out.longest)))
+        one = torch.ones(1, dtype=torch.float64)
         for start in range(0, len(index), rows):
             part, off = index[start : start + rows], 0.0
             for kept, pattern in self._patterns(part):
-                if kept.z is None and not (self.threshold and self.profile == "sound"):
+                if pattern is not None and kept.z is None and not (self.threshold and self.profile == "sound"):
                     found, most = self._rows_of(kept, part, pattern)
                     out[start : start + rows] += found
                     off += most
                     continue
                 for n, row in enumerate(part):
-                    one = torch.ones(1, dtype=torch.float64)
-                    mix = self._mix_of(kept, [row], pattern[:, n : n + 1], one)
+                    mix = self._mix_of(kept, [row], None if pattern is None else pattern[:, n : n + 1], one)
                     out[start + n] += self._share(kept, [row], one, mix)[0]
             error = max(error, off)
         return out, error
 
     def _rows_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor) -> tuple[Tensor, float]:
         """One layer's shares of tokens in each of some sinks `[row pos]`, and by how much they may be off."""
-        before, added = kept.before[index], kept.added[index]
-        x, scale = before + added, kept.scale[index]
+        at = _at(index)
+        before, added, scale = kept.before[at], kept.added[at], kept.scale[at]
+        x = before + added
         near = proximities(
             pattern * scale[:, None], kept.values, kept.out.w_o.permute(1, 2, 0), x, tolerance=self.tolerance,
             threshold=self.threshold, chunk_tokens=self.chunk, sink_chunk_tokens=self.sink_chunk,
@@ -278,121 +304,82 @@ class Flow:
         return [self._place[position] for position in positions]
 
     def _mixes(self, index: Sequence[int], weight: Tensor) -> Iterator[tuple[KeptLayer, Tensor]]:
-        """Per layer the pattern of sinks taken together: `[head key]`, or `[head key d_head]` with gates."""
+        """Per layer the pattern of sinks taken together: `[head key]`, or by dimension `[head key d_head]`."""
+        parts = [slice(start, start + self.sink_chunk) for start in range(0, len(index), self.sink_chunk)]
+        if self._again:
+            sums: dict[int, Tensor] = {}
+            for part in parts:
+                for layer, (kept, pattern) in enumerate(self._patterns(index[part])):
+                    mix = self._mix_of(kept, index[part], pattern, weight[part])
+                    sums[layer] = sums[layer] + mix if layer in sums else mix
+            yield from zip(self._layers, sums.values(), strict=True)
+            return
         queries = [self.rows[place] for place in index]
         for kept in self._layers:
-            if kept.attention is None or kept.z is not None:
-                break
-            scaled = weight.to(kept.scale) * kept.scale[index]
-            yield kept, kept.attention.mixed(queries, scaled[None], self.sink_chunk)[0]
-        else:
-            return
-        sums: dict[int, Tensor] = {}
-        for start in range(0, len(index), self.sink_chunk):
-            part, own = index[start : start + self.sink_chunk], weight[start : start + self.sink_chunk]
-            for layer, (kept, pattern) in enumerate(self._patterns(part)):
-                mix = self._mix_of(kept, part, pattern, own)
-                sums[layer] = sums[layer] + mix if layer in sums else mix
-        yield from zip(self._layers, sums.values(), strict=True)
+            if kept.attention is None:
+                yield kept, self._mix_of(kept, index, None, weight)
+            elif kept.z is None:
+                scaled = weight.to(kept.scale) * kept.scale[_at(index)]
+                yield kept, kept.attention.mixed(queries, scaled[None])[0]
+            else:
+                rows = ((part, kept.attention.pattern(queries[part])[0].to(kept.scale)) for part in parts)
+                mixes = (self._mix_of(kept, index[part], pattern, weight[part]) for part, pattern in rows)
+                yield kept, reduce(torch.add, mixes)
 
-    def _mix_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor, weight: Tensor) -> Tensor:
-        """The pattern of some sinks `[head row key]` taken together."""
+    def _mix_of(self, kept: KeptLayer, index: Sequence[int], pattern: Tensor | None, weight: Tensor) -> Tensor:
+        """The pattern of some sinks `[head row key]` taken together; linear attention has none."""
+        if kept.linear is not None:
+            return kept.linear.mix(index, weight).to(kept.scale)
+        assert pattern is not None
         scaled = pattern * (weight.to(kept.scale) * kept.scale[index])[:, None]
         if kept.z is None:
             return scaled.sum(1)
-        mixed = torch.matmul(pattern, _per_head(kept.values.to(pattern), len(pattern)))
+        mixed = torch.matmul(pattern, per_head(kept.values.to(pattern), len(pattern)))
         gate = kept.z[index].transpose(0, 1) / mixed
         return torch.einsum("hik,hid->hkd", scaled, gate.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
 
-    def _patterns(self, index: Sequence[int]) -> Iterator[tuple[KeptLayer, Tensor]]:
-        """Per layer, rows of the pattern `[head row key]`; where nothing was kept to make them of, by another pass."""
-        queries = [self.rows[place] for place in index]
-        if all(kept.attention is not None for kept in self._layers):
-            for kept in self._layers:
-                assert kept.attention is not None
-                yield kept, kept.attention.pattern(queries)[0].to(kept.scale)
-            return
-        found: list[Tensor] = []
+    @property
+    def _again(self) -> bool:
+        """Whether nothing was kept to make patterns of."""
+        return all(kept.attention is None for kept in self._layers)
+
+    def _patterns(self, index: Sequence[int]) -> Iterator[tuple[KeptLayer, Tensor | None]]:
+        """Per layer, rows of the pattern `[head row key]`, None in linear attention; where nothing was kept to make
+        them of, by another pass."""
+        queries, read = [self.rows[place] for place in index], dict[int, Tensor]()
         site = S.pattern.at(query=queries)
-        self.model.run(
-            self.tokens, read=site, logits=False,
-            each=lambda layer, values: found.append(values[site].plain[0].to(self._layers[layer].scale)),
-        )  # fmt: skip
-        yield from zip(self._layers, found, strict=True)
+        if self._again:
+            self.model.run(
+                self.tokens, read=site, logits=False,
+                each=lambda layer, values: read.update({layer: values[site].plain[0].to(self._layers[layer].scale)}),
+            )  # fmt: skip
+        for layer, kept in enumerate(self._layers):
+            if kept.attention is not None:
+                yield kept, kept.attention.pattern(queries)[0].to(kept.scale)
+            else:
+                yield kept, read.get(layer)
 
     def _share(
         self, kept: KeptLayer, index: Sequence[int], weight: Tensor, mix: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shares of one layer: of tokens, heads, residual, bias; on this machine, in float64."""
-        w = weight.to(kept.before)
-        before, added = w @ kept.before[index], w @ kept.added[index]
+        w, at = weight.to(kept.before), _at(index)
+        before, added = w @ kept.before[at], w @ kept.added[at]
         x = before + added
         seen = torch.nonzero(mix.any(-1).any(0) if mix.ndim == 3 else mix.any(0))  # images see forward, too
         reach = int(seen.max()) + 1 if len(seen) else 1
-        near = proximities_to(x, mix[:, :reach], kept.values[:reach].to(mix), kept.out, self.chunk)
-        limit = self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
+        values = kept.values[:reach].to(mix)
+        near = proximities_to(x, mix[:, :reach], values, kept.out.w_o, kept.out.longest, chunk_tokens=self.chunk)
+        limit = self.threshold and self.threshold * (1.0 if self.profile == "reference" else float(x.abs().sum()))
         near = near.masked_fill(near < limit, 0.0).double().cpu() if limit else near.double().cpu()
         resid, bias = proximity(before.double(), x.double()).cpu(), torch.zeros((), dtype=torch.float64)
         if kept.out.biased:
-            part = (w * kept.scale[index]).sum() * kept.out.bias + w.sum() * kept.out.own
+            part = (w * kept.scale[at]).sum() * kept.out.bias + w.sum() * kept.out.own
             bias = proximity(part.double(), x.double()).cpu()
         whole = self._positive(near.sum() + resid + bias)
         token = near.new_zeros(self.tokens.lengths[0])
         token[:reach] = near.sum(0)
         return token / whole, near.sum(1) / whole, resid / whole, bias / whole
-
-
-def proximities_to(
-    whole: Float[Tensor, " d_model"], mix: Tensor, values: Float[Tensor, "key kv_head d_head"], out: OutMap,
-    chunk: int = 128,
-) -> Float[Tensor, "head key"]:  # fmt: skip
-    """prox(mix * values @ W_O, whole), exact, mostly without making `values @ W_O`:
-
-        u = sign(x) * y      prox(y, x) = max(sum of u - 2 * sum of max(u - |x|, 0), 0)
-
-    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over
-    those dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of
-    |x|, few for most tokens.
-
-    Args:
-        mix: what each value is multiplied by `[head key]`, or each number of it `[head key d_head]`.
-        chunk: tokens that are worked on at a time.
-    """
-    if mix.ndim == 3:
-        values, mix = (mix * _per_head(values, len(mix))).transpose(0, 1), mix.new_ones(mix.shape[:2])
-    size, order = whole.abs().sort()
-    sign = torch.where(whole < 0, -1.0, 1.0).to(whole)
-    heads, group = len(mix), len(mix) // values.shape[1]
-    total = (sign @ out.w_o.flatten(1)).view(values.shape[1], group, -1)
-    found = []
-    for value, share in zip(values.split(chunk), mix.split(chunk, 1), strict=True):
-        linear = torch.matmul(total, value.permute(1, 2, 0)).flatten(0, 1) * share
-        reach = value.norm(dim=-1).mT.repeat_interleave(group, 0) * share.abs() * out.longest[:, None]
-        need = torch.searchsorted(size, reach).masked_fill(linear <= 0, 0)
-        width, single = _split(need, len(size))
-        if width:
-            at = order[:width]
-            w = (out.w_o[at] * sign[at, None, None]).unflatten(1, (-1, group)).permute(1, 3, 2, 0).flatten(2)
-            u = torch.matmul(value.transpose(0, 1), w).unflatten(-1, (group, width))
-            over = (u * share.view(-1, group, share.shape[1], 1).transpose(1, 2) - size[:width]).clamp_min_(0).sum(-1)
-            linear = linear - 2 * over.transpose(1, 2).reshape(heads, -1)
-        for head in range(heads) if single else ():
-            rest = torch.nonzero(need[head] > width)[:, 0]
-            if len(rest):
-                part = value[rest, head // group] * share[head, rest, None]
-                missed = torch.addmm(whole, part, out.w_o[:, head].mT, alpha=-1).abs_().sum(-1)
-                linear[head, rest] = size.sum() - missed
-        found.append(linear.clamp_min_(0))
-    return torch.cat(found, 1)
-
-
-def _split(need: Tensor, d: int) -> tuple[int, bool]:
-    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that
-    need more; and whether there are such."""
-    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
-    more = (need.flatten()[:, None] > torch.tensor(widths, device=need.device)).sum(0).tolist()
-    width = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])
-    return widths[width], more[width] > 0
 
 
 def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
@@ -404,7 +391,7 @@ def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
     wide, maps = torch.promote_types(model.dtype, torch.float32), []
     gains = model.weights(S.attn_in).to(wide) if profile == "reference" else None
     for layer in range(model.n_layers):
-        w_o, bias = model.weights(S.z[layer]).to(wide), model.bias(S.z[layer]).to(wide)
+        w_o, bias = (x.to(wide) for x in _projected(model, layer))
         own, normed = torch.zeros_like(bias), "ln1_post" in components(model, layer)
         if normed:
             post, own = (of(S.attn_out[layer]).to(wide) for of in (model.weights, model.bias))
@@ -417,12 +404,27 @@ def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
                     f"profile 'reference' follows published code that knows no {what}, which {model.source} has; use "
                     "profile='sound'"
                 )
+            if layer not in model.layers("pattern"):
+                raise ic.CapabilityError(
+                    f"profile 'reference' follows published code that knows no linear attention, which layer {layer} "
+                    f"of {model.source} has; use profile='sound'"
+                )
             centred = isinstance(model.module("ln1", layer), torch.nn.LayerNorm)
             w_v = model.weights(S.v[layer]).to(wide), gains[layer], centred
         biased = w_v is None and bool(bias.any() | own.any())
         w_o = w_o.permute(2, 0, 1).contiguous()
         maps.append(OutMap(w_o, w_o.norm(dim=-1).amax(0), bias, own, normed, biased, w_v))
     return maps
+
+
+def _projected(model: ic.Model, layer: int) -> tuple[Tensor, Tensor]:
+    """A layer's output projection `[head d_head d_model]` and its bias; of linear attention the module's own."""
+    if layer in model.layers("z"):
+        return model.weights(S.z[layer]), model.bias(S.z[layer])
+    module = model.module("linear_attn", layer)
+    linear = projection(module)
+    weight = linear.weight.detach().mT.unflatten(0, (-1, head_size(module)))
+    return weight, weight.new_zeros(weight.shape[-1]) if linear.bias is None else linear.bias.detach()
 
 
 def reference_values(before: Float[Tensor, "pos d_model"], w_v: Tensor, gains: Tensor, centred: bool) -> Tensor:
@@ -443,8 +445,11 @@ def components(model: ic.Model, layer: int) -> set[str]:
     return found
 
 
-def demand_patterns(model: ic.Model) -> None:
+def demand_patterns(model: ic.Model, *, linear: bool = False) -> None:
     """Refuse a model that has layers whose mixing is no pattern of heads, before it runs.
+
+    Args:
+        linear: linear attention whose rule is known will do.
 
     Raises:
         CapabilityError: naming the layer.
@@ -454,13 +459,17 @@ def demand_patterns(model: ic.Model) -> None:
             raise ic.CapabilityError(f"information flow is told by values, heads and patterns: {why}")
     for layer in range(model.n_layers):
         if lacking := [name for name in ("v", "z", "pattern") if layer not in model.layers(name)]:
-            what = "linear attention" if "linear_attn" in components(model, layer) else "something"
+            known = "linear_attn" in components(model, layer)
+            if linear and known and rule_name(model.module("linear_attn", layer)):
+                continue
+            what = "linear attention" if known else "something"
             raise ic.CapabilityError(
                 f"layer {layer} of {model.source} mixes tokens by {what} without {' and '.join(lacking)} of heads, and "
                 f"information flow is told by these; layers {', '.join(map(str, model.layers('pattern')))} have them"
             )
 
 
-def _per_head(values: Tensor, heads: int) -> Float[Tensor, "head key d_head"]:
-    """Values `[key kv_head d_head]` of each head's group."""
-    return values.transpose(0, 1).repeat_interleave(heads // values.shape[1], 0)
+def _at(places: Sequence[int]) -> slice | list[int]:
+    """Places as an index; a slice, which takes no copy, where they follow each other."""
+    first, stop = places[0], places[-1] + 1
+    return slice(first, stop) if list(places) == list(range(first, stop)) else list(places)

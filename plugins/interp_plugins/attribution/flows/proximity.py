@@ -1,4 +1,4 @@
-"""Proximities of one layer: how much of each row's stream is made of what each head brings from each token.
+"""Proximities of one layer: how much of a stream is made of what each head brings from each token.
 
     prox(y, x) = max(|x|_1 - |x - y|_1, 0)                                     of a part y in a whole x
     tokens_ij = Σ_h prox(α_hij f_jh, x_i)        f_jh = v_jh W_O[h], α the pattern, x the stream after attention
@@ -16,6 +16,8 @@ is overshot where t = α max_k |f_k| / c_k stays below all |x_k| / c_k outside K
 pairs beyond that get every component. So scores are exact to rounding. With a `tolerance` a pair may overshoot a little
 outside K: by at most 2 Σ c_k max(t - |x_k| / c_k, 0), which is convex in t, so that a chord bounds it and every score
 has a bound.
+
+One row alone, a span's, is `proximities_to`: its values are many against one x, so that K is chosen once for all.
 
 Cost: two matrix products of row · key · head · d_head, and |K| · row · key · head element by element (the formula as it
 stands: d_model · row · key · head). Temporaries: head · d_model · `chunk_tokens` numbers, and a few MB.
@@ -110,6 +112,83 @@ def proximities(
                 alpha = pattern[:, chunk.rows, span].to(dtype)
                 sums.add(_Block(layer, chunk, span, alpha, peak[:, span], brought))
     return Proximities(sums.tokens, sums.heads, sums.edges, sums.bound, sums.whole)
+
+
+@torch.no_grad()
+def proximities_to(
+    whole: Float[Tensor, " d_model"],
+    mix: Tensor,
+    values: Float[Tensor, "key kv_head d_head"],
+    w_o: Float[Tensor, "d_model head d_head"],
+    longest: Float[Tensor, " head"],
+    *,
+    chunk_tokens: int = 128,
+) -> Float[Tensor, "head key"]:
+    """prox(mix * values @ W_O, whole), exact, mostly without making `values @ W_O`:
+
+        u = sign(x) * y      prox(y, x) = max(sum of u - 2 * sum of max(u - |x|, 0), 0)
+
+    The first sum is a product with `W_O @ sign(x)`. Where it is not positive, nothing is left. The second runs over
+    those dimensions only in which |x| is less than u can be, `|mix * value| * |W_O's column|` at most: the smallest of
+    |x|, few for most tokens.
+
+    Args:
+        mix: what each value is multiplied by `[head key]`, or each number of it `[head key d_head]`.
+        longest: each head's longest column of W_O.
+        chunk_tokens: tokens that are worked on at a time, at least.
+    """
+    if mix.ndim == 3:
+        values, mix = (mix * per_head(values, len(mix))).transpose(0, 1), mix.new_ones(mix.shape[:2])
+    size, order = whole.abs().sort()
+    sign = torch.where(whole < 0, -1.0, 1.0).to(whole)
+    by_head, grouped = values.transpose(0, 1), mix.unflatten(0, (values.shape[1], -1))
+    total = (sign @ w_o.flatten(1)).view(*grouped.shape[:2], -1)
+    linear = (torch.matmul(total, by_head.mT) * grouped).flatten(0, 1)
+    reach = by_head.norm(dim=-1)[:, None] * grouped.abs() * longest.view(*grouped.shape[:2], 1)
+    need = torch.searchsorted(size, reach.flatten(0, 1)).masked_fill_(linear <= 0, 0)
+    width, more = _split(need, len(size))
+    near, few = linear.clone(), order[:width]
+    signed = (w_o[few] * sign[few, None, None]).unflatten(1, grouped.shape[:2]).permute(1, 3, 2, 0).flatten(2)
+    step = max(chunk_tokens, 2 * _room(mix) // (len(mix) * max(width, 1)))
+    for start in range(0, mix.shape[1] if width else 0, step):
+        part = slice(start, start + step)
+        over = torch.matmul(by_head[:, part], signed).unflatten(-1, (-1, width))
+        over = over.mul_(grouped[..., part].transpose(1, 2)[..., None]).sub_(size[:width]).clamp_min_(0).sum(-1)
+        near[:, part] -= 2 * over.transpose(1, 2).flatten(0, 1)
+    if more:
+        pairs = torch.nonzero(need > width)
+        for head, key in (some.unbind(1) for some in pairs.split(max(1, 8 * _room(mix) // len(size)))):
+            parts = values[key, head // grouped.shape[1]] * mix[head, key, None]
+            near[head, key] = linear[head, key] - 2 * _beyond(parts, head, whole, sign, w_o)
+    return near.clamp_min_(0)
+
+
+def _beyond(
+    parts: Float[Tensor, "pair d_head"], head: Int[Tensor, " pair"], whole: Tensor, sign: Tensor, w_o: Tensor
+) -> Float[Tensor, " pair"]:
+    """By how much parts go beyond the whole, over all dimensions; they come head by head."""
+    left, start = parts.new_empty(len(parts), len(whole)), 0
+    for index, count in enumerate(torch.bincount(head, minlength=w_o.shape[1]).tolist()):
+        if count:
+            span = slice(start, start + count)
+            torch.addmm(whole, parts[span], w_o[:, index].mT, alpha=-1, out=left[span])
+            start += count
+    return -left.mul_(sign).clamp_max_(0).sum(-1)
+
+
+def _split(need: Tensor, d: int) -> tuple[int, bool]:
+    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that
+    need more; and whether there are such."""
+    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
+    within = torch.bincount(need.flatten(), minlength=d + 1).cumsum(0).tolist()
+    more = [need.numel() - within[width] for width in widths]
+    best = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])
+    return widths[best], more[best] > 0
+
+
+def per_head(values: Float[Tensor, "key kv_head d_head"], heads: int) -> Float[Tensor, "head key d_head"]:
+    """Values of each head's group."""
+    return values.transpose(0, 1).repeat_interleave(heads // values.shape[1], 0)
 
 
 class _Sums:
