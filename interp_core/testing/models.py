@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import LoadError, nearest
-from .mixtures import MIXTURES
-from .mixtures import build as build_mixture
+from .routed import MIXTURES
+from .routed import build as build_mixture
 from .visual import VISUAL
 
 VOCAB = 96
