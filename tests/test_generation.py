@@ -270,7 +270,8 @@ def test_padding_anywhere_equals_single_rows(family: str) -> None:
     model = tiny_model(family, torch.float32 if family == "gemma2" else torch.float64)
     edits = [S.resid_post[1].at(-1).scale(1.5), S.mlp_out[0].at(1).zero(), S.resid_post[2].at("prompt").scale(0.5)]
     singles = [model.generate(single(row), edits, S.resid_post[2], max_new_tokens=4, stop_at_eos=False) for row in ROWS]
-    for layout in LAYOUTS:
+    # windows and states go by columns, holes included: there it is transformers' generate that counts (test_inputs)
+    for layout in LAYOUTS if family in ("gpt2", "llama", "qwen3_moe") else ("right", "mixed"):
         x = laid_out(layout)
         mask = torch.zeros(3, 6, dtype=torch.bool)
         mask[range(3), x["attention_mask"].argmax(1)] = True  # each row's first token, in the caller's columns
@@ -282,7 +283,7 @@ def test_padding_anywhere_equals_single_rows(family: str) -> None:
             alone = [run.receipts[number] for run in singles]
             assert made.receipts[number].positions == tuple(receipt.positions[0] for receipt in alone)  # type: ignore[index]
         for row, run in enumerate(singles):
-            read = made[S.resid_post[2]][row, -run[S.resid_post[2]].shape[1] :]
+            read = made[S.resid_post[2]][row, made.tokens.mask[row, :-1]]
             torch.testing.assert_close(read, run[S.resid_post[2]][0].as_subclass(torch.Tensor), atol=1e-3, rtol=1e-3)
 
 

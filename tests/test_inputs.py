@@ -220,7 +220,7 @@ def test_rows_with_holes_are_moved_as_they_are(family: str) -> None:
     assert not torch.allclose(closed, alone, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mistral", "gpt_oss", "gemma3", "qwen3_next"])
 def test_holes_and_positions_while_generating(family: str) -> None:
     """transformers' `generate` counts a row's tokens, its `forward` columns; both are what we give."""
     model = tiny_model(family)

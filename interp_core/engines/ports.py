@@ -170,7 +170,7 @@ class Change(Part):
             if edit.op in ("set", "apply"):
                 # This may be the caller's own tensor, and the model may write into what it goes on with.
                 new = torch.empty_like(old).copy_(new)
-            self._note(edit, x, old, new, x)
+            self.note(edit, x, old, new, x)
             return new if bound is None else new.view_as(x)
         into = x.clone()
         if view is None:
@@ -206,9 +206,9 @@ class Change(Part):
             hit = (into < 0).any(-1)
             into[hit] = renormalised(into[hit])
             new = self.take(into)
-        self._note(edit, value, old, new, x)
+        self.note(edit, value, old, new, x)
 
-    def _note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
+    def note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
         """Write down that the edit fired, where, and the norm of what it changed: a part `old` of `value` to `new`."""
         program = self.program
         if edit.op == "zero":
@@ -218,18 +218,15 @@ class Change(Part):
             change = self.take(softmax(x, sinks, None))
         else:
             change = new - old
-        if program.real is not None or program.live is not None:
-            real = self.real(value.shape, value.device)
-            change = change if real is None else torch.where(real, change, 0)
-        self.fire(torch.linalg.vector_norm(change.detach() if change.requires_grad else change))
-
-    def fire(self, norm: Tensor) -> None:
-        """Write down that the edit fired, in rows that have not ended."""
-        program, columns = self.program, None if self.bound is None else self.bound.columns
+        columns = None if self.bound is None else self.bound.columns
         if columns is not None and program.live is not None:
             columns = [row if on else [] for row, on in zip(columns, program.live, strict=True)]
             if not any(columns):
                 return
+        if program.real is not None or program.live is not None:
+            real = self.real(value.shape, value.device)
+            change = change if real is None else torch.where(real, change, 0)
+        norm = torch.linalg.vector_norm(change.detach() if change.requires_grad else change)
         program.passed.fires.append((self.number, self.entry.layer, columns, norm))
 
     def real(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
@@ -255,7 +252,8 @@ class Change(Part):
             value = edit.value
             seen = (rows, value.shape, value.dtype)
             if self.checked is None or self.checked[0] is not rows or self.checked[1:] != seen[1:]:
-                check_value(self, edit, value, rows)
+                axes = self.axes(len(rows.real), rows.width)
+                check_value(edit, axes, self.program.engine.dtype, wide=self.entry.wide)
                 self.checked = seen
         elif edit.op in ROUTING:
             check_experts(self, edit)
