@@ -25,6 +25,7 @@ from moe_golden import expected, routing
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import stats, testing
+from interp_core.bench.allocations import peak_bytes
 
 
 def tokens_of(layer: int) -> Routed:
@@ -384,3 +385,17 @@ def test_views_of_a_padded_batch_are_those_of_its_rows() -> None:
         read(ic.load(testing.tiny("llama"), check=False), tokens)
     with pytest.raises(ic.PositionError):
         read(of, tokens, at=7)
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
+    of = ic.load(testing.tiny("qwen3_moe"), check=False)
+    views: dict[int, dict[str, usage.Usage]] = {}
+
+    def gather(n: int) -> None:
+        views[n] = usage_of(of, (_padded(seed) for seed in range(n)))
+
+    gather(1)
+    most = {n: peak_bytes(lambda n=n: gather(n)) for n in (2, 12)}  # type: ignore[misc]
+    assert views[12]["all"].tokens == 6 * views[2]["all"].tokens == 276
+    assert views[12]["all"].nbytes() == views[2]["all"].nbytes() == 8 * 2 * (3 * 6 + 3 * 6 + 1)
+    assert most[12] < 1.5 * most[2]

@@ -53,8 +53,13 @@ def test_the_method_gives_the_reference() -> None:
     assert made.points().points[0][:2] == (top["layer"], top["expert"])
 
 
-@pytest.mark.parametrize("settings", [{}, {"at": -1, "pairs": False}], ids=str)
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param("deepseek_v3", {}, marks=pytest.mark.slow),
+        ("qwen3_moe", {"at": -1, "pairs": False}),
+    ],
+)
 def test_the_method_passes_the_kit(family: str, settings: dict[str, object]) -> None:
     testing.check_method("router", ic.load(testing.tiny(family)), settings=settings).raise_if_failed()
 

@@ -304,7 +304,7 @@ class Router(ic.Method):
 
         read_layers(model, tokens, consume, config.at)
         layers = sorted(sums)
-        fields = {name: torch.stack([sums[layer][name] for layer in layers], 1).cpu() for name in sums[layers[0]]}
+        fields = {name: torch.stack([sums[layer][name] for layer in layers], 1) for name in sums[layers[0]]}
         return RouterResult(
             tokens=fields.pop("tokens")[:, 0].round().long(), count=fields.pop("count").round().int(), **fields,
             together=None if pairs is None else pairs.counts,
@@ -317,12 +317,13 @@ class Router(ic.Method):
 def _of_layer(part: Routed, places: Places) -> dict[str, Tensor]:
     """Sums and means over each row's tokens, by field."""
     rows = places.rows.to(part.chosen.device)
-    found = layer_sums(part, rows, places.n_rows).tensors
+    found = layer_sums(part, places.rows, places.n_rows).tensors
     h = routed.entropy(part)
     values = torch.stack([h, h.exp(), routed.top1_share(part).double(), routed.margin(part), routed.z_loss(part)], 1)
-    means = values.new_zeros(places.n_rows, values.shape[1]).index_add_(0, rows, values) / found["tokens"][:, None]
-    named = {name: means[:, i].float() for i, name in enumerate(PER_TOKEN)}
-    return named | {name: value.float() if name not in ("tokens", "count") else value for name, value in found.items()}
+    sums = values.new_zeros(places.n_rows, values.shape[1]).index_add_(0, rows, values)
+    means = (sums.cpu() / found["tokens"][:, None]).float()
+    kept = {name: value.cpu() if name in ("tokens", "count") else value.float().cpu() for name, value in found.items()}
+    return kept | {name: means[:, i] for i, name in enumerate(PER_TOKEN)}
 
 
 def _place(at: Any) -> str:

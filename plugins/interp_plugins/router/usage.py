@@ -31,6 +31,8 @@ from .routed import Layers, Routed
 Statistic = Literal["weight", "count", "prob"]
 STATISTICS: tuple[Statistic, ...] = ("weight", "count", "prob")
 Average = Literal["micro", "macro"]
+SPLIT = 64
+"""Samples of a batch up to which each is summed by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class LayerSums:
             ReadError: ids alone have no weights.
         """
         value = self.count if statistic == "count" else present(getattr(self, statistic), statistic)
-        below = self.count.sum(-1) if statistic == "count" else self.tokens
+        below = self.count.sum(-1) if statistic == "count" else self.tokens.to(value.device)
         return value / below[:, None]
 
     @property
@@ -78,27 +80,24 @@ def layer_sums(routed: Routed, samples: Int[Tensor, " n"] | None = None, n_sampl
         samples: which sample each token is of; None: all of one.
         n_samples: how many samples there are.
     """
-    add = _adder(samples, n_samples)
+    rows = torch.zeros(len(routed), dtype=torch.long) if samples is None else samples.cpu()
+    tokens = torch.bincount(rows, minlength=n_samples)  # where the ids are, so that no device is waited for
+    ordered = n_samples <= SPLIT and bool((rows.diff() >= 0).all())
+
+    def add(values: Tensor) -> Tensor:
+        if ordered:
+            return torch.stack([part.sum(0, dtype=torch.float64) for part in values.split(tokens.tolist())])
+        out = torch.zeros(n_samples, values.shape[1], dtype=torch.float64, device=values.device)
+        return out.index_add_(0, rows.to(values.device), values.double())
+
     bare = routed.weights is None
     return LayerSums(
-        add(torch.ones(len(routed), 1, device=routed.chosen.device))[:, 0],
+        tokens.double(),
         add(routed.chosen),
         None if bare else add(routed.normalised),
         None if routed.probs is None else add(routed.probs),
         None if bare else add(routed.need("weights").sum(-1, keepdim=True))[:, 0],
     )
-
-
-def _adder(samples: Tensor | None, n_samples: int) -> Any:
-    """Sums of `[n x]` by sample, `[sample x]` in float64."""
-
-    def add(values: Tensor) -> Tensor:
-        if samples is None:
-            return values.sum(0, keepdim=True, dtype=torch.float64)
-        out = torch.zeros(n_samples, values.shape[1], dtype=torch.float64, device=values.device)
-        return out.index_add_(0, samples.to(values.device), values.double())
-
-    return add
 
 
 @dataclass(eq=False)
