@@ -12,10 +12,11 @@ See docs/moe_pairs.md.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from interp_plugins.pairs import Pair
 from interp_plugins.pairs.building import build_pairs as built
 from interp_plugins.pairs.files import pairs_text
 from interp_plugins.pairs.problems import Form, contexts_of, read_rows
@@ -74,17 +75,19 @@ def build_pairs(
         pairs = list(built(opened, contexts(), None if strict else bad))
         if not pairs:
             raise ic.TextError(f"{source}: no pair could be made; the first: {dropped[0]['reason']}")
-        reasons: Counter[str] = Counter()
-        for pair in pairs:
-            reasons.update(pair.dropped)
-            dropped += [{"sample": pair.name, "targets": n, "reason": why} for why, n in pair.dropped.items()]
-        run.put({FILE: pairs_text(pairs)})
-        run.table("dropped.csv", dropped, ["sample", "targets", "reason"])
-        targets = sum(map(len, pairs))
-        run.json(
-            "counts.json",
-            {"rows": len(rows), "pairs": len(pairs), "targets": targets, "dropped_targets": dict(reasons)},
-        )
-        left = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        print(f"{len(pairs)} pairs of {len(rows)} rows, {targets:,} targets" + (f"; left out: {left}" if left else ""))
-        return run.path / FILE
+        return _written(run, pairs, dropped, len(rows))
+
+
+def _written(run: runs.RunFolder, pairs: Sequence[Pair], dropped: list[dict[str, Any]], rows: int) -> Path:
+    """The pairs, what was left out, and counts."""
+    reasons: Counter[str] = Counter()
+    for pair in pairs:
+        reasons.update(pair.dropped)
+        dropped += [{"sample": pair.name, "targets": n, "reason": why} for why, n in pair.dropped.items()]
+    targets = sum(map(len, pairs))
+    run.put({FILE: pairs_text(pairs)})
+    run.table("dropped.csv", dropped, ["sample", "targets", "reason"])
+    run.json("counts.json", {"rows": rows, "pairs": len(pairs), "targets": targets, "dropped_targets": dict(reasons)})
+    left = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    print(f"{len(pairs)} pairs of {rows} rows, {targets:,} targets" + (f"; left out: {left}" if left else ""))
+    return run.path / FILE

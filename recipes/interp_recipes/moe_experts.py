@@ -86,15 +86,7 @@ def moe_experts(
     """
     settings = Settings(top_k, threshold_percentile, threshold_min, max_samples, layout)
     settings.check()
-    dropped: list[dict[str, Any]] = []
-
-    def bad(name: str, error: ic.InterpError) -> None:
-        print(f"  left out {name}: {error}")
-        dropped.append({"sample": name, "targets": "", "reason": str(error)})
-
-    pairs = read_pairs(data_path, layout=layout, max_samples=max_samples, bad=None if strict else bad)
-    if not pairs:
-        raise ic.LoadError(f"{data_path}: no sample can be used; the first: {dropped[0]['reason']}")
+    pairs, dropped = _usable(data_path, settings, strict)
     model = ic.load(model_path, device=device, dtype=dtype)
     shape = Shape.of(model)
     settings.check(shape)
@@ -103,14 +95,29 @@ def moe_experts(
         stages, sums, names, failed = _sums(run, model, pairs, settings, strict)
         if not names:
             raise ic.PlanError(f"{data_path}: the model runs none of the samples; the first: {failed[0]['reason']}")
-        dropped += [
-            {"sample": pair.name, "targets": count, "reason": why}
-            for pair in pairs
-            for why, count in pair.dropped.items()
-        ]
         layouts = sorted({pair.layout for pair in pairs})
         findings = Findings(settings, shape, names, sums, [*dropped, *failed], layouts, str(data_path))
         return write(run, model, findings, stages)
+
+
+def _usable(data_path: Path, settings: Settings, strict: bool) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """Pairs of the file; and the samples and targets that were left out.
+
+    Raises:
+        LoadError: none can be used, or one cannot and the run is strict.
+    """
+    dropped: list[dict[str, Any]] = []
+
+    def bad(name: str, error: ic.InterpError) -> None:
+        print(f"  left out {name}: {error}")
+        dropped.append({"sample": name, "targets": "", "reason": str(error)})
+
+    asked: dict[str, Any] = {"layout": settings.layout, "max_samples": settings.max_samples}
+    pairs = read_pairs(data_path, **asked, bad=None if strict else bad)
+    if not pairs:
+        raise ic.LoadError(f"{data_path}: no sample can be used; the first: {dropped[0]['reason']}")
+    targets = [(pair.name, count, why) for pair in pairs for why, count in pair.dropped.items()]
+    return pairs, dropped + [{"sample": name, "targets": count, "reason": why} for name, count, why in targets]
 
 
 def _opened(
