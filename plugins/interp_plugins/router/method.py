@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import field_validator
 from torch import Tensor
 
 import interp_core as ic
@@ -35,7 +34,7 @@ from interp_core import stats
 from . import load, routed, usage
 from .coactivation import Coactivation
 from .points import Points, Shape, points_of
-from .reading import Places, demand_reading, read_layers
+from .reading import Places, PlacesConfig, demand_reading, read_layers
 from .routed import Routed
 from .usage import Average, Statistic, layer_sums
 
@@ -45,7 +44,7 @@ SHOWN = 500
 """Resamples of the bands on a page."""
 
 
-class RouterConfig(ic.Config):
+class RouterConfig(PlacesConfig):
     """Settings of the router statistics.
 
     Attributes:
@@ -53,15 +52,7 @@ class RouterConfig(ic.Config):
         pairs: count which experts are chosen together: layer · expert² numbers.
     """
 
-    at: Any = None
     pairs: bool = True
-
-    @field_validator("at")
-    @classmethod
-    def _per_row(cls, at: Any) -> Any:
-        """Lists in a list are positions per row."""
-        nested = isinstance(at, list) and at and all(isinstance(row, list) for row in at)
-        return ic.PerRow(tuple(map(tuple, at))) if nested else at
 
 
 @dataclass(frozen=True, eq=False)
