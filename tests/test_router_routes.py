@@ -66,7 +66,7 @@ def test_a_route_is_worth_what_a_forward_pass_with_it_gives(family: str, weights
                 force = [S.router_weights[layer].at(-1).set(executed)]
             assert executed.nonzero()[:, 0].tolist() == experts.tolist()
             wanted = logprob(model, ids, target, force)
-            assert made.utility[row, column, i, number] == pytest.approx(wanted, abs=2e-5)
+            assert made.utility[row, column, i, number] == pytest.approx(wanted, abs=5e-5)
             assert made.scores[row, column, i, number] == pytest.approx(float(probs[experts].log().sum()), abs=1e-5)
     assert made.token_layers < made.naive
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_done_is_refused_before_the_model_runs() -> None:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("qwen3_moe", {"at": -2, "alternatives": 2, "routes": "swap_last"}),
+        ("qwen3_moe", {"at": -2, "alternatives": 2, "routes": "swap_last", "layers": [-1]}),
         pytest.param("deepseek_v3", {"at": -2, "alternatives": 2}, marks=pytest.mark.slow),
     ],
 )

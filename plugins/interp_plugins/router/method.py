@@ -33,8 +33,8 @@ from interp_core import stats
 
 from . import load, routed, usage
 from .coactivation import Coactivation
-from .points import Points, Shape, points_of
-from .reading import Places, PlacesConfig, demand_reading, read_layers
+from .points import Points, Shape, points_of, weights_digest
+from .reading import SITES, Places, PlacesConfig, demand_reading, read_layers
 from .routed import Routed
 from .usage import Average, Statistic, layer_sums
 
@@ -69,6 +69,7 @@ class RouterResult(ic.Result):
         layers: decoder layers of the rows.
         model, n_layers, top_k: its name, all its decoder layers, experts per token.
         place: the positions.
+        digest: of its weights; empty where they cannot be read.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -96,6 +97,7 @@ class RouterResult(ic.Result):
     n_layers: int
     top_k: int
     place: str
+    digest: str = ""
 
     @property
     def n_experts(self) -> int:
@@ -104,8 +106,8 @@ class RouterResult(ic.Result):
 
     @property
     def shape(self) -> Shape:
-        """What points of this result depend on; without a digest of the weights, which `Shape.of(model)` has."""
-        return Shape(self.model, self.n_layers, self.layers, self.n_experts, self.top_k)
+        """What points of this result depend on."""
+        return Shape(self.model, self.n_layers, self.layers, self.n_experts, self.top_k, self.digest)
 
     def per_text(self, statistic: Statistic = "weight") -> Float[np.ndarray, "batch layer expert"]:
         """Each text's own usage.
@@ -276,6 +278,7 @@ class Router(ic.Method):
     """How often, with what weight and how surely tokens go to each expert of each layer."""
 
     name = "router"
+    requires = frozenset(site.name for site in SITES)
     Config = RouterConfig
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RouterConfig) -> None:
@@ -302,6 +305,7 @@ class Router(ic.Method):
             steps=None if pairs is None or len(layers) < 2 else pairs.steps,
             layers=tuple(layers), model=Path(model.source).name, n_layers=model.n_layers,
             top_k=model.sizes(S.router_indices)["k"], place=_place(config.at),
+            digest=_digest(model),
         )  # fmt: skip
 
 
@@ -315,6 +319,13 @@ def _of_layer(part: Routed, places: Places) -> dict[str, Tensor]:
     means = (sums.cpu() / found["tokens"][:, None]).float()
     kept = {name: value.cpu() if name in ("tokens", "count") else value.float().cpu() for name, value in found.items()}
     return kept | {name: means[:, i] for i, name in enumerate(PER_TOKEN)}
+
+
+def _digest(model: ic.Model) -> str:
+    try:
+        return weights_digest(model)
+    except ic.CapabilityError:  # weights that lie elsewhere: points are then known by the model's name and shape alone
+        return ""
 
 
 def _place(at: Any) -> str:
