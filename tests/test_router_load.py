@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -278,7 +278,9 @@ def test_outputs_apart_from_weights_that_scale_the_input_are_refused_before_the_
     of = ic.load(testing.tiny("llama4"), check=False)
     calls: list[int] = []
     of.hf.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(ic.CapabilityError, match=r"Llama4TextExperts of .* \(llama4\) takes hidden_states, not hidden"):
+    with pytest.raises(
+        ic.CapabilityError, match=r"Llama4TextExperts of Llama4ForCausalLM takes hidden_states, not hidden"
+    ):
         outputs.outputs_of(of, [_padded()])
     assert not calls
 
@@ -300,21 +302,9 @@ def test_shared_experts_are_those_of_their_module(family: str, path: str, gate: 
     assert [row["layer"] for row in made] == of.layers(S.router_logits) and made[0]["tokens"] == 23
     for row, whole in zip(made, again, strict=True):
         assert row == pytest.approx(whole, rel=1e-5)
-        block, kept = of.module("block", row["layer"]), {}
-        mlp = of.module("mlp", row["layer"])
+        block = of.module("block", row["layer"])
         parts = {"shared": block.get_submodule(path)} | ({"gate": block.get_submodule(gate)} if gate else {})
-        hooks = [
-            module.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out.detach().clone()}))
-            for name, module in parts.items()
-        ]
-        hooks.append(
-            mlp.register_forward_hook(
-                lambda _, __, out: kept.update(block=(out[0] if isinstance(out, tuple) else out).detach().clone())
-            )
-        )
-        of.run(tokens, logits=-1)
-        for hook in hooks:
-            hook.remove()
+        kept = _put_out(of, tokens, parts | {"block": of.module("mlp", row["layer"])})
         shape = (*tokens.ids.shape, -1)
         shared, out = kept["shared"].view(shape)[tokens.mask], kept["block"].view(shape)[tokens.mask]
         if gate:
@@ -328,6 +318,20 @@ def test_shared_experts_are_those_of_their_module(family: str, path: str, gate: 
         for name, value in wanted.items():
             assert row[name] == pytest.approx(float(value), rel=1e-5), name
         assert ("gate" in row) == bool(gate)
+
+
+def _put_out(of: ic.Model, tokens: ic.Tokens, modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """What modules return in a run, by name."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, __, out: kept.update({name: (out[0] if isinstance(out, tuple) else out).detach().clone()})
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    of.run(tokens, logits=-1)
+    for hook in hooks:
+        hook.remove()
+    return kept
 
 
 def test_models_without_shared_experts_are_refused() -> None:

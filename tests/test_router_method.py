@@ -81,14 +81,15 @@ def test_batches_files_and_pages(tmp_path: Path) -> None:
     path = whole.points(result("b")).write(tmp_path / "points.json")
     again = read_points(path, Shape.of(model()))
     other = ic.load(testing.tiny("qwen3_moe"), check=False)
-    there = ic.method("router")(other, tokens)
+    ids = torch.tensor([[5, 17, 33, 8, 21]])
+    there = ic.method("router")(other, ids)
     for layer in there.layers:
         other.module("router", layer).weight.data.mul_(1.5)
     mine = there.points().write(tmp_path / "before.json")
     with pytest.raises(ic.PlanError, match="with other weights than"):
         read_points(mine, Shape.of(other))
     with pytest.raises(ic.PlanError, match="compare texts of one model"):
-        there.points(ic.method("router")(other, tokens))
+        there.points(ic.method("router")(other, ids))
     assert len(again) > 0 and again.points[0].a is not None and len(at) == 6
 
 

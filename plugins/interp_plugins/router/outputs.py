@@ -147,9 +147,9 @@ def _demand_apart(model: ic.Model, layers: Iterable[int]) -> None:
         takes = list(inspect.signature(experts.forward).parameters)
         if len(takes) != 3:
             raise ic.CapabilityError(
-                f"router outputs: {type(experts).__name__} of {model.source} ({model.hf.config.model_type}) takes "
-                f"{', '.join(takes)}, not hidden states, ids and weights: a weight scales what an expert reads, so that "
-                "its output apart from the weight is not defined. Usage, load and routes are defined for this family"
+                f"router outputs: {type(experts).__name__} of {model.source} takes "
+                f"{', '.join(takes)}, not hidden states, ids and weights: a weight scales what an expert reads, so "
+                "that its output apart from the weight is not defined. Usage, load and routes are defined here too"
             )
 
 
