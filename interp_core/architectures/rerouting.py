@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,12 +28,20 @@ from torch import Tensor
 from ..errors import PlanError
 from .routing import BANNED, Router, Selection, dense, wide
 
-if TYPE_CHECKING:
-    from .taps import Call
-
 WHOLE = slice(None)
 ABOVE = 0.01
 """How far above the best logit "steermoe" puts those of forced experts."""
+
+
+class Called(Protocol):
+    """A call of a router's module, as `taps.Call` is one: what it was called with, what it returned, what the block is
+    to go on with, and what has been forced so far."""
+
+    module: Any
+    args: tuple[Any, ...]
+    output: Any
+    unedited: Any
+    taken: list[Taken]
 
 
 class Taken(NamedTuple):
@@ -96,7 +104,7 @@ class Routed:
     n_experts: int
     k: int
 
-    def select_again(self, call: Call, logits: Tensor) -> None:
+    def select_again(self, call: Called, logits: Tensor) -> None:
         """Go on with what the module would have returned for other logits `[n expert]`; tokens whose logits are what
         they were keep their experts and weights.
 
@@ -105,7 +113,7 @@ class Routed:
         """
         self._return(call, self._selected_again(self._rule(call), self.routes(call.output), logits))
 
-    def edit(self, call: Call, op: str, value: Any, here: Tensor, part: slice) -> Tensor:
+    def edit(self, call: Called, op: str, value: Any, here: Tensor, part: slice) -> Tensor:
         """Carry an edit of `ROUTING` out for the tokens `here` `[n]` of a part of the batch; gives which of them stay
         as they are, since their whole set is banned."""
         rule, every, left = self._rule(call), self.routes(call.output), torch.zeros_like(here)
@@ -189,7 +197,7 @@ class Routed:
         changed = (routes.chosen != chosen).any(-1, keepdim=True)
         return routes.where(changed, Routes(logits, fresh, sole))
 
-    def close(self, call: Call, proof: Proof, parity: tuple[Tensor, Tensor]) -> Proof:
+    def close(self, call: Called, proof: Proof, parity: tuple[Tensor, Tensor]) -> Proof:
         """Count what became of an edit, all edits of this router done."""
         own = self.routes(call.unedited).chosen[proof.part]
         _, weights, chosen = (x[proof.part] for x in self.routes(call.output))
@@ -205,7 +213,7 @@ class Routed:
         used = [((chosen == expert) & live & here[:, None]).sum() for expert in proof.experts]
         return proof._replace(counts=torch.stack([here.sum(), broken, *parity, gone, proof.unmasked, *used]))
 
-    def parity(self, call: Call, text: Tensor | None) -> tuple[Tensor, Tensor]:
+    def parity(self, call: Called, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens whose experts were selected again from the router's own logits, without any edit, and of these how
         many came out otherwise than the router has them, beyond rounding. `text` `[n]` leaves padding out."""
         logits, weights, chosen = self.routes(call.unedited)
@@ -217,10 +225,10 @@ class Routed:
         seen = torch.ones_like(wrong) if text is None else text
         return seen.sum(), (wrong & seen).sum()
 
-    def _rule(self, call: Call) -> Any:
+    def _rule(self, call: Called) -> Any:
         return self.router.rule(call.module, call.args)
 
-    def _return(self, call: Call, routes: Routes) -> None:
+    def _return(self, call: Called, routes: Routes) -> None:
         call.output = self.router.returned(call.output, *routes)
 
     def _among(self, experts: Sequence[int], device: torch.device) -> Tensor:

@@ -252,7 +252,8 @@ class Change(Part):
             value = edit.value
             seen = (rows, value.shape, value.dtype)
             if self.checked is None or self.checked[0] is not rows or self.checked[1:] != seen[1:]:
-                check_value(self, edit, value, rows)
+                axes = self.axes(len(rows.real), rows.width)
+                check_value(edit, axes, self.program.engine.dtype, wide=self.entry.wide)
                 self.checked = seen
         elif edit.op in ROUTING:
             check_experts(self, edit)

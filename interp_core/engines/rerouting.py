@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..architectures.atlas import Entry
 from ..architectures.rerouting import WHOLE, Proof, Routed
 from ..architectures.routing import wide
-from ..architectures.taps import Call
+from ..architectures.taps import Call, Tap
 from ..edits import ROUTING, Edit
 from ..errors import PlanError
 from ..positions import Rows, Slice
+from ..regions import Bound, Region
 
-if TYPE_CHECKING:
-    from .ports import Change
-    from .program import PortProgram
+
+class Change(Protocol):
+    """One edit in one layer, as `ports.Change` is one."""
+
+    number: int
+    entry: Entry
+    tap: Tap
+    program: Any
+    bound: Bound | None
+
+    @property
+    def region(self) -> Region:
+        """What it selects."""
+
+    def take(self, value: Tensor) -> Tensor:
+        """The selected part of a value."""
+
+    def note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
+        """Write down what it did."""
+
+    def derive_value(self, call: Call) -> None:
+        """Carry it out on the value that the tap computes."""
+
 
 TURN = {"force_steermoe": 1, "force": 2}
 """Forces come after whatever else is done to the logits: what they have executed, nothing takes away again."""
@@ -69,7 +91,7 @@ def _selected(change: Change, call: Call, row: int | None) -> Tensor:
     return here[..., 0]
 
 
-def _text(program: PortProgram, *, positions: bool) -> Tensor | None:
+def _text(program: Any, *, positions: bool) -> Tensor | None:
     """Tokens `[batch pos]` of a pass that are neither padding nor what fills up a row that has ended; None: all.
 
     Args:
@@ -80,7 +102,7 @@ def _text(program: PortProgram, *, positions: bool) -> Tensor | None:
     return None if program.live is None else torch.tensor(program.live)[:, None].expand(program.shape)
 
 
-def close(program: PortProgram, call: Call) -> None:
+def close(program: Any, call: Call) -> None:
     """Count what became of the edits of a router, when all of them are done."""
     text = _text(program, positions=False)
     text = None if text is None else text.flatten().to(call.first.device)

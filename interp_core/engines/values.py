@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..edits import Edit
 from ..errors import PlanError
-from ..positions import Rows
-
-if TYPE_CHECKING:
-    from .ports import Change
 
 
-def check_value(change: Change, edit: Edit, value: Tensor, rows: Rows) -> None:
+def check_value(edit: Edit, axes: Sequence[tuple[str, int]], dtype: torch.dtype, *, wide: bool) -> None:
     """Hold an edit's value against the part that it meets.
+
+    Args:
+        axes: names and sizes of that part's axes.
+        dtype: of the model.
+        wide: the family may compute it in float32 all the same.
 
     Raises:
         PlanError: shape or dtype that do not fit.
     """
-    dtype = change.program.engine.dtype
-    if value.dtype != dtype and not (change.entry.wide and value.dtype == torch.float32):
+    value: Tensor = edit.value
+    if value.dtype != dtype and not (wide and value.dtype == torch.float32):
         raise PlanError(f"{edit}: the value is {value.dtype}, the model {dtype}; write value.to({dtype})")
-    axes = change.axes(len(rows.real), rows.width)
     sizes, last = [size for _, size in axes], edit.site.info.axes[-1]
     if edit.op == "project" and axes[-1][0] != last:
         raise PlanError(f"{edit}: directions lie along {last}, of which this selects a single one; leave it whole")
