@@ -94,7 +94,7 @@ class Method(ABC):
         config = self.configured(settings)
         for need in sorted(self.requires):
             if need in model.atlas.lacking:
-                raise CapabilityError(f"{self.name} needs {need}: {model.atlas.lacking[need]}")
+                raise CapabilityError(f"{self.name} needs {need} of {model.source}: {model.atlas.lacking[need]}")
         tokens = model._input(x)
         self.check(model, tokens, config)
         if split:

@@ -80,6 +80,16 @@ def test_batches_files_and_pages(tmp_path: Path) -> None:
     assert "79 tokens of 6 texts" in str(whole) and "2 of 8 experts in 4 layers" in str(whole)
     path = whole.points(result("b")).write(tmp_path / "points.json")
     again = read_points(path, Shape.of(model()))
+    other = ic.load(testing.tiny("qwen3_moe"), check=False)
+    ids = torch.tensor([[5, 17, 33, 8, 21]])
+    there = ic.method("router")(other, ids)
+    for layer in there.layers:
+        other.module("router", layer).weight.data.mul_(1.5)
+    mine = there.points().write(tmp_path / "before.json")
+    with pytest.raises(ic.PlanError, match="with other weights than"):
+        read_points(mine, Shape.of(other))
+    with pytest.raises(ic.PlanError, match="compare texts of one model"):
+        there.points(ic.method("router")(other, ids))
     assert len(again) > 0 and again.points[0].a is not None and len(at) == 6
 
 
@@ -91,7 +101,7 @@ def test_layers_are_the_decoders_and_dense_ones_are_absent() -> None:
     run = of.run(ids, read=[S.router_weights[2], S.router_probs[2]], logits=False)
     np.testing.assert_allclose(made.weight[0, 1], run[S.router_weights[2]].plain[0].sum(0), atol=1e-5)
     np.testing.assert_allclose(made.usage("prob")[1], run[S.router_probs[2]].plain[0].mean(0), atol=1e-6)
-    assert made.shape == Shape(made.model, 3, (0, 2), 6, 2)
+    assert made.shape == Shape.of(of) and made.shape == Shape(made.model, 3, (0, 2), 6, 2, made.digest)
     assert "no intervals" in made.html()
     with pytest.raises(ic.PlanError, match="no curve 'gnii'"):
         made.band("gnii")
@@ -105,7 +115,9 @@ def test_layers_are_the_decoders_and_dense_ones_are_absent() -> None:
 
 def test_a_dense_model_is_refused_by_name() -> None:
     dense = ic.load(testing.tiny("llama"), check=False)
-    with pytest.raises(ic.CapabilityError, match=r"router needs a mixture of experts; .* \(llama\) has no router: "):
+    with pytest.raises(
+        ic.CapabilityError, match=r"router needs router_indices of LlamaForCausalLM: llama has no mixture"
+    ):
         ic.method("router")(dense, torch.tensor([[5, 6]]))
     with pytest.raises(ic.PositionError):
         ic.method("router")(model(), torch.tensor([[5, 6]]), at=3)

@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import field_validator
 from torch import Tensor
 
 import interp_core as ic
@@ -34,8 +33,8 @@ from interp_core import stats
 
 from . import load, routed, usage
 from .coactivation import Coactivation
-from .points import Points, Shape, points_of
-from .reading import Places, demand_reading, read_layers
+from .points import Points, Shape, points_of, weights_digest
+from .reading import SITES, Places, PlacesConfig, demand_reading, read_layers
 from .routed import Routed
 from .usage import Average, Statistic, layer_sums
 
@@ -45,7 +44,7 @@ SHOWN = 500
 """Resamples of the bands on a page."""
 
 
-class RouterConfig(ic.Config):
+class RouterConfig(PlacesConfig):
     """Settings of the router statistics.
 
     Attributes:
@@ -53,15 +52,7 @@ class RouterConfig(ic.Config):
         pairs: count which experts are chosen together: layer · expert² numbers.
     """
 
-    at: Any = None
     pairs: bool = True
-
-    @field_validator("at")
-    @classmethod
-    def _per_row(cls, at: Any) -> Any:
-        """Lists in a list are positions per row."""
-        nested = isinstance(at, list) and at and all(isinstance(row, list) for row in at)
-        return ic.PerRow(tuple(map(tuple, at))) if nested else at
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +69,7 @@ class RouterResult(ic.Result):
         layers: decoder layers of the rows.
         model, n_layers, top_k: its name, all its decoder layers, experts per token.
         place: the positions.
+        digest: of its weights; empty where they cannot be read.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -105,6 +97,7 @@ class RouterResult(ic.Result):
     n_layers: int
     top_k: int
     place: str
+    digest: str = ""
 
     @property
     def n_experts(self) -> int:
@@ -113,8 +106,8 @@ class RouterResult(ic.Result):
 
     @property
     def shape(self) -> Shape:
-        """What points of this result depend on; without a digest of the weights, which `Shape.of(model)` has."""
-        return Shape(self.model, self.n_layers, self.layers, self.n_experts, self.top_k)
+        """What points of this result depend on."""
+        return Shape(self.model, self.n_layers, self.layers, self.n_experts, self.top_k, self.digest)
 
     def per_text(self, statistic: Statistic = "weight") -> Float[np.ndarray, "batch layer expert"]:
         """Each text's own usage.
@@ -285,6 +278,7 @@ class Router(ic.Method):
     """How often, with what weight and how surely tokens go to each expert of each layer."""
 
     name = "router"
+    requires = frozenset(site.name for site in SITES)
     Config = RouterConfig
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RouterConfig) -> None:
@@ -311,6 +305,7 @@ class Router(ic.Method):
             steps=None if pairs is None or len(layers) < 2 else pairs.steps,
             layers=tuple(layers), model=Path(model.source).name, n_layers=model.n_layers,
             top_k=model.sizes(S.router_indices)["k"], place=_place(config.at),
+            digest=_digest(model),
         )  # fmt: skip
 
 
@@ -324,6 +319,13 @@ def _of_layer(part: Routed, places: Places) -> dict[str, Tensor]:
     means = (sums.cpu() / found["tokens"][:, None]).float()
     kept = {name: value.cpu() if name in ("tokens", "count") else value.float().cpu() for name, value in found.items()}
     return kept | {name: means[:, i] for i, name in enumerate(PER_TOKEN)}
+
+
+def _digest(model: ic.Model) -> str:
+    try:
+        return weights_digest(model)
+    except ic.CapabilityError:  # weights that lie elsewhere: points are then known by the model's name and shape alone
+        return ""
 
 
 def _place(at: Any) -> str:

@@ -19,6 +19,7 @@ Must equal: S.expert_out over S.router_weights, expert by expert; two batches of
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -117,8 +118,7 @@ def outputs_of(
         PositionError: a row without a token there.
     """
     layers = demand_routers("router outputs", model)
-    if why := model.can("expert_out", "read"):
-        raise ic.CapabilityError(f"router outputs need the experts of {model.source}: {why}")
+    _demand_apart(model, layers)
     made = ExpertOutputs(model.n_layers)
     sizes = {layer: model.sizes(S.router_logits[layer])["expert"] for layer in layers}
     for tokens in batches:
@@ -132,6 +132,25 @@ def outputs_of(
         with model.replacing(rules):
             model.run(tokens, read=S.resid_post[layers[-1]], logits=False)
     return made
+
+
+def _demand_apart(model: ic.Model, layers: Iterable[int]) -> None:
+    """Refuse experts whose outputs apart from their weights cannot be had.
+
+    Raises:
+        CapabilityError: experts that are unknown, or whose module is not handed ids and weights.
+    """
+    if why := model.can("expert_out", "read"):
+        raise ic.CapabilityError(f"router outputs need the experts of {model.source}: {why}")
+    for layer in layers:
+        experts = model.module("experts", layer)
+        takes = list(inspect.signature(experts.forward).parameters)
+        if len(takes) != 3:
+            raise ic.CapabilityError(
+                f"router outputs: {type(experts).__name__} of {model.source} takes "
+                f"{', '.join(takes)}, not hidden states, ids and weights: a weight scales what an expert reads, so "
+                "that its output apart from the weight is not defined. Usage, load and routes are defined here too"
+            )
 
 
 def _rule(made: ExpertOutputs, layer: int, n_experts: int, counted: Bool[Tensor, " token"], piece_bytes: int) -> Any:

@@ -101,9 +101,8 @@ class Shape:
             CapabilityError: a dense model, or one whose layers have different numbers of experts.
         """
         layers = demand_routers("router", model)
-        record = ic.runs.model_record(model)
+        weights = weights_digest(model)
         sizes = model.sizes(S.router_indices)
-        weights = str(record["parts"].get("weights", ""))
         n_experts = model.sizes(S.router_logits)["expert"]
         return Shape(Path(model.source).name, model.n_layers, tuple(layers), n_experts, sizes["k"], weights)
 
@@ -118,6 +117,15 @@ class Shape:
                 f"layer {layer} of {self.model} has no experts; those that have: {list(self.moe_layers)}"
             )
         return self.moe_layers.index(layer)
+
+
+def weights_digest(model: ic.Model) -> str:
+    """What stands for a model's weights; they are read once, while they stay as they are.
+
+    Raises:
+        CapabilityError: weights that are not here.
+    """
+    return str(ic.runs.model_record(model)["parts"].get("weights", ""))
 
 
 def demand_routers(owner: str, model: ic.Model) -> list[int]:
