@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ ABOVE = 0.01
 """How far above the best logit "steermoe" puts those of forced experts."""
 
 
+@runtime_checkable
 class Called(Protocol):
     """A call of a router's module, as `taps.Call` is one: what it was called with, what it returned, what the block is
     to go on with, and what has been forced so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..positions import Rows, Slice
 from ..regions import Bound, Region
 
 
+@runtime_checkable
 class Change(Protocol):
     """One edit in one layer, as `ports.Change` is one."""
 
