@@ -252,9 +252,10 @@ def test_on_the_toy_a_domains_cells_cost_more_than_chance(tmp_path: Path) -> Non
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) == 7 and float(table[1]["nll_all_agentic"]) == masked["nll_all_agentic"]
     figures = sorted(p.name for p in (tmp_path / "out/figures/mask_sweep").iterdir())
-    assert figures == [
-        f"{m}_{s}_replace.png" for m in ("nll_all", "nll_last", "score") for s in ("agentic", "assisted")
-    ]
+    curves = [f"{m}_{s}_replace.png" for m in ("nll_all", "nll_last", "score") for s in ("agentic", "assisted")]
+    assert figures == sorted([*curves, "points.png"])
+    best = max(json.loads(points.read_text()), key=lambda row: row["diff"])
+    assert f"layer {best['layer']}, expert {best['router']}: {best['diff']:.4g}, rank 1" in page.read_text()
 
 
 def test_own_scorers_and_super_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_plugins.pairs.pair import SIDES
+from interp_plugins.router.points import Points
 
 from interp_core import report, runs
 
@@ -27,7 +28,7 @@ TITLES = {"nll_all": "NLL of the targets", "nll_last": "NLL of the last target",
 Facts = Mapping[str, Any]
 
 
-def write(run: runs.RunFolder, findings: Findings, facts: Facts) -> Path:
+def write(run: runs.RunFolder, findings: Findings, points: Points, facts: Facts) -> Path:
     """All files; returns the page's path."""
     lines, areas = findings.lines(), findings.areas()
     charts = {
@@ -43,7 +44,8 @@ def write(run: runs.RunFolder, findings: Findings, facts: Facts) -> Path:
         "tables/mask_sweep.json": runs.json_text({**facts, "summary": said, "rows": lines, "areas": areas}),
         "tables/mask_sweep_areas.csv": runs.csv_text(areas, list(areas[0]) if areas else ["mode"]),
         **{f"figures/mask_sweep/{name}.png": png(made) for name, made in charts.items()},
-        PAGE: page(findings, charts, areas, flat, said, facts),
+        "figures/mask_sweep/points.png": png(map_of(points)),
+        PAGE: page(findings, charts, map_of(points), areas, flat, said, facts),
     }
     run.put(files, stage="tables/mask_sweep.csv")
     print(*said, sep="\n")
@@ -79,6 +81,26 @@ def chart(findings: Findings, mode: str, side: str, metric: str) -> report.Curve
         lines, [str(n) for n in (0, *findings.sizes)], xlabel="cells (layer · expert) banned", ylabel=YLABELS[metric],
         title=f"{side}, {mode}: {TITLES[metric]}", caption=caption,
     )  # fmt: skip
+
+
+def map_of(points: Points) -> report.Heatmap:
+    """The points by layer and expert, with their ranks; cells that the file does not have are grey."""
+    assert points.shape is not None
+    layers, experts = points.shape.moe_layers, range(points.shape.n_experts)
+    ranks = {(point.layer, point.expert): (rank, point.value) for rank, point in enumerate(points.points, 1)}
+    values = [[ranks.get((layer, e), (0, math.nan))[1] for e in experts] for layer in layers]
+    tips = [[_tip(layer, e, ranks.get((layer, e))) for e in experts] for layer in layers]
+    signed = any(value < 0 for _, value in ranks.values())
+    return report.Heatmap(
+        values, [f"layer {layer}" for layer in layers], [str(e) for e in experts], tips=tips, diverging=signed,
+        title="Points", caption="Values of the points file by layer and expert; grey: not in it.", xlabel="expert",
+        colorbar=points.statistic or "value",
+    )  # fmt: skip
+
+
+def _tip(layer: int, expert: int, ranked: tuple[int, float] | None) -> str:
+    said = "not among the points" if ranked is None else f"{ranked[1]:.4g}, rank {ranked[0]}"
+    return report.escape(f"layer {layer}, expert {expert}: {said}")
 
 
 def sentences(findings: Findings, areas: Sequence[Mapping[str, Any]], facts: Facts) -> list[str]:
@@ -145,8 +167,8 @@ def cells_of(banned: Mapping[str, Sequence[int]]) -> str:
 
 
 def page(
-    findings: Findings, charts: Mapping[str, report.Curves], areas: Sequence[Mapping[str, Any]],
-    lines: Sequence[Mapping[str, Any]], said: Sequence[str], facts: Facts,
+    findings: Findings, charts: Mapping[str, report.Curves], points: report.Heatmap,
+    areas: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], said: Sequence[str], facts: Facts,
 ) -> str:  # fmt: skip
     """The page."""
     where = {"all": "at all tokens", "targets": "at the targets", "predicting": "where targets are predicted"}
@@ -155,6 +177,7 @@ def page(
     sections = [report.Section("What comes out", "\n".join(said), "")]
     for made in charts.values():
         sections.append(report.Section(made.title, "", made.html()))
+    sections.append(report.Section("Points", "", points.html()))
     if areas:
         shown = [{name: "" if value is None else value for name, value in area.items()} for area in areas]
         text = "Area between two curves over N, divided by the largest N: nats on average over the curve."

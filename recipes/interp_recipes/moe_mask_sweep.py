@@ -8,6 +8,7 @@ many experts in every layer; and writes
 
     figures/mask_sweep/nll_{all,last}_{agentic,assisted}_{mode}.png    rise of the NLL against N, with bands
     figures/mask_sweep/score_{agentic,assisted}_{mode}.png             of a scorer, if one is given
+    figures/mask_sweep/points.png              the points by layer and expert
     tables/mask_sweep.csv, mask_sweep.json     a row per mode, order and N; skipped ones with the reason
     tables/mask_sweep_areas.csv                area between the descending order and the others
     tables/mask_sweep_samples.jsonl            a row per sample, context and mask
@@ -108,7 +109,7 @@ def _sweep(settings: Settings) -> Path:
         statistics = (settings.kinds, settings.modes, settings.seed, settings.resamples)
         findings = Findings(made, names, rows, sizes, *statistics)
         facts = settings.facts | {"statistic": listed.statistic, "dropped": dropped, "super_experts": supers}
-        return write(run, findings, facts)
+        return write(run, findings, listed, facts)
 
 
 Masks = Callable[[list[list[float]] | None], list[Variant]]
