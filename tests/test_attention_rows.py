@@ -40,6 +40,7 @@ def test_rows_are_those_that_a_run_reads(family: str) -> None:
     assert list(layers) == model.layers(S.pattern)
     few = [width - 1, 1, width - 2]
     weights = torch.rand(batch_size, len(few), generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    even = torch.full((batch_size, width), 1 / width, dtype=model.dtype)
     real = batch.mask[:, None, :, None]  # what padding looks at is nobody's
     for layer, attention in layers.items():
         pattern = run[S.pattern[layer]].plain
@@ -49,6 +50,8 @@ def test_rows_are_those_that_a_run_reads(family: str) -> None:
         if not batch.padded:
             wanted = torch.einsum("bq,bhqk->bhk", weights, pattern[:, :, few])
             close(attention.at(few).mixed(few, weights, chunk=2), wanted, model)
+            close(attention.mixed(range(width), even, chunk=3), pattern.mean(2), model)  # rows that follow each other
+            close(attention.mixed(range(width), even), pattern.mean(2), model)
 
 
 def test_biases_by_position() -> None:

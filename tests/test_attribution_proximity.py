@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from interp_plugins.attribution.flows.proximity import Proximities, proximities, proximity
+from interp_plugins.attribution.flows.proximity import Proximities, proximities, proximities_to, proximity
 from torch import Tensor
 
 import interp_core as ic
@@ -136,3 +136,23 @@ def test_parts_of_a_model_are_its_heads() -> None:
     result = proximities(pattern, values, w_o, mid)
     room = 10 * torch.finfo(torch.float32).eps * mid.abs().sum(-1, keepdim=True)  # what the formula rounds in float32
     assert ((result.tokens - exact.sum(0)).abs() <= room).all() and exact.sum(0).amax() > 1e3 * room.amax()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("loud", [0.01, 1.0, 30.0])
+def test_one_row_is_the_formula(loud: float, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that overshoot nowhere, in some dimensions, in all, however little fits a temporary; a whole with a zero."""
+    draw = torch.Generator().manual_seed(0)
+    whole, values, w_o, mix = (
+        torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((64,), (40, 2, 8), (64, 4, 8), (4, 40))
+    )
+    whole[5], mix = 0, mix.abs() ** 3 * loud
+    mix = mix[..., None] * torch.rand(8, generator=draw, dtype=torch.float64) if gated else mix
+    by_head = values.transpose(0, 1).repeat_interleave(2, 0) * (mix if gated else mix[..., None])
+    wanted = proximity(torch.einsum("hkd,mhd->hkm", by_head, w_o), whole)
+    longest = w_o.norm(dim=-1).amax(0)
+    for room in (1 << 17, 64):
+        monkeypatch.setattr("interp_plugins.attribution.flows.proximity._room", lambda _, room=room: room)
+        near = proximities_to(whole, mix, values, w_o, longest, chunk_tokens=7)
+        torch.testing.assert_close(near, wanted, atol=1e-11, rtol=0)
+    assert wanted.any() and not wanted.all()
