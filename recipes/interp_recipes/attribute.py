@@ -36,23 +36,12 @@ Part = str | tuple[int, int]
 
 
 def attribute(
-    prompt: str,
-    target: str | None = None,
-    model: str = "toy:text",
-    chat: bool = False,
-    image: list[Path] | None = None,
-    method: str = "ifr_multi_hop_both",
-    n_hops: int | None = None,
-    sink: Part | None = None,
-    thinking: Part | None = None,
-    profile: Literal["sound", "reference"] = "sound",
-    settings: dict[str, Any] | None = None,
-    max_new_tokens: int = 64,
-    top: int = 10,
-    dtype: str | None = None,
-    device: str | None = None,
-    out: Path | None = None,
-) -> None:
+    prompt: str, target: str | None = None, model: str = "toy:text", chat: bool = False,
+    image: list[Path] | None = None, method: str = "ifr_multi_hop_both", n_hops: int | None = None,
+    sink: Part | None = None, thinking: Part | None = None, profile: Literal["sound", "reference"] = "sound",
+    settings: dict[str, Any] | None = None, max_new_tokens: int = 64, top: int = 10, dtype: str | None = None,
+    device: str | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
     """Attribute an answer to the tokens before it; prints the top tokens, and writes JSON and a page.
 
     Args:

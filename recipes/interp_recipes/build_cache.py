@@ -70,15 +70,8 @@ def build_cache(
         TextError: nothing could be kept.
     """
     settings = {key: value for key, value in locals().items() if key not in ("out", "batch_size", "num_examples")}
-    least = {"count": count, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_examples": num_examples}
-    for word, value in least.items():
-        if value is not None and value < 1:
-            raise ic.PlanError(f"{word} is {value}: give at least 1")
-    cache = name or Path(source).stem
-    if cache == "answers" or Path(cache).name != cache:
-        raise ic.PlanError(
-            f"a cache cannot be called {cache!r}: give --name, a plain one; answers.jsonl is the run's own"
-        )
+    _demand_counts(count=count, batch_size=batch_size, max_new_tokens=max_new_tokens, num_examples=num_examples)
+    cache = _cache(name or Path(source).stem)
     examples = _examples(
         source, kind, {"count": count, "sentences": sentences, "hidden": hidden, "hops": hops, "seed": seed}
     )
@@ -91,6 +84,21 @@ def build_cache(
             _answer(rows, zip(todo, made, strict=False), len(examples), num_examples)
             listed = sorted(rows, key=lambda row: int(row["example"]))
         return _written(run, cache, listed, num_examples)
+
+
+def _demand_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ic.PlanError(f"{name} is {value}: give at least 1")
+
+
+def _cache(name: str) -> str:
+    """A cache's name, as long as its file takes no other's place."""
+    if name == "answers" or Path(name).name != name:
+        raise ic.PlanError(
+            f"a cache cannot be called {name!r}: give --name, a plain one; answers.jsonl is the run's own"
+        )
+    return name
 
 
 def _answer(rows: runs.Rows, made: Iterator[tuple[int, dict[str, Any]]], count: int, num_examples: int | None) -> None:
