@@ -288,6 +288,21 @@ def test_other_engines_and_pieces_give_the_same() -> None:
         torch.testing.assert_close(flow.all_rows([3, 7])[0], flows[0].all_rows([3, 7])[0], atol=slack, rtol=0)
 
 
+@pytest.mark.parametrize("layers", [{}, GATED], ids=["linear", "gated"])
+def test_gates_are_seen_where_patterns_are_read_again(layers: dict[str, Any]) -> None:
+    """The bridge keeps nothing to make patterns of; linear attention has none."""
+    hf = testing.tiny("qwen3_next", **layers)
+    flows = [
+        Flow(ic.load(hf, engine=engine), ic.load(hf)._input(IDS), tuple(range(12)))
+        for engine in ("torch", "transformer_lens")
+    ]
+    spans, rows = (
+        [ask(flow) for flow in flows] for ask in (lambda f: f.span([4, 7, 11]), lambda f: f.all_rows([3])[0])
+    )
+    torch.testing.assert_close(*spans, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*rows, atol=1e-5, rtol=0)
+
+
 def test_one_pass_serves_all_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is run again for spans, hops and rows, and what is kept grows with the text, not with its square."""
     model = tiny_model("llama")

@@ -148,6 +148,7 @@ class Flow:
         halfway, later = stream_site(self.model), not self.model.can("pattern", "rows")
         at = _at(self.rows)
         parts = [site.at(at) for site in (S.resid_pre, S.attn_out, S.z)]
+        few = list(self.rows[-4:])
         linear = sorted({*range(self.model.n_layers)} - {*self.model.layers("pattern")})
         hidden = {layer: S.attn_in[layer] for layer in linear}
         reads = [S.v, *parts, halfway, *hidden.values(), *([S.resid_pre] if self.profile == "reference" else [])]
@@ -166,13 +167,15 @@ class Flow:
             if w_v is not None:
                 v = reference_values(values[S.resid_pre].plain[0].to(before), *w_v)
             scale = self._scale(layer, z, added, maps[layer])
-            gated = attention is not None and w_v is None and not self._plain(attention, v.to(z), z)
-            kept = KeptLayer(v, before, added, z if gated else None, scale, maps[layer], attention)
-            self._layers.append(kept)
+            kept = KeptLayer(v, before, added, z if w_v is None else None, scale, maps[layer], attention)
+            self._layers.append(kept if attention is None else self._ungated(kept, attention.pattern(few)[0]))
 
         self.model.run(self.tokens, read=reads, logits=False, each=each, attention=later)
         for layer in linear:  # after the pass, whose hooks hang on their modules
             self._mix_linearly(layer)
+        if not later and self.profile == "sound":
+            for place, (kept, pattern) in enumerate(list(self._patterns([self._place[row] for row in few]))):
+                self._layers[place] = kept if pattern is None else self._ungated(kept, pattern)
 
     def _mix_linearly(self, layer: int) -> None:
         """Put what a layer of linear attention mixes tokens by in the place of what it read.
@@ -208,13 +211,14 @@ class Flow:
             scale = torch.ones_like(scale)
         return scale.expand(len(z)).contiguous()
 
-    def _plain(self, attention: ic.AttentionRows, values: Tensor, z: Tensor) -> bool:
-        """Whether z is the values mixed by the pattern, without a gate."""
-        few = list(self.rows[-4:])
-        pattern = attention.pattern(few)[0].to(z.dtype)
-        mixed = torch.matmul(pattern, per_head(values, z.shape[1])).transpose(0, 1)
-        off = float((mixed - z[-len(few) :]).norm() / mixed.norm().clamp_min(1e-30))
-        return off <= FITTED.get(self.model.dtype, 5e-2)
+    def _ungated(self, kept: KeptLayer, pattern: Float[Tensor, "head query key"]) -> KeptLayer:
+        """A layer without its z, where that is the values mixed by the pattern, of which these are the last rows; where
+        there is a gate between, z stays."""
+        if kept.z is None:
+            return kept
+        mixed = torch.matmul(pattern.to(kept.z), per_head(kept.values.to(kept.z), kept.z.shape[1])).transpose(0, 1)
+        off = float((mixed - kept.z[-len(mixed) :]).norm() / mixed.norm().clamp_min(1e-30))
+        return replace(kept, z=None) if off <= FITTED.get(self.model.dtype, 5e-2) else kept
 
     # Asking
 
