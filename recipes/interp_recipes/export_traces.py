@@ -75,9 +75,10 @@ def export_traces(
             tokenizers[name] = tokenizers[name] if name in tokenizers else open_tokenizer(name)
             tokens = list(_tokens(folder, traces, _dataset(folder, dataset_jsonl), tokenizers[name], name, cut))
         below = Path() if out_dir is not None else _suffix(folder)
-        made = [export_of(trace, tok, form=form) for trace, tok in zip(traces, tokens, strict=True)]
-        for trace, export in zip(traces, made, strict=True):
-            files[(below / trace.file).as_posix()] = export_bytes(export)
+        with ic.Progress("exports", len(traces)) as told:
+            for trace, tok in zip(traces, tokens, strict=True):
+                files[(below / trace.file).as_posix()] = export_bytes(export_of(trace, tok, form=form))
+                told.add()
         _tell(traces, form)
     settings = {"folders": [str(folder) for folder in folders], "form": form, "tokenizers": sorted(tokenizers)}
     with runs.publish(root, settings | {"limit": limit}, recipe="export_traces", overwrite=overwrite) as run:

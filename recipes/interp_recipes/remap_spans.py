@@ -64,10 +64,11 @@ def remap_spans(
         record.claim(names, stage="remapped")
         old, new = ic.open_tokenizer(old_tokenizer_model), ic.open_tokenizer(new_tokenizer_model)
         files, reports = {}, []
-        for path in paths:
-            rows, report = _mapped(path, old, new, allow_fallback_answer, strict)
-            files[path.name] = runs.json_lines(rows)
-            reports.append({"in_jsonl": str(path), "out_jsonl": str(out_dir / path.name), **report})
+        with ic.Progress("rows") as told:
+            for path in paths:
+                rows, report = _mapped(path, old, new, allow_fallback_answer, strict, told)
+                files[path.name] = runs.json_lines(rows)
+                reports.append({"in_jsonl": str(path), "out_jsonl": str(out_dir / path.name), **report})
         record.put(files, stage="remapped")
     for report in reports:
         print(json.dumps(report, ensure_ascii=False))
@@ -76,7 +77,7 @@ def remap_spans(
 
 
 def _mapped(
-    path: Path, old: Any, new: Any, allow_fallback_answer: bool, strict: bool
+    path: Path, old: Any, new: Any, allow_fallback_answer: bool, strict: bool, told: ic.Progress
 ) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """The rows of a file that could be moved, and counts of all."""
     rows: list[Mapping[str, Any]] = []
@@ -84,6 +85,7 @@ def _mapped(
     total = 0
     for number, row in json_rows(path):
         total += 1
+        told.add()
         made, reason = moved(row, old, new, allow_fallback_answer=allow_fallback_answer)
         if made is not None:
             rows.append(made)
