@@ -81,8 +81,24 @@ def test_the_same_command_keeps_what_is_there(whole: Path, capsys: pytest.Captur
     run(whole)
     assert "targets (" not in capsys.readouterr().err
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    with pytest.raises(ic.PlanError, match="give --overwrite to replace it, or another folder"):
-        run(whole, js_mode="none")
+    for other in ({"js_mode": "none"}, {"js_mode": "exact", "dtype": "bfloat16"}):
+        with pytest.raises(ic.PlanError, match="give --overwrite to replace it, or another folder"):
+            run(whole, **other)
+    assert "targets (" not in capsys.readouterr().err  # refused before any work
+
+
+def test_states_of_another_model_are_not_written_over(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = whole.parent / "states"
+    before = {path: path.read_bytes() for path in states.iterdir()}
+    capsys.readouterr()
+    with pytest.raises(ic.PlanError, match=r"pair_0.agentic.safetensors is there: states of another model .*bfloat16"):
+        run(tmp_path / "out", save_hidden_states=states, dtype="bfloat16", max_samples=1)
+    with pytest.raises(ic.PlanError, match=r"pair_0.assisted.safetensors is there: states of another context"):
+        run(tmp_path / "padded", save_hidden_states=states, layout="padded", max_samples=1)
+    assert "targets (" not in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in states.iterdir()}
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ def write_all(
     """Everything that the scores of the samples say, as files; returns the page."""
     curves, walk = Curves.of(scores), progress(scores)
     charts = charts_of(curves, walk, settings)
+    assert {f"{FIGURES}/{name}.png" for name in charts} < set(files_of(settings))
     for name, chart in charts.items():
         run.figure(f"{FIGURES}/{name}.png", chart.png)
     run.table(f"{TABLES}/nll_core_layer_metrics.csv", table_of(curves, settings))
@@ -75,8 +76,22 @@ def write_all(
     }  # fmt: skip
     run.json(f"{TABLES}/nll_core_summary.json", summary)
     run.put({PAGE: page_of(model, curves, charts, said, dropped)})
-    print("\n".join(["", *said, "", str(run.path / PAGE)]))
+    print("", *said, "", sep="\n")
     return run.path / PAGE
+
+
+def files_of(settings: Settings) -> list[str]:
+    """What `write_all` writes."""
+    curves = [
+        name
+        for scope in SCOPES
+        for metric in ("nll", "logitlens")
+        for name in (f"{metric}_{scope}_agentic_vs_assisted", f"delta_{metric}_{scope}")
+    ]
+    more = ("rank", "entropy", "top1", *(["js"] if settings.js_mode != "none" else []))
+    curves += [f"{metric}_{scope}" for metric in more for scope in SCOPES] + ["delta_nll_progress"]
+    tables = ("layer_metrics.csv", "matrices.npz", "summary.json")
+    return [f"{FIGURES}/{name}.png" for name in curves] + [f"{TABLES}/nll_core_{name}" for name in tables] + [PAGE]
 
 
 # Numbers
