@@ -10,7 +10,11 @@ from typing import Any
 import moe_golden
 import numpy as np
 import pytest
+from interp_plugins.logit_lens import curves
+from interp_plugins.logit_lens.curves import scores_of
 from interp_recipes.moe_nll import moe_nll
+from interp_recipes.moe_nll_report import Settings, charts_of, sentences
+from safetensors.torch import load_file
 from test_lens_aligned import TOLERANCE, golden, published
 
 import interp_core as ic
@@ -74,6 +78,18 @@ def test_page_and_summary_say_what_the_numbers_say(whole: Path) -> None:
         summary["processed_samples"] == 6 and summary["skipped_samples"] == 0 and sum(summary["targets"].values()) == 79
     )
     assert any("farthest apart" in line for line in summary["sentences"]) and summary["js_mode"] == "exact"
+
+
+def test_layers_that_differ_are_decoder_layers(whole: Path) -> None:
+    """On the page's charts as in its sentences: the first row is the embedding, no layer 0."""
+    loaded = [(path.stem, load_file(path)) for path in sorted((whole / "tables/nll_core_samples").iterdir())]
+    many = [scores_of(f"{name}_{i}", tensors) for i in range(30) for name, tensors in loaded]
+    found, settings = curves.Curves.of(many), Settings("exact", None, None, "forward")
+    differ = [layer for layer, yes in zip(found.layers, found.tests["all"].below(0.05), strict=True) if yes]
+    assert differ == [-1, 0, 1, 3]
+    said = "the embedding to layer 1, layer 3"
+    assert f"together): {said}." in charts_of(found, curves.progress(many), settings)["delta_nll_all"].caption
+    assert f"differ after {said} (p" in "".join(sentences(found, settings, [], ["packed"]))
 
 
 def test_the_same_command_keeps_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

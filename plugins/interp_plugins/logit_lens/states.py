@@ -178,7 +178,7 @@ def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: 
             first = "" if n is None else f", the first that differs is {head[field][n]} where the pair has {wanted[n]}"
             told = f"{field} are {len(head[field])}, the pair's {len(wanted)}{first}"
             return told, "the states are of other targets: write them again from these pairs"
-    if head.get("context") != context_of(pair.tokens(side)):
+    if head.get("context") != context_of(pair.agentic if side == "agentic" else pair.assisted):
         told = "states of another context: other tokens before its targets, or another layout"
         return told, "write them again from these pairs"
     return None
