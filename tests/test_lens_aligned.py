@@ -166,6 +166,23 @@ def changed(path: Path, tensors: dict[str, torch.Tensor] | None = None, **header
     save_file(load_file(path) if tensors is None else tensors, path, {states.HEADER: json.dumps({**head, **header})})
 
 
+def test_states_of_another_text_or_layout_are_refused(tmp_path: Path) -> None:
+    """Positions and ids of the targets are the same, the streams are not."""
+    pair, padded = golden()[0], golden("padded")[0]
+    assert pair.assisted_positions == padded.assisted_positions
+    store = states.StateStore(tmp_path, moe_golden.model())
+    store.write(aligned.pair_states(store.model, pair))
+    with pytest.raises(ic.LoadError, match="pair_0 assisted: states of another context"):
+        store.pair(padded)
+    ids = pair.agentic.ids.clone()
+    ids[0, 1] += 1
+    with pytest.raises(ic.LoadError, match="pair_0 agentic: states of another context"):
+        store.pair(replace(pair, agentic=ic.Tokens(ids, pair.agentic.mask)))
+    with pytest.raises(ic.PlanError, match=r"pair_0.assisted.safetensors is there: states of another context"):
+        store.claim([padded])
+    store.claim([pair])
+
+
 def test_states_that_do_not_fit_are_refused_by_sample_and_field(tmp_path: Path) -> None:
     model, pair = moe_golden.model(), golden()[0]
     both, store = aligned.pair_states(model, pair), states.StateStore(tmp_path, model)

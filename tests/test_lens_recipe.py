@@ -10,7 +10,11 @@ from typing import Any
 import moe_golden
 import numpy as np
 import pytest
+from interp_plugins.logit_lens import curves
+from interp_plugins.logit_lens.curves import scores_of
 from interp_recipes.moe_nll import moe_nll
+from interp_recipes.moe_nll_report import Settings, charts_of, sentences
+from safetensors.torch import load_file
 from test_lens_aligned import TOLERANCE, golden, published
 
 import interp_core as ic
@@ -76,13 +80,41 @@ def test_page_and_summary_say_what_the_numbers_say(whole: Path) -> None:
     assert any("farthest apart" in line for line in summary["sentences"]) and summary["js_mode"] == "exact"
 
 
+def test_layers_that_differ_are_decoder_layers(whole: Path) -> None:
+    """On the page's charts as in its sentences: the first row is the embedding, no layer 0."""
+    loaded = [(path.stem, load_file(path)) for path in sorted((whole / "tables/nll_core_samples").iterdir())]
+    many = [scores_of(f"{name}_{i}", tensors) for i in range(30) for name, tensors in loaded]
+    found, settings = curves.Curves.of(many), Settings("exact", None, None, "forward")
+    differ = [layer for layer, yes in zip(found.layers, found.tests["all"].below(0.05), strict=True) if yes]
+    assert differ == [-1, 0, 1, 3]
+    said = "the embedding to layer 1, layer 3"
+    assert f"together): {said}." in charts_of(found, curves.progress(many), settings)["delta_nll_all"].caption
+    assert f"differ after {said} (p" in "".join(sentences(found, settings, [], ["packed"]))
+
+
 def test_the_same_command_keeps_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*") if path.name != "nll_core_summary.json"}
     run(whole)
     assert "targets (" not in capsys.readouterr().err
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    with pytest.raises(ic.PlanError, match="give --overwrite to replace it, or another folder"):
-        run(whole, js_mode="none")
+    for other in ({"js_mode": "none"}, {"js_mode": "exact", "dtype": "bfloat16"}):
+        with pytest.raises(ic.PlanError, match="give --overwrite to replace it, or another folder"):
+            run(whole, **other)
+    assert "targets (" not in capsys.readouterr().err  # refused before any work
+
+
+def test_states_of_another_model_are_not_written_over(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = whole.parent / "states"
+    before = {path: path.read_bytes() for path in states.iterdir()}
+    capsys.readouterr()
+    with pytest.raises(ic.PlanError, match=r"pair_0.agentic.safetensors is there: states of another model .*bfloat16"):
+        run(tmp_path / "out", save_hidden_states=states, dtype="bfloat16", max_samples=1)
+    with pytest.raises(ic.PlanError, match=r"pair_0.assisted.safetensors is there: states of another context"):
+        run(tmp_path / "padded", save_hidden_states=states, layout="padded", max_samples=1)
+    assert "targets (" not in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in states.iterdir()}
 
 
 @pytest.mark.slow

@@ -319,6 +319,7 @@ def test_a_dense_model_is_refused_before_it_runs(tmp_path: Path, monkeypatch: py
         ({"top_k": 9}, "top_k is 9: give 1 to 8, or leave it out"),
         ({"threshold_percentile": 101.0}, "threshold_percentile is 101.0: give 0 to 100"),
         ({"threshold_min": -1.0}, "threshold_min is -1.0: give 0 or more"),
+        ({"threshold_min": float("inf")}, "threshold_min is inf: give 0 or more, a finite number"),
         ({"max_samples": 0}, "max_samples is 0"),
     ],
 )

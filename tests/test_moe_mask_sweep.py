@@ -326,6 +326,9 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"mode": "replaced"}, ic.PlanError, "no mode 'replaced'. .*replace"),
     ({"order": "descend"}, ic.PlanError, "no order 'descend'. .*descending"),
     ({"order": "random", "random_orders": 3}, ic.PlanError, "random_orders is 3: give 5 at least"),
+    ({"seed": -1}, ic.PlanError, "seed is -1: give 0 at least"),
+    ({"max_new_tokens": 0}, ic.PlanError, "max_new_tokens is 0: give 1 at least"),
+    ({"code_seconds": float("nan")}, ic.PlanError, "code_seconds is nan: give more than 0"),
     ({"scope": "target"}, ic.PlanError, "no scope 'target'. .*targets"),
     ({"scope": "segment"}, ic.PlanError, "scope segment takes --segment START STOP"),
     ({"scope": "segment", "segment": [900, 901]}, ic.PlanError, "segment 900 to 901 is none of its"),
@@ -353,6 +356,29 @@ def test_what_cannot_be_done_is_said_before_the_model_runs(
     with pytest.raises(error, match=says):
         moe_mask_sweep(str(HERE / "model"), points, HERE / "pairs.json", tmp_path / "out", **{"sizes": [2]} | rest)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_samples_that_the_model_cannot_read_are_listed(layout: str, tmp_path: Path) -> None:
+    """They end neither the run nor a stopped run that goes on; a strict one names them before the model runs."""
+    data = json.loads((HERE / "pairs.json").read_text())
+    data["pairs"] = data["pairs"][:2]
+    data["pairs"][0]["a_ids"][0] = 600
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps(data))
+    points = points_file(tmp_path / "points.json", [(0, 1), (1, 2)])
+    asked: dict[str, Any] = {"sizes": [1], "order": "descending", "layout": layout}
+    says = "sample 'pair_0', agentic: token id 600 does not exist"
+    with pytest.raises(ic.TextError, match=says):
+        moe_mask_sweep(str(HERE / "model"), points, pairs, tmp_path / "strict", **asked, strict=True)
+    assert not (tmp_path / "strict").exists()
+    page = moe_mask_sweep(str(HERE / "model"), points, pairs, tmp_path / "out", **asked).read_text()
+    assert "1 sample could not be used: " in page and "token id 600" in page and "There are 1" not in page
+    assert {row["sample"] for row in runs_rows(tmp_path / "out")} == {"pair_1"}
+
+
+def runs_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "tables/mask_sweep_samples.jsonl").read_text().splitlines()]
 
 
 def test_dense_models_and_points_of_another_model_are_refused(tmp_path: Path) -> None:

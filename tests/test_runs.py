@@ -174,6 +174,17 @@ def test_other_settings_are_refused_by_name_before_anything_is_written(tmp_path:
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_long_settings_are_told_by_name(tmp_path: Path) -> None:
+    """A message stays readable where a setting has thousands of numbers."""
+    with runs.open(tmp_path, {"n": 1, "points": [[0, i] for i in range(6000)]}, recipe="r") as run:
+        run.put({"a.txt": "a"})
+    with pytest.raises(
+        ic.PlanError, match="holds another run: n was 1, is 2; other points; give another folder"
+    ) as told:
+        runs.open(tmp_path, {"n": 2, "points": [[0, i] for i in range(1, 6001)]}, recipe="r")
+    assert len(str(told.value)) < len(str(tmp_path)) + 100
+
+
 def test_a_folder_in_which_nothing_was_made_is_nobodys(tmp_path: Path) -> None:
     with runs.open(tmp_path, {"n": 1}, recipe="r") as run:
         run.put({"draft.txt": "1"}, binds=False)

@@ -237,6 +237,9 @@ def test_what_is_refused() -> None:
     refused("at least 1", lambda: stats.wilson(0, 0))
     for settings in ({"level": 95}, {"method": "best"}, {"resamples": 10}, {"seed": -1}):
         refused("stats.Bootstrap: ", lambda settings=settings: stats.Bootstrap(**settings))
+    values = list(range(30))
+    for test in (stats.permutation, stats.correlation_test):
+        refused("seed takes a whole number, at least 0", lambda test=test: test(values, values, seed=-1))
     refused("'two-sided' or 'greater' or 'less'", lambda: stats.permutation([1], [2], alternative="more"))
 
 

@@ -16,6 +16,8 @@ from ..files import sha256
 if TYPE_CHECKING:
     from ..structure import Structure
 
+LONG = 300
+"""Characters of a difference that is told; of longer ones the name is."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
 
@@ -55,14 +57,15 @@ def digest(value: Any) -> str:
 def difference(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str] = (), shown: Callable[[Any], str] = repr
 ) -> str:
-    """What two records have differently, in words: short values with what they were, digests by name; "" if nothing."""
+    """What two records have differently, in words: short values with what they were, others by name; "" if nothing."""
     words = []
     for name in {**old, **new}:
         was, now = old.get(name), new.get(name)
         if name in free or json.dumps(was, sort_keys=True) == json.dumps(now, sort_keys=True):
             continue
         hidden = all(isinstance(value, str) and _HEX.fullmatch(value) for value in (was, now))
-        words.append(f"other {name}" if hidden else f"{name} was {shown(was)}, is {shown(now)}")
+        said = f"{name} was {shown(was)}, is {shown(now)}"
+        words.append(f"other {name}" if hidden or len(said) > LONG else said)
     return "; ".join(words)
 
 

@@ -117,6 +117,7 @@ def correlation_test(
     one_of("stats.correlation_test: kind", kind, tuple(_STATISTICS))
     one_of("stats.correlation_test: alternative", alternative, ("two-sided", "greater", "less"))
     whole("stats.correlation_test: resamples", resamples, 99)
+    whole("stats.correlation_test: seed", seed, 0)
     a, b = _sides(kind, x, y)
     n = len(a)
     statistic = _STATISTICS[kind](a, b[None])[0]

@@ -234,6 +234,7 @@ def permutation(
     """
     one_of("stats.permutation: alternative", alternative, ("two-sided", "greater", "less"))
     whole("stats.permutation: resamples", resamples, 99)
+    whole("stats.permutation: seed", seed, 0)
     a, b = numbers("stats.permutation: first", first), numbers("stats.permutation: second", second)
     together, n, size = np.concatenate([a, b]), len(a) + len(b), len(a)
     name = "mean difference" if statistic is None else getattr(statistic, "__name__", "statistic").strip("<>")

@@ -121,10 +121,12 @@ def sentences(findings: Findings, areas: Sequence[Mapping[str, Any]], facts: Fac
     if facts["super_experts"]:
         cells = ", ".join(f"layer {layer} expert {expert}" for layer, expert in facts["super_experts"])
         said.append(f"Among the points are super experts ({cells}); a mask of one alone may ruin the model.")
-    if len(findings.samples) < 10:
+    if 1 < len(findings.samples) < 10:
         said.append(f"There are {len(findings.samples)} samples: intervals of so few are too narrow.")
     if facts["dropped"]:
-        said.append(f"{len(facts['dropped'])} samples could not be used: {facts['dropped'][0]['reason']}")
+        n = len(facts["dropped"])
+        first = facts["dropped"][0]["reason"]
+        said.append(f"{n} sample{'s' * (n > 1)} could not be used{', the first' * (n > 1)}: {first}")
     return said
 
 
@@ -134,7 +136,7 @@ def _at_most(findings: Findings, mode: str, side: str) -> str:
     if not done:
         return f"{side}, {mode}: every mask of the descending order was left out."
     n = done[-1]
-    parts = [f"{side}, {mode}: banning the first {n} cells changes the NLL of the targets by "
+    parts = [f"{side}, {mode}: banning the first {f'{n} cells' if n > 1 else 'cell'} changes the NLL of the targets by "
              f"{_nats(findings.interval(findings.rise(mode, 'descending', n, side, 'nll_all')))}"]  # fmt: skip
     for kind in [k for k in findings.kinds if k in RANDOM]:
         values = findings.interval(findings.rise(mode, kind, n, side, "nll_all"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,12 @@ class Settings:
             raise ic.PlanError(
                 f"a scorer reads what the model writes, which scope {self.scope!r} does not mask; give scope all"
             )
-        if self.resamples < 100:
-            raise ic.PlanError(f"resamples is {self.resamples}: give 100 at least")
+        for name, least in (("resamples", 100), ("seed", 0), ("max_new_tokens", 1), ("code_megabytes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ic.PlanError(f"{name} is {value}: give {least} at least")
+        if not 0 < self.code_seconds < math.inf:
+            raise ic.PlanError(f"code_seconds is {self.code_seconds}: give more than 0, a finite number")
 
     def judge(self) -> Scorer | None:
         """The scorer, if there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,8 +47,8 @@ class Settings:
         """
         if not 0 <= self.threshold_percentile <= 100:
             raise ic.PlanError(f"threshold_percentile is {self.threshold_percentile}: give 0 to 100")
-        if not self.threshold_min >= 0:
-            raise ic.PlanError(f"threshold_min is {self.threshold_min}: give 0 or more")
+        if not 0 <= self.threshold_min < math.inf:
+            raise ic.PlanError(f"threshold_min is {self.threshold_min}: give 0 or more, a finite number")
         most = None if shape is None else shape.n_experts
         if self.top_k is not None and (self.top_k < 1 or (most is not None and self.top_k > most)):
             raise ic.PlanError(

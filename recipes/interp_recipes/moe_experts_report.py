@@ -202,7 +202,9 @@ def _largest(row: dict[str, Any]) -> str:
 def _left_out(findings: Findings) -> str:
     samples = sum(row["targets"] == "" for row in findings.dropped)
     targets = sum(row["targets"] for row in findings.dropped if row["targets"] != "")
-    return f"Left out: {samples} samples and {targets} targets; the list is at the end." if findings.dropped else ""
+    counts = ((samples, "sample"), (targets, "target"))
+    said = " and ".join(f"{n:,} {word}{'s' * (n > 1)}" for n, word in counts if n)
+    return f"Left out: {said}; the list is at the end." if said else ""
 
 
 def summary(findings: Findings, model: ic.Model) -> dict[str, Any]:

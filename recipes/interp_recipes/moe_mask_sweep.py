@@ -98,14 +98,18 @@ def _sweep(settings: Settings) -> Path:
     settings.check()
     judge = settings.judge()
     pairs, dropped = _pairs(settings)
-    places = [[positions_of(pair, side, settings.scope, settings.segment) for side in SIDES] for pair in pairs]
+    places = {
+        pair.name: [positions_of(pair, side, settings.scope, settings.segment) for side in SIDES] for pair in pairs
+    }
     model = ic.load(settings.model_path, device=settings.device, dtype=settings.dtype)
     listed, masks = _masks(settings, model)
+    pairs = _that_fit(settings, model, pairs, dropped)
     supers, sizes = settings.supers(listed), settings.numbers(listed)
     with _opened(settings, model, pairs, listed) as run:
         usage = run.stage(USAGE, lambda: _usage(model, pairs)) if "usage_random" in settings.kinds else None
         made, names = masks(usage), [pair.name for pair in pairs]
-        rows = Work(run, model, pairs, places, made, judge, settings.max_new_tokens).rows()
+        at = [places[name] for name in names]
+        rows = Work(run, model, pairs, at, made, judge, settings.max_new_tokens).rows()
         statistics = (settings.kinds, settings.modes, settings.seed, settings.resamples)
         findings = Findings(made, names, rows, sizes, *statistics)
         facts = settings.facts | {"statistic": listed.statistic, "dropped": dropped, "super_experts": supers}
@@ -227,6 +231,33 @@ def _pairs(settings: Settings) -> tuple[list[Pair], list[dict[str, str]]]:
     if not pairs:
         raise ic.LoadError(f"{path}: no sample can be used; the first: {dropped[0]['reason'] if dropped else 'none'}")
     return pairs, dropped
+
+
+def _that_fit(settings: Settings, model: ic.Model, pairs: Sequence[Pair], dropped: list[dict[str, str]]) -> list[Pair]:
+    """The samples whose contexts the model can read; the others are noted.
+
+    Raises:
+        TextError: there are none, or the run is strict and one is not.
+    """
+    fitting = []
+    for pair in pairs:
+        doing = ""
+        try:
+            for doing in SIDES:
+                tokens = pair.tokens(doing)
+                model.tokens({"input_ids": tokens.ids, "attention_mask": tokens.mask.long()})
+        except ic.TextError as error:
+            said = f"sample {pair.name!r}, {doing}: {error}"
+            if settings.strict:
+                raise ic.TextError(said) from error
+            print(f"  left out {said}")
+            dropped.append({"sample": pair.name, "reason": said})
+        else:
+            fitting.append(pair)
+    if not fitting:
+        path = settings.pair_tokens_json
+        raise ic.TextError(f"{path}: no sample fits the model; the first: {dropped[0]['reason']}")
+    return fitting
 
 
 def _identity(pair: Pair) -> list[Any]:

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 import interp_core as ic
 from interp_core import runs
 
-from .moe_nll_report import Kind, Settings, write_all
+from .moe_nll_report import Kind, Settings, files_of, write_all
 
 SAMPLES = "tables/nll_core_samples"
 Mode = Literal["none", "exact", "topk_rest", "topk_renorm", "topk"]
@@ -97,6 +97,9 @@ def moe_nll(
     model = ic.load(model_path, dtype=dtype, device=device)
     settings = Settings(mode, js_topk if mode.startswith("topk") else None, max_tokens, kind or "forward")
     with _opened(out_dir, settings, pairs, model, overwrite) as run:
+        run.claim([*(_file(pair.name) for pair in pairs), *files_of(settings)])  # before any work
+        if save_hidden_states is not None:
+            StateStore(save_hidden_states, model).claim(pairs)
         _score(run, model, pairs, settings, hidden_states_dir, save_hidden_states, chunk_size, strict, dropped)
         kept = _kept(run, pairs, dropped)
         about = {"model_path": model_path, "pair_tokens_json": str(pair_tokens_json), "dtype": str(model.dtype)}

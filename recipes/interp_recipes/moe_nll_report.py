@@ -59,6 +59,7 @@ def write_all(
     """Everything that the scores of the samples say, as files; returns the page."""
     curves, walk = Curves.of(scores), progress(scores)
     charts = charts_of(curves, walk, settings)
+    assert {f"{FIGURES}/{name}.png" for name in charts} < set(files_of(settings))
     for name, chart in charts.items():
         run.figure(f"{FIGURES}/{name}.png", chart.png)
     run.table(f"{TABLES}/nll_core_layer_metrics.csv", table_of(curves, settings))
@@ -75,8 +76,22 @@ def write_all(
     }  # fmt: skip
     run.json(f"{TABLES}/nll_core_summary.json", summary)
     run.put({PAGE: page_of(model, curves, charts, said, dropped)})
-    print("\n".join(["", *said, "", str(run.path / PAGE)]))
+    print("", *said, "", sep="\n")
     return run.path / PAGE
+
+
+def files_of(settings: Settings) -> list[str]:
+    """What `write_all` writes."""
+    curves = [
+        name
+        for scope in SCOPES
+        for metric in ("nll", "logitlens")
+        for name in (f"{metric}_{scope}_agentic_vs_assisted", f"delta_{metric}_{scope}")
+    ]
+    more = ("rank", "entropy", "top1", *(["js"] if settings.js_mode != "none" else []))
+    curves += [f"{metric}_{scope}" for metric in more for scope in SCOPES] + ["delta_nll_progress"]
+    tables = ("layer_metrics.csv", "matrices.npz", "summary.json")
+    return [f"{FIGURES}/{name}.png" for name in curves] + [f"{TABLES}/nll_core_{name}" for name in tables] + [PAGE]
 
 
 # Numbers
@@ -164,7 +179,7 @@ def _delta(curves: Curves, metric: str, scope: str, word: str) -> Chart:
     lines = [_line(curves, f"delta_{metric}_{scope}", "agentic - assisted", 0.0)]
     caption = _bands(curves)
     if metric == "nll" and scope in curves.tests:
-        differ = _ranges(_differing(curves, scope))
+        differ = _ranges(curves, _differing(curves, scope))
         caption += f" Layers that differ (sign flips, p ≤ 0.05 for all layers together): {differ or 'none'}."
     return Chart(
         lines, curves.places, xlabel="after layer", ylabel=AXIS[metric], base="no difference",
@@ -232,7 +247,7 @@ def _layers(curves: Curves, scope: str) -> str:
         return f"For {WHOSE[scope]} no layer's difference is told from none, taking account of all layers{why}."
     best = max(differ, key=lambda i: abs(delta[i]))
     return (
-        f"For {WHOSE[scope]} the contexts differ after {_ranges(differ, curves.places)} (p ≤ 0.05 for all layers "
+        f"For {WHOSE[scope]} the contexts differ after {_ranges(curves, differ)} (p ≤ 0.05 for all layers "
         f"together), most at {_at(curves, best)}: {delta[best]:+.4f} nats."
     )
 
@@ -257,15 +272,11 @@ def _differing(curves: Curves, scope: str) -> list[int]:
     return np.flatnonzero(curves.tests[scope].below(0.05)).tolist()
 
 
-def _ranges(rows: Sequence[int], places: Sequence[str] | None = None) -> str:
+def _ranges(curves: Curves, rows: Sequence[int]) -> str:
     """Rows as ranges of layers."""
     runs_of = [[i for _, i in group] for _, group in itertools.groupby(enumerate(rows), lambda pair: pair[1] - pair[0])]
-    name = partial(_name, places)
+    name = partial(_at, curves)
     return ", ".join(name(run[0]) if len(run) == 1 else f"{name(run[0])} to {name(run[-1])}" for run in runs_of)
-
-
-def _name(places: Sequence[str] | None, row: int) -> str:
-    return str(row) if places is None else places[row]
 
 
 def _at(curves: Curves, row: int) -> str:

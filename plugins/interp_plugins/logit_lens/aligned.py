@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import interp_core as ic
+from interp_core import runs
 from interp_core import sites as S
 from interp_plugins.pairs import Pair
 
@@ -49,6 +50,7 @@ class States:
         final: the model's own log-probability of the last target, and how far rounding may take the lens from it; None
             where the forward pass was not ours.
         normed_last: the last row has been through the final norm already, as transformers gives it.
+        context: digest of the context's tokens and layout (`context_of`).
     """
 
     sample: str
@@ -59,6 +61,7 @@ class States:
     stream: Float[Tensor, "layer target d_model"]
     final: tuple[float, float] | None = None
     normed_last: bool = False
+    context: str = ""
 
     def take(self, count: int | None) -> States:
         """The first so many targets; None for all."""
@@ -112,7 +115,14 @@ def read_states(
     return States(
         sample, side, (EMBEDDING, *range(model.n_layers)), tuple(positions), ids.cpu(),
         torch.stack([row.to(rows[-1].device) for row in rows]), (final, _rounding(model.dtype, logits)),
+        context=context_of(tokens),
     )  # fmt: skip
+
+
+def context_of(tokens: ic.Tokens) -> str:
+    """Digest of all that a context's stream depends on beside the model: ids, and the columns where they are (positions
+    and ids of targets are the same in the packed and the padded layout, the stream is not)."""
+    return runs.digest([tokens.ids.tolist(), tokens.mask.long().tolist()])
 
 
 def _rounding(dtype: torch.dtype, logits: Tensor) -> float:

@@ -25,7 +25,7 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_plugins.pairs import Pair
 
-from .aligned import EMBEDDING, SIDES, States
+from .aligned import EMBEDDING, SIDES, States, context_of
 from .states import check_finite
 
 VARIANCE = 0.02
@@ -83,7 +83,8 @@ def _states(content: Mapping[Any, Any], model: ic.Model, pair: Pair, side: str) 
     for layer, rows in zip(layers, stream, strict=True):
         check_finite(where, layer, rows, ic.LoadError)
     ids = pair.target_ids()
-    return States(pair.name, side, layers, positions, ids, stream, None, is_normed(model, stream[-1]))
+    normed_last = is_normed(model, stream[-1])
+    return States(pair.name, side, layers, positions, ids, stream, None, normed_last, context_of(tokens))
 
 
 def is_normed(model: ic.Model, rows: Tensor) -> bool:

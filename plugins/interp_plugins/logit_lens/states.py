@@ -2,18 +2,20 @@
 
     {folder}/{sample}.{agentic|assisted}.safetensors
         layer.-1, layer.0, …      [target d_model]      one tensor per layer, -1 the embedding, before the final norm
-        metadata "lens_states"    JSON: format, sample, side, layers, positions, ids, final, model
+        metadata "lens_states"    JSON: format, sample, side, layers, positions, ids, final, context, model
 
 A layer is read by itself without the others. Size: layers · targets · d_model numbers, in the model's dtype: 49 layers,
 100 targets and 2,048 numbers of bfloat16 are 20 MB, where all positions of a text of 2,500 tokens would take 490.
 
 Refused, naming sample and field: states of other weights, config or dtype; layers that are missing; numbers that are
-not finite (float16 ends at 65,504, below the massive activations of many models); shapes, positions or ids that are not
-the pair's.
+not finite (float16 ends at 65,504, below the massive activations of many models); shapes, positions, ids, texts or a
+layout that are not the pair's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -27,7 +29,7 @@ import interp_core as ic
 from interp_core import runs
 from interp_plugins.pairs import Pair
 
-from .aligned import EMBEDDING, SIDES, States
+from .aligned import EMBEDDING, SIDES, States, context_of
 
 FORMAT = "interp-lens-states/1"
 HEADER = "lens_states"
@@ -70,6 +72,27 @@ class StateStore:
         """
         return [self._write(each) for each in states]
 
+    def claim(self, pairs: Iterable[Pair]) -> None:
+        """Refuse now to write over states that are not of this model and these pairs.
+
+        Raises:
+            PlanError: a file of others, or of something else; a damaged one may be written again.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        for pair, side in itertools.product(pairs, SIDES):
+            path = state_file(self.folder, pair.name, side)
+            if not path.exists():
+                continue
+            with contextlib.suppress(SafetensorError):
+                try:
+                    with safe_open(path, "pt") as file:
+                        head = _header(file.metadata(), path.name)
+                except ic.LoadError as error:
+                    raise ic.PlanError(f"{path} is there, and holds no states; give another folder") from error
+                if why := _differs(head, self.identity, pair, side):
+                    raise ic.PlanError(f"{path} is there: {why[0]}; give another folder, or move it away")
+
     def _write(self, each: States) -> Path:
         where = f"{each.sample} {each.side}"
         for layer, rows in zip(each.layers, each.stream, strict=True):
@@ -78,7 +101,8 @@ class StateStore:
             check_finite(where, layer, rows)
         head = {
             "format": FORMAT, "sample": each.sample, "side": each.side, "layers": list(each.layers),
-            "positions": list(each.positions), "ids": each.ids.tolist(), "final": each.final, "model": self.identity,
+            "positions": list(each.positions), "ids": each.ids.tolist(), "final": each.final, "context": each.context,
+            "model": self.identity,
         }  # fmt: skip
         tensors = {f"layer.{layer}": rows for layer, rows in zip(each.layers, each.stream, strict=True)}
         path = state_file(self.folder, each.sample, each.side)
@@ -113,7 +137,9 @@ class StateStore:
             _check_rows(where, layer, value, len(pair), self.model.d_model)
         final = None if head.get("final") is None else (float(head["final"][0]), float(head["final"][1]))
         positions, ids = tuple(head["positions"]), torch.tensor(head["ids"])
-        return States(pair.name, side, tuple(wanted), positions, ids, torch.stack(rows), final)
+        return States(
+            pair.name, side, tuple(wanted), positions, ids, torch.stack(rows), final, context=head["context"]
+        )  # fmt: skip
 
     def pair(self, pair: Pair) -> tuple[States, States]:
         """Both contexts of a pair; as `read`."""
@@ -134,21 +160,28 @@ def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
 
 
 def _check_head(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: str) -> None:
-    where = f"{pair.name} {side}"
+    if why := _differs(head, now, pair, side):
+        raise ic.LoadError(f"{pair.name} {side}: {why[0]}; {why[1]}")
+
+
+def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: str) -> tuple[str, str] | None:
+    """Why a file's states are not a context's, and what to do about it."""
     before = head.get("model") or {}
     if other := [name for name in TOLD_BY if before.get(name) != now[name]]:
         short = ", ".join(_told(name, before.get(name), now[name]) for name in other)
-        raise ic.LoadError(f"{where}: states of another model ({short}); load that one, or write them again")
+        return f"states of another model ({short})", "load that one, or write them again"
     if (head["sample"], head["side"]) != (pair.name, side):
-        raise ic.LoadError(f"{where}: sample and side of the file are {head['sample']} {head['side']}; it was renamed")
+        return f"sample and side of the file are {head['sample']} {head['side']}", "it was renamed"
     for field, wanted in (("positions", list(_positions(pair, side))), ("ids", pair.target_ids().tolist())):
         if head[field] != wanted:
             n = next((i for i, (a, b) in enumerate(zip(head[field], wanted, strict=False)) if a != b), None)
             first = "" if n is None else f", the first that differs is {head[field][n]} where the pair has {wanted[n]}"
-            raise ic.LoadError(
-                f"{where}: {field} are {len(head[field])}, the pair's {len(wanted)}{first}; the states are of other "
-                "targets: write them again from these pairs"
-            )
+            told = f"{field} are {len(head[field])}, the pair's {len(wanted)}{first}"
+            return told, "the states are of other targets: write them again from these pairs"
+    if head.get("context") != context_of(pair.agentic if side == "agentic" else pair.assisted):
+        told = "states of another context: other tokens before its targets, or another layout"
+        return told, "write them again from these pairs"
+    return None
 
 
 def _told(name: str, was: Any, now: str) -> str:
