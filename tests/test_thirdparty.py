@@ -186,7 +186,7 @@ if __name__ == "__main__":
     for name in ("inline", "local"):
         outcomes = make_launcher(name).run([Job(divmod, (7, 2)), Job(divmod, (1, 0))])
         assert outcomes[0].value == (3, 1) and "ZeroDivisionError" in outcomes[1].error, outcomes
-    assert ic.method("logit_lens").__class__.__module__ == "interp_plugins.logit_lens"
+    assert ic.method("logit_lens").__class__.__module__ == "interp_plugins.logit_lens.method"
     try:
         ic.method("future")
     except ic.PluginError as error:
