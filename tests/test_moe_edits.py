@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,27 @@ def edits(layer: int, used: int, rare: int) -> list[ic.Edit]:
         logits.force(rare, mode="steermoe"), logits.at(-1).force([rare, used], mode="steermoe"),
         weights.boost([used, rare], 3.0), weights.at([1, 4, 5]).boost(used, 0.25, renormalise=True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [None, -1, [1, 4]])
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "deepseek_v3"])
+def test_edits_of_some_experts_are_those_of_all_with_the_others_kept(family: str, one: bool, at: Any) -> None:
+    model = tiny_model(family, torch.float64)
+    layer, n, _ = routed(model)
+    sites = [S.router_weights[layer], S.router_indices[layer]]
+    plain = model.run(IDS, read=sites)
+    executed = int(plain[sites[1]].as_subclass(Tensor)[0, 1 if at == [1, 4] else -1, 0])
+    experts: Any = executed if one else [executed, (executed + 1) % n]
+    change = torch.zeros(n, dtype=torch.float64)
+    change[experts] = -3.0
+    some = S.router_logits[layer, experts].at(at).add(change[experts])
+    part = model.run(IDS, read=sites, edits=some, allow_noop=True)
+    whole = model.run(IDS, read=sites, edits=S.router_logits[layer].at(at).add(change), allow_noop=True)
+    for site in sites:
+        assert torch.equal(part[site].as_subclass(Tensor), whole[site].as_subclass(Tensor))
+    assert part.receipts[0].routing == whole.receipts[0].routing and part.receipts[0].routing is not None
+    assert not torch.equal(part[sites[0]].as_subclass(Tensor), plain[sites[0]].as_subclass(Tensor))
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -56,7 +56,7 @@ def reroute(change: Change, call: Call, row: int | None = None) -> None:
     assert routed is not None
     edit, width = program.edits[change.number], call.shape[1]
     part = WHOLE if row is None else slice(row * width, (row + 1) * width)
-    here = _selected(change, call, row)
+    here = _selected(change, call, row, routed.n_experts)
     seen = None if row is not None else _text(program, positions=change.region.pos is not None)
     counted = (here if seen is None else here & seen.to(here.device)).flatten()
     here = here.flatten()
@@ -81,15 +81,15 @@ def _measured(edit: Edit, call: Call, routed: Routed) -> Tensor:
     return weights.to(wide(weights))
 
 
-def _selected(change: Change, call: Call, row: int | None) -> Tensor:
-    """Tokens `[batch pos]` that an edit selects in this pass, of one row or all."""
+def _selected(change: Change, call: Call, row: int | None, n_experts: int) -> Tensor:
+    """Tokens `[batch pos]` of which an edit selects some expert in this pass, of one row or all."""
     batch, width = call.shape
-    here = torch.zeros(batch if row is None else 1, width, 1, dtype=torch.bool, device=call.first.device)
+    here = torch.zeros(batch if row is None else 1, width, n_experts, dtype=torch.bool, device=call.first.device)
     if change.bound is None:
         here.fill_(True)
     else:
         change.bound.put(here, torch.ones_like(change.bound.take(here)))
-    return here[..., 0]
+    return here.any(-1)
 
 
 def _text(program: Any, *, positions: bool) -> Tensor | None:
