@@ -16,7 +16,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
-from interp_core.architectures import rerouting, routing
+from interp_core.architectures import rerouting, scored
 
 IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 
@@ -317,7 +317,7 @@ def test_what_does_nothing_is_an_effect_error() -> None:
 def test_a_selection_that_is_not_the_models_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """At load, where nothing may be edited then, and in a run of a model loaded without the check."""
 
-    class Wrong(routing.TopKOfSoftmax):
+    class Wrong(scored.Scored):
         def weigh(self, router: object, logits: Tensor, chosen: Tensor) -> Tensor:
             return super().weigh(router, logits, chosen) * 1.001
 
@@ -325,7 +325,7 @@ def test_a_selection_that_is_not_the_models_is_refused(monkeypatch: pytest.Monke
 
     router = qwen3_moe.FAMILY.router
     assert router is not None
-    object.__setattr__(router, "selection", Wrong())
+    object.__setattr__(router, "selection", Wrong(renormalise="norm_topk_prob"))
     try:
         unchecked = ic.load(testing.tiny("qwen3_moe"), check=False)
         with pytest.raises(ic.CapabilityError, match="gives other experts or weights than the model's own router"):
@@ -335,7 +335,7 @@ def test_a_selection_that_is_not_the_models_is_refused(monkeypatch: pytest.Monke
             model.run(IDS, edits=S.router_logits[0].mask(1))
         model.run(IDS, read=S.router_logits)
     finally:
-        object.__setattr__(router, "selection", routing.TopKOfSoftmax())
+        object.__setattr__(router, "selection", scored.TOP_K_OF_SOFTMAX)
     assert DENSE and rerouting.ABOVE == 0.01
 
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from .family import Family, Heads
-from .routing import Router, SigmoidInGroups
+from .routing import Router
+from .scored import SIGMOID_IN_GROUPS
 
 
 def latent_heads(attention: Any, heads: Heads) -> Heads:
@@ -24,6 +25,6 @@ FAMILY = Family(
     paths={"blocks.attn.q": "q_b_proj|q_proj"},
     heads=latent_heads,
     inside=("v",),
-    router=Router("mlp.gate", "mlp.experts", SigmoidInGroups()),
+    router=Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS),
     refuse={"k": "keys are put together inside latent attention, from two projections; rot_k has them"},
 )

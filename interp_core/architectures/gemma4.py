@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .family import Family
-from .routing import Router, TopKOfSoftmax
-from .scored import Beside
+from .routing import Router
+from .scored import Beside, Scored
 
 
-class ScaledByExpert(TopKOfSoftmax):
+class ScaledByExpert(Scored):
     """Softmax, top-k, renormalised; then times a learnt factor per expert."""
 
     def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:

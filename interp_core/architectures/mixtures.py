@@ -15,8 +15,8 @@ from .family import Family, Heads, Place, llama_like
 from .granite import added
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .qwen3_vl import CARRIED, NEEDS
-from .routing import Router, Selection, SigmoidInGroups, TopKOfLogits, shares
-from .scored import BIAS, HandedRouter, Scored, sigmoid, sigmoid_as_is
+from .routing import Router, Selection, TopKOfLogits, shares
+from .scored import BIAS, SIGMOID_IN_GROUPS, HandedRouter, Scored, sigmoid, sigmoid_as_is
 
 
 class CohereSelection(Selection):
@@ -42,7 +42,7 @@ def mimo_heads(attention: Any, _heads: Heads) -> Heads:
 
 
 _LLAMA = llama_like("model")
-IN_GROUPS = Router("mlp.gate", "mlp.experts", SigmoidInGroups())
+IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
 SOLAR = Family("solar_open", paths=_LLAMA, router=IN_GROUPS)
 MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, router=IN_GROUPS)
@@ -121,5 +121,5 @@ NEMOTRON = Family(
         "blocks": "model.layers", "embed": "model.embeddings", "ln_final": "model.norm_f", "blocks.ln1": "norm",
     } | {f"blocks.attn.{part}": f"mixer.{part}_proj" for part in "qkvo"},
     varied=nemotron_paths,
-    router=Router("mixer.gate", "mixer.experts", SigmoidInGroups()),
+    router=Router("mixer.gate", "mixer.experts", SIGMOID_IN_GROUPS),
 )  # fmt: skip

@@ -3,9 +3,10 @@ so; some layers may be dense. Qwen2-MoE and OLMoE differ in what lies beside the
 """
 
 from .family import Family
-from .routing import Router, TopKOfSoftmax
+from .routing import Router
+from .scored import TOP_K_OF_SOFTMAX
 
-ROUTER = Router("mlp.gate", "mlp.experts", TopKOfSoftmax(), shared_gate="mlp.shared_expert_gate")
+ROUTER = Router("mlp.gate", "mlp.experts", TOP_K_OF_SOFTMAX, shared_gate="mlp.shared_expert_gate")
 FAMILY = Family("qwen3_moe", router=ROUTER)
 QWEN2_MOE = Family("qwen2_moe", router=ROUTER)
 OLMOE = Family("olmoe", router=ROUTER)

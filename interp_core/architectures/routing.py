@@ -58,45 +58,6 @@ class TopKOfLogits(Selection):
     """Top-k of the logits, then softmax over these (GPT-OSS, Granite)."""
 
 
-class TopKOfSoftmax(Selection):
-    """Softmax over all experts, then top-k, renormalised unless the router's flag says no (Mixtral, Qwen, OLMoE)."""
-
-    def scores(self, router: Any, logits: Tensor) -> Tensor:
-        """See `Selection.scores`."""
-        return torch.softmax(logits, -1, dtype=torch.float).masked_fill(logits == BANNED, BANNED)
-
-    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
-        """See `Selection.weigh`."""
-        weights = torch.softmax(logits, -1, dtype=torch.float).gather(-1, chosen)
-        return weights / weights.sum(-1, keepdim=True) if getattr(router, "norm_topk_prob", True) else weights
-
-
-class SigmoidInGroups(Selection):
-    """Sigmoid scores; the choice adds a correction bias and takes the best groups first (DeepSeek-V3, GLM-4-MoE).
-
-    A group counts by its two best experts: banned ones are not among them, and a group without others is out.
-    """
-
-    def scores(self, router: Any, logits: Tensor) -> Tensor:
-        """See `Selection.scores`."""
-        return (logits.sigmoid() + router.e_score_correction_bias).masked_fill(logits == BANNED, BANNED)
-
-    def choose(self, router: Any, logits: Tensor) -> Tensor:
-        """See `Selection.choose`."""
-        return in_groups(self.scores(router, logits), router.num_group, router.topk_group, router.top_k)
-
-    def weigh(self, router: Any, logits: Tensor, chosen: Tensor) -> Tensor:
-        """See `Selection.weigh`."""
-        weights = logits.sigmoid().gather(-1, chosen)
-        if router.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * router.routed_scaling_factor
-
-    def probs(self, router: Any, logits: Tensor) -> Tensor:
-        """See `Selection.probs`; shares of the sigmoid scores, without the bias."""
-        return shares(logits.sigmoid())
-
-
 def wide(x: Tensor) -> torch.dtype:
     """The dtype to compute probabilities in."""
     return torch.promote_types(x.dtype, torch.float32)

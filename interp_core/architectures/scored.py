@@ -54,7 +54,8 @@ class Scored(Selection):
         score: what experts are ranked and weighed by.
         bias: attribute of the router with what is added for the choice, "" for none.
         best: how many of its best experts a group counts by; 0 where there are no groups.
-        renormalise: whether chosen scores are divided by their sum, or the router's attribute that says so.
+        renormalise: whether chosen scores are divided by their sum, or the router's attribute that says so (they are
+            where it has none).
         eps: what is added to that sum.
         least: attribute of the router that says what that sum is at least, "" for none.
         scale: attribute of the router with the factor on the weights, "" for none.
@@ -85,7 +86,7 @@ class Scored(Selection):
         """See `Selection.weigh`."""
         weights = self.score(router, logits).gather(-1, chosen)
         named = isinstance(self.renormalise, str)
-        if getattr(router, str(self.renormalise)) if named else self.renormalise:
+        if getattr(router, str(self.renormalise), True) if named else self.renormalise:
             total = weights.sum(-1, keepdim=True) + self.eps
             weights = weights / (total.clamp(min=getattr(router, self.least)) if self.least else total)
         return weights * getattr(router, self.scale) if self.scale else weights
@@ -107,6 +108,13 @@ class BiasOnLogits(Scored):
 
 
 BIAS = "e_score_correction_bias"
+TOP_K_OF_SOFTMAX = Scored(renormalise="norm_topk_prob")
+"""Mixtral, Qwen, OLMoE."""
+SIGMOID_IN_GROUPS = Scored(
+    sigmoid_as_is, BIAS, best=2, renormalise="norm_topk_prob", eps=1e-20, scale="routed_scaling_factor"
+)
+"""DeepSeek-V3, GLM-4-MoE. A group counts by its two best experts: banned ones are not among them, and a group without
+others is out."""
 
 
 class Beside:
