@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -69,6 +70,15 @@ def safetensors_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str] | 
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that numbers begin at a multiple of eight bytes, as the format asks for
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def pt_bytes(value: Any) -> bytes:
+    """A `.pt` file that `torch.load(…, weights_only=True)` reads."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def file_sha256(path: Path) -> str | None:

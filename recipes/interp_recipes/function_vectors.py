@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.artefacts import pt
 from interp_plugins.function_vectors.files import read_effects, read_means
 from interp_plugins.function_vectors.related import Choice, Extracted, Related, by_word, choose, related
 from torch import Tensor
@@ -270,9 +269,9 @@ def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, asked: Settings) 
         return fv.indirect_effect(model, [trial.corrupted for trial in trials], mean)
 
     shown, patched = MEAN.format(task.name), EFFECT.format(task.name)
-    mean = part.stage(shown, means, after=[VALID], read=lambda path: read_means(path, model), data=pt)
+    mean = part.stage(shown, means, after=[VALID], read=lambda path: read_means(path, model), data=ic.runs.pt_bytes)
     found = part.stage(
-        patched, effects, after=[VALID, shown], read=lambda path: read_effects(path, model), data=pt
+        patched, effects, after=[VALID, shown], read=lambda path: read_effects(path, model), data=ic.runs.pt_bytes
     )  # fmt: skip
     aie = fv.average(found)
     extracted = Extracted(task, mean, aie, asked.template)

@@ -122,18 +122,12 @@ def _usable(data_path: Path, settings: Settings, strict: bool) -> tuple[list[Pai
 def _opened(
     out_dir: Path | None, settings: Settings, model: ic.Model, pairs: Sequence[Pair], dataset: str, overwrite: bool
 ) -> runs.RunFolder:
-    resolved = {**vars(settings), "pairs": runs.digest([_identity(pair) for pair in pairs])}
+    resolved = {**vars(settings), "pairs": runs.digest([pair.record() for pair in pairs])}
     if out_dir is None:
         return runs.open(None, resolved, recipe="moe_experts", model=model, dataset=dataset)
     return runs.publish(
         out_dir, resolved, recipe="moe_experts", model=model, dataset=dataset, overwrite=overwrite
     )  # fmt: skip
-
-
-def _identity(pair: Pair) -> list[Any]:
-    """All that a number of a pair depends on."""
-    contexts = [[pair.tokens(side).ids.tolist(), pair.tokens(side).mask.tolist()] for side in SIDES]
-    return [pair.name, contexts, list(pair.agentic_positions), list(pair.assisted_positions)]
 
 
 def _sums(

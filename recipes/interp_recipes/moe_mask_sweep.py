@@ -32,6 +32,7 @@ from interp_plugins.pairs import Pair, read_pairs
 from interp_plugins.pairs.pair import SIDES, Layout
 from interp_plugins.pairs.routing import routed_targets
 from interp_plugins.router.points import LayerIndex, Points, Shape, read_points
+from interp_plugins.router.usage import Usage
 
 import interp_core as ic
 from interp_core import runs
@@ -147,7 +148,7 @@ def _opened(settings: Settings, model: ic.Model, pairs: Sequence[Pair], listed: 
     """The run's folder; intervals may be worked out with other resamples the next time."""
     resolved = settings.identity | {
         "points": [[p.layer, p.expert] for p in listed.points], "sizes": settings.numbers(listed),
-        "pairs": runs.digest([_identity(pair) for pair in pairs]),
+        "pairs": runs.digest([pair.record() for pair in pairs]),
     }  # fmt: skip
     dataset = settings.pair_tokens_json.stem
     return runs.open(
@@ -207,14 +208,13 @@ class Work:
 
 def _usage(model: ic.Model, pairs: Sequence[Pair]) -> list[list[float]]:
     """Share of the selections of all targets, both contexts, `[layer expert]`."""
-    total: Any = 0
+    usage = Usage()
     contexts = [(pair, side) for pair in pairs for side in SIDES]
     with ic.Progress("usage of experts, contexts", len(contexts)) as told:
         for pair, side in contexts:
-            layers = routed_targets(model, pair, side)
-            total = total + np.stack([layers[layer].chosen.sum(0).double().cpu().numpy() for layer in sorted(layers)])
+            usage.add(routed_targets(model, pair, side))
             told.add()
-    shares: list[list[float]] = (total / total.sum(-1, keepdims=True)).tolist()
+    shares: list[list[float]] = usage.matrix("count").tolist()
     return shares
 
 
@@ -258,9 +258,3 @@ def _that_fit(settings: Settings, model: ic.Model, pairs: Sequence[Pair], droppe
         path = settings.pair_tokens_json
         raise ic.TextError(f"{path}: no sample fits the model; the first: {dropped[0]['reason']}")
     return fitting
-
-
-def _identity(pair: Pair) -> list[Any]:
-    """All that a number of a pair depends on."""
-    contexts = [[pair.tokens(side).ids.tolist(), pair.tokens(side).mask.tolist()] for side in SIDES]
-    return [pair.name, contexts, list(pair.agentic_positions), list(pair.assisted_positions)]

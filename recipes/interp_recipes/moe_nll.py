@@ -171,7 +171,7 @@ def _opened(
     out: Path | None, settings: Settings, pairs: Sequence[Pair], model: ic.Model, overwrite: bool
 ) -> Iterator[runs.RunFolder]:
     """The run's folder: a tree that other recipes write into too, or one of its own."""
-    record = {**vars(settings), "pairs": runs.digest([_record(pair) for pair in pairs])}
+    record = {**vars(settings), "pairs": runs.digest([pair.record() for pair in pairs])}
     if out is None:
         run = runs.open(None, record, recipe="moe_nll", model=model, dataset="pairs", say=_quiet)
     else:
@@ -182,12 +182,6 @@ def _opened(
 
 def _quiet(line: str) -> None:
     """Samples are told by themselves."""
-
-
-def _record(pair: Pair) -> list[Any]:
-    """A pair as plain data."""
-    sides = [[tokens.ids.tolist(), tokens.mask.tolist()] for tokens in (pair.agentic, pair.assisted)]
-    return [pair.name, sides, list(pair.agentic_positions), list(pair.assisted_positions)]
 
 
 def _noting(dropped: Dropped) -> Any:

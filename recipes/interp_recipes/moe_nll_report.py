@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from interp_plugins.attribution.files.arrays import npz_bytes
-from interp_plugins.logit_lens.aligned import SIDES, PairScores
+from interp_plugins.logit_lens.aligned import PairScores
 from interp_plugins.logit_lens.curves import APART, METRICS, SCOPES, Curves, progress
 from interp_plugins.pairs import Pair
+from interp_plugins.pairs.pair import SIDES
 
 import interp_core as ic
 from interp_core import report, runs

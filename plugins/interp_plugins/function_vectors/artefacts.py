@@ -6,7 +6,6 @@ each whole or not at all. What was there before is named. The same run writes th
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import re
@@ -175,13 +174,6 @@ def profile(model: ic.Model) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-def pt(value: Any) -> bytes:
-    """A `.pt` file that `torch.load(…, weights_only=True)` reads."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile, pt
+from .artefacts import Files, FixedRun, profile
 from .common_files import by_layer, target_fields
 from .extraction import Answers, Extraction, Measure
 from .means import head_shape
@@ -45,15 +45,15 @@ def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: An
     heads, d_head = head_shape(model)
     step6 = f"step6_results_{_plain(short_name(run.model_name))}_layer{answered.layer}_n{len(rows)}.json"
     return {
-        "mean_activations.pt": pt(made.mean),
+        "mean_activations.pt": ic.runs.pt_bytes(made.mean),
         "mean_activations_meta.json": runs.json_text(_mean_meta(model, run)),
-        "indirect_effect.pt": pt(made.effects[made.measure]),
+        "indirect_effect.pt": ic.runs.pt_bytes(made.effects[made.measure]),
         MAPS: slot_maps(run, model),
         "top_heads.json": runs.json_text(_top_heads(run, made)),
-        "fv_by_layer.pt": pt(
+        "fv_by_layer.pt": ic.runs.pt_bytes(
             by_layer(model, made.mean, made.heads, alpha=answered.alpha, model_spec=short_name(run.model_name))
         ),
-        "fv_global_resid.pt": pt(
+        "fv_global_resid.pt": ic.runs.pt_bytes(
             {"fv_global_resid": vector, "resid_dim": len(vector), "head_dim": d_head, "n_heads": heads}
         ),
         "fv_global_resid_meta.json": runs.json_text(_vector_meta(run, made)),

@@ -19,7 +19,7 @@ from typing import Any
 import interp_core as ic
 from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile, pt, table
+from .artefacts import Files, FixedRun, profile, table
 from .effects import ranking
 from .extraction import Answers, Extraction
 from .prompts import Prompt
@@ -36,10 +36,10 @@ def source_files(model: ic.Model, run: FixedRun, made: Extraction, answered: Ans
     assert run.trials.slots is not None
     name = run.dataset_name
     return {
-        f"{name}_mean_head_activations_FIXED.pt": pt(made.mean),
+        f"{name}_mean_head_activations_FIXED.pt": ic.runs.pt_bytes(made.mean),
         f"{name}_dummy_labels.json": runs.json_text(run.trials.slots.json()),
-        f"{name}_indirect_effect.pt": pt(made.effects[made.measure]),
-        VECTOR: pt(made.vector.vector[None]),
+        f"{name}_indirect_effect.pt": ic.runs.pt_bytes(made.effects[made.measure]),
+        VECTOR: ic.runs.pt_bytes(made.vector.vector[None]),
         HEADS: runs.json_text(heads_table(made)),
         MAPS: slot_maps(run, model),
         LOGITS: logits_file(answered),

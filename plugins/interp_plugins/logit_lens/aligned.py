@@ -28,11 +28,11 @@ import interp_core as ic
 from interp_core import runs
 from interp_core import sites as S
 from interp_plugins.pairs import Pair
+from interp_plugins.pairs.pair import SIDES
 
 from .tiles import ROWS, Divergence, JsMode, Readout, divergence, read_out
 
 Part = TypeVar("Part", Readout, Divergence)
-SIDES: tuple[Literal["agentic"], Literal["assisted"]] = ("agentic", "assisted")
 EMBEDDING = -1
 """The layer of the first row: what enters the first block."""
 

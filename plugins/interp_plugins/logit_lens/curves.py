@@ -25,8 +25,9 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import stats
+from interp_plugins.pairs.pair import SIDES
 
-from .aligned import SIDES, PairScores
+from .aligned import PairScores
 from .tiles import Divergence, Readout
 
 Array = np.ndarray[Any, Any]

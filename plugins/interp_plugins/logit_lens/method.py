@@ -22,14 +22,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import field_validator
 from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
 
+from .._places import PlacesConfig
 
-class LensConfig(ic.Config):
+
+class LensConfig(PlacesConfig):
     """Settings of the logit lens.
 
     Attributes:
@@ -45,19 +46,11 @@ class LensConfig(ic.Config):
     """
 
     PER_PROMPT: ClassVar[frozenset[str]] = frozenset({"targets"})
-    at: Any = None
     targets: Literal["final", "next"] | list[list[int]] = "final"
     top_k: int = 5
     translator: Callable[[int, Tensor], Tensor] | None = None
     unfitted: Literal["refuse", "leave_out", "plain"] = "refuse"
     chunk_bytes: int = 1 << 26
-
-    @field_validator("at")
-    @classmethod
-    def _per_row(cls, at: Any) -> Any:
-        """Lists in a list are positions per row."""
-        nested = isinstance(at, list) and at and all(isinstance(row, list) for row in at)
-        return ic.PerRow(tuple(map(tuple, at))) if nested else at
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,9 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 from interp_plugins.pairs import Pair
+from interp_plugins.pairs.pair import SIDES, Side
 
-from .aligned import EMBEDDING, SIDES, States, context_of
+from .aligned import EMBEDDING, States, context_of
 from .states import check_finite
 
 VARIANCE = 0.02
@@ -63,14 +64,14 @@ def read_origin(path: str | Path, model: ic.Model, pair: Pair) -> tuple[States, 
     return agentic, assisted
 
 
-def _states(content: Mapping[Any, Any], model: ic.Model, pair: Pair, side: str) -> States:
+def _states(content: Mapping[Any, Any], model: ic.Model, pair: Pair, side: Side) -> States:
     entry = content.get(side)
     hidden = entry.get("hidden_states") if isinstance(entry, Mapping) else None
     where = f"{pair.name} {side}.hidden_states"
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
         raise ic.LoadError(f"{where} is no tensor [layers, columns, d_model]; save it again")
-    tokens = pair.agentic if side == "agentic" else pair.assisted
-    positions = pair.agentic_positions if side == "agentic" else pair.assisted_positions
+    tokens = pair.tokens(side)
+    positions = pair.positions(side)
     width = tokens.ids.shape[1]
     counts = (model.n_layers, model.n_layers + 1)
     if hidden.shape[0] not in counts or tuple(hidden.shape[1:]) != (width, model.d_model):

@@ -28,8 +28,9 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 from interp_plugins.pairs import Pair
+from interp_plugins.pairs.pair import SIDES, Side
 
-from .aligned import EMBEDDING, SIDES, States, context_of
+from .aligned import EMBEDDING, States, context_of
 
 FORMAT = "interp-lens-states/1"
 HEADER = "lens_states"
@@ -109,7 +110,7 @@ class StateStore:
         runs.write(path, runs.safetensors_bytes(tensors, {HEADER: json.dumps(head)}))
         return path
 
-    def read(self, pair: Pair, side: str, layers: Sequence[int] | None = None) -> States:
+    def read(self, pair: Pair, side: Side, layers: Sequence[int] | None = None) -> States:
         """The states of a context, checked against model and pair.
 
         Args:
@@ -159,12 +160,12 @@ def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
     return head
 
 
-def _check_head(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: str) -> None:
+def _check_head(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: Side) -> None:
     if why := _differs(head, now, pair, side):
         raise ic.LoadError(f"{pair.name} {side}: {why[0]}; {why[1]}")
 
 
-def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: str) -> tuple[str, str] | None:
+def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: Side) -> tuple[str, str] | None:
     """Why a file's states are not a context's, and what to do about it."""
     before = head.get("model") or {}
     if other := [name for name in TOLD_BY if before.get(name) != now[name]]:
@@ -172,13 +173,13 @@ def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: 
         return f"states of another model ({short})", "load that one, or write them again"
     if (head["sample"], head["side"]) != (pair.name, side):
         return f"sample and side of the file are {head['sample']} {head['side']}", "it was renamed"
-    for field, wanted in (("positions", list(_positions(pair, side))), ("ids", pair.target_ids().tolist())):
+    for field, wanted in (("positions", list(pair.positions(side))), ("ids", pair.target_ids().tolist())):
         if head[field] != wanted:
             n = next((i for i, (a, b) in enumerate(zip(head[field], wanted, strict=False)) if a != b), None)
             first = "" if n is None else f", the first that differs is {head[field][n]} where the pair has {wanted[n]}"
             told = f"{field} are {len(head[field])}, the pair's {len(wanted)}{first}"
             return told, "the states are of other targets: write them again from these pairs"
-    if head.get("context") != context_of(pair.agentic if side == "agentic" else pair.assisted):
+    if head.get("context") != context_of(pair.tokens(side)):
         told = "states of another context: other tokens before its targets, or another layout"
         return told, "write them again from these pairs"
     return None
@@ -186,10 +187,6 @@ def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: 
 
 def _told(name: str, was: Any, now: str) -> str:
     return f"other {name}" if name in ("weights", "config and modules") else f"{name} was {was}, is {now}"
-
-
-def _positions(pair: Pair, side: str) -> tuple[int, ...]:
-    return pair.agentic_positions if side == "agentic" else pair.assisted_positions
 
 
 def _check_layers(where: str, names: Iterable[str], wanted: Sequence[int]) -> None:

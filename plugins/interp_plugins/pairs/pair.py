@@ -110,6 +110,11 @@ class Pair:
         tokens = self.tokens(side)
         return tokens.ids[0, tokens.columns(list(self.positions(side)))[0]]
 
+    def record(self) -> list[Any]:
+        """All that a number of the pair depends on, as plain data."""
+        contexts = [[tokens.ids.tolist(), tokens.mask.tolist()] for tokens in (self.agentic, self.assisted)]
+        return [self.name, contexts, list(self.agentic_positions), list(self.assisted_positions)]
+
     def packed(self) -> Pair:
         """The same targets with the assisted context's tokens moved together."""
         return self if self.layout == "packed" else replace(self, assisted=tokens_of(*_real(self.assisted)))

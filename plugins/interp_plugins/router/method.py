@@ -31,10 +31,11 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import stats
 
+from .._places import PlacesConfig
 from . import load, routed, usage
 from .coactivation import Coactivation
 from .points import Points, Shape, points_of, weights_digest
-from .reading import SITES, Places, PlacesConfig, demand_reading, read_layers
+from .reading import SITES, Places, demand_reading, read_layers
 from .routed import Routed
 from .usage import Average, Statistic, layer_sums
 

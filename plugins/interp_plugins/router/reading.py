@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from pydantic import field_validator
 from torch import Tensor
 
 import interp_core as ic
@@ -29,23 +28,6 @@ from .usage import Usage
 SITES = (S.router_logits, S.router_probs, S.router_indices, S.router_weights)
 Consume = Callable[[int, Routed, "Places"], object]
 """Called as `(layer, routed, places)` in the order of the layers; what is not kept is let go."""
-
-
-class PlacesConfig(ic.Config):
-    """Settings that say which tokens count.
-
-    Attributes:
-        at: positions, as `Site.at` takes them; lists in a list are positions per row.
-    """
-
-    at: Any = None
-
-    @field_validator("at")
-    @classmethod
-    def _per_row(cls, at: Any) -> Any:
-        """Lists in a list are positions per row."""
-        nested = isinstance(at, list) and at and all(isinstance(row, list) for row in at)
-        return ic.PerRow(tuple(map(tuple, at))) if nested else at
 
 
 class Places:

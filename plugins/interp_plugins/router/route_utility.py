@@ -35,7 +35,8 @@ import interp_core as ic
 from interp_core import score
 from interp_core import sites as S
 
-from .reading import SITES, PlacesConfig, demand_reading, read
+from .._places import PlacesConfig
+from .reading import SITES, demand_reading, read
 from .route_results import RouteUtilityResult
 from .routed import Routed
 from .routes import COUNTS, Kind, Route, alternatives, log_score, random_routes

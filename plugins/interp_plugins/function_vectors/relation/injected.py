@@ -15,7 +15,6 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from ..artefacts import pt
 from ..common_files import by_layer
 from ..effects import Head
 from ..inject import injection
@@ -72,8 +71,8 @@ def _vector_files(
         "token_position_rule": TOKEN_RULE,
     }  # fmt: skip
     return {
-        "fv_by_layer.pt": pt(parts),
-        "fv_global_resid.pt": pt({"fv_global_resid": vector.vector, **sizes}),
+        "fv_by_layer.pt": ic.runs.pt_bytes(parts),
+        "fv_global_resid.pt": ic.runs.pt_bytes({"fv_global_resid": vector.vector, **sizes}),
         META: runs.json_text(meta),
     }
 

@@ -24,7 +24,6 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from ..artefacts import pt
 from ..effects import Head
 from ..files import read_means
 from ..inject import head_injection
@@ -74,7 +73,7 @@ def mean_activations(model: ic.Model, work: Work, part: runs.Part) -> Means:
     return part.stage(
         f"stepD_mean_acts/qid_{work.folder.name}_clean_mean.pt",
         lambda: mean_head_activations(model, [trial.clean for trial in work.trials]),
-        after=["trials"], read=lambda path: read_means(path, model), data=pt,
+        after=["trials"], read=lambda path: read_means(path, model), data=ic.runs.pt_bytes,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +282,7 @@ def prompt_jacobians(
         _demand_causal(end, zeros, fit.skip_first)
     wide = torch.promote_types(model.dtype, torch.float32)
     matrices = [torch.empty(d_model, d_model, dtype=wide) for _ in zeros]
-    for start in _starts(d_model, copies):
+    for start in range(0, d_model, copies):
         some = min(copies, d_model - start)
         seed = torch.zeros_like(end)
         copy = torch.arange(some, device=end.device)
@@ -291,10 +291,6 @@ def prompt_jacobians(
         for matrix, grad in zip(matrices, grads, strict=True):
             matrix[start : start + some] = grad[:some, valid].to(wide).mean(1)
     return dict(enumerate(matrices))
-
-
-def _starts(d_model: int, copies: int) -> Iterator[int]:
-    return iter(range(0, d_model, copies))
 
 
 def _demand_causal(end: Tensor, zeros: Sequence[Tensor], first: int) -> None:

@@ -11,8 +11,6 @@ projections.
 
 from __future__ import annotations
 
-import io
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +39,9 @@ def load_jacobian(path: str | Path, model: ic.Model | None = None, *, n_prompts:
         LoadError: no file, or not of this kind, naming what it holds.
         PlanError: it does not fit the model.
     """
-    data = _read(Path(path))
+    data = read_pt(Path(path), "Jacobian lens")
+    if not isinstance(data, Mapping):
+        raise ic.LoadError(f"{path} holds {type(data).__name__}, a Jacobian lens is a mapping")
     lens = _of(data, Path(path))
     if n_prompts is not None and lens.n_prompts != n_prompts:
         warnings.warn(
@@ -65,22 +65,25 @@ def save_jacobian(lens: JacobianLens, path: str | Path) -> Path:
         "J": matrices, "n_prompts": lens.n_prompts, "source_layers": list(lens.layers), "d_model": lens.d_model,
         "metadata": dict(lens.metadata),
     }  # fmt: skip
-    buffer = io.BytesIO()
-    torch.save(data, buffer)
-    ic.runs.write(Path(path), buffer.getvalue())
+    ic.runs.write(Path(path), ic.runs.pt_bytes(data))
     return Path(path)
 
 
-def _read(path: Path) -> Mapping[Any, Any]:
+def read_pt(path: Path, what: str) -> Any:
+    """What a `.pt` file of plain values holds.
+
+    Args:
+        what: should be in it, for messages.
+
+    Raises:
+        LoadError: no such file, or one that cannot be read without running what is in it.
+    """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ic.LoadError(f"no Jacobian lens at {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
-        raise ic.LoadError(f"{path} cannot be read as a Jacobian lens: {str(error).splitlines()[0]}") from error
-    if not isinstance(data, Mapping):
-        raise ic.LoadError(f"{path} holds {type(data).__name__}, a Jacobian lens is a mapping")
-    return data
+        raise ic.LoadError(f"no {what} at {path}") from None
+    except Exception as error:  # whatever pickle and zip raise
+        raise ic.LoadError(f"{path} cannot be read as a {what}: {str(error).splitlines()[0]}") from error
 
 
 def _of(data: Mapping[Any, Any], path: Path) -> JacobianLens:

@@ -17,9 +17,7 @@ Must equal: h + h Wᵀ + b; with zeros the logit lens, bit by bit.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +31,8 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
+
+from .lens_files import read_pt
 
 CONFIG, PARAMS = "config.json", "params.pt"
 KIND = "linear_tuned_lens"
@@ -121,11 +121,11 @@ def load_tuned(folder: str | Path, model: ic.Model | None = None) -> TunedLens:
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        state = torch.load(folder / PARAMS, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ic.LoadError(f"no tuned lens at {folder}: {Path(str(error.filename)).name} is not there") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, NotADirectoryError) as error:
+    except FileNotFoundError:
+        raise ic.LoadError(f"no tuned lens at {folder}: {CONFIG} is not there") from None
+    except (ValueError, OSError) as error:
         raise ic.LoadError(f"{folder} cannot be read as a tuned lens: {str(error).splitlines()[0]}") from error
+    state = read_pt(folder / PARAMS, "tuned lens")
     if not isinstance(config, dict) or config.get("lens_type", KIND) != KIND:
         raise ic.LoadError(f"{folder / CONFIG} is of no {KIND}")
     weight, bias = _translators(state, folder / PARAMS)
@@ -162,13 +162,11 @@ def save_tuned(lens: TunedLens, folder: str | Path) -> Path:
     folder = Path(folder)
     state = {f"{layer + 1}.weight": lens.weight[layer].cpu() for layer in lens.layers}
     state |= {f"{layer + 1}.bias": lens.bias[layer].cpu() for layer in lens.layers}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     config = {
         **lens.metadata, "d_model": lens.d_model, "num_hidden_layers": len(lens.layers), "bias": True,
         "lens_type": KIND,
     }  # fmt: skip
-    ic.runs.write(folder / PARAMS, buffer.getvalue())
+    ic.runs.write(folder / PARAMS, ic.runs.pt_bytes(state))
     ic.runs.write(folder / CONFIG, ic.runs.json_text(config))
     return folder
 
