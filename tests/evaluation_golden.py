@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import DATA
+from torch import Tensor
 
 HERE = DATA / "attribution" / "evaluation"
 EXAMPLES = [*(f"llama/ex{k}" for k in range(5)), *(f"qwen3/ex{k}" for k in range(3))]
@@ -22,3 +23,7 @@ def golden(name: str) -> dict[str, Any]:
 def example(name: str) -> dict[str, Any]:
     numbers = golden("faithfulness.npz")
     return {key.removeprefix(f"{name}/"): value for key, value in numbers.items() if key.startswith(f"{name}/")}
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
