@@ -169,7 +169,10 @@ def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torc
     block = mixture.block(model.hf, layer)
     named = [block.get_submodule(name) for name in mixture.shared]
     given: list[torch.Tensor] = []
+    of_mlp: list[torch.Tensor] = []
     handles = [module.register_forward_hook(lambda _m, _a, output: given.append(output)) for module in named]
+    if family == "deepseek_v4":  # several streams, and no site for what is added
+        handles.append(block.mlp.register_forward_hook(lambda _m, _a, output: of_mlp.append(output)))
     whole = [name for name in ("resid_pre", "resid_mid", "mlp_out", "resid_post") if layer in model.atlas.layers(name)]
     try:
         run = model.run(ids, read=[S.expert_out[layer], *(S.named(name)[layer] for name in whole)])
@@ -189,8 +192,8 @@ def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torc
         total = total * getattr(block, "mlp_beta_factor", 1) * getattr(block, "residual_multiplier", 1)
     if "mlp_out" in whole:
         added = plain(run[S.mlp_out[layer]])
-    elif family == "deepseek_v4":  # several streams, and no site for what is added
-        return
+    elif of_mlp:
+        added = of_mlp[0]
     else:
         added = plain(run[S.resid_post[layer]]) - plain(run[S.resid_mid[layer]])
     torch.testing.assert_close(total, added, atol=tolerance(family), rtol=1e-6)
