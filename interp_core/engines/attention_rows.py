@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,12 +90,18 @@ class AttentionRows:
 
     def _places(self, queries: Sequence[int]) -> list[int]:
         """Where queries lie in `query`."""
-        known = range(self.key.shape[2]) if self.kept is None else self.kept
-        index = {column: place for place, column in enumerate(known)}
+        index = self._index
         if missing := [query for query in queries if query not in index]:
+            known = list(index)
             shown = f"{known[0]} to {known[-1]}" if self.kept is None else f"{len(known)} kept ones"
             raise PositionError(f"attention of this layer has no query in column {missing[0]}: there are {shown}")
         return [index[query] for query in queries]
+
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        """Where each column's query lies."""
+        known = range(self.key.shape[2]) if self.kept is None else self.kept
+        return {column: place for place, column in enumerate(known)}
 
     def _graph(self) -> torch.set_grad_enabled:
         """A graph only where the pass had one: sinks and biases are weights, which always ask for it."""
@@ -138,7 +144,7 @@ def _later(queries: Sequence[int], scores: Tensor) -> Float[Tensor, "query key"]
 
 def _row(places: Sequence[int]) -> bool:
     """Whether they follow each other."""
-    return places[-1] - places[0] == len(places) - 1 and all(b > a for a, b in pairwise(places))
+    return list(places) == list(range(places[0], places[-1] + 1))
 
 
 def _taken(query: Tensor, places: Sequence[int]) -> Tensor:

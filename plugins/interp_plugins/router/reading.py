@@ -48,7 +48,8 @@ class Places:
 
     def of(self, values: Tensor) -> Tensor:
         """A value `[batch pos …]` at these tokens, `[n …]`."""
-        return values[self.rows.to(values.device), self.columns.to(values.device)]
+        places = self.rows * values.shape[1] + self.columns
+        return values.flatten(0, 1).index_select(0, places.to(values.device))  # whole rows at a time, unlike indexing
 
     def ids(self, tokens: ic.Tokens) -> Int[Tensor, " n"]:
         """Their token ids."""

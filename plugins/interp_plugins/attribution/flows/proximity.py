@@ -145,8 +145,8 @@ def proximities_to(
     total = (sign @ w_o.flatten(1)).view(*grouped.shape[:2], -1)
     linear = (torch.matmul(total, by_head.mT) * grouped).flatten(0, 1)
     reach = by_head.norm(dim=-1)[:, None] * grouped.abs() * longest.view(*grouped.shape[:2], 1)
-    need = torch.searchsorted(size, reach.flatten(0, 1)).masked_fill_(linear <= 0, 0)
-    width, more = _split(need, len(size))
+    reach = reach.flatten(0, 1).masked_fill_(linear <= 0, 0)
+    width, more = _split(reach, size)
     near, few = linear.clone(), order[:width]
     signed = (w_o[few] * sign[few, None, None]).unflatten(1, grouped.shape[:2]).permute(1, 3, 2, 0).flatten(2)
     step = max(chunk_tokens, 2 * _room(mix) // (len(mix) * max(width, 1)))
@@ -156,7 +156,7 @@ def proximities_to(
         over = over.mul_(grouped[..., part].transpose(1, 2)[..., None]).sub_(size[:width]).clamp_min_(0).sum(-1)
         near[:, part] -= 2 * over.transpose(1, 2).flatten(0, 1)
     if more:
-        pairs = torch.nonzero(need > width)
+        pairs = torch.nonzero(reach > size[width])
         for head, key in (some.unbind(1) for some in pairs.split(max(1, 8 * _room(mix) // len(size)))):
             parts = values[key, head // grouped.shape[1]] * mix[head, key, None]
             near[head, key] = linear[head, key] - 2 * _beyond(parts, head, whole, sign, w_o)
@@ -176,13 +176,14 @@ def _beyond(
     return -left.mul_(sign).clamp_max_(0).sum(-1)
 
 
-def _split(need: Tensor, d: int) -> tuple[int, bool]:
-    """How many dimensions are done for all tokens and heads, so that it costs least to do all of them for those that
-    need more; and whether there are such."""
-    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift), d]
-    within = torch.bincount(need.flatten(), minlength=d + 1).cumsum(0).tolist()
-    more = [need.numel() - within[width] for width in widths]
-    best = min(range(len(widths)), key=lambda i: widths[i] * need.numel() + 2 * d * more[i])
+def _split(reach: Float[Tensor, "head key"], size: Float[Tensor, " d_model"]) -> tuple[int, bool]:
+    """How many dimensions, smallest first, are done for all tokens and heads, so that it costs least to do all of them
+    for those that reach further; and whether there are such."""
+    d = len(size)
+    widths = [0, *(d >> shift for shift in (7, 6, 5, 4, 3, 2) if d >> shift)]
+    more = [*(reach.flatten() > size[widths, None]).sum(-1).tolist(), 0]
+    widths.append(d)
+    best = min(range(len(widths)), key=lambda i: widths[i] * reach.numel() + 2 * d * more[i])
     return widths[best], more[best] > 0
 
 
