@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from . import testing as testing
     from . import text as text
     from . import toys as toys
+    from . import visual as visual
     from .activations import Activations as Activations
     from .edits import Edit as Edit
     from .engines.attention_rows import AttentionRows as AttentionRows
@@ -100,7 +101,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys")
+_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "visual")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
