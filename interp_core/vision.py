@@ -3,8 +3,8 @@
 Processors put one placeholder id per visual token into the text, so the ids themselves say where: the positions named
 `"vision"` are those of the config's image and video token ids, `"text"` all others, `"after_vision"` the text after a
 row's first visual token, and `"image_0"`, `"image_1"`, … those of a row's single images. Tokens that are generated
-belong to `"text"` and `"after_vision"`. Nothing here needs an image library: places and boxes follow from the ids and the sizes
-that the processor returned.
+belong to `"text"` and `"after_vision"`. Nothing here needs an image library: places and boxes follow from the ids and
+the sizes that the processor returned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Visual rows cut out of the stream before a layer, written by hand: what truncation has to equal.
 
 From layer l on, pre-hooks hand every block the stream, rotary embeddings, positions and mask without the visual rows;
-all other tokens keep their positions. What DeepStack would add to rows that are gone is not added. One row at a time,
-without a cache.
+all other tokens keep their positions. What DeepStack adds later goes to the rows that are left. One row at a time, without
+a cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from layouts import LAYOUT
 from torch import Tensor
 
-DROPPED = ("deepstack_visual_embeds", "visual_pos_masks")
+FEATURES, PLACES = "deepstack_visual_embeds", "visual_pos_masks"
 
 
 @contextmanager
@@ -25,25 +25,41 @@ def deleted(family: str, hf: Any, layer: int, gone: Sequence[int], width: int) -
     language = hf.get_submodule(LAYOUT[family]["blocks"].rpartition(".")[0])
     kept = [i for i in range(width) if i not in set(gone)]
 
+    added: dict[str, Any] = {}
+
     def cut(number: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x, *rest = args
             assert x.shape[1] == (width if number == layer else len(kept))
-            return (x[:, kept] if number == layer else x, *rest), {k: _cut(k, v, kept) for k, v in kwargs.items()}
+            x = x[:, kept] if number == layer else _with_additions(x, added, number - 1, kept)
+            return (x, *rest), {k: _cut(k, v, kept) for k, v in kwargs.items()}
 
         return hook
 
-    def without_additions(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        added = kwargs.get(DROPPED[0])
-        return args, kwargs if added is None else {**kwargs, DROPPED[0]: added[:layer]}
+    def without_later_additions(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get(FEATURES) is None:
+            return args, kwargs
+        added.update({name: kwargs[name] for name in (FEATURES, PLACES)})
+        return args, {**kwargs, FEATURES: kwargs[FEATURES][:layer]}
 
     handles = [blocks[i].register_forward_pre_hook(cut(i), with_kwargs=True) for i in range(layer, len(blocks))]
-    handles.append(language.register_forward_pre_hook(without_additions, with_kwargs=True))
+    handles.append(language.register_forward_pre_hook(without_later_additions, with_kwargs=True))
     try:
         yield kept if layer < len(blocks) else list(range(width))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_additions(x: Tensor, added: dict[str, Any], block: int, kept: list[int]) -> Tensor:
+    """The stream after a block, with what DeepStack adds to the visual rows that are left."""
+    if not added or block >= len(added[FEATURES]):
+        return x
+    visual = torch.nonzero(added[PLACES][0]).flatten().tolist()
+    rows = [i for i, column in enumerate(visual) if column in kept]
+    x = x.clone()
+    x[0, [kept.index(visual[i]) for i in rows]] += added[FEATURES][block][rows]
+    return x
 
 
 def _cut(name: str, value: Any, kept: list[int]) -> Any:

@@ -57,8 +57,8 @@ def layers_of(model: Model, layers: int | Iterable[int]) -> list[int]:
     attending = [i for i in model.atlas.layers("pattern") if entries["pattern", i].write is not None]
     if missing := [i for i in asked if i not in attending]:
         raise CapabilityError(
-            f"layer {missing[0]} of this {model.atlas.family.name} has no attention that can be masked, so tokens cannot "
-            f"be hidden there; layers {', '.join(map(str, attending))} have"
+            f"layer {missing[0]} of this {model.atlas.family.name} has no attention that can be masked, so tokens "
+            f"cannot be hidden there; layers {', '.join(map(str, attending))} have"
         )
     return asked
 

@@ -6,7 +6,7 @@
 Rankings, each a number per visual token, ties to the earlier one:
 
     last_token   mean over heads of pattern[l-1](p0, v): what FastV's published code ranks by
-    mean_text    mean over heads and over the prompt's text after v of pattern[l-1](q, v): the average attention of its text
+    mean_text    mean over heads and over the prompt's text after v of pattern[l-1](q, v)
     random       a random order by seed; the kept sets of a seed are nested over fractions
     uniform      evenly over the grid for every fraction (the order of Bayer's dither matrix), images in turn
 
@@ -102,7 +102,9 @@ def _stretches(items: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
-def ranked(model: Model, x: Input, by: str, *, layer: int | None = None, seed: int = 0) -> list[Float[Tensor, visual]]:
+def ranked(
+    model: Model, x: Input, by: str, *, layer: int | None = None, seed: int = 0
+) -> list[Float[Tensor, " visual"]]:
     """A number per visual token of each row, the higher the sooner it is kept.
 
     Args:
@@ -129,7 +131,7 @@ def ranked(model: Model, x: Input, by: str, *, layer: int | None = None, seed: i
     return [pattern[i][[tokens.rows.real[i][v] for v in row]] for i, row in enumerate(visual)]
 
 
-def _attention(model: Model, tokens: Tokens, layer: int, by: str) -> list[Float[Tensor, key]]:
+def _attention(model: Model, tokens: Tokens, layer: int, by: str) -> list[Float[Tensor, " key"]]:
     """Per row, the attention that each column gets, as a ranking has it."""
     ends, real = predicting(tokens), tokens.rows.real
     if by == "last_token":
@@ -145,13 +147,13 @@ def _attention(model: Model, tokens: Tokens, layer: int, by: str) -> list[Float[
     return rows
 
 
-def _shuffled(n: int, seed: int) -> Float[Tensor, visual]:
+def _shuffled(n: int, seed: int) -> Float[Tensor, " visual"]:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise PlanError(wrong("seed=", "an integer", seed))
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _spread(tokens: Sequence[VisualToken]) -> Float[Tensor, visual]:
+def _spread(tokens: Sequence[VisualToken]) -> Float[Tensor, " visual"]:
     """The order of a dither matrix: bits of row and column, the lowest first, decide which cells come sooner."""
     orders = []
     for token in tokens:
@@ -163,7 +165,7 @@ def _spread(tokens: Sequence[VisualToken]) -> Float[Tensor, visual]:
     return torch.tensor(orders, dtype=torch.float64)
 
 
-def top(ranks: Sequence[Float[Tensor, visual]], fraction: float) -> list[list[int]]:
+def top(ranks: Sequence[Float[Tensor, " visual"]], fraction: float) -> list[list[int]]:
     """Per row, which of the visual tokens stay, in order: the ⌈f n⌉ of the highest rank.
 
     Raises:
@@ -180,7 +182,7 @@ def top(ranks: Sequence[Float[Tensor, visual]], fraction: float) -> list[list[in
 
 
 def pruned(
-    model: Model, x: Input, ranks: Sequence[Float[Tensor, visual]], fraction: float, layers: int | Iterable[int]
+    model: Model, x: Input, ranks: Sequence[Float[Tensor, " visual"]], fraction: float, layers: int | Iterable[int]
 ) -> list[Edit]:
     """Edits that keep the best-ranked visual tokens in some layers, and take the others away.
 
