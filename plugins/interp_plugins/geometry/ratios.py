@@ -31,7 +31,7 @@ class CutRatio:
         ratio: mean over samples of each sample's ratio.
         log: mean over samples of its logarithm; 0 if nothing changes.
         cuts: mean logarithm at each cut 1 … L - 1.
-        low, high: the band of random cuts: 2.5 and 97.5 % of `cuts`.
+        low, high: the band of random cuts: 2.5 and 97.5 % of `cuts` but the one itself.
         p: share of all cuts whose mean logarithm is as far from 0, the cut itself counted; 1 / (L - 1) at best.
         per_sample: each sample's ratio at the cut.
     """
@@ -47,8 +47,8 @@ class CutRatio:
 
     @property
     def stands_out(self) -> bool:
-        """Whether the interval of the logarithm excludes 0 and the value lies at the edge of the random cuts or beyond."""
-        return self.log.excludes(0) and not self.low < self.log.value < self.high
+        """Whether the interval of the logarithm excludes 0 and lies outside the band of random cuts."""
+        return self.log.excludes(0) and (self.log.low > self.high or self.log.high < self.low)
 
     def row(self) -> dict[str, Any]:
         """Numbers for a table."""
@@ -79,7 +79,8 @@ def cut_ratio(curves: Any, cut: int, boot: stats.Bootstrap | None = None) -> Cut
     after = values[:, ::-1].cumsum(1)[:, ::-1][:, 1:] / np.arange(n_layers - 1, 0, -1)
     logs = np.log(after / before)
     of_cuts = logs.mean(0)
-    low, high = np.quantile(of_cuts, [0.025, 0.975])
+    others = np.delete(of_cuts, cut - 1) if n_layers > 2 else of_cuts
+    low, high = np.quantile(others, [0.025, 0.975])
     boot = boot or stats.Bootstrap()
     extreme = float((np.abs(of_cuts) >= np.abs(of_cuts[cut - 1]) - 1e-12).mean())
     ratios = (after / before)[:, cut - 1]

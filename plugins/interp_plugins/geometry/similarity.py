@@ -28,7 +28,8 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .rows import as_rows
+from .rows import as_rows, centred
+from .spectrum import vanishing
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +110,20 @@ def _paired(first: Rows, second: Rows) -> tuple[Float[Tensor, "n d"], Float[Tens
             "have no rows in common"
         )  # fmt: skip
         raise ic.PlanError(f"CKA compares row i with row i: {first.name} and {second.name} have {what}")
-    a, b = first.values - first.values.mean(0), second.values - second.values.mean(0)
+    a, b = (_varying(rows) for rows in (first, second))
     return a, b
+
+
+def _varying(rows: Rows) -> Float[Tensor, "n d"]:
+    """Centred values.
+
+    Raises:
+        PlanError: nothing is left of them but rounding.
+    """
+    values = centred(rows.values)
+    if float(values.norm()) <= vanishing(rows.values):
+        raise ic.PlanError(f"CKA: {rows.name}: the {len(values)} rows are all the same; they resemble nothing")
+    return values
 
 
 def _doubly_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -130,6 +143,6 @@ def _hsic(k: Float[Tensor, "n n"], l: Float[Tensor, "n n"]) -> float:  # noqa: E
 
 
 def _ratio(cross: float, own: float, other: float) -> float:
-    if own <= 0 or other <= 0:
-        raise ic.PlanError("CKA: the rows of one side are all the same; they resemble nothing")
+    if own <= 0 or other <= 0:  # of the debiased one, where all rows but one are the same
+        raise ic.PlanError("CKA: the rows of one side hardly differ from each other; they resemble nothing")
     return cross / (own * other) ** 0.5

@@ -54,6 +54,12 @@ def predicted(scores: Float[Tensor, "*batch score"]) -> Int[Tensor, "*batch"]:
     return (scores[..., 0] > 0).long() if scores.shape[-1] == 1 else scores.argmax(-1)
 
 
+def typical(split: Split) -> Float[Tensor, " layer"]:
+    """Mean squared length of train rows; 1 where all are the same, so that penalties stay above 0."""
+    length = split.train.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.where(length > 0, length, 1.0)
+
+
 def ridge(
     split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]
 ) -> Scores:
@@ -63,7 +69,7 @@ def ridge(
     target = (2.0 * high.double() - 1).reshape(t, -1)
     there, absent = _weights(high)
     best = _Best()
-    scale = split.train.diagonal(dim1=1, dim2=2).mean(1)
+    scale = typical(split)
     eye = torch.eye(t, dtype=torch.float64, device=split.train.device)
     for penalty in penalties:
         factor = torch.linalg.cholesky(split.train + (penalty * scale)[:, None, None] * eye)
@@ -99,7 +105,7 @@ def lda(split: Split, labels: Int[Tensor, "t column"], n_classes: int) -> Scores
         within = eye - same / same.sum(0)
         inside = within @ split.train @ within
         shrinkage, mean_variance = _ledoit_wolf(inside, split.d)
-        ridge_ = shrinkage * mean_variance
+        ridge_ = shrinkage * torch.where(mean_variance > 0, mean_variance, 1.0)
         system = inside + (ridge_ * t / (1 - shrinkage).clamp(min=1e-12))[:, None, None] * eye
         solved = within @ torch.linalg.solve(system, within @ split.train @ share)
         dual = (share - solved) / ridge_[:, None, None]
@@ -171,4 +177,4 @@ def _ledoit_wolf(inside: Float[Tensor, "layer t t"], d: int) -> tuple[Float[Tens
     squared = inside.square().sum((1, 2)) / t**2
     spread = (squared - trace.square() / d) / d
     noise = (norms.square().sum(1) / t - squared) / (d * t)
-    return (noise / spread).clamp(1e-6, 1.0), trace / d
+    return (noise / spread).nan_to_num(1.0).clamp(1e-6, 1.0), trace / d

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .decoders import Scores
+from .decoders import Scores, typical
 from .gram import Split
 
 HIDDEN, LEARNING_RATE, DECAY, TRAINING = 64, 1e-2, 1e-3, 150
@@ -32,8 +32,8 @@ def mlp(split: Split, labels: Int[Tensor, "t column"], n_classes: int, seed: int
 def _coordinates(split: Split) -> tuple[Float[Tensor, "layer t r"], Float[Tensor, "layer s r"]]:
     """Train and test rows in a basis of the train rows, of mean squared length 1."""
     values, vectors = torch.linalg.eigh(split.train)
-    values = values.clamp(min=values[:, -1:] * 1e-10)
-    length = split.train.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300).sqrt()[:, None, None]
+    values = values.clamp(min=values[:, -1:].clamp(min=1e-300) * 1e-10)
+    length = typical(split).sqrt()[:, None, None]
     basis = vectors / values.sqrt()[:, None]
     return split.train @ basis / length, split.test @ basis / length
 

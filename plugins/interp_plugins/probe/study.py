@@ -196,6 +196,7 @@ def decode(
     if types is not None:
         columns.append(control_labels(y, types, controls, seed))
     every = np.concatenate(columns, 1)
+    rounding = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
     grid = penalties or {"ridge": RIDGE, "logistic": LOGISTIC}.get(decoder, ())
     book = _Book(every, len(folds), x.shape[1], len(classes), len(y))
     with ic.Progress(f"probe {decoder}", len(folds) * x.shape[1]) as progress:
@@ -204,7 +205,7 @@ def decode(
             for number in range(len(folds)):
                 train, test = (torch.from_numpy(np.flatnonzero(of[number])) for of in (folds.train, folds.test))
                 inner = torch.from_numpy(folds.inner[number])[train]
-                split = split_of(part, train, test, inner)
+                split = split_of(part, train, test, inner, rounding)
                 targets = torch.from_numpy(every)[train]
                 scores = _fitted(decoder, split, targets, len(classes), grid, seed)
                 book.note(number, layers, train.numpy(), test.numpy(), scores)
