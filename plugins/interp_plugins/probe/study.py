@@ -1,0 +1,305 @@
+"""What probes decode from states of one image mode: fitted and tested split by split, with shuffled and control labels.
+
+    accuracy   of a repeat, the mean over classes of the share of right predictions, every sample predicted once;
+               mean over repeats
+    auroc      of two classes, within a test fold, mean over splits; of more, each against the rest, mean
+    error      of repeated folds: √((1 / J + n_test / n_train) · variance over the J splits)
+
+Source: Nadeau and Bengio (2003), Inference for the Generalization Error (the error of repeated folds); Brodersen et al.
+(2010) for balanced accuracy.
+Shapes: states `[sample layer d]`, labels `[sample]`; curves `[layer]`.
+Cost: per layer and split n² · d for inner products, then what the probe takes (decoders.py); shuffled and control labels
+share the ridge's matrices. Memory 2 · sample · layers at a time · d in float64.
+Must equal: splits fitted one by one, in the states themselves, to 1e-8 in scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import interp_core as ic
+
+from . import decoders
+from .decoders import Scores, members, predicted
+from .folds import Folds, numbered
+from .gram import layers_at_a_time, split_of
+from .logistic import logistic
+from .mlp import mlp
+from .nulls import control_labels, shuffled
+
+Decoder = Literal["ridge", "logistic", "means", "lda", "mlp"]
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
+RIDGE = (1e-3, 1e-2, 1e-1, 1.0)
+"""Penalties in units of the mean diagonal of the inner products."""
+LOGISTIC = tuple(10.0**k for k in range(-4, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """What was decoded. The first labeling is the labels themselves, then shuffles, then control tasks.
+
+    Attributes:
+        hits: right predictions of test rows by split, layer, labeling and class.
+        counts: test rows by split, labeling and class.
+        inner: held-out balanced accuracy within the train fold, for choices that may not see test rows; NaN where the
+            probe has none.
+        correct: share of repeats in which a sample was predicted right.
+        ranking: area under the ROC curve within each test fold.
+        penalty: that each split chose; NaN where the probe has none.
+        repeat: of each split.
+        shuffles, controls: how many of the labelings are such.
+        ratio: test over train samples.
+        labels: by number.
+        groups: of the samples, by number.
+        classes: the labels' names.
+        decoder: the probe.
+    """
+
+    hits: Float[np.ndarray, "split layer labeling class"]
+    counts: Float[np.ndarray, "split labeling class"]
+    inner: Float[np.ndarray, "split layer labeling"]
+    correct: Float[np.ndarray, "sample layer"]
+    ranking: Float[np.ndarray, "split layer"]
+    penalty: Float[np.ndarray, "split layer"]
+    repeat: Int[np.ndarray, " split"]
+    shuffles: int
+    controls: int
+    ratio: float
+    labels: Int[np.ndarray, " sample"]
+    groups: Int[np.ndarray, " sample"]
+    classes: tuple[Any, ...]
+    decoder: str
+
+    @property
+    def n_layers(self) -> int:
+        """Of the states."""
+        return self.hits.shape[1]
+
+    @cached_property
+    def _by_labeling(self) -> Float[np.ndarray, "layer labeling"]:
+        return self._balanced(self.hits)
+
+    def _balanced(self, hits: Float[np.ndarray, "split layer labeling class"]) -> Float[np.ndarray, "layer labeling"]:
+        """Balanced accuracy of each repeat, mean of them."""
+        out = []
+        for number in np.unique(self.repeat):
+            here = self.repeat == number
+            out.append((hits[here].sum(0) / self.counts[here].sum(0)).mean(-1))
+        return np.mean(out, axis=0)
+
+    @property
+    def accuracy(self) -> Float[np.ndarray, " layer"]:
+        """Balanced accuracy."""
+        return self._by_labeling[:, 0]
+
+    @property
+    def auroc(self) -> Float[np.ndarray, " layer"]:
+        """Mean over splits."""
+        return np.nanmean(self.ranking, axis=0)
+
+    @property
+    def null(self) -> Float[np.ndarray, "shuffle layer"]:
+        """Balanced accuracy of shuffled labels, each predicted by probes that were fitted to them."""
+        return self._by_labeling[:, 1 : 1 + self.shuffles].T
+
+    @property
+    def control(self) -> Float[np.ndarray, "draw layer"]:
+        """Balanced accuracy on control tasks."""
+        return self._by_labeling[:, 1 + self.shuffles :].T
+
+    @property
+    def selectivity(self) -> Float[np.ndarray, " layer"]:
+        """Accuracy minus that of the control task.
+
+        Raises:
+            PlanError: there was none.
+        """
+        if not self.controls:
+            raise ic.PlanError("selectivity needs a control task: decode(…, types=…)")
+        return self.accuracy - self.control.mean(0)
+
+    @property
+    def by_split(self) -> Float[np.ndarray, "split layer"]:
+        """Balanced accuracy of each test fold."""
+        return (self.hits[:, :, 0] / np.maximum(self.counts[:, None, 0], 1)).mean(-1)
+
+    @property
+    def error(self) -> Float[np.ndarray, " layer"]:
+        """Standard error of repeated folds; see `corrected_error`."""
+        return corrected_error(self.by_split, self.ratio)
+
+    def chosen(self) -> tuple[float, Float[np.ndarray, " shuffle"], Int[np.ndarray, " split"]]:
+        """Balanced accuracy where each split takes the layer that is best in its own inner folds, the same of shuffled
+        labels, and the layers.
+
+        Raises:
+            PlanError: the probe has no inner folds.
+        """
+        if np.isnan(self.inner).any():
+            raise ic.PlanError(f"{self.decoder} was fitted without inner folds, in which alone a layer may be chosen; "
+                               "take ridge, or logistic with several penalties")  # fmt: skip
+        layers = self.inner.argmax(1)  # [split labeling]
+        taken = np.take_along_axis(self.hits, layers[:, None, :, None], 1)
+        values = self._balanced(taken)[0]
+        return float(values[0]), values[1 : 1 + self.shuffles], layers[:, 0]
+
+
+def corrected_error(by_split: Float[np.ndarray, "split *axes"], ratio: float) -> Float[np.ndarray, "*axes"]:
+    """Standard error of a mean over splits of repeated folds, whose train sets overlap (Nadeau and Bengio).
+
+    Args:
+        by_split: values of each split; of two image modes, their differences.
+        ratio: test samples over train samples.
+    """
+    return np.sqrt((1 / len(by_split) + ratio) * by_split.var(0, ddof=1))
+
+
+def decode(
+    states: Any,
+    labels: Any,
+    folds: Folds,
+    *,
+    decoder: Decoder = "ridge",
+    penalties: tuple[float, ...] | None = None,
+    shuffles: int = 0,
+    types: Any = None,
+    controls: int = 10,
+    seed: int = 0,
+) -> Decoding:
+    """Fit and test a probe on every split and layer.
+
+    Args:
+        states: `[sample layer d]`.
+        labels: one per sample, any kind of two or more.
+        folds: of `make_folds`, the same for all that is compared.
+        decoder: "ridge", "logistic", "means", "lda" or "mlp".
+        penalties: to choose from in inner folds: of ridge in units of the mean inner product, of logistic C.
+        shuffles: how many permuted labelings; they cost ridge little, the others a fit each.
+        types: of the questions, for control tasks; None: none.
+        controls: draws of the control task.
+        seed: of shuffles, controls and networks.
+
+    Raises:
+        PlanError: states, labels and folds that do not fit each other, or no such probe.
+    """
+    x = _states(states)
+    y, classes = numbered(labels)
+    _demand(x, y, folds, decoder, penalties, shuffles)
+    columns = [y[:, None], shuffled(y, folds.groups, shuffles, seed)]
+    if types is not None:
+        columns.append(control_labels(y, types, controls, seed))
+    every = np.concatenate(columns, 1)
+    rounding = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
+    grid = penalties or {"ridge": RIDGE, "logistic": LOGISTIC}.get(decoder, ())
+    book = _Book(every, len(folds), x.shape[1], len(classes), len(y))
+    with ic.Progress(f"probe {decoder}", len(folds) * x.shape[1]) as progress:
+        for layers in layers_at_a_time(x):
+            part = x[:, layers].transpose(0, 1).double()
+            for number in range(len(folds)):
+                train, test = (torch.from_numpy(np.flatnonzero(of[number])) for of in (folds.train, folds.test))
+                inner = torch.from_numpy(folds.inner[number])[train]
+                split = split_of(part, train, test, inner, rounding)
+                targets = torch.from_numpy(every)[train]
+                scores = _fitted(decoder, split, targets, len(classes), grid, seed)
+                book.note(number, layers, train.numpy(), test.numpy(), scores)
+                progress.add(len(part))
+    repeats = len(np.unique(folds.repeat))
+    return Decoding(
+        book.hits, book.counts, book.inner, book.correct / repeats, book.ranking, book.penalty, folds.repeat, shuffles,
+        every.shape[1] - 1 - shuffles, folds.ratio, y, folds.groups, classes, decoder,
+    )  # fmt: skip
+
+
+def _fitted(
+    decoder: str, split: Any, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...], seed: int
+) -> Scores:
+    if decoder == "ridge":
+        return decoders.ridge(split, labels, n_classes, penalties)
+    if decoder == "logistic":
+        return logistic(split, labels, n_classes, penalties)
+    if decoder == "mlp":
+        return mlp(split, labels, n_classes, seed)
+    return {"means": decoders.difference_of_means, "lda": decoders.lda}[decoder](split, labels, n_classes)
+
+
+class _Book:
+    """Counts of right predictions, as splits come."""
+
+    def __init__(self, labels: Int[np.ndarray, "sample labeling"], splits: int, layers: int, classes: int, n: int) -> None:
+        self.labels, self.classes = labels, classes
+        self.hits = np.zeros((splits, layers, labels.shape[1], classes))
+        self.counts = np.zeros((splits, labels.shape[1], classes))
+        self.inner = np.full((splits, layers, labels.shape[1]), np.nan)
+        self.correct = np.zeros((n, layers))
+        self.ranking, self.penalty = np.full((2, splits, layers), np.nan)
+
+    def note(
+        self, split: int, layers: slice, train: Int[np.ndarray, " t"], test: Int[np.ndarray, " s"], scores: Scores
+    ) -> None:
+        """What a probe said of a split, of some layers."""
+        there = torch.from_numpy(self.labels[test])
+        of = (there[..., None] == torch.arange(self.classes)).double()
+        right = (predicted(scores.test) == there).double()
+        self.hits[split, layers] = torch.einsum("lsp,spc->lpc", right, of).numpy()
+        self.counts[split] = of.sum(0).numpy()
+        self.correct[test, layers] += right[:, :, 0].T.numpy()
+        self.penalty[split, layers] = scores.penalty[:, 0].numpy()
+        self.ranking[split, layers] = _ranking(scores.test[:, :, 0], members(there[:, :1], self.classes)[:, 0])
+        if scores.held is not None:
+            fitted = torch.from_numpy(self.labels[train])
+            inside = (fitted[..., None] == torch.arange(self.classes)).double()
+            good = (predicted(scores.held) == fitted).double()
+            shares = torch.einsum("ltp,tpc->lpc", good, inside / inside.sum(0).clamp(min=1))
+            self.inner[split, layers] = shares.mean(-1).numpy()
+
+
+def _ranking(scores: Float[Tensor, "layer s score"], high: Tensor) -> Float[np.ndarray, " layer"]:
+    """Area under the ROC curve, ties half; NaN where a side is missing."""
+    areas = []
+    for number in range(high.shape[1]):
+        above, below = scores[:, high[:, number], number], scores[:, ~high[:, number], number]
+        areas.append(((above[:, :, None] - below[:, None]).sign() + 1).mean((1, 2)) / 2)
+    return torch.stack(areas).mean(0).numpy()
+
+
+def _states(states: Any) -> Float[Tensor, "sample layer d"]:
+    """States as a tensor.
+
+    Raises:
+        PlanError: not numbers with three axes, or not finite.
+    """
+    try:
+        x = states.detach().cpu().as_subclass(Tensor) if isinstance(states, Tensor) else torch.from_numpy(np.array(states))
+    except (TypeError, ValueError) as error:
+        raise ic.PlanError(ic.errors.wrong("decode: states", "numbers [sample layer d]", states)) from error
+    if x.ndim != 3 or 0 in x.shape:
+        raise ic.PlanError(f"decode: states [sample layer d] are needed, these have shape {list(x.shape)}")
+    bad = ~torch.isfinite(x).flatten(1).all(1)
+    if bool(bad.any()):
+        raise ic.PlanError(f"decode: states of {int(bad.sum())} of {len(x)} samples are not finite, the first is sample "
+                           f"{int(bad.nonzero()[0])}; leave them out, and say how many")  # fmt: skip
+    return x
+
+
+def _demand(
+    x: Tensor, y: Int[np.ndarray, " sample"], folds: Folds, decoder: str, penalties: Any, shuffles: int
+) -> None:
+    if decoder not in DECODERS:
+        raise ic.PlanError(f"no probe {decoder!r}. {ic.errors.nearest(decoder, DECODERS)}")
+    if not len(x) == len(y) == folds.test.shape[1]:
+        raise ic.PlanError(f"decode: {len(x)} states, {len(y)} labels, folds of {folds.test.shape[1]} samples; give one "
+                           "of each per sample")  # fmt: skip
+    if penalties is not None and (decoder not in ("ridge", "logistic") or not penalties or min(penalties) <= 0):
+        raise ic.PlanError(f"decode: penalties {penalties} of {decoder}: numbers above 0, of ridge or logistic")
+    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 0:
+        raise ic.PlanError(ic.errors.wrong("decode: shuffles", "how many permuted labelings", shuffles))
+    for number in range(len(folds)):
+        if len(np.unique(y[folds.train[number]])) < y.max() + 1:
+            raise ic.PlanError(f"split {number} has no train sample of some class; take fewer folds")
