@@ -230,7 +230,11 @@ def test_pope_strict_counts_what_it_cannot_read_and_never_as_yes() -> None:
         "accuracy": 0.4, "precision": 1, "recall": pytest.approx(1 / 3), "f1": 0.5, "yes_rate": 0.2,
     }  # fmt: skip
     record = scores.record()
-    assert record["unparsable"] == 2 and record["f1"] == 0.5 and record["scorer"] == "pope(convention='strict')"
+    assert (
+        record["unparsable"] == 2
+        and record["f1"] == 0.5
+        and record["scorer"] == "pope(extraction=True, convention='strict')"
+    )
     silent = scorer("pope", convention="strict").all(["", ""], ["no", "no"]).metrics
     assert silent == {"accuracy": 0, "precision": None, "recall": None, "f1": None, "yes_rate": 0}
 
