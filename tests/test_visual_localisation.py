@@ -145,7 +145,7 @@ def test_baselines() -> None:
     assert centre.shape == (32, 32) and np.array_equal(centre, centre[::-1]) and np.array_equal(centre, centre.T)
     assert centre[0, 0] == pytest.approx(math.exp(-2 / (2 * 0.35**2))) and centre.max() == centre[15, 16]
     middle = evidence([(24, 24, 40, 40)], (32, 32), (64, 64))
-    assert hits(centre, middle).rank_auc == 1 and abs(hits(random_map("a"), middle).rank_auc - 0.5) < 0.1
+    assert hits(centre, middle).rank_auc > 0.99 and abs(hits(random_map("a"), middle).rank_auc - 0.5) < 0.1
 
 
 def test_regions_are_nearly_square_and_about_as_many_as_asked() -> None:
