@@ -86,15 +86,15 @@ class POPE(Scorer):
         scores = super().all(predictions, golds)
         return PopeScores(scores.scorer, scores.scores)
 
-    def _golds(self, golds: str | Sequence[str]) -> tuple[str, ...]:
-        labels = tuple(gold.strip().lower() for gold in super()._golds(golds))
+    def checked_golds(self, golds: str | Sequence[str]) -> tuple[str, ...]:
+        labels = tuple(gold.strip().lower() for gold in super().checked_golds(golds))
         if len(labels) != 1 or labels[0] not in ("yes", "no"):
             raise ic.TextError(ic.errors.wrong(f"scorer {self.name!r}: golds", "the label yes or no", golds))
         return labels
 
-    def _scored(self, prediction: str, golds: tuple[str, ...]) -> Score:
+    def scored(self, prediction: str, golds: tuple[str, ...]) -> Score:
         if self.convention == "strict":
-            return super()._scored(prediction, golds)
+            return super().scored(prediction, golds)
         answer = self._extracted(prediction)
         read = official(answer.answer)
         return Score(float(read == golds[0]), answer.answer, read, golds[0], cut=answer.cut)

@@ -157,7 +157,7 @@ class Scorer:
             TextError: no gold answer, or one that is none of its kind.
             PlanError: a prediction that is no text.
         """
-        return self._scored(prediction, self._golds(golds))
+        return self.scored(prediction, self.checked_golds(golds))
 
     def all(self, predictions: Sequence[str], golds: Sequence[str | Sequence[str]]) -> Scores:
         """The scores of predictions, each with its gold answers.
@@ -191,7 +191,7 @@ class Scorer:
     def _sum(self, scores: tuple[Score, ...]) -> Scores:
         return Scores(str(self), scores, self.legacy)
 
-    def _golds(self, golds: str | Sequence[str]) -> tuple[str, ...]:
+    def checked_golds(self, golds: str | Sequence[str]) -> tuple[str, ...]:
         what, takes = f"scorer {self.name!r}: golds", "a text, or several"
         several = (golds,) if isinstance(golds, str) else errors.several(what, takes, golds, ic.TextError)
         if not several or not all(isinstance(gold, str) for gold in several):
@@ -203,7 +203,7 @@ class Scorer:
             return extract(prediction, self.max_words)
         return Extraction(prediction, "text")
 
-    def _scored(self, prediction: str, golds: tuple[str, ...]) -> Score:
+    def scored(self, prediction: str, golds: tuple[str, ...]) -> Score:
         answer = self._extracted(prediction)
         if answer.problem:
             return Score(0.0, "", "", golds[0], answer.problem)

@@ -50,7 +50,7 @@ class VQAv2(Scorer):
     name: ClassVar[str] = "vqav2"
     convention: Literal["official_2021", "official_2017", "always"] = "official_2021"
 
-    def _scored(self, prediction: str, golds: tuple[str, ...]) -> Score:
+    def scored(self, prediction: str, golds: tuple[str, ...]) -> Score:
         answer = self._extracted(prediction)
         if answer.problem:
             return Score(0.0, "", "", golds[0], answer.problem)

@@ -90,7 +90,7 @@ class Choice(Scorer):
             choices: the options' texts, in the order of their letters.
         """
         answer = self._extracted(prediction)
-        several = self._golds(golds)
+        several = self.checked_golds(golds)
         wanted = [self._letter(gold, choices) for gold in several]
         for gold, (_, problem) in zip(several, wanted, strict=True):
             if problem:

@@ -38,7 +38,7 @@ class Evidence:
 
 
 def evidence(
-    where: Sequence[Sequence[float]] | Bool[np.ndarray, "height width"],
+    where: Sequence[Sequence[int | float]] | Bool[np.ndarray, "height width"],
     grid: tuple[int, int],
     size: tuple[int, int] | None = None,
 ) -> Evidence:
