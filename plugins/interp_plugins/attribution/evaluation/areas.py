@@ -100,11 +100,7 @@ def areas(
     shares = torch.tensor([0, *step_sizes(most, steps)], dtype=torch.float64).cumsum(0) / most
     down = text.log_prob(((step >= 0) & (step < number)).flatten(0, 1)).view(len(weights), -1)
     up = text.log_prob((step >= number).flatten(0, 1)).view(len(weights), -1)
-    first, last = down[:, :1], down[:, -1:]
-    still = (first - last).abs() <= NOTHING
-    deletion = ((down - last) / (first - last)).clamp(0, 1).cummin(1).values
-    insertion = ((up - last) / (first - last)).clamp(0, 1).cummax(1).values
-    deletion, insertion = torch.where(still, 1 - shares, deletion), torch.where(still, shares, insertion)
+    deletion, insertion, degenerate = normalised(down, up, shares)
     none = torch.zeros(1, text.size, dtype=torch.bool)
     best = torch.cat([none.repeat(len(order), 1).scatter(1, order[:, :k], True) for k in ks]) if ks else none[:0]
 
@@ -114,6 +110,24 @@ def areas(
 
     return Areas(
         torch.trapezoid(deletion, shares, dim=1), torch.trapezoid(insertion, shares, dim=1), drops(text.log_prob),
-        drops(text.log_odds) if text.odds else None, (still | (last > first))[:, 0],
+        drops(text.log_odds) if text.odds else None, degenerate,
         named(names, len(weights), "areas"), tuple(ks),
     )  # fmt: skip
+
+
+def normalised(
+    down: Float[Tensor, "vector step"], up: Float[Tensor, "vector step"], shares: Float[Tensor, " step"]
+) -> tuple[Float[Tensor, "vector step"], Float[Tensor, "vector step"], Bool[Tensor, " vector"]]:
+    """Deletion and insertion curves from 0 to 1, and which vectors are degenerate.
+
+    Args:
+        down: log-probabilities from nothing deleted to everything deleted.
+        up: from nothing inserted to everything inserted.
+        shares: how much is deleted, or inserted, at each step.
+    """
+    first, last = down[:, :1], down[:, -1:]
+    still = (first - last).abs() <= NOTHING
+    deletion = ((down - last) / (first - last)).clamp(0, 1).cummin(1).values
+    insertion = ((up - last) / (first - last)).clamp(0, 1).cummax(1).values
+    deletion, insertion = torch.where(still, 1 - shares, deletion), torch.where(still, shares, insertion)
+    return deletion, insertion, (still | (last > first))[:, 0]

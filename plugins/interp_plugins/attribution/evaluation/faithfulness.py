@@ -194,12 +194,18 @@ def metrics(
     first, last = curve[:, :1], curve[:, -1:]
     level = ((curve - last) / (first - last).abs()).clamp(0, 1)
     level = torch.where(first == last, 1.0, level).cummin(1).values
+    return Metrics(alignment(level, density), density, (last > first)[:, 0])
+
+
+def alignment(
+    level: Float[Tensor, "vector step"], density: Float[Tensor, "vector step"]
+) -> Float[Tensor, "vector metric"]:
+    """RISE, MAS and RISE+AP of curves that run from 1 to 0, beside the share of the weight that is left."""
     penalty = (level - density).abs()
     corrected = (level + penalty).clamp(0, 1)
     low, high = corrected.amin(1, keepdim=True), corrected.amax(1, keepdim=True)
-    scaled = torch.where(high > low, (corrected - low) / (high - low), _falling(curve.shape[1]))
-    scores = torch.stack([area(level), area(scaled), area(level + penalty)], 1)
-    return Metrics(scores, density, (last > first)[:, 0])
+    scaled = torch.where(high > low, (corrected - low) / (high - low), _falling(level.shape[1]))
+    return torch.stack([area(level), area(scaled), area(level + penalty)], 1)
 
 
 def area(curve: Float[Tensor, "vector step"]) -> Float[Tensor, " vector"]:
