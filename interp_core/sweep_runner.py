@@ -137,9 +137,13 @@ class Runner(Planner):
         rows = Rows([range(group.width)] * len(group.texts), {}, group.width)
         read = self.site(group.texts[0])
         with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
-            inputs = self._inputs(group.texts, starts, group.width)
+            if self.tokens.inputs:
+                inputs = {**model_inputs(self.model, self._row(*group.texts)), "use_cache": False}
+            else:
+                inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
-            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, keep=keep, scored=wanted)
+            more = {"keep": keep, "scored": wanted, "images": bool(self.tokens.inputs)}
+            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, **more)
 
     def _climb(
         self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
@@ -178,14 +182,14 @@ class Runner(Planner):
     def _inputs(self, texts: Sequence[int], starts: Sequence[int], columns: int) -> dict[str, Any]:
         """Inputs of so many columns of each text from its start on, filled up on the right where a text has fewer."""
         device = self.model.device
-        if self.tokens.inputs:
-            return {**model_inputs(self.model, self.tokens), "use_cache": False}
         ids = torch.zeros(len(texts), columns, dtype=torch.long)
         for own, text, start in zip(ids, texts, starts, strict=True):
             found = self.tokens.ids[text][self.tokens.mask[text]][start : min(start + columns, self.widths[text])]
             own[: len(found)] = found
+            for run in self._images(text):  # what the tower handed over is in the clean pass' streams
+                own[max(run.start - start, 0) : max(run.stop - start, 0)] = 0
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
-        if any(starts):
+        if any(starts) and not self.tokens.inputs:
             inputs["position_ids"] = (torch.tensor(starts)[:, None] + torch.arange(columns)).to(device)
         return inputs
 

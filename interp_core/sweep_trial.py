@@ -20,7 +20,7 @@ from .engines.staircase import Clean, clean_pass
 from .engines.torch import TorchEngine
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
-from .positions import PerRow, Rows
+from .positions import VISION, PerRow, Rows
 from .progress import Progress
 from .readout import is_plain
 from .score import Score
@@ -87,8 +87,6 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
 def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
     """Why keys of earlier positions cannot be had from a clean pass; empty if they can."""
     config, length = model.hf.config.get_text_config(), max(tokens.lengths)
-    if tokens.inputs:
-        return "a text with images is run from its first token on"
     closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
     if closed or any(model.atlas.entries["scores", i].write is None for i in range(model.n_layers)):
         return f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions"
@@ -155,8 +153,10 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     go through a pass together, and some of the first text through one of their own.
     """
     joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    texts, variants = tokens, [_Variant(layer, (-1,)) for layer in joins]
-    if not tokens.inputs:
+    if tokens.inputs:
+        texts = tokens if len(tokens) == 1 and not tokens.padded else tokens.row(0)
+        variants = _beside_an_image(texts, joins)
+    else:
         ids, mask = probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
         variants = [_Variant(at, (-3,)) for at in joins]
         if len(tokens.ids) > 1:
@@ -179,6 +179,14 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
 
+def _beside_an_image(text: Tokens, joins: list[int]) -> list[_Variant]:
+    """Variants at the first token after the images (the last one, if nothing follows), and at their first one."""
+    (length,), runs = text.lengths, text.spans.get(VISION, ((),))[0]
+    after = min(max((run.stop for run in runs), default=length), length - 1)
+    first = min((run.start for run in runs), default=0)
+    return [_Variant(at, (place - length,)) for at, place in ((joins[0], after), (joins[-1], after), (joins[0], first))]
+
+
 def _judged(logits: Tensor) -> Tensor:
     return logits @ torch.linspace(-1, 1, logits.shape[-1]).to(logits)
 
@@ -195,12 +203,11 @@ class _Rehearsal(Runner):
         super().__init__(model, texts, tuple((one.edit(model),) for one in given), (Score("trial", _judged),), None)
         self.given = given
         self.wanted: dict[int, Tensor] = {}
-        if texts.inputs:
-            runs = [model.run(texts, edits=one.edit(model), logits=-1) for one in given]
-            self.wanted[0] = torch.stack([_judged(run.logits.as_subclass(Tensor))[0] for run in runs]).cpu()
 
     def _clean(self, group: Group) -> Clean:
         if self.tokens.inputs:
+            alone = [self._alone(self._row(0), 0, [one.edit(self.model)])[0][0] for one in self.given]
+            self.wanted[0] = torch.stack([_judged(logits) for logits in alone]).cpu()
             return super()._clean(group)
         edited = [(text, one) for text in group.texts for one in self.given]
         blocks, handles = _blocks(self.model), []
