@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .architectures.atlas import Entry
+from .architectures.taps import Tap
 from .edits import TENSOR_OPS, Edit
 from .engines.program import place
+from .engines.tower import Tower
 from .errors import CapabilityError, PlanError
 from .positions import VISION, Position, Slice, Span, is_single, resolve
 from .score import Score
@@ -29,6 +31,9 @@ TOGETHER = 512
 """Tokens of the texts that share a clean pass, at most: a matrix product of so many rows runs at the machine's rate."""
 FILLED = 1.125
 """Columns that they may have, filled up to one length, for each of their tokens."""
+SHORT = 16
+"""Columns of a text with images for each one before them at which these are run too: over a few earlier keys, attention
+in two parts costs more than they do in the model's own kernel."""
 APART = "several texts in one pass"
 EACH = "one row of inputs for all variants"
 """Under these a model remembers that they were tried and do not hold: texts then go alone, and a model that shapes its
@@ -262,10 +267,20 @@ class Planner:
         found += [[row] for row in range(len(self.tokens)) if row not in swept]
         return [tuple(sorted(group)) for group in sorted(found, key=min)]
 
-    def _inside_attention(self) -> bool:
+    def _edited(self) -> list[Tap]:
+        """Where values of the sites that are edited pass."""
         sites = {edit.site.name for edits in self.variants for edit in edits}
         entries = [self.model.atlas.entries[name, layer] for name in sites for layer in self.model.atlas.layers(name)]
-        return any(entry.write is not None and entry.write.side == "attention" for entry in entries)
+        return [entry.write for entry in entries if entry.write is not None]
+
+    def _inside_attention(self) -> bool:
+        return any(tap.side == "attention" for tap in self._edited())
+
+    def inside(self, tower: Tower | None) -> bool:
+        """Whether an edit changes what a tower computes."""
+        modules = dict(self.model.hf.named_modules())
+        inner = () if tower is None or tower.module is None else set(tower.module.modules())
+        return any(modules.get(tap.module) in inner for tap in self._edited())
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
@@ -293,6 +308,8 @@ class Planner:
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
             start = next((run.start for run in self._images(row) if run.start <= start < run.stop), start)
+        if self.tokens.inputs and start * SHORT <= self.widths[row] - start:
+            start = 0
         return Step(number, row, tuple(own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:

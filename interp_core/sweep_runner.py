@@ -15,6 +15,7 @@ from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
+from .engines.tower import Tower
 from .positions import Rows
 from .progress import Progress
 from .readout import is_plain
@@ -31,10 +32,12 @@ class Runner(Planner):
 
     Attributes:
         kept: the tokens whose logits are computed, ascending; None: all.
+        tower: the vision tower, where texts have images and no edit lies inside of it.
         standing: what modules compute instead while a pass runs.
     """
 
     kept: Tensor | None = None
+    tower: Tower | None = None
     standing: Mapping[nn.Module, Callable[..., Any]] = {}
 
     def run(self, plan: SweepPlan, store: Store, progress: Progress) -> Tensor:
@@ -109,7 +112,8 @@ class Runner(Planner):
 
     def _only_targets(self, texts: Sequence[int]) -> None:
         """While narrow scores judge some texts, only their targets' logits are computed."""
-        self.kept, self.standing, head = None, {}, self.model.hf.get_output_embeddings()
+        self.kept, head = None, self.model.hf.get_output_embeddings()
+        self.standing = standing = {} if self.tower is None else dict(self.tower.forwards())
         everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
         plain = is_plain(head) and type(self.model.engine) is TorchEngine
         if not all(score.narrow for score in self.scores) or everything or not plain:
@@ -117,7 +121,7 @@ class Runner(Planner):
         self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
         rows = self.kept.to(head.weight.device)
         weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
-        self.standing = {head: lambda x: nn.functional.linear(x, weight, bias)}
+        standing[head] = lambda x: nn.functional.linear(x, weight, bias)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

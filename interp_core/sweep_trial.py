@@ -18,6 +18,7 @@ from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, clean_pass
 from .engines.torch import TorchEngine
+from .engines.tower import Tower
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
 from .positions import VISION, PerRow, Rows
@@ -42,15 +43,21 @@ SEEN = 64
 """Rows of the unembedding that a trial looks at."""
 
 
-def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str, Trial | None]:
+def choose(
+    model: Model, tokens: Tokens, asked: str, tower: Tower | None = None
+) -> tuple[str, str, Trial | None]:
     """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
-    these took before the model's first sweep."""
+    these took before the model's first sweep.
+
+    Args:
+        tower: the vision tower that the sweep will run.
+    """
     order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
     found: list[str] = []
     trials: list[Trial] = []
     for strategy in order:
         with model.turn:  # another thread does not take a strategy that is still being tried
-            problem = "" if strategy == "full" else _problem(model, strategy, tokens, trials)
+            problem = "" if strategy == "full" else _problem(model, strategy, tokens, trials, tower)
         if not problem:
             return strategy, "; ".join(dict.fromkeys(found)), _summed(trials)
         found.append(problem)
@@ -62,7 +69,7 @@ def _summed(trials: list[Trial]) -> Trial | None:
     return Trial(calls, token_layers, max(one.layers for one in trials)) if trials else None
 
 
-def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
+def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """What keeps a strategy from being exact on this model, tried once and remembered."""
     if type(model.engine) is not TorchEngine:
         return f"engine {model.engine.name!r} runs one variant after the other"
@@ -73,11 +80,11 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
     if key not in tried:
         own = model.trials[key] = []
         tried[key] = ""  # so that the trial's own sweeps go ahead
-        tried[key] = _trial(model, strategy, tokens, own)
+        tried[key] = _trial(model, strategy, tokens, own, tower)
         for relief in (APART, EACH) if kind == "texts" else (EACH,):
             if tried[key] and not tokens.inputs and relief not in tried:
                 tried[relief], tried[key] = tried[key], ""
-                tried[key] = _trial(model, strategy, tokens, own)
+                tried[key] = _trial(model, strategy, tokens, own, tower)
                 if tried[key]:
                     del tried[relief]  # that was not it
     trials += model.trials.get(key, [])
@@ -120,12 +127,12 @@ def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
     return ""
 
 
-def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
+def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """Hold a strategy against plain forward passes, on a model of few layers; on all where the others need them."""
     blocks = _blocks(model)
     for layers in dict.fromkeys((_representative(model, blocks), tuple(range(len(blocks))))):
         with _shortened(model, blocks, layers) as counted:
-            problem = _compare(model, strategy, tokens, layers)
+            problem = _compare(model, strategy, tokens, layers, tower)
         calls, token_layers = len(counted), sum(counted)
         trials.append(Trial(calls, token_layers, len(layers)))
         if problem is not None:
@@ -146,7 +153,9 @@ class _Variant(NamedTuple):
         return Site("resid_pre", self.layer).at(PerRow(self.places)).add(self.vector(model))
 
 
-def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...]) -> str | None:
+def _compare(
+    model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None
+) -> str | None:
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
     For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)
@@ -166,6 +175,7 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
             variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
         texts = Tokens(ids, mask)
     rehearsal = _Rehearsal(model, texts, variants)
+    rehearsal.tower = tower
     try:
         with opened(None, model, texts, rehearsal.variants, rehearsal.scores) as store, Progress("trial") as told:
             rehearsal.run(rehearsal.plan(strategy, "", store.done), store, told)
