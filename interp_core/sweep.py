@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .edits import ROUTING, TENSOR_OPS, Edit
+from .engines.tower import Tower
 from .errors import PlanError, nearest, several, wrong
 from .plan import Plan
 from .progress import Progress
@@ -141,8 +142,10 @@ def sweep(
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens, listed, scores = _ready(model, x, variants, scores, strategy)
     runner = Runner(model, tokens, listed, scores, budget)
+    tower = Tower(model.hf) if tokens.inputs else None
+    runner.tower = None if runner.inside(tower) else tower
     with opened(out, model, tokens, listed, scores) as store:
-        chosen, why, trial = choose(model, tokens, strategy)
+        chosen, why, trial = choose(model, tokens, strategy, tower)
         plan = runner.plan(chosen, why, store.done)
         plan.trial = trial
         with Progress("sweep", int((~store.done).sum()), shown=progress) as told:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .architectures.atlas import Entry
+from .architectures.taps import Tap
 from .edits import TENSOR_OPS, Edit
 from .engines.program import place
+from .engines.tower import Tower
 from .errors import CapabilityError, PlanError
-from .positions import Position, Slice, is_single, resolve
+from .positions import VISION, Position, Slice, Span, is_single, resolve
 from .score import Score
 from .sites import SITES, Site
 from .text import Tokens
@@ -29,6 +31,9 @@ TOGETHER = 512
 """Tokens of the texts that share a clean pass, at most: a matrix product of so many rows runs at the machine's rate."""
 FILLED = 1.125
 """Columns that they may have, filled up to one length, for each of their tokens."""
+SHORT = 16
+"""Columns of a text with images for each one before them at which these are run too: over a few earlier keys, attention
+in two parts costs more than they do in the model's own kernel."""
 APART = "several texts in one pass"
 EACH = "one row of inputs for all variants"
 """Under these a model remembers that they were tried and do not hold: texts then go alone, and a model that shapes its
@@ -155,6 +160,7 @@ class Planner:
                 raise PlanError(f"scores {score.name} and {other.name} read different places; sweep once for each")
         self.budget = budget if budget is not None else _free(model.device) // 2
         self._resolved: dict[Position, list[list[int]]] = {}
+        self.stacked = len(model.atlas.layers("deepstack"))
         self.top, self.ceiling = model.n_layers, (model.n_layers, len(SITES))
         if score.of is None:
             self.scored = self._local(Site("logits").at(score.at).pos or 0)
@@ -184,10 +190,15 @@ class Planner:
 
     def _width(self, row: int) -> int:
         """Columns of a row that are run: what lies behind every edit and everything scored is not."""
-        of, whole = self.score.of, self.tokens.lengths[row]
-        if self.tokens.inputs or (of is not None and "key" in of.info.axes):
-            return whole
-        return max(*self.scored[row], self._last(row)) + 1
+        of = self.score.of
+        if of is not None and "key" in of.info.axes:
+            return self.tokens.lengths[row]
+        seen = max((run.stop for run in self._images(row)), default=0)  # a token may see its whole image
+        return max(*self.scored[row], self._last(row), seen - 1) + 1
+
+    def _images(self, row: int) -> Sequence[Span]:
+        """Where visual tokens lie in a row."""
+        return self.tokens.spans[VISION][row] if self.tokens.inputs and VISION in self.tokens.spans else ()
 
     def _local(self, chosen: Position) -> list[list[int]]:
         """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once."""
@@ -231,7 +242,8 @@ class Planner:
             plan.singles.append(singles)
             steps.append(found)
         for texts in self._groups(strategy, [row for row, found in enumerate(steps) if found]):
-            width = max(self.widths[text] for text in texts)
+            lengths = self.tokens.lengths if self.tokens.inputs else self.widths  # images come with their whole text
+            width = max(lengths[text] for text in texts)
             passes = self._passes([step for text in texts for step in steps[text]], width, plan)
             plan.groups.append(Group(texts, width, list(passes)))
         return plan
@@ -255,10 +267,20 @@ class Planner:
         found += [[row] for row in range(len(self.tokens)) if row not in swept]
         return [tuple(sorted(group)) for group in sorted(found, key=min)]
 
-    def _inside_attention(self) -> bool:
+    def _edited(self) -> list[Tap]:
+        """Where values of the sites that are edited pass."""
         sites = {edit.site.name for edits in self.variants for edit in edits}
         entries = [self.model.atlas.entries[name, layer] for name in sites for layer in self.model.atlas.layers(name)]
-        return any(entry.write is not None and entry.write.side == "attention" for entry in entries)
+        return [entry.write for entry in entries if entry.write is not None]
+
+    def _inside_attention(self) -> bool:
+        return any(tap.side == "attention" for tap in self._edited())
+
+    def inside(self, tower: Tower | None) -> bool:
+        """Whether an edit changes what a tower computes."""
+        modules = dict(self.model.hf.named_modules())
+        inner = () if tower is None or tower.module is None else set(tower.module.modules())
+        return any(modules.get(tap.module) in inner for tap in self._edited())
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
@@ -281,9 +303,13 @@ class Planner:
             )
         if strategy in ("batched", "prefix"):
             layer = min(layer, 0)
-        if self.tokens.inputs and layer < len(self.model.atlas.layers("deepstack")):
-            return None  # visual features that the model adds after this layer are laid over one row
+        if self.tokens.inputs and self.stacked >= self.model.n_layers:
+            return None  # visual features are added after the last block, where nothing follows
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
+        if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
+            start = next((run.start for run in self._images(row) if run.start <= start < run.stop), start)
+        if self.tokens.inputs and start * SHORT <= self.widths[row] - start:
+            start = 0
         return Step(number, row, tuple(own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
@@ -293,7 +319,7 @@ class Planner:
             layer = -1
         elif not edit.site.info.layered or edit.site.info.visual:
             return None
-        if name == "resid_post" and layer + 1 < self.top and not self.model.atlas.layers("deepstack"):
+        if name == "resid_post" and self.stacked <= layer < self.top - 1:
             name, layer = "resid_pre", layer + 1  # the same tensor, and the block below need not run
         places = self._places(edit.site, row)
         first = places.get("pos", 0)

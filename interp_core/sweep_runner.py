@@ -15,6 +15,7 @@ from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, Staircase, clean_pass
 from .engines.torch import TorchEngine
+from .engines.tower import Tower
 from .positions import Rows
 from .progress import Progress
 from .readout import is_plain
@@ -31,10 +32,12 @@ class Runner(Planner):
 
     Attributes:
         kept: the tokens whose logits are computed, ascending; None: all.
+        tower: the vision tower, where texts have images and no edit lies inside of it.
         standing: what modules compute instead while a pass runs.
     """
 
     kept: Tensor | None = None
+    tower: Tower | None = None
     standing: Mapping[nn.Module, Callable[..., Any]] = {}
 
     def run(self, plan: SweepPlan, store: Store, progress: Progress) -> Tensor:
@@ -109,7 +112,8 @@ class Runner(Planner):
 
     def _only_targets(self, texts: Sequence[int]) -> None:
         """While narrow scores judge some texts, only their targets' logits are computed."""
-        self.kept, self.standing, head = None, {}, self.model.hf.get_output_embeddings()
+        self.kept, head = None, self.model.hf.get_output_embeddings()
+        self.standing = standing = {} if self.tower is None else dict(self.tower.forwards())
         everything = any(edit.site.name == "logits" for edits in self.variants for edit in edits)
         plain = is_plain(head) and type(self.model.engine) is TorchEngine
         if not all(score.narrow for score in self.scores) or everything or not plain:
@@ -117,7 +121,7 @@ class Runner(Planner):
         self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
         rows = self.kept.to(head.weight.device)
         weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
-        self.standing = {head: lambda x: nn.functional.linear(x, weight, bias)}
+        standing[head] = lambda x: nn.functional.linear(x, weight, bias)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -137,9 +141,13 @@ class Runner(Planner):
         rows = Rows([range(group.width)] * len(group.texts), {}, group.width)
         read = self.site(group.texts[0])
         with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
-            inputs = self._inputs(group.texts, starts, group.width)
+            if self.tokens.inputs:
+                inputs = {**model_inputs(self.model, self._row(*group.texts)), "use_cache": False}
+            else:
+                inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
-            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, keep=keep, scored=wanted)
+            more = {"keep": keep, "scored": wanted, "images": bool(self.tokens.inputs)}
+            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, **more)
 
     def _climb(
         self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
@@ -178,14 +186,14 @@ class Runner(Planner):
     def _inputs(self, texts: Sequence[int], starts: Sequence[int], columns: int) -> dict[str, Any]:
         """Inputs of so many columns of each text from its start on, filled up on the right where a text has fewer."""
         device = self.model.device
-        if self.tokens.inputs:
-            return {**model_inputs(self.model, self.tokens), "use_cache": False}
         ids = torch.zeros(len(texts), columns, dtype=torch.long)
         for own, text, start in zip(ids, texts, starts, strict=True):
             found = self.tokens.ids[text][self.tokens.mask[text]][start : min(start + columns, self.widths[text])]
             own[: len(found)] = found
+            for run in self._images(text):  # what the tower handed over is in the clean pass' streams
+                own[max(run.start - start, 0) : max(run.stop - start, 0)] = 0
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
-        if any(starts):
+        if any(starts) and not self.tokens.inputs:
             inputs["position_ids"] = (torch.tensor(starts)[:, None] + torch.arange(columns)).to(device)
         return inputs
 

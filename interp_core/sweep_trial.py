@@ -18,9 +18,10 @@ from .edits import Edit
 from .engines.replace import replaced_forwards
 from .engines.staircase import Clean, clean_pass
 from .engines.torch import TorchEngine
+from .engines.tower import Tower
 from .errors import CapabilityError, InterpError
 from .identity import settings_of
-from .positions import PerRow, Rows
+from .positions import VISION, PerRow, Rows
 from .progress import Progress
 from .readout import is_plain
 from .score import Score
@@ -42,15 +43,21 @@ SEEN = 64
 """Rows of the unembedding that a trial looks at."""
 
 
-def choose(model: Model, tokens: Tokens, asked: str) -> tuple[str, str, Trial | None]:
+def choose(
+    model: Model, tokens: Tokens, asked: str, tower: Tower | None = None
+) -> tuple[str, str, Trial | None]:
     """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
-    these took before the model's first sweep."""
+    these took before the model's first sweep.
+
+    Args:
+        tower: the vision tower that the sweep will run.
+    """
     order = ("staircase", "restart", "full") if asked == "auto" else (asked,)
     found: list[str] = []
     trials: list[Trial] = []
     for strategy in order:
         with model.turn:  # another thread does not take a strategy that is still being tried
-            problem = "" if strategy == "full" else _problem(model, strategy, tokens, trials)
+            problem = "" if strategy == "full" else _problem(model, strategy, tokens, trials, tower)
         if not problem:
             return strategy, "; ".join(dict.fromkeys(found)), _summed(trials)
         found.append(problem)
@@ -62,7 +69,7 @@ def _summed(trials: list[Trial]) -> Trial | None:
     return Trial(calls, token_layers, max(one.layers for one in trials)) if trials else None
 
 
-def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
+def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """What keeps a strategy from being exact on this model, tried once and remembered."""
     if type(model.engine) is not TorchEngine:
         return f"engine {model.engine.name!r} runs one variant after the other"
@@ -73,11 +80,11 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
     if key not in tried:
         own = model.trials[key] = []
         tried[key] = ""  # so that the trial's own sweeps go ahead
-        tried[key] = _trial(model, strategy, tokens, own)
+        tried[key] = _trial(model, strategy, tokens, own, tower)
         for relief in (APART, EACH) if kind == "texts" else (EACH,):
             if tried[key] and not tokens.inputs and relief not in tried:
                 tried[relief], tried[key] = tried[key], ""
-                tried[key] = _trial(model, strategy, tokens, own)
+                tried[key] = _trial(model, strategy, tokens, own, tower)
                 if tried[key]:
                     del tried[relief]  # that was not it
     trials += model.trials.get(key, [])
@@ -87,8 +94,6 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -
 def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
     """Why keys of earlier positions cannot be had from a clean pass; empty if they can."""
     config, length = model.hf.config.get_text_config(), max(tokens.lengths)
-    if tokens.inputs:
-        return "a text with images is run from its first token on"
     closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
     if closed or any(model.atlas.entries["scores", i].write is None for i in range(model.n_layers)):
         return f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions"
@@ -122,12 +127,12 @@ def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
     return ""
 
 
-def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial]) -> str:
+def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """Hold a strategy against plain forward passes, on a model of few layers; on all where the others need them."""
     blocks = _blocks(model)
     for layers in dict.fromkeys((_representative(model, blocks), tuple(range(len(blocks))))):
         with _shortened(model, blocks, layers) as counted:
-            problem = _compare(model, strategy, tokens, layers)
+            problem = _compare(model, strategy, tokens, layers, tower)
         calls, token_layers = len(counted), sum(counted)
         trials.append(Trial(calls, token_layers, len(layers)))
         if problem is not None:
@@ -148,15 +153,19 @@ class _Variant(NamedTuple):
         return Site("resid_pre", self.layer).at(PerRow(self.places)).add(self.vector(model))
 
 
-def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...]) -> str | None:
+def _compare(
+    model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None
+) -> str | None:
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
     For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)
     go through a pass together, and some of the first text through one of their own.
     """
     joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    texts, variants = tokens, [_Variant(layer, (-1,)) for layer in joins]
-    if not tokens.inputs:
+    if tokens.inputs:
+        texts = tokens if len(tokens) == 1 and not tokens.padded else tokens.row(0)
+        variants = _beside_an_image(texts, joins)
+    else:
         ids, mask = probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
         variants = [_Variant(at, (-3,)) for at in joins]
         if len(tokens.ids) > 1:
@@ -166,6 +175,7 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
             variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
         texts = Tokens(ids, mask)
     rehearsal = _Rehearsal(model, texts, variants)
+    rehearsal.tower = tower
     try:
         with opened(None, model, texts, rehearsal.variants, rehearsal.scores) as store, Progress("trial") as told:
             rehearsal.run(rehearsal.plan(strategy, "", store.done), store, told)
@@ -177,6 +187,14 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     differ = float((store.values[..., 0] - wanted.to(store.values)).abs().max() / wanted.abs().max())
     limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 5e-2)  # some modules compute in float32 always
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
+
+
+def _beside_an_image(text: Tokens, joins: list[int]) -> list[_Variant]:
+    """Variants at the first token after the images (the last one, if nothing follows), and at their first one."""
+    (length,), runs = text.lengths, text.spans.get(VISION, ((),))[0]
+    after = min(max((run.stop for run in runs), default=length), length - 1)
+    first = min((run.start for run in runs), default=0)
+    return [_Variant(at, (place - length,)) for at, place in ((joins[0], after), (joins[-1], after), (joins[0], first))]
 
 
 def _judged(logits: Tensor) -> Tensor:
@@ -195,12 +213,11 @@ class _Rehearsal(Runner):
         super().__init__(model, texts, tuple((one.edit(model),) for one in given), (Score("trial", _judged),), None)
         self.given = given
         self.wanted: dict[int, Tensor] = {}
-        if texts.inputs:
-            runs = [model.run(texts, edits=one.edit(model), logits=-1) for one in given]
-            self.wanted[0] = torch.stack([_judged(run.logits.as_subclass(Tensor))[0] for run in runs]).cpu()
 
     def _clean(self, group: Group) -> Clean:
         if self.tokens.inputs:
+            alone = [self._alone(self._row(0), 0, [one.edit(self.model)])[0][0] for one in self.given]
+            self.wanted[0] = torch.stack([_judged(logits) for logits in alone]).cpu()
             return super()._clean(group)
         edited = [(text, one) for text in group.texts for one in self.given]
         blocks, handles = _blocks(self.model), []

@@ -33,6 +33,7 @@ from ..readings import demand_proof
 from ..regions import Bound, Window
 from ..sites import Site
 from .attention import LayerTap, Texts
+from .called import Called
 from .ports import Change, Read
 from .program import LocalEngine, Stop
 from .protocol import Passed
@@ -52,6 +53,7 @@ class Clean:
         prefix: keys and values of every layer `[text kv_head pos d_head]`, None where the pass did not attend; empty if
             they were not kept.
         windows: per layer, the sliding window that attention was told.
+        called: what blocks were called with, of texts with images (None: of pure text, which says it all).
     """
 
     value: Tensor
@@ -59,6 +61,7 @@ class Clean:
     rest: list[tuple[Any, ...] | None] = field(default_factory=list)
     prefix: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
+    called: Called | None = None
 
 
 def clean_pass(
@@ -70,6 +73,7 @@ def clean_pass(
     *,
     keep: bool,
     scored: Tensor | None = None,
+    images: bool = False,
 ) -> Clean:
     """One pass without edits.
 
@@ -79,6 +83,7 @@ def clean_pass(
         keep: also keep keys and values, of models in which every layer attends through the attention interface.
         scored: columns whose logits are asked for `[text scored]`; of the others the last layer computes no more than
             keys and values need.
+        images: also keep what blocks are called with, which ids alone do not say.
     """
     program = TorchProgram(engine, Plan(() if read is None else (read,), ()), atlas)
     blocks, attentions = _modules(engine, atlas)
@@ -88,15 +93,20 @@ def clean_pass(
             tap.keep = True
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
+    called = Called(rows.width) if images else None
 
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         streams.append(args[0] if args else kwargs["hidden_states"])
+        if called is not None:
+            called.blocks.append((args[1:], {key: x for key, x in kwargs.items() if key != "hidden_states"}))
 
     def leaving(module: nn.Module, args: Any, output: Any) -> None:
         rest.append(None if isinstance(output, Tensor) else tuple(output[1:]))
 
     handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(leaving) for block in blocks]
+    if called is not None and (stack := atlas.entries.get(("deepstack", 0))) is not None and stack.read is not None:
+        handles.append(engine.modules[stack.read.module].register_forward_pre_hook(called.laid, with_kwargs=True))
     narrow = {} if scored is None else _narrowed(engine, atlas, scored)
     try:
         with torch.no_grad(), replaced_forwards(narrow):
@@ -106,7 +116,7 @@ def clean_pass(
             handle.remove()
     kept = [tap.kept for tap in program.taps if tap.keep]
     value = passed.output.logits if read is None else seen(passed, program.slots)
-    return Clean(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept])
+    return Clean(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept], called)
 
 
 def _narrowed(engine: LocalEngine, atlas: Atlas, columns: Tensor) -> dict[nn.Module, Callable[..., Any]]:
@@ -424,12 +434,14 @@ class Staircase(TorchProgram):
         if self.joins[0] < 0:
             texts.join(self.texts)
         below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
+        told = None if clean.called is None else clean.called.told(within, texts, n_columns)
         try:
             for layer in range(first, len(clean.streams)):  # a pass may end before the last
                 joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
-                if joining or narrow:
+                if joining or narrow or told is not None:
                     new = partial(_columns, clean.streams[layer], within, texts.starts, joining, n_columns)
                     hook = self._joining(texts, joining, new, narrow)
+                    hook = hook if told is None else told.around(layer, hook)
                     handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
             with replaced_forwards(below):
                 yield
