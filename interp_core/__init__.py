@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from . import text as text
     from . import toys as toys
     from . import vision as vision
+    from . import visual as visual
     from .activations import Activations as Activations
     from .edits import Edit as Edit
     from .engines.attention_rows import AttentionRows as AttentionRows
@@ -101,7 +102,9 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "vision")
+_MODULES = (
+    "errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "vision", "visual",
+)  # fmt: skip
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .errors import PositionError, nearest
 
 __all__ = [
-    "ALL", "GENERATED", "LAST", "VISION", "Mask", "PerRow", "Position", "PositionLike", "Rows", "Slice", "Span",
+    "ALL", "GENERATED", "GROWING", "LAST", "VISION", "Mask", "PerRow", "Position", "PositionLike", "Rows", "Slice", "Span",
     "format_position", "is_single", "parse_position", "position", "resolve",
 ]  # fmt: skip
 
@@ -71,6 +71,8 @@ PositionLike = Any
 """What `Site.at` takes: a `Position`, or a Python slice, list, nested list, or boolean array."""
 
 LAST, ALL, GENERATED, VISION = "last", "all", "generated", "vision"
+GROWING = ("text", "after_vision")
+"""Names of texts with images that tokens belong to which are generated, too."""
 
 
 def position(value: PositionLike) -> Position:
@@ -172,7 +174,9 @@ def selects_newest(value: Position, rows: Rows, row: int) -> bool:
     if isinstance(value, int):
         return value in (-1, newest)
     if isinstance(value, str):
-        return value in (LAST, ALL, GENERATED) and value not in rows.names  # all other names are the prompt's
+        if value in rows.names:  # all other names are the prompt's
+            return _grows(value, rows)
+        return value in (LAST, ALL, GENERATED)
     if isinstance(value, Slice):
         return newest in range(newest + 1)[value.slice]
     if isinstance(value, Span):
@@ -224,7 +228,10 @@ def _row(value: Any, rows: Rows, row: int) -> list[int]:
 def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
     length = len(rows.real[row])
     if name in rows.names:
-        return rows.names[name][row]
+        known = rows.names[name][row]
+        if rows.prompt is None or not _grows(name, rows):
+            return known
+        return [*known, *range(rows.prompt[row], length)]
     if name == LAST:
         return range(length)[-1:]
     if name == ALL:
@@ -238,6 +245,11 @@ def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
     raise PositionError(
         f"the text has no positions called {name!r}.{hint} {nearest(name, [*rows.names, LAST, ALL, 'prompt'])}"
     )
+
+
+def _grows(name: str, rows: Rows) -> bool:
+    """Whether new tokens belong to a name that the batch knows: they are text, and come after its images."""
+    return name in GROWING and VISION in rows.names
 
 
 def format_position(value: Position) -> str:
@@ -272,14 +284,19 @@ def parse_position(text: str) -> Position:
             start, stop = text[5:-1].split(",")
             return Span(int(start), int(stop))
         if text.startswith("[") and text.endswith("]"):
-            return tuple(int(part) for part in text[1:-1].split(","))
+            return tuple(_item(part) for part in text[1:-1].split(",") if part)
         if ":" in text:
-            return position(slice(*(int(part) if part.strip() else None for part in text.split(":"))))
+            return _item(text)
         return int(text) if text.lstrip("-").isdigit() else _name(text)
     except (ValueError, TypeError):
         raise PositionError(
             f"{text!r} is not a position; write -1, 3:7, [0,4], span(3,7), a name, or rows joined by |"
         ) from None
+
+
+def _item(text: str) -> Any:
+    """An integer, or a slice."""
+    return Slice(*(int(part) if part.strip() else None for part in text.split(":"))) if ":" in text else int(text)
 
 
 def _name(text: str) -> str:

@@ -126,7 +126,8 @@ def test_prompts_of_generations(family: str, cache: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_nothing_of_all_queries_is_held_or_computed(family: str) -> None:
-    """Beside the kernel's own: a knockout at one query makes tensors of that query only, and the layer runs its kernel."""
+    """Beside the kernel's own: a knockout at one query makes tensors of that query only. The layer runs its kernel, for
+    the one query once more; where a knockout is at most queries, it runs once for all."""
     model, n = tiny_model(family, max_position_embeddings=256), 256
     ids = torch.randint(3, 90, (1, n), generator=torch.Generator().manual_seed(0))
     layer = nth(model, "pattern", 0)
@@ -138,4 +139,5 @@ def test_nothing_of_all_queries_is_held_or_computed(family: str) -> None:
     square = (model.atlas.entries["z", layer].n_units or 0) * n * n * 4
     assert one.fresh - plain.fresh < square / 2
     assert many.fresh - plain.fresh > 2 * square
-    assert one.attentions == plain.attentions
+    by_kernel = plain.attentions > 0  # families that run in eager attention have none to count
+    assert one.attentions == plain.attentions + by_kernel and many.attentions == plain.attentions

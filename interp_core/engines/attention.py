@@ -22,7 +22,6 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from transformers import AttentionInterface
 
 from ..errors import CapabilityError, PlanError
 from .knockout import NOTHING_LEFT
+from .masks import LOWEST, at_queries, hiding, is_causal, masked, rows_of
 
 NAME = "interp_core"
 RULED = "interp_core_rule"
@@ -101,14 +101,16 @@ class LayerTap:
         filled: while generating, how many columns there are; a static cache hands over its empty places too.
         asked: the queries whose scores and patterns are asked for, as columns of this pass; None for all.
         kernel: the layer's own attention function, if it can be found.
+        hides: all that the plan does with scores and patterns is to hide keys, which the layer's own kernel can be told
+            by a mask.
         softmax_dtype: in which the family's eager attention takes its softmax even for wider types.
         lent: the config that names our function, shared by all layers of a plan.
         note: is handed what the layer's attention is called with: `(query, key, mask, the rest)`.
     """
 
     __slots__ = (
-        "asked", "filled", "keep", "kept", "kernel", "lent", "module", "note", "original", "prefix", "softmax_dtype",
-        "stages", "texts",
+        "asked", "filled", "hides", "keep", "kept", "kernel", "lent", "module", "note", "original", "prefix",
+        "softmax_dtype", "stages", "texts",
     )  # fmt: skip
 
     def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
@@ -117,6 +119,7 @@ class LayerTap:
         self.texts = _ONE
         self.filled: int | None = None
         self.asked: Sequence[int] | None = None
+        self.hides = False
         self.note: Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = own_config(module)
@@ -217,6 +220,9 @@ def attention(
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
         return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = scale_of(query, scaling)
+    if tap.hides and tap.has_kernel:
+        called = {"scaling": scale, "dropout": dropout, **kwargs}
+        return _hidden(tap, (query, key, value), attention_mask, called), None
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):
         few = _few(
@@ -249,6 +255,42 @@ def attention(
         out = _mixed(pattern[..., :split], values) + _mixed(pattern[..., split:], value)
     out = out.transpose(1, 2).contiguous()
     return (out, pattern) if few is None else (few.closed.index_copy(1, few.asked, out), None)
+
+
+def _hidden(
+    tap: LayerTap, called: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """What the layer's own kernel gives when a mask tells it what the plan's knockouts hide: all queries at once, or
+    the few that they act on after all others. These queries' rows of the pattern are made beside it, for the receipt:
+    how much probability was taken away."""
+    query, key, value = called
+    n, n_keys = query.shape[2], key.shape[2]
+    mask = None if mask is None else mask[..., :n_keys]  # without the empty places of a static cache
+
+    def kernel(query: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
+        assert tap.kernel is not None
+        return tap.kernel(tap.module, query, key, value, mask, **{**kwargs, **more})[0]
+
+    if tap.asked is not None and not tap.asked:
+        return kernel(query, mask)
+    asked = torch.arange(n, device=query.device) if tap.asked is None else torch.tensor(tap.asked, device=query.device)
+    few, bias = 2 * len(asked) <= n, at_queries(asked, kwargs.get("position_bias"))
+    with torch.no_grad():
+        seen = rows_of(mask, asked, n_keys, implied=n > 1 and is_causal(kwargs, tap.module), dtype=query.dtype)
+        given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
+        given = masked(given, seen, kwargs, tap.module)
+        scores = tap.stages["scores"](given, n_keys)
+        if scores is not given:
+            _demand_a_key(given, scores)
+        hidden = scores != given
+        if few:
+            seen = hiding(seen, hidden)
+        else:
+            every = torch.arange(n, device=query.device)
+            mask = rows_of(mask, every, n_keys, implied=n > 1 and is_causal(kwargs, tap.module), dtype=query.dtype)
+            mask = hiding(mask, hidden, asked)
+    out = kernel(query, mask)
+    return out.index_copy(1, asked, kernel(query[:, :, asked], seen, position_bias=bias)) if few else out
 
 
 class _Few(NamedTuple):
@@ -303,7 +345,7 @@ def _with_earlier(tap: LayerTap, query: Tensor, scores: Tensor, kwargs: dict[str
     before = shaped(_products(query, earlier), kwargs)
     hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
     if hidden is not None:
-        before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], _LOWEST[before.dtype])
+        before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], LOWEST[before.dtype])
     return torch.cat([before, scores], -1), values
 
 
@@ -349,7 +391,7 @@ def _merged(
     before = shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
     if (hidden := tap.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
         each = before.view(texts, kv, before.shape[1], -1, n)
-        before = each.masked_fill_(hidden[:, None, :, None], _LOWEST[before.dtype]).view(before.shape)
+        before = each.masked_fill_(hidden[:, None, :, None], LOWEST[before.dtype]).view(before.shape)
     if (wide := tap.softmax_dtype or (torch.float32 if own.dtype in _HALF else None)) is not None:
         own, before = own.to(wide), before.to(wide)
     own, before = own * _BITS, before.mul_(_BITS)
@@ -411,55 +453,13 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
-def at_queries(asked: Tensor, x: Tensor | None) -> Tensor | None:
-    """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
-    return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
-
-
-def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
-    """Whether a layer that is handed no mask hides later keys."""
-    causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if causal is None else causal)
-
-
-def masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
-    """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
-    queries, keys = scores.shape[-2:]
-    if mask is None:
-        if queries == 1 or not is_causal(kwargs, module):
-            return scores
-        return scores + no_later(queries, keys, scores.device, scores.dtype)
-    if mask.dtype == torch.bool:
-        mask = additive(mask, scores.dtype)
-    return scores + (mask if mask.shape[-1] == keys else mask[..., :keys])
-
-
-@lru_cache(maxsize=4)
-def no_later(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
-    mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-    return additive(seen, dtype)
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added, from one that is true where a query may look; kept with it, for the layers that share it.
-
-    Half of the lowest number hides as well as the lowest, and a row that is hidden whole (padding) stays finite.
-    """
-    kept: dict[torch.dtype, Tensor] = seen.__dict__.setdefault("interp_additive", {})
-    if dtype not in kept:
-        kept[dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _LOWEST[dtype])
-    return kept[dtype]
-
-
 def _demand_a_key(before: Tensor, scores: Tensor) -> None:
     """Refuse edits of scores that hide every key of a query which saw some.
 
     Raises:
         PlanError: there is such a query.
     """
-    lowest = _LOWEST[scores.dtype]
+    lowest = LOWEST[scores.dtype]
     if bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
         raise PlanError(NOTHING_LEFT)
 
@@ -478,7 +478,6 @@ def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> 
 
 
 _HALF = (torch.float16, torch.bfloat16)
-_LOWEST = {kind: torch.finfo(kind).min / 2 for kind in (*_HALF, torch.float32, torch.float64)}
 
 
 AttentionInterface.register(NAME, attention)

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionError
-from .attention import additive, at_queries, is_causal, masked, no_later, scale_of, shaped, softmax
+from .attention import scale_of, shaped, softmax
+from .masks import additive, at_queries, is_causal, masked, no_later
 
 ROOM, LEAST = 1 << 18, 16
 """Where only a sum of rows is asked for: how many numbers of them are made at a time, so that a CPU keeps them in its

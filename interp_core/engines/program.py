@@ -244,7 +244,16 @@ class PortProgram(ABC):
         for port in ports:
             stages.setdefault(port.tap.module, {})[port.tap.part] = port.stage()
         lent: dict[int, Any] = {}
-        return [LayerTap(self.engine.modules[path], found, lent) for path, found in stages.items()]
+        taps = [LayerTap(self.engine.modules[path], found, lent) for path, found in stages.items()]
+        for tap in taps:
+            tap.hides = self.closes and self._only_hides(tap)
+        return taps
+
+    def _only_hides(self, layer: LayerTap) -> bool:
+        """Whether all that is done with a layer's scores and patterns is to hide keys."""
+        inside = [p for p in self._inside if p.module is layer.module and p.tap.part in ("scores", "pattern")]
+        changes = [change for port in inside for change in port.changes]
+        return all(change.knockout for change in changes) and not any(p.reads or p.capture for p in inside)
 
     def _few_queries(self, layer: LayerTap) -> list[Part]:
         """What selects queries of a layer's scores and patterns; nothing if something asks for all of them."""
@@ -431,8 +440,8 @@ class PortProgram(ABC):
         """Let a layer open its attention only for the queries that are selected, where these are few."""
         bounds = [part.bound for part in parts if part.bound is not None]
         asked = sorted({column for bound in bounds for row in bound.columns or () for column in row})
-        layer.asked = None
-        if bounds and layer.has_kernel and 2 * len(asked) <= width:
+        layer.asked = [] if layer.hides and layer.has_kernel and not bounds else None
+        if bounds and layer.has_kernel and (layer.hides or 2 * len(asked) <= width):
             start = 0 if self.window is None else self.window.start
             layer.asked = [column - start for column in asked]
             for part in parts:

@@ -1,8 +1,9 @@
 """Where the visual tokens are, and what part of which image each one stands for.
 
 Processors put one placeholder id per visual token into the text, so the ids themselves say where: the positions named
-`"vision"` are those of the config's image and video token ids, `"text"` all others, and `"image_0"`, `"image_1"`, …
-those of a row's single images. Nothing here needs an image library: places and boxes follow from the ids and the sizes
+`"vision"` are those of the config's image and video token ids, `"text"` all others, `"after_vision"` the text after a
+row's first visual token, and `"image_0"`, `"image_1"`, … those of a row's single images. Tokens that are generated
+belong to `"text"` and `"after_vision"`. Nothing here needs an image library: places and boxes follow from the ids and the sizes
 that the processor returned.
 """
 
@@ -67,6 +68,8 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
     rows = list(zip(visual, tokens.lengths, strict=True))
     spans["vision"] = tuple(tuple(_runs(places)) for places in visual)
     spans["text"] = tuple(tuple(_runs(sorted({*range(n)} - {*places}))) for places, n in rows)
+    after = (sorted({*range(places[0] if places else n, n)} - {*places}) for places, n in rows)
+    spans["after_vision"] = tuple(tuple(_runs(places)) for places in after)
     _demand(tokens.inputs, family)
     shares: Shares = {}
     if (images := _images(tokens, config, family)) is not None:

@@ -1,0 +1,92 @@
+"""Attention masks in the forms that layers are handed them: none (causal, or nothing hidden), true where a query may
+look, or added to the scores.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LOWEST = {kind: torch.finfo(kind).min / 2 for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+"""What is added to the score of a hidden key."""
+
+
+def at_queries(asked: Tensor, x: Tensor | None) -> Tensor | None:
+    """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
+    return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
+
+
+def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a layer that is handed no mask hides later keys."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: nn.Module) -> Tensor:
+    """Scores with the layer's mask: additive, boolean, or implied (causal unless decoding)."""
+    queries, keys = scores.shape[-2:]
+    if mask is None:
+        if queries == 1 or not is_causal(kwargs, module):
+            return scores
+        return scores + no_later(queries, keys, scores.device, scores.dtype)
+    if mask.dtype == torch.bool:
+        mask = additive(mask, scores.dtype)
+    return scores + (mask if mask.shape[-1] == keys else mask[..., :keys])
+
+
+@lru_cache(maxsize=4)
+def no_later(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
+    mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+    return additive(seen, dtype)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added, from one that is true where a query may look; kept with it, for the layers that share it.
+
+    Half of the lowest number hides as well as the lowest, and a row that is hidden whole (padding) stays finite.
+    """
+    kept: dict[torch.dtype, Tensor] = seen.__dict__.setdefault("interp_additive", {})
+    if dtype not in kept:
+        kept[dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, LOWEST[dtype])
+    return kept[dtype]
+
+
+def rows_of(mask: Tensor | None, asked: Tensor, keys: int, *, implied: bool, dtype: torch.dtype) -> Tensor:
+    """The mask of some queries `[batch or 1, head or 1, asked, key]`, also where the layer is handed none.
+
+    Args:
+        implied: the layer that is handed none hides later keys.
+        dtype: of the scores.
+    """
+    if mask is not None:
+        rows = at_queries(asked, mask)
+        assert rows is not None
+        return rows.expand(-1, -1, len(asked), -1)
+    seen = (
+        torch.arange(keys, device=asked.device) <= asked[:, None] if implied else asked.new_ones(len(asked), keys) > 0
+    )
+    return additive(seen, dtype)[None, None]
+
+
+def hiding(mask: Tensor, hidden: Tensor, asked: Tensor | None = None) -> Tensor:
+    """A mask with more keys hidden, in its own form: true where a query may look, or added to the scores.
+
+    Args:
+        mask: `[batch or 1, head or 1, query, key]`.
+        hidden: `[batch head asked key]`, true where a key is hidden.
+        asked: the queries of `hidden`, as rows of the mask; None for all.
+    """
+    if bool((hidden == hidden[:, :1]).all()):
+        hidden = hidden[:, :1]
+    at = slice(None) if asked is None else asked
+    out = mask.expand(*torch.broadcast_shapes(mask.shape[:2], hidden.shape[:2]), -1, -1).clone()
+    if out.dtype == torch.bool:
+        out[:, :, at] &= ~hidden
+    else:
+        out[:, :, at] = out[:, :, at].masked_fill(hidden, LOWEST[out.dtype])
+    return out
