@@ -20,8 +20,9 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core import visual
 
-from .interventions import Clean, Deepstack, Intervention, Variant, knockouts, read_clean, replacements, text_rows
+from .interventions import Clean, Deepstack, Intervention, Variant, knockouts, noisy, read_clean, replacements
 from .sample import AnswerScores, Sample, demand_twin
 
 
@@ -35,7 +36,7 @@ class Plan:
         n_layers: of the model.
         width: of knockouts, in layers.
         deepstack: policy of replacements.
-        reference: rows of replace:mean_dataset `[layer d_model]`.
+        reference: rows of replace:mean_dataset.
         scale, draws, seed: of noise.
         strategy: of the sweeps.
     """
@@ -45,7 +46,7 @@ class Plan:
     n_layers: int
     width: int = 1
     deepstack: Deepstack = "follow"
-    reference: Float[Tensor, "layer d_model"] | None = None
+    reference: visual.States | None = None
     scale: float = 1.0
     draws: int = 5
     seed: int = 0
@@ -94,14 +95,14 @@ class Measuring:
 
     def run(self) -> Measured:
         """All curves."""
-        self.clean, logits = read_clean(self.model, self.sample, self.sample.tokens, self.plan.layers)
+        self.clean, logits = read_clean(self.model, self.sample, self.sample.tokens)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.scores.reference = torch.log_softmax(logits[0, 0], -1)
         clean = _numbers(self.scores.of(logits))
         blind = {}
         for kind, modes in self.others.items():
             for mode, tokens in modes.items():
-                self.sources[kind, mode], other = read_clean(self.model, self.sample, tokens, self.plan.layers)
+                self.sources[kind, mode], other = read_clean(self.model, self.sample, tokens)
                 if kind == "blind":
                     blind[mode] = _numbers(self.scores.of(other.to(logits.dtype)))
         curves, hit = {}, {}
@@ -112,21 +113,29 @@ class Measuring:
         return Measured(clean, blind, curves, hit)
 
     def _curve(self, what: Intervention, mode: str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-        plan, sample = self.plan, self.sample
+        plan, sample, clean = self.plan, self.sample, self.clean
         if what.kind in ("knockout", "truncation"):
-            return self._swept(sample.tokens, knockouts(sample, what, plan.layers, plan.width, plan.n_layers))
+            return self._swept(sample.tokens, knockouts(self.model, sample, what, plan.layers, plan.width))
         source = self.sources[what.sources, mode] if what.sources else None
-        if what.kind == "text":
-            assert source is not None
-            return self._swept(sample.tokens, text_rows(sample, source, plan.layers))
+        if source is not None and what.kind == "text":
+            return self._swept(sample.tokens, replacements(source.text, plan.layers))
         if source is not None and plan.deepstack == "follow":
             # with all visual rows and additions of the other run, the text rows are all that is not that run
-            return self._swept(self.others[what.sources][mode], text_rows(sample, self.clean, plan.layers))
-        variants = replacements(
-            what.what, sample, self.clean, plan.layers, deepstack=plan.deepstack, source=source,
-            reference=plan.reference, scale=plan.scale, draws=plan.draws, seed=plan.seed,
-        )  # fmt: skip
-        return self._swept(sample.tokens, variants)
+            return self._swept(self.others[what.sources][mode], replacements(clean.text, plan.layers))
+        if what.what == "noise":
+            seeds = [plan.seed + draw for draw in range(plan.draws)]
+            return self._swept(
+                sample.tokens, noisy(sample, clean.image, plan.layers, plan.deepstack, plan.scale, seeds)
+            )
+        made = self._made(what.what) if source is None else source.image
+        return self._swept(sample.tokens, replacements(made, plan.layers, plan.deepstack))
+
+    def _made(self, what: str) -> visual.States:
+        """Rows made of the sample's own, or of the data set's."""
+        if what == "mean_dataset":
+            assert self.plan.reference is not None
+            return self.plan.reference
+        return visual.zeros(self.clean.image) if what == "zero" else visual.own_mean(self.clean.image)
 
     def _swept(self, tokens: ic.Tokens, variants: Sequence[Variant]) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         edits = [variant.edits for variant in variants]
@@ -165,9 +174,10 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
         site = "pattern" if what.kind in ("knockout", "truncation") else "resid_pre"
         if why := model.can(site, "write"):
             raise ic.CapabilityError(f"{what.name}: {why}")
-        if what.what == "mean_dataset" and plan.reference is None:
-            raise ic.PlanError("replace:mean_dataset needs reference=, mean visual rows [layer d_model] of a data set")
+        if what.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
+            raise ic.PlanError("replace:mean_dataset needs reference=ic.visual.dataset_mean(runs)")
     model.layers(S.resid_pre[list(plan.layers)])
+    visual.window(model, plan.layers[0], plan.width)
 
 
 def first_of(values: Mapping[str, Any], name: str) -> Any:

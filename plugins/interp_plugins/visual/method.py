@@ -47,7 +47,7 @@ class VisualConfig(ic.Config):
         blind: the same text and answer with a blind image: tokens, a list of one item per row, or by mode
             {"random": tokens, "black": tokens}; measured also as a run of its own.
         swap: another sample's image, in the same way.
-        reference: mean visual rows [layer d_model], of replace:mean_dataset.
+        reference: what replace:mean_dataset puts in, `ic.visual.dataset_mean(runs)`.
         deepstack: DeepStack additions at and after the layer follow a replacement, or are kept.
         layers: of the curves (None: all).
         window: layers that a knockout hits together, odd.

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import interp_core as ic
-from interp_core import report
+from interp_core import report, visual
 from interp_core import sites as S
 
 from .depth import Layers
@@ -149,11 +149,9 @@ def _real(values: Float[Tensor, "layer pos"]) -> Float[np.ndarray, "layer visual
     return values[:, ~values.isnan().all(0)].double().numpy()
 
 
-def removed(sample: Sample, gone: Sequence[int], layer: int, n_layers: int) -> ic.Edit:
+def removed(model: ic.Model, tokens: ic.Tokens, gone: Sequence[int], layer: int) -> list[ic.Edit]:
     """Visual tokens hidden from all others, from a layer on."""
-    away = set(gone)
-    query = [place for place in (*sample.visual, *sample.after) if place not in away]
-    return S.pattern[list(range(layer, n_layers))].knockout(query=sorted(query), key=sorted(away))
+    return visual.removed(model, tokens, [sorted(gone)], range(layer, model.n_layers))
 
 
 class InformationHorizon(ic.Method):
@@ -227,8 +225,7 @@ class _Removing:
         return {"information": information, "blank": other, "ranked": ranked, "random": random, "clean": clean}
 
     def _single(self, tokens: ic.Tokens) -> tuple[Float[Tensor, "layer visual"], Float[Tensor, ""]]:
-        n = self.model.n_layers
-        edits = [removed(self.sample, [v], layer, n) for layer in self.layers for v in self.sample.visual]
+        edits = [removed(self.model, tokens, [v], layer) for layer in self.layers for v in self.sample.visual]
         values, clean = self._scored(tokens, edits)
         return clean - values.reshape(len(self.layers), -1), clean
 
@@ -252,12 +249,12 @@ class _Removing:
                 draws = [np.random.default_rng([config.seed, draw, kept]) for draw in range(config.subsets)]
                 orders = [order, *(draw.permutation(len(visual)) for draw in draws)]
                 gone = [sorted(visual[one[kept:]].tolist()) for one in orders]
-                edits += [removed(self.sample, one, layer, self.model.n_layers) for one in gone]
+                edits += [removed(self.model, self.sample.tokens, one, layer) for one in gone]
         values, _ = self._scored(self.sample.tokens, edits)
         table = values.reshape(len(self.layers), len(config.keep), 1 + config.subsets)
         return table[..., 0], table[..., 1:]
 
-    def _scored(self, tokens: ic.Tokens, edits: Sequence[ic.Edit]) -> tuple[Tensor, Tensor]:
+    def _scored(self, tokens: ic.Tokens, edits: Sequence[list[ic.Edit]]) -> tuple[Tensor, Tensor]:
         found = self.model.sweep(tokens, edits, AnswerScores(self.sample).listed()[:1], strategy=self.config.strategy)[
             0
         ]
