@@ -23,10 +23,9 @@ from layouts import DEEPSTACK, LAYOUT
 from torch import Tensor
 
 import interp_core as ic
-from interp_core import sites as S
 from interp_core import testing
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llava")
+FAMILIES = ("qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "llava")
 TEXT, ANSWER = "what color is the circle ?", " red yes"
 Change = Callable[[Tensor], Tensor]
 
@@ -335,13 +334,22 @@ def test_scores_look_at_logits_once() -> None:
     assert scores.of(logits.clone())["mean"] is not first
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava"])
 def test_conforms(family: str) -> None:
     model, images = model_of(family), testing.pictures(3, (16, 16))
-    rows = [
-        model.tokens(text, " red", images=image)
-        for text, image in zip([TEXT, TEXT, "is it red ?"], images, strict=True)
-    ]
-    settings = {"interventions": ["replace:zero", "knockout:text", "truncation"], "layers": [0, 2]}
+    asked = zip([TEXT, TEXT, "is it red ?"], images, strict=True)
+    rows = [model.tokens(text, " red", images=image) for text, image in asked]
+    settings = {"interventions": ["replace:zero", "truncation"], "layers": [1]}
     testing.check_method("visual", model, rows=rows, settings=settings).raise_if_failed()
-    assert S.resid_pre.name in ic.method("visual").requires
+
+
+def test_keeps_the_rules_of_methods() -> None:
+    """What the whole kit checks at length, once: equal results, batches joined, a folder gone on with, saved and loaded."""
+    model, images = model_of("llava"), testing.pictures(2, (16, 16))
+    tokens = model.tokens([TEXT, "is it red ?"], " red", images=[[image] for image in images])
+    settings = {"interventions": ["knockout"], "layers": [1]}
+    whole = ic.method("visual")(model, tokens, **settings)
+    assert whole == ic.method("visual")(model, tokens, **settings)
+    parts = ic.method("visual")(model, tokens, batch_size=1, **settings)
+    torch.testing.assert_close(parts.delta, whole.delta, atol=1e-6, rtol=0)
