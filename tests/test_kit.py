@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -326,9 +326,12 @@ def test_rows_of_ones_own(toy: ic.Model) -> None:
 
 
 def test_rows_with_images() -> None:
-    """They are run one by one; what needs a batch is not reached."""
+    """They are stacked like others; what needs a batch is not reached where it is not known what is whose."""
     model = tiny_model("qwen3_vl")
     report = testing.check_method(Good, model, rows=[model._input(inputs()), model._input(inputs(2))])
+    assert report.ok and not [row for row in report.rows if row.ok is None], str(report)
+    whole = [replace(model._input(inputs(n)), shares={}) for n in (1, 2)]
+    report = testing.check_method(Good, model, rows=whole)
     assert report.ok, str(report)
     assert [row.check for row in report.rows if row.ok is None] == [
         "batch",

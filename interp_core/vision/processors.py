@@ -205,3 +205,16 @@ def expansions(processor: Any, images: Sequence[Image], what: str) -> tuple[list
         )
     aside = ("input_ids", "attention_mask", *PER_TOKEN)
     return parts, {name: value for name, value in out.items() if name not in aside}
+
+
+def grid_of(processor: Any, image: Image) -> tuple[Any, ...]:
+    """What an image's visual tokens are laid out by: two images of the same one can stand in for each other. Costs the
+    processing of the image.
+
+    Raises:
+        TextError, CapabilityError: as `expansions`.
+    """
+    (part,), inputs = expansions(processor, [image], "")
+    laid = [(name, value.tolist()) for name, value in inputs.items() if name in ("image_grid_thw", "image_sizes")]
+    shapes = [(name, tuple(value.shape)) for name, value in inputs.items()]
+    return (part, str(laid), *shapes)
