@@ -13,9 +13,9 @@ V are a row's visual positions, L the number of layers, p0 the last position of 
     score       the target's log-probability by `ic.score.nll` is that of a plain forward pass of transformers
 
 The references take other ways than what they check: `features` calls the model's own `get_image_features`; `removal`
-masks columns of the attention mask and hands the model the positions that it used before; `score` hooks nothing. Numbers
-are largest differences over the largest value, and where no (0) stands, within the tolerance of the coarsest dtype that
-values pass through (`interp_core.check`). Cost: about twelve forward passes per row.
+masks columns of the attention mask and hands the model the positions that it used before; `score` hooks nothing.
+Numbers are largest differences over the largest value, and where no (0) stands, within the tolerance of the coarsest
+dtype that values pass through (`interp_core.check`). Cost: about twelve forward passes per row.
 """
 
 from __future__ import annotations
