@@ -314,6 +314,27 @@ def test_sustained_replacement_and_text_rows() -> None:
     assert gap(text.logits, clean.logits) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["gemma3_vision", "llava"])
+def test_a_visual_query_keeps_a_key(family: str) -> None:
+    """Gemma 3's images look both ways: a query that is left its own image's later tokens has something to attend to."""
+    model = tiny_model(family, torch.float64)
+    values = inputs(family, torch.float64, (0, 1))
+    places, edges = columns(values), []
+    run = model.run(values, read=S.pattern)
+    for layer in range(model.n_layers):
+        pattern = run[S.pattern[layer]].as_subclass(Tensor)[0].amax(0)
+        for query in (places[0], places[3], places[-1]):
+            seen = torch.nonzero(pattern[query]).flatten().tolist()
+            edges.append(seen[-1] > query)
+            with pytest.raises(ic.PlanError, match="nothing left to attend to"):
+                model.run(values, edits=S.pattern[layer].knockout(query=query, key=seen))
+            left = model.run(
+                values, edits=S.pattern[layer].knockout(query=query, key=seen[:-1]), read=S.pattern[layer].at(query)
+            )
+            assert torch.nonzero(left[S.pattern[layer].at(query)][0].amax(0)).flatten().tolist() == seen[-1:]
+    assert any(edges) == (family == "gemma3_vision")
+
+
 def test_bad_input_is_refused_by_name() -> None:
     model = tiny_model("qwen3_vl")
     values, wide = inputs("qwen3_vl", torch.float32, (0,)), inputs("qwen3_vl", torch.float32, (0, 1))

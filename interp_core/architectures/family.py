@@ -125,6 +125,7 @@ class Family:
         refuse_if: the same, given the config.
         grid: which pixels each visual token stands for.
         needs: inputs without which transformers takes images for text, silently.
+        whole_images: visual tokens of an image see its later ones too.
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
     """
 
@@ -147,4 +148,5 @@ class Family:
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
     grid: Grid | None = None
     needs: tuple[str, ...] = ()
+    whole_images: bool = False
     carried: tuple[str, ...] = ()
