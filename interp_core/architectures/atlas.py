@@ -326,7 +326,7 @@ class _Builder:
             sizes = {"head": heads.n_heads, **self.d_model}
             self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
         matrix = {"head": heads.n_heads}
-        self.atlas.reaches[layer] = Reach.of(module, self.config, layer)
+        self.atlas.reaches[layer] = Reach.of(module, self.config, layer, images=self.family.whole_images)
         if uses_interface(module):
             for name, sizes in (("rot_q", q), ("rot_k", k)):
                 self._view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)

@@ -126,6 +126,7 @@ class Family:
         grid: which pixels each visual token stands for.
         pixels: what the first axis of `pixel_values` counts.
         needs: inputs without which transformers takes images for text, silently.
+        whole_images: visual tokens of an image see its later ones too.
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
     """
 
@@ -149,4 +150,5 @@ class Family:
     grid: Grid | None = None
     pixels: Literal["", "image", "tile", "patch", "row"] = ""
     needs: tuple[str, ...] = ()
+    whole_images: bool = False
     carried: tuple[str, ...] = ()

@@ -220,14 +220,12 @@ def attention(
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
         return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = scale_of(query, scaling)
+    called = {"scaling": scale, "dropout": dropout, **kwargs}
     if tap.hides and tap.has_kernel:
-        called = {"scaling": scale, "dropout": dropout, **kwargs}
         return _hidden(tap, (query, key, value), attention_mask, called), None
     few: _Few | None = None
     if tap.asked is not None and filled in (None, n_keys):
-        few = _few(
-            tap.asked, module, (query, key, value), attention_mask, {"scaling": scale, "dropout": dropout, **kwargs}
-        )
+        few = _few(tap.asked, module, (query, key, value), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..architectures.reach import Reach
 from ..edits import Edit
 from ..errors import PlanError
-from ..positions import Rows
+from ..positions import VISION, Rows
 
 NOTHING_LEFT = (
     "a query has no key left to attend to, so its softmax means nothing: leave it out of the queries, or keep a key"
@@ -51,12 +51,23 @@ def check_knockouts(knockouts: Iterable[Hidden], reaches: dict[int, Reach], rows
 def _check_together(knockouts: Sequence[Hidden], reach: Reach, rows: Rows) -> None:
     """Knockouts of one layer that act on one head."""
     for row, real in enumerate(rows.real):
+        ends = _image_ends(rows, row) if reach.images else {}
         seen, places = [(set(one.queries[row]), set(one.keys[row])) for one in knockouts], set(real)
         for query in sorted(set().union(*(queries for queries, _ in seen)) & places):
             gone = set().union(*(keys for queries, keys in seen if query in queries))
-            visible = reach.visible(real, query)
+            visible = reach.visible(real, query, ends.get(query))
             if len(visible) <= len(gone) and all(real[place] in gone for place in visible):
                 _refuse(knockouts, row, [*real], query, reach)
+
+
+def _image_ends(rows: Rows, row: int) -> dict[int, int]:
+    """Per visual token of a row, the last one of its image, as columns."""
+    ends: dict[int, int] = {}
+    places = rows.names.get(VISION, ())
+    real = rows.real[row]
+    for place in reversed(places[row] if places else ()):
+        ends[real[place]] = ends[real[place + 1]] if place + 1 < len(real) and real[place + 1] in ends else real[place]
+    return ends
 
 
 def _refuse(knockouts: Sequence[Hidden], row: int, real: list[int], query: int, reach: Reach) -> None:

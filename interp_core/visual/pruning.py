@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +35,7 @@ from ..positions import VISION, PerRow, PositionLike, Slice, position, resolve
 from ..trace import Run
 from .attending import AFTER, layers_of, truncated
 from .replacing import replaced
-from .states import demand_images, states
+from .states import States, demand_images, rows_read
 
 if TYPE_CHECKING:
     from ..edits import Edit
@@ -230,9 +229,9 @@ def state_transplant(run: Run, layer: int, question: PositionLike = None) -> lis
         if not any(rows):
             raise PositionError("there is no text between the image and the predicting token; say question=")
         question = PerRow(tuple(map(tuple, rows)))
-    held = states(run, question)
+    held = rows_read(run, S.resid_pre[layer].at(question))
+    if held is None:
+        raise ReadError(f"the run has not read resid_pre[{layer}] at the question; run with read=S.resid_pre[{layer}]")
     later = range(layer + 1, model.n_layers)
-    frozen = replace(held, streams=dict.fromkeys(later, held.streams[layer]) if layer in held.streams else {})
-    if layer not in held.streams:
-        raise ReadError(f"the run has not read resid_pre[{layer}]; run with read=S.resid_pre[{layer}]")
+    frozen = States(dict.fromkeys(later, held), {}, model.n_layers, question, "the question")
     return [*edits, *(replaced(frozen, later) if later else [])]

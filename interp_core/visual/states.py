@@ -91,10 +91,10 @@ def states(run: Run, at: PositionLike = VISION) -> States:
     if not isinstance(run, Run):
         raise PlanError(wrong("states", "a run of the model", run))
     n_layers = run.model.n_layers
-    streams = {i: _rows(run, S.resid_pre[i].at(at)) for i in range(n_layers)}
-    streams[n_layers] = _rows(run, S.resid_post[n_layers - 1].at(at))
+    streams = {i: rows_read(run, S.resid_pre[i].at(at)) for i in range(n_layers)}
+    streams[n_layers] = rows_read(run, S.resid_post[n_layers - 1].at(at))
     added = run.model.atlas.layers("deepstack") if position(at) == VISION else []
-    additions = {i: _rows(run, S.deepstack[i]) for i in added}
+    additions = {i: rows_read(run, S.deepstack[i]) for i in added}
     kept = {i: rows for i, rows in streams.items() if rows is not None}
     if not kept:
         raise ReadError(
@@ -104,7 +104,8 @@ def states(run: Run, at: PositionLike = VISION) -> States:
     return States(kept, {i: rows for i, rows in additions.items() if rows is not None}, n_layers, at)
 
 
-def _rows(run: Run, site: Site) -> tuple[Tensor, ...] | None:
+def rows_read(run: Run, site: Site) -> tuple[Tensor, ...] | None:
+    """Per row of the batch, a site's values as plain tensors; None if the run has not read them."""
     try:
         return tuple(x.as_subclass(Tensor) for x in run.rows(site))
     except ReadError:
