@@ -163,7 +163,7 @@ class VisualMap(ic.Method):
                 explain.append(found.plan.explain())
                 progress.add()
         cells = tuple(tuple(_cell(token) for token in row) for row in grid)
-        boxes = tuple(tuple(t.box or (0.0, 0.0, 0.0, 0.0) for t in row) for row in grid)
+        boxes = tuple(tuple(_box(token) for token in row) for row in grid)
         named = "mean log-probability of the target" if judged[0].name == "nll" else judged[0].name
         return VisualMapResult(losses, torch.tensor(clean), cells, boxes, config.block, named, explain[0])
 
@@ -179,6 +179,11 @@ class VisualMap(ic.Method):
 def _cell(token: ic.VisualToken) -> Cell:
     """A token's place; column -1 of those that end a row, or stand for the whole."""
     return token.image, token.tile, token.row, -1 if token.col is None or token.box is None else token.col
+
+
+def _box(token: ic.VisualToken) -> tuple[float, float, float, float]:
+    left, top, right, bottom = token.box or (0, 0, 0, 0)
+    return float(left), float(top), float(right), float(bottom)
 
 
 def _blocks(visual: Sequence[ic.VisualToken], side: int) -> list[list[int]]:
