@@ -15,16 +15,8 @@ from PIL import Image
 import interp_core as ic
 from interp_core import sites as S
 
-FAMILIES = (
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen2_5_vl",
-    "llava",
-    "llava_onevision",
-    "internvl",
-    "gemma3_vision",
-    "smolvlm",
-)
+FAMILIES = ("qwen3_vl", "llava", "llava_onevision", "gemma3_vision")
+MORE = ("qwen3_vl_moe", "qwen2_5_vl", "internvl", "smolvlm")
 
 
 def pictured(family: str, count: int = 1) -> tuple[ic.Model, ic.Tokens]:
@@ -32,7 +24,7 @@ def pictured(family: str, count: int = 1) -> tuple[ic.Model, ic.Tokens]:
     return model, model.tokens(pictures.inputs(family, [[pictures.picture(family, seed) for seed in range(count)]]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)])
 def test_each_block_equals_a_run_without_it(family: str) -> None:
     model, tokens = pictured(family)
     found = VisualMap()(model, tokens, answer=[11], block=2)
