@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from image_hooks import hidden_by_hand, logp_by_hand, model_of, places, texts
 from interp_plugins.visual import horizon as h
 from interp_plugins.visual.depth import Layers
 from interp_plugins.visual.removals import HorizonResult
-from test_visual_method import hidden_by_hand, logp_by_hand, model_of, places, texts
 
 import interp_core as ic
 from interp_core import testing
