@@ -192,7 +192,9 @@ def main(rounds: str = "3", *kinds: str) -> None:
             times[1].append(warm)
         plain, warm = min(times[0]), min(times[1])
         off = float((found - wanted).abs().max())
-        print(f"| {kind} | {plain:.2f} | {first:.2f} | {warm:.2f} | {plain / first:.1f} | {plain / warm:.1f} | {off:.1e} |")
+        print(
+            f"| {kind} | {plain:.2f} | {first:.2f} | {warm:.2f} | {plain / first:.1f} | {plain / warm:.1f} | {off:.1e} |"
+        )
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ SEEN = 64
 """Rows of the unembedding that a trial looks at."""
 
 
-def choose(
-    model: Model, tokens: Tokens, asked: str, tower: Tower | None = None
-) -> tuple[str, str, Trial | None]:
+def choose(model: Model, tokens: Tokens, asked: str, tower: Tower | None = None) -> tuple[str, str, Trial | None]:
     """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
     these took before the model's first sweep.
 
@@ -153,9 +151,7 @@ class _Variant(NamedTuple):
         return Site("resid_pre", self.layer).at(PerRow(self.places)).add(self.vector(model))
 
 
-def _compare(
-    model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None
-) -> str | None:
+def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None) -> str | None:
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
     For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)

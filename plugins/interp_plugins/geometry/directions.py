@@ -74,7 +74,9 @@ def modality_gap(first: Any, second: Any) -> float:
     a, b = _two(first, second)
     within = sum(float((rows - rows.mean(0)).square().sum(-1).mean().sqrt()) for rows in (a, b)) / 2
     if not within:
-        raise ic.PlanError("modality_gap: the rows of each group are all the same, and there is nothing to compare with")
+        raise ic.PlanError(
+            "modality_gap: the rows of each group are all the same, and there is nothing to compare with"
+        )
     return float((a.mean(0) - b.mean(0)).norm()) / within
 
 
@@ -95,5 +97,7 @@ def separability(first: Any, second: Any, *, folds: int = 5, seed: int = 0) -> f
 def _two(first: Any, second: Any) -> tuple[Float[Tensor, "a d"], Float[Tensor, "b d"]]:
     a, b = as_rows(first, "first"), as_rows(second, "second")
     if a.shape[1] != b.shape[1]:
-        raise ic.PlanError(f"rows of {a.shape[1]} numbers are compared with rows of {b.shape[1]}; take one layer's width")
+        raise ic.PlanError(
+            f"rows of {a.shape[1]} numbers are compared with rows of {b.shape[1]}; take one layer's width"
+        )
     return a, b

@@ -71,7 +71,9 @@ class Geometry(ic.Method):
             raise ic.PlanError(f"geometry: variants {config.variants}; give some of {VARIANTS}, each once")
         cliff = config.cliff_boundary
         if cliff is not None and not 1 <= cliff < model.n_layers:
-            raise ic.PlanError(f"geometry: cliff_boundary {cliff} of {model.n_layers} layers; 1 to {model.n_layers - 1}")
+            raise ic.PlanError(
+                f"geometry: cliff_boundary {cliff} of {model.n_layers} layers; 1 to {model.n_layers - 1}"
+            )
         groups = _places(tokens, config)
         for row in range(len(tokens)):
             for name, places in groups.items():
@@ -163,7 +165,9 @@ class _Book:
         return torch.stack([torch.stack([getattr(each, field) for each in row]) for row in self.layers], 1)
 
     def _single(self, field: str) -> Float[Tensor, "batch layer"]:
-        return torch.tensor([[getattr(each, field) for each in row] for row in self.layers], dtype=torch.float64).T.clone()
+        return torch.tensor(
+            [[getattr(each, field) for each in row] for row in self.layers], dtype=torch.float64
+        ).T.clone()
 
 
 def _numbers(layers: list[list[list[float]]]) -> Float[Tensor, "batch group layer"]:

@@ -74,7 +74,9 @@ def cut_ratio(curves: Any, cut: int, boot: stats.Bootstrap | None = None) -> Cut
     values = _curves(curves)
     n_layers = values.shape[1]
     if isinstance(cut, bool) or not isinstance(cut, (int, np.integer)) or not 1 <= cut < n_layers:
-        raise ic.PlanError(ic.errors.wrong("cut_ratio: cut", f"a layer, 1 to {n_layers - 1}: one has to be before", cut))
+        raise ic.PlanError(
+            ic.errors.wrong("cut_ratio: cut", f"a layer, 1 to {n_layers - 1}: one has to be before", cut)
+        )
     before = values.cumsum(1)[:, :-1] / np.arange(1, n_layers)
     after = values[:, ::-1].cumsum(1)[:, ::-1][:, 1:] / np.arange(n_layers - 1, 0, -1)
     logs = np.log(after / before)

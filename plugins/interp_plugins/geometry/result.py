@@ -220,8 +220,12 @@ class GeometryResult(ic.Result):
         return rows
 
     def __str__(self) -> str:
-        numbers = ", ".join(f"{int(n)} {group}" for n, group in zip(self.rows.double().mean(0), self.groups, strict=True))
-        lines = [f"{len(self.rows)} samples, rows on average: {numbers}; measures of equal numbers, ranks {self._shown('effective_rank')}, directions {self._shown('anisotropy')}"]
+        numbers = ", ".join(
+            f"{int(n)} {group}" for n, group in zip(self.rows.double().mean(0), self.groups, strict=True)
+        )
+        lines = [
+            f"{len(self.rows)} samples, rows on average: {numbers}; measures of equal numbers, ranks {self._shown('effective_rank')}, directions {self._shown('anisotropy')}"
+        ]
         lines += [
             f"  {row['group']:<8} layer {row['layer']:<3} effective rank {row['effective_rank']:7.2f} "
             f"({row['effective_rank_share']:.2f})  participation {row['participation_ratio']:7.2f}  "

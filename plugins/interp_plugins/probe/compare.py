@@ -190,7 +190,7 @@ class Comparison:
         return out
 
     def verdict(self, cliff: int = 0, over: str = "blind_random") -> str:
-        """"error", "inconclusive", "decodable beyond the blind image", "decodable" or "not significant"."""
+        """ "error", "inconclusive", "decodable beyond the blind image", "decodable" or "not significant"."""
         flags = self.flags(cliff)
         for kind in ("error", "inconclusive"):
             if any(flag.startswith(kind) for flag in flags):

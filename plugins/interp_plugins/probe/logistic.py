@@ -86,9 +86,7 @@ def fit(gram: Float[Tensor, "m t t"], high: Bool[Tensor, "m t"], c: float) -> Fi
     return Fit(dual, bias, gradient)
 
 
-def logistic(
-    split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]
-) -> Scores:
+def logistic(split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]) -> Scores:
     """Scores of the regression whose C (the penalties here) has the best held-out balanced accuracy; the smaller of two
     equal ones."""
     high = members(labels, n_classes)
@@ -117,7 +115,10 @@ def logistic(
 
 
 def _scores(
-    inside: Float[Tensor, "layer t t"], outside: Float[Tensor, "layer s t"], high: Bool[Tensor, "t column score"], c: float
+    inside: Float[Tensor, "layer t t"],
+    outside: Float[Tensor, "layer s t"],
+    high: Bool[Tensor, "t column score"],
+    c: float,
 ) -> Float[Tensor, "layer s column score"]:
     """Scores of other rows by fits on these, labeling by labeling."""
     out = []
@@ -175,7 +176,9 @@ def _line(
     return torch.where(objective(size) > start * (1 + 1e-14), 0.0, size)
 
 
-def _gradient(gram: Float[Tensor, "m t t"], dual: Float[Tensor, "m t"], pull: Float[Tensor, "m t"]) -> Float[Tensor, " m"]:
+def _gradient(
+    gram: Float[Tensor, "m t t"], dual: Float[Tensor, "m t"], pull: Float[Tensor, "m t"]
+) -> Float[Tensor, " m"]:
     """Norm of the gradient by w and by b."""
     off = dual - pull
     by_weights = torch.einsum("mt,mtu,mu->m", off, gram, off).clamp(min=0)

@@ -205,7 +205,9 @@ class Probe(ic.Method):
         for name in ("labels", "groups", "questions", "types", "donors"):
             values = getattr(config, name)
             if values is not None and (isinstance(values, str) or len(values) != len(tokens)):
-                raise ic.PlanError(f"probe: {name} has {len(values)} items for {len(tokens)} prompts; give one per prompt")
+                raise ic.PlanError(
+                    f"probe: {name} has {len(values)} items for {len(tokens)} prompts; give one per prompt"
+                )
         if config.donors is not None and (config.groups is None or config.blind_random is None):
             raise ic.PlanError("probe: donors name the groups whose images blind_random shows; give both")
         if config.cliff_boundary is not None and config.cliff_boundary > model.n_layers:
@@ -221,7 +223,9 @@ class Probe(ic.Method):
             if mode != ORIGINAL:
                 alone = [length for each in rows for length in each.lengths]
                 if alone != tokens.lengths:
-                    number = next(i for i, pair in enumerate(zip(alone, tokens.lengths, strict=True)) if len({*pair}) > 1)
+                    number = next(
+                        i for i, pair in enumerate(zip(alone, tokens.lengths, strict=True)) if len({*pair}) > 1
+                    )
                     raise ic.PlanError(
                         f"probe: prompt {number} has {tokens.lengths[number]} tokens, {alone[number]} in {mode}; give a "
                         "blind image of the same size, and the same text"

@@ -51,7 +51,9 @@ def _trained(
     scales = [2**0.5, 0.0, HIDDEN**-0.5, 0.0]
     with torch.inference_mode(False), torch.enable_grad():
         parameters = [
-            (scale * torch.randn(*shape, generator=random, dtype=torch.float64)).repeat(n, columns, 1, 1).requires_grad_()
+            (scale * torch.randn(*shape, generator=random, dtype=torch.float64))
+            .repeat(n, columns, 1, 1)
+            .requires_grad_()
             for shape, scale in zip(shapes, scales, strict=True)
         ]
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=DECAY)

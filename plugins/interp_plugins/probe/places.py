@@ -78,11 +78,15 @@ def _having(tokens: ic.Tokens, at: Any, place: Any) -> list[list[int]]:
 def _filled(rows: list[list[int]], place: Any) -> list[list[int]]:
     for number, row in enumerate(rows):
         if not row:
-            raise ic.PositionError(f"probe: prompt {number} has no token at {place!r}; leave it out, or take another place")
+            raise ic.PositionError(
+                f"probe: prompt {number} has no token at {place!r}; leave it out, or take another place"
+            )
     return rows
 
 
-def pooled(stream: Float[Tensor, "batch pos d_model"], columns: list[list[int]], how: Pooling) -> Float[Tensor, "batch d_model"]:
+def pooled(
+    stream: Float[Tensor, "batch pos d_model"], columns: list[list[int]], how: Pooling
+) -> Float[Tensor, "batch d_model"]:
     """One state per row."""
     out = []
     for values, row in zip(stream, columns, strict=True):

@@ -232,7 +232,9 @@ def _fitted(
 class _Book:
     """Counts of right predictions, as splits come."""
 
-    def __init__(self, labels: Int[np.ndarray, "sample labeling"], splits: int, layers: int, classes: int, n: int) -> None:
+    def __init__(
+        self, labels: Int[np.ndarray, "sample labeling"], splits: int, layers: int, classes: int, n: int
+    ) -> None:
         self.labels, self.classes = labels, classes
         self.hits = np.zeros((splits, layers, labels.shape[1], classes))
         self.counts = np.zeros((splits, labels.shape[1], classes))
@@ -276,7 +278,11 @@ def _states(states: Any) -> Float[Tensor, "sample layer d"]:
         PlanError: not numbers with three axes, or not finite.
     """
     try:
-        x = states.detach().cpu().as_subclass(Tensor) if isinstance(states, Tensor) else torch.from_numpy(np.array(states))
+        x = (
+            states.detach().cpu().as_subclass(Tensor)
+            if isinstance(states, Tensor)
+            else torch.from_numpy(np.array(states))
+        )
     except (TypeError, ValueError) as error:
         raise ic.PlanError(ic.errors.wrong("decode: states", "numbers [sample layer d]", states)) from error
     if x.ndim != 3 or 0 in x.shape:
