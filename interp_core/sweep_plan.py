@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -275,6 +276,14 @@ class Planner:
 
     def _inside_attention(self) -> bool:
         return any(tap.side == "attention" for tap in self._edited())
+
+    @cached_property
+    def _leaves_last(self) -> bool:
+        """Whether no edit changes what the last layer makes of its attention."""
+        inner = {"resid_pre", "scores", "pattern"}
+        edited = [edit.site for edits in self.variants for edit in edits if edit.site.name not in inner]
+        last = self.model.n_layers - 1
+        return all(entry.layer < last for site in dict.fromkeys(edited) for entry in self.model.atlas.select(site))
 
     def inside(self, tower: Tower | None) -> bool:
         """Whether an edit changes what a tower computes."""

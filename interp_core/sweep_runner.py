@@ -161,10 +161,11 @@ class Runner(Planner):
             read, each = self.site(group.texts[0]), EACH in self.model.tried
             starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
-            with self._turn(), self.model.fresh(), self._only_scored(columns):
+            with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
                 program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, read, each=each)
                 inputs = self._inputs(own, starts, one.columns)
-                value, moved = program.climb(inputs, starts, one.columns, clean, within)
+                last = scored if self.tokens.inputs and read is None and self._leaves_last else None
+                value, moved = program.climb(inputs, starts, one.columns, clean, within, last)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise

@@ -32,7 +32,7 @@ from ..positions import Rows
 from ..readings import demand_proof
 from ..regions import Bound, Window
 from ..sites import Site
-from .attention import LayerTap, Texts
+from .attention import LayerTap, Texts, softmax
 from .called import Called
 from .ports import Change, Read
 from .program import LocalEngine, Stop
@@ -241,6 +241,8 @@ class RowChanges:
     def _kind(self, member: RowChange) -> Any:
         """Equal for changes that take one index; None for those that are carried out alone."""
         edit, bound = self.program.edits[member.number], member.bound
+        if member.knockout and bound is not None and bound.basic:
+            return edit.op, str(bound.index(torch.device("cpu")))
         if edit.op not in ("set", "add", "zero", "scale") or (bound is not None and bound.stretch is None):
             return None
         place = None if bound is None else (str(bound.stretch), bound.unit is None)
@@ -271,7 +273,21 @@ class RowChanges:
                 row = slice(member.row, member.row + 1)
                 member.write(self.program.edits[member.number], value[row], into[row], x[row])
         for members in self.together:
-            self._write_together(members, value, into)
+            (self._hide_together if members[0].knockout else self._write_together)(members, value, into)
+
+    def _hide_together(self, members: list[RowChange], scores: Tensor, into: Tensor) -> None:
+        """Knockouts at the same place of their rows."""
+        rows, bound = [member.row for member in members], members[0].bound
+        assert bound is not None
+        close = rows == list(range(rows[0], rows[0] + len(rows)))
+        own = slice(rows[0], rows[0] + len(rows)) if close else torch.tensor(rows, device=scores.device)
+        place, before = bound.index(scores.device)[1:], scores[own]
+        old = before.permute(0, 2, 3, 1)[(slice(None), *place)]
+        into.permute(0, 2, 3, 1)[(own, *place)] = carry_out(self.program.edits[members[0].number], old, None)
+        taken = softmax(before, getattr(self.program.engine.modules[self.tap.module], "sinks", None), None)
+        taken = taken.permute(0, 2, 3, 1)[(slice(None), *place)]
+        norms = torch.linalg.vector_norm(taken.reshape(len(rows), -1), dim=-1)
+        self.program.note(torch.tensor(rows, device=norms.device), norms)
 
     def _write_together(self, members: list[RowChange], value: Tensor, into: Tensor) -> None:
         edits = [self.program.edits[member.number] for member in members]
@@ -360,8 +376,9 @@ class Staircase(TorchProgram):
         self.squares.append((rows, norms.double().square()))
 
     def climb(
-        self, inputs: Mapping[str, Any], starts: Sequence[int], n_columns: int, clean: Clean, within: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: Mapping[str, Any], starts: Sequence[int], n_columns: int, clean: Clean, within: Sequence[int],
+        scored: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run it.
 
         Args:
@@ -370,6 +387,7 @@ class Staircase(TorchProgram):
             n_columns: how many are run from there on.
             clean: of these texts, and maybe others.
             within: per text, which one it is there.
+            scored: per row, columns that are scored, where the last layer need not compute others.
 
         Returns:
             What is scored, `[row kept d_vocab]` or an inner site's value of all rows, and per row the norm of what its
@@ -391,7 +409,9 @@ class Staircase(TorchProgram):
                 group.arrange()
             self.shape = (len(inputs["input_ids"]), n_columns)
             self.after = self.ending()
-            with torch.no_grad(), self._stairs(texts, n_columns, clean, within, narrow=not alike):
+            narrow = {} if scored is None else _narrowed(self.engine, self.atlas, scored)
+            stairs = self._stairs(texts, n_columns, clean, within, narrow=not alike)
+            with torch.no_grad(), stairs, replaced_forwards(narrow):
                 passed.output = self.carry("forward", inputs)
         except Stop:
             pass
