@@ -312,8 +312,6 @@ class Planner:
             )
         if strategy in ("batched", "prefix"):
             layer = min(layer, 0)
-        if self.tokens.inputs and self.stacked >= self.model.n_layers:
-            return None  # visual features are added after the last block, where nothing follows
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
             start = next((run.start for run in self._images(row) if run.start <= start < run.stop), start)

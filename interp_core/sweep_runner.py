@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .compiled import model_inputs
 from .edits import Edit
+from .engines.clean import Clean, clean_pass
 from .engines.replace import replaced_forwards
-from .engines.staircase import Clean, Staircase, clean_pass
+from .engines.staircase import Staircase
 from .engines.torch import TorchEngine
 from .engines.tower import Tower
 from .positions import Rows
@@ -146,8 +147,10 @@ class Runner(Planner):
             else:
                 inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
-            more = {"keep": keep, "scored": wanted, "images": bool(self.tokens.inputs)}
-            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, **more)
+            images = bool(self.tokens.inputs)
+            return clean_pass(
+                self._engine(), self.model.atlas, inputs, rows, read, keep=keep, scored=wanted, images=images
+            )
 
     def _climb(
         self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .edits import Edit
+from .engines.clean import Clean, clean_pass
 from .engines.replace import replaced_forwards
-from .engines.staircase import Clean, clean_pass
 from .engines.torch import TorchEngine
 from .engines.tower import Tower
 from .errors import CapabilityError, InterpError
@@ -43,9 +43,7 @@ SEEN = 64
 """Rows of the unembedding that a trial looks at."""
 
 
-def choose(
-    model: Model, tokens: Tokens, asked: str, tower: Tower | None = None
-) -> tuple[str, str, Trial | None]:
+def choose(model: Model, tokens: Tokens, asked: str, tower: Tower | None = None) -> tuple[str, str, Trial | None]:
     """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
     these took before the model's first sweep.
 
@@ -73,6 +71,8 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], t
     """What keeps a strategy from being exact on this model, tried once and remembered."""
     if type(model.engine) is not TorchEngine:
         return f"engine {model.engine.name!r} runs one variant after the other"
+    if tokens.inputs and len(model.atlas.layers("deepstack")) >= model.n_layers:
+        return "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
     if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
         return problem
     kind = "images" if tokens.inputs else "texts" if len(tokens.ids) > 1 else "one text"
@@ -153,9 +153,7 @@ class _Variant(NamedTuple):
         return Site("resid_pre", self.layer).at(PerRow(self.places)).add(self.vector(model))
 
 
-def _compare(
-    model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None
-) -> str | None:
+def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None) -> str | None:
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
     For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)
