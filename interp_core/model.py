@@ -33,7 +33,9 @@ from .snapshot import Snapshot, demand_usable, forgotten
 from .structure import Structure
 from .text import Tokens
 from .trace import Run
-from .vision import VisualToken, visual_grid
+from .vision.places import VisualToken, placeholder_ids, visual_grid
+from .vision.processors import demand_fitting
+from .vision.reading import demand_no_places, has_pictures, reader_of
 
 if TYPE_CHECKING:
     from .activations import Activations
@@ -101,6 +103,7 @@ class Model(Structure):
     Attributes:
         hf: the Hugging Face model, unchanged between runs.
         tokenizer: its tokenizer, or None.
+        processor: what makes pixels of images, or None; `no_processor` says why.
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
         tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
@@ -117,7 +120,7 @@ class Model(Structure):
         engine_options: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
-        self.hf, self.tokenizer, self.processor, self.source = opened
+        self.hf, self.tokenizer, self.processor, self.source, self.no_processor = opened
         self._made = engine, {} if engine_options is None else engine_options, check
         self.turn = turn_of(self.hf)
         with self.turn:
@@ -169,6 +172,8 @@ class Model(Structure):
                 f"the tokenizer has {size} tokens, the model {rows}: they do not belong together. Pass the tokenizer "
                 "that the model was trained with."
             )
+        if self.processor is not None and placeholder_ids(self.hf.config):
+            demand_fitting(self.processor, self.hf.config)
 
     def __repr__(self) -> str:
         shape = self.atlas.shape
@@ -203,7 +208,7 @@ class Model(Structure):
         Raises:
             CapabilityError: as `load`.
         """
-        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source)
+        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source, self.no_processor)
         return Model(opened, engine=engine, engine_options=options)
 
     def tokens(
@@ -211,25 +216,46 @@ class Model(Structure):
         texts: str | Sequence[str] | Mapping[str, Any],
         target: str | Sequence[str] | None = None,
         *,
+        images: Any = None,
         bos: bool | None = None,
         boundary: str = "strict",
     ) -> Tokens:
         """Tokens of a text or several, with the spans `prompt` and `target` if a target is given; see `text.encode`.
         Of what a tokenizer or processor returned (images), they are its ids, with the spans of what is seen.
 
+        Args:
+            images: of a text, an image (PIL, path of a file, array of uint8 `[height width 3]`) or a list of them; of
+                several texts, a list with those of each. They take the text's places (the processor's `image_token`);
+                without any they come first. The spans `vision`, `text`, `image_0`, … say where, and `question` what the
+                text says after them.
+
         Raises:
-            TextError: empty, longer than the context, or a boundary inside a token.
+            TextError: empty, longer than the context, a boundary inside a token, an image that cannot be read, or
+                another number of images than places.
+            CapabilityError: images, and no processor or no Pillow.
         """
         if isinstance(texts, Mapping):
-            if (target, bos, boundary) != (None, None, "strict"):
-                raise TextError("what a processor returned is tokens already; put the target into its text")
+            if (target, images, bos, boundary) != (None, None, None, "strict"):
+                raise TextError("what a processor returned is tokens already; put target and images into its text")
             return self._input(texts)
-        tokens = self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
-        return laid_out(self.atlas, tokens)
+        if images is None:
+            tokens = text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary)
+            demand_no_places(tokens, self.hf.config)
+        else:
+            tokens = reader_of(self).texts(texts, target, images, bos, boundary)
+        return laid_out(self.atlas, self._fitting(tokens))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any) -> Tokens:
-        """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
-        return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
+        """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`. Parts of a
+        message may be images, `{"type": "image", "image": …}` with what `tokens` takes for an image (or `"path"`).
+
+        Raises:
+            TextError, CapabilityError: as `text.encode_chat`, and for images as `tokens`.
+        """
+        if has_pictures(messages):
+            return self._fitting(reader_of(self).chat(messages, target, template))
+        tokens = text.encode_chat(self._tokenizer(), messages, target, **template)
+        return self._fitting(demand_no_places(tokens, self.hf.config))
 
     def visual_grid(self, x: Input) -> list[list[VisualToken]]:
         """Per row, which image, grid cell and pixels each visual token stands for.
