@@ -53,10 +53,13 @@ def _check_together(knockouts: Sequence[Hidden], reach: Reach, rows: Rows) -> No
     for row, real in enumerate(rows.real):
         ends = _image_ends(rows, row) if reach.images else {}
         seen, places = [(set(one.queries[row]), set(one.keys[row])) for one in knockouts], set(real)
+        most = len(set().union(*(keys for _, keys in seen)))
         for query in sorted(set().union(*(queries for queries, _ in seen)) & places):
-            gone = set().union(*(keys for queries, keys in seen if query in queries))
             visible = reach.visible(real, query, ends.get(query))
-            if len(visible) <= len(gone) and all(real[place] in gone for place in visible):
+            if len(visible) > most:
+                continue
+            gone = set().union(*(keys for queries, keys in seen if query in queries))
+            if all(real[place] in gone for place in visible):
                 _refuse(knockouts, row, [*real], query, reach)
 
 
