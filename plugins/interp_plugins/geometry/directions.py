@@ -3,7 +3,7 @@
     anisotropy       (‖Σ u‖² - n) / (n (n - 1)), u = rows of length 1: the mean cosine of two different rows (the
                      intraclass correlation of some authors), without an n · n matrix
     mean direction   ‖mean u‖²
-    modality gap     ‖mean_a - mean_b‖ / ((s_a + s_b) / 2), s = root mean square distance of a group's rows from its mean
+    modality gap     ‖mean_a - mean_b‖ / ((s_a + s_b) / 2), s = root mean square distance of rows from their mean
     separability     area under the ROC curve of held-out ridge scores that tell the groups apart, mean of folds
 
 Source: Ethayarajh (2019), arXiv:1909.00512 (anisotropy); Liang et al. (2022), Mind the Gap, arXiv:2203.02053 (gap).
@@ -74,7 +74,9 @@ def modality_gap(first: Any, second: Any) -> float:
     a, b = _two(first, second)
     within = sum(float((rows - rows.mean(0)).square().sum(-1).mean().sqrt()) for rows in (a, b)) / 2
     if not within:
-        raise ic.PlanError("modality_gap: the rows of each group are all the same, and there is nothing to compare with")
+        raise ic.PlanError(
+            "modality_gap: the rows of each group are all the same, and there is nothing to compare with"
+        )
     return float((a.mean(0) - b.mean(0)).norm()) / within
 
 
@@ -95,5 +97,7 @@ def separability(first: Any, second: Any, *, folds: int = 5, seed: int = 0) -> f
 def _two(first: Any, second: Any) -> tuple[Float[Tensor, "a d"], Float[Tensor, "b d"]]:
     a, b = as_rows(first, "first"), as_rows(second, "second")
     if a.shape[1] != b.shape[1]:
-        raise ic.PlanError(f"rows of {a.shape[1]} numbers are compared with rows of {b.shape[1]}; take one layer's width")
+        raise ic.PlanError(
+            f"rows of {a.shape[1]} numbers are compared with rows of {b.shape[1]}; take one layer's width"
+        )
     return a, b

@@ -60,9 +60,7 @@ def typical(split: Split) -> Float[Tensor, " layer"]:
     return torch.where(length > 0, length, 1.0)
 
 
-def ridge(
-    split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]
-) -> Scores:
+def ridge(split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]) -> Scores:
     """Ridge regression on ±1, with the penalty and the threshold of held-out scores."""
     high = members(labels, n_classes)
     t, columns, width = high.shape

@@ -1,12 +1,12 @@
 """L2 logistic regression in its dual form, by Newton's method, many at once.
 
-    min ½ ‖w‖² + C Σ_i s_i log(1 + exp(-t_i f_i)), f = w·z + b, t = ±1, b free; s_i = n / (2 n_class), the classes balanced
+    min ½ ‖w‖² + C Σ_i s_i log(1 + exp(-t_i f_i)), f = w·z + b, t = ±1, b free; s_i = n / (2 n_class): balanced
     w = Zᵀ α: a Newton step solves (K + W⁻¹) α + b = f + g / W, W = C s p (1 - p), g = C s (y - p), as
-    α = (I - √W B⁻¹ √W K)(…), B = I + √W K √W, whose eigenvalues are at least 1 however sure p is; steps that do not lower
-    the objective are halved
+    α = (I - √W B⁻¹ √W K)(…), B = I + √W K √W, whose eigenvalues are at least 1 however sure p is; steps that would
+    raise the objective are halved
 
-Newton's steps converge in about ten, where L-BFGS takes hundreds, and every penalty, layer and labeling is a matrix of one
-batch. More than two classes: each against the rest.
+Newton's steps converge in about ten, where L-BFGS takes hundreds, and layers are matrices of one batch. More than two
+classes: each against the rest.
 
 Source: Rasmussen and Williams (2006), algorithm 3.1; the objective and its balanced weights are those of scikit-learn's
 `LogisticRegression(class_weight="balanced")`.
@@ -86,9 +86,7 @@ def fit(gram: Float[Tensor, "m t t"], high: Bool[Tensor, "m t"], c: float) -> Fi
     return Fit(dual, bias, gradient)
 
 
-def logistic(
-    split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]
-) -> Scores:
+def logistic(split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalties: tuple[float, ...]) -> Scores:
     """Scores of the regression whose C (the penalties here) has the best held-out balanced accuracy; the smaller of two
     equal ones."""
     high = members(labels, n_classes)
@@ -117,7 +115,10 @@ def logistic(
 
 
 def _scores(
-    inside: Float[Tensor, "layer t t"], outside: Float[Tensor, "layer s t"], high: Bool[Tensor, "t column score"], c: float
+    inside: Float[Tensor, "layer t t"],
+    outside: Float[Tensor, "layer s t"],
+    high: Bool[Tensor, "t column score"],
+    c: float,
 ) -> Float[Tensor, "layer s column score"]:
     """Scores of other rows by fits on these, labeling by labeling."""
     out = []
@@ -175,7 +176,9 @@ def _line(
     return torch.where(objective(size) > start * (1 + 1e-14), 0.0, size)
 
 
-def _gradient(gram: Float[Tensor, "m t t"], dual: Float[Tensor, "m t"], pull: Float[Tensor, "m t"]) -> Float[Tensor, " m"]:
+def _gradient(
+    gram: Float[Tensor, "m t t"], dual: Float[Tensor, "m t"], pull: Float[Tensor, "m t"]
+) -> Float[Tensor, " m"]:
     """Norm of the gradient by w and by b."""
     off = dual - pull
     by_weights = torch.einsum("mt,mtu,mu->m", off, gram, off).clamp(min=0)
