@@ -1,8 +1,8 @@
 """A small network as a capacity check: one hidden layer of 64, trained on the same inner products.
 
-States enter in an orthonormal basis of what the train rows span (their inner products are all that is needed); weights are
-Gaussian, so the basis does not matter before training. Full batches, Adam, classes balanced, weight decay; no choice of
-settings looks at test rows.
+States enter in an orthonormal basis of what the train rows span (their inner products are all that is needed); weights
+are Gaussian, so the basis does not matter before training. Full batches, Adam, classes balanced, weight decay; settings
+are fixed, so that none is chosen by test rows.
 
 Source: Hewitt and Liang (2019), arXiv:1909.03368, whose MLP probes are the reason to have a control task.
 Cost: steps · t · t · 64 per layer and labeling.
@@ -32,6 +32,8 @@ def mlp(split: Split, labels: Int[Tensor, "t column"], n_classes: int, seed: int
 def _coordinates(split: Split) -> tuple[Float[Tensor, "layer t r"], Float[Tensor, "layer s r"]]:
     """Train and test rows in a basis of the train rows, of mean squared length 1."""
     values, vectors = torch.linalg.eigh(split.train)
+    rank = min(split.train.shape[1], split.d)
+    values, vectors = values[:, -rank:], vectors[:, :, -rank:]
     values = values.clamp(min=values[:, -1:].clamp(min=1e-300) * 1e-10)
     length = typical(split).sqrt()[:, None, None]
     basis = vectors / values.sqrt()[:, None]
@@ -42,7 +44,7 @@ def _trained(
     fitted: Float[Tensor, "layer t r"], other: Float[Tensor, "layer s r"], labels: Int[Tensor, "t column"],
     n_classes: int, seed: int,
 ) -> Float[Tensor, "layer s column class"]:  # fmt: skip
-    n, t, r = fitted.shape
+    n, _t, r = fitted.shape
     columns = labels.shape[1]
     of = (labels.T[..., None] == torch.arange(n_classes)).double()  # [column t class]
     weight = of / (n_classes * of.sum(1, keepdim=True).clamp(min=1))
