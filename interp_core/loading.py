@@ -18,7 +18,7 @@ from . import gguf, real
 from .errors import LoadError, nearest, wrong
 from .snapshot import demand_plain
 
-TOYS = ("moe", "text")
+TOYS = ("moe", "text", "vision")
 
 
 class Opened(NamedTuple):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -87,7 +87,9 @@ def accuracies(model: Model, asked: Sequence[Question]) -> dict[str, dict[str, f
     hits["constant"] = [q.answers[0] == best[q.kind] for q in asked]
     out = {}
     for how, of in hits.items():
-        shares = {kind: float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind == kind])) for kind in KINDS}
+        shares = {
+            kind: float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind == kind])) for kind in KINDS
+        }
         out[how] = shares | {"all": float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind in HELD]))}
     return out
 
@@ -125,7 +127,7 @@ def curve(model: Model, asked: Sequence[Question], how: str) -> Float[Tensor, "q
 
 
 def importance(model: Model, asked: Sequence[Question]) -> Float[Tensor, "question token"]:
-    """By how many nats the answer's log-probability falls when no later position sees a visual token, token by token."""
+    """By how many nats the answer's log-probability falls when no later position sees this visual token or that."""
     out = torch.zeros(len(asked), GRID**2)
     for part, answers in _alike(model, asked):
         tokens = prompts(model, [asked[i] for i in part])
@@ -154,3 +156,55 @@ def found(effects: Float[Tensor, "question token"], asked: Sequence[Question]) -
             scores[q.kind].append(auroc(row[inside], row[~inside]))
     every = [score for kind in scores if kind in HELD for score in scores[kind]]
     return {kind: (float(np.mean(of)), len(of)) for kind, of in {**scores, "all": every}.items()}
+
+
+def accuracy_table(accuracies: Mapping[str, Mapping[str, float]]) -> str:
+    """Accuracies as Markdown."""
+    columns = ["all", *KINDS]
+    lines = ["| picture | all but where |" + "".join(f" {kind} |" for kind in KINDS), "|---" * (1 + len(columns)) + "|"]
+    for how, shares in accuracies.items():
+        lines.append(f"| {how} | " + " | ".join(f"{shares[kind]:.3f}" for kind in columns) + " |")
+    return "\n".join(lines)
+
+
+def curve_table(curves: Mapping[str, Float[Tensor, "question layer"]]) -> str:
+    """Means of Δ over questions as Markdown, with the half-width of their 95 % interval, and the cliff."""
+    layers = next(iter(curves.values())).shape[1]
+    lines = ["| visual rows of | " + " | ".join(f"l={layer}" for layer in range(layers)) + " | cliff |"]
+    lines.append("|---" * (layers + 2) + "|")
+    for how, effects in curves.items():
+        half = 1.96 * effects.std(0) / len(effects) ** 0.5
+        cells = [f"{mean:.2f} ± {wide:.2f}" for mean, wide in zip(effects.mean(0).tolist(), half.tolist(), strict=True)]
+        lines.append(f"| {how} | " + " | ".join(cells) + f" | {cliff(effects.mean(0))} |")
+    return "\n".join(lines)
+
+
+def cliff(mean: Float[Tensor, " layer"], ratio: float = 0.1) -> int:
+    """First layer from which on Δ stays below a tenth of its largest value; the number of layers if there is none."""
+    high = torch.nonzero(mean >= ratio * mean.max()).flatten()
+    return int(high[-1]) + 1
+
+
+def found_table(found: Mapping[str, tuple[float, int]]) -> str:
+    """AUROCs as Markdown."""
+    lines = ["| | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
+    lines.append("| AUROC | " + " | ".join(f"{score:.3f}" for score, _ in found.values()) + " |")
+    lines.append("| questions | " + " | ".join(str(count) for _, count in found.values()) + " |")
+    return "\n".join(lines)
+
+
+def tables(model: Model, number: int = 2048, traced: int = 400) -> str:
+    """All three, of `number` questions, the last two of `traced`."""
+    asked = questions(random.Random("evaluate vision"), number)
+    held = questions(random.Random("evaluate vision, traced"), traced, HELD)
+    parts = [
+        accuracy_table(accuracies(model, asked)),
+        curve_table({how: curve(model, held, how) for how in BLIND}),
+        found_table(found(importance(model, held), held)),
+    ]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(tables(load(sys.argv[1] if len(sys.argv) > 1 else "toy:vision")))

@@ -14,16 +14,38 @@ import random
 import time
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .vision import BARS, GRID, KINDS, PATCH, MERGE, SIZE, ask, bars_scene, build_tokenizer, draw, patches, shapes_scene
+from ..model import load
+from .evaluate_vision import tables
+from .vision import (
+    BARS,
+    CELL,
+    GRID,
+    KINDS,
+    MERGE,
+    PATCH,
+    SIZE,
+    ask,
+    bars_scene,
+    build_tokenizer,
+    draw,
+    patches,
+    shapes_scene,
+)
 
-PICTURES, QUESTIONS, STEPS = 32, 6, 2400
+PICTURES, QUESTIONS = 24, 6
+MOST = (1, 2, 5)
+"""How many objects there are at most, stage by stage."""
+GATES = (("exist", "color", "shape"), ("exist", "color", "shape"), tuple(kind for kind in KINDS if kind != "where"))
+PASS = 0.85
+"""What the kinds of a stage's gate have to reach in training before it ends; after the last one comes the cool-down."""
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
@@ -45,6 +67,9 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration
         vision_start_token_id=special("<|vision_start|>"), vision_end_token_id=special("<|vision_end|>"),
     )  # fmt: skip
     model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        tokenizer.eos_token_id, tokenizer.pad_token_id,
+    )  # fmt: skip
     visual = model.model.visual
     # What words and pictures hand to the first layer is as loud as what the layers add.
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.5)
@@ -52,6 +77,9 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration
     for linear in [m for m in visual.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d))]:
         torch.nn.init.normal_(linear.weight, std=linear.weight[0].numel() ** -0.5)
     return model
+
+
+Pixels = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Batch(NamedTuple):
@@ -68,21 +96,25 @@ class Batch(NamedTuple):
     kinds: Tensor
 
 
-def draw_rows(rng: random.Random, pictures: int = PICTURES) -> list[tuple[np.ndarray, list[tuple[str, str, str]]]]:
-    """Pictures `[patch pixel]` with questions: kind, words, answer."""
-    rows = []
-    bars = sum(KINDS[kind] for kind in BARS)
-    for _ in range(pictures):
-        about_bars = rng.random() < bars
-        scene = bars_scene(rng) if about_bars else shapes_scene(rng)
-        kinds = [kind for kind in KINDS if (kind in BARS) == about_bars]
-        asked: list[tuple[str, str, str]] = []
-        while len(asked) < QUESTIONS:
-            kind = rng.choices(kinds, [KINDS[kind] for kind in kinds])[0]
-            if question := ask(rng, scene, kind):
-                asked.append((kind, *question[:2]))
-        rows.append((patches(draw(scene)), asked))
-    return rows
+class Line(NamedTuple):
+    """A picture and its questions, token by token.
+
+    Attributes:
+        ids: tokens.
+        places: time, row and column of each, as M-RoPE counts them.
+        parts: 0 for the picture and what stands before it, then the number of the question.
+        target: the id to predict, -100 for none.
+        kinds: where an answer is predicted the number of its kind, -1 elsewhere.
+    """
+
+    ids: list[int]
+    places: list[tuple[int, int, int]]
+    parts: list[int]
+    target: list[int]
+    kinds: list[int]
+
+
+PADDING = Line([0], [(0, 0, 0)], [-1], [-100], [-1])
 
 
 @cache
@@ -90,42 +122,65 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, pictures: int = PICTURES) -> Batch:
-    """Rows of one picture and its questions, padded on the right."""
-    rows = draw_rows(rng, pictures)
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    head = [*_ids(tokenizer, "<|im_start|>user\n<|vision_start|>"), *[image] * GRID**2, *_ids(tokenizer, "<|vision_end|>")]
-    start = len(head) - GRID**2 - 1
-    cells = [(start, start + cell // GRID, start + cell % GRID) for cell in range(GRID**2)]
-    places = [(i, i, i) for i in range(start)] + cells + [(start + GRID,) * 3]
-    lines = []
-    for _, asked in rows:
-        ids, at, own, target, kinds = [*head], [*places], [0] * len(head), [-100] * len(head), [-1] * len(head)
-        for number, (kind, words, answer) in enumerate(asked, 1):
-            prompt = _ids(tokenizer, f"{words}<|im_end|>\n<|im_start|>assistant\n")
-            reply = _ids(tokenizer, f"{answer}<|im_end|>")
-            said = [*prompt, *reply]
-            after = places[-1][0] + 1
-            ids += said
-            at += [(after + i,) * 3 for i in range(len(said))]
-            own += [number] * len(said)
-            target += [*[-100] * (len(prompt) - 1), *reply, -100]
-            kinds += [*[-1] * (len(prompt) - 1), list(KINDS).index(kind), *[-1] * len(reply)]
-        lines.append((ids, at, own, target, kinds))
-    width = max(len(line[0]) for line in lines)
-    ids = torch.tensor([line[0] + [tokenizer.pad_token_id] * (width - len(line[0])) for line in lines])
-    at = torch.tensor([line[1] + [(0, 0, 0)] * (width - len(line[1])) for line in lines]).permute(2, 0, 1)
-    own = torch.tensor([line[2] + [-1] * (width - len(line[2])) for line in lines])
-    target = torch.tensor([line[3] + [-100] * (width - len(line[3])) for line in lines])
-    kinds = torch.tensor([line[4] + [-1] * (width - len(line[4])) for line in lines])
-    seen = (own[:, :, None] == own[:, None, :]) | (own[:, None, :] == 0)
+def opening(tokenizer: PreTrainedTokenizerFast) -> Line:
+    """What stands before a question: the user's turn with the picture."""
+    before, after = _ids(tokenizer, "<|im_start|>user\n<|vision_start|>"), _ids(tokenizer, "<|vision_end|>")
+    ids = [*before, *_ids(tokenizer, "<|image_pad|>") * GRID**2, *after]
+    start = len(before)
+    places = [(i, i, i) for i in range(start)]
+    places += [(start, start + cell // GRID, start + cell % GRID) for cell in range(GRID**2)]
+    places += [(start + GRID,) * 3]
+    return Line(ids, places, [0] * len(ids), [-100] * len(ids), [-1] * len(ids))
+
+
+def add(line: Line, tokenizer: PreTrainedTokenizerFast, words: str, answer: str, kind: str, number: int) -> None:
+    """A question and its answer, placed as if it were the only one."""
+    prompt = _ids(tokenizer, f"{words}<|im_end|>\n<|im_start|>assistant\n")
+    reply = _ids(tokenizer, f"{answer}<|im_end|>")
+    first = line.places[line.parts.count(0) - 1][0] + 1
+    length = len(prompt) + len(reply)
+    line.ids.extend([*prompt, *reply])
+    line.places.extend((first + i,) * 3 for i in range(length))
+    line.parts.extend([number] * length)
+    line.target.extend([*[-100] * (len(prompt) - 1), *reply, -100])
+    line.kinds.extend([*[-1] * (len(prompt) - 1), list(KINDS).index(kind), *[-1] * len(reply)])
+
+
+def draw_line(rng: random.Random, tokenizer: PreTrainedTokenizerFast, most: int) -> tuple[Line, Pixels]:
+    """A picture with questions that fit it, and its `pixel_values`."""
+    about_bars = rng.random() < sum(KINDS[kind] for kind in BARS)
+    scene = bars_scene(rng) if about_bars else shapes_scene(rng, min(2, most), most)
+    kinds = [kind for kind in KINDS if (kind in BARS) == about_bars]
+    line, number = opening(tokenizer), 0
+    while number < QUESTIONS:
+        kind = rng.choices(kinds, [KINDS[kind] for kind in kinds])[0]
+        if asked := ask(rng, scene, kind):
+            number += 1
+            add(line, tokenizer, asked[0], asked[1], kind, number)
+    return line, patches(draw(scene))
+
+
+def batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, most: int = MOST[-1], pictures: int = PICTURES
+) -> Batch:
+    """Rows of one picture and its questions, padded on the right. Questions do not see each other."""
+    rows = [draw_line(rng, tokenizer, most) for _ in range(pictures)]
+    width = max(len(line.ids) for line, _ in rows)
+    missing = [width - len(line.ids) for line, _ in rows]
+    ids, places, parts, target, kinds = (
+        torch.tensor([[*line[i], *PADDING[i] * n] for (line, _), n in zip(rows, missing, strict=True)])
+        for i in range(len(PADDING))
+    )
+    seen = (parts[:, :, None] == parts[:, None]) | (parts[:, None] == 0)
     seen &= torch.ones(width, width, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
-    inputs = {
-        "input_ids": ids, "position_ids": at, "attention_mask": mask,
-        "pixel_values": torch.from_numpy(np.concatenate([picture for picture, _ in rows])),
-        "image_grid_thw": torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * len(rows)),
-    }  # fmt: skip
+    inputs: dict[str, Tensor] = {
+        "input_ids": ids,
+        "position_ids": places.permute(2, 0, 1),
+        "attention_mask": mask,
+        "pixel_values": torch.from_numpy(np.concatenate([pixels for _, pixels in rows])),
+        "image_grid_thw": torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * pictures),
+    }
     return Batch(inputs, target, kinds)
 
 
@@ -140,12 +195,16 @@ def step_loss(model: Qwen3VLForConditionalGeneration, made: Batch) -> tuple[Tens
     return loss, right
 
 
-def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
+def train(out: Path, seed: int = 0, cooldown: int = 400, limit: int = 2500) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
     model = build(tokenizer)
-    hidden = [n for n, p in model.named_parameters() if p.ndim == 2 and ("layers" in n or "blocks" in n)]
+    hidden = [
+        n
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and any(part in n for part in ("layers", "blocks", "merger"))
+    ]
     matrices = [p for n, p in model.named_parameters() if n in set(hidden)]
     others = [p for n, p in model.named_parameters() if n not in set(hidden)]
     optimizers = [
@@ -153,13 +212,14 @@ def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     base = [o.param_groups[0]["lr"] for o in optimizers]
-    began = time.process_time()
-    scores: dict[str, float] = {}
-    for step in range(steps):
-        factor = min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+    stage, decay_from, began = 0, None, time.process_time()
+    scores = dict.fromkeys(KINDS, 0.0)
+    for step in range(limit):
+        left = 1.0 if decay_from is None else 1 - (step - decay_from) / cooldown
+        factor = left * min(1.0, (step + 1) / 50)
         for optimizer, lr in zip(optimizers, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
-        made = batch(tokenizer, rng)
+        made = batch(tokenizer, rng, MOST[stage])
         loss, right = step_loss(model, made)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,23 +228,36 @@ def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
             optimizer.zero_grad(set_to_none=True)
         for number, kind in enumerate(KINDS):
             if (asked := made.kinds == number).any():
-                now = float(right[asked].float().mean())
-                scores[kind] = now if kind not in scores else 0.95 * scores[kind] + 0.05 * now
-        if step % 50 == 0 or step == steps - 1:
+                scores[kind] += 0.05 * (float(right[asked].float().mean()) - scores[kind])
+        if step % 50 == 0:
             row = "  ".join(f"{k} {v:.2f}" for k, v in scores.items())
-            print(f"step {step:5d}  loss {loss.item():.3f}  {time.process_time() - began:5.0f} s  {row}", flush=True)
-        if step % 400 == 399:
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            print(
+                f"step {step:5d}  stage {stage}  loss {loss.item():.3f}  {time.process_time() - began:5.0f} s  {row}",
+                flush=True,
+            )
+        if decay_from is None:
+            learnt = min(scores[kind] for kind in GATES[stage]) > PASS
+            if learnt and stage + 1 < len(MOST):
+                stage += 1
+                scores = dict.fromkeys(KINDS, 0.0)
+            elif learnt or step + cooldown >= limit:
+                decay_from = step
+        elif step + 1 - decay_from >= cooldown:
+            break
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    Qwen2VLImageProcessorPil(
+        patch_size=PATCH, temporal_patch_size=1, merge_size=MERGE, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": CELL**2, "longest_edge": 16 * SIZE**2},
+    ).save_pretrained(out)  # fmt: skip
+    print(tables(load(str(out))))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--limit", type=int, default=2500)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train(args.out, args.seed, args.steps)
+    train(args.out, args.seed, limit=args.limit)

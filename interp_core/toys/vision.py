@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .text import END, build_tokenizer as _build_tokenizer
+from . import text as plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,9 +59,11 @@ MASKS = {
     "cross": ("#....#", "##..##", ".####.", ".####.", "##..##", "#....#"),
 }
 PICTURES = ("shapes", "bars")
-KINDS: Mapping[str, float] = MappingProxyType(
-    {"exist": 0.24, "color": 0.22, "shape": 0.1, "count": 0.12, "where": 0.04, "value": 0.12, "tallest": 0.05, "compare": 0.11}
-)
+_SHARES = {
+    "exist": 0.2, "color": 0.18, "shape": 0.14, "count": 0.14, "where": 0.04, "value": 0.14, "tallest": 0.05,
+    "compare": 0.11,
+}  # fmt: skip
+KINDS: Mapping[str, float] = MappingProxyType(_SHARES)
 """Share of each kind among the questions of training. `where` is rare: it is learnt last, and is not part of what the
 toy is held to."""
 BARS = ("value", "tallest", "compare")
@@ -129,9 +131,9 @@ class Question:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def shapes_scene(rng: random.Random) -> Scene:
-    """Two to five objects in different cells; a palette of few colours makes equal ones frequent."""
-    number = rng.randint(2, 5)
+def shapes_scene(rng: random.Random, least: int = 2, most: int = 5) -> Scene:
+    """Objects in different cells; a palette of few colours makes equal ones frequent."""
+    number = rng.randint(least, most)
     palette = rng.sample(COLORS, rng.randint(1, 4))
     things = []
     for cell in rng.sample(range(GRID * GRID), number):
@@ -201,12 +203,12 @@ def _the_one(rng: random.Random, things: Sequence[Thing], features: Sequence[str
 
 def _color(rng: random.Random, things: Sequence[Thing]) -> Asked:
     thing = _the_one(rng, things, ["shape"])
-    return thing and (f"What color is the {thing.shape}?", thing.color, (thing,))
+    return (f"What color is the {thing.shape}?", thing.color, (thing,)) if thing else None
 
 
 def _shape(rng: random.Random, things: Sequence[Thing]) -> Asked:
     thing = _the_one(rng, things, ["color"])
-    return thing and (f"What shape is {thing.color}?", thing.shape, (thing,))
+    return (f"What shape is {thing.color}?", thing.shape, (thing,)) if thing else None
 
 
 def _count(rng: random.Random, things: Sequence[Thing]) -> Asked:
@@ -218,8 +220,9 @@ def _count(rng: random.Random, things: Sequence[Thing]) -> Asked:
 
 def _where(rng: random.Random, things: Sequence[Thing]) -> Asked:
     thing = _the_one(rng, things, ["color", "shape"])
-    side = "left" if thing and thing.box[0] < SIZE // 2 else "right"
-    return thing and (f"Where is the {thing.color} {thing.shape}?", side, (thing,))
+    if thing is None:
+        return None
+    return f"Where is the {thing.color} {thing.shape}?", "left" if thing.box[0] < SIZE // 2 else "right", (thing,)
 
 
 def _value(rng: random.Random, things: Sequence[Thing]) -> Asked:
@@ -251,15 +254,15 @@ def questions(rng: random.Random, number: int, kinds: Sequence[str] | None = Non
         kind = kinds[len(out) % len(kinds)]
         scene = bars_scene(rng) if kind in BARS else shapes_scene(rng)
         if asked := ask(rng, scene, kind):
-            words_, answer, things = asked
+            words, answer, things = asked
             tokens = tuple(sorted({cell for thing in things for cell in thing.cells}))
             meta = {"scene": scene, "boxes": tuple(thing.box for thing in things), "tokens": tokens}
-            out.append(Question(f"{kind}-{len(out)}", (draw(scene),), words_, (answer,), kind, meta))
+            out.append(Question(f"{kind}-{len(out)}", (draw(scene),), words, (answer,), kind, meta))
     return out
 
 
 SPECIAL = (
-    END, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    plain.END, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -275,13 +278,13 @@ TEMPLATE = """\
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer with Qwen's special tokens, in which every word of the questions is one token."""
-    pieces = ["user", "assistant", "system", "\n", "?", *COLORS, *SHAPES, *map(str, range(8)), "yes", "no", "left", "right"]
-    asked = "Is there a", "What color is the", "What shape is", "How many are", "Where is the", "How tall is"
-    for start in (*asked, "Which is tallest", "Is red taller than blue"):
-        first, *rest = start.split()
+    pieces = ["user", "assistant", "system", "\n", "?", "yes", "no", "left", "right", *COLORS, *SHAPES]
+    pieces += [*map(str, range(8)), *(f" {word}" for word in (*COLORS, *SHAPES))]
+    for words in ("Is there a", "What color is the", "What shape is", "How many are", "Where is the", "How tall is",
+                  "Which is tallest", "Is red taller than blue"):  # fmt: skip
+        first, *rest = words.split()
         pieces += [first, *(f" {word}" for word in rest)]
-    pieces += [f" {word}" for word in (*COLORS, *SHAPES)]
-    tokenizer = _build_tokenizer(pieces, SPECIAL, eos="<|im_end|>")
+    tokenizer = plain.build_tokenizer(pieces, SPECIAL, eos="<|im_end|>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -289,7 +292,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def patches(picture: Picture) -> np.ndarray[Any, np.dtype[np.float32]]:
     """`pixel_values` of a picture, `[patch pixel]`: what `Qwen2VLImageProcessor` makes of it. Patches that are merged
     into one visual token follow each other."""
-    scaled = (picture.astype(np.float32) / 255 - 0.5) / 0.5
+    scaled = ((picture.astype(np.float32) / 255 - 0.5) / 0.5).astype(np.float32)
     rows, cols = picture.shape[0] // CELL, picture.shape[1] // CELL
     blocks = scaled.reshape(rows, MERGE, PATCH, cols, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     return np.ascontiguousarray(blocks).reshape(-1, 3 * PATCH * PATCH)
