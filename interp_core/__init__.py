@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from . import testing as testing
     from . import text as text
     from . import toys as toys
+    from . import vision as vision
     from .activations import Activations as Activations
     from .edits import Edit as Edit
     from .engines.attention_rows import AttentionRows as AttentionRows
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from .sweep import Sweep as Sweep
     from .text import Tokens as Tokens
     from .trace import Run as Run
-    from .vision import VisualToken as VisualToken
+    from .vision.places import VisualToken as VisualToken
 
 _HOME = {
     "Activations": "activations",
@@ -89,7 +90,7 @@ _HOME = {
     "Span": "positions",
     "Sweep": "sweep",
     "Tokens": "text",
-    "VisualToken": "vision",
+    "VisualToken": "vision.places",
     "keyed": "identity",
     "load": "model",
     "method": "methods",
@@ -100,7 +101,7 @@ _HOME = {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
 }
-_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys")
+_MODULES = ("errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "vision")
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

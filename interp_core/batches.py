@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas
 from .errors import PlanError, TextError, wrong
+from .inputs import some, undivided
 from .text import Tokens
 
 T = TypeVar("T")
@@ -77,15 +78,16 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
     """Some rows of a batch, laid out as they are in it, without columns that are padding in all of them.
 
     Raises:
-        TextError: a batch with further inputs, such as images.
+        TextError: a batch with further inputs of which it is not known what is whose.
     """
-    if tokens.inputs and list(numbers) != list(range(len(tokens))):
+    if (whole := undivided(tokens)) and list(numbers) != list(range(len(tokens))):
         raise TextError(
-            f"prompts with {', '.join(tokens.inputs)} cannot be split into batches; run them one by one, without "
-            "batch_size= and out="
+            f"prompts with {', '.join(whole)} cannot be split into batches; run them one by one, without batch_size= "
+            "and out="
         )
     rows = list(numbers)
     kept = tokens.within[rows].any(0)
+    inputs, shares = (tokens.inputs, tokens.shares) if whole or not tokens.inputs else some(tokens, rows, kept)
     return replace(
         tokens,
         ids=tokens.ids[rows][:, kept],
@@ -94,6 +96,8 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
         offsets=tokens.offsets and tuple(tokens.offsets[row] for row in rows),
         spans={name: tuple(spans[row] for row in rows) for name, spans in tokens.spans.items()},
         labels=tuple(tokens.labels[row] for row in rows),
+        inputs=inputs,
+        shares=shares,
     )
 
 
@@ -108,6 +112,6 @@ def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None
         along = isinstance(value, Tensor) and not value.is_floating_point() and value.shape[-2:] == order.shape
         return value.gather(-1, order.to(value.device).expand(value.shape)) if along else value
 
-    inputs = {name: moved(value) for name, value in tokens.inputs.items()}
+    inputs = {name: value if name in tokens.shares else moved(value) for name, value in tokens.inputs.items()}
     aligned = replace(tokens, ids=moved(tokens.ids), mask=moved(tokens.mask), inputs=inputs)
     return aligned, order.argsort(dim=1).tolist()

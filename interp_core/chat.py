@@ -30,14 +30,19 @@ NOT_OF_TEMPLATES = (
     "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs", "sanitize_control_tokens",
 )  # fmt: skip
-RESERVED = ("prompt", "target", "last", "all", "generated")
+RESERVED = ("prompt", "target", "last", "all", "generated", "vision", "text", "question")
+IMAGE_PLACE = {"type": "image"}
+"""An image in a content, as templates see it: a place, without the image."""
 
 
 def rendered(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template: Any
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, seen: bool = False, **template: Any
 ) -> tuple[str, list[tuple[Chars, ...]]]:
     """The text that a chat template makes of a conversation, and per message the half-open character ranges of its
     content: none for an empty one, several where the template keeps parts or shows it more than once.
+
+    Args:
+        seen: contents may have places of images, `{"type": "image"}`.
 
     Raises:
         TextError: no template, something that is no conversation, or a message whose text is not in the rendering.
@@ -47,7 +52,7 @@ def rendered(
     if wrong := [name for name in NOT_OF_TEMPLATES if name in template]:
         raise TextError(f"chat makes the tokens itself and takes options of the template only; leave out {wrong[0]}")
     template.setdefault("add_generation_prompt", not template.get("continue_final_message"))
-    conversation = _conversation(messages)
+    conversation = _conversation(messages, seen)
 
     def render(contents: Sequence[Mapping[str, Any]]) -> str:
         try:
@@ -56,6 +61,8 @@ def rendered(
             raise TextError(f"the chat template cannot render this conversation: {error}") from error
         return text
 
+    if seen:
+        return _located(render, conversation)
     if any(isinstance(message.get("content"), list) for message in conversation):
         try:
             return _located(render, conversation)
@@ -67,7 +74,7 @@ def rendered(
     return _located(render, conversation)
 
 
-def _conversation(messages: Any) -> list[dict[str, Any]]:
+def _conversation(messages: Any, seen: bool) -> list[dict[str, Any]]:
     """Messages as dictionaries with `role`, and with a `content` that is a string or a list of parts, if any."""
     example = '[{"role": "user", "content": "Hello"}]'
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
@@ -86,11 +93,12 @@ def _conversation(messages: Any) -> list[dict[str, Any]]:
             raise TextError(f"the content of message {i} ({role}) is text or a list of parts, not {content!r:.60}")
         for part in content if isinstance(content, (list, tuple)) else ():
             kind = part.get("type", "text") if isinstance(part, Mapping) else part
+            if seen and part == IMAGE_PLACE:
+                continue
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise TextError(
-                    f"message {i} ({role}) has a part that is no text ({kind!r:.60}); chat takes text. For images pass "
-                    "what processor.apply_chat_template(messages, tokenize=True, return_dict=True, "
-                    "return_tensors='pt') returns to run or generate."
+                    f"message {i} ({role}) has a part that is no text ({kind!r:.60}); parts are {{'type': 'text', "
+                    "'text': …}, and, for a vision-language model with its processor, {'type': 'image', 'image': …}"
                 )
     return [_plain(message) for message in messages]
 
@@ -101,19 +109,20 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content, (list, tuple)):
         return dict(message)
     parts = [dict(part) for part in content]
-    return dict(message) | {"content": parts if any(part["text"] for part in parts) else ""}
+    return dict(message) | {"content": parts if any(part.get("text", True) for part in parts) else ""}
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:
     """The parts of a content."""
     content = message.get("content")
-    return [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    return [part.get("text", "") for part in content] if isinstance(content, list) else [content or ""]
 
 
 def _with_texts(message: Mapping[str, Any], texts: Sequence[str]) -> Mapping[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
-        return {**message, "content": [{**part, "text": text} for part, text in zip(content, texts, strict=True)]}
+        pairs = zip(content, texts, strict=True)
+        return {**message, "content": [{**part, "text": text} if "text" in part else part for part, text in pairs]}
     return message if content is None else {**message, "content": texts[0]}
 
 

@@ -22,6 +22,7 @@ from .batches import AHEAD, batch_size_of, bucketed, laid_out, numbering, sides,
 from .engines.protocol import Slot
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
+from .inputs import undivided
 from .plan import Plan
 from .positions import Mask, PerRow, Position, Rows, is_single
 from .progress import Progress
@@ -207,8 +208,8 @@ def _check_positions(model: Any, reads: Sequence[Site], item: Item) -> None:
 def _run_window(
     model: Any, reads: Sequence[Site], window: list[Item], size: int, shelf: Shelf, shown: Progress
 ) -> None:
-    alone = [item for item in window if item.tokens.inputs]
-    together = [item for item in window if not item.tokens.inputs]
+    alone = [item for item in window if undivided(item.tokens)]
+    together = [item for item in window if not undivided(item.tokens)]
     numbers = bucketed([item.tokens.lengths[0] for item in together], size, mixed=bool(sides(model.atlas)))
     for batch in [*([together[i] for i in part] for part in numbers), *([item] for item in alone)]:
         tokens = batch[0].tokens if len(batch) == 1 else Tokens.stack([item.tokens for item in batch])

@@ -24,7 +24,7 @@ from .regions import Bound, Region
 from .sites import Site
 from .text import CACHE, Tokens, from_inputs
 from .trace import Run
-from .vision import with_visual_names
+from .vision.places import with_visual_names
 
 if TYPE_CHECKING:
     from .model import Input, Model

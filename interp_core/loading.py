@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -19,15 +20,17 @@ from .errors import LoadError, nearest, wrong
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
+OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class Opened(NamedTuple):
-    """A model with what reads its text."""
+    """A model with what reads its text and its images; `no_processor` says why nothing reads images."""
 
     model: Any
     tokenizer: Any
     processor: Any
     source: str
+    no_processor: str = ""
 
 
 class Files(NamedTuple):
@@ -79,8 +82,26 @@ def open_model(
         if device_map is None:
             model = model.to(place)
         if tokenizer is None:
-            tokenizer = _tokenizer(files)
-    return Opened(model.eval(), tokenizer, processor, str(source))
+            tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
+        why = ""
+        if processor is None and getattr(model.config, "vision_config", None) is not None:
+            processor, why = _processor(files, model.config, tokenizer)
+    return Opened(model.eval(), tokenizer, processor, str(source), why)
+
+
+def _processor(files: Files, config: Any, tokenizer: Any) -> tuple[Any, str]:
+    """The processor that comes with a model, or None and the reason."""
+    folder = Path(files.folder)
+    if files.head is not None:
+        return None, "a .gguf file holds no image processor"
+    if tokenizer is None or (folder.is_dir() and not any((folder / name).is_file() for name in OF_PROCESSORS)):
+        return None, f"{files.name} has no {'tokenizer' if tokenizer is None else ' or '.join(OF_PROCESSORS)}"
+    from .vision.processors import open_processor
+
+    processor, why = open_processor(files.folder, config, tokenizer, files.options)
+    if why:
+        logging.getLogger(__name__).warning("%s: %s; it reads text only, or pass processor=…", files.name, why)
+    return processor, why
 
 
 def open_tokenizer(source: str | Path) -> Any:

@@ -33,7 +33,9 @@ from .snapshot import Snapshot, demand_usable, forgotten
 from .structure import Structure
 from .text import Tokens
 from .trace import Run
-from .vision import VisualToken, visual_grid
+from .vision.places import VisualToken, placeholder_ids, visual_grid
+from .vision.processors import demand_fitting
+from .vision.reading import Reader, demand_no_places, has_pictures
 
 if TYPE_CHECKING:
     from .activations import Activations
@@ -117,7 +119,7 @@ class Model(Structure):
         engine_options: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
-        self.hf, self.tokenizer, self.processor, self.source = opened
+        self.hf, self.tokenizer, self.processor, self.source, self._no_processor = opened
         self._made = engine, {} if engine_options is None else engine_options, check
         self.turn = turn_of(self.hf)
         with self.turn:
@@ -169,6 +171,8 @@ class Model(Structure):
                 f"the tokenizer has {size} tokens, the model {rows}: they do not belong together. Pass the tokenizer "
                 "that the model was trained with."
             )
+        if self.processor is not None and placeholder_ids(self.hf.config):
+            demand_fitting(self.processor, self.hf.config)
 
     def __repr__(self) -> str:
         shape = self.atlas.shape
@@ -203,7 +207,7 @@ class Model(Structure):
         Raises:
             CapabilityError: as `load`.
         """
-        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source)
+        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source, self._no_processor)
         return Model(opened, engine=engine, engine_options=options)
 
     def tokens(
@@ -211,25 +215,60 @@ class Model(Structure):
         texts: str | Sequence[str] | Mapping[str, Any],
         target: str | Sequence[str] | None = None,
         *,
+        images: Any = None,
         bos: bool | None = None,
         boundary: str = "strict",
     ) -> Tokens:
         """Tokens of a text or several, with the spans `prompt` and `target` if a target is given; see `text.encode`.
         Of what a tokenizer or processor returned (images), they are its ids, with the spans of what is seen.
 
+        Args:
+            images: of a text, an image or a list of them; of several texts, a list with the images of each. An image is
+                a PIL image, the path of a file, or an array of uint8 `[height width 3]`. They take the places that the
+                text has (the processor's `image_token`); in front of a text without any they come first. The spans
+                `vision`, `text`, `image_0`, … say where they are, and `question` what the text says after them.
+
         Raises:
-            TextError: empty, longer than the context, or a boundary inside a token.
+            TextError: empty, longer than the context, a boundary inside a token, an image that cannot be read, or
+                another number of images than places.
+            CapabilityError: images, and no processor or no Pillow.
         """
         if isinstance(texts, Mapping):
-            if (target, bos, boundary) != (None, None, "strict"):
-                raise TextError("what a processor returned is tokens already; put the target into its text")
+            if (target, images, bos, boundary) != (None, None, None, "strict"):
+                raise TextError("what a processor returned is tokens already; put target and images into its text")
             return self._input(texts)
-        tokens = self._fitting(text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary))
-        return laid_out(self.atlas, tokens)
+        if images is None:
+            tokens = text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary)
+            demand_no_places(tokens, self.hf.config)
+        else:
+            tokens = self._reader().texts(texts, target, images, bos, boundary)
+        return laid_out(self.atlas, self._fitting(tokens))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any) -> Tokens:
-        """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`."""
-        return self._fitting(text.encode_chat(self._tokenizer(), messages, target, **template))
+        """Tokens of a conversation through the chat template, ready for an answer; see `text.encode_chat`. Parts of a
+        message may be images, `{"type": "image", "image": …}` with what `tokens` takes for an image (or `"path"`).
+
+        Raises:
+            TextError, CapabilityError: as `text.encode_chat`, and for images as `tokens`.
+        """
+        if has_pictures(messages):
+            return self._fitting(self._reader().chat(messages, target, template))
+        tokens = text.encode_chat(self._tokenizer(), messages, target, **template)
+        return self._fitting(demand_no_places(tokens, self.hf.config))
+
+    def _reader(self) -> Reader:
+        """What reads texts with images.
+
+        Raises:
+            CapabilityError: this model sees nothing, or has no processor.
+        """
+        config = self.hf.config
+        if not placeholder_ids(config):
+            raise CapabilityError(f"{self.source} ({self.atlas.family.name}) takes no images: it has no vision tower")
+        if self.processor is None:
+            why = self._no_processor or "it was loaded without one"
+            raise CapabilityError(f"{self.source} has no processor for images ({why}): pass load(..., processor=…)")
+        return Reader(self.processor, self._tokenizer(), config, self.atlas.family)
 
     def visual_grid(self, x: Input) -> list[list[VisualToken]]:
         """Per row, which image, grid cell and pixels each visual token stands for.

@@ -243,7 +243,9 @@ def tokens_data(tokens: Tokens) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         tensors[f"tokens/inputs/{name}"] = value
     spans = {name: [[[s.start, s.stop] for s in row] for row in rows] for name, rows in tokens.spans.items()}
-    return {"texts": tokens.texts, "offsets": tokens.offsets, "spans": spans, "labels": tokens.labels}, tensors
+    shares = {"shares": dict(tokens.shares)} if tokens.shares else {}
+    plain = {"texts": tokens.texts, "offsets": tokens.offsets, "spans": spans, "labels": tokens.labels}
+    return plain | shares, tensors
 
 
 def tokens_from(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tokens:
@@ -257,4 +259,5 @@ def tokens_from(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Token
         {str(n): tuple(tuple(Span(*span) for span in row) for row in rows) for n, rows in data["spans"].items()},
         tuple(tuple(map(str, row)) for row in data["labels"]),
         {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)},
+        {str(n): None if s is None else tuple(map(int, s)) for n, s in data.get("shares", {}).items()},
     )

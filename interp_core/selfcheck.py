@@ -24,7 +24,7 @@ from .positions import VISION, Mask, Span
 from .sites import SITES, Site
 from .text import Tokens
 from .trace import Run
-from .vision import placeholder_ids
+from .vision.places import placeholder_ids
 
 if TYPE_CHECKING:
     from .model import Model

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .chat import Chars, rendered
 from .errors import PlanError, PositionError, TextError, nearest, wrong
+from .inputs import Shares, some, stacked
 from .offsets import offsets_by_decoding, with_composed
 from .positions import PositionLike, Rows, Span, format_position, is_single, position, resolve
 
@@ -45,6 +46,7 @@ class Tokens:
         spans: per name, per row, the token spans of that name; usable as positions.
         labels: per row and real token, the text to show (ids where it is not given).
         inputs: further tensors that the model takes (`pixel_values`, …).
+        shares: which part of such an input is whose; see `inputs`.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -54,6 +56,7 @@ class Tokens:
     spans: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
     labels: tuple[tuple[str, ...], ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    shares: Shares = field(default_factory=dict)
     placed: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
     """What models are called with, by shape limits and device; filled by their first run."""
 
@@ -153,14 +156,16 @@ class Tokens:
         return tuple(out)
 
     def row(self, index: int) -> Tokens:
-        """One row without the padding around it (text only: further inputs are refused)."""
+        """One row without the padding around it, with its own pixels.
+
+        Raises:
+            PositionError: there is no such row.
+            TextError: a further input of which it is not known what is whose.
+        """
         if isinstance(index, bool) or not isinstance(index, int) or not -len(self) <= index < len(self):
             raise PositionError(wrong("row", f"a row of the batch, 0 to {len(self) - 1}", index))
-        if self.inputs:
-            raise TextError(
-                f"a batch with {', '.join(self.inputs)} cannot be split into rows; tokenize them one by one"
-            )
         keep = self.within[index]
+        inputs, shares = some(self, [index % len(self)], keep) if self.inputs else ({}, {})
         pick = slice(index, index + 1) if index >= 0 else slice(index, index + 1 or None)
         return replace(
             self,
@@ -168,8 +173,10 @@ class Tokens:
             mask=self.mask[index][keep][None],
             texts=self.texts and self.texts[pick],
             offsets=self.offsets and self.offsets[pick],
-            spans={name: rows[pick] for name, rows in self.spans.items()},
+            spans={name: rows[pick] for name, rows in self.spans.items() if _in_row(self, name, index)},
             labels=self.labels[pick],
+            inputs=inputs,
+            shares=shares,
         )
 
     def __iter__(self) -> Iterator[Tokens]:
@@ -252,10 +259,10 @@ class Tokens:
 
     @staticmethod
     def stack(rows: Sequence[Tokens]) -> Tokens:
-        """Rows of several batches as one, padded on the left.
+        """Rows of several batches as one, padded on the left, each with its own pixels.
 
         Raises:
-            TextError: none, or something else than tokens.
+            TextError: none, something else than tokens, or further inputs that cannot be put together.
         """
         if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(x, Tokens) for x in rows):
             raise TextError(wrong("Tokens.stack", "a list of Tokens", rows))
@@ -263,9 +270,12 @@ class Tokens:
             raise TextError("Tokens.stack of an empty list; give at least one Tokens")
         singles = [single for tokens in rows for single in tokens]
         width = max(single.ids.shape[1] for single in singles)
-        ids = torch.stack([_pad(single.ids[0], width, int(single.ids[0, 0])) for single in singles])
+        ids = torch.stack([_pad(single.ids[0], width, _filler(single)) for single in singles])
         mask = torch.stack([_pad(single.mask[0], width, 0) for single in singles])
+        inputs, shares = stacked(singles, width)
         names = set.intersection(*(set(single.spans) for single in singles))
+        if shares:
+            names |= {name for single in singles for name in single.spans if is_visual(name)}
         texts = [single.texts[0] for single in singles if single.texts]
         offsets = [single.offsets[0] for single in singles if single.offsets]
         return Tokens(
@@ -273,8 +283,10 @@ class Tokens:
             mask,
             tuple(texts) if len(texts) == len(singles) else None,
             tuple(offsets) if len(offsets) == len(singles) else None,
-            {name: tuple(single.spans[name][0] for single in singles) for name in sorted(names)},
+            {name: tuple(_span_of(single, name) for single in singles) for name in sorted(names)},
             tuple(single.labels[0] for single in singles),
+            inputs,
+            shares,
         )
 
 
@@ -343,7 +355,11 @@ def encode_chat(
     if target is not None and not isinstance(target, str):
         raise TextError(wrong("target=", "the beginning of the answer, a string", target))
     text, places = rendered(tokenizer, messages, **template)
-    tokens = _encode_row(tokenizer, text, target, False, "strict", 0)
+    return with_messages(_encode_row(tokenizer, text, target, False, "strict", 0), messages, places)
+
+
+def with_messages(tokens: Tokens, messages: Sequence[Mapping[str, Any]], places: Sequence[Sequence[Chars]]) -> Tokens:
+    """Tokens of a conversation with the spans of its messages, given the characters of each one's text."""
     spans = dict(tokens.spans)
     for i, (message, ranges) in enumerate(zip(messages, places, strict=True)):
         if shown := tuple(span for chars in ranges if (span := tokens._covering(*chars, 0))):
@@ -466,9 +482,33 @@ def _decoded(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...]
     return tuple(tuple(known[i] for i in row[keep].tolist()) for row, keep in zip(ids, mask, strict=True))
 
 
+def is_visual(name: str) -> bool:
+    """Whether positions of that name come from images: `vision`, `text`, `image_0`, …"""
+    return name in ("vision", "text") or bool(re.fullmatch(r"image_\d+", name))
+
+
+def _in_row(tokens: Tokens, name: str, row: int) -> bool:
+    """Whether a row has a name: those of images it has only if it has such images."""
+    if "vision" not in tokens.spans or not is_visual(name):
+        return True
+    return bool(tokens.spans["vision"][row] and tokens.spans[name][row])
+
+
+def _span_of(single: Tokens, name: str) -> tuple[Span, ...]:
+    """The spans of a name in a single row; without images, all of it is text."""
+    whole = (Span(0, single.lengths[0]),) if name == "text" else ()
+    return single.spans[name][0] if name in single.spans else whole
+
+
 def _is_pair(value: Any) -> bool:
     whole = isinstance(value, (tuple, list)) and len(value) == 2
     return whole and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def _filler(single: Tokens) -> int:
+    """A token id for the padding of a row: its first that is not visual, since models count those in padding too."""
+    visual = {i for span in single.spans.get("vision", ((),))[0] for i in span}
+    return next((token for i, token in enumerate(single.ids[0].tolist()) if i not in visual), 0)
 
 
 def _pad(row: Tensor, width: int, fill: int) -> Tensor:

@@ -124,6 +124,7 @@ class Family:
         refuse: sites that the family cannot give, with the reason.
         refuse_if: the same, given the config.
         grid: which pixels each visual token stands for.
+        pixels: what the first axis of `pixel_values` counts.
         needs: inputs without which transformers takes images for text, silently.
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
     """
@@ -146,5 +147,6 @@ class Family:
     refuse: Mapping[str, str] = field(default_factory=dict)
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
     grid: Grid | None = None
+    pixels: Literal["", "image", "tile", "patch", "row"] = ""
     needs: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()

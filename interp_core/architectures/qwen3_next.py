@@ -10,7 +10,16 @@ from .qwen3_moe import ROUTER
 from .qwen3_vl import CARRIED, NEEDS
 
 FAMILY = Family("qwen3_next", views={"q": first_half}, gated=True, router=ROUTER)
-QWEN3_5 = Family("qwen3_5", views={"q": first_half}, gated=True, carried=CARRIED, grid=by_grid_thw, needs=NEEDS)
+QWEN3_5 = Family(
+    "qwen3_5", views={"q": first_half}, gated=True, carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS
+)
 QWEN3_5_MOE = Family(
-    "qwen3_5_moe", views={"q": first_half}, gated=True, router=ROUTER, carried=CARRIED, grid=by_grid_thw, needs=NEEDS
+    "qwen3_5_moe",
+    views={"q": first_half},
+    gated=True,
+    router=ROUTER,
+    carried=CARRIED,
+    grid=by_grid_thw,
+    pixels="patch",
+    needs=NEEDS,
 )

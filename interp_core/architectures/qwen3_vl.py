@@ -10,6 +10,6 @@ from .qwen3_moe import ROUTER
 
 CARRIED = ("model.rope_deltas",)
 NEEDS = ("mm_token_type_ids",)
-FAMILY = Family("qwen3_vl", carried=CARRIED, grid=by_grid_thw, needs=NEEDS)
-MOE = Family("qwen3_vl_moe", carried=CARRIED, grid=by_grid_thw, needs=NEEDS, router=ROUTER)
-QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED, grid=by_grid_thw, needs=NEEDS)
+FAMILY = Family("qwen3_vl", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS)
+MOE = Family("qwen3_vl_moe", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS, router=ROUTER)
+QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS)

@@ -7,8 +7,8 @@ directions, which takes `token_type_ids`.
 from .family import Family, llama_like
 from .grids import by_any_resolution, by_patch, by_pooled_crop, by_separated_tile, by_shuffled_tile
 
-LLAVA = Family("llava", grid=by_patch)
-LLAVA_ONEVISION = Family("llava_onevision", grid=by_any_resolution)
-INTERNVL = Family("internvl", paths=llama_like("model.language_model"), grid=by_shuffled_tile)
-SMOLVLM = Family("smolvlm", paths=llama_like("model.text_model"), grid=by_separated_tile)
-GEMMA3 = Family("gemma3", grid=by_pooled_crop, needs=("token_type_ids",))
+LLAVA = Family("llava", grid=by_patch, pixels="image")
+LLAVA_ONEVISION = Family("llava_onevision", grid=by_any_resolution, pixels="image")
+INTERNVL = Family("internvl", paths=llama_like("model.language_model"), grid=by_shuffled_tile, pixels="tile")
+SMOLVLM = Family("smolvlm", paths=llama_like("model.text_model"), grid=by_separated_tile, pixels="row")
+GEMMA3 = Family("gemma3", grid=by_pooled_crop, pixels="image", needs=("token_type_ids",))

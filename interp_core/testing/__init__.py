@@ -9,5 +9,10 @@ one that is not, if it was fetched.
 from ..real import real_model
 from .kit import Report, Row, check_method, check_plugin
 from .models import VOCAB, families, mixtures, tiny
+from .processors import pictures, processor
+from .visual import VISUAL
 
-__all__ = ["VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "mixtures", "real_model", "tiny"]
+__all__ = [
+    "VISUAL", "VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "mixtures", "pictures", "processor",
+    "real_model", "tiny",
+]  # fmt: skip

@@ -22,6 +22,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 from .. import sites as S
 from ..model import Model, load
 from ..text import Tokens
-from .vision import BARS, GRID, KINDS, MERGE, Picture, Question, patches, questions
+from .vision import BARS, GRID, KINDS, Picture, Question, questions
 
 BLIND = ("black", "mean", "random")
 FIRST = 4
@@ -43,15 +44,9 @@ HELD = tuple(kind for kind in KINDS if kind != "where")
 
 def prompts(model: Model, asked: Sequence[Question]) -> Tokens:
     """A conversation of one turn a row, ready for an answer."""
-    picture = f"<|vision_start|>{'<|image_pad|>' * GRID**2}<|vision_end|>"
-    texts = [f"<|im_start|>user\n{picture}{q.question}<|im_end|>\n<|im_start|>assistant\n" for q in asked]
-    tokens = model.tokens(texts)
-    inputs = {
-        "pixel_values": torch.from_numpy(np.concatenate([patches(q.images[0]) for q in asked])),
-        "image_grid_thw": torch.tensor([[1, GRID * MERGE, GRID * MERGE]] * len(asked)),
-        "mm_token_type_ids": (tokens.ids == model.hf.config.image_token_id).int(),
-    }
-    return replace(tokens, inputs=inputs)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.question}]} for q in asked]
+    write = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    return model.tokens([write([turn]) for turn in turns], images=[list(q.images) for q in asked])
 
 
 def blinded(asked: Sequence[Question], how: str) -> list[Question]:

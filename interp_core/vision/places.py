@@ -8,18 +8,23 @@ that the processor returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .architectures.family import Family
-from .architectures.grids import Box, Cell
-from .errors import CapabilityError, TextError
-from .positions import Span
-from .text import Tokens
+from torch import Tensor
+
+from ..architectures.family import Family
+from ..architectures.grids import Box, Cell
+from ..errors import CapabilityError, TextError
+from ..inputs import Shares
+from ..positions import Span
+from ..text import Tokens
 
 IMAGES = ("pixel_values", "image_grid_thw")
 """Inputs that say that there are images."""
+Picture = tuple[list[int], list[Cell]]
+"""An image's visual positions in its row, and their cells."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,48 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
     spans["vision"] = tuple(tuple(_runs(places)) for places in visual)
     spans["text"] = tuple(tuple(_runs(sorted({*range(n)} - {*places}))) for places, n in rows)
     _demand(tokens.inputs, family)
+    shares: Shares = {}
     if (images := _images(tokens, config, family)) is not None:
         for i in range(max(map(len, images))):
             spans[f"image_{i}"] = tuple(tuple(_runs(row[i][0])) if i < len(row) else () for row in images)
-    return replace(tokens, spans=spans)
+        _demand_seen(tokens.inputs, images, family)
+        shares = _shares(tokens.inputs, images, family)
+    return replace(tokens, spans=spans, shares=shares)
+
+
+def _shares(inputs: Mapping[str, Any], images: Sequence[Sequence[Picture]], family: Family) -> Shares:
+    """Which part of each input is whose; see `inputs`."""
+    counts = tuple(map(len, images))
+    pixels = counts
+    if family.pixels == "tile":
+        pixels = tuple(sum(len({cell.tile for cell in cells}) for _, cells in row) for row in images)
+    if family.pixels == "patch":
+        grids = iter(inputs["image_grid_thw"].prod(-1).tolist())
+        pixels = tuple(sum(next(grids) for _ in range(count)) for count in counts)
+    by_name = {"image_grid_thw": counts, "image_sizes": counts, "batch_num_images": None}
+    if family.pixels:
+        by_name |= dict.fromkeys(("pixel_values", "pixel_attention_mask"), None if family.pixels == "row" else pixels)
+    return {name: share for name, share in by_name.items() if name in inputs}
+
+
+def _demand_seen(inputs: Mapping[str, Any], images: Sequence[Sequence[Picture]], family: Family) -> None:
+    """Refuse tiles of zeros where the model takes them for padding.
+
+    Raises:
+        TextError: there are any.
+    """
+    pixels = inputs.get("pixel_values")
+    if family.pixels != "row" or not isinstance(pixels, Tensor) or pixels.ndim < 3:
+        return
+    shown = pixels.flatten(2).ne(0).any(-1).sum(-1).tolist()
+    kept = sum(shown) == 0 and sum(map(len, images)) == 1  # a single one is shown all the same
+    for row, (tiles, seen) in enumerate(zip(images, shown, strict=True)):
+        if seen < len(tiles) and not kept:
+            raise TextError(
+                f"row {row}: {len(tiles) - seen} of {len(tiles)} tiles hold nothing but zeros after normalising, which "
+                f"{family.name} takes for padding and drops. Make the picture one that is not exactly the processor's "
+                "mean colour (black is not, with the usual mean of 0.5)."
+            )
 
 
 def visual_grid(tokens: Tokens, config: Any, family: Family) -> list[list[VisualToken]]:
@@ -112,7 +155,7 @@ def _visual(tokens: Tokens, placeholders: set[int]) -> list[list[int]]:
     return [[i for i, token in enumerate(row[keep].tolist()) if token in placeholders] for row, keep in rows]
 
 
-def _images(tokens: Tokens, config: Any, family: Family) -> list[list[tuple[list[int], list[Cell]]]] | None:
+def _images(tokens: Tokens, config: Any, family: Family) -> list[list[Picture]] | None:
     """Per row and image, its visual positions and their cells; None where the grids are not known."""
     if family.grid is None or not any(name in tokens.inputs for name in IMAGES) or _has_video(tokens, config):
         return None
