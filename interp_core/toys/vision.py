@@ -33,13 +33,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import TextError, nearest
 from . import text as plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "BARS", "COLORS", "KINDS", "SHAPES", "Question", "Scene", "ask", "bars_scene", "build_tokenizer", "draw", "patches",
+    "BARS", "COLORS", "KINDS", "SHAPES", "Question", "Scene", "Thing", "ask", "bars_scene", "build_tokenizer", "draw", "patches",
     "questions", "shapes_scene",
 ]  # fmt: skip
 
@@ -247,8 +248,14 @@ _ASK = {
 
 
 def questions(rng: random.Random, number: int, kinds: Sequence[str] | None = None) -> list[Question]:
-    """Questions of these kinds in turn (None: all), each about a picture of its own."""
-    kinds = list(kinds or KINDS)
+    """Questions of these kinds in turn (None: all), each about a picture of its own.
+
+    Raises:
+        TextError: there is no such kind.
+    """
+    kinds = list(KINDS if kinds is None else kinds)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise TextError(f"toy:vision has no questions of the kind {unknown[0]!r}. {nearest(unknown[0], KINDS)}")
     out: list[Question] = []
     while len(out) < number:
         kind = kinds[len(out) % len(kinds)]
