@@ -158,9 +158,15 @@ def test_unknown_kinds_are_told() -> None:
         vision.questions(random.Random(0), 1, ["colour"])
 
 
-def test_pixels_are_those_of_the_processor() -> None:
+def test_training_reads_what_the_processor_and_the_chat_template_give() -> None:
+    from interp_core.toys.train_vision import add, opening
+
     asked = vision.questions(random.Random("pixels"), 8)
     tokens = evaluate.prompts(toy(), asked)
+    for q, ids, mask in zip(asked, tokens.ids, tokens.mask, strict=True):
+        line = opening(toy().tokenizer)
+        add(line, toy().tokenizer, q.question, q.answers[0], q.kind, 1)
+        assert ids[mask].tolist() == line.ids[:-2] and line.target[-3:] == [*line.ids[-2:], -100]
     packed = np.concatenate([vision.patches(q.images[0]) for q in asked])
     assert torch.equal(tokens.inputs["pixel_values"], torch.from_numpy(packed))
 

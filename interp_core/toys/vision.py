@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "BARS", "COLORS", "KINDS", "SHAPES", "Question", "Scene", "Thing", "ask", "bars_scene", "build_tokenizer", "draw", "patches",
-    "questions", "shapes_scene",
+    "BARS", "COLORS", "KINDS", "SHAPES", "Question", "Scene", "Thing", "ask", "bars_scene", "build_tokenizer", "draw",
+    "patches", "questions", "shapes_scene",
 ]  # fmt: skip
 
 SIZE, CELL, PATCH, MERGE = 32, 8, 4, 2
