@@ -78,14 +78,14 @@ def right(model: Model, asked: Sequence[Question], rows: int = 64) -> list[bool]
 def accuracies(model: Model, asked: Sequence[Question]) -> dict[str, dict[str, float]]:
     """By pictures (original, black, mean, random, constant), by kind, `all` (of those held to) last."""
     hits = {"original": right(model, asked)} | {how: right(model, blinded(asked, how)) for how in BLIND}
-    best = {kind: Counter(q.answers[0] for q in asked if q.kind == kind).most_common(1)[0][0] for kind in KINDS}
+    kinds = [kind for kind in KINDS if any(q.kind == kind for q in asked)]
+    best = {kind: Counter(q.answers[0] for q in asked if q.kind == kind).most_common(1)[0][0] for kind in kinds}
     hits["constant"] = [q.answers[0] == best[q.kind] for q in asked]
     out = {}
-    for how, of in hits.items():
-        shares = {
-            kind: float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind == kind])) for kind in KINDS
-        }
-        out[how] = shares | {"all": float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind in HELD]))}
+    for how, answered in hits.items():
+        rows = list(zip(answered, asked, strict=True))
+        out[how] = {kind: float(np.mean([hit for hit, q in rows if q.kind == kind])) for kind in kinds}
+        out[how]["all"] = float(np.mean([hit for hit, q in rows if q.kind in HELD]))
     return out
 
 
