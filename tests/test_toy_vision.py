@@ -95,7 +95,7 @@ def test_curves_by_text_rows_equal_curves_by_visual_rows() -> None:
 def test_what_is_asked_about_is_what_matters() -> None:
     asked = held_out(24, ("color", "shape", "count"))
     scores = evaluate.found(evaluate.importance(toy(), asked), asked)
-    assert scores["all"][0] >= 0.9 and scores["all"][1] >= 18, scores
+    assert scores["decides"][0] >= 0.9 and scores["decides"][1] >= 18, scores
 
 
 def about(q: vision.Question) -> list[vision.Thing]:

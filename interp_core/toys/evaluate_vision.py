@@ -140,17 +140,25 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     return float(((apart > 0).float() + 0.5 * (apart == 0).float()).mean())
 
 
+def decides(q: Question) -> bool:
+    """Whether each thing that is asked about decides the answer: not where another like it says the same, nor where
+    heights are compared, which the rest of a bar tells too."""
+    return q.kind not in ("tallest", "compare") and (q.kind != "exist" or len(q.meta["boxes"]) == 1)
+
+
 def found(effects: Float[Tensor, "question token"], asked: Sequence[Question]) -> dict[str, tuple[float, int]]:
-    """Per kind, the mean over questions of the AUROC of tokens asked about against the others, and how many questions
-    there are that have both."""
+    """The mean over questions of the AUROC of tokens asked about against the others, and how many questions there are
+    that have both: of every kind, of `all`, and of those where each thing `decides`."""
     scores = defaultdict(list)
     for row, q in zip(effects, asked, strict=True):
         inside = torch.zeros(GRID**2, dtype=torch.bool)
         inside[list(q.meta["tokens"])] = True
         if inside.any() and not inside.all():
-            scores[q.kind].append(auroc(row[inside], row[~inside]))
-    every = [score for kind in scores if kind in HELD for score in scores[kind]]
-    return {kind: (float(np.mean(of)), len(of)) for kind, of in {**scores, "all": every}.items()}
+            score = auroc(row[inside], row[~inside])
+            for name in (q.kind, "all", *["decides"] * decides(q)):
+                scores[name].append(score)
+    order = [*(kind for kind in KINDS if kind in scores), "all", "decides"]
+    return {name: (float(np.mean(scores[name])), len(scores[name])) for name in order if name in scores}
 
 
 def accuracy_table(accuracies: Mapping[str, Mapping[str, float]]) -> str:
