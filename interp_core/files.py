@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import LoadError
+
 STALE_SECONDS = 24 * 3600
 """Age after which a draft of another machine, whose processes cannot be asked, counts as left behind."""
 _DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-\d+\.tmp")
@@ -79,6 +81,28 @@ def pt_bytes(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def read_pt(path: str | Path, what: str, *, mmap: bool = False) -> Any:
+    """What a `.pt` file of plain values holds.
+
+    Args:
+        what: should be in it, for messages.
+        mmap: tensors stay in the file until they are used.
+
+    Raises:
+        LoadError: no such file, or one that cannot be read without running what is in it.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise LoadError(f"there is no file {path}, which should hold {what}") from None
+    except Exception as error:  # whatever pickle and zip raise
+        raise LoadError(
+            f"{path} cannot be read as {what} (with weights_only=True): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def file_sha256(path: Path) -> str | None:

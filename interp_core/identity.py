@@ -92,10 +92,17 @@ def identity(value: Any) -> str:
 
 def release(package: str) -> str:
     """A package and its version."""
+    version = _installed(package)
+    return f"{package} {getattr(sys.modules.get(package), '__version__', '') if version is None else version}"
+
+
+@functools.cache
+def _installed(package: str) -> str | None:
+    """The version of an installed package; looking for it goes through all of them."""
     try:
-        return f"{package} {metadata.version(package)}"
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"{package} {getattr(sys.modules.get(package), '__version__', '')}"
+        return None
 
 
 class _Walk:

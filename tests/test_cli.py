@@ -16,6 +16,7 @@ from conftest import DATA
 from safetensors.torch import load_file
 
 import interp_core as ic
+from interp_core import cli
 from interp_core.cli_settings import pairs
 from interp_core.settings import read
 
@@ -64,9 +65,19 @@ def test_importing_the_package_is_light() -> None:
         (["run", "demo", "--text", "x"], "recipe demo has no --text; its settings: model, out"),
     ],
 )
-def test_errors_are_one_sentence(args: list[str], says: str) -> None:
-    out = interp(*args)
-    assert out.returncode == 2 and says in out.stderr and "Traceback" not in out.stderr
+def test_errors_are_one_sentence(
+    args: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["interp", *args])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and says in shown and "Traceback" not in shown
+
+
+def test_a_process_ends_with_that_sentence() -> None:
+    out = interp("demo", "--model", "toy:txt")
+    assert out.returncode == 2 and out.stderr.startswith("interp: there is no toy") and "Traceback" not in out.stderr
 
 
 @pytest.mark.parametrize(

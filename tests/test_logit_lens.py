@@ -30,10 +30,9 @@ def plainly(model: ic.Model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunk_bytes", [1 << 26, 96 * 4 * 3])
-def test_agrees_with_the_plain_computation(family: str, chunk_bytes: int, ids: torch.Tensor) -> None:
+def test_agrees_with_the_plain_computation(family: str, ids: torch.Tensor) -> None:
     model = tiny_model(family)
-    result = ic.method("logit_lens")(model, ids, targets="next", chunk_bytes=chunk_bytes)
+    result = ic.method("logit_lens")(model, ids, targets="next")
     wanted = plainly(model, ids)
     final = wanted[:, -1:]
     targets = torch.cat([ids[:, 1:], final[:, 0, -1:].argmax(-1)], 1)
@@ -71,7 +70,7 @@ def test_only_asked_positions_are_unembedded(ids: torch.Tensor) -> None:
         ic.method("logit_lens")(model, ids, at=-1)
     finally:
         handle.remove()
-    assert sum(rows) == 2 * (model.n_layers + 1)
+    assert set(rows) == {2, 2 * (model.n_layers + 1)}  # the last layer's for its likeliest, then all layers'
 
 
 def test_padded_batches(padded: ic.Tokens) -> None:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ..errors import InterpError, PlanError, nearest
-from ..files import create, file_sha256, pt_bytes, safetensors_bytes, sha256, write
+from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, write
 from .identity import difference, digest, plain
 from .session import Session, now
 
@@ -311,7 +311,5 @@ def _codec(name: str) -> tuple[Callable[[Path], Any], Callable[[Any], str | byte
 
         return load_file, safetensors_bytes
     if kind == ".pt":
-        import torch
-
-        return lambda path: torch.load(path, map_location="cpu", weights_only=True), pt_bytes
+        return lambda path: read_pt(path, "a stage's values"), pt_bytes
     raise PlanError(f"a stage in {name} needs read= and data=; .json, .safetensors and .pt do not")

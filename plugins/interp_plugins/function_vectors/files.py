@@ -22,12 +22,7 @@ def read_tensor(path: str | Path) -> Tensor:
     Raises:
         LoadError: no such file, one that needs code to be read, or no tensor in it.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ic.LoadError(f"there is no file {path}") from error
-    except Exception as error:  # whatever pickle and zip raise
-        raise ic.LoadError(f"{path} is no .pt file of plain tensors: {str(error).splitlines()[0]}") from error
+    found = ic.runs.read_pt(path, "a tensor")
     if not isinstance(found, Tensor) or not found.is_floating_point():
         kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ic.LoadError(f"{path} holds {kind}, not a tensor of numbers")

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 import interp_core as ic
@@ -266,12 +265,12 @@ def _norm(path: Path) -> float | None:
 
 def _by_layer(path: Path) -> dict[str, dict[int, Tensor]]:
     """Vectors of the layers, before and behind their output projections."""
-    data = torch.load(path, map_location="cpu", weights_only=True)
+    data = ic.runs.read_pt(path, "vectors of the layers")
     return {name: dict(data[name]) for name in ("fv_by_layer", "resid_by_layer")}
 
 
 def _global(path: Path) -> Tensor:
-    found: Tensor = torch.load(path, map_location="cpu", weights_only=True)["fv_global_resid"]
+    found: Tensor = ic.runs.read_pt(path, "a function vector")["fv_global_resid"]
     return found.flatten()
 
 

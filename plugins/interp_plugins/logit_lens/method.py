@@ -9,7 +9,7 @@ Belrose et al. (2023), arXiv:2303.08112: `translator(layer, resid)` returns the 
 would have it, and is not applied to the last layer.
 
 Cost: 2 · (n_layers + 1) · pos · d_model · d_vocab multiply-adds after one forward pass that ends with the last block.
-Only asked positions are read and unembedded, in chunks of `chunk_bytes` of logits.
+Only asked positions are read and unembedded, by tiles of the vocabulary (`tiles`).
 Must equal: the last row is the model's own output (`kl` 0 there).
 """
 
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
 
 from .._places import PlacesConfig
+from .tiles import read_out
 
 
 class LensConfig(PlacesConfig):
@@ -42,7 +43,6 @@ class LensConfig(PlacesConfig):
             layers: rows that such a lens can never have (the embedding of a Jacobian lens) are left out.
         unfitted: what becomes of rows that a translator could have and has not: "refuse", "leave_out", or "plain" for
             a row without a translator.
-        chunk_bytes: memory for one chunk of logits.
     """
 
     PER_PROMPT: ClassVar[frozenset[str]] = frozenset({"targets"})
@@ -50,7 +50,6 @@ class LensConfig(PlacesConfig):
     top_k: int = 5
     translator: Callable[[int, Tensor], Tensor] | None = None
     unfitted: Literal["refuse", "leave_out", "plain"] = "refuse"
-    chunk_bytes: int = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,19 +183,16 @@ class LogitLens(ic.Method):
         found = model.run(tokens, read=sites, logits=False)
         stream = [_with_pos(found[site]) for site in sites]
         batch, pos, _ = stream[0].shape
-        targets = self._targets(config, tokens, batch, pos)
-        size = model.d_vocab
-        n = max(1, config.chunk_bytes // (4 * size))
-        k = min(config.top_k, size)
-        flat = [resid.flatten(0, 1) for resid in stream]
-        rows = [
-            self._chunk(model, layers, [resid[i : i + n] for resid in flat], targets, i, k, config)
-            for i in range(0, batch * pos, n)
-        ]
-        parts = {key: torch.cat([row[key] for row in rows], -1 if key == "target_ids" else 1) for key in rows[0]}
-        shaped = {key: value.unflatten(0 if key == "target_ids" else 1, (batch, pos)) for key, value in parts.items()}
-        shaped = {key: v if key == "target_ids" else v.transpose(0, 1).contiguous().cpu() for key, v in shaped.items()}
-        ids = torch.cat([shaped["top_ids"].flatten(), shaped["target_ids"].flatten()]).unique().tolist()
+        rows = self._normed(model, layers, stream, config)
+        targets = self._targets(model, rows, config, tokens, batch, pos)
+        readout = read_out(model, rows, targets, top=min(config.top_k, model.d_vocab))
+        parts = {
+            "top_ids": readout.top, "top_logprob": readout.top_logprob, "target_logprob": readout.logprob,
+            "target_rank": readout.rank, "entropy": readout.entropy, "kl": readout.kl,
+        }  # fmt: skip
+        shaped = {name: _by_row(value, batch) for name, value in parts.items() if value is not None}
+        shaped["target_ids"] = targets.view(batch, pos)
+        ids = torch.cat([shaped["top_ids"].flatten(), targets]).unique().tolist()
         return LogitLensResult(
             **shaped,
             layers=tuple("embed" if layer < 0 else str(layer) for layer in layers),
@@ -205,45 +201,37 @@ class LogitLens(ic.Method):
         )
 
     @torch.no_grad()
-    def _chunk(
-        self, model: ic.Model, layers: Sequence[int], stream: list[Tensor], targets: Tensor | None, start: int, k: int,
-        config: LensConfig,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """All layers at a few positions: each value `[layer n …]`."""
-        final = torch.log_softmax(model.readout(stream[-1]).float(), -1)
-        target = final.argmax(-1) if targets is None else targets[start : start + len(final)].to(final.device)
-        target = torch.where(target < 0, final.argmax(-1), target)
-        out: dict[str, list[Tensor]] = {key: [] for key in LogitLensResult.AXES if key != "target_ids"}
+    def _normed(
+        self, model: ic.Model, layers: Sequence[int], stream: Sequence[Tensor], config: LensConfig
+    ) -> Float[Tensor, "layer target d_model"]:
+        """Each layer's stream, translated if it is to be, through the final norm."""
+        rows, translator, norm = list[Tensor](), config.translator, model.module("ln_final")
         for layer, resid in zip(layers, stream, strict=True):
-            if layer == layers[-1]:
-                logprob = final
-            else:
-                if config.translator is not None and (config.unfitted != "plain" or _has(config.translator, layer)):
-                    resid = config.translator(layer, resid)
-                logprob = torch.log_softmax(model.readout(resid).float(), -1)
-            top = logprob.topk(k, -1)
-            mine = logprob.gather(-1, target[:, None])
-            out["top_ids"].append(top.indices)
-            out["top_logprob"].append(top.values)
-            out["target_logprob"].append(mine[:, 0])
-            out["target_rank"].append((logprob > mine).sum(-1))
-            out["entropy"].append(torch.special.entr(logprob.exp()).sum(-1))
-            out["kl"].append((final.exp() * (final - logprob)).sum(-1).clamp(min=0))
-        return {key: torch.stack(values) for key, values in out.items()} | {"target_ids": target.cpu()}
+            resid = resid.flatten(0, 1).to(next(norm.parameters(), resid).device)
+            plain = layer == layers[-1] or (config.unfitted == "plain" and not _has(translator, layer))
+            rows.append(norm(resid if translator is None or plain else translator(layer, resid)))
+        return torch.stack(rows)
 
-    def _targets(self, config: LensConfig, tokens: ic.Tokens, batch: int, pos: int) -> Tensor | None:
-        """Token to follow per position `[(batch pos)]`; -1 where only the model can say."""
-        if config.targets == "final":
-            return None
+    def _targets(
+        self, model: ic.Model, rows: Tensor, config: LensConfig, tokens: ic.Tokens, batch: int, pos: int
+    ) -> Int[Tensor, " target"]:
+        """Token to follow at each position; where only the model can say, its likeliest."""
+        ids = torch.full((batch * pos,), -1)
         if config.targets == "next":
             following = torch.roll(tokens.ids, -1, 1)
             following[~torch.roll(tokens.mask, -1, 1)] = -1  # padding on the right
             following[:, -1] = -1
-            return tokens.take(following, config.at).flatten()
-        ids = torch.tensor(config.targets)
-        if ids.shape != (batch, pos):
-            raise ic.PlanError(f"logit_lens: targets are {list(ids.shape)}, the positions [{batch}, {pos}]")
-        return ids.flatten()
+            ids = tokens.take(following, config.at).flatten()
+        elif config.targets != "final":
+            ids = torch.tensor(config.targets)
+            if ids.shape != (batch, pos):
+                raise ic.PlanError(f"logit_lens: targets are {list(ids.shape)}, the positions [{batch}, {pos}]")
+            ids = ids.flatten()
+        if bool((ids < 0).any()):
+            top = read_out(model, rows[-1:], ids.clamp(min=0), spread=False, top=1).top
+            assert top is not None
+            ids = torch.where(ids < 0, top[0, :, 0], ids)
+        return ids
 
 
 def _has(translator: Any, layer: int) -> bool:
@@ -268,6 +256,12 @@ def _rows(model: ic.Model, config: LensConfig) -> list[int]:
             'these, or say unfitted="leave_out" or unfitted="plain"'
         )
     return [*(layer for layer in layers if layer not in lacking), last]
+
+
+def _by_row(value: Shaped[Tensor, "layer target *k"], batch: int) -> Shaped[Tensor, "batch layer pos *k"]:
+    """The value of each batch row, in float32 as a result keeps it."""
+    value = value.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    return value.float() if value.is_floating_point() else value
 
 
 def _with_pos(value: Tensor) -> Tensor:

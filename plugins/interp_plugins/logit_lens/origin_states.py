@@ -44,12 +44,7 @@ def read_origin(path: str | Path, model: ic.Model, pair: Pair) -> tuple[States, 
         LoadError: no such file, of another form, not of all positions, of another size, or with numbers that are not
             finite; it names sample and field.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise ic.LoadError(f"{pair.name}: no file {path}") from error
-    except Exception as error:  # torch.load raises whatever the pickle makes it
-        raise ic.LoadError(f"{pair.name}: {path} cannot be read with weights_only=True: {error}") from error
+    content = ic.runs.read_pt(path, f"hidden states of {pair.name}", mmap=True)
     if not isinstance(content, Mapping):
         raise ic.LoadError(f"{pair.name}: {path} holds a {type(content).__name__}, not a table of contexts")
     meta = content.get("token_meta")

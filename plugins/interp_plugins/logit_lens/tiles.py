@@ -50,7 +50,7 @@ class Readout:
         lse: log of the sum of exponentials of its logits.
         entropy: of the layer's distribution, in nats, if it was asked for.
         kl: from the last layer's distribution to it, KL(last ‖ layer), in nats, if it was asked for.
-        top: the likeliest tokens, if they were asked for.
+        top, top_logprob: the likeliest tokens and their log-probabilities, if they were asked for.
     """
 
     logprob: Float[Tensor, "layer target"]
@@ -59,6 +59,7 @@ class Readout:
     entropy: Float[Tensor, "layer target"] | None = None
     kl: Float[Tensor, "layer target"] | None = None
     top: Int[Tensor, "layer target k"] | None = None
+    top_logprob: Float[Tensor, "layer target k"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,9 @@ def _read_out(
         best = _best(best, z, start, top) if top else None
     found = tiles.joined()
     found["logprob"] = (target - found["lse"]).clamp(max=0)
-    return {name: value.cpu() for name, value in found.items()} | ({} if best is None else {"top": best[1].cpu()})
+    if best is not None:
+        found |= {"top": best[1], "top_logprob": (best[0] - found["lse"][:, None]).clamp(max=0)}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def _target_logits(model: ic.Model, rows: Tensor, ids: Tensor) -> Tensor:

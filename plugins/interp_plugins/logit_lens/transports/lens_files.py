@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import interp_core as ic
@@ -39,7 +38,7 @@ def load_jacobian(path: str | Path, model: ic.Model | None = None, *, n_prompts:
         LoadError: no file, or not of this kind, naming what it holds.
         PlanError: it does not fit the model.
     """
-    data = read_pt(Path(path), "Jacobian lens")
+    data = ic.runs.read_pt(path, "a Jacobian lens")
     if not isinstance(data, Mapping):
         raise ic.LoadError(f"{path} holds {type(data).__name__}, a Jacobian lens is a mapping")
     lens = _of(data, Path(path))
@@ -67,23 +66,6 @@ def save_jacobian(lens: JacobianLens, path: str | Path) -> Path:
     }  # fmt: skip
     ic.runs.write(Path(path), ic.runs.pt_bytes(data))
     return Path(path)
-
-
-def read_pt(path: Path, what: str) -> Any:
-    """What a `.pt` file of plain values holds.
-
-    Args:
-        what: should be in it, for messages.
-
-    Raises:
-        LoadError: no such file, or one that cannot be read without running what is in it.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ic.LoadError(f"no {what} at {path}") from None
-    except Exception as error:  # whatever pickle and zip raise
-        raise ic.LoadError(f"{path} cannot be read as a {what}: {str(error).splitlines()[0]}") from error
 
 
 def _of(data: Mapping[Any, Any], path: Path) -> JacobianLens:

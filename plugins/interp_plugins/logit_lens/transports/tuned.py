@@ -32,8 +32,6 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .lens_files import read_pt
-
 CONFIG, PARAMS = "config.json", "params.pt"
 KIND = "linear_tuned_lens"
 
@@ -125,7 +123,7 @@ def load_tuned(folder: str | Path, model: ic.Model | None = None) -> TunedLens:
         raise ic.LoadError(f"no tuned lens at {folder}: {CONFIG} is not there") from None
     except (ValueError, OSError) as error:
         raise ic.LoadError(f"{folder} cannot be read as a tuned lens: {str(error).splitlines()[0]}") from error
-    state = read_pt(folder / PARAMS, "tuned lens")
+    state = ic.runs.read_pt(folder / PARAMS, "a tuned lens")
     if not isinstance(config, dict) or config.get("lens_type", KIND) != KIND:
         raise ic.LoadError(f"{folder / CONFIG} is of no {KIND}")
     weight, bias = _translators(state, folder / PARAMS)
