@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from .text import Tokens as Tokens
     from .trace import Run as Run
     from .vision.places import VisualToken as VisualToken
+    from .visual_check import VisualCheck as VisualCheck
+    from .visual_check import visual_check as visual_check
 
 _HOME = {
     "Activations": "activations",
@@ -90,6 +92,7 @@ _HOME = {
     "Span": "positions",
     "Sweep": "sweep",
     "Tokens": "text",
+    "VisualCheck": "visual_check",
     "VisualToken": "vision.places",
     "keyed": "identity",
     "load": "model",
@@ -97,6 +100,7 @@ _HOME = {
     "open_tokenizer": "loading",
     "open_run": "saved",
     "registry": "plugins",
+    "visual_check": "visual_check",
 } | {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")

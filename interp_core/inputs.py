@@ -7,28 +7,51 @@ LLaVA. What is neither (a cache, `position_ids`) stays with the whole batch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import TextError
-
-if TYPE_CHECKING:
-    from .text import Tokens
+from .positions import Span
 
 Shares = Mapping[str, tuple[int, ...] | None]
 """Per input, how many entries of its first axis belong to each row; None where that axis is the rows themselves."""
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 
 
-def per_token(name: str, value: Any, tokens: Tokens) -> bool:
+class Batch(Protocol):
+    """What is needed of `Tokens` here."""
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids `[batch pos]`."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Which of them are real."""
+
+    @property
+    def spans(self) -> Mapping[str, Any]:
+        """Spans per name and row."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Further inputs."""
+
+    @property
+    def shares(self) -> Shares:
+        """Which part of them is whose."""
+
+
+def per_token(name: str, value: Any, tokens: Batch) -> bool:
     """Whether an input has a value for each token."""
     return name in PER_TOKEN and isinstance(value, Tensor) and value.shape == tokens.ids.shape
 
 
-def undivided(tokens: Tokens) -> list[str]:
+def undivided(tokens: Batch) -> list[str]:
     """Names of inputs that cannot be taken apart into rows."""
     return [
         name
@@ -37,7 +60,7 @@ def undivided(tokens: Tokens) -> list[str]:
     ]
 
 
-def some(tokens: Tokens, rows: Sequence[int], columns: Tensor) -> tuple[dict[str, Any], Shares]:
+def some(tokens: Batch, rows: Sequence[int], columns: Tensor) -> tuple[dict[str, Any], Shares]:
     """Inputs of some rows, and which are whose: none where none of these rows has an image.
 
     Args:
@@ -48,7 +71,8 @@ def some(tokens: Tokens, rows: Sequence[int], columns: Tensor) -> tuple[dict[str
     """
     if whole := undivided(tokens):
         raise TextError(f"a batch with {', '.join(whole)} cannot be split into rows; tokenize them one by one")
-    if not tokens.shares or not any(tokens.spans.get("vision", [True])[row] for row in rows):
+    seen = tokens.spans.get("vision")
+    if not tokens.shares or (seen is not None and not any(seen[row] for row in rows)):
         kept = {} if tokens.shares else tokens.inputs
         return {name: value[list(rows)][:, columns] for name, value in kept.items()}, {}
     inputs, shares = {}, dict[str, "tuple[int, ...] | None"]()
@@ -66,7 +90,7 @@ def some(tokens: Tokens, rows: Sequence[int], columns: Tensor) -> tuple[dict[str
     return inputs, shares
 
 
-def stacked(rows: Sequence[Tokens], width: int) -> tuple[dict[str, Any], Shares]:
+def stacked(rows: Sequence[Batch], width: int) -> tuple[dict[str, Any], Shares]:
     """Inputs of single rows as those of one batch that is padded on the left to `width`.
 
     Raises:
@@ -92,7 +116,7 @@ def stacked(rows: Sequence[Tokens], width: int) -> tuple[dict[str, Any], Shares]
     return inputs, shares
 
 
-def _along(row: Tokens, name: str, width: int) -> Tensor:
+def _along(row: Batch, name: str, width: int) -> Tensor:
     """A row's values per token, zeros for padding, and for a row that has none."""
     value = row.inputs.get(name)
     if value is None:
@@ -109,3 +133,27 @@ def _alike(name: str, parts: Sequence[Tensor]) -> list[Tensor]:
         raise TextError(f"{name} of {shapes} cannot be one tensor; run these rows one by one")
     most = max(part.shape[1] for part in parts)
     return [torch.cat([part, part.new_zeros(len(part), most - part.shape[1], *part.shape[2:])], 1) for part in parts]
+
+
+def is_visual(name: str) -> bool:
+    """Whether positions of that name come from images: `vision`, `text`, `image_0`, …"""
+    return name in ("vision", "text") or bool(re.fullmatch(r"image_\d+", name))
+
+
+def in_row(tokens: Batch, name: str, row: int) -> bool:
+    """Whether a row has a name: those of images it has only if it has such images."""
+    if "vision" not in tokens.spans or not is_visual(name):
+        return True
+    return bool(tokens.spans["vision"][row] and tokens.spans[name][row])
+
+
+def spans_of(single: Batch, name: str) -> tuple[Span, ...]:
+    """The spans of a name in a single row; without images, all of it is text."""
+    whole = (Span(0, int(single.mask.sum())),) if name == "text" else ()
+    return single.spans[name][0] if name in single.spans else whole
+
+
+def filler(single: Batch) -> int:
+    """A token id for the padding of a row: its first that is not visual, since models count those in padding too."""
+    visual = {i for span in single.spans.get("vision", ((),))[0] for i in span}
+    return next((token for i, token in enumerate(single.ids[0].tolist()) if i not in visual), 0)

@@ -35,7 +35,7 @@ from .text import Tokens
 from .trace import Run
 from .vision.places import VisualToken, placeholder_ids, visual_grid
 from .vision.processors import demand_fitting
-from .vision.reading import Reader, demand_no_places, has_pictures
+from .vision.reading import demand_no_places, has_pictures, reader_of
 
 if TYPE_CHECKING:
     from .activations import Activations
@@ -103,6 +103,7 @@ class Model(Structure):
     Attributes:
         hf: the Hugging Face model, unchanged between runs.
         tokenizer: its tokenizer, or None.
+        processor: what makes pixels of images, or None; `no_processor` says why.
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
         tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
@@ -119,7 +120,7 @@ class Model(Structure):
         engine_options: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
-        self.hf, self.tokenizer, self.processor, self.source, self._no_processor = opened
+        self.hf, self.tokenizer, self.processor, self.source, self.no_processor = opened
         self._made = engine, {} if engine_options is None else engine_options, check
         self.turn = turn_of(self.hf)
         with self.turn:
@@ -207,7 +208,7 @@ class Model(Structure):
         Raises:
             CapabilityError: as `load`.
         """
-        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source, self._no_processor)
+        opened = loading.Opened(self.hf, self.tokenizer, self.processor, self.source, self.no_processor)
         return Model(opened, engine=engine, engine_options=options)
 
     def tokens(
@@ -223,10 +224,10 @@ class Model(Structure):
         Of what a tokenizer or processor returned (images), they are its ids, with the spans of what is seen.
 
         Args:
-            images: of a text, an image or a list of them; of several texts, a list with the images of each. An image is
-                a PIL image, the path of a file, or an array of uint8 `[height width 3]`. They take the places that the
-                text has (the processor's `image_token`); in front of a text without any they come first. The spans
-                `vision`, `text`, `image_0`, … say where they are, and `question` what the text says after them.
+            images: of a text, an image (PIL, path of a file, array of uint8 `[height width 3]`) or a list of them; of
+                several texts, a list with those of each. They take the text's places (the processor's `image_token`);
+                without any they come first. The spans `vision`, `text`, `image_0`, … say where, and `question` what the
+                text says after them.
 
         Raises:
             TextError: empty, longer than the context, a boundary inside a token, an image that cannot be read, or
@@ -235,13 +236,15 @@ class Model(Structure):
         """
         if isinstance(texts, Mapping):
             if (target, images, bos, boundary) != (None, None, None, "strict"):
-                raise TextError("what a processor returned is tokens already; put target and images into its text")
+                raise TextError(
+                    "what a processor returned is tokens already; put the target into its text, before that"
+                )
             return self._input(texts)
         if images is None:
             tokens = text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary)
             demand_no_places(tokens, self.hf.config)
         else:
-            tokens = self._reader().texts(texts, target, images, bos, boundary)
+            tokens = reader_of(self).texts(texts, target, images, bos, boundary)
         return laid_out(self.atlas, self._fitting(tokens))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None = None, **template: Any) -> Tokens:
@@ -252,23 +255,9 @@ class Model(Structure):
             TextError, CapabilityError: as `text.encode_chat`, and for images as `tokens`.
         """
         if has_pictures(messages):
-            return self._fitting(self._reader().chat(messages, target, template))
+            return self._fitting(reader_of(self).chat(messages, target, template))
         tokens = text.encode_chat(self._tokenizer(), messages, target, **template)
         return self._fitting(demand_no_places(tokens, self.hf.config))
-
-    def _reader(self) -> Reader:
-        """What reads texts with images.
-
-        Raises:
-            CapabilityError: this model sees nothing, or has no processor.
-        """
-        config = self.hf.config
-        if not placeholder_ids(config):
-            raise CapabilityError(f"{self.source} ({self.atlas.family.name}) takes no images: it has no vision tower")
-        if self.processor is None:
-            why = self._no_processor or "it was loaded without one"
-            raise CapabilityError(f"{self.source} has no processor for images ({why}): pass load(..., processor=…)")
-        return Reader(self.processor, self._tokenizer(), config, self.atlas.family)
 
     def visual_grid(self, x: Input) -> list[list[VisualToken]]:
         """Per row, which image, grid cell and pixels each visual token stands for.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .chat import Chars, rendered
 from .errors import PlanError, PositionError, TextError, nearest, wrong
-from .inputs import Shares, some, stacked
+from .inputs import Shares, filler, in_row, is_visual, some, spans_of, stacked
 from .offsets import offsets_by_decoding, with_composed
 from .positions import PositionLike, Rows, Span, format_position, is_single, position, resolve
 
@@ -173,7 +173,7 @@ class Tokens:
             mask=self.mask[index][keep][None],
             texts=self.texts and self.texts[pick],
             offsets=self.offsets and self.offsets[pick],
-            spans={name: rows[pick] for name, rows in self.spans.items() if _in_row(self, name, index)},
+            spans={name: rows[pick] for name, rows in self.spans.items() if in_row(self, name, index)},
             labels=self.labels[pick],
             inputs=inputs,
             shares=shares,
@@ -270,7 +270,7 @@ class Tokens:
             raise TextError("Tokens.stack of an empty list; give at least one Tokens")
         singles = [single for tokens in rows for single in tokens]
         width = max(single.ids.shape[1] for single in singles)
-        ids = torch.stack([_pad(single.ids[0], width, _filler(single)) for single in singles])
+        ids = torch.stack([_pad(single.ids[0], width, filler(single)) for single in singles])
         mask = torch.stack([_pad(single.mask[0], width, 0) for single in singles])
         inputs, shares = stacked(singles, width)
         names = set.intersection(*(set(single.spans) for single in singles))
@@ -283,7 +283,7 @@ class Tokens:
             mask,
             tuple(texts) if len(texts) == len(singles) else None,
             tuple(offsets) if len(offsets) == len(singles) else None,
-            {name: tuple(_span_of(single, name) for single in singles) for name in sorted(names)},
+            {name: tuple(spans_of(single, name) for single in singles) for name in sorted(names)},
             tuple(single.labels[0] for single in singles),
             inputs,
             shares,
@@ -482,33 +482,9 @@ def _decoded(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...]
     return tuple(tuple(known[i] for i in row[keep].tolist()) for row, keep in zip(ids, mask, strict=True))
 
 
-def is_visual(name: str) -> bool:
-    """Whether positions of that name come from images: `vision`, `text`, `image_0`, …"""
-    return name in ("vision", "text") or bool(re.fullmatch(r"image_\d+", name))
-
-
-def _in_row(tokens: Tokens, name: str, row: int) -> bool:
-    """Whether a row has a name: those of images it has only if it has such images."""
-    if "vision" not in tokens.spans or not is_visual(name):
-        return True
-    return bool(tokens.spans["vision"][row] and tokens.spans[name][row])
-
-
-def _span_of(single: Tokens, name: str) -> tuple[Span, ...]:
-    """The spans of a name in a single row; without images, all of it is text."""
-    whole = (Span(0, single.lengths[0]),) if name == "text" else ()
-    return single.spans[name][0] if name in single.spans else whole
-
-
 def _is_pair(value: Any) -> bool:
     whole = isinstance(value, (tuple, list)) and len(value) == 2
     return whole and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-
-
-def _filler(single: Tokens) -> int:
-    """A token id for the padding of a row: its first that is not visual, since models count those in padding too."""
-    visual = {i for span in single.spans.get("vision", ((),))[0] for i in span}
-    return next((token for i, token in enumerate(single.ids[0].tolist()) if i not in visual), 0)
 
 
 def _pad(row: Tensor, width: int, fill: int) -> Tensor:

@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from interp_core import testing
 from interp_core.plugins import Plugin
 from interp_core.probe import examine
 from interp_core.testing.checks import CHECKS, undescribed
+from interp_core.testing.trial import NotReached, Trial, stacked
 
 SITE = S.resid_post[1]
 
@@ -326,16 +327,13 @@ def test_rows_of_ones_own(toy: ic.Model) -> None:
 
 
 def test_rows_with_images() -> None:
-    """They are run one by one; what needs a batch is not reached."""
+    """They are stacked like others; what needs a batch is not reached where it is not known what is whose."""
     model = tiny_model("qwen3_vl")
     report = testing.check_method(Good, model, rows=[model._input(inputs()), model._input(inputs(2))])
-    assert report.ok, str(report)
-    assert [row.check for row in report.rows if row.ok is None] == [
-        "batch",
-        "padding_left",
-        "padding_right",
-        "batch_size",
-    ]
+    assert report.ok and not [row for row in report.rows if row.ok is None], str(report)
+    whole = [replace(model._input(inputs(n)), shares={}) for n in (1, 2)]
+    with pytest.raises(NotReached, match="rows with such inputs cannot be stacked"):
+        stacked(Trial(Good, model, {}, whole, 1.0))
 
 
 @pytest.mark.parametrize("row", [*ic.registry("methods"), *ic.registry("recipes")], ids=lambda row: row.name)

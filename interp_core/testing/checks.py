@@ -8,13 +8,15 @@ import sys
 import tempfile
 import typing
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..batches import padded_on
 from ..errors import nearest
+from ..inputs import undivided
 from ..kinds import verdict
 from ..methods import CAPABILITIES, Method
 from ..probe import address, examine, look
@@ -208,8 +210,8 @@ def deterministic(trial: Trial) -> str:
 @check
 def batch(trial: Trial) -> str:
     """Rows of one length give in a batch what they give alone, within 1e-4."""
-    if trial.whole.inputs:
-        raise NotReached("rows with images cannot be stacked")
+    if undivided(trial.whole):
+        raise NotReached("rows with such inputs cannot be stacked")
     whole = trial.whole if len(trial.whole) > 1 else Tokens.stack([trial.rows[0], trial.rows[0]])
     return as_singles(trial, whole, list(whole))
 
@@ -224,11 +226,7 @@ def padding_left(trial: Trial) -> str:
 @check
 def padding_right(trial: Trial) -> str:
     """The same, padded on the right."""
-    left = stacked(trial)
-    shift = [-int(row.long().argmax()) for row in left.mask]
-    ids = torch.stack([row.roll(n) for row, n in zip(left.ids, shift, strict=True)])
-    mask = torch.stack([row.roll(n) for row, n in zip(left.mask, shift, strict=True)])
-    return as_singles(trial, replace(left, ids=ids, mask=mask), trial.rows)
+    return as_singles(trial, padded_on(stacked(trial), "right")[0], trial.rows)
 
 
 @check
@@ -236,8 +234,8 @@ def batch_size(trial: Trial) -> str:
     """Split into batches by `batch_size=`, rows give what they give alone, and what all give together is what it is
     unsplit; refusing to be split is as good."""
     rows, whole = trial.rows, trial.whole
-    if len(rows) == 1 or any(row.inputs for row in rows):
-        raise NotReached("there is one row, or rows with images")
+    if len(rows) == 1 or any(undivided(row) for row in rows):
+        raise NotReached("there is one row, or rows that cannot be stacked")
     remark = as_singles(trial, Tokens.stack(rows), rows, batch_size=2)
     if remark.startswith("refused") or not isinstance(trial.outcome.result, Result):
         return remark

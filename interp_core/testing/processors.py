@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WORDS = """
-    a an and answer are assistant bar black blue bottom brown circle color colour cross dark gray green how in is it left
-    light many mean most no not object of on one orange pink purple question red right ring shape square system tall
-    taller than the there top triangle two user value what which white yellow yes , . : ? ! - = 0 1 2 3 4 5 6 7 8 9
-""".split()
+    a an and answer are assistant bar black blue bottom brown circle color colour cross dark gray green how in is it
+    left light many mean most no not object of on one orange pink purple question red right ring shape square system
+    tall taller than the there top triangle two user value what which white yellow yes , . : ? ! - = 0 1 2 3 4 5 6 7 8 9
+""".split()  # noqa: SIM905 (read by people)
 VIDEO, START, END = IMAGE + 1, IMAGE + 2, IMAGE + 3
 COLOURS = {
     "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "yellow": (230, 200, 30),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import InterpError
+from ..inputs import undivided
 from ..methods import Method
 from ..model import Model
 from ..result import Result, same
@@ -71,7 +72,7 @@ class Trial:
         lengths = [row.lengths[0] for row in self.rows]
         common = max(lengths, key=lambda n: (lengths.count(n), n == lengths[0]))
         alike = [row for row, n in zip(self.rows, lengths, strict=True) if n == common]
-        return alike[0] if len(alike) == 1 or alike[0].inputs else Tokens.stack(alike)
+        return alike[0] if len(alike) == 1 or undivided(alike[0]) else Tokens.stack(alike)
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -153,8 +154,8 @@ def stacked(trial: Trial) -> Tokens:
     Raises:
         NotReached: there is nothing to pad.
     """
-    if any(row.inputs for row in trial.rows):
-        raise NotReached("rows with images cannot be stacked")
+    if any(undivided(row) for row in trial.rows):
+        raise NotReached("rows with such inputs cannot be stacked")
     stacked = Tokens.stack(trial.rows)
     if not stacked.padded:
         raise NotReached("all rows are equally long")

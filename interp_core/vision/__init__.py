@@ -1,7 +1,27 @@
-"""Images: where visual tokens are and what they stand for, processors without torchvision, and pictures."""
+"""Images: processors without torchvision, pictures, blind images, and what each visual token stands for.
 
+from interp_core import vision
+
+blind = vision.blind_images(pictures, "random", processor=model.processor)
+model.tokens(question, answer, images=blind.images[0])
+"""
+
+from .blind import MODES, BlindImages, blind_images, derangement, mean_colour
 from .pictures import LARGEST, SMALLEST, open_picture
 from .places import VisualToken, placeholder_ids
-from .processors import build
+from .processors import build, grid_of
 
-__all__ = ["LARGEST", "SMALLEST", "VisualToken", "build", "open_picture", "placeholder_ids"]
+__all__ = [
+    "LARGEST",
+    "MODES",
+    "SMALLEST",
+    "BlindImages",
+    "VisualToken",
+    "blind_images",
+    "build",
+    "derangement",
+    "grid_of",
+    "mean_colour",
+    "open_picture",
+    "placeholder_ids",
+]

@@ -34,7 +34,9 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise CapabilityError("pictures need Pillow, which is not installed: pip install pillow") from error
+        raise CapabilityError(
+            "pictures need Pillow, which is not installed: pip install 'interp-core[images]'"
+        ) from error
     return Image
 
 

@@ -89,7 +89,15 @@ def _shares(inputs: Mapping[str, Any], images: Sequence[Sequence[Picture]], fami
     by_name = {"image_grid_thw": counts, "image_sizes": counts, "batch_num_images": None}
     if family.pixels:
         by_name |= dict.fromkeys(("pixel_values", "pixel_attention_mask"), None if family.pixels == "row" else pixels)
-    return {name: share for name, share in by_name.items() if name in inputs}
+    shares = {name: share for name, share in by_name.items() if name in inputs}
+    for name, share in shares.items():
+        wanted, there = len(images) if share is None else sum(share), len(inputs[name])
+        if wanted != there:
+            raise TextError(
+                f"{name} has {there} entries, and the text has visual tokens for {wanted}: they do not fit. "
+                "Pass what this model's processor returned, whole."
+            )
+    return shares
 
 
 def _demand_seen(inputs: Mapping[str, Any], images: Sequence[Sequence[Picture]], family: Family) -> None:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 STAND_INS = {"SmolVLMProcessor": "Idefics3Processor"}
 """Processors that do the same to images, for those that demand a package which only videos need (`num2words`)."""
+COUNTS = {
+    "internvl": "image_seq_length", "gemma3": "image_seq_length", "smolvlm": "image_seq_len",
+    "idefics3": "image_seq_len", "llava_onevision": "num_image_tokens",
+}  # fmt: skip
+"""What a family's processor counts visual tokens by."""
 MARK = "\ue0ff"
 """A private-use character that stands between images, to tell apart what the processor makes of each."""
 
@@ -58,13 +63,14 @@ def open_processor(folder: str, config: Any, tokenizer: Any, options: Mapping[st
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-    name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    if name is None:
-        return None, f"transformers has no processor for {config.model_type!r}"
-    kind = processor_class_from_name(STAND_INS.get(name, name))
     try:
         images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", config=config, **options)
-        settings, _ = kind.get_processor_dict(folder, **options)
+        settings, _ = transformers.ProcessorMixin.get_processor_dict(folder, **options)
+        name = settings.get("processor_class") or getattr(images, "_processor_class", None)
+        name = name or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+        kind = processor_class_from_name(STAND_INS.get(name, name)) if name else None
+        if kind is None:
+            return None, f"transformers has no processor {name or f'for {config.model_type!r}'}"
         takes = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
         own = {key: value for key, value in settings.items() if key in takes and key not in kind.get_attributes()}
         processor = build(kind, images, tokenizer, **own)
@@ -96,6 +102,12 @@ def differing(processor: Any, config: Any) -> Iterator[str]:
         shown = ", ".join(map(str, sorted(known))) or "none"
         yield f"its image token ({token!r}) has the id {shown}, the model's is {wanted[0]}"
     vision, images = getattr(config, "vision_config", None), getattr(processor, "image_processor", None)
+    if (getattr(images, "merge_size", None) is None) != (getattr(vision, "spatial_merge_size", None) is None):
+        has, lacks = ("model", "it") if getattr(images, "merge_size", None) is None else ("processor", "the model")
+        yield f"the {has} merges patches (merge_size), {lacks} does not"
+    counts = COUNTS.get(config.model_type)
+    if counts and getattr(processor, counts, None) is None:
+        yield f"it has no {counts}, by which a {config.model_type} counts its visual tokens"
     for what, of, there, asked in (
         ("patch_size", (images, processor), "patch_size", _side(getattr(vision, "patch_size", None))),
         ("merge_size", (images,), "merge_size", getattr(vision, "spatial_merge_size", None)),
@@ -123,7 +135,7 @@ def _side(value: Any) -> Any:
 def _per_tile(config: Any) -> int | None:
     """How many visual tokens a square tile has, where the config says."""
     for name in ("image_seq_length", "mm_tokens_per_image"):
-        if isinstance(value := getattr(config, name, None), int) and config.model_type != "llava":
+        if isinstance(value := getattr(config, name, None), int):
             return value
     vision = getattr(config, "vision_config", None)
     size, patch = _side(getattr(vision, "image_size", None)), _side(getattr(vision, "patch_size", None))
@@ -205,3 +217,16 @@ def expansions(processor: Any, images: Sequence[Image], what: str) -> tuple[list
         )
     aside = ("input_ids", "attention_mask", *PER_TOKEN)
     return parts, {name: value for name, value in out.items() if name not in aside}
+
+
+def grid_of(processor: Any, image: Image) -> tuple[Any, ...]:
+    """What an image's visual tokens are laid out by: two images of the same one can stand in for each other. Costs the
+    processing of the image.
+
+    Raises:
+        TextError, CapabilityError: as `expansions`.
+    """
+    (part,), inputs = expansions(processor, [image], "")
+    laid = [(name, value.tolist()) for name, value in inputs.items() if name in ("image_grid_thw", "image_sizes")]
+    shapes = [(name, tuple(value.shape)) for name, value in inputs.items()]
+    return (part, str(laid), *shapes)

@@ -16,7 +16,7 @@ import torch
 from .. import text as reading
 from ..architectures.family import Family
 from ..chat import Chars, rendered
-from ..errors import TextError, wrong
+from ..errors import CapabilityError, TextError, wrong
 from ..inputs import PER_TOKEN
 from ..positions import Span
 from ..text import Tokens
@@ -134,21 +134,35 @@ class Reader:
         return with_visual_names(tokens, self.config, self.family), moved
 
     def _asked(self, tokens: Tokens, said: Iterable[Chars]) -> Tokens:
-        """The tokens with the span `question`: what the user's text says after the last image."""
-        visual = [i for span in tokens.spans.get("vision", ((),))[0] for i in span]
-        if not visual:
-            return tokens
+        """The tokens with the span `question`: what the user's text says after the last image, or at all."""
+        last = max((span.stop for span in tokens.spans.get("vision", ((),))[0]), default=0)
         special = set(self.tokenizer.all_special_ids) | placeholder_ids(self.config)
         ids, asked = tokens.ids[0].tolist(), list[Span]()
         for start, stop in said:
             span = tokens._covering(start, stop, 0) if start < stop else None
-            places = [i for i in span or () if i > visual[-1]]
+            places = [i for i in span or () if i >= last]
             while places and ids[places[0]] in special:
                 places.pop(0)
             while places and ids[places[-1]] in special:
                 places.pop()
             asked += [Span(places[0], places[-1] + 1)] if places else []
         return replace(tokens, spans={**tokens.spans, "question": (tuple(asked),)})
+
+
+def reader_of(model: Any) -> Reader:
+    """What reads texts with images for a model.
+
+    Raises:
+        CapabilityError: it sees nothing, or has no processor.
+        TextError: it has no tokenizer.
+    """
+    config, source = model.hf.config, model.source
+    if not placeholder_ids(config):
+        raise CapabilityError(f"{source} ({model.atlas.family.name}) takes no images: it has no vision tower")
+    if model.processor is None:
+        why = model.no_processor or "it was loaded without one"
+        raise CapabilityError(f"{source} has no processor for images ({why}): pass load(..., processor=…)")
+    return Reader(model.processor, model._tokenizer(), config, model.atlas.family)
 
 
 def demand_no_places(tokens: Tokens, config: Any) -> Tokens:
