@@ -246,11 +246,10 @@ def attention(
         return few.closed, None
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
-    if tap.prefix is None:
-        out = _mixed(pattern, value)
-    else:
-        split = n_keys - key.shape[2]
-        out = _mixed(pattern[..., :split], values) + _mixed(pattern[..., split:], value)
+    split = 0 if tap.prefix is None else n_keys - key.shape[2]
+    out = _mixed(pattern[..., split:], value)
+    if split:
+        out = _mixed(pattern[..., :split], values) + out
     out = out.transpose(1, 2).contiguous()
     return (out, pattern) if few is None else (few.closed.index_copy(1, few.asked, out), None)
 
