@@ -237,8 +237,7 @@ def attention(
     given = scores
     if "scores" in stages:
         scores = stages["scores"](given, n_keys)
-        if scores is not given:
-            _demand_a_key(given, scores)
+        _demand_a_key(given, scores)
     pattern = computed = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
@@ -277,8 +276,7 @@ def _hidden(
         given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
         given = masked(given, seen, kwargs, tap.module)
         scores = tap.stages["scores"](given, n_keys)
-        if scores is not given:
-            _demand_a_key(given, scores)
+        _demand_a_key(given, scores)
         hidden = scores != given
         if few:
             seen = hiding(seen, hidden)
@@ -457,7 +455,7 @@ def _demand_a_key(before: Tensor, scores: Tensor) -> None:
         PlanError: there is such a query.
     """
     lowest = LOWEST[scores.dtype]
-    if bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
+    if scores is not before and bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
         raise PlanError(NOTHING_LEFT)
 
 
