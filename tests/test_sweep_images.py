@@ -14,6 +14,7 @@ import transformers
 from conftest import tiny_model
 from layouts import DEEPSTACK, VISUAL
 from sweeping import COARSER, same
+from tolerances import close
 from torch import Tensor, nn
 
 import interp_core as ic
@@ -135,6 +136,27 @@ def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
     wide = ic.Sweep.planned(model, given, [S.resid_pre[1].at("vision").zero()], JUDGED)
     start = 0 if SHORT * visual[0] <= n - visual[0] else visual[0]
     assert wide.token_layers == 3 * n + 2 * (n - start)
+
+
+@pytest.mark.parametrize("family", some("qwen3_vl"))
+def test_rows_of_a_batch_have_their_own_pixels(family: str) -> None:
+    """Three rows with two images, one and one, padded on the left; the tower runs once for each row."""
+    model = ic.load(testing.tiny(family, dtype=torch.float64))
+    made = [pictures.picture(family, seed).double() for seed in range(4)]
+    rows = made[:2], made[2:3], made[3:]
+    edits: list[ic.Edit] = [S.resid_pre[at].at("vision").scale(2.0) for at in range(3)]
+    edits += [S.resid_pre[at].at([-2, -1]).scale(3.0) for at in range(3)]
+    edits += [S.pattern[at].knockout(query=-1, key="vision") for at in model.atlas.layers("pattern")]
+    judged = score.logit_diff(torch.tensor([3, 4, 5]), 9)
+    tower, towers = Tower(model.hf).module, list[int]()
+    assert tower is not None
+    handle = computed(tower).register_forward_hook(lambda *_: towers.append(1))
+    found = model.sweep(pictures.inputs(family, rows), edits, judged)
+    handle.remove()
+    assert len(towers) == len(rows) and not any(found.plan.singles)
+    for number, row in enumerate(rows):
+        alone = model.sweep(pictures.inputs(family, [row]), edits, score.logit_diff(3 + number, 9), strategy="full")
+        close(found.values[:, number], alone.values[:, 0], model)
 
 
 def test_few_columns_before_an_image_are_run_too() -> None:
