@@ -3,9 +3,9 @@
     gain        accuracy in mode `original` minus accuracy in a blind mode, on the same folds; paired bootstrap over
                 samples (clusters: groups), and the corrected error of repeated folds beside it
     after       mean over layers from the cliff on, of each sample, then over samples: never a bootstrap over layers
-    rules       fewer than 100 samples, or of 10 of a class in a test fold: "inconclusive"
-                mean accuracy below the band of shuffled labels: "error", a fault of the setup and no finding
-                no shuffled labels (100 at least), or no blind mode to compare with: nothing is called significant
+    rules       fewer than 100 samples, 10 of a class in a test fold, or 100 shuffled labelings: "inconclusive"
+                mean accuracy below the band of shuffled labels (of several modes, of all of them together): "error",
+                a fault of the setup and no finding
 
 Probes show that something can be decoded, not that the model uses it: for that, change the state at the same position
 (`INTERPRETATION`, in every report).
@@ -178,7 +178,7 @@ class Comparison:
             out.append(f"inconclusive: {self.original.shuffles} shuffled labelings, {SHUFFLES} at least are needed")
         for mode, decoded in self.modes.items():
             if decoded.shuffles:
-                low = float(np.quantile(self._shuffled(decoded, cliff), (1 - self.level) / 2))
+                low = float(np.quantile(self._shuffled(decoded, cliff), (1 - self.level) / 2 / len(self.modes)))
                 mean = float(decoded.accuracy[cliff:].mean())
                 if mean < low:
                     out.append(
@@ -209,6 +209,7 @@ class Comparison:
             row |= {"auroc": float(decoded.auroc[cliff:].mean())}
             row |= {"p": self.p(cliff, mode)} if decoded.shuffles else {}
             row |= {"selectivity": float(decoded.selectivity[cliff:].mean())} if decoded.controls else {}
+            row |= {} if np.isnan(decoded.inner).any() else {"layer_chosen_inside": decoded.chosen()[0]}
             if mode != ORIGINAL:
                 gain = self.after(cliff, minus=mode)
                 row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
@@ -229,25 +230,30 @@ class Comparison:
             xlabel="layer", ylabel="balanced accuracy", caption=f"{name or 'Balanced accuracy'}: {INTERPRETATION}",
         )  # fmt: skip
 
-    def __str__(self) -> str:
+    def text(self, cliff: int = 0) -> str:
+        """The table, flags and interpretation, of the layers from the cliff on."""
         decoded = self.original
-        head = (f"{decoded.decoder}, {len(decoded.labels)} samples of {len(decoded.classes)} classes, "
-                f"{len(self.folds)} splits, {decoded.shuffles} shuffles: {self.verdict()}")  # fmt: skip
-        lines = [head]
-        for row in self.table():
+        lines = [f"{decoded.decoder}, {len(decoded.labels)} samples of {len(decoded.classes)} classes, "
+                 f"{len(self.folds)} splits, {decoded.shuffles} shuffles: {self.verdict(cliff)}"]  # fmt: skip
+        for row in self.table(cliff):
             ends = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
-            gain = f"  original above it {row['gain']:+.3f} [{row['gain_low']:.3f}, {row['gain_high']:.3f}]" if (
-                "gain" in row) else ""  # fmt: skip
-            lines.append(f"  {row['mode']:<14} {row['value']:.3f}{ends}{gain}")
-        shared = [f"  {100 * self.collisions:.0f} % of donors have the sample's own label"] if self.collisions else []
-        return "\n".join([*lines, *shared, *(f"  {flag}" for flag in self.flags()), f"  {INTERPRETATION}"])
+            above = (f"  original above it {row['gain']:+.3f} [{row['gain_low']:.3f}, {row['gain_high']:.3f}]"
+                     if "gain" in row else "")  # fmt: skip
+            lines.append(f"  {row['mode']:<14} {row['value']:.3f}{ends}{above}")
+        if self.collisions is not None:
+            lines.append(f"  {100 * self.collisions:.0f} % of the donors' images have the sample's own label")
+        return "\n".join([*lines, *(f"  {flag}" for flag in self.flags(cliff)), f"  {INTERPRETATION}"])
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def class_mean(values: Any, classes: Any) -> Any:
     """The mean over classes of the mean of their samples: `[sample …]` and one-hot `[sample class]`."""
+    sums = classes.T @ values.reshape(len(values), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.tensordot(classes.T, values, 1) / classes.sum(0).reshape(-1, *[1] * (np.ndim(values) - 1))
-    return means.mean(0)
+        means = sums / classes.sum(0)[:, None]
+    return means.mean(0).reshape(values.shape[1:])
 
 
 def compare(

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CHUNK = 1 << 28
-"""Bytes of standardised states at a time."""
+"""Bytes of states at a time."""
 ROUNDING = 8
 """Units of the states' own rounding, relative to a column's largest number: what varies less is constant."""
+LOST = 1e-7
+"""Relative to a column's largest deviation from its mean: where moments of the fold lose all digits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,32 +45,45 @@ class Split:
     d: int
 
 
+class Standardised:
+    """States of some layers, and what each split needs to standardise them: one pass over them per split.
+
+    Args:
+        states: of some layers, float64 from here on.
+        train: the splits' train samples.
+    """
+
+    def __init__(self, states: Float[Tensor, "sample layer d"], train: Bool[Tensor, "split sample"]) -> None:
+        eps = torch.finfo(states.dtype).eps if states.is_floating_point() else 0.0
+        x = states.transpose(0, 1).double()
+        largest = x.abs().amax(1)
+        self.x = x - x.mean(1, keepdim=True)  # [layer sample d]; close to the folds' means, so that moments keep digits
+        shares = train.double() / train.sum(1, keepdim=True)
+        mean = torch.einsum("fs,lsd->lfd", shares, self.x)
+        variance = torch.einsum("fs,lsd->lfd", shares, self.x.square()) - mean.square()
+        std = variance.clamp(min=0).sqrt()
+        least = torch.maximum(ROUNDING * eps * largest, LOST * self.x.abs().amax(1))
+        self.scale = torch.where(std <= least[:, None], 0.0, 1 / std)  # [layer split d]
+
+    def split(self, number: int, train: Int[Tensor, " t"], test: Int[Tensor, " s"], inner: Int[Tensor, " t"]) -> Split:
+        """Inner products of a split: of scaled states, then centred as their train rows are.
+
+        Args:
+            number: of the split.
+            train, test: its samples.
+            inner: inner fold of each train sample.
+        """
+        z = self.x * self.scale[:, number, None]
+        fitted = z[:, train]
+        whole = z @ fitted.mT
+        across = whole[:, train].mean(1, keepdim=True)  # each train row with the mean of all
+        centred = whole - across
+        centred -= centred.mean(2, keepdim=True)
+        return Split(centred[:, train], centred[:, test], inner, self.x.shape[-1])
+
+
 def layers_at_a_time(states: Float[Tensor, "sample layer d"]) -> Iterator[slice]:
-    """Layers whose standardised states fit into `CHUNK` bytes."""
+    """Layers whose states fit into `CHUNK` bytes."""
     n, n_layers, d = states.shape
     size = max(1, CHUNK // (8 * n * d))
     return (slice(start, start + size) for start in range(0, n_layers, size))
-
-
-def split_of(
-    states: Float[Tensor, "layer sample d"],
-    train: Int[Tensor, " t"],
-    test: Int[Tensor, " s"],
-    inner: Int[Tensor, " t"],
-    rounding: float = torch.finfo(torch.float64).eps,
-) -> Split:
-    """Inner products of a split.
-
-    Args:
-        states: float64.
-        train, test: samples.
-        inner: inner fold of each train sample.
-        rounding: eps of the dtype in which the states came.
-    """
-    fitted = states[:, train]
-    mean, std = fitted.mean(1, keepdim=True), fitted.std(1, correction=0, keepdim=True)
-    constant = std <= ROUNDING * rounding * fitted.abs().amax(1, keepdim=True)
-    scale = torch.where(constant, 0.0, 1 / std)
-    z = (fitted - mean).mul_(scale)
-    other = (states[:, test] - mean).mul_(scale)
-    return Split(z @ z.mT, other @ z.mT, inner, states.shape[-1])

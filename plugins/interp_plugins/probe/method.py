@@ -181,7 +181,7 @@ class ProbeResult(ic.Result):
         head = f"{n} prompts, {n_layers} layers of {d}: {', '.join(self.modes)} at {', '.join(self.positions)}"
         if self.why:
             return f"{head}\n  no probes: {self.why}"
-        return "\n".join([head, *(f"{position}: {comparison}" for position, comparison in self.comparisons.items())])
+        return "\n".join([head, *(f"{position}: {comparison.text(self.cliff)}" for position, comparison in self.comparisons.items())])
 
     def html(self) -> str:
         """Accuracy over layers at each position, the table after the cliff, and what flags there are."""

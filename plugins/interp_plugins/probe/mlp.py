@@ -32,6 +32,8 @@ def mlp(split: Split, labels: Int[Tensor, "t column"], n_classes: int, seed: int
 def _coordinates(split: Split) -> tuple[Float[Tensor, "layer t r"], Float[Tensor, "layer s r"]]:
     """Train and test rows in a basis of the train rows, of mean squared length 1."""
     values, vectors = torch.linalg.eigh(split.train)
+    rank = min(split.train.shape[1], split.d)
+    values, vectors = values[:, -rank:], vectors[:, :, -rank:]
     values = values.clamp(min=values[:, -1:].clamp(min=1e-300) * 1e-10)
     length = typical(split).sqrt()[:, None, None]
     basis = vectors / values.sqrt()[:, None]

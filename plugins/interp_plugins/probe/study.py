@@ -29,7 +29,7 @@ import interp_core as ic
 from . import decoders
 from .decoders import Scores, members, predicted
 from .folds import Folds, numbered
-from .gram import layers_at_a_time, split_of
+from .gram import Standardised, layers_at_a_time
 from .logistic import logistic
 from .mlp import mlp
 from .nulls import control_labels, shuffled
@@ -196,20 +196,19 @@ def decode(
     if types is not None:
         columns.append(control_labels(y, types, controls, seed))
     every = np.concatenate(columns, 1)
-    rounding = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
     grid = penalties or {"ridge": RIDGE, "logistic": LOGISTIC}.get(decoder, ())
     book = _Book(every, len(folds), x.shape[1], len(classes), len(y))
     with ic.Progress(f"probe {decoder}", len(folds) * x.shape[1]) as progress:
         for layers in layers_at_a_time(x):
-            part = x[:, layers].transpose(0, 1).double()
+            part = Standardised(x[:, layers], torch.from_numpy(folds.train))
             for number in range(len(folds)):
                 train, test = (torch.from_numpy(np.flatnonzero(of[number])) for of in (folds.train, folds.test))
                 inner = torch.from_numpy(folds.inner[number])[train]
-                split = split_of(part, train, test, inner, rounding)
+                split = part.split(number, train, test, inner)
                 targets = torch.from_numpy(every)[train]
                 scores = _fitted(decoder, split, targets, len(classes), grid, seed)
                 book.note(number, layers, train.numpy(), test.numpy(), scores)
-                progress.add(len(part))
+                progress.add(len(scores.test))
     repeats = len(np.unique(folds.repeat))
     return Decoding(
         book.hits, book.counts, book.inner, book.correct / repeats, book.ranking, book.penalty, folds.repeat, shuffles,
