@@ -50,7 +50,9 @@ def test_numbers_are_those_of_a_runs_rows(family: str) -> None:
     n = here.shape[1]
     ranks = result.per_sample("effective_rank", "vision", equal=False)
     assert ranks[0, 1] == pytest.approx(effective_rank(here[0]), rel=1e-4)
-    assert result.per_sample("anisotropy", "vision", "raw", equal=False)[0, 1] == pytest.approx(anisotropy(here[0]), rel=1e-4)
+    assert result.per_sample("anisotropy", "vision", "raw", equal=False)[0, 1] == pytest.approx(
+        anisotropy(here[0]), rel=1e-4
+    )
     cka = debiased_cka(Rows(here[0], range(n)), Rows(there[0], range(n)))
     assert float(result.steps[0, 0, 1]) == pytest.approx(cka, rel=1e-3)
     assert result.against is not None

@@ -47,9 +47,7 @@ def columns(y: np.ndarray) -> torch.Tensor:
 def solved(z: np.ndarray, target: np.ndarray, other: np.ndarray, penalty: float) -> np.ndarray:
     """Ridge in the states themselves, with an intercept that is not penalised."""
     design = np.c_[z, np.ones(len(z))]
-    weights = np.linalg.solve(
-        design.T @ design + penalty * np.diag(np.r_[np.ones(z.shape[1]), 0]), design.T @ target
-    )
+    weights = np.linalg.solve(design.T @ design + penalty * np.diag(np.r_[np.ones(z.shape[1]), 0]), design.T @ target)
     return np.c_[other, np.ones(len(other))] @ weights
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from interp_plugins.probe import gram
-from interp_plugins.probe.compare import Comparison, class_mean, compare
+from interp_plugins.probe.compare import Comparison, compare
+from interp_plugins.probe.decoding import corrected_error
 from interp_plugins.probe.folds import Folds, make_folds, merged
 from interp_plugins.probe.nulls import bag_of_words, control_labels, shuffled
-from interp_plugins.probe.study import corrected_error, decode
+from interp_plugins.probe.study import decode
 
 import interp_core as ic
 from interp_core import stats
@@ -160,7 +161,7 @@ def test_words_and_control_tasks() -> None:
     rng = np.random.default_rng(0)
     words = rng.permutation(np.repeat(["is it red?", "is it blue?", "how many?", "where is it?"], 30))
     y = (words == "is it red?") | (words == "how many?")
-    of = {word: row for word, row in zip(np.unique(words), rng.normal(size=(4, 1, 20)), strict=True)}
+    of = dict(zip(np.unique(words), rng.normal(size=(4, 1, 20)), strict=True))
     x = np.stack([of[word] for word in words]) + 0.1 * rng.normal(size=(120, 1, 20))
     found = compare({"original": x}, y, questions=list(words), repeats=2)
     assert found.words is not None and found.words.accuracy[0] == 1
@@ -188,7 +189,10 @@ def test_shuffles_keep_groups() -> None:
 def test_rules_of_what_counts() -> None:
     x, y = sample(n=120, shift=0.3)
     few = compare({"original": x[:80]}, y[:80], repeats=1)
-    assert [flag[:16] for flag in few.flags()] == ["inconclusive: 80", "inconclusive: a "] and few.verdict() == "inconclusive"
+    assert [flag[:16] for flag in few.flags()] == [
+        "inconclusive: 80",
+        "inconclusive: a ",
+    ] and few.verdict() == "inconclusive"
     unsure = compare({"original": x}, y, repeats=1, shuffles=20)
     assert "20 shuffled labelings, 100 at least" in unsure.flags()[0]
     fine = compare({"original": x}, y, repeats=1)

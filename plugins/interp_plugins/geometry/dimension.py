@@ -1,6 +1,6 @@
 """Intrinsic dimension by the ratio of each row's two nearest distances.
 
-    μ_i = r_2 / r_1, whose logarithm is exponential of rate d; the top 10 % of μ are taken as censored at the largest kept
+    μ_i = r_2 / r_1, whose logarithm is exponential of rate d; the top 10 % of μ count as censored at the largest kept
     d̂  = (m - 1) / (Σ_kept ln μ + (n - m) ln μ_(m)), m kept of n; without discarding (n - 1) / Σ ln μ
 
 Source: Facco et al. (2017), Estimating the intrinsic dimension of datasets by a minimal neighborhood information,

@@ -3,7 +3,7 @@
     anisotropy       (‖Σ u‖² - n) / (n (n - 1)), u = rows of length 1: the mean cosine of two different rows (the
                      intraclass correlation of some authors), without an n · n matrix
     mean direction   ‖mean u‖²
-    modality gap     ‖mean_a - mean_b‖ / ((s_a + s_b) / 2), s = root mean square distance of a group's rows from its mean
+    modality gap     ‖mean_a - mean_b‖ / ((s_a + s_b) / 2), s = root mean square distance of rows from their mean
     separability     area under the ROC curve of held-out ridge scores that tell the groups apart, mean of folds
 
 Source: Ethayarajh (2019), arXiv:1909.00512 (anisotropy); Liang et al. (2022), Mind the Gap, arXiv:2203.02053 (gap).

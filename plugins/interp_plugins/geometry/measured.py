@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -97,7 +98,7 @@ def measure_layer(groups: Sequence[Float[Tensor, "n d"]], how: How) -> Layer:
     pair = groups[:2] if len(groups) > 1 else None
     return Layer(
         torch.stack([torch.stack(row) for row in wholes], 1), torch.stack([torch.stack(row) for row in equals], 1),
-        torch.tensor([_or_nan(lambda rows=rows: two_nn(rows)) if len(rows) >= LEAST else torch.nan for rows in small],
+        torch.tensor([_or_nan(partial(two_nn, rows)) if len(rows) >= LEAST else torch.nan for rows in small],
                      dtype=torch.float64),
         _or_nan(lambda: modality_gap(*pair)) if pair else torch.nan,
         _or_nan(lambda: separability(*pair)) if pair else torch.nan, dropped,

@@ -1,14 +1,14 @@
 """Method `geometry`: what space visual and text rows take up at each layer, sample by sample.
 
     at resid_pre[l], rows of each group of positions (default: `vision` and `text`; of a text without images all)
-    measures     effective rank, its share, participation ratio, stable rank, anisotropy, mean direction   (measured.py)
-    variants     raw, centred, row_normalised, sink_free                                                   (rows.py)
-    between      modality gap, separability; CKA from layer to layer and with a blind run                  (similarity.py)
-    at a cliff   ratio of effective ranks, beside random cuts                                              (ratios.py)
+    measures     effective rank, its share, participation ratio, stable rank, anisotropy, mean direction  (measured.py)
+    variants     raw, centred, row_normalised, sink_free                                                  (rows.py)
+    between      modality gap, separability; CKA from layer to layer and with a blind run   (directions, similarity)
+    at a cliff   ratio of effective ranks, beside random cuts                                             (ratios.py)
 
 Source: the modules named above say whose each number is; docs/methods/geometry.md has all formulas.
-Cost: one forward pass; per sample, layer, variant and group one decomposition of n rows (n³) and `repeats` of the smallest
-group's; a layer's rows are held at a time.
+Cost: one forward pass; per sample, layer, variant and group one decomposition of n rows (n³) and `repeats` of as many
+rows as the smallest group has; a layer's rows are held at a time, those of `against` in all layers.
 Must equal: the pure functions on rows of `model.run(…, read=S.resid_pre[l].at(group))`.
 """
 
@@ -120,19 +120,23 @@ class _Book:
 
     def layer(self, rows: list[list[Tensor]], before: list[list[Tensor]] | None, blind: Any) -> None:
         """A layer's rows by sample and group, those of the layer before, and those of a blind run."""
-        places = list(self.groups.values())
         self.layers.append([measure_layer(of_sample, self.how) for of_sample in rows])
         if before is not None:
-            self.steps.append([[same_rows(a, b.double(), places[k][i]) for k, (a, b) in enumerate(zip(*pair, strict=True))]
-                               for i, pair in enumerate(zip(before, rows, strict=True))])  # fmt: skip
+            self.steps.append(self._alike(before, rows))
         if blind is not None:
-            self.against.append([[same_rows(a, b.double(), places[k][i]) for k, (a, b) in enumerate(zip(*pair, strict=True))]
-                                 for i, pair in enumerate(zip(rows, blind, strict=True))])  # fmt: skip
+            self.against.append(self._alike(rows, blind))
         self.pooled.append(torch.stack([torch.stack([part.mean(0) for part in of_sample]) for of_sample in rows]))
         picks = [[int(subsamples(len(part), 2, 1, self.how.seed)[0, 0]) for part in of_sample] for of_sample in rows]
-        self.drawn.append(torch.stack([
-            torch.stack([part[pick] for part, pick in zip(*pair, strict=True)]) for pair in zip(rows, picks, strict=True)
-        ]))  # fmt: skip
+        drawn = [[part[pick] for part, pick in zip(*pair, strict=True)] for pair in zip(rows, picks, strict=True)]
+        self.drawn.append(torch.stack([torch.stack(of_sample) for of_sample in drawn]))
+
+    def _alike(self, first: list[list[Tensor]], second: list[list[Tensor]]) -> list[list[float]]:
+        """CKA of the same positions' rows, by sample and group."""
+        out = []
+        for row, pair in enumerate(zip(first, second, strict=True)):
+            places = [of_group[row] for of_group in self.groups.values()]
+            out.append([same_rows(a, b.double(), at) for a, b, at in zip(*pair, places, strict=True)])
+        return out
 
     def result(self, config: GeometryConfig, layers: tuple[int, ...]) -> GeometryResult:
         """All of it."""
@@ -210,9 +214,9 @@ def _blind(model: ic.Model, tokens: ic.Tokens, groups: Groups, config: GeometryC
         for name, places in groups.items():
             if there.get(name, [[]])[0] != places[row]:
                 raise ic.PlanError(
-                    f"geometry: prompt {row} and its `against` have {name!r} at other positions ({len(places[row])} and "
-                    f"{len(there.get(name, [[]])[0])} rows); only the same positions have rows in common. Give a blind "
-                    "image of the same size, and the same text"
+                    f"geometry: prompt {row} and its `against` have {name!r} at other positions ({len(places[row])} "
+                    f"and {len(there.get(name, [[]])[0])} rows); only the same positions have rows in common. Give a "
+                    "blind image of the same size, and the same text"
                 )
     return others
 

@@ -56,8 +56,10 @@ class CutRatio:
         return {"cut": self.cut} | self.ratio.row() | {"log": self.log.value} | ends
 
     def __str__(self) -> str:
-        return (f"effective rank from layer {self.cut} on over before it: {self.ratio:.3f}; its logarithm {self.log:.3f} "
-                f"against {self.low:.3f} to {self.high:.3f} at random cuts (p {self.p:.2g})")  # fmt: skip
+        return (
+            f"effective rank from layer {self.cut} on over before it: {self.ratio:.3f}; its logarithm {self.log:.3f} "
+            f"against {self.low:.3f} to {self.high:.3f} at random cuts (p {self.p:.2g})"
+        )
 
 
 def cut_ratio(curves: Any, cut: int, boot: stats.Bootstrap | None = None) -> CutRatio:
@@ -107,6 +109,8 @@ def ratio_of_ratios(visual: Any, text: Any, cut: int, boot: stats.Bootstrap | No
 def _curves(curves: Any) -> Float[np.ndarray, "sample layer"]:
     values = np.asarray(curves, dtype=np.float64)
     if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all() or not (values > 0).all():
-        raise ic.PlanError(f"effective ranks [sample layer] above 0, of two samples and layers at least, are needed; "
-                           f"these have shape {list(values.shape)}, {int((~(values > 0)).sum())} are not above 0")  # fmt: skip
+        raise ic.PlanError(
+            "effective ranks [sample layer] above 0, of two samples and layers at least, are needed; these have shape "
+            f"{list(values.shape)}, {int((~(values > 0)).sum())} are not above 0"
+        )
     return values

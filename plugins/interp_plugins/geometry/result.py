@@ -126,7 +126,8 @@ class GeometryResult(ic.Result):
         good = np.isfinite(values).all(1)
         if good.sum() < 2:
             raise ic.PlanError(
-                f"{measure} of {group or self.groups[0]}: {int(good.sum())} of {len(good)} samples have it at every layer"
+                f"{measure} of {group or self.groups[0]}: {int(good.sum())} of {len(good)} samples have it at every "
+                "layer; a curve with its interval takes two"
             )
         if boot is None:
             boot = stats.Bootstrap(clusters=self._clusters(good.tolist()))
@@ -173,9 +174,9 @@ class GeometryResult(ic.Result):
         return np.array([anisotropy(drawn[:, layer]) for layer in range(len(self.layers))])
 
     def pooled_cka(self, permutations: int = 200, seed: int = 0) -> list[dict[str, float]]:
-        """Debiased CKA of the two groups' mean rows, a row per sample, layer by layer; and what samples paired at random
-        give: the 97.5 % quantile and p. NaN where the rows of a group are all the same, as those of one prompt's text
-        at layer 0 are.
+        """Debiased CKA of the two groups' mean rows, a row per sample, layer by layer; and what samples paired at
+        random give: the 97.5 % quantile and p. NaN where the rows of a group are all the same, as those of one prompt's
+        text at layer 0 are.
 
         Raises:
             PlanError: one group, or fewer than four samples.
@@ -223,9 +224,8 @@ class GeometryResult(ic.Result):
         numbers = ", ".join(
             f"{int(n)} {group}" for n, group in zip(self.rows.double().mean(0), self.groups, strict=True)
         )
-        lines = [
-            f"{len(self.rows)} samples, rows on average: {numbers}; measures of equal numbers, ranks {self._shown('effective_rank')}, directions {self._shown('anisotropy')}"
-        ]
+        shown = f"ranks {self._shown('effective_rank')}, directions {self._shown('anisotropy')}"
+        lines = [f"{len(self.rows)} samples, rows on average: {numbers}; measures of equal numbers, {shown}"]
         lines += [
             f"  {row['group']:<8} layer {row['layer']:<3} effective rank {row['effective_rank']:7.2f} "
             f"({row['effective_rank_share']:.2f})  participation {row['participation_ratio']:7.2f}  "

@@ -6,14 +6,14 @@
 
 Row i of one is compared with row i of the other: the number means nothing unless they are of the same thing. So rows
 carry `keys` that say what each is of, and two sets of other keys are refused. What may be compared: the same tokens at
-two layers, the same visual positions of a picture and of a blind one, pooled visual rows with pooled text rows (a row is
-a sample). What may not: visual tokens with text tokens of one sample, which have no order in common.
+two layers, the same visual positions of a picture and of a blind one, pooled visual rows with pooled text rows (a row
+is a sample). What may not: visual tokens with text tokens of one sample, which have no order in common.
 
 Source: Kornblith et al. (2019), arXiv:1905.00414; Song et al. (2012) for the unbiased HSIC; Nguyen et al. (2021),
 arXiv:2010.15327 for its use; Murphy et al. (2024), arXiv:2405.01012 on the bias at n below d.
 Cost: n² · d, memory n².
-Must equal: 1 for rotated, scaled and shifted copies; for independent Gaussian rows CKA tends to 1 as d/n grows, debiased
-CKA is 0 on average.
+Must equal: 1 for rotated, scaled and shifted copies; for independent Gaussian rows CKA tends to 1 as d/n grows,
+debiased CKA is 0 on average.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def _paired(first: Rows, second: Rows) -> tuple[Float[Tensor, "n d"], Float[Tens
     if first.keys != second.keys:
         common = len({*first.keys} & {*second.keys})
         what = "the same rows in another order; sort one" if common == len(first.keys) == len(second.keys) else (
-            f"{common} rows in common, of {len(first.keys)} and {len(second.keys)}. Compare the same tokens at two layers "
-            "or in two runs, or pooled rows (Rows.pooled: a row per sample); visual tokens and text tokens of one sample "
-            "have no rows in common"
+            f"{common} rows in common, of {len(first.keys)} and {len(second.keys)}. Compare the same tokens at two "
+            "layers or in two runs, or pooled rows (Rows.pooled: a row per sample); visual and text tokens of one "
+            "sample have no rows in common"
         )  # fmt: skip
         raise ic.PlanError(f"CKA compares row i with row i: {first.name} and {second.name} have {what}")
     a, b = (_varying(rows) for rows in (first, second))

@@ -8,8 +8,8 @@ Source: Roy and Vetterli (2007), The effective rank; Gao et al. (2017), bioRxiv 
 and Vershynin (2007), arXiv:math/0503442 (stable rank). An "entropy rank" of λ instead of σ is another number.
 Shapes: rows `[… n d]`; results `[…]`.
 Cost: one singular value decomposition without vectors, n · d · min(n, d).
-Must equal: k orthogonal directions of equal length give k in all three; participation ratio and stable rank never exceed
-the effective rank; a rotation changes nothing.
+Must equal: k orthogonal directions of equal length give k in all three; participation ratio and stable rank never
+exceed the effective rank; a rotation changes nothing.
 """
 
 from __future__ import annotations

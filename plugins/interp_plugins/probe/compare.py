@@ -27,9 +27,10 @@ from jaxtyping import Float
 import interp_core as ic
 from interp_core import stats
 
+from .decoding import Decoding, corrected_error
 from .folds import Folds, make_folds, numbered
 from .nulls import bag_of_words
-from .study import Decoder, Decoding, corrected_error, decode
+from .study import Decoder, decode
 
 ORIGINAL = "original"
 INTERPRETATION = (
@@ -96,7 +97,7 @@ class Comparison:
         )  # fmt: skip
 
     def gain_error(self, over: str = "blind_random") -> Float[np.ndarray, " layer"]:
-        """Standard error of the gain by repeated folds (Nadeau and Bengio): what other train samples would change, too."""
+        """Standard error of the gain by repeated folds (Nadeau and Bengio): what other train samples change, too."""
         return corrected_error(self.original.by_split - self._mode(over).by_split, self.original.ratio)
 
     def after(self, cliff: int = 0, mode: str = ORIGINAL, minus: str = "") -> stats.Interval:

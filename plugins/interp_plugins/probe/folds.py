@@ -1,8 +1,8 @@
 """Folds for probes: stratified by label, whole groups, repeated, the same for every layer and image mode.
 
 Groups are dealt one by one, the largest first, in random order among equals: each goes to the fold where the classes'
-counts stay most even. Samples of one group (questions about one image) are never on both sides. Where samples were shown
-another's image (`donors`), no train sample has been shown an image that a test sample is about or was shown.
+counts stay most even. Samples of one group (questions about one image) are never on both sides. Where samples were
+shown another's image (`donors`), no train sample has been shown an image that a test sample is about or was shown.
 
 Source: ours; Kaufman et al. (2012), Leakage in data mining, for the rules.
 Must equal: every sample is tested once per repeat; train and test share no group and no shown image.
@@ -128,9 +128,14 @@ def make_folds(
                            "folds and one repeat at least")  # fmt: skip
     for number, name in enumerate(names):
         if (there := len(np.unique(of[y == number]))) < n_folds:
-            raise ic.PlanError(f"class {name!r} is in {there} group(s), {n_folds} folds need {n_folds}; take fewer folds, "
-                               "more samples, or leave the class out")  # fmt: skip
-    train, test, inner, repeat = [], [], [], []
+            raise ic.PlanError(
+                f"class {name!r} is in {there} group(s), {n_folds} folds need {n_folds}; take fewer folds, more "
+                "samples, or leave the class out"
+            )
+    train: list[np.ndarray] = []
+    test: list[np.ndarray] = []
+    inner: list[np.ndarray] = []
+    repeat: list[int] = []
     rng = np.random.default_rng(seed)
     for number in range(repeats):
         fold = _deal(y, of, n_folds, rng)

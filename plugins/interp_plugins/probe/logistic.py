@@ -1,12 +1,12 @@
 """L2 logistic regression in its dual form, by Newton's method, many at once.
 
-    min ½ ‖w‖² + C Σ_i s_i log(1 + exp(-t_i f_i)), f = w·z + b, t = ±1, b free; s_i = n / (2 n_class), the classes balanced
+    min ½ ‖w‖² + C Σ_i s_i log(1 + exp(-t_i f_i)), f = w·z + b, t = ±1, b free; s_i = n / (2 n_class): balanced
     w = Zᵀ α: a Newton step solves (K + W⁻¹) α + b = f + g / W, W = C s p (1 - p), g = C s (y - p), as
-    α = (I - √W B⁻¹ √W K)(…), B = I + √W K √W, whose eigenvalues are at least 1 however sure p is; steps that do not lower
-    the objective are halved
+    α = (I - √W B⁻¹ √W K)(…), B = I + √W K √W, whose eigenvalues are at least 1 however sure p is; steps that would
+    raise the objective are halved
 
-Newton's steps converge in about ten, where L-BFGS takes hundreds, and every penalty, layer and labeling is a matrix of one
-batch. More than two classes: each against the rest.
+Newton's steps converge in about ten, where L-BFGS takes hundreds, and layers are matrices of one batch. More than two
+classes: each against the rest.
 
 Source: Rasmussen and Williams (2006), algorithm 3.1; the objective and its balanced weights are those of scikit-learn's
 `LogisticRegression(class_weight="balanced")`.

@@ -1,8 +1,8 @@
 """Method `probe`: states of prompts at named positions and in several image modes, and what can be decoded of them.
 
     read      resid_pre[0] … resid_pre[L-1], resid_post[L-1] at each position (places.py), in `original` and blind modes
-    decode    ridge, logistic, means, lda or mlp on repeated, stratified folds of whole groups        (folds.py, study.py)
-    beside    shuffled labels, control task, the question's words, blind images                       (nulls.py, compare.py)
+    decode    ridge, logistic, means, lda or mlp on repeated, stratified folds of whole groups    (folds.py, study.py)
+    beside    shuffled labels, control task, the question's words, blind images                   (nulls.py, compare.py)
 
 States are kept per prompt, so that batches (`batch_size=`, `out=`) join without loss; probes are fitted when they are
 first asked for, on all prompts together.
@@ -14,9 +14,6 @@ Must equal: `decode` on states read by `model.run` or `model.collect` at the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -28,12 +25,12 @@ import interp_core as ic
 from interp_core import sites as S
 
 from .._prompts import prompts_of
-from .compare import INTERPRETATION, ORIGINAL, Comparison, compare
-from .places import LEAKY, Pooling, columns_of, default_places, pooled
+from .compare import ORIGINAL
+from .places import Pooling, columns_of, default_places, pooled
+from .result import Labels, ProbeResult
 from .study import Decoder
 
 BLIND = ("blind_black", "blind_mean", "blind_random")
-Labels = tuple[str | int | bool | None, ...]
 
 
 class ProbeConfig(ic.Config):
@@ -78,121 +75,6 @@ class ProbeConfig(ic.Config):
     seed: int = Field(0, ge=0)
 
 
-@dataclass(frozen=True, eq=False)
-class ProbeResult(ic.Result):
-    """States of prompts, and what probes decode of them.
-
-    Attributes:
-        states: of every prompt, mode and position; layer l is `resid_pre[l]`, the last one `resid_post[L-1]`.
-        modes, positions: names along the axes.
-        labels, groups, questions, types, donors: of the prompts; None where not given.
-        decoder, shuffles, n_folds, repeats, cliff, seed: settings of the probes.
-        leaky: the prompts held their answers.
-    """
-
-    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {"states": ("batch", "mode", "position", "layer", "d_model")}
-    JOINS: ClassVar[Mapping[str, str]] = dict.fromkeys(("labels", "groups", "questions", "types", "donors"), "rows")
-    states: Float[Tensor, "batch mode position layer d_model"]
-    modes: tuple[str, ...]
-    positions: tuple[str, ...]
-    labels: Labels
-    groups: Labels
-    questions: Labels
-    types: Labels
-    donors: Labels
-    decoder: str
-    shuffles: int
-    n_folds: int
-    repeats: int
-    cliff: int
-    seed: int
-    leaky: bool = False
-
-    def at(self, position: str) -> dict[str, Float[Tensor, "sample layer d_model"]]:
-        """States of a position by mode.
-
-        Raises:
-            PlanError: no such position.
-        """
-        if position not in self.positions:
-            raise ic.PlanError(f"no position {position!r} here. {ic.errors.nearest(position, self.positions)}")
-        place = self.positions.index(position)
-        return {mode: self.states[:, number, place] for number, mode in enumerate(self.modes)}
-
-    def compare(self, position: str, labels: Any = None, **settings: Any) -> Comparison:
-        """Fit the probes of a position.
-
-        Args:
-            position: its name.
-            labels: others than those that the method was given.
-            settings: of `compare.compare`, in place of the method's.
-
-        Raises:
-            PlanError: no labels, no such position, or too few samples for the folds.
-        """
-        labels = _given(self.labels) if labels is None else labels
-        if labels is None:
-            raise ic.PlanError("there are no labels: give labels=[…], one per prompt, to the method or to compare")
-        if len(labels) != len(self.states):
-            raise ic.PlanError(f"{len(labels)} labels for {len(self.states)} prompts; give one per prompt")
-        groups, donors = _given(self.groups), _given(self.donors)
-        how: dict[str, Any] = {
-            "groups": groups, "donors": donors, "questions": _given(self.questions), "types": _given(self.types),
-            "decoder": self.decoder, "shuffles": self.shuffles, "n_folds": self.n_folds, "repeats": self.repeats,
-            "leaky": position == LEAKY, "seed": self.seed,
-        }  # fmt: skip
-        if donors is not None and groups is not None:
-            of = dict(zip(groups, labels, strict=True))
-            how["donor_labels"] = [of.get(donor) for donor in donors]
-        return compare(self.at(position), labels, **{**how, **settings})
-
-    @cached_property
-    def comparisons(self) -> dict[str, Comparison]:
-        """Fitted probes of each position.
-
-        Raises:
-            PlanError: as `compare`.
-        """
-        return {position: self.compare(position) for position in self.positions}
-
-    def table(self) -> list[dict[str, Any]]:
-        """One row per position and mode: mean accuracy of the layers after the cliff; without labels, the states."""
-        if _given(self.labels) is None or self.why:
-            return super().table()
-        return [
-            {"position": position} | row | {"verdict": comparison.verdict(self.cliff)}
-            for position, comparison in self.comparisons.items()
-            for row in comparison.table(self.cliff)
-        ]
-
-    @cached_property
-    def why(self) -> str:
-        """Why no probe can be fitted; empty if one can."""
-        if _given(self.labels) is None:
-            return "there are no labels"
-        try:
-            _ = self.comparisons
-        except ic.PlanError as error:
-            return str(error)
-        return ""
-
-    def __str__(self) -> str:
-        n, _, _, n_layers, d = self.states.shape
-        head = f"{n} prompts, {n_layers} layers of {d}: {', '.join(self.modes)} at {', '.join(self.positions)}"
-        if self.why:
-            return f"{head}\n  no probes: {self.why}"
-        return "\n".join([head, *(f"{position}: {comparison.text(self.cliff)}" for position, comparison in self.comparisons.items())])
-
-    def html(self) -> str:
-        """Accuracy over layers at each position, the table after the cliff, and what flags there are."""
-        if self.why:
-            return f"<p>{ic.report.escape(self.why)}</p>" + ic.report.table(super().table())
-        parts = [comparison.curves(position).html() for position, comparison in self.comparisons.items()]
-        flags = [f"{position}: {flag}" for position, c in self.comparisons.items() for flag in c.flags(self.cliff)]
-        notes = "".join(f"<p>{ic.report.escape(note)}</p>" for note in [*flags, INTERPRETATION])
-        return "".join(parts) + ic.report.table(self.table()) + notes
-
-
 class Probe(ic.Method):
     """What can be decoded from states at each layer, with images and without, beside what chance gives."""
 
@@ -227,8 +109,8 @@ class Probe(ic.Method):
                         i for i, pair in enumerate(zip(alone, tokens.lengths, strict=True)) if len({*pair}) > 1
                     )
                     raise ic.PlanError(
-                        f"probe: prompt {number} has {tokens.lengths[number]} tokens, {alone[number]} in {mode}; give a "
-                        "blind image of the same size, and the same text"
+                        f"probe: prompt {number} has {tokens.lengths[number]} tokens, {alone[number]} in {mode}; give "
+                        "a blind image of the same size, and the same text"
                     )
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> ProbeResult:
@@ -290,11 +172,6 @@ def _modes(model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> dict[str,
         if (value := getattr(config, mode)) is not None:
             modes[mode] = prompts_of(f"probe: {mode}", model, value, len(tokens))
     return modes
-
-
-def _given(values: Labels) -> list[Any] | None:
-    """Values of the prompts; None where none was given."""
-    return None if all(value is None for value in values) else list(values)
 
 
 def _plain(values: tuple[Any, ...]) -> Labels:

@@ -1,8 +1,8 @@
 """A small network as a capacity check: one hidden layer of 64, trained on the same inner products.
 
-States enter in an orthonormal basis of what the train rows span (their inner products are all that is needed); weights are
-Gaussian, so the basis does not matter before training. Full batches, Adam, classes balanced, weight decay; no choice of
-settings looks at test rows.
+States enter in an orthonormal basis of what the train rows span (their inner products are all that is needed); weights
+are Gaussian, so the basis does not matter before training. Full batches, Adam, classes balanced, weight decay; settings
+are fixed, so that none is chosen by test rows.
 
 Source: Hewitt and Liang (2019), arXiv:1909.03368, whose MLP probes are the reason to have a control task.
 Cost: steps · t · t · 64 per layer and labeling.
@@ -44,7 +44,7 @@ def _trained(
     fitted: Float[Tensor, "layer t r"], other: Float[Tensor, "layer s r"], labels: Int[Tensor, "t column"],
     n_classes: int, seed: int,
 ) -> Float[Tensor, "layer s column class"]:  # fmt: skip
-    n, t, r = fitted.shape
+    n, _t, r = fitted.shape
     columns = labels.shape[1]
     of = (labels.T[..., None] == torch.arange(n_classes)).double()  # [column t class]
     weight = of / (n_classes * of.sum(1, keepdim=True).clamp(min=1))

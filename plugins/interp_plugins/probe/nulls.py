@@ -6,8 +6,8 @@
                    Selectivity is accuracy on the labels minus accuracy on these
     bag of words   counts of the question's words, as states of one layer
 
-Source: Hewitt and Liang (2019), Designing and Interpreting Probes with Control Tasks, arXiv:1909.03368; Ojala and Garriga
-(2010), Permutation Tests for Studying Classifier Performance.
+Source: Hewitt and Liang (2019), Designing and Interpreting Probes with Control Tasks, arXiv:1909.03368; Ojala and
+Garriga (2010), Permutation Tests for Studying Classifier Performance.
 Must equal: every shuffle has the labels' own counts (permuted over groups, if these have one size).
 """
 

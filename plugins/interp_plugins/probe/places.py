@@ -45,13 +45,15 @@ def columns_of(tokens: ic.Tokens, place: Any, *, allow_leaky: bool = False) -> l
     """
     if "target" in tokens.spans and not allow_leaky:
         raise ic.PlanError(
-            "probe: the prompts hold their answers (span 'target'): states at and after them tell the label. Give prompts "
-            "without target, or allow_leaky=True, which marks the result"
+            "probe: the prompts hold their answers (span 'target'): states at and after them tell the label. Give "
+            "prompts without target, or allow_leaky=True, which marks the result"
         )
     if place == LEAKY:
         if not allow_leaky:
-            raise ic.PlanError(f"probe: {LEAKY} is the label itself, and says nothing of the model; take 'answer_token', "
-                               "which predicts it, or allow_leaky=True, which marks the result")  # fmt: skip
+            raise ic.PlanError(
+                f"probe: {LEAKY} is the label itself, and says nothing of the model; take 'answer_token', which "
+                "predicts it, or allow_leaky=True, which marks the result"
+            )
         return [row[-1:] for row in _having(tokens, "target", place)]
     if place == "answer_token":
         if "target" in tokens.spans:
