@@ -19,7 +19,7 @@ from . import gguf, real
 from .errors import LoadError, nearest, wrong
 from .snapshot import demand_plain
 
-TOYS = ("moe", "text")
+TOYS = ("moe", "text", "vision")
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 

@@ -134,8 +134,8 @@ def test_few_steps_of_training_lower_the_loss() -> None:
 
 
 def test_toys_are_listed() -> None:
-    with pytest.raises(ic.LoadError, match="there is no toy 'toy:vision'"):
-        ic.load("toy:vision")
+    with pytest.raises(ic.LoadError, match="there is no toy 'toy:audio'"):
+        ic.load("toy:audio")
 
 
 @pytest.mark.slow

@@ -166,11 +166,15 @@ def induction_example(
     return Example(out.text, tuple(spans[period:]), {"source": spans[length - 1 - period]})
 
 
-def build_tokenizer(pieces: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    pieces: Sequence[str] | None = None, special: Sequence[str] = (END,), eos: str = END
+) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer of a toy: `pieces` are one token each, other text falls back to bytes.
 
     Args:
         pieces: with their leading spaces; None: every word of the tasks of `toy:text`.
+        special: tokens that text does not fall into; the first one pads.
+        eos: which of them ends a text.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -181,13 +185,14 @@ def build_tokenizer(pieces: Sequence[str] | None = None) -> PreTrainedTokenizerF
         pieces += [f" {word}" for word in (*NUMBERS, *NAMES, *words())]
     encoded = ["".join(text for text, _ in byte_level.pre_tokenize_str(piece)) for piece in pieces]
     vocab: dict[str, int] = {}
-    for token in [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), *encoded]:
+    for token in [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *encoded]:
         vocab.setdefault(token, len(vocab))
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     split = Regex(r" ?\p{L}[\p{L}\p{N}]*:?| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, behavior="isolated"), byte_level])
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(END, special=True)])
+    core.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=END, model_max_length=256, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=core, eos_token=eos, pad_token=special[0], model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
