@@ -236,7 +236,9 @@ class Model(Structure):
         """
         if isinstance(texts, Mapping):
             if (target, images, bos, boundary) != (None, None, None, "strict"):
-                raise TextError("what a processor returned is tokens already; put target and images into its text")
+                raise TextError(
+                    "what a processor returned is tokens already; put the target into its text, before that"
+                )
             return self._input(texts)
         if images is None:
             tokens = text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from test_visual_images import FAMILIES, drawn, seeing
+from test_visual_images import MOST, drawn, seeing
 
 import interp_core as ic
 from interp_core import vision
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @pytest.mark.parametrize("mode", vision.MODES)
 def test_the_text_stays(mode: str, family: str) -> None:
     """The same ids and grids, other pixels: what patching needs."""

@@ -21,6 +21,8 @@ from interp_core.vision import SMALLEST
 from interp_core.vision.processors import differing
 
 FAMILIES = sorted(ic.testing.VISUAL)
+FEW = ("gemma3_vision", "qwen3_vl_moe", "smolvlm")
+MOST = [pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow]) for name in FAMILIES]
 QUESTIONS = ["Which shape is it?", "is it red or blue?", "how many"]
 _MODELS: dict[str, ic.Model] = {}
 
@@ -97,7 +99,7 @@ def test_names_of_what_is_in_the_text(family: str) -> None:
     assert len(chat.rows.names["vision"][0]) == len(visual)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_batches_of_images_are_their_rows(family: str) -> None:
     """Different numbers and sizes of images, and none, padded on either side; split, stacked and picked."""
     model, (one, two, wide, tall) = seeing(family), drawn()
@@ -331,7 +333,7 @@ def saved(family: str, folder: Path) -> ic.Model:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_a_folder_has_its_processor(family: str, tmp_path: Path) -> None:
     """Built without torchvision: it is not there, and nothing runs to fetch it."""
     model, picture = saved(family, tmp_path), drawn()[2]
@@ -346,7 +348,7 @@ def test_a_folder_has_its_processor(family: str, tmp_path: Path) -> None:
     assert "torchvision" not in sys.modules
 
 
-@pytest.mark.parametrize("form", ["plain", "fast", "nested"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("fast", marks=pytest.mark.slow), "nested"])
 def test_every_form_of_a_folders_settings(form: str, tmp_path: Path) -> None:
     """Class names with and without a backend, pixels by their older names, settings in one file, a video part."""
     model, picture = saved("qwen2_5_vl", tmp_path), drawn()[2]

@@ -78,14 +78,14 @@ def right(model: Model, asked: Sequence[Question], rows: int = 64) -> list[bool]
 def accuracies(model: Model, asked: Sequence[Question]) -> dict[str, dict[str, float]]:
     """By pictures (original, black, mean, random, constant), by kind, `all` (of those held to) last."""
     hits = {"original": right(model, asked)} | {how: right(model, blinded(asked, how)) for how in BLIND}
-    best = {kind: Counter(q.answers[0] for q in asked if q.kind == kind).most_common(1)[0][0] for kind in KINDS}
+    kinds = [kind for kind in KINDS if any(q.kind == kind for q in asked)]
+    best = {kind: Counter(q.answers[0] for q in asked if q.kind == kind).most_common(1)[0][0] for kind in kinds}
     hits["constant"] = [q.answers[0] == best[q.kind] for q in asked]
     out = {}
-    for how, of in hits.items():
-        shares = {
-            kind: float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind == kind])) for kind in KINDS
-        }
-        out[how] = shares | {"all": float(np.mean([hit for hit, q in zip(of, asked, strict=True) if q.kind in HELD]))}
+    for how, answered in hits.items():
+        rows = list(zip(answered, asked, strict=True))
+        out[how] = {kind: float(np.mean([hit for hit, q in rows if q.kind == kind])) for kind in kinds}
+        out[how]["all"] = float(np.mean([hit for hit, q in rows if q.kind in HELD]))
     return out
 
 
@@ -140,17 +140,25 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     return float(((apart > 0).float() + 0.5 * (apart == 0).float()).mean())
 
 
+def decides(q: Question) -> bool:
+    """Whether each thing that is asked about decides the answer: not where another like it says the same, nor where
+    heights are compared, which the rest of a bar tells too."""
+    return q.kind not in ("tallest", "compare") and (q.kind != "exist" or len(q.meta["boxes"]) == 1)
+
+
 def found(effects: Float[Tensor, "question token"], asked: Sequence[Question]) -> dict[str, tuple[float, int]]:
-    """Per kind, the mean over questions of the AUROC of tokens asked about against the others, and how many questions
-    there are that have both."""
+    """The mean over questions of the AUROC of tokens asked about against the others, and how many questions there are
+    that have both: of every kind, of `all`, and of those where each thing `decides`."""
     scores = defaultdict(list)
     for row, q in zip(effects, asked, strict=True):
         inside = torch.zeros(GRID**2, dtype=torch.bool)
         inside[list(q.meta["tokens"])] = True
         if inside.any() and not inside.all():
-            scores[q.kind].append(auroc(row[inside], row[~inside]))
-    every = [score for kind in scores if kind in HELD for score in scores[kind]]
-    return {kind: (float(np.mean(of)), len(of)) for kind, of in {**scores, "all": every}.items()}
+            score = auroc(row[inside], row[~inside])
+            for name in (q.kind, "all", *["decides"] * decides(q)):
+                scores[name].append(score)
+    order = [*(kind for kind in KINDS if kind in scores), "all", "decides"]
+    return {name: (float(np.mean(scores[name])), len(scores[name])) for name in order if name in scores}
 
 
 def accuracy_table(accuracies: Mapping[str, Mapping[str, float]]) -> str:

@@ -182,7 +182,7 @@ Asked = tuple[str, str, tuple[Thing, ...]] | None
 
 
 def _exist(rng: random.Random, things: Sequence[Thing]) -> Asked:
-    """Half of what there is not has the colour of one object and the shape of another."""
+    """Most of what is asked for in vain has the colour of one object and the shape of another."""
     there = {(t.color, t.shape) for t in things}
     if rng.random() < 0.5:
         color, shape = rng.choice(sorted(there))
