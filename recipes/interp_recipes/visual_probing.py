@@ -179,7 +179,10 @@ def _run(
     if not kept:
         first = (*left_out, *failed)[0]
         raise ic.PlanError(f"the model runs none of the {len(data.samples)} samples; the first: {first['reason']}")
-    found = [Position(place, *probed(run, data, kept, place, files, probing), cliff) for place in asking.positions]
+    found = []
+    for place in asking.positions:
+        comparison, why, constant = probed(run, data, kept, place, files, probing)
+        found.append(Position(place, comparison, why, cliff, constant))
     samples = [data.samples[number] for number in kept]
     findings = Findings(
         found, _behaviour(answers, data, kept, asking), cliff, [sample.label for sample in samples],
@@ -277,7 +280,7 @@ def _causal(cliff: int | None, record: str | None) -> tuple[str, str]:
     path = Path(record)
     if not path.is_file():
         if len(record) == 64 and set(record.lower()) <= set("0123456789abcdef"):
-            return record.lower(), record.lower()
+            return "", record.lower()
         raise ic.PlanError(f"--causal_record {record}: no such file, and no sha256 of one")
     content = path.read_bytes()
     try:

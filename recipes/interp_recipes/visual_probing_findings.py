@@ -68,9 +68,10 @@ class Cliff:
                 f"Means are over all layers, {self.layers}: no --cliff_boundary was given. (Layer {self.n_layers - 1} "
                 "is the model's output.)"
             )
-        whose = f"the causal record {self.record} (sha256 {self.sha256[:12]})" if self.sha256 else "no causal record"
+        whose = f"of the causal record {self.record} (sha256 {self.sha256[:12]}…)".replace("record  (", "record (")
+        whose = whose if self.sha256 else "whose causal record was not named"
         return (
-            f"Means are over layers {self.layers}, after the cliff: --cliff_boundary {self.boundary}, from {whose}. "
+            f"Means are over layers {self.layers}, after the cliff: --cliff_boundary {self.boundary}, {whose}. "
             f"(Layer {self.n_layers - 1} is the model's output.)"
         )
 
@@ -84,18 +85,32 @@ class Position:
         comparison: of all modes; None where no probe could be fitted.
         why: why not; empty if one could.
         cliff: which layers are averaged.
+        constant: modes in which the states of all samples are the same, so that there is nothing to decode.
     """
 
     name: str
     comparison: Comparison | None
     why: str
     cliff: Cliff
+    constant: tuple[str, ...] = ()
+
+    @cached_property
+    def means(self) -> dict[str, stats.Interval]:
+        """Mean accuracy after the cliff, by mode."""
+        assert self.comparison is not None
+        return {mode: self.comparison.after(self.cliff.first, mode) for mode in MODES}
 
     @cached_property
     def gain(self) -> stats.Interval:
         """Mean accuracy with the image minus that with a random one."""
         assert self.comparison is not None
         return self.comparison.after(self.cliff.first, minus=RANDOM)
+
+    @cached_property
+    def gains(self) -> dict[str, stats.Band]:
+        """Accuracy with the image minus that of each blind mode, over layers; the bands hold the whole curve."""
+        assert self.comparison is not None
+        return {mode: self.comparison.gain(mode, simultaneous=True) for mode in BLIND}
 
     @cached_property
     def test(self) -> Any:
@@ -116,12 +131,14 @@ class Position:
         by_split = (modes[ORIGINAL].by_split - modes[RANDOM].by_split)[:, start:].mean(1, keepdims=True)
         return float(corrected_error(by_split, modes[ORIGINAL].ratio)[0])
 
-    @property
+    @cached_property
     def flags(self) -> list[str]:
-        """What makes the numbers not count."""
+        """What makes the numbers not count. Where all states are the same, accuracy below that of shuffled labels comes
+        of stratified folds, and is no error."""
         if self.comparison is None:
             return [f"inconclusive: {self.why}"]
-        return self.comparison.flags(self.cliff.first)
+        empty = tuple(f"error: {mode}:" for mode in self.constant)
+        return [flag for flag in self.comparison.flags(self.cliff.first) if not flag.startswith(empty or ("\0",))]
 
     def verdict(self, adjusted: float) -> str:
         """Of the gain: error, inconclusive, significant, significant (below), not significant."""
@@ -219,6 +236,7 @@ class Findings:
 
     # Tables
 
+    @cached_property
     def table(self) -> list[Row]:
         """A row per position: means after the cliff, the gain over the random image, and what it is worth."""
         rows: list[Row] = []
@@ -230,15 +248,15 @@ class Findings:
                                             "verdict": "inconclusive"})  # fmt: skip
                 continue
             c, start, gain = position.comparison, self.cliff.first, position.gain
-            means = {mode: c.after(start, mode).value for mode in MODES}
+            means = {mode: position.means[mode].value for mode in MODES}
             null = c.modes[ORIGINAL].null[:, start:].mean(1)
             nan = float("nan")
             rows.append(head | means | {
                 "delta": gain.value, "low": gain.low, "high": gain.high, "p": position.test.p,
                 "p_holm": self.adjusted[position.name], "fold_error": position.fold_error,
                 "detectable": gain.detectable,
-                "delta_black": c.after(start, minus="blind_black").value,
-                "delta_mean": c.after(start, minus="blind_mean").value,
+                "delta_black": means[ORIGINAL] - means["blind_black"],
+                "delta_mean": means[ORIGINAL] - means["blind_mean"],
                 "shuffled_95": float(np.quantile(null, 0.95)) if len(null) else nan,
                 "p_shuffled": c.p(start) if len(null) else nan,
                 "selectivity": float(c.original.selectivity[start:].mean()) if c.original.controls else nan,
@@ -256,7 +274,7 @@ class Findings:
             for mode in MODES:
                 band, decoded = c.accuracy(mode), c.modes[mode]
                 null = c.band(mode) if decoded.shuffles else np.full((2, decoded.n_layers), np.nan)
-                gain = c.gain(mode, simultaneous=True) if mode != ORIGINAL else None
+                gain = position.gains.get(mode)
                 for layer in range(decoded.n_layers):
                     row: Row = {
                         "position": position.name, "mode": mode, "layer": layer, "accuracy": float(band.value[layer]),
@@ -287,6 +305,7 @@ class Findings:
 
     # Words
 
+    @cached_property
     def sentences(self) -> list[str]:
         """What came out; nothing is said that the numbers do not carry."""
         said = [self._samples(), self.cliff.sentence()]
@@ -311,9 +330,9 @@ class Findings:
             return f"{position.name}: inconclusive: {position.why}."
         start = self.cliff.first
         text = (
-            f"{position.name}: probes read the label with balanced accuracy {c.after(start):.3f} with the image and "
-            f"{c.after(start, RANDOM):.3f} with a random one; the gain is {position.gain:+.3f} (paired bootstrap over "
-            f"{position.gain.units} images; p = {position.test.p:.2g}, {self.adjusted[position.name]:.2g} by Holm): "
+            f"{position.name}: probes read the label with balanced accuracy {position.means[ORIGINAL]:.3f} with the "
+            f"image and {position.means[RANDOM]:.3f} with a random one; the gain is {position.gain:+.3f} "
+            f"(paired bootstrap over {position.gain.units} images; p = {position.test.p:.2g}, {self.adjusted[position.name]:.2g} by Holm): "
         )
         if verdict in ("error", "inconclusive"):
             why = next(flag for flag in flags if flag.startswith(verdict))
@@ -343,7 +362,9 @@ class Findings:
         text += {
             "significant": "significant.",
             "significant (below)": "significant, in the other direction: the model answers better without its image.",
-            "not significant": f"not significant (a difference of {gain.detectable:.1%} would have been seen in 80 % "
+            "not significant": "not significant: no sample scores otherwise."
+            if not gain.error
+            else f"not significant (a difference of {gain.detectable:.1%} would have been seen in 80 % "
             "of cases).",
             "inconclusive": f"inconclusive: {gain.units} images, {FEWEST} at least are needed.",
         }[verdict]  # fmt: skip
@@ -383,10 +404,10 @@ class Findings:
             "cliff_boundary": self.cliff.boundary, "causal_record": self.cliff.record,
             "causal_record_sha256": self.cliff.sha256, "layers": self.cliff.layers, "n": len(self.labels),
             "labels": {label: self.labels.count(label) for label in sorted(set(self.labels))},
-            "images": self.behaviour.means[ORIGINAL].units, "probes": self.table(), "behaviour": self.behaviour_table(),
+            "images": self.behaviour.means[ORIGINAL].units, "probes": self.table, "behaviour": self.behaviour_table(),
             "verdicts": verdicts | {"behaviour": self.behaviour.verdict()},
             "flags": {position.name: position.flags for position in self.positions},
             "donors": {"same_label": self.collisions, "resized": self.resized}, "mean_colour": list(self.colour),
             "skipped": list(self.skipped), "not_asked": dict(self.unused), "scorer": self.behaviour.scorer,
-            "sentences": self.sentences(), "interpretation": INTERPRETATION,
+            "sentences": self.sentences, "interpretation": INTERPRETATION,
         }  # fmt: skip

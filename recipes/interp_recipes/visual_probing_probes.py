@@ -14,11 +14,16 @@ from interp_plugins.probe.compare import Comparison, compare
 from interp_plugins.probe.decoding import Decoding
 from interp_plugins.probe.folds import Folds, make_folds, merged
 from interp_plugins.probe.study import Decoder
+from torch import Tensor
 
 import interp_core as ic
 from interp_core import runs
 
 from .visual_probing_samples import MODES, Sample, Shown, states_at
+
+SAME = 1e-4
+Kept = tuple[Comparison, tuple[str, ...]]
+"""Fitted probes, and the modes in which all samples have the same states."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +46,40 @@ class Probing:
 def probed(
     run: runs.RunFolder, data: Shown, kept: Sequence[int], place: str, files: Mapping[str, Sequence[str]],
     probing: Probing,
-) -> tuple[Comparison | None, str]:  # fmt: skip
-    """The probes of a position in all modes; or none, and why there are too few samples for them."""
+) -> tuple[Comparison | None, str, tuple[str, ...]]:  # fmt: skip
+    """The probes of a position in all modes; or none, and why there are too few samples for them. Last, the modes in
+    which all samples have the same states."""
     samples = [data.samples[number] for number in kept]
     groups, donors = _groups(data, kept, probing)
     folds, why = _folds(samples, groups, donors, probing)
     if folds is None:
-        return None, why
+        return None, why, ()
     names, labels = [sample.name for sample in samples], [sample.label for sample in samples]
     questions: list[str] | None = [sample.question.question for sample in samples]
     if len(set(questions or ())) < len(set(labels)):
         questions = None  # too few texts to tell apart: neither words nor control tasks say anything
 
-    def make() -> Comparison:
+    def make() -> Kept:
         states = {mode: states_at([run.path / name for name in files[mode]], place, names) for mode in MODES}
-        return compare(
+        constant = tuple(mode for mode, values in states.items() if _same(values))
+        found = compare(
             states, labels, groups=groups, donors=donors, questions=questions, folds=folds,
             donor_labels=[data.samples[sample.donor].label for sample in samples], decoder=probing.decoder,
             shuffles=probing.shuffles, seed=probing.seed,
         )  # fmt: skip
+        return found, constant
 
     after = [name for of in files.values() for name in of]
     stage = f"probes/{runs.safe_name(place)}.npz"
-    made = run.stage(
+    comparison, constant = run.stage(
         stage, make, inputs={"kept": names}, after=after, read=lambda path: _read(path, folds), data=_bytes
     )
-    return made, ""
+    return comparison, "", constant
+
+
+def _same(states: Tensor) -> bool:
+    """Whether states differ between samples by rounding alone."""
+    return bool((states - states[:1]).abs().max() <= SAME * states.abs().max())
 
 
 def _folds(
@@ -107,21 +120,22 @@ ARRAYS = ("hits", "counts", "inner", "correct", "ranking", "penalty", "repeat", 
 PLAIN = ("shuffles", "controls", "ratio", "classes", "decoder")
 
 
-def _bytes(comparison: Comparison) -> bytes:
+def _bytes(kept: Kept) -> bytes:
     """A comparison as a file of arrays; folds are dealt again."""
+    comparison, constant = kept
     decoded = {**comparison.modes, **({} if comparison.words is None else {"words": comparison.words})}
     arrays = {f"{mode}/{name}": getattr(of, name) for mode, of in decoded.items() for name in ARRAYS}
     about = {mode: {name: getattr(of, name) for name in PLAIN} for mode, of in decoded.items()}
-    text = json.dumps({"modes": about, "collisions": comparison.collisions})
+    text = json.dumps({"modes": about, "collisions": comparison.collisions, "constant": constant})
     return npz_bytes({**arrays, "about": np.frombuffer(text.encode(), np.uint8)})
 
 
-def _read(path: Path, folds: Folds) -> Comparison:
+def _read(path: Path, folds: Folds) -> Kept:
     with np.load(path) as file:
         about = json.loads(file["about"].tobytes())
         decoded = {mode: _decoding(file, mode, plain) for mode, plain in about["modes"].items()}
     words = decoded.pop("words", None)
-    return Comparison(decoded, words, folds, about["collisions"])
+    return Comparison(decoded, words, folds, about["collisions"]), tuple(about["constant"])
 
 
 def _decoding(file: Any, mode: str, plain: Mapping[str, Any]) -> Decoding:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from interp_plugins.probe.compare import INTERPRETATION, Comparison
+from interp_plugins.probe.compare import INTERPRETATION
 
 import interp_core as ic
 from interp_core import report, runs
 
-from .visual_probing_findings import Findings, Row
+from .visual_probing_findings import Findings, Position, Row
 from .visual_probing_samples import BLIND
 
 PAGE, RECORD = "visual_probing.html", "probing.json"
@@ -33,13 +33,13 @@ def write_all(run: runs.RunFolder, model: ic.Model, findings: Findings) -> Path:
     for name, chart in charts.items():
         run.figure(name, chart.png)
     skipped = findings.skipped or [dict.fromkeys(("sample", "where", "reason"), "")][:0]
-    run.table("tables/probing.csv", findings.table())
+    run.table("tables/probing.csv", findings.table)
     run.table("tables/curves.csv", findings.curves(), CURVES)
     run.table("tables/behaviour.csv", findings.behaviour_table())
     run.table("tables/skipped.csv", skipped, ["sample", "where", "reason"])
     run.json(RECORD, findings.record())
     run.put({PAGE: page_of(model, findings, charts)})
-    print("", *findings.sentences(), "", sep="\n")
+    print("", *findings.sentences, "", sep="\n")
     return run.path / PAGE
 
 
@@ -57,7 +57,7 @@ def charts_of(findings: Findings) -> dict[str, report.Chart]:
             continue
         curves, gains = (f"figures/{name}.png" for name in _names(position.name))
         charts[curves] = comparison.curves(position.name)
-        charts[gains] = _gains(comparison, position.name)
+        charts[gains] = _gains(position)
     charts[ANSWERS] = report.Bars.of(
         findings.behaviour.means, percent=True, xlabel=f"score of its answers ({findings.behaviour.scorer})",
         title="Answers with the image and without",
@@ -66,10 +66,11 @@ def charts_of(findings: Findings) -> dict[str, report.Chart]:
     return charts
 
 
-def _gains(comparison: Comparison, name: str) -> report.Curves:
-    lines = [report.Line.of(f"original - {mode}", comparison.gain(mode, simultaneous=True)) for mode in BLIND]
+def _gains(position: Position) -> report.Curves:
+    name, gains = position.name, position.gains
+    lines = [report.Line.of(f"original - {mode}", band) for mode, band in gains.items()]
     return report.Curves(
-        lines, [str(layer) for layer in range(comparison.original.n_layers)], xlabel="layer", base="no gain",
+        lines, [str(layer) for layer in range(position.cliff.n_layers)], xlabel="layer", base="no gain",
         ylabel="gain in balanced accuracy", title=f"What the image adds at {name}",
         caption=f"{name}: paired differences with bands that hold the whole curve in 95 % of studies. {INTERPRETATION}",
     )  # fmt: skip
@@ -77,14 +78,14 @@ def _gains(comparison: Comparison, name: str) -> report.Curves:
 
 def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Chart]) -> str:
     """All of it on one page."""
-    words = "".join(f"<li>{report.escape(line)}</li>" for line in findings.sentences())
+    words = "".join(f"<li>{report.escape(line)}</li>" for line in findings.sentences)
     sections = [
         report.Section("What came out", "", f"<ul>{words}</ul>"),
         report.Section(
             "Decodable with the image and without",
             f"Balanced accuracy of probes, mean of layers {findings.cliff.layers}. Delta is original minus "
             "blind_randomimage, with its 95 % interval by a paired bootstrap over images.",
-            report.table([_shown(row) for row in findings.table()]),
+            report.table([_shown(row) for row in findings.table]),
         ),
     ]  # fmt: skip
     for position in findings.positions:
