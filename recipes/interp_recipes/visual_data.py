@@ -1,0 +1,181 @@
+"""Which questions about images a visual recipe asks, of which model, and in which words.
+
+questions   of a published data set, of a folder of one's own, or drawn for toy:vision
+model       with a processor for images, on one device or laid over several
+prompt      a turn of the user with image and question, through the model's chat template where it has one
+scorer      that of the data set
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from interp_plugins.answers import Scorer, scorer
+from interp_plugins.questions import Question, Questions, read_questions
+
+import interp_core as ic
+from interp_core import runs, toys
+
+Dataset = Literal["toy", "chartqa", "docvqa", "vqav2", "pope", "plain"]
+TOY = "toy:vision"
+QUESTION = "{question}"
+SHORT = "{question}\nAnswer the question using a single word or phrase."
+PROMPTS: dict[str, str] = {
+    "toy": QUESTION, "plain": QUESTION, "chartqa": SHORT, "docvqa": SHORT, "vqav2": SHORT, "pope": SHORT,
+}  # fmt: skip
+"""The words that a question is asked in, by data set."""
+SCORER: dict[str, str] = {"toy": "chartqa", "plain": "chartqa"}
+"""Scorers of data sets whose own name is not that of one."""
+
+
+def dataset_of(dataset: Dataset | None, data_path: Path | None, model: str) -> Dataset:
+    """The data set asked for; the drawn one where nothing is said and the model is toy:vision.
+
+    Raises:
+        PlanError: a data set without a path, or a path without a data set.
+    """
+    if dataset is None and data_path is None and model == TOY:
+        return "toy"
+    if dataset is None:
+        raise ic.PlanError("which questions? Give --dataset (chartqa, docvqa, vqav2, pope, plain, toy) and --data_path")
+    if (data_path is None) != (dataset == "toy"):
+        raise ic.PlanError(
+            f"--data_path is for files: {dataset} is drawn, leave it out"
+            if dataset == "toy"
+            else f"--dataset {dataset} needs --data_path: its file or folder"
+        )
+    return dataset
+
+
+def questions_of(
+    dataset: Dataset, data_path: Path | None, images: Path | None = None, *, count: int, seed: int = 0,
+    kinds: Sequence[str] | None = None, split: str | None = None,
+) -> Questions:  # fmt: skip
+    """All questions of a data set; of the toy, as many as asked for.
+
+    Args:
+        dataset, data_path, images: as of `read_questions`, or "toy".
+        count: how many the toy draws.
+        seed: by which it draws.
+        kinds: only these kinds.
+        split: of chartqa.
+
+    Raises:
+        LoadError, PlanError: as `read_questions`; no question of these kinds.
+    """
+    if dataset == "toy":
+        return Questions(tuple(map(_drawn, toys.vision.questions(random.Random(seed), count, kinds))), source=TOY)
+    assert data_path is not None
+    more: dict[str, Any] = {} if split is None else {"split": split}
+    found = read_questions(dataset, data_path, images=images, **more)
+    if kinds is None:
+        return found
+    for kind in kinds:
+        if kind not in found.kinds:
+            raise ic.PlanError(
+                f"{data_path} has no questions of the kind {kind!r}. {ic.errors.nearest(kind, found.kinds)}"
+            )
+    return found.where(lambda question: question.kind in kinds)
+
+
+def _drawn(question: Any) -> Question:
+    """A question of the toy, with an image of Pillow."""
+    from PIL import Image
+
+    images = tuple(Image.fromarray(picture) for picture in question.images)
+    meta = {key: [list(x) if isinstance(x, tuple) else x for x in question.meta[key]] for key in ("boxes", "tokens")}
+    return Question(question.name, images, question.question, question.answers, question.kind, meta)
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """What the questions are, their images' contents included."""
+    return runs.digest([[q.name, q.question, list(q.answers), [_image(x) for x in q.images]] for q in questions])
+
+
+def _image(image: Any) -> str:
+    data = image.read_bytes() if isinstance(image, Path) else repr(image.size).encode() + image.tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def visual_model(source: str, *, device: str | None = None, dtype: str | None = None, tp_size: int = 1) -> ic.Model:
+    """A model that reads images.
+
+    Args:
+        source: toy:vision, a folder, or a hub id.
+        device, dtype: as of `ic.load`.
+        tp_size: CUDA devices that its layers are laid over.
+
+    Raises:
+        PlanError: more devices than this machine has.
+        CapabilityError: a model that reads no images here, and why.
+    """
+    model = ic.load(source, dtype=dtype, **_placed(device, tp_size))
+    if model.processor is None:
+        raise ic.CapabilityError(
+            f"{source} reads no images here: {model.no_processor or 'it is a language model'}. Give a vision-language "
+            "model with its processor's files"
+        )
+    return model
+
+
+def _placed(device: str | None, tp_size: int) -> dict[str, Any]:
+    if tp_size < 1:
+        raise ic.PlanError(ic.errors.wrong("tp_size", "how many devices, 1 or more", tp_size))
+    if tp_size == 1:
+        return {} if device is None else {"device": device}
+    if device is not None:
+        raise ic.PlanError("give --device or --tp_size, not both")
+    if (count := torch.cuda.device_count()) < tp_size:
+        raise ic.PlanError(f"--tp_size {tp_size}: this machine has {count} CUDA devices")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(tp_size)))  # before the first tensor goes there
+    return {"device_map": "balanced"}
+
+
+def asked(
+    model: ic.Model, question: Question, images: Sequence[Any], answer: str | None = None, *, prompt: str = QUESTION,
+    max_model_len: int | None = None, more: int = 0,
+) -> ic.Tokens:  # fmt: skip
+    """A question about images as one row of tokens.
+
+    Args:
+        images: to show: its own, or blind ones.
+        answer: behind it; None: none.
+        prompt: its words, with `{question}` in them.
+        max_model_len: the longest row.
+        more: tokens that will be generated behind it.
+
+    Raises:
+        TextError: a row that is too long, or what the processor does not take.
+    """
+    text = prompt.replace("{question}", question.question)
+    if getattr(model.tokenizer, "chat_template", None) or getattr(model.processor, "chat_template", None):
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        tokens = model.chat([{"role": "user", "content": parts}], answer)
+    else:
+        tokens = model.tokens(text, answer, images=list(images))
+    if max_model_len is not None and (length := tokens.lengths[0] + more) > max_model_len:
+        raise ic.TextError(f"{length} tokens with the answer, max_model_len is {max_model_len}")
+    return tokens
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises:
+    PlanError: a prompt that does not say where the question goes.
+    """
+    if prompt.count(QUESTION) != 1:
+        raise ic.PlanError(f"prompt: write {QUESTION} once, where the question goes, not {prompt!r}")
+
+
+def scorer_of(dataset: Dataset, name: str | None = None) -> Scorer:
+    """The scorer of a data set, or another by name.
+
+    Raises:
+        PlanError: no such scorer.
+    """
+    return scorer(name or SCORER.get(dataset, dataset))
