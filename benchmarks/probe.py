@@ -57,7 +57,7 @@ def main() -> None:
         mode[:, options.layers // 2 :] += 0.1 * torch.from_numpy(labels).float()[:, None, None]
     fits = options.layers * options.modes * len(folds)
     print(f"{options.layers} layers, {options.modes} modes, {len(folds)} folds, {options.samples} samples, "
-          f"d = {options.d}: {fits} layers of folds; {torch.get_num_threads()} threads")  # fmt: skip
+          f"d = {options.d}: {fits} layers of folds; {torch.get_num_threads()} threads", flush=True)  # fmt: skip
 
     x, target = states[0][:, 0].double().numpy(), 2.0 * labels - 1
     hand = {"one penalty": 0.0, "nested": 0.0}
@@ -82,7 +82,7 @@ def main() -> None:
             decoding = decode(mode, labels, folds, **settings)
         seconds, wall = time.process_time() - start, time.perf_counter() - wall
         print(f"{name:36} {seconds:7.1f} s of CPU, {wall:6.1f} s of time;  by hand {naive * fits:9.0f} s of CPU, "
-              f"{naive * fits / seconds:6.1f} times as much")  # fmt: skip
+              f"{naive * fits / seconds:6.1f} times as much", flush=True)  # fmt: skip
     print(f"accuracy {decoding.accuracy[0]:.3f} in the first layer, {decoding.accuracy[-1]:.3f} in the last; shuffled "
           f"labels up to {np.quantile(decoding.null, 0.975):.3f}")  # fmt: skip
 

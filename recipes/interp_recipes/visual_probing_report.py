@@ -1,0 +1,106 @@
+"""Tables, figures and page of the recipe `visual_probing`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from interp_plugins.probe.compare import INTERPRETATION, Comparison
+
+import interp_core as ic
+from interp_core import report, runs
+
+from .visual_probing_findings import Findings, Row
+from .visual_probing_samples import BLIND
+
+PAGE, RECORD = "visual_probing.html", "probing.json"
+TABLES = tuple(f"tables/{name}.csv" for name in ("probing", "curves", "behaviour", "skipped"))
+ANSWERS = "figures/behaviour.png"
+
+
+def files_of(positions: Sequence[str]) -> list[str]:
+    """What `write_all` writes."""
+    return [PAGE, RECORD, *TABLES, ANSWERS, *(f"figures/{name}.png" for place in positions for name in _names(place))]
+
+
+def _names(place: str) -> tuple[str, str]:
+    return f"{runs.safe_name(place)}_curves", f"{runs.safe_name(place)}_gain"
+
+
+def write_all(run: runs.RunFolder, model: ic.Model, findings: Findings) -> Path:
+    """Everything that the findings say, as files; returns the page."""
+    charts = charts_of(findings)
+    for name, chart in charts.items():
+        run.figure(name, chart.png)
+    skipped = findings.skipped or [dict.fromkeys(("sample", "where", "reason"), "")][:0]
+    run.table("tables/probing.csv", findings.table())
+    run.table("tables/curves.csv", findings.curves(), CURVES)
+    run.table("tables/behaviour.csv", findings.behaviour_table())
+    run.table("tables/skipped.csv", skipped, ["sample", "where", "reason"])
+    run.json(RECORD, findings.record())
+    run.put({PAGE: page_of(model, findings, charts)})
+    print("", *findings.sentences(), "", sep="\n")
+    return run.path / PAGE
+
+
+CURVES = (
+    "position", "mode", "layer", "accuracy", "low", "high", "auroc", "null_low", "null_high", "control", "gain",
+    "gain_low", "gain_high",
+)  # fmt: skip
+
+
+def charts_of(findings: Findings) -> dict[str, report.Chart]:
+    """Every figure by the name of its file."""
+    charts: dict[str, report.Chart] = {}
+    for position in findings.positions:
+        if (comparison := position.comparison) is None:
+            continue
+        curves, gains = (f"figures/{name}.png" for name in _names(position.name))
+        charts[curves] = comparison.curves(position.name)
+        charts[gains] = _gains(comparison, position.name)
+    charts[ANSWERS] = report.Bars.of(
+        findings.behaviour.means, percent=True, xlabel=f"score of its answers ({findings.behaviour.scorer})",
+        title="Answers with the image and without",
+        caption=f"{len(findings.labels)} samples, 95 % intervals; images drawn whole.",
+    )  # fmt: skip
+    return charts
+
+
+def _gains(comparison: Comparison, name: str) -> report.Curves:
+    lines = [report.Line.of(f"original - {mode}", comparison.gain(mode, simultaneous=True)) for mode in BLIND]
+    return report.Curves(
+        lines, [str(layer) for layer in range(comparison.original.n_layers)], xlabel="layer", base="no gain",
+        ylabel="gain in balanced accuracy", title=f"What the image adds at {name}",
+        caption=f"{name}: paired differences with bands that hold the whole curve in 95 % of studies. {INTERPRETATION}",
+    )  # fmt: skip
+
+
+def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Chart]) -> str:
+    """All of it on one page."""
+    words = "".join(f"<li>{report.escape(line)}</li>" for line in findings.sentences())
+    sections = [
+        report.Section("What came out", "", f"<ul>{words}</ul>"),
+        report.Section(
+            "Decodable with the image and without",
+            f"Balanced accuracy of probes, mean of layers {findings.cliff.layers}. Delta is original minus "
+            "blind_randomimage, with its 95 % interval by a paired bootstrap over images.",
+            report.table([_shown(row) for row in findings.table()]),
+        ),
+    ]  # fmt: skip
+    for position in findings.positions:
+        flags = "".join(f"<p>{report.escape(flag)}</p>" for flag in position.flags)
+        drawn = [charts[key].html() for name in _names(position.name) if (key := f"figures/{name}.png") in charts]
+        sections.append(report.Section(position.name, "", "".join(drawn) + flags))
+    answers = charts[ANSWERS].html() + report.table(findings.behaviour_table())
+    sections.append(report.Section("The model's own answers", "", answers))
+    if findings.skipped:
+        sections.append(report.Section("Questions that could not be used", "", report.table(list(findings.skipped))))
+    return report.page("Probes with the image and without", repr(model), sections)
+
+
+def _shown(row: Row) -> Row:
+    """A row of the table as the page shows it: the interval in one cell."""
+    kept = ("position", "original", *BLIND)
+    ends = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+    more = ("p_holm", "shuffled_95", "words", "selectivity", "n", "verdict")
+    return {k: row[k] for k in kept} | {"delta": row["delta"], "95 % interval": ends} | {k: row[k] for k in more}
