@@ -17,7 +17,7 @@ writes into DIR (none: results/{model}/{dataset}/{timestamp}-visual_phase1-{hash
     overlay/                overlay.json, *.png
 
 One resident model; the same command goes on where it was stopped, and keeps what is there. Exit code: that of the verdict
-(0 FULL, 3 PARTIAL, 4 STOP, 5 INCOMPLETE; 1 is an error). What each stage measures: docs/visual_phase1.md.
+(0 FULL, 3 PARTIAL, 4 STOP, 5 INCOMPLETE; 1 and 2 are errors). What each stage measures: docs/visual_phase1.md.
 
 Source: ours; stages and flags are named as in the GAP 2.0 studies, whose scores were read where the answer was not
 predicted, and whose missing layers were passed over.
@@ -163,7 +163,7 @@ def visual_phase1(
         sizes["resamples"], seed, Thresholds.of(limits),
     )  # fmt: skip
     _check(asking, plan, sizes)
-    first, rest = _selected(which, data_path, images, split, kinds, sizes, seed)
+    first, rest = _selected(which, data_path, images, split, kinds, sizes, seed, strict)
     loaded = visual_data.visual_model(model, device=device, dtype=dtype, tp_size=tp_size)
     plan.check(loaded)
     settings = {
@@ -218,12 +218,16 @@ def _check(asking: Asking, plan: Plan, sizes: Mapping[str, int]) -> None:
 
 def _selected(
     dataset: Dataset, data_path: Path | None, images: Path | None, split: str | None, kinds: list[str] | None,
-    sizes: Mapping[str, int], seed: int,
+    sizes: Mapping[str, int], seed: int, strict: bool,
 ) -> tuple[Questions, Questions]:  # fmt: skip
     """Pilots and further questions, whose images can be decoded."""
     count = sizes["pilots"] + sizes["samples"]
     every = visual_data.questions_of(dataset, data_path, images, count=count, seed=seed, kinds=kinds, split=split)
     pilots, others = every.split(sizes["pilots"], sizes["samples"], seed=seed)
     checked = Questions((*pilots, *others), every.skipped, every.source).checked()
+    if strict and checked.skipped:
+        raise ic.LoadError(f"{checked.skipped[0].where}: {checked.skipped[0].detail}")
+    for reason, number in checked.counts.items():
+        print(f"{number} rows skipped: {reason}")
     first = Questions(checked.questions[: len(pilots)], checked.skipped, every.source)
     return first, Questions(checked.questions[len(pilots) :], (), every.source)

@@ -52,7 +52,7 @@ def write_all(
     if shape.result is not None:
         charts |= {f"geometry/{name}": shape.result.curves(name) for name in ("effective_rank", "anisotropy")}
     over = overlay_charts(seen)
-    charts |= {f"overlay/{runs.safe_name(name)}": chart for name, chart in over.items()}
+    charts |= {f"overlay/{name.replace(', ', '_').replace(' ', '_')}": chart for name, chart in over.items()}
     inputs = {"records": [cause.records.hash, cut.records], "boundary": cause.cliff}
     for name, chart in charts.items():
         if not run.kept(f"{name}.png", inputs=inputs):
