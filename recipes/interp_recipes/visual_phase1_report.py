@@ -187,7 +187,9 @@ def _page(
     where = {"boundary": cause.cliff, "causal record": cause.records.hash, "answers": cut.records}
     battery = report.copyable("sanity battery, sample by sample", "\n".join(checks["table"]))
     shown = {name: str(value) for name, value in {**vars(plan), **where}.items()}
-    sections.append(report.Section("Settings", "", battery + report.table([{"name": k, "value": v} for k, v in shown.items()])))
+    sections.append(
+        report.Section("Settings", "", battery + report.table([{"name": k, "value": v} for k, v in shown.items()]))
+    )
     return report.page("Visual tokens, phase 1", repr(model), sections)
 
 
