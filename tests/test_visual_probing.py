@@ -196,8 +196,9 @@ def test_a_record_of_another_cliff_is_refused(tmp_path: Path) -> None:
     (tmp_path / "causal.json").write_text('{"cliff_boundary": 4}')
     with pytest.raises(ic.PlanError, match="found 4"):
         visual_probing(cliff_boundary=3, causal_record=str(tmp_path / "causal.json"))
-    with pytest.raises(ic.PlanError, match="two different answers"):  # the record itself is fine
-        visual_probing(cliff_boundary=4, causal_record=str(tmp_path / "causal.json"), classes=["yes"])
+    fitting: dict[str, Any] = {"cliff_boundary": 4, "causal_record": str(tmp_path / "causal.json")}
+    with pytest.raises(ic.LoadError, match="there is no"):  # of the questions: the record is fine
+        visual_probing(dataset="plain", data_path=tmp_path / "none", **fitting)
 
 
 def test_a_text_model_and_a_cliff_behind_the_last_layer(source: str, data: Path) -> None:
