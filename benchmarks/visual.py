@@ -1,4 +1,4 @@
-"""Layer curves of a vision-language model, beside one plain forward pass per layer: python benchmarks/visual.py [rounds]
+"""Layer curves of a vision-language model, beside a plain forward pass per layer: python benchmarks/visual.py [rounds]
 
 Qwen3-VL architecture with random weights: 24 layers, d_model 256, three DeepStack additions, 4 text tokens, 256 visual
 ones, 14 text tokens; float32, one thread, all in one process, CPU time. The naive way calls the whole model once per
@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from turns import shortest
 
 import interp_core as ic
 from interp_core import score
@@ -157,20 +159,13 @@ class Ours:
             run = self.model.run(inputs(0), read=S.resid_pre.at(later), logits=False)
             edits = [S.resid_pre[at].at(later).set(run[S.resid_pre[at].at(later)]) for at in layers]
             return self.model.sweep(inputs(1), edits, judged).values[:, 0]
-        edits = {
+        makes: dict[str, Callable[[int], ic.Edit]] = {
             "knockout": lambda at: S.pattern[at].knockout(query=later, key="vision"),
             "truncation": lambda at: S.pattern[at:].knockout(query=later, key="vision"),
             "zero": lambda at: S.resid_pre[at].at("vision").zero(),
             "noise": lambda at: S.resid_pre[at].at("vision").add(noise(at)),
-        }[kind]
-        return self.model.sweep(inputs(0), [edits(at) for at in layers], judged).values[:, 0]
-
-
-def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """CPU time of a call, and what it gives."""
-    start = time.process_time()
-    value = call()
-    return time.process_time() - start, value
+        }
+        return self.model.sweep(inputs(0), [makes[kind](at) for at in layers], judged).values[:, 0]
 
 
 def main(rounds: str = "3", *kinds: str) -> None:
@@ -182,19 +177,14 @@ def main(rounds: str = "3", *kinds: str) -> None:
     print("|---|---|---|---|---|---|---|")
     naive.curve("zero")
     for kind in kinds or ("knockout", "truncation", "blind", "zero", "noise"):
-        ours = Ours(hf)
-        first, found = seconds(lambda: ours.curve(kind))
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(int(rounds)):
-            plain, wanted = seconds(lambda: naive.curve(kind))
-            warm, found = seconds(lambda: ours.curve(kind))
-            times[0].append(plain)
-            times[1].append(warm)
-        plain, warm = min(times[0]), min(times[1])
-        off = float((found - wanted).abs().max())
-        print(
-            f"| {kind} | {plain:.2f} | {first:.2f} | {warm:.2f} | {plain / first:.1f} | {plain / warm:.1f} | {off:.1e} |"
-        )
+        mine, plainly = partial(Ours(hf).curve, kind), partial(naive.curve, kind)
+        start = time.process_time()
+        mine()
+        first = time.process_time() - start
+        plain, warm = shortest(int(rounds), plainly, mine, clock=time.process_time)
+        off = float((mine() - plainly()).abs().max())
+        ratios = f"{plain / first:.1f} | {plain / warm:.1f}"
+        print(f"| {kind} | {plain:.2f} | {first:.2f} | {warm:.2f} | {ratios} | {off:.1e} |")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ def _recipe(
             _keep(found, run)
     elif found is not None:
         print(found)
+    if code := getattr(found, "exit_code", 0):  # a verdict, say; 1 and 2 are those of errors
+        raise typer.Exit(code)
 
 
 def _keep(result: Result, run: RunFolder) -> None:

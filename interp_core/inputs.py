@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ Shares = Mapping[str, tuple[int, ...] | None]
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 
 
+@runtime_checkable
 class Batch(Protocol):
     """What is needed of `Tokens` here."""
 

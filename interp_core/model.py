@@ -33,7 +33,7 @@ from .snapshot import Snapshot, demand_usable, forgotten
 from .structure import Structure
 from .text import Tokens
 from .trace import Run
-from .vision.places import VisualToken, placeholder_ids, visual_grid
+from .vision.places import VisualToken, visual_grid
 from .vision.processors import demand_fitting
 from .vision.reading import demand_no_places, has_pictures, reader_of
 
@@ -172,8 +172,7 @@ class Model(Structure):
                 f"the tokenizer has {size} tokens, the model {rows}: they do not belong together. Pass the tokenizer "
                 "that the model was trained with."
             )
-        if self.processor is not None and placeholder_ids(self.hf.config):
-            demand_fitting(self.processor, self.hf.config)
+        demand_fitting(self.processor, self.hf.config)
 
     def __repr__(self) -> str:
         shape = self.atlas.shape
@@ -224,14 +223,12 @@ class Model(Structure):
         Of what a tokenizer or processor returned (images), they are its ids, with the spans of what is seen.
 
         Args:
-            images: of a text, an image (PIL, path of a file, array of uint8 `[height width 3]`) or a list of them; of
-                several texts, a list with those of each. They take the text's places (the processor's `image_token`);
-                without any they come first. The spans `vision`, `text`, `image_0`, … say where, and `question` what the
-                text says after them.
+            images: of a text, an image (PIL, path, array of uint8 `[height width 3]`) or several; of several texts, a
+                list with those of each. They take the places in the text (`processor.image_token`), or come first. The
+                spans `vision`, `text`, `image_0`, … say where, and `question` what the text says after them.
 
         Raises:
-            TextError: empty, longer than the context, a boundary inside a token, an image that cannot be read, or
-                another number of images than places.
+            TextError: empty, too long, a boundary inside a token, an image that cannot be read or has no place.
             CapabilityError: images, and no processor or no Pillow.
         """
         if isinstance(texts, Mapping):

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -276,6 +277,14 @@ class Planner:
     def _inside_attention(self) -> bool:
         return any(tap.side == "attention" for tap in self._edited())
 
+    @cached_property
+    def _leaves_last(self) -> bool:
+        """Whether no edit changes what the last layer makes of its attention."""
+        inner = {"resid_pre", "scores", "pattern"}
+        edited = [edit.site for edits in self.variants for edit in edits if edit.site.name not in inner]
+        last = self.model.n_layers - 1
+        return all(entry.layer < last for site in dict.fromkeys(edited) for entry in self.model.atlas.select(site))
+
     def inside(self, tower: Tower | None) -> bool:
         """Whether an edit changes what a tower computes."""
         modules = dict(self.model.hf.named_modules())
@@ -303,8 +312,6 @@ class Planner:
             )
         if strategy in ("batched", "prefix"):
             layer = min(layer, 0)
-        if self.tokens.inputs and self.stacked >= self.model.n_layers:
-            return None  # visual features are added after the last block, where nothing follows
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
             start = next((run.start for run in self._images(row) if run.start <= start < run.stop), start)

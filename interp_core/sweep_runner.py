@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .compiled import model_inputs
 from .edits import Edit
+from .engines.clean import Clean, clean_pass
 from .engines.replace import replaced_forwards
-from .engines.staircase import Clean, Staircase, clean_pass
+from .engines.staircase import Staircase
 from .engines.torch import TorchEngine
 from .engines.tower import Tower
 from .positions import Rows
@@ -146,8 +147,10 @@ class Runner(Planner):
             else:
                 inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
-            more = {"keep": keep, "scored": wanted, "images": bool(self.tokens.inputs)}
-            return clean_pass(self._engine(), self.model.atlas, inputs, rows, read, **more)
+            images = bool(self.tokens.inputs)
+            return clean_pass(
+                self._engine(), self.model.atlas, inputs, rows, read, keep=keep, scored=wanted, images=images
+            )
 
     def _climb(
         self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
@@ -161,10 +164,11 @@ class Runner(Planner):
             read, each = self.site(group.texts[0]), EACH in self.model.tried
             starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
-            with self._turn(), self.model.fresh(), self._only_scored(columns):
+            with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
                 program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, read, each=each)
                 inputs = self._inputs(own, starts, one.columns)
-                value, moved = program.climb(inputs, starts, one.columns, clean, within)
+                last = scored if self.tokens.inputs and read is None and self._leaves_last else None
+                value, moved = program.climb(inputs, starts, one.columns, clean, within, last)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .edits import Edit
+from .engines.clean import Clean, clean_pass
 from .engines.replace import replaced_forwards
-from .engines.staircase import Clean, clean_pass
 from .engines.torch import TorchEngine
 from .engines.tower import Tower
 from .errors import CapabilityError, InterpError
@@ -71,6 +71,8 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], t
     """What keeps a strategy from being exact on this model, tried once and remembered."""
     if type(model.engine) is not TorchEngine:
         return f"engine {model.engine.name!r} runs one variant after the other"
+    if tokens.inputs and len(model.atlas.layers("deepstack")) >= model.n_layers:
+        return "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
     if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
         return problem
     kind = "images" if tokens.inputs else "texts" if len(tokens.ids) > 1 else "one text"

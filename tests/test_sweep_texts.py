@@ -14,7 +14,7 @@ from tolerances import close
 import interp_core as ic
 from interp_core import score, sweep_plan, testing
 from interp_core import sites as S
-from interp_core.engines import staircase
+from interp_core.engines import clean, staircase
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3, 44, 31, 18], [21, 7, 55, 30, 62, 11, 4])
 JUDGED = score.logit_diff(torch.tensor([3, 7, 12]), torch.tensor([9, 11, 2]))
@@ -106,10 +106,10 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny_model("llama")
     some = [S.z[at, head].at(-1).zero() for at, head in model.heads]
     whole = model.sweep(texts(), some, JUDGED)
-    passing = staircase.clean_pass
+    passing = clean.clean_pass
     sizes: list[int] = []
 
-    def narrow(*args: object, **kwargs: object) -> staircase.Clean:
+    def narrow(*args: object, **kwargs: object) -> clean.Clean:
         sizes.append(len(args[3].real))  # type: ignore[attr-defined]
         if sizes[-1] > 1:
             raise torch.OutOfMemoryError("on purpose")

@@ -12,7 +12,7 @@ from sweeping import JUDGED, tokens
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
-from interp_core.engines import staircase
+from interp_core.engines import clean
 
 
 @pytest.mark.parametrize(("family", "layers", "calls"), [("llama", 2, 4), ("gemma3", 6, 14), ("gptj", 2, 4)])
@@ -73,7 +73,7 @@ def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pyte
     assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
     told = sweep_trial.clean_pass
 
-    def silent(*args: object, **kwargs: object) -> staircase.Clean:
+    def silent(*args: object, **kwargs: object) -> clean.Clean:
         return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
 
     monkeypatch.setattr(sweep_trial, "clean_pass", silent)

@@ -389,3 +389,22 @@ def test_bad_input_is_refused_by_name() -> None:
     means = visual.dataset_mean([clean])
     with pytest.raises(ic.PlanError, match="the dataset mean is one vector for all rows"):
         visual.own_mean(means)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_truncation_on_every_cache_and_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    """Each step's logits are those of one pass over the same tokens, whose kernel sees another mask."""
+    model = tiny_model(family, dtype)
+    values, edits = inputs(family, dtype, (0, 1)), visual.truncated(tiny_model(family, dtype), first(family))
+    for options in ({}, {"cache_implementation": "static"}):
+        made = model.generate(values, edits, read=S.logits, max_new_tokens=4, stop_at_eos=False, **options)
+        ids = made.tokens.ids[:, :-1]
+        more = ids.shape[1] - values["input_ids"].shape[1]
+        grown = {**values, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in values:
+                grown[name] = torch.nn.functional.pad(values[name], (0, more))
+        one = model.run(grown, edits=edits).logits[:, -4:]
+        steps = torch.stack([step[S.logits][:, -1].as_subclass(Tensor) for step in made.steps], 1)
+        assert gap(steps, one) <= (1e-12 if dtype == torch.float64 else 0.05) * float(one.abs().max())

@@ -237,8 +237,7 @@ def attention(
     given = scores
     if "scores" in stages:
         scores = stages["scores"](given, n_keys)
-        if scores is not given:
-            _demand_a_key(given, scores)
+        _demand_a_key(given, scores)
     pattern = computed = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
@@ -246,11 +245,10 @@ def attention(
         return few.closed, None
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
-    if tap.prefix is None:
-        out = _mixed(pattern, value)
-    else:
-        split = n_keys - key.shape[2]
-        out = _mixed(pattern[..., :split], values) + _mixed(pattern[..., split:], value)
+    split = 0 if tap.prefix is None else n_keys - key.shape[2]
+    out = _mixed(pattern[..., split:], value)
+    if split:
+        out = _mixed(pattern[..., :split], values) + out
     out = out.transpose(1, 2).contiguous()
     return (out, pattern) if few is None else (few.closed.index_copy(1, few.asked, out), None)
 
@@ -278,8 +276,7 @@ def _hidden(
         given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
         given = masked(given, seen, kwargs, tap.module)
         scores = tap.stages["scores"](given, n_keys)
-        if scores is not given:
-            _demand_a_key(given, scores)
+        _demand_a_key(given, scores)
         hidden = scores != given
         if few:
             seen = hiding(seen, hidden)
@@ -458,7 +455,7 @@ def _demand_a_key(before: Tensor, scores: Tensor) -> None:
         PlanError: there is such a query.
     """
     lowest = LOWEST[scores.dtype]
-    if bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
+    if scores is not before and bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
         raise PlanError(NOTHING_LEFT)
 
 

@@ -8,7 +8,7 @@ of the caller's, texts packed into a row, scores that a function sets) is refuse
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,7 +41,12 @@ def check_knockouts(knockouts: Iterable[Hidden], reaches: dict[int, Reach], rows
     layers: dict[int, list[Hidden]] = {}
     for knockout in knockouts:
         layers.setdefault(knockout.layer, []).append(knockout)
+    checked: set[Any] = set()
     for layer, members in layers.items():
+        alike = reaches[layer], tuple((id(one.queries), id(one.keys), tuple(one.heads)) for one in members)
+        if alike in checked:
+            continue
+        checked.add(alike)
         heads = sorted({head for member in members for head in member.heads})
         sharing = {tuple(i for i, member in enumerate(members) if head in member.heads) for head in heads}
         for numbers in sharing:
@@ -53,10 +58,13 @@ def _check_together(knockouts: Sequence[Hidden], reach: Reach, rows: Rows) -> No
     for row, real in enumerate(rows.real):
         ends = _image_ends(rows, row) if reach.images else {}
         seen, places = [(set(one.queries[row]), set(one.keys[row])) for one in knockouts], set(real)
+        most = len(set().union(*(keys for _, keys in seen)))
         for query in sorted(set().union(*(queries for queries, _ in seen)) & places):
-            gone = set().union(*(keys for queries, keys in seen if query in queries))
             visible = reach.visible(real, query, ends.get(query))
-            if len(visible) <= len(gone) and all(real[place] in gone for place in visible):
+            if len(visible) > most:
+                continue
+            gone = set().union(*(keys for queries, keys in seen if query in queries))
+            if all(real[place] in gone for place in visible):
                 _refuse(knockouts, row, [*real], query, reach)
 
 

@@ -258,12 +258,14 @@ class Change(Part):
         elif edit.op in ROUTING:
             check_experts(self, edit)
 
-    def hidden(self, rows: Rows) -> Hidden:
-        """What a knockout hides in these rows."""
+    def hidden(self, rows: Rows, known: dict[Any, Any]) -> Hidden:
+        """What a knockout hides in these rows; the same columns again are taken from those that are known."""
         region, units, every = self.region, self.region.units, Slice()
         heads = range(self.entry.n_units or 0) if units is None else (units,) if isinstance(units, int) else units
-        queries, keys = (region.columns(rows, every if at is None else at) for at in (region.pos, region.key))
-        return Hidden(self.program.edits[self.number], self.entry.layer, heads, queries, keys)
+        for at in (region.pos, region.key):
+            if at not in known:
+                known[at] = region.columns(rows, every if at is None else at)
+        return Hidden(self.program.edits[self.number], self.entry.layer, heads, known[region.pos], known[region.key])
 
     def axes(self, batch: int, width: int) -> list[tuple[str, int]]:
         """Names and sizes of the axes of the part that this edit meets."""

@@ -388,8 +388,14 @@ class PortProgram(ABC):
 
     def _fit(self, rows: Rows) -> None:
         """Hold every edit's positions and value against the rows that it will meet."""
-        for part in self._bound:
-            part.bind(rows, None)
+        known: dict[Any, Part] = {}
+        for part in self._bound:  # layers share places
+            region = part.region
+            alike = known.setdefault((type(part), region.site.name, region.pos, region.key, region.units), part)
+            if alike is part:
+                part.bind(rows, None)
+            else:
+                part.bound, part.bound_to = alike.bound, alike.bound_to
         self._check(rows)
 
     def _check(self, rows: Rows) -> None:
@@ -400,7 +406,8 @@ class PortProgram(ABC):
             check_together(self._rerouting, rows)
             self._routed_for = rows, self.edits
         if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
-            check_knockouts([change.hidden(rows) for change in self._knockouts], self.atlas.reaches, rows)
+            known: dict[Any, Any] = {}
+            check_knockouts([change.hidden(rows, known) for change in self._knockouts], self.atlas.reaches, rows)
             self._left_for = rows
 
     def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CapabilityError, LoadError, TextError
 from ..inputs import PER_TOKEN
+from .places import placeholder_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,11 +82,13 @@ def open_processor(folder: str, config: Any, tokenizer: Any, options: Mapping[st
 
 
 def demand_fitting(processor: Any, config: Any) -> None:
-    """Refuse the processor of another model.
+    """Refuse the processor of another model; None, and those of models that see nothing, are let pass.
 
     Raises:
         LoadError: naming what differs.
     """
+    if processor is None or not placeholder_ids(config):
+        return
     if why := "; ".join(differing(processor, config)):
         raise LoadError(
             f"the processor ({type(processor).__name__}) does not belong to this {config.model_type}: {why}. Pass the "

@@ -42,7 +42,7 @@ def visual_depths(delta: Curve, tau: float) -> Int[np.ndarray, "*any"]:
 
 def falls_below(curve: Curve, level: float) -> Int[np.ndarray, "*any"]:
     """Index of the first layer from which on a curve stays below a level; the number of layers: never."""
-    return visual_depths(curve, level) + 1
+    return np.asarray(visual_depths(curve, level) + 1)
 
 
 def first_below(curve: Curve, level: float) -> Int[np.ndarray, "*any"]:
@@ -78,7 +78,7 @@ def soft_depth(shares: Curve) -> Float[np.ndarray, "*any"]:
 def crossing(visual: Curve, text: Curve) -> Int[np.ndarray, "*any"]:
     """Index of the first layer from which on replacing the text rows harms at least as much as the visual rows: where
     the image's information has gone over; the number of layers: never."""
-    return visual_depths(np.asarray(visual) - np.asarray(text), np.nextafter(0, 1)) + 1
+    return np.asarray(visual_depths(np.asarray(visual) - np.asarray(text), float(np.nextafter(0, 1))) + 1)
 
 
 @dataclass(frozen=True)

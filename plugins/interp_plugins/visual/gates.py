@@ -253,7 +253,7 @@ def depth_gate(rho: stats.Interval | None, thresholds: Thresholds, records: str 
     if rho is None:
         return missing("G4", "no correlation of depth and score", demand)
     small = rho.units < thresholds.images
-    status: Status = "pass" if rho.excludes(0) and not small else "inconclusive"
+    status: Status = "pass" if rho.excludes(0.0) and not small else "inconclusive"
     return Gate("G4", status, rho.value, rho.low, rho.high, demand, records, f"ρ of depth and score {rho:.3f}")
 
 
@@ -271,7 +271,7 @@ def geometry_gate(
         return missing("G5", "no ER ratio" if log_ratio is None else "no band of random cuts", demand)
     outside = not cuts[0] <= log_ratio.value <= cuts[1]
     status: Status = (
-        "pass" if log_ratio.excludes(0) and outside else "fail" if log_ratio.excludes(0) else "inconclusive"
+        "pass" if log_ratio.excludes(0.0) and outside else "fail" if log_ratio.excludes(0.0) else "inconclusive"
     )
     if log_ratio.units < thresholds.images:
         status = "inconclusive"

@@ -33,6 +33,7 @@ from . import depth
 from .depth import Layers
 
 Information = Float[np.ndarray, "layer visual"]
+"""Of one sample; others have other numbers of visual tokens."""
 QUANTILE = 0.95
 SUBSETS = 5
 """Random subsets of each size that a comparison needs."""
@@ -111,7 +112,7 @@ class Claim:
         )
 
 
-def noise(blanks: Sequence[Information]) -> float:
+def noise(blanks: Sequence[np.ndarray]) -> float:
     """ε of tokens' information in blank images.
 
     Raises:
@@ -139,7 +140,7 @@ def variation(information: Information) -> Float[np.ndarray, " layer"]:
 
 
 def horizon(
-    information: Sequence[Information],
+    information: Sequence[Float[np.ndarray, "layer _"]],
     advantage: Float[np.ndarray, "sample layer fraction"],
     layers: Layers,
     fractions: Sequence[float],

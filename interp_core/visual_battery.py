@@ -340,11 +340,15 @@ def _score(row: _Row) -> float:
     scored = score.nll(row.tokens)(row.run).double()
     placed = model_inputs(row.model, row.tokens)
     with row.model.turn, torch.no_grad(), row.model.fresh():
-        plain = row.model.hf(**placed, use_cache=False).logits[0].double().log_softmax(-1)
+        logits = row.model.hf(**placed, use_cache=False).logits[0].double()
+    plain = logits.log_softmax(-1)
     target = row.tokens.spans["target"][0][0]
     ids = row.tokens.ids[0, list(target)].to(plain.device)
     wanted = -plain[[i - 1 for i in target], ids].sum(-1, keepdim=True)
-    return _distance(scored, wanted)
+    # A probability near 1 has a log near 0, but is rounded as the logits are that it comes from.
+    scale = logits[[i - 1 for i in target]].abs().max().clamp(min=1e-12)
+    found = float((scored.as_subclass(Tensor) - wanted).abs().max() / torch.maximum(scale, wanted.abs().max()))
+    return found if found == found else float("inf")
 
 
 CHECKS: Mapping[str, Callable[[_Row], float]] = {

@@ -1,0 +1,233 @@
+"""Phase 1 of a study of visual tokens: causal curves, truncation, geometry, and gates that come to a verdict.
+
+    interp run visual_phase1 --model toy:vision --profile smoke --out DIR
+    interp run visual_phase1 --model PATH --dataset chartqa --data_path FOLDER --adaptive_tau --tau_ratio 0.1
+    interp run visual_phase1 --config FILE
+
+writes into DIR (none: results/{model}/{dataset}/{timestamp}-visual_phase1-{hash})
+
+    visual_phase1.html      the page: verdict, gates, sentences, curves, an image with its visual tokens
+    thresholds.json         what the gates demand, with its hash; written before anything runs
+    samples.json            pilots and further samples with their donors; what could not be used, and why
+    sanity.json             the battery of `ic.visual_check` on every sample
+    causal/                 records.jsonl, failed.jsonl, causal.json (with cliff_boundary and the records' hash), *.png
+    truncation/             answers.jsonl, truncation.json, *.png
+    geometry/               result/, geometry.json, *.png
+    checkpoint/             checkpoint.json, checkpoint.md
+    overlay/                overlay.json, *.png
+
+One resident model; the same command goes on where it was stopped, and keeps what is there. Exit code: that of the verdict
+(0 FULL, 3 PARTIAL, 4 STOP, 5 INCOMPLETE; 1 and 2 are errors). What each stage measures: docs/visual_phase1.md.
+
+Source: ours; stages and flags are named as in the GAP 2.0 studies, whose scores were read where the answer was not
+predicted, and whose missing layers were passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from interp_plugins.questions import Questions
+from interp_plugins.visual.gates import GATES, Thresholds
+
+import interp_core as ic
+from interp_core import runs
+
+from . import visual_data
+from .visual_data import Dataset
+from .visual_phase1_report import files_of, write_all
+from .visual_phase1_samples import Asking, Mode, Samples, drawn
+from .visual_phase1_stages import Plan, causal, checkpoint, geometry, overlay, sanity, truncation
+
+PROFILES: Mapping[str, Mapping[str, int]] = {
+    "smoke": {"pilots": 8, "samples": 10, "resamples": 500},
+    "full": {"pilots": 20, "samples": 100, "resamples": 2000},
+}
+"""What is not set by its flag."""
+INTERVENTIONS = ("replace:blind", "knockout:text", "truncation", "text:blind")
+
+
+@dataclass(frozen=True)
+class Phase1:
+    """What came out.
+
+    Attributes:
+        page: the report.
+        verdict: FULL, PARTIAL, STOP or INCOMPLETE.
+        exit_code: of the process.
+    """
+
+    page: Path
+    verdict: str
+    exit_code: int
+
+    def __str__(self) -> str:
+        return f"{self.page}\nverdict {self.verdict} (exit code {self.exit_code})"
+
+
+def visual_phase1(
+    model: str = visual_data.TOY,
+    profile: Literal["smoke", "full"] = "full",
+    out: Path | None = None,
+    dataset: Dataset | None = None,
+    data_path: Path | None = None,
+    images: Path | None = None,
+    split: str | None = None,
+    kinds: list[str] | None = None,
+    pilots: int | None = None,
+    samples: int | None = None,
+    interventions: list[str] | None = None,
+    blind: list[Mode] | None = None,
+    null_image: Literal["jpeg", "none"] = "jpeg",
+    layers: list[int] | None = None,
+    window: int = 1,
+    tau: float = 0.01,
+    adaptive_tau: bool = False,
+    tau_ratio: float = 0.1,
+    cliff_boundary: int | None = None,
+    causal_record: str | None = None,
+    truncation_layers: list[int] | None = None,
+    gate_images: int = 30,
+    share_at_start: float = 0.9,
+    cliff_width: float = 1 / 6,
+    drop_easy: float = 0.01,
+    drop_hard: float = 0.05,
+    resamples: int | None = None,
+    scorer: str | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int = 16,
+    max_model_len: int | None = None,
+    batch_size: int = 8,
+    tp_size: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> Phase1:
+    """Find the layer from which on a model no longer needs its image, and hold it against gates; returns the verdict.
+
+    Args:
+        model: toy:vision, a folder, or a hub id of a vision-language model.
+        profile: smoke (8 pilots and 10 further samples: all files, gates that need more are inconclusive) or full (20
+            and 100).
+        out: folder of the run; the same command goes on there.
+        dataset: chartqa, docvqa, vqav2, pope, plain, or toy (drawn).
+        data_path, images: its file or folder, and the folder of its images where that is another.
+        split: of chartqa.
+        kinds: only questions of these kinds.
+        pilots, samples: how many; pilots set τ alone.
+        interventions: of the method `visual`; replace:blind is always among them, and the cliff is its.
+        blind: images that stand in (None: random; black and mean are the others); the cliff is of the first.
+        null_image: an intervention that leaves what the image shows, for the noise floor: jpeg, or none (a floor of 0).
+        layers: of the causal curves (None: all).
+        window: layers that a knockout hits together.
+        tau: the threshold in nats.
+        adaptive_tau: take it from the pilots: tau_ratio of the peak of their mean effect, not below the noise floor.
+        tau_ratio: see above.
+        cliff_boundary: the first layer after the cliff, known from another study (None: that of this causal stage).
+        causal_record: of that study: its file, or a hash.
+        truncation_layers: from which the image is taken away for answers (None: 13 at most, evenly); the boundary
+            is always added.
+        gate_images: images below which gates are inconclusive.
+        share_at_start, cliff_width, drop_easy, drop_hard: thresholds of the gates, hashed before anything runs.
+        resamples: of intervals.
+        scorer: of answers (None: that of the data set).
+        prompt: words of the question with {question} in them (None: those of the data set).
+        max_new_tokens: of an answer.
+        max_model_len: samples that are longer with their answer are left out.
+        batch_size: prompts that run together; changes no number beyond rounding.
+        tp_size: CUDA devices that the layers are laid over.
+        device, dtype: of the model.
+        seed: of the selection, donors and intervals.
+        strict: the first sample that cannot be used ends the run; else it is listed and left out.
+
+    Raises:
+        PlanError, LoadError: settings or files that cannot be used, before the model is loaded where they tell.
+        CapabilityError: a model that reads no images, or in which images do not do what all this takes for granted.
+    """
+    which = visual_data.dataset_of(dataset, data_path, model)
+    chosen = {"pilots": pilots, "samples": samples, "resamples": resamples}
+    sizes = {**PROFILES[profile], **{name: value for name, value in chosen.items() if value is not None}}
+    modes = tuple(blind or ("random",))
+    named = tuple(dict.fromkeys(("replace:blind", *(interventions or INTERVENTIONS))))
+    words = visual_data.PROMPTS[which] if prompt is None else prompt
+    asking = Asking(words, max_model_len, max_new_tokens, batch_size, visual_data.scorer_of(which, scorer), strict)
+    limits = {"images": gate_images, "share_at_start": share_at_start, "width": cliff_width, "drop_easy": drop_easy,
+              "drop_hard": drop_hard, "gates": GATES[:-1]}  # fmt: skip
+    plan = Plan(
+        named, modes, null_image, None if layers is None else tuple(layers), window, tau, adaptive_tau, tau_ratio,
+        cliff_boundary, causal_record, None if truncation_layers is None else tuple(truncation_layers),
+        sizes["resamples"], seed, Thresholds.of(limits),
+    )  # fmt: skip
+    _check(asking, plan, sizes)
+    first, rest = _selected(which, data_path, images, split, kinds, sizes, seed, strict)
+    loaded = visual_data.visual_model(model, device=device, dtype=dtype, tp_size=tp_size)
+    plan.check(loaded)
+    settings = {
+        "dataset": which, "questions": visual_data.digest_of([*first, *rest]), **sizes,
+        **{k: v for k, v in vars(asking).items() if k not in ("strict", "scorer")}, "scorer": str(asking.scorer),
+        **{k: v for k, v in vars(plan).items() if k != "thresholds"}, "thresholds": asdict(plan.thresholds),
+    }  # fmt: skip
+    free = ("batch_size", "cliff_boundary", "causal_record")
+    with runs.open(out, settings, recipe="visual_phase1", model=loaded, dataset=which, free=free) as run:
+        run.claim(files_of(plan))  # before any work
+        return _run(run, loaded, first, rest, asking, plan)
+
+
+def _run(
+    run: runs.RunFolder, model: ic.Model, pilots: Questions, others: Questions, asking: Asking, plan: Plan
+) -> Phase1:
+    """Stage by stage."""
+    run.json("thresholds.json", {"hash": plan.thresholds.hash, **asdict(plan.thresholds)})
+    print(f"thresholds {plan.thresholds.hash}, written down before the run")
+    data: Samples = drawn(model, pilots, others, plan.blind, asking, plan.seed)
+    run.json("samples.json", data.record())
+    checks = sanity(run, model, data, asking)
+    cause = causal(run, model, data, asking, plan)
+    cut = truncation(run, model, data, asking, plan, cause)
+    shape = geometry(run, model, data, asking, plan, cause)
+    judged = checkpoint(run, checks, cause, cut, shape, plan)
+    seen = overlay(run, model, data, asking, cause)
+    page = write_all(run, model, plan, data, checks, cause, cut, shape, judged, seen)
+    return Phase1(page, judged.verdict, judged.exit_code)
+
+
+def _check(asking: Asking, plan: Plan, sizes: Mapping[str, int]) -> None:
+    """Raises:
+    PlanError: settings out of range, before anything is loaded.
+    """
+    visual_data.check_prompt(asking.prompt)
+    if len(set(plan.blind)) < len(plan.blind):
+        raise ic.PlanError(f"blind: {', '.join(plan.blind)}; give each once")
+    least = {
+        "pilots": (sizes["pilots"], 8 if plan.adaptive_tau else 2), "samples": (sizes["samples"], 4),
+        "max_new_tokens": (asking.max_new_tokens, 1), "batch_size": (asking.batch_size, 1),
+        "resamples": (sizes["resamples"], 100), "gate_images": (plan.thresholds.images, 1),
+    }  # fmt: skip
+    for name, (value, low) in least.items():
+        if value < low:
+            raise ic.PlanError(f"{name} is {value}: give at least {low}")
+    if not (plan.tau > 0 and 0 < plan.tau_ratio <= 1):
+        raise ic.PlanError(f"tau {plan.tau:g}, tau_ratio {plan.tau_ratio:g}: they are above 0, and in (0, 1]")
+    if plan.causal_record is not None and plan.cliff_boundary is None:
+        raise ic.PlanError("--causal_record says where a cliff was found; give the layer too: --cliff_boundary")
+
+
+def _selected(
+    dataset: Dataset, data_path: Path | None, images: Path | None, split: str | None, kinds: list[str] | None,
+    sizes: Mapping[str, int], seed: int, strict: bool,
+) -> tuple[Questions, Questions]:  # fmt: skip
+    """Pilots and further questions, whose images can be decoded."""
+    count = sizes["pilots"] + sizes["samples"]
+    every = visual_data.questions_of(dataset, data_path, images, count=count, seed=seed, kinds=kinds, split=split)
+    pilots, others = every.split(sizes["pilots"], sizes["samples"], seed=seed)
+    checked = Questions((*pilots, *others), every.skipped, every.source).checked()
+    if strict and checked.skipped:
+        raise ic.LoadError(f"{checked.skipped[0].where}: {checked.skipped[0].detail}")
+    for reason, number in checked.counts.items():
+        print(f"{number} rows skipped: {reason}")
+    first = Questions(checked.questions[: len(pilots)], checked.skipped, every.source)
+    return first, Questions(checked.questions[len(pilots) :], (), every.source)

@@ -1,0 +1,283 @@
+"""Sweeps of texts with images: what one run per variant gives, in the columns and layers that a variant changes, with one
+pass of the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pictures
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from layouts import DEEPSTACK, VISUAL
+from sweeping import COARSER, same
+from tolerances import close
+from torch import Tensor, nn
+
+import interp_core as ic
+from interp_core import score, testing
+from interp_core import sites as S
+from interp_core.engines.called import Called
+from interp_core.engines.tower import Tower
+from interp_core.sweep_plan import SHORT
+
+JUDGED = score.logit_diff(3, 9)
+FAST = ("qwen3_vl", "gemma3_vision")
+
+
+def some(*fast: str) -> list[object]:
+    """All families, those that are not named as slow tests."""
+    return [family if family in fast else pytest.param(family, marks=pytest.mark.slow) for family in VISUAL]
+
+
+def values(family: str, dtype: torch.dtype = torch.float64, n_images: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """A text with images."""
+    made = pictures.inputs(family, [[pictures.picture(family, seed + i) for i in range(n_images)]])
+    return {key: x.to(dtype) if key == "pixel_values" else x for key, x in made.items()}
+
+
+def places(given: dict[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Visual positions, and those after the last one."""
+    ids = given["input_ids"][0].tolist()
+    visual = [i for i, token in enumerate(ids) if token == pictures.IMAGE]
+    return visual, list(range(visual[-1] + 1, len(ids)))
+
+
+def variants(model: ic.Model, given: dict[str, Tensor]) -> list[ic.Edit | list[ic.Edit]]:
+    """Edits of text behind the images, of whole images, of single visual tokens, inside attention, in several layers."""
+    visual, after = places(given)
+    vector = torch.linspace(-2, 2, 64, dtype=model.dtype)
+    out: list[ic.Edit | list[ic.Edit]] = [S.z[at, 1].at(-1).zero() for at, head in model.heads if head == 1]
+    for at in range(3):
+        out += [S.resid_pre[at].at(after).zero(), S.resid_pre[at].at("vision").add(vector)]
+        out += [S.resid_pre[at].at("image_1").zero(), S.resid_pre[at].at(visual[1]).scale(3.0)]
+        out += [S.resid_post[at].at(pos).add(vector) for pos in (1, visual[0], visual[-1], -2)]
+    out += [S.mlp_out[2].scale(0.5), [S.mlp_out[0].at(visual[2]).zero(), S.resid_pre[2].at(-1).scale(2.0)]]
+    if not model.can("pattern", "write"):
+        layers = model.atlas.layers("pattern")
+        out += [S.pattern[at].knockout(query=after, key="vision") for at in layers]
+        out += [[S.pattern[over].knockout(query=after, key="vision") for over in layers if over >= at] for at in layers]
+        out += [S.pattern[layers[-1]].knockout(query=-1, key="image_0")]
+    return out
+
+
+@pytest.mark.parametrize("family", some(*FAST))
+def test_a_sweep_equals_a_run_for_each_variant(family: str) -> None:
+    model, given = tiny_model(family, torch.float64), values(family)
+    edits = variants(model, given)
+    found, full = (model.sweep(given, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    assert found.plan.strategy == ("restart" if family in COARSER else "staircase"), found.plan.why
+    assert not any(found.plan.singles) and [len(one) for one in full.plan.singles] == [len(edits)]
+    same(found, full, model)
+    logits = model.run(given, edits=edits[1]).logits[0, -1]
+    assert float(found.values[1, 0]) == pytest.approx(float(logits[3] - logits[9]), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", VISUAL)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_in_half_the_digits_and_by_steps(family: str, attention: str) -> None:
+    model, given = tiny_model(family, torch.float32, attention), values(family, torch.float32)
+    for strategy in ("auto", "restart", "batched"):
+        found, full = (model.sweep(given, variants(model, given), JUDGED, strategy=name) for name in (strategy, "full"))
+        same(found, full, model)
+
+
+def computed(tower: nn.Module) -> nn.Module:
+    """A module inside of a tower that runs once where the tower computes."""
+    return next(module for name, module in tower.named_modules() if name and not list(module.children()))
+
+
+@contextmanager
+def counted(model: ic.Model) -> Iterator[tuple[list[int], list[int]]]:
+    """Calls of a part of the vision tower, and tokens of each call of a layer's attention."""
+    tower, towers, tokens = Tower(model.hf).module, list[int](), list[int]()
+    assert tower is not None
+    attentions = [
+        model.engine.modules[model.atlas.entries["resid_pre", at].read.module].self_attn  # type: ignore[union-attr,operator]
+        for at in range(model.n_layers)
+    ]
+    handles = [computed(tower).register_forward_hook(lambda *_: towers.append(1))]
+    for module in attentions:
+        assert isinstance(module, nn.Module)
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda _m, _a, kwargs: tokens.append(kwargs["hidden_states"].shape[:2].numel()), with_kwargs=True
+            )
+        )
+    try:
+        yield towers, tokens
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("family", some("qwen3_vl"))
+def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
+    """The trial's passes among them; edits of what the tower hands over have passes of their own, and the same image."""
+    if family == "qwen3_5_vision":
+        pytest.skip("its layers with linear attention are no self_attn")
+    model, given = ic.load(testing.tiny(family)), values(family, torch.float32)
+    visual, after = places(given)
+    n = given["input_ids"].shape[1]
+    edits: list[ic.Edit] = [S.resid_pre[at].at(after).scale(2.0) for at in range(3)]
+    edits += [S.pattern[at:].knockout(query=after, key="vision") for at in range(3)]
+    with counted(model) as (towers, tokens):
+        cold = model.sweep(given, [*edits, S.vision_embed.scale(0.5)], JUDGED)
+        assert len(towers) == 1
+        tokens.clear()
+        plan = model.sweep(given, edits, JUDGED).plan
+        assert len(towers) == 2
+    assert sum(tokens) == plan.token_layers == 3 * n + 2 * len(after) * (3 + 2 + 1)
+    assert cold.plan.trial is not None and "once per model" in plan.explain()
+    wide = ic.Sweep.planned(model, given, [S.resid_pre[1].at("vision").zero()], JUDGED)
+    start = 0 if SHORT * visual[0] <= n - visual[0] else visual[0]
+    assert wide.token_layers == 3 * n + 2 * (n - start)
+
+
+@pytest.mark.parametrize("family", some("qwen3_vl"))
+def test_rows_of_a_batch_have_their_own_pixels(family: str) -> None:
+    """Three rows with two images, one and one, padded on the left; the tower runs once for each row."""
+    model = ic.load(testing.tiny(family, dtype=torch.float64))
+    made = [pictures.picture(family, seed).double() for seed in range(4)]
+    rows = made[:2], made[2:3], made[3:]
+    edits: list[ic.Edit] = [S.resid_pre[at].at("vision").scale(2.0) for at in range(3)]
+    edits += [S.resid_pre[at].at([-2, -1]).scale(3.0) for at in range(3)]
+    edits += [S.pattern[at].knockout(query=-1, key="vision") for at in model.atlas.layers("pattern")]
+    judged = score.logit_diff(torch.tensor([3, 4, 5]), 9)
+    tower, towers = Tower(model.hf).module, list[int]()
+    assert tower is not None
+    handle = computed(tower).register_forward_hook(lambda *_: towers.append(1))
+    found = model.sweep(pictures.inputs(family, rows), edits, judged)
+    handle.remove()
+    assert len(towers) == len(rows) and not any(found.plan.singles)
+    for number, row in enumerate(rows):
+        alone = model.sweep(pictures.inputs(family, [row]), edits, score.logit_diff(3 + number, 9), strategy="full")
+        close(found.values[:, number], alone.values[:, 0], model)
+
+
+def test_few_columns_before_an_image_are_run_too() -> None:
+    """Over a handful of earlier keys, attention in two parts costs more than these columns in the model's own kernel."""
+    model = tiny_model("llava")
+    given = values("llava", torch.float32, 3)
+    plan = ic.Sweep.planned(model, given, [S.resid_pre[1].at("vision").zero()], JUDGED)
+    assert places(given)[0][0] == 3 and plan.passes[0].columns == given["input_ids"].shape[1] > 16 * 3
+    found, full = (
+        model.sweep(given, [S.resid_pre[1].at("vision").zero()], JUDGED, strategy=s) for s in ("auto", "full")
+    )
+    same(found, full, model)
+
+
+@pytest.mark.parametrize("n_images", [1, 2])
+@pytest.mark.parametrize("family", some("qwen3_vl"))
+def test_a_blind_curve_is_a_sweep_of_the_blind_text(family: str, n_images: int) -> None:
+    """Replacing visual rows of the clean run by the blind run's, DeepStack following, equals putting the text rows after
+    the first visual token into the blind run. With one image no visual row runs again."""
+    model = tiny_model(family, torch.float64)
+    clear, blind = values(family, n_images=n_images), values(family, n_images=n_images, seed=7)
+    visual, _ = places(clear)
+    after = [i for i in range(visual[0], clear["input_ids"].shape[1]) if i not in visual]
+    reads = [*(S.resid_pre[at] for at in range(3)), *([S.deepstack[0]] if family in DEEPSTACK else [])]
+    seen, unseen = model.run(clear, read=S.resid_pre), model.run(blind, read=reads)
+    edits = [S.resid_pre[at].at(after).set(seen[S.resid_pre[at]][:, after]) for at in range(3)]
+    found = model.sweep(blind, edits, JUDGED)
+    if family not in COARSER and after[0] == visual[-1] + 1:
+        assert found.plan.token_layers == 3 * clear["input_ids"].shape[1] + len(after) * (3 + 2 + 1)
+    for at in range(3):
+        wanted = _patched_by_hand(model, clear, visual, at, unseen[S.resid_pre[at]], family, unseen)
+        assert float(found.values[at, 0]) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+def _patched_by_hand(
+    model: ic.Model, clear: dict[str, Tensor], visual: list[int], layer: int, rows: Tensor, family: str, blind: ic.Run
+) -> float:
+    """Visual rows at a layer's input, and what is added to them from there on, replaced in a plain forward pass."""
+    block = model.engine.modules[model.atlas.entries["resid_pre", layer].read.module]  # type: ignore[union-attr]
+
+    def patch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].clone()
+        x[:, visual] = rows[:, visual].as_subclass(Tensor)
+        return (x, *args[1:])
+
+    handles = [block.register_forward_pre_hook(patch)]
+    if family in DEEPSTACK and layer == 0:
+        features = torch.cat(blind.rows(S.deepstack[0]))
+        handles.append(
+            model.hf.model.language_model.register_forward_pre_hook(
+                lambda _m, args, kwargs: (args, {**kwargs, "deepstack_visual_embeds": [features]}), with_kwargs=True
+            )
+        )
+    try:
+        with torch.no_grad():
+            logits = model.hf(**clear, use_cache=False).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(logits[3] - logits[9])
+
+
+def test_several_additions_and_one_after_the_last_block() -> None:
+    """DeepStack after two blocks of three, and after both of two, where variants get passes of their own."""
+    for depth, layers in ((3, 3), (3, 2)):
+        hf = testing.tiny("qwen3_vl", num_hidden_layers=layers)
+        hf.config.vision_config.deepstack_visual_indexes = [0, 1]
+        vision = {**hf.config.vision_config.to_dict(), "depth": depth, "deepstack_visual_indexes": [0, 1]}
+        torch.manual_seed(0)
+        config = transformers.Qwen3VLConfig(
+            text_config=hf.config.text_config.to_dict(), vision_config=vision, image_token_id=pictures.IMAGE,
+            video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+        )  # fmt: skip
+        model = ic.load(transformers.Qwen3VLForConditionalGeneration(config).double().eval(), check=False)
+        given = values("qwen3_vl")
+        edits = [S.resid_pre[at].at("vision").scale(3.0) for at in range(layers)]
+        edits += [S.resid_post[at].at(4).scale(3.0) for at in range(layers)]
+        found, full = (model.sweep(given, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+        assert found.plan.strategy == ("staircase" if layers == 3 else "full")
+        assert ("after the last layer" in found.plan.why) == (layers == 2)
+        same(found, full, model)
+
+
+def test_an_inner_site_and_a_span_are_scored() -> None:
+    model, given = tiny_model("qwen3_vl", torch.float64), values("qwen3_vl")
+    _, after = places(given)
+    tokens = model._input(given)
+    spans = {**tokens.spans, "answer": ((ic.Span(len(tokens.labels[0]) - 2, len(tokens.labels[0])),),)}
+    text = replace(tokens, spans=spans)
+    inner = score.projection(S.resid_post[1].at(-2), torch.linspace(-1, 1, 64, dtype=torch.float64))
+    edits = [S.resid_pre[at].at(pos).scale(3.0) for at in range(2) for pos in ("vision", after[0])]
+    for judged in (inner, score.nll(text, "answer"), score.kl()):
+        found, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
+        assert found.plan.strategy == "staircase"
+        same(found, full, model)
+
+
+def test_a_model_whose_blocks_are_told_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were positions those of text, the trial would see it."""
+    told = Called.told
+
+    def wrongly(self: Called, *args: object) -> object:
+        self.blocks = [(more, {**named, "position_embeddings": _first(named)}) for more, named in self.blocks]
+        return told(self, *args)  # type: ignore[arg-type]
+
+    def _first(named: dict[str, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(x.flip(-2) for x in named["position_embeddings"])
+
+    monkeypatch.setattr(Called, "told", wrongly)
+    model = ic.load(testing.tiny("qwen3_vl"))
+    plan = model.sweep(values("qwen3_vl", torch.float32), [S.resid_pre[1].at("vision").zero()], JUDGED).plan
+    assert plan.strategy == "full" and "its numbers differ from full forward passes by" in plan.why
+
+
+def test_images_that_see_themselves_both_ways_are_run_whole() -> None:
+    """Gemma 3: an edit of one visual token changes those before it in the same image."""
+    model, given = tiny_model("gemma3_vision", torch.float64), values("gemma3_vision")
+    visual, _ = places(given)
+    second = visual[4]
+    edits = [S.resid_pre[0].at(second + 2).scale(3.0), S.resid_pre[0].at(second - 1).scale(3.0)]
+    found, full = (model.sweep(given, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    width = given["input_ids"].shape[1]
+    assert sorted(one.columns for one in found.plan.passes) == [width - second, width - (second - 1)]
+    same(found, full, model)
