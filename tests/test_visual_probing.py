@@ -77,7 +77,7 @@ def test_every_file_is_there(run: Path) -> None:
     curves = table(run / "tables/curves.csv")
     assert len(curves) == len(PLACES) * len(MODES) * 4
     record = json.loads((run / "probing.json").read_text())
-    assert record["causal_record_sha256"] == "0" * 64 and record["cliff_boundary"] == 2
+    assert record["causal_record_hash"] == "0" * 64 and record["cliff_boundary"] == 2
     assert all(record["verdicts"][place] in ("inconclusive", "error") for place in PLACES)
     assert all("12 samples, 100 at least" in record["flags"][place][0] for place in PLACES)
     assert sum(record["labels"].values()) == record["n"] == 12
@@ -177,7 +177,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"positions": ["answer_label"]}, "label itself"),
     ({"classes": ["yes"]}, "two different answers"),
     ({"causal_record": "x"}, "give the layer too"),
-    ({"causal_record": "x", "cliff_boundary": 2}, "no such file, and no sha256"),
+    ({"causal_record": "x", "cliff_boundary": 2}, "no such file, and no hash"),
     ({"prompt": "what?"}, "where the question goes"),
     ({"scorer": "chart"}, "no scorer 'chart'"),
     ({"n_folds": 1}, "n_folds is 1"),
@@ -196,6 +196,9 @@ def test_a_record_of_another_cliff_is_refused(tmp_path: Path) -> None:
     (tmp_path / "causal.json").write_text('{"cliff_boundary": 4}')
     with pytest.raises(ic.PlanError, match="found 4"):
         visual_probing(cliff_boundary=3, causal_record=str(tmp_path / "causal.json"))
+    fitting: dict[str, Any] = {"cliff_boundary": 4, "causal_record": str(tmp_path / "causal.json")}
+    with pytest.raises(ic.LoadError, match="there is no"):  # of the questions: the record is fine
+        visual_probing(dataset="plain", data_path=tmp_path / "none", **fitting)
 
 
 def test_a_text_model_and_a_cliff_behind_the_last_layer(source: str, data: Path) -> None:

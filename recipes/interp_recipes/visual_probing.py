@@ -114,7 +114,7 @@ def visual_probing(
         max_samples: questions, drawn by `seed`, each kind in its share.
         positions: of probes, by the names above, or any span.
         cliff_boundary: the first layer after the cliff, over which means are taken (None: over all layers).
-        causal_record: of the causal study that found it: its file, or the sha256 of it.
+        causal_record: of the causal study that found it: its file (causal.json), or its hash.
         decoder: ridge, logistic, means, lda or mlp.
         pooling: of the visual tokens: mean, max, or the one in the middle.
         group_by: image, or image_and_question where labels go with the questions' words.
@@ -143,7 +143,7 @@ def visual_probing(
                     visual_data.scorer_of(which, scorer), strict)  # fmt: skip
     probing = Probing(decoder, sizes["shuffles"], n_folds, sizes["repeats"], group_by, seed)
     _check(asking, probing, labels, sizes["max_samples"], cliff_boundary, causal_record)
-    record, sha256 = _causal(cliff_boundary, causal_record)
+    record, digest = _causal(cliff_boundary, causal_record)
     questions, unused, skipped = _selected(which, data_path, images, split, kinds, labels, sizes["max_samples"], seed)
     loaded = visual_data.visual_model(model, device=device, dtype=dtype, tp_size=tp_size)
     if cliff_boundary is not None and cliff_boundary > loaded.n_layers:
@@ -151,11 +151,11 @@ def visual_probing(
             f"--cliff_boundary {cliff_boundary}: {model} has layers 0 to {loaded.n_layers - 1}, and its output is "
             f"{loaded.n_layers}"
         )
-    cliff = Cliff(cliff_boundary, record, sha256, loaded.n_layers + 1)
+    cliff = Cliff(cliff_boundary, record, digest, loaded.n_layers + 1)
     settings = {
         "dataset": which, "questions": visual_data.digest_of(questions), "n_questions": len(questions),
         "classes": list(labels), **{k: v for k, v in vars(asking).items() if k != "strict"},
-        "scorer": str(asking.scorer), **vars(probing), "cliff_boundary": cliff_boundary, "causal_record": sha256,
+        "scorer": str(asking.scorer), **vars(probing), "cliff_boundary": cliff_boundary, "causal_record": digest,
     }  # fmt: skip
     with runs.open(out, settings, recipe="visual_probing", model=loaded, dataset=which, free=("batch_size",)) as run:
         run.claim(files_of(places))  # before any work
@@ -270,7 +270,7 @@ def _check(
 
 
 def _causal(cliff: int | None, record: str | None) -> tuple[str, str]:
-    """The causal record, and its sha256; empty where none is named.
+    """The causal record, and its hash (of a file, its sha256); empty where none is named.
 
     Raises:
         PlanError: neither a file nor a hash, or a file that found another cliff.
@@ -279,9 +279,9 @@ def _causal(cliff: int | None, record: str | None) -> tuple[str, str]:
         return "", ""
     path = Path(record)
     if not path.is_file():
-        if len(record) == 64 and set(record.lower()) <= set("0123456789abcdef"):
+        if 16 <= len(record) <= 64 and set(record.lower()) <= set("0123456789abcdef"):
             return "", record.lower()
-        raise ic.PlanError(f"--causal_record {record}: no such file, and no sha256 of one")
+        raise ic.PlanError(f"--causal_record {record}: no such file, and no hash of a record")
     content = path.read_bytes()
     try:
         there = json.loads(content)

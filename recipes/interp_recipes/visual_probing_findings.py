@@ -42,13 +42,13 @@ class Cliff:
     Attributes:
         boundary: the first layer after the cliff; None: all layers.
         record: of the causal study that found it: its path, or its hash.
-        sha256: of that file.
+        hash: of that record; of a file, its sha256.
         n_layers: of the states: the model's layers and its output.
     """
 
     boundary: int | None
     record: str
-    sha256: str
+    hash: str
     n_layers: int
 
     @property
@@ -68,8 +68,8 @@ class Cliff:
                 f"Means are over all layers, {self.layers}: no --cliff_boundary was given. (Layer {self.n_layers - 1} "
                 "is the model's output.)"
             )
-        whose = f"of the causal record {self.record} (sha256 {self.sha256[:12]}…)".replace("record  (", "record (")
-        whose = whose if self.sha256 else "whose causal record was not named"
+        whose = f"of the causal record {self.record} (hash {self.hash[:16]})".replace("record  (", "record (")
+        whose = whose if self.hash else "whose causal record was not named"
         return (
             f"Means are over layers {self.layers}, after the cliff: --cliff_boundary {self.boundary}, {whose}. "
             f"(Layer {self.n_layers - 1} is the model's output.)"
@@ -105,6 +105,12 @@ class Position:
         """Mean accuracy with the image minus that with a random one."""
         assert self.comparison is not None
         return self.comparison.after(self.cliff.first, minus=RANDOM)
+
+    @cached_property
+    def accuracies(self) -> dict[str, stats.Band]:
+        """Accuracy over layers, by mode."""
+        assert self.comparison is not None
+        return {mode: self.comparison.accuracy(mode) for mode in MODES}
 
     @cached_property
     def gains(self) -> dict[str, stats.Band]:
@@ -272,7 +278,7 @@ class Findings:
             if (c := position.comparison) is None:
                 continue
             for mode in MODES:
-                band, decoded = c.accuracy(mode), c.modes[mode]
+                band, decoded = position.accuracies[mode], c.modes[mode]
                 null = c.band(mode) if decoded.shuffles else np.full((2, decoded.n_layers), np.nan)
                 gain = position.gains.get(mode)
                 for layer in range(decoded.n_layers):
@@ -332,7 +338,8 @@ class Findings:
         text = (
             f"{position.name}: probes read the label with balanced accuracy {position.means[ORIGINAL]:.3f} with the "
             f"image and {position.means[RANDOM]:.3f} with a random one; the gain is {position.gain:+.3f} "
-            f"(paired bootstrap over {position.gain.units} images; p = {position.test.p:.2g}, {self.adjusted[position.name]:.2g} by Holm): "
+            f"(paired bootstrap over {position.gain.units} images; p = {position.test.p:.2g}, "
+            f"{self.adjusted[position.name]:.2g} by Holm): "
         )
         if verdict in ("error", "inconclusive"):
             why = next(flag for flag in flags if flag.startswith(verdict))
@@ -402,7 +409,7 @@ class Findings:
         verdicts = {position.name: self.verdict(position) for position in self.positions}
         return {
             "cliff_boundary": self.cliff.boundary, "causal_record": self.cliff.record,
-            "causal_record_sha256": self.cliff.sha256, "layers": self.cliff.layers, "n": len(self.labels),
+            "causal_record_hash": self.cliff.hash, "layers": self.cliff.layers, "n": len(self.labels),
             "labels": {label: self.labels.count(label) for label in sorted(set(self.labels))},
             "images": self.behaviour.means[ORIGINAL].units, "probes": self.table, "behaviour": self.behaviour_table(),
             "verdicts": verdicts | {"behaviour": self.behaviour.verdict()},

@@ -53,10 +53,10 @@ def charts_of(findings: Findings) -> dict[str, report.Chart]:
     """Every figure by the name of its file."""
     charts: dict[str, report.Chart] = {}
     for position in findings.positions:
-        if (comparison := position.comparison) is None:
+        if position.comparison is None:
             continue
         curves, gains = (f"figures/{name}.png" for name in _names(position.name))
-        charts[curves] = comparison.curves(position.name)
+        charts[curves] = _curves(position)
         charts[gains] = _gains(position)
     charts[ANSWERS] = report.Bars.of(
         findings.behaviour.means, percent=True, xlabel=f"score of its answers ({findings.behaviour.scorer})",
@@ -64,6 +64,18 @@ def charts_of(findings: Findings) -> dict[str, report.Chart]:
         caption=f"{len(findings.labels)} samples, 95 % intervals; images drawn whole.",
     )  # fmt: skip
     return charts
+
+
+def _curves(position: Position) -> report.Curves:
+    lines = [report.Line.of(mode, band) for mode, band in position.accuracies.items()]
+    comparison = position.comparison
+    if comparison is not None and comparison.original.shuffles:
+        lines.append(report.Line("shuffled labels", comparison.original.null.mean(0), comparison.band().T))
+    return report.Curves(
+        lines, [str(layer) for layer in range(position.cliff.n_layers)], xlabel="layer", ylabel="balanced accuracy",
+        title=f"What probes decode at {position.name}",
+        caption=f"{position.name}: accuracy in each mode with 95 % intervals over samples. {INTERPRETATION}",
+    )  # fmt: skip
 
 
 def _gains(position: Position) -> report.Curves:
