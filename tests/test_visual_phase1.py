@@ -73,9 +73,7 @@ def measured() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(
-    source: str, data: Path, measured: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Phase1]:
+def done(source: str, data: Path, measured: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Phase1]:
     """A run that was stopped at its fourth sample, and went on."""
     out = tmp_path_factory.mktemp("runs") / "phase1"
     measure = stages._measured
@@ -239,9 +237,7 @@ def test_no_visual_dependence_ends_with_its_message(
     assert "no visual dependence measurable" in (out / "visual_phase1.html").read_text() and (out / "DONE").is_file()
 
 
-def test_the_battery_refuses_to_go_on(
-    source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_battery_refuses_to_go_on(source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose visual rows are not what the tower gives."""
     load = ic.load
 

@@ -1,11 +1,11 @@
 """Stages of the recipe `visual_phase1`: what each runs, keeps, and hands on.
 
-    sanity      every sample through `ic.visual_check`; a check that fails ends the run
-    causal      pilots → τ, further samples → curves → cliff_boundary, with the hash of the records
-    truncation  answers with the image gone from layers of a grid on; the boundary is run if the grid lacks it
-    geometry    of visual and text rows; the ratio of effective ranks at a boundary that comes from other samples
-    checkpoint  gates and verdict, from records alone
-    overlay     which visual tokens one sample's answer needs
+sanity      every sample through `ic.visual_check`; a check that fails ends the run
+causal      pilots → τ, further samples → curves → cliff_boundary, with the hash of the records
+truncation  answers with the image gone from layers of a grid on; the boundary is run if the grid lacks it
+geometry    of visual and text rows; the ratio of effective ranks at a boundary that comes from other samples
+checkpoint  gates and verdict, from records alone
+overlay     which visual tokens one sample's answer needs
 """
 
 from __future__ import annotations
@@ -62,8 +62,13 @@ class Plan:
         """
         last = model.n_layers
         if self.cliff_boundary is not None and not 1 <= self.cliff_boundary < last:
-            raise ic.PlanError(f"--cliff_boundary {self.cliff_boundary}: 1 to {last - 1} in this model of {last} layers")
-        for name, layers, most in (("layers", self.layers, last - 1), ("truncation_layers", self.truncation_layers, last)):
+            raise ic.PlanError(
+                f"--cliff_boundary {self.cliff_boundary}: 1 to {last - 1} in this model of {last} layers"
+            )
+        for name, layers, most in (
+            ("layers", self.layers, last - 1),
+            ("truncation_layers", self.truncation_layers, last),
+        ):
             for layer in layers or ():
                 if not 0 <= layer <= most:
                     raise ic.PlanError(f"--{name} {layer}: 0 to {most} in this model of {last} layers")
@@ -243,7 +248,9 @@ def _answers(model: ic.Model, samples: Sequence[Sample], asking: Asking, layer: 
 # Geometry
 
 
-def geometry(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking, plan: Plan, cause: Causal) -> Geometry:
+def geometry(
+    run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking, plan: Plan, cause: Causal
+) -> Geometry:
     """Geometry of the further samples' rows; the samples that the model does not run are left out."""
     header = cause.header()
     if cause.stopped:
