@@ -16,8 +16,8 @@ writes into DIR (none: results/{model}/{dataset}/{timestamp}-visual_phase1-{hash
     checkpoint/             checkpoint.json, checkpoint.md
     overlay/                overlay.json, *.png
 
-One resident model; the same command goes on where it was stopped, and keeps what is there. Exit code: that of the verdict
-(0 FULL, 3 PARTIAL, 4 STOP, 5 INCOMPLETE; 1 and 2 are errors). What each stage measures: docs/visual_phase1.md.
+One resident model; the same command goes on where it was stopped, and keeps what is there. Exit code: that of the
+verdict (0 FULL, 3 PARTIAL, 4 STOP, 5 INCOMPLETE; 1 and 2 are errors). What each stage measures: docs/visual_phase1.md.
 
 Source: ours; stages and flags are named as in the GAP 2.0 studies, whose scores were read where the answer was not
 predicted, and whose missing layers were passed over.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from interp_plugins.geometry.ratios import CutRatio, cut_ratio
@@ -213,8 +213,8 @@ def _kinds(
     hard, easy = terciles(blind)
     both = hard & easy
     names = np.array(main.samples)
-    thirds = (tuple(map(str, names[part & ~both])) for part in (hard, easy))
-    return (*thirds, "thirds by what blinding takes")
+    thirds = [tuple(map(str, names[part & ~both])) for part in (hard, easy)]
+    return thirds[0], thirds[1], "thirds by what blinding takes"
 
 
 def _gap(main: Effects, one: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan) -> stats.Interval | None:
@@ -294,7 +294,8 @@ class Truncation:
             unread[key] = unread.get(key, 0) + bool(row.get("problem"))
         return Truncation(
             found, tuple(names), images, clean, np.array([cells[name, None]["score"] for name in names]),
-            unread, tuple({"sample": r["sample"], "where": f"truncation {r['cell']}", "reason": r["failed"]} for r in bad),
+            unread,
+            tuple({"sample": row["sample"], "where": row["cell"], "reason": row["failed"]} for row in bad),
             runs.digest(sorted((row["cell"], row.get("text", "")) for row in rows))[:16],
         )  # fmt: skip
 

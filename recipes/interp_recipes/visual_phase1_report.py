@@ -128,10 +128,9 @@ def overlay_charts(seen: Mapping[str, Any]) -> dict[str, report.Overlay]:
     places = [tuple(place) for place in seen["places"]]
     if not places or not seen["values"]:
         return {}
-    numbers = {name: values for name, values in seen["values"].items()}
     tiles = {place[2] for place in places}
     pictures = [np.asarray(seen["picture"])] if len(tiles) == 1 else None
-    return overlays(numbers, places, pictures, title="visual tokens", scale="nats lost, or share of flow")  # type: ignore[arg-type]
+    return overlays(seen["values"], places, pictures, title="visual tokens", scale="nats lost, or share of flow")
 
 
 # The page
@@ -211,8 +210,8 @@ def _depths(cause: Causal) -> list[dict[str, Any]]:
 def _image(charts: Mapping[str, report.Chart], seen: Mapping[str, Any]) -> report.Section:
     sample = seen["of"]
     words = (
-        f"{sample.name}: “{sample.question.question}” “{sample.answer}”. visual_map: what the answer loses when no text "
-        "sees the token in any layer. ifr: share of the information flow into the answer."
+        f"{sample.name}: “{sample.question.question}” “{sample.answer}”. visual_map: what the answer loses when no "
+        "text sees the token in any layer. ifr: share of the information flow into the answer."
     )
     drawn = [chart.html() for name, chart in charts.items() if name.startswith("overlay/")]
     notes = "".join(f"<p class='soft'>{report.escape(note)}</p>" for note in seen["notes"])
