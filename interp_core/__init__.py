@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from .text import Tokens as Tokens
     from .trace import Run as Run
     from .vision.places import VisualToken as VisualToken
-    from .visual_check import VisualCheck as VisualCheck
-    from .visual_check import visual_check as visual_check
+    from .visual_battery import VisualCheck as VisualCheck
+    from .visual_battery import visual_check as visual_check
 
 _HOME = {
     "Activations": "activations",
@@ -93,7 +93,7 @@ _HOME = {
     "Span": "positions",
     "Sweep": "sweep",
     "Tokens": "text",
-    "VisualCheck": "visual_check",
+    "VisualCheck": "visual_battery",
     "VisualToken": "vision.places",
     "keyed": "identity",
     "load": "model",
@@ -101,7 +101,7 @@ _HOME = {
     "open_tokenizer": "loading",
     "open_run": "saved",
     "registry": "plugins",
-    "visual_check": "visual_check",
+    "visual_check": "visual_battery",
 } | {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
