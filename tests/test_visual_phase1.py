@@ -17,6 +17,7 @@ from interp_plugins.visual.records import Records
 from interp_recipes import visual_phase1_stages as stages
 from interp_recipes.visual_data import asked
 from interp_recipes.visual_phase1 import Phase1, visual_phase1
+from interp_recipes.visual_phase1_plan import Plan
 from typer.testing import CliRunner
 
 import interp_core as ic
@@ -186,15 +187,15 @@ def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
 
 
 def test_layers_that_the_grid_lacks_are_run(source: str) -> None:
-    plan = stages.Plan(
+    plan = Plan(
         ("replace:blind",), ("random",), "none", None, 1, 0.01, False, 0.1, None, None, (0, 2), 100, 0, Thresholds()
     )
     assert plan.grid(4, None) == [0, 2, 4] and plan.grid(4, 3) == [0, 2, 3, 4]
-    whole = stages.Plan(*(list(vars(plan).values())[:10]), None, 100, 0, Thresholds())  # type: ignore[arg-type]
+    whole = Plan(*(list(vars(plan).values())[:10]), None, 100, 0, Thresholds())  # type: ignore[arg-type]
     assert len(whole.grid(48, 23)) == 14 and {0, 23, 48} <= set(whole.grid(48, 23))
     for bad in (0, 3):
         with pytest.raises(ic.PlanError, match=r"--cliff_boundary .: 1 to 2"):
-            stages.Plan(*(list(vars(plan).values())[:8]), bad, *(list(vars(plan).values())[9:])).check(ic.load(source))  # type: ignore[arg-type]
+            Plan(*(list(vars(plan).values())[:8]), bad, *(list(vars(plan).values())[9:])).check(ic.load(source))  # type: ignore[arg-type]
 
 
 def test_a_stopped_run_goes_on(done: tuple[Path, Phase1], measured: list[str]) -> None:

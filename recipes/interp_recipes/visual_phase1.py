@@ -38,9 +38,10 @@ from interp_core import runs
 
 from . import visual_data
 from .visual_data import Dataset
+from .visual_phase1_plan import Plan
 from .visual_phase1_report import files_of, write_all
 from .visual_phase1_samples import Asking, Mode, Samples, drawn
-from .visual_phase1_stages import Plan, causal, checkpoint, geometry, overlay, sanity, truncation
+from .visual_phase1_stages import causal, checkpoint, geometry, overlay, sanity, truncation
 
 PROFILES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"pilots": 8, "samples": 10, "resamples": 500},

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from interp_plugins.geometry.ratios import CutRatio, cut_ratio
@@ -26,10 +25,8 @@ from interp_plugins.visual.truncation import Drops, drops
 import interp_core as ic
 from interp_core import runs, stats
 
+from .visual_phase1_plan import Plan
 from .visual_phase1_samples import REENCODED, Row, Sample
-
-if TYPE_CHECKING:
-    from .visual_phase1_stages import Plan
 
 MAIN = "replace:blind"
 

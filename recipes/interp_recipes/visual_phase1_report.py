@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from interp_plugins.attribution.over_image import overlays
@@ -15,10 +15,8 @@ import interp_core as ic
 from interp_core import report, runs
 
 from .visual_phase1_findings import Causal, Geometry, Truncation
+from .visual_phase1_plan import Plan
 from .visual_phase1_samples import Row, Samples
-
-if TYPE_CHECKING:
-    from .visual_phase1_stages import Plan
 
 PAGE = "visual_phase1.html"
 VERDICTS = {

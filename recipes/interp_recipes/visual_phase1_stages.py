@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from interp_plugins.attribution.over_image import places_of
 from interp_plugins.geometry.result import GeometryResult
 from interp_plugins.visual import gates
-from interp_plugins.visual.gates import Gate, Judgement, Thresholds
+from interp_plugins.visual.gates import Gate, Judgement
 from interp_plugins.visual.records import Records
 from interp_plugins.visual.truncation import answered
 
@@ -29,56 +28,11 @@ import interp_core as ic
 from interp_core import runs
 
 from .visual_phase1_findings import Causal, Geometry, Truncation, gate_rows
-from .visual_phase1_samples import REENCODED, Asking, Mode, Row, Sample, Samples, each, note_bad, stacked
+from .visual_phase1_plan import Plan
+from .visual_phase1_samples import REENCODED, Asking, Row, Sample, Samples, each, note_bad, stacked
 
-GRID = 13
-"""Layers of the truncation grid at most, where none is given; the last is L."""
 ATTRIBUTION = "ifr"
 NO_DEPENDENCE = "not run: no visual dependence measurable"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured; names as of the recipe's flags."""
-
-    interventions: tuple[str, ...]
-    blind: tuple[Mode, ...]
-    null_image: Literal["jpeg", "none"]
-    layers: tuple[int, ...] | None
-    window: int
-    tau: float
-    adaptive_tau: bool
-    tau_ratio: float
-    cliff_boundary: int | None
-    causal_record: str | None
-    truncation_layers: tuple[int, ...] | None
-    resamples: int
-    seed: int
-    thresholds: Thresholds
-
-    def check(self, model: ic.Model) -> None:
-        """Raises:
-        PlanError: layers that the model does not have.
-        """
-        last = model.n_layers
-        if self.cliff_boundary is not None and not 1 <= self.cliff_boundary < last:
-            raise ic.PlanError(
-                f"--cliff_boundary {self.cliff_boundary}: 1 to {last - 1} in this model of {last} layers"
-            )
-        for name, layers, most in (
-            ("layers", self.layers, last - 1),
-            ("truncation_layers", self.truncation_layers, last),
-        ):
-            for layer in layers or ():
-                if not 0 <= layer <= most:
-                    raise ic.PlanError(f"--{name} {layer}: 0 to {most} in this model of {last} layers")
-
-    def grid(self, n_layers: int, cliff: int | None) -> list[int]:
-        """Layers from which the image is taken away: the grid, layer 0, the boundary, and L, at which nothing is."""
-        chosen = self.truncation_layers
-        if chosen is None:
-            chosen = tuple(np.unique(np.linspace(0, n_layers, min(GRID, n_layers + 1)).round().astype(int)).tolist())
-        return sorted({*chosen, n_layers, *([] if cliff is None else [cliff])})
 
 
 # Sanity
