@@ -42,7 +42,7 @@ from interp_core import runs
 from . import visual_data
 from .visual_data import Dataset
 from .visual_probing_findings import Behaviour, Cliff, Findings, Position
-from .visual_probing_probes import Probing, probed
+from .visual_probing_probes import Grouping, Probing, probed
 from .visual_probing_report import files_of, write_all
 from .visual_probing_samples import (
     BLOCK,
@@ -70,36 +70,15 @@ DRAWN = 8
 
 
 def visual_probing(
-    model: str = visual_data.TOY,
-    profile: Literal["smoke", "full"] = "full",
-    out: Path | None = None,
-    dataset: Dataset | None = None,
-    data_path: Path | None = None,
-    images: Path | None = None,
-    split: str | None = None,
-    kinds: list[str] | None = None,
-    classes: list[str] | None = None,
-    max_samples: int | None = None,
-    positions: list[str] | None = None,
-    cliff_boundary: int | None = None,
-    causal_record: str | None = None,
-    decoder: Decoder = "ridge",
-    pooling: Pooling = "mean",
-    group_by: Literal["image", "image_and_question"] = "image",
-    shuffles: int | None = None,
-    n_folds: int = 5,
-    repeats: int | None = None,
-    scorer: str | None = None,
-    prompt: str | None = None,
-    max_new_tokens: int = 16,
-    max_model_len: int | None = None,
-    batch_size: int = 8,
-    tp_size: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    seed: int = 0,
-    strict: bool = False,
-) -> Path:
+    model: str = visual_data.TOY, profile: Literal["smoke", "full"] = "full", out: Path | None = None,
+    dataset: Dataset | None = None, data_path: Path | None = None, images: Path | None = None, split: str | None = None,
+    kinds: list[str] | None = None, classes: list[str] | None = None, max_samples: int | None = None,
+    positions: list[str] | None = None, cliff_boundary: int | None = None, causal_record: str | None = None,
+    decoder: Decoder = "ridge", pooling: Pooling = "mean", group_by: Grouping = "image", shuffles: int | None = None,
+    n_folds: int = 5, repeats: int | None = None, scorer: str | None = None, prompt: str | None = None,
+    max_new_tokens: int = 16, max_model_len: int | None = None, batch_size: int = 8, tp_size: int = 1,
+    device: str | None = None, dtype: str | None = None, seed: int = 0, strict: bool = False,
+) -> Path:  # fmt: skip
     """Probe a model's states with the image and without, and let it answer; returns the page.
 
     Args:
@@ -115,18 +94,14 @@ def visual_probing(
         positions: of probes, by the names above, or any span.
         cliff_boundary: the first layer after the cliff, over which means are taken (None: over all layers).
         causal_record: of the causal study that found it: its file (causal.json), or its hash.
-        decoder: ridge, logistic, means, lda or mlp.
-        pooling: of the visual tokens: mean, max, or the one in the middle.
+        decoder, pooling: ridge, logistic, means, lda, mlp; of the visual tokens: mean, max, midpoint.
         group_by: image, or image_and_question where labels go with the questions' words.
-        shuffles: shuffled labelings; fewer than 100 are inconclusive.
-        n_folds, repeats: of the folds.
+        shuffles, n_folds, repeats: of the probes; fewer than 100 shuffled labelings are inconclusive.
         scorer: of answers (None: that of the data set).
         prompt: words of the question with {question} in them (None: those of the data set).
-        max_new_tokens: of an answer.
-        max_model_len: samples that are longer with their answer are left out.
+        max_new_tokens, max_model_len: of an answer; samples that are longer with it are left out.
         batch_size: samples that run together; changes no number beyond rounding.
-        tp_size: CUDA devices that the layers are laid over.
-        device, dtype: of the model.
+        tp_size, device, dtype: CUDA devices that the layers are laid over, or where and as what the model is loaded.
         seed: of the selection, donors, folds and shuffles.
         strict: the first sample that cannot be used ends the run; else it is listed and left out.
 
@@ -137,34 +112,47 @@ def visual_probing(
     which = visual_data.dataset_of(dataset, data_path, model)
     given = {"max_samples": max_samples, "repeats": repeats, "shuffles": shuffles}
     sizes = {**PROFILES[profile], **{name: value for name, value in given.items() if value is not None}}
-    labels, places = tuple(classes or YES_NO), tuple(positions or POSITIONS)
-    words = visual_data.PROMPTS[which] if prompt is None else prompt
-    asking = Asking(words, max_model_len, max_new_tokens, batch_size, places, pooling,
+    labels, words = tuple(classes or YES_NO), visual_data.PROMPTS[which] if prompt is None else prompt
+    asking = Asking(words, max_model_len, max_new_tokens, batch_size, tuple(positions or POSITIONS), pooling,
                     visual_data.scorer_of(which, scorer), strict)  # fmt: skip
     probing = Probing(decoder, sizes["shuffles"], n_folds, sizes["repeats"], group_by, seed)
     _check(asking, probing, labels, sizes["max_samples"], cliff_boundary, causal_record)
-    record, digest = _causal(cliff_boundary, causal_record)
-    questions, unused, skipped = _selected(which, data_path, images, split, kinds, labels, sizes["max_samples"], seed)
+    record = _causal(cliff_boundary, causal_record)
+    selected = _selected(which, data_path, images, split, kinds, labels, sizes["max_samples"], seed)
     loaded = visual_data.visual_model(model, device=device, dtype=dtype, tp_size=tp_size)
-    if cliff_boundary is not None and cliff_boundary > loaded.n_layers:
-        raise ic.PlanError(
-            f"--cliff_boundary {cliff_boundary}: {model} has layers 0 to {loaded.n_layers - 1}, and its output is "
-            f"{loaded.n_layers}"
-        )
-    cliff = Cliff(cliff_boundary, record, digest, loaded.n_layers + 1)
-    settings = {
-        "dataset": which, "questions": visual_data.digest_of(questions), "n_questions": len(questions),
-        "classes": list(labels), **{k: v for k, v in vars(asking).items() if k != "strict"},
-        "scorer": str(asking.scorer), **vars(probing), "cliff_boundary": cliff_boundary, "causal_record": digest,
-    }  # fmt: skip
+    cliff = _cliff(loaded, cliff_boundary, *record)
+    settings = _settings(which, selected[0], labels, asking, probing, cliff)
     with runs.open(out, settings, recipe="visual_probing", model=loaded, dataset=which, free=("batch_size",)) as run:
-        run.claim(files_of(places))  # before any work
-        return _run(run, loaded, questions, labels, asking, probing, cliff, unused, skipped)
+        run.claim(files_of(asking.positions))  # before any work
+        return _run(run, loaded, labels, asking, probing, cliff, *selected)
+
+
+def _settings(
+    dataset: str, questions: Questions, classes: Sequence[str], asking: Asking, probing: Probing, cliff: Cliff
+) -> dict[str, object]:
+    """What the numbers depend on, beside the model."""
+    return {
+        "dataset": dataset, "questions": visual_data.digest_of(questions), "n_questions": len(questions),
+        "classes": list(classes), **{k: v for k, v in vars(asking).items() if k != "strict"},
+        "scorer": str(asking.scorer), **vars(probing), "cliff_boundary": cliff.boundary, "causal_record": cliff.hash,
+    }  # fmt: skip
+
+
+def _cliff(model: ic.Model, boundary: int | None, record: str, digest: str) -> Cliff:
+    """Raises:
+    PlanError: a boundary that is no layer of the model.
+    """
+    if boundary is not None and boundary > model.n_layers:
+        raise ic.PlanError(
+            f"--cliff_boundary {boundary}: the model has layers 0 to {model.n_layers - 1}, and its output is "
+            f"{model.n_layers}"
+        )
+    return Cliff(boundary, record, digest, model.n_layers + 1)
 
 
 def _run(
-    run: runs.RunFolder, model: ic.Model, questions: Questions, classes: Sequence[str], asking: Asking,
-    probing: Probing, cliff: Cliff, unused: Mapping[str, int], skipped: Sequence[Row],
+    run: runs.RunFolder, model: ic.Model, classes: Sequence[str], asking: Asking, probing: Probing, cliff: Cliff,
+    questions: Questions, unused: Mapping[str, int], skipped: Sequence[Row],
 ) -> Path:  # fmt: skip
     """Samples, then states and answers of each mode, then probes, then what they say."""
     by_name = {question.name: question for question in questions}

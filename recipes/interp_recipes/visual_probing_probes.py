@@ -21,7 +21,9 @@ from interp_core import runs
 
 from .visual_probing_samples import MODES, Sample, Shown, states_at
 
+Grouping = Literal["image", "image_and_question"]
 SAME = 1e-4
+"""How far states of the largest size lie apart that differ by rounding alone."""
 Kept = tuple[Comparison, tuple[str, ...]]
 """Fitted probes, and the modes in which all samples have the same states."""
 
@@ -39,7 +41,7 @@ class Probing:
     shuffles: int
     n_folds: int
     repeats: int
-    group_by: Literal["image", "image_and_question"]
+    group_by: Grouping
     seed: int
 
 
