@@ -137,8 +137,8 @@ def _alike(name: str, parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_visual(name: str) -> bool:
-    """Whether positions of that name come from images: `vision`, `text`, `image_0`, …"""
-    return name in ("vision", "text") or bool(re.fullmatch(r"image_\d+", name))
+    """Whether positions of that name come from images: `vision`, `text`, `after_vision`, `image_0`, …"""
+    return name in ("vision", "text", "after_vision") or bool(re.fullmatch(r"image_\d+", name))
 
 
 def in_row(tokens: Batch, name: str, row: int) -> bool:

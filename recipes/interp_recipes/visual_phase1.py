@@ -70,103 +70,80 @@ class Phase1:
 
 
 def visual_phase1(
-    model: str = visual_data.TOY,
-    profile: Literal["smoke", "full"] = "full",
-    out: Path | None = None,
-    dataset: Dataset | None = None,
-    data_path: Path | None = None,
-    images: Path | None = None,
-    split: str | None = None,
-    kinds: list[str] | None = None,
-    pilots: int | None = None,
-    samples: int | None = None,
-    interventions: list[str] | None = None,
-    blind: list[Mode] | None = None,
-    null_image: Literal["jpeg", "none"] = "jpeg",
-    layers: list[int] | None = None,
-    window: int = 1,
-    tau: float = 0.01,
-    adaptive_tau: bool = False,
-    tau_ratio: float = 0.1,
-    cliff_boundary: int | None = None,
-    causal_record: str | None = None,
-    truncation_layers: list[int] | None = None,
-    gate_images: int = 30,
-    share_at_start: float = 0.9,
-    cliff_width: float = 1 / 6,
-    drop_easy: float = 0.01,
-    drop_hard: float = 0.05,
-    resamples: int | None = None,
-    scorer: str | None = None,
-    prompt: str | None = None,
-    max_new_tokens: int = 16,
-    max_model_len: int | None = None,
-    batch_size: int = 8,
-    tp_size: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    seed: int = 0,
-    strict: bool = False,
-) -> Phase1:
+    model: str = visual_data.TOY, profile: Literal["smoke", "full"] = "full", out: Path | None = None,
+    dataset: Dataset | None = None, data_path: Path | None = None, images: Path | None = None, split: str | None = None,
+    kinds: list[str] | None = None, pilots: int | None = None, samples: int | None = None,
+    interventions: list[str] | None = None, blind: list[Mode] | None = None,
+    null_image: Literal["jpeg", "none"] = "jpeg", layers: list[int] | None = None, window: int = 1, tau: float = 0.01,
+    adaptive_tau: bool = False, tau_ratio: float = 0.1, cliff_boundary: int | None = None,
+    causal_record: str | None = None, truncation_layers: list[int] | None = None, gate_images: int = 30,
+    share_at_start: float = 0.9, cliff_width: float = 1 / 6, drop_easy: float = 0.01, drop_hard: float = 0.05,
+    resamples: int | None = None, scorer: str | None = None, prompt: str | None = None, max_new_tokens: int = 16,
+    max_model_len: int | None = None, batch_size: int = 8, tp_size: int = 1, device: str | None = None,
+    dtype: str | None = None, seed: int = 0, strict: bool = False,
+) -> Phase1:  # fmt: skip
     """Find the layer from which on a model no longer needs its image, and hold it against gates; returns the verdict.
 
     Args:
-        model: toy:vision, a folder, or a hub id of a vision-language model.
-        profile: smoke (8 pilots and 10 further samples: all files, gates that need more are inconclusive) or full (20
-            and 100).
+        model, device, dtype, tp_size: toy:vision, a folder or a hub id; where it lies, over how many CUDA devices.
+        profile: smoke (8 pilots, 10 further samples: gates that need more are inconclusive) or full (20 and 100).
         out: folder of the run; the same command goes on there.
-        dataset: chartqa, docvqa, vqav2, pope, plain, or toy (drawn).
-        data_path, images: its file or folder, and the folder of its images where that is another.
-        split: of chartqa.
-        kinds: only questions of these kinds.
-        pilots, samples: how many; pilots set τ alone.
+        dataset, data_path, images, split, kinds: chartqa, docvqa, vqav2, pope, plain or toy (drawn); its file or
+            folder, and that of its images; split of chartqa; only questions of these kinds.
+        pilots, samples, seed, strict: how many; of the selection; whether a sample that cannot be used ends the run.
         interventions: of the method `visual`; replace:blind is always among them, and the cliff is its.
         blind: images that stand in (None: random; black and mean are the others); the cliff is of the first.
-        null_image: an intervention that leaves what the image shows, for the noise floor: jpeg, or none (a floor of 0).
-        layers: of the causal curves (None: all).
-        window: layers that a knockout hits together.
-        tau: the threshold in nats.
-        adaptive_tau: take it from the pilots: tau_ratio of the peak of their mean effect, not below the noise floor.
-        tau_ratio: see above.
-        cliff_boundary: the first layer after the cliff, known from another study (None: that of this causal stage).
-        causal_record: of that study: its file, or a hash.
-        truncation_layers: from which the image is taken away for answers (None: 13 at most, evenly); the boundary
-            is always added.
+        null_image: what leaves what the image shows, for the noise floor: jpeg, or none (a floor of 0).
+        layers, window: of the causal curves (None: all); how many layers a knockout hits together.
+        tau, adaptive_tau, tau_ratio: the threshold in nats, or tau_ratio of the peak of the pilots' mean effect, not
+            below the noise floor.
+        cliff_boundary, causal_record: the first layer after the cliff, known from another study, and that study's
+            file or hash (None: of this causal stage).
+        truncation_layers: from which the image is taken away for answers (None: 13 at most; the boundary is added).
         gate_images: images below which gates are inconclusive.
         share_at_start, cliff_width, drop_easy, drop_hard: thresholds of the gates, hashed before anything runs.
         resamples: of intervals.
-        scorer: of answers (None: that of the data set).
-        prompt: words of the question with {question} in them (None: those of the data set).
-        max_new_tokens: of an answer.
-        max_model_len: samples that are longer with their answer are left out.
-        batch_size: prompts that run together; changes no number beyond rounding.
-        tp_size: CUDA devices that the layers are laid over.
-        device, dtype: of the model.
-        seed: of the selection, donors and intervals.
-        strict: the first sample that cannot be used ends the run; else it is listed and left out.
+        scorer, prompt, max_new_tokens: of answers (None: the data set's); the prompt has {question} in it.
+        max_model_len, batch_size: longer samples are left out; prompts that run together.
 
     Raises:
         PlanError, LoadError: settings or files that cannot be used, before the model is loaded where they tell.
         CapabilityError: a model that reads no images, or in which images do not do what all this takes for granted.
     """
     which = visual_data.dataset_of(dataset, data_path, model)
-    chosen = {"pilots": pilots, "samples": samples, "resamples": resamples}
-    sizes = {**PROFILES[profile], **{name: value for name, value in chosen.items() if value is not None}}
-    modes = tuple(blind or ("random",))
-    named = tuple(dict.fromkeys(("replace:blind", *(interventions or INTERVENTIONS))))
+    sizes = _sizes(profile, pilots, samples, resamples)
     words = visual_data.PROMPTS[which] if prompt is None else prompt
     asking = Asking(words, max_model_len, max_new_tokens, batch_size, visual_data.scorer_of(which, scorer), strict)
     limits = {"images": gate_images, "share_at_start": share_at_start, "width": cliff_width, "drop_easy": drop_easy,
               "drop_hard": drop_hard, "gates": GATES[:-1]}  # fmt: skip
     plan = Plan(
-        named, modes, null_image, None if layers is None else tuple(layers), window, tau, adaptive_tau, tau_ratio,
-        cliff_boundary, causal_record, None if truncation_layers is None else tuple(truncation_layers),
-        sizes["resamples"], seed, Thresholds.of(limits),
+        tuple(dict.fromkeys(("replace:blind", *(interventions or INTERVENTIONS)))), tuple(blind or ("random",)),
+        null_image, _tuple(layers), window, tau, adaptive_tau, tau_ratio, cliff_boundary, causal_record,
+        _tuple(truncation_layers), sizes["resamples"], seed, Thresholds.of(limits),
     )  # fmt: skip
     _check(asking, plan, sizes)
-    first, rest = _selected(which, data_path, images, split, kinds, sizes, seed, strict)
+    chosen = _selected(which, data_path, images, split, kinds, sizes, seed, strict)
     loaded = visual_data.visual_model(model, device=device, dtype=dtype, tp_size=tp_size)
+    return _open(out, which, loaded, chosen, asking, plan, sizes)
+
+
+def _tuple(layers: list[int] | None) -> tuple[int, ...] | None:
+    return None if layers is None else tuple(layers)
+
+
+def _sizes(profile: str, pilots: int | None, samples: int | None, resamples: int | None) -> dict[str, int]:
+    """How many of each: the profile's, where nothing else is said."""
+    chosen = {"pilots": pilots, "samples": samples, "resamples": resamples}
+    return {**PROFILES[profile], **{name: value for name, value in chosen.items() if value is not None}}
+
+
+def _open(
+    out: Path | None, which: str, loaded: ic.Model, chosen: tuple[Questions, Questions], asking: Asking, plan: Plan,
+    sizes: dict[str, int],
+) -> Phase1:  # fmt: skip
+    """The run's folder, which knows what its numbers depend on, and the run in it."""
     plan.check(loaded)
+    first, rest = chosen
     settings = {
         "dataset": which, "questions": visual_data.digest_of([*first, *rest]), **sizes,
         **{k: v for k, v in vars(asking).items() if k not in ("strict", "scorer")}, "scorer": str(asking.scorer),
