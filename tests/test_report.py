@@ -214,6 +214,17 @@ def test_boxes_lie_over_a_picture(tmp_path: Path) -> None:
     assert places[3][1] == "#ececec" and "<image" not in report.Overlay(boxes, [1.0, 2.0]).html()
 
 
+def test_titles_over_boxes_are_whole(tmp_path: Path) -> None:
+    """Nothing of them is cut off, however many layers and lines there are."""
+    from PIL import Image
+
+    title, boxes = "visual tokens: image 0", [(0.0, 0, 8, 8), (8.0, 0, 16, 8), (0.0, 8, 16, 16)]
+    for names in (["all"], ["visual_map", "ifr", "attnlrp"]):
+        chart = report.Overlay(boxes, {name: [1.0, 2, 3] for name in names}, title=title, colorbar="nats lost " * 6)
+        ink = np.asarray(Image.open(chart.png(tmp_path / "boxes.png")).convert("L")) < 128
+        assert not ink[:3].any() and ink[3:60].any()
+
+
 def test_pictures_of_many_kinds() -> None:
     """Arrays, tensors as processors give them, grey ones, shares, whole numbers: all the same bytes."""
     wanted = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)

@@ -154,13 +154,14 @@ def overlay(path: str | Path, chart: OverlayData) -> Path:
     """Coloured boxes over a picture; layers stand beside each other."""
     width, height = chart.extent
     tall = min(6.0, max(1.5, 4.0 * height / width))
-    figure, first = _canvas((4.0 + 0.2) * len(chart.layers), tall + 0.8)
-    places = [first, *(figure.add_subplot(1, len(chart.layers), i + 1) for i in range(1, len(chart.layers)))]
-    if len(places) > 1:
-        first.set_subplotspec(places[1].get_gridspec()[0])
+    titles = [_wrapped(_over(chart, layer), 50) for layer in chart.layers]
+    lines = max(title.count("\n") + 1 for title in titles)
+    figure, first = _canvas((4.0 + 0.2) * len(chart.layers), tall + 0.3 + 0.2 * lines)
+    first.remove()
+    places = figure.subplots(1, len(chart.layers), squeeze=False)[0]
     from matplotlib.patches import Rectangle
 
-    for axes, (layer, values) in zip(places, chart.layers.items(), strict=True):
+    for axes, title, (layer, values) in zip(places, titles, chart.layers.items(), strict=True):
         ends = chart.ends(layer)
         if chart.picture is not None:
             axes.imshow(chart.picture, extent=(0, width, height, 0), aspect="equal", interpolation="nearest")
@@ -171,13 +172,19 @@ def overlay(path: str | Path, chart: OverlayData) -> Path:
             axes.add_patch(box)
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
-        axes.set_aspect("equal")
+        axes.set_aspect("equal", anchor="N")  # right below its title
         axes.set_xticks([])
         axes.set_yticks([])
-        named = ": ".join(part for part in (layer, chart.colorbar) if part)
-        said = f"{named + ': ' if named else ''}{number(float(ends[0]))} to {number(float(ends[1]))}"
-        _dressed(axes, "\n".join(line for line in (chart.title, said) if line), "", "")
+        _dressed(axes, title, "", "")
     return _saved(figure, path)
+
+
+def _over(chart: OverlayData, layer: str) -> str:
+    """What stands above a layer: the title, and what its colours say."""
+    named = ": ".join(part for part in (layer, chart.colorbar) if part)
+    low, high = (number(float(end)) for end in chart.ends(layer))
+    said = f"{named + ': ' if named else ''}{low} to {high}"
+    return "\n".join(line for line in (chart.title, said) if line)
 
 
 def _coloured(
@@ -242,12 +249,17 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
 
 def _dressed(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     """Titles, and no frame."""
-    axes.set_title(textwrap.fill(title, 70, replace_whitespace=False), fontsize=9, parse_math=False)
+    axes.set_title(_wrapped(title, 70), fontsize=9, parse_math=False)
     axes.set_xlabel(xlabel, fontsize=8, parse_math=False)
     axes.set_ylabel(ylabel, fontsize=8, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_axisbelow(True)
+
+
+def _wrapped(title: str, width: int) -> str:
+    """A title whose lines are so long at most."""
+    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
 
 
 def _text(label: str) -> str:
