@@ -114,7 +114,9 @@ def _page(plugin: Plugin, seen: Any) -> str:
 def check(
     name: Annotated[str, typer.Argument(help="as listed, or MODULE:CLASS of a method that is not installed")],
     kind: Kind = None,
-    model: Annotated[str, typer.Option(help="what a method is run on: toy:text, a folder, or a hub id")] = "toy:text",
+    model: Annotated[
+        str | None, typer.Option(help="what a method is run on: a toy, a folder, or a hub id; the toy that fits")
+    ] = None,
     given: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
 ) -> None:
     """Run the conformance kit; exit status 1 if anything fails."""

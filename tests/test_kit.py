@@ -241,6 +241,22 @@ def fresh() -> ic.Model:
     return ic.load(testing.tiny("llama"), check=False)
 
 
+@pytest.mark.parametrize(("site", "toy"), [("router_logits", "toy:moe"), ("vision_embed", "toy:vision")])
+def test_a_method_is_run_on_the_toy_that_has_what_it_requires(site: str, toy: str) -> None:
+    """Routers, and texts with a picture each."""
+    seen: list[ic.Tokens] = []
+
+    class Needy(Good):
+        requires = frozenset({site})
+
+        def check(self, model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> None:
+            seen.append(tokens)
+
+    report = testing.check_method(Needy)
+    assert toy in report.title and not set(report.failed) - {"class", "documented"}, report
+    assert all(("vision" in tokens.spans) == (site == "vision_embed") for tokens in seen) and seen
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe", "qwen3_vl"])
 def test_a_good_method_passes(family: str) -> None:
     report = testing.check_method(Good, tiny_model(family), settings={"power": 2})

@@ -6,7 +6,7 @@ testing.check_method(MyMethod, ic.load(testing.tiny("llama"))).raise_if_failed()
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,13 @@ from ..plugins import Plugin, registry
 from ..probe import LIMIT, Look, look
 from ..text import Tokens
 from .checks import CHECKS, documented, undescribed
+from .processors import pictures
 from .trial import Failed, NotReached, Trial
 
 TEXTS = ("Q: big\nA: small\n\nQ: hot\nA:", "Q: hot\nA: cold\n\nQ: big\nA:", "Q: wet\nA:")
 LENGTHS = (7, 7, 4)
+TOYS = ("toy:text", "toy:moe", "toy:vision")
+VISUAL = frozenset({"vision_embed", "deepstack"})
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Report:
 
 def check_method(
     method: type[Method] | str,
-    model: Model | str = "toy:text",
+    model: Model | str | None = None,
     *,
     rows: Sequence[Tokens | str] = (),
     settings: Mapping[str, Any] | None = None,
@@ -92,8 +95,9 @@ def check_method(
 
     Args:
         method: the class, or its registered name.
-        model: a loaded model, or what `ic.load` takes.
-        rows: what to run it on: texts or single rows, two of them equally long; short ones by default.
+        model: a loaded model, or what `ic.load` takes; by default the first toy that has all that it requires.
+        rows: what to run it on: texts or single rows, two of them equally long; short ones by default, each with a
+            picture for a method that requires visual tokens.
         settings: of the method.
         expected_failures: check to reason. They are strict: one that passes is a failure.
         limit: seconds that reading its settings may take.
@@ -109,8 +113,9 @@ def check_method(
         if not reason.strip():
             raise PlanError(f"the expected failure of {check!r} needs a reason")
     kind = registry("methods").get(method) if isinstance(method, str) else method
-    on = load(model) if isinstance(model, str) else model
-    trial = Trial(kind, on, dict(settings or {}), _singles(on, rows), limit)
+    required = frozenset(getattr(kind, "requires", ()))
+    on = _toy_with(required) if model is None else load(model) if isinstance(model, str) else model
+    trial = Trial(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
     with _random_state_restored():
         found = tuple(_row(check, trial, expected.get(check)) for check in CHECKS)
     return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", found)
@@ -164,9 +169,21 @@ def _row(check: str, trial: Trial, reason: str | None) -> Row:
     return Row(check, True, f"fails as expected ({reason}): {detail}")
 
 
-def _singles(model: Model, rows: Sequence[Tokens | str]) -> list[Tokens]:
+def _toy_with(required: Set[str]) -> Model:
+    """The first toy that has these sites; the last one if none has them, whose refusals then say why."""
+    for toy in TOYS:
+        model = load(toy)
+        if not required & model.atlas.lacking.keys():
+            break
+    return model
+
+
+def _singles(model: Model, rows: Sequence[Tokens | str], with_pictures: Set[str] = frozenset()) -> list[Tokens]:
     if rows:
         return [model._input(row) for row in rows]
+    if with_pictures and model.processor is not None:
+        shown = pictures(len(TEXTS), seed=0)
+        return [model.tokens(text, images=[picture]) for text, picture in zip(TEXTS, shown, strict=True)]
     if model.tokenizer is not None:
         return [model.tokens(text) for text in TEXTS]
     pick, size = torch.Generator().manual_seed(0), model.atlas.shape.d_vocab
