@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from layouts import LAYOUT
+from pictures import IMAGE
 from torch import Tensor
 
 FEATURES, PLACES = "deepstack_visual_embeds", "visual_pos_masks"
@@ -83,16 +84,17 @@ def logits(family: str, hf: Any, inputs: dict[str, Any], layer: int, gone: Seque
 def generated(
     family: str, hf: Any, inputs: dict[str, Any], layer: int, gone: Sequence[int], steps: int
 ) -> tuple[list[int], Tensor]:
-    """Greedy tokens, a whole pass for each, and the logits that chose them `[step d_vocab]`."""
-    inputs, rows = dict(inputs), []
+    """Greedy tokens that are no places of images, a whole pass for each, and the logits `[step d_vocab]` behind them."""
+    inputs, rows, ids = dict(inputs), list[Tensor](), list[int]()
     for _ in range(steps):
         last = logits(family, hf, inputs, layer, gone)[0][:, -1]
         rows.append(last[0])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], last.argmax(-1)[:, None]], 1)
+        ids.append(int(last[0].index_fill(-1, torch.tensor([IMAGE]), float("-inf")).argmax()))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids[-1:]])], 1)
         for name, new in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
             if name in inputs:
                 inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=new)
-    return [int(row.argmax()) for row in rows], torch.stack(rows)
+    return ids, torch.stack(rows)
 
 
 def _forget(hf: Any) -> None:

@@ -22,6 +22,11 @@ TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-14}
 """Of the largest logit: some forty roundings of each dtype."""
 
 
+def exact(family: str, float64: float = 1e-12) -> float:
+    """How close float64 models come; linear attention is worked out in float32 in them, too."""
+    return 1e-4 if family in LINEAR else float64
+
+
 def inputs(family: str, dtype: torch.dtype, *seeds: tuple[int, ...]) -> dict[str, Any]:
     """A batch whose rows have pictures of these seeds."""
     rows = [[pictures.picture(family, seed) for seed in row] for row in seeds]
@@ -52,6 +57,7 @@ def test_truncation_is_deletion(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype)
     rows = ((0, 1), (2,))
     both = inputs(family, dtype, *rows)
+    limit = TOLERANCE[dtype] if dtype == torch.float32 else exact(family, TOLERANCE[dtype])
     for layer in range(first(family), model.n_layers + 1):
         run = model.run(both, edits=visual.truncated(model, layer))
         clean = model.run(both).logits
@@ -59,7 +65,7 @@ def test_truncation_is_deletion(family: str, dtype: torch.dtype) -> None:
             alone = inputs(family, dtype, row)
             wanted, kept = deletion.logits(family, model.hf, alone, layer, columns(alone))
             n = alone["input_ids"].shape[1]
-            assert gap(run.logits[i, -n:][kept], wanted[0]) <= TOLERANCE[dtype] * float(wanted.abs().max()), layer
+            assert gap(run.logits[i, -n:][kept], wanted[0]) <= limit * float(wanted.abs().max()), layer
             if layer < model.n_layers:
                 assert gap(clean[i, -1], wanted[0, -1]) > 1e-4
 
@@ -70,7 +76,7 @@ def test_truncation_goes_on_while_generating(family: str) -> None:
     model = tiny_model(family, torch.float64)
     rows = ((0, 1), (2,))
     both = inputs(family, torch.float64, *rows)
-    options: dict[str, Any] = {"max_new_tokens": 4, "stop_at_eos": False}
+    options: dict[str, Any] = {"max_new_tokens": 4, "stop_at_eos": False, "suppress_tokens": [pictures.IMAGE]}
     for layer in (first(family), model.n_layers - 1):
         made = model.generate(both, visual.truncated(model, layer), read=S.logits, **options)
         for i, row in enumerate(rows):
@@ -78,7 +84,7 @@ def test_truncation_goes_on_while_generating(family: str) -> None:
             ids, logits = deletion.generated(family, model.hf, alone, layer, columns(alone), 4)
             assert made.ids[i, -4:].tolist() == ids
             steps = torch.stack([step[S.logits][i, -1].as_subclass(Tensor) for step in made.steps])
-            assert gap(steps, logits) <= 1e-12
+            assert gap(steps, logits) <= exact(family)
         assert made.receipts[0].layers == tuple(range(layer, model.n_layers))
 
 
@@ -163,20 +169,22 @@ def test_pruning_is_deletion_of_the_rest(family: str) -> None:
     ranks = visual.ranked(model, both, "random", seed=3)
     edits = visual.pruned(model, both, ranks, 0.5, range(layer, model.n_layers))
     run = model.run(both, edits=edits)
-    made = model.generate(both, edits, read=S.logits, max_new_tokens=3, stop_at_eos=False)
+    options: dict[str, Any] = {"max_new_tokens": 3, "stop_at_eos": False, "suppress_tokens": [pictures.IMAGE]}
+    made = model.generate(both, edits, read=S.logits, **options)
     for i, (row, kept) in enumerate(zip(rows, visual.top(ranks, 0.5), strict=True)):
         alone = inputs(family, torch.float64, row)
         places = columns(alone)
         assert len(kept) == -(-len(places) // 2)
         gone = [place for j, place in enumerate(places) if j not in kept]
         wanted, left = deletion.logits(family, model.hf, alone, layer, gone)
-        assert gap(run.logits[i, -alone["input_ids"].shape[1] :][left], wanted[0]) <= 1e-12
+        assert gap(run.logits[i, -alone["input_ids"].shape[1] :][left], wanted[0]) <= exact(family)
         ids, logits = deletion.generated(family, model.hf, alone, layer, gone, 3)
         assert made.ids[i, -3:].tolist() == ids
-        assert gap(torch.stack([step[S.logits][i, -1].as_subclass(Tensor) for step in made.steps]), logits) <= 1e-12
+        steps = torch.stack([step[S.logits][i, -1].as_subclass(Tensor) for step in made.steps])
+        assert gap(steps, logits) <= exact(family)
     none = model.run(both, edits=visual.pruned(model, both, ranks, 0, range(layer, model.n_layers)))
     text = (both["input_ids"] != pictures.IMAGE) & both["attention_mask"].bool()
-    assert gap(none.logits[text], model.run(both, edits=visual.truncated(model, layer)).logits[text]) <= 1e-12
+    assert gap(none.logits[text], model.run(both, edits=visual.truncated(model, layer)).logits[text]) <= exact(family)
     assert visual.pruned(model, both, ranks, 1, range(layer, model.n_layers)) == []
 
 
@@ -216,7 +224,7 @@ def test_state_transplant_leaves_the_last_token_alone_to_go_on(family: str) -> N
         finally:
             for handle in handles:
                 handle.remove()
-    assert gap(run.logits[0, -1], wanted[0, -1]) <= 1e-12
+    assert gap(run.logits[0, -1], wanted[0, -1]) <= exact(family)
     assert gap(run.logits[0, -1], model.run(values, edits=visual.truncated(model, layer)).logits[0, -1]) > 1e-6
 
 
@@ -230,12 +238,12 @@ def test_rankings(family: str) -> None:
         alone = inputs(family, torch.float64, row)
         places = columns(alone)
         pattern = model.run(alone, read=S.pattern[layer - 1])[S.pattern[layer - 1]].as_subclass(Tensor)[0].mean(0)
-        assert gap(found["last_token"][i], pattern[-1, places]) <= 1e-12
+        assert gap(found["last_token"][i], pattern[-1, places]) <= exact(family)
         text = [q for q in range(places[0], len(pattern)) if q not in places]
         wanted = torch.stack([pattern[[q for q in text if q > v], v].mean() for v in places])
-        assert gap(found["mean_text"][i], wanted) <= 1e-12
+        assert gap(found["mean_text"][i], wanted) <= exact(family)
         for by in visual.RANKINGS:
-            assert gap(found[by][i], visual.ranked(model, alone, by, layer=layer)[0]) <= 1e-12
+            assert gap(found[by][i], visual.ranked(model, alone, by, layer=layer)[0]) <= exact(family)
             assert [len(visual.top(found[by], f)[i]) for f in (0, 0.1, 1)] == [0, -(-len(places) // 10), len(places)]
 
 
@@ -407,4 +415,4 @@ def test_truncation_on_every_cache_and_in_half_precision(family: str, dtype: tor
                 grown[name] = torch.nn.functional.pad(values[name], (0, more))
         one = model.run(grown, edits=edits).logits[:, -4:]
         steps = torch.stack([step[S.logits][:, -1].as_subclass(Tensor) for step in made.steps], 1)
-        assert gap(steps, one) <= (1e-12 if dtype == torch.float64 else 0.05) * float(one.abs().max())
+        assert gap(steps, one) <= (exact(family) if dtype == torch.float64 else 0.05) * float(one.abs().max())
