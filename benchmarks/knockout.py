@@ -1,7 +1,8 @@
 """Knockouts at one query, side by side with a plain pass: python benchmarks/knockout.py [tokens] [rounds] [family ...]
 
 One layer of three (d_model 256, 8 heads) hides ten keys from the last query. Both calls keep the last logits only, take
-turns, and the shortest of all rounds counts, in processor time of one thread; a knockout at all later queries stands beside it.
+turns, and the shortest of all rounds counts, in processor time of one thread; a knockout at all later queries stands
+beside it.
 """
 
 from __future__ import annotations
