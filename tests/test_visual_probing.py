@@ -126,7 +126,7 @@ def test_donors_are_a_derangement(run: Path) -> None:
 def test_a_stopped_run_goes_on_and_a_second_does_nothing_again(
     source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped in the third mode's states; then run over with another batch size, when one file is lost."""
+    """Stopped in the third mode's states; then run over when one file is lost, and with another batch size."""
     worked: list[str] = []
 
     def noting(name: str, *stop: int) -> Any:
@@ -153,11 +153,13 @@ def test_a_stopped_run_goes_on_and_a_second_does_nothing_again(
     (tmp_path / "states/blind_mean/0000.safetensors").unlink()
     worked.clear()
     capsys.readouterr()
-    visual_probing(source, data_path=data, out=tmp_path, **how, batch_size=10)
+    visual_probing(source, data_path=data, out=tmp_path, **how)
     assert worked == ["blind_mean"]
     assert "kept samples.json" in capsys.readouterr().out
     answers = [path for path in before if path.parent.name in ("answers", "tables")]
     assert len(answers) == 8 and all(path.read_bytes() == before[path] for path in answers)
+    visual_probing(source, data_path=data, out=tmp_path, **how, batch_size=10)
+    assert worked == ["blind_mean"]
     with pytest.raises(ic.PlanError, match="another run"):
         visual_probing(source, data_path=data, out=tmp_path, **{**how, "seed": 1})
 
