@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from interp_plugins.answers import Scorer, scorer
@@ -22,6 +24,8 @@ from interp_plugins.questions import Question, Questions, read_questions
 import interp_core as ic
 from interp_core import runs, toys
 
+T = TypeVar("T")
+Row = dict[str, Any]
 Dataset = Literal["toy", "chartqa", "docvqa", "vqav2", "pope", "plain"]
 TOY = "toy:vision"
 QUESTION = "{question}"
@@ -179,3 +183,74 @@ def scorer_of(dataset: Dataset, name: str | None = None) -> Scorer:
         PlanError: no such scorer.
     """
     return scorer(name or SCORER.get(dataset, dataset))
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to the model.
+
+    Attributes:
+        prompt, max_model_len: as of `asked`.
+        max_new_tokens: of an answer.
+        batch_size: questions that run together.
+        scorer: of answers.
+        strict: the first sample that cannot be used ends the run.
+    """
+
+    prompt: str
+    max_model_len: int | None
+    max_new_tokens: int
+    batch_size: int
+    scorer: Scorer
+    strict: bool
+
+
+def note_bad(bad: list[Row], sample: str, where: str, error: Exception, strict: bool) -> None:
+    """Record and say that a sample is left out.
+
+    Raises:
+        PlanError: the run is strict.
+    """
+    if strict:
+        raise ic.PlanError(f"sample {sample!r}, {where}: {error}") from error
+    print(f"  left out {sample}, {where}: {error}", file=sys.stderr)
+    bad.append({"sample": sample, "where": where, "reason": str(error)})
+
+
+def demand_one_image(question: Question) -> None:
+    """Raises:
+    TextError: a question about none, or several, for which no donor is drawn.
+    """
+    if len(question.images) != 1:
+        raise ic.TextError(f"it has {len(question.images)} images; donors are drawn for one")
+
+
+def stacked(rows: Sequence[ic.Tokens]) -> ic.Tokens:
+    """Rows as a batch."""
+    return rows[0] if len(rows) == 1 else ic.Tokens.stack(list(rows))
+
+
+def each(
+    told_as: str, where: str, samples: Sequence[T], name: Callable[[T], str],
+    work: Callable[[Sequence[T]], Sequence[Any]], asking: Asking, bad: list[Row],
+) -> dict[str, Any]:  # fmt: skip
+    """What `work` gives for each sample by its name, batch by batch; a batch with a bad one is done one by one.
+
+    Args:
+        told_as: what progress calls it.
+        where: what the record of a bad one calls it.
+    """
+    done: dict[str, Any] = {}
+    with ic.Progress(told_as, len(samples)) as told:
+        for start in range(0, len(samples), asking.batch_size):
+            part = samples[start : start + asking.batch_size]
+            try:
+                done |= {name(sample): value for sample, value in zip(part, work(part), strict=True)}
+            except (ic.InterpError, torch.OutOfMemoryError):
+                for sample in part:
+                    try:
+                        done[name(sample)] = work([sample])[0]
+                    except ic.InterpError as error:
+                        note_bad(bad, name(sample), where, error, asking.strict)
+            told.add(len(part))
+    return done

@@ -37,10 +37,10 @@ import interp_core as ic
 from interp_core import runs
 
 from . import visual_data
-from .visual_data import Dataset
+from .visual_data import Asking, Dataset
 from .visual_phase1_plan import Plan
 from .visual_phase1_report import files_of, write_all
-from .visual_phase1_samples import Asking, Mode, Samples, drawn
+from .visual_phase1_samples import Mode, Samples, drawn
 from .visual_phase1_stages import causal, checkpoint, geometry, overlay, sanity, truncation
 
 PROFILES: Mapping[str, Mapping[str, int]] = {

@@ -14,9 +14,10 @@ from interp_plugins.visual.threshold import histogram
 import interp_core as ic
 from interp_core import report, runs
 
+from .visual_data import Row
 from .visual_phase1_findings import Causal, Geometry, Truncation
 from .visual_phase1_plan import Plan
-from .visual_phase1_samples import Row, Samples
+from .visual_phase1_samples import Samples
 
 PAGE = "visual_phase1.html"
 VERDICTS = {

@@ -8,44 +8,20 @@ reencoded the same image through JPEG: what it shows is left, so that effects of
 from __future__ import annotations
 
 import io
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from interp_plugins.answers import Scorer
 from interp_plugins.questions import Question, Questions
 
 import interp_core as ic
 from interp_core import vision
 
-from .visual_data import asked
+from .visual_data import Asking, Row, asked, demand_one_image, note_bad
 
-Row = dict[str, Any]
 Mode = Literal["random", "black", "mean"]
 REENCODED = "reencoded"
 QUALITY = 95
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How questions are put to the model.
-
-    Attributes:
-        prompt, max_model_len: as of `visual_data.asked`.
-        max_new_tokens: of an answer.
-        batch_size: prompts that run together.
-        scorer: of answers.
-        strict: the first sample that cannot be used ends the run.
-    """
-
-    prompt: str
-    max_model_len: int | None
-    max_new_tokens: int
-    batch_size: int
-    scorer: Scorer
-    strict: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +103,6 @@ class Samples:
                 "resized": list(self.resized), "donors_with_the_same_answer": self.collisions}  # fmt: skip
 
 
-def note_bad(bad: list[Row], sample: str, where: str, error: Exception, strict: bool) -> None:
-    """Record and say that a sample is left out.
-
-    Raises:
-        InterpError: the run is strict.
-    """
-    if strict:
-        raise ic.PlanError(f"sample {sample!r}, {where}: {error}") from error
-    print(f"  left out {sample}, {where}: {error}", file=sys.stderr)
-    bad.append({"sample": sample, "where": where, "reason": str(error)})
-
-
 def drawn(
     model: ic.Model, pilots: Questions, others: Questions, modes: Sequence[Mode], asking: Asking, seed: int
 ) -> Samples:
@@ -187,8 +151,7 @@ def drawn(
 
 def _picture(model: ic.Model, question: Question, asking: Asking) -> Any:
     """The picture of a question that can be used."""
-    if len(question.images) != 1:
-        raise ic.TextError(f"it has {len(question.images)} images; donors are drawn for one")
+    demand_one_image(question)
     asking.scorer("", question.answers)
     picture = question.pictures()[0]
     sample = Sample(question, "", picture, False, {})
@@ -203,29 +166,3 @@ def _reencoded(picture: Any) -> Any:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=QUALITY, subsampling=0)
     return Image.open(file).convert("RGB")
-
-
-def stacked(rows: Sequence[ic.Tokens]) -> ic.Tokens:
-    """Rows as a batch."""
-    return rows[0] if len(rows) == 1 else ic.Tokens.stack(list(rows))
-
-
-def each(
-    what: str, samples: Sequence[Sample], work: Callable[[Sequence[Sample]], Sequence[Any]], asking: Asking,
-    bad: list[Row],
-) -> dict[str, Any]:  # fmt: skip
-    """What `work` gives for each sample by name, batch by batch; a batch with a bad one is done one by one."""
-    done: dict[str, Any] = {}
-    with ic.Progress(what, len(samples)) as told:
-        for start in range(0, len(samples), asking.batch_size):
-            part = samples[start : start + asking.batch_size]
-            try:
-                done |= {sample.name: value for sample, value in zip(part, work(part), strict=True)}
-            except (ic.InterpError, torch.OutOfMemoryError):
-                for sample in part:
-                    try:
-                        done[sample.name] = work([sample])[0]
-                    except ic.InterpError as error:
-                        note_bad(bad, sample.name, what, error, asking.strict)
-            told.add(len(part))
-    return done

@@ -27,9 +27,10 @@ from interp_plugins.visual.truncation import answered
 import interp_core as ic
 from interp_core import runs
 
+from .visual_data import Asking, Row, each, note_bad, stacked
 from .visual_phase1_findings import Causal, Geometry, Truncation, gate_rows
 from .visual_phase1_plan import Plan
-from .visual_phase1_samples import REENCODED, Asking, Row, Sample, Samples, each, note_bad, stacked
+from .visual_phase1_samples import REENCODED, Sample, Samples
 
 ATTRIBUTION = "ifr"
 NO_DEPENDENCE = "not run: no visual dependence measurable"
@@ -185,7 +186,7 @@ def _answers(model: ic.Model, samples: Sequence[Sample], asking: Asking, layer: 
             return list(model.generate(prompts, max_new_tokens=asking.max_new_tokens).texts)
         return answered(model, prompts, [layer], max_new_tokens=asking.max_new_tokens)[layer]
 
-    texts = each(where, samples, work, asking, bad)
+    texts = each(where, where, samples, lambda sample: sample.name, work, asking, bad)
     failed = {row["sample"]: row["reason"] for row in bad}
     rows = []
     for sample in samples:

@@ -40,15 +40,14 @@ import interp_core as ic
 from interp_core import runs
 
 from . import visual_data
-from .visual_data import Dataset
+from .visual_data import Asking, Dataset, Row
 from .visual_probing_findings import Behaviour, Cliff, Findings, Position
 from .visual_probing_probes import Grouping, Probing, probed
 from .visual_probing_report import files_of, write_all
 from .visual_probing_samples import (
     BLOCK,
     MODES,
-    Asking,
-    Row,
+    AskingProbes,
     Shown,
     answer_rows,
     block_bytes,
@@ -113,8 +112,10 @@ def visual_probing(
     given = {"max_samples": max_samples, "repeats": repeats, "shuffles": shuffles}
     sizes = {**PROFILES[profile], **{name: value for name, value in given.items() if value is not None}}
     labels, words = tuple(classes or YES_NO), visual_data.PROMPTS[which] if prompt is None else prompt
-    asking = Asking(words, max_model_len, max_new_tokens, batch_size, tuple(positions or POSITIONS), pooling,
-                    visual_data.scorer_of(which, scorer), strict)  # fmt: skip
+    asking = AskingProbes(
+        words, max_model_len, max_new_tokens, batch_size, visual_data.scorer_of(which, scorer), strict,
+        tuple(positions or POSITIONS), pooling,
+    )  # fmt: skip
     probing = Probing(decoder, sizes["shuffles"], n_folds, sizes["repeats"], group_by, seed)
     _check(asking, probing, labels, sizes["max_samples"], cliff_boundary, causal_record)
     record = _causal(cliff_boundary, causal_record)
@@ -128,7 +129,7 @@ def visual_probing(
 
 
 def _settings(
-    dataset: str, questions: Questions, classes: Sequence[str], asking: Asking, probing: Probing, cliff: Cliff
+    dataset: str, questions: Questions, classes: Sequence[str], asking: AskingProbes, probing: Probing, cliff: Cliff
 ) -> dict[str, object]:
     """What the numbers depend on, beside the model."""
     return {
@@ -151,7 +152,7 @@ def _cliff(model: ic.Model, boundary: int | None, record: str, digest: str) -> C
 
 
 def _run(
-    run: runs.RunFolder, model: ic.Model, classes: Sequence[str], asking: Asking, probing: Probing, cliff: Cliff,
+    run: runs.RunFolder, model: ic.Model, classes: Sequence[str], asking: AskingProbes, probing: Probing, cliff: Cliff,
     questions: Questions, unused: Mapping[str, int], skipped: Sequence[Row],
 ) -> Path:  # fmt: skip
     """Samples, then states and answers of each mode, then probes, then what they say."""
@@ -182,7 +183,7 @@ def _run(
 
 
 def _states(
-    run: runs.RunFolder, model: ic.Model, data: Shown, asking: Asking
+    run: runs.RunFolder, model: ic.Model, data: Shown, asking: AskingProbes
 ) -> tuple[dict[str, list[str]], list[Row]]:
     """The files of states of each mode, block by block; and the samples that the model does not run."""
     files: dict[str, list[str]] = {}
@@ -198,7 +199,7 @@ def _states(
 
 
 def _answers(
-    run: runs.RunFolder, model: ic.Model, data: Shown, asking: Asking
+    run: runs.RunFolder, model: ic.Model, data: Shown, asking: AskingProbes
 ) -> tuple[dict[str, dict[str, Row]], list[Row]]:
     """The model's answers in each mode by sample; and the samples for which it has none."""
     answers: dict[str, dict[str, Row]] = {}
@@ -231,7 +232,7 @@ def _behaviour(answers: Mapping[str, Mapping[str, Row]], data: Shown, kept: Sequ
 
 
 def _check(
-    asking: Asking, probing: Probing, classes: Sequence[str], count: int, cliff: int | None, record: str | None
+    asking: AskingProbes, probing: Probing, classes: Sequence[str], count: int, cliff: int | None, record: str | None
 ) -> None:
     """Raises:
     PlanError: settings out of range, before anything is loaded.

@@ -9,7 +9,6 @@ blind_randomimage   another sample's image: a derangement within images of equal
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interp_plugins.answers import Scorer
 from interp_plugins.probe.method import read_states
 from interp_plugins.probe.places import Pooling, columns_of
 from interp_plugins.questions import Question
@@ -27,37 +25,25 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs, vision
 
-from .visual_data import asked
+from .visual_data import Asking, Row, asked, demand_one_image, each, note_bad, stacked
 
 ORIGINAL, RANDOM = "original", "blind_randomimage"
 BLIND = {"blind_black": "black", "blind_mean": "mean", RANDOM: "random"}
 MODES = (ORIGINAL, *BLIND)
 BLOCK = 32
 """Samples whose states are kept together: what a stopped run does again at most."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How questions are put to the model.
+class AskingProbes(Asking):
+    """How questions are put to the model, and where probes read its states.
 
     Attributes:
-        prompt, max_model_len: as of `visual_data.asked`.
-        max_new_tokens: of an answer.
-        batch_size: questions that run together.
-        positions, pooling: what probes read.
-        scorer: of answers.
-        strict: the first sample that cannot be used ends the run.
+        positions, pooling: as of the plugin `probe`.
     """
 
-    prompt: str
-    max_model_len: int | None
-    max_new_tokens: int
-    batch_size: int
     positions: tuple[str, ...]
     pooling: Pooling
-    scorer: Scorer
-    strict: bool = False
 
 
 def label_of(question: Question, classes: Sequence[str]) -> str | None:
@@ -149,8 +135,8 @@ class Shown:
 
 
 def shown(
-    model: ic.Model, questions: Sequence[Question], classes: Sequence[str], asking: Asking, skipped: Sequence[Row],
-    seed: int,
+    model: ic.Model, questions: Sequence[Question], classes: Sequence[str], asking: AskingProbes,
+    skipped: Sequence[Row], seed: int,
 ) -> Shown:  # fmt: skip
     """The samples of questions that the model's processor takes, each with a donor.
 
@@ -187,8 +173,7 @@ def _sample(model: ic.Model, question: Question, classes: Sequence[str], asking:
     label = label_of(question, classes)
     if label is None:
         raise ic.TextError(f"its answer {question.answers[0]!r} is none of {', '.join(classes)}")
-    if len(question.images) != 1:
-        raise ic.TextError(f"it has {len(question.images)} images; donors are drawn for one")
+    demand_one_image(question)
     asking.scorer("", question.answers)
     _tokens(model, question, question.pictures()[0], asking)
     return Sample(question, label, question.image)
@@ -200,18 +185,6 @@ def _tokens(model: ic.Model, question: Question, image: Any, asking: Asking) -> 
     )
 
 
-def note_bad(bad: list[Row], sample: str, where: str, error: ic.InterpError, strict: bool) -> None:
-    """Record and say that a sample is left out.
-
-    Raises:
-        InterpError: the run is strict.
-    """
-    if strict:
-        raise type(error)(f"sample {sample!r}, {where}: {error}") from error
-    print(f"  left out {sample}, {where}: {error}", file=sys.stderr)
-    bad.append({"sample": sample, "where": where, "reason": str(error)})
-
-
 # States
 
 States = dict[str, Tensor]
@@ -220,16 +193,16 @@ Block = tuple[States, Row]
 """States of some samples; their names, and what was left out."""
 
 
-def read_block(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> Block:
+def read_block(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: AskingProbes) -> Block:
     """States of some samples in a mode, float32: `resid_pre` of every layer and `resid_post` of the last."""
     bad: list[Row] = []
     read = _each(data, mode, numbers, asking, bad, lambda rows: _states(model, data, mode, rows, asking))
     states = {place: torch.stack([states[i] for states in read.values()]) for i, place in enumerate(asking.positions)
               if read}  # fmt: skip
-    return states, {"samples": [data.samples[number].name for number in read], "skipped": bad}
+    return states, {"samples": list(read), "skipped": bad}
 
 
-def _states(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> list[Tensor]:
+def _states(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: AskingProbes) -> list[Tensor]:
     tokens = _batch(model, data, mode, numbers, asking)
     states = read_states(model, tokens, asking.positions, asking.pooling)
     if not bool(torch.isfinite(states).all()):
@@ -238,29 +211,16 @@ def _states(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], ask
 
 
 def _batch(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> ic.Tokens:
-    rows = [_tokens(model, data.samples[n].question, data.image(n, mode), asking) for n in numbers]
-    return rows[0] if len(rows) == 1 else ic.Tokens.stack(rows)
+    return stacked([_tokens(model, data.samples[n].question, data.image(n, mode), asking) for n in numbers])
 
 
 def _each(
     data: Shown, mode: str, numbers: Sequence[int], asking: Asking, bad: list[Row],
     work: Callable[[Sequence[int]], Sequence[Any]],
-) -> dict[int, Any]:  # fmt: skip
-    """What `work` gives for each sample, batch by batch; a batch with a bad one is done one by one."""
-    done: dict[int, Any] = {}
-    with ic.Progress(f"{mode}, samples {numbers[0]} to {numbers[-1]}", len(numbers)) as told:
-        for start in range(0, len(numbers), asking.batch_size):
-            part = numbers[start : start + asking.batch_size]
-            try:
-                done |= dict(zip(part, work(part), strict=True))
-            except ic.InterpError:
-                for number in part:
-                    try:
-                        done[number] = work([number])[0]
-                    except ic.InterpError as error:
-                        note_bad(bad, data.samples[number].name, mode, error, asking.strict)
-            told.add(len(part))
-    return done
+) -> dict[str, Any]:  # fmt: skip
+    """What `work` gives for each sample in a mode, by its name."""
+    told_as = f"{mode}, samples {numbers[0]} to {numbers[-1]}"
+    return each(told_as, mode, numbers, lambda number: data.samples[number].name, work, asking, bad)
 
 
 def block_bytes(block: Block) -> bytes:
@@ -306,7 +266,7 @@ def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int],
         if name in failed:
             rows.append({"sample": name, "failed": failed[name]})
             continue
-        text, ended = made[number]
+        text, ended = made[name]
         score = asking.scorer(text, data.samples[number].question.answers)
         rows.append({"sample": name, "failed": "", "text": text, "ended": ended, "score": score.value,
                      "read": score.read, "gold": score.gold, "problem": score.problem})  # fmt: skip
