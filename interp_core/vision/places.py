@@ -66,15 +66,15 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
         return tokens
     spans = dict(tokens.spans)
     rows = list(zip(visual, tokens.lengths, strict=True))
-    spans["vision"] = tuple(tuple(_runs(places)) for places in visual)
-    spans["text"] = tuple(tuple(_runs(sorted({*range(n)} - {*places}))) for places, n in rows)
+    spans["vision"] = tuple(tuple(runs(places)) for places in visual)
+    spans["text"] = tuple(tuple(runs(sorted({*range(n)} - {*places}))) for places, n in rows)
     after = (sorted({*range(places[0] if places else n, n)} - {*places}) for places, n in rows)
-    spans["after_vision"] = tuple(tuple(_runs(places)) for places in after)
+    spans["after_vision"] = tuple(tuple(runs(places)) for places in after)
     _demand(tokens.inputs, family)
     shares: Shares = {}
     if (images := _images(tokens, config, family)) is not None:
         for i in range(max(map(len, images))):
-            spans[f"image_{i}"] = tuple(tuple(_runs(row[i][0])) if i < len(row) else () for row in images)
+            spans[f"image_{i}"] = tuple(tuple(runs(row[i][0])) if i < len(row) else () for row in images)
         _demand_seen(tokens.inputs, images, family)
         shares = _shares(tokens.inputs, images, family)
     return replace(tokens, spans=spans, shares=shares)
@@ -171,7 +171,7 @@ def _images(tokens: Tokens, config: Any, family: Family) -> list[list[Picture]] 
     if family.grid is None or not any(name in tokens.inputs for name in IMAGES) or _has_video(tokens, config):
         return None
     visual = _visual(tokens, placeholder_ids(config))
-    cells = family.grid(config, tokens.inputs, [len(run) for places in visual for run in _runs(places)])
+    cells = family.grid(config, tokens.inputs, [len(run) for places in visual for run in runs(places)])
     if cells is None:
         return None
     left, found = list(cells), []
@@ -193,7 +193,7 @@ def _images(tokens: Tokens, config: Any, family: Family) -> list[list[Picture]] 
     return found
 
 
-def _runs(places: Iterable[int]) -> list[Span]:
+def runs(places: Iterable[int]) -> list[Span]:
     """Increasing integers as spans."""
     runs: list[Span] = []
     for i in places:

@@ -33,6 +33,7 @@ from .. import sites as S
 from ..errors import PlanError, PositionError, ReadError, nearest, wrong
 from ..positions import VISION, PerRow, PositionLike, Slice, position, resolve
 from ..trace import Run
+from ..vision.places import runs
 from .attending import AFTER, layers_of, truncated
 from .replacing import replaced
 from .states import States, demand_images, rows_read
@@ -57,7 +58,8 @@ def places(tokens: Tokens, at: PositionLike) -> list[list[int]]:
     columns = resolve(position(at), tokens.rows)
     if not any(columns):
         raise PositionError(f"{at!r} selects no position in any row")
-    return [[list(real).index(c) for c in row] for real, row in zip(tokens.rows.real, columns, strict=True)]
+    numbered = [{column: place for place, column in enumerate(real)} for real in tokens.rows.real]
+    return [[number[c] for c in row] for number, row in zip(numbered, columns, strict=True)]
 
 
 def predicting(tokens: Tokens) -> list[int]:
@@ -85,20 +87,13 @@ def removed(model: Model, x: Input, dropped: PositionLike, layers: int | Iterabl
     queries, keys = [], []
     for i, (row, n) in enumerate(zip(gone, tokens.lengths, strict=True)):
         first = min(row, default=n)
-        while (
-            visual and first - 1 in visual[i]
-        ):  # families whose images look both ways see it from their first token on
+        # Families whose images look both ways see it from their first token on.
+        while visual and first - 1 in visual[i]:
             first -= 1
-        queries.append((*(Slice(a, b) for a, b in _stretches(sorted({*range(first, n)} - row))), Slice(n, None)))
+        seeing = runs(sorted({*range(first, n)} - row))
+        queries.append((*(Slice(run.start, run.stop) for run in seeing), Slice(n, None)))
         keys.append(tuple(sorted(row)))
     return [S.pattern[at].knockout(query=PerRow(tuple(queries)), key=PerRow(tuple(keys)))]
-
-
-def _stretches(items: Sequence[int]) -> list[tuple[int, int]]:
-    """Increasing integers as half-open ranges."""
-    ends = [i + 1 for i in items if i + 1 not in set(items)]
-    starts = [i for i in items if i - 1 not in set(items)]
-    return list(zip(starts, ends, strict=True))
 
 
 def ranked(
