@@ -35,6 +35,7 @@ from .compiled import model_inputs
 from .errors import CapabilityError, InterpError, TextError, wrong
 from .text import Tokens
 from .vision.places import VisualToken, placeholder_ids, visual_grid, with_visual_names
+from .visual.replacing import replaced
 
 if TYPE_CHECKING:
     from .model import Model
@@ -271,16 +272,13 @@ def _elsewhere(row: _Row) -> float:
 def _identity(row: _Row) -> float:
     worst = 0.0
     for layer in row.probed:
-        own = row.run[S.resid_pre[layer]].at("vision")
-        again = row.model.run(row.tokens, edits=S.resid_pre[layer].at("vision").set(own), allow_noop=True)
+        again = row.model.run(row.tokens, edits=replaced(row.run, layer, "keep"), allow_noop=True)
         worst = max(worst, _distance(row.logits(again), row.logits(row.run)))
     return worst
 
 
 def _blind(row: _Row) -> float:
-    edits = [S.resid_pre[0].at("vision").set(row.blind[S.resid_pre[0]].at("vision"))]
-    edits += [site.set(row.blind[site]) for site in row.deep]
-    patched = row.model.run(row.tokens, edits=edits)
+    patched = row.model.run(row.tokens, edits=replaced(row.blind, 0))
     return _distance(row.logits(patched), row.logits(row.blind))
 
 
@@ -323,8 +321,7 @@ def _without_columns(row: _Row) -> Tensor:
 
 
 def _end(row: _Row) -> float:
-    site = S.resid_post[row.layers - 1]
-    patched = row.model.run(row.tokens, edits=site.at("vision").set(row.blind[site].at("vision")))
+    patched = row.model.run(row.tokens, edits=replaced(row.blind, row.layers))
     at = row.tokens.spans["prompt"][0][0].stop - 1 if "prompt" in row.tokens.spans else row.tokens.lengths[0] - 1
     return _distance(row.logits(patched)[at], row.logits(row.run)[at])
 
