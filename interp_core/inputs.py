@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import TextError
-from .positions import Span
+from .positions import GROWING, VISION, Span
 
 Shares = Mapping[str, tuple[int, ...] | None]
 """Per input, how many entries of its first axis belong to each row; None where that axis is the rows themselves."""
@@ -138,7 +138,7 @@ def _alike(name: str, parts: Sequence[Tensor]) -> list[Tensor]:
 
 def is_visual(name: str) -> bool:
     """Whether positions of that name come from images: `vision`, `text`, `after_vision`, `image_0`, …"""
-    return name in ("vision", "text", "after_vision") or bool(re.fullmatch(r"image_\d+", name))
+    return name in (VISION, *GROWING) or bool(re.fullmatch(r"image_\d+", name))
 
 
 def in_row(tokens: Batch, name: str, row: int) -> bool:

@@ -71,7 +71,8 @@ PositionLike = Any
 """What `Site.at` takes: a `Position`, or a Python slice, list, nested list, or boolean array."""
 
 LAST, ALL, GENERATED, VISION = "last", "all", "generated", "vision"
-GROWING = ("text", "after_vision")
+TEXT, AFTER_VISION = "text", "after_vision"
+GROWING = (TEXT, AFTER_VISION)
 """Names of texts with images that tokens belong to which are generated, too."""
 
 

@@ -19,7 +19,7 @@ from ..architectures.family import Family
 from ..architectures.grids import Box, Cell
 from ..errors import CapabilityError, TextError
 from ..inputs import Shares
-from ..positions import Span
+from ..positions import AFTER_VISION, TEXT, VISION, Span
 from ..text import Tokens
 
 IMAGES = ("pixel_values", "image_grid_thw")
@@ -66,10 +66,10 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
         return tokens
     spans = dict(tokens.spans)
     rows = list(zip(visual, tokens.lengths, strict=True))
-    spans["vision"] = tuple(tuple(runs(places)) for places in visual)
-    spans["text"] = tuple(tuple(runs(sorted({*range(n)} - {*places}))) for places, n in rows)
+    spans[VISION] = tuple(tuple(runs(places)) for places in visual)
+    spans[TEXT] = tuple(tuple(runs(sorted({*range(n)} - {*places}))) for places, n in rows)
     after = (sorted({*range(places[0] if places else n, n)} - {*places}) for places, n in rows)
-    spans["after_vision"] = tuple(tuple(runs(places)) for places in after)
+    spans[AFTER_VISION] = tuple(tuple(runs(places)) for places in after)
     _demand(tokens.inputs, family)
     shares: Shares = {}
     if (images := _images(tokens, config, family)) is not None:

@@ -18,15 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import sites as S
 from ..errors import CapabilityError, PlanError, SiteError, wrong
-from ..positions import VISION, PositionLike
+from ..positions import AFTER_VISION, VISION, PositionLike
 from .states import demand_images
 
 if TYPE_CHECKING:
     from ..edits import Edit
     from ..model import Model
-
-AFTER = "after_vision"
-"""Text after a row's first visual token, and what is generated."""
 
 
 def window(model: Model, layer: int, width: int = 1) -> tuple[int, ...]:
@@ -73,7 +70,7 @@ def _demand_layer(layer: Any, last: int, more: str = "") -> None:
 def blocked(
     model: Model,
     layers: int | Iterable[int],
-    query: PositionLike = AFTER,
+    query: PositionLike = AFTER_VISION,
     key: PositionLike = VISION,
     heads: int | Sequence[int] | None = None,
 ) -> list[Edit]:

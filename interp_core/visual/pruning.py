@@ -31,10 +31,10 @@ from torch import Tensor
 
 from .. import sites as S
 from ..errors import PlanError, PositionError, ReadError, nearest, wrong
-from ..positions import VISION, PerRow, PositionLike, Slice, position, resolve
+from ..positions import AFTER_VISION, VISION, PerRow, PositionLike, Slice, position, resolve
 from ..trace import Run
 from ..vision.places import runs
-from .attending import AFTER, layers_of, truncated
+from .attending import layers_of, truncated
 from .replacing import replaced
 from .states import States, demand_images, rows_read
 
@@ -134,7 +134,7 @@ def _attention(model: Model, tokens: Tokens, layer: int, by: str) -> list[Float[
     site = S.pattern[layer]
     pattern = model.run(tokens, read=site, logits=False)[site].as_subclass(Tensor)
     rows = []
-    for i, own in enumerate(places(tokens, AFTER)):
+    for i, own in enumerate(places(tokens, AFTER_VISION)):
         queries = torch.tensor([real[i][q] for q in own if q <= ends[i]], dtype=torch.long)
         later = queries[:, None] > torch.arange(pattern.shape[-1])
         rows.append(pattern[i].mean(0)[queries].sum(0) / later.sum(0).clamp(min=1).to(pattern.device))
@@ -220,7 +220,7 @@ def state_transplant(run: Run, layer: int, question: PositionLike = None) -> lis
         return []
     if question is None:
         ends = predicting(tokens)
-        rows = [[q for q in row if q < p0] for p0, row in zip(ends, places(tokens, AFTER), strict=True)]
+        rows = [[q for q in row if q < p0] for p0, row in zip(ends, places(tokens, AFTER_VISION), strict=True)]
         if not any(rows):
             raise PositionError("there is no text between the image and the predicting token; say question=")
         question = PerRow(tuple(map(tuple, rows)))
