@@ -112,3 +112,13 @@ def padded() -> ic.Tokens:
     """Three rows of five, seven and two tokens, padded on the left."""
     rows = [[5, 17, 33, 8, 61], [9, 54, 12, 70, 3, 28, 45], [7, 30]]
     return ic.Tokens.stack([ic.Tokens(torch.tensor([r]), torch.ones(1, len(r), dtype=torch.bool)) for r in rows])
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Qwen3-VL and its processor's files."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-vl"
+    processor = ic.testing.processor("qwen3_vl")
+    for part in (ic.testing.tiny("qwen3_vl"), processor.image_processor, processor.tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)

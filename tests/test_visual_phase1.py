@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import interp_core as ic
 from interp_core import cli, runs, vision
 
-FAMILY, LAYERS = "qwen3_vl", 3
+LAYERS = 3
 WORDS = ("red", "yes", "square", "left", "two", "blue", "no", "circle")
 QUICK: dict[str, Any] = {
     "profile": "smoke", "dataset": "plain", "pilots": 2, "samples": 5, "blind": ["black"], "tau": 1.0,
@@ -32,20 +32,10 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny Qwen3-VL and its processor's files."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-vl"
-    processor = ic.testing.processor(FAMILY)
-    for part in (ic.testing.tiny(FAMILY), processor.image_processor, processor.tokenizer):
-        part.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tiny_vl: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions whose answer is the word that loses most by a black picture: a random model depends on them; and two
     that cannot be used, by a picture that is cut off and one that is gone."""
-    model = ic.load(source)
+    model = ic.load(tiny_vl)
     folder = tmp_path_factory.mktemp("questions")
     pictures = ic.testing.pictures(9, seed=3)
     asks = [Question(f"q{i}", (image,), "what is on the left ?", ("red",), "drawn") for i, image in enumerate(pictures)]
@@ -74,7 +64,9 @@ def measured() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(source: str, data: Path, measured: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Phase1]:
+def done(
+    tiny_vl: str, data: Path, measured: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Phase1]:
     """A run that was stopped at its fourth sample, and went on."""
     out = tmp_path_factory.mktemp("runs") / "phase1"
     measure = stages._measured
@@ -88,9 +80,9 @@ def done(source: str, data: Path, measured: list[str], tmp_path_factory: pytest.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_measured", until)
         with pytest.raises(KeyboardInterrupt):
-            visual_phase1(source, data_path=data, out=out, **QUICK)
+            visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
         assert not (out / "DONE").exists()
-        return out, visual_phase1(source, data_path=data, out=out, **QUICK)
+        return out, visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
 
 
 def read(path: Path) -> Any:
@@ -139,12 +131,12 @@ def test_later_stages_name_the_record_that_their_boundary_is_from(done: tuple[Pa
     assert by_name["G0"] == "pass" and {by_name["G1"], by_name["G2"]} == {"inconclusive"}  # five images
 
 
-def test_records_are_those_of_the_method(done: tuple[Path, Phase1], source: str, data: Path) -> None:
+def test_records_are_those_of_the_method(done: tuple[Path, Phase1], tiny_vl: str, data: Path) -> None:
     """One sample by itself, with its black picture."""
     from interp_plugins.questions import read_questions
 
     out, _ = done
-    model, records = ic.load(source), rows(out / "causal/records.jsonl")
+    model, records = ic.load(tiny_vl), rows(out / "causal/records.jsonl")
     name = next(row["sample"] for row in records if not row["pilot"])
     question = next(question for question in read_questions("plain", data) if question.name == name)
     picture = question.pictures()[0]
@@ -165,7 +157,7 @@ def test_bad_samples_are_counted_and_left_out(done: tuple[Path, Phase1]) -> None
 
 
 def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
-    done: tuple[Path, Phase1], source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: tuple[Path, Phase1], tiny_vl: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(done[0], tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "record" not in path.parts}
@@ -173,12 +165,12 @@ def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
     monkeypatch.setattr(stages, "_measured", lambda *args: told.append(("causal", args)) or [])
     answers = stages._answers
     monkeypatch.setattr(stages, "_answers", lambda *args: told.append(("answers", args[3])) or answers(*args))
-    visual_phase1(source, data_path=data, out=out, **QUICK)
+    visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert not told and changed <= {"manifest.json", "DONE"}
     causal = read(out / "causal/causal.json")
     asked_for = 1 if causal["cliff_boundary"] != 1 else 2
-    more = visual_phase1(source, data_path=data, out=out, cliff_boundary=asked_for, causal_record="0" * 64, **QUICK)
+    more = visual_phase1(tiny_vl, data_path=data, out=out, cliff_boundary=asked_for, causal_record="0" * 64, **QUICK)
     assert not told and more.verdict == "STOP"  # the grid has all layers of this model
     again = read(out / "causal/causal.json")
     assert again["cliff_boundary"] == asked_for and again["records"] == causal["records"]
@@ -186,7 +178,7 @@ def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
     assert read(out / "truncation/truncation.json")["cliff_boundary"] == asked_for
 
 
-def test_layers_that_the_grid_lacks_are_run(source: str) -> None:
+def test_layers_that_the_grid_lacks_are_run(tiny_vl: str) -> None:
     plan = Plan(
         ("replace:blind",), ("random",), "none", None, 1, 0.01, False, 0.1, None, None, (0, 2), 100, 0, Thresholds()
     )
@@ -195,7 +187,7 @@ def test_layers_that_the_grid_lacks_are_run(source: str) -> None:
     assert len(whole.grid(48, 23)) == 14 and {0, 23, 48} <= set(whole.grid(48, 23))
     for bad in (0, 3):
         with pytest.raises(ic.PlanError, match=r"--cliff_boundary .: 1 to 2"):
-            Plan(*(list(vars(plan).values())[:8]), bad, *(list(vars(plan).values())[9:])).check(ic.load(source))  # type: ignore[arg-type]
+            Plan(*(list(vars(plan).values())[:8]), bad, *(list(vars(plan).values())[9:])).check(ic.load(tiny_vl))  # type: ignore[arg-type]
 
 
 def test_a_stopped_run_goes_on(done: tuple[Path, Phase1], measured: list[str]) -> None:
@@ -207,10 +199,10 @@ def test_a_stopped_run_goes_on(done: tuple[Path, Phase1], measured: list[str]) -
 
 
 def test_no_visual_dependence_ends_with_its_message(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_vl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers that the black picture makes likelier, from the command line with a file of settings."""
-    model = ic.load(source)
+    model = ic.load(tiny_vl)
     pictures = ic.testing.pictures(7, seed=3)
     black = vision.blind_images(pictures, "black").images
     ids = [model.tokens(word, bos=False).ids[0, 0].item() for word in WORDS]
@@ -226,7 +218,7 @@ def test_no_visual_dependence_ends_with_its_message(
     settings = QUICK | {"data_path": str(tmp_path / "data"), "max_model_len": 60, "batch_size": 2, "tp_size": 1}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     out = tmp_path / "run"
-    words = ["run", "visual_phase1", "--model", source, "--config", f"{tmp_path}/settings.json", "--out", str(out)]
+    words = ["run", "visual_phase1", "--model", tiny_vl, "--config", f"{tmp_path}/settings.json", "--out", str(out)]
     outcome = CliRunner().invoke(cli.app, words)
     assert outcome.exit_code == 4, outcome.output
     assert "no visual dependence measurable" in outcome.output and "verdict STOP" in outcome.output
@@ -238,7 +230,9 @@ def test_no_visual_dependence_ends_with_its_message(
     assert "no visual dependence measurable" in (out / "visual_phase1.html").read_text() and (out / "DONE").is_file()
 
 
-def test_the_battery_refuses_to_go_on(source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_battery_refuses_to_go_on(
+    tiny_vl: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model whose visual rows are not what the tower gives."""
     load = ic.load
 
@@ -250,11 +244,11 @@ def test_the_battery_refuses_to_go_on(source: str, data: Path, tmp_path: Path, m
 
     monkeypatch.setattr(ic, "load", broken)
     with pytest.raises(ic.CapabilityError, match="the run stops here"):
-        visual_phase1(source, data_path=data, out=tmp_path / "run", **QUICK)
+        visual_phase1(tiny_vl, data_path=data, out=tmp_path / "run", **QUICK)
     assert not read(tmp_path / "run/sanity.json")["ok"] and not (tmp_path / "run/causal").exists()
 
 
-def test_settings_that_cannot_be(source: str, data: Path) -> None:
+def test_settings_that_cannot_be(tiny_vl: str, data: Path) -> None:
     for more, said in [
         ({"adaptive_tau": True}, "pilots is 2: give at least 8"),
         ({"tau_ratio": 2.0}, "tau_ratio 2"),
@@ -264,7 +258,7 @@ def test_settings_that_cannot_be(source: str, data: Path) -> None:
         ({"layers": [9]}, "--layers 9: 0 to 2"),
     ]:
         with pytest.raises(ic.PlanError, match=said):
-            visual_phase1(source, data_path=data, out=None, **QUICK | more)
+            visual_phase1(tiny_vl, data_path=data, out=None, **QUICK | more)
 
 
 @pytest.mark.slow

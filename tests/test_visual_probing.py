@@ -23,19 +23,8 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import stats
 
-FAMILY = "qwen3_vl"
 PLACES = ["text_instruction_token", "visual_token", "answer_token"]
 QUICK: dict[str, Any] = {"profile": "smoke", "max_new_tokens": 2, "dataset": "plain", "shuffles": 5}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny Qwen3-VL and its processor's files."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-vl"
-    processor = ic.testing.processor(FAMILY)
-    for part in (ic.testing.tiny(FAMILY), processor.image_processor, processor.tokenizer):
-        part.save_pretrained(folder)
-    return str(folder)
 
 
 def asking(number: int, label: str, image: Any) -> Question:
@@ -56,9 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(source: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny_vl: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "probing"
-    visual_probing(source, data_path=data, out=out, cliff_boundary=2, causal_record="0" * 64, **QUICK)
+    visual_probing(tiny_vl, data_path=data, out=out, cliff_boundary=2, causal_record="0" * 64, **QUICK)
     return out
 
 
@@ -92,11 +81,11 @@ def test_bad_rows_are_recorded_and_counted(run: Path) -> None:
     assert "1 questions could not be used" in record["sentences"][0]
 
 
-def test_the_states_are_those_of_a_run(run: Path, source: str) -> None:
+def test_the_states_are_those_of_a_run(run: Path, tiny_vl: str) -> None:
     """At each position and in each mode, of the images that the record names."""
     from safetensors import safe_open
 
-    model = ic.load(source)
+    model = ic.load(tiny_vl)
     made = json.loads((run / "samples.json").read_text())
     row = made["samples"][4]
     by_name = {r["sample"]: r for r in made["samples"]}
@@ -124,7 +113,7 @@ def test_donors_are_a_derangement(run: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_and_a_second_does_nothing_again(
-    source: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_vl: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped in the third mode's states; then run over when one file is lost, and with another batch size."""
     worked: list[str] = []
@@ -144,29 +133,29 @@ def test_a_stopped_run_goes_on_and_a_second_does_nothing_again(
         monkeypatch.setattr(f"interp_recipes.visual_probing.{name}", noting(name, *stop))
     how = {**QUICK, "positions": ["answer_token"], "max_samples": 10}
     with pytest.raises(KeyboardInterrupt):
-        visual_probing(source, data_path=data, out=tmp_path, **how)
+        visual_probing(tiny_vl, data_path=data, out=tmp_path, **how)
     assert worked == ["shown", *MODES[:3]] and not (tmp_path / "DONE").exists()
-    visual_probing(source, data_path=data, out=tmp_path, **how)
+    visual_probing(tiny_vl, data_path=data, out=tmp_path, **how)
     assert worked[4:] == [*MODES[2:], *MODES] and (tmp_path / "DONE").is_file()
 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "record" not in path.parts}
     (tmp_path / "states/blind_mean/0000.safetensors").unlink()
     worked.clear()
     capsys.readouterr()
-    visual_probing(source, data_path=data, out=tmp_path, **how)
+    visual_probing(tiny_vl, data_path=data, out=tmp_path, **how)
     assert worked == ["blind_mean"]
     assert "kept samples.json" in capsys.readouterr().out
     answers = [path for path in before if path.parent.name in ("answers", "tables")]
     assert len(answers) == 8 and all(path.read_bytes() == before[path] for path in answers)
-    visual_probing(source, data_path=data, out=tmp_path, **how, batch_size=10)
+    visual_probing(tiny_vl, data_path=data, out=tmp_path, **how, batch_size=10)
     assert worked == ["blind_mean"]
     with pytest.raises(ic.PlanError, match="another run"):
-        visual_probing(source, data_path=data, out=tmp_path, **{**how, "seed": 1})
+        visual_probing(tiny_vl, data_path=data, out=tmp_path, **{**how, "seed": 1})
 
 
-def test_too_few_samples_for_probes_are_inconclusive(source: str, data: Path, tmp_path: Path) -> None:
+def test_too_few_samples_for_probes_are_inconclusive(tiny_vl: str, data: Path, tmp_path: Path) -> None:
     """The files are complete, and the sentence says why."""
-    page = visual_probing(source, data_path=data, out=tmp_path, **{**QUICK, "max_samples": 3, "max_model_len": 40})
+    page = visual_probing(tiny_vl, data_path=data, out=tmp_path, **{**QUICK, "max_samples": 3, "max_model_len": 40})
     record = json.loads((tmp_path / "probing.json").read_text())
     assert set(record["verdicts"].values()) == {"inconclusive"} and page.is_file()
     assert "remains inconclusive" in " ".join(record["sentences"])
@@ -203,11 +192,11 @@ def test_a_record_of_another_cliff_is_refused(tmp_path: Path) -> None:
         visual_probing(dataset="plain", data_path=tmp_path / "none", **fitting)
 
 
-def test_a_text_model_and_a_cliff_behind_the_last_layer(source: str, data: Path) -> None:
+def test_a_text_model_and_a_cliff_behind_the_last_layer(tiny_vl: str, data: Path) -> None:
     with pytest.raises(ic.CapabilityError, match="reads no images"):
         visual_probing("toy:text", dataset="plain", data_path=data)
     with pytest.raises(ic.PlanError, match="layers 0 to 2"):
-        visual_probing(source, data_path=data, cliff_boundary=9, **QUICK)
+        visual_probing(tiny_vl, data_path=data, cliff_boundary=9, **QUICK)
 
 
 def test_labels_are_read_without_case_and_by_majority() -> None:
