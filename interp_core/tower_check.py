@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .model import Model
 
 HANDED = Site("vision_embed")
+READS = "can be read of an image"
+UNFIT = (InterpError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""How models fail on inputs that they are not made for."""
 
 
 def check_tower(model: Model, ids: Tensor) -> Iterator[Finding]:
@@ -38,16 +41,32 @@ def check_tower(model: Model, ids: Tensor) -> Iterator[Finding]:
         return
     try:
         tokens = probe_image(model, ids)
-        run = model.run(tokens, read=[*map(Site, names), *([HANDED] if HANDED.name in model.sites else [])], logits=-1)
-    except (InterpError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        yield Finding(names[0], "can be read of an image", False, detail, others=tuple(names[1:]))
+        model.run(tokens, logits=-1)
+    except UNFIT as error:
+        yield Finding(names[0], READS, False, _said(error), others=tuple(names[1:]))
         return
-    for name in names:
+    try:
+        run = model.run(tokens, read=_reads(model), logits=-1)
+    except UNFIT:
+        for name in names:
+            try:
+                model.run(tokens, read=Site(name), logits=-1)
+            except UNFIT as error:
+                yield Finding(name, READS, False, _said(error))
+        run = model.run(tokens, read=_reads(model), logits=-1)
+    for name in (name for name in model.sites if SITES[name].tower):
         yield Finding(name, "has the declared shape", *_shape(run, name))
     yield from add_up(model, run, _whole(model, sums(model.atlas, VISION_)))
     yield from projections(model, run, VISION_)
     yield from _effects(model, tokens, run)
+
+
+def _reads(model: Model) -> list[Site]:
+    return [Site(name) for name in model.sites if SITES[name].tower or name == HANDED.name]
+
+
+def _said(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def probe_image(model: Model, ids: Tensor) -> Tokens:
@@ -125,8 +144,8 @@ def _effects(model: Model, tokens: Tokens, run: Run) -> Iterator[Finding]:
 
 
 def _edit(site: Site, run: Run) -> Any:
-    """Noise at the last patch alone: what all keys have in common changes nothing."""
+    """Noise at one patch alone, behind a class token: what all keys have in common changes nothing."""
     value = run[site].as_subclass(Tensor)
     noise = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(1))
     size = value.float().pow(2).mean().sqrt().clamp(min=0.1).cpu()
-    return site.at(-1).add((3 * size * noise).to(value.device, value.dtype))
+    return site.at(1).add((3 * size * noise).to(value.device, value.dtype))
