@@ -101,7 +101,8 @@ def test_edits_equal_hand_written_hooks(family: str) -> None:
                 x[at] = change(x[at])
                 return x
 
-            wanted = tower.logits(hand, layer, values, at_the_image)
+            with torch.no_grad():
+                wanted = tower.logits(hand, layer, values, at_the_image)
             run = model.run(values, edits=edit)
             torch.testing.assert_close(run.logits.plain[real], wanted[real], atol=1e-9, rtol=1e-8)
             assert run.receipts[0].positions == tuple(
@@ -184,14 +185,25 @@ def test_generation_and_gradients(family: str) -> None:
         for a, b in zip(made.steps[0].rows(S.vision_resid_post[0]), run.rows(S.vision_resid_post[0]), strict=True)
     )
     assert torch.equal(made.ids[:, -2], run.logits.plain[:, -1].argmax(-1))
+    other = model.on("nnsight").generate(
+        values, edits=edit, read=[S.embed, S.vision_resid_post[0]], max_new_tokens=2, stop_at_eos=False
+    )
+    assert torch.equal(other.ids, made.ids) and other.receipts[0].norm == made.receipts[0].norm
     reads = [S.vision_resid_pre[0], S.vision_z[0], S.vision_attn_out[0]]
     graded = model.run(values, read=reads, grad=lambda logits: logits[:, -1, 3].sum())
-    step = 1e-5
+    tower = by_hand(family)
     for read in reads:
-        slope = torch.cat(graded.grad.rows(read)).as_subclass(torch.Tensor)
-        way = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        ends = [model.run(values, edits=read.add(s * way)).logits.plain[:, -1, 3].sum() for s in (step, -step)]
-        torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), (slope * way).sum(), rtol=1e-4, atol=1e-6)
+        leaves: list[torch.Tensor] = []
+
+        def leaf(x: torch.Tensor, leaves: list[torch.Tensor] = leaves) -> torch.Tensor:
+            leaves.append(x.detach().requires_grad_())
+            return leaves[0]
+
+        score = tower.logits(read.name, 0, values, leaf)[:, -1, 3].sum()
+        (slope,) = torch.autograd.grad(score, leaves)
+        for ours, wanted in zip(graded.grad.rows(read), tower.rows(slope, rows_of(family)), strict=True):
+            torch.testing.assert_close(ours.as_subclass(torch.Tensor), wanted, atol=1e-9, rtol=1e-7)
+        assert any(part.any() for part in graded.grad.rows(read))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,8 +255,8 @@ def test_what_is_refused(ids: torch.Tensor) -> None:
     with pytest.raises(ic.PlanError, match="vision_z"):
         model.run(given("llava"), edits=S.vision_z[0].set(torch.zeros(3, 5)))
     with pytest.raises(ic.PlanError, match="scores sites of the language model"):
-        model.sweep(given("llava"), [S.vision_z[0].zero()], ic.score.projection(torch.ones(32), S.vision_resid_post[0]))
-    with pytest.raises(ic.SiteError, match="did you mean vision_resid_post"):
+        model.sweep(given("llava"), [S.vision_z[0].zero()], ic.score.projection(S.vision_resid_post[0], torch.ones(32)))
+    with pytest.raises(ic.SiteError, match="Did you mean .vision_resid_post."):
         S.named("vision_resid_pots")
 
 

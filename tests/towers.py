@@ -93,7 +93,7 @@ class Tower:
         extra = {}
         if self.family not in pictures.QWEN:
             extra["position_ids"] = (values["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        with self.hooked(site, layer, change), torch.no_grad():
+        with self.hooked(site, layer, change):
             return self.hf(**values, **extra, use_cache=False).logits
 
     @contextmanager

@@ -181,6 +181,7 @@ class PortProgram(ABC):
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
+        self.in_tower = any(part.entry.visual and part.site.info.tower for part in self._bound)
         self._few = [(tap, parts) for tap in self.taps if self.closes and (parts := self._few_queries(tap))]
 
     # Compiling
