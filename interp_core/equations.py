@@ -113,7 +113,8 @@ def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
 
     for layer in range(atlas.tower if prefix else atlas.shape.n_layers):
         resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
-            (prefix + name, layer) in atlas.entries for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+            (prefix + name, layer) in atlas.entries
+            for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
         )
         if resid_pre and resid_mid and attn_out:
             add(layer, "resid_pre", ("attn_out",), "resid_mid")

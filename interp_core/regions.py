@@ -69,7 +69,7 @@ class Region:
         Raises:
             PositionError: positions that the text does not have, or a selection that is empty.
         """
-        if self.tower and (rows.growing and rows.patches is None or window is not None and window.start):
+        if self.tower and ((rows.growing and rows.patches is None) or (window is not None and window.start)):
             return None  # a tower runs with the prompt
         if window is not None and rows.growing and window.stop - window.start == 1 <= window.start and self.key is None:
             return self._bind_newest(rows, window)

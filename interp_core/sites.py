@@ -88,7 +88,7 @@ VISION_ = "vision_"
 
 def _of_tower(info: SiteInfo) -> SiteInfo:
     axes = tuple("patch" if axis == "pos" else axis for axis in info.axes)
-    return replace(info, axes=axes, doc=f"the vision tower's {info.doc}")
+    return replace(info, axes=axes, doc=f"vision tower: {info.doc}")
 
 
 SITES: dict[str, SiteInfo] = {
@@ -125,7 +125,9 @@ _TOWER = "resid_pre attn_in q k v z head_out attn_out resid_mid mlp_in mlp_act m
 SITES = {
     "embed": SITES["embed"],
     **{f"{VISION_}{name}": _of_tower(SITES[name]) for name in _TOWER.split()},
-    "vision_pre_merger": SiteInfo(_PATCHES, "patches as the merger or projector reads them", layered=False),
+    "vision_pre_merger": SiteInfo(
+        _PATCHES, "vision tower: patches as the merger or projector reads them", layered=False
+    ),
     **SITES,
 }
 """All site names in the order in which a forward pass meets them."""

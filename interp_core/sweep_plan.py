@@ -177,7 +177,9 @@ class Planner:
         """Hold an inner site that is scored against the model: one layer, readable; and where passes end."""
         entries = self.model.atlas.select(site)
         if site.info.visual:
-            raise PlanError(f"score {self.score.name} reads {site}; a sweep scores sites of the language model's layers")
+            raise PlanError(
+                f"score {self.score.name} reads {site}; a sweep scores sites of the language model's layers"
+            )
         if len(entries) != 1 or not site.info.layered:
             raise PlanError(f"score {self.score.name} reads {site}; it takes a site of one layer, as {site.name}[0]")
         (entry,) = entries

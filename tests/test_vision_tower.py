@@ -290,4 +290,6 @@ def test_the_self_check_holds_towers() -> None:
     assert model.atlas.layers("vision_mlp_out") == [1] and "adds up" in model.atlas.withdrawn["vision_mlp_out", 0]
     assert model.atlas.layers("vision_z") == [0, 1]
     with pytest.raises(ic.SiteError, match="layer 0 has no vision_mlp_out"):
-        model.run({**given("internvl"), "pixel_values": given("internvl")["pixel_values"].float()}, read=S.vision_mlp_out[0])
+        model.run(
+            {**given("internvl"), "pixel_values": given("internvl")["pixel_values"].float()}, read=S.vision_mlp_out[0]
+        )

@@ -12,7 +12,13 @@ from .towers import QWEN
 
 FAMILY = Family("qwen3_next", views={"q": first_half}, gated=True, router=ROUTER)
 QWEN3_5 = Family(
-    "qwen3_5", views={"q": first_half}, gated=True, carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS,
+    "qwen3_5",
+    views={"q": first_half},
+    gated=True,
+    carried=CARRIED,
+    grid=by_grid_thw,
+    pixels="patch",
+    needs=NEEDS,
     tower=QWEN,
 )
 QWEN3_5_MOE = Family(

@@ -132,9 +132,7 @@ class Lens:
         return unrounded(entered, x, like, x / self.factor, self.factor)
 
 
-def unrounded(
-    old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float | Tensor = 1.0
-) -> Tensor:
+def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float | Tensor = 1.0) -> Tensor:
     """What lies under a value that was worked out of `before` and changed from `old` to `new`: `after`, but exactly
     what was there where nothing changed, so that setting a site to its own value changes no bit. (The difference is
     zero there, and carries the gradient.)"""

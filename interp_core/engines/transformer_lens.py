@@ -102,9 +102,7 @@ class BridgeEngine(TorchEngine):
         for name in ROUTED:
             if atlas.layers(name):
                 atlas.drop(name, f"{name}: {_NO_ROUTER}")
-        moved = {
-            key: None if SITES[entry.name].tower else self._moved(entry) for key, entry in atlas.entries.items()
-        }
+        moved = {key: None if SITES[entry.name].tower else self._moved(entry) for key, entry in atlas.entries.items()}
         derived = ("resid_mid", "head_out")  # worked out from others, so after them
         for name, layer in sorted(moved, key=lambda key: key[0] in derived):
             entry = atlas.entries[name, layer]
