@@ -79,8 +79,8 @@ def probe_image(model: Model, ids: Tensor) -> Tokens:
         count += 1
     count = len(cells[0])
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    row = torch.cat([ids[:2], torch.full((count,), int(image or 0)), ids[2:4]])[None]  # type: ignore[arg-type]
-    visual = (row == image).long()
+    row = torch.cat([ids[:2], torch.full((count,), int(image or 0)), ids[2:4]])[None]
+    visual = row.eq(int(image or 0)).long()
     inputs |= dict.fromkeys(family.needs, visual)
     inputs |= {name: x.to(model.dtype) for name, x in inputs.items() if x.is_floating_point()}
     return model._input({"input_ids": row, "attention_mask": torch.ones_like(row), **inputs})

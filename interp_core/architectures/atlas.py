@@ -240,7 +240,7 @@ class _Builder:
     ) -> None:  # fmt: skip
         self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
         self.text, self.components = tower is None, atlas.components if tower is None else Components("", 0)
-        self.prefix, self.lens = ("", None) if tower is None else (VISION_, Lens(images=True))
+        self.prefix, self.lens = ("" if self.text else VISION_), (None if self.text else Lens(images=True))
         family = self.family = tower or atlas.family
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
         self.places = family.places(config) if callable(family.places) else family.places

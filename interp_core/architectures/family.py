@@ -140,7 +140,7 @@ class Family:
     gated: bool = False
     inside: tuple[str, ...] = ()
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
-    added: Callable[[Any], Mapping[str, float]] | None = None
+    added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
     join: Join | None = None
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None

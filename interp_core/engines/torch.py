@@ -24,7 +24,7 @@ class TorchProgram(PortProgram):
     def listen(self) -> None:
         """See `PortProgram.listen`."""
         self._hooks = [(port, port.hook()) for port in self.ports]
-        self._recorded = [
+        self._recorded: list[Any] = [
             hooks[0] for port, hooks in self._hooks if port.tap.lens and port.tap.lens.images and port.tap.side == "out"
         ]
 
@@ -51,7 +51,8 @@ class TorchProgram(PortProgram):
                     with_kwargs.pop(port, None)
             for table, order in orders:
                 for key in order:
-                    table.move_to_end(key)
+                    if key in table:
+                        table.move_to_end(key)
 
 
 def _record_last(table: Any) -> None:
