@@ -95,6 +95,7 @@ class BridgeEngine(TorchEngine):
             _fold(self.bridge)
         super().__init__(inner, model, _PROCESS)
         self._paths = {path.replace("._original_component", ""): path for path in reversed(self.modules)}
+        self._own = {path.replace("._original_component", ""): path for path in self.modules}
         self._path_of = {id(module): path for path, module in self.modules.items()}
 
     def adapt(self, atlas: Atlas) -> None:
@@ -108,7 +109,7 @@ class BridgeEngine(TorchEngine):
             entry = atlas.entries[name, layer]
             if name in _OUTSIDE:
                 continue
-            elif SITES[name].tower:  # the bridge leaves a tower as it is, within a wrapper
+            elif SITES[name].tower:  # the bridge leaves a tower's own modules as they are, in wrappers
                 shared, entry.read = entry.write is entry.read, self._wrapped(entry.read)
                 entry.write = entry.read if shared else self._wrapped(entry.write)
                 continue
@@ -142,11 +143,11 @@ class BridgeEngine(TorchEngine):
         return moved and replace(moved, lens=tap.lens)
 
     def _wrapped(self, tap: Tap | None) -> Tap | None:
-        """The same tap where the bridge has put the module."""
-        if tap is None or tap.module not in self._paths:
+        """The same tap where the bridge has put the model's own module."""
+        if tap is None or tap.module not in self._own:
             return None
         needs = tuple(need for need in map(self._wrapped, tap.needs) if need is not None)
-        return replace(tap, module=self._paths[tap.module], needs=needs)
+        return replace(tap, module=self._own[tap.module], needs=needs)
 
     def _attention(self, layer: int) -> Any:
         return getattr(self.bridge.blocks[layer], "attn", None)
