@@ -106,6 +106,8 @@ class Told:
             for axis in axes:
                 part = part.narrow(axis, start, self.count)
             parts.append(part)
+        if batch is None and not all(torch.equal(part, parts[0]) for part in parts):
+            raise CapabilityError("blocks are told of columns what all texts share, and these begin at different ones")
         if len(parts) == 1 or batch is None:
             return parts[0], None
         return torch.cat(parts, batch), batch
