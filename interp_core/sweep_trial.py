@@ -173,7 +173,9 @@ def _pictured(model: Model, strategy: str, tokens: Tokens) -> list[Tokens]:
         n = first.ids.shape[1]
         plain = probe_ids(model).repeat(n // WIDTH + 1)[None, :n]
         more = [Tokens(plain, torch.ones_like(plain, dtype=torch.bool))] if kind == "mixed" else []
-        out.append(Tokens.stack([first, first if whole else shorter(texts[-1], model.hf.config, model.atlas.family), *more]))
+        out.append(
+            Tokens.stack([first, first if whole else shorter(texts[-1], model.hf.config, model.atlas.family), *more])
+        )
     return out
 
 

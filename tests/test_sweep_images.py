@@ -18,9 +18,8 @@ from tolerances import close
 from torch import Tensor, nn
 
 import interp_core as ic
-from interp_core import score, testing
+from interp_core import score, sweep_runner, testing
 from interp_core import sites as S
-from interp_core import sweep_runner
 from interp_core.batches import some_rows
 from interp_core.engines.called import Called
 from interp_core.engines.tower import Tower
@@ -158,7 +157,9 @@ def batch(model: ic.Model, family: str) -> ic.Tokens:
     made = [pictures.picture(family, seed) for seed in range(3)]
     rows = [model._input(values_of(family, made[:2], model.dtype))]
     if family in pictures.QWEN:
-        rows.append(model._input(values_of(family, [torch.randn(3, 16, 48, generator=torch.manual_seed(3))], model.dtype)))
+        rows.append(
+            model._input(values_of(family, [torch.randn(3, 16, 48, generator=torch.manual_seed(3))], model.dtype))
+        )
     else:
         second = model._input(values_of(family, made[1:], model.dtype))
         rows.append(shorter(second, model.hf.config, model.atlas.family))

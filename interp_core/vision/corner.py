@@ -1,4 +1,4 @@
-"""The smallest text with images that a model treats as it treats a larger one: corners of the images, and a little text.
+"""The smallest text with images that a model treats as it treats a larger one: corners of the images, a little text.
 
 Where images have as many visual tokens as their sizes ask for (Qwen-VL), 2 × 2 of them show all that a picture brings
 with it: positions by row and by column, features that DeepStack adds, text before and behind.
@@ -28,8 +28,8 @@ def shorter(text: Tokens, config: Any, family: Family) -> Tokens:
 
 
 def corner(text: Tokens, config: Any, family: Family) -> Tokens:
-    """A text of one row with the first patches of its first images as pictures of 2 × 2 visual tokens, and few tokens of
-    text around them; the text itself, where the family's images have a size of their own or are as small."""
+    """A text of one row with the first patches of its first images as pictures of 2 × 2 visual tokens, and a few tokens
+    of text around them; the text itself, where the family's images have a size of their own or are as small."""
     count = SIDE**2
     if family.pixels != "patch" or text.padded or {*text.shares} != SIZED:
         return text
