@@ -78,6 +78,8 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], t
         return f"engine {model.engine.name!r} runs one variant after the other"
     if tokens.inputs and len(model.atlas.layers("deepstack")) >= model.n_layers:
         return "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
+    if tokens.inputs and not _whole(tokens):
+        return "every text has hidden columns between its tokens, which only a pass over all of it has"
     if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
         return problem
     kind = _kind(model, tokens)
@@ -96,13 +98,18 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], t
     return tried[key]
 
 
+def _whole(tokens: Tokens) -> list[int]:
+    """Rows without hidden columns between their tokens."""
+    return [row for row in range(len(tokens)) if tokens.widths[row] == tokens.lengths[row]]
+
+
 def _kind(model: Model, tokens: Tokens) -> str:
     """What a trial has to hold for: `with images` or `mixed` (some rows have none) where such texts go together."""
     if not tokens.inputs:
         return "texts" if len(tokens.ids) > 1 else "one text"
-    shortest = sorted(tokens.lengths)[:2]
+    shortest = sorted(tokens.lengths[row] for row in _whole(tokens))[:2]
     together = VISION in tokens.spans and not apart(model, tokens) and 2 * shortest[-1] <= TOGETHER
-    if len(tokens) < 2 or not together:
+    if len(shortest) < 2 or not together:
         return "images"
     return "with images" if all(tokens.spans[VISION]) else "mixed"
 
@@ -162,7 +169,8 @@ def _pictured(model: Model, strategy: str, tokens: Tokens) -> list[Tokens]:
     """Texts with images to try a strategy on, small ones first: one, or where such texts go together two, of unequal
     length unless the strategy runs whole texts, and beside them a text without an image where there are such."""
     kind, whole = _kind(model, tokens), strategy in WHOLE
-    seen = [row for row in range(len(tokens)) if VISION in tokens.spans and tokens.spans[VISION][row]] or [0]
+    fit = _whole(tokens)
+    seen = [row for row in fit if VISION in tokens.spans and tokens.spans[VISION][row]] or fit
     rows = [tokens.row(row) for row in sorted(seen, key=tokens.lengths.__getitem__)[:2]]
     out = []
     for texts in ([corner(row, model.hf.config, model.atlas.family) for row in rows], rows):

@@ -18,6 +18,10 @@ import interp_core as ic
 from interp_core import stats
 
 
+ONE = (0.1,)
+"""Of ridge probes, where the test is not about how strong a penalty is."""
+
+
 def sample(n: int = 120, layers: int = 3, d: int = 30, *, seed: int = 0, shift: float = 0.0, start: int = 1):
     """States that tell the label from layer `start` on, and labels."""
     rng = np.random.default_rng(seed)
@@ -141,7 +145,7 @@ def test_noise_is_significant_as_often_as_the_level_says() -> None:
 def test_gain_is_paired() -> None:
     x, y = sample(n=120, shift=0.3)
     blind, _ = sample(n=120, seed=9)
-    found = compare({"original": x, "blind_random": blind, "blind_black": x}, y, repeats=2)
+    found = compare({"original": x, "blind_random": blind, "blind_black": x}, y, repeats=2, penalties=ONE)
     assert found.flags(1) == [] and found.verdict(1) == "decodable beyond the blind image"
     same = found.gain("blind_black")
     assert not same.value.any() and not same.high.any() and not found.gain_error("blind_black").any()
@@ -188,14 +192,14 @@ def test_shuffles_keep_groups() -> None:
 
 def test_rules_of_what_counts() -> None:
     x, y = sample(n=120, shift=0.3)
-    few = compare({"original": x[:80]}, y[:80], repeats=1)
+    few = compare({"original": x[:80]}, y[:80], repeats=1, penalties=ONE)
     assert [flag[:16] for flag in few.flags()] == [
         "inconclusive: 80",
         "inconclusive: a ",
     ] and few.verdict() == "inconclusive"
-    unsure = compare({"original": x}, y, repeats=1, shuffles=20)
+    unsure = compare({"original": x}, y, repeats=1, shuffles=20, penalties=ONE)
     assert "20 shuffled labelings, 100 at least" in unsure.flags()[0]
-    fine = compare({"original": x}, y, repeats=1)
+    fine = compare({"original": x}, y, repeats=1, penalties=ONE)
     below = replace(fine.original, hits=np.where(np.arange(fine.original.hits.shape[2])[:, None] == 0, 2.0,
                                                  fine.original.hits))  # fmt: skip
     wrong = Comparison({"original": below}, None, fine.folds)
@@ -203,13 +207,14 @@ def test_rules_of_what_counts() -> None:
     leaky = replace(fine, leaky=True)
     assert leaky.verdict() == "error" and "leaky" in leaky.flags()[0]
     shown = compare({"original": x, "blind_random": x}, y, groups=np.arange(120), donors=(np.arange(120) + 2) % 120,
-                    donor_labels=np.roll(y, -2), repeats=1)  # fmt: skip
+                    donor_labels=np.roll(y, -2), repeats=1, penalties=ONE)  # fmt: skip
     assert shown.collisions == pytest.approx((y == np.roll(y, -2)).mean()) and "of the donors' images" in str(shown)
 
 
 def test_what_is_refused() -> None:
     x, y = sample()
     folds = make_folds(y)
+    bare = compare({"original": x}, y, repeats=1, shuffles=0, penalties=ONE)
     for call, message in (
         (lambda: make_folds(np.zeros(20)), "of 1 classes"),
         (lambda: make_folds([0] * 20 + [1] * 3), r"class 1 is in 3 group\(s\), 5 folds need 5"),
@@ -223,12 +228,12 @@ def test_what_is_refused() -> None:
         (lambda: decode(x, y, folds, decoder="lda", penalties=(1.0,)), "of ridge or logistic"),
         (lambda: decode(x, y, folds, shuffles=-1), "how many permuted labelings"),
         (lambda: decode(x, y, folds, types=["one"] * 120), r"1 type\(s\) of question for 2 classes"),
-        (lambda: decode(x, y, folds).selectivity, "needs a control task"),
+        (lambda: bare.original.selectivity, "needs a control task"),
         (lambda: decode(x, y, folds, decoder="means").chosen(), "without inner folds"),
         (lambda: compare({"blind_black": x}, y), "'original' among them"),
-        (lambda: compare({"original": x}, y, shuffles=0).p(), "needs shuffled labels"),
-        (lambda: compare({"original": x}, y, shuffles=0).gain(), "no mode 'blind_random' here"),
-        (lambda: compare({"original": x}, y, shuffles=0).after(7), "a layer, 0 to 2"),
+        (lambda: bare.p(), "needs shuffled labels"),
+        (lambda: bare.gain(), "no mode 'blind_random' here"),
+        (lambda: bare.after(7), "a layer, 0 to 2"),
         (lambda: bag_of_words(["", " "]), "no words"),
     ):  # fmt: skip
         with pytest.raises(ic.PlanError, match=message):

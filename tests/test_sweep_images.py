@@ -163,7 +163,7 @@ def batch(model: ic.Model, family: str) -> ic.Tokens:
     else:
         second = model._input(values_of(family, made[1:], model.dtype))
         rows.append(shorter(second, model.hf.config, model.atlas.family))
-    words = 10 + torch.arange(rows[0].ids.shape[1] - 1)[None]
+    words = 10 + torch.arange(rows[0].ids.shape[1] - 1)[None] % 40
     return ic.Tokens.stack([*rows, ic.Tokens(words, words > 0)])
 
 
@@ -348,3 +348,16 @@ def test_images_that_see_themselves_both_ways_are_run_whole() -> None:
     width = given["input_ids"].shape[1]
     assert sorted(one.columns for one in found.plan.passes) == [width - second, width - (second - 1)]
     same(found, full, model)
+
+
+def test_a_text_with_a_hidden_column_has_passes_of_its_own() -> None:
+    """Beside others, which the trial then takes; alone, where there is nothing to try."""
+    model, given = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64)), values("qwen3_vl")
+    holed = {**given, "attention_mask": given["attention_mask"].clone()}
+    holed["attention_mask"][0, -3] = 0
+    edits = [S.resid_pre[at].at(-1).scale(3.0) for at in range(3)]
+    for x in (holed, ic.Tokens.stack([model._input(holed), model._input(given)])):
+        found, full = (model.sweep(x, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+        same(found, full, model)
+        assert len(found.plan.singles[0]) == len(edits)
+        assert found.plan.strategy == ("full" if len(found.plan.lengths) == 1 else "staircase")
