@@ -17,7 +17,6 @@ from interp_plugins.probe.study import decode
 import interp_core as ic
 from interp_core import stats
 
-
 ONE = (0.1,)
 """Of ridge probes, where the test is not about how strong a penalty is."""
 
