@@ -20,8 +20,9 @@ COLUMNS = 90
 """Letters in a line of a coloured text."""
 LETTER = 0.062
 """Inches that a letter takes of a coloured text: 0.6 of its height, which is in points of 1/72 inch."""
-DPI, LAYOUT = 150, "constrained"
-"""Pixels for an inch of a picture, and how its parts are moved so that they do not overlap."""
+DPI = 150
+LAYOUT: Any = "constrained"
+"""How the parts of a picture are moved so that they do not overlap."""
 SIDE = 24.0
 """Inches that the cells of a picture take at most, along either side."""
 
