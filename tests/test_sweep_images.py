@@ -214,6 +214,18 @@ def test_what_texts_that_go_together_cost() -> None:
     assert len(plan.groups) == len(towers) == 4  # passes of their own have the images of their text
 
 
+def test_a_large_image_makes_no_larger_trial() -> None:
+    """Where images have as many tokens as they have patches, a corner stands for them."""
+    edits = [S.resid_pre[at].at("vision").scale(2.0) for at in range(3)]
+    trials = []
+    for size in ((16, 24), (64, 64)):
+        given = values_of("qwen3_vl", [torch.randn(3, *size, generator=torch.manual_seed(0))], torch.float32)
+        trials.append(ic.Sweep.planned(ic.load(testing.tiny("qwen3_vl")), given, edits, JUDGED).trial)
+    assert trials[0] == trials[1] and trials[0] is not None
+    n, from_image, after = 3 + 4 + 3, 4 + 3, 3  # text, corner, text
+    assert trials[0].token_layers == 2 * (3 * n + n) + 2 * from_image + (2 + 1) * after
+
+
 def test_where_padding_tells_texts_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were texts filled up on the left, earlier columns would not be theirs: the trial sees it, and the plan says so."""
     monkeypatch.setattr(sweep_runner, "padded_on", lambda tokens, side: (tokens, None))
