@@ -18,6 +18,7 @@ from .edits import TENSOR_OPS, Edit
 from .engines.program import place
 from .engines.tower import Tower
 from .errors import CapabilityError, PlanError
+from .inputs import undivided
 from .positions import ALL, VISION, Position, Slice, Span, is_single, resolve
 from .score import Score
 from .sites import SITES, Site
@@ -36,9 +37,10 @@ SHORT = 16
 """Columns of a text with images for each one before them at which these are run too: over a few earlier keys, attention
 in two parts costs more than they do in the model's own kernel."""
 APART = "several texts in one pass"
+PICTURED = "several texts with images in one pass"
 EACH = "one row of inputs for all variants"
-"""Under these a model remembers that they were tried and do not hold: texts then go alone, and a model that shapes its
-output like its input is called with a row for each variant."""
+"""Under these a model remembers that they were tried and do not hold, and why: texts then go alone, and a model that
+shapes its output like its input is called with a row for each variant."""
 STRATEGIES = ("auto", "staircase", "restart", "prefix", "batched", "full")
 
 
@@ -143,6 +145,18 @@ def named_edits(edits: Sequence[Edit]) -> str:
     return ", ".join(map(str, edits)) or "no edit"
 
 
+def apart(model: Model, tokens: Tokens) -> str:
+    """Why texts of a batch go one by one; empty if they can go together."""
+    if len(tokens) < 2:
+        return ""
+    if not tokens.inputs:
+        return model.tried.get(APART, "")
+    if whole := undivided(tokens):
+        return f"{', '.join(whole)} cannot be split into rows"
+    lacking = model.atlas.lacking.get("right padding", "")
+    return model.tried.get(PICTURED, "") or (lacking and f"padding changes this model's numbers ({lacking})")
+
+
 class Planner:
     """What a sweep has to do: every variant placed on every row of the batch, and passes that carry many of them."""
 
@@ -239,6 +253,7 @@ class Planner:
 
     def plan(self, strategy: str, why: str, done: Tensor) -> SweepPlan:
         """The passes of a strategy, for what is not `done` `[variant batch]`."""
+        why = "; ".join(filter(None, (why, f"texts go one by one: {self.apart}" if self.apart else "")))
         plan = SweepPlan(strategy, why, self.model.n_layers, self.top, self.widths, len(self.variants))
         steps: list[list[Step]] = []
         # holes in a row are columns of their own, which only a pass over all of it has
@@ -252,31 +267,42 @@ class Planner:
                     singles.append(number) if step is None else found.append(step)
             plan.singles.append(singles)
             steps.append(found)
-        for texts in self._groups(strategy, [row for row, found in enumerate(steps) if found]):
-            lengths = self.tokens.lengths if self.tokens.inputs else self.widths  # images come with their whole text
-            width = max(lengths[text] for text in texts)
+        for texts in self._groups(strategy, [row for row, found in enumerate(steps) if found], plan.singles):
+            width = max(self._columns[text] for text in texts)
             passes = self._passes([step for text in texts for step in steps[text]], width, plan)
             plan.groups.append(Group(texts, width, list(passes)))
         return plan
 
-    def _groups(self, strategy: str, swept: list[int]) -> list[tuple[int, ...]]:
+    @property
+    def _columns(self) -> list[int]:
+        """Columns of each row that a clean pass has: images come with their whole text."""
+        return self.tokens.lengths if self.tokens.inputs else self.widths
+
+    def _groups(self, strategy: str, swept: list[int], singles: list[list[int]]) -> list[tuple[int, ...]]:
         """Texts that go together: as many as fill a pass well, of about one length, because shorter ones are filled up.
-        Alone are texts with images, those of which an inner site is scored, and edits inside attention, where rows of
-        several texts have different keys."""
+        Alone are those of which an inner site is scored, and those with images that have forward passes of their own,
+        for which their images are computed anyway."""
         most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
         exact = strategy in WHOLE or _rescaled(self.model)
-        alone = APART in self.model.tried or bool(self.tokens.inputs) or self.score.of is not None
-        alone = alone or self._inside_attention()
+        alone = bool(self.apart) or self.score.of is not None
         found: list[list[int]] = []
-        for row in sorted(swept, key=lambda row: self.widths[row]):
-            own = [*found[-1], row] if found else []
-            width, used = self.widths[row], sum(self.widths[one] for one in own)
-            if not own or alone or width * len(own) > min(most, used if exact else used * FILLED):
+        closed = True
+        for row in sorted(swept, key=lambda row: self._columns[row]):
+            own = [] if closed else [*found[-1], row]
+            width, used = self._columns[row], sum(self._columns[one] for one in own)
+            shut = alone or bool(self.tokens.inputs and singles[row])
+            if not own or shut or width * len(own) > min(most, used if exact else used * FILLED):
                 found.append([row])
             else:
                 found[-1] = own
+            closed = shut
         found += [[row] for row in range(len(self.tokens)) if row not in swept]
         return [tuple(sorted(group)) for group in sorted(found, key=min)]
+
+    @cached_property
+    def apart(self) -> str:
+        """See `apart`."""
+        return apart(self.model, self.tokens)
 
     def _edited(self) -> list[Tap]:
         """Where values of the sites that are edited pass."""
@@ -391,10 +417,14 @@ class Planner:
         return value.movedim(-1, 0) if strung else value
 
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
-        groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
+        """Passes over as many columns. Rows from before the first block on stay among themselves, and those of a text
+        whose edits lie inside attention, where rows of several texts have different keys."""
+        groups: dict[tuple[int, bool, int], list[Step]] = {}
+        inside = self._inside_attention()
         for step in steps:
-            groups.setdefault((self.widths[step.text] - step.start, step.layer < 0), []).append(step)
-        for (columns, _), group in sorted(groups.items(), reverse=True):
+            key = self.widths[step.text] - step.start, step.layer < 0, -step.text if inside else 0
+            groups.setdefault(key, []).append(step)
+        for (columns, *_), group in sorted(groups.items(), reverse=True):
             cost = self._row_bytes(width, columns)
             plan.row_bytes = max(plan.row_bytes, cost)
             most = self.budget // cost

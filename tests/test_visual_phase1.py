@@ -29,6 +29,7 @@ QUICK: dict[str, Any] = {
     "profile": "smoke", "dataset": "plain", "pilots": 2, "samples": 5, "blind": ["black"], "tau": 1.0,
     "null_image": "none", "max_new_tokens": 2, "resamples": 100, "interventions": ["truncation", "text:blind"],
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("rough_figures")
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from interp_core import stats
 
 PLACES = ["text_instruction_token", "visual_token", "answer_token"]
 QUICK: dict[str, Any] = {"profile": "smoke", "max_new_tokens": 2, "dataset": "plain", "shuffles": 5}
+pytestmark = pytest.mark.usefixtures("rough_figures")
 
 
 def asking(number: int, label: str, image: Any) -> Question:
