@@ -80,6 +80,14 @@ class Horizon:
             rows.append(row)
         return rows
 
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "information": self.information, "ranking": self.ranking, "epsilon": self.epsilon, "margin": self.margin,
+            "n": self.mean.n, "units": self.mean.units, "n_layers": self.layers.count,
+            "fractions": list(self.fractions), "layers": self.table(),
+        }  # fmt: skip
+
     def __str__(self) -> str:
         def told(layer: int) -> str:
             return "nowhere" if layer == self.layers.count else f"from layer {layer} on"
@@ -98,12 +106,20 @@ class Claim:
         cliff: the layer.
         before, after: pooled advantage below it, and from it on; None where there is no layer.
         holds: whether it may be claimed.
+        margin: nats by which ranked may beat random and still count as no better.
     """
 
     cliff: int
     before: stats.Interval | None
     after: stats.Interval | None
     holds: bool
+    margin: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        both = {name: None if one is None else one.row() for name, one in
+                (("before", self.before), ("after", self.after))}  # fmt: skip
+        return {"cliff": self.cliff, "holds": self.holds, "margin": self.margin} | both
 
     def __str__(self) -> str:
         parts = [f"{name} {part:.3g}" for name, part in (("before", self.before), ("after", self.after)) if part]
@@ -206,4 +222,4 @@ def claim(
 
     before, after = pooled(low, f"ranked - random below layer {cliff}"), pooled(~low, f"from layer {cliff} on")
     holds = before is not None and after is not None and before.low > margin and after.low <= margin
-    return Claim(cliff, before, after, holds)
+    return Claim(cliff, before, after, holds, float(margin))
