@@ -299,18 +299,15 @@ def probe_gate(gain: stats.Interval | None, nulls: bool, thresholds: Thresholds,
 
 
 def ranking_gate(claim: Claim | None, thresholds: Thresholds, records: str = "") -> Gate:
-    """G7, of ranked minus random subsets of the same size, pooled over the shares kept.
-
-    From c on it passes unless ranked is better: what cannot be told from random is what no cliff contradicts.
-    """
-    demand = "ranked - random: lower end > 0 below the cliff, and not from it on"
+    """G7, of ranked minus random subsets of the same size, pooled over the shares kept."""
+    demand = "ranked - random: lower end > 0 below the cliff, and no better than random from it on"
     if claim is None or claim.before is None or claim.after is None:
         return missing("G7", "no subsets" if claim is None else "no layers on both sides of the cliff", demand)
     before, after = claim.before, claim.after
-    later: Status = "fail" if after.low > claim.margin else "pass"
+    later: Status = "pass" if claim.no_better else "fail" if after.low > claim.margin else "inconclusive"
     if after.units < thresholds.images:
         later = "inconclusive"
-    status = worst(above(before, claim.margin, thresholds.images), later)
+    status = worst(above(before, 0.0, thresholds.images), later)
     why = f"ranked - random {before:.3f} nats below layer {claim.cliff}, {after:.4f} from it on, {before.units} images"
     return Gate("G7", status, before.value, before.low, before.high, demand, records, why)
 

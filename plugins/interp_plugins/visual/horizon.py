@@ -6,7 +6,8 @@
     (i)        first layer from which on the upper one-sided 95 % bound of Ī_l is below ε
     A_l(f)     score with the best-ranked share f of tokens kept - mean score with random shares of the same size kept
     (ii)       first layer from which on no A_l(f) has an interval above the margin (0 unless given)
-    claim      a cliff c: A pooled over layers below c lies above the margin, A pooled over layers from c on does not
+    claim      a cliff c: A pooled over layers below c lies above 0; A pooled over layers from c on is no better than
+               random (its interval includes 0, or lies below the margin), and lies below what A is before c
 
 Removed from layer l on: no other token sees v in layers ≥ l, positions of all others as they were.
 
@@ -105,15 +106,27 @@ class Claim:
     Attributes:
         cliff: the layer.
         before, after: pooled advantage below it, and from it on; None where there is no layer.
-        holds: whether it may be claimed.
-        margin: nats by which ranked may beat random and still count as no better.
+        margin: nats by which ranked may beat random from the cliff on and still count as no better.
     """
 
     cliff: int
     before: stats.Interval | None
     after: stats.Interval | None
-    holds: bool
     margin: float = 0.0
+
+    @property
+    def no_better(self) -> bool:
+        """Whether ranked is no better than random from the cliff on, and surely less so than before: an interval that
+        is wide says nothing."""
+        if self.before is None or self.after is None:
+            return False
+        nothing = self.after.low <= 0 or self.after.high <= self.margin
+        return nothing and self.after.high < max(self.before.low, self.margin)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the cliff may be claimed."""
+        return self.before is not None and self.before.low > 0 and self.no_better
 
     def row(self) -> dict[str, Any]:
         """As JSON."""
@@ -213,6 +226,8 @@ def claim(
 
     Args:
         cliff: a decoder layer; the number of layers is no cliff, and none that can be claimed.
+        margin: nats that count as nothing from the cliff on, such as τ; without one any advantage of ranked ends the
+            claim that can be told from 0, however small.
     """
     gains, boot = np.asarray(advantage, dtype=np.float64), stats.Bootstrap(images, resamples=resamples, seed=seed)
     low = np.array([layer < cliff for layer in layers.numbers])
@@ -221,5 +236,4 @@ def claim(
         return boot.mean(gains[:, chosen].mean((1, 2)), name=name) if chosen.any() else None
 
     before, after = pooled(low, f"ranked - random below layer {cliff}"), pooled(~low, f"from layer {cliff} on")
-    holds = before is not None and after is not None and before.low > margin and after.low <= margin
-    return Claim(cliff, before, after, holds, float(margin))
+    return Claim(cliff, before, after, float(margin))

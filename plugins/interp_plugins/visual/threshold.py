@@ -127,8 +127,8 @@ def _nothing(mean: Float[np.ndarray, " layer"], blind: stats.Interval, floor: fl
 
 
 def histogram(pilots: Delta, least: float = 1e-3) -> list[dict[str, float]]:
-    """The distribution of the pilots' effects over all layers, to choose τ by: rows `low`, `high` (exclusive, but of the
-    last) and `count`.
+    """The distribution of the pilots' effects over all layers, to choose τ by: rows `low`, `high` (exclusive, but for
+    the last) and `count`.
 
     Bins are 1, 2, 5, 10, … times `least`, as effects span decades and τ lies low among them; below is a bin from 0 on,
     and one of what is below 0.
@@ -141,6 +141,4 @@ def histogram(pilots: Delta, least: float = 1e-3) -> list[dict[str, float]]:
     if len(edges) < 2:
         edges.append(next(steps))
     counts, _ = np.histogram(values, edges)
-    return [
-        {"low": low, "high": high, "count": int(n)} for low, high, n in zip(edges, edges[1:], counts, strict=False)
-    ]
+    return [{"low": low, "high": high, "count": int(n)} for low, high, n in zip(edges, edges[1:], counts, strict=False)]
