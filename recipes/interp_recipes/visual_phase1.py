@@ -107,12 +107,11 @@ def visual_phase1(
         cliff_boundary, causal_record: the first layer after the cliff, known from another study, and that study's
             file or hash (None: of this causal stage).
         truncation_layers: from which the image is taken away for answers (None: 13 at most; the boundary is added).
-        horizon_samples, horizon_tokens: of the further samples, how many have visual tokens removed one by one and in
-            subsets (0: none, and no gate G7); how many tokens of each, spread over the image (0: all).
-        keep_fractions, random_subsets: shares of visual tokens kept (None: 0.75, 0.5, 0.25); how many random subsets
-            of each size stand against the ranked one.
-        gate_images: images below which gates are inconclusive.
-        share_at_start, cliff_width, drop_easy, drop_hard: thresholds of the gates, hashed before anything runs.
+        horizon_samples, horizon_tokens: how many further samples lose visual tokens one by one and in subsets (0: none,
+            and no gate G7); how many tokens of each, spread over the image (0: all).
+        keep_fractions, random_subsets: shares kept (None: 0.75, 0.5, 0.25); random subsets against each ranked one.
+        gate_images, share_at_start, cliff_width, drop_easy, drop_hard: thresholds of the gates, hashed before the run;
+            with fewer images they are inconclusive.
         resamples: of intervals.
         scorer, prompt, max_new_tokens: of answers (None: the data set's); the prompt has {question} in it.
         max_model_len, batch_size: longer samples are left out; prompts that run together.
@@ -125,9 +124,8 @@ def visual_phase1(
     sizes = _sizes(profile, pilots, samples, horizon_samples, resamples)
     words = visual_data.PROMPTS[which] if prompt is None else prompt
     asking = Asking(words, max_model_len, max_new_tokens, batch_size, visual_data.scorer_of(which, scorer), strict)
-    gates = tuple(gate for gate in GATES if gate != "G6" and (gate != "G7" or sizes["horizon_samples"]))
     limits = {"images": gate_images, "share_at_start": share_at_start, "width": cliff_width, "drop_easy": drop_easy,
-              "drop_hard": drop_hard, "gates": gates}  # fmt: skip
+              "drop_hard": drop_hard, "gates": _gates(sizes)}  # fmt: skip
     plan = Plan(
         tuple(dict.fromkeys(("replace:blind", *(interventions or INTERVENTIONS)))), tuple(blind or ("random",)),
         null_image, _tuple(layers), window, tau, adaptive_tau, tau_ratio, cliff_boundary, causal_record,
@@ -138,6 +136,11 @@ def visual_phase1(
     chosen = _selected(which, data_path, images, split, kinds, sizes, seed, strict)
     loaded = visual_data.visual_model(model, device=device, dtype=dtype, tp_size=tp_size)
     return _open(out, which, loaded, chosen, asking, plan, sizes)
+
+
+def _gates(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Of this study: G6 is of probes, G7 of samples whose visual tokens are removed."""
+    return tuple(gate for gate in GATES if gate != "G6" and (gate != "G7" or sizes["horizon_samples"]))
 
 
 def _tuple(layers: list[int] | None) -> tuple[int, ...] | None:

@@ -4,8 +4,8 @@
     ranked         of the visual tokens the best-ranked share f is kept from layer l on, the others removed
     random         as many kept, drawn at random, `subsets` times
     ranking        "information": I_l(v) itself; "attention": mean over heads of what p0 pays to v in layer l
-    scores         mean: of log p over the answer's tokens;  first: log p of its first token;  right: whether every token
-                   of the answer is the likeliest there, so that greedy generation would say this answer
+    scores         mean: log p of the answer's tokens;  first: of its first alone;  right: whether every token of the
+                   answer is the likeliest there, so that greedy generation would say this answer
 
 Removed: no other token, visual or text, sees it in layers ≥ l; the positions of the others stay.
 
