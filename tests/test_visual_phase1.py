@@ -325,5 +325,11 @@ def test_the_toy_has_a_cliff(tmp_path: Path) -> None:
     cliff = causal["curves"]["replace:blind random"]["cliff"]
     assert 0 < causal["cliff_boundary"] < 8 and cliff["high"] - cliff["low"] <= 2
     assert 0 <= causal["noise_floor"] < causal["threshold"]["tau"]
+    keep = read(tmp_path / "toy/truncation/keep_fractions.json")
+    assert keep["claims"]["generated"]["holds"] and keep["claims"]["generated"]["cliff"] == causal["cliff_boundary"]
+    information = [
+        row["information"] for row in read(tmp_path / "toy/causal/horizon.json")["answers"]["single"]["layers"]
+    ]
+    assert max(np.abs(information[causal["cliff_boundary"] :])) < 0.01 < 0.1 < information[0]
     statuses = {gate["status"] for gate in read(tmp_path / "toy/checkpoint_eval/checkpoint_eval.json")["gates"][1:]}
     assert statuses <= {"inconclusive", "missing"}

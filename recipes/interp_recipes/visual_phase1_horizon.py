@@ -224,6 +224,8 @@ def _removed(
             keep=list(plan.keep_fractions), subsets=plan.random_subsets, ranking=RANKING, layers=list(layers),
             tokens=plan.horizon_tokens, seed=plan.seed,
         )  # fmt: skip
+        if not all(part[~part.isnan()].isfinite().all() for part in (found.lost, found.kept)):
+            raise ic.ReadError("its probabilities are not finite; another dtype may do")
     except ic.InterpError as error:
         note_bad([], sample.name, "horizon", error, asking.strict)
         return [head | {"failed": str(error)} for head in heads]
