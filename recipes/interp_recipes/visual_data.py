@@ -48,8 +48,8 @@ def dataset_of(dataset: Dataset | None, data_path: Path | None, model: str) -> D
         return "toy"
     if dataset is None:
         raise ic.PlanError(
-            f"which questions? They are drawn for {TOY} alone, and the model is {model}: give --dataset (chartqa, docvqa, "
-            "vqav2, pope, plain, toy) and --data_path"
+            f"which questions? They are drawn for {TOY} alone, and the model is {model}: give --dataset (chartqa, "
+            "docvqa, vqav2, pope, plain, toy) and --data_path"
         )
     if (data_path is None) != (dataset == "toy"):
         raise ic.PlanError(

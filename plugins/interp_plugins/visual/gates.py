@@ -178,7 +178,8 @@ def image_gate(score: stats.Interval, blind: stats.Interval, thresholds: Thresho
         blind: mean Δ of replacing the whole image.
     """
     status = worst(*(above(one, 0.0, thresholds.images) for one in (score, blind)))
-    why = f"the image is worth {score:.3f} of the score and {blind:.3f} nats, {score.units} images"
+    seen = f"{score.detectable:.3f} of the score would be seen"
+    why = f"the image is worth {score:.3f} of the score and {blind:.3f} nats; {score.units} images, {seen}"
     return Gate("G1", status, score.value, score.low, score.high, "lower ends > 0", records, why)
 
 
