@@ -130,9 +130,11 @@ class Removals:
         if not self.horizons:
             return [f"There is no information horizon: {self.why}."] if self.why else []
         names = {"single": "Of the answer's first token", "generated": "Of whole generated answers"}
-        said = [f"{names[name]}: {one}." for name, one in self.horizons.items()]
+        said = [f"{names[name]}, {one}." for name, one in self.horizons.items()]
         if not self.several:
-            said = [f"All answers are of one token, so that both curves are one: {self.horizons['generated']}."]
+            said = [
+                f"All answers are of one token, so that single and generated are one; {self.horizons['generated']}."
+            ]
         if found := self.claims.get("generated"):
             said.append(f"By subsets of visual tokens, {found}.")
         if self.unlike:
@@ -162,7 +164,7 @@ class Removals:
             "causal/information": report.Curves(
                 means, places, title="Information of one visual token (dashed: noise floor)",
                 xlabel="removed from layer", ylabel="nats", base="noise floor ε",
-                caption=f"What removing one visual token takes from the answer, mean over tokens; {n} {one}",
+                caption=f"What removing one visual token takes from the answer, mean over tokens; {n}",
             ),
             "truncation/ranked_random": report.Curves(
                 [report.Line.of(called[name], self.pooled[name]) for name in shown], places,

@@ -119,7 +119,8 @@ def _page(
     ]  # fmt: skip
 
     def drawn(*names: str) -> str:
-        return "".join(charts[name].html() for name in names if name in charts)
+        shown = [charts[name] for name in names if name in charts]
+        return "".join(f"<p><b>{report.escape(getattr(chart, 'title', ''))}</b></p>{chart.html()}" for chart in shown)
 
     sections = [
         report.Section(f"Verdict {judged.verdict}", "", f"<ul>{words}</ul>"),

@@ -98,7 +98,7 @@ class Drops:
         lines = [report.Line.of("drop", self.drop), report.Line("margin", [self.margin] * len(self.layers.numbers))]
         return report.Curves(
             lines, list(map(str, self.layers.numbers)), title="Score lost without the image", xlabel="gone from layer",
-            ylabel="score", caption=f"Clean score minus score; 95 % intervals over images. {self}",
+            ylabel="score", caption=f"Clean score minus score; 95 % intervals over images: {self}.",
         )  # fmt: skip
 
 
