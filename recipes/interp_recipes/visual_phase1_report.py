@@ -31,9 +31,10 @@ HORIZON = (
     "all its tokens. Visual tokens are ranked by what the predicting token pays to them in the layer itself."
 )
 VERDICTS = {
-    "FULL": "the image is used, its use ends at a layer, taking it away there tells hard from easy questions, and "
+    "FULL": "the image is used, its use ends at a layer, behind which hard questions alone still need it, and "
     "depth or geometry bear it out",
-    "PARTIAL": "the image is used and its use ends at a layer; not all that should follow from it holds",
+    "PARTIAL": "the image is used and its use ends at a layer; hard questions do not go on needing it there (G3), or "
+    "neither depth nor geometry bear it out (G4, G5)",
     "STOP": "the study does not carry a statement about depth",
     "INCOMPLETE": "nothing speaks against it, but numbers are missing",
 }

@@ -138,6 +138,7 @@ class Claim:
         parts = [f"{name} {part:.3g}" for name, part in (("before", self.before), ("after", self.after)) if part]
         return (
             f"cliff {self.cliff} {'claimed' if self.holds else 'not claimed'}: ranked - random {', '.join(parts)} nats"
+            + (f", of which {self.margin:.3g} would count as nothing" if self.margin else "")
         )
 
 
