@@ -7,7 +7,7 @@
     A_l(f)     score with the best-ranked share f of tokens kept - mean score with random shares of the same size kept
     (ii)       first layer from which on no A_l(f) has an interval above the margin (0 unless given)
     claim      a cliff c: A pooled over layers below c lies above 0; A pooled over layers from c on is no better than
-               random (its interval includes 0, or lies below the margin), and lies below what A is before c
+               random: its interval lies below the margin, or includes 0 and lies below that before c
 
 Removed from layer l on: no other token sees v in layers ≥ l, positions of all others as they were.
 
@@ -116,12 +116,11 @@ class Claim:
 
     @property
     def no_better(self) -> bool:
-        """Whether ranked is no better than random from the cliff on, and surely less so than before: an interval that
-        is wide says nothing."""
+        """Whether ranked is no better than random from the cliff on. An interval that includes 0 says so only if it lies
+        below that before the cliff: a wide one says nothing."""
         if self.before is None or self.after is None:
             return False
-        nothing = self.after.low <= 0 or self.after.high <= self.margin
-        return nothing and self.after.high < max(self.before.low, self.margin)
+        return self.after.high <= self.margin or (self.after.low <= 0 and self.after.high < self.before.low)
 
     @property
     def holds(self) -> bool:
