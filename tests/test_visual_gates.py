@@ -92,6 +92,20 @@ def test_truncation() -> None:
     assert few.status == "inconclusive"
 
 
+def test_truncation_passes_where_the_mean_hides_hard_questions_and_fails_where_the_cliff_is_for_all() -> None:
+    """What G3 asks: both studies have a cliff at layer 5 of 8, by the mean over easy and hard samples."""
+    rng, layers = np.random.default_rng(0), Layers(tuple(range(8)), 8)
+    hard = np.arange(90) < 30
+    images = [f"i{i}" for i in range(90)]
+    for left, status in ((0.5, "pass"), (0.0, "fail")):  # nats that hard questions lose behind the cliff
+        delta = np.where(np.arange(8) < 5, 2.0, 0.0) + rng.normal(0, 0.02, (90, 8))
+        delta[hard, 5:] += left
+        one = curve("replace:blind random", delta, layers, 0.3, blind=delta[:, 0], boot=stats.Bootstrap(resamples=200))
+        assert one.cliff.value == 5 and gates.cliff_gate(one, DEMANDS).status == "pass"
+        drop = (rng.random(90) < 0.6 * hard * (left > 0)).astype(float)
+        assert gates.truncation_gate(drop, hard.tolist(), images, 5, DEMANDS, resamples=400).status == status
+
+
 def test_a_cliff_needs_ranked_to_beat_random_before_it_alone() -> None:
     layers, rng = Layers(tuple(range(8)), 8), np.random.default_rng(0)
     gains = np.where(np.arange(8) < 5, 0.5, 0)[:, None] + rng.normal(0, 0.05, (40, 8, 3))

@@ -58,8 +58,8 @@ def _truncation_gate(cause: Causal, cut: Truncation, plan: Plan) -> Gate:
     if found.status != "fail":
         return found
     elsewhere = [str(layer) for layer in lost.layers.numbers if at(layer).status == "pass"]
-    more = f"all three demands hold at layer {', '.join(elsewhere)}" if elsewhere else "they hold at no layer"
-    return replace(found, why=f"{found.why}; {more}")
+    where = f"layer {', '.join(elsewhere)}" if elsewhere else "no layer of the grid"
+    return replace(found, why=f"{found.why}; all three demands hold at {where}")
 
 
 def _depth_gate(cause: Causal, cut: Truncation, effects: Effects, whole: np.ndarray, plan: Plan) -> Gate:
