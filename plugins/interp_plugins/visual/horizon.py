@@ -116,8 +116,8 @@ class Claim:
 
     @property
     def no_better(self) -> bool:
-        """Whether ranked is no better than random from the cliff on. An interval that includes 0 says so only if it lies
-        below that before the cliff: a wide one says nothing."""
+        """Whether ranked is no better than random from the cliff on. An interval that includes 0 says so only where it
+        lies below that before the cliff: a wide one says nothing."""
         if self.before is None or self.after is None:
             return False
         return self.after.high <= self.margin or (self.after.low <= 0 and self.after.high < self.before.low)
