@@ -104,8 +104,7 @@ def visual_phase1(
         layers, window: of the causal curves (None: all); how many layers a knockout hits together.
         tau, adaptive_tau, tau_ratio: the threshold in nats, or tau_ratio of the peak of the pilots' mean effect, not
             below the noise floor.
-        cliff_boundary, causal_record: the first layer after the cliff, known from another study, and that study's
-            file or hash (None: of this causal stage).
+        cliff_boundary, causal_record: a cliff known from another study, and its file or hash (None: of this one).
         truncation_layers: from which the image is taken away for answers (None: 13 at most; the boundary is added).
         horizon_samples, horizon_tokens: how many further samples lose visual tokens one by one and in subsets (0: none,
             and no gate G7); how many tokens of each, spread over the image (0: all).
