@@ -298,7 +298,7 @@ def test_difficulty_is_what_the_source_says() -> None:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     file = drawn(tmp_path / "source" / "chart.jpg", 5)
-    shown = Image.new("RGB", (5, 3), (1, 2, 3))
+    shown = Image.new("RGB", (5, 4), (1, 2, 3))
     questions = [
         Question(
             "Größe/1", (shown,), "Wie groß?", ("5", "fünf"), "human", {"difficulty": "easy", "boxes": [[0, 0, 2, 3]]}
