@@ -12,7 +12,8 @@ evidence: the boxes of what is asked about. The answer is teacher-forced. Maps h
 
 random and centre are 32 × 32. Tied patches count by the rules of `hits`; "tied" is the share of questions in which
 several patches share the maximum. Intervals are a bootstrap over questions, paired where methods are held against a
-baseline. Deletion and insertion are of the first M questions (40) that have evidence.
+baseline. Deletion and insertion are of the first M questions (40) that have evidence, without those that the model
+answers as well from the blurred image.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def curves(model: ic.Model, question: Question, order: Regions) -> dict[str, flo
     at = torch.tensor(batch.columns("target")[0])  # the same text, so the same in every row
     values = logits[:, at - 1].gather(-1, batch.ids[:, at, None]).mean((1, 2)).tolist()
     half = len(values) // 2
-    return perturbation_curves(order, values[:half], values[half:]).record()
+    found = perturbation_curves(order, values[:half], values[half:])
+    return {} if found.degenerate else found.record()
 
 
 def tokens_found(scores: Map, question: Question) -> float:
@@ -139,7 +141,8 @@ def main() -> None:
         values[name][question.name] = row
     parts = {"all": {q.name for q in several}, "each thing decides": {q.name for q in several if decides(q)}}
     for name, kept in parts.items():
-        print(f"\n{name}: {len(kept)} questions\n\n{table(values, kept)}\n")
+        curved = sum("deletion" in row for s, row in values["knockout"].items() if s in kept)
+        print(f"\n{name}: {len(kept)} questions, deletion and insertion of {curved}\n\n{table(values, kept)}\n")
         means = {how: np.mean([row["tokens"] for s, row in rows.items() if s in kept])
                  for how, rows in values.items() if how not in BASELINES}  # fmt: skip
         print("AUROC of the tokens asked about: " + ", ".join(f"{how} {mean:.3f}" for how, mean in means.items()))

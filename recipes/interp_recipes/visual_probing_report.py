@@ -133,8 +133,11 @@ def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Cha
 def _probed(row: Row) -> Row:
     """What probes read at a position, and what the gain is worth."""
     kept = {key: _number(row[key]) for key in ("position", "original", *BLIND)}
-    gain = {"delta": f"{row['delta']:+.3f}", "95 % interval": f"[{row['low']:+.3f}, {row['high']:+.3f}]"}
-    return kept | gain | {"p": f"{row['p_holm']:.2g}", "verdict": row["verdict"]}
+    gain = dict.fromkeys(("delta", "95 % interval", "p"), "–")
+    if row["delta"] == row["delta"]:
+        ends = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        gain = dict(zip(gain, (f"{row['delta']:+.3f}", ends, f"{row['p_holm']:.2g}"), strict=True))
+    return kept | gain | {"verdict": row["verdict"]}
 
 
 def _against(row: Row) -> Row:

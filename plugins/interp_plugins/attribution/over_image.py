@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,9 +30,7 @@ def places_of(model: ic.Model, tokens: ic.Tokens) -> tuple[tuple[Place, ...], ..
     return tuple(tuple((t.position, t.image, t.tile, *t.box) for t in row if t.box is not None) for row in rows)
 
 
-def grid_map(
-    values: Sequence[float] | Tensor, places: Sequence[Place], image: int, tile: int
-) -> Float[Tensor, "row col"]:
+def grid_map(values: Float[Tensor, " pos"], places: Sequence[Place], image: int, tile: int) -> Float[Tensor, "row col"]:
     """Numbers of a row's tokens as a map of a tile, in its grid of boxes; not a number where there is no token.
 
     Raises:
@@ -44,9 +41,9 @@ def grid_map(
         there = sorted({place[1:3] for place in places})
         raise ic.PositionError(f"there is no tile {tile} of image {image}; the row has {there or 'no images'}")
     columns, rows = (sorted({place[edge] for place in cells}) for edge in (3, 4))
-    out = torch.full((len(rows), len(columns)), float("nan"))
+    out = values.new_full((len(rows), len(columns)), float("nan"))
     for place in cells:
-        out[rows.index(place[4]), columns.index(place[3])] = float(values[place[0]])
+        out[rows.index(place[4]), columns.index(place[3])] = values[place[0]]
     return out
 
 
