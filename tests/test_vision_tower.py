@@ -19,6 +19,7 @@ from interp_core import sites as S
 FAST = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl")
 """Windows, one row for all images; a class token and a layer that nobody reads; factors per feature."""
 FAMILIES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUT]
+FEW = [pytest.param(name, marks=() if name in FAST[::2] else pytest.mark.slow) for name in LAYOUT]
 NAMES = [name for name, info in S.SITES.items() if info.tower]
 BY_HAND = [name for name in NAMES if name != "vision_head_out"]
 
@@ -113,7 +114,7 @@ def test_edits_equal_hand_written_hooks(family: str) -> None:
     assert moved >= 20  # nothing was compared with itself
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_heads_and_own_values(family: str) -> None:
     model = tiny_model(family, torch.float64)
     last = 0 if family == "llava" else -1
@@ -130,7 +131,7 @@ def test_heads_and_own_values(family: str) -> None:
     assert not torch.allclose(by_z[real], plain.logits.plain[real], atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_a_batch_is_its_rows(family: str) -> None:
     """Rows with other images beside them, with none, stacked again, saved and opened again."""
     model = tiny_model(family, torch.float64)
@@ -160,7 +161,7 @@ def test_saved_runs_know_patches(tmp_path: Any) -> None:
     assert again[S.vision_z[1].at([0, 5])].shape == (2, 2, 2, 16) and again[S.vision_z[1, 1].at(-1)].shape == (2, 16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_both_engines_agree(family: str) -> None:
     model = tiny_model(family)
     other = model.on("nnsight")
@@ -173,7 +174,7 @@ def test_both_engines_agree(family: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.rows(read), two.rows(read), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_generation_and_gradients(family: str) -> None:
     model = tiny_model(family, torch.float64)
     values = given(family)
@@ -207,7 +208,7 @@ def test_generation_and_gradients(family: str) -> None:
         assert any(part.any() for part in graded.grad.rows(read))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_sweeps_run_the_tower_again(family: str) -> None:
     model, values = tiny_model(family, torch.float64), given(family)
     variants = [
