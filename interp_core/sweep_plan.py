@@ -19,7 +19,7 @@ from .engines.program import place
 from .engines.tower import Tower
 from .errors import CapabilityError, PlanError
 from .inputs import undivided
-from .positions import VISION, Position, Slice, Span, is_single, resolve
+from .positions import ALL, VISION, Position, Slice, Span, is_single, resolve
 from .score import Score
 from .sites import SITES, Site
 from .text import Tokens
@@ -190,7 +190,11 @@ class Planner:
     def _inner(self, site: Site) -> None:
         """Hold an inner site that is scored against the model: one layer, readable; and where passes end."""
         entries = self.model.atlas.select(site)
-        if len(entries) != 1 or not site.info.layered or site.info.visual:
+        if site.info.visual:
+            raise PlanError(
+                f"score {self.score.name} reads {site}; a sweep scores sites of the language model's layers"
+            )
+        if len(entries) != 1 or not site.info.layered:
             raise PlanError(f"score {self.score.name} reads {site}; it takes a site of one layer, as {site.name}[0]")
         (entry,) = entries
         if why := self.model.can(site.name, "read"):
@@ -215,6 +219,11 @@ class Planner:
         """Where visual tokens lie in a row."""
         return self.tokens.spans[VISION][row] if self.tokens.inputs and VISION in self.tokens.spans else ()
 
+    def _patches(self, chosen: Position) -> list[list[int]]:
+        """The same of a site in the vision tower, which counts patches."""
+        patches = self.tokens.rows.patches
+        return [[] for _ in self.tokens.ids] if patches is None else resolve(chosen, patches.rows)
+
     def _local(self, chosen: Position) -> list[list[int]]:
         """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once."""
         if chosen not in self._resolved:
@@ -232,13 +241,14 @@ class Planner:
         places: dict[str, int | list[int]] = {}
         for axis, chosen in (("pos", site.pos), ("key", site.key)):
             if chosen is not None:
-                local = self._local(chosen)[row]
+                local = (self._patches if site.info.tower else self._local)(chosen)[row]
                 places[axis] = local[0] if is_single(chosen) else local
         return places
 
     def _last(self, row: int) -> int:
         """The last position that any edit names."""
-        places = [place for edits in self.variants for e in edits for place in self._places(e.site, row).values()]
+        sites = [edit.site for edits in self.variants for edit in edits if not edit.site.info.tower]
+        places = [place for site in sites for place in self._places(site, row).values()]
         return max((max(p) if isinstance(p, list) and p else p if isinstance(p, int) else 0 for p in places), default=0)
 
     def plan(self, strategy: str, why: str, done: Tensor) -> SweepPlan:
@@ -383,7 +393,10 @@ class Planner:
         rows select different numbers of positions."""
         info, columns = site.info, self.tokens.ids.shape[1]
         chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
-        places = {axis: self._local(at) for axis, at in chosen.items() if at is not None}
+        if info.tower:
+            chosen = {"patch": site.pos or ALL}
+        local = self._patches if info.tower else self._local
+        places = {axis: local(at) for axis, at in chosen.items() if at is not None}
         kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
         units = [axis for axis in info.axes[1:] if axis not in chosen]
         units = units[isinstance(site.units, int) :] if info.unit in units else units
@@ -451,7 +464,7 @@ class Planner:
         return [
             self._valued(edit, _at(replace(edit.site, pos=None, key=None), places), row)
             for edit, places in placed
-            if [] not in places.values()  # nothing of this row
+            if [] not in places.values() and not (edit.site.info.visual and not self._images(row))  # of this row
         ]
 
 
