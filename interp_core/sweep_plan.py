@@ -293,17 +293,19 @@ class Planner:
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
-        layer, start, own = self.model.n_layers - 1, self.widths[row], []
+        layer, start = self.model.n_layers - 1, self.widths[row]
+        leaving, own = list[Edit](), list[Edit]()
         for edit in edits:
             for entry in self.model.atlas.select(edit.site):
                 self._check_below(edit, entry)
                 placed = self._placed(edit, entry, row)
                 if placed is None:
                     return None
-                own.append(placed[0])
+                # what leaves a block is changed before what enters the next, though both are one site here
+                (leaving if edit.site.name == "resid_post" else own).append(placed[0])
                 layer, start = min(layer, placed[1]), min(start, placed[2])
         scored = max(self.scored[row])
-        if not own:
+        if not leaving and not own:
             return None
         if start > scored:
             raise PlanError(
@@ -317,7 +319,7 @@ class Planner:
             start = next((run.start for run in self._images(row) if run.start <= start < run.stop), start)
         if self.tokens.inputs and start * SHORT <= self.widths[row] - start:
             start = 0
-        return Step(number, row, tuple(own), layer, start)
+        return Step(number, row, (*leaving, *own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
         """An edit in one layer of one row, the layer and the column from which on it acts."""
@@ -356,6 +358,10 @@ class Planner:
         """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
         rows select different numbers of positions."""
         info, columns = site.info, self.tokens.ids.shape[1]
+        if info.visual:
+            tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
+            if any(each != tokens[0] for each in tokens):
+                return _stretch(value, tokens, row, [True], len(info.axes) - 2)
         chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
         places = {axis: self._local(at) for axis, at in chosen.items() if at is not None}
         kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
@@ -422,6 +428,7 @@ class Planner:
             self._valued(edit, _at(replace(edit.site, pos=None, key=None), places), row)
             for edit, places in placed
             if [] not in places.values()  # nothing of this row
+            and (self._images(row) or not edit.site.info.visual)
         ]
 
 

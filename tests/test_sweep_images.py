@@ -18,7 +18,7 @@ from tolerances import close
 from torch import Tensor, nn
 
 import interp_core as ic
-from interp_core import score, testing
+from interp_core import score, testing, visual
 from interp_core import sites as S
 from interp_core.engines.called import Called
 from interp_core.engines.tower import Tower
@@ -157,6 +157,21 @@ def test_rows_of_a_batch_have_their_own_pixels(family: str) -> None:
     for number, row in enumerate(rows):
         alone = model.sweep(pictures.inputs(family, [row]), edits, score.logit_diff(3 + number, 9), strategy="full")
         close(found.values[:, number], alone.values[:, 0], model)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "full"])
+@pytest.mark.parametrize("family", DEEPSTACK)
+def test_rows_without_an_image_and_values_of_all_rows(family: str, strategy: str) -> None:
+    """What images hand over is changed where there are images; a value for all rows is shared out by their tokens."""
+    model = ic.load(testing.tiny(family, dtype=torch.float64))
+    made = [pictures.picture(family, seed).double() for seed in range(6)]
+    clear, blind = (pictures.inputs(family, rows) for rows in ((made[:2], [], made[2:3]), (made[3:5], [], made[5:])))
+    source = model.run(blind, read=visual.reads(model))
+    edits = [visual.replaced(source, at) for at in range(4)] + [[S.deepstack[0].scale(2.0)], [S.vision_embed.zero()]]
+    found = model.sweep(clear, edits, JUDGED, strategy=strategy)
+    for number, edit in enumerate(edits):
+        logits = model.run(clear, edits=edit, allow_noop=True).logits[:, -1]
+        close(found.values[number], logits[:, 3] - logits[:, 9], model)
 
 
 def test_few_columns_before_an_image_are_run_too() -> None:
