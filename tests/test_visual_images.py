@@ -263,10 +263,10 @@ def test_the_place_of_an_image_is_no_text() -> None:
     """Gemma 3 has another token for the place than for visual tokens; without images neither is taken for text."""
     for family in ("gemma3_vision", "qwen3_vl", "llava"):
         model = seeing(family)
-        place = model.processor.image_token
-        for call in (lambda: model.tokens(f"say {place}"), lambda: model.chat(user(f"say {place}"))):
+        text = f"say {model.processor.image_token}"
+        for read, said in ((model.tokens, text), (model.chat, user(text))):
             with pytest.raises(ic.TextError, match="row 0: the text has a place for an image or video"):
-                call()
+                read(said)
 
 
 def test_a_thin_picture_leaves_ends_of_rows_alone() -> None:

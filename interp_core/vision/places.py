@@ -193,9 +193,10 @@ def _demand_marked(tokens: Tokens, visual: Sequence[Sequence[int]], family: Fami
         kinds = tokens.inputs[name]
         for row, (kind, keep, places) in enumerate(zip(kinds, tokens.mask, visual, strict=True)):
             if (marked := torch.nonzero(kind[keep.to(kind.device)]).flatten().tolist()) != places:
+                others = ", others" if len(marked) == len(places) else ""
                 raise TextError(
                     f"row {row}: {name} marks {len(marked)} tokens as visual, and the text has {len(places)} visual "
-                    f"tokens{'' if len(marked) != len(places) else ', others'}. Pass what the processor returned, whole."
+                    f"tokens{others}. Pass what the processor returned, whole."
                 )
 
 

@@ -87,8 +87,8 @@ def _layers(layer: Any, n_layers: int) -> list[int]:
 def _set(known: States, site: Site, where: PositionLike, layer: int) -> Edit:
     """The edit of the rows at a layer's input.
 
-    Rows of different lengths are strung together, and would also fit a text that shares them out in another way: so each
-    row of it is held to its own number.
+    Rows of different lengths are strung together, and would also fit a text that shares them out in another way: so
+    each row of it is held to its own number.
     """
     value, rows, at = _value(known, known.streams, layer), known.streams[layer], position(where)
     if not isinstance(rows, Tensor) and value.ndim == 2 and not isinstance(at, (PerRow, Mask)):
