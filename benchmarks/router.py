@@ -3,8 +3,11 @@
     python benchmarks/router.py                   usage of two views, on a Qwen3-MoE of random weights
     python benchmarks/router.py --pairs           with pairs of experts (the method's default)
 
-Time: the pass as it is, and the pass with statistics, in turns, in CPU time of the process (wall time on a GPU); each
-by its fastest third, since other work on a machine only ever adds.
+Time: the pass as it is, with statistics, and as it is again, in turns, in CPU time of a process of one thread on one
+core (wall time on a GPU; threads that wait for each other would count as work). A turn's figure is the pass with
+statistics by the mean of the two around it, so that other work on the machine slows both alike; printed are the median
+and the quartiles of turns, and beside them those of the second plain pass by the first, which is what the clock itself
+is good for.
 Memory: bytes of everything that usage keeps, and the most bytes of tensors at a time, counted at every operation, of
 the same batches 20,000 and 200,000 tokens long.
 """
@@ -12,6 +15,7 @@ the same batches 20,000 and 200,000 tokens long.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -86,16 +90,19 @@ def main() -> None:
 
         read_layers(model, tokens, consume)
 
+    if device == "cpu":
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     plain(), statistical()
-    times: dict[str, list[float]] = {"plain": [], "statistics": []}
-    for _ in range(options.repeats):
-        times["plain"].append(timed(device, plain))
-        times["statistics"].append(timed(device, statistical))
-    print(f"{device}, {torch.get_num_threads()} threads, {options.rows} x {options.width} tokens, {vars(options)}")
-    fast = {name: statistics.mean(sorted(values)[: max(1, len(values) // 3)]) for name, values in times.items()}
-    for name, seconds in fast.items():
-        print(f"  {name:12} {1000 * seconds:8.1f} ms")
-    print(f"  statistics add {100 * (fast['statistics'] / fast['plain'] - 1):.1f} % ({options.repeats} turns)")
+    turns = [[timed(device, run) for run in (plain, statistical, plain)] for _ in range(options.repeats)]
+    print(f"{device}, one thread, {options.rows} x {options.width} tokens, {vars(options)}")
+    print(f"  plain        {1000 * statistics.median(before for before, _, _ in turns):8.1f} ms")
+    for name, ratios in {
+        "statistics": [2 * observed / (before + after) for before, observed, after in turns],
+        "plain again": [after / before for before, _, after in turns],
+    }.items():
+        low, median, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4))
+        print(f"  {name:12} {median:+8.1f} % ({low:+.1f} to {high:+.1f}; {options.repeats} turns)")
     if not options.no_memory:
         memory()
 

@@ -98,6 +98,7 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
         labels=tuple(tokens.labels[row] for row in rows),
         inputs=inputs,
         shares=shares,
+        patches=tokens.patches and tuple(tokens.patches[row] for row in rows),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry
-from .sites import Site
+from .sites import VISION_, Site
 from .trace import Run
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Sum:
     def defined(self) -> tuple[str, ...]:
         """The sites that go if it fails: what is added, and the stream between, which it is that makes. A block's input
         and output are what they are."""
-        return (*self.parts, *([self.after] if self.after == "resid_mid" else []))
+        return (*self.parts, *([self.after] if self.after.endswith("resid_mid") else []))
 
     def within(self, atlas: Atlas) -> Sum | None:
         """What can still be asked of it after sites were withdrawn."""
@@ -99,21 +99,30 @@ class Sum:
         return f"adds up: {' + '.join((self.before or 'stream', *self.parts))} is {self.after}"
 
 
-def sums(atlas: Atlas) -> list[Sum]:
+def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
     """The sums that a model's sites allow, layer by layer. Where attention's part is known and the MLP's is not, the
-    block may have none."""
-    made = []
-    for layer in range(atlas.shape.n_layers):
+    block may have none.
+
+    Args:
+        prefix: of the names, `vision_` for the layers of a vision tower.
+    """
+    made = list[Sum]()
+
+    def add(layer: int, before: str, parts: tuple[str, ...], after: str) -> None:
+        made.append(Sum(layer, before and prefix + before, tuple(prefix + part for part in parts), prefix + after))
+
+    for layer in range(atlas.tower if prefix else atlas.shape.n_layers):
         resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
-            (name, layer) in atlas.entries for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+            (prefix + name, layer) in atlas.entries
+            for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
         )
         if resid_pre and resid_mid and attn_out:
-            made.append(Sum(layer, "resid_pre", ("attn_out",), "resid_mid"))
+            add(layer, "resid_pre", ("attn_out",), "resid_mid")
         if resid_post and mlp_out and (resid_mid or not attn_out):
-            made.append(Sum(layer, "resid_mid" if resid_mid else "", ("mlp_out",), "resid_post"))
+            add(layer, "resid_mid" if resid_mid else "", ("mlp_out",), "resid_post")
         elif resid_pre and resid_post and attn_out and not resid_mid:
             parts = ("attn_out", "mlp_out") if mlp_out else ("attn_out",)
-            made.append(Sum(layer, "resid_pre", parts, "resid_post"))
+            add(layer, "resid_pre", parts, "resid_post")
     return made
 
 
@@ -152,8 +161,11 @@ def _adds_up(model: Model, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple
     added = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     terms = before.abs() + sum(part.abs() for part in parts)
     ok, off = within_rounding(model, before + added, after, terms)
-    block, join = model.atlas.entries["resid_pre", one.layer].module, model.atlas.family.join
-    if ok or join is None or block is None:
+    join = None if one.after.startswith(VISION_) else model.atlas.family.join
+    if ok or join is None:
+        return ok, off, False
+    block = model.atlas.entries["resid_pre", one.layer].module
+    if block is None:
         return ok, off, False
     with torch.no_grad():
         off = distance(join(block, one.after, before, added), after)
@@ -197,12 +209,17 @@ def equations(model: Model, run: Run, made: list[Sum]) -> Iterator[Finding]:
     yield from add_up(model, run, made)
     if both(atlas, "vision_embed", "embed"):
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
-    if layers := both(atlas, "head_out", "z"):
-        pairs = [_projected(model, run, i) for i in layers]
-        yield _close(model, "head_out", "sums to the output projection", pairs)
+    yield from projections(model, run)
     yield from _attention(model, run)
     if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and atlas.layers("final_norm"):
         yield from _readout(model, run, at(run, *last))
+
+
+def projections(model: Model, run: Run, prefix: str = "") -> Iterator[Finding]:
+    """Head outputs sum to what the output projection gives; of a vision tower with its prefix."""
+    if layers := both(model.atlas, f"{prefix}head_out", f"{prefix}z"):
+        pairs = [_projected(model, run, i, prefix) for i in layers]
+        yield _close(model, f"{prefix}head_out", "sums to the output projection", pairs)
 
 
 def _attention(model: Model, run: Run) -> Iterator[Finding]:
@@ -280,12 +297,12 @@ def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     return product * (found.norm() / product.norm()), found
 
 
-def _projected(model: Model, run: Run, layer: int) -> tuple[Tensor, Tensor]:
+def _projected(model: Model, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:
     """Sum of head outputs plus bias, and what the output projection makes of z."""
-    module = model.atlas.entries["z", layer].module
+    module = model.atlas.entries[f"{prefix}z", layer].module
     assert module is not None
-    z = at(run, "z", layer)
-    total = at(run, "head_out", layer).sum(2)
+    z = at(run, f"{prefix}z", layer)
+    total = at(run, f"{prefix}head_out", layer).sum(2)
     if (bias := getattr(module, "bias", None)) is not None:
         total = total + bias.detach()
     with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import TextError
-from .positions import GROWING, VISION, Span
+from .positions import GROWING, VISION, Images, Span
 
 Shares = Mapping[str, tuple[int, ...] | None]
 """Per input, how many entries of its first axis belong to each row; None where that axis is the rows themselves."""
@@ -45,6 +45,10 @@ class Batch(Protocol):
     @property
     def shares(self) -> Shares:
         """Which part of them is whose."""
+
+    @property
+    def patches(self) -> Images | None:
+        """What a vision tower makes of them."""
 
 
 def per_token(name: str, value: Any, tokens: Batch) -> bool:
@@ -115,6 +119,13 @@ def stacked(rows: Sequence[Batch], width: int) -> tuple[dict[str, Any], Shares]:
             shares[name] = tuple((row.shares.get(name) or (0,))[0] for row in rows)
         inputs[name] = torch.cat(_alike(name, parts))
     return inputs, shares
+
+
+def stacked_patches(rows: Sequence[Batch]) -> Images | None:
+    """What a vision tower makes of the images of single rows; None where it is not known of one that has images."""
+    if any(row.patches is None and row.inputs for row in rows) or all(row.patches is None for row in rows):
+        return None
+    return tuple(() if row.patches is None else row.patches[0] for row in rows)
 
 
 def _along(row: Batch, name: str, width: int) -> Tensor:

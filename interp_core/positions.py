@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .errors import PositionError, nearest
@@ -145,6 +146,7 @@ class Rows(NamedTuple):
         growing: more tokens will follow, so that a position beyond the row is not there yet, instead of wrong.
         stops: per row, how many of `real` are text, where a row has ended and the rest only fills it up (None: all).
         moved: per row, where a column of the batch as the caller laid it out lies now (None: where it was).
+        patches: what the vision tower makes of the rows' images (None: there are none, or it is not known).
     """
 
     real: Sequence[Sequence[int]]
@@ -154,6 +156,7 @@ class Rows(NamedTuple):
     growing: bool = False
     stops: Sequence[int] | None = None
     moved: Sequence[Sequence[int]] | None = None
+    patches: Patches | None = None
 
     @property
     def live(self) -> list[bool] | None:
@@ -168,6 +171,34 @@ class Rows(NamedTuple):
         if self.stops is None:
             return self
         return self._replace(real=[row[:n] for row, n in zip(self.real, self.stops, strict=True)], stops=None)
+
+
+Images = tuple[tuple[Sequence[int], ...], ...]
+"""Per row and image, where each of its patches passes in the vision tower, counted over the image's own."""
+
+
+class Patches:
+    """Patches as positions of their own. A tower is run once for all images of a batch, which follow one another there.
+
+    Attributes:
+        total: how many patches all images have.
+        rows: the batch's rows as they count patches, for `resolve`; `image_0`, … are those of single images.
+        places: where a row's patch passes, over all images `[row][patch]`.
+    """
+
+    def __init__(self, images: Images) -> None:
+        starts = [0, *accumulate(len(image) for row in images for image in row)]
+        self.total = starts[-1]
+        own = iter(starts)
+        self.places = [[start + i for image in row for start in (next(own),) for i in image] for row in images]
+        names: dict[str, list[list[int]]] = {}
+        for i in range(max(map(len, images), default=0)):
+            before = [sum(map(len, row[:i])) for row in images]
+            names[f"image_{i}"] = [
+                [*range(n, n + len(row[i]))] if i < len(row) else [] for n, row in zip(before, images, strict=True)
+            ]
+        counts = [len(row) for row in self.places]
+        self.rows = Rows([range(count) for count in counts], names, max(counts, default=0))
 
 
 def resolve(value: Position, rows: Rows) -> list[list[int]]:

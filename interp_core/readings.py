@@ -82,7 +82,7 @@ class Reading(Tensor):
 
 
 def _take(region: Region, value: Tensor, rows: Rows) -> Tensor:
-    bound = None if region.whole else region.bind(rows)
+    bound = region.laid(rows) if region.tower else None if region.whole else region.bind(rows)
     if bound is None:
         return value
     if bound.ragged:
@@ -213,12 +213,13 @@ def _receipt(edit: Edit, fires: list[tuple[int, Any, float]], rows: Rows) -> Rec
     norm = math.sqrt(sum(norm**2 for _, _, norm in fires))
     if any(columns is None for _, columns, _ in fires) or not fires:
         return Receipt(edit, len(fires), layers, None, norm)
+    rows = rows.patches.rows if edit.site.info.tower and rows.patches is not None else rows
     hit: list[set[int]] = [set() for _ in rows.real]
     for _, columns, _ in fires:
         for row, chosen in enumerate(columns):
             hit[row].update(chosen)
     index = [{column: i for i, column in enumerate(real)} for real in rows.real]
-    last = [(len(real), real[-1]) for real in rows.real]  # generated columns follow the last real one
+    last = [(len(real), real[-1] if real else 0) for real in rows.real]  # generated columns follow the last real one
     positions = tuple(
         tuple(sorted(index[row].get(c, last[row][0] + c - last[row][1] - 1) for c in chosen))
         for row, chosen in enumerate(hit)
@@ -299,11 +300,28 @@ class Store:
 
     def _pick(self, site: Site, entry: Entry) -> Tensor:
         value, whole = self._held(site, entry)
+        if whole and site.info.tower:
+            parts = self._patches(Region(site, entry.n_units), value)
+            if len({len(part) for part in parts}) > 1:
+                raise PositionError(f"{site} selects different numbers of patches per row; use run.rows(site)")
+            stacked = torch.stack(parts)
+            return stacked[:, 0] if site.pos is not None and is_single(site.pos) else stacked
         if whole:
             return _take(Region(site, entry.n_units), value, self._rows)
         if self._strung(site, value):
             raise PositionError(f"{site} selects different numbers of positions per row; use run.rows(site)")
         return value
+
+    def _patches(self, region: Region, value: Tensor) -> list[Tensor]:
+        """Row by row, a part of what was kept of all patches, whose rows are strung together where they differ."""
+        known = self._rows.patches
+        assert known is not None and region.pos is not None
+        strung = value.ndim < len(region.site.info.axes)
+        rows = value.split([*map(len, known.places)]) if strung else value.unbind()
+        units = slice(None) if region.units is None else region.units
+        chosen = region.columns(self._rows, region.pos)
+        return [row[columns][:, list(units) if isinstance(units, tuple) else units]
+                for row, columns in zip(rows, chosen, strict=True)]  # fmt: skip
 
     def _strung(self, site: Site, value: Tensor) -> bool:
         """Whether a kept part has its rows strung together, because they select different numbers of positions."""
@@ -341,6 +359,8 @@ class Store:
         assert region.pos is not None
         columns = region.columns(self._rows, region.pos)
         value, whole = self._held(site, entry)
+        if whole and site.info.tower:
+            return self._patches(region, value)
         if whole:
             value = _take(Region(replace(site, pos=None), entry.n_units), value, self._rows)
             return [value[row][chosen] for row, chosen in enumerate(columns)]

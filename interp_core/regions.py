@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import PositionError
-from .positions import VISION, Position, Rows, is_single, resolve, selects_newest
+from .positions import ALL, VISION, Patches, Position, Rows, is_single, resolve, selects_newest
 from .sites import Site, indices
 
 Columns = list[list[int]]
@@ -38,12 +38,14 @@ class Region:
         SiteError: a unit that does not exist.
     """
 
-    __slots__ = ("_step", "attention", "key", "pos", "site", "units", "whole")
+    __slots__ = ("_step", "attention", "key", "pos", "site", "tower", "units", "whole")
 
     def __init__(self, site: Site, n_units: int | None) -> None:
         self.site = site
         self.attention = "query" in site.info.axes
-        self.pos, self.key = VISION if site.info.visual else site.pos, site.key
+        self.pos, self.key, self.tower = site.pos, site.key, site.info.tower
+        if site.info.visual:
+            self.pos = (site.pos or ALL) if self.tower else VISION
         self.units: int | tuple[int, ...] | None = None
         if site.units is not None:
             assert n_units is not None
@@ -67,6 +69,8 @@ class Region:
         Raises:
             PositionError: positions that the text does not have, or a selection that is empty.
         """
+        if self.tower and ((rows.growing and rows.patches is None) or (window is not None and window.start)):
+            return None  # a tower runs with the prompt
         if window is not None and rows.growing and window.stop - window.start == 1 <= window.start and self.key is None:
             return self._bind_newest(rows, window)
         queries = keys = None
@@ -81,6 +85,11 @@ class Region:
                 if not any(keys):
                     return None
         return Bound(self, rows, queries, keys, window)
+
+    def laid(self, rows: Rows) -> Bound:
+        """The index into a value that is laid out in rows of patches `[batch patch …]`, as runs give it."""
+        own = self._counted(rows)
+        return Bound(self, own, resolve(self.pos or ALL, own), None, None)
 
     def _bind_newest(self, rows: Rows, window: Window) -> Bound | None:
         """The same for a step that computes one token of each row. Its index does not depend on the step, so that steps
@@ -104,12 +113,27 @@ class Region:
         Raises:
             PositionError: positions that the text does not have, or none at all.
         """
-        columns = resolve(value, rows)
+        columns = resolve(value, self._counted(rows))
         if not rows.growing and not any(columns):
             raise PositionError(f"{self.site} selects no position in any row")
-        if window is not None:
+        if window is not None and not self.tower:
             columns = [[column for column in row if window.start <= column < window.stop] for row in columns]
         return columns
+
+    def _counted(self, rows: Rows) -> Rows:
+        """The rows as this site's positions count them.
+
+        Raises:
+            PositionError: patches, and the text has no images whose patches are known.
+        """
+        if not self.tower:
+            return rows
+        if rows.patches is None:
+            raise PositionError(
+                f"{self.site}: the text comes without images, or with some whose patches are not known (videos; towers "
+                "that no family file describes); give images, as in model.tokens(text, images=…)"
+            )
+        return rows.patches.rows
 
 
 class Bound:
@@ -123,13 +147,16 @@ class Bound:
         columns: columns selected per row (None: all), counted over the whole sequence.
     """
 
-    __slots__ = ("_index", "_moved", "_parts", "axes", "basic", "columns", "fills", "ragged", "region", "rows")
+    __slots__ = (
+        "_index", "_moved", "_parts", "_patches", "axes", "basic", "columns", "fills", "ragged", "region", "rows",
+    )  # fmt: skip
 
     def __init__(
         self, region: Region, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
     ) -> None:
         self.region, self.columns, self.rows = region, queries, len(rows.real)
-        start, stop, first = (0, rows.width, 0) if window is None else window
+        start, stop, first = (0, rows.width, 0) if window is None or region.tower else window
+        self._patches: Patches | None = rows.patches if region.tower else None
         parts = [_Part.of(queries, region.pos, start, stop - start)]
         if region.attention:
             parts.append(_Part.of(keys, region.key, first, stop - first))
@@ -162,10 +189,12 @@ class Bound:
     def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
         units = self.region.units
         tail: tuple[Any, ...] = () if units is None else (units if isinstance(units, int) else list(units),)
-        if not self.ragged and all(part.key is not None for part in parts):
+        if not self.ragged and self._patches is None and all(part.key is not None for part in parts):
             # basic indexing: every row selects the same stretch
             return (slice(None), *(part.key for part in parts), *tail)
         arrays = _ragged(parts, n_rows) if self.ragged else _uniform(parts, n_rows)
+        if self._patches is not None:
+            arrays = _strung(arrays, self._patches)
         if units is not None and not isinstance(units, int):
             arrays = [array[..., None] for array in arrays]
             tail = (torch.tensor(units),)
@@ -263,3 +292,13 @@ def _ragged(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:
             combos = [(*combo, column) for combo in combos for column in table[row]]
         entries += combos
     return list(torch.tensor(entries).reshape(-1, len(parts) + 1).unbind(-1))
+
+
+def _strung(arrays: Sequence[Tensor], patches: Patches) -> list[Tensor]:
+    """An index of rows and their patches as one into the tower's tensor, which strings the images of all rows together
+    `[1 patch …]`."""
+    table = torch.zeros(len(patches.places), max(1, patches.rows.width), dtype=torch.long)
+    for row, places in enumerate(patches.places):
+        table[row, : len(places)] = torch.tensor(places, dtype=torch.long)
+    at = table[arrays[0], arrays[1]]
+    return [torch.zeros_like(at), at]

@@ -24,7 +24,7 @@ from .engines.protocol import Slot
 from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, safetensors_bytes, sha256, write
 from .plan import Plan
-from .positions import Span
+from .positions import Images, Span
 from .readings import ForwardPass, Receipt, Routing, Store
 from .result import folder_of
 from .sites import Site
@@ -213,6 +213,7 @@ def atlas_data(atlas: Atlas) -> dict[str, Any]:
     shape = atlas.shape
     return {
         "family": atlas.family.name,
+        "tower": atlas.tower,
         "shape": [shape.n_layers, shape.d_model, shape.d_vocab, shape.n_ctx],
         "sites": [[entry.name, entry.layer, dict(entry.sizes)] for entry in atlas.entries.values()],
         "lacking": atlas.lacking,
@@ -222,6 +223,7 @@ def atlas_data(atlas: Atlas) -> dict[str, Any]:
 def atlas_from(data: Mapping[str, Any]) -> Atlas:
     """The atlas of `atlas_data`: it answers what sites there are, and reaches no module."""
     atlas = Atlas(Family(str(data["family"])), Shape(*data["shape"]), None)
+    atlas.tower = int(data.get("tower", 0))
     for name, layer, sizes in data["sites"]:
         atlas.entries[name, layer] = Entry(name, layer, None, None, sizes)
     atlas.lacking = {str(name): str(why) for name, why in data["lacking"].items()}
@@ -243,7 +245,9 @@ def tokens_data(tokens: Tokens) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         tensors[f"tokens/inputs/{name}"] = value
     spans = {name: [[[s.start, s.stop] for s in row] for row in rows] for name, rows in tokens.spans.items()}
-    shares = {"shares": dict(tokens.shares)} if tokens.shares else {}
+    shares: dict[str, Any] = {"shares": dict(tokens.shares)} if tokens.shares else {}
+    if tokens.patches is not None:
+        shares["patches"] = [[list(image) for image in row] for row in tokens.patches]
     plain = {"texts": tokens.texts, "offsets": tokens.offsets, "spans": spans, "labels": tokens.labels}
     return plain | shares, tensors
 
@@ -260,4 +264,9 @@ def tokens_from(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Token
         tuple(tuple(map(str, row)) for row in data["labels"]),
         {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)},
         {str(n): None if s is None else tuple(map(int, s)) for n, s in data.get("shares", {}).items()},
+        _patches_from(data.get("patches")),
     )
+
+
+def _patches_from(data: Any) -> Images | None:
+    return None if data is None else tuple(tuple(tuple(map(int, image)) for image in row) for row in data)

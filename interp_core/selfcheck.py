@@ -23,6 +23,7 @@ from .errors import CapabilityError, InterpError, ReadError
 from .positions import VISION, Mask, Span
 from .sites import SITES, Site
 from .text import Tokens
+from .tower_check import check_tower
 from .trace import Run
 from .vision.places import placeholder_ids
 
@@ -35,9 +36,9 @@ PROBED = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
 ALONE = WIDTH - 2
 """Length of the row that is run alone and padded."""
-CHECKED = tuple(name for name in SITES if name != "deepstack")
+CHECKED = tuple(name for name, info in SITES.items() if name != "deepstack" and not info.tower)
 """The check runs on text. `vision_embed` is checked by taking text tokens for visual ones; features of images that are
-added later exist with images only, and are left to the tests."""
+added later exist with images only, and are left to the tests. A vision tower is checked by itself: `tower_check`."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -134,6 +135,7 @@ def _checks(model: Model) -> Iterator[Finding]:
     yield from equations(model, run, made)
     yield from _effects(model, run, ids, [left for one in made if (left := one.within(model.atlas))])
     yield from _padding(model, ids[:ALONE])
+    yield from check_tower(model, ids)
 
 
 def _everything(atlas: Atlas) -> list[Site]:

@@ -13,7 +13,7 @@ A `Site` is plain data: a name, layers, units (heads, experts, neurons) and posi
     S.z[3, 5].at(-1).zero()      an `Edit`
 
 Axes of a value are those of the table below; an integer for a layer, unit or position drops its axis, as in numpy.
-Names follow TransformerLens.
+Names follow TransformerLens. Those of a vision tower are the same with `vision_` before them: `S.vision_z[3, 5]`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ __all__ = [
     "SITES", "Site", "SiteInfo", "attn_in", "attn_out", "deepstack", "embed", "expert_out", "final_norm", "head_out",
     "indices", "k", "logits", "mlp_act", "mlp_in", "mlp_out", "named", "pattern", "q", "resid_mid", "resid_post",
     "resid_pre", "rot_k", "rot_q", "router_indices", "router_logits", "router_probs", "router_weights", "scores",
-    "shared_expert_gate", "v", "vision_embed", "z",
+    "shared_expert_gate", "v", "vision_attn_in", "vision_attn_out", "vision_embed", "vision_head_out", "vision_k",
+    "vision_mlp_act", "vision_mlp_in", "vision_mlp_out", "vision_pre_merger", "vision_q", "vision_resid_mid",
+    "vision_resid_post", "vision_resid_pre", "vision_v", "vision_z", "z",
 ]  # fmt: skip
 
 Index = int | Slice | tuple[int, ...] | None
@@ -60,12 +62,17 @@ class SiteInfo:
     @property
     def positions(self) -> tuple[str, ...]:
         """The axes that `.at()` selects on."""
-        return tuple(axis for axis in self.axes if axis in ("pos", "query", "key"))
+        return tuple(axis for axis in self.axes if axis in ("pos", "query", "key", "patch"))
 
     @property
     def visual(self) -> bool:
-        """Whether its positions are the visual tokens, all of them."""
-        return "visual" in self.axes
+        """Whether it exists with images only: its positions are visual tokens, all of them, or the tower's patches."""
+        return "visual" in self.axes or self.tower
+
+    @property
+    def tower(self) -> bool:
+        """Whether it lies in the vision tower: its positions are patches, and its layers the tower's."""
+        return "patch" in self.axes
 
 
 _RESID = ("batch", "pos", "d_model")
@@ -73,6 +80,16 @@ _HEADS = ("batch", "pos", "head", "d_head")
 _ATTENTION = ("batch", "head", "query", "key")
 _EXPERTS = ("batch", "pos", "expert")
 _VISUAL = ("batch", "visual", "d_model")
+_PATCHES = ("batch", "patch", "d_model")
+
+VISION_ = "vision_"
+"""Begins the name of a tower's site, before the name of the same thing in the language model."""
+
+
+def _of_tower(info: SiteInfo) -> SiteInfo:
+    axes = tuple("patch" if axis == "pos" else axis for axis in info.axes)
+    return replace(info, axes=axes, doc=f"vision tower: {info.doc}")
+
 
 SITES: dict[str, SiteInfo] = {
     "embed": SiteInfo(_RESID, "output of the token embedding", layered=False),
@@ -103,6 +120,15 @@ SITES: dict[str, SiteInfo] = {
     "resid_post": SiteInfo(_RESID, "residual stream that leaves the block"),
     "final_norm": SiteInfo(_RESID, "output of the final norm", layered=False),
     "logits": SiteInfo(("batch", "pos", "d_vocab"), "logits of the next token", layered=False),
+}
+_TOWER = "resid_pre attn_in q k v z head_out attn_out resid_mid mlp_in mlp_act mlp_out resid_post"
+SITES = {
+    "embed": SITES["embed"],
+    **{f"{VISION_}{name}": _of_tower(SITES[name]) for name in _TOWER.split()},
+    "vision_pre_merger": SiteInfo(
+        _PATCHES, "vision tower: patches as the merger or projector reads them", layered=False
+    ),
+    **SITES,
 }
 """All site names in the order in which a forward pass meets them."""
 
@@ -387,6 +413,20 @@ def _parse_index(text: str, whole: str) -> Any:
 
 
 embed = Site("embed")
+vision_resid_pre = Site("vision_resid_pre")
+vision_attn_in = Site("vision_attn_in")
+vision_q = Site("vision_q")
+vision_k = Site("vision_k")
+vision_v = Site("vision_v")
+vision_z = Site("vision_z")
+vision_head_out = Site("vision_head_out")
+vision_attn_out = Site("vision_attn_out")
+vision_resid_mid = Site("vision_resid_mid")
+vision_mlp_in = Site("vision_mlp_in")
+vision_mlp_act = Site("vision_mlp_act")
+vision_mlp_out = Site("vision_mlp_out")
+vision_resid_post = Site("vision_resid_post")
+vision_pre_merger = Site("vision_pre_merger")
 vision_embed = Site("vision_embed")
 deepstack = Site("deepstack")
 resid_pre = Site("resid_pre")

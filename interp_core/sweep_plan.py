@@ -18,7 +18,8 @@ from .edits import TENSOR_OPS, Edit
 from .engines.program import place
 from .engines.tower import Tower
 from .errors import CapabilityError, PlanError
-from .positions import VISION, Position, Slice, Span, is_single, resolve
+from .inputs import undivided
+from .positions import ALL, VISION, Position, Slice, Span, is_single, resolve
 from .score import Score
 from .sites import SITES, Site
 from .text import Tokens
@@ -36,9 +37,10 @@ SHORT = 16
 """Columns of a text with images for each one before them at which these are run too: over a few earlier keys, attention
 in two parts costs more than they do in the model's own kernel."""
 APART = "several texts in one pass"
+PICTURED = "several texts with images in one pass"
 EACH = "one row of inputs for all variants"
-"""Under these a model remembers that they were tried and do not hold: texts then go alone, and a model that shapes its
-output like its input is called with a row for each variant."""
+"""Under these a model remembers that they were tried and do not hold, and why: texts then go alone, and a model that
+shapes its output like its input is called with a row for each variant."""
 STRATEGIES = ("auto", "staircase", "restart", "prefix", "batched", "full")
 
 
@@ -143,6 +145,18 @@ def named_edits(edits: Sequence[Edit]) -> str:
     return ", ".join(map(str, edits)) or "no edit"
 
 
+def apart(model: Model, tokens: Tokens) -> str:
+    """Why texts of a batch go one by one; empty if they can go together."""
+    if len(tokens) < 2:
+        return ""
+    if not tokens.inputs:
+        return model.tried.get(APART, "")
+    if whole := undivided(tokens):
+        return f"{', '.join(whole)} cannot be split into rows"
+    lacking = model.atlas.lacking.get("right padding", "")
+    return model.tried.get(PICTURED, "") or (lacking and f"padding changes this model's numbers ({lacking})")
+
+
 class Planner:
     """What a sweep has to do: every variant placed on every row of the batch, and passes that carry many of them."""
 
@@ -176,7 +190,11 @@ class Planner:
     def _inner(self, site: Site) -> None:
         """Hold an inner site that is scored against the model: one layer, readable; and where passes end."""
         entries = self.model.atlas.select(site)
-        if len(entries) != 1 or not site.info.layered or site.info.visual:
+        if site.info.visual:
+            raise PlanError(
+                f"score {self.score.name} reads {site}; a sweep scores sites of the language model's layers"
+            )
+        if len(entries) != 1 or not site.info.layered:
             raise PlanError(f"score {self.score.name} reads {site}; it takes a site of one layer, as {site.name}[0]")
         (entry,) = entries
         if why := self.model.can(site.name, "read"):
@@ -201,6 +219,11 @@ class Planner:
         """Where visual tokens lie in a row."""
         return self.tokens.spans[VISION][row] if self.tokens.inputs and VISION in self.tokens.spans else ()
 
+    def _patches(self, chosen: Position) -> list[list[int]]:
+        """The same of a site in the vision tower, which counts patches."""
+        patches = self.tokens.rows.patches
+        return [[] for _ in self.tokens.ids] if patches is None else resolve(chosen, patches.rows)
+
     def _local(self, chosen: Position) -> list[list[int]]:
         """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once."""
         if chosen not in self._resolved:
@@ -218,17 +241,19 @@ class Planner:
         places: dict[str, int | list[int]] = {}
         for axis, chosen in (("pos", site.pos), ("key", site.key)):
             if chosen is not None:
-                local = self._local(chosen)[row]
+                local = (self._patches if site.info.tower else self._local)(chosen)[row]
                 places[axis] = local[0] if is_single(chosen) else local
         return places
 
     def _last(self, row: int) -> int:
         """The last position that any edit names."""
-        places = [place for edits in self.variants for e in edits for place in self._places(e.site, row).values()]
+        sites = [edit.site for edits in self.variants for edit in edits if not edit.site.info.tower]
+        places = [place for site in sites for place in self._places(site, row).values()]
         return max((max(p) if isinstance(p, list) and p else p if isinstance(p, int) else 0 for p in places), default=0)
 
     def plan(self, strategy: str, why: str, done: Tensor) -> SweepPlan:
         """The passes of a strategy, for what is not `done` `[variant batch]`."""
+        why = "; ".join(filter(None, (why, f"texts go one by one: {self.apart}" if self.apart else "")))
         plan = SweepPlan(strategy, why, self.model.n_layers, self.top, self.widths, len(self.variants))
         steps: list[list[Step]] = []
         # holes in a row are columns of their own, which only a pass over all of it has
@@ -242,31 +267,42 @@ class Planner:
                     singles.append(number) if step is None else found.append(step)
             plan.singles.append(singles)
             steps.append(found)
-        for texts in self._groups(strategy, [row for row, found in enumerate(steps) if found]):
-            lengths = self.tokens.lengths if self.tokens.inputs else self.widths  # images come with their whole text
-            width = max(lengths[text] for text in texts)
+        for texts in self._groups(strategy, [row for row, found in enumerate(steps) if found], plan.singles):
+            width = max(self._columns[text] for text in texts)
             passes = self._passes([step for text in texts for step in steps[text]], width, plan)
             plan.groups.append(Group(texts, width, list(passes)))
         return plan
 
-    def _groups(self, strategy: str, swept: list[int]) -> list[tuple[int, ...]]:
+    @property
+    def _columns(self) -> list[int]:
+        """Columns of each row that a clean pass has: images come with their whole text."""
+        return self.tokens.lengths if self.tokens.inputs else self.widths
+
+    def _groups(self, strategy: str, swept: list[int], singles: list[list[int]]) -> list[tuple[int, ...]]:
         """Texts that go together: as many as fill a pass well, of about one length, because shorter ones are filled up.
-        Alone are texts with images, those of which an inner site is scored, and edits inside attention, where rows of
-        several texts have different keys."""
+        Alone are those of which an inner site is scored, and those with images that have forward passes of their own,
+        for which their images are computed anyway."""
         most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
         exact = strategy in WHOLE or _rescaled(self.model)
-        alone = APART in self.model.tried or bool(self.tokens.inputs) or self.score.of is not None
-        alone = alone or self._inside_attention()
+        alone = bool(self.apart) or self.score.of is not None
         found: list[list[int]] = []
-        for row in sorted(swept, key=lambda row: self.widths[row]):
-            own = [*found[-1], row] if found else []
-            width, used = self.widths[row], sum(self.widths[one] for one in own)
-            if not own or alone or width * len(own) > min(most, used if exact else used * FILLED):
+        closed = True
+        for row in sorted(swept, key=lambda row: self._columns[row]):
+            own = [] if closed else [*found[-1], row]
+            width, used = self._columns[row], sum(self._columns[one] for one in own)
+            shut = alone or bool(self.tokens.inputs and singles[row])
+            if not own or shut or width * len(own) > min(most, used if exact else used * FILLED):
                 found.append([row])
             else:
                 found[-1] = own
+            closed = shut
         found += [[row] for row in range(len(self.tokens)) if row not in swept]
         return [tuple(sorted(group)) for group in sorted(found, key=min)]
+
+    @cached_property
+    def apart(self) -> str:
+        """See `apart`."""
+        return apart(self.model, self.tokens)
 
     def _edited(self) -> list[Tap]:
         """Where values of the sites that are edited pass."""
@@ -358,12 +394,15 @@ class Planner:
         """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
         rows select different numbers of positions."""
         info, columns = site.info, self.tokens.ids.shape[1]
-        if info.visual:
+        if info.visual and not info.tower:
             tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
             if any(each != tokens[0] for each in tokens):
                 return _stretch(value, tokens, row, [True], len(info.axes) - 2)
         chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
-        places = {axis: self._local(at) for axis, at in chosen.items() if at is not None}
+        if info.tower:
+            chosen = {"patch": site.pos or ALL}
+        local = self._patches if info.tower else self._local
+        places = {axis: local(at) for axis, at in chosen.items() if at is not None}
         kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
         units = [axis for axis in info.axes[1:] if axis not in chosen]
         units = units[isinstance(site.units, int) :] if info.unit in units else units
@@ -384,10 +423,14 @@ class Planner:
         return value.movedim(-1, 0) if strung else value
 
     def _passes(self, steps: list[Step], width: int, plan: SweepPlan) -> Iterable[Pass]:
-        groups: dict[tuple[int, bool], list[Step]] = {}  # rows from before the first block on stay among themselves
+        """Passes over as many columns. Rows from before the first block on stay among themselves, and those of a text
+        whose edits lie inside attention, where rows of several texts have different keys."""
+        groups: dict[tuple[int, bool, int], list[Step]] = {}
+        inside = self._inside_attention()
         for step in steps:
-            groups.setdefault((self.widths[step.text] - step.start, step.layer < 0), []).append(step)
-        for (columns, _), group in sorted(groups.items(), reverse=True):
+            key = self.widths[step.text] - step.start, step.layer < 0, -step.text if inside else 0
+            groups.setdefault(key, []).append(step)
+        for (columns, *_), group in sorted(groups.items(), reverse=True):
             cost = self._row_bytes(width, columns)
             plan.row_bytes = max(plan.row_bytes, cost)
             most = self.budget // cost
@@ -427,8 +470,7 @@ class Planner:
         return [
             self._valued(edit, _at(replace(edit.site, pos=None, key=None), places), row)
             for edit, places in placed
-            if [] not in places.values()  # nothing of this row
-            and (self._images(row) or not edit.site.info.visual)
+            if [] not in places.values() and not (edit.site.info.visual and not self._images(row))  # of this row
         ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import padded_on
 from .compiled import model_inputs
 from .edits import Edit
 from .engines.clean import Clean, clean_pass
@@ -99,6 +100,11 @@ class Runner(Planner):
         """One text."""
         return self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
 
+    def _together(self, texts: Sequence[int]) -> Tokens:
+        """Some texts with their images, filled up on the right, where causal attention does not see it."""
+        rows = [self._row(text) for text in texts]
+        return rows[0] if len(rows) == 1 else padded_on(Tokens.stack(rows), "right")[0]
+
     def _alone(self, text: Tokens, row: int, edits: Sequence[Edit]) -> tuple[Tensor, float]:
         """One forward pass: what is scored, and the norm of what the edits changed."""
         read = self.site(row)
@@ -143,7 +149,7 @@ class Runner(Planner):
         read = self.site(group.texts[0])
         with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
             if self.tokens.inputs:
-                inputs = {**model_inputs(self.model, self._row(*group.texts)), "use_cache": False}
+                inputs = {**model_inputs(self.model, self._together(group.texts)), "use_cache": False}
             else:
                 inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None

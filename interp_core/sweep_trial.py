@@ -27,10 +27,11 @@ from .readout import is_plain
 from .score import Score
 from .selfcheck import WIDTH, probe_ids
 from .sites import Site
-from .sweep_plan import APART, EACH, WHOLE, Group, Trial
+from .sweep_plan import APART, EACH, PICTURED, TOGETHER, WHOLE, Group, Trial, apart
 from .sweep_runner import Runner
 from .sweep_store import opened
 from .text import Tokens
+from .vision.corner import corner, shorter
 
 if TYPE_CHECKING:
     from .model import Model
@@ -41,6 +42,10 @@ WINDOW = "sliding windows"
 """Under this a model remembers whether its layers tell their attention of them."""
 SEEN = 64
 """Rows of the unembedding that a trial looks at."""
+
+
+RELIEFS = {"one text": (EACH,), "texts": (APART, EACH), "images": (), "with images": (PICTURED,), "mixed": (PICTURED,)}
+"""Of each kind of input for which strategies are tried: what may help where they fail."""
 
 
 def choose(model: Model, tokens: Tokens, asked: str, tower: Tower | None = None) -> tuple[str, str, Trial | None]:
@@ -73,22 +78,40 @@ def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], t
         return f"engine {model.engine.name!r} runs one variant after the other"
     if tokens.inputs and len(model.atlas.layers("deepstack")) >= model.n_layers:
         return "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
+    if tokens.inputs and not _whole(tokens):
+        return "every text has hidden columns between its tokens, which only a pass over all of it has"
     if strategy in ("staircase", "prefix") and (problem := _unreached(model, tokens, trials)):
         return problem
-    kind = "images" if tokens.inputs else "texts" if len(tokens.ids) > 1 else "one text"
+    kind = _kind(model, tokens)
     tried, key = model.tried, f"{strategy}, {kind}"
     if key not in tried:
         own = model.trials[key] = []
         tried[key] = ""  # so that the trial's own sweeps go ahead
         tried[key] = _trial(model, strategy, tokens, own, tower)
-        for relief in (APART, EACH) if kind == "texts" else (EACH,):
-            if tried[key] and not tokens.inputs and relief not in tried:
+        for relief in RELIEFS[kind]:
+            if tried[key] and relief not in tried:
                 tried[relief], tried[key] = tried[key], ""
                 tried[key] = _trial(model, strategy, tokens, own, tower)
                 if tried[key]:
                     del tried[relief]  # that was not it
     trials += model.trials.get(key, [])
     return tried[key]
+
+
+def _whole(tokens: Tokens) -> list[int]:
+    """Rows without hidden columns between their tokens."""
+    return [row for row in range(len(tokens)) if tokens.widths[row] == tokens.lengths[row]]
+
+
+def _kind(model: Model, tokens: Tokens) -> str:
+    """What a trial has to hold for: `with images` or `mixed` (some rows have none) where such texts go together."""
+    if not tokens.inputs:
+        return "texts" if len(tokens.ids) > 1 else "one text"
+    shortest = sorted(tokens.lengths[row] for row in _whole(tokens))[:2]
+    together = VISION in tokens.spans and not apart(model, tokens) and 2 * shortest[-1] <= TOGETHER
+    if len(shortest) < 2 or not together:
+        return "images"
+    return "with images" if all(tokens.spans[VISION]) else "mixed"
 
 
 def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
@@ -130,14 +153,38 @@ def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
 def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """Hold a strategy against plain forward passes, on a model of few layers; on all where the others need them."""
     blocks = _blocks(model)
-    for layers in dict.fromkeys((_representative(model, blocks), tuple(range(len(blocks))))):
+    few, every = _representative(model, blocks), tuple(range(len(blocks)))
+    texts = _pictured(model, strategy, tokens) if tokens.inputs else [tokens]
+    for text, layers in dict.fromkeys([*((text, few) for text in texts), (texts[-1], every)]):
         with _shortened(model, blocks, layers) as counted:
-            problem = _compare(model, strategy, tokens, layers, tower)
+            problem = _compare(model, strategy, text, layers, tower)
         calls, token_layers = len(counted), sum(counted)
         trials.append(Trial(calls, token_layers, len(layers)))
         if problem is not None:
             return problem
     return "a forward pass with an edit fails on this model"
+
+
+def _pictured(model: Model, strategy: str, tokens: Tokens) -> list[Tokens]:
+    """Texts with images to try a strategy on, small ones first: one, or where such texts go together two, of unequal
+    length unless the strategy runs whole texts, and beside them a text without an image where there are such."""
+    kind, whole = _kind(model, tokens), strategy in WHOLE
+    fit = _whole(tokens)
+    seen = [row for row in fit if VISION in tokens.spans and tokens.spans[VISION][row]] or fit
+    rows = [tokens.row(row) for row in sorted(seen, key=tokens.lengths.__getitem__)[:2]]
+    out = []
+    for texts in ([corner(row, model.hf.config, model.atlas.family) for row in rows], rows):
+        first = texts[0]
+        if kind == "images":
+            out.append(first)
+            continue
+        n = first.ids.shape[1]
+        plain = probe_ids(model).repeat(n // WIDTH + 1)[None, :n]
+        more = [Tokens(plain, torch.ones_like(plain, dtype=torch.bool))] if kind == "mixed" else []
+        out.append(
+            Tokens.stack([first, first if whole else shorter(texts[-1], model.hf.config, model.atlas.family), *more])
+        )
+    return out
 
 
 class _Variant(NamedTuple):
@@ -157,12 +204,12 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
     For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)
-    go through a pass together, and some of the first text through one of their own.
+    go through a pass together, and some of the first text through one of their own. With images each text's plain
+    passes are its own, without padding.
     """
     joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     if tokens.inputs:
-        texts = tokens if len(tokens) == 1 and not tokens.padded else tokens.row(0)
-        variants = _beside_an_image(texts, joins)
+        texts, variants = tokens, _beside_an_image(tokens, joins)
     else:
         ids, mask = probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
         variants = [_Variant(at, (-3,)) for at in joins]
@@ -187,12 +234,14 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
 
-def _beside_an_image(text: Tokens, joins: list[int]) -> list[_Variant]:
-    """Variants at the first token after the images (the last one, if nothing follows), and at their first one."""
-    (length,), runs = text.lengths, text.spans.get(VISION, ((),))[0]
-    after = min(max((run.stop for run in runs), default=length), length - 1)
-    first = min((run.start for run in runs), default=0)
-    return [_Variant(at, (place - length,)) for at, place in ((joins[0], after), (joins[-1], after), (joins[0], first))]
+def _beside_an_image(texts: Tokens, joins: list[int]) -> list[_Variant]:
+    """Variants at each text's first token after the images (the last one, if nothing follows), and at their first."""
+    after, first = [], []
+    for row, length in enumerate(texts.lengths):
+        runs = texts.spans[VISION][row] if VISION in texts.spans else ()
+        after.append(min(max((run.stop for run in runs), default=length), length - 1) - length)
+        first.append(min((run.start for run in runs), default=0) - length)
+    return [_Variant(at, tuple(places)) for at, places in ((joins[0], after), (joins[-1], after), (joins[0], first))]
 
 
 def _judged(logits: Tensor) -> Tensor:
@@ -212,10 +261,17 @@ class _Rehearsal(Runner):
         self.given = given
         self.wanted: dict[int, Tensor] = {}
 
+    def _groups(self, strategy: str, swept: list[int], singles: list[list[int]]) -> list[tuple[int, ...]]:
+        if self.tokens.inputs and not self.apart:
+            return [tuple(swept)]
+        return super()._groups(strategy, swept, singles)
+
     def _clean(self, group: Group) -> Clean:
         if self.tokens.inputs:
-            alone = [self._alone(self._row(0), 0, [one.edit(self.model)])[0][0] for one in self.given]
-            self.wanted[0] = torch.stack([_judged(logits) for logits in alone]).cpu()
+            numbers = range(len(self.given))
+            for text in group.texts:
+                alone = [self._alone(self._row(text), text, self.single(number, text))[0][0] for number in numbers]
+                self.wanted[text] = torch.stack([_judged(logits) for logits in alone]).cpu()
             return super()._clean(group)
         edited = [(text, one) for text in group.texts for one in self.given]
         blocks, handles = _blocks(self.model), []

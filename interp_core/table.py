@@ -29,13 +29,20 @@ class SiteTable:
             out.append((name, _axes(entries[0]), _layers(self.atlas, name), _remark(entries)))
         return out
 
+    def missing(self) -> dict[str, list[str]]:
+        """Sites that the model lacks, by the reason."""
+        names: dict[str, list[str]] = {}
+        for name, why in self.atlas.lacking.items():
+            names.setdefault(why, []).append(name)
+        return names
+
     def __repr__(self) -> str:
         rows = [("site", "axes", "layers", "remark"), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
-        missing = [(name, why) for name, why in self.atlas.lacking.items()]
+        missing = self.missing()
         lines += ["", "not in this model:"] if missing else []
-        lines += [f"  {name}: {why}" for name, why in missing]
+        lines += [f"  {', '.join(names)}: {why}" for why, names in missing.items()]
         lines += [f"note: {note}" for note in self.atlas.notes]
         return "\n".join(lines)
 
@@ -43,7 +50,7 @@ class SiteTable:
         cells = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
         )
-        lacking = "".join(f"<li>{html.escape(f'{n}: {why}')}</li>" for n, why in self.atlas.lacking.items())
+        lacking = "".join(f"<li>{html.escape(', '.join(n) + ': ' + why)}</li>" for why, n in self.missing().items())
         head = "".join(f"<th>{cell}</th>" for cell in ("site", "axes", "layers", "remark"))
         return f"<table><tr>{head}</tr>{cells}</table><ul>{lacking}</ul>"
 

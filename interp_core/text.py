@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .chat import Chars, rendered
 from .errors import PlanError, PositionError, TextError, nearest, wrong
-from .inputs import Shares, filler, in_row, is_visual, some, spans_of, stacked
+from .inputs import Shares, filler, in_row, is_visual, some, spans_of, stacked, stacked_patches
 from .offsets import offsets_by_decoding, with_composed
-from .positions import PositionLike, Rows, Span, format_position, is_single, position, resolve
+from .positions import Images, Patches, PositionLike, Rows, Span, format_position, is_single, position, resolve
 
 __all__ = ["Tokens", "encode", "encode_chat"]
 
@@ -47,6 +47,7 @@ class Tokens:
         labels: per row and real token, the text to show (ids where it is not given).
         inputs: further tensors that the model takes (`pixel_values`, …).
         shares: which part of such an input is whose; see `inputs`.
+        patches: per row and image, where its patches pass in the vision tower; see `Patches` (None: not known).
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -57,6 +58,7 @@ class Tokens:
     labels: tuple[tuple[str, ...], ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     shares: Shares = field(default_factory=dict)
+    patches: Images | None = None
     placed: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
     """What models are called with, by shape limits and device; filled by their first run."""
 
@@ -94,7 +96,8 @@ class Tokens:
         names = {
             name: [sorted({i for span in spans for i in span}) for spans in rows] for name, rows in self.spans.items()
         }
-        return Rows(real, names, width)
+        patches = None if self.patches is None else Patches(self.patches)
+        return Rows(real, names, width, patches=patches)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -177,6 +180,7 @@ class Tokens:
             labels=self.labels[pick],
             inputs=inputs,
             shares=shares,
+            patches=self.patches and self.patches[pick],
         )
 
     def __iter__(self) -> Iterator[Tokens]:
@@ -287,6 +291,7 @@ class Tokens:
             tuple(single.labels[0] for single in singles),
             inputs,
             shares,
+            stacked_patches(singles),
         )
 
 

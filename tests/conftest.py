@@ -9,7 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One thread, also for the processes that tests start: two threads on two busy cores are slower.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("INTERP_TEST_THREADS", "1")
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,3 +122,12 @@ def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> str:
     for part in (ic.testing.tiny("qwen3_vl"), processor.image_processor, processor.tokenizer):
         part.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rough_figures() -> Iterator[None]:
+    """PNGs of few pixels whose parts are not moved to fit, for runs that write dozens: that takes half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("interp_core.report.png.DPI", 30)
+        patch.setattr("interp_core.report.png.LAYOUT", None)
+        yield

@@ -52,6 +52,11 @@ def test_rows_are_those_that_a_run_reads(family: str) -> None:
             close(attention.at(few).mixed(few, weights, chunk=2), wanted, model)
             close(attention.mixed(range(width), even, chunk=3), pattern.mean(2), model)  # rows that follow each other
             close(attention.mixed(range(width), even), pattern.mean(2), model)
+            held = attention.at(sorted(few)).held()
+            close(held.mixed(few, weights), wanted, model)
+            close(
+                held.mixed(few[1:], weights[:, 1:]), wanted - weights[:, :1, None, None] * pattern[:, :, few[0]], model
+            )
 
 
 def test_biases_by_position() -> None:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+from interp_core.engines import attention_rows
 from interp_core.testing.visual import VISUAL
 
 DATA = Path(__file__).parent / "data" / "attribution"
@@ -313,6 +314,31 @@ def test_one_pass_serves_all_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     flow.all_rows([85, 95])
     kept = [layer.attention for layer in flow._layers]
     assert all(rows is not None and rows.query.shape[2] == 16 and rows.mask is None for rows in kept)
+
+
+def test_rows_that_hops_ask_for_again_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers stay, memory at most doubles, and held layers make their rows once."""
+    model, plain, made = tiny_model("llama"), attention_rows.softmax, list[int]()
+    tokens = model._input(torch.randint(3, 90, (1, 32), generator=torch.Generator().manual_seed(0)))
+    flow, again = (Flow(model, tokens, tuple(range(16, 32)), again=flag) for flag in (False, True))
+    monkeypatch.setattr(
+        attention_rows, "softmax", lambda scores, *rest: made.append(scores.shape[2]) or plain(scores, *rest)
+    )
+
+    def rows(ask: Flow, *at: int) -> int:
+        made.clear()
+        torch.testing.assert_close(ask.span(range(*at)), flow.span(range(*at)), atol=1e-6, rtol=0)
+        return sum(made) - len(range(*at)) * len(flow.layers)
+
+    assert rows(again, 28, 32) == 4 * model.n_layers  # few: not worth it
+    rows(again, 16, 31)
+    held = [layer for layer in again.layers if layer.attention and layer.attention.made]
+    assert held and sum(part.nbytes for layer in held if layer.attention for _, part in layer.attention.made) <= sum(
+        layer.nbytes for layer in again.layers
+    )
+    for at in ((16, 31), (17, 32), (20, 24)):
+        assert rows(again, *at) == len(range(*at)) * (model.n_layers - len(held))
+    assert not any(layer.attention and layer.attention.made for layer in flow.layers)
 
 
 def test_hops_by_hand() -> None:

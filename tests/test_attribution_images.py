@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from interp_recipes.attribute import attribute
-from interp_recipes.attribute_images import processor_of
 from PIL import Image
 
 import interp_core as ic
@@ -62,15 +61,14 @@ def test_scores_are_those_of_the_method_on_what_the_processor_gives(
     attribute(PROMPT, " cold", model=seeing, chat=chat, image=some, method="attnlrp", dtype="float64", out=tmp_path)
     record = json.loads((tmp_path / "attribution.json").read_text())
     assert record["images"] == [str(path) for path in some] and record["tokens"].count("<image>") == 16 * count
-    processor = processor_of(seeing)
-    text = "<image>" * count + PROMPT + "\nA:" if chat else "<image>\n" * count + PROMPT
-    values = processor(text=[text + " cold"], images=[Image.open(path) for path in some], return_tensors="pt")
-    model = ic.load(seeing, processor=processor, dtype="float64")
+    model = ic.load(seeing, dtype="float64")
+    text = "<image>" * count + PROMPT + ("\nA:" if chat else "")
+    values = model.processor(text=[text + " cold"], images=[Image.open(path) for path in some], return_tensors="pt")
     last = values["input_ids"].shape[1] - 1
-    wanted: Any = ic.method("attnlrp")(
-        model, model.tokens({**values, "pixel_values": values["pixel_values"].double()}).name(target=ic.Span(last, last + 1)),
-        variant="hop0",
-    )  # fmt: skip
+    said = {"prompt": ic.Span(0, last - 2)} if chat else {}  # image and words, without the template's "\nA:"
+    whole = model.tokens({**values, "pixel_values": values["pixel_values"].double()})
+    whole = whole.name(target=ic.Span(last, last + 1), **said)
+    wanted: Any = ic.method("attnlrp")(model, whole, variant="hop0")
     torch.testing.assert_close(torch.tensor(record["scores"]), wanted.scores[0].float(), atol=1e-5, rtol=1e-4)
     page = (tmp_path / "page.html").read_text()
     assert "Over the images" in page and page.count("<image ") >= count
@@ -91,16 +89,16 @@ def test_the_model_answers_itself(
 def test_bad_input(seeing: str, pictures: list[Path], tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
     calls: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"image": [tmp_path / "none.png"]}, ic.LoadError, "there is no image"),
-        ({"image": [tmp_path]}, ic.LoadError, "there is no image"),
-        ({"image": [tmp_path / "no.png"]}, ic.LoadError, "is no image that can be read"),
-        ({"image": pictures, "prompt": "<image> Q: hot\nA:"}, ic.TextError, "1 places '<image>' for 2 images"),
-        ({"image": pictures[:1], "target": ""}, ic.TextError, "tokens are others when '' follows"),
+        ({"image": [tmp_path / "none.png"]}, ic.TextError, "--image: there is no file"),
+        ({"image": [tmp_path]}, ic.TextError, "--image: there is no file"),
+        ({"image": [tmp_path / "no.png"]}, ic.TextError, "is no picture that can be read"),
+        ({"image": pictures, "prompt": "<image> Q: hot\nA:"}, ic.TextError, "1 places for images .* 2 images"),
+        ({"image": pictures[:1], "target": ""}, ic.TextError, "target"),
     ]
     for settings, error, says in calls:
         with pytest.raises(error, match=says):
             attribute(**{"prompt": PROMPT, "target": " cold", "model": seeing, "out": tmp_path / "out", **settings})
-    with pytest.raises(ic.LoadError, match="toy:text .*--image"):
+    with pytest.raises(ic.CapabilityError, match="toy:text .* takes no images"):
         attribute(PROMPT, " cold", image=pictures[:1], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ic.TextError, match="put the target into its text"):

@@ -331,6 +331,9 @@ def test_scores_over_images(family: str, tmp_path: Path) -> None:
     for (image, tile), overlay in zip(tiles, drawn.values(), strict=True):
         own = [token for token in grid if (token.image, token.tile) == (image, tile)]
         assert list(overlay.boxes) == [token.box for token in own]
+        there = found.map(image=image, tile=tile)
+        assert there.numel() == len(own)
+        assert all(there[token.row, token.col] == found.scores[0, token.position] for token in own)
         for name, layer in overlay.layers.items():
             vector = found.scores[0] if name == "all hops" else found.hops[0, 0]
             assert layer == vector[[token.position for token in own]].tolist()
@@ -355,5 +358,7 @@ def test_scores_over_images(family: str, tmp_path: Path) -> None:
 def test_texts_have_no_images() -> None:
     found = ic.method("random_attribution")(tiny_model("llava"), ids(LONG, SHORT))
     assert found.visual == ((), ()) and found.over_images(row=1) == {} and "<svg" not in found.html()
+    with pytest.raises(ic.PositionError, match="no tile 0 of image 0; the row has no images"):
+        found.map()
     with pytest.raises(ic.PlanError, match="1 pictures for 0 images"):
         found.over_images([torch.zeros(3, 4, 4)])

@@ -22,7 +22,7 @@ PACKAGES = {"interp_core": ROOT / "interp_core", "interp_plugins": ROOT / "plugi
 MODULES = modules({name: root if root.name == name else root / name for name, root in PACKAGES.items()})
 CIRCLES = [
     "architectures compiled decoding engines engines.transformer_lens equations generation kinds methods model plugins "
-    "selfcheck sweep sweep_plan sweep_runner sweep_store sweep_trial trace",
+    "selfcheck sweep sweep_plan sweep_runner sweep_store sweep_trial tower_check trace",
     "edits sites",
     "engines.nnsight engines.remote",
     "engines.ports engines.program engines.steps",

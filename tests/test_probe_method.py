@@ -108,7 +108,7 @@ def test_image_modes(tmp_path: Path) -> None:
     result: ProbeResult = ic.method("probe")(
         model, batch, labels=[seed % 2 for seed in range(n)], groups=list(range(n)), donors=donors, cliff_boundary=1,
         blind_black=prompts([torch.zeros_like(image) for image in made]),
-        blind_random=prompts([made[donor] for donor in donors]), shuffles=20, repeats=2,
+        blind_random=prompts([made[donor] for donor in donors]), shuffles=20, repeats=1,
     )  # fmt: skip
     assert result.modes == ("original", "blind_black", "blind_random")
     assert result.positions == ("visual_token", "answer_token")

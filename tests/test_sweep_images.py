@@ -18,11 +18,13 @@ from tolerances import close
 from torch import Tensor, nn
 
 import interp_core as ic
-from interp_core import score, testing, visual
+from interp_core import score, sweep_runner, testing, visual
 from interp_core import sites as S
+from interp_core.batches import some_rows
 from interp_core.engines.called import Called
 from interp_core.engines.tower import Tower
 from interp_core.sweep_plan import SHORT
+from interp_core.vision.corner import shorter
 
 JUDGED = score.logit_diff(3, 9)
 FAST = ("qwen3_vl", "gemma3_vision")
@@ -35,8 +37,18 @@ def some(*fast: str) -> list[object]:
 
 def values(family: str, dtype: torch.dtype = torch.float64, n_images: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """A text with images."""
-    made = pictures.inputs(family, [[pictures.picture(family, seed + i) for i in range(n_images)]])
+    return values_of(family, [pictures.picture(family, seed + i) for i in range(n_images)], dtype)
+
+
+def values_of(family: str, images: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A text with these images."""
+    made = pictures.inputs(family, [images])
     return {key: x.to(dtype) if key == "pixel_values" else x for key, x in made.items()}
+
+
+def visual_tokens(given: dict[str, Tensor]) -> int:
+    """How many of one of its images, all as large."""
+    return len(places(given)[0]) // len(given["image_grid_thw"])
 
 
 def places(given: dict[str, Tensor]) -> tuple[list[int], list[int]]:
@@ -93,14 +105,14 @@ def computed(tower: nn.Module) -> nn.Module:
 
 @contextmanager
 def counted(model: ic.Model) -> Iterator[tuple[list[int], list[int]]]:
-    """Calls of a part of the vision tower, and tokens of each call of a layer's attention."""
+    """Sizes of calls of a part of the vision tower, and tokens of each call of a layer's attention."""
     tower, towers, tokens = Tower(model.hf).module, list[int](), list[int]()
     assert tower is not None
     attentions = [
         model.engine.modules[model.atlas.entries["resid_pre", at].read.module].self_attn  # type: ignore[union-attr,operator]
         for at in range(model.n_layers)
     ]
-    handles = [computed(tower).register_forward_hook(lambda *_: towers.append(1))]
+    handles = [computed(tower).register_forward_hook(lambda _m, args, _o: towers.append(args[0].shape[:-1].numel()))]
     for module in attentions:
         assert isinstance(module, nn.Module)
         handles.append(
@@ -117,7 +129,8 @@ def counted(model: ic.Model) -> Iterator[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("family", some("qwen3_vl"))
 def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
-    """The trial's passes among them; edits of what the tower hands over have passes of their own, and the same image."""
+    """The trial's passes among them, which take an image's corner where it can be cut; edits of what the tower hands
+    over have passes of their own, and the same image."""
     if family == "qwen3_5_vision":
         pytest.skip("its layers with linear attention are no self_attn")
     model, given = ic.load(testing.tiny(family)), values(family, torch.float32)
@@ -127,10 +140,11 @@ def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
     edits += [S.pattern[at:].knockout(query=after, key="vision") for at in range(3)]
     with counted(model) as (towers, tokens):
         cold = model.sweep(given, [*edits, S.vision_embed.scale(0.5)], JUDGED)
-        assert len(towers) == 1
+        corner = [4 / visual_tokens(given)] if family in pictures.QWEN else []
+        assert [size / towers[-1] for size in towers] == [*corner, 1]
         tokens.clear()
         plan = model.sweep(given, edits, JUDGED).plan
-        assert len(towers) == 2
+        assert towers[-1] == towers[-2] and len(towers) == len(corner) + 2
     assert sum(tokens) == plan.token_layers == 3 * n + 2 * len(after) * (3 + 2 + 1)
     assert cold.plan.trial is not None and "once per model" in plan.explain()
     wide = ic.Sweep.planned(model, given, [S.resid_pre[1].at("vision").zero()], JUDGED)
@@ -138,25 +152,90 @@ def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
     assert wide.token_layers == 3 * n + 2 * (n - start)
 
 
-@pytest.mark.parametrize("family", some("qwen3_vl"))
-def test_rows_of_a_batch_have_their_own_pixels(family: str) -> None:
-    """Three rows with two images, one and one, padded on the left; the tower runs once for each row."""
-    model = ic.load(testing.tiny(family, dtype=torch.float64))
-    made = [pictures.picture(family, seed).double() for seed in range(4)]
-    rows = made[:2], made[2:3], made[3:]
-    edits: list[ic.Edit] = [S.resid_pre[at].at("vision").scale(2.0) for at in range(3)]
-    edits += [S.resid_pre[at].at([-2, -1]).scale(3.0) for at in range(3)]
-    edits += [S.pattern[at].knockout(query=-1, key="vision") for at in model.atlas.layers("pattern")]
+def batch(model: ic.Model, family: str) -> ic.Tokens:
+    """Texts of nearly one length: two images, two of other sizes or one token less, and none."""
+    made = [pictures.picture(family, seed) for seed in range(3)]
+    rows = [model._input(values_of(family, made[:2], model.dtype))]
+    if family in pictures.QWEN:
+        rows.append(
+            model._input(values_of(family, [torch.randn(3, 16, 48, generator=torch.manual_seed(3))], model.dtype))
+        )
+    else:
+        second = model._input(values_of(family, made[1:], model.dtype))
+        rows.append(shorter(second, model.hf.config, model.atlas.family))
+    words = 10 + torch.arange(rows[0].ids.shape[1] - 1)[None] % 40
+    return ic.Tokens.stack([*rows, ic.Tokens(words, words > 0)])
+
+
+@pytest.mark.parametrize("family", some("qwen3_vl", "gemma3_vision"))
+def test_texts_share_a_clean_pass(family: str) -> None:
+    """Unequal texts, with images and without, get the numbers of each text alone, from one clean pass; where some layer
+    takes no keys of it, only equally long ones do."""
+    model = tiny_model(family, torch.float64)
+    text = batch(model, family)
+    edits: list[ic.Edit] = [S.resid_pre[at].at(pos).scale(3.0) for at in range(3) for pos in (0, 5, -4, -1)]
+    edits += [S.z[at, 1].at([-2, -1]).scale(2.0) for at, head in model.heads if head == 1]
     judged = score.logit_diff(torch.tensor([3, 4, 5]), 9)
-    tower, towers = Tower(model.hf).module, list[int]()
-    assert tower is not None
-    handle = computed(tower).register_forward_hook(lambda *_: towers.append(1))
-    found = model.sweep(pictures.inputs(family, rows), edits, judged)
-    handle.remove()
-    assert len(towers) == len(rows) and not any(found.plan.singles)
-    for number, row in enumerate(rows):
-        alone = model.sweep(pictures.inputs(family, [row]), edits, score.logit_diff(3 + number, 9), strategy="full")
+    found, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
+    same(found, full, model)
+    assert not found.plan.why or family in COARSER
+    assert [group.texts for group in found.plan.groups] == ([(0,), (1,), (2,)] if family in COARSER else [(0, 1, 2)])
+    for number, row in enumerate(text):
+        alone = model.sweep(row, edits, score.logit_diff(3 + number, 9), strategy="full")
         close(found.values[:, number], alone.values[:, 0], model)
+    if model.can("pattern", "write"):
+        return
+    layers, pair = model.atlas.layers("pattern"), some_rows(text, [0, 1])
+    hidden = [S.pattern[at].knockout(query=-1, key="vision") for at in layers]
+    hidden += [S.pattern[at].knockout(query=[-2, -1], key="image_0") for at in layers[-1:]]
+    found, full = (model.sweep(pair, hidden, JUDGED, strategy=name) for name in ("auto", "full"))
+    same(found, full, model)
+    if family not in COARSER:
+        assert [group.texts for group in found.plan.groups] == [(0, 1)]
+        assert all(len({step.text for step in one.steps}) == 1 for one in found.plan.passes)
+
+
+def test_what_texts_that_go_together_cost() -> None:
+    """One call of the tower, one clean pass, and passes over the variants of all texts, inside attention of each."""
+    model = ic.load(testing.tiny("qwen3_vl"))
+    rows = [[pictures.picture("qwen3_vl", seed)] for seed in range(4)]
+    text = model._input(pictures.inputs("qwen3_vl", rows))
+    n = text.ids.shape[1]
+    edits = [S.resid_pre[at].at(-1).zero() for at in range(3)]
+    hidden = [S.pattern[at].knockout(query=-1, key="vision") for at in range(3)]
+    model.sweep(text, edits, JUDGED)
+    for variants, passes in ((edits, 1), (hidden, 4)):
+        with counted(model) as (towers, tokens):
+            plan = model.sweep(text, variants, JUDGED).plan
+        assert (len(plan.groups), len(plan.passes), len(towers)) == (1, passes, 1)
+        assert sum(tokens) == plan.token_layers == 4 * (3 * n + 3 + 2 + 1)
+    with counted(model) as (towers, _):
+        plan = model.sweep(text, [*edits, S.vision_embed.scale(0.5)], JUDGED).plan
+    assert len(plan.groups) == len(towers) == 4  # passes of their own have the images of their text
+
+
+def test_a_large_image_makes_no_larger_trial() -> None:
+    """Where images have as many tokens as they have patches, a corner stands for them."""
+    edits = [S.resid_pre[at].at("vision").scale(2.0) for at in range(3)]
+    trials = []
+    for size in ((16, 24), (64, 64)):
+        given = values_of("qwen3_vl", [torch.randn(3, *size, generator=torch.manual_seed(0))], torch.float32)
+        trials.append(ic.Sweep.planned(ic.load(testing.tiny("qwen3_vl")), given, edits, JUDGED).trial)
+    assert trials[0] == trials[1] and trials[0] is not None
+    n, from_image, after = 3 + 4 + 3, 4 + 3, 3  # text, corner, text
+    assert trials[0].token_layers == 2 * (3 * n + n) + 2 * from_image + (2 + 1) * after
+
+
+def test_where_padding_tells_texts_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were texts filled up on the left, earlier columns would not be theirs: the trial sees it, and the plan says so."""
+    monkeypatch.setattr(sweep_runner, "padded_on", lambda tokens, side: (tokens, None))
+    model = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64))
+    text = batch(model, "qwen3_vl")
+    edits = [S.resid_pre[at].at(pos).scale(3.0) for at in range(3) for pos in (0, -1)]
+    found, full = (model.sweep(text, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    same(found, full, model)
+    assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
+    assert "texts go one by one: its numbers differ from full forward passes by" in found.plan.explain()
 
 
 @pytest.mark.parametrize("strategy", ["auto", "full"])
@@ -296,3 +375,16 @@ def test_images_that_see_themselves_both_ways_are_run_whole() -> None:
     width = given["input_ids"].shape[1]
     assert sorted(one.columns for one in found.plan.passes) == [width - second, width - (second - 1)]
     same(found, full, model)
+
+
+def test_a_text_with_a_hidden_column_has_passes_of_its_own() -> None:
+    """Beside others, which the trial then takes; alone, where there is nothing to try."""
+    model, given = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64)), values("qwen3_vl")
+    holed = {**given, "attention_mask": given["attention_mask"].clone()}
+    holed["attention_mask"][0, -3] = 0
+    edits = [S.resid_pre[at].at(-1).scale(3.0) for at in range(3)]
+    for x in (holed, ic.Tokens.stack([model._input(holed), model._input(given)])):
+        found, full = (model.sweep(x, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+        same(found, full, model)
+        assert len(found.plan.singles[0]) == len(edits)
+        assert found.plan.strategy == ("full" if len(found.plan.lengths) == 1 else "staircase")

@@ -93,7 +93,9 @@ def test_which_texts_go_alone() -> None:
 
     assert groups(ROWS, head) == [(0, 1, 2)]
     assert groups((ROWS[0], ROWS[1][:3], ROWS[2]), head) == [(0, 2), (1,)]  # filled up, one would cost too much
-    assert groups(ROWS, S.pattern[1].knockout(query=-1, key=1)) == [(0,), (1,), (2,)]
+    inside = model.sweep(texts(), [S.pattern[1].knockout(query=-1, key=1)], JUDGED).plan
+    assert [group.texts for group in inside.groups] == [(0, 1, 2)]  # rows of each text then have a pass of their own
+    assert [{step.text for step in one.steps} for one in inside.passes] == [{0}, {1}, {2}]
     inner = score.projection(S.resid_post[1].at(-1), torch.linspace(-1, 1, 64))
     assert groups(ROWS, head, inner) == [(0,), (1,), (2,)]
     hf = testing.tiny("llama")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pictures
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import sampled, tiny_model
 from layouts import DEEPSTACK, LAYOUT, VISUAL
 from reference import Reference
 
@@ -13,6 +13,8 @@ import interp_core as ic
 from interp_core import sites as S
 
 IMAGE = 90
+FAMILIES = sampled(VISUAL, ("qwen3_vl", "llava", "gemma3_vision"))
+"""DeepStack and positions by row and column; pictures in a plain language model; pictures that attend both ways."""
 
 
 def inputs(n_images: int = 1) -> dict[str, torch.Tensor]:
@@ -91,7 +93,7 @@ def batch(family: str) -> dict[str, object]:
     return pictures.inputs(family, [made[:2], made[2:3], made[3:]])
 
 
-@pytest.mark.parametrize("family", VISUAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_images_equal_single_rows(family: str) -> None:
     model = tiny_model(family)
     made = [pictures.picture(family, seed) for seed in range(3)]
@@ -127,7 +129,7 @@ def test_images_have_names(family: str) -> None:
     assert torch.equal(second[0], run.rows(S.vision_embed)[0][len(second[0]) : 2 * len(second[0])])
 
 
-@pytest.mark.parametrize("family", VISUAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_visual_edits_equal_hand_written_hooks(family: str) -> None:
     """`vision_embed`, by hand: the language model's `inputs_embeds` at the placeholders."""
     model = tiny_model(family, torch.float64)
@@ -150,7 +152,7 @@ def test_visual_edits_equal_hand_written_hooks(family: str) -> None:
     assert [len(row) for row in run.receipts[0].positions] == [len(row) for row in run.rows(S.vision_embed)]
 
 
-@pytest.mark.parametrize("family", VISUAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_with_images_equals_hand_written_hooks(family: str) -> None:
     model = tiny_model(family, torch.float64, "eager")
     reference = Reference(family, model.hf)
@@ -268,7 +270,7 @@ def test_what_the_processor_returned_is_wanted_whole() -> None:
         tiny_model("gpt2").run(torch.tensor([[1, 2]]), read=S.vision_embed)
 
 
-@pytest.mark.parametrize("family", VISUAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_after_an_image_is_as_before(family: str, ids: torch.Tensor) -> None:
     model = tiny_model(family)
     before = model.run(ids).logits

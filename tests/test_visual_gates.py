@@ -10,6 +10,7 @@ from interp_plugins.visual import gates
 from interp_plugins.visual.curves import Curve, curve
 from interp_plugins.visual.depth import Layers
 from interp_plugins.visual.gates import Gate, Thresholds
+from interp_plugins.visual.horizon import claim
 
 import interp_core as ic
 from interp_core import stats
@@ -91,6 +92,36 @@ def test_truncation() -> None:
     assert few.status == "inconclusive"
 
 
+def test_truncation_passes_where_the_mean_hides_hard_questions_and_fails_where_the_cliff_is_for_all() -> None:
+    """What G3 asks: both studies have a cliff at layer 5 of 8, by the mean over easy and hard samples."""
+    rng, layers = np.random.default_rng(0), Layers(tuple(range(8)), 8)
+    hard = np.arange(90) < 30
+    images = [f"i{i}" for i in range(90)]
+    for left, status in ((0.5, "pass"), (0.0, "fail")):  # nats that hard questions lose behind the cliff
+        delta = np.where(np.arange(8) < 5, 2.0, 0.0) + rng.normal(0, 0.02, (90, 8))
+        delta[hard, 5:] += left
+        one = curve("replace:blind random", delta, layers, 0.3, blind=delta[:, 0], boot=stats.Bootstrap(resamples=200))
+        assert one.cliff.value == 5 and gates.cliff_gate(one, DEMANDS).status == "pass"
+        drop = (rng.random(90) < 0.6 * hard * (left > 0)).astype(float)
+        assert gates.truncation_gate(drop, hard.tolist(), images, 5, DEMANDS, resamples=400).status == status
+
+
+def test_a_cliff_needs_ranked_to_beat_random_before_it_alone() -> None:
+    layers, rng = Layers(tuple(range(8)), 8), np.random.default_rng(0)
+    gains = np.where(np.arange(8) < 5, 0.5, 0)[:, None] + rng.normal(0, 0.05, (40, 8, 3))
+    gains[:, 5:] -= gains[:, 5:].mean(0)
+
+    def gate(values: np.ndarray, cliff: int = 5) -> Gate:
+        return gates.ranking_gate(claim(values, layers, cliff, resamples=200), DEMANDS, "abc")
+
+    assert gate(gains).status == "pass" and gate(gains).number == pytest.approx(0.5, abs=0.02)
+    assert gate(gains, 3).status == "fail"  # ranked is better from there on too
+    assert gate(gains * 0).status == "fail"  # no better anywhere
+    assert gate(gains[:10]).status == "inconclusive"
+    for absent in (gate(gains, 8), gates.ranking_gate(None, DEMANDS)):
+        assert absent.status == "missing"
+
+
 def test_depth_geometry_and_probes() -> None:
     assert gates.depth_gate(interval(0.4, 0.1), DEMANDS).status == "pass"
     assert gates.depth_gate(interval(0.05, 0.1), DEMANDS).status == "inconclusive"
@@ -111,6 +142,7 @@ def test_depth_geometry_and_probes() -> None:
         ({}, "FULL", 0), ({"G4": "fail", "G5": "fail"}, "FULL", 0), ({"G3": "fail"}, "PARTIAL", 3),
         ({"G4": "fail", "G5": "fail", "G6": "inconclusive"}, "PARTIAL", 3), ({"G2": "inconclusive"}, "STOP", 4),
         ({"G0": "fail"}, "STOP", 4), ({"G6": "missing"}, "INCOMPLETE", 5), ({"G3": "missing"}, "INCOMPLETE", 5),
+        ({"G7": "fail"}, "STOP", 4), ({"G7": "inconclusive"}, "STOP", 4), ({"G7": "missing"}, "INCOMPLETE", 5),
         ({"G1": "missing"}, "INCOMPLETE", 5), ({"G1": "missing", "G2": "fail"}, "STOP", 4),
     ],
 )  # fmt: skip
@@ -123,9 +155,9 @@ def test_verdicts(statuses: dict[str, str], verdict: str, code: int) -> None:
 
 def test_a_gate_that_was_not_evaluated_is_missing_and_one_not_planned_is_none() -> None:
     found = gates.judge([gate for gate in every() if gate.name != "G6"], DEMANDS)
-    assert found.gates[-1].status == "missing" and found.verdict == "INCOMPLETE"
-    planned = Thresholds(gates=gates.GATES[:-1])
-    assert gates.judge(every()[:-1], planned).verdict == "FULL"
+    assert found.gates[6].status == "missing" and found.verdict == "INCOMPLETE"
+    planned = Thresholds(gates=gates.GATES[:6])
+    assert gates.judge(every()[:6], planned).verdict == "FULL"
     assert planned.hash != DEMANDS.hash == Thresholds().hash == gates.judge(every(), DEMANDS).thresholds
 
 
@@ -133,5 +165,5 @@ def test_thresholds_from_a_config() -> None:
     assert Thresholds.of({"images": 8, "gates": ["G0", "G1"]}) == Thresholds(images=8, gates=("G0", "G1"))
     with pytest.raises(ic.PlanError, match="no threshold 'drop_eazy'"):
         Thresholds.of({"drop_eazy": 1})
-    with pytest.raises(ic.PlanError, match="no gate 'G7'"):
-        Thresholds.of({"gates": ["G7"]})
+    with pytest.raises(ic.PlanError, match="no gate 'G8'"):
+        Thresholds.of({"gates": ["G8"]})

@@ -49,6 +49,14 @@ def test_a_cliff_is_claimed_only_where_ranked_beats_random_before_it_and_not_aft
     assert not never.holds and "not claimed" in str(never)  # ranked is no better before it
     for cliff in (0, 8):  # nothing before, or nothing after: nothing to claim
         assert not h.claim(gains, LAYERS, cliff, resamples=300).holds
+    tiny = gains + np.where(np.arange(8) < 5, 0, 0.001)[:, None]
+    tiny[:, 5:] -= 0.99 * (tiny[:, 5:] - tiny[:, 5:].mean(0))  # sure, and next to nothing
+    assert (
+        not h.claim(tiny, LAYERS, 5, resamples=300).holds and h.claim(tiny, LAYERS, 5, margin=0.01, resamples=300).holds
+    )
+    unsure = gains.copy()
+    unsure[:, 5:] += np.random.default_rng(1).normal(0, 9, (40, 1, 1))  # an interval that is wide shows nothing
+    assert not h.claim(unsure, LAYERS, 5, margin=0.01, resamples=300).holds
 
 
 def test_shape_over_tokens_and_noise_by_hand() -> None:
@@ -72,8 +80,10 @@ def test_removal_equals_masks_by_hand(family: str) -> None:
     for layer in range(n):
         for v in visual[:2]:
             rest = [place for place in visual + behind if place != v]
-            wanted = whole - hidden_by_hand(model, family, clean, range(layer, n), rest, [v]).mean()
-            torch.testing.assert_close(found.information[0, layer, v], wanted, atol=1e-5, rtol=0)
+            left = hidden_by_hand(model, family, clean, range(layer, n), rest, [v])
+            torch.testing.assert_close(found.information[0, layer, v], whole - left.mean(), atol=1e-5, rtol=0)
+            first = found.of("first").information[0, layer, v]
+            torch.testing.assert_close(first, logp_by_hand(model, clean)[0] - left[0], atol=1e-5, rtol=0)
         order = sorted(visual, key=lambda v: -float(found.information[0, layer, v]))
         gone = order[len(visual) // 2 :]
         rest = [place for place in visual + behind if place not in gone]
@@ -116,7 +126,12 @@ def test_rankings_and_what_is_refused() -> None:
     one, other = (method(model, clean, ranking=by, keep=[0.5], layers=[1]) for by in ("information", "attention"))
     assert torch.equal(one.random, other.random) and float(one.ranked[0, 0, 0]) > float(other.ranked[0, 0, 0])
     assert "ranked by attention" in str(other) and "<svg" in other.html()
+    some = method(model, clean, ranking="attention", keep=[0.5], layers=[1], tokens=2)
+    seen = ~some.information[0, 0].isnan()
+    assert seen.sum() == 2 and torch.equal(some.information[0, 0, seen], other.information[0, 0, seen])
+    assert torch.equal(some.kept, other.kept)  # ranked among all of them
     for settings, match in [
+        ({"tokens": 2}, "that does not need them all"), ({"tokens": 0, "ranking": "attention"}, "give one at least"),
         ({"subsets": 4}, "needs 5 subsets"), ({"keep": [1.0]}, "lie between 0 and 1"), ({"keep": []}, "one at least"),
     ]:  # fmt: skip
         with pytest.raises(ic.PlanError, match=match):

@@ -69,18 +69,18 @@ def test_knockouts_and_truncation_equal_masks(family: str) -> None:
     visual, behind, p0 = places(clean)
     last, question = list(range(p0, clean.ids.shape[1])), list(clean.rows.names["question"][0])
     method, n = ic.method("visual"), model.n_layers
-    names = ["knockout:text", "knockout:question", "knockout:last", "knockout:last,question", "truncation"]
-    groups = [(behind, visual), (question, visual), (last, visual), (last, question), (behind, visual)]
+    names = ["knockout:text", "knockout:question", "knockout:last", "knockout:last,question", "truncation", "band:2"]
+    groups = [(behind, visual), (question, visual), (last, visual), (last, question), *[(behind, visual)] * 2]
     for window in (1, 3):
         found = method(model, clean, interventions=names, window=window)
         for i, (query, key) in enumerate(groups):
             for layer in range(n):
                 middle = range(max(0, layer - window // 2), min(n, layer + window // 2 + 1))
-                hit = range(layer, n) if names[i] == "truncation" else middle
+                hit = {"truncation": range(layer, n), "band:2": range(layer, min(n, layer + 2))}.get(names[i], middle)
                 wanted = hidden_by_hand(model, family, clean, hit, query, key).mean()
                 torch.testing.assert_close(found.mean[0, i, layer], wanted, atol=1e-6, rtol=0)
                 assert found.hit[i][layer] == len(hit)
-    assert len({round(float(x), 6) for x in found.mean[0, :, 0]}) == 5  # each of them hides something else
+    assert len({round(float(x), 6) for x in found.mean[0, :5, 0]}) == 5  # each of them hides something else
     torch.testing.assert_close(found.mean[0, 0, 1], found.mean[0, 4, 0], atol=1e-6, rtol=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ LAYERS = 3
 WORDS = ("red", "yes", "square", "left", "two", "blue", "no", "circle")
 QUICK: dict[str, Any] = {
     "profile": "smoke", "dataset": "plain", "pilots": 2, "samples": 5, "blind": ["black"], "tau": 1.0,
-    "null_image": "none", "max_new_tokens": 2, "resamples": 100, "interventions": ["truncation", "text:blind"],
+    "null_image": "none", "max_new_tokens": 2, "resamples": 100, "interventions": ["truncation", "band", "text:blind"],
+    "horizon_samples": 3, "horizon_tokens": 2, "keep_fractions": [0.5],
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("rough_figures")
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +104,24 @@ def test_every_file_is_there(done: tuple[Path, Phase1]) -> None:
         "thresholds.json", "samples.json", "sanity.json", "causal/records.jsonl", "causal/causal.json",
         "causal/effects.png", "causal/share.png", "causal/pilots.png", "truncation/answers.jsonl",
         "truncation/truncation.json", "truncation/drops.png", "geometry/result/result.json", "geometry/geometry.json",
-        "geometry/effective_rank.png", "geometry/anisotropy.png", "checkpoint/checkpoint.json",
-        "checkpoint/checkpoint.md", "overlay/overlay.json", "overlay/image_0.png",
+        "geometry/effective_rank.png", "geometry/anisotropy.png", "checkpoint_eval/checkpoint_eval.json",
+        "checkpoint_eval/checkpoint_eval.md", "overlay/overlay.json", "overlay/visual_map_image_0.png",
+        "causal/evd_gap.png", "causal/horizon.jsonl", "causal/horizon.json", "causal/information.png",
+        "truncation/keep_fractions.json", "truncation/ranked_random.png", "truncation/keep_fractions.png",
+        "truncation/answers_that_stay.png", "truncation/difficulty.png", "truncation/bands.png",
+        "geometry/er_ratio.png", "checkpoint_eval/gates.png",
     }  # fmt: skip
     page = found.page.read_text()
-    for word in (f"Verdict {found.verdict}", "inconclusive", "← τ", "visual_map", "ifr", "Left out"):
+    for word in (
+        f"Verdict {found.verdict}",
+        "inconclusive",
+        "← τ",
+        "visual_map",
+        "ifr",
+        "Left out",
+        "Information horizon",
+        "G7 ranking",
+    ):
         assert word in page, word
     assert "http" not in page and not runs.manifest(out)["parts"]
 
@@ -120,12 +136,13 @@ def test_later_stages_name_the_record_that_their_boundary_is_from(done: tuple[Pa
     assert causal["records"] == records.hash and causal["threshold"]["tau"] == QUICK["tau"]
     assert causal["curves"]["replace:blind black"]["cliff"]["value"] == cliff
     assert causal["cliff_boundary"] == (cliff if 0 < cliff < LAYERS else None)
-    for file in ("truncation/truncation.json", "geometry/geometry.json", "checkpoint/checkpoint.json"):
+    for file in ("truncation/truncation.json", "geometry/geometry.json", "checkpoint_eval/checkpoint_eval.json",
+                 "causal/horizon.json", "truncation/keep_fractions.json"):  # fmt: skip
         said = read(out / file)
         assert (said["cliff_boundary"], said["causal_record"]) == (causal["cliff_boundary"], records.hash)
-    judged = read(out / "checkpoint/checkpoint.json")
+    judged = read(out / "checkpoint_eval/checkpoint_eval.json")
     assert judged["thresholds"] == read(out / "thresholds.json")["hash"]
-    assert judged["thresholds"] == Thresholds.of({"gates": gates.GATES[:-1]}).hash
+    assert judged["thresholds"] == Thresholds.of({"gates": [g for g in gates.GATES if g != "G6"]}).hash
     assert (judged["verdict"], judged["exit_code"]) == (found.verdict, found.exit_code) == ("STOP", 4)
     by_name = {gate["name"]: gate["status"] for gate in judged["gates"]}
     assert by_name["G0"] == "pass" and {by_name["G1"], by_name["G2"]} == {"inconclusive"}  # five images
@@ -146,6 +163,38 @@ def test_records_are_those_of_the_method(done: tuple[Path, Phase1], tiny_vl: str
     stored = [row["delta"] for row in records if row["sample"] == name and row["intervention"] == "replace:blind"]
     np.testing.assert_allclose(stored, result.delta[0, 0].tolist(), rtol=0, atol=1e-6)
     assert stored[0] > 0
+
+
+def test_the_horizon_is_of_what_the_model_itself_says(done: tuple[Path, Phase1], tiny_vl: str, data: Path) -> None:
+    """One sample by itself; first token and whole answer are two curves, and both files say whose they are."""
+    from interp_plugins.questions import read_questions
+
+    out, _ = done
+    model, cells = ic.load(tiny_vl), rows(out / "causal/horizon.jsonl")
+    assert len(cells) == 3 * LAYERS and {row["layer"] for row in cells} == set(range(LAYERS))
+    name, text = cells[0]["sample"], cells[0]["answer"]
+    said = {row["cell"]: row.get("text") for row in rows(out / "truncation/answers.jsonl")}
+    assert text == said[f"{name} @ {LAYERS}"]
+    question = next(question for question in read_questions("plain", data) if question.name == name)
+    tokens = asked(model, question, question.pictures(), text)
+    found = ic.method("information_horizon")(
+        model, tokens, keep=[0.5], ranking="attention", tokens=2, layers=[cells[0]["layer"]]
+    )
+    for i, score in enumerate(found.scores):
+        stored = [cells[0]["whole"][score], *cells[0]["lost"][score], *cells[0]["kept"][score][0]]
+        lost = found.lost[0, i, 0]
+        alone = [found.whole[0, i].item(), *lost[~lost.isnan()].tolist(), *found.kept[0, i, 0, 0].tolist()]
+        np.testing.assert_allclose(stored, alone, rtol=0, atol=1e-5)
+    assert len(cells[0]["lost"]["mean"]) == 2 and len(cells[0]["kept"]["mean"][0]) == 6
+    horizon = read(out / "causal/horizon.json")
+    several = {row["sample"] for row in cells if row["m"] > 1}
+    assert set(horizon["answers"]) == {"single", "generated"} and horizon["of_several_tokens"] == len(several) > 0
+    assert horizon["answers"]["single"]["layers"] != horizon["answers"]["generated"]["layers"]
+    keep = read(out / "truncation/keep_fractions.json")
+    left = np.array([row["kept"]["mean"] for row in cells]).reshape(3, LAYERS, 1, 6)
+    gains = (left[..., 0] - left[..., 1:].mean(-1)).mean((0, 2))
+    told = [row["advantage_0.5"] for row in keep["advantage"]["generated"]]
+    np.testing.assert_allclose(told, gains, rtol=0, atol=1e-9)
 
 
 def test_bad_samples_are_counted_and_left_out(done: tuple[Path, Phase1]) -> None:
@@ -174,20 +223,24 @@ def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
     assert not told and more.verdict == "STOP"  # the grid has all layers of this model
     again = read(out / "causal/causal.json")
     assert again["cliff_boundary"] == asked_for and again["records"] == causal["records"]
+    keep = read(out / "truncation/keep_fractions.json")
+    assert keep["cliff_boundary"] == keep["claims"]["generated"]["cliff"] == asked_for
     assert again["cliff_boundary_from"] == {"given": True, "record": "0" * 64}
     assert read(out / "truncation/truncation.json")["cliff_boundary"] == asked_for
 
 
 def test_layers_that_the_grid_lacks_are_run(tiny_vl: str) -> None:
     plan = Plan(
-        ("replace:blind",), ("random",), "none", None, 1, 0.01, False, 0.1, None, None, (0, 2), 100, 0, Thresholds()
-    )
+        ("replace:blind",), ("random",), "none", None, 1, 0.01, False, 0.1, None, None, (0, 2), 4, None, (0.5,), 5, 100,
+        0, Thresholds(),
+    )  # fmt: skip
+    assert plan.bands(8) == [(0, 2), (2, 4), (4, 6), (6, 8)] and plan.bands(3) == [(0, 1), (1, 2), (2, 3)]
     assert plan.grid(4, None) == [0, 2, 4] and plan.grid(4, 3) == [0, 2, 3, 4]
-    whole = Plan(*(list(vars(plan).values())[:10]), None, 100, 0, Thresholds())  # type: ignore[arg-type]
+    whole = replace(plan, truncation_layers=None)
     assert len(whole.grid(48, 23)) == 14 and {0, 23, 48} <= set(whole.grid(48, 23))
     for bad in (0, 3):
         with pytest.raises(ic.PlanError, match=r"--cliff_boundary .: 1 to 2"):
-            Plan(*(list(vars(plan).values())[:8]), bad, *(list(vars(plan).values())[9:])).check(ic.load(tiny_vl))  # type: ignore[arg-type]
+            replace(plan, cliff_boundary=bad).check(ic.load(tiny_vl))
 
 
 def test_a_stopped_run_goes_on(done: tuple[Path, Phase1], measured: list[str]) -> None:
@@ -195,7 +248,7 @@ def test_a_stopped_run_goes_on(done: tuple[Path, Phase1], measured: list[str]) -
     names = [row["sample"] for row in read(done[0] / "samples.json")["samples"]]
     assert measured == [*names[:4], *names[3:]]
     records = Records.read(done[0] / "causal/records.jsonl")
-    assert len(records.rows) == len(names) * (1 + 3 * LAYERS)
+    assert len(records.rows) == len(names) * (1 + 4 * LAYERS)
 
 
 def test_no_visual_dependence_ends_with_its_message(
@@ -222,9 +275,9 @@ def test_no_visual_dependence_ends_with_its_message(
     outcome = CliRunner().invoke(cli.app, words)
     assert outcome.exit_code == 4, outcome.output
     assert "no visual dependence measurable" in outcome.output and "verdict STOP" in outcome.output
-    judged = read(out / "checkpoint/checkpoint.json")
+    judged = read(out / "checkpoint_eval/checkpoint_eval.json")
     by_name = {gate["name"]: gate["status"] for gate in judged["gates"]}
-    assert by_name == {"G0": "pass", "G1": "fail"} | {f"G{i}": "missing" for i in range(2, 6)}
+    assert by_name == {"G0": "pass", "G1": "fail"} | {f"G{i}": "missing" for i in (2, 3, 4, 5, 7)}
     for file in ("truncation/truncation.json", "geometry/geometry.json"):
         assert read(out / file)["status"] == stages.NO_DEPENDENCE
     assert "no visual dependence measurable" in (out / "visual_phase1.html").read_text() and (out / "DONE").is_file()
@@ -256,6 +309,8 @@ def test_settings_that_cannot_be(tiny_vl: str, data: Path) -> None:
         ({"causal_record": "0" * 64}, "--cliff_boundary"),
         ({"samples": 40}, "42 questions are asked for"),
         ({"layers": [9]}, "--layers 9: 0 to 2"),
+        ({"keep_fractions": [0.5, 1.0]}, "each lies between 0 and 1"),
+        ({"random_subsets": 4}, "random_subsets is 4: give at least 5"),
     ]:
         with pytest.raises(ic.PlanError, match=said):
             visual_phase1(tiny_vl, data_path=data, out=None, **QUICK | more)
@@ -271,5 +326,11 @@ def test_the_toy_has_a_cliff(tmp_path: Path) -> None:
     cliff = causal["curves"]["replace:blind random"]["cliff"]
     assert 0 < causal["cliff_boundary"] < 8 and cliff["high"] - cliff["low"] <= 2
     assert 0 <= causal["noise_floor"] < causal["threshold"]["tau"]
-    statuses = {gate["status"] for gate in read(tmp_path / "toy/checkpoint/checkpoint.json")["gates"][1:]}
+    keep = read(tmp_path / "toy/truncation/keep_fractions.json")
+    assert keep["claims"]["generated"]["holds"] and keep["claims"]["generated"]["cliff"] == causal["cliff_boundary"]
+    information = [
+        row["information"] for row in read(tmp_path / "toy/causal/horizon.json")["answers"]["single"]["layers"]
+    ]
+    assert max(np.abs(information[causal["cliff_boundary"] :])) < 0.01 < 0.1 < information[0]
+    statuses = {gate["status"] for gate in read(tmp_path / "toy/checkpoint_eval/checkpoint_eval.json")["gates"][1:]}
     assert statuses <= {"inconclusive", "missing"}

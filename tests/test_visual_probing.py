@@ -25,6 +25,7 @@ from interp_core import stats
 
 PLACES = ["text_instruction_token", "visual_token", "answer_token"]
 QUICK: dict[str, Any] = {"profile": "smoke", "max_new_tokens": 2, "dataset": "plain", "shuffles": 5}
+pytestmark = pytest.mark.usefixtures("rough_figures")
 
 
 def asking(number: int, label: str, image: Any) -> Question:
@@ -75,7 +76,7 @@ def test_every_file_is_there(run: Path) -> None:
 
 def test_bad_rows_are_recorded_and_counted(run: Path) -> None:
     (row,) = table(run / "tables/skipped.csv")
-    assert "q13" in row["sample"] and row["where"] == "image" and "decoded" in row["reason"]
+    assert "q13" in row["sample"] and row["where"] == "image" and "no picture that can be read" in row["reason"]
     record = json.loads((run / "probing.json").read_text())
     assert record["not_asked"] == {"they are not answered by yes or no": 1}
     assert "1 questions could not be used" in record["sentences"][0]

@@ -161,7 +161,7 @@ def test_rows_that_cannot_be_used_are_recorded_and_skipped(tmp_path: Path) -> No
         questions[1].answers == ("yes", "y") and questions[1].meta == {"source": "x"} and len(questions[1].images) == 2
     )
     assert questions.counts == {
-        "image: there is no such file": 1, "image: it is no image that Pillow knows": 1, "image: it has no image": 1,
+        "image: there is no such file": 1, "image: it is no picture that can be read": 1, "image: it has no image": 1,
         "image: its name leads out of the folder of images": 3, "question: it has no question": 1,
         "answer: it has no answer": 3, "answer: it is no text": 1, "name: another question has it": 1, "meta: it is no object": 1,
     }  # fmt: skip
@@ -172,11 +172,14 @@ def test_rows_that_cannot_be_used_are_recorded_and_skipped(tmp_path: Path) -> No
     assert "1 rows skipped: image: there is no such file" in str(
         questions
     ) and "3 questions (2 of no kind, 1 two)" in str(questions)
-    with pytest.raises(ic.LoadError, match="question 'broken': image: it cannot be decoded"):
+    with pytest.raises(ic.LoadError, match="question 'broken': image: it is no picture that can be read"):
         questions[2].pictures()
     checked = questions.checked()
     assert [question.name for question in checked] == ["a", "questions_2"]
-    assert checked.counts["image: it cannot be decoded"] == 1 and len(checked.skipped) == len(questions.skipped) + 1
+    assert (
+        checked.counts["image: it is no picture that can be read"] == 2
+        and len(checked.skipped) == len(questions.skipped) + 1
+    )
 
 
 def test_strict_raises_for_the_first_bad_row(tmp_path: Path) -> None:
@@ -192,10 +195,24 @@ def test_huge_images_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     drawn(tmp_path / "a.png")
     row = {"image": "a.png", "question": "Which?", "answer": "red"}
     file = lines(tmp_path / "questions.jsonl", [row])
+    monkeypatch.setattr("interp_core.vision.pictures.LARGEST", 200)
     for most in (200, 100):  # Pillow warns above it, and raises above twice as many
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
         with pytest.raises(ic.LoadError, match="1 image: it has too many pixels"):
             read_questions("plain", file)
+
+
+def test_pictures_are_those_that_the_model_is_shown(tmp_path: Path) -> None:
+    """Turned as a camera's file says, like wherever else a picture is opened; tiny ones are skipped."""
+    image = Image.new("RGB", (24, 16))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (2, 2)).save(tmp_path / "tiny.png")
+    rows = [{"image": name, "question": "Which?", "answer": "red"} for name in ("turned.jpg", "tiny.png")]
+    questions = read_questions("plain", lines(tmp_path / "questions.jsonl", rows))
+    assert questions.counts == {"image: it is too small": 1}
+    assert questions[0].pictures()[0].size == (16, 24)
 
 
 def test_nothing_that_can_be_used_is_an_error(tmp_path: Path) -> None:
@@ -281,7 +298,7 @@ def test_difficulty_is_what_the_source_says() -> None:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     file = drawn(tmp_path / "source" / "chart.jpg", 5)
-    shown = Image.new("RGB", (5, 3), (1, 2, 3))
+    shown = Image.new("RGB", (5, 4), (1, 2, 3))
     questions = [
         Question(
             "Größe/1", (shown,), "Wie groß?", ("5", "fünf"), "human", {"difficulty": "easy", "boxes": [[0, 0, 2, 3]]}

@@ -10,16 +10,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CapabilityError, LoadError, SiteError, nearest
-from ..sites import SITES, Site, indices
+from ..sites import SITES, VISION_, Site, indices
 from . import taps
 from .components import ENDS, Components
-from .family import Family, Heads, Place, split_heads
+from .family import Family, Heads, Place, View, split_heads
 from .reach import Reach
-from .taps import Lens, Tap
-from .undescribed import UNDESCRIBED
+from .taps import Lens, Side, Tap
+from .towers import last_used
+from .undescribed import UNDESCRIBED, discover
 
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
 """Sites that only mixtures of experts have."""
@@ -78,6 +79,7 @@ class Atlas:
     Attributes:
         family: name of the family, `config.model_type`.
         shape: sizes of the model.
+        tower: number of layers of its vision tower.
         config: the model's whole config.
         components: modules by TransformerLens' names of components.
         reaches: per layer with heads, how far its queries look.
@@ -89,7 +91,7 @@ class Atlas:
     """
 
     def __init__(self, family: Family, shape: Shape, config: Any) -> None:
-        self.family, self.shape, self.config = family, shape, config
+        self.family, self.shape, self.config, self.tower = family, shape, config, 0
         self.entries: dict[tuple[str, int], Entry] = {}
         self.components = Components(family.name, shape.n_layers)
         self.reaches: dict[int, Reach] = {}
@@ -115,19 +117,25 @@ class Atlas:
         if (one := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
             return [one]
         if site.name in self.lacking:
-            raise CapabilityError(f"{site}: {self.lacking[site.name]}")
+            raise CapabilityError(f"{site}: {self.lacking[site.name]}{self._beside(site.name)}")
         if not site.info.layered:
             return [self.entries[site.name, 0]]
         having = self.layers(site.name)
         if site.layers is None:
             return [self.entries[site.name, layer] for layer in having]
         counted = len(having) if site.info.visual else self.shape.n_layers  # what a vision tower hands over is apart
+        counted = self.tower if site.info.tower else counted
         asked = indices(site.layers, counted, "layer", site)
         if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
             shown = ", ".join(map(str, having))
             why = f" ({self.withdrawn[site.name, missing[0]]})" if (site.name, missing[0]) in self.withdrawn else ""
             raise SiteError(f"{site}: layer {missing[0]} has no {site.name}{why}; layers {shown} have")
         return [self.entries[site.name, layer] for layer in asked]
+
+    def _beside(self, name: str) -> str:
+        """The site of the language model that is what a vision tower's would be."""
+        same = name.removeprefix(VISION_)
+        return f"; {same} is its language model's" if same != name and self.layers(same) else ""
 
     def drop(self, name: str, why: str, layers: Sequence[int] = ()) -> None:
         """Take a site out of the atlas, in some layers or all (())."""
@@ -184,27 +192,76 @@ def build(model: Any, family: Family | None) -> Atlas:
     for layer in range(shape.n_layers):
         builder.block(layer)
     builder.ends()
+    tower = _tower(atlas, modules)
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
-    _explain(atlas, undescribed | builder.refused, builder.parallel)
+    _explain(atlas, undescribed | builder.refused | tower, builder.parallel)
     return atlas
 
 
-class _Builder:
-    """Fills an atlas from module paths."""
+def _tower(atlas: Atlas, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Fill in the sites of a vision tower, which is a stack of blocks as the language model is one.
 
-    def __init__(self, atlas: Atlas, modules: Mapping[str, nn.Module], paths: Mapping[str, str], config: Any) -> None:
+    Returns:
+        Reasons why sites are lacking.
+    """
+    family, config = atlas.family.tower, getattr(atlas.config, "vision_config", None)
+    names = [name for name, info in SITES.items() if info.tower]
+    if config is None:
+        return dict.fromkeys(names, f"this {atlas.family.name} has no vision tower")
+    blocks = [] if family is None else [p for p in family.paths["blocks"].split("|") if p in modules]
+    if family is None or not blocks:
+        why = f"no family file describes the vision tower of this {atlas.family.name}, see docs/families.md"
+        return dict.fromkeys(names, why)
+    builder = _Builder(atlas, modules, {**family.paths, "blocks": blocks[0]}, config, family)
+    atlas.tower = len(list(modules[blocks[0]].children()))
+    for layer in range(atlas.tower):
+        builder.block(layer)
+    if place := builder.places.get("pre_merger"):
+        builder.view("pre_merger", 0, builder.tap(place.module, place.side), builder.d_model)
+    last = last_used(atlas.config, atlas.tower)
+    unread = f"this {atlas.family.name} takes what it sees from layer {last} of its tower: later ones change nothing"
+    for (name, layer), entry in atlas.entries.items():
+        if SITES[name].tower and SITES[name].layered and layer > last:
+            entry.write, entry.why = None, {"write": unread, "grad": unread}
+    return {VISION_ + name: why for name, why in builder.refused.items()}
+
+
+class _Builder:
+    """Fills an atlas from module paths.
+
+    Args:
+        tower: of a vision tower's blocks, what the atlas must know of them.
+    """
+
+    def __init__(
+        self, atlas: Atlas, modules: Mapping[str, nn.Module], paths: Mapping[str, str], config: Any,
+        tower: Family | None = None,
+    ) -> None:  # fmt: skip
         self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
-        family = self.family = atlas.family
+        self.text, self.components = tower is None, atlas.components if tower is None else Components("", 0)
+        self.prefix, self.lens = ("" if self.text else VISION_), (None if self.text else Lens(images=True))
+        family = self.family = tower or atlas.family
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
         self.places = family.places(config) if callable(family.places) else family.places
         self.d_model = {"d_model": atlas.shape.d_model}
-        self.refused = refusals(family, config)
+        self.refused = refusals(family, config if self.text else atlas.config)
+        if not self.text:
+            out = self._components(f"{paths['blocks']}.0")["attn.o"]
+            self.d_model = {"d_model": taps.out_features(modules[out])}
+
+    def tap(self, module: str, side: Side, *, flat: bool = False, view: View | None = None) -> Tap:
+        """A tap at a module, as tensors pass there."""
+        return Tap(module, side, view=view, lens=Lens(flat=True) if flat else self.lens)
+
+    def placed(self, block: str, place: Place) -> Tap:
+        """A tap at a place in a block."""
+        return self.tap(f"{block}.{place.module}", place.side, flat=place.flat)
 
     def ends(self) -> None:
         for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
             if (path := self.paths.get(component)) in self.modules:
-                self._view(name, 0, Tap(str(path), "out"), self.d_model)
+                self.view(name, 0, Tap(str(path), "out"), self.d_model)
         for component in ENDS:
             if (path := self.paths.get(component)) in self.modules:
                 self.atlas.components.add(component, None, self.modules[str(path)])
@@ -220,7 +277,7 @@ class _Builder:
         arguments = inspect.signature(self.modules[language].forward).parameters
         if vision is None or taps.EMBEDDINGS not in arguments:
             return
-        self._view("vision_embed", 0, Tap(language, "in", taps.EMBEDDINGS), self.d_model)
+        self.view("vision_embed", 0, Tap(language, "in", taps.EMBEDDINGS), self.d_model)
         if taps.DEEPSTACK in arguments:
             for layer in range(len(vision.deepstack_visual_indexes)):
                 tap = taps.deepstack(language, layer)
@@ -230,15 +287,15 @@ class _Builder:
     def block(self, layer: int) -> None:
         block = f"{self.paths['blocks']}.{layer}"
         found = self._components(block)
-        self.atlas.components.add("block", layer, self.modules[block])
-        self.atlas.components.add_block(layer, found, self.modules)
-        self._view("resid_pre", layer, Tap(block, "in"), self.d_model)
-        self._view("resid_post", layer, Tap(block, "out"), self.d_model)
+        self.components.add("block", layer, self.modules[block])
+        self.components.add_block(layer, found, self.modules)
+        self.view("resid_pre", layer, self.tap(block, "in"), self.d_model)
+        self.view("resid_post", layer, self.tap(block, "out"), self.d_model)
         if attn := found.get("attn", found.get("linear_attn")):
             attn_out = self._added("attn_out", block, found.get("ln1_post", attn))
             place = self.places.get("attn_in")
-            self._view("attn_in", layer, _placed(block, place) if place else Tap(attn, "in"), self.d_model)
-            self._view("attn_out", layer, attn_out, self.d_model)
+            self.view("attn_in", layer, self.placed(block, place) if place else self.tap(attn, "in"), self.d_model)
+            self.view("attn_out", layer, attn_out, self.d_model)
             if not self.parallel:
                 self._between(layer, block, attn_out, found)
         if attn := found.get("attn"):
@@ -268,7 +325,10 @@ class _Builder:
         if place := self.places.get(name):
             module, flat = f"{block}.{place.module}", place.flat
         factors = self.family.added(self.modules[block]) if self.family.added else {}
-        lens = Lens(flat, float(factors.get(name, 1.0)))
+        factor = factors.get(name, 1.0)
+        lens = Lens(flat, factor if isinstance(factor, Tensor) else float(factor), images=not self.text)
+        if isinstance(factor, Tensor):
+            return Tap(module, "out", lens=lens)
         return Tap(module, "out", lens=None if lens == Lens() else lens)
 
     def _between(self, layer: int, block: str, attn_out: Tap, found: Mapping[str, str]) -> None:
@@ -277,32 +337,32 @@ class _Builder:
         place, module = self.places.get("resid_mid"), found.get("ln2", found.get("mlp"))
         if place is None and (module is None or "mlp" not in found):
             return
-        tap = _placed(block, place) if place else Tap(str(module), "in")
+        tap = self.placed(block, place) if place else self.tap(str(module), "in")
         if tap.side == "out":
-            self._view("resid_mid", layer, tap, self.d_model)
+            self.view("resid_mid", layer, tap, self.d_model)
             return
         why = {"grad": "the stream also goes on past the module where it is read"} if tap.lens else None
         join = partial(self.family.join, self.modules[block], "resid_mid") if self.family.join else None
-        write = taps.resid_mid(Tap(block, "in"), attn_out, join)
-        self._add(Entry("resid_mid", layer, tap, write, self.d_model, why))
+        write = taps.resid_mid(self.tap(block, "in"), attn_out, join)
+        self._add(Entry(f"{self.prefix}resid_mid", layer, tap, write, self.d_model, why))
 
     def _mlp(self, layer: int, block: str, found: Mapping[str, str]) -> None:
         where: dict[str, Tap] = {}
         mlp = found.get("mlp")
         if mlp:
-            where["mlp_in"] = Tap(mlp, "in")
+            where["mlp_in"] = self.tap(mlp, "in")
         if mlp or "mlp_out" in self.places:
             router = self.family.router
             flat = router is not None and router.flat and f"{block}.{router.module}" in self.modules
             where["mlp_out"] = self._added("mlp_out", block, found.get("ln2_post", str(mlp)), flat=flat)
         if out := found.get("mlp.out") or found.get("mlp.dense_out"):
-            where["mlp_act"] = Tap(out, "in")
+            where["mlp_act"] = self.tap(out, "in")
         for name in ("mlp_in", "mlp_act"):
             if name in self.places:
-                where[name] = _placed(block, self.places[name])
+                where[name] = self.placed(block, self.places[name])
         for name, tap in where.items():
             sizes = {"d_mlp": taps.in_features(self.modules[tap.module])} if name == "mlp_act" else self.d_model
-            self._view(name, layer, tap, sizes)
+            self.view(name, layer, tap, sizes)
 
     def _heads(self, layer: int, attn: str, found: Mapping[str, str]) -> None:
         module, family = self.modules[attn], self.family
@@ -313,32 +373,36 @@ class _Builder:
         v, z = ({"head": n, "d_head": heads.d_head} for n in (heads.n_kv_heads, heads.n_heads))
         for part, sizes in (("q", q), ("k", k), ("v", v)):
             if part in family.inside:
-                self._view(part, layer, Tap(attn, "attention", part, view=taps.transposed), sizes)
+                self.view(part, layer, Tap(attn, "attention", part, view=taps.transposed), sizes)
             elif path := found.get(f"attn.{part}"):
                 split = family.views.get(part)
                 view = split(heads, part) if split else split_heads(sizes["head"], sizes["d_head"])
-                self._view(part, layer, Tap(path, "out", view=view), sizes)
+                self.view(part, layer, self.tap(path, "out", view=view), sizes)
             elif family.fused and (path := found.get("attn.qkv")):
-                self._view(part, layer, Tap(path, "out", view=family.fused(heads, part)), sizes)
+                self.view(part, layer, self.tap(path, "out", view=family.fused(heads, part)), sizes)
         if out := found.get("attn.o"):
-            self._view("z", layer, Tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), z)
-            tap = taps.head_out(Tap(out, "in"), Tap(out, "out"), self.modules[out], heads.n_heads, heads.d_head)
+            self.view("z", layer, self.tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), z)
+            ends = self.tap(out, "in"), self.tap(out, "out")
+            tap = taps.head_out(*ends, self.modules[out], heads.n_heads, heads.d_head)
             sizes = {"head": heads.n_heads, **self.d_model}
-            self._add(Entry("head_out", layer, tap, tap, sizes, {"grad": "it is computed beside the forward pass"}))
+            why = {"grad": "it is computed beside the forward pass"}
+            self._add(Entry(f"{self.prefix}head_out", layer, tap, tap, sizes, why))
+        if not self.text:
+            return
         matrix = {"head": heads.n_heads}
         self.atlas.reaches[layer] = Reach.of(module, self.config, layer, images=self.family.whole_images)
         if uses_interface(module):
             for name, sizes in (("rot_q", q), ("rot_k", k)):
-                self._view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)
+                self.view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)
             for name in ("scores", "pattern"):
-                self._view(name, layer, Tap(attn, "attention", name), matrix)
+                self.view(name, layer, Tap(attn, "attention", name), matrix)
         elif family.pattern:
             block = f"{self.paths['blocks']}.{layer}"
-            self._view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)
+            self.view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)
 
     def _head_counts(self, module: nn.Module, found: Mapping[str, str]) -> Heads | None:
         """Head counts of a layer, from the config and, where it has them, the layer's own weights."""
-        n_heads = getattr(self.config, "num_attention_heads", None)
+        n_heads = getattr(self.config, "num_attention_heads", None) or getattr(self.config, "num_heads", None)
         if n_heads is None or "attn.o" not in found:
             return None
         d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
@@ -378,17 +442,14 @@ class _Builder:
             if self.atlas.entries.pop((name, layer), None):
                 self.atlas.withdrawn[name, layer] = reason
 
-    def _view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
+    def view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
+        """Add a site that is a view of what passes."""
         if tap.module in self.modules:
-            self._add(Entry(name, layer, tap, tap, sizes, module=self.modules[tap.module]))
+            self._add(Entry(self.prefix + name, layer, tap, tap, sizes, module=self.modules[tap.module]))
 
     def _add(self, entry: Entry) -> None:
-        if entry.name not in self.refused:
+        if entry.name.removeprefix(self.prefix) not in self.refused:
             self.atlas.entries[entry.name, entry.layer] = entry
-
-
-def _placed(block: str, place: Place) -> Tap:
-    return Tap(f"{block}.{place.module}", place.side, lens=Lens(flat=True) if place.flat else None)
 
 
 def refusals(family: Family, config: Any) -> dict[str, str]:
@@ -436,34 +497,3 @@ def uses_interface(attention: nn.Module) -> bool:
     """Whether an attention module goes through transformers' attention interface."""
     code = inspect.unwrap(type(attention).forward).__code__
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")
-
-
-def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = None) -> dict[str, str]:
-    """Module paths of an unknown family, by the names of its modules: the longest list of blocks with attention, of
-    those beside the token embedding if there are such (a vision tower has blocks too)."""
-    lists = [(path, m) for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    home = next((path.rpartition(".")[0] for path, m in modules.items() if m is embedding), "")
-    hints = {
-        "blocks.attn": ("self_attn", "attention", "self_attention", "attn"),
-        "blocks.mlp": ("mlp", "feed_forward", "ffn"),
-    }
-    for path, blocks in sorted(lists, key=lambda item: (item[0].rpartition(".")[0] != home, -len(item[1]))):
-        children = dict(blocks[0].named_children())
-        found = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
-        if found["blocks.attn"] is None:
-            continue
-        out = {key: name for key, name in found.items() if name}
-        return {"blocks": path, **out, **_discover_ends(modules, path)}
-    return {}
-
-
-def _discover_ends(modules: Mapping[str, nn.Module], blocks: str) -> dict[str, str]:
-    parent = blocks.rpartition(".")[0]
-    out: dict[str, str] = {}
-    for path, module in modules.items():
-        outer, _, name = path.rpartition(".")
-        if outer == parent and isinstance(module, nn.Embedding) and "pos" not in name:
-            out.setdefault("embed", path)
-        if (outer == parent and "norm" in name.lower()) or (name == "ln_f" and outer == parent):
-            out["ln_final"] = path
-    return out

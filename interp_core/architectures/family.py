@@ -125,6 +125,7 @@ class Family:
         refuse_if: the same, given the config.
         grid: which pixels each visual token stands for.
         pixels: what the first axis of `pixel_values` counts.
+        tower: the same of the blocks of the vision tower. Its `places` may have `pre_merger`.
         needs: inputs without which transformers takes images for text, silently.
         whole_images: visual tokens of an image see its later ones too.
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
@@ -139,7 +140,7 @@ class Family:
     gated: bool = False
     inside: tuple[str, ...] = ()
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
-    added: Callable[[Any], Mapping[str, float]] | None = None
+    added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
     join: Join | None = None
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
@@ -149,6 +150,7 @@ class Family:
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
     grid: Grid | None = None
     pixels: Literal["", "image", "tile", "patch", "row"] = ""
+    tower: Family | None = None
     needs: tuple[str, ...] = ()
     whole_images: bool = False
     carried: tuple[str, ...] = ()

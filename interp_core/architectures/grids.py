@@ -57,14 +57,15 @@ def by_grid_thw(config: Any, inputs: Mapping[str, Any], _runs: Sequence[int]) ->
     return images
 
 
-def _side(value: Any) -> int:
+def edge_of(value: Any) -> int:
+    """An edge of something square, which configs give as a number or a pair."""
     return int(value if isinstance(value, int) else value[0])
 
 
 def _squares(config: Any, per_tile: int, runs: Sequence[int]) -> list[list[Cell]]:
     """One image per run, of square tiles with `per_tile` tokens each."""
     n = math.isqrt(per_tile)
-    size = _side(config.vision_config.image_size) / n
+    size = edge_of(config.vision_config.image_size) / n
     return [[cell for tile in range(run // per_tile) for cell in raster(n, n, (size, size), tile)] for run in runs]
 
 
@@ -72,7 +73,7 @@ def by_patch(config: Any, inputs: Mapping[str, Any], runs: Sequence[int]) -> lis
     """LLaVA: one square picture per image, one token per patch, after one for the whole if the tower's is kept. Towers
     for pictures of any size (Pixtral) are not known."""
     images = len(inputs["pixel_values"])
-    n = _side(config.vision_config.image_size) // _side(config.vision_config.patch_size)
+    n = edge_of(config.vision_config.image_size) // edge_of(config.vision_config.patch_size)
     if "image_sizes" in inputs:
         return None
     whole = [Cell(0, 0, None, None)] if sum(runs) == images * (n * n + 1) else []
@@ -91,14 +92,14 @@ def by_pooled_crop(config: Any, _inputs: Mapping[str, Any], runs: Sequence[int])
 
 def by_separated_tile(config: Any, _inputs: Mapping[str, Any], runs: Sequence[int]) -> list[list[Cell]]:
     """SmolVLM: text between tiles says where they lie, so every tile is an image of its own."""
-    n = _side(config.vision_config.image_size) // _side(config.vision_config.patch_size) // config.scale_factor
+    n = edge_of(config.vision_config.image_size) // edge_of(config.vision_config.patch_size) // config.scale_factor
     return _squares(config, n * n, runs)
 
 
 def by_any_resolution(config: Any, inputs: Mapping[str, Any], _runs: Sequence[int]) -> list[list[Cell]]:
     """LLaVA-OneVision: tile 0 is the whole picture, tile 1 the same at high resolution without its padding, each of its
     rows ended by a newline token. Rows with several images have tile 0 only, with one newline token."""
-    patch, side = _side(config.vision_config.patch_size), _side(config.vision_config.image_size)
+    patch, side = edge_of(config.vision_config.patch_size), edge_of(config.vision_config.image_size)
     n = side // patch
     sizes = inputs["image_sizes"].tolist()
     counts = inputs.get("batch_num_images")
@@ -123,7 +124,7 @@ def _high_resolution(config: Any, size: Sequence[int], patch: int) -> list[Cell]
     else:
         left = (cols - int(round(width * rows / height, 7))) // 2
     rows, cols = rows - 2 * top, cols - 2 * left
-    n = _side(config.vision_config.image_size) // patch
+    n = edge_of(config.vision_config.image_size) // patch
     ratio = math.sqrt(rows * cols / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * n**2))
     kept = (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else (rows, cols)  # then it is interpolated
     step = rows * patch / max(1, kept[0]), cols * patch / max(1, kept[1])  # of a thin picture newlines alone are left

@@ -8,10 +8,18 @@ from .family import Family, first_half
 from .grids import by_grid_thw
 from .qwen3_moe import ROUTER
 from .qwen3_vl import CARRIED, NEEDS
+from .towers import QWEN
 
 FAMILY = Family("qwen3_next", views={"q": first_half}, gated=True, router=ROUTER)
 QWEN3_5 = Family(
-    "qwen3_5", views={"q": first_half}, gated=True, carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS
+    "qwen3_5",
+    views={"q": first_half},
+    gated=True,
+    carried=CARRIED,
+    grid=by_grid_thw,
+    pixels="patch",
+    needs=NEEDS,
+    tower=QWEN,
 )
 QWEN3_5_MOE = Family(
     "qwen3_5_moe",
@@ -22,4 +30,5 @@ QWEN3_5_MOE = Family(
     grid=by_grid_thw,
     pixels="patch",
     needs=NEEDS,
+    tower=QWEN,
 )

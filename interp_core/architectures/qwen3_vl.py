@@ -7,9 +7,10 @@ In Qwen3-VL, DeepStack adds visual features between the first blocks, outside an
 from .family import Family
 from .grids import by_grid_thw
 from .qwen3_moe import ROUTER
+from .towers import QWEN
 
 CARRIED = ("model.rope_deltas",)
 NEEDS = ("mm_token_type_ids",)
-FAMILY = Family("qwen3_vl", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS)
-MOE = Family("qwen3_vl_moe", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS, router=ROUTER)
-QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS)
+FAMILY = Family("qwen3_vl", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS, tower=QWEN)
+MOE = Family("qwen3_vl_moe", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS, tower=QWEN, router=ROUTER)
+QWEN2_5 = Family("qwen2_5_vl", carried=CARRIED, grid=by_grid_thw, pixels="patch", needs=NEEDS, tower=QWEN)

@@ -92,27 +92,47 @@ class Lens:
 
     Attributes:
         flat: batch and pos are one axis.
-        factor: the block multiplies by it after the module.
+        factor: the block multiplies by it after the module; a number, or one for each feature.
+        images: it passes a vision tower, in which the patches of all images follow each other, as `[patch d]` or
+            `[tile patch d]`.
     """
 
     flat: bool = False
-    factor: float = 1.0
+    factor: float | Tensor = 1.0
+    images: bool = False
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there is a factor."""
+        return isinstance(self.factor, Tensor) or self.factor != 1
 
     def enter(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
-        """What passes, as the site has it."""
+        """What passes, as the site has it.
+
+        Raises:
+            CapabilityError: a tower gives another number of patches than the images have.
+        """
+        if self.images:
+            if x.numel() != shape[1] * x.shape[-1]:
+                there = x.numel() // x.shape[-1]
+                raise CapabilityError(
+                    f"the vision tower has {there} patches, and the images {shape[1]}, as the family file counts them: "
+                    "pass what this model's processor returned, whole"
+                )
+            x = x.reshape(1, -1, x.shape[-1])
         x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
-        return x if self.factor == 1 else x * self.factor
+        return x * self.factor if self.scaled else x
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
         """The site's tensor as the module has to pass it on, in the place of `like`."""
         x = x.reshape(like.shape)
-        if self.factor == 1:
+        if not self.scaled:
             return x
         entered = like * self.factor
         return unrounded(entered, x, like, x / self.factor, self.factor)
 
 
-def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float = 1.0) -> Tensor:
+def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float | Tensor = 1.0) -> Tensor:
     """What lies under a value that was worked out of `before` and changed from `old` to `new`: `after`, but exactly
     what was there where nothing changed, so that setting a site to its own value changes no bit. (The difference is
     zero there, and carries the gradient.)"""

@@ -271,21 +271,18 @@ def _hidden(
         return kernel(query, mask)
     asked = torch.arange(n, device=query.device) if tap.asked is None else torch.tensor(tap.asked, device=query.device)
     few, bias = 2 * len(asked) <= n, at_queries(asked, kwargs.get("position_bias"))
+    told = asked if few or len(asked) == n else torch.arange(n, device=query.device)  # whom the mask is for
+    at = None if len(told) == len(asked) else asked
     with torch.no_grad():
-        seen = rows_of(mask, asked, n_keys, implied=n > 1 and is_causal(kwargs, tap.module), dtype=query.dtype)
+        rows = rows_of(mask, told, n_keys, implied=n > 1 and is_causal(kwargs, tap.module), dtype=query.dtype)
         given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
-        given = masked(given, seen, kwargs, tap.module)
+        given = masked(given, rows if at is None else rows[:, :, at], kwargs, tap.module)
         scores = tap.stages["scores"](given, n_keys)
         _demand_a_key(given, scores)
-        hidden = scores != given
-        if few:
-            seen = hiding(seen, hidden)
-        else:
-            every = torch.arange(n, device=query.device)
-            mask = rows_of(mask, every, n_keys, implied=n > 1 and is_causal(kwargs, tap.module), dtype=query.dtype)
-            mask = hiding(mask, hidden, asked)
-    out = kernel(query, mask)
-    return out.index_copy(1, asked, kernel(query[:, :, asked], seen, position_bias=bias)) if few else out
+        rows = hiding(rows, scores != given, at)
+    if few:
+        return kernel(query, mask).index_copy(1, asked, kernel(query[:, :, asked], rows, position_bias=bias))
+    return kernel(query, rows)
 
 
 class _Few(NamedTuple):

@@ -9,7 +9,7 @@ steps as attention in the open:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,7 @@ class AttentionRows:
         module: the layer's attention.
         softmax_dtype: in which the family takes its softmax even for wider types.
         kept: columns of the queries that are still here, in order; None for all.
+        made: their rows of the pattern as far as these were made to last: some queries at a time, and which.
     """
 
     query: Tensor
@@ -47,6 +48,7 @@ class AttentionRows:
     module: nn.Module
     softmax_dtype: torch.dtype | None
     kept: tuple[int, ...] | None = None
+    made: tuple[tuple[slice, Tensor], ...] = ()
 
     def at(self, queries: Sequence[int]) -> AttentionRows:
         """The same with these queries only, so that the others' memory is free.
@@ -56,7 +58,13 @@ class AttentionRows:
         """
         places = torch.tensor(self._places(queries), device=self.query.device)
         called = {**self.called, "position_bias": at_queries(places, self.called.get("position_bias"))}
-        return replace(self, query=self.query[:, :, places], called=called, kept=tuple(queries))
+        return replace(self, query=self.query.index_select(2, places), called=called, kept=tuple(queries), made=())
+
+    def held(self) -> AttentionRows:
+        """The same with its rows of the pattern made once: `mixed` takes them from memory."""
+        known = list(self._index)
+        with self._graph():
+            return replace(self, made=tuple(self._rows(known, self._fastest)))
 
     def pattern(self, queries: Sequence[int]) -> Float[Tensor, "batch head query key"]:
         """What `run[S.pattern[layer].at(query=…)]` is, in the model's dtype.
@@ -81,13 +89,23 @@ class AttentionRows:
         wide = torch.promote_types(torch.promote_types(weights.dtype, self.query.dtype), torch.float32)
         (batch, heads), n_keys = self.query.shape[:2], self.key.shape[2]
         out, weights = self.key.new_zeros(batch, heads, n_keys, dtype=wide), weights.to(self.key.device, wide)
-        if chunk is None:
-            room = ROOM if out.device.type == "cpu" else ROOM << 6
-            chunk = max(LEAST, room // (batch * heads * n_keys))
+        rows_of: Iterable[tuple[slice, Tensor]] = self.made
         with self._graph():
-            for part, rows in self._rows(queries, chunk):
+            if self.made:
+                places = torch.tensor(self._places(queries), device=weights.device)
+                weights = weights.new_zeros(batch, self.query.shape[2]).index_add_(1, places, weights)
+            else:
+                rows_of = self._rows(queries, self._fastest if chunk is None else chunk)
+            for part, rows in rows_of:
                 out[..., : rows.shape[-1]] += torch.matmul(weights[:, None, None, part], rows.to(wide)).squeeze(2)
         return out
+
+    @property
+    def _fastest(self) -> int:
+        """How many rows are made at a time."""
+        batch, heads = self.query.shape[:2]
+        room = ROOM if self.query.device.type == "cpu" else ROOM << 6
+        return max(LEAST, room // (batch * heads * self.key.shape[2]))
 
     def _places(self, queries: Sequence[int]) -> list[int]:
         """Where queries lie in `query`."""

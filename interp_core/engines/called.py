@@ -106,9 +106,11 @@ class Told:
             for axis in axes:
                 part = part.narrow(axis, start, self.count)
             parts.append(part)
-        if len(parts) == 1 or batch is None:
-            return parts[0], None
-        return torch.cat(parts, batch), batch
+        if batch is not None and len(parts) > 1:
+            return torch.cat(parts, batch), batch
+        if not all(torch.equal(part, parts[0]) for part in parts[1:]):
+            raise CapabilityError("blocks are told of columns what all texts share, and these begin at different ones")
+        return parts[0], None
 
     def _rows(self, x: Tensor, batch: int) -> Tensor:
         """Each row's text's part of what texts have."""

@@ -52,12 +52,12 @@ class NNsightProgram(PortProgram):
 
     def __init__(self, engine: NNsightEngine, plan: Plan, atlas: Atlas) -> None:
         super().__init__(engine, plan, atlas)
-        self._made: dict[int, list[Visit]] = {}
+        self._made: dict[tuple[int, bool], list[Visit]] = {}
 
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """See `PortProgram.carry`."""
         engine = self.engine
-        steps = [self._visits(engine.order(inputs))]
+        steps = [self._visits(engine.order(inputs), first=method == "generate")]
         if method == "generate":  # the steps after the prompt are text
             steps.append(self._visits(engine.order({"input_ids": inputs["input_ids"]})))
         result: list[Any] = []
@@ -94,10 +94,14 @@ class NNsightProgram(PortProgram):
         except OutOfOrderError:  # the model is done, or never came by: what was not kept stays empty
             pass
 
-    def _visits(self, order: Mapping[Place, Passage]) -> list[Visit]:
-        """What is done in one forward pass, in the order of the model; made once for each order."""
-        if id(order) in self._made:
-            return self._made[id(order)]
+    def _visits(self, order: Mapping[Place, Passage], *, first: bool = False) -> list[Visit]:
+        """What is done in one forward pass, in the order of the model; made once for each order.
+
+        Args:
+            first: the vision tower runs before all else, as when generating.
+        """
+        if (id(order), first) in self._made:
+            return self._made[id(order), first]
         found: list[tuple[int, int, Visit]] = []
         for port in self.ports:
             path, side = port.tap.module, port.tap.side
@@ -106,11 +110,12 @@ class NNsightProgram(PortProgram):
             envoy, given = self.engine.envoys[path], _Given()
             own = self.engine.own[path]
             visit = _at_input(envoy, port) if side == "in" else _at_output(envoy, port, given, own)
-            found.append((order[path, side].rank, 0, visit))
+            early = len(order) if first and port.tap.lens is not None and port.tap.lens.images else 0
+            found.append((order[path, side].rank - early, 0, visit))
             if side == "out" and port.derived:
-                found.append((order[path, "in"].rank, 1, _take_input(envoy, given)))
-        self._made[id(order)] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
-        return self._made[id(order)]
+                found.append((order[path, "in"].rank - early, 1, _take_input(envoy, given)))
+        visits = self._made[id(order), first] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
+        return visits
 
 
 class _Given:

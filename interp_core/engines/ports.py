@@ -67,7 +67,7 @@ class Part:
 
     def settled(self, rows: Rows) -> bool:
         """Whether all further steps of a generation select of their tokens what this step does."""
-        pos, bound = self.region.pos, self.bound
+        pos, bound = None if self.region.tower else self.region.pos, self.bound
         same = bound is None or not bound.ragged  # in all rows or in none
         return same and (pos is None or all(settled(pos, rows, row) for row in range(len(rows.real))))
 
@@ -359,7 +359,7 @@ class Port:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             single = isinstance(output, Tensor)
             passing = output if single else output[0]
-            first = passing if lens is None else lens.enter(passing, program.shape)
+            first = passing if lens is None else lens.enter(passing, program.shaped(lens))
             if derived:
                 call = self._derive(Call(module, args, output, first))
                 if call.output is not output:
@@ -402,7 +402,7 @@ class Port:
                 call = self._derive(Call(module, args, None, self._handed(kwargs), kwargs))
                 return args, {**call.kwargs, self.name: call.first}
             passing = args[0] if args and not self.tap.part else self._handed(kwargs)
-            first = passing if lens is None else lens.enter(passing, program.shape)
+            first = passing if lens is None else lens.enter(passing, program.shaped(lens))
             new = self._through(first)
             if new is first and (lens is None or not program.keep_graph):  # what a lens made is another tensor
                 return None

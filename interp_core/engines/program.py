@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
-from ..architectures.taps import Tap
+from ..architectures.taps import Lens, Tap
 from ..edits import ROUTING, Edit
 from ..errors import CapabilityError, InterpError, PlanError
 from ..plan import Plan
@@ -38,10 +38,14 @@ from .turns import turn_of
 ORDER = {name: number for number, name in enumerate(SITES)}
 FIRST = ("embed", "vision_embed", "deepstack")
 """What is there before the first block, in whatever layer it acts."""
+TOWER = 1 << 20
+"""More layers than any vision tower has; all of them run before the first block."""
 
 
 def place(entry: Entry, n_layers: int) -> tuple[int, int]:
     """When a forward pass reaches a site, for comparison."""
+    if SITES[entry.name].tower:
+        return (entry.layer if SITES[entry.name].layered else TOWER) - TOWER - 2, ORDER[entry.name]
     if entry.name in FIRST:
         return -1, ORDER[entry.name]
     return entry.layer if SITES[entry.name].layered else n_layers, ORDER[entry.name]
@@ -177,6 +181,7 @@ class PortProgram(ABC):
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
+        self.in_tower = any(part.entry.visual and part.site.info.tower for part in self._bound)
         self._few = [(tap, parts) for tap in self.taps if self.closes and (parts := self._few_queries(tap))]
 
     # Compiling
@@ -378,6 +383,12 @@ class PortProgram(ABC):
             for number in self._late
             if (x := passed.values[number]) is not None and x._version != passed.versions[number]
         ]
+
+    def shaped(self, lens: Lens) -> tuple[int, int]:
+        """Batch and pos of what passes; a vision tower has one row, with the patches of all images."""
+        if not lens.images:
+            return self.shape
+        return 1, 0 if self.rows.patches is None else self.rows.patches.total
 
     def break_off(self) -> None:
         """End this pass, to look at what it left."""

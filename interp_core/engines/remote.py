@@ -47,7 +47,7 @@ def adapt(atlas: Atlas) -> None:
 
 def _plain(tap: Tap | None) -> bool:
     """Whether a tap's value is a strided view of one module's tensor."""
-    return tap is not None and tap.side != "attention" and tap.get is None
+    return tap is not None and tap.side != "attention" and tap.get is None and tap.lens is None
 
 
 class RemoteProgram(PortProgram):

@@ -36,6 +36,9 @@ class Steps:
         self._steady: list[Bound] | None = None
         self._handle = program.engine.model.register_forward_pre_hook(self._first, with_kwargs=True)
         ends.follow = self._follow
+        if program.in_tower:  # it runs before the model is called
+            self._handle.remove()
+            self._begin(Window(0, rows.width), ())
 
     def close(self) -> None:
         """Listen no longer."""

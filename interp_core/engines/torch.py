@@ -24,15 +24,21 @@ class TorchProgram(PortProgram):
     def listen(self) -> None:
         """See `PortProgram.listen`."""
         self._hooks = [(port, port.hook()) for port in self.ports]
+        self._recorded: list[Any] = [
+            hooks[0] for port, hooks in self._hooks if port.tap.lens and port.tap.lens.images and port.tap.side == "out"
+        ]
 
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """See `PortProgram.carry`."""
         model = self.engine.model
+        orders = [(table, [*table]) for table in self._recorded]
         try:
             for port, (table, with_kwargs, hook) in self._hooks:
                 table[port] = hook
                 if with_kwargs is not None:
                     with_kwargs[port] = True
+            for table in self._recorded:
+                _record_last(table)
             for tap in self.taps:
                 tap.install()
             return model(**inputs) if method == "forward" else model.generate(**inputs)
@@ -43,6 +49,17 @@ class TorchProgram(PortProgram):
                 table.pop(port, None)
                 if with_kwargs is not None:
                     with_kwargs.pop(port, None)
+            for table, order in orders:
+                for key in order:
+                    if key in table:
+                        table.move_to_end(key)
+
+
+def _record_last(table: Any) -> None:
+    """Of a module's hooks, those come last by which transformers records what the module gives: LLaVA's projector is
+    handed such a record of its tower's layers, which must be of the edited one."""
+    for key in [key for key, hook in table.items() if getattr(hook, "__name__", "") == "output_capturing_hook"]:
+        table.move_to_end(key)
 
 
 class TorchEngine(LocalEngine):

@@ -28,7 +28,7 @@ from ..architectures.atlas import ROUTED, Atlas, Entry
 from ..architectures.family import View, split_heads
 from ..architectures.taps import Tap
 from ..errors import CapabilityError, ReadError
-from ..sites import Site
+from ..sites import SITES, Site
 from .program import with_same_weights
 from .torch import TorchEngine, TorchProgram
 
@@ -95,6 +95,7 @@ class BridgeEngine(TorchEngine):
             _fold(self.bridge)
         super().__init__(inner, model, _PROCESS)
         self._paths = {path.replace("._original_component", ""): path for path in reversed(self.modules)}
+        self._own = {path.replace("._original_component", ""): path for path in self.modules}
         self._path_of = {id(module): path for path, module in self.modules.items()}
 
     def adapt(self, atlas: Atlas) -> None:
@@ -102,11 +103,15 @@ class BridgeEngine(TorchEngine):
         for name in ROUTED:
             if atlas.layers(name):
                 atlas.drop(name, f"{name}: {_NO_ROUTER}")
-        moved = {key: self._moved(entry) for key, entry in atlas.entries.items()}
+        moved = {key: None if SITES[entry.name].tower else self._moved(entry) for key, entry in atlas.entries.items()}
         derived = ("resid_mid", "head_out")  # worked out from others, so after them
         for name, layer in sorted(moved, key=lambda key: key[0] in derived):
             entry = atlas.entries[name, layer]
             if name in _OUTSIDE:
+                continue
+            elif SITES[name].tower:  # the bridge leaves a tower's own modules as they are, in wrappers
+                shared, entry.read = entry.write is entry.read, self._wrapped(entry.read)
+                entry.write = entry.read if shared else self._wrapped(entry.write)
                 continue
             elif name == "resid_mid":
                 own = entry.write is not None and entry.write.get is None  # what a module gives is the stream itself
@@ -136,6 +141,13 @@ class BridgeEngine(TorchEngine):
         part = self.modules.get(self._paths.get(tap.module, ""))
         moved = self._point(getattr(part, f"hook_{tap.side}", None), tap.view)
         return moved and replace(moved, lens=tap.lens)
+
+    def _wrapped(self, tap: Tap | None) -> Tap | None:
+        """The same tap where the bridge has put the model's own module."""
+        if tap is None or tap.module not in self._own:
+            return None
+        needs = tuple(need for need in map(self._wrapped, tap.needs) if need is not None)
+        return replace(tap, module=self._own[tap.module], needs=needs)
 
     def _attention(self, layer: int) -> Any:
         return getattr(self.bridge.blocks[layer], "attn", None)

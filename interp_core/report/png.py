@@ -20,6 +20,9 @@ COLUMNS = 90
 """Letters in a line of a coloured text."""
 LETTER = 0.062
 """Inches that a letter takes of a coloured text: 0.6 of its height, which is in points of 1/72 inch."""
+DPI = 150
+LAYOUT: Any = "constrained"
+"""How the parts of a picture are moved so that they do not overlap."""
 SIDE = 24.0
 """Inches that the cells of a picture take at most, along either side."""
 
@@ -242,7 +245,7 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CapabilityError("pictures need matplotlib: pip install 'interp-core[plot]'") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=LAYOUT)
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 

@@ -19,6 +19,7 @@ from ..methods import Method
 from ..model import Model, load
 from ..plugins import Plugin, registry
 from ..probe import LIMIT, Look, look
+from ..sites import SITES
 from ..text import Tokens
 from .checks import CHECKS, documented, undescribed
 from .processors import pictures
@@ -27,7 +28,7 @@ from .trial import Failed, NotReached, Trial
 TEXTS = ("Q: big\nA: small\n\nQ: hot\nA:", "Q: hot\nA: cold\n\nQ: big\nA:", "Q: wet\nA:")
 LENGTHS = (7, 7, 4)
 TOYS = ("toy:text", "toy:moe", "toy:vision")
-VISUAL = frozenset({"vision_embed", "deepstack"})
+VISUAL = frozenset(name for name, info in SITES.items() if info.visual)
 
 
 @dataclass(frozen=True)

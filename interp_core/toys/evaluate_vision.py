@@ -7,7 +7,7 @@ Three tables, over questions drawn with seeds that training does not use:
     curve      Δ(l): by how many nats the log-probability of the answer falls when the visual rows at `resid_pre[l]` are
                those of a blind run, DeepStack following
     objects    AUROC of visual tokens that see a thing asked about against the others, by how far the log-probability
-               falls when all later positions are kept from seeing that one token, in all layers
+               falls (Δ), or moves (|Δ|), when all later positions are kept from seeing that one token, in all layers
 
 An answer counts if it is right to the letter and ended by `<|im_end|>`.
 
@@ -188,11 +188,14 @@ def cliff(mean: Float[Tensor, " layer"], ratio: float = 0.1) -> int:
     return int(high[-1]) + 1
 
 
-def found_table(found: Mapping[str, tuple[float, int]]) -> str:
-    """AUROCs as Markdown."""
-    lines = ["| | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
-    lines.append("| AUROC | " + " | ".join(f"{score:.3f}" for score, _ in found.values()) + " |")
-    lines.append("| questions | " + " | ".join(str(count) for _, count in found.values()) + " |")
+def found_table(rows: Mapping[str, Mapping[str, tuple[float, int]]]) -> str:
+    """AUROCs of several measures as Markdown."""
+    first = next(iter(rows.values()))
+    lines = ["| | " + " | ".join(first) + " |", "|---" * (1 + len(first)) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(f"{score:.3f}" for score, _ in row.values()) + " |" for name, row in rows.items()
+    ]
+    lines.append("| questions | " + " | ".join(str(count) for _, count in first.values()) + " |")
     return "\n".join(lines)
 
 
@@ -200,10 +203,11 @@ def tables(model: Model, number: int = 2048, traced: int = 400) -> str:
     """All three, of `number` questions, the last two of `traced`."""
     asked = questions(random.Random("evaluate vision"), number)
     held = questions(random.Random("evaluate vision, traced"), traced, HELD)
+    effects = importance(model, held)
     parts = [
         accuracy_table(accuracies(model, asked)),
         curve_table({how: curve(model, held, how) for how in BLIND}),
-        found_table(found(importance(model, held), held)),
+        found_table({"Δ": found(effects, held), "|Δ|": found(effects.abs(), held)}),
     ]
     return "\n\n".join(parts)
 

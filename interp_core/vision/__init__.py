@@ -7,7 +7,7 @@ model.tokens(question, answer, images=blind.images[0])
 """
 
 from .blind import MODES, BlindImages, blind_images, derangement, mean_colour
-from .pictures import LARGEST, SMALLEST, open_picture
+from .pictures import LARGEST, SMALLEST, PictureError, demand_picture, open_picture
 from .places import VisualToken, placeholder_ids
 from .processors import build, grid_of
 
@@ -16,9 +16,11 @@ __all__ = [
     "MODES",
     "SMALLEST",
     "BlindImages",
+    "PictureError",
     "VisualToken",
     "blind_images",
     "build",
+    "demand_picture",
     "derangement",
     "grid_of",
     "mean_colour",

@@ -22,7 +22,21 @@ if TYPE_CHECKING:
 
 SMALLEST = 4
 LARGEST = 89_478_485
+GONE, UNREADABLE = "there is no such file", "it is no picture that can be read"
+SMALL, LARGE = "it is too small", "it has too many pixels"
 TAKES = "a PIL image, the path of a file, or an array of uint8 [height width 3]"
+
+
+class PictureError(TextError):
+    """A picture that cannot be used.
+
+    Attributes:
+        reason: in words that other pictures may share: `GONE`, `UNREADABLE`, `SMALL` or `LARGE`.
+    """
+
+    def __init__(self, message: str, reason: str = UNREADABLE) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def pillow() -> Any:
@@ -48,7 +62,7 @@ def open_picture(picture: Any, what: str = "image 0") -> Image:
         what: how messages call it.
 
     Raises:
-        TextError: no picture, one that cannot be read, or one that is too small or too large.
+        TextError: something else (`PictureError`: a picture that is gone, damaged, too small or too large).
         CapabilityError: Pillow is not installed.
     """
     kind = pillow()
@@ -64,7 +78,16 @@ def open_picture(picture: Any, what: str = "image 0") -> Image:
     try:
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise TextError(f"{what} cannot be read ({error}): it is cut short or damaged; copy it again") from error
+        raise PictureError(f"{what} cannot be read ({error}): it is cut short or damaged; copy it again") from error
+
+
+def demand_picture(path: str | PathLike[str], what: str = "image 0") -> None:
+    """Refuse what is no picture by its file's header; whether it breaks off later, only `open_picture` tells.
+
+    Raises:
+        TextError, CapabilityError: as `open_picture`.
+    """
+    _from_file(pillow(), str(path), what, decoded=False)
 
 
 def open_pictures(pictures: Any, what: str = "") -> list[Image]:
@@ -77,27 +100,29 @@ def open_pictures(pictures: Any, what: str = "") -> list[Image]:
     return [open_picture(picture, f"{what}image {number}") for number, picture in enumerate(listed)]
 
 
-def _from_file(kind: Any, path: str, what: str) -> Image:
+def _from_file(kind: Any, path: str, what: str, *, decoded: bool = True) -> Image | None:
     from PIL import ImageOps
 
     if "://" in path:
         raise TextError(f"{what} is a web address ({path:.60}), and nothing is downloaded: save it, and pass its path")
     if not Path(path).is_file():
-        raise TextError(f"{what}: there is no file {path}")
+        raise PictureError(f"{what}: there is no file {path}", GONE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kind.DecompressionBombWarning)  # of those, and larger ones, we say more below
         try:
             with kind.open(path) as image:
                 _demand_size(image, f"{what} ({path})")
+                if not decoded:
+                    return None
                 image.load()
                 turned: Image = ImageOps.exif_transpose(image)
                 return turned
         except kind.DecompressionBombError as error:
-            raise TextError(_too_large(f"{what} ({path})", str(error))) from error
+            raise PictureError(_too_large(f"{what} ({path})", str(error)), LARGE) from error
         except (OSError, SyntaxError, ValueError) as error:
             if isinstance(error, TextError):
                 raise
-            raise TextError(
+            raise PictureError(
                 f"{what}: {path} is no picture that can be read ({error}); it is another file, or damaged"
             ) from error
 
@@ -117,12 +142,13 @@ def _from_array(kind: Any, array: np.ndarray, what: str) -> Image:
 def _demand_size(image: Image, what: str) -> None:
     width, height = image.size
     if min(width, height) < SMALLEST:
-        raise TextError(
+        raise PictureError(
             f"{what} is {width} x {height} pixels; at least {SMALLEST} a side are needed: below that transformers "
-            "cannot tell rows from colours. Enlarge it."
+            "cannot tell rows from colours. Enlarge it.",
+            SMALL,
         )
     if width * height > LARGEST:
-        raise TextError(_too_large(what, f"{width} x {height} pixels"))
+        raise PictureError(_too_large(what, f"{width} x {height} pixels"), LARGE)
 
 
 def _too_large(what: str, size: str) -> str:

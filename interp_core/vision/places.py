@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..architectures.family import Family
 from ..architectures.grids import Box, Cell
+from ..architectures.towers import patches_of
 from ..errors import CapabilityError, TextError
 from ..inputs import PER_TOKEN, Shares
-from ..positions import AFTER_VISION, TEXT, VISION, Span
+from ..positions import AFTER_VISION, TEXT, VISION, Images, Span
 from ..text import CACHE, Tokens
 
 IMAGES = ("pixel_values", "image_grid_thw")
@@ -74,13 +75,25 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
     spans[AFTER_VISION] = tuple(tuple(runs(places)) for places in after)
     _demand(tokens.inputs, family)
     shares: Shares = {}
+    patches: Images | None = None
     if (images := _images(tokens, config, family)) is not None:
         for i in range(max(map(len, images))):
             spans[f"image_{i}"] = tuple(tuple(runs(row[i][0])) if i < len(row) else () for row in images)
         _demand_seen(tokens.inputs, images, family)
         shares = _shares(tokens.inputs, images, family)
+        patches = _patches(tokens.inputs, images, config, family)
     _demand_marked(tokens, visual, family)
-    return replace(tokens, spans=spans, shares=shares)
+    return replace(tokens, spans=spans, shares=shares, patches=patches)
+
+
+def _patches(
+    inputs: Mapping[str, Any], images: Sequence[Sequence[Picture]], config: Any, family: Family
+) -> Images | None:
+    """Per row and image, where its patches pass in the vision tower; None where it is not known."""
+    if family.tower is None or "pixel_values" not in inputs:
+        return None
+    known = patches_of(config, inputs, [cells for row in images for _, cells in row], family.pixels)
+    return tuple(tuple(next(known) for _ in row) for row in images)
 
 
 def _shares(inputs: Mapping[str, Any], images: Sequence[Sequence[Picture]], family: Family) -> Shares:

@@ -15,6 +15,7 @@ shows itself, and `result.to_html(path)` writes it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import typing
@@ -28,9 +29,7 @@ from interp_plugins.attribution.method import AttributionResult
 from interp_plugins.attribution.named import named
 
 import interp_core as ic
-from interp_core import runs
-
-from .attribute_images import opened, processor_of, searchable, shown, tokens_of
+from interp_core import runs, vision
 
 Part = str | tuple[int, int]
 
@@ -63,15 +62,17 @@ def attribute(
         out: folder of the run (default: results/{model}/{dataset}/{timestamp}-attribute-{hash}).
 
     Raises:
-        TextError: an empty prompt, one longer than the context, a target that changes its tokens.
+        TextError: an empty prompt, one longer than the context, a target that changes its tokens, an image that cannot
+            be read or has no place in the prompt.
+        CapabilityError: images, and a model that takes none.
         PlanError, PositionError: no such method, setting or part of the target; another run's folder.
     """
     asked = {name: value for name, value in locals().items() if name not in ("out", "top")}
     _demand(prompt, max_new_tokens, top)
     chosen, how = _method(method, n_hops, profile, settings or {})
-    images = opened(image or ())
-    loaded = ic.load(model, dtype=dtype, device=device, processor=processor_of(model) if images else None)
-    tokens = tokens_of(loaded, prompt, images, target, chat)
+    images = [vision.open_picture(path, "--image") for path in image or ()]
+    loaded = ic.load(model, dtype=dtype, device=device)
+    tokens = _tokens(loaded, prompt, images, target, chat)
     run = runs.open(out, asked, recipe="attribute", model=loaded, dataset="texts")
     run.claim(["page.html", "attribution.json"])
     print(loaded, flush=True)
@@ -84,7 +85,7 @@ def attribute(
             result = chosen(loaded, whole, **how)
             run.result("result", result)
         about = {"model": loaded.source, "prompt": prompt, "chat": chat, "images": [str(path) for path in image or ()]}
-        _tell(run, result, about, top, _page(loaded, result, method, shown(whole, images)))
+        _tell(run, result, about, top, _page(loaded, result, method, _shown(whole, images)))
 
 
 def _demand(prompt: str, max_new_tokens: int, top: int) -> None:
@@ -110,6 +111,21 @@ def _method(name: str, n_hops: int | None, profile: str, more: Mapping[str, Any]
     return method, how
 
 
+def _tokens(model: ic.Model, prompt: str, images: Sequence[Any], target: str | None, chat: bool) -> ic.Tokens:
+    """The prompt with its images, which stand first where the prompt does not place them."""
+    if not chat:
+        return model.tokens(prompt, target, images=images or None)
+    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+    return model.chat([{"role": "user", "content": parts if images else prompt}], target)
+
+
+def _shown(tokens: ic.Tokens, images: Sequence[Any]) -> Sequence[Any]:
+    """The pictures as the model saw them, resized and cut, where the processor gives it one per image; else the files',
+    which it has then resized alone."""
+    seen = tokens.inputs.get("pixel_values")
+    return list(seen) if seen is not None and seen.ndim == 4 and len(seen) == len(images) else images
+
+
 def _answered(model: ic.Model, tokens: ic.Tokens, most: int) -> ic.Tokens:
     """The prompt and what the model writes after it, as the span `target`; its text can be searched like a prompt's."""
     written = model.generate(tokens, max_new_tokens=most)
@@ -120,7 +136,10 @@ def _answered(model: ic.Model, tokens: ic.Tokens, most: int) -> ic.Tokens:
     spans = {name: rows for name, rows in new.spans.items() if name != "generated"} | {"target": ((span,),)}
     if ended and len(span) > 1:
         spans["sink"] = ((ic.Span(span.start, span.stop - 1),),)
-    return searchable(replace(new, spans=spans))
+    labels = new.labels[0]
+    ends = [0, *itertools.accumulate(map(len, labels))]
+    offsets = (tuple(itertools.pairwise(ends)),)
+    return replace(new, spans=spans, texts=("".join(labels),), offsets=offsets)
 
 
 def _part(name: str, value: Part | None) -> Part | None:

@@ -47,7 +47,10 @@ def dataset_of(dataset: Dataset | None, data_path: Path | None, model: str) -> D
     if dataset is None and data_path is None and model == TOY:
         return "toy"
     if dataset is None:
-        raise ic.PlanError("which questions? Give --dataset (chartqa, docvqa, vqav2, pope, plain, toy) and --data_path")
+        raise ic.PlanError(
+            f"which questions? They are drawn for {TOY} alone, and the model is {model}: give --dataset (chartqa, "
+            "docvqa, vqav2, pope, plain, toy) and --data_path"
+        )
     if (data_path is None) != (dataset == "toy"):
         raise ic.PlanError(
             f"--data_path is for files: {dataset} is drawn, leave it out"

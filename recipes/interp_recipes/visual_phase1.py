@@ -10,10 +10,11 @@ writes into DIR (none: results/{model}/{dataset}/{timestamp}-visual_phase1-{hash
     thresholds.json         what the gates demand, with its hash; written before anything runs
     samples.json            pilots and further samples with their donors; what could not be used, and why
     sanity.json             the battery of `ic.visual_check` on every sample
-    causal/                 records.jsonl, failed.jsonl, causal.json (with cliff_boundary and the records' hash), *.png
-    truncation/             answers.jsonl, truncation.json, *.png
+    causal/                 records.jsonl, causal.json (with cliff_boundary and the records' hash), horizon.jsonl,
+                            horizon.json, *.png
+    truncation/             answers.jsonl, truncation.json, keep_fractions.json, *.png
     geometry/               result/, geometry.json, *.png
-    checkpoint/             checkpoint.json, checkpoint.md
+    checkpoint_eval/        checkpoint_eval.json, checkpoint_eval.md, *.png
     overlay/                overlay.json, *.png
 
 One resident model; the same command goes on where it was stopped, and keeps what is there. Exit code: that of the
@@ -32,23 +33,27 @@ from typing import Literal
 
 from interp_plugins.questions import Questions
 from interp_plugins.visual.gates import GATES, Thresholds
+from interp_plugins.visual.horizon import SUBSETS
 
 import interp_core as ic
 from interp_core import runs
 
 from . import visual_data
 from .visual_data import Asking, Dataset
+from .visual_phase1_horizon import removals
 from .visual_phase1_plan import Plan
 from .visual_phase1_report import files_of, write_all
 from .visual_phase1_samples import Mode, Samples, drawn
 from .visual_phase1_stages import causal, checkpoint, geometry, overlay, sanity, truncation
 
 PROFILES: Mapping[str, Mapping[str, int]] = {
-    "smoke": {"pilots": 8, "samples": 10, "resamples": 500},
-    "full": {"pilots": 20, "samples": 100, "resamples": 2000},
+    "smoke": {"pilots": 8, "samples": 10, "horizon_samples": 10, "resamples": 500},
+    "full": {"pilots": 20, "samples": 100, "horizon_samples": 40, "resamples": 2000},
 }
 """What is not set by its flag."""
-INTERVENTIONS = ("replace:blind", "knockout:text", "truncation", "text:blind")
+INTERVENTIONS = ("replace:blind", "knockout:text", "truncation", "band", "text:blind")
+KEEP = (0.75, 0.5, 0.25)
+"""Shares of visual tokens that subsets keep."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ def visual_phase1(
     interventions: list[str] | None = None, blind: list[Mode] | None = None,
     null_image: Literal["jpeg", "none"] = "jpeg", layers: list[int] | None = None, window: int = 1, tau: float = 0.01,
     adaptive_tau: bool = False, tau_ratio: float = 0.1, cliff_boundary: int | None = None,
-    causal_record: str | None = None, truncation_layers: list[int] | None = None, gate_images: int = 30,
+    causal_record: str | None = None, truncation_layers: list[int] | None = None,
+    horizon_samples: int | None = None, horizon_tokens: int | None = 16, keep_fractions: list[float] | None = None,
+    random_subsets: int = 5, gate_images: int = 30,
     share_at_start: float = 0.9, cliff_width: float = 1 / 6, drop_easy: float = 0.01, drop_hard: float = 0.05,
     resamples: int | None = None, scorer: str | None = None, prompt: str | None = None, max_new_tokens: int = 16,
     max_model_len: int | None = None, batch_size: int = 8, tp_size: int = 1, device: str | None = None,
@@ -97,11 +104,13 @@ def visual_phase1(
         layers, window: of the causal curves (None: all); how many layers a knockout hits together.
         tau, adaptive_tau, tau_ratio: the threshold in nats, or tau_ratio of the peak of the pilots' mean effect, not
             below the noise floor.
-        cliff_boundary, causal_record: the first layer after the cliff, known from another study, and that study's
-            file or hash (None: of this causal stage).
+        cliff_boundary, causal_record: a cliff known from another study, and its file or hash (None: of this one).
         truncation_layers: from which the image is taken away for answers (None: 13 at most; the boundary is added).
-        gate_images: images below which gates are inconclusive.
-        share_at_start, cliff_width, drop_easy, drop_hard: thresholds of the gates, hashed before anything runs.
+        horizon_samples, horizon_tokens: how many further samples lose visual tokens one by one and in subsets (0: none,
+            and no gate G7); how many tokens of each, spread over the image (0: all).
+        keep_fractions, random_subsets: shares kept (None: 0.75, 0.5, 0.25); random subsets against each ranked one.
+        gate_images, share_at_start, cliff_width, drop_easy, drop_hard: thresholds of the gates, hashed before the run;
+            with fewer images they are inconclusive.
         resamples: of intervals.
         scorer, prompt, max_new_tokens: of answers (None: the data set's); the prompt has {question} in it.
         max_model_len, batch_size: longer samples are left out; prompts that run together.
@@ -111,15 +120,16 @@ def visual_phase1(
         CapabilityError: a model that reads no images, or in which images do not do what all this takes for granted.
     """
     which = visual_data.dataset_of(dataset, data_path, model)
-    sizes = _sizes(profile, pilots, samples, resamples)
+    sizes = _sizes(profile, pilots, samples, horizon_samples, resamples)
     words = visual_data.PROMPTS[which] if prompt is None else prompt
     asking = Asking(words, max_model_len, max_new_tokens, batch_size, visual_data.scorer_of(which, scorer), strict)
     limits = {"images": gate_images, "share_at_start": share_at_start, "width": cliff_width, "drop_easy": drop_easy,
-              "drop_hard": drop_hard, "gates": GATES[:-1]}  # fmt: skip
+              "drop_hard": drop_hard, "gates": _gates(sizes)}  # fmt: skip
     plan = Plan(
         tuple(dict.fromkeys(("replace:blind", *(interventions or INTERVENTIONS)))), tuple(blind or ("random",)),
         null_image, _tuple(layers), window, tau, adaptive_tau, tau_ratio, cliff_boundary, causal_record,
-        _tuple(truncation_layers), sizes["resamples"], seed, Thresholds.of(limits),
+        _tuple(truncation_layers), sizes["horizon_samples"], horizon_tokens or None,
+        tuple(keep_fractions or KEEP), random_subsets, sizes["resamples"], seed, Thresholds.of(limits),
     )  # fmt: skip
     _check(asking, plan, sizes)
     chosen = _selected(which, data_path, images, split, kinds, sizes, seed, strict)
@@ -127,13 +137,20 @@ def visual_phase1(
     return _open(out, which, loaded, chosen, asking, plan, sizes)
 
 
+def _gates(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Of this study: G6 is of probes, G7 of samples whose visual tokens are removed."""
+    return tuple(gate for gate in GATES if gate != "G6" and (gate != "G7" or sizes["horizon_samples"]))
+
+
 def _tuple(layers: list[int] | None) -> tuple[int, ...] | None:
     return None if layers is None else tuple(layers)
 
 
-def _sizes(profile: str, pilots: int | None, samples: int | None, resamples: int | None) -> dict[str, int]:
+def _sizes(
+    profile: str, pilots: int | None, samples: int | None, horizon: int | None, resamples: int | None
+) -> dict[str, int]:
     """How many of each: the profile's, where nothing else is said."""
-    chosen = {"pilots": pilots, "samples": samples, "resamples": resamples}
+    chosen = {"pilots": pilots, "samples": samples, "horizon_samples": horizon, "resamples": resamples}
     return {**PROFILES[profile], **{name: value for name, value in chosen.items() if value is not None}}
 
 
@@ -166,10 +183,11 @@ def _run(
     checks = sanity(run, model, data, asking)
     cause = causal(run, model, data, asking, plan)
     cut = truncation(run, model, data, asking, plan, cause)
+    gone = removals(run, model, data, asking, plan, cause, cut)
     shape = geometry(run, model, data, asking, plan, cause)
-    judged = checkpoint(run, checks, cause, cut, shape, plan)
+    judged = checkpoint(run, checks, cause, cut, shape, gone, plan)
     seen = overlay(run, model, data, asking, cause)
-    page = write_all(run, model, plan, data, checks, cause, cut, shape, judged, seen)
+    page = write_all(run, model, plan, data, checks, cause, cut, shape, gone, judged, seen)
     return Phase1(page, judged.verdict, judged.exit_code)
 
 
@@ -184,12 +202,16 @@ def _check(asking: Asking, plan: Plan, sizes: Mapping[str, int]) -> None:
         "pilots": (sizes["pilots"], 8 if plan.adaptive_tau else 2), "samples": (sizes["samples"], 4),
         "max_new_tokens": (asking.max_new_tokens, 1), "batch_size": (asking.batch_size, 1),
         "resamples": (sizes["resamples"], 100), "gate_images": (plan.thresholds.images, 1),
+        "horizon_samples": (sizes["horizon_samples"], 0), "horizon_tokens": (plan.horizon_tokens or 1, 1),
+        "random_subsets": (plan.random_subsets, SUBSETS),
     }  # fmt: skip
     for name, (value, low) in least.items():
         if value < low:
             raise ic.PlanError(f"{name} is {value}: give at least {low}")
     if not (plan.tau > 0 and 0 < plan.tau_ratio <= 1):
         raise ic.PlanError(f"tau {plan.tau:g}, tau_ratio {plan.tau_ratio:g}: they are above 0, and in (0, 1]")
+    if not all(0 < share < 1 for share in plan.keep_fractions):
+        raise ic.PlanError(f"keep_fractions {', '.join(map(str, plan.keep_fractions))}: each lies between 0 and 1")
     if plan.causal_record is not None and plan.cliff_boundary is None:
         raise ic.PlanError("--causal_record says where a cliff was found; give the layer too: --cliff_boundary")
 

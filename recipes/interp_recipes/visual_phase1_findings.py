@@ -1,4 +1,4 @@
-"""What the records of the recipe `visual_phase1` come to: curves, boundary, drops, ratios, and the gates' numbers.
+"""What the records of the recipe `visual_phase1` come to: curves, boundary, drops, ratios.
 
 boundary   that of the first blind mode's replacement, over all further samples; truncation and gates use it
 other half the geometry gate asks the ratio at a boundary that was found on other samples: those of every second image
@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from interp_plugins.geometry.ratios import CutRatio, cut_ratio
 from interp_plugins.geometry.result import GeometryResult
-from interp_plugins.visual import depth, gates
+from interp_plugins.visual import depth
 from interp_plugins.visual.curves import Curve, crossing, curve, depth_gap, terciles
 from interp_plugins.visual.depth import LayerEstimate, Layers
-from interp_plugins.visual.gates import Gate
 from interp_plugins.visual.records import BLIND, Effects, Records
 from interp_plugins.visual.threshold import Threshold, histogram, noise_floor, threshold
 from interp_plugins.visual.truncation import Drops, drops
@@ -48,6 +47,7 @@ class Causal:
         n_dependent: how many samples are.
         crossing: of text and visual rows; None where text rows were not replaced.
         gap: EVD of hard minus easy samples; None without both.
+        evds: mean EVD of each kind.
         hard, easy: which further samples are, by name; `kinds` says by what.
         cliff: the boundary that is passed on; None: there is none inside the model.
         other: that of every second image, and the samples of the others, on which it is used.
@@ -65,6 +65,7 @@ class Causal:
     n_dependent: int = 0
     crossing: LayerEstimate | None = None
     gap: stats.Interval | None = None
+    evds: Mapping[str, stats.Interval] = field(default_factory=dict)
     hard: tuple[str, ...] = ()
     easy: tuple[str, ...] = ()
     kinds: str = ""
@@ -112,14 +113,19 @@ class Causal:
         return replace(
             self, records=records, curves=curves, dependent=dependent, n_dependent=count,
             crossing=None if text is None else crossing(main.values, text.values, main.layers, boot),
-            gap=_gap(main, first, hard, easy, plan), hard=hard, easy=easy, kinds=kinds, cliff=cliff,
-            other=_other_half(main, tau, plan), skipped=tuple(skipped),
+            gap=_gap(main, first, hard, easy, plan), evds=_evds(main, first, hard, easy, plan), hard=hard, easy=easy,
+            kinds=kinds, cliff=cliff, other=_other_half(main, tau, plan), skipped=tuple(skipped),
         )  # fmt: skip
 
     @property
     def main(self) -> Curve:
         """The curve of the cliff."""
         return next(iter(self.curves.values()))
+
+    @property
+    def blind(self) -> str:
+        """Which blind image the main replacement is of."""
+        return self.pilots.name.removeprefix(MAIN).strip()
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -148,6 +154,7 @@ class Causal:
                                 "curve": None if self.dependent is None else self.dependent.row()},
             "crossing": None if self.crossing is None else self.crossing.row(),
             "evd_gap": None if self.gap is None else self.gap.row(),
+            "evd_by_difficulty": {name: one.row() for name, one in self.evds.items()},
             "hard": list(self.hard), "easy": list(self.easy), "difficulty_from": self.kinds,
             "cliff_of_other_half": self.other[0], "other_half": list(self.other[1]),
         }  # fmt: skip
@@ -176,7 +183,7 @@ class Causal:
             tells = "which tells them apart" if self.gap.excludes(0) else "which does not tell them apart"
             said.append(f"EVD of hard minus easy samples ({self.kinds}) is {self.gap:+.2f} layers, {tells}.")
         said.append(f"{self.n_dependent} of {len(self.samples)} samples are right with the image and wrong with the "
-                    "random one.")  # fmt: skip
+                    f"{self.blind} one.")  # fmt: skip
         return [*said, *(f"{note[0].upper()}{note[1:]}." for note in one.notes)]
 
     def shown_sample(self, names: Sequence[str]) -> str:
@@ -227,6 +234,19 @@ def _gap(main: Effects, one: Curve, hard: Sequence[str], easy: Sequence[str], pl
     )  # fmt: skip
 
 
+def _evds(main: Effects, one: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan) -> dict[str, stats.Interval]:
+    """Mean EVD of hard and of easy samples."""
+    place = {name: i for i, name in enumerate(main.samples)}
+    found = {}
+    for kind, names in (("hard", hard), ("easy", easy)):
+        chosen = [place[name] for name in names]
+        labels = [main.images[i] for i in chosen]
+        if len(set(labels)) > 1:
+            boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
+            found[kind] = boot.mean(one.depths[chosen].astype(float), name=f"EVD of {kind} samples")
+    return found
+
+
 def _other_half(main: Effects, tau: float, plan: Plan) -> tuple[int | None, tuple[str, ...]]:
     """A boundary, and samples that it does not come from."""
     if plan.cliff_boundary is not None:
@@ -251,6 +271,9 @@ class Truncation:
         unparsable: texts that could not be read, by layer ("random image" too).
         skipped: samples that the model did not run at some layer.
         records: hash of the answers.
+        texts: of the clean answers, by sample.
+        kinds: what hard and easy samples lose, over the grid; those of two or more images.
+        bands: what is lost with the image gone from some layers alone, by their first and the one behind the last.
     """
 
     drops: Drops | None
@@ -261,6 +284,9 @@ class Truncation:
     unparsable: Mapping[str, int] = field(default_factory=dict)
     skipped: tuple[Row, ...] = ()
     records: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, stats.Band] = field(default_factory=dict)
+    bands: Mapping[tuple[int, int], stats.Interval] = field(default_factory=dict)
 
     @staticmethod
     def nothing(cause: Causal) -> Truncation:
@@ -278,7 +304,8 @@ class Truncation:
         if len({sample.image for sample in kept}) < 2:
             first = f"; the first: {bad[0]['failed']}" if bad else ""
             raise ic.PlanError(f"{len(kept)} of {len(samples)} samples are answered, of fewer than two images{first}")
-        cells = {(row["sample"], row["layer"]): row for row in rows}
+        cells = {(row["sample"], row["layer"]): row for row in rows if not row.get("stop")}
+        parts = {(row["sample"], row["layer"], row["stop"]): row for row in rows if row.get("stop")}
         names = [sample.name for sample in kept]
         before = [layer for layer in grid if layer < n_layers]
         scores = np.array([[cells[name, layer]["score"] for layer in before] for name in names])
@@ -290,11 +317,19 @@ class Truncation:
         for (_, layer), row in cells.items():
             key = "random image" if layer is None else str(layer)
             unread[key] = unread.get(key, 0) + bool(row.get("problem"))
+        bands = {
+            (start, stop): boot.mean(
+                clean - np.array([parts[name, start, stop]["score"] for name in names]), name=f"drop, {start} to {stop}"
+            )
+            for start, stop in plan.bands(n_layers)
+        }
         return Truncation(
             found, tuple(names), images, clean, np.array([cells[name, None]["score"] for name in names]),
             unread,
             tuple({"sample": row["sample"], "where": row["cell"], "reason": row["failed"]} for row in bad),
             runs.digest(sorted((row["cell"], row.get("text", "")) for row in rows))[:16],
+            {name: str(cells[name, n_layers]["text"]) for name in names},
+            _by_kind(found.per_sample, names, images, cause, plan), bands,
         )  # fmt: skip
 
     def boot(self, plan: Plan) -> stats.Bootstrap:
@@ -308,6 +343,8 @@ class Truncation:
             "status": "run", "records": self.records, "n": len(self.samples), "score": float(self.clean.mean()),
             "score_random_image": float(self.random.mean()), "margin": self.drops.margin, "enough": self.drops.enough,
             "for_good": self.drops.for_good, "n_layers": self.drops.layers.count, "layers": self.drops.table(),
+            "kinds": {name: band.table() for name, band in self.kinds.items()},
+            "bands": [{"from": a, "before": b} | one.row() for (a, b), one in self.bands.items()],
             "unparsable": dict(self.unparsable), "skipped": list(self.skipped),
         }  # fmt: skip
 
@@ -320,7 +357,28 @@ class Truncation:
             f"Answers score {self.clean.mean():.3f} with the image and {self.random.mean():.3f} with a random one "
             f"(n = {len(self.samples)}; {unread} texts of all layers could not be read and score 0).",
             f"In the answers, {self.drops}.",
+            *self._of_bands(),
         ]
+
+    def _of_bands(self) -> list[str]:
+        if not self.bands:
+            return []
+        (start, stop), most = max(self.bands.items(), key=lambda item: item[1].value)
+        return [f"Gone from layers {start} to {stop - 1} alone the image is missed most: {most:.3f} of the score."]
+
+
+def _by_kind(
+    lost: np.ndarray, names: Sequence[str], images: Sequence[str], cause: Causal, plan: Plan
+) -> dict[str, stats.Band]:
+    """What hard and easy samples lose, layer by layer."""
+    found = {}
+    for kind, members in (("hard", set(cause.hard)), ("easy", set(cause.easy))):
+        chosen = [i for i, name in enumerate(names) if name in members]
+        labels = [images[i] for i in chosen]
+        if len(set(labels)) > 1:
+            boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
+            found[kind] = boot.band(lost[chosen], axes=("layer",), name=f"drop of {kind} samples")
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,70 +441,3 @@ class Geometry:
             return [f"There is no ratio of effective ranks: {self.why}."]
         tells = "stands out of" if self.ratio.stands_out else "does not stand out of"
         return [f"The visual rows' {self.ratio}, which {tells} what other cuts give; the cut comes from other samples."]
-
-
-# Gates
-
-
-def gate_rows(cause: Causal, cut: Truncation, shape: Geometry, plan: Plan) -> list[Gate]:
-    """G1 to G5."""
-    demands = plan.thresholds
-    if cause.stopped or cut.drops is None:
-        why = f"no visual dependence measurable, {cause.records.hash}"
-        low = None if cause.threshold is None else cause.threshold.blind_low
-        fail = Gate("G1", "fail", None, low, None, "lower ends > 0", cause.records.hash, cause.stopped)
-        return [fail, *(gates.missing(name, f"not run: {why}") for name in demands.gates[2:])]
-    boot = cut.boot(plan)
-    effects = cause.records.effects(MAIN, plan.blind[0])
-    whole = cause.records.blind(effects, plan.blind[0])
-    gap = boot.mean(cut.clean - cut.random, name="score with the image minus with a random one")
-    blind = effects.boot(plan.resamples, plan.seed).mean(whole, name="effect of blinding")
-    return [
-        gates.image_gate(gap, blind, demands, cut.records),
-        gates.cliff_gate(cause.main, demands, cause.records.hash),
-        _truncation_gate(cause, cut, plan),
-        _depth_gate(cause, cut, effects, whole, plan),
-        _geometry_gate(shape, plan, cause),
-    ]
-
-
-def _truncation_gate(cause: Causal, cut: Truncation, plan: Plan) -> Gate:
-    assert cut.drops is not None
-    if cause.cliff is None:
-        return gates.missing("G3", "there is no cliff inside the model to truncate at")
-    lost = cut.drops.at(cause.cliff)
-    named = [i for i, name in enumerate(cut.samples) if name in {*cause.hard, *cause.easy}]
-    return gates.truncation_gate(
-        None if lost is None else lost[named], [cut.samples[i] in set(cause.hard) for i in named],
-        [cut.images[i] for i in named], cause.cliff, plan.thresholds, cut.records, resamples=plan.resamples,
-        seed=plan.seed,
-    )  # fmt: skip
-
-
-def _depth_gate(cause: Causal, cut: Truncation, effects: Effects, whole: np.ndarray, plan: Plan) -> Gate:
-    """Soft depth of the samples that lose anything by blinding, with their scores."""
-    place = {name: i for i, name in enumerate(effects.samples)}
-    assert cause.threshold is not None
-    used = [i for i, name in enumerate(cut.samples) if name in place and whole[place[name]] > cause.threshold.tau]
-    rows = [place[cut.samples[i]] for i in used]
-    scores, images = cut.clean[used], [cut.images[i] for i in used]
-    if len(set(images)) < 3 or len(set(scores.tolist())) < 2:
-        said = f"all score {scores[0]:g}" if len(set(scores.tolist())) == 1 else f"{len(set(images))} images"
-        why = f"no correlation of depth and score: {said} ({len(used)} samples that lose τ or more by blinding)"
-        return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", cause.records.hash, why)
-    soft = depth.soft_depth(effects.values[rows] / whole[rows][:, None])
-    boot = stats.Bootstrap(images, resamples=plan.resamples, seed=plan.seed)
-    try:
-        rho = boot.of(stats.spearman, soft, scores, name="Spearman's ρ")
-    except ic.InterpError as error:
-        why = f"no interval: {error}"
-        return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", cause.records.hash, why)
-    return gates.depth_gate(rho, plan.thresholds, cause.records.hash)
-
-
-def _geometry_gate(shape: Geometry, plan: Plan, cause: Causal) -> Gate:
-    if shape.ratio is None:
-        return gates.missing("G5", shape.why)
-    half = plan.cliff_boundary is None  # half of the images find the boundary, the others are measured
-    demands = replace(plan.thresholds, images=max(1, plan.thresholds.images // 2)) if half else plan.thresholds
-    return gates.geometry_gate(shape.ratio.log, (shape.ratio.low, shape.ratio.high), demands, cause.records.hash)

@@ -31,6 +31,10 @@ class Plan:
     cliff_boundary: int | None
     causal_record: str | None
     truncation_layers: tuple[int, ...] | None
+    horizon_samples: int
+    horizon_tokens: int | None
+    keep_fractions: tuple[float, ...]
+    random_subsets: int
     resamples: int
     seed: int
     thresholds: Thresholds
@@ -51,6 +55,11 @@ class Plan:
             for layer in layers or ():
                 if not 0 <= layer <= most:
                     raise ic.PlanError(f"--{name} {layer}: 0 to {most} in this model of {last} layers")
+
+    def bands(self, n_layers: int) -> list[tuple[int, int]]:
+        """Quarters of the layers, in which alone the image is taken away."""
+        width = -(-n_layers // 4)
+        return [(start, min(start + width, n_layers)) for start in range(0, n_layers, width)]
 
     def grid(self, n_layers: int, cliff: int | None) -> list[int]:
         """Layers from which the image is taken away: the grid, layer 0, the boundary, and L, at which nothing is."""

@@ -1,4 +1,4 @@
-"""Figures, sentences and page of the recipe `visual_phase1`."""
+"""Sentences and page of the recipe `visual_phase1`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from interp_plugins.attribution.over_image import overlays
 from interp_plugins.visual.gates import Judgement
-from interp_plugins.visual.threshold import histogram
 
 import interp_core as ic
 from interp_core import report, runs
 
 from .visual_data import Row
+from .visual_phase1_charts import (
+    WORDS,
+    causal_charts,
+    gates_chart,
+    geometry_charts,
+    overlay_charts,
+    truncation_charts,
+)
 from .visual_phase1_findings import Causal, Geometry, Truncation
+from .visual_phase1_horizon import Removals
 from .visual_phase1_plan import Plan
 from .visual_phase1_samples import Samples
 
 PAGE = "visual_phase1.html"
+HORIZON = (
+    "Of the model's own greedy answer: “single” is the log-probability of its first token, “generated” the mean over "
+    "all its tokens. Visual tokens are ranked by what the predicting token pays to them in the layer itself."
+)
 VERDICTS = {
-    "FULL": "the image is used, its use ends at a layer, taking it away there tells hard from easy questions, and "
+    "FULL": "the image is used, its use ends at a layer, behind which hard questions alone still need it, and "
     "depth or geometry bear it out",
-    "PARTIAL": "the image is used and its use ends at a layer; not all that should follow from it holds",
+    "PARTIAL": "the image is used and its use ends at a layer; hard questions do not go on needing it there (G3), or "
+    "neither depth nor geometry bear it out (G4, G5)",
     "STOP": "the study does not carry a statement about depth",
     "INCOMPLETE": "nothing speaks against it, but numbers are missing",
 }
@@ -31,33 +42,33 @@ VERDICTS = {
 
 def files_of(plan: Plan) -> list[str]:
     """Names of files that may be written, to be claimed before any work."""
-    names = ["effects", "share", "populations", "pilots"]
+    causal = ["effects", "share", "populations", "pilots", "evd_gap", "information"]
+    cut = ["drops", "difficulty", "bands", "ranked_random", "keep_fractions", "answers_that_stay"]
     return [
         PAGE, "thresholds.json", "samples.json", "sanity.json", "causal/records.jsonl", "causal/causal.json",
-        *(f"causal/{name}.png" for name in names), "truncation/truncation.json", "truncation/drops.png",
-        "geometry/geometry.json", "geometry/effective_rank.png", "geometry/anisotropy.png",
-        "checkpoint/checkpoint.json", "checkpoint/checkpoint.md", "overlay/overlay.json",
+        "causal/horizon.json", *(f"causal/{name}.png" for name in causal),
+        "truncation/truncation.json", "truncation/keep_fractions.json", *(f"truncation/{name}.png" for name in cut),
+        "geometry/geometry.json", *(f"geometry/{name}.png" for name in ("effective_rank", "anisotropy", "er_ratio")),
+        "checkpoint_eval/checkpoint_eval.json", "checkpoint_eval/checkpoint_eval.md", "checkpoint_eval/gates.png",
+        "overlay/overlay.json",
     ]  # fmt: skip
 
 
 def write_all(
     run: runs.RunFolder, model: ic.Model, plan: Plan, data: Samples, checks: Mapping[str, Any], cause: Causal,
-    cut: Truncation, shape: Geometry, judged: Judgement, seen: Mapping[str, Any],
+    cut: Truncation, shape: Geometry, gone: Removals, judged: Judgement, seen: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     """Every figure as a file, and the page."""
-    charts: dict[str, report.Chart] = {f"causal/{name}": chart for name, chart in causal_charts(cause, plan).items()}
-    if cut.drops is not None:
-        charts["truncation/drops"] = cut.drops.chart()
-    if shape.result is not None:
-        charts |= {f"geometry/{name}": shape.result.curves(name) for name in ("effective_rank", "anisotropy")}
-    over = overlay_charts(seen)
-    charts |= {f"overlay/{name.replace(', ', '_').replace(' ', '_')}": chart for name, chart in over.items()}
-    inputs = {"records": [cause.records.hash, cut.records], "boundary": cause.cliff}
+    charts: dict[str, report.Chart] = {
+        **causal_charts(cause, plan), **truncation_charts(cut), **gone.charts(), **geometry_charts(shape),
+        "checkpoint_eval/gates": gates_chart(judged), **overlay_charts(seen),
+    }  # fmt: skip
     for name, chart in charts.items():
+        inputs = {"chart": runs.digest(chart.html())[:16]}  # what it shows: others are left alone
         if not run.kept(f"{name}.png", inputs=inputs):
             _figure(run, f"{name}.png", chart, inputs)
-    skipped = [*data.skipped, *cause.skipped, *cut.skipped, *shape.skipped]
-    page = _page(model, data, checks, charts, judged, seen, skipped, (cause, cut, shape), plan)
+    skipped = [*data.skipped, *cause.skipped, *cut.skipped, *gone.skipped, *shape.skipped]
+    page = _page(model, data, checks, charts, judged, seen, skipped, (cause, cut, gone, shape), plan)
     run.put({PAGE: page})
     return run.path / PAGE
 
@@ -69,75 +80,13 @@ def _figure(run: runs.RunFolder, name: str, chart: report.Chart, inputs: Mapping
         run.put({name: chart.png(Path(folder) / "figure.png").read_bytes()}, inputs=inputs)
 
 
-# Charts
-
-
-def causal_charts(cause: Causal, plan: Plan) -> dict[str, report.Chart]:
-    """Curves with bands, E, both populations, and the pilots' distribution."""
-    charts: dict[str, report.Chart] = {"pilots": pilots_chart(cause, plan)}
-    if cause.stopped:
-        return charts
-    one = cause.main
-    places = list(map(str, one.layers.numbers))
-    lines = [report.Line.of(name, each.band) for name, each in cause.curves.items()]
-    lines.append(report.Line("τ", [one.tau] * len(places)))
-    charts["effects"] = report.Curves(
-        lines, places, title="What the answer loses", xlabel="decoder layer", ylabel="nats",
-        caption=f"Mean loss of the answer's log-probability, bands of whole curves (95 %), n = {one.mean.n} in "
-        f"{one.mean.units} images.",
-    )  # fmt: skip
-    shares = [report.Line.of(name, each.share) for name, each in cause.curves.items() if each.share is not None]
-    if shares:
-        charts["share"] = report.Curves(
-            shares, places, title="Share of the effect of blinding", xlabel="decoder layer", ylabel="E",
-            caption="1: the layer needs the image as much as the input does; 0: not any more. 95 % intervals.",
-        )  # fmt: skip
-    if cause.dependent is not None:
-        both = [("all samples", one), ("image-dependent samples", cause.dependent)]
-        charts["populations"] = report.Curves(
-            [report.Line.of(f"{name} (n = {each.mean.n})", each.band) for name, each in both], places,
-            title=f"{one.name}, two populations", xlabel="decoder layer", ylabel="nats",
-            caption="Image-dependent: right with the image, wrong with the random one.",
-        )  # fmt: skip
-    return charts
-
-
-def pilots_chart(cause: Causal, plan: Plan) -> report.Bars:
-    """The distribution of the pilots' effects, with the bin that τ lies in."""
-    tau = plan.tau if cause.threshold is None else cause.threshold.tau
-    bars = []
-    rows = histogram(cause.pilots.values)
-    for i, row in enumerate(rows):
-        last = i == len(rows) - 1
-        holds = row["low"] <= tau < row["high"] or (last and tau == row["high"])
-        name = f"{row['low']:.3g} to {row['high']:.3g}"
-        bars.append(report.Bar(f"{name}  ← τ = {tau:.3g}" if holds else name, float(row["count"]), None))
-    said = str(cause.threshold) if cause.threshold is not None else cause.stopped
-    inside = rows[0]["low"] <= tau <= rows[-1]["high"]
-    more = "" if inside else f" τ = {tau:.3g} lies outside."
-    return report.Bars(
-        bars, title="Effects on the pilots", xlabel="pilots times layers",
-        caption=f"Δ in nats of {len(cause.pilots.samples)} pilots at {len(cause.pilots.layers.numbers)} layers under "
-        f"{cause.pilots.name}. {said}.{more}",
-    )  # fmt: skip
-
-
-def overlay_charts(seen: Mapping[str, Any]) -> dict[str, report.Overlay]:
-    """The sample's image with its visual tokens."""
-    places = [tuple(place) for place in seen["places"]]
-    if not places or not seen["values"]:
-        return {}
-    tiles = {place[2] for place in places}
-    pictures = [np.asarray(seen["picture"])] if len(tiles) == 1 else None
-    return overlays(seen["values"], places, pictures, title="visual tokens", scale="nats lost, or share of flow")
-
-
 # The page
 
 
 def summary(
-    data: Samples, cause: Causal, cut: Truncation, shape: Geometry, judged: Judgement, skipped: Sequence[Row]
-) -> list[str]:
+    data: Samples, cause: Causal, cut: Truncation, gone: Removals, shape: Geometry, judged: Judgement,
+    skipped: Sequence[Row],
+) -> list[str]:  # fmt: skip
     """What came out; nothing is said that the numbers do not carry."""
     counts = f"{len(data.pilots)} pilots and {len(data.others)} further samples"
     left = f"; {len(skipped)} left out or failed, listed below" if skipped else ""
@@ -150,35 +99,42 @@ def summary(
                     "look weaker.")  # fmt: skip
     if data.resized:
         said.append(f"{len(data.resized)} random images had no partner of their own grid and were resized.")
-    return [*said, *cause.sentences(), *cut.sentences(), *shape.sentences()]
+    return [*said, *cause.sentences(), *cut.sentences(), *gone.sentences(), *shape.sentences()]
 
 
 def _page(
     model: ic.Model, data: Samples, checks: Mapping[str, Any], charts: Mapping[str, report.Chart], judged: Judgement,
-    seen: Mapping[str, Any], skipped: Sequence[Row], found: tuple[Causal, Truncation, Geometry], plan: Plan,
+    seen: Mapping[str, Any], skipped: Sequence[Row], found: tuple[Causal, Truncation, Removals, Geometry], plan: Plan,
 ) -> str:  # fmt: skip
-    cause, cut, shape = found
+    cause, cut = found[:2]
     words = "".join(f"<li>{report.escape(line)}</li>" for line in summary(data, *found, judged, skipped))
-    gates = [
-        {"gate": gate.name, "status": gate.status, "number": "" if gate.number is None else gate.number,
+    rows = [
+        {"gate": f"{gate.name} {WORDS[gate.name]}", "status": gate.status,
+         "number": "" if gate.number is None else gate.number,
          "interval": "" if gate.low is None or gate.high is None else f"{gate.low:.4g} to {gate.high:.4g}",
          "demanded": gate.threshold, "why": gate.why, "records": gate.records}
         for gate in judged.gates
     ]  # fmt: skip
+
+    def drawn(*names: str) -> str:
+        shown = [charts[name] for name in names if name in charts]
+        return "".join(f"<p><b>{report.escape(getattr(chart, 'title', ''))}</b></p>{chart.html()}" for chart in shown)
+
     sections = [
         report.Section(f"Verdict {judged.verdict}", "", f"<ul>{words}</ul>"),
-        report.Section("Gates", f"Thresholds {judged.thresholds}, hashed before the run.", report.table(gates)),
-        report.Section("τ", "Pilots take no part in what follows.", charts["causal/pilots"].html()),
+        report.Section("Gates", f"Thresholds {judged.thresholds}, hashed before the run.", report.table(rows)),
+        report.Section("τ", "Pilots take no part in what follows.", drawn("causal/pilots")),
     ]
-    drawn = [chart.html() for name, chart in charts.items() if name.startswith("causal/") and "pilots" not in name]
-    if drawn:
-        sections.append(report.Section("Causal curves", "", "".join(drawn) + report.table(_depths(cause))))
+    if body := drawn(*(f"causal/{name}" for name in ("effects", "share", "populations", "evd_gap"))):
+        sections.append(report.Section("Causal curves", "", body + report.table(_depths(cause))))
     if cut.drops is not None:
-        table = report.table(cut.drops.table())
-        sections.append(report.Section("Answers without the image", "", charts["truncation/drops"].html() + table))
-    if shape.result is not None:
-        drawn = [chart.html() for name, chart in charts.items() if name.startswith("geometry/")]
-        sections.append(report.Section("Geometry", "Rows at the input of each layer.", "".join(drawn)))
+        body = drawn(*(f"truncation/{name}" for name in ("drops", "difficulty", "bands")))
+        sections.append(report.Section("Answers without the image", "", body + report.table(cut.drops.table())))
+    names = ("causal/information", "truncation/ranked_random", "truncation/keep_fractions")
+    if body := drawn(*names, "truncation/answers_that_stay"):
+        sections.append(report.Section("Information horizon", HORIZON, body))
+    if body := drawn(*(f"geometry/{name}" for name in ("effective_rank", "anisotropy", "er_ratio"))):
+        sections.append(report.Section("Geometry", "Rows at the input of each layer.", body))
     sections.append(_image(charts, seen))
     if skipped:
         sections.append(report.Section("Left out", "", report.table(list(skipped))))

@@ -2,6 +2,7 @@
 
 random    another sample's image: a derangement within images of equal grids, else resized
 black     black, as large;  mean: the mean colour of all images of the samples
+blank     as black; what single tokens of nothing at all do is the noise floor of what tokens do
 reencoded the same image through JPEG: what it shows is left, so that effects of it are noise
 """
 
@@ -20,7 +21,7 @@ from interp_core import vision
 from .visual_data import Asking, Row, asked, demand_one_image, note_bad
 
 Mode = Literal["random", "black", "mean"]
-REENCODED = "reencoded"
+REENCODED, BLANK = "reencoded", "blank"
 QUALITY = 95
 
 
@@ -58,12 +59,15 @@ class Sample:
         """Its picture, or what stands in for it."""
         if mode == REENCODED:
             return _reencoded(self.picture)
+        if mode == BLANK:
+            return vision.blind_images([self.picture], "black").images[0]
         return self.blind[mode] if mode else self.picture
 
-    def tokens(self, model: ic.Model, asking: Asking, mode: str = "", *, answer: bool = True) -> ic.Tokens:
-        """The question as a row of tokens, with its own image or another."""
+    def tokens(self, model: ic.Model, asking: Asking, mode: str = "", *, answer: bool | str = True) -> ic.Tokens:
+        """The question as a row of tokens, with its own image or another; with its answer, or another text as such."""
+        text = self.answer if answer is True else answer or None
         return asked(
-            model, self.question, [self.shown(mode)], self.answer if answer else None, prompt=asking.prompt,
+            model, self.question, [self.shown(mode)], text, prompt=asking.prompt,
             max_model_len=asking.max_model_len, more=0 if answer else asking.max_new_tokens,
         )  # fmt: skip
 

@@ -28,7 +28,9 @@ import interp_core as ic
 from interp_core import runs
 
 from .visual_data import Asking, Row, each, note_bad, stacked
-from .visual_phase1_findings import Causal, Geometry, Truncation, gate_rows
+from .visual_phase1_findings import Causal, Geometry, Truncation
+from .visual_phase1_gates import gate_rows
+from .visual_phase1_horizon import Removals
 from .visual_phase1_plan import Plan
 from .visual_phase1_samples import REENCODED, Sample, Samples
 
@@ -159,10 +161,10 @@ def truncation(
     grid = plan.grid(model.n_layers, cause.cliff)
     samples = [sample for sample in data.others if sample.name in set(cause.samples)]
     with run.rows("truncation/answers.jsonl", key="cell") as rows:
-        for layer in [*grid, None]:
-            todo = [sample for sample in samples if _cell(sample.name, layer) not in rows]
+        for gone in [*((layer, None) for layer in [*grid, None]), *plan.bands(model.n_layers)]:
+            todo = [sample for sample in samples if _cell(sample.name, *gone) not in rows]
             for start in range(0, len(todo), 4 * asking.batch_size):
-                for row in _answers(model, todo[start : start + 4 * asking.batch_size], asking, layer):
+                for row in _answers(model, todo[start : start + 4 * asking.batch_size], asking, *gone):
                     rows.add(row)
         every = list(rows)
     found = Truncation.of(every, grid, samples, model.n_layers, plan, cause)
@@ -170,27 +172,30 @@ def truncation(
     return found
 
 
-def _cell(sample: str, layer: int | None) -> str:
-    return f"{sample} @ {'random image' if layer is None else layer}"
+def _cell(sample: str, layer: int | None, stop: int | None = None) -> str:
+    return f"{sample} @ {'random image' if layer is None else layer if stop is None else f'{layer} to {stop - 1}'}"
 
 
-def _answers(model: ic.Model, samples: Sequence[Sample], asking: Asking, layer: int | None) -> list[Row]:
-    """Answers without the image from a layer on; None: with the random image."""
+def _answers(
+    model: ic.Model, samples: Sequence[Sample], asking: Asking, layer: int | None, stop: int | None = None
+) -> list[Row]:
+    """Answers without the image from a layer on, or before layer `stop` again with it; None: with the random image."""
     bad: list[Row] = []
     where = "answers with the random image" if layer is None else f"answers without the image from layer {layer} on"
+    where = where if stop is None else f"answers without the image in layers {layer} to {stop - 1}"
     mode = "random" if layer is None else ""
 
     def work(part: Sequence[Sample]) -> list[str]:
         prompts = stacked([sample.tokens(model, asking, mode, answer=False) for sample in part])
         if layer is None:
             return list(model.generate(prompts, max_new_tokens=asking.max_new_tokens).texts)
-        return answered(model, prompts, [layer], max_new_tokens=asking.max_new_tokens)[layer]
+        return answered(model, prompts, [layer], stop=stop, max_new_tokens=asking.max_new_tokens)[layer]
 
     texts = each(where, where, samples, lambda sample: sample.name, work, asking, bad)
     failed = {row["sample"]: row["reason"] for row in bad}
     rows = []
     for sample in samples:
-        row: Row = {"cell": _cell(sample.name, layer), "sample": sample.name, "layer": layer}
+        row: Row = {"cell": _cell(sample.name, layer, stop), "sample": sample.name, "layer": layer, "stop": stop}
         if sample.name in failed:
             rows.append(row | {"failed": failed[sample.name]})
             continue
@@ -264,14 +269,15 @@ def _geometry(
 
 
 def checkpoint(
-    run: runs.RunFolder, checks: Mapping[str, Any], cause: Causal, cut: Truncation, shape: Geometry, plan: Plan
-) -> Judgement:
+    run: runs.RunFolder, checks: Mapping[str, Any], cause: Causal, cut: Truncation, shape: Geometry, gone: Removals,
+    plan: Plan,
+) -> Judgement:  # fmt: skip
     """Gates and verdict."""
     g0 = gates.sanity_gate(checks["checks"], runs.digest(checks)[:16])
-    every: list[Gate] = [g0, *gate_rows(cause, cut, shape, plan)]
+    every: list[Gate] = [g0, *gate_rows(cause, cut, shape, gone, plan)]
     judged = gates.judge(every, plan.thresholds)
     header = {"cliff_boundary": cause.cliff, "causal_record": cause.records.hash}
-    run.json("checkpoint/checkpoint.json", judged.row() | header)
+    run.json("checkpoint_eval/checkpoint_eval.json", judged.row() | header)
     lines = ["| gate | status | number | interval | demanded | records | |", "|---|---|---|---|---|---|---|"]
     for gate in judged.gates:
         interval = "" if gate.low is None else f"{gate.low:.4g} to {gate.high:.4g}"
@@ -280,7 +286,7 @@ def checkpoint(
             f"| {gate.name} | {gate.status} | {number} | {interval} | {gate.threshold} | {gate.records} | {gate.why} |"
         )
     lines += ["", f"Verdict: **{judged.verdict}** (exit code {judged.exit_code}, thresholds {judged.thresholds})", ""]
-    run.put({"checkpoint/checkpoint.md": "\n".join(lines)})
+    run.put({"checkpoint_eval/checkpoint_eval.md": "\n".join(lines)})
     print(judged)
     return judged
 

@@ -289,17 +289,17 @@ def _selected(
     """The questions that are asked; how many are not, by why; and rows that cannot be used.
 
     Raises:
-        LoadError: no question has one of the answers.
+        LoadError: fewer than two questions have one of the answers.
     """
     drawn = DRAWN * count if kinds is None else 2 * count
     every = visual_data.questions_of(
         dataset, data_path, images, count=drawn, seed=seed, kinds=kinds, split=split
     )  # fmt: skip
     fitting = every.where(lambda question: label_of(question, classes) is not None)
-    if not len(fitting):
+    if len(fitting) < 2:
         raise ic.LoadError(
-            f"none of {len(every)} questions of {every.source} is answered by {' or '.join(classes)}; give --classes, "
-            "the answers that are labels"
+            f"{len(fitting) or 'none'} of {len(every)} questions of {every.source} is answered by "
+            f"{' or '.join(classes)}, and it takes two; give --classes, the answers that are labels"
         )
     chosen = fitting.select(min(count, len(fitting)), seed=seed).checked()
     skipped = [{"sample": row.where, "where": row.field, "reason": row.detail} for row in chosen.skipped]

@@ -32,6 +32,8 @@ NUMBERS = (
     "p_shuffled", "selectivity", "words",
 )  # fmt: skip
 """Columns of the table beside the modes."""
+ENDS = tuple(f"{mode}_{end}" for mode in MODES for end in ("low", "high"))
+"""Columns of the ends of the modes' intervals."""
 Row = dict[str, Any]
 
 
@@ -249,7 +251,7 @@ class Findings:
         for position in self.positions:
             head: Row = {"position": position.name, "layers": self.cliff.layers}
             if position.comparison is None:
-                empty = dict.fromkeys((*MODES, *NUMBERS), float("nan"))
+                empty = dict.fromkeys((*MODES, *ENDS, *NUMBERS), float("nan"))
                 rows.append(head | empty | {"n": len(self.labels), "images": self.behaviour.means[ORIGINAL].units,
                                             "verdict": "inconclusive"})  # fmt: skip
                 continue
@@ -257,7 +259,8 @@ class Findings:
             means = {mode: position.means[mode].value for mode in MODES}
             null = c.modes[ORIGINAL].null[:, start:].mean(1)
             nan = float("nan")
-            rows.append(head | means | {
+            bounds = [end for mode in MODES for end in (position.means[mode].low, position.means[mode].high)]
+            rows.append(head | means | dict(zip(ENDS, bounds, strict=True)) | {
                 "delta": gain.value, "low": gain.low, "high": gain.high, "p": position.test.p,
                 "p_holm": self.adjusted[position.name], "fold_error": position.fold_error,
                 "detectable": gain.detectable,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from interp_plugins.probe.compare import INTERPRETATION
-
 import interp_core as ic
 from interp_core import report, runs
 
@@ -59,9 +57,10 @@ def charts_of(findings: Findings) -> dict[str, report.Chart]:
         charts[curves] = _curves(position)
         charts[gains] = _gains(position)
     charts[ANSWERS] = report.Bars.of(
-        findings.behaviour.means, percent=True, xlabel=f"score of its answers ({findings.behaviour.scorer})",
+        findings.behaviour.means, percent=True, xlabel="score of its answers",
         title="Answers with the image and without",
-        caption=f"{len(findings.labels)} samples, 95 % intervals; images drawn whole.",
+        caption=f"{len(findings.labels)} samples, 95 % intervals, images drawn whole; scorer: "
+        f"{findings.behaviour.scorer}.",
     )  # fmt: skip
     return charts
 
@@ -72,9 +71,9 @@ def _curves(position: Position) -> report.Curves:
     if comparison is not None and comparison.original.shuffles:
         lines.append(report.Line("shuffled labels", comparison.original.null.mean(0), comparison.band().T))
     return report.Curves(
-        lines, [str(layer) for layer in range(position.cliff.n_layers)], xlabel="layer", ylabel="balanced accuracy",
+        lines, _layers(position), xlabel=_xlabel(position), ylabel="balanced accuracy",
         title=f"What probes decode at {position.name}",
-        caption=f"{position.name}: accuracy in each mode with 95 % intervals over samples. {INTERPRETATION}",
+        caption=f"{position.name}: accuracy in each mode with 95 % intervals over samples.{_constant(position)}",
     )  # fmt: skip
 
 
@@ -82,10 +81,26 @@ def _gains(position: Position) -> report.Curves:
     name, gains = position.name, position.gains
     lines = [report.Line.of(f"original - {mode}", band) for mode, band in gains.items()]
     return report.Curves(
-        lines, [str(layer) for layer in range(position.cliff.n_layers)], xlabel="layer", base="no gain",
-        ylabel="gain in balanced accuracy", title=f"What the image adds at {name}",
-        caption=f"{name}: paired differences with bands that hold the whole curve in 95 % of studies. {INTERPRETATION}",
+        lines, _layers(position), xlabel=_xlabel(position), ylabel="gain in balanced accuracy",
+        title=f"What the image adds at {name}",
+        caption=f"{name}: paired differences with bands that hold the whole curve in 95 % of studies."
+        f"{_constant(position)}",
     )  # fmt: skip
+
+
+def _layers(position: Position) -> list[str]:
+    return [str(layer) for layer in range(position.cliff.n_layers)]
+
+
+def _xlabel(position: Position) -> str:
+    """Names the layers that the table's means are of."""
+    return f"layer (means are of {position.cliff.layers})"
+
+
+def _constant(position: Position) -> str:
+    """Names the modes whose curves say nothing, and lie on each other."""
+    which = " and ".join(position.constant)
+    return f" In {which} all samples have the same states: there is nothing to decode." if which else ""
 
 
 def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Chart]) -> str:
@@ -96,24 +111,54 @@ def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Cha
         report.Section(
             "Decodable with the image and without",
             f"Balanced accuracy of probes, mean of layers {findings.cliff.layers}. Delta is original minus "
-            "blind_randomimage, with its 95 % interval by a paired bootstrap over images.",
-            report.table([_shown(row) for row in findings.table]),
+            "blind_randomimage, with its 95 % interval by a paired bootstrap over images; p by Holm.",
+            report.table([_probed(row) for row in findings.table])
+            + "<p>What to hold that against: the 95th percentile of shuffled labels, a probe of the question's words, "
+            "the accuracy above that of a random label per question (selectivity), the error of the gain by repeated "
+            "folds, and the gain that would have been seen in 80 % of cases.</p>"
+            + report.table([_against(row) for row in findings.table]),
         ),
     ]  # fmt: skip
     for position in findings.positions:
         flags = "".join(f"<p>{report.escape(flag)}</p>" for flag in position.flags)
         drawn = [charts[key].html() for name in _names(position.name) if (key := f"figures/{name}.png") in charts]
         sections.append(report.Section(position.name, "", "".join(drawn) + flags))
-    answers = charts[ANSWERS].html() + report.table(findings.behaviour_table())
+    answers = charts[ANSWERS].html() + report.table([_answered(row) for row in findings.behaviour_table()])
     sections.append(report.Section("The model's own answers", "", answers))
     if findings.skipped:
         sections.append(report.Section("Questions that could not be used", "", report.table(list(findings.skipped))))
     return report.page("Probes with the image and without", repr(model), sections)
 
 
-def _shown(row: Row) -> Row:
-    """A row of the table as the page shows it: the interval in one cell."""
-    kept = ("position", "original", *BLIND)
-    ends = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
-    more = ("p_holm", "shuffled_95", "words", "selectivity", "n", "verdict")
-    return {k: row[k] for k in kept} | {"delta": row["delta"], "95 % interval": ends} | {k: row[k] for k in more}
+def _probed(row: Row) -> Row:
+    """What probes read at a position, and what the gain is worth."""
+    kept = {key: _number(row[key]) for key in ("position", "original", *BLIND)}
+    gain = dict.fromkeys(("delta", "95 % interval", "p"), "–")
+    if row["delta"] == row["delta"]:
+        ends = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        gain = dict(zip(gain, (f"{row['delta']:+.3f}", ends, f"{row['p_holm']:.2g}"), strict=True))
+    return kept | gain | {"verdict": row["verdict"]}
+
+
+def _against(row: Row) -> Row:
+    """What the numbers of a position are to be held against."""
+    names = {"shuffled_95": "shuffled labels", "words": "words", "selectivity": "selectivity",
+             "fold_error": "fold error", "detectable": "detectable"}  # fmt: skip
+    shown = {name: _number(row[key]) for key, name in names.items()}
+    return {"position": row["position"]} | shown | {"samples": row["n"], "images": row["images"]}
+
+
+def _answered(row: Row) -> Row:
+    """A mode's score, and the original's paired gain over it; of the original itself, none."""
+    score = {"mode": row["mode"], "score": f"{row['value']:.1%}"}
+    score |= {"95 % interval": f"[{row['low']:.1%}, {row['high']:.1%}]"}
+    gain = dict.fromkeys(("original's gain", "its interval", "p", "verdict"), "")
+    if row["delta"] != "":
+        ends = f"[{row['delta_low']:+.1%}, {row['delta_high']:+.1%}]"
+        gain = dict(zip(gain, (f"{row['delta']:+.1%}", ends, f"{row['p']:.2g}", row["verdict"]), strict=True))
+    return score | gain | {"unreadable": row["unparsable"], "cut off": row["cut"]}
+
+
+def _number(value: object) -> str:
+    """Three digits of a number; a dash where there is none."""
+    return str(value) if not isinstance(value, float) else "–" if value != value else f"{value:.3f}"

@@ -29,8 +29,9 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .flows.flow import Flow, demand_patterns
+from .flows.flow import Flow
 from .flows.hops import Hops, Parts, multi_hop, split_hop
+from .flows.out_maps import demand_patterns
 from .layout import Layout, is_stop
 from .method import Attributed, Attribution, AttributionConfig
 
@@ -93,9 +94,11 @@ class IFR(Attribution):
         parts = parts_of(model, layout, config)
         asked = layout.target if config.variant in ROWS else (*parts.answer, *parts.reasoning, *layout.sink)
         sinks = (*_sinks(layout, asked, config.profile), *(parts.reasoning if config.read_at == "tokens" else ()))
+        into_reasoning = config.n_hops + (config.variant in ALL and config.hop0 == "all")
+        again = config.variant in (*STOPS, *ALL, "multi_hop") and into_reasoning > 1
         flow = Flow(
             model, layout.tokens, sinks, config.profile, config.threshold,
-            config.chunk_tokens, config.sink_chunk_tokens, config.tolerance,
+            config.chunk_tokens, config.sink_chunk_tokens, config.tolerance, again,
         )  # fmt: skip
         if config.variant in ROWS:
             return _by_rows(flow, layout, config)

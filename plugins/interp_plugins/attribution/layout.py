@@ -1,8 +1,8 @@
 """Where prompt, target, sink and thinking stand in a row of tokens; what is explained, and from where.
 
-Tokens carry the places as named spans: `prompt` (the user's own words, without a chat template's), `target` (the
-continuation), `sink` (the part of it that is explained), `thinking` (its reasoning), `explained` (the part whose rows
-are summed in evaluations). The token at position p is predicted at position p - 1.
+Tokens carry the places as named spans: `prompt` (the user's own words and images, without a chat template's), `target`
+(the continuation), `sink` (the part of it that is explained), `thinking` (its reasoning), `explained` (the part whose
+rows are summed in evaluations). The token at position p is predicted at position p - 1.
 
 Source: Pan et al. (2026), arXiv:2602.01914, for sink and thinking spans.
 """
@@ -165,13 +165,14 @@ def _continued(model: ic.Model, row: ic.Tokens, target: str) -> ic.Tokens:
 
 
 def _prompt(tokens: ic.Tokens, target: range) -> tuple[int, ...]:
-    """The prompt's positions: those of the span; what the user said in a chat; else all before the target."""
+    """The prompt's positions: of the span; what the user said and showed in a chat; else all before the target."""
     for name in ("prompt", "user"):
         positions = sorted({i for span in tokens.spans.get(name, ((),))[0] for i in span})
         if name == "prompt" and "user" in tokens.spans and positions == list(range(target.start)):
             continue  # a chat's template stands between its messages
         if positions:
-            return tuple(positions)
+            shown = tokens.spans.get("vision", ((),))[0] if name == "user" else ()
+            return tuple(sorted({*positions, *(i for span in shown for i in span)}))
     return tuple(range(target.start if len(target) else tokens.lengths[0]))
 
 

@@ -29,7 +29,7 @@ from interp_core import sites as S
 
 from .gate import demand_additive
 from .layout import Layout, Part, layout_of, with_target
-from .over_image import Place, overlays, places_of
+from .over_image import Place, grid_map, overlays, places_of
 from .page import layers_of, strip_of, strip_page, top_tokens
 
 MASSIVE = 8.0
@@ -159,6 +159,14 @@ class AttributionResult(ic.Result):
             return {}
         _, layers, _ = self._drawn(row)
         return overlays(layers, places, pictures, title=self.method)
+
+    def map(self, row: int = 0, image: int = 0, tile: int = 0) -> Float[Tensor, "row col"]:
+        """A row's scores of the visual tokens of an image, or of a tile of it: what `localisation` takes.
+
+        Raises:
+            PositionError: no such image or tile.
+        """
+        return grid_map(self._own(self.scores[row], row), self.visual[row], image, tile)
 
     def png(self, path: Any, row: int = 0) -> Any:
         """One row as a picture, the layers below each other."""

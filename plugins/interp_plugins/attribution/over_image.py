@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 import interp_core as ic
 from interp_core import report
 
@@ -25,6 +28,23 @@ def places_of(model: ic.Model, tokens: ic.Tokens) -> tuple[tuple[Place, ...], ..
     except (ic.CapabilityError, ic.TextError):
         return tuple(() for _ in range(len(tokens)))
     return tuple(tuple((t.position, t.image, t.tile, *t.box) for t in row if t.box is not None) for row in rows)
+
+
+def grid_map(values: Float[Tensor, " pos"], places: Sequence[Place], image: int, tile: int) -> Float[Tensor, "row col"]:
+    """Numbers of a row's tokens as a map of a tile, in its grid of boxes; not a number where there is no token.
+
+    Raises:
+        PositionError: no such image or tile.
+    """
+    cells = [place for place in places if place[1:3] == (image, tile)]
+    if not cells:
+        there = sorted({place[1:3] for place in places})
+        raise ic.PositionError(f"there is no tile {tile} of image {image}; the row has {there or 'no images'}")
+    columns, rows = (sorted({place[edge] for place in cells}) for edge in (3, 4))
+    out = values.new_full((len(rows), len(columns)), float("nan"))
+    for place in cells:
+        out[rows.index(place[4]), columns.index(place[3])] = values[place[0]]
+    return out
 
 
 def overlays(

@@ -38,7 +38,8 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .flows.flow import Flow, KeptLayer, demand_patterns
+from .flows.flow import Flow, KeptLayer
+from .flows.out_maps import demand_patterns
 from .flows.proximity import proximities, proximity
 from .flows.route_graph import ATTENTION, BIAS, COLUMNS, MLP, MLP_RESIDUAL, RESIDUAL, RouteGraph
 from .flows.routes_drawing import png, svg

@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 import interp_core as ic
 
 from ..attribution.evaluation.orders import step_sizes
-from ..questions.images import pillow
 from .hits import checked_map
 
 TARGET = 64
@@ -94,7 +93,6 @@ def regions(scores: Any, size: tuple[int, int], *, target: int = TARGET, steps: 
 
 def blurred(image: Any) -> Any:
     """An image of Pillow with nothing left but blur."""
-    pillow()
     from PIL import ImageFilter
 
     return image.convert("RGB").filter(ImageFilter.GaussianBlur(radius=max(image.size) / BLUR))
@@ -118,9 +116,11 @@ def perturbed(image: Any, regions: Regions) -> Iterator[tuple[Any, Any]]:
         raise ic.PlanError(
             f"perturbed: the regions are of {regions.size}, the image is {image.size[::-1]} (height, width)"
         )
-    clean, blur, library = image.convert("RGB"), blurred(image), pillow()
-    mask = library.new("L", clean.size, 0)
+    from PIL import Image
+
+    clean, blur = image.convert("RGB"), blurred(image)
+    mask = Image.new("L", clean.size, 0)
     for step in range(-1, regions.steps):
         for region in np.flatnonzero(regions.step == step):
             mask.paste(255, regions.box(int(region)))
-        yield library.composite(blur, clean, mask), library.composite(clean, blur, mask)
+        yield Image.composite(blur, clean, mask), Image.composite(clean, blur, mask)

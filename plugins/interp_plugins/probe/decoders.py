@@ -68,10 +68,10 @@ def ridge(split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalti
     there, absent = _weights(high)
     best = _Best()
     scale = typical(split)
-    eye = torch.eye(t, dtype=torch.float64, device=split.train.device)
     for penalty in penalties:
-        factor = torch.linalg.cholesky(split.train + (penalty * scale)[:, None, None] * eye)
-        inverse = torch.cholesky_inverse(factor)
+        system = split.train.clone()
+        system.diagonal(dim1=1, dim2=2).add_((penalty * scale)[:, None])
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
         dual = inverse @ (target - target.mean(0))
         held = target - _left_out(inverse, dual, split.inner)
         middle = (held * (there + absent)).sum(1) / 2
@@ -137,13 +137,20 @@ def _left_out(
 ) -> Float[Tensor, "layer t q"]:
     """Residuals of train rows by fits without their inner fold."""
     constant = inverse.sum(2, keepdim=True)
-    projected = constant @ constant.mT / constant.sum(1, keepdim=True)
+    whole = constant.sum(1, keepdim=True)
     residual = torch.empty_like(dual)
     for fold in inner.unique():
-        rows = (inner == fold).nonzero().flatten()
-        block = inverse[:, rows[:, None], rows] - projected[:, rows[:, None], rows]
+        rows = _places(inner == fold)
+        block = inverse[:, rows][:, :, rows] - constant[:, rows] @ (constant[:, rows] / whole).mT
         residual[:, rows] = torch.cholesky_solve(dual[:, rows], torch.linalg.cholesky(block))
     return residual
+
+
+def _places(there: Bool[Tensor, " t"]) -> slice | Int[Tensor, " row"]:
+    """The rows that are there; as a slice, which copies nothing, where they follow each other."""
+    rows = there.nonzero().flatten()
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _weights(high: Bool[Tensor, "t column score"]) -> tuple[Float[Tensor, "t q"], Float[Tensor, "t q"]]:

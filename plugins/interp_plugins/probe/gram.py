@@ -73,13 +73,12 @@ class Standardised:
             train, test: its samples.
             inner: inner fold of each train sample.
         """
-        z = self.x * self.scale[:, number, None]
-        fitted = z[:, train]
-        whole = z @ fitted.mT
-        across = whole[:, train].mean(1, keepdim=True)  # each train row with the mean of all
-        centred = whole - across
+        z = self.x[:, torch.cat([train, test])]
+        z *= self.scale[:, number, None]
+        centred = z @ z[:, : len(train)].mT
+        centred -= centred[:, : len(train)].mean(1, keepdim=True)  # each train row with the mean of all
         centred -= centred.mean(2, keepdim=True)
-        return Split(centred[:, train], centred[:, test], inner, self.x.shape[-1])
+        return Split(centred[:, : len(train)], centred[:, len(train) :], inner, self.x.shape[-1])
 
 
 def layers_at_a_time(states: Float[Tensor, "sample layer d"]) -> Iterator[slice]:

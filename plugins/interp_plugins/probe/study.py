@@ -78,6 +78,7 @@ def decode(
             part = Standardised(x[:, layers], torch.from_numpy(folds.train))
             for number in range(len(folds)):
                 train, test = (torch.from_numpy(np.flatnonzero(of[number])) for of in (folds.train, folds.test))
+                train = train[torch.from_numpy(folds.inner[number])[train].argsort(stable=True)]  # folds lie together
                 inner = torch.from_numpy(folds.inner[number])[train]
                 split = part.split(number, train, test, inner)
                 targets = torch.from_numpy(every)[train]

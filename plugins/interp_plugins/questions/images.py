@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import interp_core as ic
+from interp_core import vision
 
 
 class RowError(ic.LoadError):
@@ -22,43 +22,29 @@ class RowError(ic.LoadError):
         self.field, self.reason = field, reason
 
 
-def opened(path: Path, *, decoded: bool = True) -> Any:
-    """An image of a file.
-
-    Args:
-        decoded: with its pixels, in RGB; else the header alone is read, and the image is closed again.
+def opened(image: Any) -> Any:
+    """An image of a question, decoded, in RGB.
 
     Raises:
-        RowError: no such file, no image, one that breaks off, or one of more pixels than Pillow opens.
+        RowError: no such file, no image, one that breaks off, one that is too small or too large.
         CapabilityError: Pillow is not there.
     """
-    image_module = pillow()
-    if not path.is_file():
-        raise RowError("image", "there is no such file", str(path))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            with image_module.open(path) as image:
-                return image.convert("RGB") if decoded else image.size
-    except (image_module.DecompressionBombWarning, image_module.DecompressionBombError) as error:
-        raise RowError("image", "it has too many pixels", f"{path}: {error}") from error
-    except image_module.UnidentifiedImageError as error:
-        raise RowError("image", "it is no image that Pillow knows", str(path)) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RowError("image", "it cannot be decoded", f"{path}: {error}") from error
+        return vision.open_picture(image, "image")
+    except vision.PictureError as error:
+        raise RowError("image", error.reason, str(error)) from error
 
 
-def pillow() -> Any:
-    """Pillow's module of images.
+def demand_image(path: Path) -> None:
+    """Refuse what is no image by its file's header.
 
     Raises:
-        CapabilityError: it is not there.
+        RowError, CapabilityError: as `opened`.
     """
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ic.CapabilityError("images need Pillow: pip install pillow") from error
-    return Image
+        vision.demand_picture(path, "image")
+    except vision.PictureError as error:
+        raise RowError("image", error.reason, str(error)) from error
 
 
 def placed(root: Path, name: Any) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, overload
 import interp_core as ic
 from interp_core import runs
 
-from .images import RowError, opened, pillow
+from .images import RowError, demand_image, opened
 from .selection import ranked
 
 
@@ -54,7 +54,7 @@ class Question:
             LoadError: a file that is gone or cannot be decoded, naming the question.
         """
         try:
-            return [opened(image) if isinstance(image, Path) else image.convert("RGB") for image in self.images]
+            return [opened(image) for image in self.images]
         except RowError as error:
             raise ic.LoadError(f"question {self.name!r}: {error}") from error
 
@@ -197,7 +197,6 @@ def gathered(source: str, rows: Iterable[Row], *, strict: bool = False) -> Quest
     Raises:
         LoadError: no row can be used; with `strict`, one that cannot, naming row and field.
     """
-    pillow()
     good: dict[str, Question] = {}
     bad: list[Skipped] = []
     known: dict[Path, RowError | None] = {}
@@ -232,7 +231,7 @@ def _check(path: Path, known: dict[Path, RowError | None]) -> None:
     """
     if path not in known:
         try:
-            opened(path, decoded=False)
+            demand_image(path)
             known[path] = None
         except RowError as error:
             known[path] = error

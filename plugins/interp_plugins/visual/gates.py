@@ -1,4 +1,4 @@
-"""Gates G0 to G6 and the verdict: each number against a threshold that was written down, and hashed, before the run.
+"""Gates G0 to G7 and the verdict: each number against a threshold that was written down, and hashed, before the run.
 
     G0 sanity      every check of the battery holds
     G1 image       score(original) - score(random) > 0 and Δ̄(blind) > 0, by the lower ends of their intervals
@@ -7,7 +7,9 @@
     G4 depth       Spearman's ρ of a sample's soft depth and its score: its interval excludes 0
     G5 geometry    the interval of mean ln ρ_ER excludes 0, and the mean lies outside the band of random cuts
     G6 probes      lower end of the gain over the blind image > 0, and the nulls are valid
-    verdict        FULL: G0 to G3 and one of G4 to G6;  PARTIAL: G0 to G2;  else STOP;  any missing: INCOMPLETE at best
+    G7 ranking     keeping the best-ranked visual tokens beats as many random ones below c, and does not from c on
+    verdict        FULL: G0 to G3, G7 and one of G4 to G6;  PARTIAL: G0 to G2, G7;  else STOP;  any missing: INCOMPLETE
+                   at best. G7 counts as G2 does, since a cliff is claimed only where it holds
 
 pass: it holds. inconclusive: the study is too small to tell (fewer images than `images`, or an interval that includes
 the threshold). fail: the interval lies on the other side. missing: there are no numbers. A gate is never skipped.
@@ -28,10 +30,11 @@ import interp_core as ic
 from interp_core import runs, stats
 
 from .curves import Curve
+from .horizon import Claim
 
 Status = Literal["pass", "fail", "inconclusive", "missing"]
 Verdict = Literal["FULL", "PARTIAL", "STOP", "INCOMPLETE"]
-GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6")
+GATES = ("G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7")
 EXIT: Mapping[Verdict, int] = {"FULL": 0, "PARTIAL": 3, "STOP": 4, "INCOMPLETE": 5}
 """Exit codes; 1 and 2 are those of errors."""
 
@@ -83,7 +86,7 @@ class Gate:
     """What one gate says.
 
     Attributes:
-        name: "G0" to "G6".
+        name: "G0" to "G7".
         status: pass, fail, inconclusive or missing.
         number, low, high: what was measured, and its interval; None where there is none.
         threshold: in words.
@@ -175,7 +178,8 @@ def image_gate(score: stats.Interval, blind: stats.Interval, thresholds: Thresho
         blind: mean Δ of replacing the whole image.
     """
     status = worst(*(above(one, 0.0, thresholds.images) for one in (score, blind)))
-    why = f"the image is worth {score:.3f} of the score and {blind:.3f} nats, {score.units} images"
+    seen = f"{score.detectable:.3f} of the score would be seen"
+    why = f"the image is worth {score:.3f} of the score and {blind:.3f} nats; {score.units} images, {seen}"
     return Gate("G1", status, score.value, score.low, score.high, "lower ends > 0", records, why)
 
 
@@ -295,6 +299,20 @@ def probe_gate(gain: stats.Interval | None, nulls: bool, thresholds: Thresholds,
     return Gate("G6", status, gain.value, gain.low, gain.high, demand, records, why)
 
 
+def ranking_gate(claim: Claim | None, thresholds: Thresholds, records: str = "") -> Gate:
+    """G7, of ranked minus random subsets of the same size, pooled over the shares kept."""
+    demand = "ranked - random: lower end > 0 below the cliff, and no better than random from it on"
+    if claim is None or claim.before is None or claim.after is None:
+        return missing("G7", "no subsets" if claim is None else "no layers on both sides of the cliff", demand)
+    before, after = claim.before, claim.after
+    later: Status = "pass" if claim.no_better else "fail" if after.low > claim.margin else "inconclusive"
+    if after.units < thresholds.images:
+        later = "inconclusive"
+    status = worst(above(before, 0.0, thresholds.images), later)
+    why = f"ranked - random {before:.3f} nats below layer {claim.cliff}, {after:.4f} from it on, {before.units} images"
+    return Gate("G7", status, before.value, before.low, before.high, demand, records, why)
+
+
 def judge(gates: Sequence[Gate], thresholds: Thresholds) -> Judgement:
     """The verdict. Gates of the study that were not given count as missing; where all that a verdict lacks is missing,
     it is INCOMPLETE, not STOP."""
@@ -302,7 +320,7 @@ def judge(gates: Sequence[Gate], thresholds: Thresholds) -> Judgement:
     every = tuple(by_name.get(name) or missing(name, "it was not evaluated") for name in thresholds.gates)
     passed = {gate.name for gate in every if gate.status == "pass"}
     lacking = {gate.name for gate in every if gate.status == "missing"}
-    needed = {"G0", "G1", "G2"}
+    needed = {"G0", "G1", "G2", "G7"} & set(thresholds.gates) | {"G0", "G1", "G2"}
     verdict: Verdict = "STOP"
     if needed <= passed | lacking:
         verdict = "FULL" if "G3" in passed and passed & {"G4", "G5", "G6"} else "PARTIAL"

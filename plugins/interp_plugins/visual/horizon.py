@@ -6,7 +6,8 @@
     (i)        first layer from which on the upper one-sided 95 % bound of Ī_l is below ε
     A_l(f)     score with the best-ranked share f of tokens kept - mean score with random shares of the same size kept
     (ii)       first layer from which on no A_l(f) has an interval above the margin (0 unless given)
-    claim      a cliff c: A pooled over layers below c lies above the margin, A pooled over layers from c on does not
+    claim      a cliff c: A pooled over layers below c lies above 0; A pooled over layers from c on is no better than
+               random: its interval lies below the margin, or includes 0 and lies below that before c
 
 Removed from layer l on: no other token sees v in layers ≥ l, positions of all others as they were.
 
@@ -80,6 +81,14 @@ class Horizon:
             rows.append(row)
         return rows
 
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "information": self.information, "ranking": self.ranking, "epsilon": self.epsilon, "margin": self.margin,
+            "n": self.mean.n, "units": self.mean.units, "n_layers": self.layers.count,
+            "fractions": list(self.fractions), "layers": self.table(),
+        }  # fmt: skip
+
     def __str__(self) -> str:
         def told(layer: int) -> str:
             return "nowhere" if layer == self.layers.count else f"from layer {layer} on"
@@ -97,18 +106,38 @@ class Claim:
     Attributes:
         cliff: the layer.
         before, after: pooled advantage below it, and from it on; None where there is no layer.
-        holds: whether it may be claimed.
+        margin: nats by which ranked may beat random from the cliff on and still count as no better.
     """
 
     cliff: int
     before: stats.Interval | None
     after: stats.Interval | None
-    holds: bool
+    margin: float = 0.0
+
+    @property
+    def no_better(self) -> bool:
+        """Whether ranked is no better than random from the cliff on. An interval that includes 0 says so only where it
+        lies below that before the cliff: a wide one says nothing."""
+        if self.before is None or self.after is None:
+            return False
+        return self.after.high <= self.margin or (self.after.low <= 0 and self.after.high < self.before.low)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the cliff may be claimed."""
+        return self.before is not None and self.before.low > 0 and self.no_better
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        both = {name: None if one is None else one.row() for name, one in
+                (("before", self.before), ("after", self.after))}  # fmt: skip
+        return {"cliff": self.cliff, "holds": self.holds, "margin": self.margin} | both
 
     def __str__(self) -> str:
         parts = [f"{name} {part:.3g}" for name, part in (("before", self.before), ("after", self.after)) if part]
         return (
             f"cliff {self.cliff} {'claimed' if self.holds else 'not claimed'}: ranked - random {', '.join(parts)} nats"
+            + (f", of which {self.margin:.3g} would count as nothing" if self.margin else "")
         )
 
 
@@ -197,6 +226,8 @@ def claim(
 
     Args:
         cliff: a decoder layer; the number of layers is no cliff, and none that can be claimed.
+        margin: nats that count as nothing from the cliff on, such as τ; without one any advantage of ranked ends the
+            claim that can be told from 0, however small.
     """
     gains, boot = np.asarray(advantage, dtype=np.float64), stats.Bootstrap(images, resamples=resamples, seed=seed)
     low = np.array([layer < cliff for layer in layers.numbers])
@@ -205,5 +236,4 @@ def claim(
         return boot.mean(gains[:, chosen].mean((1, 2)), name=name) if chosen.any() else None
 
     before, after = pooled(low, f"ranked - random below layer {cliff}"), pooled(~low, f"from layer {cliff} on")
-    holds = before is not None and after is not None and before.low > margin and after.low <= margin
-    return Claim(cliff, before, after, holds)
+    return Claim(cliff, before, after, float(margin))

@@ -5,6 +5,7 @@
     replace:zero, mean, mean_dataset, noise    V := 0, its own mean, a data set's mean, x + k σ_l ε
     knockout[:Q[,K]]  queries Q do not see keys K in W(l) = l - ⌊k/2⌋ … l + ⌊k/2⌋; Q: text, question, last; K: vision
     truncation        no text token sees V from layer l on: V removed, positions of all others as they were
+    band[:k]          the same in layers l … l + k - 1 alone (k: a quarter of all layers), cut off at L
     text:blind        dual channel: rows behind the image := those of the blind run, V left as it is
 
 All but truncation are one-shot: what follows layer l is computed again. Every edit is one of `ic.visual`, at a layer's
@@ -57,8 +58,8 @@ class Intervention:
 
     Attributes:
         name: as given.
-        kind: "replace", "knockout", "truncation" or "text".
-        what: of "replace": blind, zero, …; of "knockout": the queries.
+        kind: "replace", "knockout", "truncation", "band" or "text".
+        what: of "replace": blind, zero, …; of "knockout": the queries; of "band": its layers.
         key: of "knockout".
     """
 
@@ -85,9 +86,10 @@ class Intervention:
             return Intervention(name, kind, rest)
         if kind == "knockout" and (what or "text") in QUERIES and (key or "vision") in KEYS:
             return Intervention(name, kind, what or "text", key or "vision")
-        if name in ("truncation", "text:blind", "text:swap"):
+        if name in ("truncation", "band", "text:blind", "text:swap") or (kind == "band" and rest.isdecimal()):
             return Intervention(name, kind, rest)
-        known = [f"replace:{x}" for x in REPLACED] + [f"knockout:{x}" for x in QUERIES] + ["truncation", "text:blind"]
+        known = [f"replace:{x}" for x in REPLACED] + [f"knockout:{x}" for x in QUERIES] + ["truncation", "band"]
+        known += ["band:4", "text:blind"]
         raise ic.PlanError(f"no intervention is called {name!r}. {ic.errors.nearest(name, known)}")
 
 
@@ -105,7 +107,7 @@ def read_clean(model: ic.Model, sample: Sample, tokens: ic.Tokens) -> tuple[Clea
 
 
 def knockouts(model: ic.Model, sample: Sample, what: Intervention, layers: Sequence[int], width: int) -> list[Variant]:
-    """Attention knockouts in a window around each layer, or from each layer on.
+    """Attention knockouts in a window around each layer, in a band from it on, or in all layers from it on.
 
     Raises:
         PlanError: no query sees such a key; no span "question" where it is asked for; a width without a middle.
@@ -113,6 +115,9 @@ def knockouts(model: ic.Model, sample: Sample, what: Intervention, layers: Seque
     if what.kind == "truncation":
         count = model.n_layers
         return [Variant(layer, count - layer, tuple(visual.truncated(model, layer))) for layer in layers]
+    if what.kind == "band":
+        ends = {i: min(i + band_width(model, what), model.n_layers) for i in layers}
+        return [Variant(i, stop - i, tuple(visual.truncated(model, i, stop))) for i, stop in ends.items()]
     query, key = group(sample, what.what), group(sample, what.key)
     query = [place for place in query if place >= min(key)]
     key = [place for place in key if place <= max(query, default=-1)]
@@ -120,6 +125,18 @@ def knockouts(model: ic.Model, sample: Sample, what: Intervention, layers: Seque
         raise ic.PlanError(f"{what.name}: no query sees such a key in this text")
     hit = {layer: visual.window(model, layer, width) for layer in layers}
     return [Variant(i, len(at), tuple(visual.blocked(model, at, query, key))) for i, at in hit.items()]
+
+
+def band_width(model: ic.Model, what: Intervention) -> int:
+    """Layers of a band: as said, or a quarter of the model's.
+
+    Raises:
+        PlanError: none, or more than the model has.
+    """
+    width = int(what.what) if what.what else -(-model.n_layers // 4)
+    if not 1 <= width <= model.n_layers:
+        raise ic.PlanError(f"{what.name}: a band of {width} layers; this model has {model.n_layers}, give 1 or more")
+    return width
 
 
 def group(sample: Sample, name: str) -> list[int]:

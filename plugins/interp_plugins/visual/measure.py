@@ -22,7 +22,17 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import visual
 
-from .interventions import Clean, Deepstack, Intervention, Variant, knockouts, noisy, read_clean, replacements
+from .interventions import (
+    Clean,
+    Deepstack,
+    Intervention,
+    Variant,
+    band_width,
+    knockouts,
+    noisy,
+    read_clean,
+    replacements,
+)
 from .sample import AnswerScores, Sample, demand_twin
 
 
@@ -114,7 +124,7 @@ class Measuring:
 
     def _curve(self, what: Intervention, mode: str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         plan, sample, clean = self.plan, self.sample, self.clean
-        if what.kind in ("knockout", "truncation"):
+        if what.kind in ("knockout", "truncation", "band"):
             return self._swept(sample.tokens, knockouts(self.model, sample, what, plan.layers, plan.width))
         source = self.sources[what.sources, mode] if what.sources else None
         if source is not None and what.kind == "text":
@@ -171,7 +181,9 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
     for what in plan.interventions:
         if not given[what.sources]:
             raise ic.PlanError(f"{what.name} needs another image: visual(model, tokens, {what.sources}=tokens_with_it)")
-        site = "pattern" if what.kind in ("knockout", "truncation") else "resid_pre"
+        site = "pattern" if what.kind in ("knockout", "truncation", "band") else "resid_pre"
+        if what.kind == "band":
+            band_width(model, what)
         if why := model.can(site, "write"):
             raise ic.CapabilityError(f"{what.name}: {why}")
         if what.what == "mean_dataset" and not isinstance(plan.reference, visual.States):

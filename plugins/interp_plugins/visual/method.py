@@ -43,7 +43,7 @@ class VisualConfig(ic.Config):
     Attributes:
         interventions: "replace:blind", "replace:swap", "replace:zero", "replace:mean", "replace:mean_dataset",
             "replace:noise", "knockout:text" (or question, last; ",question" names other keys than the image),
-            "truncation", "text:blind".
+            "truncation", "band" (or "band:4", in so many layers from l on), "text:blind".
         blind: the same text and answer with a blind image: tokens, a list of one item per row, or by mode
             {"random": tokens, "black": tokens}; measured also as a run of its own.
         swap: another sample's image, in the same way.

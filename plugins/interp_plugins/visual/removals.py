@@ -1,9 +1,11 @@
 """Method `information_horizon`: visual tokens removed one by one and in subsets, from every layer on.
 
-    one token      score with v removed from layer l on, for every v and l
+    one token      scores with v removed from layer l on, for every v and l
     ranked         of the visual tokens the best-ranked share f is kept from layer l on, the others removed
     random         as many kept, drawn at random, `subsets` times
     ranking        "information": I_l(v) itself; "attention": mean over heads of what p0 pays to v in layer l
+    scores         mean: log p of the answer's tokens;  first: of its first alone;  right: whether every token of the
+                   answer is the likeliest there, so that greedy generation would say this answer
 
 Removed: no other token, visual or text, sees it in layers ≥ l; the positions of the others stay.
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -33,6 +35,8 @@ from .horizon import SUBSETS, Claim, Horizon, claim, horizon, noise
 from .sample import AnswerScores, Sample, demand_twin, per_row, rows_of, sample_of
 
 Ranking = Literal["information", "attention"]
+MEASURED = ("mean", "first", "right")
+"""What every run is read for."""
 
 
 class HorizonConfig(ic.Config):
@@ -44,6 +48,7 @@ class HorizonConfig(ic.Config):
         ranking: what ranked subsets go by; "information" looks at the answer, and is the best that a ranking can be.
         blank: the same text and answer with a blank image of the same size: tokens, or a list of one per row; gives ε.
         layers: from which on tokens are removed (None: all).
+        tokens: of each text, so many tokens are removed one by one, spread over the image (None: all).
         answer: name of the span of the answer.
         seed: of the subsets.
         strategy: of the sweeps.
@@ -56,6 +61,7 @@ class HorizonConfig(ic.Config):
     ranking: Ranking = "information"
     blank: Any = None
     layers: list[int] | None = None
+    tokens: int | None = None
     answer: str = "target"
     seed: int = 0
     strategy: str = "auto"
@@ -67,29 +73,69 @@ class HorizonResult(ic.Result):
     """What is lost with single tokens, and with subsets.
 
     Attributes:
-        information: I_l(v) in nats, NaN at tokens that are not visual.
-        blank: the same of the blank images; None without them.
-        ranked, random: scores with subsets kept.
-        clean: scores with all tokens.
+        lost: by score, what removing one token takes; NaN at tokens that are not visual, or were not removed.
+        lost_blank: the same of the blank images; None without them.
+        kept: by score, what is left with subsets kept: the ranked one, then the random ones.
+        whole: by score, with all tokens.
         layers, n_layers: decoder layers, and how many the model has.
         keep: shares kept.
         ranking: what ranked subsets went by.
+        scores: names along the axis; what has no axis of scores (`information`, `ranked`, …) is of the first.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "information": ("batch", "layer", "pos"), "blank": ("batch", "layer", "pos"),
-        "ranked": ("batch", "layer", "fraction"), "random": ("batch", "layer", "fraction", "subset"),
-        "clean": ("batch",),
+        "lost": ("batch", "score", "layer", "pos"), "lost_blank": ("batch", "score", "layer", "pos"),
+        "kept": ("batch", "score", "layer", "fraction", "subset"), "whole": ("batch", "score"),
     }  # fmt: skip
-    information: Float[Tensor, "batch layer pos"]
-    blank: Float[Tensor, "batch layer pos"] | None
-    ranked: Float[Tensor, "batch layer fraction"]
-    random: Float[Tensor, "batch layer fraction subset"]
-    clean: Float[Tensor, " batch"]
+    lost: Float[Tensor, "batch score layer pos"]
+    lost_blank: Float[Tensor, "batch score layer pos"] | None
+    kept: Float[Tensor, "batch score layer fraction subset"]
+    whole: Float[Tensor, "batch score"]
     layers: tuple[int, ...]
     n_layers: int
     keep: tuple[float, ...]
     ranking: str
+    scores: tuple[str, ...] = MEASURED
+
+    def of(self, score: str) -> HorizonResult:
+        """The same of one score alone.
+
+        Raises:
+            PlanError: no such score.
+        """
+        if score not in self.scores:
+            raise ic.PlanError(f"no score {score!r}. {ic.errors.nearest(score, self.scores)}")
+        at = [self.scores.index(score)]
+        blank = None if self.lost_blank is None else self.lost_blank[:, at]
+        return replace(
+            self, lost=self.lost[:, at], lost_blank=blank, kept=self.kept[:, at], whole=self.whole[:, at],
+            scores=(score,),
+        )  # fmt: skip
+
+    @property
+    def information(self) -> Float[Tensor, "batch layer pos"]:
+        """I_l(v) in nats, NaN at tokens that are not visual."""
+        return self.lost[:, 0]
+
+    @property
+    def blank(self) -> Float[Tensor, "batch layer pos"] | None:
+        """The same of the blank images; None without them."""
+        return None if self.lost_blank is None else self.lost_blank[:, 0]
+
+    @property
+    def ranked(self) -> Float[Tensor, "batch layer fraction"]:
+        """Scores with the best-ranked tokens kept."""
+        return self.kept[:, 0, ..., 0]
+
+    @property
+    def random(self) -> Float[Tensor, "batch layer fraction subset"]:
+        """Scores with random ones kept."""
+        return self.kept[:, 0, ..., 1:]
+
+    @property
+    def clean(self) -> Float[Tensor, " batch"]:
+        """Scores with all tokens."""
+        return self.whole[:, 0]
 
     @property
     def advantage(self) -> Float[Tensor, "batch layer fraction"]:
@@ -169,6 +215,11 @@ class InformationHorizon(ic.Method):
             raise ic.PlanError(
                 f"{self.name}: keep={config.keep}; shares lie between 0 and 1, and there is one at least"
             )
+        if config.tokens is not None and (config.tokens < 1 or config.ranking == "information"):
+            raise ic.PlanError(
+                f"{self.name}: tokens={config.tokens} with ranking={config.ranking!r}; give one at least, and a "
+                "ranking that does not need them all: ranking='attention'"
+            )
         if not any(tokens.spans.get("vision", ())):
             raise ic.PlanError(f"{self.name}: no row has visual tokens; give texts with images")
         model.layers(S.pattern if config.layers is None else S.pattern[config.layers])
@@ -186,7 +237,7 @@ class InformationHorizon(ic.Method):
                 found.append(_Removing(model, sample, config).run(blank))
                 progress.add()
         width, columns = tokens.ids.shape[1], [tokens.rows.real[row] for row in range(len(tokens))]
-        places = [[real[v] for v in one.visual] for real, one in zip(columns, samples, strict=True)]
+        places = [[real[v] for v in one["looked"]] for real, one in zip(columns, found, strict=True)]
         information, blank_information = (
             None if any(one[key] is None for one in found) else torch.stack(
                 [_laid_out(one[key], place, width) for one, place in zip(found, places, strict=True)]
@@ -195,9 +246,9 @@ class InformationHorizon(ic.Method):
         )  # fmt: skip
         assert information is not None
         return HorizonResult(
-            information, blank_information, torch.stack([one["ranked"] for one in found]),
-            torch.stack([one["random"] for one in found]), torch.stack([one["clean"] for one in found]),
-            _layers(model, config), model.n_layers, tuple(config.keep), config.ranking,
+            information, blank_information, torch.stack([one["kept"] for one in found]),
+            torch.stack([one["clean"] for one in found]), _layers(model, config), model.n_layers, tuple(config.keep),
+            config.ranking,
         )  # fmt: skip
 
 
@@ -205,9 +256,11 @@ def _layers(model: ic.Model, config: HorizonConfig) -> tuple[int, ...]:
     return tuple(sorted(set(model.layers(S.pattern if config.layers is None else S.pattern[config.layers]))))
 
 
-def _laid_out(values: Float[Tensor, "layer visual"], places: Sequence[int], width: int) -> Float[Tensor, "layer pos"]:
-    out = torch.full((len(values), width), float("nan"), dtype=torch.float64)
-    out[:, list(places)] = values
+def _laid_out(
+    values: Float[Tensor, "score layer visual"], places: Sequence[int], width: int
+) -> Float[Tensor, "score layer pos"]:
+    out = torch.full((*values.shape[:2], width), float("nan"), dtype=torch.float64)
+    out[..., list(places)] = values
     return out
 
 
@@ -219,15 +272,26 @@ class _Removing:
         self.layers = _layers(model, config)
 
     def run(self, blank: ic.Tokens | None) -> dict[str, Any]:
-        information, clean = self._single(self.sample.tokens)
-        ranked, random = self._subsets(self._ranks(information))
-        other = None if blank is None else self._single(blank)[0]
-        return {"information": information, "blank": other, "ranked": ranked, "random": random, "clean": clean}
+        looked = self._looked_at()
+        information, clean = self._single(self.sample.tokens, looked)
+        kept = self._subsets(self._ranks(information[0]))
+        other = None if blank is None else self._single(blank, looked)[0]
+        return {"looked": looked, "information": information, "blank": other, "kept": kept, "clean": clean}
 
-    def _single(self, tokens: ic.Tokens) -> tuple[Float[Tensor, "layer visual"], Float[Tensor, ""]]:
-        edits = [removed(self.model, tokens, [v], layer) for layer in self.layers for v in self.sample.visual]
+    def _looked_at(self) -> list[int]:
+        """Visual tokens that are removed one by one: evenly over the image where not all are."""
+        places, count = list(self.sample.visual), self.config.tokens
+        if count is None or count >= len(places):
+            return places
+        ranks = visual.ranked(self.model, self.sample.tokens, "uniform")[0]
+        return [places[i] for i in sorted(ranks.argsort(descending=True, stable=True)[:count].tolist())]
+
+    def _single(
+        self, tokens: ic.Tokens, looked: Sequence[int]
+    ) -> tuple[Float[Tensor, "score layer visual"], Float[Tensor, " score"]]:
+        edits = [removed(self.model, tokens, [v], layer) for layer in self.layers for v in looked]
         values, clean = self._scored(tokens, edits)
-        return clean - values.reshape(len(self.layers), -1), clean
+        return clean[:, None, None] - values.reshape(len(MEASURED), len(self.layers), -1), clean
 
     def _ranks(self, information: Float[Tensor, "layer visual"]) -> Float[Tensor, "layer visual"]:
         """What ranked subsets go by."""
@@ -238,8 +302,8 @@ class _Removing:
         run = self.model.run(self.sample.tokens, read=sites, logits=False)
         return torch.stack([run[site].plain[0].double().mean(0).cpu() for site in sites])
 
-    def _subsets(self, ranks: Float[Tensor, "layer visual"]) -> tuple[Tensor, Tensor]:
-        """Scores `[layer fraction]` of ranked subsets and `[layer fraction subset]` of random ones."""
+    def _subsets(self, ranks: Float[Tensor, "layer visual"]) -> Float[Tensor, "score layer fraction subset"]:
+        """Scores with the ranked subset kept, then with random ones."""
         config, visual = self.config, np.array(self.sample.visual)
         edits = []
         for i, layer in enumerate(self.layers):
@@ -251,11 +315,13 @@ class _Removing:
                 gone = [sorted(visual[one[kept:]].tolist()) for one in orders]
                 edits += [removed(self.model, self.sample.tokens, one, layer) for one in gone]
         values, _ = self._scored(self.sample.tokens, edits)
-        table = values.reshape(len(self.layers), len(config.keep), 1 + config.subsets)
-        return table[..., 0], table[..., 1:]
+        return values.reshape(len(MEASURED), len(self.layers), len(config.keep), 1 + config.subsets)
 
-    def _scored(self, tokens: ic.Tokens, edits: Sequence[list[ic.Edit]]) -> tuple[Tensor, Tensor]:
-        found = self.model.sweep(tokens, edits, AnswerScores(self.sample).listed()[:1], strategy=self.config.strategy)[
-            0
-        ]
-        return found.values[:, 0].double(), found.clean[0].double()
+    def _scored(
+        self, tokens: ic.Tokens, edits: Sequence[list[ic.Edit]]
+    ) -> tuple[Float[Tensor, "score variant"], Float[Tensor, " score"]]:
+        wanted = {score.name: score for score in AnswerScores(self.sample).listed()}
+        found = self.model.sweep(tokens, edits, [wanted[name] for name in MEASURED], strategy=self.config.strategy)
+        by = {one.score: one for one in found}
+        values = torch.stack([by[name].values[:, 0].double().cpu() for name in MEASURED])
+        return values, torch.stack([by[name].clean[0].double().cpu() for name in MEASURED])

@@ -126,9 +126,19 @@ def _nothing(mean: Float[np.ndarray, " layer"], blind: stats.Interval, floor: fl
     return ""
 
 
-def histogram(pilots: Delta, bins: int = 20) -> list[dict[str, float]]:
-    """The distribution of the pilots' effects over all layers, to stand beside τ: rows `low`, `high`, `count`."""
-    counts, edges = np.histogram(np.asarray(pilots, dtype=np.float64).ravel(), bins)
-    return [
-        {"low": float(a), "high": float(b), "count": int(n)} for a, b, n in zip(edges, edges[1:], counts, strict=False)
-    ]
+def histogram(pilots: Delta, least: float = 1e-3) -> list[dict[str, float]]:
+    """The distribution of the pilots' effects over all layers, to choose τ by: rows `low`, `high` (exclusive, but for
+    the last) and `count`.
+
+    Bins are 1, 2, 5, 10, … times `least`, as effects span decades and τ lies low among them; below is a bin from 0 on,
+    and one of what is below 0.
+    """
+    values = np.asarray(pilots, dtype=np.float64).ravel()
+    edges = [float(values.min()), 0.0] if values.min() < 0 else [0.0]
+    steps = (least * step * 10**decade for decade in range(400) for step in (1, 2, 5))
+    while edges[-1] <= values.max():
+        edges.append(next(steps))
+    if len(edges) < 2:
+        edges.append(next(steps))
+    counts, _ = np.histogram(values, edges)
+    return [{"low": low, "high": high, "count": int(n)} for low, high, n in zip(edges, edges[1:], counts, strict=False)]

@@ -26,13 +26,15 @@ from .depth import Layers
 
 
 def answered(
-    model: ic.Model, prompts: ic.Tokens, layers: Sequence[int], *, max_new_tokens: int, progress: bool = False
-) -> dict[int, list[str]]:
+    model: ic.Model, prompts: ic.Tokens, layers: Sequence[int], *, max_new_tokens: int, stop: int | None = None,
+    progress: bool = False,
+) -> dict[int, list[str]]:  # fmt: skip
     """Greedy answers by layer, one text per prompt.
 
     Args:
         prompts: texts with images, without an answer.
         layers: 0 to L; at L nothing is taken away.
+        stop: the layer from which on the image is there again, for a band (None: none).
         max_new_tokens: the same for all, so that answers can be compared.
         progress: show from the beginning how much is done.
 
@@ -44,7 +46,7 @@ def answered(
         raise ic.PlanError("no prompt has visual tokens; give texts with images")
     if any(prompts.spans.get("target", ())):
         raise ic.PlanError("the prompts hold their answers (span 'target'); tokenize them without, to generate answers")
-    edits = {layer: visual.truncated(model, layer) for layer in layers}
+    edits = {layer: visual.truncated(model, layer, stop) for layer in layers}
     texts = {}
     with ic.Progress("answers without the image", len(edits), shown=progress) as told:
         for layer, gone in edits.items():
@@ -96,7 +98,7 @@ class Drops:
         lines = [report.Line.of("drop", self.drop), report.Line("margin", [self.margin] * len(self.layers.numbers))]
         return report.Curves(
             lines, list(map(str, self.layers.numbers)), title="Score lost without the image", xlabel="gone from layer",
-            ylabel="score", caption=f"Clean score minus score; 95 % intervals over images. {self}",
+            ylabel="score", caption=f"Clean score minus score; 95 % intervals over images: {self}.",
         )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ Source: Ferrando and Voita (2024), arXiv:2403.00824, for proximities; Pan et al.
 
 Cost: one forward pass with the model's own attention; per span the attention of its rows again, and for each head and
 token a product with W_O, of which only those columns are done that can count (see `proximities_to`). Kept per layer:
-values `[pos kv_head d_head]`, rotated queries and streams of the rows that spans may ask for, rotated keys. Layers of
-linear attention: see `linear`.
+values `[pos kv_head d_head]`, rotated queries and streams of the rows that spans may ask for, rotated keys; and rows of
+the pattern in as many layers as take no more than all this, for spans that come again. Linear attention: see `linear`.
 Must equal: the sum over all parts one by one (the tests, float64), and the published numbers.
 """
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -38,38 +38,14 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ..method import stream_site
-from .linear import ROUNDED, LinearMixing, head_size, projection, rule_name
+from .linear import ROUNDED, LinearMixing
+from .out_maps import OutMap, Profile, demand_patterns, maps_of, reference_values
 from .proximity import per_head, proximities, proximities_to, proximity
 
-Profile = Literal["sound", "reference"]
 FITTED = {torch.float64: 1e-5, torch.float32: 1e-3}
 """How well what a layer adds must be the sum of its parts, in parts of its norm; 5e-2 in half precision."""
 ELEMENTS = 1 << 24
 """How many numbers of a layer's pattern are held at a time."""
-EPS = 1e-6
-"""What the published code adds to every variance, whatever the model's config says."""
-
-
-class OutMap(NamedTuple):
-    """What a layer makes of what its heads mix.
-
-    Attributes:
-        w_o: output projection, with a post-norm's gains, as it lies in memory `[d_model head d_head]`.
-        longest: each head's longest column of it.
-        bias: its bias, with the gains `[d_model]`.
-        own: bias of the post-norm `[d_model]`.
-        normed: there is a post-norm.
-        biased: there are biases, whose part is told apart.
-        w_v: in the reference, value projection, gains before it and whether its norm takes the mean away.
-    """
-
-    w_o: Float[Tensor, "d_model head d_head"]
-    longest: Float[Tensor, " head"]
-    bias: Tensor
-    own: Tensor
-    normed: bool
-    biased: bool
-    w_v: tuple[Tensor, Tensor, bool] | None
 
 
 @dataclass(eq=False)
@@ -94,6 +70,12 @@ class KeptLayer:
     out: OutMap
     attention: ic.AttentionRows | None
     linear: LinearMixing | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what grows with the text."""
+        made = [] if self.attention is None else [self.attention.query, self.attention.key]
+        return sum(x.nbytes for x in (self.values, self.before, self.added, *made))
 
 
 class Shares(NamedTuple):
@@ -123,6 +105,8 @@ class Flow:
         threshold: parts that count for less are left out: in parts of |x|, or its own units in the reference.
         chunk, sink_chunk: how many tokens and sinks are worked on at a time; results do not depend on it.
         tolerance: how far above its exact value a head's part may be in `all_rows`, in parts of |x| (None: exact).
+        again: most of `rows` will be asked for again and again: rows of the pattern are then held for as many layers
+            as take no more memory than all that is kept besides.
         stream: lengths of the stream at `stream_site` `[pos]`.
 
     Raises:
@@ -137,6 +121,7 @@ class Flow:
     chunk: int = 128
     sink_chunk: int = 32
     tolerance: float | None = None
+    again: bool = False
     stream: Tensor = field(init=False)
     _layers: list[KeptLayer] = field(init=False, default_factory=list)
 
@@ -310,7 +295,7 @@ class Flow:
     def _mixes(self, index: Sequence[int], weight: Tensor) -> Iterator[tuple[KeptLayer, Tensor]]:
         """Per layer the pattern of sinks taken together: `[head key]`, or by dimension `[head key d_head]`."""
         parts = [slice(start, start + self.sink_chunk) for start in range(0, len(index), self.sink_chunk)]
-        if self._again:
+        if self._once_more:
             sums: dict[int, Tensor] = {}
             for part in parts:
                 for layer, (kept, pattern) in enumerate(self._patterns(index[part])):
@@ -319,6 +304,8 @@ class Flow:
             yield from zip(self._layers, sums.values(), strict=True)
             return
         queries = [self.rows[place] for place in index]
+        if self.again and 2 * len(index) > len(self.rows):
+            self._hold()
         for kept in self._layers:
             if kept.attention is None:
                 yield kept, self._mix_of(kept, index, None, weight)
@@ -342,8 +329,20 @@ class Flow:
         gate = kept.z[index].transpose(0, 1) / mixed
         return torch.einsum("hik,hid->hkd", scaled, gate.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
 
+    def _hold(self) -> None:
+        """Make rows of the pattern to last, layer by layer from the first, as far as there is room."""
+        self.again, room = False, sum(kept.nbytes for kept in self._layers)
+        for place, kept in enumerate(self._layers):
+            if kept.attention is None or kept.z is not None:
+                continue
+            attention = kept.attention.held()
+            room -= sum(rows.nbytes for _, rows in attention.made)
+            if room < 0:
+                return
+            self._layers[place] = replace(kept, attention=attention)
+
     @property
-    def _again(self) -> bool:
+    def _once_more(self) -> bool:
         """Whether nothing was kept to make patterns of."""
         return all(kept.attention is None for kept in self._layers)
 
@@ -352,7 +351,7 @@ class Flow:
         them of, by another pass."""
         queries, read = [self.rows[place] for place in index], dict[int, Tensor]()
         site = S.pattern.at(query=queries)
-        if self._again:
+        if self._once_more:
             self.model.run(
                 self.tokens, read=site, logits=False,
                 each=lambda layer, values: read.update({layer: values[site].plain[0].to(self._layers[layer].scale)}),
@@ -384,93 +383,6 @@ class Flow:
         token = near.new_zeros(self.tokens.lengths[0])
         token[:reach] = near.sum(0)
         return token / whole, near.sum(1) / whole, resid / whole, bias / whole
-
-
-def maps_of(model: ic.Model, profile: Profile) -> list[OutMap]:
-    """What every layer makes of what its heads mix.
-
-    Raises:
-        CapabilityError: weights that there are not, or families that the reference does not know.
-    """
-    wide, maps = torch.promote_types(model.dtype, torch.float32), []
-    gains = model.weights(S.attn_in).to(wide) if profile == "reference" else None
-    for layer in range(model.n_layers):
-        w_o, bias = (x.to(wide) for x in _projected(model, layer))
-        own, normed = torch.zeros_like(bias), "ln1_post" in components(model, layer)
-        if normed:
-            post, own = (of(S.attn_out[layer]).to(wide) for of in (model.weights, model.bias))
-            w_o, bias = w_o * post, bias * post
-        w_v = None
-        if gains is not None:
-            if normed or model.layers("resid_mid") != list(range(model.n_layers)):
-                what = "norms behind attention" if normed else "parallel blocks"
-                raise ic.CapabilityError(
-                    f"profile 'reference' follows published code that knows no {what}, which {model.source} has; use "
-                    "profile='sound'"
-                )
-            if layer not in model.layers("pattern"):
-                raise ic.CapabilityError(
-                    f"profile 'reference' follows published code that knows no linear attention, which layer {layer} "
-                    f"of {model.source} has; use profile='sound'"
-                )
-            centred = isinstance(model.module("ln1", layer), torch.nn.LayerNorm)
-            w_v = model.weights(S.v[layer]).to(wide), gains[layer], centred
-        biased = w_v is None and bool(bias.any() | own.any())
-        w_o = w_o.permute(2, 0, 1).contiguous()
-        maps.append(OutMap(w_o, w_o.norm(dim=-1).amax(0), bias, own, normed, biased, w_v))
-    return maps
-
-
-def _projected(model: ic.Model, layer: int) -> tuple[Tensor, Tensor]:
-    """A layer's output projection `[head d_head d_model]` and its bias; of linear attention the module's own."""
-    if layer in model.layers("z"):
-        return model.weights(S.z[layer]), model.bias(S.z[layer])
-    module = model.module("linear_attn", layer)
-    linear = projection(module)
-    weight = linear.weight.detach().mT.unflatten(0, (-1, head_size(module)))
-    return weight, weight.new_zeros(weight.shape[-1]) if linear.bias is None else linear.bias.detach()
-
-
-def reference_values(before: Float[Tensor, "pos d_model"], w_v: Tensor, gains: Tensor, centred: bool) -> Tensor:
-    """Values as the published code makes them `[pos kv_head d_head]`: an eps of 1e-6, no mean taken away, no biases."""
-    spread = before.var(-1, correction=0, keepdim=True) if centred else before.square().mean(-1, keepdim=True)
-    return torch.einsum("pm,hmd->phd", before * gains * (spread + EPS).rsqrt(), w_v)
-
-
-def components(model: ic.Model, layer: int) -> set[str]:
-    """Which of the components that matter here a layer has."""
-    found = set()
-    for name in ("ln1_post", "linear_attn"):
-        try:
-            model.module(name, layer)
-        except (ic.SiteError, ic.CapabilityError):
-            continue
-        found.add(name)
-    return found
-
-
-def demand_patterns(model: ic.Model, *, linear: bool = False) -> None:
-    """Refuse a model that has layers whose mixing is no pattern of heads, before it runs.
-
-    Args:
-        linear: linear attention whose rule is known will do.
-
-    Raises:
-        CapabilityError: naming the layer.
-    """
-    for name in ("resid_pre", "attn_out", "v", "z", "pattern"):
-        if why := model.can(name, "read"):
-            raise ic.CapabilityError(f"information flow is told by values, heads and patterns: {why}")
-    for layer in range(model.n_layers):
-        if lacking := [name for name in ("v", "z", "pattern") if layer not in model.layers(name)]:
-            known = "linear_attn" in components(model, layer)
-            if linear and known and rule_name(model.module("linear_attn", layer)):
-                continue
-            what = "linear attention" if known else "something"
-            raise ic.CapabilityError(
-                f"layer {layer} of {model.source} mixes tokens by {what} without {' and '.join(lacking)} of heads, and "
-                f"information flow is told by these; layers {', '.join(map(str, model.layers('pattern')))} have them"
-            )
 
 
 def _at(places: Sequence[int]) -> slice | list[int]:

@@ -211,6 +211,7 @@ def _zero(model: ic.Model, tokens: ic.Tokens, site: S.Site) -> Tensor:
     sizes = {"batch": 1, **dict.fromkeys(("pos", "query", "key"), tokens.ids.shape[1]), **model.sizes(site)}
     if site.info.visual:
         sizes["visual"] = len(tokens.columns("vision")[0])
+        sizes["patch"] = sum(map(len, tokens.patches[0])) if tokens.patches else 0
     shape = [sizes[axis] for axis in site.info.axes]
     return torch.zeros(shape, dtype=model.dtype, device=model.device, requires_grad=True)
 
