@@ -1,8 +1,8 @@
 """Where in a text: positions as data, and how they resolve against real rows.
 
 A position is an integer, a `Slice`, a list of integers, a `Span`, a name, one of these as `Counted`, a `PerRow` of
-these, or a `Mask`. All but `Mask` count the row's real tokens: 0 is the first token that is not padding, -1 the last, so
-that padding never changes what they mean. `Mask` is the exception: it is laid over the padded batch as it stands.
+these, or a `Mask`. All but `Mask` count the row's real tokens: 0 is the first token that is not padding, -1 the last,
+so that padding never changes what they mean. `Mask` is the exception: it is laid over the padded batch as it stands.
 """
 
 from __future__ import annotations

@@ -329,16 +329,14 @@ class Planner:
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
-        layer, start = self.model.n_layers - 1, self.widths[row]
-        leaving, own = list[Edit](), list[Edit]()
+        layer, start, leaving, own = self.model.n_layers - 1, self.widths[row], list[Edit](), list[Edit]()
         for edit in edits:
             for entry in self.model.atlas.select(edit.site):
                 self._check_below(edit, entry)
                 placed = self._placed(edit, entry, row)
                 if placed is None:
                     return None
-                # what leaves a block is changed before what enters the next, though both are one site here
-                (leaving if edit.site.name == "resid_post" else own).append(placed[0])
+                (leaving if edit.site.name == "resid_post" else own).append(placed[0])  # before what enters the next
                 layer, start = min(layer, placed[1]), min(start, placed[2])
         scored = max(self.scored[row])
         if not leaving and not own:
@@ -394,10 +392,9 @@ class Planner:
         """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
         rows select different numbers of positions."""
         info, columns = site.info, self.tokens.ids.shape[1]
-        if info.visual and not info.tower:
-            tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
-            if any(each != tokens[0] for each in tokens):
-                return _stretch(value, tokens, row, [True], len(info.axes) - 2)
+        tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
+        if info.visual and not info.tower and any(each != tokens[0] for each in tokens):
+            return _stretch(value, tokens, row, [True], len(info.axes) - 2)
         chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
         if info.tower:
             chosen = {"patch": site.pos or ALL}

@@ -218,7 +218,8 @@ def _has_video(tokens: Tokens, config: Any) -> bool:
 
 
 def _video_ids(config: Any) -> set[int]:
-    return {getattr(config, name, None) for name in ("video_token_id", "video_token_index")} - {None}
+    names = ("video_token_id", "video_token_index")
+    return {value for name in names if isinstance(value := getattr(config, name, None), int)}
 
 
 def _visual(tokens: Tokens, placeholders: set[int]) -> list[list[int]]:

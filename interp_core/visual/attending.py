@@ -61,7 +61,7 @@ def layers_of(model: Model, layers: int | Iterable[int]) -> list[int]:
 
 def listed(layers: Any) -> list[Any]:
     """Layers that are asked for, one or several."""
-    several = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1)
+    several = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1) != 0
     return list(layers) if several else [layers]
 
 
@@ -72,9 +72,11 @@ def layer_number(layer: Any, last: int, there: str = "") -> int:
         SiteError: no number, or a layer that there is not.
     """
     try:
-        number = index(None if isinstance(layer, bool) else layer)
+        number = index(layer)
     except TypeError:
-        raise SiteError(wrong("layer", f"a number from 0 to {last}", layer)) from None
+        number = None
+    if number is None or isinstance(layer, bool):
+        raise SiteError(wrong("layer", f"a number from 0 to {last}", layer))
     if not 0 <= number <= last:
         raise SiteError(f"no layer {number}: there are {there or f'0 to {last}'}")
     return number
