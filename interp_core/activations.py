@@ -187,7 +187,7 @@ def _opened(folder: Path) -> Activations:
         raise LoadError(f"{folder} is not finished: call model.collect with the same arguments, and it goes on there")
     try:
         atlas = atlas_from(json.loads((folder / SITES).read_text(encoding="utf-8")))
-        rows = [json.loads(line) for line in (folder / INDEX).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (folder / INDEX).read_text(encoding="utf-8").split("\n") if line]
         reads = [Site.parse(text) for text in record["settings"]["read"]]
         places = located(rows)
         shard_of = [places[number] for number in range(len(places))]

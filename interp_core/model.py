@@ -239,7 +239,7 @@ class Model(Structure):
             return self._input(texts)
         if images is None:
             tokens = text.encode(self._tokenizer(), texts, target, bos=bos, boundary=boundary)
-            demand_no_places(tokens, self.hf.config)
+            demand_no_places(tokens, self)
         else:
             tokens = reader_of(self).texts(texts, target, images, bos, boundary)
         return laid_out(self.atlas, self._fitting(tokens))
@@ -254,7 +254,7 @@ class Model(Structure):
         if has_pictures(messages):
             return self._fitting(reader_of(self).chat(messages, target, template))
         tokens = text.encode_chat(self._tokenizer(), messages, target, **template)
-        return self._fitting(demand_no_places(tokens, self.hf.config))
+        return self._fitting(demand_no_places(tokens, self))
 
     def visual_grid(self, x: Input) -> list[list[VisualToken]]:
         """Per row, which image, grid cell and pixels each visual token stands for.

@@ -1,8 +1,8 @@
 """Where in a text: positions as data, and how they resolve against real rows.
 
-A position is an integer, a `Slice`, a list of integers, a `Span`, a name, a `PerRow` of these, or a `Mask`. All but
-`Mask` count the row's real tokens: 0 is the first token that is not padding, -1 the last, so that padding never
-changes what they mean. `Mask` is the exception: it is laid over the padded batch as it stands.
+A position is an integer, a `Slice`, a list of integers, a `Span`, a name, one of these as `Counted`, a `PerRow` of
+these, or a `Mask`. All but `Mask` count the row's real tokens: 0 is the first token that is not padding, -1 the last,
+so that padding never changes what they mean. `Mask` is the exception: it is laid over the padded batch as it stands.
 """
 
 from __future__ import annotations
@@ -15,8 +15,24 @@ from typing import Any, NamedTuple
 from .errors import PositionError, nearest
 
 __all__ = [
-    "ALL", "GENERATED", "GROWING", "LAST", "VISION", "Mask", "PerRow", "Position", "PositionLike", "Rows", "Slice",
-    "Span", "format_position", "is_single", "parse_position", "position", "resolve",
+    "ALL",
+    "GENERATED",
+    "GROWING",
+    "LAST",
+    "VISION",
+    "Counted",
+    "Mask",
+    "PerRow",
+    "Position",
+    "PositionLike",
+    "Rows",
+    "Slice",
+    "Span",
+    "format_position",
+    "is_single",
+    "parse_position",
+    "position",
+    "resolve",
 ]  # fmt: skip
 
 
@@ -53,6 +69,14 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """A position that has to select so many tokens in a row: of values of some text's rows, strung together."""
+
+    at: Any
+    count: int
+
+
+@dataclass(frozen=True)
 class PerRow:
     """One position per row of the batch: `PerRow((-1, -3))`."""
 
@@ -67,7 +91,7 @@ class Mask:
     width: int
 
 
-Position = int | Slice | tuple[int, ...] | Span | str | PerRow | Mask
+Position = int | Slice | tuple[int, ...] | Span | str | Counted | PerRow | Mask
 PositionLike = Any
 """What `Site.at` takes: a `Position`, or a Python slice, list, nested list, or boolean array."""
 
@@ -83,7 +107,7 @@ def position(value: PositionLike) -> Position:
     Raises:
         PositionError: not a position.
     """
-    if value is None or isinstance(value, (Slice, Span, PerRow, Mask, str)):
+    if value is None or isinstance(value, (Slice, Span, Counted, PerRow, Mask, str)):
         return Slice() if value is None else value
     if isinstance(value, slice):
         return Slice(value.start, value.stop, value.step)
@@ -213,6 +237,8 @@ def selects_newest(value: Position, rows: Rows, row: int) -> bool:
         return newest in range(newest + 1)[value.slice]
     if isinstance(value, Span):
         return value.start <= newest < value.stop
+    if isinstance(value, Counted):
+        return selects_newest(value.at, rows, row)
     if isinstance(value, PerRow):
         return selects_newest(value.rows[row], rows, row)
     return isinstance(value, tuple) and any(selects_newest(item, rows, row) for item in value)
@@ -227,6 +253,8 @@ def settled(value: Position, rows: Rows, row: int) -> bool:
         return value.step in (None, 1) and all(bound is None or bound <= newest for bound in (value.start, value.stop))
     if isinstance(value, Span):
         return value.stop <= newest
+    if isinstance(value, Counted):
+        return settled(value.at, rows, row)
     if isinstance(value, PerRow):
         return settled(value.rows[row], rows, row)
     return not isinstance(value, tuple) or all(settled(item, rows, row) for item in value)
@@ -243,6 +271,14 @@ def _row(value: Any, rows: Rows, row: int) -> list[int]:
         return [real[value]]
     if isinstance(value, str):
         return [real[i] for i in _named(value, rows, row)]
+    if isinstance(value, Counted):
+        selected = _row(value.at, rows, row)
+        if len(selected) != value.count:
+            raise PositionError(
+                f"{format_position(value.at)} selects {len(selected)} tokens of row {row}, and the value has "
+                f"{value.count} for it; give values of as many tokens in each row, in the order of the rows"
+            )
+        return selected
     if isinstance(value, Span):
         if rows.growing:
             return list(real[value.start : value.stop])
@@ -288,6 +324,8 @@ def format_position(value: Position) -> str:
     """Short text form: `-1`, `3:7`, `[0,4]`, `vision`; rows joined by `|`."""
     if isinstance(value, Span):
         return f"span({value.start},{value.stop})"
+    if isinstance(value, Counted):
+        return f"{format_position(value.at)}#{value.count}"
     if isinstance(value, PerRow):
         return "|".join(format_position(row) for row in value.rows)
     if isinstance(value, Mask):
@@ -312,6 +350,9 @@ def parse_position(text: str) -> Position:
             return Mask(tuple(columns), int(width))
         if "|" in text:
             return PerRow(tuple(parse_position(part) for part in text.split("|")))
+        if "#" in text:
+            at, _, count = text.rpartition("#")
+            return Counted(parse_position(at), int(count))
         if text.startswith("span(") and text.endswith(")"):
             start, stop = text[5:-1].split(",")
             return Span(int(start), int(stop))

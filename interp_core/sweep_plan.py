@@ -329,17 +329,17 @@ class Planner:
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
-        layer, start, own = self.model.n_layers - 1, self.widths[row], []
+        layer, start, leaving, own = self.model.n_layers - 1, self.widths[row], list[Edit](), list[Edit]()
         for edit in edits:
             for entry in self.model.atlas.select(edit.site):
                 self._check_below(edit, entry)
                 placed = self._placed(edit, entry, row)
                 if placed is None:
                     return None
-                own.append(placed[0])
+                (leaving if edit.site.name == "resid_post" else own).append(placed[0])  # before what enters the next
                 layer, start = min(layer, placed[1]), min(start, placed[2])
         scored = max(self.scored[row])
-        if not own:
+        if not leaving and not own:
             return None
         if start > scored:
             raise PlanError(
@@ -353,7 +353,7 @@ class Planner:
             start = next((run.start for run in self._images(row) if run.start <= start < run.stop), start)
         if self.tokens.inputs and start * SHORT <= self.widths[row] - start:
             start = 0
-        return Step(number, row, tuple(own), layer, start)
+        return Step(number, row, (*leaving, *own), layer, start)
 
     def _placed(self, edit: Edit, entry: Entry, row: int) -> tuple[Edit, int, int] | None:
         """An edit in one layer of one row, the layer and the column from which on it acts."""
@@ -392,6 +392,9 @@ class Planner:
         """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
         rows select different numbers of positions."""
         info, columns = site.info, self.tokens.ids.shape[1]
+        tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
+        if info.visual and not info.tower and any(each != tokens[0] for each in tokens):
+            return _stretch(value, tokens, row, [True], len(info.axes) - 2)
         chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
         if info.tower:
             chosen = {"patch": site.pos or ALL}

@@ -191,6 +191,18 @@ def test_edits_of_one_variant_follow_each_other() -> None:
     torch.testing.assert_close(full.values[6], full.clean)
 
 
+def test_what_leaves_a_block_is_changed_before_what_enters_the_next() -> None:
+    """Whatever order the edits are written in: the site of the one is where the tensor passes first."""
+    model = tiny_model("llama", torch.float64)
+    vector = torch.linspace(-1, 1, 64, dtype=torch.float64)
+    post, mid, pre = S.resid_post[0].at(-1).add(vector), S.resid_mid[1].at(1).scale(2.0), S.resid_pre[1].at(-1)
+    edits = [[pre.scale(3.0), post], [post, pre.scale(3.0)], [pre.zero(), mid, post, post]]
+    for strategy in ("auto", "restart", "batched"):
+        found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in (strategy, "full"))
+        same(found, full, model)
+        assert not any(found.plan.singles) and float(found.values[0, 0]) == float(found.values[1, 0])
+
+
 def test_other_engines_run_one_after_the_other() -> None:
     model = ic.load(testing.tiny("llama"), engine="nnsight")
     edits = variants(model)[:4]

@@ -17,7 +17,7 @@ from sweeping import COARSER, same
 from torch import Tensor, nn
 
 import interp_core as ic
-from interp_core import score, sweep_runner, testing
+from interp_core import score, sweep_runner, testing, visual
 from interp_core import sites as S
 from interp_core.batches import some_rows
 from interp_core.engines.called import Called
@@ -232,6 +232,21 @@ def test_where_padding_tells_texts_go_one_by_one(monkeypatch: pytest.MonkeyPatch
     same(found, full, model)
     assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
     assert "texts go one by one: its numbers differ from full forward passes by" in found.plan.explain()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "full"])
+@pytest.mark.parametrize("family", DEEPSTACK)
+def test_rows_without_an_image_and_values_of_all_rows(family: str, strategy: str) -> None:
+    """What images hand over is changed where there are images; a value for all rows is shared out by their tokens."""
+    model = ic.load(testing.tiny(family, dtype=torch.float64))
+    made = [pictures.picture(family, seed).double() for seed in range(6)]
+    clear, blind = (pictures.inputs(family, rows) for rows in ((made[:2], [], made[2:3]), (made[3:5], [], made[5:])))
+    source = model.run(blind, read=visual.reads(model))
+    edits = [visual.replaced(source, at) for at in range(4)] + [[S.deepstack[0].scale(2.0)], [S.vision_embed.zero()]]
+    found = model.sweep(clear, edits, JUDGED, strategy=strategy)
+    for number, edit in enumerate(edits):
+        logits = model.run(clear, edits=edit, allow_noop=True).logits[:, -1]
+        close(found.values[number], logits[:, 3] - logits[:, 9], model)
 
 
 def test_few_columns_before_an_image_are_run_too() -> None:

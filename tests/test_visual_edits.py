@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import deletion
+import numpy as np
 import pictures
 import pytest
 import torch
@@ -321,6 +322,52 @@ def test_sustained_replacement_and_text_rows() -> None:
     assert gap(text.logits, clean.logits) > 1e-3
 
 
+@pytest.mark.parametrize("at", ["vision", "text"])
+def test_rows_go_to_the_row_that_they_came_from(at: str) -> None:
+    """A text with as many visual tokens in all, but others in each row, is another text: nothing of it is replaced."""
+    model = tiny_model("qwen3_vl", torch.float64)
+    both, swapped = inputs("qwen3_vl", torch.float64, (0, 1), (2,)), inputs("qwen3_vl", torch.float64, (2,), (0, 1))
+    source = model.run(both, read=visual.reads(model, at))
+    edits = visual.replaced(source, 1, at=at)
+    plan = ic.Plan.of(edits=edits)
+    assert ic.Plan.from_json(plan.to_json(), plan.tensors()) == plan
+    again = model.run(both, edits=edits, allow_noop=True)
+    assert gap(again.logits, source.logits) == 0
+    places = r"selects \d+ tokens of row 0, and the value has \d+ for it; give values of as many tokens in each row"
+    with pytest.raises(ic.PositionError, match=places):
+        model.run(swapped, edits=edits)
+    with pytest.raises(ic.PositionError, match="positions for 2 rows, the batch has 1"):
+        model.run(inputs("qwen3_vl", torch.float64, (0, 1, 2)), edits=edits)
+
+
+def test_layers_are_whole_numbers_of_any_kind() -> None:
+    """As sites take them; what is none is refused by every edit, by name."""
+    model = tiny_model("qwen3_vl", torch.float64)
+    values = inputs("qwen3_vl", torch.float64, (0,))
+    run = model.run(values, read=[S.resid_pre, *visual.reads(model)])
+    makers: list[Any] = [
+        lambda layer: visual.blocked(model, layer),
+        lambda layer: visual.removed(model, values, [3], layer),
+        lambda layer: visual.truncated(model, layer),
+        lambda layer: visual.truncated(model, 0, stop=layer),
+        lambda layer: visual.replaced(run, layer),
+        lambda layer: visual.state_transplant(run, layer),
+        lambda layer: visual.window(model, layer),
+        lambda layer: visual.ranked(model, values, "last_token", layer=layer)[0].tolist(),
+    ]
+    for maker in makers:
+        assert maker(np.int64(1)) == maker(torch.tensor(1)) == maker(1)
+        for wrong in (1.5, "1", slice(-2, None), True, torch.tensor(1.0)):
+            with pytest.raises(ic.SiteError, match="layer takes a number from 0 to"):
+                maker(wrong)
+    for several in makers[0], makers[1], makers[4]:
+        assert several({2, 1}) == several([1, 2, 2]) == several(np.arange(1, 3))
+        with pytest.raises(ic.SiteError, match="layer takes a number from 0 to .*, not str '1'"):
+            several([0, "1"])
+    with pytest.raises(ic.PlanError, match="a band from layer 2 to before layer 1 is none; give stop= from 2 on"):
+        visual.truncated(model, 2, stop=1)
+
+
 @pytest.mark.parametrize("family", ["gemma3_vision", "llava"])
 def test_a_visual_query_keeps_a_key(family: str) -> None:
     """Gemma 3's images look both ways: a query that is left its own image's later tokens has something to attend to."""
@@ -357,7 +404,7 @@ def test_bad_input_is_refused_by_name() -> None:
             visual.truncated(model, layer)
         with pytest.raises(ic.SiteError, match=f"no layer {layer}: there are 0 to 2"):
             visual.window(model, layer)
-    with pytest.raises(ic.SiteError, match="layer takes a number from 0 to the number of layers, or several, not str"):
+    with pytest.raises(ic.SiteError, match="layer takes a number from 0 to 3, not str '2'"):
         visual.replaced(clean, "2")  # type: ignore[arg-type]
     with pytest.raises(ic.PlanError, match=r"the value is \[1, 6, 64\], the site has \[batch 1, pos 12, d_model 64\]"):
         model.run(wide, edits=visual.replaced(clean, 1))

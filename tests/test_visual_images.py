@@ -259,6 +259,56 @@ def test_images_and_places_must_fit() -> None:
         bare.tokens("red?", images=[picture])
 
 
+def test_the_place_of_an_image_is_no_text() -> None:
+    """Gemma 3 has another token for the place than for visual tokens; without images neither is taken for text."""
+    for family in ("gemma3_vision", "qwen3_vl", "llava"):
+        model = seeing(family)
+        text = f"say {model.processor.image_token}"
+        for read, said in ((model.tokens, text), (model.chat, user(text))):
+            with pytest.raises(ic.TextError, match="row 0: the text has a place for an image or video"):
+                read(said)
+
+
+def test_a_thin_picture_leaves_ends_of_rows_alone() -> None:
+    """LLaVA-OneVision cuts the padding of its high resolution away: of a very thin picture no column is left."""
+    model = seeing("llava_onevision")
+    for size in ((4, 2000), (2000, 4)):
+        tokens = model.tokens("Which shape?", images=Image.new("RGB", size, (200, 10, 30)))
+        cells = model.visual_grid(tokens)[0]
+        assert len(cells) == int((tokens.ids == 90).sum()) and all(cell.col is None for cell in cells if cell.tile)
+        assert model.run(tokens).logits.isfinite().all()
+
+
+def test_pixels_and_places_come_together() -> None:
+    """transformers takes places without pixels, or marked as text, for text; and lets videos fall that it does not know."""
+    for family in ("qwen3_vl", "gemma3_vision", "llava"):
+        model = seeing(family)
+        whole = model.tokens("red?", images=drawn()[0])
+        inputs = {"input_ids": whole.ids, **whole.inputs}
+        kinds = next((name for name in inputs if name.endswith("token_type_ids")), None)
+        cases = [
+            (
+                {k: v for k, v in inputs.items() if k != "pixel_values"},
+                r"has \d+ visual tokens, and no pixels come with",
+            ),
+            (
+                {**inputs, "input_ids": torch.full_like(whole.ids, 7)},
+                "have pixel_values, and no text has a place for an",
+            ),
+        ]
+        if kinds:
+            moved = inputs[kinds].roll(1, -1)
+            cases += [({**inputs, kinds: 0 * moved}, f"{kinds} marks 0 tokens as visual, and the text has"),
+                      ({**inputs, kinds: moved}, f"{kinds} marks .* visual tokens, others")]  # fmt: skip
+        if family != "qwen3_vl":
+            cases.append(
+                ({**inputs, "pixel_values_videos": inputs["pixel_values"]}, "takes no videos; pass their frames")
+            )
+        for case, message in cases:
+            with pytest.raises(ic.TextError, match=message):
+                model.run(case)
+
+
 def test_zeros_that_the_model_would_drop() -> None:
     model = seeing("smolvlm")
     model.processor.image_processor.image_mean, mean = [128 / 255] * 3, model.processor.image_processor.image_mean

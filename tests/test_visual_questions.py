@@ -323,3 +323,23 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     with pytest.raises(ic.LoadError, match=r"chart\.jpg cannot be read"):
         write_questions(tmp_path / "y", questions)
     assert not (tmp_path / "x").exists() and not (tmp_path / "y" / "questions.jsonl").exists()
+
+
+def test_no_image_takes_the_place_of_another(tmp_path: Path) -> None:
+    """Names of files are made of names of questions and numbers of images, and may come out alike."""
+    shown = [Image.new("RGB", (4, 4), (40 * i, 0, 255 - i)) for i in range(6)]
+    asked = [Question("x", tuple(shown[:2]), "which?", ("1",)), Question("x_0", (shown[2],), "which?", ("1",)),
+             Question("X_1", (shown[3],), "which?", ("1",)), Question("a b", (shown[4],), "which?", ("1",))]  # fmt: skip
+    write_questions(tmp_path, asked)
+    for question, again in zip(asked, read_questions("plain", tmp_path), strict=True):
+        pixels = [Image.open(image).getpixel((0, 0)) for image in again.images]
+        assert pixels == [image.getpixel((0, 0)) for image in question.images]
+    assert len({file.name.lower() for file in (tmp_path / "images").iterdir()}) == 5
+
+
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    """Texts may hold characters that end a line elsewhere, and JSON does not escape."""
+    asked = [Question("1", (Image.new("RGB", (4, 4)),), "one\u2028two\x85three\x1cfour", ("a\u2029b",))]
+    write_questions(tmp_path, asked)
+    (again,) = read_questions("plain", tmp_path)
+    assert (again.question, again.answers) == (asked[0].question, asked[0].answers)

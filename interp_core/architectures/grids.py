@@ -127,7 +127,7 @@ def _high_resolution(config: Any, size: Sequence[int], patch: int) -> list[Cell]
     n = edge_of(config.vision_config.image_size) // patch
     ratio = math.sqrt(rows * cols / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * n**2))
     kept = (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else (rows, cols)  # then it is interpolated
-    step = rows * patch / kept[0], cols * patch / kept[1]
+    step = rows * patch / max(1, kept[0]), cols * patch / max(1, kept[1])  # of a thin picture newlines alone are left
     cells = raster(kept[0], kept[1], step, 1, (left * patch, top * patch))
     out = []
     for row in range(kept[0]):

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..architectures.family import Family
 from ..architectures.grids import Box, Cell
 from ..architectures.towers import patches_of
 from ..errors import CapabilityError, TextError
-from ..inputs import Shares
+from ..inputs import PER_TOKEN, Shares
 from ..positions import AFTER_VISION, TEXT, VISION, Images, Span
-from ..text import Tokens
+from ..text import CACHE, Tokens
 
 IMAGES = ("pixel_values", "image_grid_thw")
 """Inputs that say that there are images."""
@@ -63,6 +64,7 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
         TextError: images without an input that the family needs, or placeholders that do not fit the images.
     """
     visual = _visual(tokens, placeholder_ids(config))
+    _demand_places(tokens, visual, config, family)
     if not any(visual):
         return tokens
     spans = dict(tokens.spans)
@@ -80,6 +82,7 @@ def with_visual_names(tokens: Tokens, config: Any, family: Family) -> Tokens:
         _demand_seen(tokens.inputs, images, family)
         shares = _shares(tokens.inputs, images, family)
         patches = _patches(tokens.inputs, images, config, family)
+    _demand_marked(tokens, visual, family)
     return replace(tokens, spans=spans, shares=shares, patches=patches)
 
 
@@ -160,6 +163,31 @@ def visual_grid(tokens: Tokens, config: Any, family: Family) -> list[list[Visual
     ]
 
 
+def _demand_places(tokens: Tokens, visual: Sequence[Sequence[int]], config: Any, family: Family) -> None:
+    """Hold what images bring against the places for them: transformers takes places without pixels for text, and lets
+    videos fall that the model does not know.
+
+    Raises:
+        TextError: one without the other, or such videos.
+    """
+    inputs = tokens.inputs
+    pixels = [name for name in inputs if "pixel_values" in name]
+    if (video := next((name for name in inputs if "video" in name), None)) and not _video_ids(config):
+        raise TextError(f"the inputs have {video}, and {family.name} takes no videos; pass their frames as images")
+    if pixels and not any(visual):
+        raise TextError(
+            f"the inputs have {pixels[0]}, and no text has a place for an image (a visual token); pass what the "
+            "processor returned for text and images together, whole"
+        )
+    brought = any(word in name for name in inputs for word in ("pixel", "embeds", "encoder", CACHE))
+    if any(visual) and not brought:
+        row, places = next((i, places) for i, places in enumerate(visual) if places)
+        raise TextError(
+            f"row {row}: the text has {len(places)} visual tokens, and no pixels come with it: transformers would take "
+            "them for text. Pass what the processor returned, whole"
+        )
+
+
 def _demand(inputs: Mapping[str, Any], family: Family) -> None:
     if any("pixel" in name for name in inputs) and (missing := [n for n in family.needs if n not in inputs]):
         raise TextError(
@@ -168,9 +196,30 @@ def _demand(inputs: Mapping[str, Any], family: Family) -> None:
         )
 
 
+def _demand_marked(tokens: Tokens, visual: Sequence[Sequence[int]], family: Family) -> None:
+    """Hold inputs that say which tokens are visual against the places.
+
+    Raises:
+        TextError: they say something else.
+    """
+    for name in set(family.needs) & set(PER_TOKEN) & set(tokens.inputs):
+        kinds = tokens.inputs[name]
+        for row, (kind, keep, places) in enumerate(zip(kinds, tokens.mask, visual, strict=True)):
+            if (marked := torch.nonzero(kind[keep.to(kind.device)]).flatten().tolist()) != places:
+                others = ", others" if len(marked) == len(places) else ""
+                raise TextError(
+                    f"row {row}: {name} marks {len(marked)} tokens as visual, and the text has {len(places)} visual "
+                    f"tokens{others}. Pass what the processor returned, whole."
+                )
+
+
 def _has_video(tokens: Tokens, config: Any) -> bool:
-    ids = {getattr(config, name, None) for name in ("video_token_id", "video_token_index")} - {None}
-    return any(i in tokens.ids for i in ids)
+    return any(i in tokens.ids for i in _video_ids(config))
+
+
+def _video_ids(config: Any) -> set[int]:
+    names = ("video_token_id", "video_token_index")
+    return {value for name in names if isinstance(value := getattr(config, name, None), int)}
 
 
 def _visual(tokens: Tokens, placeholders: set[int]) -> list[list[int]]:

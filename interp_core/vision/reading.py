@@ -165,13 +165,15 @@ def reader_of(model: Any) -> Reader:
     return Reader(model.processor, model._tokenizer(), config, model.atlas.family)
 
 
-def demand_no_places(tokens: Tokens, config: Any) -> Tokens:
+def demand_no_places(tokens: Tokens, model: Any) -> Tokens:
     """The tokens of a text without images.
 
     Raises:
-        TextError: it names visual tokens all the same.
+        TextError: it names visual tokens all the same, or the place of an image (Gemma 3's is another token).
     """
-    known = placeholder_ids(config)
+    known = placeholder_ids(model.hf.config)
+    if known and (token := getattr(model.processor, "image_token", None)):
+        known = known | {model._tokenizer().convert_tokens_to_ids(token)}
     for row, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
         if known and (found := known.intersection(ids[mask].tolist())):
             at = next(i for i, token in enumerate(ids[mask].tolist()) if token in found)

@@ -14,6 +14,7 @@ Cost: a forward pass, and the scores of the masked queries once more for the rec
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from .. import sites as S
@@ -35,7 +36,7 @@ def window(model: Model, layer: int, width: int = 1) -> tuple[int, ...]:
     """
     if isinstance(width, bool) or not isinstance(width, int) or width < 1 or width % 2 == 0:
         raise PlanError(wrong("width", "an odd number of layers, 1 on", width))
-    _demand_layer(layer, model.n_layers - 1)
+    layer = layer_number(layer, model.n_layers - 1)
     half = width // 2
     return tuple(range(max(0, layer - half), min(model.n_layers, layer + half + 1)))
 
@@ -47,9 +48,7 @@ def layers_of(model: Model, layers: int | Iterable[int]) -> list[int]:
         SiteError: no such layer.
         CapabilityError: a layer that mixes tokens without attention, or whose attention is not to be had.
     """
-    asked = [layers] if isinstance(layers, int) else sorted(set(layers))
-    for layer in asked:
-        _demand_layer(layer, model.n_layers - 1)
+    asked = sorted({layer_number(layer, model.n_layers - 1) for layer in listed(layers)})
     entries = model.atlas.entries
     attending = [i for i in model.atlas.layers("pattern") if entries["pattern", i].write is not None]
     if missing := [i for i in asked if i not in attending]:
@@ -60,11 +59,27 @@ def layers_of(model: Model, layers: int | Iterable[int]) -> list[int]:
     return asked
 
 
-def _demand_layer(layer: Any, last: int, more: str = "") -> None:
-    if isinstance(layer, bool) or not isinstance(layer, int):
+def listed(layers: Any) -> list[Any]:
+    """Layers that are asked for, one or several."""
+    several = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1) != 0
+    return list(layers) if several else [layers]
+
+
+def layer_number(layer: Any, last: int, there: str = "") -> int:
+    """A layer as a plain number: integers of numpy and torch are whole numbers too, as sites take them.
+
+    Raises:
+        SiteError: no number, or a layer that there is not.
+    """
+    try:
+        number = index(layer)
+    except TypeError:
+        number = None
+    if number is None or isinstance(layer, bool):
         raise SiteError(wrong("layer", f"a number from 0 to {last}", layer))
-    if not 0 <= layer <= last:
-        raise SiteError(f"no layer {layer}: there are 0 to {last}{more}")
+    if not 0 <= number <= last:
+        raise SiteError(f"no layer {number}: there are {there or f'0 to {last}'}")
+    return number
 
 
 def blocked(
@@ -99,8 +114,13 @@ def truncated(model: Model, layer: int, stop: int | None = None) -> list[Edit]:
 
     Raises:
         SiteError, CapabilityError: as `blocked`.
+        PlanError: a band that ends before it begins.
     """
     last = model.n_layers
-    for one in (layer, last if stop is None else stop):
-        _demand_layer(one, last, ", where the last takes nothing away")
-    return blocked(model, range(layer, last if stop is None else stop))
+    there = f"0 to {last}, where the last takes nothing away"
+    start, stop = (layer_number(i, last, there) for i in (layer, last if stop is None else stop))
+    if stop < start:
+        raise PlanError(
+            f"truncated: a band from layer {start} to before layer {stop} is none; give stop= from {start} on"
+        )
+    return blocked(model, range(start, stop))

@@ -34,7 +34,7 @@ from ..errors import PlanError, PositionError, ReadError, nearest, wrong
 from ..positions import AFTER_VISION, VISION, PerRow, PositionLike, Slice, position, resolve
 from ..trace import Run
 from ..vision.places import runs
-from .attending import layers_of, truncated
+from .attending import layer_number, layers_of, truncated
 from .replacing import replaced
 from .states import States, demand_images, rows_read
 
@@ -108,6 +108,7 @@ def ranked(
 
     Raises:
         PlanError: no such ranking, or one by attention without a layer before.
+        SiteError: no such layer.
     """
     demand_images(model)
     if by not in RANKINGS:
@@ -118,10 +119,11 @@ def ranked(
         return [_shuffled(len(row), seed) for row in visual]
     if by == "uniform":
         return [_spread(row) for row in model.visual_grid(tokens)]
-    if layer is None or isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+    number = 0 if layer is None else layer_number(layer, model.n_layers)
+    if number < 1:
         raise PlanError(wrong(f"ranking by {by}", "layer=, from 1 on, whose predecessor's attention it is", layer))
-    layers_of(model, layer - 1)
-    pattern = _attention(model, tokens, layer - 1, by)
+    layers_of(model, number - 1)
+    pattern = _attention(model, tokens, number - 1, by)
     return [pattern[i][[tokens.rows.real[i][v] for v in row]] for i, row in enumerate(visual)]
 
 
@@ -215,6 +217,7 @@ def state_transplant(run: Run, layer: int, question: PositionLike = None) -> lis
     if not isinstance(run, Run):
         raise PlanError(wrong("state_transplant", "a run of the model", run))
     model, tokens = run.model, run.tokens
+    layer = layer_number(layer, model.n_layers)
     edits = truncated(model, layer)
     if not edits:
         return []

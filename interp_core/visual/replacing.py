@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import sites as S
 from ..errors import PlanError, ReadError, SiteError, nearest, wrong
-from ..positions import VISION, PositionLike, format_position, position
+from ..positions import VISION, Counted, Mask, PerRow, PositionLike, format_position, position
+from .attending import layer_number, listed
 from .states import Rows, States, of
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def replaced(
     known = of(source, VISION if at is None else at)
     where = known.at if at is None else at
     layers = _layers(layer, known.n_layers)
-    edits = [_at_input(i, known.n_layers).at(where).set(_value(known, known.streams, i)) for i in layers]
+    edits = [_set(known, _at_input(i, known.n_layers), where, i) for i in layers]
     if deepstack == "follow" and position(where) == VISION:
         later = [i for i in sorted(known.additions) if i >= layers[0]]
         edits += [S.deepstack[i].set(_value(known, known.additions, i)) for i in later]
@@ -77,13 +78,22 @@ def _layers(layer: Any, n_layers: int) -> list[int]:
     Raises:
         SiteError: none, or one that is not there.
     """
-    asked = [layer] if isinstance(layer, int) else list(layer) if isinstance(layer, Sequence) else []
-    if not asked or not all(isinstance(i, int) and not isinstance(i, bool) for i in asked):
-        raise SiteError(wrong("layer", "a number from 0 to the number of layers, or several", layer))
-    for i in asked:
-        if not 0 <= i <= n_layers:
-            raise SiteError(f"no layer {i}: there are 0 to {n_layers - 1}, and {n_layers} for the final norm's input")
-    return sorted(set(asked))
+    there = f"0 to {n_layers - 1}, and {n_layers} for the final norm's input"
+    if not (asked := listed(layer)):
+        raise SiteError(wrong("layer", f"a number from 0 to {n_layers}, or several", layer))
+    return sorted({layer_number(i, n_layers, there) for i in asked})
+
+
+def _set(known: States, site: Site, where: PositionLike, layer: int) -> Edit:
+    """The edit of the rows at a layer's input.
+
+    Rows of different lengths are strung together, and would also fit a text that shares them out in another way: so
+    each row of it is held to its own number.
+    """
+    value, rows, at = _value(known, known.streams, layer), known.streams[layer], position(where)
+    if not isinstance(rows, Tensor) and value.ndim == 2 and not isinstance(at, (PerRow, Mask)):
+        at = PerRow(tuple(Counted(at, len(x)) for x in rows))
+    return site.at(at).set(value)
 
 
 def _value(known: States, layers: Any, layer: int) -> Tensor:

@@ -100,8 +100,8 @@ def read_problems(path: Path) -> dict[str, Mapping[str, str]]:
         LoadError: no such file, or a line that is no problem.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"problems {path} cannot be read: {error}") from error
     found: dict[str, Mapping[str, str]] = {}
     for number, line in enumerate(lines, 1):

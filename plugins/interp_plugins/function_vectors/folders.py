@@ -181,7 +181,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _rows(path: Path) -> tuple[list[dict[str, Any]], int | None]:
     """Rows of trials under the golden files' names, and how many there should be."""
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return [_renamed(row) for row in rows], _settings(path.parent).get("n_eval")
     data = _json(path)
     return (data["trials"], data["meta"]["n_trials"]) if isinstance(data, dict) else (data, None)

@@ -35,7 +35,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         data = path.read_bytes()
         content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         lines = ".jsonl" in path.suffixes
-        rows = [json.loads(line) for line in content.splitlines() if line.strip()] if lines else json.loads(content)
+        rows = [json.loads(line) for line in content.split("\n") if line.strip()] if lines else json.loads(content)
     except (OSError, EOFError, ValueError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a .json or .jsonl file, gzipped or not") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

@@ -60,11 +60,14 @@ def write_questions(folder: str | Path, questions: Iterable[Question]) -> Path:
     folder, several = Path(folder), list(questions)
     if len({question.name for question in several}) < len(several):
         raise ic.PlanError("two questions have one name; give each its own")
-    lines, files = [], {}
+    lines, files, taken = [], {}, set[str]()
     for question in several:
         names = []
         for i, image in enumerate(question.images):
             plain = runs.safe_name(question.name) + (f"_{i}" if len(question.images) > 1 else "")
+            while plain.lower() in taken:  # "x_0", and the first image of "x"; "A" and "a" are one file on some disks
+                plain += "+"
+            taken.add(plain.lower())
             name = f"images/{plain}{image.suffix if isinstance(image, Path) else '.png'}"
             files[name] = image
             names.append(name)
@@ -99,7 +102,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a .jsonl file, a row per question") from error
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(
+        content.split("\n"), 1
+    ):  # JSON may hold U+2028 and the like, which end lines elsewhere
         if line.strip():
             try:
                 row = json.loads(line)
