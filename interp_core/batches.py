@@ -74,6 +74,11 @@ def numbering(tokens: Tokens) -> tuple[Any, ...]:
     return tokens.ids, tokens.mask, dict(tokens.spans), dict(tokens.inputs)
 
 
+def one_row(tokens: Tokens, row: int) -> Tokens:
+    """A row of a batch without padding; where there is one, as it is, with inputs that could not be split."""
+    return tokens if len(tokens) == 1 and not tokens.padded else tokens.row(row)
+
+
 def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
     """Some rows of a batch, laid out as they are in it, without columns that are padding in all of them.
 

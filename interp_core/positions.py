@@ -15,24 +15,8 @@ from typing import Any, NamedTuple
 from .errors import PositionError, nearest
 
 __all__ = [
-    "ALL",
-    "GENERATED",
-    "GROWING",
-    "LAST",
-    "VISION",
-    "Counted",
-    "Mask",
-    "PerRow",
-    "Position",
-    "PositionLike",
-    "Rows",
-    "Slice",
-    "Span",
-    "format_position",
-    "is_single",
-    "parse_position",
-    "position",
-    "resolve",
+    "ALL", "GENERATED", "GROWING", "LAST", "VISION", "Counted", "Mask", "PerRow", "Position", "PositionLike", "Rows",
+    "Slice", "Span", "format_position", "is_single", "parse_position", "position", "resolve",
 ]  # fmt: skip
 
 

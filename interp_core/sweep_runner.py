@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import padded_on
+from .batches import one_row, padded_on
 from .compiled import model_inputs
 from .edits import Edit
 from .engines.clean import Clean, clean_pass
@@ -76,7 +76,7 @@ class Runner(Planner):
         saved, references = time.monotonic(), {}
         for place, row in enumerate(group.texts):
             if shared is None:
-                value = self._alone(self._row(row), row, ())[0]
+                value = self._alone(one_row(self.tokens, row), row, ())[0]
             else:
                 value = self._seen(shared.value[place : place + 1], row)
             references[row] = value.to(clean.dtype)
@@ -91,18 +91,14 @@ class Runner(Planner):
                 saved = time.monotonic()
         for row in group.texts:
             for number in plan.singles[row]:
-                alone, norm = self._alone(self._row(row), row, self.single(number, row))
+                alone, norm = self._alone(one_row(self.tokens, row), row, self.single(number, row))
                 values = self._score(alone.to(clean.dtype), row, references[row])
                 store.put([number], row, values, torch.tensor([norm]))
                 progress.add(1)
 
-    def _row(self, row: int) -> Tokens:
-        """One text."""
-        return self.tokens if len(self.tokens) == 1 and not self.tokens.padded else self.tokens.row(row)
-
     def _together(self, texts: Sequence[int]) -> Tokens:
         """Some texts with their images, filled up on the right, where causal attention does not see it."""
-        rows = [self._row(text) for text in texts]
+        rows = [one_row(self.tokens, text) for text in texts]
         return rows[0] if len(rows) == 1 else padded_on(Tokens.stack(rows), "right")[0]
 
     def _alone(self, text: Tokens, row: int, edits: Sequence[Edit]) -> tuple[Tensor, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .batches import one_row
 from .edits import Edit
 from .engines.clean import Clean, clean_pass
 from .engines.replace import replaced_forwards
@@ -171,7 +172,7 @@ def _pictured(model: Model, strategy: str, tokens: Tokens) -> list[Tokens]:
     kind, whole = _kind(model, tokens), strategy in WHOLE
     fit = _whole(tokens)
     seen = [row for row in fit if VISION in tokens.spans and tokens.spans[VISION][row]] or fit
-    rows = [tokens.row(row) for row in sorted(seen, key=tokens.lengths.__getitem__)[:2]]
+    rows = [one_row(tokens, row) for row in sorted(seen, key=tokens.lengths.__getitem__)[:2]]
     out = []
     for texts in ([corner(row, model.hf.config, model.atlas.family) for row in rows], rows):
         first = texts[0]

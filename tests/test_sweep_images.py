@@ -14,6 +14,7 @@ import transformers
 from conftest import tiny_model
 from layouts import DEEPSTACK, VISUAL
 from sweeping import COARSER, same
+from tolerances import close
 from torch import Tensor, nn
 
 import interp_core as ic

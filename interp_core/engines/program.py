@@ -38,6 +38,7 @@ from .turns import turn_of
 ORDER = {name: number for number, name in enumerate(SITES)}
 FIRST = ("embed", "vision_embed", "deepstack")
 """What is there before the first block, in whatever layer it acts."""
+_IN_TOWER = frozenset(name for name, info in SITES.items() if info.tower)
 TOWER = 1 << 20
 """More layers than any vision tower has; all of them run before the first block."""
 
@@ -181,7 +182,7 @@ class PortProgram(ABC):
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self.places = engine.places(port.tap.module for port in ports)
         self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
-        self.in_tower = any(part.entry.visual and part.site.info.tower for part in self._bound)
+        self.in_tower = not _IN_TOWER.isdisjoint([part.site.name for part in self._bound])
         self._few = [(tap, parts) for tap in self.taps if self.closes and (parts := self._few_queries(tap))]
 
     # Compiling

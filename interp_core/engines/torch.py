@@ -31,7 +31,7 @@ class TorchProgram(PortProgram):
     def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """See `PortProgram.carry`."""
         model = self.engine.model
-        orders = [(table, [*table]) for table in self._recorded]
+        orders = [(table, [*table]) for table in self._recorded] if self._recorded else []
         try:
             for port, (table, with_kwargs, hook) in self._hooks:
                 table[port] = hook
