@@ -271,7 +271,9 @@ class _Rehearsal(Runner):
         if self.tokens.inputs:
             numbers = range(len(self.given))
             for text in group.texts:
-                alone = [self._alone(one_row(self.tokens, text), text, self.single(number, text))[0][0] for number in numbers]
+                alone = [
+                    self._alone(one_row(self.tokens, text), text, self.single(number, text))[0][0] for number in numbers
+                ]
                 self.wanted[text] = torch.stack([_judged(logits) for logits in alone]).cpu()
             return super()._clean(group)
         edited = [(text, one) for text in group.texts for one in self.given]
