@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pictures
 import pytest
 import torch
 from conftest import FAMILIES, nth, tiny_model
@@ -112,7 +113,7 @@ def test_encoders_look_ahead() -> None:
 def test_looking_changes_no_step(family: str, cache: str) -> None:
     """Reads of everything inside attention leave each step's logits, also where a static cache hands over empty places."""
     model = tiny_model(family)
-    options: dict[str, Any] = {"max_new_tokens": 5, "stop_at_eos": False}
+    options: dict[str, Any] = {"max_new_tokens": 5, "stop_at_eos": False, "suppress_tokens": [pictures.IMAGE]}
     if cache == "static":
         options["cache_implementation"] = "static"
     inside = [S.named(name) for name in ("rot_q", "rot_k", "scores", "pattern", "v") if model.atlas.layers(name)]
