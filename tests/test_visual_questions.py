@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interp_plugins.questions import Question, Questions, read_questions, write_questions
+from interp_plugins.questions import Question, Questions, Skipped, read_questions, write_questions
 from PIL import Image, ImageDraw
 
 import interp_core as ic
@@ -273,6 +273,11 @@ def test_splits_share_no_question_and_do_not_depend_on_the_rest() -> None:
     alone = questions.where(lambda question: question.kind == "bars")
     turned = Questions(alone.questions[::-1])
     assert {q.name for q in alone.select(5)} == {q.name for q in turned.select(5)}
+    lost = Questions(
+        questions.questions, tuple(Skipped(f"row {i}", "image", "there is no such file", "") for i in range(3))
+    )
+    with pytest.raises(ic.PlanError, match=r"has 30 \(3 rows could not be used: 3 for image: there is no such file\)"):
+        lost.split(31)
     for counts, message in (
         ((31,), "31 questions are asked for, questions has 30"),
         ((0,), "whole numbers"),

@@ -147,7 +147,8 @@ class Questions(Sequence[Question]):
         if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
             raise ic.PlanError(ic.errors.wrong("select", "whole numbers of questions from 1 on", counts))
         if sum(counts) > len(self):
-            left = f" ({len(self.skipped)} rows could not be used)" if self.skipped else ""
+            why = "; ".join(f"{n} for {reason}" for reason, n in list(self.counts.items())[:3])
+            left = f" ({len(self.skipped)} rows could not be used: {why})" if self.skipped else ""
             raise ic.PlanError(
                 f"{sum(counts)} questions are asked for, {self.source} has {len(self)}{left}; give fewer"
             )
