@@ -25,7 +25,7 @@ from torch import Tensor
 from .architectures.atlas import Atlas
 from .engines.protocol import Slot
 from .errors import LoadError, ReadError, wrong
-from .files import safetensors_bytes
+from .files import safetensors_bytes, split_lines
 from .result import folder_of
 from .saved import StoredSlot, StoredValues, atlas_from, mapped, slot_name, tokens_data, tokens_from
 from .sites import Site
@@ -187,7 +187,7 @@ def _opened(folder: Path) -> Activations:
         raise LoadError(f"{folder} is not finished: call model.collect with the same arguments, and it goes on there")
     try:
         atlas = atlas_from(json.loads((folder / SITES).read_text(encoding="utf-8")))
-        rows = [json.loads(line) for line in (folder / INDEX).read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in split_lines((folder / INDEX).read_text(encoding="utf-8"))]
         reads = [Site.parse(text) for text in record["settings"]["read"]]
         places = located(rows)
         shard_of = [places[number] for number in range(len(places))]

@@ -50,6 +50,12 @@ def create(path: Path, data: str | bytes) -> bool:
         draft.unlink(missing_ok=True)
 
 
+def split_lines(text: str) -> list[str]:
+    """Lines of a file of JSON lines. They end at "\\n" alone: JSON holds U+2028 and others as they are, at which
+    `str.splitlines` would break a line as well."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def sha256(data: str | bytes) -> str:
     """Digest of what a file will hold."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()

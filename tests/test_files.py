@@ -16,7 +16,7 @@ from conftest import DATA, toy_model
 from torch import Tensor
 
 import interp_core as ic
-from interp_core import score
+from interp_core import runs, score
 from interp_core import sites as S
 from interp_core.plan import Plan
 
@@ -282,3 +282,12 @@ def test_names_from_data_are_no_paths(tmp_path: Path) -> None:
         from interp_core.scaffold import write_package
 
         write_package("../evil", None, "method")
+
+
+def test_lines_end_where_json_lines_say() -> None:
+    """What is written is read again, with every character at which `str.splitlines` would break."""
+    rows = [{"text": f"a{mark}b"} for mark in "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e\r\n"]
+    lines = runs.split_lines(runs.json_lines(rows))
+    assert [json.loads(line) for line in lines] == rows and len(rows) == 10
+    assert runs.split_lines("") == [] and runs.split_lines("{}") == runs.split_lines("{}\n") == ["{}"]
+    assert runs.split_lines("1\n\n2\n\n") == ["1", "", "2", ""]

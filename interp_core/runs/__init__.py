@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, wrong
-from ..files import is_running, pt_bytes, read_pt, safetensors_bytes, write
+from ..files import is_running, pt_bytes, read_pt, safetensors_bytes, split_lines, write
 from .folder import Part, RunFolder, identity_of, manifest, parts
 from .identity import digest, model_record, safe_name, slug
 from .rows import Rows
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Files", "Part", "Rows", "RunFolder", "csv_text", "digest", "json_lines", "json_text", "manifest", "model_record",
-    "open", "parts", "pt_bytes", "publish", "read_pt", "safe_name", "safetensors_bytes", "write",
+    "open", "parts", "pt_bytes", "publish", "read_pt", "safe_name", "safetensors_bytes", "split_lines",
+    "write",
 ]  # fmt: skip
 
 RESULTS = Path("results")

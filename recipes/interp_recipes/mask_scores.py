@@ -25,6 +25,7 @@ from interp_plugins.pairs import Pair
 from interp_plugins.pairs.pair import Side
 
 import interp_core as ic
+from interp_core import runs
 
 from .sandbox import describe, run_program
 
@@ -100,7 +101,7 @@ def read_problems(path: Path) -> dict[str, Mapping[str, str]]:
         LoadError: no such file, or a line that is no problem.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = runs.split_lines(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"problems {path} cannot be read: {error}") from error
     found: dict[str, Mapping[str, str]] = {}

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import interp_core as ic
+from interp_core import runs
 
 from .files import read_tensor
 from .source_files import DUMP, HEADS, LOGITS, MAPS, VECTOR
@@ -181,7 +182,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _rows(path: Path) -> tuple[list[dict[str, Any]], int | None]:
     """Rows of trials under the golden files' names, and how many there should be."""
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in runs.split_lines(path.read_text(encoding="utf-8")) if line.strip()]
         return [_renamed(row) for row in rows], _settings(path.parent).get("n_eval")
     data = _json(path)
     return (data["trials"], data["meta"]["n_trials"]) if isinstance(data, dict) else (data, None)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import interp_core as ic
+from interp_core import runs
 
 Form = Literal["chat", "plain"]
 NEEDS = ("prompt", "canonical_solution")
@@ -35,7 +36,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         data = path.read_bytes()
         content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         lines = ".jsonl" in path.suffixes
-        rows = [json.loads(line) for line in content.split("\n") if line.strip()] if lines else json.loads(content)
+        rows = [json.loads(x) for x in runs.split_lines(content) if x.strip()] if lines else json.loads(content)
     except (OSError, EOFError, ValueError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a .json or .jsonl file, gzipped or not") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

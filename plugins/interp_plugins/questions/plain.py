@@ -102,9 +102,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a .jsonl file, a row per question") from error
-    for number, line in enumerate(
-        content.split("\n"), 1
-    ):  # JSON may hold U+2028 and the like, which end lines elsewhere
+    for number, line in enumerate(runs.split_lines(content), 1):
         if line.strip():
             try:
                 row = json.loads(line)

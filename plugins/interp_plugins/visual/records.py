@@ -107,11 +107,11 @@ class Records:
             LoadError: no such file, or a line that is no row.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+            lines = runs.split_lines(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ic.LoadError(f"{path} cannot be read: {error}") from error
         rows = []
-        for number, line in enumerate(text.split("\n") if text else (), 1):
+        for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))
                 assert isinstance(rows[-1], dict)

@@ -55,7 +55,7 @@ def json_rows(path: str | Path, bad: Bad | None = None) -> Iterator[tuple[int, d
         LoadError: no such file, or a line that is no JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = runs.split_lines(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"{path} cannot be read ({error}); give a file with a JSON object per line") from error
     for number, line in enumerate(lines, 1):

@@ -150,6 +150,6 @@ def read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [json.loads(line) for line in runs.split_lines(path.read_text(encoding="utf-8"))]
     except ValueError as error:
         raise ic.LoadError(f"{path} is not the file that was written ({error}); delete it") from error
