@@ -6,7 +6,7 @@ to one, pattern times values is z, and the readout gives the model's logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry
+from .errors import ReadError
 from .sites import VISION_, Site
 from .trace import Run
 
@@ -213,6 +214,27 @@ def equations(model: Model, run: Run, made: list[Sum]) -> Iterator[Finding]:
     yield from _attention(model, run)
     if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and atlas.layers("final_norm"):
         yield from _readout(model, run, at(run, *last))
+
+
+def declared(run: Run, sites: Iterable[Site], known: Mapping[str, int]) -> tuple[bool, str]:
+    """Whether sites, each of one layer at most, have the shapes that the atlas declares; and what is not as declared.
+
+    Args:
+        known: sizes of axes that the input gives.
+    """
+    for site in sites:
+        info, layer = site.info, site.layers if isinstance(site.layers, int) else 0
+        sizes = {**run.model.atlas.entries[site.name, layer].sizes, **known}
+        wanted = [sizes[axis] for axis in info.axes if axis != info.unit or site.units is None]
+        try:
+            shape = list(run[site].shape)
+        except ReadError:
+            return False, f"nothing passes there in layer {layer}"
+        except RuntimeError as error:  # a view that does not fit what the module returns
+            return False, f"layer {layer}: {error}"
+        if shape != wanted:
+            return False, f"layer {layer} gives {shape}, not {wanted}"
+    return True, ""
 
 
 def projections(model: Model, run: Run, prefix: str = "") -> Iterator[Finding]:

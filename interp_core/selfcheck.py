@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry
 from .edits import Edit
-from .equations import Finding, Law, Sum, add_up, distance, equations, sums, tolerance, within_rounding
-from .errors import CapabilityError, InterpError, ReadError
+from .equations import Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
+from .errors import CapabilityError, InterpError
 from .positions import VISION, Mask, Span
 from .sites import SITES, Site
 from .text import Tokens
@@ -129,7 +129,10 @@ def _checks(model: Model) -> Iterator[Finding]:
         yield from _unreadable(model, tokens)
         run = model.run(tokens, read=_everything(atlas))
     for name in [name for name in CHECKED if atlas.layers(name)]:
-        yield Finding(name, "has the declared shape", *_shape(run, name, atlas))
+        layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
+        known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
+        shape = declared(run, (probed(name, layer) for layer in layers), {"batch": 1, **known})
+        yield Finding(name, "has the declared shape", *shape)
     yield from _routers(model, tokens)
     made = sums(model.atlas)
     yield from equations(model, run, made)
@@ -197,26 +200,6 @@ def _routers(model: Model, tokens: Tokens) -> Iterator[Finding]:
     except InterpError as error:
         why = str(error)
     yield Finding("router_logits", what, not why, why, Law.EDIT)
-
-
-def _shape(run: Run, name: str, atlas: Atlas) -> tuple[bool, str]:
-    known = {"batch": 1, "pos": WIDTH, "query": WIDTH, "key": WIDTH, "visual": WIDTH}
-    for layer in atlas.layers(name):
-        entry = atlas.entries[name, layer]
-        site = probed(name, layer)
-        axes = [axis for axis in SITES[name].axes if not (axis == SITES[name].unit and site.units is not None)]
-        wanted = [known[axis] if axis in known else entry.sizes[axis] for axis in axes]
-        try:
-            found = list(run[site].shape)
-        except ReadError:
-            return False, f"nothing passes there in layer {layer}"
-        except RuntimeError as error:  # a view that does not fit what the module returns
-            return False, f"layer {layer}: {error}"
-        if found != wanted:
-            return False, f"layer {layer} gives {found}, not {wanted}"
-        if name in DERIVED_ONCE:
-            break
-    return True, ""
 
 
 def _effects(model: Model, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:

@@ -174,7 +174,7 @@ class Planner:
             if (other.at, other.of, other.span) != (score.at, score.of, score.span):
                 raise PlanError(f"scores {score.name} and {other.name} read different places; sweep once for each")
         self.budget = budget if budget is not None else _free(model.device) // 2
-        self._resolved: dict[Position, list[list[int]]] = {}
+        self._resolved: dict[tuple[Position, bool], list[list[int]]] = {}
         self.stacked = len(model.atlas.layers("deepstack"))
         self.top, self.ceiling = model.n_layers, (model.n_layers, len(SITES))
         if score.of is None:
@@ -219,29 +219,32 @@ class Planner:
         """Where visual tokens lie in a row."""
         return self.tokens.spans[VISION][row] if self.tokens.inputs and VISION in self.tokens.spans else ()
 
-    def _patches(self, chosen: Position) -> list[list[int]]:
-        """The same of a site in the vision tower, which counts patches."""
-        patches = self.tokens.rows.patches
-        return [[] for _ in self.tokens.ids] if patches is None else resolve(chosen, patches.rows)
+    def _local(self, chosen: Position, tower: bool = False) -> list[list[int]]:
+        """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once.
 
-    def _local(self, chosen: Position) -> list[list[int]]:
-        """Per row, what a position selects, counted in the row; variants share positions, so each is resolved once."""
-        if chosen not in self._resolved:
-            found = zip(self.tokens.rows.real, resolve(chosen, self.tokens.rows), strict=True)
-            for row, (real, columns) in enumerate(found):
+        Args:
+            tower: of a site in the vision tower, which counts patches.
+        """
+        key, rows = (chosen, tower), self.tokens.rows
+        if tower:
+            if rows.patches is None:
+                return [[] for _ in rows.real]
+            rows = rows.patches.rows
+        if key not in self._resolved:
+            for row, (real, columns) in enumerate(zip(rows.real, resolve(chosen, rows), strict=True)):
                 if padding := sorted({*columns} - {*real}):
                     raise PlanError(
                         f"column {padding[0]} of row {row} is padding; a sweep edits and scores real tokens"
                     )
-                self._resolved.setdefault(chosen, []).append([real.index(column) for column in columns])
-        return self._resolved[chosen]
+                self._resolved.setdefault(key, []).append([real.index(column) for column in columns])
+        return self._resolved[key]
 
     def _places(self, site: Site, row: int) -> dict[str, int | list[int]]:
         """Positions that a site selects in a row: `pos`, and `key`."""
         places: dict[str, int | list[int]] = {}
         for axis, chosen in (("pos", site.pos), ("key", site.key)):
             if chosen is not None:
-                local = (self._patches if site.info.tower else self._local)(chosen)[row]
+                local = self._local(chosen, site.info.tower)[row]
                 places[axis] = local[0] if is_single(chosen) else local
         return places
 
@@ -285,8 +288,7 @@ class Planner:
         most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
         exact = strategy in WHOLE or _rescaled(self.model)
         alone = bool(self.apart) or self.score.of is not None
-        found: list[list[int]] = []
-        closed = True
+        found, closed = list[list[int]](), True
         for row in sorted(swept, key=lambda row: self._columns[row]):
             own = [] if closed else [*found[-1], row]
             width, used = self._columns[row], sum(self._columns[one] for one in own)
@@ -392,14 +394,12 @@ class Planner:
         """A row's part of a value, which is laid over the padded batch, or strings together what each row selects where
         rows select different numbers of positions."""
         info, columns = site.info, self.tokens.ids.shape[1]
-        tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
-        if info.visual and not info.tower and any(each != tokens[0] for each in tokens):
-            return _stretch(value, tokens, row, [True], len(info.axes) - 2)
-        chosen = dict(zip(info.positions, (site.pos, site.key), strict=False))
-        if info.tower:
-            chosen = {"patch": site.pos or ALL}
-        local = self._patches if info.tower else self._local
-        places = {axis: local(at) for axis, at in chosen.items() if at is not None}
+        if info.visual and not info.tower:
+            tokens = [[sum(map(len, self._images(i)))] for i in range(len(self.tokens))]
+            if any(each != tokens[0] for each in tokens):
+                return _stretch(value, tokens, row, [True], len(info.axes) - 2)
+        chosen = dict(zip(info.positions, (site.pos or ALL if info.tower else site.pos, site.key), strict=False))
+        places = {axis: self._local(at, info.tower) for axis, at in chosen.items() if at is not None}
         kept = [axis for axis, at in chosen.items() if at is None or not is_single(at)]
         units = [axis for axis in info.axes[1:] if axis not in chosen]
         units = units[isinstance(site.units, int) :] if info.unit in units else units

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .architectures.grids import edge_of
 from .architectures.towers import last_used, tiles_of
-from .equations import Finding, Law, Sum, add_up, at, projections, sums
-from .errors import InterpError, ReadError
+from .equations import Finding, Law, Sum, add_up, declared, projections, sums
+from .errors import InterpError
 from .sites import SITES, VISION_, Site
 from .text import Tokens
 from .trace import Run
@@ -54,8 +54,10 @@ def check_tower(model: Model, ids: Tensor) -> Iterator[Finding]:
             except UNFIT as error:
                 yield Finding(name, READS, False, _said(error))
         run = model.run(tokens, read=_reads(model), logits=-1)
+    known = {"batch": 1, "patch": len(run.tokens.patches[0][0])}  # type: ignore[index]
     for name in (name for name in model.sites if SITES[name].tower):
-        yield Finding(name, "has the declared shape", *_shape(run, name))
+        sites = (_in_layer(name, layer) for layer in model.atlas.layers(name))
+        yield Finding(name, "has the declared shape", *declared(run, sites, known))
     yield from add_up(model, run, _whole(model, sums(model.atlas, VISION_)))
     yield from projections(model, run, VISION_)
     yield from _effects(model, tokens, run)
@@ -105,17 +107,8 @@ def _pixels(config: Any, kind: str) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(*shape, channels, edge, edge, generator=generator), **more}
 
 
-def _shape(run: Run, name: str) -> tuple[bool, str]:
-    atlas, known = run.model.atlas, {"batch": 1, "patch": len(run.tokens.patches[0][0])}  # type: ignore[index]
-    for layer in atlas.layers(name):
-        sizes = {**known, **atlas.entries[name, layer].sizes}
-        try:
-            shape, wanted = list(at(run, name, layer).shape), [sizes[axis] for axis in SITES[name].axes]
-        except (ReadError, RuntimeError) as error:
-            return False, f"layer {layer}: {error}"
-        if shape != wanted:
-            return False, f"layer {layer} gives {shape}, not {wanted}"
-    return True, ""
+def _in_layer(name: str, layer: int) -> Site:
+    return Site(name, layer if SITES[name].layered else None)
 
 
 def _whole(model: Model, made: list[Sum]) -> list[Sum]:
@@ -135,8 +128,9 @@ def _effects(model: Model, tokens: Tokens, run: Run) -> Iterator[Finding]:
                 continue
             inside = SITES[name].layered and entry.layer < last and entry.layer + 1 in atlas.layers("vision_resid_pre")
             seen = Site("vision_resid_pre", entry.layer + 1) if inside else HANDED
-            site = Site(name, entry.layer if SITES[name].layered else None)
-            edited = model.run(tokens, read=seen, edits=_edit(site, run), logits=False, allow_noop=True)
+            edited = model.run(
+                tokens, read=seen, edits=_edit(_in_layer(name, entry.layer), run), logits=False, allow_noop=True
+            )
             before, after = (one[seen].as_subclass(Tensor).float() for one in (run, edited))
             effect = float((after - before).abs().max())
             what = f"an edit in layer {entry.layer} changes what follows"

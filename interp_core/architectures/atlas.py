@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CapabilityError, LoadError, SiteError, nearest
 from ..sites import SITES, VISION_, Site, indices
@@ -325,11 +325,8 @@ class _Builder:
         if place := self.places.get(name):
             module, flat = f"{block}.{place.module}", place.flat
         factors = self.family.added(self.modules[block]) if self.family.added else {}
-        factor = factors.get(name, 1.0)
-        lens = Lens(flat, factor if isinstance(factor, Tensor) else float(factor), images=not self.text)
-        if isinstance(factor, Tensor):
-            return Tap(module, "out", lens=lens)
-        return Tap(module, "out", lens=None if lens == Lens() else lens)
+        lens = Lens(flat, factors.get(name, 1.0), images=not self.text)
+        return Tap(module, "out", lens=lens if lens.flat or lens.scaled or lens.images else None)
 
     def _between(self, layer: int, block: str, attn_out: Tap, found: Mapping[str, str]) -> None:
         """The stream between attention and MLP. What a module gives is the stream itself; what a module reads is

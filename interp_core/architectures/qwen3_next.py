@@ -4,31 +4,13 @@ The query projection holds query and gate of each head side by side. `z` is what
 gate. Linear attention has `attn_in` and `attn_out`, but no heads that mix by a pattern.
 """
 
-from .family import Family, first_half
-from .grids import by_grid_thw
-from .qwen3_moe import ROUTER
-from .qwen3_vl import CARRIED, NEEDS
-from .towers import QWEN
+from typing import Any
 
-FAMILY = Family("qwen3_next", views={"q": first_half}, gated=True, router=ROUTER)
-QWEN3_5 = Family(
-    "qwen3_5",
-    views={"q": first_half},
-    gated=True,
-    carried=CARRIED,
-    grid=by_grid_thw,
-    pixels="patch",
-    needs=NEEDS,
-    tower=QWEN,
-)
-QWEN3_5_MOE = Family(
-    "qwen3_5_moe",
-    views={"q": first_half},
-    gated=True,
-    router=ROUTER,
-    carried=CARRIED,
-    grid=by_grid_thw,
-    pixels="patch",
-    needs=NEEDS,
-    tower=QWEN,
-)
+from .family import Family, first_half
+from .qwen3_moe import ROUTER
+from .qwen3_vl import IMAGES
+
+GATED: dict[str, Any] = {"views": {"q": first_half}, "gated": True}
+FAMILY = Family("qwen3_next", router=ROUTER, **GATED)
+QWEN3_5 = Family("qwen3_5", **GATED, **IMAGES)
+QWEN3_5_MOE = Family("qwen3_5_moe", router=ROUTER, **GATED, **IMAGES)

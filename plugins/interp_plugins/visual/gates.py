@@ -320,7 +320,7 @@ def judge(gates: Sequence[Gate], thresholds: Thresholds) -> Judgement:
     every = tuple(by_name.get(name) or missing(name, "it was not evaluated") for name in thresholds.gates)
     passed = {gate.name for gate in every if gate.status == "pass"}
     lacking = {gate.name for gate in every if gate.status == "missing"}
-    needed = {"G0", "G1", "G2", "G7"} & set(thresholds.gates) | {"G0", "G1", "G2"}
+    needed = {"G0", "G1", "G2"} | ({"G7"} & set(thresholds.gates))
     verdict: Verdict = "STOP"
     if needed <= passed | lacking:
         verdict = "FULL" if "G3" in passed and passed & {"G4", "G5", "G6"} else "PARTIAL"
