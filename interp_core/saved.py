@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry, Shape
 from .architectures.family import Family, View
-from .edits import Edit
 from .engines.protocol import Slot
 from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, safetensors_bytes, sha256, write
@@ -27,7 +26,7 @@ from .plan import Plan
 from .positions import Images, Span
 from .readings import ForwardPass, Receipt, Routing, Store
 from .result import folder_of
-from .sites import Site
+from .sites import Edit, Site
 from .text import Tokens
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
 from interp_core.bench.allocations import peak_bytes
-from interp_core.engines import staircase
+from interp_core.sweep import staircase
 
 
 @pytest.mark.parametrize("family", sampled())

@@ -13,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import CapabilityError, LoadError, SiteError, nearest
-from ..sites import SITES, VISION_, Site, indices
-from . import taps
+from ..indexing import indices
+from ..sites import SITES, VISION_, Site
+from . import hook_points
 from .components import ENDS, Components
 from .family import Family, Heads, Place, View, split_heads
+from .hook_points import HookPoint, Layout, Side
 from .reach import Reach
-from .taps import Lens, Side, Tap
 from .towers import last_used
 from .undescribed import UNDESCRIBED, discover
 
@@ -47,20 +48,22 @@ class Entry:
         module: the module whose input or output it is, where it is one.
         view: how the site's value lies in what that module gives or takes (None: as it is).
         visual: its positions are the visual tokens.
+        tower: it lies in the vision tower.
         overwritten: the model writes into the tensor after it passed; reads keep a copy.
         wide: the family may compute it in float32 whatever the model's dtype.
     """
 
     __slots__ = (
-        "layer", "module", "n_units", "name", "overwritten", "read", "sizes", "view", "visual", "why", "wide", "write",
+        "layer", "module", "n_units", "name", "overwritten", "read", "sizes", "tower", "view",
+        "visual", "why", "wide", "write",
     )  # fmt: skip
 
     def __init__(
         self,
         name: str,
         layer: int,
-        read: Tap | None,
-        write: Tap | None,
+        read: HookPoint | None,
+        write: HookPoint | None,
         sizes: Mapping[str, int],
         why: dict[str, str] | None = None,
         module: nn.Module | None = None,
@@ -69,7 +72,8 @@ class Entry:
         unit = SITES[name].unit
         self.n_units = None if unit is None else sizes[unit]
         self.why, self.module, self.view = why or {}, module, None if read is None else read.view
-        self.visual, self.wide = SITES[name].visual, name.startswith("router")
+        info = SITES[name]
+        self.visual, self.tower, self.wide = info.visual, info.tower, name.startswith("router")
         self.overwritten = False
 
 
@@ -240,7 +244,7 @@ class _Builder:
     ) -> None:  # fmt: skip
         self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
         self.text, self.components = tower is None, atlas.components if tower is None else Components("", 0)
-        self.prefix, self.lens = ("" if self.text else VISION_), (None if self.text else Lens(images=True))
+        self.prefix, self.layout = ("" if self.text else VISION_), (None if self.text else Layout(images=True))
         family = self.family = tower or atlas.family
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
         self.places = family.places(config) if callable(family.places) else family.places
@@ -248,25 +252,25 @@ class _Builder:
         self.refused = refusals(family, config if self.text else atlas.config)
         if not self.text:
             out = self._components(f"{paths['blocks']}.0")["attn.o"]
-            self.d_model = {"d_model": taps.out_features(modules[out])}
+            self.d_model = {"d_model": hook_points.out_features(modules[out])}
 
-    def tap(self, module: str, side: Side, *, flat: bool = False, view: View | None = None) -> Tap:
+    def tap(self, module: str, side: Side, *, flat: bool = False, view: View | None = None) -> HookPoint:
         """A tap at a module, as tensors pass there."""
-        return Tap(module, side, view=view, lens=Lens(flat=True) if flat else self.lens)
+        return HookPoint(module, side, view=view, layout=Layout(flat=True) if flat else self.layout)
 
-    def placed(self, block: str, place: Place) -> Tap:
+    def placed(self, block: str, place: Place) -> HookPoint:
         """A tap at a place in a block."""
         return self.tap(f"{block}.{place.module}", place.side, flat=place.flat)
 
     def ends(self) -> None:
         for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
             if (path := self.paths.get(component)) in self.modules:
-                self.view(name, 0, Tap(str(path), "out"), self.d_model)
+                self.view(name, 0, HookPoint(str(path), "out"), self.d_model)
         for component in ENDS:
             if (path := self.paths.get(component)) in self.modules:
                 self.atlas.components.add(component, None, self.modules[str(path)])
         self._vision()
-        tap = taps.logits()
+        tap = hook_points.logits()
         why = {"grad": "the score is a function of the logits already; differentiate it by hand"}
         self._add(Entry("logits", 0, tap, tap, {"d_vocab": self.atlas.shape.d_vocab}, why))
 
@@ -275,12 +279,12 @@ class _Builder:
         vision = getattr(self.atlas.config, "vision_config", None)
         language = self.paths["blocks"].rpartition(".")[0]
         arguments = inspect.signature(self.modules[language].forward).parameters
-        if vision is None or taps.EMBEDDINGS not in arguments:
+        if vision is None or hook_points.EMBEDDINGS not in arguments:
             return
-        self.view("vision_embed", 0, Tap(language, "in", taps.EMBEDDINGS), self.d_model)
-        if taps.DEEPSTACK in arguments:
+        self.view("vision_embed", 0, HookPoint(language, "in", hook_points.EMBEDDINGS), self.d_model)
+        if hook_points.DEEPSTACK in arguments:
             for layer in range(len(vision.deepstack_visual_indexes)):
-                tap = taps.deepstack(language, layer)
+                tap = hook_points.deepstack(language, layer)
                 why = {"grad": "it is computed beside the forward pass"}
                 self._add(Entry("deepstack", layer, tap, tap, self.d_model, why))
 
@@ -320,15 +324,15 @@ class _Builder:
             return f"{block}.{parent}.{name}" if parent else f"{block}.{name}"
         return f"{block}.{name}"
 
-    def _added(self, name: str, block: str, module: str, *, flat: bool = False) -> Tap:
+    def _added(self, name: str, block: str, module: str, *, flat: bool = False) -> HookPoint:
         """What is added to the stream: what a module gives, times the block's factor."""
         if place := self.places.get(name):
             module, flat = f"{block}.{place.module}", place.flat
         factors = self.family.added(self.modules[block]) if self.family.added else {}
-        lens = Lens(flat, factors.get(name, 1.0), images=not self.text)
-        return Tap(module, "out", lens=lens if lens.flat or lens.scaled or lens.images else None)
+        layout = Layout(flat, factors.get(name, 1.0), images=not self.text)
+        return HookPoint(module, "out", layout=layout if layout.flat or layout.scaled or layout.images else None)
 
-    def _between(self, layer: int, block: str, attn_out: Tap, found: Mapping[str, str]) -> None:
+    def _between(self, layer: int, block: str, attn_out: HookPoint, found: Mapping[str, str]) -> None:
         """The stream between attention and MLP. What a module gives is the stream itself; what a module reads is
         a use of it beside others, so there changes go in by `attn_out`."""
         place, module = self.places.get("resid_mid"), found.get("ln2", found.get("mlp"))
@@ -338,13 +342,13 @@ class _Builder:
         if tap.side == "out":
             self.view("resid_mid", layer, tap, self.d_model)
             return
-        why = {"grad": "the stream also goes on past the module where it is read"} if tap.lens else None
+        why = {"grad": "the stream also goes on past the module where it is read"} if tap.layout else None
         join = partial(self.family.join, self.modules[block], "resid_mid") if self.family.join else None
-        write = taps.resid_mid(self.tap(block, "in"), attn_out, join)
+        write = hook_points.resid_mid(self.tap(block, "in"), attn_out, join)
         self._add(Entry(f"{self.prefix}resid_mid", layer, tap, write, self.d_model, why))
 
     def _mlp(self, layer: int, block: str, found: Mapping[str, str]) -> None:
-        where: dict[str, Tap] = {}
+        where: dict[str, HookPoint] = {}
         mlp = found.get("mlp")
         if mlp:
             where["mlp_in"] = self.tap(mlp, "in")
@@ -358,7 +362,7 @@ class _Builder:
             if name in self.places:
                 where[name] = self.placed(block, self.places[name])
         for name, tap in where.items():
-            sizes = {"d_mlp": taps.in_features(self.modules[tap.module])} if name == "mlp_act" else self.d_model
+            sizes = {"d_mlp": hook_points.in_features(self.modules[tap.module])} if name == "mlp_act" else self.d_model
             self.view(name, layer, tap, sizes)
 
     def _heads(self, layer: int, attn: str, found: Mapping[str, str]) -> None:
@@ -370,7 +374,7 @@ class _Builder:
         v, z = ({"head": n, "d_head": heads.d_head} for n in (heads.n_kv_heads, heads.n_heads))
         for part, sizes in (("q", q), ("k", k), ("v", v)):
             if part in family.inside:
-                self.view(part, layer, Tap(attn, "attention", part, view=taps.transposed), sizes)
+                self.view(part, layer, HookPoint(attn, "attention", part, view=hook_points.transposed), sizes)
             elif path := found.get(f"attn.{part}"):
                 split = family.views.get(part)
                 view = split(heads, part) if split else split_heads(sizes["head"], sizes["d_head"])
@@ -380,7 +384,7 @@ class _Builder:
         if out := found.get("attn.o"):
             self.view("z", layer, self.tap(out, "in", view=split_heads(heads.n_heads, heads.d_head)), z)
             ends = self.tap(out, "in"), self.tap(out, "out")
-            tap = taps.head_out(*ends, self.modules[out], heads.n_heads, heads.d_head)
+            tap = hook_points.head_out(*ends, self.modules[out], heads.n_heads, heads.d_head)
             sizes = {"head": heads.n_heads, **self.d_model}
             why = {"grad": "it is computed beside the forward pass"}
             self._add(Entry(f"{self.prefix}head_out", layer, tap, tap, sizes, why))
@@ -390,12 +394,12 @@ class _Builder:
         self.atlas.reaches[layer] = Reach.of(module, self.config, layer, images=self.family.whole_images)
         if uses_interface(module):
             for name, sizes in (("rot_q", q), ("rot_k", k)):
-                self.view(name, layer, Tap(attn, "attention", name, view=taps.transposed), sizes)
+                self.view(name, layer, HookPoint(attn, "attention", name, view=hook_points.transposed), sizes)
             for name in ("scores", "pattern"):
-                self.view(name, layer, Tap(attn, "attention", name), matrix)
+                self.view(name, layer, HookPoint(attn, "attention", name), matrix)
         elif family.pattern:
             block = f"{self.paths['blocks']}.{layer}"
-            self.view("pattern", layer, Tap(f"{block}.{family.pattern}", "out"), matrix)
+            self.view("pattern", layer, HookPoint(f"{block}.{family.pattern}", "out"), matrix)
 
     def _head_counts(self, module: nn.Module, found: Mapping[str, str]) -> Heads | None:
         """Head counts of a layer, from the config and, where it has them, the layer's own weights."""
@@ -403,14 +407,14 @@ class _Builder:
         if n_heads is None or "attn.o" not in found:
             return None
         d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-        width = taps.in_features(self.modules[found["attn.o"]])
+        width = hook_points.in_features(self.modules[found["attn.o"]])
         d_head = int(d_head or width // n_heads)
         n_heads = width // d_head
         n_kv = n_heads
         if k := found.get("attn.k"):
-            n_kv = taps.out_features(self.modules[k]) // d_head
+            n_kv = hook_points.out_features(self.modules[k]) // d_head
         elif qkv := found.get("attn.qkv"):
-            n_kv = (taps.out_features(self.modules[qkv]) // d_head - n_heads) // 2
+            n_kv = (hook_points.out_features(self.modules[qkv]) // d_head - n_heads) // 2
         heads = Heads(n_heads, n_kv, d_head)
         return self.family.heads(module, heads) if self.family.heads else heads
 
@@ -423,23 +427,27 @@ class _Builder:
         n, k = router.sizes(self.modules[gate])
         beside = {"grad": "it is computed beside the forward pass"}
         for name, tap in (
-            ("router_logits", taps.router_logits(gate, router, n, k)),
-            ("router_weights", taps.router_weights(gate, router, n, k)),
+            ("router_logits", hook_points.router_logits(gate, router, n, k)),
+            ("router_weights", hook_points.router_weights(gate, router, n, k)),
         ):
             self._add(Entry(name, layer, tap, tap, {"expert": n}, dict(beside)))
         only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
-        self._add(Entry("router_probs", layer, taps.router_probs(gate, router), None, {"expert": n}, dict(only_read)))
-        self._add(Entry("router_indices", layer, taps.router_indices(gate, router, k), None, {"k": k}, dict(only_read)))
+        self._add(
+            Entry("router_probs", layer, hook_points.router_probs(gate, router), None, {"expert": n}, dict(only_read))
+        )
+        self._add(
+            Entry("router_indices", layer, hook_points.router_indices(gate, router, k), None, {"k": k}, dict(only_read))
+        )
         if router.shared_gate and (path := f"{block}.{router.shared_gate}") in self.modules:
             why = {"write": "it is only read", **beside}
-            self._add(Entry("shared_expert_gate", layer, taps.shared_expert_gate(path), None, {"gate": 1}, why))
-        tap = taps.expert_out(experts, router, n)
+            self._add(Entry("shared_expert_gate", layer, hook_points.shared_expert_gate(path), None, {"gate": 1}, why))
+        tap = hook_points.expert_out(experts, router, n)
         self._add(Entry("expert_out", layer, tap, tap, {"expert": n, **self.d_model}, beside))
         for name, reason in router.absent(self.modules[gate]).items():
             if self.atlas.entries.pop((name, layer), None):
                 self.atlas.withdrawn[name, layer] = reason
 
-    def view(self, name: str, layer: int, tap: Tap, sizes: Mapping[str, int]) -> None:
+    def view(self, name: str, layer: int, tap: HookPoint, sizes: Mapping[str, int]) -> None:
         """Add a site that is a view of what passes."""
         if tap.module in self.modules:
             self._add(Entry(self.prefix + name, layer, tap, tap, sizes, module=self.modules[tap.module]))

@@ -154,3 +154,8 @@ class Family:
     needs: tuple[str, ...] = ()
     whole_images: bool = False
     carried: tuple[str, ...] = ()
+
+
+def fault(name: str, value: Any) -> str:
+    """What is wrong with an imported value as the file of a family."""
+    return "" if isinstance(value, Family) else f"is a {type(value).__name__}, not a Family"

@@ -41,7 +41,7 @@ Stage = Callable[[Tensor, int], Tensor]
 """What a plan does with one tensor inside attention: takes the tensor and the number of keys, gives its new value."""
 
 
-class Texts:
+class RowTexts:
     """The texts whose rows go through a pass together.
 
     Attributes:
@@ -87,10 +87,10 @@ class Texts:
         return self._known[n, window]
 
 
-_ONE = Texts([0])
+_ONE = RowTexts([0])
 
 
-class LayerTap:
+class AttentionHook:
     """What a plan does inside one layer's attention.
 
     Attributes:
@@ -202,7 +202,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention `[batch head query d_head]` by steps, with the layer's tap called on the way."""
-    tap: LayerTap = module.__dict__["interp_tap"]
+    tap: AttentionHook = module.__dict__["interp_tap"]
     stages, filled = tap.stages, tap.filled
     if filled is not None and key.shape[2] > filled:
         key, value = key[:, :, :filled], value[:, :, :filled]
@@ -254,7 +254,7 @@ def attention(
 
 
 def _hidden(
-    tap: LayerTap, called: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, kwargs: dict[str, Any]
+    tap: AttentionHook, called: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
     """What the layer's own kernel gives when a mask tells it what the plan's knockouts hide: all queries at once, or
     the few that they act on after all others. These queries' rows of the pattern are made beside it, for the receipt:
@@ -330,7 +330,7 @@ def _few(
     )
 
 
-def _with_earlier(tap: LayerTap, query: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _with_earlier(tap: AttentionHook, query: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Scores of earlier keys and own ones, and the earlier values; the query is scaled."""
     assert tap.prefix is not None
     earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
@@ -364,7 +364,7 @@ def _merged(
     `[(text kv_head) key (row group query)]`, is written over in place; keys come before rows in it, which makes its
     products and its maximum twice as fast for narrow heads.
     """
-    tap: LayerTap = module.__dict__["interp_tap"]
+    tap: AttentionHook = module.__dict__["interp_tap"]
     assert tap.prefix is not None
     (_, heads, n, _), kv, texts = query.shape, key.shape[1], len(tap.texts.starts)
     order = tap.texts.order(query.device)

@@ -17,39 +17,39 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
-from ..architectures.taps import Lens, Tap
-from ..edits import ROUTING, Edit
+from ..architectures.hook_points import HookPoint
 from ..errors import CapabilityError, InterpError, PlanError
+from ..indexing import indices
 from ..plan import Plan
 from ..positions import Rows
-from ..regions import Bound, Window
-from ..sites import SITES, Site, indices
+from ..sites import ROUTING, SITES, Edit, Site
 from ..snapshot import Place
-from .attention import LayerTap
+from .attention import AttentionHook
 from .attention_rows import AttentionRows
+from .hooks import ModuleHook, SiteAccess, SiteEdit, SiteRead
 from .knockout import check_knockouts
 from .layers import Layers
-from .ports import Change, Part, Port, Read
-from .protocol import Ending, HandOver, Passed
+from .pass_state import NOTHING, PassState
+from .protocol import Ending, HandOver, PassRecord
 from .rerouting import TURN, check_together
+from .selection import BoundSelection, Window
 from .steps import Steps
 from .turns import turn_of
 
-ORDER = {name: number for number, name in enumerate(SITES)}
 FIRST = ("embed", "vision_embed", "deepstack")
 """What is there before the first block, in whatever layer it acts."""
-_IN_TOWER = frozenset(name for name, info in SITES.items() if info.tower)
 TOWER = 1 << 20
 """More layers than any vision tower has; all of them run before the first block."""
 
 
-def place(entry: Entry, n_layers: int) -> tuple[int, int]:
+def forward_order(entry: Entry, n_layers: int) -> tuple[int, float]:
     """When a forward pass reaches a site, for comparison."""
-    if SITES[entry.name].tower:
-        return (entry.layer if SITES[entry.name].layered else TOWER) - TOWER - 2, ORDER[entry.name]
+    info = SITES[entry.name]
+    if info.tower:
+        return (entry.layer if info.layered else TOWER) - TOWER - 2, info.order
     if entry.name in FIRST:
-        return -1, ORDER[entry.name]
-    return entry.layer if SITES[entry.name].layered else n_layers, ORDER[entry.name]
+        return -1, info.order
+    return entry.layer if info.layered else n_layers, info.order
 
 
 class Stop(BaseException):
@@ -71,7 +71,7 @@ class LocalEngine:
     """
 
     name: str
-    program: ClassVar[type[PortProgram]]
+    program: ClassVar[type[HookProgram]]
     attends = True
     """Whether `forward` can keep what attention was called with."""
 
@@ -84,7 +84,7 @@ class LocalEngine:
     def adapt(self, atlas: Atlas) -> None:
         """See `Engine.adapt`."""
 
-    def compile(self, plan: Plan, atlas: Atlas) -> PortProgram:
+    def compile(self, plan: Plan, atlas: Atlas) -> HookProgram:
         """See `Engine.compile`."""
         return self.program(self, plan, atlas)
 
@@ -124,9 +124,6 @@ def with_same_weights(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-_NOTHING = Passed(0)
-
-
 def _real(rows: Rows, window: Window | None) -> Tensor | None:
     """Which columns of a pass are text `[batch pos]`, neither padding nor what fills up a row that has ended; None if
     all are."""
@@ -143,32 +140,24 @@ def _real(rows: Rows, window: Window | None) -> Tensor | None:
     return real[:, start:stop]
 
 
-class PortProgram(ABC):
+class HookProgram(ABC):
     """A plan as ports: what is done at each place that it touches. See `Program`.
 
-    How the model's values come to the ports, and go back, is the engine's: it writes `carry`.
+    How the model's values come to the ports, and go back, is the engine's: it writes `execute`.
     """
 
-    read: ClassVar[type[Read]] = Read
+    read: ClassVar[type[SiteRead]] = SiteRead
     closes: ClassVar[bool] = True
     """Whether attention is opened only for the queries that are asked for, where these are few."""
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         self.engine, self.atlas = engine, atlas
-        self.edits: tuple[Edit, ...] = ()
-        self.slots: list[Read] = []
-        self.passed = _NOTHING
-        self.rows: Rows = Rows((), {}, 0)
-        self.window: Window | None = None
-        self.shape = (0, 0)
-        self.real: Tensor | None = None
-        self.live: list[bool] | None = None
-        self.keep_graph = False
-        self.after: Mapping[Port, Callable[[], None]] = {}
+        self.state = PassState(engine.modules)
+        self.slots: list[SiteRead] = []
         self._left_for: Rows | None = None
         self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
-        self._ports: dict[tuple[str, str, str], Port] = {}
-        self._by_tap: dict[Tap, Port] = {}
+        self._ports: dict[tuple[str, str, str], ModuleHook] = {}
+        self._by_tap: dict[HookPoint, ModuleHook] = {}
         self._add_reads(plan.reads)
         self.n_slots = len(self.slots)
         self._changes = self._add_edits(plan.edits)
@@ -181,17 +170,17 @@ class PortProgram(ABC):
         self._rerouting = [change for change in self._changes if plan.edits[change.number].op in ROUTING]
         self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
         self.places = engine.places(port.tap.module for port in ports)
-        self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
-        self.in_tower = not _IN_TOWER.isdisjoint([part.site.name for part in self._bound])
+        self._bound: list[SiteAccess] = [part for part in (*self._changes, *self.slots) if not part.whole]
+        self.in_tower = any([part.entry.tower for part in self._bound])  # noqa: C419 (faster)
         self._few = [(tap, parts) for tap in self.taps if self.closes and (parts := self._few_queries(tap))]
 
     # Compiling
 
-    def _port(self, tap: Tap) -> Port:
+    def _port(self, tap: HookPoint) -> ModuleHook:
         key = (tap.module, tap.side, tap.part)
         port = self._ports.get(key)
         if port is None:
-            port = self._ports[key] = Port(self, self.engine.modules[tap.module], tap)
+            port = self._ports[key] = ModuleHook(self.state, self.engine.modules[tap.module], tap)
         if tap.needs and not port.needs:
             port.needs = [self._port(need) for need in tap.needs]
             for need in port.needs:
@@ -215,16 +204,16 @@ class PortProgram(ABC):
                 slots.append(read)
                 (by_tap.get(tap) or self._port(tap)).reads.append(read)
 
-    def ending(self) -> dict[Port, Callable[[], None]]:
+    def ending(self) -> dict[ModuleHook, Callable[[], None]]:
         """What ends a pass: the port that a forward pass reaches last, of those with reads."""
-        last = max(self.slots, key=lambda read: place(read.entry, self.atlas.shape.n_layers), default=None)
+        last = max(self.slots, key=lambda read: forward_order(read.entry, self.atlas.shape.n_layers), default=None)
         return {} if last is None else {self._by_tap[last.tap]: self.end_pass}
 
-    def port_of(self, read: Read) -> Port:
+    def port_of(self, read: SiteRead) -> ModuleHook:
         """Where a read's value passes."""
         return self._by_tap[read.tap]
 
-    def _add_edits(self, edits: tuple[Edit, ...]) -> list[Change]:
+    def _add_edits(self, edits: tuple[Edit, ...]) -> list[SiteEdit]:
         changes = []
         for number, edit in enumerate(edits):
             for entry in self.atlas.select(edit.site):
@@ -242,26 +231,26 @@ class PortProgram(ABC):
             port.reads.sort(key=lambda read: read.entry.write is read.tap)
         return changes
 
-    def _change(self, number: int, edit: Edit, entry: Entry, tap: Tap) -> Change:
-        return Change(self, number, edit, entry, tap)
+    def _change(self, number: int, edit: Edit, entry: Entry, tap: HookPoint) -> SiteEdit:
+        return SiteEdit(self.state, number, edit, entry, tap)
 
-    def _layer_taps(self, ports: list[Port]) -> list[LayerTap]:
+    def _layer_taps(self, ports: list[ModuleHook]) -> list[AttentionHook]:
         stages: dict[str, dict[str, Any]] = {}
         for port in ports:
             stages.setdefault(port.tap.module, {})[port.tap.part] = port.stage()
         lent: dict[int, Any] = {}
-        taps = [LayerTap(self.engine.modules[path], found, lent) for path, found in stages.items()]
+        taps = [AttentionHook(self.engine.modules[path], found, lent) for path, found in stages.items()]
         for tap in taps:
             tap.hides = self.closes and self._only_hides(tap)
         return taps
 
-    def _only_hides(self, layer: LayerTap) -> bool:
+    def _only_hides(self, layer: AttentionHook) -> bool:
         """Whether all that is done with a layer's scores and patterns is to hide keys."""
         inside = [p for p in self._inside if p.module is layer.module and p.tap.part in ("scores", "pattern")]
         changes = [change for port in inside for change in port.changes]
         return all(change.knockout for change in changes) and not any(p.reads or p.capture for p in inside)
 
-    def _few_queries(self, layer: LayerTap) -> list[Part]:
+    def _few_queries(self, layer: AttentionHook) -> list[SiteAccess]:
         """What selects queries of a layer's scores and patterns; nothing if something asks for all of them."""
         ports = [p for p in self._inside if p.module is layer.module and p.tap.part in ("scores", "pattern")]
         parts = [part for port in ports for part in (*port.changes, *port.reads)]
@@ -270,7 +259,7 @@ class PortProgram(ABC):
     # Running
 
     @abstractmethod
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
+    def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """Call a method of the model (`forward` or `generate`) with every port in its place, and leave the model as it
         was, whatever happens."""
 
@@ -280,49 +269,49 @@ class PortProgram(ABC):
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
         each: HandOver | None = None, attention: bool = False,
-    ) -> Passed:  # fmt: skip
+    ) -> PassRecord:  # fmt: skip
         """See `Program.forward`."""
         self.engine.begin()
         taps = self.taps
         try:
             self.prepare(inputs)
-            self.window, self.edits = None, edits
+            self.state.window, self.state.edits = None, edits
             noting = self._noting() if attention else {}
-            passed: Passed | None = None
+            record: PassRecord | None = None
             layers = None if each is None else Layers(self, each, stop=stop)
-            while passed is None or (self._late and self._overwritten((passed,))):
-                passed = self.begin_pass(rows, rows.width, keep_graph)
+            while record is None or (self._late and self._overwritten((record,))):
+                record = self.begin_pass(rows, rows.width, keep_graph)
                 self._check(rows)
                 for layer, tap in noting.items():
                     tap.note = partial(self._noted, layer, tap)
-                self.after = layers.after if layers else self.ending() if stop else {}
+                self.state.after = layers.after if layers else self.ending() if stop else {}
                 try:
-                    passed.output = self.carry("forward", inputs)
+                    record.output = self.execute("forward", inputs)
                 except Stop:
                     pass
             if layers:
                 layers.finish()
-            return passed
+            return record
         finally:
             for tap in self.taps:
                 tap.note = None
             self.taps = taps
             self._end()
 
-    def _noting(self) -> dict[int, LayerTap]:
+    def _noting(self) -> dict[int, AttentionHook]:
         """A tap on the attention of every layer that has an open one; those of the plan are among them."""
         scores = {entry.layer: entry.read for (name, _), entry in self.atlas.entries.items() if name == "scores"}
         modules = {layer: self.engine.modules[tap.module] for layer, tap in scores.items() if tap is not None}
         known, lent = {id(tap.module): tap for tap in self.taps}, dict[int, Any]()
-        noting = {i: known.get(id(module)) or LayerTap(module, {}, lent) for i, module in modules.items()}
+        noting = {i: known.get(id(module)) or AttentionHook(module, {}, lent) for i, module in modules.items()}
         self.taps = [*self.taps, *(tap for tap in noting.values() if id(tap.module) not in known)]
         return noting
 
     def _noted(
-        self, layer: int, tap: LayerTap, query: Tensor, key: Tensor, mask: Tensor | None, called: dict[str, Any]
+        self, layer: int, tap: AttentionHook, query: Tensor, key: Tensor, mask: Tensor | None, called: dict[str, Any]
     ) -> None:
         """Keep what a layer's attention was called with."""
-        self.passed.attention[layer] = AttentionRows(query, key, mask, called, tap.module, tap.softmax_dtype)
+        self.state.record.attention[layer] = AttentionRows(query, key, mask, called, tap.module, tap.softmax_dtype)
 
     def generate(
         self,
@@ -331,16 +320,16 @@ class PortProgram(ABC):
         final: Rows,
         edits: tuple[Edit, ...],
         ends: Ending,
-    ) -> tuple[Any, list[Passed]]:
+    ) -> tuple[Any, list[PassRecord]]:
         """See `Program.generate`."""
         self.engine.begin()
         steps: Steps | None = None
         try:
-            self.window, self.after, self.edits = None, {}, edits
+            self.state.window, self.state.after, self.state.edits = None, {}, edits
             self._fit(final)
             self.prepare(inputs)
-            steps = Steps(self, rows, ends)
-            result = self.carry("generate", inputs)
+            steps = Steps(self, self.engine.model, rows, ends)
+            result = self.execute("generate", inputs)
             if self._overwritten(steps.passes):
                 raise CapabilityError(
                     "the model wrote into a tensor after it was kept, which the self-check at load finds out; load "
@@ -356,7 +345,7 @@ class PortProgram(ABC):
             self._end()
         return result, steps.passes
 
-    def _overwritten(self, passes: Sequence[Passed]) -> bool:
+    def _overwritten(self, passes: Sequence[PassRecord]) -> bool:
         """Whether the model wrote into a tensor after it was kept. Such sites are marked, and copied in further passes;
         the self-check at load, which reads every site, leaves hardly any to be found here.
 
@@ -376,20 +365,14 @@ class PortProgram(ABC):
         self.listen()
         return True
 
-    def written(self, passes: Sequence[Passed]) -> list[int]:
+    def written(self, passes: Sequence[PassRecord]) -> list[int]:
         """Slots that hold a tensor into which the model wrote after it was kept."""
         return [
             number
-            for passed in passes
+            for record in passes
             for number in self._late
-            if (x := passed.values[number]) is not None and x._version != passed.versions[number]
+            if (x := record.values[number]) is not None and x._version != record.versions[number]
         ]
-
-    def shaped(self, lens: Lens) -> tuple[int, int]:
-        """Batch and pos of what passes; a vision tower has one row, with the patches of all images."""
-        if not lens.images:
-            return self.shape
-        return 1, 0 if self.rows.patches is None else self.rows.patches.total
 
     def break_off(self) -> None:
         """End this pass, to look at what it left."""
@@ -400,7 +383,7 @@ class PortProgram(ABC):
 
     def _fit(self, rows: Rows) -> None:
         """Hold every edit's positions and value against the rows that it will meet."""
-        known: dict[Any, Part] = {}
+        known: dict[Any, SiteAccess] = {}
         for part in self._bound:  # layers share places
             region = part.region
             alike = known.setdefault((type(part), region.site.name, region.pos, region.key, region.units), part)
@@ -413,10 +396,10 @@ class PortProgram(ABC):
     def _check(self, rows: Rows) -> None:
         """Hold every edit's value, and what knockouts leave, against the rows that the edits are bound to."""
         for change in self._changes:
-            change.check(rows)
-        if len(self._rerouting) > 1 and (self._routed_for is None or self._routed_for != (rows, self.edits)):
+            change.check(rows, self.engine.dtype)
+        if len(self._rerouting) > 1 and (self._routed_for is None or self._routed_for != (rows, self.state.edits)):
             check_together(self._rerouting, rows)
-            self._routed_for = rows, self.edits
+            self._routed_for = rows, self.state.edits
         if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
             known: dict[Any, Any] = {}
             check_knockouts([change.hidden(rows, known) for change in self._knockouts], self.atlas.reaches, rows)
@@ -426,7 +409,7 @@ class PortProgram(ABC):
         """See `Program.check`."""
         self.engine.begin()
         try:
-            self.edits = edits
+            self.state.edits = edits
             self._fit(rows)
         finally:
             self._end()
@@ -434,40 +417,40 @@ class PortProgram(ABC):
     def check_reach(self, edits: tuple[Edit, ...]) -> None:
         """See `Program.check_reach`."""
         n_layers = self.atlas.shape.n_layers
-        top = max(place(slot.entry, n_layers) for slot in self.slots)
+        top = max(forward_order(slot.entry, n_layers) for slot in self.slots)
         for change in self._changes:
-            if place(change.entry, n_layers) > top:
+            if forward_order(change.entry, n_layers) > top:
                 raise PlanError(
                     f"{edits[change.number]} lies above the last site read, so with logits=False it never acts"
                 )
 
-    def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
+    def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> PassRecord:
         """Make ready for one pass over `width` columns."""
-        self.rows, self.keep_graph = rows, keep_graph
-        self.shape = (len(rows.real), width)
-        self.real, self.live = _real(rows, self.window), rows.live
+        self.state.rows, self.state.keep_graph = rows, keep_graph
+        self.state.shape = (len(rows.real), width)
+        self.state.real, self.state.live = _real(rows, self.state.window), rows.live
         for part in self._bound:
-            part.bind(rows, self.window)
+            part.bind(rows, self.state.window)
         for tap in self.taps:
-            tap.filled = None if self.window is None else self.window.stop
+            tap.filled = None if self.state.window is None else self.state.window.stop
         for tap, parts in self._few:
             self._ask(tap, parts, width)
-        self.passed = Passed(self.n_slots)
-        return self.passed
+        self.state.record = PassRecord(self.n_slots)
+        return self.state.record
 
-    def _ask(self, layer: LayerTap, parts: Sequence[Part], width: int) -> None:
+    def _ask(self, layer: AttentionHook, parts: Sequence[SiteAccess], width: int) -> None:
         """Let a layer open its attention only for the queries that are selected, where these are few."""
         bounds = [part.bound for part in parts if part.bound is not None]
         asked = sorted({column for bound in bounds for row in bound.columns or () for column in row})
         layer.asked = [] if layer.hides and layer.has_kernel and not bounds else None
         if bounds and layer.has_kernel and (layer.hides or 2 * len(asked) <= width):
-            start = 0 if self.window is None else self.window.start
+            start = 0 if self.state.window is None else self.state.window.start
             layer.asked = [column - start for column in asked]
             for part in parts:
                 part.bound = None if part.bound is None else part.bound.among(asked)
                 part.bound_to = None  # the next pass may ask for others
 
-    def steady(self, rows: Rows) -> list[Bound] | None:
+    def steady(self, rows: Rows) -> list[BoundSelection] | None:
         """What this step selects, if all further steps select the same of their tokens; else None."""
         if self.taps or not all(part.settled(rows) for part in self._bound):
             return None
@@ -475,7 +458,7 @@ class PortProgram(ABC):
 
     def _end(self) -> None:
         """Let go of the run's tensors, and of the engine."""
-        self.edits, self.passed = (), _NOTHING
+        self.state.edits, self.state.record = (), NOTHING
         for change in self._changes:
             change.ready = None
         for port in self._needed:
@@ -487,5 +470,5 @@ class PortProgram(ABC):
     def end_pass(self) -> None:
         """End the forward pass here: nobody waits for what lies above. (Unless a family computes its parts in another
         order than usual, and something is still to come: then the pass goes on.)"""
-        if not any(value is None for value in self.passed.values):
+        if not any(value is None for value in self.state.record.values):
             raise Stop

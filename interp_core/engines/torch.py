@@ -11,10 +11,10 @@ from typing import Any
 
 from ..architectures.atlas import Atlas
 from ..plan import Plan
-from .program import LocalEngine, PortProgram
+from .program import HookProgram, LocalEngine
 
 
-class TorchProgram(PortProgram):
+class TorchProgram(HookProgram):
     """Ports as hooks in the modules' own hook tables."""
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
@@ -22,14 +22,16 @@ class TorchProgram(PortProgram):
         self.listen()
 
     def listen(self) -> None:
-        """See `PortProgram.listen`."""
+        """See `HookProgram.listen`."""
         self._hooks = [(port, port.hook()) for port in self.ports]
         self._recorded: list[Any] = [
-            hooks[0] for port, hooks in self._hooks if port.tap.lens and port.tap.lens.images and port.tap.side == "out"
+            hooks[0]
+            for port, hooks in self._hooks
+            if port.tap.layout and port.tap.layout.images and port.tap.side == "out"
         ]
 
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `PortProgram.carry`."""
+    def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """See `HookProgram.carry`."""
         model = self.engine.model
         orders = [(table, [*table]) for table in self._recorded] if self._recorded else []
         try:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .edits import Edit
-from .errors import CapabilityError, LoadError, PlanError
-from .identity import NoIdentityError, identity
-from .score import Score
-from .text import Tokens
+from ..errors import CapabilityError, LoadError, PlanError
+from ..identity import NoIdentityError, identity
+from ..score import Score
+from ..session import Session
+from ..sites import Edit
+from ..text import Tokens
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .runs import RunFolder
+    from ..runs import RunFolder
 
 FORMAT = "interp-sweep/4"
 FILE = "sweep.safetensors"
@@ -72,7 +72,7 @@ class Store:
     def save(self) -> None:
         """Write what is there, whole or not at all."""
         if self.run is not None:
-            from .runs import safetensors_bytes
+            from ..runs import safetensors_bytes
 
             tensors = {"values": self.values, "moved": self.moved, "done": self.done}
             head = {"format": FORMAT, "key": json.dumps(self.key)}  # so that the file alone says what it is of
@@ -82,7 +82,7 @@ class Store:
 @contextmanager
 def opened(
     out: str | Path | None,
-    model: Model,
+    model: Session,
     tokens: Tokens,
     variants: Sequence[Sequence[Edit]],
     scores: Sequence[Score],
@@ -99,7 +99,7 @@ def opened(
     if out is None:
         yield Store(None, {}, shape, dtype)
         return
-    from . import runs
+    from .. import runs
 
     key, folder = key_of(tokens, variants, scores), Path(out)
     record = _told(runs.model_record, model, "the model", "run without out=")

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import CapabilityError, InterpError
+from ..errors import CapabilityError, InterpError
+from ..sites import SITES
+from ..text import Tokens
 from .selfcheck import PROBED, probe_edit, probe_ids, probed
-from .sites import SITES
-from .text import Tokens
 
 if TYPE_CHECKING:
-    from .edits import Edit
-    from .model import Model
+    from ..model import Model
+    from ..sites import Edit
 
 USES = ("read", "write", "grad", "generate")
 ENGINES = ("torch", "nnsight", "transformer_lens")

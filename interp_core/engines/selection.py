@@ -1,7 +1,7 @@
 """The part of a value that a site selects: units and positions turned into one index.
 
-A `Region` belongs to a plan; binding it to the rows of a batch (and, while generating, to the columns that this step
-computes) gives a `Bound`, which takes that part out of a tensor or puts it back.
+A `Selection` belongs to a plan; binding it to the rows of a batch (and, while generating, to the columns that this step
+computes) gives a `BoundSelection`, which takes that part out of a tensor or puts it back.
 
 Attention values `[batch head query key]` are indexed as `[batch query key head]`, so that in every value the axes
 that positions select come right after the batch and the unit axis after them.
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import PositionError
-from .positions import ALL, VISION, Patches, Position, Rows, is_single, resolve, selects_newest
-from .sites import Site, indices
+from ..errors import PositionError
+from ..indexing import indices
+from ..positions import ALL, VISION, Patches, Position, Rows, is_single, resolve, selects_newest
+from ..sites import Site
 
 Columns = list[list[int]]
 
@@ -31,7 +32,7 @@ class Window(NamedTuple):
     keys: int = 0
 
 
-class Region:
+class Selection:
     """Selection of a site, units checked against the model.
 
     Raises:
@@ -52,7 +53,7 @@ class Region:
             found = indices(site.units, n_units, site.info.unit or "unit", site)
             self.units = found[0] if isinstance(site.units, int) else tuple(found)
         self.whole = self.pos is None and self.key is None and self.units is None
-        self._step: tuple[int, Bound] | None = None
+        self._step: tuple[int, BoundSelection] | None = None
 
     def give_units(self) -> tuple[int, ...] | None:
         """Leave the selection of units to whoever computes the value; what it then gives is selected here."""
@@ -63,7 +64,7 @@ class Region:
         self.whole = self.pos is None and self.key is None and self.units is None
         return wanted
 
-    def bind(self, rows: Rows, window: Window | None = None) -> Bound | None:
+    def bind(self, rows: Rows, window: Window | None = None) -> BoundSelection | None:
         """The index into this batch, or None if nothing of it lies in the window.
 
         Raises:
@@ -84,14 +85,14 @@ class Region:
                 keys = [[column for column in row if window.keys <= column < window.stop] for row in keys]
                 if not any(keys):
                     return None
-        return Bound(self, rows, queries, keys, window)
+        return BoundSelection(self, rows, queries, keys, window)
 
-    def laid(self, rows: Rows) -> Bound:
+    def laid(self, rows: Rows) -> BoundSelection:
         """The index into a value that is laid out in rows of patches `[batch patch …]`, as runs give it."""
         own = self._counted(rows)
-        return Bound(self, own, resolve(self.pos or ALL, own), None, None)
+        return BoundSelection(self, own, resolve(self.pos or ALL, own), None, None)
 
-    def _bind_newest(self, rows: Rows, window: Window) -> Bound | None:
+    def _bind_newest(self, rows: Rows, window: Window) -> BoundSelection | None:
         """The same for a step that computes one token of each row. Its index does not depend on the step, so that steps
         cost the same however long the text is."""
         start, real = window.start, rows.real
@@ -100,9 +101,12 @@ class Region:
             if not any(hit):
                 return None
             if not all(hit):
-                return Bound(self, rows, [[start] if on else [] for on in hit], None, window)
+                return BoundSelection(self, rows, [[start] if on else [] for on in hit], None, window)
         if self._step is None or self._step[0] != len(real):
-            self._step = len(real), Bound(self, rows, None if self.pos is None else [[start]] * len(real), None, window)
+            self._step = (
+                len(real),
+                BoundSelection(self, rows, None if self.pos is None else [[start]] * len(real), None, window),
+            )
         elif self.pos is not None:
             self._step[1].columns = [[start]] * len(real)
         return self._step[1]
@@ -136,7 +140,7 @@ class Region:
         return rows.patches.rows
 
 
-class Bound:
+class BoundSelection:
     """A region in a given batch.
 
     Attributes:
@@ -152,7 +156,7 @@ class Bound:
     )  # fmt: skip
 
     def __init__(
-        self, region: Region, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
+        self, region: Selection, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
     ) -> None:
         self.region, self.columns, self.rows = region, queries, len(rows.real)
         start, stop, first = (0, rows.width, 0) if window is None or region.tower else window
@@ -174,7 +178,7 @@ class Bound:
         self.basic = not any(isinstance(part, (Tensor, list)) for part in self._index)
         self._moved: dict[torch.device, tuple[Any, ...]] = {}
 
-    def among(self, queries: Sequence[int]) -> Bound:
+    def among(self, queries: Sequence[int]) -> BoundSelection:
         """The same part of a tensor that has these queries alone, counted as in `columns`; all that it takes are there.
 
         Raises:

@@ -1,41 +1,131 @@
-"""A plan checked against a model, and what the model is called with."""
+"""Runs: a plan that is checked against a model, one forward pass of it, and what that gave."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Atlas, Shape
-from .architectures.taps import KEYED
-from .edits import TENSOR_OPS, Edit
-from .engines.protocol import HandOver, Passed, Program
-from .errors import CapabilityError, PlanError, TextError, wrong
+from .architectures.hook_points import KEYED
+from .engines.layers import LET_GO
+from .engines.protocol import HandOver, PassRecord, Program
+from .engines.selection import BoundSelection, Selection
+from .errors import CapabilityError, PlanError, ReadError, wrong
+from .model_inputs import cache_name, model_inputs
 from .plan import Plan
 from .positions import PositionLike, Rows
-from .readings import LayerReadings, demand_proof
-from .regions import Bound, Region
-from .sites import Site
-from .text import CACHE, Tokens, from_inputs
-from .trace import Run
-from .vision.places import with_visual_names
+from .readings import ForwardPass, Gradients, LayerReadings, Receipt, demand_effect, demand_proof, receipts
+from .session import NOTHING, Input, Session
+from .sites import TENSOR_OPS, Edit, Site
+from .text import CACHE, Tokens
 
-if TYPE_CHECKING:
-    from .model import Input, Model
-
-PADDED = (
-    "the ids begin or end with the model's padding id and come without an attention_mask, so padding counts as text: "
-    "pass {'input_ids': ids, 'attention_mask': mask} (all ones, if it is text)"
-)
-NOTHING = nullcontext()
 Each = Callable[[int, LayerReadings], object]
 """What is called with a layer and what was read of it, as soon as that has passed."""
+
+
+class Run(ForwardPass):
+    """One forward pass: read values by site, logits, receipts, gradients.
+
+    Attributes:
+        tokens: the input.
+        model: what ran.
+        grad: gradients by site, for runs with `grad=`.
+    """
+
+    def __init__(self, compiled: CompiledPlan, tokens: Tokens, record: PassRecord) -> None:
+        self._slots, self._atlas, self._rows = compiled.program.slots, compiled.model.atlas, tokens.rows
+        self._compiled, self.tokens, self._passed = compiled, tokens, record
+        self.model: Session = compiled.model
+
+    def _value(self, slot: int) -> Tensor:
+        value = self._passed.values[slot]
+        if value is LET_GO:
+            raise ReadError(f"{self._slots[slot].site} was handed to each= as it passed, and let go")
+        return value  # type: ignore[return-value]
+
+    @property
+    def plan(self) -> Plan:
+        """What was read and edited."""
+        return self._compiled.plan
+
+    def save(self, folder: str | Path) -> Path:
+        """Write all of it into a folder, as `run.json` and `run.safetensors`: what was read, gradients, logits, tokens,
+        plan and receipts. `ic.open_run(folder)` gives them back, without the model.
+
+        Raises:
+            PlanError: an edit that is a function, or an input of the text that no file can hold.
+        """
+        from .saved import save_run
+
+        return save_run(self, self.plan, self.receipts, self.model, folder)
+
+    def to_cache(self, model: Any = None) -> Any:
+        """A TransformerLens `ActivationCache` of the whole sites that were read, under TransformerLens' names.
+
+        Its analysis tools (`accumulated_resid`, `decompose_resid`, `logit_attrs`, `stack_head_results`, …) need weights
+        and so a bridge: runs on engine `transformer_lens` bring theirs.
+
+        Args:
+            model: a `TransformerBridge` of the same model, for runs on another engine.
+
+        Raises:
+            ReadError: nothing that was read has a name there.
+        """
+        from .engines.transformer_lens import CACHE_NAMES, cache_of
+
+        values = {
+            (site.name, layer): self[Site(site.name, layer if site.info.layered else None)].plain
+            for site in self
+            if site.units is None and site.pos is None and site.name in CACHE_NAMES
+            for layer in ((site.layers,) if isinstance(site.layers, int) else self._atlas.layers(site.name))
+        }
+        if not values:
+            raise ReadError(
+                f"no site of this run has a name in a cache (it holds {self.held()}); read whole sites, such as "
+                "S.resid_post, S.z"
+            )
+        return cache_of(values, getattr(self.model.engine, "bridge", None) if model is None else model)
+
+    @cached_property
+    def receipts(self) -> list[Receipt]:
+        """One per edit."""
+        return receipts(self._compiled.edits, (self._passed,), self._rows)
+
+    def demand_effect(self) -> None:
+        """Refuse edits that did nothing.
+
+        Raises:
+            EffectError: naming the first of them.
+        """
+        demand_effect(self._compiled.edits, (self._passed,), lambda: self.receipts)
+
+    def set_logits(self, logits: Tensor, asked: bool | PositionLike, bound: BoundSelection | None) -> None:
+        """Keep the logits that were asked for."""
+        self._logits = logits if bound is None else bound.take(logits)
+        self._logits_site = Site("logits") if isinstance(asked, bool) else Site("logits").at(asked)
+
+    def differentiate(self, score: Callable[[Tensor], Tensor]) -> None:
+        """Fill `grad` with the gradients of `score(logits)` and let go of the graph."""
+        assert self._logits is not None
+        scalar = score(self._logits)
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            shape = list(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise ReadError(f"grad= takes a function of the logits that returns one number, it returned {shape}")
+        bases = [base for base in self._passed.bases if base is not None]
+        tensors, bounds = [tensor for tensor, _ in bases], [bound for _, bound in bases]
+        if scalar.requires_grad:
+            grads = torch.autograd.grad(scalar.sum(), tensors, allow_unused=True, materialize_grads=True)
+        else:  # edits have cut it off from everything read
+            grads = tuple(map(torch.zeros_like, tensors))
+        self._grad = Gradients(self, list(grads), bounds)
+        self._passed.bases = []
+        self._passed.values = [None if value is None else value.detach() for value in self._passed.values]
+        self._logits = self._logits.detach()
 
 
 class CompiledPlan:
@@ -43,7 +133,7 @@ class CompiledPlan:
 
     __slots__ = ("_reads", "_snapshot", "edits", "model", "program")
 
-    def __init__(self, model: Model, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
+    def __init__(self, model: Session, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
         self.model, self.program, self._reads, self.edits = model, program, reads, edits
         self._snapshot = model.snapshot
 
@@ -62,7 +152,7 @@ class CompiledPlan:
         if model.snapshot.stale(getattr(self.program, "places", ())):
             model.reopen()
         if self._snapshot is not model.snapshot:
-            self.program, self._snapshot = model.compile(self._reads, self.edits).program, model.snapshot
+            self.program, self._snapshot = model.program(self._reads, self.edits)[0], model.snapshot
         return self.program
 
     def touches(self, name: str) -> bool:
@@ -84,7 +174,7 @@ class CompiledPlan:
         model, edits = self.model, self.edits
         if torch.is_inference_mode_enabled():
             return self._outside_inference(x, grad, logits, each, attention, allow_noop)
-        tokens = x if isinstance(x, Tokens) else model._input(x)
+        tokens = x if isinstance(x, Tokens) else model.input(x)
         stop = logits is False
         if grad is not True and grad is not False and not callable(grad):
             raise PlanError(wrong("grad=", "True, False or a function of the logits", grad))
@@ -100,30 +190,30 @@ class CompiledPlan:
             inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
             if CACHE in inputs:
                 self._check_cached()
-                inputs[cache_name(model.hf)] = _own(inputs.pop(CACHE))  # the pass adds to it
+                inputs[cache_name(model.hf)] = _copied(inputs.pop(CACHE))  # the pass adds to it
             if not isinstance(logits, bool):
                 keep = self._keep(logits, tokens.rows, inputs)
             apart = model.snapshot.weights_apart() if graph else NOTHING
             handing = None if each is None else self._handing(each, tokens.rows, graph)
             more = self._attending(each) if attention else {}
             with torch.set_grad_enabled(graph), model.fresh(), apart:
-                passed = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop, each=handing, **more)
-            run = Run(self, tokens, passed)
+                record = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop, each=handing, **more)
+            run = Run(self, tokens, record)
         if not stop:
-            run.set_logits(passed.output.logits, logits, keep)
-        passed.output = None
+            run.set_logits(record.output.logits, logits, keep)
+        record.output = None
         if callable(grad):
             with torch.enable_grad():
                 run.differentiate(grad)
-        if passed.routed:
-            demand_proof(edits, (passed,))
+        if record.routed:
+            demand_proof(edits, (record,))
         if not allow_noop and edits:
             run.demand_effect()
         return run
 
-    def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> Bound:
+    def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
         """Which logits to keep; where the model can, it computes no others."""
-        region = Region(Site("logits").at(asked), None)
+        region = Selection(Site("logits").at(asked), None)
         assert region.pos is not None
         columns = region.columns(rows, region.pos)
         if self.model.keeps_logits and not self.touches("logits"):
@@ -131,7 +221,7 @@ class CompiledPlan:
             columns = [[kept.index(column) for column in row] for row in columns]
             tail = kept == list(range(rows.width - len(kept), rows.width))
             inputs["logits_to_keep"] = len(kept) if tail else torch.tensor(kept, device=self.model.device)
-        return Bound(region, rows, columns, None, None)
+        return BoundSelection(region, rows, columns, None, None)
 
     def _check_stop(self, grad: bool) -> None:
         if not self._reads:
@@ -166,10 +256,10 @@ class CompiledPlan:
                 "require grad) out, or each="
             )
 
-        def handing(layer: int, numbers: list[int], passed: Passed) -> None:
-            values = [passed.values[number] for number in numbers]
+        def handing(layer: int, numbers: list[int], record: PassRecord) -> None:
+            values = [record.values[number] for number in numbers]
             kept = [slots[number] for number in numbers]
-            each(layer, LayerReadings(kept, atlas, rows, layer, values, passed.attention.get(layer)))
+            each(layer, LayerReadings(kept, atlas, rows, layer, values, record.attention.get(layer)))
 
         return handing
 
@@ -222,132 +312,19 @@ def _may_need_grad(edit: Edit) -> bool:
     return edit.op == "apply" or (edit.op in TENSOR_OPS and edit.value.requires_grad)
 
 
-def tokens_of(model: Model, x: Input) -> Tokens:
-    """What a user gave a model, as tokens.
-
-    Raises:
-        TextError: something else, or what does not fit the model.
-    """
-    if isinstance(x, Tensor):
-        x = {"input_ids": x if x.ndim == 2 else x[None]}
-    if isinstance(x, Mapping):
-        tokens = model._fitting(from_inputs(x, model.tokenizer))
-        if "attention_mask" not in x and not model._warned and looks_padded(model.hf.config, tokens.ids):
-            model._warned = True
-            warnings.warn(PADDED, stacklevel=5)
-        return with_visual_names(tokens, model.hf.config, model.atlas.family)
-    if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, (bytes, Tokens))):
-        return model.tokens(x)
-    raise TextError(wrong("a model", "text, texts, Tokens, a tokenizer's output or ids", x))
-
-
-def model_inputs(model: Model, tokens: Tokens, *, cache: bool = False) -> dict[str, Any]:
-    """What the Hugging Face model is called with, made and checked once per tokens, kind of model and device. What the
-    caller gave goes in as it is; masks and positions are added only where there is padding: without, the model's own
-    defaults are the same and cheaper.
-
-    Args:
-        cache: a cache of earlier tokens is allowed for.
-
-    Raises:
-        TextError: tokens that do not fit the model.
-        CapabilityError: padding on a side where it changes the numbers of this model.
-        PlanError: a cache where there must be none.
-    """
-    if model.atlas.lacking and tokens.padded:
-        _check_padding(model.atlas, tokens)
-    device = model.device
-    key = (model.atlas.shape, device)
-    if CACHE in tokens.inputs and not cache:
-        raise PlanError(f"{CACHE} is for run(), one pass that starts where the cache ends: pass the whole text instead")
-    if key in tokens.placed:
-        return tokens.placed[key]
-    more = tokens.inputs[CACHE].get_seq_length() if cache and CACHE in tokens.inputs else 0
-    model._fitting(tokens, more)
-    given, width = tokens.inputs, tokens.ids.shape[1]
-    seen = given.get("attention_mask", tokens.mask).to(device, torch.long)  # wider than the text where a cache is given
-    padded = not bool(seen.all())
-    inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
-    if padded or (given and not {CACHE, "position_ids"} & set(given)):
-        inputs["attention_mask"] = seen
-    by_grids = any(name.endswith("_grid_thw") for name in given)
-    if padded and not by_grids and _takes_positions(model):
-        inputs["position_ids"] = (_from_first(seen) + first_position(model.hf))[:, -width:]
-    for name, value in given.items():
-        inputs[name] = value.to(device) if isinstance(value, Tensor) else value
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_inference():  # autograd would not take it in a later run
-            inputs[name] = value.clone()
-    tokens.placed[key] = inputs
-    return inputs
-
-
-def _from_first(seen: Tensor) -> Tensor:
-    """Columns counted from each row's first real token to its last, as `forward` counts a row that begins in column 0:
-    padding around a row takes no part, holes in it do."""
-    columns = torch.arange(seen.shape[1], device=seen.device)
-    first, last = seen.argmax(1, keepdim=True), seen.shape[1] - 1 - seen.flip(1).argmax(1, keepdim=True)
-    return (columns - first).clamp(min=0).minimum(last - first)
-
-
-def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
-    """Refuse rows whose padding would change their numbers, as the self-check found."""
-    for side, column in (("left", 0), ("right", -1)):
-        if (why := atlas.lacking.get(f"{side} padding")) and not tokens.mask[:, column].all():
-            other = {"left": "right", "right": "left"}[side]
-            free = f", or pad on the {other}" if f"{other} padding" not in atlas.lacking else ""
-            raise CapabilityError(
-                f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
-                f"({why}): run rows one by one (for row in tokens){free}"
-            )
-
-
-def cache_name(hf: Any) -> str:
-    """What a model calls the cache that it is handed; most have another word for it since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(type(hf).forward).parameters else CACHE
-
-
-def _own(cache: Any) -> Any:
+def _copied(cache: Any) -> Any:
     """A copy of a cache, with its graph."""
     parts = (cache, *getattr(cache, "layers", ()))
     tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
     return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
 
 
-def _takes_positions(model: Model) -> bool:
-    takes = inspect.signature(type(model.hf).forward).parameters
-    return "position_ids" in takes or any(item.kind is item.VAR_KEYWORD for item in takes.values())
-
-
-def first_position(hf: Any) -> int:
-    """The position that a model gives a text's first token: RoBERTa and its kin count from behind the padding id,
-    others from where their table of positions begins, most from 0."""
-    for path, module in hf.named_modules():
-        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
-    tables = (table for path, table in hf.named_buffers() if path.endswith("embeddings.position_ids"))
-    return next((int(table.flatten()[0]) for table in tables), 0)
-
-
-def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
-    """The tokens, if they and so many new ones fit a model.
-
-    Raises:
-        TextError: too long, or an id that the model does not have.
-    """
-    longest = max(tokens.widths) + more
-    if shape.n_ctx is not None and longest > shape.n_ctx:
-        asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
-        raise TextError(f"{asked} do not fit the model's context of {shape.n_ctx}; shorten the text")
-    top = int(tokens.ids.max())
-    if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
-        raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")
-    return tokens
-
-
-def looks_padded(config: Any, ids: Tensor) -> bool:
-    """Whether rows begin or end with the padding id, where that is not also one that text has."""
-    config = config.get_text_config()
-    pad, bos, eos = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
-    taken = pad in (bos, eos) or (isinstance(eos, list) and pad in eos)
-    return pad is not None and not taken and bool((ids[:, [0, -1]] == pad).any())
+def forward(
+    session: Session,
+    x: Input,
+    read: Iterable[Site | str] | Site | str = (),
+    edits: Iterable[Edit] | Edit = (),
+    **options: Any,
+) -> Run:
+    """One forward pass with reads and edits; arguments and errors are those of `Model.run`."""
+    return CompiledPlan(session, *session.program(read, edits)).run(x, **options)
