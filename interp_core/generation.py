@@ -25,7 +25,7 @@ from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .model_inputs import model_inputs
 from .positions import LAST, Rows, Span, resolve
-from .readings import Reading, Receipt, Store, demand_effect, demand_proof, receipts
+from .readings import Reading, ReadStore, Receipt, demand_effect, demand_proof, receipts
 from .run import CompiledPlan
 from .session import Input, Session
 from .sites import TENSOR_OPS, Edit, Site
@@ -127,7 +127,7 @@ def _check_steady(edit: Edit, rows: Rows) -> None:
         )
 
 
-class Step(Store):
+class Step(ReadStore):
     """One forward pass of a generation; indexed by sites. The first one covers the prompt."""
 
     _what = "step"
@@ -200,8 +200,8 @@ class Generation:
             raise ReadError(f"{site}: read the site without positions, or use generation.steps[i][site]")
         layered = site.info.layered and not isinstance(site.layers, int)
         parts = [step[site].as_subclass(Tensor) for step in self.steps]
-        tap = self._compiled.model.atlas.select(site)[0].read
-        if tap is not None and tap.part in KEYED:  # a step's keys reach back to the start
+        point = self._compiled.model.atlas.select(site)[0].read
+        if point is not None and point.part in KEYED:  # a step's keys reach back to the start
             parts = [part[..., -(part.shape[-3] if i == 0 else 1) :, :, :] for i, part in enumerate(parts)]
         axis = 2 if layered else 1
         full = torch.cat(parts, axis)

@@ -312,7 +312,7 @@ class Model(Session):
 
     def sample(self, sites: Sequence[Site]) -> list[Tensor]:
         """Values of sites on a few ordinary tokens, the same every time."""
-        from .checks.selfcheck import probe_ids
+        from .checks.selfcheck import check_tokens
 
-        run = self.run(probe_ids(self), read=tuple(sites), logits=False)
+        run = self.run(check_tokens(self), read=tuple(sites), logits=False)
         return [run[site].plain for site in sites]

@@ -68,24 +68,24 @@ class Reading(Tensor):
         site = self.site
         if site.pos is not None or site.key is not None:
             raise ReadError(f"this is {site}, already at chosen positions")
-        region = Selection(Site(site.name).at(pos, query=query, key=key), None)
-        headless = region.attention and isinstance(site.units, int)
+        selection = Selection(Site(site.name).at(pos, query=query, key=key), None)
+        headless = selection.attention and isinstance(site.units, int)
 
         def one(x: Tensor) -> Tensor:
             if headless:
-                return _take(region, x.unsqueeze(1), self.rows).squeeze(1)
-            return _take(region, x, self.rows)
+                return _take(selection, x.unsqueeze(1), self.rows).squeeze(1)
+            return _take(selection, x, self.rows)
 
         stacked = site.info.layered and not isinstance(site.layers, int)
         return torch.stack([one(layer) for layer in self.plain]) if stacked else one(self.plain)
 
 
-def _take(region: Selection, value: Tensor, rows: Rows) -> Tensor:
-    bound = region.laid(rows) if region.tower else None if region.whole else region.bind(rows)
+def _take(selection: Selection, value: Tensor, rows: Rows) -> Tensor:
+    bound = selection.laid(rows) if selection.tower else None if selection.whole else selection.bind(rows)
     if bound is None:
         return value
     if bound.ragged:
-        raise PositionError(f"{region.site} selects different numbers of positions per row; use run.rows(site)")
+        raise PositionError(f"{selection.site} selects different numbers of positions per row; use run.rows(site)")
     return bound.take(value)
 
 
@@ -264,7 +264,7 @@ def demand_effect(edits: Sequence[Edit], passes: Sequence[PassRecord], made: Cal
         )
 
 
-class Store:
+class ReadStore:
     """Read values by site. Base of runs, gradients and generation steps."""
 
     _what = "run"
@@ -311,14 +311,14 @@ class Store:
             raise PositionError(f"{site} selects different numbers of positions per row; use run.rows(site)")
         return value
 
-    def _patches(self, region: Selection, value: Tensor) -> list[Tensor]:
+    def _patches(self, selection: Selection, value: Tensor) -> list[Tensor]:
         """Row by row, a part of what was kept of all patches, whose rows are strung together where they differ."""
         known = self._rows.patches
-        assert known is not None and region.pos is not None
-        strung = value.ndim < len(region.site.info.axes)
+        assert known is not None and selection.pos is not None
+        strung = value.ndim < len(selection.site.info.axes)
         rows = value.split([*map(len, known.places)]) if strung else value.unbind()
-        units = slice(None) if region.units is None else region.units
-        chosen = region.columns(self._rows, region.pos)
+        units = slice(None) if selection.units is None else selection.units
+        chosen = selection.columns(self._rows, selection.pos)
         return [row[columns][:, list(units) if isinstance(units, tuple) else units]
                 for row, columns in zip(rows, chosen, strict=True)]  # fmt: skip
 
@@ -354,12 +354,12 @@ class Store:
         if (site.info.layered and not isinstance(site.layers, int)) or "query" in site.info.axes or not somewhere:
             raise SiteError(f"{site}: rows() takes one layer of a site along pos, with positions: site[l].at(...)")
         entry = self._atlas.select(site)[0]
-        region = Selection(site, entry.n_units)
-        assert region.pos is not None
-        columns = region.columns(self._rows, region.pos)
+        selection = Selection(site, entry.n_units)
+        assert selection.pos is not None
+        columns = selection.columns(self._rows, selection.pos)
         value, whole = self._held(site, entry)
         if whole and site.info.tower:
-            return self._patches(region, value)
+            return self._patches(selection, value)
         if whole:
             value = _take(Selection(replace(site, pos=None), entry.n_units), value, self._rows)
             return [value[row][chosen] for row, chosen in enumerate(columns)]
@@ -389,10 +389,10 @@ def _ndim(site: Site) -> int:
     return len(site.info.axes) - dropped - singles
 
 
-class Gradients(Store):
+class Gradients(ReadStore):
     """Gradients of the run's scalar with respect to what was read; indexed like the run."""
 
-    def __init__(self, run: Store, grads: list[Tensor], bounds: list[BoundSelection | None]) -> None:
+    def __init__(self, run: ReadStore, grads: list[Tensor], bounds: list[BoundSelection | None]) -> None:
         super().__init__(run._slots, run._atlas, run._rows)
         self._grads, self._bounds = grads, bounds
 
@@ -404,7 +404,7 @@ class Gradients(Store):
         return whole if bound is None else bound.take(whole)
 
 
-class LayerReadings(Store):
+class LayerReadings(ReadStore):
     """What a run has read of one layer, for the time of a call of `each`: `values[S.pattern]` is this layer's.
 
     Attributes:
@@ -445,7 +445,7 @@ class LayerReadings(Store):
         return super().__getitem__(site)
 
 
-class ForwardPass(Store):
+class ForwardPass(ReadStore):
     """What one forward pass gave, now or in an earlier process: values by site, logits, gradients.
 
     Attributes:
@@ -457,7 +457,7 @@ class ForwardPass(Store):
     model: Any = None
     _logits: Tensor | None = None
     _logits_site = Site("logits")
-    _grad: Store | None = None
+    _grad: ReadStore | None = None
 
     @property
     def logits(self) -> Reading:
@@ -471,7 +471,7 @@ class ForwardPass(Store):
         return Reading.of(self._logits, self._logits_site, self._rows)
 
     @property
-    def grad(self) -> Store:
+    def grad(self) -> ReadStore:
         """Gradients of the scalar that `run(grad=…)` computed, by site.
 
         Raises:

@@ -213,15 +213,15 @@ class CompiledPlan:
 
     def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
         """Which logits to keep; where the model can, it computes no others."""
-        region = Selection(Site("logits").at(asked), None)
-        assert region.pos is not None
-        columns = region.columns(rows, region.pos)
+        selection = Selection(Site("logits").at(asked), None)
+        assert selection.pos is not None
+        columns = selection.columns(rows, selection.pos)
         if self.model.keeps_logits and not self.touches("logits"):
             kept = sorted({column for row in columns for column in row})
             columns = [[kept.index(column) for column in row] for row in columns]
             tail = kept == list(range(rows.width - len(kept), rows.width))
             inputs["logits_to_keep"] = len(kept) if tail else torch.tensor(kept, device=self.model.device)
-        return BoundSelection(region, rows, columns, None, None)
+        return BoundSelection(selection, rows, columns, None, None)
 
     def _check_stop(self, grad: bool) -> None:
         if not self._reads:
@@ -235,8 +235,8 @@ class CompiledPlan:
         entries = [slot.entry for slot in self.program.slots]
         entries += [entry for edit in self.edits for entry in self.model.atlas.select(edit.site)]
         for entry in entries:
-            if any(tap and tap.side == "attention" and tap.part in (*KEYED, "scores", "pattern")
-                   for tap in (entry.read, entry.write)):  # fmt: skip
+            if any(point and point.side == "attention" and point.part in (*KEYED, "scores", "pattern")
+                   for point in (entry.read, entry.write)):  # fmt: skip
                 raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
 
     def _handing(self, each: Each, rows: Rows, graph: bool) -> HandOver:

@@ -12,8 +12,9 @@ from layouts import DEEPSTACK, DENSE, LACKS, SHARED, VISUAL
 import interp_core as ic
 from interp_core import sites as S
 from interp_core.architectures import gpt2, hook_points, qwen3_moe, undescribed
-from interp_core.architectures.atlas import ROUTED, known_paths
+from interp_core.architectures.atlas import ROUTED
 from interp_core.architectures.family import Family, fused_per_head
+from interp_core.architectures.locate import known_paths
 from interp_core.checks.selfcheck import check_atlas
 from interp_core.sites import SITES
 
@@ -132,12 +133,12 @@ def test_the_self_check_finds_a_router_edit_that_does_nothing(monkeypatch: pytes
     original = hook_points.router_logits
 
     def silent(module: str, router: object, *sizes: int) -> hook_points.HookPoint:
-        tap = original(module, router, *sizes)  # type: ignore[arg-type]
+        point = original(module, router, *sizes)  # type: ignore[arg-type]
 
         def put(call: hook_points.Call, _old: torch.Tensor, new: torch.Tensor) -> None:
             call.output = (new.reshape(-1, new.shape[-1]), *call.output[1:])
 
-        return hook_points.HookPoint(tap.module, tap.side, get=tap.get, put=put)
+        return hook_points.HookPoint(point.module, point.side, get=point.get, put=put)
 
     assert qwen3_moe.FAMILY.router is not None
     monkeypatch.setattr(hook_points, "router_logits", silent)

@@ -127,7 +127,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_model_that_takes_no_texts_together_takes_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    climb = staircase.Staircase.climb
+    climb = staircase.Staircase.run
 
     def alone(self: staircase.Staircase, *args: object) -> object:
         if len(set(self.texts)) > 1:
@@ -155,14 +155,14 @@ def test_spans_of_different_lengths_and_what_is_done_already(tmp_path: Path, mon
         S.z[1, 1].at(1).zero(),
     ]
     full, _ = (model.sweep(text, some, judged, strategy=name) for name in ("full", "auto"))
-    climb = staircase.Staircase.climb
+    climb = staircase.Staircase.run
     rows: list[int] = []
 
     def stopping(self: staircase.Staircase, *args: object) -> object:
         if len(rows) == 2:
             rows.append(0)
             raise KeyboardInterrupt
-        rows.append(len(self.joins))
+        rows.append(len(self.start_layers))
         return climb(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(staircase.Staircase, "climb", stopping)

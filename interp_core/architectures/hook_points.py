@@ -1,10 +1,10 @@
 """Taps: where in a model the value of a site can be had and replaced.
 
-A tap names a module, a side of it, and how the site's value lies in what passes there. Engines carry taps out; a tap
-knows nothing of hooks.
+A hook point names a module, a side of it, and how the site's value lies in what passes there. Engines carry hook points
+out; a hook point knows nothing of hooks.
 
-Most taps are views: the value is the first tensor that passes, seen in other axes. Derived taps compute the value
-(`get`) and put a change of it back (`put`).
+Most hook points are views: the value is the first tensor that passes, seen in other axes. Derived hook points compute
+the value (`get`) and put a change of it back (`put`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Side = Literal["in", "out", "attention"]
 
 
 class Call:
-    """What passes a tap, as one object that changes follow each other on.
+    """What passes a hook point, as one object that changes follow each other on.
 
     Attributes:
         module: the module.
@@ -33,8 +33,8 @@ class Call:
         output: its whole output (None before the call).
         first: the first tensor that passes; assigning it changes what the model goes on with.
         shape: batch and pos of the pass, for modules that see them flattened.
-        needs: first tensors of the taps that this one needs.
-        kwargs: inputs passed by name, for taps at a module's input.
+        needs: first tensors of the hook points that this one needs.
+        kwargs: inputs passed by name, for hook points at a module's input.
         unedited: the output as the module gave it.
         taken: what edits of a router have forced so far.
         proofs: of edits of a router, to be closed when all of them are done.
@@ -59,25 +59,25 @@ class Call:
         self.unedited, self.taken, self.proofs = output, list[Taken](), list[Proof]()
         self._changes: list[tuple[HookPoint, tuple[int, ...] | None, Tensor]] = []
 
-    def value(self, tap: HookPoint, units: tuple[int, ...] | None) -> Tensor:
+    def value(self, point: HookPoint, units: tuple[int, ...] | None) -> Tensor:
         """A derived value as earlier changes left it. Partial ones are worked out from what they never change, so
         their changes are added: `[batch pos unit d]`."""
-        assert tap.get is not None
-        x = tap.get(self, units)
+        assert point.get is not None
+        x = point.get(self, units)
         for changed, those, change in self._changes:
-            if changed is tap:
+            if changed is point:
                 wanted = range(x.shape[-2]) if units is None else units
                 given = range(change.shape[-2]) if those is None else those
                 both = [(i, list(given).index(unit)) for i, unit in enumerate(wanted) if unit in given]
                 x = x.index_add(-2, *_indexed(both, change, x.device))
         return x
 
-    def change(self, tap: HookPoint, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
+    def change(self, point: HookPoint, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
         """Make a change of a derived value act."""
-        assert tap.put is not None
-        tap.put(self, old, new)
-        if tap.partial:
-            self._changes.append((tap, units, new - old))
+        assert point.put is not None
+        point.put(self, old, new)
+        if point.partial:
+            self._changes.append((point, units, new - old))
 
 
 def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -153,10 +153,10 @@ class HookPoint:
         get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
         put: `(call, old, new)`: make the derived value's change act.
         partial: `get` computes only the units asked for, and `put` takes their change.
-        needs: taps whose first tensors `get` and `put` use; they lie before this one.
-        rank: order among taps at the same place.
+        needs: hook points whose first tensors `get` and `put` use; they lie before this one.
+        rank: order among hook points at the same place.
         routed: how experts are banned, forced and weighed there, for sites of a router.
-        lens: how the tensor passes, where that is not as the site has it; the same for all taps of a place.
+        lens: how the tensor passes, where that is not as the site has it; the same for all hook points of a place.
     """
 
     module: str

@@ -175,7 +175,7 @@ def _shown(atlas: Atlas, one: Sum) -> set[int]:
     """Entries whose edit shows in what is read of a sum and goes nowhere else: the sum itself, and what is read at the
     very place where a term is (`mlp_in` at `resid_mid` in OLMo 2)."""
     entries = {name: atlas.entries[name, one.layer] for name in one.names}
-    taps = {(tap.module, tap.side) for entry in entries.values() if (tap := entry.read) is not None}
+    taps = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
     others = [entry for (name, layer), entry in atlas.entries.items() if layer == one.layer and name not in entries]
     beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in taps]
     return {id(entry) for entry in (*beside, entries[one.after])}

@@ -28,13 +28,10 @@ from .tower import check_tower
 
 log = logging.getLogger(__name__)
 WIDTH = 6
-PROBED = (WIDTH - 3, WIDTH - 1)
+CHECKED_POSITIONS = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
 ALONE = WIDTH - 2
 """Length of the row that is run alone and padded."""
-CHECKED = tuple(name for name, info in SITES.items() if name != "deepstack" and not info.tower)
-"""The check runs on text. `vision_embed` is checked by taking text tokens for visual ones; features of images that are
-added later exist with images only, and are left to the tests. A vision tower is checked by itself: `checks.tower`."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -56,6 +53,13 @@ class Check:
 
     def __str__(self) -> str:
         return "\n".join(f"{'ok  ' if row.ok else 'FAIL'}  {row.site:15}{row.what}  {row.detail}" for row in self.rows)
+
+
+def checked_sites(atlas: Atlas) -> list[str]:
+    """Names of what the check looks at, which runs on text. `vision_embed` is checked by taking text tokens for visual
+    ones; features of images that are added later exist with images only, and are left to the tests. A vision tower is
+    checked by itself: `checks.tower`."""
+    return [name for name, info in SITES.items() if name != "deepstack" and not info.tower and atlas.layers(name)]
 
 
 def check_atlas(model: Session) -> Check:
@@ -116,7 +120,7 @@ def _where(failed: list[Finding], atlas: Atlas) -> str:
 
 def _checks(model: Session) -> Iterator[Finding]:
     atlas = model.atlas
-    ids = probe_ids(model)
+    ids = check_tokens(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     try:
         run = forward(model, tokens, read=_everything(atlas))
@@ -124,10 +128,10 @@ def _checks(model: Session) -> Iterator[Finding]:
         _demand_a_pass(model, tokens, error)
         yield from _unreadable(model, tokens)
         run = forward(model, tokens, read=_everything(atlas))
-    for name in [name for name in CHECKED if atlas.layers(name)]:
+    for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
-        shape = declared(run, (probed(name, layer) for layer in layers), {"batch": 1, **known})
+        shape = declared(run, (check_site(name, layer) for layer in layers), {"batch": 1, **known})
         yield Finding(name, "has the declared shape", *shape)
     yield from _routers(model, tokens)
     made = sums(model.atlas)
@@ -138,7 +142,7 @@ def _checks(model: Session) -> Iterator[Finding]:
 
 
 def _everything(atlas: Atlas) -> list[Site]:
-    return [first_unit(Site(name), atlas) for name in CHECKED if atlas.layers(name)]
+    return [first_unit(Site(name), atlas) for name in checked_sites(atlas)]
 
 
 def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
@@ -169,12 +173,12 @@ def first_unit(site: Site, atlas: Atlas) -> Site:
     return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
 
 
-def probed(name: str, layer: int) -> Site:
+def check_site(name: str, layer: int) -> Site:
     """A site in one layer, or one unit of it where reading it all costs too much."""
     return Site(name, layer if SITES[name].layered else None, 0 if name in DERIVED_ONCE else None)
 
 
-def probe_ids(model: Session) -> Tensor:
+def check_tokens(model: Session) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
     special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
@@ -201,12 +205,12 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
 def _effects(model: Session, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
     atlas = model.atlas
-    entries = _probed_entries(atlas)
+    entries = _checked_entries(atlas)
     n = len(entries) + 1
     visual = [entry.visual for entry in entries]
     spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
-    edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     layers = {entry.layer for entry in entries}
     made = [one for one in made if one.layer in layers]
     read = tuple(dict.fromkeys(Site(name, one.layer) for one in made for name in one.names))
@@ -220,7 +224,7 @@ def _effects(model: Session, run: Run, ids: Tensor, made: list[Sum]) -> Iterator
         yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
 
 
-def _probed_entries(atlas: Atlas) -> list[Entry]:
+def _checked_entries(atlas: Atlas) -> list[Entry]:
     """Every kind of site in its first and last layer."""
     return [
         atlas.entries[name, layer]
@@ -287,11 +291,11 @@ def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
         yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
 
 
-def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
+def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     """An edit of one row, at some of the last positions, that no symmetry of the model can undo."""
-    mask = Mask(tuple(PROBED if i == row else () for i in range(n_rows)), WIDTH)
+    mask = Mask(tuple(CHECKED_POSITIONS if i == row else () for i in range(n_rows)), WIDTH)
     info = SITES[entry.name]
-    site = probed(entry.name, entry.layer)
+    site = check_site(entry.name, entry.layer)
     if entry.name == "router_weights":
         # unevenly: a norm of what experts give undoes a factor that all have in common
         return site.at(mask).apply(

@@ -27,7 +27,7 @@ class Passing(Protocol):
     slots: list[Any]
     state: PassState
 
-    def port_of(self, read: Any) -> Any:
+    def hook_of(self, read: Any) -> Any:
         """See `HookProgram`."""
         ...
 
@@ -52,7 +52,7 @@ class Layers:
         stop: end the pass when all slots have passed.
 
     Attributes:
-        after: what the program does after its ports.
+        after: what the program does after its hooks.
     """
 
     def __init__(self, program: Passing, each: HandOver, *, stop: bool) -> None:
@@ -61,14 +61,14 @@ class Layers:
         self.handed: set[int] = set()
         layers: dict[Any, set[int]] = {}
         for slot in program.slots:
-            of_port = layers.setdefault(program.port_of(slot), set())
+            of_hook = layers.setdefault(program.hook_of(slot), set())
             if SITES[slot.entry.name].layered:
                 self.slots.setdefault(slot.entry.layer, []).append(slot.number)
-                of_port.add(slot.entry.layer)
-        self.after = {port: partial(self._passed, sorted(of_port)) for port, of_port in layers.items()}
+                of_hook.add(slot.entry.layer)
+        self.after = {hook: partial(self._passed, sorted(of_hook)) for hook, of_hook in layers.items()}
 
     def _passed(self, layers: list[int]) -> None:
-        """A port has done its part in these layers."""
+        """A hook has done its part in these layers."""
         values = self.program.state.record.values
         for layer in layers:
             if not any([values[number] is None for number in self.slots[layer]]):  # noqa: C419 (faster)

@@ -25,7 +25,7 @@ class Slot(Protocol):
     Attributes:
         entry: the site in its layer.
         site: the read, for its units and positions.
-        late: the kept tensor is the one that passed, still without the tap's view.
+        late: the kept tensor is the one that passed, still without the hook point's view.
     """
 
     entry: Entry
@@ -34,7 +34,7 @@ class Slot(Protocol):
 
     @property
     def view(self) -> View | None:
-        """The tap's view."""
+        """The hook point's view."""
         ...
 
 
@@ -166,7 +166,7 @@ class Engine(Protocol):
     modules: dict[str, nn.Module]
 
     def adapt(self, atlas: Atlas) -> None:
-        """Fit the atlas to the engine, once, before the self-check: other taps, refusals with their reasons."""
+        """Fit the atlas to the engine, once, before the self-check: other hook points, refusals with their reasons."""
         ...
 
     def compile(self, plan: Plan, atlas: Atlas) -> Program:

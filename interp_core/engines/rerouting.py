@@ -25,12 +25,12 @@ class Change(Protocol):
 
     number: int
     entry: Entry
-    tap: HookPoint
+    point: HookPoint
     state: PassState
     bound: BoundSelection | None
 
     @property
-    def region(self) -> Selection:
+    def selection(self) -> Selection:
         """What it selects."""
 
     def take(self, value: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Change(Protocol):
         """Write down what it did."""
 
     def derive_value(self, call: Call) -> None:
-        """Carry it out on the value that the tap computes."""
+        """Carry it out on the value that the hook point computes."""
 
 
 TURN = {"force_steermoe": 1, "force": 2}
@@ -48,17 +48,17 @@ TURN = {"force_steermoe": 1, "force": 2}
 
 
 def reroute(change: Change, call: Call, row: int | None = None) -> None:
-    """Carry out an edit whose tap is a router's, and begin its proof.
+    """Carry out an edit whose hook point is a router's, and begin its proof.
 
     Args:
         row: the one row of the batch that it is about.
     """
-    state, routed = change.state, change.tap.routed
+    state, routed = change.state, change.point.routed
     assert routed is not None
     edit, width = state.edits[change.number], call.shape[1]
     part = WHOLE if row is None else slice(row * width, (row + 1) * width)
     here = _selected(change, call, row, routed.n_experts)
-    seen = None if row is not None else _text(state, positions=change.region.pos is not None)
+    seen = None if row is not None else _text(state, positions=change.selection.pos is not None)
     counted = (here if seen is None else here & seen.to(here.device)).flatten()
     here = here.flatten()
     if edit.op in ROUTING:
@@ -118,7 +118,7 @@ def check_experts(change: Change, edit: Edit) -> None:
     Raises:
         PlanError: naming the first of them.
     """
-    routed = change.tap.routed
+    routed = change.point.routed
     if routed is None:
         raise PlanError(f"{edit}: nothing there selects experts")
     n, k = routed.n_experts, routed.k
@@ -152,14 +152,14 @@ def _edit(change: Change) -> Edit:
 
 
 def _check_layer(layer: int, changes: Sequence[Change], rows: Rows) -> None:
-    routed = changes[0].tap.routed
+    routed = changes[0].point.routed
     assert routed is not None
     shape = len(rows.real), rows.width, routed.n_experts
     banned, forced = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     kept = torch.zeros(shape[:2], dtype=torch.bool)
     for change in changes:
-        edit, pos = _edit(change), change.region.pos
-        for row, columns in enumerate(change.region.columns(rows, Slice() if pos is None else pos)):
+        edit, pos = _edit(change), change.selection.pos
+        for row, columns in enumerate(change.selection.columns(rows, Slice() if pos is None else pos)):
             at = torch.tensor(list(columns), dtype=torch.long)
             if edit.op.startswith("mask"):
                 banned[row, at[:, None], torch.tensor(edit.experts)] = True

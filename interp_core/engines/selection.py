@@ -152,27 +152,39 @@ class BoundSelection:
     """
 
     __slots__ = (
-        "_index", "_moved", "_parts", "_patches", "axes", "basic", "columns", "fills", "ragged", "region", "rows",
+        "_index",
+        "_moved",
+        "_parts",
+        "_patches",
+        "axes",
+        "basic",
+        "columns",
+        "fills",
+        "ragged",
+        "rows",
+        "selection",
     )  # fmt: skip
 
     def __init__(
-        self, region: Selection, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
+        self, selection: Selection, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
     ) -> None:
-        self.region, self.columns, self.rows = region, queries, len(rows.real)
-        start, stop, first = (0, rows.width, 0) if window is None or region.tower else window
-        self._patches: Patches | None = rows.patches if region.tower else None
-        parts = [_Part.of(queries, region.pos, start, stop - start)]
-        if region.attention:
-            parts.append(_Part.of(keys, region.key, first, stop - first))
+        self.selection, self.columns, self.rows = selection, queries, len(rows.real)
+        start, stop, first = (0, rows.width, 0) if window is None or selection.tower else window
+        self._patches: Patches | None = rows.patches if selection.tower else None
+        parts = [_Part.of(queries, selection.pos, start, stop - start)]
+        if selection.attention:
+            parts.append(_Part.of(keys, selection.key, first, stop - first))
         self._point(parts)
-        self.fills = self.basic and region.units is None and not region.attention and parts[0].count == stop - start
+        self.fills = (
+            self.basic and selection.units is None and not selection.attention and parts[0].count == stop - start
+        )
 
     def _point(self, parts: list[_Part]) -> None:
         """Make the index that selects these columns."""
         self._parts = parts
         self.ragged = any(part.ragged for part in parts)
         self._index = self._build(parts, self.rows)
-        names = self.region.site.info.positions or ("visual",)
+        names = self.selection.site.info.positions or ("visual",)
         counts = [(name, part.count) for name, part in zip(names, parts, strict=False) if not part.single]
         self.axes = [("selected", self._index[0].shape[0])] if self.ragged else counts
         self.basic = not any(isinstance(part, (Tensor, list)) for part in self._index)
@@ -187,11 +199,11 @@ class BoundSelection:
         at = {column: i for i, column in enumerate(queries)}
         local = [[at[column] for column in row] for row in self.columns or ()]
         made = copy.copy(self)
-        made._point([_Part.of(local, self.region.pos, 0, len(at)), *self._parts[1:]])
+        made._point([_Part.of(local, self.selection.pos, 0, len(at)), *self._parts[1:]])
         return made
 
     def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
-        units = self.region.units
+        units = self.selection.units
         tail: tuple[Any, ...] = () if units is None else (units if isinstance(units, int) else list(units),)
         if not self.ragged and self._patches is None and all(part.key is not None for part in parts):
             # basic indexing: every row selects the same stretch
@@ -207,12 +219,12 @@ class BoundSelection:
     @property
     def stretch(self) -> Any:
         """The one index of positions that every row has (a number or a slice); None if there is none."""
-        return None if self.region.attention or not self.basic else self._index[1]
+        return None if self.selection.attention or not self.basic else self._index[1]
 
     @property
     def unit(self) -> int | None:
         """The one unit that it takes, if it takes one."""
-        units = self.region.units
+        units = self.selection.units
         return units if isinstance(units, int) else None
 
     def index(self, device: torch.device) -> tuple[Any, ...]:
@@ -225,15 +237,15 @@ class BoundSelection:
 
     def take(self, x: Tensor) -> Tensor:
         """The selected part, its axes in the value's order (a view where that is possible)."""
-        if self.region.attention:
+        if self.selection.attention:
             part = x.permute(0, 2, 3, 1)[self.index(x.device)]
-            return part if isinstance(self.region.units, int) or self.ragged else part.movedim(-1, 1)
+            return part if isinstance(self.selection.units, int) or self.ragged else part.movedim(-1, 1)
         return x[self._index if self.basic else self.index(x.device)]
 
     def put(self, x: Tensor, new: Tensor) -> None:
         """Write the selected part of `x` in place."""
-        if self.region.attention:
-            if not (isinstance(self.region.units, int) or self.ragged):
+        if self.selection.attention:
+            if not (isinstance(self.selection.units, int) or self.ragged):
                 new = new.movedim(1, -1)
             x.permute(0, 2, 3, 1)[self.index(x.device)] = new
         else:

@@ -1,9 +1,9 @@
 """Engine `transformer_lens`: the same plan on a `TransformerBridge`.
 
 The bridge swaps a model's modules for its own, with a `HookPoint` at every place that it names. It is built around a
-copy of the model that shares the weights, so the user's own model stays as it is; the atlas' taps move to the bridge's
-hook points, and the rest is the `torch` engine's. `model.engine.bridge` is the bridge, for TransformerLens' tools;
-`run.to_cache()` gives them our runs.
+copy of the model that shares the weights, so the user's own model stays as it is; the atlas' hook points move to the
+bridge's hook points, and the rest is the `torch` engine's. `model.engine.bridge` is the bridge, for TransformerLens'
+tools; `run.to_cache()` gives them our runs.
 
 With `engine_options={"fold": True}` the copy has weights of its own, processed as TransformerLens does by default
 (layer norms folded, writing weights and unembedding centred, value biases folded); the engine's name then says so.
@@ -96,7 +96,7 @@ class BridgeEngine(TorchEngine):
         self._path_of = {id(module): path for path, module in self.modules.items()}
 
     def adapt(self, atlas: Atlas) -> None:
-        """Move the atlas' taps to the bridge's hook points; what has none is refused."""
+        """Move the atlas' hook points to the bridge's hook points; what has none is refused."""
         for name in ROUTED:
             if atlas.layers(name):
                 atlas.drop(name, f"{name}: {_NO_ROUTER}")
@@ -123,9 +123,9 @@ class BridgeEngine(TorchEngine):
                 atlas.lacking[name] = f"TransformerLens' bridge for this family has no hook point for {name}"
 
     def _moved(self, entry: Entry) -> HookPoint | None:
-        """A tap at the hook point that has the site's tensor."""
-        tap, attention = entry.read, self._attention(entry.layer)
-        assert tap is not None
+        """A hook point at the hook point that has the site's tensor."""
+        point, attention = entry.read, self._attention(entry.layer)
+        assert point is not None
         if entry.name in _ATTENTION:
             view = hook_points.transposed if entry.name.startswith("rot") else None
             return self._point(getattr(attention, _ATTENTION[entry.name], None), view)
@@ -135,16 +135,16 @@ class BridgeEngine(TorchEngine):
                 entry.module = getattr(part, "original_component", None)
             point = getattr(part, "hook_in" if entry.name == "z" else "hook_out", None)
             return self._point(point, split_heads(entry.sizes["head"], entry.sizes["d_head"]))
-        part = self.modules.get(self._paths.get(tap.module, ""))
-        moved = self._point(getattr(part, f"hook_{tap.side}", None), tap.view)
-        return moved and replace(moved, layout=tap.layout)
+        part = self.modules.get(self._paths.get(point.module, ""))
+        moved = self._point(getattr(part, f"hook_{point.side}", None), point.view)
+        return moved and replace(moved, layout=point.layout)
 
-    def _wrapped(self, tap: HookPoint | None) -> HookPoint | None:
-        """The same tap where the bridge has put the model's own module."""
-        if tap is None or tap.module not in self._own:
+    def _wrapped(self, point: HookPoint | None) -> HookPoint | None:
+        """The same hook point where the bridge has put the model's own module."""
+        if point is None or point.module not in self._own:
             return None
-        needs = tuple(need for need in map(self._wrapped, tap.needs) if need is not None)
-        return replace(tap, module=self._own[tap.module], needs=needs)
+        needs = tuple(need for need in map(self._wrapped, point.needs) if need is not None)
+        return replace(point, module=self._own[point.module], needs=needs)
 
     def _attention(self, layer: int) -> Any:
         return getattr(self.bridge.blocks[layer], "attn", None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import one_row
-from ..checks.selfcheck import WIDTH, probe_ids
+from ..checks.selfcheck import WIDTH, check_tokens
 from ..engines.replace import replaced_forwards
 from ..engines.torch import TorchEngine
 from ..engines.tower import Tower
@@ -136,7 +136,7 @@ def _unreached(model: Session, tokens: Tokens, trials: list[Trial]) -> str:
 
 def _silent_window(model: Session, window: int, trials: list[Trial]) -> str:
     """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
-    kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), probe_ids(model)[None]
+    kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), check_tokens(model)[None]
     assert isinstance(model.engine, TorchEngine)
     rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
     inputs = {"input_ids": ids.to(model.device), "use_cache": False}
@@ -180,7 +180,7 @@ def _pictured(model: Session, strategy: str, tokens: Tokens) -> list[Tokens]:
             out.append(first)
             continue
         n = first.ids.shape[1]
-        plain = probe_ids(model).repeat(n // WIDTH + 1)[None, :n]
+        plain = check_tokens(model).repeat(n // WIDTH + 1)[None, :n]
         more = [Tokens(plain, torch.ones_like(plain, dtype=torch.bool))] if kind == "mixed" else []
         out.append(
             Tokens.stack([first, first if whole else shorter(texts[-1], model.hf.config, model.atlas.family), *more])
@@ -208,17 +208,17 @@ def _compare(model: Session, strategy: str, tokens: Tokens, layers: tuple[int, .
     go through a pass together, and some of the first text through one of their own. With images each text's plain
     passes are its own, without padding.
     """
-    joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    start_layers = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     if tokens.inputs:
-        texts, variants = tokens, _beside_an_image(tokens, joins)
+        texts, variants = tokens, _beside_an_image(tokens, start_layers)
     else:
-        ids, mask = probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
-        variants = [_Variant(at, (-3,)) for at in joins]
+        ids, mask = check_tokens(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
+        variants = [_Variant(at, (-3,)) for at in start_layers]
         if len(tokens.ids) > 1:
             ids, mask = torch.cat([ids, ids.flip(1)]), mask.repeat(2, 1)
             mask[1, WIDTH - (strategy not in WHOLE) :] = False
-            variants = [_Variant(at, (-3, -3)) for at in joins]
-            variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
+            variants = [_Variant(at, (-3, -3)) for at in start_layers]
+            variants += [_Variant(at, (-1, -3)) for at in (start_layers[0], start_layers[-1])]
         texts = Tokens(ids, mask)
     rehearsal = _Rehearsal(model, texts, variants)
     rehearsal.tower = tower
@@ -235,14 +235,17 @@ def _compare(model: Session, strategy: str, tokens: Tokens, layers: tuple[int, .
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
 
-def _beside_an_image(texts: Tokens, joins: list[int]) -> list[_Variant]:
+def _beside_an_image(texts: Tokens, start_layers: list[int]) -> list[_Variant]:
     """Variants at each text's first token after the images (the last one, if nothing follows), and at their first."""
     after, first = [], []
     for row, length in enumerate(texts.lengths):
         runs = texts.spans[VISION][row] if VISION in texts.spans else ()
         after.append(min(max((run.stop for run in runs), default=length), length - 1) - length)
         first.append(min((run.start for run in runs), default=0) - length)
-    return [_Variant(at, tuple(places)) for at, places in ((joins[0], after), (joins[-1], after), (joins[0], first))]
+    return [
+        _Variant(at, tuple(places))
+        for at, places in ((start_layers[0], after), (start_layers[-1], after), (start_layers[0], first))
+    ]
 
 
 def _judged(logits: Tensor) -> Tensor:

@@ -68,9 +68,9 @@ def clean_pass(
     program = TorchProgram(engine, Plan(() if read is None else (read,), ()), atlas)
     blocks, attentions = modules_of(engine, atlas)
     if keep:
-        program.taps = tapped(program.taps, attentions)
-        for tap in program.taps:
-            tap.keep = True
+        program.attn_hooks = tapped(program.attn_hooks, attentions)
+        for attn_hook in program.attn_hooks:
+            attn_hook.keep = True
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
     called = Called(rows.width) if images else None
@@ -94,7 +94,7 @@ def clean_pass(
     finally:
         for handle in handles:
             handle.remove()
-    kept = [tap.kept for tap in program.taps if tap.keep]
+    kept = [attn_hook.kept for attn_hook in program.attn_hooks if attn_hook.keep]
     value = record.output.logits if read is None else seen(record, program.slots)
     return CleanPass(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept], called)
 
@@ -130,9 +130,9 @@ def seen(record: PassRecord, slots: Sequence[SiteRead]) -> Tensor:
     return slot.view(value) if slot.late and slot.view is not None else value
 
 
-def tapped(taps: Sequence[AttentionHook], modules: Sequence[nn.Module]) -> list[AttentionHook]:
-    """A tap on every attention module, those that a plan has among them."""
-    known = {id(tap.module): tap for tap in taps}
+def tapped(attn_hooks: Sequence[AttentionHook], modules: Sequence[nn.Module]) -> list[AttentionHook]:
+    """A hook on every attention module, those that a plan has among them."""
+    known = {id(attn_hook.module): attn_hook for attn_hook in attn_hooks}
     lent: dict[int, Any] = {}
     return [known.get(id(module)) or AttentionHook(module, {}, lent) for module in modules]
 

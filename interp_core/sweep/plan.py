@@ -303,7 +303,7 @@ class Planner:
         return [entry.write for entry in entries if entry.write is not None]
 
     def _inside_attention(self) -> bool:
-        return any(tap.side == "attention" for tap in self._edited())
+        return any(point.side == "attention" for point in self._edited())
 
     @cached_property
     def _leaves_last(self) -> bool:
@@ -317,7 +317,7 @@ class Planner:
         """Whether an edit changes what a tower computes."""
         modules = dict(self.model.hf.named_modules())
         inner = () if tower is None or tower.module is None else set(tower.module.modules())
-        return any(modules.get(tap.module) in inner for tap in self._edited())
+        return any(modules.get(point.module) in inner for point in self._edited())
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""

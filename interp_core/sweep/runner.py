@@ -24,7 +24,7 @@ from ..text import Tokens
 from .clean import CleanPass, clean_pass
 from .plan import EACH, Group, Pass, Planner, SweepPlan
 from .staircase import Staircase
-from .store import Store
+from .store import SweepStore
 
 SAVE_SECONDS = 10.0
 """How often what is done is written to the folder."""
@@ -43,7 +43,7 @@ class Runner(Planner):
     tower: Tower | None = None
     standing: Mapping[nn.Module, Callable[..., Any]] = {}
 
-    def run(self, plan: SweepPlan, store: Store, progress: Progress) -> Tensor:
+    def run(self, plan: SweepPlan, store: SweepStore, progress: Progress) -> Tensor:
         """All passes, group by group; gives scores without edits `[batch score]`. What is done is kept in the store,
         also when this is stopped."""
         clean = torch.zeros(len(self.tokens), len(self.scores), dtype=store.values.dtype)
@@ -54,7 +54,7 @@ class Runner(Planner):
             store.save()
         return clean
 
-    def _group(self, group: Group, plan: SweepPlan, store: Store, progress: Progress, clean: Tensor) -> None:
+    def _group(self, group: Group, plan: SweepPlan, store: SweepStore, progress: Progress, clean: Tensor) -> None:
         """All variants on some texts; their scores without edits go to `clean`."""
         with self.model.turn:
             self._only_targets(group.texts)
@@ -72,7 +72,13 @@ class Runner(Planner):
             self._variants(group, shared, plan, store, progress, clean)
 
     def _variants(
-        self, group: Group, shared: CleanPass | None, plan: SweepPlan, store: Store, progress: Progress, clean: Tensor
+        self,
+        group: Group,
+        shared: CleanPass | None,
+        plan: SweepPlan,
+        store: SweepStore,
+        progress: Progress,
+        clean: Tensor,
     ) -> None:
         saved, references = time.monotonic(), {}
         for place, row in enumerate(group.texts):
@@ -163,15 +169,17 @@ class Runner(Planner):
         steps, own = one.steps, sorted({step.text for step in one.steps})
         place = {text: number for number, text in enumerate(own)}
         try:
-            edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
+            edits, start_layers, texts = zip(
+                *((step.edits, step.layer, place[step.text]) for step in steps), strict=True
+            )
             read, each = self.site(group.texts[0]), EACH in self.model.tried
             starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
             with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
-                program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, read, each=each)
+                program = Staircase(self._engine(), self.model.atlas, edits, start_layers, texts, read, each=each)
                 inputs = self._inputs(own, starts, one.columns)
                 last = scored if self.tokens.inputs and read is None and self._leaves_last else None
-                value, moved = program.climb(inputs, starts, one.columns, clean, within, last)
+                value, moved = program.run(inputs, starts, one.columns, clean, within, last)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise

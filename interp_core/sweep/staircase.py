@@ -52,24 +52,24 @@ class RowRead(SiteRead):
         super().bind(Rows(list(rows.real) * self.n_rows, {}, rows.width), window)
 
 
-class RowChange(SiteEdit):
+class RowEdit(SiteEdit):
     """A change of one row of the batch."""
 
     __slots__ = ("program", "row")
 
-    def __init__(self, program: Staircase, number: int, edit: Edit, entry: Entry, tap: HookPoint) -> None:
-        super().__init__(program.state, number, edit, entry, tap)
+    def __init__(self, program: Staircase, number: int, edit: Edit, entry: Entry, point: HookPoint) -> None:
+        super().__init__(program.state, number, edit, entry, point)
         self.program, self.row = program, program.row_of[number]
 
     def bind(self, rows: Rows, window: Window | None) -> None:
         """Point the selection at the row, in the columns of its own text; many rows have the same one."""
-        program, region = self.program, self.region
+        program, selection = self.program, self.selection
         assert window is not None
         rows, shift = program.placed[program.texts[self.row]]
         own = Window(*(column + shift for column in window))
-        key = self.site.name, region.pos, region.key, region.units, own
+        key = self.site.name, selection.pos, selection.key, selection.units, own
         if key not in program.bounds:
-            program.bounds[key] = None if region.whole else region.bind(rows, own)
+            program.bounds[key] = None if selection.whole else selection.bind(rows, own)
         self.bound = program.bounds[key]
 
     def check(self, rows: Rows, dtype: torch.dtype) -> None:
@@ -77,22 +77,22 @@ class RowChange(SiteEdit):
         super().check(self.program.placed[self.program.texts[self.row]][0], dtype)
 
 
-class RowChanges:
+class RowEdits:
     """Changes of one value, each in a row of its own, carried out in one copy of the batch.
 
     Attributes:
-        tap: where the value is.
+        hook point: where the value is.
         alone: changes that are carried out one by one.
         together: changes that are one operation on equal places of their rows, and so take one index.
     """
 
-    __slots__ = ("alone", "members", "program", "tap", "together", "units")
+    __slots__ = ("alone", "members", "point", "program", "together", "units")
 
-    def __init__(self, program: Staircase, members: Sequence[RowChange]) -> None:
+    def __init__(self, program: Staircase, members: Sequence[RowEdit]) -> None:
         self.program, self.members = program, members
-        self.tap, self.units = members[0].tap, members[0].units
-        self.alone: list[RowChange] = []
-        self.together: list[list[RowChange]] = []
+        self.point, self.units = members[0].point, members[0].units
+        self.alone: list[RowEdit] = []
+        self.together: list[list[RowEdit]] = []
 
     def bind(self, rows: Rows, window: Window | None) -> None:
         """Point the selections at the rows of a pass."""
@@ -102,13 +102,13 @@ class RowChanges:
 
     def arrange(self) -> None:
         """Find out which changes go together."""
-        alike: dict[Any, list[RowChange]] = {}
+        alike: dict[Any, list[RowEdit]] = {}
         for member in self.members:
             alike.setdefault(self._kind(member), []).append(member)
         self.alone = alike.pop(None, [])
         self.together = list(alike.values())
 
-    def _kind(self, member: RowChange) -> Any:
+    def _kind(self, member: RowEdit) -> Any:
         """Equal for changes that take one index; None for those that are carried out alone."""
         edit, bound = self.program.state.edits[member.number], member.bound
         if member.knockout and bound is not None and bound.basic:
@@ -120,22 +120,22 @@ class RowChanges:
 
     def apply(self, x: Tensor) -> Tensor:
         """Carry the edits out on the tensor that passes."""
-        into, view = x.clone(), self.tap.view
+        into, view = x.clone(), self.point.view
         self._write(x if view is None else view(x), into if view is None else view(into), x)
         return into
 
     def derive(self, call: Call) -> None:
-        """The same for a value that the tap computes, and knows how to put back."""
+        """The same for a value that the hook point computes, and knows how to put back."""
         edits = self.program.state.edits
         for member in (routing := [one for one in self.alone if edits[one.number].op in ROUTING]):
             if not member.idle:
                 reroute(member, call, member.row)
         if len(routing) == len(self.members):
             return
-        value = call.value(self.tap, self.units)
+        value = call.value(self.point, self.units)
         into = value.clone()
         self._write(value, into, value)
-        call.change(self.tap, self.units, value, into)
+        call.change(self.point, self.units, value, into)
 
     def _write(self, value: Tensor, into: Tensor, x: Tensor) -> None:
         for member in self.alone:
@@ -145,7 +145,7 @@ class RowChanges:
         for members in self.together:
             (self._hide_together if members[0].knockout else self._write_together)(members, value, into)
 
-    def _hide_together(self, members: list[RowChange], scores: Tensor, into: Tensor) -> None:
+    def _hide_together(self, members: list[RowEdit], scores: Tensor, into: Tensor) -> None:
         """Knockouts at the same place of their rows."""
         rows, bound = [member.row for member in members], members[0].bound
         assert bound is not None
@@ -154,12 +154,12 @@ class RowChanges:
         place, before = bound.index(scores.device)[1:], scores[own]
         old = before.permute(0, 2, 3, 1)[(slice(None), *place)]
         into.permute(0, 2, 3, 1)[(own, *place)] = apply_edit(self.program.state.edits[members[0].number], old, None)
-        taken = softmax(before, getattr(self.program.engine.modules[self.tap.module], "sinks", None), None)
+        taken = softmax(before, getattr(self.program.engine.modules[self.point.module], "sinks", None), None)
         taken = taken.permute(0, 2, 3, 1)[(slice(None), *place)]
         norms = torch.linalg.vector_norm(taken.reshape(len(rows), -1), dim=-1)
         self.program.note(torch.tensor(rows, device=norms.device), norms)
 
-    def _write_together(self, members: list[RowChange], value: Tensor, into: Tensor) -> None:
+    def _write_together(self, members: list[RowEdit], value: Tensor, into: Tensor) -> None:
         edits = [self.program.state.edits[member.number] for member in members]
         device, bounds = value.device, [member.bound for member in members]
         rows = torch.tensor([member.row for member in members], device=device)
@@ -203,7 +203,7 @@ class Staircase(TorchProgram):
         engine: LocalEngine,
         atlas: Atlas,
         variants: Sequence[Sequence[Edit]],
-        joins: Sequence[int],
+        start_layers: Sequence[int],
         texts: Sequence[int],
         read: Site | None = None,
         *,
@@ -211,33 +211,33 @@ class Staircase(TorchProgram):
     ) -> None:
         self.each = each
         self.row_of = [row for row, edits in enumerate(variants) for _ in edits]
-        self.joins, self.texts = joins, texts
+        self.start_layers, self.texts = start_layers, texts
         self.flat = tuple(edit for edits in variants for edit in edits)
         self.squares: list[tuple[Tensor, Tensor]] = []
-        self.groups: list[RowChanges] = []
+        self.groups: list[RowEdits] = []
         self.placed: list[tuple[Rows, int]] = []
         self.bounds: dict[Any, BoundSelection | None] = {}
         super().__init__(engine, Plan(() if read is None else (read,), self.flat), atlas)
         for slot in self.slots:
             assert isinstance(slot, RowRead)
-            slot.n_rows = len(joins)
+            slot.n_rows = len(start_layers)
 
-    def _change(self, number: int, edit: Edit, entry: Entry, tap: HookPoint) -> SiteEdit:
-        return RowChange(self, number, edit, entry, tap)
+    def _change(self, number: int, edit: Edit, entry: Entry, point: HookPoint) -> SiteEdit:
+        return RowEdit(self, number, edit, entry, point)
 
     def _add_edits(self, edits: tuple[Edit, ...]) -> list[SiteEdit]:
         """The first changes of all rows go together, then the second ones, so that each row keeps its order."""
         changes = super()._add_edits(edits)
-        for port in self._ports.values():
+        for module_hook in self._hook_at.values():
             seen: dict[int, int] = {}
             groups: dict[Any, list[Any]] = {}
-            for change in port.changes:
-                assert isinstance(change, RowChange)
+            for change in module_hook.changes:
+                assert isinstance(change, RowEdit)
                 seen[change.row] = turn = seen.get(change.row, -1) + 1
-                tap = change.tap
-                groups.setdefault((turn, tap.rank, tap.view, tap.get, change.units), []).append(change)
-            found = [RowChanges(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
-            port.changes = found  # type: ignore[assignment]  # a port asks of them what it asks of a change
+                point = change.point
+                groups.setdefault((turn, point.rank, point.view, point.get, change.units), []).append(change)
+            found = [RowEdits(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
+            module_hook.changes = found  # type: ignore[assignment]  # a hook asks of them what it asks of a change
             self.groups += found
         return changes
 
@@ -245,7 +245,7 @@ class Staircase(TorchProgram):
         """Norms of what was changed in some rows."""
         self.squares.append((rows, norms.double().square()))
 
-    def climb(
+    def run(
         self, inputs: Mapping[str, Any], starts: Sequence[int], n_columns: int, clean: CleanPass, within: Sequence[int],
         scored: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -266,7 +266,7 @@ class Staircase(TorchProgram):
         alike = len(set(starts)) == 1 and not self.each
         texts = RowTexts(starts)
         inputs = self._inputs(inputs, alike)
-        self.engine.begin()
+        self.engine.acquire()
         try:
             self.state.edits, self.squares, self.bounds = self.flat, [], {}
             widths = [start + n_columns for start in starts]
@@ -294,7 +294,7 @@ class Staircase(TorchProgram):
         """What the model is called with: a row for each that takes part, or one that all are taken for, where none
         begins before the first block and all stand in the same columns."""
         found = dict(inputs)
-        each = self.joins[0] < 0 or not alike
+        each = self.start_layers[0] < 0 or not alike
         found["input_ids"] = inputs["input_ids"][list(self.texts)] if each else inputs["input_ids"][:1]
         if "position_ids" in inputs:
             found["position_ids"] = inputs["position_ids"][:1] if alike else inputs["position_ids"][list(self.texts)]
@@ -302,7 +302,7 @@ class Staircase(TorchProgram):
 
     def _moved(self, record: PassRecord) -> Tensor:
         """Per row, the norm of what its edits changed."""
-        total = torch.zeros(len(self.joins), dtype=torch.float64)
+        total = torch.zeros(len(self.start_layers), dtype=torch.float64)
         norms = [(self.row_of[number], norm) for number, _, _, norm in record.fires]
         if norms:
             self.note(torch.tensor([row for row, _ in norms]), torch.stack([norm for _, norm in norms]))
@@ -316,18 +316,18 @@ class Staircase(TorchProgram):
     ) -> Iterator[None]:
         """Blocks below the first row hand through, rows join, attention sees the columns before."""
         blocks, attentions = modules_of(self.engine, self.atlas)
-        first = max(self.joins[0], 0)
+        first = max(self.start_layers[0], 0)
         handles = []
-        taps = self.taps
+        attn_hooks = self.attn_hooks
         if any(texts.starts):
-            self.taps = self._with_prefix(attentions[first:], texts, clean.prefix[first:], within)
-        if self.joins[0] < 0:
+            self.attn_hooks = self._with_prefix(attentions[first:], texts, clean.prefix[first:], within)
+        if self.start_layers[0] < 0:
             texts.join(self.texts)
         below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
         told = None if clean.called is None else clean.called.told(within, texts, n_columns)
         try:
             for layer in range(first, len(clean.streams)):  # a pass may end before the last
-                joining = [text for text, at in zip(self.texts, self.joins, strict=True) if at == layer]
+                joining = [text for text, at in zip(self.texts, self.start_layers, strict=True) if at == layer]
                 if joining or narrow or told is not None:
                     new = partial(_columns, clean.streams[layer], within, texts.starts, joining, n_columns)
                     hook = self._joining(texts, joining, new, narrow)
@@ -336,7 +336,7 @@ class Staircase(TorchProgram):
             with replaced_forwards(below):
                 yield
         finally:
-            self.taps = taps
+            self.attn_hooks = attn_hooks
             for handle in handles:
                 handle.remove()
 
@@ -345,7 +345,7 @@ class Staircase(TorchProgram):
     ) -> Callable[..., Any]:
         """A hook that puts new rows under those that are there; the first ones take the place of what came by. Where
         the model was called with all rows, a block is told the positions of those that are there."""
-        total = len(self.joins)
+        total = len(self.start_layers)
 
         def there(x: Any) -> Any:
             if isinstance(x, (tuple, list)):
@@ -370,14 +370,14 @@ class Staircase(TorchProgram):
         kept: Sequence[tuple[Tensor, Tensor] | None],
         within: Sequence[int],
     ) -> list[AttentionHook]:
-        """A tap on every layer that will run, with what the clean pass had before the pass' columns."""
-        taps, start = tapped(self.taps, modules), max(texts.starts)
-        for tap, pair in zip(taps, kept, strict=False):
+        """A hook point on every layer that will run, with what the clean pass had before the pass' columns."""
+        attn_hooks, start = tapped(self.attn_hooks, modules), max(texts.starts)
+        for attn_hook, pair in zip(attn_hooks, kept, strict=False):
             if pair is None:
                 continue  # the pass ended before, or handed through
             key, value = (x[:, :, :start] if len(x) == len(within) else x[list(within), :, :start] for x in pair)
-            tap.prefix, tap.texts = (key, value), texts
-        return taps
+            attn_hook.prefix, attn_hook.texts = (key, value), texts
+        return attn_hooks
 
 
 def _columns(

@@ -33,7 +33,7 @@ SHOWN = ("texts", "offsets", "labels", "placed")
 """What of `Tokens` is to be looked at, and changes no number."""
 
 
-class Store:
+class SweepStore:
     """Scores of a sweep `[variant batch score]`, kept in a run folder if there is one.
 
     Attributes:
@@ -86,7 +86,7 @@ def opened(
     tokens: Tokens,
     variants: Sequence[Sequence[Edit]],
     scores: Sequence[Score],
-) -> Iterator[Store]:
+) -> Iterator[SweepStore]:
     """The scores of a sweep, in the run folder `out` if there is one.
 
     Raises:
@@ -97,7 +97,7 @@ def opened(
     shape = len(variants), len(tokens), len(scores)
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     if out is None:
-        yield Store(None, {}, shape, dtype)
+        yield SweepStore(None, {}, shape, dtype)
         return
     from .. import runs
 
@@ -105,7 +105,7 @@ def opened(
     record = _told(runs.model_record, model, "the model", "run without out=")
     _refuse_old(folder)
     run = runs.open(folder, key, recipe="sweep", model=record, say=lambda line: None, kind="sweep")
-    store = Store(run, key, shape, dtype)  # one that cannot be read is found before anything is written
+    store = SweepStore(run, key, shape, dtype)  # one that cannot be read is found before anything is written
     with run:
         yield store
 

@@ -2,12 +2,12 @@
 
 nnsight runs intervention code in a greenlet that waits for one value after the other, in the order in which the model
 computes them. A plan has no such order, so the engine learns the model's: one forward pass per kind of input (text,
-images) notes when each module begins and ends. The code is one loop over the plan's ports in that order.
+images) notes when each module begins and ends. The code is one loop over the plan's hooks in that order.
 
 The user's own model is left alone: nnsight changes the `forward` of every module of what it wraps, which is a copy here
 that shares the weights. `model.engine.nnsight` is nnsight's object, for traces written by hand.
 
-What is inside attention crosses no module boundary, and so no envoy; the attention tap opens it up as for `torch`.
+What is inside attention crosses no module boundary, and so no envoy; the attention hook opens it up as for `torch`.
 """
 
 from __future__ import annotations

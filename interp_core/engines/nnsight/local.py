@@ -1,4 +1,4 @@
-"""Plans in this process: ports as one loop in a trace of nnsight's."""
+"""Plans in this process: hooks as one loop in a trace of nnsight's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Visit = Callable[[], None]
 
 
 class NNsightProgram(HookProgram):
-    """Ports as one loop in a trace."""
+    """Hooks as one loop in a trace."""
 
     engine: TracedEngine
 
@@ -37,16 +37,16 @@ class NNsightProgram(HookProgram):
             result.append(getattr(engine.model, method)(**arguments))
 
         try:
-            for tap in self.taps:
-                tap.install()
-            if not self.ports:
+            for attn_hook in self.attn_hooks:
+                attn_hook.install()
+            if not self.hooks:
                 call(**inputs)
             else:
                 with engine.nnsight.trace(fn=call, **inputs) as tracer:
                     self._serve(tracer, steps)
         finally:
-            for tap in self.taps:
-                tap.remove()
+            for attn_hook in self.attn_hooks:
+                attn_hook.remove()
         return result[0]
 
     def prepare(self, inputs: Mapping[str, Any]) -> None:
@@ -74,16 +74,18 @@ class NNsightProgram(HookProgram):
         if (id(order), first) in self._made:
             return self._made[id(order), first]
         found: list[tuple[int, int, Visit]] = []
-        for port in self.ports:
-            path, side = port.tap.module, port.tap.side
+        for module_hook in self.hooks:
+            path, side = module_hook.point.module, module_hook.point.side
             if (path, side) not in order:
                 continue
             envoy, given = self.engine.envoys[path], _Given()
             own = self.engine.own[path]
-            visit = _at_input(envoy, port) if side == "in" else _at_output(envoy, port, given, own)
-            early = len(order) if first and port.tap.layout is not None and port.tap.layout.images else 0
+            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, given, own)
+            early = (
+                len(order) if first and module_hook.point.layout is not None and module_hook.point.layout.images else 0
+            )
             found.append((order[path, side].rank - early, 0, visit))
-            if side == "out" and port.derived:
+            if side == "out" and module_hook.derived:
                 found.append((order[path, "in"].rank - early, 1, _take_input(envoy, given)))
         visits = self._made[id(order), first] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
         return visits
@@ -102,19 +104,19 @@ def _take_input(envoy: Any, given: _Given) -> Visit:
     return visit
 
 
-def _at_input(envoy: Any, port: ModuleHook) -> Visit:
-    hook = port.on_input()
+def _at_input(envoy: Any, module_hook: ModuleHook) -> Visit:
+    hook = module_hook.on_input()
 
     def visit() -> None:
-        new = hook(port.module, *envoy.inputs)
+        new = hook(module_hook.module, *envoy.inputs)
         if new is not None:
             envoy.inputs = new
 
     return visit
 
 
-def _at_output(envoy: Any, port: ModuleHook, given: _Given, own: nn.Module) -> Visit:
-    hook = port.on_output()
+def _at_output(envoy: Any, module_hook: ModuleHook, given: _Given, own: nn.Module) -> Visit:
+    hook = module_hook.on_output()
 
     def visit() -> None:
         new = hook(own, given.args, envoy.output)

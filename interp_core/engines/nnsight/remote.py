@@ -45,13 +45,13 @@ def adapt(atlas: Atlas) -> None:
         entry.why |= {"grad": f"gradients do not travel; {WHY}", "generate": f"generation does not travel; {WHY}"}
 
 
-def _plain(tap: HookPoint | None) -> bool:
-    """Whether a tap's value is a strided view of one module's tensor."""
-    return tap is not None and tap.side != "attention" and tap.get is None and tap.layout is None
+def _plain(point: HookPoint | None) -> bool:
+    """Whether a hook point's value is a strided view of one module's tensor."""
+    return point is not None and point.side != "attention" and point.get is None and point.layout is None
 
 
 class RemoteProgram(HookProgram):
-    """Ports as data, carried out by one block of code elsewhere."""
+    """Hooks as data, carried out by one block of code elsewhere."""
 
     engine: TracedEngine
 
@@ -76,14 +76,14 @@ class RemoteProgram(HookProgram):
             raise CapabilityError(f"a graph does not travel; {WHY}")
         if each is not None:
             raise CapabilityError(f"the function each= does not travel; {WHY}")
-        self.engine.begin()
+        self.engine.acquire()
         try:
             self.state.window, self.state.edits = None, edits
             record = self.begin_pass(rows, rows.width, False)
             self._check(rows)
             order = self.engine.order(inputs)
-            ports = sorted(self.ports, key=lambda port: order[port.tap.module, port.tap.side].rank)
-            wire = [(port.tap.module, port.tap.side, self._actions(port, order)) for port in ports]
+            hooks = sorted(self.hooks, key=lambda hook: order[hook.point.module, hook.point.side].rank)
+            wire = [(hook.point.module, hook.point.side, self._actions(hook, order)) for hook in hooks]
             kept, norms, logits = self._sent(wire, inputs, stop)
         except (OSError, httpx.HTTPError) as error:
             raise CapabilityError(
@@ -101,18 +101,18 @@ class RemoteProgram(HookProgram):
         record.output = SimpleNamespace(logits=logits)
         return record
 
-    def _actions(self, port: ModuleHook, order: Mapping[Any, Any]) -> list[dict[str, Any]]:
-        """What is done at a port: changes, then reads, each with its place in the tensor."""
-        width = order[port.tap.module, port.tap.side].width
+    def _actions(self, hook: ModuleHook, order: Mapping[Any, Any]) -> list[dict[str, Any]]:
+        """What is done at a hook: changes, then reads, each with its place in the tensor."""
+        width = order[hook.point.module, hook.point.side].width
         actions = []
-        for change in port.changes:
+        for change in hook.changes:
             if not change.idle:
                 edit = self.state.edits[change.number]
                 value = edit_value(edit, torch.empty(0, dtype=self.engine.dtype))
                 real = change.real(self._seen(change, width).shape, torch.device("cpu"))
                 more = {"op": edit.op, "value": value, "number": id(change), "real": real}
                 actions.append(self._spot(change, width) | more)
-        for read in port.reads:
+        for read in hook.reads:
             if not read.idle:
                 place = self._spot(read, width)
                 if read.late:  # its view is applied here, when asked for
@@ -121,9 +121,10 @@ class RemoteProgram(HookProgram):
         return actions
 
     def _spot(self, part: SiteAccess, width: int) -> dict[str, Any]:
-        """Where a part lies in its module's tensor: sizes, strides and offset of the tap's view, and an index in it."""
+        """Where a part lies in its module's tensor: sizes, strides and offset of the hook point's view, and an index in
+        it."""
         index = None if part.bound is None else part.bound.index(torch.device("cpu"))
-        if part.tap.view is None:
+        if part.point.view is None:
             return {"view": None, "index": index}
         seen = self._seen(part, width)
         return {"view": (tuple(seen.size()), seen.stride(), seen.storage_offset()), "index": index}
@@ -131,7 +132,7 @@ class RemoteProgram(HookProgram):
     def _seen(self, part: SiteAccess, width: int) -> Tensor:
         """What passes where a part is, in its site's axes: sizes and strides without numbers."""
         x = torch.empty(*self.state.shape, width, device="meta")
-        return x if part.tap.view is None else part.tap.view(x)
+        return x if part.point.view is None else part.point.view(x)
 
     def _sent(self, wire: list[Any], inputs: Mapping[str, Any], stop: bool) -> tuple[dict[Any, Any], Any, Any]:
         """Send it off; returns kept tensors, norms of changes, logits. The block must stand on its own."""
