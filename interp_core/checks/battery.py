@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CapabilityError, InterpError
+from ..plugins import registry
 from ..sites import SITES
 from ..text import Tokens
 from .selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ..sites import Edit
 
 USES = ("read", "write", "grad", "generate")
-ENGINES = ("torch", "nnsight", "transformer_lens")
 NEW = 3
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """By dtype, relative to the largest value; the dtype is the coarsest that values pass through, see `coarsest`."""
@@ -43,19 +43,29 @@ class Cell:
 
     Attributes:
         error: largest relative difference, None where there is none to measure.
-        why: the reason, where it is refused or failed.
-        ok: it works.
+        status: whether it works, is refused before the run, or does something else.
+        reason: why it does not work.
     """
 
     engine: str
     site: str
     use: str
     error: float | None
-    why: str
-    ok: bool
+    status: Literal["ok", "refused", "failed"]
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """It works."""
+        return self.status == "ok"
+
+    @property
+    def why(self) -> str:
+        """What became of it, and the reason; empty where it works."""
+        return "" if self.ok else f"{self.status}: {self.reason}"
 
     def __str__(self) -> str:
-        return "no" if self.why else "ok" if not self.error else f"{self.error:.0e}"
+        return "no" if not self.ok else "ok" if not self.error else f"{self.error:.0e}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Battery:
     @property
     def failed(self) -> list[Cell]:
         """Cells that neither work nor are refused."""
-        return [cell for cell in self.cells if not cell.ok and not cell.why.startswith("refused")]
+        return [cell for cell in self.cells if cell.status == "failed"]
 
     def __str__(self) -> str:
         table: dict[tuple[str, str], dict[str, Cell]] = {}
@@ -86,12 +96,12 @@ class Battery:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def check_model(model: Model, engines: Sequence[str] = ENGINES) -> Battery:
+def check_model(model: Model, engines: Sequence[str] = ()) -> Battery:
     """Run the battery.
 
     Args:
         model: a model on engine `torch`.
-        engines: which engines to hold against it.
+        engines: which engines to hold against it (default: all that are installed, its own first).
 
     Raises:
         CapabilityError: no such engine.
@@ -99,13 +109,15 @@ def check_model(model: Model, engines: Sequence[str] = ENGINES) -> Battery:
     cells: list[Cell] = []
     limit = TOLERANCE.get(coarsest(model), 2e-5)
     sites = [site for site in model.sites if not SITES[site].visual]  # these need images
-    for name in engines:
+    known = registry("engines")
+    own = model.engine.name
+    for name in engines or [own, *(name for name in known.names() if name != own)]:
         try:
-            other = model if name == model.engine.name else model.on(name)
+            other = model if name == own else model.on(name)
         except CapabilityError as error:
-            if "no engine is called" in str(error):
+            if name not in known:
                 raise
-            cells += [Cell(name, site, use, None, f"refused: {error}", False) for site in sites for use in USES]
+            cells += [Cell(name, site, use, None, "refused", str(error)) for site in sites for use in USES]
             continue
         for site in sites:
             cells += [_cell(model, other, name, site, use, limit) for use in USES]
@@ -138,15 +150,16 @@ def coarsest(model: Model) -> torch.dtype:
 def _cell(model: Model, other: Model, engine: str, name: str, use: str, limit: float) -> Cell:
     """One cell: the worst of the first and last layer."""
     if why := other.can(name, use):
-        return Cell(engine, name, use, None, f"refused: {why}", False)
+        return Cell(engine, name, use, None, "refused", why)
     measure = {"read": _read, "write": _write, "grad": _gradient, "generate": _generation}[use]
     try:
         layers = model.atlas.layers(name)
         error = max(measure(model, other, name, layer) for layer in sorted({layers[0], layers[-1]}))
     except InterpError as problem:
-        return Cell(engine, name, use, None, f"failed: {problem}", False)
-    why = "" if error <= limit else f"failed: differs by {error:.1e}, more than {limit:g}"
-    return Cell(engine, name, use, error, why, not why)
+        return Cell(engine, name, use, None, "failed", str(problem))
+    if error <= limit:
+        return Cell(engine, name, use, error, "ok")
+    return Cell(engine, name, use, error, "failed", f"differs by {error:.1e}, more than {limit:g}")
 
 
 def _tokens(model: Model) -> Tokens:

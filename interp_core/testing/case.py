@@ -1,4 +1,4 @@
-"""One trial of a method: its first run with the state before and after, and what holds runs against each other."""
+"""One method on one model: its first run with the state before and after, and what holds runs against each other."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class NotReached(Exception):
     """A check needs what an earlier one did not give."""
 
 
+class Refused(Exception):
+    """The method refuses what a check asks of it, before the run, which is as good as doing it."""
+
+
 class Midway(RuntimeError):
     """Raised by the kit inside the model."""
 
@@ -52,7 +56,7 @@ class Outcome:
 
 
 @dataclass
-class Trial:
+class MethodCase:
     """One method on one model, with what several checks need."""
 
     method: type[Method]
@@ -148,37 +152,42 @@ def failing(model: nn.Module, at: int) -> Iterator[list[None]]:
         handle.remove()
 
 
-def stacked(trial: Trial) -> Tokens:
+def stacked(case: MethodCase) -> Tokens:
     """All rows, padded on the left.
 
     Raises:
         NotReached: there is nothing to pad.
     """
-    if any(undivided(row) for row in trial.rows):
+    if any(undivided(row) for row in case.rows):
         raise NotReached("rows with such inputs cannot be stacked")
-    stacked = Tokens.stack(trial.rows)
+    stacked = Tokens.stack(case.rows)
     if not stacked.padded:
         raise NotReached("all rows are equally long")
     return stacked
 
 
-def as_singles(trial: Trial, tokens: Tokens, rows: list[Tokens], **options: Any) -> str:
+def as_singles(case: MethodCase, tokens: Tokens, rows: list[Tokens], **options: Any) -> str:
     """Hold a batch against its rows alone.
 
     Args:
         options: of the method's call on the batch.
+
+    Raises:
+        Failed: a row differs from what it is alone, or an error that is none of interp_core's.
+        NotReached: the first run gave no result.
+        Refused: by an error of interp_core's own.
     """
-    if not isinstance(trial.outcome.result, Result):
+    if not isinstance(case.outcome.result, Result):
         raise NotReached("needs a result")
     try:
-        together = trial.run(tokens, **options)
+        together = case.run(tokens, **options)
     except InterpError as error:
-        return f"refused: {str(error).splitlines()[0]}"
+        raise Refused(str(error).splitlines()[0]) from error
     except Exception as error:  # the plugin's own
         raise Failed(f"{type(error).__name__}: {error}") from error
     worst = 0.0
     for i, row in enumerate(rows):
-        alone = trial.run(row)
+        alone = case.run(row)
         columns = torch.nonzero(tokens.mask[i]).flatten()
         for name, axes in together.AXES.items():
             if "batch" in axes:

@@ -1,206 +1,42 @@
-"""The tools of the benchmark, each doing the same operations on its own copy of the model where it changes it."""
+"""Other packages' tools in the benchmark of hooks, each on its own copy of the model where it changes it.
+
+They are the baselines that interp_core's numbers are held against, so each is written as its own documentation has it.
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import sites as S
-from ..engines.nnsight.base import library
-from ..errors import PlanError, nearest
-
-if TYPE_CHECKING:
-    from ..model import Model
-
-NEW_TOKENS = 32
-
-
-class Tool:
-    """What all tools know: the model, the ids, and where its parts are."""
-
-    def __init__(self, model: Model, ids: Tensor) -> None:
-        self.model, self.ids, self.hf = model, ids, model.hf
-        self.layers = range(model.n_layers)
-        self.layer = model.n_layers // 2
-        self.head = 0
-        entry = model.atlas.entries["z", self.layer]
-        self.shape = (entry.sizes["head"], entry.sizes["d_head"])
-        self.vector = torch.ones(model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
-        self.masked = torch.ones_like(ids)
-        self.settings = {
-            "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
-            "temperature": None, "top_p": None, "top_k": None,
-        }  # fmt: skip
-
-    def path(self, site: str, layer: int) -> str:
-        """Module at which a site is read."""
-        tap = self.model.atlas.entries[site, layer].read
-        assert tap is not None
-        return tap.module
-
-    def module(self, site: str, layer: int) -> nn.Module:
-        return self.hf.get_submodule(self.path(site, layer))
-
-
-class Bare(Tool):
-    """The model as it is."""
-
-    def plain(self) -> Any:
-        return self.hf(input_ids=self.ids, use_cache=False).logits
-
-    def generate(self) -> Any:
-        return self.hf.generate(input_ids=self.ids, attention_mask=self.masked, **self.settings)
-
-
-class ByHand(Tool):
-    """What a careful person writes: hooks for just this, removed in any case."""
-
-    def __init__(self, model: Model, ids: Tensor) -> None:
-        super().__init__(model, ids)
-        self.blocks = [self.module("resid_post", i) for i in self.layers]
-        self.outputs = [self.module("z", i) for i in self.layers]
-        self.eager: Any = None
-
-    def _run(self, hooks: list[tuple[nn.Module, str, Any]], call: Any = None) -> Any:
-        handles = []
-        try:
-            for module, kind, hook in hooks:
-                register = module.register_forward_hook if kind == "out" else module.register_forward_pre_hook
-                handles.append(register(hook))
-            with torch.no_grad():
-                return self.hf(input_ids=self.ids, use_cache=False).logits if call is None else call()
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def resid(self) -> Any:
-        kept: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Any:
-            def hook(_m: nn.Module, _args: Any, output: Any) -> None:
-                kept[layer] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        return self._run([(block, "out", keep(i)) for i, block in enumerate(self.blocks)]), kept
-
-    def z(self) -> Any:
-        kept: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Any:
-            def hook(_m: nn.Module, args: Any) -> None:
-                kept[layer] = args[0]
-
-            return hook
-
-        return self._run([(module, "in", keep(i)) for i, module in enumerate(self.outputs)]), kept
-
-    def pattern(self) -> Any:
-        """transformers' own way: eager attention in every layer."""
-        if self.eager is None:
-            self.eager = copy.deepcopy(self.hf)
-            self.eager.set_attn_implementation("eager")
-        with torch.no_grad():
-            out = self.eager(input_ids=self.ids, use_cache=False, output_attentions=True)
-        return out.logits, out.attentions
-
-    def ablate(self) -> Any:
-        heads, width = self.shape
-
-        def hook(_m: nn.Module, args: Any) -> Any:
-            x = args[0].clone()
-            x.view(*x.shape[:2], heads, width)[:, :, self.head] = 0
-            return (x, *args[1:])
-
-        return self._run([(self.outputs[self.layer], "in", hook)])
-
-    def patch(self) -> Any:
-        def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-            x = (output[0] if isinstance(output, tuple) else output).clone()
-            x[:, -1] = self.vector
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-
-        return self._run([(self.blocks[self.layer], "out", hook)])
-
-    def generate(self) -> Any:
-        def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (output[0] + self.vector, *output[1:])
-            return output + self.vector
-
-        call = lambda: self.hf.generate(input_ids=self.ids, attention_mask=self.masked, **self.settings)  # noqa: E731
-        return self._run([(self.blocks[self.layer], "out", hook)], call)
-
-
-class Ours(Tool):
-    """interp_core, through its ordinary calls."""
-
-    def __init__(self, model: Model, ids: Tensor) -> None:
-        super().__init__(model, ids)
-        self.tokens = model.input({"input_ids": ids.cpu()})
-        self.everything = [S.named(name) for name in model.sites if name != "expert_out"]
-        self.edits = {
-            "ablate": S.z[self.layer, self.head].zero(),
-            "patch": S.resid_post[self.layer].at(-1).set(self.vector),
-            "generate": S.resid_post[self.layer].add(self.vector),
-        }
-
-    def plain(self) -> Any:
-        return self.model.run(self.tokens).logits
-
-    def _read(self, sites: Any) -> Any:
-        run = self.model.run(self.tokens, read=sites)
-        return run.logits, run._passed.values
-
-    def resid(self) -> Any:
-        return self._read(S.resid_post)
-
-    def z(self) -> Any:
-        return self._read(S.z)
-
-    def pattern(self) -> Any:
-        return self._read(S.pattern)
-
-    def cache(self) -> Any:
-        return self._read(self.everything)
-
-    def ablate(self) -> Any:
-        return self.model.run(self.tokens, edits=self.edits["ablate"]).logits
-
-    def patch(self) -> Any:
-        return self.model.run(self.tokens, edits=self.edits["patch"]).logits
-
-    def generate(self) -> Any:
-        made = self.model.generate(
-            self.tokens, edits=self.edits["generate"], max_new_tokens=NEW_TOKENS, stop_at_eos=False
-        )
-        return made.ids
+import interp_core as ic
+from interp_core.bench.tools import NEW_TOKENS, TOOLS, Ours, Tool
+from interp_core.engines.nnsight.base import library
+from interp_core.engines.transformer_lens import build_bridge
 
 
 class OursOnNNsight(Ours):
     """The same calls on engine `nnsight`."""
 
-    def __init__(self, model: Model, ids: Tensor) -> None:
+    def __init__(self, model: ic.Model, ids: Tensor) -> None:
         super().__init__(model.on("nnsight"), ids)
 
 
 class OursOnBridge(Ours):
     """The same calls on engine `transformer_lens`."""
 
-    def __init__(self, model: Model, ids: Tensor) -> None:
+    def __init__(self, model: ic.Model, ids: Tensor) -> None:
         super().__init__(model.on("transformer_lens"), ids)
 
 
 class NNsight(Tool):
     """nnsight's own traces, on a copy."""
 
-    def __init__(self, model: Model, ids: Tensor) -> None:
+    def __init__(self, model: ic.Model, ids: Tensor) -> None:
         super().__init__(model, ids)
         self.nnsight = library()
         self.traced = self.nnsight.NNsight(copy.deepcopy(model.hf))
@@ -279,12 +115,9 @@ class NNsight(Tool):
 class Bridge(Tool):
     """TransformerLens' own bridge, on a copy, built without any path that installs packages."""
 
-    def __init__(self, model: Model, ids: Tensor) -> None:
+    def __init__(self, model: ic.Model, ids: Tensor) -> None:
         super().__init__(model, ids)
-        from ..engines.transformer_lens import build_bridge
-
-        hf = copy.deepcopy(model.hf)
-        self.bridge = build_bridge(hf)
+        self.bridge = build_bridge(copy.deepcopy(model.hf))
 
     def _hooked(self, name: str, hook: Any) -> Any:
         return self.bridge.run_with_hooks(self.ids, fwd_hooks=[(f"blocks.{self.layer}.{name}", hook)])
@@ -338,7 +171,7 @@ class Bridge(Tool):
 class Pyvene(Tool):
     """pyvene by module paths, on a copy (its named components know no recent family)."""
 
-    def __init__(self, model: Model, ids: Tensor) -> None:
+    def __init__(self, model: ic.Model, ids: Tensor) -> None:
         super().__init__(model, ids)
         import pyvene
 
@@ -368,7 +201,7 @@ class Pyvene(Tool):
 class InterpEngine(Tool):
     """interp-engine's capture, on copies (patterns need one in eager attention)."""
 
-    def __init__(self, model: Model, ids: Tensor) -> None:
+    def __init__(self, model: ic.Model, ids: Tensor) -> None:
         super().__init__(model, ids)
         import interp_engine
 
@@ -398,10 +231,7 @@ class InterpEngine(Tool):
         return self._capture("attn_probs", self.eager)
 
 
-TOOLS: dict[str, tuple[type[Tool], str | None]] = {
-    "bare": (Bare, None),
-    "by hand": (ByHand, None),
-    "interp_core": (Ours, None),
+PEERS: dict[str, tuple[Callable[[ic.Model, Tensor], Tool], str]] = {
     "nnsight": (NNsight, "nnsight"),
     "interp_core on nnsight": (OursOnNNsight, "nnsight"),
     "TransformerLens bridge": (Bridge, "transformer_lens"),
@@ -409,24 +239,10 @@ TOOLS: dict[str, tuple[type[Tool], str | None]] = {
     "pyvene": (Pyvene, "pyvene"),
     "interp-engine": (InterpEngine, "interp_engine"),
 }
+"""The tool and the package that it needs."""
 
 
-def peers(model: Model, ids: Tensor, only: Sequence[str] | None = None) -> dict[str, Tool]:
-    """The tools that are installed, made ready for a model.
-
-    Raises:
-        PlanError: a name that is no tool.
-    """
-    for name in only or ():
-        if name not in TOOLS:
-            raise PlanError(f"no tool {name!r} in the benchmark. {nearest(name, TOOLS)}")
-    found: dict[str, Tool] = {}
-    for name, (kind, package) in TOOLS.items():
-        if only is not None and name not in only and name != "bare":
-            continue
-        if package is not None and importlib.util.find_spec(package) is None:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found[name] = kind(model, ids)
-    return found
+def installed() -> dict[str, Callable[[ic.Model, Tensor], Tool]]:
+    """interp_core's own tools and those of the packages that are installed."""
+    peers = {name: kind for name, (kind, package) in PEERS.items() if importlib.util.find_spec(package) is not None}
+    return TOOLS | peers
