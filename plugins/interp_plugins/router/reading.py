@@ -127,7 +127,7 @@ def usage_of(
         CapabilityError, PositionError: as `read_layers`.
     """
     wanted = {"all": None, "last": -1} if views is None else dict(views)
-    made = {name: Usage(keep_samples=keep_samples) for name in wanted}
+    usages = {name: Usage(keep_samples=keep_samples) for name in wanted}
     for tokens in batches:
         everywhere = Places(tokens)
         width = tokens.ids.shape[1]
@@ -144,10 +144,10 @@ def usage_of(
             picks: Mapping[str, Tensor] = picks,
             n_rows: int = len(tokens),
         ) -> None:
-            for name, usage in made.items():
+            for name, usage in usages.items():
                 whole = len(picks[name]) == len(routed)
                 part = routed if whole else routed.take(picks[name].to(routed.chosen.device))
                 usage.add_layer(layer, part, None if n_rows == 1 else parts[name].rows, n_rows)
 
         read_layers(model, tokens, consume)
-    return made
+    return usages
