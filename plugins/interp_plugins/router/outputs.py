@@ -122,11 +122,9 @@ def outputs_of(
     outputs = ExpertOutputs(model.n_layers)
     sizes = {layer: model.sizes(S.router_logits[layer])["expert"] for layer in layers}
     for tokens in batches:
-        places = Places(tokens, at)
-        counted = torch.zeros(tokens.ids.shape, dtype=torch.bool)
-        counted[places.rows, places.columns] = True
+        counted = Places(tokens, at).mask(tokens)
         rules: dict[Any, Any] = {
-            model.module("experts", layer): _rule(outputs, layer, sizes[layer], counted.flatten(), piece_bytes)
+            model.module("experts", layer): _rule(outputs, layer, sizes[layer], counted, piece_bytes)
             for layer in layers
         }
         with model.replacing(rules):

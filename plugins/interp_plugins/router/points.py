@@ -34,6 +34,8 @@ from jaxtyping import Float, Int
 import interp_core as ic
 from interp_core import sites as S
 
+from .._json_files import read_json
+
 FORMAT = "router-points/1"
 LayerIndex = Literal["decoder", "router"]
 
@@ -270,10 +272,7 @@ def read_points(path: str | Path, shape: Shape | None = None, *, layer_index: La
         LoadError: no file of points, or a damaged one, with the field.
         PlanError: points of another model, layer or number of experts; an old file whose layers may mean two things.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ic.LoadError(f"{path} holds no readable points: {error}") from error
+    data = read_json(path, "a file of points")
     head = data if isinstance(data, dict) else {}
     rows = head.get("points") if isinstance(data, dict) else data
     if not isinstance(rows, list):

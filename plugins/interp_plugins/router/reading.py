@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 import interp_core as ic
@@ -50,6 +50,12 @@ class Places:
         """A value `[batch pos …]` at these tokens, `[n …]`."""
         places = self.rows * values.shape[1] + self.columns
         return values.flatten(0, 1).index_select(0, places.to(values.device))  # whole rows at a time, unlike indexing
+
+    def mask(self, tokens: ic.Tokens) -> Bool[Tensor, " token"]:
+        """Which tokens of the batch they are, rows after one another: as blocks of experts are handed them."""
+        chosen = torch.zeros(tokens.ids.shape, dtype=torch.bool)
+        chosen[self.rows, self.columns] = True
+        return chosen.flatten()
 
     def ids(self, tokens: ic.Tokens) -> Int[Tensor, " n"]:
         """Their token ids."""

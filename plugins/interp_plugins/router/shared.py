@@ -75,11 +75,10 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
     shared = SharedExperts()
     for tokens in batches:
         places = Places(tokens, at)
-        counted = torch.zeros(tokens.ids.shape, dtype=torch.bool)
-        counted[places.rows, places.columns] = True
+        counted = places.mask(tokens)
         rules: dict[Any, Any] = {}
         for layer, (block, experts) in blocks.items():
-            rules |= _rules(shared, layer, block, experts, counted.flatten())
+            rules |= _rules(shared, layer, block, experts, counted)
         with model.replacing(rules):
             read = [S.shared_expert_gate] if gated else []
             run = model.run(tokens, read=[*read, S.resid_post[layers[-1]]], logits=False)

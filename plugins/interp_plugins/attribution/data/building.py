@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 
 import interp_core as ic
 
-from .cache import Example, Profile, boxes, example_tokens, with_spans
+from .examples import Example, boxes, with_spans
+from .tokens import Profile, example_tokens
 
 Form = Literal["contains", "boxed"]
 """What an answer must look like; see the module."""

@@ -27,7 +27,8 @@ import interp_core as ic
 from interp_core import errors
 from interp_core.toys.text import NAMES, needle_example
 
-from .cache import FIELDS, Example, boxes, example_of, json_rows, parsed, with_spans
+from ..._json_files import json_rows, parsed
+from .examples import FIELDS, Example, boxes, example_of, with_spans
 
 Row = Mapping[str, Any]
 

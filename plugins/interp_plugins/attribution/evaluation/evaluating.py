@@ -24,7 +24,8 @@ from torch import Tensor
 
 import interp_core as ic
 
-from ..data.cache import Example, example_tokens
+from ..data.examples import Example
+from ..data.tokens import example_tokens
 from ..files.traces import HOP_COUNTED, LRP, Trace, made_trace
 from ..layout import is_stop
 from ..method import AttributionResult

@@ -20,7 +20,7 @@ import numpy as np
 
 from interp_core import LoadError, PlanError, Span, errors, runs
 
-from ..data.cache import json_rows
+from ..._json_files import json_rows
 from ..data.examples import sha1
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
 
