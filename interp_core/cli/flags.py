@@ -10,18 +10,22 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from . import settings
-from .errors import LoadError, PlanError, nearest
+from .. import settings
+from ..errors import LoadError, PlanError, nearest
 
 SEVERAL = ("--text", "--set")
 """Options of `interp run` itself that may have several values."""
 
 
-class RunCommand(TyperCommand):
-    """`interp run`, whose own options may have several values after one flag too."""
+class SeveralCommand(TyperCommand):
+    """`interp run`, whose own options may have several values after one flag, as settings have.
+
+    click knows options of one value, or of a fixed number, alone; so the flag is written again before each further
+    value: `NAME --text A B` becomes `NAME --text A --text B`.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """`NAME --text A B` as `NAME --text A --text B`."""
+        """Arguments with those flags repeated."""
         spread: list[str] = []
         flag = ""
         for word in args:
@@ -33,13 +37,15 @@ class RunCommand(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-def pairs(owner: str, config: type[settings.Config], words: Sequence[str], given: Sequence[str] | None) -> list[str]:
-    """`--name value` and `--name=value` as `name=value`, several values as a list, then what `--set` gave.
+def pairs(
+    owner: str, config: type[settings.Config], words: Sequence[str], assignments: Sequence[str] | None
+) -> list[str]:
+    """`--name value` and `--name=value` as `name=value`, several values as a list, then those of `--set`.
 
     Raises:
         PlanError: a word that belongs to no setting, a setting without a value, or with more than it takes.
     """
-    found, rest = [], list(words)
+    parsed, rest = [], list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -51,8 +57,8 @@ def pairs(owner: str, config: type[settings.Config], words: Sequence[str], given
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             value = _joined(owner, config, key, values)
-        found.append(f"{key}={value}")
-    return found + list(given or [])
+        parsed.append(f"{key}={value}")
+    return parsed + list(assignments or [])
 
 
 def _joined(owner: str, config: type[settings.Config], key: str, values: list[str]) -> str:
@@ -88,12 +94,12 @@ def read_file(path: Path, owner: str, known: Sequence[str]) -> dict[str, Any]:
         raise LoadError(f"{path} cannot be read as {path.suffix.lower() or 'JSON'}: {error}") from error
     if not isinstance(data, Mapping):
         raise PlanError(f"{path} holds a {type(data).__name__}, not settings by name")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in data.items():
         name = key.replace("-", "_")
         if name not in known:
             raise PlanError(f"{path}: {owner} has no setting {key!r}. {nearest(name, known)}")
-        if name in found:
+        if name in values:
             raise PlanError(f"{path} has the setting {name} twice, once with - and once with _; keep one")
-        found[name] = value
-    return found
+        values[name] = value
+    return values

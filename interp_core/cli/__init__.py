@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from . import settings
-from .cli_plugins import plugins
-from .cli_run import passed, run
-from .cli_settings import RunCommand
-from .errors import InterpError
-from .plugins import registry
+from .. import settings
+from ..errors import InterpError
+from ..plugins import registry
+from . import flags, help, plugins, run
 
 app = typer.Typer(
     help="Name any site of a transformer, read it, change it, see that it acted.",
@@ -21,8 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(plugins, name="plugins")
-app.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})(run)
+# settings are flags that only the plugin knows: what click does not know it hands on as words
+app.add_typer(plugins.app, name="plugins")
+app.command(cls=help.NamedCommand, context_settings={"ignore_unknown_options": True})(run.run)
 Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
 
 
@@ -39,28 +38,28 @@ def demo(
     recipe = registry("recipes").get("demo")
     options = {"model": model, "clean": clean, "corrupted": corrupted, "answer": answer, "other": other, "out": out}
     values = {key: value for key, value in options.items() if value is not None}
-    with passed([], **values):
+    with run.passed([], **values):
         settings.call(recipe, settings.configured("recipe demo", settings.of_function(recipe), values))
 
 
-@app.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})
+@app.command(cls=flags.SeveralCommand, context_settings={"ignore_unknown_options": True})
 def attribute(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp plugins show attribute`")
+        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp run attribute --help`")
     ] = None,
-    given: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
 ) -> None:
     """Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table, JSON and a page."""
-    run("attribute", words, given, model, None, out, config, "recipes")
+    run.run("attribute", words, assignments, model, None, out, config, "recipes")
 
 
 @app.command()
 def sites(model: Model) -> None:
     """Every site of a model, and what its self-check found."""
-    from .model import load
+    from ..model import load
 
     loaded = load(model)
     print(loaded, "", loaded.sites, "", loaded.check, sep="\n")
@@ -75,17 +74,17 @@ def check(
     out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
 ) -> None:
     """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
-    from .check import ENGINES, check_model
-    from .model import load
+    from ..check import ENGINES, check_model
+    from ..model import load
 
     loaded = load(model)
-    found = check_model(loaded, engine or ENGINES)
-    print(loaded, "", found, sep="\n")
+    battery = check_model(loaded, engine or ENGINES)
+    print(loaded, "", battery, sep="\n")
     if out is not None:
-        from .result import write
+        from ..result import write
 
-        write(out, f"{found}\n")
-    if found.failed:
+        write(out, f"{battery}\n")
+    if battery.failed:
         raise typer.Exit(1)
 
 
@@ -100,13 +99,13 @@ def bench(
     ] = None,
 ) -> None:
     """Time reads and edits on your model against hand-written hooks and other tools."""
-    from .bench import benchmark
-    from .model import load
+    from ..bench import benchmark
+    from ..model import load
 
     text = benchmark(load(model), rounds=rounds, n_tokens=tokens, extra=extra or [])
     print(text)
     if out is not None:
-        from .result import write
+        from ..result import write
 
         write(out, text + "\n")
 
@@ -122,7 +121,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interp: stopped", file=sys.stderr)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

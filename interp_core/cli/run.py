@@ -7,20 +7,21 @@ value: `--verify` is `--verify true`. A file after `--config` has any of them by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_settings, settings
-from .errors import PlanError
-from .plugins import find, registry
+from .. import settings
+from ..errors import PlanError
+from ..plugins import Plugin, find, registry
+from . import flags
 
 if TYPE_CHECKING:
-    from .result import Result
-    from .runs import RunFolder
+    from ..result import Result
+    from ..runs import RunFolder
 
 RUNNABLE = ("methods", "recipes")
 
@@ -28,9 +29,9 @@ RUNNABLE = ("methods", "recipes")
 def run(
     name: Annotated[str, typer.Argument(help="a method or a recipe (dist:name reaches a shadowed one)")],
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp plugins show NAME`")
+        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp run NAME --help`")
     ] = None,
-    given: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
     model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
@@ -39,26 +40,37 @@ def run(
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
 ) -> None:
-    """Run a method on text, or a recipe. `interp plugins show NAME` says what can be set, each by `--setting value`."""
+    """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`."""
     if name.startswith("-"):
         raise PlanError(f"interp run takes the name of a method or a recipe first, then its settings, not {name}")
-    both = all(name in registry(either).names() for either in RUNNABLE)
-    plugin = find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
+    plugin = runnable(name, kind, text)
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":
-        _method(value, words or [], given, options, config)
+        _method(value, words or [], assignments, options, config)
     elif plugin.kind == "recipes":
         options["text"] = text[0] if text and len(text) == 1 else text
-        _recipe(plugin.name, value, words or [], given, {k: v for k, v in options.items() if v is not None}, config)
+        _recipe(
+            plugin.name, value, words or [], assignments, {k: v for k, v in options.items() if v is not None}, config
+        )
     else:
         raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
+
+
+def runnable(name: str, kind: str | None = None, text: Sequence[str] | None = None) -> Plugin:
+    """The method or recipe of that name, not imported.
+
+    Raises:
+        PluginError: none.
+    """
+    both = all(name in registry(each).names() for each in RUNNABLE)
+    return find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
 
 
 @contextmanager
 def passed(pairs: list[str], **options: Any) -> Iterator[None]:
     """For a while, manifests of run folders have these settings as those that were passed."""
-    from .runs.session import PASSED
+    from ..runs.session import PASSED
 
     words = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
     more = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
@@ -69,16 +81,18 @@ def passed(pairs: list[str], **options: Any) -> Iterator[None]:
         PASSED.reset(token)
 
 
-def _method(kind: Any, words: list[str], given: list[str] | None, options: dict[str, Any], file: Path | None) -> None:
+def _method(
+    kind: Any, words: list[str], assignments: list[str] | None, options: dict[str, Any], file: Path | None
+) -> None:
     """A method on text: settings of its own, and those of every method."""
-    from .methods import Batching
+    from ..methods import Batching
 
     called = settings.joined(Batching, kind.Config)
-    pairs = cli_settings.pairs(kind.name, called, words, given)
+    pairs = flags.pairs(kind.name, called, words, assignments)
     values = settings.read(kind.name, called, pairs)
     if file is not None:
         known = {**called.model_fields, **options}
-        for key, value in cli_settings.read_file(file, kind.name, list(known)).items():
+        for key, value in flags.read_file(file, kind.name, list(known)).items():
             if key in options:
                 options[key] = value if options[key] is None else options[key]
             else:
@@ -90,7 +104,7 @@ def _method(kind: Any, words: list[str], given: list[str] | None, options: dict[
     batching = {key: values.pop(key) for key in Batching.model_fields if key in values}
     ready = kind()
     config = ready.configured(values)
-    from .model import load
+    from ..model import load
 
     loaded = load(model)
     record = {**_held(config), "text": text}
@@ -104,7 +118,7 @@ def _method(kind: Any, words: list[str], given: list[str] | None, options: dict[
 
 def _held(config: settings.Config) -> dict[str, Any]:
     """Settings as a manifest holds them; what is for Python alone (a tensor, a function) by its type."""
-    from .runs.identity import plain
+    from ..runs.identity import plain
 
     held = {}
     for key in type(config).model_fields:
@@ -119,7 +133,7 @@ def _opened(
     out: Path | str | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = ""
 ) -> RunFolder:
     """The run folder of something that keeps none itself."""
-    from . import runs
+    from .. import runs
 
     run = runs.open(out, values, recipe=name, model=model, dataset=dataset, free=("progress",), say=lambda line: None)
     run.claim(["result.json", "result.safetensors"], stage="result")
@@ -127,25 +141,30 @@ def _opened(
 
 
 def _recipe(
-    name: str, function: Any, words: list[str], given: list[str] | None, options: dict[str, Any], file: Path | None
+    name: str,
+    function: Any,
+    words: list[str],
+    assignments: list[str] | None,
+    options: dict[str, Any],
+    file: Path | None,
 ) -> None:
     config = settings.of_function(function)
-    pairs = cli_settings.pairs(f"recipe {name}", config, words, given)
+    pairs = flags.pairs(f"recipe {name}", config, words, assignments)
     for key in options:
         if key not in config.model_fields:
             raise PlanError(f"recipe {name} has no --{key}; its settings: {', '.join(config.model_fields) or 'none'}")
-    held = {} if file is None else cli_settings.read_file(file, f"recipe {name}", list(config.model_fields))
+    held = {} if file is None else flags.read_file(file, f"recipe {name}", list(config.model_fields))
     values = held | settings.read(f"recipe {name}", config, pairs) | options
     ready = settings.configured(f"recipe {name}", config, values)
     with passed(pairs, **{key: str(value) for key, value in held.items()} | options):
-        found = settings.call(function, ready)
-    if hasattr(found, "to_html") and hasattr(found, "save"):
+        returned = settings.call(function, ready)
+    if hasattr(returned, "to_html") and hasattr(returned, "save"):
         values = {key: value for key, value in _held(ready).items() if key != "out"}
         with _opened(options.get("out"), values, name) as run:
-            _keep(found, run)
-    elif found is not None:
-        print(found)
-    if code := getattr(found, "exit_code", 0):  # a verdict, say; 1 and 2 are those of errors
+            _keep(returned, run)
+    elif returned is not None:
+        print(returned)
+    if code := getattr(returned, "exit_code", 0):  # a verdict, say; 1 and 2 are those of errors
         raise typer.Exit(code)
 
 

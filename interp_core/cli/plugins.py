@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .errors import PluginError, nearest
-from .plugins import KINDS, OWN, SESSION, Plugin, find, registry
+from ..errors import PluginError, nearest
+from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
 
 COMMANDS = ("list", "show", "check", "new")
 SHOWN = ("kind", "name", "status", "dist", "version", "target")
@@ -27,12 +27,12 @@ class _ListFirst(TyperGroup):
         return super().parse_args(ctx, args if named else ["list", *args])
 
 
-plugins = typer.Typer(cls=_ListFirst, help="What is installed: list, show, check; or write a new one.")
+app = typer.Typer(cls=_ListFirst, help="What is installed: list, show, check; or write a new one.")
 Name = Annotated[str, typer.Argument(help="as listed; dist:name reaches a shadowed one")]
 Kind = Annotated[str | None, typer.Option(help=f"one of {', '.join(KINDS)}, where several have the name")]
 
 
-@plugins.command("list")
+@app.command("list")
 def list_(
     kind: Annotated[str | None, typer.Argument(help=f"one of {', '.join(KINDS)}")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
@@ -41,13 +41,13 @@ def list_(
     """List what is installed, broken ones included. Nothing is imported, unless asked for."""
     if kind is not None and kind not in KINDS:
         raise PluginError(f"no kind of plugin or command is called {kind!r}. {nearest(kind, [*KINDS, *COMMANDS])}")
-    found = [plugin for one in ([kind] if kind else KINDS) for plugin in registry(one)]
-    rows = [_facts(plugin) | (_looked_at(plugin) if verbose else {}) for plugin in found]
+    listed = [plugin for each in ([kind] if kind else KINDS) for plugin in registry(each)]
+    rows = [_facts(plugin) | (_looked_at(plugin) if verbose else {}) for plugin in listed]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(_columns([{key: str(row[key]) for key in SHOWN} for row in rows]))
-    for plugin, row in zip(found, rows, strict=True):
+    print(columns([{key: str(row[key]) for key in SHOWN} for row in rows]))
+    for plugin, row in zip(listed, rows, strict=True):
         if row["error"] and (verbose or row["status"] != "shadowed"):
             print(f"\n{plugin.label}: {row['error']}")
 
@@ -66,7 +66,7 @@ def _looked_at(plugin: Plugin) -> dict[str, Any]:
         except PluginError:
             pass  # it says so itself
         return {"status": plugin.status, "error": plugin.error}
-    from .probe import look
+    from ..probe import look
 
     seen = look(plugin.kind, plugin.name, plugin.target)
     if seen.error:
@@ -74,14 +74,14 @@ def _looked_at(plugin: Plugin) -> dict[str, Any]:
     return {} if plugin.hidden else {"status": "ok"}
 
 
-@plugins.command()
+@app.command()
 def show(
     name: Name,
     kind: Kind = None,
     as_json: Annotated[bool, typer.Option("--json", help="with the JSON schema of its settings")] = False,
 ) -> None:
     """What a plugin is, needs and can be set to. It is read in another process, under a time limit."""
-    from .probe import look
+    from ..probe import look
 
     plugin = find(name, (kind,) if kind else KINDS)
     facts = _facts(plugin)
@@ -106,27 +106,27 @@ def _page(plugin: Plugin, seen: Any) -> str:
     if seen.requires:
         parts.append(f"requires {', '.join(seen.requires)}")
     if seen.settings:
-        parts.append(_columns(seen.settings))
+        parts.append(columns(seen.settings))
     return "\n\n".join(part for part in parts if part)
 
 
-@plugins.command()
+@app.command()
 def check(
     name: Annotated[str, typer.Argument(help="as listed, or MODULE:CLASS of a method that is not installed")],
     kind: Kind = None,
     model: Annotated[
         str | None, typer.Option(help="what a method is run on: a toy, a folder, or a hub id; the toy that fits")
     ] = None,
-    given: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
 ) -> None:
     """Run the conformance kit; exit status 1 if anything fails."""
-    from . import settings, testing
+    from .. import settings, testing
 
     plugin = _installed_or_module(name, kind)
     report = testing.check_plugin(plugin)
     if plugin.kind == "methods" and report.rows[0].ok:
         value = plugin.load()
-        report = testing.check_method(value, model, settings=settings.read(name, value.Config, given or []))
+        report = testing.check_method(value, model, settings=settings.read(name, value.Config, assignments or []))
     print(report)
     raise typer.Exit(not report.ok)
 
@@ -141,21 +141,21 @@ def _installed_or_module(name: str, kind: str | None) -> Plugin:
     return Plugin(kind or "methods", "", name, SESSION, "")
 
 
-@plugins.command()
+@app.command()
 def new(
     name: Annotated[str, typer.Argument(help="a Python name: my_lens")],
     out: Annotated[Path | None, typer.Option(help="folder to write, ./NAME by default")] = None,
     kind: Annotated[str, typer.Option(help="what to write; method is the only one so far")] = "method",
 ) -> None:
     """Write a package with a working method, its test and its entry point."""
-    from .scaffold import write_package
+    from ..scaffold import write_package
 
     folder = write_package(name, out, kind)
     print(f"{folder} is a package with the method {name!r}. Next:\n")
     print(f"  pip install -e {folder}\n  interp plugins check {name}\n  interp run {name} --text 'Q: big'")
 
 
-def _columns(rows: list[dict[str, str]]) -> str:
+def columns(rows: list[dict[str, str]]) -> str:
     """Rows as lines with aligned columns; the last column as it comes."""
     if not rows:
         return "nothing"
