@@ -15,10 +15,10 @@ from interp_plugins.questions import Question, write_questions
 from interp_plugins.visual import gates
 from interp_plugins.visual.gates import Thresholds
 from interp_plugins.visual.records import Records
-from interp_recipes import visual_phase1_stages as stages
 from interp_recipes.visual_data import asked
 from interp_recipes.visual_phase1 import Phase1, visual_phase1
-from interp_recipes.visual_phase1_plan import Plan
+from interp_recipes.visual_phase1 import stages as stages
+from interp_recipes.visual_phase1.plan import Plan
 from typer.testing import CliRunner
 
 import interp_core as ic

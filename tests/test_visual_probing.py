@@ -13,11 +13,11 @@ import pytest
 import torch
 from interp_plugins.probe.compare import compare
 from interp_plugins.questions import Question, write_questions
-from interp_recipes import visual_probing_samples as samples_of_recipe
 from interp_recipes.visual_data import asked, dataset_of
+from interp_recipes.visual_probing import samples as samples_of_recipe
 from interp_recipes.visual_probing import visual_probing
-from interp_recipes.visual_probing_findings import Behaviour, Cliff, Findings, Position
-from interp_recipes.visual_probing_samples import MODES, ORIGINAL, RANDOM, label_of
+from interp_recipes.visual_probing.findings import Behaviour, Cliff, Findings, Position
+from interp_recipes.visual_probing.samples import MODES, ORIGINAL, RANDOM, label_of
 
 import interp_core as ic
 from interp_core import sites as S

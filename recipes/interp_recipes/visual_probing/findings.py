@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from interp_core import stats
 
-from .visual_probing_samples import BLIND, MODES, ORIGINAL, RANDOM
+from .samples import BLIND, MODES, ORIGINAL, RANDOM
 
 LEVEL = 0.05
 FEWEST = 10

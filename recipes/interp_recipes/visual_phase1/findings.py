@@ -24,9 +24,9 @@ from interp_plugins.visual.truncation import Drops, drops
 import interp_core as ic
 from interp_core import runs, stats
 
-from .visual_data import Row
-from .visual_phase1_plan import Plan
-from .visual_phase1_samples import REENCODED, Sample
+from ..visual_data import Row
+from .plan import Plan
+from .samples import REENCODED, Sample
 
 MAIN = "replace:blind"
 

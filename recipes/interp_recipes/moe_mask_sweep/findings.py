@@ -20,8 +20,8 @@ from jaxtyping import Float
 
 from interp_core import stats
 
-from .mask_orders import Variant
-from .mask_runs import Row, row_key
+from .measures import Row, row_key
+from .orders import Variant
 
 METRICS = ("nll_all", "nll_last", "top1", "exact", "score")
 RANDOM = ("random", "usage_random")

@@ -39,12 +39,12 @@ from interp_plugins.questions import Questions
 import interp_core as ic
 from interp_core import runs
 
-from . import visual_data
-from .visual_data import Asking, Dataset, Row
-from .visual_probing_findings import Behaviour, Cliff, Findings, Position
-from .visual_probing_probes import Grouping, Probing, probed
-from .visual_probing_report import files_of, write_all
-from .visual_probing_samples import (
+from .. import visual_data
+from ..visual_data import Asking, Dataset, Row
+from .findings import Behaviour, Cliff, Findings, Position
+from .probes import Grouping, Probing, probed
+from .report import files_of, write_all
+from .samples import (
     BLOCK,
     MODES,
     AskingProbes,

@@ -27,12 +27,12 @@ from interp_plugins.visual.truncation import answered
 import interp_core as ic
 from interp_core import runs
 
-from .visual_data import Asking, Row, each, note_bad, stacked
-from .visual_phase1_findings import Causal, Geometry, Truncation
-from .visual_phase1_gates import gate_rows
-from .visual_phase1_horizon import Removals
-from .visual_phase1_plan import Plan
-from .visual_phase1_samples import REENCODED, Sample, Samples
+from ..visual_data import Asking, Row, each, note_bad, stacked
+from .findings import Causal, Geometry, Truncation
+from .gates import gate_rows
+from .horizon import Removals
+from .plan import Plan
+from .samples import REENCODED, Sample, Samples
 
 ATTRIBUTION = "ifr"
 NO_DEPENDENCE = "not run: no visual dependence measurable"

@@ -10,7 +10,7 @@ from interp_plugins.visual.gates import Thresholds
 
 import interp_core as ic
 
-from .visual_phase1_samples import Mode
+from .samples import Mode
 
 GRID = 13
 """Layers of the truncation grid at most, where none is given; the last is L."""

@@ -12,9 +12,9 @@ from interp_plugins.visual.records import Effects
 import interp_core as ic
 from interp_core import stats
 
-from .visual_phase1_findings import MAIN, Causal, Geometry, Truncation
-from .visual_phase1_horizon import Removals
-from .visual_phase1_plan import Plan
+from .findings import MAIN, Causal, Geometry, Truncation
+from .horizon import Removals
+from .plan import Plan
 
 
 def gate_rows(cause: Causal, cut: Truncation, shape: Geometry, gone: Removals, plan: Plan) -> list[Gate]:

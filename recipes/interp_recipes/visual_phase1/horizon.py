@@ -20,10 +20,10 @@ from interp_plugins.visual.horizon import Claim, Horizon, claim, horizon, noise
 import interp_core as ic
 from interp_core import report, runs, stats
 
-from .visual_data import Asking, Row, note_bad
-from .visual_phase1_findings import Causal, Truncation
-from .visual_phase1_plan import Plan
-from .visual_phase1_samples import BLANK, Sample, Samples
+from ..visual_data import Asking, Row, note_bad
+from .findings import Causal, Truncation
+from .plan import Plan
+from .samples import BLANK, Sample, Samples
 
 RANKING = "attention"
 """What p0 pays to a token at the layer itself: a ranking that does not know the answer."""

@@ -11,8 +11,8 @@ from interp_plugins.visual.gates import Judgement
 import interp_core as ic
 from interp_core import report, runs
 
-from .visual_data import Row
-from .visual_phase1_charts import (
+from ..visual_data import Row
+from .charts import (
     WORDS,
     causal_charts,
     gates_chart,
@@ -20,10 +20,10 @@ from .visual_phase1_charts import (
     overlay_charts,
     truncation_charts,
 )
-from .visual_phase1_findings import Causal, Geometry, Truncation
-from .visual_phase1_horizon import Removals
-from .visual_phase1_plan import Plan
-from .visual_phase1_samples import Samples
+from .findings import Causal, Geometry, Truncation
+from .horizon import Removals
+from .plan import Plan
+from .samples import Samples
 
 PAGE = "visual_phase1.html"
 HORIZON = (

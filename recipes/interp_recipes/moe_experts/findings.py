@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from interp_plugins.pairs.pair import SIDES, Layout, Side
+from interp_plugins.pairs.pair import SIDES, Side
 from interp_plugins.pairs.routing import VIEWS, View, usage_of
 from interp_plugins.router.divergence import Chance
 from interp_plugins.router.points import Points, Shape, Thresholded, points_of, thresholded
@@ -18,8 +17,9 @@ from interp_plugins.router.usage import Usage, total_variation
 from jaxtyping import Float
 from torch import Tensor
 
-import interp_core as ic
 from interp_core import stats
+
+from .config import MoeExpertsConfig
 
 Curve = Literal["tv", "jaccard", "intersection"]
 CURVES: tuple[Curve, ...] = ("tv", "jaccard", "intersection")
@@ -27,34 +27,6 @@ LISTS = ("agentic_minus_assisted", "assisted_minus_agentic", "agentic")
 """Ranked lists of the last token's usage."""
 TOP = 20
 """Cells of a list that get intervals."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run was asked for; see `moe_experts`."""
-
-    top_k: int | None
-    threshold_percentile: float
-    threshold_min: float
-    max_samples: int | None
-    layout: Layout | None
-
-    def check(self, shape: Shape | None = None) -> None:
-        """Refuse what is out of range, as far as it is known without the model.
-
-        Raises:
-            PlanError: naming setting and range.
-        """
-        if not 0 <= self.threshold_percentile <= 100:
-            raise ic.PlanError(f"threshold_percentile is {self.threshold_percentile}: give 0 to 100")
-        if not 0 <= self.threshold_min < math.inf:
-            raise ic.PlanError(f"threshold_min is {self.threshold_min}: give 0 or more, a finite number")
-        most = None if shape is None else shape.n_experts
-        if self.top_k is not None and (self.top_k < 1 or (most is not None and self.top_k > most)):
-            raise ic.PlanError(
-                f"top_k is {self.top_k}: give 1 to {most or 'the number of experts'}, or leave it out for the model's "
-                "own"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +43,7 @@ class Findings:
         source: where the pairs came from.
     """
 
-    settings: Settings
+    settings: MoeExpertsConfig
     shape: Shape
     names: Sequence[str]
     sums: Mapping[str, Tensor]

@@ -5,50 +5,65 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_plugins.pairs.pair import Layout
 from interp_plugins.router.points import LayerIndex, Points
 
 import interp_core as ic
 from interp_core import runs
 
-from .mask_orders import ORDERS, Mode, modes_of, sizes_of
-from .mask_runs import SCOPES, Scope
-from .mask_scores import Scorer, scorer_of
+from ..configs import PairsConfig
+from .measures import Scope
+from .orders import ORDERS, Mode, modes_of, sizes_of
+from .scores import Scorer, scorer_of
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `moe_mask_sweep` was given; see there."""
+class MoeMaskSweepConfig(PairsConfig):
+    """Which experts are banned, in which order, where, and what is measured.
 
-    model_path: str
+    Attributes:
+        points: ranked cells, as `moe_experts` writes them, or the original scripts.
+        pair_tokens_json: pairs of contexts that share a target, as docs/moe_pairs.md has them.
+        out_dir: folder of the run (None: results/{model}/{dataset}/{timestamp}-moe_mask_sweep-{hash}).
+        sizes: how many cells to ban, as 15,20,25 (None: 15 to 100 in steps of 5, as far as there are points).
+        mode: replace (others take the slots), keep (the rest of the set, rescaled), drop (not rescaled); also
+            replace_topk, keep_topk; several by commas.
+        order: descending, reversed, random, usage_random; several by commas.
+        random_orders: of each random kind.
+        scope: where experts are banned: all tokens, the targets, the positions that predict them, or a segment.
+        segment: start and stop of the segment, counted over the context's tokens.
+        layer_index: how an old points file counts layers, where the model has dense ones: decoder or router.
+        super_experts: a JSON list of [layer, expert]; points that are among them are warned of.
+        scorer: exact_match, code, or module:function; see `interp_recipes.moe_mask_sweep.scores`.
+        problems: of the scorer `code`: JSON lines as HumanEval has them.
+        execute_code: let the scorer `code` run programs that the model wrote.
+        code_seconds: what such a program may take of time,
+        code_megabytes: and of memory.
+        max_new_tokens: that the model writes for a scorer (None: as many as the targets are).
+        seed: of random orders and of bootstrap samples.
+        resamples: bootstrap samples.
+    """
+
     points: Path
     pair_tokens_json: Path
-    out_dir: Path | None
-    sizes: Sequence[int] | str | None
-    mode: Sequence[str] | str
-    order: Sequence[str] | str
-    random_orders: int
-    scope: Scope
-    segment: Sequence[int] | None
-    layout: Layout | None
-    layer_index: LayerIndex | None
-    super_experts: Path | None
-    scorer: str | None
-    problems: Path | None
-    execute_code: bool
-    code_seconds: float
-    code_megabytes: int
-    max_new_tokens: int | None
-    max_samples: int | None
-    seed: int
-    resamples: int
-    device: str | None
-    dtype: str | None
-    strict: bool
+    out_dir: Path | None = None
+    sizes: list[int] | str | None = None
+    mode: list[str] | str = "replace"
+    order: list[str] | str = "descending,reversed,random,usage_random"
+    random_orders: int = 5
+    scope: Scope = "all"
+    segment: list[int] | None = None
+    layer_index: LayerIndex | None = None
+    super_experts: Path | None = None
+    scorer: str | None = None
+    problems: Path | None = None
+    execute_code: bool = False
+    code_seconds: float = 10.0
+    code_megabytes: int = 1024
+    max_new_tokens: int | None = None
+    seed: int = 0
+    resamples: int = 2000
 
     @property
     def modes(self) -> list[Mode]:
@@ -107,8 +122,6 @@ class Settings:
         _ = self.modes
         if {"random", "usage_random"} & set(self.kinds) and self.random_orders < 5:
             raise ic.PlanError(f"random_orders is {self.random_orders}: give 5 at least, or leave random orders out")
-        if self.scope not in SCOPES:
-            raise ic.PlanError(f"there is no scope {self.scope!r}. {ic.errors.nearest(self.scope, SCOPES)}")
         whole = self.segment is None or len(self.segment) == 2
         if (self.scope == "segment") != (self.segment is not None) or not whole:
             raise ic.PlanError(

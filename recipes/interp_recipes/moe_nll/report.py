@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,8 @@ import interp_core as ic
 from interp_core import report, runs
 from interp_core.report import Curves as Chart
 
-Kind = Literal["none", "exact", "topk_rest", "topk_renorm"]
+from .config import Settings
+
 FIGURES, TABLES = "figures/nll_core", "tables"
 PAGE = "nll_core.html"
 WHOSE = {"all": "all targets", "last": "the last target"}
@@ -36,21 +36,6 @@ JS = {
     "line is the upper bound that follows from it",
     "topk_renorm": "of the {k} likeliest tokens of either side alone, renormalised: no bound of the exact one",
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """On what the numbers depend, beside model and pairs.
-
-    Attributes:
-        js_mode, js_topk, max_tokens: as of the recipe; js_topk is None where nothing looks at it.
-        states: where streams came from: "forward", "store" or "pt".
-    """
-
-    js_mode: Kind
-    js_topk: int | None
-    max_tokens: int | None
-    states: str
 
 
 def write_all(

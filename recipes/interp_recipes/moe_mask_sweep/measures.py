@@ -26,10 +26,9 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from .mask_orders import Variant
+from .orders import Variant
 
 Scope = Literal["all", "targets", "predicting", "segment"]
-SCOPES: tuple[Scope, ...] = ("all", "targets", "predicting", "segment")
 Row = dict[str, Any]
 TOLERANCE = 1e-3
 """Nats by which a sweep and a forward pass of a model may differ in any dtype; what is larger is no rounding."""

@@ -19,7 +19,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from .visual_probing_samples import MODES, Sample, Shown, states_at
+from .samples import MODES, Sample, Shown, states_at
 
 Grouping = Literal["image", "image_and_question"]
 SAME = 1e-4

@@ -16,7 +16,7 @@ from interp_plugins.pairs.routing import VIEWS, View
 import interp_core as ic
 from interp_core import report, runs
 
-from .moe_experts_findings import CURVES, LISTS, TOP, Curve, Findings
+from .findings import CURVES, LISTS, TOP, Curve, Findings
 
 FIGURES, TABLES, PAGE = "figures/expert_core", "tables", "expert_core_report.html"
 CURVE_NAMES: dict[Curve, str] = {
@@ -216,7 +216,7 @@ def summary(findings: Findings, model: ic.Model) -> dict[str, Any]:
         "n_layers": shape.n_layers, "moe_layers": list(findings.layers), "n_experts": shape.n_experts,
         "model_top_k": shape.top_k, "top_k": findings.top_k, "sets": "executed" if findings.executed else "re-ranked",
         "weights": "normalised over the set; usage averaged over targets, curves over samples", "data": findings.source,
-        "settings": vars(findings.settings), "layouts": list(findings.layouts), "samples": list(findings.names),
+        "settings": findings.settings.identity, "layouts": list(findings.layouts), "samples": list(findings.names),
         "n_samples": len(findings.names), "n_targets": sum(findings.targets),
         "threshold": {view: findings.thresholded[view].threshold for view in VIEWS},
         "cells": {
@@ -261,7 +261,7 @@ def page(
                 report.table(rows),
             )
         )
-    settings = [{"setting": name, "value": str(value)} for name, value in vars(findings.settings).items()]
+    settings = [{"setting": name, "value": str(value)} for name, value in findings.settings.identity.items()]
     left = report.table([dict(row) for row in findings.dropped])
     sections += [
         report.Section("Left out", "Samples that could not be used, and targets of others, with the reason.", left),

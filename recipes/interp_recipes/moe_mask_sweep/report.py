@@ -13,7 +13,7 @@ from interp_plugins.router.points import Points
 
 from interp_core import report, runs
 
-from .mask_findings import RANDOM, Findings
+from .findings import RANDOM, Findings
 
 PAGE = "mask_sweep_report.html"
 NAMES = {

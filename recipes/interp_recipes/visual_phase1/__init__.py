@@ -38,13 +38,13 @@ from interp_plugins.visual.horizon import SUBSETS
 import interp_core as ic
 from interp_core import runs
 
-from . import visual_data
-from .visual_data import Asking, Dataset
-from .visual_phase1_horizon import removals
-from .visual_phase1_plan import Plan
-from .visual_phase1_report import files_of, write_all
-from .visual_phase1_samples import Mode, Samples, drawn
-from .visual_phase1_stages import causal, checkpoint, geometry, overlay, sanity, truncation
+from .. import visual_data
+from ..visual_data import Asking, Dataset
+from .horizon import removals
+from .plan import Plan
+from .report import files_of, write_all
+from .samples import Mode, Samples, drawn
+from .stages import causal, checkpoint, geometry, overlay, sanity, truncation
 
 PROFILES: Mapping[str, Mapping[str, int]] = {
     "smoke": {"pilots": 8, "samples": 10, "horizon_samples": 10, "resamples": 500},

@@ -8,8 +8,8 @@ from pathlib import Path
 import interp_core as ic
 from interp_core import report, runs
 
-from .visual_probing_findings import Findings, Position, Row
-from .visual_probing_samples import BLIND
+from .findings import Findings, Position, Row
+from .samples import BLIND
 
 PAGE, RECORD = "visual_probing.html", "probing.json"
 TABLES = tuple(f"tables/{name}.csv" for name in ("probing", "curves", "behaviour", "skipped"))

@@ -25,7 +25,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs, vision
 
-from .visual_data import Asking, Row, asked, demand_one_image, each, note_bad, stacked
+from ..visual_data import Asking, Row, asked, demand_one_image, each, note_bad, stacked
 
 ORIGINAL, RANDOM = "original", "blind_randomimage"
 BLIND = {"blind_black": "black", "blind_mean": "mean", RANDOM: "random"}

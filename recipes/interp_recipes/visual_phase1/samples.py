@@ -18,7 +18,7 @@ from interp_plugins.questions import Question, Questions
 import interp_core as ic
 from interp_core import vision
 
-from .visual_data import Asking, Row, asked, demand_one_image, note_bad
+from ..visual_data import Asking, Row, asked, demand_one_image, note_bad
 
 Mode = Literal["random", "black", "mean"]
 REENCODED, BLANK = "reencoded", "blank"

@@ -12,8 +12,8 @@ from interp_plugins.visual.threshold import histogram
 
 from interp_core import report
 
-from .visual_phase1_findings import Causal, Geometry, Truncation
-from .visual_phase1_plan import Plan
+from .findings import Causal, Geometry, Truncation
+from .plan import Plan
 
 WORDS = {
     "G0": "sanity", "G1": "image", "G2": "cliff", "G3": "truncation", "G4": "depth", "G5": "geometry", "G7": "ranking",
