@@ -15,7 +15,7 @@ from interp_plugins.questions import Question, write_questions
 from interp_plugins.visual import gates
 from interp_plugins.visual.gates import Thresholds
 from interp_plugins.visual.records import Records
-from interp_recipes.visual_data import asked
+from interp_recipes.visual_data import question_tokens
 from interp_recipes.visual_phase1 import Phase1, visual_phase1
 from interp_recipes.visual_phase1 import stages as stages
 from interp_recipes.visual_phase1.plan import Plan
@@ -47,7 +47,9 @@ def data(tiny_vl: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = []
     for question, other in zip(asks, black, strict=True):
         seen, dark = (
-            model.run(asked(model, question, [image])).logits.as_subclass(torch.Tensor)[0, -1].log_softmax(-1)[ids]
+            model.run(question_tokens(model, question, [image]))
+            .logits.as_subclass(torch.Tensor)[0, -1]
+            .log_softmax(-1)[ids]
             for image in (question.images[0], other)
         )
         best = WORDS[int((seen - dark).argmax())]
@@ -158,7 +160,7 @@ def test_records_are_those_of_the_method(done: tuple[Path, Phase1], tiny_vl: str
     question = next(question for question in read_questions("plain", data) if question.name == name)
     picture = question.pictures()[0]
     shown = [picture, vision.blind_images([picture], "black").images[0]]
-    clean, blind = (asked(model, question, [image], question.answers[0]) for image in shown)
+    clean, blind = (question_tokens(model, question, [image], question.answers[0]) for image in shown)
     result = ic.method("visual")(model, clean, blind={"black": blind}, interventions=["replace:blind"])
     stored = [row["delta"] for row in records if row["sample"] == name and row["intervention"] == "replace:blind"]
     np.testing.assert_allclose(stored, result.delta[0, 0].tolist(), rtol=0, atol=1e-6)
@@ -176,7 +178,7 @@ def test_the_horizon_is_of_what_the_model_itself_says(done: tuple[Path, Phase1],
     said = {row["cell"]: row.get("text") for row in rows(out / "truncation/answers.jsonl")}
     assert text == said[f"{name} @ {LAYERS}"]
     question = next(question for question in read_questions("plain", data) if question.name == name)
-    tokens = asked(model, question, question.pictures(), text)
+    tokens = question_tokens(model, question, question.pictures(), text)
     found = ic.method("information_horizon")(
         model, tokens, keep=[0.5], ranking="attention", tokens=2, layers=[cells[0]["layer"]]
     )
@@ -263,7 +265,9 @@ def test_no_visual_dependence_ends_with_its_message(
     for i, (image, other) in enumerate(zip(pictures, black, strict=True)):
         question = Question(f"q{i}", (image,), "what is on the left ?", ("red",), "drawn")
         seen, dark = (
-            model.run(asked(model, question, [x])).logits.as_subclass(torch.Tensor)[0, -1].log_softmax(-1)[ids]
+            model.run(question_tokens(model, question, [x]))
+            .logits.as_subclass(torch.Tensor)[0, -1]
+            .log_softmax(-1)[ids]
             for x in (image, other)
         )
         questions.append(Question(f"q{i}", (image,), question.question, (WORDS[int((seen - dark).argmin())],), "drawn"))

@@ -18,7 +18,7 @@ from interp_plugins.questions import Question, Questions
 import interp_core as ic
 from interp_core import vision
 
-from ..visual_data import Asking, Row, asked, demand_one_image, note_bad
+from ..visual_data import Asking, Row, demand_one_image, note_bad, question_tokens
 
 Mode = Literal["random", "black", "mean"]
 REENCODED, BLANK = "reencoded", "blank"
@@ -66,7 +66,7 @@ class Sample:
     def tokens(self, model: ic.Model, asking: Asking, mode: str = "", *, answer: bool | str = True) -> ic.Tokens:
         """The question as a row of tokens, with its own image or another; with its answer, or another text as such."""
         text = self.answer if answer is True else answer or None
-        return asked(
+        return question_tokens(
             model, self.question, [self.shown(mode)], text, prompt=asking.prompt,
             max_model_len=asking.max_model_len, more=0 if answer else asking.max_new_tokens,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs, vision
 
-from ..visual_data import Asking, Row, asked, demand_one_image, each, note_bad, stacked
+from ..visual_data import Asking, Row, demand_one_image, each, note_bad, question_tokens, stacked
 
 ORIGINAL, RANDOM = "original", "blind_randomimage"
 BLIND = {"blind_black": "black", "blind_mean": "mean", RANDOM: "random"}
@@ -180,7 +180,7 @@ def _sample(model: ic.Model, question: Question, classes: Sequence[str], asking:
 
 
 def _tokens(model: ic.Model, question: Question, image: Any, asking: Asking) -> ic.Tokens:
-    return asked(
+    return question_tokens(
         model, question, [image], prompt=asking.prompt, max_model_len=asking.max_model_len, more=asking.max_new_tokens
     )
 
