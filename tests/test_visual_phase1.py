@@ -16,7 +16,7 @@ from interp_plugins.visual import gates
 from interp_plugins.visual.gates import Thresholds
 from interp_plugins.visual.records import Records
 from interp_recipes.visual_data import question_tokens
-from interp_recipes.visual_phase1 import Phase1, visual_phase1
+from interp_recipes.visual_phase1 import Phase1, VisualPhase1Config, visual_phase1
 from interp_recipes.visual_phase1 import stages as stages
 from interp_recipes.visual_phase1.plan import Plan
 from typer.testing import CliRunner
@@ -85,9 +85,9 @@ def done(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_measured", until)
         with pytest.raises(KeyboardInterrupt):
-            visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
+            visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=out, **QUICK))
         assert not (out / "DONE").exists()
-        return out, visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
+        return out, visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=out, **QUICK))
 
 
 def read(path: Path) -> Any:
@@ -216,12 +216,16 @@ def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
     monkeypatch.setattr(stages, "_measured", lambda *args: told.append(("causal", args)) or [])
     answers = stages._answers
     monkeypatch.setattr(stages, "_answers", lambda *args: told.append(("answers", args[3])) or answers(*args))
-    visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
+    visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=out, **QUICK))
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert not told and changed <= {"manifest.json", "DONE"}
     causal = read(out / "causal/causal.json")
     asked_for = 1 if causal["cliff_boundary"] != 1 else 2
-    more = visual_phase1(tiny_vl, data_path=data, out=out, cliff_boundary=asked_for, causal_record="0" * 64, **QUICK)
+    more = visual_phase1(
+        VisualPhase1Config(
+            model=tiny_vl, data_path=data, out=out, cliff_boundary=asked_for, causal_record="0" * 64, **QUICK
+        )
+    )
     assert not told and more.verdict == "STOP"  # the grid has all layers of this model
     again = read(out / "causal/causal.json")
     assert again["cliff_boundary"] == asked_for and again["records"] == causal["records"]
@@ -301,7 +305,7 @@ def test_the_battery_refuses_to_go_on(
 
     monkeypatch.setattr(ic, "load", broken)
     with pytest.raises(ic.CapabilityError, match="the run stops here"):
-        visual_phase1(tiny_vl, data_path=data, out=tmp_path / "run", **QUICK)
+        visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=tmp_path / "run", **QUICK))
     assert not read(tmp_path / "run/sanity.json")["ok"] and not (tmp_path / "run/causal").exists()
 
 
@@ -317,7 +321,7 @@ def test_settings_that_cannot_be(tiny_vl: str, data: Path) -> None:
         ({"random_subsets": 4}, "random_subsets is 4: give at least 5"),
     ]:
         with pytest.raises(ic.PlanError, match=said):
-            visual_phase1(tiny_vl, data_path=data, out=None, **QUICK | more)
+            visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=None, **QUICK | more))
 
 
 @pytest.mark.slow
