@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,3 +72,9 @@ class PairsConfig(DeviceConfig):
             raise error
         print(f"  left out {name}: {error}", file=sys.stderr)
         dropped.append({"sample": name, "reason": str(error)})
+
+
+def words(names: Sequence[str] | str) -> list[str]:
+    """Names that are given one by one, or joined by commas as the published commands take them."""
+    listed = [names] if isinstance(names, str) else names
+    return [word.strip() for part in listed for word in part.split(",") if word.strip()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from interp_plugins.router.points import LayerIndex, Points
 import interp_core as ic
 from interp_core import runs
 
-from ..configs import PairsConfig
+from ..configs import PairsConfig, words
 from .measures import Scope
 from .orders import ORDERS, Mode, modes_of, sizes_of
 from .scores import Scorer, scorer_of
@@ -68,7 +67,7 @@ class MoeMaskSweepConfig(PairsConfig):
     @property
     def modes(self) -> list[Mode]:
         """Modes of masks, each once."""
-        return modes_of(_words(self.mode))
+        return modes_of(words(self.mode))
 
     @property
     def kinds(self) -> list[str]:
@@ -77,13 +76,13 @@ class MoeMaskSweepConfig(PairsConfig):
         Raises:
             PlanError: no such order, or none.
         """
-        words = _words(self.order)
-        for word in words:
-            if word not in ORDERS:
-                raise ic.PlanError(f"there is no order {word!r}. {ic.errors.nearest(word, ORDERS)}")
-        if not words:
+        names = words(self.order)
+        for name in names:
+            if name not in ORDERS:
+                raise ic.PlanError(f"there is no order {name!r}. {ic.errors.nearest(name, ORDERS)}")
+        if not names:
             raise ic.PlanError(f"give an order: {', '.join(ORDERS)}")
-        return [kind for kind in ORDERS if kind in words]
+        return [kind for kind in ORDERS if kind in names]
 
     def numbers(self, points: Points) -> list[int]:
         """How many cells are banned at a time.
@@ -93,10 +92,10 @@ class MoeMaskSweepConfig(PairsConfig):
         """
         if not isinstance(self.sizes, str):
             return sizes_of(self.sizes, points)
-        words = _words(self.sizes)
-        if not all(word.isdigit() for word in words):
+        sizes = words(self.sizes)
+        if not all(size.isdigit() for size in sizes):
             raise ic.PlanError(f"sizes are whole numbers from 1, as 15,20,25, not {self.sizes!r}; N = 0 is always run")
-        return sizes_of([int(word) for word in words], points)
+        return sizes_of([int(size) for size in sizes], points)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -164,8 +163,3 @@ class MoeMaskSweepConfig(PairsConfig):
         if hit:
             print(f"  among the first {most} points are super experts {hit}: a mask of one alone may ruin the model")
         return hit
-
-
-def _words(value: Sequence[str] | str) -> list[str]:
-    """Names, given one by one or joined by commas."""
-    return [word.strip() for part in ([value] if isinstance(value, str) else value) for word in part.split(",") if word]
