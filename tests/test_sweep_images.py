@@ -24,7 +24,7 @@ from interp_core.batches import some_rows
 from interp_core.engines.called import Called
 from interp_core.engines.tower import Tower
 from interp_core.sweep import runner
-from interp_core.sweep.plan import SHORT
+from interp_core.sweep.place import SHORT
 from interp_core.vision.corner import shorter
 
 JUDGED = score.logit_diff(3, 9)

@@ -281,6 +281,9 @@ def test_older_folders_are_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ic.PlanError, match="holds a sweep of format None"):
         swept(model, (IDS, ZERO, LOGIT), tmp_path)
     assert (tmp_path / "sweep.safetensors").read_bytes() == before
+    save_file({"values": torch.ones(1, 1, 1)}, tmp_path / "sweep.safetensors", {"format": "interp-sweep/4"})
+    with pytest.raises(ic.PlanError, match=r"holds a sweep of format interp-sweep/4, not interp-sweep/5; give another"):
+        swept(model, (IDS, ZERO, LOGIT), tmp_path)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "one row", "no padding"])

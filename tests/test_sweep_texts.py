@@ -14,7 +14,8 @@ from tolerances import close
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
-from interp_core.sweep import clean, plan, staircase
+from interp_core.strategy_checks import Relief
+from interp_core.sweep import clean, staircase
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3, 44, 31, 18], [21, 7, 55, 30, 62, 11, 4])
 JUDGED = score.logit_diff(torch.tensor([3, 7, 12]), torch.tensor([9, 11, 2]))
@@ -111,7 +112,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
     passing = clean.clean_pass
     sizes: list[int] = []
 
-    def narrow(*args: object, **kwargs: object) -> clean.Clean:
+    def narrow(*args: object, **kwargs: object) -> clean.CleanPass:
         sizes.append(len(args[3].real))  # type: ignore[attr-defined]
         if sizes[-1] > 1:
             raise torch.OutOfMemoryError("on purpose")
@@ -139,7 +140,7 @@ def test_a_model_that_takes_no_texts_together_takes_them_alone(monkeypatch: pyte
     model = ic.load(testing.tiny("llama"))
     found = model.sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
     assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
-    assert "these shapes do not fit" in model.tried[plan.APART]
+    assert "these shapes do not fit" in model.strategy_checks.reliefs[Relief.APART]
     torch.testing.assert_close(found.values, wanted.values, atol=1e-5, rtol=1e-5)
 
 

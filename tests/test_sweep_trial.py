@@ -72,7 +72,7 @@ def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pyte
     assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
     told = choose.clean_pass
 
-    def silent(*args: object, **kwargs: object) -> clean.Clean:
+    def silent(*args: object, **kwargs: object) -> clean.CleanPass:
         return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
 
     monkeypatch.setattr(choose, "clean_pass", silent)

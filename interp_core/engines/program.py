@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,9 @@ class LocalEngine:
     program: ClassVar[type[HookProgram]]
     attends = True
     """Whether `forward` can keep what attention was called with."""
+    runs_rows: ClassVar[bool] = False
+    """Whether sweeps may run passes of their own on it: `TorchProgram`s on the user's own modules, in which rows join
+    late and only some columns are there. A class says so of itself; a subclass may run otherwise, and says it again."""
 
     def __init__(self, model: Any, *beside: nn.Module) -> None:
         self.model = model
@@ -117,6 +120,11 @@ class LocalEngine:
     def release(self) -> None:
         """End it."""
         del self.turn.running[-1]
+
+
+def runs_rows(engine: object) -> TypeGuard[LocalEngine]:
+    """Whether sweeps may run passes of many rows on an engine."""
+    return isinstance(engine, LocalEngine) and bool(vars(type(engine)).get("runs_rows"))
 
 
 def with_same_weights(model: Any) -> Any:

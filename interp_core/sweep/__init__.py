@@ -32,6 +32,7 @@ from ..score import Score
 from ..session import Input, Session
 from ..sites import ROUTING, TENSOR_OPS, Edit, Site
 from .choose import cheapest_strategy
+from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
 from .store import opened
@@ -88,15 +89,14 @@ class Sweep:
         Raises:
             SiteError, PositionError, PlanError, CapabilityError: as `model.sweep`.
         """
-        listed, scores = checked(variants, score, memory_budget, None)
+        variants, scores = checked(variants, score, memory_budget, None)
         with torch.inference_mode(False):
             with model.turn:
                 model.renew()
-            tokens, edits, scores = _ready(model, x, listed, scores, strategy)
+            tokens, listed, scores = _ready(model, x, variants, scores, strategy)
+            placer = Placer(model, tokens, listed, scores, memory_budget)
             chosen, why, trial = cheapest_strategy(model, tokens, strategy)
-            plan = Runner(model, tokens, edits, scores, memory_budget).plan(
-                chosen, why, torch.zeros(len(edits), len(tokens), dtype=torch.bool)
-            )
+            plan = placer.plan(chosen, why, model.strategy_checks.reliefs)
         plan.trial = trial
         return plan
 
@@ -140,17 +140,19 @@ def sweep(
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens, listed, scores = _ready(model, x, variants, scores, strategy)
-    runner = Runner(model, tokens, listed, scores, budget)
-    tower = Tower(model.hf) if tokens.inputs else None
-    runner.tower = None if runner.inside(tower) else tower
+    placer = Placer(model, tokens, listed, scores, budget)
     with opened(out, model, tokens, listed, scores) as store:
-        chosen, why, trial = cheapest_strategy(model, tokens, strategy, tower)
-        plan = runner.plan(chosen, why, store.done)
-        plan.trial = trial
-        with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
-            clean = runner.run(plan, store, told)
-    parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
-    return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
+        if store.finished:  # a strategy is not even tried
+            plan = placer.plan(strategy, "all scores are in the folder", {}, store)
+        else:
+            tower = Tower(model.hf) if tokens.inputs else None
+            chosen, why, trial = cheapest_strategy(model, tokens, strategy, tower)
+            plan = placer.plan(chosen, why, model.strategy_checks.reliefs, store)
+            plan.trial = trial
+            with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
+                Runner(model, tokens, plan, scores, store, tower).run(told)
+    by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
+    return tuple(Sweep(values, clean, store.moved, listed, score.name, plan) for values, clean, score in by_score)
 
 
 def _ready(
