@@ -74,7 +74,7 @@ def check(
     out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
 ) -> None:
     """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
-    from ..checks.battery import check_model
+    from ..batteries.sites import check_model
     from ..model import load
 
     loaded = load(model)
