@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,25 @@ class SiteAccess:
     def idle(self) -> bool:
         """Whether this pass has none of it."""
         return self.bound is None and not self.selection.whole
+
+
+class Change(Protocol):
+    """What acts on the tensor that passes a hook: a `SiteEdit`, or the edits of many rows of a sweep.
+
+    Attributes:
+        point: where the value is.
+    """
+
+    point: HookPoint
+
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point it at the rows of a pass."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What the model goes on with."""
+
+    def derive(self, call: Call) -> None:
+        """The same for a value that the hook point computes."""
 
 
 class SiteRead(SiteAccess):
@@ -284,14 +303,32 @@ class SiteEdit(SiteAccess):
 
 
 class ModuleHook:
-    """Everything that a plan does at one side of one module, or at one part of its attention."""
+    """Everything that a plan does at one side of one module, or at one part of its attention.
 
-    __slots__ = ("_name", "capture", "captured", "changes", "edited", "module", "needs", "point", "reads", "state")
+    Attributes:
+        changes: the plan's edits here, in their order.
+        acting: what carries them out: themselves, unless a program puts something in their place.
+    """
+
+    __slots__ = (
+        "_name",
+        "acting",
+        "capture",
+        "captured",
+        "changes",
+        "edited",
+        "module",
+        "needs",
+        "point",
+        "reads",
+        "state",
+    )
 
     def __init__(self, state: PassState, module: nn.Module, point: HookPoint) -> None:
         self.state, self.module, self.point = state, module, point
         self.reads: list[SiteRead] = []
         self.changes: list[SiteEdit] = []
+        self.acting: Sequence[Change] = self.changes
         self.needs: Sequence[ModuleHook] = ()
         self.capture = False
         self.captured: Tensor | None = None
@@ -424,13 +461,13 @@ class ModuleHook:
                         state.record.values[number] = x
                     return x
                 if window is not None and n_keys < window.stop:  # a sliding window has dropped the first keys
-                    self._bind([*self.changes, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
+                    self._bind([*self.acting, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
                 return self._through(x)
             return self._keyed(x, n_keys, window)
 
         return stage
 
-    def _bind(self, accesses: Sequence[SiteAccess], window: Window) -> None:
+    def _bind(self, accesses: Sequence[Change | SiteRead], window: Window) -> None:
         for access in accesses:
             access.bind(self.state.rows, window)
 
@@ -440,7 +477,7 @@ class ModuleHook:
         state, first = self.state, window.stop - n_keys
         before = window.start - first
         own = changed = x[:, :, before:]
-        for change in self.changes:
+        for change in self.acting:
             changed = change.apply(changed)
         if changed is not own or self.edited is not None:
             earlier = x[:, :, :before] if self.edited is None else self.edited[:, :, self.edited.shape[2] - before :]
@@ -459,7 +496,7 @@ class ModuleHook:
             for read in [one for one in reads if one.entry.write is not one.point]:
                 x = read.keep(x, state)
             reads = [one for one in reads if one.entry.write is one.point]
-        for change in self.changes:
+        for change in self.acting:
             x = change.apply(x)
         for read in reads:
             x = read.keep(x, state)
@@ -474,7 +511,7 @@ class ModuleHook:
         state = self.state
         call.shape = state.shape
         call.needs = tuple(module_hook.captured for module_hook in self.needs)  # type: ignore[misc]
-        for change in self.changes:
+        for change in self.acting:
             if change.point.get is None:
                 call.first = change.apply(call.first)
             else:

@@ -148,6 +148,20 @@ def _real(rows: Rows, window: Window | None) -> Tensor | None:
     return real[:, start:stop]
 
 
+def write_point(atlas: Atlas, edit: Edit, entry: Entry) -> HookPoint:
+    """Where an edit acts in a layer: a knockout of a pattern on the scores, where these are open.
+
+    Raises:
+        CapabilityError: nowhere, and why.
+    """
+    if entry.write is None:
+        raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
+    scores = atlas.entries.get(("scores", entry.layer))
+    if edit.op == "knockout" and scores is not None and scores.write is not None:
+        return replace(scores.write, rank=1)
+    return entry.write
+
+
 class HookProgram(ABC):
     """A plan as hooks: what is done at each place that it touches. See `Program`.
 
@@ -229,12 +243,7 @@ class HookProgram(ABC):
         changes = []
         for number, edit in enumerate(edits):
             for entry in self.atlas.select(edit.site):
-                point = entry.write
-                if point is None:
-                    raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
-                scores = self.atlas.entries.get(("scores", entry.layer))
-                if edit.op == "knockout" and scores is not None and scores.write is not None:
-                    point = replace(scores.write, rank=1)
+                point = write_point(self.atlas, edit, entry)
                 changes.append(self._change(number, edit, entry, point))
                 self._hook(point).changes.append(changes[-1])
         for hook in self._hook_at.values():

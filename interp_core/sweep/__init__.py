@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..engines.program import write_point
+from ..engines.selection import Selection
 from ..engines.tower import Tower
 from ..errors import PlanError, nearest, several, wrong
 from ..plan import Plan
@@ -170,7 +172,11 @@ def _ready(
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
     with model.turn:
-        model.engine.compile(Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas)
+        # every edit's site by itself; values and positions, and what edits do to each other, once for variants alike
+        for edit in {(edit.site, edit.op): edit for edits in listed for edit in edits}.values():
+            for entry in model.atlas.select(edit.site):
+                write_point(model.atlas, edit, entry)
+                Selection(edit.site, entry.n_units)
         for edits in {tuple(map(_kind, edits)): edits for edits in listed}.values():
             model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     return tokens, listed, scores
@@ -186,8 +192,8 @@ def _kind(edit: Edit) -> tuple[Any, ...]:
 
 
 def _listed(variants: Iterable[Variant]) -> tuple[tuple[Edit, ...], ...]:
-    given = [[variant] if isinstance(variant, (Edit, Site)) else variant for variant in variants]
-    listed = tuple(tuple(edits) for edits in given)
+    several_edits = ([variant] if isinstance(variant, (Edit, Site)) else variant for variant in variants)
+    listed = tuple(tuple(edits) for edits in several_edits)
     if not listed:
         raise PlanError("a sweep needs variants: a list of edits, or of lists of edits")
     for edits in listed:
