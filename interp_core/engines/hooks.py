@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .attention import softmax
 from .knockout import Hidden, renormalised
 from .operations import apply_edit, edit_value
 from .pass_state import PassState
+from .protocol import Change
 from .rerouting import check_experts, close, reroute
 from .selection import BoundSelection, Selection, Window
 from .values import check_value
@@ -77,25 +78,6 @@ class SiteAccess:
     def idle(self) -> bool:
         """Whether this pass has none of it."""
         return self.bound is None and not self.selection.whole
-
-
-class Change(Protocol):
-    """What acts on the tensor that passes a hook: a `SiteEdit`, or the edits of many rows of a sweep.
-
-    Attributes:
-        point: where the value is.
-    """
-
-    point: HookPoint
-
-    def bind(self, rows: Rows, window: Window | None) -> None:
-        """Point it at the rows of a pass."""
-
-    def apply(self, x: Tensor) -> Tensor:
-        """What the model goes on with."""
-
-    def derive(self, call: Call) -> None:
-        """The same for a value that the hook point computes."""
 
 
 class SiteRead(SiteAccess):
@@ -303,32 +285,17 @@ class SiteEdit(SiteAccess):
 
 
 class ModuleHook:
-    """Everything that a plan does at one side of one module, or at one part of its attention.
-
-    Attributes:
-        changes: the plan's edits here, in their order.
-        acting: what carries them out: themselves, unless a program puts something in their place.
-    """
+    """Everything that a plan does at one side of one module, or at one part of its attention."""
 
     __slots__ = (
-        "_name",
-        "acting",
-        "capture",
-        "captured",
-        "changes",
-        "edited",
-        "module",
-        "needs",
-        "point",
-        "reads",
-        "state",
-    )
+        "_name", "acting", "capture", "captured", "changes", "edited", "module", "needs", "point", "reads", "state",
+    )  # fmt: skip
 
     def __init__(self, state: PassState, module: nn.Module, point: HookPoint) -> None:
         self.state, self.module, self.point = state, module, point
         self.reads: list[SiteRead] = []
         self.changes: list[SiteEdit] = []
-        self.acting: Sequence[Change] = self.changes
+        self.acting: Sequence[Change] = self.changes  # a sweep puts `RowEdits` in their place
         self.needs: Sequence[ModuleHook] = ()
         self.capture = False
         self.captured: Tensor | None = None

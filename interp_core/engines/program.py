@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from .attention_rows import AttentionRows
 from .hooks import ModuleHook, SiteAccess, SiteEdit, SiteRead
 from .knockout import check_knockouts
 from .layers import Layers
+from .operations import write_point
 from .pass_state import NOTHING, PassState
 from .protocol import Ending, HandOver, PassRecord
 from .rerouting import TURN, check_together
@@ -122,11 +122,6 @@ class LocalEngine:
         del self.turn.running[-1]
 
 
-def runs_rows(engine: object) -> TypeGuard[LocalEngine]:
-    """Whether sweeps may run passes of many rows on an engine."""
-    return isinstance(engine, LocalEngine) and bool(vars(type(engine)).get("runs_rows"))
-
-
 def with_same_weights(model: Any) -> Any:
     """A copy of a model that shares every parameter and buffer with it, for tools that change the modules."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -146,20 +141,6 @@ def _real(rows: Rows, window: Window | None) -> Tensor | None:
     for i, row in enumerate(rows.real):
         real[i, list(row)] = True
     return real[:, start:stop]
-
-
-def write_point(atlas: Atlas, edit: Edit, entry: Entry) -> HookPoint:
-    """Where an edit acts in a layer: a knockout of a pattern on the scores, where these are open.
-
-    Raises:
-        CapabilityError: nowhere, and why.
-    """
-    if entry.write is None:
-        raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
-    scores = atlas.entries.get(("scores", entry.layer))
-    if edit.op == "knockout" and scores is not None and scores.write is not None:
-        return replace(scores.write, rank=1)
-    return entry.write
 
 
 class HookProgram(ABC):

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..engines.program import write_point
+from ..engines.operations import write_point
 from ..engines.selection import Selection
 from ..engines.tower import Tower
 from ..errors import PlanError, nearest, several, wrong

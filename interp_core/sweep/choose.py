@@ -1,5 +1,13 @@
 """Which strategy a sweep takes: the cheapest that is exact on this model, which is tried before its first sweep.
 
+    candidates, cheapest first      staircase ──▶ restart ──▶ full
+    known without a trial           an engine that runs no rows, closed attention, chunks, …
+    remembered                      session.strategy_checks: by strategy and kind of texts
+    tried                           plain ── fails ──▶ with one relief ── fails ──▶ with the next ── fails ──▶ no
+
+A relief is something that a sweep can do without (several texts in a pass, one row of inputs for all variants) where
+that was what failed. Reliefs are handed to the trial, and stay with the model only if they helped.
+
 The trial costs what a few layers cost on a few tokens. Of layers that are built alike the first and the last take part;
 the others hand the stream through, and of the unembedding some rows are left. So shortened, the model is held against
 itself: a strategy's numbers against those of plain forward passes.
@@ -16,7 +24,6 @@ from torch import Tensor, nn
 
 from ..batches import one_row
 from ..checks.selfcheck import WIDTH, check_tokens
-from ..engines.program import runs_rows
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
 from ..errors import CapabilityError, InterpError
@@ -30,7 +37,7 @@ from ..sites import Edit, Site
 from ..strategy_checks import Check, Relief, Trial
 from ..text import Tokens
 from ..vision.corner import corner, shorter
-from .clean import CleanPass, clean_pass
+from .clean import CleanPass, clean_pass, runs_rows
 from .place import TOGETHER, Placer, why_apart
 from .plan import WHOLE, Group
 from .runner import Runner
@@ -60,6 +67,7 @@ def cheapest_strategy(
     Raises:
         CapabilityError: it will not do here.
     """
+    # where prefix or batched hold they are no cheaper than these; they are there to be asked for
     order = ("staircase", "restart", "full") if strategy == "auto" else (strategy,)
     checks: list[Check] = []
     for candidate in order:
@@ -170,6 +178,7 @@ def _trial(
     few, every = _representative(session, blocks), tuple(range(len(blocks)))
     texts = _pictured(session, strategy, tokens, reliefs) if tokens.inputs else [tokens]
     trials: list[Trial] = []
+    # a layer may need one that was left out (its keys, say): then all of them run
     for text, layers in dict.fromkeys([*((text, few) for text in texts), (texts[-1], every)]):
         with _shortened(session, blocks, layers) as counted:
             problem = _compare(session, strategy, text, layers, reliefs, tower)
@@ -253,9 +262,8 @@ def _compare(
         return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     wanted = torch.stack([plain[text] for text in range(len(texts))], -1)
     differ = float((store.values[..., 0] - wanted.to(store.values)).abs().max() / wanted.abs().max())
-    limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(
-        session.dtype, 5e-2
-    )  # some modules always compute in float32
+    # far above rounding, far below a wrong position or key; models in float64 have modules that compute in float32
+    limit = {torch.float64: 1e-6, torch.float32: 1e-4}.get(session.dtype, 5e-2)
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
 
@@ -352,6 +360,7 @@ def _shortened(session: Session, blocks: list[nn.Module], layers: tuple[int, ...
         counted.append(stream.shape[:-1].numel())
         last[0] = None if isinstance(output, Tensor) else output[1:]
 
+    # blocks of a model return alike: what one returned beside the stream stands for what one that is left out would
     def through(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return hidden_states if last[0] is None else (hidden_states, *last[0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows
 from ..sites import Site
+
+
+def runs_rows(engine: object) -> TypeGuard[LocalEngine]:
+    """Whether sweeps may run passes of many rows on an engine."""
+    return isinstance(engine, LocalEngine) and bool(vars(type(engine)).get("runs_rows"))
 
 
 @dataclass

@@ -213,7 +213,9 @@ class Placer:
         alone = apart or self.score.of is not None
         if self.one_group and self.tokens.inputs and not apart:
             return [tuple(swept)] if swept else []
-        most = min(TOGETHER, self.budget // 4 // self._clean_bytes)
+        most = min(TOGETHER, self.budget // 4 // self._clean_bytes)  # most of the memory is for rows
+        # rows of whole texts have all columns of their text; and where the longest text sets the angle of all
+        # positions, a shorter one beside it would get others than alone
         exact = strategy in WHOLE or _rescaled(self.session)
         groups, closed = list[list[int]](), True
         for row in sorted(swept, key=lambda row: self._columns[row]):  # the next one is the longest of its group
@@ -273,7 +275,7 @@ class Placer:
                 f"{named_edits(edits)} acts from position {start} on, the score {self.score.name} reads position "
                 f"{scored}: nothing can change"
             )
-        if strategy in ("batched", "prefix"):
+        if strategy in ("batched", "prefix"):  # all layers, but those that begin before the first block stay so
             layer = min(layer, 0)
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
@@ -361,7 +363,7 @@ class Placer:
                     f"one variant takes about {cost / 2**20:.1f} MiB, the memory budget is {self.budget / 2**20:.1f} "
                     "MiB; raise memory_budget, or shorten the text"
                 )
-            group.sort(key=lambda step: step.layer)
+            group.sort(key=lambda step: step.layer)  # rows join in this order
             for i in range(0, len(group), most):
                 yield Pass(tuple(group[i : i + most]), columns)
 
@@ -379,6 +381,8 @@ class Placer:
         shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
         d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
         heads = getattr(config, "num_attention_heads", 1)
+        # an upper bound: so many tensors of the stream, of the MLP and of attention never live at a time in a block; a
+        # test holds it against the bytes that are allocated
         numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)
         if not all(score.targets_only for score in self.scores) and self.score.of is None:
             numbers += 3 * shape.d_vocab

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import one_row, padded_on
-from ..engines.program import LocalEngine, runs_rows
+from ..engines.program import LocalEngine
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
 from ..model_inputs import model_inputs
@@ -28,7 +28,7 @@ from ..score import Score
 from ..session import Session
 from ..sites import Edit
 from ..text import Tokens
-from .clean import CleanPass, clean_pass
+from .clean import CleanPass, clean_pass, runs_rows
 from .plan import Group, Pass, Step, SweepPlan, image_spans
 from .staircase import Staircase
 from .store import SweepStore

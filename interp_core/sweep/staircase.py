@@ -281,13 +281,14 @@ class Staircase(TorchProgram):
             edits changed.
         """
         alike = len(set(starts)) == 1 and not self.each
-        texts = RowTexts(starts)
+        texts = RowTexts(starts)  # whose rows are there; grows as rows join
         inputs = self._inputs(inputs, alike)
         self.engine.acquire()
         try:
             self.state.edits, self.squares, self.bounds = self.flat, [], {}
             widths = [start + n_columns for start in starts]
             self.placed = [(Rows([range(width)], {}, width), width - widths[0]) for width in widths]
+            # edits are bound as in a step of a generation, to the columns that run; `RowEdit.bind` shifts them by text
             self.state.window = Window(starts[0], widths[0])
             record = self.begin_pass(self.placed[0][0], n_columns, False)
             for change in self._changes:
@@ -333,13 +334,13 @@ class Staircase(TorchProgram):
     ) -> Iterator[None]:
         """Blocks below the first row hand through, rows join, attention sees the columns before."""
         blocks, attentions = modules_of(self.engine, self.atlas)
-        first = max(self.start_layers[0], 0)
+        first = max(self.start_layers[0], 0)  # rows are sorted by layer
         handles = []
         attn_hooks = self.attn_hooks
         if any(texts.starts):
             self.attn_hooks = self._with_prefix(attentions[first:], texts, clean.prefix[first:], within)
         if self.start_layers[0] < 0:
-            texts.join(self.texts)
+            texts.join(self.texts)  # the model embeds them itself: no clean stream is put in
         below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
         told = None if clean.called is None else clean.called.told(within, texts, n_columns)
         try:
@@ -364,6 +365,7 @@ class Staircase(TorchProgram):
         the model was called with all rows, a block is told the positions of those that are there."""
         total = len(self.start_layers)
 
+        # positions and masks come from the model's call, which has all rows: those that have not joined are cut off
         def there(x: Any) -> Any:
             if isinstance(x, (tuple, list)):
                 return type(x)(map(there, x))
