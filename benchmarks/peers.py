@@ -15,7 +15,7 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core.bench.tools import NEW_TOKENS, TOOLS, Ours, Tool
-from interp_core.engines.nnsight import library
+from interp_core.engines.nnsight.base import library
 from interp_core.engines.transformer_lens import build_bridge
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import settings
 from .cli_plugins import plugins
 from .cli_run import passed, run
 from .cli_settings import RunCommand
@@ -36,9 +37,10 @@ def demo(
 ) -> None:
     """Logit lens, a patching map and a steered generation on one model, in one HTML report."""
     recipe = registry("recipes").get("demo")
-    given = {"clean": clean, "corrupted": corrupted, "answer": answer, "other": other, "out": out}
-    with passed([], model=model, **given):
-        recipe(model=model, **{key: value for key, value in given.items() if value is not None})
+    options = {"model": model, "clean": clean, "corrupted": corrupted, "answer": answer, "other": other, "out": out}
+    values = {key: value for key, value in options.items() if value is not None}
+    with passed([], **values):
+        settings.call(recipe, settings.configured("recipe demo", settings.of_function(recipe), values))
 
 
 @app.command(cls=RunCommand, context_settings={"ignore_unknown_options": True})
@@ -73,7 +75,7 @@ def check(
     out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
 ) -> None:
     """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
-    from .check import check_model
+    from .checks.battery import check_model
     from .model import load
 
     loaded = load(model)

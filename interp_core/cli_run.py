@@ -138,7 +138,7 @@ def _recipe(
     values = held | settings.read(f"recipe {name}", config, pairs) | options
     ready = settings.configured(f"recipe {name}", config, values)
     with passed(pairs, **{key: str(value) for key, value in held.items()} | options):
-        found = function(**{key: getattr(ready, key) for key in config.model_fields})
+        found = settings.call(function, ready)
     if hasattr(found, "to_html") and hasattr(found, "save"):
         values = {key: value for key, value in _held(ready).items() if key != "out"}
         with _opened(options.get("out"), values, name) as run:

@@ -144,7 +144,7 @@ class Ours(Tool):
 
     def __init__(self, model: Model, ids: Tensor) -> None:
         super().__init__(model, ids)
-        self.tokens = model._input({"input_ids": ids.cpu()})
+        self.tokens = model.input({"input_ids": ids.cpu()})
         self.everything = [S.named(name) for name in model.sites if name != "expert_out"]
         self.edits = {
             "ablate": S.z[self.layer, self.head].zero(),

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..batches import padded_on
 from ..errors import nearest
 from ..inputs import undivided
-from ..kinds import verdict
 from ..methods import CAPABILITIES, Method
-from ..probe import address, examine, look
+from ..plugins import status_of
+from ..plugins.sandbox import address, inspect_here, inspect_plugin
 from ..result import Result
 from ..sites import SITES
 from ..text import Tokens
@@ -39,7 +39,7 @@ def check(function: Callable[[MethodCase], str]) -> Callable[[MethodCase], str]:
 def class_(case: MethodCase) -> str:
     """A subclass of `Method`, complete, named, for this interface; `requires` names sites and capabilities."""
     method = case.method
-    _, why = verdict("methods", getattr(method, "name", ""), method)
+    _, why = status_of("methods", getattr(method, "name", ""), method)
     if why:
         raise Failed(why)
     if not method.name:
@@ -72,7 +72,7 @@ def config(case: MethodCase) -> str:
     where = address(case.method)
     try:
         named = where is not None
-        seen = look("methods", case.method.name, where, case.limit) if where else _examined(case.method)
+        seen = inspect_plugin("methods", case.method.name, where, case.limit) if where else _examined(case.method)
     except Exception as error:  # the plugin's own
         raise Failed(f"{type(error).__name__}: {error}") from error
     if seen.error:
@@ -279,7 +279,7 @@ def undescribed(settings: list[dict[str, str]]) -> list[str]:
 
 
 def _examined(method: type[Method]) -> Any:
-    return examine("methods", method.name, method)
+    return inspect_here("methods", method.name, method)
 
 
 def _last(error: str) -> str:

@@ -18,7 +18,7 @@ from ..errors import PlanError, PluginError, nearest
 from ..methods import Method
 from ..model import Model, load
 from ..plugins import Plugin, registry
-from ..probe import LIMIT, Look, look
+from ..plugins.sandbox import LIMIT, PluginInfo, inspect_plugin
 from ..sites import SITES
 from ..text import Tokens
 from .case import Failed, MethodCase, NotReached, Refused
@@ -130,14 +130,14 @@ def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:
     title = f"{plugin.label} ({plugin.target})"
     if plugin.state in ("broken", "incompatible"):
         return Report(title, (Row("class", False, plugin.error),))
-    seen = look(plugin.kind, plugin.name, plugin.target, limit)
+    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target, limit)
     if seen.error:
         return Report(title, (Row("class", False, seen.error.strip()),))
     rows = Row("class", True, ""), _documented(plugin.kind, seen)
     return Report(title, (*rows, _settings(seen)) if plugin.kind in ("methods", "recipes") else rows)
 
 
-def _documented(kind: str, seen: Look) -> Row:
+def _documented(kind: str, seen: PluginInfo) -> Row:
     try:
         if kind == "methods":
             documented(seen.page, seen.doc, plugin="the class")
@@ -148,7 +148,7 @@ def _documented(kind: str, seen: Look) -> Row:
     return Row("documented", True, "")
 
 
-def _settings(seen: Look) -> Row:
+def _settings(seen: PluginInfo) -> Row:
     faults = [*seen.faults, *undescribed(seen.settings)]
     return Row("config", not faults, "; ".join(faults) or f"{len(seen.settings)} settings")
 
@@ -183,7 +183,7 @@ def _toy_with(required: Set[str]) -> Model:
 
 def _singles(model: Model, rows: Sequence[Tokens | str], with_pictures: Set[str] = frozenset()) -> list[Tokens]:
     if rows:
-        return [model._input(row) for row in rows]
+        return [model.input(row) for row in rows]
     if with_pictures and model.processor is not None:
         shown = pictures(len(TEXTS), seed=0)
         return [model.tokens(text, images=[picture]) for text, picture in zip(TEXTS, shown, strict=True)]

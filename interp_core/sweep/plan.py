@@ -7,25 +7,23 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Entry
-from .architectures.taps import Tap
-from .edits import TENSOR_OPS, Edit
-from .engines.program import place
-from .engines.tower import Tower
-from .errors import CapabilityError, PlanError
-from .inputs import undivided
-from .positions import ALL, VISION, Position, Slice, Span, is_single, resolve
-from .score import Score
-from .sites import SITES, Site
-from .text import Tokens
-
-if TYPE_CHECKING:
-    from .model import Model
+from ..architectures.atlas import Entry
+from ..architectures.hook_points import HookPoint
+from ..engines.program import forward_order
+from ..engines.tower import Tower
+from ..errors import CapabilityError, PlanError
+from ..inputs import undivided
+from ..positions import ALL, VISION, Position, Slice, Span, is_single, resolve
+from ..score import Score
+from ..session import Session
+from ..sites import TENSOR_OPS, Edit, Site
+from ..strategy_checks import Trial
+from ..text import Tokens
 
 WHOLE = ("restart", "batched")
 """Strategies that run all columns of a text, so that only equally long texts go together."""
@@ -67,14 +65,6 @@ class Group(NamedTuple):
     texts: tuple[int, ...]
     width: int
     passes: list[Pass]
-
-
-class Trial(NamedTuple):
-    """What it took to try strategies on a model: calls of layers, token-layers, and how many layers were called."""
-
-    calls: int
-    token_layers: int
-    layers: int
 
 
 @dataclass
@@ -145,7 +135,7 @@ def named_edits(edits: Sequence[Edit]) -> str:
     return ", ".join(map(str, edits)) or "no edit"
 
 
-def apart(model: Model, tokens: Tokens) -> str:
+def apart(model: Session, tokens: Tokens) -> str:
     """Why texts of a batch go one by one; empty if they can go together."""
     if len(tokens) < 2:
         return ""
@@ -162,7 +152,7 @@ class Planner:
 
     def __init__(
         self,
-        model: Model,
+        model: Session,
         tokens: Tokens,
         variants: tuple[tuple[Edit, ...], ...],
         scores: tuple[Score, ...],
@@ -176,7 +166,7 @@ class Planner:
         self.budget = budget if budget is not None else _free(model.device) // 2
         self._resolved: dict[tuple[Position, bool], list[list[int]]] = {}
         self.stacked = len(model.atlas.layers("deepstack"))
-        self.top, self.ceiling = model.n_layers, (model.n_layers, len(SITES))
+        self.top, self.ceiling = model.n_layers, (model.n_layers, math.inf)
         if score.of is None:
             self.scored = self._local(Site("logits").at(score.at).pos or 0)
         else:
@@ -200,7 +190,7 @@ class Planner:
         if why := self.model.can(site.name, "read"):
             raise CapabilityError(f"score {self.score.name} reads {site}: {why}")
         self.top = entry.layer + (site.name != "resid_pre")
-        self.ceiling = place(entry, self.model.n_layers)
+        self.ceiling = forward_order(entry, self.model.n_layers)
 
     def site(self, row: int) -> Site | None:
         """The inner site that is scored, with positions of one row."""
@@ -306,14 +296,14 @@ class Planner:
         """See `apart`."""
         return apart(self.model, self.tokens)
 
-    def _edited(self) -> list[Tap]:
+    def _edited(self) -> list[HookPoint]:
         """Where values of the sites that are edited pass."""
         sites = {edit.site.name for edits in self.variants for edit in edits}
         entries = [self.model.atlas.entries[name, layer] for name in sites for layer in self.model.atlas.layers(name)]
         return [entry.write for entry in entries if entry.write is not None]
 
     def _inside_attention(self) -> bool:
-        return any(tap.side == "attention" for tap in self._edited())
+        return any(point.side == "attention" for point in self._edited())
 
     @cached_property
     def _leaves_last(self) -> bool:
@@ -327,7 +317,7 @@ class Planner:
         """Whether an edit changes what a tower computes."""
         modules = dict(self.model.hf.named_modules())
         inner = () if tower is None or tower.module is None else set(tower.module.modules())
-        return any(modules.get(tap.module) in inner for tap in self._edited())
+        return any(modules.get(point.module) in inner for point in self._edited())
 
     def _step(self, number: int, edits: Sequence[Edit], row: int, strategy: str) -> Step | None:
         """A variant on one row; None if it needs a pass of its own."""
@@ -379,7 +369,7 @@ class Planner:
         Raises:
             PlanError: it acts above it.
         """
-        if place(entry, self.model.n_layers) > self.ceiling:
+        if forward_order(entry, self.model.n_layers) > self.ceiling:
             raise PlanError(
                 f"{edit} lies above {self.score.of}, which score {self.score.name} reads: it can change nothing; leave "
                 "it out, or score a site above it"
@@ -487,7 +477,7 @@ def _at(site: Site, places: Mapping[str, int | list[int]]) -> Site:
     return Site(site.name, site.layers, site.units, pos, key)
 
 
-def _rescaled(model: Model) -> bool:
+def _rescaled(model: Session) -> bool:
     """Whether positions are turned by an angle that depends on the longest text of the batch."""
     config = model.hf.config.get_text_config()
     return any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("dynamic", "longrope"))

@@ -11,34 +11,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Atlas, Entry
-from .edits import Edit
+from ..architectures.atlas import Atlas, Entry
+from ..errors import CapabilityError, InterpError
+from ..positions import VISION, Mask, Span
+from ..run import Run, forward
+from ..session import Session
+from ..sites import SITES, Edit, Site
+from ..text import Tokens
+from ..vision.places import placeholder_ids
 from .equations import Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
-from .errors import CapabilityError, InterpError
-from .positions import VISION, Mask, Span
-from .sites import SITES, Site
-from .text import Tokens
-from .tower_check import check_tower
-from .trace import Run
-from .vision.places import placeholder_ids
-
-if TYPE_CHECKING:
-    from .model import Model
+from .tower import check_tower
 
 log = logging.getLogger(__name__)
 WIDTH = 6
-PROBED = (WIDTH - 3, WIDTH - 1)
+CHECKED_POSITIONS = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
 ALONE = WIDTH - 2
 """Length of the row that is run alone and padded."""
-CHECKED = tuple(name for name, info in SITES.items() if name != "deepstack" and not info.tower)
-"""The check runs on text. `vision_embed` is checked by taking text tokens for visual ones; features of images that are
-added later exist with images only, and are left to the tests. A vision tower is checked by itself: `tower_check`."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -62,7 +55,14 @@ class Check:
         return "\n".join(f"{'ok  ' if row.ok else 'FAIL'}  {row.site:15}{row.what}  {row.detail}" for row in self.rows)
 
 
-def check_atlas(model: Model) -> Check:
+def checked_sites(atlas: Atlas) -> list[str]:
+    """Names of what the check looks at, which runs on text. `vision_embed` is checked by taking text tokens for visual
+    ones; features of images that are added later exist with images only, and are left to the tests. A vision tower is
+    checked by itself: `checks.tower`."""
+    return [name for name, info in SITES.items() if name != "deepstack" and not info.tower and atlas.layers(name)]
+
+
+def check_atlas(model: Session) -> Check:
     """Check a model's atlas, and take out of it what fails: each failed equation takes its own sites, and no others.
 
     What is taken out is said in one line of the log, and stands in the atlas' notes.
@@ -118,20 +118,20 @@ def _where(failed: list[Finding], atlas: Atlas) -> str:
     return f" in {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
 
 
-def _checks(model: Model) -> Iterator[Finding]:
+def _checks(model: Session) -> Iterator[Finding]:
     atlas = model.atlas
-    ids = probe_ids(model)
+    ids = check_tokens(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     try:
-        run = model.run(tokens, read=_everything(atlas))
+        run = forward(model, tokens, read=_everything(atlas))
     except (InterpError, RuntimeError) as error:
         _demand_a_pass(model, tokens, error)
         yield from _unreadable(model, tokens)
-        run = model.run(tokens, read=_everything(atlas))
-    for name in [name for name in CHECKED if atlas.layers(name)]:
+        run = forward(model, tokens, read=_everything(atlas))
+    for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
-        shape = declared(run, (probed(name, layer) for layer in layers), {"batch": 1, **known})
+        shape = declared(run, (check_site(name, layer) for layer in layers), {"batch": 1, **known})
         yield Finding(name, "has the declared shape", *shape)
     yield from _routers(model, tokens)
     made = sums(model.atlas)
@@ -142,28 +142,28 @@ def _checks(model: Model) -> Iterator[Finding]:
 
 
 def _everything(atlas: Atlas) -> list[Site]:
-    return [first_unit(Site(name), atlas) for name in CHECKED if atlas.layers(name)]
+    return [first_unit(Site(name), atlas) for name in checked_sites(atlas)]
 
 
-def _demand_a_pass(model: Model, tokens: Tokens, error: Exception) -> None:
+def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
     """Refuse a model that cannot even run.
 
     Raises:
         CapabilityError: with what it said.
     """
     try:
-        model.run(tokens)
+        forward(model, tokens)
     except (InterpError, RuntimeError) as problem:
         raise CapabilityError(
             f"engine {model.engine.name!r} cannot run this {type(model.hf).__name__} in {model.dtype}: {problem}"
         ) from error
 
 
-def _unreadable(model: Model, tokens: Tokens) -> Iterator[Finding]:
+def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
     """Sites whose reading raises."""
     for site in _everything(model.atlas):
         try:
-            model.run(tokens, read=site)
+            forward(model, tokens, read=site)
         except (InterpError, RuntimeError) as error:
             yield Finding(site.name, "can be read", False, str(error))
 
@@ -173,12 +173,12 @@ def first_unit(site: Site, atlas: Atlas) -> Site:
     return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
 
 
-def probed(name: str, layer: int) -> Site:
+def check_site(name: str, layer: int) -> Site:
     """A site in one layer, or one unit of it where reading it all costs too much."""
     return Site(name, layer if SITES[name].layered else None, 0 if name in DERIVED_ONCE else None)
 
 
-def probe_ids(model: Model) -> Tensor:
+def check_tokens(model: Session) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
     special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
@@ -187,7 +187,7 @@ def probe_ids(model: Model) -> Tensor:
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
 
 
-def _routers(model: Model, tokens: Tokens) -> Iterator[Finding]:
+def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
     """Experts selected again from a router's own logits, as the family file says, against what its module returned: an
     edit selects by that rule, so one that is not the model's must not be edited by."""
     entries = [entry for (name, _), entry in model.atlas.entries.items() if name == "router_logits" and entry.write]
@@ -196,25 +196,25 @@ def _routers(model: Model, tokens: Tokens) -> Iterator[Finding]:
     same = [Site("router_logits", entry.layer).scale(1.0) for entry in entries]
     what, why = "selects as the family does", ""
     try:
-        model.run(tokens, edits=same, logits=-1, allow_noop=True)
+        forward(model, tokens, edits=same, logits=-1, allow_noop=True)
     except InterpError as error:
         why = str(error)
     yield Finding("router_logits", what, not why, why, Law.EDIT)
 
 
-def _effects(model: Model, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
+def _effects(model: Session, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
     atlas = model.atlas
-    entries = _probed_entries(atlas)
+    entries = _checked_entries(atlas)
     n = len(entries) + 1
     visual = [entry.visual for entry in entries]
     spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
-    edits = [probe_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     layers = {entry.layer for entry in entries}
     made = [one for one in made if one.layer in layers]
     read = tuple(dict.fromkeys(Site(name, one.layer) for one in made for name in one.names))
-    edited = model.run(tokens, read=read, edits=edits, logits=-1, allow_noop=True)
+    edited = forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
     yield from [*_once(entries, edited), *add_up(model, edited, made, entries), *_added(model, edited, made, entries)]
     changed = edited.logits.as_subclass(Tensor)
     scale = float(changed[0].float().std())
@@ -224,7 +224,7 @@ def _effects(model: Model, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[F
         yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
 
 
-def _probed_entries(atlas: Atlas) -> list[Entry]:
+def _checked_entries(atlas: Atlas) -> list[Entry]:
     """Every kind of site in its first and last layer."""
     return [
         atlas.entries[name, layer]
@@ -257,7 +257,7 @@ def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
         yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
 
 
-def _added(model: Model, edited: Run, made: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
+def _added(model: Session, edited: Run, made: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
     """Parts whose stream no site has: the stream after them moves by what an edit adds to them."""
     for one in made:
         rows = [0, *(i + 1 for i, e in enumerate(entries) if (e.name, e.layer) == (one.parts[0], one.layer))]
@@ -270,7 +270,7 @@ def _added(model: Model, edited: Run, made: list[Sum], entries: list[Entry]) -> 
         yield Finding(one.parts[0], f"{one} after edits", ok, f"{off:.1e}", Law.SUM)
 
 
-def _padding(model: Model, ids: Tensor) -> Iterator[Finding]:
+def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
     """A row with padding on either side, against the row alone."""
     pad, known = WIDTH - ALONE, getattr(model.hf.config.get_text_config(), "pad_token_id", None)
     filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.d_vocab else 0)
@@ -279,9 +279,9 @@ def _padding(model: Model, ids: Tensor) -> Iterator[Finding]:
     for row, real in enumerate(sides.values()):
         mask[row, real] = True
     padded = Tokens(torch.stack([torch.cat([filler, ids]), torch.cat([ids, filler])]), mask)
-    alone = model.run(Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.as_subclass(Tensor)[0]
+    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.as_subclass(Tensor)[0]
     try:
-        logits = model.run(padded).logits.as_subclass(Tensor)
+        logits = forward(model, padded).logits.as_subclass(Tensor)
     except (InterpError, RuntimeError, ValueError, TypeError, IndexError) as error:
         for side in sides:
             yield Finding(f"{side} padding", "changes nothing", False, str(error).partition("\n")[0], Law.PADDING)
@@ -291,11 +291,11 @@ def _padding(model: Model, ids: Tensor) -> Iterator[Finding]:
         yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
 
 
-def probe_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
+def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     """An edit of one row, at some of the last positions, that no symmetry of the model can undo."""
-    mask = Mask(tuple(PROBED if i == row else () for i in range(n_rows)), WIDTH)
+    mask = Mask(tuple(CHECKED_POSITIONS if i == row else () for i in range(n_rows)), WIDTH)
     info = SITES[entry.name]
-    site = probed(entry.name, entry.layer)
+    site = check_site(entry.name, entry.layer)
     if entry.name == "router_weights":
         # unevenly: a norm of what experts give undoes a factor that all have in common
         return site.at(mask).apply(

@@ -8,21 +8,19 @@ must change.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .architectures.grids import edge_of
-from .architectures.towers import last_used, tiles_of
+from ..architectures.grids import edge_of
+from ..architectures.towers import last_used, tiles_of
+from ..errors import InterpError
+from ..run import Run, forward
+from ..session import Session
+from ..sites import SITES, VISION_, Site
+from ..text import Tokens
 from .equations import Finding, Law, Sum, add_up, declared, projections, sums
-from .errors import InterpError
-from .sites import SITES, VISION_, Site
-from .text import Tokens
-from .trace import Run
-
-if TYPE_CHECKING:
-    from .model import Model
 
 HANDED = Site("vision_embed")
 READS = "can be read of an image"
@@ -30,7 +28,7 @@ UNFIT = (InterpError, RuntimeError, ValueError, TypeError, IndexError, KeyError,
 """How models fail on inputs that they are not made for."""
 
 
-def check_tower(model: Model, ids: Tensor) -> Iterator[Finding]:
+def check_tower(model: Session, ids: Tensor) -> Iterator[Finding]:
     """What holds of a model's vision tower; nothing where it has no sites in one.
 
     Args:
@@ -41,19 +39,19 @@ def check_tower(model: Model, ids: Tensor) -> Iterator[Finding]:
         return
     try:
         tokens = probe_image(model, ids)
-        model.run(tokens, logits=-1)
+        forward(model, tokens, logits=-1)
     except UNFIT as error:
         yield Finding(names[0], READS, False, _said(error), others=tuple(names[1:]))
         return
     try:
-        run = model.run(tokens, read=_reads(model), logits=-1)
+        run = forward(model, tokens, read=_reads(model), logits=-1)
     except UNFIT:
         for name in names:
             try:
-                model.run(tokens, read=Site(name), logits=-1)
+                forward(model, tokens, read=Site(name), logits=-1)
             except UNFIT as error:
                 yield Finding(name, READS, False, _said(error))
-        run = model.run(tokens, read=_reads(model), logits=-1)
+        run = forward(model, tokens, read=_reads(model), logits=-1)
     known = {"batch": 1, "patch": len(run.tokens.patches[0][0])}  # type: ignore[index]
     for name in (name for name in model.sites if SITES[name].tower):
         sites = (_in_layer(name, layer) for layer in model.atlas.layers(name))
@@ -63,7 +61,7 @@ def check_tower(model: Model, ids: Tensor) -> Iterator[Finding]:
     yield from _effects(model, tokens, run)
 
 
-def _reads(model: Model) -> list[Site]:
+def _reads(model: Session) -> list[Site]:
     return [Site(name) for name in model.sites if SITES[name].tower or name == HANDED.name]
 
 
@@ -71,7 +69,7 @@ def _said(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def probe_image(model: Model, ids: Tensor) -> Tokens:
+def probe_image(model: Session, ids: Tensor) -> Tokens:
     """A text with an image of noise: one tile, or four tokens where an image may have any size."""
     config, family = model.hf.config, model.atlas.family
     inputs = _pixels(config, family.pixels)
@@ -85,7 +83,7 @@ def probe_image(model: Model, ids: Tensor) -> Tokens:
     visual = row.eq(int(image or 0)).long()
     inputs |= dict.fromkeys(family.needs, visual)
     inputs |= {name: x.to(model.dtype) for name, x in inputs.items() if x.is_floating_point()}
-    return model._input({"input_ids": row, "attention_mask": torch.ones_like(row), **inputs})
+    return model.input({"input_ids": row, "attention_mask": torch.ones_like(row), **inputs})
 
 
 def _pixels(config: Any, kind: str) -> dict[str, Tensor]:
@@ -111,25 +109,25 @@ def _in_layer(name: str, layer: int) -> Site:
     return Site(name, layer if SITES[name].layered else None)
 
 
-def _whole(model: Model, made: list[Sum]) -> list[Sum]:
+def _whole(model: Session, made: list[Sum]) -> list[Sum]:
     return [one for one in made if one.before and all((name, one.layer) in model.atlas.entries for name in one.names)]
 
 
-def _effects(model: Model, tokens: Tokens, run: Run) -> Iterator[Finding]:
+def _effects(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
     """Edits act: in the first layer on what enters the second, in the last on what the tower hands over."""
     atlas, last = model.atlas, last_used(model.hf.config, model.atlas.tower)
     if HANDED.name not in model.sites:
         return
     for name in [name for name in model.sites if SITES[name].tower]:
         entries = [atlas.entries[name, layer] for layer in atlas.layers(name)]
-        probed = [entries[0], entries[last]] if name == "vision_resid_post" and last else entries[:1]
-        for entry in probed:
+        check_site = [entries[0], entries[last]] if name == "vision_resid_post" and last else entries[:1]
+        for entry in check_site:
             if entry.write is None:
                 continue
             inside = SITES[name].layered and entry.layer < last and entry.layer + 1 in atlas.layers("vision_resid_pre")
             seen = Site("vision_resid_pre", entry.layer + 1) if inside else HANDED
-            edited = model.run(
-                tokens, read=seen, edits=_edit(_in_layer(name, entry.layer), run), logits=False, allow_noop=True
+            edited = forward(
+                model, tokens, read=seen, edits=_edit(_in_layer(name, entry.layer), run), logits=False, allow_noop=True
             )
             before, after = (one[seen].as_subclass(Tensor).float() for one in (run, edited))
             effect = float((after - before).abs().max())

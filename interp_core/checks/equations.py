@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Atlas, Entry
-from .errors import ReadError
-from .sites import VISION_, Site
-from .trace import Run
-
-if TYPE_CHECKING:
-    from .model import Model
+from ..architectures.atlas import Atlas, Entry
+from ..errors import ReadError
+from ..run import Run
+from ..session import Session
+from ..sites import VISION_, Site
 
 ROUNDING = 16
 """How many roundings of its terms a sum may be off."""
@@ -127,7 +125,7 @@ def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
     return made
 
 
-def add_up(model: Model, run: Run, made: list[Sum], edited: Sequence[Entry] = ()) -> list[Finding]:
+def add_up(model: Session, run: Run, made: list[Sum], edited: Sequence[Entry] = ()) -> list[Finding]:
     """Hold sums against a run that has read their sites, in all its rows; one finding for layers alike.
 
     Args:
@@ -140,7 +138,7 @@ def add_up(model: Model, run: Run, made: list[Sum], edited: Sequence[Entry] = ()
     return [_held(model, run, what, alike, edited) for what, alike in kinds.items()]
 
 
-def _held(model: Model, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
+def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
     checked = [_adds_up(model, run, one, edited) for one in alike]
     failed = tuple(one.layer for one, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
     worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))
@@ -153,7 +151,7 @@ def _held(model: Model, run: Run, what: str, alike: list[Sum], edited: Sequence[
     return Finding(first, what + when, not failed, f"{worst:.1e}", Law.SUM, tuple(others), layers, note)
 
 
-def _adds_up(model: Model, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
+def _adds_up(model: Session, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
     """Whether a sum holds up to rounding, how far it is off in parts of the largest number, and whether it does so by
     the family's own `join` only."""
     shown = _shown(model.atlas, one)
@@ -177,13 +175,13 @@ def _shown(atlas: Atlas, one: Sum) -> set[int]:
     """Entries whose edit shows in what is read of a sum and goes nowhere else: the sum itself, and what is read at the
     very place where a term is (`mlp_in` at `resid_mid` in OLMo 2)."""
     entries = {name: atlas.entries[name, one.layer] for name in one.names}
-    taps = {(tap.module, tap.side) for entry in entries.values() if (tap := entry.read) is not None}
+    taps = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
     others = [entry for (name, layer), entry in atlas.entries.items() if layer == one.layer and name not in entries]
     beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in taps]
     return {id(entry) for entry in (*beside, entries[one.after])}
 
 
-def within_rounding(model: Model, a: Tensor, b: Tensor, terms: Tensor) -> tuple[bool, float]:
+def within_rounding(model: Session, a: Tensor, b: Tensor, terms: Tensor) -> tuple[bool, float]:
     """Whether two results of a sum differ by rounding only, and how far they are off, in parts of the largest."""
     eps = max(torch.finfo(dtype).eps for dtype in (a.dtype, b.dtype, model.dtype) if dtype.is_floating_point)
     ok = (a - b).abs() <= ROUNDING * eps * (terms + b.abs())
@@ -195,12 +193,12 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-12))
 
 
-def tolerance(model: Model) -> float:
+def tolerance(model: Session) -> float:
     """How far results of a few layers may be off, in parts of the largest number."""
     return 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
 
 
-def equations(model: Model, run: Run, made: list[Sum]) -> Iterator[Finding]:
+def equations(model: Session, run: Run, made: list[Sum]) -> Iterator[Finding]:
     """The equations between the sites of a pass that has read them all, sums among them."""
     atlas = model.atlas
     covered = {(name, one.layer) for one in made for name in one.defined}
@@ -237,14 +235,14 @@ def declared(run: Run, sites: Iterable[Site], known: Mapping[str, int]) -> tuple
     return True, ""
 
 
-def projections(model: Model, run: Run, prefix: str = "") -> Iterator[Finding]:
+def projections(model: Session, run: Run, prefix: str = "") -> Iterator[Finding]:
     """Head outputs sum to what the output projection gives; of a vision tower with its prefix."""
     if layers := both(model.atlas, f"{prefix}head_out", f"{prefix}z"):
         pairs = [_projected(model, run, i, prefix) for i in layers]
         yield _close(model, f"{prefix}head_out", "sums to the output projection", pairs)
 
 
-def _attention(model: Model, run: Run) -> Iterator[Finding]:
+def _attention(model: Session, run: Run) -> Iterator[Finding]:
     """Between patterns and what they are made of and mix."""
     atlas = model.atlas
     if layers := both(atlas, "pattern"):
@@ -270,7 +268,7 @@ def _attention(model: Model, run: Run) -> Iterator[Finding]:
             yield _close(model, name, "gives the scores of the first position", pairs)
 
 
-def _readout(model: Model, run: Run, last: Tensor) -> Iterator[Finding]:
+def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
     """The last stream through the final norm, and on to the logits."""
     norm = model.atlas.entries["final_norm", 0].module
     assert norm is not None
@@ -281,7 +279,7 @@ def _readout(model: Model, run: Run, last: Tensor) -> Iterator[Finding]:
     yield from (reads._replace(law=Law.READOUT), normed)
 
 
-def _close(model: Model, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
+def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
     worst = max(distance(a, b) for a, b in pairs)
     return Finding(name, what, worst <= tolerance(model), f"{worst:.1e}")
 
@@ -306,7 +304,7 @@ NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layer
 """How modules that norm queries and keys are called."""
 
 
-def _normed(model: Model) -> bool:
+def _normed(model: Session) -> bool:
     """Whether queries and keys pass a norm or scores a cap, so that their product does not show."""
     named = any(name.endswith(NORMS_OF_HEADS) for name in model.engine.modules)
     return named or bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
@@ -319,7 +317,7 @@ def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     return product * (found.norm() / product.norm()), found
 
 
-def _projected(model: Model, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:
+def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:
     """Sum of head outputs plus bias, and what the output projection makes of z."""
     module = model.atlas.entries[f"{prefix}z", layer].module
     assert module is not None

@@ -1,21 +1,11 @@
-"""Engine `nnsight`: the same plan through nnsight's envoys.
-
-nnsight runs intervention code in a greenlet that waits for one value after the other, in the order in which the model
-computes them. A plan has no such order, so the engine learns the model's: one forward pass per kind of input (text,
-images) notes when each module begins and ends. The code is one loop over the plan's ports in that order.
-
-The user's own model is left alone: nnsight changes the `forward` of every module of what it wraps, which is a copy here
-that shares the weights. `model.engine.nnsight` is nnsight's object, for traces written by hand.
-
-What is inside attention crosses no module boundary, and so no envoy; the attention tap opens it up as for `torch`.
-"""
+"""What plans through nnsight share, here and on a server: its object for the model, and the model's order."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..architectures.atlas import Atlas
-from ..errors import CapabilityError
-from ..plan import Plan
-from . import remote
-from .ports import Port
-from .program import LocalEngine, PortProgram, with_same_weights
+from ...errors import CapabilityError
+from ..program import LocalEngine, with_same_weights
 
 Place = tuple[str, str]
 """A module's path, and "in" or "out"."""
-Visit = Callable[[], None]
 _PROCESS = nn.Module()
 """Stands for nnsight's state, which is one for all models of the process."""
 
@@ -45,117 +30,8 @@ class Passage(NamedTuple):
     width: int
 
 
-class NNsightProgram(PortProgram):
-    """Ports as one loop in a trace."""
-
-    engine: NNsightEngine
-
-    def __init__(self, engine: NNsightEngine, plan: Plan, atlas: Atlas) -> None:
-        super().__init__(engine, plan, atlas)
-        self._made: dict[tuple[int, bool], list[Visit]] = {}
-
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `PortProgram.carry`."""
-        engine = self.engine
-        steps = [self._visits(engine.order(inputs), first=method == "generate")]
-        if method == "generate":  # the steps after the prompt are text
-            steps.append(self._visits(engine.order({"input_ids": inputs["input_ids"]})))
-        result: list[Any] = []
-
-        def call(**arguments: Any) -> None:
-            result.append(getattr(engine.model, method)(**arguments))
-
-        try:
-            for tap in self.taps:
-                tap.install()
-            if not self.ports:
-                call(**inputs)
-            else:
-                with engine.nnsight.trace(fn=call, **inputs) as tracer:
-                    self._serve(tracer, steps)
-        finally:
-            for tap in self.taps:
-                tap.remove()
-        return result[0]
-
-    def prepare(self, inputs: Mapping[str, Any]) -> None:
-        """Learn the order in which the model computes on such inputs."""
-        self.engine.order(inputs)
-        self.engine.order({"input_ids": inputs["input_ids"]})
-
-    def _serve(self, tracer: Any, steps: list[list[Visit]]) -> None:
-        """What the greenlet does: every visit of every step. It ends when the model does."""
-        from nnsight.intervention.interleaver import OutOfOrderError
-
-        try:
-            for step in tracer.iter[:] if len(steps) > 1 else (0,):
-                for visit in steps[min(step, len(steps) - 1)]:
-                    visit()
-        except OutOfOrderError:  # the model is done, or never came by: what was not kept stays empty
-            pass
-
-    def _visits(self, order: Mapping[Place, Passage], *, first: bool = False) -> list[Visit]:
-        """What is done in one forward pass, in the order of the model; made once for each order.
-
-        Args:
-            first: the vision tower runs before all else, as when generating.
-        """
-        if (id(order), first) in self._made:
-            return self._made[id(order), first]
-        found: list[tuple[int, int, Visit]] = []
-        for port in self.ports:
-            path, side = port.tap.module, port.tap.side
-            if (path, side) not in order:
-                continue
-            envoy, given = self.engine.envoys[path], _Given()
-            own = self.engine.own[path]
-            visit = _at_input(envoy, port) if side == "in" else _at_output(envoy, port, given, own)
-            early = len(order) if first and port.tap.lens is not None and port.tap.lens.images else 0
-            found.append((order[path, side].rank - early, 0, visit))
-            if side == "out" and port.derived:
-                found.append((order[path, "in"].rank - early, 1, _take_input(envoy, given)))
-        visits = self._made[id(order), first] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
-        return visits
-
-
-class _Given:
-    """Positional inputs of a module, from when they passed to when its output does."""
-
-    args: tuple[Any, ...] = ()
-
-
-def _take_input(envoy: Any, given: _Given) -> Visit:
-    def visit() -> None:
-        given.args = envoy.inputs[0]
-
-    return visit
-
-
-def _at_input(envoy: Any, port: Port) -> Visit:
-    hook = port.on_input()
-
-    def visit() -> None:
-        new = hook(port.module, *envoy.inputs)
-        if new is not None:
-            envoy.inputs = new
-
-    return visit
-
-
-def _at_output(envoy: Any, port: Port, given: _Given, own: nn.Module) -> Visit:
-    hook = port.on_output()
-
-    def visit() -> None:
-        new = hook(own, given.args, envoy.output)
-        given.args = ()
-        if new is not None:
-            envoy.output = new
-
-    return visit
-
-
-class NNsightEngine(LocalEngine):
-    """Plans through nnsight.
+class TracedEngine(LocalEngine):
+    """A model in nnsight's hands, here or on a server; `NNsightEngine` makes plans ready for it.
 
     Args:
         model: a Hugging Face model; its weights are shared, its modules are not touched.
@@ -169,7 +45,6 @@ class NNsightEngine(LocalEngine):
     """
 
     name = "nnsight"
-    program = NNsightProgram
 
     def __init__(self, model: Any, *, remote: bool | str = False) -> None:
         super().__init__(with_same_weights(model), model, _PROCESS)
@@ -200,15 +75,6 @@ class NNsightEngine(LocalEngine):
                 self.model(**{name: inputs[name] for name in inputs if name in self._takes}, use_cache=False)
             self._orders[kind] = order
         return self._orders[kind]
-
-    def adapt(self, atlas: Atlas) -> None:
-        """See `Engine.adapt`."""
-        if self.remote:
-            remote.adapt(atlas)
-
-    def compile(self, plan: Plan, atlas: Atlas) -> PortProgram:
-        """See `Engine.compile`."""
-        return remote.RemoteProgram(self, plan, atlas) if self.remote else NNsightProgram(self, plan, atlas)
 
 
 def _elsewhere(model: Any, remote: bool | str) -> Any:

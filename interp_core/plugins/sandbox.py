@@ -18,15 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import settings
-from .errors import InterpError
+from .. import settings
+from ..errors import InterpError
+from . import status_of
 
 LIMIT = 60.0
 """Seconds that a plugin may take to be imported and to say what its settings are."""
 
 
 @dataclass(frozen=True)
-class Look:
+class PluginInfo:
     """What was seen of a plugin.
 
     Attributes:
@@ -50,22 +51,24 @@ class Look:
 
 
 @cache
-def look(kind: str, name: str, target: str, seconds: float = LIMIT) -> Look:
+def inspect_plugin(kind: str, name: str, target: str, seconds: float = LIMIT) -> PluginInfo:
     """Look at `module:attribute` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "look.json"
-        run = [sys.executable, "-m", "interp_core.probe", kind, name, target, str(out)]
+        run = [sys.executable, "-m", "interp_core.plugins.sandbox", kind, name, target, str(out)]
         path = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         try:
             done = subprocess.run(run, env=path, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return Look(
+            return PluginInfo(
                 "broken", f"{target} took more than {seconds:g} s to be imported and to say what its settings are"
             )
         if not out.exists():
             last = done.stderr.decode(errors="replace").strip()[-500:]
-            return Look("broken", f"{target} ended the process that looked at it (status {done.returncode}): {last}")
-        return Look(**json.loads(out.read_text(encoding="utf-8")))
+            return PluginInfo(
+                "broken", f"{target} ended the process that looked at it (status {done.returncode}): {last}"
+            )
+        return PluginInfo(**json.loads(out.read_text(encoding="utf-8")))
 
 
 def address(value: Any) -> str | None:
@@ -79,16 +82,14 @@ def address(value: Any) -> str | None:
         return None
 
 
-def examine(kind: str, name: str, value: Any, module: str = "") -> Look:
+def inspect_here(kind: str, name: str, value: Any, module: str = "") -> PluginInfo:
     """Look at a plugin in this process, without a time limit. `module` is where its entry point leads."""
-    from .kinds import verdict
-
-    status, why = verdict(kind, name, value)
+    status, why = status_of(kind, name, value)
     if why:
-        return Look(status, why)
+        return PluginInfo(status, why)
     page = inspect.getdoc(sys.modules.get(module or getattr(value, "__module__", "")))
     doc = inspect.getdoc(value) if inspect.isclass(value) or inspect.isfunction(value) else ""
-    seen = Look(doc=doc or "", page=page or "")
+    seen = PluginInfo(doc=doc or "", page=page or "")
     if kind == "methods":
         return _with_settings(seen, value.Config, sorted(value.requires))
     if kind == "recipes":
@@ -96,7 +97,7 @@ def examine(kind: str, name: str, value: Any, module: str = "") -> Look:
     return seen
 
 
-def _with_settings(seen: Look, config: type[settings.Config], requires: list[str]) -> Look:
+def _with_settings(seen: PluginInfo, config: type[settings.Config], requires: list[str]) -> PluginInfo:
     schema = settings.schema(config)
     json.dumps(schema)
     rows = settings.rows(config)
@@ -123,9 +124,9 @@ def _resolve(target: str) -> Any:
 def main(kind: str, name: str, target: str, out: str) -> None:
     """What the other process does."""
     try:
-        seen = examine(kind, name, _resolve(target), target.partition(":")[0])
+        seen = inspect_here(kind, name, _resolve(target), target.partition(":")[0])
     except (Exception, SystemExit) as error:  # a plugin may raise anything
-        seen = Look("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
+        seen = PluginInfo("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
     draft = Path(out).with_suffix(".tmp")
     draft.write_text(json.dumps(asdict(seen)), encoding="utf-8")
     draft.replace(out)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .edits import Edit
-from .errors import CapabilityError, LoadError, PlanError
-from .identity import NoIdentityError, identity
-from .score import Score
-from .text import Tokens
+from ..errors import CapabilityError, LoadError, PlanError
+from ..identity import NoIdentityError, identity
+from ..score import Score
+from ..session import Session
+from ..sites import Edit
+from ..text import Tokens
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .runs import RunFolder
+    from ..runs import RunFolder
 
 FORMAT = "interp-sweep/4"
 FILE = "sweep.safetensors"
@@ -33,7 +33,7 @@ SHOWN = ("texts", "offsets", "labels", "placed")
 """What of `Tokens` is to be looked at, and changes no number."""
 
 
-class Store:
+class SweepStore:
     """Scores of a sweep `[variant batch score]`, kept in a run folder if there is one.
 
     Attributes:
@@ -72,7 +72,7 @@ class Store:
     def save(self) -> None:
         """Write what is there, whole or not at all."""
         if self.run is not None:
-            from .runs import safetensors_bytes
+            from ..runs import safetensors_bytes
 
             tensors = {"values": self.values, "moved": self.moved, "done": self.done}
             head = {"format": FORMAT, "key": json.dumps(self.key)}  # so that the file alone says what it is of
@@ -82,11 +82,11 @@ class Store:
 @contextmanager
 def opened(
     out: str | Path | None,
-    model: Model,
+    model: Session,
     tokens: Tokens,
     variants: Sequence[Sequence[Edit]],
     scores: Sequence[Score],
-) -> Iterator[Store]:
+) -> Iterator[SweepStore]:
     """The scores of a sweep, in the run folder `out` if there is one.
 
     Raises:
@@ -97,15 +97,15 @@ def opened(
     shape = len(variants), len(tokens), len(scores)
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     if out is None:
-        yield Store(None, {}, shape, dtype)
+        yield SweepStore(None, {}, shape, dtype)
         return
-    from . import runs
+    from .. import runs
 
     key, folder = key_of(tokens, variants, scores), Path(out)
     record = _told(runs.model_record, model, "the model", "run without out=")
     _refuse_old(folder)
     run = runs.open(folder, key, recipe="sweep", model=record, say=lambda line: None, kind="sweep")
-    store = Store(run, key, shape, dtype)  # one that cannot be read is found before anything is written
+    store = SweepStore(run, key, shape, dtype)  # one that cannot be read is found before anything is written
     with run:
         yield store
 

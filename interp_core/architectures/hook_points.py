@@ -1,10 +1,10 @@
 """Taps: where in a model the value of a site can be had and replaced.
 
-A tap names a module, a side of it, and how the site's value lies in what passes there. Engines carry taps out; a tap
-knows nothing of hooks.
+A hook point names a module, a side of it, and how the site's value lies in what passes there. Engines carry hook points
+out; a hook point knows nothing of hooks.
 
-Most taps are views: the value is the first tensor that passes, seen in other axes. Derived taps compute the value
-(`get`) and put a change of it back (`put`).
+Most hook points are views: the value is the first tensor that passes, seen in other axes. Derived hook points compute
+the value (`get`) and put a change of it back (`put`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Side = Literal["in", "out", "attention"]
 
 
 class Call:
-    """What passes a tap, as one object that changes follow each other on.
+    """What passes a hook point, as one object that changes follow each other on.
 
     Attributes:
         module: the module.
@@ -33,8 +33,8 @@ class Call:
         output: its whole output (None before the call).
         first: the first tensor that passes; assigning it changes what the model goes on with.
         shape: batch and pos of the pass, for modules that see them flattened.
-        needs: first tensors of the taps that this one needs.
-        kwargs: inputs passed by name, for taps at a module's input.
+        needs: first tensors of the hook points that this one needs.
+        kwargs: inputs passed by name, for hook points at a module's input.
         unedited: the output as the module gave it.
         taken: what edits of a router have forced so far.
         proofs: of edits of a router, to be closed when all of them are done.
@@ -57,27 +57,27 @@ class Call:
         self.shape: tuple[int, int] = (0, 0)
         self.needs: tuple[Tensor, ...] = ()
         self.unedited, self.taken, self.proofs = output, list[Taken](), list[Proof]()
-        self._changes: list[tuple[Tap, tuple[int, ...] | None, Tensor]] = []
+        self._changes: list[tuple[HookPoint, tuple[int, ...] | None, Tensor]] = []
 
-    def value(self, tap: Tap, units: tuple[int, ...] | None) -> Tensor:
+    def value(self, point: HookPoint, units: tuple[int, ...] | None) -> Tensor:
         """A derived value as earlier changes left it. Partial ones are worked out from what they never change, so
         their changes are added: `[batch pos unit d]`."""
-        assert tap.get is not None
-        x = tap.get(self, units)
+        assert point.get is not None
+        x = point.get(self, units)
         for changed, those, change in self._changes:
-            if changed is tap:
+            if changed is point:
                 wanted = range(x.shape[-2]) if units is None else units
                 given = range(change.shape[-2]) if those is None else those
                 both = [(i, list(given).index(unit)) for i, unit in enumerate(wanted) if unit in given]
                 x = x.index_add(-2, *_indexed(both, change, x.device))
         return x
 
-    def change(self, tap: Tap, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
+    def change(self, point: HookPoint, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
         """Make a change of a derived value act."""
-        assert tap.put is not None
-        tap.put(self, old, new)
-        if tap.partial:
-            self._changes.append((tap, units, new - old))
+        assert point.put is not None
+        point.put(self, old, new)
+        if point.partial:
+            self._changes.append((point, units, new - old))
 
 
 def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device)
 
 
 @dataclass(frozen=True)
-class Lens:
+class Layout:
     """How a site's tensor passes a module, where it is not `[batch pos …]` as the site has it.
 
     Attributes:
@@ -143,7 +143,7 @@ Get = Callable[[Call, "tuple[int, ...] | None"], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Tap:
+class HookPoint:
     """Where a value is, for one site and layer.
 
     Attributes:
@@ -153,10 +153,10 @@ class Tap:
         get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
         put: `(call, old, new)`: make the derived value's change act.
         partial: `get` computes only the units asked for, and `put` takes their change.
-        needs: taps whose first tensors `get` and `put` use; they lie before this one.
-        rank: order among taps at the same place.
+        needs: hook points whose first tensors `get` and `put` use; they lie before this one.
+        rank: order among hook points at the same place.
         routed: how experts are banned, forced and weighed there, for sites of a router.
-        lens: how the tensor passes, where that is not as the site has it; the same for all taps of a place.
+        lens: how the tensor passes, where that is not as the site has it; the same for all hook points of a place.
     """
 
     module: str
@@ -166,10 +166,10 @@ class Tap:
     get: Get | None = None
     put: Callable[[Call, Tensor, Tensor], None] | None = None
     partial: bool = False
-    needs: tuple[Tap, ...] = ()
+    needs: tuple[HookPoint, ...] = ()
     rank: int = 0
     routed: Routed | None = None
-    lens: Lens | None = None
+    layout: Layout | None = None
 
 
 KEYED = ("rot_k", "v")
@@ -181,7 +181,9 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def resid_mid(block: Tap, attn_out: Tap, join: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tap:
+def resid_mid(
+    block: HookPoint, attn_out: HookPoint, join: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> HookPoint:
     """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`.
 
     Args:
@@ -198,7 +200,7 @@ def resid_mid(block: Tap, attn_out: Tap, join: Callable[[Tensor, Tensor], Tensor
     return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
 
 
-def head_out(z: Tap, projected: Tap, module: nn.Module, n_heads: int, d_head: int) -> Tap:
+def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int, d_head: int) -> HookPoint:
     """Contribution of each head: z times its slice of W_O. A change is added to the projection's output."""
 
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
@@ -235,7 +237,7 @@ def out_features(module: nn.Module) -> int:
     return int(output_weight(module).shape[1])
 
 
-def router_logits(module: str, router: Router, n_experts: int, k: int) -> Tap:
+def router_logits(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
     """Router logits; a change selects experts again, as the family does."""
     routed = Routed(router, n_experts, k)
 
@@ -245,10 +247,10 @@ def router_logits(module: str, router: Router, n_experts: int, k: int) -> Tap:
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         routed.select_again(call, new.reshape(-1, n_experts))
 
-    return Tap(module, "out", get=get, put=put, routed=routed)
+    return HookPoint(module, "out", get=get, put=put, routed=routed)
 
 
-def router_weights(module: str, router: Router, n_experts: int, k: int) -> Tap:
+def router_weights(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
     """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
@@ -257,38 +259,38 @@ def router_weights(module: str, router: Router, n_experts: int, k: int) -> Tap:
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
-    return Tap(module, "out", get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
+    return HookPoint(module, "out", get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
 
 
-def router_probs(module: str, router: Router) -> Tap:
+def router_probs(module: str, router: Router) -> HookPoint:
     """The family's scores as probabilities, of the logits that were selected by; read only."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         rule = router.rule(call.module, call.args)
         return router.selection.probs(rule, router.logits(call.output)).view(*call.shape, -1)
 
-    return Tap(module, "out", get=get)
+    return HookPoint(module, "out", get=get)
 
 
-def router_indices(module: str, router: Router, k: int) -> Tap:
+def router_indices(module: str, router: Router, k: int) -> HookPoint:
     """Executed experts, as the router orders them; read only."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         return router.chosen(call.output, k).view(*call.shape, k)
 
-    return Tap(module, "out", get=get)
+    return HookPoint(module, "out", get=get)
 
 
-def shared_expert_gate(module: str) -> Tap:
+def shared_expert_gate(module: str) -> HookPoint:
     """What a shared expert's output is multiplied by: the sigmoid of what the module gives; read only."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         return call.first.sigmoid().view(*call.shape, 1)
 
-    return Tap(module, "out", get=get)
+    return HookPoint(module, "out", get=get)
 
 
-def expert_out(module: str, router: Router, n_experts: int) -> Tap:
+def expert_out(module: str, router: Router, n_experts: int) -> HookPoint:
     """Weighted contribution of single experts."""
 
     def wanted(units: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -301,14 +303,14 @@ def expert_out(module: str, router: Router, n_experts: int) -> Tap:
     def put(call: Call, old: Tensor, new: Tensor) -> None:
         call.first = router.contributed(call.first, (new - old).flatten(0, 1))
 
-    return Tap(module, "out", get=get, put=put, partial=True)
+    return HookPoint(module, "out", get=get, put=put, partial=True)
 
 
 EMBEDDINGS, DEEPSTACK = "inputs_embeds", "deepstack_visual_embeds"
 """Names by which language models are handed embeddings, and features to add between the first blocks."""
 
 
-def deepstack(module: str, layer: int) -> Tap:
+def deepstack(module: str, layer: int) -> HookPoint:
     """Visual features that the language model adds after a block, laid over all positions (zero at text)."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
@@ -322,10 +324,10 @@ def deepstack(module: str, layer: int) -> Tap:
         features[layer] = new[call.kwargs["visual_pos_masks"]]
         call.kwargs = {**call.kwargs, DEEPSTACK: features}
 
-    return Tap(module, "in", EMBEDDINGS, get=get, put=put)
+    return HookPoint(module, "in", EMBEDDINGS, get=get, put=put)
 
 
-def logits() -> Tap:
+def logits() -> HookPoint:
     """The model's own output."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
@@ -334,4 +336,4 @@ def logits() -> Tap:
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         call.output.logits = new
 
-    return Tap("", "out", get=get, put=put)
+    return HookPoint("", "out", get=get, put=put)

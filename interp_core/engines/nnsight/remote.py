@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..edits import Edit, prepared
-from ..errors import CapabilityError
-from ..plan import Plan
-from ..positions import Rows
-from ..sites import SITES
-from .ports import Part, Port
-from .program import PortProgram
-from .protocol import HandOver, Passed
+from ...errors import CapabilityError
+from ...plan import Plan
+from ...positions import Rows
+from ...sites import SITES, Edit
+from ..hooks import ModuleHook, SiteAccess
+from ..operations import edit_value
+from ..program import HookProgram
+from ..protocol import HandOver, PassRecord
+from .base import TracedEngine, library
 
 if TYPE_CHECKING:
-    from ..architectures.atlas import Atlas
-    from ..architectures.taps import Tap
-    from .nnsight import NNsightEngine
+    from ...architectures.atlas import Atlas
+    from ...architectures.hook_points import HookPoint
 
 OPS = ("set", "add", "scale", "zero", "project")
 WHY = "remotely a plan is plain data on module tensors. Load without remote for this"
@@ -45,30 +45,30 @@ def adapt(atlas: Atlas) -> None:
         entry.why |= {"grad": f"gradients do not travel; {WHY}", "generate": f"generation does not travel; {WHY}"}
 
 
-def _plain(tap: Tap | None) -> bool:
-    """Whether a tap's value is a strided view of one module's tensor."""
-    return tap is not None and tap.side != "attention" and tap.get is None and tap.lens is None
+def _plain(point: HookPoint | None) -> bool:
+    """Whether a hook point's value is a strided view of one module's tensor."""
+    return point is not None and point.side != "attention" and point.get is None and point.layout is None
 
 
-class RemoteProgram(PortProgram):
-    """Ports as data, carried out by one block of code elsewhere."""
+class RemoteProgram(HookProgram):
+    """Hooks as data, carried out by one block of code elsewhere."""
 
-    engine: NNsightEngine
+    engine: TracedEngine
 
-    def __init__(self, engine: NNsightEngine, plan: Plan, atlas: Atlas) -> None:
+    def __init__(self, engine: TracedEngine, plan: Plan, atlas: Atlas) -> None:
         super().__init__(engine, plan, atlas)
         for edit in plan.edits:
             if edit.op not in OPS:
                 raise CapabilityError(f"{edit}: {edit.op} does not travel; {WHY}")
 
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
+    def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """Unused: what travels is not called here."""
         raise NotImplementedError
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
         each: HandOver | None = None, attention: bool = False,
-    ) -> Passed:  # fmt: skip
+    ) -> PassRecord:  # fmt: skip
         """See `Program.forward`."""
         import httpx  # nnsight's, as this engine is; what only measures plans does not have it
 
@@ -76,14 +76,14 @@ class RemoteProgram(PortProgram):
             raise CapabilityError(f"a graph does not travel; {WHY}")
         if each is not None:
             raise CapabilityError(f"the function each= does not travel; {WHY}")
-        self.engine.begin()
+        self.engine.acquire()
         try:
-            self.window, self.edits = None, edits
-            passed = self.begin_pass(rows, rows.width, False)
+            self.state.window, self.state.edits = None, edits
+            record = self.begin_pass(rows, rows.width, False)
             self._check(rows)
             order = self.engine.order(inputs)
-            ports = sorted(self.ports, key=lambda port: order[port.tap.module, port.tap.side].rank)
-            wire = [(port.tap.module, port.tap.side, self._actions(port, order)) for port in ports]
+            hooks = sorted(self.hooks, key=lambda hook: order[hook.point.module, hook.point.side].rank)
+            wire = [(hook.point.module, hook.point.side, self._actions(hook, order)) for hook in hooks]
             kept, norms, logits = self._sent(wire, inputs, stop)
         except (OSError, httpx.HTTPError) as error:
             raise CapabilityError(
@@ -93,26 +93,26 @@ class RemoteProgram(PortProgram):
         finally:
             self._end()
         for slot, value in kept.items():
-            passed.values[slot] = value
+            record.values[slot] = value
         for change in self._changes:
             if id(change) in norms:
                 columns = None if change.bound is None else change.bound.columns
-                passed.fires.append((change.number, change.entry.layer, columns, norms[id(change)]))
-        passed.output = SimpleNamespace(logits=logits)
-        return passed
+                record.fires.append((change.number, change.entry.layer, columns, norms[id(change)]))
+        record.output = SimpleNamespace(logits=logits)
+        return record
 
-    def _actions(self, port: Port, order: Mapping[Any, Any]) -> list[dict[str, Any]]:
-        """What is done at a port: changes, then reads, each with its place in the tensor."""
-        width = order[port.tap.module, port.tap.side].width
+    def _actions(self, hook: ModuleHook, order: Mapping[Any, Any]) -> list[dict[str, Any]]:
+        """What is done at a hook: changes, then reads, each with its place in the tensor."""
+        width = order[hook.point.module, hook.point.side].width
         actions = []
-        for change in port.changes:
+        for change in hook.changes:
             if not change.idle:
-                edit = self.edits[change.number]
-                value = prepared(edit, torch.empty(0, dtype=self.engine.dtype))
+                edit = self.state.edits[change.number]
+                value = edit_value(edit, torch.empty(0, dtype=self.engine.dtype))
                 real = change.real(self._seen(change, width).shape, torch.device("cpu"))
                 more = {"op": edit.op, "value": value, "number": id(change), "real": real}
                 actions.append(self._spot(change, width) | more)
-        for read in port.reads:
+        for read in hook.reads:
             if not read.idle:
                 place = self._spot(read, width)
                 if read.late:  # its view is applied here, when asked for
@@ -120,23 +120,22 @@ class RemoteProgram(PortProgram):
                 actions.append(place | {"op": "read", "number": read.number})
         return actions
 
-    def _spot(self, part: Part, width: int) -> dict[str, Any]:
-        """Where a part lies in its module's tensor: sizes, strides and offset of the tap's view, and an index in it."""
+    def _spot(self, part: SiteAccess, width: int) -> dict[str, Any]:
+        """Where a part lies in its module's tensor: sizes, strides and offset of the hook point's view, and an index in
+        it."""
         index = None if part.bound is None else part.bound.index(torch.device("cpu"))
-        if part.tap.view is None:
+        if part.point.view is None:
             return {"view": None, "index": index}
         seen = self._seen(part, width)
         return {"view": (tuple(seen.size()), seen.stride(), seen.storage_offset()), "index": index}
 
-    def _seen(self, part: Part, width: int) -> Tensor:
+    def _seen(self, part: SiteAccess, width: int) -> Tensor:
         """What passes where a part is, in its site's axes: sizes and strides without numbers."""
-        x = torch.empty(*self.shape, width, device="meta")
-        return x if part.tap.view is None else part.tap.view(x)
+        x = torch.empty(*self.state.shape, width, device="meta")
+        return x if part.point.view is None else part.point.view(x)
 
     def _sent(self, wire: list[Any], inputs: Mapping[str, Any], stop: bool) -> tuple[dict[Any, Any], Any, Any]:
         """Send it off; returns kept tensors, norms of changes, logits. The block must stand on its own."""
-        from .nnsight import library
-
         nnsight, model, remote = library(), self.engine.nnsight, self.engine.remote
         logits = None
         with model.trace(remote=remote, **inputs) as tracer:

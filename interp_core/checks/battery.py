@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import CapabilityError, InterpError
-from .plugins import registry
-from .selfcheck import PROBED, probe_edit, probe_ids, probed
-from .sites import SITES
-from .text import Tokens
+from ..errors import CapabilityError, InterpError
+from ..plugins import registry
+from ..sites import SITES
+from ..text import Tokens
+from .selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
 
 if TYPE_CHECKING:
-    from .edits import Edit
-    from .model import Model
+    from ..model import Model
+    from ..sites import Edit
 
 USES = ("read", "write", "grad", "generate")
 NEW = 3
@@ -163,7 +163,7 @@ def _cell(model: Model, other: Model, engine: str, name: str, use: str, limit: f
 
 
 def _tokens(model: Model) -> Tokens:
-    ids = probe_ids(model)
+    ids = check_tokens(model)
     return Tokens(ids[None], torch.ones(1, len(ids), dtype=torch.bool))
 
 
@@ -177,7 +177,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _read(model: Model, other: Model, name: str, layer: int) -> float:
-    site = probed(name, layer)
+    site = check_site(name, layer)
     if other is model:
         return 0.0  # the self-check has held its equations
     runs = [m.run(_tokens(model), read=site)[site] for m in (other, model)]
@@ -186,8 +186,8 @@ def _read(model: Model, other: Model, name: str, layer: int) -> float:
 
 def _probe(model: Model, name: str, layer: int) -> Edit:
     """The self-check's edit of that site, in one row."""
-    edit = probe_edit(model.atlas.entries[name, layer], 0, 1, model.run(_tokens(model), read=probed(name, layer)))
-    return probed(name, layer).at(query=-1, key=-2).add(edit.value) if "query" in SITES[name].axes else edit
+    edit = check_edit(model.atlas.entries[name, layer], 0, 1, model.run(_tokens(model), read=check_site(name, layer)))
+    return check_site(name, layer).at(query=-1, key=-2).add(edit.value) if "query" in SITES[name].axes else edit
 
 
 def _write(model: Model, other: Model, name: str, layer: int) -> float:
@@ -198,7 +198,7 @@ def _write(model: Model, other: Model, name: str, layer: int) -> float:
 
 
 def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
-    site, tokens, edit = probed(name, layer), _tokens(model), _probe(model, name, layer)
+    site, tokens, edit = check_site(name, layer), _tokens(model), _probe(model, name, layer)
     weights = torch.randn(model.atlas.shape.d_vocab, generator=torch.Generator().manual_seed(1))
 
     def score(logits: Tensor) -> Tensor:
@@ -210,11 +210,11 @@ def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
     gradient = other.run(tokens, read=site, grad=score).grad[site].as_subclass(Tensor)
     if "query" in site.info.axes:
         return _distance(gradient[0, :, -1, -2], nothing.grad)
-    return _distance(gradient[0, list(PROBED)].flatten(0, -2).sum(0), nothing.grad)
+    return _distance(gradient[0, list(CHECKED_POSITIONS)].flatten(0, -2).sum(0), nothing.grad)
 
 
 def _generation(model: Model, other: Model, name: str, layer: int) -> float:
-    site, tokens = probed(name, layer), _tokens(model)
+    site, tokens = check_site(name, layer), _tokens(model)
     made = other.generate(tokens, read=site, max_new_tokens=NEW, stop_at_eos=False)
     whole = Tokens(made.tokens.ids[:, :-1], torch.ones(1, made.tokens.ids.shape[1] - 1, dtype=torch.bool))
     wanted = other.run(whole, read=site)[site].as_subclass(Tensor)

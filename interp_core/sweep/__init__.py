@@ -23,22 +23,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .edits import ROUTING, TENSOR_OPS, Edit
-from .engines.tower import Tower
-from .errors import PlanError, nearest, several, wrong
-from .plan import Plan
-from .progress import Progress
-from .replacing import demand_own
-from .score import Score
-from .sites import Site
-from .sweep_plan import STRATEGIES, SweepPlan, named_edits
-from .sweep_runner import Runner
-from .sweep_store import opened
-from .sweep_trial import choose
+from ..engines.tower import Tower
+from ..errors import PlanError, nearest, several, wrong
+from ..plan import Plan
+from ..progress import Progress
+from ..replacing import demand_own
+from ..score import Score
+from ..session import Input, Session
+from ..sites import ROUTING, TENSOR_OPS, Edit, Site
+from .choose import cheapest_strategy
+from .plan import STRATEGIES, SweepPlan, named_edits
+from .runner import Runner
+from .store import opened
 
 if TYPE_CHECKING:
-    from .model import Input, Model
-    from .text import Tokens
+    from ..text import Tokens
 
 Variant = Edit | Sequence[Edit]
 
@@ -76,7 +75,7 @@ class Sweep:
 
     @staticmethod
     def planned(
-        model: Model,
+        model: Session,
         x: Input,
         variants: Iterable[Variant],
         score: Score,
@@ -94,7 +93,7 @@ class Sweep:
             with model.turn:
                 model.renew()
             tokens, edits, scores = _ready(model, x, listed, scores, strategy)
-            chosen, why, trial = choose(model, tokens, strategy)
+            chosen, why, trial = cheapest_strategy(model, tokens, strategy)
             plan = Runner(model, tokens, edits, scores, memory_budget).plan(
                 chosen, why, torch.zeros(len(edits), len(tokens), dtype=torch.bool)
             )
@@ -130,7 +129,7 @@ def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tu
 
 
 def sweep(
-    model: Model,
+    model: Session,
     x: Input,
     variants: Iterable[Variant],
     scores: tuple[Score, ...],
@@ -145,7 +144,7 @@ def sweep(
     tower = Tower(model.hf) if tokens.inputs else None
     runner.tower = None if runner.inside(tower) else tower
     with opened(out, model, tokens, listed, scores) as store:
-        chosen, why, trial = choose(model, tokens, strategy, tower)
+        chosen, why, trial = cheapest_strategy(model, tokens, strategy, tower)
         plan = runner.plan(chosen, why, store.done)
         plan.trial = trial
         with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
@@ -155,11 +154,11 @@ def sweep(
 
 
 def _ready(
-    model: Model, x: Input, variants: Iterable[Variant], scores: tuple[Score, ...], strategy: str
+    model: Session, x: Input, variants: Iterable[Variant], scores: tuple[Score, ...], strategy: str
 ) -> tuple[Tokens, tuple[tuple[Edit, ...], ...], tuple[Score, ...]]:
     """Tokens, variants and scores as a model takes them; what is wrong is found before anything runs."""
     demand_own(model, "a sweep")
-    tokens = model._fitting(model._input(x))
+    tokens = model.fit(model.input(x))
     scores = tuple(score.on(model, len(tokens)) for score in scores)
     for score in scores:
         score.fits(model.atlas.shape.d_vocab)

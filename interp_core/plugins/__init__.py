@@ -12,24 +12,33 @@ this package register the same way as anyone's. What cannot be read, imported or
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ._version import __version__
-from .errors import PluginError, nearest, wrong
+from .._version import __version__
+from ..errors import PluginError, nearest, wrong
 
 API = 1
 """Version of the interface between interp_core and its plugins."""
-KINDS = ("methods", "recipes", "engines", "architectures", "launchers")
+KINDS = {
+    "methods": "interp_core.methods:fault",
+    "recipes": "interp_core.plugins:function_fault",
+    "engines": "interp_core.engines.protocol:fault",
+    "architectures": "interp_core.architectures.family:fault",
+    "launchers": "interp_core.launch:fault",
+}
+"""Of each kind, the function of a name and an imported value that says what is wrong with it as such a plugin ("": it
+is one). By address, so that the registry knows nothing of what it holds, and imports it when a plugin is loaded."""
 OWN = "interp-core"
-PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 """Where a clone declares the entry points of this package, installed or not, and as they are now."""
 SESSION = "session"
 
@@ -100,13 +109,33 @@ class Plugin:
 
     def _judge(self, value: Any) -> None:
         """Take a value that is what this kind must be, and note what is wrong with any other."""
-        from .kinds import verdict
-
-        self.state, why = verdict(self.kind, self.name, value)
+        self.state, why = status_of(self.kind, self.name, value)
         if self.state == "ok":
             self.value = value
         else:
             self.error = f"{self.target} {why}" if self.state == "broken" else why
+
+
+def status_of(kind: str, name: str, value: Any) -> tuple[str, str]:
+    """The status of an imported value as a plugin of this kind and name ("ok", "broken", "incompatible"), and why."""
+    api = getattr(value, "api", API)
+    if api != API:
+        older = "interp_core" if isinstance(api, int) and api > API else "the package that brings it"
+        return "incompatible", f"it was written for interface {api!r}, this is {API}: update {older}"
+    fault = metadata.EntryPoint("fault", KINDS[kind], "").load()
+    wrong = fault(name, value)
+    return ("broken", wrong) if wrong else ("ok", "")
+
+
+def name_fault(name: str, value: Any) -> str:
+    """What is wrong with the name that a plugin says it has: it goes by one (an empty `name`: any)."""
+    said = getattr(value, "name", None)
+    return "" if said == name or not name else f"has name = {said!r} but is registered as {name!r}: make the two equal"
+
+
+def function_fault(name: str, value: Any) -> str:
+    """What is wrong with a value as a recipe."""
+    return "" if inspect.isfunction(value) else f"is {value!r:.60}, not a function"
 
 
 class Registry:
@@ -203,7 +232,7 @@ def registry(kind: str) -> Registry:
     return Registry(kind)
 
 
-def find(name: str, kinds: Sequence[str] = KINDS) -> Plugin:
+def find(name: str, kinds: Collection[str] = tuple(KINDS)) -> Plugin:
     """The one plugin of that name among several kinds, not imported.
 
     Raises:
@@ -253,8 +282,8 @@ def installed() -> tuple[Plugin, ...]:
             found += _points(text, name, version, needs, error)
     if OWN not in seen:
         raise PluginError(
-            f"{Path(__file__).parent} is a copy without its engines and model families: {OWN} is not installed, and "
-            f"no {PROJECT.name} of it lies beside. Install it: pip install {OWN}"
+            f"{Path(__file__).parents[1]} is a copy without its engines and model families: {OWN} is not installed, "
+            f"and no {PROJECT.name} of it lies beside. Install it: pip install {OWN}"
         )
     return tuple(sorted(found, key=lambda plugin: (plugin.dist != OWN, plugin.dist, plugin.name)))
 

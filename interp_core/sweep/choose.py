@@ -9,33 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .batches import one_row
-from .edits import Edit
-from .engines.clean import Clean, clean_pass
-from .engines.replace import replaced_forwards
-from .engines.torch import TorchEngine
-from .engines.tower import Tower
-from .errors import CapabilityError, InterpError
-from .identity import settings_of
-from .positions import VISION, PerRow, Rows
-from .progress import Progress
-from .readout import is_plain
-from .score import Score
-from .selfcheck import WIDTH, probe_ids
-from .sites import Site
-from .sweep_plan import APART, EACH, PICTURED, TOGETHER, WHOLE, Group, Trial, apart
-from .sweep_runner import Runner
-from .sweep_store import opened
-from .text import Tokens
-from .vision.corner import corner, shorter
-
-if TYPE_CHECKING:
-    from .model import Model
+from ..batches import one_row
+from ..checks.selfcheck import WIDTH, check_tokens
+from ..engines.replace import replaced_forwards
+from ..engines.torch import TorchEngine
+from ..engines.tower import Tower
+from ..errors import CapabilityError, InterpError
+from ..identity import settings_of
+from ..positions import VISION, PerRow, Rows
+from ..progress import Progress
+from ..readout import is_plain
+from ..score import Score
+from ..session import Session
+from ..sites import Edit, Site
+from ..strategy_checks import Trial
+from ..text import Tokens
+from ..vision.corner import corner, shorter
+from .clean import CleanPass, clean_pass
+from .plan import APART, EACH, PICTURED, TOGETHER, WHOLE, Group, apart
+from .runner import Runner
+from .store import opened
 
 FAULTS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a model raises that is called in a way that it does not take."""
@@ -49,7 +47,9 @@ RELIEFS = {"one text": (EACH,), "texts": (APART, EACH), "images": (), "with imag
 """Of each kind of input for which strategies are tried: what may help where they fail."""
 
 
-def choose(model: Model, tokens: Tokens, asked: str, tower: Tower | None = None) -> tuple[str, str, Trial | None]:
+def cheapest_strategy(
+    model: Session, tokens: Tokens, asked: str, tower: Tower | None = None
+) -> tuple[str, str, Trial | None]:
     """The cheapest strategy that holds on this model, no dearer than asked for; why not a cheaper one; and what trying
     these took before the model's first sweep.
 
@@ -73,7 +73,7 @@ def _summed(trials: list[Trial]) -> Trial | None:
     return Trial(calls, token_layers, max(one.layers for one in trials)) if trials else None
 
 
-def _problem(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
+def _problem(model: Session, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """What keeps a strategy from being exact on this model, tried once and remembered."""
     if type(model.engine) is not TorchEngine:
         return f"engine {model.engine.name!r} runs one variant after the other"
@@ -104,7 +104,7 @@ def _whole(tokens: Tokens) -> list[int]:
     return [row for row in range(len(tokens)) if tokens.widths[row] == tokens.lengths[row]]
 
 
-def _kind(model: Model, tokens: Tokens) -> str:
+def _kind(model: Session, tokens: Tokens) -> str:
     """What a trial has to hold for: `with images` or `mixed` (some rows have none) where such texts go together."""
     if not tokens.inputs:
         return "texts" if len(tokens.ids) > 1 else "one text"
@@ -115,7 +115,7 @@ def _kind(model: Model, tokens: Tokens) -> str:
     return "with images" if all(tokens.spans[VISION]) else "mixed"
 
 
-def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
+def _unreached(model: Session, tokens: Tokens, trials: list[Trial]) -> str:
     """Why keys of earlier positions cannot be had from a clean pass; empty if they can."""
     config, length = model.hf.config.get_text_config(), max(tokens.lengths)
     closed = [layer for layer in range(model.n_layers) if ("scores", layer) not in model.atlas.entries]
@@ -134,9 +134,9 @@ def _unreached(model: Model, tokens: Tokens, trials: list[Trial]) -> str:
     return model.tried[WINDOW]
 
 
-def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
+def _silent_window(model: Session, window: int, trials: list[Trial]) -> str:
     """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell?"""
-    kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), probe_ids(model)[None]
+    kinds, ids = getattr(model.hf.config.get_text_config(), "layer_types", None), check_tokens(model)[None]
     assert isinstance(model.engine, TorchEngine)
     rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
     inputs = {"input_ids": ids.to(model.device), "use_cache": False}
@@ -151,7 +151,7 @@ def _silent_window(model: Model, window: int, trials: list[Trial]) -> str:
     return ""
 
 
-def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
+def _trial(model: Session, strategy: str, tokens: Tokens, trials: list[Trial], tower: Tower | None) -> str:
     """Hold a strategy against plain forward passes, on a model of few layers; on all where the others need them."""
     blocks = _blocks(model)
     few, every = _representative(model, blocks), tuple(range(len(blocks)))
@@ -166,7 +166,7 @@ def _trial(model: Model, strategy: str, tokens: Tokens, trials: list[Trial], tow
     return "a forward pass with an edit fails on this model"
 
 
-def _pictured(model: Model, strategy: str, tokens: Tokens) -> list[Tokens]:
+def _pictured(model: Session, strategy: str, tokens: Tokens) -> list[Tokens]:
     """Texts with images to try a strategy on, small ones first: one, or where such texts go together two, of unequal
     length unless the strategy runs whole texts, and beside them a text without an image where there are such."""
     kind, whole = _kind(model, tokens), strategy in WHOLE
@@ -180,7 +180,7 @@ def _pictured(model: Model, strategy: str, tokens: Tokens) -> list[Tokens]:
             out.append(first)
             continue
         n = first.ids.shape[1]
-        plain = probe_ids(model).repeat(n // WIDTH + 1)[None, :n]
+        plain = check_tokens(model).repeat(n // WIDTH + 1)[None, :n]
         more = [Tokens(plain, torch.ones_like(plain, dtype=torch.bool))] if kind == "mixed" else []
         out.append(
             Tokens.stack([first, first if whole else shorter(texts[-1], model.hf.config, model.atlas.family), *more])
@@ -194,31 +194,31 @@ class _Variant(NamedTuple):
     layer: int
     places: tuple[int, ...]
 
-    def vector(self, model: Model) -> Tensor:
+    def vector(self, model: Session) -> Tensor:
         return torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=model.dtype, device=model.device)
 
-    def edit(self, model: Model) -> Edit:
+    def edit(self, model: Session) -> Edit:
         return Site("resid_pre", self.layer).at(PerRow(self.places)).add(self.vector(model))
 
 
-def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None) -> str | None:
+def _compare(model: Session, strategy: str, tokens: Tokens, layers: tuple[int, ...], tower: Tower | None) -> str | None:
     """What is wrong with a strategy; None if plain forward passes cannot be had to compare it with.
 
     For a sweep over several texts, variants of two texts of unequal length (equal for strategies that run whole texts)
     go through a pass together, and some of the first text through one of their own. With images each text's plain
     passes are its own, without padding.
     """
-    joins = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    start_layers = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     if tokens.inputs:
-        texts, variants = tokens, _beside_an_image(tokens, joins)
+        texts, variants = tokens, _beside_an_image(tokens, start_layers)
     else:
-        ids, mask = probe_ids(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
-        variants = [_Variant(at, (-3,)) for at in joins]
+        ids, mask = check_tokens(model)[None], torch.ones(1, WIDTH, dtype=torch.bool)
+        variants = [_Variant(at, (-3,)) for at in start_layers]
         if len(tokens.ids) > 1:
             ids, mask = torch.cat([ids, ids.flip(1)]), mask.repeat(2, 1)
             mask[1, WIDTH - (strategy not in WHOLE) :] = False
-            variants = [_Variant(at, (-3, -3)) for at in joins]
-            variants += [_Variant(at, (-1, -3)) for at in (joins[0], joins[-1])]
+            variants = [_Variant(at, (-3, -3)) for at in start_layers]
+            variants += [_Variant(at, (-1, -3)) for at in (start_layers[0], start_layers[-1])]
         texts = Tokens(ids, mask)
     rehearsal = _Rehearsal(model, texts, variants)
     rehearsal.tower = tower
@@ -235,14 +235,17 @@ def _compare(model: Model, strategy: str, tokens: Tokens, layers: tuple[int, ...
     return "" if differ <= limit else f"its numbers differ from full forward passes by {differ:.0e} on this model"
 
 
-def _beside_an_image(texts: Tokens, joins: list[int]) -> list[_Variant]:
+def _beside_an_image(texts: Tokens, start_layers: list[int]) -> list[_Variant]:
     """Variants at each text's first token after the images (the last one, if nothing follows), and at their first."""
     after, first = [], []
     for row, length in enumerate(texts.lengths):
         runs = texts.spans[VISION][row] if VISION in texts.spans else ()
         after.append(min(max((run.stop for run in runs), default=length), length - 1) - length)
         first.append(min((run.start for run in runs), default=0) - length)
-    return [_Variant(at, tuple(places)) for at, places in ((joins[0], after), (joins[-1], after), (joins[0], first))]
+    return [
+        _Variant(at, tuple(places))
+        for at, places in ((start_layers[0], after), (start_layers[-1], after), (start_layers[0], first))
+    ]
 
 
 def _judged(logits: Tensor) -> Tensor:
@@ -257,7 +260,7 @@ class _Rehearsal(Runner):
         wanted: per text, scores `[variant]` of those.
     """
 
-    def __init__(self, model: Model, texts: Tokens, given: list[_Variant]) -> None:
+    def __init__(self, model: Session, texts: Tokens, given: list[_Variant]) -> None:
         super().__init__(model, texts, tuple((one.edit(model),) for one in given), (Score("trial", _judged),), None)
         self.given = given
         self.wanted: dict[int, Tensor] = {}
@@ -267,7 +270,7 @@ class _Rehearsal(Runner):
             return [tuple(swept)]
         return super()._groups(strategy, swept, singles)
 
-    def _clean(self, group: Group) -> Clean:
+    def _clean(self, group: Group) -> CleanPass:
         if self.tokens.inputs:
             numbers = range(len(self.given))
             for text in group.texts:
@@ -302,13 +305,13 @@ def _adding(vector: Tensor, row: int, column: int) -> Callable[..., Any]:
     return hook
 
 
-def _blocks(model: Model) -> list[nn.Module]:
+def _blocks(model: Session) -> list[nn.Module]:
     assert isinstance(model.engine, TorchEngine)
     entries = [model.atlas.entries["resid_pre", layer] for layer in range(model.n_layers)]
     return [model.engine.modules[entry.read.module] for entry in entries if entry.read is not None]
 
 
-def _representative(model: Model, blocks: list[nn.Module], *, middle: bool = False) -> tuple[int, ...]:
+def _representative(model: Session, blocks: list[nn.Module], *, middle: bool = False) -> tuple[int, ...]:
     """The first and the last layer, and of each kind of layer its first and last (and the one in the middle)."""
     kinds: dict[Any, list[int]] = {}
     types = getattr(model.hf.config.get_text_config(), "layer_types", None) or [""] * len(blocks)
@@ -319,7 +322,7 @@ def _representative(model: Model, blocks: list[nn.Module], *, middle: bool = Fal
 
 
 @contextmanager
-def _shortened(model: Model, blocks: list[nn.Module], layers: tuple[int, ...]) -> Iterator[list[int]]:
+def _shortened(model: Session, blocks: list[nn.Module], layers: tuple[int, ...]) -> Iterator[list[int]]:
     """For a while, only these layers compute and the model has few logits; gives the tokens of each call of a layer."""
     counted: list[int] = []
     last: list[Any] = [None]

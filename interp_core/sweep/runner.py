@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import one_row, padded_on
-from .compiled import model_inputs
-from .edits import Edit
-from .engines.clean import Clean, clean_pass
-from .engines.replace import replaced_forwards
-from .engines.staircase import Staircase
-from .engines.torch import TorchEngine
-from .engines.tower import Tower
-from .positions import Rows
-from .progress import Progress
-from .readout import is_plain
-from .sweep_plan import EACH, Group, Pass, Planner, SweepPlan
-from .sweep_store import Store
-from .text import Tokens
+from ..batches import one_row, padded_on
+from ..engines.replace import replaced_forwards
+from ..engines.torch import TorchEngine
+from ..engines.tower import Tower
+from ..model_inputs import model_inputs
+from ..positions import Rows
+from ..progress import Progress
+from ..readout import is_plain
+from ..run import forward
+from ..sites import Edit
+from ..text import Tokens
+from .clean import CleanPass, clean_pass
+from .plan import EACH, Group, Pass, Planner, SweepPlan
+from .staircase import Staircase
+from .store import SweepStore
 
 SAVE_SECONDS = 10.0
 """How often what is done is written to the folder."""
@@ -42,7 +43,7 @@ class Runner(Planner):
     tower: Tower | None = None
     standing: Mapping[nn.Module, Callable[..., Any]] = {}
 
-    def run(self, plan: SweepPlan, store: Store, progress: Progress) -> Tensor:
+    def run(self, plan: SweepPlan, store: SweepStore, progress: Progress) -> Tensor:
         """All passes, group by group; gives scores without edits `[batch score]`. What is done is kept in the store,
         also when this is stopped."""
         clean = torch.zeros(len(self.tokens), len(self.scores), dtype=store.values.dtype)
@@ -53,7 +54,7 @@ class Runner(Planner):
             store.save()
         return clean
 
-    def _group(self, group: Group, plan: SweepPlan, store: Store, progress: Progress, clean: Tensor) -> None:
+    def _group(self, group: Group, plan: SweepPlan, store: SweepStore, progress: Progress, clean: Tensor) -> None:
         """All variants on some texts; their scores without edits go to `clean`."""
         with self.model.turn:
             self._only_targets(group.texts)
@@ -71,7 +72,13 @@ class Runner(Planner):
             self._variants(group, shared, plan, store, progress, clean)
 
     def _variants(
-        self, group: Group, shared: Clean | None, plan: SweepPlan, store: Store, progress: Progress, clean: Tensor
+        self,
+        group: Group,
+        shared: CleanPass | None,
+        plan: SweepPlan,
+        store: SweepStore,
+        progress: Progress,
+        clean: Tensor,
     ) -> None:
         saved, references = time.monotonic(), {}
         for place, row in enumerate(group.texts):
@@ -106,7 +113,7 @@ class Runner(Planner):
         read = self.site(row)
         reads, kept = ((), self.scored[row]) if read is None else ((read,), False)
         with self._turn():
-            run = self.model.run(text, read=reads, edits=edits, logits=kept, allow_noop=True)
+            run = forward(self.model, text, read=reads, edits=edits, logits=kept, allow_noop=True)
         moved = sum(receipt.norm**2 for receipt in run.receipts) ** 0.5
         if read is not None:
             return run[read].as_subclass(Tensor), moved
@@ -137,7 +144,7 @@ class Runner(Planner):
         assert isinstance(engine, TorchEngine)
         return engine
 
-    def _clean(self, group: Group) -> Clean:
+    def _clean(self, group: Group) -> CleanPass:
         """One pass over the texts, with what the passes over their variants need of it."""
         starts, columns = [0] * len(group.texts), [self.scored[text] for text in group.texts]
         keep = any(one.columns < self.widths[step.text] for one in group.passes for step in one.steps)
@@ -155,22 +162,24 @@ class Runner(Planner):
             )
 
     def _climb(
-        self, one: Pass, group: Group, clean: Clean, references: Mapping[int, Tensor]
+        self, one: Pass, group: Group, clean: CleanPass, references: Mapping[int, Tensor]
     ) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
         """Text by text its number and those of its variants, their scores `[variant score]` in a pass, and norms of
         what they changed."""
         steps, own = one.steps, sorted({step.text for step in one.steps})
         place = {text: number for number, text in enumerate(own)}
         try:
-            edits, joins, texts = zip(*((step.edits, step.layer, place[step.text]) for step in steps), strict=True)
+            edits, start_layers, texts = zip(
+                *((step.edits, step.layer, place[step.text]) for step in steps), strict=True
+            )
             read, each = self.site(group.texts[0]), EACH in self.model.tried
             starts, within = [self.widths[text] - one.columns for text in own], [*map(group.texts.index, own)]
             columns = [[column - starts[place[step.text]] for column in self.scored[step.text]] for step in steps]
             with self._turn(), self.model.fresh(), self._only_scored(columns) as scored:
-                program = Staircase(self._engine(), self.model.atlas, edits, joins, texts, read, each=each)
+                program = Staircase(self._engine(), self.model.atlas, edits, start_layers, texts, read, each=each)
                 inputs = self._inputs(own, starts, one.columns)
                 last = scored if self.tokens.inputs and read is None and self._leaves_last else None
-                value, moved = program.climb(inputs, starts, one.columns, clean, within, last)
+                value, moved = program.run(inputs, starts, one.columns, clean, within, last)
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise

@@ -1,7 +1,7 @@
 """The part of a value that a site selects: units and positions turned into one index.
 
-A `Region` belongs to a plan; binding it to the rows of a batch (and, while generating, to the columns that this step
-computes) gives a `Bound`, which takes that part out of a tensor or puts it back.
+A `Selection` belongs to a plan; binding it to the rows of a batch (and, while generating, to the columns that this step
+computes) gives a `BoundSelection`, which takes that part out of a tensor or puts it back.
 
 Attention values `[batch head query key]` are indexed as `[batch query key head]`, so that in every value the axes
 that positions select come right after the batch and the unit axis after them.
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import PositionError
-from .positions import ALL, VISION, Patches, Position, Rows, is_single, resolve, selects_newest
-from .sites import Site, indices
+from ..errors import PositionError
+from ..indexing import indices
+from ..positions import ALL, VISION, Patches, Position, Rows, is_single, resolve, selects_newest
+from ..sites import Site
 
 Columns = list[list[int]]
 
@@ -31,7 +32,7 @@ class Window(NamedTuple):
     keys: int = 0
 
 
-class Region:
+class Selection:
     """Selection of a site, units checked against the model.
 
     Raises:
@@ -52,7 +53,7 @@ class Region:
             found = indices(site.units, n_units, site.info.unit or "unit", site)
             self.units = found[0] if isinstance(site.units, int) else tuple(found)
         self.whole = self.pos is None and self.key is None and self.units is None
-        self._step: tuple[int, Bound] | None = None
+        self._step: tuple[int, BoundSelection] | None = None
 
     def give_units(self) -> tuple[int, ...] | None:
         """Leave the selection of units to whoever computes the value; what it then gives is selected here."""
@@ -63,7 +64,7 @@ class Region:
         self.whole = self.pos is None and self.key is None and self.units is None
         return wanted
 
-    def bind(self, rows: Rows, window: Window | None = None) -> Bound | None:
+    def bind(self, rows: Rows, window: Window | None = None) -> BoundSelection | None:
         """The index into this batch, or None if nothing of it lies in the window.
 
         Raises:
@@ -84,14 +85,14 @@ class Region:
                 keys = [[column for column in row if window.keys <= column < window.stop] for row in keys]
                 if not any(keys):
                     return None
-        return Bound(self, rows, queries, keys, window)
+        return BoundSelection(self, rows, queries, keys, window)
 
-    def laid(self, rows: Rows) -> Bound:
+    def laid(self, rows: Rows) -> BoundSelection:
         """The index into a value that is laid out in rows of patches `[batch patch …]`, as runs give it."""
         own = self._counted(rows)
-        return Bound(self, own, resolve(self.pos or ALL, own), None, None)
+        return BoundSelection(self, own, resolve(self.pos or ALL, own), None, None)
 
-    def _bind_newest(self, rows: Rows, window: Window) -> Bound | None:
+    def _bind_newest(self, rows: Rows, window: Window) -> BoundSelection | None:
         """The same for a step that computes one token of each row. Its index does not depend on the step, so that steps
         cost the same however long the text is."""
         start, real = window.start, rows.real
@@ -100,9 +101,12 @@ class Region:
             if not any(hit):
                 return None
             if not all(hit):
-                return Bound(self, rows, [[start] if on else [] for on in hit], None, window)
+                return BoundSelection(self, rows, [[start] if on else [] for on in hit], None, window)
         if self._step is None or self._step[0] != len(real):
-            self._step = len(real), Bound(self, rows, None if self.pos is None else [[start]] * len(real), None, window)
+            self._step = (
+                len(real),
+                BoundSelection(self, rows, None if self.pos is None else [[start]] * len(real), None, window),
+            )
         elif self.pos is not None:
             self._step[1].columns = [[start]] * len(real)
         return self._step[1]
@@ -136,7 +140,7 @@ class Region:
         return rows.patches.rows
 
 
-class Bound:
+class BoundSelection:
     """A region in a given batch.
 
     Attributes:
@@ -148,33 +152,45 @@ class Bound:
     """
 
     __slots__ = (
-        "_index", "_moved", "_parts", "_patches", "axes", "basic", "columns", "fills", "ragged", "region", "rows",
+        "_index",
+        "_moved",
+        "_parts",
+        "_patches",
+        "axes",
+        "basic",
+        "columns",
+        "fills",
+        "ragged",
+        "rows",
+        "selection",
     )  # fmt: skip
 
     def __init__(
-        self, region: Region, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
+        self, selection: Selection, rows: Rows, queries: Columns | None, keys: Columns | None, window: Window | None
     ) -> None:
-        self.region, self.columns, self.rows = region, queries, len(rows.real)
-        start, stop, first = (0, rows.width, 0) if window is None or region.tower else window
-        self._patches: Patches | None = rows.patches if region.tower else None
-        parts = [_Part.of(queries, region.pos, start, stop - start)]
-        if region.attention:
-            parts.append(_Part.of(keys, region.key, first, stop - first))
+        self.selection, self.columns, self.rows = selection, queries, len(rows.real)
+        start, stop, first = (0, rows.width, 0) if window is None or selection.tower else window
+        self._patches: Patches | None = rows.patches if selection.tower else None
+        parts = [_Part.of(queries, selection.pos, start, stop - start)]
+        if selection.attention:
+            parts.append(_Part.of(keys, selection.key, first, stop - first))
         self._point(parts)
-        self.fills = self.basic and region.units is None and not region.attention and parts[0].count == stop - start
+        self.fills = (
+            self.basic and selection.units is None and not selection.attention and parts[0].count == stop - start
+        )
 
     def _point(self, parts: list[_Part]) -> None:
         """Make the index that selects these columns."""
         self._parts = parts
         self.ragged = any(part.ragged for part in parts)
         self._index = self._build(parts, self.rows)
-        names = self.region.site.info.positions or ("visual",)
+        names = self.selection.site.info.positions or ("visual",)
         counts = [(name, part.count) for name, part in zip(names, parts, strict=False) if not part.single]
         self.axes = [("selected", self._index[0].shape[0])] if self.ragged else counts
         self.basic = not any(isinstance(part, (Tensor, list)) for part in self._index)
         self._moved: dict[torch.device, tuple[Any, ...]] = {}
 
-    def among(self, queries: Sequence[int]) -> Bound:
+    def among(self, queries: Sequence[int]) -> BoundSelection:
         """The same part of a tensor that has these queries alone, counted as in `columns`; all that it takes are there.
 
         Raises:
@@ -183,11 +199,11 @@ class Bound:
         at = {column: i for i, column in enumerate(queries)}
         local = [[at[column] for column in row] for row in self.columns or ()]
         made = copy.copy(self)
-        made._point([_Part.of(local, self.region.pos, 0, len(at)), *self._parts[1:]])
+        made._point([_Part.of(local, self.selection.pos, 0, len(at)), *self._parts[1:]])
         return made
 
     def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
-        units = self.region.units
+        units = self.selection.units
         tail: tuple[Any, ...] = () if units is None else (units if isinstance(units, int) else list(units),)
         if not self.ragged and self._patches is None and all(part.key is not None for part in parts):
             # basic indexing: every row selects the same stretch
@@ -203,12 +219,12 @@ class Bound:
     @property
     def stretch(self) -> Any:
         """The one index of positions that every row has (a number or a slice); None if there is none."""
-        return None if self.region.attention or not self.basic else self._index[1]
+        return None if self.selection.attention or not self.basic else self._index[1]
 
     @property
     def unit(self) -> int | None:
         """The one unit that it takes, if it takes one."""
-        units = self.region.units
+        units = self.selection.units
         return units if isinstance(units, int) else None
 
     def index(self, device: torch.device) -> tuple[Any, ...]:
@@ -221,15 +237,15 @@ class Bound:
 
     def take(self, x: Tensor) -> Tensor:
         """The selected part, its axes in the value's order (a view where that is possible)."""
-        if self.region.attention:
+        if self.selection.attention:
             part = x.permute(0, 2, 3, 1)[self.index(x.device)]
-            return part if isinstance(self.region.units, int) or self.ragged else part.movedim(-1, 1)
+            return part if isinstance(self.selection.units, int) or self.ragged else part.movedim(-1, 1)
         return x[self._index if self.basic else self.index(x.device)]
 
     def put(self, x: Tensor, new: Tensor) -> None:
         """Write the selected part of `x` in place."""
-        if self.region.attention:
-            if not (isinstance(self.region.units, int) or self.ragged):
+        if self.selection.attention:
+            if not (isinstance(self.selection.units, int) or self.ragged):
                 new = new.movedim(1, -1)
             x.permute(0, 2, 3, 1)[self.index(x.device)] = new
         else:

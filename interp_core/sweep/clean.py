@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas
+from ..engines.attention import AttentionHook
+from ..engines.called import Called
+from ..engines.hooks import SiteRead
+from ..engines.program import LocalEngine
+from ..engines.protocol import PassRecord
+from ..engines.replace import replaced_forwards
+from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows
 from ..sites import Site
-from .attention import LayerTap
-from .called import Called
-from .ports import Read
-from .program import LocalEngine
-from .protocol import Passed
-from .replace import replaced_forwards
-from .torch import TorchProgram
 
 
 @dataclass
-class Clean:
+class CleanPass:
     """What a clean pass over some texts left: everything that variants share with it.
 
     Attributes:
@@ -54,7 +54,7 @@ def clean_pass(
     keep: bool,
     scored: Tensor | None = None,
     images: bool = False,
-) -> Clean:
+) -> CleanPass:
     """One pass without edits.
 
     Args:
@@ -68,9 +68,9 @@ def clean_pass(
     program = TorchProgram(engine, Plan(() if read is None else (read,), ()), atlas)
     blocks, attentions = modules_of(engine, atlas)
     if keep:
-        program.taps = tapped(program.taps, attentions)
-        for tap in program.taps:
-            tap.keep = True
+        program.attn_hooks = tapped(program.attn_hooks, attentions)
+        for attn_hook in program.attn_hooks:
+            attn_hook.keep = True
     streams: list[Tensor] = []
     rest: list[tuple[Any, ...] | None] = []
     called = Called(rows.width) if images else None
@@ -90,13 +90,13 @@ def clean_pass(
     narrow = {} if scored is None else narrowed(engine, atlas, scored)
     try:
         with torch.no_grad(), replaced_forwards(narrow):
-            passed = program.forward(inputs, rows, (), keep_graph=False, stop=read is not None)
+            record = program.forward(inputs, rows, (), keep_graph=False, stop=read is not None)
     finally:
         for handle in handles:
             handle.remove()
-    kept = [tap.kept for tap in program.taps if tap.keep]
-    value = passed.output.logits if read is None else seen(passed, program.slots)
-    return Clean(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept], called)
+    kept = [attn_hook.kept for attn_hook in program.attn_hooks if attn_hook.keep]
+    value = record.output.logits if read is None else seen(record, program.slots)
+    return CleanPass(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept], called)
 
 
 def narrowed(engine: LocalEngine, atlas: Atlas, columns: Tensor) -> dict[nn.Module, Callable[..., Any]]:
@@ -123,18 +123,18 @@ def _only(forward: Callable[..., Any], columns: Tensor) -> Callable[..., Any]:
     return some
 
 
-def seen(passed: Passed, slots: Sequence[Read]) -> Tensor:
+def seen(record: PassRecord, slots: Sequence[SiteRead]) -> Tensor:
     """The value of the one site that a pass read, in the site's axes."""
-    (value,), (slot,) = passed.values, slots
+    (value,), (slot,) = record.values, slots
     assert value is not None
     return slot.view(value) if slot.late and slot.view is not None else value
 
 
-def tapped(taps: Sequence[LayerTap], modules: Sequence[nn.Module]) -> list[LayerTap]:
-    """A tap on every attention module, those that a plan has among them."""
-    known = {id(tap.module): tap for tap in taps}
+def tapped(attn_hooks: Sequence[AttentionHook], modules: Sequence[nn.Module]) -> list[AttentionHook]:
+    """A hook on every attention module, those that a plan has among them."""
+    known = {id(attn_hook.module): attn_hook for attn_hook in attn_hooks}
     lent: dict[int, Any] = {}
-    return [known.get(id(module)) or LayerTap(module, {}, lent) for module in modules]
+    return [known.get(id(module)) or AttentionHook(module, {}, lent) for module in modules]
 
 
 def modules_of(engine: LocalEngine, atlas: Atlas) -> tuple[list[nn.Module], list[nn.Module]]:
