@@ -111,7 +111,7 @@ def test_chunks_fit_the_budget_and_shrink_when_memory_runs_out(monkeypatch: pyte
             raise torch.OutOfMemoryError("on purpose")
         return climb(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staircase.Staircase, "climb", narrow)
+    monkeypatch.setattr(staircase.Staircase, "run", narrow)
     torch.testing.assert_close(model.sweep(tokens(), edits, JUDGED).values, whole.values, atol=1e-5, rtol=1e-5)
 
 
@@ -275,7 +275,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt
         return climb(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staircase.Staircase, "climb", stopping)
+    monkeypatch.setattr(staircase.Staircase, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         model.sweep(tokens(), edits, JUDGED, out=tmp_path)
     done = sum(passes[:2])

@@ -135,7 +135,7 @@ def test_a_model_that_takes_no_texts_together_takes_them_alone(monkeypatch: pyte
         return climb(self, *args)  # type: ignore[arg-type]
 
     wanted = tiny_model("llama").sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
-    monkeypatch.setattr(staircase.Staircase, "climb", alone)
+    monkeypatch.setattr(staircase.Staircase, "run", alone)
     model = ic.load(testing.tiny("llama"))
     found = model.sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
     assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
@@ -165,7 +165,7 @@ def test_spans_of_different_lengths_and_what_is_done_already(tmp_path: Path, mon
         rows.append(len(self.start_layers))
         return climb(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staircase.Staircase, "climb", stopping)
+    monkeypatch.setattr(staircase.Staircase, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         model.sweep(text, some, judged, out=tmp_path)
     found = model.sweep(text, some, judged, out=tmp_path)

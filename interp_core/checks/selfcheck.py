@@ -228,7 +228,7 @@ def _checked_entries(atlas: Atlas) -> list[Entry]:
     """Every kind of site in its first and last layer."""
     return [
         atlas.entries[name, layer]
-        for name in CHECKED
+        for name in checked_sites(atlas)
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
