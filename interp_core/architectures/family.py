@@ -104,7 +104,8 @@ class Family:
     Attributes:
         name: for tables and messages.
         paths: canonical component to module path, over TransformerLens' table (`blocks.mlp.out`, …). Alternatives are
-            joined by `|`; the first that a block has is taken.
+            joined by `|`; the first that a block has is taken. What no block of a model has is refused at load, unless
+            it ends with `|`: not all models of the family have it.
         varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.

@@ -9,6 +9,7 @@ the value (`get`) and put a change of it back (`put`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -337,3 +338,9 @@ def logits() -> HookPoint:
         call.output.logits = new
 
     return HookPoint("", "out", get=get, put=put)
+
+
+def uses_interface(attention: nn.Module) -> bool:
+    """Whether an attention module goes through transformers' attention interface."""
+    code = inspect.unwrap(type(attention).forward).__code__
+    return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")

@@ -25,6 +25,7 @@ from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .family import Family, Heads, View, split_heads
 from .hook_points import HookPoint, Layout, Side
+from .misplaced import demand_blocks, demand_paths
 from .reach import Reach
 from .towers import last_used
 from .undescribed import UNDESCRIBED, discover
@@ -41,12 +42,15 @@ def build(model: Any, family: Family | None) -> Atlas:
 
     Raises:
         LoadError: no transformer blocks in it.
+        PluginError: a path of the family's file leads nowhere in it.
     """
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
     shown = known or discover(modules, model.get_input_embeddings())
     paths = {**shown, **(family.paths if family else {})}
+    if family and config is model.config:
+        demand_blocks(family, modules)
     if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
         paths |= {key: path for key, path in shown.items() if not key.startswith("blocks.")}
     if paths.get("blocks") not in modules:
@@ -139,10 +143,13 @@ class Stack:
 
     def locate(self) -> None:
         """Find every site of every block."""
-        for layer in range(len(list(self.modules[self.paths["blocks"]].children()))):
-            block = Block(self, layer)
-            self.components.add("block", layer, block.module)
-            self.components.add_block(layer, block.parts, self.modules)
+        layers = range(len(list(self.modules[self.paths["blocks"]].children())))
+        blocks = [Block(self, layer) for layer in layers]
+        parts = {block.path: block.parts for block in blocks}
+        demand_paths(self.atlas.family.name, self.family, self.paths, self.places, self.modules, parts)
+        for block in blocks:
+            self.components.add("block", block.layer, block.module)
+            self.components.add_block(block.layer, block.parts, self.modules)
             for locate in (*LOCATORS, *self.family.sites):
                 locate(block)
 
@@ -320,7 +327,7 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
     stack, module = block.stack, block.stack.modules[attn]
     images = stack.family.whole_images
     stack.atlas.reaches[block.layer] = Reach.of(module, stack.config, block.layer, images=images)
-    if uses_interface(module):
+    if hook_points.uses_interface(module):
         for name, sizes in rotated.items():
             block.view(name, HookPoint(attn, "attention", name, view=hook_points.transposed), sizes)
         for name in ("scores", "pattern"):
@@ -444,9 +451,3 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         atlas.lacking[name] = why
     if "final_norm" not in present:
         atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
-
-
-def uses_interface(attention: nn.Module) -> bool:
-    """Whether an attention module goes through transformers' attention interface."""
-    code = inspect.unwrap(type(attention).forward).__code__
-    return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")
