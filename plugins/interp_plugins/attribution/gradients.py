@@ -121,6 +121,7 @@ class InputXGradient(Gradients):
         scores = scored([run.grad[site].plain for site in sites])
         rows = None
         if config.per_token and len(layout.target):
+            # gradients at the sites of the same pass: a zero added there has the site's gradient
             zeros = [torch.zeros_like(value, requires_grad=True) for value in values]
             added = [site.add(zero) for site, zero in zip(sites, zeros, strict=True)]
             with ic.Progress("rows", len(layout.target)) as told:

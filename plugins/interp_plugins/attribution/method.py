@@ -323,6 +323,7 @@ def attention_sinks(model: ic.Model, layout: Layout, stream: Tensor | None = Non
 def mass_shares(scores: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Shares of mass on the first token and on attention sinks; 0 of nothing."""
     size = scores.detach().abs().double().cpu()
+    # scores that are all 0 have no shares: 0 of nothing, rather than NaN
     total = size.sum().clamp_min(1e-300)
     return size[0] / total, size[sinks].sum() / total
 
@@ -336,6 +337,7 @@ def _without(attributed: Attributed, sinks: Tensor, left_out: str) -> Attributed
         if values is None:
             return None
         values = values.detach().cpu()
+        # sums over long texts are made of these: half precision ends here, and what came in float64 stays
         return (values if values.dtype == torch.float64 else values.float()).masked_fill(gone, 0.0)
 
     scores = kept(attributed.scores)

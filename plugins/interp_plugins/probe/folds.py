@@ -141,6 +141,7 @@ def make_folds(
         fold = _deal(y, of, n_folds, rng)
         for k in range(n_folds):
             here = fold == k
+            # images that a test sample is about or was shown; whoever was shown one of them may not train
             seen = np.union1d(of[here], shown[here]) if donors is not None else of[here]
             keep = ~here & ~np.isin(shown, seen)
             inside = np.full(len(y), -1)
@@ -153,10 +154,14 @@ def make_folds(
 
 def _shown(groups: Any, donors: Any, of: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
     """Donors by the numbers of the groups; a donor that is no sample's own image gets a number of its own."""
-    own = list(groups.tolist() if hasattr(groups, "tolist") else groups) if groups is not None else list(range(len(of)))
+    own = range(len(of)) if groups is None else plain_list(groups)
     known = dict(zip(own, of.tolist(), strict=True))
-    images = list(donors.tolist() if hasattr(donors, "tolist") else donors)
-    return np.array([known.setdefault(donor, len(known) + len(of)) for donor in images])
+    return np.array([known.setdefault(donor, len(known) + len(of)) for donor in plain_list(donors)])
+
+
+def plain_list(values: Any) -> list[Any]:
+    """A list, an array or a tensor as plain values, which are equal and hashed by what they say."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _deal(
@@ -168,8 +173,10 @@ def _deal(
     np.add.at(counts, (of, y), 1)
     total = counts.sum(0).clip(1)
     order = rng.permutation(len(counts))
+    # large groups first, while every fold still has room; equal ones in the random order
     order = order[np.argsort(-counts[order].sum(1), kind="stable")]
     folds, fold = np.zeros((n_folds, counts.shape[1])), np.zeros(len(counts), dtype=np.int64)
+    # a hair of randomness, so that repeats deal otherwise where folds are equally good
     ties = rng.random((len(counts), n_folds)) * 1e-9
     for group in order:
         # what putting it there adds to the sum of squared shares, of classes and, less, of sizes

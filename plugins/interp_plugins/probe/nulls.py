@@ -35,6 +35,7 @@ def shuffled(
     _, of = np.unique(groups, return_inverse=True)
     first = np.zeros(of.max() + 1, dtype=np.int64)
     first[of] = labels
+    # every group has one label: whole groups are what can be exchanged
     if (first[of] == labels).all():
         return np.stack([rng.permutation(first)[of] for _ in range(count)], 1) if count else labels[:, None][:, :0]
     return np.stack([rng.permutation(labels) for _ in range(count)], 1) if count else labels[:, None][:, :0]
@@ -60,6 +61,7 @@ def control_labels(
     rng = np.random.default_rng([seed, 2])
     shares = np.bincount(labels, minlength=classes) / len(labels)
     drawn = np.stack([
+        # every class once before the draws, or a task could lack one
         rng.permutation(np.r_[np.arange(classes), rng.choice(classes, len(names) - classes, p=shares)])
         for _ in range(count)
     ], 1)  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 import interp_core as ic
 
 from . import decoders
-from .decoders import Scores, members, predicted
+from .decoders import Scores, balanced, members, predicted
 from .decoding import Decoding
 from .folds import Folds, numbered
 from .gram import Standardised, layers_at_a_time
@@ -67,6 +67,7 @@ def decode(
     x = _states(states)
     y, classes = numbered(labels)
     _demand(x, y, folds, decoder, penalties, shuffles)
+    # the labels first, then every other labeling: the fits share all but their targets
     columns = [y[:, None], shuffled(y, folds.groups, shuffles, seed)]
     if types is not None:
         columns.append(control_labels(y, types, controls, seed))
@@ -131,10 +132,7 @@ class _Book:
         self.ranking[split, layers] = _ranking(scores.test[:, :, 0], members(there[:, :1], self.classes)[:, 0])
         if scores.held is not None:
             fitted = torch.from_numpy(self.labels[train])
-            inside = (fitted[..., None] == torch.arange(self.classes)).double()
-            good = (predicted(scores.held) == fitted).double()
-            shares = torch.einsum("ltp,tpc->lpc", good, inside / inside.sum(0).clamp(min=1))
-            self.inner[split, layers] = shares.mean(-1).numpy()
+            self.inner[split, layers] = balanced(predicted(scores.held), fitted, self.classes).numpy()
 
 
 def _ranking(scores: Float[Tensor, "layer s score"], high: Tensor) -> Float[np.ndarray, " layer"]:

@@ -92,6 +92,7 @@ def domains(counts: Any, tokens: Any, labels: Any, *, permutations: int = 200, s
     real = _spread(n, of, len(names))
     drawn = np.stack([_spread(n, rng.permutation(of), len(names)) for _ in range(permutations)])
     share = domain_shares(_grouped(n, of, len(names)), np.bincount(of, below, len(names)))
+    # 1e-12: a permutation that gives the labels back is as large, though its sums may round otherwise
     p = (1 + (drawn >= real - 1e-12).sum(0)) / (1 + permutations)
     return Domains(names, share, real, drawn.mean(0), p)
 

@@ -107,6 +107,7 @@ class Measuring:
         """All curves."""
         self.clean, logits = read_clean(self.model, self.sample, self.sample.tokens)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # before any sweep: KL is from the clean run, in every score that follows
         self.scores.reference = torch.log_softmax(logits[0, 0], -1)
         clean = _numbers(self.scores.of(logits))
         blind = {}
@@ -152,6 +153,7 @@ class Measuring:
         sweeps = self.model.sweep(tokens, edits, self.scores.listed(), strategy=self.plan.strategy)
         per = len(variants) // len(self.plan.layers)
         values = {sweep.score: sweep.values[:, 0].reshape(-1, per) for sweep in sweeps}
+        # ids of tokens have no mean: the first draw's stands for all
         means = {name: x[:, 0] if name == "token" else x.mean(-1) for name, x in values.items()}
         return means, tuple(variant.hit for variant in variants[::per])
 
@@ -188,6 +190,7 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
             raise ic.CapabilityError(f"{what.name}: {why}")
         if what.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
             raise ic.PlanError("replace:mean_dataset needs reference=ic.visual.dataset_mean(runs)")
+    # refuse layers and widths that there are not, by what would refuse them later
     model.layers(S.resid_pre[list(plan.layers)])
     visual.window(model, plan.layers[0], plan.width)
 

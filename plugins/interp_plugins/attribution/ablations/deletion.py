@@ -136,6 +136,7 @@ def _retokeniser(owner: str, model: ic.Model, layout: Layout) -> tuple[str, Call
         ends = [max((b for _, b in offsets[:start]), default=0), offsets[start][0]]
     own = tuple(tokens.ids[0, : start if len(layout.target) else layout.length].tolist())
     for end in dict.fromkeys(ends):
+        # a chat template already has the token for the beginning, which a tokenizer would put there once more
         for bos in (None, False):
 
             def tokenise(text: str, bos: bool | None = bos) -> tuple[int, ...]:

@@ -179,6 +179,7 @@ def _judged(
     except ic.TextError:  # the answer's beginning shares a token with the prompt's end, once both are text
         return Built(None, "other_tokens", said)
     at = tokens.spans["target"][0][0]
+    # text that was generated may be tokenized otherwise when it is read as a whole: then it is not what the model said
     target_ids = tokens.ids[0, at.start : at.stop].tolist()
     if form == "contains" and target_ids[: len(ids)] != ids[: len(target_ids)]:
         return Built(None, "other_tokens", said)

@@ -153,6 +153,7 @@ def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tupl
     )
     tokens, alone = (text.encode(tokenizer, part, bos=False) for part in (whole, f" {example.prompt}"))
     ids, own = tokens.ids[0].tolist(), alone.ids[0].tolist()
+    # as published: by the first id alone, wherever that first occurs
     start = ids.index(own[0]) if own[0] in ids else len(ids)
     if ids[start : start + len(own)] != own:
         words = (
@@ -172,6 +173,7 @@ def _check_boundary(tokenizer: Any, example: Example, prompt: ic.Tokens, last: i
     """
     assert prompt.texts and prompt.offsets and example.target is not None
     chat = bool(getattr(tokenizer, "chat_template", None))
+    # a tokenizer may join the prompt's last characters with the target's first: the user's tokens would be others
     joint = text.encode(tokenizer, prompt.texts[0] + example.target, bos=False if chat else None)
     assert joint.offsets is not None
     same = joint.ids[0, : last + 1].tolist() == prompt.ids[0, : last + 1].tolist()

@@ -238,6 +238,7 @@ def _tie_range(
 ) -> Float[Tensor, "vector metric end"]:
     """Scores over random orders among equal weights; the score itself where nothing is tied."""
     out = measured.scores[..., None].repeat(1, 1, 3)
+    # only vectors with ties have orders to draw; the others keep their one score at all three ends
     open_ones = (tied > 0).nonzero()[:, 0]
     if len(open_ones):
         some = weights[open_ones]

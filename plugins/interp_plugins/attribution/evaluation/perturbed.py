@@ -122,6 +122,7 @@ class Perturbed:
                 f"deleted tokens are a boolean [text, {self.size}], one column per prompt token, not {gone.dtype} "
                 f"{list(gone.shape)}"
             )
+        # the set of deleted tokens itself is the key: vectors, curves and tie orders share what they have in common
         keys = [row.numpy().tobytes() for row in gone.cpu()]
         missing = {key: row for key, row in zip(keys, gone.cpu(), strict=True) if key not in self._known}
         self.cost = replace(self.cost, asked=self.cost.asked + len(keys))
@@ -249,5 +250,6 @@ def log_odds(logits: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"]) -> Fl
     """Log p - log (1 - p) of tokens: their logit minus the logsumexp of all others."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(-1, ids[:, None])
+    # 1 - p by subtraction has no digits left where p is near 1
     others = logits.scatter(-1, ids[:, None], -torch.inf)
     return chosen[:, 0].double() - others.logsumexp(-1).double()

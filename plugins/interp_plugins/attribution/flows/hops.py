@@ -97,6 +97,7 @@ def multi_hop(
         mass.append(ratio)
         if hop == n_hops:
             break
+        # `not >` so that a NaN ends the hops, too
         if not (ratio > 0) or not bool(weights.any()):
             vectors.append(torch.zeros_like(last))
             continue
@@ -125,6 +126,7 @@ def split_hop(
             mass.append(first.new_zeros(()))
             continue
         vector = through(segment, waiting / waiting.sum()).clone()
+        # what a segment takes from itself is explained by nothing earlier: it is left out, and the rest scaled up
         vector[segment.start : segment.stop] = 0
         total = vector.sum()
         share = waiting.sum() / total if total > 0 else torch.zeros_like(total)

@@ -125,6 +125,7 @@ def swap(
         basis = _directions(model, lens, layer, list(tokens)).mT
         _demand_apart(basis, layer, tokens)
         value = clean[site].plain
+        # of the unchanged run, whatever earlier layers of the edited run have done to the stream
         goal = (value.to(basis) @ torch.linalg.pinv(basis).mT).flip(-1)
         edits.append(site.apply(_clamp(basis, goal, alpha)))
     return edits
@@ -143,6 +144,7 @@ def _clamp(basis: Tensor, goal: Tensor, alpha: float) -> Callable[[Tensor], Tens
         wide = resid.to(basis)
         return (wide + alpha * (goal - wide @ inverse.mT) @ basis.mT).to(resid.dtype)
 
+    # edits by a function are told apart by a key, or a cached sweep could not tell two swaps apart
     key = hashlib.sha256(basis.cpu().numpy().tobytes() + goal.cpu().numpy().tobytes()).hexdigest()[:16]
     return ic.keyed(clamp, f"swap {alpha:g} {key}")
 

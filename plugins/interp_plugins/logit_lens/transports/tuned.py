@@ -208,6 +208,7 @@ def fit_tuned(
             else:
                 weight[layer], bias[layer] = _descent(model, streams[i], streams[-1], steps, rows, rate)
             shown.add()
+    # as published files have it, by which `check` knows a lens of another unembedding
     metadata = {
         "base_model_name_or_path": ic.runs.model_record(model)["source"], "unembed_hash": unembed_hash(model),
         "objective": objective, "texts": len(texts), "positions": len(streams[-1]),
