@@ -92,7 +92,7 @@ class Grid(NamedTuple):
         return effects.unflatten(0, self.shape).movedim(-1, 0).contiguous()
 
 
-def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> Grid:
+def grid_of(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> Grid:
     """Layers, heads and places that a study changes.
 
     Raises:

@@ -248,13 +248,13 @@ class Attribution(ic.Method):
     def run(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> AttributionResult:
         """Row by row: rows do not see each other."""
         layouts, per_row = self.layouts(model, tokens, config), []
-        with ic.Progress(f"{self.name}, prompts", len(layouts)) as told:
+        with ic.Progress(f"{self.name}, prompts", len(layouts)) as progress:
             for layout in layouts:
                 attributed = self.attribute(model, layout, config)
                 if not bool(attributed.scores.isfinite().all()):
                     raise ic.ReadError(f"{self.name} gave scores that are no numbers; see dtype {model.dtype}")
                 per_row.append(attributed)
-                told.add()
+                progress.add()
         return self._result(model, tokens, layouts, per_row, config)
 
     def layouts(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> list[Layout]:

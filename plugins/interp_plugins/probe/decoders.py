@@ -164,8 +164,8 @@ def _weights(high: Bool[Tensor, "t column score"]) -> tuple[Float[Tensor, "t q"]
 
 def class_shares(labels: Int[Tensor, "t column"], n_classes: int) -> Float[Tensor, "t column class"]:
     """Weights that make a mean of each class."""
-    of = (labels[..., None] == torch.arange(n_classes, device=labels.device)).double()
-    return of / of.sum(0).clamp(min=1)
+    one_hot = (labels[..., None] == torch.arange(n_classes, device=labels.device)).double()
+    return one_hot / one_hot.sum(0).clamp(min=1)
 
 
 def balanced(

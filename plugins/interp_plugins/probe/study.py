@@ -122,14 +122,14 @@ class _Book:
         self, split: int, layers: slice, train: Int[np.ndarray, " t"], test: Int[np.ndarray, " s"], scores: Scores
     ) -> None:
         """What a probe said of a split, of some layers."""
-        there = torch.from_numpy(self.labels[test])
-        of = (there[..., None] == torch.arange(self.classes)).double()
-        right = (predicted(scores.test) == there).double()
-        self.hits[split, layers] = torch.einsum("lsp,spc->lpc", right, of).numpy()
-        self.counts[split] = of.sum(0).numpy()
+        labels = torch.from_numpy(self.labels[test])
+        one_hot = (labels[..., None] == torch.arange(self.classes)).double()
+        right = (predicted(scores.test) == labels).double()
+        self.hits[split, layers] = torch.einsum("lsp,spc->lpc", right, one_hot).numpy()
+        self.counts[split] = one_hot.sum(0).numpy()
         self.correct[test, layers] += right[:, :, 0].T.numpy()
         self.penalty[split, layers] = scores.penalty[:, 0].numpy()
-        self.ranking[split, layers] = _ranking(scores.test[:, :, 0], members(there[:, :1], self.classes)[:, 0])
+        self.ranking[split, layers] = _ranking(scores.test[:, :, 0], members(labels[:, :1], self.classes)[:, 0])
         if scores.held is not None:
             fitted = torch.from_numpy(self.labels[train])
             self.inner[split, layers] = balanced(predicted(scores.held), fitted, self.classes).numpy()

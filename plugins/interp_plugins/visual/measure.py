@@ -117,28 +117,28 @@ class Measuring:
                 if kind == "blind":
                     blind[mode] = _numbers(self.scores.of(other.to(logits.dtype)))
         curves, hit = {}, {}
-        for what in self.plan.interventions:
-            for mode in self.others[what.sources] if what.sources else [""]:
-                name = curve_name(what, mode, self.plan)
-                curves[name], hit[name] = self._curve(what, mode)
+        for intervention in self.plan.interventions:
+            for mode in self.others[intervention.sources] if intervention.sources else [""]:
+                name = curve_name(intervention, mode, self.plan)
+                curves[name], hit[name] = self._curve(intervention, mode)
         return Measured(clean, blind, curves, hit)
 
-    def _curve(self, what: Intervention, mode: str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    def _curve(self, intervention: Intervention, mode: str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         plan, sample, clean = self.plan, self.sample, self.clean
-        if what.kind in ("knockout", "truncation", "band"):
-            return self._swept(sample.tokens, knockouts(self.model, sample, what, plan.layers, plan.width))
-        source = self.sources[what.sources, mode] if what.sources else None
-        if source is not None and what.kind == "text":
+        if intervention.kind in ("knockout", "truncation", "band"):
+            return self._swept(sample.tokens, knockouts(self.model, sample, intervention, plan.layers, plan.width))
+        source = self.sources[intervention.sources, mode] if intervention.sources else None
+        if source is not None and intervention.kind == "text":
             return self._swept(sample.tokens, replacements(source.text, plan.layers))
         if source is not None and plan.deepstack == "follow":
             # with all visual rows and additions of the other run, the text rows are all that is not that run
-            return self._swept(self.others[what.sources][mode], replacements(clean.text, plan.layers))
-        if what.what == "noise":
+            return self._swept(self.others[intervention.sources][mode], replacements(clean.text, plan.layers))
+        if intervention.what == "noise":
             seeds = [plan.seed + draw for draw in range(plan.draws)]
             return self._swept(
                 sample.tokens, noisy(sample, clean.image, plan.layers, plan.deepstack, plan.scale, seeds)
             )
-        replacement = self._made(what.what) if source is None else source.image
+        replacement = self._made(intervention.what) if source is None else source.image
         return self._swept(sample.tokens, replacements(replacement, plan.layers, plan.deepstack))
 
     def _made(self, what: str) -> visual.States:
@@ -180,15 +180,17 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
         CapabilityError: a site that cannot be changed.
     """
     available = {"blind": blind, "swap": swap, "": True}
-    for what in plan.interventions:
-        if not available[what.sources]:
-            raise ic.PlanError(f"{what.name} needs another image: visual(model, tokens, {what.sources}=tokens_with_it)")
-        site = "pattern" if what.kind in ("knockout", "truncation", "band") else "resid_pre"
-        if what.kind == "band":
-            band_width(model, what)
+    for intervention in plan.interventions:
+        if not available[intervention.sources]:
+            raise ic.PlanError(
+                f"{intervention.name} needs another image: visual(model, tokens, {intervention.sources}=tokens_with_it)"
+            )
+        site = "pattern" if intervention.kind in ("knockout", "truncation", "band") else "resid_pre"
+        if intervention.kind == "band":
+            band_width(model, intervention)
         if why := model.can(site, "write"):
-            raise ic.CapabilityError(f"{what.name}: {why}")
-        if what.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
+            raise ic.CapabilityError(f"{intervention.name}: {why}")
+        if intervention.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
             raise ic.PlanError("replace:mean_dataset needs reference=ic.visual.dataset_mean(runs)")
     # refuse layers and widths that there are not, by what would refuse them later
     model.layers(S.resid_pre[list(plan.layers)])

@@ -49,10 +49,10 @@ def answered(
     # all made before the first generation, so that a layer that there is not is refused at once
     edits = {layer: visual.truncated(model, layer, stop) for layer in layers}
     texts = {}
-    with ic.Progress("answers without the image", len(edits), shown=progress) as told:
+    with ic.Progress("answers without the image", len(edits), shown=progress) as shown:
         for layer, gone in edits.items():
             texts[layer] = list(model.generate(prompts, gone, max_new_tokens=max_new_tokens).texts)
-            told.add()
+            shown.add()
     return texts
 
 

@@ -137,10 +137,10 @@ class Ablation:
             return self._sweeps(judge)
         clean = self._judged(judge)
         values = torch.zeros(len(self.removals), dtype=clean.dtype)
-        with ic.Progress("ablations", len(self.removals)) as told:
+        with ic.Progress("ablations", len(self.removals)) as progress:
             for numbers in self._batches() if self.rows else ([number] for number in range(len(self.removals))):
                 values[numbers] = self._of_variants(judge, numbers).to(values)
-                told.add(len(numbers))
+                progress.add(len(numbers))
         if self.rows and self._must_be_checked():
             self._demand_equal_to_mask(judge, values)
         return clean, values

@@ -122,11 +122,11 @@ def build(
         for example in examples
     ]
     for start in range(0, len(prompts), batch_size):
-        some = prompts[start : start + batch_size]
-        yield from _some(model, some, form, judge, max_new_tokens, keep_unfinished, profile)
+        batch = prompts[start : start + batch_size]
+        yield from _built_batch(model, batch, form, judge, max_new_tokens, keep_unfinished, profile)
 
 
-def _some(
+def _built_batch(
     model: ic.Model, prompts: list[Example], form: Form, judge: Judge, max_new_tokens: int, keep_unfinished: bool,
     profile: Profile,
 ) -> Iterator[Built]:  # fmt: skip
@@ -139,7 +139,7 @@ def _some(
             yield Built(None, "too_long", "")
             return
         for example in prompts:
-            yield from _some(model, [example], form, judge, max_new_tokens, keep_unfinished, profile)
+            yield from _built_batch(model, [example], form, judge, max_new_tokens, keep_unfinished, profile)
         return
     for i, example in enumerate(prompts):
         new = written.tokens.row(i)

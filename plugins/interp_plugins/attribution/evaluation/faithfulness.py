@@ -239,13 +239,13 @@ def _tie_range(
     """Scores over random orders among equal weights; the score itself where nothing is tied."""
     out = measured.scores[..., None].repeat(1, 1, 3)
     # only vectors with ties have orders to draw; the others keep their one score at all three ends
-    open_ones = (tied > 0).nonzero()[:, 0]
-    if len(open_ones):
-        some = weights[open_ones]
-        ranks = [deletion_steps(ordered(some, keep, seed), steps, text.size) for seed in range(orders)]
+    tied_vectors = (tied > 0).nonzero()[:, 0]
+    if len(tied_vectors):
+        tied_weights = weights[tied_vectors]
+        ranks = [deletion_steps(ordered(tied_weights, keep, seed), steps, text.size) for seed in range(orders)]
         curves = deletion_curve(text, torch.cat(ranks))
-        drawn = metrics(curves, some.repeat(orders, 1), torch.cat(ranks)).scores.view(orders, len(some), -1)
-        own = measured.scores[open_ones]
-        ends = torch.minimum(drawn.amin(0), own), drawn.mean(0), torch.maximum(drawn.amax(0), own)
-        out[open_ones] = torch.stack(ends, -1)
+        drawn = metrics(curves, tied_weights.repeat(orders, 1), torch.cat(ranks)).scores.unflatten(0, (orders, -1))
+        declared = measured.scores[tied_vectors]
+        ends = torch.minimum(drawn.amin(0), declared), drawn.mean(0), torch.maximum(drawn.amax(0), declared)
+        out[tied_vectors] = torch.stack(ends, -1)
     return out

@@ -128,12 +128,12 @@ class Perturbed:
         self.cost = replace(self.cost, asked=self.cost.asked + len(keys))
         rows = list(missing.items())
         size = rows_at_once(self.model, self.tokens, len(self.places.scored), self.tokens_at_once)
-        with ic.Progress("perturbed texts", len(rows)) as told:
+        with ic.Progress("perturbed texts", len(rows)) as progress:
             for first in range(0, len(rows), size):
-                some = rows[first : first + size]
-                scores = self._run(torch.stack([row for _, row in some]))
-                self._known |= {key: score for (key, _), score in zip(some, scores, strict=True)}
-                told.add(len(some))
+                batch = rows[first : first + size]
+                scores = self._run(torch.stack([row for _, row in batch]))
+                self._known |= {key: score for (key, _), score in zip(batch, scores, strict=True)}
+                progress.add(len(batch))
         return torch.stack([self._known[key] for key in keys])
 
     def _run(self, gone: Bool[Tensor, "text prompt"]) -> Float[Tensor, "text kind"]:
@@ -197,9 +197,9 @@ def replacement(model: ic.Model, replace_id: int | None) -> int:
         PlanError: no token of the model, or none known.
     """
     if replace_id is None:
-        own = getattr(model.tokenizer, "eos_token_id", None)
-        own = model.hf.config.get_text_config().eos_token_id if own is None else own
-        replace_id = own[0] if isinstance(own, (list, tuple)) and own else own
+        eos = getattr(model.tokenizer, "eos_token_id", None)
+        eos = model.hf.config.get_text_config().eos_token_id if eos is None else eos
+        replace_id = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
         if replace_id is None:
             raise ic.PlanError("neither the tokenizer nor the model has an end-of-text token; give replace_id=")
     if isinstance(replace_id, bool) or not isinstance(replace_id, int) or not 0 <= replace_id < model.d_vocab:

@@ -149,15 +149,15 @@ class _Blurred:
     def __call__(self, masks: Iterable[Tensor], count: int = 1) -> Float[Tensor, " mask"]:
         """A distance per mask, in float64; so many are to come."""
         rest, out = iter(masks), []
-        with ic.Progress("blurred texts", count) as told:
-            while some := list(islice(rest, self.size)):
-                values = self.embedding * torch.stack(some).to(self.embedding)
-                rows = repeated(self.tokens, self.tokens.ids.repeat(len(some), 1))
+        with ic.Progress("blurred texts", count) as progress:
+            while batch := list(islice(rest, self.size)):
+                values = self.embedding * torch.stack(batch).to(self.embedding)
+                rows = repeated(self.tokens, self.tokens.ids.repeat(len(batch), 1))
                 logits = predicting(self.model, rows, self.places, [self.site.set(values)])
                 ids = self.tokens.ids[0, self.places.scored].to(logits.device)
                 out += [self.distance(self.before, row, ids).mean().cpu() for row in logits]
-                self.passes += len(some)
-                told.add(len(some))
+                self.passes += len(batch)
+                progress.add(len(batch))
         return torch.stack(out)
 
 

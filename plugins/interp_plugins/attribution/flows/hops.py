@@ -175,8 +175,8 @@ def _even(part: range, keep: Tensor | None) -> Tensor | None:
     """Weights of a first flow: even, none on stop words if there are any; all even where there is nothing else."""
     if keep is None:
         return None
-    own = keep[part.start : part.stop].double()
-    return own / own.sum() if 0 < own.sum() < len(own) else None
+    weights = keep[part.start : part.stop].double()
+    return weights / weights.sum() if 0 < weights.sum() < len(weights) else None
 
 
 def _kept(vector: Tensor, kept: Tensor | None) -> Tensor:

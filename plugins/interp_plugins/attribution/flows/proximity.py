@@ -206,16 +206,16 @@ class _Sums:
         self.tolerance, self.threshold, self.whole = tolerance, threshold, 0
 
     def add(self, block: _Block) -> None:
-        rows, span, each = block.chunk.rows, block.span, block.proximities()
+        rows, span, near = block.chunk.rows, block.span, block.proximities()
         self.whole += block.whole
         if self.tolerance:
-            self.bound[rows, span] = block.bound(each)
+            self.bound[rows, span] = block.bound(near)
         if self.threshold:
-            each.masked_fill_(each < self.threshold, 0)
-        self.tokens[rows, span] = each.sum(0)
-        self.heads[rows] += each.sum(-1).mT
+            near.masked_fill_(near < self.threshold, 0)
+        self.tokens[rows, span] = near.sum(0)
+        self.heads[rows] += near.sum(-1).mT
         if self.edges is not None:
-            self.edges[:, rows, span] = each
+            self.edges[:, rows, span] = near
 
 
 @dataclass(frozen=True)
@@ -297,11 +297,11 @@ class _Layer:
         seen = torch.stack([part.flatten(0, 1).amax(0) for part in pattern.split(size, 1)]).gt(0).cpu()
         chunks = []
         for index, (n, keys) in enumerate(zip(best, seen, strict=True)):
-            where = keys.nonzero()[:, 0].tolist()
-            if where:
+            seen_keys = keys.nonzero()[:, 0].tolist()
+            if seen_keys:
                 rows = slice(index * size, min((index + 1) * size, len(ratio)))
                 chosen = order[rows, : levels[n]]
-                ends = (where[0], where[-1] + 1)
+                ends = (seen_keys[0], seen_keys[-1] + 1)
                 chunks.append(self.chunk(rows, ends, chosen, free[n, rows], limit[n, rows], allowed[rows]))
         return chunks
 
@@ -356,48 +356,48 @@ class _Block:
     def proximities(self) -> Float[Tensor, "head row key"]:
         layer, chunk, alpha = self.layer, self.chunk, self.alpha
         linear = layer.grouped(chunk.query) @ layer.values[:, self.span].mT
-        each = linear.view_as(alpha).mul_(alpha)
-        self.add_chosen(each)
-        each.masked_fill_(alpha == 0, 0).clamp_min_(0)
+        near = linear.view_as(alpha).mul_(alpha)
+        self.add_chosen(near)
+        near.masked_fill_(alpha == 0, 0).clamp_min_(0)
         # the estimate is never below the exact value: where it is 0 already, there is nothing to work out again
-        self.beyond &= each > 0
-        self.replace_whole(each)
-        return each
+        self.beyond &= near > 0
+        self.replace_whole(near)
+        return near
 
-    def add_chosen(self, each: Tensor) -> None:
+    def add_chosen(self, near: Tensor) -> None:
         """Σ_K |x_k| - |α f_k - x_k|, a few rows at a time."""
         chunk, n = self.chunk, self.chunk.chosen.shape[-1]
         if not n:
             return
-        heads, _, keys = each.shape
-        step = max(1, _room(each) // (n * heads * keys))
-        for first in range(0, each.shape[1], step):
+        heads, _, keys = near.shape
+        step = max(1, _room(near) // (n * heads * keys))
+        for first in range(0, near.shape[1], step):
             rows = slice(first, first + step)
             parts = self.brought[0].index_select(1, chunk.chosen[rows].flatten()).view(heads, -1, n, keys)
             if chunk.scale is not None:
                 parts *= chunk.scale[rows, :, None]
             torch.addcmul(-chunk.small[rows, :, None], parts, self.alpha[:, rows, None], out=parts)
-            each[:, rows] += chunk.small[rows].abs().sum(-1, keepdim=True)
-            each[:, rows] -= parts.abs_().sum(2)
+            near[:, rows] += chunk.small[rows].abs().sum(-1, keepdim=True)
+            near[:, rows] -= parts.abs_().sum(2)
 
-    def replace_whole(self, each: Tensor) -> None:
+    def replace_whole(self, near: Tensor) -> None:
         """The pairs beyond the limit, component by component."""
-        layer, where = self.layer, self.beyond.nonzero()
-        self.whole = len(where)
-        for head, row, key in (part.unbind(1) for part in where.split(max(1, _room(each) // len(layer.usual)))):
+        layer, beyond = self.layer, self.beyond.nonzero()
+        self.whole = len(beyond)
+        for head, row, key in (part.unbind(1) for part in beyond.split(max(1, _room(near) // len(layer.usual)))):
             parts = self.brought[1][head, key] * self.alpha[head, row, key, None]
             rows = row + self.chunk.rows.start
             if layer.scale is not None:
                 parts *= layer.scale[rows]
-            each[head, row, key] = proximity(parts, layer.mid[rows])
+            near[head, row, key] = proximity(parts, layer.mid[rows])
 
-    def bound(self, each: Tensor) -> Float[Tensor, "row key"]:
+    def bound(self, near: Tensor) -> Float[Tensor, "row key"]:
         """By how much the sums over heads may be too large."""
         chunk = self.chunk
         slope = chunk.allowed / chunk.limit.clamp_min(torch.finfo(chunk.limit.dtype).tiny)
         # what is overshot is convex in t and 0 up to `free`: below the limit it lies under the line to `allowed` there
         chord = torch.where((self.reach > chunk.free) & ~self.beyond, slope * self.reach, 0)
-        return torch.minimum(chord, each).sum(0)
+        return torch.minimum(chord, near).sum(0)
 
 
 def _room(like: Tensor) -> int:

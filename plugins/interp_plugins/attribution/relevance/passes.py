@@ -179,7 +179,7 @@ def relevance_rows(
     # a group's rows all run to its end: many groups repeat forward passes, few carry backward passes too far; √(2T) is
     # where the two cost the same
     step = len(at) if tokens.inputs else max(1, round(math.sqrt(2 * length)))
-    with ic.Progress("rows", len(at)) as told:
+    with ic.Progress("rows", len(at)) as progress:
         for start in range(0, len(at), step):
             group = list(at[start : start + step])
             part = tokens if tokens.inputs else _head(tokens, group[-1] + 1)
@@ -188,7 +188,7 @@ def relevance_rows(
             for i, seed in enumerate(torch.eye(len(group), device=logits.device)):
                 row = explained.relevance(logits, seed, last=i == len(group) - 1).tokens
                 rows.append(torch.cat([row, row.new_zeros(length - len(row))]))
-                told.add()
+                progress.add()
     return torch.stack(rows)
 
 

@@ -286,14 +286,14 @@ def prompt_jacobians(
     wide = torch.promote_types(model.dtype, torch.float32)
     matrices = [torch.empty(d_model, d_model, dtype=wide) for _ in zeros]
     for start in range(0, d_model, copies):
-        some = min(copies, d_model - start)
+        count = min(copies, d_model - start)
         seed = torch.zeros_like(end)
-        copy = torch.arange(some, device=end.device)
+        copy = torch.arange(count, device=end.device)
         seed[copy, valid, start + copy] = 1
         # copies do not see each other: each has its own coordinate's row in the same backward pass
         grads = torch.autograd.grad(end, zeros, seed, retain_graph=True)
         for matrix, grad in zip(matrices, grads, strict=True):
-            matrix[start : start + some] = grad[:some, valid].to(wide).mean(1)
+            matrix[start : start + count] = grad[:count, valid].to(wide).mean(1)
     return dict(enumerate(matrices))
 
 

@@ -254,12 +254,12 @@ def _descent(model: ic.Model, x: Tensor, y: Tensor, steps: int, rows: int, rate:
     for step in range(steps):
         for group in adam.param_groups:
             group["lr"] = rate * (1 - step / steps)
-        some = x[at[step]]
+        batch = x[at[step]]
         with torch.no_grad():
             wanted = torch.log_softmax(model.readout(y[at[step]].to(model.dtype)).float(), -1)
         with torch.enable_grad():
-            said = torch.log_softmax(model.readout((some + some @ weight.mT + bias).to(model.dtype)).float(), -1)
-            loss = torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+            logprob = torch.log_softmax(model.readout((batch + batch @ weight.mT + bias).to(model.dtype)).float(), -1)
+            loss = torch.nn.functional.kl_div(logprob, wanted, log_target=True, reduction="batchmean")
             adam.zero_grad()
             loss.backward()
         adam.step()
