@@ -121,7 +121,7 @@ def contrast(
     noising = twin is None or config.direction == "noising"
     score = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
     if score is not None and score.clean:
-        raise ic.PlanError(f"{owner}: score {score.name} compares with the run without edits; use method ablations")
+        raise ic.PlanError(f"{owner}: score {score.name} compares with the run without edits; method ablations has it")
     answer, other = (answers(owner, model, words, len(tokens)) for words in (config.answer, config.other))
     score_sites = () if score is None or score.of is None else (score.of,)
     kept = False if score_sites else -1 if score is None else score.at

@@ -11,6 +11,8 @@ nothing either: both are marked degenerate, and counted.
 
 Source: Petsiuk et al. (2018), arXiv:1806.07421; the normalisation is that of the curves of texts (`areas`), as in
 FlashTrace's multimodal evaluation (arXiv:2602.01914).
+Cost: none here: the scores are of steps + 1 images deleted and as many inserted, the ends shared.
+Must equal: curves by hand (tests/test_visual_localisation.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Texts from which units are deleted, by characters or by tokens."""
+"""Texts from which units are deleted: by characters, and tokenized again, or by tokens, whose ids go.
+
+A shorter text ends with the last position that predicts the answer. Where that position itself is taken away, the last
+kept one before it predicts; a text of which nothing is left is refused.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ By default every prompt token is ranked and deleted, for all methods alike. `kep
 scores its own methods without stop words, an easier set of tokens than that of the baselines in the same table.
 
 Source: RISE, Petsiuk et al. (2018), arXiv:1806.07421; MAS, Walker et al. (2024), "Attribution Quality Metrics with
-Magnitude Alignment"; both in the form of FlashTrace's implementation (arXiv:2602.01914), whose numbers the tests hold
-(2e-7 of the same curve and order).
+Magnitude Alignment"; both in the form of FlashTrace's implementation (arXiv:2602.01914).
 Cost: 1 + K forward passes for one ordering; 1 + 1 + (K - 1) × orderings for several.
+Must equal: the published numbers, 2e-7 of the same curve and order.
 """
 
 from __future__ import annotations

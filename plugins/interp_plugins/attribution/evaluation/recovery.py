@@ -12,6 +12,8 @@ k P is exact: 0.1 is a tenth. With `kept`, only these tokens are ranked, and onl
 reference has it for methods that leave stop words out.
 
 Source: the reference implementation of FlashTrace (arXiv:2602.01914), whose topk is not stable.
+Cost: a sort per vector; no model runs.
+Must equal: the published numbers where nothing is tied; `expected` the mean over all orders, one by one.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ the prompt's own tokens are blurred, at the site `embed`; template and target st
 Source: Zhao and Aletras (2023), "Incorporating Attribution Importance for Improving Faithfulness Metrics",
 arXiv:2305.10496; the Hellinger form Zhao and Shan (2024), arXiv:2402.00794.
 Cost: 2 + 2 draws × vectors forward passes, and one read of the embeddings.
+Must equal: a plain loop over vectors and masks, one forward pass each, however many go into a pass.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ follows the reasoning. Where a hop has nothing to go on, it and those after it a
                      observed += a * vk * mask      pending of earlier segments += a * vk there
 
 Source: Pan et al. (2026), arXiv:2602.01914 (FlashTrace), in the state of the paper; `hop0="sink"` is the later one.
+Cost: a flow per hop, or per segment.
 Must equal: the recursions above by hand, and the published numbers (the tests).
 """
 

@@ -7,6 +7,10 @@ backward pass from one position shows whether it does. Nothing is random.
 
 A prompt's matrix X_n moves the mean by δ_n = mean over layers of ‖(X_n - J_{n-1}) / n‖ / ‖J_n‖; the published rule
 stops once the mean of the last 10 is below 2e-3, after 100 prompts at least and 1,000 at most.
+
+Source: Gurnee et al. (2026), as in `jacobian`; the rule "relp" is that of Jafari et al. (2025).
+Cost: per prompt the passes above, with dim_batch copies of it in memory.
+Must equal: the sum of autograd's Jacobians, whatever dim_batch is; a fit that was stopped, the one that was not.
 """
 
 from __future__ import annotations

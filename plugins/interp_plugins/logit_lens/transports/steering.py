@@ -10,6 +10,7 @@ c), as published, and α = 2 its "double strength". On several, each layer would
 swapped; coordinates of the unchanged run as the goal make layers agree, and at α = 1 changing twice changes nothing.
 
 Source: Gurnee et al. (2026); the clamp is the remedy that users of the published code found for bands of layers.
+Cost: one forward pass for the unchanged run; a product with J per layer.
 Must equal: a_v = the gradient of the read-out logit of v without the final norm; α = 1 twice is the unchanged stream.
 """
 
