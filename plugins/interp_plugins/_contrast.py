@@ -124,6 +124,7 @@ def contrast(
         raise ic.PlanError(f"{owner}: score {score.name} compares with the run without edits; method ablations has it")
     answer, other = (answers(owner, model, words, len(tokens)) for words in (config.answer, config.other))
     score_sites = () if score is None or score.of is None else (score.of,)
+    # a score of a site needs no logits; one of the user's own says at which positions it takes them
     kept = False if score_sites else -1 if score is None else score.at
     clean = model.run(tokens, read=(*(here if noising else there), *score_sites), logits=kept)
     dirty = clean if twin is None else model.run(twin, read=(*(there if noising else here), *score_sites), logits=kept)

@@ -193,6 +193,7 @@ def _mean_of_tokens(model: ic.Model, tokens: ic.Tokens, grid: Grid) -> Values:
         run = model.run(part, read=sites, logits=False)
         for site in sites:
             value = run[site].plain
+            # padding has values like any token, and is none
             real = value[part.mask.to(value.device)]
             sums[site] = sums.get(site, 0) + real.sum(0, dtype=torch.promote_types(real.dtype, torch.float32))
     count = int(tokens.mask.sum())

@@ -190,6 +190,7 @@ class GeometryResult(ic.Result):
             first, second = (coordinates(self.pooled[:, group, number].double()) for group in (0, 1))
             try:
                 value = debiased_cka(Rows(first, keys), Rows(second, keys))
+            # rows that are all the same have no CKA, which is told per layer; too few samples, for all
             except ic.PlanError:
                 if n < 4:
                     raise

@@ -297,6 +297,7 @@ def read_points(path: str | Path, shape: Shape | None = None, *, layer_index: La
 
 def _as_decoder(path: str | Path, points: Points, shape: Shape, layer_index: LayerIndex | None) -> Points:
     """An old file's points by decoder layer."""
+    # no dense layer in front: router n is decoder layer n, and either count says the same
     same = shape.moe_layers == tuple(range(len(shape.moe_layers)))
     if layer_index is None and not same:
         raise ic.PlanError(
@@ -328,6 +329,7 @@ def _point(path: str | Path, number: int, row: Any) -> Point:
 
 
 def _field(where: str, row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    # files with both of two synonyms exist; they are read if both say the same
     present = [row[name] for name in names if name in row]
     if not present or any(value != present[0] for value in present[1:]):
         has = "has several different" if present else "has none"
@@ -359,6 +361,7 @@ def demand_shape(points: Points, shape: Shape, where: str) -> Points:
             was, now = getattr(has, name), getattr(shape, name)
             if was != now:
                 raise ic.PlanError(f"{where}: of {has.model}, {name} {was}; {shape.model} has {now}: make them for it")
+        # either may be unknown: old files, weights that lie elsewhere
         if has.weights and shape.weights and has.weights != shape.weights:
             raise ic.PlanError(
                 f"{where}: of {has.model} with other weights than {shape.model}; make them for this model, "
@@ -373,6 +376,7 @@ def demand_shape(points: Points, shape: Shape, where: str) -> Points:
             raise ic.PlanError(
                 f"{where}: expert {expert} in layer {layer}; {shape.model} has {shape.n_experts} experts"
             )
+    # a mask of a cell twice would count one expert for two
     ((layer, expert), times), *_ = Counter((p.layer, p.expert) for p in points.points).most_common(1) or [((0, 0), 0)]
     if times > 1:
         raise ic.PlanError(f"{where}: layer {layer}, expert {expert} stands there {times} times")

@@ -99,6 +99,7 @@ def areas(
     step = deletion_steps(order, steps, text.size)[:, None]
     number = torch.arange(int(step.max()) + 2)[:, None]
     shares = torch.tensor([0, *step_sizes(most, steps)], dtype=torch.float64).cumsum(0) / most
+    # step -1 is never deleted; of a curve the i-th text has what goes before step i
     down = text.log_prob(((step >= 0) & (step < number)).flatten(0, 1)).view(len(weights), -1)
     up = text.log_prob((step >= number).flatten(0, 1)).view(len(weights), -1)
     deletion, insertion, degenerate = normalised(down, up, shares)

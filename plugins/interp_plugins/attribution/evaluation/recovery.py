@@ -125,6 +125,7 @@ def recovery(
 
 def top_count(ranked: int, share: float) -> int:
     """⌈share × ranked⌉, of the decimal number that the share is written as."""
+    # ceil(0.1 · 30) of floats is 4: 0.1 is a little more than a tenth there
     return -int(-ranked * Fraction(str(share)) // 1)
 
 
@@ -147,6 +148,7 @@ def _hits(
     stable = gold[top].sum(1)
     threshold = weights.gather(1, top[:, -1:])
     above, level = keep & (weights > threshold), keep & (weights == threshold)
+    # gold tokens above the threshold are in for certain; the places left go to tokens that are equal
     sure, places = (above & gold).sum(1), chosen - above.sum(1)
     equal, golden = level.sum(1), (level & gold).sum(1)
     low = sure + (places - (equal - golden)).clamp(min=0)

@@ -115,6 +115,7 @@ def soft(
         raise ic.PlanError(f"soft: distance {distance!r}. {ic.errors.nearest(distance, DISTANCES)}")
     blurred = _Blurred(model, tokens, places, DISTANCES[distance], tokens_at_once)
     importance = weights.clamp(min=0) / weights.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    # a mask of zeros: what the prompt as a whole is worth, which both ratios are of
     nothing = blurred([torch.zeros(blurred.embedding.shape, dtype=torch.bool)]).item()
     distances = blurred(_masks(importance, blurred.embedding.shape[-1], draws, seed), 2 * draws * len(weights))
     ratios = distances.view(draws, 2, len(weights)) / (nothing if nothing > 0 else torch.nan)
@@ -127,6 +128,7 @@ def _masks(importance: Float[Tensor, "vector prompt"], width: int, draws: int, s
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
         u = torch.rand(importance.shape[1], width, generator=generator, dtype=torch.float64)
+        # one u for all vectors: a larger importance keeps all that a smaller one keeps, so that noise is shared
         yield from (u < q[:, None] for q in (*importance, *(1 - importance)))
 
 

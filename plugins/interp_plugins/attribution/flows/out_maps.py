@@ -1,6 +1,6 @@
 """What each layer makes of what its heads mix: a linear map, so that a layer's output has parts by heads and tokens.
 
-    attn_out = norm(z @ W_O + bias)      of a post-norm the gains go into W_O and bias here, its 1 / rms is the row's own
+    attn_out = norm(z @ W_O + bias)      a post-norm's gains go into W_O and bias here, its 1 / rms is each row's
 
 Layers in which something else lies between heads and stream are refused before the model runs. The profile
 "reference" makes values of the stream itself, as the published code does: by its eps, with gains and without biases.
