@@ -27,7 +27,8 @@ class Config(BaseModel):
     """
 
     PER_PROMPT: ClassVar[frozenset[str]] = frozenset()
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    # `model_path` and the like are settings of ours: pydantic before 2.10 keeps every name in `model_` for itself
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
 
 
 def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) -> Any:
@@ -58,7 +59,9 @@ def _known(owner: str, config: type[Config], key: str) -> FieldInfo:
 
 
 def of_function(function: Callable[..., Any]) -> type[Config]:
-    """The arguments of a function as a config; those without annotation take anything.
+    """The settings of a function: the config that is its only argument, or else its arguments as one.
+
+    Arguments without annotation take anything.
 
     Raises:
         PluginError: an annotation that is no type.
@@ -67,15 +70,32 @@ def of_function(function: Callable[..., Any]) -> type[Config]:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError) as error:
         raise PluginError(f"{function.__qualname__}: an argument's annotation cannot be read: {error}") from error
+    arguments = inspect.signature(function).parameters
+    taken = hints.get(next(iter(arguments))) if len(arguments) == 1 else None
+    if isinstance(taken, type) and issubclass(taken, Config):
+        return taken
     fields: dict[str, Any] = {}
-    for name, argument in inspect.signature(function).parameters.items():
+    for name, argument in arguments.items():
         if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             default = ... if argument.default is argument.empty else argument.default
             fields[name] = (hints.get(name, Any), default)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an argument may be called as something of pydantic's
-        made: type[Config] = create_model(function.__name__, __base__=Config, __doc__=function.__doc__, **fields)
-    return made
+        arguments_as_config: type[Config] = create_model(
+            function.__name__, __base__=_Arguments, __doc__=function.__doc__, **fields
+        )
+    return arguments_as_config
+
+
+class _Arguments(Config):
+    """Arguments of a function that takes no config."""
+
+
+def call(function: Callable[..., Any], config: Config) -> Any:
+    """What a function returns for settings of `of_function(function)`: given as they are, or as its arguments."""
+    if isinstance(config, _Arguments):
+        return function(**{key: getattr(config, key) for key in type(config).model_fields})
+    return function(config)
 
 
 def joined(*configs: type[Config]) -> type[Config]:

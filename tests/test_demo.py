@@ -47,7 +47,7 @@ def test_steering_turns_corrupted_prompts() -> None:
 
 def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):  # the second run writes over the first
-        path = recipe.demo(out=tmp_path)
+        path = recipe.demo(recipe.DemoConfig(out=tmp_path))
     page = path.read_text()
     said = capsys.readouterr().out
     assert "L2H2" in said and str(path) in said
@@ -56,13 +56,13 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
     assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
     with pytest.raises(ic.PlanError, match="holds another run: answer was ' cat', is ' dog'"):
-        recipe.demo(out=tmp_path, answer=" dog")
+        recipe.demo(recipe.DemoConfig(out=tmp_path, answer=" dog"))
     assert "kept patching.safetensors" in said and said.count("made patching.safetensors") == 1
     assert "http" not in page
 
 
 def test_a_real_folder(tmp_path: Path) -> None:
-    path = recipe.demo(str(DATA / "stories260K"), tmp_path)
+    path = recipe.demo(recipe.DemoConfig(model=str(DATA / "stories260K"), out=tmp_path))
     assert "One pair of texts" in path.read_text()
     run = [
         sys.executable,

@@ -115,6 +115,24 @@ def test_functions_have_settings_too() -> None:
         settings.of_function(recipe)
 
 
+def test_a_function_of_one_config_has_the_settings_of_that() -> None:
+    """And is called with it; a function of plain arguments is called with these."""
+
+    def study(config: Many) -> int:
+        return config.a
+
+    def plain(a: int, b: Path = Path("x"), **more: int) -> tuple[int, Path]:
+        return a, b
+
+    def mixed(config: Many, a: int = 1) -> int:
+        return config.a + a
+
+    assert settings.of_function(study) is Many and settings.call(study, Many(a=4)) == 4
+    arguments = settings.of_function(plain)
+    assert settings.call(plain, arguments(a="3", b="y")) == (3, Path("y"))
+    assert list(settings.of_function(mixed).model_fields) == ["config", "a"]
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

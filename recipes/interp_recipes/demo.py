@@ -222,29 +222,34 @@ def study(model: ic.Model, task: Task, new: int, run: ic.runs.RunFolder) -> Find
     return Findings(lens, effect, (high, low), heads, ablation(model, task, heads), layer, layers, steered, made)
 
 
-def demo(
-    model: str = "toy:text",
-    out: Path | None = None,
-    clean: str = STORY.format("cat", "cat"),
-    corrupted: str = STORY.format("dog", "dog"),
-    answer: str = " cat",
-    other: str = " dog",
-) -> Path:
-    """Run the demo; returns the report's path.
+class DemoConfig(ic.Config):
+    """What the demo runs on.
 
-    Args:
+    Attributes:
         model: toy:text, a folder, or a hub id.
         out: folder of the run (default: results/{model}/{dataset}/{timestamp}-demo-{hash}).
         clean: prompt that leads to the answer; not asked of the toy, which has tasks of its own.
         corrupted: a prompt of as many tokens that leads to the other answer.
         answer, other: what should follow the one and the other.
     """
+
+    model: str = "toy:text"
+    out: Path | None = None
+    clean: str = STORY.format("cat", "cat")
+    corrupted: str = STORY.format("dog", "dog")
+    answer: str = " cat"
+    other: str = " dog"
+
+
+def demo(config: DemoConfig) -> Path:
+    """Run the demo; returns the report's path."""
     began = time.perf_counter()
-    settings = {key: value for key, value in locals().items() if key not in ("began", "out")}
-    loaded, toy = ic.load(model), model == "toy:text"
-    task = toy_task(loaded) if toy else text_task(loaded, clean, corrupted, answer, other)
+    loaded, toy = ic.load(config.model), config.model == "toy:text"
+    task = toy_task(loaded) if toy else text_task(loaded, config.clean, config.corrupted, config.answer, config.other)
     dataset = "toy-relations" if toy else "texts"
-    with ic.runs.open(out, settings, recipe="demo", model=loaded, dataset=dataset) as run:
+    with ic.runs.open(
+        config.out, config.model_dump(exclude={"out"}), recipe="demo", model=loaded, dataset=dataset
+    ) as run:
         run.claim(["report.html", "lens.png", "patching.png"])
         print(f"{loaded}\n{task.story}\n", flush=True)
         found = study(loaded, task, 4 if toy else 24, run)
