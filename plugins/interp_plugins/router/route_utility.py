@@ -181,14 +181,12 @@ def layers_of(model: ic.Model, config: RouteUtilityConfig) -> list[int]:
         SiteError: one without experts.
         PlanError: none, or routers that give every token all experts, so that there is one route.
     """
-    routed_layers = model.layers(S.router_logits)
-    layers = (
-        routed_layers if config.layers is None else sorted({i + model.n_layers if i < 0 else i for i in config.layers})
-    )
+    routed = model.layers(S.router_logits)
+    layers = routed if config.layers is None else sorted({i + model.n_layers if i < 0 else i for i in config.layers})
     for layer in layers:
-        if layer not in routed_layers:
+        if layer not in routed:
             raise ic.SiteError(
-                f"route_utility: layer {layer} of {model.source} has no experts; those that have: {routed_layers}"
+                f"route_utility: layer {layer} of {model.source} has no experts; those that have: {routed}"
             )
     if not layers:
         raise ic.PlanError("route_utility: layers=[] names none; leave it out for all that have experts")

@@ -181,15 +181,14 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
     """
     available = {"blind": blind, "swap": swap, "": True}
     for intervention in plan.interventions:
-        if not available[intervention.sources]:
-            raise ic.PlanError(
-                f"{intervention.name} needs another image: visual(model, tokens, {intervention.sources}=tokens_with_it)"
-            )
+        name, other = intervention.name, intervention.sources
+        if not available[other]:
+            raise ic.PlanError(f"{name} needs another image: visual(model, tokens, {other}=tokens_with_it)")
         site = "pattern" if intervention.kind in ("knockout", "truncation", "band") else "resid_pre"
         if intervention.kind == "band":
             band_width(model, intervention)
         if why := model.can(site, "write"):
-            raise ic.CapabilityError(f"{intervention.name}: {why}")
+            raise ic.CapabilityError(f"{name}: {why}")
         if intervention.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
             raise ic.PlanError("replace:mean_dataset needs reference=ic.visual.dataset_mean(runs)")
     # refuse layers and widths that there are not, by what would refuse them later
