@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from interp_plugins.router.points import LayerIndex, Points
+from interp_plugins.router.point_files import LayerIndex
+from interp_plugins.router.points import Points
 
 import interp_core as ic
 from interp_core import runs
