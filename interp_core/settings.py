@@ -18,6 +18,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from .errors import PlanError, PluginError, nearest
 
+NEEDED = "(needed)"
+"""In place of a default, where there is none."""
+
 
 class Config(BaseModel):
     """Base of the settings of methods: unknown keys are refused, values are checked, nothing changes afterwards.
@@ -123,16 +126,17 @@ def schema(config: type[Config]) -> dict[str, Any]:
 
 
 def rows(config: type[Config]) -> list[dict[str, str]]:
-    """Name, type, default and description of every field."""
-    texts = _texts(config)
+    """Name, type, default and description of every field, those of its own before those that it inherits."""
+    texts, fields = _texts(config), config.model_fields
+    declared = [name for kind in config.__mro__ for name in vars(kind).get("__annotations__", ()) if name in fields]
     return [
         {
             "setting": name,
             "type": _type(field.annotation),
-            "default": "(needed)" if field.is_required() else _shown(field.get_default(call_default_factory=True)),
+            "default": NEEDED if field.is_required() else _shown(field.get_default(call_default_factory=True)),
             "description": field.description or texts.get(name, ""),
         }
-        for name, field in config.model_fields.items()
+        for name, field in ((name, fields[name]) for name in dict.fromkeys(declared))
     ]
 
 
