@@ -103,8 +103,8 @@ def call(function: Callable[..., Any], config: Config) -> Any:
 
 def joined(*configs: type[Config]) -> type[Config]:
     """The settings of several configs as one."""
-    made: type[Config] = type(configs[-1].__name__, configs, {"__doc__": configs[-1].__doc__})
-    return made
+    config: type[Config] = type(configs[-1].__name__, configs, {"__doc__": configs[-1].__doc__})
+    return config
 
 
 class _Schema(GenerateJsonSchema):
@@ -118,11 +118,11 @@ class _Schema(GenerateJsonSchema):
 
 def schema(config: type[Config]) -> dict[str, Any]:
     """JSON schema of a config, with the descriptions of its docstring."""
-    made = config.model_json_schema(schema_generator=_Schema)
+    json_schema = config.model_json_schema(schema_generator=_Schema)
     for name, text in _texts(config).items():
-        if name in made.get("properties", {}):
-            made["properties"][name].setdefault("description", text)
-    return made
+        if name in json_schema.get("properties", {}):
+            json_schema["properties"][name].setdefault("description", text)
+    return json_schema
 
 
 def rows(config: type[Config]) -> list[dict[str, str]]:
@@ -165,16 +165,16 @@ def described(doc: str) -> dict[str, str]:
         return {}
     lines = [line for line in section["body"].splitlines() if line.strip()]
     depth = len(lines[0]) - len(lines[0].lstrip())
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     names: list[str] = []
     for line in lines:
         start = re.match(rf" {{{depth}}}([\w, *]+?)(?: \([^)]*\))?: (.*)", line)
         if start:
             names = [name.strip(" *") for name in start[1].split(",")]
-            found |= dict.fromkeys(names, start[2].strip())
+            texts |= dict.fromkeys(names, start[2].strip())
         else:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+    return texts
 
 
 def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, Any]:
@@ -183,13 +183,13 @@ def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, An
     Raises:
         PlanError: no `=`, or no such setting.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign:
             raise PlanError(f"{pair!r} is not a setting: write key=value")
-        found[key] = _value(_known(owner, config, key).annotation, value)
-    return found
+        values[key] = _value(_known(owner, config, key).annotation, value)
+    return values
 
 
 def _value(annotation: Any, text: str) -> Any:

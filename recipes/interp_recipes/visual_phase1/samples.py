@@ -138,7 +138,7 @@ def drawn(
     pictures = [picture for _, picture in usable]
     random = vision.blind_images(pictures, "random", processor=model.processor, groups=labels, seed=seed)
     plain = {mode: vision.blind_images(pictures, mode, seed=seed).images for mode in modes if mode != "random"}
-    made = [
+    samples = [
         Sample(
             question, names[labels[i]], picture, i < len(pilots),
             {"random": random.images[i]} | {mode: images[i] for mode, images in plain.items()},
@@ -148,8 +148,8 @@ def drawn(
     ]  # fmt: skip
     same = sum(usable[donor][0].answers[0] == usable[i][0].answers[0] for i, donor in enumerate(random.donors))
     return Samples(
-        tuple(made[: len(pilots)]), tuple(made[len(pilots) :]), tuple(bad),
-        tuple(made[i].name for i in random.resized), same,
+        tuple(samples[: len(pilots)]), tuple(samples[len(pilots) :]), tuple(bad),
+        tuple(samples[i].name for i in random.resized), same,
     )  # fmt: skip
 
 

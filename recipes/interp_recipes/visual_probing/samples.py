@@ -258,7 +258,7 @@ def states_at(paths: Sequence[Path], place: str, names: Sequence[str]) -> Tensor
 def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> list[Row]:
     """The model's own answers of some samples in a mode, and what they are worth; `problem` of those that fail."""
     bad: list[Row] = []
-    made = _each(data, mode, numbers, asking, bad, lambda rows: _answers(model, data, mode, rows, asking))
+    answers = _each(data, mode, numbers, asking, bad, lambda rows: _answers(model, data, mode, rows, asking))
     failed = {row["sample"]: row["reason"] for row in bad}
     rows = []
     for number in numbers:
@@ -266,7 +266,7 @@ def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int],
         if name in failed:
             rows.append({"sample": name, "failed": failed[name]})
             continue
-        text, ended = made[name]
+        text, ended = answers[name]
         score = asking.scorer(text, data.samples[number].question.answers)
         rows.append({"sample": name, "failed": "", "text": text, "ended": ended, "score": score.value,
                      "read": score.read, "gold": score.gold, "problem": score.problem})  # fmt: skip
@@ -274,5 +274,5 @@ def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int],
 
 
 def _answers(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> list[tuple[str, bool]]:
-    made = model.generate(_batch(model, data, mode, numbers, asking), max_new_tokens=asking.max_new_tokens)
-    return [(text, bool(ended)) for text, ended in zip(made.texts, made.ended, strict=True)]
+    generation = model.generate(_batch(model, data, mode, numbers, asking), max_new_tokens=asking.max_new_tokens)
+    return [(text, bool(ended)) for text, ended in zip(generation.texts, generation.ended, strict=True)]
