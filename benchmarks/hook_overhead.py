@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peers import installed
 
 import interp_core as ic
 from interp_core.bench import benchmark
@@ -71,7 +72,7 @@ def table(name: str, rounds: int) -> str:
         config, n_tokens, family = CONFIGS[name]
         config = {"vocab_size": len(tokenizer), **config}
         model = ic.load(ic.testing.tiny(family, **config), tokenizer=tokenizer)
-    return benchmark(model, rounds=rounds, n_tokens=n_tokens)
+    return benchmark(model, rounds=rounds, n_tokens=n_tokens, tools=installed())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from . import vision as vision
     from . import visual as visual
     from .activations import Activations as Activations
-    from .edits import Edit as Edit
+    from .checks.visual import VisualCheck as VisualCheck
+    from .checks.visual import visual_check as visual_check
     from .engines.attention_rows import AttentionRows as AttentionRows
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
@@ -60,22 +61,21 @@ if TYPE_CHECKING:
     from .readings import Receipt as Receipt
     from .readings import Routing as Routing
     from .result import Result as Result
+    from .run import Run as Run
     from .saved import SavedRun as SavedRun
     from .saved import open_run as open_run
     from .settings import Config as Config
+    from .sites import Edit as Edit
     from .sites import Site as Site
     from .sweep import Sweep as Sweep
     from .text import Tokens as Tokens
-    from .trace import Run as Run
     from .vision.places import VisualToken as VisualToken
-    from .visual_battery import VisualCheck as VisualCheck
-    from .visual_battery import visual_check as visual_check
 
 _HOME = {
     "Activations": "activations",
     "AttentionRows": "engines.attention_rows",
     "Config": "settings",
-    "Edit": "edits",
+    "Edit": "sites",
     "Generation": "generation",
     "LayerReadings": "readings",
     "Method": "methods",
@@ -87,13 +87,13 @@ _HOME = {
     "Receipt": "readings",
     "Result": "result",
     "Routing": "readings",
-    "Run": "trace",
+    "Run": "run",
     "SavedRun": "saved",
     "Site": "sites",
     "Span": "positions",
     "Sweep": "sweep",
     "Tokens": "text",
-    "VisualCheck": "visual_battery",
+    "VisualCheck": "checks.visual",
     "VisualToken": "vision.places",
     "keyed": "identity",
     "load": "model",
@@ -101,7 +101,7 @@ _HOME = {
     "open_tokenizer": "loading",
     "open_run": "saved",
     "registry": "plugins",
-    "visual_check": "visual_battery",
+    "visual_check": "checks.visual",
 } | {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")

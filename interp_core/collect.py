@@ -20,6 +20,7 @@ from . import runs
 from .activations import INDEX, RECIPE, SHARDS, SITES, Activations, located, shard_bytes
 from .batches import AHEAD, batch_size_of, bucketed, laid_out, numbering, sides, windows
 from .engines.protocol import Slot
+from .engines.selection import Selection
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
 from .inputs import undivided
@@ -27,7 +28,6 @@ from .plan import Plan
 from .positions import Mask, PerRow, Position, Rows, is_single
 from .progress import Progress
 from .readings import ForwardPass
-from .regions import Region
 from .saved import atlas_data
 from .sites import Site
 from .text import Tokens
@@ -173,7 +173,7 @@ def _items(model: Any, texts: Iterable[Any], shelf: Shelf, shown: Progress) -> I
     number = 0
     for given in texts:
         try:
-            tokens = model._input(given)
+            tokens = model.input(given)
             rows = [tokens] if len(tokens) == 1 else list(tokens)
         except InterpError as error:
             raise type(error)(f"text {number}: {error}") from error
@@ -196,11 +196,11 @@ def _digest(tokens: Tokens, number: int) -> str:
 def _check_positions(model: Any, reads: Sequence[Site], item: Item) -> None:
     """Refuse a text that lacks a position, before those around it run."""
     for site in reads:
-        region = Region(site, model.atlas.select(site)[0].n_units)
+        selection = Selection(site, model.atlas.select(site)[0].n_units)
         try:
-            for place in (region.pos, region.key):
+            for place in (selection.pos, selection.key):
                 if place is not None:
-                    region.columns(item.tokens.rows, place)
+                    selection.columns(item.tokens.rows, place)
         except InterpError as error:
             raise type(error)(f"text {item.number} ({_start(item.tokens)!r}): {error}") from error
 
@@ -250,19 +250,21 @@ def _one(place: Position | None) -> bool:
 def _unstrung(value: Tensor, site: Site, rows: Rows) -> list[Tensor]:
     """Rows of a value whose rows select different numbers of positions, and follow one another along its first axis; in
     attention all pairs of a row's queries and keys do, before the heads."""
-    region = Region(replace(site, units=None), None)
-    places = [region.pos, region.key] if region.attention else [region.pos]
+    selection = Selection(replace(site, units=None), None)
+    places = [selection.pos, selection.key] if selection.attention else [selection.pos]
     tables = [
-        [range(rows.width)] * len(rows.real) if place is None else region.columns(rows, place) for place in places
+        [range(rows.width)] * len(rows.real) if place is None else selection.columns(rows, place) for place in places
     ]
     counts = [[len(columns) for columns in row] for row in zip(*tables, strict=True)]
     parts = []
     for sizes, part in zip(counts, value.split([math.prod(row) for row in counts]), strict=True):
-        if region.attention:
+        if selection.attention:
             part = part.unflatten(0, sizes)
             part = part.movedim(2, 0) if part.ndim == 3 else part
             single = [
-                dim for dim, place in ((-1, region.key), (-2, region.pos)) if place is not None and is_single(place)
+                dim
+                for dim, place in ((-1, selection.key), (-2, selection.pos))
+                if place is not None and is_single(place)
             ]
             part = part.squeeze(single)
         parts.append(part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from .errors import PlanError, nearest
+from .session import Session
 from .text import Tokens
-
-if TYPE_CHECKING:
-    from .model import Model
 
 OWN = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
 SERVED = (
@@ -150,7 +148,9 @@ class Decoding(NamedTuple):
     inputs: dict[str, Any]
 
 
-def decoding(model: Model, tokens: Tokens, options: Mapping[str, Any], own: Mapping[str, Any], stop: bool) -> Decoding:
+def decoding(
+    model: Session, tokens: Tokens, options: Mapping[str, Any], own: Mapping[str, Any], stop: bool
+) -> Decoding:
     """What transformers is told, from all that the caller said.
 
     Args:
@@ -194,7 +194,7 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if value is not None and name not in _NO_FIELDS}
 
 
-def _model_inputs(model: Model) -> set[str]:
+def _model_inputs(model: Session) -> set[str]:
     """Further inputs of the model's forward pass, those that generation sets itself left out."""
     takes = inspect.signature(type(model.hf).forward).parameters.values()
     named = {parameter.name for parameter in takes if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
@@ -229,7 +229,7 @@ def _new_tokens(said: dict[str, Any], width: int) -> int:
     return new
 
 
-def _special(model: Model, said: dict[str, Any], stop: bool) -> list[int]:
+def _special(model: Session, said: dict[str, Any], stop: bool) -> list[int]:
     """Settle which tokens end a text and fill it up, as the caller says, the model or the tokenizer; returns the
     former."""
     model_says, asked = model.hf.generation_config, said.pop("eos_token_id", None)
@@ -246,7 +246,7 @@ def _special(model: Model, said: dict[str, Any], stop: bool) -> list[int]:
     return listed if stop else []
 
 
-def _criteria(model: Model, said: dict[str, Any], keywords: dict[str, Any]) -> list[Any]:
+def _criteria(model: Session, said: dict[str, Any], keywords: dict[str, Any]) -> list[Any]:
     """What ends rows, beside tokens."""
     criteria, tokenizer = list(keywords.pop("stopping_criteria", ())), keywords.pop("tokenizer", model.tokenizer)
     for criterion in criteria:

@@ -11,31 +11,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .architectures.atlas import Atlas
-from .architectures.taps import KEYED
+from .architectures.hook_points import KEYED
 from .batches import padded_on
-from .compiled import CompiledPlan, model_inputs
 from .decoding import Ends, decoding
 from .drawing import drawing
-from .edits import TENSOR_OPS, Edit
-from .engines.protocol import Passed, Slot
+from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
+from .model_inputs import model_inputs
 from .positions import LAST, Rows, Span, resolve
-from .readings import Reading, Receipt, Store, demand_effect, demand_proof, receipts
-from .sites import Site
+from .readings import Reading, ReadStore, Receipt, demand_effect, demand_proof, receipts
+from .run import CompiledPlan
+from .session import Input, Session
+from .sites import TENSOR_OPS, Edit, Site
 from .text import Tokens, token_text
-
-if TYPE_CHECKING:
-    from .model import Input, Model
 
 
 def generate(
-    model: Model,
+    model: Session,
     x: Input,
     edits: Iterable[Edit] | Edit = (),
     read: Iterable[Site | str] | Site | str = (),
@@ -68,13 +66,13 @@ def generate(
         EffectError: an edit did nothing.
     """
     own = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
-    given = model._input(x)
+    given = model.input(x)
     told = decoding(model, given, options, own | {"top_k": top_k}, stop_at_eos)
     given = replace(given, inputs={**given.inputs, **told.inputs}) if told.inputs else given
     tokens, moved = padded_on(given, "left")
     rows = tokens.rows._replace(moved=moved)
-    model._fitting(tokens, told.new - 1)
-    compiled = model.compile(read, edits)
+    model.fit(tokens, told.new - 1)
+    compiled = CompiledPlan(model, *model.program(read, edits))
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
     inputs = _inputs(tokens, compiled) | told.arguments
@@ -129,14 +127,14 @@ def _check_steady(edit: Edit, rows: Rows) -> None:
         )
 
 
-class Step(Store):
+class Step(ReadStore):
     """One forward pass of a generation; indexed by sites. The first one covers the prompt."""
 
     _what = "step"
 
-    def __init__(self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, passed: Passed, columns: int) -> None:
+    def __init__(self, slots: Sequence[Slot], atlas: Atlas, rows: Rows, record: PassRecord, columns: int) -> None:
         super().__init__(slots, atlas, rows)
-        self._passed, self._columns = passed, columns
+        self._passed, self._columns = record, columns
 
     def _value(self, slot: int) -> Tensor | None:
         value = self._passed.values[slot]
@@ -157,7 +155,7 @@ class Generation:
     """
 
     def __init__(
-        self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[Passed], ends: Ends
+        self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[PassRecord], ends: Ends
     ) -> None:
         self._compiled, self._rows = compiled, rows
         self.ids = ids[:, prompt.ids.shape[1] :]
@@ -180,9 +178,9 @@ class Generation:
         """One `Step` per forward pass: the prompt's, then one per token."""
         slots, atlas, width = self._compiled.program.slots, self._compiled.model.atlas, self._rows.width
         steps = [Step(slots, atlas, self._rows, self._passes[0], width)]
-        for i, passed in enumerate(self._passes[1:], 1):  # positions within a step: the one new token, if there is one
+        for i, record in enumerate(self._passes[1:], 1):  # positions within a step: the one new token, if there is one
             one = Rows([[0] if i < length else [] for length in self._lengths], {}, 1, growing=True)
-            steps.append(Step(slots, atlas, one, passed, width + i))
+            steps.append(Step(slots, atlas, one, record, width + i))
         return steps
 
     def __str__(self) -> str:
@@ -202,8 +200,8 @@ class Generation:
             raise ReadError(f"{site}: read the site without positions, or use generation.steps[i][site]")
         layered = site.info.layered and not isinstance(site.layers, int)
         parts = [step[site].as_subclass(Tensor) for step in self.steps]
-        tap = self._compiled.model.atlas.select(site)[0].read
-        if tap is not None and tap.part in KEYED:  # a step's keys reach back to the start
+        point = self._compiled.model.atlas.select(site)[0].read
+        if point is not None and point.part in KEYED:  # a step's keys reach back to the start
             parts = [part[..., -(part.shape[-3] if i == 0 else 1) :, :, :] for i, part in enumerate(parts)]
         axis = 2 if layered else 1
         full = torch.cat(parts, axis)

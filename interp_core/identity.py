@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .edits import digest
+from .tensors import digest
 
 if TYPE_CHECKING:
     from .structure import Structure

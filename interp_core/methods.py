@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import settings as _settings
 from .errors import CapabilityError, PlanError, PluginError, wrong
-from .plugins import API, registry
+from .plugins import API, name_fault, registry
 from .settings import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .model import Input, Model
+    from .model import Model
     from .result import Result
     from .runs import RunFolder
+    from .session import Input
     from .text import Tokens
 
 CAPABILITIES = ("readout",)
@@ -95,7 +97,7 @@ class Method(ABC):
         for need in sorted(self.requires):
             if need in model.atlas.lacking:
                 raise CapabilityError(f"{self.name} needs {need} of {model.source}: {model.atlas.lacking[need]}")
-        tokens = model._input(x)
+        tokens = model.input(x)
         self.check(model, tokens, config)
         if split:
             from .batches import BATCH
@@ -127,6 +129,19 @@ class Batching(Config):
 
     batch_size: int | None = None
     progress: bool = False
+
+
+def fault(name: str, value: Any) -> str:
+    """What is wrong with an imported value as a method of this name."""
+    if not (isinstance(value, type) and issubclass(value, Method)):
+        return f"is {value!r:.60}, not a subclass of interp_core.Method"
+    if inspect.isabstract(value):
+        return f"leaves {', '.join(sorted(value.__abstractmethods__))} to be written"
+    if not (isinstance(value.Config, type) and issubclass(value.Config, Config)):
+        return f"has the Config {value.Config!r:.60}, not a subclass of interp_core.Config"
+    if isinstance(value.requires, str):
+        return f"has requires = {value.requires!r}, not a set of names: write frozenset({{{value.requires!r}}})"
+    return name_fault(name, value)
 
 
 def method(name: str) -> Method:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .edits import TENSOR_OPS, Edit, digest
 from .errors import LoadError, PlanError, several, wrong
 from .result import folder_of
-from .sites import Site
+from .sites import TENSOR_OPS, Edit, Site
+from .tensors import digest
 
 FORMAT = "interp-plan/1"
 

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .edits import BOOSTS, Edit
-from .engines.protocol import Passed, Slot
+from .engines.protocol import PassRecord, Slot
+from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
 from .positions import PositionLike, Rows, is_single
-from .regions import Bound, Region
-from .sites import Site
+from .sites import BOOSTS, Edit, Site
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -69,24 +68,24 @@ class Reading(Tensor):
         site = self.site
         if site.pos is not None or site.key is not None:
             raise ReadError(f"this is {site}, already at chosen positions")
-        region = Region(Site(site.name).at(pos, query=query, key=key), None)
-        headless = region.attention and isinstance(site.units, int)
+        selection = Selection(Site(site.name).at(pos, query=query, key=key), None)
+        headless = selection.attention and isinstance(site.units, int)
 
         def one(x: Tensor) -> Tensor:
             if headless:
-                return _take(region, x.unsqueeze(1), self.rows).squeeze(1)
-            return _take(region, x, self.rows)
+                return _take(selection, x.unsqueeze(1), self.rows).squeeze(1)
+            return _take(selection, x, self.rows)
 
         stacked = site.info.layered and not isinstance(site.layers, int)
         return torch.stack([one(layer) for layer in self.plain]) if stacked else one(self.plain)
 
 
-def _take(region: Region, value: Tensor, rows: Rows) -> Tensor:
-    bound = region.laid(rows) if region.tower else None if region.whole else region.bind(rows)
+def _take(selection: Selection, value: Tensor, rows: Rows) -> Tensor:
+    bound = selection.laid(rows) if selection.tower else None if selection.whole else selection.bind(rows)
     if bound is None:
         return value
     if bound.ragged:
-        raise PositionError(f"{region.site} selects different numbers of positions per row; use run.rows(site)")
+        raise PositionError(f"{selection.site} selects different numbers of positions per row; use run.rows(site)")
     return bound.take(value)
 
 
@@ -152,11 +151,11 @@ class Receipt:
         return f"{self.edit}: fired {self.fired}×, {where}, changed by norm {self.norm:.4g}{routing}"
 
 
-def receipts(edits: Sequence[Edit], passes: Sequence[Passed], rows: Rows) -> list[Receipt]:
+def receipts(edits: Sequence[Edit], passes: Sequence[PassRecord], rows: Rows) -> list[Receipt]:
     """One receipt per edit, over all passes."""
     if not edits:
         return []
-    fires = [fire for passed in passes for fire in passed.fires]
+    fires = [fire for record in passes for fire in record.fires]
     found: list[list[tuple[int, Any, float]]] = [[] for _ in edits]
     for (number, layer, columns, _), norm in zip(fires, _numbers([fire[3] for fire in fires]), strict=True):
         found[number].append((layer, columns, norm))
@@ -165,11 +164,11 @@ def receipts(edits: Sequence[Edit], passes: Sequence[Passed], rows: Rows) -> lis
     return [replace(one, routing=counted[i][0]) if i in counted else one for i, one in enumerate(made)]
 
 
-def routings(passes: Sequence[Passed]) -> dict[int, tuple[Routing, list[int]]]:
+def routings(passes: Sequence[PassRecord]) -> dict[int, tuple[Routing, list[int]]]:
     """What proves the edits of routers, by number, and how often each of their experts is executed."""
     counts: dict[int, list[Tensor]] = {}
-    for passed in passes:
-        for proof in passed.routed:
+    for record in passes:
+        for proof in record.routed:
             assert proof.counts is not None
             counts.setdefault(proof.number, []).append(proof.counts.cpu())
     totals = {number: torch.stack(of_edit).sum(0).tolist() for number, of_edit in counts.items()}
@@ -177,7 +176,7 @@ def routings(passes: Sequence[Passed]) -> dict[int, tuple[Routing, list[int]]]:
     return {number: (Routing(*total[:n]), total[n:]) for number, total in totals.items()}
 
 
-def demand_proof(edits: Sequence[Edit], passes: Sequence[Passed]) -> None:
+def demand_proof(edits: Sequence[Edit], passes: Sequence[PassRecord]) -> None:
     """Refuse a run in which a router did not do as it was told, or its family's selection is not what the model does.
 
     Raises:
@@ -227,7 +226,7 @@ def _receipt(edit: Edit, fires: list[tuple[int, Any, float]], rows: Rows) -> Rec
     return Receipt(edit, len(fires), layers, positions, norm)
 
 
-def demand_used(edits: Sequence[Edit], passes: Sequence[Passed]) -> None:
+def demand_used(edits: Sequence[Edit], passes: Sequence[PassRecord]) -> None:
     """Refuse a boost of an expert that is chosen nowhere.
 
     Raises:
@@ -244,7 +243,7 @@ def demand_used(edits: Sequence[Edit], passes: Sequence[Passed]) -> None:
             )
 
 
-def demand_effect(edits: Sequence[Edit], passes: Sequence[Passed], made: Callable[[], list[Receipt]]) -> None:
+def demand_effect(edits: Sequence[Edit], passes: Sequence[PassRecord], made: Callable[[], list[Receipt]]) -> None:
     """Refuse edits that did nothing. Receipts are `made` only to word the error.
 
     Raises:
@@ -252,8 +251,8 @@ def demand_effect(edits: Sequence[Edit], passes: Sequence[Passed], made: Callabl
     """
     demand_used(edits, passes)
     norms: list[list[Tensor]] = [[] for _ in edits]
-    for passed in passes:
-        for number, _, _, norm in passed.fires:
+    for record in passes:
+        for number, _, _, norm in record.fires:
             norms[number].append(norm)
     for number, of_edit in enumerate(norms):
         if of_edit and any(_numbers(of_edit)):
@@ -265,7 +264,7 @@ def demand_effect(edits: Sequence[Edit], passes: Sequence[Passed], made: Callabl
         )
 
 
-class Store:
+class ReadStore:
     """Read values by site. Base of runs, gradients and generation steps."""
 
     _what = "run"
@@ -301,25 +300,25 @@ class Store:
     def _pick(self, site: Site, entry: Entry) -> Tensor:
         value, whole = self._held(site, entry)
         if whole and site.info.tower:
-            parts = self._patches(Region(site, entry.n_units), value)
+            parts = self._patches(Selection(site, entry.n_units), value)
             if len({len(part) for part in parts}) > 1:
                 raise PositionError(f"{site} selects different numbers of patches per row; use run.rows(site)")
             stacked = torch.stack(parts)
             return stacked[:, 0] if site.pos is not None and is_single(site.pos) else stacked
         if whole:
-            return _take(Region(site, entry.n_units), value, self._rows)
+            return _take(Selection(site, entry.n_units), value, self._rows)
         if self._strung(site, value):
             raise PositionError(f"{site} selects different numbers of positions per row; use run.rows(site)")
         return value
 
-    def _patches(self, region: Region, value: Tensor) -> list[Tensor]:
+    def _patches(self, selection: Selection, value: Tensor) -> list[Tensor]:
         """Row by row, a part of what was kept of all patches, whose rows are strung together where they differ."""
         known = self._rows.patches
-        assert known is not None and region.pos is not None
-        strung = value.ndim < len(region.site.info.axes)
+        assert known is not None and selection.pos is not None
+        strung = value.ndim < len(selection.site.info.axes)
         rows = value.split([*map(len, known.places)]) if strung else value.unbind()
-        units = slice(None) if region.units is None else region.units
-        chosen = region.columns(self._rows, region.pos)
+        units = slice(None) if selection.units is None else selection.units
+        chosen = selection.columns(self._rows, selection.pos)
         return [row[columns][:, list(units) if isinstance(units, tuple) else units]
                 for row, columns in zip(rows, chosen, strict=True)]  # fmt: skip
 
@@ -355,14 +354,14 @@ class Store:
         if (site.info.layered and not isinstance(site.layers, int)) or "query" in site.info.axes or not somewhere:
             raise SiteError(f"{site}: rows() takes one layer of a site along pos, with positions: site[l].at(...)")
         entry = self._atlas.select(site)[0]
-        region = Region(site, entry.n_units)
-        assert region.pos is not None
-        columns = region.columns(self._rows, region.pos)
+        selection = Selection(site, entry.n_units)
+        assert selection.pos is not None
+        columns = selection.columns(self._rows, selection.pos)
         value, whole = self._held(site, entry)
         if whole and site.info.tower:
-            return self._patches(region, value)
+            return self._patches(selection, value)
         if whole:
-            value = _take(Region(replace(site, pos=None), entry.n_units), value, self._rows)
+            value = _take(Selection(replace(site, pos=None), entry.n_units), value, self._rows)
             return [value[row][chosen] for row, chosen in enumerate(columns)]
         if self._strung(site, value):
             return list(value.split([len(row) for row in columns]))
@@ -390,10 +389,10 @@ def _ndim(site: Site) -> int:
     return len(site.info.axes) - dropped - singles
 
 
-class Gradients(Store):
+class Gradients(ReadStore):
     """Gradients of the run's scalar with respect to what was read; indexed like the run."""
 
-    def __init__(self, run: Store, grads: list[Tensor], bounds: list[Bound | None]) -> None:
+    def __init__(self, run: ReadStore, grads: list[Tensor], bounds: list[BoundSelection | None]) -> None:
         super().__init__(run._slots, run._atlas, run._rows)
         self._grads, self._bounds = grads, bounds
 
@@ -405,7 +404,7 @@ class Gradients(Store):
         return whole if bound is None else bound.take(whole)
 
 
-class LayerReadings(Store):
+class LayerReadings(ReadStore):
     """What a run has read of one layer, for the time of a call of `each`: `values[S.pattern]` is this layer's.
 
     Attributes:
@@ -446,7 +445,7 @@ class LayerReadings(Store):
         return super().__getitem__(site)
 
 
-class ForwardPass(Store):
+class ForwardPass(ReadStore):
     """What one forward pass gave, now or in an earlier process: values by site, logits, gradients.
 
     Attributes:
@@ -458,7 +457,7 @@ class ForwardPass(Store):
     model: Any = None
     _logits: Tensor | None = None
     _logits_site = Site("logits")
-    _grad: Store | None = None
+    _grad: ReadStore | None = None
 
     @property
     def logits(self) -> Reading:
@@ -472,7 +471,7 @@ class ForwardPass(Store):
         return Reading.of(self._logits, self._logits_site, self._rows)
 
     @property
-    def grad(self) -> Store:
+    def grad(self) -> ReadStore:
         """Gradients of the scalar that `run(grad=…)` computed, by site.
 
         Raises:

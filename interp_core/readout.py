@@ -89,7 +89,7 @@ def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
     if not f"{heads.read.module}.".startswith(f"{end.read.module}."):  # neither attention nor its last projection
         assert end.module is not None
         out = end.module(out)
-    return out if end.read.lens is None else out * end.read.lens.factor
+    return out if end.read.layout is None else out * end.read.layout.factor
 
 
 def demand_width(what: str, value: Any, *ends: int) -> None:

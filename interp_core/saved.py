@@ -19,15 +19,14 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry, Shape
 from .architectures.family import Family, View
-from .edits import Edit
 from .engines.protocol import Slot
 from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, safetensors_bytes, sha256, write
 from .plan import Plan
 from .positions import Images, Span
-from .readings import ForwardPass, Receipt, Routing, Store
+from .readings import ForwardPass, ReadStore, Receipt, Routing
 from .result import folder_of
-from .sites import Site
+from .sites import Edit, Site
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class StoredSlot:
         return None
 
 
-class StoredValues(Store):
+class StoredValues(ReadStore):
     """Values that were read from a folder, by site."""
 
     def __init__(self, slots: Sequence[Slot], atlas: Atlas, tokens: Tokens, values: Sequence[Tensor | None]) -> None:

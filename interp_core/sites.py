@@ -18,29 +18,19 @@ Names follow TransformerLens. Those of a vision tower are the same with `vision_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError, SiteError, nearest, wrong
+from .indexing import Index, as_index, parsed_index, shown_index, split_at_commas
+from .indexing import indices as indices
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
+from .tensors import digest, is_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .edits import Edit
-
-__all__ = [
-    "SITES", "Site", "SiteInfo", "attn_in", "attn_out", "deepstack", "embed", "expert_out", "final_norm", "head_out",
-    "indices", "k", "logits", "mlp_act", "mlp_in", "mlp_out", "named", "pattern", "q", "resid_mid", "resid_post",
-    "resid_pre", "rot_k", "rot_q", "router_indices", "router_logits", "router_probs", "router_weights", "scores",
-    "shared_expert_gate", "v", "vision_attn_in", "vision_attn_out", "vision_embed", "vision_head_out", "vision_k",
-    "vision_mlp_act", "vision_mlp_in", "vision_mlp_out", "vision_pre_merger", "vision_q", "vision_resid_mid",
-    "vision_resid_post", "vision_resid_pre", "vision_v", "vision_z", "z",
-]  # fmt: skip
-
-Index = int | Slice | tuple[int, ...] | None
-"""Normal form of a layer or unit selection; None selects all."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +42,14 @@ class SiteInfo:
         unit: the axis that a second index selects (`head`, `expert`, `d_mlp`), if any.
         layered: whether the site exists once per layer.
         doc: one line for tables.
+        order: sorts sites as a forward pass meets them in a layer.
     """
 
     axes: tuple[str, ...]
     doc: str
     unit: str | None = None
     layered: bool = True
+    order: float = field(default=0.0, compare=False)
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -81,56 +73,28 @@ _ATTENTION = ("batch", "head", "query", "key")
 _EXPERTS = ("batch", "pos", "expert")
 _VISUAL = ("batch", "visual", "d_model")
 _PATCHES = ("batch", "patch", "d_model")
+_PATCH_HEADS = ("batch", "patch", "head", "d_head")
 
 VISION_ = "vision_"
 """Begins the name of a tower's site, before the name of the same thing in the language model."""
 
 
-def _of_tower(info: SiteInfo) -> SiteInfo:
-    axes = tuple("patch" if axis == "pos" else axis for axis in info.axes)
-    return replace(info, axes=axes, doc=f"vision tower: {info.doc}")
-
-
-SITES: dict[str, SiteInfo] = {
-    "embed": SiteInfo(_RESID, "output of the token embedding", layered=False),
-    "vision_embed": SiteInfo(_VISUAL, "what the vision tower hands to the language model", layered=False),
-    "deepstack": SiteInfo(_VISUAL, "visual features that are added after the block (DeepStack)"),
-    "resid_pre": SiteInfo(_RESID, "residual stream that enters the block"),
-    "attn_in": SiteInfo(_RESID, "what the attention reads, after its norm"),
-    "q": SiteInfo(_HEADS, "queries, before query-key norm and rotary embedding", "head"),
-    "k": SiteInfo(_HEADS, "keys (key-value heads), before query-key norm and rotary embedding", "head"),
-    "v": SiteInfo(_HEADS, "values (key-value heads)", "head"),
-    "rot_q": SiteInfo(_HEADS, "queries as they meet the keys, after norm and rotary embedding", "head"),
-    "rot_k": SiteInfo(_HEADS, "keys (key-value heads) as they meet the queries", "head"),
-    "scores": SiteInfo(_ATTENTION, "attention scores, scaled, capped and masked, before softmax", "head"),
-    "pattern": SiteInfo(_ATTENTION, "attention probabilities", "head"),
-    "z": SiteInfo(_HEADS, "input of the output projection, per query head", "head"),
-    "head_out": SiteInfo(("batch", "pos", "head", "d_model"), "z times the head's slice of W_O", "head"),
-    "attn_out": SiteInfo(_RESID, "what attention adds to the residual stream"),
-    "resid_mid": SiteInfo(_RESID, "residual stream between attention and MLP"),
-    "mlp_in": SiteInfo(_RESID, "what the MLP reads, after its norm"),
-    "mlp_act": SiteInfo(("batch", "pos", "d_mlp"), "input of the MLP's output projection", "d_mlp"),
-    "router_logits": SiteInfo(_EXPERTS, "router logits; an edit re-routes", "expert"),
-    "router_probs": SiteInfo(_EXPERTS, "the router's scores as probabilities; read only", "expert"),
-    "router_weights": SiteInfo(_EXPERTS, "executed expert weights, zero where not chosen", "expert"),
-    "router_indices": SiteInfo(("batch", "pos", "k"), "executed experts, as the router orders them; read only"),
-    "shared_expert_gate": SiteInfo(("batch", "pos", "gate"), "factor on the shared expert's output; read only"),
-    "expert_out": SiteInfo(("batch", "pos", "expert", "d_model"), "weighted output of an expert", "expert"),
-    "mlp_out": SiteInfo(_RESID, "what the MLP adds to the residual stream"),
-    "resid_post": SiteInfo(_RESID, "residual stream that leaves the block"),
-    "final_norm": SiteInfo(_RESID, "output of the final norm", layered=False),
-    "logits": SiteInfo(("batch", "pos", "d_vocab"), "logits of the next token", layered=False),
-}
-_TOWER = "resid_pre attn_in q k v z head_out attn_out resid_mid mlp_in mlp_act mlp_out resid_post"
-SITES = {
-    "embed": SITES["embed"],
-    **{f"{VISION_}{name}": _of_tower(SITES[name]) for name in _TOWER.split()},
-    "vision_pre_merger": SiteInfo(
-        _PATCHES, "vision tower: patches as the merger or projector reads them", layered=False
-    ),
-    **SITES,
-}
+SITES: dict[str, SiteInfo] = {}
 """All site names in the order in which a forward pass meets them."""
+
+
+MASKS = {"replace": "mask", "keep": "mask_keep", "drop": "mask_drop"}
+FORCES = {"own_weight": "force", "steermoe": "force_steermoe"}
+BOOSTS = ("boost", "boost_renormalised")
+ROUTING = (*MASKS.values(), *FORCES.values(), *BOOSTS)
+"""Edits of what a router selects, of whole tokens; what they do is in `architectures/rerouting.py`."""
+OPS = ("set", "add", "scale", "zero", "project", "apply", "knockout", *ROUTING)
+TENSOR_OPS = ("set", "add", "project")
+_ONLY = {
+    "knockout": "pattern",
+    **dict.fromkeys((*MASKS.values(), *FORCES.values()), "router_logits"),
+    **dict.fromkeys(BOOSTS, "router_weights"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +128,8 @@ class Site:
             raise SiteError(f"{self} is already selected; write both indices at once: {self.name}[layer, unit]")
         if len(items) > len(fields):
             takes = ", ".join(field[:-1] for field in fields) or "no index"
-            raise SiteError(f"{self.name}[{_show(index)}] has {len(items)} indices, {self.name} takes {takes}")
-        chosen: dict[str, Any] = {f: _index(item, self.name) for f, item in zip(fields, items, strict=False)}
+            raise SiteError(f"{self.name}[{shown_index(index)}] has {len(items)} indices, {self.name} takes {takes}")
+        chosen: dict[str, Any] = {f: as_index(item, self.name) for f, item in zip(fields, items, strict=False)}
         return replace(self, **chosen)
 
     def at(self, pos: PositionLike = None, *, query: PositionLike = None, key: PositionLike = None) -> Site:
@@ -241,8 +205,6 @@ class Site:
         Raises:
             PlanError: no such mode.
         """
-        from .edits import MASKS
-
         return self._edit(_mode("mask", MASKS, mode), _experts(experts, "mask"))
 
     def force(self, experts: int | Sequence[int], mode: str = "own_weight") -> Edit:
@@ -256,8 +218,6 @@ class Site:
         Raises:
             PlanError: no such mode.
         """
-        from .edits import FORCES
-
         return self._edit(_mode("force", FORCES, mode), _experts(experts, "force"))
 
     def boost(self, experts: int | Sequence[int], factor: float, renormalise: bool = False) -> Edit:
@@ -270,15 +230,13 @@ class Site:
         return self._edit("boost_renormalised" if renormalise else "boost", (_experts(experts, "boost"), factor))
 
     def _edit(self, op: str, value: Any) -> Edit:
-        from .edits import Edit
-
         return Edit(self, op, value)
 
     def __str__(self) -> str:
         index = [part for part in (self.layers, self.units) if part is not None]
         if self.layers is None and self.units is not None and self.info.layered:
             index = [Slice(), self.units]
-        text = f"{self.name}[{','.join(_show(part) for part in index)}]" if index else self.name
+        text = f"{self.name}[{','.join(shown_index(part) for part in index)}]" if index else self.name
         if self.pos is not None and self.key is None:
             return f"{text}@{format_position(self.pos)}"
         if self.key is not None:
@@ -303,7 +261,7 @@ class Site:
         if bracket:
             if not rest.endswith("]"):
                 raise SiteError(f"{text!r} lacks a closing bracket; write {name}[layer] or {name}[layer,unit]")
-            site = site[tuple(_parse_index(part, text) for part in _split(rest[:-1]))]
+            site = site[tuple(parsed_index(part, text) for part in split_at_commas(rest[:-1]))]
         if not place:
             return site
         if "key=" not in place:
@@ -312,6 +270,123 @@ class Site:
         if unknown := set(parts) - {"query", "key"}:
             raise SiteError(f"{text!r} has positions of {sorted(unknown)[0]!r}; write {name}[layer]@query=…;key=…")
         return site.at(**{axis: parse_position(where) for axis, where in parts.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One change to a site. Made by the methods of `Site`.
+
+    Attributes:
+        site: what is changed.
+        op: one of `OPS`.
+        value: a tensor (`set`, `add`, `project`), a number (`scale`), expert indices (`mask…`, `force…`), these and a
+            factor (`boost…`), a function (`apply`), or None.
+
+    Raises:
+        PlanError: an operation that the site does not take, or a value of the wrong kind.
+    """
+
+    site: Site
+    op: str
+    value: Any = None
+
+    def __post_init__(self) -> None:
+        op, value = self.op, self.value
+        if op not in OPS:
+            raise PlanError(f"no edit is called {op!r}; there are {', '.join(OPS)}")
+        if op in _ONLY and self.site.name != _ONLY[op]:
+            raise PlanError(f"{op} is for {_ONLY[op]}, not for {self.site.name}")
+        if op in TENSOR_OPS and not is_tensor(value):
+            raise PlanError(f"{self.site}: {op} takes a torch tensor, not {type(value).__name__}")
+        if op == "scale" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise PlanError(f"{self.site}: scale takes a number, not {type(value).__name__}")
+        if op in ROUTING:
+            self._check_routing()
+        if op == "apply" and not callable(value):
+            raise PlanError(f"{self.site}: apply takes a function of a tensor, not {type(value).__name__}")
+        if op == "project" and not 1 <= value.ndim <= 2:
+            raise PlanError(f"{self.site}: project takes [d] or [k d] directions, not {list(value.shape)}")
+        if op == "project" and not bool((value.detach().norm(dim=-1) > 0).all()):
+            raise PlanError(f"{self.site}: project got a direction of length zero")
+        if op == "knockout" and self.site.key is None and self.site.pos is None:
+            raise PlanError(f"{self.site}: knockout of every key leaves nothing to attend to; give query= and key=")
+
+    def _check_routing(self) -> None:
+        op, value = self.op, self.value
+        if op in BOOSTS:
+            if not (isinstance(value, tuple) and len(value) == 2 and _is_finite(value[1])):
+                raise PlanError(f"{self.site}: boost takes experts and a finite factor, not {value!r:.60}")
+            value = value[0]
+        if not (isinstance(value, tuple) and value and all(type(item) is int for item in value)):
+            raise PlanError(f"{self.site}: {op} takes the numbers of experts, not {value!r:.60}")
+        if self.site.units is not None:
+            raise PlanError(f"{self.site}: {op} is about whole tokens; leave the expert out of the site, {op}(experts)")
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts that an edit of what a router selects names."""
+        numbers: tuple[int, ...] = self.value[0] if self.op in BOOSTS else self.value if self.op in ROUTING else ()
+        return numbers
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Edit) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.site, self.op, digest(self.value) if is_tensor(self.value) else self.value
+
+    def __str__(self) -> str:
+        value = self.value
+        if is_tensor(value):
+            shown = f" {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        elif self.op in ROUTING:
+            shown = " experts=" + ",".join(map(str, self.experts)) + (f" × {value[1]:g}" if self.op in BOOSTS else "")
+        elif self.op == "apply":
+            shown = f" {getattr(value, '__qualname__', repr(value))}"
+        else:
+            shown = "" if value is None else f" {value:g}"
+        return f"{self.site} {self.op}{shown}"
+
+    __repr__ = __str__
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def define(
+    name: str, axes: tuple[str, ...], doc: str, unit: str | None = None, *, layered: bool = True, after: str = ""
+) -> Site:
+    """A new name for a site, of every model; which families have it, and where, `Family.sites` says.
+
+    Args:
+        axes, doc, unit, layered: see `SiteInfo`.
+        after: the site that a forward pass meets before it ("": it meets this one last).
+
+    Raises:
+        SiteError: the name is taken by a site of other axes, or is no name; `after` is no site.
+    """
+    info = SiteInfo(tuple(axes), doc, unit, layered)
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise SiteError(f"{name!r} cannot name a site: write letters, digits and _, as in 'kv_latent'")
+    if SITES.get(name, info) != info:
+        raise SiteError(f"a site is called {name!r} already: {' '.join(SITES[name].axes)}, {SITES[name].doc}")
+    if unit is not None and unit not in axes:
+        raise SiteError(f"{name}: its unit {unit!r} is none of its axes {' '.join(axes)}")
+    if after:
+        number = named(after).info.order
+        later = [other.order for other in SITES.values() if other.order > number]
+        info = replace(info, order=(number + min(later, default=number + 2)) / 2)
+    else:
+        info = replace(info, order=float(len(SITES)))
+    SITES.setdefault(name, info)
+    if after:
+        ordered = sorted(SITES.items(), key=lambda item: item[1].order)
+        SITES.clear()
+        SITES.update(ordered)
+    return Site(name)
 
 
 def named(name: str) -> Site:
@@ -325,28 +400,8 @@ def named(name: str) -> Site:
     return Site(name)
 
 
-def _index(item: Any, name: str) -> Index:
-    if item.__class__ is int:  # nearly all
-        return item
-    if hasattr(item, "tolist"):
-        item = item.tolist()
-    if _is_integer(item):
-        return int(item)
-    if isinstance(item, slice):
-        whole = item == slice(None)
-        return None if whole else Slice(item.start, item.stop, item.step)
-    if isinstance(item, Slice) or item is None:
-        return item
-    if isinstance(item, Sequence) and not isinstance(item, str):
-        if not item:
-            raise SiteError(f"{name}[[]]: an empty list selects nothing")
-        if all(map(_is_integer, item)):
-            return tuple(int(i) for i in item)
-    raise SiteError(f"{name}[{item!r:.60}]: a layer or unit is an integer, slice or list of integers")
-
-
 def _experts(experts: Any, what: str) -> Any:
-    index = _index(experts, what)
+    index = as_index(experts, what)
     return (index,) if isinstance(index, int) else index
 
 
@@ -356,109 +411,70 @@ def _mode(what: str, modes: Mapping[str, str], mode: Any) -> str:
     return modes[mode]
 
 
-def _is_integer(item: Any) -> bool:
-    return hasattr(item, "__index__") and not isinstance(item, bool)
+# A forward pass meets them in this order: programs end at the last one read, sweeps begin at the first one edited.
+embed = define("embed", _RESID, "output of the token embedding", layered=False)
+vision_resid_pre = define("vision_resid_pre", _PATCHES, "vision tower: residual stream that enters the block")
+vision_attn_in = define("vision_attn_in", _PATCHES, "vision tower: what the attention reads, after its norm")
+vision_q = define("vision_q", _PATCH_HEADS, "vision tower: queries, before query-key norm and rotary embedding", "head")
+vision_k = define(
+    "vision_k", _PATCH_HEADS, "vision tower: keys (key-value heads), before query-key norm and rotary embedding", "head"
+)
+vision_v = define("vision_v", _PATCH_HEADS, "vision tower: values (key-value heads)", "head")
+vision_z = define("vision_z", _PATCH_HEADS, "vision tower: input of the output projection, per query head", "head")
+vision_head_out = define(
+    "vision_head_out", ("batch", "patch", "head", "d_model"), "vision tower: z times the head's slice of W_O", "head"
+)
+vision_attn_out = define("vision_attn_out", _PATCHES, "vision tower: what attention adds to the residual stream")
+vision_resid_mid = define("vision_resid_mid", _PATCHES, "vision tower: residual stream between attention and MLP")
+vision_mlp_in = define("vision_mlp_in", _PATCHES, "vision tower: what the MLP reads, after its norm")
+vision_mlp_act = define(
+    "vision_mlp_act", ("batch", "patch", "d_mlp"), "vision tower: input of the MLP's output projection", "d_mlp"
+)
+vision_mlp_out = define("vision_mlp_out", _PATCHES, "vision tower: what the MLP adds to the residual stream")
+vision_resid_post = define("vision_resid_post", _PATCHES, "vision tower: residual stream that leaves the block")
+vision_pre_merger = define(
+    "vision_pre_merger", _PATCHES, "vision tower: patches as the merger or projector reads them", layered=False
+)
+vision_embed = define("vision_embed", _VISUAL, "what the vision tower hands to the language model", layered=False)
+deepstack = define("deepstack", _VISUAL, "visual features that are added after the block (DeepStack)")
+resid_pre = define("resid_pre", _RESID, "residual stream that enters the block")
+attn_in = define("attn_in", _RESID, "what the attention reads, after its norm")
+q = define("q", _HEADS, "queries, before query-key norm and rotary embedding", "head")
+k = define("k", _HEADS, "keys (key-value heads), before query-key norm and rotary embedding", "head")
+v = define("v", _HEADS, "values (key-value heads)", "head")
+rot_q = define("rot_q", _HEADS, "queries as they meet the keys, after norm and rotary embedding", "head")
+rot_k = define("rot_k", _HEADS, "keys (key-value heads) as they meet the queries", "head")
+scores = define("scores", _ATTENTION, "attention scores, scaled, capped and masked, before softmax", "head")
+pattern = define("pattern", _ATTENTION, "attention probabilities", "head")
+z = define("z", _HEADS, "input of the output projection, per query head", "head")
+head_out = define("head_out", ("batch", "pos", "head", "d_model"), "z times the head's slice of W_O", "head")
+attn_out = define("attn_out", _RESID, "what attention adds to the residual stream")
+resid_mid = define("resid_mid", _RESID, "residual stream between attention and MLP")
+mlp_in = define("mlp_in", _RESID, "what the MLP reads, after its norm")
+mlp_act = define("mlp_act", ("batch", "pos", "d_mlp"), "input of the MLP's output projection", "d_mlp")
+router_logits = define("router_logits", _EXPERTS, "router logits; an edit re-routes", "expert")
+router_probs = define("router_probs", _EXPERTS, "the router's scores as probabilities; read only", "expert")
+router_weights = define("router_weights", _EXPERTS, "executed expert weights, zero where not chosen", "expert")
+router_indices = define(
+    "router_indices", ("batch", "pos", "k"), "executed experts, as the router orders them; read only"
+)
+shared_expert_gate = define(
+    "shared_expert_gate", ("batch", "pos", "gate"), "factor on the shared expert's output; read only"
+)
+expert_out = define("expert_out", ("batch", "pos", "expert", "d_model"), "weighted output of an expert", "expert")
+mlp_out = define("mlp_out", _RESID, "what the MLP adds to the residual stream")
+resid_post = define("resid_post", _RESID, "residual stream that leaves the block")
+final_norm = define("final_norm", _RESID, "output of the final norm", layered=False)
+logits = define("logits", ("batch", "pos", "d_vocab"), "logits of the next token", layered=False)
+
+__all__ = sorted(["SITES", "Site", "SiteInfo", "define", "indices", "named", *SITES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def indices(index: Index, size: int, what: str, where: object) -> range | tuple[int, ...]:
-    """The numbers that an index selects out of `size`, negative ones counted from the end.
-
-    Raises:
-        SiteError: out of range; `what` names the axis (`layer`, `head`), `where` what was asked.
-    """
-    if index is None:
-        return range(size)
-    if isinstance(index, Slice):
-        found = range(size)[index.slice]
-        if not found:
-            raise SiteError(f"{where} selects no {what}: there are {size}, 0 to {size - 1}")
-        return found
-    asked = (index,) if isinstance(index, int) else index
-    for i in asked:
-        if not -size <= i < size:
-            raise SiteError(f"{where}: no {what} {i}, there are {size}, 0 to {size - 1}")
-    return tuple(i % size for i in asked)
-
-
-def _show(index: Any) -> str:
-    if isinstance(index, slice):
-        index = Slice(index.start, index.stop, index.step)
-    if isinstance(index, tuple):
-        return "[" + ",".join(map(str, index)) + "]"
-    return str(index)
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "[") - (char == "]")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
-
-
-def _parse_index(text: str, whole: str) -> Any:
-    text = text.strip()
-    try:
-        if text.startswith("["):
-            return [int(part) for part in text.strip("[]").split(",")]
-        if ":" in text:
-            return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-        return int(text)
-    except ValueError:
-        raise SiteError(f"{whole!r}: {text!r} is not an integer, a slice like 2:5 or a list like [1,4]") from None
-
-
-embed = Site("embed")
-vision_resid_pre = Site("vision_resid_pre")
-vision_attn_in = Site("vision_attn_in")
-vision_q = Site("vision_q")
-vision_k = Site("vision_k")
-vision_v = Site("vision_v")
-vision_z = Site("vision_z")
-vision_head_out = Site("vision_head_out")
-vision_attn_out = Site("vision_attn_out")
-vision_resid_mid = Site("vision_resid_mid")
-vision_mlp_in = Site("vision_mlp_in")
-vision_mlp_act = Site("vision_mlp_act")
-vision_mlp_out = Site("vision_mlp_out")
-vision_resid_post = Site("vision_resid_post")
-vision_pre_merger = Site("vision_pre_merger")
-vision_embed = Site("vision_embed")
-deepstack = Site("deepstack")
-resid_pre = Site("resid_pre")
-attn_in = Site("attn_in")
-q = Site("q")
-k = Site("k")
-v = Site("v")
-rot_q = Site("rot_q")
-rot_k = Site("rot_k")
-scores = Site("scores")
-pattern = Site("pattern")
-z = Site("z")
-head_out = Site("head_out")
-attn_out = Site("attn_out")
-resid_mid = Site("resid_mid")
-mlp_in = Site("mlp_in")
-mlp_act = Site("mlp_act")
-router_logits = Site("router_logits")
-router_probs = Site("router_probs")
-router_weights = Site("router_weights")
-router_indices = Site("router_indices")
-shared_expert_gate = Site("shared_expert_gate")
-expert_out = Site("expert_out")
-mlp_out = Site("mlp_out")
-resid_post = Site("resid_post")
-final_norm = Site("final_norm")
-logits = Site("logits")
-
-
-def __getattr__(name: str) -> NoReturn:
+def __getattr__(name: str) -> Site:
     if name.startswith("_"):
         raise AttributeError(name)
+    if name in SITES:  # a family's own
+        return Site(name)
     raise _UnknownSiteAttribute(f"no site is called {name!r}. {nearest(name, SITES)}")
 
 

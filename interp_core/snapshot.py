@@ -1,10 +1,10 @@
 """Whether a model is still what it was when it was opened.
 
-Sites, taps and compiled plans are worked out once. What can change under them is looked at before every run, in loops
-over attributes that cost no Python call: whether the modules that the run touches hang where they hung and are not
-compiled in place, whether dtype, device and config (with it the attention implementation) are as they were, and whether
-anything that is random while training is in training mode. A model that changed is opened anew, as `load` would. Values
-of weights need no look: nothing is worked out from them.
+Sites, hook points and compiled plans are worked out once. What can change under them is looked at before every run, in
+loops over attributes that cost no Python call: whether the modules that the run touches hang where they hung and are
+not compiled in place, whether dtype, device and config (with it the attention implementation) are as they were, and
+whether anything that is random while training is in training mode. A model that changed is opened anew, as `load`
+would. Values of weights need no look: nothing is worked out from them.
 
 An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
 """

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .architectures.atlas import Atlas, Entry
 from .errors import CapabilityError, SiteError, nearest
+from .indexing import indices
 from .readout import scale_of
-from .sites import Site, indices
+from .sites import Site
 
 HEADS = ("q", "k", "v")
 INPUTS = {"attn_in": (("ln1",), ("resid_pre",)), "mlp_in": (("ln2", "ln1"), ("resid_mid", "resid_pre"))}
@@ -179,7 +180,7 @@ class WeightReader(NamedTuple):
         if (component := ADDED[entry.name]) not in self.atlas.components.names(entry.layer):
             raise CapabilityError(f"{self._what(entry)} is not what a norm makes: this layer has no {component}")
         made = self._norm(entry, self.atlas.module(component, entry.layer))
-        factor = entry.read.lens.factor if entry.read is not None and entry.read.lens is not None else 1.0
+        factor = entry.read.layout.factor if entry.read is not None and entry.read.layout is not None else 1.0
         return Weights(made.weight * factor, made.bias * factor)
 
     def _norms(self, name: str, entries: Sequence[Entry]) -> Iterator[tuple[Entry, nn.Module]]:

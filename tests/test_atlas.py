@@ -11,10 +11,11 @@ from layouts import DEEPSTACK, DENSE, LACKS, SHARED, VISUAL
 
 import interp_core as ic
 from interp_core import sites as S
-from interp_core.architectures import gpt2, qwen3_moe, undescribed
-from interp_core.architectures.atlas import ROUTED, known_paths
+from interp_core.architectures import gpt2, hook_points, qwen3_moe, undescribed
+from interp_core.architectures.atlas import ROUTED
 from interp_core.architectures.family import Family, fused_per_head
-from interp_core.selfcheck import check_atlas
+from interp_core.architectures.locate import known_paths
+from interp_core.checks.selfcheck import check_atlas
 from interp_core.sites import SITES
 
 
@@ -128,20 +129,19 @@ def test_the_self_check_drops_a_wrong_split(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_self_check_finds_a_router_edit_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commonest fault of the field: logits replaced, weights and indices left as they were."""
-    from interp_core.architectures import taps
 
-    original = taps.router_logits
+    original = hook_points.router_logits
 
-    def silent(module: str, router: object, *sizes: int) -> taps.Tap:
-        tap = original(module, router, *sizes)  # type: ignore[arg-type]
+    def silent(module: str, router: object, *sizes: int) -> hook_points.HookPoint:
+        point = original(module, router, *sizes)  # type: ignore[arg-type]
 
-        def put(call: taps.Call, _old: torch.Tensor, new: torch.Tensor) -> None:
+        def put(call: hook_points.Call, _old: torch.Tensor, new: torch.Tensor) -> None:
             call.output = (new.reshape(-1, new.shape[-1]), *call.output[1:])
 
-        return taps.Tap(tap.module, tap.side, get=tap.get, put=put)
+        return hook_points.HookPoint(point.module, point.side, get=point.get, put=put)
 
     assert qwen3_moe.FAMILY.router is not None
-    monkeypatch.setattr(taps, "router_logits", silent)
+    monkeypatch.setattr(hook_points, "router_logits", silent)
     model = ic.load(ic.testing.tiny("qwen3_moe"))
     with pytest.raises(ic.CapabilityError, match="self-check: an edit in layer 0 changes the logits"):
         model.run(torch.tensor([[1, 2]]), edits=S.router_logits[0].mask(0))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
-from interp_core.engines.attention import LayerTap
+from interp_core.engines.attention import AttentionHook
 
 FEW = ("llama", "mistral", "gpt2", "gemma2", "gemma3", "gpt_oss", "llama4", "deepseek_v3", "qwen3_5", "qwen3_vl")
 CASES: dict[str, Any] = {
@@ -68,7 +68,7 @@ def test_few_queries_equal_all(family: str, monkeypatch: pytest.MonkeyPatch) -> 
             edits = CASES[case](layer)
             found = model.run(tokens, read=read, edits=edits, allow_noop=True)
             with monkeypatch.context() as patch:
-                patch.setattr(LayerTap, "has_kernel", False)
+                patch.setattr(AttentionHook, "has_kernel", False)
                 wanted = model.run(tokens, read=read, edits=edits, allow_noop=True)
             same(found, wanted, model, tokens, read)
 
@@ -100,7 +100,7 @@ def test_engines_and_gradients(engine: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     found, slope = run()
     with monkeypatch.context() as patch:
-        patch.setattr(LayerTap, "has_kernel", False)
+        patch.setattr(AttentionHook, "has_kernel", False)
         wanted, steep = run()
     same(found, wanted, model, tokens, site)
     assert float(steep.abs().max()) > 0
@@ -116,7 +116,7 @@ def test_prompts_of_generations(family: str, cache: str, monkeypatch: pytest.Mon
     read = S.pattern[0].at(query=-1)
     found = model.generate(tokens, edits, read, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(LayerTap, "has_kernel", False)
+        patch.setattr(AttentionHook, "has_kernel", False)
         wanted = model.generate(tokens, edits, read, **options)
     assert found.ids.tolist() == wanted.ids.tolist()
     assert [r.positions for r in found.receipts] == [r.positions for r in wanted.receipts]

@@ -89,7 +89,7 @@ def test_edits_and_other_reads_go_with_it() -> None:
 
     again = model.run(batch, read=[S.pattern.at(query=[4]), S.attn_out], edits=edit, each=each, attention=True)
     assert len(seen) == 3 and torch.equal(again.logits, model.run(batch, edits=edit).logits)
-    assert not any("interp_tap" in module.__dict__ for module in model.hf.modules())
+    assert not any("interp_hook" in module.__dict__ for module in model.hf.modules())
 
 
 def test_on_nnsight() -> None:

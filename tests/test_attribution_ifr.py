@@ -236,7 +236,7 @@ def test_shares_add_up_in_every_family(family: str) -> None:
     if family in VISUAL:
         values = pictures.inputs(family, [[pictures.picture(family)]])
         values["pixel_values"] = values["pixel_values"].double()
-    tokens = model._input(values)
+    tokens = model.input(values)
     if family in LINEAR:  # its rule takes float32, whatever the dtype
         flow_law(model, tokens, 1e-5)
         return
@@ -252,7 +252,7 @@ def test_linear_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = ic.Tokens(IDS, torch.ones_like(IDS, dtype=torch.bool), spans=spans)
     hops = IFR()(model, tokens, n_hops=1).hops
     assert hops is not None and hops[0, 1].any()
-    flow = Flow(model, model._input(IDS), tuple(range(12)))
+    flow = Flow(model, model.input(IDS), tuple(range(12)))
     assert not flow.shares([4]).token[0, 5:].any() and flow.shares([4]).token[0, :5].any()
     with pytest.raises(ic.CapabilityError, match="knows no linear attention, which layer 0"):
         IFR()(model, IDS, profile="reference")
@@ -265,20 +265,20 @@ def test_linear_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ic.CapabilityError, match="layer 0 of .* does not add the values of its tokens, mixed by its rule"
     ):
-        Flow(model, model._input(IDS), (11,))
+        Flow(model, model.input(IDS), (11,))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
 def test_gated_heads(family: str) -> None:
     model = ic.load(testing.tiny(family, dtype=torch.float64, **GATED))
-    flow_law(model, model._input(IDS), 1e-9)
+    flow_law(model, model.input(IDS), 1e-9)
 
 
 def test_other_engines_and_pieces_give_the_same() -> None:
     """Rows that are read again (bridge), kept on nnsight, and work in small pieces."""
     hf = testing.tiny("llama", dtype=torch.float64)
     flows = [
-        Flow(ic.load(hf, engine=engine), ic.load(hf)._input(IDS), tuple(range(12)), chunk=chunk, sink_chunk=chunk)
+        Flow(ic.load(hf, engine=engine), ic.load(hf).input(IDS), tuple(range(12)), chunk=chunk, sink_chunk=chunk)
         for engine, chunk in (("torch", 128), ("torch", 3), ("nnsight", 128), ("transformer_lens", 5))
     ]
     weights = torch.linspace(0.1, 1, 6, dtype=torch.float64)
@@ -294,7 +294,7 @@ def test_gates_are_seen_where_patterns_are_read_again(layers: dict[str, Any]) ->
     """The bridge keeps nothing to make patterns of; linear attention has none."""
     hf = testing.tiny("qwen3_next", **layers)
     flows = [
-        Flow(ic.load(hf, engine=engine), ic.load(hf)._input(IDS), tuple(range(12)))
+        Flow(ic.load(hf, engine=engine), ic.load(hf).input(IDS), tuple(range(12)))
         for engine in ("torch", "transformer_lens")
     ]
     spans, rows = (
@@ -307,7 +307,7 @@ def test_gates_are_seen_where_patterns_are_read_again(layers: dict[str, Any]) ->
 def test_one_pass_serves_all_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is run again for spans, hops and rows, and what is kept grows with the text, not with its square."""
     model = tiny_model("llama")
-    tokens = model._input(torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0)))
+    tokens = model.input(torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0)))
     flow = Flow(model, tokens, tuple(range(80, 96)))
     monkeypatch.setattr(type(model.engine), "begin", lambda engine: pytest.fail("another pass"))
     flow.span(range(80, 96))
@@ -319,7 +319,7 @@ def test_one_pass_serves_all_flows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_that_hops_ask_for_again_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers stay, memory at most doubles, and held layers make their rows once."""
     model, plain, made = tiny_model("llama"), attention_rows.softmax, list[int]()
-    tokens = model._input(torch.randint(3, 90, (1, 32), generator=torch.Generator().manual_seed(0)))
+    tokens = model.input(torch.randint(3, 90, (1, 32), generator=torch.Generator().manual_seed(0)))
     flow, again = (Flow(model, tokens, tuple(range(16, 32)), again=flag) for flag in (False, True))
     monkeypatch.setattr(
         attention_rows, "softmax", lambda scores, *rest: made.append(scores.shape[2]) or plain(scores, *rest)
@@ -369,7 +369,7 @@ def test_hops_by_hand() -> None:
 def test_what_predicts_the_answer_is_explained() -> None:
     """Sound: the stream before the target's token; without a target, the last one; no thinking, no hops."""
     model = tiny_model("llama", torch.float64)
-    bare = layout_of(model, model._input(IDS[:, :11]))
+    bare = layout_of(model, model.input(IDS[:, :11]))
     spans = {"prompt": ((ic.Span(0, 11),),), "target": ((ic.Span(11, 12),),)}
     tokens = ic.Tokens(IDS, torch.ones_like(IDS, dtype=torch.bool), spans=spans)
     config = IFRConfig(variant="span")
@@ -384,7 +384,7 @@ def test_what_predicts_the_answer_is_explained() -> None:
 
 def test_the_error_of_a_tolerance_is_certified() -> None:
     model = tiny_model("llama")
-    layout = Layout(model._input(IDS), tuple(range(6)), range(6, 12), range(6, 12), range(6, 12), range(6, 12))
+    layout = Layout(model.input(IDS), tuple(range(6)), range(6, 12), range(6, 12), range(6, 12), range(6, 12))
     exact, rough = (
         IFR().attribute(model, layout, IFRConfig(variant="all_positions", tolerance=tolerance))
         for tolerance in (None, 0.01)

@@ -27,7 +27,7 @@ def hooks(model: ic.Model) -> int:
     tables = sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs) for m in modules
     )
-    return tables + sum("interp_tap" in vars(m) for m in modules)
+    return tables + sum("interp_hook" in vars(m) for m in modules)
 
 
 EVERYTHING = [S.embed, S.resid_pre, S.resid_mid, S.z, S.head_out, S.rot_k, S.pattern, S.mlp_act, S.final_norm, S.logits]

@@ -12,7 +12,7 @@ from conftest import tiny_model
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
-from interp_core.engines.nnsight import library
+from interp_core.engines.nnsight.base import library
 
 IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 

@@ -12,7 +12,7 @@ from tolerances import agreeing, close, rounding, same_choice
 import interp_core as ic
 from interp_core import sites as S
 from interp_core.bench import count_calls
-from interp_core.engines.program import PortProgram
+from interp_core.engines.program import HookProgram
 from interp_core.positions import Rows, Slice, position, selects_newest, settled
 
 NARROW = {"num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -397,17 +397,17 @@ def test_steps_that_are_not_looked_up_anew_do_the_same(engine: str, monkeypatch:
         return found
 
     lookups = 0
-    steady = PortProgram.steady
+    steady = HookProgram.steady
 
-    def count(program: PortProgram, rows: Rows) -> object:
+    def count(program: HookProgram, rows: Rows) -> object:
         nonlocal lookups
         lookups += 1
         return steady(program, rows)
 
-    monkeypatch.setattr(PortProgram, "steady", count)
+    monkeypatch.setattr(HookProgram, "steady", count)
     ours = made()
     some = lookups
-    monkeypatch.setattr(PortProgram, "steady", lambda program, rows: count(program, rows) and None)
+    monkeypatch.setattr(HookProgram, "steady", lambda program, rows: count(program, rows) and None)
     for one, other in zip(ours, made(), strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert [(r.fired, r.positions, r.norm) for r in one.receipts] == [

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import interp_core as ic
 from interp_core import sites as S
 from interp_core.batches import padded_on, some_rows
-from interp_core.compiled import cache_name
+from interp_core.model_inputs import cache_name
 from interp_core.testing import tiny
 
 IDS = torch.tensor([[5, 9, 17, 33, 21, 40, 8], [61, 7, 54, 12, 70, 3, 28]])

@@ -27,9 +27,9 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
 from interp_core.plugins import Plugin
-from interp_core.probe import examine
+from interp_core.plugins.sandbox import inspect_here
+from interp_core.testing.case import MethodCase, NotReached, stacked
 from interp_core.testing.checks import CHECKS, undescribed
-from interp_core.testing.trial import NotReached, Trial, stacked
 
 SITE = S.resid_post[1]
 
@@ -345,16 +345,16 @@ def test_rows_of_ones_own(toy: ic.Model) -> None:
 def test_rows_with_images() -> None:
     """They are stacked like others; what needs a batch is not reached where it is not known what is whose."""
     model = tiny_model("qwen3_vl")
-    report = testing.check_method(Good, model, rows=[model._input(inputs()), model._input(inputs(2))])
+    report = testing.check_method(Good, model, rows=[model.input(inputs()), model.input(inputs(2))])
     assert report.ok and not [row for row in report.rows if row.ok is None], str(report)
-    whole = [replace(model._input(inputs(n)), shares={}) for n in (1, 2)]
+    whole = [replace(model.input(inputs(n)), shares={}) for n in (1, 2)]
     with pytest.raises(NotReached, match="rows with such inputs cannot be stacked"):
-        stacked(Trial(Good, model, {}, whole, 1.0))
+        stacked(MethodCase(Good, model, {}, whole, 1.0))
 
 
 @pytest.mark.parametrize("row", [*ic.registry("methods"), *ic.registry("recipes")], ids=lambda row: row.name)
 def test_our_own_are_described(row: Plugin) -> None:
-    seen = examine(row.kind, row.name, row.load())
+    seen = inspect_here(row.kind, row.name, row.load())
     assert not seen.error and not seen.faults and not undescribed(seen.settings), seen
 
 

@@ -182,7 +182,7 @@ def test_families(family: str) -> None:
     model = tiny_model(family)
     lens = ic.method("logit_lens")
     ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 2, 9)]
-    tokens = ic.Tokens.stack([model._input(row) for row in ids])
+    tokens = ic.Tokens.stack([model.input(row) for row in ids])
     parts = lens(model, tokens, at=-1, batch_size=3)
     for number, row in enumerate(ids):
         close(parts.top_logprob[number], lens(model, row, at=-1).top_logprob[0], model)

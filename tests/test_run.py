@@ -278,7 +278,7 @@ def test_compiled_plans_serve_many_values(toy: ic.Model) -> None:
     finally:
         del engine.compile  # type: ignore[attr-defined]
     assert len(compiled) <= 1
-    assert not any(isinstance(v, torch.Tensor) for p in toy._programs.values() for v in p.edits)  # type: ignore[attr-defined]
+    assert not any(isinstance(v, torch.Tensor) for p in toy._programs.values() for v in p.state.edits)  # type: ignore[attr-defined]
 
 
 def test_models_copy_untouched(ids: torch.Tensor) -> None:

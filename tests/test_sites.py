@@ -9,8 +9,9 @@ import torch
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.indexing import indices
 from interp_core.positions import Mask, PerRow, Rows, Slice, Span, parse_position, position, resolve
-from interp_core.sites import SITES, Site, indices
+from interp_core.sites import SITES, Site
 
 WRITTEN = [
     S.embed,

@@ -17,7 +17,7 @@ import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
 from interp_core.bench.allocations import peak_bytes
-from interp_core.engines import staircase
+from interp_core.sweep import staircase
 
 
 @pytest.mark.parametrize("family", sampled())
@@ -104,14 +104,14 @@ def test_chunks_fit_the_budget_and_shrink_when_memory_runs_out(monkeypatch: pyte
     torch.testing.assert_close(small.values, whole.values, atol=1e-5, rtol=1e-5)
     with pytest.raises(ic.PlanError, match="one variant takes about .* the memory budget is 0.0 MiB"):
         model.sweep(tokens(), edits, JUDGED, memory_budget=10)
-    climb = staircase.Staircase.climb
+    climb = staircase.Staircase.run
 
     def narrow(self: staircase.Staircase, *args: object) -> object:
-        if len(self.joins) > 5:
+        if len(self.start_layers) > 5:
             raise torch.OutOfMemoryError("on purpose")
         return climb(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staircase.Staircase, "climb", narrow)
+    monkeypatch.setattr(staircase.Staircase, "run", narrow)
     torch.testing.assert_close(model.sweep(tokens(), edits, JUDGED).values, whole.values, atol=1e-5, rtol=1e-5)
 
 
@@ -266,16 +266,16 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     model = tiny_model("llama")
     edits = variants(model)
     whole = model.sweep(tokens(), edits, JUDGED)
-    climb = staircase.Staircase.climb
+    climb = staircase.Staircase.run
     passes: list[int] = []
 
     def stopping(self: staircase.Staircase, *args: object) -> object:
-        passes.append(len(self.joins))
+        passes.append(len(self.start_layers))
         if len(passes) == 3:
             raise KeyboardInterrupt
         return climb(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staircase.Staircase, "climb", stopping)
+    monkeypatch.setattr(staircase.Staircase, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         model.sweep(tokens(), edits, JUDGED, out=tmp_path)
     done = sum(passes[:2])

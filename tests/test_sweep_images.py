@@ -18,12 +18,13 @@ from tolerances import close
 from torch import Tensor, nn
 
 import interp_core as ic
-from interp_core import score, sweep_runner, testing, visual
+from interp_core import score, testing, visual
 from interp_core import sites as S
 from interp_core.batches import some_rows
 from interp_core.engines.called import Called
 from interp_core.engines.tower import Tower
-from interp_core.sweep_plan import SHORT
+from interp_core.sweep import runner
+from interp_core.sweep.plan import SHORT
 from interp_core.vision.corner import shorter
 
 JUDGED = score.logit_diff(3, 9)
@@ -155,13 +156,13 @@ def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
 def batch(model: ic.Model, family: str) -> ic.Tokens:
     """Texts of nearly one length: two images, two of other sizes or one token less, and none."""
     made = [pictures.picture(family, seed) for seed in range(3)]
-    rows = [model._input(values_of(family, made[:2], model.dtype))]
+    rows = [model.input(values_of(family, made[:2], model.dtype))]
     if family in pictures.QWEN:
         rows.append(
-            model._input(values_of(family, [torch.randn(3, 16, 48, generator=torch.manual_seed(3))], model.dtype))
+            model.input(values_of(family, [torch.randn(3, 16, 48, generator=torch.manual_seed(3))], model.dtype))
         )
     else:
-        second = model._input(values_of(family, made[1:], model.dtype))
+        second = model.input(values_of(family, made[1:], model.dtype))
         rows.append(shorter(second, model.hf.config, model.atlas.family))
     words = 10 + torch.arange(rows[0].ids.shape[1] - 1)[None] % 40
     return ic.Tokens.stack([*rows, ic.Tokens(words, words > 0)])
@@ -196,7 +197,7 @@ def test_what_texts_that_go_together_cost() -> None:
     """One call of the tower, one clean pass, and passes over the variants of all texts, inside attention of each."""
     model = ic.load(testing.tiny("qwen3_vl"))
     rows = [[pictures.picture("qwen3_vl", seed)] for seed in range(4)]
-    text = model._input(pictures.inputs("qwen3_vl", rows))
+    text = model.input(pictures.inputs("qwen3_vl", rows))
     n = text.ids.shape[1]
     edits = [S.resid_pre[at].at(-1).zero() for at in range(3)]
     hidden = [S.pattern[at].knockout(query=-1, key="vision") for at in range(3)]
@@ -225,7 +226,7 @@ def test_a_large_image_makes_no_larger_trial() -> None:
 
 def test_where_padding_tells_texts_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were texts filled up on the left, earlier columns would not be theirs: the trial sees it, and the plan says so."""
-    monkeypatch.setattr(sweep_runner, "padded_on", lambda tokens, side: (tokens, None))
+    monkeypatch.setattr(runner, "padded_on", lambda tokens, side: (tokens, None))
     model = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64))
     text = batch(model, "qwen3_vl")
     edits = [S.resid_pre[at].at(pos).scale(3.0) for at in range(3) for pos in (0, -1)]
@@ -334,7 +335,7 @@ def test_several_additions_and_one_after_the_last_block() -> None:
 def test_an_inner_site_and_a_span_are_scored() -> None:
     model, given = tiny_model("qwen3_vl", torch.float64), values("qwen3_vl")
     _, after = places(given)
-    tokens = model._input(given)
+    tokens = model.input(given)
     spans = {**tokens.spans, "answer": ((ic.Span(len(tokens.labels[0]) - 2, len(tokens.labels[0])),),)}
     text = replace(tokens, spans=spans)
     inner = score.projection(S.resid_post[1].at(-2), torch.linspace(-1, 1, 64, dtype=torch.float64))
@@ -380,7 +381,7 @@ def test_a_text_with_a_hidden_column_has_passes_of_its_own() -> None:
     holed = {**given, "attention_mask": given["attention_mask"].clone()}
     holed["attention_mask"][0, -3] = 0
     edits = [S.resid_pre[at].at(-1).scale(3.0) for at in range(3)]
-    for x in (holed, ic.Tokens.stack([model._input(holed), model._input(given)])):
+    for x in (holed, ic.Tokens.stack([model.input(holed), model.input(given)])):
         found, full = (model.sweep(x, edits, JUDGED, strategy=name) for name in ("auto", "full"))
         same(found, full, model)
         assert len(found.plan.singles[0]) == len(edits)

@@ -12,9 +12,9 @@ from sweeping import COARSER, same, variants
 from tolerances import close
 
 import interp_core as ic
-from interp_core import score, sweep_plan, testing
+from interp_core import score, testing
 from interp_core import sites as S
-from interp_core.engines import clean, staircase
+from interp_core.sweep import clean, plan, staircase
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3, 44, 31, 18], [21, 7, 55, 30, 62, 11, 4])
 JUDGED = score.logit_diff(torch.tensor([3, 7, 12]), torch.tensor([9, 11, 2]))
@@ -117,7 +117,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
             raise torch.OutOfMemoryError("on purpose")
         return passing(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("interp_core.sweep_runner.clean_pass", narrow)
+    monkeypatch.setattr("interp_core.sweep.runner.clean_pass", narrow)
     torch.testing.assert_close(model.sweep(texts(), some, JUDGED).values, whole.values, atol=1e-5, rtol=1e-5)
     assert sizes == [3, 1, 2, 1, 1]
     monkeypatch.undo()
@@ -127,7 +127,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_model_that_takes_no_texts_together_takes_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    climb = staircase.Staircase.climb
+    climb = staircase.Staircase.run
 
     def alone(self: staircase.Staircase, *args: object) -> object:
         if len(set(self.texts)) > 1:
@@ -135,11 +135,11 @@ def test_a_model_that_takes_no_texts_together_takes_them_alone(monkeypatch: pyte
         return climb(self, *args)  # type: ignore[arg-type]
 
     wanted = tiny_model("llama").sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
-    monkeypatch.setattr(staircase.Staircase, "climb", alone)
+    monkeypatch.setattr(staircase.Staircase, "run", alone)
     model = ic.load(testing.tiny("llama"))
     found = model.sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
     assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
-    assert "these shapes do not fit" in model.tried[sweep_plan.APART]
+    assert "these shapes do not fit" in model.tried[plan.APART]
     torch.testing.assert_close(found.values, wanted.values, atol=1e-5, rtol=1e-5)
 
 
@@ -155,17 +155,17 @@ def test_spans_of_different_lengths_and_what_is_done_already(tmp_path: Path, mon
         S.z[1, 1].at(1).zero(),
     ]
     full, _ = (model.sweep(text, some, judged, strategy=name) for name in ("full", "auto"))
-    climb = staircase.Staircase.climb
+    climb = staircase.Staircase.run
     rows: list[int] = []
 
     def stopping(self: staircase.Staircase, *args: object) -> object:
         if len(rows) == 2:
             rows.append(0)
             raise KeyboardInterrupt
-        rows.append(len(self.joins))
+        rows.append(len(self.start_layers))
         return climb(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(staircase.Staircase, "climb", stopping)
+    monkeypatch.setattr(staircase.Staircase, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         model.sweep(text, some, judged, out=tmp_path)
     found = model.sweep(text, some, judged, out=tmp_path)

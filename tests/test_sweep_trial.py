@@ -12,7 +12,7 @@ from sweeping import JUDGED, tokens
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
-from interp_core.engines import clean
+from interp_core.sweep import choose, clean
 
 
 @pytest.mark.parametrize(("family", "layers", "calls"), [("llama", 2, 4), ("gemma3", 6, 14), ("gptj", 2, 4)])
@@ -66,17 +66,16 @@ def test_a_model_that_shapes_its_output_like_its_input_is_called_with_all_rows()
 
 def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens show no difference; a text longer than the window would."""
-    from interp_core import sweep_trial
 
     model = tiny_model("mistral")
     edits = [S.z[1, 0].at(-1).zero()]
     assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
-    told = sweep_trial.clean_pass
+    told = choose.clean_pass
 
     def silent(*args: object, **kwargs: object) -> clean.Clean:
         return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep_trial, "clean_pass", silent)
+    monkeypatch.setattr(choose, "clean_pass", silent)
     assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"  # remembered
     plan = ic.load(testing.tiny("mistral")).sweep(tokens(), edits, JUDGED).plan
     assert plan.strategy == "restart" and "layer 1 attends in a window of 4 and does not tell" in plan.why

@@ -106,7 +106,7 @@ def test_masking_the_prompt_alone_is_another_thing() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mask_is_handed_to_the_kernel(family: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups, heads and windows: as attention opened whole, without opening it."""
-    from interp_core.engines.attention import LayerTap
+    from interp_core.engines.attention import AttentionHook
 
     model = tiny_model(family, torch.float64, attention)
     rows = ((0, 1), (2,)) if attention == "sdpa" else ((0, 1),)  # transformers' eager attention gives NaN for padding
@@ -122,7 +122,7 @@ def test_a_mask_is_handed_to_the_kernel(family: str, attention: str, monkeypatch
     ):
         found = model.run(both, edits=edits)
         with monkeypatch.context() as patch:
-            patch.setattr(LayerTap, "has_kernel", False)
+            patch.setattr(AttentionHook, "has_kernel", False)
             wanted = model.run(both, edits=edits)
         mask = both["attention_mask"].bool()
         assert gap(found.logits[mask], wanted.logits[mask]) <= 1e-12

@@ -188,8 +188,8 @@ def test_images_with_regions_blurred() -> None:
     assert not np.array_equal(clean, blur)
     for step, (deleted, inserted) in enumerate(pairs):
         gone = np.zeros((32, 48), dtype=bool)
-        for region in np.flatnonzero(found.step < step):
-            left, top, right, bottom = found.box(int(region))
+        for selection in np.flatnonzero(found.step < step):
+            left, top, right, bottom = found.box(int(selection))
             gone[top:bottom, left:right] = True
         assert gone.mean() == pytest.approx((found.step < step).mean(), abs=0.05)
         assert np.array_equal(np.asarray(deleted), np.where(gone[..., None], blur, clean))

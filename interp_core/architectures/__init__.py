@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..plugins import registry
-from .atlas import Atlas, build
+from .atlas import Atlas
 from .family import Family
+from .locate import build
 
 
 def atlas_of(model: Any) -> Atlas:

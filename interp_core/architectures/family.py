@@ -128,6 +128,7 @@ class Family:
         tower: the same of the blocks of the vision tower. Its `places` may have `pre_merger`.
         needs: inputs without which transformers takes images for text, silently.
         whole_images: visual tokens of an image see its later ones too.
+        sites: functions that find sites of the family's own in a block (`sites.define` names them; see `locate.Block`).
         carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
     """
 
@@ -153,4 +154,10 @@ class Family:
     tower: Family | None = None
     needs: tuple[str, ...] = ()
     whole_images: bool = False
+    sites: tuple[Callable[[Any], None], ...] = ()
     carried: tuple[str, ...] = ()
+
+
+def fault(name: str, value: Any) -> str:
+    """What is wrong with an imported value as the file of a family."""
+    return "" if isinstance(value, Family) else f"is a {type(value).__name__}, not a Family"

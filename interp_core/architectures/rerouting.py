@@ -35,8 +35,8 @@ ABOVE = 0.01
 
 @runtime_checkable
 class Called(Protocol):
-    """A call of a router's module, as `taps.Call` is one: what it was called with, what it returned, what the block is
-    to go on with, and what has been forced so far."""
+    """A call of a router's module, as `hook_points.Call` is one: what it was called with, what it returned, what the
+    block is to go on with, and what has been forced so far."""
 
     module: Any
     args: tuple[Any, ...]

@@ -42,16 +42,16 @@ def sites(model: Model) -> None:
 def check(
     model: Model,
     engine: Annotated[
-        list[str] | None, typer.Option(help="an engine, or several; default: all of this package")
+        list[str] | None, typer.Option(help="an engine, or several; default: all that are installed")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
 ) -> None:
     """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
-    from ..check import ENGINES, check_model
+    from ..checks.battery import check_model
     from ..model import load
 
     loaded = load(model)
-    battery = check_model(loaded, engine or ENGINES)
+    battery = check_model(loaded, engine or ())
     print(loaded, "", battery, sep="\n")
     if out is not None:
         from ..result import write

@@ -66,9 +66,9 @@ def _looked_at(plugin: Plugin) -> dict[str, Any]:
         except PluginError:
             pass  # it says so itself
         return {"status": plugin.status, "error": plugin.error}
-    from ..probe import look
+    from ..plugins.sandbox import inspect_plugin
 
-    seen = look(plugin.kind, plugin.name, plugin.target)
+    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target)
     if seen.error:
         return {"status": seen.status, "error": seen.error}
     return {} if plugin.hidden else {"status": "ok"}
@@ -81,14 +81,14 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="with the JSON schema of its settings")] = False,
 ) -> None:
     """What a plugin is, needs and can be set to. It is read in another process, under a time limit."""
-    from ..probe import look
+    from ..plugins.sandbox import inspect_plugin
 
     plugin = find(name, (kind,) if kind else KINDS)
     facts = _facts(plugin)
     if plugin.state in ("broken", "incompatible"):
         print(json.dumps(facts, indent=1) if as_json else f"{plugin.label}: {plugin.status}\n{plugin.error}")
         raise typer.Exit(1)
-    seen = look(plugin.kind, plugin.name, plugin.target)
+    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target)
     if as_json:
         status = plugin.status if plugin.hidden else seen.status
         print(json.dumps(facts | vars(seen) | {"status": status, "error": seen.error or plugin.error}, indent=1))

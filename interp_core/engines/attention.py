@@ -1,4 +1,4 @@
-"""The attention tap: attention done in the open, for the layers that a plan looks into.
+"""The attention hook: attention done in the open, for the layers that a plan looks into.
 
 transformers lets anyone register an attention function. Ours computes the same attention step by step, so that
 rotated queries and keys, scores and probabilities can be read and edited, right for grouped queries, fused
@@ -36,12 +36,12 @@ NAME = "interp_core"
 RULED = "interp_core_rule"
 """The attention function of layers that a rule has taken over for a while (`replace.py`)."""
 OPEN = ("eager", "sdpa")
-"""Attention implementations whose masks the tap understands."""
+"""Attention implementations whose masks the attention hook understands."""
 Stage = Callable[[Tensor, int], Tensor]
 """What a plan does with one tensor inside attention: takes the tensor and the number of keys, gives its new value."""
 
 
-class Texts:
+class RowTexts:
     """The texts whose rows go through a pass together.
 
     Attributes:
@@ -87,10 +87,10 @@ class Texts:
         return self._known[n, window]
 
 
-_ONE = Texts([0])
+_ONE = RowTexts([0])
 
 
-class LayerTap:
+class AttentionHook:
     """What a plan does inside one layer's attention.
 
     Attributes:
@@ -109,11 +109,25 @@ class LayerTap:
     """
 
     __slots__ = (
-        "asked", "filled", "hides", "keep", "kept", "kernel", "lent", "module", "note", "original", "prefix",
-        "softmax_dtype", "stages", "texts",
+        "asked",
+        "config_copies",
+        "filled",
+        "hides",
+        "keep",
+        "kept",
+        "kernel",
+        "module",
+        "note",
+        "original",
+        "prefix",
+        "softmax_dtype",
+        "stages",
+        "texts",
     )  # fmt: skip
 
-    def __init__(self, module: Any, stages: dict[str, Stage], lent: dict[int, Any], *, keep: bool = False) -> None:
+    def __init__(
+        self, module: Any, stages: dict[str, Stage], config_copies: dict[int, Any], *, keep: bool = False
+    ) -> None:
         self.module, self.stages, self.keep = module, stages, keep
         self.prefix: tuple[Tensor, Tensor] | None = None
         self.texts = _ONE
@@ -127,16 +141,16 @@ class LayerTap:
         self.kernel = kernel_of(module)
         narrow = implementation == "eager" and self.kernel is not None and "float32" in self.kernel.__code__.co_names
         self.softmax_dtype = torch.float32 if narrow else None
-        if id(self.original) not in lent:
-            lent[id(self.original)] = with_attention(self.original, NAME)
-        self.lent = lent[id(self.original)]
+        if id(self.original) not in config_copies:
+            config_copies[id(self.original)] = with_attention(self.original, NAME)
+        self.config_copies = config_copies[id(self.original)]
 
     def install(self) -> None:
         """Hang this on the layer, and lend it the config. A rule that has taken the layer's attention over keeps its
         own, and calls us as the kernel."""
-        self.module.__dict__["interp_tap"] = self
+        self.module.__dict__["interp_hook"] = self
         if "interp_rule" not in self.module.__dict__:
-            self.module.__dict__["config"] = self.lent
+            self.module.__dict__["config"] = self.config_copies
 
     @property
     def has_kernel(self) -> bool:
@@ -152,7 +166,7 @@ class LayerTap:
 
     def remove(self) -> None:
         """Give the layer its own config back."""
-        self.module.__dict__.pop("interp_tap", None)
+        self.module.__dict__.pop("interp_hook", None)
         if "interp_rule" not in self.module.__dict__:
             self.module.__dict__["config"] = self.original
 
@@ -163,7 +177,7 @@ def own_config(module: Any) -> Any:
 
 
 def demand_open(module: Any, what: str) -> str:
-    """A layer's attention implementation, if the tap understands its masks.
+    """A layer's attention implementation, if the attention hook understands its masks.
 
     Raises:
         CapabilityError: it does not.
@@ -201,9 +215,9 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention `[batch head query d_head]` by steps, with the layer's tap called on the way."""
-    tap: LayerTap = module.__dict__["interp_tap"]
-    stages, filled = tap.stages, tap.filled
+    """Attention `[batch head query d_head]` by steps, with the layer's hook called on the way."""
+    hook: AttentionHook = module.__dict__["interp_hook"]
+    stages, filled = hook.stages, hook.filled
     if filled is not None and key.shape[2] > filled:
         key, value = key[:, :, :filled], value[:, :, :filled]
     n_keys = key.shape[2]
@@ -213,39 +227,39 @@ def attention(
         key = stages["rot_k"](key, n_keys)
     if "v" in stages:
         value = stages["v"](value, n_keys)
-    if tap.keep or tap.note is not None:
-        tap.look(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
-    if tap.kernel is not None and tap.prefix is None and not {"scores", "pattern"} & stages.keys():
+    if hook.keep or hook.note is not None:
+        hook.look(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
+    if hook.kernel is not None and hook.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
-        return tap.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return hook.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = scale_of(query, scaling)
     called = {"scaling": scale, "dropout": dropout, **kwargs}
-    if tap.hides and tap.has_kernel:
-        return _hidden(tap, (query, key, value), attention_mask, called), None
+    if hook.hides and hook.has_kernel:
+        return _hidden(hook, (query, key, value), attention_mask, called), None
     few: _Few | None = None
-    if tap.asked is not None and filled in (None, n_keys):
-        few = _few(tap.asked, module, (query, key, value), attention_mask, called)
+    if hook.asked is not None and filled in (None, n_keys):
+        few = _few(hook.asked, module, (query, key, value), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
-    narrowed = tap.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
-    if tap.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
+    narrowed = hook.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
+    if hook.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
         return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
     scores = masked(shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
-    if tap.prefix is not None:
-        scores, values = _with_earlier(tap, query * scale, scores, kwargs)
+    if hook.prefix is not None:
+        scores, values = _with_earlier(hook, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
     given = scores
     if "scores" in stages:
         scores = stages["scores"](given, n_keys)
         _demand_a_key(given, scores)
-    pattern = computed = softmax(scores, kwargs.get("s_aux"), tap.softmax_dtype)
+    pattern = computed = softmax(scores, kwargs.get("s_aux"), hook.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
     if few is not None and scores is given and pattern is computed and not pattern.requires_grad:
         return few.closed, None
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
-    split = 0 if tap.prefix is None else n_keys - key.shape[2]
+    split = 0 if hook.prefix is None else n_keys - key.shape[2]
     out = _mixed(pattern[..., split:], value)
     if split:
         out = _mixed(pattern[..., :split], values) + out
@@ -254,7 +268,7 @@ def attention(
 
 
 def _hidden(
-    tap: LayerTap, called: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, kwargs: dict[str, Any]
+    hook: AttentionHook, called: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
     """What the layer's own kernel gives when a mask tells it what the plan's knockouts hide: all queries at once, or
     the few that they act on after all others. These queries' rows of the pattern are made beside it, for the receipt:
@@ -264,20 +278,22 @@ def _hidden(
     mask = None if mask is None else mask[..., :n_keys]  # without the empty places of a static cache
 
     def kernel(query: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
-        assert tap.kernel is not None
-        return tap.kernel(tap.module, query, key, value, mask, **{**kwargs, **more})[0]
+        assert hook.kernel is not None
+        return hook.kernel(hook.module, query, key, value, mask, **{**kwargs, **more})[0]
 
-    if tap.asked is not None and not tap.asked:
+    if hook.asked is not None and not hook.asked:
         return kernel(query, mask)
-    asked = torch.arange(n, device=query.device) if tap.asked is None else torch.tensor(tap.asked, device=query.device)
+    asked = (
+        torch.arange(n, device=query.device) if hook.asked is None else torch.tensor(hook.asked, device=query.device)
+    )
     few, bias = 2 * len(asked) <= n, at_queries(asked, kwargs.get("position_bias"))
     told = asked if few or len(asked) == n else torch.arange(n, device=query.device)  # whom the mask is for
     at = None if len(told) == len(asked) else asked
     with torch.no_grad():
-        rows = rows_of(mask, told, n_keys, implied=n > 1 and is_causal(kwargs, tap.module), dtype=query.dtype)
+        rows = rows_of(mask, told, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
         given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
-        given = masked(given, rows if at is None else rows[:, :, at], kwargs, tap.module)
-        scores = tap.stages["scores"](given, n_keys)
+        given = masked(given, rows if at is None else rows[:, :, at], kwargs, hook.module)
+        scores = hook.stages["scores"](given, n_keys)
         _demand_a_key(given, scores)
         rows = hiding(rows, scores != given, at)
     if few:
@@ -311,7 +327,7 @@ def _few(
     """Call the layer's own kernel, and leave the queries at these columns to be opened."""
     query, key, _ = called
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
-    closed = module.__dict__["interp_tap"].kernel(module, *called, mask, **kwargs)[0]
+    closed = module.__dict__["interp_hook"].kernel(module, *called, mask, **kwargs)[0]
     asked = torch.tensor(columns, device=query.device)
     if mask is not None or (query.shape[2] > 1 and is_causal(kwargs, module)):
         own = (
@@ -330,14 +346,14 @@ def _few(
     )
 
 
-def _with_earlier(tap: LayerTap, query: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _with_earlier(hook: AttentionHook, query: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Scores of earlier keys and own ones, and the earlier values; the query is scaled."""
-    assert tap.prefix is not None
-    earlier, values = (x if len(x) == 1 else x[tap.texts.rows] for x in tap.prefix)
+    assert hook.prefix is not None
+    earlier, values = (x if len(x) == 1 else x[hook.texts.rows] for x in hook.prefix)
     before = shaped(_products(query, earlier), kwargs)
-    hidden = tap.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
+    hidden = hook.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
     if hidden is not None:
-        before = before.masked_fill(hidden[tap.texts.rows].mT[:, None], LOWEST[before.dtype])
+        before = before.masked_fill(hidden[hook.texts.rows].mT[:, None], LOWEST[before.dtype])
     return torch.cat([before, scores], -1), values
 
 
@@ -364,11 +380,11 @@ def _merged(
     `[(text kv_head) key (row group query)]`, is written over in place; keys come before rows in it, which makes its
     products and its maximum twice as fast for narrow heads.
     """
-    tap: LayerTap = module.__dict__["interp_tap"]
-    assert tap.prefix is not None
-    (_, heads, n, _), kv, texts = query.shape, key.shape[1], len(tap.texts.starts)
-    order = tap.texts.order(query.device)
-    earlier, values = (x.flatten(0, 1) for x in tap.prefix)
+    hook: AttentionHook = module.__dict__["interp_hook"]
+    assert hook.prefix is not None
+    (_, heads, n, _), kv, texts = query.shape, key.shape[1], len(hook.texts.starts)
+    order = hook.texts.order(query.device)
+    earlier, values = (x.flatten(0, 1) for x in hook.prefix)
 
     def joined(x: Tensor) -> Tensor:
         """`[row head query x]` as `[(text kv_head) x (row group query)]`."""
@@ -381,10 +397,10 @@ def _merged(
 
     own = masked(shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
     before = shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
-    if (hidden := tap.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
+    if (hidden := hook.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
         each = before.view(texts, kv, before.shape[1], -1, n)
         before = each.masked_fill_(hidden[:, None, :, None], LOWEST[before.dtype]).view(before.shape)
-    if (wide := tap.softmax_dtype or (torch.float32 if own.dtype in _HALF else None)) is not None:
+    if (wide := hook.softmax_dtype or (torch.float32 if own.dtype in _HALF else None)) is not None:
         own, before = own.to(wide), before.to(wide)
     own, before = own * _BITS, before.mul_(_BITS)
     highest = own.amax(-1, keepdim=True)

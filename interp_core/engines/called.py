@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
-from .attention import Texts
+from .attention import RowTexts
 
 MASK = "attention_mask"
 
@@ -40,7 +40,7 @@ class Called:
         """Note what the language model is handed to add between its blocks."""
         self.visual, self.features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
 
-    def told(self, within: Sequence[int], texts: Texts, count: int) -> Told:
+    def told(self, within: Sequence[int], texts: RowTexts, count: int) -> Told:
         """What blocks are told of `count` columns of some of the texts, from their starts on.
 
         Raises:
@@ -52,7 +52,7 @@ class Called:
 class Told:
     """What blocks are told of some columns of the clean pass' texts."""
 
-    def __init__(self, called: Called, within: Sequence[int], texts: Texts, count: int) -> None:
+    def __init__(self, called: Called, within: Sequence[int], texts: RowTexts, count: int) -> None:
         self.called, self.within, self.texts, self.count = called, list(within), texts, count
         self._known: dict[Any, Any] = {}
         for mask in {id(kwargs.get(MASK)): kwargs.get(MASK) for _, kwargs in called.blocks}.values():

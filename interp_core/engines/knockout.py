@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..architectures.reach import Reach
-from ..edits import Edit
 from ..errors import PlanError
 from ..positions import VISION, Rows
+from ..sites import Edit
 
 NOTHING_LEFT = (
     "a query has no key left to attend to, so its softmax means nothing: leave it out of the queries, or keep a key"

@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ..sites import SITES
-from .protocol import HandOver, Passed
+from .pass_state import PassState
+from .protocol import HandOver, PassRecord
 
 LET_GO = torch.empty(0)
 """Stands in a pass' record for a value that was handed over."""
@@ -24,22 +25,22 @@ class Passing(Protocol):
     """What is asked of a program: its reads, where each passes, and what the present pass has kept."""
 
     slots: list[Any]
-    passed: Passed
+    state: PassState
 
-    def port_of(self, read: Any) -> Any:
-        """See `PortProgram`."""
+    def hook_of(self, read: Any) -> Any:
+        """See `HookProgram`."""
         ...
 
-    def written(self, passes: Sequence[Passed]) -> list[int]:
-        """See `PortProgram`."""
+    def written(self, passes: Sequence[PassRecord]) -> list[int]:
+        """See `HookProgram`."""
         ...
 
     def break_off(self) -> None:
-        """See `PortProgram`."""
+        """See `HookProgram`."""
         ...
 
     def end_pass(self) -> None:
-        """See `PortProgram`."""
+        """See `HookProgram`."""
         ...
 
 
@@ -51,7 +52,7 @@ class Layers:
         stop: end the pass when all slots have passed.
 
     Attributes:
-        after: what the program does after its ports.
+        after: what the program does after its hooks.
     """
 
     def __init__(self, program: Passing, each: HandOver, *, stop: bool) -> None:
@@ -60,15 +61,15 @@ class Layers:
         self.handed: set[int] = set()
         layers: dict[Any, set[int]] = {}
         for slot in program.slots:
-            of_port = layers.setdefault(program.port_of(slot), set())
+            of_hook = layers.setdefault(program.hook_of(slot), set())
             if SITES[slot.entry.name].layered:
                 self.slots.setdefault(slot.entry.layer, []).append(slot.number)
-                of_port.add(slot.entry.layer)
-        self.after = {port: partial(self._passed, sorted(of_port)) for port, of_port in layers.items()}
+                of_hook.add(slot.entry.layer)
+        self.after = {hook: partial(self._passed, sorted(of_hook)) for hook, of_hook in layers.items()}
 
     def _passed(self, layers: list[int]) -> None:
-        """A port has done its part in these layers."""
-        values = self.program.passed.values
+        """A hook has done its part in these layers."""
+        values = self.program.state.record.values
         for layer in layers:
             if not any([values[number] is None for number in self.slots[layer]]):  # noqa: C419 (faster)
                 self._hand_over(layer)
@@ -76,21 +77,21 @@ class Layers:
             self.program.end_pass()
 
     def _hand_over(self, layer: int) -> None:
-        passed, numbers = self.program.passed, self.slots[layer]
-        if self.program.written((passed,)):
+        record, numbers = self.program.state.record, self.slots[layer]
+        if self.program.written((record,)):
             # The model has written into a kept tensor. The pass is made again with copies, as it would be at its end;
             # only this layer and those above are still to be handed over then.
             self.program.break_off()
         if layer not in self.handed:
             self.handed.add(layer)
-            self.each(layer, numbers, passed)
-        passed.attention.pop(layer, None)
+            self.each(layer, numbers, record)
+        record.attention.pop(layer, None)
         for number in numbers:
-            passed.values[number], passed.versions[number] = LET_GO, LET_GO._version
+            record.values[number], record.versions[number] = LET_GO, LET_GO._version
 
     def finish(self) -> None:
         """Hand over the layers of which the pass had none of some site's positions."""
-        values = self.program.passed.values
+        values = self.program.state.record.values
         for layer, numbers in self.slots.items():
             if any(values[number] is not None and values[number] is not LET_GO for number in numbers):
                 self._hand_over(layer)

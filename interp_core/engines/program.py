@@ -1,6 +1,6 @@
-"""What the engines of this package share: a plan compiled to ports, and one run at a time.
+"""What the engines of this package share: a plan compiled to hooks, and one run at a time.
 
-Every place that a plan touches (a module's input or output, a part of its attention) is one port. A port changes and
+Every place that a plan touches (a module's input or output, a part of its attention) is one hook. A hook changes and
 keeps tensors; how the model's values come to it is the engine's.
 """
 
@@ -17,39 +17,39 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
-from ..architectures.taps import Lens, Tap
-from ..edits import ROUTING, Edit
+from ..architectures.hook_points import HookPoint
 from ..errors import CapabilityError, InterpError, PlanError
+from ..indexing import indices
 from ..plan import Plan
 from ..positions import Rows
-from ..regions import Bound, Window
-from ..sites import SITES, Site, indices
+from ..sites import ROUTING, SITES, Edit, Site
 from ..snapshot import Place
-from .attention import LayerTap
+from .attention import AttentionHook
 from .attention_rows import AttentionRows
+from .hooks import ModuleHook, SiteAccess, SiteEdit, SiteRead
 from .knockout import check_knockouts
 from .layers import Layers
-from .ports import Change, Part, Port, Read
-from .protocol import Ending, HandOver, Passed
+from .pass_state import NOTHING, PassState
+from .protocol import Ending, HandOver, PassRecord
 from .rerouting import TURN, check_together
+from .selection import BoundSelection, Window
 from .steps import Steps
 from .turns import turn_of
 
-ORDER = {name: number for number, name in enumerate(SITES)}
 FIRST = ("embed", "vision_embed", "deepstack")
 """What is there before the first block, in whatever layer it acts."""
-_IN_TOWER = frozenset(name for name, info in SITES.items() if info.tower)
 TOWER = 1 << 20
 """More layers than any vision tower has; all of them run before the first block."""
 
 
-def place(entry: Entry, n_layers: int) -> tuple[int, int]:
+def forward_order(entry: Entry, n_layers: int) -> tuple[int, float]:
     """When a forward pass reaches a site, for comparison."""
-    if SITES[entry.name].tower:
-        return (entry.layer if SITES[entry.name].layered else TOWER) - TOWER - 2, ORDER[entry.name]
+    info = SITES[entry.name]
+    if info.tower:
+        return (entry.layer if info.layered else TOWER) - TOWER - 2, info.order
     if entry.name in FIRST:
-        return -1, ORDER[entry.name]
-    return entry.layer if SITES[entry.name].layered else n_layers, ORDER[entry.name]
+        return -1, info.order
+    return entry.layer if info.layered else n_layers, info.order
 
 
 class Stop(BaseException):
@@ -71,7 +71,7 @@ class LocalEngine:
     """
 
     name: str
-    program: ClassVar[type[PortProgram]]
+    program: ClassVar[type[HookProgram]]
     attends = True
     """Whether `forward` can keep what attention was called with."""
 
@@ -84,7 +84,7 @@ class LocalEngine:
     def adapt(self, atlas: Atlas) -> None:
         """See `Engine.adapt`."""
 
-    def compile(self, plan: Plan, atlas: Atlas) -> PortProgram:
+    def compile(self, plan: Plan, atlas: Atlas) -> HookProgram:
         """See `Engine.compile`."""
         return self.program(self, plan, atlas)
 
@@ -103,7 +103,7 @@ class LocalEngine:
                 path = outer
         return tuple(found.values())
 
-    def begin(self) -> None:
+    def acquire(self) -> None:
         """Begin a run, unless it would be one inside another one of the same modules.
 
         Raises:
@@ -114,7 +114,7 @@ class LocalEngine:
             self.turn.demand_idle(self.modules)
         running += (self.modules,)
 
-    def end(self) -> None:
+    def release(self) -> None:
         """End it."""
         del self.turn.running[-1]
 
@@ -122,9 +122,6 @@ class LocalEngine:
 def with_same_weights(model: Any) -> Any:
     """A copy of a model that shares every parameter and buffer with it, for tools that change the modules."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-_NOTHING = Passed(0)
 
 
 def _real(rows: Rows, window: Window | None) -> Tensor | None:
@@ -143,135 +140,135 @@ def _real(rows: Rows, window: Window | None) -> Tensor | None:
     return real[:, start:stop]
 
 
-class PortProgram(ABC):
-    """A plan as ports: what is done at each place that it touches. See `Program`.
+class HookProgram(ABC):
+    """A plan as hooks: what is done at each place that it touches. See `Program`.
 
-    How the model's values come to the ports, and go back, is the engine's: it writes `carry`.
+    How the model's values come to the hooks, and go back, is the engine's: it writes `execute`.
     """
 
-    read: ClassVar[type[Read]] = Read
+    read: ClassVar[type[SiteRead]] = SiteRead
     closes: ClassVar[bool] = True
     """Whether attention is opened only for the queries that are asked for, where these are few."""
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         self.engine, self.atlas = engine, atlas
-        self.edits: tuple[Edit, ...] = ()
-        self.slots: list[Read] = []
-        self.passed = _NOTHING
-        self.rows: Rows = Rows((), {}, 0)
-        self.window: Window | None = None
-        self.shape = (0, 0)
-        self.real: Tensor | None = None
-        self.live: list[bool] | None = None
-        self.keep_graph = False
-        self.after: Mapping[Port, Callable[[], None]] = {}
+        self.state = PassState(engine.modules)
+        self.slots: list[SiteRead] = []
         self._left_for: Rows | None = None
         self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
-        self._ports: dict[tuple[str, str, str], Port] = {}
-        self._by_tap: dict[Tap, Port] = {}
+        self._hook_at: dict[tuple[str, str, str], ModuleHook] = {}
+        self._by_point: dict[HookPoint, ModuleHook] = {}
         self._add_reads(plan.reads)
         self.n_slots = len(self.slots)
         self._changes = self._add_edits(plan.edits)
-        ports = list(self._ports.values())
-        self._needed = [port for port in ports if port.capture]
-        self.ports = [port for port in ports if port.tap.side != "attention"]
-        self._inside = [port for port in ports if port.tap.side == "attention"]
-        self.taps = self._layer_taps(self._inside)
+        hooks = list(self._hook_at.values())
+        self._needed = [hook for hook in hooks if hook.capture]
+        self.hooks = [hook for hook in hooks if hook.point.side != "attention"]
+        self._inside = [hook for hook in hooks if hook.point.side == "attention"]
+        self.attn_hooks = self._attn_hooks(self._inside)
         self._knockouts = [change for change in self._changes if plan.edits[change.number].op == "knockout"]
         self._rerouting = [change for change in self._changes if plan.edits[change.number].op in ROUTING]
-        self._late = [slot.number for slot in self.slots if slot.late and slot.tap.side != "attention"]
-        self.places = engine.places(port.tap.module for port in ports)
-        self._bound: list[Part] = [part for part in (*self._changes, *self.slots) if not part.whole]
-        self.in_tower = not _IN_TOWER.isdisjoint([part.site.name for part in self._bound])
-        self._few = [(tap, parts) for tap in self.taps if self.closes and (parts := self._few_queries(tap))]
+        self._late = [slot.number for slot in self.slots if slot.late and slot.point.side != "attention"]
+        self.places = engine.places(hook.point.module for hook in hooks)
+        self._bound: list[SiteAccess] = [access for access in (*self._changes, *self.slots) if not access.whole]
+        self.in_tower = any([access.entry.tower for access in self._bound])  # noqa: C419 (faster)
+        self._few = [
+            (attn_hook, accesses)
+            for attn_hook in self.attn_hooks
+            if self.closes and (accesses := self._few_queries(attn_hook))
+        ]
 
     # Compiling
 
-    def _port(self, tap: Tap) -> Port:
-        key = (tap.module, tap.side, tap.part)
-        port = self._ports.get(key)
-        if port is None:
-            port = self._ports[key] = Port(self, self.engine.modules[tap.module], tap)
-        if tap.needs and not port.needs:
-            port.needs = [self._port(need) for need in tap.needs]
-            for need in port.needs:
+    def _hook(self, point: HookPoint) -> ModuleHook:
+        key = (point.module, point.side, point.part)
+        hook = self._hook_at.get(key)
+        if hook is None:
+            hook = self._hook_at[key] = ModuleHook(self.state, self.engine.modules[point.module], point)
+        if point.needs and not hook.needs:
+            hook.needs = [self._hook(need) for need in point.needs]
+            for need in hook.needs:
                 need.capture = True
-        self._by_tap[tap] = port
-        return port
+        self._by_point[point] = hook
+        return hook
 
     def _add_reads(self, reads: tuple[Site, ...]) -> None:
         """One slot per site and layer; kept lean, since plans may have thousands."""
-        slots, entries, by_tap, make = self.slots, self.atlas.entries, self._by_tap, self.read
+        slots, entries, by_point, make = self.slots, self.atlas.entries, self._by_point, self.read
         for site in reads:
             one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
             for entry in self.atlas.select(site) if one is None else (one,):
                 units = site.units
                 if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
                     indices(units, entry.n_units or 0, site.info.unit or "unit", site)
-                tap = entry.read
-                if tap is None:
+                point = entry.read
+                if point is None:
                     raise CapabilityError(f"{site} cannot be read: {entry.why['read']}")
-                read = make(len(slots), entry, tap, site)
+                read = make(len(slots), entry, point, site)
                 slots.append(read)
-                (by_tap.get(tap) or self._port(tap)).reads.append(read)
+                (by_point.get(point) or self._hook(point)).reads.append(read)
 
-    def ending(self) -> dict[Port, Callable[[], None]]:
-        """What ends a pass: the port that a forward pass reaches last, of those with reads."""
-        last = max(self.slots, key=lambda read: place(read.entry, self.atlas.shape.n_layers), default=None)
-        return {} if last is None else {self._by_tap[last.tap]: self.end_pass}
+    def ending(self) -> dict[ModuleHook, Callable[[], None]]:
+        """What ends a pass: the hook that a forward pass reaches last, of those with reads."""
+        last = max(self.slots, key=lambda read: forward_order(read.entry, self.atlas.shape.n_layers), default=None)
+        return {} if last is None else {self._by_point[last.point]: self.end_pass}
 
-    def port_of(self, read: Read) -> Port:
+    def hook_of(self, read: SiteRead) -> ModuleHook:
         """Where a read's value passes."""
-        return self._by_tap[read.tap]
+        return self._by_point[read.point]
 
-    def _add_edits(self, edits: tuple[Edit, ...]) -> list[Change]:
+    def _add_edits(self, edits: tuple[Edit, ...]) -> list[SiteEdit]:
         changes = []
         for number, edit in enumerate(edits):
             for entry in self.atlas.select(edit.site):
-                tap = entry.write
-                if tap is None:
+                point = entry.write
+                if point is None:
                     raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
                 scores = self.atlas.entries.get(("scores", entry.layer))
                 if edit.op == "knockout" and scores is not None and scores.write is not None:
-                    tap = replace(scores.write, rank=1)
-                changes.append(self._change(number, edit, entry, tap))
-                self._port(tap).changes.append(changes[-1])
-        for port in self._ports.values():
-            port.changes.sort(key=lambda change: (change.tap.rank, TURN.get(edits[change.number].op, 0)))
-            # a read of the whole stream must see the tensor before one that only follows this port branches it off
-            port.reads.sort(key=lambda read: read.entry.write is read.tap)
+                    point = replace(scores.write, rank=1)
+                changes.append(self._change(number, edit, entry, point))
+                self._hook(point).changes.append(changes[-1])
+        for hook in self._hook_at.values():
+            hook.changes.sort(key=lambda change: (change.point.rank, TURN.get(edits[change.number].op, 0)))
+            # a read of the whole stream must see the tensor before one that only follows this hook branches it off
+            hook.reads.sort(key=lambda read: read.entry.write is read.point)
         return changes
 
-    def _change(self, number: int, edit: Edit, entry: Entry, tap: Tap) -> Change:
-        return Change(self, number, edit, entry, tap)
+    def _change(self, number: int, edit: Edit, entry: Entry, point: HookPoint) -> SiteEdit:
+        return SiteEdit(self.state, number, edit, entry, point)
 
-    def _layer_taps(self, ports: list[Port]) -> list[LayerTap]:
+    def _attn_hooks(self, hooks: list[ModuleHook]) -> list[AttentionHook]:
         stages: dict[str, dict[str, Any]] = {}
-        for port in ports:
-            stages.setdefault(port.tap.module, {})[port.tap.part] = port.stage()
-        lent: dict[int, Any] = {}
-        taps = [LayerTap(self.engine.modules[path], found, lent) for path, found in stages.items()]
-        for tap in taps:
-            tap.hides = self.closes and self._only_hides(tap)
-        return taps
+        for hook in hooks:
+            stages.setdefault(hook.point.module, {})[hook.point.part] = hook.stage()
+        config_copies: dict[int, Any] = {}
+        attn_hooks = [AttentionHook(self.engine.modules[path], found, config_copies) for path, found in stages.items()]
+        for attn_hook in attn_hooks:
+            attn_hook.hides = self.closes and self._only_hides(attn_hook)
+        return attn_hooks
 
-    def _only_hides(self, layer: LayerTap) -> bool:
+    def _only_hides(self, layer: AttentionHook) -> bool:
         """Whether all that is done with a layer's scores and patterns is to hide keys."""
-        inside = [p for p in self._inside if p.module is layer.module and p.tap.part in ("scores", "pattern")]
-        changes = [change for port in inside for change in port.changes]
+        inside = [p for p in self._inside if p.module is layer.module and p.point.part in ("scores", "pattern")]
+        changes = [change for hook in inside for change in hook.changes]
         return all(change.knockout for change in changes) and not any(p.reads or p.capture for p in inside)
 
-    def _few_queries(self, layer: LayerTap) -> list[Part]:
+    def _few_queries(self, layer: AttentionHook) -> list[SiteAccess]:
         """What selects queries of a layer's scores and patterns; nothing if something asks for all of them."""
-        ports = [p for p in self._inside if p.module is layer.module and p.tap.part in ("scores", "pattern")]
-        parts = [part for port in ports for part in (*port.changes, *port.reads)]
-        return parts if all(part.region.attention and part.region.pos is not None for part in parts) else []
+        hooks = [p for p in self._inside if p.module is layer.module and p.point.part in ("scores", "pattern")]
+        accesses = [access for hook in hooks for access in (*hook.changes, *hook.reads)]
+        return (
+            accesses
+            if all(access.selection.attention and access.selection.pos is not None for access in accesses)
+            else []
+        )
 
     # Running
 
     @abstractmethod
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """Call a method of the model (`forward` or `generate`) with every port in its place, and leave the model as it
+    def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """Call a method of the model (`forward` or `generate`) with every hook in its place, and leave the model as it
         was, whatever happens."""
 
     def prepare(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027 (most have nothing to prepare)
@@ -280,49 +277,63 @@ class PortProgram(ABC):
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
         each: HandOver | None = None, attention: bool = False,
-    ) -> Passed:  # fmt: skip
+    ) -> PassRecord:  # fmt: skip
         """See `Program.forward`."""
-        self.engine.begin()
-        taps = self.taps
+        self.engine.acquire()
+        attn_hooks = self.attn_hooks
         try:
             self.prepare(inputs)
-            self.window, self.edits = None, edits
+            self.state.window, self.state.edits = None, edits
             noting = self._noting() if attention else {}
-            passed: Passed | None = None
+            record: PassRecord | None = None
             layers = None if each is None else Layers(self, each, stop=stop)
-            while passed is None or (self._late and self._overwritten((passed,))):
-                passed = self.begin_pass(rows, rows.width, keep_graph)
+            while record is None or (self._late and self._overwritten((record,))):
+                record = self.begin_pass(rows, rows.width, keep_graph)
                 self._check(rows)
-                for layer, tap in noting.items():
-                    tap.note = partial(self._noted, layer, tap)
-                self.after = layers.after if layers else self.ending() if stop else {}
+                for layer, attn_hook in noting.items():
+                    attn_hook.note = partial(self._noted, layer, attn_hook)
+                self.state.after = layers.after if layers else self.ending() if stop else {}
                 try:
-                    passed.output = self.carry("forward", inputs)
+                    record.output = self.execute("forward", inputs)
                 except Stop:
                     pass
             if layers:
                 layers.finish()
-            return passed
+            return record
         finally:
-            for tap in self.taps:
-                tap.note = None
-            self.taps = taps
+            for attn_hook in self.attn_hooks:
+                attn_hook.note = None
+            self.attn_hooks = attn_hooks
             self._end()
 
-    def _noting(self) -> dict[int, LayerTap]:
-        """A tap on the attention of every layer that has an open one; those of the plan are among them."""
+    def _noting(self) -> dict[int, AttentionHook]:
+        """A hook on the attention of every layer that has an open one; those of the plan are among them."""
         scores = {entry.layer: entry.read for (name, _), entry in self.atlas.entries.items() if name == "scores"}
-        modules = {layer: self.engine.modules[tap.module] for layer, tap in scores.items() if tap is not None}
-        known, lent = {id(tap.module): tap for tap in self.taps}, dict[int, Any]()
-        noting = {i: known.get(id(module)) or LayerTap(module, {}, lent) for i, module in modules.items()}
-        self.taps = [*self.taps, *(tap for tap in noting.values() if id(tap.module) not in known)]
+        modules = {layer: self.engine.modules[point.module] for layer, point in scores.items() if point is not None}
+        known, config_copies = (
+            {id(attn_hook.module): attn_hook for attn_hook in self.attn_hooks},
+            dict[int, Any](),
+        )
+        noting = {i: known.get(id(module)) or AttentionHook(module, {}, config_copies) for i, module in modules.items()}
+        self.attn_hooks = [
+            *self.attn_hooks,
+            *(attn_hook for attn_hook in noting.values() if id(attn_hook.module) not in known),
+        ]
         return noting
 
     def _noted(
-        self, layer: int, tap: LayerTap, query: Tensor, key: Tensor, mask: Tensor | None, called: dict[str, Any]
+        self,
+        layer: int,
+        attn_hook: AttentionHook,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        called: dict[str, Any],
     ) -> None:
         """Keep what a layer's attention was called with."""
-        self.passed.attention[layer] = AttentionRows(query, key, mask, called, tap.module, tap.softmax_dtype)
+        self.state.record.attention[layer] = AttentionRows(
+            query, key, mask, called, attn_hook.module, attn_hook.softmax_dtype
+        )
 
     def generate(
         self,
@@ -331,16 +342,16 @@ class PortProgram(ABC):
         final: Rows,
         edits: tuple[Edit, ...],
         ends: Ending,
-    ) -> tuple[Any, list[Passed]]:
+    ) -> tuple[Any, list[PassRecord]]:
         """See `Program.generate`."""
-        self.engine.begin()
+        self.engine.acquire()
         steps: Steps | None = None
         try:
-            self.window, self.after, self.edits = None, {}, edits
+            self.state.window, self.state.after, self.state.edits = None, {}, edits
             self._fit(final)
             self.prepare(inputs)
-            steps = Steps(self, rows, ends)
-            result = self.carry("generate", inputs)
+            steps = Steps(self, self.engine.model, rows, ends)
+            result = self.execute("generate", inputs)
             if self._overwritten(steps.passes):
                 raise CapabilityError(
                     "the model wrote into a tensor after it was kept, which the self-check at load finds out; load "
@@ -356,7 +367,7 @@ class PortProgram(ABC):
             self._end()
         return result, steps.passes
 
-    def _overwritten(self, passes: Sequence[Passed]) -> bool:
+    def _overwritten(self, passes: Sequence[PassRecord]) -> bool:
         """Whether the model wrote into a tensor after it was kept. Such sites are marked, and copied in further passes;
         the self-check at load, which reads every site, leaves hardly any to be found here.
 
@@ -376,20 +387,14 @@ class PortProgram(ABC):
         self.listen()
         return True
 
-    def written(self, passes: Sequence[Passed]) -> list[int]:
+    def written(self, passes: Sequence[PassRecord]) -> list[int]:
         """Slots that hold a tensor into which the model wrote after it was kept."""
         return [
             number
-            for passed in passes
+            for record in passes
             for number in self._late
-            if (x := passed.values[number]) is not None and x._version != passed.versions[number]
+            if (x := record.values[number]) is not None and x._version != record.versions[number]
         ]
-
-    def shaped(self, lens: Lens) -> tuple[int, int]:
-        """Batch and pos of what passes; a vision tower has one row, with the patches of all images."""
-        if not lens.images:
-            return self.shape
-        return 1, 0 if self.rows.patches is None else self.rows.patches.total
 
     def break_off(self) -> None:
         """End this pass, to look at what it left."""
@@ -400,23 +405,25 @@ class PortProgram(ABC):
 
     def _fit(self, rows: Rows) -> None:
         """Hold every edit's positions and value against the rows that it will meet."""
-        known: dict[Any, Part] = {}
-        for part in self._bound:  # layers share places
-            region = part.region
-            alike = known.setdefault((type(part), region.site.name, region.pos, region.key, region.units), part)
-            if alike is part:
-                part.bind(rows, None)
+        known: dict[Any, SiteAccess] = {}
+        for access in self._bound:  # layers share places
+            selection = access.selection
+            alike = known.setdefault(
+                (type(access), selection.site.name, selection.pos, selection.key, selection.units), access
+            )
+            if alike is access:
+                access.bind(rows, None)
             else:
-                part.bound, part.bound_to = alike.bound, alike.bound_to
+                access.bound, access.bound_to = alike.bound, alike.bound_to
         self._check(rows)
 
     def _check(self, rows: Rows) -> None:
         """Hold every edit's value, and what knockouts leave, against the rows that the edits are bound to."""
         for change in self._changes:
-            change.check(rows)
-        if len(self._rerouting) > 1 and (self._routed_for is None or self._routed_for != (rows, self.edits)):
+            change.check(rows, self.engine.dtype)
+        if len(self._rerouting) > 1 and (self._routed_for is None or self._routed_for != (rows, self.state.edits)):
             check_together(self._rerouting, rows)
-            self._routed_for = rows, self.edits
+            self._routed_for = rows, self.state.edits
         if self._knockouts and self._left_for is not rows:  # the same tokens again need no new look
             known: dict[Any, Any] = {}
             check_knockouts([change.hidden(rows, known) for change in self._knockouts], self.atlas.reaches, rows)
@@ -424,9 +431,9 @@ class PortProgram(ABC):
 
     def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:
         """See `Program.check`."""
-        self.engine.begin()
+        self.engine.acquire()
         try:
-            self.edits = edits
+            self.state.edits = edits
             self._fit(rows)
         finally:
             self._end()
@@ -434,58 +441,58 @@ class PortProgram(ABC):
     def check_reach(self, edits: tuple[Edit, ...]) -> None:
         """See `Program.check_reach`."""
         n_layers = self.atlas.shape.n_layers
-        top = max(place(slot.entry, n_layers) for slot in self.slots)
+        top = max(forward_order(slot.entry, n_layers) for slot in self.slots)
         for change in self._changes:
-            if place(change.entry, n_layers) > top:
+            if forward_order(change.entry, n_layers) > top:
                 raise PlanError(
                     f"{edits[change.number]} lies above the last site read, so with logits=False it never acts"
                 )
 
-    def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> Passed:
+    def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> PassRecord:
         """Make ready for one pass over `width` columns."""
-        self.rows, self.keep_graph = rows, keep_graph
-        self.shape = (len(rows.real), width)
-        self.real, self.live = _real(rows, self.window), rows.live
-        for part in self._bound:
-            part.bind(rows, self.window)
-        for tap in self.taps:
-            tap.filled = None if self.window is None else self.window.stop
-        for tap, parts in self._few:
-            self._ask(tap, parts, width)
-        self.passed = Passed(self.n_slots)
-        return self.passed
+        self.state.rows, self.state.keep_graph = rows, keep_graph
+        self.state.shape = (len(rows.real), width)
+        self.state.real, self.state.live = _real(rows, self.state.window), rows.live
+        for access in self._bound:
+            access.bind(rows, self.state.window)
+        for attn_hook in self.attn_hooks:
+            attn_hook.filled = None if self.state.window is None else self.state.window.stop
+        for attn_hook, accesses in self._few:
+            self._ask(attn_hook, accesses, width)
+        self.state.record = PassRecord(self.n_slots)
+        return self.state.record
 
-    def _ask(self, layer: LayerTap, parts: Sequence[Part], width: int) -> None:
+    def _ask(self, layer: AttentionHook, accesses: Sequence[SiteAccess], width: int) -> None:
         """Let a layer open its attention only for the queries that are selected, where these are few."""
-        bounds = [part.bound for part in parts if part.bound is not None]
+        bounds = [access.bound for access in accesses if access.bound is not None]
         asked = sorted({column for bound in bounds for row in bound.columns or () for column in row})
         layer.asked = [] if layer.hides and layer.has_kernel and not bounds else None
         if bounds and layer.has_kernel and (layer.hides or 2 * len(asked) <= width):
-            start = 0 if self.window is None else self.window.start
+            start = 0 if self.state.window is None else self.state.window.start
             layer.asked = [column - start for column in asked]
-            for part in parts:
-                part.bound = None if part.bound is None else part.bound.among(asked)
-                part.bound_to = None  # the next pass may ask for others
+            for access in accesses:
+                access.bound = None if access.bound is None else access.bound.among(asked)
+                access.bound_to = None  # the next pass may ask for others
 
-    def steady(self, rows: Rows) -> list[Bound] | None:
+    def steady(self, rows: Rows) -> list[BoundSelection] | None:
         """What this step selects, if all further steps select the same of their tokens; else None."""
-        if self.taps or not all(part.settled(rows) for part in self._bound):
+        if self.attn_hooks or not all(access.settled(rows) for access in self._bound):
             return None
-        return [part.bound for part in self._bound if part.bound is not None and part.bound.columns is not None]
+        return [access.bound for access in self._bound if access.bound is not None and access.bound.columns is not None]
 
     def _end(self) -> None:
         """Let go of the run's tensors, and of the engine."""
-        self.edits, self.passed = (), _NOTHING
+        self.state.edits, self.state.record = (), NOTHING
         for change in self._changes:
             change.ready = None
-        for port in self._needed:
-            port.captured = None
-        for port in self._inside:
-            port.edited = None
-        self.engine.end()
+        for hook in self._needed:
+            hook.captured = None
+        for hook in self._inside:
+            hook.edited = None
+        self.engine.release()
 
     def end_pass(self) -> None:
         """End the forward pass here: nobody waits for what lies above. (Unless a family computes its parts in another
         order than usual, and something is still to come: then the pass goes on.)"""
-        if not any(value is None for value in self.passed.values):
+        if not any(value is None for value in self.state.record.values):
             raise Stop

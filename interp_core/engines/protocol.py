@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.family import View
 from ..architectures.rerouting import Proof
-from ..edits import Edit
 from ..plan import Plan
+from ..plugins import name_fault
 from ..positions import Rows
-from ..regions import Bound
-from ..sites import Site
+from ..sites import Edit, Site
 from .attention_rows import AttentionRows
+from .selection import BoundSelection
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class Slot(Protocol):
     Attributes:
         entry: the site in its layer.
         site: the read, for its units and positions.
-        late: the kept tensor is the one that passed, still without the tap's view.
+        late: the kept tensor is the one that passed, still without the hook point's view.
     """
 
     entry: Entry
@@ -34,11 +34,11 @@ class Slot(Protocol):
 
     @property
     def view(self) -> View | None:
-        """The tap's view."""
+        """The hook point's view."""
         ...
 
 
-class Passed:
+class PassRecord:
     """What one forward pass of a program left behind.
 
     Attributes:
@@ -56,14 +56,14 @@ class Passed:
     def __init__(self, n_slots: int) -> None:
         self.values: list[Tensor | None] = [None] * n_slots
         self.versions = [0] * n_slots
-        self.bases: list[tuple[Tensor, Bound | None] | None] = [None] * n_slots
+        self.bases: list[tuple[Tensor, BoundSelection | None] | None] = [None] * n_slots
         self.fires: list[tuple[int, int, list[list[int]] | None, Tensor]] = []
         self.routed: list[Proof] = []
         self.output: Any = None
         self.attention: dict[int, AttentionRows] = {}
 
 
-HandOver = Callable[[int, list[int], Passed], None]
+HandOver = Callable[[int, list[int], PassRecord], None]
 """What is called with a layer, the numbers of its slots and the record of the pass."""
 
 
@@ -97,7 +97,7 @@ class Program(Protocol):
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
         each: HandOver | None = None, attention: bool = False,
-    ) -> Passed:  # fmt: skip
+    ) -> PassRecord:  # fmt: skip
         """One forward pass.
 
         Args:
@@ -138,7 +138,7 @@ class Program(Protocol):
         final: Rows,
         edits: tuple[Edit, ...],
         ends: Ending,
-    ) -> tuple[Any, list[Passed]]:
+    ) -> tuple[Any, list[PassRecord]]:
         """Many forward passes, made by the model's own `generate`, over a sequence that grows from `rows` to at most
         `final`. Returns its result and one record per pass.
 
@@ -166,7 +166,7 @@ class Engine(Protocol):
     modules: dict[str, nn.Module]
 
     def adapt(self, atlas: Atlas) -> None:
-        """Fit the atlas to the engine, once, before the self-check: other taps, refusals with their reasons."""
+        """Fit the atlas to the engine, once, before the self-check: other hook points, refusals with their reasons."""
         ...
 
     def compile(self, plan: Plan, atlas: Atlas) -> Program:
@@ -176,3 +176,10 @@ class Engine(Protocol):
             SiteError, PlanError, CapabilityError: the plan does not fit.
         """
         ...
+
+
+def fault(name: str, value: Any) -> str:
+    """What is wrong with an imported value as an engine of this name."""
+    if not (isinstance(value, type) and callable(getattr(value, "compile", None))):
+        return f"is {value!r:.60}, not an engine: a class with `compile` (interp_core.engines.protocol.Engine)"
+    return name_fault(name, value)

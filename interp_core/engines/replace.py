@@ -160,7 +160,7 @@ def replaced_attention(modules: list[nn.Module], rule: Rule, operations: Operati
 
 def _inner(kernel: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a rule for attention is handed to call."""
-    return (attention if "interp_tap" in module.__dict__ else kernel)(module, *args, **kwargs)
+    return (attention if "interp_hook" in module.__dict__ else kernel)(module, *args, **kwargs)
 
 
 def _ruled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

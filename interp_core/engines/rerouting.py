@@ -1,4 +1,4 @@
-"""Edits of routers, carried out at a port: for which tokens, what they changed, and what proves it."""
+"""Edits of routers, carried out at a hook: for which tokens, what they changed, and what proves it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import torch
 from torch import Tensor
 
 from ..architectures.atlas import Entry
+from ..architectures.hook_points import Call, HookPoint
 from ..architectures.rerouting import WHOLE, Proof, Routed
 from ..architectures.routing import wide
-from ..architectures.taps import Call, Tap
-from ..edits import ROUTING, Edit
 from ..errors import PlanError
 from ..positions import Rows, Slice
-from ..regions import Bound, Region
+from ..sites import ROUTING, Edit
+from .pass_state import PassState
+from .selection import BoundSelection, Selection
 
 
 @runtime_checkable
 class Change(Protocol):
-    """One edit in one layer, as `ports.Change` is one."""
+    """One edit in one layer, as `hooks.SiteEdit` is one."""
 
     number: int
     entry: Entry
-    tap: Tap
-    program: Any
-    bound: Bound | None
+    point: HookPoint
+    state: PassState
+    bound: BoundSelection | None
 
     @property
-    def region(self) -> Region:
+    def selection(self) -> Selection:
         """What it selects."""
 
     def take(self, value: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class Change(Protocol):
         """Write down what it did."""
 
     def derive_value(self, call: Call) -> None:
-        """Carry it out on the value that the tap computes."""
+        """Carry it out on the value that the hook point computes."""
 
 
 TURN = {"force_steermoe": 1, "force": 2}
@@ -47,17 +48,17 @@ TURN = {"force_steermoe": 1, "force": 2}
 
 
 def reroute(change: Change, call: Call, row: int | None = None) -> None:
-    """Carry out an edit whose tap is a router's, and begin its proof.
+    """Carry out an edit whose hook point is a router's, and begin its proof.
 
     Args:
         row: the one row of the batch that it is about.
     """
-    program, routed = change.program, change.tap.routed
+    state, routed = change.state, change.point.routed
     assert routed is not None
-    edit, width = program.edits[change.number], call.shape[1]
+    edit, width = state.edits[change.number], call.shape[1]
     part = WHOLE if row is None else slice(row * width, (row + 1) * width)
     here = _selected(change, call, row, routed.n_experts)
-    seen = None if row is not None else _text(program, positions=change.region.pos is not None)
+    seen = None if row is not None else _text(state, positions=change.selection.pos is not None)
     counted = (here if seen is None else here & seen.to(here.device)).flatten()
     here = here.flatten()
     if edit.op in ROUTING:
@@ -92,23 +93,23 @@ def _selected(change: Change, call: Call, row: int | None, n_experts: int) -> Te
     return here.any(-1)
 
 
-def _text(program: Any, *, positions: bool) -> Tensor | None:
+def _text(state: Any, *, positions: bool) -> Tensor | None:
     """Tokens `[batch pos]` of a pass that are neither padding nor what fills up a row that has ended; None: all.
 
     Args:
         positions: of an edit at chosen positions, which select no padding.
     """
     if not positions:
-        return program.real
-    return None if program.live is None else torch.tensor(program.live)[:, None].expand(program.shape)
+        return state.real
+    return None if state.live is None else torch.tensor(state.live)[:, None].expand(state.shape)
 
 
-def close(program: Any, call: Call) -> None:
+def close(state: PassState, call: Call) -> None:
     """Count what became of the edits of a router, when all of them are done."""
-    text = _text(program, positions=False)
+    text = _text(state, positions=False)
     text = None if text is None else text.flatten().to(call.first.device)
     parity = call.proofs[0].routed.parity(call, text)  # of the one router that all of them are about
-    program.passed.routed += [proof.routed.close(call, proof, parity) for proof in call.proofs]
+    state.record.routed += [proof.routed.close(call, proof, parity) for proof in call.proofs]
 
 
 def check_experts(change: Change, edit: Edit) -> None:
@@ -117,7 +118,7 @@ def check_experts(change: Change, edit: Edit) -> None:
     Raises:
         PlanError: naming the first of them.
     """
-    routed = change.tap.routed
+    routed = change.point.routed
     if routed is None:
         raise PlanError(f"{edit}: nothing there selects experts")
     n, k = routed.n_experts, routed.k
@@ -147,18 +148,18 @@ def check_together(changes: Sequence[Change], rows: Rows) -> None:
 
 
 def _edit(change: Change) -> Edit:
-    return change.program.edits[change.number]
+    return change.state.edits[change.number]
 
 
 def _check_layer(layer: int, changes: Sequence[Change], rows: Rows) -> None:
-    routed = changes[0].tap.routed
+    routed = changes[0].point.routed
     assert routed is not None
     shape = len(rows.real), rows.width, routed.n_experts
     banned, forced = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     kept = torch.zeros(shape[:2], dtype=torch.bool)
     for change in changes:
-        edit, pos = _edit(change), change.region.pos
-        for row, columns in enumerate(change.region.columns(rows, Slice() if pos is None else pos)):
+        edit, pos = _edit(change), change.selection.pos
+        for row, columns in enumerate(change.selection.columns(rows, Slice() if pos is None else pos)):
             at = torch.tensor(list(columns), dtype=torch.long)
             if edit.op.startswith("mask"):
                 banned[row, at[:, None], torch.tensor(edit.experts)] = True

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from ..positions import Rows
-from ..regions import Bound, Window
-from .protocol import Ending, Passed
+from .pass_state import PassState
+from .protocol import Ending, PassRecord
+from .selection import BoundSelection, Window
 
-if TYPE_CHECKING:
-    from .program import PortProgram
+
+@runtime_checkable
+class Stepping(Protocol):
+    """What is asked of a program that generates: see `HookProgram`."""
+
+    state: PassState
+    n_slots: int
+    in_tower: bool
+
+    def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> PassRecord:
+        """Make ready for one pass."""
+        ...
+
+    def steady(self, rows: Rows) -> list[BoundSelection] | None:
+        """What this step selects, if all further steps select the same."""
+        ...
 
 
 class Steps:
@@ -25,16 +40,16 @@ class Steps:
         passes: what each pass left; after the last new token one stands here that no pass has filled.
     """
 
-    def __init__(self, program: PortProgram, rows: Rows, ends: Ending) -> None:
-        self.passes: list[Passed] = []
+    def __init__(self, program: Stepping, model: nn.Module, rows: Rows, ends: Ending) -> None:
+        self.passes: list[PassRecord] = []
         self._program, self._rows, self._ends = program, rows, ends
         self._real = [list(row) for row in rows.real]
         self._prompt = [len(row) for row in rows.real]
         self._stops: list[int | None] = [None] * len(rows.real)
         self._n_rows = len(rows.real)
         self._known = rows.width
-        self._steady: list[Bound] | None = None
-        self._handle = program.engine.model.register_forward_pre_hook(self._first, with_kwargs=True)
+        self._steady: list[BoundSelection] | None = None
+        self._handle = model.register_forward_pre_hook(self._first, with_kwargs=True)
         ends.follow = self._follow
         if program.in_tower:  # it runs before the model is called
             self._handle.remove()
@@ -59,8 +74,8 @@ class Steps:
         newest = [[columns - 1]] * self._n_rows
         for bound in self._steady:
             bound.columns = newest
-        self._program.passed = passed = Passed(self._program.n_slots)
-        self.passes.append(passed)
+        self._program.state.record = record = PassRecord(self._program.n_slots)
+        self.passes.append(record)
         return None
 
     def _begin(self, window: Window, over: Sequence[bool]) -> None:
@@ -73,7 +88,7 @@ class Steps:
         if any(self._stops):
             stops = [len(row) if n is None else n for row, n in zip(real, self._stops, strict=True)]
         rows = self._rows._replace(real=real, width=window.stop, prompt=self._prompt, growing=True, stops=stops)
-        self._program.window = window
+        self._program.state.window = window
         self.passes.append(self._program.begin_pass(rows, window.stop - window.start, False))
         self._steady = self._program.steady(rows) if window.start and stops is None else None
 

@@ -1,7 +1,7 @@
 """Engine `torch`: a plan compiled to the fewest hooks on the model's own modules.
 
 Every place that a plan touches (a module's input or output) gets one hook, every attention layer whose inside it
-touches gets the attention tap. They are installed for a run and removed after it, whatever happens.
+touches gets the attention hook. They are installed for a run and removed after it, whatever happens.
 """
 
 from __future__ import annotations
@@ -11,44 +11,46 @@ from typing import Any
 
 from ..architectures.atlas import Atlas
 from ..plan import Plan
-from .program import LocalEngine, PortProgram
+from .program import HookProgram, LocalEngine
 
 
-class TorchProgram(PortProgram):
-    """Ports as hooks in the modules' own hook tables."""
+class TorchProgram(HookProgram):
+    """Hooks as hooks in the modules' own hook tables."""
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         super().__init__(engine, plan, atlas)
         self.listen()
 
     def listen(self) -> None:
-        """See `PortProgram.listen`."""
-        self._hooks = [(port, port.hook()) for port in self.ports]
+        """See `HookProgram.listen`."""
+        self._hooks = [(module_hook, module_hook.hook()) for module_hook in self.hooks]
         self._recorded: list[Any] = [
-            hooks[0] for port, hooks in self._hooks if port.tap.lens and port.tap.lens.images and port.tap.side == "out"
+            hooks[0]
+            for module_hook, hooks in self._hooks
+            if module_hook.point.layout and module_hook.point.layout.images and module_hook.point.side == "out"
         ]
 
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `PortProgram.carry`."""
+    def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """See `HookProgram.carry`."""
         model = self.engine.model
         orders = [(table, [*table]) for table in self._recorded] if self._recorded else []
         try:
-            for port, (table, with_kwargs, hook) in self._hooks:
-                table[port] = hook
+            for module_hook, (table, with_kwargs, hook) in self._hooks:
+                table[module_hook] = hook
                 if with_kwargs is not None:
-                    with_kwargs[port] = True
+                    with_kwargs[module_hook] = True
             for table in self._recorded:
                 _record_last(table)
-            for tap in self.taps:
-                tap.install()
+            for attn_hook in self.attn_hooks:
+                attn_hook.install()
             return model(**inputs) if method == "forward" else model.generate(**inputs)
         finally:
-            for tap in self.taps:
-                tap.remove()
-            for port, (table, with_kwargs, _) in self._hooks:
-                table.pop(port, None)
+            for attn_hook in self.attn_hooks:
+                attn_hook.remove()
+            for module_hook, (table, with_kwargs, _) in self._hooks:
+                table.pop(module_hook, None)
                 if with_kwargs is not None:
-                    with_kwargs.pop(port, None)
+                    with_kwargs.pop(module_hook, None)
             for table, order in orders:
                 for key in order:
                     if key in table:

@@ -1,9 +1,9 @@
 """Engine `transformer_lens`: the same plan on a `TransformerBridge`.
 
 The bridge swaps a model's modules for its own, with a `HookPoint` at every place that it names. It is built around a
-copy of the model that shares the weights, so the user's own model stays as it is; the atlas' taps move to the bridge's
-hook points, and the rest is the `torch` engine's. `model.engine.bridge` is the bridge, for TransformerLens' tools;
-`run.to_cache()` gives them our runs.
+copy of the model that shares the weights, so the user's own model stays as it is; the atlas' hook points move to the
+bridge's hook points, and the rest is the `torch` engine's. `model.engine.bridge` is the bridge, for TransformerLens'
+tools; `run.to_cache()` gives them our runs.
 
 With `engine_options={"fold": True}` the copy has weights of its own, processed as TransformerLens does by default
 (layer norms folded, writing weights and unembedding centred, value biases folded); the engine's name then says so.
@@ -19,21 +19,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..architectures import taps
+from ..architectures import hook_points
 from ..architectures.atlas import ROUTED, Atlas, Entry
 from ..architectures.family import View, split_heads
-from ..architectures.taps import Tap
-from ..errors import CapabilityError, ReadError
-from ..sites import SITES, Site
+from ..architectures.hook_points import HookPoint
+from ..errors import CapabilityError
+from ..sites import SITES
 from .program import with_same_weights
 from .torch import TorchEngine, TorchProgram
-
-if TYPE_CHECKING:
-    from ..trace import Run
 
 _INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}
 """The bridge's own projections, also where the family fuses them."""
@@ -62,11 +59,11 @@ _PROCESS = nn.Module()
 class BridgeProgram(TorchProgram):
     """As on the model itself. The bridge warns of edits that it discards; the self-check finds these at load."""
 
-    def carry(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `PortProgram.carry`."""
+    def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
+        """See `HookProgram.carry`."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A hook on .* returned a modified tensor")
-            return super().carry(method, inputs)
+            return super().execute(method, inputs)
 
 
 class BridgeEngine(TorchEngine):
@@ -99,7 +96,7 @@ class BridgeEngine(TorchEngine):
         self._path_of = {id(module): path for path, module in self.modules.items()}
 
     def adapt(self, atlas: Atlas) -> None:
-        """Move the atlas' taps to the bridge's hook points; what has none is refused."""
+        """Move the atlas' hook points to the bridge's hook points; what has none is refused."""
         for name in ROUTED:
             if atlas.layers(name):
                 atlas.drop(name, f"{name}: {_NO_ROUTER}")
@@ -125,12 +122,12 @@ class BridgeEngine(TorchEngine):
                 del atlas.entries[name, layer]
                 atlas.lacking[name] = f"TransformerLens' bridge for this family has no hook point for {name}"
 
-    def _moved(self, entry: Entry) -> Tap | None:
-        """A tap at the hook point that has the site's tensor."""
-        tap, attention = entry.read, self._attention(entry.layer)
-        assert tap is not None
+    def _moved(self, entry: Entry) -> HookPoint | None:
+        """A hook point at the hook point that has the site's tensor."""
+        point, attention = entry.read, self._attention(entry.layer)
+        assert point is not None
         if entry.name in _ATTENTION:
-            view = taps.transposed if entry.name.startswith("rot") else None
+            view = hook_points.transposed if entry.name.startswith("rot") else None
             return self._point(getattr(attention, _ATTENTION[entry.name], None), view)
         if entry.name in _INSIDE:
             part = getattr(attention, _INSIDE[entry.name], None)
@@ -138,37 +135,37 @@ class BridgeEngine(TorchEngine):
                 entry.module = getattr(part, "original_component", None)
             point = getattr(part, "hook_in" if entry.name == "z" else "hook_out", None)
             return self._point(point, split_heads(entry.sizes["head"], entry.sizes["d_head"]))
-        part = self.modules.get(self._paths.get(tap.module, ""))
-        moved = self._point(getattr(part, f"hook_{tap.side}", None), tap.view)
-        return moved and replace(moved, lens=tap.lens)
+        part = self.modules.get(self._paths.get(point.module, ""))
+        moved = self._point(getattr(part, f"hook_{point.side}", None), point.view)
+        return moved and replace(moved, layout=point.layout)
 
-    def _wrapped(self, tap: Tap | None) -> Tap | None:
-        """The same tap where the bridge has put the model's own module."""
-        if tap is None or tap.module not in self._own:
+    def _wrapped(self, point: HookPoint | None) -> HookPoint | None:
+        """The same hook point where the bridge has put the model's own module."""
+        if point is None or point.module not in self._own:
             return None
-        needs = tuple(need for need in map(self._wrapped, tap.needs) if need is not None)
-        return replace(tap, module=self._own[tap.module], needs=needs)
+        needs = tuple(need for need in map(self._wrapped, point.needs) if need is not None)
+        return replace(point, module=self._own[point.module], needs=needs)
 
     def _attention(self, layer: int) -> Any:
         return getattr(self.bridge.blocks[layer], "attn", None)
 
-    def _point(self, point: Any, view: View | None) -> Tap | None:
+    def _point(self, point: Any, view: View | None) -> HookPoint | None:
         path = self._path_of.get(id(point))
-        return None if path is None else Tap(path, "out", view=view)
+        return None if path is None else HookPoint(path, "out", view=view)
 
-    def _resid_mid(self, atlas: Atlas, layer: int) -> Tap | None:
+    def _resid_mid(self, atlas: Atlas, layer: int) -> HookPoint | None:
         before, added = (atlas.entries.get((name, layer)) for name in ("resid_pre", "attn_out"))
         if before is None or added is None or before.read is None or added.write is None:
             return None
         join, block = atlas.family.join, before.module
-        return taps.resid_mid(before.read, added.write, join and block and partial(join, block, "resid_mid"))
+        return hook_points.resid_mid(before.read, added.write, join and block and partial(join, block, "resid_mid"))
 
-    def _head_out(self, atlas: Atlas, layer: int) -> Tap | None:
+    def _head_out(self, atlas: Atlas, layer: int) -> HookPoint | None:
         z = atlas.entries.get(("z", layer))
         point = self._point(getattr(getattr(self._attention(layer), "o", None), "hook_out", None), None)
         if z is None or z.read is None or z.module is None or point is None:
             return None
-        return taps.head_out(z.read, point, z.module, z.sizes["head"], z.sizes["d_head"])
+        return hook_points.head_out(z.read, point, z.module, z.sizes["head"], z.sizes["d_head"])
 
 
 def build_bridge(model: Any) -> Any:
@@ -227,25 +224,17 @@ def _fold(bridge: Any) -> None:
         ) from error
 
 
-def cache_of(run: Run, model: Any = None) -> Any:
-    """See `Run.to_cache`."""
+def cache_of(values: Mapping[tuple[str, int], Tensor], bridge: Any) -> Any:
+    """An `ActivationCache` of the values of whole sites by name (of `CACHE_NAMES`) and layer; see `Run.to_cache`.
+
+    Args:
+        bridge: what its analysis tools take weights from, or None.
+    """
     from transformer_lens import ActivationCache
 
-    bridge = model if model is not None else getattr(run.model.engine, "bridge", None)
-    held = {
-        (site.name, layer): run[Site(site.name, layer if site.info.layered else None)].as_subclass(Tensor)
-        for site in run
-        if site.units is None and site.pos is None and site.name in CACHE_NAMES
-        for layer in ((site.layers,) if isinstance(site.layers, int) else run.model.atlas.layers(site.name))
-    }
-    if not held:
-        raise ReadError(
-            f"no site of this run has a name in a cache (it holds {run.held()}); read whole sites, such as "
-            "S.resid_post, S.z"
-        )
-    cache = {CACHE_NAMES[name].format(layer): value for (name, layer), value in held.items()}
+    cache = {CACHE_NAMES[name].format(layer): value for (name, layer), value in values.items()}
     if bridge is not None:
-        cache |= _scales(held, bridge.cfg)
+        cache |= _scales(values, bridge.cfg)
     return ActivationCache(cache, bridge)
 
 

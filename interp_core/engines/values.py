@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..edits import Edit
 from ..errors import PlanError
+from ..sites import Edit
 
 
 def check_value(edit: Edit, axes: Sequence[tuple[str, int]], dtype: torch.dtype, *, wide: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import PluginError
-from ..plugins import registry
+from ..plugins import name_fault, registry
 
 __all__ = ["Job", "Launcher", "Outcome", "make_launcher"]
 
@@ -72,3 +72,10 @@ def make_launcher(name: str, **options: Any) -> Launcher:
     except TypeError as error:
         raise PluginError(f"launcher {name!r} cannot be made with {options}: {error}") from error
     return made
+
+
+def fault(name: str, value: Any) -> str:
+    """What is wrong with an imported value as a launcher of this name."""
+    if not (isinstance(value, type) and callable(getattr(value, "run", None))):
+        return f"is {value!r:.60}, not a launcher: a class with `run` (interp_core.launch.Launcher)"
+    return name_fault(name, value)

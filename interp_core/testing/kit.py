@@ -18,12 +18,12 @@ from ..errors import PlanError, PluginError, nearest
 from ..methods import Method
 from ..model import Model, load
 from ..plugins import Plugin, registry
-from ..probe import LIMIT, Look, look
+from ..plugins.sandbox import LIMIT, PluginInfo, inspect_plugin
 from ..sites import SITES
 from ..text import Tokens
+from .case import Failed, MethodCase, NotReached, Refused
 from .checks import CHECKS, documented, undescribed
 from .processors import pictures
-from .trial import Failed, NotReached, Trial
 
 TEXTS = ("Q: big\nA: small\n\nQ: hot\nA:", "Q: hot\nA: cold\n\nQ: big\nA:", "Q: wet\nA:")
 LENGTHS = (7, 7, 4)
@@ -116,9 +116,9 @@ def check_method(
     kind = registry("methods").get(method) if isinstance(method, str) else method
     required = frozenset(getattr(kind, "requires", ()))
     on = _toy_with(required) if model is None else load(model) if isinstance(model, str) else model
-    trial = Trial(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
+    case = MethodCase(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
     with _random_state_restored():
-        found = tuple(_row(check, trial, expected.get(check)) for check in CHECKS)
+        found = tuple(_row(check, case, expected.get(check)) for check in CHECKS)
     return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", found)
 
 
@@ -130,14 +130,14 @@ def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:
     title = f"{plugin.label} ({plugin.target})"
     if plugin.state in ("broken", "incompatible"):
         return Report(title, (Row("class", False, plugin.error),))
-    seen = look(plugin.kind, plugin.name, plugin.target, limit)
+    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target, limit)
     if seen.error:
         return Report(title, (Row("class", False, seen.error.strip()),))
     rows = Row("class", True, ""), _documented(plugin.kind, seen)
     return Report(title, (*rows, _settings(seen)) if plugin.kind in ("methods", "recipes") else rows)
 
 
-def _documented(kind: str, seen: Look) -> Row:
+def _documented(kind: str, seen: PluginInfo) -> Row:
     try:
         if kind == "methods":
             documented(seen.page, seen.doc, plugin="the class")
@@ -148,19 +148,21 @@ def _documented(kind: str, seen: Look) -> Row:
     return Row("documented", True, "")
 
 
-def _settings(seen: Look) -> Row:
+def _settings(seen: PluginInfo) -> Row:
     faults = [*seen.faults, *undescribed(seen.settings)]
     return Row("config", not faults, "; ".join(faults) or f"{len(seen.settings)} settings")
 
 
-def _row(check: str, trial: Trial, reason: str | None) -> Row:
+def _row(check: str, case: MethodCase, reason: str | None) -> Row:
     try:
         ok: bool | None = True
-        detail = CHECKS[check](trial)
+        detail = CHECKS[check](case)
     except Failed as error:
         ok, detail = False, str(error)
     except NotReached as error:
         ok, detail = None, str(error)
+    except Refused as error:
+        detail = f"refused: {error}"
     except Exception as error:  # the plugin's own, in a later run
         ok, detail = False, f"{type(error).__name__}: {error}"
     if reason is None or ok is None:
@@ -181,7 +183,7 @@ def _toy_with(required: Set[str]) -> Model:
 
 def _singles(model: Model, rows: Sequence[Tokens | str], with_pictures: Set[str] = frozenset()) -> list[Tokens]:
     if rows:
-        return [model._input(row) for row in rows]
+        return [model.input(row) for row in rows]
     if with_pictures and model.processor is not None:
         shown = pictures(len(TEXTS), seed=0)
         return [model.tokens(text, images=[picture]) for text, picture in zip(TEXTS, shown, strict=True)]

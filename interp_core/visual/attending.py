@@ -23,11 +23,11 @@ from ..positions import AFTER_VISION, VISION, PositionLike
 from .states import demand_images
 
 if TYPE_CHECKING:
-    from ..edits import Edit
-    from ..model import Model
+    from ..session import Session
+    from ..sites import Edit
 
 
-def window(model: Model, layer: int, width: int = 1) -> tuple[int, ...]:
+def window(model: Session, layer: int, width: int = 1) -> tuple[int, ...]:
     """The layers `l - ⌊width/2⌋` to `l + ⌊width/2⌋` that the model has: fewer near its ends.
 
     Raises:
@@ -41,7 +41,7 @@ def window(model: Model, layer: int, width: int = 1) -> tuple[int, ...]:
     return tuple(range(max(0, layer - half), min(model.n_layers, layer + half + 1)))
 
 
-def layers_of(model: Model, layers: int | Iterable[int]) -> list[int]:
+def layers_of(model: Session, layers: int | Iterable[int]) -> list[int]:
     """Layers whose attention can be masked, in order.
 
     Raises:
@@ -83,7 +83,7 @@ def layer_number(layer: Any, last: int, there: str = "") -> int:
 
 
 def blocked(
-    model: Model,
+    model: Session,
     layers: int | Iterable[int],
     query: PositionLike = AFTER_VISION,
     key: PositionLike = VISION,
@@ -106,7 +106,7 @@ def blocked(
     return [site.knockout(query=query, key=key)]
 
 
-def truncated(model: Model, layer: int, stop: int | None = None) -> list[Edit]:
+def truncated(model: Session, layer: int, stop: int | None = None) -> list[Edit]:
     """Edits that take the image away from layer `layer` on (up to before layer `stop`, for a band).
 
     Args:

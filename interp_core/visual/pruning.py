@@ -32,15 +32,16 @@ from torch import Tensor
 from .. import sites as S
 from ..errors import PlanError, PositionError, ReadError, nearest, wrong
 from ..positions import AFTER_VISION, VISION, PerRow, PositionLike, Slice, position, resolve
-from ..trace import Run
+from ..run import Run
 from ..vision.places import runs
 from .attending import layer_number, layers_of, truncated
 from .replacing import replaced
 from .states import States, demand_images, rows_read
 
 if TYPE_CHECKING:
-    from ..edits import Edit
-    from ..model import Input, Model
+    from ..model import Model
+    from ..session import Input
+    from ..sites import Edit
     from ..text import Tokens
     from ..vision import VisualToken
 
@@ -80,7 +81,7 @@ def removed(model: Model, x: Input, dropped: PositionLike, layers: int | Iterabl
         SiteError, CapabilityError, PositionError: as `blocked`; a row of which nothing is left.
     """
     demand_images(model)
-    at, tokens = layers_of(model, layers), model._input(x)
+    at, tokens = layers_of(model, layers), model.input(x)
     gone, visual = [set(row) for row in places(tokens, dropped)], tokens.rows.names.get(VISION)
     if not at:
         return []
@@ -113,7 +114,7 @@ def ranked(
     demand_images(model)
     if by not in RANKINGS:
         raise PlanError(f"no ranking is called {by!r}. {nearest(by, RANKINGS)}")
-    tokens = model._input(x)
+    tokens = model.input(x)
     visual = places(tokens, VISION)
     if by == "random":
         return [_shuffled(len(row), seed) for row in visual]
@@ -192,7 +193,7 @@ def pruned(
         SiteError, CapabilityError: as `removed`.
     """
     demand_images(model)
-    tokens = model._input(x)
+    tokens = model.input(x)
     visual = places(tokens, VISION)
     sizes, given = [len(row) for row in visual], [len(row) for row in ranks]
     if sizes != given:

@@ -26,9 +26,8 @@ from .attending import layer_number, listed
 from .states import Rows, States, of
 
 if TYPE_CHECKING:
-    from ..edits import Edit
-    from ..sites import Site
-    from ..trace import Run
+    from ..run import Run
+    from ..sites import Edit, Site
 
 POLICIES = ("follow", "keep")
 """What becomes of DeepStack's later additions: the source's too, or as the model has them."""

@@ -25,11 +25,11 @@ from torch import Tensor
 from .. import sites as S
 from ..errors import CapabilityError, PlanError, ReadError, wrong
 from ..positions import VISION, format_position, position
-from ..trace import Run
+from ..run import Run
 
 if TYPE_CHECKING:
-    from ..model import Model
     from ..positions import PositionLike
+    from ..session import Session
     from ..sites import Site
 
 Rows = tuple[Tensor, ...] | Tensor
@@ -57,7 +57,7 @@ class States:
     of: str = "the run"
 
 
-def demand_images(model: Model) -> None:
+def demand_images(model: Session) -> None:
     """Refuse models that take no images.
 
     Raises:
@@ -67,7 +67,7 @@ def demand_images(model: Model) -> None:
         raise CapabilityError(f"no visual tokens: {why}")
 
 
-def reads(model: Model, at: PositionLike = VISION) -> list[Site]:
+def reads(model: Session, at: PositionLike = VISION) -> list[Site]:
     """What a run has to read so that `states` can be taken of it: `model.run(tokens, read=visual.reads(model))`.
 
     Args:

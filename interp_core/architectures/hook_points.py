@@ -1,0 +1,339 @@
+"""Taps: where in a model the value of a site can be had and replaced.
+
+A hook point names a module, a side of it, and how the site's value lies in what passes there. Engines carry hook points
+out; a hook point knows nothing of hooks.
+
+Most hook points are views: the value is the first tensor that passes, seen in other axes. Derived hook points compute
+the value (`get`) and put a change of it back (`put`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CapabilityError
+from .family import View
+from .rerouting import Proof, Routed, Taken
+from .routing import Router
+
+Side = Literal["in", "out", "attention"]
+
+
+class Call:
+    """What passes a hook point, as one object that changes follow each other on.
+
+    Attributes:
+        module: the module.
+        args: its positional inputs.
+        output: its whole output (None before the call).
+        first: the first tensor that passes; assigning it changes what the model goes on with.
+        shape: batch and pos of the pass, for modules that see them flattened.
+        needs: first tensors of the hook points that this one needs.
+        kwargs: inputs passed by name, for hook points at a module's input.
+        unedited: the output as the module gave it.
+        taken: what edits of a router have forced so far.
+        proofs: of edits of a router, to be closed when all of them are done.
+    """
+
+    __slots__ = (
+        "_changes", "args", "first", "kwargs", "module", "needs", "output", "proofs", "shape", "taken", "unedited",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: Any,
+        first: Tensor,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.module, self.args, self.output, self.first = module, args, output, first
+        self.kwargs: Mapping[str, Any] = kwargs or {}
+        self.shape: tuple[int, int] = (0, 0)
+        self.needs: tuple[Tensor, ...] = ()
+        self.unedited, self.taken, self.proofs = output, list[Taken](), list[Proof]()
+        self._changes: list[tuple[HookPoint, tuple[int, ...] | None, Tensor]] = []
+
+    def value(self, point: HookPoint, units: tuple[int, ...] | None) -> Tensor:
+        """A derived value as earlier changes left it. Partial ones are worked out from what they never change, so
+        their changes are added: `[batch pos unit d]`."""
+        assert point.get is not None
+        x = point.get(self, units)
+        for changed, those, change in self._changes:
+            if changed is point:
+                wanted = range(x.shape[-2]) if units is None else units
+                given = range(change.shape[-2]) if those is None else those
+                both = [(i, list(given).index(unit)) for i, unit in enumerate(wanted) if unit in given]
+                x = x.index_add(-2, *_indexed(both, change, x.device))
+        return x
+
+    def change(self, point: HookPoint, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
+        """Make a change of a derived value act."""
+        assert point.put is not None
+        point.put(self, old, new)
+        if point.partial:
+            self._changes.append((point, units, new - old))
+
+
+def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where units are wanted, and their changes."""
+    to = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)
+    return to, change[..., [j for _, j in pairs], :]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a site's tensor passes a module, where it is not `[batch pos …]` as the site has it.
+
+    Attributes:
+        flat: batch and pos are one axis.
+        factor: the block multiplies by it after the module; a number, or one for each feature.
+        images: it passes a vision tower, in which the patches of all images follow each other, as `[patch d]` or
+            `[tile patch d]`.
+    """
+
+    flat: bool = False
+    factor: float | Tensor = 1.0
+    images: bool = False
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there is a factor."""
+        return isinstance(self.factor, Tensor) or self.factor != 1
+
+    def enter(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What passes, as the site has it.
+
+        Raises:
+            CapabilityError: a tower gives another number of patches than the images have.
+        """
+        if self.images:
+            if x.numel() != shape[1] * x.shape[-1]:
+                there = x.numel() // x.shape[-1]
+                raise CapabilityError(
+                    f"the vision tower has {there} patches, and the images {shape[1]}, as the family file counts them: "
+                    "pass what this model's processor returned, whole"
+                )
+            x = x.reshape(1, -1, x.shape[-1])
+        x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
+        return x * self.factor if self.scaled else x
+
+    def leave(self, x: Tensor, like: Tensor) -> Tensor:
+        """The site's tensor as the module has to pass it on, in the place of `like`."""
+        x = x.reshape(like.shape)
+        if not self.scaled:
+            return x
+        entered = like * self.factor
+        return unrounded(entered, x, like, x / self.factor, self.factor)
+
+
+def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+    """What lies under a value that was worked out of `before` and changed from `old` to `new`: `after`, but exactly
+    what was there where nothing changed, so that setting a site to its own value changes no bit. (The difference is
+    zero there, and carries the gradient.)"""
+    return torch.where(new == old, before + (new - old) / factor, after)
+
+
+Get = Callable[[Call, "tuple[int, ...] | None"], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class HookPoint:
+    """Where a value is, for one site and layer.
+
+    Attributes:
+        module: dotted path in the model ("" is the model).
+        side: its input (the first, or that named `part`), its output, or inside its attention function, at `part`.
+        view: the first tensor in the site's axes (None: as it is). Views can be read, edited and differentiated.
+        get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
+        put: `(call, old, new)`: make the derived value's change act.
+        partial: `get` computes only the units asked for, and `put` takes their change.
+        needs: hook points whose first tensors `get` and `put` use; they lie before this one.
+        rank: order among hook points at the same place.
+        routed: how experts are banned, forced and weighed there, for sites of a router.
+        lens: how the tensor passes, where that is not as the site has it; the same for all hook points of a place.
+    """
+
+    module: str
+    side: Side
+    part: str = ""
+    view: View | None = None
+    get: Get | None = None
+    put: Callable[[Call, Tensor, Tensor], None] | None = None
+    partial: bool = False
+    needs: tuple[HookPoint, ...] = ()
+    rank: int = 0
+    routed: Routed | None = None
+    layout: Layout | None = None
+
+
+KEYED = ("rot_k", "v")
+"""Parts inside attention that reach back to the first key, also in a step that computes one token."""
+
+
+def transposed(x: Tensor) -> Tensor:
+    """`[batch head pos d_head]` as `[batch pos head d_head]`."""
+    return x.transpose(1, 2)
+
+
+def resid_mid(
+    block: HookPoint, attn_out: HookPoint, join: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> HookPoint:
+    """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`.
+
+    Args:
+        join: what the stream before and `attn_out` make, where that is not their sum (but moves as `attn_out` does).
+    """
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return (join or torch.add)(call.needs[0], call.first)
+
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        back = new - call.needs[0] if join is None else call.first + (new - old)
+        call.first = unrounded(old, new, call.first, back)
+
+    return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
+
+
+def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int, d_head: int) -> HookPoint:
+    """Contribution of each head: z times its slice of W_O. A change is added to the projection's output."""
+
+    def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
+        (z,) = call.needs
+        z = z.view(*z.shape[:2], n_heads, d_head)
+        weight = output_weight(module)
+        if weight.is_meta:
+            raise CapabilityError("head_out: the weights of the output projection are offloaded; load without offload")
+        weight = weight.reshape(n_heads, d_head, -1)
+        if units is not None:
+            z, weight = z[..., list(units), :], weight[list(units)]
+        return torch.einsum("bphe,hed->bphd", z, weight)
+
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        call.first = call.first + (new - old).sum(-2)
+
+    return replace(projected, get=get, put=put, partial=True, needs=(z,))
+
+
+def output_weight(module: nn.Module) -> Tensor:
+    """Weight of a linear layer, also one wrapped by an adapter, or of a Conv1D as `[in out]`."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.mT if hasattr(module, "in_features") else weight
+
+
+def in_features(module: nn.Module) -> int:
+    """Width of what a linear layer or Conv1D takes."""
+    return int(output_weight(module).shape[0])
+
+
+def out_features(module: nn.Module) -> int:
+    """Width of what a linear layer or Conv1D gives."""
+    return int(output_weight(module).shape[1])
+
+
+def router_logits(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
+    """Router logits; a change selects experts again, as the family does."""
+    routed = Routed(router, n_experts, k)
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return router.logits(call.output).view(*call.shape, -1)
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        routed.select_again(call, new.reshape(-1, n_experts))
+
+    return HookPoint(module, "out", get=get, put=put, routed=routed)
+
+
+def router_weights(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
+    """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return router.weights(call.output, n_experts).view(*call.shape, n_experts)
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
+
+    return HookPoint(module, "out", get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
+
+
+def router_probs(module: str, router: Router) -> HookPoint:
+    """The family's scores as probabilities, of the logits that were selected by; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        rule = router.rule(call.module, call.args)
+        return router.selection.probs(rule, router.logits(call.output)).view(*call.shape, -1)
+
+    return HookPoint(module, "out", get=get)
+
+
+def router_indices(module: str, router: Router, k: int) -> HookPoint:
+    """Executed experts, as the router orders them; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return router.chosen(call.output, k).view(*call.shape, k)
+
+    return HookPoint(module, "out", get=get)
+
+
+def shared_expert_gate(module: str) -> HookPoint:
+    """What a shared expert's output is multiplied by: the sigmoid of what the module gives; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.first.sigmoid().view(*call.shape, 1)
+
+    return HookPoint(module, "out", get=get)
+
+
+def expert_out(module: str, router: Router, n_experts: int) -> HookPoint:
+    """Weighted contribution of single experts."""
+
+    def wanted(units: tuple[int, ...] | None) -> tuple[int, ...]:
+        return tuple(range(n_experts)) if units is None else units
+
+    def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
+        found = router.contributions(call.module, call.args, call.output, wanted(units))
+        return found.view(*call.shape, *found.shape[1:])
+
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        call.first = router.contributed(call.first, (new - old).flatten(0, 1))
+
+    return HookPoint(module, "out", get=get, put=put, partial=True)
+
+
+EMBEDDINGS, DEEPSTACK = "inputs_embeds", "deepstack_visual_embeds"
+"""Names by which language models are handed embeddings, and features to add between the first blocks."""
+
+
+def deepstack(module: str, layer: int) -> HookPoint:
+    """Visual features that the language model adds after a block, laid over all positions (zero at text)."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        features = call.kwargs[DEEPSTACK][layer]
+        everywhere = features.new_zeros(*call.shape, features.shape[-1])
+        everywhere[call.kwargs["visual_pos_masks"]] = features
+        return everywhere
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        features = list(call.kwargs[DEEPSTACK])
+        features[layer] = new[call.kwargs["visual_pos_masks"]]
+        call.kwargs = {**call.kwargs, DEEPSTACK: features}
+
+    return HookPoint(module, "in", EMBEDDINGS, get=get, put=put)
+
+
+def logits() -> HookPoint:
+    """The model's own output."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.output.logits
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        call.output.logits = new
+
+    return HookPoint("", "out", get=get, put=put)

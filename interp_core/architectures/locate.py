@@ -1,0 +1,452 @@
+"""Where each site lies in a model: module paths, by the family's words, to hook points.
+
+    model ── Stack (blocks of the language model, or of its vision tower) ── Block ── locators ── Entry in the atlas
+
+A locator is a function of a block that adds one group of sites to the atlas. To give a model another site, write its
+line in `interp_core/sites.py` and a locator here; for a site of one family, `sites.define` in the family's file and the
+locator in its `Family.sites`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import LoadError, nearest
+from ..sites import SITES, VISION_
+from . import hook_points
+from .atlas import ROUTED, Atlas, Entry, Shape
+from .components import ENDS, Components
+from .family import Family, Heads, View, split_heads
+from .hook_points import HookPoint, Layout, Side
+from .reach import Reach
+from .towers import last_used
+from .undescribed import UNDESCRIBED, discover
+
+
+@cache
+def known_paths() -> dict[str, dict[str, str]]:
+    """Module paths by Hugging Face class name, from TransformerLens' adapters."""
+    return json.loads(Path(__file__).with_name("paths.json").read_text())
+
+
+def build(model: Any, family: Family | None) -> Atlas:
+    """The atlas of a Hugging Face model.
+
+    Raises:
+        LoadError: no transformer blocks in it.
+    """
+    config = model.config.get_text_config()
+    modules = dict(model.named_modules())
+    known = known_paths().get(type(model).__name__)
+    shown = known or discover(modules, model.get_input_embeddings())
+    paths = {**shown, **(family.paths if family else {})}
+    if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
+        paths |= {key: path for key, path in shown.items() if not key.startswith("blocks.")}
+    if paths.get("blocks") not in modules:
+        raise LoadError(
+            f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
+            "transformers. For another layout write a family file, see docs/families.md."
+        )
+    unnamed = family is None
+    undescribed = {} if family and family.router else router_reason(model, modules)
+    family = family or Family(str(model.config.model_type))
+    blocks = modules[paths["blocks"]]
+    shape = Shape(
+        n_layers=len(list(blocks.children())),
+        d_model=config.hidden_size,
+        d_vocab=model.get_output_embeddings().weight.shape[0],
+        n_ctx=getattr(config, "max_position_embeddings", None),
+    )
+    atlas = Atlas(family, shape, model.config)
+    if known is None and unnamed:
+        atlas.notes.append(
+            f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
+        )
+    stack = Stack(atlas, modules, paths, config)
+    if known is None and unnamed:
+        stack.refused["resid_mid"] = "module names do not show where the stream passes between attention and MLP"
+    stack.locate()
+    ends(stack)
+    tower = _tower(atlas, modules)
+    atlas.components.add("unembed", None, model.get_output_embeddings())
+    atlas.components.add("embed", None, model.get_input_embeddings())
+    _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
+    return atlas
+
+
+def _tower(atlas: Atlas, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Fill in the sites of a vision tower, which is a stack of blocks as the language model is one.
+
+    Returns:
+        Reasons why sites are lacking.
+    """
+    family, config = atlas.family.tower, getattr(atlas.config, "vision_config", None)
+    names = [name for name, info in SITES.items() if info.tower]
+    if config is None:
+        return dict.fromkeys(names, f"this {atlas.family.name} has no vision tower")
+    blocks = [] if family is None else [p for p in family.paths["blocks"].split("|") if p in modules]
+    if family is None or not blocks:
+        why = f"no family file describes the vision tower of this {atlas.family.name}, see docs/families.md"
+        return dict.fromkeys(names, why)
+    stack = Stack(atlas, modules, {**family.paths, "blocks": blocks[0]}, config, family)
+    atlas.tower = len(list(modules[blocks[0]].children()))
+    stack.locate()
+    if place := stack.places.get("pre_merger"):
+        stack.view("pre_merger", 0, stack.point(place.module, place.side), stack.d_model)
+    last = last_used(atlas.config, atlas.tower)
+    unread = f"this {atlas.family.name} takes what it sees from layer {last} of its tower: later ones change nothing"
+    for (name, layer), entry in atlas.entries.items():
+        if SITES[name].tower and SITES[name].layered and layer > last:
+            entry.write, entry.why = None, {"write": unread, "grad": unread}
+    return {VISION_ + name: why for name, why in stack.refused.items()}
+
+
+class Stack:
+    """A model's blocks, or those of its vision tower, and what their family says of them.
+
+    Args:
+        tower: of a vision tower's blocks, what the atlas must know of them.
+
+    Attributes:
+        text: whether they are the language model's.
+        prefix: begins the names of their sites.
+        refused: sites that the family cannot give, with the reason.
+        places: where the family has sites that lie elsewhere than usual.
+    """
+
+    def __init__(
+        self, atlas: Atlas, modules: Mapping[str, nn.Module], paths: Mapping[str, str], config: Any,
+        tower: Family | None = None,
+    ) -> None:  # fmt: skip
+        self.atlas, self.modules, self.paths, self.config = atlas, modules, paths, config
+        self.text, self.components = tower is None, atlas.components if tower is None else Components("", 0)
+        self.prefix, self.layout = ("" if self.text else VISION_), (None if self.text else Layout(images=True))
+        family = self.family = tower or atlas.family
+        self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
+        self.places = family.places(config) if callable(family.places) else family.places
+        self.d_model = {"d_model": atlas.shape.d_model}
+        self.refused = refusals(family, config if self.text else atlas.config)
+        if not self.text:
+            out = self.components_of(f"{paths['blocks']}.0")["attn.o"]
+            self.d_model = {"d_model": hook_points.out_features(modules[out])}
+
+    def locate(self) -> None:
+        """Find every site of every block."""
+        for layer in range(len(list(self.modules[self.paths["blocks"]].children()))):
+            block = Block(self, layer)
+            self.components.add("block", layer, block.module)
+            self.components.add_block(layer, block.parts, self.modules)
+            for locate in (*LOCATORS, *self.family.sites):
+                locate(block)
+
+    def components_of(self, block: str) -> dict[str, str]:
+        """Module paths of the components that a block has."""
+        parts, varied = {}, self.family.varied
+        for key, names in {**self.paths, **(varied(self.modules[block]) if varied else {})}.items():
+            if key.startswith("blocks."):
+                paths = (self._inside(block, key, name) for name in names.split("|"))
+                if path := next((path for path in paths if path in self.modules), None):
+                    parts[key.removeprefix("blocks.")] = path
+        return parts
+
+    def _inside(self, block: str, key: str, name: str) -> str:
+        """The path of a component in a block: those of attention and MLP (`blocks.attn.q`) lie inside their module."""
+        outer = key.split(".")[:-1]
+        parent = self.paths.get(".".join(outer)) if len(outer) > 1 else None
+        return f"{block}.{parent}.{name}" if parent else f"{block}.{name}"
+
+    def point(self, module: str, side: Side, *, flat: bool = False, view: View | None = None) -> HookPoint:
+        """A hook point at a module, as tensors pass there."""
+        return HookPoint(module, side, view=view, layout=Layout(flat=True) if flat else self.layout)
+
+    def view(self, name: str, layer: int, point: HookPoint, sizes: Mapping[str, int]) -> None:
+        """Add a site that is a view of what passes at a point, where the model has that module."""
+        if point.module in self.modules:
+            self.add(Entry(self.prefix + name, layer, point, point, sizes, module=self.modules[point.module]))
+
+    def add(self, entry: Entry) -> None:
+        """Add a site, unless the family refuses it."""
+        if entry.name.removeprefix(self.prefix) not in self.refused:
+            self.atlas.entries[entry.name, entry.layer] = entry
+
+
+class Block:
+    """One block, for functions that find sites in it.
+
+    Attributes:
+        stack: the blocks that it is one of.
+        path, module: of the block.
+        parts: module paths of its components by TransformerLens' names (`attn`, `attn.q`, `mlp.out`, …).
+    """
+
+    def __init__(self, stack: Stack, layer: int) -> None:
+        self.stack, self.layer, self.path = stack, layer, f"{stack.paths['blocks']}.{layer}"
+        self.module, self.parts, self.d_model = stack.modules[self.path], stack.components_of(self.path), stack.d_model
+
+    def point(self, path: str, side: Side, *, flat: bool = False, view: View | None = None) -> HookPoint:
+        """A hook point at a module of the block, by its path in the block."""
+        return self.stack.point(f"{self.path}.{path}", side, flat=flat, view=view)
+
+    def placed(self, name: str, usual: HookPoint) -> HookPoint:
+        """Where the family has a site, if it says so, else where it usually lies."""
+        place = self.stack.places.get(name)
+        return self.point(place.module, place.side, flat=place.flat) if place else usual
+
+    def view(self, name: str, point: HookPoint, sizes: Mapping[str, int]) -> None:
+        """Add a site that is a view of what passes at a point. `sizes` are those of its feature axes."""
+        self.stack.view(name, self.layer, point, sizes)
+
+    def add(
+        self, name: str, read: HookPoint, write: HookPoint | None, sizes: Mapping[str, int], why: dict[str, str]
+    ) -> None:
+        """Add a site that is read and written at different points, or has reasons why it lacks something."""
+        self.stack.add(Entry(self.stack.prefix + name, self.layer, read, write, sizes, why))
+
+    def addition(self, name: str, module: str, *, flat: bool = False) -> HookPoint:
+        """What is added to the stream: what a module gives, times the block's factor."""
+        family = self.stack.family
+        if place := self.stack.places.get(name):
+            module, flat = f"{self.path}.{place.module}", place.flat
+        factors = family.added(self.module) if family.added else {}
+        layout = Layout(flat, factors.get(name, 1.0), images=not self.stack.text)
+        return HookPoint(module, "out", layout=layout if layout.flat or layout.scaled or layout.images else None)
+
+
+# One function per group of sites. A family's own (`Family.sites`) are called after these, in the same way.
+
+
+def stream(block: Block) -> None:
+    """`resid_pre`, `resid_post`: what the block gets and gives."""
+    block.view("resid_pre", block.stack.point(block.path, "in"), block.d_model)
+    block.view("resid_post", block.stack.point(block.path, "out"), block.d_model)
+
+
+def attention_ends(block: Block) -> None:
+    """`attn_in`, `attn_out`, and `resid_mid` after it."""
+    attn = block.parts.get("attn", block.parts.get("linear_attn"))
+    if attn is None:
+        return
+    attn_out = block.addition("attn_out", block.parts.get("ln1_post", attn))
+    block.view("attn_in", block.placed("attn_in", block.stack.point(attn, "in")), block.d_model)
+    block.view("attn_out", attn_out, block.d_model)
+    if not block.stack.parallel:
+        _between(block, attn_out)
+
+
+def _between(block: Block, attn_out: HookPoint) -> None:
+    """The stream between attention and MLP. What a module gives is the stream itself; what a module reads is a use of
+    it beside others, so there changes go in by `attn_out`."""
+    parts, family = block.parts, block.stack.family
+    module = parts.get("ln2", parts.get("mlp"))
+    if "resid_mid" not in block.stack.places and (module is None or "mlp" not in parts):
+        return
+    point = block.placed("resid_mid", block.stack.point(str(module), "in"))
+    if point.side == "out":
+        block.view("resid_mid", point, block.d_model)
+        return
+    why = {"grad": "the stream also goes on past the module where it is read"} if point.layout else {}
+    join = partial(family.join, block.module, "resid_mid") if family.join else None
+    write = hook_points.resid_mid(block.stack.point(block.path, "in"), attn_out, join)
+    block.add("resid_mid", point, write, block.d_model, why)
+
+
+def mlp(block: Block) -> None:
+    """`mlp_in`, `mlp_act`, `mlp_out`."""
+    parts, stack = block.parts, block.stack
+    points: dict[str, HookPoint] = {}
+    if module := parts.get("mlp"):
+        points["mlp_in"] = stack.point(module, "in")
+    if module or "mlp_out" in stack.places:
+        router = stack.family.router
+        flat = router is not None and router.flat and f"{block.path}.{router.module}" in stack.modules
+        points["mlp_out"] = block.addition("mlp_out", parts.get("ln2_post", str(module)), flat=flat)
+    if out := parts.get("mlp.out") or parts.get("mlp.dense_out"):
+        points["mlp_act"] = stack.point(out, "in")
+    for name in ("mlp_in", "mlp_act"):
+        if name in stack.places:
+            points[name] = block.placed(name, points.get(name, stack.point(block.path, "in")))
+    for name, point in points.items():
+        width = hook_points.in_features(stack.modules[point.module]) if name == "mlp_act" else 0
+        block.view(name, point, {"d_mlp": width} if width else block.d_model)
+
+
+def heads(block: Block) -> None:
+    """`q`, `k`, `v`, `z`, `head_out`, and what is inside attention: `rot_q`, `rot_k`, `scores`, `pattern`."""
+    attn = block.parts.get("attn")
+    counts = head_counts(block, block.stack.modules[attn]) if attn else None
+    if attn is None or counts is None:
+        return
+    q, k = ({"head": n, "d_head": counts.d_key or counts.d_head} for n in (counts.n_heads, counts.n_kv_heads))
+    v = {"head": counts.n_kv_heads, "d_head": counts.d_head}
+    _projections(block, attn, counts, {"q": q, "k": k, "v": v})
+    if out := block.parts.get("attn.o"):
+        _mixed(block, out, counts)
+    if block.stack.text:  # a tower's attention is called per image or window, so it has no pattern of a whole pass
+        _inside_attention(block, attn, {"rot_q": q, "rot_k": k}, counts.n_heads)
+
+
+def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    family, stack = block.stack.family, block.stack
+    for part, of_part in sizes.items():
+        if part in family.inside:
+            block.view(part, HookPoint(attn, "attention", part, view=hook_points.transposed), of_part)
+        elif path := block.parts.get(f"attn.{part}"):
+            split = family.views.get(part)
+            view = split(counts, part) if split else split_heads(of_part["head"], of_part["d_head"])
+            block.view(part, stack.point(path, "out", view=view), of_part)
+        elif family.fused and (path := block.parts.get("attn.qkv")):
+            block.view(part, stack.point(path, "out", view=family.fused(counts, part)), of_part)
+
+
+def _mixed(block: Block, out: str, counts: Heads) -> None:
+    """`z` and `head_out`, at the output projection."""
+    stack = block.stack
+    z = split_heads(counts.n_heads, counts.d_head)
+    block.view("z", stack.point(out, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
+    ends = stack.point(out, "in"), stack.point(out, "out")
+    point = hook_points.head_out(*ends, stack.modules[out], counts.n_heads, counts.d_head)
+    sizes = {"head": counts.n_heads, **block.d_model}
+    block.add("head_out", point, point, sizes, {"grad": "it is computed beside the forward pass"})
+
+
+def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str, int]], n_heads: int) -> None:
+    stack, module = block.stack, block.stack.modules[attn]
+    images = stack.family.whole_images
+    stack.atlas.reaches[block.layer] = Reach.of(module, stack.config, block.layer, images=images)
+    if uses_interface(module):
+        for name, sizes in rotated.items():
+            block.view(name, HookPoint(attn, "attention", name, view=hook_points.transposed), sizes)
+        for name in ("scores", "pattern"):
+            block.view(name, HookPoint(attn, "attention", name), {"head": n_heads})
+    elif stack.family.pattern:
+        block.view("pattern", HookPoint(f"{block.path}.{stack.family.pattern}", "out"), {"head": n_heads})
+
+
+def head_counts(block: Block, module: nn.Module) -> Heads | None:
+    """Head counts of a layer, from the config and, where it has them, the layer's own weights."""
+    stack, parts = block.stack, block.parts
+    n_heads = getattr(stack.config, "num_attention_heads", None) or getattr(stack.config, "num_heads", None)
+    if n_heads is None or "attn.o" not in parts:
+        return None
+    d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    width = hook_points.in_features(stack.modules[parts["attn.o"]])
+    d_head = int(d_head or width // n_heads)
+    n_heads = n_kv = width // d_head
+    if k := parts.get("attn.k"):
+        n_kv = hook_points.out_features(stack.modules[k]) // d_head
+    elif qkv := parts.get("attn.qkv"):
+        n_kv = (hook_points.out_features(stack.modules[qkv]) // d_head - n_heads) // 2
+    counts = Heads(n_heads, n_kv, d_head)
+    return stack.family.heads(module, counts) if stack.family.heads else counts
+
+
+def router(block: Block) -> None:
+    """The sites of a mixture of experts."""
+    stack, family_router = block.stack, block.stack.family.router
+    if family_router is None or f"{block.path}.{family_router.module}" not in stack.modules:
+        return
+    gate, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
+    stack.atlas.components.add_router(block.layer, stack.modules[gate], stack.modules[experts])
+    n, k = family_router.sizes(stack.modules[gate])
+    beside = {"grad": "it is computed beside the forward pass"}
+    only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
+    logits = hook_points.router_logits(gate, family_router, n, k)
+    weights = hook_points.router_weights(gate, family_router, n, k)
+    output = hook_points.expert_out(experts, family_router, n)
+    block.add("router_logits", logits, logits, {"expert": n}, dict(beside))
+    block.add("router_weights", weights, weights, {"expert": n}, dict(beside))
+    block.add("router_probs", hook_points.router_probs(gate, family_router), None, {"expert": n}, dict(only_read))
+    block.add("router_indices", hook_points.router_indices(gate, family_router, k), None, {"k": k}, dict(only_read))
+    if family_router.shared_gate and (path := f"{block.path}.{family_router.shared_gate}") in stack.modules:
+        why = {"write": "it is only read", **beside}
+        block.add("shared_expert_gate", hook_points.shared_expert_gate(path), None, {"gate": 1}, why)
+    block.add("expert_out", output, output, {"expert": n, **block.d_model}, beside)
+    for name, reason in family_router.absent(stack.modules[gate]).items():
+        if stack.atlas.entries.pop((name, block.layer), None):
+            stack.atlas.withdrawn[name, block.layer] = reason
+
+
+LOCATORS = (stream, attention_ends, heads, mlp, router)
+
+
+def ends(stack: Stack) -> None:
+    """Sites and components that a model has once."""
+    for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
+        if (path := stack.paths.get(component)) in stack.modules:
+            stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
+    for component in ENDS:
+        if (path := stack.paths.get(component)) in stack.modules:
+            stack.atlas.components.add(component, None, stack.modules[str(path)])
+    what_towers_hand_over(stack)
+    point = hook_points.logits()
+    why = {"grad": "the score is a function of the logits already; differentiate it by hand"}
+    stack.add(Entry("logits", 0, point, point, {"d_vocab": stack.atlas.shape.d_vocab}, why))
+
+
+def what_towers_hand_over(stack: Stack) -> None:
+    """`vision_embed`, `deepstack`: what a vision tower gives arrives as arguments of the language model."""
+    vision = getattr(stack.atlas.config, "vision_config", None)
+    language = stack.paths["blocks"].rpartition(".")[0]
+    arguments = inspect.signature(stack.modules[language].forward).parameters
+    if vision is None or hook_points.EMBEDDINGS not in arguments:
+        return
+    stack.view("vision_embed", 0, HookPoint(language, "in", hook_points.EMBEDDINGS), stack.d_model)
+    if hook_points.DEEPSTACK in arguments:
+        for layer in range(len(vision.deepstack_visual_indexes)):
+            point = hook_points.deepstack(language, layer)
+            why = {"grad": "it is computed beside the forward pass"}
+            stack.add(Entry("deepstack", layer, point, point, stack.d_model, why))
+
+
+def refusals(family: Family, config: Any) -> dict[str, str]:
+    """Sites that the family cannot give, with the reason."""
+    return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
+
+
+def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
+    kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
+    why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
+    if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
+        why = f"no family file says how it selects experts ({path}); write one with a router, see docs/families.md"
+    return dict.fromkeys(ROUTED, why) if why else {}
+
+
+def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
+    """Say why each site that is not there is not there."""
+    present = {name for name, _ in atlas.entries}
+    family = atlas.family
+    for name in SITES:
+        if name in present:
+            continue
+        if reason := {**family.unseen, **refused}.get(name):
+            why = reason
+        elif name == "resid_mid" and parallel:
+            why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
+        elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
+            why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+        elif name == "shared_expert_gate":
+            why = f"this {family.name} has no gate on a shared expert"
+        elif SITES[name].visual:
+            why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
+        elif name == "mlp_act" and "expert_out" in present:
+            why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
+        else:
+            near = nearest(name, present)
+            why = f"the atlas does not know where {family.name} keeps {name}. {near}"
+        atlas.lacking[name] = why
+    if "final_norm" not in present:
+        atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
+
+
+def uses_interface(attention: nn.Module) -> bool:
+    """Whether an attention module goes through transformers' attention interface."""
+    code = inspect.unwrap(type(attention).forward).__code__
+    return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")

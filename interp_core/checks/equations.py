@@ -1,0 +1,329 @@
+"""Equations between the sites of a model, which the self-check at load holds against the model itself.
+
+The residual stream adds up, in a pass without edits and after them; head outputs sum to the output projection, patterns
+to one, pattern times values is z, and the readout gives the model's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..architectures.atlas import Atlas, Entry
+from ..errors import ReadError
+from ..run import Run
+from ..session import Session
+from ..sites import VISION_, Site
+
+ROUNDING = 16
+"""How many roundings of its terms a sum may be off."""
+
+
+class Law(Enum):
+    """What a finding of the self-check is about, and what becomes of the sites if it fails."""
+
+    VALUE = "withdrawn: not what the model computes with"
+    SUM = "withdrawn: they do not add up"
+    EDIT = "not to be edited: an edit does not act as it should"
+    READOUT = "refused: it gives other logits"
+    PADDING = "refused: a padded row is not what it is alone"
+
+
+class Finding(NamedTuple):
+    """One thing that was checked.
+
+    Attributes:
+        site: name of a site, or what else of the model (`readout`, `left padding`).
+        what: the sentence that should hold of it.
+        ok: whether it does.
+        detail: by how much.
+        law: what it is about.
+        others: further sites of the equation, which fail with it.
+        layers: where it fails; () for everywhere.
+        note: what a user should know though it holds.
+    """
+
+    site: str
+    what: str
+    ok: bool
+    detail: str
+    law: Law = Law.VALUE
+    others: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    note: str = ""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All that it is about."""
+        return (self.site, *self.others)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """How the residual stream goes on in one layer: from the site `before`, with what `parts` add, to `after`.
+
+    Attributes:
+        before: "" where no site has the stream that the parts are added to.
+    """
+
+    layer: int
+    before: str
+    parts: tuple[str, ...]
+    after: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites that it uses."""
+        return (*((self.before,) if self.before else ()), *self.parts, self.after)
+
+    @property
+    def defined(self) -> tuple[str, ...]:
+        """The sites that go if it fails: what is added, and the stream between, which it is that makes. A block's input
+        and output are what they are."""
+        return (*self.parts, *([self.after] if self.after.endswith("resid_mid") else []))
+
+    def within(self, atlas: Atlas) -> Sum | None:
+        """What can still be asked of it after sites were withdrawn."""
+        if any((name, self.layer) not in atlas.entries for name in (*self.parts, self.after)):
+            return None
+        known = not self.before or (self.before, self.layer) in atlas.entries
+        return self if known else replace(self, before="")
+
+    def __str__(self) -> str:
+        return f"adds up: {' + '.join((self.before or 'stream', *self.parts))} is {self.after}"
+
+
+def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
+    """The sums that a model's sites allow, layer by layer. Where attention's part is known and the MLP's is not, the
+    block may have none.
+
+    Args:
+        prefix: of the names, `vision_` for the layers of a vision tower.
+    """
+    made = list[Sum]()
+
+    def add(layer: int, before: str, parts: tuple[str, ...], after: str) -> None:
+        made.append(Sum(layer, before and prefix + before, tuple(prefix + part for part in parts), prefix + after))
+
+    for layer in range(atlas.tower if prefix else atlas.shape.n_layers):
+        resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
+            (prefix + name, layer) in atlas.entries
+            for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        if resid_pre and resid_mid and attn_out:
+            add(layer, "resid_pre", ("attn_out",), "resid_mid")
+        if resid_post and mlp_out and (resid_mid or not attn_out):
+            add(layer, "resid_mid" if resid_mid else "", ("mlp_out",), "resid_post")
+        elif resid_pre and resid_post and attn_out and not resid_mid:
+            parts = ("attn_out", "mlp_out") if mlp_out else ("attn_out",)
+            add(layer, "resid_pre", parts, "resid_post")
+    return made
+
+
+def add_up(model: Session, run: Run, made: list[Sum], edited: Sequence[Entry] = ()) -> list[Finding]:
+    """Hold sums against a run that has read their sites, in all its rows; one finding for layers alike.
+
+    Args:
+        edited: what is edited in each row but the first.
+    """
+    kinds: dict[str, list[Sum]] = {}
+    for one in made:
+        if one.before:
+            kinds.setdefault(str(one), []).append(one)
+    return [_held(model, run, what, alike, edited) for what, alike in kinds.items()]
+
+
+def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
+    checked = [_adds_up(model, run, one, edited) for one in alike]
+    failed = tuple(one.layer for one, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
+    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))
+    first, *others = alike[0].defined
+    note = ""
+    if not failed and any(joined for _, _, joined in checked):
+        note = f"{alike[0].after} is no plain sum: the family norms or scales the stream itself, see docs/families.md"
+    # without edits every layer was seen, with them only those that are edited stand for the others
+    layers, when = ((), " after edits") if edited else (failed, "")
+    return Finding(first, what + when, not failed, f"{worst:.1e}", Law.SUM, tuple(others), layers, note)
+
+
+def _adds_up(model: Session, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
+    """Whether a sum holds up to rounding, how far it is off in parts of the largest number, and whether it does so by
+    the family's own `join` only."""
+    shown = _shown(model.atlas, one)
+    rows = [0, *(i for i, entry in enumerate(edited, 1) if id(entry) not in shown)]
+    before, *parts, after = (run[Site(name, one.layer)].as_subclass(Tensor)[rows] for name in one.names)
+    added = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    terms = before.abs() + sum(part.abs() for part in parts)
+    ok, off = within_rounding(model, before + added, after, terms)
+    join = None if one.after.startswith(VISION_) else model.atlas.family.join
+    if ok or join is None:
+        return ok, off, False
+    block = model.atlas.entries["resid_pre", one.layer].module
+    if block is None:
+        return ok, off, False
+    with torch.no_grad():
+        off = distance(join(block, one.after, before, added), after)
+    return off <= tolerance(model), off, True
+
+
+def _shown(atlas: Atlas, one: Sum) -> set[int]:
+    """Entries whose edit shows in what is read of a sum and goes nowhere else: the sum itself, and what is read at the
+    very place where a term is (`mlp_in` at `resid_mid` in OLMo 2)."""
+    entries = {name: atlas.entries[name, one.layer] for name in one.names}
+    taps = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
+    others = [entry for (name, layer), entry in atlas.entries.items() if layer == one.layer and name not in entries]
+    beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in taps]
+    return {id(entry) for entry in (*beside, entries[one.after])}
+
+
+def within_rounding(model: Session, a: Tensor, b: Tensor, terms: Tensor) -> tuple[bool, float]:
+    """Whether two results of a sum differ by rounding only, and how far they are off, in parts of the largest."""
+    eps = max(torch.finfo(dtype).eps for dtype in (a.dtype, b.dtype, model.dtype) if dtype.is_floating_point)
+    ok = (a - b).abs() <= ROUNDING * eps * (terms + b.abs())
+    return bool(ok.all()), distance(a, b)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in parts of the largest number of `b`."""
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-12))
+
+
+def tolerance(model: Session) -> float:
+    """How far results of a few layers may be off, in parts of the largest number."""
+    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def equations(model: Session, run: Run, made: list[Sum]) -> Iterator[Finding]:
+    """The equations between the sites of a pass that has read them all, sums among them."""
+    atlas = model.atlas
+    covered = {(name, one.layer) for one in made for name in one.defined}
+    for name in ("attn_out", "resid_mid", "mlp_out"):
+        if open_ := tuple(layer for layer in atlas.layers(name) if (name, layer) not in covered):
+            yield Finding(name, "adds up", False, "no site has the stream that it is part of", Law.SUM, layers=open_)
+    yield from add_up(model, run, made)
+    if both(atlas, "vision_embed", "embed"):
+        yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
+    yield from projections(model, run)
+    yield from _attention(model, run)
+    if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and atlas.layers("final_norm"):
+        yield from _readout(model, run, at(run, *last))
+
+
+def declared(run: Run, sites: Iterable[Site], known: Mapping[str, int]) -> tuple[bool, str]:
+    """Whether sites, each of one layer at most, have the shapes that the atlas declares; and what is not as declared.
+
+    Args:
+        known: sizes of axes that the input gives.
+    """
+    for site in sites:
+        info, layer = site.info, site.layers if isinstance(site.layers, int) else 0
+        sizes = {**run.model.atlas.entries[site.name, layer].sizes, **known}
+        wanted = [sizes[axis] for axis in info.axes if axis != info.unit or site.units is None]
+        try:
+            shape = list(run[site].shape)
+        except ReadError:
+            return False, f"nothing passes there in layer {layer}"
+        except RuntimeError as error:  # a view that does not fit what the module returns
+            return False, f"layer {layer}: {error}"
+        if shape != wanted:
+            return False, f"layer {layer} gives {shape}, not {wanted}"
+    return True, ""
+
+
+def projections(model: Session, run: Run, prefix: str = "") -> Iterator[Finding]:
+    """Head outputs sum to what the output projection gives; of a vision tower with its prefix."""
+    if layers := both(model.atlas, f"{prefix}head_out", f"{prefix}z"):
+        pairs = [_projected(model, run, i, prefix) for i in layers]
+        yield _close(model, f"{prefix}head_out", "sums to the output projection", pairs)
+
+
+def _attention(model: Session, run: Run) -> Iterator[Finding]:
+    """Between patterns and what they are made of and mix."""
+    atlas = model.atlas
+    if layers := both(atlas, "pattern"):
+        sinks = any("sinks" in name for name, _ in model.hf.named_parameters())
+        rows = [at(run, "pattern", i).sum(-1) for i in layers]
+        ones = [x.clamp(max=1) if sinks else torch.ones_like(x) for x in rows]
+        what = "sums to less than one, the rest is the sink's" if sinks else "sums to one"
+        yield _close(model, "pattern", what, list(zip(rows, ones, strict=True)))
+        both_of = both(atlas, "scores", "pattern")
+        pairs = [(at(run, "scores", i).float().softmax(-1), at(run, "pattern", i).float()) for i in both_of]
+        if pairs and not sinks:
+            yield _close(model, "scores", "give the pattern by softmax", pairs)
+    if layers := both(atlas, "pattern", "v", "z"):
+        mixed = [(_mixed(at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
+        if atlas.family.gated:
+            pairs = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
+            yield _close(model, "v", "times pattern, times a gate between 0 and 1, is z", pairs)
+        else:
+            yield _close(model, "v", "times pattern is z", mixed)
+    if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
+        pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
+        for name in ("q", "k"):
+            yield _close(model, name, "gives the scores of the first position", pairs)
+
+
+def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
+    """The last stream through the final norm, and on to the logits."""
+    norm = model.atlas.entries["final_norm", 0].module
+    assert norm is not None
+    with torch.no_grad():
+        normed = _close(model, "final_norm", "is the norm of the last stream", [(norm(last), at(run, "final_norm", 0))])
+        pairs = [(model.readout(last), run.logits.as_subclass(Tensor))]
+    reads = _close(model, "readout", "gives the model's logits", pairs)
+    yield from (reads._replace(law=Law.READOUT), normed)
+
+
+def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
+    worst = max(distance(a, b) for a, b in pairs)
+    return Finding(name, what, worst <= tolerance(model), f"{worst:.1e}")
+
+
+def both(atlas: Atlas, *names: str) -> list[int]:
+    """Layers that have all of these sites."""
+    return sorted(set.intersection(*(set(atlas.layers(name)) for name in names)))
+
+
+def at(run: Run, name: str, layer: int) -> Tensor:
+    """What a run has read of a whole site in one layer."""
+    return run[Site(name, layer)].as_subclass(Tensor)
+
+
+def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
+    """Values mixed by the pattern `[batch pos head d_head]`."""
+    groups = pattern.shape[1] // v.shape[2]
+    return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
+
+
+NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+"""How modules that norm queries and keys are called."""
+
+
+def _normed(model: Session) -> bool:
+    """Whether queries and keys pass a norm or scores a cap, so that their product does not show."""
+    named = any(name.endswith(NORMS_OF_HEADS) for name in model.engine.modules)
+    return named or bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the first position, where rotary embeddings do nothing, by q and k and as they are, up to scale."""
+    product = (q[:, 0] * k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1)).sum(-1).float()
+    found = scores[:, :, 0, 0].float()
+    return product * (found.norm() / product.norm()), found
+
+
+def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:
+    """Sum of head outputs plus bias, and what the output projection makes of z."""
+    module = model.atlas.entries[f"{prefix}z", layer].module
+    assert module is not None
+    z = at(run, f"{prefix}z", layer)
+    total = at(run, f"{prefix}head_out", layer).sum(2)
+    if (bias := getattr(module, "bias", None)) is not None:
+        total = total + bias.detach()
+    with torch.no_grad():
+        return total, module(z.reshape(*z.shape[:2], -1))

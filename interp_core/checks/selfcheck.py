@@ -1,0 +1,312 @@
+"""The self-check at load: a few short passes that hold the atlas against the model itself.
+
+The first reads every site: shapes are as declared, and the equations between them hold. The second has one row per kind
+of site, each row with an edit at its site: its logits must differ from those of the row without, and the residual
+stream must add up in every row, so that an edit of what is added moves the stream by just that. The last two run a row
+alone and padded on either side: that must not change it. What fails is taken out of the atlas, with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..architectures.atlas import Atlas, Entry
+from ..errors import CapabilityError, InterpError
+from ..positions import VISION, Mask, Span
+from ..run import Run, forward
+from ..session import Session
+from ..sites import SITES, Edit, Site
+from ..text import Tokens
+from ..vision.places import placeholder_ids
+from .equations import Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
+from .tower import check_tower
+
+log = logging.getLogger(__name__)
+WIDTH = 6
+CHECKED_POSITIONS = (WIDTH - 3, WIDTH - 1)
+"""Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
+ALONE = WIDTH - 2
+"""Length of the row that is run alone and padded."""
+DERIVED_ONCE = ("expert_out",)
+"""Sites read in one layer only, because reading them costs as much as the layer."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the self-check found.
+
+    Attributes:
+        rows: everything that was checked; each starts with `site, what, ok, detail`.
+    """
+
+    rows: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything passed."""
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok  ' if row.ok else 'FAIL'}  {row.site:15}{row.what}  {row.detail}" for row in self.rows)
+
+
+def checked_sites(atlas: Atlas) -> list[str]:
+    """Names of what the check looks at, which runs on text. `vision_embed` is checked by taking text tokens for visual
+    ones; features of images that are added later exist with images only, and are left to the tests. A vision tower is
+    checked by itself: `checks.tower`."""
+    return [name for name, info in SITES.items() if name != "deepstack" and not info.tower and atlas.layers(name)]
+
+
+def check_atlas(model: Session) -> Check:
+    """Check a model's atlas, and take out of it what fails: each failed equation takes its own sites, and no others.
+
+    What is taken out is said in one line of the log, and stands in the atlas' notes.
+
+    Raises:
+        CapabilityError: a model that does not run, or that runs its blocks more than once in a pass.
+    """
+    rows: list[Finding] = []
+    for finding in _checks(model):
+        rows.append(finding)
+        if not finding.ok:
+            _withdraw(model.atlas, finding)
+    _tell(model.atlas, rows)
+    return Check(tuple(rows))
+
+
+def _withdraw(atlas: Atlas, finding: Finding) -> None:
+    why = f"self-check: {finding.what} fails ({finding.detail})"
+    for name in finding.sites:
+        if name in atlas.lacking:
+            continue
+        if name not in SITES:
+            atlas.lacking[name] = why
+        elif finding.law is not Law.EDIT:
+            atlas.drop(name, why, finding.layers)
+            if name == "final_norm":
+                atlas.lacking.setdefault("readout", why)
+        else:
+            for layer in atlas.layers(name):
+                entry = atlas.entries[name, layer]
+                entry.write = None
+                entry.why = dict.fromkeys(("write", "grad"), why) | entry.why
+
+
+def _tell(atlas: Atlas, rows: list[Finding]) -> None:
+    """Say what was taken out."""
+    clauses = []
+    for law in Law:
+        failed = [row for row in rows if row.law is law and not row.ok]
+        if failed:
+            names = ", ".join(dict.fromkeys(name for row in failed for name in row.sites))
+            clauses.append(f"{names}{_where(failed, atlas)} {law.value} ({failed[0].detail})")
+    atlas.notes += [*clauses, *dict.fromkeys(row.note for row in rows if row.note)]
+    if clauses:
+        log.warning("%s: %s", atlas.family.name, "; ".join(clauses))
+
+
+def _where(failed: list[Finding], atlas: Atlas) -> str:
+    """In which layers, where it is not in all."""
+    layers = sorted({layer for row in failed for layer in row.layers})
+    if not all(row.layers for row in failed) or len(layers) == atlas.shape.n_layers:
+        return ""
+    return f" in {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
+
+
+def _checks(model: Session) -> Iterator[Finding]:
+    atlas = model.atlas
+    ids = check_tokens(model)
+    tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
+    try:
+        run = forward(model, tokens, read=_everything(atlas))
+    except (InterpError, RuntimeError) as error:
+        _demand_a_pass(model, tokens, error)
+        yield from _unreadable(model, tokens)
+        run = forward(model, tokens, read=_everything(atlas))
+    for name in checked_sites(atlas):
+        layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
+        known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
+        shape = declared(run, (check_site(name, layer) for layer in layers), {"batch": 1, **known})
+        yield Finding(name, "has the declared shape", *shape)
+    yield from _routers(model, tokens)
+    made = sums(model.atlas)
+    yield from equations(model, run, made)
+    yield from _effects(model, run, ids, [left for one in made if (left := one.within(model.atlas))])
+    yield from _padding(model, ids[:ALONE])
+    yield from check_tower(model, ids)
+
+
+def _everything(atlas: Atlas) -> list[Site]:
+    return [first_unit(Site(name), atlas) for name in checked_sites(atlas)]
+
+
+def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
+    """Refuse a model that cannot even run.
+
+    Raises:
+        CapabilityError: with what it said.
+    """
+    try:
+        forward(model, tokens)
+    except (InterpError, RuntimeError) as problem:
+        raise CapabilityError(
+            f"engine {model.engine.name!r} cannot run this {type(model.hf).__name__} in {model.dtype}: {problem}"
+        ) from error
+
+
+def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
+    """Sites whose reading raises."""
+    for site in _everything(model.atlas):
+        try:
+            forward(model, tokens, read=site)
+        except (InterpError, RuntimeError) as error:
+            yield Finding(site.name, "can be read", False, str(error))
+
+
+def first_unit(site: Site, atlas: Atlas) -> Site:
+    """The site, or one unit in one layer of it where reading it all costs too much."""
+    return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
+
+
+def check_site(name: str, layer: int) -> Site:
+    """A site in one layer, or one unit of it where reading it all costs too much."""
+    return Site(name, layer if SITES[name].layered else None, 0 if name in DERIVED_ONCE else None)
+
+
+def check_tokens(model: Session) -> Tensor:
+    """A few ordinary token ids, the same for every load."""
+    config = model.hf.config
+    special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+    size = model.atlas.shape.d_vocab
+    ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
+    return torch.tensor([i for i in ids if i not in special][:WIDTH])
+
+
+def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
+    """Experts selected again from a router's own logits, as the family file says, against what its module returned: an
+    edit selects by that rule, so one that is not the model's must not be edited by."""
+    entries = [entry for (name, _), entry in model.atlas.entries.items() if name == "router_logits" and entry.write]
+    if not entries:
+        return
+    same = [Site("router_logits", entry.layer).scale(1.0) for entry in entries]
+    what, why = "selects as the family does", ""
+    try:
+        forward(model, tokens, edits=same, logits=-1, allow_noop=True)
+    except InterpError as error:
+        why = str(error)
+    yield Finding("router_logits", what, not why, why, Law.EDIT)
+
+
+def _effects(model: Session, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
+    """One row per kind of site and end of the model, each with one edit; row 0 has none."""
+    atlas = model.atlas
+    entries = _checked_entries(atlas)
+    n = len(entries) + 1
+    visual = [entry.visual for entry in entries]
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
+    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
+    edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    layers = {entry.layer for entry in entries}
+    made = [one for one in made if one.layer in layers]
+    read = tuple(dict.fromkeys(Site(name, one.layer) for one in made for name in one.names))
+    edited = forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
+    yield from [*_once(entries, edited), *add_up(model, edited, made, entries), *_added(model, edited, made, entries)]
+    changed = edited.logits.as_subclass(Tensor)
+    scale = float(changed[0].float().std())
+    for row, entry in enumerate(entries):
+        effect = float((changed[row + 1] - changed[0]).float().abs().max())
+        acted, what = effect > 1e-4 * scale, f"an edit in layer {entry.layer} changes the logits"
+        yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
+
+
+def _checked_entries(atlas: Atlas) -> list[Entry]:
+    """Every kind of site in its first and last layer."""
+    return [
+        atlas.entries[name, layer]
+        for name in checked_sites(atlas)
+        for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
+        if atlas.entries[name, layer].write is not None
+        if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
+    ]
+
+
+def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
+    """Modules that run several times in a pass, for layers that share them: a read shows one of them, an edit is made
+    in all.
+
+    Raises:
+        CapabilityError: whole blocks are shared.
+    """
+    for entry, receipt in zip(entries, edited.receipts, strict=True):
+        if receipt.fired < 2:
+            continue
+        often = f"{receipt.fired} times"
+        if entry.name == "resid_post":
+            raise CapabilityError(
+                f"this {edited.model.atlas.family.name} runs the same block {often} in a pass, for layers that share "
+                "their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load a "
+                "model whose layers have weights of their own"
+            )
+        # what is read is the last pass, which the equations of sites without layers are about
+        law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
+        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
+
+
+def _added(model: Session, edited: Run, made: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
+    """Parts whose stream no site has: the stream after them moves by what an edit adds to them."""
+    for one in made:
+        rows = [0, *(i + 1 for i, e in enumerate(entries) if (e.name, e.layer) == (one.parts[0], one.layer))]
+        if one.before or len(rows) == 1:
+            continue
+        part, after = (edited[Site(name, one.layer)].as_subclass(Tensor)[rows] for name in one.names)
+        moved, added = after[1:] - after[:1], part[1:] - part[:1]
+        terms = (after[1:].abs() + after[:1].abs() + part[1:].abs() + part[:1].abs()).amax(-1, keepdim=True)
+        ok, off = within_rounding(model, moved, added, terms)
+        yield Finding(one.parts[0], f"{one} after edits", ok, f"{off:.1e}", Law.SUM)
+
+
+def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
+    """A row with padding on either side, against the row alone."""
+    pad, known = WIDTH - ALONE, getattr(model.hf.config.get_text_config(), "pad_token_id", None)
+    filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.d_vocab else 0)
+    sides = {"left": slice(pad, None), "right": slice(0, ALONE)}
+    mask = torch.zeros(2, WIDTH, dtype=torch.bool)
+    for row, real in enumerate(sides.values()):
+        mask[row, real] = True
+    padded = Tokens(torch.stack([torch.cat([filler, ids]), torch.cat([ids, filler])]), mask)
+    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.as_subclass(Tensor)[0]
+    try:
+        logits = forward(model, padded).logits.as_subclass(Tensor)
+    except (InterpError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        for side in sides:
+            yield Finding(f"{side} padding", "changes nothing", False, str(error).partition("\n")[0], Law.PADDING)
+        return
+    for row, (side, real) in enumerate(sides.items()):
+        off = distance(logits[row, real], alone)
+        yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
+
+
+def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
+    """An edit of one row, at some of the last positions, that no symmetry of the model can undo."""
+    mask = Mask(tuple(CHECKED_POSITIONS if i == row else () for i in range(n_rows)), WIDTH)
+    info = SITES[entry.name]
+    site = check_site(entry.name, entry.layer)
+    if entry.name == "router_weights":
+        # unevenly: a norm of what experts give undoes a factor that all have in common
+        return site.at(mask).apply(
+            lambda x: x * torch.linspace(0.25, 0.75, x.shape[-1], device=x.device, dtype=x.dtype)
+        )
+    value = run[site].as_subclass(Tensor)
+    attention = "query" in info.axes
+    size = int(value.shape[1] if attention else value.shape[-1])
+    generator = torch.Generator().manual_seed(row)
+    dtype = value.dtype if entry.wide else run.model.dtype  # some models give float32 logits whatever their dtype
+    noise = torch.randn(size, generator=generator).to(value.device, dtype)
+    size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
+    place = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
+    return place.add(noise * (3 * size_of).to(dtype))

@@ -1,0 +1,95 @@
+"""What a Hugging Face model is called with, of tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architectures.atlas import Atlas
+from .errors import CapabilityError, PlanError
+from .session import Session
+from .text import CACHE, Tokens
+
+
+def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict[str, Any]:
+    """What the Hugging Face model is called with, made and checked once per tokens, kind of model and device. What the
+    caller gave goes in as it is; masks and positions are added only where there is padding: without, the model's own
+    defaults are the same and cheaper.
+
+    Args:
+        cache: a cache of earlier tokens is allowed for.
+
+    Raises:
+        TextError: tokens that do not fit the model.
+        CapabilityError: padding on a side where it changes the numbers of this model.
+        PlanError: a cache where there must be none.
+    """
+    if model.atlas.lacking and tokens.padded:
+        _check_padding(model.atlas, tokens)
+    device = model.device
+    key = (model.atlas.shape, device)
+    if CACHE in tokens.inputs and not cache:
+        raise PlanError(f"{CACHE} is for run(), one pass that starts where the cache ends: pass the whole text instead")
+    if key in tokens.placed:
+        return tokens.placed[key]
+    more = tokens.inputs[CACHE].get_seq_length() if cache and CACHE in tokens.inputs else 0
+    model.fit(tokens, more)
+    given, width = tokens.inputs, tokens.ids.shape[1]
+    seen = given.get("attention_mask", tokens.mask).to(device, torch.long)  # wider than the text where a cache is given
+    padded = not bool(seen.all())
+    inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
+    if padded or (given and not {CACHE, "position_ids"} & set(given)):
+        inputs["attention_mask"] = seen
+    by_grids = any(name.endswith("_grid_thw") for name in given)
+    if padded and not by_grids and _takes_positions(model):
+        inputs["position_ids"] = (_from_first(seen) + first_position(model.hf))[:, -width:]
+    for name, value in given.items():
+        inputs[name] = value.to(device) if isinstance(value, Tensor) else value
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_inference():  # autograd would not take it in a later run
+            inputs[name] = value.clone()
+    tokens.placed[key] = inputs
+    return inputs
+
+
+def _from_first(seen: Tensor) -> Tensor:
+    """Columns counted from each row's first real token to its last, as `forward` counts a row that begins in column 0:
+    padding around a row takes no part, holes in it do."""
+    columns = torch.arange(seen.shape[1], device=seen.device)
+    first, last = seen.argmax(1, keepdim=True), seen.shape[1] - 1 - seen.flip(1).argmax(1, keepdim=True)
+    return (columns - first).clamp(min=0).minimum(last - first)
+
+
+def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
+    """Refuse rows whose padding would change their numbers, as the self-check found."""
+    for side, column in (("left", 0), ("right", -1)):
+        if (why := atlas.lacking.get(f"{side} padding")) and not tokens.mask[:, column].all():
+            other = {"left": "right", "right": "left"}[side]
+            free = f", or pad on the {other}" if f"{other} padding" not in atlas.lacking else ""
+            raise CapabilityError(
+                f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
+                f"({why}): run rows one by one (for row in tokens){free}"
+            )
+
+
+def _takes_positions(model: Session) -> bool:
+    takes = inspect.signature(type(model.hf).forward).parameters
+    return "position_ids" in takes or any(item.kind is item.VAR_KEYWORD for item in takes.values())
+
+
+def first_position(hf: Any) -> int:
+    """The position that a model gives a text's first token: RoBERTa and its kin count from behind the padding id,
+    others from where their table of positions begins, most from 0."""
+    for path, module in hf.named_modules():
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    tables = (table for path, table in hf.named_buffers() if path.endswith("embeddings.position_ids"))
+    return next((int(table.flatten()[0]) for table in tables), 0)
+
+
+def cache_name(hf: Any) -> str:
+    """What a model calls the cache that it is handed; most have another word for it since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(type(hf).forward).parameters else CACHE

@@ -1,0 +1,330 @@
+"""Runs: a plan that is checked against a model, one forward pass of it, and what that gave."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architectures.hook_points import KEYED
+from .engines.layers import LET_GO
+from .engines.protocol import HandOver, PassRecord, Program
+from .engines.selection import BoundSelection, Selection
+from .errors import CapabilityError, PlanError, ReadError, wrong
+from .model_inputs import cache_name, model_inputs
+from .plan import Plan
+from .positions import PositionLike, Rows
+from .readings import ForwardPass, Gradients, LayerReadings, Receipt, demand_effect, demand_proof, receipts
+from .session import NOTHING, Input, Session
+from .sites import TENSOR_OPS, Edit, Site
+from .text import CACHE, Tokens
+
+Each = Callable[[int, LayerReadings], object]
+"""What is called with a layer and what was read of it, as soon as that has passed."""
+
+
+class Run(ForwardPass):
+    """One forward pass: read values by site, logits, receipts, gradients.
+
+    Attributes:
+        tokens: the input.
+        model: what ran.
+        grad: gradients by site, for runs with `grad=`.
+    """
+
+    def __init__(self, compiled: CompiledPlan, tokens: Tokens, record: PassRecord) -> None:
+        self._slots, self._atlas, self._rows = compiled.program.slots, compiled.model.atlas, tokens.rows
+        self._compiled, self.tokens, self._passed = compiled, tokens, record
+        self.model: Session = compiled.model
+
+    def _value(self, slot: int) -> Tensor:
+        value = self._passed.values[slot]
+        if value is LET_GO:
+            raise ReadError(f"{self._slots[slot].site} was handed to each= as it passed, and let go")
+        return value  # type: ignore[return-value]
+
+    @property
+    def plan(self) -> Plan:
+        """What was read and edited."""
+        return self._compiled.plan
+
+    def save(self, folder: str | Path) -> Path:
+        """Write all of it into a folder, as `run.json` and `run.safetensors`: what was read, gradients, logits, tokens,
+        plan and receipts. `ic.open_run(folder)` gives them back, without the model.
+
+        Raises:
+            PlanError: an edit that is a function, or an input of the text that no file can hold.
+        """
+        from .saved import save_run
+
+        return save_run(self, self.plan, self.receipts, self.model, folder)
+
+    def to_cache(self, model: Any = None) -> Any:
+        """A TransformerLens `ActivationCache` of the whole sites that were read, under TransformerLens' names.
+
+        Its analysis tools (`accumulated_resid`, `decompose_resid`, `logit_attrs`, `stack_head_results`, …) need weights
+        and so a bridge: runs on engine `transformer_lens` bring theirs.
+
+        Args:
+            model: a `TransformerBridge` of the same model, for runs on another engine.
+
+        Raises:
+            ReadError: nothing that was read has a name there.
+        """
+        from .engines.transformer_lens import CACHE_NAMES, cache_of
+
+        values = {
+            (site.name, layer): self[Site(site.name, layer if site.info.layered else None)].plain
+            for site in self
+            if site.units is None and site.pos is None and site.name in CACHE_NAMES
+            for layer in ((site.layers,) if isinstance(site.layers, int) else self._atlas.layers(site.name))
+        }
+        if not values:
+            raise ReadError(
+                f"no site of this run has a name in a cache (it holds {self.held()}); read whole sites, such as "
+                "S.resid_post, S.z"
+            )
+        return cache_of(values, getattr(self.model.engine, "bridge", None) if model is None else model)
+
+    @cached_property
+    def receipts(self) -> list[Receipt]:
+        """One per edit."""
+        return receipts(self._compiled.edits, (self._passed,), self._rows)
+
+    def demand_effect(self) -> None:
+        """Refuse edits that did nothing.
+
+        Raises:
+            EffectError: naming the first of them.
+        """
+        demand_effect(self._compiled.edits, (self._passed,), lambda: self.receipts)
+
+    def set_logits(self, logits: Tensor, asked: bool | PositionLike, bound: BoundSelection | None) -> None:
+        """Keep the logits that were asked for."""
+        self._logits = logits if bound is None else bound.take(logits)
+        self._logits_site = Site("logits") if isinstance(asked, bool) else Site("logits").at(asked)
+
+    def differentiate(self, score: Callable[[Tensor], Tensor]) -> None:
+        """Fill `grad` with the gradients of `score(logits)` and let go of the graph."""
+        assert self._logits is not None
+        scalar = score(self._logits)
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            shape = list(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise ReadError(f"grad= takes a function of the logits that returns one number, it returned {shape}")
+        bases = [base for base in self._passed.bases if base is not None]
+        tensors, bounds = [tensor for tensor, _ in bases], [bound for _, bound in bases]
+        if scalar.requires_grad:
+            grads = torch.autograd.grad(scalar.sum(), tensors, allow_unused=True, materialize_grads=True)
+        else:  # edits have cut it off from everything read
+            grads = tuple(map(torch.zeros_like, tensors))
+        self._grad = Gradients(self, list(grads), bounds)
+        self._passed.bases = []
+        self._passed.values = [None if value is None else value.detach() for value in self._passed.values]
+        self._logits = self._logits.detach()
+
+
+class CompiledPlan:
+    """A plan checked against a model. `run` it on as many inputs as you like."""
+
+    __slots__ = ("_reads", "_snapshot", "edits", "model", "program")
+
+    def __init__(self, model: Session, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
+        self.model, self.program, self._reads, self.edits = model, program, reads, edits
+        self._snapshot = model.snapshot
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return Plan.of(self._reads, self.edits)
+
+    def ready(self) -> Program:
+        """The program for the model as it is now, compiled again if it has changed; for whoever holds the turn.
+
+        Raises:
+            SiteError, PlanError, CapabilityError: the model as it is now cannot do it.
+        """
+        model = self.model
+        if model.snapshot.stale(getattr(self.program, "places", ())):
+            model.reopen()
+        if self._snapshot is not model.snapshot:
+            self.program, self._snapshot = model.program(self._reads, self.edits)[0], model.snapshot
+        return self.program
+
+    def touches(self, name: str) -> bool:
+        """Whether it reads or edits sites of that name."""
+        read = any(slot.entry.name == name for slot in self.program.slots)
+        return read or any(edit.site.name == name for edit in self.edits)
+
+    def run(
+        self,
+        x: Input,
+        *,
+        grad: Callable[[Tensor], Tensor] | bool = False,
+        logits: bool | PositionLike = True,
+        each: Each | None = None,
+        attention: bool = False,
+        allow_noop: bool = False,
+    ) -> Run:
+        """One forward pass; arguments as in `Model.run`."""
+        model, edits = self.model, self.edits
+        if torch.is_inference_mode_enabled():
+            return self._outside_inference(x, grad, logits, each, attention, allow_noop)
+        tokens = x if isinstance(x, Tokens) else model.input(x)
+        stop = logits is False
+        if grad is not True and grad is not False and not callable(grad):
+            raise PlanError(wrong("grad=", "True, False or a function of the logits", grad))
+        if logits is None:
+            raise PlanError(wrong("logits=", "True, False or positions", logits))
+        graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)
+        with model.turn:
+            program, keep = self.ready(), None
+            if stop:
+                self._check_stop(bool(grad))
+            if graph:
+                self._check_grad(grad)
+            inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
+            if CACHE in inputs:
+                self._check_cached()
+                inputs[cache_name(model.hf)] = _copied(inputs.pop(CACHE))  # the pass adds to it
+            if not isinstance(logits, bool):
+                keep = self._keep(logits, tokens.rows, inputs)
+            apart = model.snapshot.weights_apart() if graph else NOTHING
+            handing = None if each is None else self._handing(each, tokens.rows, graph)
+            more = self._attending(each) if attention else {}
+            with torch.set_grad_enabled(graph), model.fresh(), apart:
+                record = program.forward(inputs, tokens.rows, edits, keep_graph=graph, stop=stop, each=handing, **more)
+            run = Run(self, tokens, record)
+        if not stop:
+            run.set_logits(record.output.logits, logits, keep)
+        record.output = None
+        if callable(grad):
+            with torch.enable_grad():
+                run.differentiate(grad)
+        if record.routed:
+            demand_proof(edits, (record,))
+        if not allow_noop and edits:
+            run.demand_effect()
+        return run
+
+    def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
+        """Which logits to keep; where the model can, it computes no others."""
+        selection = Selection(Site("logits").at(asked), None)
+        assert selection.pos is not None
+        columns = selection.columns(rows, selection.pos)
+        if self.model.keeps_logits and not self.touches("logits"):
+            kept = sorted({column for row in columns for column in row})
+            columns = [[kept.index(column) for column in row] for row in columns]
+            tail = kept == list(range(rows.width - len(kept), rows.width))
+            inputs["logits_to_keep"] = len(kept) if tail else torch.tensor(kept, device=self.model.device)
+        return BoundSelection(selection, rows, columns, None, None)
+
+    def _check_stop(self, grad: bool) -> None:
+        if not self._reads:
+            raise PlanError("logits=False without reads asks for nothing")
+        if grad:
+            raise PlanError("grad needs the logits; leave logits=False out")
+        self.program.check_reach(self.edits)
+
+    def _check_cached(self) -> None:
+        """Refuse sites whose keys reach back into a cache that was handed in: positions count this run's tokens."""
+        entries = [slot.entry for slot in self.program.slots]
+        entries += [entry for edit in self.edits for entry in self.model.atlas.select(edit.site)]
+        for entry in entries:
+            if any(point and point.side == "attention" and point.part in (*KEYED, "scores", "pattern")
+                   for point in (entry.read, entry.write)):  # fmt: skip
+                raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
+
+    def _handing(self, each: Each, rows: Rows, graph: bool) -> HandOver:
+        """What hands the readings of a layer over.
+
+        Raises:
+            PlanError: there is nothing to hand over, or a graph that would hold everything.
+        """
+        if not callable(each):
+            raise PlanError(wrong("each=", "a function of a layer and its readings", each))
+        slots, atlas = self.program.slots, self.model.atlas
+        if not any(slot.site.info.layered for slot in slots):
+            raise PlanError("each= is called with what is read of a layer, and nothing is: pass read=S.pattern, say")
+        if graph:
+            raise PlanError(
+                "each= lets values go as the pass goes on, and gradients need them all: leave grad= (or values that "
+                "require grad) out, or each="
+            )
+
+        def handing(layer: int, numbers: list[int], record: PassRecord) -> None:
+            values = [record.values[number] for number in numbers]
+            kept = [slots[number] for number in numbers]
+            each(layer, LayerReadings(kept, atlas, rows, layer, values, record.attention.get(layer)))
+
+        return handing
+
+    def _attending(self, each: Each | None) -> dict[str, bool]:
+        """What a program is told that is to keep attention for `each`.
+
+        Raises:
+            PlanError: nobody is handed it, or edits change what it would be made of.
+            CapabilityError: this model on this engine cannot.
+        """
+        if each is None:
+            raise PlanError("attention=True hands each layer's attention over to each=, and there is none: pass each=")
+        for edit in self.edits:
+            if edit.site.name in ("scores", "pattern"):
+                raise PlanError(f"{edit}: rows of attention=True are made of queries and keys, before such an edit")
+        if why := self.model.can("pattern", "rows"):
+            raise CapabilityError(f"attention=True: {why}; read S.pattern.at(query=…) instead")
+        return {"attention": True}
+
+    def _outside_inference(
+        self, x: Input, grad: Any, logits: bool | PositionLike, each: Each | None, attention: bool,
+        allow_noop: bool,
+    ) -> Run:  # fmt: skip
+        """A run called under `torch.inference_mode()`: what is kept for later runs serves those with gradients too.
+
+        Raises:
+            PlanError: it asks for gradients.
+        """
+        wanted = next((f"{e}'s value" for e in self.edits if e.op in TENSOR_OPS and e.value.requires_grad), "")
+        if grad is not False or wanted:
+            raise PlanError(
+                f"gradients are asked for ({wanted or 'grad='}) under torch.inference_mode(), where nothing has any; "
+                "leave it for this run, or use torch.no_grad() instead, which such a run turns off for itself"
+            )
+        with torch.inference_mode(False):
+            return self.run(x, logits=logits, each=each, attention=attention, allow_noop=allow_noop)
+
+    def _check_grad(self, asked: Any) -> None:
+        for slot in self.program.slots:
+            if asked and (why := slot.entry.why.get("grad")):
+                raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        if asked is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
+            raise PlanError(
+                "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "
+                "edit a value that requires grad"
+            )
+
+
+def _may_need_grad(edit: Edit) -> bool:
+    return edit.op == "apply" or (edit.op in TENSOR_OPS and edit.value.requires_grad)
+
+
+def _copied(cache: Any) -> Any:
+    """A copy of a cache, with its graph."""
+    parts = (cache, *getattr(cache, "layers", ()))
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
+
+
+def forward(
+    session: Session,
+    x: Input,
+    read: Iterable[Site | str] | Site | str = (),
+    edits: Iterable[Edit] | Edit = (),
+    **options: Any,
+) -> Run:
+    """One forward pass with reads and edits; arguments and errors are those of `Model.run`."""
+    return CompiledPlan(session, *session.program(read, edits)).run(x, **options)
