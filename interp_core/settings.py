@@ -128,7 +128,10 @@ def schema(config: type[Config]) -> dict[str, Any]:
 def rows(config: type[Config]) -> list[dict[str, str]]:
     """Name, type, default and description of every field, those of its own before those that it inherits."""
     texts, fields = _texts(config), config.model_fields
-    declared = [name for kind in config.__mro__ for name in vars(kind).get("__annotations__", ()) if name in fields]
+
+    def from_how_far_up(name: str) -> int:
+        return max(i for i, kind in enumerate(config.__mro__) if name in getattr(kind, "model_fields", ()))
+
     return [
         {
             "setting": name,
@@ -136,7 +139,7 @@ def rows(config: type[Config]) -> list[dict[str, str]]:
             "default": NEEDED if field.is_required() else _shown(field.get_default(call_default_factory=True)),
             "description": field.description or texts.get(name, ""),
         }
-        for name, field in ((name, fields[name]) for name in dict.fromkeys(declared))
+        for name, field in sorted(fields.items(), key=lambda item: from_how_far_up(item[0]))
     ]
 
 
@@ -155,6 +158,7 @@ def _type(annotation: Any) -> str:
     return annotation.__name__ if plain else re.sub(r"\b(\w+\.)+(?=\w)", "", str(annotation))
 
 
+# the section's heading at any indent, then all lines that stand deeper than it, or are empty
 _SECTION = re.compile(r"^(?P<indent> *)(Attributes|Args):\n(?P<body>(?:(?P=indent) +\S.*\n?|\s*\n)+)", re.M)
 
 
@@ -167,7 +171,7 @@ def described(doc: str) -> dict[str, str]:
     depth = len(lines[0]) - len(lines[0].lstrip())
     texts: dict[str, str] = {}
     names: list[str] = []
-    for line in lines:
+    for line in lines:  # one at the section's own depth names settings; a deeper one goes on with what is said of them
         start = re.match(rf" {{{depth}}}([\w, *]+?)(?: \([^)]*\))?: (.*)", line)
         if start:
             names = [name.strip(" *") for name in start[1].split(",")]
@@ -198,6 +202,7 @@ def _value(annotation: Any, text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
+    # JSON goes first, so that 3 is a number where the setting takes either; a text is kept where it takes no number
     for candidate in (value, text, [value], [text]):
         if _takes(annotation, candidate):
             return candidate

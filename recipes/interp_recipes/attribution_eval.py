@@ -66,11 +66,11 @@ class AttributionEvalConfig(ic.Config):
         output_root: where the tree goes.
         num_examples: of each data set, at most.
         mode: faithfulness_gen, recovery_ruler, or both.
-        sample: draw so many examples by a shuffle (None: the first ones),
-        seed: with this seed.
+        sample: draw so many examples by a shuffle (None: the first ones).
+        seed: of that shuffle.
         n_hops: of multi-hop methods.
-        chunk_tokens: how many sources of IFR are worked on at a time,
-        sink_chunk_tokens: and how many sinks.
+        chunk_tokens: how many sources of IFR are worked on at a time.
+        sink_chunk_tokens: how many sinks of IFR are worked on at a time.
         attnlrp_neg_handling: of AttnLRP: what becomes of negative relevance.
         attnlrp_norm_mode: of AttnLRP: whether relevance is normalised.
         save_hop_traces: also write trace folders.

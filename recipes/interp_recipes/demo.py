@@ -102,8 +102,7 @@ def patching_map(model: ic.Model, task: Task) -> tuple[Tensor, float, float]:
 def named_heads(effect: Tensor) -> list[tuple[int, int]]:
     """Heads with at least a third of the largest effect, strongest first."""
     order = effect.flatten().argsort(descending=True).tolist()
-    heads = [divmod(i, effect.shape[1]) for i in order if float(effect.flatten()[i]) >= float(effect.max()) / 3]
-    return [(layer, head) for layer, head in heads]
+    return [divmod(i, effect.shape[1]) for i in order if float(effect.flatten()[i]) >= float(effect.max()) / 3]
 
 
 def judged(run: ic.Run, task: Task) -> dict[str, float]:

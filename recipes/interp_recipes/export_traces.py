@@ -130,6 +130,7 @@ def _suffix(folder: Path) -> Path:
     """What follows `traces/` in a folder's path: data set, model and run; its own name where there is no `traces`."""
     parts = folder.absolute().parts
     places = [i + 1 for i, part in enumerate(parts) if part == "traces" and i + 1 < len(parts)]
+    # the last `traces` behind which data set, model and run still fit: a folder above, or a model, may be called so too
     whole = [i for i in places if len(parts) - i >= 3]
     start = whole[-1] if whole else next(iter(places), len(parts) - 1)
     return Path(*parts[start:])

@@ -188,7 +188,7 @@ class Asking:
 
     Attributes:
         prompt, max_model_len: as of `question_tokens`.
-        max_new_tokens: of an answer.
+        max_new_tokens: how long an answer may be.
         batch_size: questions that run together.
         scorer: of answers.
         strict: the first sample that cannot be used ends the run.
@@ -210,12 +210,12 @@ class VisualConfig(DeviceConfig):
         profile: smoke, for a look at all files within minutes, or full; they set what is not set by its flag.
         out: folder of the run; the same command goes on there (None: one below results/).
         dataset: chartqa, docvqa, vqav2, pope, plain, or toy (drawn).
-        data_path: its file or folder.
-        images: the folder of its images, where that is another.
-        split: of chartqa.
+        data_path: the data set's file or folder.
+        images: the folder of the data set's images, where that is another.
+        split: of the data set, where it has several (chartqa).
         kinds: only questions of these kinds.
         cliff_boundary: the first layer after a cliff that a causal study found.
-        causal_record: of that study: its file (causal.json), or its hash.
+        causal_record: where that study recorded it: its file (causal.json), or its hash.
         scorer: of answers (None: that of the data set).
         prompt: words of the question with {question} in them (None: those of the data set).
         max_new_tokens: of an answer.
@@ -313,6 +313,23 @@ def demand_one_image(question: Question) -> None:
         raise ic.TextError(f"it has {len(question.images)} images; donors are drawn for one")
 
 
+def readable(questions: Sequence[Question], read: Callable[[Question], T], asking: Asking, bad: list[Row]) -> list[T]:
+    """What `read` gives for each question that can be used; the others are noted in `bad`.
+
+    Raises:
+        PlanError: one cannot, and the run is strict.
+    """
+    values: list[T] = []
+    with ic.Progress("questions", len(questions)) as told:
+        for question in questions:
+            try:
+                values.append(read(question))
+            except ic.InterpError as error:
+                note_bad(bad, question.name, "reading it", error, asking.strict)
+            told.add()
+    return values
+
+
 def stacked(rows: Sequence[ic.Tokens]) -> ic.Tokens:
     """Rows as a batch."""
     return rows[0] if len(rows) == 1 else ic.Tokens.stack(list(rows))
@@ -332,6 +349,7 @@ def each(
     with ic.Progress(told_as, len(samples)) as told:
         for start in range(0, len(samples), asking.batch_size):
             part = samples[start : start + asking.batch_size]
+            # rows of a batch are one tensor: one that does not fit in memory, or cannot be read, takes all with it
             try:
                 done |= {name(sample): value for sample, value in zip(part, work(part), strict=True)}
             except (ic.InterpError, torch.OutOfMemoryError):

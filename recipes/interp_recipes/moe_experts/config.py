@@ -22,8 +22,8 @@ class MoeExpertsConfig(TreeConfig):
         data_path: pairs, as docs/moe_pairs.md has them.
         top_k: experts per token (None: the model's own number). With another number than the model's, sets are the
             largest so many of the router's probabilities, a statistic that the model does not execute.
-        threshold_percentile: cells of a difference map stand out from this percentile of all cells on,
-        threshold_min: and from this size on.
+        threshold_percentile: cells of a difference map stand out from this percentile of all cells on.
+        threshold_min: and from this size on, whatever the percentile says.
     """
 
     data_path: Path

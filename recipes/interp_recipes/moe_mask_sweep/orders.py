@@ -101,6 +101,7 @@ def orders(
             listed.append(Order(kind, 0, cells if kind == "descending" else cells[::-1]))
             continue
         for draw in range(draws):
+            # a stream per kind and draw: another number of draws, or kinds, leaves each of them as it was
             rng = np.random.default_rng([seed, ORDERS.index(kind), draw])
             stand_in = {
                 layer: _permutation(rng, shape.n_experts, None if kind == "random" or usage is None else usage[row])

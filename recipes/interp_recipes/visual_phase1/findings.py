@@ -106,6 +106,7 @@ class Causal:
             blind = records.blind(effects, own if name == MAIN else mode)
             curves[effects.name] = curve(effects.name, effects.values, effects.layers, tau, blind=blind, boot=boot)
         first = curves[main.name]
+        # text rows are where the answer goes on once the image is done with: their effect rises as the cliff's falls
         text = next((records.effects(*pair) for pair in records.interventions if pair == ("text:blind", mode)), None)
         hard, easy, kinds = _kinds(main, records.blind(main, mode), difficulty)
         cliff = plan.cliff_boundary if plan.cliff_boundary is not None else _inside(first.cliff.value, self.n_layers)
@@ -215,6 +216,7 @@ def _kinds(
     said = {word: tuple(name for name in main.samples if difficulty.get(name) == word) for word in ("hard", "easy")}
     if said["hard"] and said["easy"]:
         return said["hard"], said["easy"], "as the data set says"
+    # with many equal effects a sample can lie in the upper and the lower third; it is of neither
     hard, easy = terciles(blind)
     both = hard & easy
     names = np.array(main.samples)
@@ -255,6 +257,7 @@ def _other_half(main: Effects, tau: float, plan: Plan) -> tuple[int | None, tupl
     """A boundary, and samples that it does not come from."""
     if plan.cliff_boundary is not None:
         return plan.cliff_boundary, main.samples
+    # by images, not by samples: questions about one image would put it on both sides
     order = {image: number for number, image in enumerate(dict.fromkeys(main.images))}
     finds = np.array([order[image] % 2 == 0 for image in main.images])
     if finds.all():
@@ -293,11 +296,6 @@ class Truncation:
     bands: Mapping[tuple[int, int], stats.Interval] = field(default_factory=dict)
 
     @staticmethod
-    def nothing(cause: Causal) -> Truncation:
-        """Nothing was run."""
-        return Truncation(None, records=cause.records.hash)
-
-    @staticmethod
     def of(
         rows: Sequence[Row], grid: Sequence[int], samples: Sequence[Sample], n_layers: int, plan: Plan, cause: Causal
     ) -> Truncation:
@@ -308,6 +306,7 @@ class Truncation:
         if len({sample.image for sample in kept}) < 2:
             first = f"; the first: {bad[0]['failed']}" if bad else ""
             raise ic.PlanError(f"{len(kept)} of {len(samples)} samples are answered, of fewer than two images{first}")
+        # a row with `stop` has the image gone in a band alone; one without, from its layer on (None: a random image)
         cells = {(row["sample"], row["layer"]): row for row in rows if not row.get("stop")}
         parts = {(row["sample"], row["layer"], row["stop"]): row for row in rows if row.get("stop")}
         names = [sample.name for sample in kept]
@@ -402,11 +401,6 @@ class Geometry:
     text: CutRatio | None = None
     why: str = ""
     skipped: tuple[Row, ...] = ()
-
-    @staticmethod
-    def nothing() -> Geometry:
-        """Nothing was run."""
-        return Geometry(None)
 
     @staticmethod
     def of(result: GeometryResult, noted: Row, cause: Causal, plan: Plan) -> Geometry:

@@ -82,7 +82,7 @@ class Removals:
         horizons, claims, pooled = {}, {}, {}
         for answer, score in ANSWERS.items():
             left = np.stack([numbers("kept", score, name) for name in names])
-            gains = left[..., 0] - left[..., 1:].mean(-1)
+            gains = left[..., 0] - left[..., 1:].mean(-1)  # the first subset is the ranked one, the rest are random
             epsilon = noise([numbers("blank", score, name) for name in names])
             lost = [numbers("lost", score, name) for name in names]
             horizons[answer] = horizon(lost, gains, layers, plan.keep_fractions, epsilon, **how)
@@ -232,7 +232,7 @@ def _removed(
         return [head | {"failed": str(error)} for head in heads]
     assert removal.lost_blank is not None
     m = len(sample.tokens(model, asking, answer=text).rows.names["target"][0])
-    looked = ~removal.lost[0, 0, 0].isnan()
+    looked = ~removal.lost[0, 0, 0].isnan()  # of `horizon_tokens` alone; the others were not removed
     rows = []
     for i, head in enumerate(heads):
         tables = {

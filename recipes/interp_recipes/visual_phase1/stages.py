@@ -61,6 +61,7 @@ def sanity(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking) 
                 limits |= checked.limits
                 for name, error in checked.errors.items():
                     before = worst.get(name)
+                    # `not <=`, so that an error that is not a number stands as the worst
                     if name not in worst or (error is not None and (before is None or not error <= before)):
                         worst[name] = error
                         if name in checked.why:
@@ -128,6 +129,7 @@ def _measured(model: ic.Model, sample: Sample, asking: Asking, plan: Plan) -> li
     more: dict[str, Any] = {}
     names = list(plan.interventions)
     try:
+        # the noise floor is of pilots alone: what the same image, written anew, does to the answer
         if sample.pilot and plan.null_image == "jpeg":
             names = list(dict.fromkeys((*names, "replace:swap")))
             more["swap"] = {REENCODED: sample.tokens(model, asking, REENCODED)}
@@ -157,12 +159,13 @@ def truncation(
     header = cause.header()
     if cause.stopped:
         run.json("truncation/truncation.json", header | {"status": NO_DEPENDENCE})
-        return Truncation.nothing(cause)
+        return Truncation(None, records=cause.records.hash)
     grid = plan.grid(model.n_layers, cause.cliff)
     samples = [sample for sample in data.others if sample.name in set(cause.samples)]
     with run.rows("truncation/answers.jsonl", key="cell") as rows:
         for gone in [*((layer, None) for layer in [*grid, None]), *plan.bands(model.n_layers)]:
             todo = [sample for sample in samples if _cell(sample.name, *gone) not in rows]
+            # a few batches at a time: rows are kept as they come, and a stopped run loses no more than these
             for start in range(0, len(todo), 4 * asking.batch_size):
                 for row in _answers(model, todo[start : start + 4 * asking.batch_size], asking, *gone):
                     rows.add(row)
@@ -215,7 +218,7 @@ def geometry(
     header = cause.header()
     if cause.stopped:
         run.json("geometry/geometry.json", header | {"status": NO_DEPENDENCE})
-        return Geometry.nothing()
+        return Geometry(None)
     inputs = {"samples": list(cause.samples)}
     name = "geometry/result"
     if not run.kept(name, inputs=inputs):
@@ -253,6 +256,7 @@ def _geometry(
     try:
         return measured(samples), [sample.name for sample in samples], bad
     except ic.InterpError:
+        # the method takes all samples at once, so that one that fails is found by running each alone
         good = []
         for sample in samples:
             try:

@@ -25,7 +25,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs, vision
 
-from ..visual_data import Asking, Row, demand_one_image, each, note_bad, question_tokens, stacked
+from ..visual_data import Asking, Row, demand_one_image, each, question_tokens, readable, stacked
 
 ORIGINAL, RANDOM = "original", "blind_randomimage"
 BLIND = {"blind_black": "black", "blind_mean": "mean", RANDOM: "random"}
@@ -144,15 +144,8 @@ def shown(
         PlanError: fewer than two images.
         InterpError: a sample that cannot be used, if the run is strict.
     """
-    good: list[Sample] = []
     bad = list(skipped)
-    with ic.Progress("questions", len(questions)) as told:
-        for question in questions:
-            try:
-                good.append(_sample(model, question, classes, asking))
-            except ic.InterpError as error:
-                note_bad(bad, question.name, "reading it", error, asking.strict)
-            told.add()
+    good = readable(questions, lambda question: _sample(model, question, classes, asking), asking, bad)
     if len({sample.image for sample in good}) < 2:
         why = f"; the first that cannot be used: {bad[0]['sample']}: {bad[0]['reason']}" if bad else ""
         raise ic.PlanError(
@@ -226,7 +219,9 @@ def _each(
 def block_bytes(block: Block) -> bytes:
     """What the file of a block holds."""
     return runs.safetensors_bytes(
-        block[0] or {"none": torch.zeros(0)}, {name: json.dumps(value) for name, value in block[1].items()}
+        # a file of no tensors cannot be written
+        block[0] or {"none": torch.zeros(0)},
+        {name: json.dumps(value) for name, value in block[1].items()},
     )
 
 
