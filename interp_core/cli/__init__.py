@@ -54,7 +54,7 @@ def check(
     battery = check_model(loaded, engine or ())
     print(loaded, "", battery, sep="\n")
     if out is not None:
-        from ..result import write
+        from ..files import write
 
         write(out, f"{battery}\n")
     if battery.failed:
@@ -78,7 +78,7 @@ def bench(
     text = benchmark(load(model), rounds=rounds, n_tokens=tokens, extra=extra or [])
     print(text)
     if out is not None:
-        from ..result import write
+        from ..files import write
 
         write(out, text + "\n")
 
