@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,9 @@ def words(names: Sequence[str] | str) -> list[str]:
     """Names that are given one by one, or joined by commas as the published commands take them."""
     listed = [names] if isinstance(names, str) else names
     return [word.strip() for part in listed for word in part.split(",") if word.strip()]
+
+
+def balanced(devices: Iterable[int]) -> dict[str, Any]:
+    """How a model is loaded over several CUDA devices: as Hugging Face balances it over all that it can see."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))  # before the first tensor goes to one of them
+    return {"device_map": "balanced"}

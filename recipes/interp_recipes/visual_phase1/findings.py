@@ -99,11 +99,11 @@ class Causal:
         main = records.effects(MAIN, mode)
         boot = main.boot(plan.resamples, plan.seed)
         curves = {}
-        for name, own in [(MAIN, mode), *(pair for pair in records.interventions if pair != (MAIN, mode))]:
-            if name == BLIND or (name, own) == ("replace:swap", REENCODED):
+        for name, blind_mode in [(MAIN, mode), *(pair for pair in records.interventions if pair != (MAIN, mode))]:
+            if name == BLIND or (name, blind_mode) == ("replace:swap", REENCODED):
                 continue
-            effects = records.effects(name, own)
-            blind = records.blind(effects, own if name == MAIN else mode)
+            effects = records.effects(name, blind_mode)
+            blind = records.blind(effects, blind_mode if name == MAIN else mode)
             curves[effects.name] = curve(effects.name, effects.values, effects.layers, tau, blind=blind, boot=boot)
         first = curves[main.name]
         # text rows are where the answer goes on once the image is done with: their effect rises as the cliff's falls

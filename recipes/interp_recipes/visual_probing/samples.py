@@ -98,14 +98,14 @@ class Shown:
 
     def image(self, number: int, mode: str) -> Any:
         """What a sample is shown."""
-        own = self.images[number]
+        image = self.images[number]
         if mode == ORIGINAL:
-            return own
+            return image
         if mode == RANDOM:
             other = self.images[self.samples[number].donor]
-            return other.resize(own.size) if self.samples[number].name in self.resized else other
+            return other.resize(image.size) if self.samples[number].name in self.resized else other
         colour = self.colour if BLIND[mode] == "mean" else None
-        return vision.blind_images([own], BLIND[mode], colour=colour).images[0]
+        return vision.blind_images([image], BLIND[mode], colour=colour).images[0]
 
     @property
     def collisions(self) -> int:
