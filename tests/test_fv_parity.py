@@ -16,9 +16,9 @@ import pytest
 import torch
 from fv_faults import DUMP, EVAL, FAULTS, HOLES, MEAN, put, swap
 from fv_golden import FAMILIES
-from interp_plugins.function_vectors.differences import STAGES, Tolerances, chosen
-from interp_plugins.function_vectors.folders import read_folder
-from interp_plugins.function_vectors.parity import Comparison
+from interp_plugins.function_vectors.files.folders import read_folder
+from interp_plugins.function_vectors.parity.findings import STAGES, Tolerances, chosen
+from interp_plugins.function_vectors.parity.stages import Comparison
 from interp_recipes.fv_fixed_trials import fv_fixed_trials
 from interp_recipes.fv_golden import fv_golden
 from interp_recipes.fv_parity import fv_parity

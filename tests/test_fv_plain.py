@@ -12,9 +12,9 @@ import torch
 from conftest import FAMILIES, tiny_model
 from interp_plugins.function_vectors import checks, extraction
 from interp_plugins.function_vectors.effects import average, indirect_effects, ranking, top_heads
+from interp_plugins.function_vectors.files.plain import plain_effects, plain_logits, plain_means, plain_vector
 from interp_plugins.function_vectors.inject import injection
 from interp_plugins.function_vectors.means import mean_head_activations
-from interp_plugins.function_vectors.plain import plain_effects, plain_logits, plain_means, plain_vector
 from interp_plugins.function_vectors.prompts import Prompt
 from interp_plugins.function_vectors.rows import tokens
 from interp_plugins.function_vectors.vectors import function_vector

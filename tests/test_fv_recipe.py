@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import toy_model
 from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.files import read_effects, read_means
+from interp_plugins.function_vectors.files.published import read_effects, read_means
 from interp_plugins.function_vectors.related import Related, by_word, choose, extract, related, vectors_of
 from interp_recipes import function_vectors as recipe
 from typer.testing import CliRunner

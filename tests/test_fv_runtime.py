@@ -15,10 +15,10 @@ import fv_golden as golden
 import pytest
 import torch
 from fv_golden import FAMILIES
-from interp_plugins.function_vectors.artefacts import fixed_run, put
 from interp_plugins.function_vectors.effects import average
-from interp_plugins.function_vectors.extraction import answers, extract
-from interp_plugins.function_vectors.files import read_effects, read_means, read_vector
+from interp_plugins.function_vectors.files.extraction import answers, extract
+from interp_plugins.function_vectors.files.fixed_run import fixed_run, put
+from interp_plugins.function_vectors.files.published import read_effects, read_means, read_vector
 from interp_plugins.function_vectors.vectors import FunctionVector, function_vector
 from interp_recipes.fv_golden import fv_golden
 from interp_recipes.fv_runtime import fv_runtime
@@ -309,7 +309,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 def test_a_killed_run_leaves_whole_files(tmp_path: Path) -> None:
     """Killed while it writes: whatever has its name is whole."""
     code = (
-        "import sys; from pathlib import Path; from interp_plugins.function_vectors.artefacts import put\n"
+        "import sys; from pathlib import Path; from interp_plugins.function_vectors.files.fixed_run import put\n"
         "n = 0\n"
         "while True:\n"
         "    n += 1\n"

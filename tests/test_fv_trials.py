@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interp_plugins.function_vectors.checks import prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.checks import prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.trials import Trials, to_json
+from interp_plugins.function_vectors.files.trials_json import read_json
 from interp_plugins.function_vectors.tasks import Task
 from interp_plugins.function_vectors.template import Template
-from interp_plugins.function_vectors.trials import Trials, fixed_trials, legacy_trials, relation_trials
-from interp_plugins.function_vectors.trials_file import read_json, to_json
+from interp_plugins.function_vectors.trials import fixed_trials, legacy_trials, relation_trials
 from interp_recipes.fv_fixed_trials import fv_fixed_trials
 from test_fv_text import FIXED, FV, GOLDEN, TOKENIZERS, task, tokenizer
 

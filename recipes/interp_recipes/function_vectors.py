@@ -30,15 +30,15 @@ from typing import Any
 
 import torch
 from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.files import read_effects, read_means
-from interp_plugins.function_vectors.related import Choice, Extracted, Related, by_word, choose, related
+from interp_plugins.function_vectors import report
+from interp_plugins.function_vectors.files.published import read_effects, read_means
+from interp_plugins.function_vectors.related import Extracted, Related, by_word, choose, related
+from interp_plugins.function_vectors.report import Findings
 from torch import Tensor
 
 import interp_core as ic
 from interp_core.errors import nearest
 from interp_core.toys.text import relations
-
-from . import fv_report
 
 ARGS = "fv_eval_args.txt"
 MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
@@ -69,36 +69,6 @@ class Settings:
     def name(self, results: str) -> str:
         """The published name of a file of results with the vector."""
         return results.format("layer_sweep" if self.layers is None else f"editlayer_{self.edit_layer}")
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What came out for one task.
-
-    Attributes:
-        task: the task.
-        aie: average indirect effect.
-        mean: mean activations.
-        vector: the vector, with its layer.
-        choice: that layer, and the validation accuracy there.
-        few: accuracy with shots.
-        zero, shuffled: accuracies without and with the vector, on rows that it answers with shots.
-        baseline: the published form, by number of shots.
-        words: what the vector decodes to.
-        examples: what the model said, without and with the vector.
-    """
-
-    task: fv.Task
-    aie: Tensor
-    mean: Tensor
-    vector: fv.FunctionVector
-    choice: Choice
-    few: float
-    zero: fv.Evaluation
-    shuffled: fv.Evaluation
-    baseline: Mapping[str, Mapping[str, Any]]
-    words: Sequence[tuple[str, float]]
-    examples: Sequence[Mapping[str, Any]]
 
 
 def function_vectors(
@@ -155,8 +125,8 @@ def function_vectors(
             print(task)
             with part.attempt(strict=True):
                 done.append(_study(loaded, task, part, asked))
-                fv_report.write_task(part, loaded, done[-1], _args(task, loaded, asked))
-            print("", *fv_report.sentences(done[-1]), "", sep="\n")
+                report.write_task(part, loaded, done[-1], _args(task, loaded, asked))
+            print("", *report.sentences(done[-1]), "", sep="\n")
         page = _together(loaded, done, parts, run, asked) if len(done) > 1 else parts[0].path / "report.html"
     print(f"{time.perf_counter() - began:.1f} s")
     return page
@@ -377,4 +347,4 @@ def _together(
             {f"related/{name}": content for name, content in files.items()}, stage="related", inputs=inputs, after=after
         )
     found.show()
-    return fv_report.write_all(run, model, done, found)
+    return report.write_all(run, model, done, found)

@@ -4,7 +4,7 @@
     interp run fv_fixed_trials --fixed_trials_path out/fixed_trials_antonym_t10_s10_seed0_gpt2.json      (checks only)
 
 Each trial has a clean prompt, and one whose answers are permuted; `numpy.random.default_rng(seed)` draws them. Checks
-are prompt parity, slot parity and verify (see `interp_plugins.function_vectors.checks`), over all trials, clean and
+are prompt parity, slot parity and verify (`interp_plugins.function_vectors.files.checks`), over all trials, clean and
 corrupted, if not told otherwise; a mismatch ends the recipe with an error. What was checked, and every mismatch, is
 written to `<the file's name>_parity.log` beside it (`…_parity_corrupted.log`, `…_parity_first3.log` where only those
 were checked). Needs a tokenizer, no model.
@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_plugins.function_vectors.artefacts import put
-from interp_plugins.function_vectors.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.fixed_run import put
+from interp_plugins.function_vectors.files.trials import Trials, trials_text
+from interp_plugins.function_vectors.files.trials_json import file_name, read_json
 from interp_plugins.function_vectors.tasks import load_task
 from interp_plugins.function_vectors.template import Template, name_of
-from interp_plugins.function_vectors.trials import Trials, fixed_trials
-from interp_plugins.function_vectors.trials_file import file_name, read_json, trials_text
+from interp_plugins.function_vectors.trials import fixed_trials
 
 import interp_core as ic
 from interp_core import open_tokenizer, runs

@@ -4,17 +4,18 @@
 
 Means of heads on the clean prompts, indirect effects on the corrupted ones, the heads of largest effect, the function
 vector, and what each trial answers without it and with it. `replay` keeps the order of operations of the published
-code, by hooks written by hand (`interp_plugins.function_vectors.plain`) that share nothing with what `fv_runtime` uses;
-`sweep` gives the same numbers but for rounding, sooner. Files: `interp_plugins.function_vectors.source_files`.
+code, by hooks written by hand (`interp_plugins.function_vectors.files.plain`) that share nothing with what
+`fv_runtime` uses; `sweep` gives the same numbers but for rounding, sooner. Files:
+`interp_plugins.function_vectors.files.golden`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, published, put_in
-from interp_plugins.function_vectors.extraction import By, Extraction, answers, extract
-from interp_plugins.function_vectors.source_files import DUMP, HEADS, VECTOR, source_files
+from interp_plugins.function_vectors.files.extraction import By, Extraction, answers, extract
+from interp_plugins.function_vectors.files.fixed_run import PromptKind, edit_layer_of, fixed_run, published, put_in
+from interp_plugins.function_vectors.files.golden import DUMP, HEADS, VECTOR, source_files
 
 import interp_core as ic
 from interp_core import open_tokenizer

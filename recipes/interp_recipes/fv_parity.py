@@ -6,8 +6,9 @@
 
 Side a is worked out by replay, in the order of operations of the published code, by hooks written by hand; side b by
 this package's functions, by sweep, or by replay too with `--compare replay`, where numbers must then be equal to the
-bit. What is compared, within which tolerances, and what counts as failure: `interp_plugins.function_vectors.parity`.
-Reports: `interp_plugins.function_vectors.parity_files`. FAIL is an error, so that the command exits with 2.
+bit. What is compared, within which tolerances, and what counts as failure:
+`interp_plugins.function_vectors.parity.stages`. Reports: `interp_plugins.function_vectors.parity.reports`. FAIL is an
+error, so that the command exits with 2.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, published, put_in
-from interp_plugins.function_vectors.differences import Mode
-from interp_plugins.function_vectors.gate import Sides
-from interp_plugins.function_vectors.parity_files import REPORT, Suite
-from interp_plugins.function_vectors.trials_file import read_json
+from interp_plugins.function_vectors.files.fixed_run import PromptKind, edit_layer_of, published, put_in
+from interp_plugins.function_vectors.files.trials_json import read_json
+from interp_plugins.function_vectors.parity.findings import Mode
+from interp_plugins.function_vectors.parity.reports import REPORT, Suite
+from interp_plugins.function_vectors.parity.suite import Sides
 
 import interp_core as ic
 from interp_core import open_tokenizer

@@ -4,7 +4,7 @@
 
 The table has columns id, ex_A, ex_B. Per question: trials, mean activations on clean prompts, the effect of every head
 on corrupted ones, the vector of the best heads, and what it does to prompts without demonstrations, layer by layer.
-The same command goes on where a run was stopped. Files: `interp_plugins.function_vectors.relation.run` and `stages`.
+The same command goes on where a run was stopped. Files: `interp_plugins.function_vectors.relation.run` and `question`.
 """
 
 from __future__ import annotations

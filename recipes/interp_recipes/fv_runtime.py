@@ -5,7 +5,7 @@
 Vectors are kept by the space that they live in: `fv_global_resid.pt` and `resid_by_layer` can be added to the residual
 stream, `fv_by_layer` lies before the output projections and cannot. Effects are measured in probability and
 log-probability; `score_key` says by which of them heads are ranked. The files are listed in
-`interp_plugins.function_vectors.runtime_files`.
+`interp_plugins.function_vectors.files.runtime`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from interp_plugins.function_vectors.artefacts import PromptKind, edit_layer_of, fixed_run, published, put_in
-from interp_plugins.function_vectors.extraction import Answers, By, Extraction, answers, extract
-from interp_plugins.function_vectors.runtime_files import KEYS, runtime_files
+from interp_plugins.function_vectors.files.extraction import Answers, By, Extraction, answers, extract
+from interp_plugins.function_vectors.files.fixed_run import PromptKind, edit_layer_of, fixed_run, published, put_in
+from interp_plugins.function_vectors.files.runtime import KEYS, runtime_files
 
 import interp_core as ic
 from interp_core import open_tokenizer

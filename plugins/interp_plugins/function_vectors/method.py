@@ -31,12 +31,13 @@ from interp_core import sites as S
 
 from .effects import average, gap, indirect_effect, top_heads
 from .evaluate import Evaluation, evaluate, questions
+from .files.trials import Trials
 from .inject import injection
 from .means import BATCH, mean_head_activations
 from .page import accuracy_curves, heads_map
 from .tasks import Pair, Task, load_task
 from .template import Template
-from .trials import Trials, fixed_trials
+from .trials import fixed_trials
 from .vectors import FunctionVector, function_vector
 from .vocab import decoded, words
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import interp_core as ic
 
+from ..files.trials import Trial, Trials
+from ..files.trials_json import prompt_data, spaced
 from ..prompts import Prompt, build, target_ids
 from ..tasks import Task
 from ..template import Template
-from ..trials import Trial, Trials, relation_trials
-from ..trials_file import prompt_data, spaced
+from ..trials import relation_trials
 from .settings import RelationSettings
 from .source import Problem, Question
 from .tables import Row

@@ -15,13 +15,13 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from ..common_files import by_layer
 from ..effects import Head
+from ..files.answers import Measured, measured
+from ..files.common import by_layer
+from ..files.trials_json import short_name
 from ..inject import injection
-from ..trials_file import short_name
 from ..vectors import FunctionVector, function_vector
 from .draws import Work
-from .measures import Measured, measured
 from .settings import RelationSettings
 from .tables import Means, Row, aie_rows, csv_table, eval_rows, eval_summary, read_json
 

@@ -25,12 +25,12 @@ import interp_core as ic
 from interp_core import runs
 
 from ..effects import Head
-from ..files import read_means
+from ..files.answers import MEASURES, as_they_are, measured
+from ..files.published import read_means
 from ..inject import head_injection
 from ..means import mean_head_activations
 from .draws import Work
 from .injected import evaluate_layers, make_vector, summarise
-from .measures import MEASURES, as_they_are, measured
 from .settings import RelationSettings
 from .tables import Means, Row, cie_rows
 

@@ -21,9 +21,9 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from ..common_files import target_fields
+from ..files.answers import MEASURES, Measured
+from ..files.common import target_fields
 from ..prompts import Prompt
-from .measures import MEASURES, Measured
 
 Row = dict[str, Any]
 Means = Float[Tensor, "layer head slot d_head"]

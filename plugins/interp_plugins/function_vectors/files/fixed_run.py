@@ -21,10 +21,10 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from .prompts import Prompt, build
-from .template import name_of
+from ..prompts import Prompt, build
+from ..template import name_of
 from .trials import Trials
-from .trials_file import short_name
+from .trials_json import short_name
 
 PromptKind = Literal["corrupted", "clean", "zeroshot"]
 """Which prompts are answered: those with permuted answers, those without, or the query alone."""

@@ -1,4 +1,4 @@
-"""Checks of a file of fixed trials, and reading one.
+"""Checks of a file of fixed trials.
 
 * prompt parity   prompts, answers and `prompt_data` built again from the file's pairs, and their ids, equal the file's
 * slot parity     dummy labels, labels, idx_map and idx_avg of this package equal those of the reference's procedure,
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import interp_core as ic
 
-from .prompts import Prompt, Slots, build, dummy, target_ids
-from .tasks import Pair
-from .template import Boundary, Template, name_of
-from .trials import Trial, Trials, made
-from .trials_file import prompt_data, read_json, short_name, spaced, template_of, unspaced
+from ..prompts import Prompt, Slots, build, dummy, target_ids
+from ..tasks import Pair
+from ..template import Template
+from .trials_json import prompt_data, spaced, template_of, unspaced
 
 KINDS = ("clean", "corrupted")
 
@@ -109,46 +107,6 @@ def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
         for field in ("first_token_id", "target_first_token_id"):
             found += _differ(f"trial {number}, {field}", trial[field], ids[0])
     return Check("verify", len(data["trials"]), tuple(found))
-
-
-def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, boundary: Boundary = "strict") -> Trials:
-    """Fixed trials of a file, with prompts of a tokenizer that must be the file's.
-
-    Args:
-        model: name of the model to run; its last part must be that of the file's (None: any model of this tokenizer).
-        boundary: how answers are found; see `prompts.target_ids`.
-
-    Raises:
-        LoadError: no such file, or one whose fields are not those of fixed trials.
-        TextError: prompts or answers are not what this tokenizer makes of the file's pairs, or the file is of another
-            model; names trial and field.
-    """
-    data = read_json(path)
-    theirs = data["meta"]["model_name_for_tokenizer"]
-    if model is not None and short_name(model) != short_name(theirs):
-        raise ic.TextError(
-            f"{path}: meta.model_name_for_tokenizer is {theirs}, the model is {model}: make a file for this one with "
-            "`interp run fv_fixed_trials`"
-        )
-    for check in (prompt_parity(data, tokenizer), verify_answers(data, tokenizer)):
-        if check.mismatches:
-            more = f" (and {check.mismatch_count - 1} more)" if check.mismatch_count > 1 else ""
-            raise ic.TextError(
-                f"{path}: {check.mismatches[0]}{more}. The file was made for {theirs}, this tokenizer is "
-                f"{name_of(tokenizer)}: load that one, or make a file for this one with `interp run fv_fixed_trials`"
-            )
-    template = template_of(data, tokenizer, boundary)
-    slots = dummy(tokenizer, template, data["meta"]["n_shots"])
-    splits = {key: tuple(rows) for key, rows in data["splits"].items()}
-    items = tuple(_trial(row, tokenizer, template, slots) for row in data["trials"])
-    return Trials(items, slots, data["meta"], splits)
-
-
-def _trial(row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
-    clean, corrupted = ([unspaced(template, pair) for pair in row[f"demos_{kind}"]] for kind in KINDS)
-    query = unspaced(template, row["query"])
-    rows = row["demo_indices_in_train"], row["query_index_in_valid"]
-    return made(row["trial_id"], tokenizer, template, slots, clean, corrupted, query, *rows)
 
 
 def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list[str]:

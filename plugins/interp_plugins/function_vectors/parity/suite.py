@@ -16,18 +16,18 @@ from typing import Any
 
 import interp_core as ic
 
-from .artefacts import Files, FixedRun, PromptKind, fixed_run, folder_name, profile
-from .checks import prompt_parity, slot_parity, verify_answers
+from ..effects import CLASSES
+from ..files.checks import prompt_parity, slot_parity, verify_answers
+from ..files.extraction import By, Clock, answers, extract
+from ..files.fixed_run import Files, FixedRun, PromptKind, fixed_run, folder_name, profile
+from ..files.folders import Combination, read_folder
+from ..files.golden import source_files
+from ..files.runtime import runtime_files
+from ..prompts import Prompt
 from .derived import MODES
-from .differences import STAGES, Mode, Stage, chosen
-from .effects import CLASSES
-from .extraction import By, Clock, answers, extract
-from .folders import Combination, read_folder
-from .parity import Comparison
-from .parity_files import Suite
-from .prompts import Prompt
-from .runtime_files import runtime_files
-from .source_files import source_files
+from .findings import STAGES, Mode, Stage, chosen
+from .reports import Suite
+from .stages import Comparison
 
 CHECKS = {"prompt_boundary": (prompt_parity, verify_answers), "slot_map": (slot_parity,)}
 """Checks of a file of fixed trials, by the stage that they belong to."""

@@ -19,10 +19,10 @@ from typing import Any
 import interp_core as ic
 from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile, table
-from .effects import ranking
+from ..effects import ranking
+from ..prompts import Prompt
 from .extraction import Answers, Extraction
-from .prompts import Prompt
+from .fixed_run import Files, FixedRun, profile, table
 
 DUMP = "src_reference_dump.json"
 HEADS = "top_heads_src.json"

@@ -24,14 +24,14 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .artefacts import FixedRun, PromptKind
-from .effects import CLASSES, Head, average, gap, indirect_effects, top_heads
-from .inject import injection, scored
-from .means import BATCH, mean_head_activations
+from ..effects import CLASSES, Head, average, gap, indirect_effects, top_heads
+from ..inject import injection, scored
+from ..means import BATCH, mean_head_activations
+from ..prompts import Prompt
+from ..rows import batches, targets, tokens
+from ..vectors import FunctionVector, function_vector
+from .fixed_run import FixedRun, PromptKind
 from .plain import plain_effects, plain_logits, plain_means, plain_vector
-from .prompts import Prompt
-from .rows import batches, targets, tokens
-from .vectors import FunctionVector, function_vector
 
 By = Literal["replay", "sweep"]
 Measure = Literal["probability", "logprob"]

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import interp_core as ic
 
-from .effects import CLASSES, token_class
-from .means import head_shape
-from .prompts import Prompt
+from ..effects import CLASSES, token_class
+from ..means import head_shape
+from ..prompts import Prompt
 
 Pick = Callable[[Tensor, int], Tensor]
 MEASURES: Mapping[str, Pick] = {

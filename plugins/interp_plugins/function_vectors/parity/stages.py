@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..effects import average, gap, ranking
+from ..files.folders import Artefacts, Combination, Row, Table
+from ..prompts import Prompt
 from .derived import Asked, all_heads, problems, value
-from .differences import STAGES, Mode, Pair, Stage, Tolerances
-from .effects import average, gap, ranking
-from .folders import Artefacts, Combination, Row, Table
-from .prompts import Prompt
+from .findings import STAGES, Mode, Pair, Stage, Tolerances
 
 EXACT = ("target_id", "base_rank", "with_rank", "base_pred_id", "with_pred_id")
 """Columns of answers that must be the same."""

@@ -37,8 +37,8 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from .files import read_tensor
-from .source_files import DUMP, HEADS, LOGITS, MAPS, VECTOR
+from .golden import DUMP, HEADS, LOGITS, MAPS, VECTOR
+from .published import read_tensor
 
 Combination = tuple[str, int]
 """Kind of prompts, and layer of injection."""

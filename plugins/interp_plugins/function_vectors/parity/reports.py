@@ -20,9 +20,9 @@ from typing import Any
 
 from interp_core import runs
 
-from .artefacts import Files
-from .differences import STAGES, Finding, Stage, plain
-from .parity import Comparison
+from ..files.fixed_run import Files
+from .findings import STAGES, Finding, Stage, plain
+from .stages import Comparison
 
 GATE = {
     "prompt": ("prompt_boundary",),

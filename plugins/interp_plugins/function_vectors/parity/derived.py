@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .differences import Tolerances
-from .folders import Artefacts, Combination, Table
-from .prompts import Prompt
-from .source_files import LOGITS
+from ..files.folders import Artefacts, Combination, Table
+from ..files.golden import LOGITS
+from ..prompts import Prompt
+from .findings import Tolerances
 
 MODES = ("clean", "corrupted")
 

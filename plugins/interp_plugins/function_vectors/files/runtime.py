@@ -23,12 +23,12 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile
-from .common_files import by_layer, target_fields
+from ..means import head_shape
+from .common import by_layer, target_fields
 from .extraction import Answers, Extraction, Measure
-from .means import head_shape
-from .source_files import LOGITS, MAPS, logits_file, settings_of, slot_maps
-from .trials_file import short_name
+from .fixed_run import Files, FixedRun, profile
+from .golden import LOGITS, MAPS, logits_file, settings_of, slot_maps
+from .trials_json import short_name
 
 KEYS: dict[str, Measure] = {"mean_delta_p": "probability", "mean_delta_logprob": "logprob"}
 """What heads can be ranked by: names of the files, and of the measure."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .effects import CLASSES
-from .means import head_shape
-from .vectors import FunctionVector
+from ..effects import CLASSES
+from ..means import head_shape
+from ..vectors import FunctionVector
 
 
 def read_tensor(path: str | Path) -> Tensor:

@@ -1,21 +1,54 @@
-"""Tables, pictures and pages of the recipe `function_vectors`."""
+"""Tables, pictures and pages of what the recipe `function_vectors` works out."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.page import accuracy_curves, heads_map
-from interp_plugins.function_vectors.related import Related
+from torch import Tensor
 
 import interp_core as ic
 from interp_core import report
 
-if TYPE_CHECKING:
-    from .function_vectors import Findings
+from .effects import gap, ranking
+from .evaluate import Evaluation
+from .page import accuracy_curves, heads_map
+from .related import Choice, Related
+from .tasks import Task
+from .vectors import FunctionVector
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came out for one task.
+
+    Attributes:
+        task: the task.
+        aie: average indirect effect.
+        mean: mean activations.
+        vector: the vector, with its layer.
+        choice: that layer, and the validation accuracy there.
+        few: accuracy with shots.
+        zero, shuffled: accuracies without and with the vector, on rows that it answers with shots.
+        baseline: the published form, by number of shots.
+        words: what the vector decodes to.
+        examples: what the model said, without and with the vector.
+    """
+
+    task: Task
+    aie: Tensor
+    mean: Tensor
+    vector: FunctionVector
+    choice: Choice
+    few: float
+    zero: Evaluation
+    shuffled: Evaluation
+    baseline: Mapping[str, Mapping[str, Any]]
+    words: Sequence[tuple[str, float]]
+    examples: Sequence[Mapping[str, Any]]
 
 
 def sentences(found: Findings) -> list[str]:
@@ -60,7 +93,7 @@ def layers_table(found: Findings) -> list[dict[str, Any]]:
 def heads_table(found: Findings) -> list[dict[str, Any]]:
     """All heads, the largest AIE first, and whether the vector has them."""
     chosen = {(layer, head) for layer, head, _ in found.vector.heads}
-    return [{**one._asdict(), "in vector": (one.layer, one.head) in chosen} for one in fv.ranking(found.aie)]
+    return [{**one._asdict(), "in vector": (one.layer, one.head) in chosen} for one in ranking(found.aie)]
 
 
 def shots_table(baseline: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -90,14 +123,14 @@ def sections(found: Findings) -> list[report.Section]:
     """The page of one task."""
     said = "".join(f"<li>{report.escape(line)}</li>" for line in sentences(found))
     top = report.table([{"layer": a, "head": b, "AIE": aie} for a, b, aie in found.vector.heads[:20]])
-    gap = f"AIE of the last chosen head minus that of the next one: {fv.gap(found.aie, len(found.vector.heads)):.3g}."
+    last_gap = f"AIE of the last chosen head minus that of the next one: {gap(found.aie, len(found.vector.heads)):.3g}."
     note = "Layer after which the vector is added; bands of 95 %; dashed: without it."
     chart = accuracy_curves((found.zero, found.shuffled), found.zero.layers, note).html()
     if len(found.zero.layers) == 1:
         chart = report.table(percents(layers_table(found)))
     pages = [
         report.Section("What came out", str(found.task), f"<ul>{said}</ul>"),
-        report.Section("Which heads carry the task", gap, _map(found).html() + top),
+        report.Section("Which heads carry the task", last_gap, _map(found).html() + top),
         report.Section("Accuracy by layer", "Test rows that the model answers with shots.", chart),
         report.Section(
             "Before and after",
