@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from interp_plugins.function_vectors import checks, extraction
 from interp_plugins.function_vectors.effects import average, indirect_effects, ranking, top_heads
+from interp_plugins.function_vectors.files import answers, checks, extraction
 from interp_plugins.function_vectors.files.plain import plain_effects, plain_logits, plain_means, plain_vector
 from interp_plugins.function_vectors.inject import injection
 from interp_plugins.function_vectors.means import mean_head_activations
@@ -134,7 +134,7 @@ IN_CODE = {
     "heads of each layer turned round in the effects": (extraction, "indirect_effects", effects_swapped, "top_heads"),
     "the best head left out": (extraction, "top_heads", second_best, "top_heads"),
     "a vector scaled": (extraction, "function_vector", scaled, "fv_vector"),
-    "an injection one layer later": (extraction, "injection", a_layer_later, "injection_output"),
+    "an injection one layer later": (answers, "injection", a_layer_later, "injection_output"),
     "a slot off by one": (checks, "build", off_by_one, "slot_map"),
     "other targets": (checks, "target_ids", next_id, "prompt_boundary"),
 }

@@ -16,7 +16,8 @@ import pytest
 import torch
 from fv_golden import FAMILIES
 from interp_plugins.function_vectors.effects import average
-from interp_plugins.function_vectors.files.extraction import answers, extract
+from interp_plugins.function_vectors.files.answers import answers
+from interp_plugins.function_vectors.files.extraction import extract
 from interp_plugins.function_vectors.files.fixed_run import fixed_run, put
 from interp_plugins.function_vectors.files.published import read_effects, read_means, read_vector
 from interp_plugins.function_vectors.vectors import FunctionVector, function_vector
@@ -278,11 +279,11 @@ def test_replay_and_sweep_answer_alike(kind: str, tmp_path: Path) -> None:
     run = fixed_run(settings["fixed_trials_path"], model.tokenizer, model_name="org/tiny-llama3-8b")
     vector = golden.vector("tiny-llama3-8b")
     slow, fast = (answers(model, run, vector, 3, kind=kind, by=by, alpha=2.0) for by in ("replay", "sweep"))  # type: ignore[arg-type]
-    for one, two in ((slow.base, fast.base), (slow.given, fast.given)):
+    for one, two in ((slow.base, fast.base), (slow.steered, fast.steered)):
         assert torch.equal(one.rank, two.rank) and torch.equal(one.pred_id, two.pred_id)
         assert float((one.logits - two.logits).abs().max()) <= 5e-5
         assert float((one.logprob - two.logprob).abs().max()) <= 5e-5
-    assert float((slow.base.logprob - slow.given.logprob).abs().min()) > 1e-3
+    assert float((slow.base.logprob - slow.steered.logprob).abs().min()) > 1e-3
 
 
 # Writing

@@ -153,20 +153,20 @@ def _tasks(names: str, asked: Settings) -> list[fv.Task]:
             raise ic.PlanError(f"function_vectors: {key} is at least 1, not {value}")
     known = {task.name: task for task in by_word(relations())}
     wanted = list(known) if names.strip() == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    found = []
+    loaded = []
     for name in wanted:
         if name in known:
-            found.append(known[name])
+            loaded.append(known[name])
         elif Path(name).suffix or Path(name).exists():
-            found.append(fv.load_task(name, seed=asked.seed, test_split=asked.test_split))
+            loaded.append(fv.load_task(name, seed=asked.seed, test_split=asked.test_split))
         else:
             raise ic.PlanError(
                 f"there is no task {name!r}, neither a relation of toy:text nor a file. {nearest(name, known)} A task "
                 "file is a .json list of objects with 'input' and 'output'"
             )
-    if not found or len({task.name for task in found}) < len(found):
+    if not loaded or len({task.name for task in loaded}) < len(loaded):
         raise ic.PlanError(f"tasks {names!r}: give at least one, each once; results go to a folder of the task's name")
-    return found
+    return loaded
 
 
 def _fingerprint(task: fv.Task) -> str:

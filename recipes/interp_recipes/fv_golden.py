@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from interp_plugins.function_vectors.files.extraction import By, Extraction, answers, extract
+from interp_plugins.function_vectors.files.answers import answers
+from interp_plugins.function_vectors.files.extraction import By, Extraction, extract
 from interp_plugins.function_vectors.files.fixed_run import PromptKind, edit_layer_of, fixed_run, published, put_in
 from interp_plugins.function_vectors.files.golden import DUMP, HEADS, VECTOR, source_files
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from interp_plugins.function_vectors.files.extraction import Answers, By, Extraction, answers, extract
+from interp_plugins.function_vectors.files.answers import Answers, answers
+from interp_plugins.function_vectors.files.extraction import By, Extraction, extract
 from interp_plugins.function_vectors.files.fixed_run import PromptKind, edit_layer_of, fixed_run, published, put_in
 from interp_plugins.function_vectors.files.runtime import KEYS, runtime_files
 
@@ -83,9 +84,9 @@ def fv_runtime(
 
 def _told(made: Extraction, answered: Answers, kind: PromptKind, layer: int) -> list[str]:
     """What came out, in words."""
-    moved = float((answered.given.logprob - answered.base.logprob).mean())
+    moved = float((answered.steered.logprob - answered.base.logprob).mean())
     return [
         f"function vector of norm {made.vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in made.heads)}",
         f"{len(answered.base.rank)} {kind} prompts: {int((answered.base.rank == 0).sum())} answered, "
-        f"{int((answered.given.rank == 0).sum())} with the vector after layer {layer}; log-probability {moved:+.3f}",
+        f"{int((answered.steered.rank == 0).sum())} with the vector after layer {layer}; log-probability {moved:+.3f}",
     ]

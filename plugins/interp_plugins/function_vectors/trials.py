@@ -97,14 +97,16 @@ def legacy_trials(
     """
     n_train, n_queries = _sizes(task, split, n_trials, n_shots)
     allowed = list(range(n_queries)) if filter_set is None else [int(row) for row in filter_set]
-    asked = None if queries is None else [int(row) for row in queries]
-    for name, rows in (("filter_set", allowed), ("queries", asked)):
+    query_rows = None if queries is None else [int(row) for row in queries]
+    for name, rows in (("filter_set", allowed), ("queries", query_rows)):
         if rows is not None and (not rows or not 0 <= min(rows) <= max(rows) < n_queries):
             raise ic.PlanError(
                 f"{name}: {rows[:5] or 'no rows'}; split {split} of {task.name} has rows 0 to {n_queries - 1}"
             )
     rng = seed if isinstance(seed, np.random.RandomState) else np.random.RandomState(seed)
-    wanted: list[int | None] = [None] * n_trials if asked is None else [row for row in asked if row in {*allowed}]
+    wanted: list[int | None] = (
+        [None] * n_trials if query_rows is None else [row for row in query_rows if row in {*allowed}]
+    )
     draws = []
     for row in wanted:
         demos = rng.choice(n_train, n_shots, replace=False).tolist() if n_shots else []
@@ -193,12 +195,12 @@ def _built(
     front = template.front(tokenizer)
     known = dummy(tokenizer, template, n_shots) if slots else None
     train = task.train if split else range(len(task))
-    asked = task.rows(split) if split else range(len(task))
+    query_rows = task.rows(split) if split else range(len(task))
 
     def trial(number: int, draw: Draw) -> Trial:
         demos = [task.pairs[train[row]] for row in draw.demos]
         shuffled = [Pair(pair.input, demos[i].output) for pair, i in zip(demos, draw.order, strict=True)]
-        query = task.pairs[asked[draw.query]]
+        query = task.pairs[query_rows[draw.query]]
         return trial_of(number, tokenizer, template, known, demos, shuffled, query, draw.demos, draw.query)
 
     settings = {

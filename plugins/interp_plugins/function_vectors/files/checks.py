@@ -52,20 +52,20 @@ def prompt_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] 
     """Prompts of these kinds built from the file's pairs against the file's prompts."""
     template = template_of(data, tokenizer)
     front = template.front(tokenizer)
-    found = []
+    mismatches = []
     for number, trial in enumerate(data["trials"]):
         for kind in kinds:
             demos, query = trial[f"demos_{kind}"], trial["query"]
             pairs = [unspaced(template, pair) for pair in demos]
             prompt = build(tokenizer, template, pairs, unspaced(template, query).input, None)
             field = f"trial {number}, {kind}_prompt_str"
-            found += _differ(field, trial[f"{kind}_prompt_str"], prompt.text)
+            mismatches += _differ(field, trial[f"{kind}_prompt_str"], prompt.text)
             stored = tuple(tokenizer(trial[f"{kind}_prompt_str"], add_special_tokens=front.added)["input_ids"])
-            found += _differ(f"{field}, ids", stored, prompt.ids)
+            mismatches += _differ(f"{field}, ids", stored, prompt.ids)
             field = f"trial {number}, prompt_data_{kind}"
-            found += _differ(field, trial[f"prompt_data_{kind}"], prompt_data(template, front.text, demos, query))
-        found += _differ(f"trial {number}, target_str", trial["target_str"], trial["query"]["output"])
-    return Check("prompt parity", len(data["trials"]), tuple(found))
+            mismatches += _differ(field, trial[f"prompt_data_{kind}"], prompt_data(template, front.text, demos, query))
+        mismatches += _differ(f"trial {number}, target_str", trial["target_str"], trial["query"]["output"])
+    return Check("prompt parity", len(data["trials"]), tuple(mismatches))
 
 
 def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = KINDS) -> Check:
@@ -73,7 +73,7 @@ def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = 
     template = template_of(data, tokenizer, "reference")
     slots = dummy(tokenizer, template, data["meta"]["n_shots"])
     wanted = _reference_dummy(tokenizer, template, slots)
-    found = _differ("dummy labels", list(slots.labels), wanted)
+    mismatches = _differ("dummy labels", list(slots.labels), wanted)
     for number, trial in enumerate(data["trials"]):
         for kind in kinds:
             where = f"trial {number}, {kind} prompt"
@@ -81,18 +81,18 @@ def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = 
             try:
                 prompt = build(tokenizer, template, pairs, unspaced(template, trial["query"]), slots, where=where)
             except ic.TextError as error:
-                found.append(str(error))
+                mismatches.append(str(error))
                 continue
             labels = reference_labels(tokenizer, trial[f"prompt_data_{kind}"], slots.front.added)
-            found += _slots_differ(where, prompt, labels, wanted)
-    return Check("slot parity", len(data["trials"]), tuple(found))
+            mismatches += _slots_differ(where, prompt, labels, wanted)
+    return Check("slot parity", len(data["trials"]), tuple(mismatches))
 
 
 def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
     """Answers' first tokens against the tokenizer."""
     template = template_of(data, tokenizer)
     special = template.front(tokenizer).added
-    found = []
+    mismatches = []
     for number, trial in enumerate(data["trials"]):
         try:
             ids = list(
@@ -101,12 +101,12 @@ def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
                 )
             )
         except ic.TextError as error:
-            found.append(f"trial {number}, answer_ids: {error}")
+            mismatches.append(f"trial {number}, answer_ids: {error}")
             continue
-        found += _differ(f"trial {number}, answer_ids", trial["answer_ids"], ids)
+        mismatches += _differ(f"trial {number}, answer_ids", trial["answer_ids"], ids)
         for field in ("first_token_id", "target_first_token_id"):
-            found += _differ(f"trial {number}, {field}", trial[field], ids[0])
-    return Check("verify", len(data["trials"]), tuple(found))
+            mismatches += _differ(f"trial {number}, {field}", trial[field], ids[0])
+    return Check("verify", len(data["trials"]), tuple(mismatches))
 
 
 def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list[str]:
@@ -119,8 +119,8 @@ def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list
     before, after = data["prefixes"], data["separators"]
     groups = [[(before["instructions"], "bos_token")], [(data["instructions"], "instructions_token")]]
     groups += [[(after["instructions"], "separator_token")]]
-    asked = [(pair["input"], pair["output"], f"demonstration_{i}", "") for i, pair in enumerate(data["examples"], 1)]
-    for x, y, name, kind in [*asked, (data["query_target"]["input"], None, "query_demonstration", "query_")]:
+    examples = [(pair["input"], pair["output"], f"demonstration_{i}", "") for i, pair in enumerate(data["examples"], 1)]
+    for x, y, name, kind in [*examples, (data["query_target"]["input"], None, "query_demonstration", "query_")]:
         group = [(before["input"], f"{kind}structural_token"), (x, f"{name}_token")]
         group += [(after["input"], f"{kind}separator_token"), (before["output"], f"{kind}structural_token")]
         answered = [] if y is None else [(y, f"{name}_label_token"), (after["output"], "separator_token")]
@@ -165,14 +165,14 @@ def _slots_differ(where: str, prompt: Prompt, labels: Sequence[str], slots: Sequ
     ]
 
 
-def _differ(field: str, found: Any, wanted: Any) -> list[str]:
+def _differ(field: str, actual: Any, wanted: Any) -> list[str]:
     """A line if two things differ."""
-    if found == wanted:
+    if actual == wanted:
         return []
-    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(found) == len(wanted):
-        at = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-        return [f"{field}[{at}] is {found[at]!r}, should be {wanted[at]!r}"]
-    return [f"{field} is {_short(found)}, should be {_short(wanted)}"]
+    if isinstance(actual, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(actual) == len(wanted):
+        at = next(i for i, pair in enumerate(zip(actual, wanted, strict=True)) if pair[0] != pair[1])
+        return [f"{field}[{at}] is {actual[at]!r}, should be {wanted[at]!r}"]
+    return [f"{field} is {_short(actual)}, should be {_short(wanted)}"]
 
 
 def _short(value: Any) -> str:

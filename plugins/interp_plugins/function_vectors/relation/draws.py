@@ -154,13 +154,13 @@ def draw(question: Question, settings: RelationSettings, tokenizer: Any, folder:
     )
     trials = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": settings.model})
     asked_sources = tuple(held_out or (sources[trial.query_index] for trial in trials))
-    asked = tuple(build(tokenizer, template, [], question.pairs[i], None) for i in asked_sources)
-    return Work(question, trials, asked, sources, asked_sources, folder, problems)
+    zeroshot_prompts = tuple(build(tokenizer, template, [], question.pairs[i], None) for i in asked_sources)
+    return Work(question, trials, zeroshot_prompts, sources, asked_sources, folder, problems)
 
 
 def _unanswerable(question: Question, template: Template, tokenizer: Any) -> list[Problem]:
     """Outputs that do not continue their prompt."""
-    front, found = template.front(tokenizer), []
+    front, problems = template.front(tokenizer), []
     bad = {problem.row for problem in question.problems}
     for pair, row in zip(question.pairs, question.rows, strict=True):
         if row in bad:
@@ -169,5 +169,5 @@ def _unanswerable(question: Question, template: Template, tokenizer: Any) -> lis
         try:
             target_ids(tokenizer, prompt, template.spaced(pair.output), special=front.added, where=repr(pair.input))
         except ic.TextError as error:
-            found.append(Problem(row, question.columns[1], str(error)))
-    return found
+            problems.append(Problem(row, question.columns[1], str(error)))
+    return problems

@@ -38,9 +38,9 @@ def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, 
     return row
 
 
-def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], found: Measured) -> list[Row]:
+def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], measured: Measured) -> list[Row]:
     """Causal indirect effects of one trial, a row per head; `found` is of that trial's prompt alone."""
-    before, patched = found.clean[:, 0].tolist(), found.values[:, :, 0].T.tolist()
+    before, patched = measured.clean[:, 0].tolist(), measured.values[:, :, 0].T.tolist()
     return [
         {"q_id": q_id, "trial_idx": trial, "layer": layer, "head": head, "target_id": target}
         | compared(before, after, ("base", "patch"))
@@ -59,14 +59,14 @@ def aie_rows(rows: Iterable[Mapping[str, Any]], norms: Mapping[tuple[int, int], 
     by_head: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         by_head.setdefault((row["layer"], row["head"]), []).append(row)
-    found = []
+    statistics = []
     for (layer, head), listed in by_head.items():
-        one: Row = {"layer": layer, "head": head, "n_trials": len(listed)}
+        head_row: Row = {"layer": layer, "head": head, "n_trials": len(listed)}
         for measure in MEASURES:
-            one |= changes(measure, listed) | means(measure, listed, ("base", "patch"))
-        one["any_nonzero"] = any(row[f"delta_{measure}"] != 0 for row in listed for measure in MEASURES)
-        found.append(one | {"mean_act_norm": norms[layer, head]})
-    return sorted(found, key=lambda row: (-row[score_key], row["layer"], row["head"]))
+            head_row |= changes(measure, listed) | means(measure, listed, ("base", "patch"))
+        head_row["any_nonzero"] = any(row[f"delta_{measure}"] != 0 for row in listed for measure in MEASURES)
+        statistics.append(head_row | {"mean_act_norm": norms[layer, head]})
+    return sorted(statistics, key=lambda row: (-row[score_key], row["layer"], row["head"]))
 
 
 def changes(measure: str, rows: Sequence[Mapping[str, Any]]) -> Row:
@@ -84,12 +84,12 @@ def means(measure: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
     return {f"mean_{measure}_{name}": fmean(row[f"{measure}_{name}"] for row in rows) for name in names}
 
 
-def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measured, variant: int) -> list[Row]:
+def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], measured: Measured, variant: int) -> list[Row]:
     """What prompts measure without and with one of the edits, a row per prompt."""
     rows = []
-    without, given = found.clean.T.tolist(), found.values[:, variant].T.tolist()
+    without, steered = measured.clean.T.tolist(), measured.values[:, variant].T.tolist()
     for number, prompt in enumerate(prompts):
-        target, tops = prompt.target_ids[0], (int(found.clean_top[number]), int(found.top[variant, number]))
+        target, tops = prompt.target_ids[0], (int(measured.clean_top[number]), int(measured.top[variant, number]))
         hits = [float(top == target) for top in tops]
         row: Row = {
             "idx": number, "q_id": q_id, "prompt": prompt.text, "answer": prompt.target,
@@ -97,7 +97,7 @@ def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measu
             "pred_id_with": tops[1], "accuracy_base": hits[0], "accuracy_with": hits[1],
             "delta_acc": hits[1] - hits[0],
         }  # fmt: skip
-        rows.append(row | compared(without[number], given[number], ("base", "with")))
+        rows.append(row | compared(without[number], steered[number], ("base", "with")))
     return rows
 
 
