@@ -18,8 +18,8 @@ from interp_plugins.function_vectors.means import mean_head_activations
 from interp_plugins.function_vectors.prompts import Prompt
 from interp_plugins.function_vectors.rows import tokens
 from interp_plugins.function_vectors.vectors import function_vector
-from interp_recipes.fv_golden import fv_golden
-from interp_recipes.fv_parity import fv_parity
+from interp_recipes.fv_golden import GoldenConfig, fv_golden
+from interp_recipes.fv_parity import ParityConfig, fv_parity
 from test_fv_parity import report, some
 from torch import Tensor
 
@@ -145,7 +145,7 @@ def one_trial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of one trial, and its golden folder."""
     root = tmp_path_factory.mktemp("one")
     settings = some("tiny-llama2-7b", 1, root) | {"n_top_heads": 1, "edit_layer": 1}
-    return {**settings, "golden": fv_golden(**settings, save_path_root=root)}
+    return {**settings, "golden": fv_golden(GoldenConfig(**settings, save_path_root=root))}
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_faults_in_the_code(
     settings |= {"a": one_trial["golden"]} if given == "a" else {}
     settings |= {"compare": "replay"} if given == "replay" else {}
     if fault is None:
-        fv_parity(**settings, save_path_root=tmp_path)
+        fv_parity(ParityConfig(**settings, save_path_root=tmp_path))
         return
     module, name, wrong, stage = IN_CODE[fault]
     right = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **how: wrong(*args, right=right, **how))
     with pytest.raises(ic.InterpError, match=f"FAIL\n  {stage} / "):
-        fv_parity(**settings, save_path_root=tmp_path)
+        fv_parity(ParityConfig(**settings, save_path_root=tmp_path))
     stages = {one["stage"]: one for one in report(tmp_path)["stages"]}
     assert stages[stage]["status"] == "FAIL" and stages[stage]["mismatch_count"] > 0
     before = [one["status"] for one in stages.values()]

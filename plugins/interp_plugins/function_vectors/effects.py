@@ -113,6 +113,7 @@ def indirect_effects(
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     shape = len(measures), len(prompts), *mean.shape[:2], len(CLASSES) if classes else 1
     effects, clean = torch.full(shape, torch.nan, dtype=kind), torch.zeros(shape[:2], dtype=kind)
+    # layers without heads stay not a number, so that no ranking takes them; a class that a prompt lacks moves nothing
     for layer, head in model.heads:
         effects[:, :, layer, head] = 0.0
     groups = [list(range(len(prompts)))] if by == "sweep" and not classes else [[n] for n in range(len(prompts))]
@@ -145,6 +146,7 @@ def _replayed(
         )
 
     clean = scores(model.run(text))
+    # a mean over one prompt may be the very z that it replaces: an effect of zero, not a mistake
     values = torch.stack([scores(model.run(text, edits=edit, allow_noop=True)) for edit in edits], 1)
     return clean, values - clean[:, None]
 

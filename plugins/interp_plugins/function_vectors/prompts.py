@@ -229,6 +229,7 @@ def _labels(tokenizer: Any, parts: Sequence[Part], front: Front, ids: Sequence[i
     before = 0
     for part, count in zip(parts, counts, strict=True):
         grown = count - before
+        # a piece may merge into the last token, as a second line break does: the token is then that piece's
         if grown == 0 and labels:
             labels[-1] = part.label
         labels += [part.label] * grown

@@ -240,6 +240,7 @@ def choose(
         judged = scored(model, prompts, edits, ("rank", "logprob"))
         shares += (judged["rank"].values == 0).double().mean(-1).view(shares.shape) / len(extracted)
         logprob += judged["logprob"].values.double().mean(-1).view(shares.shape) / len(extracted)
+    # equal accuracies are common on few words: the log-probability decides, then the fewest heads, the lowest layer
     pairs = list(zip(shares.flatten().tolist(), logprob.flatten().tolist(), strict=True))
     at, place = divmod(pairs.index(max(pairs)), len(places))
     return Choice(counts[at], places[place], float(shares[at, place])), shares

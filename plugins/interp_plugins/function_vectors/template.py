@@ -85,6 +85,7 @@ class Template:
                     raise ic.PlanError(f"{name}[{key!r}] of a template is text, not {text!r}")
             if missing := [key for key in FIELDS if key not in texts]:
                 raise ic.PlanError(f'{name} of a template lack {missing[0]!r}; write "" for none')
+            # frozen: filled, and put in one order, which hashes and files go by
             object.__setattr__(self, name, {key: texts[key] for key in FIELDS})
         if self.boundary not in (known := Boundary.__args__):  # type: ignore[attr-defined]
             raise ic.PlanError(f"a template has no boundary {self.boundary!r}. {nearest(str(self.boundary), known)}")
@@ -148,6 +149,7 @@ class Template:
         """
         if self.bos is False:
             return Front(False, "")
+        # what a tokenizer adds is seen on one letter, whatever its settings call it
         plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         if whole[1:] == plain and len(whole) > len(plain):
             return Front(True, "")

@@ -54,6 +54,7 @@ def fixed_trials(
     """
     n_train, n_valid = _sizes(task, "valid", n_trials, n_shots)
     rng = np.random.default_rng(seed)
+    # arguments are drawn from left to right, and the file's random numbers are those of this order
     draws = [
         Draw(
             tuple(rng.choice(n_train, n_shots, replace=False).tolist()),
@@ -111,6 +112,7 @@ def legacy_trials(
     for row in wanted:
         demos = rng.choice(n_train, n_shots, replace=False).tolist() if n_shots else []
         query = int(rng.choice(allowed, 1, replace=False)[0]) if row is None else row
+        # a query that is named is not drawn, as in the published evaluation
         order = rng.permutation(n_shots).tolist() if shuffle and n_shots else range(n_shots)
         draws.append(Draw(tuple(demos), query, tuple(order)))
     started = seed if isinstance(seed, int) else None
@@ -149,6 +151,7 @@ def relation_trials(
         rng.shuffle(rest)
         demos = tuple(rest[:n_demos])
         draws.append(Draw(demos, query, _reordered(rng, [task.pairs[row].output for row in demos])))
+    # part of the published stream, which goes on with the next question from here
     rng.shuffle(draws)
     started = seed if isinstance(seed, int) else None
     return _built(task, tokenizer, template or Template(), n_demos, draws, "random.Random", started, None)

@@ -173,6 +173,7 @@ def function_vector(
         alone = torch.zeros(mean.shape[1], mean.shape[3])
         alone[head] = mean[at, head, slot]
         part = _part(model, at, alone)
+        # the projection of nothing is its bias: taken away where it is not to be counted with this head
         if bias == "none" or (bias == "per_layer" and at in seen):
             part = part - _part(model, at, torch.zeros_like(alone))
         total += part * _gain(model, at, mean[at, :, slot]) if through_post_norm else part

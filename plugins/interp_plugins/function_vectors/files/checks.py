@@ -134,6 +134,7 @@ def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list
             text += piece
             new = len(tokenizer.tokenize(text)) - length
             labels = labels + [label] * new if new else [*labels[:-1], label]
+            # the last token before an answer: of the output's prefix, or of the separator where there is none
             if place == 3 or (place == 2 and not group[3][0]):
                 labels[-1] = labels[-1].replace("structural", "predictive").replace("separator", "predictive")
             if place == 5 and new:

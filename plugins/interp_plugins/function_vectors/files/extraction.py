@@ -157,6 +157,7 @@ def _vector(model: ic.Model, mean: Tensor, heads: tuple[Head, ...], task: str, b
 
 def _demand_finite_heads(model: ic.Model, name: str, values: Tensor) -> None:
     """Values `[any layer head …]` are numbers in every head."""
+    # only heads that there are: layers without are not a number by design
     for layer, head in model.heads:
         if not bool(values[:, layer, head].isfinite().all()):
             dtype = str(model.dtype).removeprefix("torch.")

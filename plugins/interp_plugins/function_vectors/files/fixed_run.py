@@ -199,6 +199,7 @@ def published(
     Raises:
         PlanError: one of them is another run's.
     """
+    # where files go and which Python makes them changes no number: another run may differ in these
     free = {"save_path_root", "overwrite", "python_bin"}
     kept = {key: value for key, value in settings.items() if key not in free}
     dataset = run.dataset_name if run is not None else ""

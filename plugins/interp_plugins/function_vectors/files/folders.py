@@ -229,6 +229,7 @@ def _answers(path: Path) -> Table:
 def _maps(path: Path) -> Table:
     """Tokens and slots of each prompt."""
     rows = _json(path)
+    # maps name trials by their number, which may start anywhere; rows are matched by place
     order = {number: place for place, number in enumerate(dict.fromkeys(row["trial_id"] for row in rows))}
     return Table.of(Row(f"trial {row['trial_id']}, {row['mode']}", order[row["trial_id"]], None, row) for row in rows)
 
@@ -287,6 +288,7 @@ def _logits(path: Path) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         if "clean" in file.keys():  # noqa: SIM118 (no mapping)
             kind, layer = json.loads(file.metadata()["of"])
             return {(kind, layer): (file.get_tensor("clean"), file.get_tensor("with"))}
+        # the published file has all layers of a kind in one tensor [trial layer vocab]
         logits = {}
         for kind in ("corrupted", "clean", "zeroshot"):
             steered = file.get_tensor(f"inject_{kind}_with_logits")

@@ -97,6 +97,7 @@ def trial_of(
         return build(tokenizer, template, shown, query, slots, where=f"trial {number}, {kind} prompt")
 
     shown, shuffled = tuple(demos), tuple(corrupted_demos)
+    # a permutation may change nothing: one prompt then stands for both, and is built once
     clean = prompt("clean", shown)
     corrupted = clean if shuffled == shown else prompt("corrupted", shuffled)
     return Trial(number, shown, query, clean, corrupted, tuple(demo_indices), query_index, shuffled)

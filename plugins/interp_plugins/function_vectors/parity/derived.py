@@ -82,6 +82,7 @@ def problems(stage: str, folder: Artefacts, demands: Asked) -> Iterator[Problem]
             continue
         try:
             yield from check(folder, demands)
+        # files of anyone's making: what breaks a check is a finding about the file, never a stop
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             yield Problem(part, "(contents)", f"cannot be held against the other files: {error!r}")
 
@@ -201,6 +202,7 @@ def _heads(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
         return
     kept = effects.double() if effects.ndim == 3 else effects[..., _class(folder, demands)].double()
     aie, n = kept.mean(0), len(kept)
+    # the file's mean was summed in float32, in an order that is not known: n terms, each off by half an eps
     rounding = 2 * n * torch.finfo(torch.float32).eps * float(kept.nan_to_num().abs().max())
     real = {(int(layer), int(head)): float(aie[layer, head]) for layer, head in (~aie.isnan()).nonzero()}
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -208,6 +210,7 @@ def _heads(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     if unknown := [name for name in names if name not in real]:
         yield Problem("heads", f"heads L{unknown[0][0]}H{unknown[0][1]}", "has no effects")
         return
+    # scores of the published list are rounded to so many places: half of the last one, and a little
     coarse = rounding + (0.6 * 10.0 ** -said["places"] if said.get("places") else 0.0)
     stated = [(f"heads[{place}]", *head, coarse) for place, head in enumerate(heads)]
     stated += [("aie_sorted_full", *head, rounding) for head in said.get("aie") or []]
@@ -236,6 +239,7 @@ def _vector(folder: Artefacts, _: Asked) -> Iterator[Problem]:
     if (layers := value(folder, "by_layer")) is None:
         return
     parts = [part.double() for part in layers["resid_by_layer"].values()]
+    # the writer sums head by head, this layer by layer: as many roundings more as there are layers
     near = 8 * len(parts) * torch.finfo(torch.float32).eps * sum(float(part.abs().max()) for part in parts)
     if not parts or not float((sum(parts) - vector.double()).abs().max()) <= near:
         yield Problem("vector", "fv", "is not the sum of resid_by_layer")

@@ -80,6 +80,7 @@ class Comparison:
         for name in names:
             began, stage = time.perf_counter(), Stage(name)
             getattr(self, f"_{name}")(stage)
+            # before the count: a folder that contradicts itself is named as such, not as too few values
             self._derived(stage)
             stage.counted(stage.files[0], 0 if stage.findings else self._count(name, stage))
             stage.seconds = time.perf_counter() - began
@@ -215,6 +216,7 @@ class Comparison:
         stage.notes |= {"n_top_heads": k, "gap_at_k": [gap(aie, k) for aie in aies] if k <= count else None}
         if tolerance == 0.0 or k >= count or gaps[k] > tolerance:
             return
+        # the nearest number of heads at which the list does end clearly, for the advice
         clear = sorted((n for n in gaps if gaps[n] > tolerance), key=lambda n: (abs(n - k), n))
         stage.find(
             files, f"gap at k={k}", *stage.notes["gap_at_k"],
@@ -272,6 +274,7 @@ class Comparison:
             row |= {f"{name}_src_logprob": a, f"{name}_fv_logprob": b}
             equal[f"{name}_equal"] = False
             if isinstance(a, float) and isinstance(b, float):
+                # a difference has the error of both its sides
                 allowed = 2 * tolerance if name == "delta" else tolerance
                 equal[f"{name}_equal"] = stage.number(files, f"{x.key}: {key}", a, b, allowed)
             else:

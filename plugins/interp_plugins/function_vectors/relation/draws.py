@@ -146,6 +146,7 @@ def draw(question: Question, settings: RelationSettings, tokenizer: Any, folder:
         without = f" without {len(question) - len(kept)} bad ones" if len(kept) < len(question) else ""
         held = f" and {settings.held_out} held out" if settings.held_out else ""
         raise Skipped(f"{len(kept)} rows{without}; {settings.n_demos} demonstrations, a query{held} need {needed}")
+    # a stream of its own: trials of the rows that are left are drawn as if nothing were held out
     held_out = sorted(random.Random(f"held out {settings.seed}").sample(kept, settings.held_out))
     sources = tuple(index for index in kept if index not in held_out)
     task = Task.of(question.q_id, [question.pairs[i] for i in sources], source=str(settings.relation_csv))

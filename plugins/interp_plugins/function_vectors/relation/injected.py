@@ -96,6 +96,7 @@ def evaluate_layers(
     different = list(dict.fromkeys(work.asked))
     edits = [injection(model, vector, layer, strength=settings.alpha) for layer in todo]
     measures = measured(model, different, edits)
+    # queries repeat over trials: each is swept once, and its numbers put back where it was asked
     place = torch.tensor([different.index(prompt) for prompt in work.asked])
     measures = Measured(*(values[..., place] for values in measures))
     fv_meta = read_json(work.folder / META)

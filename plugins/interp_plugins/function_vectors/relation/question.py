@@ -83,6 +83,7 @@ def effects(model: ic.Model, work: Work, mean: Means, part: runs.Part) -> list[R
     edits = head_injection(mean, [Head(*place, 0.0) for place in model.heads], model, slot=slot)
     inputs = {"trials": runs.digest(work.sampled["trials"])}
     with (
+        # two files grow trial by trial: after a stop one may be ahead, so a trial counts only where both have it
         part.rows("trial_metrics.jsonl", key="trial_idx", inputs=inputs) as metrics,
         part.rows("cie_scores.csv", key="trial_idx", inputs=inputs) as scores,
     ):

@@ -123,6 +123,7 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         first = text.splitlines()[0] if text.strip() else ""
+        # spreadsheets save with the separator of their country: the header shows which
         separator = max(",;\t", key=first.count)
         rows = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -183,6 +184,7 @@ def folder_names(q_ids: Iterable[str]) -> dict[str, str]:
     """
     listed = list(dict.fromkeys(q_ids))
     names = {q_id: q_id if _SAFE.fullmatch(q_id) else _digested(q_id) for q_id in listed}
+    # twice: a digest that is put in may itself be the plain name of another question
     for _ in range(2):
         counts = Counter(name.casefold() for name in names.values())
         names = {q_id: name if counts[name.casefold()] == 1 else _digested(q_id) for q_id, name in names.items()}

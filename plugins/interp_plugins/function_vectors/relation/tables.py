@@ -8,7 +8,6 @@ CSV files hold floats so that they are read back to the bit.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from ..prompts import Prompt
 
 Row = dict[str, Any]
 Means = Float[Tensor, "layer head slot d_head"]
-_WHOLE = ("trial_idx", "layer", "head", "target_id")
 
 
 def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, str]) -> Row:
@@ -60,6 +58,7 @@ def aie_rows(rows: Iterable[Mapping[str, Any]], norms: Mapping[tuple[int, int], 
     for row in rows:
         by_head.setdefault((row["layer"], row["head"]), []).append(row)
     statistics = []
+    # statistics of plain floats, summed exactly (fmean): the CSV and a run that went on give the same bits
     for (layer, head), listed in by_head.items():
         head_row: Row = {"layer": layer, "head": head, "n_trials": len(listed)}
         for measure in MEASURES:
@@ -118,27 +117,6 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def read_json(path: Path) -> Any:
     """A JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_cie(path: Path) -> list[Row]:
-    """Rows of `cie_scores.csv`; none if there is no file.
-
-    Raises:
-        LoadError: another table.
-    """
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            return [
-                {
-                    key: text if key == "q_id" else int(text) if key in _WHOLE else float(text)
-                    for key, text in row.items()
-                }
-                for row in csv.DictReader(file)
-            ]
-        except (ValueError, TypeError) as error:
-            raise ic.LoadError(f"{path} is not the table of effects that was written ({error}); delete it") from error
 
 
 def read_lines(path: Path) -> list[Row]:
