@@ -37,16 +37,18 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
         return tokens.placed[key]
     more = tokens.inputs[CACHE].get_seq_length() if cache and CACHE in tokens.inputs else 0
     model.fit(tokens, more)
-    given, width = tokens.inputs, tokens.ids.shape[1]
-    seen = given.get("attention_mask", tokens.mask).to(device, torch.long)  # wider than the text where a cache is given
+    extras, width = tokens.inputs, tokens.ids.shape[1]
+    seen = extras.get("attention_mask", tokens.mask).to(
+        device, torch.long
+    )  # wider than the text where a cache is given
     padded = not bool(seen.all())
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
-    if padded or (given and not {CACHE, "position_ids"} & set(given)):
+    if padded or (extras and not {CACHE, "position_ids"} & set(extras)):
         inputs["attention_mask"] = seen
-    by_grids = any(name.endswith("_grid_thw") for name in given)
+    by_grids = any(name.endswith("_grid_thw") for name in extras)
     if padded and not by_grids and _takes_positions(model):
         inputs["position_ids"] = (_from_first(seen) + first_position(model.hf))[:, -width:]
-    for name, value in given.items():
+    for name, value in extras.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_inference():  # autograd would not take it in a later run

@@ -104,10 +104,10 @@ class Run(ForwardPass):
         """
         demand_effect(self._compiled.edits, (self._passed,), lambda: self.receipts)
 
-    def set_logits(self, logits: Tensor, asked: bool | PositionLike, bound: BoundSelection | None) -> None:
+    def set_logits(self, logits: Tensor, at: bool | PositionLike, bound: BoundSelection | None) -> None:
         """Keep the logits that were asked for."""
         self._logits = logits if bound is None else bound.take(logits)
-        self._logits_site = Site("logits") if isinstance(asked, bool) else Site("logits").at(asked)
+        self._logits_site = Site("logits") if isinstance(at, bool) else Site("logits").at(at)
 
     def differentiate(self, score: Callable[[Tensor], Tensor]) -> None:
         """Fill `grad` with the gradients of `score(logits)` and let go of the graph."""
@@ -211,9 +211,9 @@ class CompiledPlan:
             run.demand_effect()
         return run
 
-    def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
+    def _keep(self, at: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
         """Which logits to keep; where the model can, it computes no others."""
-        selection = Selection(Site("logits").at(asked), None)
+        selection = Selection(Site("logits").at(at), None)
         assert selection.pos is not None
         columns = selection.columns(rows, selection.pos)
         if self.model.keeps_logits and not self.touches("logits"):
@@ -297,11 +297,11 @@ class CompiledPlan:
         with torch.inference_mode(False):
             return self.run(x, logits=logits, each=each, attention=attention, allow_noop=allow_noop)
 
-    def _check_grad(self, asked: Any) -> None:
+    def _check_grad(self, grad: Any) -> None:
         for slot in self.program.slots:
-            if asked and (why := slot.entry.why.get("grad")):
+            if grad and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
-        if asked is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
+        if grad is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
             raise PlanError(
                 "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "
                 "edit a value that requires grad"

@@ -214,9 +214,9 @@ class Tokens:
             matches = [match.span() for match in re.finditer(pattern, text)]
             if not -len(matches) <= nth < len(matches):
                 shown = what if isinstance(what, str) else what.pattern
-                found = f"{len(matches)} times" if matches else "not at all"
+                times = f"{len(matches)} times" if matches else "not at all"
                 hint = "" if matches else f" {nearest(shown.strip(), text.split())}"
-                raise PositionError(f"{shown!r} occurs {found} in row {row} (asked for match {nth}).{hint}")
+                raise PositionError(f"{shown!r} occurs {times} in row {row} (asked for match {nth}).{hint}")
             what = matches[nth]
         start, stop = what
         if not 0 <= start < stop <= len(text):
@@ -386,11 +386,11 @@ def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
     if "input_ids" not in rest:
         raise TextError(f"the inputs lack input_ids; they have {', '.join(map(repr, rest)) or 'nothing'}")
     ids = torch.as_tensor(rest.pop("input_ids"))
-    given = rest.pop("attention_mask", None)
-    mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
-    if given is not None and {"position_ids", CACHE} & set(rest):
+    attention_mask = rest.pop("attention_mask", None)
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    if attention_mask is not None and {"position_ids", CACHE} & set(rest):
         rest["attention_mask"] = mask.long()
-    if given is not None and (cache := rest.get(CACHE)) is not None:
+    if attention_mask is not None and (cache := rest.get(CACHE)) is not None:
         known, width = cache.get_seq_length(), ids.shape[-1]
         if mask.shape[-1] != known + width:
             raise TextError(

@@ -111,8 +111,8 @@ class Atlas:
             SiteError: a layer that does not exist, or that lacks the site.
             CapabilityError: the family lacks the site.
         """
-        if (one := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
-            return [one]
+        if (entry := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
+            return [entry]
         if site.name in self.lacking:
             raise CapabilityError(f"{site}: {self.lacking[site.name]}{self._beside(site.name)}")
         if not site.info.layered:
@@ -122,12 +122,12 @@ class Atlas:
             return [self.entries[site.name, layer] for layer in having]
         counted = len(having) if site.info.visual else self.shape.n_layers  # what a vision tower hands over is apart
         counted = self.tower if site.info.tower else counted
-        asked = indices(site.layers, counted, "layer", site)
-        if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
+        layers = indices(site.layers, counted, "layer", site)
+        if missing := [layer for layer in layers if (site.name, layer) not in self.entries]:
             shown = ", ".join(map(str, having))
             why = f" ({self.withdrawn[site.name, missing[0]]})" if (site.name, missing[0]) in self.withdrawn else ""
             raise SiteError(f"{site}: layer {missing[0]} has no {site.name}{why}; layers {shown} have")
-        return [self.entries[site.name, layer] for layer in asked]
+        return [self.entries[site.name, layer] for layer in layers]
 
     def _beside(self, name: str) -> str:
         """The site of the language model that is what a vision tower's would be."""

@@ -67,8 +67,8 @@ class Call:
         for changed, those, change in self._changes:
             if changed is point:
                 wanted = range(x.shape[-2]) if units is None else units
-                given = range(change.shape[-2]) if those is None else those
-                both = [(i, list(given).index(unit)) for i, unit in enumerate(wanted) if unit in given]
+                changed_units = range(change.shape[-2]) if those is None else those
+                both = [(i, list(changed_units).index(unit)) for i, unit in enumerate(wanted) if unit in changed_units]
                 x = x.index_add(-2, *_indexed(both, change, x.device))
         return x
 
@@ -297,8 +297,8 @@ def expert_out(module: str, router: Router, n_experts: int) -> HookPoint:
         return tuple(range(n_experts)) if units is None else units
 
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
-        found = router.contributions(call.module, call.args, call.output, wanted(units))
-        return found.view(*call.shape, *found.shape[1:])
+        contributions = router.contributions(call.module, call.args, call.output, wanted(units))
+        return contributions.view(*call.shape, *contributions.shape[1:])
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
         call.first = router.contributed(call.first, (new - old).flatten(0, 1))

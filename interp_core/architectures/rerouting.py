@@ -125,7 +125,7 @@ class Routed:
         elif op in ("mask_keep", "mask_drop"):
             routes, left = self._thinned(routes, value, here, rescale=op == "mask_keep")
         elif op in ("force", "force_steermoe"):
-            taken = [*(one for one in call.taken if one.part == part), Taken(value, here, part)]
+            taken = [*(earlier for earlier in call.taken if earlier.part == part), Taken(value, here, part)]
             routes = (self._raised if op == "force_steermoe" else self._admitted)(rule, routes, taken)
             call.taken.append(taken[-1])
         else:
@@ -184,7 +184,7 @@ class Routed:
         strength = self.router.selection.scores(rule, logits).gather(-1, chosen)
         over = spare(weights, chosen)
         strength = strength.to(wide(strength)).masked_fill(over, BANNED)
-        wanted = [(expert, one.here) for one in taken for expert in one.experts]
+        wanted = [(expert, forced.here) for forced in taken for expert in forced.experts]
         for expert, here in wanted:
             strength = strength.masked_fill((chosen == expert) & here[:, None] & ~over, float("inf"))
         for expert, here in wanted:

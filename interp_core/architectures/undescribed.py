@@ -47,10 +47,10 @@ def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = Non
     }
     for path, blocks in sorted(lists, key=lambda item: (item[0].rpartition(".")[0] != home, -len(item[1]))):
         children = dict(blocks[0].named_children())
-        found = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
-        if found["blocks.attn"] is None:
+        parts = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
+        if parts["blocks.attn"] is None:
             continue
-        out = {key: name for key, name in found.items() if name}
+        out = {key: name for key, name in parts.items() if name}
         return {"blocks": path, **out, **_discover_ends(modules, path)}
     return {}
 

@@ -80,10 +80,10 @@ class RowTexts:
         if (n, window) not in self._known:
             starts = torch.tensor(self.starts, device=device).view(-1, 1, 1)
             keys = torch.arange(max(self.starts), device=device).view(1, -1, 1)
-            found = (keys >= starts).expand(-1, -1, n)
+            hidden = (keys >= starts).expand(-1, -1, n)
             if window is not None:
-                found = found | (starts + torch.arange(n, device=device) - keys >= window)
-            self._known[n, window] = found if bool(found.any()) else None
+                hidden = hidden | (starts + torch.arange(n, device=device) - keys >= window)
+            self._known[n, window] = hidden if bool(hidden.any()) else None
         return self._known[n, window]
 
 
@@ -248,14 +248,14 @@ def attention(
     if hook.prefix is not None:
         scores, values = _with_earlier(hook, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
-    given = scores
+    unedited = scores
     if "scores" in stages:
-        scores = stages["scores"](given, n_keys)
-        _demand_a_key(given, scores)
+        scores = stages["scores"](unedited, n_keys)
+        _demand_a_key(unedited, scores)
     pattern = computed = softmax(scores, kwargs.get("s_aux"), hook.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
-    if few is not None and scores is given and pattern is computed and not pattern.requires_grad:
+    if few is not None and scores is unedited and pattern is computed and not pattern.requires_grad:
         return few.closed, None
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
@@ -283,21 +283,21 @@ def _hidden(
 
     if hook.asked is not None and not hook.asked:
         return kernel(query, mask)
-    asked = (
+    queries = (
         torch.arange(n, device=query.device) if hook.asked is None else torch.tensor(hook.asked, device=query.device)
     )
-    few, bias = 2 * len(asked) <= n, at_queries(asked, kwargs.get("position_bias"))
-    told = asked if few or len(asked) == n else torch.arange(n, device=query.device)  # whom the mask is for
-    at = None if len(told) == len(asked) else asked
+    few, bias = 2 * len(queries) <= n, at_queries(queries, kwargs.get("position_bias"))
+    told = queries if few or len(queries) == n else torch.arange(n, device=query.device)  # whom the mask is for
+    at = None if len(told) == len(queries) else queries
     with torch.no_grad():
         rows = rows_of(mask, told, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
-        given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
-        given = masked(given, rows if at is None else rows[:, :, at], kwargs, hook.module)
-        scores = hook.stages["scores"](given, n_keys)
-        _demand_a_key(given, scores)
-        rows = hiding(rows, scores != given, at)
+        unedited = shaped(_products(query[:, :, queries], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
+        unedited = masked(unedited, rows if at is None else rows[:, :, at], kwargs, hook.module)
+        scores = hook.stages["scores"](unedited, n_keys)
+        _demand_a_key(unedited, scores)
+        rows = hiding(rows, scores != unedited, at)
     if few:
-        return kernel(query, mask).index_copy(1, asked, kernel(query[:, :, asked], rows, position_bias=bias))
+        return kernel(query, mask).index_copy(1, queries, kernel(query[:, :, queries], rows, position_bias=bias))
     return kernel(query, rows)
 
 
@@ -328,21 +328,21 @@ def _few(
     query, key, _ = called
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
     closed = module.__dict__["interp_hook"].kernel(module, *called, mask, **kwargs)[0]
-    asked = torch.tensor(columns, device=query.device)
+    queries = torch.tensor(columns, device=query.device)
     if mask is not None or (query.shape[2] > 1 and is_causal(kwargs, module)):
         own = (
-            torch.arange(key.shape[2], device=asked.device) <= asked[:, None]
+            torch.arange(key.shape[2], device=queries.device) <= queries[:, None]
             if mask is None
-            else at_queries(asked, mask)
+            else at_queries(queries, mask)
         )
     else:
         own = None
     return _Few(
         closed,
-        asked,
-        query[:, :, asked],
+        queries,
+        query[:, :, queries],
         own,
-        {**kwargs, "position_bias": at_queries(asked, kwargs.get("position_bias"))},
+        {**kwargs, "position_bias": at_queries(queries, kwargs.get("position_bias"))},
     )
 
 
@@ -410,8 +410,8 @@ def _merged(
     top = torch.maximum(before.amax(1, keepdim=True), joined(highest))
     weights = before.sub_(top).exp2_()
     kind = value.dtype
-    found = torch.cat([torch.matmul(values.mT, weights.to(kind)), weights.sum(1, keepdim=True), top], 1)
-    out, total, top = parted(found).split([value.shape[-1], 1, 1], -1)
+    summary = torch.cat([torch.matmul(values.mT, weights.to(kind)), weights.sum(1, keepdim=True), top], 1)
+    out, total, top = parted(summary).split([value.shape[-1], 1, 1], -1)
     mine = (own - top).exp2_()
     total = total + mine.sum(-1, keepdim=True)
     if sinks is not None:
@@ -441,8 +441,8 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
     if key.shape[0] == batch:
         return torch.matmul(query, _repeated(key, heads // kv).mT)
     joined = query.reshape(batch, kv, -1, d).transpose(0, 1).reshape(kv, -1, d)
-    found = torch.matmul(joined, key[0].mT)
-    return found.reshape(kv, batch, -1, key.shape[2]).transpose(0, 1).reshape(batch, heads, n, -1)
+    products = torch.matmul(joined, key[0].mT)
+    return products.reshape(kv, batch, -1, key.shape[2]).transpose(0, 1).reshape(batch, heads, n, -1)
 
 
 def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
@@ -453,8 +453,8 @@ def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
         value = _repeated(value, heads // kv)
         return pattern * value if keys == 1 else torch.matmul(pattern, value)
     joined = pattern.reshape(batch, kv, -1, keys).transpose(0, 1).reshape(kv, -1, keys)
-    found = torch.matmul(joined, value[0])
-    return found.reshape(kv, batch, -1, value.shape[-1]).transpose(0, 1).reshape(batch, heads, n, -1)
+    mixed = torch.matmul(joined, value[0])
+    return mixed.reshape(kv, batch, -1, value.shape[-1]).transpose(0, 1).reshape(batch, heads, n, -1)
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:

@@ -126,8 +126,8 @@ class Told:
             everywhere = features.new_zeros(*called.visual.shape, features.shape[-1])
             everywhere[called.visual] = features.to(everywhere.device)
             parts = zip(self.within, self.texts.starts, strict=True)
-            found = torch.stack([everywhere[text, start : start + self.count] for text, start in parts])
-            self._known["added", layer] = found if bool(found.any()) else None
+            at_columns = torch.stack([everywhere[text, start : start + self.count] for text, start in parts])
+            self._known["added", layer] = at_columns if bool(at_columns.any()) else None
         added = self._known["added", layer]
         return None if added is None else self._rows(added, 0)
 

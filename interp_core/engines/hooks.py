@@ -456,9 +456,9 @@ class ModuleHook:
         """Changes, then reads, of the tensor that passes."""
         state, reads = self.state, self.reads
         if reads and self.changes:  # what is changed here is only a use of sites that are changed elsewhere
-            for read in [one for one in reads if one.entry.write is not one.point]:
+            for read in [read for read in reads if read.entry.write is not read.point]:
                 x = read.keep(x, state)
-            reads = [one for one in reads if one.entry.write is one.point]
+            reads = [read for read in reads if read.entry.write is read.point]
         for change in self.changes:
             x = change.apply(x)
         for read in reads:

@@ -43,7 +43,10 @@ def check_knockouts(knockouts: Iterable[Hidden], reaches: dict[int, Reach], rows
         layers.setdefault(knockout.layer, []).append(knockout)
     checked: set[Any] = set()
     for layer, members in layers.items():
-        alike = reaches[layer], tuple((id(one.queries), id(one.keys), tuple(one.heads)) for one in members)
+        alike = (
+            reaches[layer],
+            tuple((id(knockout.queries), id(knockout.keys), tuple(knockout.heads)) for knockout in members),
+        )
         if alike in checked:
             continue
         checked.add(alike)
@@ -57,7 +60,7 @@ def _check_together(knockouts: Sequence[Hidden], reach: Reach, rows: Rows) -> No
     """Knockouts of one layer that act on one head."""
     for row, real in enumerate(rows.real):
         ends = _image_ends(rows, row) if reach.images else {}
-        seen, places = [(set(one.queries[row]), set(one.keys[row])) for one in knockouts], set(real)
+        seen, places = [(set(knockout.queries[row]), set(knockout.keys[row])) for knockout in knockouts], set(real)
         most = len(set().union(*(keys for _, keys in seen)))
         for query in sorted(set().union(*(queries for queries, _ in seen)) & places):
             visible = reach.visible(real, query, ends.get(query))
@@ -79,7 +82,7 @@ def _image_ends(rows: Rows, row: int) -> dict[int, int]:
 
 
 def _refuse(knockouts: Sequence[Hidden], row: int, real: list[int], query: int, reach: Reach) -> None:
-    edits = " and ".join(dict.fromkeys(str(one.edit) for one in knockouts))
+    edits = " and ".join(dict.fromkeys(str(knockout.edit) for knockout in knockouts))
     place = real.index(query)
     layer = f" in layer {knockouts[0].layer}{reach}" if str(reach) else ""
     rest = f" (query=slice({place + 1}, None))" if place + 1 < len(real) else ""

@@ -14,9 +14,9 @@ LOWEST = {kind: torch.finfo(kind).min / 2 for kind in (torch.float16, torch.bflo
 """What is added to the score of a hidden key."""
 
 
-def at_queries(asked: Tensor, x: Tensor | None) -> Tensor | None:
+def at_queries(queries: Tensor, x: Tensor | None) -> Tensor | None:
     """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
-    return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
+    return x if x is None or x.shape[-2] == 1 else x[..., queries, :]
 
 
 def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[dtype]
 
 
-def rows_of(mask: Tensor | None, asked: Tensor, keys: int, *, implied: bool, dtype: torch.dtype) -> Tensor:
+def rows_of(mask: Tensor | None, queries: Tensor, keys: int, *, implied: bool, dtype: torch.dtype) -> Tensor:
     """The mask of some queries `[batch or 1, head or 1, asked, key]`, also where the layer is handed none.
 
     Args:
@@ -64,16 +64,18 @@ def rows_of(mask: Tensor | None, asked: Tensor, keys: int, *, implied: bool, dty
         dtype: of the scores.
     """
     if mask is not None:
-        rows = at_queries(asked, mask)
+        rows = at_queries(queries, mask)
         assert rows is not None
-        return rows.expand(-1, -1, len(asked), -1)
+        return rows.expand(-1, -1, len(queries), -1)
     seen = (
-        torch.arange(keys, device=asked.device) <= asked[:, None] if implied else asked.new_ones(len(asked), keys) > 0
+        torch.arange(keys, device=queries.device) <= queries[:, None]
+        if implied
+        else queries.new_ones(len(queries), keys) > 0
     )
     return additive(seen, dtype)[None, None]
 
 
-def hiding(mask: Tensor, hidden: Tensor, asked: Tensor | None = None) -> Tensor:
+def hiding(mask: Tensor, hidden: Tensor, queries: Tensor | None = None) -> Tensor:
     """A mask with more keys hidden, in its own form: true where a query may look, or added to the scores.
 
     Args:
@@ -83,7 +85,7 @@ def hiding(mask: Tensor, hidden: Tensor, asked: Tensor | None = None) -> Tensor:
     """
     if bool((hidden == hidden[:, :1]).all()):
         hidden = hidden[:, :1]
-    at = slice(None) if asked is None else asked
+    at = slice(None) if queries is None else queries
     out = mask.expand(*torch.broadcast_shapes(mask.shape[:2], hidden.shape[:2]), -1, -1).clone()
     if out.dtype == torch.bool:
         out[:, :, at] &= ~hidden

@@ -95,13 +95,13 @@ class LocalEngine:
 
     def places(self, paths: Iterable[str]) -> tuple[Place, ...]:
         """Where modules hang that lie on the way from the model to those at these paths."""
-        found: dict[str, Place] = {}
+        places: dict[str, Place] = {}
         for path in paths:
-            while path and path not in found:
+            while path and path not in places:
                 outer, _, name = path.rpartition(".")
-                found[path] = self.modules[outer]._modules, name, self.modules[path]
+                places[path] = self.modules[outer]._modules, name, self.modules[path]
                 path = outer
-        return tuple(found.values())
+        return tuple(places.values())
 
     def acquire(self) -> None:
         """Begin a run, unless it would be one inside another one of the same modules.
@@ -196,8 +196,8 @@ class HookProgram(ABC):
         """One slot per site and layer; kept lean, since plans may have thousands."""
         slots, entries, by_point, make = self.slots, self.atlas.entries, self._by_point, self.read
         for site in reads:
-            one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
-            for entry in self.atlas.select(site) if one is None else (one,):
+            exact = entries.get((site.name, site.layers))  # type: ignore[arg-type]
+            for entry in self.atlas.select(site) if exact is None else (exact,):
                 units = site.units
                 if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
                     indices(units, entry.n_units or 0, site.info.unit or "unit", site)
@@ -243,7 +243,9 @@ class HookProgram(ABC):
         for hook in hooks:
             stages.setdefault(hook.point.module, {})[hook.point.part] = hook.stage()
         config_copies: dict[int, Any] = {}
-        attn_hooks = [AttentionHook(self.engine.modules[path], found, config_copies) for path, found in stages.items()]
+        attn_hooks = [
+            AttentionHook(self.engine.modules[path], by_part, config_copies) for path, by_part in stages.items()
+        ]
         for attn_hook in attn_hooks:
             attn_hook.hides = self.closes and self._only_hides(attn_hook)
         return attn_hooks
@@ -465,13 +467,13 @@ class HookProgram(ABC):
     def _ask(self, layer: AttentionHook, accesses: Sequence[SiteAccess], width: int) -> None:
         """Let a layer open its attention only for the queries that are selected, where these are few."""
         bounds = [access.bound for access in accesses if access.bound is not None]
-        asked = sorted({column for bound in bounds for row in bound.columns or () for column in row})
+        columns = sorted({column for bound in bounds for row in bound.columns or () for column in row})
         layer.asked = [] if layer.hides and layer.has_kernel and not bounds else None
-        if bounds and layer.has_kernel and (layer.hides or 2 * len(asked) <= width):
+        if bounds and layer.has_kernel and (layer.hides or 2 * len(columns) <= width):
             start = 0 if self.state.window is None else self.state.window.start
-            layer.asked = [column - start for column in asked]
+            layer.asked = [column - start for column in columns]
             for access in accesses:
-                access.bound = None if access.bound is None else access.bound.among(asked)
+                access.bound = None if access.bound is None else access.bound.among(columns)
                 access.bound_to = None  # the next pass may ask for others
 
     def steady(self, rows: Rows) -> list[BoundSelection] | None:

@@ -50,8 +50,8 @@ class Selection:
         self.units: int | tuple[int, ...] | None = None
         if site.units is not None:
             assert n_units is not None
-            found = indices(site.units, n_units, site.info.unit or "unit", site)
-            self.units = found[0] if isinstance(site.units, int) else tuple(found)
+            numbers = indices(site.units, n_units, site.info.unit or "unit", site)
+            self.units = numbers[0] if isinstance(site.units, int) else tuple(numbers)
         self.whole = self.pos is None and self.key is None and self.units is None
         self._step: tuple[int, BoundSelection] | None = None
 
@@ -198,9 +198,9 @@ class BoundSelection:
         """
         at = {column: i for i, column in enumerate(queries)}
         local = [[at[column] for column in row] for row in self.columns or ()]
-        made = copy.copy(self)
-        made._point([_Part.of(local, self.selection.pos, 0, len(at)), *self._parts[1:]])
-        return made
+        narrowed = copy.copy(self)
+        narrowed._point([_Part.of(local, self.selection.pos, 0, len(at)), *self._parts[1:]])
+        return narrowed
 
     def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
         units = self.selection.units

@@ -44,11 +44,11 @@ class Tower:
 def _tower_of(hf: Any) -> nn.Module | None:
     """The module that transformers names as the encoder of images; it names the model itself where there is none."""
     try:
-        found = hf.get_encoder(modality="image")
+        encoder = hf.get_encoder(modality="image")
     except (AttributeError, TypeError, ValueError):
         return None
-    inside = isinstance(found, nn.Module) and found is not hf and hf.get_input_embeddings() not in found.modules()
-    return found if inside else None
+    inside = isinstance(encoder, nn.Module) and encoder is not hf and hf.get_input_embeddings() not in encoder.modules()
+    return encoder if inside else None
 
 
 def _same(x: Any, y: Any) -> bool:

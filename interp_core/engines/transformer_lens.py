@@ -245,10 +245,10 @@ def _scales(held: Mapping[tuple[str, int], Tensor], cfg: Any) -> dict[str, Tenso
     if (last := held.get(("resid_post", cfg.n_layers - 1))) is not None:
         at["ln_final.hook_scale"] = last
     centred = str(cfg.normalization_type).startswith("LN")
-    found = {}
+    scales = {}
     for name, x in at.items():
         x = x - x.mean(-1, keepdim=True) if centred else x
-        found[name] = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+        scales[name] = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
     if cfg.positional_embedding_type == "standard" and ("embed", 0) in held and ("resid_pre", 0) in held:
-        found["hook_pos_embed"] = held["resid_pre", 0] - held["embed", 0]
-    return found
+        scales["hook_pos_embed"] = held["resid_pre", 0] - held["embed", 0]
+    return scales

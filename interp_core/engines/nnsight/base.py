@@ -55,8 +55,8 @@ class TracedEngine(LocalEngine):
             self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)
         self.envoys: dict[str, Any] = {"": self.nnsight}
         # by module, not by name: nnsight calls some otherwise (BERT's `output` is a property of envoys)
-        found = {id(envoy._module): envoy for envoy in self.nnsight.modules()}
-        self.envoys |= {path: found[id(module)] for path, module in self.modules.items() if path}
+        envoy_of = {id(envoy._module): envoy for envoy in self.nnsight.modules()}
+        self.envoys |= {path: envoy_of[id(module)] for path, module in self.modules.items() if path}
         self._orders: dict[frozenset[str], dict[Place, Passage]] = {}
         self._takes = set(inspect.signature(type(self.model).forward).parameters) - {"use_cache"}
 

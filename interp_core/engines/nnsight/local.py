@@ -73,21 +73,21 @@ class NNsightProgram(HookProgram):
         """
         if (id(order), first) in self._made:
             return self._made[id(order), first]
-        found: list[tuple[int, int, Visit]] = []
+        ranked: list[tuple[int, int, Visit]] = []
         for module_hook in self.hooks:
             path, side = module_hook.point.module, module_hook.point.side
             if (path, side) not in order:
                 continue
-            envoy, given = self.engine.envoys[path], _Given()
+            envoy, inputs = self.engine.envoys[path], _Given()
             own = self.engine.own[path]
-            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, given, own)
+            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, inputs, own)
             early = (
                 len(order) if first and module_hook.point.layout is not None and module_hook.point.layout.images else 0
             )
-            found.append((order[path, side].rank - early, 0, visit))
+            ranked.append((order[path, side].rank - early, 0, visit))
             if side == "out" and module_hook.derived:
-                found.append((order[path, "in"].rank - early, 1, _take_input(envoy, given)))
-        visits = self._made[id(order), first] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
+                ranked.append((order[path, "in"].rank - early, 1, _take_input(envoy, inputs)))
+        visits = self._made[id(order), first] = [visit for _, _, visit in sorted(ranked, key=lambda item: item[:2])]
         return visits
 
 
@@ -97,9 +97,9 @@ class _Given:
     args: tuple[Any, ...] = ()
 
 
-def _take_input(envoy: Any, given: _Given) -> Visit:
+def _take_input(envoy: Any, inputs: _Given) -> Visit:
     def visit() -> None:
-        given.args = envoy.inputs[0]
+        inputs.args = envoy.inputs[0]
 
     return visit
 
@@ -115,12 +115,12 @@ def _at_input(envoy: Any, module_hook: ModuleHook) -> Visit:
     return visit
 
 
-def _at_output(envoy: Any, module_hook: ModuleHook, given: _Given, own: nn.Module) -> Visit:
+def _at_output(envoy: Any, module_hook: ModuleHook, inputs: _Given, own: nn.Module) -> Visit:
     hook = module_hook.on_output()
 
     def visit() -> None:
-        new = hook(own, given.args, envoy.output)
-        given.args = ()
+        new = hook(own, inputs.args, envoy.output)
+        inputs.args = ()
         if new is not None:
             envoy.output = new
 
