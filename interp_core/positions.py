@@ -151,7 +151,7 @@ class Rows(NamedTuple):
 
     @property
     def text(self) -> Rows:
-        """The same without what only fills rows up."""
+        """These rows without what only fills up those that have ended."""
         if self.stops is None:
             return self
         return self._replace(real=[row[:n] for row, n in zip(self.real, self.stops, strict=True)], stops=None)
@@ -229,7 +229,7 @@ def selects_newest(value: Position, rows: Rows, row: int) -> bool:
 
 
 def settled(value: Position, rows: Rows, row: int) -> bool:
-    """Whether `selects_newest` says the same of every token to come."""
+    """Whether what `selects_newest` says of the newest token will hold of every later one."""
     newest = len(rows.real[row]) - 1
     if isinstance(value, int):
         return value < newest

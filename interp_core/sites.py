@@ -161,7 +161,7 @@ class Site:
 
     @property
     def whole(self) -> Site:
-        """The same site and layers, all units and positions."""
+        """This site in its layers, with all units and positions."""
         return Site(self.name, self.layers)
 
     def set(self, value: Tensor) -> Edit:

@@ -175,9 +175,9 @@ def _shown(atlas: Atlas, total: Sum) -> set[int]:
     """Entries whose edit shows in what is read of a sum and goes nowhere else: the sum itself, and what is read at the
     very place where a term is (`mlp_in` at `resid_mid` in OLMo 2)."""
     entries = {name: atlas.entries[name, total.layer] for name in total.names}
-    taps = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
+    places = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
     others = [entry for (name, layer), entry in atlas.entries.items() if layer == total.layer and name not in entries]
-    beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in taps]
+    beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in places]
     return {id(entry) for entry in (*beside, entries[total.after])}
 
 

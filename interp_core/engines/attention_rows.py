@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionError
-from .attention import scale_of, shaped, softmax
+from .attention_steps import scale_of, shaped, softmax
 from .masks import additive, at_queries, is_causal, masked, no_later
 
 ROOM, LEAST = 1 << 18, 16
@@ -51,7 +51,7 @@ class AttentionRows:
     made: tuple[tuple[slice, Tensor], ...] = ()
 
     def at(self, queries: Sequence[int]) -> AttentionRows:
-        """The same with these queries only, so that the others' memory is free.
+        """This layer's attention with these queries only, so that the others' memory is free.
 
         Raises:
             PositionError: a query that is not here.
@@ -61,7 +61,7 @@ class AttentionRows:
         return replace(self, query=self.query.index_select(2, places), called=called, kept=tuple(queries), made=())
 
     def held(self) -> AttentionRows:
-        """The same with its rows of the pattern made once: `mixed` takes them from memory."""
+        """This layer's attention with its rows of the pattern made now, once: `mixed` takes them from memory then."""
         known = list(self._index)
         with self._graph():
             return replace(self, made=tuple(self._rows(known, self._fastest)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
-from .attention import RowTexts
+from .attention_prefix import RowTexts
 
 MASK = "attention_mask"
 
@@ -96,7 +96,7 @@ class Told:
         return columns if batch is None else self._rows(columns, batch)
 
     def _columns(self, value: Tensor, name: str) -> tuple[Tensor, int | None]:
-        """Our columns of a tensor, and the axis where each text has its own; None if all rows take the same."""
+        """The pass' columns of a tensor, and the axis along which each text has its own; None if all rows take one."""
         batch, axes = _axes(value, name)
         if any(value.shape[axis] != self.called.width for axis in axes):
             return value, None

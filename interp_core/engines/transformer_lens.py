@@ -60,7 +60,7 @@ class BridgeProgram(TorchProgram):
     """As on the model itself. The bridge warns of edits that it discards; the self-check finds these at load."""
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `HookProgram.carry`."""
+        """See `HookProgram.execute`."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A hook on .* returned a modified tensor")
             return super().execute(method, inputs)
@@ -140,7 +140,7 @@ class BridgeEngine(TorchEngine):
         return moved and replace(moved, layout=point.layout)
 
     def _wrapped(self, point: HookPoint | None) -> HookPoint | None:
-        """The same hook point where the bridge has put the model's own module."""
+        """A hook point of the model, at the path where the bridge has put that module of the model's."""
         if point is None or point.module not in self._own:
             return None
         needs = tuple(need for need in map(self._wrapped, point.needs) if need is not None)

@@ -26,7 +26,7 @@ class NNsightProgram(HookProgram):
         self._made: dict[tuple[int, bool], list[Visit]] = {}
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `HookProgram.carry`."""
+        """See `HookProgram.execute`."""
         engine = self.engine
         steps = [self._visits(engine.order(inputs), first=method == "generate")]
         if method == "generate":  # the steps after the prompt are text
