@@ -69,7 +69,8 @@ class AttentionHook:
         kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         filled: while generating, how many columns there are; a static cache hands over its empty places too.
-        queries: those whose scores and patterns are asked for, as columns of this pass; None for all.
+        queries: those whose scores and patterns are asked for, as columns of this pass; None for all. (All are opened
+            where a sliding window has dropped keys: the plan's positions are then bound anew, see `ModuleHook.stage`.)
         kernel: the layer's own attention function, if it can be found.
         hides: all that the plan does with scores and patterns is to hide keys, which the layer's own kernel can be told
             by a mask.
@@ -213,7 +214,6 @@ def attention(
     if hook.hides and hook.has_kernel:
         return _hidden(hook, (query, key, value), attention_mask, called), None
     few: _Few | None = None
-    # A sliding window that has dropped keys counts them otherwise than the queries' columns: all in the open then.
     if hook.queries is not None and filled in (None, n_keys):
         few = _few(hook.queries, module, (query, key, value), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
