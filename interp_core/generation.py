@@ -65,21 +65,21 @@ def generate(
         TextError: prompt and new tokens do not fit the context.
         EffectError: an edit did nothing.
     """
-    own = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     prompt = model.input(x)
-    told = decoding(model, prompt, options, own | {"top_k": top_k}, stop_at_eos)
-    prompt = replace(prompt, inputs={**prompt.inputs, **told.inputs}) if told.inputs else prompt
+    how = decoding(model, prompt, options, named | {"top_k": top_k}, stop_at_eos)
+    prompt = replace(prompt, inputs={**prompt.inputs, **how.inputs}) if how.inputs else prompt
     tokens, moved = padded_on(prompt, "left")
     rows = tokens.rows._replace(moved=moved)
-    model.fit(tokens, told.new - 1)
+    model.fit(tokens, how.new - 1)
     compiled = CompiledPlan(model, *model.program(read, edits))
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
-    inputs = _inputs(tokens, compiled) | told.arguments
+    inputs = _inputs(tokens, compiled) | how.arguments
     with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
-        final = _grown(rows, told.new - 1)
-        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends)
-    generation = Generation(compiled, tokens, rows, ids.cpu(), passes, told.ends)
+        final = _grown(rows, how.new - 1)
+        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, how.ends)
+    generation = Generation(compiled, tokens, rows, ids.cpu(), passes, how.ends)
     demand_proof(compiled.edits, passes)
     if not allow_noop:
         demand_effect(compiled.edits, passes, lambda: generation.receipts)

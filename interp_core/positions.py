@@ -173,8 +173,8 @@ class Patches:
     def __init__(self, images: Images) -> None:
         starts = [0, *accumulate(len(image) for row in images for image in row)]
         self.total = starts[-1]
-        own = iter(starts)
-        self.places = [[start + i for image in row for start in (next(own),) for i in image] for row in images]
+        image_starts = iter(starts)
+        self.places = [[start + i for image in row for start in (next(image_starts),) for i in image] for row in images]
         names: dict[str, list[list[int]]] = {}
         for i in range(max(map(len, images), default=0)):
             before = [sum(map(len, row[:i])) for row in images]

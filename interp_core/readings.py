@@ -143,12 +143,12 @@ class Receipt:
         if not self.fired:
             return f"{self.edit}: never fired"
         if self.positions is None:
-            where = "all positions"
+            positions = "all positions"
         else:
             shown = [f"row {i} at {','.join(map(str, row))}" for i, row in enumerate(self.positions) if row]
-            where = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
+            positions = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
         routing = "" if self.routing is None else f"; {self.routing}"
-        return f"{self.edit}: fired {self.fired}×, {where}, changed by norm {self.norm:.4g}{routing}"
+        return f"{self.edit}: fired {self.fired}×, {positions}, changed by norm {self.norm:.4g}{routing}"
 
 
 def receipts(edits: Sequence[Edit], passes: Sequence[PassRecord], rows: Rows) -> list[Receipt]:
@@ -387,7 +387,7 @@ class ReadStore:
 def _ndim(site: Site) -> int:
     """Axes of a site's value in one layer when every row selects as many positions."""
     dropped = isinstance(site.units, int)
-    singles = sum(place is not None and is_single(place) for place in (site.pos, site.key))
+    singles = sum(pos is not None and is_single(pos) for pos in (site.pos, site.key))
     return len(site.info.axes) - dropped - singles
 
 

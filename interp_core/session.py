@@ -238,6 +238,8 @@ class Session(Structure):
         reads = several("read=", "sites", read, PlanError) if reads is None else reads
         changes = edits if isinstance(edits, tuple) else (edits,) if isinstance(edits, Edit) else None
         changes = several("edits=", "edits", edits, PlanError) if changes is None else changes
+        # By site and operation alone: a plan with other values is the same program. Reads are strings or sites as they
+        # were given: parsing them would be most of what a plan that is known costs.
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
         try:
             known = self._programs.get(key)

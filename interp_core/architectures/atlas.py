@@ -1,4 +1,9 @@
-"""The atlas: which sites a given model has, with what shapes, and the hook points that reach them."""
+"""The atlas: which sites a given model has, with what shapes, and the hook points that reach them.
+
+It is data about one model: `locate.py` fills it, an engine fits it to itself (`Engine.adapt`), the self-check withdraws
+what does not hold. A plan is compiled by it alone, so what it lacks is refused before a pass, with the reason that it
+gives; `print(model.sites)` shows it.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +88,7 @@ class Atlas:
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
             padding`, where the model cannot have those.
-        withdrawn: `(name, layer)` of what was taken out later, with the reason.
+        withdrawn: `(name, layer)` of what an engine or the self-check has taken out, with the reason.
         notes: what a user should know of this model.
     """
 
@@ -130,7 +135,7 @@ class Atlas:
         return [self.entries[site.name, layer] for layer in layers]
 
     def _beside(self, name: str) -> str:
-        """The site of the language model that is what a vision tower's would be."""
+        """For a message about a vision tower's site that is not there: that the language model has such a site."""
         same = name.removeprefix(VISION_)
         return f"; {same} is its language model's" if same != name and self.layers(same) else ""
 

@@ -117,10 +117,10 @@ class Layout:
         """
         if self.images:
             if x.numel() != shape[1] * x.shape[-1]:
-                there = x.numel() // x.shape[-1]
+                patches = x.numel() // x.shape[-1]
                 raise CapabilityError(
-                    f"the vision tower has {there} patches, and the images {shape[1]}, as the family file counts them: "
-                    "pass what this model's processor returned, whole"
+                    f"the vision tower has {patches} patches, and the images {shape[1]}, as the family file counts "
+                    "them: pass what this model's processor returned, whole"
                 )
             x = x.reshape(1, -1, x.shape[-1])
         x = x.reshape(*shape, *x.shape[1:]) if self.flat else x

@@ -208,7 +208,7 @@ def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterat
     entries = _checked_entries(atlas)
     n = len(entries) + 1
     visual = [entry.visual for entry in entries]
-    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if is_visual else ()) for is_visual in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     layers = {entry.layer for entry in entries}
@@ -312,5 +312,5 @@ def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     dtype = value.dtype if entry.wide else run.model.dtype  # some models give float32 logits whatever their dtype
     noise = torch.randn(size, generator=generator).to(value.device, dtype)
     size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
-    place = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
-    return place.add(noise * (3 * size_of).to(dtype))
+    spot = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
+    return spot.add(noise * (3 * size_of).to(dtype))

@@ -81,19 +81,8 @@ class AttentionHook:
     """
 
     __slots__ = (
-        "config_copy",
-        "filled",
-        "hides",
-        "keep",
-        "kept",
-        "kernel",
-        "module",
-        "note",
-        "original",
-        "prefix",
-        "queries",
-        "softmax_dtype",
-        "stages",
+        "config_copy", "filled", "hides", "keep", "kept", "kernel", "module", "note", "original", "prefix", "queries",
+        "softmax_dtype", "stages",
     )  # fmt: skip
 
     def __init__(
@@ -262,10 +251,10 @@ def _hidden(
         return kernel(query, mask)
     queries = torch.tensor(range(n) if hook.queries is None else hook.queries, device=query.device)
     few, bias = 2 * len(queries) <= n, at_queries(queries, kwargs.get("position_bias"))
-    told = queries if few or len(queries) == n else torch.arange(n, device=query.device)  # whom the mask is for
-    at = None if len(told) == len(queries) else queries
+    for_queries = queries if few or len(queries) == n else torch.arange(n, device=query.device)  # whom the mask is for
+    at = None if len(for_queries) == len(queries) else queries
     with torch.no_grad():
-        rows = rows_of(mask, told, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
+        rows = rows_of(mask, for_queries, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
         unedited = shaped(products(query[:, :, queries], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
         unedited = masked(unedited, rows if at is None else rows[:, :, at], kwargs, hook.module)
         scores = hook.stages["scores"](unedited, n_keys)
@@ -304,12 +293,12 @@ def _few(
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
     closed = module.__dict__["interp_hook"].kernel(module, *called, mask, **kwargs)[0]
     at = torch.tensor(columns, device=query.device)
-    own = at_queries(at, mask)
+    few_mask = at_queries(at, mask)
     if mask is None and query.shape[2] > 1 and is_causal(kwargs, module):
         # Causal attention is implied for all queries, and has to be said of some of them.
-        own = torch.arange(key.shape[2], device=at.device) <= at[:, None]
+        few_mask = torch.arange(key.shape[2], device=at.device) <= at[:, None]
     more = {**kwargs, "position_bias": at_queries(at, kwargs.get("position_bias"))}
-    return _Few(closed, at, query[:, :, at], own, more)
+    return _Few(closed, at, query[:, :, at], few_mask, more)
 
 
 AttentionInterface.register(NAME, attention)

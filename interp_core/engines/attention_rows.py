@@ -141,8 +141,8 @@ class AttentionRows:
             columns = queries[part]
             if bias is not None:
                 called["position_bias"] = at_queries(torch.tensor(places[part], device=key.device), bias)
-            seen = key[..., : max(columns) + 1] if hides and bias is None else key
-            scores = shaped(_grouped(query[:, :, part], seen), called)
+            visible = key[..., : max(columns) + 1] if hides and bias is None else key
+            scores = shaped(_grouped(query[:, :, part], visible), called)
             if hides:
                 first = min(columns)  # keys before it are seen by all of these queries
                 scores[..., first:] += _later(columns, scores)

@@ -80,8 +80,8 @@ class Told:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             return
         for text, start in zip(self.within, self.texts.starts, strict=True):
-            seen = mask[text if len(mask) > 1 else 0, :, :start, start : start + self.count]
-            if bool((seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 4).any()):
+            later = mask[text if len(mask) > 1 else 0, :, :start, start : start + self.count]
+            if bool((later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 4).any()):
                 raise CapabilityError(f"positions before {start} see later ones in this model, and change with them")
 
     def _part(self, value: Any, name: str = "") -> Any:

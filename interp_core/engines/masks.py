@@ -89,9 +89,9 @@ def hiding(mask: Tensor, hidden: Tensor, queries: Tensor | None = None) -> Tenso
     if bool((hidden == hidden[:, :1]).all()):
         hidden = hidden[:, :1]
     at = slice(None) if queries is None else queries
-    out = mask.expand(*torch.broadcast_shapes(mask.shape[:2], hidden.shape[:2]), -1, -1).clone()
-    if out.dtype == torch.bool:
-        out[:, :, at] &= ~hidden
+    narrower = mask.expand(*torch.broadcast_shapes(mask.shape[:2], hidden.shape[:2]), -1, -1).clone()
+    if narrower.dtype == torch.bool:
+        narrower[:, :, at] &= ~hidden
     else:
-        out[:, :, at] = out[:, :, at].masked_fill(hidden, LOWEST[out.dtype])
-    return out
+        narrower[:, :, at] = narrower[:, :, at].masked_fill(hidden, LOWEST[narrower.dtype])
+    return narrower

@@ -103,10 +103,8 @@ class Selection:
             if not all(hit):
                 return BoundSelection(self, rows, [[start] if on else [] for on in hit], None, window)
         if self._step is None or self._step[0] != len(real):
-            self._step = (
-                len(real),
-                BoundSelection(self, rows, None if self.pos is None else [[start]] * len(real), None, window),
-            )
+            newest = None if self.pos is None else [[start]] * len(real)
+            self._step = len(real), BoundSelection(self, rows, newest, None, window)
         elif self.pos is not None:
             self._step[1].columns = [[start]] * len(real)
         return self._step[1]
@@ -152,17 +150,7 @@ class BoundSelection:
     """
 
     __slots__ = (
-        "_index",
-        "_moved",
-        "_parts",
-        "_patches",
-        "axes",
-        "basic",
-        "columns",
-        "fills",
-        "ragged",
-        "rows",
-        "selection",
+        "_index", "_moved", "_parts", "_patches", "axes", "basic", "columns", "fills", "ragged", "rows", "selection",
     )  # fmt: skip
 
     def __init__(

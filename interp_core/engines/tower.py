@@ -28,13 +28,13 @@ class Tower:
         """What it computes instead, while nothing inside of it is edited."""
         if self.module is None:
             return {}
-        own = self.module.forward
+        forward = self.module.forward
 
         def once(*args: Any, **kwargs: Any) -> Any:
             for called, output in self._known:
                 if _same(called, (args, kwargs)):
                     return copy.copy(output)  # models write further names into it
-            output = own(*args, **kwargs)
+            output = forward(*args, **kwargs)
             self._known = [*self._known[1 - KEPT :], ((args, kwargs), copy.copy(output))]
             return output
 

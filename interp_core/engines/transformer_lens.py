@@ -111,9 +111,9 @@ class BridgeEngine(TorchEngine):
                 entry.write = entry.read if shared else self._wrapped(entry.write)
                 continue
             elif name == "resid_mid":
-                own = entry.write is not None and entry.write.get is None  # what a module gives is the stream itself
+                is_stream = entry.write is not None and entry.write.get is None  # a module gives the stream itself
                 entry.read = moved[name, layer]
-                entry.write = entry.read if own else self._resid_mid(atlas, layer) if entry.read else None
+                entry.write = entry.read if is_stream else self._resid_mid(atlas, layer) if entry.read else None
             elif name == "head_out":
                 entry.read = entry.write = self._head_out(atlas, layer)
             else:

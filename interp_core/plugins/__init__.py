@@ -268,7 +268,7 @@ def installed() -> tuple[Plugin, ...]:
             what they are not.
     """
     plugins = list(_cloned())
-    seen = {plugin.dist for plugin in plugins}
+    dists = {plugin.dist for plugin in plugins}
     for dist in metadata.distributions():
         try:
             text = dist.read_text("entry_points.txt") or ""
@@ -277,10 +277,10 @@ def installed() -> tuple[Plugin, ...]:
         if "interp_core." not in text:
             continue
         name, version, needs, error = _facts(dist)
-        if name.lower() not in seen:  # of two on the path, the first is the one that would be imported
-            seen.add(name.lower())
+        if name.lower() not in dists:  # of two on the path, the first is the one that would be imported
+            dists.add(name.lower())
             plugins += _points(text, name, version, needs, error)
-    if OWN not in seen:
+    if OWN not in dists:
         raise PluginError(
             f"{Path(__file__).parents[1]} is a copy without its engines and model families: {OWN} is not installed, "
             f"and no {PROJECT.name} of it lies beside. Install it: pip install {OWN}"

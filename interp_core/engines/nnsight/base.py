@@ -115,8 +115,8 @@ def _noted(modules: Mapping[str, nn.Module]) -> Iterator[dict[Place, Passage]]:
         for side, register in (("in", module.register_forward_pre_hook), ("out", module.register_forward_hook)):
 
             def note(_: nn.Module, *passing: Any, place: Place = (path, side)) -> None:
-                seen = passing[-1:] if place[1] == "out" else passing
-                first = next((x for x in _flat(seen) if isinstance(x, torch.Tensor) and x.ndim), None)
+                tensors = passing[-1:] if place[1] == "out" else passing
+                first = next((x for x in _flat(tensors) if isinstance(x, torch.Tensor) and x.ndim), None)
                 order.setdefault(place, Passage(len(order), 0 if first is None else first.shape[-1]))
 
             handles.append(register(note, with_kwargs=True))

@@ -78,9 +78,9 @@ class NNsightProgram(HookProgram):
             path, side = module_hook.point.module, module_hook.point.side
             if (path, side) not in order:
                 continue
-            envoy, inputs = self.engine.envoys[path], _Given()
-            own = self.engine.own[path]
-            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, inputs, own)
+            envoy, inputs = self.engine.envoys[path], _Inputs()
+            module = self.engine.own[path]
+            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, inputs, module)
             early = (
                 len(order) if first and module_hook.point.layout is not None and module_hook.point.layout.images else 0
             )
@@ -91,13 +91,13 @@ class NNsightProgram(HookProgram):
         return visits
 
 
-class _Given:
+class _Inputs:
     """Positional inputs of a module, from when they passed to when its output does."""
 
     args: tuple[Any, ...] = ()
 
 
-def _take_input(envoy: Any, inputs: _Given) -> Visit:
+def _take_input(envoy: Any, inputs: _Inputs) -> Visit:
     def visit() -> None:
         inputs.args = envoy.inputs[0]
 
@@ -115,11 +115,11 @@ def _at_input(envoy: Any, module_hook: ModuleHook) -> Visit:
     return visit
 
 
-def _at_output(envoy: Any, module_hook: ModuleHook, inputs: _Given, own: nn.Module) -> Visit:
+def _at_output(envoy: Any, module_hook: ModuleHook, inputs: _Inputs, module: nn.Module) -> Visit:
     hook = module_hook.on_output()
 
     def visit() -> None:
-        new = hook(own, inputs.args, envoy.output)
+        new = hook(module, inputs.args, envoy.output)
         inputs.args = ()
         if new is not None:
             envoy.output = new

@@ -118,10 +118,10 @@ class RemoteProgram(HookProgram):
                 actions.append(self._spot(change, width) | more)
         for read in hook.reads:
             if not read.idle:
-                place = self._spot(read, width)
+                spot = self._spot(read, width)
                 if read.late:  # its view is applied here, when asked for
-                    place["view"] = None
-                actions.append(place | {"op": "read", "number": read.number})
+                    spot["view"] = None
+                actions.append(spot | {"op": "read", "number": read.number})
         return actions
 
     def _spot(self, part: SiteAccess, width: int) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class RemoteProgram(HookProgram):
         index = None if part.bound is None else part.bound.index(torch.device("cpu"))
         if part.point.view is None:
             return {"view": None, "index": index}
-        seen = self._seen(part, width)
-        return {"view": (tuple(seen.size()), seen.stride(), seen.storage_offset()), "index": index}
+        viewed = self._seen(part, width)
+        return {"view": (tuple(viewed.size()), viewed.stride(), viewed.storage_offset()), "index": index}
 
     def _seen(self, part: SiteAccess, width: int) -> Tensor:
         """What passes where a part is, in its site's axes: sizes and strides without numbers."""
