@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
+from peers import installed
 
 import interp_core as ic
 from interp_core.bench import benchmark
-from interp_core.result import write
+from interp_core.files import write
 
 PAGE = """# What hooks cost
 
@@ -71,7 +72,7 @@ def table(name: str, rounds: int) -> str:
         config, n_tokens, family = CONFIGS[name]
         config = {"vocab_size": len(tokenizer), **config}
         model = ic.load(ic.testing.tiny(family, **config), tokenizer=tokenizer)
-    return benchmark(model, rounds=rounds, n_tokens=n_tokens)
+    return benchmark(model, rounds=rounds, n_tokens=n_tokens, tools=installed())
 
 
 if __name__ == "__main__":

@@ -102,13 +102,11 @@ def warn_of_what_is_left(path: str, head: Header, model: Any, unexpected: Iterab
 
 def cannot(path: str, head: Header, error: str) -> str:
     """The message for a file that transformers does not read."""
-    others = ""
-    if "not supported" in error:
-        from transformers.integrations.gguf import GGUF_ARCHS
-        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    from transformers.integrations.gguf import GGUF_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-        known = sorted({*GGUF_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
-        others = f" {nearest(head.architecture, known, len(known))}"
+    known = sorted({*GGUF_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES} - {"general", "tokenizer"})
+    others = "" if head.architecture in known else f" {nearest(head.architecture, known, len(known))}"
     return (
         f"transformers cannot read {path}, architecture {head.architecture!r}: {error.rstrip('.')}.{others} Download "
         "or copy it again if it may be damaged; else load the model's original weights (safetensors), or pass "

@@ -13,8 +13,8 @@ import torch
 from conftest import DATA
 from interp_plugins.attribution.evaluation.tables import read_table
 from interp_plugins.attribution.files import traces
-from interp_recipes.attribution_eval import attribution_eval
-from interp_recipes.export_traces import export_traces
+from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_eval
+from interp_recipes.export_traces import ExportTracesConfig, export_traces
 from torch import nn
 from typer.testing import CliRunner
 
@@ -38,7 +38,7 @@ def run(out: Path, **more: Any) -> Path:
         "datasets": "tiny_gen_ruler", "data_root": HERE / "traces", "output_root": out, "model": "tiny-llama",
         "model_path": str(LLAMA), "mode": BOTH_MODES, "n_hops": 1, "profile": "reference",
     }  # fmt: skip
-    return attribution_eval(**(settings | more))
+    return attribution_eval(AttributionEvalConfig(**settings | more))
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,7 @@ def test_the_tree_is_the_published_one(tree: Path) -> None:
 
 def test_traces_go_on_to_exports(tree: Path, tmp_path: Path) -> None:
     name = "ifr_multi_hop_both_n1_mfaithfulness_gen+recovery_ruler_1ex"
-    export_traces(
-        trace_dir=tree / "traces/tiny_gen_ruler/tiny-llama" / name, dataset_jsonl=HERE / "traces/tiny_gen_ruler.jsonl",
-        tokenizer_model=str(LLAMA), out_dir=tmp_path,
-    )  # fmt: skip
+    export_traces(ExportTracesConfig(trace_dir=tree / "traces/tiny_gen_ruler/tiny-llama" / name, dataset_jsonl=HERE / "traces/tiny_gen_ruler.jsonl", tokenizer_model=str(LLAMA), out_dir=tmp_path))  # fmt: skip
     with (
         np.load(tmp_path / "ex_000000.npz") as ours,
         np.load(HERE / f"exports/proc/tiny-llama/{name}/ex_000000.npz") as theirs,

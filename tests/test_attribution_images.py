@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from interp_recipes.attribute import attribute
+from interp_recipes.attribute import AttributeConfig, attribute
 from PIL import Image
 
 import interp_core as ic
@@ -58,7 +58,18 @@ def test_scores_are_those_of_the_method_on_what_the_processor_gives(
     count: int, chat: bool, seeing: str, pictures: list[Path], tmp_path: Path
 ) -> None:
     some = pictures[:count]
-    attribute(PROMPT, " cold", model=seeing, chat=chat, image=some, method="attnlrp", dtype="float64", out=tmp_path)
+    attribute(
+        AttributeConfig(
+            prompt=PROMPT,
+            target=" cold",
+            model=seeing,
+            chat=chat,
+            image=some,
+            method="attnlrp",
+            dtype="float64",
+            out=tmp_path,
+        )
+    )
     record = json.loads((tmp_path / "attribution.json").read_text())
     assert record["images"] == [str(path) for path in some] and record["tokens"].count("<image>") == 16 * count
     model = ic.load(seeing, dtype="float64")
@@ -73,14 +84,34 @@ def test_scores_are_those_of_the_method_on_what_the_processor_gives(
     page = (tmp_path / "page.html").read_text()
     assert "Over the images" in page and page.count("<image ") >= count
     (tmp_path / "page.html").unlink()
-    attribute(PROMPT, " cold", model=seeing, chat=chat, image=some, method="attnlrp", dtype="float64", out=tmp_path)
+    attribute(
+        AttributeConfig(
+            prompt=PROMPT,
+            target=" cold",
+            model=seeing,
+            chat=chat,
+            image=some,
+            method="attnlrp",
+            dtype="float64",
+            out=tmp_path,
+        )
+    )
     assert (tmp_path / "page.html").read_text() == page
 
 
 def test_the_model_answers_itself(
     seeing: str, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attribute(f"<image>{PROMPT}", model=seeing, image=pictures[:1], max_new_tokens=2, out=tmp_path, method="ifr_span")
+    attribute(
+        AttributeConfig(
+            prompt=f"<image>{PROMPT}",
+            model=seeing,
+            image=pictures[:1],
+            max_new_tokens=2,
+            out=tmp_path,
+            method="ifr_span",
+        )
+    )
     assert "the model wrote 2 tokens" in capsys.readouterr().out
     spans = json.loads((tmp_path / "attribution.json").read_text())["spans"]
     assert spans["target"][0][1] - spans["target"][0][0] == 2
@@ -97,9 +128,13 @@ def test_bad_input(seeing: str, pictures: list[Path], tmp_path: Path) -> None:
     ]
     for settings, error, says in calls:
         with pytest.raises(error, match=says):
-            attribute(**{"prompt": PROMPT, "target": " cold", "model": seeing, "out": tmp_path / "out", **settings})
+            attribute(
+                AttributeConfig(
+                    **{"prompt": PROMPT, "target": " cold", "model": seeing, "out": tmp_path / "out", **settings}
+                )
+            )
     with pytest.raises(ic.CapabilityError, match="toy:text .* takes no images"):
-        attribute(PROMPT, " cold", image=pictures[:1], out=tmp_path / "out")
+        attribute(AttributeConfig(prompt=PROMPT, target=" cold", image=pictures[:1], out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ic.TextError, match="put the target into its text"):
         ic.load("toy:text").tokens({"input_ids": torch.tensor([[1, 2]])}, " cold")

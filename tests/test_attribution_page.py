@@ -14,7 +14,7 @@ from conftest import sampled
 from interp_plugins.attribution import page
 from interp_plugins.attribution.method import AttributionResult
 from interp_plugins.attribution.named import NAMES, named
-from interp_recipes.attribute import attribute
+from interp_recipes.attribute import AttributeConfig, attribute
 from typer.testing import CliRunner
 
 import interp_core as ic
@@ -70,7 +70,7 @@ def test_top_tokens() -> None:
 
 def test_attribute_writes_what_the_method_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given: dict[str, Any] = {"prompt": PROMPT, "target": " cold", "n_hops": 1, "out": tmp_path}
-    attribute(**given)
+    attribute(AttributeConfig(**given))
     said = capsys.readouterr().out
     model = ic.load("toy:text")
     result = ic.method("ifr")(model, PROMPT, target=" cold", variant="multi_hop_both", n_hops=1)
@@ -84,17 +84,17 @@ def test_attribute_writes_what_the_method_gives(tmp_path: Path, capsys: pytest.C
     assert copied(text)[0] == PROMPT + " cold" and text.count("type='radio'") == 3
     assert AttributionResult.load(tmp_path / "result").labels == result.labels
 
-    attribute(**given, top=2)  # the same run goes on: what it has is read
+    attribute(AttributeConfig(**given, top=2))  # the same run goes on: what it has is read
     assert "kept result" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "attribution.json").read_text())["top"]) == 2
     with pytest.raises(ic.PlanError, match="holds another run: n_hops was 1, is 2; give another folder"):
-        attribute(**given | {"n_hops": 2})
+        attribute(AttributeConfig(**given | {"n_hops": 2}))
     assert result._repr_html_().startswith("<style>")
 
 
 def test_without_a_target_the_model_writes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Which is said, and explained; its parts are found in it, and what stands before the sink is its reasoning."""
-    attribute(PROMPT, sink="young", max_new_tokens=8, out=tmp_path)
+    attribute(AttributeConfig(prompt=PROMPT, sink="young", max_new_tokens=8, out=tmp_path))
     assert "the model wrote 8 tokens, cut off at --max_new_tokens 8:\n  ' cold" in capsys.readouterr().out
     data = json.loads((tmp_path / "attribution.json").read_text())
     written = ic.load("toy:text").generate(PROMPT, max_new_tokens=8)
@@ -106,7 +106,7 @@ def test_without_a_target_the_model_writes_one(tmp_path: Path, capsys: pytest.Ca
 def test_the_token_that_ends_a_text_is_not_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model whose next line break ends its text."""
     folder = toy_with(tmp_path, ends="\n\n")
-    attribute(PROMPT, model=folder, out=tmp_path / "o")
+    attribute(AttributeConfig(prompt=PROMPT, model=folder, out=tmp_path / "o"))
     assert "the model wrote 2 tokens, it ended by itself" in capsys.readouterr().out
     spans = json.loads((tmp_path / "o/attribution.json").read_text())["spans"]
     assert spans["target"] == [[10, 12]] and spans["sink"] == [[10, 11]]
@@ -125,7 +125,15 @@ def toy_with(tmp_path: Path, chat_template: str | None = None, ends: str = "") -
 
 def test_in_a_chat_the_prompt_is_what_the_user_says(tmp_path: Path) -> None:
     template = "{% for m in messages %}Q: {{ m.content }}\n{% endfor %}A:"
-    attribute("hot", " cold", model=toy_with(tmp_path, chat_template=template), chat=True, out=tmp_path / "o")
+    attribute(
+        AttributeConfig(
+            prompt="hot",
+            target=" cold",
+            model=toy_with(tmp_path, chat_template=template),
+            chat=True,
+            out=tmp_path / "o",
+        )
+    )
     data = json.loads((tmp_path / "o/attribution.json").read_text())
     assert data["tokens"] == ["Q:", " hot", "\n", "A:", " cold"]
     assert data["spans"]["prompt"] == [[1, 2]] and data["spans"]["target"] == [[4, 5]]
@@ -150,7 +158,7 @@ def test_in_a_chat_the_prompt_is_what_the_user_says(tmp_path: Path) -> None:
 )
 def test_bad_input_is_said_before_anything_is_written(given: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(ic.InterpError, match=says):
-        attribute(**{"prompt": PROMPT, "target": " cold", "out": tmp_path / "o"} | given)
+        attribute(AttributeConfig(**{"prompt": PROMPT, "target": " cold", "out": tmp_path / "o"} | given))
     assert not (tmp_path / "o").exists()
 
 
@@ -161,9 +169,9 @@ def test_ctrl_c_leaves_a_folder_to_go_on_with(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr("interp_plugins.attribution.ifr.IFR.attribute", stopped)
         with pytest.raises(KeyboardInterrupt):
-            attribute(PROMPT, " cold", out=tmp_path)
+            attribute(AttributeConfig(prompt=PROMPT, target=" cold", out=tmp_path))
     assert ic.runs.manifest(tmp_path)["state"] == "stopped" and not (tmp_path / "page.html").exists()
-    attribute(PROMPT, " cold", out=tmp_path)
+    attribute(AttributeConfig(prompt=PROMPT, target=" cold", out=tmp_path))
     assert ic.runs.manifest(tmp_path)["state"] == "done" and (tmp_path / "page.html").exists()
 
 
@@ -172,10 +180,10 @@ def test_every_method_goes_by_its_name(method: str, tmp_path: Path) -> None:
     """And a second run over the first tells the same again."""
     more = {"IG": {"steps": 2}, "surrogate": {"units": "token", "convention": "replace", "ablations": 8}}
     given: dict[str, Any] = {"method": method, "settings": more.get(method), "out": tmp_path}
-    attribute(PROMPT, " cold", **given)
+    attribute(AttributeConfig(prompt=PROMPT, target=" cold", **given))
     told = (tmp_path / "page.html").read_bytes(), (tmp_path / "attribution.json").read_bytes()
     (tmp_path / "page.html").unlink()
-    attribute(PROMPT, " cold", **given)
+    attribute(AttributeConfig(prompt=PROMPT, target=" cold", **given))
     assert told == ((tmp_path / "page.html").read_bytes(), (tmp_path / "attribution.json").read_bytes())
 
 

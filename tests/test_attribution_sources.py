@@ -186,18 +186,30 @@ def test_build_cache_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(recipe, "build", until(5))
     with pytest.raises(KeyboardInterrupt):
         recipe.build_cache(
-            "toy_needles", out=tmp_path / "again", hops=1, count=8, max_new_tokens=1, keep_unfinished=True
+            recipe.BuildCacheConfig(
+                source="toy_needles", out=tmp_path / "again", hops=1, count=8, max_new_tokens=1, keep_unfinished=True
+            )
         )
     monkeypatch.setattr(recipe, "build", until(99))
     path = recipe.build_cache(
-        "toy_needles", out=tmp_path / "again", hops=1, count=8, max_new_tokens=1, keep_unfinished=True, batch_size=2
+        recipe.BuildCacheConfig(
+            source="toy_needles",
+            out=tmp_path / "again",
+            hops=1,
+            count=8,
+            max_new_tokens=1,
+            keep_unfinished=True,
+            batch_size=2,
+        )
     )
     assert asked_for == [8, 3] and path.read_bytes() == (tmp_path / "whole/toy_needles.jsonl").read_bytes()
     counts = json.loads((tmp_path / "again/counts.json").read_text())
     assert counts["examples"] == 8 and counts["kept"] + sum(counts["dropped"].values()) == 8 and counts["kept"] >= 6
     with pytest.raises(ic.PlanError, match="holds another run: count was 8, is 9"):
         recipe.build_cache(
-            "toy_needles", out=tmp_path / "again", hops=1, count=9, max_new_tokens=1, keep_unfinished=True
+            recipe.BuildCacheConfig(
+                source="toy_needles", out=tmp_path / "again", hops=1, count=9, max_new_tokens=1, keep_unfinished=True
+            )
         )
 
 
@@ -211,7 +223,9 @@ def test_build_cache_of_the_sources_solutions(tmp_path: Path) -> None:
     with pytest.raises(ic.LoadError, match="nothing made up of that name. Did you mean 'needles'"):
         invoked("build_cache", "--source", "needle", "--out", str(tmp_path / "none"))
     with pytest.raises(ic.TextError, match="none of 2 examples could be kept: 2 × unfinished"):
-        recipe.build_cache("toy_needles", out=tmp_path / "few", count=2, max_new_tokens=1)
+        recipe.build_cache(
+            recipe.BuildCacheConfig(source="toy_needles", out=tmp_path / "few", count=2, max_new_tokens=1)
+        )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +247,11 @@ def test_settings_without_sense_are_refused_before_the_model_is_loaded(
 ) -> None:
     """A cache called as the run's own file would have taken its place."""
     with pytest.raises(ic.PlanError, match=says):
-        recipe.build_cache(**{"source": "toy_needles", "model": "no/model", "out": tmp_path / "out", **settings})
+        recipe.build_cache(
+            recipe.BuildCacheConfig(
+                **{"source": "toy_needles", "model": "no/model", "out": tmp_path / "out", **settings}
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import DATA
 from interp_plugins.attribution.files import exports, traces
-from interp_recipes.attribution_eval import attribution_eval
-from interp_recipes.export_traces import export_traces
+from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_eval
+from interp_recipes.export_traces import ExportTracesConfig, export_traces
 
 import interp_core as ic
 
@@ -159,10 +159,12 @@ def test_the_recipe_makes_the_same_exports(tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(GOLDEN, tree)
     monkeypatch.chdir(tmp_path)
     given = {"dataset_jsonl": HERE / "traces/tiny_gen_ruler.jsonl", "tokenizer_model": str(LLAMA)}
-    export_traces(traces_root=tree / "tiny_gen_ruler", **given)
+    export_traces(ExportTracesConfig(traces_root=tree / "tiny_gen_ruler", **given))
     one = Path("exp/proc/output/tiny_gen_ruler/tiny-llama") / ONE
-    assert export_traces(tree / "tiny_gen_ruler/tiny-llama" / ONE, **given) == one  # the same content is no clash
-    assert export_traces(traces_root=tree, form="proc_1") == Path("exp/proc_1/output")
+    assert (
+        export_traces(ExportTracesConfig(trace_dir=tree / "tiny_gen_ruler/tiny-llama" / ONE, **given)) == one
+    )  # the same content is no clash
+    assert export_traces(ExportTracesConfig(traces_root=tree, form="proc_1")) == Path("exp/proc_1/output")
     count = 0
     for form in ("proc", "proc_1"):
         for path in (HERE / f"exports/{form}").rglob("*.npz"):
@@ -174,20 +176,20 @@ def test_the_recipe_makes_the_same_exports(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_second_run_replaces_its_own_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"dataset_jsonl": HERE / "traces/tiny_gen.jsonl", "tokenizer_model": str(LLAMA), "out_dir": tmp_path / "o"}
-    assert export_traces(BOTH, limit=1, **given) == tmp_path / "o"
+    assert export_traces(ExportTracesConfig(trace_dir=BOTH, limit=1, **given)) == tmp_path / "o"
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["ex_000000.npz"]
-    export_traces(BOTH, **given)
+    export_traces(ExportTracesConfig(trace_dir=BOTH, **given))
     assert "2 exports, 1 of them there before" in capsys.readouterr().out
-    export_traces(BOTH, **given)
+    export_traces(ExportTracesConfig(trace_dir=BOTH, **given))
     assert "2 exports, 2 of them there before" in capsys.readouterr().out
     (tmp_path / "o/ex_000001.npz").write_bytes(b"a person's")
     before = (tmp_path / "o/ex_000000.npz").read_bytes()
     with pytest.raises(
         ic.PlanError, match="is there, written by export_traces-.*form was 'proc', is 'proc_1'.*--overwrite"
     ):
-        export_traces(BOTH, form="proc_1", **given)
+        export_traces(ExportTracesConfig(trace_dir=BOTH, form="proc_1", **given))
     assert (tmp_path / "o/ex_000000.npz").read_bytes() == before
-    export_traces(BOTH, form="proc_1", overwrite=True, **given)
+    export_traces(ExportTracesConfig(trace_dir=BOTH, form="proc_1", overwrite=True, **given))
     assert exports.read_export(tmp_path / "o/ex_000001.npz").form == "proc_1"
 
 
@@ -197,14 +199,18 @@ def test_data_set_and_tokenizer_are_inferred(tmp_path: Path, capsys: pytest.Capt
     folder = tmp_path / "exp/exp2/output/traces" / name / "tiny-llama" / BOTH.name
     shutil.copytree(BOTH, folder)
     with pytest.raises(ic.LoadError, match="data set of .* is not given, and its path does not lead to one"):
-        export_traces(folder, None, str(LLAMA), tmp_path / "o")
+        export_traces(
+            ExportTracesConfig(trace_dir=folder, dataset_jsonl=None, tokenizer_model=str(LLAMA), out_dir=tmp_path / "o")
+        )
     (tmp_path / "exp/exp2/data").mkdir()
     shutil.copy(HERE / "traces/tiny_gen.jsonl", tmp_path / name)
     with pytest.raises(
         ic.LoadError, match="tokenizer model of .* is not given, and no record of its run says it; give --tok"
     ):
-        export_traces(folder, out_dir=tmp_path / "o")
-    export_traces(folder, None, str(LLAMA), tmp_path / "o")
+        export_traces(ExportTracesConfig(trace_dir=folder, out_dir=tmp_path / "o"))
+    export_traces(
+        ExportTracesConfig(trace_dir=folder, dataset_jsonl=None, tokenizer_model=str(LLAMA), out_dir=tmp_path / "o")
+    )
     assert f"data set: {tmp_path / name}" in capsys.readouterr().out and len(list((tmp_path / "o").iterdir())) == 2
 
 
@@ -222,9 +228,9 @@ def test_our_own_runs_are_exported(profile: str, tmp_path: Path, monkeypatch: py
     model.tokenizer.save_pretrained(tmp_path / "model")
     given: dict[str, Any] = {"data_root": tmp_path / "data", "output_root": tmp_path / "output", "num_examples": 1}
     given |= {"model_path": str(tmp_path / "model"), "profile": profile, "save_hop_traces": True, "n_hops": 1}
-    attribution_eval("toy", "ifr_multi_hop_both", **given)
+    attribution_eval(AttributionEvalConfig(datasets="toy", attr_funcs="ifr_multi_hop_both", **given))
     (folder,) = (path.parent for path in (tmp_path / "output").rglob("manifest.jsonl"))
-    out = export_traces(folder)
+    out = export_traces(ExportTracesConfig(trace_dir=folder))
     assert out == Path("exp/proc/output/toy") / folder.parent.name / folder.name
     (trace,), export = traces.read_traces(folder), exports.read_export(out / "ex_000000.npz")
     assert "".join(export.tok) == (" " if profile == "reference" else "") + shots + " cold\n\n"
@@ -244,14 +250,25 @@ def test_an_example_that_is_not_in_the_data_set_is_named(tmp_path: Path) -> None
     ):
         data.write_text("".join(json.dumps(row) + "\n" for row in changed))
         with pytest.raises((ic.TextError, ic.LoadError), match=says):
-            export_traces(BOTH, data, str(LLAMA), tmp_path / "o")
+            export_traces(
+                ExportTracesConfig(
+                    trace_dir=BOTH, dataset_jsonl=data, tokenizer_model=str(LLAMA), out_dir=tmp_path / "o"
+                )
+            )
     assert not (tmp_path / "o").exists()
 
 
 def test_another_tokenizer_is_told_by_both_lengths(tmp_path: Path) -> None:
     says = r"Prompt token length mismatch: ex_000000.npz has 104 tokens, toy:text gives \d+ \(example 0, line 1 of "
     with pytest.raises(ic.TextError, match=says):
-        export_traces(BOTH, HERE / "traces/tiny_gen.jsonl", "toy:text", tmp_path / "o")
+        export_traces(
+            ExportTracesConfig(
+                trace_dir=BOTH,
+                dataset_jsonl=HERE / "traces/tiny_gen.jsonl",
+                tokenizer_model="toy:text",
+                out_dir=tmp_path / "o",
+            )
+        )
 
 
 def test_missing_hops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,12 +278,12 @@ def test_missing_hops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     folder.mkdir()
     for name, content in traces.trace_files(kept).items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    given = (HERE / "traces/tiny_gen.jsonl", str(LLAMA), tmp_path / "o")
+    files = {"dataset_jsonl": HERE / "traces/tiny_gen.jsonl", "tokenizer_model": str(LLAMA), "out_dir": tmp_path / "o"}
     with pytest.raises(
         ic.LoadError, match=r"2 of 2 traces have no 'vh', the first ex_000000.npz.*allow_missing_ft_hops"
     ):
-        export_traces(folder, *given)
-    export_traces(folder, *given, allow_missing_ft_hops=True)
+        export_traces(ExportTracesConfig(trace_dir=folder, **files))
+    export_traces(ExportTracesConfig(trace_dir=folder, **files, allow_missing_ft_hops=True))
     assert exports.read_export(tmp_path / "o/ex_000000.npz").hop is None
     assert "2 of 2 traces of ifr_multi_hop_both have no 'vh'" in capsys.readouterr().out
 
@@ -305,7 +322,14 @@ def test_damaged_traces(changes: dict[str, Any], says: str, tmp_path: Path) -> N
     shutil.copytree(BOTH, folder)
     damaged(folder, "ex_000001.npz", **changes)
     with pytest.raises(ic.LoadError, match=says):
-        export_traces(folder, HERE / "traces/tiny_gen.jsonl", str(LLAMA), tmp_path / "o")
+        export_traces(
+            ExportTracesConfig(
+                trace_dir=folder,
+                dataset_jsonl=HERE / "traces/tiny_gen.jsonl",
+                tokenizer_model=str(LLAMA),
+                out_dir=tmp_path / "o",
+            )
+        )
     assert not (tmp_path / "o").exists()
 
 
@@ -362,7 +386,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises((ic.LoadError, ic.PlanError), match=says):
-            export_traces(**given)
+            export_traces(ExportTracesConfig(**given))
 
 
 def test_damaged_exports(tmp_path: Path) -> None:

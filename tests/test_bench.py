@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import toy_model
+from peers import installed
 
 import interp_core as ic
 from interp_core.bench import OPERATIONS, benchmark, measure
-from interp_core.bench.peers import peers
+from interp_core.bench.tools import ready
 
 IDS = torch.randint(3, 1400, (1, 12), generator=torch.Generator().manual_seed(0))
 
@@ -20,7 +21,7 @@ def logits(result: Any) -> torch.Tensor:
 
 
 def test_the_tools_do_the_same_thing() -> None:
-    tools = peers(toy_model(), IDS)
+    tools = ready(installed(), toy_model(), IDS)
     assert {"bare", "by hand", "interp_core", "nnsight", "TransformerLens bridge"} <= tools.keys()
     with torch.no_grad():
         plain = tools["bare"].plain()  # type: ignore[attr-defined]
@@ -71,7 +72,12 @@ def test_our_plans_on_other_engines_cost_what_their_own_code_costs() -> None:
     pairs = {"nnsight": "interp_core on nnsight", "TransformerLens bridge": "interp_core on the bridge"}
     operations = ["resid", "z", "ablate", "patch"]
     rows, failed = measure(
-        toy_model(), rounds=1, n_tokens=8, operations=["plain", *operations], only=[*pairs, *pairs.values()]
+        toy_model(),
+        rounds=1,
+        n_tokens=8,
+        operations=["plain", *operations],
+        only=[*pairs, *pairs.values()],
+        tools=installed(),
     )
     calls = {(row.operation, row.tool): row.calls for row in rows}
     assert not failed

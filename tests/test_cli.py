@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import interp_core as ic
 from interp_core import cli
-from interp_core.cli_settings import pairs
+from interp_core.cli.flags import pairs
+from interp_core.plugins import Plugin
 from interp_core.settings import read
 
 INTERP = [sys.executable, "-m", "interp_core.cli"]
@@ -235,3 +236,71 @@ def test_stopping_leaves_nothing_half_written(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode in (0, 130) and b"Traceback" not in err
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def helped(*args: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and what `interp run … --help` writes."""
+    monkeypatch.setattr(sys, "argv", ["interp", "run", *args, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    written = capsys.readouterr()
+    return int(ended.value.code or 0), written.out + written.err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["demo"], ["recipe 'demo' of interp-core", "--corrupted  str = 'Once upon", "a prompt of as many tokens"]),
+        (["demo", "--model"], ["--answer  str = ' cat'"]),
+        (["logit_lens"], ["--text TEXT", "--top_k  int = 5\n      how many tokens", "--batch_size  int | None = None"]),
+        (["logit_lens", "--kind", "methods"], ["method 'logit_lens'"]),
+        (["attribute"], ["--prompt  str = (needed)"]),
+    ],
+)
+def test_help_of_a_name_lists_its_settings(
+    args: list[str], says: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, written = helped(*args, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and all(text in written for text in says), written
+    assert max(map(len, written.splitlines())) < 160
+
+
+def test_help_without_a_name_is_that_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, written = helped(monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and "--config" in written and "--top_k" not in written
+
+
+def test_help_of_every_recipe_describes_every_setting() -> None:
+    from interp_core import settings
+
+    for plugin in ic.registry("recipes"):
+        if plugin.dist == "interp-core":
+            rows = settings.rows(settings.of_function(plugin.load()))
+            assert rows and not [row["setting"] for row in rows if not row["description"]], plugin.name
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("logit_lenz", "no method or recipe is called 'logit_lenz'. Did you mean 'logit_lens'"),
+        ("lost", "interp: recipe 'lost' of session is broken: ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)
+def test_help_of_what_cannot_run_is_one_line(
+    name: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = Plugin("recipes", "lost", "nowhere:lost", "session", "")
+    monkeypatch.setattr(ic.registry("recipes"), "rows", [*ic.registry("recipes"), lost])
+    code, written = helped(name, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and says in written and written.count("\n") == 1
+
+
+def test_help_of_a_wrong_name_is_quick() -> None:
+    code = (
+        "import sys; from interp_core.cli import main; sys.argv = ['interp', 'run', 'longset', '--help']\n"
+        "try: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False" and "is called 'longset'" in out.stderr

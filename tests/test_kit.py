@@ -28,8 +28,8 @@ from interp_core import sites as S
 from interp_core import testing
 from interp_core.plugins import Plugin
 from interp_core.plugins.sandbox import inspect_here
+from interp_core.testing.case import MethodCase, NotReached, stacked
 from interp_core.testing.checks import CHECKS, undescribed
-from interp_core.testing.trial import NotReached, Trial, stacked
 
 SITE = S.resid_post[1]
 
@@ -349,7 +349,7 @@ def test_rows_with_images() -> None:
     assert report.ok and not [row for row in report.rows if row.ok is None], str(report)
     whole = [replace(model.input(inputs(n)), shares={}) for n in (1, 2)]
     with pytest.raises(NotReached, match="rows with such inputs cannot be stacked"):
-        stacked(Trial(Good, model, {}, whole, 1.0))
+        stacked(MethodCase(Good, model, {}, whole, 1.0))
 
 
 @pytest.mark.parametrize("row", [*ic.registry("methods"), *ic.registry("recipes")], ids=lambda row: row.name)

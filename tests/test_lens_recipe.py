@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from interp_plugins.logit_lens import curves
 from interp_plugins.logit_lens.curves import scores_of
-from interp_recipes.moe_nll import moe_nll
-from interp_recipes.moe_nll_report import Settings, charts_of, sentences
+from interp_recipes.moe_nll import MoeNllConfig, moe_nll
+from interp_recipes.moe_nll.config import Settings
+from interp_recipes.moe_nll.report import charts_of, sentences
 from safetensors.torch import load_file
 from test_lens_aligned import TOLERANCE, golden, published
 
@@ -32,7 +33,8 @@ CURVES = [f"{name}_{scope}" for name in ("nll_agentic", "nll_assisted", "delta_n
 
 
 def run(out: Path, **how: Any) -> Path:
-    return moe_nll(str(moe_golden.DATA / "model"), how.pop("pairs", PAIRS), out_dir=out, **how)
+    files = {"model_path": str(moe_golden.DATA / "model"), "pair_tokens_json": how.pop("pairs", PAIRS), "out_dir": out}
+    return moe_nll(MoeNllConfig(**files, **how))
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -145,7 +147,7 @@ def test_published_states_and_samples_that_are_left_out(tmp_path: Path, capsys: 
     out = tmp_path / "tree"
     run(out, hidden_states_dir=folder, max_samples=4, js_mode="none")
     said = capsys.readouterr().err
-    assert "dropped pair_1" in said and "dropped pair_3" in said
+    assert "left out pair_1" in said and "left out pair_3" in said
     summary = json.loads((out / "tables/nll_core_summary.json").read_text())
     assert [row["sample"] for row in summary["dropped"]] == ["pair_1", "pair_3"] and summary["layouts"] == ["padded"]
     assert "save_mode is &#x27;canonical&#x27;" in (out / "nll_core.html").read_text()
@@ -157,7 +159,7 @@ def test_published_states_and_samples_that_are_left_out(tmp_path: Path, capsys: 
 def test_bad_settings_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     def refused(match: str, **how: Any) -> None:
         with pytest.raises(ic.InterpError, match=match):
-            moe_nll("no/such/model", PAIRS, out_dir=tmp_path / "out", **how)
+            moe_nll(MoeNllConfig(model_path="no/such/model", pair_tokens_json=PAIRS, out_dir=tmp_path / "out", **how))
 
     refused("hidden_states_dir: there is no folder", hidden_states_dir=tmp_path / "nowhere")
     refused("holds neither .safetensors nor .pt files", hidden_states_dir=tmp_path)

@@ -17,8 +17,9 @@ from interp_plugins.pairs.pair import SIDES, tokens_of
 from interp_plugins.pairs.routing import VIEWS, joined, pair_sums, routed_targets
 from interp_plugins.router.points import Shape, read_points
 from interp_recipes import moe_experts as recipe
-from interp_recipes.moe_experts_findings import Findings, Settings
-from interp_recipes.moe_experts_report import figures, page, sentences, summary
+from interp_recipes.moe_experts import MoeExpertsConfig
+from interp_recipes.moe_experts.findings import Findings
+from interp_recipes.moe_experts.report import figures, page, sentences, summary
 from moe_golden import DATA, expected, model
 from PIL import Image
 
@@ -47,7 +48,8 @@ BROKEN = {
 
 
 def run(out: Path, data: Path = PAIRS, **settings: Any) -> Path:
-    return recipe.moe_experts(MODEL, data, out, device="cpu", **settings).parent
+    config = MoeExpertsConfig(model_path=MODEL, data_path=data, out_dir=out, device="cpu", **settings)
+    return recipe.moe_experts(config).parent
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +91,11 @@ def home(out: Path) -> Path:
     return found
 
 
-def findings(loaded: ic.Model, pairs: Sequence[Pair], **asked: Any) -> Findings:
+def findings(loaded: ic.Model, pairs: Sequence[Pair], **settings: Any) -> Findings:
     """What the recipe finds, without its files."""
-    defaults: dict[str, Any] = {
-        "top_k": None, "threshold_percentile": 99.0, "threshold_min": 0.005, "max_samples": None, "layout": None,
-    }  # fmt: skip
-    settings = Settings(**{**defaults, **asked})
-    sums = joined([pair_sums(*(routed_targets(loaded, pair, s, settings.top_k) for s in SIDES)) for pair in pairs])
-    return Findings(settings, Shape.of(loaded), [pair.name for pair in pairs], sums, [], ["packed"], "here")
+    config = MoeExpertsConfig(model_path=MODEL, data_path=PAIRS, **settings)
+    sums = joined([pair_sums(*(routed_targets(loaded, pair, s, config.top_k) for s in SIDES)) for pair in pairs])
+    return Findings(config, Shape.of(loaded), [pair.name for pair in pairs], sums, [], ["packed"], "here")
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
@@ -308,7 +307,7 @@ def test_one_sample_has_no_intervals() -> None:
 def test_a_dense_model_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "routed_targets", None)
     with pytest.raises(ic.CapabilityError, match="needs a mixture of experts; toy:text"):
-        recipe.moe_experts("toy:text", PAIRS, tmp_path / "out")
+        recipe.moe_experts(MoeExpertsConfig(model_path="toy:text", data_path=PAIRS, out_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

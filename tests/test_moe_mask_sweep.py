@@ -13,14 +13,15 @@ import pytest
 import torch
 from interp_plugins.pairs import read_pairs
 from interp_plugins.router.points import Point, Points, Shape
-from interp_recipes.mask_orders import guard, modes_of, orders, sizes_of, variants
-from interp_recipes.mask_runs import edits_of, measured, positions_of
-from interp_recipes.mask_scores import Answer
-from interp_recipes.moe_mask_sweep import moe_mask_sweep
-from interp_recipes.sandbox import has_no_network, run_program
+from interp_recipes.moe_mask_sweep import MoeMaskSweepConfig, moe_mask_sweep
+from interp_recipes.moe_mask_sweep.measures import edits_of, measured, positions_of
+from interp_recipes.moe_mask_sweep.orders import guard, modes_of, orders, sizes_of, variants
+from interp_recipes.moe_mask_sweep.sandbox import has_no_network, run_program
+from interp_recipes.moe_mask_sweep.scores import Answer
 
 import interp_core as ic
 from interp_core import runs
+from interp_core.settings import configured
 
 HERE = Path(__file__).parent / "data/moe"
 GOLDEN = json.loads((HERE / "mask_sweep.json").read_text())
@@ -47,11 +48,22 @@ def points_file(path: Path, cells: Sequence[tuple[int, int]]) -> Path:
     return path
 
 
+def config_of(points: Path, out: Path, **settings: Any) -> MoeMaskSweepConfig:
+    """Checked as the command line checks it."""
+    fixed = {
+        "model_path": str(HERE / "model"),
+        "points": points,
+        "pair_tokens_json": HERE / "pairs.json",
+        "out_dir": out,
+    }
+    return configured("moe_mask_sweep", MoeMaskSweepConfig, fixed | settings)
+
+
 def sweep(tmp_path: Path, cells: Sequence[tuple[int, int]] | None = None, **settings: Any) -> Path:
     points = points_file(tmp_path / "points.json", cells or order_of("replace", "a_minus_b"))
     out = tmp_path / "out"
-    asked: dict[str, Any] = {"sizes": SIZES, "order": "descending", "layout": "packed", "resamples": 200} | settings
-    page = moe_mask_sweep(str(HERE / "model"), points, HERE / "pairs.json", out, **asked)
+    settings = {"sizes": SIZES, "order": "descending", "layout": "packed", "resamples": 200} | settings
+    page = moe_mask_sweep(config_of(points, out, **settings))
     assert page == out / "mask_sweep_report.html" and page.is_file()
     return out
 
@@ -232,10 +244,8 @@ def test_on_the_toy_a_domains_cells_cost_more_than_chance(tmp_path: Path) -> Non
     """The page says so, with an interval; and what the model then writes is wrong."""
     points = domain_points(tmp_path / "points.json", "arithmetic")
     pairs = moe_pairs(tmp_path / "pairs.json", "arithmetic", 3, "geography")
-    page = moe_mask_sweep(
-        "toy:moe", points, pairs, tmp_path / "out", sizes="5", order="descending,random", scorer="exact_match",
-        resamples=200,
-    )  # fmt: skip
+    settings = {"sizes": "5", "order": "descending,random", "scorer": "exact_match", "resamples": 200}
+    page = moe_mask_sweep(config_of(points, tmp_path / "out", model_path="toy:moe", pair_tokens_json=pairs, **settings))
     data = json.loads((tmp_path / "out/tables/mask_sweep.json").read_text())
     rows = {(row["order"], row["draw"], row["n"]): row for row in data["rows"]}
     clean, masked = rows["none", 0, 0], rows["descending", 0, 5]
@@ -264,10 +274,9 @@ def test_own_scorers_and_super_experts(tmp_path: Path, capsys: pytest.CaptureFix
     best.sort(key=lambda row: -row["diff"])
     supers = tmp_path / "super.json"
     supers.write_text(json.dumps([[best[0]["layer"], best[0]["router"]], [0, 99]]))
-    moe_mask_sweep(
-        "toy:moe", points, moe_pairs(tmp_path / "pairs.json", "chemistry", 1), tmp_path / "out", sizes=[2],
-        order="descending", scorer="test_moe_mask_sweep:half", super_experts=supers,
-    )  # fmt: skip
+    pairs = moe_pairs(tmp_path / "pairs.json", "chemistry", 1)
+    settings = {"sizes": [2], "order": "descending", "scorer": "test_moe_mask_sweep:half", "super_experts": supers}
+    moe_mask_sweep(config_of(points, tmp_path / "out", model_path="toy:moe", pair_tokens_json=pairs, **settings))
     assert f"super experts [[{best[0]['layer']}, {best[0]['router']}]]" in capsys.readouterr().out
     data = json.loads((tmp_path / "out/tables/mask_sweep.json").read_text())
     assert {row["score_agentic"] for row in data["rows"]} == {0.5}
@@ -292,7 +301,7 @@ def test_programs_run_within_limits(tmp_path: Path) -> None:
 
 
 def test_code_is_run_only_with_leave(tmp_path: Path) -> None:
-    from interp_recipes.mask_scores import scorer_of
+    from interp_recipes.moe_mask_sweep.scores import scorer_of
 
     problems = tmp_path / "problems.jsonl"
     test = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
@@ -329,7 +338,7 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"seed": -1}, ic.PlanError, "seed is -1: give 0 at least"),
     ({"max_new_tokens": 0}, ic.PlanError, "max_new_tokens is 0: give 1 at least"),
     ({"code_seconds": float("nan")}, ic.PlanError, "code_seconds is nan: give more than 0"),
-    ({"scope": "target"}, ic.PlanError, "no scope 'target'. .*targets"),
+    ({"scope": "target"}, ic.PlanError, "setting scope: .*'targets'.*got 'target'"),
     ({"scope": "segment"}, ic.PlanError, "scope segment takes --segment START STOP"),
     ({"scope": "segment", "segment": [900, 901]}, ic.PlanError, "segment 900 to 901 is none of its"),
     ({"scorer": "exact_match"}, ic.TextError, "a scorer reads text"),
@@ -354,7 +363,7 @@ def test_what_cannot_be_done_is_said_before_the_model_runs(
     rest = {name: value for name, value in settings.items() if name != "cells"}
     points = points_file(tmp_path / "points.json", order_of("replace", "a_minus_b") if cells is None else cells)
     with pytest.raises(error, match=says):
-        moe_mask_sweep(str(HERE / "model"), points, HERE / "pairs.json", tmp_path / "out", **{"sizes": [2]} | rest)
+        moe_mask_sweep(config_of(points, tmp_path / "out", **{"sizes": [2]} | rest))
     assert not (tmp_path / "out").exists()
 
 
@@ -367,12 +376,12 @@ def test_samples_that_the_model_cannot_read_are_listed(layout: str, tmp_path: Pa
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps(data))
     points = points_file(tmp_path / "points.json", [(0, 1), (1, 2)])
-    asked: dict[str, Any] = {"sizes": [1], "order": "descending", "layout": layout}
+    settings: dict[str, Any] = {"pair_tokens_json": pairs, "sizes": [1], "order": "descending", "layout": layout}
     says = "sample 'pair_0', agentic: token id 600 does not exist"
     with pytest.raises(ic.TextError, match=says):
-        moe_mask_sweep(str(HERE / "model"), points, pairs, tmp_path / "strict", **asked, strict=True)
+        moe_mask_sweep(config_of(points, tmp_path / "strict", **settings, strict=True))
     assert not (tmp_path / "strict").exists()
-    page = moe_mask_sweep(str(HERE / "model"), points, pairs, tmp_path / "out", **asked).read_text()
+    page = moe_mask_sweep(config_of(points, tmp_path / "out", **settings)).read_text()
     assert "1 sample could not be used: " in page and "token id 600" in page and "There are 1" not in page
     assert {row["sample"] for row in runs_rows(tmp_path / "out")} == {"pair_1"}
 
@@ -384,9 +393,9 @@ def runs_rows(out: Path) -> list[dict[str, Any]]:
 def test_dense_models_and_points_of_another_model_are_refused(tmp_path: Path) -> None:
     points = points_file(tmp_path / "points.json", [(0, 1)])
     with pytest.raises(ic.CapabilityError, match="needs a mixture of experts; toy:text"):
-        moe_mask_sweep("toy:text", points, HERE / "pairs.json", tmp_path / "out", sizes=[1])
+        moe_mask_sweep(config_of(points, tmp_path / "out", model_path="toy:text", sizes=[1]))
     other = Shape("other", 4, (0, 1, 2, 3), 16, 2)
     Points((Point(0, 1, 0.5),), "usage", other).write(points)
     with pytest.raises(ic.PlanError, match="of other, n_experts 16; model has 8"):
-        moe_mask_sweep(str(HERE / "model"), points, HERE / "pairs.json", tmp_path / "out", sizes=[1])
+        moe_mask_sweep(config_of(points, tmp_path / "out", sizes=[1]))
     assert sizes_of(None, Points(tuple(Point(0, e, 0.0) for e in range(31)))) == [15, 20, 25, 30]

@@ -256,7 +256,11 @@ def test_rows_of_which_no_pair_can_be_made_are_named(row: dict[str, Any], says: 
 def test_the_recipe_builds_pairs_of_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "problems.jsonl"
     source.write_text((DATA / "problems.jsonl").read_text() + '{"task_id": "broken", "prompt": "def f():"}\n')
-    path = recipe.build_pairs(source, str(Path(__file__).parent / "data/tokenizers/qwen2.5"), tmp_path / "out")
+    path = recipe.build_pairs(
+        recipe.BuildPairsConfig(
+            source=source, tokenizer=str(Path(__file__).parent / "data/tokenizers/qwen2.5"), out=tmp_path / "out"
+        )
+    )
     found = read_pairs(path)
     assert [pair.name for pair in found] == ["HumanEval/23", "HumanEval/45", "HumanEval/53"]
     counts = json.loads((tmp_path / "out/counts.json").read_text())
@@ -265,4 +269,11 @@ def test_the_recipe_builds_pairs_of_problems(tmp_path: Path, capsys: pytest.Capt
     assert "broken" in listed and "has no canonical_solution" in listed and "blank" in listed
     assert "3 pairs of 4 rows" in capsys.readouterr().out
     with pytest.raises(ic.TextError, match="has no canonical_solution"):
-        recipe.build_pairs(source, str(Path(__file__).parent / "data/tokenizers/qwen2.5"), tmp_path / "s", strict=True)
+        recipe.build_pairs(
+            recipe.BuildPairsConfig(
+                source=source,
+                tokenizer=str(Path(__file__).parent / "data/tokenizers/qwen2.5"),
+                out=tmp_path / "s",
+                strict=True,
+            )
+        )

@@ -175,7 +175,7 @@ def test_points_of_another_model_are_refused(tmp_path: Path, change: dict[str, o
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
-        ("{", ic.LoadError, "no readable points"),
+        ("{", ic.LoadError, "cannot be read"),
         ('{"a": 1}', ic.LoadError, "holds no points: it has 'a'"),
         ('{"format": "router-points/9", "points": []}', ic.LoadError, "of format 'router-points/9'"),
         ('{"format": "router-points/1", "points": []}', ic.LoadError, "file has model, n_layers"),

@@ -15,10 +15,10 @@ from interp_plugins.questions import Question, write_questions
 from interp_plugins.visual import gates
 from interp_plugins.visual.gates import Thresholds
 from interp_plugins.visual.records import Records
-from interp_recipes import visual_phase1_stages as stages
-from interp_recipes.visual_data import asked
-from interp_recipes.visual_phase1 import Phase1, visual_phase1
-from interp_recipes.visual_phase1_plan import Plan
+from interp_recipes.visual_data import question_tokens
+from interp_recipes.visual_phase1 import Phase1, VisualPhase1Config, visual_phase1
+from interp_recipes.visual_phase1 import stages as stages
+from interp_recipes.visual_phase1.plan import Plan
 from typer.testing import CliRunner
 
 import interp_core as ic
@@ -47,7 +47,9 @@ def data(tiny_vl: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = []
     for question, other in zip(asks, black, strict=True):
         seen, dark = (
-            model.run(asked(model, question, [image])).logits.as_subclass(torch.Tensor)[0, -1].log_softmax(-1)[ids]
+            model.run(question_tokens(model, question, [image]))
+            .logits.as_subclass(torch.Tensor)[0, -1]
+            .log_softmax(-1)[ids]
             for image in (question.images[0], other)
         )
         best = WORDS[int((seen - dark).argmax())]
@@ -83,9 +85,9 @@ def done(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_measured", until)
         with pytest.raises(KeyboardInterrupt):
-            visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
+            visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=out, **QUICK))
         assert not (out / "DONE").exists()
-        return out, visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
+        return out, visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=out, **QUICK))
 
 
 def read(path: Path) -> Any:
@@ -158,7 +160,7 @@ def test_records_are_those_of_the_method(done: tuple[Path, Phase1], tiny_vl: str
     question = next(question for question in read_questions("plain", data) if question.name == name)
     picture = question.pictures()[0]
     shown = [picture, vision.blind_images([picture], "black").images[0]]
-    clean, blind = (asked(model, question, [image], question.answers[0]) for image in shown)
+    clean, blind = (question_tokens(model, question, [image], question.answers[0]) for image in shown)
     result = ic.method("visual")(model, clean, blind={"black": blind}, interventions=["replace:blind"])
     stored = [row["delta"] for row in records if row["sample"] == name and row["intervention"] == "replace:blind"]
     np.testing.assert_allclose(stored, result.delta[0, 0].tolist(), rtol=0, atol=1e-6)
@@ -176,7 +178,7 @@ def test_the_horizon_is_of_what_the_model_itself_says(done: tuple[Path, Phase1],
     said = {row["cell"]: row.get("text") for row in rows(out / "truncation/answers.jsonl")}
     assert text == said[f"{name} @ {LAYERS}"]
     question = next(question for question in read_questions("plain", data) if question.name == name)
-    tokens = asked(model, question, question.pictures(), text)
+    tokens = question_tokens(model, question, question.pictures(), text)
     found = ic.method("information_horizon")(
         model, tokens, keep=[0.5], ranking="attention", tokens=2, layers=[cells[0]["layer"]]
     )
@@ -214,12 +216,16 @@ def test_a_second_run_keeps_everything_and_adds_a_layer_that_is_asked_for(
     monkeypatch.setattr(stages, "_measured", lambda *args: told.append(("causal", args)) or [])
     answers = stages._answers
     monkeypatch.setattr(stages, "_answers", lambda *args: told.append(("answers", args[3])) or answers(*args))
-    visual_phase1(tiny_vl, data_path=data, out=out, **QUICK)
+    visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=out, **QUICK))
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert not told and changed <= {"manifest.json", "DONE"}
     causal = read(out / "causal/causal.json")
     asked_for = 1 if causal["cliff_boundary"] != 1 else 2
-    more = visual_phase1(tiny_vl, data_path=data, out=out, cliff_boundary=asked_for, causal_record="0" * 64, **QUICK)
+    more = visual_phase1(
+        VisualPhase1Config(
+            model=tiny_vl, data_path=data, out=out, cliff_boundary=asked_for, causal_record="0" * 64, **QUICK
+        )
+    )
     assert not told and more.verdict == "STOP"  # the grid has all layers of this model
     again = read(out / "causal/causal.json")
     assert again["cliff_boundary"] == asked_for and again["records"] == causal["records"]
@@ -263,7 +269,9 @@ def test_no_visual_dependence_ends_with_its_message(
     for i, (image, other) in enumerate(zip(pictures, black, strict=True)):
         question = Question(f"q{i}", (image,), "what is on the left ?", ("red",), "drawn")
         seen, dark = (
-            model.run(asked(model, question, [x])).logits.as_subclass(torch.Tensor)[0, -1].log_softmax(-1)[ids]
+            model.run(question_tokens(model, question, [x]))
+            .logits.as_subclass(torch.Tensor)[0, -1]
+            .log_softmax(-1)[ids]
             for x in (image, other)
         )
         questions.append(Question(f"q{i}", (image,), question.question, (WORDS[int((seen - dark).argmin())],), "drawn"))
@@ -297,7 +305,7 @@ def test_the_battery_refuses_to_go_on(
 
     monkeypatch.setattr(ic, "load", broken)
     with pytest.raises(ic.CapabilityError, match="the run stops here"):
-        visual_phase1(tiny_vl, data_path=data, out=tmp_path / "run", **QUICK)
+        visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=tmp_path / "run", **QUICK))
     assert not read(tmp_path / "run/sanity.json")["ok"] and not (tmp_path / "run/causal").exists()
 
 
@@ -313,7 +321,7 @@ def test_settings_that_cannot_be(tiny_vl: str, data: Path) -> None:
         ({"random_subsets": 4}, "random_subsets is 4: give at least 5"),
     ]:
         with pytest.raises(ic.PlanError, match=said):
-            visual_phase1(tiny_vl, data_path=data, out=None, **QUICK | more)
+            visual_phase1(VisualPhase1Config(model=tiny_vl, data_path=data, out=None, **QUICK | more))
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import pytest
 import torch
 from interp_plugins.probe.compare import compare
 from interp_plugins.questions import Question, write_questions
-from interp_recipes import visual_probing_samples as samples_of_recipe
-from interp_recipes.visual_data import asked, dataset_of
-from interp_recipes.visual_probing import visual_probing
-from interp_recipes.visual_probing_findings import Behaviour, Cliff, Findings, Position
-from interp_recipes.visual_probing_samples import MODES, ORIGINAL, RANDOM, label_of
+from interp_recipes.visual_data import dataset_of, question_tokens
+from interp_recipes.visual_probing import VisualProbingConfig, visual_probing
+from interp_recipes.visual_probing import samples as samples_of_recipe
+from interp_recipes.visual_probing.findings import Behaviour, Cliff, Findings, Position
+from interp_recipes.visual_probing.samples import MODES, ORIGINAL, RANDOM, label_of
 
 import interp_core as ic
 from interp_core import sites as S
@@ -48,7 +48,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tiny_vl: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "probing"
-    visual_probing(tiny_vl, data_path=data, out=out, cliff_boundary=2, causal_record="0" * 64, **QUICK)
+    visual_probing(
+        VisualProbingConfig(model=tiny_vl, data_path=data, out=out, cliff_boundary=2, causal_record="0" * 64, **QUICK)
+    )
     return out
 
 
@@ -91,7 +93,7 @@ def test_the_states_are_those_of_a_run(run: Path, tiny_vl: str) -> None:
     row = made["samples"][4]
     by_name = {r["sample"]: r for r in made["samples"]}
     for mode, image in ((ORIGINAL, row["image"]), (RANDOM, by_name[row["donor"]]["image"])):
-        tokens = asked(model, asking(0, row["label"], image), [image], prompt=row["question"])
+        tokens = question_tokens(model, asking(0, row["label"], image), [image], prompt=row["question"])
         read = model.run(tokens, read=[S.resid_pre, S.resid_post[2]])
         columns = {
             "answer_token": [-1], "text_instruction_token": tokens.columns("user")[0][-1:],
@@ -134,29 +136,33 @@ def test_a_stopped_run_goes_on_and_a_second_does_nothing_again(
         monkeypatch.setattr(f"interp_recipes.visual_probing.{name}", noting(name, *stop))
     how = {**QUICK, "positions": ["answer_token"], "max_samples": 10}
     with pytest.raises(KeyboardInterrupt):
-        visual_probing(tiny_vl, data_path=data, out=tmp_path, **how)
+        visual_probing(VisualProbingConfig(model=tiny_vl, data_path=data, out=tmp_path, **how))
     assert worked == ["shown", *MODES[:3]] and not (tmp_path / "DONE").exists()
-    visual_probing(tiny_vl, data_path=data, out=tmp_path, **how)
+    visual_probing(VisualProbingConfig(model=tiny_vl, data_path=data, out=tmp_path, **how))
     assert worked[4:] == [*MODES[2:], *MODES] and (tmp_path / "DONE").is_file()
 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "record" not in path.parts}
     (tmp_path / "states/blind_mean/0000.safetensors").unlink()
     worked.clear()
     capsys.readouterr()
-    visual_probing(tiny_vl, data_path=data, out=tmp_path, **how)
+    visual_probing(VisualProbingConfig(model=tiny_vl, data_path=data, out=tmp_path, **how))
     assert worked == ["blind_mean"]
     assert "kept samples.json" in capsys.readouterr().out
     answers = [path for path in before if path.parent.name in ("answers", "tables")]
     assert len(answers) == 8 and all(path.read_bytes() == before[path] for path in answers)
-    visual_probing(tiny_vl, data_path=data, out=tmp_path, **how, batch_size=10)
+    visual_probing(VisualProbingConfig(model=tiny_vl, data_path=data, out=tmp_path, **how, batch_size=10))
     assert worked == ["blind_mean"]
     with pytest.raises(ic.PlanError, match="another run"):
-        visual_probing(tiny_vl, data_path=data, out=tmp_path, **{**how, "seed": 1})
+        visual_probing(VisualProbingConfig(model=tiny_vl, data_path=data, out=tmp_path, **{**how, "seed": 1}))
 
 
 def test_too_few_samples_for_probes_are_inconclusive(tiny_vl: str, data: Path, tmp_path: Path) -> None:
     """The files are complete, and the sentence says why."""
-    page = visual_probing(tiny_vl, data_path=data, out=tmp_path, **{**QUICK, "max_samples": 3, "max_model_len": 40})
+    page = visual_probing(
+        VisualProbingConfig(
+            model=tiny_vl, data_path=data, out=tmp_path, **{**QUICK, "max_samples": 3, "max_model_len": 40}
+        )
+    )
     record = json.loads((tmp_path / "probing.json").read_text())
     assert set(record["verdicts"].values()) == {"inconclusive"} and page.is_file()
     assert "remains inconclusive" in " ".join(record["sentences"])
@@ -181,23 +187,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_settings_are_refused(settings: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ic, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(ic.PlanError, match=match):
-        visual_probing(**settings)
+        visual_probing(VisualProbingConfig(**settings))
 
 
 def test_a_record_of_another_cliff_is_refused(tmp_path: Path) -> None:
     (tmp_path / "causal.json").write_text('{"cliff_boundary": 4}')
     with pytest.raises(ic.PlanError, match="found 4"):
-        visual_probing(cliff_boundary=3, causal_record=str(tmp_path / "causal.json"))
+        visual_probing(VisualProbingConfig(cliff_boundary=3, causal_record=str(tmp_path / "causal.json")))
     fitting: dict[str, Any] = {"cliff_boundary": 4, "causal_record": str(tmp_path / "causal.json")}
     with pytest.raises(ic.LoadError, match="there is no"):  # of the questions: the record is fine
-        visual_probing(dataset="plain", data_path=tmp_path / "none", **fitting)
+        visual_probing(VisualProbingConfig(dataset="plain", data_path=tmp_path / "none", **fitting))
 
 
 def test_a_text_model_and_a_cliff_behind_the_last_layer(tiny_vl: str, data: Path) -> None:
     with pytest.raises(ic.CapabilityError, match="reads no images"):
-        visual_probing("toy:text", dataset="plain", data_path=data)
+        visual_probing(VisualProbingConfig(model="toy:text", dataset="plain", data_path=data))
     with pytest.raises(ic.PlanError, match="layers 0 to 2"):
-        visual_probing(tiny_vl, data_path=data, cliff_boundary=9, **QUICK)
+        visual_probing(VisualProbingConfig(model=tiny_vl, data_path=data, cliff_boundary=9, **QUICK))
 
 
 def test_labels_are_read_without_case_and_by_majority() -> None:

@@ -237,7 +237,7 @@ def test_files_of_another_form(tmp_path: Path) -> None:
     with pytest.raises(ic.LoadError, match=r'holds|takes an object with a list under "data"'):
         read_questions("docvqa", dumped(tmp_path / "val.json", {"rows": []}))
     for name, content, message in (
-        ("a.jsonl", "{", "line 1 is no JSON"), ("b.jsonl", b"\xff\xfe\x00", "cannot be read"),
+        ("a.jsonl", "{", "line 1, is no JSON"), ("b.jsonl", b"\xff\xfe\x00", "cannot be read"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ic.LoadError, match=message):

@@ -83,5 +83,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ic.ReadError, match="have no record of blind random"):
         Records.of(rows()[:-1]).blind(records.effects("replace:blind"))
     (tmp_path / "bad.jsonl").write_text('{"sample": 1}\n[1]\n')
-    with pytest.raises(ic.LoadError, match="line 2, is no record"):
+    with pytest.raises(ic.LoadError, match="line 2, is a list"):
         Records.read(tmp_path / "bad.jsonl")

@@ -1,4 +1,4 @@
-"""What hooks cost: the same reads and edits by interp_core, by hand, and by other tools, side by side in one process.
+"""What hooks cost: the same reads and edits by interp_core, by hand, and by tools that are handed in, in one process.
 
 Times are process CPU time, interleaved in random order, each after an untimed call of the same, medians over rounds.
 Python calls are counted by cProfile: they do not depend on the machine or on what else it does. Memory is what the
@@ -13,7 +13,7 @@ import importlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import PlanError
 from ..methods import method
 from ..plugins import registry
-from .peers import peers
+from .tools import TOOLS, Tool, ready
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -68,9 +68,12 @@ def benchmark(
     extra: Sequence[str] = (),
     operations: Sequence[str] = tuple(OPERATIONS),
     only: Sequence[str] | None = None,
+    tools: Mapping[str, Callable[[Model, Tensor], Tool]] = TOOLS,
 ) -> str:
     """The table of `measure` as Markdown."""
-    rows, failed = measure(model, rounds=rounds, n_tokens=n_tokens, extra=extra, operations=operations, only=only)
+    rows, failed = measure(
+        model, rounds=rounds, n_tokens=n_tokens, extra=extra, operations=operations, only=only, tools=tools
+    )
     head = f"{model!r}, {n_tokens} tokens, {torch.get_num_threads()} threads, medians of {rounds} rounds of CPU time"
     lines = [head, "", "| operation | tool | ms | ratio to plain | added µs | Python calls added | held MiB |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -93,13 +96,16 @@ def measure(
     extra: Sequence[str] = (),
     operations: Sequence[str] = tuple(OPERATIONS),
     only: Sequence[str] | None = None,
+    tools: Mapping[str, Callable[[Model, Tensor], Tool]] = TOOLS,
 ) -> tuple[list[Row], list[tuple[str, str, str]]]:
     """Time every operation of every tool; also returns what a tool could not do, `(operation, tool, error)`.
 
     Args:
         extra: `module:function` of your own, which takes the model and token ids and returns the function to be
             timed; or the name of an installed method.
-        only: names of the tools to take (default: all that are installed).
+        only: names of the tools to take (default: all).
+        tools: what makes each tool ready for a model and token ids (default: the model as it is, hooks by hand and
+            interp_core; `benchmarks/peers.py` of the repository has other packages' too).
 
     Raises:
         PlanError: an operation, tool or function that does not exist.
@@ -108,10 +114,9 @@ def measure(
         raise PlanError(f"no operation {unknown.pop()!r}; there are {', '.join(OPERATIONS)}")
     size = model.atlas.shape.d_vocab
     ids = torch.randint(3, size, (1, n_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    tools = peers(model, ids, only)
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for operation in operations:
-        for name, tool in tools.items():
+        for name, tool in ready(tools, model, ids, only).items():
             if function := getattr(tool, operation, None):
                 runs[operation, name] = function
     for path in extra:

@@ -1,6 +1,6 @@
 """Look at a plugin in a process of its own, under a time limit: whatever it does there, this one goes on.
 
-look("methods", "logit_lens", "interp_plugins.logit_lens:LogitLens").settings
+inspect_plugin("methods", "logit_lens", "interp_plugins.logit_lens:LogitLens").settings
 """
 
 from __future__ import annotations

@@ -23,22 +23,22 @@ from ..plugins.sandbox import address, inspect_here, inspect_plugin
 from ..result import Result
 from ..sites import SITES
 from ..text import Tokens
+from .case import CLOSE, Failed, MethodCase, NotReached, apart, as_singles, failing, stacked, unequal
 from .state import State
-from .trial import CLOSE, Failed, NotReached, Trial, apart, as_singles, failing, stacked, unequal
 
-CHECKS: dict[str, Callable[[Trial], str]] = {}
+CHECKS: dict[str, Callable[[MethodCase], str]] = {}
 
 
-def check(function: Callable[[Trial], str]) -> Callable[[Trial], str]:
-    """Add a check under the function's name. It returns a remark, and raises `Failed`."""
+def check(function: Callable[[MethodCase], str]) -> Callable[[MethodCase], str]:
+    """Add a check under the function's name. It returns a remark, or raises `Failed`, `NotReached` or `Refused`."""
     CHECKS[function.__name__.strip("_")] = function
     return function
 
 
 @check
-def class_(trial: Trial) -> str:
+def class_(case: MethodCase) -> str:
     """A subclass of `Method`, complete, named, for this interface; `requires` names sites and capabilities."""
-    method = trial.method
+    method = case.method
     _, why = status_of("methods", getattr(method, "name", ""), method)
     if why:
         raise Failed(why)
@@ -51,13 +51,13 @@ def class_(trial: Trial) -> str:
 
 
 @check
-def documented_(trial: Trial) -> str:
+def documented_(case: MethodCase) -> str:
     """The module's docstring names a source; method, settings and result say what they are."""
-    page = sys.modules[trial.method.__module__].__doc__ or ""
-    documented(page, trial.method.__doc__ or "", plugin=trial.method.__name__)
-    kinds: list[type] = [trial.method.Config]
-    if isinstance(trial.outcome.result, Result):
-        kinds.append(type(trial.outcome.result))
+    page = sys.modules[case.method.__module__].__doc__ or ""
+    documented(page, case.method.__doc__ or "", plugin=case.method.__name__)
+    kinds: list[type] = [case.method.Config]
+    if isinstance(case.outcome.result, Result):
+        kinds.append(type(case.outcome.result))
     for kind in kinds:
         doc = vars(kind).get("__doc__") or ""
         if not doc or doc.startswith(f"{kind.__name__}("):  # the latter is what dataclass writes
@@ -66,13 +66,13 @@ def documented_(trial: Trial) -> str:
 
 
 @check
-def config(trial: Trial) -> str:
+def config(case: MethodCase) -> str:
     """Settings are read in time, in another process; defaults hold, unknown ones are refused, each is described; a
     JSON schema can be written."""
-    where = address(trial.method)
+    where = address(case.method)
     try:
         named = where is not None
-        seen = inspect_plugin("methods", trial.method.name, where, trial.limit) if where else _examined(trial.method)
+        seen = inspect_plugin("methods", case.method.name, where, case.limit) if where else _examined(case.method)
     except Exception as error:  # the plugin's own
         raise Failed(f"{type(error).__name__}: {error}") from error
     if seen.error:
@@ -83,9 +83,9 @@ def config(trial: Trial) -> str:
 
 
 @check
-def result(trial: Trial) -> str:
+def result(case: MethodCase) -> str:
     """A run returns a frozen `Result`."""
-    found = trial.outcome
+    found = case.outcome
     if found.error:
         raise Failed(f"the run raised {_last(found.error)}\n{found.error.strip()}")
     kind = type(found.result)
@@ -97,10 +97,10 @@ def result(trial: Trial) -> str:
 
 
 @check
-def shapes(trial: Trial) -> str:
+def shapes(case: MethodCase) -> str:
     """Every tensor has named axes in `AXES`, of sizes that agree; the axes of an annotation are the same."""
-    found = trial.result
-    sizes: dict[str, int] = {"batch": len(trial.whole)}
+    found = case.result
+    sizes: dict[str, int] = {"batch": len(case.whole)}
     for field in fields(found):
         value = getattr(found, field.name)
         if isinstance(value, Tensor) and field.name not in found.AXES:
@@ -122,9 +122,9 @@ def shapes(trial: Trial) -> str:
 
 
 @check
-def saving(trial: Trial) -> str:
+def saving(case: MethodCase) -> str:
     """What `save` wrote, `load` reads back the same; the table is plain data, the page is text."""
-    found = trial.result
+    found = case.result
     with tempfile.TemporaryDirectory() as folder:
         try:
             found.save(folder)
@@ -144,8 +144,8 @@ def saving(trial: Trial) -> str:
 
 
 def _part(part: str, must: str) -> None:
-    def compare(trial: Trial) -> str:
-        if changes := trial.outcome.before.changes(part, trial.outcome.after):
+    def compare(case: MethodCase) -> str:
+        if changes := case.outcome.before.changes(part, case.outcome.after):
             raise Failed(changes)
         return ""
 
@@ -165,89 +165,87 @@ _part("random", "The random states of torch, numpy and Python are as before.")
 
 
 @check
-def input_(trial: Trial) -> str:
+def input_(case: MethodCase) -> str:
     """The tokens that it was given are as before."""
-    if trial.outcome.changed:
-        raise Failed(trial.outcome.changed)
+    if case.outcome.changed:
+        raise Failed(case.outcome.changed)
     return ""
 
 
 @check
-def exception(trial: Trial) -> str:
+def exception(case: MethodCase) -> str:
     """An error inside the model, in the middle and at the end of the run, comes out and leaves nothing behind; the next
     run gives the same."""
-    wanted = trial.result
-    with failing(trial.model.hf, 0) as calls:
-        trial.run(trial.whole)
+    wanted = case.result
+    with failing(case.model.hf, 0) as calls:
+        case.run(case.whole)
     if not calls:
         raise NotReached("it never calls the model")
     for at in sorted({len(calls) // 2 + 1, len(calls)}):
-        before = State.of(trial.model.hf)
+        before = State.of(case.model.hf)
         try:
-            with failing(trial.model.hf, at):
-                trial.run(trial.whole)
+            with failing(case.model.hf, at):
+                case.run(case.whole)
         except Exception:  # what it makes of the error is its own
             pass
         else:
             raise Failed(f"it went on after an error inside the model (module call {at} of {len(calls)})")
-        after = State.of(trial.model.hf)
+        after = State.of(case.model.hf)
         for part in ("hooks", "weights", "modes", "config"):
             if changes := before.changes(part, after):
                 raise Failed(f"after an error in module call {at} of {len(calls)}: {changes}")
-    if differ := unequal(wanted, trial.run(trial.whole)):
+    if differ := unequal(wanted, case.run(case.whole)):
         raise Failed(f"after an error inside the model the next run differs in {', '.join(differ)}")
     return f"raised in module call {len(calls) // 2 + 1} and {len(calls)}"
 
 
 @check
-def deterministic(trial: Trial) -> str:
+def deterministic(case: MethodCase) -> str:
     """From the same random state it gives the same numbers, to the bit."""
-    if differ := unequal(trial.result, trial.run(trial.whole)):
+    if differ := unequal(case.result, case.run(case.whole)):
         raise Failed(f"a second run from the same seed differs in {', '.join(differ)}")
     return ""
 
 
 @check
-def batch(trial: Trial) -> str:
+def batch(case: MethodCase) -> str:
     """Rows of one length give in a batch what they give alone, within 1e-4."""
-    if undivided(trial.whole):
+    if undivided(case.whole):
         raise NotReached("rows with such inputs cannot be stacked")
-    whole = trial.whole if len(trial.whole) > 1 else Tokens.stack([trial.rows[0], trial.rows[0]])
-    return as_singles(trial, whole, list(whole))
+    whole = case.whole if len(case.whole) > 1 else Tokens.stack([case.rows[0], case.rows[0]])
+    return as_singles(case, whole, list(whole))
 
 
 @check
-def padding_left(trial: Trial) -> str:
+def padding_left(case: MethodCase) -> str:
     """Rows padded on the left give what they give alone. On `pos`, `query` and `key` as wide as the batch, only real
     tokens count; refusing padded rows before the run is as good."""
-    return as_singles(trial, stacked(trial), trial.rows)
+    return as_singles(case, stacked(case), case.rows)
 
 
 @check
-def padding_right(trial: Trial) -> str:
+def padding_right(case: MethodCase) -> str:
     """The same, padded on the right."""
-    return as_singles(trial, padded_on(stacked(trial), "right")[0], trial.rows)
+    return as_singles(case, padded_on(stacked(case), "right")[0], case.rows)
 
 
 @check
-def batch_size(trial: Trial) -> str:
+def batch_size(case: MethodCase) -> str:
     """Split into batches by `batch_size=`, rows give what they give alone, and what all give together is what it is
     unsplit; refusing to be split is as good."""
-    rows, whole = trial.rows, trial.whole
+    rows, whole = case.rows, case.whole
     if len(rows) == 1 or any(undivided(row) for row in rows):
         raise NotReached("there is one row, or rows that cannot be stacked")
-    remark = as_singles(trial, Tokens.stack(rows), rows, batch_size=2)
-    if remark.startswith("refused") or not isinstance(trial.outcome.result, Result):
-        return remark
-    if len(whole) > 1 and (differ := apart(trial.outcome.result, trial.run(whole, batch_size=1))):
+    remark = as_singles(case, Tokens.stack(rows), rows, batch_size=2)
+    if len(whole) > 1 and (differ := apart(case.result, case.run(whole, batch_size=1))):
         raise Failed(f"in batches of one it differs from one batch of {len(whole)} in {', '.join(differ)}")
     return remark
 
 
 @check
-def conserved(trial: Trial) -> str:
+def conserved(case: MethodCase) -> str:
     """What the method promises in `conserved` adds up, within 1e-4 of the larger side."""
-    laws = trial.method().conserved(trial.model, trial.whole, trial.result)
+    laws = case.method().conserved(case.model, case.whole, case.result)
     for law, (left, right) in laws.items():
         a, b = left.detach().double().cpu(), right.detach().double().cpu()
         if a.shape != b.shape:

@@ -21,9 +21,9 @@ from ..plugins import Plugin, registry
 from ..plugins.sandbox import LIMIT, PluginInfo, inspect_plugin
 from ..sites import SITES
 from ..text import Tokens
+from .case import Failed, MethodCase, NotReached, Refused
 from .checks import CHECKS, documented, undescribed
 from .processors import pictures
-from .trial import Failed, NotReached, Trial
 
 TEXTS = ("Q: big\nA: small\n\nQ: hot\nA:", "Q: hot\nA: cold\n\nQ: big\nA:", "Q: wet\nA:")
 LENGTHS = (7, 7, 4)
@@ -116,9 +116,9 @@ def check_method(
     kind = registry("methods").get(method) if isinstance(method, str) else method
     required = frozenset(getattr(kind, "requires", ()))
     on = _toy_with(required) if model is None else load(model) if isinstance(model, str) else model
-    trial = Trial(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
+    case = MethodCase(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
     with _random_state_restored():
-        found = tuple(_row(check, trial, expected.get(check)) for check in CHECKS)
+        found = tuple(_row(check, case, expected.get(check)) for check in CHECKS)
     return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", found)
 
 
@@ -153,14 +153,16 @@ def _settings(seen: PluginInfo) -> Row:
     return Row("config", not faults, "; ".join(faults) or f"{len(seen.settings)} settings")
 
 
-def _row(check: str, trial: Trial, reason: str | None) -> Row:
+def _row(check: str, case: MethodCase, reason: str | None) -> Row:
     try:
         ok: bool | None = True
-        detail = CHECKS[check](trial)
+        detail = CHECKS[check](case)
     except Failed as error:
         ok, detail = False, str(error)
     except NotReached as error:
         ok, detail = None, str(error)
+    except Refused as error:
+        detail = f"refused: {error}"
     except Exception as error:  # the plugin's own, in a later run
         ok, detail = False, f"{type(error).__name__}: {error}"
     if reason is None or ok is None:

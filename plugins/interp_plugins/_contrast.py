@@ -122,7 +122,7 @@ def contrast(
     own = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
     if own is not None and own.clean:
         raise ic.PlanError(f"{owner}: score {own.name} compares with the run without edits; method ablations takes it")
-    answer, other = (answers(owner, model, given, len(tokens)) for given in (config.answer, config.other))
+    answer, other = (answers(owner, model, words, len(tokens)) for words in (config.answer, config.other))
     of = () if own is None or own.of is None else (own.of,)
     kept = False if of else -1 if own is None else own.at
     clean = model.run(tokens, read=(*(here if noising else there), *of), logits=kept)
@@ -147,8 +147,8 @@ def contrast(
 
 def _judged(owner: str, model: ic.Model, name: str, answer: Any, other: Any) -> scores.Score:
     if name != "logit_diff":
-        made: scores.Score = getattr(scores, name)(answer)
-        return made
+        score: scores.Score = getattr(scores, name)(answer)
+        return score
     if bool((answer == other).any()):
         row = int((answer == other).nonzero()[0])
         raise ic.PlanError(
@@ -163,13 +163,13 @@ def said(run: ic.Run) -> Tensor:
     return run.logits.plain.argmax(-1).cpu()
 
 
-def answers(owner: str, model: ic.Model, given: Any, rows: int) -> Tensor | None:
+def answers(owner: str, model: ic.Model, words: Any, rows: int) -> Tensor | None:
     """Ids of the answers that are given `[batch]`.
 
     Raises:
         PlanError: another number of answers than rows, a word of several tokens, an id that does not exist.
     """
-    return None if given is None else scores.token_ids(model, given, rows, owner, "answer")
+    return None if words is None else scores.token_ids(model, words, rows, owner, "answer")
 
 
 def scored(owner: str, run: ic.Run, judged: scores.Score) -> Float[Tensor, " batch"]:

@@ -37,7 +37,7 @@ class End(NamedTuple):
     sites: tuple[S.Site, ...]
 
 
-def listed(model: ic.Model, what: str, given: Any, allowed: tuple[str, ...]) -> list[End]:
+def listed(model: ic.Model, what: str, names: Any, allowed: tuple[str, ...]) -> list[End]:
     """Senders or receivers from their text forms.
 
     Raises:
@@ -45,20 +45,20 @@ def listed(model: ic.Model, what: str, given: Any, allowed: tuple[str, ...]) -> 
         PlanError: one that cannot be this end of a path.
     """
     ends: list[End] = []
-    for item in given if isinstance(given, list) else [given]:
-        if isinstance(item, list):
-            parts = [end for one in item for end in _single(model, what, one, allowed)]
+    for entry in names if isinstance(names, list) else [names]:
+        if isinstance(entry, list):
+            parts = [end for name in entry for end in _single(model, what, name, allowed)]
             ends.append(End("+".join(end.name for end in parts), tuple(site for end in parts for site in end.sites)))
         else:
-            ends += _single(model, what, item, allowed)
+            ends += _single(model, what, entry, allowed)
     if not all(end.sites for end in ends) or not ends:
         raise ic.PlanError(f"path_patching: {what} names nothing; there are {', '.join(allowed)}")
     return ends
 
 
-def _single(model: ic.Model, what: str, given: Any, allowed: tuple[str, ...]) -> Iterator[End]:
+def _single(model: ic.Model, what: str, name: Any, allowed: tuple[str, ...]) -> Iterator[End]:
     """The ends that a site names, one per layer and unit."""
-    site = given if isinstance(given, S.Site) else S.Site.parse(str(given))
+    site = name if isinstance(name, S.Site) else S.Site.parse(str(name))
     if site.name not in allowed or site.pos is not None or site.key is not None:
         why = "positions are given by at=" if site.name in allowed else f"{what} are {', '.join(allowed)}"
         raise ic.PlanError(f"path_patching: {site} as one of the {what}: {why}")
@@ -76,8 +76,8 @@ def _single(model: ic.Model, what: str, given: Any, allowed: tuple[str, ...]) ->
         for unit in S.indices(
             site.units, model.sizes(S.named(site.name)[layer])[site.info.unit], site.info.unit, str(site)
         ):
-            one = S.named(site.name)[layer, unit]
-            yield End(str(one), (one,))
+            unit_site = S.named(site.name)[layer, unit]
+            yield End(str(unit_site), (unit_site,))
 
 
 def reaches(sender: End, receiver: End) -> bool:
@@ -138,8 +138,8 @@ class DirectRuns:
 
     def _values(self, run: ic.Run, sites: list[S.Site]) -> dict[S.Site, Float[Tensor, "batch pos *rest"]]:
         """Values at the senders' positions, by whole site."""
-        found = {site.whole: run[site].plain for site in sites}
-        return {site: value.unsqueeze(1) if self.plan.single else value for site, value in found.items()}
+        values = {site.whole: run[site].plain for site in sites}
+        return {site: value.unsqueeze(1) if self.plan.single else value for site, value in values.items()}
 
     def _columns(self, tokens: ic.Tokens) -> Tensor:
         """Token ids at the senders' positions `[batch pos]`."""
@@ -148,8 +148,8 @@ class DirectRuns:
 
     def chunks(self, senders: list[int]) -> Iterator[list[int]]:
         """Senders that go together in memory."""
-        one = max(value.numel() * value.element_size() for value in self.base.values())
-        most = max(1, CHUNK_BYTES // (one * (2 * len(self.plan.reads) + len(self.source) + 16)))
+        largest = max(value.numel() * value.element_size() for value in self.base.values())
+        most = max(1, CHUNK_BYTES // (largest * (2 * len(self.plan.reads) + len(self.source) + 16)))
         for start in range(0, len(senders), most):
             yield senders[start : start + most]
 

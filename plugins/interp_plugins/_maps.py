@@ -118,8 +118,8 @@ def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> G
     if not layers:
         raise ic.PlanError(f"{owner}: no layer has all of {', '.join(units)}; patch them one by one")
     heads = units[sites[0].name]
-    if any(found != heads for found in units.values()):
-        counts = ", ".join(f"{name} {len(found)}" for name, found in units.items())
+    if any(of_site != heads for of_site in units.values()):
+        counts = ", ".join(f"{name} {len(of_site)}" for name, of_site in units.items())
         raise ic.PlanError(f"{owner}: sites changed together need the same heads, here {counts}; by='layer' takes all")
     if tokens.padded and any("query" in site.info.axes for site in sites):
         raise ic.PlanError(f"{owner}: attention of padded rows differs in width; give rows of one length")
@@ -171,14 +171,14 @@ def values(run: ic.Run, grid: Grid) -> Values:
     }
 
 
-def patches(grid: Grid, given: Values | None) -> list[list[ic.Edit]]:
+def patches(grid: Grid, replacements: Values | None) -> list[list[ic.Edit]]:
     """One variant per layer, head and place: values there set to those given, or to zero."""
 
     def edit(site: S.Site, layer: int, head: int | None, place: int) -> ic.Edit:
         where = (site[layer] if head is None else site[layer, head]).at(grid.places[place])
-        if given is None:
+        if replacements is None:
             return where.zero()
-        value = given[site.name, layer, place]
+        value = replacements[site.name, layer, place]
         return where.set(value if head is None else value.select(grid.axis(site, place), head).contiguous())
 
     return [
@@ -193,8 +193,8 @@ def swept(
     model: ic.Model, base: ic.Tokens, variants: Sequence[Sequence[ic.Edit]], judged: scores.Score, config: JudgedConfig
 ) -> ic.Sweep:
     """The exact effect of every variant; nought, not rounding, where it changed nothing."""
-    found = model.sweep(base, variants, judged, strategy=config.strategy, progress=config.progress)
-    return replace(found, values=found.values.where(found.moved != 0, found.clean))
+    sweep = model.sweep(base, variants, judged, strategy=config.strategy, progress=config.progress)
+    return replace(sweep, values=sweep.values.where(sweep.moved != 0, sweep.clean))
 
 
 @dataclass(frozen=True, eq=False)

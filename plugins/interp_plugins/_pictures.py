@@ -30,19 +30,20 @@ class Picture(NamedTuple):
 
 def pages(pictures: Sequence[Picture], unit: str, note: str) -> str:
     """Heatmaps below each other, and what is to be said of them. Cells say their whole number when pointed at."""
-    return "".join(drawn(one, unit).html() for one in pictures) + f"<pre>{report.escape(note)}</pre>"
+    return "".join(drawn(chart, unit).html() for chart in pictures) + f"<pre>{report.escape(note)}</pre>"
 
 
-def picture(path: str | Path, one: Picture, unit: str) -> Path:
+def picture(path: str | Path, chart: Picture, unit: str) -> Path:
     """A heatmap as a file."""
-    return drawn(one, unit, WIDEST).png(path)
+    return drawn(chart, unit, WIDEST).png(path)
 
 
-def drawn(one: Picture, unit: str, widest: float = math.inf) -> report.Heatmap:
+def drawn(chart: Picture, unit: str, widest: float = math.inf) -> report.Heatmap:
     """A matrix as a chart; of more columns than `widest`, without numbers in its cells."""
     return report.Heatmap(
-        one.values, one.rows, one.columns, texts=texts(one.values, unit) if len(one.columns) <= widest else None,
-        diverging=True, limits=one.limits, title=one.title, caption=f"{one.title} ({unit})", colorbar=unit,
+        chart.values, chart.rows, chart.columns, diverging=True, limits=chart.limits, title=chart.title,
+        texts=texts(chart.values, unit) if len(chart.columns) <= widest else None,
+        caption=f"{chart.title} ({unit})", colorbar=unit,
     )  # fmt: skip
 
 

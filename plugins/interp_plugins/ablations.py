@@ -108,34 +108,34 @@ class Ablations(ic.Method):
         where = grid(self.name, model, tokens, config)
         reference = self._reference(model, where, config)
         judged = self._judged(model, tokens, config)
-        given = list(self._given(model, reference, where, config))
-        edits = [edits for one in given for edits in patches(where, one)]
-        found = swept(model, tokens, edits, judged, config)
-        effects = torch.stack([where.shaped(part) for part in found.effects.chunk(len(given))])
+        draws = list(self._replacements(model, reference, where, config))
+        edits = [edits for replacements in draws for edits in patches(where, replacements)]
+        sweep = swept(model, tokens, edits, judged, config)
+        effects = torch.stack([where.shaped(part) for part in sweep.effects.chunk(len(draws))])
         return AblationResult(
-            effect=effects.mean(0), base=found.clean, kind=f"{config.kind} ablation", score=judged.name,
-            unit=UNITS.get(judged.name, judged.name), explain=found.plan.explain(), draws=len(given),
-            spread=effects.std(0) if len(given) > 1 else None, **named(where),
+            effect=effects.mean(0), base=sweep.clean, kind=f"{config.kind} ablation", score=judged.name,
+            unit=UNITS.get(judged.name, judged.name), explain=sweep.plan.explain(), draws=len(draws),
+            spread=effects.std(0) if len(draws) > 1 else None, **named(where),
         )  # fmt: skip
 
     def _reference(self, model: ic.Model, where: Grid, config: AblationConfig) -> ic.Tokens | None:
         """The reference prompts; of resample, those that are drawn."""
         if (config.kind == "zero") != (config.reference is None):
-            asked = "takes no" if config.kind == "zero" else "needs"
-            raise ic.PlanError(f"ablations: kind={config.kind!r} {asked} reference=[…] prompts")
+            wants = "takes no" if config.kind == "zero" else "needs"
+            raise ic.PlanError(f"ablations: kind={config.kind!r} {wants} reference=[…] prompts")
         if config.reference is None:
             return None
-        given = config.reference if isinstance(config.reference, ic.Tokens) else model.tokens(config.reference)
+        prompts = config.reference if isinstance(config.reference, ic.Tokens) else model.tokens(config.reference)
         attention = any("query" in site.info.axes for site in where.sites)
-        if attention and (config.over == "all" or given.padded):
+        if attention and (config.over == "all" or prompts.padded):
             raise ic.PlanError("ablations: attention has a mean by position only, over prompts of one length")
         if config.kind == "mean":
-            return given
-        draws = len(given) if config.draws is None else config.draws
-        if not 1 <= draws <= len(given):
-            raise ic.PlanError(f"ablations: {draws} draws of {len(given)} reference prompts; give more prompts")
-        order = torch.randperm(len(given), generator=torch.Generator().manual_seed(config.seed))
-        return ic.Tokens.stack([given.row(int(row)) for row in order[:draws]])
+            return prompts
+        draws = len(prompts) if config.draws is None else config.draws
+        if not 1 <= draws <= len(prompts):
+            raise ic.PlanError(f"ablations: {draws} draws of {len(prompts)} reference prompts; give more prompts")
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
+        return ic.Tokens.stack([prompts.row(int(row)) for row in order[:draws]])
 
     def _judged(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> scores.Score:
         if isinstance(config.score, scores.Score):
@@ -146,15 +146,15 @@ class Ablations(ic.Method):
             return scores.nll(tokens, config.span)
         if config.score == "logit_diff" and config.other is None:
             raise ic.PlanError("ablations: score='logit_diff' needs other=[…], the answer to compare with")
-        answer, other = (answers(self.name, model, given, len(tokens)) for given in (config.answer, config.other))
+        answer, other = (answers(self.name, model, words, len(tokens)) for words in (config.answer, config.other))
         answer = said(model.run(tokens, logits=-1)) if answer is None else answer
         if config.score == "logit_diff":
             assert other is not None
             return scores.logit_diff(answer, other)
-        made: scores.Score = getattr(scores, config.score)(answer)
-        return made
+        score: scores.Score = getattr(scores, config.score)(answer)
+        return score
 
-    def _given(
+    def _replacements(
         self, model: ic.Model, reference: ic.Tokens | None, where: Grid, config: AblationConfig
     ) -> Iterator[Values | None]:
         """What takes the place of v, once per draw."""
@@ -163,8 +163,8 @@ class Ablations(ic.Method):
         elif config.kind == "mean" and config.over == "all":
             yield _mean_of_tokens(model, reference, where)
         else:
-            found = [_at_places(model, part, where) for part in _chunks(reference)]
-            joined = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+            parts = [_at_places(model, part, where) for part in _chunks(reference)]
+            joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             if config.kind == "mean":
                 yield {key: value.mean(0) for key, value in joined.items()}
             else:

@@ -64,9 +64,9 @@ class ActivationPatching(ic.Method):
         """Sweep over the patches."""
         where = grid(self.name, model, tokens, config)
         pair = contrast(self.name, model, tokens, config, there=where.reads)
-        given = None if pair.source is None else values(pair.source, where)
-        found = swept(model, pair.base.tokens, patches(where, given), pair.judged, config)
+        source = None if pair.source is None else values(pair.source, where)
+        sweep = swept(model, pair.base.tokens, patches(where, source), pair.judged, config)
         return PatchingResult(
-            effect=where.shaped(pair.share(found.effects)), source=pair.high, answer=pair.answer, other=pair.other,
-            explain=found.plan.explain(), **named(where), **pair.named(),
+            effect=where.shaped(pair.share(sweep.effects)), source=pair.high, answer=pair.answer, other=pair.other,
+            explain=sweep.plan.explain(), **named(where), **pair.named(),
         )  # fmt: skip

@@ -180,18 +180,18 @@ class AttributionPatching(ic.Method):
         there = values(pair.source, where) if pair.source else {k: torch.zeros_like(v) for k, v in here.items()}
         effect = where.shaped(pair.share(self._estimated(model, pair, where, here, there, config)))
         exact: Tensor | None = None
-        found: Agreement | tuple[None, None, None] = (None, None, None)
+        agreed: Agreement | tuple[None, None, None] = (None, None, None)
         chosen = _rules(config)
         explain, top_k = _cost(config, where), min(config.top_k, effect[0].numel())
         if config.compare:
             edits = patches(where, None if pair.source is None else there)
             sweep = swept(model, pair.base.tokens, edits, pair.judged, config)
             exact = where.shaped(pair.share(sweep.effects))
-            found, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
+            agreed, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
         return AttributionPatchingResult(
             effect=effect, source=pair.high, answer=pair.answer, other=pair.other, explain=explain, exact=exact,
-            pearson=found[0], spearman=found[1], overlap=found[2], steps=config.steps, along=config.along, top_k=top_k,
-            rules="" if chosen.empty else str(chosen), **named(where), **pair.named(),
+            pearson=agreed[0], spearman=agreed[1], overlap=agreed[2], steps=config.steps, along=config.along,
+            top_k=top_k, rules="" if chosen.empty else str(chosen), **named(where), **pair.named(),
         )  # fmt: skip
 
     def _estimated(
@@ -210,15 +210,15 @@ class AttributionPatching(ic.Method):
                 for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
                     grads[key] = grads.get(key, 0) + share * grad
         steps = {key: torch.where(there[key] == here[key], 0, there[key] - here[key]) for key in grads}  # also of -inf
-        found = torch.zeros(*where.shape, len(pair.low), dtype=pair.low.dtype)
+        effects = torch.zeros(*where.shape, len(pair.low), dtype=pair.low.dtype)
         for site in where.sites:
             for i, layer in enumerate(where.layers):
                 for n in range(len(where.places)):
                     step, grad = steps[site.name, layer, n], grads[site.name, layer, n]
                     part = step.to(torch.promote_types(step.dtype, torch.float32)) * grad
                     part = part[:, None] if where.heads == [None] else part.movedim(where.axis(site, n), 1)
-                    found[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(found)
-        return found.flatten(0, 2)
+                    effects[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(effects)
+        return effects.flatten(0, 2)
 
 
 def _rules(config: AttributionPatchingConfig) -> Rules:
@@ -260,9 +260,9 @@ def _runs(
             yield [layer], edits, 1 / config.steps
 
 
-def _joined(where: Grid, site: S.Site, layer: int, given: Values) -> list[tuple[S.Site, Tensor]]:
+def _joined(where: Grid, site: S.Site, layer: int, patched: Values) -> list[tuple[S.Site, Tensor]]:
     """A layer's values at all places, and where they belong; all tokens as one, since each edit copies the site."""
-    parts = [given[site.name, layer, place] for place in range(len(where.places))]
+    parts = [patched[site.name, layer, place] for place in range(len(where.places))]
     if len(parts) > 1 and where.places == list(range(len(parts))):
         axis = next(i for i, name in enumerate(site.info.axes) if name in ("pos", "query"))
         return [(site[layer].at(where.places), torch.stack(parts, axis))]
@@ -273,12 +273,12 @@ def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit
     """Gradients of the score at every layer and place of a run."""
 
     def total(logits: Tensor) -> Tensor:
-        found = pair.judged.rows(logits).sum()
-        if not found.requires_grad:
+        score = pair.judged.rows(logits).sum()
+        if not score.requires_grad:
             raise ic.PlanError(
                 f"attribution_patching: score {pair.judged.name} has no gradient; use activation_patching"
             )
-        return found
+        return score
 
     reads = [site[layer] for site in where.sites for layer in where.layers]
     run = model.run(pair.base.tokens, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)

@@ -124,8 +124,8 @@ class PathResult(ic.Result):
     def pictures(self) -> list[Picture]:
         """Senders against receivers; of one sender or one receiver, layers against the heads of the other end."""
         for (names, _), value in zip(self._ends(), (self.mean[:, 0], self.mean[0]), strict=True):
-            if self.mean.numel() == len(names) > 1 and (found := _by_layer(names, value.tolist())):
-                return [Picture(self.title, *found)]
+            if self.mean.numel() == len(names) > 1 and (by_layer := _by_layer(names, value.tolist())):
+                return [Picture(self.title, *by_layer)]
         return [Picture(self.title, self.mean.tolist(), list(self.senders), list(self.receivers))]
 
     def html(self) -> str:
@@ -179,9 +179,9 @@ class PathPatching(ic.Method):
             changes = runs.received(chunk)
             chosen = [(s, r) for s, r in pairs if s in chunk]
             variants = [changes(s, receivers[r]) for s, r in chosen]
-            found = swept(model, pair.base.tokens, variants, pair.judged, config)
-            effect[[s for s, _ in chosen], [r for _, r in chosen]] = found.effects.to(effect)
-            layers += found.plan.token_layers
+            sweep = swept(model, pair.base.tokens, variants, pair.judged, config)
+            effect[[s for s, _ in chosen], [r for _, r in chosen]] = sweep.effects.to(effect)
+            layers += sweep.plan.token_layers
         explain = _explained(runs, len(pairs), len(senders) * len(receivers), layers)
         return PathResult(
             effect=pair.share(effect).movedim(-1, 0).contiguous(), source=pair.high, answer=pair.answer,
@@ -190,10 +190,10 @@ class PathPatching(ic.Method):
         )  # fmt: skip
 
 
-def _explained(runs: DirectRuns, pairs: int, asked: int, layers: int) -> str:
-    total, naive = runs.token_layers + layers, 2 * asked * runs.model.n_layers * sum(runs.pair.base.tokens.lengths)
+def _explained(runs: DirectRuns, pairs: int, paths: int, layers: int) -> str:
+    total, naive = runs.token_layers + layers, 2 * paths * runs.model.n_layers * sum(runs.pair.base.tokens.lengths)
     return (
-        f"paths        {asked:,}, of which {pairs:,} have a receiver above the sender\n"
+        f"paths        {paths:,}, of which {pairs:,} have a receiver above the sender\n"
         f"direct runs  {runs.token_layers:,} token-layers at {runs.ids.shape[1]} position(s)\n"
         f"sweep        {layers:,} token-layers\n"
         f"together     {total:,} against {naive:,} of two full forward passes per path "

@@ -152,15 +152,15 @@ class VisualMap(ic.Method):
         with ic.Progress("visual_map, texts", len(rows)) as progress:
             for number, (row, score) in enumerate(zip(rows, judged, strict=True)):
                 blocks = _blocks(grid[number], config.block)
-                found = model.sweep(
+                sweep = model.sweep(
                     row, [_knockouts(grid[number], block, config) for block in blocks], score, strategy=config.strategy,
                     progress=config.progress,
                 )  # fmt: skip
                 scale = -1 / len(row.columns("target")[0]) if score.name == "nll" else 1.0  # else a log-probability
-                for block, effect in zip(blocks, found.effects[:, 0].tolist(), strict=True):
+                for block, effect in zip(blocks, sweep.effects[:, 0].tolist(), strict=True):
                     losses[number, block] = -scale * effect
-                clean.append(scale * float(found.clean[0]))
-                explain.append(found.plan.explain())
+                clean.append(scale * float(sweep.clean[0]))
+                explain.append(sweep.plan.explain())
                 progress.add()
         cells = tuple(tuple(_cell(token) for token in row) for row in grid)
         boxes = tuple(tuple(_box(token) for token in row) for row in grid)
@@ -170,10 +170,10 @@ class VisualMap(ic.Method):
     def _judged(
         self, model: ic.Model, row: ic.Tokens, config: VisualMapConfig, number: int, count: int
     ) -> scores.Score:
-        given = answers(self.name, model, config.answer, count)
-        if given is None and any(row.spans.get("target", ((),))[0]):
+        ids = answers(self.name, model, config.answer, count)
+        if ids is None and any(row.spans.get("target", ((),))[0]):
             return scores.nll(row)
-        return scores.logprob(said(model.run(row, logits=-1)) if given is None else given[number : number + 1])
+        return scores.logprob(said(model.run(row, logits=-1)) if ids is None else ids[number : number + 1])
 
 
 def _cell(token: ic.VisualToken) -> Cell:

@@ -31,19 +31,15 @@ from interp_plugins.attribution.named import named
 import interp_core as ic
 from interp_core import runs, vision
 
+from .configs import DeviceConfig
+
 Part = str | tuple[int, int]
 
 
-def attribute(
-    prompt: str, target: str | None = None, model: str = "toy:text", chat: bool = False,
-    image: list[Path] | None = None, method: str = "ifr_multi_hop_both", n_hops: int | None = None,
-    sink: Part | None = None, thinking: Part | None = None, profile: Literal["sound", "reference"] = "sound",
-    settings: dict[str, Any] | None = None, max_new_tokens: int = 64, top: int = 10, dtype: str | None = None,
-    device: str | None = None, out: Path | None = None,
-) -> None:  # fmt: skip
-    """Attribute an answer to the tokens before it; prints the top tokens, and writes JSON and a page.
+class AttributeConfig(DeviceConfig):
+    """What is asked, and which attribution explains the answer.
 
-    Args:
+    Attributes:
         prompt: what the model is asked.
         target: the answer that is explained, with its leading space (default: the model's own, written greedily).
         model: toy:text, a folder, or a hub id.
@@ -58,8 +54,53 @@ def attribute(
         settings: further settings of the method, as JSON.
         max_new_tokens: how much the model may write where there is no target.
         top: how many tokens the table has.
-        dtype, device: of the model (default: as stored; CUDA if there is one).
         out: folder of the run (default: results/{model}/{dataset}/{timestamp}-attribute-{hash}).
+    """
+
+    prompt: str
+    target: str | None = None
+    model: str = "toy:text"
+    chat: bool = False
+    image: list[Path] | None = None
+    method: str = "ifr_multi_hop_both"
+    n_hops: int | None = None
+    sink: Part | None = None
+    thinking: Part | None = None
+    profile: Literal["sound", "reference"] = "sound"
+    settings: dict[str, Any] | None = None
+    max_new_tokens: int = 64
+    top: int = 10
+    out: Path | None = None
+
+    def check(self) -> None:
+        """Refuse what asks for nothing.
+
+        Raises:
+            PlanError, TextError: numbers below 1, an empty prompt.
+        """
+        if self.max_new_tokens < 1 or self.top < 1:
+            raise ic.PlanError(f"max_new_tokens is {self.max_new_tokens}, top {self.top}: give at least 1 of each")
+        if not self.prompt.strip():
+            raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
+
+    def chosen_method(self) -> tuple[ic.Method, dict[str, Any]]:
+        """The method and its settings, before any model is loaded.
+
+        Raises:
+            PlanError: no such method, or a setting that it does not have.
+        """
+        name, settings = named(self.method)
+        method = ic.method(name)
+        if self.n_hops is not None and "n_hops" not in method.Config.model_fields:
+            raise ic.PlanError(f"{self.method} has no hops; leave --n_hops out, or take ifr_multi_hop_both")
+        hops = {} if self.n_hops is None else {"n_hops": self.n_hops}
+        settings = {**settings, "profile": self.profile, **hops, **(self.settings or {})}
+        method.configured(settings)
+        return method, settings
+
+
+def attribute(config: AttributeConfig) -> None:
+    """Attribute an answer to the tokens before it; prints the top tokens, and writes JSON and a page.
 
     Raises:
         TextError: an empty prompt, one longer than the context, a target that changes its tokens, an image that cannot
@@ -67,48 +108,26 @@ def attribute(
         CapabilityError: images, and a model that takes none.
         PlanError, PositionError: no such method, setting or part of the target; another run's folder.
     """
-    asked = {name: value for name, value in locals().items() if name not in ("out", "top")}
-    _demand(prompt, max_new_tokens, top)
-    chosen, how = _method(method, n_hops, profile, settings or {})
-    images = [vision.open_picture(path, "--image") for path in image or ()]
-    loaded = ic.load(model, dtype=dtype, device=device)
-    tokens = _tokens(loaded, prompt, images, target, chat)
-    run = runs.open(out, asked, recipe="attribute", model=loaded, dataset="texts")
+    config.check()
+    method, settings = config.chosen_method()
+    images = [vision.open_picture(path, "--image") for path in config.image or ()]
+    model = ic.load(config.model, dtype=config.dtype, device=config.device)
+    tokens = _tokens(model, config.prompt, images, config.target, config.chat)
+    identity = config.model_dump(exclude={"out", "top"})  # how many rows are shown changes no number
+    run = runs.open(config.out, identity, recipe="attribute", model=model, dataset="texts")
     run.claim(["page.html", "attribution.json"])
-    print(loaded, flush=True)
-    whole = tokens if target is not None else _answered(loaded, tokens, max_new_tokens)
-    whole = _with_parts(loaded, whole, _part("sink", sink), _part("thinking", thinking))
+    print(model, flush=True)
+    whole = tokens if config.target is not None else _answered(model, tokens, config.max_new_tokens)
+    whole = _with_parts(model, whole, _part("sink", config.sink), _part("thinking", config.thinking))
     with run:
         if run.kept("result"):
-            result = typing.get_type_hints(chosen.run)["return"].load(run.path / "result")
+            result = typing.get_type_hints(method.run)["return"].load(run.path / "result")
         else:
-            result = chosen(loaded, whole, **how)
+            result = method(model, whole, **settings)
             run.result("result", result)
-        about = {"model": loaded.source, "prompt": prompt, "chat": chat, "images": [str(path) for path in image or ()]}
-        _tell(run, result, about, top, _page(loaded, result, method, _shown(whole, images)))
-
-
-def _demand(prompt: str, max_new_tokens: int, top: int) -> None:
-    """Refuse what asks for nothing."""
-    if max_new_tokens < 1 or top < 1:
-        raise ic.PlanError(f"max_new_tokens is {max_new_tokens}, top {top}: give at least 1 of each")
-    if not prompt.strip():
-        raise ic.TextError("the prompt is empty; give --prompt what the model is asked")
-
-
-def _method(name: str, n_hops: int | None, profile: str, more: Mapping[str, Any]) -> tuple[ic.Method, dict[str, Any]]:
-    """The method of a name, and its settings, before any model is loaded.
-
-    Raises:
-        PlanError: no such method, or a setting that it does not have.
-    """
-    known, settings = named(name)
-    method = ic.method(known)
-    if n_hops is not None and "n_hops" not in method.Config.model_fields:
-        raise ic.PlanError(f"{name} has no hops; leave --n_hops out, or take ifr_multi_hop_both")
-    how = {**settings, "profile": profile, **({} if n_hops is None else {"n_hops": n_hops}), **more}
-    method.configured(how)
-    return method, how
+        paths = [str(path) for path in config.image or ()]
+        about = {"model": model.source, "prompt": config.prompt, "chat": config.chat, "images": paths}
+        _tell(run, result, about, config.top, _page(model, result, config.method, _shown(whole, images)))
 
 
 def _tokens(model: ic.Model, prompt: str, images: Sequence[Any], target: str | None, chat: bool) -> ic.Tokens:
@@ -122,8 +141,8 @@ def _tokens(model: ic.Model, prompt: str, images: Sequence[Any], target: str | N
 def _shown(tokens: ic.Tokens, images: Sequence[Any]) -> Sequence[Any]:
     """The pictures as the model saw them, resized and cut, where the processor gives it one per image; else the files',
     which it has then resized alone."""
-    seen = tokens.inputs.get("pixel_values")
-    return list(seen) if seen is not None and seen.ndim == 4 and len(seen) == len(images) else images
+    pixels = tokens.inputs.get("pixel_values")
+    return list(pixels) if pixels is not None and pixels.ndim == 4 and len(pixels) == len(images) else images
 
 
 def _answered(model: ic.Model, tokens: ic.Tokens, most: int) -> ic.Tokens:

@@ -25,7 +25,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +37,11 @@ from interp_plugins.attribution.evaluation.faithfulness import METRICS
 from interp_plugins.attribution.evaluation.tables import faithfulness_table, recovery_table, table_path
 from interp_plugins.attribution.files.arrays import npz_bytes
 from interp_plugins.attribution.files.traces import MANIFEST, Trace, line_of, members_of, run_tag
-from interp_plugins.attribution.named import named
 
 import interp_core as ic
 from interp_core import report, runs
+
+from .configs import words
 
 ATTR_FUNCS = "ifr_all_positions,attnlrp,ifr_multi_hop_both"
 MATH = ("math", "gsm8k")
@@ -53,62 +54,110 @@ METRICS_SHOWN = {
 Rows = list[dict[str, Any]]
 
 
-def attribution_eval(
-    datasets: list[str] | str, attr_funcs: list[str] | str = ATTR_FUNCS, model: str = "toy:text",
-    model_path: str | None = None, data_root: Path = Path("exp/exp2/data"),
-    output_root: Path = Path("exp/exp2/output"), num_examples: int = 100, mode: list[str] | str = FAITHFULNESS,
-    sample: int | None = None, seed: int = 42, n_hops: int = 3, chunk_tokens: int = 128, sink_chunk_tokens: int = 32,
-    attnlrp_neg_handling: Literal["drop", "abs"] = "drop", attnlrp_norm_mode: Literal["norm", "no_norm"] = "norm",
-    save_hop_traces: bool = False, cuda: str | int | None = None, cuda_num: int | None = None, dtype: str | None = None,
-    profile: Literal["sound", "reference"] = "sound", tie_orders: int = 0, strict: bool = False,
-    overwrite: bool = False,
-) -> Path:  # fmt: skip
-    """Evaluate attribution methods on caches of examples; returns the folder of the tables.
+class AttributionEvalConfig(ic.Config):
+    """Which methods are evaluated on which data sets, and how.
 
-    Args:
+    Attributes:
         datasets: names of caches in `data_root`, or paths of them (a path becomes nested folders); several by commas.
         attr_funcs: methods by their published names, or any attribution method; several by commas.
         model: what the tables call the model; also what is loaded where there is no `model_path`.
         model_path: toy:text, smollm2, a folder, or a hub id.
-        data_root, output_root: where caches are, and where the tree goes.
+        data_root: where caches are.
+        output_root: where the tree goes.
         num_examples: of each data set, at most.
         mode: faithfulness_gen, recovery_ruler, or both.
-        sample, seed: draw so many examples by a shuffle with this seed.
+        sample: draw so many examples by a shuffle (None: the first ones),
+        seed: with this seed.
         n_hops: of multi-hop methods.
-        chunk_tokens, sink_chunk_tokens: how many sources and sinks of IFR are worked on at a time.
-        attnlrp_neg_handling, attnlrp_norm_mode: of AttnLRP.
+        chunk_tokens: how many sources of IFR are worked on at a time,
+        sink_chunk_tokens: and how many sinks.
+        attnlrp_neg_handling: of AttnLRP: what becomes of negative relevance.
+        attnlrp_norm_mode: of AttnLRP: whether relevance is normalised.
         save_hop_traces: also write trace folders.
-        cuda, cuda_num: a CUDA device's number, or several (2,3,4) to lay the model over; None: the first, if any.
+        cuda: a CUDA device's number, or several (2,3,4) to lay the model over; None: the first, if any.
+        cuda_num: the same, by the published command's other name; `cuda` goes before it.
         dtype: of the weights (float16 is what the published experiment uses).
         profile: "reference" reproduces the published code, "sound" does what it should have done.
         tie_orders: random orders among equal weights that are scored too, for the range in the examples' table.
         strict: the first example that cannot be evaluated ends the run; without it, it is recorded and dropped.
         overwrite: replace tables that another run wrote there.
+    """
+
+    datasets: list[str] | str
+    attr_funcs: list[str] | str = ATTR_FUNCS
+    model: str = "toy:text"
+    model_path: str | None = None
+    data_root: Path = Path("exp/exp2/data")
+    output_root: Path = Path("exp/exp2/output")
+    num_examples: int = 100
+    mode: list[str] | str = FAITHFULNESS
+    sample: int | None = None
+    seed: int = 42
+    n_hops: int = 3
+    chunk_tokens: int = 128
+    sink_chunk_tokens: int = 32
+    attnlrp_neg_handling: Literal["drop", "abs"] = "drop"
+    attnlrp_norm_mode: Literal["norm", "no_norm"] = "norm"
+    save_hop_traces: bool = False
+    cuda: str | int | None = None
+    cuda_num: int | None = None
+    dtype: str | None = None
+    profile: Literal["sound", "reference"] = "sound"
+    tie_orders: int = 0
+    strict: bool = False
+    overwrite: bool = False
+
+    def options(self) -> Options:
+        """How examples are evaluated.
+
+        Raises:
+            PlanError: a mode or a method that there is not, none of either, numbers out of range.
+        """
+        named_alike = {field.name: getattr(self, field.name) for field in fields(Options) if field.name != "modes"}
+        options = Options(modes=tuple(words(self.mode)), **named_alike)
+        for mode in options.modes:
+            if mode not in MODES:
+                raise ic.PlanError(f"no mode {mode!r}. {ic.errors.nearest(mode, MODES)}")
+        functions = words(self.attr_funcs)
+        if not options.modes or not functions:
+            raise ic.PlanError("nothing to do: give --mode and --attr_funcs")
+        for function in functions:
+            options.settings(function)
+        if options.n_hops < 0:
+            raise ic.PlanError(f"n_hops is {options.n_hops}: give 0 or more")
+        return options
+
+
+def attribution_eval(config: AttributionEvalConfig) -> Path:
+    """Evaluate attribution methods on caches of examples; returns the folder of the tables.
 
     Raises:
         PlanError: unknown methods or modes, recovery on data without needles, before the model is loaded.
         LoadError: a cache that cannot be read.
     """
-    ifr, lrp = (n_hops, chunk_tokens, sink_chunk_tokens), (attnlrp_neg_handling, attnlrp_norm_mode)
-    options, functions = Options(tuple(_words(mode)), profile, *ifr, *lrp, tie_orders), _words(attr_funcs)
-    _check(functions, options)
-    read = {name: _examples(name, data_root, num_examples, sample, seed, strict) for name in _words(datasets)}
-    caches = {name: examples for name, (examples, _) in read.items()}
+    options, functions = config.options(), words(config.attr_funcs)
+    examples_and_dropped = {name: _examples(name, config) for name in words(config.datasets)}
+    caches = {name: examples for name, (examples, _) in examples_and_dropped.items()}
     for name, examples in caches.items():
         _check_needles(name, examples, options)
-    loaded = ic.load(model_path or model, dtype=dtype, **_device(cuda_num if cuda is None else cuda))
-    _check_template(loaded, profile)
+    place = _device(config.cuda_num if config.cuda is None else config.cuda)
+    model = ic.load(config.model_path or config.model, dtype=config.dtype, **place)
+    _check_template(model, config.profile)
     settings = {
         "datasets": {name: [e.prompt_sha1 + e.target_sha1 for e in examples] for name, examples in caches.items()},
-        "label": model, "options": {**vars(options), "modes": list(options.modes)}, "num_examples": num_examples,
-        "attr_funcs": functions, "traces": save_hop_traces,
+        "label": config.model, "options": {**vars(options), "modes": list(options.modes)},
+        "num_examples": config.num_examples, "attr_funcs": functions, "traces": config.save_hop_traces,
     }  # fmt: skip
-    with runs.publish(
-        output_root, settings, recipe="attribution_eval", model=loaded, dataset=",".join(caches), overwrite=overwrite
-    ) as run:
-        work = [Work(run, loaded, n, model, e, f, options, num_examples) for n, e in caches.items() for f in functions]
-        _evaluated(work, save_hop_traces, strict, {name: unread for name, (_, unread) in read.items()})
-    return output_root
+    about: dict[str, Any] = {"recipe": "attribution_eval", "model": model, "dataset": ",".join(caches)}
+    with runs.publish(config.output_root, settings, **about, overwrite=config.overwrite) as run:
+        work = [
+            Work(run, model, name, config.model, examples, function, options, config.num_examples)
+            for name, examples in caches.items()
+            for function in functions
+        ]
+        dropped = {name: rows for name, (_, rows) in examples_and_dropped.items()}
+        _evaluated(work, config.save_hop_traces, config.strict, dropped)
+    return config.output_root
 
 
 def _evaluated(work: Sequence[Work], traces: bool, strict: bool, dropped: Mapping[str, Rows]) -> None:
@@ -244,28 +293,9 @@ def _bars(lines: Rows, metric: str) -> str:
     return report.Bars(bars, xlabel=words).html() if bars else "no example counts"
 
 
-def _words(value: Sequence[str] | str) -> list[str]:
-    """Names, given one by one or joined by commas."""
-    return [word.strip() for part in ([value] if isinstance(value, str) else value) for word in part.split(",") if word]
-
-
-def _check(functions: Sequence[str], options: Options) -> None:
-    for word in options.modes:
-        if word not in MODES:
-            raise ic.PlanError(f"no mode {word!r}. {ic.errors.nearest(word, MODES)}")
-    if not options.modes or not functions:
-        raise ic.PlanError("nothing to do: give --mode and --attr_funcs")
-    for function in functions:
-        named(function)
-        options.settings(function)
-    if options.n_hops < 0:
-        raise ic.PlanError(f"n_hops is {options.n_hops}: give 0 or more")
-
-
-def _examples(
-    name: str, root: Path, count: int, sample: int | None, seed: int, strict: bool
-) -> tuple[list[Example], Rows]:
+def _examples(name: str, config: AttributionEvalConfig) -> tuple[list[Example], Rows]:
     """The examples of a data set; lines that cannot be read are dropped and said, and come second."""
+    root = config.data_root
     path = Path(name) if name.endswith(".jsonl") else root / f"{name}.jsonl"
     if not path.is_file():
         there = sorted(p.stem for p in root.glob("*.jsonl")) if root.is_dir() else []
@@ -276,7 +306,8 @@ def _examples(
         print(f"  dropped line {line}: {error}", file=sys.stderr)
         dropped.append({"line": line, "dropped": str(error)})
 
-    examples = load_examples(path, count, sample=sample, seed=seed, bad=None if strict else bad)
+    drop = None if config.strict else bad
+    examples = load_examples(path, config.num_examples, sample=config.sample, seed=config.seed, bad=drop)
     if not examples:
         raise ic.LoadError(f"{path} holds no example that can be used")
     return examples, dropped

@@ -24,29 +24,10 @@ import interp_core as ic
 from interp_core import errors, runs
 
 
-def build_cache(
-    source: str,
-    model: str = "toy:text",
-    out: Path | None = None,
-    name: str | None = None,
-    kind: str | None = None,
-    targets: Literal["model", "source"] = "model",
-    form: Form = "contains",
-    instruction: str = "",
-    num_examples: int | None = None,
-    max_new_tokens: int = 128,
-    keep_unfinished: bool = False,
-    profile: Profile = "sound",
-    batch_size: int = 8,
-    count: int = 20,
-    sentences: int = 40,
-    hidden: int = 1,
-    hops: int = 0,
-    seed: int = 0,
-) -> Path:
-    """Build cached examples; returns the file.
+class BuildCacheConfig(ic.Config):
+    """Which examples are answered by which model, and what is kept of the answers.
 
-    Args:
+    Attributes:
         source: a data set's file, or needles, two_steps or toy_needles, which are made up.
         model: who answers, and whose tokens the spans count.
         out: folder of the run (default: one below results/).
@@ -60,36 +41,66 @@ def build_cache(
         keep_unfinished: also take answers that did not come to an end.
         profile: how prompts are shown to the model, sound or reference.
         batch_size: prompts in a pass.
-        count, seed: of what is made up.
-        sentences, hidden: of needles: how much is noise, and how many numbers are in it.
+        count: how many examples are made up,
+        seed: and by which random numbers.
+        sentences: of needles: how much is noise,
+        hidden: and how many numbers are in it.
         hops: aliases of toy_needles.
+    """
+
+    source: str
+    model: str = "toy:text"
+    out: Path | None = None
+    name: str | None = None
+    kind: str | None = None
+    targets: Literal["model", "source"] = "model"
+    form: Form = "contains"
+    instruction: str = ""
+    num_examples: int | None = None
+    max_new_tokens: int = 128
+    keep_unfinished: bool = False
+    profile: Profile = "sound"
+    batch_size: int = 8
+    count: int = 20
+    sentences: int = 40
+    hidden: int = 1
+    hops: int = 0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what asks for nothing.
+
+        Raises:
+            PlanError: naming it.
+        """
+        for name in ("count", "batch_size", "max_new_tokens", "num_examples"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ic.PlanError(f"{name} is {number}: give at least 1")
+
+
+def build_cache(config: BuildCacheConfig) -> Path:
+    """Build cached examples; returns the file.
 
     Raises:
         LoadError: a source or model that cannot be read.
         PlanError: settings that contradict each other, or a folder of another run.
         TextError: nothing could be kept.
     """
-    settings = {key: value for key, value in locals().items() if key not in ("out", "batch_size", "num_examples")}
-    _demand_counts(count=count, batch_size=batch_size, max_new_tokens=max_new_tokens, num_examples=num_examples)
-    cache = _cache(name or Path(source).stem)
-    examples = _examples(
-        source, kind, {"count": count, "sentences": sentences, "hidden": hidden, "hops": hops, "seed": seed}
-    )
-    digest = runs.digest([one.row() for one in examples])
-    loaded = ic.load(model) if targets == "model" else None
-    with runs.open(out, settings, recipe="build_cache", model=loaded, dataset=cache) as run:
+    config.check()
+    cache = _cache(config.name or Path(config.source).stem)
+    examples = _examples(config)
+    digest = runs.digest([example.row() for example in examples])
+    model = ic.load(config.model) if config.targets == "model" else None
+    # how many are kept, and how many run together, changes none of them
+    identity = config.model_dump(exclude={"out", "batch_size", "num_examples"})
+    with runs.open(config.out, identity, recipe="build_cache", model=model, dataset=cache) as run:
         with run.rows("answers.jsonl", key="example", inputs={"source": digest}) as rows:
             todo = [i for i in range(len(examples)) if i not in rows]
-            made = _rows(loaded or model, [examples[i] for i in todo], settings, batch_size)
-            _answer(rows, zip(todo, made, strict=False), len(examples), num_examples)
+            answers = _rows(model, [examples[i] for i in todo], config)
+            _answer(rows, zip(todo, answers, strict=False), len(examples), config.num_examples)
             listed = sorted(rows, key=lambda row: int(row["example"]))
-        return _written(run, cache, listed, num_examples)
-
-
-def _demand_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ic.PlanError(f"{name} is {value}: give at least 1")
+        return _written(run, cache, listed, config.num_examples)
 
 
 def _cache(name: str) -> str:
@@ -101,13 +112,15 @@ def _cache(name: str) -> str:
     return name
 
 
-def _answer(rows: runs.Rows, made: Iterator[tuple[int, dict[str, Any]]], count: int, num_examples: int | None) -> None:
+def _answer(
+    rows: runs.Rows, answers: Iterator[tuple[int, dict[str, Any]]], count: int, num_examples: int | None
+) -> None:
     """Add what becomes of the examples, until enough are kept."""
     kept = sum(row["row"] is not None for row in rows)
     with ic.Progress("examples answered", count) as told:
         told.add(len(rows))
         while num_examples is None or kept < num_examples:
-            i, row = next(made, (None, {}))
+            i, row = next(answers, (None, {}))
             if i is None:
                 return
             rows.add({"example": i, **row})
@@ -115,29 +128,30 @@ def _answer(rows: runs.Rows, made: Iterator[tuple[int, dict[str, Any]]], count: 
             told.add()
 
 
-def _examples(source: str, kind: str | None, made: dict[str, int]) -> list[Example]:
+def _examples(config: BuildCacheConfig) -> list[Example]:
     """The source's examples."""
+    source = config.source
     if Path(source).suffix in (".json", ".jsonl") or Path(source).exists():
-        return read_source(source, kind)
+        return read_source(source, config.kind)
     if source not in MADE:
         raise ic.LoadError(
             f"there is no file {source}, and nothing made up of that name. {errors.nearest(source, MADE)}"
         )
     takes = {"needles": ("sentences", "hidden"), "toy_needles": ("hops",)}.get(source, ())
-    return MADE[source](made["count"], seed=made["seed"], **{key: made[key] for key in takes})
+    return MADE[source](config.count, seed=config.seed, **{name: getattr(config, name) for name in takes})
 
 
-def _rows(model: Any, examples: list[Example], settings: dict[str, Any], batch_size: int) -> Iterator[dict[str, Any]]:
+def _rows(model: ic.Model | None, examples: list[Example], config: BuildCacheConfig) -> Iterator[dict[str, Any]]:
     """What became of each example: the row of the cache or None, why, and what was written."""
-    if settings["targets"] == "source":
-        tokenizer = ic.open_tokenizer(model)
+    if model is None:
+        tokenizer = ic.open_tokenizer(config.model)
         for example in examples:
-            found = mapped(example, tokenizer)
-            reason = "" if found is not None else "no_span"
-            yield {"row": found and found.row(), "reason": reason, "answer": example.target}
+            solved = mapped(example, tokenizer)
+            reason = "" if solved is not None else "no_span"
+            yield {"row": solved and solved.row(), "reason": reason, "answer": example.target}
         return
-    names = ("form", "instruction", "max_new_tokens", "keep_unfinished", "profile")
-    for built in build(model, examples, **{name: settings[name] for name in names}, batch_size=batch_size):
+    how = {name: getattr(config, name) for name in ("form", "instruction", "max_new_tokens", "keep_unfinished")}
+    for built in build(model, examples, **how, profile=config.profile, batch_size=config.batch_size):
         row = built.example.row() if built.example is not None else None
         yield {"row": row, "reason": built.reason, "answer": built.answer}
 

@@ -27,33 +27,39 @@ from interp_core import runs
 FILE = "pair_tokens.json"
 
 
-def build_pairs(
-    source: Path,
-    tokenizer: str,
-    out: Path | None = None,
-    max_samples: int | None = None,
-    form: Form | None = None,
-    strict: bool = False,
-) -> Path:
-    """Build aligned pairs; returns the file.
+class BuildPairsConfig(ic.Config):
+    """Of which rows pairs are made, and for which tokenizer.
 
-    Args:
+    Attributes:
         source: a .json or .jsonl file of problems or transcripts, gzipped or not.
         tokenizer: of the model that the pairs are for: a folder, a hub id, toy:text.
         out: folder of the run (default: one below results/).
         max_samples: the first so many rows.
         form: chat or plain, how problems are written (None: chat where the tokenizer has a template).
         strict: the first row of which no pair can be made ends the run; without it, it is left out and listed.
+    """
+
+    source: Path
+    tokenizer: str
+    out: Path | None = None
+    max_samples: int | None = None
+    form: Form | None = None
+    strict: bool = False
+
+
+def build_pairs(config: BuildPairsConfig) -> Path:
+    """Build aligned pairs; returns the file.
 
     Raises:
         LoadError: a source or tokenizer that cannot be read.
         PlanError: settings out of range, or a folder of another run.
         TextError: no pair could be made.
     """
-    if max_samples is not None and max_samples < 1:
-        raise ic.PlanError(f"max_samples is {max_samples}: give at least 1, or leave it out for all")
-    rows, opened = read_rows(source)[:max_samples], ic.open_tokenizer(tokenizer)
-    form = form or ("chat" if getattr(opened, "chat_template", None) else "plain")
+    source, strict = config.source, config.strict
+    if config.max_samples is not None and config.max_samples < 1:
+        raise ic.PlanError(f"max_samples is {config.max_samples}: give at least 1, or leave it out for all")
+    rows, opened = read_rows(source)[: config.max_samples], ic.open_tokenizer(config.tokenizer)
+    form = config.form or ("chat" if getattr(opened, "chat_template", None) else "plain")
     dropped: list[dict[str, Any]] = []
 
     def bad(name: str, error: ic.InterpError) -> None:
@@ -71,7 +77,7 @@ def build_pairs(
 
     vocabulary = runs.digest([sorted(opened.get_vocab().items()), str(getattr(opened, "chat_template", ""))])
     settings = {"rows": runs.digest(rows), "tokenizer": vocabulary, "form": form}
-    with runs.open(out, settings, recipe="build_pairs", dataset=Path(source).name.split(".")[0]) as run:
+    with runs.open(config.out, settings, recipe="build_pairs", dataset=source.name.split(".")[0]) as run:
         pairs = list(built(opened, contexts(), None if strict else bad))
         if not pairs:
             raise ic.TextError(f"{source}: no pair could be made; the first: {dropped[0]['reason']}")

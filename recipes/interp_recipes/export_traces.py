@@ -28,22 +28,10 @@ OUTPUT: Mapping[Form, Path] = {"proc": Path("exp/proc/output"), "proc_1": Path("
 """Where exports go if nothing is said, each below what follows `traces/` in its folder's path."""
 
 
-def export_traces(
-    trace_dir: Path | None = None,
-    dataset_jsonl: Path | None = None,
-    tokenizer_model: str | None = None,
-    out_dir: Path | None = None,
-    out_root: Path | None = None,
-    traces_root: Path | None = None,
-    form: Form = "proc",
-    profile: Literal["reference", "sound"] | None = None,
-    limit: int | None = None,
-    overwrite: bool = False,
-    allow_missing_ft_hops: bool = False,
-) -> Path:
-    """Write exports; returns their folder.
+class ExportTracesConfig(ic.Config):
+    """Which traces are exported, with whose tokens, and where to.
 
-    Args:
+    Attributes:
         trace_dir: a run's trace folder, with its manifest.jsonl.
         dataset_jsonl: the cached data set of that run (default: what the folder's path names, where it is found).
         tokenizer_model: the run's tokenizer: toy:text, a folder, or a hub id (default: what the run's record says).
@@ -55,37 +43,65 @@ def export_traces(
         limit: the first so many examples of each folder.
         overwrite: replace exports that another run, or a person, left there.
         allow_missing_ft_hops: write exports without `hop` where a trace of such a method has no `vh`.
+    """
+
+    trace_dir: Path | None = None
+    dataset_jsonl: Path | None = None
+    tokenizer_model: str | None = None
+    out_dir: Path | None = None
+    out_root: Path | None = None
+    traces_root: Path | None = None
+    form: Form = "proc"
+    profile: Literal["reference", "sound"] | None = None
+    limit: int | None = None
+    overwrite: bool = False
+    allow_missing_ft_hops: bool = False
+
+
+def export_traces(config: ExportTracesConfig) -> Path:
+    """Write exports; returns their folder.
 
     Raises:
         LoadError: no trace folder, damaged files, scores that are not finite, hops that are missing.
         TextError: examples that are not in the data set, twice in it, or have other tokens.
         PlanError: settings that contradict each other, files in the way.
     """
-    folders = _folders(trace_dir, traces_root, out_dir)
-    root = out_dir or out_root or OUTPUT[form]
+    folders = _folders(config.trace_dir, config.traces_root, config.out_dir)
+    root = config.out_dir or config.out_root or OUTPUT[config.form]
     tokenizers: dict[str, Any] = {}
     files: dict[str, str | bytes] = {}
     for folder in folders:
         print(f"{folder}", flush=True)
-        traces = list(read_traces(folder, limit))
-        _demand_hops(folder, traces, form, allow_missing_ft_hops)
-        tokens: Sequence[list[str] | None] = [None] * len(traces)
-        if form == "proc":
-            name, cut = _how(folder, tokenizer_model, profile)
-            tokenizers[name] = tokenizers[name] if name in tokenizers else open_tokenizer(name)
-            tokens = list(_tokens(folder, traces, _dataset(folder, dataset_jsonl), tokenizers[name], name, cut))
-        below = Path() if out_dir is not None else _suffix(folder)
-        with ic.Progress("exports", len(traces)) as told:
-            for trace, tok in zip(traces, tokens, strict=True):
-                files[(below / trace.file).as_posix()] = export_bytes(export_of(trace, tok, form=form))
-                told.add()
-        _tell(traces, form)
-    settings = {"folders": [str(folder) for folder in folders], "form": form, "tokenizers": sorted(tokenizers)}
-    with runs.publish(root, settings | {"limit": limit}, recipe="export_traces", overwrite=overwrite) as run:
+        below = Path() if config.out_dir is not None else _suffix(folder)
+        files |= {(below / name).as_posix(): content for name, content in _exports(folder, config, tokenizers).items()}
+    settings = {
+        "folders": [str(folder) for folder in folders], "form": config.form, "tokenizers": sorted(tokenizers),
+        "limit": config.limit,
+    }  # fmt: skip
+    with runs.publish(root, settings, recipe="export_traces", overwrite=config.overwrite) as run:
         digests = {str(folder): runs.digest((folder / MANIFEST).read_text(encoding="utf-8")) for folder in folders}
-        said = run.put(files, stage="exports", inputs={"manifests": digests})
-    print(f"{len(said)} exports, {sum(line.endswith('same as before') for line in said)} of them there before")
-    return root if len(folders) > 1 or out_dir is not None else root / _suffix(folders[0])
+        lines = run.put(files, stage="exports", inputs={"manifests": digests})
+    print(f"{len(lines)} exports, {sum(line.endswith('same as before') for line in lines)} of them there before")
+    return root if len(folders) > 1 or config.out_dir is not None else root / _suffix(folders[0])
+
+
+def _exports(folder: Path, config: ExportTracesConfig, tokenizers: dict[str, Any]) -> dict[str, bytes]:
+    """The exports of one trace folder by their file names; each tokenizer is opened once for all folders."""
+    traces = list(read_traces(folder, config.limit))
+    _demand_hops(folder, traces, config.form, config.allow_missing_ft_hops)
+    tokens: Sequence[list[str] | None] = [None] * len(traces)
+    if config.form == "proc":
+        name, profile = _how(folder, config.tokenizer_model, config.profile)
+        tokenizers[name] = tokenizers[name] if name in tokenizers else open_tokenizer(name)
+        dataset = _dataset(folder, config.dataset_jsonl)
+        tokens = list(_tokens(folder, traces, dataset, tokenizers[name], name, profile))
+    exports: dict[str, bytes] = {}
+    with ic.Progress("exports", len(traces)) as told:
+        for trace, of_trace in zip(traces, tokens, strict=True):
+            exports[trace.file] = export_bytes(export_of(trace, of_trace, form=config.form))
+            told.add()
+    _tell(traces, config.form)
+    return exports
 
 
 def _folders(trace_dir: Path | None, traces_root: Path | None, out_dir: Path | None) -> list[Path]:

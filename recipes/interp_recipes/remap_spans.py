@@ -23,18 +23,10 @@ import interp_core as ic
 from interp_core import runs
 
 
-def remap_spans(
-    in_jsonl: list[str],
-    out_dir: Path,
-    old_tokenizer_model: str,
-    new_tokenizer_model: str,
-    allow_fallback_answer: bool = False,
-    strict: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Move the spans of cached examples to another tokenizer.
+class RemapSpansConfig(ic.Config):
+    """Which cached examples are made those of which tokenizer.
 
-    Args:
+    Attributes:
         in_jsonl: files of cached examples (several, also joined by commas).
         out_dir: where they go, under the same names.
         old_tokenizer_model: whose tokens the spans count: a folder, a hub id, or toy:text.
@@ -42,42 +34,65 @@ def remap_spans(
         allow_fallback_answer: where a span cannot be moved, look for the answer that metadata has.
         strict: an example that cannot be moved is an error, and nothing is written.
         overwrite: replace files that another run or a person left there.
+    """
+
+    in_jsonl: list[str]
+    out_dir: Path
+    old_tokenizer_model: str
+    new_tokenizer_model: str
+    allow_fallback_answer: bool = False
+    strict: bool = False
+    overwrite: bool = False
+
+    def paths(self) -> list[Path]:
+        """The files.
+
+        Raises:
+            PlanError: none, or two of one name.
+        """
+        paths = [Path(part.strip()) for names in self.in_jsonl for part in names.split(",") if part.strip()]
+        if not paths:
+            raise ic.PlanError("in_jsonl names no file; give at least one file of cached examples")
+        names = [path.name for path in paths]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ic.PlanError(
+                f"two files are called {twice}, and both would be written to {self.out_dir / twice}; map them apart"
+            )
+        return paths
+
+
+def remap_spans(config: RemapSpansConfig) -> None:
+    """Move the spans of cached examples to another tokenizer.
 
     Raises:
         LoadError: a file or tokenizer that cannot be read.
         PlanError: two files of one name, or one that is there already.
         TextError: with `strict`, an example that cannot be moved.
     """
-    paths = [Path(part.strip()) for given in in_jsonl for part in given.split(",") if part.strip()]
-    names = [path.name for path in paths]
-    if not paths:
-        raise ic.PlanError("in_jsonl names no file; give at least one file of cached examples")
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ic.PlanError(
-            f"two files are called {twice}, and both would be written to {out_dir / twice}; map them apart"
-        )
+    paths = config.paths()
+    tokenizers = config.model_dump(include={"old_tokenizer_model", "new_tokenizer_model"})
     settings = {
-        "in_jsonl": [str(path) for path in paths], "old_tokenizer_model": old_tokenizer_model,
-        "new_tokenizer_model": new_tokenizer_model, "allow_fallback_answer": allow_fallback_answer,
+        "in_jsonl": [str(path) for path in paths], **tokenizers, "allow_fallback_answer": config.allow_fallback_answer,
     }  # fmt: skip
-    with runs.publish(out_dir, settings, recipe="remap_spans", overwrite=overwrite, say=lambda line: None) as record:
-        record.claim(names, stage="remapped")
-        old, new = ic.open_tokenizer(old_tokenizer_model), ic.open_tokenizer(new_tokenizer_model)
+    with runs.publish(
+        config.out_dir, settings, recipe="remap_spans", overwrite=config.overwrite, say=lambda line: None
+    ) as record:
+        record.claim([path.name for path in paths], stage="remapped")
+        old, new = map(ic.open_tokenizer, tokenizers.values())
         files, reports = {}, []
         with ic.Progress("rows") as told:
             for path in paths:
-                rows, report = _mapped(path, old, new, allow_fallback_answer, strict, told)
+                rows, report = _mapped(path, old, new, config, told)
                 files[path.name] = runs.json_lines(rows)
-                reports.append({"in_jsonl": str(path), "out_jsonl": str(out_dir / path.name), **report})
+                reports.append({"in_jsonl": str(path), "out_jsonl": str(config.out_dir / path.name), **report})
         record.put(files, stage="remapped")
     for report in reports:
         print(json.dumps(report, ensure_ascii=False))
-    tokenizers = {"old_tokenizer_model": old_tokenizer_model, "new_tokenizer_model": new_tokenizer_model}
     print(json.dumps({**tokenizers, "datasets": reports}, ensure_ascii=False, indent=2))
 
 
 def _mapped(
-    path: Path, old: Any, new: Any, allow_fallback_answer: bool, strict: bool, told: ic.Progress
+    path: Path, old: Any, new: Any, config: RemapSpansConfig, told: ic.Progress
 ) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """The rows of a file that could be moved, and counts of all."""
     rows: list[Mapping[str, Any]] = []
@@ -86,14 +101,14 @@ def _mapped(
     for number, row in json_rows(path):
         total += 1
         told.add()
-        made, reason = moved(row, old, new, allow_fallback_answer=allow_fallback_answer)
-        if made is not None:
-            rows.append(made)
+        remapped, reason = moved(row, old, new, allow_fallback_answer=config.allow_fallback_answer)
+        if remapped is not None:
+            rows.append(remapped)
             continue
         spans = ", ".join(f"{name} {row.get(name)}" for name in ("indices_to_explain", "sink_span"))
         words = f"{path}, line {number}: {reason}: {REASONS[reason]} ({spans})"
-        if strict:
-            hint = "" if allow_fallback_answer else "; --allow_fallback_answer looks for the answer in metadata"
+        if config.strict:
+            hint = "" if config.allow_fallback_answer else "; --allow_fallback_answer looks for the answer in metadata"
             raise ic.TextError(f"{words}. Leave --strict out to drop it{hint}")
         print(f"dropped {words}", file=sys.stderr)
         errors[reason] = errors.get(reason, 0) + 1

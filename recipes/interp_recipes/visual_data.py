@@ -12,7 +12,7 @@ import hashlib
 import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +23,8 @@ from interp_plugins.questions import Question, Questions, read_questions
 
 import interp_core as ic
 from interp_core import runs, toys
+
+from .configs import DeviceConfig
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -80,15 +82,15 @@ def questions_of(
         return Questions(tuple(map(_drawn, toys.vision.questions(random.Random(seed), count, kinds))), source=TOY)
     assert data_path is not None
     more: dict[str, Any] = {} if split is None else {"split": split}
-    found = read_questions(dataset, data_path, images=images, **more)
+    every = read_questions(dataset, data_path, images=images, **more)
     if kinds is None:
-        return found
+        return every
     for kind in kinds:
-        if kind not in found.kinds:
+        if kind not in every.kinds:
             raise ic.PlanError(
-                f"{data_path} has no questions of the kind {kind!r}. {ic.errors.nearest(kind, found.kinds)}"
+                f"{data_path} has no questions of the kind {kind!r}. {ic.errors.nearest(kind, every.kinds)}"
             )
-    return found.where(lambda question: question.kind in kinds)
+    return every.where(lambda question: question.kind in kinds)
 
 
 def _drawn(question: Any) -> Question:
@@ -144,7 +146,7 @@ def _placed(device: str | None, tp_size: int) -> dict[str, Any]:
     return {"device_map": "balanced"}
 
 
-def asked(
+def question_tokens(
     model: ic.Model, question: Question, images: Sequence[Any], answer: str | None = None, *, prompt: str = QUESTION,
     max_model_len: int | None = None, more: int = 0,
 ) -> ic.Tokens:  # fmt: skip
@@ -171,14 +173,6 @@ def asked(
     return tokens
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises:
-    PlanError: a prompt that does not say where the question goes.
-    """
-    if prompt.count(QUESTION) != 1:
-        raise ic.PlanError(f"prompt: write {QUESTION} once, where the question goes, not {prompt!r}")
-
-
 def scorer_of(dataset: Dataset, name: str | None = None) -> Scorer:
     """The scorer of a data set, or another by name.
 
@@ -193,7 +187,7 @@ class Asking:
     """How questions are put to the model.
 
     Attributes:
-        prompt, max_model_len: as of `asked`.
+        prompt, max_model_len: as of `question_tokens`.
         max_new_tokens: of an answer.
         batch_size: questions that run together.
         scorer: of answers.
@@ -206,6 +200,97 @@ class Asking:
     batch_size: int
     scorer: Scorer
     strict: bool
+
+
+class VisualConfig(DeviceConfig):
+    """A study of what a vision-language model reads off its images: which model, which questions, in which words.
+
+    Attributes:
+        model: toy:vision, a folder, or a hub id of a vision-language model.
+        profile: smoke, for a look at all files within minutes, or full; they set what is not set by its flag.
+        out: folder of the run; the same command goes on there (None: one below results/).
+        dataset: chartqa, docvqa, vqav2, pope, plain, or toy (drawn).
+        data_path: its file or folder.
+        images: the folder of its images, where that is another.
+        split: of chartqa.
+        kinds: only questions of these kinds.
+        cliff_boundary: the first layer after a cliff that a causal study found.
+        causal_record: of that study: its file (causal.json), or its hash.
+        scorer: of answers (None: that of the data set).
+        prompt: words of the question with {question} in them (None: those of the data set).
+        max_new_tokens: of an answer.
+        max_model_len: samples that are longer than this with their answer are left out (None: none is).
+        batch_size: samples that run together; changes no number beyond rounding.
+        tp_size: CUDA devices that the layers are laid over, in place of one device.
+        seed: of the selection of questions, and of all that is drawn.
+        strict: the first sample that cannot be used ends the run; else it is listed and left out.
+    """
+
+    model: str = TOY
+    profile: Literal["smoke", "full"] = "full"
+    out: Path | None = None
+    dataset: Dataset | None = None
+    data_path: Path | None = None
+    images: Path | None = None
+    split: str | None = None
+    kinds: list[str] | None = None
+    cliff_boundary: int | None = None
+    causal_record: str | None = None
+    scorer: str | None = None
+    prompt: str | None = None
+    max_new_tokens: int = 16
+    max_model_len: int | None = None
+    batch_size: int = 8
+    tp_size: int = 1
+    seed: int = 0
+    strict: bool = False
+
+    def named_dataset(self) -> Dataset:
+        """The data set; see `dataset_of`."""
+        return dataset_of(self.dataset, self.data_path, self.model)
+
+    def sizes(self, profiles: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+        """Those that the profile sets, with what the flags set instead."""
+        set_by_flags = {name: getattr(self, name) for name in profiles[self.profile]}
+        return {**profiles[self.profile], **{name: size for name, size in set_by_flags.items() if size is not None}}
+
+    def asking(self) -> Asking:
+        """How questions are put.
+
+        Raises:
+            PlanError: a prompt without its place for the question, a scorer that there is not, numbers out of range.
+        """
+        dataset = self.named_dataset()
+        prompt = PROMPTS[dataset] if self.prompt is None else self.prompt
+        if prompt.count(QUESTION) != 1:
+            raise ic.PlanError(f"prompt: write {QUESTION} once, where the question goes, not {prompt!r}")
+        demand_at_least(max_new_tokens=(self.max_new_tokens, 1), batch_size=(self.batch_size, 1))
+        if self.causal_record is not None and self.cliff_boundary is None:
+            raise ic.PlanError("--causal_record says where a cliff was found; give the layer too: --cliff_boundary")
+        scorer = scorer_of(dataset, self.scorer)
+        return Asking(prompt, self.max_model_len, self.max_new_tokens, self.batch_size, scorer, self.strict)
+
+    def questions(self, count: int) -> Questions:
+        """All questions; of the toy, as many as given. Raises as `questions_of`."""
+        return questions_of(
+            self.named_dataset(), self.data_path, self.images, count=count, seed=self.seed, kinds=self.kinds,
+            split=self.split,
+        )  # fmt: skip
+
+    def load(self) -> ic.Model:
+        """The model; raises as `visual_model`."""
+        return visual_model(self.model, device=self.device, dtype=self.dtype, tp_size=self.tp_size)
+
+
+def demand_at_least(**numbers: tuple[int, int]) -> None:
+    """Refuse settings that are too small; each with the least that it may be.
+
+    Raises:
+        PlanError: naming the first.
+    """
+    for name, (number, least) in numbers.items():
+        if number < least:
+            raise ic.PlanError(f"{name} is {number}: give at least {least}")
 
 
 def note_bad(bad: list[Row], sample: str, where: str, error: Exception, strict: bool) -> None:

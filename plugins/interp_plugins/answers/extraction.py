@@ -59,18 +59,18 @@ def extract(text: str, max_words: int | None = None) -> Extraction:
     said, problem = _after_thinking(text)
     if problem:
         return Extraction("", "first line", problem)
-    content, found, problem = _marked(said)
+    content, origin, problem = _marked(said)
     line = next((line.strip() for line in content.splitlines() if line.strip()), "")
-    line = line.strip("*").strip() if found == "final answer" else line
+    line = line.strip("*").strip() if origin == "final answer" else line
     line = match[2].strip() if (match := _EMPHASIS.fullmatch(line)) else line
     if problem or not line:
         return Extraction(
-            "", found, problem or ("the text is empty" if found == "first line" else f"the {found} is empty")
+            "", origin, problem or ("the text is empty" if origin == "first line" else f"the {origin} is empty")
         )
     words = line.split()
     if max_words is not None and len(words) > max_words:
-        return Extraction(" ".join(words[:max_words]), found, cut=True)
-    return Extraction(line, found)
+        return Extraction(" ".join(words[:max_words]), origin, cut=True)
+    return Extraction(line, origin)
 
 
 def _after_thinking(text: str) -> tuple[str, str]:

@@ -141,9 +141,9 @@ _SMALL = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _COUNTS = {word: number for number, word in enumerate(_SMALL.split())}
 _COUNTS |= {
-    f"{ten}-{one}" if one else ten: 10 * tens + ones
+    f"{ten}-{unit}" if unit else ten: 10 * tens + ones
     for tens, ten in enumerate(_TENS.split(), 2)
-    for ones, one in enumerate(["", *_SMALL.split()[1:10]])
+    for ones, unit in enumerate(["", *_SMALL.split()[1:10]])
 }
 _COUNTS |= {"hundred": 100, "a hundred": 100, "one hundred": 100}
 _NUMBERS = re.compile(

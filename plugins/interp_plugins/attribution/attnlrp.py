@@ -92,9 +92,9 @@ class AttnLRP(Attribution):
         explained, logits = _explained(model, layout, chosen, config)
         if config.variant in ("span", "per_token"):
             weights = _weights(layout, config.normalise)
-            found = explained.relevance(logits, weights, last=True)
-            notes |= {"objective": found.objective, "residue": found.objective - float(found.tokens.sum())}
-            return Attributed(_with_positions(found, config.profile, notes), notes=notes)
+            relevance = explained.relevance(logits, weights, last=True)
+            notes |= {"objective": relevance.objective, "residue": relevance.objective - float(relevance.tokens.sum())}
+            return Attributed(_with_positions(relevance, config.profile, notes), notes=notes)
         n_hops = config.n_hops if config.variant == "multi_hop" and layout.target else 0
         hops, mass = _hops(explained, logits, layout, n_hops, config)
         scores = hops[0] if config.variant == "hop0" else observed(hops, mass, layout)
@@ -195,15 +195,15 @@ def _shaping(layout: Layout, config: AttnLRPConfig) -> Callable[[Tensor], Tensor
     return shaped
 
 
-def _with_positions(found: Relevances, profile: str, notes: dict[str, Any]) -> Float[Tensor, " pos"]:
+def _with_positions(relevance: Relevances, profile: str, notes: dict[str, Any]) -> Float[Tensor, " pos"]:
     """Relevance of tokens with that of their positions: signed, or without sign and relative to the largest as
     published."""
-    if found.positions is None:
-        return found.tokens
-    signed, absolute = found.positions.to(found.tokens)
+    if relevance.positions is None:
+        return relevance.tokens
+    signed, absolute = relevance.positions.to(relevance.tokens)
     notes |= {"positions": float(signed.sum()), "positions_absolute": float(absolute.sum())}
     if profile == "sound":
         notes["residue"] -= notes["positions"]
-        return found.tokens + signed
-    published = found.tokens + absolute
+        return relevance.tokens + signed
+    published = relevance.tokens + absolute
     return published / published.abs().max()

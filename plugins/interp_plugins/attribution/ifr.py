@@ -92,8 +92,8 @@ class IFR(Attribution):
     def attribute(self, model: ic.Model, layout: Layout, config: IFRConfig) -> Attributed:
         """One pass, then the flows that the variant asks for."""
         parts = parts_of(model, layout, config)
-        asked = layout.target if config.variant in ROWS else (*parts.answer, *parts.reasoning, *layout.sink)
-        sinks = (*_sinks(layout, asked, config.profile), *(parts.reasoning if config.read_at == "tokens" else ()))
+        wanted = layout.target if config.variant in ROWS else (*parts.answer, *parts.reasoning, *layout.sink)
+        sinks = (*_sinks(layout, wanted, config.profile), *(parts.reasoning if config.read_at == "tokens" else ()))
         into_reasoning = config.n_hops + (config.variant in ALL and config.hop0 == "all")
         again = config.variant in (*STOPS, *ALL, "multi_hop") and into_reasoning > 1
         flow = Flow(
@@ -138,11 +138,11 @@ def _by_rows(flow: Flow, layout: Layout, config: IFRConfig) -> Attributed:
     if not len(layout.target):
         scores, error = flow.all_rows(_sinks(layout, (), config.profile))
         return Attributed(scores[0], stream=flow.stream, notes={"error": error})
-    asked = layout.target if config.variant == "all_positions" else layout.sink
+    wanted = layout.target if config.variant == "all_positions" else layout.sink
     rows = torch.full((len(layout.target), layout.length), float("nan"), dtype=torch.float64)
     start = layout.target.start
-    found, error = flow.all_rows(_sinks(layout, asked, config.profile))
-    rows[asked.start - start : asked.stop - start] = found
+    flows, error = flow.all_rows(_sinks(layout, wanted, config.profile))
+    rows[wanted.start - start : wanted.stop - start] = flows
     scores = rows[layout.sink.start - start : layout.sink.stop - start].mean(0)
     return Attributed(scores, rows=rows, stream=flow.stream, notes={"error": error})
 

@@ -106,12 +106,12 @@ def layout_of(
         wanted += [name for name in ("sink", "thinking", "explained") if len(named[name])]
         if wanted:
             raise ic.PlanError(f"{wanted[0]} is a part of the target, and there is none; give target=…")
-        asked = reasoning = explained = target
+        sink_span = reasoning = explained = target
     else:
-        asked = _part(tokens, "sink", sink, target) or named["sink"] or target
-        reasoning = _part(tokens, "thinking", thinking, target) or named["thinking"] or asked
-        explained = named["explained"] or asked
-        for name, part in (("sink", asked), ("thinking", reasoning), ("explained", explained)):
+        sink_span = _part(tokens, "sink", sink, target) or named["sink"] or target
+        reasoning = _part(tokens, "thinking", thinking, target) or named["thinking"] or sink_span
+        explained = named["explained"] or sink_span
+        for name, part in (("sink", sink_span), ("thinking", reasoning), ("explained", explained)):
             if part.start < target.start or part.stop > target.stop:
                 raise ic.PositionError(
                     f"{name} is tokens {part.start} to {part.stop}, the target {target.start} to {target.stop}: give a "
@@ -121,10 +121,10 @@ def layout_of(
             raise ic.PlanError(
                 "the target begins with the first token, which nothing predicts; give a prompt before it"
             )
-    if against is not None and len(asked) > 1:
-        raise ic.PlanError(f"against= is held against one token, the sink has {len(asked)}; choose one by sink=")
+    if against is not None and len(sink_span) > 1:
+        raise ic.PlanError(f"against= is held against one token, the sink has {len(sink_span)}; choose one by sink=")
     other = None if against is None else int(ic.score.token_ids(model, against, 1, "attribution"))
-    return Layout(tokens, _prompt(tokens, target), target, asked, reasoning, explained, other)
+    return Layout(tokens, _prompt(tokens, target), target, sink_span, reasoning, explained, other)
 
 
 def is_stop(label: str) -> bool:

@@ -247,15 +247,15 @@ class Attribution(ic.Method):
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> AttributionResult:
         """Row by row: rows do not see each other."""
-        layouts, found = self.layouts(model, tokens, config), []
+        layouts, per_row = self.layouts(model, tokens, config), []
         with ic.Progress(f"{self.name}, prompts", len(layouts)) as told:
             for layout in layouts:
                 attributed = self.attribute(model, layout, config)
                 if not bool(attributed.scores.isfinite().all()):
                     raise ic.ReadError(f"{self.name} gave scores that are no numbers; see dtype {model.dtype}")
-                found.append(attributed)
+                per_row.append(attributed)
                 told.add()
-        return self._result(model, tokens, layouts, found, config)
+        return self._result(model, tokens, layouts, per_row, config)
 
     def layouts(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> list[Layout]:
         """Where prompt, target and its parts stand, per row.
@@ -267,17 +267,17 @@ class Attribution(ic.Method):
         return [self._layout(model, row, config, number, len(rows)) for number, row in enumerate(rows)]
 
     def _layout(self, model: ic.Model, row: ic.Tokens, config: Any, number: int, count: int) -> Layout:
-        asked = {name: _of_row(name, getattr(config, name), number, count) for name in ("sink", "thinking", "against")}
-        return layout_of(model, row, **asked)
+        parts = {name: _of_row(name, getattr(config, name), number, count) for name in ("sink", "thinking", "against")}
+        return layout_of(model, row, **parts)
 
     def _result(
-        self, model: ic.Model, tokens: ic.Tokens, layouts: Sequence[Layout], found: Sequence[Attributed], config: Any
+        self, model: ic.Model, tokens: ic.Tokens, layouts: Sequence[Layout], per_row: Sequence[Attributed], config: Any
     ) -> AttributionResult:
         width = tokens.ids.shape[1]
         places = [torch.tensor(columns) for columns in tokens.columns(None)]
-        sinks = [attention_sinks(model, layout, each.stream) for layout, each in zip(layouts, found, strict=True)]
-        shares = [mass_shares(each.scores, where) for each, where in zip(found, sinks, strict=True)]
-        kept = [_without(each, where, config.leave_out) for each, where in zip(found, sinks, strict=True)]
+        sinks = [attention_sinks(model, layout, each.stream) for layout, each in zip(layouts, per_row, strict=True)]
+        shares = [mass_shares(each.scores, where) for each, where in zip(per_row, sinks, strict=True)]
+        kept = [_without(each, where, config.leave_out) for each, where in zip(per_row, sinks, strict=True)]
         settings = {n: v for n, v in config.model_dump().items() if n == "variant" or v != _default(config, n)}
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in settings.items() if name not in config.PER_PROMPT)
 

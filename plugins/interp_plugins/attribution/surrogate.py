@@ -133,8 +133,8 @@ class Surrogate(AblationMethod):
             "units": listed(work.units, weights, "weight"),
         }  # fmt: skip
         if config.held_out:
-            tested, found = fit.predicted(masks[config.ablations :]), y[config.ablations :].numpy()
-            notes["lds"] = ic.stats.spearman(tested.tolist(), found.tolist())
+            predicted, measured = fit.predicted(masks[config.ablations :]), y[config.ablations :].numpy()
+            notes["lds"] = ic.stats.spearman(predicted.tolist(), measured.tolist())
         return Attributed(spread(layout, work.units, weights), notes=notes)
 
     def _tests(

@@ -231,8 +231,8 @@ class GeometryResult(ic.Result):
             f"({row['effective_rank_share']:.2f})  participation {row['participation_ratio']:7.2f}  "
             f"anisotropy {row['anisotropy']:.3f}" for row in self.table()
         ]  # fmt: skip
-        found = sorted({(group, layer) for sample in self.sinks for group, layer, _ in sample})
-        lines += [f"  sinks in {len(found)} groups and layers; see `sinks`"] if found else []
+        with_sinks = sorted({(group, layer) for sample in self.sinks for group, layer, _ in sample})
+        lines += [f"  sinks in {len(with_sinks)} groups and layers; see `sinks`"] if with_sinks else []
         return "\n".join(lines)
 
     def curves(self, measure: str = "effective_rank") -> ic.report.Curves:

@@ -163,9 +163,9 @@ def score(model: ic.Model, states: States, *, spread: bool = True, top: int = 0,
         PlanError, CapabilityError: as `tiles.read_out`.
     """
     with torch.no_grad():
-        found = read_out(model, normed(model, states), states.ids, spread=spread, top=top, rows=rows)
-    _check_last(states, found)
-    return found
+        readout = read_out(model, normed(model, states), states.ids, spread=spread, top=top, rows=rows)
+    _check_last(states, readout)
+    return readout
 
 
 def score_pairs(
@@ -189,7 +189,7 @@ def score_pairs(
             yield from _scored(model, waiting, js, top, rows)
             waiting = []
         waiting.append(pair)
-        if 2 * len(pair[0].layers) * sum(len(one.ids) for one, _ in waiting) >= rows:
+        if 2 * len(pair[0].layers) * sum(len(left.ids) for left, _ in waiting) >= rows:
             yield from _scored(model, waiting, js, top, rows)
             waiting = []
     if waiting:
@@ -230,12 +230,12 @@ def _split(whole: Part, sizes: Sequence[int]) -> list[Part]:
     return [_part(whole, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _check_last(states: States, found: Readout) -> None:
+def _check_last(states: States, readout: Readout) -> None:
     """Refuse a lens whose last row is not the model's own output."""
     if states.final is None:
         return
     wanted, rounding = states.final
-    last = float(found.logprob[-1, -1])
+    last = float(readout.logprob[-1, -1])
     if not abs(last - wanted) <= rounding:
         raise ic.CapabilityError(
             f"{states.sample} {states.side}: the last row of the lens gives the last target {last:.4f} nats, the model "

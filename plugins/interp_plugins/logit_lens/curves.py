@@ -42,14 +42,14 @@ APART = ("js", "js_upper", "kl_ab")
 
 def tensors_of(scores: PairScores) -> dict[str, Tensor]:
     """Scores as tensors `[layer target]` by name, for a file; `scores_of` reads them back."""
-    found = {"layers": torch.tensor(scores.layers)}
+    tensors = {"layers": torch.tensor(scores.layers)}
     for side in SIDES:
         readout: Readout = getattr(scores, side)
-        found |= {f"{name}_{side}": getattr(readout, name).contiguous() for name in KEPT}
+        tensors |= {f"{name}_{side}": getattr(readout, name).contiguous() for name in KEPT}
     if scores.apart is not None:
         named = {"js": scores.apart.js, "js_upper": scores.apart.js_upper, "kl_ab": scores.apart.kl}
-        found |= {name: value.contiguous() for name, value in named.items() if value is not None}
-    return found
+        tensors |= {name: value.contiguous() for name, value in named.items() if value is not None}
+    return tensors
 
 
 def scores_of(sample: str, tensors: Mapping[str, Tensor]) -> PairScores:
@@ -98,25 +98,25 @@ class Curves:
         if not scores:
             raise ic.PlanError("no sample has scores, so there are no curves")
         layers = scores[0].layers
-        for one in scores:
-            if one.layers != layers:
+        for pair in scores:
+            if pair.layers != layers:
                 raise ic.PlanError(
-                    f"{one.sample} has layers {one.layers[0]} to {one.layers[-1]}, {scores[0].sample} {layers[0]} to "
-                    f"{layers[-1]}; curves are of the same layers: read all states from one kind of file"
+                    f"{pair.sample} has layers {pair.layers[0]} to {pair.layers[-1]}, {scores[0].sample} "
+                    f"{layers[0]} to {layers[-1]}; curves are of the same layers: read all states from one kind of file"
                 )
-        each = [_per_target(one) for one in scores]
+        each = [_per_target(pair) for pair in scores]
         values, micro = {}, {}
         for name in each[0]:
-            values[f"{name}_all"] = np.stack([one[name].mean(1) for one in each])
-            values[f"{name}_last"] = np.stack([one[name][:, -1] for one in each])
-            micro[f"{name}_all"] = np.concatenate([one[name] for one in each], 1).mean(1)
+            values[f"{name}_all"] = np.stack([curves[name].mean(1) for curves in each])
+            values[f"{name}_last"] = np.stack([curves[name][:, -1] for curves in each])
+            micro[f"{name}_all"] = np.concatenate([curves[name] for curves in each], 1).mean(1)
         for metric in METRICS:
             for scope in SCOPES:
                 a, b = (values[f"{metric}_{side}_{scope}"] for side in SIDES)
                 values[f"delta_{metric}_{scope}"] = a - b
             micro[f"delta_{metric}_all"] = micro[f"{metric}_agentic_all"] - micro[f"{metric}_assisted_all"]
-        samples = tuple(one.sample for one in scores)
-        return Curves(samples, layers, tuple(one.agentic.logprob.shape[1] for one in scores), values, micro)
+        samples = tuple(pair.sample for pair in scores)
+        return Curves(samples, layers, tuple(pair.agentic.logprob.shape[1] for pair in scores), values, micro)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -145,20 +145,20 @@ class Curves:
 
 def _per_target(scores: PairScores) -> dict[str, Array]:
     """Numbers `[layer target]` by name."""
-    found: dict[str, Array] = {}
+    curves: dict[str, Array] = {}
     for side in SIDES:
         readout: Readout = getattr(scores, side)
         logprob, rank = readout.logprob.double().numpy(), readout.rank.double().numpy()
-        found |= {
+        curves |= {
             f"nll_{side}": -logprob, f"logitlens_{side}": logprob, f"rank_{side}": np.log10(1 + rank),
             f"top1_{side}": (rank == 0).astype(float),
         }  # fmt: skip
         assert readout.entropy is not None and readout.kl is not None
-        found |= {f"entropy_{side}": readout.entropy.double().numpy(), f"kl_{side}": readout.kl.double().numpy()}
+        curves |= {f"entropy_{side}": readout.entropy.double().numpy(), f"kl_{side}": readout.kl.double().numpy()}
     if scores.apart is not None:
         named = zip(APART, (scores.apart.js, scores.apart.js_upper, scores.apart.kl), strict=True)
-        found |= {name: value.double().numpy() for name, value in named if value is not None}
-    return found
+        curves |= {name: value.double().numpy() for name, value in named if value is not None}
+    return curves
 
 
 def progress(scores: Sequence[PairScores], bins: int = 50) -> Float[np.ndarray, "layer bin"]:
@@ -168,10 +168,10 @@ def progress(scores: Sequence[PairScores], bins: int = 50) -> Float[np.ndarray, 
     Args:
         bins: equal parts of each target text, at most as many as the longest has targets.
     """
-    bins = min(bins, max(one.agentic.logprob.shape[1] for one in scores))
+    bins = min(bins, max(pair.agentic.logprob.shape[1] for pair in scores))
     total, count = np.zeros((len(scores[0].layers), bins)), np.zeros(bins)
-    for one in scores:
-        delta = (one.assisted.logprob - one.agentic.logprob).double().numpy()
+    for pair in scores:
+        delta = (pair.assisted.logprob - pair.agentic.logprob).double().numpy()
         place = np.arange(delta.shape[1]) * bins // delta.shape[1]
         for bin_ in np.unique(place):
             total[:, bin_] += delta[:, place == bin_].mean(1)

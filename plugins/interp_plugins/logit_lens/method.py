@@ -180,8 +180,8 @@ class LogitLens(ic.Method):
         """Read the residual stream once, unembed it layer by layer."""
         layers = _rows(model, config)
         sites = [(S.resid_pre[0] if layer < 0 else S.resid_post[layer]).at(config.at) for layer in layers]
-        found = model.run(tokens, read=sites, logits=False)
-        stream = [_with_pos(found[site]) for site in sites]
+        run = model.run(tokens, read=sites, logits=False)
+        stream = [_with_pos(run[site]) for site in sites]
         batch, pos, _ = stream[0].shape
         rows = self._normed(model, layers, stream, config)
         targets = self._targets(model, rows, config, tokens, batch, pos)

@@ -131,11 +131,11 @@ def _read_out(
     for start, z in _tiles(model, rows):
         tiles.add(z, start)
         best = _best(best, z, start, top) if top else None
-    found = tiles.joined()
-    found["logprob"] = (target - found["lse"]).clamp(max=0)
+    readout = tiles.joined()
+    readout["logprob"] = (target - readout["lse"]).clamp(max=0)
     if best is not None:
-        found |= {"top": best[1], "top_logprob": (best[0] - found["lse"][:, None]).clamp(max=0)}
-    return {name: value.cpu() for name, value in found.items()}
+        readout |= {"top": best[1], "top_logprob": (best[0] - readout["lse"][:, None]).clamp(max=0)}
+    return {name: value.cpu() for name, value in readout.items()}
 
 
 def _target_logits(model: ic.Model, rows: Tensor, ids: Tensor) -> Tensor:
@@ -203,8 +203,8 @@ class _Tiles:
         cross = torch.stack(self.cross)
         kl = (last.exp() * (cross - cross[:, -1:] + last - logw)).sum(0)
         entropy = (weights * (torch.stack(self.entropy).view_as(logw) - logw)).sum(0)
-        found = {"lse": lse, "entropy": entropy.clamp(min=0), "kl": kl.clamp(min=0)}
-        return {name: value.flatten() for name, value in found.items()} | {"rank": self.rank}
+        readout = {"lse": lse, "entropy": entropy.clamp(min=0), "kl": kl.clamp(min=0)}
+        return {name: value.flatten() for name, value in readout.items()} | {"rank": self.rank}
 
 
 def _best(best: tuple[Tensor, Tensor] | None, z: Tensor, start: int, top: int) -> tuple[Tensor, Tensor]:
@@ -278,8 +278,8 @@ def _of_likeliest(model: ic.Model, both: Tensor, lse: Tensor, top: Tensor, mode:
     logp = torch.zeros(twice.shape, dtype=torch.float64, device=both.device)
     for start, z in _tiles(model, both):
         here = (twice >= start) & (twice < start + z.shape[-1])
-        found = z.gather(1, (twice - start).clamp(0, z.shape[-1] - 1))
-        logp = torch.where(here, found.double(), logp)
+        in_tile = z.gather(1, (twice - start).clamp(0, z.shape[-1] - 1))
+        logp = torch.where(here, in_tile.double(), logp)
     logp = (logp - lse[:, None]).masked_fill(again.repeat(2, 1), -math.inf)
     if mode == "topk_renorm":
         logp = logp - logp.logsumexp(-1, keepdim=True)

@@ -30,6 +30,7 @@ from typing import Any
 import interp_core as ic
 from interp_core import errors, runs
 
+from .._json_files import read_json
 from .pair import Layout, Pair, tokens_of
 
 AGENTIC = ("agentic_ids", "agentic_input_ids", "agentic", "a_ids")
@@ -113,20 +114,17 @@ def _rows(path: str | Path) -> Iterable[tuple[str, Any]]:
     Raises:
         LoadError: it cannot be read, or is of another form.
     """
-    takes = "give a pair_tokens.json, an object of samples by name"
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ic.LoadError(f"{path} cannot be read ({error}); {takes}") from error
+    takes = "a pair_tokens.json, an object of samples by name"
+    data = read_json(path, takes)
     if isinstance(data, dict) and isinstance(data.get("pairs"), list):
         data = data["pairs"]
     if not isinstance(data, (dict, list)) or not data:
-        raise ic.LoadError(f"{path} holds {'no sample' if data in ({}, []) else type(data).__name__}; {takes}")
+        raise ic.LoadError(f"{path} holds {'no sample' if data in ({}, []) else type(data).__name__}; give {takes}")
     if isinstance(data, dict):
         return data.items()
     names = [_named(row, number) for number, row in enumerate(data)]
     if len(set(names)) < len(names):
-        raise ic.LoadError(f"{path} has two samples of the name {Counter(names).most_common(1)[0][0]!r}; {takes}")
+        raise ic.LoadError(f"{path} has two samples of the name {Counter(names).most_common(1)[0][0]!r}; give {takes}")
     return zip(names, data, strict=True)
 
 

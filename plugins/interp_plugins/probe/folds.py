@@ -155,8 +155,8 @@ def _shown(groups: Any, donors: Any, of: Int[np.ndarray, " sample"]) -> Int[np.n
     """Donors by the numbers of the groups; a donor that is no sample's own image gets a number of its own."""
     own = list(groups.tolist() if hasattr(groups, "tolist") else groups) if groups is not None else list(range(len(of)))
     known = dict(zip(own, of.tolist(), strict=True))
-    given = list(donors.tolist() if hasattr(donors, "tolist") else donors)
-    return np.array([known.setdefault(donor, len(known) + len(of)) for donor in given])
+    images = list(donors.tolist() if hasattr(donors, "tolist") else donors)
+    return np.array([known.setdefault(donor, len(known) + len(of)) for donor in images])
 
 
 def _deal(

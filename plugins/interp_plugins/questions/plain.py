@@ -18,6 +18,7 @@ from typing import Any
 import interp_core as ic
 from interp_core import errors, runs
 
+from .. import _json_files
 from .images import RowError, placed
 from .question import Question, Row
 
@@ -98,17 +99,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     Raises:
         LoadError: a file that cannot be read, or a line that is no JSON.
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ic.LoadError(f"{path} cannot be read ({error}); give a .jsonl file, a row per question") from error
-    for number, line in enumerate(runs.split_lines(content), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ic.LoadError(f"{path}, line {number} is no JSON: {error}") from error
-            yield number, row if isinstance(row, dict) else {}
+    lines = _json_files.json_lines(path, takes="a .jsonl file, a row per question")
+    return ((number, row if isinstance(row, dict) else {}) for number, row in lines)
 
 
 def texts(field: str, value: Any) -> tuple[str, ...]:

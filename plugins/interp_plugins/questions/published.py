@@ -15,7 +15,6 @@ Source: Masry et al. (2022), Mathew et al. (2021), Goyal et al. (2017), Li et al
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from typing import Any
 import interp_core as ic
 from interp_core import errors
 
+from .._json_files import read_json
 from .images import RowError, placed
 from .plain import json_lines, plain_rows, texts
 from .question import Question, Questions, Row, gathered
 
 Json = Mapping[str, Any]
+DATA_SET = "a .json file of the data set"
 DIFFICULTY = {"simple": "easy", "complex": "hard"}
 """What copies of ChartQA say in a row's kind ("human_complex"), by our word."""
 
@@ -85,7 +86,7 @@ def docvqa_rows(path: Path, images: Path | None = None) -> Iterator[Row]:
 
 def vqav2_rows(path: Path, images: Path | None = None, annotations: str | Path | None = None) -> Iterator[Row]:
     """VQAv2's rows."""
-    data = _data(path)
+    data = read_json(path, DATA_SET)
     part = str(data.get("data_subtype", "")) if isinstance(data, dict) else ""
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     theirs = {row.get("question_id"): row for row in _rows(Path(annotations or beside), "annotations")}
@@ -163,20 +164,13 @@ def read_questions(
     return gathered(str(path), reader(path, folder, **options), strict=strict)
 
 
-def _data(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ic.LoadError(f"{path} cannot be read ({error}); give a .json file of the data set") from error
-
-
 def _rows(path: Path, key: str = "") -> list[Json]:
     """The rows of a JSON list, or of the list under a key.
 
     Raises:
         LoadError: it cannot be read, or is of another form.
     """
-    data = _data(path)
+    data = read_json(path, DATA_SET)
     data = data.get(key) if key and isinstance(data, dict) else data
     if not isinstance(data, list):
         holds = f'an object with a list under "{key}"' if key else "a list of rows"

@@ -65,16 +65,16 @@ def token_statistics(first: Routed, second: Routed) -> dict[str, Float[Tensor, "
         PlanError: other tokens or other experts.
     """
     aligned(first, second)
-    found = set_statistics(first.chosen, second.chosen)
+    statistics = set_statistics(first.chosen, second.chosen)
     if first.weights is not None and second.weights is not None:
         a, b = first.normalised.double(), second.normalised.double()
-        found["tv"] = (a - b).abs().sum(-1) / 2
+        statistics["tv"] = (a - b).abs().sum(-1) / 2
         most = torch.maximum(a, b).sum(-1)
-        found["weighted_jaccard"] = torch.where(most == 0, 1.0, torch.minimum(a, b).sum(-1) / most)
-        found["top1_same"] = (a.argmax(-1) == b.argmax(-1)).double()
+        statistics["weighted_jaccard"] = torch.where(most == 0, 1.0, torch.minimum(a, b).sum(-1) / most)
+        statistics["top1_same"] = (a.argmax(-1) == b.argmax(-1)).double()
     if first.probs is not None and second.probs is not None:
-        found["tv_full"] = (first.probs.double() - second.probs.double()).abs().sum(-1) / 2
-    return {name: found[name] for name in TOKEN if name in found}
+        statistics["tv_full"] = (first.probs.double() - second.probs.double()).abs().sum(-1) / 2
+    return {name: statistics[name] for name in TOKEN if name in statistics}
 
 
 def set_statistics(first: Bool[Tensor, "n expert"], second: Bool[Tensor, "n expert"]) -> dict[str, Float[Tensor, " n"]]:
@@ -97,8 +97,8 @@ def saturation(early: Routed, final: Routed) -> dict[str, float]:
     """
     final.need("weights")
     early.need("weights")
-    found = token_statistics(early, final)
-    return {"top_k": float(found["overlap"].mean()), "top_1": float(found["top1_same"].mean())}
+    statistics = token_statistics(early, final)
+    return {"top_k": float(statistics["overlap"].mean()), "top_1": float(statistics["top1_same"].mean())}
 
 
 class Chance(NamedTuple):
@@ -134,8 +134,8 @@ def corpus_sets(first: Any, second: Any, m: int) -> dict[str, np.ndarray]:
     a, b = top_sets(first, m), top_sets(second, m)
     if a.shape != b.shape:
         raise ic.PlanError(f"usage of {list(a.shape)} is compared with {list(b.shape)}; give matrices of one model")
-    found = set_statistics(torch.from_numpy(a), torch.from_numpy(b))
-    return {name: value.numpy() for name, value in found.items()}
+    statistics = set_statistics(torch.from_numpy(a), torch.from_numpy(b))
+    return {name: value.numpy() for name, value in statistics.items()}
 
 
 class Divergence:
@@ -171,14 +171,14 @@ class Divergence:
         Raises:
             PlanError: other tokens or experts; a sample without tokens.
         """
-        found = token_statistics(first, second)
+        statistics = token_statistics(first, second)
         device = first.chosen.device
         rows = torch.zeros(len(first), dtype=torch.long, device=device) if samples is None else samples.to(device)
         tokens = torch.zeros(n_samples, dtype=torch.float64, device=device)
         tokens.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64, device=device))
         if bool((tokens == 0).any()):
             raise ic.PlanError(f"sample {int((tokens == 0).nonzero()[0])} has no aligned tokens; leave it out")
-        for name, values in found.items():
+        for name, values in statistics.items():
             sums = torch.zeros_like(tokens).index_add_(0, rows, values)
             self._means.setdefault(layer, {}).setdefault(name, []).append((sums / tokens).cpu())
         unions = [_unions(routed.chosen, rows, n_samples) for routed in (first, second)]

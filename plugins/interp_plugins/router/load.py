@@ -81,11 +81,11 @@ def load(counts: Any, prob: Any = None) -> dict[str, np.ndarray]:
     Raises:
         PlanError: negative counts, or a layer without any.
     """
-    found: dict[str, np.ndarray] = {
+    statistics: dict[str, np.ndarray] = {
         "cv": cv(counts), "max_vio": max_vio(counts), "entropy": entropy(counts), "gini": gini(counts),
         "dead": dead(counts),
     }  # fmt: skip
-    return found if prob is None else found | {"aux_loss": aux_loss(counts, prob)}
+    return statistics if prob is None else statistics | {"aux_loss": aux_loss(counts, prob)}
 
 
 def load_of(usage: Usage) -> dict[str, np.ndarray]:

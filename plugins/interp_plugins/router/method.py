@@ -313,12 +313,12 @@ class Router(ic.Method):
 def _of_layer(part: Routed, places: Places) -> dict[str, Tensor]:
     """Sums and means over each row's tokens, by field."""
     rows = places.rows.to(part.chosen.device)
-    found = layer_sums(part, places.rows, places.n_rows).tensors
+    fields = layer_sums(part, places.rows, places.n_rows).tensors
     h = routed.entropy(part)
     values = torch.stack([h, h.exp(), routed.top1_share(part).double(), routed.margin(part), routed.z_loss(part)], 1)
     sums = values.new_zeros(places.n_rows, values.shape[1]).index_add_(0, rows, values)
-    means = (sums.cpu() / found["tokens"][:, None]).float()
-    kept = {name: value.cpu() if name in ("tokens", "count") else value.float().cpu() for name, value in found.items()}
+    means = (sums.cpu() / fields["tokens"][:, None]).float()
+    kept = {name: value.cpu() if name in ("tokens", "count") else value.float().cpu() for name, value in fields.items()}
     return kept | {name: means[:, i] for i, name in enumerate(PER_TOKEN)}
 
 

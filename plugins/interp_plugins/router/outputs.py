@@ -119,19 +119,17 @@ def outputs_of(
     """
     layers = demand_routers("router outputs", model)
     _demand_apart(model, layers)
-    made = ExpertOutputs(model.n_layers)
+    outputs = ExpertOutputs(model.n_layers)
     sizes = {layer: model.sizes(S.router_logits[layer])["expert"] for layer in layers}
     for tokens in batches:
-        places = Places(tokens, at)
-        counted = torch.zeros(tokens.ids.shape, dtype=torch.bool)
-        counted[places.rows, places.columns] = True
+        counted = Places(tokens, at).mask(tokens)
         rules: dict[Any, Any] = {
-            model.module("experts", layer): _rule(made, layer, sizes[layer], counted.flatten(), piece_bytes)
+            model.module("experts", layer): _rule(outputs, layer, sizes[layer], counted, piece_bytes)
             for layer in layers
         }
         with model.replacing(rules):
             model.run(tokens, read=S.resid_post[layers[-1]], logits=False)
-    return made
+    return outputs
 
 
 def _demand_apart(model: ic.Model, layers: Iterable[int]) -> None:
@@ -153,7 +151,7 @@ def _demand_apart(model: ic.Model, layers: Iterable[int]) -> None:
             )
 
 
-def _rule(made: ExpertOutputs, layer: int, n_experts: int, counted: Bool[Tensor, " token"], piece_bytes: int) -> Any:
+def _rule(totals: ExpertOutputs, layer: int, n_experts: int, counted: Bool[Tensor, " token"], piece_bytes: int) -> Any:
     """What an experts' module does, and beside it the outputs of its experts without their weights."""
 
     def rule(module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +170,7 @@ def _rule(made: ExpertOutputs, layer: int, n_experts: int, counted: Bool[Tensor,
             outputs = forward(hidden[slots], expert[:, None], single).detach()
             weight = weights[part].detach().flatten()
             _demand_sum(module, (outputs * weight[:, None]).view(len(part), -1, outputs.shape[1]).sum(1), out[part])
-            made.add(layer, expert, weight, outputs, n_experts)
+            totals.add(layer, expert, weight, outputs, n_experts)
         return out
 
     return rule

@@ -34,6 +34,8 @@ from jaxtyping import Float, Int
 import interp_core as ic
 from interp_core import sites as S
 
+from .._json_files import read_json
+
 FORMAT = "router-points/1"
 LayerIndex = Literal["decoder", "router"]
 
@@ -253,8 +255,8 @@ def points_of(
         for expert in range(matrix.shape[1])
         if not positive or matrix[row, expert] > 0
     ]  # fmt: skip
-    made = Points(ranked(cells), statistic, shape)
-    return made if shape is None else demand_shape(made, shape, "these points")
+    points = Points(ranked(cells), statistic, shape)
+    return points if shape is None else demand_shape(points, shape, "these points")
 
 
 def read_points(path: str | Path, shape: Shape | None = None, *, layer_index: LayerIndex | None = None) -> Points:
@@ -270,10 +272,7 @@ def read_points(path: str | Path, shape: Shape | None = None, *, layer_index: La
         LoadError: no file of points, or a damaged one, with the field.
         PlanError: points of another model, layer or number of experts; an old file whose layers may mean two things.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ic.LoadError(f"{path} holds no readable points: {error}") from error
+    data = read_json(path, "a file of points")
     head = data if isinstance(data, dict) else {}
     rows = head.get("points") if isinstance(data, dict) else data
     if not isinstance(rows, list):
@@ -284,16 +283,16 @@ def read_points(path: str | Path, shape: Shape | None = None, *, layer_index: La
     new = head.get("format")
     if new is not None and new != FORMAT:
         raise ic.LoadError(f"{path} is of format {new!r}; this version reads {FORMAT!r}, and lists without a format")
-    made = Points(ranked(_point(path, i, row) for i, row in enumerate(rows)), str(head.get("statistic", "")))
+    points = Points(ranked(_point(path, i, row) for i, row in enumerate(rows)), str(head.get("statistic", "")))
     if new is not None:
         if layer_index == "router":
             raise ic.PlanError(f"{path} is a {FORMAT} file, whose layers are the decoder's; leave layer_index out")
-        made = replace(made, shape=_shape(path, head))
+        points = replace(points, shape=_shape(path, head))
     elif shape is not None:
-        made = _as_decoder(path, made, shape, layer_index)
+        points = _as_decoder(path, points, shape, layer_index)
     elif layer_index == "router":
         raise ic.PlanError(f"{path}: layer_index='router' needs the model to know its layers by; give shape=")
-    return made if shape is None else demand_shape(made, shape, str(path))
+    return points if shape is None else demand_shape(points, shape, str(path))
 
 
 def _as_decoder(path: str | Path, points: Points, shape: Shape, layer_index: LayerIndex | None) -> Points:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 import interp_core as ic
@@ -50,6 +50,12 @@ class Places:
         """A value `[batch pos …]` at these tokens, `[n …]`."""
         places = self.rows * values.shape[1] + self.columns
         return values.flatten(0, 1).index_select(0, places.to(values.device))  # whole rows at a time, unlike indexing
+
+    def mask(self, tokens: ic.Tokens) -> Bool[Tensor, " token"]:
+        """Which tokens of the batch they are, rows after one another: as blocks of experts are handed them."""
+        chosen = torch.zeros(tokens.ids.shape, dtype=torch.bool)
+        chosen[self.rows, self.columns] = True
+        return chosen.flatten()
 
     def ids(self, tokens: ic.Tokens) -> Int[Tensor, " n"]:
         """Their token ids."""
@@ -127,7 +133,7 @@ def usage_of(
         CapabilityError, PositionError: as `read_layers`.
     """
     wanted = {"all": None, "last": -1} if views is None else dict(views)
-    made = {name: Usage(keep_samples=keep_samples) for name in wanted}
+    usages = {name: Usage(keep_samples=keep_samples) for name in wanted}
     for tokens in batches:
         everywhere = Places(tokens)
         width = tokens.ids.shape[1]
@@ -144,10 +150,10 @@ def usage_of(
             picks: Mapping[str, Tensor] = picks,
             n_rows: int = len(tokens),
         ) -> None:
-            for name, usage in made.items():
+            for name, usage in usages.items():
                 whole = len(picks[name]) == len(routed)
                 part = routed if whole else routed.take(picks[name].to(routed.chosen.device))
                 usage.add_layer(layer, part, None if n_rows == 1 else parts[name].rows, n_rows)
 
         read_layers(model, tokens, consume)
-    return made
+    return usages

@@ -113,23 +113,23 @@ class RouteUtilityResult(ic.Result):
     @cached_property
     def per_token(self) -> dict[str, Float[np.ndarray, "token layer"]]:
         """Regret, better and spearman of every token and layer, and the random sets'; NaN where there is no number."""
-        made: dict[str, np.ndarray] = {}
+        columns: dict[str, np.ndarray] = {}
         for name, gains in (("", self._gains(self.utility[..., 1:])), ("_random", self._gains(self.random))):
-            made[f"regret{name}"] = gains.nan_to_num(0.0).clamp(min=0).amax(-1).numpy()
-            made[f"better{name}"] = ((gains > 0).sum(-1).double() / (~gains.isnan()).sum(-1)).numpy()
-        made["excess"] = made["regret"] - made["regret_random"]
-        made["spearman"] = self._ranked()
-        return made
+            columns[f"regret{name}"] = gains.nan_to_num(0.0).clamp(min=0).amax(-1).numpy()
+            columns[f"better{name}"] = ((gains > 0).sum(-1).double() / (~gains.isnan()).sum(-1)).numpy()
+        columns["excess"] = columns["regret"] - columns["regret_random"]
+        columns["spearman"] = self._ranked()
+        return columns
 
     def _ranked(self) -> Float[np.ndarray, "token layer"]:
         utility, scores = self.utility[self._asked].numpy(), self.scores[self._asked].numpy()
-        made = np.full(utility.shape[:2], np.nan)
-        for token, layer in np.ndindex(*made.shape):
+        correlations = np.full(utility.shape[:2], np.nan)
+        for token, layer in np.ndindex(*correlations.shape):
             there = ~np.isnan(utility[token, layer])
             worth = utility[token, layer, there]
             if there.sum() >= 3 and np.ptp(worth) > float(self.tolerance[token]):
-                made[token, layer] = stats.spearman(scores[token, layer, there], worth)
-        return made
+                correlations[token, layer] = stats.spearman(scores[token, layer, there], worth)
+        return correlations
 
     def group(self, name: Group) -> Bool[np.ndarray, " token"]:
         """All tokens, the fragile quarter (of all that this result has), or the others.

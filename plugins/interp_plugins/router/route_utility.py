@@ -115,17 +115,17 @@ class RouteUtility(ic.Method):
         """One sweep per token, on the text up to it."""
         layers = layers_of(model, config)
         n_experts, k = model.sizes(S.router_logits[layers[0]])["expert"], model.sizes(S.router_indices)["k"]
-        made = Table(tokens, len(layers), config.count, k)
+        table = Table(tokens, len(layers), config.count, k)
         for number, row in enumerate(tokens):
             text_columns = tokens.rows.real[number]
-            made.token_layers += row.ids.shape[1] * (model.layers(S.router_logits)[-1] + 1)  # reading the routing
+            table.token_layers += row.ids.shape[1] * (model.layers(S.router_logits)[-1] + 1)  # reading the routing
             for place, real, cells in _cells(model, row, layers, config):
-                made.add(number, text_columns[place], cells, *_swept(model, row, real, cells, config))
+                table.add(number, text_columns[place], cells, *_swept(model, row, real, cells, config))
             at = [row.rows.real[0].index(column) for column in columns_of(row, config.at)]
-            made.labels.append(tuple(row.labels[0][place] for place in at))
-            made.targets.append(tuple(row.labels[0][place + 1] for place in at))
+            table.labels.append(tuple(row.labels[0][place] for place in at))
+            table.targets.append(tuple(row.labels[0][place + 1] for place in at))
         return RouteUtilityResult(
-            **made.tensors(), token_labels=tuple(made.labels), target_labels=tuple(made.targets),
+            **table.tensors(), token_labels=tuple(table.labels), target_labels=tuple(table.targets),
             layers=tuple(layers), model=Path(model.source).name, n_layers=model.n_layers, n_experts=n_experts, top_k=k,
             routes=config.routes, alternatives=config.count, weights=config.weights,
             temperature=config.temperature, seed=config.seed, dtype=str(model.dtype).removeprefix("torch."),
@@ -180,23 +180,25 @@ def layers_of(model: ic.Model, config: RouteUtilityConfig) -> list[int]:
         SiteError: one without experts.
         PlanError: none, or routers that give every token all experts, so that there is one route.
     """
-    having = model.layers(S.router_logits)
-    asked = having if config.layers is None else sorted({i + model.n_layers if i < 0 else i for i in config.layers})
-    for layer in asked:
-        if layer not in having:
+    routed_layers = model.layers(S.router_logits)
+    layers = (
+        routed_layers if config.layers is None else sorted({i + model.n_layers if i < 0 else i for i in config.layers})
+    )
+    for layer in layers:
+        if layer not in routed_layers:
             raise ic.SiteError(
-                f"route_utility: layer {layer} of {model.source} has no experts; those that have: {having}"
+                f"route_utility: layer {layer} of {model.source} has no experts; those that have: {routed_layers}"
             )
-    if not asked:
+    if not layers:
         raise ic.PlanError("route_utility: layers=[] names none; leave it out for all that have experts")
     k = model.sizes(S.router_indices)["k"]
-    for layer in asked:
+    for layer in layers:
         if (n := model.sizes(S.router_logits[layer])["expert"]) <= k:
             raise ic.PlanError(
                 f"route_utility: layer {layer} of {model.source} gives every token all {n} experts: there is one "
                 "route, and nothing to compare it with"
             )
-    return asked
+    return layers
 
 
 def columns_of(row: ic.Tokens, at: Any) -> list[int]:

@@ -72,29 +72,28 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
     layers = demand_routers("shared experts", model)
     blocks = {layer: (model.module("mlp", layer), model.module("experts", layer)) for layer in layers}
     gated = not model.can("shared_expert_gate", "read")
-    made = SharedExperts()
+    shared = SharedExperts()
     for tokens in batches:
         places = Places(tokens, at)
-        counted = torch.zeros(tokens.ids.shape, dtype=torch.bool)
-        counted[places.rows, places.columns] = True
+        counted = places.mask(tokens)
         rules: dict[Any, Any] = {}
         for layer, (block, experts) in blocks.items():
-            rules |= _rules(made, layer, block, experts, counted.flatten())
+            rules |= _rules(shared, layer, block, experts, counted)
         with model.replacing(rules):
             read = [S.shared_expert_gate] if gated else []
             run = model.run(tokens, read=[*read, S.resid_post[layers[-1]]], logits=False)
         for layer in layers if gated else ():
-            made.add(layer, {"gate": places.of(run[S.shared_expert_gate[layer]].plain[..., 0])})
-        made.tokens += int(counted.sum())
-        if not any(sums["shared_norm"] for sums in made.sums.values()):
+            shared.add(layer, {"gate": places.of(run[S.shared_expert_gate[layer]].plain[..., 0])})
+        shared.tokens += int(counted.sum())
+        if not any(sums["shared_norm"] for sums in shared.sums.values()):
             raise ic.CapabilityError(
                 f"shared experts: {model.source} ({model.hf.config.model_type}) has none in its blocks with routers: "
                 "what these put out is what the routed experts give"
             )
-    return made
+    return shared
 
 
-def _rules(made: SharedExperts, layer: int, block: Any, experts: Any, counted: Bool[Tensor, " token"]) -> Any:
+def _rules(shared: SharedExperts, layer: int, block: Any, experts: Any, counted: Bool[Tensor, " token"]) -> Any:
     """What keeps the routed experts' sum, and then compares the block's output with it."""
     routed: list[Tensor] = []
 
@@ -107,7 +106,7 @@ def _rules(made: SharedExperts, layer: int, block: Any, experts: Any, counted: B
     def of_block(_: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
         whole = (out[0] if isinstance(out, tuple) else out).detach().reshape(len(counted), -1)
-        made.add(layer, _compared(whole[counted.to(whole.device)], routed.pop()))
+        shared.add(layer, _compared(whole[counted.to(whole.device)], routed.pop()))
         return out
 
     return {experts: of_experts, block: of_block}

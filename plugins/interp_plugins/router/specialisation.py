@@ -43,10 +43,10 @@ def domain_shares(counts: Any, tokens: Any) -> Float[np.ndarray, "*domain layer 
             f"domain_shares: counts are {list(n.shape)}, tokens {list(below.shape)}; give one number of tokens, above "
             "0, per domain"
         )
-    found = n / below[..., None, None]
-    if (found > 1).any():
+    shares = n / below[..., None, None]
+    if (shares > 1).any():
         raise ic.PlanError("domain_shares: an expert was chosen by more tokens than there are; were slots counted?")
-    return found
+    return shares
 
 
 class Domains(NamedTuple):

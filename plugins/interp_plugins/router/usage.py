@@ -64,8 +64,8 @@ class LayerSums:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
-        found = {name: getattr(self, name) for name in ("tokens", "count", "weight", "prob", "executed")}
-        return {name: value for name, value in found.items() if value is not None}
+        sums = {name: getattr(self, name) for name in ("tokens", "count", "weight", "prob", "executed")}
+        return {name: value for name, value in sums.items() if value is not None}
 
     def cpu(self) -> LayerSums:
         """The same in the host's memory."""

@@ -177,7 +177,7 @@ def image_gate(score: stats.Interval, blind: stats.Interval, thresholds: Thresho
         score: original minus random image, paired, of what the model answers.
         blind: mean Δ of replacing the whole image.
     """
-    status = worst(*(above(one, 0.0, thresholds.images) for one in (score, blind)))
+    status = worst(*(above(interval, 0.0, thresholds.images) for interval in (score, blind)))
     seen = f"{score.detectable:.3f} of the score would be seen"
     why = f"the image is worth {score:.3f} of the score and {blind:.3f} nats; {score.units} images, {seen}"
     return Gate("G1", status, score.value, score.low, score.high, "lower ends > 0", records, why)

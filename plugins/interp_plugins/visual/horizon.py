@@ -129,7 +129,7 @@ class Claim:
 
     def row(self) -> dict[str, Any]:
         """As JSON."""
-        both = {name: None if one is None else one.row() for name, one in
+        both = {name: None if estimate is None else estimate.row() for name, estimate in
                 (("before", self.before), ("after", self.after))}  # fmt: skip
         return {"cliff": self.cliff, "holds": self.holds, "margin": self.margin} | both
 
@@ -147,7 +147,7 @@ def noise(blanks: Sequence[np.ndarray]) -> float:
     Raises:
         PlanError: none, or numbers that are not finite.
     """
-    values = np.concatenate([np.abs(np.asarray(one, dtype=np.float64)).ravel() for one in blanks] or [np.zeros(0)])
+    values = np.concatenate([np.abs(np.asarray(blank, dtype=np.float64)).ravel() for blank in blanks] or [np.zeros(0)])
     if not len(values) or not np.isfinite(values).all():
         raise ic.PlanError(f"information horizon: {len(values)} numbers of blank images; give finite ones, or epsilon=")
     return float(np.quantile(values, QUANTILE))
@@ -194,19 +194,19 @@ def horizon(
     """
     gains = np.asarray(advantage, dtype=np.float64)
     wanted = (len(information), len(layers.numbers), len(fractions))
-    if gains.shape != wanted or any(len(one) != wanted[1] for one in information) or epsilon < 0:
+    if gains.shape != wanted or any(len(each) != wanted[1] for each in information) or epsilon < 0:
         raise ic.PlanError(
             f"information horizon: advantages {list(gains.shape)} and ε = {epsilon:g}; they are {list(wanted)} for "
             "these samples, layers and fractions, and ε is not below 0"
         )
-    means = np.stack([np.asarray(one, dtype=np.float64).mean(-1) for one in information])
-    both = stats.Bootstrap(images, resamples=resamples, seed=seed)
+    means = np.stack([np.asarray(each, dtype=np.float64).mean(-1) for each in information])
+    boot = stats.Bootstrap(images, resamples=resamples, seed=seed)
     upper = stats.Bootstrap(images, level=0.9, resamples=resamples, seed=seed).band(means, axes=("layer",))
-    better = both.band(gains, axes=("layer", "fraction"), name="ranked - random")
+    better = boot.band(gains, axes=("layer", "fraction"), name="ranked - random")
     return Horizon(
-        layers, both.band(means, axes=("layer",), name="information"), np.mean([gini(one) for one in information], 0),
-        np.mean([variation(one) for one in information], 0), float(epsilon),
-        int(layers.at(depth.falls_below(upper.high, epsilon))),
+        layers, boot.band(means, axes=("layer",), name="information"),
+        np.mean([gini(each) for each in information], 0), np.mean([variation(each) for each in information], 0),
+        float(epsilon), int(layers.at(depth.falls_below(upper.high, epsilon))),
         int(layers.at(depth.falls_below((better.low > margin).any(-1).astype(float), 0.5))), tuple(fractions), better,
         float(margin),
     )  # fmt: skip

@@ -137,8 +137,8 @@ class Measuring:
             return self._swept(
                 sample.tokens, noisy(sample, clean.image, plan.layers, plan.deepstack, plan.scale, seeds)
             )
-        made = self._made(what.what) if source is None else source.image
-        return self._swept(sample.tokens, replacements(made, plan.layers, plan.deepstack))
+        replacement = self._made(what.what) if source is None else source.image
+        return self._swept(sample.tokens, replacements(replacement, plan.layers, plan.deepstack))
 
     def _made(self, what: str) -> visual.States:
         """Rows made of the sample's own, or of the data set's."""
@@ -149,9 +149,9 @@ class Measuring:
 
     def _swept(self, tokens: ic.Tokens, variants: Sequence[Variant]) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         edits = [variant.edits for variant in variants]
-        found = self.model.sweep(tokens, edits, self.scores.listed(), strategy=self.plan.strategy)
+        sweeps = self.model.sweep(tokens, edits, self.scores.listed(), strategy=self.plan.strategy)
         per = len(variants) // len(self.plan.layers)
-        values = {one.score: one.values[:, 0].reshape(-1, per) for one in found}
+        values = {sweep.score: sweep.values[:, 0].reshape(-1, per) for sweep in sweeps}
         means = {name: x[:, 0] if name == "token" else x.mean(-1) for name, x in values.items()}
         return means, tuple(variant.hit for variant in variants[::per])
 
@@ -177,9 +177,9 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
         PlanError: another image that is needed and not given, layers that there are not, no reference rows.
         CapabilityError: a site that cannot be changed.
     """
-    given = {"blind": blind, "swap": swap, "": True}
+    available = {"blind": blind, "swap": swap, "": True}
     for what in plan.interventions:
-        if not given[what.sources]:
+        if not available[what.sources]:
             raise ic.PlanError(f"{what.name} needs another image: visual(model, tokens, {what.sources}=tokens_with_it)")
         site = "pattern" if what.kind in ("knockout", "truncation", "band") else "resid_pre"
         if what.kind == "band":

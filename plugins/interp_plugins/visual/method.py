@@ -148,7 +148,7 @@ class VisualResult(ic.Result):
             names, names if images is None else images, [""] * count if groups is None else groups,
             [False] * count if pilots is None else pilots, strict=True,
         )  # fmt: skip
-        return Records.of(row for i, one in enumerate(who) for row in self._rows(i, *one))
+        return Records.of(row for i, described in enumerate(who) for row in self._rows(i, *described))
 
     def _rows(self, i: int, sample: str, image: str, group: str, pilot: bool) -> list[dict[str, Any]]:
         head = {"sample": sample, "image": image, "group": group, "pilot": bool(pilot), "n_layers": self.n_layers}
@@ -248,12 +248,12 @@ class Visual(ic.Method):
             Measuring(model, sample, plan, modes_of(b, "blind"), modes_of(s, "swap"))
             for sample, b, s in zip(samples, blind, swap, strict=True)
         ]
-        found = []
+        measured = []
         with ic.Progress("visual", count, shown=config.progress) as progress:
-            for one in work:
-                found.append(one.run())
+            for measuring in work:
+                measured.append(measuring.run())
                 progress.add()
-        return _result(plan, found, [len(sample.ids) for sample in samples])
+        return _result(plan, measured, [len(sample.ids) for sample in samples])
 
     def _plan(self, model: ic.Model, config: VisualConfig) -> Plan:
         layers = model.layers(S.resid_pre if config.layers is None else S.resid_pre[config.layers])
@@ -267,23 +267,23 @@ class Visual(ic.Method):
         )  # fmt: skip
 
 
-def _result(plan: Plan, found: Sequence[Measured], m: Sequence[int]) -> VisualResult:
-    names = tuple(found[0].curves)
+def _result(plan: Plan, measured: Sequence[Measured], m: Sequence[int]) -> VisualResult:
+    names = tuple(measured[0].curves)
     whole = torch.full((len(plan.layers),), float("nan"))
 
     def stacked(field: str) -> Tensor:
-        rows = [torch.stack([one.curves[name].get(field, whole).double() for name in names]) for one in found]
+        rows = [torch.stack([sample.curves[name].get(field, whole).double() for name in names]) for sample in measured]
         return torch.stack(rows)
 
-    modes = tuple(found[0].blind)
-    blind = [[[first_of(one.blind[mode], field) for field in FIELDS] for mode in modes] for one in found]
-    clean = [[first_of(one.clean, field) for field in FIELDS] for one in found]
+    modes = tuple(measured[0].blind)
+    blind = [[[first_of(sample.blind[mode], field) for field in FIELDS] for mode in modes] for sample in measured]
+    clean = [[first_of(sample.clean, field) for field in FIELDS] for sample in measured]
     kinds = [next(what.name for what in plan.interventions if f"{name} ".startswith(f"{what.name} ")) for name in names]
     return VisualResult(
         mean=stacked("mean"), first=stacked("first"), p=stacked("p"), kl=stacked("kl"), right=stacked("right"),
         token=stacked("token"), foil=stacked("foil"), clean=torch.tensor(clean, dtype=torch.float64),
-        blind=torch.tensor(blind, dtype=torch.float64).reshape(len(found), len(modes), len(FIELDS)),
+        blind=torch.tensor(blind, dtype=torch.float64).reshape(len(measured), len(modes), len(FIELDS)),
         m=torch.tensor(list(m)), curves=names,
         interventions=tuple(kinds), modes=modes, layers=plan.layers, n_layers=plan.n_layers,
-        hit=tuple(found[0].hit[name] for name in names),
+        hit=tuple(measured[0].hit[name] for name in names),
     )  # fmt: skip

@@ -14,7 +14,6 @@ Source: specification of this project; ρ = 100 (p - p_clean) / p_clean of Zhang
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from jaxtyping import Float
 import interp_core as ic
 from interp_core import runs, stats
 
+from .._json_files import json_rows
 from .depth import Layers
 
 Row = Mapping[str, Any]
@@ -106,18 +106,7 @@ class Records:
         Raises:
             LoadError: no such file, or a line that is no row.
         """
-        try:
-            lines = runs.split_lines(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ic.LoadError(f"{path} cannot be read: {error}") from error
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-                assert isinstance(rows[-1], dict)
-            except (ValueError, AssertionError) as error:
-                raise ic.LoadError(f"{path}, line {number}, is no record: {line:.60}") from error
-        return Records(tuple(rows))
+        return Records(tuple(row for _, row in json_rows(path)))
 
     def text(self) -> str:
         """As JSONL."""

@@ -231,23 +231,23 @@ class InformationHorizon(ic.Method):
         for sample, blank in zip(samples, blanks, strict=True):
             if blank is not None:
                 demand_twin(sample, blank, "the blank image")
-        found = []
+        parts = []
         with ic.Progress(self.name, len(samples), shown=config.progress) as progress:
             for sample, blank in zip(samples, blanks, strict=True):
-                found.append(_Removing(model, sample, config).run(blank))
+                parts.append(_Removing(model, sample, config).run(blank))
                 progress.add()
         width, columns = tokens.ids.shape[1], [tokens.rows.real[row] for row in range(len(tokens))]
-        places = [[real[v] for v in one["looked"]] for real, one in zip(columns, found, strict=True)]
+        places = [[real[v] for v in part["looked"]] for real, part in zip(columns, parts, strict=True)]
         information, blank_information = (
-            None if any(one[key] is None for one in found) else torch.stack(
-                [_laid_out(one[key], place, width) for one, place in zip(found, places, strict=True)]
+            None if any(part[key] is None for part in parts) else torch.stack(
+                [_laid_out(part[key], place, width) for part, place in zip(parts, places, strict=True)]
             )
             for key in ("information", "blank")
         )  # fmt: skip
         assert information is not None
         return HorizonResult(
-            information, blank_information, torch.stack([one["kept"] for one in found]),
-            torch.stack([one["clean"] for one in found]), _layers(model, config), model.n_layers, tuple(config.keep),
+            information, blank_information, torch.stack([part["kept"] for part in parts]),
+            torch.stack([part["clean"] for part in parts]), _layers(model, config), model.n_layers, tuple(config.keep),
             config.ranking,
         )  # fmt: skip
 
@@ -312,8 +312,8 @@ class _Removing:
                 kept = max(1, min(len(visual) - 1, math.floor(share * len(visual) + 0.5)))
                 draws = [np.random.default_rng([config.seed, draw, kept]) for draw in range(config.subsets)]
                 orders = [order, *(draw.permutation(len(visual)) for draw in draws)]
-                gone = [sorted(visual[one[kept:]].tolist()) for one in orders]
-                edits += [removed(self.model, self.sample.tokens, one, layer) for one in gone]
+                gone = [sorted(visual[ranking[kept:]].tolist()) for ranking in orders]
+                edits += [removed(self.model, self.sample.tokens, columns, layer) for columns in gone]
         values, _ = self._scored(self.sample.tokens, edits)
         return values.reshape(len(MEASURED), len(self.layers), len(config.keep), 1 + config.subsets)
 
@@ -321,7 +321,7 @@ class _Removing:
         self, tokens: ic.Tokens, edits: Sequence[list[ic.Edit]]
     ) -> tuple[Float[Tensor, "score variant"], Float[Tensor, " score"]]:
         wanted = {score.name: score for score in AnswerScores(self.sample).listed()}
-        found = self.model.sweep(tokens, edits, [wanted[name] for name in MEASURED], strategy=self.config.strategy)
-        by = {one.score: one for one in found}
+        sweeps = self.model.sweep(tokens, edits, [wanted[name] for name in MEASURED], strategy=self.config.strategy)
+        by = {sweep.score: sweep for sweep in sweeps}
         values = torch.stack([by[name].values[:, 0].double().cpu() for name in MEASURED])
         return values, torch.stack([by[name].clean[0].double().cpu() for name in MEASURED])

@@ -154,13 +154,13 @@ class AnswerScores:
         each = logp.gather(-1, ids.expand(logits.shape[:-1])[..., None])[..., 0]
         best = logits.argmax(-1)
         wanted = logp[0, 0] if self.reference is None else self.reference.to(logp.device, logp.dtype)
-        found = {
+        by_name = {
             "mean": each.mean(-1), "first": each[:, 0], "p": each[:, 0].exp(), "right": (best == ids).all(-1).to(logp),
             "token": best[:, 0].to(logp), "kl": (wanted.exp() * (wanted - logp[:, 0])).sum(-1),
         }  # fmt: skip
         if self.sample.foil is not None:
-            found["foil"] = logits[:, 0, ids[0]] - logits[:, 0, self.sample.foil]
-        return found
+            by_name["foil"] = logits[:, 0, ids[0]] - logits[:, 0, self.sample.foil]
+        return by_name
 
 
 def per_row(value: Any, rows: int, what: str) -> Sequence[Any]:
@@ -183,7 +183,7 @@ def modes_of(item: Any, what: str) -> Mapping[str, ic.Tokens]:
     Raises:
         PlanError: something that is no tokens.
     """
-    found = {} if item is None else {"image": item} if isinstance(item, ic.Tokens) else item
-    if not isinstance(found, Mapping) or not all(isinstance(x, ic.Tokens) for x in found.values()):
+    modes = {} if item is None else {"image": item} if isinstance(item, ic.Tokens) else item
+    if not isinstance(modes, Mapping) or not all(isinstance(x, ic.Tokens) for x in modes.values()):
         raise ic.PlanError(ic.errors.wrong(what, "tokens of the same text with another image, or some by mode", item))
-    return found
+    return modes

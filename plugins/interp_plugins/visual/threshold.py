@@ -112,9 +112,9 @@ def threshold(
             "positions that predict it, that the model answers these questions, and that the blind images differ"
         )
     peak = float(mean.max())
-    found = max(floor, ratio * peak) if adaptive else tau
+    chosen = max(floor, ratio * peak) if adaptive else tau
     kind: Literal["fixed", "adaptive"] = "adaptive" if adaptive else "fixed"
-    return Threshold(float(found), kind, float(floor), float(ratio), peak, len(values), float(interval.low))
+    return Threshold(float(chosen), kind, float(floor), float(ratio), peak, len(values), float(interval.low))
 
 
 def _nothing(mean: Float[np.ndarray, " layer"], blind: stats.Interval, floor: float) -> str:

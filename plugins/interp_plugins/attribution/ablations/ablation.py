@@ -158,8 +158,8 @@ class Ablation:
         clean: Tensor | None = None
         values = torch.zeros(len(self.removals), dtype=torch.promote_types(self.model.dtype, torch.float32))
         for part in self._parts(judge, self.gone):
-            found, base = self._of_part(part)
-            values[part.numbers] = found.to(values)
+            scores, base = self._of_part(part)
+            values[part.numbers] = scores.to(values)
             clean = base if _is_clean(part, judge) else clean
         return self._judged(judge) if clean is None else clean, values
 

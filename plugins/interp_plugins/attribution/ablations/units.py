@@ -95,13 +95,13 @@ def words(text: str) -> list[Chars]:
 
 def runs(positions: Sequence[int]) -> list[range]:
     """Ascending positions as ranges without gaps."""
-    found: list[range] = []
+    ranges: list[range] = []
     for position in positions:
-        if found and found[-1].stop == position:
-            found[-1] = range(found[-1].start, position + 1)
+        if ranges and ranges[-1].stop == position:
+            ranges[-1] = range(ranges[-1].start, position + 1)
         else:
-            found.append(range(position, position + 1))
-    return found
+            ranges.append(range(position, position + 1))
+    return ranges
 
 
 def _text_units(owner: str, layout: Layout, kind: Kind) -> list[Unit]:

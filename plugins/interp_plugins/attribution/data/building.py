@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 
 import interp_core as ic
 
-from .cache import Example, Profile, boxes, example_tokens, with_spans
+from .examples import Example, boxes, with_spans
+from .tokens import Profile, example_tokens
 
 Form = Literal["contains", "boxed"]
 """What an answer must look like; see the module."""
@@ -60,7 +61,7 @@ def answers_of(example: Example) -> list[str]:
     """The texts that a right answer holds."""
     outputs = example.metadata.get("outputs")
     texts = outputs if isinstance(outputs, list) and outputs else [example.metadata.get("reference_answer") or ""]
-    return [str(one).strip() for one in texts if str(one).strip()]
+    return [str(answer).strip() for answer in texts if str(answer).strip()]
 
 
 def same(answer: str, example: Example) -> bool:
@@ -86,8 +87,8 @@ def _is_number(content: str) -> bool:
 
 def _last(content: str, wanted: str) -> tuple[int, int] | None:
     """Where a text stands last as a word of its own."""
-    found = list(re.finditer(rf"(?<![\w]){re.escape(wanted)}(?![\w]|[.,]\d)", content))
-    return found[-1].span() if found else None
+    matches = list(re.finditer(rf"(?<![\w]){re.escape(wanted)}(?![\w]|[.,]\d)", content))
+    return matches[-1].span() if matches else None
 
 
 def build(
@@ -116,39 +117,39 @@ def build(
     Raises:
         TextError: no tokenizer, or a prompt that its template does not show.
     """
-    asked = [
-        replace(one, prompt=f"{one.prompt}\n{instruction}" if instruction else one.prompt, target=None)
-        for one in examples
+    prompts = [
+        replace(example, prompt=f"{example.prompt}\n{instruction}" if instruction else example.prompt, target=None)
+        for example in examples
     ]
-    for start in range(0, len(asked), batch_size):
-        some = asked[start : start + batch_size]
+    for start in range(0, len(prompts), batch_size):
+        some = prompts[start : start + batch_size]
         yield from _some(model, some, form, judge, max_new_tokens, keep_unfinished, profile)
 
 
 def _some(
-    model: ic.Model, asked: list[Example], form: Form, judge: Judge, max_new_tokens: int, keep_unfinished: bool,
+    model: ic.Model, prompts: list[Example], form: Form, judge: Judge, max_new_tokens: int, keep_unfinished: bool,
     profile: Profile,
 ) -> Iterator[Built]:  # fmt: skip
     """One batch; where it does not fit the context, its rows one by one."""
-    rows = [example_tokens(model, one, profile) for one in asked]
+    rows = [example_tokens(model, example, profile) for example in prompts]
     try:
-        made = model.generate(ic.Tokens.stack(rows), max_new_tokens=max_new_tokens)
+        written = model.generate(ic.Tokens.stack(rows), max_new_tokens=max_new_tokens)
     except ic.TextError:
-        if len(asked) == 1:
+        if len(prompts) == 1:
             yield Built(None, "too_long", "")
             return
-        for one in asked:
-            yield from _some(model, [one], form, judge, max_new_tokens, keep_unfinished, profile)
+        for example in prompts:
+            yield from _some(model, [example], form, judge, max_new_tokens, keep_unfinished, profile)
         return
-    for i, one in enumerate(asked):
-        new = made.tokens.row(i)
+    for i, example in enumerate(prompts):
+        new = written.tokens.row(i)
         span = new.spans["generated"][0][0]
         ids = new.ids[0, span.start : span.stop].tolist()
-        ids = ids[:-1] if made.ended[i] else ids
-        if not made.ended[i] and not keep_unfinished:
-            yield Built(None, "unfinished", made.texts[i])
+        ids = ids[:-1] if written.ended[i] else ids
+        if not written.ended[i] and not keep_unfinished:
+            yield Built(None, "unfinished", written.texts[i])
         else:
-            yield _judged(model, one, made.texts[i], ids, form, judge, profile)
+            yield _judged(model, example, written.texts[i], ids, form, judge, profile)
 
 
 def _judged(
@@ -170,27 +171,27 @@ def _judged(
     if not right:
         return Built(None, "wrong", said)
     metadata = {**example.metadata, "judge_response": "True", "boxed_answer": answer}
-    found = with_spans(replace(example, target=target, metadata=metadata), model.tokenizer) if answer else None
-    if found is None:
+    marked = with_spans(replace(example, target=target, metadata=metadata), model.tokenizer) if answer else None
+    if marked is None:
         return Built(None, "no_span", said)
     try:
-        tokens = example_tokens(model, found, profile)
+        tokens = example_tokens(model, marked, profile)
     except ic.TextError:  # the answer's beginning shares a token with the prompt's end, once both are text
         return Built(None, "other_tokens", said)
     at = tokens.spans["target"][0][0]
-    made = tokens.ids[0, at.start : at.stop].tolist()
-    if form == "contains" and made[: len(ids)] != ids[: len(made)]:
+    target_ids = tokens.ids[0, at.start : at.stop].tolist()
+    if form == "contains" and target_ids[: len(ids)] != ids[: len(target_ids)]:
         return Built(None, "other_tokens", said)
     count = len(model.tokenizer(target, add_special_tokens=False)["input_ids"])
-    return Built(replace(found, metadata={**found.metadata, "target_tokens": count}), "", said)
+    return Built(replace(marked, metadata={**marked.metadata, "target_tokens": count}), "", said)
 
 
 def split_boxed(content: str) -> tuple[str, str] | None:
     """Reasoning and what is in the last box, where nothing follows the box, and neither is empty."""
-    found = boxes(content)
-    if not found:
+    boxed = boxes(content)
+    if not boxed:
         return None
-    start, stop, inner = found[-1]
+    start, stop, inner = boxed[-1]
     reasoning = content[:start].strip()
     return (reasoning, inner) if reasoning and inner and not content[stop:].strip() else None
 

@@ -255,10 +255,10 @@ def migrated(example: Example, tokenizer: Any) -> Example:
         return example
     if example.sink_span is not None:
         return replace(example, indices_to_explain=example.sink_span, sentences=None)
-    found = with_spans(example, tokenizer)
-    if found is None:
+    marked = with_spans(example, tokenizer)
+    if marked is None:
         raise ic.TextError(
             f"{example.where}: indices_to_explain {list(example.sentences)} counts sentences, which says nothing of "
             f"tokens; give sink_span, or metadata.boxed_answer with a text of the target {example.target!r:.60}"
         )
-    return found
+    return marked

@@ -27,7 +27,8 @@ import interp_core as ic
 from interp_core import errors
 from interp_core.toys.text import NAMES, needle_example
 
-from .cache import FIELDS, Example, boxes, example_of, json_rows, parsed, with_spans
+from ..._json_files import json_rows, parsed
+from .examples import FIELDS, Example, boxes, example_of, with_spans
 
 Row = Mapping[str, Any]
 
@@ -182,11 +183,11 @@ def mapped(example: Example, tokenizer: Any) -> Example | None:
         raise ic.TextError(
             f"{example.where} has no solution; let a model write one, or give a source of kind gsm8k or math"
         )
-    found = with_spans(example, tokenizer)
-    if found is None:
+    marked = with_spans(example, tokenizer)
+    if marked is None:
         return None
     count = len(tokenizer(example.target, add_special_tokens=False)["input_ids"])
-    return replace(found, metadata={**found.metadata, "target_tokens": count})
+    return replace(marked, metadata={**marked.metadata, "target_tokens": count})
 
 
 # Made up
@@ -227,30 +228,30 @@ def _needle(rng: random.Random, sentences: int, hidden: int, where: str) -> Exam
         i: f"The special number of the {place} is {number}."
         for i, place, number in zip(at, places, numbers, strict=True)
     }
-    asked = rng.randrange(hidden)
+    wanted = rng.randrange(hidden)
     prompt, spans = "", []
     for i in range(sentences):
         if i in facts:
-            if i == at[asked]:
+            if i == at[wanted]:
                 spans.append({"span": [len(prompt), len(prompt) + len(facts[i])], "snippet": facts[i]})
             prompt += facts[i] + " "
         prompt += rng.choice(NOISE) + " "
-    prompt += f"\nWhat is the special number of the {places[asked]}?"
-    return _made_up("needles", prompt, numbers[asked], spans, where)
+    prompt += f"\nWhat is the special number of the {places[wanted]}?"
+    return _made_up("needles", prompt, numbers[wanted], spans, where)
 
 
 def two_steps(count: int, *, seed: int = 0) -> list[Example]:
     """Short questions that take two steps: a number of one person, what another has more, and how many that makes."""
     rng = random.Random(seed)
-    made = []
+    examples = []
     for i in range(count):
         (a, b), thing = rng.sample(PEOPLE, 2), rng.choice(THINGS)
         has, more = rng.randrange(2, 9), rng.randrange(2, 9)
         facts = (f"{a} has {has} {thing}.", f"{b} has {more} more {thing} than {a}.")
         prompt = f"{facts[0]} {facts[1]} How many {thing} does {b} have?"
         spans = [{"span": [prompt.index(fact), prompt.index(fact) + len(fact)], "snippet": fact} for fact in facts]
-        made.append(_made_up("two_steps", prompt, str(has + more), spans, f"question {i}"))
-    return made
+        examples.append(_made_up("two_steps", prompt, str(has + more), spans, f"question {i}"))
+    return examples
 
 
 def _made_up(dataset: str, prompt: str, answer: str, spans: Sequence[Row], where: str) -> Example:
@@ -266,13 +267,13 @@ def toy_needles(count: int, *, hops: int = 0, chains: int = 3, seed: int = 0) ->
             f"hops={hops}: give 0 to {most} for {chains} values, which have {len(NAMES)} names between them"
         )
     rng = random.Random(seed)
-    made = []
+    examples = []
     for i in range(count):
         drawn = needle_example(rng, chains, hops)
         ranges = [chars for name, chars in drawn.evidence.items() if name != "query"]
         spans = [{"span": list(chars), "snippet": drawn.prompt[slice(*chars)]} for chars in ranges]
-        made.append(_made_up("toy_needles", drawn.prompt, drawn.answer.strip(), spans, f"toy {i}"))
-    return made
+        examples.append(_made_up("toy_needles", drawn.prompt, drawn.answer.strip(), spans, f"toy {i}"))
+    return examples
 
 
 MADE: dict[str, Callable[..., list[Example]]] = {"needles": needles, "two_steps": two_steps, "toy_needles": toy_needles}

@@ -44,7 +44,7 @@ def moved(
     if not isinstance(target, str) or not target:
         return None, "missing_target"
     spans: list[Any] = [row.get(name) for name in ("indices_to_explain", "sink_span")]
-    span = next((ic.Span(one[0], one[1] + 1) for one in spans if _is_closed(one)), None)
+    span = next((ic.Span(closed[0], closed[1] + 1) for closed in spans if _is_closed(closed)), None)
     if span is None:
         return None, "missing_old_span"
     before, after = (text.encode(tokenizer, target, bos=False) for tokenizer in (old, new))
@@ -54,11 +54,11 @@ def moved(
         return _with(row, there, after, "token_span_char_align"), ""
     if not allow_fallback_answer:
         return None, "old_span_to_char_failed" if chars is None else "char_to_new_span_failed"
-    found = with_spans(Example("-", target), new, _answer(row, target))
-    if found is None or found.sink_span is None:
+    marked = with_spans(Example("-", target), new, _answer(row, target))
+    if marked is None or marked.sink_span is None:
         return None, "fallback_answer_failed"
     # where the span was known, the published code notes the answer's as if it were that one
-    return _with(row, found.sink_span, after, "answer_text" if chars is None else "token_span_char_align"), ""
+    return _with(row, marked.sink_span, after, "answer_text" if chars is None else "token_span_char_align"), ""
 
 
 def _is_closed(span: Any) -> bool:

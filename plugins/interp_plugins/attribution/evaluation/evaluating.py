@@ -24,7 +24,8 @@ from torch import Tensor
 
 import interp_core as ic
 
-from ..data.cache import Example, example_tokens
+from ..data.examples import Example
+from ..data.tokens import example_tokens
 from ..files.traces import HOP_COUNTED, LRP, Trace, made_trace
 from ..layout import is_stop
 from ..method import AttributionResult
@@ -115,7 +116,7 @@ def evaluate(model: ic.Model, example: Example, index: int, attr_func: str, opti
     only = kept if options.profile == "reference" and attr_func in WITHOUT_STOPS else None
     faith, faith_s = _faithfulness(model, tokens, three, only, options)
     hops = result.hops is not None and attr_func in HOP_COUNTED
-    found, recovery_s = _recovery(three, gold, only, options)
+    recovered, recovery_s = _recovery(three, gold, only, options)
     trace = made_trace(
         index, attr_func=attr_func, prompt=example.prompt, target=example.target,
         vectors={name: getattr(three, name) for name in Forms.NAMES}, prompt_len=len(prompt), explained=explained,
@@ -123,13 +124,13 @@ def evaluate(model: ic.Model, example: Example, index: int, attr_func: str, opti
         user_prompt_indices=prompt, keep_prompt_token_indices=kept if attr_func in WITHOUT_STOPS else None,
         gold_prompt_token_indices=gold,
         faithfulness=None if faith is None else faith.scores,
-        recovery=None if found is None or found.skipped else found.recovery,
-        recovery_skipped_reason=None if found is None else found.skipped or None,
+        recovery=None if recovered is None or recovered.skipped else recovered.recovery,
+        recovery_skipped_reason=None if recovered is None else recovered.skipped or None,
         time_attr_s=took, time_faith_s=faith_s, time_recovery_s=recovery_s,
         hops=result.hops[0][:, [*prompt, *target]] if hops else None,
         lrp=_lrp(attr_func, options),
     )  # fmt: skip
-    return Evaluated(trace, _rows(trace, result, faith, found))
+    return Evaluated(trace, _rows(trace, result, faith, recovered))
 
 
 def matrix_of(
@@ -193,15 +194,15 @@ def _indices(tokens: ic.Tokens, name: str, prompt: Sequence[int]) -> list[int]:
 
 
 def _rows(
-    trace: Trace, result: AttributionResult, faith: Faithfulness | None, found: Recovery | None
+    trace: Trace, result: AttributionResult, faith: Faithfulness | None, recovered: Recovery | None
 ) -> list[dict[str, Any]]:
     """The numbers of an example as plain data, a row per form; None where there is no number."""
     more = {
         "prompt_len": trace.prompt_len, "gen_len": trace.gen_len, "seconds": trace.seconds["time_attr_s"],
         "first_share": float(result.first_share[0]), "sink_share": float(result.sink_share[0]),
-        "skipped": "" if found is None else found.skipped,
+        "skipped": "" if recovered is None else recovered.skipped,
     }  # fmt: skip
     tables = [[{"vector": name} for name in Forms.NAMES]]
-    tables += [part.table() for part in (faith, found) if part is not None]
+    tables += [part.table() for part in (faith, recovered) if part is not None]
     rows = example_rows(trace.index, trace.attr_func, *tables, more=more)
     return [{key: None if value != value else value for key, value in row.items()} for row in rows]

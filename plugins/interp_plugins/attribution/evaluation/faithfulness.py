@@ -161,12 +161,12 @@ def faithfulness(
     step = deletion_steps(ranking, steps, text.size)
     before = text.cost
     curve = deletion_curve(text, step)
-    found = metrics(curve, weights, step)
+    measured = metrics(curve, weights, step)
     tied = tied_share(weights, keep)
-    ties = _tie_range(text, weights, keep, steps, tie_orders, tied, found) if tie_orders else None
+    ties = _tie_range(text, weights, keep, steps, tie_orders, tied, measured) if tie_orders else None
     spent = text.cost - before
     return Faithfulness(
-        found.scores, curve, found.density, step, found.degenerate, tied, ties, labels, tie_orders,
+        measured.scores, curve, measured.density, step, measured.degenerate, tied, ties, labels, tie_orders,
         "stable" if order is None else "given", text.replace_id, spent.asked, spent.passes, spent.logits,
     )  # fmt: skip
 
@@ -234,17 +234,17 @@ def _tie_range(
     steps: int,
     orders: int,
     tied: Float[Tensor, " vector"],
-    found: Metrics,
+    measured: Metrics,
 ) -> Float[Tensor, "vector metric end"]:
     """Scores over random orders among equal weights; the score itself where nothing is tied."""
-    out = found.scores[..., None].repeat(1, 1, 3)
+    out = measured.scores[..., None].repeat(1, 1, 3)
     open_ones = (tied > 0).nonzero()[:, 0]
     if len(open_ones):
         some = weights[open_ones]
         ranks = [deletion_steps(ordered(some, keep, seed), steps, text.size) for seed in range(orders)]
         curves = deletion_curve(text, torch.cat(ranks))
         drawn = metrics(curves, some.repeat(orders, 1), torch.cat(ranks)).scores.view(orders, len(some), -1)
-        own = found.scores[open_ones]
+        own = measured.scores[open_ones]
         ends = torch.minimum(drawn.amin(0), own), drawn.mean(0), torch.maximum(drawn.amax(0), own)
         out[open_ones] = torch.stack(ends, -1)
     return out

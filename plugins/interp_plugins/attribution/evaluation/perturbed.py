@@ -156,8 +156,8 @@ def single(tokens: ic.Tokens) -> ic.Tokens:
         PlanError: several rows.
     """
     if not isinstance(tokens, ic.Tokens) or len(tokens) != 1:
-        given = f"{len(tokens)} rows" if isinstance(tokens, ic.Tokens) else type(tokens).__name__
-        raise ic.PlanError(f"faithfulness is that of one text, not of {given}; go through a batch: for row in tokens")
+        what = f"{len(tokens)} rows" if isinstance(tokens, ic.Tokens) else type(tokens).__name__
+        raise ic.PlanError(f"faithfulness is that of one text, not of {what}; go through a batch: for row in tokens")
     return tokens.row(0) if tokens.padded else tokens
 
 
@@ -189,21 +189,21 @@ def places_of(tokens: ic.Tokens, scored: Any = "target") -> Places:
     return Places(prompt, range(target[0], target[-1] + 1), chosen)
 
 
-def replacement(model: ic.Model, given: int | None) -> int:
+def replacement(model: ic.Model, replace_id: int | None) -> int:
     """The id that stands for a deleted token.
 
     Raises:
         PlanError: no token of the model, or none known.
     """
-    if given is None:
+    if replace_id is None:
         own = getattr(model.tokenizer, "eos_token_id", None)
         own = model.hf.config.get_text_config().eos_token_id if own is None else own
-        given = own[0] if isinstance(own, (list, tuple)) and own else own
-        if given is None:
+        replace_id = own[0] if isinstance(own, (list, tuple)) and own else own
+        if replace_id is None:
             raise ic.PlanError("neither the tokenizer nor the model has an end-of-text token; give replace_id=")
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < model.d_vocab:
-        raise ic.PlanError(ic.errors.wrong("replace_id=", f"a token id, 0 to {model.d_vocab - 1}", given))
-    return given
+    if isinstance(replace_id, bool) or not isinstance(replace_id, int) or not 0 <= replace_id < model.d_vocab:
+        raise ic.PlanError(ic.errors.wrong("replace_id=", f"a token id, 0 to {model.d_vocab - 1}", replace_id))
+    return replace_id
 
 
 def rows_at_once(model: ic.Model, tokens: ic.Tokens, scored: int, tokens_at_once: int | None) -> int:

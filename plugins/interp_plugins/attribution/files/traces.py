@@ -20,7 +20,7 @@ import numpy as np
 
 from interp_core import LoadError, PlanError, Span, errors, runs
 
-from ..data.cache import json_rows
+from ..._json_files import json_rows
 from ..data.examples import sha1
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
 
@@ -151,13 +151,13 @@ def made_trace(
         PlanError: vectors or hops of another length, that are not finite, or a span outside the generation.
     """
     values = {form: _array(vectors[form]) for form in FORMS}
-    given = zip(INDICES, (user_prompt_indices, keep_prompt_token_indices, gold_prompt_token_indices), strict=True)
+    indices = zip(INDICES, (user_prompt_indices, keep_prompt_token_indices, gold_prompt_token_indices), strict=True)
     times = zip(SECONDS, (time_attr_s, time_faith_s, time_recovery_s), strict=True)
     ratio = None if lrp is None else (lrp[0], lrp[1], int(lrp[2]))
     trace = Trace(
         index, attr_func, sha1(prompt), None if target is None else sha1(target), values, prompt_len, explained, sink,
         thinking,
-        {name: np.asarray(list(places), dtype=np.int64) for name, places in given if places is not None},
+        {name: np.asarray(list(places), dtype=np.int64) for name, places in indices if places is not None},
         None if faithfulness is None else _array(faithfulness, np.float64),
         None if recovery is None else _array(recovery, np.float64),
         recovery_skipped_reason,

@@ -74,8 +74,8 @@ class KeptLayer:
     @property
     def nbytes(self) -> int:
         """Of what grows with the text."""
-        made = [] if self.attention is None else [self.attention.query, self.attention.key]
-        return sum(x.nbytes for x in (self.values, self.before, self.added, *made))
+        pattern_parts = [] if self.attention is None else [self.attention.query, self.attention.key]
+        return sum(x.nbytes for x in (self.values, self.before, self.added, *pattern_parts))
 
 
 class Shares(NamedTuple):
@@ -181,12 +181,12 @@ class Flow:
             CapabilityError: what is added is no multiple of what the projection gives.
         """
         per_row, few = out.normed, z if out.normed else z[-16:]
-        made = few.flatten(1) @ out.w_o.flatten(1).mT + out.bias
+        projected = few.flatten(1) @ out.w_o.flatten(1).mT + out.bias
         added = added[-len(few) :] - out.own
-        across = (made * added).sum(-1), made.square().sum(-1)
+        across = (projected * added).sum(-1), projected.square().sum(-1)
         top, bottom = across if per_row else (x.sum().expand(1) for x in across)
         scale = top / bottom.clamp_min(torch.finfo(bottom.dtype).tiny)
-        off = float((added - scale[:, None] * made).norm() / added.norm().clamp_min(1e-30))
+        off = float((added - scale[:, None] * projected).norm() / added.norm().clamp_min(1e-30))
         if not off <= FITTED.get(self.model.dtype, 5e-2):
             raise ic.CapabilityError(
                 f"layer {layer} of {self.model.source} does not add the output projection of its heads, times a norm "
@@ -236,8 +236,8 @@ class Flow:
         """The same layer by layer, with the shares of heads, residual and biases."""
         index = self._index(positions)
         weight = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.double().cpu()
-        found = [self._share(kept, index, weight, mix) for kept, mix in self._mixes(index, weight)]
-        return Shares(*(torch.stack(part) for part in zip(*found, strict=True)))
+        shares = [self._share(kept, index, weight, mix) for kept, mix in self._mixes(index, weight)]
+        return Shares(*(torch.stack(part) for part in zip(*shares, strict=True)))
 
     def all_rows(self, positions: Sequence[int]) -> tuple[Float[Tensor, "row pos"], float]:
         """The flow into each sink by itself, in float64, and by how much a score may be off at most (0: exact).
@@ -248,18 +248,18 @@ class Flow:
         index, error = self._index(positions), 0.0
         out = torch.zeros(len(positions), self.tokens.lengths[0], dtype=torch.float64)
         rows = max(self.sink_chunk, ELEMENTS // (out.shape[1] * len(self._layers[0].out.longest)))
-        one = torch.ones(1, dtype=torch.float64)
+        unit_weight = torch.ones(1, dtype=torch.float64)
         for start in range(0, len(index), rows):
             part, off = index[start : start + rows], 0.0
             for kept, pattern in self._patterns(part):
                 if pattern is not None and kept.z is None and not (self.threshold and self.profile == "sound"):
-                    found, most = self._rows_of(kept, part, pattern)
-                    out[start : start + rows] += found
+                    flows, most = self._rows_of(kept, part, pattern)
+                    out[start : start + rows] += flows
                     off += most
                     continue
                 for n, row in enumerate(part):
-                    mix = self._mix_of(kept, [row], None if pattern is None else pattern[:, n : n + 1], one)
-                    out[start + n] += self._share(kept, [row], one, mix)[0]
+                    mix = self._mix_of(kept, [row], None if pattern is None else pattern[:, n : n + 1], unit_weight)
+                    out[start + n] += self._share(kept, [row], unit_weight, mix)[0]
             error = max(error, off)
         return out, error
 

@@ -109,8 +109,8 @@ class LinearMixing(NamedTuple):
         """
         with torch.enable_grad():
             values = self.values[None].detach().requires_grad_()
-            made = self.rule(value=values, **self.called)
-            core = made[0] if isinstance(made, tuple) else made
+            outputs = self.rule(value=values, **self.called)
+            core = outputs[0] if isinstance(outputs, tuple) else outputs
             back = torch.zeros_like(core)
             back[0, [self.rows[place] for place in places]] = weight.to(core)[:, None, None] * self.gate[list(places)]
             (mixed,) = torch.autograd.grad(core, values, back)
@@ -128,8 +128,8 @@ class LinearMixing(NamedTuple):
             CapabilityError: it is off by more.
         """
         z = (self.mix([len(self.rows) - 1], torch.ones(1)).transpose(0, 1) * self.values).sum(0)
-        made = w_o.flatten(1) @ z.flatten().to(w_o) + bias
-        off = max(float((x - added[-1]).norm() / added[-1].norm().clamp_min(1e-30)) for x in (made, self.out[-1]))
+        projected = w_o.flatten(1) @ z.flatten().to(w_o) + bias
+        off = max(float((x - added[-1]).norm() / added[-1].norm().clamp_min(1e-30)) for x in (projected, self.out[-1]))
         if not off <= most:
             raise ic.CapabilityError(
                 f"{what} does not add the values of its tokens, mixed by its rule (off by {off:.1e} of its norm), so "

@@ -93,14 +93,14 @@ def reference_values(before: Float[Tensor, "pos d_model"], w_v: Tensor, gains: T
 
 def components(model: ic.Model, layer: int) -> set[str]:
     """Which of the components that matter here a layer has."""
-    found = set()
+    names = set()
     for name in ("ln1_post", "linear_attn"):
         try:
             model.module(name, layer)
         except (ic.SiteError, ic.CapabilityError):
             continue
-        found.add(name)
-    return found
+        names.add(name)
+    return names
 
 
 def demand_patterns(model: ic.Model, *, linear: bool = False) -> None:

@@ -38,7 +38,7 @@ class AtSites(dict[S.Site, Tensor]):
     """Relevance by site, one layer each; `[S.z]`, without a layer, is that of all its layers, `[layer …]`."""
 
     def __missing__(self, site: S.Site) -> Tensor:
-        layers = [value for one, value in self.items() if one.name == site.name]
+        layers = [value for known_site, value in self.items() if known_site.name == site.name]
         if site != S.Site(site.name) or not layers:
             known = ", ".join(map(str, self)) or "none"
             raise ic.SiteError(f"no relevance of {site} was asked for; there is that of: {known}. Name it in sites=")
@@ -83,7 +83,7 @@ class Explained:
     ) -> None:  # fmt: skip
         self._tokens, self._entry = tokens, S.resid_pre[0] if tokens.inputs else S.embed
         deep = [S.deepstack[layer] for layer in model.layers(S.deepstack)] if tokens.inputs else []
-        self._inner = [one for site in sites for one in _single(model, site)]
+        self._inner = [inner for site in sites for inner in _single(model, site)]
         self._sites = [self._entry, *deep, *self._inner]
         self._zeros = [_zero(model, tokens, site) for site in self._sites]
         edits = [site.add(zero) for site, zero in zip(self._sites, self._zeros, strict=True)]
@@ -120,14 +120,14 @@ class Explained:
         grads, of_tables = grads[: len(self._zeros)], grads[len(self._zeros) :]
         parts = [_summed(value, grad, site) for value, grad, site in zip(self._values, grads, self._sites, strict=True)]
         first = len(parts) - len(self._inner)
-        found, deep = parts[0], None
+        of_tokens, deep = parts[0], None
         if first > 1:
-            deep = torch.zeros_like(found)
+            deep = torch.zeros_like(of_tokens)
             deep[torch.tensor(self._tokens.columns("vision")[0])] = torch.stack(parts[1:first]).sum(0)
-            found = found + deep
-        positions = _positions(tables, of_tables, len(found))
+            of_tokens = of_tokens + deep
+        positions = _positions(tables, of_tables, len(of_tokens))
         inner = AtSites(zip(self._inner, parts[first:], strict=True))
-        return Relevances(found, float((logits.detach() * weights).sum()), inner, deep, positions)
+        return Relevances(of_tokens, float((logits.detach() * weights).sum()), inner, deep, positions)
 
 
 def relevance(
@@ -173,7 +173,7 @@ def relevance_rows(
     A position owes nothing to later ones, so positions go together in groups of neighbours, and each group's passes
     end with its last. (With images whole rows run.)
     """
-    length, found = tokens.ids.shape[1], []
+    length, rows = tokens.ids.shape[1], []
     step = len(at) if tokens.inputs else max(1, round(math.sqrt(2 * length)))
     with ic.Progress("rows", len(at)) as told:
         for start in range(0, len(at), step):
@@ -183,9 +183,9 @@ def relevance_rows(
             logits = explained.chosen(None if ids is None else ids[start : start + step], against)
             for i, seed in enumerate(torch.eye(len(group), device=logits.device)):
                 row = explained.relevance(logits, seed, last=i == len(group) - 1).tokens
-                found.append(torch.cat([row, row.new_zeros(length - len(row))]))
+                rows.append(torch.cat([row, row.new_zeros(length - len(row))]))
                 told.add()
-    return torch.stack(found)
+    return torch.stack(rows)
 
 
 def _head(tokens: ic.Tokens, length: int) -> ic.Tokens:

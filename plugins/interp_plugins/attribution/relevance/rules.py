@@ -300,24 +300,24 @@ def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
 
         return call
 
-    found: dict[str, Callable[..., Any]] = {}
+    by_operation: dict[str, Callable[..., Any]] = {}
     if chosen.norms:
-        found |= {"rsqrt": _constant, "layer_norm": _layer_norm, "rms_norm": _rms_norm}
-    found["activation"] = _plain if chosen.activations is None else _activation(chosen, state)
+        by_operation |= {"rsqrt": _constant, "layer_norm": _layer_norm, "rms_norm": _rms_norm}
+    by_operation["activation"] = _plain if chosen.activations is None else _activation(chosen, state)
     if chosen.products != "gradient":
-        found["mul"] = _halved if chosen.products == "halved" else _gated(state)
+        by_operation["mul"] = _halved if chosen.products == "halved" else _gated(state)
     if chosen.attention == "detached":
-        found |= {"softmax": _softmax(state), "sdpa": _detached_attention}
+        by_operation |= {"softmax": _softmax(state), "sdpa": _detached_attention}
     elif chosen.attention == "halved":
-        found |= {"matmul": _halved, "sdpa": _halved_attention}
-    if chosen.router == "frozen" and "softmax" not in found:
-        found["softmax"] = _softmax(state, everywhere=False)
-    return {name: kept(rule) for name, rule in found.items()}
+        by_operation |= {"matmul": _halved, "sdpa": _halved_attention}
+    if chosen.router == "frozen" and "softmax" not in by_operation:
+        by_operation["softmax"] = _softmax(state, everywhere=False)
+    return {name: kept(rule) for name, rule in by_operation.items()}
 
 
 def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callable[..., Any]]:
     """What replaces modules: the parts in which other rules hold."""
-    found: dict[Any, Callable[..., Any]] = {}
+    by_module: dict[Any, Callable[..., Any]] = {}
 
     def within(**places: bool) -> Callable[..., Any]:
         def rule(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -346,17 +346,17 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
         return leaf
 
     if chosen.positions and "pos_embed" in model.components():
-        found["pos_embed"] = with_embedding
+        by_module["pos_embed"] = with_embedding
     elif chosen.positions:
-        found |= {model.module("block", layer): with_tables(layer) for layer in range(model.n_layers)}
+        by_module |= {model.module("block", layer): with_tables(layer) for layer in range(model.n_layers)}
     for layer in range(model.n_layers):
         parts = {name: model.module(name, layer) for name in model.components(layer)}
         if "linear_attn" in parts:
-            found[parts["linear_attn"]] = within(plain=True)
+            by_module[parts["linear_attn"]] = within(plain=True)
         if "experts" in parts:
-            found[parts["mlp"]], found[parts["experts"]] = within(routing=True), within(routing=False)
-            found[parts["router"]] = frozen if chosen.router == "frozen" else within(plain=True)
-    return found
+            by_module[parts["mlp"]], by_module[parts["experts"]] = within(routing=True), within(routing=False)
+            by_module[parts["router"]] = frozen if chosen.router == "frozen" else within(plain=True)
+    return by_module
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -391,8 +391,8 @@ def _softmax(state: Places, everywhere: bool = True) -> Callable[..., Tensor]:
     """Patterns are constants, and so are weights of experts."""
 
     def rule(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
-        found = operation(*args, **named)
-        return found.detach() if everywhere or state.routing else found
+        pattern = operation(*args, **named)
+        return pattern.detach() if everywhere or state.routing else pattern
 
     return rule
 
@@ -419,8 +419,8 @@ def _activation(chosen: Rules, state: Places) -> Callable[..., Tensor]:
             is_gate = bool(operation(x.new_zeros(1), *args, **named).any())
         if is_gate:
             keeps = state.routing and chosen.router != "frozen"
-            found = operation(x, *args, **named)
-            return found if keeps else found.detach()
+            gate = operation(x, *args, **named)
+            return gate if keeps else gate.detach()
         with torch.no_grad():
             value = operation(x, *args, **named)
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

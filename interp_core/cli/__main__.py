@@ -1,0 +1,5 @@
+"""`python -m interp_core.cli` is `interp`."""
+
+from . import main
+
+main()

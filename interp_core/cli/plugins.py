@@ -1,0 +1,165 @@
+"""`interp plugins …`: what is installed, what it is, whether it holds, and a package to start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import PluginError, nearest
+from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
+
+COMMANDS = ("list", "show", "check", "new")
+SHOWN = ("kind", "name", "status", "dist", "version", "target")
+
+
+class _ListFirst(TyperGroup):
+    """`interp plugins [KIND]` is `interp plugins list [KIND]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in COMMANDS or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["list", *args])
+
+
+app = typer.Typer(cls=_ListFirst, help="What is installed: list, show, check; or write a new one.")
+Name = Annotated[str, typer.Argument(help="as listed; dist:name reaches a shadowed one")]
+Kind = Annotated[str | None, typer.Option(help=f"one of {', '.join(KINDS)}, where several have the name")]
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help=f"one of {', '.join(KINDS)}")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="load each one; show tracebacks")] = False,
+) -> None:
+    """List what is installed, broken ones included. Nothing is imported, unless asked for."""
+    if kind is not None and kind not in KINDS:
+        raise PluginError(f"no kind of plugin or command is called {kind!r}. {nearest(kind, [*KINDS, *COMMANDS])}")
+    listed = [plugin for each in ([kind] if kind else KINDS) for plugin in registry(each)]
+    rows = [_facts(plugin) | (_looked_at(plugin) if verbose else {}) for plugin in listed]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(columns([{key: str(row[key]) for key in SHOWN} for row in rows]))
+    for plugin, row in zip(listed, rows, strict=True):
+        if row["error"] and (verbose or row["status"] != "shadowed"):
+            print(f"\n{plugin.label}: {row['error']}")
+
+
+def _facts(plugin: Plugin) -> dict[str, Any]:
+    return {key: getattr(plugin, key) for key in (*SHOWN, "needs", "error")}
+
+
+def _looked_at(plugin: Plugin) -> dict[str, Any]:
+    """What becomes of a plugin that is imported: ours here, those of others in a process of their own each."""
+    if plugin.state != "unloaded":
+        return {}
+    if plugin.dist == OWN:
+        try:
+            plugin.load()
+        except PluginError:
+            pass  # it says so itself
+        return {"status": plugin.status, "error": plugin.error}
+    from ..plugins.sandbox import inspect_plugin
+
+    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target)
+    if seen.error:
+        return {"status": seen.status, "error": seen.error}
+    return {} if plugin.hidden else {"status": "ok"}
+
+
+@app.command()
+def show(
+    name: Name,
+    kind: Kind = None,
+    as_json: Annotated[bool, typer.Option("--json", help="with the JSON schema of its settings")] = False,
+) -> None:
+    """What a plugin is, needs and can be set to. It is read in another process, under a time limit."""
+    from ..plugins.sandbox import inspect_plugin
+
+    plugin = find(name, (kind,) if kind else KINDS)
+    facts = _facts(plugin)
+    if plugin.state in ("broken", "incompatible"):
+        print(json.dumps(facts, indent=1) if as_json else f"{plugin.label}: {plugin.status}\n{plugin.error}")
+        raise typer.Exit(1)
+    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target)
+    if as_json:
+        status = plugin.status if plugin.hidden else seen.status
+        print(json.dumps(facts | vars(seen) | {"status": status, "error": seen.error or plugin.error}, indent=1))
+    else:
+        print(_page(plugin, seen))
+    raise typer.Exit(bool(seen.error))
+
+
+def _page(plugin: Plugin, seen: Any) -> str:
+    needs = f" ({plugin.needs})" if plugin.needs else ""
+    parts = [f"{plugin.label}{needs}\n{plugin.target}"]
+    if seen.error:
+        return "\n\n".join([*parts, seen.error.strip()])
+    parts += dict.fromkeys((seen.doc.strip(), seen.page.strip()))
+    if seen.requires:
+        parts.append(f"requires {', '.join(seen.requires)}")
+    if seen.settings:
+        parts.append(columns(seen.settings))
+    return "\n\n".join(part for part in parts if part)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="as listed, or MODULE:CLASS of a method that is not installed")],
+    kind: Kind = None,
+    model: Annotated[
+        str | None, typer.Option(help="what a method is run on: a toy, a folder, or a hub id; the toy that fits")
+    ] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
+) -> None:
+    """Run the conformance kit; exit status 1 if anything fails."""
+    from .. import settings, testing
+
+    plugin = _installed_or_module(name, kind)
+    report = testing.check_plugin(plugin)
+    if plugin.kind == "methods" and report.rows[0].ok:
+        value = plugin.load()
+        report = testing.check_method(value, model, settings=settings.read(name, value.Config, assignments or []))
+    print(report)
+    raise typer.Exit(not report.ok)
+
+
+def _installed_or_module(name: str, kind: str | None) -> Plugin:
+    try:
+        return find(name, (kind,) if kind else KINDS)
+    except PluginError:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
+            raise
+    sys.path.insert(0, os.getcwd())
+    return Plugin(kind or "methods", "", name, SESSION, "")
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="a Python name: my_lens")],
+    out: Annotated[Path | None, typer.Option(help="folder to write, ./NAME by default")] = None,
+    kind: Annotated[str, typer.Option(help="what to write; method is the only one so far")] = "method",
+) -> None:
+    """Write a package with a working method, its test and its entry point."""
+    from ..scaffold import write_package
+
+    folder = write_package(name, out, kind)
+    print(f"{folder} is a package with the method {name!r}. Next:\n")
+    print(f"  pip install -e {folder}\n  interp plugins check {name}\n  interp run {name} --text 'Q: big'")
+
+
+def columns(rows: list[dict[str, str]]) -> str:
+    """Rows as lines with aligned columns; the last column as it comes."""
+    if not rows:
+        return "nothing"
+    keys = list(rows[0])
+    widths = [max(len(key), *(len(row[key]) for row in rows)) for key in keys[:-1]] + [0]
+    lines = [keys, *([row[key] for key in keys] for row in rows)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

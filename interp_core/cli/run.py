@@ -1,0 +1,175 @@
+"""`interp run`: a method or a recipe from the command line.
+
+Settings are given as `--name value` or, where a setting takes several, `--name A B`; or as `--set name=value`, which
+also reaches those that are called like an option of `interp run` itself. A setting that is true or false needs no
+value: `--verify` is `--verify true`. A file after `--config` has any of them by name; flags win over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import settings
+from ..errors import PlanError
+from ..plugins import Plugin, find, registry
+from . import flags
+
+if TYPE_CHECKING:
+    from ..result import Result
+    from ..runs import RunFolder
+
+RUNNABLE = ("methods", "recipes")
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="a method or a recipe (dist:name reaches a shadowed one)")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp run NAME --help`")
+    ] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
+    model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
+    ] = None,
+) -> None:
+    """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`."""
+    if name.startswith("-"):
+        raise PlanError(f"interp run takes the name of a method or a recipe first, then its settings, not {name}")
+    plugin = runnable(name, kind, text)
+    value = plugin.load()
+    options = {"model": model, "text": text, "out": out}
+    if plugin.kind == "methods":
+        _method(value, words or [], assignments, options, config)
+    elif plugin.kind == "recipes":
+        options["text"] = text[0] if text and len(text) == 1 else text
+        _recipe(
+            plugin.name, value, words or [], assignments, {k: v for k, v in options.items() if v is not None}, config
+        )
+    else:
+        raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
+
+
+def runnable(name: str, kind: str | None = None, text: Sequence[str] | None = None) -> Plugin:
+    """The method or recipe of that name, not imported.
+
+    Raises:
+        PluginError: none.
+    """
+    both = all(name in registry(each).names() for each in RUNNABLE)
+    return find(name, (kind or ("methods" if text else "recipes"),) if kind or both else RUNNABLE)
+
+
+@contextmanager
+def passed(pairs: list[str], **options: Any) -> Iterator[None]:
+    """For a while, manifests of run folders have these settings as those that were passed."""
+    from ..runs.session import PASSED
+
+    words = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+    more = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    token = PASSED.set({**words, **{key: value for key, value in more.items() if value is not None}})
+    try:
+        yield
+    finally:
+        PASSED.reset(token)
+
+
+def _method(
+    kind: Any, words: list[str], assignments: list[str] | None, options: dict[str, Any], file: Path | None
+) -> None:
+    """A method on text: settings of its own, and those of every method."""
+    from ..methods import Batching
+
+    called = settings.joined(Batching, kind.Config)
+    pairs = flags.pairs(kind.name, called, words, assignments)
+    values = settings.read(kind.name, called, pairs)
+    if file is not None:
+        known = {**called.model_fields, **options}
+        for key, value in flags.read_file(file, kind.name, list(known)).items():
+            if key in options:
+                options[key] = value if options[key] is None else options[key]
+            else:
+                values.setdefault(key, value)
+    model, text, out = options["model"] or "toy:text", options["text"] or [], options["out"]
+    if not text:
+        raise PlanError(f"{kind.name} is a method and runs on text: --text 'Q: big\\nA:'")
+    settings.configured(kind.name, called, values)  # before the model is loaded
+    batching = {key: values.pop(key) for key in Batching.model_fields if key in values}
+    ready = kind()
+    config = ready.configured(values)
+    from ..model import load
+
+    loaded = load(model)
+    record = {**_held(config), "text": text}
+    with (
+        passed(pairs, **options),
+        _opened(out, record, kind.name, loaded, "text") as run,
+    ):
+        more = {"out": run} if batching.get("batch_size") is not None else {}
+        _keep(ready(loaded, text, **values, **batching, **more), run)
+
+
+def _held(config: settings.Config) -> dict[str, Any]:
+    """Settings as a manifest holds them; what is for Python alone (a tensor, a function) by its type."""
+    from ..runs.identity import plain
+
+    held = {}
+    for key in type(config).model_fields:
+        try:
+            held[key] = plain(getattr(config, key), key)
+        except PlanError:
+            held[key] = type(getattr(config, key)).__name__
+    return held
+
+
+def _opened(
+    out: Path | str | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = ""
+) -> RunFolder:
+    """The run folder of something that keeps none itself."""
+    from .. import runs
+
+    run = runs.open(out, values, recipe=name, model=model, dataset=dataset, free=("progress",), say=lambda line: None)
+    run.claim(["result.json", "result.safetensors"], stage="result")
+    return run
+
+
+def _recipe(
+    name: str,
+    function: Any,
+    words: list[str],
+    assignments: list[str] | None,
+    options: dict[str, Any],
+    file: Path | None,
+) -> None:
+    config = settings.of_function(function)
+    pairs = flags.pairs(f"recipe {name}", config, words, assignments)
+    for key in options:
+        if key not in config.model_fields:
+            raise PlanError(f"recipe {name} has no --{key}; its settings: {', '.join(config.model_fields) or 'none'}")
+    held = {} if file is None else flags.read_file(file, f"recipe {name}", list(config.model_fields))
+    values = held | settings.read(f"recipe {name}", config, pairs) | options
+    ready = settings.configured(f"recipe {name}", config, values)
+    with passed(pairs, **{key: str(value) for key, value in held.items()} | options):
+        returned = settings.call(function, ready)
+    if hasattr(returned, "to_html") and hasattr(returned, "save"):
+        values = {key: value for key, value in _held(ready).items() if key != "out"}
+        with _opened(options.get("out"), values, name) as run:
+            _keep(returned, run)
+    elif returned is not None:
+        print(returned)
+    if code := getattr(returned, "exit_code", 0):  # a verdict, say; 1 and 2 are those of errors
+        raise typer.Exit(code)
+
+
+def _keep(result: Result, run: RunFolder) -> None:
+    result.show()
+    run.put(result.files(), stage="result")
+    run.figure("result.html", result.to_html)
+    print(f"\n{run.path / 'result.html'}")

@@ -1,0 +1,197 @@
+"""Files and page of a mask sweep: curves with bands, the table, areas, and sentences that the numbers bear out."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from interp_plugins.pairs.pair import SIDES
+from interp_plugins.router.points import Points
+
+from interp_core import report, runs
+
+from .findings import RANDOM, Findings
+
+PAGE = "mask_sweep_report.html"
+NAMES = {
+    "descending": "descending", "reversed": "reversed", "random": "random, matched per layer",
+    "usage_random": "random, matched per layer and usage",
+}  # fmt: skip
+YLABELS = {
+    "nll_all": "rise in nats", "nll_last": "rise in nats",
+    "score": "change of the score",
+}  # fmt: skip
+TITLES = {"nll_all": "NLL of the targets", "nll_last": "NLL of the last target", "score": "score"}
+Facts = Mapping[str, Any]
+
+
+def write(run: runs.RunFolder, findings: Findings, points: Points, facts: Facts) -> Path:
+    """All files; returns the page's path."""
+    lines, areas = findings.lines(), findings.areas()
+    charts = {
+        f"{metric}_{side}_{mode}": chart(findings, mode, side, metric)
+        for mode in findings.modes
+        for metric in [name for name in YLABELS if name in findings.metrics]
+        for side in SIDES
+    }
+    said = sentences(findings, areas, facts)
+    flat = [{**line, "banned": cells_of(line["banned"])} for line in lines]
+    files: dict[str, str | bytes] = {
+        "tables/mask_sweep.csv": runs.csv_text(flat, list(flat[0])),
+        "tables/mask_sweep.json": runs.json_text({**facts, "summary": said, "rows": lines, "areas": areas}),
+        "tables/mask_sweep_areas.csv": runs.csv_text(areas, list(areas[0]) if areas else ["mode"]),
+        **{f"figures/mask_sweep/{name}.png": png(made) for name, made in charts.items()},
+        "figures/mask_sweep/points.png": png(map_of(points)),
+        PAGE: page(findings, charts, map_of(points), areas, flat, said, facts),
+    }
+    run.put(files, stage="tables/mask_sweep.csv")
+    print(*said, sep="\n")
+    return run.path / PAGE
+
+
+def png(chart: report.Chart) -> bytes:
+    """A chart as a picture's bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return chart.png(Path(folder) / "chart.png").read_bytes()
+
+
+def chart(findings: Findings, mode: str, side: str, metric: str) -> report.Curves:
+    """Rise against N, a line per order; masks that the guard left out are points of a line of their own."""
+    lines, skipped = [], set()
+    for kind in findings.kinds:
+        numbers = [(0.0, 0.0, 0.0)]
+        for n in findings.sizes:
+            numbers.append(findings.interval(findings.rise(mode, kind, n, side, metric)))
+            if any(variant.skipped for variant in findings.of(mode, kind, n)):
+                skipped.add(n)
+        values = [value for value, _, _ in numbers]
+        bands = [(low, high) if math.isfinite(low) else (value, value) for value, low, high in numbers]
+        lines.append(report.Line(NAMES[kind], values, bands if len(findings.samples) > 1 else None))
+    if skipped:
+        marks = [0.0 if n in skipped else math.nan for n in (0, *findings.sizes)]
+        lines.append(report.Line("left out by the guard (some order)", marks))
+    draws = max(variant.order.draw for variant in findings.variants) + 1
+    caption = (
+        f"{len(findings.samples)} samples, 95 % bootstrap intervals over samples; {draws} random orders, their mean."
+    )
+    return report.Curves(
+        lines, [str(n) for n in (0, *findings.sizes)], xlabel="cells (layer · expert) banned", ylabel=YLABELS[metric],
+        title=f"{side}, {mode}: {TITLES[metric]}", caption=caption,
+    )  # fmt: skip
+
+
+def map_of(points: Points) -> report.Heatmap:
+    """The points by layer and expert, with their ranks; cells that the file does not have are grey."""
+    assert points.shape is not None
+    layers, experts = points.shape.moe_layers, range(points.shape.n_experts)
+    ranks = {(point.layer, point.expert): (rank, point.value) for rank, point in enumerate(points.points, 1)}
+    values = [[ranks.get((layer, e), (0, math.nan))[1] for e in experts] for layer in layers]
+    tips = [[_tip(layer, e, ranks.get((layer, e))) for e in experts] for layer in layers]
+    signed = any(value < 0 for _, value in ranks.values())
+    return report.Heatmap(
+        values, [f"layer {layer}" for layer in layers], [str(e) for e in experts], tips=tips, diverging=signed,
+        title="Points", caption="Values of the points file by layer and expert; grey: not in it.", xlabel="expert",
+        colorbar=points.statistic or "value",
+    )  # fmt: skip
+
+
+def _tip(layer: int, expert: int, ranked: tuple[int, float] | None) -> str:
+    said = "not among the points" if ranked is None else f"{ranked[1]:.4g}, rank {ranked[0]}"
+    return report.escape(f"layer {layer}, expert {expert}: {said}")
+
+
+def sentences(findings: Findings, areas: Sequence[Mapping[str, Any]], facts: Facts) -> list[str]:
+    """What the numbers say, no more."""
+    said = []
+    for mode in findings.modes:
+        for side in SIDES:
+            said += [_at_most(findings, mode, side)] if "descending" in findings.kinds else []
+        for area in areas:
+            if area["mode"] == mode and area["metric"] == "nll_all" and area["area"] is not None:
+                said.append(_area(area))
+        left_out = [v for v in findings.variants if v.mode == mode and v.skipped]
+        if left_out:
+            said.append(
+                f"{len(left_out)} of {sum(v.mode == mode for v in findings.variants)} masks ({mode}) were left out: "
+                f"{left_out[0].skipped} (first: {left_out[0].order.kind}, N = {left_out[0].n})."
+            )
+    if facts["super_experts"]:
+        cells = ", ".join(f"layer {layer} expert {expert}" for layer, expert in facts["super_experts"])
+        said.append(f"Among the points are super experts ({cells}); a mask of one alone may ruin the model.")
+    if 1 < len(findings.samples) < 10:
+        said.append(f"There are {len(findings.samples)} samples: intervals of so few are too narrow.")
+    if facts["dropped"]:
+        n = len(facts["dropped"])
+        first = facts["dropped"][0]["reason"]
+        said.append(f"{n} sample{'s' * (n > 1)} could not be used{', the first' * (n > 1)}: {first}")
+    return said
+
+
+def _at_most(findings: Findings, mode: str, side: str) -> str:
+    """The largest mask of the descending order that was run, beside chance."""
+    done = [n for n in findings.sizes if not any(v.skipped for v in findings.of(mode, "descending", n))]
+    if not done:
+        return f"{side}, {mode}: every mask of the descending order was left out."
+    n = done[-1]
+    parts = [f"{side}, {mode}: banning the first {f'{n} cells' if n > 1 else 'cell'} changes the NLL of the targets by "
+             f"{_nats(findings.interval(findings.rise(mode, 'descending', n, side, 'nll_all')))}"]  # fmt: skip
+    for kind in [k for k in findings.kinds if k in RANDOM]:
+        values = findings.interval(findings.rise(mode, kind, n, side, "nll_all"))
+        if math.isfinite(values[0]):
+            parts.append(f"{NAMES[kind]} by {_nats(values)}")
+    return "; ".join(parts) + "."
+
+
+def _area(area: Mapping[str, Any]) -> str:
+    """What the area between two curves says, and whether it says anything."""
+    where, chance = f"{area['context']}, {area['mode']}: over all N, ", NAMES[area["against"]]
+    if area["low"] is None:
+        return (
+            f"{where}{area['order']} minus {chance} is {area['area']:+.4f} nats on average (one sample, no interval)."
+        )
+    number = f"{area['area']:+.4f} nats on average [{area['low']:+.4f}, {area['high']:+.4f}]"
+    if not area["excludes_0"]:
+        return f"{where}{area['order']} and {chance} are not told apart ({number})."
+    return f"{where}{area['order']} costs {'more' if area['area'] > 0 else 'less'} than {chance} ({number})."
+
+
+def _nats(values: tuple[float, float, float]) -> str:
+    value, low, high = values
+    return f"{value:+.4f} nats" + (f" [{low:+.4f}, {high:+.4f}]" if math.isfinite(low) else "")
+
+
+def cells_of(banned: Mapping[str, Sequence[int]]) -> str:
+    """Banned experts in one cell of a table."""
+    return "; ".join(f"{layer}: {' '.join(map(str, experts))}" for layer, experts in banned.items())
+
+
+def page(
+    findings: Findings, charts: Mapping[str, report.Curves], points: report.Heatmap,
+    areas: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], said: Sequence[str], facts: Facts,
+) -> str:  # fmt: skip
+    """The page."""
+    where = {"all": "at all tokens", "targets": "at the targets", "predicting": "where targets are predicted"}
+    place = where.get(facts["scope"], f"at tokens {facts['segment']}")
+    words = f"{facts['model']} · {len(findings.samples)} samples of {facts['pairs']} · masks {place}"
+    sections = [report.Section("What comes out", "\n".join(said), "")]
+    for made in charts.values():
+        sections.append(report.Section(made.title, "", made.html()))
+    sections.append(report.Section("Points", "", points.html()))
+    if areas:
+        shown = [{name: "" if value is None else value for name, value in area.items()} for area in areas]
+        text = "Area between two curves over N, divided by the largest N: nats on average over the curve."
+        sections.append(report.Section("Areas", text, report.table(shown)))
+    columns = ("mode", "order", "draw", "n", "nll_all_agentic", "nll_all_assisted", "top1_agentic", "top1_assisted",
+               "exact_agentic", "exact_assisted", "score_agentic", "score_assisted", "slots_changed_agentic",
+               "slots_changed_assisted", "tokens_unmasked_agentic", "tokens_unmasked_assisted", "skipped")  # fmt: skip
+    every = [{c: "" if line[c] is None else line[c] for c in columns if c in line} for line in lines]
+    text = (
+        f"Points: {facts['points']} ({facts['statistic'] or 'no statistic named'}). Every mask that was run is proved: "
+        "banned experts executed nowhere, and the family's selection gives the router's own choice without the mask. "
+        "Slots changed: share of the token-slots in masked layers that went to another expert, or to none."
+    )
+    sections.append(report.Section("All masks", text, report.table(every)))
+    return report.page("Masks of experts", words, sections)
