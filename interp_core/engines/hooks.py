@@ -34,15 +34,18 @@ from torch import Tensor, nn
 from ..architectures.hook_points import KEYED, Call, HookPoint
 from ..errors import CapabilityError
 from .pass_state import PassState
+from .protocol import Change
 from .rerouting import close
 from .selection import Window
-from .site_access import SiteAccess, SiteEdit, SiteRead
+from .site_access import SiteEdit, SiteRead
 
 
 class ModuleHook:
     """Everything that a plan does at one side of one module, or at one part of its attention.
 
     Attributes:
+        changes: the plan's edits here, in the order in which they act.
+        acting: what acts in a pass: `changes`, or in a sweep the `RowEdits` that are made of them.
         needs: hooks whose tensors a hook point here computes its value from.
         capture: another hook needs this one's tensor.
         captured: that tensor, until the pass ends.
@@ -50,12 +53,15 @@ class ModuleHook:
             unedited: it was filled before attention was called.)
     """
 
-    __slots__ = ("_name", "capture", "captured", "changes", "edited", "module", "needs", "point", "reads", "state")
+    __slots__ = (
+        "_name", "acting", "capture", "captured", "changes", "edited", "module", "needs", "point", "reads", "state",
+    )  # fmt: skip
 
     def __init__(self, state: PassState, module: nn.Module, point: HookPoint) -> None:
         self.state, self.module, self.point = state, module, point
         self.reads: list[SiteRead] = []
         self.changes: list[SiteEdit] = []
+        self.acting: Sequence[Change] = self.changes
         self.needs: Sequence[ModuleHook] = ()
         self.capture = False
         self.captured: Tensor | None = None
@@ -194,13 +200,13 @@ class ModuleHook:
                 if window is not None and n_keys < window.stop:
                     # The layer's sliding window has dropped the first keys from its cache, which nobody knows before
                     # attention is called: in this layer the text's columns lie that much further to the left.
-                    self._bind([*self.changes, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
+                    self._bind([*self.acting, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
                 return self._through(x)
             return self._keyed(x, n_keys, window)
 
         return stage
 
-    def _bind(self, accesses: Sequence[SiteAccess], window: Window) -> None:
+    def _bind(self, accesses: Sequence[Change | SiteRead], window: Window) -> None:
         for access in accesses:
             access.bind(self.state.rows, window)
 
@@ -210,7 +216,7 @@ class ModuleHook:
         state, first = self.state, window.stop - n_keys
         before = window.start - first
         own = changed = x[:, :, before:]
-        for change in self.changes:
+        for change in self.acting:
             changed = change.apply(changed)
         if changed is not own or self.edited is not None:
             earlier = x[:, :, :before] if self.edited is None else self.edited[:, :, self.edited.shape[2] - before :]
@@ -231,7 +237,7 @@ class ModuleHook:
             for read in [read for read in reads if read.entry.write is not read.point]:
                 x = read.keep(x, state)
             reads = [read for read in reads if read.entry.write is read.point]
-        for change in self.changes:
+        for change in self.acting:
             x = change.apply(x)
         for read in reads:
             x = read.keep(x, state)
@@ -246,7 +252,7 @@ class ModuleHook:
         state = self.state
         call.shape = state.shape
         call.needs = tuple(module_hook.captured for module_hook in self.needs)  # type: ignore[misc]
-        for change in self.changes:
+        for change in self.acting:
             if change.point.get is None:
                 call.first = change.apply(call.first)
             else:

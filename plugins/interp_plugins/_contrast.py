@@ -120,7 +120,7 @@ def contrast(
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
     noising = twin is None or config.direction == "noising"
     own = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
-    if own is not None and own.clean:
+    if own is not None and own.needs_clean:
         raise ic.PlanError(f"{owner}: score {own.name} compares with the run without edits; method ablations takes it")
     answer, other = (answers(owner, model, words, len(tokens)) for words in (config.answer, config.other))
     of = () if own is None or own.of is None else (own.of,)
