@@ -138,8 +138,8 @@ class Stack:
         self.d_model = {"d_model": atlas.shape.d_model}
         self.refused = refusals(family, config if self.text else atlas.config)
         if not self.text:
-            out = self.components_of(f"{paths['blocks']}.0")["attn.o"]
-            self.d_model = {"d_model": hook_points.out_features(modules[out])}
+            projection = self.components_of(f"{paths['blocks']}.0")["attn.o"]
+            self.d_model = {"d_model": hook_points.out_features(modules[projection])}
 
     def locate(self) -> None:
         """Find every site of every block."""
@@ -274,8 +274,8 @@ def mlp(block: Block) -> None:
         router = stack.family.router
         flat = router is not None and router.flat and f"{block.path}.{router.module}" in stack.modules
         points["mlp_out"] = block.addition("mlp_out", parts.get("ln2_post", str(module)), flat=flat)
-    if out := parts.get("mlp.out") or parts.get("mlp.dense_out"):
-        points["mlp_act"] = stack.point(out, "in")
+    if projection := parts.get("mlp.out") or parts.get("mlp.dense_out"):
+        points["mlp_act"] = stack.point(projection, "in")
     for name in ("mlp_in", "mlp_act"):
         if name in stack.places:
             points[name] = block.placed(name, points.get(name, stack.point(block.path, "in")))
@@ -293,8 +293,8 @@ def heads(block: Block) -> None:
     q, k = ({"head": n, "d_head": counts.d_key or counts.d_head} for n in (counts.n_heads, counts.n_kv_heads))
     v = {"head": counts.n_kv_heads, "d_head": counts.d_head}
     _projections(block, attn, counts, {"q": q, "k": k, "v": v})
-    if out := block.parts.get("attn.o"):
-        _mixed(block, out, counts)
+    if projection := block.parts.get("attn.o"):
+        _mixed(block, projection, counts)
     if block.stack.text:  # a tower's attention is called per image or window, so it has no pattern of a whole pass
         _inside_attention(block, attn, {"rot_q": q, "rot_k": k}, counts.n_heads)
 
@@ -312,13 +312,13 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
             block.view(part, stack.point(path, "out", view=family.fused(counts, part)), of_part)
 
 
-def _mixed(block: Block, out: str, counts: Heads) -> None:
+def _mixed(block: Block, projection: str, counts: Heads) -> None:
     """`z` and `head_out`, at the output projection."""
     stack = block.stack
     z = split_heads(counts.n_heads, counts.d_head)
-    block.view("z", stack.point(out, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
-    ends = stack.point(out, "in"), stack.point(out, "out")
-    point = hook_points.head_out(*ends, stack.modules[out], counts.n_heads, counts.d_head)
+    block.view("z", stack.point(projection, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
+    ends = stack.point(projection, "in"), stack.point(projection, "out")
+    point = hook_points.head_out(*ends, stack.modules[projection], counts.n_heads, counts.d_head)
     sizes = {"head": counts.n_heads, **block.d_model}
     block.add("head_out", point, point, sizes, {"grad": "it is computed beside the forward pass"})
 
