@@ -53,10 +53,10 @@ def main(name: str = "heads", threads: str = "2") -> None:
     model, ids, mean, stream, variants = study(name)
     judged = score.logit_diff(TARGET, OTHER)
     model.sweep(ids, variants[:2], judged)  # tries the strategy on the model
-    turns, case = [], (name, model, ids, mean, stream, variants)
+    turns, study_of = [], (name, model, ids, mean, stream, variants)
     for _ in range(ROUNDS[name]):
         seconds, swept = timed(lambda: model.sweep(ids, variants, judged))
-        others = loops(*case)
+        others = loops(*study_of)
         turns.append((seconds, next(others)))
     ours = statistics.median(seconds for seconds, _ in turns)
     by_hand = statistics.median(first[1] for _, first in turns)

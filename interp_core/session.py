@@ -236,6 +236,8 @@ class Session(Structure):
         reads = several("read=", "sites", read, PlanError) if reads is None else reads
         changes = edits if isinstance(edits, tuple) else (edits,) if isinstance(edits, Edit) else None
         changes = several("edits=", "edits", edits, PlanError) if changes is None else changes
+        # By site and operation alone: a plan with other values is the same program. Reads are strings or sites as they
+        # were given: parsing them would be most of what a plan that is known costs.
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
         try:
             known = self._programs.get(key)
@@ -264,8 +266,8 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
     """
     longest = max(tokens.widths) + more
     if shape.n_ctx is not None and longest > shape.n_ctx:
-        asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
-        raise TextError(f"{asked} do not fit the model's context of {shape.n_ctx}; shorten the text")
+        wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
+        raise TextError(f"{wanted} do not fit the model's context of {shape.n_ctx}; shorten the text")
     top = int(tokens.ids.max())
     if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
         raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")

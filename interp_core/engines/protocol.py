@@ -1,4 +1,8 @@
-"""What an engine is: it compiles plans for one model and runs them."""
+"""What an engine is: it compiles plans for one model and runs them.
+
+`Engine`, `Program` and `Slot` are protocols, so an engine of another package needs none of our classes. What a program
+gives back is a `PassRecord`, which everything above the engines reads: runs, receipts, gradients, sweeps.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class Slot(Protocol):
 
     @property
     def view(self) -> View | None:
-        """The hook point's view."""
+        """How a late value is seen in the site's axes; None where it has them."""
         ...
 
 
@@ -43,7 +47,7 @@ class PassRecord:
     """What one forward pass of a program left behind.
 
     Attributes:
-        values: kept tensors, one per slot (None if the pass did not reach it or the step had none of it).
+        values: kept tensors, one per slot (None if the pass did not reach it, or computed none of its positions).
         versions: per kept tensor that is the very one that passed, how often it had been written to by then.
         bases: with gradients, the tensors of the pass that `values` are views or parts of, and which parts.
         fires: what edits changed: `(number in the plan, layer, selected columns per row or None for all, norm)`.
@@ -80,7 +84,7 @@ class Change(Protocol):
         """What the model goes on with."""
 
     def derive(self, call: Call) -> None:
-        """The same for a value that the hook point computes."""
+        """Change a value that the hook point computes from a module's whole call."""
 
 
 HandOver = Callable[[int, list[int], PassRecord], None]
@@ -111,7 +115,7 @@ class Program(Protocol):
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """What it keeps."""
+        """One for each read and layer of the plan, in the plan's order; a record's values are numbered as they are."""
         ...
 
     def forward(

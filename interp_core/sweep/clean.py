@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..architectures.atlas import Atlas
 from ..engines.attention import AttentionHook
 from ..engines.called import Called
-from ..engines.hooks import SiteRead
 from ..engines.program import LocalEngine
 from ..engines.protocol import PassRecord
 from ..engines.replace import replaced_forwards
+from ..engines.site_access import SiteRead
 from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import Call, HookPoint
-from ..engines.attention import AttentionHook, RowTexts, softmax
-from ..engines.hooks import SiteEdit, SiteRead
+from ..engines.attention import AttentionHook
+from ..engines.attention_prefix import RowTexts, SharedPrefix
+from ..engines.attention_steps import softmax
 from ..engines.operations import apply_edit
 from ..engines.program import LocalEngine, Stop
 from ..engines.protocol import PassRecord
 from ..engines.replace import replaced_forwards
 from ..engines.rerouting import reroute
 from ..engines.selection import BoundSelection, Window
+from ..engines.site_access import SiteEdit, SiteRead
 from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows
@@ -395,7 +397,7 @@ class Staircase(TorchProgram):
             if pair is None:
                 continue  # the pass ended before, or handed through
             key, value = (x[:, :, :start] if len(x) == len(within) else x[list(within), :, :start] for x in pair)
-            attn_hook.prefix, attn_hook.texts = (key, value), texts
+            attn_hook.prefix = SharedPrefix(key, value, texts)
         return attn_hooks
 
 
