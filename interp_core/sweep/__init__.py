@@ -7,7 +7,7 @@ layer l and column c differs from the clean pass only in layers from l on and co
     cost = n × L + sum over variants of (n - c) × (L - l)         against        variants × n × L
 
 Variants that run equally many columns go together in passes of many rows, also those of several texts of about one
-length, each row joining at its layer (`engines/staircase.py`). Numbers equal those of one full forward pass per
+length, each row joining at its layer (`staircase.py`). Numbers equal those of one full forward pass per
 variant, up to rounding: this is tried on the model itself before the first sweep, and where it does not hold a coarser
 strategy takes over and says why.
 """
