@@ -45,9 +45,12 @@ def rise_mas(n: int, rounds: int = 2) -> list[str]:
     half = n // 2
     spans = {"prompt": ((ic.Span(4, half - 4),),), "target": ((ic.Span(half, n),),)}
     tokens = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool), spans=spans)
-    one, three = torch.rand(half - 8), torch.rand(3, half - 8)
+    ordering, three = torch.rand(half - 8), torch.rand(3, half - 8)
     lines = []
-    for what, weights in (("one ordering", torch.stack([one, 2 * one, one**2])), ("three orderings", three)):
+    for what, weights in (
+        ("one ordering", torch.stack([ordering, 2 * ordering, ordering**2])),
+        ("three orderings", three),
+    ):
         results: dict[str, Faithfulness | Tensor] = {}
 
         def ours(weights: Tensor = weights, results: dict[str, Faithfulness | Tensor] = results) -> None:
@@ -59,12 +62,13 @@ def rise_mas(n: int, rounds: int = 2) -> list[str]:
             results["loop"] = torch.stack([plain_curve(model, ids, 4, half, vector) for vector in steps])
 
         one_pass, seconds, plain = shortest(rounds, lambda: model.run(tokens), ours, loop, clock=time.process_time)
-        found, wanted = results["ours"], results["loop"]
-        assert isinstance(found, Faithfulness) and isinstance(wanted, Tensor)
-        torch.testing.assert_close(found.curve, wanted, atol=1e-2, rtol=1e-5)
+        curves, wanted = results["ours"], results["loop"]
+        assert isinstance(curves, Faithfulness) and isinstance(wanted, Tensor)
+        torch.testing.assert_close(curves.curve, wanted, atol=1e-2, rtol=1e-5)
         lines.append(
-            f"| {n} | {what} | {plain:.2f} | {seconds:.2f} | {plain / seconds:.1f} | {found.passes} of {found.asked} | "
-            f"{one_pass:.3f} | {seconds / one_pass:.1f} | {cached(steps, 4, n):.1%} |"
+            f"| {n} | {what} | {plain:.2f} | {seconds:.2f} | {plain / seconds:.1f} | "
+            f"{curves.passes} of {curves.asked} | {one_pass:.3f} | {seconds / one_pass:.1f} | "
+            f"{cached(steps, 4, n):.1%} |"
         )
     return lines
 

@@ -154,15 +154,15 @@ def written(model: ic.Model, hops: int, count: int, chains: int = 5, seed: int =
     rng, out = random.Random(seed), list[Prompt]()
     while len(out) < count:
         names, values = rng.sample(toy.NAMES, chains + hops), rng.sample(toy.NUMBERS, chains)
-        asked = rng.randrange(chains)
-        way = [names[asked], *names[chains:]]
+        chain = rng.randrange(chains)
+        way = [names[chain], *names[chains:]]
         steps = "".join(f"VAR {name} {before}.\n" for before, name in pairwise(way))
         facts = "".join(f"VAR {name} {value}.\n" for name, value in zip(names, values, strict=False))
-        tokens = model.tokens(facts, target=f"{steps}? {way[-1]} {values[asked]}")
+        tokens = model.tokens(facts, target=f"{steps}? {way[-1]} {values[chain]}")
         start, last = 4 * chains, tokens.lengths[0] - 1
         if answered(model, tokens):
             spans = {"thinking": ((ic.Span(start, start + 4 * hops),),), "sink": ((ic.Span(last, last + 1),),)}
-            out.append(Prompt(replace(tokens, spans={**tokens.spans, **spans}), (4 * asked + 2,)))
+            out.append(Prompt(replace(tokens, spans={**tokens.spans, **spans}), (4 * chain + 2,)))
     return out
 
 
@@ -296,9 +296,9 @@ def beside_published(name: str, examples: Sequence[Example]) -> None:
             seconds = between - began, time.perf_counter() - between
             size = len(prompt.tokens.columns("prompt")[0])
             ours, other = _weights(result, prompt), vector[:size].double()
-            found = recovery(torch.stack([ours, other]), prompt.gold).recovery.tolist()
+            recovered = recovery(torch.stack([ours, other]), prompt.gold).recovery.tolist()
             apart = float((ours - other).abs().max() / other.abs().max())
-            cells = [apart, *found, *seconds]
+            cells = [apart, *recovered, *seconds]
             names = ("difference", "ours", "published", "s", "published s")
             rows.append({"example": number, "method": label, "form": "", **dict(zip(names, cells, strict=True))})
     print(f"\n{name}, profile reference: {len(examples)} prompts\n")

@@ -90,7 +90,7 @@ class Published:
         for number, prompt in enumerate(prompts):
             z = torch.vstack([x.view(1, TOKENS, HEADS, D_HEAD) for x in self.inputs(prompt)]).permute(0, 2, 1, 3)
             for slot in range(n_slots):
-                places = [at for at, found in enumerate(prompt.slots) if found == slot]
+                places = [at for at, label in enumerate(prompt.slots) if label == slot]
                 store[number, :, :, slot] = z[:, :, places[0] : places[-1] + 1].mean(2)
         return store.mean(0)
 
@@ -153,37 +153,39 @@ class Clock:
 def whole(model: ic.Model, published: Published, clock: Clock, rng: random.Random) -> dict[str, float]:
     """Both sides of the whole recipe on the clock; how far apart their results are."""
     shown, corrupted, shuffled, others = ([prompt(rng) for _ in range(10)] for _ in range(4))
-    asked = {"zero-shot": [zero_shot(one) for one in others], "shuffled": shuffled}
+    questions = {"zero-shot": [zero_shot(trial) for trial in others], "shuffled": shuffled}
 
     def ours() -> tuple[Any, ...]:
         mean = mean_head_activations(model, shown)
         effects = indirect_effect(model, corrupted, mean)
         heads = top_heads(average(effects), 10)
         vector = function_vector(model, mean, heads)
-        return mean, effects, heads, vector, {n: by_layer(model, some, vector, "logprob") for n, some in asked.items()}
+        answers = {name: by_layer(model, some, vector, "logprob") for name, some in questions.items()}
+        return mean, effects, heads, vector, answers
 
     apart = dict.fromkeys(("means", "effects", "vector", "log-probabilities"), 0.0)
 
     def compare(stage: str, a: Any, b: Any) -> None:
         apart[stage] = max(apart[stage], float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max()))
 
-    mean, effects, heads, vector, found = clock("whole", ours)
+    mean, effects, heads, vector, injected = clock("whole", ours)
     theirs = clock("whole means", lambda: published.means(shown))
     compare("means", mean, theirs)
-    for number, one in enumerate(corrupted):
-        base = clock("whole clean", lambda a=one: torch.softmax(published.logits(a), -1)[a.target_ids[0]])
+    for number, trial in enumerate(corrupted):
+        base = clock("whole clean", lambda a=trial: torch.softmax(published.logits(a), -1)[a.target_ids[0]])
         for layer, head in product(range(LAYERS), (number % HEADS, (number + HEADS // 2) % HEADS)):
-            patched = clock("whole effects", lambda a=(one, theirs, layer, head): published.effect(*a))
+            patched = clock("whole effects", lambda a=(trial, theirs, layer, head): published.effect(*a))
             compare("effects", effects[number, layer, head], patched - base)
     clock("whole", ours)
-    made = clock("whole vector", lambda: published.vector(theirs, heads))
-    compare("vector", vector.vector / vector.norm, made / vector.norm)
-    for name, layer in product(asked, range(LAYERS)):
-        for number, one in enumerate(asked[name]):
-            pair = clock(f"whole {name}", lambda a=(one, made, layer): published.injected(*a))
-            compare("log-probabilities", (found[name].clean[number], found[name].values[layer, number]), pair)
+    published_vector = clock("whole vector", lambda: published.vector(theirs, heads))
+    compare("vector", vector.vector / vector.norm, published_vector / vector.norm)
+    for name, layer in product(questions, range(LAYERS)):
+        for number, trial in enumerate(questions[name]):
+            pair = clock(f"whole {name}", lambda a=(trial, published_vector, layer): published.injected(*a))
+            compare("log-probabilities", (injected[name].clean[number], injected[name].values[layer, number]), pair)
     clock("whole", ours)
-    calls = {"means": 1, "clean": 10, "effects": 10 * LAYERS * HEADS, "vector": 1} | dict.fromkeys(asked, 10 * LAYERS)
+    calls = {"means": 1, "clean": 10, "effects": 10 * LAYERS * HEADS, "vector": 1}
+    calls |= dict.fromkeys(questions, 10 * LAYERS)
     times = [clock.total(f"whole {name}", count) for name, count in calls.items()]
     clock.spent["whole, published"] = [(sum(cpu for cpu, _ in times), sum(wall for _, wall in times))]
     return {**apart, "largest effect": float(effects.abs().max())}
@@ -204,27 +206,27 @@ def main(trials: str = "3", threads: str = "1") -> None:
     for _ in range(5):
         wanted = clock("means, published", lambda: published.means(prompts))
         single = clock("means one by one", lambda: mean_head_activations(model, prompts, batch=1))
-        found = clock("means", lambda: mean_head_activations(model, prompts))
-    rows.append(("mean activations, 10 prompts", "means", 1, float((found - wanted).abs().max())))
+        means = clock("means", lambda: mean_head_activations(model, prompts))
+    rows.append(("mean activations, 10 prompts", "means", 1, float((means - wanted).abs().max())))
     rows.append(("the same, one per pass", "means one by one", 1, float((single - wanted).abs().max())))
     clock.spent["means one by one, published"] = clock.spent["means, published"]
-    mean, some = found, prompts[: int(trials)]
-    base = [float(torch.softmax(published.logits(one), -1)[one.target_ids[0]]) for one in some]
+    mean, some = means, prompts[: int(trials)]
+    base = [float(torch.softmax(published.logits(trial), -1)[trial.target_ids[0]]) for trial in some]
     effects = torch.zeros(len(some), LAYERS, HEADS)
     for layer in range(LAYERS):
-        found = clock("effects", lambda: indirect_effect(model, some, mean))
-        for head, (number, one) in product(range(HEADS), enumerate(some)):
-            patched = clock("effects, published", lambda a=(one, mean, layer, head): published.effect(*a))
+        here = clock("effects", lambda: indirect_effect(model, some, mean))
+        for head, (number, trial) in product(range(HEADS), enumerate(some)):
+            patched = clock("effects, published", lambda a=(trial, mean, layer, head): published.effect(*a))
             effects[number, layer, head] = patched - base[number]
-    apart, largest = float((found - effects).abs().max()), float(effects.abs().max())
+    apart, largest = float((here - effects).abs().max()), float(effects.abs().max())
     rows.append((f"indirect effect, {trials} trials", "effects", len(some) * (LAYERS * HEADS + 1), apart))
     steered = torch.zeros(LAYERS, len(some))
     for _, layer in product(range(3), range(LAYERS)):
-        found = clock("injection", lambda: by_layer(model, some, vector, "logprob")).values
-        for number, one in enumerate(some):
-            pair = clock("injection, published", lambda a=(one, vector.vector, layer): published.injected(*a))
+        here = clock("injection", lambda: by_layer(model, some, vector, "logprob")).values
+        for number, trial in enumerate(some):
+            pair = clock("injection, published", lambda a=(trial, vector.vector, layer): published.injected(*a))
             steered[layer, number] = pair[1]
-    apart = float((found - steered).abs().max())
+    apart = float((here - steered).abs().max())
     rows.append((f"injection at all layers, {trials} prompts", "injection", len(some) * LAYERS, apart))
     parts = whole(model, published, clock, rng)
     most = parts.pop("largest effect")

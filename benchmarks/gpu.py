@@ -36,8 +36,8 @@ from gpu_parity import IDS, LIMIT, apart, changed, first_line, knockout, parity,
 
 import interp_core as ic  # noqa: E402
 from interp_core import sites as S  # noqa: E402
+from interp_core.batteries.sites import TOLERANCE  # noqa: E402
 from interp_core.bench.tools import Bare, ByHand, Ours  # noqa: E402
-from interp_core.checks.battery import TOLERANCE  # noqa: E402
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -139,8 +139,8 @@ class Bench:
         config = transformers.LlamaConfig(num_hidden_layers=n_layers, eos_token_id=2, **shape)
         torch.manual_seed(0)
         with torch.device(self.device):
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        return made.to(self.device).eval().requires_grad_(False)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def large(self) -> ic.Model:
@@ -179,7 +179,7 @@ def sweeps(bench: Bench) -> None:
         off = apart(fine.sweep(ids, variants(fine), judged, strategy=strategy).values, truth)
         bench.hold(f"float32 {strategy} against full: {off:.1e} (limit {LIMIT:.0e})", off <= LIMIT, truth.numel())
     full, swept = (model.sweep(ids, variants(model), judged, strategy=kind) for kind in ("full", "auto"))
-    errors = [float((plain(one.values) - plain(truth)).pow(2).mean().sqrt()) for one in (full, swept)]
+    errors = [float((plain(study.values) - plain(truth)).pow(2).mean().sqrt()) for study in (full, swept)]
     what = f"bfloat16 {swept.plan.strategy}: off float32 by {errors[1]:.1e} (rms), full passes by {errors[0]:.1e}"
     bench.hold(f"{what} (limit twice that)", errors[1] <= 2 * errors[0], truth.numel())
     del rough, fine, model
@@ -213,7 +213,7 @@ def ratio(bench: Bench, n_tokens: int) -> None:
 
 def loop_by_hand(model: ic.Model, ids: Tensor, numbers: list[int]) -> Tensor:
     """One full pass per variant, with a hook that silences the head."""
-    hf, found = model.hf, []
+    hf, differences = model.hf, []
     n_heads, width, on_device = hf.config.num_attention_heads, hf.config.head_dim, ids.to(model.device)
     for number in numbers:
         layer, head = divmod(number, n_heads)
@@ -225,8 +225,8 @@ def loop_by_hand(model: ic.Model, ids: Tensor, numbers: list[int]) -> Tensor:
         with torch.no_grad():
             logits = hf(on_device, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         handle.remove()
-        found.append(logits[5] - logits[9])
-    return torch.stack(found)
+        differences.append(logits[5] - logits[9])
+    return torch.stack(differences)
 
 
 # Overhead
@@ -259,8 +259,8 @@ def compare(bench: Bench, operation: str, tools: dict[str, Any]) -> None:
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     other = "by hand" if "by hand" in results else "bare"
     logits = [(x[0] if isinstance(x, tuple) else x) for x in (results["ours"], results[other])]
-    made = min(x.shape[1] for x in logits)  # ours are the new tokens alone
-    off = apart(*(x[:, -made:] for x in logits))
+    new = min(x.shape[1] for x in logits)  # ours are the new tokens alone
+    off = apart(*(x[:, -new:] for x in logits))
     shown = " | ".join(f"{medians[name]:.3f}" if name in medians else "-" for name in tools)
     what = f"{operation}: {shown} ({medians['ours'] / medians[other]:.3f}), differ by {off:.0e}"
     bench.hold(what, off <= TOLERANCE[tools["ours"].model.dtype])
@@ -305,7 +305,7 @@ def memory(bench: Bench) -> None:
     kept = 512 * model.n_layers * 2 * (config.hidden_size + 2 * config.num_key_value_heads * config.head_dim)
     for budget in (2**29, 2**31, None):
         peak, swept = bench.peak(lambda: model.sweep(ids, variants, judged, memory_budget=budget))  # noqa: B023
-        rows = max(len(one.steps) for one in swept.plan.passes)
+        rows = max(len(batch.steps) for batch in swept.plan.passes)
         promise = rows * swept.plan.row_bytes + kept
         sizes = f"peak {peak / 2**20:,.0f} MiB, promised {promise / 2**20:,.0f} MiB, {kept / 2**20:,.0f} of it shared"
         bench.hold(f"sweep with memory_budget={budget}: {rows} rows, {sizes}", peak <= promise)
@@ -325,29 +325,29 @@ def streams(bench: Bench) -> None:
     edits = [S.z[1, 2].at(-1).zero(), S.resid_post[0].at(-2).scale(2.0)]
 
     def run() -> list[Tensor]:
-        made = model.run(IDS, read=S.resid_post, edits=edits)
-        return [made.logits.as_subclass(Tensor), made[S.resid_post].as_subclass(Tensor)]
+        edited = model.run(IDS, read=S.resid_post, edits=edits)
+        return [edited.logits.as_subclass(Tensor), edited[S.resid_post].as_subclass(Tensor)]
 
     def aside() -> list[Tensor]:
         stream = torch.cuda.Stream(bench.device) if bench.cuda else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(bench.device))
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            found = [x.cpu() for x in run()]
-        return found
+            values = [x.cpu() for x in run()]
+        return values
 
     wanted = [x.cpu() for x in run()]
     off = max(map(apart, aside(), wanted))
     what = "a stream of its own" if bench.cuda else f"the usual stream ({NO_DEVICE})"
     bench.hold(f"one run on {what}: {off:.0e}", off <= LIMIT)
-    found: list[list[Tensor]] = []
-    threads = [threading.Thread(target=lambda: found.extend(aside() for _ in range(8))) for _ in range(3)]
+    threaded: list[list[Tensor]] = []
+    threads = [threading.Thread(target=lambda: threaded.extend(aside() for _ in range(8))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    off = max((apart(a, b) for one in found for a, b in zip(one, wanted, strict=True)), default=float("inf"))
-    bench.hold(f"{len(found)} runs of 3 threads: {off:.0e}", off <= LIMIT and len(found) == 24, len(found))
+    off = max((apart(a, b) for values in threaded for a, b in zip(values, wanted, strict=True)), default=float("inf"))
+    bench.hold(f"{len(threaded)} runs of 3 threads: {off:.0e}", off <= LIMIT and len(threaded) == 24, len(threaded))
 
 
 def compiled(bench: Bench) -> None:
@@ -361,9 +361,9 @@ def compiled(bench: Bench) -> None:
     }
     for way, make in ways.items():
         hf = ic.testing.tiny("llama").to(bench.device)
-        made = make(hf)
+        module = make(hf)
         try:
-            ic.load(made if isinstance(made, nn.Module) else hf)
+            ic.load(module if isinstance(module, nn.Module) else hf)
         except ic.LoadError as error:
             bench.hold(f"{way} is refused: {first_line(error)}", "compiled" in str(error) or "_orig_mod" in str(error))
         else:
@@ -376,27 +376,27 @@ def generation(bench: Bench) -> None:
     for done, family in enumerate(bench.families):
         if bench.late:
             return bench.over(f"after {done} of {len(bench.families)} families")
-        made, models = [], []
+        generated, models = [], []
         for device in (bench.device, torch.device("cpu")):
             model = ic.load(ic.testing.tiny(family).to(device))
             edit = S.resid_post[0].add(torch.linspace(-1, 1, model.atlas.shape.d_model))
-            made.append(model.generate(IDS, edits=edit, max_new_tokens=new, stop_at_eos=False).ids)
+            generated.append(model.generate(IDS, edits=edit, max_new_tokens=new, stop_at_eos=False).ids)
             models.append((model, edit))
-        same, slack = agreeing(*made, *models[1])
+        same, slack = agreeing(*generated, *models[1])
         bench.hold(f"{family}: {same} of {2 * new} tokens, tie within {slack:.0e}", same > 0 and slack <= LIMIT, same)
 
 
-def agreeing(found: Tensor, wanted: Tensor, model: ic.Model, edit: ic.Edit) -> tuple[int, float]:
+def agreeing(on_device: Tensor, wanted: Tensor, model: ic.Model, edit: ic.Edit) -> tuple[int, float]:
     """How many new tokens are the same until rows part, and how far the logits lie apart where they do."""
     same, slack = 0, 0.0
-    for row, (one, other) in enumerate(zip(found, wanted, strict=True)):
-        differ = (one != other).nonzero()
+    for row, (row_ids, other) in enumerate(zip(on_device, wanted, strict=True)):
+        differ = (row_ids != other).nonzero()
         step = int(differ[0]) if len(differ) else len(other)
         same += step
         if len(differ):
             text = torch.cat([IDS[row], other[:step]])
             logits = plain(model.run(text[None], edits=edit).logits[0, -1])
-            slack = max(slack, float((logits[one[step]] - logits[other[step]]).abs() / logits.abs().max()))
+            slack = max(slack, float((logits[row_ids[step]] - logits[other[step]]).abs() / logits.abs().max()))
     return same, slack
 
 
@@ -472,20 +472,20 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.5, help="time for all parts together")
     parser.add_argument("--out", type=Path, help="a Markdown file")
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all by default")
-    asked = parser.parse_args()
-    if unknown := set(asked.parts) - set(PARTS):
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if torch.device(asked.device).type == "cuda" and not torch.cuda.is_available():
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; give --device cpu --small")
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # on by default, and convolutions would be held against float64
     transformers.logging.set_verbosity_error()
-    bench = Bench(asked.device, asked.small)
-    for name in asked.parts or PARTS:
-        run_part(bench, name, asked.minutes)
+    bench = Bench(options.device, options.small)
+    for name in options.parts or PARTS:
+        run_part(bench, name, options.minutes)
     compared, failed = sum(bench.compared.values()), sum(bench.failed.values())
-    if asked.out:
-        asked.out.write_text(page(bench), encoding="utf-8")
+    if options.out:
+        options.out.write_text(page(bench), encoding="utf-8")
     short = f"; short of time: {', '.join(bench.short)}" if bench.short else ""
     print(f"\n{compared} comparisons in {len(bench.compared)} parts, {failed} failed{short}", flush=True)
     return int(failed > 0)

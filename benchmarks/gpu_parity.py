@@ -1,7 +1,7 @@
 """How exact interp_core is on a device, family by family; a part of `benchmarks/gpu.py`.
 
 Two limits are used. `by hand`: the same operations on the same device,
-`interp_core.checks.battery.TOLERANCE` of the largest
+`interp_core.batteries.sites.TOLERANCE` of the largest
 value. `rounding`: the same number by other shapes or on another device, `GROWTH` roundings of float32.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
-from interp_core.checks.battery import TOLERANCE
+from interp_core.batteries.sites import TOLERANCE
 from interp_core.sites import SITES, Site
 
 GROWTH = 256
@@ -39,9 +39,9 @@ def plain(x: Any) -> Tensor:
     return x.detach().as_subclass(Tensor).cpu().double().clamp(min=torch.finfo(torch.bfloat16).min / 2)
 
 
-def apart(found: Any, wanted: Any) -> float:
+def apart(values: Any, wanted: Any) -> float:
     """Largest difference over the largest value (at least one), hidden scores left out; inf where one is no number."""
-    a, b = plain(found), plain(wanted)
+    a, b = plain(values), plain(wanted)
     if a.shape != b.shape or not bool(a.isfinite().all() and b.isfinite().all()):
         return float("inf")
     seen = b.abs() < 1e30
@@ -146,13 +146,13 @@ def changed(x: Tensor, index: Any, change: Callable[[Tensor], Tensor]) -> Tensor
 
 def against_float64(bench: Any, family: str) -> tuple[float, int]:
     """The device in float32 against the CPU in float64: the stream, and logits after an edit in the first layer."""
-    found = []
+    pairs = []
     for device, dtype in ((bench.device, torch.float32), (torch.device("cpu"), torch.float64)):
         model = ic.load(ic.testing.tiny(family, dtype=dtype).to(device))
         vector = torch.linspace(-1, 1, model.atlas.shape.d_model, dtype=dtype)
         run = model.run(IDS, read=S.resid_post, edits=S.resid_post[0].at(-2).add(vector))
-        found.append([run[S.resid_post], run.logits])
-    return max(apart(a, b) for a, b in zip(*found, strict=True)), len(found[0])
+        pairs.append([run[S.resid_post], run.logits])
+    return max(apart(a, b) for a, b in zip(*pairs, strict=True)), len(pairs[0])
 
 
 def knockout(bench: Any) -> None:
@@ -165,8 +165,8 @@ def knockout(bench: Any) -> None:
     def run(*edits: ic.Edit) -> ic.Run:
         return model.run(ids, edits=edits, logits=-1, allow_noop=True)
 
-    found, whole = run(few), run(few, S.pattern[1].at(query=slice(1, None)).scale(1.0))
-    off = apart(found.logits, whole.logits)
+    edited, whole = run(few), run(few, S.pattern[1].at(query=slice(1, None)).scale(1.0))
+    off = apart(edited.logits, whole.logits)
     bench.hold(f"logits differ by {off:.0e} from attention opened whole", off <= TOLERANCE[model.dtype])
     shown = []
     for what, edits in (("plain", ()), ("one query", (few,)), ("most queries", (most,))):

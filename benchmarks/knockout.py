@@ -39,13 +39,13 @@ def main(tokens: str = "2048", rounds: str = "5", *families: str) -> None:
         ids = torch.randint(3, 90, (1, n), generator=torch.Generator().manual_seed(0))
         layer = model.atlas.layers("pattern")[-1]
         keys = list(range(n - 12, n - 2))
-        one = S.pattern[layer].knockout(query=-1, key=keys)
+        last = S.pattern[layer].knockout(query=-1, key=keys)
         later = S.pattern[layer].knockout(query=slice(n // 4, None), key=slice(2, 12))
 
         def run(*edits: ic.Edit, model: ic.Model = model, ids: torch.Tensor = ids) -> Any:
             return model.run(ids, edits=edits, logits=-1, allow_noop=True)
 
-        calls = run, partial(run, one), partial(run, later)
+        calls = run, partial(run, last), partial(run, later)
         shortest(1, *calls)  # warm
         plain, few, many = (seconds * 1e3 for seconds in shortest(int(rounds), *calls, clock=time.process_time))
         kernel = model.hf.config._attn_implementation

@@ -78,8 +78,8 @@ def curves(model: ic.Model, question: Question, order: Regions) -> dict[str, flo
     at = torch.tensor(batch.columns("target")[0])  # the same text, so the same in every row
     values = logits[:, at - 1].gather(-1, batch.ids[:, at, None]).mean((1, 2)).tolist()
     half = len(values) // 2
-    found = perturbation_curves(order, values[:half], values[half:])
-    return {} if found.degenerate else found.record()
+    curve = perturbation_curves(order, values[:half], values[half:])
+    return {} if curve.degenerate else curve.record()
 
 
 def tokens_found(scores: Map, question: Question) -> float:
@@ -98,8 +98,8 @@ def judged(
             tokens = asked_row(model, question, question.images[0])
             for name, scores in maps_of(model, question, tokens).items():
                 where = evidence(question.meta["boxes"], tuple(scores.shape), (SIZE, SIZE))
-                found = hits(scores, where)
-                row = found.record() | {"tied": float(found.tied > 1)}
+                hit = hits(scores, where)
+                row = hit.record() | {"tied": float(hit.tied > 1)}
                 if name not in BASELINES:
                     row["tokens"] = tokens_found(scores, question)
                 if number < most:

@@ -116,12 +116,12 @@ def main() -> None:
     for number, (name, settings) in enumerate(rows):
         wall, start = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(options.cores) as cores:
-            found = list(cores.map(lambda mode, how=settings: decode(mode, labels, folds, **how), states))
+            decoded = list(cores.map(lambda mode, how=settings: decode(mode, labels, folds, **how), states))
         seconds, wall = time.process_time() - start, time.perf_counter() - wall
         against = "".join(f"; {how} {per[number] * fits:.0f} s, {per[number] * fits / seconds:.1f} times as much"
                           for how, per in beside.items() if per[number] == per[number])  # fmt: skip
         print(f"{name:34} {seconds:6.1f} s of CPU, {wall:6.1f} s by the clock{against}", flush=True)
-    last = found[-1]
+    last = decoded[-1]
     print(f"accuracy {last.accuracy[0]:.3f} in the first layer, {last.accuracy[-1]:.3f} in the last; shuffled "
           f"labels up to {np.quantile(last.null, 0.975):.3f}")  # fmt: skip
 

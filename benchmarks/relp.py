@@ -73,8 +73,8 @@ def effects(
 ) -> torch.Tensor:
     """Changes of the logit difference `[pair layer head pos]`."""
     settings = {"site": site, "by": "layer", "at": "each", **answers, **(more or {})}
-    found = ic.method(method)(model, clean, corrupted=corrupted, **settings)
-    return (found.effect * (found.source - found.base)[:, None, None, None]).double()
+    patching = ic.method(method)(model, clean, corrupted=corrupted, **settings)
+    return (patching.effect * (patching.source - patching.base)[:, None, None, None]).double()
 
 
 def toy() -> tuple[ic.Model, Texts]:

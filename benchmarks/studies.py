@@ -56,13 +56,13 @@ def ranking() -> None:
     )
     for site, at in (("z", -1), ("z", "each"), ("resid_pre", "each"), ("mlp_out", "each")):
         for steps, along in ((0, "inputs"), (8, "inputs"), (8, "activations")):
-            found = ic.method("attribution_patching")(
+            patching = ic.method("attribution_patching")(
                 model, clean, corrupted=french, site=site, at=at, steps=steps, along=along, compare=True
             )
-            numbers = [found.pearson, found.spearman, found.overlap]
+            numbers = [patching.pearson, patching.spearman, patching.overlap]
             shown = " | ".join(f"{float(x.mean()):.2f}" for x in numbers)
             how = f"{steps} steps along the {along}" if steps else "gradient"
-            print(f"| `{site}`, at={at!r} | {found.effect[0].numel()} | {how} | {shown} |")
+            print(f"| `{site}`, at={at!r} | {patching.effect[0].numel()} | {how} | {shown} |")
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -81,44 +81,44 @@ def times(threads: int) -> None:
     clean, other = (_tokens(torch.randint(3, 32000, (1, TOKENS), generator=pick)) for _ in range(2))
     reference = _tokens(torch.randint(3, 32000, (DRAWS, TOKENS), generator=pick))
     hand = ByHand(hf, clean.ids, other.ids)
-    given = {"corrupted": other, "answer": TARGET, "other": OTHER, "direction": "noising"}
+    fixed = {"corrupted": other, "answer": TARGET, "other": OTHER, "direction": "noising"}
     queries = f"q[{LAYERS - 1}]"
     studies: list[tuple[str, str, dict[str, Any], Callable[[int, int, int], Tensor]]] = [
-        ("every head at the last position", "activation_patching", given, lambda at, head, _: hand.patched(at, head)),
+        ("every head at the last position", "activation_patching", fixed, lambda at, head, _: hand.patched(at, head)),
         ("the same by 8 resampled prompts", "ablations", {
             "kind": "resample", "reference": reference, "score": "logit_diff", "answer": TARGET, "other": OTHER,
         }, lambda at, head, _: hand.resampled(at, head, reference.ids)),
-        ("paths from every head to the logits", "path_patching", given | {"at": -1},
+        ("paths from every head to the logits", "path_patching", fixed | {"at": -1},
          lambda at, head, _: hand.path(at, head, None)),
         ("paths from every head to the queries of the last layer", "path_patching",
-         given | {"at": -1, "receivers": queries}, lambda at, head, end: hand.path(at, head, end)),
+         fixed | {"at": -1, "receivers": queries}, lambda at, head, end: hand.path(at, head, end)),
     ]  # fmt: skip
     ic.method("activation_patching")(model, clean, layers=[0])  # tries the sweep on the model
     print(f"| {threads} threads | variants | s | by hand, s | ratio |\n|---|---|---|---|---|")
     for title, name, settings, alone in studies:
-        ours, found = timed(lambda name=name, settings=settings: ic.method(name)(model, clean, **settings))
-        effect, base = found.effect[0], found.base[0]
-        scale = found.source[0] - base if "corrupted" in settings else 1.0
+        ours, study = timed(lambda name=name, settings=settings: ic.method(name)(model, clean, **settings))
+        effect, base = study.effect[0], study.base[0]
+        scale = study.source[0] - base if "corrupted" in settings else 1.0
         count = effect.numel() * (DRAWS if name == "ablations" else 1)
         chosen = [divmod(n, HEADS) for n in range(0, (LAYERS - 1) * HEADS, (LAYERS - 1) * HEADS // TIMED)]
         seconds = 0.0
         for at, head in chosen:
             end = (at + head) % HEADS if queries in settings.values() else 0
-            one, value = timed(lambda at=at, head=head, end=end, alone=alone: alone(at, head, end))
+            seconds_each, value = timed(lambda at=at, head=head, end=end, alone=alone: alone(at, head, end))
             mine = effect[at * HEADS + head, end] if name == "path_patching" else effect[at, head, 0]
-            wanted, seconds = (value - base) / scale, seconds + one
+            wanted, seconds = (value - base) / scale, seconds + seconds_each
             assert torch.allclose(mine, wanted, atol=2e-5 * float(1 + 1 / abs(scale))), (title, mine, wanted)
         per = seconds / len(chosen) / (DRAWS if name == "ablations" else 1)
         print(f"| {title} | {count:,} | {ours:.2f} | {per * count:.1f} | {per * count / ours:.0f} |")
     for title, settings in (("every head", {}), ("every stream", {"site": "resid_pre"})):
-        ours, found = timed(
-            lambda settings=settings: ic.method("attribution_patching")(model, clean, at="each", **given, **settings)
+        ours, study = timed(
+            lambda settings=settings: ic.method("attribution_patching")(model, clean, at="each", **fixed, **settings)
         )
-        one = timed(lambda: hand.run([]))[0]
-        count = found.effect.numel()
+        seconds_each = timed(lambda: hand.run([]))[0]
+        count = study.effect.numel()
         print(
-            f"| {title} at every position, by gradient | {count:,} | {ours:.2f} | {one * count:.0f} "
-            f"| {one * count / ours:,.0f} |"
+            f"| {title} at every position, by gradient | {count:,} | {ours:.2f} | {seconds_each * count:.0f} "
+            f"| {seconds_each * count / ours:,.0f} |"
         )
 
 

@@ -53,20 +53,20 @@ def main(name: str = "heads", threads: str = "2") -> None:
     model, ids, mean, stream, variants = study(name)
     judged = score.logit_diff(TARGET, OTHER)
     model.sweep(ids, variants[:2], judged)  # tries the strategy on the model
-    turns, given = [], (name, model, ids, mean, stream, variants)
+    turns, study_of = [], (name, model, ids, mean, stream, variants)
     for _ in range(ROUNDS[name]):
-        seconds, found = timed(lambda: model.sweep(ids, variants, judged))
-        others = loops(*given)
+        seconds, swept = timed(lambda: model.sweep(ids, variants, judged))
+        others = loops(*study_of)
         turns.append((seconds, next(others)))
     ours = statistics.median(seconds for seconds, _ in turns)
     by_hand = statistics.median(first[1] for _, first in turns)
     first, *rest = turns[-1][1]
-    print(found.plan.explain(), "\n")
+    print(swept.plan.explain(), "\n")
     rate = matmul_rate(4 * ids.numel(), d_model, d_mlp)
-    floor = found.plan.token_layers * (4 * d_model * heads * d_head + 3 * d_model * d_mlp) * 2 / rate
+    floor = swept.plan.token_layers * (4 * d_model * heads * d_head + 3 * d_model * d_mlp) * 2 / rate
     rows = [("interp_core sweep", ours, len(variants))]
     for tool, seconds, values, chosen in [(first, by_hand, *rest[1:]), *others]:
-        wanted = found.values[chosen, 0]
+        wanted = swept.values[chosen, 0]
         assert torch.allclose(values, wanted, atol=1e-3, rtol=1e-4), (tool, (values - wanted).abs().max())
         rows.append((tool, seconds * len(variants) / len(chosen), len(chosen)))
     print(f"| {name}, {len(variants)} variants | s | ratio | timed |")
@@ -189,8 +189,8 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
 
         return difference(hf, ids.expand(len(numbers), -1), module, hook)
 
-    one = (lambda layer: hidden(hf, ids, layer)) if name == "knockout" else (lambda number: hooked([number]))
-    seconds, values = timed(lambda: torch.cat([one(number) for number in chosen]))
+    run_alone = (lambda layer: hidden(hf, ids, layer)) if name == "knockout" else (lambda number: hooked([number]))
+    seconds, values = timed(lambda: torch.cat([run_alone(number) for number in chosen]))
     yield "one full forward per variant, hooks by hand", seconds, values, chosen
     per = heads if name != "positions" else tokens
     size = min(per, 32)
@@ -215,7 +215,7 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
 def traced(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> Tensor:
     """nnsight's own loop."""
     nnsight = model.on("nnsight").engine.nnsight  # type: ignore[attr-defined]
-    d, found = mean.shape[-1], []
+    d, differences = mean.shape[-1], []
     for number in numbers:
         at, head = divmod(number, mean.shape[1])
         with torch.no_grad(), nnsight.trace(input_ids=ids, use_cache=False, logits_to_keep=1):
@@ -224,14 +224,14 @@ def traced(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> Te
             z[:, -1, head * d : (head + 1) * d] = mean[at, head]
             projection.input = z
             logits = nnsight.output.logits.save()
-        found.append(logits[0, -1, TARGET] - logits[0, -1, OTHER])
-    return torch.stack(found)
+        differences.append(logits[0, -1, TARGET] - logits[0, -1, OTHER])
+    return torch.stack(differences)
 
 
 def bridged(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> Tensor:
     """TransformerLens' own loop."""
     bridge = model.on("transformer_lens").engine.bridge  # type: ignore[attr-defined]
-    found = []
+    differences = []
     for number in numbers:
         at, head = divmod(number, mean.shape[1])
 
@@ -242,11 +242,11 @@ def bridged(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> T
 
         with torch.no_grad():
             logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{at}.attn.hook_z", patch)])
-        found.append(logits[0, -1, TARGET] - logits[0, -1, OTHER])
-    return torch.stack(found)
+        differences.append(logits[0, -1, TARGET] - logits[0, -1, OTHER])
+    return torch.stack(differences)
 
 
 if __name__ == "__main__":
     modes = {"cold": cold, "once": once}
-    asked = sys.argv[1:]
-    modes[asked[0]](*asked[1:]) if asked and asked[0] in modes else main(*asked)
+    arguments = sys.argv[1:]
+    modes[arguments[0]](*arguments[1:]) if arguments and arguments[0] in modes else main(*arguments)

@@ -137,7 +137,7 @@ def _located(
         ranges = None
         for offsets in ([], [len(text) // 2], range(len(text) + 1)):
             known |= marked.survey([(*at, offset) for offset in offsets]) if offsets else {}
-            places = {cut[2]: found for cut, found in known.items() if cut[:2] == at}
+            places = {cut[2]: place for cut, place in known.items() if cut[:2] == at}
             ranges = _ranges(text, places, marked.plain, parts=len(offsets) > 1)
             if ranges is not None:
                 break

@@ -171,9 +171,9 @@ def _check(model: Any, texts: Any, reads: Sequence[Site]) -> None:
 def _items(model: Any, texts: Iterable[Any], shelf: Shelf, shown: Progress) -> Iterator[Item]:
     """Texts that are not there yet, by number."""
     number = 0
-    for given in texts:
+    for text in texts:
         try:
-            tokens = model.input(given)
+            tokens = model.input(text)
             rows = [tokens] if len(tokens) == 1 else list(tokens)
         except InterpError as error:
             raise type(error)(f"text {number}: {error}") from error

@@ -232,10 +232,10 @@ def _new_tokens(said: dict[str, Any], width: int) -> int:
 def _special(model: Session, said: dict[str, Any], stop: bool) -> list[int]:
     """Settle which tokens end a text and fill it up, as the caller says, the model or the tokenizer; returns the
     former."""
-    model_says, asked = model.hf.generation_config, said.pop("eos_token_id", None)
-    if asked is not None and not stop:
+    model_says, chosen = model.hf.generation_config, said.pop("eos_token_id", None)
+    if chosen is not None and not stop:
         raise PlanError("stop_at_eos=False ends no row at eos_token_id; leave one of them out")
-    eos = model_says.eos_token_id if asked is None else asked
+    eos = model_says.eos_token_id if chosen is None else chosen
     if eos is None and model.tokenizer is not None:
         eos = model.tokenizer.eos_token_id
     listed = [] if eos is None else [int(token) for token in torch.as_tensor(eos).flatten()]

@@ -65,25 +65,25 @@ def generate(
         TextError: prompt and new tokens do not fit the context.
         EffectError: an edit did nothing.
     """
-    own = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
-    given = model.input(x)
-    told = decoding(model, given, options, own | {"top_k": top_k}, stop_at_eos)
-    given = replace(given, inputs={**given.inputs, **told.inputs}) if told.inputs else given
-    tokens, moved = padded_on(given, "left")
+    named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    prompt = model.input(x)
+    how = decoding(model, prompt, options, named | {"top_k": top_k}, stop_at_eos)
+    prompt = replace(prompt, inputs={**prompt.inputs, **how.inputs}) if how.inputs else prompt
+    tokens, moved = padded_on(prompt, "left")
     rows = tokens.rows._replace(moved=moved)
-    model.fit(tokens, told.new - 1)
+    model.fit(tokens, how.new - 1)
     compiled = CompiledPlan(model, *model.program(read, edits))
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
-    inputs = _inputs(tokens, compiled) | told.arguments
+    inputs = _inputs(tokens, compiled) | how.arguments
     with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
-        final = _grown(rows, told.new - 1)
-        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, told.ends)
-    made = Generation(compiled, tokens, rows, ids.cpu(), passes, told.ends)
+        final = _grown(rows, how.new - 1)
+        ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, how.ends)
+    generation = Generation(compiled, tokens, rows, ids.cpu(), passes, how.ends)
     demand_proof(compiled.edits, passes)
     if not allow_noop:
-        demand_effect(compiled.edits, passes, lambda: made.receipts)
-    return made
+        demand_effect(compiled.edits, passes, lambda: generation.receipts)
+    return generation
 
 
 def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
@@ -179,8 +179,8 @@ class Generation:
         slots, atlas, width = self._compiled.program.slots, self._compiled.model.atlas, self._rows.width
         steps = [Step(slots, atlas, self._rows, self._passes[0], width)]
         for i, record in enumerate(self._passes[1:], 1):  # positions within a step: the one new token, if there is one
-            one = Rows([[0] if i < length else [] for length in self._lengths], {}, 1, growing=True)
-            steps.append(Step(slots, atlas, one, record, width + i))
+            newest = Rows([[0] if i < length else [] for length in self._lengths], {}, 1, growing=True)
+            steps.append(Step(slots, atlas, newest, record, width + i))
         return steps
 
     def __str__(self) -> str:
@@ -215,7 +215,7 @@ def _joined(prompt: Tokens, ids: Tensor, lengths: list[int], tokenizer: Any) -> 
     spans = dict(prompt.spans)
     spans["prompt"] = tuple((Span(0, length),) for length in prompt.lengths)
     spans["generated"] = tuple((Span(n, n + more),) for n, more in zip(prompt.lengths, lengths, strict=True))
-    made = [row[width : width + n] for row, n in zip(ids.tolist(), lengths, strict=True)]
-    words = [[token_text(tokenizer, i) if tokenizer else str(i) for i in row] for row in made]
+    new_ids = [row[width : width + n] for row, n in zip(ids.tolist(), lengths, strict=True)]
+    words = [[token_text(tokenizer, i) if tokenizer else str(i) for i in row] for row in new_ids]
     labels = [(*old, *fresh) for old, fresh in zip(prompt.labels, words, strict=True)]
     return Tokens(ids, mask, spans=spans, labels=tuple(labels))

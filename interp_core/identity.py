@@ -336,10 +336,10 @@ def _reaches(code: types.CodeType) -> tuple[list[str], list[str]]:
 
 
 def _hashed(kind: str, parts: Iterable[str]) -> str:
-    made = hashlib.sha256(kind.encode())
+    sha = hashlib.sha256(kind.encode())
     for part in parts:
-        made.update(f"\n{len(part)} {part}".encode())
-    return made.hexdigest()
+        sha.update(f"\n{len(part)} {part}".encode())
+    return sha.hexdigest()
 
 
 def _content(tensor: Tensor) -> str:
@@ -366,8 +366,8 @@ def weights(root: nn.Module) -> str:
     """
     named = [*root.named_parameters(), *((name, x) for name, x in root.named_buffers() if not _is_passing(root, name))]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing lets other threads run
-        made = list(pool.map(lambda item: _weight(root, *item), named))
-    return _hashed("weights", [part for (name, _), own in zip(named, made, strict=True) for part in (name, own)])
+        digests = list(pool.map(lambda item: _weight(root, *item), named))
+    return _hashed("weights", [part for (name, _), own in zip(named, digests, strict=True) for part in (name, own)])
 
 
 def _weight(root: nn.Module, name: str, tensor: Tensor) -> str:

@@ -76,8 +76,8 @@ def some(tokens: Batch, rows: Sequence[int], columns: Tensor) -> tuple[dict[str,
     """
     if whole := undivided(tokens):
         raise TextError(f"a batch with {', '.join(whole)} cannot be split into rows; tokenize them one by one")
-    seen = tokens.spans.get("vision")
-    if not tokens.shares or (seen is not None and not any(seen[row] for row in rows)):
+    visual = tokens.spans.get("vision")
+    if not tokens.shares or (visual is not None and not any(visual[row] for row in rows)):
         kept = {} if tokens.shares else tokens.inputs
         return {name: value[list(rows)][:, columns] for name, value in kept.items()}, {}
     inputs, shares = {}, dict[str, "tuple[int, ...] | None"]()

@@ -69,7 +69,7 @@ def open_model(
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
-    place = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
+    goal = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
@@ -80,7 +80,7 @@ def open_model(
     with _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
         if device_map is None:
-            model = model.to(place)
+            model = model.to(goal)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
         why = ""
@@ -219,8 +219,8 @@ def _device(device: Any) -> torch.device:
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
         raise LoadError(wrong("device=", "a device like 'cpu' or 'cuda:0'", device))
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
         text = str(error).strip().splitlines()[0]
@@ -228,9 +228,9 @@ def _device(device: Any) -> torch.device:
             f"there is no device {device!r} ({text}): this PyTorch, {torch.__version__}, sees {have}. "
             "Leave device out for the best that is there, or give 'cpu'."
         ) from error
-    if place.type == "meta":
+    if checked.type == "meta":
         raise LoadError("device='meta' holds no weights; give 'cpu', a CUDA device, or a device_map")
-    return place
+    return checked
 
 
 def _tokenizer(files: Files) -> Any:

@@ -165,13 +165,13 @@ class FolderShelf(Shelf):
     def parts(self, owner: str, tokens: Tokens) -> list[Part]:
         """Those that are there, whole, and not done again later."""
         last = {number: row["part"] for row in self.rows for number in row["prompts"]}
-        found: list[Part] = []
+        parts: list[Part] = []
         for row in list(self.rows):
             numbers, name = row["prompts"], row["part"]
             if all(last[number] == name for number in numbers) and self.run.kept(f"{PARTS}/{name}"):
                 result = self.kind.load(self.run.path / PARTS / name)
-                found.append(Part(numbers, some_rows(tokens, numbers), result))
-        return found
+                parts.append(Part(numbers, some_rows(tokens, numbers), result))
+        return parts
 
     def keep(self, part: Part) -> None:
         """Write one, then note it."""

@@ -150,5 +150,5 @@ def method(name: str) -> Method:
     Raises:
         PluginError: unknown, broken, of another interface version, or no method.
     """
-    made: Method = registry("methods").get(name)()
-    return made
+    instance: Method = registry("methods").get(name)()
+    return instance

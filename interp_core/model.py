@@ -244,8 +244,8 @@ class Model(Session):
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()
-            found = sweep(self, x, listed, scores, strategy, memory_budget, out, progress)
-        return found[0] if isinstance(score, Score) else found
+            sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress)
+        return sweeps[0] if isinstance(score, Score) else sweeps
 
     def collect(
         self,

@@ -37,16 +37,17 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
         return tokens.placed[key]
     more = tokens.inputs[CACHE].get_seq_length() if cache and CACHE in tokens.inputs else 0
     model.fit(tokens, more)
-    given, width = tokens.inputs, tokens.ids.shape[1]
-    seen = given.get("attention_mask", tokens.mask).to(device, torch.long)  # wider than the text where a cache is given
-    padded = not bool(seen.all())
+    extras, width = tokens.inputs, tokens.ids.shape[1]
+    # A caller's mask is wider than the text where a cache comes with it: it covers the cache's tokens too.
+    mask = extras.get("attention_mask", tokens.mask).to(device, torch.long)
+    padded = not bool(mask.all())
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
-    if padded or (given and not {CACHE, "position_ids"} & set(given)):
-        inputs["attention_mask"] = seen
-    by_grids = any(name.endswith("_grid_thw") for name in given)
+    if padded or (extras and not {CACHE, "position_ids"} & set(extras)):
+        inputs["attention_mask"] = mask
+    by_grids = any(name.endswith("_grid_thw") for name in extras)
     if padded and not by_grids and _takes_positions(model):
-        inputs["position_ids"] = (_from_first(seen) + first_position(model.hf))[:, -width:]
-    for name, value in given.items():
+        inputs["position_ids"] = (_from_first(mask) + first_position(model.hf))[:, -width:]
+    for name, value in extras.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_inference():  # autograd would not take it in a later run
@@ -55,11 +56,11 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
     return inputs
 
 
-def _from_first(seen: Tensor) -> Tensor:
+def _from_first(mask: Tensor) -> Tensor:
     """Columns counted from each row's first real token to its last, as `forward` counts a row that begins in column 0:
     padding around a row takes no part, holes in it do."""
-    columns = torch.arange(seen.shape[1], device=seen.device)
-    first, last = seen.argmax(1, keepdim=True), seen.shape[1] - 1 - seen.flip(1).argmax(1, keepdim=True)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    first, last = mask.argmax(1, keepdim=True), mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
     return (columns - first).clamp(min=0).minimum(last - first)
 
 

@@ -151,7 +151,7 @@ class Rows(NamedTuple):
 
     @property
     def text(self) -> Rows:
-        """The same without what only fills rows up."""
+        """These rows without what only fills up those that have ended."""
         if self.stops is None:
             return self
         return self._replace(real=[row[:n] for row, n in zip(self.real, self.stops, strict=True)], stops=None)
@@ -173,8 +173,8 @@ class Patches:
     def __init__(self, images: Images) -> None:
         starts = [0, *accumulate(len(image) for row in images for image in row)]
         self.total = starts[-1]
-        own = iter(starts)
-        self.places = [[start + i for image in row for start in (next(own),) for i in image] for row in images]
+        image_starts = iter(starts)
+        self.places = [[start + i for image in row for start in (next(image_starts),) for i in image] for row in images]
         names: dict[str, list[list[int]]] = {}
         for i in range(max(map(len, images), default=0)):
             before = [sum(map(len, row[:i])) for row in images]
@@ -229,7 +229,7 @@ def selects_newest(value: Position, rows: Rows, row: int) -> bool:
 
 
 def settled(value: Position, rows: Rows, row: int) -> bool:
-    """Whether `selects_newest` says the same of every token to come."""
+    """Whether what `selects_newest` says of the newest token will hold of every later one."""
     newest = len(rows.real[row]) - 1
     if isinstance(value, int):
         return value < newest

@@ -143,12 +143,12 @@ class Receipt:
         if not self.fired:
             return f"{self.edit}: never fired"
         if self.positions is None:
-            where = "all positions"
+            positions = "all positions"
         else:
             shown = [f"row {i} at {','.join(map(str, row))}" for i, row in enumerate(self.positions) if row]
-            where = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
+            positions = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
         routing = "" if self.routing is None else f"; {self.routing}"
-        return f"{self.edit}: fired {self.fired}×, {where}, changed by norm {self.norm:.4g}{routing}"
+        return f"{self.edit}: fired {self.fired}×, {positions}, changed by norm {self.norm:.4g}{routing}"
 
 
 def receipts(edits: Sequence[Edit], passes: Sequence[PassRecord], rows: Rows) -> list[Receipt]:
@@ -156,12 +156,12 @@ def receipts(edits: Sequence[Edit], passes: Sequence[PassRecord], rows: Rows) ->
     if not edits:
         return []
     fires = [fire for record in passes for fire in record.fires]
-    found: list[list[tuple[int, Any, float]]] = [[] for _ in edits]
+    fires_of: list[list[tuple[int, Any, float]]] = [[] for _ in edits]
     for (number, layer, columns, _), norm in zip(fires, _numbers([fire[3] for fire in fires]), strict=True):
-        found[number].append((layer, columns, norm))
-    made = [_receipt(edit, fires, rows) for edit, fires in zip(edits, found, strict=True)]
+        fires_of[number].append((layer, columns, norm))
+    listed = [_receipt(edit, fires, rows) for edit, fires in zip(edits, fires_of, strict=True)]
     counted = routings(passes)
-    return [replace(one, routing=counted[i][0]) if i in counted else one for i, one in enumerate(made)]
+    return [replace(receipt, routing=counted[i][0]) if i in counted else receipt for i, receipt in enumerate(listed)]
 
 
 def routings(passes: Sequence[PassRecord]) -> dict[int, tuple[Routing, list[int]]]:
@@ -243,8 +243,10 @@ def demand_used(edits: Sequence[Edit], passes: Sequence[PassRecord]) -> None:
             )
 
 
-def demand_effect(edits: Sequence[Edit], passes: Sequence[PassRecord], made: Callable[[], list[Receipt]]) -> None:
-    """Refuse edits that did nothing. Receipts are `made` only to word the error.
+def demand_effect(
+    edits: Sequence[Edit], passes: Sequence[PassRecord], make_receipts: Callable[[], list[Receipt]]
+) -> None:
+    """Refuse edits that did nothing. Receipts are made only to word the error.
 
     Raises:
         EffectError: naming the first of them.
@@ -257,7 +259,7 @@ def demand_effect(edits: Sequence[Edit], passes: Sequence[PassRecord], made: Cal
     for number, of_edit in enumerate(norms):
         if of_edit and any(_numbers(of_edit)):
             continue
-        receipt = made()[number]
+        receipt = make_receipts()[number]
         did = "changed nothing: the value was already so" if receipt.fired else "never fired in this run"
         raise EffectError(
             f"{receipt.edit} {did}. If that is meant (a sweep over equal tokens, say), pass allow_noop=True."
@@ -385,7 +387,7 @@ class ReadStore:
 def _ndim(site: Site) -> int:
     """Axes of a site's value in one layer when every row selects as many positions."""
     dropped = isinstance(site.units, int)
-    singles = sum(place is not None and is_single(place) for place in (site.pos, site.key))
+    singles = sum(pos is not None and is_single(pos) for pos in (site.pos, site.key))
     return len(site.info.axes) - dropped - singles
 
 

@@ -83,13 +83,13 @@ def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
     """What the attention of a layer gives `[… d_model]` for heads `[… head d_head]`; see `Model.project`."""
     heads, end = (atlas.select(Site(name, layer))[0] for name in ("z", "attn_out"))
     assert heads.module is not None and heads.read is not None and end.read is not None
-    out = heads.module(z.flatten(-2))
+    projected = heads.module(z.flatten(-2))
     if not added:
-        return out
+        return projected
     if not f"{heads.read.module}.".startswith(f"{end.read.module}."):  # neither attention nor its last projection
         assert end.module is not None
-        out = end.module(out)
-    return out if end.read.layout is None else out * end.read.layout.factor
+        projected = end.module(projected)
+    return projected if end.read.layout is None else projected * end.read.layout.factor
 
 
 def demand_width(what: str, value: Any, *ends: int) -> None:

@@ -75,9 +75,9 @@ def _chosen(model: Structure, modules: Any, attention: Any, operations: Any) -> 
         raise CapabilityError(
             f"engine {model.engine.name!r} runs its own copy of the modules; replace them on model.on('torch')"
         )
-    for name, given in (("modules", modules), ("operations=", operations)):
-        if not isinstance(given, Mapping):
-            raise PlanError(wrong(name, "a dictionary with a function for each", given))
+    for name, rules in (("modules", modules), ("operations=", operations)):
+        if not isinstance(rules, Mapping):
+            raise PlanError(wrong(name, "a dictionary with a function for each", rules))
     for rule in (*modules.values(), *operations.values(), *([] if attention is None else [attention])):
         if not callable(rule):
             raise PlanError(wrong("a rule", "a function", rule))

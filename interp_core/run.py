@@ -1,4 +1,14 @@
-"""Runs: a plan that is checked against a model, one forward pass of it, and what that gave."""
+"""Runs: a plan that is checked against a model, one forward pass of it, and what that gave.
+
+    run(text, read=…, edits=…)
+      → CompiledPlan      the program for these sites and operations, from the session's or compiled now
+      → model_inputs      what the Hugging Face model is called with
+      → Program.forward   one pass, by the engine; gives a PassRecord
+      → Run               the record, read by site: values, logits, receipts; gradients where they were asked for
+
+Everything that can be refused is refused before the pass. What only the pass can show is raised after it: an edit that
+did nothing, a router that did not do as it was told.
+"""
 
 from __future__ import annotations
 
@@ -104,10 +114,10 @@ class Run(ForwardPass):
         """
         demand_effect(self._compiled.edits, (self._passed,), lambda: self.receipts)
 
-    def set_logits(self, logits: Tensor, asked: bool | PositionLike, bound: BoundSelection | None) -> None:
-        """Keep the logits that were asked for."""
+    def set_logits(self, logits: Tensor, at: bool | PositionLike, bound: BoundSelection | None) -> None:
+        """Keep the logits at the positions that were asked for (True: all), which `bound` takes out of them."""
         self._logits = logits if bound is None else bound.take(logits)
-        self._logits_site = Site("logits") if isinstance(asked, bool) else Site("logits").at(asked)
+        self._logits_site = Site("logits") if isinstance(at, bool) else Site("logits").at(at)
 
     def differentiate(self, score: Callable[[Tensor], Tensor]) -> None:
         """Fill `grad` with the gradients of `score(logits)` and let go of the graph."""
@@ -190,7 +200,7 @@ class CompiledPlan:
             inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
             if CACHE in inputs:
                 self._check_cached()
-                inputs[cache_name(model.hf)] = _copied(inputs.pop(CACHE))  # the pass adds to it
+                inputs[cache_name(model.hf)] = _copied(inputs.pop(CACHE))  # the pass adds to it, the caller's stays
             if not isinstance(logits, bool):
                 keep = self._keep(logits, tokens.rows, inputs)
             apart = model.snapshot.weights_apart() if graph else NOTHING
@@ -211,9 +221,10 @@ class CompiledPlan:
             run.demand_effect()
         return run
 
-    def _keep(self, asked: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
-        """Which logits to keep; where the model can, it computes no others."""
-        selection = Selection(Site("logits").at(asked), None)
+    def _keep(self, at: PositionLike, rows: Rows, inputs: dict[str, Any]) -> BoundSelection:
+        """The index of the logits to keep, in what the model will give: where it can (`logits_to_keep`, added to
+        `inputs`), it computes no others."""
+        selection = Selection(Site("logits").at(at), None)
         assert selection.pos is not None
         columns = selection.columns(rows, selection.pos)
         if self.model.keeps_logits and not self.touches("logits"):
@@ -240,7 +251,7 @@ class CompiledPlan:
                 raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
 
     def _handing(self, each: Each, rows: Rows, graph: bool) -> HandOver:
-        """What hands the readings of a layer over.
+        """A function that makes readings of what a program hands over of a layer, and calls `each` with them.
 
         Raises:
             PlanError: there is nothing to hand over, or a graph that would hold everything.
@@ -264,7 +275,7 @@ class CompiledPlan:
         return handing
 
     def _attending(self, each: Each | None) -> dict[str, bool]:
-        """What a program is told that is to keep attention for `each`.
+        """The argument of `Program.forward` that has it keep attention for `each`; engines that cannot know none.
 
         Raises:
             PlanError: nobody is handed it, or edits change what it would be made of.
@@ -297,11 +308,11 @@ class CompiledPlan:
         with torch.inference_mode(False):
             return self.run(x, logits=logits, each=each, attention=attention, allow_noop=allow_noop)
 
-    def _check_grad(self, asked: Any) -> None:
+    def _check_grad(self, grad: Any) -> None:
         for slot in self.program.slots:
-            if asked and (why := slot.entry.why.get("grad")):
+            if grad and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
-        if asked is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
+        if grad is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
             raise PlanError(
                 "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "
                 "edit a value that requires grad"

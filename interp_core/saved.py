@@ -146,8 +146,8 @@ def _read_head(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise LoadError(f"{folder / HEAD} cannot be read: {error}; save the run again") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
-        found = head.get("format") if isinstance(head, dict) else type(head).__name__
-        raise LoadError(f"{folder / HEAD} is of format {found}, not {FORMAT}; open it with the version that wrote it")
+        written = head.get("format") if isinstance(head, dict) else type(head).__name__
+        raise LoadError(f"{folder / HEAD} is of format {written}, not {FORMAT}; open it with the version that wrote it")
     return head
 
 

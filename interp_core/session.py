@@ -28,7 +28,7 @@ from .loading import Opened
 from .plan import Plan
 from .sites import Edit, Site
 from .snapshot import Snapshot, demand_usable, forgotten
-from .strategy_checks import Trial
+from .strategy_checks import StrategyChecks
 from .structure import Structure
 from .text import Tokens, from_inputs
 from .vision.places import with_visual_names
@@ -54,8 +54,7 @@ class Session(Structure):
         tokenizer: its tokenizer, or None.
         processor: what makes pixels of images, or None; `no_processor` says why.
         atlas: which sites it has.
-        tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
-        trials: what trying them took.
+        strategy_checks: what trying strategies of sweeps on it gave.
         turn: held while it runs; one for all models that share modules.
         snapshot: what it was like when it was opened, last.
     """
@@ -84,8 +83,7 @@ class Session(Structure):
         self.engine = make_engine(engine, self.hf, options)
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self.tried: dict[str, str] = {}
-        self.trials: dict[str, list[Trial]] = {}
+        self.strategy_checks = StrategyChecks()
         self._warned = False
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)
@@ -238,6 +236,8 @@ class Session(Structure):
         reads = several("read=", "sites", read, PlanError) if reads is None else reads
         changes = edits if isinstance(edits, tuple) else (edits,) if isinstance(edits, Edit) else None
         changes = several("edits=", "edits", edits, PlanError) if changes is None else changes
+        # By site and operation alone: a plan with other values is the same program. Reads are strings or sites as they
+        # were given: parsing them would be most of what a plan that is known costs.
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
         try:
             known = self._programs.get(key)
@@ -266,8 +266,8 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
     """
     longest = max(tokens.widths) + more
     if shape.n_ctx is not None and longest > shape.n_ctx:
-        asked = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
-        raise TextError(f"{asked} do not fit the model's context of {shape.n_ctx}; shorten the text")
+        wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
+        raise TextError(f"{wanted} do not fit the model's context of {shape.n_ctx}; shorten the text")
     top = int(tokens.ids.max())
     if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
         raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")

@@ -161,7 +161,7 @@ class Site:
 
     @property
     def whole(self) -> Site:
-        """The same site and layers, all units and positions."""
+        """This site in its layers, with all units and positions."""
         return Site(self.name, self.layers)
 
     def set(self, value: Tensor) -> Edit:
@@ -255,21 +255,21 @@ class Site:
         """
         if not isinstance(text, str):
             raise SiteError(wrong("a site", "the text of one, like 'resid_post[3]@-1'", text))
-        body, _, place = text.strip().partition("@")
+        body, _, positions = text.strip().partition("@")
         name, bracket, rest = body.partition("[")
         site = named(name.strip())
         if bracket:
             if not rest.endswith("]"):
                 raise SiteError(f"{text!r} lacks a closing bracket; write {name}[layer] or {name}[layer,unit]")
             site = site[tuple(parsed_index(part, text) for part in split_at_commas(rest[:-1]))]
-        if not place:
+        if not positions:
             return site
-        if "key=" not in place:
-            return site.at(parse_position(place))
-        parts = dict(part.partition("=")[::2] for part in place.split(";"))
+        if "key=" not in positions:
+            return site.at(parse_position(positions))
+        parts = dict(part.partition("=")[::2] for part in positions.split(";"))
         if unknown := set(parts) - {"query", "key"}:
             raise SiteError(f"{text!r} has positions of {sorted(unknown)[0]!r}; write {name}[layer]@query=…;key=…")
-        return site.at(**{axis: parse_position(where) for axis, where in parts.items()})
+        return site.at(**{axis: parse_position(chosen) for axis, chosen in parts.items()})
 
 
 @dataclass(frozen=True, eq=False)

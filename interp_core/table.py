@@ -23,11 +23,11 @@ class SiteTable:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """`(site, axes, layers, remark)` of every site that the model has."""
-        out = []
+        rows = []
         for name in self:
             entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
-            out.append((name, _axes(entries[0]), _layers(self.atlas, name), _remark(entries)))
-        return out
+            rows.append((name, _axes(entries[0]), _layers(self.atlas, name), _remark(entries)))
+        return rows
 
     def missing(self) -> dict[str, list[str]]:
         """Sites that the model lacks, by the reason."""

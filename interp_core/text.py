@@ -135,16 +135,16 @@ class Tokens:
         if not isinstance(values, Tensor) or values.shape[:2] != self.ids.shape:
             takes = f"a tensor [{', '.join(map(str, self.ids.shape))}, …] of these tokens"
             raise PlanError(wrong("take", takes, values if not isinstance(values, Tensor) else list(values.shape)))
-        place = position(at)
-        columns = self.columns(place)
+        pos = position(at)
+        columns = self.columns(pos)
         if len({len(row) for row in columns}) > 1:
             raise PositionError(
-                f"{format_position(place)} selects {[len(row) for row in columns]} positions of the rows; take them "
+                f"{format_position(pos)} selects {[len(row) for row in columns]} positions of the rows; take them "
                 "row by row (for row in tokens: …), or positions of which all rows have as many"
             )
         index = torch.tensor(columns, dtype=torch.long, device=values.device)
         taken = values[torch.arange(len(index), device=index.device)[:, None], index]
-        return taken[:, 0] if is_single(place) else taken
+        return taken[:, 0] if is_single(pos) else taken
 
     def labels_at(self, at: PositionLike) -> tuple[tuple[str, ...], ...]:
         """The tokens at positions as text to show, row by row.
@@ -152,11 +152,11 @@ class Tokens:
         Raises:
             PositionError: as `columns`.
         """
-        out = []
+        rows = []
         for labels, real, columns in zip(self.labels, self.rows.real, self.columns(at), strict=True):
             by_column = dict(zip(real, labels, strict=True))
-            out.append(tuple(by_column.get(column, "") for column in columns))
-        return tuple(out)
+            rows.append(tuple(by_column.get(column, "") for column in columns))
+        return tuple(rows)
 
     def row(self, index: int) -> Tokens:
         """One row without the padding around it, with its own pixels.
@@ -214,9 +214,9 @@ class Tokens:
             matches = [match.span() for match in re.finditer(pattern, text)]
             if not -len(matches) <= nth < len(matches):
                 shown = what if isinstance(what, str) else what.pattern
-                found = f"{len(matches)} times" if matches else "not at all"
+                times = f"{len(matches)} times" if matches else "not at all"
                 hint = "" if matches else f" {nearest(shown.strip(), text.split())}"
-                raise PositionError(f"{shown!r} occurs {found} in row {row} (asked for match {nth}).{hint}")
+                raise PositionError(f"{shown!r} occurs {times} in row {row} (asked for match {nth}).{hint}")
             what = matches[nth]
         start, stop = what
         if not 0 <= start < stop <= len(text):
@@ -386,11 +386,11 @@ def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
     if "input_ids" not in rest:
         raise TextError(f"the inputs lack input_ids; they have {', '.join(map(repr, rest)) or 'nothing'}")
     ids = torch.as_tensor(rest.pop("input_ids"))
-    given = rest.pop("attention_mask", None)
-    mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
-    if given is not None and {"position_ids", CACHE} & set(rest):
+    attention_mask = rest.pop("attention_mask", None)
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    if attention_mask is not None and {"position_ids", CACHE} & set(rest):
         rest["attention_mask"] = mask.long()
-    if given is not None and (cache := rest.get(CACHE)) is not None:
+    if attention_mask is not None and (cache := rest.get(CACHE)) is not None:
         known, width = cache.get_seq_length(), ids.shape[-1]
         if mask.shape[-1] != known + width:
             raise TextError(
@@ -447,10 +447,10 @@ def _ids(tokenizer: Any, text: str, bos: bool | None) -> tuple[list[int], list[C
     ids = list(encoded["input_ids"])
     if not ids:
         raise TextError(f"the text {text!r:.60} has no tokens")
-    own = _not_doubled(tokenizer, text, ids) if special else slice(None)
-    ids = ids[own]
+    kept = _not_doubled(tokenizer, text, ids) if special else slice(None)
+    ids = ids[kept]
     if fast:
-        offsets = with_composed(text, [(int(a), int(b)) for a, b in encoded["offset_mapping"]][own])
+        offsets = with_composed(text, [(int(a), int(b)) for a, b in encoded["offset_mapping"]][kept])
     else:
         offsets = offsets_by_decoding(tokenizer, ids, text)
     if bos and ids[0] != tokenizer.bos_token_id:
@@ -464,12 +464,12 @@ def _not_doubled(tokenizer: Any, text: str, ids: list[int]) -> slice:
     specials = set(tokenizer.all_special_ids)
     if not specials.intersection(ids[1:3] + ids[-3:-1]):
         return slice(None)
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    for start in reversed(range(len(ids) - len(own) + 1)):
-        before, after = ids[:start], ids[start + len(own) :]
-        if ids[start : start + len(own)] != own:
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in reversed(range(len(ids) - len(bare) + 1)):
+        before, after = ids[:start], ids[start + len(bare) :]
+        if ids[start : start + len(bare)] != bare:
             continue
-        doubled = bool(before) and own[: len(before)] == before, bool(after) and own[-len(after) :] == after
+        doubled = bool(before) and bare[: len(before)] == before, bool(after) and bare[-len(after) :] == after
         if any(doubled):
             return slice(len(before) if doubled[0] else 0, len(ids) - (len(after) if doubled[1] else 0))
     return slice(None)

@@ -128,16 +128,16 @@ class WeightReader(NamedTuple):
         zero = module(self._like(module, torch.zeros(1, width)))
         units = torch.arange(width).split(ROWS)
         rows = [module(self._like(module, nn.functional.one_hot(part, width))) - zero for part in units]
-        made = Weights(torch.cat(rows), zero[0])
+        weights = Weights(torch.cat(rows), zero[0])
         x = self._like(module, _random(8, width))
-        x64, w64, b64 = x.double(), made.weight.double(), made.bias.double()
+        x64, w64, b64 = x.double(), weights.weight.double(), weights.bias.double()
         size = x64.abs() @ w64.abs() + b64.abs()
         # A sum is rounded as it grows, in float32 at least, and as it is given; and the weights are, beside the bias.
         summed = math.sqrt(width) * torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps * size
         ours, once = x64 @ w64 + b64, torch.finfo(self.dtype).eps * size / math.sqrt(width)
         if not _close(module(x), ours, 8 * summed + 4 * once):
             raise CapabilityError(f"{self._what(entry)} comes out of a map that is not linear to rounding")
-        return made
+        return weights
 
     def _table(self, entry: Entry) -> Tensor:
         """What an embedding gives for every id `[d_vocab d_model]`."""
@@ -160,16 +160,16 @@ class WeightReader(NamedTuple):
         sign = torch.ones(self.atlas.shape.d_model)
         sign[1::2] = -1
         up, down = module(self._like(module, c * torch.stack([sign, -sign])))
-        made = Weights((up - down) / 2 * sign.to(up), (up + down) / 2)
+        weights = Weights((up - down) / 2 * sign.to(up), (up + down) / 2)
         x = self._like(module, c * _random(8, len(sign)))
         eps = max(torch.finfo(kind).eps for kind in (self.dtype, torch.float32))
-        gain, bias = made.weight.double(), made.bias.double()
+        gain, bias = weights.weight.double(), weights.bias.double()
         for mean in (0.0, x.double().mean(-1, keepdim=True)):
             values = x.double() - mean
             values = values / values.pow(2).mean(-1, keepdim=True).sqrt()
             size = (1 + values.abs()) * gain.abs() + bias.abs()  # 1 is the deviation, against which a mean rounds
             if _close(module(x), values * gain + bias, 8 * eps * size):
-                return Weights(*(_here(self._what(entry), part) for part in made))
+                return Weights(*(_here(self._what(entry), part) for part in weights))
         raise CapabilityError(
             f"{self._what(entry)} is made by {type(module).__name__}, which is no LayerNorm or RMSNorm with gains; see "
             "model.module"
@@ -179,9 +179,9 @@ class WeightReader(NamedTuple):
         """Gains and bias of the norm of what is added, with the factor that the block multiplies by."""
         if (component := ADDED[entry.name]) not in self.atlas.components.names(entry.layer):
             raise CapabilityError(f"{self._what(entry)} is not what a norm makes: this layer has no {component}")
-        made = self._norm(entry, self.atlas.module(component, entry.layer))
+        norm = self._norm(entry, self.atlas.module(component, entry.layer))
         factor = entry.read.layout.factor if entry.read is not None and entry.read.layout is not None else 1.0
-        return Weights(made.weight * factor, made.bias * factor)
+        return Weights(norm.weight * factor, norm.bias * factor)
 
     def _norms(self, name: str, entries: Sequence[Entry]) -> Iterator[tuple[Entry, nn.Module]]:
         """The norm that makes a site, layer by layer: of those that it may be, the one that on a few tokens does."""
@@ -192,8 +192,8 @@ class WeightReader(NamedTuple):
         for entry, named in zip(entries, reads, strict=True):
             layer = entry.layer
             value, *streams = (next(values) for _ in named)
-            names = [one for one in components if one in self.atlas.components.names(layer)]
-            modules = [self.atlas.module(one, layer) for one in names]
+            names = [component for component in components if component in self.atlas.components.names(layer)]
+            modules = [self.atlas.module(component, layer) for component in names]
             rounding = 16 * torch.finfo(value.dtype).eps * value.abs().amax(-1, keepdim=True)
             makers = (m for m in modules for x in streams if _close(m(x), value, rounding))
             if (module := next(makers, None)) is None:

@@ -25,11 +25,11 @@ KEPT = {
 OUT = Path(__file__).parent.parent / "interp_core" / "architectures" / "paths.json"
 
 
-def _walk(components: dict[str, Any] | None, found: dict[str, str], prefix: str = "") -> None:
+def _walk(components: dict[str, Any] | None, paths: dict[str, str], prefix: str = "") -> None:
     for key, component in (components or {}).items():
         if component.name and prefix + key in KEPT:
-            found[prefix + key] = component.name
-        _walk(getattr(component, "submodules", None), found, f"{prefix}{key}.")
+            paths[prefix + key] = component.name
+        _walk(getattr(component, "submodules", None), paths, f"{prefix}{key}.")
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -51,12 +51,12 @@ def table() -> dict[str, dict[str, str]]:
             mapping = described(config).component_mapping
         except (ValueError, AttributeError, TypeError, ImportError):
             continue
-        found: dict[str, str] = {}
-        _walk(mapping, found)
-        if "blocks" in found and "blocks.attn" in found:
+        paths: dict[str, str] = {}
+        _walk(mapping, paths)
+        if "blocks" in paths and "blocks.attn" in paths:
             if "Parallel" in type(mapping["blocks"]).__name__:
-                found["parallel"] = "yes"
-            out[name] = dict(sorted(found.items()))
+                paths["parallel"] = "yes"
+            out[name] = dict(sorted(paths.items()))
     return dict(sorted(out.items()))
 
 

@@ -58,31 +58,31 @@ def main(*names: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     families = names or testing.families()
-    found = {}
+    batteries = {}
     for family in families:
-        found[family] = {engine: [battery(family, dtype, engine) for dtype in DTYPES] for engine in ENGINES}
-        print(_row(family, found[family]), flush=True)
+        batteries[family] = {engine: [battery(family, dtype, engine) for dtype in DTYPES] for engine in ENGINES}
+        print(_row(family, batteries[family]), flush=True)
     if not names:
-        write(ROOT / "docs/compatibility.md", "\n".join(page(found)) + "\n")
+        write(ROOT / "docs/compatibility.md", "\n".join(page(batteries)) + "\n")
 
 
-def page(found: dict[str, dict[str, list[Battery]]]) -> list[str]:
+def page(batteries: dict[str, dict[str, list[Battery]]]) -> list[str]:
     """Lines of the page."""
     versions = ", ".join(
         f"{p} {importlib.metadata.version(p).split('+')[0]}"
         for p in ("torch", "transformers", "nnsight", "transformer-lens")
     )
     lines = [HEAD.format(versions=versions), *_header("family")]
-    lines += [_row(family, cells) for family, cells in found.items()]
+    lines += [_row(family, cells) for family, cells in batteries.items()]
     lines += [FOOT, "## Site by site", ""]
     lines += ["The same by site: the worst of all families, and how many of them have it.", "", *_header("site")]
     for site in SITES:
-        columns = [[[b.cells.get(site) for b in cells[e]] for cells in found.values()] for e in ENGINES]
+        columns = [[[b.cells.get(site) for b in cells[e]] for cells in batteries.values()] for e in ENGINES]
         if any(None not in family for column in columns for family in column):
             lines.append(f"| `{site}` | " + " | ".join(_site(column) for column in columns) + " |")
-    lines += ["", *routers(), "", *sweeps(list(found))]
-    lines += ["", "## What is refused, and why", "", *_reasons(found), "## What a family lacks, and why", ""]
-    for name in found:
+    lines += ["", *routers(), "", *sweeps(list(batteries))]
+    lines += ["", "## What is refused, and why", "", *_reasons(batteries), "## What a family lacks, and why", ""]
+    for name in batteries:
         lacking: dict[str, list[str]] = {}
         for site, why in ic.load(testing.tiny(name)).atlas.lacking.items():
             if not any(word in why for word in ABSENT):
@@ -165,11 +165,11 @@ def _site(column: list[list[tuple[float, float] | None]]) -> str:
     return f"{numbers}, {len(having)}" if having else "·"
 
 
-def _reasons(found: dict[str, dict[str, list[Battery]]]) -> list[str]:
+def _reasons(batteries: dict[str, dict[str, list[Battery]]]) -> list[str]:
     lines = []
     for engine in ENGINES:
         reasons: dict[str, dict[str, list[str]]] = {}
-        for family, cells in found.items():
+        for family, cells in batteries.items():
             for site, why in cells[engine][0].refused.items():
                 reasons.setdefault(why.removeprefix(f"{site}: "), {}).setdefault(family, []).append(site)
         lines += [f"**{engine}**" + (":" if reasons else ": nothing."), ""]

@@ -44,9 +44,9 @@ def of_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     cases = [of_case(probing.case(number)) for number in range(len(probing.CASES))]
-    made = {"scikit-learn": sklearn.__version__, "cases": cases}
+    reference = {"scikit-learn": sklearn.__version__, "cases": cases}
     if "--check" not in sys.argv:
-        FILE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        FILE.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
         return
     kept = json.loads(FILE.read_text(encoding="utf-8"))
     apart = max(

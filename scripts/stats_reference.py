@@ -40,8 +40,8 @@ def of_pair(case: dict[str, Any]) -> list[float | None]:
     x, y, labels = np.array(case["x"]), np.array(case["y"]), np.array(case["labels"])
     positive, negative = x[labels == 1], x[labels == 0]
     area = stats.mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative))
-    found = stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0], stats.kendalltau(x, y)[0], area
-    return [number(value) for value in found]
+    numbers = stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0], stats.kendalltau(x, y)[0], area
+    return [number(value) for value in numbers]
 
 
 def of_test(case: dict[str, Any]) -> list[float | None]:
@@ -52,21 +52,21 @@ def of_test(case: dict[str, Any]) -> list[float | None]:
     def p(data: tuple[np.ndarray, ...], statistic: Any, kind: str) -> float | None:
         return number(stats.permutation_test(data, rounded(statistic), permutation_type=kind, **how).pvalue)
 
-    found = [
+    p_values = [
         p((first,), np.mean, "samples"),
         p((first, second), lambda a, b: np.mean(a) - np.mean(b), "independent"),
     ]
     if min(np.ptp(first), np.ptp(other)) == 0:
-        return [*found, None, None, None]
+        return [*p_values, None, None, None]
     kinds = (stats.pearsonr, stats.spearmanr, stats.kendalltau)
-    return found + [p((other,), lambda b, of=of: of(first, b)[0], "pairings") for of in kinds]
+    return p_values + [p((other,), lambda b, of=of: of(first, b)[0], "pairings") for of in kinds]
 
 
 def of_resamples(case: dict[str, Any]) -> list[list[float]]:
     """Intervals of the mean, the median and Pearson's correlation: percentile, then BCa; and the standard error."""
     x, y = np.array(case["x"]), np.array(case["y"])
     kinds = [((x,), np.mean), ((x,), np.median), ((x, y), lambda a, b: stats.pearsonr(a, b)[0])]
-    found = []
+    intervals = []
     for data, statistic in kinds:
         for method in ("percentile", "BCa"):
             done = stats.bootstrap(
@@ -74,8 +74,8 @@ def of_resamples(case: dict[str, Any]) -> list[list[float]]:
                 n_resamples=statistical.RESAMPLES, rng=np.random.default_rng(case["seed"]),
                 paired=len(data) > 1, vectorized=False,
             )  # fmt: skip
-            found.append([*map(float, done.confidence_interval), float(done.standard_error)])
-    return found
+            intervals.append([*map(float, done.confidence_interval), float(done.standard_error)])
+    return intervals
 
 
 def wilson(case: dict[str, Any]) -> list[float]:
@@ -103,10 +103,10 @@ def near(a: Any, b: Any) -> bool:
 
 
 if __name__ == "__main__":
-    made = reference()
+    computed = reference()
     if "--check" in sys.argv:
         kept = json.loads(FILE.read_text())
-        wrong = [key for key in made if key != "scipy" and not near(made[key], kept[key])]
+        wrong = [key for key in computed if key != "scipy" and not near(computed[key], kept[key])]
         sys.exit(f"{FILE.name} is not what scipy {scipy.__version__} says of {', '.join(wrong)}" if wrong else 0)
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in made.items()]
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in computed.items()]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

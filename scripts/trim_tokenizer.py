@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 def used(words: list[str], ranks: dict[tuple[str, str], int], vocab: dict[str, int]) -> set[tuple[str, str]]:
     """Merges that BPE carries out on these words."""
-    found = set()
+    merges = set()
     for word in words:
         pieces = list(word)
         while True:
@@ -26,7 +26,7 @@ def used(words: list[str], ranks: dict[tuple[str, str], int], vocab: dict[str, i
             if not pairs:
                 break
             pair = min(pairs)[1]
-            found.add(pair)
+            merges.add(pair)
             merged, i = [], 0
             while i < len(pieces):
                 if tuple(pieces[i : i + 2]) == pair:
@@ -36,7 +36,7 @@ def used(words: list[str], ranks: dict[tuple[str, str], int], vocab: dict[str, i
                     merged.append(pieces[i])
                     i += 1
             pieces = merged
-    return found
+    return merges
 
 
 def trim(source: Path, target: Path, texts: list[str]) -> None:

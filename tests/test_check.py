@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import interp_core as ic
 from interp_core import testing
-from interp_core.checks.battery import check_model, coarsest
+from interp_core.batteries.sites import check_model, coarsest
 from interp_core.cli import app
 
 
@@ -35,7 +35,7 @@ def test_float64_is_held_to_more() -> None:
 
 
 def test_it_finds_an_engine_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from interp_core.engines.hooks import SiteRead
+    from interp_core.engines.site_access import SiteRead
 
     model = tiny_model("llama")
     monkeypatch.setattr(ic.Model, "on", lambda self, name: ic.load(testing.tiny("llama", seed=1), check=False))

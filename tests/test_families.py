@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
+import test_streams
 import torch
+import towers
 from conftest import FAMILIES, tiny_model
+from layouts import LAYOUT, VISUAL
+from mixtures import MIXTURES
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.architectures.family import Family, Place
+from interp_core.architectures.locate import known_paths
+from interp_core.architectures.routing import Router, TopKOfLogits
+
+ROOT = Path(__file__).parent.parent
+DECLARED: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+    "interp_core.architectures"
+]
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
@@ -162,3 +179,98 @@ def test_every_family_that_is_declared_is_there() -> None:
     registry = ic.registry("architectures")
     families = [registry.get(name) for name in registry.names()]
     assert len(families) > 80 and all(family.name for family in families)
+
+
+def lacking(name: str, file: str) -> list[str]:
+    """What a family that is declared, or that has a tiny model, still lacks: one sentence for each place."""
+    page = (ROOT / "docs/families.md").read_text()
+    small = {*FAMILIES, *ic.testing.mixtures(), *test_streams.MODELS}
+    tried = {target.partition(":")[0] for other, target in DECLARED.items() if other in small}
+    sentences = []
+    if file and f"`{name}`" not in page:
+        sentences.append(f"docs/families.md: no row names `{name}`; write what is particular to it")
+    if name not in FAMILIES and name not in ic.testing.mixtures():
+        if file not in tried:  # kin of a family that has one are described by the same lines
+            sentences.append(
+                f"interp_core/testing: no tiny model; give {name!r} a line in models.py, visual.py or routed.py"
+            )
+        return sentences
+    if name in FAMILIES and name not in LAYOUT:
+        sentences.append("tests/layouts.py: no layout; write out where hand-written hooks find its sites")
+    if name in VISUAL and name not in towers.LAYOUT:
+        sentences.append("tests/towers.py: no layout of its vision tower")
+    if name not in FAMILIES and name not in MIXTURES:
+        sentences.append("tests/mixtures.py: no line says where its router is, to be held against selection by hand")
+    kind = type(tiny_model(name).hf).__name__
+    family = ic.registry("architectures").get(name) if file else None
+    if kind not in known_paths() and (family is None or "blocks" not in family.paths):
+        sentences.append(
+            f"paths: TransformerLens has no adapter for {kind}, so the family's file must name them (`paths`)"
+        )
+    return sentences
+
+
+@pytest.mark.parametrize("name", list(dict.fromkeys([*DECLARED, *FAMILIES, *ic.testing.mixtures()])))
+def test_nothing_is_missing_where_a_family_is_added(name: str) -> None:
+    assert not lacking(name, DECLARED.get(name, "").partition(":")[0]), name
+
+
+def test_what_is_missing_for_a_family_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "\n".join(lacking("mamba9", "interp_core.architectures.mamba9"))
+    assert (
+        "docs/families.md: no row names `mamba9`" in said and "no tiny model; give 'mamba9' a line in models.py" in said
+    )
+    for table, name, says in (
+        (LAYOUT, "llama", "tests/layouts.py"), (towers.LAYOUT, "llava", "tests/towers.py"), (MIXTURES, "jamba", "tests/mixtures.py"),
+        (known_paths(), "LlamaForCausalLM", "adapter for LlamaForCausalLM"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.delitem(table, name)
+            model = "llama" if name == "LlamaForCausalLM" else name
+            assert [sentence for sentence in lacking(model, DECLARED.get(model, "")) if says in sentence], says
+
+
+@pytest.fixture
+def of_others() -> Iterator[Any]:
+    """Registers families for the length of a test."""
+    registry = ic.registry("architectures")
+    rows, hidden = list(registry.rows), [row.hidden for row in registry.rows]
+    yield lambda family: registry.register(family.name, family)
+    registry.rows = rows
+    for row, was in zip(rows, hidden, strict=True):
+        row.hidden = was
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        (Family("llama", paths={"blocks.mlp.out": "dwon_proj"}), "blocks.mlp.out is at 'dwon_proj'.* 'down_proj'"),
+        (Family("llama", paths={"blocks.attn.q": "q_porj|q"}), r"blocks.attn.q is at 'q_porj\|q'.*'q_proj'"),
+        (Family("llama", paths={"blocks.mlp": "mpl"}), "blocks.mlp is at 'mpl'.* 'mlp'"),
+        (Family("llama", paths={"blocks": "model.layer"}), "blocks is at 'model.layer'.* 'model.layers'"),
+        (Family("llama", paths={"ln_final": "model.nrom"}), "ln_final is at 'model.nrom'.* 'model.norm'"),
+        (Family("llama", places={"mlp_act": Place("mlp.down", "in")}), "mlp_act is at 'mlp.down'.* 'mlp.down_proj'"),
+        (Family("gpt_neo", pattern="attn.attention.dropout"), "pattern is at .* 'attn.attention.attn_dropout'"),
+        (Family("qwen3_moe", router=Router("mlp.gat", "mlp.experts", TopKOfLogits())), "the router is at 'mlp.gat'.* 'mlp.gate'"),
+        (Family("qwen3_moe", router=Router("mlp.rout", "mlp.expert", TopKOfLogits())), "the router is at 'mlp.rout'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.name,
+)  # fmt: skip
+def test_a_path_that_leads_nowhere_is_told_by_name(family: Family, says: str, of_others: Any) -> None:
+    """Before anything runs: the family, the path, and what is there."""
+    of_others(family)
+    hf = ic.testing.tiny(family.name)
+    hf.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ic.PluginError, match=f"the family file of '{family.name}' says that {says}"):
+        ic.load(hf)
+
+
+def test_paths_that_not_all_models_have_are_no_slip(of_others: Any) -> None:
+    """A path that ends with `|`, the names of Llama's MLP in a model of experts alone, a router in a dense model."""
+    of_others(
+        Family(
+            "llama", paths={"blocks.attn.qkv": "qkv_proj|"}, router=Router("mlp.gate", "mlp.experts", TopKOfLogits())
+        )
+    )
+    assert ic.load(ic.testing.tiny("llama")).atlas.layers("mlp_act") == [0, 1, 2]
+    assert not ic.load(ic.testing.tiny("aria")).atlas.layers("mlp_act")

@@ -144,8 +144,8 @@ def test_reads_before_the_scores_keep_the_layers_kernel(site: str, monkeypatch: 
     model = tiny_model("llama")
     plain = model.run(tokens()).logits
     opened: list[int] = []
-    products = attention._products
-    monkeypatch.setattr(attention, "_products", lambda *given: (opened.append(1), products(*given))[1])
+    products = attention.products
+    monkeypatch.setattr(attention, "products", lambda *operands: (opened.append(1), products(*operands))[1])
     run = model.run(tokens(), read=S.named(site))
     assert not opened and torch.equal(run.logits, plain)
     model.run(tokens(), read=S.pattern)

@@ -97,7 +97,7 @@ def test_what_is_asked_about_is_what_matters() -> None:
     """By how far the answer falls where each thing asked about decides it; by how far it moves, wherever it is asked."""
     asked = held_out(28, evaluate.HELD)
     effects = evaluate.importance(toy(), asked)
-    scores, moved = evaluate.found(effects, asked), evaluate.found(effects.abs(), asked)
+    scores, moved = evaluate.localisation(effects, asked), evaluate.localisation(effects.abs(), asked)
     assert scores["decides"][0] >= 0.9 and scores["decides"][1] >= 18, scores
     assert moved["all"][0] >= 0.9 and moved["all"][1] >= 20 and moved["decides"][0] >= 0.98, moved
 

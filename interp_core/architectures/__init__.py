@@ -21,8 +21,8 @@ def atlas_of(model: Any) -> Atlas:
     families = registry("architectures")
     kind = str(model.config.model_type)
     text = str(model.config.get_text_config().model_type).removesuffix("_text")
-    found = [families.get(name, Family) for name in dict.fromkeys((kind, text)) if name in families]
-    if len(found) == 2:  # a vision tower around another family's language model
-        outer, inner = found
-        found = [replace(inner, **{f.name: value for f in fields(outer) if (value := getattr(outer, f.name))})]
-    return build(model, found[0] if found else None)
+    described = [families.get(name, Family) for name in dict.fromkeys((kind, text)) if name in families]
+    if len(described) == 2:  # a vision tower around another family's language model
+        outer, inner = described
+        described = [replace(inner, **{f.name: value for f in fields(outer) if (value := getattr(outer, f.name))})]
+    return build(model, described[0] if described else None)

@@ -1,4 +1,9 @@
-"""The atlas: which sites a given model has, with what shapes, and the hook points that reach them."""
+"""The atlas: which sites a given model has, with what shapes, and the hook points that reach them.
+
+It is data about one model: `locate.py` fills it, an engine fits it to itself (`Engine.adapt`), the self-check withdraws
+what does not hold. A plan is compiled by it alone, so what it lacks is refused before a pass, with the reason that it
+gives; `print(model.sites)` shows it.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +88,7 @@ class Atlas:
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
             padding`, where the model cannot have those.
-        withdrawn: `(name, layer)` of what was taken out later, with the reason.
+        withdrawn: `(name, layer)` of what an engine or the self-check has taken out, with the reason.
         notes: what a user should know of this model.
     """
 
@@ -111,8 +116,8 @@ class Atlas:
             SiteError: a layer that does not exist, or that lacks the site.
             CapabilityError: the family lacks the site.
         """
-        if (one := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
-            return [one]
+        if (entry := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
+            return [entry]
         if site.name in self.lacking:
             raise CapabilityError(f"{site}: {self.lacking[site.name]}{self._beside(site.name)}")
         if not site.info.layered:
@@ -122,15 +127,15 @@ class Atlas:
             return [self.entries[site.name, layer] for layer in having]
         counted = len(having) if site.info.visual else self.shape.n_layers  # what a vision tower hands over is apart
         counted = self.tower if site.info.tower else counted
-        asked = indices(site.layers, counted, "layer", site)
-        if missing := [layer for layer in asked if (site.name, layer) not in self.entries]:
+        layers = indices(site.layers, counted, "layer", site)
+        if missing := [layer for layer in layers if (site.name, layer) not in self.entries]:
             shown = ", ".join(map(str, having))
             why = f" ({self.withdrawn[site.name, missing[0]]})" if (site.name, missing[0]) in self.withdrawn else ""
             raise SiteError(f"{site}: layer {missing[0]} has no {site.name}{why}; layers {shown} have")
-        return [self.entries[site.name, layer] for layer in asked]
+        return [self.entries[site.name, layer] for layer in layers]
 
     def _beside(self, name: str) -> str:
-        """The site of the language model that is what a vision tower's would be."""
+        """For a message about a vision tower's site that is not there: that the language model has such a site."""
         same = name.removeprefix(VISION_)
         return f"; {same} is its language model's" if same != name and self.layers(same) else ""
 

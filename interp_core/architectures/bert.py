@@ -15,9 +15,9 @@ from .family import Family, Place
 
 PATHS = {
     "blocks.attn": "attention",
-    "blocks.attn.q": "self.query",
-    "blocks.attn.k": "self.key",
-    "blocks.attn.v": "self.value",
+    "blocks.attn.q": "self.query|",  # or nowhere: DeBERTa's projections, of content and of positions, are others
+    "blocks.attn.k": "self.key|",
+    "blocks.attn.v": "self.value|",
     "blocks.attn.o": "output.dense",
     "blocks.mlp.out": "output.dense",
 }

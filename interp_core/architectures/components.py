@@ -63,13 +63,13 @@ class Components:
         elif isinstance(layer, bool) or not isinstance(layer, int) or not -self.n_layers <= layer < self.n_layers:
             takes = f"a layer, 0 to {self.n_layers - 1}"
             raise SiteError(wrong(f"module({component!r}, layer)", takes, layer))
-        where = None if layer is None else layer % self.n_layers
-        if (module := self._modules.get((component, where))) is not None:
+        number = None if layer is None else layer % self.n_layers
+        if (module := self._modules.get((component, number))) is not None:
             return module
         if having := self.layers(component):
             shown = ", ".join(map(str, having))
-            raise SiteError(f"layer {where} of this {self.family} has no {component}; layers {shown} have")
+            raise SiteError(f"layer {number} of this {self.family} has no {component}; layers {shown} have")
         raise CapabilityError(
             f"this {self.family} has no module for {component} that the atlas knows; "
-            f"it has {', '.join(self.names(where)) or 'none'}"
+            f"it has {', '.join(self.names(number)) or 'none'}"
         )

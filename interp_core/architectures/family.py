@@ -104,7 +104,8 @@ class Family:
     Attributes:
         name: for tables and messages.
         paths: canonical component to module path, over TransformerLens' table (`blocks.mlp.out`, …). Alternatives are
-            joined by `|`; the first that a block has is taken.
+            joined by `|`; the first that a block has is taken. What no block of a model has is refused at load, unless
+            it ends with `|`: not all models of the family have it.
         varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
@@ -122,14 +123,17 @@ class Family:
             not go through transformers' attention interface.
         unseen: sites that cross no module boundary there, with the reason.
         refuse: sites that the family cannot give, with the reason.
-        refuse_if: the same, given the config.
+        refuse_if: sites that models with some configs cannot give, with the reason, given the config.
         grid: which pixels each visual token stands for.
         pixels: what the first axis of `pixel_values` counts.
-        tower: the same of the blocks of the vision tower. Its `places` may have `pre_merger`.
+        tower: what is odd about the blocks of the vision tower, as a family of its own. Its `places` may have
+            `pre_merger`.
         needs: inputs without which transformers takes images for text, silently.
         whole_images: visual tokens of an image see its later ones too.
         sites: functions that find sites of the family's own in a block (`sites.define` names them; see `locate.Block`).
-        carried: attributes in which a forward pass leaves state for the next one; runs start without and restore it.
+        carried: paths of attributes in which a forward pass of the family leaves something for the next one (Qwen-VL's
+            `model.rope_deltas`). Runs are to depend on their input alone, so each starts with these at None and puts
+            back what it has found.
     """
 
     name: str

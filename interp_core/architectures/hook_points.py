@@ -1,4 +1,4 @@
-"""Taps: where in a model the value of a site can be had and replaced.
+"""Hook points: where in a model the value of a site can be had and replaced.
 
 A hook point names a module, a side of it, and how the site's value lies in what passes there. Engines carry hook points
 out; a hook point knows nothing of hooks.
@@ -9,6 +9,7 @@ the value (`get`) and put a change of it back (`put`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -60,20 +61,23 @@ class Call:
         self._changes: list[tuple[HookPoint, tuple[int, ...] | None, Tensor]] = []
 
     def value(self, point: HookPoint, units: tuple[int, ...] | None) -> Tensor:
-        """A derived value as earlier changes left it. Partial ones are worked out from what they never change, so
-        their changes are added: `[batch pos unit d]`."""
+        """A derived value as earlier edits of this call left it.
+
+        A partial one (some heads' outputs, of z) is computed from tensors that its edits never touch, so what these
+        changed is added to it: `[batch pos unit d]`.
+        """
         assert point.get is not None
         x = point.get(self, units)
         for changed, those, change in self._changes:
             if changed is point:
                 wanted = range(x.shape[-2]) if units is None else units
-                given = range(change.shape[-2]) if those is None else those
-                both = [(i, list(given).index(unit)) for i, unit in enumerate(wanted) if unit in given]
+                changed_units = range(change.shape[-2]) if those is None else those
+                both = [(i, list(changed_units).index(unit)) for i, unit in enumerate(wanted) if unit in changed_units]
                 x = x.index_add(-2, *_indexed(both, change, x.device))
         return x
 
     def change(self, point: HookPoint, units: tuple[int, ...] | None, old: Tensor, new: Tensor) -> None:
-        """Make a change of a derived value act."""
+        """Put an edited derived value back into what the model goes on with."""
         assert point.put is not None
         point.put(self, old, new)
         if point.partial:
@@ -81,7 +85,7 @@ class Call:
 
 
 def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where units are wanted, and their changes."""
+    """For pairs (place among the wanted units, place in `change`): the places where changes go, and these changes."""
     to = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)
     return to, change[..., [j for _, j in pairs], :]
 
@@ -114,10 +118,10 @@ class Layout:
         """
         if self.images:
             if x.numel() != shape[1] * x.shape[-1]:
-                there = x.numel() // x.shape[-1]
+                patches = x.numel() // x.shape[-1]
                 raise CapabilityError(
-                    f"the vision tower has {there} patches, and the images {shape[1]}, as the family file counts them: "
-                    "pass what this model's processor returned, whole"
+                    f"the vision tower has {patches} patches, and the images {shape[1]}, as the family file counts "
+                    "them: pass what this model's processor returned, whole"
                 )
             x = x.reshape(1, -1, x.shape[-1])
         x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
@@ -156,7 +160,7 @@ class HookPoint:
         needs: hook points whose first tensors `get` and `put` use; they lie before this one.
         rank: order among hook points at the same place.
         routed: how experts are banned, forced and weighed there, for sites of a router.
-        lens: how the tensor passes, where that is not as the site has it; the same for all hook points of a place.
+        layout: how the tensor passes, where that is not as the site has it; one for all hook points of a module's side.
     """
 
     module: str
@@ -297,8 +301,8 @@ def expert_out(module: str, router: Router, n_experts: int) -> HookPoint:
         return tuple(range(n_experts)) if units is None else units
 
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
-        found = router.contributions(call.module, call.args, call.output, wanted(units))
-        return found.view(*call.shape, *found.shape[1:])
+        contributions = router.contributions(call.module, call.args, call.output, wanted(units))
+        return contributions.view(*call.shape, *contributions.shape[1:])
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
         call.first = router.contributed(call.first, (new - old).flatten(0, 1))
@@ -337,3 +341,9 @@ def logits() -> HookPoint:
         call.output.logits = new
 
     return HookPoint("", "out", get=get, put=put)
+
+
+def uses_interface(attention: nn.Module) -> bool:
+    """Whether an attention module goes through transformers' attention interface."""
+    code = inspect.unwrap(type(attention).forward).__code__
+    return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")

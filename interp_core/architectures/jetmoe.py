@@ -44,8 +44,8 @@ class SortedRouter(Router):
         """See `Router.returned`."""
         experts, slots = chosen.flatten().sort(stable=True)
         sizes = torch.bincount(experts, minlength=logits.shape[-1]).tolist()
-        given = weights.to(output[2].dtype).flatten()[slots]
-        return slots, slots.div(chosen.shape[-1], rounding_mode="trunc"), given, sizes, logits
+        sorted_weights = weights.to(output[2].dtype).flatten()[slots]
+        return slots, slots.div(chosen.shape[-1], rounding_mode="trunc"), sorted_weights, sizes, logits
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """See `Router.reweighted`."""

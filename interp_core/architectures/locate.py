@@ -25,6 +25,7 @@ from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .family import Family, Heads, View, split_heads
 from .hook_points import HookPoint, Layout, Side
+from .misplaced import demand_blocks, demand_paths
 from .reach import Reach
 from .towers import last_used
 from .undescribed import UNDESCRIBED, discover
@@ -41,12 +42,15 @@ def build(model: Any, family: Family | None) -> Atlas:
 
     Raises:
         LoadError: no transformer blocks in it.
+        PluginError: a path of the family's file leads nowhere in it.
     """
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
     shown = known or discover(modules, model.get_input_embeddings())
     paths = {**shown, **(family.paths if family else {})}
+    if family and config is model.config:
+        demand_blocks(family, modules)
     if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
         paths |= {key: path for key, path in shown.items() if not key.startswith("blocks.")}
     if paths.get("blocks") not in modules:
@@ -134,15 +138,18 @@ class Stack:
         self.d_model = {"d_model": atlas.shape.d_model}
         self.refused = refusals(family, config if self.text else atlas.config)
         if not self.text:
-            out = self.components_of(f"{paths['blocks']}.0")["attn.o"]
-            self.d_model = {"d_model": hook_points.out_features(modules[out])}
+            projection = self.components_of(f"{paths['blocks']}.0")["attn.o"]
+            self.d_model = {"d_model": hook_points.out_features(modules[projection])}
 
     def locate(self) -> None:
         """Find every site of every block."""
-        for layer in range(len(list(self.modules[self.paths["blocks"]].children()))):
-            block = Block(self, layer)
-            self.components.add("block", layer, block.module)
-            self.components.add_block(layer, block.parts, self.modules)
+        layers = range(len(list(self.modules[self.paths["blocks"]].children())))
+        blocks = [Block(self, layer) for layer in layers]
+        parts = {block.path: block.parts for block in blocks}
+        demand_paths(self.atlas.family.name, self.family, self.paths, self.places, self.modules, parts)
+        for block in blocks:
+            self.components.add("block", block.layer, block.module)
+            self.components.add_block(block.layer, block.parts, self.modules)
             for locate in (*LOCATORS, *self.family.sites):
                 locate(block)
 
@@ -267,8 +274,8 @@ def mlp(block: Block) -> None:
         router = stack.family.router
         flat = router is not None and router.flat and f"{block.path}.{router.module}" in stack.modules
         points["mlp_out"] = block.addition("mlp_out", parts.get("ln2_post", str(module)), flat=flat)
-    if out := parts.get("mlp.out") or parts.get("mlp.dense_out"):
-        points["mlp_act"] = stack.point(out, "in")
+    if projection := parts.get("mlp.out") or parts.get("mlp.dense_out"):
+        points["mlp_act"] = stack.point(projection, "in")
     for name in ("mlp_in", "mlp_act"):
         if name in stack.places:
             points[name] = block.placed(name, points.get(name, stack.point(block.path, "in")))
@@ -286,8 +293,8 @@ def heads(block: Block) -> None:
     q, k = ({"head": n, "d_head": counts.d_key or counts.d_head} for n in (counts.n_heads, counts.n_kv_heads))
     v = {"head": counts.n_kv_heads, "d_head": counts.d_head}
     _projections(block, attn, counts, {"q": q, "k": k, "v": v})
-    if out := block.parts.get("attn.o"):
-        _mixed(block, out, counts)
+    if projection := block.parts.get("attn.o"):
+        _mixed(block, projection, counts)
     if block.stack.text:  # a tower's attention is called per image or window, so it has no pattern of a whole pass
         _inside_attention(block, attn, {"rot_q": q, "rot_k": k}, counts.n_heads)
 
@@ -305,13 +312,13 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
             block.view(part, stack.point(path, "out", view=family.fused(counts, part)), of_part)
 
 
-def _mixed(block: Block, out: str, counts: Heads) -> None:
+def _mixed(block: Block, projection: str, counts: Heads) -> None:
     """`z` and `head_out`, at the output projection."""
     stack = block.stack
     z = split_heads(counts.n_heads, counts.d_head)
-    block.view("z", stack.point(out, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
-    ends = stack.point(out, "in"), stack.point(out, "out")
-    point = hook_points.head_out(*ends, stack.modules[out], counts.n_heads, counts.d_head)
+    block.view("z", stack.point(projection, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
+    ends = stack.point(projection, "in"), stack.point(projection, "out")
+    point = hook_points.head_out(*ends, stack.modules[projection], counts.n_heads, counts.d_head)
     sizes = {"head": counts.n_heads, **block.d_model}
     block.add("head_out", point, point, sizes, {"grad": "it is computed beside the forward pass"})
 
@@ -320,7 +327,7 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
     stack, module = block.stack, block.stack.modules[attn]
     images = stack.family.whole_images
     stack.atlas.reaches[block.layer] = Reach.of(module, stack.config, block.layer, images=images)
-    if uses_interface(module):
+    if hook_points.uses_interface(module):
         for name, sizes in rotated.items():
             block.view(name, HookPoint(attn, "attention", name, view=hook_points.transposed), sizes)
         for name in ("scores", "pattern"):
@@ -444,9 +451,3 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         atlas.lacking[name] = why
     if "final_norm" not in present:
         atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
-
-
-def uses_interface(attention: nn.Module) -> bool:
-    """Whether an attention module goes through transformers' attention interface."""
-    code = inspect.unwrap(type(attention).forward).__code__
-    return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")

@@ -125,7 +125,7 @@ class Routed:
         elif op in ("mask_keep", "mask_drop"):
             routes, left = self._thinned(routes, value, here, rescale=op == "mask_keep")
         elif op in ("force", "force_steermoe"):
-            taken = [*(one for one in call.taken if one.part == part), Taken(value, here, part)]
+            taken = [*(earlier for earlier in call.taken if earlier.part == part), Taken(value, here, part)]
             routes = (self._raised if op == "force_steermoe" else self._admitted)(rule, routes, taken)
             call.taken.append(taken[-1])
         else:
@@ -184,7 +184,7 @@ class Routed:
         strength = self.router.selection.scores(rule, logits).gather(-1, chosen)
         over = spare(weights, chosen)
         strength = strength.to(wide(strength)).masked_fill(over, BANNED)
-        wanted = [(expert, one.here) for one in taken for expert in one.experts]
+        wanted = [(expert, forced.here) for forced in taken for expert in forced.experts]
         for expert, here in wanted:
             strength = strength.masked_fill((chosen == expert) & here[:, None] & ~over, float("inf"))
         for expert, here in wanted:
@@ -200,7 +200,7 @@ class Routed:
 
     def close(self, call: Called, proof: Proof, parity: tuple[Tensor, Tensor]) -> Proof:
         """Count what became of an edit, all edits of this router done."""
-        own = self.routes(call.unedited).chosen[proof.part]
+        unedited = self.routes(call.unedited).chosen[proof.part]
         _, weights, chosen = (x[proof.part] for x in self.routes(call.output))
         here = proof.here
         live, named = ~spare(weights, chosen), self._among(proof.experts, chosen.device)
@@ -210,7 +210,7 @@ class Routed:
         elif proof.op.startswith("force"):
             has = torch.stack([((chosen == expert) & live).any(-1) for expert in proof.experts], -1)
             broken = (~has & here[:, None]).sum()
-        gone = (~(own[:, :, None] == chosen[:, None, :]).any(-1) & here[:, None]).sum()
+        gone = (~(unedited[:, :, None] == chosen[:, None, :]).any(-1) & here[:, None]).sum()
         used = [((chosen == expert) & live & here[:, None]).sum() for expert in proof.experts]
         return proof._replace(counts=torch.stack([here.sum(), broken, *parity, gone, proof.unmasked, *used]))
 
@@ -223,8 +223,8 @@ class Routed:
         eps = max(torch.finfo(kind).eps for kind in (a.dtype, torch.float32))  # families weigh in float32 at least
         near = 16 * eps * a.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         wrong = (chosen.sort(-1).values != others.sort(-1).values).any(-1) | ((a - b).abs() > near).any(-1)
-        seen = torch.ones_like(wrong) if text is None else text
-        return seen.sum(), (wrong & seen).sum()
+        counted = torch.ones_like(wrong) if text is None else text
+        return counted.sum(), (wrong & counted).sum()
 
     def _rule(self, call: Called) -> Any:
         return self.router.rule(call.module, call.args)

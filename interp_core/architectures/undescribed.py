@@ -47,21 +47,21 @@ def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = Non
     }
     for path, blocks in sorted(lists, key=lambda item: (item[0].rpartition(".")[0] != home, -len(item[1]))):
         children = dict(blocks[0].named_children())
-        found = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
-        if found["blocks.attn"] is None:
+        parts = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
+        if parts["blocks.attn"] is None:
             continue
-        out = {key: name for key, name in found.items() if name}
-        return {"blocks": path, **out, **_discover_ends(modules, path)}
+        of_blocks = {key: name for key, name in parts.items() if name}
+        return {"blocks": path, **of_blocks, **_discover_ends(modules, path)}
     return {}
 
 
 def _discover_ends(modules: Mapping[str, nn.Module], blocks: str) -> dict[str, str]:
     parent = blocks.rpartition(".")[0]
-    out: dict[str, str] = {}
+    ends: dict[str, str] = {}
     for path, module in modules.items():
         outer, _, name = path.rpartition(".")
         if outer == parent and isinstance(module, nn.Embedding) and "pos" not in name:
-            out.setdefault("embed", path)
+            ends.setdefault("embed", path)
         if (outer == parent and "norm" in name.lower()) or (name == "ln_f" and outer == parent):
-            out["ln_final"] = path
-    return out
+            ends["ln_final"] = path
+    return ends

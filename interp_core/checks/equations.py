@@ -105,10 +105,10 @@ def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
     Args:
         prefix: of the names, `vision_` for the layers of a vision tower.
     """
-    made = list[Sum]()
+    totals = list[Sum]()
 
     def add(layer: int, before: str, parts: tuple[str, ...], after: str) -> None:
-        made.append(Sum(layer, before and prefix + before, tuple(prefix + part for part in parts), prefix + after))
+        totals.append(Sum(layer, before and prefix + before, tuple(prefix + part for part in parts), prefix + after))
 
     for layer in range(atlas.tower if prefix else atlas.shape.n_layers):
         resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
@@ -122,25 +122,25 @@ def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
         elif resid_pre and resid_post and attn_out and not resid_mid:
             parts = ("attn_out", "mlp_out") if mlp_out else ("attn_out",)
             add(layer, "resid_pre", parts, "resid_post")
-    return made
+    return totals
 
 
-def add_up(model: Session, run: Run, made: list[Sum], edited: Sequence[Entry] = ()) -> list[Finding]:
+def add_up(model: Session, run: Run, totals: list[Sum], edited: Sequence[Entry] = ()) -> list[Finding]:
     """Hold sums against a run that has read their sites, in all its rows; one finding for layers alike.
 
     Args:
         edited: what is edited in each row but the first.
     """
     kinds: dict[str, list[Sum]] = {}
-    for one in made:
-        if one.before:
-            kinds.setdefault(str(one), []).append(one)
+    for total in totals:
+        if total.before:
+            kinds.setdefault(str(total), []).append(total)
     return [_held(model, run, what, alike, edited) for what, alike in kinds.items()]
 
 
 def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
-    checked = [_adds_up(model, run, one, edited) for one in alike]
-    failed = tuple(one.layer for one, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
+    checked = [_adds_up(model, run, total, edited) for total in alike]
+    failed = tuple(total.layer for total, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
     worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))
     first, *others = alike[0].defined
     note = ""
@@ -151,34 +151,34 @@ def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequenc
     return Finding(first, what + when, not failed, f"{worst:.1e}", Law.SUM, tuple(others), layers, note)
 
 
-def _adds_up(model: Session, run: Run, one: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
+def _adds_up(model: Session, run: Run, total: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
     """Whether a sum holds up to rounding, how far it is off in parts of the largest number, and whether it does so by
     the family's own `join` only."""
-    shown = _shown(model.atlas, one)
+    shown = _shown(model.atlas, total)
     rows = [0, *(i for i, entry in enumerate(edited, 1) if id(entry) not in shown)]
-    before, *parts, after = (run[Site(name, one.layer)].as_subclass(Tensor)[rows] for name in one.names)
+    before, *parts, after = (run[Site(name, total.layer)].as_subclass(Tensor)[rows] for name in total.names)
     added = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     terms = before.abs() + sum(part.abs() for part in parts)
     ok, off = within_rounding(model, before + added, after, terms)
-    join = None if one.after.startswith(VISION_) else model.atlas.family.join
+    join = None if total.after.startswith(VISION_) else model.atlas.family.join
     if ok or join is None:
         return ok, off, False
-    block = model.atlas.entries["resid_pre", one.layer].module
+    block = model.atlas.entries["resid_pre", total.layer].module
     if block is None:
         return ok, off, False
     with torch.no_grad():
-        off = distance(join(block, one.after, before, added), after)
+        off = distance(join(block, total.after, before, added), after)
     return off <= tolerance(model), off, True
 
 
-def _shown(atlas: Atlas, one: Sum) -> set[int]:
+def _shown(atlas: Atlas, total: Sum) -> set[int]:
     """Entries whose edit shows in what is read of a sum and goes nowhere else: the sum itself, and what is read at the
     very place where a term is (`mlp_in` at `resid_mid` in OLMo 2)."""
-    entries = {name: atlas.entries[name, one.layer] for name in one.names}
-    taps = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
-    others = [entry for (name, layer), entry in atlas.entries.items() if layer == one.layer and name not in entries]
-    beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in taps]
-    return {id(entry) for entry in (*beside, entries[one.after])}
+    entries = {name: atlas.entries[name, total.layer] for name in total.names}
+    places = {(point.module, point.side) for entry in entries.values() if (point := entry.read) is not None}
+    others = [entry for (name, layer), entry in atlas.entries.items() if layer == total.layer and name not in entries]
+    beside = [entry for entry in others if entry.write and (entry.write.module, entry.write.side) in places]
+    return {id(entry) for entry in (*beside, entries[total.after])}
 
 
 def within_rounding(model: Session, a: Tensor, b: Tensor, terms: Tensor) -> tuple[bool, float]:
@@ -198,14 +198,14 @@ def tolerance(model: Session) -> float:
     return 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
 
 
-def equations(model: Session, run: Run, made: list[Sum]) -> Iterator[Finding]:
+def equations(model: Session, run: Run, totals: list[Sum]) -> Iterator[Finding]:
     """The equations between the sites of a pass that has read them all, sums among them."""
     atlas = model.atlas
-    covered = {(name, one.layer) for one in made for name in one.defined}
+    covered = {(name, total.layer) for total in totals for name in total.defined}
     for name in ("attn_out", "resid_mid", "mlp_out"):
         if open_ := tuple(layer for layer in atlas.layers(name) if (name, layer) not in covered):
             yield Finding(name, "adds up", False, "no site has the stream that it is part of", Law.SUM, layers=open_)
-    yield from add_up(model, run, made)
+    yield from add_up(model, run, totals)
     if both(atlas, "vision_embed", "embed"):
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
     yield from projections(model, run)
@@ -313,8 +313,8 @@ def _normed(model: Session) -> bool:
 def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of the first position, where rotary embeddings do nothing, by q and k and as they are, up to scale."""
     product = (q[:, 0] * k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1)).sum(-1).float()
-    found = scores[:, :, 0, 0].float()
-    return product * (found.norm() / product.norm()), found
+    actual = scores[:, :, 0, 0].float()
+    return product * (actual.norm() / product.norm()), actual
 
 
 def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:

@@ -134,9 +134,9 @@ def _checks(model: Session) -> Iterator[Finding]:
         shape = declared(run, (check_site(name, layer) for layer in layers), {"batch": 1, **known})
         yield Finding(name, "has the declared shape", *shape)
     yield from _routers(model, tokens)
-    made = sums(model.atlas)
-    yield from equations(model, run, made)
-    yield from _effects(model, run, ids, [left for one in made if (left := one.within(model.atlas))])
+    totals = sums(model.atlas)
+    yield from equations(model, run, totals)
+    yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
     yield from _padding(model, ids[:ALONE])
     yield from check_tower(model, ids)
 
@@ -202,20 +202,24 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
     yield Finding("router_logits", what, not why, why, Law.EDIT)
 
 
-def _effects(model: Session, run: Run, ids: Tensor, made: list[Sum]) -> Iterator[Finding]:
+def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
     atlas = model.atlas
     entries = _checked_entries(atlas)
     n = len(entries) + 1
     visual = [entry.visual for entry in entries]
-    spans = {VISION: ((), *(((Span(1, WIDTH),) if seen else ()) for seen in visual))} if any(visual) else {}
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if is_visual else ()) for is_visual in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     layers = {entry.layer for entry in entries}
-    made = [one for one in made if one.layer in layers]
-    read = tuple(dict.fromkeys(Site(name, one.layer) for one in made for name in one.names))
+    totals = [total for total in totals if total.layer in layers]
+    read = tuple(dict.fromkeys(Site(name, total.layer) for total in totals for name in total.names))
     edited = forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
-    yield from [*_once(entries, edited), *add_up(model, edited, made, entries), *_added(model, edited, made, entries)]
+    yield from [
+        *_once(entries, edited),
+        *add_up(model, edited, totals, entries),
+        *_added(model, edited, totals, entries),
+    ]
     changed = edited.logits.as_subclass(Tensor)
     scale = float(changed[0].float().std())
     for row, entry in enumerate(entries):
@@ -257,17 +261,17 @@ def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
         yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
 
 
-def _added(model: Session, edited: Run, made: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
+def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
     """Parts whose stream no site has: the stream after them moves by what an edit adds to them."""
-    for one in made:
-        rows = [0, *(i + 1 for i, e in enumerate(entries) if (e.name, e.layer) == (one.parts[0], one.layer))]
-        if one.before or len(rows) == 1:
+    for total in totals:
+        rows = [0, *(i + 1 for i, e in enumerate(entries) if (e.name, e.layer) == (total.parts[0], total.layer))]
+        if total.before or len(rows) == 1:
             continue
-        part, after = (edited[Site(name, one.layer)].as_subclass(Tensor)[rows] for name in one.names)
+        part, after = (edited[Site(name, total.layer)].as_subclass(Tensor)[rows] for name in total.names)
         moved, added = after[1:] - after[:1], part[1:] - part[:1]
         terms = (after[1:].abs() + after[:1].abs() + part[1:].abs() + part[:1].abs()).amax(-1, keepdim=True)
         ok, off = within_rounding(model, moved, added, terms)
-        yield Finding(one.parts[0], f"{one} after edits", ok, f"{off:.1e}", Law.SUM)
+        yield Finding(total.parts[0], f"{total} after edits", ok, f"{off:.1e}", Law.SUM)
 
 
 def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
@@ -308,5 +312,5 @@ def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     dtype = value.dtype if entry.wide else run.model.dtype  # some models give float32 logits whatever their dtype
     noise = torch.randn(size, generator=generator).to(value.device, dtype)
     size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
-    place = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
-    return place.add(noise * (3 * size_of).to(dtype))
+    spot = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
+    return spot.add(noise * (3 * size_of).to(dtype))

@@ -109,8 +109,9 @@ def _in_layer(name: str, layer: int) -> Site:
     return Site(name, layer if SITES[name].layered else None)
 
 
-def _whole(model: Session, made: list[Sum]) -> list[Sum]:
-    return [one for one in made if one.before and all((name, one.layer) in model.atlas.entries for name in one.names)]
+def _whole(model: Session, totals: list[Sum]) -> list[Sum]:
+    known = model.atlas.entries
+    return [total for total in totals if total.before and all((name, total.layer) in known for name in total.names)]
 
 
 def _effects(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
@@ -125,11 +126,10 @@ def _effects(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
             if entry.write is None:
                 continue
             inside = SITES[name].layered and entry.layer < last and entry.layer + 1 in atlas.layers("vision_resid_pre")
-            seen = Site("vision_resid_pre", entry.layer + 1) if inside else HANDED
-            edited = forward(
-                model, tokens, read=seen, edits=_edit(_in_layer(name, entry.layer), run), logits=False, allow_noop=True
-            )
-            before, after = (one[seen].as_subclass(Tensor).float() for one in (run, edited))
+            follows = Site("vision_resid_pre", entry.layer + 1) if inside else HANDED
+            edit = _edit(_in_layer(name, entry.layer), run)
+            edited = forward(model, tokens, read=follows, edits=edit, logits=False, allow_noop=True)
+            before, after = (either[follows].as_subclass(Tensor).float() for either in (run, edited))
             effect = float((after - before).abs().max())
             what = f"an edit in layer {entry.layer} changes what follows"
             yield Finding(name, what, effect > 1e-4 * float(before.std()), f"by {effect:.1e}", Law.EDIT)

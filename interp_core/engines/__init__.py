@@ -1,4 +1,7 @@
-"""Engines carry out plans. Found by entry points, like every plugin."""
+"""Engines carry out plans on a model. They are found by entry points, like every plugin.
+
+`README.md` beside this file says what they patch, lend, keep and lock, and for how long.
+"""
 
 from __future__ import annotations
 

@@ -1,25 +1,41 @@
 """The attention hook: attention done in the open, for the layers that a plan looks into.
 
-transformers lets anyone register an attention function. Ours computes the same attention step by step, so that
-rotated queries and keys, scores and probabilities can be read and edited, right for grouped queries, fused
-projections, soft caps, sinks and sliding windows, because the family's own module has done all that before it calls.
+transformers lets anyone register an attention function, and a layer's config names the one that it calls. Ours makes
+the same attention step by step, so that what lies between can be read and edited. The family's own module has done the
+projections and rotations by then, so this is right for every family whose attention is called this way:
 
-Only the layers of a plan take it, and only while it runs: such a layer is lent a copy of its config that names our
-function. All other layers keep their config, and so their kernel.
+    query            key             value           as the layer's module hands them over
+      │               │                │
+    [rot_q]         [rot_k]           [v]            stages: what the plan does there, if it does anything
+      └───────┬───────┘                │
+    scores = shaped(scaling * query @ key) + mask    [batch head query key], capped or with a bias by position
+              │                        │
+          [scores]                     │             an edit here acts before the softmax: knockouts do
+              │                        │
+    pattern = softmax(scores, and a sink)            [batch head query key]
+              │                        │
+          [pattern]                    │             an edit here is taken as it is, whatever its rows sum to
+              └───────────┬────────────┘
+    z       = pattern @ value                        [batch query head d_head], back in the layer's module
 
-    scores  = cap(scaling * rot_q @ rot_k) + mask        [batch head query key]
-    pattern = softmax(scores, with the sink if the family has one)
-    output  = pattern @ v                                [batch query head d_head]
+Scores and patterns are what costs: `batch * heads * query * key` numbers each, per layer, and no fused kernel. So the
+layer's own kernel does as much as it can, by the first of these that fits:
 
-Memory: one `[batch head query key]` tensor for scores and one for the pattern, per tapped layer, while it runs. Where a
-plan asks for few queries, the layer's own kernel does all of them, and only those few are done again in the open: they
-take the place of the kernel's where something was changed.
+1. nothing is done with scores or patterns: the kernel goes on with the query, key and value that were read or edited;
+2. all that is done is to hide keys (knockouts): the kernel is told so by its mask (`_hidden`);
+3. few queries are asked for: the kernel does all, and those few again in the open (`_few`), which take the place of
+   the kernel's only where something was changed: a read alone leaves the model's numbers as they are, to the bit;
+4. all of it in the open.
+
+Rows of a sweep that share keys are `attention_prefix.py`'s.
+
+Only the layers of a plan are opened, and only while it runs: such a layer is lent a copy of its config that names our
+function. All others keep their config, and so their kernel.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,136 +44,82 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..errors import CapabilityError, PlanError
-from .knockout import NOTHING_LEFT
-from .masks import LOWEST, at_queries, hiding, is_causal, masked, rows_of
+from ..errors import CapabilityError
+from .attention_prefix import SharedPrefix, joined_scores, merged
+from .attention_steps import demand_a_key, mixed, products, scale_of, shaped, softmax
+from .masks import at_queries, hiding, is_causal, masked, rows_of
 
 NAME = "interp_core"
 RULED = "interp_core_rule"
 """The attention function of layers that a rule has taken over for a while (`replace.py`)."""
 OPEN = ("eager", "sdpa")
-"""Attention implementations whose masks the attention hook understands."""
+"""Attention implementations whose masks the hook understands: none, true where a query may look, or added to the
+scores. Flash attention is handed which columns are padding instead, flex attention a block mask."""
 Stage = Callable[[Tensor, int], Tensor]
 """What a plan does with one tensor inside attention: takes the tensor and the number of keys, gives its new value."""
-
-
-class RowTexts:
-    """The texts whose rows go through a pass together.
-
-    Attributes:
-        starts: per text, how many columns lie before those of the pass.
-        rows: the text of each row that takes part, in the order of the rows.
-    """
-
-    def __init__(self, starts: Sequence[int]) -> None:
-        self.starts, self.rows = list(starts), list[int]()
-        self._known: dict[Any, Any] = {}
-
-    def join(self, rows: Sequence[int]) -> None:
-        """More rows take part from here on."""
-        self.rows += rows
-        self._known.pop("order", None)
-
-    def order(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The rows text by text, each text's filled up to the most that one has, and where each row stands there; None
-        for one text."""
-        if len(self.starts) == 1:
-            return None
-        if "order" not in self._known:
-            members: list[list[int]] = [[] for _ in self.starts]
-            places = []
-            for row, text in enumerate(self.rows):
-                places.append((text, len(members[text])))
-                members[text].append(row)
-            most = max(map(len, members))
-            table = torch.tensor([row for own in members for row in (*own, *[0] * (most - len(own)))], device=device)
-            self._known["order"] = table, torch.tensor([text * most + at for text, at in places], device=device)
-        return self._known["order"]
-
-    def hidden(self, n: int, window: int | None, device: torch.device) -> Tensor | None:
-        """Which earlier keys a text's `n` queries do not see `[text key query]`: they lie behind the text's first own
-        column, or a sliding window has passed them. None if they see all."""
-        if (n, window) not in self._known:
-            starts = torch.tensor(self.starts, device=device).view(-1, 1, 1)
-            keys = torch.arange(max(self.starts), device=device).view(1, -1, 1)
-            found = (keys >= starts).expand(-1, -1, n)
-            if window is not None:
-                found = found | (starts + torch.arange(n, device=device) - keys >= window)
-            self._known[n, window] = found if bool(found.any()) else None
-        return self._known[n, window]
-
-
-_ONE = RowTexts([0])
+_IN_ONE = {"scores", "pattern", "position_bias"}
+"""What needs scores of shared keys and a row's own in one tensor."""
 
 
 class AttentionHook:
     """What a plan does inside one layer's attention.
 
     Attributes:
-        prefix: keys and values `[text head key d_head]` of earlier positions, which all rows of a text share.
-        texts: which row is of which text, and where their own columns begin.
+        prefix: in a sweep, keys and values of earlier columns, which all rows of a text share.
         kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         filled: while generating, how many columns there are; a static cache hands over its empty places too.
-        asked: the queries whose scores and patterns are asked for, as columns of this pass; None for all.
+        queries: those whose scores and patterns are asked for, as columns of this pass; None for all. (All are opened
+            where a sliding window has dropped keys: the plan's positions are then bound anew, see `ModuleHook.stage`.)
         kernel: the layer's own attention function, if it can be found.
         hides: all that the plan does with scores and patterns is to hide keys, which the layer's own kernel can be told
             by a mask.
         softmax_dtype: in which the family's eager attention takes its softmax even for wider types.
-        lent: the config that names our function, shared by all layers of a plan.
+        config_copy: the layer's config, but for the attention function that it names: ours. Layers of a plan that
+            share a config share its copy.
         note: is handed what the layer's attention is called with: `(query, key, mask, the rest)`.
     """
 
     __slots__ = (
-        "asked",
-        "config_copies",
-        "filled",
-        "hides",
-        "keep",
-        "kept",
-        "kernel",
-        "module",
-        "note",
-        "original",
-        "prefix",
-        "softmax_dtype",
-        "stages",
-        "texts",
+        "config_copy", "filled", "hides", "keep", "kept", "kernel", "module", "note", "original", "prefix", "queries",
+        "softmax_dtype", "stages",
     )  # fmt: skip
 
     def __init__(
         self, module: Any, stages: dict[str, Stage], config_copies: dict[int, Any], *, keep: bool = False
     ) -> None:
         self.module, self.stages, self.keep = module, stages, keep
-        self.prefix: tuple[Tensor, Tensor] | None = None
-        self.texts = _ONE
+        self.prefix: SharedPrefix | None = None
         self.filled: int | None = None
-        self.asked: Sequence[int] | None = None
+        self.queries: Sequence[int] | None = None
         self.hides = False
         self.note: Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = own_config(module)
         implementation = demand_open(module, "attention sites need")
         self.kernel = kernel_of(module)
+        # Most families' eager attention has a line `softmax(scores, dim=-1, dtype=torch.float32)`, which rounds float64
+        # scores, too; that line is the only place that says so.
         narrow = implementation == "eager" and self.kernel is not None and "float32" in self.kernel.__code__.co_names
         self.softmax_dtype = torch.float32 if narrow else None
         if id(self.original) not in config_copies:
             config_copies[id(self.original)] = with_attention(self.original, NAME)
-        self.config_copies = config_copies[id(self.original)]
+        self.config_copy = config_copies[id(self.original)]
 
     def install(self) -> None:
         """Hang this on the layer, and lend it the config. A rule that has taken the layer's attention over keeps its
         own, and calls us as the kernel."""
+        # Written past `nn.Module.__setattr__`, which is slow and would register what it knows as a submodule.
         self.module.__dict__["interp_hook"] = self
         if "interp_rule" not in self.module.__dict__:
-            self.module.__dict__["config"] = self.config_copies
+            self.module.__dict__["config"] = self.config_copy
 
     @property
     def has_kernel(self) -> bool:
         """Whether the layer's own kernel can do what is not asked for."""
         return self.kernel is not None and self.prefix is None and not self.keep
 
-    def look(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, called: dict[str, Any]) -> None:
+    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, called: dict[str, Any]) -> None:
         """Keep, and hand on, what attention is called with."""
         if self.keep:
             self.kept = key, value, called.get("sliding_window")
@@ -193,6 +155,8 @@ def demand_open(module: Any, what: str) -> str:
 
 def with_attention(config: Any, name: str) -> Any:
     """A copy of a config that names another attention function."""
+    # A copy, since a config is shared by all layers and by the model itself. Past the setter of
+    # `_attn_implementation`, which would set the configs of parts (text, vision) as well: those are shared still.
     other = copy.copy(config)
     other.__dict__["_attn_implementation_internal"] = name
     return other
@@ -201,6 +165,7 @@ def with_attention(config: Any, name: str) -> Any:
 def kernel_of(module: Any) -> Any:
     """A layer's own attention function; None if it cannot be found."""
     implementation = own_config(module)._attn_implementation
+    # Eager attention is not registered: each family has one of its own, in the file of its modules.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return eager if implementation == "eager" else AttentionInterface()[implementation]
 
@@ -228,7 +193,7 @@ def attention(
     if "v" in stages:
         value = stages["v"](value, n_keys)
     if hook.keep or hook.note is not None:
-        hook.look(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
+        hook.record(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
     if hook.kernel is not None and hook.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
@@ -238,33 +203,34 @@ def attention(
     if hook.hides and hook.has_kernel:
         return _hidden(hook, (query, key, value), attention_mask, called), None
     few: _Few | None = None
-    if hook.asked is not None and filled in (None, n_keys):
-        few = _few(hook.asked, module, (query, key, value), attention_mask, called)
+    if hook.queries is not None and filled in (None, n_keys):
+        few = _few(hook.queries, module, (query, key, value), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = hook.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
-    if hook.prefix is not None and not (dropout or narrowed or _OPENED & {*stages, *kwargs}):
-        return _merged(query, key, value, attention_mask, scale, kwargs, module).transpose(1, 2).contiguous(), None
-    scores = masked(shaped(_products(query, key) * scale, kwargs), attention_mask, kwargs, module)
+    if hook.prefix is not None and not (dropout or narrowed or _IN_ONE & {*stages, *kwargs}):
+        out = merged(hook.prefix, (query, key, value), attention_mask, called, module, hook.softmax_dtype)
+        return out.transpose(1, 2).contiguous(), None
+    scores = masked(shaped(products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if hook.prefix is not None:
-        scores, values = _with_earlier(hook, query * scale, scores, kwargs)
+        scores, values = joined_scores(hook.prefix, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
-    given = scores
+    unedited = scores
     if "scores" in stages:
-        scores = stages["scores"](given, n_keys)
-        _demand_a_key(given, scores)
+        scores = stages["scores"](unedited, n_keys)
+        demand_a_key(unedited, scores)
     pattern = computed = softmax(scores, kwargs.get("s_aux"), hook.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
-    if few is not None and scores is given and pattern is computed and not pattern.requires_grad:
-        return few.closed, None
+    if few is not None and scores is unedited and pattern is computed and not pattern.requires_grad:
+        return few.closed, None  # with a graph the output must hang on the pattern, or it would have no gradient
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
     split = 0 if hook.prefix is None else n_keys - key.shape[2]
-    out = _mixed(pattern[..., split:], value)
-    if split:
-        out = _mixed(pattern[..., :split], values) + out
+    out = mixed(pattern[..., split:], value)
+    if split:  # two products, not one: shared values are there once, and a row's own beside them for each row
+        out = mixed(pattern[..., :split], values) + out
     out = out.transpose(1, 2).contiguous()
-    return (out, pattern) if few is None else (few.closed.index_copy(1, few.asked, out), None)
+    return (out, pattern) if few is None else (few.closed.index_copy(1, few.columns, out), None)
 
 
 def _hidden(
@@ -281,23 +247,21 @@ def _hidden(
         assert hook.kernel is not None
         return hook.kernel(hook.module, query, key, value, mask, **{**kwargs, **more})[0]
 
-    if hook.asked is not None and not hook.asked:
+    if hook.queries is not None and not hook.queries:
         return kernel(query, mask)
-    asked = (
-        torch.arange(n, device=query.device) if hook.asked is None else torch.tensor(hook.asked, device=query.device)
-    )
-    few, bias = 2 * len(asked) <= n, at_queries(asked, kwargs.get("position_bias"))
-    told = asked if few or len(asked) == n else torch.arange(n, device=query.device)  # whom the mask is for
-    at = None if len(told) == len(asked) else asked
+    queries = torch.tensor(range(n) if hook.queries is None else hook.queries, device=query.device)
+    few, bias = 2 * len(queries) <= n, at_queries(queries, kwargs.get("position_bias"))
+    for_queries = queries if few or len(queries) == n else torch.arange(n, device=query.device)  # whom the mask is for
+    at = None if len(for_queries) == len(queries) else queries
     with torch.no_grad():
-        rows = rows_of(mask, told, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
-        given = shaped(_products(query[:, :, asked], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
-        given = masked(given, rows if at is None else rows[:, :, at], kwargs, hook.module)
-        scores = hook.stages["scores"](given, n_keys)
-        _demand_a_key(given, scores)
-        rows = hiding(rows, scores != given, at)
+        rows = rows_of(mask, for_queries, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
+        unedited = shaped(products(query[:, :, queries], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
+        unedited = masked(unedited, rows if at is None else rows[:, :, at], kwargs, hook.module)
+        scores = hook.stages["scores"](unedited, n_keys)
+        demand_a_key(unedited, scores)
+        rows = hiding(rows, scores != unedited, at)
     if few:
-        return kernel(query, mask).index_copy(1, asked, kernel(query[:, :, asked], rows, position_bias=bias))
+        return kernel(query, mask).index_copy(1, queries, kernel(query[:, :, queries], rows, position_bias=bias))
     return kernel(query, rows)
 
 
@@ -306,12 +270,12 @@ class _Few(NamedTuple):
 
     Attributes:
         closed: what the layer's own kernel makes of all queries `[batch query head d_head]`.
-        asked: the few, as columns of the pass.
+        columns: where the few are among the queries of the pass.
         query, mask, kwargs: what attention was called with, for these alone.
     """
 
     closed: Tensor
-    asked: Tensor
+    columns: Tensor
     query: Tensor
     mask: Tensor | None
     kwargs: dict[str, Any]
@@ -328,164 +292,13 @@ def _few(
     query, key, _ = called
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
     closed = module.__dict__["interp_hook"].kernel(module, *called, mask, **kwargs)[0]
-    asked = torch.tensor(columns, device=query.device)
-    if mask is not None or (query.shape[2] > 1 and is_causal(kwargs, module)):
-        own = (
-            torch.arange(key.shape[2], device=asked.device) <= asked[:, None]
-            if mask is None
-            else at_queries(asked, mask)
-        )
-    else:
-        own = None
-    return _Few(
-        closed,
-        asked,
-        query[:, :, asked],
-        own,
-        {**kwargs, "position_bias": at_queries(asked, kwargs.get("position_bias"))},
-    )
-
-
-def _with_earlier(hook: AttentionHook, query: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Scores of earlier keys and own ones, and the earlier values; the query is scaled."""
-    assert hook.prefix is not None
-    earlier, values = (x if len(x) == 1 else x[hook.texts.rows] for x in hook.prefix)
-    before = shaped(_products(query, earlier), kwargs)
-    hidden = hook.texts.hidden(query.shape[2], kwargs.get("sliding_window"), query.device)
-    if hidden is not None:
-        before = before.masked_fill(hidden[hook.texts.rows].mT[:, None], LOWEST[before.dtype])
-    return torch.cat([before, scores], -1), values
-
-
-_BITS = math.log2(math.e)
-_OPENED = {"scores", "pattern", "position_bias"}
-"""What needs scores of earlier and own keys in one tensor."""
-
-
-def _merged(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    kwargs: dict[str, Any],
-    module: nn.Module,
-) -> Tensor:
-    """Attention over earlier keys that a text's rows share and a row's own ones, without a tensor of both:
-
-        top    = max(before, own)           weights = 2 ** (before - top)         mine = 2 ** (own - top)
-        output = (weights @ earlier values + mine @ values) / (sum of weights + sum of mine)
-
-    Scores are in bits here, times log2 e: powers of two take a third of the time of exponentials. The large one,
-    `[(text kv_head) key (row group query)]`, is written over in place; keys come before rows in it, which makes its
-    products and its maximum twice as fast for narrow heads.
-    """
-    hook: AttentionHook = module.__dict__["interp_hook"]
-    assert hook.prefix is not None
-    (_, heads, n, _), kv, texts = query.shape, key.shape[1], len(hook.texts.starts)
-    order = hook.texts.order(query.device)
-    earlier, values = (x.flatten(0, 1) for x in hook.prefix)
-
-    def joined(x: Tensor) -> Tensor:
-        """`[row head query x]` as `[(text kv_head) x (row group query)]`."""
-        x = x if order is None else x[order[0]]
-        return x.reshape(texts, -1, kv, heads // kv * n, x.shape[-1]).transpose(1, 2).flatten(2, 3).flatten(0, 1).mT
-
-    def parted(x: Tensor) -> Tensor:
-        x = x.mT.reshape(texts, kv, -1, heads // kv * n, x.shape[1]).transpose(1, 2).reshape(-1, heads, n, x.shape[1])
-        return x if order is None else x[order[1]]
-
-    own = masked(shaped(_products(query, key) * scale, kwargs), mask, kwargs, module)
-    before = shaped(torch.matmul(earlier, joined(query * scale)), kwargs)
-    if (hidden := hook.texts.hidden(n, kwargs.get("sliding_window"), before.device)) is not None:
-        each = before.view(texts, kv, before.shape[1], -1, n)
-        before = each.masked_fill_(hidden[:, None, :, None], LOWEST[before.dtype]).view(before.shape)
-    if (wide := hook.softmax_dtype or (torch.float32 if own.dtype in _HALF else None)) is not None:
-        own, before = own.to(wide), before.to(wide)
-    own, before = own * _BITS, before.mul_(_BITS)
-    highest = own.amax(-1, keepdim=True)
-    if (sinks := kwargs.get("s_aux")) is not None:
-        sinks = sinks.reshape(1, -1, 1, 1).to(own.dtype) * _BITS
-        highest = torch.maximum(highest, sinks)
-    top = torch.maximum(before.amax(1, keepdim=True), joined(highest))
-    weights = before.sub_(top).exp2_()
-    kind = value.dtype
-    found = torch.cat([torch.matmul(values.mT, weights.to(kind)), weights.sum(1, keepdim=True), top], 1)
-    out, total, top = parted(found).split([value.shape[-1], 1, 1], -1)
-    mine = (own - top).exp2_()
-    total = total + mine.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + (sinks - top).exp2_()
-    return ((out + _mixed(mine.to(kind), value)) / total).to(kind)
-
-
-def scale_of(query: Tensor, scaling: float | None) -> float:
-    """What products of queries and keys are multiplied by."""
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
-
-
-def shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Scores as the family shapes them before the mask: capped, or with a bias by position."""
-    if "softcap" in kwargs and (cap := kwargs["softcap"]) is not None:
-        scores = torch.tanh(scores / cap) * cap
-    if "position_bias" in kwargs and (bias := kwargs["position_bias"]) is not None:
-        scores = scores + bias
-    return scores
-
-
-def _products(query: Tensor, key: Tensor) -> Tensor:
-    """Queries `[batch head query d]` with keys `[batch or 1, kv_head, key, d]`: `[batch head query key]`. Keys that all
-    rows share are not copied for each: their queries are strung together."""
-    batch, heads, n, d = query.shape
-    kv = key.shape[1]
-    if key.shape[0] == batch:
-        return torch.matmul(query, _repeated(key, heads // kv).mT)
-    joined = query.reshape(batch, kv, -1, d).transpose(0, 1).reshape(kv, -1, d)
-    found = torch.matmul(joined, key[0].mT)
-    return found.reshape(kv, batch, -1, key.shape[2]).transpose(0, 1).reshape(batch, heads, n, -1)
-
-
-def _mixed(pattern: Tensor, value: Tensor) -> Tensor:
-    """Values `[batch or 1, kv_head, key, d]` mixed by patterns `[batch head query key]`: `[batch head query d]`."""
-    batch, heads, n, keys = pattern.shape
-    kv = value.shape[1]
-    if value.shape[0] == batch:
-        value = _repeated(value, heads // kv)
-        return pattern * value if keys == 1 else torch.matmul(pattern, value)
-    joined = pattern.reshape(batch, kv, -1, keys).transpose(0, 1).reshape(kv, -1, keys)
-    found = torch.matmul(joined, value[0])
-    return found.reshape(kv, batch, -1, value.shape[-1]).transpose(0, 1).reshape(batch, heads, n, -1)
-
-
-def _repeated(x: Tensor, groups: int) -> Tensor:
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
-
-
-def _demand_a_key(before: Tensor, scores: Tensor) -> None:
-    """Refuse edits of scores that hide every key of a query which saw some.
-
-    Raises:
-        PlanError: there is such a query.
-    """
-    lowest = LOWEST[scores.dtype]
-    if scores is not before and bool(((scores.amax(-1) <= lowest) & (before.amax(-1) > lowest)).any()):
-        raise PlanError(NOTHING_LEFT)
-
-
-def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """Probabilities; half precision is summed in float32, as the kernels do."""
-    kind = scores.dtype
-    wide = dtype or (torch.float32 if kind in _HALF else None)
-    if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(kind)
-        scores = torch.cat([scores, column], -1)
-    pattern = torch.softmax(scores, -1, dtype=wide)
-    if sinks is not None:
-        pattern = pattern[..., :-1]
-    return pattern if wide is None else pattern.to(kind)
-
-
-_HALF = (torch.float16, torch.bfloat16)
+    at = torch.tensor(columns, device=query.device)
+    few_mask = at_queries(at, mask)
+    if mask is None and query.shape[2] > 1 and is_causal(kwargs, module):
+        # Causal attention is implied for all queries, and has to be said of some of them.
+        few_mask = torch.arange(key.shape[2], device=at.device) <= at[:, None]
+    more = {**kwargs, "position_bias": at_queries(at, kwargs.get("position_bias"))}
+    return _Few(closed, at, query[:, :, at], few_mask, more)
 
 
 AttentionInterface.register(NAME, attention)

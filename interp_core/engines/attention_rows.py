@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionError
-from .attention import scale_of, shaped, softmax
+from .attention_steps import scale_of, shaped, softmax
 from .masks import additive, at_queries, is_causal, masked, no_later
 
 ROOM, LEAST = 1 << 18, 16
@@ -51,7 +51,7 @@ class AttentionRows:
     made: tuple[tuple[slice, Tensor], ...] = ()
 
     def at(self, queries: Sequence[int]) -> AttentionRows:
-        """The same with these queries only, so that the others' memory is free.
+        """This layer's attention with these queries only, so that the others' memory is free.
 
         Raises:
             PositionError: a query that is not here.
@@ -61,7 +61,7 @@ class AttentionRows:
         return replace(self, query=self.query.index_select(2, places), called=called, kept=tuple(queries), made=())
 
     def held(self) -> AttentionRows:
-        """The same with its rows of the pattern made once: `mixed` takes them from memory."""
+        """This layer's attention with its rows of the pattern made now, once: `mixed` takes them from memory then."""
         known = list(self._index)
         with self._graph():
             return replace(self, made=tuple(self._rows(known, self._fastest)))
@@ -73,9 +73,9 @@ class AttentionRows:
             PositionError: a query that is not here.
         """
         with self._graph():
-            ((_, made),) = self._rows(queries, len(queries))
+            ((_, rows),) = self._rows(queries, len(queries))
         n_keys = self.key.shape[2]
-        return made if made.shape[-1] == n_keys else nn.functional.pad(made, (0, n_keys - made.shape[-1]))
+        return rows if rows.shape[-1] == n_keys else nn.functional.pad(rows, (0, n_keys - rows.shape[-1]))
 
     def mixed(
         self, queries: Sequence[int], weights: Float[Tensor, "batch query"], chunk: int | None = None
@@ -138,16 +138,16 @@ class AttentionRows:
             key = key.contiguous()  # laid out as products want it, once for all
         for start in range(0, len(queries), chunk):
             part = slice(start, start + chunk)
-            asked = queries[part]
+            columns = queries[part]
             if bias is not None:
                 called["position_bias"] = at_queries(torch.tensor(places[part], device=key.device), bias)
-            seen = key[..., : max(asked) + 1] if hides and bias is None else key
-            scores = shaped(_grouped(query[:, :, part], seen), called)
+            visible = key[..., : max(columns) + 1] if hides and bias is None else key
+            scores = shaped(_grouped(query[:, :, part], visible), called)
             if hides:
-                first = min(asked)  # keys before it are seen by all of these queries
-                scores[..., first:] += _later(asked, scores)
+                first = min(columns)  # keys before it are seen by all of these queries
+                scores[..., first:] += _later(columns, scores)
             elif self.mask is not None:
-                mask = at_queries(torch.tensor(asked, device=key.device), self.mask)
+                mask = at_queries(torch.tensor(columns, device=key.device), self.mask)
                 scores = masked(scores, mask, called, self.module)
             yield part, softmax(scores, called.get("s_aux"), self.softmax_dtype)
 
@@ -157,8 +157,8 @@ def _later(queries: Sequence[int], scores: Tensor) -> Float[Tensor, "query key"]
     first, n_keys = min(queries), scores.shape[-1]
     if _row(queries) and n_keys == queries[-1] + 1:
         return no_later(len(queries), len(queries), scores.device, scores.dtype)
-    asked = torch.tensor(queries, device=scores.device)
-    return additive(torch.arange(first, n_keys, device=asked.device) <= asked[:, None], scores.dtype)
+    columns = torch.tensor(queries, device=scores.device)
+    return additive(torch.arange(first, n_keys, device=columns.device) <= columns[:, None], scores.dtype)
 
 
 def _row(places: Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
-from .attention import RowTexts
+from .attention_prefix import RowTexts
 
 MASK = "attention_mask"
 
@@ -80,8 +80,8 @@ class Told:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             return
         for text, start in zip(self.within, self.texts.starts, strict=True):
-            seen = mask[text if len(mask) > 1 else 0, :, :start, start : start + self.count]
-            if bool((seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 4).any()):
+            later = mask[text if len(mask) > 1 else 0, :, :start, start : start + self.count]
+            if bool((later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 4).any()):
                 raise CapabilityError(f"positions before {start} see later ones in this model, and change with them")
 
     def _part(self, value: Any, name: str = "") -> Any:
@@ -96,7 +96,7 @@ class Told:
         return columns if batch is None else self._rows(columns, batch)
 
     def _columns(self, value: Tensor, name: str) -> tuple[Tensor, int | None]:
-        """Our columns of a tensor, and the axis where each text has its own; None if all rows take the same."""
+        """The pass' columns of a tensor, and the axis along which each text has its own; None if all rows take one."""
         batch, axes = _axes(value, name)
         if any(value.shape[axis] != self.called.width for axis in axes):
             return value, None
@@ -126,8 +126,8 @@ class Told:
             everywhere = features.new_zeros(*called.visual.shape, features.shape[-1])
             everywhere[called.visual] = features.to(everywhere.device)
             parts = zip(self.within, self.texts.starts, strict=True)
-            found = torch.stack([everywhere[text, start : start + self.count] for text, start in parts])
-            self._known["added", layer] = found if bool(found.any()) else None
+            at_columns = torch.stack([everywhere[text, start : start + self.count] for text, start in parts])
+            self._known["added", layer] = at_columns if bool(at_columns.any()) else None
         added = self._known["added", layer]
         return None if added is None else self._rows(added, 0)
 

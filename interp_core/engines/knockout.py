@@ -43,7 +43,8 @@ def check_knockouts(knockouts: Iterable[Hidden], reaches: dict[int, Reach], rows
         layers.setdefault(knockout.layer, []).append(knockout)
     checked: set[Any] = set()
     for layer, members in layers.items():
-        alike = reaches[layer], tuple((id(one.queries), id(one.keys), tuple(one.heads)) for one in members)
+        same = tuple((id(member.queries), id(member.keys), tuple(member.heads)) for member in members)
+        alike = reaches[layer], same
         if alike in checked:
             continue
         checked.add(alike)
@@ -57,14 +58,14 @@ def _check_together(knockouts: Sequence[Hidden], reach: Reach, rows: Rows) -> No
     """Knockouts of one layer that act on one head."""
     for row, real in enumerate(rows.real):
         ends = _image_ends(rows, row) if reach.images else {}
-        seen, places = [(set(one.queries[row]), set(one.keys[row])) for one in knockouts], set(real)
+        seen, places = [(set(knockout.queries[row]), set(knockout.keys[row])) for knockout in knockouts], set(real)
         most = len(set().union(*(keys for _, keys in seen)))
         for query in sorted(set().union(*(queries for queries, _ in seen)) & places):
             visible = reach.visible(real, query, ends.get(query))
             if len(visible) > most:
                 continue
             gone = set().union(*(keys for queries, keys in seen if query in queries))
-            if all(real[place] in gone for place in visible):
+            if all(real[index] in gone for index in visible):
                 _refuse(knockouts, row, [*real], query, reach)
 
 
@@ -73,18 +74,18 @@ def _image_ends(rows: Rows, row: int) -> dict[int, int]:
     ends: dict[int, int] = {}
     places = rows.names.get(VISION, ())
     real = rows.real[row]
-    for place in reversed(places[row] if places else ()):
-        ends[real[place]] = ends[real[place + 1]] if place + 1 < len(real) and real[place + 1] in ends else real[place]
+    for index in reversed(places[row] if places else ()):
+        ends[real[index]] = ends[real[index + 1]] if index + 1 < len(real) and real[index + 1] in ends else real[index]
     return ends
 
 
 def _refuse(knockouts: Sequence[Hidden], row: int, real: list[int], query: int, reach: Reach) -> None:
-    edits = " and ".join(dict.fromkeys(str(one.edit) for one in knockouts))
-    place = real.index(query)
+    edits = " and ".join(dict.fromkeys(str(knockout.edit) for knockout in knockouts))
+    index = real.index(query)
     layer = f" in layer {knockouts[0].layer}{reach}" if str(reach) else ""
-    rest = f" (query=slice({place + 1}, None))" if place + 1 < len(real) else ""
+    rest = f" (query=slice({index + 1}, None))" if index + 1 < len(real) else ""
     raise PlanError(
-        f"{edits}: position {place} of row {row} would have nothing left to attend to{layer}; leave it out of the "
+        f"{edits}: position {index} of row {row} would have nothing left to attend to{layer}; leave it out of the "
         f"queries{rest}, or keep a key"
     )
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 LOWEST = {kind: torch.finfo(kind).min / 2 for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-"""What is added to the score of a hidden key."""
+"""What is added to the score of a hidden key: half of the lowest number hides as well as the lowest, and a row that is
+hidden whole (padding) stays finite under the scores that it is added to."""
 
 
-def at_queries(asked: Tensor, x: Tensor | None) -> Tensor | None:
-    """What is given per query `[… query key]`, or for all queries `[… 1 key]`, for these alone."""
-    return x if x is None or x.shape[-2] == 1 else x[..., asked, :]
+def at_queries(queries: Tensor, x: Tensor | None) -> Tensor | None:
+    """Of a mask or a bias `[… query key]`, the rows of some queries; one for all queries `[… 1 key]` stays as it is."""
+    return x if x is None or x.shape[-2] == 1 else x[..., queries, :]
 
 
 def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:
@@ -39,24 +40,28 @@ def masked(scores: Tensor, mask: Tensor | None, kwargs: dict[str, Any], module: 
 
 @lru_cache(maxsize=4)
 def no_later(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What causal attention adds, the same for every layer of a pass. Where there are more keys than queries, and no
-    mask, the rest are empty places of a cache that is filled for the first time: kernels align to the first key."""
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-    return additive(seen, dtype)
+    """What causal attention adds `[query key]`; kept, since every layer of a pass asks for it.
 
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added, from one that is true where a query may look; kept with it, for the layers that share it.
-
-    Half of the lowest number hides as well as the lowest, and a row that is hidden whole (padding) stays finite.
+    More keys than queries, and no mask: the rest are empty places of a cache that is filled for the first time, as
+    kernels take it, which align to the first key.
     """
-    kept: dict[torch.dtype, Tensor] = seen.__dict__.setdefault("interp_additive", {})
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+    return additive(visible, dtype)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores, from one that is true where a query may look.
+
+    It is kept on that mask itself: transformers makes one mask for all layers of a pass, and lets it go after it.
+    """
+    kept: dict[torch.dtype, Tensor] = visible.__dict__.setdefault("interp_additive", {})
     if dtype not in kept:
-        kept[dtype] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, LOWEST[dtype])
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        kept[dtype] = mask.masked_fill_(~visible, LOWEST[dtype])
     return kept[dtype]
 
 
-def rows_of(mask: Tensor | None, asked: Tensor, keys: int, *, implied: bool, dtype: torch.dtype) -> Tensor:
+def rows_of(mask: Tensor | None, queries: Tensor, keys: int, *, implied: bool, dtype: torch.dtype) -> Tensor:
     """The mask of some queries `[batch or 1, head or 1, asked, key]`, also where the layer is handed none.
 
     Args:
@@ -64,16 +69,16 @@ def rows_of(mask: Tensor | None, asked: Tensor, keys: int, *, implied: bool, dty
         dtype: of the scores.
     """
     if mask is not None:
-        rows = at_queries(asked, mask)
+        rows = at_queries(queries, mask)
         assert rows is not None
-        return rows.expand(-1, -1, len(asked), -1)
-    seen = (
-        torch.arange(keys, device=asked.device) <= asked[:, None] if implied else asked.new_ones(len(asked), keys) > 0
-    )
-    return additive(seen, dtype)[None, None]
+        return rows.expand(-1, -1, len(queries), -1)
+    visible = torch.ones(len(queries), keys, dtype=torch.bool, device=queries.device)
+    if implied:
+        visible = torch.arange(keys, device=queries.device) <= queries[:, None]
+    return additive(visible, dtype)[None, None]
 
 
-def hiding(mask: Tensor, hidden: Tensor, asked: Tensor | None = None) -> Tensor:
+def hiding(mask: Tensor, hidden: Tensor, queries: Tensor | None = None) -> Tensor:
     """A mask with more keys hidden, in its own form: true where a query may look, or added to the scores.
 
     Args:
@@ -83,10 +88,10 @@ def hiding(mask: Tensor, hidden: Tensor, asked: Tensor | None = None) -> Tensor:
     """
     if bool((hidden == hidden[:, :1]).all()):
         hidden = hidden[:, :1]
-    at = slice(None) if asked is None else asked
-    out = mask.expand(*torch.broadcast_shapes(mask.shape[:2], hidden.shape[:2]), -1, -1).clone()
-    if out.dtype == torch.bool:
-        out[:, :, at] &= ~hidden
+    at = slice(None) if queries is None else queries
+    narrower = mask.expand(*torch.broadcast_shapes(mask.shape[:2], hidden.shape[:2]), -1, -1).clone()
+    if narrower.dtype == torch.bool:
+        narrower[:, :, at] &= ~hidden
     else:
-        out[:, :, at] = out[:, :, at].masked_fill(hidden, LOWEST[out.dtype])
-    return out
+        narrower[:, :, at] = narrower[:, :, at].masked_fill(hidden, LOWEST[narrower.dtype])
+    return narrower

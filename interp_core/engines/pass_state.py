@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..architectures.hook_points import Layout
@@ -53,7 +54,23 @@ class PassState:
         self.record = NOTHING
 
     def shaped(self, layout: Layout) -> tuple[int, int]:
-        """Batch and pos of what passes; a vision tower has one row, with the patches of all images."""
+        """Batch and pos of what passes in a layout; a vision tower has one row, with the patches of all images."""
         if not layout.images:
             return self.shape
         return 1, 0 if self.rows.patches is None else self.rows.patches.total
+
+
+def text_columns(rows: Rows, window: Window | None) -> Tensor | None:
+    """Which columns of a pass are text `[batch pos]`, neither padding nor what fills up a row that has ended; None if
+    all are, so that passes without padding cost nothing."""
+    start, stop = (0, rows.width) if window is None else window[:2]
+    if start and rows.growing:  # a step after the prompt: a token of each row, or what fills it up
+        live = rows.live
+        return None if live is None else torch.tensor(live)[:, None].expand(-1, stop - start)
+    rows = rows if rows.stops is None else rows.text
+    if all(len(row) == rows.width for row in rows.real):
+        return None
+    text = torch.zeros(len(rows.real), rows.width, dtype=torch.bool)
+    for i, row in enumerate(rows.real):
+        text[i, list(row)] = True
+    return text[:, start:stop]

@@ -1,7 +1,17 @@
-"""What the engines of this package share: a plan compiled to hooks, and one run at a time.
+"""A plan compiled to hooks, which the engines of this package share, and how a compiled plan runs.
 
-Every place that a plan touches (a module's input or output, a part of its attention) is one hook. A hook changes and
-keeps tensors; how the model's values come to it is the engine's.
+`HookProgram` has two halves. Compiling turns sites into hook points (by the atlas), and these into one `ModuleHook` for
+every side of a module that the plan touches and one `AttentionHook` for every layer that it looks into; what the plan
+asks for and the model lacks is refused there. Running binds positions to the rows of a batch, checks the edits'
+values against them, calls the model and gives back a `PassRecord`:
+
+    begin_pass   rows and columns of this pass; the record is empty
+    execute      the engine calls the model with the hooks in their places, and takes them out again
+    PassState    what the hooks read and write meanwhile
+    _end         lets go of the run's tensors, so that a compiled plan holds none between runs
+
+How the model's values come to the hooks is the engine's: `execute` is all that it must write. `LocalEngine` is the half
+of an engine that does not depend on this: the modules, their turn, and that a run inside a run is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +19,6 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,13 +35,15 @@ from ..sites import ROUTING, SITES, Edit, Site
 from ..snapshot import Place
 from .attention import AttentionHook
 from .attention_rows import AttentionRows
-from .hooks import ModuleHook, SiteAccess, SiteEdit, SiteRead
+from .hooks import ModuleHook
 from .knockout import check_knockouts
 from .layers import Layers
-from .pass_state import NOTHING, PassState
+from .operations import write_point
+from .pass_state import NOTHING, PassState, text_columns
 from .protocol import Ending, HandOver, PassRecord
 from .rerouting import TURN, check_together
-from .selection import BoundSelection, Window
+from .selection import BoundSelection
+from .site_access import SiteAccess, SiteEdit, SiteRead
 from .steps import Steps
 from .turns import turn_of
 
@@ -53,7 +64,7 @@ def forward_order(entry: Entry, n_layers: int) -> tuple[int, float]:
 
 
 class Stop(BaseException):
-    """Ends a forward pass whose remaining layers nobody needs."""
+    """Ends a forward pass whose remaining layers nobody needs. No `Exception`: a model may catch those."""
 
 
 class LocalEngine:
@@ -74,6 +85,9 @@ class LocalEngine:
     program: ClassVar[type[HookProgram]]
     attends = True
     """Whether `forward` can keep what attention was called with."""
+    runs_rows: ClassVar[bool] = False
+    """Whether sweeps may run passes of their own on it: `TorchProgram`s on the user's own modules, in which rows join
+    late and only some columns are there. A class says so of itself; a subclass may run otherwise, and says it again."""
 
     def __init__(self, model: Any, *beside: nn.Module) -> None:
         self.model = model
@@ -94,20 +108,21 @@ class LocalEngine:
         return self._embedding.weight.dtype
 
     def places(self, paths: Iterable[str]) -> tuple[Place, ...]:
-        """Where modules hang that lie on the way from the model to those at these paths."""
-        found: dict[str, Place] = {}
+        """Where modules hang that lie on the way from the model to those at these paths: a plan is compiled again when
+        one of them has been exchanged (`snapshot.py`)."""
+        places: dict[str, Place] = {}
         for path in paths:
-            while path and path not in found:
+            while path and path not in places:
                 outer, _, name = path.rpartition(".")
-                found[path] = self.modules[outer]._modules, name, self.modules[path]
+                places[path] = self.modules[outer]._modules, name, self.modules[path]
                 path = outer
-        return tuple(found.values())
+        return tuple(places.values())
 
     def acquire(self) -> None:
-        """Begin a run, unless it would be one inside another one of the same modules.
+        """Begin a run, for whoever holds the turn; `release` ends it.
 
         Raises:
-            PlanError: it would see the other one's hooks.
+            PlanError: it would be a run inside another run of some of these modules, and meet that one's hooks.
         """
         running = self.turn.running
         if running:
@@ -115,40 +130,30 @@ class LocalEngine:
         running += (self.modules,)
 
     def release(self) -> None:
-        """End it."""
+        """End the run that `acquire` began."""
         del self.turn.running[-1]
 
 
 def with_same_weights(model: Any) -> Any:
     """A copy of a model that shares every parameter and buffer with it, for tools that change the modules."""
+    # What `deepcopy` finds in its memo it takes for copied already.
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def _real(rows: Rows, window: Window | None) -> Tensor | None:
-    """Which columns of a pass are text `[batch pos]`, neither padding nor what fills up a row that has ended; None if
-    all are."""
-    start, stop = (0, rows.width) if window is None else window[:2]
-    if start and rows.growing:  # a step after the prompt: a token of each row, or what fills it up
-        live = rows.live
-        return None if live is None else torch.tensor(live)[:, None].expand(-1, stop - start)
-    rows = rows if rows.stops is None else rows.text
-    if all(len(row) == rows.width for row in rows.real):
-        return None
-    real = torch.zeros(len(rows.real), rows.width, dtype=torch.bool)
-    for i, row in enumerate(rows.real):
-        real[i, list(row)] = True
-    return real[:, start:stop]
 
 
 class HookProgram(ABC):
     """A plan as hooks: what is done at each place that it touches. See `Program`.
 
-    How the model's values come to the hooks, and go back, is the engine's: it writes `execute`.
+    Attributes:
+        slots: the plan's reads, one for each layer.
+        hooks: those on modules, in no order.
+        attn_hooks: those inside attention, one for each layer that is looked into.
+        places: where the modules with hooks hang in the model.
+        in_tower: some edit or read at chosen positions is in a vision tower, which runs before the model's first layer.
     """
 
     read: ClassVar[type[SiteRead]] = SiteRead
     closes: ClassVar[bool] = True
-    """Whether attention is opened only for the queries that are asked for, where these are few."""
+    """Whether attention is opened for the queries that are asked for alone, where these are few."""
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         self.engine, self.atlas = engine, atlas
@@ -157,7 +162,7 @@ class HookProgram(ABC):
         self._left_for: Rows | None = None
         self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
         self._hook_at: dict[tuple[str, str, str], ModuleHook] = {}
-        self._by_point: dict[HookPoint, ModuleHook] = {}
+        self._by_point: dict[HookPoint, ModuleHook] = {}  # by identity, to find a hook without making its key
         self._add_reads(plan.reads)
         self.n_slots = len(self.slots)
         self._changes = self._add_edits(plan.edits)
@@ -196,8 +201,8 @@ class HookProgram(ABC):
         """One slot per site and layer; kept lean, since plans may have thousands."""
         slots, entries, by_point, make = self.slots, self.atlas.entries, self._by_point, self.read
         for site in reads:
-            one = entries.get((site.name, site.layers))  # type: ignore[arg-type]
-            for entry in self.atlas.select(site) if one is None else (one,):
+            exact = entries.get((site.name, site.layers))  # type: ignore[arg-type]
+            for entry in self.atlas.select(site) if exact is None else (exact,):
                 units = site.units
                 if units is not None and not (units.__class__ is int and 0 <= units < entry.n_units):  # type: ignore[operator]
                     indices(units, entry.n_units or 0, site.info.unit or "unit", site)
@@ -221,12 +226,7 @@ class HookProgram(ABC):
         changes = []
         for number, edit in enumerate(edits):
             for entry in self.atlas.select(edit.site):
-                point = entry.write
-                if point is None:
-                    raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
-                scores = self.atlas.entries.get(("scores", entry.layer))
-                if edit.op == "knockout" and scores is not None and scores.write is not None:
-                    point = replace(scores.write, rank=1)
+                point = write_point(self.atlas, edit, entry)
                 changes.append(self._change(number, edit, entry, point))
                 self._hook(point).changes.append(changes[-1])
         for hook in self._hook_at.values():
@@ -243,7 +243,8 @@ class HookProgram(ABC):
         for hook in hooks:
             stages.setdefault(hook.point.module, {})[hook.point.part] = hook.stage()
         config_copies: dict[int, Any] = {}
-        attn_hooks = [AttentionHook(self.engine.modules[path], found, config_copies) for path, found in stages.items()]
+        modules = self.engine.modules
+        attn_hooks = [AttentionHook(modules[path], by_part, config_copies) for path, by_part in stages.items()]
         for attn_hook in attn_hooks:
             attn_hook.hides = self.closes and self._only_hides(attn_hook)
         return attn_hooks
@@ -258,11 +259,8 @@ class HookProgram(ABC):
         """What selects queries of a layer's scores and patterns; nothing if something asks for all of them."""
         hooks = [p for p in self._inside if p.module is layer.module and p.point.part in ("scores", "pattern")]
         accesses = [access for hook in hooks for access in (*hook.changes, *hook.reads)]
-        return (
-            accesses
-            if all(access.selection.attention and access.selection.pos is not None for access in accesses)
-            else []
-        )
+        few = all(access.selection.attention and access.selection.pos is not None for access in accesses)
+        return accesses if few else []
 
     # Running
 
@@ -272,7 +270,7 @@ class HookProgram(ABC):
         was, whatever happens."""
 
     def prepare(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027 (most have nothing to prepare)
-        """What has to be done once before inputs of a kind are carried, while nothing listens to the model."""
+        """What an engine has to do once before the model runs on inputs of a kind, while no hook is in its place."""
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
@@ -287,6 +285,8 @@ class HookProgram(ABC):
             noting = self._noting() if attention else {}
             record: PassRecord | None = None
             layers = None if each is None else Layers(self, each, stop=stop)
+            # A second round where the model wrote into a kept tensor: now that the site is known to be overwritten,
+            # its reads make copies.
             while record is None or (self._late and self._overwritten((record,))):
                 record = self.begin_pass(rows, rows.width, keep_graph)
                 self._check(rows)
@@ -310,15 +310,10 @@ class HookProgram(ABC):
         """A hook on the attention of every layer that has an open one; those of the plan are among them."""
         scores = {entry.layer: entry.read for (name, _), entry in self.atlas.entries.items() if name == "scores"}
         modules = {layer: self.engine.modules[point.module] for layer, point in scores.items() if point is not None}
-        known, config_copies = (
-            {id(attn_hook.module): attn_hook for attn_hook in self.attn_hooks},
-            dict[int, Any](),
-        )
+        known = {id(attn_hook.module): attn_hook for attn_hook in self.attn_hooks}
+        config_copies: dict[int, Any] = {}
         noting = {i: known.get(id(module)) or AttentionHook(module, {}, config_copies) for i, module in modules.items()}
-        self.attn_hooks = [
-            *self.attn_hooks,
-            *(attn_hook for attn_hook in noting.values() if id(attn_hook.module) not in known),
-        ]
+        self.attn_hooks = [*self.attn_hooks, *(hook for hook in noting.values() if id(hook.module) not in known)]
         return noting
 
     def _noted(
@@ -397,16 +392,16 @@ class HookProgram(ABC):
         ]
 
     def break_off(self) -> None:
-        """End this pass, to look at what it left."""
+        """End this pass before its end, from within a hook."""
         raise Stop
 
     def listen(self) -> None:  # noqa: B027 (most make their hooks for each pass)
-        """Make the hooks anew, for sites of which something else is known now."""
+        """Make the hooks anew, where sites turned out to be overwritten: their lean hooks keep no copies."""
 
     def _fit(self, rows: Rows) -> None:
         """Hold every edit's positions and value against the rows that it will meet."""
         known: dict[Any, SiteAccess] = {}
-        for access in self._bound:  # layers share places
+        for access in self._bound:  # an index is the same in every layer, so it is made once
             selection = access.selection
             alike = known.setdefault(
                 (type(access), selection.site.name, selection.pos, selection.key, selection.units), access
@@ -449,10 +444,10 @@ class HookProgram(ABC):
                 )
 
     def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> PassRecord:
-        """Make ready for one pass over `width` columns."""
+        """Make ready for one pass over `width` columns; its record, still empty."""
         self.state.rows, self.state.keep_graph = rows, keep_graph
         self.state.shape = (len(rows.real), width)
-        self.state.real, self.state.live = _real(rows, self.state.window), rows.live
+        self.state.real, self.state.live = text_columns(rows, self.state.window), rows.live
         for access in self._bound:
             access.bind(rows, self.state.window)
         for attn_hook in self.attn_hooks:
@@ -463,15 +458,16 @@ class HookProgram(ABC):
         return self.state.record
 
     def _ask(self, layer: AttentionHook, accesses: Sequence[SiteAccess], width: int) -> None:
-        """Let a layer open its attention only for the queries that are selected, where these are few."""
+        """Let a layer open its attention for the selected queries alone, where these are at most half of the columns:
+        the kernel does all of them beside, so more would cost more than opening all."""
         bounds = [access.bound for access in accesses if access.bound is not None]
-        asked = sorted({column for bound in bounds for row in bound.columns or () for column in row})
-        layer.asked = [] if layer.hides and layer.has_kernel and not bounds else None
-        if bounds and layer.has_kernel and (layer.hides or 2 * len(asked) <= width):
+        columns = sorted({column for bound in bounds for row in bound.columns or () for column in row})
+        layer.queries = [] if layer.hides and layer.has_kernel and not bounds else None
+        if bounds and layer.has_kernel and (layer.hides or 2 * len(columns) <= width):
             start = 0 if self.state.window is None else self.state.window.start
-            layer.asked = [column - start for column in asked]
-            for access in accesses:
-                access.bound = None if access.bound is None else access.bound.among(asked)
+            layer.queries = [column - start for column in columns]
+            for access in accesses:  # of scores and patterns that have these queries alone
+                access.bound = None if access.bound is None else access.bound.among(columns)
                 access.bound_to = None  # the next pass may ask for others
 
     def steady(self, rows: Rows) -> list[BoundSelection] | None:

@@ -1,4 +1,8 @@
-"""What an engine is: it compiles plans for one model and runs them."""
+"""What an engine is: it compiles plans for one model and runs them.
+
+`Engine`, `Program` and `Slot` are protocols, so an engine of another package needs none of our classes. What a program
+gives back is a `PassRecord`, which everything above the engines reads: runs, receipts, gradients, sweeps.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,14 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.family import View
+from ..architectures.hook_points import Call, HookPoint
 from ..architectures.rerouting import Proof
 from ..plan import Plan
 from ..plugins import name_fault
 from ..positions import Rows
 from ..sites import Edit, Site
 from .attention_rows import AttentionRows
-from .selection import BoundSelection
+from .selection import BoundSelection, Window
 
 
 @runtime_checkable
@@ -34,7 +39,7 @@ class Slot(Protocol):
 
     @property
     def view(self) -> View | None:
-        """The hook point's view."""
+        """How a late value is seen in the site's axes; None where it has them."""
         ...
 
 
@@ -42,7 +47,7 @@ class PassRecord:
     """What one forward pass of a program left behind.
 
     Attributes:
-        values: kept tensors, one per slot (None if the pass did not reach it or the step had none of it).
+        values: kept tensors, one per slot (None if the pass did not reach it, or computed none of its positions).
         versions: per kept tensor that is the very one that passed, how often it had been written to by then.
         bases: with gradients, the tensors of the pass that `values` are views or parts of, and which parts.
         fires: what edits changed: `(number in the plan, layer, selected columns per row or None for all, norm)`.
@@ -61,6 +66,25 @@ class PassRecord:
         self.routed: list[Proof] = []
         self.output: Any = None
         self.attention: dict[int, AttentionRows] = {}
+
+
+class Change(Protocol):
+    """What acts on the tensor that passes a hook: a `SiteEdit`, or the edits of many rows of a sweep.
+
+    Attributes:
+        point: where the value is.
+    """
+
+    point: HookPoint
+
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point it at the rows of a pass."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What the model goes on with."""
+
+    def derive(self, call: Call) -> None:
+        """Change a value that the hook point computes from a module's whole call."""
 
 
 HandOver = Callable[[int, list[int], PassRecord], None]
@@ -91,7 +115,7 @@ class Program(Protocol):
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """What it keeps."""
+        """One for each read and layer of the plan, in the plan's order; a record's values are numbered as they are."""
         ...
 
     def forward(

@@ -58,14 +58,18 @@ _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """For a while, modules compute something else."""
-    own = {module: module.__dict__.get("forward") for module in forwards}
+    """Have these modules compute something else until the context ends.
+
+    It is the instance's `forward` that is replaced, so hooks on the module still run around it; one that somebody else
+    has replaced before (nnsight, accelerate) is put back.
+    """
+    former_of = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, former in own.items():
+        for module, former in former_of.items():
             module.__dict__.pop("forward", None)
             if former is not None:
                 module.__dict__["forward"] = former
@@ -97,11 +101,11 @@ class Operations(TorchFunctionMode):
         return rule(func, *args, **kwargs)
 
     def applied(self, rule: Rule, *bound: Any) -> Callable[..., Any]:
-        """A rule with what it is bound to."""
+        """A rule with its first arguments, during which no rule holds: what it computes itself is its own business."""
         return self._switched(functools.partial(rule, *bound), off=True)
 
     def model_code(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """What a rule is handed to call, in which all rules hold."""
+        """The model's own code as a rule is handed it: while that runs, all rules hold again."""
         return self._switched(forward, off=False)
 
     def _switched(self, function: Callable[..., Any], *, off: bool) -> Callable[..., Any]:

@@ -58,8 +58,8 @@ def reroute(change: Change, call: Call, row: int | None = None) -> None:
     edit, width = state.edits[change.number], call.shape[1]
     part = WHOLE if row is None else slice(row * width, (row + 1) * width)
     here = _selected(change, call, row, routed.n_experts)
-    seen = None if row is not None else _text(state, positions=change.selection.pos is not None)
-    counted = (here if seen is None else here & seen.to(here.device)).flatten()
+    text = None if row is not None else _text(state, positions=change.selection.pos is not None)
+    counted = (here if text is None else here & text.to(here.device)).flatten()
     here = here.flatten()
     if edit.op in ROUTING:
         before = _measured(edit, call, routed)[part].view(-1, width, routed.n_experts)

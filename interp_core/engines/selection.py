@@ -1,4 +1,4 @@
-"""The part of a value that a site selects: units and positions turned into one index.
+"""From a site's units and positions to one index into the tensor that passes.
 
 A `Selection` belongs to a plan; binding it to the rows of a batch (and, while generating, to the columns that this step
 computes) gives a `BoundSelection`, which takes that part out of a tensor or puts it back.
@@ -50,8 +50,8 @@ class Selection:
         self.units: int | tuple[int, ...] | None = None
         if site.units is not None:
             assert n_units is not None
-            found = indices(site.units, n_units, site.info.unit or "unit", site)
-            self.units = found[0] if isinstance(site.units, int) else tuple(found)
+            numbers = indices(site.units, n_units, site.info.unit or "unit", site)
+            self.units = numbers[0] if isinstance(site.units, int) else tuple(numbers)
         self.whole = self.pos is None and self.key is None and self.units is None
         self._step: tuple[int, BoundSelection] | None = None
 
@@ -59,10 +59,10 @@ class Selection:
         """Leave the selection of units to whoever computes the value; what it then gives is selected here."""
         if self.units is None:
             return None
-        wanted = (self.units,) if isinstance(self.units, int) else self.units
+        units = (self.units,) if isinstance(self.units, int) else self.units
         self.units = 0 if isinstance(self.units, int) else None
         self.whole = self.pos is None and self.key is None and self.units is None
-        return wanted
+        return units
 
     def bind(self, rows: Rows, window: Window | None = None) -> BoundSelection | None:
         """The index into this batch, or None if nothing of it lies in the window.
@@ -89,12 +89,12 @@ class Selection:
 
     def laid(self, rows: Rows) -> BoundSelection:
         """The index into a value that is laid out in rows of patches `[batch patch …]`, as runs give it."""
-        own = self._counted(rows)
-        return BoundSelection(self, own, resolve(self.pos or ALL, own), None, None)
+        patches = self._counted(rows)
+        return BoundSelection(self, patches, resolve(self.pos or ALL, patches), None, None)
 
     def _bind_newest(self, rows: Rows, window: Window) -> BoundSelection | None:
-        """The same for a step that computes one token of each row. Its index does not depend on the step, so that steps
-        cost the same however long the text is."""
+        """The index of a step that computes one token of each row. It does not depend on the step, so that steps cost
+        the same however long the text is."""
         start, real = window.start, rows.real
         if self.pos is not None:
             hit = [row[-1] == start and selects_newest(self.pos, rows, i) for i, row in enumerate(real)]
@@ -103,16 +103,14 @@ class Selection:
             if not all(hit):
                 return BoundSelection(self, rows, [[start] if on else [] for on in hit], None, window)
         if self._step is None or self._step[0] != len(real):
-            self._step = (
-                len(real),
-                BoundSelection(self, rows, None if self.pos is None else [[start]] * len(real), None, window),
-            )
+            newest = None if self.pos is None else [[start]] * len(real)
+            self._step = len(real), BoundSelection(self, rows, newest, None, window)
         elif self.pos is not None:
             self._step[1].columns = [[start]] * len(real)
         return self._step[1]
 
     def columns(self, rows: Rows, value: Position, window: Window | None = None) -> Columns:
-        """Columns per row of one of the region's positions, those outside the window left out.
+        """Columns per row of one of the site's positions (`pos` or `key`), those outside the window left out.
 
         Raises:
             PositionError: positions that the text does not have, or none at all.
@@ -141,7 +139,7 @@ class Selection:
 
 
 class BoundSelection:
-    """A region in a given batch.
+    """A selection in the rows of one batch, as an index.
 
     Attributes:
         axes: names and sizes of the position axes that it leaves.
@@ -152,17 +150,7 @@ class BoundSelection:
     """
 
     __slots__ = (
-        "_index",
-        "_moved",
-        "_parts",
-        "_patches",
-        "axes",
-        "basic",
-        "columns",
-        "fills",
-        "ragged",
-        "rows",
-        "selection",
+        "_index", "_moved", "_parts", "_patches", "axes", "basic", "columns", "fills", "ragged", "rows", "selection",
     )  # fmt: skip
 
     def __init__(
@@ -171,15 +159,15 @@ class BoundSelection:
         self.selection, self.columns, self.rows = selection, queries, len(rows.real)
         start, stop, first = (0, rows.width, 0) if window is None or selection.tower else window
         self._patches: Patches | None = rows.patches if selection.tower else None
-        parts = [_Part.of(queries, selection.pos, start, stop - start)]
+        parts = [_Axis.of(queries, selection.pos, start, stop - start)]
         if selection.attention:
-            parts.append(_Part.of(keys, selection.key, first, stop - first))
+            parts.append(_Axis.of(keys, selection.key, first, stop - first))
         self._point(parts)
         self.fills = (
             self.basic and selection.units is None and not selection.attention and parts[0].count == stop - start
         )
 
-    def _point(self, parts: list[_Part]) -> None:
+    def _point(self, parts: list[_Axis]) -> None:
         """Make the index that selects these columns."""
         self._parts = parts
         self.ragged = any(part.ragged for part in parts)
@@ -191,18 +179,18 @@ class BoundSelection:
         self._moved: dict[torch.device, tuple[Any, ...]] = {}
 
     def among(self, queries: Sequence[int]) -> BoundSelection:
-        """The same part of a tensor that has these queries alone, counted as in `columns`; all that it takes are there.
+        """This selection of a tensor that has these queries alone (counted as in `columns`), all of its own among them.
 
         Raises:
             KeyError: one is not.
         """
         at = {column: i for i, column in enumerate(queries)}
         local = [[at[column] for column in row] for row in self.columns or ()]
-        made = copy.copy(self)
-        made._point([_Part.of(local, self.selection.pos, 0, len(at)), *self._parts[1:]])
-        return made
+        narrowed = copy.copy(self)
+        narrowed._point([_Axis.of(local, self.selection.pos, 0, len(at)), *self._parts[1:]])
+        return narrowed
 
-    def _build(self, parts: list[_Part], n_rows: int) -> tuple[Any, ...]:
+    def _build(self, parts: list[_Axis], n_rows: int) -> tuple[Any, ...]:
         units = self.selection.units
         tail: tuple[Any, ...] = () if units is None else (units if isinstance(units, int) else list(units),)
         if not self.ragged and self._patches is None and all(part.key is not None for part in parts):
@@ -252,7 +240,7 @@ class BoundSelection:
             x[self._index if self.basic else self.index(x.device)] = new
 
 
-class _Part:
+class _Axis:
     """Columns of one position axis, per row or once for all: a basic key if all rows agree, and the columns."""
 
     __slots__ = ("columns", "key", "ragged", "single")
@@ -261,21 +249,21 @@ class _Part:
         self.columns, self.key, self.single, self.ragged = columns, key, single, ragged
 
     @staticmethod
-    def of(columns: Columns | None, chosen: Position | None, start: int, width: int) -> _Part:
+    def of(columns: Columns | None, chosen: Position | None, start: int, width: int) -> _Axis:
         if columns is None or chosen is None:
-            return _Part([range(width)], slice(None), False, False)
+            return _Axis([range(width)], slice(None), False, False)
         single = is_single(chosen)
         local = [[column - start for column in row] for row in columns]
         first = local[0]
         if any(len(row) != len(first) for row in local) or not first:
-            return _Part(local, None, single, True)
+            return _Axis(local, None, single, True)
         if all(row == first for row in local):
             step = first[1] - first[0] if len(first) > 1 else 1
             if single:
-                return _Part(local, first[0], True, False)
+                return _Axis(local, first[0], True, False)
             if step > 0 and first == list(range(first[0], first[-1] + 1, step)):
-                return _Part(local, slice(first[0], first[-1] + 1, step), False, False)
-        return _Part(local, None, single, False)
+                return _Axis(local, slice(first[0], first[-1] + 1, step), False, False)
+        return _Axis(local, None, single, False)
 
     @property
     def count(self) -> int:
@@ -287,7 +275,7 @@ class _Part:
         return [*self.columns] * n if len(self.columns) == 1 else [*self.columns]
 
 
-def _uniform(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:
+def _uniform(parts: Sequence[_Axis], n_rows: int) -> list[Tensor]:
     """Index arrays `[batch, …]` with one axis per part, dropped where the part selects one position."""
     kept = [part for part in parts if not part.single]
     arrays = [torch.arange(n_rows).reshape(-1, *[1] * len(kept))]
@@ -298,7 +286,7 @@ def _uniform(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:
     return arrays
 
 
-def _ragged(parts: Sequence[_Part], n_rows: int) -> list[Tensor]:
+def _ragged(parts: Sequence[_Axis], n_rows: int) -> list[Tensor]:
     """Flat index arrays `[selected]` over rows and all combinations of the parts."""
     entries: list[tuple[int, ...]] = []
     tables = [part.rows(n_rows) for part in parts]

@@ -22,11 +22,11 @@ class Stepping(Protocol):
     in_tower: bool
 
     def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> PassRecord:
-        """Make ready for one pass."""
+        """See `HookProgram`."""
         ...
 
     def steady(self, rows: Rows) -> list[BoundSelection] | None:
-        """What this step selects, if all further steps select the same."""
+        """See `HookProgram`."""
         ...
 
 

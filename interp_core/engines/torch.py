@@ -31,7 +31,7 @@ class TorchProgram(HookProgram):
         ]
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `HookProgram.carry`."""
+        """See `HookProgram.execute`."""
         model = self.engine.model
         orders = [(table, [*table]) for table in self._recorded] if self._recorded else []
         try:
@@ -73,3 +73,4 @@ class TorchEngine(LocalEngine):
 
     name = "torch"
     program = TorchProgram
+    runs_rows = True

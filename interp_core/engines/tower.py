@@ -28,13 +28,13 @@ class Tower:
         """What it computes instead, while nothing inside of it is edited."""
         if self.module is None:
             return {}
-        own = self.module.forward
+        forward = self.module.forward
 
         def once(*args: Any, **kwargs: Any) -> Any:
             for called, output in self._known:
                 if _same(called, (args, kwargs)):
                     return copy.copy(output)  # models write further names into it
-            output = own(*args, **kwargs)
+            output = forward(*args, **kwargs)
             self._known = [*self._known[1 - KEPT :], ((args, kwargs), copy.copy(output))]
             return output
 
@@ -44,11 +44,11 @@ class Tower:
 def _tower_of(hf: Any) -> nn.Module | None:
     """The module that transformers names as the encoder of images; it names the model itself where there is none."""
     try:
-        found = hf.get_encoder(modality="image")
+        encoder = hf.get_encoder(modality="image")
     except (AttributeError, TypeError, ValueError):
         return None
-    inside = isinstance(found, nn.Module) and found is not hf and hf.get_input_embeddings() not in found.modules()
-    return found if inside else None
+    inside = isinstance(encoder, nn.Module) and encoder is not hf and hf.get_input_embeddings() not in encoder.modules()
+    return encoder if inside else None
 
 
 def _same(x: Any, y: Any) -> bool:

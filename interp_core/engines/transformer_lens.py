@@ -60,7 +60,7 @@ class BridgeProgram(TorchProgram):
     """As on the model itself. The bridge warns of edits that it discards; the self-check finds these at load."""
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `HookProgram.carry`."""
+        """See `HookProgram.execute`."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A hook on .* returned a modified tensor")
             return super().execute(method, inputs)
@@ -111,9 +111,9 @@ class BridgeEngine(TorchEngine):
                 entry.write = entry.read if shared else self._wrapped(entry.write)
                 continue
             elif name == "resid_mid":
-                own = entry.write is not None and entry.write.get is None  # what a module gives is the stream itself
+                is_stream = entry.write is not None and entry.write.get is None  # a module gives the stream itself
                 entry.read = moved[name, layer]
-                entry.write = entry.read if own else self._resid_mid(atlas, layer) if entry.read else None
+                entry.write = entry.read if is_stream else self._resid_mid(atlas, layer) if entry.read else None
             elif name == "head_out":
                 entry.read = entry.write = self._head_out(atlas, layer)
             else:
@@ -140,7 +140,7 @@ class BridgeEngine(TorchEngine):
         return moved and replace(moved, layout=point.layout)
 
     def _wrapped(self, point: HookPoint | None) -> HookPoint | None:
-        """The same hook point where the bridge has put the model's own module."""
+        """A hook point of the model, at the path where the bridge has put that module of the model's."""
         if point is None or point.module not in self._own:
             return None
         needs = tuple(need for need in map(self._wrapped, point.needs) if need is not None)
@@ -245,10 +245,10 @@ def _scales(held: Mapping[tuple[str, int], Tensor], cfg: Any) -> dict[str, Tenso
     if (last := held.get(("resid_post", cfg.n_layers - 1))) is not None:
         at["ln_final.hook_scale"] = last
     centred = str(cfg.normalization_type).startswith("LN")
-    found = {}
+    scales = {}
     for name, x in at.items():
         x = x - x.mean(-1, keepdim=True) if centred else x
-        found[name] = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+        scales[name] = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
     if cfg.positional_embedding_type == "standard" and ("embed", 0) in held and ("resid_pre", 0) in held:
-        found["hook_pos_embed"] = held["resid_pre", 0] - held["embed", 0]
-    return found
+        scales["hook_pos_embed"] = held["resid_pre", 0] - held["embed", 0]
+    return scales

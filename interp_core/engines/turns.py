@@ -1,6 +1,6 @@
 """Turns: what runs on some modules runs alone.
 
-Hooks, the attention's config and stand-ins for a while belong to modules, not to a `Model` or an engine: two models of
+Hooks, the attention's config and replaced forwards belong to modules, not to a `Model` or an engine: two models of
 one module, a part of it loaded by itself and its copies on other engines meet there. So modules that were ever loaded
 together have one turn. It is re-entrant: another thread waits, and what one thread does inside its own run is told
 apart by whether it would meet that run's hooks.
@@ -81,7 +81,7 @@ class Turn:
                 raise PlanError("the model is running: a run inside another run's edit would see its hooks")
 
     def _wait(self) -> None:
-        """Wait for it.
+        """Wait until this thread has the turn.
 
         Raises:
             PlanError: whoever has it waits for what this thread has.

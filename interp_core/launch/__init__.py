@@ -68,10 +68,10 @@ def make_launcher(name: str, **options: Any) -> Launcher:
     """
     kind = registry("launchers").get(name)
     try:
-        made: Launcher = kind(**options)
+        launcher: Launcher = kind(**options)
     except TypeError as error:
         raise PluginError(f"launcher {name!r} cannot be made with {options}: {error}") from error
-    return made
+    return launcher
 
 
 def fault(name: str, value: Any) -> str:

@@ -60,16 +60,16 @@ def _collect(running: dict[Connection, tuple[int, SpawnProcess]], outcomes: dict
         assert isinstance(pipe, Connection)
         i, process = running[pipe]
         try:
-            found: Any = pickle.loads(pipe.recv_bytes())
+            outcome: Any = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             process.join()
-            found = Outcome(error=f"job {i}: its process ended with exit status {process.exitcode} and no result")
+            outcome = Outcome(error=f"job {i}: its process ended with exit status {process.exitcode} and no result")
         except Exception:  # a value that only the other process can make
-            found = Outcome(error=traceback.format_exc())
+            outcome = Outcome(error=traceback.format_exc())
         del running[pipe]
         process.join()
         pipe.close()
-        outcomes[i] = found
+        outcomes[i] = outcome
 
 
 def _packed(i: int, job: Job) -> bytes:

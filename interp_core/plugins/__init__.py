@@ -238,18 +238,18 @@ def find(name: str, kinds: Collection[str] = tuple(KINDS)) -> Plugin:
     Raises:
         PluginError: none, or one in each of several kinds.
     """
-    found = []
+    matches = []
     for kind in kinds:
         try:
-            found.append(registry(kind).find(name))
+            matches.append(registry(kind).find(name))
         except PluginError:
             pass
-    if len(found) == 1:
-        return found[0]
+    if len(matches) == 1:
+        return matches[0]
     what = " or ".join(kind[:-1] for kind in kinds)
-    if found:
-        shared = " and a ".join(plugin.kind[:-1] for plugin in found)
-        raise PluginError(f"{name!r} is a {shared}; say which with --kind {found[0].kind}")
+    if matches:
+        shared = " and a ".join(plugin.kind[:-1] for plugin in matches)
+        raise PluginError(f"{name!r} is a {shared}; say which with --kind {matches[0].kind}")
     raise PluginError(f"no {what} is called {name!r}. {nearest(name, [n for k in kinds for n in registry(k).names()])}")
 
 
@@ -267,8 +267,8 @@ def installed() -> tuple[Plugin, ...]:
         PluginError: nothing says what this package itself brings, so that models of many families would be taken for
             what they are not.
     """
-    found = list(_cloned())
-    seen = {plugin.dist for plugin in found}
+    plugins = list(_cloned())
+    dists = {plugin.dist for plugin in plugins}
     for dist in metadata.distributions():
         try:
             text = dist.read_text("entry_points.txt") or ""
@@ -277,15 +277,15 @@ def installed() -> tuple[Plugin, ...]:
         if "interp_core." not in text:
             continue
         name, version, needs, error = _facts(dist)
-        if name.lower() not in seen:  # of two on the path, the first is the one that would be imported
-            seen.add(name.lower())
-            found += _points(text, name, version, needs, error)
-    if OWN not in seen:
+        if name.lower() not in dists:  # of two on the path, the first is the one that would be imported
+            dists.add(name.lower())
+            plugins += _points(text, name, version, needs, error)
+    if OWN not in dists:
         raise PluginError(
             f"{Path(__file__).parents[1]} is a copy without its engines and model families: {OWN} is not installed, "
             f"and no {PROJECT.name} of it lies beside. Install it: pip install {OWN}"
         )
-    return tuple(sorted(found, key=lambda plugin: (plugin.dist != OWN, plugin.dist, plugin.name)))
+    return tuple(sorted(plugins, key=lambda plugin: (plugin.dist != OWN, plugin.dist, plugin.name)))
 
 
 def _cloned() -> Iterator[Plugin]:

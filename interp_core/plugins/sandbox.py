@@ -54,8 +54,8 @@ class PluginInfo:
 def inspect_plugin(kind: str, name: str, target: str, seconds: float = LIMIT) -> PluginInfo:
     """Look at `module:attribute` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "look.json"
-        run = [sys.executable, "-m", "interp_core.plugins.sandbox", kind, name, target, str(out)]
+        report = Path(folder) / "look.json"
+        run = [sys.executable, "-m", "interp_core.plugins.sandbox", kind, name, target, str(report)]
         path = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         try:
             done = subprocess.run(run, env=path, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
@@ -63,12 +63,12 @@ def inspect_plugin(kind: str, name: str, target: str, seconds: float = LIMIT) ->
             return PluginInfo(
                 "broken", f"{target} took more than {seconds:g} s to be imported and to say what its settings are"
             )
-        if not out.exists():
+        if not report.exists():
             last = done.stderr.decode(errors="replace").strip()[-500:]
             return PluginInfo(
                 "broken", f"{target} ended the process that looked at it (status {done.returncode}): {last}"
             )
-        return PluginInfo(**json.loads(out.read_text(encoding="utf-8")))
+        return PluginInfo(**json.loads(report.read_text(encoding="utf-8")))
 
 
 def address(value: Any) -> str | None:
@@ -89,15 +89,15 @@ def inspect_here(kind: str, name: str, value: Any, module: str = "") -> PluginIn
         return PluginInfo(status, why)
     page = inspect.getdoc(sys.modules.get(module or getattr(value, "__module__", "")))
     doc = inspect.getdoc(value) if inspect.isclass(value) or inspect.isfunction(value) else ""
-    seen = PluginInfo(doc=doc or "", page=page or "")
+    info = PluginInfo(doc=doc or "", page=page or "")
     if kind == "methods":
-        return _with_settings(seen, value.Config, sorted(value.requires))
+        return _with_settings(info, value.Config, sorted(value.requires))
     if kind == "recipes":
-        return _with_settings(seen, settings.of_function(value), [])
-    return seen
+        return _with_settings(info, settings.of_function(value), [])
+    return info
 
 
-def _with_settings(seen: PluginInfo, config: type[settings.Config], requires: list[str]) -> PluginInfo:
+def _with_settings(info: PluginInfo, config: type[settings.Config], requires: list[str]) -> PluginInfo:
     schema = settings.schema(config)
     json.dumps(schema)
     rows = settings.rows(config)
@@ -110,7 +110,7 @@ def _with_settings(seen: PluginInfo, config: type[settings.Config], requires: li
     for key, wanted in (("extra", "forbid"), ("frozen", True)):
         if config.model_config.get(key) != wanted:
             faults.append(f"its model_config has {key}={config.model_config.get(key)!r}: leave it at {wanted!r}")
-    return replace(seen, requires=requires, settings=rows, schema=schema, faults=faults)
+    return replace(info, requires=requires, settings=rows, schema=schema, faults=faults)
 
 
 def _resolve(target: str) -> Any:
@@ -121,15 +121,15 @@ def _resolve(target: str) -> Any:
     return value
 
 
-def main(kind: str, name: str, target: str, out: str) -> None:
+def main(kind: str, name: str, target: str, report: str) -> None:
     """What the other process does."""
     try:
-        seen = inspect_here(kind, name, _resolve(target), target.partition(":")[0])
+        info = inspect_here(kind, name, _resolve(target), target.partition(":")[0])
     except (Exception, SystemExit) as error:  # a plugin may raise anything
-        seen = PluginInfo("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
-    draft = Path(out).with_suffix(".tmp")
-    draft.write_text(json.dumps(asdict(seen)), encoding="utf-8")
-    draft.replace(out)
+        info = PluginInfo("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
+    draft = Path(report).with_suffix(".tmp")
+    draft.write_text(json.dumps(asdict(info)), encoding="utf-8")
+    draft.replace(report)
 
 
 if __name__ == "__main__":

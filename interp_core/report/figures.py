@@ -38,8 +38,8 @@ class Line:
     @staticmethod
     def of(name: str, numbers: Band | Iterable[Interval], base: float | None = None) -> Line:
         """The line of a band along one axis, or of an interval per place."""
-        each = list(numbers)
-        return Line(name, [one.value for one in each], [(one.low, one.high) for one in each], base)
+        intervals = list(numbers)
+        return Line(name, [i.value for i in intervals], [(i.low, i.high) for i in intervals], base)
 
 
 @dataclass(frozen=True, eq=False)

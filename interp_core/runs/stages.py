@@ -172,13 +172,13 @@ class Stages:
         digests = {name: sha256(content) for name, content in files.items()}
         began, why = self._begun.pop(stage, (None, ""))
         self.root.begin_change()
-        made = {
+        entry = {
             "folder": self.prefix, "inputs": self._inputs(inputs, after), "files": digests, "before": before,
             "made": now(), "why": why, "seconds": None if began is None else round(time.perf_counter() - began, 3),
             "session": self.root.session.id,
         }  # fmt: skip
-        if note is None or any(note[key] != made[key] for key in ("inputs", "files")) or before != digests:
-            write(self._note_file(stage, "stages" if binds else "drafts"), json_text(made))
+        if note is None or any(note[key] != entry[key] for key in ("inputs", "files")) or before != digests:
+            write(self._note_file(stage, "stages" if binds else "drafts"), json_text(entry))
         said = []
         for name, content in files.items():
             path = self.path / name
@@ -257,13 +257,13 @@ class Stages:
         return ""
 
     def _inputs(self, inputs: Mapping[str, Any] | None, after: Sequence[str]) -> dict[str, Any]:
-        found = dict(plain(dict(inputs or {}), "inputs"))
+        named = dict(plain(dict(inputs or {}), "inputs"))
         for stage in after:
             note = self._note(stage)
             if note is None:
                 raise PlanError(f"there is no stage {stage!r} to come after. {nearest(stage, self.stages())}")
-            found[f"what {stage} made"] = digest(note["files"])
-        return found
+            named[f"what {stage} made"] = digest(note["files"])
+        return named
 
     def stages(self) -> list[str]:
         """Names of the stages that have begun to be written."""
@@ -284,8 +284,8 @@ class Stages:
         return self.root.record / kind / self.prefix / f"{stage}.json"
 
     def _note(self, stage: str) -> dict[str, Any] | None:
-        found = self.root.read(self._note_file(stage))
-        return self.root.read(self._note_file(stage, "drafts")) if found is None else found
+        note = self.root.read(self._note_file(stage))
+        return self.root.read(self._note_file(stage, "drafts")) if note is None else note
 
     def _inside(self, name: str) -> Path:
         """Where a file goes, if that is below the folder."""

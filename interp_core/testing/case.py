@@ -121,16 +121,16 @@ def unequal(a: Any, b: Any) -> list[str]:
 
 def apart(a: Result, b: Result) -> list[str]:
     """Names of the tensors without the axis `batch` in which two results differ by more than rounding."""
-    found = []
+    differing = []
     for name, axes in a.AXES.items():
-        one, other = getattr(a, name), getattr(b, name)
-        if "batch" in axes or one is None or other is None:
+        mine, other = getattr(a, name), getattr(b, name)
+        if "batch" in axes or mine is None or other is None:
             continue
-        x, y = one.double().nan_to_num(), other.double().nan_to_num()
+        x, y = mine.double().nan_to_num(), other.double().nan_to_num()
         limit = CLOSE * max(1.0, float(x.abs().max()) if x.numel() else 1.0)
         if x.shape != y.shape or not torch.allclose(x, y, rtol=CLOSE, atol=limit):
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
 
 
 @contextmanager

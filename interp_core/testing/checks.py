@@ -85,11 +85,11 @@ def config(case: MethodCase) -> str:
 @check
 def result(case: MethodCase) -> str:
     """A run returns a frozen `Result`."""
-    found = case.outcome
-    if found.error:
-        raise Failed(f"the run raised {_last(found.error)}\n{found.error.strip()}")
-    kind = type(found.result)
-    if not isinstance(found.result, Result):
+    outcome = case.outcome
+    if outcome.error:
+        raise Failed(f"the run raised {_last(outcome.error)}\n{outcome.error.strip()}")
+    kind = type(outcome.result)
+    if not isinstance(outcome.result, Result):
         raise Failed(f"it returned a {kind.__name__}, not an interp_core.Result")
     if "__dataclass_fields__" not in vars(kind) or "__eq__" in vars(kind):
         raise Failed(f"write @dataclass(frozen=True, eq=False) over {kind.__name__}, so that it can be compared")
@@ -99,15 +99,15 @@ def result(case: MethodCase) -> str:
 @check
 def shapes(case: MethodCase) -> str:
     """Every tensor has named axes in `AXES`, of sizes that agree; the axes of an annotation are the same."""
-    found = case.result
+    result = case.result
     sizes: dict[str, int] = {"batch": len(case.whole)}
-    for field in fields(found):
-        value = getattr(found, field.name)
-        if isinstance(value, Tensor) and field.name not in found.AXES:
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, Tensor) and field.name not in result.AXES:
             raise Failed(f"{field.name} is a tensor {list(value.shape)}, but AXES does not name its axes")
-    written = _annotations(type(found))
-    for name, axes in found.AXES.items():
-        value = getattr(found, name, None)
+    written = _annotations(type(result))
+    for name, axes in result.AXES.items():
+        value = getattr(result, name, None)
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.ndim != len(axes):
@@ -124,19 +124,19 @@ def shapes(case: MethodCase) -> str:
 @check
 def saving(case: MethodCase) -> str:
     """What `save` wrote, `load` reads back the same; the table is plain data, the page is text."""
-    found = case.result
+    result = case.result
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found.save(folder)
-            again = type(found).load(folder)
-            same = again == found
-            json.dumps(found.table())
-            page = found.html()
+            result.save(folder)
+            again = type(result).load(folder)
+            same = again == result
+            json.dumps(result.table())
+            page = result.html()
         except Exception as error:  # the plugin's own
             raise Failed(f"{type(error).__name__}: {error}") from error
     if not same:
         raise Failed(
-            f"after save and load it differs in {', '.join(unequal(found, again)) or 'nothing that is a field'}"
+            f"after save and load it differs in {', '.join(unequal(result, again)) or 'nothing that is a field'}"
         )
     if not isinstance(page, str):
         raise Failed(f"html() gives a {type(page).__name__}")
@@ -292,5 +292,5 @@ def _annotations(kind: type) -> dict[str, str]:
         hints = typing.get_type_hints(kind)
     except (NameError, TypeError):
         return {}
-    found = {name: getattr(hint, "dim_str", None) for name, hint in hints.items()}
-    return {name: text for name, text in found.items() if text and re.fullmatch(r"[a-z_ ]+", text)}
+    named = {name: getattr(hint, "dim_str", None) for name, hint in hints.items()}
+    return {name: text for name, text in named.items() if text and re.fullmatch(r"[a-z_ ]+", text)}

@@ -118,8 +118,8 @@ def check_method(
     on = _toy_with(required) if model is None else load(model) if isinstance(model, str) else model
     case = MethodCase(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
     with _random_state_restored():
-        found = tuple(_row(check, case, expected.get(check)) for check in CHECKS)
-    return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", found)
+        verdicts = tuple(_row(check, case, expected.get(check)) for check in CHECKS)
+    return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", verdicts)
 
 
 def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:

@@ -168,5 +168,5 @@ def _build(family: str, config: dict[str, Any]) -> Any:
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     head = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
-    made = getattr(transformers, f"{name}Config")(**settings)
-    return getattr(transformers, name.removesuffix("Text") + head)(made)
+    full_config = getattr(transformers, f"{name}Config")(**settings)
+    return getattr(transformers, name.removesuffix("Text") + head)(full_config)

@@ -81,10 +81,10 @@ def processor(family: str) -> Any:
     name, images, settings, own = _PARTS.get(family, _QWEN_PARTS)
     image_processor = getattr(transformers, images)(**settings)
     name = STAND_INS.get(name, name)
-    made = build(getattr(transformers, name), image_processor, _tokenizer(family), **own)
+    built = build(getattr(transformers, name), image_processor, _tokenizer(family), **own)
     place = _PLACE.get(family, "<|vision_start|><|image_pad|><|vision_end|>")
-    made.chat_template = made.tokenizer.chat_template = TEMPLATE.replace("PLACE", place)
-    return made
+    built.chat_template = built.tokenizer.chat_template = TEMPLATE.replace("PLACE", place)
+    return built
 
 
 _QWEN_PARTS: tuple[str, str, dict[str, Any], dict[str, Any]] = (
@@ -131,13 +131,13 @@ def _tokenizer(family: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[A-Za-z]+|\d|[^A-Za-z\d]"), "isolated")]
     )
-    made = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="[unk]",
         extra_special_tokens=_NAMED.get(family, {}),
     )  # fmt: skip
     further = [name for name in special if name not in ("<pad>", "<bos>", "<eos>", "[unk]")]
-    made.add_special_tokens({"additional_special_tokens": further})
-    return made
+    fast.add_special_tokens({"additional_special_tokens": further})
+    return fast
 
 
 def pictures(count: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> list[Image]:
@@ -149,12 +149,12 @@ def pictures(count: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> lis
     from PIL import Image, ImageDraw
 
     pick = random.Random(seed)
-    made = []
+    images = []
     for _ in range(count):
         image = Image.new("RGB", size, (240, 240, 235))
         draw_shape(ImageDraw.Draw(image), size, pick.choice(SHAPES), COLOURS[pick.choice(sorted(COLOURS))], pick)
-        made.append(image)
-    return made
+        images.append(image)
+    return images
 
 
 def draw_shape(pen: Any, size: tuple[int, int], shape: str, colour: tuple[int, int, int], pick: random.Random) -> None:

@@ -57,33 +57,33 @@ class State:
 
 
 def _hooks(model: Any) -> Facts:
-    found: Facts = {}
+    facts: Facts = {}
     for path, module in model.named_modules():
         place = path or type(model).__name__
         for kind in HOOKS:
             if hooks := getattr(module, kind, None):
-                found[f"{place}.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
+                facts[f"{place}.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
         if "forward" in vars(module):  # put over the class's own
-            found[f"{place}.forward"] = vars(module)["forward"]
-        found[f"{place} (class)"] = type(module).__qualname__
-        found |= _code(type(module))
+            facts[f"{place}.forward"] = vars(module)["forward"]
+        facts[f"{place} (class)"] = type(module).__qualname__
+        facts |= _code(type(module))
     for name, weight in model.named_parameters():
         if weight._backward_hooks:
-            found[f"{name}._backward_hooks"] = list(weight._backward_hooks)
+            facts[f"{name}._backward_hooks"] = list(weight._backward_hooks)
     for kind in EVERYWHERE:
         if hooks := getattr(torch_module, kind):
-            found[f"torch.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
-    return found
+            facts[f"torch.{kind}"] = [getattr(h, "__qualname__", repr(h)) for h in hooks.values()]
+    return facts
 
 
 def _code(kind: type) -> Facts:
     """What a class of modules computes with: its `forward`, and the functions of the Python module that it is written
     in, where published methods put their own."""
-    found: Facts = {f"{kind.__qualname__}.forward": kind.forward, f"{kind.__qualname__}.__call__": kind.__call__}  # type: ignore[attr-defined]
+    facts: Facts = {f"{kind.__qualname__}.forward": kind.forward, f"{kind.__qualname__}.__call__": kind.__call__}  # type: ignore[attr-defined]
     if kind.__module__.startswith("torch."):
-        return found
+        return facts
     functions = vars(sys.modules.get(kind.__module__, object)).items()
-    return found | {f"{kind.__module__}.{name}": value for name, value in functions if inspect.isfunction(value)}
+    return facts | {f"{kind.__module__}.{name}": value for name, value in functions if inspect.isfunction(value)}
 
 
 def _weights(model: Any) -> Facts:
@@ -99,37 +99,37 @@ def _digest(value: Tensor) -> str:
 
 
 def _modes(model: Any) -> Facts:
-    found: Facts = {f"{path}.training": module.training for path, module in model.named_modules()}
+    facts: Facts = {f"{path}.training": module.training for path, module in model.named_modules()}
     for name, weight in model.named_parameters():
-        found[f"{name}.requires_grad"] = weight.requires_grad
-        found[f"{name}.grad"] = "none" if weight.grad is None else _digest(weight.grad)
-    found["torch.is_grad_enabled()"] = torch.is_grad_enabled()
-    found["torch.is_inference_mode_enabled()"] = torch.is_inference_mode_enabled()
-    found["torch.get_default_dtype()"] = torch.get_default_dtype()
-    found["torch.are_deterministic_algorithms_enabled()"] = torch.are_deterministic_algorithms_enabled()
-    return found
+        facts[f"{name}.requires_grad"] = weight.requires_grad
+        facts[f"{name}.grad"] = "none" if weight.grad is None else _digest(weight.grad)
+    facts["torch.is_grad_enabled()"] = torch.is_grad_enabled()
+    facts["torch.is_inference_mode_enabled()"] = torch.is_inference_mode_enabled()
+    facts["torch.get_default_dtype()"] = torch.get_default_dtype()
+    facts["torch.are_deterministic_algorithms_enabled()"] = torch.are_deterministic_algorithms_enabled()
+    return facts
 
 
 def _config(model: Any) -> Facts:
-    found: Facts = {}
+    facts: Facts = {}
     for name in ("config", "generation_config"):
         if (config := getattr(model, name, None)) is not None:
             plain = json.loads(json.dumps(config.to_dict(), default=str))
-            found |= {f"{name}.{key}": value for key, value in plain.items()}
+            facts |= {f"{name}.{key}": value for key, value in plain.items()}
     for path, module in model.named_modules():
         inner = getattr(module, "config", None)
         if inner is not None and hasattr(inner, "_attn_implementation"):
-            found[f"{path or 'model'} attention"] = inner._attn_implementation
-    return found
+            facts[f"{path or 'model'} attention"] = inner._attn_implementation
+    return facts
 
 
 def _random() -> Facts:
     _, keys, place, *_ = np.random.get_state(legacy=True)
-    found: Facts = {
+    facts: Facts = {
         "torch": _digest(torch.get_rng_state()),
         "numpy": (hashlib.sha256(np.asarray(keys).tobytes()).hexdigest(), place),
         "random": hash(random.getstate()),
     }
     if torch.cuda.is_available():
-        found |= {f"cuda:{i}": _digest(state) for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return found
+        facts |= {f"cuda:{i}": _digest(state) for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return facts

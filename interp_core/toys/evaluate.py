@@ -39,16 +39,16 @@ def _induction(rng: random.Random, pool: tuple[str, ...]) -> Example:
 
 def battery() -> dict[str, Callable[[random.Random], Example]]:
     """Every task of the table by its name."""
-    made: dict[str, Callable[[random.Random], Example]] = {}
+    tests: dict[str, Callable[[random.Random], Example]] = {}
     for shots in (0, 1, 2, 3, 5, 10):
-        made[f"in-context relation, {shots} shots"] = partial(tasks.relation_example, shots=shots)
+        tests[f"in-context relation, {shots} shots"] = partial(tasks.relation_example, shots=shots)
     for relation in tasks.relations():
-        made[f"{relation}, 5 shots"] = partial(tasks.relation_example, relation=relation, shots=5)
+        tests[f"{relation}, 5 shots"] = partial(tasks.relation_example, relation=relation, shots=5)
     for hops, most in ((0, 8), (1, 5), (2, 4)):
-        made[f"retrieval, {hops} hops, 2 to {most} chains"] = partial(_retrieval, hops=hops, most=most)
+        tests[f"retrieval, {hops} hops, 2 to {most} chains"] = partial(_retrieval, hops=hops, most=most)
     for name, pool in (("numbers", tasks.NUMBERS), ("words", tasks.words())):
-        made[f"induction over {name}, period 3 to 20"] = partial(_induction, pool=pool)
-    return made
+        tests[f"induction over {name}, period 3 to 20"] = partial(_induction, pool=pool)
+    return tests
 
 
 def table(model: Model, n: int = 1000) -> str:

@@ -113,7 +113,7 @@ def effects(model: Model, every: Mapping[str, Documents], draws: int = 100) -> d
     used = {name: usage(model, documents) for name, documents in every.items()}
     clean = {name: nll(model, documents) for name, documents in every.items()}
     n_experts = next(iter(used.values())).shape[1]
-    found = {}
+    by_domain = {}
     for name, documents in every.items():
         banned = specialists(used, name)
         rng = random.Random(f"masks {name}")
@@ -124,8 +124,8 @@ def effects(model: Model, every: Mapping[str, Documents], draws: int = 100) -> d
         own = {layer: experts for layer, experts in banned.items() if experts}
         other = [nll(model, docs, own)[0] - clean[where][0] for where, docs in every.items() if where != name]
         mean = (sum(a for a, _ in drawn) / draws, sum(b for _, b in drawn) / draws)
-        found[name] = Effect(own, clean[name], nll(model, documents, own), mean, sum(other) / len(other))
-    return found
+        by_domain[name] = Effect(own, clean[name], nll(model, documents, own), mean, sum(other) / len(other))
+    return by_domain
 
 
 def tables(model: Model) -> str:

@@ -42,76 +42,77 @@ HELD = tuple(kind for kind in KINDS if kind != "where")
 """The kinds that the toy is held to."""
 
 
-def prompts(model: Model, asked: Sequence[Question]) -> Tokens:
+def prompts(model: Model, questions: Sequence[Question]) -> Tokens:
     """A conversation of one turn a row, ready for an answer."""
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.question}]} for q in asked]
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.question}]} for q in questions]
     write = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-    return model.tokens([write([turn]) for turn in turns], images=[list(q.images) for q in asked])
+    return model.tokens([write([turn]) for turn in turns], images=[list(q.images) for q in questions])
 
 
-def blinded(asked: Sequence[Question], how: str) -> list[Question]:
+def blinded(questions: Sequence[Question], how: str) -> list[Question]:
     """The same questions about other pictures; `random`: of the next question about the same sort of picture."""
-    pictures = [q.images[0] for q in asked]
+    pictures = [q.images[0] for q in questions]
     mean = np.mean(pictures, (0, 1, 2)).round().astype(np.uint8)
     plain = np.broadcast_to(np.zeros(3, np.uint8) if how == "black" else mean, pictures[0].shape)
-    others: list[Picture] = [plain] * len(asked)
+    others: list[Picture] = [plain] * len(questions)
     if how == "random":
         for sort in (True, False):
-            rows = [i for i, q in enumerate(asked) if (q.kind in BARS) == sort]
+            rows = [i for i, q in enumerate(questions) if (q.kind in BARS) == sort]
             for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True):
                 others[row] = pictures[other]
-    return [replace(q, images=(other,)) for q, other in zip(asked, others, strict=True)]
+    return [replace(q, images=(other,)) for q, other in zip(questions, others, strict=True)]
 
 
-def right(model: Model, asked: Sequence[Question], rows: int = 64) -> list[bool]:
+def right(model: Model, questions: Sequence[Question], rows: int = 64) -> list[bool]:
     """Which questions are answered by the right word and nothing after it."""
     out = []
-    for start in range(0, len(asked), rows):
-        part = asked[start : start + rows]
-        made = model.generate(prompts(model, part), max_new_tokens=3)
+    for start in range(0, len(questions), rows):
+        part = questions[start : start + rows]
+        generation = model.generate(prompts(model, part), max_new_tokens=3)
         out += [
-            text == q.answers[0] and bool(ended) for text, ended, q in zip(made.texts, made.ended, part, strict=True)
+            text == q.answers[0] and bool(ended)
+            for text, ended, q in zip(generation.texts, generation.ended, part, strict=True)
         ]
     return out
 
 
-def accuracies(model: Model, asked: Sequence[Question]) -> dict[str, dict[str, float]]:
+def accuracies(model: Model, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     """By pictures (original, black, mean, random, constant), by kind, `all` (of those held to) last."""
-    hits = {"original": right(model, asked)} | {how: right(model, blinded(asked, how)) for how in BLIND}
-    kinds = [kind for kind in KINDS if any(q.kind == kind for q in asked)]
-    best = {kind: Counter(q.answers[0] for q in asked if q.kind == kind).most_common(1)[0][0] for kind in kinds}
-    hits["constant"] = [q.answers[0] == best[q.kind] for q in asked]
+    hits = {"original": right(model, questions)} | {how: right(model, blinded(questions, how)) for how in BLIND}
+    kinds = [kind for kind in KINDS if any(q.kind == kind for q in questions)]
+    best = {kind: Counter(q.answers[0] for q in questions if q.kind == kind).most_common(1)[0][0] for kind in kinds}
+    hits["constant"] = [q.answers[0] == best[q.kind] for q in questions]
     out = {}
     for how, answered in hits.items():
-        rows = list(zip(answered, asked, strict=True))
+        rows = list(zip(answered, questions, strict=True))
         out[how] = {kind: float(np.mean([hit for hit, q in rows if q.kind == kind])) for kind in kinds}
         out[how]["all"] = float(np.mean([hit for hit, q in rows if q.kind in HELD]))
     return out
 
 
-def _alike(model: Model, asked: Sequence[Question], rows: int = 64) -> Iterator[tuple[list[int], Tensor]]:
+def _alike(model: Model, questions: Sequence[Question], rows: int = 64) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of questions of as many tokens: their numbers, and the ids of their answers."""
     by_length = defaultdict(list)
-    for i, length in enumerate(prompts(model, asked).lengths):
+    for i, length in enumerate(prompts(model, questions).lengths):
         by_length[length].append(i)
     for same in by_length.values():
         for start in range(0, len(same), rows):
             part = same[start : start + rows]
-            yield part, torch.cat([model.tokens(asked[i].answers[0]).ids[0] for i in part])
+            yield part, torch.cat([model.tokens(questions[i].answers[0]).ids[0] for i in part])
 
 
 def _logprobs(logits: Tensor, answers: Tensor) -> Float[Tensor, " row"]:
     return logits.as_subclass(Tensor).log_softmax(-1).gather(-1, answers[:, None])[:, 0]
 
 
-def curve(model: Model, asked: Sequence[Question], how: str) -> Float[Tensor, "question layer"]:
+def curve(model: Model, questions: Sequence[Question], how: str) -> Float[Tensor, "question layer"]:
     """Δ(l) of every question; at layer 0 that is the blind run itself."""
     layers = model.atlas.shape.n_layers
     rest = S.resid_pre.at(AFTER)
-    out = torch.zeros(len(asked), layers)
-    blind = blinded(asked, how)
-    for part, answers in _alike(model, asked):
-        clean = model.run(prompts(model, [asked[i] for i in part]), read=rest, logits=-1)
+    out = torch.zeros(len(questions), layers)
+    blind = blinded(questions, how)
+    for part, answers in _alike(model, questions):
+        clean = model.run(prompts(model, [questions[i] for i in part]), read=rest, logits=-1)
         tokens = prompts(model, [blind[i] for i in part])
         base = _logprobs(clean.logits, answers)
         for layer in range(layers):
@@ -121,11 +122,11 @@ def curve(model: Model, asked: Sequence[Question], how: str) -> Float[Tensor, "q
     return out
 
 
-def importance(model: Model, asked: Sequence[Question]) -> Float[Tensor, "question token"]:
+def importance(model: Model, questions: Sequence[Question]) -> Float[Tensor, "question token"]:
     """By how many nats the answer's log-probability falls when no later position sees this visual token or that."""
-    out = torch.zeros(len(asked), GRID**2)
-    for part, answers in _alike(model, asked):
-        tokens = prompts(model, [asked[i] for i in part])
+    out = torch.zeros(len(questions), GRID**2)
+    for part, answers in _alike(model, questions):
+        tokens = prompts(model, [questions[i] for i in part])
         base = _logprobs(model.run(tokens, logits=-1).logits, answers)
         for cell in range(GRID**2):
             at = FIRST + cell
@@ -146,11 +147,13 @@ def decides(q: Question) -> bool:
     return q.kind not in ("tallest", "compare") and (q.kind != "exist" or len(q.meta["boxes"]) == 1)
 
 
-def found(effects: Float[Tensor, "question token"], asked: Sequence[Question]) -> dict[str, tuple[float, int]]:
+def localisation(
+    effects: Float[Tensor, "question token"], questions: Sequence[Question]
+) -> dict[str, tuple[float, int]]:
     """The mean over questions of the AUROC of tokens asked about against the others, and how many questions there are
     that have both: of every kind, of `all`, and of those where each thing `decides`."""
     scores = defaultdict(list)
-    for row, q in zip(effects, asked, strict=True):
+    for row, q in zip(effects, questions, strict=True):
         inside = torch.zeros(GRID**2, dtype=torch.bool)
         inside[list(q.meta["tokens"])] = True
         if inside.any() and not inside.all():
@@ -188,7 +191,7 @@ def cliff(mean: Float[Tensor, " layer"], ratio: float = 0.1) -> int:
     return int(high[-1]) + 1
 
 
-def found_table(rows: Mapping[str, Mapping[str, tuple[float, int]]]) -> str:
+def localisation_table(rows: Mapping[str, Mapping[str, tuple[float, int]]]) -> str:
     """AUROCs of several measures as Markdown."""
     first = next(iter(rows.values()))
     lines = ["| | " + " | ".join(first) + " |", "|---" * (1 + len(first)) + "|"]
@@ -201,13 +204,13 @@ def found_table(rows: Mapping[str, Mapping[str, tuple[float, int]]]) -> str:
 
 def tables(model: Model, number: int = 2048, traced: int = 400) -> str:
     """All three, of `number` questions, the last two of `traced`."""
-    asked = questions(random.Random("evaluate vision"), number)
+    scored = questions(random.Random("evaluate vision"), number)
     held = questions(random.Random("evaluate vision, traced"), traced, HELD)
     effects = importance(model, held)
     parts = [
-        accuracy_table(accuracies(model, asked)),
+        accuracy_table(accuracies(model, scored)),
         curve_table({how: curve(model, held, how) for how in BLIND}),
-        found_table({"Δ": found(effects, held), "|Δ|": found(effects.abs(), held)}),
+        localisation_table({"Δ": localisation(effects, held), "|Δ|": localisation(effects.abs(), held)}),
     ]
     return "\n\n".join(parts)
 

@@ -115,10 +115,10 @@ def relation_example(
     evidence: dict[str, Chars] = {}
     for i, word in enumerate([*shown, query]):
         out.write("\n\nQ:" if i else "Q:")
-        asked = out.write(f" {word}")
+        queried = out.write(f" {word}")
         out.write("\nA:")
         answers.append(out.write(f" {table[word]}"))
-        evidence["query" if i == shots else f"shot_{i}"] = asked if i == shots else answers[-1]
+        evidence["query" if i == shots else f"shot_{i}"] = queried if i == shots else answers[-1]
     return Example(out.text, tuple(answers), evidence)
 
 
@@ -142,9 +142,9 @@ def needle_example(rng: random.Random, chains: int = 3, hops: int = 1, questions
         stated[i, hop] = out.write(f" {name[i, hop - 1] if hop else values[i]}")
         out.write(".\n")
     last = (rng.randrange(chains), hops)
-    asked = [*rng.sample(sorted(set(name) - {last}), questions - 1), last]
+    targets = [*rng.sample(sorted(set(name) - {last}), questions - 1), last]
     answers: list[Chars] = []
-    for i, hop in asked:
+    for i, hop in targets:
         query = out.write(f"\n? {name[i, hop]}" if answers else f"? {name[i, hop]}")
         answers.append(out.write(f" {values[i]}"))
     i = last[0]

@@ -154,9 +154,9 @@ def draw_line(rng: random.Random, tokenizer: PreTrainedTokenizerFast, most: int)
     line, number = opening(tokenizer), 0
     while number < QUESTIONS:
         kind = rng.choices(kinds, [KINDS[kind] for kind in kinds])[0]
-        if asked := ask(rng, scene, kind):
+        if question := ask(rng, scene, kind):
             number += 1
-            add(line, tokenizer, asked[0], asked[1], kind, number)
+            add(line, tokenizer, question[0], question[1], kind, number)
     return line, patches(draw(scene))
 
 
@@ -184,14 +184,14 @@ def batch(
     return Batch(inputs, target, kinds)
 
 
-def step_loss(model: Qwen3VLForConditionalGeneration, made: Batch) -> tuple[Tensor, Tensor]:
+def step_loss(model: Qwen3VLForConditionalGeneration, examples: Batch) -> tuple[Tensor, Tensor]:
     """The loss, and `[batch pos]` where the answer is right."""
-    hidden = model.model(**made.inputs, use_cache=False).last_hidden_state
-    asked = made.target >= 0
-    logits = model.lm_head(hidden[asked])
-    loss = torch.nn.functional.cross_entropy(logits, made.target[asked])
-    right = torch.zeros_like(asked)
-    right[asked] = logits.argmax(-1) == made.target[asked]
+    hidden = model.model(**examples.inputs, use_cache=False).last_hidden_state
+    answered = examples.target >= 0
+    logits = model.lm_head(hidden[answered])
+    loss = torch.nn.functional.cross_entropy(logits, examples.target[answered])
+    right = torch.zeros_like(answered)
+    right[answered] = logits.argmax(-1) == examples.target[answered]
     return loss, right
 
 
@@ -219,16 +219,16 @@ def train(out: Path, seed: int = 0, cooldown: int = 400, limit: int = 2500) -> N
         factor = left * min(1.0, (step + 1) / 50)
         for optimizer, lr in zip(optimizers, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
-        made = batch(tokenizer, rng, MOST[stage])
-        loss, right = step_loss(model, made)
+        examples = batch(tokenizer, rng, MOST[stage])
+        loss, right = step_loss(model, examples)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for number, kind in enumerate(KINDS):
-            if (asked := made.kinds == number).any():
-                scores[kind] += 0.05 * (float(right[asked].float().mean()) - scores[kind])
+            if (of_kind := examples.kinds == number).any():
+                scores[kind] += 0.05 * (float(right[of_kind].float().mean()) - scores[kind])
         if step % 50 == 0:
             row = "  ".join(f"{k} {v:.2f}" for k, v in scores.items())
             print(

@@ -260,8 +260,8 @@ def questions(rng: random.Random, number: int, kinds: Sequence[str] | None = Non
     while len(out) < number:
         kind = kinds[len(out) % len(kinds)]
         scene = bars_scene(rng) if kind in BARS else shapes_scene(rng)
-        if asked := ask(rng, scene, kind):
-            words, answer, things = asked
+        if question := ask(rng, scene, kind):
+            words, answer, things = question
             tokens = tuple(sorted({cell for thing in things for cell in thing.cells}))
             meta = {"scene": scene, "boxes": tuple(thing.box for thing in things), "tokens": tokens}
             out.append(Question(f"{kind}-{len(out)}", (draw(scene),), words, (answer,), kind, meta))

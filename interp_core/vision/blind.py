@@ -84,8 +84,8 @@ def blind_images(
     if not opened:
         raise TextError("there are no images to blind; give at least one")
     if mode == "mean":
-        found = mean_colour(opened) if colour is None else _colour(colour)
-        return BlindImages(mode, tuple(_plain(image, found) for image in opened), seed, found)
+        filled = mean_colour(opened) if colour is None else _colour(colour)
+        return BlindImages(mode, tuple(_plain(image, filled) for image in opened), seed, filled)
     if colour is not None:
         raise PlanError(f"colour= is for mode 'mean', not for {mode!r}")
     if mode == "random":
@@ -130,9 +130,9 @@ def derangement(
         buckets[grid].append(number)
     donors, alone = dict[int, int](), list[int]()
     for members in buckets.values():
-        found = _deranged(members, groups, pick)
-        donors |= found
-        alone += [number for number in members if number not in found]
+        within = _deranged(members, groups, pick)
+        donors |= within
+        alone += [number for number in members if number not in within]
     for number in alone:
         donors[number] = pick.choice([other for other, group in enumerate(groups) if group != groups[number]])
     resized = [number for number in alone if grids[donors[number]] != grids[number]]
@@ -158,11 +158,11 @@ def _random(images: list[Image], processor: Any, groups: Sequence[Hashable] | No
         raise PlanError(f"groups= has {len(whose)} items for {len(images)} images")
     grids = [image.size if processor is None else grid_of(processor, image) for image in images]
     donors, resized = derangement(grids, whose, seed)
-    made = [
+    noise = [
         images[donor].resize(image.size) if number in resized else images[donor]
         for number, (image, donor) in enumerate(zip(images, donors, strict=True))
     ]
-    return BlindImages("random", tuple(made), seed, None, donors, resized)
+    return BlindImages("random", tuple(noise), seed, None, donors, resized)
 
 
 def _plain(image: Image, colour: Colour) -> Image:

@@ -135,8 +135,8 @@ def _from_array(kind: Any, array: np.ndarray, what: str) -> Image:
         )
     if 0 in array.shape:
         raise TextError(f"{what} has no pixels: {list(array.shape)}")
-    made: Image = kind.fromarray(array)
-    return made
+    image: Image = kind.fromarray(array)
+    return image
 
 
 def _demand_size(image: Image, what: str) -> None:

@@ -236,7 +236,7 @@ def _images(tokens: Tokens, config: Any, family: Family) -> list[list[Picture]] 
     cells = family.grid(config, tokens.inputs, [len(run) for places in visual for run in runs(places)])
     if cells is None:
         return None
-    left, found = list(cells), []
+    left, pictures = list(cells), []
     for places in visual:
         row, start = [], 0
         while start < len(places) and left and start + len(left[0]) <= len(places):
@@ -245,14 +245,14 @@ def _images(tokens: Tokens, config: Any, family: Family) -> list[list[Picture]] 
             start += len(image)
         if start < len(places):
             break
-        found.append(row)
-    if left or len(found) < len(visual):
+        pictures.append(row)
+    if left or len(pictures) < len(visual):
         total, there = sum(map(len, cells)), sum(map(len, visual))
         raise TextError(
             f"the images stand for {total} visual tokens, the text has {there} placeholders, or they cross rows. Pass "
             "what the processor returned, whole."
         )
-    return found
+    return pictures
 
 
 def runs(places: Iterable[int]) -> list[Span]:

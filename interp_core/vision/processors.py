@@ -41,8 +41,8 @@ def build(kind: type, image_processor: Any, tokenizer: Any, **settings: Any) -> 
     without = type(kind.__name__, (kind,), {"check_argument_for_proper_class": _unless_missing(kind)})
     parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     attributes = kind.get_attributes()  # type: ignore[attr-defined]
-    made = without(**{name: parts.get(name) for name in attributes}, **settings)
-    return made
+    processor = without(**{name: parts.get(name) for name in attributes}, **settings)
+    return processor
 
 
 def _unless_missing(kind: type) -> Any:
@@ -111,7 +111,7 @@ def differing(processor: Any, config: Any) -> Iterator[str]:
     counts = COUNTS.get(config.model_type)
     if counts and getattr(processor, counts, None) is None:
         yield f"it has no {counts}, by which a {config.model_type} counts its visual tokens"
-    for what, of, there, asked in (
+    for what, of, there, wants in (
         ("patch_size", (images, processor), "patch_size", _side(getattr(vision, "patch_size", None))),
         ("merge_size", (images,), "merge_size", getattr(vision, "spatial_merge_size", None)),
         ("temporal_patch_size", (images,), "temporal_patch_size", getattr(vision, "temporal_patch_size", None)),
@@ -122,9 +122,9 @@ def differing(processor: Any, config: Any) -> Iterator[str]:
         ("vision_feature_select_strategy", (processor,), "vision_feature_select_strategy",
          getattr(config, "vision_feature_select_strategy", None)),
     ):  # fmt: skip
-        found = next((_side(value) for item in of if (value := getattr(item, there, None)) is not None), None)
-        if found is not None and asked is not None and found != asked:
-            yield f"its {what} is {found}, the model's {asked}"
+        present = next((_side(value) for item in of if (value := getattr(item, there, None)) is not None), None)
+        if present is not None and wants is not None and present != wants:
+            yield f"its {what} is {present}, the model's {wants}"
 
 
 def _side(value: Any) -> Any:
@@ -201,11 +201,11 @@ def expansions(processor: Any, images: Sequence[Image], what: str) -> tuple[list
     """
     token = placeholder(processor)
     listener = _Listener(processor.tokenizer)
-    asked = copy.copy(processor)
-    asked.tokenizer = listener
+    listening = copy.copy(processor)
+    listening.tokenizer = listener
     marked = MARK + MARK.join([token] * len(images)) + MARK
     try:
-        out = asked(text=[marked], images=[list(images)], return_tensors="pt")
+        out = listening(text=[marked], images=[list(images)], return_tensors="pt")
     except Exception as error:  # the code of others
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)

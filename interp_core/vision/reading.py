@@ -59,11 +59,11 @@ class Reader:
         if len(targets) != len(rows):
             raise TextError(f"{len(targets)} targets for {len(rows)} texts")
         per_row = [images] if isinstance(texts, str) else _per_row(images, len(rows))
-        made = []
+        tokens = []
         for number, (text, goal, pictures) in enumerate(zip(rows, targets, per_row, strict=True)):
             opened = open_pictures(pictures, f"row {number}: ")
-            made.append(self._row(text, goal, opened, bos, boundary, number))
-        return Tokens.stack(made)
+            tokens.append(self._row(text, goal, opened, bos, boundary, number))
+        return Tokens.stack(tokens)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], target: str | None, template: dict[str, Any]) -> Tokens:
         """See `Model.chat`."""
@@ -137,7 +137,7 @@ class Reader:
         """The tokens with the span `question`: what the user's text says after the last image, or at all."""
         last = max((span.stop for span in tokens.spans.get("vision", ((),))[0]), default=0)
         special = set(self.tokenizer.all_special_ids) | placeholder_ids(self.config)
-        ids, asked = tokens.ids[0].tolist(), list[Span]()
+        ids, questions = tokens.ids[0].tolist(), list[Span]()
         for start, stop in said:
             span = tokens._covering(start, stop, 0) if start < stop else None
             places = [i for i in span or () if i >= last]
@@ -145,8 +145,8 @@ class Reader:
                 places.pop(0)
             while places and ids[places[-1]] in special:
                 places.pop()
-            asked += [Span(places[0], places[-1] + 1)] if places else []
-        return replace(tokens, spans={**tokens.spans, "question": (tuple(asked),)})
+            questions += [Span(places[0], places[-1] + 1)] if places else []
+        return replace(tokens, spans={**tokens.spans, "question": (tuple(questions),)})
 
 
 def reader_of(model: Any) -> Reader:
@@ -175,8 +175,8 @@ def demand_no_places(tokens: Tokens, model: Any) -> Tokens:
     if known and (token := getattr(model.processor, "image_token", None)):
         known = known | {model._tokenizer().convert_tokens_to_ids(token)}
     for row, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
-        if known and (found := known.intersection(ids[mask].tolist())):
-            at = next(i for i, token in enumerate(ids[mask].tolist()) if token in found)
+        if known and (placeholders := known.intersection(ids[mask].tolist())):
+            at = next(i for i, token in enumerate(ids[mask].tolist()) if token in placeholders)
             raise TextError(
                 f"row {row}: the text has a place for an image or video ({tokens.labels[row][at]!r}), and no images "
                 "are given: pass images=[…], or take it out of the text"
@@ -234,11 +234,11 @@ def _without_pictures(messages: Sequence[Mapping[str, Any]], known: Sequence[str
 
 
 def _picture_of(part: Mapping[str, Any], number: int) -> Any:
-    given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
-    if len(given) != 1:
+    named = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+    if len(named) != 1:
         raise TextError(
-            f"message {number} has an image part with {'no image' if not given else 'several images'}; write "
+            f"message {number} has an image part with {'no image' if not named else 'several images'}; write "
             f"{{'type': 'image', 'image': …}} with {TAKES}"
         )
-    path = given[0]
+    path = named[0]
     return path.removeprefix("file://") if isinstance(path, str) else path

@@ -48,15 +48,15 @@ def layers_of(model: Session, layers: int | Iterable[int]) -> list[int]:
         SiteError: no such layer.
         CapabilityError: a layer that mixes tokens without attention, or whose attention is not to be had.
     """
-    asked = sorted({layer_number(layer, model.n_layers - 1) for layer in listed(layers)})
+    wanted = sorted({layer_number(layer, model.n_layers - 1) for layer in listed(layers)})
     entries = model.atlas.entries
     attending = [i for i in model.atlas.layers("pattern") if entries["pattern", i].write is not None]
-    if missing := [i for i in asked if i not in attending]:
+    if missing := [i for i in wanted if i not in attending]:
         raise CapabilityError(
             f"layer {missing[0]} of this {model.atlas.family.name} has no attention that can be masked, so tokens "
             f"cannot be hidden there; layers {', '.join(map(str, attending))} have"
         )
-    return asked
+    return wanted
 
 
 def listed(layers: Any) -> list[Any]:

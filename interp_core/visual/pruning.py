@@ -195,9 +195,9 @@ def pruned(
     demand_images(model)
     tokens = model.input(x)
     visual = places(tokens, VISION)
-    sizes, given = [len(row) for row in visual], [len(row) for row in ranks]
-    if sizes != given:
-        raise PlanError(f"ranks of {given} visual tokens per row, the text has {sizes}")
+    sizes, ranked = [len(row) for row in visual], [len(row) for row in ranks]
+    if sizes != ranked:
+        raise PlanError(f"ranks of {ranked} visual tokens per row, the text has {sizes}")
     kept = top(ranks, fraction)
     dropped = [[v for i, v in enumerate(row) if i not in set(own)] for row, own in zip(visual, kept, strict=True)]
     return removed(model, tokens, PerRow(tuple(map(tuple, dropped))), layers) if any(dropped) else []

@@ -78,9 +78,9 @@ def _layers(layer: Any, n_layers: int) -> list[int]:
         SiteError: none, or one that is not there.
     """
     there = f"0 to {n_layers - 1}, and {n_layers} for the final norm's input"
-    if not (asked := listed(layer)):
+    if not (wanted := listed(layer)):
         raise SiteError(wrong("layer", f"a number from 0 to {n_layers}, or several", layer))
-    return sorted({layer_number(i, n_layers, there) for i in asked})
+    return sorted({layer_number(i, n_layers, there) for i in wanted})
 
 
 def _set(known: States, site: Site, where: PositionLike, layer: int) -> Edit:

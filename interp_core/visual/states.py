@@ -137,14 +137,16 @@ def noise(source: Run | States, seed: int | Iterable[int], scale: float = 1.0) -
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale >= 0:
         raise PlanError(wrong("scale=", "a factor of the standard deviation, from 0 on", scale))
     seeds = [seed] if isinstance(seed, int) else list(seed)
-    if not all(isinstance(one, int) for one in seeds) or not seeds:
+    if not all(isinstance(number, int) for number in seeds) or not seeds:
         raise PlanError(wrong("seed=", "an integer, or one for each row", seed))
 
     def noised(rows: tuple[Tensor, ...], key: str) -> tuple[Tensor, ...]:
         each = seeds * len(rows) if isinstance(seed, int) else seeds
         if len(each) != len(rows):
             raise PlanError(f"{len(each)} seeds for {len(rows)} rows; give one seed, or one for each row")
-        return tuple(x + scale * _deviation(x) * _normal(x, one, key) for x, one in zip(rows, each, strict=True))
+        return tuple(
+            x + scale * _deviation(x) * _normal(x, row_seed, key) for x, row_seed in zip(rows, each, strict=True)
+        )
 
     return _mapped(source, noised, "noise")
 
@@ -156,8 +158,8 @@ def _deviation(x: Float[Tensor, "selected d_model"]) -> Tensor:
 
 def _normal(x: Tensor, seed: int, key: str) -> Tensor:
     number = int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")
-    made = torch.randn(x.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-    return made.to(x.device, x.dtype)
+    sample = torch.randn(x.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    return sample.to(x.device, x.dtype)
 
 
 def dataset_mean(sources: Iterable[Run | States]) -> States:

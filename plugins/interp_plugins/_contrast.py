@@ -120,7 +120,7 @@ def contrast(
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
     noising = twin is None or config.direction == "noising"
     score = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
-    if score is not None and score.clean:
+    if score is not None and score.needs_clean:
         raise ic.PlanError(f"{owner}: score {score.name} compares with the run without edits; method ablations has it")
     answer, other = (answers(owner, model, words, len(tokens)) for words in (config.answer, config.other))
     score_sites = () if score is None or score.of is None else (score.of,)

@@ -55,8 +55,8 @@ class TracedEngine(LocalEngine):
             self.nnsight = _elsewhere(self.model, remote) if remote else library().NNsight(self.model)
         self.envoys: dict[str, Any] = {"": self.nnsight}
         # by module, not by name: nnsight calls some otherwise (BERT's `output` is a property of envoys)
-        found = {id(envoy._module): envoy for envoy in self.nnsight.modules()}
-        self.envoys |= {path: found[id(module)] for path, module in self.modules.items() if path}
+        envoy_of = {id(envoy._module): envoy for envoy in self.nnsight.modules()}
+        self.envoys |= {path: envoy_of[id(module)] for path, module in self.modules.items() if path}
         self._orders: dict[frozenset[str], dict[Place, Passage]] = {}
         self._takes = set(inspect.signature(type(self.model).forward).parameters) - {"use_cache"}
 
@@ -115,8 +115,8 @@ def _noted(modules: Mapping[str, nn.Module]) -> Iterator[dict[Place, Passage]]:
         for side, register in (("in", module.register_forward_pre_hook), ("out", module.register_forward_hook)):
 
             def note(_: nn.Module, *passing: Any, place: Place = (path, side)) -> None:
-                seen = passing[-1:] if place[1] == "out" else passing
-                first = next((x for x in _flat(seen) if isinstance(x, torch.Tensor) and x.ndim), None)
+                tensors = passing[-1:] if place[1] == "out" else passing
+                first = next((x for x in _flat(tensors) if isinstance(x, torch.Tensor) and x.ndim), None)
                 order.setdefault(place, Passage(len(order), 0 if first is None else first.shape[-1]))
 
             handles.append(register(note, with_kwargs=True))

@@ -26,7 +26,7 @@ class NNsightProgram(HookProgram):
         self._made: dict[tuple[int, bool], list[Visit]] = {}
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """See `HookProgram.carry`."""
+        """See `HookProgram.execute`."""
         engine = self.engine
         steps = [self._visits(engine.order(inputs), first=method == "generate")]
         if method == "generate":  # the steps after the prompt are text
@@ -73,33 +73,33 @@ class NNsightProgram(HookProgram):
         """
         if (id(order), first) in self._made:
             return self._made[id(order), first]
-        found: list[tuple[int, int, Visit]] = []
+        ranked: list[tuple[int, int, Visit]] = []
         for module_hook in self.hooks:
             path, side = module_hook.point.module, module_hook.point.side
             if (path, side) not in order:
                 continue
-            envoy, given = self.engine.envoys[path], _Given()
-            own = self.engine.own[path]
-            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, given, own)
+            envoy, inputs = self.engine.envoys[path], _Inputs()
+            module = self.engine.own[path]
+            visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, inputs, module)
             early = (
                 len(order) if first and module_hook.point.layout is not None and module_hook.point.layout.images else 0
             )
-            found.append((order[path, side].rank - early, 0, visit))
+            ranked.append((order[path, side].rank - early, 0, visit))
             if side == "out" and module_hook.derived:
-                found.append((order[path, "in"].rank - early, 1, _take_input(envoy, given)))
-        visits = self._made[id(order), first] = [visit for _, _, visit in sorted(found, key=lambda item: item[:2])]
+                ranked.append((order[path, "in"].rank - early, 1, _take_input(envoy, inputs)))
+        visits = self._made[id(order), first] = [visit for _, _, visit in sorted(ranked, key=lambda item: item[:2])]
         return visits
 
 
-class _Given:
+class _Inputs:
     """Positional inputs of a module, from when they passed to when its output does."""
 
     args: tuple[Any, ...] = ()
 
 
-def _take_input(envoy: Any, given: _Given) -> Visit:
+def _take_input(envoy: Any, inputs: _Inputs) -> Visit:
     def visit() -> None:
-        given.args = envoy.inputs[0]
+        inputs.args = envoy.inputs[0]
 
     return visit
 
@@ -115,12 +115,12 @@ def _at_input(envoy: Any, module_hook: ModuleHook) -> Visit:
     return visit
 
 
-def _at_output(envoy: Any, module_hook: ModuleHook, given: _Given, own: nn.Module) -> Visit:
+def _at_output(envoy: Any, module_hook: ModuleHook, inputs: _Inputs, module: nn.Module) -> Visit:
     hook = module_hook.on_output()
 
     def visit() -> None:
-        new = hook(own, given.args, envoy.output)
-        given.args = ()
+        new = hook(module, inputs.args, envoy.output)
+        inputs.args = ()
         if new is not None:
             envoy.output = new
 

@@ -19,10 +19,11 @@ from ...errors import CapabilityError
 from ...plan import Plan
 from ...positions import Rows
 from ...sites import SITES, Edit
-from ..hooks import ModuleHook, SiteAccess
+from ..hooks import ModuleHook
 from ..operations import edit_value
 from ..program import HookProgram
 from ..protocol import HandOver, PassRecord
+from ..site_access import SiteAccess
 from .base import TracedEngine, library
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ def _plain(point: HookPoint | None) -> bool:
 
 
 class RemoteProgram(HookProgram):
-    """Hooks as data, carried out by one block of code elsewhere."""
+    """Hooks as data, carried out by one block of code elsewhere.
+
+    Of `HookProgram` it has the half that compiles; running is a request.
+    """
 
     engine: TracedEngine
 
@@ -62,7 +66,7 @@ class RemoteProgram(HookProgram):
                 raise CapabilityError(f"{edit}: {edit.op} does not travel; {WHY}")
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
-        """Unused: what travels is not called here."""
+        """Never called: `forward` sends the plan off, and the model is called on the other machine."""
         raise NotImplementedError
 
     def forward(
@@ -114,10 +118,10 @@ class RemoteProgram(HookProgram):
                 actions.append(self._spot(change, width) | more)
         for read in hook.reads:
             if not read.idle:
-                place = self._spot(read, width)
+                spot = self._spot(read, width)
                 if read.late:  # its view is applied here, when asked for
-                    place["view"] = None
-                actions.append(place | {"op": "read", "number": read.number})
+                    spot["view"] = None
+                actions.append(spot | {"op": "read", "number": read.number})
         return actions
 
     def _spot(self, part: SiteAccess, width: int) -> dict[str, Any]:
@@ -126,8 +130,8 @@ class RemoteProgram(HookProgram):
         index = None if part.bound is None else part.bound.index(torch.device("cpu"))
         if part.point.view is None:
             return {"view": None, "index": index}
-        seen = self._seen(part, width)
-        return {"view": (tuple(seen.size()), seen.stride(), seen.storage_offset()), "index": index}
+        viewed = self._seen(part, width)
+        return {"view": (tuple(viewed.size()), viewed.stride(), viewed.storage_offset()), "index": index}
 
     def _seen(self, part: SiteAccess, width: int) -> Tensor:
         """What passes where a part is, in its site's axes: sizes and strides without numbers."""
@@ -135,7 +139,11 @@ class RemoteProgram(HookProgram):
         return x if part.point.view is None else part.point.view(x)
 
     def _sent(self, wire: list[Any], inputs: Mapping[str, Any], stop: bool) -> tuple[dict[Any, Any], Any, Any]:
-        """Send it off; returns kept tensors, norms of changes, logits. The block must stand on its own."""
+        """Send the plan off; returns kept tensors, norms of changes, logits.
+
+        nnsight sends the source of the `with` block. So it must stand on its own, and spells the edits of
+        `operations.py` and the order of `hooks.py` once more.
+        """
         nnsight, model, remote = library(), self.engine.nnsight, self.engine.remote
         logits = None
         with model.trace(remote=remote, **inputs) as tracer:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..checks.selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
 from ..errors import CapabilityError, InterpError
 from ..plugins import registry
 from ..sites import SITES
 from ..text import Tokens
-from .selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -215,17 +215,17 @@ def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
 
 def _generation(model: Model, other: Model, name: str, layer: int) -> float:
     site, tokens = check_site(name, layer), _tokens(model)
-    made = other.generate(tokens, read=site, max_new_tokens=NEW, stop_at_eos=False)
-    whole = Tokens(made.tokens.ids[:, :-1], torch.ones(1, made.tokens.ids.shape[1] - 1, dtype=torch.bool))
+    generation = other.generate(tokens, read=site, max_new_tokens=NEW, stop_at_eos=False)
+    whole = Tokens(generation.tokens.ids[:, :-1], torch.ones(1, generation.tokens.ids.shape[1] - 1, dtype=torch.bool))
     wanted = other.run(whole, read=site)[site].as_subclass(Tensor)
     worst, n = 0.0, tokens.ids.shape[1]
-    for number, step in enumerate(made.steps[1:]):
-        found, at = step[site].as_subclass(Tensor), n + number
+    for number, step in enumerate(generation.steps[1:]):
+        value, at = step[site].as_subclass(Tensor), n + number
         if "query" in site.info.axes:
-            keys = found.shape[-1]
+            keys = value.shape[-1]
             part = wanted[:, :, at : at + 1, at + 1 - keys : at + 1]
         else:
             part = wanted[:, at : at + 1]
-            found = found[:, -1:]
-        worst = max(worst, _distance(found, part))
+            value = value[:, -1:]
+        worst = max(worst, _distance(value, part))
     return worst

@@ -15,7 +15,7 @@ V are a row's visual positions, L the number of layers, p0 the last position of 
 The references take other ways than what they check: `features` calls the model's own `get_image_features`; `removal`
 masks columns of the attention mask and hands the model the positions that it used before; `score` hooks nothing.
 Numbers are largest differences over the largest value, and where no (0) stands, within the tolerance of the coarsest
-dtype that values pass through (`interp_core.checks.battery`). Cost: about twelve forward passes per row.
+dtype that values pass through (`interp_core.batteries.sites`). Cost: about twelve forward passes per row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..model_inputs import model_inputs
 from ..text import Tokens
 from ..vision.places import VisualToken, placeholder_ids, visual_grid, with_visual_names
 from ..visual.replacing import replaced
-from .battery import TOLERANCE, coarsest
+from .sites import TOLERANCE, coarsest
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -139,7 +139,7 @@ def visual_check(model: Model, tokens: Tokens, other: Tokens, *, strict: bool = 
             "the other images make another text: their grids differ. Give images as large as those they stand in for "
             "(ic.vision.blind_images), with the same texts"
         )
-    rows = [_Row(model, one, two) for one, two in zip(tokens, other, strict=True)]
+    rows = [_Row(model, with_image, blind) for with_image, blind in zip(tokens, other, strict=True)]
     limit = TOLERANCE.get(coarsest(model), 2e-5)
     errors: dict[str, float | None] = {}
     why: dict[str, str] = {}
@@ -151,10 +151,10 @@ def visual_check(model: Model, tokens: Tokens, other: Tokens, *, strict: bool = 
                 errors[name] = error
                 if reason or (error is not None and not error <= _limit(name, limit)):
                     why[name] = f"row {number}: {reason or f'differs by {error:.1e}'}"
-    found = VisualCheck(tuple(row.where for row in rows), errors, {name: _limit(name, limit) for name in CHECKS}, why)
+    check = VisualCheck(tuple(row.where for row in rows), errors, {name: _limit(name, limit) for name in CHECKS}, why)
     if strict:
-        found.raise_if_failed()
-    return found
+        check.raise_if_failed()
+    return check
 
 
 def _limit(name: str, tolerance: float) -> float:
@@ -225,8 +225,8 @@ def _box(token: VisualToken) -> str:
 def _distance(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value; infinite where one is no number."""
     a, b = a.as_subclass(Tensor).double(), b.as_subclass(Tensor).double()
-    found = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
-    return found if found == found else float("inf")
+    far = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    return far if far == far else float("inf")
 
 
 def _places(row: _Row) -> float:
@@ -262,11 +262,11 @@ def _features(row: _Row) -> float:
 
 
 def _elsewhere(row: _Row) -> float:
-    one, two = (run[S.resid_pre[0]].as_subclass(Tensor)[0] for run in (row.run, row.blind))
-    text = [i for i in range(len(one)) if i not in set(row.visual)]
-    if torch.equal(one[row.visual], two[row.visual]):
+    with_image, blind = (run[S.resid_pre[0]].as_subclass(Tensor)[0] for run in (row.run, row.blind))
+    text = [i for i in range(len(with_image)) if i not in set(row.visual)]
+    if torch.equal(with_image[row.visual], blind[row.visual]):
         raise TextError("the other images are the same to the model; give images that differ")
-    return _distance(one[text], two[text]) if text else 0.0
+    return _distance(with_image[text], blind[text]) if text else 0.0
 
 
 def _identity(row: _Row) -> float:
@@ -299,10 +299,10 @@ def _without_columns(row: _Row) -> Tensor:
     block = model.module("block", 0)
     path = next(name for name, module in model.hf.named_modules() if module is block)
     text_model = model.hf.get_submodule(path.rpartition(".")[0].rpartition(".")[0])
-    given: list[Any] = []
+    positions: list[Any] = []
 
     def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        given.append(kwargs.get("position_ids"))
+        positions.append(kwargs.get("position_ids"))
 
     placed = {name: value for name, value in model_inputs(model, row.tokens).items() if name != "attention_mask"}
     mask = row.tokens.mask.clone()
@@ -314,7 +314,7 @@ def _without_columns(row: _Row) -> Tensor:
         finally:
             handle.remove()
         count = torch.arange(mask.shape[1], device=model.device)[None]
-        places = count if not given or given[0] is None else given[0]
+        places = count if not positions or positions[0] is None else positions[0]
         placed |= {"position_ids": places, "attention_mask": mask.long().to(model.device)}
         out: Tensor = model.hf(**placed, use_cache=False).logits[0]
     return out
@@ -344,8 +344,8 @@ def _score(row: _Row) -> float:
     wanted = -plain[[i - 1 for i in target], ids].sum(-1, keepdim=True)
     # A probability near 1 has a log near 0, but is rounded as the logits are that it comes from.
     scale = logits[[i - 1 for i in target]].abs().max().clamp(min=1e-12)
-    found = float((scored.as_subclass(Tensor) - wanted).abs().max() / torch.maximum(scale, wanted.abs().max()))
-    return found if found == found else float("inf")
+    far = float((scored.as_subclass(Tensor) - wanted).abs().max() / torch.maximum(scale, wanted.abs().max()))
+    return far if far == far else float("inf")
 
 
 CHECKS: Mapping[str, Callable[[_Row], float]] = {
