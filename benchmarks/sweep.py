@@ -189,8 +189,8 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
 
         return difference(hf, ids.expand(len(numbers), -1), module, hook)
 
-    variant = (lambda layer: hidden(hf, ids, layer)) if name == "knockout" else (lambda number: hooked([number]))
-    seconds, values = timed(lambda: torch.cat([variant(number) for number in chosen]))
+    run_alone = (lambda layer: hidden(hf, ids, layer)) if name == "knockout" else (lambda number: hooked([number]))
+    seconds, values = timed(lambda: torch.cat([run_alone(number) for number in chosen]))
     yield "one full forward per variant, hooks by hand", seconds, values, chosen
     per = heads if name != "positions" else tokens
     size = min(per, 32)

@@ -7,15 +7,16 @@ reads (`-1` unless said otherwise); or of an inner site's value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .errors import PlanError, nearest, wrong
-from .positions import PerRow, PositionLike, position
+from .positions import PerRow, Position, PositionLike, Slice, position
 from .readings import ForwardPass
 from .sites import Site
 from .text import Tokens
@@ -28,38 +29,73 @@ Target = Token | list[Token] | Tensor | tuple[Tensor, ...]
 """A token for all rows; tokens, one per row; ids `[batch]`; or the ids of each row's span."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Score:
-    """One number per example.
+    """One number per example, of the logits at one position; `SpanScore` reads several, `SiteScore` an inner site.
+
+    `Score(…, span=True)` and `Score(…, of=site)` make those.
 
     Attributes:
         name: for tables.
         fn: logits `[batch d_vocab]`, and one tensor `[batch]` per target, to values `[batch]`; row by row, so that a
-            sweep can give it many variants of one example.
+            sweep can give it many variants of one example. A score goes to other processes if this is a function of a
+            module, or an object of such a class.
         at: position whose logits it reads.
         targets: tokens; words become ids when the score meets a model.
-        clean: `fn` takes the logits of the run without edits too, after the targets; for sweeps only.
-        span: it reads several positions: logits are `[batch pos d_vocab]`, ids `[batch pos]`.
-        narrow: `fn` looks at the targets' logits only, so that a sweep computes no others; it is handed
+        needs_clean: `fn` takes the logits of the run without edits too, after the targets; for sweeps only.
+        targets_only: `fn` looks at the targets' logits only, so that a sweep computes no others; it is handed
             `[batch target]` then, and where the targets are in it.
-        of: the site whose value it reads instead, in one layer, at the site's own positions: `fn` takes that value
-            `[batch …]`, and a sweep ends its passes there.
+        of: the site that it reads instead of logits; None.
     """
+
+    span: ClassVar[bool] = False
+    """Whether it reads several positions."""
 
     name: str
     fn: Callable[..., Float[Tensor, " batch"]]
-    at: PositionLike = -1
-    targets: tuple[Target, ...] = ()
-    clean: bool = False
-    span: bool = False
-    narrow: bool = False
-    of: Site | None = None
+    at: PositionLike
+    targets: tuple[Target, ...]
+    needs_clean: bool
+    targets_only: bool
+    of: Site | None
 
-    def __post_init__(self) -> None:
+    def __new__(cls, *args: Any, span: bool = False, of: Site | None = None, **kwargs: Any) -> Score:
+        """Of the class that these arguments ask for."""
+        return object.__new__(cls if cls is not Score else SiteScore if of is not None else SpanScore if span else cls)
+
+    def __init__(
+        self,
+        name: str,
+        fn: Callable[..., Float[Tensor, " batch"]],
+        at: PositionLike = -1,
+        targets: tuple[Target, ...] = (),
+        *,
+        clean: bool = False,
+        span: bool = False,
+        narrow: bool = False,
+        of: Site | None = None,
+    ) -> None:
+        fields = {"name": name, "fn": fn, "at": at, "targets": targets, "of": of}
+        vars(self).update(fields, needs_clean=clean, targets_only=narrow)
         takes = "a token id, a word, a list of them (one per row) or a tensor of ids"
-        for target in self.targets:
+        for target in targets:
             if not _is_target(target):
-                raise PlanError(wrong(f"score {self.name}", takes, target))
+                raise PlanError(wrong(f"score {name}", takes, target))
+
+    def _with(self, **changes: Any) -> Score:
+        """The same score with other targets or positions."""
+        changed = object.__new__(type(self))
+        vars(changed).update(vars(self), **changes)
+        return changed
+
+    @property
+    def selects(self) -> Position:
+        """The positions that it reads; of a site, those of its first axis of positions."""
+        return Site("logits").at(self.at).pos or 0
+
+    def seen(self, value: Tensor, count: int) -> Tensor:
+        """What `fn` takes of what a pass gives: logits `[row scored d_vocab]`, of which `count` are of the text."""
+        return value[:, 0]
 
     def on(self, model: Any, rows: int) -> Score:
         """The same score with the ids of its targets.
@@ -83,7 +119,7 @@ class Score:
                 ids.append(int(token_ids(model, target, 1, owner)))
             else:
                 ids.append(token_ids(model, target, rows, owner) if isinstance(target, list) else target)
-        return replace(self, targets=tuple(ids))
+        return self._with(targets=tuple(ids))
 
     def of_rows(self, numbers: Sequence[int], count: int) -> Score:
         """The same score for some of so many examples.
@@ -91,11 +127,11 @@ class Score:
         Raises:
             PlanError: it has targets or positions for another number of examples.
         """
-        place = self.at if self.of is not None else position(self.at)
-        if isinstance(place, PerRow):
-            self._counted("positions", place.rows, count)
-            place = PerRow(tuple(place.rows[number] for number in numbers))
-        return replace(self, targets=tuple(self._chosen(x, numbers, count) for x in self.targets), at=place)
+        at = self.at if self.of is not None else position(self.at)
+        if isinstance(at, PerRow):
+            self._counted("positions", at.rows, count)
+            at = PerRow(tuple(at.rows[number] for number in numbers))
+        return self._with(targets=tuple(self._chosen(target, numbers, count) for target in self.targets), at=at)
 
     def _chosen(self, target: Target, numbers: Sequence[int], count: int) -> Target:
         """A target of some examples."""
@@ -116,10 +152,8 @@ class Score:
 
     def __call__(self, run: ForwardPass) -> Float[Tensor, " batch"]:
         """The score of a run that kept all logits, or those at this score's position, or the site that it reads."""
-        if self.clean:
+        if self.needs_clean:
             raise PlanError(f"score {self.name} compares with a clean run; use it in a sweep")
-        if self.of is not None:
-            return self.rows(run[self.of].as_subclass(Tensor))
         logits = run.logits
         if (score := self.on(run.model, len(run.tokens))) is not self:
             return score(run)
@@ -150,15 +184,15 @@ class Score:
 
     def ids(self, example: int) -> Tensor:
         """All target ids of an example, ascending."""
-        found = [target if isinstance(target, (int, str, list)) else _of(target, example) for target in self.targets]
-        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in found]).unique()
+        targets = [target if isinstance(target, (int, str, list)) else _of(target, example) for target in self.targets]
+        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in targets]).unique()
 
     def rows(
         self, logits: Tensor, example: int | None = None, clean: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
         """Values `[row]` of logits `[row d_vocab]`: one row per example, or all rows of one example; of all tokens, or
         of those `kept`."""
-        found = []
+        targets = []
         for target in self.targets:
             if isinstance(target, (str, list)):
                 raise PlanError(f"score {self.name}: words and lists are given to a model first: score.on(model, rows)")
@@ -168,35 +202,63 @@ class Score:
             assert not isinstance(ids, tuple)
             ids = torch.as_tensor(ids, device=logits.device)
             ids = ids if kept is None else torch.searchsorted(kept.to(ids.device), ids)
-            found.append(ids.expand(logits.shape[:-1]))
-        return self.fn(logits, *found, *([] if clean is None else [clean]))
+            targets.append(ids.expand(logits.shape[:-1]))
+        return self.fn(logits, *targets, *([] if clean is None else [clean]))
+
+
+class SpanScore(Score):
+    """A score of the logits at several positions: `fn` takes `[batch pos d_vocab]`, and ids `[batch pos]`."""
+
+    span = True
+
+    def seen(self, value: Tensor, count: int) -> Tensor:
+        """Logits at this text's scored positions; rows of shorter texts are filled up."""
+        return value[:, :count]
+
+
+class SiteScore(Score):
+    """A score of an inner site's value in one layer, at the site's own positions `of`: `fn` takes that value
+    `[batch …]`, and a sweep ends its passes there."""
+
+    of: Site
+
+    @property
+    def selects(self) -> Position:
+        """The site's own positions."""
+        return self.of.pos or Slice()
+
+    def seen(self, value: Tensor, count: int) -> Tensor:
+        """All of the value."""
+        return value
+
+    def __call__(self, run: ForwardPass) -> Float[Tensor, " batch"]:
+        """The score of a run that read the site."""
+        return self.rows(run[self.of].as_subclass(Tensor))
 
 
 def logprob(target: Target, at: PositionLike = -1) -> Score:
     """Log-probability of the target token, in nats: `logprob(" Paris")`, an id, or one per row."""
-    return Score("logprob", lambda logits, ids: _pick(torch.log_softmax(logits, -1), ids), at, (target,))
+    return Score("logprob", _logprob, at, (target,))
 
 
 def probability(target: Target, at: PositionLike = -1) -> Score:
     """Probability of the target token."""
-    return Score("probability", lambda logits, ids: _pick(torch.softmax(logits, -1), ids), at, (target,))
+    return Score("probability", _probability, at, (target,))
 
 
 def logit(target: Target, at: PositionLike = -1) -> Score:
     """Logit of the target token."""
-    return Score("logit", lambda logits, ids: _pick(logits, ids), at, (target,), narrow=True)
+    return Score("logit", _pick, at, (target,), narrow=True)
 
 
 def logit_diff(target: Target, other: Target, at: PositionLike = -1) -> Score:
     """Logit of the target token minus that of another."""
-    return Score(
-        "logit_diff", lambda logits, a, b: _pick(logits, a) - _pick(logits, b), at, (target, other), narrow=True
-    )
+    return Score("logit_diff", _logit_diff, at, (target, other), narrow=True)
 
 
 def rank(target: Target, at: PositionLike = -1) -> Score:
     """How many tokens have a larger logit than the target; 0 is best. Not differentiable."""
-    return Score("rank", lambda logits, ids: (logits > _pick(logits, ids)[:, None]).sum(-1).float(), at, (target,))
+    return Score("rank", _rank, at, (target,))
 
 
 def nll(tokens: Tokens, span: str = "target") -> Score:
@@ -214,17 +276,12 @@ def nll(tokens: Tokens, span: str = "target") -> Score:
         real = tokens.rows.real[row]
         places.append([i - 1 for i in chosen])
         ids.append(tokens.ids[row, [real[i] for i in chosen]])
-    return Score("nll", lambda x, y: -_pick(torch.log_softmax(x, -1), y).sum(-1), places, (tuple(ids),), span=True)
+    return SpanScore("nll", _nll, places, (tuple(ids),))
 
 
 def kl(at: PositionLike = -1) -> Score:
     """KL divergence of the next-token distribution from that of the run without edits, in nats: KL(clean ‖ edited)."""
-
-    def fn(logits: Tensor, clean: Tensor) -> Tensor:
-        wanted = torch.log_softmax(clean, -1)
-        return (wanted.exp() * (wanted - torch.log_softmax(logits, -1))).sum(-1)
-
-    return Score("kl", fn, at, clean=True)
+    return Score("kl", _kl, at, clean=True)
 
 
 def projection(site: Site, direction: Float[Tensor, " d"]) -> Score:
@@ -234,7 +291,7 @@ def projection(site: Site, direction: Float[Tensor, " d"]) -> Score:
     Args:
         site: in one layer, at one position: `S.resid_post[5].at(-1)`.
     """
-    return Score(f"projection of {site}", lambda x: x @ direction.to(x.device, x.dtype), of=site)
+    return SiteScore(f"projection of {site}", partial(_along, direction), of=site)
 
 
 def token_ids(model: Any, target: Any, rows: int, owner: str = "score", noun: str = "target") -> Tensor:
@@ -298,3 +355,35 @@ def _of(target: Tensor | tuple[Tensor, ...], example: int) -> Tensor:
 
 def _pick(values: Tensor, ids: Tensor) -> Tensor:
     return values.gather(-1, ids[..., None])[..., 0]
+
+
+# What the scores above compute: functions of this module, so that a score goes to other processes by their names.
+
+
+def _logprob(logits: Tensor, ids: Tensor) -> Tensor:
+    return _pick(torch.log_softmax(logits, -1), ids)
+
+
+def _probability(logits: Tensor, ids: Tensor) -> Tensor:
+    return _pick(torch.softmax(logits, -1), ids)
+
+
+def _logit_diff(logits: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+    return _pick(logits, ids) - _pick(logits, others)
+
+
+def _rank(logits: Tensor, ids: Tensor) -> Tensor:
+    return (logits > _pick(logits, ids)[:, None]).sum(-1).float()
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    return -_pick(torch.log_softmax(logits, -1), ids).sum(-1)
+
+
+def _kl(logits: Tensor, clean: Tensor) -> Tensor:
+    wanted = torch.log_softmax(clean, -1)
+    return (wanted.exp() * (wanted - torch.log_softmax(logits, -1))).sum(-1)
+
+
+def _along(direction: Tensor, value: Tensor) -> Tensor:
+    return value @ direction.to(value.device, value.dtype)

@@ -28,7 +28,7 @@ from .loading import Opened
 from .plan import Plan
 from .sites import Edit, Site
 from .snapshot import Snapshot, demand_usable, forgotten
-from .strategy_checks import Trial
+from .strategy_checks import StrategyChecks
 from .structure import Structure
 from .text import Tokens, from_inputs
 from .vision.places import with_visual_names
@@ -54,8 +54,7 @@ class Session(Structure):
         tokenizer: its tokenizer, or None.
         processor: what makes pixels of images, or None; `no_processor` says why.
         atlas: which sites it has.
-        tried: strategies of sweeps that were tried on this model, and what was wrong with them ("" if nothing).
-        trials: what trying them took.
+        strategy_checks: what trying strategies of sweeps on it gave.
         turn: held while it runs; one for all models that share modules.
         snapshot: what it was like when it was opened, last.
     """
@@ -84,8 +83,7 @@ class Session(Structure):
         self.engine = make_engine(engine, self.hf, options)
         self.engine.adapt(self.atlas)
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self.tried: dict[str, str] = {}
-        self.trials: dict[str, list[Trial]] = {}
+        self.strategy_checks = StrategyChecks()
         self._warned = False
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)

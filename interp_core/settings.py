@@ -18,6 +18,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from .errors import PlanError, PluginError, nearest
 
+NEEDED = "(needed)"
+"""In place of a default, where there is none."""
+
 
 class Config(BaseModel):
     """Base of the settings of methods: unknown keys are refused, values are checked, nothing changes afterwards.
@@ -100,8 +103,8 @@ def call(function: Callable[..., Any], config: Config) -> Any:
 
 def joined(*configs: type[Config]) -> type[Config]:
     """The settings of several configs as one."""
-    made: type[Config] = type(configs[-1].__name__, configs, {"__doc__": configs[-1].__doc__})
-    return made
+    config: type[Config] = type(configs[-1].__name__, configs, {"__doc__": configs[-1].__doc__})
+    return config
 
 
 class _Schema(GenerateJsonSchema):
@@ -115,24 +118,28 @@ class _Schema(GenerateJsonSchema):
 
 def schema(config: type[Config]) -> dict[str, Any]:
     """JSON schema of a config, with the descriptions of its docstring."""
-    made = config.model_json_schema(schema_generator=_Schema)
+    json_schema = config.model_json_schema(schema_generator=_Schema)
     for name, text in _texts(config).items():
-        if name in made.get("properties", {}):
-            made["properties"][name].setdefault("description", text)
-    return made
+        if name in json_schema.get("properties", {}):
+            json_schema["properties"][name].setdefault("description", text)
+    return json_schema
 
 
 def rows(config: type[Config]) -> list[dict[str, str]]:
-    """Name, type, default and description of every field."""
-    texts = _texts(config)
+    """Name, type, default and description of every field, those of its own before those that it inherits."""
+    texts, fields = _texts(config), config.model_fields
+
+    def from_how_far_up(name: str) -> int:
+        return max(i for i, kind in enumerate(config.__mro__) if name in getattr(kind, "model_fields", ()))
+
     return [
         {
             "setting": name,
             "type": _type(field.annotation),
-            "default": "(needed)" if field.is_required() else _shown(field.get_default(call_default_factory=True)),
+            "default": NEEDED if field.is_required() else _shown(field.get_default(call_default_factory=True)),
             "description": field.description or texts.get(name, ""),
         }
-        for name, field in config.model_fields.items()
+        for name, field in sorted(fields.items(), key=lambda item: from_how_far_up(item[0]))
     ]
 
 
@@ -151,6 +158,7 @@ def _type(annotation: Any) -> str:
     return annotation.__name__ if plain else re.sub(r"\b(\w+\.)+(?=\w)", "", str(annotation))
 
 
+# the section's heading at any indent, then all lines that stand deeper than it, or are empty
 _SECTION = re.compile(r"^(?P<indent> *)(Attributes|Args):\n(?P<body>(?:(?P=indent) +\S.*\n?|\s*\n)+)", re.M)
 
 
@@ -161,16 +169,16 @@ def described(doc: str) -> dict[str, str]:
         return {}
     lines = [line for line in section["body"].splitlines() if line.strip()]
     depth = len(lines[0]) - len(lines[0].lstrip())
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     names: list[str] = []
-    for line in lines:
+    for line in lines:  # one at the section's own depth names settings; a deeper one goes on with what is said of them
         start = re.match(rf" {{{depth}}}([\w, *]+?)(?: \([^)]*\))?: (.*)", line)
         if start:
             names = [name.strip(" *") for name in start[1].split(",")]
-            found |= dict.fromkeys(names, start[2].strip())
+            texts |= dict.fromkeys(names, start[2].strip())
         else:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+    return texts
 
 
 def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, Any]:
@@ -179,13 +187,13 @@ def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, An
     Raises:
         PlanError: no `=`, or no such setting.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign:
             raise PlanError(f"{pair!r} is not a setting: write key=value")
-        found[key] = _value(_known(owner, config, key).annotation, value)
-    return found
+        values[key] = _value(_known(owner, config, key).annotation, value)
+    return values
 
 
 def _value(annotation: Any, text: str) -> Any:
@@ -194,6 +202,7 @@ def _value(annotation: Any, text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
+    # JSON goes first, so that 3 is a number where the setting takes either; a text is kept where it takes no number
     for candidate in (value, text, [value], [text]):
         if _takes(annotation, candidate):
             return candidate

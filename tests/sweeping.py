@@ -42,7 +42,7 @@ def variants(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
 
 def everywhere(model: ic.Model) -> list[ic.Edit]:
     """An edit of every site that can be changed, in its last layer."""
-    found: list[ic.Edit] = []
+    edits: list[ic.Edit] = []
     for name, info in S.SITES.items():
         layers = model.atlas.layers(name)
         if not layers or info.visual or model.can(name, "write"):
@@ -51,19 +51,19 @@ def everywhere(model: ic.Model) -> list[ic.Edit]:
         if info.unit in ("head", "expert") and name not in ("router_logits", "router_weights"):
             site = S.named(name)[layers[-1], 1]
         if "query" in info.axes:
-            found += [site.at(query=-1).scale(0.5), site.at(query=[1, 2], key=0).apply(lambda x: x * 0.3)]
+            edits += [site.at(query=-1).scale(0.5), site.at(query=[1, 2], key=0).apply(lambda x: x * 0.3)]
         else:
-            found += [site.at(-1).scale(0.5), site.at([0, 2, 3]).apply(lambda x: x * 0.3), site.scale(2.0)]
+            edits += [site.at(-1).scale(0.5), site.at([0, 2, 3]).apply(lambda x: x * 0.3), site.scale(2.0)]
         if name == "router_logits":
-            found.append(site.at(-1).mask(experts=[0]))
-    return found
+            edits.append(site.at(-1).mask(experts=[0]))
+    return edits
 
 
-def same(found: ic.Sweep, wanted: ic.Sweep, model: ic.Model) -> None:
+def same(swept: ic.Sweep, wanted: ic.Sweep, model: ic.Model) -> None:
     """Values, sizes of changes and clean scores of two sweeps of the same variants agree."""
-    close(found.values, wanted.values, model)
-    close(found.clean, wanted.clean, model, size=wanted.values.abs().max())
-    close(found.moved, wanted.moved, model)
+    close(swept.values, wanted.values, model)
+    close(swept.clean, wanted.clean, model, size=wanted.values.abs().max())
+    close(swept.moved, wanted.moved, model)
 
 
 class Row(NamedTuple):
@@ -78,7 +78,7 @@ def against_full(family: str, dtype: torch.dtype) -> Row:
     """Largest difference over the largest value."""
     model = ic.load(testing.tiny(family, dtype=dtype))
     edits = [*variants(model), *everywhere(model)]
-    found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    swept, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
     return Row(
-        found.plan.strategy, float((found.values - full.values).abs().max() / full.values.abs().max()), found.plan.why
+        swept.plan.strategy, float((swept.values - full.values).abs().max() / full.values.abs().max()), swept.plan.why
     )

@@ -258,7 +258,7 @@ def test_plans_that_name_code(mark: Path, tmp_path: Path) -> None:
 
 
 def test_artefacts_with_code(mark: Path, tmp_path: Path) -> None:
-    from interp_plugins.function_vectors.files import read_tensor
+    from interp_plugins.function_vectors.files.published import read_tensor
 
     for data in (torch_pickle(mark), pickle.dumps(Attempt(mark))):
         (tmp_path / "fv.pt").write_bytes(data)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from fv_faults import DUMP, EVAL, FAULTS, HOLES, MEAN, put, swap
 from fv_golden import FAMILIES
-from interp_plugins.function_vectors.differences import STAGES, Tolerances, chosen
-from interp_plugins.function_vectors.folders import read_folder
-from interp_plugins.function_vectors.parity import Comparison
-from interp_recipes.fv_fixed_trials import fv_fixed_trials
-from interp_recipes.fv_golden import fv_golden
-from interp_recipes.fv_parity import fv_parity
-from interp_recipes.fv_runtime import fv_runtime
+from interp_plugins.function_vectors.files.folders import read_folder
+from interp_plugins.function_vectors.parity.findings import STAGES, Tolerances, chosen
+from interp_plugins.function_vectors.parity.stages import Comparison
+from interp_recipes.fv_fixed_trials import FixedTrialsConfig, fv_fixed_trials
+from interp_recipes.fv_golden import GoldenConfig, fv_golden
+from interp_recipes.fv_parity import ParityConfig, fv_parity
+from interp_recipes.fv_runtime import RuntimeConfig, fv_runtime
 
 import interp_core as ic
 from interp_core.cli import main
@@ -43,7 +43,7 @@ def toy_trials(root: Path) -> Path:
     """Three antonym trials of the toy."""
     task = root / "antonym.json"
     task.write_text(json.dumps([{"input": x, "output": y} for x, y in relations()["antonym"].items()]))
-    return fv_fixed_trials(task, root, n_trials=3, n_shots=3, verify_n=0)
+    return fv_fixed_trials(FixedTrialsConfig(dataset_json=task, out_path=root, n_trials=3, n_shots=3, verify_n=0))
 
 
 def some(family: str, n: int, folder: Path) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("sides")
     settings = some("tiny-llama2-7b", 3, root) | {"n_top_heads": 4, "edit_layer": 2}
     return (
-        fv_golden(**settings, save_path_root=root / "results"),
-        fv_runtime(**settings, save_path_root=root / "results_fv"),
+        fv_golden(GoldenConfig(**settings, save_path_root=root / "results")),
+        fv_runtime(RuntimeConfig(**settings, save_path_root=root / "results_fv")),
     )
 
 
@@ -98,9 +98,9 @@ def test_golden_folders_are_reproduced(family: str, tmp_path: Path) -> None:
     settings = {**trials(family), "a": golden.FOLDER / family, "edit_layer": 1, "save_path_root": tmp_path}
     if family == "tiny-llama3-8b":
         with pytest.raises(ic.InterpError, match="gap at k=10: the AIE of head 10 lies 1.42e-08 above .*n_top_heads=9"):
-            fv_parity(**settings)
+            fv_parity(ParityConfig(**settings))
     else:
-        assert fv_parity(**settings) == tmp_path / "antonym" / FIXED.removesuffix(".json")
+        assert fv_parity(ParityConfig(**settings)) == tmp_path / "antonym" / FIXED.removesuffix(".json")
     found = report(tmp_path)
     counts = {stage["stage"]: stage["mismatch_count"] for stage in found["stages"]}
     assert counts == dict.fromkeys(STAGES, 0) | {"top_heads": int(family == "tiny-llama3-8b")}
@@ -134,7 +134,7 @@ def test_a_golden_folder_agrees_with_itself_at_every_layer_and_prompt() -> None:
 @pytest.mark.parametrize("kind", ["clean", "zeroshot"])
 def test_other_prompts_of_the_golden_folder(kind: str, tmp_path: Path) -> None:
     settings = {**trials("tiny-llama2-7b"), "prompt_kind": kind, "edit_layer": 2}
-    b = fv_runtime(**settings, save_path_root=tmp_path / "fv")
+    b = fv_runtime(RuntimeConfig(**settings, save_path_root=tmp_path / "fv"))
     found = Comparison(read_folder(golden.FOLDER / "tiny-llama2-7b"), read_folder(b), of=(kind, 2)).stages()
     assert [stage.status for stage in found] == ["PASS"] * 6 and len(found[-1].rows) == 10
     measured = [row["with_logits_max_abs_diff"] is not None for row in found[-1].rows]
@@ -147,7 +147,7 @@ def test_other_prompts_of_the_golden_folder(kind: str, tmp_path: Path) -> None:
 def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By fast and by replay: PASS; a second run over the first finds its own bytes."""
     settings = some("tiny-llama2-7b", 2, tmp_path) | {"n_top_heads": 4, "save_path_root": tmp_path}
-    folder = fv_parity(**settings)
+    folder = fv_parity(ParityConfig(**settings))
     fast = report(tmp_path)
     assert fast["status"] == "PASS" and fast["first_divergence"] is None and fast["mode"] == "fast"
     assert fast["worked_out"] == {"a": "replay, by hand", "b": "sweep"} and fast["remarks"] == []
@@ -155,9 +155,9 @@ def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(
         ic.PlanError, match=r"report.json is there, written by fv_parity-\w{8} \(compare was 'fast', is 'rep"
     ):
-        fv_parity(**settings, compare="replay")
+        fv_parity(ParityConfig(**settings, compare="replay"))
     assert report(tmp_path) == fast
-    assert fv_parity(**settings, compare="replay", overwrite=True) == folder
+    assert fv_parity(ParityConfig(**settings, compare="replay", overwrite=True)) == folder
     said = capsys.readouterr().out
     assert re.findall(r"/src/\S+  (\w+)", said) == ["same"] * 8
     assert re.search(r"parity_suite_report.json  replaced", said)
@@ -173,7 +173,7 @@ def test_both_sides_worked_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_every_file_and_field(sides: tuple[Path, Path], tmp_path: Path) -> None:
     """Of the gate and of the diff."""
-    folder = fv_parity(a=sides[0], b=sides[1], save_path_root=tmp_path)
+    folder = fv_parity(ParityConfig(a=sides[0], b=sides[1], save_path_root=tmp_path))
     assert folder == tmp_path / "antonym" / sides[0].name
     suite = json.loads((folder / "parity_suite_report.json").read_text())
     wanted = {
@@ -224,7 +224,7 @@ def test_seeded_faults(fault: str, copies: dict[str, Path], tmp_path: Path, monk
     side, spoil, stage, file, key = FAULTS[fault]
     spoil(copies[side])
     with pytest.raises(ic.InterpError, match=rf"FAIL\n  {stage} / \S*{re.escape(file)} / {re.escape(key)}"):
-        fv_parity(**copies, save_path_root=tmp_path / "out")
+        fv_parity(ParityConfig(**copies, save_path_root=tmp_path / "out"))
     found = report(tmp_path / "out")
     first = found["first_divergence"]
     assert (first["stage"], Path(first["file"]).name) == (stage, file) and first["key"].startswith(key)
@@ -248,7 +248,7 @@ def test_faults_that_both_sides_share(hole: str, copies: dict[str, Path], tmp_pa
     spoil, stage, file, key = HOLES[hole]
     spoil(copies["a"], copies["b"])
     with pytest.raises(ic.InterpError, match=rf"FAIL\n  {stage} / \S*{re.escape(file)} / {re.escape(key)}"):
-        fv_parity(**copies, save_path_root=tmp_path / "out")
+        fv_parity(ParityConfig(**copies, save_path_root=tmp_path / "out"))
     failed = [one for one in report(tmp_path / "out")["stages"] if one["status"] != "PASS"]
     assert failed[0]["stage"] == stage and all(one["mismatch_count"] > 0 for one in failed)
     for mode in ("fast", "replay"):
@@ -259,14 +259,16 @@ def test_faults_that_both_sides_share(hole: str, copies: dict[str, Path], tmp_pa
 def test_a_wrong_edit_layer(sides: tuple[Path, Path], tmp_path: Path) -> None:
     """Answers at another layer than the other side's, or than asked for; the settings say why."""
     settings = some("tiny-llama2-7b", 3, tmp_path) | {"n_top_heads": 4, "edit_layer": 3}
-    b = fv_runtime(**settings, save_path_root=tmp_path / "other")
+    b = fv_runtime(RuntimeConfig(**settings, save_path_root=tmp_path / "other"))
     with pytest.raises(ic.InterpError, match=rf"{EVAL} / edit_layer: a has \[2\], b has \[3\]\n"):
-        fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
+        fv_parity(ParityConfig(a=sides[0], b=b, save_path_root=tmp_path))
     assert report(tmp_path)["settings_that_differ"]["edit_layer"] == [2, 3]
     with pytest.raises(ic.InterpError, match=rf"{DUMP} / edit_layer: a has \[2\], b has \[3\]; asked for: 3"):
-        fv_parity(a=sides[0], b=b, edit_layer=3, save_path_root=tmp_path, overwrite=True)
+        fv_parity(ParityConfig(a=sides[0], b=b, edit_layer=3, save_path_root=tmp_path, overwrite=True))
     with pytest.raises(ic.InterpError, match=rf"prompt_boundary / .*{EVAL} / prompt_kind: a has \['corr"):
-        fv_parity(a=sides[0], b=sides[1], edit_layer=2, prompt_kind="clean", save_path_root=tmp_path / "kind")
+        fv_parity(
+            ParityConfig(a=sides[0], b=sides[1], edit_layer=2, prompt_kind="clean", save_path_root=tmp_path / "kind")
+        )
 
 
 def test_a_folder_against_itself_is_said(sides: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -274,7 +276,7 @@ def test_a_folder_against_itself_is_said(sides: tuple[Path, Path], tmp_path: Pat
     link = tmp_path / "link"
     link.symlink_to(sides[0])
     for b in (sides[0], link):
-        fv_parity(a=sides[0], b=b, save_path_root=tmp_path / "out", overwrite=True)
+        fv_parity(ParityConfig(a=sides[0], b=b, save_path_root=tmp_path / "out", overwrite=True))
         said = "are the same folder, .*: nothing was held against another side"
         assert re.search(f"note: a and b {said}", capsys.readouterr().out)
         assert re.fullmatch(f"a and b {said}", report(tmp_path / "out")["remarks"][0])
@@ -284,7 +286,7 @@ def test_a_folder_against_itself_is_said(sides: tuple[Path, Path], tmp_path: Pat
 def test_folders_of_other_trials_than_the_file(sides: tuple[Path, Path], tmp_path: Path) -> None:
     """Both agree with each other, and not with the trials that were given."""
     settings = some("tiny-llama2-7b", 3, tmp_path) | {"a": sides[0], "b": sides[1], "dataset_name": "antonym"}
-    fv_parity(**settings, save_path_root=tmp_path)
+    fv_parity(ParityConfig(**settings, save_path_root=tmp_path))
     for change, says in (
         (lambda d: swap(d["trials"], 0, 1), r"trial \(0, 0\), corrupted: prompt: is 'Q: .* the fixed trials have 'Q: "),
         (
@@ -296,7 +298,11 @@ def test_folders_of_other_trials_than_the_file(sides: tuple[Path, Path], tmp_pat
         change(data)
         (tmp_path / "other.json").write_text(json.dumps(data))
         with pytest.raises(ic.InterpError, match="FAIL"):
-            fv_parity(**settings | {"fixed_trials_path": tmp_path / "other.json"}, save_path_root=tmp_path / "out")
+            fv_parity(
+                ParityConfig(
+                    **settings | {"fixed_trials_path": tmp_path / "other.json"}, save_path_root=tmp_path / "out"
+                )
+            )
         findings = [one for stage in report(tmp_path / "out")["stages"] for one in stage["findings"]]
         assert any(re.search(says, f"{one['key']}: {one['why']}") for one in findings)
 
@@ -312,10 +318,10 @@ def test_a_scaled_injection_is_found_by_its_logits(sides: tuple[Path, Path], tmp
     found["with"][1, 40] += 1e-3
     save_file(found, b / "injection_logits.safetensors", about)
     with pytest.raises(ic.InterpError, match=r"safetensors / trial \(1, 1\), corrupted, layer 2: with logits"):
-        fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
+        fv_parity(ParityConfig(a=sides[0], b=b, save_path_root=tmp_path))
     assert report(tmp_path, "injection_parity_report.json")["max_abs_diff_with_logits"] == pytest.approx(1e-3, rel=0.1)
     (b / "injection_logits.safetensors").unlink()  # the published code leaves none
-    fv_parity(a=sides[0], b=b, save_path_root=tmp_path)
+    fv_parity(ParityConfig(a=sides[0], b=b, save_path_root=tmp_path))
     assert report(tmp_path, "injection_parity_report.json")["max_abs_diff_with_logits"] is None
     assert "not compared: no " in report(tmp_path)["stages"][-1]["notes"]["logits"]
 
@@ -324,7 +330,7 @@ def test_the_first_of_several(copies: dict[str, Path], tmp_path: Path) -> None:
     for fault in ("vector scaled", "slot", "mean"):
         FAULTS[fault][1](copies["b"])
     with pytest.raises(ic.InterpError, match="slot_map / "):
-        fv_parity(**copies, save_path_root=tmp_path / "out")
+        fv_parity(ParityConfig(**copies, save_path_root=tmp_path / "out"))
     gate = report(tmp_path / "out", "parity_suite_report.json")["stages"]
     assert [stage["status"] for stage in gate] == ["PASS", "FAIL", "FAIL", "PASS"]
 
@@ -351,8 +357,8 @@ def test_heads_that_the_effects_do_not_determine(tmp_path: Path) -> None:
     """One head more or less makes the difference, on the same numbers."""
     for k, passes in ((9, True), (10, False)):
         settings = {**trials("tiny-llama3-8b"), "n_top_heads": k, "edit_layer": 1}
-        a = fv_golden(**settings, by="sweep", save_path_root=tmp_path / f"a{k}")
-        b = fv_runtime(**settings, save_path_root=tmp_path / f"b{k}")
+        a = fv_golden(GoldenConfig(**settings, by="sweep", save_path_root=tmp_path / f"a{k}"))
+        b = fv_runtime(RuntimeConfig(**settings, save_path_root=tmp_path / f"b{k}"))
         (fast,) = Comparison(read_folder(a), read_folder(b)).stages(["top_heads"])
         (replay,) = Comparison(read_folder(a), read_folder(b), "replay").stages(["top_heads"])
         assert replay.status == "PASS" and fast.status == ("PASS" if passes else "FAIL")
@@ -384,7 +390,7 @@ def test_trials_are_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch
     with pytest.raises(
         ic.InterpError, match="prompt_boundary / .*changed.json / trial 1, corrupted_prompt_str: prompt p"
     ):
-        fv_parity(path, save_path_root=tmp_path / "out")
+        fv_parity(ParityConfig(fixed_trials_path=path, save_path_root=tmp_path / "out"))
     found = report(tmp_path / "out")
     assert [stage["status"] for stage in found["stages"]] == ["FAIL", "PASS", *["SKIPPED"] * 4]
     gate = report(tmp_path / "out", "parity_suite_report.json")
@@ -415,16 +421,16 @@ def test_trials_are_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch
 def test_what_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
     """Named before a model runs; nothing is written."""
     with pytest.raises(ic.InterpError, match=says):
-        fv_parity(**settings, save_path_root=tmp_path / "out")
+        fv_parity(ParityConfig(**settings, save_path_root=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_trials_of_another_tokenizer(tmp_path: Path) -> None:
     settings = trials("tiny-llama3-8b") | {"model_name": trials("tiny-llama2-7b")["model_name"]}
     with pytest.raises(ic.InterpError, match=r"trial 0, answer_ids\[0\]: verify: .* is 1341, should be 1449"):
-        fv_parity(**settings, save_path_root=tmp_path)
+        fv_parity(ParityConfig(**settings, save_path_root=tmp_path))
     with pytest.raises(ic.TextError, match=r"trial 0, answer_ids\[0\] is 1341, should be 1449"):
-        fv_runtime(**settings, save_path_root=tmp_path / "runtime")
+        fv_runtime(RuntimeConfig(**settings, save_path_root=tmp_path / "runtime"))
     assert not (tmp_path / "runtime").exists()
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from interp_plugins.function_vectors import checks, extraction
 from interp_plugins.function_vectors.effects import average, indirect_effects, ranking, top_heads
+from interp_plugins.function_vectors.files import answers, checks, extraction
+from interp_plugins.function_vectors.files.plain import plain_effects, plain_logits, plain_means, plain_vector
 from interp_plugins.function_vectors.inject import injection
 from interp_plugins.function_vectors.means import mean_head_activations
-from interp_plugins.function_vectors.plain import plain_effects, plain_logits, plain_means, plain_vector
 from interp_plugins.function_vectors.prompts import Prompt
 from interp_plugins.function_vectors.rows import tokens
 from interp_plugins.function_vectors.vectors import function_vector
-from interp_recipes.fv_golden import fv_golden
-from interp_recipes.fv_parity import fv_parity
+from interp_recipes.fv_golden import GoldenConfig, fv_golden
+from interp_recipes.fv_parity import ParityConfig, fv_parity
 from test_fv_parity import report, some
 from torch import Tensor
 
@@ -134,7 +134,7 @@ IN_CODE = {
     "heads of each layer turned round in the effects": (extraction, "indirect_effects", effects_swapped, "top_heads"),
     "the best head left out": (extraction, "top_heads", second_best, "top_heads"),
     "a vector scaled": (extraction, "function_vector", scaled, "fv_vector"),
-    "an injection one layer later": (extraction, "injection", a_layer_later, "injection_output"),
+    "an injection one layer later": (answers, "injection", a_layer_later, "injection_output"),
     "a slot off by one": (checks, "build", off_by_one, "slot_map"),
     "other targets": (checks, "target_ids", next_id, "prompt_boundary"),
 }
@@ -145,7 +145,7 @@ def one_trial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of one trial, and its golden folder."""
     root = tmp_path_factory.mktemp("one")
     settings = some("tiny-llama2-7b", 1, root) | {"n_top_heads": 1, "edit_layer": 1}
-    return {**settings, "golden": fv_golden(**settings, save_path_root=root)}
+    return {**settings, "golden": fv_golden(GoldenConfig(**settings, save_path_root=root))}
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_faults_in_the_code(
     settings |= {"a": one_trial["golden"]} if given == "a" else {}
     settings |= {"compare": "replay"} if given == "replay" else {}
     if fault is None:
-        fv_parity(**settings, save_path_root=tmp_path)
+        fv_parity(ParityConfig(**settings, save_path_root=tmp_path))
         return
     module, name, wrong, stage = IN_CODE[fault]
     right = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **how: wrong(*args, right=right, **how))
     with pytest.raises(ic.InterpError, match=f"FAIL\n  {stage} / "):
-        fv_parity(**settings, save_path_root=tmp_path)
+        fv_parity(ParityConfig(**settings, save_path_root=tmp_path))
     stages = {one["stage"]: one for one in report(tmp_path)["stages"]}
     assert stages[stage]["status"] == "FAIL" and stages[stage]["mismatch_count"] > 0
     before = [one["status"] for one in stages.values()]

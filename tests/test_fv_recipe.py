@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import toy_model
 from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.files import read_effects, read_means
+from interp_plugins.function_vectors.files.published import read_effects, read_means
 from interp_plugins.function_vectors.related import Related, by_word, choose, extract, related, vectors_of
 from interp_recipes import function_vectors as recipe
 from typer.testing import CliRunner
@@ -103,7 +103,7 @@ def test_accuracies_are_those_of_evaluate() -> None:
 
 
 def test_files_are_those_of_the_published_script(tmp_path: Path) -> None:
-    page = recipe.function_vectors(out=tmp_path, **QUICK)
+    page = recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **QUICK))
     folder, model = page.parent, toy_model()
     assert {path.name for path in folder.iterdir()} == FILES
     mean = read_means(folder / "antonym_mean_head_activations.pt", model)
@@ -143,20 +143,20 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = {**QUICK, "compute_baseline": False}
-    folder = recipe.function_vectors(out=tmp_path, **quick).parent
+    folder = recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **quick)).parent
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt", ".json", ".csv")}
     (folder / "zs_results_layer_sweep.json").write_text('{"0": ')  # as a disk that was full leaves it
     (folder / "antonym_indirect_effect.pt").unlink()
     capsys.readouterr()
-    recipe.function_vectors(out=tmp_path, **quick)
+    recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **quick))
     said = capsys.readouterr().out
     assert "kept antonym_mean" in said and "made antonym_indirect" in said and "sweep.json is made again" in said
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before} == before
     with pytest.raises(ic.PlanError, match="holds another run: n_trials was 4, is 5; give another folder"):
-        recipe.function_vectors(out=tmp_path, **{**quick, "n_trials": 5})
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **{**quick, "n_trials": 5}))
     shutil.rmtree(tmp_path / "record")  # as a folder of the versions before run folders
     with pytest.raises(ic.PlanError, match=r"fv_eval_args.txt is there, and this run did not write it; move it away"):
-        recipe.function_vectors(out=tmp_path, **quick)
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **quick))
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before} == before
 
 
@@ -170,14 +170,14 @@ def test_stopping_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fv, "indirect_effect", stopped)
     with pytest.raises(KeyboardInterrupt):
-        recipe.function_vectors(out=tmp_path / "a", **quick)
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path / "a", **quick))
     names = {path.name for path in (tmp_path / "a/antonym").iterdir()}
     assert ic.runs.parts(tmp_path / "a")[0]["reason"] == "stopped at antonym_indirect_effect.pt"
     assert "antonym_mean_head_activations.pt" in names and "antonym_indirect_effect.pt" not in names
     assert not any("tmp" in name for name in names)
     monkeypatch.setattr(fv, "indirect_effect", effects)
     for name in ("a", "b"):
-        recipe.function_vectors(out=tmp_path / name, **quick)
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path / name, **quick))
     for path in (tmp_path / "b/antonym").iterdir():
         if path.is_file():
             assert (tmp_path / "a/antonym" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -186,12 +186,12 @@ def test_stopping_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
 def test_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same numbers as those of a sweep at that layer, under the published names, in their form of one layer."""
     quick = {**QUICK, "compute_baseline": False}
-    swept = recipe.function_vectors(out=tmp_path, **quick).parent
+    swept = recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **quick)).parent
     sweep = {name: json.loads((swept / f"{name}_layer_sweep.json").read_text()) for name in STEERED}
     capsys.readouterr()
     with pytest.raises(ic.PlanError, match="edit_layer was -1, is 4"):
-        recipe.function_vectors(out=tmp_path, edit_layer=4, **quick)
-    folder = recipe.function_vectors(out=tmp_path / "one", edit_layer=4, **quick).parent
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path, edit_layer=4, **quick))
+    folder = recipe.function_vectors(recipe.TasksConfig(out=tmp_path / "one", edit_layer=4, **quick)).parent
     for name in STEERED:
         assert json.loads((folder / f"{name}_editlayer_4.json").read_text()) == sweep[name]["4"]
         assert not (folder / f"{name}_layer_sweep.json").exists()
@@ -199,16 +199,16 @@ def test_one_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((folder / "accuracy_by_layer.csv").read_text().splitlines()) == 3  # columns, without, layer 4
     page = (folder / "report.html").read_text()
     assert "layer 4, the only one evaluated" in page and "best layer" not in page
-    recipe.function_vectors(out=tmp_path / "one", edit_layer=4, **quick)
+    recipe.function_vectors(recipe.TasksConfig(out=tmp_path / "one", edit_layer=4, **quick))
     assert "kept zs_results_editlayer_4.json" in capsys.readouterr().out
 
 
 def test_another_template_is_that_of_every_stage(tmp_path: Path) -> None:
     """Every file made again by the plain functions, of prompts that the default template does not make."""
     given = {"separators": {"input": "\n", "output": "\n"}, "instructions": "Answer the question.\n"}
-    folder = recipe.function_vectors(out=tmp_path, **given, **QUICK).parent
+    folder = recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **given, **QUICK)).parent
     with pytest.raises(ic.PlanError, match="holds another run: other template; give another folder"):
-        recipe.function_vectors(out=tmp_path, **QUICK)
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path, **QUICK))
     args = json.loads((folder / "fv_eval_args.txt").read_text())
     assert args["separators"]["output"] == "\n" and args["prefixes"]["input"] == "Q:"
 
@@ -256,7 +256,9 @@ def test_every_prompt_that_the_model_gets_is_of_the_template(tmp_path: Path, mon
     for name in seen:
         watch(name, getattr(ic.Model, name))
     quick = {**QUICK, "compute_baseline": False}
-    recipe.function_vectors("gerund,past", out=tmp_path, instructions="Answer the question.\n", **quick)
+    recipe.function_vectors(
+        recipe.TasksConfig(tasks="gerund,past", out=tmp_path, instructions="Answer the question.\n", **quick)
+    )
     asked = {name: [text for text in texts if "Q:" in text] for name, texts in seen.items()}  # else probes of a sweep
     assert all(len(texts) > 10 for texts in asked.values())
     assert [text for texts in asked.values() for text in texts if "Answer the question.\nQ:" not in text] == []
@@ -267,7 +269,7 @@ def test_several_tasks_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(pairs))
     quick = {**QUICK, "compute_baseline": False}
-    page = recipe.function_vectors(f"gerund, {file}", out=tmp_path / "out", **quick)
+    page = recipe.function_vectors(recipe.TasksConfig(tasks=f"gerund, {file}", out=tmp_path / "out", **quick))
     assert page == tmp_path / "out/report.html" and (tmp_path / "out/mine/report.html").is_file()
     made = Related.load(tmp_path / "out/related")
     assert made.tasks == ("gerund", "mine") and "of 2 pairs of tasks" in capsys.readouterr().out
@@ -276,7 +278,7 @@ def test_several_tasks_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     }
     assert "mine/report.html" in page.read_text()
     before = page.read_bytes()
-    recipe.function_vectors(f"gerund, {file}", out=tmp_path / "out", **quick)
+    recipe.function_vectors(recipe.TasksConfig(tasks=f"gerund, {file}", out=tmp_path / "out", **quick))
     said = capsys.readouterr().out
     assert "kept related" in said and "made" not in said and page.read_bytes() == before
 
@@ -312,5 +314,5 @@ def test_what_does_not_fit_is_named_before_anything_is_written(
     settings: dict[str, object], error: type[Exception], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        recipe.function_vectors(out=tmp_path / "out", **settings)
+        recipe.function_vectors(recipe.TasksConfig(out=tmp_path / "out", **settings))
     assert not (tmp_path / "out").exists()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import DATA, toy_model
 from fv_relations import lines, settings, table, toy_pairs
+from interp_plugins.function_vectors.files.answers import as_they_are, measured
 from interp_plugins.function_vectors.relation.draws import draw
-from interp_plugins.function_vectors.relation.measures import as_they_are, measured
 from interp_plugins.function_vectors.relation.run import run_relation
 from interp_plugins.function_vectors.relation.source import Question, chosen, folder_names, read_relation
 from interp_plugins.function_vectors.rows import tokens

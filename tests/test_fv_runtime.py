@@ -15,13 +15,14 @@ import fv_golden as golden
 import pytest
 import torch
 from fv_golden import FAMILIES
-from interp_plugins.function_vectors.artefacts import fixed_run, put
 from interp_plugins.function_vectors.effects import average
-from interp_plugins.function_vectors.extraction import answers, extract
-from interp_plugins.function_vectors.files import read_effects, read_means, read_vector
+from interp_plugins.function_vectors.files.answers import answers
+from interp_plugins.function_vectors.files.extraction import extract
+from interp_plugins.function_vectors.files.fixed_run import fixed_run, put
+from interp_plugins.function_vectors.files.published import read_effects, read_means, read_vector
 from interp_plugins.function_vectors.vectors import FunctionVector, function_vector
-from interp_recipes.fv_golden import fv_golden
-from interp_recipes.fv_runtime import fv_runtime
+from interp_recipes.fv_golden import GoldenConfig, fv_golden
+from interp_recipes.fv_runtime import RuntimeConfig, fv_runtime
 from test_fv_means import published
 from test_fv_parity import FIXED, some, toy_trials, trials
 
@@ -45,7 +46,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_golden_files_equal_the_published_codes(family: str, tmp_path: Path) -> None:
     """From fixed trials alone, within the stated tolerances: by sweep, several prompts share a pass, and kernels may sum
     more rows in another order (test_fv_means and by="replay" hold the means to the bit)."""
-    folder = fv_golden(**trials(family), by="sweep", edit_layer=2, save_path_root=tmp_path)
+    folder = fv_golden(GoldenConfig(**trials(family), by="sweep", edit_layer=2, save_path_root=tmp_path))
     assert folder == tmp_path / "antonym" / FIXED.removesuffix(".json")
     wanted, model = golden.tensors(family), golden.model(family)
     mean = load(folder / "antonym_mean_head_activations_FIXED.pt")
@@ -96,9 +97,9 @@ def test_all_token_classes(tmp_path: Path) -> None:
         "last_token_only": False,
         "save_path_root": tmp_path,
     }
-    folder = fv_golden(**settings, token_class_idx=1)
+    folder = fv_golden(GoldenConfig(**settings, token_class_idx=1))
     effects = load(folder / "antonym_indirect_effect.pt")
-    last = fv_golden(**settings | {"last_token_only": True, "save_path_root": tmp_path / "last"})
+    last = fv_golden(GoldenConfig(**settings | {"last_token_only": True, "save_path_root": tmp_path / "last"}))
     assert effects.shape == (1, 4, 8, 10)
     close(effects[..., -1], load(last / "antonym_indirect_effect.pt"))
     heads = load(folder / "top_heads_src.json")["aie_sorted_full"]
@@ -106,29 +107,31 @@ def test_all_token_classes(tmp_path: Path) -> None:
     with pytest.raises(
         ic.PlanError, match=r"token_class_idx 1 \(label\) needs effects of all classes: last_token_only"
     ):
-        fv_golden(**settings | {"last_token_only": True, "save_path_root": tmp_path / "bad"}, token_class_idx=1)
+        fv_golden(
+            GoldenConfig(**settings | {"last_token_only": True, "save_path_root": tmp_path / "bad"}, token_class_idx=1)
+        )
     with pytest.raises(ic.PlanError, match="token_class_idx is 10; classes are -1 and 0 to 9: demonstration, label"):
-        fv_golden(**settings | {"save_path_root": tmp_path / "worse"}, token_class_idx=10)
+        fv_golden(GoldenConfig(**settings | {"save_path_root": tmp_path / "worse"}, token_class_idx=10))
 
 
 def test_replay_equals_sweep(tmp_path: Path) -> None:
     """One full forward pass per head and trial, and the same files to the bit when it is done again."""
     settings = some("gpt2-xl", 2, tmp_path)
-    slow = fv_golden(**settings, save_path_root=tmp_path / "slow")
-    fast = fv_golden(**settings, by="sweep", save_path_root=tmp_path / "fast")
+    slow = fv_golden(GoldenConfig(**settings, save_path_root=tmp_path / "slow"))
+    fast = fv_golden(GoldenConfig(**settings, by="sweep", save_path_root=tmp_path / "fast"))
     close(load(fast / "antonym_indirect_effect.pt"), load(slow / "antonym_indirect_effect.pt"))
-    again = fv_golden(**settings, save_path_root=tmp_path / "again")
+    again = fv_golden(GoldenConfig(**settings, save_path_root=tmp_path / "again"))
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in slow.iterdir()}
 
 
 def test_in_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python_bin` runs the recipe there, with the same settings: what it is called with gives the same bytes."""
     settings = {"fixed_trials_path": toy_trials(tmp_path), "n_top_heads": 2, "by": "sweep", "last_token_only": True}
-    here = fv_golden(**settings, save_path_root=tmp_path / "here", python_bin=Path(sys.executable))
+    here = fv_golden(GoldenConfig(**settings, save_path_root=tmp_path / "here", python_bin=Path(sys.executable)))
     other = tmp_path / "python"
     other.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
     other.chmod(0o755)
-    there = fv_golden(**settings, save_path_root=tmp_path / "there", python_bin=other)
+    there = fv_golden(GoldenConfig(**settings, save_path_root=tmp_path / "there", python_bin=other))
     assert there == tmp_path / "there" / here.relative_to(tmp_path / "here") and not there.exists()
     option, code, *words = (tmp_path / "words").read_text().splitlines()
     assert (option, code) == ("-c", "from interp_core.cli import main; main()")
@@ -138,10 +141,10 @@ def test_in_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert ended.value.code == 0
     assert {p.name: p.read_bytes() for p in there.iterdir()} == {p.name: p.read_bytes() for p in here.iterdir()}
     with pytest.raises(ic.PlanError, match="python_bin is /no/python, which is no program"):
-        fv_golden(**settings, python_bin=Path("/no/python"))
+        fv_golden(GoldenConfig(**settings, python_bin=Path("/no/python")))
     other.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(ic.InterpError, match="fv_golden ended with exit code 3 in .*python"):
-        fv_golden(**settings, save_path_root=tmp_path / "no", python_bin=other)
+        fv_golden(GoldenConfig(**settings, save_path_root=tmp_path / "no", python_bin=other))
     assert not (tmp_path / "no").exists()
 
 
@@ -166,7 +169,11 @@ ROW = (
 
 
 def test_every_runtime_file_and_field(tmp_path: Path) -> None:
-    folder = fv_runtime(toy_trials(tmp_path), n_top_heads=4, prompt_kind="zeroshot", save_path_root=tmp_path)
+    folder = fv_runtime(
+        RuntimeConfig(
+            fixed_trials_path=toy_trials(tmp_path), n_top_heads=4, prompt_kind="zeroshot", save_path_root=tmp_path
+        )
+    )
     for name, fields in RUNTIME.items():
         assert set(fields.split()) <= load(folder / name).keys(), name
     mean = load(folder / "mean_activations.pt")
@@ -193,7 +200,9 @@ def test_every_runtime_file_and_field(tmp_path: Path) -> None:
 
 def test_answers_are_those_of_plain_forward_passes(tmp_path: Path) -> None:
     """Logits, probabilities, ranks and likeliest tokens by hand, the vector added by a hook of our own."""
-    folder = fv_runtime(**some("tiny-pythia", 3, tmp_path), edit_layer=1, alpha=0.5, save_path_root=tmp_path)
+    folder = fv_runtime(
+        RuntimeConfig(**some("tiny-pythia", 3, tmp_path), edit_layer=1, alpha=0.5, save_path_root=tmp_path)
+    )
     model = golden.model("tiny-pythia")
     vector = load(folder / "fv_global_resid.pt")["fv_global_resid"]
 
@@ -224,7 +233,7 @@ def test_answers_are_those_of_plain_forward_passes(tmp_path: Path) -> None:
 
 def test_spaces_are_kept_apart(tmp_path: Path) -> None:
     """What can be added to the residual stream sums to the vector; what lies before the projections cannot be added."""
-    folder = fv_runtime(**some("gpt2-xl", 3, tmp_path), save_path_root=tmp_path)
+    folder = fv_runtime(RuntimeConfig(**some("gpt2-xl", 3, tmp_path), save_path_root=tmp_path))
     model, found = golden.model("gpt2-xl"), load(folder / "fv_by_layer.pt")
     mean, top = load(folder / "mean_activations.pt"), load(folder / "top_heads.json")
     vector = load(folder / "fv_global_resid.pt")["fv_global_resid"]
@@ -257,7 +266,7 @@ def test_heads_by_either_score(tmp_path: Path) -> None:
     model = golden.model("tiny-llama2-7b")
     tops = {}
     for key in ("mean_delta_p", "mean_delta_logprob"):
-        folder = fv_runtime(**settings, score_key=key, save_path_root=tmp_path / key)  # type: ignore[arg-type]
+        folder = fv_runtime(RuntimeConfig(**settings, score_key=key, save_path_root=tmp_path / key))  # type: ignore[arg-type]
         tops[key] = load(folder / "top_heads.json")
         rows = tops[key]["heads"]
         assert [row["rank_score"] for row in rows] == [row[key] for row in rows]
@@ -278,11 +287,11 @@ def test_replay_and_sweep_answer_alike(kind: str, tmp_path: Path) -> None:
     run = fixed_run(settings["fixed_trials_path"], model.tokenizer, model_name="org/tiny-llama3-8b")
     vector = golden.vector("tiny-llama3-8b")
     slow, fast = (answers(model, run, vector, 3, kind=kind, by=by, alpha=2.0) for by in ("replay", "sweep"))  # type: ignore[arg-type]
-    for one, two in ((slow.base, fast.base), (slow.given, fast.given)):
+    for one, two in ((slow.base, fast.base), (slow.steered, fast.steered)):
         assert torch.equal(one.rank, two.rank) and torch.equal(one.pred_id, two.pred_id)
         assert float((one.logits - two.logits).abs().max()) <= 5e-5
         assert float((one.logprob - two.logprob).abs().max()) <= 5e-5
-    assert float((slow.base.logprob - slow.given.logprob).abs().min()) > 1e-3
+    assert float((slow.base.logprob - slow.steered.logprob).abs().min()) > 1e-3
 
 
 # Writing
@@ -309,7 +318,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 def test_a_killed_run_leaves_whole_files(tmp_path: Path) -> None:
     """Killed while it writes: whatever has its name is whole."""
     code = (
-        "import sys; from pathlib import Path; from interp_plugins.function_vectors.artefacts import put\n"
+        "import sys; from pathlib import Path; from interp_plugins.function_vectors.files.fixed_run import put\n"
         "n = 0\n"
         "while True:\n"
         "    n += 1\n"

@@ -13,7 +13,7 @@ from fv_golden import FAMILIES
 from interp_plugins.function_vectors import studies
 from interp_plugins.function_vectors.effects import top_heads
 from interp_plugins.function_vectors.evaluate import evaluate, questions
-from interp_plugins.function_vectors.files import read_effects, read_means, read_vector
+from interp_plugins.function_vectors.files.published import read_effects, read_means, read_vector
 from interp_plugins.function_vectors.induction import prefix_matching, slot_attention
 from interp_plugins.function_vectors.means import mean_layer_activations
 from interp_plugins.function_vectors.tasks import Pair, Task

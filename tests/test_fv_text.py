@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from conftest import DATA
-from interp_plugins.function_vectors.checks import reference_labels
+from interp_plugins.function_vectors.files.checks import reference_labels
+from interp_plugins.function_vectors.files.trials_json import prompt_data
 from interp_plugins.function_vectors.prompts import LAST, Prompt, Slots, build, dummy, target_ids
 from interp_plugins.function_vectors.tasks import Pair, Task, load_task
 from interp_plugins.function_vectors.template import PREFIXES, SEPARATORS, Template
-from interp_plugins.function_vectors.trials_file import prompt_data
 
 import interp_core as ic
 from interp_core.loading import open_tokenizer

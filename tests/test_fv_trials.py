@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interp_plugins.function_vectors.checks import prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.checks import prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.trials import Trials, to_json
+from interp_plugins.function_vectors.files.trials_json import read_json
 from interp_plugins.function_vectors.tasks import Task
 from interp_plugins.function_vectors.template import Template
-from interp_plugins.function_vectors.trials import Trials, fixed_trials, legacy_trials, relation_trials
-from interp_plugins.function_vectors.trials_file import read_json, to_json
-from interp_recipes.fv_fixed_trials import fv_fixed_trials
+from interp_plugins.function_vectors.trials import fixed_trials, legacy_trials, relation_trials
+from interp_recipes.fv_fixed_trials import FixedTrialsConfig, fv_fixed_trials
 from test_fv_text import FIXED, FV, GOLDEN, TOKENIZERS, task, tokenizer
 
 import interp_core as ic
@@ -249,7 +250,9 @@ def test_prompts_that_do_not_align_are_mismatches() -> None:
 
 
 def test_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = fv_fixed_trials(ANTONYM, tmp_path, n_trials=4, n_shots=3, seed=1, verify_n=1)
+    path = fv_fixed_trials(
+        FixedTrialsConfig(dataset_json=ANTONYM, out_path=tmp_path, n_trials=4, n_shots=3, seed=1, verify_n=1)
+    )
     assert path == tmp_path / "fixed_trials_antonym_t4_s3_seed1_toy-text.json"
     said = capsys.readouterr().out
     for name in ("prompt parity", "slot parity", "verify"):
@@ -257,12 +260,14 @@ def test_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trial 0\n" in said and "trial 1\n" not in said and "target" in said
     data = read_json(path)
     assert data["meta"]["model_name_for_tokenizer"] == "toy:text" and data["meta"]["rng"] == "numpy.random.default_rng"
-    assert fv_fixed_trials(out_path=path, verify=False) == path  # an existing file names its tokenizer
+    assert (
+        fv_fixed_trials(FixedTrialsConfig(out_path=path, verify=False)) == path
+    )  # an existing file names its tokenizer
     assert "verify" not in capsys.readouterr().out
     data["trials"][2]["first_token_id"] += 1
     path.write_text(json.dumps(data))
     with pytest.raises(ic.TextError, match=r"1 mismatches\):\n  trial 2, first_token_id is \d+, should be \d+"):
-        fv_fixed_trials(out_path=path)
+        fv_fixed_trials(FixedTrialsConfig(out_path=path))
     assert "verify: checked_trials=4 mismatch_count=1" in capsys.readouterr().out
 
 
@@ -288,9 +293,9 @@ def test_recipe_with_and_without_bos(
     }  # fmt: skip
     if says:
         with pytest.raises(ic.TextError, match=says):
-            fv_fixed_trials(ANTONYM, tmp_path, **settings)
+            fv_fixed_trials(FixedTrialsConfig(dataset_json=ANTONYM, out_path=tmp_path, **settings))
         return
-    data = read_json(fv_fixed_trials(ANTONYM, tmp_path / "t.json", **settings))
+    data = read_json(fv_fixed_trials(FixedTrialsConfig(dataset_json=ANTONYM, out_path=tmp_path / "t.json", **settings)))
     assert data["trials"][0]["clean_prompt_str"].startswith(begins + " ")
     assert data["meta"]["model_prepend_bos"] is (name != "gpt2-xl" and added is not False)
     assert data["meta"]["prepend_bos_token_used"] is (begins != "Q:")
@@ -311,7 +316,9 @@ def test_the_command_line_fails_on_a_mismatch(
     log = (tmp_path / "parity.log").read_text()
     assert log.count("should be") == 30 and "mismatch_count=30" in log and log.endswith("FAIL\n")
     with pytest.raises(ic.LoadError, match="there is no folder /nowhere/at/all; give a folder with a tokenizer"):
-        fv_fixed_trials(ANTONYM, tmp_path, model_name_for_tokenizer="/nowhere/at/all")
+        fv_fixed_trials(
+            FixedTrialsConfig(dataset_json=ANTONYM, out_path=tmp_path, model_name_for_tokenizer="/nowhere/at/all")
+        )
 
 
 def test_the_commands_of_the_first_milestone(
@@ -369,19 +376,27 @@ def test_no_trials_are_no_pass(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text(json.dumps(data))
     settings = {"tokenizer_name": str(TOKENIZERS["tiny-llama3-8b"]), "verify_n": 0}
     with pytest.raises(ic.TextError, match="prompt parity, slot parity, verify: there are no trials to check"):
-        fv_fixed_trials(out_path=tmp_path / "none.json", **settings)
+        fv_fixed_trials(FixedTrialsConfig(out_path=tmp_path / "none.json", **settings))
 
 
 def test_another_files_place_is_taken_only_by_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"n_trials": 3, "n_shots": 2, "verify": False}
-    path = fv_fixed_trials(ANTONYM, tmp_path / "out", **settings)
+    path = fv_fixed_trials(FixedTrialsConfig(dataset_json=ANTONYM, out_path=tmp_path / "out", **settings))
     own = path.read_bytes()
-    assert fv_fixed_trials(ANTONYM, tmp_path / "out", **settings) == path and path.read_bytes() == own
+    assert (
+        fv_fixed_trials(FixedTrialsConfig(dataset_json=ANTONYM, out_path=tmp_path / "out", **settings)) == path
+        and path.read_bytes() == own
+    )
     assert "same as before" in capsys.readouterr().out
     other = tmp_path / "other" / path.name
     other.parent.mkdir()
     other.write_text("{}")
     with pytest.raises(ic.PlanError, match="overwrite"):
-        fv_fixed_trials(ANTONYM, other.parent, **settings)
+        fv_fixed_trials(FixedTrialsConfig(dataset_json=ANTONYM, out_path=other.parent, **settings))
     assert other.read_text() == "{}"
-    assert fv_fixed_trials(ANTONYM, other.parent, overwrite=True, **settings).read_bytes() == own
+    assert (
+        fv_fixed_trials(
+            FixedTrialsConfig(dataset_json=ANTONYM, out_path=other.parent, overwrite=True, **settings)
+        ).read_bytes()
+        == own
+    )

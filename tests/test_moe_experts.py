@@ -15,7 +15,8 @@ import torch
 from interp_plugins.pairs import Pair, read_pairs, write_pairs
 from interp_plugins.pairs.pair import SIDES, tokens_of
 from interp_plugins.pairs.routing import VIEWS, joined, pair_sums, routed_targets
-from interp_plugins.router.points import Shape, read_points
+from interp_plugins.router.point_files import read_points
+from interp_plugins.router.points import Shape
 from interp_recipes import moe_experts as recipe
 from interp_recipes.moe_experts import MoeExpertsConfig
 from interp_recipes.moe_experts.findings import Findings

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from interp_plugins.router.method import PER_TOKEN, RouterResult
-from interp_plugins.router.points import Shape, read_points
+from interp_plugins.router.point_files import read_points
+from interp_plugins.router.points import Shape
 from moe_golden import expected, model, pairs
 
 import interp_core as ic

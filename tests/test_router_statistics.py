@@ -10,7 +10,8 @@ import pytest
 import torch
 from interp_plugins.router import divergence, points, usage
 from interp_plugins.router.divergence import Chance, Divergence
-from interp_plugins.router.points import Point, Points, Shape, points_of, read_points, thresholded
+from interp_plugins.router.point_files import read_points
+from interp_plugins.router.points import Point, Points, Shape, points_of, thresholded
 from interp_plugins.router.routed import Routed
 from interp_plugins.router.usage import Usage
 from moe_golden import DATA, expected, pairs, routing

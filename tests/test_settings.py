@@ -87,6 +87,7 @@ def test_inherited_settings_are_described_where_they_are_written() -> None:
 
         g: int = 2
 
+    assert [row["setting"] for row in settings.rows(More)] == ["g", "a", "b", "c", "d", "e", "f"]  # its own first
     rows = {row["setting"]: row["description"] for row in settings.rows(More)}
     assert (rows["a"], rows["b"], rows["g"]) == ("share a line and go on.", "of its own.", "new.")
     assert settings.schema(More)["properties"]["a"]["description"] == "share a line and go on."

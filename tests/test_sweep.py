@@ -25,9 +25,9 @@ def test_every_strategy_equals_full_forward_passes(family: str) -> None:
     model = tiny_model(family, torch.float64)
     edits = variants(model)
     wanted = model.sweep(tokens(), edits, JUDGED, strategy="full")
-    found = model.sweep(tokens(), edits, JUDGED)
-    assert found.plan.strategy == ("restart" if family in COARSER else "staircase"), found.plan.why
-    for swept in (found, *(model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("batched", "restart"))):
+    auto = model.sweep(tokens(), edits, JUDGED)
+    assert auto.plan.strategy == ("restart" if family in COARSER else "staircase"), auto.plan.why
+    for swept in (auto, *(model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("batched", "restart"))):
         assert not any(swept.plan.singles)
         same(swept, wanted, model)
 
@@ -35,13 +35,13 @@ def test_every_strategy_equals_full_forward_passes(family: str) -> None:
 def test_it_equals_a_loop_of_runs() -> None:
     model = tiny_model("llama")
     edits = variants(model)
-    found = model.sweep(tokens(), edits, score.logprob(torch.tensor([3, 7])))
+    swept = model.sweep(tokens(), edits, score.logprob(torch.tensor([3, 7])))
     for number in (0, 7, 14, len(edits) - 1):
         edit = edits[number]
         run = model.run(tokens(), edits=edit, logits=-1)
-        torch.testing.assert_close(found.values[number], score.logprob(torch.tensor([3, 7]))(run), atol=1e-5, rtol=1e-5)
-    assert found.effects.shape == (len(edits), 2)
-    assert found.top(1)[0][0] == str(edits[int(found.effects.mean(-1).abs().argmax())])
+        torch.testing.assert_close(swept.values[number], score.logprob(torch.tensor([3, 7]))(run), atol=1e-5, rtol=1e-5)
+    assert swept.effects.shape == (len(edits), 2)
+    assert swept.top(1)[0][0] == str(edits[int(swept.effects.mean(-1).abs().argmax())])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -71,8 +71,8 @@ def test_it_executes_the_token_layers_that_the_plan_says() -> None:
     try:
         for strategy in strategies:
             seen.clear()
-            found = model.sweep(tokens(), edits, JUDGED, strategy=strategy)
-            assert sum(seen) == found.plan.token_layers, strategy
+            swept = model.sweep(tokens(), edits, JUDGED, strategy=strategy)
+            assert sum(seen) == swept.plan.token_layers, strategy
     finally:
         for handle in handles:
             handle.remove()
@@ -99,7 +99,7 @@ def test_chunks_fit_the_budget_and_shrink_when_memory_runs_out(monkeypatch: pyte
     edits = variants(model)
     whole = model.sweep(tokens(), edits, JUDGED)
     small = model.sweep(tokens(), edits, JUDGED, memory_budget=3 * whole.plan.row_bytes)
-    assert max(len(one.steps) for one in small.plan.passes if one.columns == 8) <= 3
+    assert max(len(sweep_pass.steps) for sweep_pass in small.plan.passes if sweep_pass.columns == 8) <= 3
     assert len(small.plan.passes) > len(whole.plan.passes)
     torch.testing.assert_close(small.values, whole.values, atol=1e-5, rtol=1e-5)
     with pytest.raises(ic.PlanError, match="one variant takes about .* the memory budget is 0.0 MiB"):
@@ -119,13 +119,13 @@ def test_scores() -> None:
     model = tiny_model("llama")
     edits = [S.resid_post[0].at(-1).scale(0.5), S.z[2, 0].at(-1).zero()]
     logits = [model.run(tokens(), edits=e, logits=-1).logits.as_subclass(torch.Tensor) for e in ([], *edits)]
-    found = model.sweep(tokens(), edits, score.kl())
+    swept = model.sweep(tokens(), edits, score.kl())
     for number, changed in enumerate(logits[1:]):
         wanted = torch.nn.functional.kl_div(
             changed.log_softmax(-1), logits[0].log_softmax(-1), reduction="none", log_target=True
         )
-        torch.testing.assert_close(found.values[number], wanted.sum(-1), atol=1e-5, rtol=1e-4)
-    assert torch.equal(found.clean, torch.zeros(2))
+        torch.testing.assert_close(swept.values[number], wanted.sum(-1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(swept.clean, torch.zeros(2))
     with pytest.raises(ic.PlanError, match="compares with a clean run"):
         score.kl()(model.run(tokens(), logits=-1))
     own = score.Score("norm", lambda x: x.norm(dim=-1))
@@ -143,11 +143,11 @@ def test_every_site_goes_into_passes_of_many(family: str) -> None:
     """Also those whose value is computed beside the forward pass: routers, experts' and heads' outputs, resid_mid."""
     model = tiny_model(family, torch.float64)
     edits = everywhere(model)
-    found = model.sweep(tokens(), edits, JUDGED)
+    swept = model.sweep(tokens(), edits, JUDGED)
     ends = [i for i, edit in enumerate(edits) if edit.site.name in ("final_norm", "logits")]
-    assert found.plan.singles == [ends, ends]
+    assert swept.plan.singles == [ends, ends]
     full = model.sweep(tokens(), edits, JUDGED, strategy="full")
-    same(found, full, model)
+    same(swept, full, model)
 
 
 def test_several_scores_of_the_same_passes() -> None:
@@ -160,14 +160,14 @@ def test_several_scores_of_the_same_passes() -> None:
     try:
         many = model.sweep(tokens(), edits, judged)
         together = len(ran)
-        alone = [model.sweep(tokens(), edits, one) for one in judged]
+        alone = [model.sweep(tokens(), edits, single) for single in judged]
     finally:
         handle.remove()
     assert len(ran) == 5 * together
-    for found, wanted in zip(many, alone, strict=True):
-        assert found.score == wanted.score
-        torch.testing.assert_close(found.values, wanted.values, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found.clean, wanted.clean, atol=1e-5, rtol=1e-5)
+    for swept, wanted in zip(many, alone, strict=True):
+        assert swept.score == wanted.score
+        torch.testing.assert_close(swept.values, wanted.values, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(swept.clean, wanted.clean, atol=1e-5, rtol=1e-5)
     with pytest.raises(ic.PlanError, match="scores logprob and rank read different places; sweep once for each"):
         model.sweep(tokens(), edits, [score.logprob(3), score.rank(3, at=2)])
     with pytest.raises(ic.PlanError, match="a sweep needs a score"):
@@ -184,9 +184,9 @@ def test_edits_of_one_variant_follow_each_other() -> None:
         [S.head_out[1, 0].at(-1).scale(2.0), S.head_out[1, 0].at(-1).zero(), S.head_out[1, 1].at([1, 3, 4]).zero()],
         [S.resid_pre[1].at([0, 1, 3]).zero(), S.resid_pre[1].apply(lambda x: x + 1)], [],
     ]  # fmt: skip
-    found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
-    assert found.plan.singles == [[6], [6]]
-    same(found, full, model)
+    swept, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    assert swept.plan.singles == [[6], [6]]
+    same(swept, full, model)
     assert len(set(full.values[:4, 0].tolist())) == 4
     torch.testing.assert_close(full.values[6], full.clean)
 
@@ -198,18 +198,18 @@ def test_what_leaves_a_block_is_changed_before_what_enters_the_next() -> None:
     post, mid, pre = S.resid_post[0].at(-1).add(vector), S.resid_mid[1].at(1).scale(2.0), S.resid_pre[1].at(-1)
     edits = [[pre.scale(3.0), post], [post, pre.scale(3.0)], [pre.zero(), mid, post, post]]
     for strategy in ("auto", "restart", "batched"):
-        found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in (strategy, "full"))
-        same(found, full, model)
-        assert not any(found.plan.singles) and float(found.values[0, 0]) == float(found.values[1, 0])
+        swept, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in (strategy, "full"))
+        same(swept, full, model)
+        assert not any(swept.plan.singles) and float(swept.values[0, 0]) == float(swept.values[1, 0])
 
 
 def test_other_engines_run_one_after_the_other() -> None:
     model = ic.load(testing.tiny("llama"), engine="nnsight")
     edits = variants(model)[:4]
-    found = model.sweep(tokens(), edits, JUDGED)
-    assert found.plan.strategy == "full" and "engine 'nnsight' runs one variant after the other" in found.plan.explain()
+    swept = model.sweep(tokens(), edits, JUDGED)
+    assert swept.plan.strategy == "full" and "engine 'nnsight' runs one variant after the other" in swept.plan.explain()
     torch.testing.assert_close(
-        found.values, tiny_model("llama").sweep(tokens(), edits, JUDGED).values, atol=1e-5, rtol=1e-5
+        swept.values, tiny_model("llama").sweep(tokens(), edits, JUDGED).values, atol=1e-5, rtol=1e-5
     )
 
 
@@ -231,7 +231,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_bad_input() -> None:
     model = tiny_model("llama")
     good = S.z[1, 0].at(-1).zero()
-    for asked, message in (
+    for call, message in (
         (lambda: model.sweep(tokens(), [], JUDGED), "a sweep needs variants"),
         (lambda: model.sweep(tokens(), [S.z[1]], JUDGED), "a variant is edits, not Site"),
         (lambda: model.sweep(tokens(), [["z"]], JUDGED), "a variant is edits, not str"),
@@ -249,7 +249,7 @@ def test_bad_input() -> None:
         (lambda: score.rank(3)(model.run(tokens(), read=S.resid_post[0], logits=False)), "logits"),
     ):
         with pytest.raises((ic.InterpError, TypeError), match=message):
-            asked()
+            call()
     with pytest.raises(ic.CapabilityError, match="strategy 'staircase' cannot be had here: layer 0 has no attention"):
         tiny_model("gpt_neo").sweep(tokens(), [S.resid_post[0].at(-1).zero()], JUDGED, strategy="staircase")
 
@@ -257,9 +257,9 @@ def test_bad_input() -> None:
 def test_scores_that_are_no_numbers_are_named() -> None:
     model = tiny_model("llama")
     poison = torch.full((64,), float("nan"))
-    found = model.sweep(tokens(), [S.resid_pre[1].at(-1).add(poison), S.z[1, 0].at(-1).zero()], JUDGED)
-    assert found.failed == ["resid_pre[1]@-1 add float32[64]"]
-    assert torch.isfinite(found.values[1]).all()
+    swept = model.sweep(tokens(), [S.resid_pre[1].at(-1).add(poison), S.z[1, 0].at(-1).zero()], JUDGED)
+    assert swept.failed == ["resid_pre[1]@-1 add float32[64]"]
+    assert torch.isfinite(swept.values[1]).all()
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,16 +312,16 @@ def test_likelihood_of_spans(family: str) -> None:
     text = replace(tokens(), spans=spans)
     judged = score.nll(text, "answer")
     edits = [S.resid_pre[1].at(1).scale(2.0), S.z[0, 1].at(2).zero(), S.mlp_out[2].at(3).scale(0.0)]
-    found = model.sweep(text, edits, judged)
+    swept = model.sweep(text, edits, judged)
     for number, edit in enumerate([None, *edits]):
         for row, chosen in enumerate(((4, 5, 6), (3, 4))):
             logits = model.run(text.row(row), edits=edit or ()).logits.as_subclass(torch.Tensor)[0].log_softmax(-1)
             wanted = -sum(float(logits[i - 1, text.row(row).ids[0, i]]) for i in chosen)
-            value = found.clean[row] if edit is None else found.values[number - 1, row]
-            assert float(value) == pytest.approx(wanted, abs=rounding(model) * float(found.clean.max()))
+            value = swept.clean[row] if edit is None else swept.values[number - 1, row]
+            assert float(value) == pytest.approx(wanted, abs=rounding(model) * float(swept.clean.max()))
     single = replace(text.row(0), spans={"answer": ((ic.Span(4, 7),),)})
     run = model.run(single)
-    assert float(score.nll(single, "answer")(run)) == pytest.approx(float(found.clean[0]), rel=rounding(model))
+    assert float(score.nll(single, "answer")(run)) == pytest.approx(float(swept.clean[0]), rel=rounding(model))
     with pytest.raises(ic.PlanError, match="the rows' spans differ in length"):
         judged(model.run(text))
     with pytest.raises(ic.PlanError, match="no span 'answr'. Did you mean 'answer'"):
@@ -343,10 +343,10 @@ def test_texts_with_images(family: str) -> None:
     if not model.can("pattern", "write"):
         edits.append(S.pattern[2].knockout(query=-1, key="vision"))
     judged = score.logit_diff(3, 9)
-    found, full = (model.sweep(values, edits, judged, strategy=name) for name in ("auto", "full"))
-    assert found.plan.strategy == ("restart" if family in COARSER else "staircase")
-    assert [edits[number] for number in found.plan.singles[0]] == [S.vision_embed.scale(0.5)]
-    same(found, full, model)
+    swept, full = (model.sweep(values, edits, judged, strategy=name) for name in ("auto", "full"))
+    assert swept.plan.strategy == ("restart" if family in COARSER else "staircase")
+    assert [edits[number] for number in swept.plan.singles[0]] == [S.vision_embed.scale(0.5)]
+    same(swept, full, model)
 
 
 INNER = {
@@ -362,13 +362,13 @@ def test_scores_of_inner_sites(name: str, strategy: str) -> None:
     model = tiny_model("llama", torch.float64)
     judged = score.Score("size", lambda x: x.reshape(len(x), -1).square().sum(-1), of=INNER[name])
     edits = [S.z[0, head].at(1).zero() for head in range(4)] + [S.resid_pre[1].at(1).scale(2.0), S.embed.at(0).zero()]
-    found, full = (model.sweep(tokens(), edits, judged, strategy=asked) for asked in (strategy, "full"))
-    close(found.values, full.values, model)
-    close(found.clean, full.clean, model)
-    assert found.plan.singles == [[], []]
+    swept, full = (model.sweep(tokens(), edits, judged, strategy=taken) for taken in (strategy, "full"))
+    close(swept.values, full.values, model)
+    close(swept.clean, full.clean, model)
+    assert swept.plan.singles == [[], []]
     for number, edit in enumerate([None, *edits]):
         run = model.run(tokens().row(1), read=INNER[name], edits=edit or (), logits=False, allow_noop=True)
-        wanted = found.clean[1] if edit is None else found.values[number - 1, 1]
+        wanted = swept.clean[1] if edit is None else swept.values[number - 1, 1]
         close(judged(run)[0], wanted, model, size=full.values.abs().max())
 
 
@@ -383,15 +383,15 @@ def test_passes_end_where_an_inner_site_is_scored() -> None:
         for at in range(3)
     ]
     try:
-        found = model.sweep(tokens(), edits, judged)
+        swept = model.sweep(tokens(), edits, judged)
     finally:
         for handle in handles:
             handle.remove()
     assert set(ran) == {0, 1}
-    assert found.plan.token_layers == 2 * (8 + 5) + 2 * (2 + 1)
+    assert swept.plan.token_layers == 2 * (8 + 5) + 2 * (2 + 1)
     wanted = model.run(tokens(), read=S.resid_post[1].at(-1), edits=edits[0])[S.resid_post[1].at(-1)]
     torch.testing.assert_close(
-        found.values[0], wanted.as_subclass(torch.Tensor) @ torch.linspace(-1, 1, 64), atol=1e-5, rtol=1e-5
+        swept.values[0], wanted.as_subclass(torch.Tensor) @ torch.linspace(-1, 1, 64), atol=1e-5, rtol=1e-5
     )
     for site, message in (
         (S.z[2, 0].at(-1).zero(), r"z\[2,0\]@-1 zero lies above resid_post\[1\]@-1, which score projection of"),
@@ -430,8 +430,8 @@ def test_an_edit_of_one_number() -> None:
     model = tiny_model("llama", torch.float64)
     edits = [S.mlp_act[1, n].at(2).set(torch.tensor(1.5, dtype=torch.float64)) for n in (5, 7)]
     edits.append(S.mlp_act[1, 5].at(2).zero())
-    found, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
-    same(found, full, model)
+    swept, full = (model.sweep(tokens(), edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    same(swept, full, model)
 
 
 def test_padding_cannot_be_edited() -> None:
@@ -446,8 +446,8 @@ def test_a_folder_knows_ragged_targets_and_other_weights(tmp_path: Path) -> None
     model = tiny_model("llama")
     text = replace(tokens(), spans={"answer": ((ic.Span(4, 7),), (ic.Span(3, 5),))})
     edits = [S.z[1, 0].at(1).zero()]
-    found = model.sweep(text, edits, score.nll(text, "answer"), out=tmp_path)
-    assert torch.equal(model.sweep(text, edits, score.nll(text, "answer"), out=tmp_path).values, found.values)
+    swept = model.sweep(text, edits, score.nll(text, "answer"), out=tmp_path)
+    assert torch.equal(model.sweep(text, edits, score.nll(text, "answer"), out=tmp_path).values, swept.values)
     other = ic.load(testing.tiny("llama", seed=1))
     with pytest.raises(ic.PlanError, match="holds another sweep"):
         other.sweep(text, edits, score.nll(text, "answer"), out=tmp_path)

@@ -24,7 +24,7 @@ from interp_core.batches import some_rows
 from interp_core.engines.called import Called
 from interp_core.engines.tower import Tower
 from interp_core.sweep import runner
-from interp_core.sweep.plan import SHORT
+from interp_core.sweep.place import SHORT
 from interp_core.vision.corner import shorter
 
 JUDGED = score.logit_diff(3, 9)
@@ -43,25 +43,25 @@ def values(family: str, dtype: torch.dtype = torch.float64, n_images: int = 2, s
 
 def values_of(family: str, images: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A text with these images."""
-    made = pictures.inputs(family, [images])
-    return {key: x.to(dtype) if key == "pixel_values" else x for key, x in made.items()}
+    inputs = pictures.inputs(family, [images])
+    return {key: x.to(dtype) if key == "pixel_values" else x for key, x in inputs.items()}
 
 
-def visual_tokens(given: dict[str, Tensor]) -> int:
+def visual_tokens(inputs: dict[str, Tensor]) -> int:
     """How many of one of its images, all as large."""
-    return len(places(given)[0]) // len(given["image_grid_thw"])
+    return len(places(inputs)[0]) // len(inputs["image_grid_thw"])
 
 
-def places(given: dict[str, Tensor]) -> tuple[list[int], list[int]]:
+def places(inputs: dict[str, Tensor]) -> tuple[list[int], list[int]]:
     """Visual positions, and those after the last one."""
-    ids = given["input_ids"][0].tolist()
+    ids = inputs["input_ids"][0].tolist()
     visual = [i for i, token in enumerate(ids) if token == pictures.IMAGE]
     return visual, list(range(visual[-1] + 1, len(ids)))
 
 
-def variants(model: ic.Model, given: dict[str, Tensor]) -> list[ic.Edit | list[ic.Edit]]:
+def variants(model: ic.Model, inputs: dict[str, Tensor]) -> list[ic.Edit | list[ic.Edit]]:
     """Edits of text behind the images, of whole images, of single visual tokens, inside attention, in several layers."""
-    visual, after = places(given)
+    visual, after = places(inputs)
     vector = torch.linspace(-2, 2, 64, dtype=model.dtype)
     out: list[ic.Edit | list[ic.Edit]] = [S.z[at, 1].at(-1).zero() for at, head in model.heads if head == 1]
     for at in range(3):
@@ -79,24 +79,26 @@ def variants(model: ic.Model, given: dict[str, Tensor]) -> list[ic.Edit | list[i
 
 @pytest.mark.parametrize("family", some(*FAST))
 def test_a_sweep_equals_a_run_for_each_variant(family: str) -> None:
-    model, given = tiny_model(family, torch.float64), values(family)
-    edits = variants(model, given)
-    found, full = (model.sweep(given, edits, JUDGED, strategy=name) for name in ("auto", "full"))
-    assert found.plan.strategy == ("restart" if family in COARSER else "staircase"), found.plan.why
-    assert not any(found.plan.singles) and [len(one) for one in full.plan.singles] == [len(edits)]
-    same(found, full, model)
-    logits = model.run(given, edits=edits[1]).logits[0, -1]
-    assert float(found.values[1, 0]) == pytest.approx(float(logits[3] - logits[9]), rel=1e-6)
+    model, inputs = tiny_model(family, torch.float64), values(family)
+    edits = variants(model, inputs)
+    swept, full = (model.sweep(inputs, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    assert swept.plan.strategy == ("restart" if family in COARSER else "staircase"), swept.plan.why
+    assert not any(swept.plan.singles) and [len(numbers) for numbers in full.plan.singles] == [len(edits)]
+    same(swept, full, model)
+    logits = model.run(inputs, edits=edits[1]).logits[0, -1]
+    assert float(swept.values[1, 0]) == pytest.approx(float(logits[3] - logits[9]), rel=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", VISUAL)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_in_half_the_digits_and_by_steps(family: str, attention: str) -> None:
-    model, given = tiny_model(family, torch.float32, attention), values(family, torch.float32)
+    model, inputs = tiny_model(family, torch.float32, attention), values(family, torch.float32)
     for strategy in ("auto", "restart", "batched"):
-        found, full = (model.sweep(given, variants(model, given), JUDGED, strategy=name) for name in (strategy, "full"))
-        same(found, full, model)
+        swept, full = (
+            model.sweep(inputs, variants(model, inputs), JUDGED, strategy=name) for name in (strategy, "full")
+        )
+        same(swept, full, model)
 
 
 def computed(tower: nn.Module) -> nn.Module:
@@ -134,35 +136,35 @@ def test_the_tower_runs_once_and_only_what_changes(family: str) -> None:
     over have passes of their own, and the same image."""
     if family == "qwen3_5_vision":
         pytest.skip("its layers with linear attention are no self_attn")
-    model, given = ic.load(testing.tiny(family)), values(family, torch.float32)
-    visual, after = places(given)
-    n = given["input_ids"].shape[1]
+    model, inputs = ic.load(testing.tiny(family)), values(family, torch.float32)
+    visual, after = places(inputs)
+    n = inputs["input_ids"].shape[1]
     edits: list[ic.Edit] = [S.resid_pre[at].at(after).scale(2.0) for at in range(3)]
     edits += [S.pattern[at:].knockout(query=after, key="vision") for at in range(3)]
     with counted(model) as (towers, tokens):
-        cold = model.sweep(given, [*edits, S.vision_embed.scale(0.5)], JUDGED)
-        corner = [4 / visual_tokens(given)] if family in pictures.QWEN else []
+        cold = model.sweep(inputs, [*edits, S.vision_embed.scale(0.5)], JUDGED)
+        corner = [4 / visual_tokens(inputs)] if family in pictures.QWEN else []
         assert [size / towers[-1] for size in towers] == [*corner, 1]
         tokens.clear()
-        plan = model.sweep(given, edits, JUDGED).plan
+        plan = model.sweep(inputs, edits, JUDGED).plan
         assert towers[-1] == towers[-2] and len(towers) == len(corner) + 2
     assert sum(tokens) == plan.token_layers == 3 * n + 2 * len(after) * (3 + 2 + 1)
     assert cold.plan.trial is not None and "once per model" in plan.explain()
-    wide = ic.Sweep.planned(model, given, [S.resid_pre[1].at("vision").zero()], JUDGED)
+    wide = ic.Sweep.planned(model, inputs, [S.resid_pre[1].at("vision").zero()], JUDGED)
     start = 0 if SHORT * visual[0] <= n - visual[0] else visual[0]
     assert wide.token_layers == 3 * n + 2 * (n - start)
 
 
 def batch(model: ic.Model, family: str) -> ic.Tokens:
     """Texts of nearly one length: two images, two of other sizes or one token less, and none."""
-    made = [pictures.picture(family, seed) for seed in range(3)]
-    rows = [model.input(values_of(family, made[:2], model.dtype))]
+    images = [pictures.picture(family, seed) for seed in range(3)]
+    rows = [model.input(values_of(family, images[:2], model.dtype))]
     if family in pictures.QWEN:
         rows.append(
             model.input(values_of(family, [torch.randn(3, 16, 48, generator=torch.manual_seed(3))], model.dtype))
         )
     else:
-        second = model.input(values_of(family, made[1:], model.dtype))
+        second = model.input(values_of(family, images[1:], model.dtype))
         rows.append(shorter(second, model.hf.config, model.atlas.family))
     words = 10 + torch.arange(rows[0].ids.shape[1] - 1)[None] % 40
     return ic.Tokens.stack([*rows, ic.Tokens(words, words > 0)])
@@ -177,20 +179,20 @@ def test_texts_share_a_clean_pass(family: str) -> None:
     edits: list[ic.Edit] = [S.resid_pre[at].at(pos).scale(3.0) for at in range(3) for pos in (0, 5, -4, -1)]
     edits += [S.z[at, 1].at([-2, -1]).scale(2.0) for at, head in model.heads if head == 1]
     judged = score.logit_diff(torch.tensor([3, 4, 5]), 9)
-    found, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
-    same(found, full, model)
-    assert not found.plan.why or family in COARSER
-    assert [group.texts for group in found.plan.groups] == ([(0,), (1,), (2,)] if family in COARSER else [(0, 1, 2)])
+    swept, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
+    same(swept, full, model)
+    assert not swept.plan.why or family in COARSER
+    assert [group.texts for group in swept.plan.groups] == ([(0,), (1,), (2,)] if family in COARSER else [(0, 1, 2)])
     if model.can("pattern", "write"):
         return
     layers, pair = model.atlas.layers("pattern"), some_rows(text, [0, 1])
     hidden = [S.pattern[at].knockout(query=-1, key="vision") for at in layers]
     hidden += [S.pattern[at].knockout(query=[-2, -1], key="image_0") for at in layers[-1:]]
-    found, full = (model.sweep(pair, hidden, JUDGED, strategy=name) for name in ("auto", "full"))
-    same(found, full, model)
+    swept, full = (model.sweep(pair, hidden, JUDGED, strategy=name) for name in ("auto", "full"))
+    same(swept, full, model)
     if family not in COARSER:
-        assert [group.texts for group in found.plan.groups] == [(0, 1)]
-        assert all(len({step.text for step in one.steps}) == 1 for one in found.plan.passes)
+        assert [group.texts for group in swept.plan.groups] == [(0, 1)]
+        assert all(len({step.text for step in sweep_pass.steps}) == 1 for sweep_pass in swept.plan.passes)
 
 
 def test_what_texts_that_go_together_cost() -> None:
@@ -217,8 +219,8 @@ def test_a_large_image_makes_no_larger_trial() -> None:
     edits = [S.resid_pre[at].at("vision").scale(2.0) for at in range(3)]
     trials = []
     for size in ((16, 24), (64, 64)):
-        given = values_of("qwen3_vl", [torch.randn(3, *size, generator=torch.manual_seed(0))], torch.float32)
-        trials.append(ic.Sweep.planned(ic.load(testing.tiny("qwen3_vl")), given, edits, JUDGED).trial)
+        inputs = values_of("qwen3_vl", [torch.randn(3, *size, generator=torch.manual_seed(0))], torch.float32)
+        trials.append(ic.Sweep.planned(ic.load(testing.tiny("qwen3_vl")), inputs, edits, JUDGED).trial)
     assert trials[0] == trials[1] and trials[0] is not None
     n, from_image, after = 3 + 4 + 3, 4 + 3, 3  # text, corner, text
     assert trials[0].token_layers == 2 * (3 * n + n) + 2 * from_image + (2 + 1) * after
@@ -230,10 +232,10 @@ def test_where_padding_tells_texts_go_one_by_one(monkeypatch: pytest.MonkeyPatch
     model = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64))
     text = batch(model, "qwen3_vl")
     edits = [S.resid_pre[at].at(pos).scale(3.0) for at in range(3) for pos in (0, -1)]
-    found, full = (model.sweep(text, edits, JUDGED, strategy=name) for name in ("auto", "full"))
-    same(found, full, model)
-    assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
-    assert "texts go one by one: its numbers differ from full forward passes by" in found.plan.explain()
+    swept, full = (model.sweep(text, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    same(swept, full, model)
+    assert swept.plan.strategy == "staircase" and [group.texts for group in swept.plan.groups] == [(0,), (1,), (2,)]
+    assert "texts go one by one: its numbers differ from full forward passes by" in swept.plan.explain()
 
 
 @pytest.mark.parametrize("strategy", ["auto", "full"])
@@ -241,26 +243,28 @@ def test_where_padding_tells_texts_go_one_by_one(monkeypatch: pytest.MonkeyPatch
 def test_rows_without_an_image_and_values_of_all_rows(family: str, strategy: str) -> None:
     """What images hand over is changed where there are images; a value for all rows is shared out by their tokens."""
     model = ic.load(testing.tiny(family, dtype=torch.float64))
-    made = [pictures.picture(family, seed).double() for seed in range(6)]
-    clear, blind = (pictures.inputs(family, rows) for rows in ((made[:2], [], made[2:3]), (made[3:5], [], made[5:])))
+    images = [pictures.picture(family, seed).double() for seed in range(6)]
+    clear, blind = (
+        pictures.inputs(family, rows) for rows in ((images[:2], [], images[2:3]), (images[3:5], [], images[5:]))
+    )
     source = model.run(blind, read=visual.reads(model))
     edits = [visual.replaced(source, at) for at in range(4)] + [[S.deepstack[0].scale(2.0)], [S.vision_embed.zero()]]
-    found = model.sweep(clear, edits, JUDGED, strategy=strategy)
+    swept = model.sweep(clear, edits, JUDGED, strategy=strategy)
     for number, edit in enumerate(edits):
         logits = model.run(clear, edits=edit, allow_noop=True).logits[:, -1]
-        close(found.values[number], logits[:, 3] - logits[:, 9], model)
+        close(swept.values[number], logits[:, 3] - logits[:, 9], model)
 
 
 def test_few_columns_before_an_image_are_run_too() -> None:
     """Over a handful of earlier keys, attention in two parts costs more than these columns in the model's own kernel."""
     model = tiny_model("llava")
-    given = values("llava", torch.float32, 3)
-    plan = ic.Sweep.planned(model, given, [S.resid_pre[1].at("vision").zero()], JUDGED)
-    assert places(given)[0][0] == 3 and plan.passes[0].columns == given["input_ids"].shape[1] > 16 * 3
-    found, full = (
-        model.sweep(given, [S.resid_pre[1].at("vision").zero()], JUDGED, strategy=s) for s in ("auto", "full")
+    inputs = values("llava", torch.float32, 3)
+    plan = ic.Sweep.planned(model, inputs, [S.resid_pre[1].at("vision").zero()], JUDGED)
+    assert places(inputs)[0][0] == 3 and plan.passes[0].columns == inputs["input_ids"].shape[1] > 16 * 3
+    swept, full = (
+        model.sweep(inputs, [S.resid_pre[1].at("vision").zero()], JUDGED, strategy=s) for s in ("auto", "full")
     )
-    same(found, full, model)
+    same(swept, full, model)
 
 
 @pytest.mark.parametrize("n_images", [1, 2])
@@ -275,12 +279,12 @@ def test_a_blind_curve_is_a_sweep_of_the_blind_text(family: str, n_images: int) 
     reads = [*(S.resid_pre[at] for at in range(3)), *([S.deepstack[0]] if family in DEEPSTACK else [])]
     seen, unseen = model.run(clear, read=S.resid_pre), model.run(blind, read=reads)
     edits = [S.resid_pre[at].at(after).set(seen[S.resid_pre[at]][:, after]) for at in range(3)]
-    found = model.sweep(blind, edits, JUDGED)
+    swept = model.sweep(blind, edits, JUDGED)
     if family not in COARSER and after[0] == visual[-1] + 1:
-        assert found.plan.token_layers == 3 * clear["input_ids"].shape[1] + len(after) * (3 + 2 + 1)
+        assert swept.plan.token_layers == 3 * clear["input_ids"].shape[1] + len(after) * (3 + 2 + 1)
     for at in range(3):
         wanted = _patched_by_hand(model, clear, visual, at, unseen[S.resid_pre[at]], family, unseen)
-        assert float(found.values[at, 0]) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+        assert float(swept.values[at, 0]) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 def _patched_by_hand(
@@ -323,27 +327,27 @@ def test_several_additions_and_one_after_the_last_block() -> None:
             video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
         )  # fmt: skip
         model = ic.load(transformers.Qwen3VLForConditionalGeneration(config).double().eval(), check=False)
-        given = values("qwen3_vl")
+        inputs = values("qwen3_vl")
         edits = [S.resid_pre[at].at("vision").scale(3.0) for at in range(layers)]
         edits += [S.resid_post[at].at(4).scale(3.0) for at in range(layers)]
-        found, full = (model.sweep(given, edits, JUDGED, strategy=name) for name in ("auto", "full"))
-        assert found.plan.strategy == ("staircase" if layers == 3 else "full")
-        assert ("after the last layer" in found.plan.why) == (layers == 2)
-        same(found, full, model)
+        swept, full = (model.sweep(inputs, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+        assert swept.plan.strategy == ("staircase" if layers == 3 else "full")
+        assert ("after the last layer" in swept.plan.why) == (layers == 2)
+        same(swept, full, model)
 
 
 def test_an_inner_site_and_a_span_are_scored() -> None:
-    model, given = tiny_model("qwen3_vl", torch.float64), values("qwen3_vl")
-    _, after = places(given)
-    tokens = model.input(given)
+    model, inputs = tiny_model("qwen3_vl", torch.float64), values("qwen3_vl")
+    _, after = places(inputs)
+    tokens = model.input(inputs)
     spans = {**tokens.spans, "answer": ((ic.Span(len(tokens.labels[0]) - 2, len(tokens.labels[0])),),)}
     text = replace(tokens, spans=spans)
     inner = score.projection(S.resid_post[1].at(-2), torch.linspace(-1, 1, 64, dtype=torch.float64))
     edits = [S.resid_pre[at].at(pos).scale(3.0) for at in range(2) for pos in ("vision", after[0])]
     for judged in (inner, score.nll(text, "answer"), score.kl()):
-        found, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
-        assert found.plan.strategy == "staircase"
-        same(found, full, model)
+        swept, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
+        assert swept.plan.strategy == "staircase"
+        same(swept, full, model)
 
 
 def test_a_model_whose_blocks_are_told_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,24 +369,24 @@ def test_a_model_whose_blocks_are_told_wrongly_is_found(monkeypatch: pytest.Monk
 
 def test_images_that_see_themselves_both_ways_are_run_whole() -> None:
     """Gemma 3: an edit of one visual token changes those before it in the same image."""
-    model, given = tiny_model("gemma3_vision", torch.float64), values("gemma3_vision")
-    visual, _ = places(given)
+    model, inputs = tiny_model("gemma3_vision", torch.float64), values("gemma3_vision")
+    visual, _ = places(inputs)
     second = visual[4]
     edits = [S.resid_pre[0].at(second + 2).scale(3.0), S.resid_pre[0].at(second - 1).scale(3.0)]
-    found, full = (model.sweep(given, edits, JUDGED, strategy=name) for name in ("auto", "full"))
-    width = given["input_ids"].shape[1]
-    assert sorted(one.columns for one in found.plan.passes) == [width - second, width - (second - 1)]
-    same(found, full, model)
+    swept, full = (model.sweep(inputs, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+    width = inputs["input_ids"].shape[1]
+    assert sorted(sweep_pass.columns for sweep_pass in swept.plan.passes) == [width - second, width - (second - 1)]
+    same(swept, full, model)
 
 
 def test_a_text_with_a_hidden_column_has_passes_of_its_own() -> None:
     """Beside others, which the trial then takes; alone, where there is nothing to try."""
-    model, given = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64)), values("qwen3_vl")
-    holed = {**given, "attention_mask": given["attention_mask"].clone()}
+    model, inputs = ic.load(testing.tiny("qwen3_vl", dtype=torch.float64)), values("qwen3_vl")
+    holed = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
     holed["attention_mask"][0, -3] = 0
     edits = [S.resid_pre[at].at(-1).scale(3.0) for at in range(3)]
-    for x in (holed, ic.Tokens.stack([model.input(holed), model.input(given)])):
-        found, full = (model.sweep(x, edits, JUDGED, strategy=name) for name in ("auto", "full"))
-        same(found, full, model)
-        assert len(found.plan.singles[0]) == len(edits)
-        assert found.plan.strategy == ("full" if len(found.plan.lengths) == 1 else "staircase")
+    for x in (holed, ic.Tokens.stack([model.input(holed), model.input(inputs)])):
+        swept, full = (model.sweep(x, edits, JUDGED, strategy=name) for name in ("auto", "full"))
+        same(swept, full, model)
+        assert len(swept.plan.singles[0]) == len(edits)
+        assert swept.plan.strategy == ("full" if len(swept.plan.lengths) == 1 else "staircase")

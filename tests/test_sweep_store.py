@@ -89,8 +89,8 @@ PAIRS: dict[str, tuple[Sweep, Sweep, str]] = {
 }
 
 
-def swept(model: ic.Model, asked: Sweep, out: Path | None = None) -> torch.Tensor:
-    x, edit, judge = asked
+def swept(model: ic.Model, sweep: Sweep, out: Path | None = None) -> torch.Tensor:
+    x, edit, judge = sweep
     return model.sweep(x, [edit], judge, out=out).values
 
 
@@ -98,22 +98,22 @@ def swept(model: ic.Model, asked: Sweep, out: Path | None = None) -> torch.Tenso
 def test_what_can_change_a_number_is_told(what: str, tmp_path: Path) -> None:
     first, second, part = PAIRS[what]
     model = tiny_model("llama")
-    found = swept(model, first, tmp_path)
-    assert torch.equal(swept(model, first, tmp_path), found)
+    kept = swept(model, first, tmp_path)
+    assert torch.equal(swept(model, first, tmp_path), kept)
     with pytest.raises(ic.PlanError, match=f"holds another sweep: other {part}; give another folder"):
         swept(model, second, tmp_path)
-    assert not torch.equal(swept(model, second), found)
+    assert not torch.equal(swept(model, second), kept)
 
 
 def test_globals_that_a_function_reads_are_part_of_it() -> None:
     source = "factor = {}\ndef helper(x): return x * factor\ndef scaled(x): return helper(x)"
 
-    def made(factor: float) -> Any:
+    def scaled_by(factor: float) -> Any:
         module = types.ModuleType("own")
         exec(source.format(factor), module.__dict__)
         return module.scaled  # type: ignore[attr-defined]
 
-    assert identity.identity(made(2.0)) == identity.identity(made(2.0)) != identity.identity(made(3.0))
+    assert identity.identity(scaled_by(2.0)) == identity.identity(scaled_by(2.0)) != identity.identity(scaled_by(3.0))
 
 
 def counting() -> Any:
@@ -145,9 +145,9 @@ def test_a_function_that_cannot_be_told_needs_a_key(fn: Any, why: str, tmp_path:
     ran: list[int] = []
     handle = model.hf.register_forward_pre_hook(lambda *_: ran.append(1))
     try:
-        for asked, owner in ((applied(fn), "edit resid_post"), (judged(fn), "score mine")):
+        for sweep, owner in ((applied(fn), "edit resid_post"), (judged(fn), "score mine")):
             with pytest.raises(ic.PlanError, match=rf"(?s){owner}.* cannot be told.*{why}.*ic\.keyed\(function, key\)"):
-                swept(model, asked, tmp_path)
+                swept(model, sweep, tmp_path)
     finally:
         handle.remove()
     assert not ran and not list(tmp_path.iterdir())
@@ -158,8 +158,8 @@ def test_images_are_told(tmp_path: Path) -> None:
     model = tiny_model("llava")
     values = pictures.inputs("llava", [[pictures.picture("llava")]])
     edit = S.resid_post[1].at(-1).scale(0.5)
-    found = swept(model, (values, edit, LOGIT), tmp_path)
-    assert torch.equal(swept(model, (values, edit, LOGIT), tmp_path), found)
+    kept = swept(model, (values, edit, LOGIT), tmp_path)
+    assert torch.equal(swept(model, (values, edit, LOGIT), tmp_path), kept)
     other = {**values, "pixel_values": values["pixel_values"].flip(-1)}
     with pytest.raises(ic.PlanError, match="other further inputs"):
         swept(model, (other, edit, LOGIT), tmp_path)
@@ -255,10 +255,10 @@ def test_a_model_from_disk_and_one_that_is_partly_offloaded_go_on_with_each_othe
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
     )
     assert any(weight.is_meta for weight in spread.parameters())
-    found = swept(ic.load(spread), (IDS, ZERO, LOGIT), tmp_path / "out")
+    kept = swept(ic.load(spread), (IDS, ZERO, LOGIT), tmp_path / "out")
     (tmp_path / "model").rename(tmp_path / "moved")
     whole = ic.load(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moved"))
-    assert torch.equal(swept(whole, (IDS, ZERO, LOGIT), tmp_path / "out"), found)
+    assert torch.equal(swept(whole, (IDS, ZERO, LOGIT), tmp_path / "out"), kept)
 
 
 def test_frequencies_that_a_pass_stretched_are_not_another_model(tmp_path: Path) -> None:
@@ -281,6 +281,9 @@ def test_older_folders_are_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ic.PlanError, match="holds a sweep of format None"):
         swept(model, (IDS, ZERO, LOGIT), tmp_path)
     assert (tmp_path / "sweep.safetensors").read_bytes() == before
+    save_file({"values": torch.ones(1, 1, 1)}, tmp_path / "sweep.safetensors", {"format": "interp-sweep/4"})
+    with pytest.raises(ic.PlanError, match=r"holds a sweep of format interp-sweep/4, not interp-sweep/5; give another"):
+        swept(model, (IDS, ZERO, LOGIT), tmp_path)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "one row", "no padding"])
@@ -326,6 +329,6 @@ def test_a_value_behind_the_scored_token_is_cut_to_what_runs() -> None:
     model = tiny_model("llama", torch.float64)
     edit = S.resid_pre[1].add(torch.randn(9, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     judge = score.logit(5, at=4)
-    found = model.sweep(IDS, [edit], judge)
-    assert found.plan.lengths == [5]
-    torch.testing.assert_close(found.values[0], judge(model.run(IDS, edits=edit)).as_subclass(torch.Tensor))
+    sweep = model.sweep(IDS, [edit], judge)
+    assert sweep.plan.lengths == [5]
+    torch.testing.assert_close(sweep.values[0], judge(model.run(IDS, edits=edit)).as_subclass(torch.Tensor))

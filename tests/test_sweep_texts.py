@@ -14,7 +14,8 @@ from tolerances import close
 import interp_core as ic
 from interp_core import score, testing
 from interp_core import sites as S
-from interp_core.sweep import clean, plan, staircase
+from interp_core.strategy_checks import Relief
+from interp_core.sweep import clean, staircase
 
 ROWS = ([5, 17, 33, 8, 61, 40, 22, 9], [9, 54, 12, 70, 3, 44, 31, 18], [21, 7, 55, 30, 62, 11, 4])
 JUDGED = score.logit_diff(torch.tensor([3, 7, 12]), torch.tensor([9, 11, 2]))
@@ -27,20 +28,20 @@ def texts(rows: tuple[list[int], ...] = ROWS) -> ic.Tokens:
 
 def edits(model: ic.Model) -> list[ic.Edit | list[ic.Edit]]:
     """Those that leave attention's inside alone, and one with a value per text."""
-    found = [one for one in variants(model) if isinstance(one, list) or one.site.name != "pattern"]
+    some = [variant for variant in variants(model) if isinstance(variant, list) or variant.site.name != "pattern"]
     values = torch.linspace(-1, 1, 3 * 64, dtype=model.dtype).view(3, 64)
-    found = [one for one in found if isinstance(one, list) or one.op != "set"]
-    return [*found, S.resid_pre[1].at(1).set(values), S.embed.at(-1).scale(2.0), S.mlp_out[1].at([1, -1]).scale(0.5)]
+    some = [variant for variant in some if isinstance(variant, list) or variant.op != "set"]
+    return [*some, S.resid_pre[1].at(1).set(values), S.embed.at(-1).scale(2.0), S.mlp_out[1].at([1, -1]).scale(0.5)]
 
 
 @pytest.mark.parametrize("family", sampled())
 def test_texts_together_equal_full_forward_passes(family: str) -> None:
     model = tiny_model(family, torch.float64)
-    found, full = (model.sweep(texts(), edits(model), JUDGED, strategy=name) for name in ("auto", "full"))
-    groups = [group.texts for group in found.plan.groups]
-    assert groups == ([(0, 1), (2,)] if family in COARSER else [(0, 1, 2)]), found.plan.why
-    assert not any(found.plan.singles)
-    same(found, full, model)
+    swept, full = (model.sweep(texts(), edits(model), JUDGED, strategy=name) for name in ("auto", "full"))
+    groups = [group.texts for group in swept.plan.groups]
+    assert groups == ([(0, 1), (2,)] if family in COARSER else [(0, 1, 2)]), swept.plan.why
+    assert not any(swept.plan.singles)
+    same(swept, full, model)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +55,10 @@ def test_windows_caps_and_sinks(family: str, dtype: torch.dtype) -> None:
     rows = tuple([(7 * i + at) % 90 + 3 for i in range(3 * window - at)] for at in range(3))
     assert window and len(rows[0]) > window
     some = [S.z[at, head].at(-1).scale(3.0) for at, head in model.heads] + [S.resid_pre[1].at([-3, -1]).scale(2.0)]
-    found, full = (model.sweep(texts(rows), some, JUDGED, strategy=name) for name in ("auto", "full"))
-    assert [group.texts for group in found.plan.groups] == [(0, 1, 2)]
+    swept, full = (model.sweep(texts(rows), some, JUDGED, strategy=name) for name in ("auto", "full"))
+    assert [group.texts for group in swept.plan.groups] == [(0, 1, 2)]
     limit = 1e-5 if dtype == torch.float32 else 5e-2
-    assert (found.values - full.values).abs().max() <= limit * full.values.abs().max()
+    assert (swept.values - full.values).abs().max() <= limit * full.values.abs().max()
 
 
 def test_token_layers_are_those_of_the_filled_up_texts() -> None:
@@ -75,13 +76,13 @@ def test_token_layers_are_those_of_the_filled_up_texts() -> None:
     ]
     handles.append(last.register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[:2].numel())))
     try:
-        found = model.sweep(texts(), some, JUDGED)
+        swept = model.sweep(texts(), some, JUDGED)
     finally:
         for handle in handles:
             handle.remove()
-    assert sum(attended) == found.plan.token_layers == 3 * 3 * 8 + 3 * 4 * (3 + 2 + 1)
+    assert sum(attended) == swept.plan.token_layers == 3 * 3 * 8 + 3 * 4 * (3 + 2 + 1)
     assert fed == [3, 3 * 12]  # of the clean pass the last MLP gets the scored tokens alone
-    assert "1 clean, 1 with up to 36 variants" in found.plan.explain()
+    assert "1 clean, 1 with up to 36 variants" in swept.plan.explain()
 
 
 def test_which_texts_go_alone() -> None:
@@ -95,7 +96,7 @@ def test_which_texts_go_alone() -> None:
     assert groups((ROWS[0], ROWS[1][:3], ROWS[2]), head) == [(0, 2), (1,)]  # filled up, one would cost too much
     inside = model.sweep(texts(), [S.pattern[1].knockout(query=-1, key=1)], JUDGED).plan
     assert [group.texts for group in inside.groups] == [(0, 1, 2)]  # rows of each text then have a pass of their own
-    assert [{step.text for step in one.steps} for one in inside.passes] == [{0}, {1}, {2}]
+    assert [{step.text for step in sweep_pass.steps} for sweep_pass in inside.passes] == [{0}, {1}, {2}]
     inner = score.projection(S.resid_post[1].at(-1), torch.linspace(-1, 1, 64))
     assert groups(ROWS, head, inner) == [(0,), (1,), (2,)]
     hf = testing.tiny("llama")
@@ -111,7 +112,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
     passing = clean.clean_pass
     sizes: list[int] = []
 
-    def narrow(*args: object, **kwargs: object) -> clean.Clean:
+    def narrow(*args: object, **kwargs: object) -> clean.CleanPass:
         sizes.append(len(args[3].real))  # type: ignore[attr-defined]
         if sizes[-1] > 1:
             raise torch.OutOfMemoryError("on purpose")
@@ -122,7 +123,7 @@ def test_a_group_is_no_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert sizes == [3, 1, 2, 1, 1]
     monkeypatch.undo()
     small = model.sweep(texts(), some, JUDGED, memory_budget=2 * whole.plan.row_bytes)
-    assert max(len(one.steps) for one in small.plan.passes) <= 2
+    assert max(len(sweep_pass.steps) for sweep_pass in small.plan.passes) <= 2
     torch.testing.assert_close(small.values, whole.values, atol=1e-5, rtol=1e-5)
 
 
@@ -137,10 +138,10 @@ def test_a_model_that_takes_no_texts_together_takes_them_alone(monkeypatch: pyte
     wanted = tiny_model("llama").sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
     monkeypatch.setattr(staircase.Staircase, "run", alone)
     model = ic.load(testing.tiny("llama"))
-    found = model.sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
-    assert found.plan.strategy == "staircase" and [group.texts for group in found.plan.groups] == [(0,), (1,), (2,)]
-    assert "these shapes do not fit" in model.tried[plan.APART]
-    torch.testing.assert_close(found.values, wanted.values, atol=1e-5, rtol=1e-5)
+    swept = model.sweep(texts(), [S.z[1, 0].at(-1).zero()], JUDGED)
+    assert swept.plan.strategy == "staircase" and [group.texts for group in swept.plan.groups] == [(0,), (1,), (2,)]
+    assert "these shapes do not fit" in model.strategy_checks.reliefs[Relief.APART]
+    torch.testing.assert_close(swept.values, wanted.values, atol=1e-5, rtol=1e-5)
 
 
 def test_spans_of_different_lengths_and_what_is_done_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +169,7 @@ def test_spans_of_different_lengths_and_what_is_done_already(tmp_path: Path, mon
     monkeypatch.setattr(staircase.Staircase, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
         model.sweep(text, some, judged, out=tmp_path)
-    found = model.sweep(text, some, judged, out=tmp_path)
+    swept = model.sweep(text, some, judged, out=tmp_path)
     assert sum(rows) == 3 * len(some) and 0 < sum(rows[:2]) < sum(rows)  # what was done is not done again
-    close(found.values, full.values, model)
-    close(found.clean, full.clean, model)
+    close(swept.values, full.values, model)
+    close(swept.clean, full.clean, model)

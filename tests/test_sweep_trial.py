@@ -59,9 +59,9 @@ def test_a_model_that_shapes_its_output_like_its_input_is_called_with_all_rows()
     edits = [S.resid_pre[1].at(-1).scale(c) for c in (0.5, 2.0)] + [S.resid_pre[0].at(0).scale(3.0)]
     for text in (tokens(), tokens().row(0)):
         for judged in (score.logit_diff(3, 9), inner):
-            found, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
-            assert found.plan.strategy == "staircase"
-            torch.testing.assert_close(found.values, full.values, atol=1e-10, rtol=1e-9)
+            swept, full = (model.sweep(text, edits, judged, strategy=name) for name in ("auto", "full"))
+            assert swept.plan.strategy == "staircase"
+            torch.testing.assert_close(swept.values, full.values, atol=1e-10, rtol=1e-9)
 
 
 def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_window_that_attention_is_not_told_of_is_not_trusted(monkeypatch: pyte
     assert model.sweep(tokens(), edits, JUDGED).plan.strategy == "staircase"
     told = choose.clean_pass
 
-    def silent(*args: object, **kwargs: object) -> clean.Clean:
+    def silent(*args: object, **kwargs: object) -> clean.CleanPass:
         return replace(told(*args, **kwargs), windows=[4, None, 4])  # type: ignore[arg-type]
 
     monkeypatch.setattr(choose, "clean_pass", silent)
@@ -128,5 +128,5 @@ def test_what_a_trial_lets_pass_holds(name: str) -> None:
     inner = score.projection(S.resid_post[1].at(-1), vector)
     for text in (tokens(), tokens().row(0)):
         for edits, judged in ((same, score.logit_diff(3, 9)), (apart, score.logit_diff(3, 9)), (apart[:3], inner)):
-            found, full = (model.sweep(text, edits, judged, strategy=asked) for asked in ("auto", "full"))
-            assert (found.values - full.values).abs().max() <= 1e-6 * full.values.abs().max(), found.plan.explain()
+            swept, full = (model.sweep(text, edits, judged, strategy=taken) for taken in ("auto", "full"))
+            assert (swept.values - full.values).abs().max() <= 1e-6 * full.values.abs().max(), swept.plan.explain()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from interp_plugins.probe.compare import compare
 from interp_plugins.questions import Question, write_questions
-from interp_recipes.visual_data import dataset_of, question_tokens
+from interp_recipes.visual_data import question_tokens
 from interp_recipes.visual_probing import VisualProbingConfig, visual_probing
 from interp_recipes.visual_probing import samples as samples_of_recipe
 from interp_recipes.visual_probing.findings import Behaviour, Cliff, Findings, Position
@@ -210,7 +210,7 @@ def test_labels_are_read_without_case_and_by_majority() -> None:
     image = ic.testing.pictures(1)[0]
     many = Question("a", (image,), "?", ("Yes.", "no", " YES ", "maybe"))
     assert label_of(many, ("yes", "no")) == "yes" and label_of(many, ("red", "blue")) is None
-    assert dataset_of(None, None, "toy:vision") == "toy"
+    assert VisualProbingConfig().named_dataset() == "toy"
 
 
 # Sentences

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .. import settings
 from ..errors import InterpError
-from ..plugins import registry
-from . import flags, help, plugins, run
+from . import help, plugins, run
 
 app = typer.Typer(
     help="Name any site of a transformer, read it, change it, see that it acted.",
@@ -19,41 +17,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# settings are flags that only the plugin knows: what click does not know it hands on as words
 app.add_typer(plugins.app, name="plugins")
-app.command(cls=help.NamedCommand, context_settings={"ignore_unknown_options": True})(run.run)
+# settings are flags that only the plugin knows: what click does not know it hands on as words
+settings_as_words = {"ignore_unknown_options": True}
+app.command(cls=help.NamedCommand, context_settings=settings_as_words)(run.run)
+for recipe, about in {
+    "demo": "Logit lens, a patching map and a steered generation on one model, in one HTML report.",
+    "attribute": "Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table and a page.",
+}.items():
+    app.command(recipe, cls=help.Shortcut, help=about, context_settings=settings_as_words)(run.run)
 Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
-
-
-@app.command()
-def demo(
-    model: Annotated[str, typer.Option(help="toy:text, a folder, or a hub id")] = "toy:text",
-    out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
-    clean: Annotated[str | None, typer.Option(help="prompt that leads to the answer")] = None,
-    corrupted: Annotated[str | None, typer.Option(help="as many tokens, leads to the other answer")] = None,
-    answer: Annotated[str | None, typer.Option(help="what should follow the clean prompt")] = None,
-    other: Annotated[str | None, typer.Option(help="what should follow the corrupted prompt")] = None,
-) -> None:
-    """Logit lens, a patching map and a steered generation on one model, in one HTML report."""
-    recipe = registry("recipes").get("demo")
-    options = {"model": model, "clean": clean, "corrupted": corrupted, "answer": answer, "other": other, "out": out}
-    values = {key: value for key, value in options.items() if value is not None}
-    with run.passed([], **values):
-        settings.call(recipe, settings.configured("recipe demo", settings.of_function(recipe), values))
-
-
-@app.command(cls=flags.SeveralCommand, context_settings={"ignore_unknown_options": True})
-def attribute(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp run attribute --help`")
-    ] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
-    model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
-) -> None:
-    """Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table, JSON and a page."""
-    run.run("attribute", words, assignments, model, None, out, config, "recipes")
 
 
 @app.command()
@@ -74,14 +47,14 @@ def check(
     out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
 ) -> None:
     """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
-    from ..checks.battery import check_model
+    from ..batteries.sites import check_model
     from ..model import load
 
     loaded = load(model)
     battery = check_model(loaded, engine or ())
     print(loaded, "", battery, sep="\n")
     if out is not None:
-        from ..result import write
+        from ..files import write
 
         write(out, f"{battery}\n")
     if battery.failed:
@@ -105,7 +78,7 @@ def bench(
     text = benchmark(load(model), rounds=rounds, n_tokens=tokens, extra=extra or [])
     print(text)
     if out is not None:
-        from ..result import write
+        from ..files import write
 
         write(out, text + "\n")
 

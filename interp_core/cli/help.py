@@ -33,6 +33,14 @@ class NamedCommand(flags.SeveralCommand):
         return super().parse_args(ctx, args)
 
 
+class Shortcut(NamedCommand):
+    """`interp NAME …`: what `interp run NAME …` is."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """With the name before them."""
+        return super().parse_args(ctx, [str(self.name), *args])
+
+
 def page(plugin: Plugin) -> str:
     """What a method or a recipe does, and its settings: name, type and default, then what they say of it.
 
@@ -50,12 +58,13 @@ def page(plugin: Plugin) -> str:
         from ..methods import Batching
 
         usage += " --text TEXT --model MODEL --out FOLDER"
-        config = settings.joined(Batching, value.Config)
+        config = settings.joined(value.Config, Batching)
     else:
         config = settings.of_function(value)
     module = sys.modules.get(plugin.target.partition(":")[0])
     first_paragraphs = [(inspect.getdoc(source) or "").split("\n\n")[0] for source in (module, value)]
-    listed = "\n".join(map(_entry, settings.rows(config))) or "It has no settings."
+    rows = sorted(settings.rows(config), key=lambda row: row["default"] != settings.NEEDED)
+    listed = "\n".join(map(_entry, rows)) or "It has no settings."
     also = "Several values stand one behind the other; --config FILE has settings by name. See also: interp run --help"
     return "\n\n".join(text for text in (plugin.label, f"  {usage}", *first_paragraphs, listed, also) if text)
 

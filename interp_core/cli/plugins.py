@@ -68,9 +68,9 @@ def _looked_at(plugin: Plugin) -> dict[str, Any]:
         return {"status": plugin.status, "error": plugin.error}
     from ..plugins.sandbox import inspect_plugin
 
-    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target)
-    if seen.error:
-        return {"status": seen.status, "error": seen.error}
+    info = inspect_plugin(plugin.kind, plugin.name, plugin.target)
+    if info.error:
+        return {"status": info.status, "error": info.error}
     return {} if plugin.hidden else {"status": "ok"}
 
 
@@ -88,25 +88,25 @@ def show(
     if plugin.state in ("broken", "incompatible"):
         print(json.dumps(facts, indent=1) if as_json else f"{plugin.label}: {plugin.status}\n{plugin.error}")
         raise typer.Exit(1)
-    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target)
+    info = inspect_plugin(plugin.kind, plugin.name, plugin.target)
     if as_json:
-        status = plugin.status if plugin.hidden else seen.status
-        print(json.dumps(facts | vars(seen) | {"status": status, "error": seen.error or plugin.error}, indent=1))
+        status = plugin.status if plugin.hidden else info.status
+        print(json.dumps(facts | vars(info) | {"status": status, "error": info.error or plugin.error}, indent=1))
     else:
-        print(_page(plugin, seen))
-    raise typer.Exit(bool(seen.error))
+        print(_page(plugin, info))
+    raise typer.Exit(bool(info.error))
 
 
-def _page(plugin: Plugin, seen: Any) -> str:
+def _page(plugin: Plugin, info: Any) -> str:
     needs = f" ({plugin.needs})" if plugin.needs else ""
     parts = [f"{plugin.label}{needs}\n{plugin.target}"]
-    if seen.error:
-        return "\n\n".join([*parts, seen.error.strip()])
-    parts += dict.fromkeys((seen.doc.strip(), seen.page.strip()))
-    if seen.requires:
-        parts.append(f"requires {', '.join(seen.requires)}")
-    if seen.settings:
-        parts.append(columns(seen.settings))
+    if info.error:
+        return "\n\n".join([*parts, info.error.strip()])
+    parts += dict.fromkeys((info.doc.strip(), info.page.strip()))
+    if info.requires:
+        parts.append(f"requires {', '.join(info.requires)}")
+    if info.settings:
+        parts.append(columns(info.settings))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -137,7 +137,7 @@ def _installed_or_module(name: str, kind: str | None) -> Plugin:
     except PluginError:
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
             raise
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, os.getcwd())  # a module of this folder is meant, which a console script does not look into
     return Plugin(kind or "methods", "", name, SESSION, "")
 
 

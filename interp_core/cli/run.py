@@ -100,7 +100,7 @@ def _method(
     model, text, out = options["model"] or "toy:text", options["text"] or [], options["out"]
     if not text:
         raise PlanError(f"{kind.name} is a method and runs on text: --text 'Q: big\\nA:'")
-    settings.configured(kind.name, called, values)  # before the model is loaded
+    settings.configured(kind.name, called, values)  # refuses before the model is loaded
     batching = {key: values.pop(key) for key in Batching.model_fields if key in values}
     ready = kind()
     config = ready.configured(values)
@@ -108,10 +108,8 @@ def _method(
 
     loaded = load(model)
     record = {**_held(config), "text": text}
-    with (
-        passed(pairs, **options),
-        _opened(out, record, kind.name, loaded, "text") as run,
-    ):
+    with passed(pairs, **options), _opened(out, record, kind.name, loaded, "text") as run:
+        # batches are kept one by one in the run's folder, so that a stopped run goes on; without them there is no need
         more = {"out": run} if batching.get("batch_size") is not None else {}
         _keep(ready(loaded, text, **values, **batching, **more), run)
 
@@ -141,13 +139,9 @@ def _opened(
 
 
 def _recipe(
-    name: str,
-    function: Any,
-    words: list[str],
-    assignments: list[str] | None,
-    options: dict[str, Any],
+    name: str, function: Any, words: list[str], assignments: list[str] | None, options: dict[str, Any],
     file: Path | None,
-) -> None:
+) -> None:  # fmt: skip
     config = settings.of_function(function)
     pairs = flags.pairs(f"recipe {name}", config, words, assignments)
     for key in options:

@@ -24,6 +24,7 @@ from .attention import softmax
 from .knockout import Hidden, renormalised
 from .operations import apply_edit, edit_value
 from .pass_state import PassState
+from .protocol import Change
 from .rerouting import check_experts, close, reroute
 from .selection import BoundSelection, Selection, Window
 from .values import check_value
@@ -286,12 +287,15 @@ class SiteEdit(SiteAccess):
 class ModuleHook:
     """Everything that a plan does at one side of one module, or at one part of its attention."""
 
-    __slots__ = ("_name", "capture", "captured", "changes", "edited", "module", "needs", "point", "reads", "state")
+    __slots__ = (
+        "_name", "acting", "capture", "captured", "changes", "edited", "module", "needs", "point", "reads", "state",
+    )  # fmt: skip
 
     def __init__(self, state: PassState, module: nn.Module, point: HookPoint) -> None:
         self.state, self.module, self.point = state, module, point
         self.reads: list[SiteRead] = []
         self.changes: list[SiteEdit] = []
+        self.acting: Sequence[Change] = self.changes  # a sweep puts `RowEdits` in their place
         self.needs: Sequence[ModuleHook] = ()
         self.capture = False
         self.captured: Tensor | None = None
@@ -424,13 +428,13 @@ class ModuleHook:
                         state.record.values[number] = x
                     return x
                 if window is not None and n_keys < window.stop:  # a sliding window has dropped the first keys
-                    self._bind([*self.changes, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
+                    self._bind([*self.acting, *self.reads], Window(window.start, window.stop, window.stop - n_keys))
                 return self._through(x)
             return self._keyed(x, n_keys, window)
 
         return stage
 
-    def _bind(self, accesses: Sequence[SiteAccess], window: Window) -> None:
+    def _bind(self, accesses: Sequence[Change | SiteRead], window: Window) -> None:
         for access in accesses:
             access.bind(self.state.rows, window)
 
@@ -440,7 +444,7 @@ class ModuleHook:
         state, first = self.state, window.stop - n_keys
         before = window.start - first
         own = changed = x[:, :, before:]
-        for change in self.changes:
+        for change in self.acting:
             changed = change.apply(changed)
         if changed is not own or self.edited is not None:
             earlier = x[:, :, :before] if self.edited is None else self.edited[:, :, self.edited.shape[2] - before :]
@@ -459,7 +463,7 @@ class ModuleHook:
             for read in [one for one in reads if one.entry.write is not one.point]:
                 x = read.keep(x, state)
             reads = [one for one in reads if one.entry.write is one.point]
-        for change in self.changes:
+        for change in self.acting:
             x = change.apply(x)
         for read in reads:
             x = read.keep(x, state)
@@ -474,7 +478,7 @@ class ModuleHook:
         state = self.state
         call.shape = state.shape
         call.needs = tuple(module_hook.captured for module_hook in self.needs)  # type: ignore[misc]
-        for change in self.changes:
+        for change in self.acting:
             if change.point.get is None:
                 call.first = change.apply(call.first)
             else:

@@ -1,14 +1,31 @@
-"""What each edit does to the tensor that it selects."""
+"""Where each edit acts, and what it does to the tensor that it selects."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..architectures.atlas import Atlas, Entry
+from ..architectures.hook_points import HookPoint
+from ..errors import CapabilityError, PlanError
 from ..sites import Edit
+
+
+def write_point(atlas: Atlas, edit: Edit, entry: Entry) -> HookPoint:
+    """Where an edit acts in a layer: a knockout of a pattern on the scores, where these are open.
+
+    Raises:
+        CapabilityError: nowhere, and why.
+    """
+    if entry.write is None:
+        raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
+    scores = atlas.entries.get(("scores", entry.layer))
+    if edit.op == "knockout" and scores is not None and scores.write is not None:
+        return replace(scores.write, rank=1)
+    return entry.write
 
 
 def apply_edit(edit: Edit, x: Tensor, value: Any) -> Tensor:

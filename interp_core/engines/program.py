@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,6 +28,7 @@ from .attention_rows import AttentionRows
 from .hooks import ModuleHook, SiteAccess, SiteEdit, SiteRead
 from .knockout import check_knockouts
 from .layers import Layers
+from .operations import write_point
 from .pass_state import NOTHING, PassState
 from .protocol import Ending, HandOver, PassRecord
 from .rerouting import TURN, check_together
@@ -74,6 +74,9 @@ class LocalEngine:
     program: ClassVar[type[HookProgram]]
     attends = True
     """Whether `forward` can keep what attention was called with."""
+    runs_rows: ClassVar[bool] = False
+    """Whether sweeps may run passes of their own on it: `TorchProgram`s on the user's own modules, in which rows join
+    late and only some columns are there. A class says so of itself; a subclass may run otherwise, and says it again."""
 
     def __init__(self, model: Any, *beside: nn.Module) -> None:
         self.model = model
@@ -221,12 +224,7 @@ class HookProgram(ABC):
         changes = []
         for number, edit in enumerate(edits):
             for entry in self.atlas.select(edit.site):
-                point = entry.write
-                if point is None:
-                    raise CapabilityError(f"{edit}: {entry.name} cannot be changed: {entry.why['write']}")
-                scores = self.atlas.entries.get(("scores", entry.layer))
-                if edit.op == "knockout" and scores is not None and scores.write is not None:
-                    point = replace(scores.write, rank=1)
+                point = write_point(self.atlas, edit, entry)
                 changes.append(self._change(number, edit, entry, point))
                 self._hook(point).changes.append(changes[-1])
         for hook in self._hook_at.values():

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.family import View
+from ..architectures.hook_points import Call, HookPoint
 from ..architectures.rerouting import Proof
 from ..plan import Plan
 from ..plugins import name_fault
 from ..positions import Rows
 from ..sites import Edit, Site
 from .attention_rows import AttentionRows
-from .selection import BoundSelection
+from .selection import BoundSelection, Window
 
 
 @runtime_checkable
@@ -61,6 +62,25 @@ class PassRecord:
         self.routed: list[Proof] = []
         self.output: Any = None
         self.attention: dict[int, AttentionRows] = {}
+
+
+class Change(Protocol):
+    """What acts on the tensor that passes a hook: a `SiteEdit`, or the edits of many rows of a sweep.
+
+    Attributes:
+        point: where the value is.
+    """
+
+    point: HookPoint
+
+    def bind(self, rows: Rows, window: Window | None) -> None:
+        """Point it at the rows of a pass."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What the model goes on with."""
+
+    def derive(self, call: Call) -> None:
+        """The same for a value that the hook point computes."""
 
 
 HandOver = Callable[[int, list[int], PassRecord], None]

@@ -73,3 +73,4 @@ class TorchEngine(LocalEngine):
 
     name = "torch"
     program = TorchProgram
+    runs_rows = True

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..engines.operations import write_point
+from ..engines.selection import Selection
 from ..engines.tower import Tower
 from ..errors import PlanError, nearest, several, wrong
 from ..plan import Plan
@@ -32,6 +34,7 @@ from ..score import Score
 from ..session import Input, Session
 from ..sites import ROUTING, TENSOR_OPS, Edit, Site
 from .choose import cheapest_strategy
+from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
 from .store import opened
@@ -88,15 +91,14 @@ class Sweep:
         Raises:
             SiteError, PositionError, PlanError, CapabilityError: as `model.sweep`.
         """
-        listed, scores = checked(variants, score, memory_budget, None)
+        variants, scores = checked(variants, score, memory_budget, None)
         with torch.inference_mode(False):
             with model.turn:
                 model.renew()
-            tokens, edits, scores = _ready(model, x, listed, scores, strategy)
+            tokens, listed, scores = _ready(model, x, variants, scores, strategy)
+            placer = Placer(model, tokens, listed, scores, memory_budget)
             chosen, why, trial = cheapest_strategy(model, tokens, strategy)
-            plan = Runner(model, tokens, edits, scores, memory_budget).plan(
-                chosen, why, torch.zeros(len(edits), len(tokens), dtype=torch.bool)
-            )
+            plan = placer.plan(chosen, why, model.strategy_checks.reliefs)
         plan.trial = trial
         return plan
 
@@ -140,17 +142,19 @@ def sweep(
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens, listed, scores = _ready(model, x, variants, scores, strategy)
-    runner = Runner(model, tokens, listed, scores, budget)
-    tower = Tower(model.hf) if tokens.inputs else None
-    runner.tower = None if runner.inside(tower) else tower
+    placer = Placer(model, tokens, listed, scores, budget)
     with opened(out, model, tokens, listed, scores) as store:
-        chosen, why, trial = cheapest_strategy(model, tokens, strategy, tower)
-        plan = runner.plan(chosen, why, store.done)
-        plan.trial = trial
-        with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
-            clean = runner.run(plan, store, told)
-    parts = zip(store.values.unbind(-1), clean.unbind(-1), scores, strict=True)
-    return tuple(Sweep(x, base, store.moved, listed, one.name, plan) for x, base, one in parts)
+        if store.finished:  # a strategy is not even tried
+            plan = placer.plan(strategy, "all scores are in the folder", {}, store)
+        else:
+            tower = Tower(model.hf) if tokens.inputs else None
+            chosen, why, trial = cheapest_strategy(model, tokens, strategy, tower)
+            plan = placer.plan(chosen, why, model.strategy_checks.reliefs, store)
+            plan.trial = trial
+            with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
+                Runner(model, tokens, plan, scores, store, tower).run(told)
+    by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
+    return tuple(Sweep(values, clean, store.moved, listed, score.name, plan) for values, clean, score in by_score)
 
 
 def _ready(
@@ -168,7 +172,11 @@ def _ready(
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
     with model.turn:
-        model.engine.compile(Plan((), tuple(edit for edits in listed for edit in edits)), model.atlas)
+        # every edit's site by itself; values and positions, and what edits do to each other, once for variants alike
+        for edit in {(edit.site, edit.op): edit for edits in listed for edit in edits}.values():
+            for entry in model.atlas.select(edit.site):
+                write_point(model.atlas, edit, entry)
+                Selection(edit.site, entry.n_units)
         for edits in {tuple(map(_kind, edits)): edits for edits in listed}.values():
             model.engine.compile(Plan((), edits), model.atlas).check(tokens.rows, edits)
     return tokens, listed, scores
@@ -184,8 +192,8 @@ def _kind(edit: Edit) -> tuple[Any, ...]:
 
 
 def _listed(variants: Iterable[Variant]) -> tuple[tuple[Edit, ...], ...]:
-    given = [[variant] if isinstance(variant, (Edit, Site)) else variant for variant in variants]
-    listed = tuple(tuple(edits) for edits in given)
+    several_edits = ([variant] if isinstance(variant, (Edit, Site)) else variant for variant in variants)
+    listed = tuple(tuple(edits) for edits in several_edits)
     if not listed:
         raise PlanError("a sweep needs variants: a list of edits, or of lists of edits")
     for edits in listed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows
 from ..sites import Site
+
+
+def runs_rows(engine: object) -> TypeGuard[LocalEngine]:
+    """Whether sweeps may run passes of many rows on an engine."""
+    return isinstance(engine, LocalEngine) and bool(vars(type(engine)).get("runs_rows"))
 
 
 @dataclass
@@ -96,7 +101,9 @@ def clean_pass(
             handle.remove()
     kept = [attn_hook.kept for attn_hook in program.attn_hooks if attn_hook.keep]
     value = record.output.logits if read is None else seen(record, program.slots)
-    return CleanPass(value, streams, rest, [own and own[:2] for own in kept], [own and own[2] for own in kept], called)
+    return CleanPass(
+        value, streams, rest, [layer and layer[:2] for layer in kept], [layer and layer[2] for layer in kept], called
+    )
 
 
 def narrowed(engine: LocalEngine, atlas: Atlas, columns: Tensor) -> dict[nn.Module, Callable[..., Any]]:
@@ -113,12 +120,12 @@ def _only(forward: Callable[..., Any], columns: Tensor) -> Callable[..., Any]:
         if x.shape[:1] != columns.shape[:1] or x.ndim != 3:
             return forward(x, *args, **kwargs)
         rows = torch.arange(len(x))[:, None]
-        found = forward(x[rows, columns], *args, **kwargs)
-        if not isinstance(found, Tensor) or found.shape[:2] != columns.shape:
+        narrow = forward(x[rows, columns], *args, **kwargs)
+        if not isinstance(narrow, Tensor) or narrow.shape[:2] != columns.shape:
             return forward(x, *args, **kwargs)
-        out = found.new_zeros(*x.shape[:2], found.shape[-1])
-        out[rows, columns] = found
-        return out
+        wide = narrow.new_zeros(*x.shape[:2], narrow.shape[-1])
+        wide[rows, columns] = narrow
+        return wide
 
     return some
 

@@ -53,46 +53,49 @@ class RowRead(SiteRead):
 
 
 class RowEdit(SiteEdit):
-    """A change of one row of the batch."""
+    """An edit of one row of the batch."""
 
-    __slots__ = ("program", "row")
+    __slots__ = ("program",)
 
     def __init__(self, program: Staircase, number: int, edit: Edit, entry: Entry, point: HookPoint) -> None:
         super().__init__(program.state, number, edit, entry, point)
-        self.program, self.row = program, program.row_of[number]
+        self.program = program
 
     def bind(self, rows: Rows, window: Window | None) -> None:
-        """Point the selection at the row, in the columns of its own text; many rows have the same one."""
+        """Point the selection at the columns of the row's own text; many rows have the same one."""
         program, selection = self.program, self.selection
         assert window is not None
-        rows, shift = program.placed[program.texts[self.row]]
-        own = Window(*(column + shift for column in window))
-        key = self.site.name, selection.pos, selection.key, selection.units, own
+        rows, shift = program.placed_of(self.number)
+        columns = Window(*(column + shift for column in window))
+        key = self.site.name, selection.pos, selection.key, selection.units, columns
         if key not in program.bounds:
-            program.bounds[key] = None if selection.whole else selection.bind(rows, own)
+            program.bounds[key] = None if selection.whole else selection.bind(rows, columns)
         self.bound = program.bounds[key]
 
     def check(self, rows: Rows, dtype: torch.dtype) -> None:
         """Hold the edit's value against its own text."""
-        super().check(self.program.placed[self.program.texts[self.row]][0], dtype)
+        super().check(self.program.placed_of(self.number)[0], dtype)
 
 
 class RowEdits:
-    """Changes of one value, each in a row of its own, carried out in one copy of the batch.
+    """Edits of one value, each in a row of its own, carried out in one copy of the batch.
+
+    A thousand variants have a thousand edits at a hook. Most are the same operation at the same place of their rows and
+    become one indexed operation; the others follow one by one.
 
     Attributes:
-        hook point: where the value is.
-        alone: changes that are carried out one by one.
-        together: changes that are one operation on equal places of their rows, and so take one index.
+        point: where the value is.
+        by_itself: edits that are carried out one by one.
+        together: edits that are one operation on equal places of their rows, and so take one index.
     """
 
-    __slots__ = ("alone", "members", "point", "program", "together", "units")
+    __slots__ = ("by_itself", "members", "point", "program", "together", "units")
 
-    def __init__(self, program: Staircase, members: Sequence[RowEdit]) -> None:
+    def __init__(self, program: Staircase, members: Sequence[SiteEdit]) -> None:
         self.program, self.members = program, members
         self.point, self.units = members[0].point, members[0].units
-        self.alone: list[RowEdit] = []
-        self.together: list[list[RowEdit]] = []
+        self.by_itself: list[SiteEdit] = []
+        self.together: list[list[SiteEdit]] = []
 
     def bind(self, rows: Rows, window: Window | None) -> None:
         """Point the selections at the rows of a pass."""
@@ -101,22 +104,28 @@ class RowEdits:
         self.arrange()
 
     def arrange(self) -> None:
-        """Find out which changes go together."""
-        alike: dict[Any, list[RowEdit]] = {}
+        """Find out which edits go together; for selections that point at the rows of a pass."""
+        alike: dict[Any, list[SiteEdit]] = {}
         for member in self.members:
             alike.setdefault(self._kind(member), []).append(member)
-        self.alone = alike.pop(None, [])
+        self.by_itself = alike.pop(None, [])
         self.together = list(alike.values())
 
-    def _kind(self, member: RowEdit) -> Any:
-        """Equal for changes that take one index; None for those that are carried out alone."""
-        edit, bound = self.program.state.edits[member.number], member.bound
+    def _kind(self, member: SiteEdit) -> Any:
+        """Equal for edits that take one index; None for those that are carried out by themselves."""
+        edit, bound = self._edit(member), member.bound
         if member.knockout and bound is not None and bound.basic:
             return edit.op, str(bound.index(torch.device("cpu")))
         if edit.op not in ("set", "add", "zero", "scale") or (bound is not None and bound.stretch is None):
             return None
         place = None if bound is None else (str(bound.stretch), bound.unit is None)
         return None if member.idle else (edit.op, place)
+
+    def _edit(self, member: SiteEdit) -> Edit:
+        return self.program.state.edits[member.number]
+
+    def _rows(self, members: Sequence[SiteEdit]) -> list[int]:
+        return [self.program.row_of[member.number] for member in members]
 
     def apply(self, x: Tensor) -> Tensor:
         """Carry the edits out on the tensor that passes."""
@@ -126,10 +135,10 @@ class RowEdits:
 
     def derive(self, call: Call) -> None:
         """The same for a value that the hook point computes, and knows how to put back."""
-        edits = self.program.state.edits
-        for member in (routing := [one for one in self.alone if edits[one.number].op in ROUTING]):
+        routing = [member for member in self.by_itself if self._edit(member).op in ROUTING]
+        for member, row in zip(routing, self._rows(routing), strict=True):
             if not member.idle:
-                reroute(member, call, member.row)
+                reroute(member, call, row)
         if len(routing) == len(self.members):
             return
         value = call.value(self.point, self.units)
@@ -138,48 +147,52 @@ class RowEdits:
         call.change(self.point, self.units, value, into)
 
     def _write(self, value: Tensor, into: Tensor, x: Tensor) -> None:
-        for member in self.alone:
-            if not member.idle and self.program.state.edits[member.number].op not in ROUTING:
-                row = slice(member.row, member.row + 1)
-                member.write(self.program.state.edits[member.number], value[row], into[row], x[row])
+        for member, number in zip(self.by_itself, self._rows(self.by_itself), strict=True):
+            edit, row = self._edit(member), slice(number, number + 1)
+            if not member.idle and edit.op not in ROUTING:
+                member.write(edit, value[row], into[row], x[row])
         for members in self.together:
             (self._hide_together if members[0].knockout else self._write_together)(members, value, into)
 
-    def _hide_together(self, members: list[RowEdit], scores: Tensor, into: Tensor) -> None:
-        """Knockouts at the same place of their rows."""
-        rows, bound = [member.row for member in members], members[0].bound
+    def _hide_together(self, members: list[SiteEdit], scores: Tensor, into: Tensor) -> None:
+        """Knockouts at the same place of their rows. What they change is the probability that the place had, so its
+        norm needs the softmax of these rows' scores as they were."""
+        rows, bound = self._rows(members), members[0].bound
         assert bound is not None
-        close = rows == list(range(rows[0], rows[0] + len(rows)))
-        own = slice(rows[0], rows[0] + len(rows)) if close else torch.tensor(rows, device=scores.device)
-        place, before = bound.index(scores.device)[1:], scores[own]
+        adjacent = rows == list(range(rows[0], rows[0] + len(rows)))  # a slice copies nothing
+        index = slice(rows[0], rows[0] + len(rows)) if adjacent else torch.tensor(rows, device=scores.device)
+        place, before = bound.index(scores.device)[1:], scores[index]
+        # scores are [row head query key], places are [query key head]
         old = before.permute(0, 2, 3, 1)[(slice(None), *place)]
-        into.permute(0, 2, 3, 1)[(own, *place)] = apply_edit(self.program.state.edits[members[0].number], old, None)
+        into.permute(0, 2, 3, 1)[(index, *place)] = apply_edit(self._edit(members[0]), old, None)
         taken = softmax(before, getattr(self.program.engine.modules[self.point.module], "sinks", None), None)
         taken = taken.permute(0, 2, 3, 1)[(slice(None), *place)]
         norms = torch.linalg.vector_norm(taken.reshape(len(rows), -1), dim=-1)
         self.program.note(torch.tensor(rows, device=norms.device), norms)
 
-    def _write_together(self, members: list[RowEdit], value: Tensor, into: Tensor) -> None:
-        edits = [self.program.state.edits[member.number] for member in members]
+    def _write_together(self, members: list[SiteEdit], value: Tensor, into: Tensor) -> None:
+        """One operation at the same positions of their rows, each with its own value and unit."""
+        edits = [self._edit(member) for member in members]
         device, bounds = value.device, [member.bound for member in members]
-        rows = torch.tensor([member.row for member in members], device=device)
+        rows = torch.tensor(self._rows(members), device=device)
         index: tuple[Any, ...] = (rows,)
         if bounds[0] is not None:
             index = (rows, bounds[0].stretch)
             if bounds[0].unit is not None:
                 index = (*index, torch.tensor([bound.unit for bound in bounds if bound is not None], device=device))
         old, op = value[index], edits[0].op
-        given: Any = None
+        operand: Any = None
         if op == "scale":
-            given = torch.tensor([edit.value for edit in edits], dtype=old.dtype, device=device)
-            given = given.view(-1, *[1] * (old.ndim - 1))
+            operand = torch.tensor([edit.value for edit in edits], dtype=old.dtype, device=device)
+            operand = operand.view(-1, *[1] * (old.ndim - 1))
         elif op != "zero":
-            numbers: dict[int, int] = {}  # many rows of several texts get the same tensor
+            # rows often share a tensor (one mean for all heads): it is moved once, and looked up by row
+            numbers: dict[int, int] = {}
             which = [numbers.setdefault(id(edit.value), len(numbers)) for edit in edits]
-            alike = {id(edit.value): edit.value for edit in edits}
-            given = torch.cat([one.to(device).expand(1, *old.shape[1:]) for one in alike.values()])
-            given = given if len(given) == len(which) else given[which]
-        new = apply_edit(edits[0], old, given)
+            distinct = {id(edit.value): edit.value for edit in edits}
+            operand = torch.cat([tensor.to(device).expand(1, *old.shape[1:]) for tensor in distinct.values()])
+            operand = operand if len(operand) == len(which) else operand[which]
+        new = apply_edit(edits[0], old, operand)
         into[index] = new
         self.program.note(rows, torch.linalg.vector_norm((new - old).reshape(len(new), -1), dim=-1))
 
@@ -189,7 +202,8 @@ class Staircase(TorchProgram):
 
     Args:
         variants: edits per row, each in one layer, with positions counted in the row's text.
-        joins: per row, the layer at which it joins; ascending. All are -1 for rows that begin before the first block.
+        start_layers: per row, the layer at which it joins; ascending. All are -1 for rows that begin before the first
+            block.
         texts: per row, which text it is a variant of.
         read: the site that the variants are scored by, with which the pass ends; None: the logits. Of one text only.
         each: call the model with a row of inputs for each variant, also where one would do for all.
@@ -226,20 +240,23 @@ class Staircase(TorchProgram):
         return RowEdit(self, number, edit, entry, point)
 
     def _add_edits(self, edits: tuple[Edit, ...]) -> list[SiteEdit]:
-        """The first changes of all rows go together, then the second ones, so that each row keeps its order."""
+        """The first edits of all rows go together, then the second ones, so that each row keeps its order."""
         changes = super()._add_edits(edits)
         for module_hook in self._hook_at.values():
-            seen: dict[int, int] = {}
-            groups: dict[Any, list[Any]] = {}
+            turns: dict[int, int] = {}
+            groups: dict[Any, list[SiteEdit]] = {}
             for change in module_hook.changes:
-                assert isinstance(change, RowEdit)
-                seen[change.row] = turn = seen.get(change.row, -1) + 1
-                point = change.point
+                row, point = self.row_of[change.number], change.point
+                turns[row] = turn = turns.get(row, -1) + 1
                 groups.setdefault((turn, point.rank, point.view, point.get, change.units), []).append(change)
-            found = [RowEdits(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
-            module_hook.changes = found  # type: ignore[assignment]  # a hook asks of them what it asks of a change
-            self.groups += found
+            acting = [RowEdits(self, groups[key]) for key in sorted(groups, key=lambda key: key[0])]
+            module_hook.acting = acting
+            self.groups += acting
         return changes
+
+    def placed_of(self, number: int) -> tuple[Rows, int]:
+        """The text of an edit's row as rows of one, and how far its columns lie from the first text's."""
+        return self.placed[self.texts[self.row_of[number]]]
 
     def note(self, rows: Tensor, norms: Tensor) -> None:
         """Norms of what was changed in some rows."""
@@ -264,13 +281,14 @@ class Staircase(TorchProgram):
             edits changed.
         """
         alike = len(set(starts)) == 1 and not self.each
-        texts = RowTexts(starts)
+        texts = RowTexts(starts)  # whose rows are there; grows as rows join
         inputs = self._inputs(inputs, alike)
         self.engine.acquire()
         try:
             self.state.edits, self.squares, self.bounds = self.flat, [], {}
             widths = [start + n_columns for start in starts]
             self.placed = [(Rows([range(width)], {}, width), width - widths[0]) for width in widths]
+            # edits are bound as in a step of a generation, to the columns that run; `RowEdit.bind` shifts them by text
             self.state.window = Window(starts[0], widths[0])
             record = self.begin_pass(self.placed[0][0], n_columns, False)
             for change in self._changes:
@@ -293,12 +311,12 @@ class Staircase(TorchProgram):
     def _inputs(self, inputs: Mapping[str, Any], alike: bool) -> dict[str, Any]:
         """What the model is called with: a row for each that takes part, or one that all are taken for, where none
         begins before the first block and all stand in the same columns."""
-        found = dict(inputs)
+        called = dict(inputs)
         each = self.start_layers[0] < 0 or not alike
-        found["input_ids"] = inputs["input_ids"][list(self.texts)] if each else inputs["input_ids"][:1]
+        called["input_ids"] = inputs["input_ids"][list(self.texts)] if each else inputs["input_ids"][:1]
         if "position_ids" in inputs:
-            found["position_ids"] = inputs["position_ids"][:1] if alike else inputs["position_ids"][list(self.texts)]
-        return found
+            called["position_ids"] = inputs["position_ids"][:1] if alike else inputs["position_ids"][list(self.texts)]
+        return called
 
     def _moved(self, record: PassRecord) -> Tensor:
         """Per row, the norm of what its edits changed."""
@@ -316,13 +334,13 @@ class Staircase(TorchProgram):
     ) -> Iterator[None]:
         """Blocks below the first row hand through, rows join, attention sees the columns before."""
         blocks, attentions = modules_of(self.engine, self.atlas)
-        first = max(self.start_layers[0], 0)
+        first = max(self.start_layers[0], 0)  # rows are sorted by layer
         handles = []
         attn_hooks = self.attn_hooks
         if any(texts.starts):
             self.attn_hooks = self._with_prefix(attentions[first:], texts, clean.prefix[first:], within)
         if self.start_layers[0] < 0:
-            texts.join(self.texts)
+            texts.join(self.texts)  # the model embeds them itself: no clean stream is put in
         below = {block: _handing_through(rest) for block, rest in zip(blocks[:first], clean.rest, strict=False)}
         told = None if clean.called is None else clean.called.told(within, texts, n_columns)
         try:
@@ -347,6 +365,7 @@ class Staircase(TorchProgram):
         the model was called with all rows, a block is told the positions of those that are there."""
         total = len(self.start_layers)
 
+        # positions and masks come from the model's call, which has all rows: those that have not joined are cut off
         def there(x: Any) -> Any:
             if isinstance(x, (tuple, list)):
                 return type(x)(map(there, x))

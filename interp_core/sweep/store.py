@@ -25,10 +25,11 @@ from ..text import Tokens
 if TYPE_CHECKING:
     from ..runs import RunFolder
 
-FORMAT = "interp-sweep/4"
+FORMAT = "interp-sweep/5"
 FILE = "sweep.safetensors"
 OLD = "sweep.json"
-"""What the formats before 3 had beside it."""
+"""What the formats before 3 had beside it. The one before this had no clean scores, and named scores in another way."""
+TENSORS = ("values", "moved", "done", "clean", "clean_done")
 SHOWN = ("texts", "offsets", "labels", "placed")
 """What of `Tokens` is to be looked at, and changes no number."""
 
@@ -40,6 +41,7 @@ class SweepStore:
         values: scores; not a number where there is none yet.
         moved: norms of what was changed.
         done: which are there.
+        clean, clean_done: scores without edits `[batch score]`, and which are there.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class SweepStore:
         self.values = torch.full(shape, float("nan"), dtype=dtype)
         self.moved = torch.zeros(shape[:2])
         self.done = torch.zeros(shape[:2], dtype=torch.bool)
+        self.clean = torch.full(shape[1:], float("nan"), dtype=dtype)
+        self.clean_done = torch.zeros(shape[1], dtype=torch.bool)
         if run is not None and (run.path / FILE).exists():
             self._load(run.path / FILE)
 
@@ -59,10 +63,19 @@ class SweepStore:
             LoadError: it cannot be read.
         """
         _, tensors = _read(path)
-        for name in ("values", "moved", "done"):
+        for name in TENSORS:
             if name not in tensors or tensors[name].shape != getattr(self, name).shape:
                 raise LoadError(f"{path.parent} holds a sweep without its {name}; delete it, or give another")
             setattr(self, name, tensors[name])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all scores are there."""
+        return bool(self.done.all() and self.clean_done.all())
+
+    def put_clean(self, row: int, scores: Tensor) -> None:
+        """Note the scores `[score]` of a row without edits."""
+        self.clean[row], self.clean_done[row] = scores, True
 
     def put(self, numbers: list[int], row: int, values: Tensor, moved: Tensor) -> None:
         """Note the scores `[variant score]` of some variants on a row, and the norms of what was changed."""
@@ -74,7 +87,7 @@ class SweepStore:
         if self.run is not None:
             from ..runs import safetensors_bytes
 
-            tensors = {"values": self.values, "moved": self.moved, "done": self.done}
+            tensors = {name: getattr(self, name) for name in TENSORS}
             head = {"format": FORMAT, "key": json.dumps(self.key)}  # so that the file alone says what it is of
             self.run.put({FILE: safetensors_bytes(tensors, head)})
 

@@ -119,19 +119,20 @@ def contrast(
     """
     twin = None if config.corrupted is None else _twin(owner, model, tokens, config.corrupted)
     noising = twin is None or config.direction == "noising"
-    own = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
-    if own is not None and own.clean:
-        raise ic.PlanError(f"{owner}: score {own.name} compares with the run without edits; method ablations takes it")
+    score = config.score.on(model, len(tokens)) if isinstance(config.score, scores.Score) else None
+    if score is not None and score.clean:
+        raise ic.PlanError(f"{owner}: score {score.name} compares with the run without edits; method ablations has it")
     answer, other = (answers(owner, model, words, len(tokens)) for words in (config.answer, config.other))
-    of = () if own is None or own.of is None else (own.of,)
-    kept = False if of else -1 if own is None else own.at
-    clean = model.run(tokens, read=(*(here if noising else there), *of), logits=kept)
-    dirty = clean if twin is None else model.run(twin, read=(*(there if noising else here), *of), logits=kept)
-    if own is None:
+    score_sites = () if score is None or score.of is None else (score.of,)
+    # a score of a site needs no logits; one of the user's own says at which positions it takes them
+    kept = False if score_sites else -1 if score is None else score.at
+    clean = model.run(tokens, read=(*(here if noising else there), *score_sites), logits=kept)
+    dirty = clean if twin is None else model.run(twin, read=(*(there if noising else here), *score_sites), logits=kept)
+    if score is None:
         answer = said(clean) if answer is None else answer
         other = answer if twin is None else said(dirty) if other is None else other
     name = str(config.score or ("logprob" if twin is None else "logit_diff"))
-    judged = own or _judged(owner, model, name, answer, other)
+    judged = score or _judged(owner, model, name, answer, other)
     base, source = (clean, dirty) if noising else (dirty, clean)
     low, high = scored(owner, base, judged), scored(owner, source, judged)
     if twin is not None and bool((low == high).any()):
@@ -141,7 +142,7 @@ def contrast(
             "to explain; give prompts or answers that differ"
         )
     kind = "zero" if twin is None else config.direction
-    said_of = (None, None) if own else (answer, other)
+    said_of = (None, None) if score else (answer, other)
     return Contrast(base, None if twin is None else source, judged, low, high, *said_of, kind)
 
 

@@ -7,6 +7,8 @@ senders alone, all senders as rows of one batch. The stream that enters the firs
 embeddings need not fit.
 
 Source: Wang et al. (2022), arXiv:2211.00593, appendix B.
+Cost: per sender one run of its positions, up to the layer of the last receiver; many senders go in one.
+Must equal: a pass per sender with hooks by hand (tests/test_path_patching.py), however senders are chunked.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Grid(NamedTuple):
         return effects.unflatten(0, self.shape).movedim(-1, 0).contiguous()
 
 
-def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> Grid:
+def grid_of(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> Grid:
     """Layers, heads and places that a study changes.
 
     Raises:
@@ -111,6 +111,7 @@ def grid(owner: str, model: ic.Model, tokens: ic.Tokens, config: MapConfig) -> G
             raise ic.CapabilityError(f"{owner} of {site}: {why}")
         if not site.info.positions or not site.info.layered:
             raise ic.PlanError(f"{owner} takes sites of a layer along pos, {site} goes along {site.info.axes}")
+        # layers that all sites have, in the order of the first
         having = model.layers(site if config.layers is None else site[config.layers])
         layers = [layer for layer in having if site is sites[0] or layer in layers]
         whole = site.info.unit is None or config.by == "layer"
@@ -194,6 +195,7 @@ def swept(
 ) -> ic.Sweep:
     """The exact effect of every variant; nought, not rounding, where it changed nothing."""
     sweep = model.sweep(base, variants, judged, strategy=config.strategy, progress=config.progress)
+    # rows that an edit did not change come out of other kernels than the clean run: their difference is rounding alone
     return replace(sweep, values=sweep.values.where(sweep.moved != 0, sweep.clean))
 
 

@@ -31,7 +31,7 @@ from interp_core import score as scores
 from interp_core import sites as S
 
 from ._contrast import UNITS, answers, said
-from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
+from ._maps import Grid, MapConfig, MapResult, Values, grid_of, named, patches, swept, values
 from ._pictures import Picture
 
 CHUNK = 16
@@ -101,24 +101,24 @@ class Ablations(ic.Method):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> None:
         """Sites, layers and positions that all prompts have."""
-        grid(self.name, model, tokens, config)
+        grid_of(self.name, model, tokens, config)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: AblationConfig) -> AblationResult:
         """Read the reference prompts, sweep over what is ablated."""
-        where = grid(self.name, model, tokens, config)
-        reference = self._reference(model, where, config)
+        grid = grid_of(self.name, model, tokens, config)
+        reference = self._reference(model, grid, config)
         judged = self._judged(model, tokens, config)
-        draws = list(self._replacements(model, reference, where, config))
-        edits = [edits for replacements in draws for edits in patches(where, replacements)]
+        draws = list(self._replacements(model, reference, grid, config))
+        edits = [edits for replacements in draws for edits in patches(grid, replacements)]
         sweep = swept(model, tokens, edits, judged, config)
-        effects = torch.stack([where.shaped(part) for part in sweep.effects.chunk(len(draws))])
+        effects = torch.stack([grid.shaped(part) for part in sweep.effects.chunk(len(draws))])
         return AblationResult(
             effect=effects.mean(0), base=sweep.clean, kind=f"{config.kind} ablation", score=judged.name,
             unit=UNITS.get(judged.name, judged.name), explain=sweep.plan.explain(), draws=len(draws),
-            spread=effects.std(0) if len(draws) > 1 else None, **named(where),
+            spread=effects.std(0) if len(draws) > 1 else None, **named(grid),
         )  # fmt: skip
 
-    def _reference(self, model: ic.Model, where: Grid, config: AblationConfig) -> ic.Tokens | None:
+    def _reference(self, model: ic.Model, grid: Grid, config: AblationConfig) -> ic.Tokens | None:
         """The reference prompts; of resample, those that are drawn."""
         if (config.kind == "zero") != (config.reference is None):
             wants = "takes no" if config.kind == "zero" else "needs"
@@ -126,7 +126,7 @@ class Ablations(ic.Method):
         if config.reference is None:
             return None
         prompts = config.reference if isinstance(config.reference, ic.Tokens) else model.tokens(config.reference)
-        attention = any("query" in site.info.axes for site in where.sites)
+        attention = any("query" in site.info.axes for site in grid.sites)
         if attention and (config.over == "all" or prompts.padded):
             raise ic.PlanError("ablations: attention has a mean by position only, over prompts of one length")
         if config.kind == "mean":
@@ -155,15 +155,15 @@ class Ablations(ic.Method):
         return score
 
     def _replacements(
-        self, model: ic.Model, reference: ic.Tokens | None, where: Grid, config: AblationConfig
+        self, model: ic.Model, reference: ic.Tokens | None, grid: Grid, config: AblationConfig
     ) -> Iterator[Values | None]:
         """What takes the place of v, once per draw."""
         if reference is None:
             yield None
         elif config.kind == "mean" and config.over == "all":
-            yield _mean_of_tokens(model, reference, where)
+            yield _mean_of_tokens(model, reference, grid)
         else:
-            parts = [_at_places(model, part, where) for part in _chunks(reference)]
+            parts = [_at_places(model, part, grid) for part in _chunks(reference)]
             joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             if config.kind == "mean":
                 yield {key: value.mean(0) for key, value in joined.items()}
@@ -176,29 +176,30 @@ def _chunks(tokens: ic.Tokens) -> Iterator[ic.Tokens]:
         yield ic.Tokens.stack([tokens.row(row) for row in range(start, min(start + CHUNK, len(tokens)))])
 
 
-def _at_places(model: ic.Model, tokens: ic.Tokens, where: Grid) -> Values:
+def _at_places(model: ic.Model, tokens: ic.Tokens, grid: Grid) -> Values:
     try:
-        return values(model.run(tokens, read=where.reads, logits=False), where)
+        return values(model.run(tokens, read=grid.reads, logits=False), grid)
     except ic.PositionError as error:
         raise ic.PositionError(
             f"ablations: a reference prompt lacks a position ({error}); give prompts of the same form, or over='all'"
         ) from error
 
 
-def _mean_of_tokens(model: ic.Model, tokens: ic.Tokens, where: Grid) -> Values:
+def _mean_of_tokens(model: ic.Model, tokens: ic.Tokens, grid: Grid) -> Values:
     """Means over all tokens of all prompts, the same for every place."""
-    sites = [site[layer] for site in where.sites for layer in where.layers]
+    sites = [site[layer] for site in grid.sites for layer in grid.layers]
     sums: dict[S.Site, Tensor] = {}
     for part in _chunks(tokens):
         run = model.run(part, read=sites, logits=False)
         for site in sites:
             value = run[site].plain
+            # padding has values like any token, and is none
             real = value[part.mask.to(value.device)]
             sums[site] = sums.get(site, 0) + real.sum(0, dtype=torch.promote_types(real.dtype, torch.float32))
     count = int(tokens.mask.sum())
     return {
         (site.name, layer, place): (sums[site[layer]] / count).to(model.dtype)
-        for site in where.sites
-        for layer in where.layers
-        for place in range(len(where.places))
+        for site in grid.sites
+        for layer in grid.layers
+        for place in range(len(grid.places))
     }

@@ -26,7 +26,7 @@ from torch import Tensor
 import interp_core as ic
 
 from ._contrast import ContrastConfig, contrast
-from ._maps import MapConfig, MapResult, grid, named, patches, swept, values
+from ._maps import MapConfig, MapResult, grid_of, named, patches, swept, values
 
 
 class PatchingConfig(MapConfig, ContrastConfig):
@@ -58,15 +58,15 @@ class ActivationPatching(ic.Method):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: PatchingConfig) -> None:
         """Sites, layers and positions that all prompts have."""
-        grid(self.name, model, tokens, config)
+        grid_of(self.name, model, tokens, config)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: PatchingConfig) -> PatchingResult:
         """Sweep over the patches."""
-        where = grid(self.name, model, tokens, config)
-        pair = contrast(self.name, model, tokens, config, there=where.reads)
-        source = None if pair.source is None else values(pair.source, where)
-        sweep = swept(model, pair.base.tokens, patches(where, source), pair.judged, config)
+        grid = grid_of(self.name, model, tokens, config)
+        pair = contrast(self.name, model, tokens, config, there=grid.reads)
+        source = None if pair.source is None else values(pair.source, grid)
+        sweep = swept(model, pair.base.tokens, patches(grid, source), pair.judged, config)
         return PatchingResult(
-            effect=where.shaped(pair.share(sweep.effects)), source=pair.high, answer=pair.answer, other=pair.other,
-            explain=sweep.plan.explain(), **named(where), **pair.named(),
+            effect=grid.shaped(pair.share(sweep.effects)), source=pair.high, answer=pair.answer, other=pair.other,
+            explain=sweep.plan.explain(), **named(grid), **pair.named(),
         )  # fmt: skip

@@ -45,7 +45,7 @@ from interp_core import sites as S
 from interp_core.score import Score
 
 from ._contrast import Contrast, ContrastConfig, contrast
-from ._maps import Grid, MapConfig, MapResult, Values, grid, named, patches, swept, values
+from ._maps import Grid, MapConfig, MapResult, Values, grid_of, named, patches, swept, values
 from ._pictures import Picture
 from .attribution.relevance.rules import GRADIENT, Rules, relp
 
@@ -159,13 +159,13 @@ class AttributionPatching(ic.Method):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: AttributionPatchingConfig) -> None:
         """Sites, layers and positions that all prompts have; rules that the model can follow."""
-        grid(self.name, model, tokens, config)
+        grid_of(self.name, model, tokens, config)
         _rules(config).demand_reach(model)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: AttributionPatchingConfig) -> AttributionPatchingResult:
         """Gradients at one run or along a line of them; then the sweep, if asked for."""
-        where = grid(self.name, model, tokens, config)
-        for site in where.sites:
+        grid = grid_of(self.name, model, tokens, config)
+        for site in grid.sites:
             if why := model.can(site.name, "grad"):
                 raise ic.CapabilityError(f"{self.name} of {site}: {why}; use activation_patching")
         if isinstance(config.score, Score) and config.score.of is not None:
@@ -175,30 +175,30 @@ class AttributionPatching(ic.Method):
         if config.steps < 0 or config.top_k < 1:
             raise ic.PlanError(f"{self.name}: steps={config.steps}, top_k={config.top_k}: at least 0 and 1")
         inputs = [S.resid_pre[0]] if config.steps and config.along == "inputs" else []
-        pair = contrast(self.name, model, tokens, config, [*where.reads, *inputs], [*where.reads, *inputs])
-        here = values(pair.base, where)
-        there = values(pair.source, where) if pair.source else {k: torch.zeros_like(v) for k, v in here.items()}
-        effect = where.shaped(pair.share(self._estimated(model, pair, where, here, there, config)))
+        pair = contrast(self.name, model, tokens, config, [*grid.reads, *inputs], [*grid.reads, *inputs])
+        here = values(pair.base, grid)
+        there = values(pair.source, grid) if pair.source else {k: torch.zeros_like(v) for k, v in here.items()}
+        effect = grid.shaped(pair.share(self._estimated(model, pair, grid, here, there, config)))
         exact: Tensor | None = None
         agreed: Agreement | tuple[None, None, None] = (None, None, None)
         chosen = _rules(config)
-        explain, top_k = _cost(config, where), min(config.top_k, effect[0].numel())
+        explain, top_k = _cost(config, grid), min(config.top_k, effect[0].numel())
         if config.compare:
-            edits = patches(where, None if pair.source is None else there)
+            edits = patches(grid, None if pair.source is None else there)
             sweep = swept(model, pair.base.tokens, edits, pair.judged, config)
-            exact = where.shaped(pair.share(sweep.effects))
+            exact = grid.shaped(pair.share(sweep.effects))
             agreed, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
         return AttributionPatchingResult(
             effect=effect, source=pair.high, answer=pair.answer, other=pair.other, explain=explain, exact=exact,
             pearson=agreed[0], spearman=agreed[1], overlap=agreed[2], steps=config.steps, along=config.along,
-            top_k=top_k, rules="" if chosen.empty else str(chosen), **named(where), **pair.named(),
+            top_k=top_k, rules="" if chosen.empty else str(chosen), **named(grid), **pair.named(),
         )  # fmt: skip
 
     def _estimated(
         self,
         model: ic.Model,
         pair: Contrast,
-        where: Grid,
+        grid: Grid,
         here: Values,
         there: Values,
         config: AttributionPatchingConfig,
@@ -206,17 +206,17 @@ class AttributionPatching(ic.Method):
         """First-order effects of all patches, summed over the sites that are changed together."""
         grads: dict[tuple[str, int, int], Tensor] = {}
         with _rules(config).on(model):
-            for layers, edits, share in _runs(pair, where, here, there, config):
-                for key, grad in _gradients(model, pair, where._replace(layers=layers), edits).items():
+            for layers, edits, share in _runs(pair, grid, here, there, config):
+                for key, grad in _gradients(model, pair, grid._replace(layers=layers), edits).items():
                     grads[key] = grads.get(key, 0) + share * grad
         steps = {key: torch.where(there[key] == here[key], 0, there[key] - here[key]) for key in grads}  # also of -inf
-        effects = torch.zeros(*where.shape, len(pair.low), dtype=pair.low.dtype)
-        for site in where.sites:
-            for i, layer in enumerate(where.layers):
-                for n in range(len(where.places)):
+        effects = torch.zeros(*grid.shape, len(pair.low), dtype=pair.low.dtype)
+        for site in grid.sites:
+            for i, layer in enumerate(grid.layers):
+                for n in range(len(grid.places)):
                     step, grad = steps[site.name, layer, n], grads[site.name, layer, n]
                     part = step.to(torch.promote_types(step.dtype, torch.float32)) * grad
-                    part = part[:, None] if where.heads == [None] else part.movedim(where.axis(site, n), 1)
+                    part = part[:, None] if grid.heads == [None] else part.movedim(grid.axis(site, n), 1)
                     effects[i, :, n] += part.reshape(*part.shape[:2], -1).sum(-1).T.to(effects)
         return effects.flatten(0, 2)
 
@@ -237,11 +237,11 @@ def _rules(config: AttributionPatchingConfig) -> Rules:
 
 
 def _runs(
-    pair: Contrast, where: Grid, here: Values, there: Values, config: AttributionPatchingConfig
+    pair: Contrast, grid: Grid, here: Values, there: Values, config: AttributionPatchingConfig
 ) -> Iterable[tuple[list[int], list[ic.Edit], float]]:
     """The runs whose gradients are averaged: layers that are differentiated, edits, weight."""
     if not config.steps:
-        yield where.layers, [], 1.0
+        yield grid.layers, [], 1.0
         return
     points = [(k + 0.5) / config.steps for k in range(config.steps)]
     if config.along == "inputs":
@@ -249,27 +249,25 @@ def _runs(
         x = pair.base[first].plain
         y = torch.zeros_like(x) if pair.source is None else pair.source[first].plain
         for point in points:
-            yield where.layers, [first.set(torch.lerp(x, y, point))], 1 / config.steps
+            yield grid.layers, [first.set(torch.lerp(x, y, point))], 1 / config.steps
         return
-    for layer in where.layers:
-        starts, stops = (
-            [part for site in where.sites for part in _joined(where, site, layer, x)] for x in (here, there)
-        )
+    for layer in grid.layers:
+        starts, stops = ([part for site in grid.sites for part in _joined(grid, site, layer, x)] for x in (here, there))
         for point in points:
             edits = [at.set(torch.lerp(a, b, point)) for (at, a), (_, b) in zip(starts, stops, strict=True)]
             yield [layer], edits, 1 / config.steps
 
 
-def _joined(where: Grid, site: S.Site, layer: int, patched: Values) -> list[tuple[S.Site, Tensor]]:
+def _joined(grid: Grid, site: S.Site, layer: int, patched: Values) -> list[tuple[S.Site, Tensor]]:
     """A layer's values at all places, and where they belong; all tokens as one, since each edit copies the site."""
-    parts = [patched[site.name, layer, place] for place in range(len(where.places))]
-    if len(parts) > 1 and where.places == list(range(len(parts))):
+    parts = [patched[site.name, layer, place] for place in range(len(grid.places))]
+    if len(parts) > 1 and grid.places == list(range(len(parts))):
         axis = next(i for i, name in enumerate(site.info.axes) if name in ("pos", "query"))
-        return [(site[layer].at(where.places), torch.stack(parts, axis))]
-    return [(where.where(site, layer, place), part) for place, part in enumerate(parts)]
+        return [(site[layer].at(grid.places), torch.stack(parts, axis))]
+    return [(grid.where(site, layer, place), part) for place, part in enumerate(parts)]
 
 
-def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit]) -> Values:
+def _gradients(model: ic.Model, pair: Contrast, grid: Grid, edits: list[ic.Edit]) -> Values:
     """Gradients of the score at every layer and place of a run."""
 
     def total(logits: Tensor) -> Tensor:
@@ -280,19 +278,19 @@ def _gradients(model: ic.Model, pair: Contrast, where: Grid, edits: list[ic.Edit
             )
         return score
 
-    reads = [site[layer] for site in where.sites for layer in where.layers]
+    reads = [site[layer] for site in grid.sites for layer in grid.layers]
     run = model.run(pair.base.tokens, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)
     return {
-        (site.name, layer, place): run.grad[where.where(site, layer, place)].plain
-        for site in where.sites
-        for layer in where.layers
-        for place in range(len(where.places))
+        (site.name, layer, place): run.grad[grid.where(site, layer, place)].plain
+        for site in grid.sites
+        for layer in grid.layers
+        for place in range(len(grid.places))
     }
 
 
-def _cost(config: AttributionPatchingConfig, where: Grid) -> str:
-    passes = max(1, config.steps) * (len(where.layers) if config.steps and config.along == "activations" else 1)
-    return f"{passes} forward and backward pass(es) for {torch.Size(where.shape).numel()} patches"
+def _cost(config: AttributionPatchingConfig, grid: Grid) -> str:
+    passes = max(1, config.steps) * (len(grid.layers) if config.steps and config.along == "activations" else 1)
+    return f"{passes} forward and backward pass(es) for {torch.Size(grid.shape).numel()} patches"
 
 
 def agreement(

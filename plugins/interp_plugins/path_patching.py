@@ -176,6 +176,7 @@ class PathPatching(ic.Method):
         ]
         layers = 0
         for chunk in runs.chunks(sorted({s for s, _ in pairs})):
+            # only pairs of this chunk: direct runs of all senders would not fit beside the sweep
             changes = runs.received(chunk)
             chosen = [(s, r) for s, r in pairs if s in chunk]
             variants = [changes(s, receivers[r]) for s, r in chosen]

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -41,7 +40,7 @@ from interp_plugins.attribution.files.traces import MANIFEST, Trace, line_of, me
 import interp_core as ic
 from interp_core import report, runs
 
-from .configs import words
+from .configs import balanced, words
 
 ATTR_FUNCS = "ifr_all_positions,attnlrp,ifr_multi_hop_both"
 MATH = ("math", "gsm8k")
@@ -66,11 +65,11 @@ class AttributionEvalConfig(ic.Config):
         output_root: where the tree goes.
         num_examples: of each data set, at most.
         mode: faithfulness_gen, recovery_ruler, or both.
-        sample: draw so many examples by a shuffle (None: the first ones),
-        seed: with this seed.
+        sample: draw so many examples by a shuffle (None: the first ones).
+        seed: of that shuffle.
         n_hops: of multi-hop methods.
-        chunk_tokens: how many sources of IFR are worked on at a time,
-        sink_chunk_tokens: and how many sinks.
+        chunk_tokens: how many sources of IFR are worked on at a time.
+        sink_chunk_tokens: how many sinks of IFR are worked on at a time.
         attnlrp_neg_handling: of AttnLRP: what becomes of negative relevance.
         attnlrp_norm_mode: of AttnLRP: whether relevance is normalised.
         save_hop_traces: also write trace folders.
@@ -150,27 +149,23 @@ def attribution_eval(config: AttributionEvalConfig) -> Path:
     }  # fmt: skip
     about: dict[str, Any] = {"recipe": "attribution_eval", "model": model, "dataset": ",".join(caches)}
     with runs.publish(config.output_root, settings, **about, overwrite=config.overwrite) as run:
-        work = [
-            Work(run, model, name, config.model, examples, function, options, config.num_examples)
-            for name, examples in caches.items()
-            for function in functions
-        ]
-        dropped = {name: rows for name, (_, rows) in examples_and_dropped.items()}
-        _evaluated(work, config.save_hop_traces, config.strict, dropped)
+        work = [Work(run, model, n, examples, f, options, config) for n, examples in caches.items() for f in functions]
+        _evaluated(work, {name: rows for name, (_, rows) in examples_and_dropped.items()})
     return config.output_root
 
 
-def _evaluated(work: Sequence[Work], traces: bool, strict: bool, dropped: Mapping[str, Rows]) -> None:
+def _evaluated(work: Sequence[Work], dropped: Mapping[str, Rows]) -> None:
     """All methods on all data sets, each data set with its summary, and with the lines that could not be read."""
     for each in work:
-        each.claim(traces)
+        each.claim()
     for name, of_cache in itertools.groupby(work, lambda each: each.name):
-        listed = list(of_cache)
+        methods = list(of_cache)
+        run, config = methods[0].run, methods[0].config
         if dropped[name]:
-            place = table_path("examples", name, listed[0].label, "unreadable", listed[0].count)
-            listed[0].run.put({place.removesuffix(".csv") + ".jsonl": runs.json_lines(dropped[name])})
-        rows = [row for each in listed for row in each.done(traces, strict)]
-        _summary(listed[0].run, name, listed[0].label, rows, listed[0].count)
+            place = table_path("examples", name, config.model, "unreadable", config.num_examples)
+            run.put({place.removesuffix(".csv") + ".jsonl": runs.json_lines(dropped[name])})
+        rows = [row for each in methods for row in each.done()]
+        _summary(run, name, config.model, rows, config.num_examples)
 
 
 @dataclass(frozen=True)
@@ -180,25 +175,24 @@ class Work:
     Attributes:
         run: where files go.
         loaded: the model.
-        name, label: of data set and model, in the tree.
+        name: of the data set, in the tree.
         examples: of the data set.
         function: the method, by its published name.
         options: how examples are evaluated.
-        count: how many examples were asked for.
+        config: of the whole evaluation.
     """
 
     run: runs.RunFolder
     loaded: ic.Model
     name: str
-    label: str
     examples: Sequence[Example]
     function: str
     options: Options
-    count: int
+    config: AttributionEvalConfig
 
     def table(self, kind: str) -> str:
         """Where a table lies in the tree."""
-        return table_path(kind, self.name, self.label, self.function, self.count)
+        return table_path(kind, self.name, self.config.model, self.function, self.config.num_examples)
 
     @property
     def folder(self) -> str:
@@ -208,17 +202,20 @@ class Work:
         tag = run_tag(self.function, o.modes, len(self.examples), *settings)
         return f"{self.table('traces').rpartition('/')[0]}/{tag}"
 
-    def claim(self, traces: bool) -> None:
+    def claim(self) -> None:
         """Refuse now what another run has written."""
         kinds = [
             kind
             for kind, mode in (("faithfulness", FAITHFULNESS), ("recovery", RECOVERY))
             if mode in self.options.modes
         ]
-        self.run.claim([*map(self.table, kinds), *([f"{self.folder}/{MANIFEST}"] if traces else [])])
+        self.run.claim(
+            [*map(self.table, kinds), *([f"{self.folder}/{MANIFEST}"] if self.config.save_hop_traces else [])]
+        )
 
-    def done(self, traces: bool, strict: bool) -> Rows:
+    def done(self) -> Rows:
         """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
+        traces = self.config.save_hop_traces
         with (
             self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows,
             ic.Progress(f"{self.name}, {self.function}", len(self.examples)) as told,
@@ -226,7 +223,7 @@ class Work:
             for index, example in enumerate(self.examples):
                 file = f"{self.folder}/ex_{index:06d}.npz"
                 if index not in rows or (traces and not self.run.kept(file)):
-                    row, trace = self._evaluated(example, index, strict)
+                    row, trace = self._evaluated(example, index)
                     if trace is not None and traces:
                         self.run.put({file: npz_bytes(members_of(trace))})
                     if index not in rows:
@@ -241,7 +238,7 @@ class Work:
             self.run.put({f"{self.folder}/{MANIFEST}": runs.json_lines(row["line"] for row in good)})
         return [form for row in good for form in row["forms"]]
 
-    def _evaluated(self, example: Example, index: int, strict: bool) -> tuple[dict[str, Any], Trace | None]:
+    def _evaluated(self, example: Example, index: int) -> tuple[dict[str, Any], Trace | None]:
         """The row of one example, and its trace; an example that does not work is noted and dropped.
 
         Raises:
@@ -251,7 +248,7 @@ class Work:
         try:
             evaluated = evaluate(self.loaded, example, index, self.function, self.options)
         except ic.InterpError as error:
-            if strict:
+            if self.config.strict:
                 raise
             print(f"  dropped example {index}: {error}", file=sys.stderr)
             return row | {"dropped": str(error)}, None
@@ -346,5 +343,4 @@ def _device(cuda: str | int | None) -> dict[str, Any]:
         raise ic.PlanError(f"--cuda takes numbers of CUDA devices, as 0 or 2,3,4, not {cuda!r}: {there}")
     if len(numbers) == 1:
         return {"device": f"cuda:{numbers[0]}"}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))  # before the first tensor goes there
-    return {"device_map": "balanced"}
+    return balanced(numbers)

@@ -41,11 +41,11 @@ class BuildCacheConfig(ic.Config):
         keep_unfinished: also take answers that did not come to an end.
         profile: how prompts are shown to the model, sound or reference.
         batch_size: prompts in a pass.
-        count: how many examples are made up,
-        seed: and by which random numbers.
-        sentences: of needles: how much is noise,
-        hidden: and how many numbers are in it.
-        hops: aliases of toy_needles.
+        count: how many examples are made up.
+        seed: of what is made up.
+        sentences: of needles: how much of the text is noise.
+        hidden: of needles: how many numbers are hidden in it.
+        hops: of toy_needles: how many aliases lead to the answer.
     """
 
     source: str

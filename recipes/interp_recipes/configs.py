@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from interp_plugins.pairs import Pair, read_pairs
 from interp_plugins.pairs.pair import Layout
 
 import interp_core as ic
+from interp_core import runs
 
 
 class DeviceConfig(ic.Config):
@@ -74,7 +77,39 @@ class PairsConfig(DeviceConfig):
         dropped.append({"sample": name, "reason": str(error)})
 
 
+class TreeConfig(PairsConfig):
+    """A study that may write into the tree of others.
+
+    Attributes:
+        out_dir: the tree for figures and tables, which several recipes may share, with the run's record beside it
+            (None: a folder of the run's own, results/{model}/{dataset}/{timestamp}-{recipe}-{hash}).
+        overwrite: replace files in `out_dir` that another run wrote.
+    """
+
+    out_dir: Path | None = None
+    overwrite: bool = False
+
+    def open(self, identity: Mapping[str, Any], pairs: Sequence[Pair], **about: Any) -> runs.RunFolder:
+        """The run's folder.
+
+        Args:
+            identity: on what the numbers depend, beside model and pairs.
+            pairs: that are used.
+            about: as of `runs.open`.
+        """
+        resolved = {**identity, "pairs": runs.digest([pair.record() for pair in pairs])}
+        if self.out_dir is None:
+            return runs.open(None, resolved, **about)
+        return runs.publish(self.out_dir, resolved, **about, overwrite=self.overwrite)
+
+
 def words(names: Sequence[str] | str) -> list[str]:
     """Names that are given one by one, or joined by commas as the published commands take them."""
     listed = [names] if isinstance(names, str) else names
     return [word.strip() for part in listed for word in part.split(",") if word.strip()]
+
+
+def balanced(devices: Iterable[int]) -> dict[str, Any]:
+    """How a model is loaded over several CUDA devices: as Hugging Face balances it over all that it can see."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))  # before the first tensor goes to one of them
+    return {"device_map": "balanced"}

@@ -91,10 +91,10 @@ def patching_map(model: ic.Model, task: Task) -> tuple[Tensor, float, float]:
     clean = model.run(task.clean, read=S.z.at(-1), logits=-1)
     taken = [clean[S.z[layer].at(-1)][:, head] for layer, head in model.heads]
     variants = [S.z[layer, head].at(-1).set(z) for (layer, head), z in zip(model.heads, taken, strict=True)]
-    found = model.sweep(task.corrupted, variants, difference)
-    high, low = difference(clean).mean(), found.clean.mean()
+    sweep = model.sweep(task.corrupted, variants, difference)
+    high, low = difference(clean).mean(), sweep.clean.mean()
     effect = torch.zeros(model.n_layers, max(head for _, head in model.heads) + 1)
-    for (layer, head), value in zip(model.heads, found.values.mean(-1), strict=True):
+    for (layer, head), value in zip(model.heads, sweep.values.mean(-1), strict=True):
         effect[layer, head] = (value - low) / (high - low)
     return effect, float(high), float(low)
 
@@ -102,8 +102,7 @@ def patching_map(model: ic.Model, task: Task) -> tuple[Tensor, float, float]:
 def named_heads(effect: Tensor) -> list[tuple[int, int]]:
     """Heads with at least a third of the largest effect, strongest first."""
     order = effect.flatten().argsort(descending=True).tolist()
-    heads = [divmod(i, effect.shape[1]) for i in order if float(effect.flatten()[i]) >= float(effect.max()) / 3]
-    return [(layer, head) for layer, head in heads]
+    return [divmod(i, effect.shape[1]) for i in order if float(effect.flatten()[i]) >= float(effect.max()) / 3]
 
 
 def judged(run: ic.Run, task: Task) -> dict[str, float]:
@@ -174,7 +173,7 @@ class Findings:
         heads: those that the map names.
         ablated, layers, steered: rows of `ablation`, `best_layer`, `steering`.
         layer: the best one to steer at.
-        made: the steered generation.
+        generation: the steered one.
     """
 
     lens: Any
@@ -185,7 +184,7 @@ class Findings:
     layer: int
     layers: list[dict[str, Any]]
     steered: list[dict[str, Any]]
-    made: ic.Generation
+    generation: ic.Generation
 
     def sentences(self) -> list[str]:
         """What came out, in words."""
@@ -218,8 +217,8 @@ def study(model: ic.Model, task: Task, new: int, run: ic.runs.RunFolder) -> Find
     effect, (high, low) = kept["effect"], kept["gap"].tolist()
     heads = named_heads(effect)
     layer, layers = best_layer(model, task)
-    steered, made = steering(model, task, layer, new)
-    return Findings(lens, effect, (high, low), heads, ablation(model, task, heads), layer, layers, steered, made)
+    steered, generation = steering(model, task, layer, new)
+    return Findings(lens, effect, (high, low), heads, ablation(model, task, heads), layer, layers, steered, generation)
 
 
 class DemoConfig(ic.Config):
@@ -252,21 +251,21 @@ def demo(config: DemoConfig) -> Path:
     ) as run:
         run.claim(["report.html", "lens.png", "patching.png"])
         print(f"{loaded}\n{task.story}\n", flush=True)
-        found = study(loaded, task, 4 if toy else 24, run)
-        found.lens.show()
-        print("", *found.sentences(), "", sep="\n")
-        for row in found.steered:
+        findings = study(loaded, task, 4 if toy else 24, run)
+        findings.lens.show()
+        print("", *findings.sentences(), "", sep="\n")
+        for row in findings.steered:
             print(f"  …{row['prompt ends']}   plain: {row['plain']}   steered: {row['steered']}")
-        print(f"  {found.made.receipts[0]}")
-        write_report(run, loaded, task, found)
+        print(f"  {findings.generation.receipts[0]}")
+        write_report(run, loaded, task, findings)
     report = run.path / "report.html"
     print(f"\n{report} ({time.perf_counter() - began:.1f} s)")
     return report
 
 
-def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, found: Findings) -> None:
+def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, findings: Findings) -> None:
     """One page, two pictures, the lens as data."""
-    values = found.effect.tolist()
+    values = findings.effect.tolist()
     rows = [f"layer {i}" for i in range(len(values))]
     columns = [f"head {i}" for i in range(len(values[0]))]
     texts = [[percent(value) for value in line] for line in values]
@@ -275,26 +274,26 @@ def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, found: Fin
         values, rows, columns, texts=texts, diverging=True, title="Heads that carry the answer", caption=note,
         colorbar="share of the gap restored",
     )  # fmt: skip
-    run.result("lens", found.lens)
-    run.figure("lens.png", found.lens.png)
+    run.result("lens", findings.lens)
+    run.figure("lens.png", findings.lens.png)
     run.figure("patching.png", grid.png)
     pair = "".join(
         f"<pre>{ic.report.escape((tokens.texts or ('',))[0])}</pre>" for tokens in (task.clean, task.corrupted)
     )
-    said = "".join(f"<li>{ic.report.escape(line)}</li>" for line in found.sentences())
-    steered = ic.report.table(found.steered) + f"<pre>{ic.report.escape(found.made.receipts[0])}</pre>"
+    said = "".join(f"<li>{ic.report.escape(line)}</li>" for line in findings.sentences())
+    steered = ic.report.table(findings.steered) + f"<pre>{ic.report.escape(findings.generation.receipts[0])}</pre>"
     sections = [
         ic.report.Section("What came out", "", f"<ul>{said}</ul>"),
         ic.report.Section(
             "The prompts", f"{task.story} Left clean, right corrupted.", f"<div class='pair'>{pair}</div>"
         ),
-        ic.report.Section("Logit lens", "What each layer would say if the model stopped there.", found.lens.html()),
+        ic.report.Section("Logit lens", "What each layer would say if the model stopped there.", findings.lens.html()),
         ic.report.Section("Which heads decide", "", grid.html()),
         ic.report.Section(
-            "Is that true?", "Named heads and others set to their mean over tasks.", ic.report.table(found.ablated)
+            "Is that true?", "Named heads and others set to their mean over tasks.", ic.report.table(findings.ablated)
         ),
         ic.report.Section(
-            "Where it can be moved", "The mean difference added after each layer.", ic.report.table(found.layers)
+            "Where it can be moved", "The mean difference added after each layer.", ic.report.table(findings.layers)
         ),
         ic.report.Section("Steered generation", "The same difference, added at every new token.", steered),
         ic.report.Section("What this model has", "", f"<pre>{ic.report.escape(model.sites)}</pre>"),

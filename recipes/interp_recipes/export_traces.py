@@ -130,6 +130,7 @@ def _suffix(folder: Path) -> Path:
     """What follows `traces/` in a folder's path: data set, model and run; its own name where there is no `traces`."""
     parts = folder.absolute().parts
     places = [i + 1 for i, part in enumerate(parts) if part == "traces" and i + 1 < len(parts)]
+    # the last `traces` behind which data set, model and run still fit: a folder above, or a model, may be called so too
     whole = [i for i in places if len(parts) - i >= 3]
     start = whole[-1] if whole else next(iter(places), len(parts) - 1)
     return Path(*parts[start:])
@@ -192,14 +193,14 @@ def _how(folder: Path, tokenizer_model: str | None, profile: str | None) -> tupl
     )
 
 
-def _said(folder: Path, what: str, values: Sequence[str], asked: str | None, fallback: str | None) -> str:
+def _said(folder: Path, what: str, values: Sequence[str], wanted: str | None, fallback: str | None) -> str:
     """What was asked for, or else the one thing that the records of a folder say.
 
     Raises:
         LoadError: they say nothing, or several things, and there is nothing to fall back on.
     """
-    if asked is not None:
-        return asked
+    if wanted is not None:
+        return wanted
     names = sorted({*values})
     if len(names) != 1 and (names or fallback is None):
         known = f"its records name {' and '.join(names)}" if names else "no record of its run says it"
@@ -278,7 +279,7 @@ def _tokens(
     missing = [trace for trace in traces if (trace.prompt_sha1, trace.target_sha1) not in index]
     if missing:
         first = missing[0]
-        near = next((one for (prompt, _), one in index.items() if prompt == first.prompt_sha1), None)
+        near = next((place for (prompt, _), place in index.items() if prompt == first.prompt_sha1), None)
         why = f"its prompt is in line {near[0]}, with another target" if near else "its prompt is not there either"
         raise ic.TextError(
             f"Failed to match manifest sha1 to dataset_jsonl: {len(missing)} of {len(traces)} examples of {folder} are "

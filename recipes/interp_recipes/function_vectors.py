@@ -24,21 +24,22 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from interp_plugins import function_vectors as fv
-from interp_plugins.function_vectors.files import read_effects, read_means
-from interp_plugins.function_vectors.related import Choice, Extracted, Related, by_word, choose, related
+from interp_plugins.function_vectors import report
+from interp_plugins.function_vectors.files.published import read_effects, read_means
+from interp_plugins.function_vectors.related import Extracted, Related, by_word, choose, related
+from interp_plugins.function_vectors.report import Findings
 from torch import Tensor
 
 import interp_core as ic
 from interp_core.errors import nearest
 from interp_core.toys.text import relations
 
-from . import fv_report
+from .fv_configs import TemplateConfig
 
 ARGS = "fv_eval_args.txt"
 MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
@@ -46,81 +47,10 @@ VALID, FEW, BASELINE = "fs_results_validation.json", "fs_results_layer_sweep.jso
 ZERO, SHUFFLED = "zs_results_{}.json", "fs_shuffled_results_{}.json"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run was asked for; see `function_vectors`."""
-
-    n_shots: int
-    n_mean_trials: int
-    n_trials: int
-    n_top_heads: int
-    seed: int
-    test_split: float
-    compute_baseline: bool
-    examples: int
-    edit_layer: int
-    template: fv.Template
-
-    @property
-    def layers(self) -> tuple[int, ...] | None:
-        """Where the vector is evaluated (None: after every layer)."""
-        return None if self.edit_layer == -1 else (self.edit_layer,)
-
-    def name(self, results: str) -> str:
-        """The published name of a file of results with the vector."""
-        return results.format("layer_sweep" if self.layers is None else f"editlayer_{self.edit_layer}")
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What came out for one task.
+class TasksConfig(TemplateConfig):
+    """Which tasks, and how their vectors are extracted and measured.
 
     Attributes:
-        task: the task.
-        aie: average indirect effect.
-        mean: mean activations.
-        vector: the vector, with its layer.
-        choice: that layer, and the validation accuracy there.
-        few: accuracy with shots.
-        zero, shuffled: accuracies without and with the vector, on rows that it answers with shots.
-        baseline: the published form, by number of shots.
-        words: what the vector decodes to.
-        examples: what the model said, without and with the vector.
-    """
-
-    task: fv.Task
-    aie: Tensor
-    mean: Tensor
-    vector: fv.FunctionVector
-    choice: Choice
-    few: float
-    zero: fv.Evaluation
-    shuffled: fv.Evaluation
-    baseline: Mapping[str, Mapping[str, Any]]
-    words: Sequence[tuple[str, float]]
-    examples: Sequence[Mapping[str, Any]]
-
-
-def function_vectors(
-    tasks: str = "antonym",
-    model: str = "toy:text",
-    out: Path | None = None,
-    n_shots: int = 10,
-    n_mean_trials: int = 100,
-    n_trials: int = 25,
-    n_top_heads: int = 10,
-    seed: int = 42,
-    test_split: float = 0.3,
-    compute_baseline: bool = True,
-    examples: int = 8,
-    edit_layer: int = -1,
-    prefixes: dict[str, str] | None = None,
-    separators: dict[str, str] | None = None,
-    instructions: str = "",
-) -> Path:
-    """Extract and measure; returns the page's path.
-
-    Args:
         tasks: task files or relations of toy:text, separated by commas; "all": every relation.
         model: toy:text, a folder, or a hub id.
         out: folder of the run (default: results/{model}/{dataset}/{timestamp}-function_vectors-{hash}).
@@ -132,97 +62,138 @@ def function_vectors(
         compute_baseline: also accuracies of 0 to n_shots shots.
         examples: test rows to show.
         edit_layer: the layer after which the vector is evaluated; -1: every layer.
-        prefixes, separators: of the template; default Q: / A:, a line break and an empty line.
         instructions: text before the demonstrations.
+    """
+
+    tasks: str = "antonym"
+    model: str = "toy:text"
+    out: Path | None = None
+    n_shots: int = 10
+    n_mean_trials: int = 100
+    n_trials: int = 25
+    n_top_heads: int = 10
+    seed: int = 42
+    test_split: float = 0.3
+    compute_baseline: bool = True
+    examples: int = 8
+    edit_layer: int = -1
+    instructions: str = ""
+
+    @property
+    def template(self) -> fv.Template:
+        """The template of all prompts."""
+        return fv.Template.filled(self.prefixes, self.separators, instructions=self.instructions)
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Where the vector is evaluated (None: after every layer)."""
+        return None if self.edit_layer == -1 else (self.edit_layer,)
+
+    def name(self, results: str) -> str:
+        """The published name of a file of results with the vector."""
+        return results.format("layer_sweep" if self.layers is None else f"editlayer_{self.edit_layer}")
+
+    def check(self) -> None:
+        """Raise a PlanError for numbers, or a template, that mean nothing; before a model is loaded."""
+        for key in ("n_shots", "n_mean_trials", "n_trials", "n_top_heads"):
+            if (number := getattr(self, key)) < 1:
+                raise ic.PlanError(f"function_vectors: {key} is at least 1, not {number}")
+        _ = self.template
+
+    def numbers(self) -> dict[str, Any]:
+        """The settings of the published script, in the order of its `fv_eval_args.txt`."""
+        names = ("n_shots", "n_mean_trials", "n_trials", "n_top_heads", "seed", "test_split", "compute_baseline")
+        return {name: getattr(self, name) for name in (*names, "edit_layer")}
+
+
+def function_vectors(config: TasksConfig) -> Path:
+    """Extract and measure; returns the page's path.
 
     Raises:
         LoadError, PlanError, TextError: tasks, model and settings that do not fit, before the model runs.
     """
     began = time.perf_counter()
-    asked = Settings(
-        n_shots, n_mean_trials, n_trials, n_top_heads, seed, test_split, compute_baseline, examples, edit_layer,
-        fv.Template.filled(prefixes, separators, instructions=instructions),
-    )  # fmt: skip
-    found = _tasks(tasks, asked)
-    loaded = ic.load(model)
-    run = _opened(out, loaded, found, asked)
-    parts = [run.part(task.name, {"dataset": _fingerprint(task)}, task.name) for task in found]
-    _check(loaded, found, parts, asked)
-    print(loaded, flush=True)
+    config.check()
+    tasks = _tasks(config)
+    model = ic.load(config.model)
+    run = _opened(model, tasks, config)
+    parts = [run.part(task.name, {"dataset": _fingerprint(task)}, task.name) for task in tasks]
+    _check(model, tasks, parts, config)
+    print(model, flush=True)
     done = []
     with run:
-        for task, part in zip(found, parts, strict=True):
+        for task, part in zip(tasks, parts, strict=True):
             print(task)
             with part.attempt(strict=True):
-                done.append(_study(loaded, task, part, asked))
-                fv_report.write_task(part, loaded, done[-1], _args(task, loaded, asked))
-            print("", *fv_report.sentences(done[-1]), "", sep="\n")
-        page = _together(loaded, done, parts, run, asked) if len(done) > 1 else parts[0].path / "report.html"
+                done.append(_study(model, task, part, config))
+                report.write_task(part, model, done[-1], _args(task, model, config))
+            print("", *report.sentences(done[-1]), "", sep="\n")
+        page = _together(model, done, parts, run, config) if len(done) > 1 else parts[0].path / "report.html"
     print(f"{time.perf_counter() - began:.1f} s")
     return page
 
 
-def _opened(out: Path | None, model: ic.Model, tasks: Sequence[fv.Task], asked: Settings) -> ic.runs.RunFolder:
+def _opened(model: ic.Model, tasks: Sequence[fv.Task], config: TasksConfig) -> ic.runs.RunFolder:
     """The run's folder; tasks may be added to it, and more examples shown."""
     names = [task.name for task in tasks]
-    settings = {**vars(asked), "tasks": names, "model": model.source}
+    shown = {"examples": config.examples, "template": config.template}
+    settings = {**config.numbers(), **shown, "tasks": names, "model": model.source}
     dataset = "+".join(names) if len(names) <= 3 else f"{len(names)} tasks"
     return ic.runs.open(
-        out, settings, recipe="function_vectors", model=model, dataset=dataset, free=("tasks", "examples")
+        config.out, settings, recipe="function_vectors", model=model, dataset=dataset, free=("tasks", "examples")
     )
 
 
-def _tasks(names: str, asked: Settings) -> list[fv.Task]:
+def _tasks(config: TasksConfig) -> list[fv.Task]:
     """Tasks by name or file.
 
     Raises:
-        PlanError, LoadError: settings out of range; no such relation or file; two of one name.
+        PlanError, LoadError: no such relation or file; two of one name.
     """
-    for key in ("n_shots", "n_mean_trials", "n_trials", "n_top_heads"):
-        if (value := getattr(asked, key)) < 1:
-            raise ic.PlanError(f"function_vectors: {key} is at least 1, not {value}")
     known = {task.name: task for task in by_word(relations())}
-    wanted = list(known) if names.strip() == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    found = []
-    for name in wanted:
+    names = [name.strip() for name in config.tasks.split(",") if name.strip()]
+    tasks = []
+    for name in known if names == ["all"] else names:
         if name in known:
-            found.append(known[name])
+            tasks.append(known[name])
         elif Path(name).suffix or Path(name).exists():
-            found.append(fv.load_task(name, seed=asked.seed, test_split=asked.test_split))
+            tasks.append(fv.load_task(name, seed=config.seed, test_split=config.test_split))
         else:
             raise ic.PlanError(
                 f"there is no task {name!r}, neither a relation of toy:text nor a file. {nearest(name, known)} A task "
                 "file is a .json list of objects with 'input' and 'output'"
             )
-    if not found or len({task.name for task in found}) < len(found):
-        raise ic.PlanError(f"tasks {names!r}: give at least one, each once; results go to a folder of the task's name")
-    return found
+    if not tasks or len({task.name for task in tasks}) < len(tasks):
+        raise ic.PlanError(
+            f"tasks {config.tasks!r}: give at least one, each once; results go to a folder of the task's name"
+        )
+    return tasks
 
 
 def _fingerprint(task: fv.Task) -> str:
     return hashlib.sha256(repr((task.pairs, task.train, task.valid, task.test)).encode()).hexdigest()[:16]
 
 
-def _args(task: fv.Task, model: ic.Model, asked: Settings) -> dict[str, Any]:
+def _args(task: fv.Task, model: ic.Model, config: TasksConfig) -> dict[str, Any]:
     """The settings, as `fv_eval_args.txt` has them."""
-    template = asked.template
+    template = config.template
     return {
         "dataset_name": task.name, "dataset_source": task.source, "model_name": model.source,
-        **{key: value for key, value in vars(asked).items() if key not in ("examples", "template")},
+        **config.numbers(),
         "prefixes": dict(template.prefixes), "separators": dict(template.separators),
         "instructions": template.instructions,
         "model_identity": model.fingerprint(), "dataset_fingerprint": _fingerprint(task),
     }  # fmt: skip
 
 
-def _files(task: fv.Task, asked: Settings) -> list[str]:
+def _files(task: fv.Task, config: TasksConfig) -> list[str]:
     """What is made of a task and kept for the next run."""
-    steered = [asked.name(name) for name in (ZERO, SHUFFLED)]
+    steered = [config.name(name) for name in (ZERO, SHUFFLED)]
     names = [ARGS, MEAN.format(task.name), EFFECT.format(task.name), VALID, FEW, *steered]
-    return [*names, BASELINE] if asked.compute_baseline else names
+    return [*names, BASELINE] if config.compute_baseline else names
 
 
-def _check(model: ic.Model, tasks: Sequence[fv.Task], parts: Sequence[ic.runs.Part], asked: Settings) -> None:
+def _check(model: ic.Model, tasks: Sequence[fv.Task], parts: Sequence[ic.runs.Part], config: TasksConfig) -> None:
     """Everything that can be known before the model runs.
 
     Raises:
@@ -231,28 +202,29 @@ def _check(model: ic.Model, tasks: Sequence[fv.Task], parts: Sequence[ic.runs.Pa
     """
     if model.tokenizer is None:
         raise ic.TextError("function_vectors builds prompts of its tasks: load the model with its tokenizer")
-    if asked.n_top_heads > len(model.heads):
-        raise ic.PlanError(f"n_top_heads is {asked.n_top_heads}; {model.source} has {len(model.heads)} heads")
-    if asked.edit_layer not in range(-1, model.n_layers):
+    if config.n_top_heads > len(model.heads):
+        raise ic.PlanError(f"n_top_heads is {config.n_top_heads}; {model.source} has {len(model.heads)} heads")
+    if config.edit_layer not in range(-1, model.n_layers):
         raise ic.PlanError(
-            f"edit_layer is {asked.edit_layer}; {model.source} has layers 0 to {model.n_layers - 1}. Give one of them, "
-            "or -1 for all"
+            f"edit_layer is {config.edit_layer}; {model.source} has layers 0 to {model.n_layers - 1}. Give one of "
+            "them, or -1 for all"
         )
     for task, part in zip(tasks, parts, strict=True):
-        part.claim(_files(task, asked))
-        drawn: dict[str, Any] = {"seed": asked.seed, "template": asked.template}
-        fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, n_shots=asked.n_shots, **drawn)
-        fv.questions(task, model.tokenizer, shots=asked.n_shots, **drawn)
+        part.claim(_files(task, config))
+        drawn: dict[str, Any] = {"seed": config.seed, "template": config.template}
+        fv.legacy_trials(task, model.tokenizer, n_trials=config.n_trials, n_shots=config.n_shots, **drawn)
+        fv.questions(task, model.tokenizer, shots=config.n_shots, **drawn)
 
 
-def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, asked: Settings) -> Findings:
+def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, config: TasksConfig) -> Findings:
     """The published protocol, stage by stage."""
-    seed, shots = asked.seed, asked.n_shots
-    part.put({ARGS: json.dumps(_args(task, model, asked), indent=2, ensure_ascii=False)})
-    valid = _kept(part, VALID, lambda: _answered(model, task, "valid", asked, seed + 42))
+    seed, shots = config.seed, config.n_shots
+    part.put({ARGS: json.dumps(_args(task, model, config), indent=2, ensure_ascii=False)})
+    # as the published script has it, validation prompts come from a stream of their own, test prompts from the seed's
+    valid = _kept(part, VALID, lambda: _answered(model, task, "valid", config, seed + 42))
     right = [row for row, rank in enumerate(valid["clean_rank_list"]) if rank == 0]
-    drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right, "template": asked.template}
-    few = _kept(part, FEW, lambda: _answered(model, task, "test", asked, seed))
+    drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right, "template": config.template}
+    few = _kept(part, FEW, lambda: _answered(model, task, "test", config, seed))
     kept = [row for row, rank in enumerate(few["clean_rank_list"]) if rank == 0]
     if not right or not kept:
         raise ic.PlanError(
@@ -261,31 +233,31 @@ def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, asked: Settings) 
         )
 
     def means() -> Tensor:
-        trials = fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_mean_trials, shuffle=False, **drawn)
+        trials = fv.legacy_trials(task, model.tokenizer, n_trials=config.n_mean_trials, shuffle=False, **drawn)
         return fv.mean_head_activations(model, [trial.clean for trial in trials])
 
     def effects() -> Tensor:
-        trials = fv.legacy_trials(task, model.tokenizer, n_trials=asked.n_trials, **drawn)
+        trials = fv.legacy_trials(task, model.tokenizer, n_trials=config.n_trials, **drawn)
         return fv.indirect_effect(model, [trial.corrupted for trial in trials], mean)
 
     shown, patched = MEAN.format(task.name), EFFECT.format(task.name)
     mean = part.stage(shown, means, after=[VALID], read=lambda path: read_means(path, model), data=ic.runs.pt_bytes)
-    found = part.stage(
+    effect = part.stage(
         patched, effects, after=[VALID, shown], read=lambda path: read_effects(path, model), data=ic.runs.pt_bytes
     )  # fmt: skip
-    aie = fv.average(found)
-    extracted = Extracted(task, mean, aie, asked.template)
-    choice, _ = choose(model, [extracted], [asked.n_top_heads], "own", layers=asked.layers)
-    heads = fv.top_heads(aie, asked.n_top_heads)
+    aie = fv.average(effect)
+    extracted = Extracted(task, mean, aie, config.template)
+    choice, _ = choose(model, [extracted], [config.n_top_heads], "own", layers=config.layers)
+    heads = fv.top_heads(aie, config.n_top_heads)
     vector = fv.function_vector(model, mean, heads, task=task.name, layer=choice.layer)
     after = [FEW, shown, patched]
-    zero = _kept(part, asked.name(ZERO), lambda: _steered(model, task, vector, 0, kept, asked), after)
-    shuffled = _kept(part, asked.name(SHUFFLED), lambda: _steered(model, task, vector, shots, kept, asked), after)
-    baseline = _kept(part, BASELINE, lambda: _baseline(model, task, asked)) if asked.compute_baseline else {}
+    zero = _kept(part, config.name(ZERO), lambda: _steered(model, task, vector, 0, kept, config), after)
+    shuffled = _kept(part, config.name(SHUFFLED), lambda: _steered(model, task, vector, shots, kept, config), after)
+    baseline = _kept(part, BASELINE, lambda: _baseline(model, task, config)) if config.compute_baseline else {}
     return Findings(
         task, aie, mean, vector, choice, len(kept) / len(few["clean_rank_list"]),
-        _evaluation(zero, "zero-shot", asked.layers), _evaluation(shuffled, "shuffled", asked.layers), baseline,
-        fv.words(model, fv.decoded(model, vector)), _examples(model, task, vector, asked),
+        _evaluation(zero, "zero-shot", config.layers), _evaluation(shuffled, "shuffled", config.layers), baseline,
+        fv.words(model, fv.decoded(model, vector)), _examples(model, task, vector, config),
     )  # fmt: skip
 
 
@@ -298,31 +270,31 @@ def _kept(part: ic.runs.Part, name: str, make: Callable[[], Any], after: Sequenc
     return part.stage(name, make, after=after, read=read, data=lambda value: json.dumps(value, indent=2))
 
 
-def _answered(model: ic.Model, task: fv.Task, split: str, asked: Settings, seed: int) -> dict[str, Any]:
+def _answered(model: ic.Model, task: fv.Task, split: str, config: TasksConfig, seed: int) -> dict[str, Any]:
     prompts = fv.questions(
-        task, model.tokenizer, shots=asked.n_shots, split=split, seed=seed, template=asked.template
+        task, model.tokenizer, shots=config.n_shots, split=split, seed=seed, template=config.template
     )  # fmt: skip
     return fv.evaluate(model, prompts, likelihood=True).published()
 
 
 def _steered(
-    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, kept: Sequence[int], asked: Settings
+    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, kept: Sequence[int], config: TasksConfig
 ) -> dict[int, Any] | dict[str, Any]:
     """The published form: by layer after a sweep, else of the one layer."""
     prompts = fv.questions(
-        task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, seed=asked.seed,
-        template=asked.template,
+        task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, seed=config.seed,
+        template=config.template,
     )  # fmt: skip
-    found = fv.evaluate(model, prompts, vector, layers=asked.layers)
-    by_layer = {layer: found.published(layer) for layer in found.layers}
-    return by_layer if asked.layers is None else by_layer[asked.edit_layer]
+    evaluation = fv.evaluate(model, prompts, vector, layers=config.layers)
+    by_layer = {layer: evaluation.published(layer) for layer in evaluation.layers}
+    return by_layer if config.layers is None else by_layer[config.edit_layer]
 
 
-def _baseline(model: ic.Model, task: fv.Task, asked: Settings) -> dict[int, Any]:
-    found = fv.baseline(
-        model, task, shots=range(asked.n_shots + 1), seed=asked.seed, likelihood=True, template=asked.template
+def _baseline(model: ic.Model, task: fv.Task, config: TasksConfig) -> dict[int, Any]:
+    evaluations = fv.baseline(
+        model, task, shots=range(config.n_shots + 1), seed=config.seed, likelihood=True, template=config.template
     )
-    return {n: one.published() for n, one in found.items()}
+    return {n: evaluation.published() for n, evaluation in evaluations.items()}
 
 
 def _evaluation(published: Mapping[str, Any], name: str, layers: Sequence[int] | None) -> fv.Evaluation:
@@ -333,26 +305,32 @@ def _evaluation(published: Mapping[str, Any], name: str, layers: Sequence[int] |
     return fv.Evaluation(clean, ranks, None, tuple(int(layer) for layer in by_layer), name)
 
 
-def _examples(model: ic.Model, task: fv.Task, vector: fv.FunctionVector, asked: Settings) -> list[dict[str, Any]]:
+def _examples(model: ic.Model, task: fv.Task, vector: fv.FunctionVector, config: TasksConfig) -> list[dict[str, Any]]:
     """Test rows zero-shot and with shuffled answers: what the model says without the vector, and with it."""
     assert vector.layer is not None
-    edit, rows = fv.injection(model, vector, vector.layer), range(min(asked.examples, len(task.test)))
-    found: list[dict[str, Any]] = []
-    for kind, shots in (("zero-shot", 0), ("shuffled", asked.n_shots)) if rows else ():
+    edit, rows = fv.injection(model, vector, vector.layer), range(min(config.examples, len(task.test)))
+    examples: list[dict[str, Any]] = []
+    for kind, shots in (("zero-shot", 0), ("shuffled", config.n_shots)) if rows else ():
         prompts = fv.questions(
-            task, model.tokenizer, shots=shots, shuffled=shots > 0, rows=rows, seed=asked.seed, template=asked.template
+            task,
+            model.tokenizer,
+            shots=shots,
+            shuffled=shots > 0,
+            rows=rows,
+            seed=config.seed,
+            template=config.template,
         )
         new = max(len(prompt.target_ids) for prompt in prompts)
         plain, steered = (fv.generated(model, prompts, edits, max_new_tokens=new) for edits in ((), edit))
         for row, a, b in zip(rows, plain, steered, strict=True):
             query = task.pairs[task.test[row]].input
-            found.append(
+            examples.append(
                 {
                     "prompt": kind, "query": query, "answer": a["target"], "without": a["generated"].strip(),
                     "with vector": b["generated"].strip(),
                 }
             )  # fmt: skip
-    return found
+    return examples
 
 
 def _together(
@@ -360,21 +338,21 @@ def _together(
     done: Sequence[Findings],
     parts: Sequence[ic.runs.Part],
     run: ic.runs.RunFolder,
-    asked: Settings,
+    config: TasksConfig,
 ) -> Path:
     """What the tasks share, measured and written; kept if the same tasks made it."""
     print(f"related: {len(done)} tasks", flush=True)
-    inputs = {one.task.name: part.data["inputs"]["dataset"] for one, part in zip(done, parts, strict=True)}
+    inputs = {findings.task.name: part.data["inputs"]["dataset"] for findings, part in zip(done, parts, strict=True)}
     after = [f"{part.prefix}/{form.format(part.name)}" for part in parts for form in (MEAN, EFFECT)]
     if run.kept("related", inputs=inputs, after=after):
-        found = Related.load(run.path / "related")
+        shared = Related.load(run.path / "related")
     else:
-        extracted = [Extracted(one.task, one.mean, one.aie, asked.template) for one in done]
-        found = related(model, extracted, seed=asked.seed)
-        args = {one.task.name: _args(one.task, model, asked) for one in done}
-        files = {**found.files(), ARGS: json.dumps(args, indent=2, ensure_ascii=False)}
+        extracted = [Extracted(findings.task, findings.mean, findings.aie, config.template) for findings in done]
+        shared = related(model, extracted, seed=config.seed)
+        args = {findings.task.name: _args(findings.task, model, config) for findings in done}
+        files = {**shared.files(), ARGS: json.dumps(args, indent=2, ensure_ascii=False)}
         run.put(
             {f"related/{name}": content for name, content in files.items()}, stage="related", inputs=inputs, after=after
         )
-    found.show()
-    return fv_report.write_all(run, model, done, found)
+    shared.show()
+    return report.write_all(run, model, done, shared)

@@ -4,7 +4,7 @@
     interp run fv_fixed_trials --fixed_trials_path out/fixed_trials_antonym_t10_s10_seed0_gpt2.json      (checks only)
 
 Each trial has a clean prompt, and one whose answers are permuted; `numpy.random.default_rng(seed)` draws them. Checks
-are prompt parity, slot parity and verify (see `interp_plugins.function_vectors.checks`), over all trials, clean and
+are prompt parity, slot parity and verify (`interp_plugins.function_vectors.files.checks`), over all trials, clean and
 corrupted, if not told otherwise; a mismatch ends the recipe with an error. What was checked, and every mismatch, is
 written to `<the file's name>_parity.log` beside it (`…_parity_corrupted.log`, `…_parity_first3.log` where only those
 were checked). Needs a tokenizer, no model.
@@ -17,52 +17,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_plugins.function_vectors.artefacts import put
-from interp_plugins.function_vectors.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.checks import KINDS, Check, prompt_parity, slot_parity, verify_answers
+from interp_plugins.function_vectors.files.fixed_run import put
+from interp_plugins.function_vectors.files.trials import trials_text
+from interp_plugins.function_vectors.files.trials_json import file_name, read_json
 from interp_plugins.function_vectors.tasks import load_task
 from interp_plugins.function_vectors.template import Template, name_of
-from interp_plugins.function_vectors.trials import Trials, fixed_trials
-from interp_plugins.function_vectors.trials_file import file_name, read_json, trials_text
+from interp_plugins.function_vectors.trials import fixed_trials
 
 import interp_core as ic
 from interp_core import open_tokenizer, runs
+
+from .fv_configs import TemplateConfig
 
 Mode = Literal["both", "clean", "corrupted"]
 """Which prompts are checked."""
 OUT = Path("out/fixed_trials")
 
 
-def fv_fixed_trials(
-    dataset_json: Path | None = None,
-    out_path: Path = OUT,
-    n_trials: int = 10,
-    n_shots: int = 10,
-    seed: int = 0,
-    test_split: float = 0.3,
-    prefixes: dict[str, str] | None = None,
-    separators: dict[str, str] | None = None,
-    model_name_for_tokenizer: str | None = None,
-    model_prepend_bos: bool | None = None,
-    prepend_bos_token_used: bool | None = None,
-    verify: bool = True,
-    verify_n: int = 3,
-    fixed_trials_path: Path | None = None,
-    tokenizer_name: str | None = None,
-    mode: Mode = "both",
-    max_trials: int | None = None,
-    assert_zero: bool = True,
-    log_path: Path | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write fixed trials and check them; returns the file's path.
+class FixedTrialsConfig(TemplateConfig):
+    """Trials to draw, or a file to check.
 
-    Args:
+    Attributes:
         dataset_json: task file; without one, the file `out_path` is only checked.
         out_path: file to write or check, or a folder for `fixed_trials_<task>_t<N>_s<S>_seed<K>_<model>.json`.
         n_trials, n_shots: trials, and demonstrations in each.
         seed: of the split and of the draws.
         test_split: share of rows that are not for training.
-        prefixes, separators: of the template; default Q: / A:, a line break and an empty line.
         model_name_for_tokenizer, tokenizer_name: toy:text, a folder, or a hub id (default: the file's own).
         model_prepend_bos: the tokenizer adds a BOS (default: asked of the tokenizer).
         prepend_bos_token_used: the text of a BOS stands in the prompts (default: where the tokenizer adds none).
@@ -73,51 +54,97 @@ def fv_fixed_trials(
         assert_zero: a mismatch is an error; if false, it is only printed and logged.
         log_path: where the log goes (default: beside the file).
         overwrite: replace a file that another run or a person left there.
+    """
+
+    dataset_json: Path | None = None
+    out_path: Path = OUT
+    n_trials: int = 10
+    n_shots: int = 10
+    seed: int = 0
+    test_split: float = 0.3
+    model_name_for_tokenizer: str | None = None
+    model_prepend_bos: bool | None = None
+    prepend_bos_token_used: bool | None = None
+    verify: bool = True
+    verify_n: int = 3
+    fixed_trials_path: Path | None = None
+    tokenizer_name: str | None = None
+    mode: Mode = "both"
+    max_trials: int | None = None
+    assert_zero: bool = True
+    log_path: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file that is asked for, or the folder for it."""
+        return self.fixed_trials_path or self.out_path
+
+    def check(self) -> str | None:
+        """The tokenizer's name, where one is given.
+
+        Raises:
+            PlanError: settings that contradict each other.
+        """
+        names = {key: getattr(self, key) for key in ("model_name_for_tokenizer", "tokenizer_name")}
+        named = {key: name for key, name in names.items() if name is not None}
+        if len({*named.values()}) > 1:
+            raise ic.PlanError(
+                f"{' and '.join(f'{key}={name!r}' for key, name in named.items())} differ; give one of them"
+            )
+        if self.fixed_trials_path is not None and (self.dataset_json is not None or self.out_path != OUT):
+            raise ic.PlanError(
+                "fixed_trials_path names a file that is only checked: leave it out, or dataset_json, out_path"
+            )
+        if self.max_trials is not None and self.max_trials < 1:
+            raise ic.PlanError(f"max_trials is {self.max_trials}: give at least 1, or leave it out to check all trials")
+        return next(iter(named.values()), None)
+
+    def template(self, tokenizer: Any) -> Template:
+        """The template, with the BOS that the two settings ask for."""
+        template = Template.filled(self.prefixes, self.separators)
+        added = template.front(tokenizer).added
+        if self.model_prepend_bos and not added:
+            raise ic.TextError("model_prepend_bos is true, but this tokenizer adds no BOS; leave the setting out")
+        if self.prepend_bos_token_used and added:
+            raise ic.TextError("prepend_bos_token_used is true, but this tokenizer adds a BOS itself: a prompt has one")
+        off = self.model_prepend_bos is False if added else self.prepend_bos_token_used is False
+        return replace(template, bos=False if off else self.prepend_bos_token_used or None)
+
+
+def fv_fixed_trials(config: FixedTrialsConfig) -> Path:
+    """Write fixed trials and check them; returns the file's path.
 
     Raises:
         TextError: a mismatch, or prompts that cannot be built.
         PlanError: settings that contradict each other.
     """
-    named = _one_of(model_name_for_tokenizer=model_name_for_tokenizer, tokenizer_name=tokenizer_name)
-    path = _path(dataset_json, out_path, fixed_trials_path, max_trials)
-    if dataset_json is not None:
-        tokenizer = open_tokenizer(name := named or "toy:text")
-        template = _template(tokenizer, prefixes, separators, model_prepend_bos, prepend_bos_token_used)
-        task = load_task(dataset_json, seed=seed, test_split=test_split)
-        trials = fixed_trials(task, tokenizer, template=template, n_trials=n_trials, n_shots=n_shots, seed=seed)
-        print(task)
-        path = _kept(path, file_name(task.name, n_trials, n_shots, seed, name), trials, name, overwrite)
+    named, path = config.check(), config.path
+    if config.dataset_json is not None:
+        path = _drawn(config, config.dataset_json, named or "toy:text")
     data = read_json(path)
     tokenizer = open_tokenizer(named or data["meta"]["model_name_for_tokenizer"])
-    log = log_path or path.with_name(_log_name(path, mode, max_trials, len(data["trials"])))
-    some = {**data, "trials": data["trials"][:max_trials]}
-    _judge(path, _checked(path, some, tokenizer, mode, log, verify_n if verify else None), assert_zero)
+    log = config.log_path or path.with_name(_log_name(path, config.mode, config.max_trials, len(data["trials"])))
+    some = {**data, "trials": data["trials"][: config.max_trials]}
+    checks = _checked(path, some, tokenizer, config.mode, log, config.verify_n if config.verify else None)
+    _judge(path, checks, config.assert_zero)
     return path
 
 
-def _kept(path: Path, name: str, trials: Trials, tokenizer: str, overwrite: bool) -> Path:
-    """Write the file, of this name where a folder is given, as a run of its own in the tree; returns its path."""
-    path = path if path.suffix == ".json" else path / name
-    drawn = {"tokenizer": tokenizer, "file": path.name}
-    with runs.publish(path.parent, drawn, recipe="fv_fixed_trials", overwrite=overwrite) as record:
-        named = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": tokenizer})
+def _drawn(config: FixedTrialsConfig, dataset: Path, tokenizer_name: str) -> Path:
+    """Draw trials and write their file, as a run of its own in the tree; returns its path."""
+    tokenizer, task = open_tokenizer(tokenizer_name), load_task(dataset, seed=config.seed, test_split=config.test_split)
+    sizes = {"n_trials": config.n_trials, "n_shots": config.n_shots, "seed": config.seed}
+    trials = fixed_trials(task, tokenizer, template=config.template(tokenizer), **sizes)
+    print(task)
+    path = config.path
+    if path.suffix != ".json":
+        path /= file_name(task.name, **sizes, model=tokenizer_name)
+    drawn = {"tokenizer": tokenizer_name, "file": path.name}
+    with runs.publish(path.parent, drawn, recipe="fv_fixed_trials", overwrite=config.overwrite) as record:
+        named = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": tokenizer_name})
         print(*record.put({path.name: trials_text(named)}), sep="\n")
     return path
-
-
-def _path(dataset_json: Path | None, out_path: Path, fixed_trials_path: Path | None, max_trials: int | None) -> Path:
-    """The file that is asked for, or the folder for it.
-
-    Raises:
-        PlanError: settings that contradict each other.
-    """
-    if fixed_trials_path is not None and (dataset_json is not None or out_path != OUT):
-        raise ic.PlanError(
-            "fixed_trials_path names a file that is only checked: leave it out, or dataset_json, out_path"
-        )
-    if max_trials is not None and max_trials < 1:
-        raise ic.PlanError(f"max_trials is {max_trials}: give at least 1, or leave it out to check all trials")
-    return fixed_trials_path or out_path
 
 
 def _checked(
@@ -136,20 +163,6 @@ def _checked(
     return checks
 
 
-def _one_of(**names: str | None) -> str | None:
-    """The value of settings that mean the same.
-
-    Raises:
-        PlanError: they say different things.
-    """
-    said = {key: value for key, value in names.items() if value is not None}
-    if len({*said.values()}) > 1:
-        raise ic.PlanError(
-            f"{' and '.join(f'{key}={value!r}' for key, value in said.items())} differ; give one of them"
-        )
-    return next(iter(said.values()), None)
-
-
 def _log_name(path: Path, mode: Mode, first: int | None, trials: int) -> str:
     """Another for checks of a part, which leave the log of the whole file alone."""
     part = ("" if mode == "both" else f"_{mode}") + ("" if first is None or first >= trials else f"_first{first}")
@@ -163,24 +176,6 @@ def _log(path: Path, tokenizer: Any, kinds: Sequence[str], checks: Sequence[Chec
         lines += [str(check), *(f"  {line}" for line in check.mismatches)]
     good = all(check.checked_trials and not check.mismatches for check in checks)
     return "\n".join([*lines, "", "PASS" if good else "FAIL"]) + "\n"
-
-
-def _template(
-    tokenizer: Any,
-    prefixes: Mapping[str, str] | None,
-    separators: Mapping[str, str] | None,
-    model_prepend_bos: bool | None,
-    prepend_bos_token_used: bool | None,
-) -> Template:
-    """The template, with the BOS that the two settings ask for."""
-    template = Template.filled(prefixes, separators)
-    added = template.front(tokenizer).added
-    if model_prepend_bos and not added:
-        raise ic.TextError("model_prepend_bos is true, but this tokenizer adds no BOS; leave the setting out")
-    if prepend_bos_token_used and added:
-        raise ic.TextError("prepend_bos_token_used is true, but this tokenizer adds a BOS itself: a prompt has one")
-    off = model_prepend_bos is False if added else prepend_bos_token_used is False
-    return replace(template, bos=False if off else prepend_bos_token_used or None)
 
 
 def _show(data: Mapping[str, Any], tokenizer: Any, n: int) -> None:

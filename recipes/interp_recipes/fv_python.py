@@ -23,12 +23,12 @@ def ran_elsewhere(recipe: str, settings: Mapping[str, Any]) -> bool:
     named = settings["python_bin"]
     if named is None:
         return False
-    found = shutil.which(str(named))
-    if found is None:
+    program = shutil.which(str(named))
+    if program is None:
         raise ic.PlanError(
             f"python_bin is {named}, which is no program; give the path of a Python that has interp-core"
         )
-    python = Path(found).absolute()  # not resolved: environments link to one Python
+    python = Path(program).absolute()  # not resolved: environments link to one Python
     if python == Path(sys.executable).absolute():
         return False
     words = [str(python), "-c", "from interp_core.cli import main; main()", "run", recipe]

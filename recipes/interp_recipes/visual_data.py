@@ -9,7 +9,6 @@ scorer      that of the data set
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from interp_plugins.questions import Question, Questions, read_questions
 import interp_core as ic
 from interp_core import runs, toys
 
-from .configs import DeviceConfig
+from .configs import DeviceConfig, balanced
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -38,59 +37,6 @@ PROMPTS: dict[str, str] = {
 """The words that a question is asked in, by data set."""
 SCORER: dict[str, str] = {"toy": "chartqa", "plain": "chartqa"}
 """Scorers of data sets whose own name is not that of one."""
-
-
-def dataset_of(dataset: Dataset | None, data_path: Path | None, model: str) -> Dataset:
-    """The data set asked for; the drawn one where nothing is said and the model is toy:vision.
-
-    Raises:
-        PlanError: a data set without a path, or a path without a data set.
-    """
-    if dataset is None and data_path is None and model == TOY:
-        return "toy"
-    if dataset is None:
-        raise ic.PlanError(
-            f"which questions? They are drawn for {TOY} alone, and the model is {model}: give --dataset (chartqa, "
-            "docvqa, vqav2, pope, plain, toy) and --data_path"
-        )
-    if (data_path is None) != (dataset == "toy"):
-        raise ic.PlanError(
-            f"--data_path is for files: {dataset} is drawn, leave it out"
-            if dataset == "toy"
-            else f"--dataset {dataset} needs --data_path: its file or folder"
-        )
-    return dataset
-
-
-def questions_of(
-    dataset: Dataset, data_path: Path | None, images: Path | None = None, *, count: int, seed: int = 0,
-    kinds: Sequence[str] | None = None, split: str | None = None,
-) -> Questions:  # fmt: skip
-    """All questions of a data set; of the toy, as many as asked for.
-
-    Args:
-        dataset, data_path, images: as of `read_questions`, or "toy".
-        count: how many the toy draws.
-        seed: by which it draws.
-        kinds: only these kinds.
-        split: of chartqa.
-
-    Raises:
-        LoadError, PlanError: as `read_questions`; no question of these kinds.
-    """
-    if dataset == "toy":
-        return Questions(tuple(map(_drawn, toys.vision.questions(random.Random(seed), count, kinds))), source=TOY)
-    assert data_path is not None
-    more: dict[str, Any] = {} if split is None else {"split": split}
-    every = read_questions(dataset, data_path, images=images, **more)
-    if kinds is None:
-        return every
-    for kind in kinds:
-        if kind not in every.kinds:
-            raise ic.PlanError(
-                f"{data_path} has no questions of the kind {kind!r}. {ic.errors.nearest(kind, every.kinds)}"
-            )
-    return every.where(lambda question: question.kind in kinds)
 
 
 def _drawn(question: Any) -> Question:
@@ -110,40 +56,6 @@ def digest_of(questions: Sequence[Question]) -> str:
 def _image(image: Any) -> str:
     data = image.read_bytes() if isinstance(image, Path) else repr(image.size).encode() + image.tobytes()
     return hashlib.sha256(data).hexdigest()
-
-
-def visual_model(source: str, *, device: str | None = None, dtype: str | None = None, tp_size: int = 1) -> ic.Model:
-    """A model that reads images.
-
-    Args:
-        source: toy:vision, a folder, or a hub id.
-        device, dtype: as of `ic.load`.
-        tp_size: CUDA devices that its layers are laid over.
-
-    Raises:
-        PlanError: more devices than this machine has.
-        CapabilityError: a model that reads no images here, and why.
-    """
-    model = ic.load(source, dtype=dtype, **_placed(device, tp_size))
-    if model.processor is None:
-        raise ic.CapabilityError(
-            f"{source} reads no images here: {model.no_processor or 'it is a language model'}. Give a vision-language "
-            "model with its processor's files"
-        )
-    return model
-
-
-def _placed(device: str | None, tp_size: int) -> dict[str, Any]:
-    if tp_size < 1:
-        raise ic.PlanError(ic.errors.wrong("tp_size", "how many devices, 1 or more", tp_size))
-    if tp_size == 1:
-        return {} if device is None else {"device": device}
-    if device is not None:
-        raise ic.PlanError("give --device or --tp_size, not both")
-    if (count := torch.cuda.device_count()) < tp_size:
-        raise ic.PlanError(f"--tp_size {tp_size}: this machine has {count} CUDA devices")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(tp_size)))  # before the first tensor goes there
-    return {"device_map": "balanced"}
 
 
 def question_tokens(
@@ -173,22 +85,13 @@ def question_tokens(
     return tokens
 
 
-def scorer_of(dataset: Dataset, name: str | None = None) -> Scorer:
-    """The scorer of a data set, or another by name.
-
-    Raises:
-        PlanError: no such scorer.
-    """
-    return scorer(name or SCORER.get(dataset, dataset))
-
-
 @dataclass(frozen=True)
 class Asking:
     """How questions are put to the model.
 
     Attributes:
         prompt, max_model_len: as of `question_tokens`.
-        max_new_tokens: of an answer.
+        max_new_tokens: how long an answer may be.
         batch_size: questions that run together.
         scorer: of answers.
         strict: the first sample that cannot be used ends the run.
@@ -210,12 +113,12 @@ class VisualConfig(DeviceConfig):
         profile: smoke, for a look at all files within minutes, or full; they set what is not set by its flag.
         out: folder of the run; the same command goes on there (None: one below results/).
         dataset: chartqa, docvqa, vqav2, pope, plain, or toy (drawn).
-        data_path: its file or folder.
-        images: the folder of its images, where that is another.
-        split: of chartqa.
+        data_path: the data set's file or folder.
+        images: the folder of the data set's images, where that is another.
+        split: of the data set, where it has several (chartqa).
         kinds: only questions of these kinds.
         cliff_boundary: the first layer after a cliff that a causal study found.
-        causal_record: of that study: its file (causal.json), or its hash.
+        causal_record: where that study recorded it: its file (causal.json), or its hash.
         scorer: of answers (None: that of the data set).
         prompt: words of the question with {question} in them (None: those of the data set).
         max_new_tokens: of an answer.
@@ -246,8 +149,23 @@ class VisualConfig(DeviceConfig):
     strict: bool = False
 
     def named_dataset(self) -> Dataset:
-        """The data set; see `dataset_of`."""
-        return dataset_of(self.dataset, self.data_path, self.model)
+        """The data set that is given; the drawn one where nothing is said and the model is toy:vision.
+
+        Raises:
+            PlanError: a data set without a path, or a path without a data set.
+        """
+        if self.dataset is None and self.data_path is None and self.model == TOY:
+            return "toy"
+        if self.dataset is None:
+            raise ic.PlanError(
+                f"which questions? They are drawn for {TOY} alone, and the model is {self.model}: give --dataset "
+                "(chartqa, docvqa, vqav2, pope, plain, toy) and --data_path"
+            )
+        if self.dataset == "toy" and self.data_path is not None:
+            raise ic.PlanError("--data_path is for files: toy is drawn, leave it out")
+        if self.dataset != "toy" and self.data_path is None:
+            raise ic.PlanError(f"--dataset {self.dataset} needs --data_path: its file or folder")
+        return self.dataset
 
     def sizes(self, profiles: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
         """Those that the profile sets, with what the flags set instead."""
@@ -267,19 +185,55 @@ class VisualConfig(DeviceConfig):
         demand_at_least(max_new_tokens=(self.max_new_tokens, 1), batch_size=(self.batch_size, 1))
         if self.causal_record is not None and self.cliff_boundary is None:
             raise ic.PlanError("--causal_record says where a cliff was found; give the layer too: --cliff_boundary")
-        scorer = scorer_of(dataset, self.scorer)
-        return Asking(prompt, self.max_model_len, self.max_new_tokens, self.batch_size, scorer, self.strict)
+        judge = scorer(self.scorer or SCORER.get(dataset, dataset))
+        return Asking(prompt, self.max_model_len, self.max_new_tokens, self.batch_size, judge, self.strict)
 
     def questions(self, count: int) -> Questions:
-        """All questions; of the toy, as many as given. Raises as `questions_of`."""
-        return questions_of(
-            self.named_dataset(), self.data_path, self.images, count=count, seed=self.seed, kinds=self.kinds,
-            split=self.split,
-        )  # fmt: skip
+        """All questions of the data set; of the toy, as many as `count`.
+
+        Raises:
+            LoadError, PlanError: as `read_questions`; no question of a kind that is given.
+        """
+        dataset, kinds = self.named_dataset(), self.kinds
+        if dataset == "toy":
+            return Questions(
+                tuple(map(_drawn, toys.vision.questions(random.Random(self.seed), count, kinds))), source=TOY
+            )
+        assert self.data_path is not None
+        more: dict[str, Any] = {} if self.split is None else {"split": self.split}
+        every = read_questions(dataset, self.data_path, images=self.images, **more)
+        for kind in kinds or ():
+            if kind not in every.kinds:
+                raise ic.PlanError(
+                    f"{self.data_path} has no questions of the kind {kind!r}. {ic.errors.nearest(kind, every.kinds)}"
+                )
+        return every if kinds is None else every.where(lambda question: question.kind in kinds)
 
     def load(self) -> ic.Model:
-        """The model; raises as `visual_model`."""
-        return visual_model(self.model, device=self.device, dtype=self.dtype, tp_size=self.tp_size)
+        """The model.
+
+        Raises:
+            PlanError: more devices than this machine has.
+            CapabilityError: a model that reads no images here, and why.
+        """
+        model = ic.load(self.model, dtype=self.dtype, **self._placed())
+        if model.processor is None:
+            raise ic.CapabilityError(
+                f"{self.model} reads no images here: {model.no_processor or 'it is a language model'}. Give a "
+                "vision-language model with its processor's files"
+            )
+        return model
+
+    def _placed(self) -> dict[str, Any]:
+        if self.tp_size < 1:
+            raise ic.PlanError(ic.errors.wrong("tp_size", "how many devices, 1 or more", self.tp_size))
+        if self.tp_size == 1:
+            return {} if self.device is None else {"device": self.device}
+        if self.device is not None:
+            raise ic.PlanError("give --device or --tp_size, not both")
+        if (count := torch.cuda.device_count()) < self.tp_size:
+            raise ic.PlanError(f"--tp_size {self.tp_size}: this machine has {count} CUDA devices")
+        return balanced(range(self.tp_size))
 
 
 def demand_at_least(**numbers: tuple[int, int]) -> None:
@@ -313,6 +267,23 @@ def demand_one_image(question: Question) -> None:
         raise ic.TextError(f"it has {len(question.images)} images; donors are drawn for one")
 
 
+def readable(questions: Sequence[Question], read: Callable[[Question], T], asking: Asking, bad: list[Row]) -> list[T]:
+    """What `read` gives for each question that can be used; the others are noted in `bad`.
+
+    Raises:
+        PlanError: one cannot, and the run is strict.
+    """
+    values: list[T] = []
+    with ic.Progress("questions", len(questions)) as told:
+        for question in questions:
+            try:
+                values.append(read(question))
+            except ic.InterpError as error:
+                note_bad(bad, question.name, "reading it", error, asking.strict)
+            told.add()
+    return values
+
+
 def stacked(rows: Sequence[ic.Tokens]) -> ic.Tokens:
     """Rows as a batch."""
     return rows[0] if len(rows) == 1 else ic.Tokens.stack(list(rows))
@@ -332,6 +303,7 @@ def each(
     with ic.Progress(told_as, len(samples)) as told:
         for start in range(0, len(samples), asking.batch_size):
             part = samples[start : start + asking.batch_size]
+            # rows of a batch are one tensor: one that does not fit in memory, or cannot be read, takes all with it
             try:
                 done |= {name(sample): value for sample, value in zip(part, work(part), strict=True)}
             except (ic.InterpError, torch.OutOfMemoryError):

@@ -46,19 +46,19 @@ class Numeral(NamedTuple):
 
 def numeral(text: str) -> Numeral | None:
     """The number that a text is, all of it; None if it is none (also for nan and inf)."""
-    said = text.strip().lower().translate({ord(space): " " for space in _SPACES}).replace("−", "-").replace("–", "-")
-    within = said[1:-1].strip() if said.startswith("(") and said.endswith(")") else None
-    sign, said = (-1.0, within) if within is not None else (1.0, said)
-    percent = _PERCENT.search(said)
-    said = said[: percent.start()] if percent else said
-    said = _CURRENCY.sub("", said, count=1).strip()
-    unit = _UNIT.search(said)
-    said = said[: unit.start()] if unit else said
-    said = re.sub(r"^([+-])\s+", r"\1", said)
-    said = _GROUPS.sub(lambda match: match[1] + re.sub(r"[ ,]", "", match[2]), said, count=1)
-    if not _NUMBER.fullmatch(said):
+    number = text.strip().lower().translate({ord(space): " " for space in _SPACES}).replace("−", "-").replace("–", "-")
+    within = number[1:-1].strip() if number.startswith("(") and number.endswith(")") else None
+    sign, number = (-1.0, within) if within is not None else (1.0, number)
+    percent = _PERCENT.search(number)
+    number = number[: percent.start()] if percent else number
+    number = _CURRENCY.sub("", number, count=1).strip()
+    unit = _UNIT.search(number)
+    number = number[: unit.start()] if unit else number
+    number = re.sub(r"^([+-])\s+", r"\1", number)
+    number = _GROUPS.sub(lambda match: match[1] + re.sub(r"[ ,]", "", match[2]), number, count=1)
+    if not _NUMBER.fullmatch(number):
         return None
-    value = sign * float(said) * (UNITS[unit[1]] if unit else 1.0)
+    value = sign * float(number) * (UNITS[unit[1]] if unit else 1.0)
     return Numeral(value, percent is not None) if math.isfinite(value) else None
 
 

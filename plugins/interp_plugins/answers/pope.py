@@ -108,5 +108,5 @@ class POPE(Scorer):
 
 def official(text: str) -> str:
     """What the published script reads: yes or no."""
-    said = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(said) else "yes"
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"

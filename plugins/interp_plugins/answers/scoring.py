@@ -134,6 +134,7 @@ class Scorer:
                 raise ic.PlanError(f"scorer {self.name!r} has no {name} {value!r}. {near}")
             if hints[name] is bool and not isinstance(value, bool):
                 raise ic.PlanError(errors.wrong(f"scorer {self.name!r}: {name}", "True or False", value))
+        # refuses a number of words that is none now, not at the first prediction
         extract("", self.max_words)
 
     @property

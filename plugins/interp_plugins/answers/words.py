@@ -38,6 +38,7 @@ def within(words: str, text: str) -> bool:
 def yes_or_no(text: str) -> tuple[str, str]:
     """What a text says, "yes" or "no", and why it says neither."""
     said = words_of(text)
+    # "yes or no" repeats the question
     if said and said[0] in ("yes", "no") and said[1:2] != ["or"]:
         return said[0], ""
     both = {"yes", "no"} & set(said)
@@ -120,6 +121,7 @@ class Choice(Scorer):
         letters = {match.upper() for form in _LETTER for match in re.findall(form, text.strip())}
         if not letters:
             named = [i for i, choice in enumerate(plain) if within(choice, said)]
+            # "light blue" names "blue", too; the longer option is meant
             longest = [i for i in named if not any(i != j and within(plain[i], plain[j]) for j in named)]
             letters = {_at(i) for i in longest}
         if len(letters) != 1:

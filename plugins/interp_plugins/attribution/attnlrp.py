@@ -109,6 +109,7 @@ def observed(hops: Float[Tensor, "hop pos"], mass: Float[Tensor, " hop"], layout
     seen[layout.target.start : layout.thinking.start] = 1
     for part in (layout.thinking, layout.sink):
         seen[part.start : part.stop] = 0
+    # a hop counts by what the one before it passed on, the first by all
     shares = torch.cat([mass.new_ones(1), mass[:-1]]).to(hops)
     return (hops * shares[:, None]).sum(0) * seen
 
@@ -174,6 +175,7 @@ def _hops(
     for hop in range(n_hops + 1):
         vector = shaped(explained.relevance(logits, weights, last=hop == n_hops).tokens)
         total = float(vector[list(layout.projected)].sum())
+        # without norms every ρ is 1, as published; with them a vector without any mass passes nothing on
         mass *= float(vector[inside].sum()) / total if norm and total else 1.0 if not norm else 0.0
         vectors.append(vector)
         masses.append(mass)

@@ -99,8 +99,8 @@ class InputXGradient(Gradients):
     def attribute(self, model: ic.Model, layout: Layout, config: GradientConfig) -> Attributed:
         """One forward and one backward pass; for rows another forward, and a backward per token of the target."""
         middle, later = stream_site(model), _added_later(model, layout.tokens)
-        seen = [p for span in layout.tokens.spans.get("vision", ((),))[0] for p in span]
-        sites = [S.embed, *([S.vision_embed] if seen else []), *(S.resid_pre[layer + 1] for layer in later)]
+        visual = [p for span in layout.tokens.spans.get("vision", ((),))[0] for p in span]
+        sites = [S.embed, *([S.vision_embed] if visual else []), *(S.resid_pre[layer + 1] for layer in later)]
         judges: list[Judge] = []
 
         def goal(logits: Tensor) -> Tensor:
@@ -109,27 +109,28 @@ class InputXGradient(Gradients):
 
         run = model.run(layout.tokens, read=[*sites, middle], grad=goal, logits=list(layout.predictors))
         values = [run[site].plain for site in sites]
-        features = [*values[1 : 1 + bool(seen)], *later.values()]
+        features = [*values[1 : 1 + bool(visual)], *later.values()]
 
         def scored(grads: Sequence[Tensor]) -> Float[Tensor, " pos"]:
             scores = (wide(values[0]) * grads[0]).sum(-1)[0]
             for feature, grad in zip(features, grads[1:], strict=True):
-                own = grad.flatten(0, -2) if grad.shape == feature.shape else grad[0, seen]
-                scores[seen] += (wide(feature.flatten(0, -2)) * own).sum(-1)
+                own = grad.flatten(0, -2) if grad.shape == feature.shape else grad[0, visual]
+                scores[visual] += (wide(feature.flatten(0, -2)) * own).sum(-1)
             return scores
 
         scores = scored([run.grad[site].plain for site in sites])
         rows = None
         if config.per_token and len(layout.target):
+            # gradients at the sites of the same pass: a zero added there has the site's gradient
             zeros = [torch.zeros_like(value, requires_grad=True) for value in values]
             added = [site.add(zero) for site, zero in zip(sites, zeros, strict=True)]
-            with ic.Progress("rows", len(layout.target)) as told:
+            with ic.Progress("rows", len(layout.target)) as progress:
                 each = _of_each_token(model, layout, judges[0], layout.tokens, added, zeros)
-                listed = []
+                rows_of_grads = []
                 for grads in each:
-                    listed.append(scored(grads))
-                    told.add()
-            rows = torch.stack(listed)
+                    rows_of_grads.append(scored(grads))
+                    progress.add()
+            rows = torch.stack(rows_of_grads)
         stream = run[middle].plain[0].float().norm(dim=-1)
         notes = {"explains": judges[0].name, "answer": list(judges[0].ids), "input": "token embeddings"}
         return Attributed(scores, rows, stream=stream, notes=notes)
@@ -226,7 +227,7 @@ def _integral(
     start, x = ends
     count = max(1, batch_tokens // layout.length)
     total = torch.zeros(1 + per_token * len(layout.target), *x.shape, device=x.device, dtype=wide(x).dtype)
-    with ic.Progress("gradients", len(total) * len(points[0])) as told:
+    with ic.Progress("gradients", len(total) * len(points[0])) as progress:
         for at in range(0, len(points[0]), count):
             nodes, weights = (torch.as_tensor(p[at : at + count], device=x.device, dtype=x.dtype) for p in points)
             line = torch.lerp(start[None], x[None], nodes[:, None, None]).requires_grad_()
@@ -237,7 +238,7 @@ def _integral(
                 grads = itertools.chain(grads, _of_each_token(model, layout, judge, tokens, [edit], [line]))
             for goal, (grad,) in zip(total, grads, strict=True):
                 goal += torch.einsum("r,rpd->pd", wide(weights), wide(grad))
-                told.add(len(line))
+                progress.add(len(line))
     return total
 
 

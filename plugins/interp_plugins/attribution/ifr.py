@@ -94,6 +94,7 @@ class IFR(Attribution):
         parts = parts_of(model, layout, config)
         wanted = layout.target if config.variant in ROWS else (*parts.answer, *parts.reasoning, *layout.sink)
         sinks = (*_sinks(layout, wanted, config.profile), *(parts.reasoning if config.read_at == "tokens" else ()))
+        # a first flow into all of the answer goes into the reasoning, too
         into_reasoning = config.n_hops + (config.variant in ALL and config.hop0 == "all")
         again = config.variant in (*STOPS, *ALL, "multi_hop") and into_reasoning > 1
         flow = Flow(
@@ -112,7 +113,9 @@ def parts_of(model: ic.Model, layout: Layout, config: IFRConfig) -> Parts:
         return parts
     reference, last = config.profile == "reference", layout.target.stop - 1
     alone = layout.thinking == layout.sink or layout.sink == layout.target
+    # the published code has spans for the reasoning or none: without one it takes all that was generated
     hull = layout.target if reference and alone else parts.hull
+    # the published code drops the last token, whatever it is; here it goes if it ends the text
     ends = reference or int(layout.tokens.ids[0, last]) in _ends(model)
     stop = last if ends and hull.stop > last and len(hull) > 1 else hull.stop
     answer = range(layout.sink.start, max(min(layout.sink.stop, stop), layout.sink.start + 1))
@@ -157,6 +160,7 @@ def _by_hops(flow: Flow, layout: Layout, config: IFRConfig, parts: Parts) -> Att
         return flow.span(tuple(tokens), weights) if config.read_at == "tokens" else into(tokens, weights)
 
     keep = _kept(layout) if config.variant in STOPS else None
+    # as published: the mean is over hops, without the first flow
     divisor = max(1, config.n_hops) if config.profile == "reference" else 0
     shared: Any = {"through": through, "combine": config.combine, "divisor": divisor}
     if config.variant == "span":

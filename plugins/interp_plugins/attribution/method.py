@@ -248,13 +248,13 @@ class Attribution(ic.Method):
     def run(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> AttributionResult:
         """Row by row: rows do not see each other."""
         layouts, per_row = self.layouts(model, tokens, config), []
-        with ic.Progress(f"{self.name}, prompts", len(layouts)) as told:
+        with ic.Progress(f"{self.name}, prompts", len(layouts)) as progress:
             for layout in layouts:
                 attributed = self.attribute(model, layout, config)
                 if not bool(attributed.scores.isfinite().all()):
                     raise ic.ReadError(f"{self.name} gave scores that are no numbers; see dtype {model.dtype}")
                 per_row.append(attributed)
-                told.add()
+                progress.add()
         return self._result(model, tokens, layouts, per_row, config)
 
     def layouts(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> list[Layout]:
@@ -323,6 +323,7 @@ def attention_sinks(model: ic.Model, layout: Layout, stream: Tensor | None = Non
 def mass_shares(scores: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Shares of mass on the first token and on attention sinks; 0 of nothing."""
     size = scores.detach().abs().double().cpu()
+    # scores that are all 0 have no shares: 0 of nothing, rather than NaN
     total = size.sum().clamp_min(1e-300)
     return size[0] / total, size[sinks].sum() / total
 
@@ -336,6 +337,7 @@ def _without(attributed: Attributed, sinks: Tensor, left_out: str) -> Attributed
         if values is None:
             return None
         values = values.detach().cpu()
+        # sums over long texts are made of these: half precision ends here, and what came in float64 stays
         return (values if values.dtype == torch.float64 else values.float()).masked_fill(gone, 0.0)
 
     scores = kept(attributed.scores)

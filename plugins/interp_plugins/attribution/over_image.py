@@ -40,6 +40,7 @@ def grid_map(values: Float[Tensor, " pos"], places: Sequence[Place], image: int,
     if not cells:
         there = sorted({place[1:3] for place in places})
         raise ic.PositionError(f"there is no tile {tile} of image {image}; the row has {there or 'no images'}")
+    # the grid is told by the boxes' edges: families lay their tokens out in other orders
     columns, rows = (sorted({place[edge] for place in cells}) for edge in (3, 4))
     out = values.new_full((len(rows), len(columns)), float("nan"))
     for place in cells:

@@ -47,6 +47,7 @@ def top_tokens(
     Returns:
         rows of position, token, score, share of the mass of all tokens, and spans.
     """
+    # fsum, so that shares do not depend on the order of the tokens
     total = math.fsum(abs(score) for score in scores if math.isfinite(score))
     known = [i for i in range(len(tokens) if stop is None else stop) if math.isfinite(scores[i])]
     best = sorted(known, key=lambda i: -scores[i])[:k]

@@ -91,6 +91,7 @@ def rollout(model: ic.Model, tokens: ic.Tokens, residual: float = 0.5) -> Float[
 
     def layer(_: int, values: ic.LayerReadings) -> None:
         step = wide(values[S.pattern][0]).mean(0).mul_(1 - residual)
+        # written into the step itself: one matrix [query key] per layer is alive beside the product
         step.diagonal().add_(residual)
         flow[:] = [step @ flow[0] if flow else step]
 
@@ -101,6 +102,7 @@ def rollout(model: ic.Model, tokens: ic.Tokens, residual: float = 0.5) -> Float[
 def last_layer(model: ic.Model, tokens: ic.Tokens, stops: list[int]) -> Float[Tensor, "stop key"]:
     """The last layer's attention, mean over heads and over the queries before each stop."""
     site = S.pattern[model.layers(S.pattern)[-1]]
+    # running sums: the mean over the queries before any stop is one row over its number
     sums = wide(model.run(tokens, read=site, logits=False)[site].plain[0]).mean(0).cumsum(0)
     return torch.stack([sums[stop - 1] / stop for stop in stops])
 

@@ -202,6 +202,7 @@ class Walk:
         """The parts of heads, residual and bias, of all nodes that have mass or are in the graph."""
         scores, power = torch.zeros_like(self.scores), torch.zeros_like(self.power)
         nodes = ((self.scores > 0) | (self.power > 0)).nonzero()[:, 0]
+        # all nodes of a layer against all tokens would be head · pos² edges
         for at in nodes.split(max(self.config.sink_chunk_tokens, 1) * 4):
             heads, own = self.parts(layer, kept, mid, at)
             mass = self.scores[at]
@@ -249,5 +250,6 @@ def _shares(near: Float[Tensor, "part node"]) -> Float[Tensor, "part node"]:
     near = near.double().cpu()
     whole = near.sum(0)
     shares = near / torch.where(whole > 0, whole, 1)
+    # so that mass is never lost: every node's shares add up to 1
     shares[-1] += whole == 0
     return shares

@@ -144,6 +144,7 @@ class Surrogate(AblationMethod):
         """What the answer loses without the best sources."""
         if not config.top_k:
             return {}
+        # signed: sources that speak against the answer are not among its best, however large
         best = np.argsort(-fit.weights, kind="stable").tolist()
         again = Ablation(
             self.name, model, layout, work.units, [best[:k] for k in config.top_k], config.convention,

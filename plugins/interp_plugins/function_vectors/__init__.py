@@ -9,8 +9,11 @@ Source: Todd et al. (2024), "Function Vectors in Large Language Models", arXiv:2
 tasks, template, prompts, trials   task files, prompts with a slot for every token, trials
 means, effects, vectors            mean activations, indirect effects and heads, vectors and their algebra
 inject, evaluate, metrics          into forward passes, likelihoods and generation; ranks and string metrics
-vocab, induction, studies, files   decoding, attention of heads, templates and number of heads, published `.pt` files
-method                             all of it as the method `function_vectors`
+vocab, induction, studies          decoding, attention of heads, templates and number of heads
+related                            what several tasks share: heads, differences of vectors, similarities
+method, page, report               all of it as the method `function_vectors`; pictures, and the page of the recipe
+files                              file formats: fixed trials, extraction and answers, what is published
+parity, relation                   the parity suite; runs of tables of relations
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from .effects import (
     universal,
 )
 from .evaluate import Evaluation, baseline, evaluate, filter_set, generated, questions
+from .files.trials import Trial, Trials
 from .inject import by_layer, continued, head_injection, injection, scored
 from .means import mean_head_activations, mean_layer_activations
 from .method import FunctionVectors, FunctionVectorsConfig, FunctionVectorsResult
 from .prompts import Prompt, Slots, build, dummy
 from .tasks import Pair, Task, load_task
 from .template import Template
-from .trials import Trial, Trials, fixed_trials, legacy_trials, relation_trials
+from .trials import fixed_trials, legacy_trials, relation_trials
 from .vectors import FunctionVector, function_vector, head_space, mean_vector, similarity
 from .vocab import decoded, reconstructed, words
 

@@ -112,9 +112,10 @@ def indirect_effects(
     mean = mean.to(model.device, model.dtype)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     shape = len(measures), len(prompts), *mean.shape[:2], len(CLASSES) if classes else 1
-    found, clean = torch.full(shape, torch.nan, dtype=kind), torch.zeros(shape[:2], dtype=kind)
+    effects, clean = torch.full(shape, torch.nan, dtype=kind), torch.zeros(shape[:2], dtype=kind)
+    # layers without heads stay not a number, so that no ranking takes them; a class that a prompt lacks moves nothing
     for layer, head in model.heads:
-        found[:, :, layer, head] = 0.0
+        effects[:, :, layer, head] = 0.0
     groups = [list(range(len(prompts)))] if by == "sweep" and not classes else [[n] for n in range(len(prompts))]
     for group in groups:  # the last token is the same position in all prompts, classes are not
         patches = _patches(model, prompts[group[0]], mean, classes)
@@ -122,14 +123,14 @@ def indirect_effects(
         text, edits = tokens([prompts[n] for n in group]), list(patches.values())
         if by == "sweep":
             swept = model.sweep(text, edits, judged, strategy=strategy, progress=progress)
-            base, values = torch.stack([one.clean for one in swept]), torch.stack([one.effects for one in swept])
+            base, values = (torch.stack([getattr(sweep, side) for sweep in swept]) for side in ("clean", "effects"))
         else:
             base, values = _replayed(model, text, edits, judged)
         clean[:, group] = base
         for (layer, head, place), value in zip(patches, values.unbind(1), strict=True):
-            found[:, group, layer, head, place] = value
-    found = found if classes else found[..., 0]
-    return {measure: Effects(clean[i], found[i]) for i, measure in enumerate(measures)}
+            effects[:, group, layer, head, place] = value
+    effects = effects if classes else effects[..., 0]
+    return {measure: Effects(clean[i], effects[i]) for i, measure in enumerate(measures)}
 
 
 def _replayed(
@@ -140,9 +141,12 @@ def _replayed(
 
     def scores(run: ic.Run) -> Tensor:
         logits = run.logits.plain[:, -1]
-        return torch.stack([one.rows(logits.to(torch.promote_types(logits.dtype, torch.float32))) for one in judged])
+        return torch.stack(
+            [measure.rows(logits.to(torch.promote_types(logits.dtype, torch.float32))) for measure in judged]
+        )
 
     clean = scores(model.run(text))
+    # a mean over one prompt may be the very z that it replaces: an effect of zero, not a mistake
     values = torch.stack([scores(model.run(text, edits=edit, allow_noop=True)) for edit in edits], 1)
     return clean, values - clean[:, None]
 
@@ -153,7 +157,7 @@ def _patches(model: ic.Model, prompt: Prompt, mean: Tensor, classes: bool) -> di
         last = prompt.slots[-1]
         return {(layer, head, 0): S.z[layer, head].at(-1).set(mean[layer, head, last]) for layer, head in model.heads}
     kinds = [token_class(label) for label in prompt.labels]
-    places = {kind: [at for at, found in enumerate(kinds) if found == kind] for kind in CLASSES}
+    places = {kind: [at for at, name in enumerate(kinds) if name == kind] for kind in CLASSES}
     return {
         (layer, head, number): S.z[layer, head].at(at).set(mean[layer, head, [prompt.slots[i] for i in at]])
         for layer, head in model.heads

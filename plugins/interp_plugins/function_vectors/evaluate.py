@@ -74,10 +74,10 @@ class Evaluation(ic.Result):
         Raises:
             PlanError: evaluated without a vector.
         """
-        found = self.accuracies()
-        if not found:
+        accuracies = self.accuracies()
+        if not accuracies:
             raise ic.PlanError(f"{self.name or 'this evaluation'} has no vector, and so no best layer")
-        return self.layers[found.index(max(found))]
+        return self.layers[accuracies.index(max(accuracies))]
 
     @property
     def perplexity(self) -> float | None:
@@ -102,13 +102,13 @@ class Evaluation(ic.Result):
 
     def table(self) -> list[dict[str, Any]]:
         """Accuracies without the vector, then with it layer by layer."""
-        found: list[tuple[str, Tensor]] = [("none", self.clean_rank)]
+        ranks: list[tuple[str, Tensor]] = [("none", self.clean_rank)]
         if self.rank is not None:
-            found += [(str(layer), rank) for layer, rank in zip(self.layers, self.rank, strict=True)]
+            ranks += [(str(layer), rank) for layer, rank in zip(self.layers, self.rank, strict=True)]
         return [
             {"layer": layer, **{f"top-{k}": float((rank < k).double().mean()) for k in (1, 2, 3)},
              "mean rank": float(rank.double().mean())}
-            for layer, rank in found
+            for layer, rank in ranks
         ]  # fmt: skip
 
 
@@ -146,11 +146,11 @@ def questions(
     Raises:
         PlanError, TextError: as `legacy_trials`.
     """
-    found = legacy_trials(
+    trials = legacy_trials(
         task, tokenizer, template=template, n_shots=shots, seed=seed, shuffle=shuffled, split=split,
         filter_set=filter_set, queries=range(len(task.rows(split))) if rows is None else rows, slots=False,
     )  # fmt: skip
-    return [trial.corrupted if shuffled else trial.clean for trial in found]
+    return [trial.corrupted if shuffled else trial.clean for trial in trials]
 
 
 def evaluate(
@@ -182,8 +182,8 @@ def evaluate(
     if vectors is None:
         return Evaluation(_ranks(model, prompts, batch), None, nll, (), name)
     chosen = list(range(model.n_layers)) if layers is None else list(layers)
-    found = by_layer(model, prompts, vectors, layers=chosen, strength=strength, progress=progress)
-    return Evaluation(found.clean.long(), found.values.long(), nll, tuple(chosen), name)
+    ranks = by_layer(model, prompts, vectors, layers=chosen, strength=strength, progress=progress)
+    return Evaluation(ranks.clean.long(), ranks.values.long(), nll, tuple(chosen), name)
 
 
 def _ranks(model: ic.Model, prompts: Sequence[Prompt], batch: int) -> Int[Tensor, " example"]:
@@ -238,8 +238,8 @@ def generated(
     """Greedy answers, one row per prompt: what was generated, the answer read from it, and every string metric."""
     rows: list[dict[str, Any]] = []
     for part in batches(prompts, batch):
-        made = continued(model, tokens(part), edits, max_new_tokens=max_new_tokens)
-        for prompt, text in zip(part, made.texts, strict=True):
+        continuation = continued(model, tokens(part), edits, max_new_tokens=max_new_tokens)
+        for prompt, text in zip(part, continuation.texts, strict=True):
             answer, target = answer_in(text), (prompt.target or "").strip()
             scores = {name: metric(answer, target) if answer else 0.0 for name, metric in METRICS.items()}
             rows.append({"prompt": prompt.text, "target": target, "generated": text, "answer": answer, **scores})

@@ -52,9 +52,9 @@ def prefix_matching(
     run = model.run(torch.cat([once, once], 1), read=S.pattern, logits=False)
     layers = model.layers(S.pattern)
     scores = [run[S.pattern[i]].plain.diagonal(1 - length, -2, -1).float().mean((0, -1)) for i in layers]
-    found = torch.full((model.n_layers, len(scores[0])), torch.nan)
-    found[layers] = torch.stack(scores).cpu()
-    return found
+    by_layer = torch.full((model.n_layers, len(scores[0])), torch.nan)
+    by_layer[layers] = torch.stack(scores).cpu()
+    return by_layer
 
 
 class SlotAttention(NamedTuple):
@@ -76,7 +76,7 @@ def slot_attention(model: ic.Model, prompts: Sequence[Prompt]) -> SlotAttention:
     Raises:
         CapabilityError: a model whose patterns or values are not known in every layer.
     """
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    attention: tuple[list[Tensor], list[Tensor]] = ([], [])
     for prompt in prompts:
         run = model.run(tokens([prompt]), read=[S.pattern, S.v], logits=False)
         starts = [at for at, slot in enumerate(prompt.slots) if at == 0 or slot != prompt.slots[at - 1]]
@@ -90,6 +90,6 @@ def slot_attention(model: ic.Model, prompts: Sequence[Prompt]) -> SlotAttention:
             rows = pattern[:, starts]
             for out, values in ((plain, rows), (weighted, rows * norm[:, None])):
                 out.append(values.new_zeros(*rows.shape[:2], len(starts)).index_add_(-1, index, values))
-        found[0].append(torch.stack(plain))
-        found[1].append(torch.stack(weighted))
-    return SlotAttention(torch.stack(found[0]), torch.stack(found[1]))
+        attention[0].append(torch.stack(plain))
+        attention[1].append(torch.stack(weighted))
+    return SlotAttention(torch.stack(attention[0]), torch.stack(attention[1]))

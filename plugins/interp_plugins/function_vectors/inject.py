@@ -30,7 +30,8 @@ from .vectors import FunctionVector
 
 Vectors = FunctionVector | Mapping[int, FunctionVector]
 """One for all layers, or one per layer (the mean-hidden-state baseline)."""
-Judged = Literal["rank", "logprob", "probability", "logit", "nll"]
+Judged = Literal["rank", "logprob", "probability", "logit", "top", "nll"]
+_TOP = score.Score("top", lambda logits: logits.argmax(-1).to(logits.dtype))  # ids are whole numbers in float32 too
 
 
 def injection(
@@ -100,8 +101,9 @@ def scored(
 
     Args:
         edits: with "nll", at positions that `prompt_ends` gives, since targets follow the prompts there.
-        judged: of the target's first token its rank (0 is best), log-probability (nats), probability, logit; or alone
-            "nll", the negative log-likelihood of the whole target, the mean over its tokens (nats).
+        judged: of the target's first token its rank (0 is best), log-probability (nats), probability, logit, and the id
+            of the likeliest token ("top"); or alone "nll", the negative log-likelihood of the whole target, the mean
+            over its tokens (nats).
 
     Raises:
         PlanError: prompts without targets, or "nll" with others.
@@ -110,10 +112,15 @@ def scored(
     if "nll" in judged and not whole:
         raise ic.PlanError("nll reads the targets' positions, the other scores the prompt's end: ask for it alone")
     text = tokens(prompts, answered=whole)
-    measures = [score.nll(text)] if whole else [getattr(score, name)(first) for name in judged]
-    found = model.sweep(text, edits, measures, strategy=strategy, progress=progress)
-    per = torch.tensor([len(prompt.target_ids) if whole else 1 for prompt in prompts]).to(found[0].clean)
-    return {name: Scored(one.clean / per, one.values / per) for name, one in zip(judged, found, strict=True)}
+    measures = [score.nll(text)] if whole else scores_of(first, judged)
+    by_measure = model.sweep(text, edits, measures, strategy=strategy, progress=progress)
+    per = torch.tensor([len(prompt.target_ids) if whole else 1 for prompt in prompts]).to(by_measure[0].clean)
+    return {name: Scored(sweep.clean / per, sweep.values / per) for name, sweep in zip(judged, by_measure, strict=True)}
+
+
+def scores_of(first: Tensor, judged: Sequence[Judged]) -> list[score.Score]:
+    """The scores of these names, of the targets' first tokens `[prompt]`."""
+    return [_TOP if name == "top" else getattr(score, name)(first) for name in judged]
 
 
 def prompt_ends(prompts: Sequence[Prompt], judged: Judged) -> Any:
@@ -192,12 +199,12 @@ def continued(
     if steps is not None and steps < 1:
         raise ic.PlanError(f"steps is at least 1, not {steps}; leave edits out to generate without injection")
     first = max_new_tokens if steps is None else min(steps, max_new_tokens)
-    made = model.generate(x, edits=edits, max_new_tokens=first, **options)
-    ids, texts, rest = made.ids, made.texts, max_new_tokens - first
+    generation = model.generate(x, edits=edits, max_new_tokens=first, **options)
+    ids, texts, rest = generation.ids, generation.texts, max_new_tokens - first
     if rest and ids.shape[1] == first:
-        more = model.generate(made.tokens, max_new_tokens=rest, **options)
-        over = made.ended  # what has come to its end does not go on
+        more = model.generate(generation.tokens, max_new_tokens=rest, **options)
+        over = generation.ended  # what has come to its end does not go on
         added = torch.where(torch.tensor(over)[:, None], ids[:, -1:], more.ids)
         ids = torch.cat([ids, added], 1)
         texts = [a if end else a + b for a, b, end in zip(texts, more.texts, over, strict=True)]
-    return Continued(ids, tuple(texts), tuple(made.receipts))
+    return Continued(ids, tuple(texts), tuple(generation.receipts))

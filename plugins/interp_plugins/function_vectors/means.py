@@ -60,15 +60,15 @@ def mean_head_activations(
     heads, d_head = head_shape(model)
     n_slots = _common_slots(prompts)
     layers = model.layers(S.z)
-    found = torch.zeros(len(prompts), model.n_layers, heads, n_slots, d_head)
+    means_by_prompt = torch.zeros(len(prompts), model.n_layers, heads, n_slots, d_head)
     for numbers in _alike(prompts, batch):
         run = model.run(tokens([prompts[number] for number in numbers]), read=S.z[layers], logits=False)
         z = run[S.z[layers]].plain
         for row, number in enumerate(numbers):
             means = _by_slot(z[:, row], prompts[number].slots).transpose(1, 2)
-            for layer, one in zip(layers, means, strict=True):
-                found[number, layer] = one
-    return found.mean(0)
+            for layer, layer_means in zip(layers, means, strict=True):
+                means_by_prompt[number, layer] = layer_means
+    return means_by_prompt.mean(0)
 
 
 def mean_layer_activations(
@@ -76,15 +76,16 @@ def mean_layer_activations(
 ) -> Float[Tensor, "layer d_model"]:
     """Mean residual stream after every block at the last token, float32, on the CPU: the baseline that the published
     code adds in place of the function vector, layer by layer."""
-    found = []
+    streams = []
     for part in batches(prompts, batch):
         run = model.run(tokens(part), read=S.resid_post.at(-1), logits=False)
-        found += list(run[S.resid_post.at(-1)].plain.float().cpu().unbind(1))
-    return torch.stack(found).mean(0)
+        streams += list(run[S.resid_post.at(-1)].plain.float().cpu().unbind(1))
+    return torch.stack(streams).mean(0)
 
 
 def _by_slot(z: Tensor, slots: Sequence[int]) -> Tensor:
     """`[layer pos head d_head]` averaged over the tokens of each slot: `[layer slot head d_head]`."""
+    # tokens of one word stand together and share a slot: a slot begins where the number changes
     starts = [at for at, slot in enumerate(slots) if at == 0 or slot != slots[at - 1]]
     out = z[:, starts]
     for start, stop in zip(starts, [*starts[1:], len(slots)], strict=True):

@@ -31,12 +31,13 @@ from interp_core import sites as S
 
 from .effects import average, gap, indirect_effect, top_heads
 from .evaluate import Evaluation, evaluate, questions
+from .files.trials import Trials
 from .inject import injection
 from .means import BATCH, mean_head_activations
 from .page import accuracy_curves, heads_map
 from .tasks import Pair, Task, load_task
 from .template import Template
-from .trials import Trials, fixed_trials
+from .trials import fixed_trials
 from .vectors import FunctionVector, function_vector
 from .vocab import decoded, words
 
@@ -129,17 +130,17 @@ class FunctionVectorsResult(ic.Result):
     def function_vector(self) -> FunctionVector:
         """The vector with its origin, to be injected, added to others, saved. `layer` is where it answers most of the
         held-out questions, if there were any."""
-        found = self.evaluations
-        layer = found["zero-shot"].best_layer if found else None
+        evaluations = self.evaluations
+        layer = evaluations["zero-shot"].best_layer if evaluations else None
         return FunctionVector(self.vector, "resid", self.task, self.model, self.heads, layer)
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
         """`zero-shot` and `shuffled` accuracies; empty if there were no questions."""
-        found = {"zero-shot": (self.zero_shot_clean, self.zero_shot), "shuffled": (self.shuffled_clean, self.shuffled)}
+        ranks = {"zero-shot": (self.zero_shot_clean, self.zero_shot), "shuffled": (self.shuffled_clean, self.shuffled)}
         return {
             name: Evaluation(clean, rank, None, self.edit_layers, name)
-            for name, (clean, rank) in found.items()
+            for name, (clean, rank) in ranks.items()
             if clean is not None
         }
 
@@ -157,8 +158,8 @@ class FunctionVectorsResult(ic.Result):
         rows = []
         for number, name in enumerate(self.runs):
             row: dict[str, Any] = {"vector": name}
-            for kind, found in self.evaluations.items():
-                row[kind] = found.accuracies()[number - 1] if number else found.accuracy()
+            for kind, evaluation in self.evaluations.items():
+                row[kind] = evaluation.accuracies()[number - 1] if number else evaluation.accuracy()
             row |= {f"text {i}": self.answers(i)[number] for i in range(len(self.texts))}
             rows.append(row)
         return rows
@@ -167,15 +168,15 @@ class FunctionVectorsResult(ic.Result):
         heads = ", ".join(f"L{layer}H{head} {aie:+.4f}" for layer, head, aie in self.heads)
         lines = [f"function vector of {self.task}: norm {self.vector.norm():.2f}", f"  heads: {heads}"]
         lines += [
-            f"  {name}: {found.accuracy():.0%} without, {max(found.accuracies()):.0%} at layer {found.best_layer}"
-            for name, found in self.evaluations.items()
+            f"  {name}: {ranks.accuracy():.0%} without, {max(ranks.accuracies()):.0%} at layer {ranks.best_layer}"
+            for name, ranks in self.evaluations.items()
         ]
         return "\n".join(lines)
 
     def html(self) -> str:
         """Map of heads, accuracies by layer, what the vector says, and the texts before and after."""
-        found, note = self.evaluations, "Accuracy by layer of injection, 95 % bands."
-        chart = accuracy_curves(found.values(), self.edit_layers, note).html() if found else ""
+        evaluations, note = self.evaluations, "Accuracy by layer of injection, 95 % bands."
+        chart = accuracy_curves(evaluations.values(), self.edit_layers, note).html() if evaluations else ""
         said = ic.report.table([{"token": ic.report.visible(word), "probability": p} for word, p in self.words])
         texts = [
             ic.report.Heatmap(
@@ -222,12 +223,12 @@ class FunctionVectors(ic.Method):
         )
         site = S.resid_post if config.layers is None else S.resid_post[config.layers]
         layers = model.layers(site)
-        made: tuple[FunctionVector, Tensor, dict[str, Tensor | None]] | None = None
+        extracted: tuple[FunctionVector, Tensor, dict[str, Tensor | None]] | None = None
         for tokens, _ in batches:
-            if made is None:
+            if extracted is None:
                 vector, aie = self._extracted(model, trials, task.name, config)
-                made = vector, aie, self._accuracies(model, task, template, vector, layers, config)
-            vector, aie, ranks = made
+                extracted = vector, aie, self._accuracies(model, task, template, vector, layers, config)
+            vector, aie, ranks = extracted
             ids, logprob = self._answers(model, tokens, vector, layers, config)
             yield FunctionVectorsResult(
                 aie=aie, vector=vector.vector, **ranks, top_ids=ids, top_logprob=logprob, task=task.name,
@@ -252,17 +253,17 @@ class FunctionVectors(ic.Method):
     ) -> dict[str, Tensor | None]:  # fmt: skip
         """Ranks zero-shot and shuffled, on rows that the vector was not made of."""
         rows = range(min(config.questions, len(task.test)))
-        found: dict[str, Tensor | None] = {}
+        ranks: dict[str, Tensor | None] = {}
         for name, shots in (("zero_shot", 0), ("shuffled", config.shots)):
-            found |= {name: None, f"{name}_clean": None}
+            ranks |= {name: None, f"{name}_clean": None}
             if rows:
-                made = questions(
+                prompts = questions(
                     task, model.tokenizer, shots=shots, shuffled=shots > 0, rows=rows, seed=config.seed,
                     template=template,
                 )  # fmt: skip
-                one = evaluate(model, made, vector, layers=layers, strength=config.strength)
-                found |= {name: one.rank, f"{name}_clean": one.clean_rank}
-        return found
+                evaluation = evaluate(model, prompts, vector, layers=layers, strength=config.strength)
+                ranks |= {name: evaluation.rank, f"{name}_clean": evaluation.clean_rank}
+        return ranks
 
     def _answers(
         self, model: ic.Model, tokens: ic.Tokens, vector: FunctionVector, layers: Sequence[int],
@@ -279,14 +280,14 @@ class FunctionVectors(ic.Method):
 
 
 def _task(config: FunctionVectorsConfig) -> Task:
-    given = config.task
-    if given is None:
+    task = config.task
+    if task is None:
         return Task.of("antonym", ANTONYMS, seed=config.seed)
-    if isinstance(given, Task):
-        return given
-    if isinstance(given, (str, Path)):
-        return load_task(given, seed=config.seed)
-    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, (str, Path)):
+        return load_task(task, seed=config.seed)
+    pairs = list(task.items()) if isinstance(task, Mapping) else task
     for row, pair in enumerate(pairs if isinstance(pairs, Sequence) else [pairs]):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise ic.PlanError(f"function_vectors: task is pairs of input and output, or a file; row {row} is {pair!r}")

@@ -23,8 +23,8 @@ def normalised(text: str) -> str:
 def answer_in(text: str) -> str:
     """The answer that a generated text begins with: its first run of letters, digits, spaces and full stops; empty if
     there is none."""
-    found = re.search(r"[\w. ]+", text)
-    return found[0] if found else ""
+    match = re.search(r"[\w. ]+", text)
+    return match[0] if match else ""
 
 
 def f1(text: str, target: str) -> float:

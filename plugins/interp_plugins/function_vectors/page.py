@@ -24,9 +24,12 @@ def heads_map(aie: Float[Tensor, "layer head"], title: str, caption: str) -> rep
     )  # fmt: skip
 
 
-def accuracy_curves(found: Iterable[Evaluation], layers: Sequence[int], caption: str) -> report.Curves:
+def accuracy_curves(evaluations: Iterable[Evaluation], layers: Sequence[int], caption: str) -> report.Curves:
     """Accuracies with the vector against layers, with their intervals; those without it dashed."""
-    lines = [report.Line(one.name, one.accuracies(), one.bands(), one.accuracy()) for one in found]
+    lines = [
+        report.Line(evaluation.name, evaluation.accuracies(), evaluation.bands(), evaluation.accuracy())
+        for evaluation in evaluations
+    ]
     return report.Curves(
         lines, [str(layer) for layer in layers], percent=True, limits=(0.0, 1.0), base="without", caption=caption
     )

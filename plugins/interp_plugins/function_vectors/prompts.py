@@ -144,9 +144,9 @@ def build(
         PlanError: slots of another template or number of demonstrations.
         TextError: an invariant of the module does not hold, the prompt is too long, or the answer does not continue it.
     """
-    asked = query if isinstance(query, str) else query.input
+    query_word = query if isinstance(query, str) else query.input
     front = template.front(tokenizer) if slots is None else slots.front
-    parts = template.parts(demos, asked, front.text)
+    parts = template.parts(demos, query_word, front.text)
     text = "".join(part.text for part in parts)
     ids = _ids(tokenizer, text, front.added)
     labels: tuple[str, ...] = ()
@@ -229,6 +229,7 @@ def _labels(tokenizer: Any, parts: Sequence[Part], front: Front, ids: Sequence[i
     before = 0
     for part, count in zip(parts, counts, strict=True):
         grown = count - before
+        # a piece may merge into the last token, as a second line break does: the token is then that piece's
         if grown == 0 and labels:
             labels[-1] = part.label
         labels += [part.label] * grown

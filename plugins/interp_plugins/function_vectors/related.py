@@ -67,7 +67,7 @@ def by_word(
     groups = sorted({first(word) for word in group})
     random.Random(seed).shuffle(groups)
     place = {name: (number + 0.5) / len(groups) for number, name in enumerate(groups)}
-    found = []
+    tasks = []
     for name, table in tables.items():
         rows: dict[str, list[int]] = {"test": [], "valid": [], "train": []}
         for row, word in enumerate(table):
@@ -75,8 +75,8 @@ def by_word(
             rows["test" if at < test else "valid" if at < test + valid else "train"].append(row)
         parts = {part: tuple(numbers) for part, numbers in rows.items()}
         whole = Task.of(name, table.items(), seed=seed, test_split=valid + test)
-        found.append(Task(name, whole.pairs, **parts, seed=seed, test_split=valid + test, source=name))
-    return found
+        tasks.append(Task(name, whole.pairs, **parts, seed=seed, test_split=valid + test, source=name))
+    return tasks
 
 
 class Extracted(NamedTuple):
@@ -195,32 +195,32 @@ def extract(
     seed: int = 0,
 ) -> list[Extracted]:
     """Mean activations and AIE of every task, from its own prompts (training words asked of by validation words)."""
-    found, template = [], template or Template()
+    extracted, template = [], template or Template()
     for task in tasks:
         drawn = fixed_trials(task, model.tokenizer, template=template, n_trials=trials, n_shots=shots, seed=seed)
         mean = mean_head_activations(model, [trial.clean for trial in drawn])
         effects = indirect_effect(model, [trial.corrupted for trial in drawn], mean)
-        found.append(Extracted(task, mean, average(effects), template))
-    return found
+        extracted.append(Extracted(task, mean, average(effects), template))
+    return extracted
 
 
-def heads_of(found: Sequence[Extracted], k: int, whose: Whose) -> list[tuple[Head, ...]]:
+def heads_of(extracted: Sequence[Extracted], k: int, whose: Whose) -> list[tuple[Head, ...]]:
     """The k heads of each task: the same for all, or its own."""
-    shared = top_heads(universal([one.aie for one in found]), k)
-    return [shared if whose == "all" else top_heads(one.aie, k) for one in found]
+    shared = top_heads(universal([task.aie for task in extracted]), k)
+    return [shared if whose == "all" else top_heads(task.aie, k) for task in extracted]
 
 
-def vectors_of(model: ic.Model, found: Sequence[Extracted], k: int, whose: Whose) -> list[FunctionVector]:
+def vectors_of(model: ic.Model, extracted: Sequence[Extracted], k: int, whose: Whose) -> list[FunctionVector]:
     """The vectors of k heads."""
     return [
-        function_vector(model, one.mean, heads, task=one.task.name)
-        for one, heads in zip(found, heads_of(found, k, whose), strict=True)
+        function_vector(model, task.mean, heads, task=task.task.name)
+        for task, heads in zip(extracted, heads_of(extracted, k, whose), strict=True)
     ]
 
 
 def choose(
     model: ic.Model,
-    found: Sequence[Extracted],
+    extracted: Sequence[Extracted],
     counts: Sequence[int],
     whose: Whose = "all",
     *,
@@ -233,13 +233,14 @@ def choose(
     """
     places = list(range(model.n_layers)) if layers is None else list(layers)
     shares, logprob = (torch.zeros(len(counts), len(places), dtype=torch.float64) for _ in range(2))
-    made = [vectors_of(model, found, k, whose) for k in counts]
-    for number, one in enumerate(found):
-        asked = questions(one.task, model.tokenizer, split="valid", template=one.template)
-        edits = [injection(model, vectors[number], layer) for vectors in made for layer in places]
-        judged = scored(model, asked, edits, ("rank", "logprob"))
-        shares += (judged["rank"].values == 0).double().mean(-1).view(shares.shape) / len(found)
-        logprob += judged["logprob"].values.double().mean(-1).view(shares.shape) / len(found)
+    vectors_by_count = [vectors_of(model, extracted, k, whose) for k in counts]
+    for number, task in enumerate(extracted):
+        prompts = questions(task.task, model.tokenizer, split="valid", template=task.template)
+        edits = [injection(model, vectors[number], layer) for vectors in vectors_by_count for layer in places]
+        judged = scored(model, prompts, edits, ("rank", "logprob"))
+        shares += (judged["rank"].values == 0).double().mean(-1).view(shares.shape) / len(extracted)
+        logprob += judged["logprob"].values.double().mean(-1).view(shares.shape) / len(extracted)
+    # equal accuracies are common on few words: the log-probability decides, then the fewest heads, the lowest layer
     pairs = list(zip(shares.flatten().tolist(), logprob.flatten().tolist(), strict=True))
     at, place = divmod(pairs.index(max(pairs)), len(places))
     return Choice(counts[at], places[place], float(shares[at, place])), shares
@@ -247,7 +248,7 @@ def choose(
 
 def related(
     model: ic.Model,
-    found: Sequence[Extracted],
+    extracted: Sequence[Extracted],
     *,
     counts: Sequence[int] = (1, 2, 3, 4, 6, 8, 10),
     whose: Whose = "all",
@@ -259,7 +260,7 @@ def related(
     """Choose heads and layer on validation words, measure on test words.
 
     Args:
-        found: of two tasks or more, see `extract`.
+        extracted: of two tasks or more, see `extract`.
         counts: numbers of heads to choose from.
         whose: heads of the largest AIE over all tasks, or each task's own.
         draws: random vectors per task.
@@ -270,7 +271,7 @@ def related(
     Raises:
         PlanError: fewer than two tasks, or tasks without test or validation words.
     """
-    tasks = [one.task for one in found]
+    tasks = [each.task for each in extracted]
     if len(tasks) < 2:
         raise ic.PlanError(f"{len(tasks)} tasks; what is shared needs at least two")
     for task in tasks:
@@ -278,33 +279,33 @@ def related(
             if not task.rows(part):
                 raise ic.PlanError(f"task {task.name} has no {part} rows; give more pairs or another seed")
     tried = tuple(k for k in counts if k <= len(model.heads))
-    choice, validated = choose(model, found, tried, whose)
-    vectors = vectors_of(model, found, choice.top, whose)
-    asked = [questions(one.task, model.tokenizer, template=one.template) for one in found]
-    measured = [_measured(model, *one, choice.layer, draws) for one in zip(asked, vectors, strict=True)]
+    choice, validated = choose(model, extracted, tried, whose)
+    vectors = vectors_of(model, extracted, choice.top, whose)
+    prompts = [questions(each.task, model.tokenizer, template=each.template) for each in extracted]
+    measured = [_measured(model, *pair, choice.layer, draws) for pair in zip(prompts, vectors, strict=True)]
     clean, accuracy, noise, curve = (torch.stack(column) for column in zip(*measured, strict=True))
-    swap = _Swap(found, vectors, words, context, seed)
+    swap = _Swap(extracted, vectors, words, context, seed)
     layers = range(model.n_layers)
     turned = swap.measured(model, "valid", layers)[1].nanmean((1, 2))
     swap_layer = int(turned.nan_to_num().argmax())
     shown, swapped = swap.measured(model, "test", [swap_layer])
     return Related(
-        torch.stack([vector.vector for vector in vectors]), torch.stack([one.aie for one in found]), clean, accuracy,
-        noise, curve, shown, swapped[0], similarity(vectors), validated, tuple(task.name for task in tasks),
-        tuple(map(len, asked)), vectors[0].heads, tried, swap_layer, *choice,
+        torch.stack([vector.vector for vector in vectors]), torch.stack([each.aie for each in extracted]), clean,
+        accuracy, noise, curve, shown, swapped[0], similarity(vectors), validated, tuple(task.name for task in tasks),
+        tuple(map(len, prompts)), vectors[0].heads, tried, swap_layer, *choice,
     )  # fmt: skip
 
 
 def _measured(
-    model: ic.Model, asked: Sequence[Prompt], vector: FunctionVector, layer: int, draws: int
+    model: ic.Model, prompts: Sequence[Prompt], vector: FunctionVector, layer: int, draws: int
 ) -> tuple[Tensor, ...]:
     """Shares without, with the vector, with random ones, and with the vector after every layer."""
     edits = [injection(model, vector, at) for at in range(model.n_layers)]
     edits += [injection(model, vector.random(seed), layer) for seed in range(draws)]
-    found = scored(model, asked, edits)["rank"]
-    share = (found.values == 0).double().mean(-1)
+    ranks = scored(model, prompts, edits)["rank"]
+    share = (ranks.values == 0).double().mean(-1)
     curve = share[: model.n_layers]
-    return (found.clean == 0).double().mean(), curve[layer], share[model.n_layers :].mean(), curve
+    return (ranks.clean == 0).double().mean(), curve[layer], share[model.n_layers :].mean(), curve
 
 
 class _Swap(NamedTuple):
@@ -341,7 +342,7 @@ class _Swap(NamedTuple):
             prompts = self.prompts(model, a, b, part)
             if prompts:
                 edits = [injection(model, self.vectors[a] - self.vectors[b], layer) for layer in layers]
-                found = scored(model, prompts, edits)["rank"]
-                clean[a, b] = (found.clean == 0).double().mean()
-                turned[:, a, b] = (found.values == 0).double().mean(-1)
+                ranks = scored(model, prompts, edits)["rank"]
+                clean[a, b] = (ranks.clean == 0).double().mean()
+                turned[:, a, b] = (ranks.values == 0).double().mean(-1)
         return clean, turned

@@ -62,22 +62,24 @@ def portability(
         filtered: zero-shot and shuffled on the questions that the model answers with shots, as published; templates
             under which it answers none have not-a-number there.
     """
-    found = []
+    table = []
     for template in over:
         drawn: dict[str, Any] = {"rows": rows, "seed": seed, "template": template}
         few = evaluate(model, questions(task, model.tokenizer, shots=shots, **drawn))
-        asked = list(range(len(task.test))) if rows is None else list(rows)
-        kept = [row for row, rank in zip(asked, few.clean_rank.tolist(), strict=True) if rank == 0 or not filtered]
+        chosen = list(range(len(task.test))) if rows is None else list(rows)
+        kept = [row for row, rank in zip(chosen, few.clean_rank.tolist(), strict=True) if rank == 0 or not filtered]
         row: dict[str, Any] = {"template": str(template), "questions": len(kept), "few-shot": few.accuracy()}
         for name, n in (("zero-shot", 0), ("shuffled", shots)):
             base = steered = float("nan")
             if kept:
-                made = questions(task, model.tokenizer, shots=n, shuffled=name == "shuffled", filter_set=kept, **drawn)
-                one = evaluate(model, made, vector, layers=[layer])
-                base, steered = one.accuracy(), one.accuracies()[0]
+                prompts = questions(
+                    task, model.tokenizer, shots=n, shuffled=name == "shuffled", filter_set=kept, **drawn
+                )
+                evaluation = evaluate(model, prompts, vector, layers=[layer])
+                base, steered = evaluation.accuracy(), evaluation.accuracies()[0]
             row |= {name: base, f"{name} + vector": steered}
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
 def heads_curve(
@@ -98,8 +100,8 @@ def heads_curve(
     ks = [k for k in counts if 0 <= k <= len(model.heads)]
     vectors = {k: function_vector(model, mean, top_heads(aie, k), bias=bias) for k in ks if k}
     edits = [injection(model, vector, layer) for vector in vectors.values()]
-    found = scored(model, prompts, edits)["rank"]
-    ranks = {0: found.clean, **dict(zip(vectors, found.values, strict=True))}
+    ranked = scored(model, prompts, edits)["rank"]
+    ranks = {0: ranked.clean, **dict(zip(vectors, ranked.values, strict=True))}
     rows = []
     for k in ks:
         share = float((ranks[k] < 1).double().mean())

@@ -92,7 +92,7 @@ class Task:
         outputs: dict[str, list[str]] = {}
         for pair in self.pairs:
             outputs.setdefault(pair.input, []).append(pair.output)
-        return {key: tuple(found) for key, found in outputs.items() if len(found) > 1}
+        return {key: tuple(answers) for key, answers in outputs.items() if len(answers) > 1}
 
     def __str__(self) -> str:
         sizes = f"{len(self.train)} training, {len(self.valid)} validation, {len(self.test)} test"
@@ -149,12 +149,12 @@ def _check_text(where: str, field: str, text: Any) -> None:
 
 def _named(folder: Path, name: str) -> Path:
     """The one file of a name in a folder of tasks."""
-    found = [path for group in ("", *GROUPS) if (path := folder / group / f"{name}.json").is_file()]
-    if len(found) > 1:
-        raise ic.LoadError(f"{name} is ambiguous: {' and '.join(map(str, found))}; give the file")
-    if not found:
+    paths = [path for group in ("", *GROUPS) if (path := folder / group / f"{name}.json").is_file()]
+    if len(paths) > 1:
+        raise ic.LoadError(f"{name} is ambiguous: {' and '.join(map(str, paths))}; give the file")
+    if not paths:
         raise ic.LoadError(f"there is no task {name!r} in {folder}. {nearest(name, _names(folder))}")
-    return found[0]
+    return paths[0]
 
 
 def _names(folder: Path) -> list[str]:

@@ -77,15 +77,16 @@ class Template:
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "separators"):
-            given = {"instructions": "", **getattr(self, name)}
-            for key, text in given.items():
+            texts = {"instructions": "", **getattr(self, name)}
+            for key, text in texts.items():
                 if key not in FIELDS:
                     raise ic.PlanError(f"{name} of a template have no {key!r}. {nearest(key, FIELDS)}")
                 if not isinstance(text, str):
                     raise ic.PlanError(f"{name}[{key!r}] of a template is text, not {text!r}")
-            if missing := [key for key in FIELDS if key not in given]:
+            if missing := [key for key in FIELDS if key not in texts]:
                 raise ic.PlanError(f'{name} of a template lack {missing[0]!r}; write "" for none')
-            object.__setattr__(self, name, {key: given[key] for key in FIELDS})
+            # frozen: filled, and put in one order, which hashes and files go by
+            object.__setattr__(self, name, {key: texts[key] for key in FIELDS})
         if self.boundary not in (known := Boundary.__args__):  # type: ignore[attr-defined]
             raise ic.PlanError(f"a template has no boundary {self.boundary!r}. {nearest(str(self.boundary), known)}")
 
@@ -148,6 +149,7 @@ class Template:
         """
         if self.bos is False:
             return Front(False, "")
+        # what a tokenizer adds is seen on one letter, whatever its settings call it
         plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         if whole[1:] == plain and len(whole) > len(plain):
             return Front(True, "")

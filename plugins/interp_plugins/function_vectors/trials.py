@@ -8,8 +8,7 @@ Three ways to draw them, each with the random numbers of what it must equal:
                      demonstrations, shuffle of the answers, once more if that changed nothing; at the end a shuffle of
                      all trials
 
-A permutation may leave answers where they were. `Trials.save` and `Trials.load` write and read the file of fixed
-trials.
+A permutation may leave answers where they were. `Trials` themselves, and the file that holds them: `files.trials`.
 
 Source: Todd et al. (2024), arXiv:2310.15213, and `ericwtodd/function_vectors`.
 """
@@ -17,80 +16,17 @@ Source: Todd et al. (2024), arXiv:2310.15213, and `ericwtodd/function_vectors`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import interp_core as ic
 
-from .prompts import Prompt, Slots, build, dummy
+from .files.trials import Trial, Trials, trial_of
+from .prompts import dummy
 from .tasks import Pair, Task
-from .template import Boundary, Template, name_of
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One draw.
-
-    Attributes:
-        number: its place among the trials.
-        demos, query: what was drawn.
-        clean, corrupted: the prompts; the second has the answers of the demonstrations in another order.
-        demo_indices, query_index: rows within the splits (of relation trials: rows of the task).
-        corrupted_demos: demonstrations of the corrupted prompt.
-    """
-
-    number: int
-    demos: tuple[Pair, ...]
-    query: Pair
-    clean: Prompt
-    corrupted: Prompt
-    demo_indices: tuple[int, ...]
-    query_index: int
-    corrupted_demos: tuple[Pair, ...]
-
-
-@dataclass(frozen=True)
-class Trials(Sequence[Trial]):
-    """Trials with what they were made from.
-
-    Attributes:
-        items: the trials.
-        slots: of their prompts; None where they were built without.
-        meta: settings, as the file has them; `query_split` where queries are not validation rows.
-        splits: row numbers of the task: `train_indices`, `valid_indices`, `test_indices`.
-    """
-
-    items: tuple[Trial, ...]
-    slots: Slots | None
-    meta: Mapping[str, Any]
-    splits: Mapping[str, tuple[int, ...]]
-
-    @overload
-    def __getitem__(self, index: int) -> Trial: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Trial]: ...
-    def __getitem__(self, index: int | slice) -> Trial | Sequence[Trial]:
-        return self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the file of fixed trials; see `trials_file`."""
-        from .trials_file import write_trials
-
-        return write_trials(self, Path(path))
-
-    @staticmethod
-    def load(path: str | Path, tokenizer: Any, *, model: str | None = None, boundary: Boundary = "strict") -> Trials:
-        """Read a file of fixed trials and build its prompts with a tokenizer; see `checks.read_trials`."""
-        from .checks import read_trials
-
-        return read_trials(path, tokenizer, model=model, boundary=boundary)
+from .template import Template, name_of
 
 
 class Draw(NamedTuple):
@@ -118,6 +54,7 @@ def fixed_trials(
     """
     n_train, n_valid = _sizes(task, "valid", n_trials, n_shots)
     rng = np.random.default_rng(seed)
+    # arguments are drawn from left to right, and the file's random numbers are those of this order
     draws = [
         Draw(
             tuple(rng.choice(n_train, n_shots, replace=False).tolist()),
@@ -126,7 +63,7 @@ def fixed_trials(
         )
         for _ in range(n_trials)
     ]
-    return _made(task, tokenizer, template or Template(), n_shots, draws, "numpy.random.default_rng", seed)
+    return _built(task, tokenizer, template or Template(), n_shots, draws, "numpy.random.default_rng", seed)
 
 
 def legacy_trials(
@@ -161,23 +98,26 @@ def legacy_trials(
     """
     n_train, n_queries = _sizes(task, split, n_trials, n_shots)
     allowed = list(range(n_queries)) if filter_set is None else [int(row) for row in filter_set]
-    asked = None if queries is None else [int(row) for row in queries]
-    for name, rows in (("filter_set", allowed), ("queries", asked)):
+    query_rows = None if queries is None else [int(row) for row in queries]
+    for name, rows in (("filter_set", allowed), ("queries", query_rows)):
         if rows is not None and (not rows or not 0 <= min(rows) <= max(rows) < n_queries):
             raise ic.PlanError(
                 f"{name}: {rows[:5] or 'no rows'}; split {split} of {task.name} has rows 0 to {n_queries - 1}"
             )
     rng = seed if isinstance(seed, np.random.RandomState) else np.random.RandomState(seed)
-    wanted: list[int | None] = [None] * n_trials if asked is None else [row for row in asked if row in {*allowed}]
+    wanted: list[int | None] = (
+        [None] * n_trials if query_rows is None else [row for row in query_rows if row in {*allowed}]
+    )
     draws = []
     for row in wanted:
         demos = rng.choice(n_train, n_shots, replace=False).tolist() if n_shots else []
         query = int(rng.choice(allowed, 1, replace=False)[0]) if row is None else row
+        # a query that is named is not drawn, as in the published evaluation
         order = rng.permutation(n_shots).tolist() if shuffle and n_shots else range(n_shots)
         draws.append(Draw(tuple(demos), query, tuple(order)))
     started = seed if isinstance(seed, int) else None
     named = "numpy.random.RandomState"
-    return _made(task, tokenizer, template or Template(), n_shots, draws, named, started, split, slots)
+    return _built(task, tokenizer, template or Template(), n_shots, draws, named, started, split, slots)
 
 
 def relation_trials(
@@ -211,9 +151,10 @@ def relation_trials(
         rng.shuffle(rest)
         demos = tuple(rest[:n_demos])
         draws.append(Draw(demos, query, _reordered(rng, [task.pairs[row].output for row in demos])))
+    # part of the published stream, which goes on with the next question from here
     rng.shuffle(draws)
     started = seed if isinstance(seed, int) else None
-    return _made(task, tokenizer, template or Template(), n_demos, draws, "random.Random", started, None)
+    return _built(task, tokenizer, template or Template(), n_demos, draws, "random.Random", started, None)
 
 
 def _reordered(rng: random.Random, answers: list[str]) -> tuple[int, ...]:
@@ -242,7 +183,7 @@ def _sizes(task: Task, split: str, n_trials: int, n_shots: int) -> tuple[int, in
     return n_train, n_queries
 
 
-def _made(
+def _built(
     task: Task,
     tokenizer: Any,
     template: Template,
@@ -257,13 +198,13 @@ def _made(
     front = template.front(tokenizer)
     known = dummy(tokenizer, template, n_shots) if slots else None
     train = task.train if split else range(len(task))
-    asked = task.rows(split) if split else range(len(task))
+    query_rows = task.rows(split) if split else range(len(task))
 
     def trial(number: int, draw: Draw) -> Trial:
         demos = [task.pairs[train[row]] for row in draw.demos]
         shuffled = [Pair(pair.input, demos[i].output) for pair, i in zip(demos, draw.order, strict=True)]
-        query = task.pairs[asked[draw.query]]
-        return made(number, tokenizer, template, known, demos, shuffled, query, draw.demos, draw.query)
+        query = task.pairs[query_rows[draw.query]]
+        return trial_of(number, tokenizer, template, known, demos, shuffled, query, draw.demos, draw.query)
 
     settings = {
         "dataset_json": task.source,
@@ -280,25 +221,3 @@ def _made(
     } | ({} if split == "valid" else {"query_split": split or "all"})
     splits = {"train_indices": task.train, "valid_indices": task.valid, "test_indices": task.test}
     return Trials(tuple(trial(i, draw) for i, draw in enumerate(draws)), known, settings, splits)
-
-
-def made(
-    number: int,
-    tokenizer: Any,
-    template: Template,
-    slots: Slots | None,
-    demos: Sequence[Pair],
-    corrupted_demos: Sequence[Pair],
-    query: Pair,
-    demo_indices: Sequence[int],
-    query_index: int,
-) -> Trial:
-    """A trial with its two prompts."""
-
-    def prompt(kind: str, shown: Sequence[Pair]) -> Prompt:
-        return build(tokenizer, template, shown, query, slots, where=f"trial {number}, {kind} prompt")
-
-    shown, shuffled = tuple(demos), tuple(corrupted_demos)
-    clean = prompt("clean", shown)
-    corrupted = clean if shuffled == shown else prompt("corrupted", shuffled)
-    return Trial(number, shown, query, clean, corrupted, tuple(demo_indices), query_index, shuffled)

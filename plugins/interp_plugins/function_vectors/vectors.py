@@ -170,11 +170,12 @@ def function_vector(
             raise ic.SiteError(
                 f"no head {head} in layer {at}: this model has {model.n_layers} layers of {mean.shape[1]} heads"
             )
-        one = torch.zeros(mean.shape[1], mean.shape[3])
-        one[head] = mean[at, head, slot]
-        part = _part(model, at, one)
+        alone = torch.zeros(mean.shape[1], mean.shape[3])
+        alone[head] = mean[at, head, slot]
+        part = _part(model, at, alone)
+        # the projection of nothing is its bias: taken away where it is not to be counted with this head
         if bias == "none" or (bias == "per_layer" and at in seen):
-            part = part - _part(model, at, torch.zeros_like(one))
+            part = part - _part(model, at, torch.zeros_like(alone))
         total += part * _gain(model, at, mean[at, :, slot]) if through_post_norm else part
         seen.add(at)
     kept = tuple((int(at), int(head), float(aie)) for at, head, aie in heads)
@@ -190,14 +191,14 @@ def head_space(
     task: str = "",
 ) -> dict[int, FunctionVector]:
     """Per layer of the chosen heads, their means side by side, zero elsewhere: vectors before the output projection."""
-    found: dict[int, Tensor] = {}
+    by_layer: dict[int, Tensor] = {}
     for at, head, _ in heads:
-        found.setdefault(at, torch.zeros(mean.shape[1], mean.shape[3]))[head] = mean[at, head, slot]
+        by_layer.setdefault(at, torch.zeros(mean.shape[1], mean.shape[3]))[head] = mean[at, head, slot]
     return {
         at: FunctionVector(
             vector.flatten(), "head_space", task, model.source, tuple((*head,) for head in heads if head[0] == at), at
         )
-        for at, vector in sorted(found.items())
+        for at, vector in sorted(by_layer.items())
     }
 
 

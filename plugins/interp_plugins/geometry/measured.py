@@ -78,6 +78,7 @@ def measure_layer(groups: Sequence[Float[Tensor, "n d"]], how: How) -> Layer:
         PlanError: `how.size` is more than a group has.
     """
     d = groups[0].shape[1]
+    # one decomposition for all groups: what follows costs n instead of d
     together = coordinates(torch.cat(list(groups)))
     small = together.split([len(group) for group in groups])
     dropped = tuple(sinks(rows) for rows in small)
@@ -88,6 +89,7 @@ def measure_layer(groups: Sequence[Float[Tensor, "n d"]], how: How) -> Layer:
             for rows, out in zip(small, dropped, strict=True)
         ]
         fewest = min(map(len, kept))
+        # measures depend on how many rows there are: groups are compared at equal numbers
         size = fewest if how.size is None else min(how.size, fewest)
         wholes.append([_measures(rows[keep][None], variant, d) for rows, keep in zip(small, kept, strict=True)])
         equals.append([
@@ -131,6 +133,7 @@ def _measures(rows: Float[Tensor, "repeat n r"], variant: Variant, d: int) -> Fl
         rows = unit(rows)
     centre = variant != "raw"
     sigma = singular_values(centred(rows) if centre else rows)
+    # rows that are all the same leave rounding alone after centring: no spectrum
     flat = sigma[:, 0] <= torch.tensor([vanishing(each) for each in rows])
     sigma = torch.where(flat[:, None], torch.nan, sigma)
     rank = effective_rank_of(sigma)

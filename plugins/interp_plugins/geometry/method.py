@@ -100,6 +100,7 @@ class Geometry(ic.Method):
             stream = values[S.resid_pre].detach().cpu().double().as_subclass(Tensor)
             rows = _rows(stream, tokens, groups)
             book.layer(rows, before.get(layer - 1), None if blind is None else [of[layer] for of in blind])
+            # two layers at a time: that is all that CKA from layer to layer needs
             before.clear()
             before[layer] = rows
 

@@ -83,6 +83,7 @@ def cut_ratio(curves: Any, cut: int, boot: stats.Bootstrap | None = None) -> Cut
     after = values[:, ::-1].cumsum(1)[:, ::-1][:, 1:] / np.arange(n_layers - 1, 0, -1)
     logs = np.log(after / before)
     of_cuts = logs.mean(0)
+    # the cut itself is not among those that it is held against
     others = np.delete(of_cuts, cut - 1) if n_layers > 2 else of_cuts
     low, high = np.quantile(others, [0.025, 0.975])
     boot = boot or stats.Bootstrap()

@@ -85,12 +85,12 @@ class GeometryResult(ic.Result):
         Raises:
             PlanError: no such measure, group or variant here.
         """
-        own = {"dimension": self.dimension, "gap": self.gap, "separability": self.separability, "against": self.against}
-        if measure not in (*MEASURES, *own) or own.get(measure, 0) is None:
-            raise ic.PlanError(f"no measure {measure!r} here. {ic.errors.nearest(measure, (*MEASURES, *own))}")
+        extra = {name: getattr(self, name) for name in ("dimension", "gap", "separability", "against")}
+        if measure not in (*MEASURES, *extra) or extra.get(measure, 0) is None:
+            raise ic.PlanError(f"no measure {measure!r} here. {ic.errors.nearest(measure, (*MEASURES, *extra))}")
         of = self._place("group", group or self.groups[0], self.groups)
-        if measure in own:
-            values = own[measure]
+        if measure in extra:
+            values = extra[measure]
             assert values is not None
             return (values[:, of] if values.ndim == 3 else values).double().numpy()
         table = self.equal if equal else self.whole
@@ -190,6 +190,7 @@ class GeometryResult(ic.Result):
             first, second = (coordinates(self.pooled[:, group, number].double()) for group in (0, 1))
             try:
                 value = debiased_cka(Rows(first, keys), Rows(second, keys))
+            # rows that are all the same have no CKA, which is told per layer; too few samples, for all
             except ic.PlanError:
                 if n < 4:
                     raise

@@ -128,6 +128,7 @@ def coordinates(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
     """The same rows in an orthonormal basis of what they span: r is the smaller of n and d."""
     if rows.shape[0] >= rows.shape[1]:
         return rows
+    # Xᵀ = Q R, so that R's columns have the inner products of the rows: no decomposition of [d d] is needed
     return torch.linalg.qr(rows.T, mode="r").R.T.contiguous()
 
 

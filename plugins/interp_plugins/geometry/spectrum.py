@@ -37,6 +37,7 @@ def effective_rank_of(sigma: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch
 
 def participation_ratio_of(sigma: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch"]:
     """From singular values; NaN where all are zero."""
+    # ratios to the largest first, so that powers stay in range whatever the units
     power = (sigma / sigma[..., :1]).square()
     return power.sum(-1).square() / power.square().sum(-1)
 

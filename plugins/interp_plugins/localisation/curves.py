@@ -11,6 +11,8 @@ nothing either: both are marked degenerate, and counted.
 
 Source: Petsiuk et al. (2018), arXiv:1806.07421; the normalisation is that of the curves of texts (`areas`), as in
 FlashTrace's multimodal evaluation (arXiv:2602.01914).
+Cost: none here: the scores are of steps + 1 images deleted and as many inserted, the ends shared.
+Must equal: curves by hand (tests/test_visual_localisation.py).
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ def perturbation_curves(regions: Regions, deleted: Sequence[float], inserted: Se
             takes = f"{regions.steps + 1} finite numbers, one per image"
             raise ic.PlanError(ic.errors.wrong(f"perturbation_curves: {name}", takes, list(numbers)))
     down, up = (torch.as_tensor(np.asarray(numbers, dtype=np.float64))[None] for numbers in (deleted, inserted))
+    # nothing deleted is everything inserted: scores in another order, or of other images, show here
     apart = max(abs(float(down[0, 0] - up[0, -1])), abs(float(down[0, -1] - up[0, 0])))
     if apart > ENDS * (1 + float(torch.maximum(down.abs().max(), up.abs().max()))):
         raise ic.PlanError(
@@ -83,6 +86,7 @@ def perturbation_curves(regions: Regions, deleted: Sequence[float], inserted: Se
     shares = np.concatenate([[0.0], counts.cumsum() / counts.sum()])
     positive = regions.scores.clip(0)
     gone = np.bincount(regions.step, weights=positive, minlength=regions.steps).cumsum()
+    # a map with nothing above 0 says no order: its density falls as evenly as the regions do
     left = (1 - gone / positive.sum()).clip(0) if positive.any() else 1 - shares[1:]
     density = np.concatenate([[1.0], left])
     at = torch.as_tensor(shares)

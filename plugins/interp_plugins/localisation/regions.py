@@ -83,6 +83,7 @@ def regions(scores: Any, size: tuple[int, int], *, target: int = TARGET, steps: 
     cols = max(1, round(target / rows))
     down, across = (np.arange(n) * patches // n for n, patches in zip((rows, cols), array.shape, strict=True))
     flat = array[down[:, None], across].ravel()
+    # reversed after a stable ascending sort, as published: of equal scores the later region goes first
     order = np.argsort(flat, kind="stable")[::-1]
     step = np.empty(len(order), dtype=np.int64)
     sizes = step_sizes(len(order), steps)

@@ -127,6 +127,7 @@ def context_of(tokens: ic.Tokens) -> str:
 
 def _rounding(dtype: torch.dtype, logits: Tensor) -> float:
     """How far two ways of working out the same log-probability may be apart."""
+    # logits round in proportion to the largest; 8 keeps the bound from vanishing where all are small
     largest = max(float(logits.abs().max()), 8.0)
     return 2 * torch.finfo(dtype).eps * largest if dtype.itemsize < 4 else 1e-4 + 64 * torch.finfo(dtype).eps * largest
 
@@ -185,6 +186,7 @@ def score_pairs(
     """
     waiting: list[tuple[States, States]] = []
     for pair in states:
+        # states of two kinds of file have other rows, and cannot lie in one tensor
         if waiting and waiting[0][0].layers != pair[0].layers:
             yield from _scored(model, waiting, js, top, rows)
             waiting = []
@@ -201,6 +203,7 @@ def _scored(
     model: ic.Model, pairs: Sequence[tuple[States, States]], js: JsMode | Literal["none"], top: int, rows: int
 ) -> Iterator[PairScores]:
     """Some pairs together."""
+    # all agentic contexts and then all assisted ones, so that the two halves of the rows are the two sides of JS
     flat = [states for side in (0, 1) for states in (pair[side] for pair in pairs)]
     stream = [normed(model, states) for states in flat]
     sizes = [len(states.ids) for states in flat]

@@ -113,6 +113,7 @@ class Curves:
         for metric in METRICS:
             for scope in SCOPES:
                 a, b = (values[f"{metric}_{side}_{scope}"] for side in SIDES)
+                # per sample, before any mean: contexts of one sample are a pair
                 values[f"delta_{metric}_{scope}"] = a - b
             micro[f"delta_{metric}_all"] = micro[f"{metric}_agentic_all"] - micro[f"{metric}_assisted_all"]
         samples = tuple(pair.sample for pair in scores)
@@ -172,6 +173,7 @@ def progress(scores: Sequence[PairScores], bins: int = 50) -> Float[np.ndarray, 
     total, count = np.zeros((len(scores[0].layers), bins)), np.zeros(bins)
     for pair in scores:
         delta = (pair.assisted.logprob - pair.agentic.logprob).double().numpy()
+        # by the share of the target text that has passed: texts of other lengths meet in one bin
         place = np.arange(delta.shape[1]) * bins // delta.shape[1]
         for bin_ in np.unique(place):
             total[:, bin_] += delta[:, place == bin_].mean(1)

@@ -208,6 +208,7 @@ class LogitLens(ic.Method):
         rows, translator, norm = list[Tensor](), config.translator, model.module("ln_final")
         for layer, resid in zip(layers, stream, strict=True):
             resid = resid.flatten(0, 1).to(next(norm.parameters(), resid).device)
+            # the last block's output is what translators aim at: it has none
             plain = layer == layers[-1] or (config.unfitted == "plain" and not _has(translator, layer))
             rows.append(norm(resid if translator is None or plain else translator(layer, resid)))
         return torch.stack(rows)
@@ -220,6 +221,7 @@ class LogitLens(ic.Method):
         if config.targets == "next":
             following = torch.roll(tokens.ids, -1, 1)
             following[~torch.roll(tokens.mask, -1, 1)] = -1  # padding on the right
+            # the roll brings the first token round to the end
             following[:, -1] = -1
             ids = tokens.take(following, config.at).flatten()
         elif config.targets != "final":

@@ -90,6 +90,7 @@ def is_normed(model: ic.Model, rows: Tensor) -> bool:
     """
     gains = model.weights(S.final_norm).to(device="cpu", dtype=torch.float64)
     bias = model.bias(S.final_norm).to(device="cpu", dtype=torch.float64)
+    # a coordinate whose gain is about 0 says nothing of what was there before: it is left out of the variance
     plain = (rows.double() - bias) / torch.where(gains.abs() < 1e-6, torch.inf, gains)
     used = (gains.abs() >= 1e-6).sum()
     return bool(((plain.square().sum(-1) / used).sub(1).abs() < VARIANCE).all())

@@ -94,19 +94,19 @@ class StateStore:
                 if why := _differs(head, self.identity, pair, side):
                     raise ic.PlanError(f"{path} is there: {why[0]}; give another folder, or move it away")
 
-    def _write(self, each: States) -> Path:
-        where = f"{each.sample} {each.side}"
-        for layer, rows in zip(each.layers, each.stream, strict=True):
-            if each.normed_last and layer == each.layers[-1]:
+    def _write(self, states: States) -> Path:
+        where = f"{states.sample} {states.side}"
+        for layer, rows in zip(states.layers, states.stream, strict=True):
+            if states.normed_last and layer == states.layers[-1]:
                 raise ic.PlanError(f"{where}: layer {layer} is normed already; a store holds streams before the norm")
             check_finite(where, layer, rows)
         head = {
-            "format": FORMAT, "sample": each.sample, "side": each.side, "layers": list(each.layers),
-            "positions": list(each.positions), "ids": each.ids.tolist(), "final": each.final, "context": each.context,
-            "model": self.identity,
+            "format": FORMAT, "sample": states.sample, "side": states.side, "layers": list(states.layers),
+            "positions": list(states.positions), "ids": states.ids.tolist(), "final": states.final,
+            "context": states.context, "model": self.identity,
         }  # fmt: skip
-        tensors = {f"layer.{layer}": rows for layer, rows in zip(each.layers, each.stream, strict=True)}
-        path = state_file(self.folder, each.sample, each.side)
+        tensors = {f"layer.{layer}": rows for layer, rows in zip(states.layers, states.stream, strict=True)}
+        path = state_file(self.folder, states.sample, states.side)
         runs.write(path, runs.safetensors_bytes(tensors, {HEADER: json.dumps(head)}))
         return path
 

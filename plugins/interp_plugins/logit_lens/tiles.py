@@ -79,6 +79,7 @@ class Divergence:
 
 def tile_width(rows: int, device: torch.device) -> int:
     """How many tokens a tile has: as many as fit, up to what makes a thread's work long enough to be worth starting."""
+    # a product's columns are shared out among threads; a device takes several such widths at a time
     share = torch.get_num_threads() if device.type == "cpu" else 8
     return min(max(TILE_BYTES // (4 * max(rows, 1)), NARROWEST), WIDEST * share)
 
@@ -177,6 +178,7 @@ class _Tiles:
             self.scratch, self.logp = torch.empty_like(z), torch.empty_like(z)
         self._count(z, start)
         logp = torch.log_softmax(z, -1, out=self.logp)
+        # the fused softmax has the tile's lse in every entry: one subtraction instead of another pass
         self.lse.append((z[:, 0] - logp[:, 0]).double())
         if not self.spread:
             return
@@ -201,6 +203,7 @@ class _Tiles:
         logw = each - lse
         weights, last = logw.exp(), logw[:, -1:]
         cross = torch.stack(self.cross)
+        # the tile's own cross-entropy less its entropy, in the last row's weights; and how the tiles' weights differ
         kl = (last.exp() * (cross - cross[:, -1:] + last - logw)).sum(0)
         entropy = (weights * (torch.stack(self.entropy).view_as(logw) - logw)).sum(0)
         readout = {"lse": lse, "entropy": entropy.clamp(min=0), "kl": kl.clamp(min=0)}
@@ -272,6 +275,7 @@ def _js_terms(a: Tensor, b: Tensor) -> Tensor:
 def _of_likeliest(model: ic.Model, both: Tensor, lse: Tensor, top: Tensor, mode: str) -> dict[str, Tensor]:
     """Divergence of the likeliest tokens of either side."""
     union = top.sort(-1).values
+    # a token that is among the likeliest of both sides counts once
     again = torch.zeros_like(union, dtype=torch.bool)
     again[:, 1:] = union[:, 1:] == union[:, :-1]
     twice = union.repeat(2, 1)
@@ -287,10 +291,12 @@ def _of_likeliest(model: ic.Model, both: Tensor, lse: Tensor, top: Tensor, mode:
     js = _js_terms(a, b).masked_fill(again, 0).sum(-1)
     if mode == "topk_renorm":
         return {"js": js.clamp(min=0).cpu()}
+    # 1 - Σ p without losing the digits where little is left
     rest_a, rest_b = (-torch.expm1(side.logsumexp(-1).clamp(max=0)) for side in (a, b))
     mean = (rest_a + rest_b) / 2
     others = torch.special.entr(mean) - (torch.special.entr(rest_a) + torch.special.entr(rest_b)) / 2
     js = js + others
+    # the rest as one bucket hides at most the divergence of two distributions that share nothing within it
     share = torch.where(mean > 0, rest_a / (2 * mean).clamp_min(torch.finfo(mean.dtype).tiny), 0.5)
     spread = mean * (torch.special.entr(share) + torch.special.entr(1 - share))
     return {"js": js.clamp(min=0).cpu(), "js_upper": (js + spread).clamp(0, math.log(2)).cpu()}

@@ -121,6 +121,7 @@ def _inside(tokens: ic.Tokens, chars: tuple[int, int]) -> dict[Cell, int]:
     cells: dict[Cell, int] = {}
     for position, (a, b) in enumerate(tokens.offsets[0]):
         if a < b and a < stop and start < b:
+            # tokens of bytes share the characters of one letter: which of them it is tells them apart
             cells[a - start, b - start, seen[a, b]] = position
             seen[a, b] += 1
     return cells

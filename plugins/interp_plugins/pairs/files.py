@@ -89,9 +89,8 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> Path:
     Raises:
         PlanError: two pairs of one name.
     """
-    path = Path(path)
-    runs.write(path, pairs_text(pairs))
-    return path
+    runs.write(Path(path), pairs_text(pairs))
+    return Path(path)
 
 
 def pairs_text(pairs: Iterable[Pair]) -> str:

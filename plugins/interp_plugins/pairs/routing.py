@@ -7,6 +7,7 @@ Weights are normalised over the set in both cases. What is kept of a sample has 
 each view ("all" targets, the "last" one) and context, and the mean over targets of every statistic of two sets.
 
 Source: docs/methods/router.md has the formulas. Cost: two passes per pair, up to the last layer that has a router.
+Must equal: the functions of `router` on routing read at the same positions.
 """
 
 from __future__ import annotations

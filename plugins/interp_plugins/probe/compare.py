@@ -28,7 +28,7 @@ import interp_core as ic
 from interp_core import stats
 
 from .decoding import Decoding, corrected_error
-from .folds import Folds, make_folds, numbered
+from .folds import Folds, make_folds, numbered, plain_list
 from .nulls import bag_of_words
 from .study import Decoder, decode
 
@@ -139,6 +139,7 @@ class Comparison:
         """
         decoded = self._mode(mode)
         self._shuffled(decoded, 0)
+        # of each shuffle the best layer: what a search over layers finds where there is nothing
         largest = decoded.null.max(1)
         return np.array([stats.p_value(float(value), largest, alternative="greater") for value in decoded.accuracy])
 
@@ -179,6 +180,7 @@ class Comparison:
             out.append(f"inconclusive: {self.original.shuffles} shuffled labelings, {SHUFFLES} at least are needed")
         for mode, decoded in self.modes.items():
             if decoded.shuffles:
+                # Bonferroni over modes: one of several is below its own band by chance more often
                 low = float(np.quantile(self._shuffled(decoded, cliff), (1 - self.level) / 2 / len(self.modes)))
                 mean = float(decoded.accuracy[cliff:].mean())
                 if mean < low:
@@ -305,7 +307,6 @@ def compare(
     words = None if questions is None else decode(bag_of_words(questions), labels, folds, **how)
     collisions = None
     if donor_labels is not None:
-        theirs = list(donor_labels.tolist() if hasattr(donor_labels, "tolist") else donor_labels)
         own = [modes[ORIGINAL].classes[number] for number in numbered(labels)[0]]
-        collisions = float(np.mean([a == b for a, b in zip(own, theirs, strict=True)]))
+        collisions = float(np.mean([a == b for a, b in zip(own, plain_list(donor_labels), strict=True)]))
     return Comparison(modes, words, folds, collisions, leaky)

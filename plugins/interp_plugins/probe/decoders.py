@@ -74,6 +74,7 @@ def ridge(split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalti
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
         dual = inverse @ (target - target.mean(0))
         held = target - _left_out(inverse, dual, split.inner)
+        # halfway between the two class means of held-out scores: `there` and `absent` are the weights of those means
         middle = (held * (there + absent)).sum(1) / 2
         error = ((held - target).square() * (there + absent)).sum(1)
         error = error.unflatten(1, (columns, width)).sum(-1)
@@ -86,7 +87,7 @@ def ridge(split: Split, labels: Int[Tensor, "t column"], n_classes: int, penalti
 
 def difference_of_means(split: Split, labels: Int[Tensor, "t column"], n_classes: int) -> Scores:
     """The nearest class mean; of two classes the projection on the difference of their means."""
-    share = _class_shares(labels, n_classes)  # [t column class]
+    share = class_shares(labels, n_classes)  # [t column class]
     along = torch.einsum("lst,tpc->lspc", split.test, share)
     half = torch.einsum("tpc,ltu,upc->lpc", share, split.train, share) / 2
     return Scores(_against(along - half[:, None]), None, _none(along))
@@ -96,13 +97,14 @@ def lda(split: Split, labels: Int[Tensor, "t column"], n_classes: int) -> Scores
     """Linear discriminant analysis with equal priors and shrunk covariance."""
     t = len(labels)
     eye = torch.eye(t, dtype=torch.float64, device=split.train.device)
-    shares, scores = _class_shares(labels, n_classes), []
+    shares, scores = class_shares(labels, n_classes), []
     for column in range(labels.shape[1]):
         share = shares[:, column]  # [t class]
         same = (labels[:, column, None] == labels[None, :, column]).double()
         within = eye - same / same.sum(0)
         inside = within @ split.train @ within
         shrinkage, mean_variance = _ledoit_wolf(inside, split.d)
+        # solved as a ridge: (1 - s) Σ + s v I, in inner products of rows within classes
         ridge_ = shrinkage * torch.where(mean_variance > 0, mean_variance, 1.0)
         system = inside + (ridge_ * t / (1 - shrinkage).clamp(min=1e-12))[:, None, None] * eye
         solved = within @ torch.linalg.solve(system, within @ split.train @ share)
@@ -136,6 +138,7 @@ def _left_out(
     inverse: Float[Tensor, "layer t t"], dual: Float[Tensor, "layer t q"], inner: Int[Tensor, " t"]
 ) -> Float[Tensor, "layer t q"]:
     """Residuals of train rows by fits without their inner fold."""
+    # the bias is fitted too: the inverse less its projection on the constant, of which a block is taken
     constant = inverse.sum(2, keepdim=True)
     whole = constant.sum(1, keepdim=True)
     residual = torch.empty_like(dual)
@@ -159,10 +162,18 @@ def _weights(high: Bool[Tensor, "t column score"]) -> tuple[Float[Tensor, "t q"]
     return inside / inside.sum(0).clamp(min=1), (1 - inside) / (1 - inside).sum(0).clamp(min=1)
 
 
-def _class_shares(labels: Int[Tensor, "t column"], n_classes: int) -> Float[Tensor, "t column class"]:
+def class_shares(labels: Int[Tensor, "t column"], n_classes: int) -> Float[Tensor, "t column class"]:
     """Weights that make a mean of each class."""
-    of = (labels[..., None] == torch.arange(n_classes, device=labels.device)).double()
-    return of / of.sum(0).clamp(min=1)
+    one_hot = (labels[..., None] == torch.arange(n_classes, device=labels.device)).double()
+    return one_hot / one_hot.sum(0).clamp(min=1)
+
+
+def balanced(
+    guess: Int[Tensor, "layer n column"], labels: Int[Tensor, "n column"], n_classes: int
+) -> Float[Tensor, "layer column"]:
+    """Mean over classes of the share of right guesses."""
+    right = (guess == labels).double()
+    return torch.einsum("lnp,npc->lpc", right, class_shares(labels, n_classes)).mean(-1)
 
 
 def _against(scores: Float[Tensor, "layer s column class"]) -> Float[Tensor, "layer s column score"]:

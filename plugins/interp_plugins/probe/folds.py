@@ -79,8 +79,8 @@ def numbered(labels: Sequence[Any] | Any, what: str = "labels") -> tuple[Int[np.
         raise ic.PlanError(f"{what}: there are none")
     names = tuple(sorted(set(items), key=lambda item: (str(type(item)), item if isinstance(item, (int, float)) else 0,
                                                        str(item))))  # fmt: skip
-    of = {name: number for number, name in enumerate(names)}
-    return np.array([of[item] for item in items]), names
+    number_of = {name: number for number, name in enumerate(names)}
+    return np.array([number_of[item] for item in items]), names
 
 
 def merged(*labelings: Any) -> Int[np.ndarray, " sample"]:
@@ -119,17 +119,17 @@ def make_folds(
         PlanError: fewer than two classes, or a class in fewer groups than folds.
     """
     y, names = numbered(labels)
-    of = np.arange(len(y)) if groups is None else numbered(groups, "groups")[0]
-    shown = of if donors is None else _shown(groups, donors, of)
-    if len(of) != len(y) or len(shown) != len(y):
-        raise ic.PlanError(f"folds: {len(y)} labels, {len(of)} groups, {len(shown)} donors; give one per sample")
+    group_of = np.arange(len(y)) if groups is None else numbered(groups, "groups")[0]
+    shown = group_of if donors is None else _shown(groups, donors, group_of)
+    if len(group_of) != len(y) or len(shown) != len(y):
+        raise ic.PlanError(f"folds: {len(y)} labels, {len(group_of)} groups, {len(shown)} donors; give one per sample")
     if len(names) < 2 or n_folds < 2 or repeats < 1:
         raise ic.PlanError(f"{n_folds} folds, {repeats} times, of {len(names)} classes ({names[:3]}); two classes, two "
                            "folds and one repeat at least")  # fmt: skip
     for number, name in enumerate(names):
-        if (there := len(np.unique(of[y == number]))) < n_folds:
+        if (count := len(np.unique(group_of[y == number]))) < n_folds:
             raise ic.PlanError(
-                f"class {name!r} is in {there} group(s), {n_folds} folds need {n_folds}; take fewer folds, more "
+                f"class {name!r} is in {count} group(s), {n_folds} folds need {n_folds}; take fewer folds, more "
                 "samples, or leave the class out"
             )
     train: list[np.ndarray] = []
@@ -138,38 +138,45 @@ def make_folds(
     repeat: list[int] = []
     rng = np.random.default_rng(seed)
     for number in range(repeats):
-        fold = _deal(y, of, n_folds, rng)
+        fold = _deal(y, group_of, n_folds, rng)
         for k in range(n_folds):
-            here = fold == k
-            seen = np.union1d(of[here], shown[here]) if donors is not None else of[here]
-            keep = ~here & ~np.isin(shown, seen)
+            tested = fold == k
+            # images that a test sample is about or was shown; whoever was shown one of them may not train
+            seen = np.union1d(group_of[tested], shown[tested]) if donors is not None else group_of[tested]
+            keep = ~tested & ~np.isin(shown, seen)
             inside = np.full(len(y), -1)
-            inside[keep] = _deal(y[keep], of[keep], n_folds, rng)
-            for column, value in ((train, keep), (test, here), (inner, inside)):
+            inside[keep] = _deal(y[keep], group_of[keep], n_folds, rng)
+            for column, value in ((train, keep), (test, tested), (inner, inside)):
                 column.append(value)
             repeat.append(number)
-    return Folds(np.array(train), np.array(test), np.array(inner), np.array(repeat), of, seed)
+    return Folds(np.array(train), np.array(test), np.array(inner), np.array(repeat), group_of, seed)
 
 
-def _shown(groups: Any, donors: Any, of: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
+def _shown(groups: Any, donors: Any, group_of: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
     """Donors by the numbers of the groups; a donor that is no sample's own image gets a number of its own."""
-    own = list(groups.tolist() if hasattr(groups, "tolist") else groups) if groups is not None else list(range(len(of)))
-    known = dict(zip(own, of.tolist(), strict=True))
-    images = list(donors.tolist() if hasattr(donors, "tolist") else donors)
-    return np.array([known.setdefault(donor, len(known) + len(of)) for donor in images])
+    own = range(len(group_of)) if groups is None else plain_list(groups)
+    known = dict(zip(own, group_of.tolist(), strict=True))
+    return np.array([known.setdefault(donor, len(known) + len(group_of)) for donor in plain_list(donors)])
+
+
+def plain_list(values: Any) -> list[Any]:
+    """A list, an array or a tensor as plain values, which are equal and hashed by what they say."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _deal(
     y: Int[np.ndarray, " sample"], groups: Int[np.ndarray, " sample"], n_folds: int, rng: np.random.Generator
 ) -> Int[np.ndarray, " sample"]:
     """The fold of each sample."""
-    _, of = np.unique(groups, return_inverse=True)
-    counts = np.zeros((of.max() + 1, y.max() + 1))
-    np.add.at(counts, (of, y), 1)
+    _, group_of = np.unique(groups, return_inverse=True)
+    counts = np.zeros((group_of.max() + 1, y.max() + 1))
+    np.add.at(counts, (group_of, y), 1)
     total = counts.sum(0).clip(1)
     order = rng.permutation(len(counts))
+    # large groups first, while every fold still has room; equal ones in the random order
     order = order[np.argsort(-counts[order].sum(1), kind="stable")]
     folds, fold = np.zeros((n_folds, counts.shape[1])), np.zeros(len(counts), dtype=np.int64)
+    # a hair of randomness, so that repeats deal otherwise where folds are equally good
     ties = rng.random((len(counts), n_folds)) * 1e-9
     for group in order:
         # what putting it there adds to the sum of squared shares, of classes and, less, of sizes
@@ -177,4 +184,4 @@ def _deal(
         cost += 1e-3 * folds.sum(1) / len(y) + ties[group]
         fold[group] = cost.argmin()
         folds[fold[group]] += counts[group]
-    return fold[of]
+    return fold[group_of]

@@ -25,7 +25,7 @@ from torch.nn.functional import softplus
 
 import interp_core as ic
 
-from .decoders import Scores, members, predicted
+from .decoders import Scores, balanced, members, predicted
 from .gram import Split
 
 STEPS = 60
@@ -64,6 +64,7 @@ def fit(gram: Float[Tensor, "m t t"], high: Bool[Tensor, "m t"], c: float) -> Fi
     balance = c * y.shape[1] / 2 * (y / y.sum(1, keepdim=True).clamp(min=1)
                                     + (1 - y) / (1 - y).sum(1, keepdim=True).clamp(min=1))  # fmt: skip
     dual, bias = torch.zeros_like(y), y.new_zeros(len(y))
+    # at α = b = 0 every p is ½: what the gradient is measured by
     first = _gradient(gram, dual, balance * (y - 0.5)).clamp(min=1e-300)
     gradient = torch.ones_like(bias)
     for _ in range(STEPS):
@@ -99,7 +100,7 @@ def logistic(split: Split, labels: Int[Tensor, "t column"], n_classes: int, pena
             inside = split.train[:, others[:, None], others]
             held[:, rows] = _scores(inside, split.train[:, rows[:, None], others], high[others], c)
         helds.append(held)
-        accuracies.append(_balanced(predicted(held), labels, n_classes))
+        accuracies.append(balanced(predicted(held), labels, n_classes))
     best = torch.stack(accuracies).argmax(0)  # [layer column], the first of equal ones
     test = torch.zeros(*split.test.shape[:2], *high.shape[1:], dtype=torch.float64, device=split.train.device)
     kept = torch.zeros_like(helds[0])
@@ -128,25 +129,19 @@ def _scores(
     return torch.stack(out, 2).unflatten(2, high.shape[1:])
 
 
-def _balanced(
-    guess: Int[Tensor, "layer n column"], labels: Int[Tensor, "n column"], n_classes: int
-) -> Float[Tensor, "layer column"]:
-    of = (labels[..., None] == torch.arange(n_classes, device=labels.device)).double()
-    right = (guess == labels).double()
-    return torch.einsum("lnp,npc->lpc", right, of / of.sum(0).clamp(min=1)).mean(-1)
-
-
 def _newton(
     gram: Float[Tensor, "m t t"], score: Float[Tensor, "m t"], weight: Float[Tensor, "m t"], pull: Float[Tensor, "m t"]
 ) -> tuple[Float[Tensor, "m t"], Float[Tensor, " m"]]:
     """Where Newton's step leads: α and b."""
     root = weight.sqrt()
+    # B of the module: K and W⁻¹ themselves cannot be solved with where p is 0 or 1 to the last digit
     system = root[:, :, None] * gram * root[:, None, :]
     system.diagonal(dim1=1, dim2=2).add_(1.0)
     factor = torch.linalg.cholesky(system)
     right = torch.stack([weight * score + pull, weight], 2)
     solved = torch.cholesky_solve(root[:, :, None] * (gram @ right), factor)
     free, constant = (right - root[:, :, None] * solved).unbind(2)
+    # the free bias asks that Σ α = 0, which two solutions of one system give
     bias = free.sum(1) / constant.sum(1)
     return free - bias[:, None] * constant, bias
 
@@ -169,6 +164,7 @@ def _line(
     start = objective(torch.zeros_like(now[1]))
     size = torch.ones_like(start)
     for _ in range(30):
+        # near the minimum steps change the objective by rounding alone
         worse = objective(size) > start * (1 + 1e-14)
         if not bool(worse.any()):
             return size

@@ -103,6 +103,7 @@ class Probe(ic.Method):
                 for place in places:
                     columns_of(each, place, allow_leaky=config.allow_leaky)
             if mode != ORIGINAL:
+                # places are by name in every mode; the same length is what a blind image of the same grid has
                 alone = [length for each in rows for length in each.lengths]
                 if alone != tokens.lengths:
                     number = next(

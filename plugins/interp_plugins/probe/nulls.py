@@ -32,12 +32,13 @@ def shuffled(
 ) -> Int[np.ndarray, "sample shuffle"]:
     """Permuted labels."""
     rng = np.random.default_rng([seed, 1])
-    _, of = np.unique(groups, return_inverse=True)
-    first = np.zeros(of.max() + 1, dtype=np.int64)
-    first[of] = labels
-    if (first[of] == labels).all():
-        return np.stack([rng.permutation(first)[of] for _ in range(count)], 1) if count else labels[:, None][:, :0]
-    return np.stack([rng.permutation(labels) for _ in range(count)], 1) if count else labels[:, None][:, :0]
+    _, group_of = np.unique(groups, return_inverse=True)
+    first = np.zeros(group_of.max() + 1, dtype=np.int64)
+    first[group_of] = labels
+    # where every group has one label, whole groups are what can be exchanged
+    by_group = (first[group_of] == labels).all()
+    drawn = [rng.permutation(first)[group_of] if by_group else rng.permutation(labels) for _ in range(count)]
+    return np.stack(drawn, 1) if count else labels[:, None][:, :0]
 
 
 def control_labels(
@@ -48,10 +49,10 @@ def control_labels(
     Raises:
         PlanError: fewer types than classes.
     """
-    of, names = numbered(types, "types")
+    type_of, names = numbered(types, "types")
     classes = int(labels.max()) + 1
-    if len(of) != len(labels):
-        raise ic.PlanError(f"types: {len(of)} for {len(labels)} samples; give one per sample")
+    if len(type_of) != len(labels):
+        raise ic.PlanError(f"types: {len(type_of)} for {len(labels)} samples; give one per sample")
     if len(names) < classes:
         raise ic.PlanError(
             f"control task: {len(names)} type(s) of question for {classes} classes; give finer types, such as the text "
@@ -60,10 +61,11 @@ def control_labels(
     rng = np.random.default_rng([seed, 2])
     shares = np.bincount(labels, minlength=classes) / len(labels)
     drawn = np.stack([
+        # every class once before the draws, or a task could lack one
         rng.permutation(np.r_[np.arange(classes), rng.choice(classes, len(names) - classes, p=shares)])
         for _ in range(count)
     ], 1)  # fmt: skip
-    return np.asarray(drawn[of])
+    return np.asarray(drawn[type_of])
 
 
 def bag_of_words(texts: Sequence[str]) -> Float[np.ndarray, "sample 1 word"]:

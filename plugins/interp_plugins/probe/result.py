@@ -70,14 +70,14 @@ class ProbeResult(ic.Result):
         Raises:
             PlanError: no labels, no such position, or too few samples for the folds.
         """
-        labels = given(self.labels) if labels is None else labels
+        labels = or_none(self.labels) if labels is None else labels
         if labels is None:
             raise ic.PlanError("there are no labels: give labels=[…], one per prompt, to the method or to compare")
         if len(labels) != len(self.states):
             raise ic.PlanError(f"{len(labels)} labels for {len(self.states)} prompts; give one per prompt")
-        groups, donors = given(self.groups), given(self.donors)
+        groups, donors = or_none(self.groups), or_none(self.donors)
         how: dict[str, Any] = {
-            "groups": groups, "donors": donors, "questions": given(self.questions), "types": given(self.types),
+            "groups": groups, "donors": donors, "questions": or_none(self.questions), "types": or_none(self.types),
             "decoder": self.decoder, "shuffles": self.shuffles, "n_folds": self.n_folds, "repeats": self.repeats,
             "leaky": position == LEAKY, "seed": self.seed,
         }  # fmt: skip
@@ -97,7 +97,7 @@ class ProbeResult(ic.Result):
 
     def table(self) -> list[dict[str, Any]]:
         """One row per position and mode: mean accuracy of the layers after the cliff; without labels, the states."""
-        if given(self.labels) is None or self.why:
+        if or_none(self.labels) is None or self.why:
             return super().table()
         return [
             {"position": position} | row | {"verdict": comparison.verdict(self.cliff)}
@@ -108,7 +108,7 @@ class ProbeResult(ic.Result):
     @cached_property
     def why(self) -> str:
         """Why no probe can be fitted; empty if one can."""
-        if given(self.labels) is None:
+        if or_none(self.labels) is None:
             return "there are no labels"
         try:
             _ = self.comparisons
@@ -135,6 +135,6 @@ class ProbeResult(ic.Result):
         return "".join(parts) + ic.report.table(self.table()) + notes
 
 
-def given(values: Labels) -> list[Any] | None:
+def or_none(values: Labels) -> list[Any] | None:
     """Values of the prompts; None where none was given."""
     return None if all(value is None for value in values) else list(values)

@@ -21,7 +21,7 @@ from torch import Tensor
 import interp_core as ic
 
 from . import decoders
-from .decoders import Scores, members, predicted
+from .decoders import Scores, balanced, members, predicted
 from .decoding import Decoding
 from .folds import Folds, numbered
 from .gram import Standardised, layers_at_a_time
@@ -67,6 +67,7 @@ def decode(
     x = _states(states)
     y, classes = numbered(labels)
     _demand(x, y, folds, decoder, penalties, shuffles)
+    # the labels first, then every other labeling: the fits share all but their targets
     columns = [y[:, None], shuffled(y, folds.groups, shuffles, seed)]
     if types is not None:
         columns.append(control_labels(y, types, controls, seed))
@@ -121,20 +122,17 @@ class _Book:
         self, split: int, layers: slice, train: Int[np.ndarray, " t"], test: Int[np.ndarray, " s"], scores: Scores
     ) -> None:
         """What a probe said of a split, of some layers."""
-        there = torch.from_numpy(self.labels[test])
-        of = (there[..., None] == torch.arange(self.classes)).double()
-        right = (predicted(scores.test) == there).double()
-        self.hits[split, layers] = torch.einsum("lsp,spc->lpc", right, of).numpy()
-        self.counts[split] = of.sum(0).numpy()
+        labels = torch.from_numpy(self.labels[test])
+        one_hot = (labels[..., None] == torch.arange(self.classes)).double()
+        right = (predicted(scores.test) == labels).double()
+        self.hits[split, layers] = torch.einsum("lsp,spc->lpc", right, one_hot).numpy()
+        self.counts[split] = one_hot.sum(0).numpy()
         self.correct[test, layers] += right[:, :, 0].T.numpy()
         self.penalty[split, layers] = scores.penalty[:, 0].numpy()
-        self.ranking[split, layers] = _ranking(scores.test[:, :, 0], members(there[:, :1], self.classes)[:, 0])
+        self.ranking[split, layers] = _ranking(scores.test[:, :, 0], members(labels[:, :1], self.classes)[:, 0])
         if scores.held is not None:
             fitted = torch.from_numpy(self.labels[train])
-            inside = (fitted[..., None] == torch.arange(self.classes)).double()
-            good = (predicted(scores.held) == fitted).double()
-            shares = torch.einsum("ltp,tpc->lpc", good, inside / inside.sum(0).clamp(min=1))
-            self.inner[split, layers] = shares.mean(-1).numpy()
+            self.inner[split, layers] = balanced(predicted(scores.held), fitted, self.classes).numpy()
 
 
 def _ranking(scores: Float[Tensor, "layer s score"], high: Tensor) -> Float[np.ndarray, " layer"]:

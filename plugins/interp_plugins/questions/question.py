@@ -158,6 +158,7 @@ class Questions(Sequence[Question]):
         order = ranked([question.name for question in self.questions], strata, seed)
         parts, start = [], 0
         for count in counts:
+            # drawn by rank, and put back into the file's order
             chosen = tuple(self.questions[i] for i in sorted(order[start : start + count]))
             parts.append(Questions(chosen, self.skipped, self.source))
             start += count

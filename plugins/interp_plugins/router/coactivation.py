@@ -100,11 +100,13 @@ class Coactivation:
         """
         pairs = neighbours(routed) if self.reference else together(routed, routed)
         self._counts[layer] = self._counts[layer] + pairs if layer in self._counts else pairs
+        # layers rise within a batch: one that does not begins the next batch, and has none before it
         if self._before is not None and self._before[0] < layer:
             key, step = (self._before[0], layer), together(self._before[1], routed)
             self._steps[key] = self._steps[key] + step if key in self._steps else step
         else:
             self.tokens += len(routed)
+        # the sets alone, so that weights and logits of the layer can be let go
         self._before = layer, Routed(routed.chosen)
 
     @property

@@ -181,6 +181,7 @@ class Divergence:
         for name, values in statistics.items():
             sums = torch.zeros_like(tokens).index_add_(0, rows, values)
             self._means.setdefault(layer, {}).setdefault(name, []).append((sums / tokens).cpu())
+        # of the union over a sample's tokens, which a few odd tokens can widen; the means above are token by token
         unions = [_unions(routed.chosen, rows, n_samples) for routed in (first, second)]
         for name, values in set_statistics(*unions).items():
             self._sets.setdefault(layer, {}).setdefault(name, []).append(values.cpu())

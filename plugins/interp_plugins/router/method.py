@@ -127,6 +127,7 @@ class RouterResult(ic.Result):
         """
         if average not in get_args(Average):
             raise ic.PlanError(f"no average {average!r}. {ic.errors.nearest(average, get_args(Average))}")
+        # each text counts alike, however long; micro is by tokens
         if average == "macro":
             return self.per_text(statistic).mean(0)
         above, below = self._sums(statistic)
@@ -162,6 +163,7 @@ class RouterResult(ic.Result):
         if name not in self.loads:
             raise ic.PlanError(f"no curve {name!r}. {ic.errors.nearest(name, (*PER_TOKEN, *self.loads))}")
 
+        # a load is a function of all counts together, no mean over texts: each resample is summed before it is measured
         def statistic(count: np.ndarray, prob: np.ndarray, tokens: np.ndarray) -> np.ndarray:
             return load.load(count.sum(0), prob.sum(0) / tokens.sum())[name]
 
@@ -301,6 +303,7 @@ class Router(ic.Method):
         layers = sorted(sums)
         fields = {name: torch.stack([sums[layer][name] for layer in layers], 1) for name in sums[layers[0]]}
         return RouterResult(
+            # sums are float64 on the way, and whole numbers again here
             tokens=fields.pop("tokens")[:, 0].round().long(), count=fields.pop("count").round().int(), **fields,
             together=None if pairs is None else pairs.counts,
             steps=None if pairs is None or len(layers) < 2 else pairs.steps,

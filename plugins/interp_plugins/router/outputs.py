@@ -89,6 +89,7 @@ class ExpertOutputs:
         )
         value = _stacked(self.sums[layer][raw] for layer in self.layers)
         if name in ("contribution", "reap", "ean_mean"):
+            # never-routed experts have sums of 0, and score 0
             value = value / np.maximum(_stacked(self.sums[layer]["frequency"] for layer in self.layers), 1)
         return value
 
@@ -166,6 +167,8 @@ def _rule(totals: ExpertOutputs, layer: int, n_experts: int, counted: Bool[Tenso
         step = max(1, piece_bytes // (ids.shape[1] * hidden.shape[1] * hidden.element_size()))
         for part in rows.split(step):
             slots, expert = part.repeat_interleave(ids.shape[1]), ids[part].flatten()
+            # the family's own experts once more, each token-slot as a token of one expert with weight 1: what comes out
+            # is f_e
             single = torch.ones_like(weights[part].reshape(-1, 1))
             outputs = forward(hidden[slots], expert[:, None], single).detach()
             weight = weights[part].detach().flatten()
@@ -183,6 +186,7 @@ def _demand_sum(module: Any, total: Tensor, out: Tensor) -> None:
         CapabilityError: their weighted sum is something else, beyond rounding.
     """
     error, size = (total - out).double().norm(), out.double().norm()
+    # sums in another order differ by rounding; a rule that does something else is off by far more
     if float(error) > 256 * torch.finfo(out.dtype).eps * max(float(size), 1e-30):
         raise ic.CapabilityError(
             f"router outputs: the weighted outputs of {type(module).__name__} do not add up to what it returns "

@@ -137,6 +137,8 @@ def usage_of(
     for tokens in batches:
         everywhere = Places(tokens)
         width = tokens.ids.shape[1]
+        # one pass hands over all real tokens of a layer; each view picks its own of them, by their numbers in that
+        # order
         numbers = torch.full(tokens.ids.shape, -1)
         numbers[everywhere.rows, everywhere.columns] = torch.arange(len(everywhere.rows))
         parts = {name: Places(tokens, at) for name, at in wanted.items()}
@@ -146,6 +148,7 @@ def usage_of(
             layer: int,
             routed: Routed,
             _: Places,
+            # defaults bind what is of this batch: the function is made anew for each
             parts: Mapping[str, Places] = parts,
             picks: Mapping[str, Tensor] = picks,
             n_rows: int = len(tokens),

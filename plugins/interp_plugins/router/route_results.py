@@ -15,7 +15,7 @@ Source: route_utility.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -127,6 +127,7 @@ class RouteUtilityResult(ic.Result):
         for token, layer in np.ndindex(*correlations.shape):
             there = ~np.isnan(utility[token, layer])
             worth = utility[token, layer, there]
+            # two routes are always ranked one way or the other, and routes within rounding of each other are not ranked
             if there.sum() >= 3 and np.ptp(worth) > float(self.tolerance[token]):
                 correlations[token, layer] = stats.spearman(scores[token, layer, there], worth)
         return correlations
@@ -174,8 +175,7 @@ class RouteUtilityResult(ic.Result):
         values, texts = self.values(name, group), self.texts[self.group(group)]
         whole = ~np.isnan(values).any(1)
         clusters = texts[whole] if len(set(texts[whole])) > 1 else None
-        boot = boot or stats.Bootstrap()
-        drawn = stats.Bootstrap(clusters, None, boot.level, boot.method, resamples=boot.resamples, seed=boot.seed)
+        drawn = replace(boot or stats.Bootstrap(), clusters=clusters, strata=None)
         return drawn.band(values[whole], axes=("layer",), name=name)
 
     def table(self) -> list[dict[str, Any]]:

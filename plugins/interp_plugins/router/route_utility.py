@@ -153,6 +153,7 @@ class Table:
         """A token's routes, and what each of them is worth."""
         native = float(swept.clean[0])
         self.native[row, column] = native
+        # the native set, forced, is the same computation by another path: what it is off by is what rounding can do
         self.rounding[row, column] = max(abs(of[cell.sets[0]] - native) for cell, of in zip(cells, values, strict=True))
         for i, (cell, of) in enumerate(zip(cells, values, strict=True)):
             here = row, column, i, slice(len(cell.sets))
@@ -180,14 +181,12 @@ def layers_of(model: ic.Model, config: RouteUtilityConfig) -> list[int]:
         SiteError: one without experts.
         PlanError: none, or routers that give every token all experts, so that there is one route.
     """
-    routed_layers = model.layers(S.router_logits)
-    layers = (
-        routed_layers if config.layers is None else sorted({i + model.n_layers if i < 0 else i for i in config.layers})
-    )
+    routed = model.layers(S.router_logits)
+    layers = routed if config.layers is None else sorted({i + model.n_layers if i < 0 else i for i in config.layers})
     for layer in layers:
-        if layer not in routed_layers:
+        if layer not in routed:
             raise ic.SiteError(
-                f"route_utility: layer {layer} of {model.source} has no experts; those that have: {routed_layers}"
+                f"route_utility: layer {layer} of {model.source} has no experts; those that have: {routed}"
             )
     if not layers:
         raise ic.PlanError("route_utility: layers=[] names none; leave it out for all that have experts")
@@ -233,9 +232,11 @@ def _cells(
 def _cell(routed: Routed, layer: int, before: list[int], config: RouteUtilityConfig) -> Cell:
     """A token's routes in a layer."""
     probs, native = routed.need("probs")[0].double().cpu(), tuple(routed.chosen[0].nonzero()[:, 0].tolist())
+    # seeded by the text up to the token and the layer, so that a token's draws do not depend on its batch
     generator = torch.Generator().manual_seed(int(ic.runs.digest([config.seed, layer, before])[:12], 16))
     others = alternatives(config.routes, probs, native, config.count, config.temperature, generator)
     sets = [native, *others]
+    # as many as there are alternatives, or the larger maximum would be that of more draws
     random = random_routes(len(probs), native, len(others), generator)
     scores = [log_score(probs, route) for route in sets]
     return Cell(layer, sets, random, scores, float(routed.need("weights")[0].double().sum()))

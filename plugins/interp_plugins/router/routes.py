@@ -67,6 +67,7 @@ def _distinct(
 ) -> list[Route]:
     """The first `count` different sets among so many draws."""
     kept: dict[Route, None] = {}
+    # twice as many at a time as are wanted, since some repeat a set; a sure router is given up after `draws`
     for first in range(0, draws, 2 * count):
         noise = torch.rand(min(2 * count, draws - first), len(logits), generator=seed, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(noise.clamp(1e-300, 1 - 1e-16)))

@@ -87,22 +87,23 @@ def domains(counts: Any, tokens: Any, labels: Any, *, permutations: int = 200, s
             f"domains: {len(labels)} labels of {len(names)} domains, counts {list(n.shape)}, tokens of {len(below)} "
             "texts; give [text layer expert] with a label each, of two domains at least"
         )
-    of = np.array([names.index(str(label)) for label in labels])
+    domain_of = np.array([names.index(str(label)) for label in labels])
     rng = np.random.default_rng(seed)
-    real = _spread(n, of, len(names))
-    drawn = np.stack([_spread(n, rng.permutation(of), len(names)) for _ in range(permutations)])
-    share = domain_shares(_grouped(n, of, len(names)), np.bincount(of, below, len(names)))
+    real = _spread(n, domain_of, len(names))
+    drawn = np.stack([_spread(n, rng.permutation(domain_of), len(names)) for _ in range(permutations)])
+    share = domain_shares(_grouped(n, domain_of, len(names)), np.bincount(domain_of, below, len(names)))
+    # 1e-12: a permutation that gives the labels back is as large, though its sums may round otherwise
     p = (1 + (drawn >= real - 1e-12).sum(0)) / (1 + permutations)
     return Domains(names, share, real, drawn.mean(0), p)
 
 
-def _grouped(n: np.ndarray, of: np.ndarray, size: int) -> np.ndarray:
-    member = np.eye(size)[:, of]
+def _grouped(n: np.ndarray, domain_of: np.ndarray, size: int) -> np.ndarray:
+    member = np.eye(size)[:, domain_of]
     return (member @ n.reshape(len(n), -1)).reshape(size, *n.shape[1:])
 
 
-def _spread(n: np.ndarray, of: np.ndarray, size: int) -> np.ndarray:
-    grouped, total = _grouped(n, of, size), n.sum(0)
+def _spread(n: np.ndarray, domain_of: np.ndarray, size: int) -> np.ndarray:
+    grouped, total = _grouped(n, domain_of, size), n.sum(0)
     return np.abs(grouped / grouped.sum(-1, keepdims=True) - total / total.sum(-1, keepdims=True)).sum(-1) / 2
 
 

@@ -85,6 +85,7 @@ def layer_sums(routed: Routed, samples: Int[Tensor, " n"] | None = None, n_sampl
     ordered = n_samples <= SPLIT and bool((rows.diff() >= 0).all())
 
     def add(values: Tensor) -> Tensor:
+        # sums of slices have one order; index_add_ on a GPU adds in any, and its last digits change from run to run
         if ordered:
             return torch.stack([part.sum(0, dtype=torch.float64) for part in values.split(tokens.tolist())])
         out = torch.zeros(n_samples, values.shape[1], dtype=torch.float64, device=values.device)

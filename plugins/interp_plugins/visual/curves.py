@@ -152,6 +152,7 @@ def curve(
         notes.append("blinding does nothing in sum over these samples: no E, window and soft depth")
     return Curve(
         name, layers, float(tau), boot.band(values, axes=("layer",), name=name),
+        # an interval at a layer answers for that layer; the band for all of them at once, which a drawn curve claims
         boot.band(values, axes=("layer",), simultaneous=True, name=name), band,
         _p_values(values, boot), depths, int(layers.at(depth.visual_depths(mean, tau))), cliff, first,
         int(layers.at(depth.steepest_drop(mean))) if len(mean) > 1 else -1, float(np.median(depths)),
@@ -168,6 +169,7 @@ def _shares(
     delta: Delta, blind: Float[np.ndarray, " sample"], layers: Layers, boot: stats.Bootstrap
 ) -> tuple[stats.Band, LayerEstimate, LayerEstimate, stats.Interval] | None:
     """E with its band, both ends of the window, soft depth; None without an effect to be a share of."""
+    # a share of nothing, or of a gain, has no meaning
     if blind.sum() <= 0:
         return None
     return (

@@ -78,6 +78,7 @@ def soft_depth(shares: Curve) -> Float[np.ndarray, "*any"]:
 def crossing(visual: Curve, text: Curve) -> Int[np.ndarray, "*any"]:
     """Index of the first layer from which on replacing the text rows harms at least as much as the visual rows: where
     the image's information has gone over; the number of layers: never."""
+    # the smallest number above 0 as the threshold: layers with visual > text, so that equal ones count as crossed
     return np.asarray(visual_depths(np.asarray(visual) - np.asarray(text), float(np.nextafter(0, 1))) + 1)
 
 
@@ -146,6 +147,7 @@ class Layers:
 
     def at(self, index: Any) -> Int[np.ndarray, "*any"]:
         """Decoder layers of indices; -1 stays, one past the last is the number of layers."""
+        # indices run from -1 (no layer) to one past the last (never), which are names of their own
         names = np.array([-1, *self.numbers, self.count])
         return np.asarray(names[np.asarray(index) + 1])
 
@@ -155,5 +157,6 @@ class Layers:
         Args:
             index: gets arrays whose first axis is `sample`, returns the index of a layer.
         """
+        # counts of layers rather than percentiles of a mean: between two layers there is none
         draws = boot.draws(lambda *arrays: index(*arrays), *samples)
         return LayerEstimate.of(int(self.at(index(*samples))), self.at(draws.astype(np.int64)), boot.level)

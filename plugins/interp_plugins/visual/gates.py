@@ -151,6 +151,7 @@ def below(interval: stats.Interval, threshold: float, images: int) -> Status:
 
 def worst(*statuses: Status) -> Status:
     """Of several demands that must all hold."""
+    # missing first: a demand without numbers is not known to hold, whatever the others say
     order: tuple[Status, ...] = ("missing", "fail", "inconclusive", "pass")
     return min(statuses, key=order.index)
 
@@ -257,6 +258,7 @@ def depth_gate(rho: stats.Interval | None, thresholds: Thresholds, records: str 
     if rho is None:
         return missing("G4", "no correlation of depth and score", demand)
     small = rho.units < thresholds.images
+    # never "fail": an interval that holds 0 does not show that there is no correlation
     status: Status = "pass" if rho.excludes(0.0) and not small else "inconclusive"
     return Gate("G4", status, rho.value, rho.low, rho.high, demand, records, f"ρ of depth and score {rho:.3f}")
 
@@ -322,6 +324,7 @@ def judge(gates: Sequence[Gate], thresholds: Thresholds) -> Judgement:
     lacking = {gate.name for gate in every if gate.status == "missing"}
     needed = {"G0", "G1", "G2"} | ({"G7"} & set(thresholds.gates))
     verdict: Verdict = "STOP"
+    # none of the needed gates was looked at and found wanting
     if needed <= passed | lacking:
         verdict = "FULL" if "G3" in passed and passed & {"G4", "G5", "G6"} else "PARTIAL"
         verdict = "INCOMPLETE" if lacking or not needed <= passed else verdict

@@ -21,7 +21,7 @@ Must equal: planted tables by hand (tests/test_visual_horizon.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -201,7 +201,8 @@ def horizon(
         )
     means = np.stack([np.asarray(each, dtype=np.float64).mean(-1) for each in information])
     boot = stats.Bootstrap(images, resamples=resamples, seed=seed)
-    upper = stats.Bootstrap(images, level=0.9, resamples=resamples, seed=seed).band(means, axes=("layer",))
+    # the upper end of a two-sided 90 % interval is a one-sided 95 % bound
+    upper = replace(boot, level=0.9).band(means, axes=("layer",))
     better = boot.band(gains, axes=("layer", "fraction"), name="ranked - random")
     return Horizon(
         layers, boot.band(means, axes=("layer",), name="information"),
@@ -230,6 +231,7 @@ def claim(
             claim that can be told from 0, however small.
     """
     gains, boot = np.asarray(advantage, dtype=np.float64), stats.Bootstrap(images, resamples=resamples, seed=seed)
+    # pooled over layers and shares before resampling: one number per sample, and one claim
     low = np.array([layer < cliff for layer in layers.numbers])
 
     def pooled(chosen: np.ndarray, name: str) -> stats.Interval | None:

@@ -119,6 +119,8 @@ def knockouts(model: ic.Model, sample: Sample, what: Intervention, layers: Seque
         ends = {i: min(i + band_width(model, what), model.n_layers) for i in layers}
         return [Variant(i, stop - i, tuple(visual.truncated(model, i, stop))) for i, stop in ends.items()]
     query, key = group(sample, what.what), group(sample, what.key)
+    # queries before every key, and keys after every query, are hidden already: an edit there would change nothing,
+    # which is an error
     query = [place for place in query if place >= min(key)]
     key = [place for place in key if place <= max(query, default=-1)]
     if not query or not key:
@@ -174,5 +176,6 @@ def noisy(
 
 def noise_seed(sample: Sample, seed: int) -> int:
     """A seed of the sample's own."""
+    # not the row's number: a sample has the same noise in any batch
     text = f"{sample.tokens.ids.tolist()} {seed}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -107,6 +107,7 @@ class Measuring:
         """All curves."""
         self.clean, logits = read_clean(self.model, self.sample, self.sample.tokens)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # before any sweep: KL is from the clean run, in every score that follows
         self.scores.reference = torch.log_softmax(logits[0, 0], -1)
         clean = _numbers(self.scores.of(logits))
         blind = {}
@@ -116,28 +117,28 @@ class Measuring:
                 if kind == "blind":
                     blind[mode] = _numbers(self.scores.of(other.to(logits.dtype)))
         curves, hit = {}, {}
-        for what in self.plan.interventions:
-            for mode in self.others[what.sources] if what.sources else [""]:
-                name = curve_name(what, mode, self.plan)
-                curves[name], hit[name] = self._curve(what, mode)
+        for intervention in self.plan.interventions:
+            for mode in self.others[intervention.sources] if intervention.sources else [""]:
+                name = curve_name(intervention, mode, self.plan)
+                curves[name], hit[name] = self._curve(intervention, mode)
         return Measured(clean, blind, curves, hit)
 
-    def _curve(self, what: Intervention, mode: str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    def _curve(self, intervention: Intervention, mode: str) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         plan, sample, clean = self.plan, self.sample, self.clean
-        if what.kind in ("knockout", "truncation", "band"):
-            return self._swept(sample.tokens, knockouts(self.model, sample, what, plan.layers, plan.width))
-        source = self.sources[what.sources, mode] if what.sources else None
-        if source is not None and what.kind == "text":
+        if intervention.kind in ("knockout", "truncation", "band"):
+            return self._swept(sample.tokens, knockouts(self.model, sample, intervention, plan.layers, plan.width))
+        source = self.sources[intervention.sources, mode] if intervention.sources else None
+        if source is not None and intervention.kind == "text":
             return self._swept(sample.tokens, replacements(source.text, plan.layers))
         if source is not None and plan.deepstack == "follow":
             # with all visual rows and additions of the other run, the text rows are all that is not that run
-            return self._swept(self.others[what.sources][mode], replacements(clean.text, plan.layers))
-        if what.what == "noise":
+            return self._swept(self.others[intervention.sources][mode], replacements(clean.text, plan.layers))
+        if intervention.what == "noise":
             seeds = [plan.seed + draw for draw in range(plan.draws)]
             return self._swept(
                 sample.tokens, noisy(sample, clean.image, plan.layers, plan.deepstack, plan.scale, seeds)
             )
-        replacement = self._made(what.what) if source is None else source.image
+        replacement = self._made(intervention.what) if source is None else source.image
         return self._swept(sample.tokens, replacements(replacement, plan.layers, plan.deepstack))
 
     def _made(self, what: str) -> visual.States:
@@ -152,6 +153,7 @@ class Measuring:
         sweeps = self.model.sweep(tokens, edits, self.scores.listed(), strategy=self.plan.strategy)
         per = len(variants) // len(self.plan.layers)
         values = {sweep.score: sweep.values[:, 0].reshape(-1, per) for sweep in sweeps}
+        # ids of tokens have no mean: the first draw's stands for all
         means = {name: x[:, 0] if name == "token" else x.mean(-1) for name, x in values.items()}
         return means, tuple(variant.hit for variant in variants[::per])
 
@@ -178,16 +180,18 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
         CapabilityError: a site that cannot be changed.
     """
     available = {"blind": blind, "swap": swap, "": True}
-    for what in plan.interventions:
-        if not available[what.sources]:
-            raise ic.PlanError(f"{what.name} needs another image: visual(model, tokens, {what.sources}=tokens_with_it)")
-        site = "pattern" if what.kind in ("knockout", "truncation", "band") else "resid_pre"
-        if what.kind == "band":
-            band_width(model, what)
+    for intervention in plan.interventions:
+        name, other = intervention.name, intervention.sources
+        if not available[other]:
+            raise ic.PlanError(f"{name} needs another image: visual(model, tokens, {other}=tokens_with_it)")
+        site = "pattern" if intervention.kind in ("knockout", "truncation", "band") else "resid_pre"
+        if intervention.kind == "band":
+            band_width(model, intervention)
         if why := model.can(site, "write"):
-            raise ic.CapabilityError(f"{what.name}: {why}")
-        if what.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
+            raise ic.CapabilityError(f"{name}: {why}")
+        if intervention.what == "mean_dataset" and not isinstance(plan.reference, visual.States):
             raise ic.PlanError("replace:mean_dataset needs reference=ic.visual.dataset_mean(runs)")
+    # refuse layers and widths that there are not, by what would refuse them later
     model.layers(S.resid_pre[list(plan.layers)])
     visual.window(model, plan.layers[0], plan.width)
 

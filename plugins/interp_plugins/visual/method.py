@@ -203,6 +203,7 @@ class VisualResult(ic.Result):
 def _row(clean: Mapping[str, float], here: Mapping[str, float], m: int) -> dict[str, Any]:
     """The numbers of a record."""
     delta = clean["mean"] - here["mean"]
+    # NaN where there is no foil; JSON has none, so that records say null
     foil = clean["foil"] - here["foil"]
     return {
         "delta": delta, "delta_sum": delta * m, "delta_first": clean["first"] - here["first"],
@@ -231,6 +232,7 @@ class Visual(ic.Method):
         blind = [modes_of(item, "blind") for item in per_row(config.blind, len(tokens), "blind")]
         swap = [modes_of(item, "swap") for item in per_row(config.swap, len(tokens), "swap")]
         for what, rows in (("blind", blind), ("swap", swap)):
+            # curves are named by mode, and a batch has one list of curves
             if len({tuple(row) for row in rows}) > 1:
                 raise ic.PlanError(f"visual: rows have other modes of {what}: {[list(row) for row in rows]:.80}")
         demand(model, plan, bool(blind[0]), bool(swap[0]))
@@ -278,6 +280,7 @@ def _result(plan: Plan, measured: Sequence[Measured], m: Sequence[int]) -> Visua
     modes = tuple(measured[0].blind)
     blind = [[[first_of(sample.blind[mode], field) for field in FIELDS] for mode in modes] for sample in measured]
     clean = [[first_of(sample.clean, field) for field in FIELDS] for sample in measured]
+    # with the space, or "band" would be taken for the beginning of "band:4"
     kinds = [next(what.name for what in plan.interventions if f"{name} ".startswith(f"{what.name} ")) for name in names]
     return VisualResult(
         mean=stacked("mean"), first=stacked("first"), p=stacked("p"), kl=stacked("kl"), right=stacked("right"),

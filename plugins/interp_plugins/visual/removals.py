@@ -283,6 +283,7 @@ class _Removing:
         places, count = list(self.sample.visual), self.config.tokens
         if count is None or count >= len(places):
             return places
+        # a ranking that covers the image evenly with any number of first ones
         ranks = visual.ranked(self.model, self.sample.tokens, "uniform")[0]
         return [places[i] for i in sorted(ranks.argsort(descending=True, stable=True)[:count].tolist())]
 
@@ -309,7 +310,9 @@ class _Removing:
         for i, layer in enumerate(self.layers):
             order = np.argsort(-ranks[i].numpy(), kind="stable")
             for share in config.keep:
+                # one at least is kept and one removed; half up, since round() goes to the even number
                 kept = max(1, min(len(visual) - 1, math.floor(share * len(visual) + 0.5)))
+                # no layer in the seed: the same subsets at every layer, so that layers are compared on them
                 draws = [np.random.default_rng([config.seed, draw, kept]) for draw in range(config.subsets)]
                 orders = [order, *(draw.permutation(len(visual)) for draw in draws)]
                 gone = [sorted(visual[ranking[kept:]].tolist()) for ranking in orders]

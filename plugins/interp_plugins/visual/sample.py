@@ -85,6 +85,7 @@ def sample_of(tokens: ic.Tokens, answer: str = "target", foil: int | None = None
         raise ic.PlanError(f"row {row} has no span {answer!r} of the answer: model.tokens(text, target). {known}")
     places = names[answer][0]
     whole = bool(places) and places == list(range(places[0], places[-1] + 1))
+    # p0 itself must not be a visual token: interventions there would change what is read
     if not whole or places[0] - 1 <= visual[-1]:
         raise ic.PlanError(
             f"row {row}: the answer {answer!r} is at {places or 'no position'}, the image ends at {visual[-1]}; an "
@@ -141,6 +142,7 @@ class AnswerScores:
 
     def of(self, logits: Float[Tensor, "row m d_vocab"]) -> dict[str, Float[Tensor, " row"]]:
         """All scores of logits at the reads."""
+        # a sweep hands the same logits to one score after the other: softmax and all go over them once
         if logits is not self._seen:
             self._seen, self._values = logits, self._worked_out(logits)
         return self._values

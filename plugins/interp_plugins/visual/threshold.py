@@ -121,6 +121,7 @@ def _nothing(mean: Float[np.ndarray, " layer"], blind: stats.Interval, floor: fl
     """Why pilots show no dependence; empty if they do."""
     if mean.max() <= floor:
         return f"the pilots' mean effect is {mean.max():.4g} nats at most, the noise floor {floor:.4g}"
+    # the mean alone may be above 0 by luck, and a share of it would then be a threshold in noise
     if blind.low <= 0:
         return f"blinding the pilots takes {blind:.4g} nats, an interval that does not lie above 0"
     return ""

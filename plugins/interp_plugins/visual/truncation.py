@@ -12,7 +12,7 @@ Must equal: generation with a mask by hand, planted scores (tests/test_visual_tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,13 @@ def answered(
         raise ic.PlanError("no prompt has visual tokens; give texts with images")
     if any(prompts.spans.get("target", ())):
         raise ic.PlanError("the prompts hold their answers (span 'target'); tokenize them without, to generate answers")
+    # all made before the first generation, so that a layer that there is not is refused at once
     edits = {layer: visual.truncated(model, layer, stop) for layer in layers}
     texts = {}
-    with ic.Progress("answers without the image", len(edits), shown=progress) as told:
+    with ic.Progress("answers without the image", len(edits), shown=progress) as shown:
         for layer, gone in edits.items():
             texts[layer] = list(model.generate(prompts, gone, max_new_tokens=max_new_tokens).texts)
-            told.add()
+            shown.add()
     return texts
 
 
@@ -129,10 +130,8 @@ def drops(
         )
     boot = boot or stats.Bootstrap()
     lost = whole[:, None] - values
-    sided = stats.Bootstrap(
-        boot.clusters, boot.strata, 1 - 2 * (1 - boot.level), boot.method, resamples=boot.resamples, seed=boot.seed
-    )
-    upper = sided.band(lost, axes=("layer",), name="drop").high
+    # the upper end of a two-sided interval of 1 - 2 α is a one-sided bound of 1 - α
+    upper = replace(boot, level=1 - 2 * (1 - boot.level)).band(lost, axes=("layer",), name="drop").high
     costs = (upper > margin).astype(float)
     return Drops(
         layers, boot.band(lost, axes=("layer",), name="drop"), upper, float(margin),

@@ -61,7 +61,8 @@ def moe_experts(config: MoeExpertsConfig) -> Path:
     model = config.load()
     shape = Shape.of(model)
     config.check(shape)
-    with _opened(config, model, pairs) as run:
+    about: dict[str, Any] = {"recipe": "moe_experts", "model": model, "dataset": config.data_path.stem}
+    with config.open(config.identity, pairs, **about) as run:
         run.claim(FILES, stage=PAGE)  # what another run wrote is found before any work
         stages, sums, names, failed = _sums(run, model, pairs, config)
         if not names:
@@ -81,14 +82,6 @@ def moe_experts(config: MoeExpertsConfig) -> Path:
 def _dropped(samples: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Whole samples, as rows of the table that also has targets of samples."""
     return [{"sample": row["sample"], "targets": "", "reason": row["reason"]} for row in samples]
-
-
-def _opened(config: MoeExpertsConfig, model: ic.Model, pairs: Sequence[Pair]) -> runs.RunFolder:
-    identity = config.identity | {"pairs": runs.digest([pair.record() for pair in pairs])}
-    about: dict[str, Any] = {"recipe": "moe_experts", "model": model, "dataset": config.data_path.stem}
-    if config.out_dir is None:
-        return runs.open(None, identity, **about)
-    return runs.publish(config.out_dir, identity, **about, overwrite=config.overwrite)
 
 
 def _sums(

@@ -10,30 +10,26 @@ from interp_plugins.router.points import Shape
 
 import interp_core as ic
 
-from ..configs import PairsConfig
+from ..configs import TreeConfig
 
 ON_WHICH_NUMBERS_DEPEND = ("top_k", "threshold_percentile", "threshold_min", "max_samples", "layout")
 
 
-class MoeExpertsConfig(PairsConfig):
+class MoeExpertsConfig(TreeConfig):
     """Which pairs a mixture of experts routes, and what stands out in its usage of experts.
 
     Attributes:
         data_path: pairs, as docs/moe_pairs.md has them.
-        out_dir: folder of the results (None: results/{model}/{dataset}/{timestamp}-moe_experts-{hash}).
         top_k: experts per token (None: the model's own number). With another number than the model's, sets are the
             largest so many of the router's probabilities, a statistic that the model does not execute.
-        threshold_percentile: cells of a difference map stand out from this percentile of all cells on,
-        threshold_min: and from this size on.
-        overwrite: replace files in `out_dir` that another run wrote.
+        threshold_percentile: cells of a difference map stand out from this percentile of all cells on.
+        threshold_min: and from this size on, whatever the percentile says.
     """
 
     data_path: Path
-    out_dir: Path | None = None
     top_k: int | None = None
     threshold_percentile: float = 99.0
     threshold_min: float = 0.005
-    overwrite: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:

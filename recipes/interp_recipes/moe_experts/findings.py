@@ -83,8 +83,10 @@ class Findings:
     @cached_property
     def thresholded(self) -> Mapping[View, Thresholded]:
         """Cells that stand out."""
-        asked = self.settings
-        return {v: thresholded(self.difference(v), asked.threshold_percentile, asked.threshold_min) for v in VIEWS}
+        settings = self.settings
+        return {
+            v: thresholded(self.difference(v), settings.threshold_percentile, settings.threshold_min) for v in VIEWS
+        }
 
     @property
     def targets(self) -> list[int]:
@@ -166,7 +168,7 @@ class Findings:
         """A row per layer: the published columns first."""
         count = {"n_tokens_all": sum(self.targets), "n_tokens_last": len(self.names)}
         usage = {view: total_variation(*(self.matrix(view, side) for side in SIDES)) for view in VIEWS}
-        found = []
+        rows = []
         for i, layer in enumerate(self.layers):
             row: dict[str, Any] = {"layer": layer}
             row |= {f"{name}_topk": float(self.curve(name)[i]) for name in CURVES} | count
@@ -177,20 +179,20 @@ class Findings:
             row |= {f"{name}_topk_last": float(self.curve(f"{name}_last")[i]) for name in CURVES}
             row |= {f"tv_usage_{view}": float(usage[view][i]) for view in VIEWS}
             sums = {side: float(self.usage["all", side].executed_sum[i]) for side in SIDES}
-            found.append(row | {f"weight_sum_{side}": value for side, value in sums.items()})
-        return found
+            rows.append(row | {f"weight_sum_{side}": value for side, value in sums.items()})
+        return rows
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The matrices by the published names, then ours."""
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for view in VIEWS:
-            found |= {f"avg_{view}_{side}": self.matrix(view, side) for side in SIDES}
-        found |= {f"diff_{view}": self.difference(view) for view in VIEWS}
-        found |= {f"thresholded_{view}": self.thresholded[view].map for view in VIEWS}
-        found |= {f"{name}_mean": self.curve(name) for name in CURVES}
+            arrays |= {f"avg_{view}_{side}": self.matrix(view, side) for side in SIDES}
+        arrays |= {f"diff_{view}": self.difference(view) for view in VIEWS}
+        arrays |= {f"thresholded_{view}": self.thresholded[view].map for view in VIEWS}
+        arrays |= {f"{name}_mean": self.curve(name) for name in CURVES}
         for name, band in self.bands.items():
-            found |= {f"{name}_low": band.low, f"{name}_high": band.high}
-        found |= {f"{name}_persample": self.sums[f"curve_{name}"].numpy() for name in CURVES}
-        found |= {f"threshold_{view}": np.array(self.thresholded[view].threshold) for view in VIEWS}
-        found |= {f"count_{v}_{s}": self.usage[v, s].counts.numpy() for v, s in itertools.product(VIEWS, SIDES)}
-        return found | {"layers": np.array(self.layers), "samples": np.array(self.names)}
+            arrays |= {f"{name}_low": band.low, f"{name}_high": band.high}
+        arrays |= {f"{name}_persample": self.sums[f"curve_{name}"].numpy() for name in CURVES}
+        arrays |= {f"threshold_{view}": np.array(self.thresholded[view].threshold) for view in VIEWS}
+        arrays |= {f"count_{v}_{s}": self.usage[v, s].counts.numpy() for v, s in itertools.product(VIEWS, SIDES)}
+        return arrays | {"layers": np.array(self.layers), "samples": np.array(self.names)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from interp_plugins.pairs.routing import VIEWS, View
 import interp_core as ic
 from interp_core import report, runs
 
+from ..figures import png_bytes
 from .findings import CURVES, LISTS, TOP, Curve, Findings
 
 FIGURES, TABLES, PAGE = "figures/expert_core", "tables", "expert_core_report.html"
@@ -45,9 +45,9 @@ def write(run: runs.RunFolder, model: ic.Model, findings: Findings, after: Seque
     if not run.kept(PAGE, inputs=inputs, after=after):
         top = [row for view in VIEWS for row in findings.top_rows(view)]
         said, charts = sentences(findings, top), figures(findings)
-        made: dict[str, str | bytes] = {f"{FIGURES}/{name}.png": drawn(chart) for name, chart in charts.items()}
-        made |= {f"{TABLES}/last_token_{name}_points.json": points.text() for name, points in findings.points.items()}
-        made |= {
+        files: dict[str, str | bytes] = {f"{FIGURES}/{name}.png": png_bytes(chart) for name, chart in charts.items()}
+        files |= {f"{TABLES}/last_token_{name}_points.json": points.text() for name, points in findings.points.items()}
+        files |= {
             f"{TABLES}/expert_core_layer_metrics.csv": runs.csv_text(findings.layer_rows()),
             f"{TABLES}/expert_core_matrices.npz": npz_bytes(findings.arrays()),
             f"{TABLES}/expert_core_top_experts.csv": runs.csv_text(top),
@@ -55,16 +55,10 @@ def write(run: runs.RunFolder, model: ic.Model, findings: Findings, after: Seque
             f"{TABLES}/expert_core_summary.json": runs.json_text(summary(findings, model)),
             PAGE: page(findings, model, charts, top, said),
         }
-        assert set(made) == set(FILES)
-        run.put(made, stage=PAGE, inputs=inputs, after=after)
+        assert set(files) == set(FILES)
+        run.put(files, stage=PAGE, inputs=inputs, after=after)
         print("", *said, "", sep="\n")
     return run.path / PAGE
-
-
-def drawn(chart: report.Chart) -> bytes:
-    """A chart as the bytes of a PNG."""
-    with TemporaryDirectory() as folder:
-        return chart.png(Path(folder) / "chart.png").read_bytes()
 
 
 # Figures

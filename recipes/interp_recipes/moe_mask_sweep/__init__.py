@@ -31,7 +31,8 @@ import numpy as np
 from interp_plugins.pairs import Pair
 from interp_plugins.pairs.pair import SIDES
 from interp_plugins.pairs.routing import routed_targets
-from interp_plugins.router.points import Points, Shape, read_points
+from interp_plugins.router.point_files import read_points
+from interp_plugins.router.points import Points, Shape
 from interp_plugins.router.usage import Usage
 
 import interp_core as ic

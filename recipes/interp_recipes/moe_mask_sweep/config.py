@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from interp_plugins.router.points import LayerIndex, Points
+from interp_plugins.router.point_files import LayerIndex
+from interp_plugins.router.points import Points
 
 import interp_core as ic
 from interp_core import runs
@@ -29,7 +30,7 @@ class MoeMaskSweepConfig(PairsConfig):
         mode: replace (others take the slots), keep (the rest of the set, rescaled), drop (not rescaled); also
             replace_topk, keep_topk; several by commas.
         order: descending, reversed, random, usage_random; several by commas.
-        random_orders: of each random kind.
+        random_orders: how many orders each random kind has, 5 at least.
         scope: where experts are banned: all tokens, the targets, the positions that predict them, or a segment.
         segment: start and stop of the segment, counted over the context's tokens.
         layer_index: how an old points file counts layers, where the model has dense ones: decoder or router.
@@ -37,11 +38,11 @@ class MoeMaskSweepConfig(PairsConfig):
         scorer: exact_match, code, or module:function; see `interp_recipes.moe_mask_sweep.scores`.
         problems: of the scorer `code`: JSON lines as HumanEval has them.
         execute_code: let the scorer `code` run programs that the model wrote.
-        code_seconds: what such a program may take of time,
-        code_megabytes: and of memory.
+        code_seconds: what such a program may take of time.
+        code_megabytes: what such a program may take of memory.
         max_new_tokens: that the model writes for a scorer (None: as many as the targets are).
         seed: of random orders and of bootstrap samples.
-        resamples: bootstrap samples.
+        resamples: bootstrap samples of the intervals.
     """
 
     points: Path

@@ -91,8 +91,8 @@ class Findings:
         if self.bootstrap is None or np.ptp(values) == 0:
             ends = (np.nan, np.nan) if self.bootstrap is None else (float(values[0]), float(values[0]))
             return (float(values.mean()), *ends)
-        found = self.bootstrap.mean(values)
-        return found.value, found.low, found.high
+        mean = self.bootstrap.mean(values)
+        return mean.value, mean.low, mean.high
 
     def lines(self) -> list[dict[str, Any]]:
         """The table: a line per mode, order, draw and N, N = 0 first."""
@@ -132,14 +132,14 @@ class Findings:
 
     def areas(self) -> list[dict[str, Any]]:
         """Area between the orders that are not random and each random kind, per mode, context and metric."""
-        found = []
+        areas = []
         for mode in self.modes:
             for kind in (k for k in self.kinds if k not in RANDOM):
                 for chance in (k for k in self.kinds if k in RANDOM):
                     for side in SIDES:
                         for metric in ("nll_all", "nll_last"):
-                            found.append(self._area(mode, kind, chance, side, metric))
-        return found
+                            areas.append(self._area(mode, kind, chance, side, metric))
+        return areas
 
     def _area(self, mode: str, kind: str, chance: str, side: str, metric: str) -> dict[str, Any]:
         gaps, sizes = [np.zeros(len(self.samples))], [0]

@@ -104,6 +104,7 @@ def _run(model: ic.Model, pair: Pair, side: Side, variant: Variant, at: Sequence
     tokens, targets = pair.tokens(side), list(pair.positions(side))
     top_k = model.sizes(S.router_indices)["k"]
     run = model.run(tokens, edits=edits_of(variant, at), logits=[p - 1 for p in targets], allow_noop=True)
+    # float64 only from here on: differences of masks are small beside a log-softmax over the whole vocabulary
     values = run.logits.plain[0].double()
     ids = pair.target_ids(side).to(values.device)
     nll = -values.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -123,7 +124,7 @@ def _run(model: ic.Model, pair: Pair, side: Side, variant: Variant, at: Sequence
 def _swept(model: ic.Model, pair: Pair, side: Side, masks: Sequence[Variant], at: Sequence[int]) -> list[Row]:
     """All masks of a narrow scope at once."""
     edited = [variant for variant in masks if variant.banned]
-    if not edited:
+    if not edited:  # the clean context alone, which a sweep of no variants would not give
         return [_run(model, pair, side, variant, at) for variant in masks]
     sweeps = model.sweep(pair.tokens(side), [edits_of(variant, at) for variant in edited], _scores(pair, side))
     numbers = {"none": [float(sweep.clean[0]) for sweep in sweeps]}

@@ -95,19 +95,20 @@ def orders(
         usage: `[layer expert]` of the layers that have routers, for `usage_random` (None: it is drawn like `random`).
     """
     cells: Cells = tuple((point.layer, point.expert) for point in points.points)
-    made = []
+    listed = []
     for kind in kinds:
         if kind in ("descending", "reversed"):
-            made.append(Order(kind, 0, cells if kind == "descending" else cells[::-1]))
+            listed.append(Order(kind, 0, cells if kind == "descending" else cells[::-1]))
             continue
         for draw in range(draws):
+            # a stream per kind and draw: another number of draws, or kinds, leaves each of them as it was
             rng = np.random.default_rng([seed, ORDERS.index(kind), draw])
             stand_in = {
                 layer: _permutation(rng, shape.n_experts, None if kind == "random" or usage is None else usage[row])
                 for row, layer in enumerate(shape.moe_layers)
             }
-            made.append(Order(kind, draw, tuple((layer, int(stand_in[layer][e])) for layer, e in cells)))
-    return made
+            listed.append(Order(kind, draw, tuple((layer, int(stand_in[layer][e])) for layer, e in cells)))
+    return listed
 
 
 def _permutation(rng: np.random.Generator, n: int, usage: Sequence[float] | np.ndarray | None) -> np.ndarray:
@@ -124,13 +125,13 @@ def _permutation(rng: np.random.Generator, n: int, usage: Sequence[float] | np.n
 
 def variants(listed: Sequence[Order], modes: Sequence[Mode], sizes: Sequence[int], shape: Shape) -> list[Variant]:
     """Every mask of the sweep, in the order of modes, orders and sizes."""
-    made = []
+    masks = []
     for mode in modes:
         for order in listed:
             for n in sizes:
                 banned = order.banned(n)
-                made.append(Variant(mode, order, n, banned, guard(banned, mode, shape)))
-    return made
+                masks.append(Variant(mode, order, n, banned, guard(banned, mode, shape)))
+    return masks
 
 
 def guard(banned: Banned, mode: Mode, shape: Shape) -> str:

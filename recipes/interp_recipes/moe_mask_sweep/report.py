@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from interp_plugins.router.points import Points
 
 from interp_core import report, runs
 
+from ..figures import png_bytes
 from .findings import RANDOM, Findings
 
 PAGE = "mask_sweep_report.html"
@@ -43,19 +43,13 @@ def write(run: runs.RunFolder, findings: Findings, points: Points, facts: Facts)
         "tables/mask_sweep.csv": runs.csv_text(flat, list(flat[0])),
         "tables/mask_sweep.json": runs.json_text({**facts, "summary": said, "rows": lines, "areas": areas}),
         "tables/mask_sweep_areas.csv": runs.csv_text(areas, list(areas[0]) if areas else ["mode"]),
-        **{f"figures/mask_sweep/{name}.png": png(made) for name, made in charts.items()},
-        "figures/mask_sweep/points.png": png(map_of(points)),
+        **{f"figures/mask_sweep/{name}.png": png_bytes(curves) for name, curves in charts.items()},
+        "figures/mask_sweep/points.png": png_bytes(map_of(points)),
         PAGE: page(findings, charts, map_of(points), areas, flat, said, facts),
     }
     run.put(files, stage="tables/mask_sweep.csv")
     print(*said, sep="\n")
     return run.path / PAGE
-
-
-def png(chart: report.Chart) -> bytes:
-    """A chart as a picture's bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        return chart.png(Path(folder) / "chart.png").read_bytes()
 
 
 def chart(findings: Findings, mode: str, side: str, metric: str) -> report.Curves:
@@ -177,8 +171,8 @@ def page(
     place = where.get(facts["scope"], f"at tokens {facts['segment']}")
     words = f"{facts['model']} · {len(findings.samples)} samples of {facts['pairs']} · masks {place}"
     sections = [report.Section("What comes out", "\n".join(said), "")]
-    for made in charts.values():
-        sections.append(report.Section(made.title, "", made.html()))
+    for curves in charts.values():
+        sections.append(report.Section(curves.title, "", curves.html()))
     sections.append(report.Section("Points", "", points.html()))
     if areas:
         shown = [{name: "" if value is None else value for name, value in area.items()} for area in areas]

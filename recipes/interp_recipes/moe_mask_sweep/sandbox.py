@@ -69,7 +69,7 @@ def run_program(text: str, seconds: float = 10.0, megabytes: int = 1024) -> Outc
         env = {"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8"}
         with subprocess.Popen(
             command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True,
+            start_new_session=True,  # a process group of its own, so that what the program starts ends with it
         ) as process:  # fmt: skip
             try:
                 _, error = process.communicate(timeout=seconds)

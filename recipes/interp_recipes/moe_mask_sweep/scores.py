@@ -104,18 +104,18 @@ def read_problems(path: Path) -> dict[str, Mapping[str, str]]:
         lines = runs.split_lines(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ic.LoadError(f"problems {path} cannot be read: {error}") from error
-    found: dict[str, Mapping[str, str]] = {}
+    problems: dict[str, Mapping[str, str]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            found[problem_key(row["task_id"])] = {field: str(row[field]) for field in FIELDS}
+            problems[problem_key(row["task_id"])] = {field: str(row[field]) for field in FIELDS}
         except (ValueError, KeyError, TypeError) as error:
             raise ic.LoadError(
                 f"{path}, line {number}: a problem has {', '.join(FIELDS)}; {type(error).__name__} {error}"
             ) from error
-    return found
+    return problems
 
 
 def problem_key(name: str) -> str:
@@ -146,9 +146,9 @@ def answered(model: ic.Model, pair: Pair, side: Side, edits: Sequence[ic.Edit], 
     targets, tokens = pair.positions(side), pair.tokens(side)
     ids = tokens.ids[0].tolist()
     count = max_new_tokens or targets[-1] - targets[0] + 1
-    made = model.generate(
+    generation = model.generate(
         {"input_ids": tokens.ids[:, : targets[0]]}, edits=edits, max_new_tokens=count, allow_noop=True
     )  # fmt: skip
     assert model.tokenizer is not None
     wanted = model.tokenizer.decode(ids[targets[0] : targets[-1] + 1])
-    return Answer(pair.name, side, made.texts[0], wanted, pair.more)
+    return Answer(pair.name, side, generation.texts[0], wanted, pair.more)

@@ -52,7 +52,8 @@ def moe_nll(config: MoeNllConfig) -> Path:
     layout = "padded" if settings.states == "pt" and config.layout is None else config.layout
     pairs, dropped = config.read(config.pair_tokens_json, layout)
     model = config.load()
-    with _opened(config, settings, pairs, model) as run:
+    about: dict[str, Any] = {"recipe": "moe_nll", "model": model, "dataset": "pairs", "say": _quiet}
+    with config.open(vars(settings), pairs, **about) as run:
         run.claim([*(_file(pair.name) for pair in pairs), *files_of(settings)])  # before any work
         if config.save_hidden_states is not None:
             StateStore(config.save_hidden_states, model).claim(pairs)
@@ -121,15 +122,6 @@ def _told(drawn: Iterator[tuple[States, States]], count: int) -> Iterator[tuple[
 
 def _file(sample: str) -> str:
     return f"{SAMPLES}/{runs.safe_name(sample)}.safetensors"
-
-
-def _opened(config: MoeNllConfig, settings: Settings, pairs: Sequence[Pair], model: ic.Model) -> runs.RunFolder:
-    """The run's folder: a tree that other recipes write into too, or one of its own."""
-    identity = {**vars(settings), "pairs": runs.digest([pair.record() for pair in pairs])}
-    about: dict[str, Any] = {"recipe": "moe_nll", "model": model, "dataset": "pairs", "say": _quiet}
-    if config.out_dir is None:
-        return runs.open(None, identity, **about)
-    return runs.publish(config.out_dir, identity, **about, overwrite=config.overwrite)
 
 
 def _quiet(line: str) -> None:

@@ -10,7 +10,7 @@ from interp_plugins.logit_lens.tiles import ROWS
 
 import interp_core as ic
 
-from ..configs import PairsConfig
+from ..configs import TreeConfig
 
 Kind = Literal["none", "exact", "topk_rest", "topk_renorm"]
 Mode = Literal["none", "exact", "topk_rest", "topk_renorm", "topk"]
@@ -31,32 +31,28 @@ class Settings:
     states: str
 
 
-class MoeNllConfig(PairsConfig):
+class MoeNllConfig(TreeConfig):
     """Which targets are scored, and how far the two contexts' distributions are apart.
 
     Attributes:
         pair_tokens_json: pairs with aligned targets.
         hidden_states_dir: streams that were written before: by --save_hidden_states, or `{sample}.pt` of the published
             pipeline, which are of the padded layout.
-        out_dir: the tree for figures and tables (None: a run folder below results/).
         chunk_size: rows of the stream that go through the unembedding together.
         js_mode: how far the two contexts' distributions are apart: exact; topk_rest (a lower bound, with its upper
             one); topk_renorm (as the published code's topk, a bound of nothing; topk is the same); none.
         js_topk: likeliest tokens of either side that the topk modes look at.
         max_tokens: the first so many targets of every sample.
         save_hidden_states: write the streams there, for --hidden_states_dir.
-        overwrite: replace files that another run wrote there.
     """
 
     pair_tokens_json: Path
     hidden_states_dir: Path | None = None
-    out_dir: Path | None = None
     chunk_size: int = ROWS
     js_mode: Mode = "exact"
     js_topk: int = 512
     max_tokens: int | None = None
     save_hidden_states: Path | None = None
-    overwrite: bool = False
 
     @property
     def divergence(self) -> Kind:

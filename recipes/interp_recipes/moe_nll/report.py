@@ -111,12 +111,12 @@ def table_of(curves: Curves, settings: Settings) -> list[dict[str, Any]]:
 
 def matrices_of(curves: Curves, walk: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """The file of arrays: every curve `[sample layer]`, its mean `[layer]`, and what names their places."""
-    found: dict[str, np.ndarray[Any, Any]] = {name: value.astype(np.float64) for name, value in curves.values.items()}
-    found |= {f"mean_{name}": curves.mean(name) for name in curves.values}
-    found |= {f"micro_{name}": value for name, value in curves.micro.items()}
-    found |= {f"{end}_{name}": getattr(band, end) for name, band in curves.bands.items() for end in ("low", "high")}
+    arrays: dict[str, np.ndarray[Any, Any]] = {name: value.astype(np.float64) for name, value in curves.values.items()}
+    arrays |= {f"mean_{name}": curves.mean(name) for name in curves.values}
+    arrays |= {f"micro_{name}": value for name, value in curves.micro.items()}
+    arrays |= {f"{end}_{name}": getattr(band, end) for name, band in curves.bands.items() for end in ("low", "high")}
     named = {"layer": np.array(curves.layers), "samples": np.array(curves.samples), "targets": np.array(curves.targets)}
-    return found | {"delta_nll_progress": walk} | named
+    return arrays | {"delta_nll_progress": walk} | named
 
 
 # Pictures
@@ -124,22 +124,22 @@ def matrices_of(curves: Curves, walk: np.ndarray[Any, Any]) -> dict[str, np.ndar
 
 def charts_of(curves: Curves, walk: np.ndarray[Any, Any], settings: Settings) -> dict[str, report.Chart]:
     """Every figure by the name of its file."""
-    found: dict[str, report.Chart] = {}
+    charts: dict[str, report.Chart] = {}
     for scope in SCOPES:
         for metric, word in (("nll", "NLL"), ("logitlens", "Logit lens")):
-            found[f"{metric}_{scope}_agentic_vs_assisted"] = _two(curves, metric, scope, word)
-            found[f"delta_{metric}_{scope}"] = _delta(curves, metric, scope, word)
+            charts[f"{metric}_{scope}_agentic_vs_assisted"] = _two(curves, metric, scope, word)
+            charts[f"delta_{metric}_{scope}"] = _delta(curves, metric, scope, word)
         for metric, word in (("rank", "Rank"), ("entropy", "Entropy"), ("top1", "Top-1")):
-            found[f"{metric}_{scope}"] = _two(curves, metric, scope, word)
+            charts[f"{metric}_{scope}"] = _two(curves, metric, scope, word)
         if f"js_{scope}" in curves.values:
-            found[f"js_{scope}"] = _apart(curves, scope, settings)
+            charts[f"js_{scope}"] = _apart(curves, scope, settings)
     bins = [f"{100 * i // walk.shape[1]} %" for i in range(walk.shape[1])]
-    found["delta_nll_progress"] = report.Heatmap(
+    charts["delta_nll_progress"] = report.Heatmap(
         walk, curves.places, bins, diverging=True, title="NLL agentic - assisted along the target text",
         xlabel="how far the target text has got", ylabel="layer", colorbar="nats",
         caption="Blue: the agentic context predicts better. Means over the samples that have targets there.",
     )  # fmt: skip
-    return found
+    return charts
 
 
 def _line(curves: Curves, name: str, label: str, base: float | None = None) -> report.Line:

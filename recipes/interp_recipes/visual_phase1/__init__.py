@@ -36,12 +36,11 @@ from interp_core import runs
 
 from .. import visual_data
 from ..visual_data import Asking
+from . import horizon, stages
 from .config import VisualPhase1Config
-from .horizon import removals
 from .plan import Plan
 from .report import files_of, write_all
-from .samples import Samples, drawn
-from .stages import causal, checkpoint, geometry, overlay, sanity, truncation
+from .samples import drawn
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,17 @@ def _run(
     """Stage by stage."""
     run.json("thresholds.json", {"hash": plan.thresholds.hash, **asdict(plan.thresholds)})
     print(f"thresholds {plan.thresholds.hash}, written down before the run")
-    data: Samples = drawn(model, pilots, others, plan.blind, asking, plan.seed)
-    run.json("samples.json", data.record())
-    checks = sanity(run, model, data, asking)
-    cause = causal(run, model, data, asking, plan)
-    cut = truncation(run, model, data, asking, plan, cause)
-    gone = removals(run, model, data, asking, plan, cause, cut)
-    shape = geometry(run, model, data, asking, plan, cause)
-    judged = checkpoint(run, checks, cause, cut, shape, gone, plan)
-    seen = overlay(run, model, data, asking, cause)
-    page = write_all(run, model, plan, data, checks, cause, cut, shape, gone, judged, seen)
-    return Phase1(page, judged.verdict, judged.exit_code)
+    samples = drawn(model, pilots, others, plan.blind, asking, plan.seed)
+    run.json("samples.json", samples.record())
+    checks = stages.sanity(run, model, samples, asking)
+    causal = stages.causal(run, model, samples, asking, plan)
+    truncation = stages.truncation(run, model, samples, asking, plan, causal)
+    removals = horizon.removals(run, model, samples, asking, plan, causal, truncation)
+    geometry = stages.geometry(run, model, samples, asking, plan, causal)
+    judgement = stages.checkpoint(run, checks, causal, truncation, geometry, removals, plan)
+    maps = stages.overlay(run, model, samples, asking, causal)
+    page = write_all(run, model, plan, samples, checks, causal, truncation, geometry, removals, judgement, maps)
+    return Phase1(page, judgement.verdict, judgement.exit_code)
 
 
 def _selected(config: VisualPhase1Config) -> tuple[Questions, Questions]:

@@ -21,93 +21,93 @@ WORDS = {
 """What gates ask."""
 
 
-def causal_charts(cause: Causal, plan: Plan) -> dict[str, report.Chart]:
+def causal_charts(causal: Causal, plan: Plan) -> dict[str, report.Chart]:
     """Curves with bands, E, both populations, and the pilots' distribution."""
-    charts: dict[str, report.Chart] = {"causal/pilots": pilots_chart(cause, plan)}
-    if cause.stopped:
+    charts: dict[str, report.Chart] = {"causal/pilots": pilots_chart(causal, plan)}
+    if causal.stopped:
         return charts
-    one = cause.main
-    places = list(map(str, one.layers.numbers))
-    lines = [report.Line.of(name, each.band) for name, each in cause.curves.items()]
-    lines.append(report.Line("τ", [one.tau] * len(places)))
+    main = causal.main
+    places = list(map(str, main.layers.numbers))
+    lines = [report.Line.of(name, each.band) for name, each in causal.curves.items()]
+    lines.append(report.Line("τ", [main.tau] * len(places)))
     charts["causal/effects"] = report.Curves(
         lines, places, title="What the answer loses", xlabel="decoder layer", ylabel="nats",
-        caption=f"Mean loss of the answer's log-probability, bands of whole curves (95 %), n = {one.mean.n} in "
-        f"{one.mean.units} images.",
+        caption=f"Mean loss of the answer's log-probability, bands of whole curves (95 %), n = {main.mean.n} in "
+        f"{main.mean.units} images.",
     )  # fmt: skip
-    shares = [report.Line.of(name, each.share) for name, each in cause.curves.items() if each.share is not None]
+    shares = [report.Line.of(name, each.share) for name, each in causal.curves.items() if each.share is not None]
     if shares:
         charts["causal/share"] = report.Curves(
             shares, places, title="Share of the effect of blinding", xlabel="decoder layer", ylabel="E",
             caption="1: the layer needs the image as much as the input does; 0: not any more. 95 % intervals.",
         )  # fmt: skip
-    if cause.dependent is not None:
-        both = [("all samples", one), ("image-dependent samples", cause.dependent)]
+    if causal.dependent is not None:
+        both = [("all samples", main), ("image-dependent samples", causal.dependent)]
         charts["causal/populations"] = report.Curves(
             [report.Line.of(f"{name} (n = {each.mean.n})", each.band) for name, each in both], places,
-            title=f"{one.name}, two populations", xlabel="decoder layer", ylabel="nats",
-            caption=f"Image-dependent: right with the image, wrong with the {cause.blind} one.",
+            title=f"{main.name}, two populations", xlabel="decoder layer", ylabel="nats",
+            caption=f"Image-dependent: right with the image, wrong with the {causal.blind} one.",
         )  # fmt: skip
-    if cause.gap is not None:
-        evds = {f"{kind} samples": one for kind, one in cause.evds.items()}
+    if causal.gap is not None:
+        evds = {f"{kind} samples": interval for kind, interval in causal.evds.items()}
         charts["causal/evd_gap"] = report.Bars.of(
-            evds | {"gap, hard - easy": cause.gap}, title="EVD of hard and easy samples", xlabel="decoder layers",
-            caption=f"Last layer with an effect of τ or more, -1: none; {cause.kinds}; 95 % intervals over images.",
+            evds | {"gap, hard - easy": causal.gap}, title="EVD of hard and easy samples", xlabel="decoder layers",
+            caption=f"Last layer with an effect of τ or more, -1: none; {causal.kinds}; 95 % intervals over images.",
         )  # fmt: skip
     return charts
 
 
-def pilots_chart(cause: Causal, plan: Plan) -> report.Bars:
+def pilots_chart(causal: Causal, plan: Plan) -> report.Bars:
     """The distribution of the pilots' effects, with the bin that τ lies in."""
-    tau = plan.tau if cause.threshold is None else cause.threshold.tau
+    tau = plan.tau if causal.threshold is None else causal.threshold.tau
     bars = []
-    rows = histogram(cause.pilots.values)
+    rows = histogram(causal.pilots.values)
     for i, row in enumerate(rows):
         last = i == len(rows) - 1
         holds = row["low"] <= tau < row["high"] or (last and tau == row["high"])
         name = f"{row['low']:.3g} to {row['high']:.3g}"
         bars.append(report.Bar(f"{name}  ← τ = {tau:.3g}" if holds else name, float(row["count"]), None))
-    said = str(cause.threshold) if cause.threshold is not None else cause.stopped
+    said = str(causal.threshold) if causal.threshold is not None else causal.stopped
     inside = rows[0]["low"] <= tau <= rows[-1]["high"]
     more = "" if inside else f" τ = {tau:.3g} lies outside."
     return report.Bars(
         bars, title="Effects on the pilots", xlabel="pilots times layers",
-        caption=f"Δ in nats of {len(cause.pilots.samples)} pilots at {len(cause.pilots.layers.numbers)} layers under "
-        f"{cause.pilots.name}. {said}.{more}",
+        caption=f"Δ in nats of {len(causal.pilots.samples)} pilots at {len(causal.pilots.layers.numbers)} layers under "
+        f"{causal.pilots.name}. {said}.{more}",
     )  # fmt: skip
 
 
-def truncation_charts(cut: Truncation) -> dict[str, report.Chart]:
+def truncation_charts(truncation: Truncation) -> dict[str, report.Chart]:
     """Scores lost from each layer on, by difficulty, and in bands alone."""
-    if cut.drops is None:
+    if truncation.drops is None:
         return {}
-    charts: dict[str, report.Chart] = {"truncation/drops": cut.drops.chart()}
-    if len(cut.kinds) == 2:
+    charts: dict[str, report.Chart] = {"truncation/drops": truncation.drops.chart()}
+    if len(truncation.kinds) == 2:
         charts["truncation/difficulty"] = report.Curves(
-            [report.Line.of(f"{name} (n = {band.n})", band) for name, band in cut.kinds.items()],
-            list(map(str, cut.drops.layers.numbers)), title="Score lost by hard and easy samples",
+            [report.Line.of(f"{name} (n = {band.n})", band) for name, band in truncation.kinds.items()],
+            list(map(str, truncation.drops.layers.numbers)), title="Score lost by hard and easy samples",
             xlabel="gone from layer", ylabel="score", caption="Clean score minus score; 95 % intervals over images.",
         )  # fmt: skip
     charts["truncation/bands"] = report.Bars.of(
-        {f"layers {start} to {stop - 1}": one for (start, stop), one in cut.bands.items()},
+        {f"layers {start} to {stop - 1}": drop for (start, stop), drop in truncation.bands.items()},
         title="Score lost with the image gone in a band alone", xlabel="score",
         caption="Clean score minus score, the image hidden in these layers and there in all others.",
     )  # fmt: skip
     return charts
 
 
-def geometry_charts(shape: Geometry) -> dict[str, report.Chart]:
+def geometry_charts(geometry: Geometry) -> dict[str, report.Chart]:
     """Curves of the rows' geometry, and ratios of effective ranks at the cut beside random cuts."""
-    if shape.result is None:
+    if geometry.result is None:
         return {}
     charts: dict[str, report.Chart] = {
-        f"geometry/{name}": shape.result.curves(name) for name in ("effective_rank", "anisotropy")
+        f"geometry/{name}": geometry.result.curves(name) for name in ("effective_rank", "anisotropy")
     }
     bars = []
-    for name, one in (("visual rows", shape.ratio), ("text rows", shape.text)):
-        if one is not None:
-            bars += [report.Bar.of(f"{name}, from layer {one.cut} on", one.log),
-                     report.Bar(f"{name}, other cuts", float(np.median(one.cuts)), (one.low, one.high))]  # fmt: skip
+    for name, ratio in (("visual rows", geometry.ratio), ("text rows", geometry.text)):
+        if ratio is not None:
+            others = report.Bar(f"{name}, other cuts", float(np.median(ratio.cuts)), (ratio.low, ratio.high))
+            bars += [report.Bar.of(f"{name}, from layer {ratio.cut} on", ratio.log), others]
     if bars:
         charts["geometry/er_ratio"] = report.Bars(
             bars, title="Effective rank after over before the cut", xlabel="mean ln ratio",
@@ -116,7 +116,7 @@ def geometry_charts(shape: Geometry) -> dict[str, report.Chart]:
     return charts
 
 
-def gates_chart(judged: Judgement) -> report.Heatmap:
+def gates_chart(judgement: Judgement) -> report.Heatmap:
     """Which gate says what, with its number and interval."""
     colours = {"pass": -1.0, "inconclusive": 0.0, "fail": 1.0, "missing": float("nan")}
     words = {"inconclusive": "unclear"}
@@ -125,24 +125,24 @@ def gates_chart(judged: Judgement) -> report.Heatmap:
         return "–" if number is None else f"{number:.3g}"
 
     return report.Heatmap(
-        [[colours[gate.status]] * 4 for gate in judged.gates],
-        [f"{gate.name} {WORDS[gate.name]}" for gate in judged.gates], ["status", "number", "from", "to"],
+        [[colours[gate.status]] * 4 for gate in judgement.gates],
+        [f"{gate.name} {WORDS[gate.name]}" for gate in judgement.gates], ["status", "number", "from", "to"],
         texts=[[words.get(gate.status, gate.status), *map(written, (gate.number, gate.low, gate.high))]
-               for gate in judged.gates],
-        diverging=True, limits=(-1, 1), title=f"Verdict {judged.verdict}",
+               for gate in judgement.gates],
+        diverging=True, limits=(-1, 1), title=f"Verdict {judgement.verdict}",
         colorbar="blue: pass, white: inconclusive, red: fail, grey: missing",
     )  # fmt: skip
 
 
-def overlay_charts(seen: Mapping[str, Any]) -> dict[str, report.Chart]:
+def overlay_charts(maps: Mapping[str, Any]) -> dict[str, report.Chart]:
     """The sample's image with its visual tokens, for each kind of number."""
-    places = [tuple(place) for place in seen["places"]]
+    places = [tuple(place) for place in maps["places"]]
     if not places:
         return {}
     tiles = {place[2] for place in places}
-    pictures = [np.asarray(seen["picture"])] if len(tiles) == 1 else None
+    pictures = [np.asarray(maps["picture"])] if len(tiles) == 1 else None
     charts: dict[str, report.Chart] = {}
-    for name, values in seen["values"].items():
+    for name, values in maps["values"].items():
         scale = "nats lost" if name == "visual_map" else "share of flow"
         for image, chart in overlays({name: values}, places, pictures, scale=scale).items():
             charts[f"overlay/{name}_{image.replace(', ', '_').replace(' ', '_')}"] = chart

@@ -39,7 +39,7 @@ class VisualPhase1Config(VisualConfig):
         window: how many layers a knockout hits together.
         tau: the threshold of an effect, in nats.
         adaptive_tau: take tau_ratio of the peak of the pilots' mean effect instead, not below the noise floor.
-        tau_ratio: that share.
+        tau_ratio: the share of the peak that adaptive_tau takes.
         truncation_layers: from which the image is taken away for answers (None: 13 at most; the boundary is added).
         horizon_samples: how many further samples lose visual tokens one by one and in subsets (0: none, and no gate
             G7; None: the profile's number).
@@ -51,8 +51,8 @@ class VisualPhase1Config(VisualConfig):
         share_at_start: of the gates: the share of the effect that is there at layer 0.
         cliff_width: of the gates: how wide the window of the cliff may be, as a share of the layers.
         drop_easy: of the gates: by how much easy answers may drop behind the cliff,
-        drop_hard: and hard ones must.
-        resamples: of intervals (None: the profile's number).
+        drop_hard: of the gates: by how much hard answers must drop there.
+        resamples: bootstrap samples of the intervals (None: the profile's number).
     """
 
     pilots: int | None = None

@@ -80,15 +80,15 @@ class Causal:
         floor = 0.0
         if plan.null_image == "jpeg":
             floor = noise_floor(records.effects("replace:swap", REENCODED, pilot=True).values)
-        found, why = None, ""
+        tau, why = None, ""
         try:
-            found = threshold(
+            tau = threshold(
                 main.values, blind=records.blind(main, plan.blind[0]), tau=plan.tau, adaptive=plan.adaptive_tau,
                 ratio=plan.tau_ratio, floor=floor, boot=main.boot(plan.resamples, plan.seed),
             )  # fmt: skip
         except ic.EffectError as error:
             why = str(error)
-        return Causal(records, found, why, main, floor, n_layers, skipped=tuple(skipped))
+        return Causal(records, tau, why, main, floor, n_layers, skipped=tuple(skipped))
 
     def with_samples(
         self, records: Records, plan: Plan, difficulty: Mapping[str, str | None], skipped: Sequence[Row]
@@ -99,13 +99,14 @@ class Causal:
         main = records.effects(MAIN, mode)
         boot = main.boot(plan.resamples, plan.seed)
         curves = {}
-        for name, own in [(MAIN, mode), *(pair for pair in records.interventions if pair != (MAIN, mode))]:
-            if name == BLIND or (name, own) == ("replace:swap", REENCODED):
+        for name, blind_mode in [(MAIN, mode), *(pair for pair in records.interventions if pair != (MAIN, mode))]:
+            if name == BLIND or (name, blind_mode) == ("replace:swap", REENCODED):
                 continue
-            effects = records.effects(name, own)
-            blind = records.blind(effects, own if name == MAIN else mode)
+            effects = records.effects(name, blind_mode)
+            blind = records.blind(effects, blind_mode if name == MAIN else mode)
             curves[effects.name] = curve(effects.name, effects.values, effects.layers, tau, blind=blind, boot=boot)
         first = curves[main.name]
+        # text rows are where the answer goes on once the image is done with: their effect rises as the cliff's falls
         text = next((records.effects(*pair) for pair in records.interventions if pair == ("text:blind", mode)), None)
         hard, easy, kinds = _kinds(main, records.blind(main, mode), difficulty)
         cliff = plan.cliff_boundary if plan.cliff_boundary is not None else _inside(first.cliff.value, self.n_layers)
@@ -149,12 +150,12 @@ class Causal:
             return base
         return base | {
             "samples": list(self.samples),
-            "curves": {name: one.row() | {"layers": one.table()} for name, one in self.curves.items()},
+            "curves": {name: curve.row() | {"layers": curve.table()} for name, curve in self.curves.items()},
             "image_dependent": {"n": self.n_dependent, "of": len(self.samples),
                                 "curve": None if self.dependent is None else self.dependent.row()},
             "crossing": None if self.crossing is None else self.crossing.row(),
             "evd_gap": None if self.gap is None else self.gap.row(),
-            "evd_by_difficulty": {name: one.row() for name, one in self.evds.items()},
+            "evd_by_difficulty": {name: interval.row() for name, interval in self.evds.items()},
             "hard": list(self.hard), "easy": list(self.easy), "difficulty_from": self.kinds,
             "cliff_of_other_half": self.other[0], "other_half": list(self.other[1]),
         }  # fmt: skip
@@ -163,28 +164,28 @@ class Causal:
         """What came out."""
         if self.stopped:
             return [self.stopped + "."]
-        one, tau = self.main, self.threshold
+        main, tau = self.main, self.threshold
         assert tau is not None
         said = [f"{tau}."]
         if tau.tau < self.floor:
             said.append(f"τ lies below the noise floor of {self.floor:.3g} nats: what is between them may be noise.")
-        if one.no_cliff:
-            said.append(f"There is no cliff: {one.name} takes {one.mean.value[-1]:.3g} nats at the last layer.")
-        elif one.cliff.value == one.layers.numbers[0]:
-            said.append(f"{one.name} has no effect of τ or more at any layer.")
+        if main.no_cliff:
+            said.append(f"There is no cliff: {main.name} takes {main.mean.value[-1]:.3g} nats at the last layer.")
+        elif main.cliff.value == main.layers.numbers[0]:
+            said.append(f"{main.name} has no effect of τ or more at any layer.")
         else:
             said.append(
-                f"From layer {one.cliff.value} on, of {self.n_layers}, {one.name} takes less than τ on average (95 % "
-                f"of resamples: {one.cliff.low} to {one.cliff.high}; n = {one.mean.n} in {one.mean.units} images)."
+                f"From layer {main.cliff.value} on, of {self.n_layers}, {main.name} takes less than τ on average (95 % "
+                f"of resamples: {main.cliff.low} to {main.cliff.high}; n = {main.mean.n} in {main.mean.units} images)."
             )
-        if one.soft is not None:
-            said.append(f"Soft depth is {one.soft:.3f} of the layers.")
+        if main.soft is not None:
+            said.append(f"Soft depth is {main.soft:.3f} of the layers.")
         if self.gap is not None:
             tells = "which tells them apart" if self.gap.excludes(0) else "which does not tell them apart"
             said.append(f"EVD of hard minus easy samples ({self.kinds}) is {self.gap:+.2f} layers, {tells}.")
         said.append(f"{self.n_dependent} of {len(self.samples)} samples are right with the image and wrong with the "
                     f"{self.blind} one.")  # fmt: skip
-        return [*said, *(f"{note[0].upper()}{note[1:]}." for note in one.notes)]
+        return [*said, *(f"{note[0].upper()}{note[1:]}." for note in main.notes)]
 
     def shown_sample(self, names: Sequence[str]) -> str:
         """The sample whose image is shown: of those that were run, the one that loses most by blinding."""
@@ -215,6 +216,7 @@ def _kinds(
     said = {word: tuple(name for name in main.samples if difficulty.get(name) == word) for word in ("hard", "easy")}
     if said["hard"] and said["easy"]:
         return said["hard"], said["easy"], "as the data set says"
+    # with many equal effects a sample can lie in the upper and the lower third; it is of neither
     hard, easy = terciles(blind)
     both = hard & easy
     names = np.array(main.samples)
@@ -222,42 +224,47 @@ def _kinds(
     return thirds[0], thirds[1], "thirds by what blinding takes"
 
 
-def _gap(main: Effects, one: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan) -> stats.Interval | None:
+def _gap(
+    main: Effects, cliff_curve: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan
+) -> stats.Interval | None:
     place = {name: i for i, name in enumerate(main.samples)}
     parts = [[place[name] for name in names] for names in (hard, easy)]
     images = [[main.images[i] for i in part] for part in parts]
     if any(len(set(labels)) < 2 for labels in images):
         return None
     return depth_gap(
-        one.depths[parts[0]], one.depths[parts[1]], clusters=(images[0], images[1]), resamples=plan.resamples,
-        seed=plan.seed,
+        cliff_curve.depths[parts[0]], cliff_curve.depths[parts[1]], clusters=(images[0], images[1]),
+        resamples=plan.resamples, seed=plan.seed,
     )  # fmt: skip
 
 
-def _evds(main: Effects, one: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan) -> dict[str, stats.Interval]:
+def _evds(
+    main: Effects, cliff_curve: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan
+) -> dict[str, stats.Interval]:
     """Mean EVD of hard and of easy samples."""
     place = {name: i for i, name in enumerate(main.samples)}
-    found = {}
+    by_kind = {}
     for kind, names in (("hard", hard), ("easy", easy)):
         chosen = [place[name] for name in names]
         labels = [main.images[i] for i in chosen]
         if len(set(labels)) > 1:
             boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
-            found[kind] = boot.mean(one.depths[chosen].astype(float), name=f"EVD of {kind} samples")
-    return found
+            by_kind[kind] = boot.mean(cliff_curve.depths[chosen].astype(float), name=f"EVD of {kind} samples")
+    return by_kind
 
 
 def _other_half(main: Effects, tau: float, plan: Plan) -> tuple[int | None, tuple[str, ...]]:
     """A boundary, and samples that it does not come from."""
     if plan.cliff_boundary is not None:
         return plan.cliff_boundary, main.samples
+    # by images, not by samples: questions about one image would put it on both sides
     order = {image: number for number, image in enumerate(dict.fromkeys(main.images))}
     finds = np.array([order[image] % 2 == 0 for image in main.images])
     if finds.all():
         return None, ()
-    found = int(main.layers.at(depth.falls_below(main.values[finds].mean(0), tau)))
+    cliff = int(main.layers.at(depth.falls_below(main.values[finds].mean(0), tau)))
     names = tuple(name for name, used in zip(main.samples, finds, strict=True) if not used)
-    return _inside(found, main.layers.count), names
+    return _inside(cliff, main.layers.count), names
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,11 +296,6 @@ class Truncation:
     bands: Mapping[tuple[int, int], stats.Interval] = field(default_factory=dict)
 
     @staticmethod
-    def nothing(cause: Causal) -> Truncation:
-        """Nothing was run."""
-        return Truncation(None, records=cause.records.hash)
-
-    @staticmethod
     def of(
         rows: Sequence[Row], grid: Sequence[int], samples: Sequence[Sample], n_layers: int, plan: Plan, cause: Causal
     ) -> Truncation:
@@ -304,6 +306,7 @@ class Truncation:
         if len({sample.image for sample in kept}) < 2:
             first = f"; the first: {bad[0]['failed']}" if bad else ""
             raise ic.PlanError(f"{len(kept)} of {len(samples)} samples are answered, of fewer than two images{first}")
+        # a row with `stop` has the image gone in a band alone; one without, from its layer on (None: a random image)
         cells = {(row["sample"], row["layer"]): row for row in rows if not row.get("stop")}
         parts = {(row["sample"], row["layer"], row["stop"]): row for row in rows if row.get("stop")}
         names = [sample.name for sample in kept]
@@ -312,7 +315,7 @@ class Truncation:
         clean = np.array([cells[name, n_layers]["score"] for name in names])
         images = tuple(sample.image for sample in kept)
         boot = stats.Bootstrap(images, resamples=plan.resamples, seed=plan.seed)
-        found = drops(scores, clean, Layers(tuple(before), n_layers), margin=plan.thresholds.drop_easy, boot=boot)
+        lost = drops(scores, clean, Layers(tuple(before), n_layers), margin=plan.thresholds.drop_easy, boot=boot)
         unread: dict[str, int] = {}
         for (_, layer), row in cells.items():
             key = "random image" if layer is None else str(layer)
@@ -324,12 +327,12 @@ class Truncation:
             for start, stop in plan.bands(n_layers)
         }
         return Truncation(
-            found, tuple(names), images, clean, np.array([cells[name, None]["score"] for name in names]),
+            lost, tuple(names), images, clean, np.array([cells[name, None]["score"] for name in names]),
             unread,
             tuple({"sample": row["sample"], "where": row["cell"], "reason": row["failed"]} for row in bad),
             runs.digest(sorted((row["cell"], row.get("text", "")) for row in rows))[:16],
             {name: str(cells[name, n_layers]["text"]) for name in names},
-            _by_kind(found.per_sample, names, images, cause, plan), bands,
+            _by_kind(lost.per_sample, names, images, cause, plan), bands,
         )  # fmt: skip
 
     def boot(self, plan: Plan) -> stats.Bootstrap:
@@ -344,7 +347,7 @@ class Truncation:
             "score_random_image": float(self.random.mean()), "margin": self.drops.margin, "enough": self.drops.enough,
             "for_good": self.drops.for_good, "n_layers": self.drops.layers.count, "layers": self.drops.table(),
             "kinds": {name: band.table() for name, band in self.kinds.items()},
-            "bands": [{"from": a, "before": b} | one.row() for (a, b), one in self.bands.items()],
+            "bands": [{"from": a, "before": b} | drop.row() for (a, b), drop in self.bands.items()],
             "unparsable": dict(self.unparsable), "skipped": list(self.skipped),
         }  # fmt: skip
 
@@ -371,14 +374,14 @@ def _by_kind(
     lost: np.ndarray, names: Sequence[str], images: Sequence[str], cause: Causal, plan: Plan
 ) -> dict[str, stats.Band]:
     """What hard and easy samples lose, layer by layer."""
-    found = {}
+    bands = {}
     for kind, members in (("hard", set(cause.hard)), ("easy", set(cause.easy))):
         chosen = [i for i, name in enumerate(names) if name in members]
         labels = [images[i] for i in chosen]
         if len(set(labels)) > 1:
             boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
-            found[kind] = boot.band(lost[chosen], axes=("layer",), name=f"drop of {kind} samples")
-    return found
+            bands[kind] = boot.band(lost[chosen], axes=("layer",), name=f"drop of {kind} samples")
+    return bands
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,28 +403,23 @@ class Geometry:
     skipped: tuple[Row, ...] = ()
 
     @staticmethod
-    def nothing() -> Geometry:
-        """Nothing was run."""
-        return Geometry(None)
-
-    @staticmethod
     def of(result: GeometryResult, noted: Row, cause: Causal, plan: Plan) -> Geometry:
         """Ratios at the boundary of the other half."""
         cut, names = cause.other
         chosen = np.array([name in set(names) for name in noted["samples"]])
-        found: list[CutRatio | None] = []
+        ratios: list[CutRatio | None] = []
         why = "" if cut is not None else "the other half of the samples has no boundary inside the model"
         for group in result.groups[:2]:
             ranks = result.per_sample("effective_rank", group)
             good = chosen & np.isfinite(ranks).all(1) & (ranks > 0).all(1)
             labels = [result.clusters[i] for i in np.flatnonzero(good)]
             if cut is None or len(set(labels)) < 2:
-                found.append(None)
+                ratios.append(None)
                 why = why or f"{int(good.sum())} samples of the other half have effective ranks at every layer"
                 continue
             boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
-            found.append(cut_ratio(ranks[good], cut, boot))
-        return Geometry(result, found[0], found[1] if len(found) > 1 else None, why, tuple(noted["skipped"]))
+            ratios.append(cut_ratio(ranks[good], cut, boot))
+        return Geometry(result, ratios[0], ratios[1] if len(ratios) > 1 else None, why, tuple(noted["skipped"]))
 
     def row(self) -> Row:
         """As JSON."""

@@ -17,81 +17,88 @@ from .horizon import Removals
 from .plan import Plan
 
 
-def gate_rows(cause: Causal, cut: Truncation, shape: Geometry, gone: Removals, plan: Plan) -> list[Gate]:
+def gate_rows(causal: Causal, truncation: Truncation, geometry: Geometry, removals: Removals, plan: Plan) -> list[Gate]:
     """G1 to G5, and G7."""
     demands = plan.thresholds
-    if cause.stopped or cut.drops is None:
-        why = f"no visual dependence measurable, {cause.records.hash}"
-        low = None if cause.threshold is None else cause.threshold.blind_low
-        fail = Gate("G1", "fail", None, low, None, "lower ends > 0", cause.records.hash, cause.stopped)
+    if causal.stopped or truncation.drops is None:
+        why = f"no visual dependence measurable, {causal.records.hash}"
+        low = None if causal.threshold is None else causal.threshold.blind_low
+        fail = Gate("G1", "fail", None, low, None, "lower ends > 0", causal.records.hash, causal.stopped)
         return [fail, *(gates.missing(name, f"not run: {why}") for name in demands.gates[2:])]
-    boot = cut.boot(plan)
-    effects = cause.records.effects(MAIN, plan.blind[0])
-    whole = cause.records.blind(effects, plan.blind[0])
-    gap = boot.mean(cut.clean - cut.random, name="score with the image minus with a random one")
+    boot = truncation.boot(plan)
+    effects = causal.records.effects(MAIN, plan.blind[0])
+    whole = causal.records.blind(effects, plan.blind[0])
+    gap = boot.mean(truncation.clean - truncation.random, name="score with the image minus with a random one")
     blind = effects.boot(plan.resamples, plan.seed).mean(whole, name="effect of blinding")
     return [
-        gates.image_gate(gap, blind, demands, cut.records),
-        gates.cliff_gate(cause.main, demands, cause.records.hash),
-        _truncation_gate(cause, cut, plan),
-        _depth_gate(cause, cut, effects, whole, plan),
-        _geometry_gate(shape, plan, cause),
-        *([_ranking_gate(gone, plan)] if "G7" in demands.gates else []),
+        gates.image_gate(gap, blind, demands, truncation.records),
+        gates.cliff_gate(causal.main, demands, causal.records.hash),
+        _truncation_gate(causal, truncation, plan),
+        _depth_gate(causal, truncation, effects, whole, plan),
+        _geometry_gate(geometry, plan, causal),
+        *([_ranking_gate(removals, plan)] if "G7" in demands.gates else []),
     ]
 
 
-def _truncation_gate(cause: Causal, cut: Truncation, plan: Plan) -> Gate:
-    assert cut.drops is not None
-    if cause.cliff is None:
+def _truncation_gate(causal: Causal, truncation: Truncation, plan: Plan) -> Gate:
+    assert truncation.drops is not None
+    if causal.cliff is None:
         return gates.missing("G3", "there is no cliff inside the model to truncate at")
-    lost, named = cut.drops, [i for i, name in enumerate(cut.samples) if name in {*cause.hard, *cause.easy}]
+    lost, named = (
+        truncation.drops,
+        [i for i, name in enumerate(truncation.samples) if name in {*causal.hard, *causal.easy}],
+    )
 
     def at(layer: int) -> Gate:
         values = lost.at(layer)
         return gates.truncation_gate(
-            None if values is None else values[named], [cut.samples[i] in set(cause.hard) for i in named],
-            [cut.images[i] for i in named], layer, plan.thresholds, cut.records, resamples=plan.resamples,
+            None if values is None else values[named], [truncation.samples[i] in set(causal.hard) for i in named],
+            [truncation.images[i] for i in named], layer, plan.thresholds, truncation.records, resamples=plan.resamples,
             seed=plan.seed,
         )  # fmt: skip
 
-    found = at(cause.cliff)
-    if found.status != "fail":
-        return found
+    gate = at(causal.cliff)
+    if gate.status != "fail":
+        return gate
     elsewhere = [str(layer) for layer in lost.layers.numbers if at(layer).status == "pass"]
     where = f"layer {', '.join(elsewhere)}" if elsewhere else "no layer of the grid"
-    return replace(found, why=f"{found.why}; all three demands hold at {where}")
+    return replace(gate, why=f"{gate.why}; all three demands hold at {where}")
 
 
-def _depth_gate(cause: Causal, cut: Truncation, effects: Effects, whole: np.ndarray, plan: Plan) -> Gate:
+def _depth_gate(causal: Causal, truncation: Truncation, effects: Effects, whole: np.ndarray, plan: Plan) -> Gate:
     """Soft depth of the samples that lose anything by blinding, with their scores."""
     place = {name: i for i, name in enumerate(effects.samples)}
-    assert cause.threshold is not None
-    used = [i for i, name in enumerate(cut.samples) if name in place and whole[place[name]] > cause.threshold.tau]
-    rows = [place[cut.samples[i]] for i in used]
-    scores, images = cut.clean[used], [cut.images[i] for i in used]
+    assert causal.threshold is not None
+    used = [
+        i for i, name in enumerate(truncation.samples) if name in place and whole[place[name]] > causal.threshold.tau
+    ]
+    rows = [place[truncation.samples[i]] for i in used]
+    scores, images = truncation.clean[used], [truncation.images[i] for i in used]
     if len(set(images)) < 3 or len(set(scores.tolist())) < 2:
         said = f"all score {scores[0]:g}" if len(set(scores.tolist())) == 1 else f"{len(set(images))} images"
         why = f"no correlation of depth and score: {said} ({len(used)} samples that lose τ or more by blinding)"
-        return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", cause.records.hash, why)
+        return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", causal.records.hash, why)
     soft = depth.soft_depth(effects.values[rows] / whole[rows][:, None])
     boot = stats.Bootstrap(images, resamples=plan.resamples, seed=plan.seed)
     try:
         rho = boot.of(stats.spearman, soft, scores, name="Spearman's ρ")
     except ic.InterpError as error:
         why = f"no interval: {error}"
-        return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", cause.records.hash, why)
-    return gates.depth_gate(rho, plan.thresholds, cause.records.hash)
+        return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", causal.records.hash, why)
+    return gates.depth_gate(rho, plan.thresholds, causal.records.hash)
 
 
-def _geometry_gate(shape: Geometry, plan: Plan, cause: Causal) -> Gate:
-    if shape.ratio is None:
-        return gates.missing("G5", shape.why)
+def _geometry_gate(geometry: Geometry, plan: Plan, causal: Causal) -> Gate:
+    if geometry.ratio is None:
+        return gates.missing("G5", geometry.why)
     half = plan.cliff_boundary is None  # half of the images find the boundary, the others are measured
     demands = replace(plan.thresholds, images=max(1, plan.thresholds.images // 2)) if half else plan.thresholds
-    return gates.geometry_gate(shape.ratio.log, (shape.ratio.low, shape.ratio.high), demands, cause.records.hash)
+    return gates.geometry_gate(
+        geometry.ratio.log, (geometry.ratio.low, geometry.ratio.high), demands, causal.records.hash
+    )
 
 
-def _ranking_gate(gone: Removals, plan: Plan) -> Gate:
+def _ranking_gate(removals: Removals, plan: Plan) -> Gate:
     """Whether a cliff may be claimed, by generated answers."""
-    found = gates.ranking_gate(gone.claims.get("generated"), plan.thresholds, gone.records)
-    return replace(found, why=gone.why or found.why) if found.status == "missing" else found
+    gate = gates.ranking_gate(removals.claims.get("generated"), plan.thresholds, removals.records)
+    return replace(gate, why=removals.why or gate.why) if gate.status == "missing" else gate

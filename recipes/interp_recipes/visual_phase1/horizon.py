@@ -82,7 +82,7 @@ class Removals:
         horizons, claims, pooled = {}, {}, {}
         for answer, score in ANSWERS.items():
             left = np.stack([numbers("kept", score, name) for name in names])
-            gains = left[..., 0] - left[..., 1:].mean(-1)
+            gains = left[..., 0] - left[..., 1:].mean(-1)  # the first subset is the ranked one, the rest are random
             epsilon = noise([numbers("blank", score, name) for name in names])
             lost = [numbers("lost", score, name) for name in names]
             horizons[answer] = horizon(lost, gains, layers, plan.keep_fractions, epsilon, **how)
@@ -100,9 +100,8 @@ class Removals:
         """As JSON, of single tokens."""
         return {
             "status": "run" if self.horizons else self.why, "records": self.records, "n": len(self.samples),
-            "answers": {name: one.row() for name, one in self.horizons.items()}, "of_several_tokens": self.several,
-            "not_greedy_as_text": self.unlike,
-            "skipped": list(self.skipped),
+            "answers": {name: horizon.row() for name, horizon in self.horizons.items()},
+            "of_several_tokens": self.several, "not_greedy_as_text": self.unlike, "skipped": list(self.skipped),
         }  # fmt: skip
 
     def keep_row(self) -> Row:
@@ -110,18 +109,18 @@ class Removals:
         base = {"status": "run" if self.horizons else self.why, "records": self.records, "ranking": RANKING}
         if self.ranked is None or self.random is None:
             return base
-        one = self.horizons["generated"]
+        generated = self.horizons["generated"]
         stays = [
             {"layer": layer, "keep": share, "ranked": float(self.ranked.value[i, j]),
              "random": float(self.random.value[i, j])}
-            for i, layer in enumerate(one.layers.numbers) for j, share in enumerate(one.fractions)
+            for i, layer in enumerate(generated.layers.numbers) for j, share in enumerate(generated.fractions)
         ]  # fmt: skip
         return base | {
-            "n": len(self.samples), "claims": {name: found.row() for name, found in self.claims.items()},
+            "n": len(self.samples), "claims": {name: claim.row() for name, claim in self.claims.items()},
             "answers_that_stay": stays,
             "advantage": {
-                name: [{k: v for k, v in row.items() if k == "layer" or k.startswith("adv")} for row in found.table()]
-                for name, found in self.horizons.items()
+                name: [{k: v for k, v in row.items() if k == "layer" or k.startswith("adv")} for row in each.table()]
+                for name, each in self.horizons.items()
             },
         }  # fmt: skip
 
@@ -130,13 +129,13 @@ class Removals:
         if not self.horizons:
             return [f"There is no information horizon: {self.why}."] if self.why else []
         names = {"single": "Of the answer's first token", "generated": "Of whole generated answers"}
-        said = [f"{names[name]}, {one}." for name, one in self.horizons.items()]
+        said = [f"{names[name]}, {horizon}." for name, horizon in self.horizons.items()]
         if not self.several:
             said = [
                 f"All answers are of one token, so that single and generated are one; {self.horizons['generated']}."
             ]
-        if found := self.claims.get("generated"):
-            said.append(f"By subsets of visual tokens, {found}.")
+        if by_subsets := self.claims.get("generated"):
+            said.append(f"By subsets of visual tokens, {by_subsets}.")
         if self.unlike:
             said.append(f"{self.unlike} answers, written as text and read again, are not quite what was generated.")
         return said
@@ -145,19 +144,19 @@ class Removals:
         """Information by layer, ranked against random, and answers that stay."""
         if self.ranked is None or self.random is None:
             return {}
-        one = self.horizons["generated"]
+        generated = self.horizons["generated"]
         shown = list(self.horizons) if self.several else ["generated"]  # of one token each, both curves are one
         called = {name: name if self.several else "answers of one token" for name in shown}
-        places = list(map(str, one.layers.numbers))
-        n = f"n = {one.mean.n} in {one.mean.units} images."
+        places = list(map(str, generated.layers.numbers))
+        n = f"n = {generated.mean.n} in {generated.mean.units} images."
         means = [report.Line.of(called[name], self.horizons[name].mean, self.horizons[name].epsilon) for name in shown]
         shares = [
-            report.Line.of(f"keep {share:g}", [one.advantage[i, j] for i in range(len(places))])
-            for j, share in enumerate(one.fractions)
+            report.Line.of(f"keep {share:g}", [generated.advantage[i, j] for i in range(len(places))])
+            for j, share in enumerate(generated.fractions)
         ]
         stays = [
             report.Line(f"{name}, keep {share:g}", band.value[:, j], None)
-            for j, share in enumerate(one.fractions)
+            for j, share in enumerate(generated.fractions)
             for name, band in (("ranked", self.ranked), ("random", self.random))
         ]
         return {
@@ -190,7 +189,7 @@ def removals(
     header = cause.header()
     if cause.stopped or cut.drops is None or not plan.horizon_samples:
         why = "no samples were asked for (horizon_samples 0)" if not plan.horizon_samples else cause.stopped
-        found = Removals(why=why)
+        removed = Removals(why=why)
     else:
         samples = [sample for sample in data.others if sample.name in set(cut.samples)][: plan.horizon_samples]
         layers = [layer for layer in plan.grid(model.n_layers, cause.cliff) if layer < model.n_layers]
@@ -201,11 +200,11 @@ def removals(
                     rows.add(row)
                 told.add()
             every = list(rows)
-        found = Removals.of(every, Layers(tuple(layers), model.n_layers), plan, cause)
-    run.json("causal/horizon.json", header | found.information_row())
-    run.json("truncation/keep_fractions.json", header | found.keep_row())
-    print(*found.sentences(), sep="\n")
-    return found
+        removed = Removals.of(every, Layers(tuple(layers), model.n_layers), plan, cause)
+    run.json("causal/horizon.json", header | removed.information_row())
+    run.json("truncation/keep_fractions.json", header | removed.keep_row())
+    print(*removed.sentences(), sep="\n")
+    return removed
 
 
 def _cell(sample: Sample, layer: int) -> str:
@@ -221,25 +220,25 @@ def _removed(
     try:
         if not text.strip():
             raise ic.TextError("the model's own answer is empty; there is nothing whose probability could change")
-        found = ic.method("information_horizon")(
+        removal = ic.method("information_horizon")(
             model, sample.tokens(model, asking, answer=text), blank=sample.tokens(model, asking, BLANK, answer=text),
             keep=list(plan.keep_fractions), subsets=plan.random_subsets, ranking=RANKING, layers=list(layers),
             tokens=plan.horizon_tokens, seed=plan.seed,
         )  # fmt: skip
-        if not all(part[~part.isnan()].isfinite().all() for part in (found.lost, found.kept)):
+        if not all(part[~part.isnan()].isfinite().all() for part in (removal.lost, removal.kept)):
             raise ic.ReadError("its probabilities are not finite; another dtype may do")
     except ic.InterpError as error:
         note_bad([], sample.name, "horizon", error, asking.strict)
         return [head | {"failed": str(error)} for head in heads]
-    assert found.lost_blank is not None
+    assert removal.lost_blank is not None
     m = len(sample.tokens(model, asking, answer=text).rows.names["target"][0])
-    looked = ~found.lost[0, 0, 0].isnan()
+    looked = ~removal.lost[0, 0, 0].isnan()  # of `horizon_tokens` alone; the others were not removed
     rows = []
     for i, head in enumerate(heads):
         tables = {
-            "lost": found.lost[0, :, i, looked], "blank": found.lost_blank[0, :, i, looked],
-            "kept": found.kept[0, :, i], "whole": found.whole[0],
+            "lost": removal.lost[0, :, i, looked], "blank": removal.lost_blank[0, :, i, looked],
+            "kept": removal.kept[0, :, i], "whole": removal.whole[0],
         }  # fmt: skip
-        named = {key: dict(zip(found.scores, table.tolist(), strict=True)) for key, table in tables.items()}
+        named = {key: dict(zip(removal.scores, table.tolist(), strict=True)) for key, table in tables.items()}
         rows.append(head | {"answer": text, "m": m, **named})
     return rows

@@ -11,6 +11,7 @@ from interp_plugins.visual.gates import Judgement
 import interp_core as ic
 from interp_core import report, runs
 
+from ..figures import png_bytes
 from ..visual_data import Row
 from .charts import (
     WORDS,
@@ -55,43 +56,36 @@ def files_of(plan: Plan) -> list[str]:
 
 
 def write_all(
-    run: runs.RunFolder, model: ic.Model, plan: Plan, data: Samples, checks: Mapping[str, Any], cause: Causal,
-    cut: Truncation, shape: Geometry, gone: Removals, judged: Judgement, seen: Mapping[str, Any],
+    run: runs.RunFolder, model: ic.Model, plan: Plan, data: Samples, checks: Mapping[str, Any], causal: Causal,
+    truncation: Truncation, geometry: Geometry, removals: Removals, judgement: Judgement, maps: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     """Every figure as a file, and the page."""
     charts: dict[str, report.Chart] = {
-        **causal_charts(cause, plan), **truncation_charts(cut), **gone.charts(), **geometry_charts(shape),
-        "checkpoint_eval/gates": gates_chart(judged), **overlay_charts(seen),
+        **causal_charts(causal, plan), **truncation_charts(truncation), **removals.charts(),
+        **geometry_charts(geometry), "checkpoint_eval/gates": gates_chart(judgement), **overlay_charts(maps),
     }  # fmt: skip
     for name, chart in charts.items():
         inputs = {"chart": runs.digest(chart.html())[:16]}  # what it shows: others are left alone
         if not run.kept(f"{name}.png", inputs=inputs):
-            _figure(run, f"{name}.png", chart, inputs)
-    skipped = [*data.skipped, *cause.skipped, *cut.skipped, *gone.skipped, *shape.skipped]
-    page = _page(model, data, checks, charts, judged, seen, skipped, (cause, cut, gone, shape), plan)
+            run.put({f"{name}.png": png_bytes(chart)}, inputs=inputs)
+    skipped = [*data.skipped, *causal.skipped, *truncation.skipped, *removals.skipped, *geometry.skipped]
+    page = _page(model, data, checks, charts, judgement, maps, skipped, (causal, truncation, removals, geometry), plan)
     run.put({PAGE: page})
     return run.path / PAGE
-
-
-def _figure(run: runs.RunFolder, name: str, chart: report.Chart, inputs: Mapping[str, Any]) -> None:
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        run.put({name: chart.png(Path(folder) / "figure.png").read_bytes()}, inputs=inputs)
 
 
 # The page
 
 
 def summary(
-    data: Samples, cause: Causal, cut: Truncation, gone: Removals, shape: Geometry, judged: Judgement,
+    data: Samples, causal: Causal, truncation: Truncation, removals: Removals, geometry: Geometry, judgement: Judgement,
     skipped: Sequence[Row],
 ) -> list[str]:  # fmt: skip
     """What came out; nothing is said that the numbers do not carry."""
     counts = f"{len(data.pilots)} pilots and {len(data.others)} further samples"
     left = f"; {len(skipped)} left out or failed, listed below" if skipped else ""
-    unsure = [gate.name for gate in judged.gates if gate.status == "inconclusive"]
-    said = [f"Verdict {judged.verdict}: {VERDICTS[judged.verdict]}.", f"{counts}{left}."]
+    unsure = [gate.name for gate in judgement.gates if gate.status == "inconclusive"]
+    said = [f"Verdict {judgement.verdict}: {VERDICTS[judgement.verdict]}.", f"{counts}{left}."]
     if unsure:
         said.append(f"{', '.join(unsure)}: too few samples, or an interval that includes the threshold, to tell.")
     if data.collisions:
@@ -99,21 +93,22 @@ def summary(
                     "look weaker.")  # fmt: skip
     if data.resized:
         said.append(f"{len(data.resized)} random images had no partner of their own grid and were resized.")
-    return [*said, *cause.sentences(), *cut.sentences(), *gone.sentences(), *shape.sentences()]
+    return [*said, *causal.sentences(), *truncation.sentences(), *removals.sentences(), *geometry.sentences()]
 
 
 def _page(
-    model: ic.Model, data: Samples, checks: Mapping[str, Any], charts: Mapping[str, report.Chart], judged: Judgement,
-    seen: Mapping[str, Any], skipped: Sequence[Row], found: tuple[Causal, Truncation, Removals, Geometry], plan: Plan,
+    model: ic.Model, data: Samples, checks: Mapping[str, Any], charts: Mapping[str, report.Chart], judgement: Judgement,
+    maps: Mapping[str, Any], skipped: Sequence[Row], findings: tuple[Causal, Truncation, Removals, Geometry],
+    plan: Plan,
 ) -> str:  # fmt: skip
-    cause, cut = found[:2]
-    words = "".join(f"<li>{report.escape(line)}</li>" for line in summary(data, *found, judged, skipped))
+    causal, truncation = findings[:2]
+    words = "".join(f"<li>{report.escape(line)}</li>" for line in summary(data, *findings, judgement, skipped))
     rows = [
         {"gate": f"{gate.name} {WORDS[gate.name]}", "status": gate.status,
          "number": "" if gate.number is None else gate.number,
          "interval": "" if gate.low is None or gate.high is None else f"{gate.low:.4g} to {gate.high:.4g}",
          "demanded": gate.threshold, "why": gate.why, "records": gate.records}
-        for gate in judged.gates
+        for gate in judgement.gates
     ]  # fmt: skip
 
     def drawn(*names: str) -> str:
@@ -121,24 +116,24 @@ def _page(
         return "".join(f"<p><b>{report.escape(getattr(chart, 'title', ''))}</b></p>{chart.html()}" for chart in shown)
 
     sections = [
-        report.Section(f"Verdict {judged.verdict}", "", f"<ul>{words}</ul>"),
-        report.Section("Gates", f"Thresholds {judged.thresholds}, hashed before the run.", report.table(rows)),
+        report.Section(f"Verdict {judgement.verdict}", "", f"<ul>{words}</ul>"),
+        report.Section("Gates", f"Thresholds {judgement.thresholds}, hashed before the run.", report.table(rows)),
         report.Section("τ", "Pilots take no part in what follows.", drawn("causal/pilots")),
     ]
     if body := drawn(*(f"causal/{name}" for name in ("effects", "share", "populations", "evd_gap"))):
-        sections.append(report.Section("Causal curves", "", body + report.table(_depths(cause))))
-    if cut.drops is not None:
+        sections.append(report.Section("Causal curves", "", body + report.table(_depths(causal))))
+    if truncation.drops is not None:
         body = drawn(*(f"truncation/{name}" for name in ("drops", "difficulty", "bands")))
-        sections.append(report.Section("Answers without the image", "", body + report.table(cut.drops.table())))
+        sections.append(report.Section("Answers without the image", "", body + report.table(truncation.drops.table())))
     names = ("causal/information", "truncation/ranked_random", "truncation/keep_fractions")
     if body := drawn(*names, "truncation/answers_that_stay"):
         sections.append(report.Section("Information horizon", HORIZON, body))
     if body := drawn(*(f"geometry/{name}" for name in ("effective_rank", "anisotropy", "er_ratio"))):
         sections.append(report.Section("Geometry", "Rows at the input of each layer.", body))
-    sections.append(_image(charts, seen))
+    sections.append(_image(charts, maps))
     if skipped:
         sections.append(report.Section("Left out", "", report.table(list(skipped))))
-    where = {"boundary": cause.cliff, "causal record": cause.records.hash, "answers": cut.records}
+    where = {"boundary": causal.cliff, "causal record": causal.records.hash, "answers": truncation.records}
     battery = report.copyable("sanity battery, sample by sample", "\n".join(checks["table"]))
     shown = {name: str(value) for name, value in {**vars(plan), **where}.items()}
     sections.append(
@@ -147,27 +142,28 @@ def _page(
     return report.page("Visual tokens, phase 1", repr(model), sections)
 
 
-def _depths(cause: Causal) -> list[dict[str, Any]]:
+def _depths(causal: Causal) -> list[dict[str, Any]]:
     """What each curve says of depth; of text rows nothing, as their effect rises."""
     rows = []
-    for name, one in cause.curves.items():
+    for name, curve in causal.curves.items():
         if name.startswith("text:"):
             continue
-        window = "" if one.l90 is None or one.l10 is None else f"{one.l90.value} to {one.l10.value}"
-        soft = "" if one.soft is None else f"{one.soft:.3f}"
+        window = "" if curve.l90 is None or curve.l10 is None else f"{curve.l90.value} to {curve.l10.value}"
+        soft = "" if curve.soft is None else f"{curve.soft:.3f}"
         rows.append({
-            "intervention": name, "cliff": "none" if one.no_cliff else str(one.cliff), "first crossing": one.first,
-            "steepest drop": one.drop, "EVD": one.evd, "median EVD": one.median, "window": window, "soft depth": soft,
+            "intervention": name, "cliff": "none" if curve.no_cliff else str(curve.cliff),
+            "first crossing": curve.first, "steepest drop": curve.drop, "EVD": curve.evd, "median EVD": curve.median,
+            "window": window, "soft depth": soft,
         })  # fmt: skip
     return rows
 
 
-def _image(charts: Mapping[str, report.Chart], seen: Mapping[str, Any]) -> report.Section:
-    sample = seen["of"]
+def _image(charts: Mapping[str, report.Chart], maps: Mapping[str, Any]) -> report.Section:
+    sample = maps["of"]
     words = (
         f"{sample.name}: “{sample.question.question}” “{sample.answer}”. visual_map: what the answer loses when no "
         "text sees the token in any layer. ifr: share of the information flow into the answer."
     )
     drawn = [chart.html() for name, chart in charts.items() if name.startswith("overlay/")]
-    notes = "".join(f"<p class='soft'>{report.escape(note)}</p>" for note in seen["notes"])
+    notes = "".join(f"<p class='soft'>{report.escape(note)}</p>" for note in maps["notes"])
     return report.Section("Which part of the image", words, "".join(drawn) + notes)

@@ -18,7 +18,7 @@ from interp_plugins.questions import Question, Questions
 import interp_core as ic
 from interp_core import vision
 
-from ..visual_data import Asking, Row, demand_one_image, note_bad, question_tokens
+from ..visual_data import Asking, Row, demand_one_image, question_tokens, readable
 
 Mode = Literal["random", "black", "mean"]
 REENCODED, BLANK = "reencoded", "blank"
@@ -119,14 +119,7 @@ def drawn(
     """
     skipped = {(row.where, row.field, row.detail) for part in (pilots, others) for row in part.skipped}
     bad: list[Row] = [{"sample": where, "where": field, "reason": why} for where, field, why in sorted(skipped)]
-    usable: list[tuple[Question, Any]] = []
-    with ic.Progress("questions", len(pilots) + len(others)) as told:
-        for question in (*pilots, *others):
-            try:
-                usable.append((question, _picture(model, question, asking)))
-            except ic.InterpError as error:
-                note_bad(bad, question.name, "reading it", error, asking.strict)
-            told.add()
+    usable = readable((*pilots, *others), lambda question: (question, _picture(model, question, asking)), asking, bad)
     if len(usable) < len(pilots) + 2:
         why = f"; the first that cannot: {bad[0]['sample']}: {bad[0]['reason']}" if bad else ""
         raise ic.PlanError(
@@ -136,9 +129,10 @@ def drawn(
     labels = [question.image for question, _ in usable]
     names = {label: f"image {number}" for number, label in enumerate(dict.fromkeys(labels))}
     pictures = [picture for _, picture in usable]
+    # always drawn, also where `blind` has other modes: the truncation's chance level answers to a random image
     random = vision.blind_images(pictures, "random", processor=model.processor, groups=labels, seed=seed)
     plain = {mode: vision.blind_images(pictures, mode, seed=seed).images for mode in modes if mode != "random"}
-    made = [
+    samples = [
         Sample(
             question, names[labels[i]], picture, i < len(pilots),
             {"random": random.images[i]} | {mode: images[i] for mode, images in plain.items()},
@@ -148,8 +142,8 @@ def drawn(
     ]  # fmt: skip
     same = sum(usable[donor][0].answers[0] == usable[i][0].answers[0] for i, donor in enumerate(random.donors))
     return Samples(
-        tuple(made[: len(pilots)]), tuple(made[len(pilots) :]), tuple(bad),
-        tuple(made[i].name for i in random.resized), same,
+        tuple(samples[: len(pilots)]), tuple(samples[len(pilots) :]), tuple(bad),
+        tuple(samples[i].name for i in random.resized), same,
     )  # fmt: skip
 
 

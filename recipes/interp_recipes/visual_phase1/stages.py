@@ -56,15 +56,16 @@ def sanity(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking) 
         with ic.Progress("sanity battery", len(data.every)) as told:
             for sample in data.every:
                 pair = (sample.tokens(model, asking, mode) for mode in ("", "random"))
-                found = ic.visual_check(model, *pair, strict=False)
-                table.extend(found.rows)
-                limits |= found.limits
-                for name, error in found.errors.items():
+                checked = ic.visual_check(model, *pair, strict=False)
+                table.extend(checked.rows)
+                limits |= checked.limits
+                for name, error in checked.errors.items():
                     before = worst.get(name)
+                    # `not <=`, so that an error that is not a number stands as the worst
                     if name not in worst or (error is not None and (before is None or not error <= before)):
                         worst[name] = error
-                        if name in found.why:
-                            why[name] = f"{sample.name}: {found.why[name].removeprefix('row 0: ')}"
+                        if name in checked.why:
+                            why[name] = f"{sample.name}: {checked.why[name].removeprefix('row 0: ')}"
                 told.add()
         whole = ic.VisualCheck(tuple(table), worst, limits, why)
         holds = {name: name not in whole.failed for name, error in worst.items() if error is not None}
@@ -72,15 +73,15 @@ def sanity(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking) 
         return {"ok": whole.ok, "checks": holds, "unreached": unreached, "errors": worst, "why": why,
                 "table": str(whole).splitlines()}  # fmt: skip
 
-    found = run.stage("sanity.json", check, after=["samples.json"])
-    print(*found["table"], sep="\n")
-    if not found["ok"]:
-        failed = [name for name, holds in found["checks"].items() if not holds]
+    battery = run.stage("sanity.json", check, after=["samples.json"])
+    print(*battery["table"], sep="\n")
+    if not battery["ok"]:
+        failed = [name for name, holds in battery["checks"].items() if not holds]
         raise ic.CapabilityError(
             f"images do not do in this model what visual methods take for granted ({failed[0]}: "
-            f"{found['why'][failed[0]]}); the run stops here, {run.path / 'sanity.json'} has the table"
+            f"{battery['why'][failed[0]]}); the run stops here, {run.path / 'sanity.json'} has the table"
         )
-    return dict(found)
+    return dict(battery)
 
 
 # Causal
@@ -89,17 +90,17 @@ def sanity(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking) 
 def causal(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking, plan: Plan) -> Causal:
     """Records of pilots, then of the further samples if the pilots show any dependence."""
     rows = _records(run, model, data.pilots, asking, plan, "pilots")
-    found = Causal.of_pilots(Records.of(rows[0]), plan, model.n_layers, rows[1])
-    if not found.stopped:
+    cause = Causal.of_pilots(Records.of(rows[0]), plan, model.n_layers, rows[1])
+    if not cause.stopped:
         more = _records(run, model, data.others, asking, plan, "samples")
         difficulty = {sample.name: sample.question.difficulty for sample in data.others}
-        found = found.with_samples(Records.of([*rows[0], *more[0]]), plan, difficulty, [*rows[1], *more[1]])
-    run.put({"causal/records.jsonl": found.records.text()})
-    given = plan.cliff_boundary is not None
-    source = {"given": given, "record": _record_hash(plan.causal_record) if given else found.records.hash}
-    run.json("causal/causal.json", found.row() | {"cliff_boundary": found.cliff, "cliff_boundary_from": source})
-    print(*found.sentences(), sep="\n")
-    return found
+        cause = cause.with_samples(Records.of([*rows[0], *more[0]]), plan, difficulty, [*rows[1], *more[1]])
+    run.put({"causal/records.jsonl": cause.records.text()})
+    elsewhere = plan.cliff_boundary is not None
+    source = {"given": elsewhere, "record": _record_hash(plan.causal_record) if elsewhere else cause.records.hash}
+    run.json("causal/causal.json", cause.row() | {"cliff_boundary": cause.cliff, "cliff_boundary_from": source})
+    print(*cause.sentences(), sep="\n")
+    return cause
 
 
 def _record_hash(record: str | None) -> str | None:
@@ -128,6 +129,7 @@ def _measured(model: ic.Model, sample: Sample, asking: Asking, plan: Plan) -> li
     more: dict[str, Any] = {}
     names = list(plan.interventions)
     try:
+        # the noise floor is of pilots alone: what the same image, written anew, does to the answer
         if sample.pilot and plan.null_image == "jpeg":
             names = list(dict.fromkeys((*names, "replace:swap")))
             more["swap"] = {REENCODED: sample.tokens(model, asking, REENCODED)}
@@ -138,13 +140,13 @@ def _measured(model: ic.Model, sample: Sample, asking: Asking, plan: Plan) -> li
             blind={mode: sample.tokens(model, asking, mode) for mode in plan.blind},
             layers=None if plan.layers is None else list(plan.layers), **more,
         )  # fmt: skip
-        found = result.records([sample.name], [sample.image], groups=[sample.question.kind], pilots=[sample.pilot])
-        if not all(np.isfinite(row["delta"]) for row in found.rows):
+        records = result.records([sample.name], [sample.image], groups=[sample.question.kind], pilots=[sample.pilot])
+        if not all(np.isfinite(row["delta"]) for row in records.rows):
             raise ic.ReadError("its effects are not finite; another dtype may do")
     except ic.InterpError as error:
         note_bad([], sample.name, "causal", error, asking.strict)
         return [{"sample": sample.name, "failed": str(error)}]
-    return [dict(row) for row in found.rows]
+    return [dict(row) for row in records.rows]
 
 
 # Truncation
@@ -157,19 +159,20 @@ def truncation(
     header = cause.header()
     if cause.stopped:
         run.json("truncation/truncation.json", header | {"status": NO_DEPENDENCE})
-        return Truncation.nothing(cause)
+        return Truncation(None, records=cause.records.hash)
     grid = plan.grid(model.n_layers, cause.cliff)
     samples = [sample for sample in data.others if sample.name in set(cause.samples)]
     with run.rows("truncation/answers.jsonl", key="cell") as rows:
         for gone in [*((layer, None) for layer in [*grid, None]), *plan.bands(model.n_layers)]:
             todo = [sample for sample in samples if _cell(sample.name, *gone) not in rows]
+            # a few batches at a time: rows are kept as they come, and a stopped run loses no more than these
             for start in range(0, len(todo), 4 * asking.batch_size):
                 for row in _answers(model, todo[start : start + 4 * asking.batch_size], asking, *gone):
                     rows.add(row)
         every = list(rows)
-    found = Truncation.of(every, grid, samples, model.n_layers, plan, cause)
-    run.json("truncation/truncation.json", header | found.row())
-    return found
+    cut = Truncation.of(every, grid, samples, model.n_layers, plan, cause)
+    run.json("truncation/truncation.json", header | cut.row())
+    return cut
 
 
 def _cell(sample: str, layer: int | None, stop: int | None = None) -> str:
@@ -215,7 +218,7 @@ def geometry(
     header = cause.header()
     if cause.stopped:
         run.json("geometry/geometry.json", header | {"status": NO_DEPENDENCE})
-        return Geometry.nothing()
+        return Geometry(None)
     inputs = {"samples": list(cause.samples)}
     name = "geometry/result"
     if not run.kept(name, inputs=inputs):
@@ -225,9 +228,9 @@ def geometry(
         noted = {"samples": names, "skipped": bad}
         run.put({**files, "geometry/samples.json": runs.json_text(noted)}, stage=name, inputs=inputs)
     noted = _read(run.path / "geometry/samples.json")
-    found = Geometry.of(GeometryResult.load(run.path / name), noted, cause, plan)
-    run.json("geometry/geometry.json", header | found.row())
-    return found
+    shape = Geometry.of(GeometryResult.load(run.path / name), noted, cause, plan)
+    run.json("geometry/geometry.json", header | shape.row())
+    return shape
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -253,6 +256,7 @@ def _geometry(
     try:
         return measured(samples), [sample.name for sample in samples], bad
     except ic.InterpError:
+        # the method takes all samples at once, so that one that fails is found by running each alone
         good = []
         for sample in samples:
             try:

@@ -71,22 +71,15 @@ def visual_probing(config: VisualProbingConfig) -> Path:
     selected = _selected(config)
     model = config.load()
     cliff = _cliff(model, config.cliff_boundary, *record)
-    settings = _settings(dataset, selected[0], labels, asking, probing, cliff)
+    settings = {
+        "dataset": dataset, "questions": visual_data.digest_of(selected[0]), "n_questions": len(selected[0]),
+        "classes": list(labels), **{k: v for k, v in vars(asking).items() if k != "strict"},
+        "scorer": str(asking.scorer), **vars(probing), "cliff_boundary": cliff.boundary, "causal_record": cliff.hash,
+    }  # fmt: skip
     free = ("batch_size",)
     with runs.open(config.out, settings, recipe="visual_probing", model=model, dataset=dataset, free=free) as run:
         run.claim(files_of(asking.positions))  # before any work
         return _run(run, model, labels, asking, probing, cliff, *selected)
-
-
-def _settings(
-    dataset: str, questions: Questions, classes: Sequence[str], asking: AskingProbes, probing: Probing, cliff: Cliff
-) -> dict[str, object]:
-    """What the numbers depend on, beside the model."""
-    return {
-        "dataset": dataset, "questions": visual_data.digest_of(questions), "n_questions": len(questions),
-        "classes": list(classes), **{k: v for k, v in vars(asking).items() if k != "strict"},
-        "scorer": str(asking.scorer), **vars(probing), "cliff_boundary": cliff.boundary, "causal_record": cliff.hash,
-    }  # fmt: skip
 
 
 def _cliff(model: ic.Model, boundary: int | None, record: str, digest: str) -> Cliff:

@@ -35,8 +35,8 @@ class VisualProbingConfig(VisualConfig):
         pooling: of the visual tokens: mean, max, midpoint.
         group_by: image, or image_and_question where labels go with the questions' words.
         shuffles: labelings of the null; fewer than 100 are inconclusive (None: the profile's number).
-        n_folds: of the probes.
-        repeats: of the folds (None: the profile's number).
+        n_folds: parts of the samples, each of which is left out of training once.
+        repeats: how often these parts are drawn anew (None: the profile's number).
     """
 
     classes: list[str] | None = None

@@ -78,6 +78,13 @@ class Cliff:
         )
 
 
+def _significance(p: float, gain: stats.Interval) -> str:
+    """Both must hold: sign flips know nothing of how far a mean is from 0, an interval nothing of many positions."""
+    if p > LEVEL or not gain.excludes(0):
+        return "not significant"
+    return "significant" if gain.value > 0 else "significant (below)"
+
+
 @dataclass(frozen=True, eq=False)
 class Position:
     """What probes read at one position.
@@ -96,46 +103,47 @@ class Position:
     cliff: Cliff
     constant: tuple[str, ...] = ()
 
+    @property
+    def fitted(self) -> Comparison:
+        """The comparison, where there is one."""
+        assert self.comparison is not None
+        return self.comparison
+
     @cached_property
     def means(self) -> dict[str, stats.Interval]:
         """Mean accuracy after the cliff, by mode."""
-        assert self.comparison is not None
-        return {mode: self.comparison.after(self.cliff.first, mode) for mode in MODES}
+        return {mode: self.fitted.after(self.cliff.first, mode) for mode in MODES}
 
     @cached_property
     def gain(self) -> stats.Interval:
         """Mean accuracy with the image minus that with a random one."""
-        assert self.comparison is not None
-        return self.comparison.after(self.cliff.first, minus=RANDOM)
+        return self.fitted.after(self.cliff.first, minus=RANDOM)
 
     @cached_property
     def accuracies(self) -> dict[str, stats.Band]:
         """Accuracy over layers, by mode."""
-        assert self.comparison is not None
-        return {mode: self.comparison.accuracy(mode) for mode in MODES}
+        return {mode: self.fitted.accuracy(mode) for mode in MODES}
 
     @cached_property
     def gains(self) -> dict[str, stats.Band]:
         """Accuracy with the image minus that of each blind mode, over layers; the bands hold the whole curve."""
-        assert self.comparison is not None
-        return {mode: self.comparison.gain(mode, simultaneous=True) for mode in BLIND}
+        return {mode: self.fitted.gain(mode, simultaneous=True) for mode in BLIND}
 
     @cached_property
     def test(self) -> Any:
         """Sign flips of the same difference, images flipped whole; classes weigh alike."""
-        assert self.comparison is not None
-        modes, start = self.comparison.modes, self.cliff.first
+        modes, start = self.fitted.modes, self.cliff.first
         difference = (modes[ORIGINAL].correct - modes[RANDOM].correct)[:, start:].mean(1)
+        # balanced accuracy is what is reported, so each class weighs the same here too
         labels = modes[ORIGINAL].labels
         counts = np.bincount(labels)
         weights = len(labels) / (len(counts) * counts[labels])
-        return stats.sign_flip(difference * weights, clusters=self.comparison.folds.groups)
+        return stats.sign_flip(difference * weights, clusters=self.fitted.folds.groups)
 
     @property
     def fold_error(self) -> float:
-        """Of the gain, by repeated folds (Nadeau and Bengio)."""
-        assert self.comparison is not None
-        modes, start = self.comparison.modes, self.cliff.first
+        """Standard error of the gain over other train samples, by repeated folds (Nadeau and Bengio 2003)."""
+        modes, start = self.fitted.modes, self.cliff.first
         by_split = (modes[ORIGINAL].by_split - modes[RANDOM].by_split)[:, start:].mean(1, keepdims=True)
         return float(corrected_error(by_split, modes[ORIGINAL].ratio)[0])
 
@@ -153,9 +161,7 @@ class Position:
         for kind in ("error", "inconclusive"):
             if any(flag.startswith(kind) for flag in self.flags):
                 return kind
-        if adjusted > LEVEL or not self.gain.excludes(0):
-            return "not significant"
-        return "significant" if self.gain.value > 0 else "significant (below)"
+        return _significance(adjusted, self.gain)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +205,7 @@ class Behaviour:
         """Of the gain over a blind mode: inconclusive, significant, significant (below), not significant."""
         if self.gains[mode].units < FEWEST:
             return "inconclusive"
-        if self.tests[mode].p > LEVEL or not self.gains[mode].excludes(0):
-            return "not significant"
-        return "significant" if self.gains[mode].value > 0 else "significant (below)"
+        return _significance(self.tests[mode].p, self.gains[mode])
 
 
 @dataclass(frozen=True, eq=False)

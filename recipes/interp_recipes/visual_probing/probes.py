@@ -64,12 +64,12 @@ def probed(
     def make() -> Kept:
         states = {mode: states_at([run.path / name for name in files[mode]], place, names) for mode in MODES}
         constant = tuple(mode for mode, values in states.items() if _same(values))
-        found = compare(
+        comparison = compare(
             states, labels, groups=groups, donors=donors, questions=questions, folds=folds,
             donor_labels=[data.samples[sample.donor].label for sample in samples], decoder=probing.decoder,
             shuffles=probing.shuffles, seed=probing.seed,
         )  # fmt: skip
-        return found, constant
+        return comparison, constant
 
     after = [name for of in files.values() for name in of]
     stage = f"probes/{runs.safe_name(place)}.npz"

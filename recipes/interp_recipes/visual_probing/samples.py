@@ -25,7 +25,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs, vision
 
-from ..visual_data import Asking, Row, demand_one_image, each, note_bad, question_tokens, stacked
+from ..visual_data import Asking, Row, demand_one_image, each, question_tokens, readable, stacked
 
 ORIGINAL, RANDOM = "original", "blind_randomimage"
 BLIND = {"blind_black": "black", "blind_mean": "mean", RANDOM: "random"}
@@ -98,14 +98,14 @@ class Shown:
 
     def image(self, number: int, mode: str) -> Any:
         """What a sample is shown."""
-        own = self.images[number]
+        image = self.images[number]
         if mode == ORIGINAL:
-            return own
+            return image
         if mode == RANDOM:
             other = self.images[self.samples[number].donor]
-            return other.resize(own.size) if self.samples[number].name in self.resized else other
+            return other.resize(image.size) if self.samples[number].name in self.resized else other
         colour = self.colour if BLIND[mode] == "mean" else None
-        return vision.blind_images([own], BLIND[mode], colour=colour).images[0]
+        return vision.blind_images([image], BLIND[mode], colour=colour).images[0]
 
     @property
     def collisions(self) -> int:
@@ -144,15 +144,8 @@ def shown(
         PlanError: fewer than two images.
         InterpError: a sample that cannot be used, if the run is strict.
     """
-    good: list[Sample] = []
     bad = list(skipped)
-    with ic.Progress("questions", len(questions)) as told:
-        for question in questions:
-            try:
-                good.append(_sample(model, question, classes, asking))
-            except ic.InterpError as error:
-                note_bad(bad, question.name, "reading it", error, asking.strict)
-            told.add()
+    good = readable(questions, lambda question: _sample(model, question, classes, asking), asking, bad)
     if len({sample.image for sample in good}) < 2:
         why = f"; the first that cannot be used: {bad[0]['sample']}: {bad[0]['reason']}" if bad else ""
         raise ic.PlanError(
@@ -226,7 +219,9 @@ def _each(
 def block_bytes(block: Block) -> bytes:
     """What the file of a block holds."""
     return runs.safetensors_bytes(
-        block[0] or {"none": torch.zeros(0)}, {name: json.dumps(value) for name, value in block[1].items()}
+        # a file of no tensors cannot be written
+        block[0] or {"none": torch.zeros(0)},
+        {name: json.dumps(value) for name, value in block[1].items()},
     )
 
 
@@ -258,7 +253,7 @@ def states_at(paths: Sequence[Path], place: str, names: Sequence[str]) -> Tensor
 def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> list[Row]:
     """The model's own answers of some samples in a mode, and what they are worth; `problem` of those that fail."""
     bad: list[Row] = []
-    made = _each(data, mode, numbers, asking, bad, lambda rows: _answers(model, data, mode, rows, asking))
+    answers = _each(data, mode, numbers, asking, bad, lambda rows: _answers(model, data, mode, rows, asking))
     failed = {row["sample"]: row["reason"] for row in bad}
     rows = []
     for number in numbers:
@@ -266,7 +261,7 @@ def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int],
         if name in failed:
             rows.append({"sample": name, "failed": failed[name]})
             continue
-        text, ended = made[name]
+        text, ended = answers[name]
         score = asking.scorer(text, data.samples[number].question.answers)
         rows.append({"sample": name, "failed": "", "text": text, "ended": ended, "score": score.value,
                      "read": score.read, "gold": score.gold, "problem": score.problem})  # fmt: skip
@@ -274,5 +269,5 @@ def answer_rows(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int],
 
 
 def _answers(model: ic.Model, data: Shown, mode: str, numbers: Sequence[int], asking: Asking) -> list[tuple[str, bool]]:
-    made = model.generate(_batch(model, data, mode, numbers, asking), max_new_tokens=asking.max_new_tokens)
-    return [(text, bool(ended)) for text, ended in zip(made.texts, made.ended, strict=True)]
+    generation = model.generate(_batch(model, data, mode, numbers, asking), max_new_tokens=asking.max_new_tokens)
+    return [(text, bool(ended)) for text, ended in zip(generation.texts, generation.ended, strict=True)]

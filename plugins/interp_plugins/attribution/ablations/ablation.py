@@ -137,10 +137,10 @@ class Ablation:
             return self._sweeps(judge)
         clean = self._judged(judge)
         values = torch.zeros(len(self.removals), dtype=clean.dtype)
-        with ic.Progress("ablations", len(self.removals)) as told:
+        with ic.Progress("ablations", len(self.removals)) as progress:
             for numbers in self._batches() if self.rows else ([number] for number in range(len(self.removals))):
                 values[numbers] = self._of_variants(judge, numbers).to(values)
-                told.add(len(numbers))
+                progress.add(len(numbers))
         if self.rows and self._must_be_checked():
             self._demand_equal_to_mask(judge, values)
         return clean, values
@@ -198,6 +198,7 @@ class Ablation:
             elif embedding is None:
                 positions = predictors(self.owner, judge.positions, places)
                 edit = _hidden(places, max(positions) + 1)
+            # one sweep has one place to be judged at; variants whose predictor is gone are judged before it, in another
             moved = replace(judge, positions=positions)
             part = parts.setdefault((positions, edit is None), Part(moved, [], []))
             part.numbers.append(number)
@@ -226,6 +227,7 @@ class Ablation:
         number = next(n for n, places in enumerate(self.gone) if places)
         (part,) = self._parts(judge, [self.gone[number]])
         masked = float(self._of_part(part)[0][0])
+        # two ways to the same number by other shapes: rounding of the norms, or of the model's own half precision
         limit = max(ROUNDING, RESIDUE.get(self.model.dtype, 0.0) if self.model.dtype.itemsize < 4 else 0.0)
         limit *= max(1.0, abs(masked))
         if not abs(masked - float(values[number])) <= limit:

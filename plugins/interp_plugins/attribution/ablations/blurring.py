@@ -1,4 +1,10 @@
-"""Images in which blocks are blurred."""
+"""Images in which blocks are blurred: what a block shows is gone, its brightness and place stay.
+
+A block is one of 4 × 4; the blur is Gaussian, of a deviation of a twelfth of the image's larger side, worked out on the
+pixels that the processor made, which are the model's input.
+
+Source: Pan et al. (2026), arXiv:2602.01914, for blur in the place of deletion.
+"""
 
 from __future__ import annotations
 

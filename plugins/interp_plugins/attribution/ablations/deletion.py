@@ -1,4 +1,8 @@
-"""Texts from which units are deleted, by characters or by tokens."""
+"""Texts from which units are deleted: by characters, and tokenized again, or by tokens, whose ids go.
+
+A shorter text ends with the last position that predicts the answer. Where that position itself is taken away, the last
+kept one before it predicts; a text of which nothing is left is refused.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +49,12 @@ def shortened(
     ids, width = layout.tokens.ids[0].tolist(), max(layout.predictors) + 1
     texts = []
     for places in gone:
-        away = set(places)
-        kept = [p for p in range(width) if p not in away]
+        removed = set(places)
+        kept = [p for p in range(width) if p not in removed]
         index = {p: n for n, p in enumerate(kept)}
         before = [index[p] for p in predictors(owner, layout.predictors, places)]
-        own = tuple(kept) if convention == "delete_keep_positions" else ()
-        texts.append(Shortened(tuple(ids[p] for p in kept), own, tuple(before)))
+        position_ids = tuple(kept) if convention == "delete_keep_positions" else ()
+        texts.append(Shortened(tuple(ids[p] for p in kept), position_ids, tuple(before)))
     return texts
 
 
@@ -60,8 +64,8 @@ def predictors(owner: str, positions: Sequence[int], gone: Sequence[int]) -> tup
     Raises:
         PositionError: none is kept.
     """
-    away = set(gone)
-    kept = tuple(next((q for q in range(p, -1, -1) if q not in away), -1) for p in positions)
+    removed = set(gone)
+    kept = tuple(next((q for q in range(p, -1, -1) if q not in removed), -1) for p in positions)
     if min(kept) < 0:
         raise _nothing_left(owner)
     return kept
@@ -134,14 +138,15 @@ def _retokeniser(owner: str, model: ic.Model, layout: Layout) -> tuple[str, Call
     ends = [len(whole)]
     if len(layout.target):
         ends = [max((b for _, b in offsets[:start]), default=0), offsets[start][0]]
-    own = tuple(tokens.ids[0, : start if len(layout.target) else layout.length].tolist())
+    original_ids = tuple(tokens.ids[0, : start if len(layout.target) else layout.length].tolist())
     for end in dict.fromkeys(ends):
+        # a chat template already has the token for the beginning, which a tokenizer would put there once more
         for bos in (None, False):
 
             def tokenise(text: str, bos: bool | None = bos) -> tuple[int, ...]:
                 return tuple(model.tokens(text, bos=bos).ids[0].tolist())
 
-            if end and tokenise(whole[:end]) == own:
+            if end and tokenise(whole[:end]) == original_ids:
                 return whole[:end], tokenise
     raise ic.TextError(
         f"{owner}: the text before the target does not tokenise to the tokens that are there; use delete_tokens"

@@ -64,6 +64,7 @@ def lasso(masks: np.ndarray, values: np.ndarray, alpha: float, tokens: int = 1) 
     for _ in range(ROUNDS):
         change = 0.0
         for j in moving:
+            # columns have deviation 1: the best single weight is the product with what is left, drawn in by α
             pull = z[:, j] @ residual / n + w[j]
             new = np.sign(pull) * max(abs(pull) - alpha, 0.0)
             residual += z[:, j] * (w[j] - new)
@@ -71,6 +72,7 @@ def lasso(masks: np.ndarray, values: np.ndarray, alpha: float, tokens: int = 1) 
         if change <= TOLERANCE * max(1.0, float(np.abs(w).max(initial=0.0))):
             break
     slope = z[:, moving].T @ (y - y.mean() - z @ w) / n
+    # subgradients: ±α where a weight is not 0, anything up to α where it is
     off = np.where(w[moving] != 0, np.abs(slope - alpha * np.sign(w[moving])), np.maximum(np.abs(slope) - alpha, 0))
     weights = np.divide(w, deviation, out=np.zeros_like(w), where=deviation > 0) * tokens
     return Fit(weights, float(y.mean() * tokens - mean @ weights), float(off.max(initial=0.0)))

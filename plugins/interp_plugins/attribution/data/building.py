@@ -122,11 +122,11 @@ def build(
         for example in examples
     ]
     for start in range(0, len(prompts), batch_size):
-        some = prompts[start : start + batch_size]
-        yield from _some(model, some, form, judge, max_new_tokens, keep_unfinished, profile)
+        batch = prompts[start : start + batch_size]
+        yield from _built_batch(model, batch, form, judge, max_new_tokens, keep_unfinished, profile)
 
 
-def _some(
+def _built_batch(
     model: ic.Model, prompts: list[Example], form: Form, judge: Judge, max_new_tokens: int, keep_unfinished: bool,
     profile: Profile,
 ) -> Iterator[Built]:  # fmt: skip
@@ -139,7 +139,7 @@ def _some(
             yield Built(None, "too_long", "")
             return
         for example in prompts:
-            yield from _some(model, [example], form, judge, max_new_tokens, keep_unfinished, profile)
+            yield from _built_batch(model, [example], form, judge, max_new_tokens, keep_unfinished, profile)
         return
     for i, example in enumerate(prompts):
         new = written.tokens.row(i)
@@ -179,6 +179,7 @@ def _judged(
     except ic.TextError:  # the answer's beginning shares a token with the prompt's end, once both are text
         return Built(None, "other_tokens", said)
     at = tokens.spans["target"][0][0]
+    # text that was generated may be tokenized otherwise when it is read as a whole: then it is not what the model said
     target_ids = tokens.ids[0, at.start : at.stop].tolist()
     if form == "contains" and target_ids[: len(ids)] != ids[: len(target_ids)]:
         return Built(None, "other_tokens", said)

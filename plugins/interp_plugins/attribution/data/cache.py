@@ -1,5 +1,6 @@
-"""Files of examples: read whole, or so many of them drawn as the published loader draws them. What an example is and
-how it becomes tokens is in `examples` and `tokens`, whose names are handed on here.
+"""Files of examples: read whole, or so many of them drawn as the published loader draws them.
+
+What an example is, and how it becomes tokens, is in `examples` and `tokens`, whose names are handed on here.
 
 Source: the loader of FlashTrace at 075e7e4. Must equal: its draws.
 """

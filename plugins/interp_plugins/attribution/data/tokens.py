@@ -152,17 +152,18 @@ def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tupl
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     tokens, alone = (text.encode(tokenizer, part, bos=False) for part in (whole, f" {example.prompt}"))
-    ids, own = tokens.ids[0].tolist(), alone.ids[0].tolist()
-    start = ids.index(own[0]) if own[0] in ids else len(ids)
-    if ids[start : start + len(own)] != own:
+    ids, typed = tokens.ids[0].tolist(), alone.ids[0].tolist()
+    # as published: by the first id alone, wherever that first occurs
+    start = ids.index(typed[0]) if typed[0] in ids else len(ids)
+    if ids[start : start + len(typed)] != typed:
         words = (
-            f"the user's {len(own)} tokens are not where their first one is first found, token {start} of {len(ids)}"
+            f"the user's {len(typed)} tokens are not where their first one is first found, token {start} of {len(ids)}"
         )
-        if start + len(own) > len(ids):
+        if start + len(typed) > len(ids):
             raise ic.TextError(f"{example.where}: {words}; the profile 'sound' locates them by characters")
         warnings.warn(f"{example.where}: {words}; the profile 'reference' takes that place all the same", stacklevel=3)
     gold = _touching(alone, [(a + 1, b + 1) for a, b in example.needles])
-    return tokens, (ic.Span(start, start + len(own)),), stretches(start + i for i in gold)
+    return tokens, (ic.Span(start, start + len(typed)),), stretches(start + i for i in gold)
 
 
 def _check_boundary(tokenizer: Any, example: Example, prompt: ic.Tokens, last: int) -> None:
@@ -172,6 +173,7 @@ def _check_boundary(tokenizer: Any, example: Example, prompt: ic.Tokens, last: i
     """
     assert prompt.texts and prompt.offsets and example.target is not None
     chat = bool(getattr(tokenizer, "chat_template", None))
+    # a tokenizer may join the prompt's last characters with the target's first: the user's tokens would be others
     joint = text.encode(tokenizer, prompt.texts[0] + example.target, bos=False if chat else None)
     assert joint.offsets is not None
     same = joint.ids[0, : last + 1].tolist() == prompt.ids[0, : last + 1].tolist()

@@ -13,6 +13,7 @@ where it changes nothing (|s_0 - s_K| ≤ 1e-8) the curve is a straight line, wh
 Source: Petsiuk et al. (2018), arXiv:1806.07421, normalised as in FlashTrace's multimodal evaluation; drops: Cohen-Wang
 et al. (2024), arXiv:2409.00729 (log-probability), Shrikumar et al. (2017), arXiv:1704.02685 (log-odds).
 Cost: 2 K passes and one per k for one ordering, less what other metrics of the same text have run.
+Must equal: a plain loop, one forward pass per text.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def areas(
     step = deletion_steps(order, steps, text.size)[:, None]
     number = torch.arange(int(step.max()) + 2)[:, None]
     shares = torch.tensor([0, *step_sizes(most, steps)], dtype=torch.float64).cumsum(0) / most
+    # step -1 is never deleted; of a curve the i-th text has what goes before step i
     down = text.log_prob(((step >= 0) & (step < number)).flatten(0, 1)).view(len(weights), -1)
     up = text.log_prob((step >= number).flatten(0, 1)).view(len(weights), -1)
     deletion, insertion, degenerate = normalised(down, up, shares)

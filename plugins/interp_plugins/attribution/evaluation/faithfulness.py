@@ -15,9 +15,9 @@ By default every prompt token is ranked and deleted, for all methods alike. `kep
 scores its own methods without stop words, an easier set of tokens than that of the baselines in the same table.
 
 Source: RISE, Petsiuk et al. (2018), arXiv:1806.07421; MAS, Walker et al. (2024), "Attribution Quality Metrics with
-Magnitude Alignment"; both in the form of FlashTrace's implementation (arXiv:2602.01914), whose numbers the tests hold
-(2e-7 of the same curve and order).
+Magnitude Alignment"; both in the form of FlashTrace's implementation (arXiv:2602.01914).
 Cost: 1 + K forward passes for one ordering; 1 + 1 + (K - 1) × orderings for several.
+Must equal: the published numbers, 2e-7 of the same curve and order.
 """
 
 from __future__ import annotations
@@ -238,13 +238,14 @@ def _tie_range(
 ) -> Float[Tensor, "vector metric end"]:
     """Scores over random orders among equal weights; the score itself where nothing is tied."""
     out = measured.scores[..., None].repeat(1, 1, 3)
-    open_ones = (tied > 0).nonzero()[:, 0]
-    if len(open_ones):
-        some = weights[open_ones]
-        ranks = [deletion_steps(ordered(some, keep, seed), steps, text.size) for seed in range(orders)]
+    # only vectors with ties have orders to draw; the others keep their one score at all three ends
+    tied_vectors = (tied > 0).nonzero()[:, 0]
+    if len(tied_vectors):
+        tied_weights = weights[tied_vectors]
+        ranks = [deletion_steps(ordered(tied_weights, keep, seed), steps, text.size) for seed in range(orders)]
         curves = deletion_curve(text, torch.cat(ranks))
-        drawn = metrics(curves, some.repeat(orders, 1), torch.cat(ranks)).scores.view(orders, len(some), -1)
-        own = measured.scores[open_ones]
-        ends = torch.minimum(drawn.amin(0), own), drawn.mean(0), torch.maximum(drawn.amax(0), own)
-        out[open_ones] = torch.stack(ends, -1)
+        drawn = metrics(curves, tied_weights.repeat(orders, 1), torch.cat(ranks)).scores.unflatten(0, (orders, -1))
+        declared = measured.scores[tied_vectors]
+        ends = torch.minimum(drawn.amin(0), declared), drawn.mean(0), torch.maximum(drawn.amax(0), declared)
+        out[tied_vectors] = torch.stack(ends, -1)
     return out

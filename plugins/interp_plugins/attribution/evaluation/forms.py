@@ -84,6 +84,7 @@ def forms(matrix: Shaped[Tensor, "target pos"], explained: range | ic.Span) -> F
     generated = normalised(matrix)[:, prompt:] if matrix.numel() <= BLOCK else _columns(matrix, prompt)
     starts = torch.zeros(len(span), len(matrix), dtype=torch.float64, device=matrix.device)
     starts[torch.arange(len(span)), torch.arange(span.start, span.stop)] = 1
+    # all recursions at once: a (1 - L) = start, with one row of start per explained token
     pushes = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device) - generated.tril(-1)
     entering = torch.linalg.solve_triangular(pushes, starts, upper=False, left=False, unitriangular=True)
     coefficients = torch.stack([torch.ones_like(starts[0]), starts.sum(0), entering.sum(0)])  # of N's rows, per form
@@ -95,6 +96,7 @@ def forms(matrix: Shaped[Tensor, "target pos"], explained: range | ic.Span) -> F
         out += part @ normalised(rows)
         scales.append(_scales(rows))
     if common is not None:
+        # one prompt part for all rows: a multiple of it, so that rounding cannot part equal weights
         out[:, :prompt] = (coefficients @ torch.cat(scales))[:, None] * common
     out[2, prompt:] = _kept(entering, generated, span)
     seq, row, rec = out

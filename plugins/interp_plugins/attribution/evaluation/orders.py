@@ -104,6 +104,7 @@ def ordered(
     """
     candidates = kept.nonzero()[:, 0]
     if seed is not None:
+        # the sort is stable: shuffled before, equal weights come out in that random order
         shuffled = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
         candidates = candidates[shuffled]
     return candidates[weights[:, candidates].argsort(dim=1, descending=True, stable=True)]

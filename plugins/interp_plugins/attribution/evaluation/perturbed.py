@@ -122,17 +122,18 @@ class Perturbed:
                 f"deleted tokens are a boolean [text, {self.size}], one column per prompt token, not {gone.dtype} "
                 f"{list(gone.shape)}"
             )
+        # the set of deleted tokens itself is the key: vectors, curves and tie orders share what they have in common
         keys = [row.numpy().tobytes() for row in gone.cpu()]
         missing = {key: row for key, row in zip(keys, gone.cpu(), strict=True) if key not in self._known}
         self.cost = replace(self.cost, asked=self.cost.asked + len(keys))
         rows = list(missing.items())
         size = rows_at_once(self.model, self.tokens, len(self.places.scored), self.tokens_at_once)
-        with ic.Progress("perturbed texts", len(rows)) as told:
+        with ic.Progress("perturbed texts", len(rows)) as progress:
             for first in range(0, len(rows), size):
-                some = rows[first : first + size]
-                scores = self._run(torch.stack([row for _, row in some]))
-                self._known |= {key: score for (key, _), score in zip(some, scores, strict=True)}
-                told.add(len(some))
+                batch = rows[first : first + size]
+                scores = self._run(torch.stack([row for _, row in batch]))
+                self._known |= {key: score for (key, _), score in zip(batch, scores, strict=True)}
+                progress.add(len(batch))
         return torch.stack([self._known[key] for key in keys])
 
     def _run(self, gone: Bool[Tensor, "text prompt"]) -> Float[Tensor, "text kind"]:
@@ -196,9 +197,9 @@ def replacement(model: ic.Model, replace_id: int | None) -> int:
         PlanError: no token of the model, or none known.
     """
     if replace_id is None:
-        own = getattr(model.tokenizer, "eos_token_id", None)
-        own = model.hf.config.get_text_config().eos_token_id if own is None else own
-        replace_id = own[0] if isinstance(own, (list, tuple)) and own else own
+        eos = getattr(model.tokenizer, "eos_token_id", None)
+        eos = model.hf.config.get_text_config().eos_token_id if eos is None else eos
+        replace_id = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
         if replace_id is None:
             raise ic.PlanError("neither the tokenizer nor the model has an end-of-text token; give replace_id=")
     if isinstance(replace_id, bool) or not isinstance(replace_id, int) or not 0 <= replace_id < model.d_vocab:
@@ -249,5 +250,6 @@ def log_odds(logits: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"]) -> Fl
     """Log p - log (1 - p) of tokens: their logit minus the logsumexp of all others."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(-1, ids[:, None])
+    # 1 - p by subtraction has no digits left where p is near 1
     others = logits.scatter(-1, ids[:, None], -torch.inf)
     return chosen[:, 0].double() - others.logsumexp(-1).double()

@@ -16,6 +16,7 @@ the prompt's own tokens are blurred, at the site `embed`; template and target st
 Source: Zhao and Aletras (2023), "Incorporating Attribution Importance for Improving Faithfulness Metrics",
 arXiv:2305.10496; the Hellinger form Zhao and Shan (2024), arXiv:2402.00794.
 Cost: 2 + 2 draws × vectors forward passes, and one read of the embeddings.
+Must equal: a plain loop over vectors and masks, one forward pass each, however many go into a pass.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def soft(
         raise ic.PlanError(f"soft: distance {distance!r}. {ic.errors.nearest(distance, DISTANCES)}")
     blurred = _Blurred(model, tokens, places, DISTANCES[distance], tokens_at_once)
     importance = weights.clamp(min=0) / weights.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    # a mask of zeros: what the prompt as a whole is worth, which both ratios are of
     nothing = blurred([torch.zeros(blurred.embedding.shape, dtype=torch.bool)]).item()
     distances = blurred(_masks(importance, blurred.embedding.shape[-1], draws, seed), 2 * draws * len(weights))
     ratios = distances.view(draws, 2, len(weights)) / (nothing if nothing > 0 else torch.nan)
@@ -126,6 +128,7 @@ def _masks(importance: Float[Tensor, "vector prompt"], width: int, draws: int, s
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
         u = torch.rand(importance.shape[1], width, generator=generator, dtype=torch.float64)
+        # one u for all vectors: a larger importance keeps all that a smaller one keeps, so that noise is shared
         yield from (u < q[:, None] for q in (*importance, *(1 - importance)))
 
 
@@ -149,15 +152,15 @@ class _Blurred:
     def __call__(self, masks: Iterable[Tensor], count: int = 1) -> Float[Tensor, " mask"]:
         """A distance per mask, in float64; so many are to come."""
         rest, out = iter(masks), []
-        with ic.Progress("blurred texts", count) as told:
-            while some := list(islice(rest, self.size)):
-                values = self.embedding * torch.stack(some).to(self.embedding)
-                rows = repeated(self.tokens, self.tokens.ids.repeat(len(some), 1))
+        with ic.Progress("blurred texts", count) as progress:
+            while batch := list(islice(rest, self.size)):
+                values = self.embedding * torch.stack(batch).to(self.embedding)
+                rows = repeated(self.tokens, self.tokens.ids.repeat(len(batch), 1))
                 logits = predicting(self.model, rows, self.places, [self.site.set(values)])
                 ids = self.tokens.ids[0, self.places.scored].to(logits.device)
                 out += [self.distance(self.before, row, ids).mean().cpu() for row in logits]
-                self.passes += len(some)
-                told.add(len(some))
+                self.passes += len(batch)
+                progress.add(len(batch))
         return torch.stack(out)
 
 

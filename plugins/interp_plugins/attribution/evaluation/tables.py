@@ -95,6 +95,7 @@ def _published(
     columns: tuple[str, ...], values: np.ndarray, seconds: Sequence[float], used: int | None = None,
     skipped: int | None = None,
 ) -> Published:  # fmt: skip
+    # numpy's std is that of the population, as in the published files
     mean, spread = (tuple(map(tuple, part.tolist())) for part in (values.mean(0), values.std(0)))
     return Published(columns, mean, spread, _mean(seconds), used, skipped)
 

@@ -163,6 +163,7 @@ def made_trace(
         recovery_skipped_reason,
         {name: float(value) for name, value in times if value is not None},
         None if hops is None else _array(hops),
+        # published files of methods with hops have these members, empty where the method is not AttnLRP
         ("", "", -1) if ratio is None and hops is not None else ratio,
     )  # fmt: skip
     _demand_fit(trace)
@@ -212,6 +213,7 @@ def members_of(trace: Trace) -> dict[str, Array]:
     out["prompt_len"] = np.asarray(trace.prompt_len, dtype=np.int64)
     out["gen_len"] = np.asarray(trace.gen_len, dtype=np.int64)
     for name, span in zip(SPANS, (trace.explained, trace.sink, trace.thinking), strict=True):
+        # the explained span is in every file, empty where there is none; the other two are left out
         if span is not None or name == SPANS[0]:
             ends = () if span is None else (span.start, span.stop - 1)
             out[name] = np.asarray(ends, dtype=np.int64)

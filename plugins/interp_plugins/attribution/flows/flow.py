@@ -133,6 +133,7 @@ class Flow:
         halfway, later = stream_site(self.model), not self.model.can("pattern", "rows")
         at = _at(self.rows)
         parts = [site.at(at) for site in (S.resid_pre, S.attn_out, S.z)]
+        # the last rows see most tokens; a few of them show whether anything stands between pattern · values and z
         few = list(self.rows[-4:])
         linear = sorted({*range(self.model.n_layers)} - {*self.model.layers("pattern")})
         hidden = {layer: S.attn_in[layer] for layer in linear}
@@ -158,6 +159,7 @@ class Flow:
         self.model.run(self.tokens, read=reads, logits=False, each=each, attention=later)
         for layer in linear:  # after the pass, whose hooks hang on their modules
             self._mix_linearly(layer)
+        # where attention keeps no rows to be asked later, patterns come by a second pass, and z is looked at then
         if not later and self.profile == "sound":
             for place, (kept, pattern) in enumerate(list(self._patterns([self._place[row] for row in few]))):
                 self._layers[place] = kept if pattern is None else self._ungated(kept, pattern)
@@ -180,10 +182,12 @@ class Flow:
         Raises:
             CapabilityError: what is added is no multiple of what the projection gives.
         """
+        # a norm scales every row by its own number; a multiplier is one for all, which sixteen rows tell
         per_row, few = out.normed, z if out.normed else z[-16:]
         projected = few.flatten(1) @ out.w_o.flatten(1).mT + out.bias
         added = added[-len(few) :] - out.own
         across = (projected * added).sum(-1), projected.square().sum(-1)
+        # least squares: <projected, added> / <projected, projected>
         top, bottom = across if per_row else (x.sum().expand(1) for x in across)
         scale = top / bottom.clamp_min(torch.finfo(bottom.dtype).tiny)
         off = float((added - scale[:, None] * projected).norm() / added.norm().clamp_min(1e-30))
@@ -192,6 +196,7 @@ class Flow:
                 f"layer {layer} of {self.model.source} does not add the output projection of its heads, times a norm "
                 f"or a factor, to the stream (off by {off:.1e} of its norm), so its flow has no parts by tokens"
             )
+        # a multiplier within rounding of 1 is none: most families have none, and their parts then add up exactly
         if not per_row and abs(float(scale) - 1) < FITTED.get(self.model.dtype, 5e-2):
             scale = torch.ones_like(scale)
         return scale.expand(len(z)).contiguous()
@@ -252,6 +257,7 @@ class Flow:
         for start in range(0, len(index), rows):
             part, off = index[start : start + rows], 0.0
             for kept, pattern in self._patterns(part):
+                # a chunk's rows go together, but not through a gate, or with a threshold in parts of a row's own |x|
                 if pattern is not None and kept.z is None and not (self.threshold and self.profile == "sound"):
                     flows, most = self._rows_of(kept, part, pattern)
                     out[start : start + rows] += flows
@@ -277,6 +283,8 @@ class Flow:
             other = other + proximity(scale[:, None].double() * kept.out.bias + kept.out.own, x.double())
         token, bound = near.tokens.double(), near.bound.double()
         whole = self._positive(token.sum(-1) + other)[:, None]
+        # exact parts lie between token - bound and token, the whole between whole - Σ bound and whole: so far may a
+        # share be off, either way
         shares, least = token / whole, (whole - bound.sum(-1, keepdim=True)).clamp_min(1e-30)
         off = torch.maximum(bound / whole, token / least - shares)
         return shares.cpu(), float(off.max())
@@ -304,6 +312,7 @@ class Flow:
             yield from zip(self._layers, sums.values(), strict=True)
             return
         queries = [self.rows[place] for place in index]
+        # hops come back to the same rows with other weights: holding patterns pays if most rows are asked for again
         if self.again and 2 * len(index) > len(self.rows):
             self._hold()
         for kept in self._layers:
@@ -326,6 +335,7 @@ class Flow:
         if kept.z is None:
             return scaled.sum(1)
         mixed = torch.matmul(pattern, per_head(kept.values.to(pattern), len(pattern)))
+        # gates are sigmoids, 0 to 1; 0 / 0 where a head gave nothing, and rounding may take a quotient past the ends
         gate = kept.z[index].transpose(0, 1) / mixed
         return torch.einsum("hik,hid->hkd", scaled, gate.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
 
@@ -336,6 +346,7 @@ class Flow:
             if kept.attention is None or kept.z is not None:
                 continue
             attention = kept.attention.held()
+            # as much as all that is kept anyway, no more: memory at most doubles
             room -= sum(rows.nbytes for _, rows in attention.made)
             if room < 0:
                 return

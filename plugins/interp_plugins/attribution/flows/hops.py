@@ -14,6 +14,7 @@ follows the reasoning. Where a hop has nothing to go on, it and those after it a
                      observed += a * vk * mask      pending of earlier segments += a * vk there
 
 Source: Pan et al. (2026), arXiv:2602.01914 (FlashTrace), in the state of the paper; `hop0="sink"` is the later one.
+Cost: a flow per hop, or per segment.
 Must equal: the recursions above by hand, and the published numbers (the tests).
 """
 
@@ -97,6 +98,7 @@ def multi_hop(
         mass.append(ratio)
         if hop == n_hops:
             break
+        # `not >` so that a NaN ends the hops, too
         if not (ratio > 0) or not bool(weights.any()):
             vectors.append(torch.zeros_like(last))
             continue
@@ -125,6 +127,7 @@ def split_hop(
             mass.append(first.new_zeros(()))
             continue
         vector = through(segment, waiting / waiting.sum()).clone()
+        # what a segment takes from itself is explained by nothing earlier: it is left out, and the rest scaled up
         vector[segment.start : segment.stop] = 0
         total = vector.sum()
         share = waiting.sum() / total if total > 0 else torch.zeros_like(total)
@@ -173,8 +176,8 @@ def _even(part: range, keep: Tensor | None) -> Tensor | None:
     """Weights of a first flow: even, none on stop words if there are any; all even where there is nothing else."""
     if keep is None:
         return None
-    own = keep[part.start : part.stop].double()
-    return own / own.sum() if 0 < own.sum() < len(own) else None
+    weights = keep[part.start : part.stop].double()
+    return weights / weights.sum() if 0 < weights.sum() < len(weights) else None
 
 
 def _kept(vector: Tensor, kept: Tensor | None) -> Tensor:

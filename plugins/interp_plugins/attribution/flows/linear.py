@@ -84,6 +84,7 @@ class LinearMixing(NamedTuple):
             seen["made"] = rule(*args, **kwargs)
             return seen["made"]
 
+        # a copy of the forward whose globals have the noting rule; the module's file, which models share, is untouched
         noted = types.FunctionType(
             forward.__code__, {**forward.__globals__, name: noting}, name, forward.__defaults__, forward.__closure__
         )
@@ -111,6 +112,7 @@ class LinearMixing(NamedTuple):
             values = self.values[None].detach().requires_grad_()
             outputs = self.rule(value=values, **self.called)
             core = outputs[0] if isinstance(outputs, tuple) else outputs
+            # the rule is linear in its values: one backward pass gives the coefficients of a weighted sum of rows
             back = torch.zeros_like(core)
             back[0, [self.rows[place] for place in places]] = weight.to(core)[:, None, None] * self.gate[list(places)]
             (mixed,) = torch.autograd.grad(core, values, back)

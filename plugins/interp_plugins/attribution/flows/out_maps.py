@@ -1,4 +1,12 @@
-"""What each layer makes of what its heads mix: output projection and the norm behind it; other layers are refused."""
+"""What each layer makes of what its heads mix: a linear map, so that a layer's output has parts by heads and tokens.
+
+    attn_out = norm(z @ W_O + bias)      a post-norm's gains go into W_O and bias here, its 1 / rms is each row's
+
+Layers in which something else lies between heads and stream are refused before the model runs. The profile
+"reference" makes values of the stream itself, as the published code does: by its eps, with gains and without biases.
+
+Source: Ferrando and Voita (2024), arXiv:2403.00824; the reference is FlashTrace (Pan et al. 2026), arXiv:2602.01914.
+"""
 
 from __future__ import annotations
 

@@ -138,6 +138,7 @@ def proximities_to(
         chunk_tokens: tokens that are worked on at a time, at least.
     """
     if mix.ndim == 3:
+        # one number per dimension goes into the values themselves, and leaves a mix of ones
         values, mix = (mix * per_head(values, len(mix))).transpose(0, 1), mix.new_ones(mix.shape[:2])
     size, order = whole.abs().sort()
     sign = torch.where(whole < 0, -1.0, 1.0).to(whole)
@@ -145,10 +146,12 @@ def proximities_to(
     total = (sign @ w_o.flatten(1)).view(*grouped.shape[:2], -1)
     linear = (torch.matmul(total, by_head.mT) * grouped).flatten(0, 1)
     reach = by_head.norm(dim=-1)[:, None] * grouped.abs() * longest.view(*grouped.shape[:2], 1)
+    # prox is at most its linear part, so that these pairs have none, however far they reach
     reach = reach.flatten(0, 1).masked_fill_(linear <= 0, 0)
     width, more = _split(reach, size)
     near, few = linear.clone(), order[:width]
     signed = (w_o[few] * sign[few, None, None]).unflatten(1, grouped.shape[:2]).permute(1, 3, 2, 0).flatten(2)
+    # the temporary is head · token · width numbers: as many tokens as keep it in the caches
     step = max(chunk_tokens, 2 * _room(mix) // (len(mix) * max(width, 1)))
     for start in range(0, mix.shape[1] if width else 0, step):
         part = slice(start, start + step)
@@ -203,16 +206,16 @@ class _Sums:
         self.tolerance, self.threshold, self.whole = tolerance, threshold, 0
 
     def add(self, block: _Block) -> None:
-        rows, span, each = block.chunk.rows, block.span, block.proximities()
+        rows, span, near = block.chunk.rows, block.span, block.proximities()
         self.whole += block.whole
         if self.tolerance:
-            self.bound[rows, span] = block.bound(each)
+            self.bound[rows, span] = block.bound(near)
         if self.threshold:
-            each.masked_fill_(each < self.threshold, 0)
-        self.tokens[rows, span] = each.sum(0)
-        self.heads[rows] += each.sum(-1).mT
+            near.masked_fill_(near < self.threshold, 0)
+        self.tokens[rows, span] = near.sum(0)
+        self.heads[rows] += near.sum(-1).mT
         if self.edges is not None:
-            self.edges[:, rows, span] = each
+            self.edges[:, rows, span] = near
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,7 @@ class _Layer:
     @classmethod
     def of(cls, values: Tensor, w_o: Tensor, mid: Tensor, scale: Tensor | None) -> _Layer:
         values = values.transpose(0, 1).contiguous()
+        # c_k² is the mean over heads and keys of f_k²: the diagonal of W_Oᵀ (Vᵀ V / n) W_O, without any f
         squares = values.mT @ values / values.shape[1]
         squares = squares.repeat_interleave(len(w_o) // len(values), 0)
         usual = ((squares @ w_o) * w_o).sum(1).mean(0).clamp_min(0).sqrt()
@@ -281,6 +285,7 @@ class _Layer:
         levels = [level for level in _LEVELS if level < d_model] + [d_model] * (d_model <= _LEVELS[-1])
         smallest, order = ratio.topk(d_model if tolerance else min(levels[-1] + 1, d_model), largest=False)
         allowed = tolerance * sizes.sum(-1)
+        # with every component in K nothing is left that could be overshot: no limit
         edge = torch.cat([smallest, smallest.new_full((len(smallest), 1), torch.inf)], 1)
         free = torch.stack([edge[:, level] for level in levels])
         limit = free
@@ -292,11 +297,11 @@ class _Layer:
         seen = torch.stack([part.flatten(0, 1).amax(0) for part in pattern.split(size, 1)]).gt(0).cpu()
         chunks = []
         for index, (n, keys) in enumerate(zip(best, seen, strict=True)):
-            where = keys.nonzero()[:, 0].tolist()
-            if where:
+            seen_keys = keys.nonzero()[:, 0].tolist()
+            if seen_keys:
                 rows = slice(index * size, min((index + 1) * size, len(ratio)))
                 chosen = order[rows, : levels[n]]
-                ends = (where[0], where[-1] + 1)
+                ends = (seen_keys[0], seen_keys[-1] + 1)
                 chunks.append(self.chunk(rows, ends, chosen, free[n, rows], limit[n, rows], allowed[rows]))
         return chunks
 
@@ -305,6 +310,7 @@ class _Layer:
     ) -> _Rows:
         mid = self.mid[rows]
         signs = mid.sign() if self.scale is None else mid.sign() * self.scale[rows]
+        # sign(x) is 0 in K, whose components `add_chosen` does one by one
         query = torch.einsum("rk,hek->hre", signs.scatter(1, chosen, 0), self.w_o)
         scale = None if self.scale is None else self.scale[rows].gather(1, chosen)
         small = mid.gather(1, chosen)
@@ -324,6 +330,7 @@ def _cheapest(pattern: Tensor, peak: Tensor, limit: Tensor, levels: list[int], d
     """For each chunk of rows, which level costs least, by a sample of the keys."""
     keys = pattern.shape[-1]
     step = max(1, keys // _SAMPLE)
+    # which size of K is best changes time alone, so that a sample of keys is enough to choose by
     sample = slice(step // 2, None, step)
     reach = pattern[:, :, sample] * peak[:, None, sample]
     costs = []
@@ -349,46 +356,48 @@ class _Block:
     def proximities(self) -> Float[Tensor, "head row key"]:
         layer, chunk, alpha = self.layer, self.chunk, self.alpha
         linear = layer.grouped(chunk.query) @ layer.values[:, self.span].mT
-        each = linear.view_as(alpha).mul_(alpha)
-        self.add_chosen(each)
-        each.masked_fill_(alpha == 0, 0).clamp_min_(0)
-        self.beyond &= each > 0
-        self.replace_whole(each)
-        return each
+        near = linear.view_as(alpha).mul_(alpha)
+        self.add_chosen(near)
+        near.masked_fill_(alpha == 0, 0).clamp_min_(0)
+        # the estimate is never below the exact value: where it is 0 already, there is nothing to work out again
+        self.beyond &= near > 0
+        self.replace_whole(near)
+        return near
 
-    def add_chosen(self, each: Tensor) -> None:
+    def add_chosen(self, near: Tensor) -> None:
         """Σ_K |x_k| - |α f_k - x_k|, a few rows at a time."""
         chunk, n = self.chunk, self.chunk.chosen.shape[-1]
         if not n:
             return
-        heads, _, keys = each.shape
-        step = max(1, _room(each) // (n * heads * keys))
-        for first in range(0, each.shape[1], step):
+        heads, _, keys = near.shape
+        step = max(1, _room(near) // (n * heads * keys))
+        for first in range(0, near.shape[1], step):
             rows = slice(first, first + step)
             parts = self.brought[0].index_select(1, chunk.chosen[rows].flatten()).view(heads, -1, n, keys)
             if chunk.scale is not None:
                 parts *= chunk.scale[rows, :, None]
             torch.addcmul(-chunk.small[rows, :, None], parts, self.alpha[:, rows, None], out=parts)
-            each[:, rows] += chunk.small[rows].abs().sum(-1, keepdim=True)
-            each[:, rows] -= parts.abs_().sum(2)
+            near[:, rows] += chunk.small[rows].abs().sum(-1, keepdim=True)
+            near[:, rows] -= parts.abs_().sum(2)
 
-    def replace_whole(self, each: Tensor) -> None:
+    def replace_whole(self, near: Tensor) -> None:
         """The pairs beyond the limit, component by component."""
-        layer, where = self.layer, self.beyond.nonzero()
-        self.whole = len(where)
-        for head, row, key in (part.unbind(1) for part in where.split(max(1, _room(each) // len(layer.usual)))):
+        layer, beyond = self.layer, self.beyond.nonzero()
+        self.whole = len(beyond)
+        for head, row, key in (part.unbind(1) for part in beyond.split(max(1, _room(near) // len(layer.usual)))):
             parts = self.brought[1][head, key] * self.alpha[head, row, key, None]
             rows = row + self.chunk.rows.start
             if layer.scale is not None:
                 parts *= layer.scale[rows]
-            each[head, row, key] = proximity(parts, layer.mid[rows])
+            near[head, row, key] = proximity(parts, layer.mid[rows])
 
-    def bound(self, each: Tensor) -> Float[Tensor, "row key"]:
+    def bound(self, near: Tensor) -> Float[Tensor, "row key"]:
         """By how much the sums over heads may be too large."""
         chunk = self.chunk
         slope = chunk.allowed / chunk.limit.clamp_min(torch.finfo(chunk.limit.dtype).tiny)
+        # what is overshot is convex in t and 0 up to `free`: below the limit it lies under the line to `allowed` there
         chord = torch.where((self.reach > chunk.free) & ~self.beyond, slope * self.reach, 0)
-        return torch.minimum(chord, each).sum(0)
+        return torch.minimum(chord, near).sum(0)
 
 
 def _room(like: Tensor) -> int:

@@ -6,6 +6,7 @@
 so that an edge is in the graph of every threshold below its strength, and in no other.
 
 Source: Ferrando and Voita (2024), arXiv:2403.00824, for the graph; this package for strengths.
+Must equal: the graph built anew with the higher threshold.
 """
 
 from __future__ import annotations

@@ -85,8 +85,10 @@ class Explained:
         deep = [S.deepstack[layer] for layer in model.layers(S.deepstack)] if tokens.inputs else []
         self._inner = [inner for site in sites for inner in _single(model, site)]
         self._sites = [self._entry, *deep, *self._inner]
+        # zeros that are added at a site have its gradient, and leave the value itself in the graph of those before it
         self._zeros = [_zero(model, tokens, site) for site in self._sites]
         edits = [site.add(zero) for site, zero in zip(self._sites, self._zeros, strict=True)]
+        # rules hold in the forward pass alone: what they pass back is decided there, and the backward passes come later
         with chosen.on(model) as places, _narrowed(model, tokens, at if alone and not sites else None):
             run = model.run(tokens, read=self._sites, edits=edits, logits=list(at), allow_noop=True)
         self._places = places
@@ -174,8 +176,10 @@ def relevance_rows(
     end with its last. (With images whole rows run.)
     """
     length, rows = tokens.ids.shape[1], []
+    # a group's rows all run to its end: many groups repeat forward passes, few carry backward passes too far; √(2T) is
+    # where the two cost the same
     step = len(at) if tokens.inputs else max(1, round(math.sqrt(2 * length)))
-    with ic.Progress("rows", len(at)) as told:
+    with ic.Progress("rows", len(at)) as progress:
         for start in range(0, len(at), step):
             group = list(at[start : start + step])
             part = tokens if tokens.inputs else _head(tokens, group[-1] + 1)
@@ -184,7 +188,7 @@ def relevance_rows(
             for i, seed in enumerate(torch.eye(len(group), device=logits.device)):
                 row = explained.relevance(logits, seed, last=i == len(group) - 1).tokens
                 rows.append(torch.cat([row, row.new_zeros(length - len(row))]))
-                told.add()
+                progress.add()
     return torch.stack(rows)
 
 
@@ -248,6 +252,7 @@ def _narrowed(model: ic.Model, tokens: ic.Tokens, at: Sequence[int] | None) -> I
         if x.ndim != 3 or x.shape[1] != width:
             return forward(x, *args, **named)
         part = forward(x[:, kept], *args, **named)
+        # a mixture that also returns its router's logits: these are of all positions
         if not isinstance(part, Tensor):
             return forward(x, *args, **named)
         return x.new_zeros(*x.shape[:-1], part.shape[-1]).index_copy(1, kept, part)

@@ -146,6 +146,7 @@ class Rules:
     @property
     def empty(self) -> bool:
         """Whether nothing is replaced."""
+        # a name replaces nothing, nor does the sign of an ε that no rule takes
         return replace(self, name="gradient", signed=True) == GRADIENT
 
     def __str__(self) -> str:
@@ -295,6 +296,7 @@ def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
 
     def kept(rule: Callable[..., Any]) -> Callable[..., Any]:
         def call(operation: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            # on masks and constant tables there is no gradient to change: a rule there would only cost time
             moves = any(isinstance(x, Tensor) and x.requires_grad for x in args)
             return rule(operation, *args, **named) if moves and not state.plain else operation(*args, **named)
 
@@ -303,6 +305,7 @@ def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
     by_operation: dict[str, Callable[..., Any]] = {}
     if chosen.norms:
         by_operation |= {"rsqrt": _constant, "layer_norm": _layer_norm, "rms_norm": _rms_norm}
+    # also without a rule of its own: an activation that is written as x · σ(x) would get the rule for products
     by_operation["activation"] = _plain if chosen.activations is None else _activation(chosen, state)
     if chosen.products != "gradient":
         by_operation["mul"] = _halved if chosen.products == "halved" else _gated(state)
@@ -310,6 +313,7 @@ def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
         by_operation |= {"softmax": _softmax(state), "sdpa": _detached_attention}
     elif chosen.attention == "halved":
         by_operation |= {"matmul": _halved, "sdpa": _halved_attention}
+    # attention's own softmax keeps its gradient under these rules; that of routers is held
     if chosen.router == "frozen" and "softmax" not in by_operation:
         by_operation["softmax"] = _softmax(state, everywhere=False)
     return {name: kept(rule) for name, rule in by_operation.items()}
@@ -351,8 +355,10 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
         by_module |= {model.module("block", layer): with_tables(layer) for layer in range(model.n_layers)}
     for layer in range(model.n_layers):
         parts = {name: model.module(name, layer) for name in model.components(layer)}
+        # a gated delta rule is products all through; half of each would leave next to nothing of long texts
         if "linear_attn" in parts:
             by_module[parts["linear_attn"]] = within(plain=True)
+        # in the block gates and softmax are the router's; inside an expert an activation is one like any other
         if "experts" in parts:
             by_module[parts["mlp"]], by_module[parts["experts"]] = within(routing=True), within(routing=False)
             by_module[parts["router"]] = frozen if chosen.router == "frozen" else within(plain=True)
@@ -406,6 +412,8 @@ def _detached_attention(
 def _halved_attention(
     operation: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any
 ) -> Tensor:
+    # one kernel for pattern and values, so that gradients are scaled where they leave: half to v, and of the half that
+    # is the pattern's, half to q and half to k
     return operation(_scaled(query, 0.25), _scaled(key, 0.25), _scaled(value, 0.5), *args, **named)
 
 
@@ -416,6 +424,7 @@ def _activation(chosen: Rules, state: Places) -> Callable[..., Tensor]:
 
     def rule(operation: Callable[..., Tensor], x: Tensor, *args: Any, **named: Any) -> Tensor:
         with torch.no_grad():
+            # told by value, since families write the same gate in many ways: SiLU and GELU are 0 at 0, a sigmoid is not
             is_gate = bool(operation(x.new_zeros(1), *args, **named).any())
         if is_gate:
             keeps = state.routing and chosen.router != "frozen"
@@ -423,7 +432,9 @@ def _activation(chosen: Rules, state: Places) -> Callable[..., Tensor]:
             return gate if keeps else gate.detach()
         with torch.no_grad():
             value = operation(x, *args, **named)
+            # in half precision x + 1e-10 is x, and 1e-10 itself is 0 in float16: f(x) / s(x) would be 0 / 0 at x = 0
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            # not sign(x), which is 0 at 0 and would leave nothing to divide by
             shift = torch.copysign(torch.full_like(wide, epsilon), wide) if chosen.signed else epsilon
             slope = (value.to(wide.dtype) / (wide + shift)).to(x.dtype)
         state.activated = Followed.apply(x, value, slope)  # type: ignore[no-untyped-call]
@@ -436,6 +447,7 @@ def _gated(state: Places) -> Callable[..., Tensor]:
     """An activated factor is a constant; factors of other products share."""
 
     def rule(operation: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
+        # a gated MLP multiplies right after its activation; forgotten at the first product, it gates no later one
         gate, state.activated = state.activated, None
         if a is gate or b is gate:
             return operation(*(x.detach() if x is gate else x for x in (a, b)))

@@ -18,11 +18,12 @@ from typing import Any
 
 import interp_core as ic
 
+from ..files.trials import Trial, Trials
+from ..files.trials_json import prompt_data, spaced
 from ..prompts import Prompt, build, target_ids
 from ..tasks import Task
 from ..template import Template
-from ..trials import Trial, Trials, relation_trials
-from ..trials_file import prompt_data, spaced
+from ..trials import relation_trials
 from .settings import RelationSettings
 from .source import Problem, Question
 from .tables import Row
@@ -145,6 +146,7 @@ def draw(question: Question, settings: RelationSettings, tokenizer: Any, folder:
         without = f" without {len(question) - len(kept)} bad ones" if len(kept) < len(question) else ""
         held = f" and {settings.held_out} held out" if settings.held_out else ""
         raise Skipped(f"{len(kept)} rows{without}; {settings.n_demos} demonstrations, a query{held} need {needed}")
+    # a stream of its own: trials of the rows that are left are drawn as if nothing were held out
     held_out = sorted(random.Random(f"held out {settings.seed}").sample(kept, settings.held_out))
     sources = tuple(index for index in kept if index not in held_out)
     task = Task.of(question.q_id, [question.pairs[i] for i in sources], source=str(settings.relation_csv))
@@ -153,13 +155,13 @@ def draw(question: Question, settings: RelationSettings, tokenizer: Any, folder:
     )
     trials = replace(trials, meta={**trials.meta, "model_name_for_tokenizer": settings.model})
     asked_sources = tuple(held_out or (sources[trial.query_index] for trial in trials))
-    asked = tuple(build(tokenizer, template, [], question.pairs[i], None) for i in asked_sources)
-    return Work(question, trials, asked, sources, asked_sources, folder, problems)
+    zeroshot_prompts = tuple(build(tokenizer, template, [], question.pairs[i], None) for i in asked_sources)
+    return Work(question, trials, zeroshot_prompts, sources, asked_sources, folder, problems)
 
 
 def _unanswerable(question: Question, template: Template, tokenizer: Any) -> list[Problem]:
     """Outputs that do not continue their prompt."""
-    front, found = template.front(tokenizer), []
+    front, problems = template.front(tokenizer), []
     bad = {problem.row for problem in question.problems}
     for pair, row in zip(question.pairs, question.rows, strict=True):
         if row in bad:
@@ -168,5 +170,5 @@ def _unanswerable(question: Question, template: Template, tokenizer: Any) -> lis
         try:
             target_ids(tokenizer, prompt, template.spaced(pair.output), special=front.added, where=repr(pair.input))
         except ic.TextError as error:
-            found.append(Problem(row, question.columns[1], str(error)))
-    return found
+            problems.append(Problem(row, question.columns[1], str(error)))
+    return problems

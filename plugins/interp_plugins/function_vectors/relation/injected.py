@@ -15,13 +15,13 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from ..common_files import by_layer
 from ..effects import Head
+from ..files.answers import Measured, measured
+from ..files.common import by_layer
+from ..files.trials_json import short_name
 from ..inject import injection
-from ..trials_file import short_name
 from ..vectors import FunctionVector, function_vector
 from .draws import Work
-from .measures import Measured, measured
 from .settings import RelationSettings
 from .tables import Means, Row, aie_rows, csv_table, eval_rows, eval_summary, read_json
 
@@ -95,12 +95,13 @@ def evaluate_layers(
         return
     different = list(dict.fromkeys(work.asked))
     edits = [injection(model, vector, layer, strength=settings.alpha) for layer in todo]
-    found = measured(model, different, edits)
+    measures = measured(model, different, edits)
+    # queries repeat over trials: each is swept once, and its numbers put back where it was asked
     place = torch.tensor([different.index(prompt) for prompt in work.asked])
-    found = Measured(*(values[..., place] for values in found))
+    measures = Measured(*(values[..., place] for values in measures))
     fv_meta = read_json(work.folder / META)
     for number, layer in enumerate(todo):
-        rows = eval_rows(work.question.q_id, model.tokenizer, work.asked, found, number)
+        rows = eval_rows(work.question.q_id, model.tokenizer, work.asked, measures, number)
         files = {
             f"step6/layer_{layer}/{name}": content for name, content in _layer(work, settings, layer, rows, fv_meta)
         }
@@ -139,11 +140,11 @@ def summarise(work: Work, settings: RelationSettings, layers: Sequence[int], par
     done = list(layers)
     per = {layer: read_json(work.folder / f"step6/layer_{layer}/eval_summary.json") for layer in done}
     best = max(done, key=lambda layer: (per[layer][settings.score_key], -layer), default=None)
-    found: Row = {
+    overview: Row = {
         "q_id": work.question.q_id, "score_key": settings.score_key, "expected_layers": list(layers),
         "completed_layers": done, "missing_layers": [], "best_layer": best,
         "best_score": None if best is None else per[best][settings.score_key],
         "per_layer": {str(layer): summary for layer, summary in per.items()},
     }  # fmt: skip
-    part.put({SUMMARY: runs.json_text(found)})
-    return found
+    part.put({SUMMARY: runs.json_text(overview)})
+    return overview

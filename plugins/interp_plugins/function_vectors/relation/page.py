@@ -34,12 +34,12 @@ _SHOWN = {
 
 def write_summary(run: runs.RunFolder) -> Path:
     """Write `summary.csv`, `failures.json` and `summary.html`; returns the page."""
-    out, found = run.path, sorted(run.parts(), key=_natural)
-    rows = [_row(out, part) for part in found]
-    groups = classified(found)
+    out, parts = run.path, sorted(run.parts(), key=_natural)
+    rows = [_row(out, part) for part in parts]
+    groups = classified(parts)
     failures = {"n_failed": sum(group["count"] for group in groups), "classes": groups}
     files: dict[str, str | bytes] = {"summary.csv": csv_table(rows)} if rows else {}
-    files |= {"failures.json": runs.json_text(failures), "summary.html": _page(out, found, rows, groups)}
+    files |= {"failures.json": runs.json_text(failures), "summary.html": _page(out, parts, rows, groups)}
     for name, content in files.items():
         run.put({name: content}, binds=False)
     return out / "summary.html"
@@ -51,14 +51,14 @@ def _natural(part: Mapping[str, Any]) -> list[tuple[int, str]]:
     return [(int(piece) if piece.isdecimal() else -1, piece) for piece in pieces]
 
 
-def classified(found: Iterable[Mapping[str, Any]]) -> list[Row]:
+def classified(parts: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Failures by stage and class of error, in the order of the stages.
 
     Args:
-        found: records of the run's parts.
+        parts: records of the run's parts.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for part in found:
+    for part in parts:
         if part["state"] == "failed":
             error = part["error"]
             groups.setdefault((error["stage"], error["error_class"]), []).append(part)
@@ -81,10 +81,10 @@ def _row(out: Path, part: Mapping[str, Any]) -> Row:
     if part["state"] != "completed":
         return row
     folder = out / part["folder"]
-    found = read_json(folder / SUMMARY)
-    best, first = found["per_layer"][str(found["best_layer"])], read_json(folder / "top_heads.json")["heads"][0]
+    summary = read_json(folder / SUMMARY)
+    best, first = summary["per_layer"][str(summary["best_layer"])], read_json(folder / "top_heads.json")["heads"][0]
     lines = read_lines(folder / "trial_metrics.jsonl")
-    row |= {key: found[key] for key in ("best_layer", "score_key", "best_score")}
+    row |= {key: summary[key] for key in ("best_layer", "score_key", "best_score")}
     row |= {key: best[key] for key in ("acc_base", "acc_with", "delta_acc")}
     row |= {f"acc_{kind}": fmean(line[f"accuracy_{kind}"] for line in lines) for kind in ("clean", "corrupted")}
     return row | {"trials": len(lines), "top_head": f"L{first['layer']}H{first['head']}"}
@@ -95,10 +95,10 @@ def _state(part: Mapping[str, Any]) -> str:
     return "pending" if part["state"] == "stopped" else str(part["state"])
 
 
-def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
-    done = [status for status in found if status["state"] == "completed"]
-    counts = Counter(map(_state, found))
-    said = f"{len(found)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
+def _page(out: Path, statuses: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
+    done = [status for status in statuses if status["state"] == "completed"]
+    counts = Counter(map(_state, statuses))
+    said = f"{len(statuses)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
     shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
     about = (
         "Share of prompts whose answer's first token is the likeliest: with demonstrations, with their answers "
@@ -113,17 +113,17 @@ def _page(out: Path, found: Sequence[Mapping[str, Any]], rows: Sequence[Row], gr
          "what": "\n".join(group["rows"] or group["messages"]), "fix": group["fix"]}
         for group in groups
     ]  # fmt: skip
-    skipped = [{"question": short(s["name"], 40), "why": s["reason"]} for s in found if s["state"] == "skipped"]
+    skipped = [{"question": short(s["name"], 40), "why": s["reason"]} for s in statuses if s["state"] == "skipped"]
     dropped = [
         {"question": short(status["name"], 40), "rows": "\n".join(status["dropped_rows"])}
-        for status in found
+        for status in statuses
         if status.get("dropped_rows")
     ]
-    config = max(found, key=lambda status: status["updated"])["config"] if found else {}
-    given = [
+    config = max(statuses, key=lambda status: status["updated"])["config"] if statuses else {}
+    settings = [
         {"setting": key, "value": value} for key, value in config.items() if value is not None and key != "pairs_sha256"
     ]
-    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped, "Settings": given}
+    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped, "Settings": settings}
     sections += [Section(title, "", table(lines)) for title, lines in listed.items() if lines]
     return page("Function vectors of a relation", said, sections)
 
@@ -137,14 +137,14 @@ def _text(key: str, value: Any) -> str:
 
 def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy of every question without the vector and with it at each layer."""
-    found = [read_json(out / status["folder"] / SUMMARY) for status in done]
-    layers = list(found[0]["per_layer"])
+    summaries = [read_json(out / status["folder"] / SUMMARY) for status in done]
+    layers = list(summaries[0]["per_layer"])
     values, tips = [], []
-    for summary in found:
-        one = [summary["per_layer"][layer] for layer in layers]
+    for summary in summaries:
+        evaluations = [summary["per_layer"][layer] for layer in layers]
         key = summary["score_key"]
-        values.append([one[0]["acc_base"], *(layer["acc_with"] for layer in one)])
-        tips.append(["without the vector", *(f"{key} {layer[key]:+.4f}" for layer in one)])
+        values.append([evaluations[0]["acc_base"], *(layer["acc_with"] for layer in evaluations)])
+        tips.append(["without the vector", *(f"{key} {layer[key]:+.4f}" for layer in evaluations)])
     texts = [[f"{100 * value:.0f}%" for value in row] for row in values]
     names = [short(status["name"], 40) for status in done]
     note = "Accuracy on prompts without demonstrations: without the vector, and with it added after each layer."
@@ -155,13 +155,13 @@ def _layers(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
 def _head_map(out: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Each head's average effect, the mean over questions."""
     key = done[0]["config"]["score_key"]
-    found: dict[tuple[int, int], list[float]] = {}
+    scores: dict[tuple[int, int], list[float]] = {}
     for status in done:
         with (out / status["folder"] / "aie_scores.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                found.setdefault((int(row["layer"]), int(row["head"])), []).append(float(row[key]))
-    layers, heads = (sorted({place[axis] for place in found}) for axis in (0, 1))
-    values = [[fmean(found.get((layer, head), [0.0])) for head in heads] for layer in layers]
+                scores.setdefault((int(row["layer"]), int(row["head"])), []).append(float(row[key]))
+    layers, heads = (sorted({place[axis] for place in scores}) for axis in (0, 1))
+    values = [[fmean(scores.get((layer, head), [0.0])) for head in heads] for layer in layers]
     note = (
         f"{key} of every head, patched alone at the last token of corrupted prompts: mean over {len(done)} questions."
     )

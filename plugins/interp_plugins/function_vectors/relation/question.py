@@ -25,12 +25,12 @@ import interp_core as ic
 from interp_core import runs
 
 from ..effects import Head
-from ..files import read_means
+from ..files.answers import MEASURES, as_they_are, measured
+from ..files.published import read_means
 from ..inject import head_injection
 from ..means import mean_head_activations
 from .draws import Work
 from .injected import evaluate_layers, make_vector, summarise
-from .measures import MEASURES, as_they_are, measured
 from .settings import RelationSettings
 from .tables import Means, Row, cie_rows
 
@@ -83,6 +83,7 @@ def effects(model: ic.Model, work: Work, mean: Means, part: runs.Part) -> list[R
     edits = head_injection(mean, [Head(*place, 0.0) for place in model.heads], model, slot=slot)
     inputs = {"trials": runs.digest(work.sampled["trials"])}
     with (
+        # two files grow trial by trial: after a stop one may be ahead, so a trial counts only where both have it
         part.rows("trial_metrics.jsonl", key="trial_idx", inputs=inputs) as metrics,
         part.rows("cie_scores.csv", key="trial_idx", inputs=inputs) as scores,
     ):

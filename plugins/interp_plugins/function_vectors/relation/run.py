@@ -145,15 +145,15 @@ def _run(
             strict=settings.on_error == "stop", details=lambda error: _details(part, error),
             expected_layers=list(layers),
         ):  # fmt: skip
-            found = run_question(model, work, settings, layers, part)
+            summary = run_question(model, work, settings, layers, part)
     finally:
         if part.state == "failed":
             _failed(part, say)
     if part.state == "completed":
-        best = found["per_layer"][str(found["best_layer"])]
+        best = summary["per_layer"][str(summary["best_layer"])]
         say(
-            f"{part.name}: completed, best layer {found['best_layer']}, {settings.score_key} "
-            f"{found['best_score']:+.3f}, accuracy {best['acc_base']:.0%} → {best['acc_with']:.0%}"
+            f"{part.name}: completed, best layer {summary['best_layer']}, {settings.score_key} "
+            f"{summary['best_score']:+.3f}, accuracy {best['acc_base']:.0%} → {best['acc_with']:.0%}"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,12 +117,3 @@ class RelationSettings(ic.Config):
         """What a question's numbers depend on, as `qid_status.json` keeps it."""
         kept = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
         return kept | {"pairs_sha256": question.digest}
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The settings that two configs have differently, in words; empty if there are none."""
-    found = []
-    for key in sorted({*old, *new} - {"pairs_sha256"}):
-        if old.get(key) != new.get(key):
-            found.append(f"{key} was {old.get(key)!r}, is {new.get(key)!r}")
-    return "; ".join(found)

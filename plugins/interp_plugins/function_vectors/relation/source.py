@@ -93,9 +93,9 @@ def read_relation(
         PlanError: columns that are missing or cannot be told apart, a row of another length, or without a question.
     """
     names, records = _table(Path(path))
-    asked = {"q_column": q_column, "a_column": a_column, "b_column": b_column}
-    at = [_column(str(path), names, setting, given) for setting, given in asked.items()]
-    found: dict[str, list[tuple[int, Pair]]] = {}
+    columns_named = {"q_column": q_column, "a_column": a_column, "b_column": b_column}
+    at = [_column(str(path), names, setting, column_name) for setting, column_name in columns_named.items()]
+    by_question: dict[str, list[tuple[int, Pair]]] = {}
     for row, cells in records:
         if len(cells) != len(names):
             raise ic.PlanError(
@@ -105,10 +105,10 @@ def read_relation(
         q_id, a, b = (cells[place].strip() for place in at)
         if not q_id:
             raise ic.PlanError(f"{path}, row {row}, column {names[at[0]]} is empty; every pair belongs to a question")
-        found.setdefault(q_id, []).append((row, Pair(a, b)))
-    folders, columns = folder_names(found), (names[at[1]], names[at[2]])
+        by_question.setdefault(q_id, []).append((row, Pair(a, b)))
+    folders, columns = folder_names(by_question), (names[at[1]], names[at[2]])
     questions = []
-    for q_id, listed in found.items():
+    for q_id, listed in by_question.items():
         rows, pairs = tuple(row for row, _ in listed), tuple(pair for _, pair in listed)
         problems = tuple(_problems(listed, columns, numbers))
         questions.append(Question(q_id, folders[q_id], pairs, rows, columns, problems))
@@ -123,6 +123,7 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         first = text.splitlines()[0] if text.strip() else ""
+        # spreadsheets save with the separator of their country: the header shows which
         separator = max(",;\t", key=first.count)
         rows = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -134,12 +135,12 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return [name.strip() for name in filled[0][1]], filled[1:]
 
 
-def _column(path: str, names: Sequence[str], setting: str, given: str | None) -> int:
+def _column(path: str, names: Sequence[str], setting: str, column_name: str | None) -> int:
     """Where a column is."""
-    if given is not None:
-        if given not in names:
-            raise ic.PlanError(f"{path} has no column {given!r} ({setting}). {nearest(given, names)}")
-        return names.index(given)
+    if column_name is not None:
+        if column_name not in names:
+            raise ic.PlanError(f"{path} has no column {column_name!r} ({setting}). {nearest(column_name, names)}")
+        return names.index(column_name)
     fitting = [at for at, name in enumerate(names) if re.sub(r"[\W_]", "", name).lower() in KNOWN[setting]]
     if not fitting:
         raise ic.PlanError(
@@ -183,6 +184,7 @@ def folder_names(q_ids: Iterable[str]) -> dict[str, str]:
     """
     listed = list(dict.fromkeys(q_ids))
     names = {q_id: q_id if _SAFE.fullmatch(q_id) else _digested(q_id) for q_id in listed}
+    # twice: a digest that is put in may itself be the plain name of another question
     for _ in range(2):
         counts = Counter(name.casefold() for name in names.values())
         names = {q_id: name if counts[name.casefold()] == 1 else _digested(q_id) for q_id, name in names.items()}
@@ -208,5 +210,5 @@ def chosen(questions: Sequence[Question], q_ids: Sequence[str] | None, limit: in
     for q_id in q_ids or ():
         if q_id not in known:
             raise ic.PlanError(f"the relation has no question {q_id!r}. {nearest(q_id, known)}")
-    found = [question for question in questions if q_ids is None or question.q_id in q_ids]
-    return found[:limit]
+    selected = [question for question in questions if q_ids is None or question.q_id in q_ids]
+    return selected[:limit]

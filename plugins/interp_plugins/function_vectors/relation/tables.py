@@ -8,7 +8,6 @@ CSV files hold floats so that they are read back to the bit.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +20,12 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from ..common_files import target_fields
+from ..files.answers import MEASURES, Measured
+from ..files.common import target_fields
 from ..prompts import Prompt
-from .measures import MEASURES, Measured
 
 Row = dict[str, Any]
 Means = Float[Tensor, "layer head slot d_head"]
-_WHOLE = ("trial_idx", "layer", "head", "target_id")
 
 
 def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, str]) -> Row:
@@ -38,9 +36,9 @@ def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, 
     return row
 
 
-def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], found: Measured) -> list[Row]:
+def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], measured: Measured) -> list[Row]:
     """Causal indirect effects of one trial, a row per head; `found` is of that trial's prompt alone."""
-    before, patched = found.clean[:, 0].tolist(), found.values[:, :, 0].T.tolist()
+    before, patched = measured.clean[:, 0].tolist(), measured.values[:, :, 0].T.tolist()
     return [
         {"q_id": q_id, "trial_idx": trial, "layer": layer, "head": head, "target_id": target}
         | compared(before, after, ("base", "patch"))
@@ -59,14 +57,15 @@ def aie_rows(rows: Iterable[Mapping[str, Any]], norms: Mapping[tuple[int, int], 
     by_head: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         by_head.setdefault((row["layer"], row["head"]), []).append(row)
-    found = []
+    statistics = []
+    # statistics of plain floats, summed exactly (fmean): the CSV and a run that went on give the same bits
     for (layer, head), listed in by_head.items():
-        one: Row = {"layer": layer, "head": head, "n_trials": len(listed)}
+        head_row: Row = {"layer": layer, "head": head, "n_trials": len(listed)}
         for measure in MEASURES:
-            one |= changes(measure, listed) | means(measure, listed, ("base", "patch"))
-        one["any_nonzero"] = any(row[f"delta_{measure}"] != 0 for row in listed for measure in MEASURES)
-        found.append(one | {"mean_act_norm": norms[layer, head]})
-    return sorted(found, key=lambda row: (-row[score_key], row["layer"], row["head"]))
+            head_row |= changes(measure, listed) | means(measure, listed, ("base", "patch"))
+        head_row["any_nonzero"] = any(row[f"delta_{measure}"] != 0 for row in listed for measure in MEASURES)
+        statistics.append(head_row | {"mean_act_norm": norms[layer, head]})
+    return sorted(statistics, key=lambda row: (-row[score_key], row["layer"], row["head"]))
 
 
 def changes(measure: str, rows: Sequence[Mapping[str, Any]]) -> Row:
@@ -84,12 +83,12 @@ def means(measure: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
     return {f"mean_{measure}_{name}": fmean(row[f"{measure}_{name}"] for row in rows) for name in names}
 
 
-def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measured, variant: int) -> list[Row]:
+def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], measured: Measured, variant: int) -> list[Row]:
     """What prompts measure without and with one of the edits, a row per prompt."""
     rows = []
-    without, given = found.clean.T.tolist(), found.values[:, variant].T.tolist()
+    without, steered = measured.clean.T.tolist(), measured.values[:, variant].T.tolist()
     for number, prompt in enumerate(prompts):
-        target, tops = prompt.target_ids[0], (int(found.clean_top[number]), int(found.top[variant, number]))
+        target, tops = prompt.target_ids[0], (int(measured.clean_top[number]), int(measured.top[variant, number]))
         hits = [float(top == target) for top in tops]
         row: Row = {
             "idx": number, "q_id": q_id, "prompt": prompt.text, "answer": prompt.target,
@@ -97,7 +96,7 @@ def eval_rows(q_id: str, tokenizer: Any, prompts: Sequence[Prompt], found: Measu
             "pred_id_with": tops[1], "accuracy_base": hits[0], "accuracy_with": hits[1],
             "delta_acc": hits[1] - hits[0],
         }  # fmt: skip
-        rows.append(row | compared(without[number], given[number], ("base", "with")))
+        rows.append(row | compared(without[number], steered[number], ("base", "with")))
     return rows
 
 
@@ -118,27 +117,6 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def read_json(path: Path) -> Any:
     """A JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_cie(path: Path) -> list[Row]:
-    """Rows of `cie_scores.csv`; none if there is no file.
-
-    Raises:
-        LoadError: another table.
-    """
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            return [
-                {
-                    key: text if key == "q_id" else int(text) if key in _WHOLE else float(text)
-                    for key, text in row.items()
-                }
-                for row in csv.DictReader(file)
-            ]
-        except (ValueError, TypeError) as error:
-            raise ic.LoadError(f"{path} is not the table of effects that was written ({error}); delete it") from error
 
 
 def read_lines(path: Path) -> list[Row]:

@@ -7,6 +7,10 @@ backward pass from one position shows whether it does. Nothing is random.
 
 A prompt's matrix X_n moves the mean by δ_n = mean over layers of ‖(X_n - J_{n-1}) / n‖ / ‖J_n‖; the published rule
 stops once the mean of the last 10 is below 2e-3, after 100 prompts at least and 1,000 at most.
+
+Source: Gurnee et al. (2026), as in `jacobian`; the rule "relp" is that of Jafari et al. (2025).
+Cost: per prompt the passes above, with dim_batch copies of it in memory.
+Must equal: the sum of autograd's Jacobians, whatever dim_batch is; a fit that was stopped, the one that was not.
 """
 
 from __future__ import annotations
@@ -104,6 +108,7 @@ def fit_jacobian(
         _fit(model, numbered, fit, target, sums, None, progress)
     else:
         recorded = {**vars(fit), "texts": ic.runs.digest([ids for _, ids in numbered])}
+        # a fit may go on with more or fewer copies: no number depends on it
         del recorded["dim_batch"]
         with ic.runs.open(out, recorded, recipe=RECIPE, model=model, say=lambda line: None, kind="fit") as run:
             if run.kept(STATE):
@@ -180,6 +185,7 @@ class Sums:
 
     def add(self, matrices: Mapping[int, Tensor], number: int, tokens: int, valid: int, seconds: float) -> None:
         """A prompt's matrices."""
+        # by turns into two halves, whose distance tells how well the mean is known
         n, half = self.count + 1, self.halves[self.count % 2]
         changes, distances = [], []
         eye = torch.eye(self.d_model, dtype=self.dtype)
@@ -239,6 +245,7 @@ def _fit(
         with ic.Progress("Jacobian lens, prompts", len(numbered), shown=progress) as shown:
             shown.add(sums.count)
             for number, ids in numbered[sums.count :]:
+                # also right after a restart, which may have stopped where the rule does
                 if sums.count and sums.settled(fit):
                     break
                 began = time.monotonic()
@@ -283,13 +290,14 @@ def prompt_jacobians(
     wide = torch.promote_types(model.dtype, torch.float32)
     matrices = [torch.empty(d_model, d_model, dtype=wide) for _ in zeros]
     for start in range(0, d_model, copies):
-        some = min(copies, d_model - start)
+        count = min(copies, d_model - start)
         seed = torch.zeros_like(end)
-        copy = torch.arange(some, device=end.device)
+        copy = torch.arange(count, device=end.device)
         seed[copy, valid, start + copy] = 1
+        # copies do not see each other: each has its own coordinate's row in the same backward pass
         grads = torch.autograd.grad(end, zeros, seed, retain_graph=True)
         for matrix, grad in zip(matrices, grads, strict=True):
-            matrix[start : start + some] = grad[:some, valid].to(wide).mean(1)
+            matrix[start : start + count] = grad[:count, valid].to(wide).mean(1)
     return dict(enumerate(matrices))
 
 
@@ -300,6 +308,7 @@ def _demand_causal(end: Tensor, zeros: Sequence[Tensor], first: int) -> None:
         PlanError: it does: sums over targets would count what is no consequence.
     """
     seed = torch.zeros_like(end)
+    # an output at `first` that changes with a later input has looked ahead
     seed[:, first] = 1
     (grad,) = torch.autograd.grad(end, zeros[0], seed, retain_graph=True)
     if bool(grad[:, first + 1 :].any()):

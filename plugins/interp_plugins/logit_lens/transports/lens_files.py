@@ -76,6 +76,7 @@ def _of(data: Mapping[Any, Any], path: Path) -> JacobianLens:
         n = int(data["n_done"])
         matrices = {layer: matrix / n for layer, matrix in _matrices(data["jacobian_sum"], path).items()}
         return JacobianLens(matrices, n, {"checkpoint": True})
+    # estimates have a J, too, of which single entries mean nothing
     if "J" not in keys or PROJECTED & keys:
         kind = "an estimate from random projections" if PROJECTED & keys else "no Jacobian lens"
         raise ic.LoadError(

@@ -10,6 +10,7 @@ c), as published, and α = 2 its "double strength". On several, each layer would
 swapped; coordinates of the unchanged run as the goal make layers agree, and at α = 1 changing twice changes nothing.
 
 Source: Gurnee et al. (2026); the clamp is the remedy that users of the published code found for bands of layers.
+Cost: one forward pass for the unchanged run; a product with J per layer.
 Must equal: a_v = the gradient of the read-out logit of v without the final norm; α = 1 twice is the unchanged stream.
 """
 
@@ -125,6 +126,7 @@ def swap(
         basis = _directions(model, lens, layer, list(tokens)).mT
         _demand_apart(basis, layer, tokens)
         value = clean[site].plain
+        # of the unchanged run, whatever earlier layers of the edited run have done to the stream
         goal = (value.to(basis) @ torch.linalg.pinv(basis).mT).flip(-1)
         edits.append(site.apply(_clamp(basis, goal, alpha)))
     return edits
@@ -143,6 +145,7 @@ def _clamp(basis: Tensor, goal: Tensor, alpha: float) -> Callable[[Tensor], Tens
         wide = resid.to(basis)
         return (wide + alpha * (goal - wide @ inverse.mT) @ basis.mT).to(resid.dtype)
 
+    # edits by a function are told apart by a key, or a cached sweep could not tell two swaps apart
     key = hashlib.sha256(basis.cpu().numpy().tobytes() + goal.cpu().numpy().tobytes()).hexdigest()[:16]
     return ic.keyed(clamp, f"swap {alpha:g} {key}")
 

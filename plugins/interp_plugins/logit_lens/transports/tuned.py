@@ -208,6 +208,7 @@ def fit_tuned(
             else:
                 weight[layer], bias[layer] = _descent(model, streams[i], streams[-1], steps, rows, rate)
             shown.add()
+    # as published files have it, by which `check` knows a lens of another unembedding
     metadata = {
         "base_model_name_or_path": ic.runs.model_record(model)["source"], "unembed_hash": unembed_hash(model),
         "objective": objective, "texts": len(texts), "positions": len(streams[-1]),
@@ -253,12 +254,12 @@ def _descent(model: ic.Model, x: Tensor, y: Tensor, steps: int, rows: int, rate:
     for step in range(steps):
         for group in adam.param_groups:
             group["lr"] = rate * (1 - step / steps)
-        some = x[at[step]]
+        batch = x[at[step]]
         with torch.no_grad():
             wanted = torch.log_softmax(model.readout(y[at[step]].to(model.dtype)).float(), -1)
         with torch.enable_grad():
-            said = torch.log_softmax(model.readout((some + some @ weight.mT + bias).to(model.dtype)).float(), -1)
-            loss = torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+            logprob = torch.log_softmax(model.readout((batch + batch @ weight.mT + bias).to(model.dtype)).float(), -1)
+            loss = torch.nn.functional.kl_div(logprob, wanted, log_target=True, reduction="batchmean")
             adam.zero_grad()
             loss.backward()
         adam.step()

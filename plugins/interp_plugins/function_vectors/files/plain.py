@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import interp_core as ic
 
-from .effects import CLASSES, token_class
-from .means import head_shape
-from .prompts import Prompt
+from ..effects import CLASSES, token_class
+from ..means import head_shape
+from ..prompts import Prompt
 
 Pick = Callable[[Tensor, int], Tensor]
 MEASURES: Mapping[str, Pick] = {
@@ -68,11 +68,11 @@ def plain_effects(
     projections, heads, d_head = _projections(model)
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     shape = len(prompts), *mean.shape[:2], len(CLASSES)
-    found = {measure: torch.full(shape, torch.nan, dtype=kind) for measure in MEASURES}
+    by_measure = {measure: torch.full(shape, torch.nan, dtype=kind) for measure in MEASURES}
     for number, prompt in enumerate(prompts):
         target, clean = prompt.target_ids[0], _last_logits(model, prompt)
         names = [token_class(label) for label in prompt.labels]
-        places = [[token for token, name in enumerate(names) if name == one] for one in CLASSES]
+        places = [[token for token, name in enumerate(names) if name == token_kind] for token_kind in CLASSES]
         places = places if classes else [*[[]] * (len(CLASSES) - 1), [len(prompt) - 1]]
         for layer, module in projections.items():
             for head in range(heads):
@@ -89,8 +89,8 @@ def plain_effects(
                             patched = _last_logits(model, prompt)
                     for measure, pick in MEASURES.items():
                         effect = pick(patched, target) - pick(clean, target) if tokens else 0.0
-                        found[measure][number, layer, head, place] = effect
-    return found if classes else {measure: effects[..., -1] for measure, effects in found.items()}
+                        by_measure[measure][number, layer, head, place] = effect
+    return by_measure if classes else {measure: effects[..., -1] for measure, effects in by_measure.items()}
 
 
 @torch.no_grad()

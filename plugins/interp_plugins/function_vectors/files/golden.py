@@ -19,10 +19,11 @@ from typing import Any
 import interp_core as ic
 from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile, table
-from .effects import ranking
-from .extraction import Answers, Extraction
-from .prompts import Prompt
+from ..effects import ranking
+from ..prompts import Prompt
+from .answers import Answers
+from .extraction import Extraction
+from .fixed_run import Files, FixedRun, profile, table
 
 DUMP = "src_reference_dump.json"
 HEADS = "top_heads_src.json"
@@ -31,38 +32,38 @@ MAPS = "slot_maps.json"
 LOGITS = "injection_logits.safetensors"
 
 
-def source_files(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> Files:
+def source_files(model: ic.Model, run: FixedRun, extraction: Extraction, answered: Answers) -> Files:
     """The files, by name."""
     assert run.trials.slots is not None
     name = run.dataset_name
     return {
-        f"{name}_mean_head_activations_FIXED.pt": ic.runs.pt_bytes(made.mean),
+        f"{name}_mean_head_activations_FIXED.pt": ic.runs.pt_bytes(extraction.mean),
         f"{name}_dummy_labels.json": runs.json_text(run.trials.slots.json()),
-        f"{name}_indirect_effect.pt": ic.runs.pt_bytes(made.effects[made.measure]),
-        VECTOR: ic.runs.pt_bytes(made.vector.vector[None]),
-        HEADS: runs.json_text(heads_table(made)),
+        f"{name}_indirect_effect.pt": ic.runs.pt_bytes(extraction.effects[extraction.measure]),
+        VECTOR: ic.runs.pt_bytes(extraction.vector.vector[None]),
+        HEADS: runs.json_text(heads_table(extraction)),
         MAPS: slot_maps(run, model),
         LOGITS: logits_file(answered),
-        DUMP: runs.json_text(_dump(model, run, made, answered)),
+        DUMP: runs.json_text(_dump(model, run, extraction, answered)),
     }
 
 
-def settings_of(made: Extraction, answered: Answers) -> dict[str, Any]:
+def settings_of(extraction: Extraction, answered: Answers) -> dict[str, Any]:
     """The settings that the numbers depend on."""
     return {
-        "by": made.by, "n_top_heads": len(made.heads), "token_class_idx": made.token_class,
+        "by": extraction.by, "n_top_heads": len(extraction.heads), "token_class_idx": extraction.token_class,
         "edit_layer": answered.layer, "prompt_kind": answered.kind, "alpha": answered.alpha,
     }  # fmt: skip
 
 
-def heads_table(made: Extraction) -> dict[str, Any]:
+def heads_table(extraction: Extraction) -> dict[str, Any]:
     """The reference's `top_heads`, and what its rounded scores leave out."""
     return {
-        "n_top_heads": len(made.heads),
-        "top_heads": [[h.layer, h.head, round(h.score, 4)] for h in made.heads],
-        "fv_norm": made.vector.norm,
-        "aie_sorted_full": [list(head) for head in ranking(made.aie())],
-        "gap_k_to_k1": made.known_gap,
+        "n_top_heads": len(extraction.heads),
+        "top_heads": [[h.layer, h.head, round(h.score, 4)] for h in extraction.heads],
+        "fv_norm": extraction.vector.norm,
+        "aie_sorted_full": [list(head) for head in ranking(extraction.aie())],
+        "gap_k_to_k1": extraction.known_gap,
     }
 
 
@@ -92,31 +93,31 @@ def logits_file(answered: Answers) -> bytes:
     from safetensors.torch import save
 
     about = {"of": json.dumps([answered.kind, answered.layer])}  # one entry: their order is not kept
-    return save({"clean": answered.base.logits.contiguous(), "with": answered.given.logits.contiguous()}, about)
+    return save({"clean": answered.base.logits.contiguous(), "with": answered.steered.logits.contiguous()}, about)
 
 
-def _dump(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> dict[str, Any]:
-    trials, slots, effects = run.trials, run.trials.slots, made.effects[made.measure]
+def _dump(model: ic.Model, run: FixedRun, extraction: Extraction, answered: Answers) -> dict[str, Any]:
+    trials, slots, effects = run.trials, run.trials.slots, extraction.effects[extraction.measure]
     assert slots is not None
     return {
         "meta": {
             **run.meta(),
-            **settings_of(made, answered),
+            **settings_of(extraction, answered),
             "fixed_trials_path": str(run.path),
             "rng": trials.meta.get("rng"),
             "boundary": slots.template.boundary,
             "prepend_bos_token_used": bool(slots.front.text),
             "profile": profile(model),
         },
-        "mean_shape": list(made.mean.shape),
+        "mean_shape": list(extraction.mean.shape),
         "query_pred_slot": len(slots) - 1,
         "indirect_effect": {
             "shape": list(effects.shape),
             "max_abs": float(effects.nan_to_num().abs().max()),
-            "top_heads": [list(head) for head in made.heads],
-            "gap_k_to_k1": made.known_gap,
+            "top_heads": [list(head) for head in extraction.heads],
+            "gap_k_to_k1": extraction.known_gap,
         },
-        "fv": {"shape": [1, len(made.vector.vector)], "norm": made.vector.norm},
+        "fv": {"shape": [1, len(extraction.vector.vector)], "norm": extraction.vector.norm},
         "trials": [
             {"trial_id": trial.number, "trial_idx": place, **_boundary(model, prompt), **_row(answered, place)}
             for place, (trial, prompt) in enumerate(zip(trials, answered.prompts, strict=True))
@@ -138,15 +139,15 @@ def _boundary(model: ic.Model, prompt: Prompt) -> dict[str, Any]:
 
 
 def _row(answered: Answers, place: int) -> dict[str, Any]:
-    base, given = answered.base, answered.given
+    base, steered = answered.base, answered.steered
     return {
         "prompt_kind": answered.kind,
         "edit_layer": answered.layer,
         "base_logprob": float(base.logprob[place]),
-        "with_logprob": float(given.logprob[place]),
-        "delta_logprob": float(given.logprob[place]) - float(base.logprob[place]),
+        "with_logprob": float(steered.logprob[place]),
+        "delta_logprob": float(steered.logprob[place]) - float(base.logprob[place]),
         "base_rank": int(base.rank[place]),
-        "with_rank": int(given.rank[place]),
+        "with_rank": int(steered.rank[place]),
         "base_pred_id": int(base.pred_id[place]),
-        "with_pred_id": int(given.pred_id[place]),
+        "with_pred_id": int(steered.pred_id[place]),
     }

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .effects import Head
-from .means import head_shape
-from .prompts import Prompt
-from .vectors import function_vector, head_space
+from ..effects import Head
+from ..means import head_shape
+from ..prompts import Prompt
+from ..vectors import function_vector, head_space
 
 
 def by_layer(

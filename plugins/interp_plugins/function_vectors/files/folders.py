@@ -37,8 +37,8 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from .files import read_tensor
-from .source_files import DUMP, HEADS, LOGITS, MAPS, VECTOR
+from .golden import DUMP, HEADS, LOGITS, MAPS, VECTOR
+from .published import read_tensor
 
 Combination = tuple[str, int]
 """Kind of prompts, and layer of injection."""
@@ -145,17 +145,17 @@ def _part(folder: Path, dataset: str, sources: Iterable[tuple[str, Callable[[Pat
     """The first of the files that is there; of any task if none is named."""
     first = None
     for pattern, reader in sources:
-        found = sorted(folder.glob(pattern.replace("<ds>", glob.escape(Path(dataset).name) or "*")))
+        paths = sorted(folder.glob(pattern.replace("<ds>", glob.escape(Path(dataset).name) or "*")))
         first = first or folder / pattern.replace("<ds>", dataset or "<ds>")
-        if len(found) > 1:
-            return Part(first, None, f"{len(found)} files of this name; say which task's: dataset_name=…")
-        if found:
+        if len(paths) > 1:
+            return Part(first, None, f"{len(paths)} files of this name; say which task's: dataset_name=…")
+        if paths:
             try:
-                return Part(found[0], reader(found[0]))
+                return Part(paths[0], reader(paths[0]))
             except KeyError as error:
-                return Part(found[0], None, f"has no field {error}")
+                return Part(paths[0], None, f"has no field {error}")
             except Exception as error:  # whatever JSON, pickle, safetensors and wrong types raise
-                return Part(found[0], None, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")
+                return Part(paths[0], None, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")
     assert first is not None
     return Part(first, None, "missing")
 
@@ -171,8 +171,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in (DUMP, "eval_meta.json"):
         if (folder / name).exists():
             try:
-                found = _json(folder / name)
-                meta = dict(found.get("meta", found))
+                data = _json(folder / name)
+                meta = dict(data.get("meta", data))
                 return {**meta, **meta.get("config", {})}
             except (ValueError, AttributeError, TypeError):
                 return {}
@@ -190,10 +190,10 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int | None]:
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
     """A runtime row: `logprob_base` is `base_logprob`, and so on."""
-    found = {"trial_id": row["idx"], "trial_idx": row["idx"], **row, "boundary_answer": row["answer"]}
+    fields = {"trial_id": row["idx"], "trial_idx": row["idx"], **row, "boundary_answer": row["answer"]}
     for side in ("base", "with"):
-        found |= {f"{side}_{key}": row[f"{key}_{side}"] for key in ("logprob", "rank", "pred_id")}
-    return found
+        fields |= {f"{side}_{key}": row[f"{key}_{side}"] for key in ("logprob", "rank", "pred_id")}
+    return fields
 
 
 def _place(row: Mapping[str, Any]) -> str:
@@ -204,31 +204,32 @@ def _trials(path: Path) -> Table:
     """Prompt and target of each trial."""
     rows, expected = _rows(path)
     names = ("prompt", "n_tokens", "boundary_prefix", "boundary_answer", "answer_ids", "target_id")
-    found = []
+    read = []
     for row in rows:
         if row["prompt"] is not None:  # the published tables write it once
             fields = {name: row[name] for name in names if name in row}
             of = (row["prompt_kind"], row["edit_layer"])
-            found.append(Row(f"{_place(row)}, {of[0]}", int(row["trial_idx"]), of, fields))
-    return Table.of(found, expected)
+            read.append(Row(f"{_place(row)}, {of[0]}", int(row["trial_idx"]), of, fields))
+    return Table.of(read, expected)
 
 
 def _answers(path: Path) -> Table:
     """What each trial answers, without the vector and with it."""
     rows, expected = _rows(path)
     names = ("target_id", *(f"{s}_{key}" for key in ("logprob", "rank", "pred_id") for s in ("base", "with")))
-    found = []
+    read = []
     for row in rows:
         fields = {name: row[name] for name in (*names, "delta_logprob") if name in row}
         fields |= {f"{side}_pred_id": row[f"{side}_top5"][0] for side in ("base", "with") if f"{side}_top5" in row}
         of = (row["prompt_kind"], row["edit_layer"])
-        found.append(Row(f"{_place(row)}, {of[0]}, layer {of[1]}", int(row["trial_idx"]), of, fields))
-    return Table.of(found, expected)
+        read.append(Row(f"{_place(row)}, {of[0]}, layer {of[1]}", int(row["trial_idx"]), of, fields))
+    return Table.of(read, expected)
 
 
 def _maps(path: Path) -> Table:
     """Tokens and slots of each prompt."""
     rows = _json(path)
+    # maps name trials by their number, which may start anywhere; rows are matched by place
     order = {number: place for place, number in enumerate(dict.fromkeys(row["trial_id"] for row in rows))}
     return Table.of(Row(f"trial {row['trial_id']}, {row['mode']}", order[row["trial_id"]], None, row) for row in rows)
 
@@ -260,8 +261,8 @@ def _said(path: Path) -> dict[str, Any]:
 def _norm(path: Path) -> float | None:
     """The vector's length."""
     data = _json(path)
-    found = data.get("fv_norm", data.get("norm"))
-    return None if found is None else float(found)
+    norm = data.get("fv_norm", data.get("norm"))
+    return None if norm is None else float(norm)
 
 
 def _by_layer(path: Path) -> dict[str, dict[int, Tensor]]:
@@ -271,8 +272,8 @@ def _by_layer(path: Path) -> dict[str, dict[int, Tensor]]:
 
 
 def _global(path: Path) -> Tensor:
-    found: Tensor = ic.runs.read_pt(path, "a function vector")["fv_global_resid"]
-    return found.flatten()
+    vector: Tensor = ic.runs.read_pt(path, "a function vector")["fv_global_resid"]
+    return vector.flatten()
 
 
 def _vector(path: Path) -> Tensor:
@@ -287,12 +288,13 @@ def _logits(path: Path) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         if "clean" in file.keys():  # noqa: SIM118 (no mapping)
             kind, layer = json.loads(file.metadata()["of"])
             return {(kind, layer): (file.get_tensor("clean"), file.get_tensor("with"))}
-        found = {}
+        # the published file has all layers of a kind in one tensor [trial layer vocab]
+        logits = {}
         for kind in ("corrupted", "clean", "zeroshot"):
-            given = file.get_tensor(f"inject_{kind}_with_logits")
-            for layer in range(given.shape[1]):
-                found[kind, layer] = file.get_tensor(f"inject_{kind}_clean_logits"), given[:, layer]
-        return found
+            steered = file.get_tensor(f"inject_{kind}_with_logits")
+            for layer in range(steered.shape[1]):
+                logits[kind, layer] = file.get_tensor(f"inject_{kind}_clean_logits"), steered[:, layer]
+        return logits
 
 
 LAYOUTS: dict[str, dict[str, list[tuple[str, Callable[[Path], Any]]]]] = {

@@ -1,13 +1,13 @@
-"""One function vector from fixed trials, and what prompts answer with it, in one of two ways.
+"""One function vector from fixed trials, in one of two ways.
 
     replay   one full forward pass per prompt, and per trial, layer and head, as the published code: what two such runs
              give on one machine is equal to the bit
-    sweep    only what an edit changes is run again; answers are scored in sweeps, logits come from padded batches
+    sweep    only what an edit changes is run again
 
 *By hand* is replay by the hooks of `plain` instead of this package's means, effects, vectors and injections: the same
 bits from code that shares nothing with them, for the parity suite to hold them against.
 
-Discrete results are the same, numbers within the tolerances of `parity`. Log-probabilities are in float32 or wider.
+Discrete results are the same, numbers within the tolerances of `parity`. What prompts answer with it: `answers`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 import interp_core as ic
 
-from .artefacts import FixedRun, PromptKind
-from .effects import CLASSES, Head, average, gap, indirect_effects, top_heads
-from .inject import injection, scored
-from .means import BATCH, mean_head_activations
-from .plain import plain_effects, plain_logits, plain_means, plain_vector
-from .prompts import Prompt
-from .rows import batches, targets, tokens
-from .vectors import FunctionVector, function_vector
+from ..effects import CLASSES, Head, average, gap, indirect_effects, top_heads
+from ..means import BATCH, mean_head_activations
+from ..prompts import Prompt
+from ..vectors import FunctionVector, function_vector
+from .fixed_run import FixedRun
+from .plain import plain_effects, plain_means, plain_vector
 
 By = Literal["replay", "sweep"]
 Measure = Literal["probability", "logprob"]
@@ -121,12 +119,12 @@ def extract(
     if not 1 <= n_top_heads <= len(model.heads):
         raise ic.PlanError(f"n_top_heads is {n_top_heads}, this model has {len(model.heads)} heads")
     with clock("mean"):
-        one = 1 if by == "replay" else BATCH
-        mean = plain_means(model, run.clean) if by_hand else mean_head_activations(model, run.clean, batch=one)
+        batch = 1 if by == "replay" else BATCH
+        mean = plain_means(model, run.clean) if by_hand else mean_head_activations(model, run.clean, batch=batch)
     with clock("effects"):
         effects = _effects(model, run.corrupted, mean, by, by_hand, not last_token_only, progress)
     for name, values in (("mean", mean.permute(2, 0, 1, 3)), *effects.items()):
-        _demand_numbers(model, name, values)
+        _demand_finite_heads(model, name, values)
     with clock("vector"):
         aie = average(effects[measure], token_class_idx)
         heads = top_heads(aie, n_top_heads)
@@ -138,17 +136,17 @@ def _effects(
     model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, by_hand: bool, classes: bool, progress: bool
 ) -> dict[Measure, Tensor]:
     """Effects in both measures; by replay trial after trial, so that progress can be told."""
-    found, replay = [], by == "replay"
+    parts, replay = [], by == "replay"
     with ic.Progress(f"{by}, trials", len(prompts), shown=progress and replay) as told:
         for part in [[prompt] for prompt in prompts] if replay else [prompts]:
             if by_hand:
-                found.append(plain_effects(model, part, mean, classes=classes))
+                parts.append(plain_effects(model, part, mean, classes=classes))
             else:
                 how: Any = {"classes": classes, "by": by, "progress": progress and not replay}
                 effects = indirect_effects(model, part, mean, MEASURES, **how)
-                found.append({measure: effects[measure].effects for measure in MEASURES})
+                parts.append({measure: effects[measure].effects for measure in MEASURES})
             told.add(len(part))
-    return {measure: torch.cat([part[measure] for part in found]) for measure in MEASURES}
+    return {measure: torch.cat([part[measure] for part in parts]) for measure in MEASURES}
 
 
 def _vector(model: ic.Model, mean: Tensor, heads: tuple[Head, ...], task: str, by_hand: bool) -> FunctionVector:
@@ -157,117 +155,10 @@ def _vector(model: ic.Model, mean: Tensor, heads: tuple[Head, ...], task: str, b
     return function_vector(model, mean, heads, task=task)
 
 
-def _demand_numbers(model: ic.Model, name: str, values: Tensor) -> None:
+def _demand_finite_heads(model: ic.Model, name: str, values: Tensor) -> None:
     """Values `[any layer head …]` are numbers in every head."""
+    # only heads that there are: layers without are not a number by design
     for layer, head in model.heads:
         if not bool(values[:, layer, head].isfinite().all()):
             dtype = str(model.dtype).removeprefix("torch.")
             raise ic.InterpError(f"{name} of layer {layer}, head {head} is no number in {dtype}; load a wider dtype")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """How each prompt's target stands at its last token.
-
-    Attributes:
-        logits: of all tokens, in float32 at least.
-        logprob: of the target's first token (nats).
-        rank: how many tokens have a larger logit.
-    """
-
-    logits: Float[Tensor, "trial vocab"]
-    logprob: Float[Tensor, " trial"]
-    rank: Int[Tensor, " trial"]
-    targets: Int[Tensor, " trial"] = field(repr=False)
-
-    @property
-    def logit(self) -> Float[Tensor, " trial"]:
-        """Logit of the target."""
-        return self.logits.gather(-1, self.targets[:, None])[:, 0]
-
-    @property
-    def p(self) -> Float[Tensor, " trial"]:
-        """Probability of the target."""
-        return self.logprob.exp()
-
-    @property
-    def pred_id(self) -> Int[Tensor, " trial"]:
-        """Likeliest token."""
-        return self.logits.argmax(-1)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What prompts answer, as they are and with the vector.
-
-    Attributes:
-        prompts: what was asked.
-        kind: which prompts of the trials they are.
-        layer: where the vector was added, at the last token.
-        alpha: factor of the vector.
-        base, given: without it and with it.
-    """
-
-    prompts: tuple[Prompt, ...]
-    kind: PromptKind
-    layer: int
-    alpha: float
-    base: Judged
-    given: Judged
-
-
-def answers(
-    model: ic.Model,
-    run: FixedRun,
-    vector: FunctionVector,
-    layer: int,
-    *,
-    kind: PromptKind = "corrupted",
-    by: By = "sweep",
-    by_hand: bool = False,
-    alpha: float = 1.0,
-    clock: Clock | None = None,
-) -> Answers:
-    """Answers of all trials, without the vector and with it; `by_hand` as `extract` has it."""
-    prompts = run.prompts(kind, model.tokenizer)
-    with (clock or Clock())("injection"):
-        if by_hand:
-            added = alpha * vector.vector.to(model.device, model.dtype)
-            base, given = (_judged(plain_logits(model, prompts, v, layer), prompts) for v in (None, added))
-        elif by == "replay":
-            edit = injection(model, vector, layer, strength=alpha)
-            base, given = (_alone(model, prompts, edits) for edits in ((), (edit,)))
-        else:
-            base, given = _swept(model, prompts, injection(model, vector, layer, strength=alpha))
-    return Answers(tuple(prompts), kind, layer, alpha, base, given)
-
-
-def _alone(model: ic.Model, prompts: Sequence[Prompt], edits: tuple[ic.Edit, ...]) -> Judged:
-    """One full forward pass per prompt, logits of all positions."""
-    return _judged(_wide([model.run(tokens([p]), edits=edits).logits.plain[:, -1] for p in prompts]), prompts)
-
-
-def _judged(logits: Tensor, prompts: Sequence[Prompt]) -> Judged:
-    asked = targets(prompts)
-    own = logits.gather(-1, asked[:, None])
-    logprob = torch.log_softmax(logits, -1).gather(-1, asked[:, None])[:, 0]
-    return Judged(logits, logprob, (logits > own).sum(-1), asked)
-
-
-def _swept(model: ic.Model, prompts: Sequence[Prompt], edit: ic.Edit) -> tuple[Judged, Judged]:
-    """Log-probabilities and ranks from a sweep, logits from batches."""
-    asked, parts = targets(prompts), [tokens(part) for part in batches(prompts, BATCH)]
-    swept = scored(model, prompts, [edit], ("logprob", "rank"))
-    logprob, rank = swept["logprob"], swept["rank"]
-    base, given = (
-        _wide([model.run(part, edits=edits, logits=-1).logits.plain for part in parts]) for edits in ((), (edit,))
-    )
-    return (
-        Judged(base, logprob.clean, rank.clean.long(), asked),
-        Judged(given, logprob.values[0], rank.values[0].long(), asked),
-    )
-
-
-def _wide(logits: Sequence[Tensor]) -> Tensor:
-    joined = torch.cat(list(logits)).cpu()
-    return joined.to(torch.promote_types(joined.dtype, torch.float32))

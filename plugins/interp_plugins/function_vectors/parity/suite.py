@@ -16,18 +16,19 @@ from typing import Any
 
 import interp_core as ic
 
-from .artefacts import Files, FixedRun, PromptKind, fixed_run, folder_name, profile
-from .checks import prompt_parity, slot_parity, verify_answers
+from ..effects import CLASSES
+from ..files.answers import answers
+from ..files.checks import prompt_parity, slot_parity, verify_answers
+from ..files.extraction import By, Clock, extract
+from ..files.fixed_run import Files, FixedRun, PromptKind, fixed_run, folder_name, profile
+from ..files.folders import Combination, read_folder
+from ..files.golden import source_files
+from ..files.runtime import runtime_files
+from ..prompts import Prompt
 from .derived import MODES
-from .differences import STAGES, Mode, Stage, chosen
-from .effects import CLASSES
-from .extraction import By, Clock, answers, extract
-from .folders import Combination, read_folder
-from .parity import Comparison
-from .parity_files import Suite
-from .prompts import Prompt
-from .runtime_files import runtime_files
-from .source_files import source_files
+from .findings import STAGES, Mode, Stage, chosen
+from .reports import Suite
+from .stages import Comparison
 
 CHECKS = {"prompt_boundary": (prompt_parity, verify_answers), "slot_map": (slot_parity,)}
 """Checks of a file of fixed trials, by the stage that they belong to."""
@@ -106,15 +107,17 @@ class Sides:
             if getattr(self, side) is None:
                 by: By = "replay" if side == "a" or self.mode == "replay" else "sweep"
                 by_hand = side == "a"
-                made = extract(
+                extraction = extract(
                     model, self.run, by=by, by_hand=by_hand, n_top_heads=k, token_class_idx=token_class,
                     last_token_only=last, clock=clock, progress=True,
                 )  # fmt: skip
-                answered = answers(model, self.run, made.vector, layer, kind=kind, by=by, by_hand=by_hand, clock=clock)
+                answered = answers(
+                    model, self.run, extraction.vector, layer, kind=kind, by=by, by_hand=by_hand, clock=clock
+                )
                 self.worked_out[side] = f"{by}, by hand" if by_hand else by
                 write = source_files if side == "a" else runtime_files
                 folder = self.run.folder(self.root) / name
-                said += put(folder, write(model, self.run, made, answered))
+                said += put(folder, write(model, self.run, extraction, answered))
                 setattr(self, side, folder)
         self.seconds = {SPENT[name]: spent for name, spent in clock.seconds.items()}
         return said
@@ -125,15 +128,15 @@ class Sides:
         options |= {} if of is None else {"prompt_kind": of[0], "edit_layer": of[1]}
         options |= {} if token_class == -1 else {"token_class_idx": token_class}
         names, comparison = chosen(stages), None
-        found = stopped(self.early, names)
+        compared = stopped(self.early, names)
         if self.a is not None and self.b is not None:
-            one, two = (read_folder(folder, self.names["dataset_name"]) for folder in (self.a, self.b))
+            a, b = (read_folder(folder, self.names["dataset_name"]) for folder in (self.a, self.b))
             prompts = self._prompts(None if of is None else of[0])
-            comparison = Comparison(one, two, self.mode, of, max_trials, token_class, prompts=prompts)
-            found = merged(self.early, comparison.stages(names), self.seconds)
+            comparison = Comparison(a, b, self.mode, of, max_trials, token_class, prompts=prompts)
+            compared = merged(self.early, comparison.stages(names), self.seconds)
         checks = f"interp run fv_fixed_trials --out_path {self.trials}" if self.trials else ""
         return Suite(
-            found, comparison, **self._named(comparison), root=self.root, options=options, trials=self.trials,
+            compared, comparison, **self._named(comparison), root=self.root, options=options, trials=self.trials,
             trials_command=checks, profile=self.profile, worked_out=self.worked_out,
         )  # fmt: skip
 
@@ -150,10 +153,10 @@ class Sides:
         fallback = {} if self.b is None else {"dataset_name": "task", "fixed_trials_id": self.b.resolve().name}
         known = [self.names, *said, fallback]
         names = ("dataset_name", "fixed_trials_id", "model_name", "seed")
-        found = {name: next((one[name] for one in known if one.get(name) is not None), None) for name in names}
+        by_name = {name: next((said[name] for said in known if said.get(name) is not None), None) for name in names}
         for name in names[:2]:
-            folder_name(name, str(found[name]))
-        return found
+            folder_name(name, str(by_name[name]))
+        return by_name
 
 
 def checked(path: Path, data: Mapping[str, Any], tokenizer: Any) -> list[Stage]:
@@ -166,11 +169,11 @@ def checked(path: Path, data: Mapping[str, Any], tokenizer: Any) -> list[Stage]:
     for name, checks in CHECKS.items():
         began, stage = time.perf_counter(), Stage(name, [(path, path)])
         for check in checks:
-            found = check(data, tokenizer)
-            stage.compared += found.checked_trials
+            findings = check(data, tokenizer)
+            stage.compared += findings.checked_trials
             stage.asked += data["meta"]["n_trials"]
-            for line in found.mismatches:
-                stage.find((path, path), line.partition(" is ")[0][:80], why=f"{found.name}: {line}")
+            for line in findings.mismatches:
+                stage.find((path, path), line.partition(" is ")[0][:80], why=f"{findings.name}: {line}")
         stage.counted((path, path), 0)
         stage.seconds = time.perf_counter() - began
         stages.append(stage)

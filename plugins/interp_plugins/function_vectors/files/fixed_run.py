@@ -21,10 +21,10 @@ import torch
 import interp_core as ic
 from interp_core import runs
 
-from .prompts import Prompt, build
-from .template import name_of
+from ..prompts import Prompt, build
+from ..template import name_of
 from .trials import Trials
-from .trials_file import short_name
+from .trials_json import short_name
 
 PromptKind = Literal["corrupted", "clean", "zeroshot"]
 """Which prompts are answered: those with permuted answers, those without, or the query alone."""
@@ -116,13 +116,13 @@ def fixed_run(
             f"`interp run fv_fixed_trials`; if both are the same model, pass fixed_trials_model={theirs}"
         )
     task = Path(meta["dataset_json"]).stem
-    for name, asked, found in [
+    for name, wanted, on_file in [
         ("dataset_name", dataset_name, task),
         *((name, value, meta[name]) for name, value in expected.items()),
     ]:
-        if asked is not None and asked != found:
+        if wanted is not None and wanted != on_file:
             raise ic.PlanError(
-                f"{name} is {asked!r}, the fixed trials of {path} have {found!r}; give their file, or {found!r}"
+                f"{name} is {wanted!r}, the fixed trials of {path} have {on_file!r}; give their file, or {on_file!r}"
             )
     numbers = Counter(trial.number for trial in trials)
     if twice := [number for number, count in numbers.items() if count > 1]:
@@ -145,13 +145,13 @@ def folder_name(setting: str, name: str) -> str:
     return name
 
 
-def edit_layer_of(model: ic.Model, asked: int | None) -> int:
+def edit_layer_of(model: ic.Model, edit_layer: int | None) -> int:
     """The layer to inject at: the one asked for, or a third of the way up, as the reference does on GPT-J (9 of 28).
 
     Raises:
         PlanError: a layer that there is not.
     """
-    layer = model.n_layers // 3 if asked is None else asked
+    layer = model.n_layers // 3 if edit_layer is None else edit_layer
     if not 0 <= layer < model.n_layers:
         raise ic.PlanError(f"edit_layer is {layer}, this model has layers 0 to {model.n_layers - 1}")
     return layer
@@ -199,6 +199,7 @@ def published(
     Raises:
         PlanError: one of them is another run's.
     """
+    # where files go and which Python makes them changes no number: another run may differ in these
     free = {"save_path_root", "overwrite", "python_bin"}
     kept = {key: value for key, value in settings.items() if key not in free}
     dataset = run.dataset_name if run is not None else ""

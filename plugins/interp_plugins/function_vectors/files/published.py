@@ -11,9 +11,9 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .effects import CLASSES
-from .means import head_shape
-from .vectors import FunctionVector
+from ..effects import CLASSES
+from ..means import head_shape
+from ..vectors import FunctionVector
 
 
 def read_tensor(path: str | Path) -> Tensor:
@@ -22,11 +22,11 @@ def read_tensor(path: str | Path) -> Tensor:
     Raises:
         LoadError: no such file, one that needs code to be read, or no tensor in it.
     """
-    found = ic.runs.read_pt(path, "a tensor")
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    tensor = ic.runs.read_pt(path, "a tensor")
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
         raise ic.LoadError(f"{path} holds {kind}, not a tensor of numbers")
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def read_means(path: str | Path, model: ic.Model) -> Float[Tensor, "layer head slot d_head"]:
@@ -35,14 +35,14 @@ def read_means(path: str | Path, model: ic.Model) -> Float[Tensor, "layer head s
     Raises:
         LoadError: not readable, or of another model.
     """
-    found = read_tensor(path)
+    means = read_tensor(path)
     heads, d_head = head_shape(model)
-    if found.ndim != 4 or (found.shape[0], found.shape[1], found.shape[3]) != (model.n_layers, heads, d_head):
+    if means.ndim != 4 or (means.shape[0], means.shape[1], means.shape[3]) != (model.n_layers, heads, d_head):
         raise ic.LoadError(
-            f"{path} holds {list(found.shape)}; means of this model are [layer {model.n_layers}, head {heads}, slot, "
+            f"{path} holds {list(means.shape)}; means of this model are [layer {model.n_layers}, head {heads}, slot, "
             f"d_head {d_head}]"
         )
-    return found
+    return means
 
 
 def read_effects(path: str | Path, model: ic.Model) -> Float[Tensor, "trial layer head *token_class"]:
@@ -51,15 +51,15 @@ def read_effects(path: str | Path, model: ic.Model) -> Float[Tensor, "trial laye
     Raises:
         LoadError: not readable, or of another model.
     """
-    found = read_tensor(path)
-    wanted = model.n_layers, head_shape(model)[0], *((len(CLASSES),) if found.ndim == 4 else ())
-    trials, rest = divmod(found.numel(), math.prod(wanted))
-    if rest or tuple(found.squeeze().shape) != tuple(size for size in (trials, *wanted) if size != 1):
+    effects = read_tensor(path)
+    wanted = model.n_layers, head_shape(model)[0], *((len(CLASSES),) if effects.ndim == 4 else ())
+    trials, rest = divmod(effects.numel(), math.prod(wanted))
+    if rest or tuple(effects.squeeze().shape) != tuple(size for size in (trials, *wanted) if size != 1):
         raise ic.LoadError(
-            f"{path} holds {list(found.shape)}; effects of this model are [trial, layer {wanted[0]}, head {wanted[1]}] "
+            f"{path} holds {list(effects.shape)}; effects of it are [trial, layer {wanted[0]}, head {wanted[1]}] "
             f"or [trial, layer, head, token class {len(CLASSES)}]"
         )
-    return found.reshape(trials, *wanted)
+    return effects.reshape(trials, *wanted)
 
 
 def read_vector(path: str | Path, model: ic.Model, *, task: str = "") -> FunctionVector:
@@ -68,7 +68,7 @@ def read_vector(path: str | Path, model: ic.Model, *, task: str = "") -> Functio
     Raises:
         LoadError: not readable, or of another width.
     """
-    found = read_tensor(path)
-    if found.numel() != model.d_model:
-        raise ic.LoadError(f"{path} holds {list(found.shape)}, the residual stream has {model.d_model}")
-    return FunctionVector(found.flatten().float(), "resid", task or Path(path).stem, model.source)
+    vector = read_tensor(path)
+    if vector.numel() != model.d_model:
+        raise ic.LoadError(f"{path} holds {list(vector.shape)}, the residual stream has {model.d_model}")
+    return FunctionVector(vector.flatten().float(), "resid", task or Path(path).stem, model.source)

@@ -21,11 +21,9 @@ from typing import Any
 
 import interp_core as ic
 from interp_core.errors import nearest
-from interp_core.runs import write
 
-from .tasks import Pair
-from .template import Boundary, Template, name_of
-from .trials import Trial, Trials
+from ..tasks import Pair
+from ..template import Boundary, Template, name_of
 
 META: dict[str, type | tuple[type, ...]] = {
     "dataset_json": str, "seed": int, "n_trials": int, "n_shots": int, "test_split": float, "prefixes": dict,
@@ -49,37 +47,6 @@ def file_name(task: str, n_trials: int, n_shots: int, seed: int, model: str) -> 
 def short_name(model: str) -> str:
     """The last part of a model's name, as files are called: `meta-llama/Llama-3.1-8B` is `Llama-3.1-8B`."""
     return model.rstrip("/").split("/")[-1].replace(":", "-")
-
-
-def to_json(trials: Trials) -> dict[str, Any]:
-    """Trials as the file holds them.
-
-    Raises:
-        PlanError: queries that are not validation rows, or no slots: the file has no place for that.
-    """
-    if trials.slots is None or "query_split" in trials.meta:
-        rows = trials.meta.get("query_split", "valid")
-        raise ic.PlanError(
-            "the file of fixed trials holds prompts with slots whose queries are validation rows; these queries are "
-            f"{rows} rows, built with{'' if trials.slots else 'out'} slots"
-        )
-    template, front = trials.slots.template, trials.slots.front
-    return {
-        "meta": dict(trials.meta),
-        "splits": {key: list(rows) for key, rows in trials.splits.items()},
-        "trials": [_trial(trial, template, front.text) for trial in trials],
-    }
-
-
-def write_trials(trials: Trials, path: Path) -> Path:
-    """Write the file, whole or not at all."""
-    write(path, trials_text(trials))
-    return path
-
-
-def trials_text(trials: Trials) -> str:
-    """What the file holds."""
-    return json.dumps(to_json(trials), indent=1, ensure_ascii=False)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -170,27 +137,6 @@ def prompt_data(
         "prefixes": {**template.prefixes, "instructions": front + template.prefixes["instructions"]},
         "query_target": dict(query),
         "examples": [dict(pair) for pair in demos],
-    }
-
-
-def _trial(trial: Trial, template: Template, front: str) -> dict[str, Any]:
-    clean, corrupted = ([spaced(template, p) for p in demos] for demos in (trial.demos, trial.corrupted_demos))
-    query, first = spaced(template, trial.query), trial.clean.target_ids[0]
-    return {
-        "trial_id": trial.number,
-        "demo_indices_in_train": list(trial.demo_indices),
-        "query_index_in_valid": trial.query_index,
-        "demos_clean": clean,
-        "demos_corrupted": corrupted,
-        "query": query,
-        "prompt_data_clean": prompt_data(template, front, clean, query),
-        "prompt_data_corrupted": prompt_data(template, front, corrupted, query),
-        "clean_prompt_str": trial.clean.text,
-        "corrupted_prompt_str": trial.corrupted.text,
-        "target_str": trial.clean.target,
-        "answer_ids": list(trial.clean.target_ids),
-        "first_token_id": first,
-        "target_first_token_id": first,
     }
 
 

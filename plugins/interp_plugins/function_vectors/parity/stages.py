@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..effects import average, gap, ranking
+from ..files.folders import Artefacts, Combination, Row, Table
+from ..prompts import Prompt
 from .derived import Asked, all_heads, problems, value
-from .differences import STAGES, Mode, Pair, Stage, Tolerances
-from .effects import average, gap, ranking
-from .folders import Artefacts, Combination, Row, Table
-from .prompts import Prompt
+from .findings import STAGES, Mode, Pair, Stage, Tolerances
 
 EXACT = ("target_id", "base_rank", "with_rank", "base_pred_id", "with_pred_id")
 """Columns of answers that must be the same."""
@@ -76,15 +76,16 @@ class Comparison:
 
     def stages(self, names: Iterable[str] = STAGES) -> list[Stage]:
         """These stages, compared in order."""
-        found = []
+        stages = []
         for name in names:
             began, stage = time.perf_counter(), Stage(name)
             getattr(self, f"_{name}")(stage)
+            # before the count: a folder that contradicts itself is named as such, not as too few values
             self._derived(stage)
             stage.counted(stage.files[0], 0 if stage.findings else self._count(name, stage))
             stage.seconds = time.perf_counter() - began
-            found.append(stage)
-        return found
+            stages.append(stage)
+        return stages
 
     def settings(self) -> dict[str, tuple[Any, Any]]:
         """Settings, and what numbers depend on besides, in which the folders say that they differ."""
@@ -102,12 +103,12 @@ class Comparison:
         said = [side.settings.get("n_trials") for side in (self.a, self.b)]
         if numbers := [number for number in said if isinstance(number, int)]:
             return max(numbers)
-        found = [0]
+        counts = [0]
         for side in (self.a, self.b):
             tables = [table for name in ("trials", "maps", "answers") if (table := value(side, name)) is not None]
-            found += [row.trial + 1 for table in tables for row in table.rows.values()]
-            found += [len(effects) for effects in [value(side, "effects")] if effects is not None and effects.ndim]
-        return max(found)
+            counts += [row.trial + 1 for table in tables for row in table.rows.values()]
+            counts += [len(effects) for effects in [value(side, "effects")] if effects is not None and effects.ndim]
+        return max(counts)
 
     @cached_property
     def asked(self) -> Asked:
@@ -157,48 +158,48 @@ class Comparison:
 
     def _prompt_boundary(self, stage: Stage) -> None:
         stage.notes["fields"] = []
-        for files, one, two in self._both(stage, "trials"):
-            kinds = [{row.of[0] for row in table.rows.values() if row.of} for table in (one, two)]
+        for files, a, b in self._both(stage, "trials"):
+            kinds = [{row.of[0] for row in table.rows.values() if row.of} for table in (a, b)]
             if not self.asked.kinds:
                 stage.find(files, "prompt_kind", *(sorted(kind) for kind in kinds))
                 continue
             tables = [
                 Table({k: r for k, r in t.rows.items() if r.of and r.of[0] in self.asked.kinds}, t.problems)
-                for t in (one, two)
+                for t in (a, b)
             ]
             stage.notes["fields"] = [*{"prompt": None, "target_id": None, **_shared(*tables)}]
             self._tables(stage, files, tables[0], tables[1], stage.notes["fields"])
-        for files, one, two in self._both(stage, "maps"):
-            self._tables(stage, files, one, two, ("prompt", "input_ids"))
+        for files, a, b in self._both(stage, "maps"):
+            self._tables(stage, files, a, b, ("prompt", "input_ids"))
 
     def _slot_map(self, stage: Stage) -> None:
-        for files, one, two in self._both(stage, "labels"):
-            stage.thing(files, "labels", one, two)
-        for files, one, two in self._both(stage, "maps"):
-            self._tables(stage, files, one, two, MAPPED)
+        for files, a, b in self._both(stage, "labels"):
+            stage.thing(files, "labels", a, b)
+        for files, a, b in self._both(stage, "maps"):
+            self._tables(stage, files, a, b, MAPPED)
 
     def _mean_activations(self, stage: Stage) -> None:
-        for files, one, two in self._both(stage, "mean"):
-            stage.tensors(files, "mean", ("layer", "head", "slot", "d_head"), one, two, self.within.mean)
-            stage.notes |= {"shape": list(one.shape), "tolerance": self.within.mean}
+        for files, a, b in self._both(stage, "mean"):
+            stage.tensors(files, "mean", ("layer", "head", "slot", "d_head"), a, b, self.within.mean)
+            stage.notes |= {"shape": list(a.shape), "tolerance": self.within.mean}
 
     def _top_heads(self, stage: Stage) -> None:
         tolerance, aies = 0.0, None
-        for files, one, two in self._both(stage, "effects"):
-            if one.ndim != two.ndim:  # all classes against the last token
-                one, two = (x[..., self.token_class_idx] if x.ndim == 4 else x for x in (one, two))
-            tolerance = self.within.effect + self.within.effect_share * _largest(one)
-            axes = ("trial", "layer", "head", "token_class")[: 4 if one.ndim == 4 else 3]
-            if stage.tensors(files, "effects", axes, one, two, tolerance, gaps=self._headless(one)):
-                aies = [average(x, self.token_class_idx) for x in (one, two)]
-            stage.notes |= {"shape": list(one.shape), "tolerance": tolerance}
-        for files, one, two in self._both(stage, "heads"):
-            stage.thing(files, "heads", *([head[:2] for head in side] for side in (one, two)))
-            for place, (x, y) in enumerate(zip(one, two, strict=False)):
+        for files, a, b in self._both(stage, "effects"):
+            if a.ndim != b.ndim:  # all classes against the last token
+                a, b = (x[..., self.token_class_idx] if x.ndim == 4 else x for x in (a, b))
+            tolerance = self.within.effect + self.within.effect_share * _largest(a)
+            axes = ("trial", "layer", "head", "token_class")[: 4 if a.ndim == 4 else 3]
+            if stage.tensors(files, "effects", axes, a, b, tolerance, gaps=self._headless(a)):
+                aies = [average(x, self.token_class_idx) for x in (a, b)]
+            stage.notes |= {"shape": list(a.shape), "tolerance": tolerance}
+        for files, a, b in self._both(stage, "heads"):
+            stage.thing(files, "heads", *([head[:2] for head in side] for side in (a, b)))
+            for place, (x, y) in enumerate(zip(a, b, strict=False)):
                 if x[:2] == y[:2]:
                     stage.number(files, f"heads[{place}] L{x[0]}H{x[1]} AIE", x[2], y[2], tolerance)
-            if aies is not None and one:
-                self._gap(stage, files, aies, len(one), tolerance)
+            if aies is not None and a:
+                self._gap(stage, files, aies, len(a), tolerance)
 
     def _headless(self, effects: Tensor) -> Tensor | None:
         """Where effects are of layers without heads, as the means of both folders say."""
@@ -215,6 +216,7 @@ class Comparison:
         stage.notes |= {"n_top_heads": k, "gap_at_k": [gap(aie, k) for aie in aies] if k <= count else None}
         if tolerance == 0.0 or k >= count or gaps[k] > tolerance:
             return
+        # the nearest number of heads at which the list does end clearly, for the advice
         clear = sorted((n for n in gaps if gaps[n] > tolerance), key=lambda n: (abs(n - k), n))
         stage.find(
             files, f"gap at k={k}", *stage.notes["gap_at_k"],
@@ -224,22 +226,21 @@ class Comparison:
         )  # fmt: skip
 
     def _fv_vector(self, stage: Stage) -> None:
-        for files, one, two in self._both(stage, "vector"):
-            norms = [float(x.double().norm()) for x in (one, two)]
+        for files, a, b in self._both(stage, "vector"):
+            norms = [float(x.double().norm()) for x in (a, b)]
             tolerance = self.within.vector * (norms[0] if math.isfinite(norms[0]) else 0.0)
-            stage.tensors(files, "fv", ("d_model",), one, two, tolerance)
+            stage.tensors(files, "fv", ("d_model",), a, b, tolerance)
             stage.notes |= {"norm_a": norms[0], "norm_b": norms[1], "tolerance": tolerance}
 
     def _injection_output(self, stage: Stage) -> None:
         logits = self._logits(stage)
-        for files, one, two in self._both(stage, "answers"):
+        for files, a, b in self._both(stage, "answers"):
             if not self.asked.combinations:
-                held = [sorted({row.of for row in table.rows.values() if row.of}) for table in (one, two)]
+                held = [sorted({row.of for row in table.rows.values() if row.of}) for table in (a, b)]
                 self._other(stage, files, held)
                 continue
             tables = [
-                Table({k: r for k, r in t.rows.items() if r.of in self.asked.combinations}, t.problems)
-                for t in (one, two)
+                Table({k: r for k, r in t.rows.items() if r.of in self.asked.combinations}, t.problems) for t in (a, b)
             ]
             stage.notes["columns"] = [name for name in EXACT if name in {"target_id": None, **_shared(*tables)}]
             for x, y in self._rows(stage, files, *tables):
@@ -256,8 +257,8 @@ class Comparison:
             wanted = [self.of[place]] if self.of else sides[0]
             if not {*wanted} & {*sides[0]} & {*sides[1]}:
                 side = int({*wanted} <= {*sides[0]})
-                asked = f"; asked for: {self.of[place]!r}" if self.of else ""
-                stage.find(files, key, *sides, side=side, why=f"a has {sides[0]}, b has {sides[1]}{asked}")
+                demanded = f"; asked for: {self.of[place]!r}" if self.of else ""
+                stage.find(files, key, *sides, side=side, why=f"a has {sides[0]}, b has {sides[1]}{demanded}")
 
     def _answer(
         self, stage: Stage, files: Pair, x: Row, y: Row, logits: dict[Combination, tuple[Pair, Tensor]]
@@ -269,22 +270,23 @@ class Comparison:
         row: dict[str, Any] = {"trial_idx": x.trial, "target_id": x.fields.get("target_id")}
         equal: dict[str, bool] = {}
         for name, key in (("clean", "base_logprob"), ("with", "with_logprob"), ("delta", "delta_logprob")):
-            one, two = (side.fields.get(key) for side in (x, y))
-            row |= {f"{name}_src_logprob": one, f"{name}_fv_logprob": two}
+            a, b = (side.fields.get(key) for side in (x, y))
+            row |= {f"{name}_src_logprob": a, f"{name}_fv_logprob": b}
             equal[f"{name}_equal"] = False
-            if isinstance(one, float) and isinstance(two, float):
+            if isinstance(a, float) and isinstance(b, float):
+                # a difference has the error of both its sides
                 allowed = 2 * tolerance if name == "delta" else tolerance
-                equal[f"{name}_equal"] = stage.number(files, f"{x.key}: {key}", one, two, allowed)
+                equal[f"{name}_equal"] = stage.number(files, f"{x.key}: {key}", a, b, allowed)
             else:
-                stage.find(files, f"{x.key}: {key}", one, two, side=int(isinstance(one, float)), why="no number")
+                stage.find(files, f"{x.key}: {key}", a, b, side=int(isinstance(a, float)), why="no number")
         row |= equal
         assert x.of is not None
         where, apart = logits.get(x.of, (files, torch.zeros(0)))
         for place, name in enumerate(("clean", "with")):
-            found = float(apart[x.trial, place]) if x.trial < len(apart) else None
-            row[f"{name}_logits_max_abs_diff"] = found
-            if found is not None:
-                stage.number(where, f"{x.key}: {name} logits", found, 0.0, tolerance)
+            logits_apart = float(apart[x.trial, place]) if x.trial < len(apart) else None
+            row[f"{name}_logits_max_abs_diff"] = logits_apart
+            if logits_apart is not None:
+                stage.number(where, f"{x.key}: {name} logits", logits_apart, 0.0, tolerance)
         row["trial_match"] = len(stage.findings) == before
         return {**row, "prompt_kind": x.of[0], "edit_layer": x.of[1]}
 
@@ -294,18 +296,16 @@ class Comparison:
         if lacking := [str(part.file) for part in pair if part.problem == "missing"]:
             stage.notes["logits"] = f"not compared: no {' and no '.join(lacking)}"
             return {}
-        found: dict[Combination, tuple[Pair, Tensor]] = {}
-        for files, one, two in self._both(stage, "logits"):
-            for of in sorted(self.asked.combinations & {*one} & {*two}):
-                if one[of][0].shape[1:] != two[of][0].shape[1:]:
-                    stage.find(files, f"logits {of} shape", *(list(side[of][0].shape) for side in (one, two)))
+        apart_by_combination: dict[Combination, tuple[Pair, Tensor]] = {}
+        for files, a, b in self._both(stage, "logits"):
+            for of in sorted(self.asked.combinations & {*a} & {*b}):
+                if a[of][0].shape[1:] != b[of][0].shape[1:]:
+                    stage.find(files, f"logits {of} shape", *(list(side[of][0].shape) for side in (a, b)))
                     continue
-                n = min(len(x) for side in (one, two) for x in side[of])
-                apart = [
-                    (x[:n].double() - y[:n].double()).abs().amax(-1) for x, y in zip(one[of], two[of], strict=True)
-                ]
-                found[of] = files, torch.stack(apart, -1)
-        return found
+                n = min(len(x) for side in (a, b) for x in side[of])
+                apart = [(x[:n].double() - y[:n].double()).abs().amax(-1) for x, y in zip(a[of], b[of], strict=True)]
+                apart_by_combination[of] = files, torch.stack(apart, -1)
+        return apart_by_combination
 
     def _both(self, stage: Stage, name: str) -> Iterator[tuple[Pair, Any, Any]]:
         """A part of both folders; nothing, and findings, if one cannot be read."""
@@ -318,13 +318,13 @@ class Comparison:
         if not any(part.problem for part in pair):
             yield files, pair[0].value, pair[1].value
 
-    def _rows(self, stage: Stage, files: Pair, one: Table, two: Table) -> Iterator[tuple[Row, Row]]:
+    def _rows(self, stage: Stage, files: Pair, a: Table, b: Table) -> Iterator[tuple[Row, Row]]:
         """Rows that both tables have; findings for those that one lacks, and for repeated ones."""
-        for side, table in enumerate((one, two)):
+        for side, table in enumerate((a, b)):
             for key, why in table.problems:
                 stage.find(files, key, side=side, why=why)
-        for key in dict.fromkeys([*one.rows, *two.rows]):
-            rows = [table.rows.get(key) for table in (one, two)]
+        for key in dict.fromkeys([*a.rows, *b.rows]):
+            rows = [table.rows.get(key) for table in (a, b)]
             if self.max_trials is not None and any(row is not None and row.trial >= self.max_trials for row in rows):
                 continue
             x, y = rows
@@ -333,9 +333,9 @@ class Comparison:
             else:
                 yield x, y
 
-    def _tables(self, stage: Stage, files: Pair, one: Table, two: Table, names: Iterable[str]) -> None:
+    def _tables(self, stage: Stage, files: Pair, a: Table, b: Table, names: Iterable[str]) -> None:
         """These fields, row by row."""
-        for x, y in self._rows(stage, files, one, two):
+        for x, y in self._rows(stage, files, a, b):
             for name in names:
                 self._field(stage, files, x, y, name)
 
@@ -348,9 +348,9 @@ class Comparison:
             stage.thing(files, f"{x.key}: {name}", x.fields[name], y.fields[name])
 
 
-def _shared(one: Table, two: Table) -> dict[str, None]:
+def _shared(a: Table, b: Table) -> dict[str, None]:
     """Names of the fields that both tables have."""
-    known = [dict.fromkeys(name for row in table.rows.values() for name in row.fields) for table in (one, two)]
+    known = [dict.fromkeys(name for row in table.rows.values() for name in row.fields) for table in (a, b)]
     return {name: None for name in known[0] if name in known[1]}
 
 

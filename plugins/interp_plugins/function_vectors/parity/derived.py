@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .differences import Tolerances
-from .folders import Artefacts, Combination, Table
-from .prompts import Prompt
-from .source_files import LOGITS
+from ..files.folders import Artefacts, Combination, Table
+from ..files.golden import LOGITS
+from ..prompts import Prompt
+from .findings import Tolerances
 
 MODES = ("clean", "corrupted")
 
@@ -71,7 +71,7 @@ class Asked:
     prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
 
 
-def problems(stage: str, folder: Artefacts, asked: Asked) -> Iterator[Problem]:
+def problems(stage: str, folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     """What a folder's own parts say against each other, in one stage."""
     for name in EXTRA[stage]:
         extra = folder.parts.get(name)
@@ -81,7 +81,8 @@ def problems(stage: str, folder: Artefacts, asked: Asked) -> Iterator[Problem]:
         if value(folder, part) is None:
             continue
         try:
-            yield from check(folder, asked)
+            yield from check(folder, demands)
+        # files of anyone's making: what breaks a check is a finding about the file, never a stop
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             yield Problem(part, "(contents)", f"cannot be held against the other files: {error!r}")
 
@@ -98,24 +99,24 @@ def all_heads(folder: Artefacts) -> Tensor | None:
     return None if mean is None or mean.ndim != 4 else (mean != 0).flatten(1).any(1)
 
 
-def _prompts(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
+def _prompts(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     table: Table = value(folder, "trials")
-    kinds = Counter(row.of[0] for row in table.rows.values() if row.of and row.trial < asked.first)
-    for kind in sorted(asked.kinds):
-        if kinds[kind] != asked.first:
-            yield Problem("trials", "n_trials", f"{kinds[kind]} {kind} trials, there are {asked.first}")
-    numbered = value(folder, "maps") is not None and not [*_maps_of_trials(folder, asked)]
+    kinds = Counter(row.of[0] for row in table.rows.values() if row.of and row.trial < demands.first)
+    for kind in sorted(demands.kinds):
+        if kinds[kind] != demands.first:
+            yield Problem("trials", "n_trials", f"{kinds[kind]} {kind} trials, there are {demands.first}")
+    numbered = value(folder, "maps") is not None and not [*_maps_of_trials(folder, demands)]
     maps = _by_place(value(folder, "maps")) if numbered else {}  # a missing one would move those behind it
     for row in table.rows.values():
-        if row.of is None or row.of[0] not in asked.kinds or row.trial >= asked.first:
+        if row.of is None or row.of[0] not in demands.kinds or row.trial >= demands.first:
             continue
         fields, at = row.fields, (row.trial, row.of[0])
         if at in maps and fields["prompt"] != maps[at]["prompt"]:
             yield Problem("trials", f"{row.key}: prompt", "is not that of the maps")
         if "answer_ids" in fields and fields["target_id"] != fields["answer_ids"][0]:
             yield Problem("trials", f"{row.key}: target_id", f"is no start of answer_ids {fields['answer_ids']}")
-        if row.of[0] in asked.prompts:
-            wanted = asked.prompts[row.of[0]][row.trial]
+        if row.of[0] in demands.prompts:
+            wanted = demands.prompts[row.of[0]][row.trial]
             for name, right in (("prompt", wanted.text), ("target_id", wanted.target_ids[0])):
                 if fields[name] != right:
                     yield Problem(
@@ -123,20 +124,22 @@ def _prompts(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
                     )
 
 
-def _maps_of_trials(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
-    counts = Counter(mode for (trial, mode) in _by_place(value(folder, "maps")) if trial < asked.first)
+def _maps_of_trials(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
+    counts = Counter(mode for (trial, mode) in _by_place(value(folder, "maps")) if trial < demands.first)
     for mode in MODES:
-        if counts[mode] != asked.first:
-            yield Problem("maps", "n_trials", f"maps of {counts[mode]} {mode} prompts, there are {asked.first} trials")
+        if counts[mode] != demands.first:
+            yield Problem(
+                "maps", "n_trials", f"maps of {counts[mode]} {mode} prompts, there are {demands.first} trials"
+            )
 
 
-def _ids(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
-    if lacking := [*_maps_of_trials(folder, asked)]:
+def _ids(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
+    if lacking := [*_maps_of_trials(folder, demands)]:
         yield from lacking
         return
     for (trial, mode), fields in _by_place(value(folder, "maps")).items():
-        if trial < asked.first and mode in asked.prompts:
-            wanted = asked.prompts[mode][trial]
+        if trial < demands.first and mode in demands.prompts:
+            wanted = demands.prompts[mode][trial]
             if (fields["prompt"], tuple(fields["input_ids"])) != (wanted.text, wanted.ids):
                 yield Problem("maps", f"trial {trial}, {mode}: input_ids", "are not those of the fixed trials")
 
@@ -146,11 +149,11 @@ def _labels(folder: Artefacts, _: Asked) -> Iterator[Problem]:
         yield Problem("labels", "labels", "there are none")
 
 
-def _slots(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
-    yield from _maps_of_trials(folder, asked)
+def _slots(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
+    yield from _maps_of_trials(folder, demands)
     labels = value(folder, "labels")
     for (trial, mode), fields in _by_place(value(folder, "maps")).items():
-        if trial >= asked.first:
+        if trial >= demands.first:
             continue
         where, slots, n = f"trial {trial}, {mode}", fields["idx_map_updated"], len(fields["input_ids"])
         if len(fields["labels"]) != n:
@@ -163,8 +166,8 @@ def _slots(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
             yield Problem(
                 "maps", f"{where}: idx_map_updated", f"does not run through the {len(labels)} slots of labels"
             )
-        if mode in asked.prompts:
-            wanted = asked.prompts[mode][trial]
+        if mode in demands.prompts:
+            wanted = demands.prompts[mode][trial]
             if (tuple(fields["labels"]), tuple(slots.values())) != (wanted.labels, wanted.slots):
                 yield Problem("maps", f"{where}: labels", "labels or slots are not those of the fixed trials")
 
@@ -177,17 +180,17 @@ def _mean(folder: Artefacts, _: Asked) -> Iterator[Problem]:
         yield Problem("mean", "mean", "is zero throughout")
 
 
-def _effects(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
+def _effects(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     effects, mean = value(folder, "effects"), value(folder, "mean")
-    if len(effects) != asked.trials:
-        yield Problem("effects", "effects shape", f"effects of {len(effects)} trials, there are {asked.trials}")
+    if len(effects) != demands.trials:
+        yield Problem("effects", "effects shape", f"effects of {len(effects)} trials, there are {demands.trials}")
     if mean is not None and mean.ndim == 4 and effects.shape[1:3] != mean.shape[:2]:
         yield Problem("effects", "effects shape", f"{list(effects.shape)}, the means are {list(mean.shape)}")
     if effects.numel() and not effects.nan_to_num().any():
         yield Problem("effects", "effects", "are zero throughout: they determine no heads")
 
 
-def _heads(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
+def _heads(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     """The list of heads against the effects."""
     heads, effects, said = value(folder, "heads"), value(folder, "effects"), value(folder, "said") or {}
     names = [(layer, head) for layer, head, _ in heads]
@@ -197,8 +200,9 @@ def _heads(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
         yield Problem("heads", "heads", f"{len(heads)} heads, the file says {said['n_top_heads']}")
     if effects is None or not heads:
         return
-    kept = effects.double() if effects.ndim == 3 else effects[..., _class(folder, asked)].double()
+    kept = effects.double() if effects.ndim == 3 else effects[..., _class(folder, demands)].double()
     aie, n = kept.mean(0), len(kept)
+    # the file's mean was summed in float32, in an order that is not known: n terms, each off by half an eps
     rounding = 2 * n * torch.finfo(torch.float32).eps * float(kept.nan_to_num().abs().max())
     real = {(int(layer), int(head)): float(aie[layer, head]) for layer, head in (~aie.isnan()).nonzero()}
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -206,6 +210,7 @@ def _heads(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
     if unknown := [name for name in names if name not in real]:
         yield Problem("heads", f"heads L{unknown[0][0]}H{unknown[0][1]}", "has no effects")
         return
+    # scores of the published list are rounded to so many places: half of the last one, and a little
     coarse = rounding + (0.6 * 10.0 ** -said["places"] if said.get("places") else 0.0)
     stated = [(f"heads[{place}]", *head, coarse) for place, head in enumerate(heads)]
     stated += [("aie_sorted_full", *head, rounding) for head in said.get("aie") or []]
@@ -216,10 +221,10 @@ def _heads(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
             yield Problem("heads", f"{key} L{layer}H{head} AIE", f"is {score}, the mean of its effects is {right}")
     left = max((score for name, score in real.items() if name not in names), default=-math.inf)
     falling = [*(real[name] for name in names), left]
-    for place, (one, two) in enumerate(pairwise(falling)):
-        if two > one + rounding:
+    for place, (higher, lower) in enumerate(pairwise(falling)):
+        if lower > higher + rounding:
             after = "of a head that is left out" if place + 1 == len(names) else f"of heads[{place + 1}]"
-            yield Problem("heads", f"heads[{place}]", f"has an AIE of {one:.6g}, below the {two:.6g} {after}")
+            yield Problem("heads", f"heads[{place}]", f"has an AIE of {higher:.6g}, below the {lower:.6g} {after}")
 
 
 def _vector(folder: Artefacts, _: Asked) -> Iterator[Problem]:
@@ -234,6 +239,7 @@ def _vector(folder: Artefacts, _: Asked) -> Iterator[Problem]:
     if (layers := value(folder, "by_layer")) is None:
         return
     parts = [part.double() for part in layers["resid_by_layer"].values()]
+    # the writer sums head by head, this layer by layer: as many roundings more as there are layers
     near = 8 * len(parts) * torch.finfo(torch.float32).eps * sum(float(part.abs().max()) for part in parts)
     if not parts or not float((sum(parts) - vector.double()).abs().max()) <= near:
         yield Problem("vector", "fv", "is not the sum of resid_by_layer")
@@ -252,37 +258,37 @@ def _vector(folder: Artefacts, _: Asked) -> Iterator[Problem]:
             yield Problem("by_layer", f"fv_by_layer[{layer}]", "is not the means of its heads at the last slot")
 
 
-def _answers(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
+def _answers(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     table: Table = value(folder, "answers")
-    counts = Counter(row.of for row in table.rows.values() if row.of and row.trial < asked.first)
-    for of in sorted(asked.combinations):
-        if counts[of] != asked.first:
-            yield Problem("answers", "n_trials", f"{counts[of]} answers {_of(of)}, there are {asked.first} trials")
+    counts = Counter(row.of for row in table.rows.values() if row.of and row.trial < demands.first)
+    for of in sorted(demands.combinations):
+        if counts[of] != demands.first:
+            yield Problem("answers", "n_trials", f"{counts[of]} answers {_of(of)}, there are {demands.first} trials")
     for row in table.rows.values():
-        if row.of not in asked.combinations or row.trial >= asked.first:
+        if row.of not in demands.combinations or row.trial >= demands.first:
             continue
-        base, given, moved = (row.fields[f"{name}_logprob"] for name in ("base", "with", "delta"))
-        if isinstance(moved, float) and not abs(given - base - moved) <= 2 * Tolerances().logit:
-            yield Problem("answers", f"{row.key}: delta_logprob", f"is {moved}, the difference is {given - base}")
+        base, steered, moved = (row.fields[f"{name}_logprob"] for name in ("base", "with", "delta"))
+        if isinstance(moved, float) and not abs(steered - base - moved) <= 2 * Tolerances().logit:
+            yield Problem("answers", f"{row.key}: delta_logprob", f"is {moved}, the difference is {steered - base}")
 
 
-def _logits(folder: Artefacts, asked: Asked) -> Iterator[Problem]:
+def _logits(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     """Logits against the rows that they belong to; the published file holds those of the first trials."""
     logits, answers = value(folder, "logits"), value(folder, "answers")
     whole = folder.parts["logits"].file.name == LOGITS
-    for of in sorted(asked.combinations):
+    for of in sorted(demands.combinations):
         if of not in logits:
             has = ", ".join(_of(other) for other in sorted(logits)) or "of nothing"
             yield Problem("logits", f"logits {of}", f"there are none {_of(of)}; it has those {has}")
             continue
-        base, given = logits[of]
-        if base.shape != given.shape or base.ndim != 2 or not base.numel():
-            yield Problem("logits", f"logits {of} shape", f"{list(base.shape)} and {list(given.shape)} [trial vocab]")
-        elif len(base) != asked.trials and (whole or len(base) > asked.trials):
-            yield Problem("logits", f"logits {of}", f"of {len(base)} trials, there are {asked.trials}")
+        base, steered = logits[of]
+        if base.shape != steered.shape or base.ndim != 2 or not base.numel():
+            yield Problem("logits", f"logits {of} shape", f"{list(base.shape)} and {list(steered.shape)} [trial vocab]")
+        elif len(base) != demands.trials and (whole or len(base) > demands.trials):
+            yield Problem("logits", f"logits {of}", f"of {len(base)} trials, there are {demands.trials}")
         for row in answers.rows.values() if answers else ():
-            if row.of == of and row.trial < min(asked.first, len(base), len(given)):
-                for name, x in (("base", base[row.trial]), ("with", given[row.trial])):
+            if row.of == of and row.trial < min(demands.first, len(base), len(steered)):
+                for name, x in (("base", base[row.trial]), ("with", steered[row.trial])):
                     key, stated = f"{row.key}: {name} logits", row.fields[f"{name}_logprob"]
                     right = float(torch.log_softmax(x.double(), -1)[row.fields["target_id"]])
                     if isinstance(stated, float) and not abs(stated - right) <= _near(folder, x):
@@ -301,8 +307,8 @@ def _by_place(table: Table | None) -> dict[tuple[int, str], Mapping[str, Any]]:
     return {} if table is None else {(row.trial, row.fields["mode"]): row.fields for row in table.rows.values()}
 
 
-def _class(folder: Artefacts, asked: Asked) -> int:
-    return int(folder.settings.get("token_class_idx", asked.token_class))
+def _class(folder: Artefacts, demands: Asked) -> int:
+    return int(folder.settings.get("token_class_idx", demands.token_class))
 
 
 def _of(of: Combination) -> str:

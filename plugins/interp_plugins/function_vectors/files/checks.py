@@ -1,4 +1,4 @@
-"""Checks of a file of fixed trials, and reading one.
+"""Checks of a file of fixed trials.
 
 * prompt parity   prompts, answers and `prompt_data` built again from the file's pairs, and their ids, equal the file's
 * slot parity     dummy labels, labels, idx_map and idx_avg of this package equal those of the reference's procedure,
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import interp_core as ic
 
-from .prompts import Prompt, Slots, build, dummy, target_ids
-from .tasks import Pair
-from .template import Boundary, Template, name_of
-from .trials import Trial, Trials, made
-from .trials_file import prompt_data, read_json, short_name, spaced, template_of, unspaced
+from ..prompts import Prompt, Slots, build, dummy, target_ids
+from ..tasks import Pair
+from ..template import Template
+from .trials_json import prompt_data, spaced, template_of, unspaced
 
 KINDS = ("clean", "corrupted")
 
@@ -54,20 +52,20 @@ def prompt_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] 
     """Prompts of these kinds built from the file's pairs against the file's prompts."""
     template = template_of(data, tokenizer)
     front = template.front(tokenizer)
-    found = []
+    mismatches = []
     for number, trial in enumerate(data["trials"]):
         for kind in kinds:
             demos, query = trial[f"demos_{kind}"], trial["query"]
             pairs = [unspaced(template, pair) for pair in demos]
             prompt = build(tokenizer, template, pairs, unspaced(template, query).input, None)
             field = f"trial {number}, {kind}_prompt_str"
-            found += _differ(field, trial[f"{kind}_prompt_str"], prompt.text)
+            mismatches += _differ(field, trial[f"{kind}_prompt_str"], prompt.text)
             stored = tuple(tokenizer(trial[f"{kind}_prompt_str"], add_special_tokens=front.added)["input_ids"])
-            found += _differ(f"{field}, ids", stored, prompt.ids)
+            mismatches += _differ(f"{field}, ids", stored, prompt.ids)
             field = f"trial {number}, prompt_data_{kind}"
-            found += _differ(field, trial[f"prompt_data_{kind}"], prompt_data(template, front.text, demos, query))
-        found += _differ(f"trial {number}, target_str", trial["target_str"], trial["query"]["output"])
-    return Check("prompt parity", len(data["trials"]), tuple(found))
+            mismatches += _differ(field, trial[f"prompt_data_{kind}"], prompt_data(template, front.text, demos, query))
+        mismatches += _differ(f"trial {number}, target_str", trial["target_str"], trial["query"]["output"])
+    return Check("prompt parity", len(data["trials"]), tuple(mismatches))
 
 
 def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = KINDS) -> Check:
@@ -75,7 +73,7 @@ def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = 
     template = template_of(data, tokenizer, "reference")
     slots = dummy(tokenizer, template, data["meta"]["n_shots"])
     wanted = _reference_dummy(tokenizer, template, slots)
-    found = _differ("dummy labels", list(slots.labels), wanted)
+    mismatches = _differ("dummy labels", list(slots.labels), wanted)
     for number, trial in enumerate(data["trials"]):
         for kind in kinds:
             where = f"trial {number}, {kind} prompt"
@@ -83,18 +81,18 @@ def slot_parity(data: Mapping[str, Any], tokenizer: Any, kinds: Sequence[str] = 
             try:
                 prompt = build(tokenizer, template, pairs, unspaced(template, trial["query"]), slots, where=where)
             except ic.TextError as error:
-                found.append(str(error))
+                mismatches.append(str(error))
                 continue
             labels = reference_labels(tokenizer, trial[f"prompt_data_{kind}"], slots.front.added)
-            found += _slots_differ(where, prompt, labels, wanted)
-    return Check("slot parity", len(data["trials"]), tuple(found))
+            mismatches += _slots_differ(where, prompt, labels, wanted)
+    return Check("slot parity", len(data["trials"]), tuple(mismatches))
 
 
 def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
     """Answers' first tokens against the tokenizer."""
     template = template_of(data, tokenizer)
     special = template.front(tokenizer).added
-    found = []
+    mismatches = []
     for number, trial in enumerate(data["trials"]):
         try:
             ids = list(
@@ -103,52 +101,12 @@ def verify_answers(data: Mapping[str, Any], tokenizer: Any) -> Check:
                 )
             )
         except ic.TextError as error:
-            found.append(f"trial {number}, answer_ids: {error}")
+            mismatches.append(f"trial {number}, answer_ids: {error}")
             continue
-        found += _differ(f"trial {number}, answer_ids", trial["answer_ids"], ids)
+        mismatches += _differ(f"trial {number}, answer_ids", trial["answer_ids"], ids)
         for field in ("first_token_id", "target_first_token_id"):
-            found += _differ(f"trial {number}, {field}", trial[field], ids[0])
-    return Check("verify", len(data["trials"]), tuple(found))
-
-
-def read_trials(path: str | Path, tokenizer: Any, *, model: str | None = None, boundary: Boundary = "strict") -> Trials:
-    """Fixed trials of a file, with prompts of a tokenizer that must be the file's.
-
-    Args:
-        model: name of the model to run; its last part must be that of the file's (None: any model of this tokenizer).
-        boundary: how answers are found; see `prompts.target_ids`.
-
-    Raises:
-        LoadError: no such file, or one whose fields are not those of fixed trials.
-        TextError: prompts or answers are not what this tokenizer makes of the file's pairs, or the file is of another
-            model; names trial and field.
-    """
-    data = read_json(path)
-    theirs = data["meta"]["model_name_for_tokenizer"]
-    if model is not None and short_name(model) != short_name(theirs):
-        raise ic.TextError(
-            f"{path}: meta.model_name_for_tokenizer is {theirs}, the model is {model}: make a file for this one with "
-            "`interp run fv_fixed_trials`"
-        )
-    for check in (prompt_parity(data, tokenizer), verify_answers(data, tokenizer)):
-        if check.mismatches:
-            more = f" (and {check.mismatch_count - 1} more)" if check.mismatch_count > 1 else ""
-            raise ic.TextError(
-                f"{path}: {check.mismatches[0]}{more}. The file was made for {theirs}, this tokenizer is "
-                f"{name_of(tokenizer)}: load that one, or make a file for this one with `interp run fv_fixed_trials`"
-            )
-    template = template_of(data, tokenizer, boundary)
-    slots = dummy(tokenizer, template, data["meta"]["n_shots"])
-    splits = {key: tuple(rows) for key, rows in data["splits"].items()}
-    items = tuple(_trial(row, tokenizer, template, slots) for row in data["trials"])
-    return Trials(items, slots, data["meta"], splits)
-
-
-def _trial(row: Mapping[str, Any], tokenizer: Any, template: Template, slots: Slots) -> Trial:
-    clean, corrupted = ([unspaced(template, pair) for pair in row[f"demos_{kind}"]] for kind in KINDS)
-    query = unspaced(template, row["query"])
-    rows = row["demo_indices_in_train"], row["query_index_in_valid"]
-    return made(row["trial_id"], tokenizer, template, slots, clean, corrupted, query, *rows)
+            mismatches += _differ(f"trial {number}, {field}", trial[field], ids[0])
+    return Check("verify", len(data["trials"]), tuple(mismatches))
 
 
 def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list[str]:
@@ -161,8 +119,8 @@ def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list
     before, after = data["prefixes"], data["separators"]
     groups = [[(before["instructions"], "bos_token")], [(data["instructions"], "instructions_token")]]
     groups += [[(after["instructions"], "separator_token")]]
-    asked = [(pair["input"], pair["output"], f"demonstration_{i}", "") for i, pair in enumerate(data["examples"], 1)]
-    for x, y, name, kind in [*asked, (data["query_target"]["input"], None, "query_demonstration", "query_")]:
+    examples = [(pair["input"], pair["output"], f"demonstration_{i}", "") for i, pair in enumerate(data["examples"], 1)]
+    for x, y, name, kind in [*examples, (data["query_target"]["input"], None, "query_demonstration", "query_")]:
         group = [(before["input"], f"{kind}structural_token"), (x, f"{name}_token")]
         group += [(after["input"], f"{kind}separator_token"), (before["output"], f"{kind}structural_token")]
         answered = [] if y is None else [(y, f"{name}_label_token"), (after["output"], "separator_token")]
@@ -176,6 +134,7 @@ def reference_labels(tokenizer: Any, data: Mapping[str, Any], bos: bool) -> list
             text += piece
             new = len(tokenizer.tokenize(text)) - length
             labels = labels + [label] * new if new else [*labels[:-1], label]
+            # the last token before an answer: of the output's prefix, or of the separator where there is none
             if place == 3 or (place == 2 and not group[3][0]):
                 labels[-1] = labels[-1].replace("structural", "predictive").replace("separator", "predictive")
             if place == 5 and new:
@@ -207,14 +166,14 @@ def _slots_differ(where: str, prompt: Prompt, labels: Sequence[str], slots: Sequ
     ]
 
 
-def _differ(field: str, found: Any, wanted: Any) -> list[str]:
+def _differ(field: str, actual: Any, wanted: Any) -> list[str]:
     """A line if two things differ."""
-    if found == wanted:
+    if actual == wanted:
         return []
-    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(found) == len(wanted):
-        at = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-        return [f"{field}[{at}] is {found[at]!r}, should be {wanted[at]!r}"]
-    return [f"{field} is {_short(found)}, should be {_short(wanted)}"]
+    if isinstance(actual, (list, tuple)) and isinstance(wanted, (list, tuple)) and len(actual) == len(wanted):
+        at = next(i for i, pair in enumerate(zip(actual, wanted, strict=True)) if pair[0] != pair[1])
+        return [f"{field}[{at}] is {actual[at]!r}, should be {wanted[at]!r}"]
+    return [f"{field} is {_short(actual)}, should be {_short(wanted)}"]
 
 
 def _short(value: Any) -> str:

@@ -23,12 +23,13 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import runs
 
-from .artefacts import Files, FixedRun, profile
-from .common_files import by_layer, target_fields
-from .extraction import Answers, Extraction, Measure
-from .means import head_shape
-from .source_files import LOGITS, MAPS, logits_file, settings_of, slot_maps
-from .trials_file import short_name
+from ..means import head_shape
+from .answers import Answers
+from .common import by_layer, target_fields
+from .extraction import Extraction, Measure
+from .fixed_run import Files, FixedRun, profile
+from .golden import LOGITS, MAPS, logits_file, settings_of, slot_maps
+from .trials_json import short_name
 
 KEYS: dict[str, Measure] = {"mean_delta_p": "probability", "mean_delta_logprob": "logprob"}
 """What heads can be ranked by: names of the files, and of the measure."""
@@ -36,27 +37,29 @@ TOKEN_RULE = "first token of the answer: ids(prompt + answer) without the first 
 SLOT_RULE = "last slot, query_predictive_token: the last token of the prompt"
 
 
-def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> Files:
+def runtime_files(model: ic.Model, run: FixedRun, extraction: Extraction, answered: Answers) -> Files:
     """The files, by name."""
     rows = _rows(model, run, answered)
     summary = _summary(rows)
-    meta = _eval_meta(model, run, made, answered)
-    vector = made.vector.vector
+    meta = _eval_meta(model, run, extraction, answered)
+    vector = extraction.vector.vector
     heads, d_head = head_shape(model)
     step6 = f"step6_results_{_plain(short_name(run.model_name))}_layer{answered.layer}_n{len(rows)}.json"
     return {
-        "mean_activations.pt": ic.runs.pt_bytes(made.mean),
+        "mean_activations.pt": ic.runs.pt_bytes(extraction.mean),
         "mean_activations_meta.json": runs.json_text(_mean_meta(model, run)),
-        "indirect_effect.pt": ic.runs.pt_bytes(made.effects[made.measure]),
+        "indirect_effect.pt": ic.runs.pt_bytes(extraction.effects[extraction.measure]),
         MAPS: slot_maps(run, model),
-        "top_heads.json": runs.json_text(_top_heads(run, made)),
+        "top_heads.json": runs.json_text(_top_heads(run, extraction)),
         "fv_by_layer.pt": ic.runs.pt_bytes(
-            by_layer(model, made.mean, made.heads, alpha=answered.alpha, model_spec=short_name(run.model_name))
+            by_layer(
+                model, extraction.mean, extraction.heads, alpha=answered.alpha, model_spec=short_name(run.model_name)
+            )
         ),
         "fv_global_resid.pt": ic.runs.pt_bytes(
             {"fv_global_resid": vector, "resid_dim": len(vector), "head_dim": d_head, "n_heads": heads}
         ),
-        "fv_global_resid_meta.json": runs.json_text(_vector_meta(run, made)),
+        "fv_global_resid_meta.json": runs.json_text(_vector_meta(run, extraction)),
         LOGITS: logits_file(answered),
         step6: runs.json_text(_step6(meta, summary, rows)),
         "eval_summary.json": runs.json_text(summary),
@@ -65,8 +68,8 @@ def runtime_files(model: ic.Model, run: FixedRun, made: Extraction, answered: An
     }
 
 
-def _score_key(made: Extraction) -> str:
-    return next(key for key, measure in KEYS.items() if measure == made.measure)
+def _score_key(extraction: Extraction) -> str:
+    return next(key for key, measure in KEYS.items() if measure == extraction.measure)
 
 
 def _plain(name: str) -> str:
@@ -95,14 +98,14 @@ def _mean_meta(model: ic.Model, run: FixedRun) -> dict[str, Any]:
     }
 
 
-def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
-    p, logprob = made.aie("probability"), made.aie("logprob")
-    score_key = _score_key(made)
+def _top_heads(run: FixedRun, extraction: Extraction) -> dict[str, Any]:
+    p, logprob = extraction.aie("probability"), extraction.aie("logprob")
+    score_key = _score_key(extraction)
     return {
         "meta": {
-            **run.meta(), "k": len(made.heads), "model": run.model_name, "model_spec": short_name(run.model_name),
-            "score_key": score_key, "token_class_idx": made.token_class, "by": made.by,
-            "gap_k_to_k1": made.known_gap,
+            **run.meta(), "k": len(extraction.heads), "model": run.model_name, "model_spec": short_name(run.model_name),
+            "score_key": score_key, "token_class_idx": extraction.token_class, "by": extraction.by,
+            "gap_k_to_k1": extraction.known_gap,
             "ties": "score descending, layer ascending, head ascending",
         },
         "heads": [
@@ -111,20 +114,20 @@ def _top_heads(run: FixedRun, made: Extraction) -> dict[str, Any]:
                 "mean_delta_logprob": float(logprob[layer, head]),
                 "mean_delta_p": float(p[layer, head]), "n_trials": len(run.trials),
             }
-            for layer, head, score in made.heads
+            for layer, head, score in extraction.heads
         ],
     }  # fmt: skip
 
 
-def _vector_meta(run: FixedRun, made: Extraction) -> dict[str, Any]:
+def _vector_meta(run: FixedRun, extraction: Extraction) -> dict[str, Any]:
     return {
         **run.meta(),
         "spec_name": short_name(run.model_name),
         "model": run.model_name,
         "space": "resid",
-        "shape": [len(made.vector.vector)],
-        "norm": made.vector.norm,
-        "heads": [list(head) for head in made.heads],
+        "shape": [len(extraction.vector.vector)],
+        "norm": extraction.vector.norm,
+        "heads": [list(head) for head in extraction.heads],
         "bias": "per_head",
         "token_position_rule": SLOT_RULE,
     }
@@ -134,7 +137,7 @@ def _rows(model: ic.Model, run: FixedRun, answered: Answers) -> list[dict[str, A
     rows = []
     for place, (trial, prompt) in enumerate(zip(run.trials, answered.prompts, strict=True)):
         row: dict[str, Any] = {}
-        for side, judged in (("base", answered.base), ("with", answered.given)):
+        for side, judged in (("base", answered.base), ("with", answered.steered)):
             row |= {
                 f"pred_id_{side}": int(judged.pred_id[place]),
                 f"accuracy_{side}": float(judged.rank[place] == 0),
@@ -158,21 +161,21 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def column(key: str) -> Tensor:
         return torch.tensor([row[key] for row in rows], dtype=torch.float64)
 
-    found: dict[str, Any] = {"n": len(rows)}
+    summary: dict[str, Any] = {"n": len(rows)}
     for side in ("base", "with"):
-        found[f"acc_{side}"] = float(column(f"accuracy_{side}").mean())
-    found["delta_acc"] = found["acc_with"] - found["acc_base"]
+        summary[f"acc_{side}"] = float(column(f"accuracy_{side}").mean())
+    summary["delta_acc"] = summary["acc_with"] - summary["acc_base"]
     for key in ("logit", "logprob", "p"):
         for side in ("base", "with"):
-            found[f"mean_{key}_{side}"] = float(column(f"{key}_{side}").mean())
+            summary[f"mean_{key}_{side}"] = float(column(f"{key}_{side}").mean())
         delta = column(f"delta_{key}")
-        found |= {f"mean_delta_{key}": float(delta.mean()), f"std_delta_{key}": float(delta.std(correction=0))}
-    return found
+        summary |= {f"mean_delta_{key}": float(delta.mean()), f"std_delta_{key}": float(delta.std(correction=0))}
+    return summary
 
 
-def _eval_meta(model: ic.Model, run: FixedRun, made: Extraction, answered: Answers) -> dict[str, Any]:
-    vector = _vector_meta(run, made)
-    score_key = _score_key(made)
+def _eval_meta(model: ic.Model, run: FixedRun, extraction: Extraction, answered: Answers) -> dict[str, Any]:
+    vector = _vector_meta(run, extraction)
+    score_key = _score_key(extraction)
     return {
         **run.meta(),
         "model": run.model_name,
@@ -189,7 +192,7 @@ def _eval_meta(model: ic.Model, run: FixedRun, made: Extraction, answered: Answe
         "fv_type": "resid",
         "eval_scope": f"{answered.kind} prompts of the fixed trials",
         "eval_qids": [run.dataset_name],
-        "config": {**settings_of(made, answered), "fixed_trials_path": str(run.path), "score_key": score_key},
+        "config": {**settings_of(extraction, answered), "fixed_trials_path": str(run.path), "score_key": score_key},
         "fv": {"shape": vector["shape"], "norm": vector["norm"]},
         "fv_meta": vector,
         "profile": profile(model),

@@ -20,9 +20,9 @@ from typing import Any
 
 from interp_core import runs
 
-from .artefacts import Files
-from .differences import STAGES, Finding, Stage, plain
-from .parity import Comparison
+from ..files.fixed_run import Files
+from .findings import STAGES, Finding, Stage, plain
+from .stages import Comparison
 
 GATE = {
     "prompt": ("prompt_boundary",),
@@ -105,9 +105,11 @@ class Suite:
         """What a reader of PASS has to know."""
         if self.comparison is None:
             return []
-        one, two = self.comparison.a.folder, self.comparison.b.folder
+        folder_a, folder_b = self.comparison.a.folder, self.comparison.b.folder
         said = (
-            [f"a and b are the same folder, {one}: nothing was held against another side"] if one.samefile(two) else []
+            [f"a and b are the same folder, {folder_a}: nothing was held against another side"]
+            if folder_a.samefile(folder_b)
+            else []
         )
         return said + [f"logits {stage.notes['logits']}" for stage in self.stages if "logits" in stage.notes]
 
@@ -120,12 +122,12 @@ class Suite:
                 continue
             states = {stage.status for stage in stages}
             status = "FAIL" if "FAIL" in states else "SKIPPED" if "SKIPPED" in states else "PASS"
-            found = next((finding for stage in stages for finding in stage.findings), None)
+            first = next((finding for stage in stages for finding in stage.findings), None)
             rows.append(
                 {
                     "name": name,
                     "status": status,
-                    "cmd": self.reproduction(found) if found else self.command(parts),
+                    "cmd": self.reproduction(first) if first else self.command(parts),
                     "exit_code": {"PASS": 0, "FAIL": FAILED, "SKIPPED": None}[status],
                     "mismatch_count": sum(stage.mismatch_count for stage in stages),
                     "max_abs_diff": max(stage.max_abs_diff for stage in stages),
@@ -143,12 +145,13 @@ class Suite:
         """How it was compared."""
         if self.comparison is None:
             return {}
-        one = self.comparison
+        comparison = self.comparison
         return {
-            "mode": one.mode, "tolerances": asdict(one.within), "a": str(one.a.folder), "b": str(one.b.folder),
+            "mode": comparison.mode, "tolerances": asdict(comparison.within),
+            "a": str(comparison.a.folder), "b": str(comparison.b.folder),
             "worked_out": dict(self.worked_out), "remarks": self.remarks,
-            "profile": self.profile or one.b.settings.get("profile"),
-            "settings_that_differ": {key: list(pair) for key, pair in one.settings().items()},
+            "profile": self.profile or comparison.b.settings.get("profile"),
+            "settings_that_differ": {key: list(pair) for key, pair in comparison.settings().items()},
         }  # fmt: skip
 
     def files(self) -> tuple[Files, Files]:
@@ -229,7 +232,9 @@ class Suite:
         out += ["", *self.lines()]
         for stage in self.stages:
             out += ["", f"{stage.name}: {stage.skipped or stage.status}"]
-            out += [f"  {one} against {two}" if one != two else f"  {one}" for one, two in stage.files]
+            out += [
+                f"  {file_a} against {file_b}" if file_a != file_b else f"  {file_a}" for file_a, file_b in stage.files
+            ]
             out += [f"  {key}: {value}" for key, value in stage.notes.items()]
             out += [f"  {finding}" for finding in stage.findings]
         return "\n".join(out) + "\n"
@@ -238,8 +243,8 @@ class Suite:
         """The diff report."""
         out = [f"# {self.dataset_name}, {self.fixed_trials_id}: {self.status}", ""]
         if self.comparison is not None:
-            one = self.comparison
-            out += [f"a: `{one.a.folder}`, b: `{one.b.folder}`, compared by *{one.mode}*.", ""]
+            comparison = self.comparison
+            out += [f"a: `{comparison.a.folder}`, b: `{comparison.b.folder}`, compared by *{comparison.mode}*.", ""]
             out += [f"{remark[0].upper()}{remark[1:]}.\n" for remark in self.remarks]
         out += ["| stage | status | compared | mismatches | max_abs_diff |", "|---|---|---|---|---|"]
         out += [
@@ -262,8 +267,8 @@ class Suite:
 
 def _one(values: Iterable[Any]) -> Any:
     """The value, where there is one; else all of them."""
-    found = sorted(set(values))
-    return found[0] if len(found) == 1 else found
+    distinct = sorted(set(values))
+    return distinct[0] if len(distinct) == 1 else distinct
 
 
 def _cell(finding: Finding) -> str:

@@ -82,10 +82,10 @@ class Finding:
         return self.files[self.side]
 
     def __str__(self) -> str:
-        found = self.why or f"a has {_short(self.a)}, b has {_short(self.b)}"
+        difference = self.why or f"a has {_short(self.a)}, b has {_short(self.b)}"
         apart = "" if self.difference is None or self.why else f", {self.difference:.3g} apart"
         more = "" if self.count == 1 else f"; and {self.count - 1} more"
-        return f"{self.stage} / {self.file} / {self.key}: {found}{apart}{more}"
+        return f"{self.stage} / {self.file} / {self.key}: {difference}{apart}{more}"
 
     def json(self) -> dict[str, Any]:
         """As reports hold it."""
@@ -134,9 +134,9 @@ class Stage:
         """PASS; FAIL if something does not agree, which `counted` also finds of too few comparisons; or SKIPPED."""
         return "SKIPPED" if self.skipped else "PASS" if self.compared and not self.findings else "FAIL"
 
-    def counted(self, files: Pair, asked: int) -> None:
+    def counted(self, files: Pair, expected: int) -> None:
         """Hold the number of comparisons against what the trials ask for; a stage that has a finding may stop short."""
-        self.asked += asked
+        self.asked += expected
         if not self.findings and (self.compared != self.asked or not self.asked):
             why = f"{self.compared:,} values were compared, the trials ask for {self.asked:,}"
             self.find(files, "(count)", self.compared, self.asked, why=why)
@@ -221,11 +221,11 @@ def chosen(names: str | Collection[str]) -> tuple[str, ...]:
     Raises:
         PlanError: a stage that there is not.
     """
-    asked = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
-    for name in asked:
+    wanted = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    for name in wanted:
         if name not in STAGES:
             raise ic.PlanError(f"there is no stage {name!r}. {nearest(name, STAGES)}")
-    return tuple(name for name in STAGES if name in (asked or STAGES))
+    return tuple(name for name in STAGES if name in (wanted or STAGES))
 
 
 def _short(value: Any) -> str:

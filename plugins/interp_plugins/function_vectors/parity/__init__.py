@@ -1,0 +1,1 @@
+"""The parity suite: two folders of files compared stage by stage, and each with itself."""
