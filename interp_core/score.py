@@ -64,17 +64,10 @@ class Score:
         return object.__new__(cls if cls is not Score else SiteScore if of is not None else SpanScore if span else cls)
 
     def __init__(
-        self,
-        name: str,
-        fn: Callable[..., Float[Tensor, " batch"]],
-        at: PositionLike = -1,
-        targets: tuple[Target, ...] = (),
-        *,
-        clean: bool = False,
-        span: bool = False,
-        narrow: bool = False,
+        self, name: str, fn: Callable[..., Float[Tensor, " batch"]], at: PositionLike = -1,
+        targets: tuple[Target, ...] = (), *, clean: bool = False, span: bool = False, narrow: bool = False,
         of: Site | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         fields = {"name": name, "fn": fn, "at": at, "targets": targets, "of": of}
         vars(self).update(fields, needs_clean=clean, targets_only=narrow)
         takes = "a token id, a word, a list of them (one per row) or a tensor of ids"
