@@ -31,13 +31,13 @@ class Change(Protocol):
 
     @property
     def selection(self) -> Selection:
-        """What it selects."""
+        """The experts and positions that it selects."""
 
     def take(self, value: Tensor) -> Tensor:
         """The selected part of a value."""
 
     def note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
-        """Write down what it did."""
+        """Note in the pass' record that it fired, and how much it changed."""
 
     def derive_value(self, call: Call) -> None:
         """Carry it out on the value that the hook point computes."""
