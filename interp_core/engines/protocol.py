@@ -68,6 +68,7 @@ class PassRecord:
         self.attention: dict[int, AttentionRows] = {}
 
 
+@runtime_checkable
 class Change(Protocol):
     """What acts on the tensor that passes a hook: a `SiteEdit`, or the edits of many rows of a sweep.
 
