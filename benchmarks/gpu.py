@@ -36,8 +36,8 @@ from gpu_parity import IDS, LIMIT, apart, changed, first_line, knockout, parity,
 
 import interp_core as ic  # noqa: E402
 from interp_core import sites as S  # noqa: E402
+from interp_core.batteries.sites import TOLERANCE  # noqa: E402
 from interp_core.bench.tools import Bare, ByHand, Ours  # noqa: E402
-from interp_core.checks.battery import TOLERANCE  # noqa: E402
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}

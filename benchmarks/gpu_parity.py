@@ -1,7 +1,7 @@
 """How exact interp_core is on a device, family by family; a part of `benchmarks/gpu.py`.
 
 Two limits are used. `by hand`: the same operations on the same device,
-`interp_core.checks.battery.TOLERANCE` of the largest
+`interp_core.batteries.sites.TOLERANCE` of the largest
 value. `rounding`: the same number by other shapes or on another device, `GROWTH` roundings of float32.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
-from interp_core.checks.battery import TOLERANCE
+from interp_core.batteries.sites import TOLERANCE
 from interp_core.sites import SITES, Site
 
 GROWTH = 256

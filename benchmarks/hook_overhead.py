@@ -16,7 +16,7 @@ from peers import installed
 
 import interp_core as ic
 from interp_core.bench import benchmark
-from interp_core.result import write
+from interp_core.files import write
 
 PAGE = """# What hooks cost
 

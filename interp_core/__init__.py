@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from . import vision as vision
     from . import visual as visual
     from .activations import Activations as Activations
-    from .checks.visual import VisualCheck as VisualCheck
-    from .checks.visual import visual_check as visual_check
+    from .batteries.images import VisualCheck as VisualCheck
+    from .batteries.images import visual_check as visual_check
     from .engines.attention_rows import AttentionRows as AttentionRows
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
@@ -93,7 +93,7 @@ _HOME = {
     "Span": "positions",
     "Sweep": "sweep",
     "Tokens": "text",
-    "VisualCheck": "checks.visual",
+    "VisualCheck": "batteries.images",
     "VisualToken": "vision.places",
     "keyed": "identity",
     "load": "model",
@@ -101,7 +101,7 @@ _HOME = {
     "open_tokenizer": "loading",
     "open_run": "saved",
     "registry": "plugins",
-    "visual_check": "checks.visual",
+    "visual_check": "batteries.images",
 } | {
     f"{kind}Error": "errors"
     for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")

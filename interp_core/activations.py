@@ -25,8 +25,7 @@ from torch import Tensor
 from .architectures.atlas import Atlas
 from .engines.protocol import Slot
 from .errors import LoadError, ReadError, wrong
-from .files import safetensors_bytes, split_lines
-from .result import folder_of
+from .files import folder_of, safetensors_bytes, split_lines
 from .saved import StoredSlot, StoredValues, atlas_from, mapped, slot_name, tokens_data, tokens_from
 from .sites import Site
 from .text import Tokens

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import LoadError
+from .errors import LoadError, wrong
 
 STALE_SECONDS = 24 * 3600
 """Age after which a draft of another machine, whose processes cannot be asked, counts as left behind."""
@@ -167,3 +167,14 @@ def _drafted(path: Path, data: str | bytes) -> Path:
         draft.unlink(missing_ok=True)
         raise
     return draft
+
+
+def folder_of(what: str, folder: Any) -> Path:
+    """A folder as a path.
+
+    Raises:
+        LoadError: something that names none.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise LoadError(wrong(what, "a folder", folder))
+    return Path(folder)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import LoadError, PlanError, several, wrong
-from .result import folder_of
+from .files import folder_of
 from .sites import TENSOR_OPS, Edit, Site
 from .tensors import digest
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import LoadError, wrong
-from .files import safetensors_bytes
-from .files import write as write
+from .errors import LoadError
+from .files import folder_of, safetensors_bytes, write
 
 FORMAT = "interp-result/1"
 R = TypeVar("R", bound="Result")
@@ -147,17 +145,6 @@ class Result:
         return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def folder_of(what: str, folder: Any) -> Path:
-    """A folder as a path.
-
-    Raises:
-        LoadError: something that names none.
-    """
-    if not isinstance(folder, (str, os.PathLike)):
-        raise LoadError(wrong(what, "a folder", folder))
-    return Path(folder)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -21,11 +21,10 @@ from .architectures.atlas import Atlas, Entry, Shape
 from .architectures.family import Family, View
 from .engines.protocol import Slot
 from .errors import InterpError, LoadError, PlanError
-from .files import file_sha256, safetensors_bytes, sha256, write
+from .files import file_sha256, folder_of, safetensors_bytes, sha256, write
 from .plan import Plan
 from .positions import Images, Span
 from .readings import ForwardPass, ReadStore, Receipt, Routing
-from .result import folder_of
 from .sites import Edit, Site
 from .text import Tokens
 

@@ -17,7 +17,7 @@ import torch
 import interp_core as ic
 from interp_core import testing
 from interp_core.architectures.undescribed import UNDESCRIBED
-from interp_core.result import write
+from interp_core.files import write
 from interp_core.sites import SITES
 
 ROOT = Path(__file__).parent.parent

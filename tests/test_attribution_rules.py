@@ -19,7 +19,7 @@ from tolerances import GROWTH, close, rounding
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
-from interp_core.checks.battery import coarsest
+from interp_core.batteries.sites import coarsest
 from interp_core.testing.state import State
 
 AT, TOKEN = 7, 11

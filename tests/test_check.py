@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import interp_core as ic
 from interp_core import testing
-from interp_core.checks.battery import check_model, coarsest
+from interp_core.batteries.sites import check_model, coarsest
 from interp_core.cli import app
 
 

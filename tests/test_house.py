@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rooms
 from conftest import FAMILIES
 from imports import arrows, circles, imports, modules, past_public_names
 from sentences import branches_on_sentences
@@ -21,8 +22,6 @@ import interp_core as ic
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"interp_core": ROOT / "interp_core", "interp_plugins": ROOT / "plugins", "interp_recipes": ROOT / "recipes"}
 MODULES = modules({name: root if root.name == name else root / name for name, root in PACKAGES.items()})
-
-
 OTHERS_SENTENCES = {
     "interp_core/loading.py",  # transformers and the hub raise OSError for a gated model as for a missing one
     "plugins/interp_plugins/attribution/files/arrays.py",  # numpy has one ValueError for pickles and for damage
@@ -53,8 +52,28 @@ def test_import_arrows() -> None:
 
 def test_no_circles_of_imports() -> None:
     """Of all imports: at load, in functions, for types alone."""
-    loops = [sorted(name.partition(".")[2] for name in circle) for circle in circles(arrows(MODULES))]
-    assert not loops, f"circles of imports: {loops}; let one module of each import less"
+    loops = circles(arrows(MODULES))
+    assert not loops, f"modules import each other in a circle: {[sorted(loop) for loop in loops]}; let one import less"
+
+
+def test_imports_run_down() -> None:
+    """Every module is in a room, and imports from its own and from lower ones; the picture shows it."""
+    homeless = sorted(module for module in MODULES if not rooms.room_of(module))
+    assert not homeless, f"give these a room in tests/rooms.py: {homeless}"
+    order, graph = list(rooms.ROOMS), rooms.between_rooms()
+    up = [f"{room} -> {other}" for room in graph for other in graph[room] if order.index(other) > order.index(room)]
+    assert not up, f"imports that run up: {up}"
+    assert rooms.PICTURE.read_text() == rooms.svg(), "the picture is of another code: python tests/rooms.py"
+
+
+def test_the_page_on_architecture_names_what_there_is() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert all(
+        f"{name}/" in page for name in ("architectures", "engines", "sweep", "checks", "vision", "visual", "cli")
+    )
+    for path in re.findall(r"`((?:[\w]+/)*[\w]+(?:\.py|\.md|/))`", page):
+        places = [ROOT / path, ROOT / "interp_core" / path, ROOT / "docs" / path]
+        assert any(place.exists() for place in places), f"docs/architecture.md names {path}, which is not there"
 
 
 def test_plugins_and_recipes_use_public_names_alone() -> None:

@@ -17,9 +17,9 @@ import torch
 
 import interp_core as ic
 from interp_core import report
+from interp_core.files import write
 from interp_core.report import colors, html, png, svg
 from interp_core.report.pictures import pixels_of
-from interp_core.result import write
 
 NASTY = "<script>alert('x')</script>\"'&"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import interp_core as ic
-from interp_core.checks.battery import coarsest
+from interp_core.batteries.sites import coarsest
 
 GROWTH = 256
 """Roundings of `eps` in what comes out of a tiny model, relative to the largest value there: sums of up to 96 terms in

@@ -1,1 +1,1 @@
-"""What holds of a model on an engine: the check at load, the battery of `interp check`, the one of images."""
+"""The check at load: a few short passes that hold the atlas against the model itself, and its vision tower."""

@@ -74,14 +74,14 @@ def check(
     out: Annotated[Path | None, typer.Option(help="also write the table to a file")] = None,
 ) -> None:
     """The whole battery on your model: every site, read, edited, differentiated and generated with, on every engine."""
-    from ..checks.battery import check_model
+    from ..batteries.sites import check_model
     from ..model import load
 
     loaded = load(model)
     battery = check_model(loaded, engine or ())
     print(loaded, "", battery, sep="\n")
     if out is not None:
-        from ..result import write
+        from ..files import write
 
         write(out, f"{battery}\n")
     if battery.failed:
@@ -105,7 +105,7 @@ def bench(
     text = benchmark(load(model), rounds=rounds, n_tokens=tokens, extra=extra or [])
     print(text)
     if out is not None:
-        from ..result import write
+        from ..files import write
 
         write(out, text + "\n")
 

@@ -15,7 +15,7 @@ V are a row's visual positions, L the number of layers, p0 the last position of 
 The references take other ways than what they check: `features` calls the model's own `get_image_features`; `removal`
 masks columns of the attention mask and hands the model the positions that it used before; `score` hooks nothing.
 Numbers are largest differences over the largest value, and where no (0) stands, within the tolerance of the coarsest
-dtype that values pass through (`interp_core.checks.battery`). Cost: about twelve forward passes per row.
+dtype that values pass through (`interp_core.batteries.sites`). Cost: about twelve forward passes per row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..model_inputs import model_inputs
 from ..text import Tokens
 from ..vision.places import VisualToken, placeholder_ids, visual_grid, with_visual_names
 from ..visual.replacing import replaced
-from .battery import TOLERANCE, coarsest
+from .sites import TOLERANCE, coarsest
 
 if TYPE_CHECKING:
     from ..model import Model

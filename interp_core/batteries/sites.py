@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..checks.selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
 from ..errors import CapabilityError, InterpError
 from ..plugins import registry
 from ..sites import SITES
 from ..text import Tokens
-from .selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
 
 if TYPE_CHECKING:
     from ..model import Model
