@@ -247,7 +247,7 @@ def _special(model: Session, said: dict[str, Any], stop: bool) -> list[int]:
 
 
 def _criteria(model: Session, said: dict[str, Any], keywords: dict[str, Any]) -> list[Any]:
-    """What ends rows, beside tokens."""
+    """Stopping criteria of the caller's, and one for `stop_strings`; what has an option of its own is refused."""
     criteria, tokenizer = list(keywords.pop("stopping_criteria", ())), keywords.pop("tokenizer", model.tokenizer)
     for criterion in criteria:
         for kind, name in ((MaxLengthCriteria, "max_new_tokens"), (EosTokenCriteria, "eos_token_id")):

@@ -119,6 +119,7 @@ class _Walk:
         if isinstance(value, Tensor):
             return _hashed("tensor", [_content(value)])
         if id(value) in self.within:
+            # By the depth at which it was met, not by its address, which the next process does not share.
             return _hashed("itself", [str(self.within[id(value)])])
         self.within[id(value)] = len(self.within)
         try:
@@ -155,7 +156,7 @@ class _Walk:
             yield from (self.of(part) for item in value.items() for part in item)
         elif isinstance(value, (tuple, list)):
             yield from map(self.of, value)
-        elif isinstance(value, (set, frozenset)):
+        elif isinstance(value, (set, frozenset)):  # their order changes with the process (hash randomisation)
             yield from sorted(map(self.of, value))
         elif isinstance(value, functools.partial):
             yield from map(self.of, (value.func, value.args, value.keywords))
@@ -169,7 +170,7 @@ class _Walk:
             if value.dtype.hasobject:
                 raise NoIdentityError("it uses an array of objects, whose content cannot be compared")
             yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
-        elif hasattr(value, "__wrapped__"):
+        elif hasattr(value, "__wrapped__"):  # functools.cache: what it remembers is no part of what it does
             yield self.of(value.__wrapped__)
         elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
             for name in _attributes(value):
@@ -204,6 +205,7 @@ class _Walk:
         reads, imports = _reaches(fn.__code__)
         for name in reads:
             yield name
+            # A name that is nowhere yet would be an error when called, and is told apart by the name alone.
             if name in fn.__globals__ or hasattr(builtins, name):
                 yield self.of(fn.__globals__.get(name, getattr(builtins, name, None)))
         yield from map(known, imports)
@@ -213,6 +215,7 @@ class _Walk:
         names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
         consts = [self._code(x) if isinstance(x, types.CodeType) else self.of(x) for x in code.co_consts]
         parts = [code.co_code.hex(), code.co_exceptiontable.hex(), repr(counts), repr(names), *consts]
+        # Bytecode differs between Python versions for the same source: then a sweep is worked out again, not mixed.
         return _hashed(sys.implementation.cache_tag or "code", parts)
 
     def modules(self, root: nn.Module) -> str:
@@ -338,7 +341,7 @@ def _reaches(code: types.CodeType) -> tuple[list[str], list[str]]:
 def _hashed(kind: str, parts: Iterable[str]) -> str:
     sha = hashlib.sha256(kind.encode())
     for part in parts:
-        sha.update(f"\n{len(part)} {part}".encode())
+        sha.update(f"\n{len(part)} {part}".encode())  # with lengths, so that ("ab", "c") is not ("a", "bc")
     return sha.hexdigest()
 
 
@@ -383,7 +386,7 @@ def _weight(root: nn.Module, name: str, tensor: Tensor) -> str:
 def _sums(tensor: Tensor) -> str:
     """A digest of sums, at the speed at which memory is read."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    data = data if data.storage_offset() % 8 == 0 else data.clone()
+    data = data if data.storage_offset() % 8 == 0 else data.clone()  # words of 8 bytes must begin at one
     count = len(data) // (8 * WORDS)
     words, rest = data[: count * 8 * WORDS].view(torch.int64), data[count * 8 * WORDS :]
     return digest(words.view(count, WORDS).sum(-1)) + digest(rest)

@@ -44,7 +44,7 @@ class Batch(Protocol):
 
     @property
     def shares(self) -> Shares:
-        """Which part of them is whose."""
+        """By input, how many of its first axis belong to each row; None for one for each row."""
 
     @property
     def patches(self) -> Images | None:

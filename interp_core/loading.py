@@ -144,7 +144,7 @@ def _resolved(source: str | Path) -> str:
 
 @contextmanager
 def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
-    """What transformers is to read."""
+    """What transformers reads of a folder, a hub id or a .gguf file, which gets a folder of its own."""
     if not gguf.is_gguf(path):
         yield Files(path, path, options)
         return

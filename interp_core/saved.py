@@ -92,6 +92,7 @@ def save_run(run: ForwardPass, plan: Plan, receipts: Sequence[Receipt], model: S
         for kind, store in (("read", run), ("grad", run._grad)):
             value = None if store is None else store._value(number)
             if value is not None:
+                # A late view is one that a run takes when it is asked; a file holds the site's own axes.
                 tensors[f"{kind}/{name}"] = slot.view(value) if slot.late and slot.view is not None else value
                 held.append(f"{kind}/{name}")
         reads.append({"site": str(slot.site), "name": slot.entry.name, "layer": slot.entry.layer, "held": held})
@@ -134,6 +135,7 @@ def open_run(folder: str | Path) -> SavedRun:
         raise LoadError(f"{values} is {what}; save the run again")
     try:
         return _rebuilt(head, mapped(values))
+    # The digest is that of the values alone: in the head anything may be wrong.
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, InterpError) as error:
         raise LoadError(f"{path / HEAD} is damaged ({type(error).__name__}: {error}); save the run again") from error
 
@@ -221,7 +223,7 @@ def atlas_data(atlas: Atlas) -> dict[str, Any]:
 def atlas_from(data: Mapping[str, Any]) -> Atlas:
     """The atlas of `atlas_data`: it answers what sites there are, and reaches no module."""
     atlas = Atlas(Family(str(data["family"])), Shape(*data["shape"]), None)
-    atlas.tower = int(data.get("tower", 0))
+    atlas.tower = int(data.get("tower", 0))  # folders of before vision towers had sites say nothing of them
     for name, layer, sizes in data["sites"]:
         atlas.entries[name, layer] = Entry(name, layer, None, None, sizes)
     atlas.lacking = {str(name): str(why) for name, why in data["lacking"].items()}
@@ -243,6 +245,7 @@ def tokens_data(tokens: Tokens) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         tensors[f"tokens/inputs/{name}"] = value
     spans = {name: [[[s.start, s.stop] for s in row] for row in rows] for name, rows in tokens.spans.items()}
+    # Left out where there are none, so that the head of a text without images is what it was before there were any.
     shares: dict[str, Any] = {"shares": dict(tokens.shares)} if tokens.shares else {}
     if tokens.patches is not None:
         shares["patches"] = [[list(image) for image in row] for row in tokens.patches]

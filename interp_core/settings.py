@@ -33,6 +33,12 @@ class Config(BaseModel):
     # `model_path` and the like are settings of ours: pydantic before 2.10 keeps every name in `model_` for itself
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
 
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise PlanError(_said(type(self).__name__, type(self), error)) from error
+
 
 def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) -> Any:
     """A config from settings.
@@ -47,12 +53,22 @@ def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) ->
         _known(owner, config, key)
     try:
         return config(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise PlanError(f"{owner}: setting {where} is missing; it has no default") from error
-        raise PlanError(f"{owner}: setting {where}: {first['msg']} (got {first['input']!r})") from error
+    except PlanError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        raise PlanError(_said(owner, config, error.__cause__)) from error.__cause__
+
+
+def _said(owner: str, config: type[Config], error: ValidationError) -> str:
+    """What is wrong with settings, by the first of them that is refused."""
+    errors = error.errors()  # a misspelt name is often what is missing too
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"{owner} has no setting {where!r}. {nearest(where, config.model_fields)}"
+    if first["type"] == "missing":
+        return f"{owner}: setting {where} is missing; it has no default"
+    return f"{owner}: setting {where}: {first['msg']} (got {first['input']!r})"
 
 
 def _known(owner: str, config: type[Config], key: str) -> FieldInfo:

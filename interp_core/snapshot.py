@@ -47,9 +47,12 @@ class Snapshot:
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
         self.weights = tuple(held for _, _, held in _held(run, "_parameters"))
         self._copied = () if run is model else held
+        # What can draw is few of the modules, and which they are is settled; whether they train is looked at each time.
         self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
+        # One level deep, for the price of a look at every run: what is written into a nested setting goes unnoticed.
         self._configs = [(kept, dict(kept)) for kept in (vars(model.config), vars(model.config.get_text_config()))]
         embedding = model.get_input_embeddings()
+        # One weight stands for all: `model.to` moves and casts them together.
         self._table = next(module._parameters for module in embedding.modules() if "weight" in module._parameters)
         weight = self._table["weight"]
         assert weight is not None
@@ -67,7 +70,7 @@ class Snapshot:
         weight, (dtype, device, shape) = self._table["weight"], self._weight
         if weight.dtype is not dtype or weight.device != device or weight.shape != shape:
             return True
-        for now, then in self._configs:
+        for now, then in self._configs:  # loops, not any(): a generator would cost a Python call a place
             if now != then:
                 return True
         if self._root._compiled_call_impl is not None:
@@ -79,7 +82,7 @@ class Snapshot:
             for table, name, held in self._copied:
                 if table[name] is not held:
                     return True
-        except KeyError:
+        except KeyError:  # it hangs nowhere any more
             return True
         return False
 
@@ -113,6 +116,7 @@ class Snapshot:
                 "the weights were made under torch.inference_mode(), so nothing behind them has gradients; load the "
                 "model outside of it"
             )
+        # Else autograd would keep, for every linear map, the input that its weight's gradient needs.
         trained = [weight for weight in self.weights if weight.requires_grad]
         try:
             for weight in trained:

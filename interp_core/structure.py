@@ -103,7 +103,7 @@ class Structure:
     def device(self) -> torch.device:
         """Where token ids go."""
         weight = self._embedding.weight
-        if weight.is_meta:  # offloaded: accelerate knows where it will be
+        if weight.is_meta:  # offloaded: accelerate knows where it will be when it is needed, and moves ids there
             return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
         return weight.device
 
@@ -155,6 +155,7 @@ class Structure:
             raise PlanError(f"a site has no use {use!r}. {nearest(use, USES)}")
         if name in self.atlas.lacking:
             return self.atlas.lacking[name]
+        # A use counts as refused if one layer refuses it: a plan over all layers would be.
         entries = [self.atlas.entries[name, layer] for layer in self.atlas.layers(name)]
         if use == "rows":
             return self._no_rows(entries)
@@ -195,7 +196,7 @@ class Structure:
             CapabilityError: the family has no module for it; the message lists what it has.
         """
         with self.turn:
-            self.renew()
+            self.renew()  # a module that was exchanged since load is the model's, the atlas' own would be a ghost
             return self.atlas.module(component, layer)
 
     def weights(self, site: Site | str) -> Float[Tensor, "*axes"]:
@@ -249,7 +250,7 @@ class Structure:
 
         with self._reading_out("readout", resid):
             norm = self.atlas.entries["final_norm", 0].module
-            assert norm is not None
+            assert norm is not None  # else `readout` would be lacking
             return readout(self.hf, norm, resid)
 
     def unembed(

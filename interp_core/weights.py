@@ -97,6 +97,7 @@ class WeightReader(NamedTuple):
         if entry.name in ("z", "mlp_act"):
             weight = weight.unflatten(0, (entry.sizes["head"], -1)) if entry.name == "z" else weight
             return Weights(_chosen(weight, site, entry), bias)
+        # Latent attention projects twice, with a norm between: no one matrix leads from the stream to the heads.
         if len(weight) != self.atlas.shape.d_model:
             raise CapabilityError(
                 f"{self._what(entry)} comes out of a latent of {len(weight)} numbers, not of the stream's "
@@ -125,6 +126,8 @@ class WeightReader(NamedTuple):
         if module is None or not isinstance(width, int):
             raise CapabilityError(f"{self._what(entry)} does not come out of one linear map; see model.module")
         self._demand_running(entry, module)
+        # The bias is what nothing gives, a row of the matrix what a unit vector adds to that: true of quantized,
+        # adapted and offloaded layers alike, whatever they hold.
         zero = module(self._like(module, torch.zeros(1, width)))
         units = torch.arange(width).split(ROWS)
         rows = [module(self._like(module, nn.functional.one_hot(part, width))) - zero for part in units]
@@ -156,6 +159,7 @@ class WeightReader(NamedTuple):
         which what the norm adds to the variance is nothing."""
         assert module is not None
         self._demand_running(entry, module)
+        # A power of two, which scales without rounding; float16 ends at 2^16.
         c = 2.0**10 if self.dtype is torch.float16 else 2.0**24
         sign = torch.ones(self.atlas.shape.d_model)
         sign[1::2] = -1
@@ -164,6 +168,7 @@ class WeightReader(NamedTuple):
         x = self._like(module, c * _random(8, len(sign)))
         eps = max(torch.finfo(kind).eps for kind in (self.dtype, torch.float32))
         gain, bias = weights.weight.double(), weights.bias.double()
+        # RMSNorm leaves the mean in, LayerNorm takes it out; for ±c above both are the same.
         for mean in (0.0, x.double().mean(-1, keepdim=True)):
             values = x.double() - mean
             values = values / values.pow(2).mean(-1, keepdim=True).sqrt()

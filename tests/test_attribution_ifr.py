@@ -309,7 +309,7 @@ def test_one_pass_serves_all_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     tokens = model.input(torch.randint(3, 90, (1, 96), generator=torch.Generator().manual_seed(0)))
     flow = Flow(model, tokens, tuple(range(80, 96)))
-    monkeypatch.setattr(type(model.engine), "begin", lambda engine: pytest.fail("another pass"))
+    monkeypatch.setattr(type(model.engine), "acquire", lambda engine: pytest.fail("another pass"))
     flow.span(range(80, 96))
     flow.all_rows([85, 95])
     kept = [layer.attention for layer in flow._layers]

@@ -273,16 +273,12 @@ def test_help_without_a_name_is_that_of_the_command(
     assert code == 0 and "--config" in written and "--top_k" not in written
 
 
-PLAIN = {"function_vectors", "fv_fixed_trials", "fv_golden", "fv_parity", "fv_relation", "fv_runtime"}
-"""Recipes of ours that still take plain arguments; none may be added."""
-
-
 def test_our_recipes_take_one_config_whose_settings_are_all_described() -> None:
     for plugin in (plugin for plugin in ic.registry("recipes") if plugin.dist == "interp-core"):
         recipe = plugin.load()
         config = settings.of_function(recipe)
         arguments = inspect.signature(recipe, eval_str=True).parameters.values()
-        assert plugin.name in PLAIN or [argument.annotation for argument in arguments] == [config], plugin.name
+        assert [argument.annotation for argument in arguments] == [config], plugin.name
         assert not [row["setting"] for row in settings.rows(config) if not row["description"]], plugin.name
 
 

@@ -158,3 +158,19 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
     with pytest.raises(ic.PluginError, match="no template for a 'methd'. Did you mean 'method'"):
         write_package("b_lens", tmp_path / "y", "methd")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_shot": 3}, "Shots has no setting 'n_shot'. Did you mean 'n_shots'"),
+        ({"n_shots": "many"}, r"Shots: setting n_shots: .*integer.* \(got 'many'\)"),
+        ({}, "Shots: setting n_shots is missing"),
+    ],
+)
+def test_a_config_made_in_python_refuses_as_the_command_line_does(wrong: dict[str, object], message: str) -> None:
+    class Shots(ic.Config):
+        n_shots: int
+
+    with pytest.raises(ic.PlanError, match=message):
+        Shots(**wrong)

@@ -147,6 +147,8 @@ def visual_check(model: Model, tokens: Tokens, other: Tokens, *, strict: bool = 
         for number, row in enumerate(rows):
             error, reason = _measured(name, row)
             worst = errors.get(name)
+            # The first row always counts, so that a check that no row reaches stands in the table with its reason;
+            # `not <=`, since a NaN is worse than any number.
             if number == 0 or (error is not None and (worst is None or not error <= worst)):
                 errors[name] = error
                 if reason or (error is not None and not error <= _limit(name, limit)):
@@ -226,6 +228,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value; infinite where one is no number."""
     a, b = a.as_subclass(Tensor).double(), b.as_subclass(Tensor).double()
     far = float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+    # `max` over layers would drop a NaN, `max(0.0, nan)` being 0; infinity stays.
     return far if far == far else float("inf")
 
 
@@ -264,6 +267,7 @@ def _features(row: _Row) -> float:
 def _elsewhere(row: _Row) -> float:
     with_image, blind = (run[S.resid_pre[0]].as_subclass(Tensor)[0] for run in (row.run, row.blind))
     text = [i for i in range(len(with_image)) if i not in set(row.visual)]
+    # Otherwise `blind` and `end` would hold of any model: they put rows in that are there already.
     if torch.equal(with_image[row.visual], blind[row.visual]):
         raise TextError("the other images are the same to the model; give images that differ")
     return _distance(with_image[text], blind[text]) if text else 0.0
@@ -284,6 +288,7 @@ def _blind(row: _Row) -> float:
 
 def _removal(row: _Row) -> float:
     layers = row.model.layers(S.pattern) if "pattern" in row.model.sites else []
+    # One layer without a knockout (linear attention, say) lets V through, and the two passes differ by right.
     if len(layers) < row.layers:
         missing = row.model.can("pattern", "write") or "other layers mix positions in other ways"
         raise _Unreached(f"attention can be knocked out in {len(layers)} of {row.layers} layers ({missing})")
@@ -304,6 +309,8 @@ def _without_columns(row: _Row) -> Tensor:
     def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         positions.append(kwargs.get("position_ids"))
 
+    # transformers counts positions from the attention mask, and M-RoPE from the images too: without V's columns every
+    # later token would move. So one pass with the whole mask tells the positions, which the second is handed.
     placed = {name: value for name, value in model_inputs(model, row.tokens).items() if name != "attention_mask"}
     mask = row.tokens.mask.clone()
     mask[:, row.visual] = False
@@ -321,6 +328,7 @@ def _without_columns(row: _Row) -> Tensor:
 
 
 def _end(row: _Row) -> float:
+    # Behind the last block nothing moves between positions any more: what is put in on V cannot reach p0.
     patched = row.model.run(row.tokens, edits=replaced(row.blind, row.layers))
     at = row.tokens.spans["prompt"][0][0].stop - 1 if "prompt" in row.tokens.spans else row.tokens.lengths[0] - 1
     return _distance(row.logits(patched)[at], row.logits(row.run)[at])
@@ -341,6 +349,7 @@ def _score(row: _Row) -> float:
     plain = logits.log_softmax(-1)
     target = row.tokens.spans["target"][0][0]
     ids = row.tokens.ids[0, list(target)].to(plain.device)
+    # The token at i is predicted by the logits at i - 1.
     wanted = -plain[[i - 1 for i in target], ids].sum(-1, keepdim=True)
     # A probability near 1 has a log near 0, but is rounded as the logits are that it comes from.
     scale = logits[[i - 1 for i in target]].abs().max().clamp(min=1e-12)

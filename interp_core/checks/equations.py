@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """All that it is about."""
+        """Every site that goes if it fails."""
         return (self.site, *self.others)
 
 
@@ -78,7 +78,7 @@ class Sum:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites that it uses."""
+        """Every site of the sum, in the order of the formula."""
         return (*((self.before,) if self.before else ()), *self.parts, self.after)
 
     @property

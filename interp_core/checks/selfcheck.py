@@ -98,7 +98,7 @@ def _withdraw(atlas: Atlas, finding: Finding) -> None:
 
 
 def _tell(atlas: Atlas, rows: list[Finding]) -> None:
-    """Say what was taken out."""
+    """Put what was taken out of the atlas into its notes, and log it as one warning."""
     clauses = []
     for law in Law:
         failed = [row for row in rows if row.law is law and not row.ok]
@@ -160,7 +160,7 @@ def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
 
 
 def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
-    """Sites whose reading raises."""
+    """After a pass that reads all sites has failed: one finding for each site that cannot be read."""
     for site in _everything(model.atlas):
         try:
             forward(model, tokens, read=site)

@@ -102,13 +102,13 @@ class AttentionRows:
 
     @property
     def _fastest(self) -> int:
-        """How many rows are made at a time."""
+        """How many rows are made at a time: as many as the device's cache holds (see `ROOM`)."""
         batch, heads = self.query.shape[:2]
         room = ROOM if self.query.device.type == "cpu" else ROOM << 6
         return max(LEAST, room // (batch * heads * self.key.shape[2]))
 
     def _places(self, queries: Sequence[int]) -> list[int]:
-        """Where queries lie in `query`."""
+        """Where the queries of these columns lie in `query`, which has the kept ones alone."""
         index = self._index
         if missing := [query for query in queries if query not in index]:
             known = list(index)
@@ -118,7 +118,7 @@ class AttentionRows:
 
     @cached_property
     def _index(self) -> dict[int, int]:
-        """Where each column's query lies."""
+        """By column, where its query lies in `query`."""
         known = range(self.key.shape[2]) if self.kept is None else self.kept
         return {column: place for place, column in enumerate(known)}
 
@@ -162,7 +162,7 @@ def _later(queries: Sequence[int], scores: Tensor) -> Float[Tensor, "query key"]
 
 
 def _row(places: Sequence[int]) -> bool:
-    """Whether they follow each other."""
+    """Whether these are neighbours in ascending order, so that a slice can take them."""
     return list(places) == list(range(places[0], places[-1] + 1))
 
 

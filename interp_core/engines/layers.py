@@ -22,7 +22,7 @@ LET_GO = torch.empty(0)
 
 @runtime_checkable
 class Passing(Protocol):
-    """What is asked of a program: its reads, where each passes, and what the present pass has kept."""
+    """What layers are handed over by: a program's reads, the hook of each, and what the present pass has kept."""
 
     slots: list[Any]
     state: PassState
@@ -68,7 +68,7 @@ class Layers:
         self.after = {hook: partial(self._passed, sorted(of_hook)) for hook, of_hook in layers.items()}
 
     def _passed(self, layers: list[int]) -> None:
-        """A hook has done its part in these layers."""
+        """A hook is done, at which sites of these layers are read; hand over those that are whole by now."""
         values = self.program.state.record.values
         for layer in layers:
             if not any([values[number] is None for number in self.slots[layer]]):  # noqa: C419 (faster)
@@ -90,7 +90,7 @@ class Layers:
             record.values[number], record.versions[number] = LET_GO, LET_GO._version
 
     def finish(self) -> None:
-        """Hand over the layers of which the pass had none of some site's positions."""
+        """At the end of a pass, hand over what is left: layers where some read selected none of its positions."""
         values = self.program.state.record.values
         for layer, numbers in self.slots.items():
             if any(values[number] is not None and values[number] is not LET_GO for number in numbers):

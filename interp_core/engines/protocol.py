@@ -68,6 +68,7 @@ class PassRecord:
         self.attention: dict[int, AttentionRows] = {}
 
 
+@runtime_checkable
 class Change(Protocol):
     """What acts on the tensor that passes a hook: a `SiteEdit`, or the edits of many rows of a sweep.
 
@@ -78,10 +79,10 @@ class Change(Protocol):
     point: HookPoint
 
     def bind(self, rows: Rows, window: Window | None) -> None:
-        """Point it at the rows of a pass."""
+        """Turn its positions into an index of a pass' rows (and of the columns in the window)."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """What the model goes on with."""
+        """The tensor that the model goes on with, in the place of `x`."""
 
     def derive(self, call: Call) -> None:
         """Change a value that the hook point computes from a module's whole call."""

@@ -20,8 +20,8 @@ from .selection import BoundSelection, Selection
 
 
 @runtime_checkable
-class Change(Protocol):
-    """One edit in one layer, as `hooks.SiteEdit` is one."""
+class RouterEdit(Protocol):
+    """What is needed here of an edit in one layer, as `SiteEdit` is one."""
 
     number: int
     entry: Entry
@@ -31,13 +31,13 @@ class Change(Protocol):
 
     @property
     def selection(self) -> Selection:
-        """What it selects."""
+        """The experts and positions that it selects."""
 
     def take(self, value: Tensor) -> Tensor:
         """The selected part of a value."""
 
     def note(self, edit: Edit, value: Tensor, old: Tensor, new: Tensor, x: Tensor) -> None:
-        """Write down what it did."""
+        """Note in the pass' record that it fired, and how much it changed."""
 
     def derive_value(self, call: Call) -> None:
         """Carry it out on the value that the hook point computes."""
@@ -47,7 +47,7 @@ TURN = {"force_steermoe": 1, "force": 2}
 """Forces come after whatever else is done to the logits: what they have executed, nothing takes away again."""
 
 
-def reroute(change: Change, call: Call, row: int | None = None) -> None:
+def reroute(change: RouterEdit, call: Call, row: int | None = None) -> None:
     """Carry out an edit whose hook point is a router's, and begin its proof.
 
     Args:
@@ -82,7 +82,7 @@ def _measured(edit: Edit, call: Call, routed: Routed) -> Tensor:
     return weights.to(wide(weights))
 
 
-def _selected(change: Change, call: Call, row: int | None, n_experts: int) -> Tensor:
+def _selected(change: RouterEdit, call: Call, row: int | None, n_experts: int) -> Tensor:
     """Tokens `[batch pos]` of which an edit selects some expert in this pass, of one row or all."""
     batch, width = call.shape
     here = torch.zeros(batch if row is None else 1, width, n_experts, dtype=torch.bool, device=call.first.device)
@@ -112,7 +112,7 @@ def close(state: PassState, call: Call) -> None:
     state.record.routed += [proof.routed.close(call, proof, parity) for proof in call.proofs]
 
 
-def check_experts(change: Change, edit: Edit) -> None:
+def check_experts(change: RouterEdit, edit: Edit) -> None:
     """Refuse experts that there are not, and more forced ones than a token takes.
 
     Raises:
@@ -131,14 +131,14 @@ def check_experts(change: Change, edit: Edit) -> None:
         )
 
 
-def check_together(changes: Sequence[Change], rows: Rows) -> None:
+def check_together(changes: Sequence[RouterEdit], rows: Rows) -> None:
     """Refuse edits of routers that cannot all hold at one token.
 
     Raises:
         PlanError: experts both banned and forced, more forced than a token takes, or a set that one edit keeps and
             another one changes.
     """
-    by_layer: dict[int, list[Change]] = {}
+    by_layer: dict[int, list[RouterEdit]] = {}
     for change in changes:
         if change.entry.name == "router_logits":
             by_layer.setdefault(change.entry.layer, []).append(change)
@@ -147,11 +147,11 @@ def check_together(changes: Sequence[Change], rows: Rows) -> None:
             _check_layer(layer, of_layer, rows)
 
 
-def _edit(change: Change) -> Edit:
+def _edit(change: RouterEdit) -> Edit:
     return change.state.edits[change.number]
 
 
-def _check_layer(layer: int, changes: Sequence[Change], rows: Rows) -> None:
+def _check_layer(layer: int, changes: Sequence[RouterEdit], rows: Rows) -> None:
     routed = changes[0].point.routed
     assert routed is not None
     shape = len(rows.real), rows.width, routed.n_experts

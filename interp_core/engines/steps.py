@@ -1,4 +1,9 @@
-"""The passes of one generation, and what positions mean at each."""
+"""The passes of one generation, and what positions mean at each.
+
+transformers' `generate` calls the model once for the prompt, then once for each new token. Nobody tells a program that
+a pass begins: a hook on the model sees the first one, and the stopping criterion (`Ending`), which is asked after every
+token, announces each further one.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +61,12 @@ class Steps:
             self._begin(Window(0, rows.width), ())
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Take the hook off the model, where it is still there, and let go of the generation."""
         self._handle.remove()
         self._ends.follow = None
 
     def _first(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The pass over the prompt begins."""
+        """A hook on the model: its first pass begins, with as many columns as `generate` made of the prompt."""
         self._handle.remove()
         ids = kwargs.get("input_ids")
         self._begin(Window(0, (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]), ())
@@ -93,7 +98,7 @@ class Steps:
         self._steady = self._program.steady(rows) if window.start and stops is None else None
 
     def _grow(self, columns: int) -> None:
-        """The rows have so many columns."""
+        """Let every row reach to this column; what fills up a row that has ended counts as its own here."""
         for row in self._real:
             row.extend(range(self._known, columns))
         self._known = max(self._known, columns)

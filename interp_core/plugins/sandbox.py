@@ -122,7 +122,7 @@ def _resolve(target: str) -> Any:
 
 
 def main(kind: str, name: str, target: str, report: str) -> None:
-    """What the other process does."""
+    """Inspect one plugin and write the answer to a file; what the process says on its own goes to nobody."""
     try:
         info = inspect_here(kind, name, _resolve(target), target.partition(":")[0])
     except (Exception, SystemExit) as error:  # a plugin may raise anything

@@ -80,7 +80,9 @@ class Routers:
             probs = logits.float().softmax(-1)
             n_experts = probs.shape[-1]
             share = torch.nn.functional.one_hot(chosen[real], n_experts).float().mean((0, 1))
+            # Switch Transformer's auxiliary loss (Fedus et al., 2022, eq. 4): 1 where experts are used alike.
             balance = balance + n_experts * (share * probs[real].mean(0)).sum()
+            # exp of an entropy counts the experts that a document uses; under three it is left alone.
             used = (probs.view(*mask.shape, n_experts) * mask[..., None]).sum(1) / lengths
             entropy = -(used * used.clamp_min(1e-9).log()).sum(-1)
             focus = focus + (entropy - math.log(EXPERTS_OF_A_DOCUMENT)).clamp_min(0).mean()
@@ -115,6 +117,7 @@ def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
     tokenizer = build_tokenizer()
     model = build(tokenizer)
     routers = Routers(model)
+    # Experts' weights are stacked `[expert out in]`; torch's Muon takes matrices alone.
     matrices = [p for n, p in model.named_parameters() if "self_attn" in n and p.ndim == 2]
     others = [p for n, p in model.named_parameters() if not ("self_attn" in n and p.ndim == 2)]
     optimizers = [

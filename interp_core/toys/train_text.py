@@ -85,7 +85,7 @@ def step_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, answers: torch.Tensor)
     target, is_answer = ids[:, 1:], answers[:, 1:]
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
     weight = torch.where(is_answer, 1.0, OTHER_WEIGHT)
-    end = target == model.config.eos_token_id
+    end = target == model.config.eos_token_id  # padding is the same id: the first is the text's end, the rest is none
     weight = torch.where(end & (end.cumsum(-1) > 1), 0.0, weight)
     hits = (logits.argmax(-1) == target) & is_answer
     return (nll * weight).sum() / weight.sum(), hits

@@ -129,7 +129,7 @@ def opening(tokenizer: PreTrainedTokenizerFast) -> Line:
     start = len(before)
     places = [(i, i, i) for i in range(start)]
     places += [(start, start + cell // GRID, start + cell % GRID) for cell in range(GRID**2)]
-    places += [(start + GRID,) * 3]
+    places += [(start + GRID,) * 3]  # M-RoPE: a picture takes as many positions as its longer edge
     return Line(ids, places, [0] * len(ids), [-100] * len(ids), [-1] * len(ids))
 
 
@@ -137,7 +137,7 @@ def add(line: Line, tokenizer: PreTrainedTokenizerFast, words: str, answer: str,
     """A question and its answer, placed as if it were the only one."""
     prompt = _ids(tokenizer, f"{words}<|im_end|>\n<|im_start|>assistant\n")
     reply = _ids(tokenizer, f"{answer}<|im_end|>")
-    first = line.places[line.parts.count(0) - 1][0] + 1
+    first = line.places[line.parts.count(0) - 1][0] + 1  # after the picture, whatever questions stand between
     length = len(prompt) + len(reply)
     line.ids.extend([*prompt, *reply])
     line.places.extend((first + i,) * 3 for i in range(length))
@@ -171,6 +171,7 @@ def batch(
         torch.tensor([[*line[i], *PADDING[i] * n] for (line, _), n in zip(rows, missing, strict=True)])
         for i in range(len(PADDING))
     )
+    # Each part sees itself and part 0, the picture, up to where it is.
     seen = (parts[:, :, None] == parts[:, None]) | (parts[:, None] == 0)
     seen &= torch.ones(width, width, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
@@ -239,6 +240,7 @@ def train(out: Path, seed: int = 0, cooldown: int = 400, limit: int = 2500) -> N
             learnt = min(scores[kind] for kind in GATES[stage]) > PASS
             if learnt and stage + 1 < len(MOST):
                 stage += 1
+                # Pictures are harder now: what was reached on easy ones says nothing.
                 scores = dict.fromkeys(KINDS, 0.0)
             elif learnt or step + cooldown >= limit:
                 decay_from = step
