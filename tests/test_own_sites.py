@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import Tensor
 
 import interp_core as ic
@@ -86,10 +85,9 @@ def test_a_pass_meets_it_where_it_was_said_to_be() -> None:
 
 @pytest.mark.usefixtures("family")
 def test_other_families_lack_it_by_name() -> None:
-    model = tiny_model("gpt2")
-    fresh = ic.load(model.hf, tokenizer=model.tokenizer)
+    model = ic.load(ic.testing.tiny("gpt2"))
     with pytest.raises(ic.CapabilityError, match="does not know where gpt2 keeps kv_latent"):
-        fresh.run({"input_ids": IDS}, read=Site("kv_latent"))
+        model.run({"input_ids": IDS}, read=Site("kv_latent"))
 
 
 @pytest.mark.parametrize(

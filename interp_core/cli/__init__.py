@@ -71,7 +71,7 @@ def bench(
         list[str] | None, typer.Option(help="a method, or module:function of your own taking model and ids")
     ] = None,
 ) -> None:
-    """Time reads and edits on your model against hand-written hooks and other tools."""
+    """Time reads and edits on your model against hand-written hooks."""
     from ..bench import benchmark
     from ..model import load
 
