@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import torch
@@ -112,3 +114,25 @@ def test_the_toy_on_the_bridge_answers_as_on_the_model() -> None:
     prompt = "Q: big\nA: small\n\nQ: hot\nA:"
     texts = [m.generate(prompt, max_new_tokens=3).texts for m in (toy, on_bridge)]
     assert texts[0] == texts[1]
+
+
+def test_two_threads_that_build_bridges_leave_the_library_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+    from transformer_lens.model_bridge.sources import _bridge_builder
+
+    build, inside = _bridge_builder.build_bridge_from_module, Barrier(2)
+
+    def both_at_once(*args: object, **kwargs: object) -> object:
+        try:
+            inside.wait(0.3)  # were there no lock, the other would be in here too, and leave after the first
+        except BrokenBarrierError:
+            pass
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(_bridge_builder, "build_bridge_from_module", both_at_once)
+    check = ArchitectureAdapter._check_required_libraries
+    with ThreadPoolExecutor(2) as pool:
+        bridges = [pool.submit(engine.build_bridge, testing.tiny("gpt2")) for _ in range(2)]
+        assert all(len(bridge.result().blocks) for bridge in bridges)
+    assert ArchitectureAdapter._check_required_libraries is check
+    assert inside.broken, "both were inside at once"

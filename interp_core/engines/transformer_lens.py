@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ CACHE_NAMES = {
 }  # fmt: skip
 """Our sites under TransformerLens' names in an `ActivationCache`."""
 
+_BUILDING = Lock()
+"""Held while a bridge is built, for which a method of TransformerLens is another one."""
 _PROCESS = nn.Module()
 """Stands for the list of warnings that are not shown, which is one for all bridges of the process."""
 
@@ -181,17 +184,18 @@ def build_bridge(model: Any) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     kind = type(model).__name__
-    check = ArchitectureAdapter._check_required_libraries
-    ArchitectureAdapter._check_required_libraries = lambda self: None
-    try:
-        bridge = build_bridge_from_module(model, kind, hf_config=model.config)
-    except Exception as error:  # adapters fail in many ways on what they do not expect
-        raise CapabilityError(
-            f"TransformerLens builds no bridge around a {kind} ({type(error).__name__}: {error}); load with "
-            "engine='torch' or 'nnsight'"
-        ) from error
-    finally:
-        ArchitectureAdapter._check_required_libraries = check
+    with _BUILDING:
+        check = ArchitectureAdapter._check_required_libraries
+        ArchitectureAdapter._check_required_libraries = lambda self: None
+        try:
+            bridge = build_bridge_from_module(model, kind, hf_config=model.config)
+        except Exception as error:  # adapters fail in many ways on what they do not expect
+            raise CapabilityError(
+                f"TransformerLens builds no bridge around a {kind} ({type(error).__name__}: {error}); load with "
+                "engine='torch' or 'nnsight'"
+            ) from error
+        finally:
+            ArchitectureAdapter._check_required_libraries = check
     for block in bridge.blocks:
         _hand_on_the_cache(getattr(block, "attn", None), "past_key_values")
         _hand_on_the_cache(getattr(block, "linear_attn", None), "cache_params")
