@@ -23,6 +23,8 @@ from interp_core.engines.torch import TorchEngine
 from interp_core.sweep.choose import cheapest_strategy
 from interp_core.sweep.place import Placer
 from interp_core.sweep.plan import SweepWork
+from interp_core.sweep.runner import Runner
+from interp_core.sweep.store import SweepStore
 
 CARRIED_OUT = """
 import sys, pickle, torch
@@ -109,6 +111,14 @@ def test_what_cannot_travel_is_named_and_parts_of_tensors_travel_alone() -> None
     planned(model, text, [good.apply(half)], score.Score("sum", partial(torch.sum, dim=-1))).to_bytes()
     large = torch.randn(2, 8, 64, 500)[..., 0]
     assert len(planned(model, text, [S.resid_pre[1].set(large)], JUDGED).to_bytes()) < large.numel() * 8
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_runs() -> None:
+    work = planned(tiny_model("llama"), tokens(), [S.resid_pre[1].at(-1).scale(2.0)], JUDGED)
+    store = SweepStore(None, {}, (1, len(work.tokens), 1), torch.float32)
+    other = ic.load(testing.tiny("llama", dtype=torch.float64))
+    with pytest.raises(ic.PlanError, match="is for llama of .* float32, and the model is llama of .* float64"):
+        Runner(other, work.tokens, work.plan, work.scores, store)
 
 
 def test_every_score_pickles_and_is_of_the_class_that_it_is() -> None:

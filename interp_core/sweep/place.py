@@ -34,7 +34,7 @@ from ..session import Session
 from ..sites import TENSOR_OPS, Edit, Site
 from ..strategy_checks import Relief
 from ..text import Tokens
-from .plan import WHOLE, Group, Pass, Single, Step, SweepPlan, image_spans, named_edits
+from .plan import WHOLE, Group, Pass, Single, Step, SweepPlan, described, image_spans, named_edits
 from .store import SweepStore
 
 TOGETHER = 512
@@ -175,6 +175,7 @@ class Placer:
             leaves_last=bool(self.tokens.inputs) and self._leaves_last(),
             targets_only=all(score.targets_only for score in self.scores) and "logits" not in edited,
             inside_tower=self._inside_tower(),
+            model=described(self.session),
         )  # fmt: skip
         by_text: list[list[Step]] = []
         # holes in a row are columns of their own, which only a pass over all of it has

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import PlanError
 from ..positions import VISION, Span
 from ..score import Score
+from ..session import Session
 from ..sites import Edit, Site
 from ..strategy_checks import Trial
 from ..text import Tokens
@@ -83,6 +84,7 @@ class SweepPlan:
         leaves_last: no edit changes what the last layer makes of its attention.
         targets_only: of the logits only those of the scores' targets count.
         inside_tower: an edit lies inside of the vision tower, which then computes in every pass.
+        model: what it is for, as `described` says it.
         trial: what trying the strategy on the model took before.
     """
 
@@ -101,6 +103,7 @@ class SweepPlan:
     leaves_last: bool = False
     targets_only: bool = False
     inside_tower: bool = False
+    model: str = ""
     trial: Trial | None = None
 
     @property
@@ -198,6 +201,13 @@ def _demand_sendable(owner: str, function: Any) -> None:
             f"{owner} cannot go to another process ({error}): give it a function that is defined in a module, at its "
             "top level"
         ) from error
+
+
+def described(session: Session) -> str:
+    """A model as a plan must know it: on one of other sizes its layers and columns would mean something else."""
+    shape = session.atlas.shape
+    sizes = f"{shape.n_layers} layers, d_model {shape.d_model}, {shape.d_vocab} tokens"
+    return f"{session.atlas.family.name} of {sizes}, {str(session.dtype).removeprefix('torch.')}"
 
 
 def named_edits(edits: Sequence[Edit]) -> str:

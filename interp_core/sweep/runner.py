@@ -19,6 +19,7 @@ from ..batches import one_row, padded_on
 from ..engines.program import LocalEngine
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
+from ..errors import PlanError
 from ..model_inputs import model_inputs
 from ..positions import Rows
 from ..progress import Progress
@@ -29,7 +30,7 @@ from ..session import Session
 from ..sites import Edit
 from ..text import Tokens
 from .clean import CleanPass, clean_pass, runs_rows
-from .plan import Group, Pass, Step, SweepPlan, image_spans
+from .plan import Group, Pass, Step, SweepPlan, described, image_spans
 from .staircase import Staircase
 from .store import SweepStore
 
@@ -45,6 +46,9 @@ class Runner:
         store: where scores go.
         tower: the vision tower, if it has computed images of these texts before.
 
+    Raises:
+        PlanError: the plan is for a model of other sizes, or in another dtype.
+
     Attributes:
         kept: the tokens whose logits are computed, ascending; None: all.
         standing: what modules compute instead while a pass runs.
@@ -59,6 +63,8 @@ class Runner:
         store: SweepStore,
         tower: Tower | None = None,
     ) -> None:
+        if plan.model != (this := described(session)):
+            raise PlanError(f"this plan of a sweep is for {plan.model}, and the model is {this}: load that one")
         self.session, self.tokens, self.plan, self.scores, self.store = session, tokens, plan, scores, store
         shared = bool(tokens.inputs) and not plan.inside_tower
         self.tower = (tower or Tower(session.hf)) if shared else None
