@@ -12,6 +12,16 @@ A `Site` is plain data: a name, layers, units (heads, experts, neurons) and posi
 
     S.z[3, 5].at(-1).zero()      an `Edit`
 
+Where they lie:
+
+    resid_pre ──┬──────────────────────────── + ── resid_mid ──┬───────────────────────────── + ── resid_post
+                └─ attn_in ─ … ─ attn_out ────┘                └─ mlp_in ─ mlp_act ─ mlp_out ─┘
+
+    attention   q ─ rot_q ─┬─ scores ─ pattern ─┬─ z ─ head_out     which adds up to attn_out
+                k ─ rot_k ─┘               v ───┘
+    mixture     mlp_in ─ router_logits ─ router_indices, router_weights ─ expert_out     which adds up to mlp_out
+    ends        embed before the first block; final_norm and logits after the last one
+
 Axes of a value are those of the table below; an integer for a layer, unit or position drops its axis, as in numpy.
 Names follow TransformerLens. Those of a vision tower are the same with `vision_` before them: `S.vision_z[3, 5]`.
 """
