@@ -217,7 +217,7 @@ class Session(Structure):
             tokens = self.fit(from_inputs(x, self.tokenizer))
             if "attention_mask" not in x and not self._warned and looks_padded(self.hf.config, tokens.ids):
                 self._warned = True
-                warnings.warn(PADDED, stacklevel=5)
+                warnings.warn(PADDED, stacklevel=4)
             return with_visual_names(tokens, self.hf.config, self.atlas.family)
         if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, (bytes, Tokens))):
             return self.tokens(x)

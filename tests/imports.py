@@ -10,7 +10,7 @@ from types import ModuleType
 
 import interp_core as ic
 
-INTERNAL = {"atlas", "engine", "renew", "reopen", "snapshot", "tried", "turn"}
+INTERNAL = {"atlas", "engine", "program", "renew", "reopen", "snapshot", "strategy_checks", "turn"}
 """Attributes of `Model` that are the engine's own."""
 OF_OTHERS = {"_asdict", "_fields", "_make", "_replace", "_attn_implementation", "_forward_hooks", "_forward_pre_hooks"}
 """Underscored attributes of namedtuples, of transformers' configs and of torch's modules."""

@@ -56,8 +56,8 @@ def read_effects(path: str | Path, model: ic.Model) -> Float[Tensor, "trial laye
     trials, rest = divmod(effects.numel(), math.prod(wanted))
     if rest or tuple(effects.squeeze().shape) != tuple(size for size in (trials, *wanted) if size != 1):
         raise ic.LoadError(
-            f"{path} holds {list(effects.shape)}; effects of it are [trial, layer {wanted[0]}, head {wanted[1]}] "
-            f"or [trial, layer, head, token class {len(CLASSES)}]"
+            f"{path} holds {list(effects.shape)}; effects of this model are [trial, layer {wanted[0]}, head "
+            f"{wanted[1]}] or [trial, layer, head, token class {len(CLASSES)}]"
         )
     return effects.reshape(trials, *wanted)
 
