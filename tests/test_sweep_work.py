@@ -188,7 +188,9 @@ def test_a_trial_that_breaks_off_is_no_check(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_finished_sweep_runs_nothing(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model that never swept: no pass, no trial."""
     edits = variants(tiny_model("llama"))[:5]
-    first = ic.load(testing.tiny("llama")).sweep(tokens(), edits, [JUDGED, score.logit(3)], strategy=strategy, out=tmp_path)
+    first = ic.load(testing.tiny("llama")).sweep(
+        tokens(), edits, [JUDGED, score.logit(3)], strategy=strategy, out=tmp_path
+    )
     model, ran = ic.load(testing.tiny("llama")), list[int]()
     for kind in (type(model.hf), type(model.hf.model.layers[0])):  # a hook would make it another model
         monkeypatch.setattr(kind, "forward", lambda *_, **__: ran.append(1))
