@@ -28,6 +28,7 @@ class PassState:
 
     Attributes:
         modules: of the model, by path.
+        dtype: gives the dtype of the weights.
         edits: the run's, with their values, in the plan's order.
         record: what this pass has kept and changed so far.
         rows: the batch.
@@ -39,10 +40,22 @@ class PassState:
         after: what is called when a hook has done its part.
     """
 
-    __slots__ = ("after", "edits", "keep_graph", "live", "modules", "real", "record", "rows", "shape", "window")
+    __slots__ = (
+        "after",
+        "dtype",
+        "edits",
+        "keep_graph",
+        "live",
+        "modules",
+        "real",
+        "record",
+        "rows",
+        "shape",
+        "window",
+    )
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, nn.Module], dtype: Callable[[], torch.dtype]) -> None:
+        self.modules, self.dtype = modules, dtype
         self.rows: Rows = Rows((), {}, 0)
         self.window: Window | None = None
         self.shape = (0, 0)

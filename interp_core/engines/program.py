@@ -157,7 +157,7 @@ class HookProgram(ABC):
 
     def __init__(self, engine: LocalEngine, plan: Plan, atlas: Atlas) -> None:
         self.engine, self.atlas = engine, atlas
-        self.state = PassState(engine.modules)
+        self.state = PassState(engine.modules, lambda: engine.dtype)
         self.slots: list[SiteRead] = []
         self._left_for: Rows | None = None
         self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
@@ -415,7 +415,7 @@ class HookProgram(ABC):
     def _check(self, rows: Rows) -> None:
         """Hold every edit's value, and what knockouts leave, against the rows that the edits are bound to."""
         for change in self._changes:
-            change.check(rows, self.engine.dtype)
+            change.check(rows)
         if len(self._rerouting) > 1 and (self._routed_for is None or self._routed_for != (rows, self.state.edits)):
             check_together(self._rerouting, rows)
             self._routed_for = rows, self.state.edits

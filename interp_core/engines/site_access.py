@@ -260,7 +260,7 @@ class SiteEdit(SiteAccess):
         sizes[0], sizes[2 if selection.attention else 1] = text.shape
         return self.take(text.to(device).view(sizes).expand(*shape))
 
-    def check(self, rows: Rows, dtype: torch.dtype) -> None:
+    def check(self, rows: Rows) -> None:
         """Hold the edit's value against the part that it meets.
 
         Raises:
@@ -270,7 +270,7 @@ class SiteEdit(SiteAccess):
         if edit.op in TENSOR_OPS:
             key = (rows, edit.value.shape, edit.value.dtype)
             if self.checked is None or self.checked[0] is not rows or self.checked[1:] != key[1:]:
-                check_value(edit, self.axes(len(rows.real), rows.width), dtype, wide=self.entry.wide)
+                check_value(edit, self.axes(len(rows.real), rows.width), self.state.dtype(), wide=self.entry.wide)
                 self.checked = key
         elif edit.op in ROUTING:
             check_experts(self, edit)

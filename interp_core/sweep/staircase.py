@@ -74,9 +74,9 @@ class RowEdit(SiteEdit):
             program.bounds[key] = None if selection.whole else selection.bind(rows, columns)
         self.bound = program.bounds[key]
 
-    def check(self, rows: Rows, dtype: torch.dtype) -> None:
+    def check(self, rows: Rows) -> None:
         """Hold the edit's value against its own text."""
-        super().check(self.program.placed_of(self.number)[0], dtype)
+        super().check(self.program.placed_of(self.number)[0])
 
 
 class RowEdits:
@@ -294,7 +294,7 @@ class Staircase(TorchProgram):
             self.state.window = Window(starts[0], widths[0])
             record = self.begin_pass(self.placed[0][0], n_columns, False)
             for change in self._changes:
-                change.check(self.state.rows, self.engine.dtype)
+                change.check(self.state.rows)
             for group in self.groups:
                 group.arrange()
             self.state.shape = (len(inputs["input_ids"]), n_columns)
