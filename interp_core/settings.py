@@ -188,7 +188,7 @@ def described(doc: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     names: list[str] = []
     for line in lines:  # one at the section's own depth names settings; a deeper one goes on with what is said of them
-        start = re.match(rf" {{{depth}}}([\w, *]+?)(?: \([^)]*\))?: (.*)", line)
+        start = re.match(rf" {{{depth}}}(?! )([\w, *]+?)(?: \([^)]*\))?: (.*)", line)
         if start:
             names = [name.strip(" *") for name in start[1].split(",")]
             texts |= dict.fromkeys(names, start[2].strip())

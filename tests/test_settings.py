@@ -174,3 +174,17 @@ def test_a_config_made_in_python_refuses_as_the_command_line_does(wrong: dict[st
 
     with pytest.raises(ic.PlanError, match=message):
         Shots(**wrong)
+
+
+def test_a_line_that_goes_on_begins_no_setting_also_where_it_has_a_colon() -> None:
+    doc = """Settings.
+
+    Attributes:
+        translator: a function; those of a lens know their
+            layers: the rows that it has.
+        top_k, at: how many, and
+            where: at all of them.
+    """
+    texts = settings.described(doc)
+    assert texts["translator"] == "a function; those of a lens know their layers: the rows that it has."
+    assert texts["top_k"] == texts["at"] == "how many, and where: at all of them." and len(texts) == 3

@@ -200,7 +200,7 @@ class FunctionVectorsResult(ic.Result):
 
 
 class FunctionVectors(ic.Method):
-    """See the module."""
+    """Extracts a task's function vector, and injects it into prompts without examples; see the module."""
 
     name = "function_vectors"
     requires = frozenset({"z", "resid_post", "readout"})

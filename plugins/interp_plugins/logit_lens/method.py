@@ -161,7 +161,7 @@ class LogitLensResult(ic.Result):
 
 
 class LogitLens(ic.Method):
-    """See the module."""
+    """Probability and rank of targets, and the likeliest tokens, after every layer; see the module."""
 
     name = "logit_lens"
     requires = frozenset({"resid_pre", "resid_post", "readout"})
