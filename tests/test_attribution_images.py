@@ -58,18 +58,17 @@ def test_scores_are_those_of_the_method_on_what_the_processor_gives(
     count: int, chat: bool, seeing: str, pictures: list[Path], tmp_path: Path
 ) -> None:
     some = pictures[:count]
-    attribute(
-        AttributeConfig(
-            prompt=PROMPT,
-            target=" cold",
-            model=seeing,
-            chat=chat,
-            image=some,
-            method="attnlrp",
-            dtype="float64",
-            out=tmp_path,
-        )
+    config = AttributeConfig(
+        prompt=PROMPT,
+        target=" cold",
+        model=seeing,
+        chat=chat,
+        image=some,
+        method="attnlrp",
+        dtype="float64",
+        out=tmp_path,
     )
+    attribute(config)
     record = json.loads((tmp_path / "attribution.json").read_text())
     assert record["images"] == [str(path) for path in some] and record["tokens"].count("<image>") == 16 * count
     model = ic.load(seeing, dtype="float64")
@@ -84,18 +83,7 @@ def test_scores_are_those_of_the_method_on_what_the_processor_gives(
     page = (tmp_path / "page.html").read_text()
     assert "Over the images" in page and page.count("<image ") >= count
     (tmp_path / "page.html").unlink()
-    attribute(
-        AttributeConfig(
-            prompt=PROMPT,
-            target=" cold",
-            model=seeing,
-            chat=chat,
-            image=some,
-            method="attnlrp",
-            dtype="float64",
-            out=tmp_path,
-        )
-    )
+    attribute(config)
     assert (tmp_path / "page.html").read_text() == page
 
 

@@ -72,7 +72,9 @@ def test_the_page_on_architecture_names_what_there_is() -> None:
     assert all(
         f"{name}/" in page for name in ("architectures", "engines", "sweep", "checks", "vision", "visual", "cli")
     )
-    for path in re.findall(r"`((?:[\w]+/)*[\w]+(?:\.py|\.md|/))`", page):
+    paths = re.findall(r"`((?:[\w]+/)*[\w]+(?:\.py|\.md|/))`", page)
+    assert len(paths) > 20
+    for path in paths:
         places = [ROOT / path, ROOT / "interp_core" / path, ROOT / "docs" / path]
         assert any(place.exists() for place in places), f"docs/architecture.md names {path}, which is not there"
 
@@ -232,7 +234,7 @@ def test_local_names_say_the_content() -> None:
         if (name := getattr(node, "id", getattr(node, "arg", None))) in GRAMMAR
     )
     assert sum(uses[name] for name in GRAMMAR[:5]) <= 50, f"say what it is instead: {uses}"
-    assert sum(uses[name] for name in GRAMMAR[5:]) <= 1919, f"say what it is instead: {uses}"
+    assert 0 < sum(uses[name] for name in GRAMMAR[5:]) <= 1919, f"say what it is instead: {uses}"
 
 
 def test_every_skip_says_why() -> None:

@@ -23,7 +23,7 @@ from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
-from .family import Family, Heads, View, split_heads
+from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
 from .reach import Reach
@@ -204,7 +204,11 @@ class Block:
     def placed(self, name: str, usual: HookPoint) -> HookPoint:
         """Where the family has a site, if it says so, else where it usually lies."""
         place = self.stack.places.get(name)
-        return self.point(place.module, place.side, flat=place.flat) if place else usual
+        return self.at(place) if place else usual
+
+    def at(self, place: Place) -> HookPoint:
+        """A hook point at a place of the family's."""
+        return self.point(place.module, place.side, flat=place.flat)
 
     def view(self, name: str, point: HookPoint, sizes: Mapping[str, int]) -> None:
         """Add a site that is a view of what passes at a point. `sizes` are those of its feature axes."""
@@ -277,8 +281,8 @@ def mlp(block: Block) -> None:
     if projection := parts.get("mlp.out") or parts.get("mlp.dense_out"):
         points["mlp_act"] = stack.point(projection, "in")
     for name in ("mlp_in", "mlp_act"):
-        if name in stack.places:
-            points[name] = block.placed(name, points.get(name, stack.point(block.path, "in")))
+        if place := stack.places.get(name):
+            points[name] = block.at(place)
     for name, point in points.items():
         width = hook_points.in_features(stack.modules[point.module]) if name == "mlp_act" else 0
         block.view(name, point, {"d_mlp": width} if width else block.d_model)

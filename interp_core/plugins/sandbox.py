@@ -102,7 +102,7 @@ def _with_settings(info: PluginInfo, config: type[settings.Config], requires: li
     json.dumps(schema)
     rows = settings.rows(config)
     faults: list[str] = []
-    if all(row["default"] != "(needed)" for row in rows):
+    if all(row["default"] != settings.NEEDED for row in rows):
         try:
             config()
         except ValueError as error:

@@ -37,7 +37,7 @@ from .choose import cheapest_strategy
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
-from .store import opened
+from .store import SweepStore, opened
 
 if TYPE_CHECKING:
     from ..text import Tokens
@@ -96,11 +96,7 @@ class Sweep:
             with model.turn:
                 model.renew()
             tokens, listed, scores = _ready(model, x, variants, scores, strategy)
-            placer = Placer(model, tokens, listed, scores, memory_budget)
-            chosen, why, trial = cheapest_strategy(model, tokens, strategy)
-            plan = placer.plan(chosen, why, model.strategy_checks.reliefs)
-        plan.trial = trial
-        return plan
+            return _planned(Placer(model, tokens, listed, scores, memory_budget), strategy)
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
         """The variants that move the score most, averaged over examples: `(edits, effect)`."""
@@ -148,13 +144,19 @@ def sweep(
             plan = placer.plan(strategy, "all scores are in the folder", {}, store)
         else:
             tower = Tower(model.hf) if tokens.inputs else None
-            chosen, why, trial = cheapest_strategy(model, tokens, strategy, tower)
-            plan = placer.plan(chosen, why, model.strategy_checks.reliefs, store)
-            plan.trial = trial
+            plan = _planned(placer, strategy, tower, store)
             with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
                 Runner(model, tokens, plan, scores, store, tower).run(told)
     by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
     return tuple(Sweep(values, clean, store.moved, listed, score.name, plan) for values, clean, score in by_score)
+
+
+def _planned(placer: Placer, strategy: str, tower: Tower | None = None, store: SweepStore | None = None) -> SweepPlan:
+    """The plan by the cheapest strategy that holds, without what the store has already."""
+    chosen, why, trial = cheapest_strategy(placer.session, placer.tokens, strategy, tower)
+    plan = placer.plan(chosen, why, placer.session.strategy_checks.reliefs, store)
+    plan.trial = trial
+    return plan
 
 
 def _ready(
