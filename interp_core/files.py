@@ -169,6 +169,12 @@ def _drafted(path: Path, data: str | bytes) -> Path:
     return draft
 
 
+def without_folder(name: str) -> str:
+    """A name as others may read it: of an absolute path, or one that leads out of the working folder, its last part."""
+    leads_away = Path(name).is_absolute() or name.startswith(("~", "..")) or str(Path.home()) in name
+    return Path(name).name if leads_away else name
+
+
 def folder_of(what: str, folder: Any) -> Path:
     """A folder as a path.
 

@@ -45,8 +45,9 @@ def run_many(
     batch_size: int,
     progress: bool,
     out: str | Path | runs.RunFolder | None,
+    record: Mapping[str, Any],
 ) -> Any:
-    """See `Method.__call__`, which calls this with its method."""
+    """See `Method.__call__`, which calls this with its method, and what the result is to say of where it comes from."""
     size, name = batch_size_of(batch_size), method.name
     kind = result_kind(type(method).run)
     if kind is not None:
@@ -68,7 +69,7 @@ def run_many(
                 parts.append(part)
                 shelf.keep(part)
                 told.add(len(part.numbers))
-        result = joined(parts, tokens)
+        result = joined(parts, tokens).with_provenance(record)
         shelf.finish(result)
     return result
 

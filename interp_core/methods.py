@@ -86,6 +86,7 @@ class Method(ABC):
             CapabilityError: the model lacks what the method needs.
             PluginError: the method returned something else.
         """
+        from .provenance import provenance, sentence
         from .result import Result
 
         if not hasattr(model, "atlas"):
@@ -99,16 +100,18 @@ class Method(ABC):
                 raise CapabilityError(f"{self.name} needs {need} of {model.source}: {model.atlas.lacking[need]}")
         tokens = model.input(x)
         self.check(model, tokens, config)
+        record = provenance(self.name, sentence(type(self)), model, tokens, config)
         if split:
             from .batches import BATCH
             from .many import run_many
 
-            return run_many(self, model, tokens, config, BATCH if batch_size is None else batch_size, progress, out)
+            size = BATCH if batch_size is None else batch_size
+            return run_many(self, model, tokens, config, size, progress, out, record)
         result = self.run(model, tokens, config)
         if not isinstance(result, Result):
             kind = type(result).__name__
             raise PluginError(f"{type(self).__name__}.run returned a {kind}: methods return an interp_core.Result")
-        return result
+        return result.with_provenance(record)
 
     def configured(self, settings: Mapping[str, Any]) -> Any:
         """The method's config from settings.

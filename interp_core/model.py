@@ -16,6 +16,7 @@ from . import loading
 from .batches import BATCH
 from .checks.selfcheck import Check, check_atlas
 from .errors import SiteError, wrong
+from .files import without_folder
 from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
 from .session import Input, Session
@@ -109,9 +110,9 @@ class Model(Session):
             raise
 
     def __repr__(self) -> str:
-        shape = self.atlas.shape
+        shape, source = self.atlas.shape, without_folder(self.source)
         return (
-            f"Model({self.source!r}, {self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}, "
+            f"Model({source!r}, {self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, engine {self.engine.name})"
         )
 

@@ -1,18 +1,29 @@
-"""Results: what methods return. Frozen, typed, with named axes; they save, load, print and draw themselves."""
+"""Results: what methods return. Frozen, typed, with named axes; they save, load, print and draw themselves.
+
+A page of a result answers, in this order: what was asked, of which prompts, what came out in one sentence, the picture,
+the table, and folded away how it was made. A class says of these what it knows (`question`, `finding`, `prompt_rows`,
+`html`, `table`, `details`), and the record of the method that made it (`provenance`) says the rest.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import LoadError
+from .errors import LoadError, PlanError, PluginError
 from .files import folder_of, safetensors_bytes, write
+
+if TYPE_CHECKING:
+    from .report import Chart
 
 FORMAT = "interp-result/1"
 R = TypeVar("R", bound="Result")
@@ -22,7 +33,8 @@ R = TypeVar("R", bound="Result")
 class Result:
     """Base of all results: a frozen dataclass whose tensor fields are listed, with their axes, in `AXES`.
 
-    Subclasses add fields and override `table`, `html` and `png` where they have something to show. `JOINS` says how
+    Subclasses add fields and override `charts` and `table` where they have something to show, and `finding`, which says
+    in a sentence what the numbers are. `JOINS` says how
     fields without the axis `batch` are put together from those of batches: one of "sum", "mean", "same", "rows",
     "union" and "first"; see docs/plugins.md.
 
@@ -56,30 +68,116 @@ class Result:
         """Print the result."""
         print(self)
 
+    def charts(self) -> Sequence[Chart]:
+        """What pictures and pages show: a chart per prompt, or one for all."""
+        return ()
+
     def html(self) -> str:
         """The result as a piece of HTML."""
         from .report.html import table
 
-        return table(self.table())
+        return "".join(chart.html() for chart in self.charts()) or table(self.table())
+
+    def png(self, path: str | Path, row: int | None = None, *, width: float | None = None) -> Path:
+        """The result as a picture: `.png`, `.pdf` or `.svg`, as the name ends.
+
+        Args:
+            row: which of the charts, that is which prompt (None: all of them, below each other).
+            width: of the figure in inches, such as 3.3 for a column of a paper; see `Chart.png`.
+
+        Returns:
+            the path of the file.
+
+        Raises:
+            PlanError: there is no such chart.
+            CapabilityError: matplotlib is not installed.
+        """
+        from .report.png import save
+
+        return save(path, self._charts() if row is None else [self._chart(row)], width)
+
+    def plot(
+        self, ax: Any = None, row: int = 0, *, title: str | None = None, figsize: tuple[float, float] | None = None
+    ) -> Any:
+        """Draw one of the charts with matplotlib, on `ax` or a new figure; returns the axes. See `Chart.plot`.
+
+        Raises:
+            PlanError: there is no such chart.
+            CapabilityError: matplotlib is not installed.
+        """
+        return self._chart(row).plot(ax, title=title, figsize=figsize)
+
+    def _charts(self) -> Sequence[Chart]:
+        if charts := self.charts():
+            return charts
+        raise PlanError(f"{type(self).__name__} has no picture; its numbers are in table()")
+
+    def _chart(self, row: int) -> Chart:
+        charts = self._charts()
+        if not -len(charts) <= row < len(charts):
+            raise PlanError(f"there is no picture {row}: {type(self).__name__} has {len(charts)}, from 0 on")
+        return charts[row]
+
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """What made the result: `name` and `what` it asks, `model`, `prompts`, `settings`, `versions`, `command` and
+        `date`. It is saved with the result and is no part of what `==` compares; None where nothing has noted it."""
+        return self.__dict__.get("_provenance")
+
+    def with_provenance(self: R, record: Mapping[str, Any] | None) -> R:
+        """The same result with a record of where it comes from."""
+        new = copy.copy(self)
+        object.__setattr__(new, "_provenance", record)
+        return new
+
+    @property
+    def heading(self) -> str:
+        """The title of the page."""
+        name = self.provenance["name"] if self.provenance else _spaced(type(self).__name__.removesuffix("Result"))
+        return str(name).replace("_", " ").capitalize()
+
+    @property
+    def question(self) -> str:
+        """What was asked, in words."""
+        return self.provenance["what"] if self.provenance else ""
+
+    @property
+    def finding(self) -> str:
+        """What came out, in one sentence that the numbers support; "" where a class has none."""
+        return ""
+
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """Prompts as rows of a table, with what belongs to each, such as the answer and its rival."""
+        texts = self.provenance["prompts"]["texts"] if self.provenance else ()
+        return [{"prompt": text} for text in texts]
+
+    def details(self) -> dict[str, str]:
+        """Further texts by title, folded away on the page: how it was carried out, and what it cost."""
+        return {}
 
     def to_html(self, path: str | Path) -> Path:
         """Write the result as one self-contained page."""
-        from .report.html import Section, page
+        from .report.answer import Answer, answer_page
 
+        said = Answer(
+            self.heading, self.question, self.finding, self.prompt_rows(), self.html(), self.table(), self.details(),
+            self.provenance,
+        )  # fmt: skip
         out = Path(path)
-        write(out, page(type(self).__name__, "", [Section("", "", self.html())]))
+        write(out, answer_page(said))
         return out
 
     def _repr_html_(self) -> str:
-        from .report.html import fragment
+        from .report.html import escape, fragment
 
-        return fragment(self.html())
+        said = f"<p><b>{escape(self.finding)}</b></p>" if self.finding else ""
+        return fragment(said + self.html())
 
     def files(self) -> dict[str, str | bytes]:
         """What `save` writes, by the names of the files."""
         tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
-        head = {"format": FORMAT, "class": type(self).__name__, "fields": plain}
+        head = {"format": FORMAT, "class": type(self).__name__, "fields": plain, "provenance": self.provenance}
         return {
             "result.safetensors": safetensors_bytes(tensors, {name: " ".join(self.AXES[name]) for name in tensors}),
             "result.json": json.dumps(head, indent=1, ensure_ascii=False),
@@ -94,7 +192,7 @@ class Result:
 
     @classmethod
     def load(cls: type[R], folder: str | Path) -> R:
-        """Read what `save` wrote.
+        """Read what `save` wrote. `ic.Result.load` reads results of any class that an installed method has.
 
         Raises:
             LoadError: nothing there, damaged, or of another class.
@@ -111,12 +209,16 @@ class Result:
         plain = head.get("fields") if isinstance(head, dict) else None
         if not isinstance(plain, dict):
             raise LoadError(f"{folder} holds no result: result.json has no fields")
+        if cls is Result and head.get("format") == FORMAT:
+            return _kind_of(head, folder).load(folder)  # type: ignore[return-value]
         if head.get("format") != FORMAT or head.get("class") != cls.__name__:
             raise LoadError(f"{folder} holds a {head.get('class')} ({head.get('format')}), not a {cls.__name__}")
         cls._check_fields(folder, plain, tensors)
         missing = {name: None for name in cls.AXES if name not in tensors}
         try:
-            return cls(**{k: _tupled(v) for k, v in plain.items()}, **tensors, **missing)
+            loaded = cls(**{k: _tupled(v) for k, v in plain.items()}, **tensors, **missing)
+            record = head.get("provenance")
+            return loaded.with_provenance(record if isinstance(record, dict) else None)
         except (TypeError, ValueError) as error:
             raise LoadError(f"{folder} holds a damaged {cls.__name__}: {error}") from error
 
@@ -147,11 +249,44 @@ class Result:
     __hash__ = None  # type: ignore[assignment]
 
 
+def _kind_of(head: Mapping[str, Any], folder: str | Path) -> type[Result]:
+    """The class that a saved result is of: that of the method that made it, or one that is known already. A name in a
+    file is looked up among installed methods; nothing is imported because a file says so.
+
+    Raises:
+        LoadError: no method here has such a class.
+    """
+    from .plugins import registry
+
+    methods, name = registry("methods"), (head.get("provenance") or {}).get("name")
+    for each in [name] if name in methods.names() else methods.names():
+        with suppress(PluginError):  # a broken plugin is told by `interp plugins`
+            methods.get(each)
+    kinds = [kind for kind in _subclasses(Result) if kind.__name__ == head.get("class")]
+    if not kinds:
+        raise LoadError(
+            f"{folder} holds a {head.get('class')}, which no method here returns; install the package whose method "
+            f"{'made it' if name is None else f'{name!r} made it'}, or read it with its own class"
+        )
+    return kinds[0]
+
+
+def _subclasses(kind: type[Result]) -> Iterator[type[Result]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two fields of results are equal; not-a-number equals itself."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
     return bool(a == b)
+
+
+def _spaced(name: str) -> str:
+    """The words of a class's name."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
 
 
 def _tupled(value: Any) -> Any:

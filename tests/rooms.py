@@ -34,7 +34,7 @@ ROOMS: dict[str, str] = {
     "model": "model",
     "visual edits": "visual",
     "batteries": "batteries",
-    "methods": "methods many joining",
+    "methods": "methods many joining provenance",
     "toys": "toys",
     "bench": "bench",
     "testing": "testing",

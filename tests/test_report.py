@@ -50,7 +50,7 @@ def test_everything_is_escaped() -> None:
 def test_a_token_turns_no_other_round() -> None:
     """A token that overrides the direction of text does so within itself; others stand as they do without it."""
     body = report.TokenStrip(["a", "\u202eb", " c"], [1.0, 2.0, 3.0]).html()
-    assert re.findall(r"<span style='([^']*)' data-tip", body)[1].endswith(";unicode-bidi:isolate")
+    assert re.findall(r"<span[^>]* style='([^']*)' data-tip", body)[1].endswith(";unicode-bidi:isolate")
     assert body.count("unicode-bidi") == 1 and "unicode-bidi" not in report.TokenStrip(["a", "שלום"], [1.0, 2.0]).html()
 
 
@@ -73,15 +73,15 @@ def test_colours() -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    path = png.heatmap(
-        tmp_path / "a" / "x.png",
-        [[0.0, 1.0], [float("nan"), -1.0]],
-        ["a", "b"],
-        ["$x$", " y"],
-        texts=[["1", "2"], ["3", "$4"]],
-        diverging=True,
-    )
+    values, texts = [[0.0, 1.0], [float("nan"), -1.0]], [["1", None], ["3", "$4"]]
+    chart = report.Heatmap(values, ["a", "b"], ["$x$", " y"], texts=texts, diverging=True, percent=True)
+    path = chart.png(tmp_path / "a" / "x.png")
     assert path.stat().st_size > 2000
+    assert chart.png(tmp_path / "b").name == "b.png" and chart.png(tmp_path / "b.pdf").read_bytes()[:4] == b"%PDF"
+    assert "<svg" in chart.png(tmp_path / "b.svg").read_text()
+    with pytest.raises(ic.PlanError, match="no picture is written as .jpgg. Did you mean 'jpg'"):
+        chart.png(tmp_path / "b.jpgg")
+    assert "-100%<span class='bar'" in chart.html() and ">∅<" not in chart.html()
 
 
 def test_pictures_of_many_rows_and_columns_stay_small(tmp_path: Path) -> None:
@@ -89,12 +89,46 @@ def test_pictures_of_many_rows_and_columns_stay_small(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     values = [[float(i == j) for j in range(400)] for i in range(300)]
-    path = png.heatmap(
-        tmp_path / "x.png", values, [f"r{i}" for i in range(300)], [f"c{j}" for j in range(400)], title="long " * 200
-    )
+    chart = report.Heatmap(values, [f"r{i}" for i in range(300)], [f"c{j}" for j in range(400)], title="long " * 200)
+    path = chart.png(tmp_path / "x.png")
     height, width, _ = imread(path).shape
     assert width < 150 * (png.SIDE + 3) and height < 150 * (png.SIDE + 4)
     assert list(png._named(10, 0.42)) == list(range(10)) and len(png._named(400, 0.06)) == 134
+
+
+def test_wide_matrices_go_on_below_in_a_narrow_figure(tmp_path: Path) -> None:
+    """Letters keep their size: of forty tokens in a column of a paper, each has its name and room for it."""
+    from matplotlib import pyplot
+
+    chart = report.Heatmap([[0.5] * 40] * 3, ["a", "b", "c"], [f"t{j}" for j in range(40)], texts=[["word"] * 40] * 3)
+    frame = chart.frame(3.3)
+    assert frame.width == 3.3 and frame.down > 4 and chart.frame().down < frame.down
+    figure = pyplot.figure(figsize=(frame.width, frame.height))
+    places = figure.subplots(frame.down, 1).tolist()
+    chart.draw(places)
+    assert [tick.get_text() for axes in places for tick in axes.get_xticklabels()] == list(chart.columns)
+    assert sum(len(axes.texts) for axes in places) == 3 * 40
+    pyplot.close(figure)
+
+
+def test_charts_draw_on_axes_of_the_users() -> None:
+    from matplotlib import pyplot
+
+    _, (left, right) = pyplot.subplots(1, 2)
+    for chart in charts("x")[:4]:
+        assert chart.plot(left, title="mine") is left and left.get_title().startswith("mine")
+    assert not right.has_data()
+    several = report.Overlay([(0, 0, 1, 1)], {"a": [1.0], "b": [2.0]})
+    with pytest.raises(ic.PlanError, match="Overlay takes 2 axes beside each other; leave ax= out"):
+        several.plot(left)
+    assert several.plot(figsize=(5, 2)).figure.get_figwidth() == 5
+    pyplot.close("all")
+
+
+def test_the_keyboard_comes_into_every_chart_once() -> None:
+    for chart in charts("x"):
+        body = chart.html()
+        assert body.count("tabindex='0'") == max(1, body.count("class='layer'")) and "data-tip" in body
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +242,7 @@ def test_boxes_lie_over_a_picture(tmp_path: Path) -> None:
     assert np.array_equal(np.rint(imread(tmp_path / "behind.png") * 255), picture)
     assert re.findall(r"viewBox='([^']+)'", body) == ["0 0 6 4"] * 2 and body.count("type='radio'") == 2
     places = re.findall(
-        r"<rect x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body
+        r"<rect[^>]* x='(\d)' y='0' width='3' height='4' style='fill:(#\w+)' opacity='0.6' data-tip=\"(\w+)", body
     )
     assert [(x, tip) for x, _, tip in places] == [("0", "1"), ("3", "3"), ("0", "2"), ("3", "nan")]
     assert places[3][1] == "#ececec" and "<image" not in report.Overlay(boxes, [1.0, 2.0]).html()
@@ -242,14 +276,15 @@ def test_curves_are_drawn_where_they_are() -> None:
     """Heights by hand, gaps where a number lacks, bands, levels and tips; bars begin at 0."""
     body = charts("x")[2].html()
     top, height = svg.TOP, svg.HEIGHT
-    heights = [float(y) for y in re.findall(r"<circle cx='[\d.]+' cy='([\d.]+)'", body)]
+    heights = [float(y) for y in re.findall(r"<circle[^>]* cx='[\d.]+' cy='([\d.]+)'", body)]
     wanted = [top + (1 - share) * height for share in (0.1, 0.4, 0.9, 1.0, 0.5, 0.5, 0.0)]
     assert heights == pytest.approx(wanted, abs=0.06)  # written with one decimal
     assert body.count("<polyline") == 3 and body.count("<polygon") == 2 and body.count("stroke-dasharray") == 1
     assert 'data-tip="x, 2: 40.0% (base 25.0%)\n30.0% to 50.0%"' in body
     assert re.findall(r">(\d+%)<", body) == ["0%", "25%", "50%", "75%", "100%"]
     bars = charts("x")[3].html()
-    half, less = ((float(x), float(w)) for x, w in re.findall(r"<rect x='([\d.]+)' y='[\d.]+' width='([\d.]+)'", bars))
+    drawn = re.findall(r"<rect[^>]* x='([\d.]+)' y='[\d.]+' width='([\d.]+)'", bars)
+    half, less = ((float(x), float(wide)) for x, wide in drawn)
     assert half[0] == pytest.approx(less[0] + less[1], abs=0.11) and half[1] == pytest.approx(2 * less[1], abs=0.11)
 
 

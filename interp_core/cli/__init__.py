@@ -10,6 +10,7 @@ import typer
 
 from ..errors import InterpError
 from . import help, plugins, run
+from .show import show
 
 app = typer.Typer(
     help="Name any site of a transformer, read it, change it, see that it acted.",
@@ -26,6 +27,7 @@ for recipe, about in {
     "attribute": "Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table and a page.",
 }.items():
     app.command(recipe, cls=help.Shortcut, help=about, context_settings=settings_as_words)(run.run)
+app.command()(show)
 Model = Annotated[str, typer.Argument(help="toy:text, a folder, or a hub id")]
 
 

@@ -105,26 +105,14 @@ def _method(
     ready = kind()
     config = ready.configured(values)
     from ..model import load
+    from ..provenance import plain_settings
 
     loaded = load(model)
-    record = {**_held(config), "text": text}
+    record = {**plain_settings(config), "text": text}
     with passed(pairs, **options), _opened(out, record, kind.name, loaded, "text") as run:
         # batches are kept one by one in the run's folder, so that a stopped run goes on; without them there is no need
         more = {"out": run} if batching.get("batch_size") is not None else {}
         _keep(ready(loaded, text, **values, **batching, **more), run)
-
-
-def _held(config: settings.Config) -> dict[str, Any]:
-    """Settings as a manifest holds them; what is for Python alone (a tensor, a function) by its type."""
-    from ..runs.identity import plain
-
-    held = {}
-    for key in type(config).model_fields:
-        try:
-            held[key] = plain(getattr(config, key), key)
-        except PlanError:
-            held[key] = type(getattr(config, key)).__name__
-    return held
 
 
 def _opened(
@@ -153,7 +141,9 @@ def _recipe(
     with passed(pairs, **{key: str(value) for key, value in held.items()} | options):
         returned = settings.call(function, ready)
     if hasattr(returned, "to_html") and hasattr(returned, "save"):
-        values = {key: value for key, value in _held(ready).items() if key != "out"}
+        from ..provenance import plain_settings
+
+        values = {key: value for key, value in plain_settings(ready).items() if key != "out"}
         with _opened(options.get("out"), values, name) as run:
             _keep(returned, run)
     elif returned is not None:

@@ -12,7 +12,7 @@ given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers
 """
 
 from .charts import Bars, Chart, Curves, Heatmap, Overlay, TokenStrip
-from .figures import Bar, Line
+from .figures import Bar, Frame, Line
 from .html import Section, copyable, escape, number, page, short, table, visible
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Bars",
     "Chart",
     "Curves",
+    "Frame",
     "Heatmap",
     "Line",
     "Overlay",

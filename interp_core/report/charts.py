@@ -11,31 +11,66 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PlanError
-from .figures import Bar, BarsData, CurvesData, Ends, OverlayData, TokenStripData, plain_values
+from .figures import Bar, BarsData, CurvesData, Frame, HeatmapData, OverlayData, TokenStripData
 
 if TYPE_CHECKING:
     from ..stats import Interval
 
 
 class Chart(ABC):
-    """Something that can be drawn. `html` is a piece of a page, `png` writes a file."""
+    """Something that can be drawn. `html` is a piece of a page, `png` writes a file, `plot` draws for matplotlib."""
 
     @abstractmethod
     def html(self) -> str:
         """The chart as HTML, for a `Section` of a `page`."""
 
     @abstractmethod
-    def png(self, path: str | Path) -> Path:
-        """The chart as a file; returns its path.
+    def frame(self, width: float | None = None) -> Frame:
+        """Its size in inches and how many axes it takes, for a figure of a width (None: as wide as it needs)."""
+
+    @abstractmethod
+    def draw(self, axes: Sequence[Any]) -> None:
+        """Draw on as many axes of matplotlib as `frame` says, one after the other."""
+
+    def png(self, path: str | Path, *, width: float | None = None) -> Path:
+        """The chart as a file, whose kind the end of its name says: `.png` (also if there is none), `.pdf`, `.svg`.
+
+        Args:
+            width: of the figure in inches, such as 3.3 for a column of a paper; letters keep their size, and a matrix
+                that is too wide goes on below.
+
+        Returns:
+            the path of the file.
 
         Raises:
             CapabilityError: matplotlib is not installed.
         """
+        from .png import save
+
+        return save(path, [self], width)
+
+    def plot(self, ax: Any = None, *, title: str | None = None, figsize: tuple[float, float] | None = None) -> Any:
+        """Draw with matplotlib, to be changed further.
+
+        Args:
+            ax: axes to draw on; None: those of a new figure of pyplot.
+            title: in place of its own.
+            figsize: width and height of a new figure in inches.
+
+        Returns:
+            the axes.
+
+        Raises:
+            PlanError: a chart that takes several axes, on one.
+            CapabilityError: matplotlib is not installed.
+        """
+        from .png import plot
+
+        return plot(self, ax, title, figsize)
 
     def _repr_html_(self) -> str:
         from .html import fragment
@@ -44,50 +79,24 @@ class Chart(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Heatmap(Chart):
+class Heatmap(HeatmapData, Chart):
     """A matrix as coloured cells.
 
     Attributes:
         values: rows of numbers (lists, an array, a tensor); NaN is drawn grey.
         rows, columns: their names.
-        texts: what the cells say (None: nothing); long ones are cut.
+        texts: what the cells say (None: nothing, of all or of one); long ones are cut, an empty token is `∅`.
         tips: what a cell says when pointed at, in HTML (None: names and number).
         diverging: blue over white to red, symmetric about 0; else white to blue.
         limits: ends of the scale; None: those of the values.
         title: above the PNG.
         caption: below the HTML; the title if empty.
         xlabel, ylabel, colorbar: names of columns, rows and scale in the PNG.
+        percent: values are shares: tips and scale say them in per cent.
 
     Raises:
         PlanError: names, texts or tips that do not match the values.
     """
-
-    values: Any
-    rows: Sequence[str]
-    columns: Sequence[str]
-    _: KW_ONLY
-    texts: Sequence[Sequence[str]] | None = None
-    tips: Sequence[Sequence[str]] | None = None
-    diverging: bool = False
-    limits: Ends | None = None
-    title: str = ""
-    caption: str = ""
-    xlabel: str = ""
-    ylabel: str = ""
-    colorbar: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "values", plain_values("Heatmap", self.values))
-        for what in ("values", "texts", "tips"):
-            lines = getattr(self, what)
-            if lines is None:
-                continue
-            shape = {len(line) for line in lines} or {0}
-            if len(lines) != len(self.rows) or shape != {len(self.columns)} or not self.rows or not self.columns:
-                raise PlanError(
-                    f"Heatmap: {what} are {len(lines)} rows of {sorted(shape)}, the names {len(self.rows)} rows of "
-                    f"{len(self.columns)}; a heat map has a value for every name, and one at least"
-                )
 
     def html(self) -> str:
         """The matrix as a table with tips."""
@@ -95,17 +104,20 @@ class Heatmap(Chart):
 
         return heatmap(
             self.values, self.rows, self.columns, texts=self.texts, tips=self.tips, diverging=self.diverging,
-            limits=self.limits, caption=self.caption or self.title,
+            limits=self.limits, caption=self.caption or self.title, percent=self.percent,
         )  # fmt: skip
 
-    def png(self, path: str | Path) -> Path:
-        """The matrix as a file. Of many rows or columns, only some are named."""
+    def frame(self, width: float | None = None) -> Frame:
+        """Cells of one size; of many rows or columns, only some are named."""
+        from .png import heatmap_frame
+
+        return heatmap_frame(self, width)
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """The matrix, as many columns on each of the axes."""
         from .png import heatmap
 
-        return heatmap(
-            path, self.values, self.rows, self.columns, texts=self.texts, diverging=self.diverging, limits=self.limits,
-            title=self.title, xlabel=self.xlabel, ylabel=self.ylabel, colorbar=self.colorbar,
-        )  # fmt: skip
+        heatmap(axes, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +144,17 @@ class Curves(CurvesData, Chart):
 
         return curves(self)
 
-    def png(self, path: str | Path) -> Path:
-        """The lines as a file."""
+    def frame(self, width: float | None = None) -> Frame:
+        """See `Chart.frame`."""
+        from .png import curves_frame
+
+        return curves_frame(self, width)
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """The lines."""
         from .png import curves
 
-        return curves(path, self)
+        curves(axes, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +185,17 @@ class Bars(BarsData, Chart):
 
         return bars(self)
 
-    def png(self, path: str | Path) -> Path:
-        """The bars as a file."""
+    def frame(self, width: float | None = None) -> Frame:
+        """See `Chart.frame`."""
+        from .png import bars_frame
+
+        return bars_frame(self, width)
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """The bars."""
         from .png import bars
 
-        return bars(path, self)
+        bars(axes, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,11 +226,17 @@ class TokenStrip(TokenStripData, Chart):
             caption=self.caption or self.title, scale=self.colorbar,
         )  # fmt: skip
 
-    def png(self, path: str | Path) -> Path:
-        """The text as a file, in lines of equal width."""
+    def frame(self, width: float | None = None) -> Frame:
+        """See `Chart.frame`."""
+        from .png import strip_frame
+
+        return strip_frame(self, width)
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """The text, in lines of equal width."""
         from .png import strip
 
-        return strip(path, self)
+        strip(axes, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +266,14 @@ class Overlay(OverlayData, Chart):
 
         return overlay(self)
 
-    def png(self, path: str | Path) -> Path:
-        """The picture as a file, the layers beside each other."""
+    def frame(self, width: float | None = None) -> Frame:
+        """See `Chart.frame`."""
+        from .png import overlay_frame
+
+        return overlay_frame(self, width)
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """The picture, the layers beside each other."""
         from .png import overlay
 
-        return overlay(path, self)
+        overlay(axes, self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import PlanError, wrong
 from .colors import limits_of
@@ -60,6 +60,59 @@ class Bar:
     def of(name: str, interval: Interval) -> Bar:
         """The bar of an interval."""
         return Bar(name, interval.value, (interval.low, interval.high))
+
+
+class Frame(NamedTuple):
+    """What a figure must have for a chart: inches, and axes below and beside each other."""
+
+    width: float
+    height: float
+    down: int = 1
+    across: int = 1
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """What a figure is made of; charts are such."""
+
+    def frame(self, width: float | None = None) -> Frame:
+        """See `Chart`."""
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """See `Chart`."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeatmapData:
+    """The matrix of `Heatmap`."""
+
+    values: Any
+    rows: Sequence[str]
+    columns: Sequence[str]
+    _: KW_ONLY
+    texts: Sequence[Sequence[str | None]] | None = None
+    tips: Sequence[Sequence[str]] | None = None
+    diverging: bool = False
+    limits: Ends | None = None
+    title: str = ""
+    caption: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    colorbar: str = ""
+    percent: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", plain_values("Heatmap", self.values))
+        for what in ("values", "texts", "tips"):
+            lines = getattr(self, what)
+            if lines is None:
+                continue
+            shape = {len(line) for line in lines} or {0}
+            if len(lines) != len(self.rows) or shape != {len(self.columns)} or not self.rows or not self.columns:
+                raise PlanError(
+                    f"Heatmap: {what} are {len(lines)} rows of {sorted(shape)}, the names {len(self.rows)} rows of "
+                    f"{len(self.columns)}; a heat map has a value for every name, and one at least"
+                )
 
 
 @dataclass(frozen=True, eq=False)

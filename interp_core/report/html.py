@@ -56,6 +56,7 @@ border:1px solid var(--line);border-radius:999px;font:13px/1.6 system-ui,sans-se
 .ic form.layers>input:focus-visible{outline:2px solid var(--s0);outline-offset:1px}
 .ic details{margin:.5rem 0}.ic summary{cursor:pointer;color:var(--soft);font-size:13px}.ic .whole{user-select:all}
 .ic .spans b{font-weight:500;border-bottom:3px solid;margin-right:.8rem;color:inherit}
+.ic [data-tip]:focus-visible{outline:2px solid var(--s0);outline-offset:1px}
 .ic figcaption{color:var(--soft);font-size:13px;margin-top:.5rem}.ic figure{margin:.4rem 0}
 .ic .bar{display:inline-block;width:9rem;height:.7rem;border-radius:3px;vertical-align:middle;margin:0 .4rem}
 .ic-tip{position:fixed;z-index:9;pointer-events:none;background:#1b1f24;color:#fff;border-radius:7px;padding:.45rem .65rem;
@@ -67,15 +68,28 @@ _PAGE_STYLE = (
 )
 _SCRIPT = """
 (()=>{if(window.icTip)return;const t=window.icTip=document.createElement('div');t.className='ic-tip';
-document.body.append(t);document.addEventListener('mousemove',e=>{const c=e.target.closest&&e.target.closest('[data-tip]');
-if(!c){t.style.opacity=0;return}t.textContent=c.dataset.tip;t.style.opacity=1;
-t.style.left=Math.min(e.clientX+14,innerWidth-t.offsetWidth-8)+'px';
-t.style.top=Math.min(e.clientY+14,innerHeight-t.offsetHeight-8)+'px'})})()
+t.setAttribute('role','status');document.body.append(t);
+const at=e=>e.target.closest&&e.target.closest('.ic [data-tip]');
+const show=(c,x,y)=>{if(!c){t.style.opacity=0;return}if(t.textContent!==c.dataset.tip)t.textContent=c.dataset.tip;
+t.style.opacity=1;t.style.left=Math.max(8,Math.min(x+14,innerWidth-t.offsetWidth-8))+'px';
+t.style.top=Math.max(8,Math.min(y+14,innerHeight-t.offsetHeight-8))+'px'};
+document.addEventListener('pointermove',e=>show(at(e),e.clientX,e.clientY));
+document.addEventListener('pointerdown',e=>show(at(e),e.clientX,e.clientY));
+document.addEventListener('focusin',e=>{const c=at(e),r=c&&c.getBoundingClientRect();show(c,r?r.left:0,r?r.bottom:0)});
+document.addEventListener('keydown',e=>{const c=at(e);if(e.key==='Escape')show(null);if(!c)return;
+const all=[...c.closest('figure').querySelectorAll('[data-tip]')],i=all.indexOf(c),row=c.closest('tr');
+const step=row?row.querySelectorAll('[data-tip]').length:1;
+const n=all[i+({ArrowLeft:-1,ArrowRight:1,ArrowUp:-step,ArrowDown:step}[e.key]||0)];
+if(!n||n===c)return;e.preventDefault();c.tabIndex=-1;n.tabIndex=0;n.focus()})})()
 """
+"""Shows what a cell holds when it is pointed at, touched, or reached by the keyboard: tab leads into a chart, the arrow
+keys from cell to cell. Screen readers are told by the role of the tip."""
 
 
 FINE = 40
 """Columns of cells without text from which on a matrix is drawn finely."""
+TAB = " tabindex='0'"
+"""Of the first cell of a chart, at which the keyboard comes in."""
 TURNING = frozenset("\u202a\u202b\u202d\u202e\u2066\u2067\u2068")
 """Letters that turn the direction of what follows them, up to the end of the line or of what isolates them."""
 
@@ -134,30 +148,37 @@ def heatmap(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    texts: Sequence[Sequence[str]] | None = None,
+    texts: Sequence[Sequence[str | None]] | None = None,
     tips: Sequence[Sequence[str]] | None = None,
     diverging: bool = False,
     limits: tuple[float, float] | None = None,
     caption: str = "",
+    percent: bool = False,
 ) -> str:
     """A matrix as coloured cells with tooltips: `rows` × `columns`, cell text and tips optional. Of many columns whose
     cells say nothing, cells are small and every eighth column is named."""
     low, high = limits or limits_of(values, diverging)
     fine = texts is None and len(columns) > FINE
     named = [c if not fine or j % 8 == 0 else "" for j, c in enumerate(columns)]
-    head = "".join(f"<th>{escape(visible(c) if c else c)}</th>" for c in named)
+    head = "".join(f"<th scope='col'>{escape(visible(c) if c else c)}</th>" for c in named)
     lines = []
     for i, label in enumerate(rows):
         cells = []
         for j, value in enumerate(values[i]):
             back, ink = css(value, low, high, diverging)
-            tip = tips[i][j] if tips else f"{label}, {visible(columns[j])}: {number(value)}"
-            text = short(visible(texts[i][j])) if texts else ""
-            cells.append(f"<td style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>")
-        lines.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
-    bar = scale_bar(low, high, diverging)
+            tip = (
+                tips[i][j] if tips else f"{label}, {visible(columns[j])}: {share(value) if percent else number(value)}"
+            )
+            said = texts[i][j] if texts else None
+            text = "" if said is None else short(visible(said))
+            cells.append(
+                f"<td{TAB * (i == j == 0)} style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>"
+            )
+        lines.append(f"<tr><th scope='row'>{escape(label)}</th>{''.join(cells)}</tr>")
+    bar = scale_bar(low, high, diverging, percent)
     return (
-        f"<figure><div class='scroll'><table class='grid{' fine' * fine}'><thead><tr><th></th>{head}</tr></thead><tbody>"
+        f"<figure><div class='scroll'><table class='grid{' fine' * fine}' aria-label=\"{escape(caption)}\"><thead><tr>"
+        f"<td></td>{head}</tr></thead><tbody>"
         f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
     )
 
@@ -178,13 +199,15 @@ def tokens(
     drawn = []
     for values in layers.values():
         low, high = limits or limits_of([values], diverging)
-        parts = []
+        parts: list[str] = []
         for label, value, (mark, within) in zip(labels, values, marks, strict=True):
             back, ink = css(value, low, high, diverging)
             tip = escape(f"{visible(label)}: {number(value)}{within}")
             if not TURNING.isdisjoint(label):
                 mark += ";unicode-bidi:isolate"
-            parts.append(f"<span style='background:{back};color:{ink}{mark}' data-tip=\"{tip}\">{escape(label)}</span>")
+            parts.append(
+                f"<span{TAB * (not parts)} style='background:{back};color:{ink}{mark}' data-tip=\"{tip}\">{escape(label)}</span>"
+            )
         bar = f"<figcaption>{escape(scale)} {scale_bar(low, high, diverging)}</figcaption>"
         drawn.append(f"<div class='tokens'>{''.join(parts)}</div>{bar}")
     named = "".join(f"<b style='border-color:{_span_ink(i)}'>{escape(name)}</b>" for i, name in enumerate(spans or {}))
@@ -218,10 +241,11 @@ def _marks(spans: Mapping[str, tuple[int, int]], count: int) -> list[tuple[str, 
     return marks
 
 
-def scale_bar(low: float, high: float, diverging: bool) -> str:
+def scale_bar(low: float, high: float, diverging: bool, percent: bool = False) -> str:
     """A colour bar between its ends."""
+    ends = [share(end) if percent else number(end) for end in (low, high)]
     stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
-    return f"{number(low)}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{number(high)}"
+    return f"{ends[0]}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{ends[1]}"
 
 
 def copyable(title: str, text: str) -> str:
@@ -233,9 +257,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table; columns are the keys of the first."""
     if not rows:
         return "<p class='soft'>nothing</p>"
-    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
+    head = "".join(f"<th scope='col'>{escape(key)}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(number(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
     return f"<div class='scroll'><table class='rows'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def share(part: float) -> str:
+    """A share in per cent: whole ones where that says enough."""
+    return "nan" if math.isnan(part) else f"{part:.0%}" if abs(part) >= 0.095 or not part else f"{part:.1%}"
 
 
 def number(value: Any) -> str:

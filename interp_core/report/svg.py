@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .colors import SERIES, css
-from .html import escape, number, scale_bar, short, switched
+from .html import TAB, escape, number, scale_bar, short, switched
 from .pictures import data_uri
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def curves(chart: CurvesData) -> str:
     names = [short(str(place), 24) for place in chart.places]
     parts += _names(names, step)
     for series, line in enumerate(chart.lines):
-        parts += _line(line, _ink(series), lambda place: LEFT + place * step, height, chart)
+        parts += _line(line, _ink(series), lambda place: LEFT + place * step, height, chart, series == 0)
     legend = " · ".join(
         f"<span style='color:{_ink(i)}'>{escape(line.name)}</span>" for i, line in enumerate(chart.lines)
     )
@@ -76,9 +76,11 @@ def _names(names: Sequence[str], step: float) -> list[str]:
 
 
 def _line(
-    line: Line, ink: str, across: Callable[[int], float], height: Callable[[float], float], chart: CurvesData
-) -> list[str]:
-    """A line in its runs of known values, its band, its level, and a tip at every point."""
+    line: Line, ink: str, across: Callable[[int], float], height: Callable[[float], float], chart: CurvesData,
+    first: bool,
+) -> list[str]:  # fmt: skip
+    """A line in its runs of known values, its band, its level, and a tip at every point; the keyboard comes in at the
+    first line's first point."""
     parts = []
     known = [i for i, value in enumerate(line.values) if math.isfinite(value)]
     runs = [[i for _, i in run] for _, run in groupby(enumerate(known), lambda pair: pair[1] - pair[0])]
@@ -100,7 +102,10 @@ def _line(
         ends = "" if line.bands is None else f"\n{' to '.join(written(e, chart.percent, 1) for e in line.bands[i])}"
         tip = escape(f"{line.name}, {chart.places[i]}: {written(line.values[i], chart.percent, 1)}{base}{ends}")
         x, y = f"{across(i):.1f}", f"{height(line.values[i]):.1f}"
-        parts.append(f"<circle cx='{x}' cy='{y}' r='3.5' style='fill:{ink}' data-tip=\"{tip}\"/>")
+        parts.append(
+            f"<circle{TAB * (first and i == known[0])} cx='{x}' cy='{y}' r='3.5' style='fill:{ink}' "
+            f'data-tip="{tip}"/>'
+        )
     return parts
 
 
@@ -128,8 +133,9 @@ def bars(chart: BarsData) -> str:
             start, stop = sorted((across(0.0), across(bar.value)))
             ends = "" if bar.ends is None else f"\n{' to '.join(written(end, chart.percent, 1) for end in bar.ends)}"
             parts.append(
-                f"<rect x='{start:.1f}' y='{y - 8:.1f}' width='{max(stop - start, 0.5):.1f}' height='16' rx='2' "
-                f"style='fill:{_ink(0)}' opacity='.75' data-tip=\"{escape(f'{bar.name}: {value}{ends}')}\"/>"
+                f"<rect{TAB * (row == 0)} x='{start:.1f}' y='{y - 8:.1f}' width='{max(stop - start, 0.5):.1f}' "
+                f"height='16' rx='2' style='fill:{_ink(0)}' opacity='.75' "
+                f'data-tip="{escape(f"{bar.name}: {value}{ends}")}"/>'
             )
         if bar.ends is not None:
             a, b = (across(end) for end in bar.ends)
@@ -159,10 +165,10 @@ def overlay(chart: OverlayData) -> str:
     for layer, values in chart.layers.items():
         low, high = chart.ends(layer)
         boxes = [
-            f"<rect x='{left:g}' y='{top:g}' width='{right - left:g}' height='{bottom - top:g}' "
+            f"<rect{TAB * (i == 0)} x='{left:g}' y='{top:g}' width='{right - left:g}' height='{bottom - top:g}' "
             f"style='fill:{css(value, low, high, chart.diverging)[0]}' opacity='{opacity:g}' "
             f'data-tip="{escape(number(float(value)))}"/>'
-            for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True)
+            for i, ((left, top, right, bottom), value) in enumerate(zip(chart.boxes, values, strict=True))
         ]
         bar = f"<figcaption>{escape(chart.colorbar)} {scale_bar(low, high, chart.diverging)}</figcaption>"
         drawn.append(f"<svg {frame}>{behind}{''.join(boxes)}</svg>{bar}")

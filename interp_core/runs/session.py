@@ -76,7 +76,7 @@ def surroundings() -> dict[str, Any]:
     """Versions, machine and state of the code."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "host_class": host_class(),
         "git": {name: state for name, path in _places().items() if (state := git_state(path))},
         "torch": torch_settings(),
@@ -161,7 +161,8 @@ def _places() -> dict[str, Path]:
     return {"working_folder": Path.cwd()} | ({} if installed else {"interp_core": package})
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None of one that is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -12,8 +12,8 @@ Source: Heimersheim and Nanda (2024), arXiv:2404.15255.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,7 +98,46 @@ class Contrast:
     def named(self) -> dict[str, Any]:
         """The fields of a result that tell what was compared."""
         unit = SHARE if self.source is not None else UNITS.get(self.judged.name, self.judged.name)
-        return {"base": self.low, "kind": self.kind, "score": self.judged.name, "unit": unit}
+        ids = [token for row in (self.answer, self.other) if row is not None for token in row.tolist()]
+        return {
+            "base": self.low, "source": self.high, "answer": self.answer, "other": self.other, "kind": self.kind,
+            "score": self.judged.name, "unit": unit, "vocab": {str(i): self.base.model.word(i) for i in ids},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Contrasted(ic.Result):
+    """What results of two prompts say of them.
+
+    Attributes:
+        source: scores of the run that values come from (of zeros: those of the base).
+        answer, other: token ids; None with a score of the user's own.
+        vocab: text of these ids.
+    """
+
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {"source": ("batch",), "answer": ("batch",), "other": ("batch",)}
+    JOINS: ClassVar[Mapping[str, str]] = {"vocab": "union"}
+    _: KW_ONLY
+    source: Float[Tensor, " batch"]
+    answer: Tensor | None
+    other: Tensor | None
+    vocab: dict[str, str] = field(default_factory=dict)
+
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """Prompts beside the corrupted ones, with the answer and its rival."""
+        rows = super().prompt_rows()
+        record = self.provenance or {"settings": {}}
+        twin = record["settings"].get("corrupted")
+        twins = [twin] * len(rows) if isinstance(twin, str) else twin if isinstance(twin, list) else []
+        columns = {"corrupted": twins, "answer": self._words(self.answer), "rival": self._words(self.other)}
+        if self.other is not None and self.answer is not None and self.other.equal(self.answer):
+            columns["rival"] = []
+        return [
+            row | {name: column[i] for name, column in columns.items() if i < len(column)} for i, row in enumerate(rows)
+        ]
+
+    def _words(self, ids: Tensor | None) -> list[str]:
+        return [] if ids is None else [repr(self.vocab.get(str(token), token)) for token in ids.tolist()]
 
 
 def contrast(

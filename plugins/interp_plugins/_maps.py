@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float
@@ -21,7 +20,7 @@ from interp_core import score as scores
 from interp_core import sites as S
 
 from ._contrast import JudgedConfig
-from ._pictures import Picture, pages, picture
+from ._pictures import Picture, drawn, effect_words, of_rows
 
 Values = Mapping[tuple[str, int, int], Tensor]
 """Values by site name, layer and number of the place: `[batch (pos) (head) d]`, or without batch for all rows."""
@@ -274,13 +273,22 @@ class MapResult(ic.Result):
         """The maps that a page shows, the first of them the main one."""
         return [Picture(self.title, self.mean.tolist(), self.rows, self.columns)]
 
-    def html(self) -> str:
-        """The maps, and how they were made."""
-        return pages(self.pictures(), self.unit, self.explain)
+    @property
+    def finding(self) -> str:
+        """The patch with the largest effect."""
+        best = max(self.table(), key=lambda row: abs(row["effect"]))
+        head = "" if best["head"] == "-" else f" head {best['head']}"
+        where = f"{self.site} of layer {best['layer']}{head} at {best['pos']}"
+        said = effect_words(best["effect"], self.unit, self.kind, self.score, float(self.base.mean()))
+        return f"The largest effect: {where} {said}{of_rows(self.base)}."
 
-    def png(self, path: str | Path) -> Path:
-        """The map as a picture."""
-        return picture(path, self.pictures()[0], self.unit)
+    def details(self) -> dict[str, str]:
+        """How the effects were worked out."""
+        return {"What it cost": self.explain}
+
+    def charts(self) -> list[ic.report.Heatmap]:
+        """The maps."""
+        return [drawn(chart, self.unit) for chart in self.pictures()]
 
 
 def named(grid: Grid) -> dict[str, Any]:

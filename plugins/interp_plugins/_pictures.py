@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from interp_core import report
 
 from ._contrast import SHARE
 
 WIDEST = 32
-"""Columns up to which a file has numbers in its cells."""
+"""Columns up to which a matrix has numbers in its cells."""
 
 
 class Picture(NamedTuple):
@@ -28,35 +29,47 @@ class Picture(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
-def pages(pictures: Sequence[Picture], unit: str, note: str) -> str:
-    """Heatmaps below each other, and what is to be said of them. Cells say their whole number when pointed at."""
-    return "".join(drawn(chart, unit).html() for chart in pictures) + f"<pre>{report.escape(note)}</pre>"
-
-
-def picture(path: str | Path, chart: Picture, unit: str) -> Path:
-    """A heatmap as a file."""
-    return drawn(chart, unit, WIDEST).png(path)
-
-
-def drawn(chart: Picture, unit: str, widest: float = math.inf) -> report.Heatmap:
-    """A matrix as a chart; of more columns than `widest`, without numbers in its cells."""
+def drawn(chart: Picture, unit: str) -> report.Heatmap:
+    """A matrix as a chart, with numbers in its cells unless there are many columns. Cells say their whole number when
+    pointed at."""
     return report.Heatmap(
         chart.values, chart.rows, chart.columns, diverging=True, limits=chart.limits, title=chart.title,
-        texts=texts(chart.values, unit) if len(chart.columns) <= widest else None,
-        caption=f"{chart.title} ({unit})", colorbar=unit,
+        texts=texts(chart.values, unit) if len(chart.columns) <= WIDEST else None,
+        caption=f"{chart.title} ({unit})", colorbar=unit, percent=unit == SHARE,
     )  # fmt: skip
 
 
-def texts(values: Sequence[Sequence[float]], unit: str) -> list[list[str]]:
-    """Numbers as the cells show them: to two digits of the largest, shares in percent."""
+def effect_words(effect: float, unit: str, kind: str, score: str, base: float) -> str:
+    """What a change does to a score, as the end of a sentence."""
+    if unit == SHARE:
+        if effect < 0:
+            return f"moves the score the other way, by {-effect:.0%} of the difference between the prompts"
+        verb = "takes away" if kind == "noising" else "gives back"
+        return f"{verb} {effect:.0%} of the difference between the prompts"
+    return f"changes {score} by {effect:+.3g} from {base:.3g}" + (f" ({unit})" if unit != score else "")
+
+
+def which(row: int, rows: int) -> str:
+    """Of several prompts, which one a chart shows; "" of one."""
+    return f", prompt {row}" if rows > 1 else ""
+
+
+def of_rows(scores: Tensor) -> str:
+    """Over how many prompts a number is the mean; "" of one."""
+    return f", in the mean of {len(scores)} prompts" if len(scores) > 1 else ""
+
+
+def texts(values: Sequence[Sequence[float]], unit: str) -> list[list[str | None]]:
+    """Numbers as the cells show them: to two digits of the largest, shares in percent; nothing where that is 0, or less
+    than 1 %, so that what there is stands out."""
     factor, sign = (100, "%") if unit == SHARE else (1, "")
     top = factor * max((abs(value) for line in values for value in line if math.isfinite(value)), default=0.0)
     digits = max(0, 1 - math.floor(math.log10(top))) if top else 0
 
-    def say(value: float) -> str:
+    def say(value: float) -> str | None:
         if not math.isfinite(value):
             return "–"
         rounded = round(factor * value, digits)
-        return f"{rounded:.{digits}f}{sign}" if rounded else "0"
+        return f"{rounded:.{digits}f}{sign}" if rounded and not (sign and abs(rounded) < 1) else None
 
     return [[say(value) for value in line] for line in values]

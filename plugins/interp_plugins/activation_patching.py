@@ -20,12 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 import interp_core as ic
 
-from ._contrast import ContrastConfig, contrast
+from ._contrast import ContrastConfig, Contrasted, contrast
 from ._maps import MapConfig, MapResult, grid_of, named, patches, swept, values
 
 
@@ -34,20 +31,11 @@ class PatchingConfig(MapConfig, ContrastConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class PatchingResult(MapResult):
-    """Effects of patching.
+class PatchingResult(Contrasted, MapResult):
+    """Effects of patching."""
 
-    Attributes:
-        source: scores of the run that values come from (of zeros: those of the base).
-        answer, other: token ids; None with a score of the user's own.
-    """
-
-    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **MapResult.AXES, "source": ("batch",), "answer": ("batch",), "other": ("batch",),
-    }  # fmt: skip
-    source: Float[Tensor, " batch"]
-    answer: Tensor | None
-    other: Tensor | None
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {**MapResult.AXES, **Contrasted.AXES}
+    JOINS: ClassVar[Mapping[str, str]] = {**MapResult.JOINS, **Contrasted.JOINS}
 
 
 class ActivationPatching(ic.Method):
@@ -66,7 +54,5 @@ class ActivationPatching(ic.Method):
         pair = contrast(self.name, model, tokens, config, there=grid.reads)
         source = None if pair.source is None else values(pair.source, grid)
         sweep = swept(model, pair.base.tokens, patches(grid, source), pair.judged, config)
-        return PatchingResult(
-            effect=grid.shaped(pair.share(sweep.effects)), source=pair.high, answer=pair.answer, other=pair.other,
-            explain=sweep.plan.explain(), **named(grid), **pair.named(),
-        )  # fmt: skip
+        effect = grid.shaped(pair.share(sweep.effects))
+        return PatchingResult(effect=effect, explain=sweep.plan.explain(), **named(grid), **pair.named())

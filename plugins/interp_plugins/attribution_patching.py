@@ -44,7 +44,7 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core.score import Score
 
-from ._contrast import Contrast, ContrastConfig, contrast
+from ._contrast import Contrast, ContrastConfig, Contrasted, contrast
 from ._maps import Grid, MapConfig, MapResult, Values, grid_of, named, patches, swept, values
 from ._pictures import Picture
 from .attribution.relevance.rules import GRADIENT, Rules, relp
@@ -84,31 +84,27 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class AttributionPatchingResult(MapResult):
+class AttributionPatchingResult(Contrasted, MapResult):
     """Estimated effects.
 
     Attributes:
-        source: scores of the run that values come from (of zeros: those of the base).
         exact: effects by the sweep, if they were compared.
         pearson, spearman: correlation of estimated and exact effects over all patches, and of their ranks.
         overlap: share of the `top_k` strongest patches (by size) that both name.
-        answer, other: token ids; None with a score of the user's own.
         steps, along: of the integral.
         top_k: at most the number of patches.
         rules: the rules of the backward pass that held; empty for the gradient.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **MapResult.AXES, "source": ("batch",), "exact": ("batch", "layer", "head", "pos"), "pearson": ("batch",),
-        "spearman": ("batch",), "overlap": ("batch",), "answer": ("batch",), "other": ("batch",),
+        **MapResult.AXES, **Contrasted.AXES, "exact": ("batch", "layer", "head", "pos"), "pearson": ("batch",),
+        "spearman": ("batch",), "overlap": ("batch",),
     }  # fmt: skip
-    source: Float[Tensor, " batch"]
+    JOINS: ClassVar[Mapping[str, str]] = {**MapResult.JOINS, **Contrasted.JOINS}
     exact: Float[Tensor, "batch layer head pos"] | None
     pearson: Float[Tensor, " batch"] | None
     spearman: Float[Tensor, " batch"] | None
     overlap: Float[Tensor, " batch"] | None
-    answer: Tensor | None
-    other: Tensor | None
     steps: int
     along: str
     top_k: int
@@ -189,9 +185,9 @@ class AttributionPatching(ic.Method):
             exact = grid.shaped(pair.share(sweep.effects))
             agreed, explain = agreement(effect, exact, top_k), f"{explain}\n{sweep.plan.explain()}"
         return AttributionPatchingResult(
-            effect=effect, source=pair.high, answer=pair.answer, other=pair.other, explain=explain, exact=exact,
-            pearson=agreed[0], spearman=agreed[1], overlap=agreed[2], steps=config.steps, along=config.along,
-            top_k=top_k, rules="" if chosen.empty else str(chosen), **named(grid), **pair.named(),
+            effect=effect, explain=explain, exact=exact, pearson=agreed[0], spearman=agreed[1], overlap=agreed[2],
+            steps=config.steps, along=config.along, top_k=top_k, rules="" if chosen.empty else str(chosen),
+            **named(grid), **pair.named(),
         )  # fmt: skip
 
     def _estimated(

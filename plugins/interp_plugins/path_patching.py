@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,10 +32,10 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-from ._contrast import ContrastConfig, contrast
+from ._contrast import ContrastConfig, Contrasted, contrast
 from ._direct import RECEIVERS, SENDERS, DirectPlan, DirectRuns, listed, reaches
 from ._maps import place_name, swept
-from ._pictures import Picture, pages, picture
+from ._pictures import Picture, drawn, effect_words, of_rows
 
 
 class PathConfig(ContrastConfig):
@@ -60,13 +59,12 @@ class PathConfig(ContrastConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class PathResult(ic.Result):
+class PathResult(Contrasted):
     """Effects of paths.
 
     Attributes:
         effect: of each path, in `unit`s.
-        base, source: scores of the run that is changed, and of the run that values come from (equal for zeros).
-        answer, other: token ids; None with a score of the user's own.
+        base: scores of the run that is changed.
         senders, receivers: names along the axes.
         place: positions of the senders.
         through_mlps, kind, score, unit: what was done, and what effects are counted in.
@@ -74,15 +72,11 @@ class PathResult(ic.Result):
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "effect": ("batch", "sender", "receiver"), "base": ("batch",), "source": ("batch",), "answer": ("batch",),
-        "other": ("batch",),
+        "effect": ("batch", "sender", "receiver"), "base": ("batch",), **Contrasted.AXES,
     }  # fmt: skip
-    JOINS: ClassVar[Mapping[str, str]] = {"explain": "first", "place": "first"}
+    JOINS: ClassVar[Mapping[str, str]] = {"explain": "first", "place": "first", **Contrasted.JOINS}
     effect: Float[Tensor, "batch sender receiver"]
     base: Float[Tensor, " batch"]
-    source: Float[Tensor, " batch"]
-    answer: Tensor | None
-    other: Tensor | None
     senders: tuple[str, ...]
     receivers: tuple[str, ...]
     place: str
@@ -128,13 +122,20 @@ class PathResult(ic.Result):
                 return [Picture(self.title, *by_layer)]
         return [Picture(self.title, self.mean.tolist(), list(self.senders), list(self.receivers))]
 
-    def html(self) -> str:
-        """The map, and how it was made."""
-        return pages(self.pictures(), self.unit, self.explain)
+    @property
+    def finding(self) -> str:
+        """The path with the largest effect."""
+        best = max(self.table(), key=lambda row: abs(row["effect"]))
+        said = effect_words(best["effect"], self.unit, self.kind, self.score, float(self.base.mean()))
+        return f"The largest effect: the path from {best['sender']} to {best['receiver']} {said}{of_rows(self.base)}."
 
-    def png(self, path: str | Path) -> Path:
-        """The map as a picture."""
-        return picture(path, self.pictures()[0], self.unit)
+    def details(self) -> dict[str, str]:
+        """How the effects were worked out."""
+        return {"What it cost": self.explain}
+
+    def charts(self) -> list[ic.report.Heatmap]:
+        """The map."""
+        return [drawn(chart, self.unit) for chart in self.pictures()]
 
 
 def _by_layer(names: Sequence[str], values: Sequence[float]) -> tuple[list[list[float]], list[str], list[str]] | None:
@@ -185,9 +186,9 @@ class PathPatching(ic.Method):
             layers += sweep.plan.token_layers
         explain = _explained(runs, len(pairs), len(senders) * len(receivers), layers)
         return PathResult(
-            effect=pair.share(effect).movedim(-1, 0).contiguous(), source=pair.high, answer=pair.answer,
-            other=pair.other, senders=tuple(end.name for end in senders), place=place, explain=explain,
-            receivers=tuple(end.name for end in receivers), through_mlps=config.through_mlps, **pair.named(),
+            effect=pair.share(effect).movedim(-1, 0).contiguous(), place=place, explain=explain,
+            senders=tuple(end.name for end in senders), receivers=tuple(end.name for end in receivers),
+            through_mlps=config.through_mlps, **pair.named(),
         )  # fmt: skip
 
 

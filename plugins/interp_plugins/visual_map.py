@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -112,13 +111,21 @@ class VisualMapResult(ic.Result):
         places = [(i, cell[0], cell[1], *self.boxes[row][i]) for i, cell in kept]
         return overlays({"loss": self.loss[row].tolist()}, places, pictures, title="visual_map", scale="nats lost")
 
-    def html(self) -> str:
-        """The maps of all rows."""
-        return "".join(chart.html() for row in range(len(self.cells)) for chart in self.overlays(row=row).values())
+    @property
+    def finding(self) -> str:
+        """The block without which the answer loses most."""
+        best = self.table()[0]
+        where = f"row {best['block row']}, column {best['block column']}"
+        of = f" of prompt {best['row']}" if len(self.cells) > 1 else ""
+        return f"Without the block in {where}{of} the answer loses most: {best['loss']:.2f} nats of its {self.score}."
 
-    def png(self, path: str | Path, row: int = 0) -> Path:
-        """The first map of a row as a file."""
-        return next(iter(self.overlays(row=row).values())).png(path)
+    def details(self) -> dict[str, str]:
+        """How the losses were worked out."""
+        return {"What it cost": self.explain}
+
+    def charts(self) -> list[report.Overlay]:
+        """The maps of all rows, image by image."""
+        return [chart for row in range(len(self.cells)) for chart in self.overlays(row=row).values()]
 
 
 class VisualMap(ic.Method):

@@ -27,6 +27,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from .._pictures import which
 from .gate import demand_additive
 from .layout import Layout, Part, layout_of, with_target
 from .over_image import Place, grid_map, overlays, places_of
@@ -125,6 +126,15 @@ class AttributionResult(ic.Result):
             lines.append(f"  of the mass, {first:.1%} lie on the first token, {sinks:.1%} on attention sinks")
         return "\n".join(lines)
 
+    @property
+    def finding(self) -> str:
+        """The token that counts most in the first row."""
+        best = self.top(0, 1)
+        if not best:
+            return ""
+        of = f" of prompt 0 (of {len(self.labels)})" if len(self.labels) > 1 else ""
+        return f"The answer owes most to {best[0]['token']!r} at position {best[0]['pos']}{of}."
+
     def top(self, row: int = 0, k: int = 10) -> list[dict[str, Any]]:
         """The tokens that count most, those of the target left out; with their shares of the mass of all tokens."""
         labels, layers, shown = self._drawn(row)
@@ -168,10 +178,13 @@ class AttributionResult(ic.Result):
         """
         return grid_map(self._own(self.scores[row], row), self.visual[row], image, tile)
 
-    def png(self, path: Any, row: int = 0) -> Any:
-        """One row as a picture, the layers below each other."""
-        labels, layers, shown = self._drawn(row)
-        return strip_of(labels, layers, shown["spans"], title=self.method).png(path)
+    def charts(self) -> Sequence[ic.report.Chart]:
+        """Each row's tokens, the layers below each other."""
+        drawn = [self._drawn(row) for row in range(len(self.labels))]
+        return [
+            strip_of(labels, layers, shown["spans"], title=f"{self.method}{which(row, len(drawn))}")
+            for row, (labels, layers, shown) in enumerate(drawn)
+        ]
 
     def _drawn(self, row: int) -> tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]:
         """A row's tokens, its numbers by name, and where prompt, reasoning and sink stand and the target begins."""

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -38,11 +37,12 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from .._pictures import which
 from .flows.flow import Flow, KeptLayer
 from .flows.out_maps import demand_patterns
 from .flows.proximity import proximities, proximity
 from .flows.route_graph import ATTENTION, BIAS, COLUMNS, MLP, MLP_RESIDUAL, RESIDUAL, RouteGraph
-from .flows.routes_drawing import png, svg
+from .flows.routes_drawing import GraphChart
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig, AttributionResult
 
@@ -95,16 +95,14 @@ class RoutesResult(AttributionResult):
 
     def html(self) -> str:
         """Each row's graph, with a slider that filters it, and its tokens coloured by their scores."""
-        graphs = (svg(self.graph(row), self.labels[row], self.n_layers) for row in range(len(self.edges)))
-        return "".join(graphs) + super().html()
+        return "".join(chart.html() for chart in self.charts()) + super().html()
 
-    def png(self, path: str | Path, row: int = 0) -> Path:
-        """One row's graph as a picture.
-
-        Raises:
-            CapabilityError: matplotlib is not installed.
-        """
-        return png(path, self.graph(row), self.labels[row], self.n_layers, self.method)
+    def charts(self) -> list[GraphChart]:
+        """Each row's graph."""
+        return [
+            GraphChart(self.graph(row), self.labels[row], self.n_layers, f"{self.method}{which(row, len(self.edges))}")
+            for row in range(len(self.edges))
+        ]
 
     @property
     def n_layers(self) -> int:

@@ -173,6 +173,22 @@ class FunctionVectorsResult(ic.Result):
         ]
         return "\n".join(lines)
 
+    @property
+    def finding(self) -> str:
+        """What the vector does to held-out questions; without questions, which head carries most."""
+        if not self.evaluations:
+            layer, head, aie = self.heads[0]
+            return f"Head {head} of layer {layer} carries most of {self.task} (average indirect effect {aie:.3f})."
+        name, ranks = next(iter(self.evaluations.items()))
+        best = max(ranks.accuracies())
+        return (
+            f"The vector of {self.task} raises {name} accuracy from {ranks.accuracy():.0%} to {best:.0%}, added after "
+            f"layer {ranks.best_layer}."
+            if best > ranks.accuracy()
+            else f"The vector of {self.task} does not raise {name} accuracy: {ranks.accuracy():.0%} without, "
+            f"{best:.0%} with it."
+        )
+
     def html(self) -> str:
         """Map of heads, accuracies by layer, what the vector says, and the texts before and after."""
         evaluations, note = self.evaluations, "Accuracy by layer of injection, 95 % bands."
@@ -190,9 +206,9 @@ class FunctionVectorsResult(ic.Result):
         gap = ic.report.escape(f"AIE of the last head minus that of the next one: {self.gap:.3g}")
         return f"{self._map().html()}{heads}<p>{gap}</p>{chart}{said}{''.join(texts)}"
 
-    def png(self, path: str | Path) -> Path:
-        """The map of heads as a picture."""
-        return self._map().png(path)
+    def charts(self) -> list[ic.report.Heatmap]:
+        """The map of heads."""
+        return [self._map()]
 
     def _map(self) -> ic.report.Heatmap:
         note = f"Average indirect effect of {self.task}: probability that each head's mean gives back."

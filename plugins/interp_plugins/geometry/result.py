@@ -253,9 +253,19 @@ class GeometryResult(ic.Result):
             caption=f"{measure.replace('_', ' ')} of equal numbers of rows, {variant}; {len(self.rows)} samples.",
         )  # fmt: skip
 
-    def html(self) -> str:
-        """Effective rank and anisotropy over layers, and the table."""
-        return self.curves().html() + self.curves("anisotropy").html() + ic.report.table(self.table())
+    def charts(self) -> list[ic.report.Curves]:
+        """Effective rank and anisotropy over layers."""
+        return [self.curves(), self.curves("anisotropy")]
+
+    @property
+    def finding(self) -> str:
+        """How the effective rank of each group changes from the first to the last layer."""
+        said = []
+        for group in self.groups:
+            curve = self.per_sample("effective_rank", group, self._shown("effective_rank"))
+            first, last = _mean(curve[:, 0]), _mean(curve[:, -1])
+            said.append(f"{group} from {first:.1f} to {last:.1f}")
+        return f"Effective rank, layer {self.layers[0]} to {self.layers[-1]}: {', '.join(said)}."
 
 
 def _mean(values: Float[np.ndarray, " sample"]) -> float:

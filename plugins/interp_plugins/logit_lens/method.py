@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from .._pictures import which
 from .._places import PlacesConfig
 from .tiles import read_out
 
@@ -144,20 +144,33 @@ class LogitLensResult(ic.Result):
             tips.append(line)
         return tips
 
+    @property
+    def finding(self) -> str:
+        """From which layer on the target comes first, at the last position."""
+        rank = self.target_rank[:, :, -1]
+        since = [int((row != 0).nonzero().max()) + 1 if bool((row != 0).any()) else 0 for row in rank]
+        firsts = [self.layers[layer] for layer in since if layer < len(self.layers)]
+        if len(rank) == 1:
+            word, place = repr(self.word(int(self.target_ids[0, -1]))), f"after {self.tokens[0][-1]!r}"
+            if firsts:
+                return f"{word} comes first from layer {firsts[0]} on, {place}."
+            return f"{word} does not come first in the model's own output {place}: it has rank {int(rank[0, -1])}."
+        layers = sorted(layer for layer in since if layer < len(self.layers))
+        middle = f", from layer {self.layers[layers[len(layers) // 2]]} on in the median" if layers else ""
+        return f"In {len(firsts)} of {len(rank)} prompts the target comes first at the last position{middle}."
+
     def _grid(self, row: int) -> ic.report.Heatmap:
         return ic.report.Heatmap(
             self.target_logprob[row].exp(), self.layers, self.tokens[row], texts=self.tops(row), tips=self._tips(row),
-            limits=(0.0, 1.0), title="Logit lens", ylabel="layer", colorbar="probability of the target",
-            caption="Likeliest token after each layer; colour: probability of the token that the model ends up with.",
+            limits=(0.0, 1.0), title=f"Logit lens{which(row, len(self.tokens))}", ylabel="after layer",
+            xlabel="last token read", colorbar="probability of the target", percent=True,
+            caption=f"What comes next{which(row, len(self.tokens))}: below the last token that was read, the likeliest "
+            "next one after each layer; coloured by the probability of the token that is followed.",
         )  # fmt: skip
 
-    def html(self) -> str:
+    def charts(self) -> list[ic.report.Heatmap]:
         """One grid per batch row: the likeliest token of each layer, coloured by the target's probability."""
-        return "".join(self._grid(row).html() for row in range(len(self.tokens)))
-
-    def png(self, path: str | Path, row: int = 0) -> Path:
-        """The grid of one batch row as a picture."""
-        return self._grid(row).png(path)
+        return [self._grid(row) for row in range(len(self.tokens))]
 
 
 class LogitLens(ic.Method):

@@ -126,13 +126,23 @@ class ProbeResult(ic.Result):
         )
 
     def html(self) -> str:
-        """Accuracy over layers at each position, the table after the cliff, and what flags there are."""
+        """Accuracy over layers at each position, and what flags there are."""
         if self.why:
-            return f"<p>{ic.report.escape(self.why)}</p>" + ic.report.table(super().table())
-        parts = [comparison.curves(position).html() for position, comparison in self.comparisons.items()]
+            return f"<p>{ic.report.escape(self.why)}</p>"
+        parts = [chart.html() for chart in self.charts()]
         flags = [f"{position}: {flag}" for position, c in self.comparisons.items() for flag in c.flags(self.cliff)]
-        notes = "".join(f"<p>{ic.report.escape(note)}</p>" for note in [*flags, INTERPRETATION])
-        return "".join(parts) + ic.report.table(self.table()) + notes
+        return "".join(parts) + "".join(f"<p>{ic.report.escape(note)}</p>" for note in [*flags, INTERPRETATION])
+
+    def charts(self) -> list[ic.report.Curves]:
+        """Accuracy over layers at each position; nothing without labels."""
+        return [] if self.why else [comparison.curves(at) for at, comparison in self.comparisons.items()]
+
+    @property
+    def finding(self) -> str:
+        """What the probes say at each position."""
+        if self.why:
+            return ""
+        return "; ".join(f"{position}: {one.text(self.cliff)}" for position, one in self.comparisons.items())
 
 
 def or_none(values: Labels) -> list[Any] | None:

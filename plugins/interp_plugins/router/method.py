@@ -267,14 +267,19 @@ class RouterResult(ic.Result):
             caption=f"How evenly experts are used; {note}.",
         )  # fmt: skip
 
-    def html(self) -> str:
-        """Usage, load and the table of layers."""
-        parts = [self.heatmap().html(), self.heatmap("count").html(), self.curves().html()]
-        return "".join(parts) + ic.report.table(self.table())
+    def charts(self) -> list[ic.report.Chart]:
+        """Usage by weight and by tokens, and load."""
+        return [self.heatmap(), self.heatmap("count"), self.curves()]
 
-    def png(self, path: str | Path) -> Path:
-        """Usage as a picture."""
-        return self.heatmap().png(path)
+    @property
+    def finding(self) -> str:
+        """Where tokens are spread least evenly, and how many experts none goes to."""
+        uneven = max(self.table(), key=lambda row: row["cv"])
+        dead = int(sum(row["dead"] for row in self.table()))
+        return (
+            f"Tokens are spread least evenly over the experts of layer {uneven['layer']} (coefficient of variation "
+            f"{uneven['cv']:.2f}); {dead} of {len(self.layers) * self.n_experts} experts get none."
+        )
 
 
 class Router(ic.Method):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -191,13 +190,21 @@ class VisualResult(ic.Result):
             caption=f"Mean loss of the answer's log-probability over {len(self.m)} samples.",
         )  # fmt: skip
 
-    def html(self) -> str:
-        """Curves and their table."""
-        return self.chart().html() + report.table(self.table())
+    def charts(self) -> list[report.Curves]:
+        """The curves."""
+        return [self.chart()]
 
-    def png(self, path: str | Path) -> Path:
-        """Curves as a picture."""
-        return self.chart().png(path)
+    @property
+    def finding(self) -> str:
+        """What costs the answer most."""
+        blind = dict(
+            zip((f"a blind image ({mode})" for mode in self.modes), self.delta_blind.mean(0).tolist(), strict=True)
+        )
+        shown = {f"{row['curve']} at layer {row['layer']}": row["delta"] for row in self.table()} or blind
+        name = max(shown, key=lambda key: shown[key])
+        worst = f"{name} takes {shown[name]:.2f} nats of the answer's log-probability"
+        beside = "; ".join(f"{mode} takes {loss:.2f}" for mode, loss in blind.items())
+        return f"{worst}{'; ' + beside if beside and shown is not blind else ''}."
 
 
 def _row(clean: Mapping[str, float], here: Mapping[str, float], m: int) -> dict[str, Any]:

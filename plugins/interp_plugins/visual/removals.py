@@ -180,14 +180,24 @@ class HorizonResult(ic.Result):
         ]
         return "\n".join([head, *lines])
 
-    def html(self) -> str:
-        """The table, and advantages by layer."""
+    def charts(self) -> list[report.Curves]:
+        """Advantages by layer."""
         lines = [report.Line(f"keep {f:g}", self.advantage.mean(0)[:, i].numpy()) for i, f in enumerate(self.keep)]
         chart = report.Curves(
             lines, list(map(str, self.layers)), title="Ranked against random subsets", xlabel="decoder layer",
             ylabel="nats", caption="Mean log p with ranked minus with random visual tokens kept from the layer on.",
         )  # fmt: skip
-        return chart.html() + report.table(self.table())
+        return [chart]
+
+    @property
+    def finding(self) -> str:
+        """Where a visual token matters most, and what choosing well is worth there."""
+        row = max(self.table(), key=lambda row: row["information"])
+        gain = row[f"advantage_{self.keep[0]:g}"]
+        return (
+            f"A visual token is worth most from layer {row['layer']} on: {row['information']:.4f} nats in the mean; "
+            f"keeping the best {self.keep[0]:.0%} instead of random ones gains {gain:.3f} nats there."
+        )
 
 
 def _real(values: Float[Tensor, "layer pos"]) -> Float[np.ndarray, "layer visual"]:

@@ -9,10 +9,9 @@ Source: this package.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import interp_core as ic
 from interp_core import report
 
 from .route_graph import ATTENTION, BIAS, KINDS, MLP, MLP_RESIDUAL, RouteGraph
@@ -130,40 +129,48 @@ def _slider(graph: RouteGraph) -> str:
     )
 
 
-def png(path: str | Path, graph: RouteGraph, tokens: Sequence[str], n_layers: int, title: str = "") -> Path:
-    """The graph as a file.
+@dataclass(frozen=True, eq=False)
+class GraphChart(report.Chart):
+    """A graph as a chart.
 
-    Raises:
-        CapabilityError: matplotlib is not installed.
+    Attributes:
+        graph, tokens, n_layers: what is drawn.
+        title: above the file.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ic.CapabilityError("pictures need matplotlib: pip install 'interp-core[plot]'") from error
-    drawn, path = laid_out(graph, tokens, n_layers), Path(path)
-    figure = Figure(figsize=(max(drawn.width, 260) / 90, drawn.height / 90), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for y, _ in drawn.layers:
-        axes.axhline(y, color="#e4e7ec", linewidth=0.6, zorder=0)
-    for stroke in sorted(drawn.strokes, key=lambda each: each.importance):
-        axes.plot(
-            *zip(*stroke.points, strict=True), color=PLAIN[SERIES[stroke.kind]] if stroke.kind in SERIES else GREY,
-            linewidth=_thick(stroke.importance) * 0.8, alpha=_dense(stroke.importance), solid_capstyle="round",
-        )  # fmt: skip
-    axes.plot(*zip(*drawn.tops, strict=True), "o", color="#1b1f24", markersize=5)
-    axes.set_xlim(LEFT, drawn.width)
-    axes.set_ylim(drawn.layers[0][0] + 6, TOP - 10)
-    axes.set_xticks(*_split(drawn.columns), rotation=50, ha="right", fontsize=7)
-    axes.set_yticks(*_split(drawn.layers), fontsize=7)
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.set_title(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+
+    graph: RouteGraph
+    tokens: Sequence[str]
+    n_layers: int
+    title: str = ""
+
+    def html(self) -> str:
+        """The graph, with a slider that filters it."""
+        return svg(self.graph, self.tokens, self.n_layers)
+
+    def frame(self, width: float | None = None) -> report.Frame:
+        """As wide as its tokens, unless a width is asked for."""
+        drawn = laid_out(self.graph, self.tokens, self.n_layers)
+        return report.Frame(width or max(drawn.width, 260) / 90, drawn.height / 90)
+
+    def draw(self, axes: Sequence[Any]) -> None:
+        """The graph on axes."""
+        (place,), drawn = axes, laid_out(self.graph, self.tokens, self.n_layers)
+        for y, _ in drawn.layers:
+            place.axhline(y, color="#e4e7ec", linewidth=0.6, zorder=0)
+        for stroke in sorted(drawn.strokes, key=lambda each: each.importance):
+            place.plot(
+                *zip(*stroke.points, strict=True), color=PLAIN[SERIES[stroke.kind]] if stroke.kind in SERIES else GREY,
+                linewidth=_thick(stroke.importance) * 0.8, alpha=_dense(stroke.importance), solid_capstyle="round",
+            )  # fmt: skip
+        place.plot(*zip(*drawn.tops, strict=True), "o", color="#1b1f24", markersize=5)
+        place.set_xlim(LEFT, drawn.width)
+        place.set_ylim(drawn.layers[0][0] + 6, TOP - 10)
+        place.set_xticks(*_split(drawn.columns), rotation=50, ha="right", fontsize=7)
+        place.set_yticks(*_split(drawn.layers), fontsize=7)
+        place.tick_params(length=0)
+        for side in place.spines.values():
+            side.set_visible(False)
+        place.set_title(self.title, fontsize=8)
 
 
 def _split(named: Sequence[tuple[float, str]]) -> tuple[list[float], list[str]]:

@@ -1,0 +1,117 @@
+"""Where a result comes from: what made it, of which model and prompts, with which settings, when, and by which command.
+
+Plain data, so that it is saved with the result and printed on its page. Nothing in it tells where files lie on the
+user's machine: of paths there is the last part alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from .batches import numbering
+from .errors import InterpError
+from .files import without_folder
+from .identity import NoIdentityError, identity, weights
+from .runs.identity import digest, plain
+from .runs.session import PACKAGES, now, version_of
+
+if TYPE_CHECKING:
+    from .settings import Config
+    from .structure import Structure
+    from .text import Tokens
+
+PROMPTS, LETTERS = 20, 600
+"""How many prompts are kept as text, and how many letters of each; of all of them there is a digest."""
+WEIGHTS = 1 << 30
+"""Bytes of weights up to which a model without a revision gets a fingerprint, once (a second); `out=` takes any."""
+
+
+def provenance(name: str, what: str, model: Structure, tokens: Tokens, config: Config) -> dict[str, Any]:
+    """The record of a result.
+
+    Args:
+        name: of the method, or of what else made it.
+        what: what it asks, in a sentence.
+        config: its settings.
+    """
+    settings = {
+        key: without_folder(held) if isinstance(getattr(config, key), PurePath) else held
+        for key, held in plain_settings(config).items()
+    }
+    return {
+        "name": name, "what": what, "model": _model(model), "settings": settings, "prompts": _prompts(tokens),
+        "versions": versions(), "command": command(), "date": now(),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Python, and the packages that numbers depend on."""
+    return {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := version_of(name))}
+
+
+def command() -> str:
+    """How this process was started, without folders; "" in a notebook or an interactive session."""
+    if not sys.argv or not sys.argv[0] or "ipykernel" in sys.argv[0] or hasattr(sys, "ps1"):
+        return ""
+    parts = (word.rpartition("=") if word.startswith("-") else ("", "", word) for word in sys.argv)
+    words = [flag + equals + without_folder(path) for flag, equals, path in parts]
+    return " ".join(word if word and not set(word) & set(" \n\t'\"") else repr(word) for word in words)
+
+
+def sentence(kind: type) -> str:
+    """The first sentence of a class's docstring, which says what it is for."""
+    text = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+    return text.partition("; see the module")[0].rstrip(".") + "." if text else ""
+
+
+def plain_settings(config: Config) -> dict[str, Any]:
+    """Settings as JSON holds them; what is for Python alone (a tensor, a function) by its type."""
+    held = {}
+    for key in type(config).model_fields:
+        setting = getattr(config, key)
+        try:
+            held[key] = plain(setting, key)
+        except InterpError:
+            held[key] = type(setting).__name__
+    return held
+
+
+def _model(model: Structure) -> dict[str, Any]:
+    """A model by its source, and by its revision on the hub or the fingerprint of its weights."""
+    config = model.hf.config
+    revision = getattr(config, "_commit_hash", None)
+    return {
+        "source": without_folder(model.source), "class": type(model.hf).__name__, "layers": model.n_layers,
+        "revision": revision, "fingerprint": None if revision else _fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+        "attention": str(getattr(config, "_attn_implementation", "")), "engine": model.engine_name,
+    }  # fmt: skip
+
+
+def _fingerprint(model: Structure) -> str | None:
+    """Digest of the weights; None of those that are too many to read for this, or that are not in memory."""
+    if sum(parameter.nbytes for parameter in model.hf.parameters()) > WEIGHTS:
+        return None
+    try:
+        return weights(model.hf)[:16]
+    except NoIdentityError:
+        return None
+
+
+def _prompts(tokens: Tokens) -> dict[str, Any]:
+    """How many prompts, a digest of all, and the first ones as text."""
+    rows: Sequence[Sequence[str]] = tokens.labels[:PROMPTS]
+    try:
+        told = identity(numbering(tokens))[:16]
+    except NoIdentityError:
+        told = digest(tokens.ids.tolist())[:16]
+    texts = ["".join(row) for row in rows]
+    return {
+        "count": len(tokens), "digest": told, "lengths": [min(tokens.lengths), max(tokens.lengths)],
+        "texts": [text if len(text) <= LETTERS else text[: LETTERS - 1] + "…" for text in texts],
+    }  # fmt: skip

@@ -1,0 +1,104 @@
+"""The page of a result: what was asked, of which prompts, what came out, the picture, the numbers, how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .html import Section, copyable, escape, page, table
+
+PROMPTS, ROWS, SHOWN = 8, 200, 12
+"""Prompts that a page names, rows of its table, and rows up to which the table is not folded."""
+
+
+class Answer(NamedTuple):
+    """What a page says, in its order.
+
+    Attributes:
+        heading, question, finding: in words; "" of a part that there is not.
+        prompts: a row per prompt, with what belongs to it.
+        picture: HTML.
+        rows: the numbers behind it.
+        details: further texts by title.
+        provenance: the record of `provenance.provenance`; None where nothing has noted it.
+    """
+
+    heading: str
+    question: str
+    finding: str
+    prompts: Sequence[Mapping[str, Any]]
+    picture: str
+    rows: Sequence[Mapping[str, Any]]
+    details: Mapping[str, str]
+    provenance: Mapping[str, Any] | None
+
+
+def answer_page(said: Answer) -> str:
+    """A whole page."""
+    record = said.provenance
+    below = subtitle(record) if record else ""
+    prompts = Section("What was asked", said.question, _prompts(said.prompts, record))
+    sections = [prompts] if said.question or prompts.body else []
+    few = table(said.rows) if 0 < len(said.rows) <= SHOWN else ""
+    sections.append(Section("What came out", said.finding, said.picture + few))
+    folded = [_all(said.rows)] if said.rows and not few else []
+    folded += [copyable(title, text) for title, text in said.details.items() if text]
+    if record:
+        folded += [_facts("Settings", record["settings"]), _facts("How it was made", origin(record))]
+    if folded:
+        sections.append(Section("", "", "".join(folded)))
+    return page(said.heading, below, sections)
+
+
+def subtitle(record: Mapping[str, Any]) -> str:
+    """The model and the day, below a title."""
+    model, versions = record["model"], record["versions"]
+    return f"{model['source']} ({model['class']}, {model['layers']} layers) · interp_core " + " · ".join(
+        [versions.get("interp-core", ""), record["date"][:10]]
+    )
+
+
+def origin(record: Mapping[str, Any]) -> dict[str, str]:
+    """How a result was made, in words."""
+    model, prompts, versions = record["model"], record["prompts"], record["versions"]
+    known = ("revision", "fingerprint")
+    told = [f"{name} {model[name]}" for name in known if model[name]] or ["weights were not fingerprinted: too many"]
+    shortest, longest = prompts["lengths"]
+    tokens = f"{shortest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
+    facts = {
+        "model": f"{model['source']}, {model['class']}, {', '.join(told)}",
+        "computed": f"{model['dtype']} on {model['device']}, attention {model['attention']}, engine {model['engine']}",
+        "prompts": f"{prompts['count']} of {tokens}, digest {prompts['digest']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "date": record["date"],
+    }
+    return facts | ({"command": record["command"]} if record["command"] else {})
+
+
+def _prompts(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any] | None) -> str:
+    """The prompts with what belongs to each; of many the first ones, and how many there are."""
+    if not rows:
+        return ""
+    count = max(len(rows), record["prompts"]["count"] if record else 0)
+    more = f"<p class='soft'>and {count - PROMPTS:,} more</p>" if count > PROMPTS else ""
+    return table(rows[:PROMPTS]) + more
+
+
+def _all(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers behind the picture, behind a title that opens them."""
+    more = f"<p class='soft'>and {len(rows) - ROWS:,} more: <code>result.table()</code></p>" if len(rows) > ROWS else ""
+    return f"<details><summary>All numbers ({len(rows):,} rows)</summary>{table(rows[:ROWS])}{more}</details>"
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> str:
+    """Names and what they are, behind a title that opens them."""
+    lines = "".join(
+        f"<tr><th scope='row'>{escape(key)}</th><td>{escape(_said(x))}</td></tr>" for key, x in facts.items()
+    )
+    body = f"<div class='scroll'><table class='rows'>{lines}</table></div>" if lines else "<p class='soft'>none</p>"
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _said(fact: Any) -> str:
+    return fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)
