@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import toy_model
 from typer.testing import CliRunner
 
 import interp_core as ic
@@ -22,8 +23,8 @@ CLEAN, CORRUPTED = "Q: big\nA: small\n\nQ: hot\nA:", "Q: big\nA: small\n\nQ: old
 
 
 @pytest.fixture(scope="module")
-def patched(toy: ic.Model) -> Any:
-    return ic.method("activation_patching")(toy, CLEAN, corrupted=CORRUPTED, site="resid_pre", at="each")
+def patched() -> Any:
+    return ic.method("activation_patching")(toy_model(), CLEAN, corrupted=CORRUPTED, site="resid_pre", at="each")
 
 
 def test_a_result_says_where_it_comes_from(toy: ic.Model, patched: Any) -> None:

@@ -167,7 +167,9 @@ def heatmap(
         for j, value in enumerate(values[i]):
             back, ink = css(value, low, high, diverging)
             tip = (
-                tips[i][j] if tips else f"{label}, {visible(columns[j])}: {share(value) if percent else number(value)}"
+                tips[i][j]
+                if tips
+                else f"{label}, {visible(columns[j])}: {f'{value:.1%}' if percent else number(value)}"
             )
             said = texts[i][j] if texts else None
             text = "" if said is None else short(visible(said))
