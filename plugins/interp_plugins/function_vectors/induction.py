@@ -25,12 +25,7 @@ from .rows import tokens
 
 
 def prefix_matching(
-    model: ic.Model,
-    *,
-    length: int = 100,
-    sequences: int = 4,
-    ids: tuple[int, int] | None = None,
-    seed: int = 0,
+    model: ic.Model, *, length: int = 100, sequences: int = 4, ids: tuple[int, int] | None = None, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
     """Prefix-matching score of every head, float32; not a number in layers whose pattern is not known.
 

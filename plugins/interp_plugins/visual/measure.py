@@ -88,12 +88,7 @@ class Measuring:
     """
 
     def __init__(
-        self,
-        model: ic.Model,
-        sample: Sample,
-        plan: Plan,
-        blind: Mapping[str, ic.Tokens],
-        swap: Mapping[str, ic.Tokens],
+        self, model: ic.Model, sample: Sample, plan: Plan, blind: Mapping[str, ic.Tokens], swap: Mapping[str, ic.Tokens]
     ) -> None:
         self.model, self.sample, self.plan = model, sample, plan
         self.others = {"blind": blind, "swap": swap}

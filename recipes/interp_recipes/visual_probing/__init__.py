@@ -42,18 +42,7 @@ from .config import VisualProbingConfig
 from .findings import Behaviour, Cliff, Findings, Position
 from .probes import Probing, probed
 from .report import files_of, write_all
-from .samples import (
-    BLOCK,
-    MODES,
-    AskingProbes,
-    Shown,
-    answer_rows,
-    block_bytes,
-    label_of,
-    read_block,
-    read_note,
-    shown,
-)
+from .samples import BLOCK, MODES, AskingProbes, Shown, answer_rows, block_bytes, label_of, read_block, read_note, shown
 
 DRAWN = 8
 """The toy's questions that are drawn for one that is asked: it has eight kinds."""

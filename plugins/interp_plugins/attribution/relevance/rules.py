@@ -220,10 +220,7 @@ def rules(name: str, *, router: str = "frozen", profile: str = "sound") -> Rules
 
 RELP_RULES = ("ln", "identity", "half", "ah")
 """Rules of RelP by their published names."""
-RELP_SETS: dict[str, tuple[str, ...]] = {
-    "paper": ("ln", "identity", "half"),
-    "published_demo": ("ln", "half"),
-}
+RELP_SETS: dict[str, tuple[str, ...]] = {"paper": ("ln", "identity", "half"), "published_demo": ("ln", "half")}
 """Sets of RelP by name: what the paper defines; what its demo switches on, where the activation's rule stays off."""
 
 
