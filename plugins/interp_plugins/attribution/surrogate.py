@@ -33,7 +33,7 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .ablations.ablation import Ablation, Convention, Price
+from .ablations.ablation import Ablation, Convention
 from .ablations.judge import Judge
 from .ablations.lasso import Fit, drawn, lasso
 from .ablations.units import Kind, Unit, units_of
@@ -70,7 +70,10 @@ class SurrogateConfig(AblationConfig):
 
 
 class Surrogate(AblationMethod):
-    """Weights of a sparse linear model of the answer's probability under random ablations."""
+    """Weights of a sparse linear model of the answer's probability under random ablations.
+
+    `price` leaves out what `top_k` costs, since its sources are not known before the fit.
+    """
 
     name = "surrogate"
     requires = frozenset({"embed", "resid_post"})
@@ -152,10 +155,6 @@ class Surrogate(AblationMethod):
         )  # fmt: skip
         _, values = again.run(judge)
         return {"drop": {str(k): float(clean - value) for k, value in zip(config.top_k, values, strict=True)}}
-
-    def price(self, model: ic.Model, x: Any, *, target: Any = None, **settings: Any) -> list[Price]:
-        """As of any method by ablation; what `top_k` costs beside is not in it, since its sources are not known."""
-        return super().price(model, x, target=target, **settings)
 
 
 def logit_scaled(log_probability: Tensor) -> Tensor:
