@@ -153,9 +153,7 @@ class _Book:
         )
         empty = torch.zeros(self.n, len(names), 0, dtype=torch.float64)
         return GeometryResult(
-            equal=self._stacked("equal").transpose(1, 2).contiguous(),
-            whole=self._stacked("whole").transpose(1, 2).contiguous(),
-            dimension=self._stacked("dimension").transpose(1, 2).contiguous(),
+            equal=self._stacked("equal"), whole=self._stacked("whole"), dimension=self._stacked("dimension"),
             gap=self._single("gap"), separability=self._single("separability"),
             steps=_numbers(self.steps) if self.steps else empty,
             against=_numbers(self.against) if self.against else None,
@@ -167,12 +165,11 @@ class _Book:
         )  # fmt: skip
 
     def _stacked(self, field: str) -> Tensor:
-        return torch.stack([torch.stack([getattr(each, field) for each in row]) for row in self.layers], 1)
+        return torch.stack([torch.stack([getattr(each, field) for each in row]) for row in self.layers], 2)
 
     def _single(self, field: str) -> Float[Tensor, "batch layer"]:
-        return torch.tensor(
-            [[getattr(each, field) for each in row] for row in self.layers], dtype=torch.float64
-        ).T.clone()
+        rows = [[getattr(each, field) for each in row] for row in self.layers]
+        return torch.tensor(rows, dtype=torch.float64).T.clone()
 
 
 def _numbers(layers: list[list[list[float]]]) -> Float[Tensor, "batch group layer"]:
