@@ -139,9 +139,8 @@ class Work:
     def rows(self) -> list[Row]:
         """A row per sample, context and mask: those of a run before, and those that are measured now. Masks that ban
         the same experts are run once."""
-        first = self.variants[0]
-        clean = Variant(first.mode, first.order, 0, {})
-        masks = list({variant.key: variant for variant in (clean, *self.variants) if not variant.skipped}.values())
+        every = (self.variants[0].clean, *self.variants)
+        masks = list({variant.key: variant for variant in every if not variant.skipped}.values())
         contexts = [(pair, side, at) for pair, ats in zip(self.pairs, self.places, strict=True)
                     for side, at in zip(SIDES, ats, strict=True)]  # fmt: skip
         shown = ic.Progress("mask sweep, contexts", len(contexts))

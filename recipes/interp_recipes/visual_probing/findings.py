@@ -24,9 +24,7 @@ from .samples import BLIND, MODES, ORIGINAL, RANDOM
 LEVEL = 0.05
 FEWEST = 10
 """Images below which intervals are too narrow to speak of significance."""
-MODE_WORDS = {
-    "blind_black": "a black image", "blind_mean": "the mean colour", RANDOM: "a random image",
-}  # fmt: skip
+
 NUMBERS = (
     "delta", "low", "high", "p", "p_holm", "fold_error", "detectable", "delta_black", "delta_mean", "shuffled_95",
     "p_shuffled", "selectivity", "words",
