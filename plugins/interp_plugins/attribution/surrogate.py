@@ -116,6 +116,7 @@ class Surrogate(AblationMethod):
 
     def masks(self, units: Sequence[Unit], config: Any) -> np.ndarray:
         """All masks `[mask source]`."""
+        # the test's masks come last: another number of them leaves the fit as it is
         return drawn(config.ablations + config.held_out, len(units), config.keep, config.seed)
 
     def attribute(self, model: ic.Model, layout: Layout, config: SurrogateConfig) -> Attributed:
@@ -160,4 +161,5 @@ class Surrogate(AblationMethod):
 def logit_scaled(log_probability: Tensor) -> Tensor:
     """log p - log(1 - p), in float64."""
     log_p = log_probability.double().clamp(max=CERTAIN)
+    # expm1 has digits of 1 - p where p is nearly 1
     return log_p - torch.log(-torch.expm1(log_p))

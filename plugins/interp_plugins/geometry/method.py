@@ -127,6 +127,7 @@ class _Book:
         if blind is not None:
             self.against.append(self._alike(rows, blind))
         self.pooled.append(torch.stack([torch.stack([part.mean(0) for part in of_sample]) for of_sample in rows]))
+        # the seed alone decides: the same token of a sample at every layer
         picks = [[int(subsamples(len(part), 2, 1, self.how.seed)[0, 0]) for part in of_sample] for of_sample in rows]
         drawn = [[part[pick] for part, pick in zip(*pair, strict=True)] for pair in zip(rows, picks, strict=True)]
         self.drawn.append(torch.stack([torch.stack(of_sample) for of_sample in drawn]))

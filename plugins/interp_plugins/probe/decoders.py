@@ -194,4 +194,5 @@ def _ledoit_wolf(inside: Float[Tensor, "layer t t"], d: int) -> tuple[Float[Tens
     squared = inside.square().sum((1, 2)) / t**2
     spread = (squared - trace.square() / d) / d
     noise = (norms.square().sum(1) / t - squared) / (d * t)
+    # rows that do not differ within classes give 0 / 0: nothing is known of their covariance, and shrinkage is whole
     return (noise / spread).nan_to_num(1.0).clamp(1e-6, 1.0), trace / d

@@ -177,6 +177,7 @@ def _deal(
     for group in order:
         # what putting it there adds to the sum of squared shares, of classes and, less, of sizes
         cost = ((2 * folds + counts[group]) * counts[group] / total**2).sum(1)
+        # sizes decide where classes are as even either way
         cost += 1e-3 * folds.sum(1) / len(y) + ties[group]
         fold[group] = cost.argmin()
         folds[fold[group]] += counts[group]

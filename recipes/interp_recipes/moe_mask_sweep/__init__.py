@@ -147,6 +147,7 @@ class Work:
         with self.run.rows(SAMPLES, key="id") as rows, shown as told:
             for pair, side, at in contexts:
                 left = [mask for mask in masks if row_key(pair.name, side, mask) not in rows]
+                # the first context's masks run as passes of their own, too, which its sweep must equal
                 measures = measured(self.model, pair, side, left, at, check=told.count == 0)
                 for mask, row in zip(left, measures, strict=True):
                     rows.add(row | self._score(pair, side, mask))

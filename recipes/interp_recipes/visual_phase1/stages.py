@@ -145,6 +145,7 @@ def _measured(model: ic.Model, sample: Sample, asking: Asking, plan: Plan) -> li
         if not all(np.isfinite(row["delta"]) for row in records.rows):
             raise ic.ReadError("its effects are not finite; another dtype may do")
     except ic.InterpError as error:
+        # said, not listed: the row that is kept tells the next run, too
         note_bad([], sample.name, "causal", error, asking.strict)
         return [{"sample": sample.name, "failed": str(error)}]
     return [dict(row) for row in records.rows]

@@ -170,6 +170,7 @@ def _causal(cliff: int | None, record: str | None) -> tuple[str, str]:
         return "", ""
     path = Path(record)
     if not path.is_file():
+        # a whole sha256, or its beginning, as reports print it
         if 16 <= len(record) <= 64 and set(record.lower()) <= set("0123456789abcdef"):
             return "", record.lower()
         raise ic.PlanError(f"--causal_record {record}: no such file, and no hash of a record")

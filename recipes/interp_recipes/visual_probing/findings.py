@@ -152,7 +152,7 @@ class Position:
         if self.comparison is None:
             return [f"inconclusive: {self.why}"]
         empty = tuple(f"error: {mode}:" for mode in self.constant)
-        return [flag for flag in self.comparison.flags(self.cliff.first) if not flag.startswith(empty or ("\0",))]
+        return [flag for flag in self.comparison.flags(self.cliff.first) if not flag.startswith(empty)]
 
     def verdict(self, adjusted: float) -> str:
         """Of the gain: error, inconclusive, significant, significant (below), not significant."""

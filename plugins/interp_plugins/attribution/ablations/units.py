@@ -115,6 +115,7 @@ def _owned(text: str, ranges: Sequence[Chars], run: ic.Span, offsets: Sequence[C
     owned: list[list[int]] = [[] for _ in ranges]
     for position in run:
         a, b = offsets[position]
+        # its last letter decides: a token often begins with the space before its word
         seen = len(text[a:b].rstrip())
         last = a + seen - 1 if seen else a
         number = next((n for n, (_, stop) in enumerate(ranges) if last < stop), None)
@@ -163,6 +164,7 @@ def _visual(owner: str, model: ic.Model, layout: Layout) -> list[Unit]:
     cells: dict[tuple[int, int, int, int], list[int]] = {}
     for token in grid:
         rows, cols = sizes[token.image, token.tile]
+        # a token that only ends a row of the grid goes with the row's last block
         col = cols - 1 if token.col is None else token.col
         cell = token.image, token.tile, token.row * CELLS // rows, col * CELLS // cols
         cells.setdefault(cell, []).append(token.position)
