@@ -145,7 +145,7 @@ def steering(model: ic.Model, task: Task, layer: int, new: int) -> tuple[list[di
     rows = []
     for row, text in enumerate(prompts.texts or ()):
         ends = {"prompt ends": text[-20:], "plain": plain.texts[row], "steered": steered.texts[row]}
-        rows.append({key: _line(value) for key, value in ends.items()})
+        rows.append({key: end.replace("\n", "⏎") for key, end in ends.items()})
     return rows, steered
 
 
@@ -304,8 +304,3 @@ def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, findings: 
 def percent(value: float) -> str:
     """Whole percents, without a minus before zero."""
     return f"{round(100 * value) + 0}%"
-
-
-def _line(text: str) -> str:
-    """Text on one line."""
-    return text.replace("\n", "⏎")

@@ -97,23 +97,15 @@ class LogitLensResult(ic.Result):
 
     def table(self) -> list[dict[str, Any]]:
         """One row per batch row, layer and position."""
-        rows = []
-        for b, layer, p in torch.cartesian_prod(*map(torch.arange, self.entropy.shape)).tolist():
-            rows.append(
-                {
-                    "row": b,
-                    "layer": self.layers[layer],
-                    "pos": p,
-                    "token": self.tokens[b][p],
-                    "top": self.word(int(self.top_ids[b, layer, p, 0])),
-                    "target": self.word(int(self.target_ids[b, p])),
-                    "logprob": float(self.target_logprob[b, layer, p]),
-                    "rank": int(self.target_rank[b, layer, p]),
-                    "entropy": float(self.entropy[b, layer, p]),
-                    "kl": float(self.kl[b, layer, p]),
-                }
-            )
-        return rows
+        return [
+            {
+                "row": b, "layer": self.layers[layer], "pos": p, "token": self.tokens[b][p],
+                "top": self.word(int(self.top_ids[b, layer, p, 0])), "target": self.word(int(self.target_ids[b, p])),
+                "logprob": float(self.target_logprob[b, layer, p]), "rank": int(self.target_rank[b, layer, p]),
+                "entropy": float(self.entropy[b, layer, p]), "kl": float(self.kl[b, layer, p]),
+            }
+            for b, layer, p in torch.cartesian_prod(*map(torch.arange, self.entropy.shape)).tolist()
+        ]  # fmt: skip
 
     def __str__(self) -> str:
         lines = []

@@ -27,7 +27,7 @@ from interp_core import sites as S
 from .._prompts import prompts_of
 from .compare import ORIGINAL
 from .places import Pooling, columns_of, default_places, pooled
-from .result import Labels, ProbeResult
+from .result import OF_PROMPTS, Labels, ProbeResult
 from .study import Decoder
 
 BLIND = ("blind_black", "blind_mean", "blind_random")
@@ -53,9 +53,7 @@ class ProbeConfig(ic.Config):
         seed: of folds, shuffles and control tasks.
     """
 
-    PER_PROMPT: ClassVar[frozenset[str]] = frozenset(
-        {"labels", "groups", "questions", "types", "donors", *BLIND}
-    )  # fmt: skip
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset({*OF_PROMPTS, *BLIND})
     labels: Any = None
     groups: Any = None
     questions: Any = None
@@ -84,7 +82,7 @@ class Probe(ic.Method):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> None:
         """Labels are there for all prompts, and every prompt of every mode has the positions."""
-        for name in ("labels", "groups", "questions", "types", "donors"):
+        for name in OF_PROMPTS:
             values = getattr(config, name)
             if values is not None and (isinstance(values, str) or len(values) != len(tokens)):
                 raise ic.PlanError(
@@ -122,11 +120,8 @@ class Probe(ic.Method):
             torch.cat([read_states(model, each, places, config.pooling, config.allow_leaky) for each in rows])
             for rows in modes.values()
         ], 1)  # fmt: skip
-        none = (None,) * len(tokens)
-        own = {name: tuple(value) if (value := getattr(config, name)) is not None else none
-               for name in ("labels", "groups", "questions", "types", "donors")}  # fmt: skip
         return ProbeResult(
-            states, tuple(modes), places, **{name: _plain(values) for name, values in own.items()},
+            states, tuple(modes), places, **{name: _plain(getattr(config, name), len(tokens)) for name in OF_PROMPTS},
             decoder=config.decoder, shuffles=config.shuffles, n_folds=config.n_folds, repeats=config.repeats,
             cliff=config.cliff_boundary or 0, seed=config.seed, leaky="target" in tokens.spans,
         )  # fmt: skip
@@ -175,6 +170,7 @@ def _modes(model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> dict[str,
     return modes
 
 
-def _plain(values: tuple[Any, ...]) -> Labels:
-    """Labels as JSON has them."""
+def _plain(values: Any, count: int) -> Labels:
+    """A setting of the prompts as JSON has it; None for each where it was not given."""
+    values = (None,) * count if values is None else values
     return tuple(value.item() if hasattr(value, "item") else value for value in values)
