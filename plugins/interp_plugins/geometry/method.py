@@ -27,7 +27,7 @@ from interp_core import sites as S
 from .._prompts import prompts_of
 from .measured import How, Layer, measure_layer, same_rows
 from .result import GeometryResult
-from .rows import VARIANTS, Variant, subsamples
+from .rows import VARIANTS, Variant, single
 
 Groups = dict[str, list[list[int]]]
 """Per group and prompt, positions among its real tokens."""
@@ -128,7 +128,7 @@ class _Book:
             self.against.append(self._alike(rows, blind))
         self.pooled.append(torch.stack([torch.stack([part.mean(0) for part in of_sample]) for of_sample in rows]))
         # the seed alone decides: the same token of a sample at every layer
-        picks = [[int(subsamples(len(part), 2, 1, self.how.seed)[0, 0]) for part in of_sample] for of_sample in rows]
+        picks = [[single(len(part), self.how.seed) for part in of_sample] for of_sample in rows]
         drawn = [[part[pick] for part, pick in zip(*pair, strict=True)] for pair in zip(rows, picks, strict=True)]
         self.drawn.append(torch.stack([torch.stack(of_sample) for of_sample in drawn]))
 
