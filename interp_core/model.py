@@ -20,6 +20,7 @@ from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
 from .session import Input, Session
 from .sites import Edit, Site
+from .views import name_shown
 from .vision.places import VisualToken, visual_grid
 
 if TYPE_CHECKING:
@@ -109,11 +110,16 @@ class Model(Session):
             raise
 
     def __repr__(self) -> str:
-        shape = self.atlas.shape
-        return (
-            f"Model({self.source!r}, {self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, engine {self.engine.name})"
-        )
+        return f"Model({self.source!r}, {self._sized()})"
+
+    def _repr_html_(self) -> str:
+        view = self.sites._view()
+        return view._replace(title=f"Model {name_shown(self.source)}: {self._sized()}").html()
+
+    def _sized(self) -> str:
+        shape, dtype = self.atlas.shape, str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}"
+        return f"{sizes}, {dtype} on {self.device}, engine {self.engine.name}"
 
     def on(self, engine: str, **options: Any) -> Model:
         """The same model on another engine, weights shared.

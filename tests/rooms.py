@@ -15,11 +15,11 @@ PACKAGES = {
     "interp_recipes": ROOT / "recipes/interp_recipes",
 }
 ROOMS: dict[str, str] = {
-    "words": "_version errors tensors positions indexing sites plan text chat inputs offsets settings progress "
-    "drawing files",
+    "words": "_version errors tensors positions indexing sites plan settings progress drawing files",
     "registry": "plugins",
     "stats": "stats",
-    "report": "report",
+    "report": "report views",
+    "text": "text token_views chat inputs offsets",
     "result": "result",
     "scaffold": "scaffold",
     "launch": "launch",
@@ -28,7 +28,7 @@ ROOMS: dict[str, str] = {
     "vision": "vision",
     "session": "session structure loading strategy_checks gguf weights readout real identity batches table model_inputs",
     "run folders": "runs",
-    "runs": "run readings generation decoding score saved replacing collect activations",
+    "runs": "run readings generation decoding score saved replacing collect activations pass_views",
     "check at load": "checks",
     "sweep": "sweep",
     "model": "model",
