@@ -56,21 +56,21 @@ def _measured(site: Site, numbers: Sequence[int], slots: Sequence[Slot], value_o
     axes = axes_of(site)
     for number in numbers:
         try:
-            value = value_of(number)
+            kept = value_of(number)
         except InterpError:
             return "let go, as it was handed to each=", ""
-        if value is not None:
+        if kept is not None:
             slot = slots[number]
-            seen = slot.view(value) if slot.late and slot.view is not None else value
+            seen = slot.view(kept) if slot.late and slot.view is not None else kept
             return _described(seen, axes, [len(numbers)] if axes[0] == "layer" else [])
     return "none: the pass has none of its positions", ""
 
 
-def _described(value: Tensor, axes: Sequence[str], before: Sequence[int] = ()) -> tuple[str, str]:
-    shape = [*before, *value.shape]
+def _described(tensor: Tensor, axes: Sequence[str], before: Sequence[int] = ()) -> tuple[str, str]:
+    shape = [*before, *tensor.shape]
     if len(shape) == len(axes) - 1 and "pos" in axes:  # rows with different numbers of positions are strung together
         axes = ["selected" if axis == "pos" else axis for axis in axes if axis != "batch"]
-    return shape_shown(shape, axes), str(value.dtype).removeprefix("torch.")
+    return shape_shown(shape, axes), str(tensor.dtype).removeprefix("torch.")
 
 
 def receipts_part(run: Any) -> Part:

@@ -78,7 +78,11 @@ class Result:
     def files(self) -> dict[str, str | bytes]:
         """What `save` writes, by the names of the files."""
         tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
+        plain = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in self.AXES and not f.metadata.get("apart")
+        }
         head = {"format": FORMAT, "class": type(self).__name__, "fields": plain}
         return {
             "result.safetensors": safetensors_bytes(tensors, {name: " ".join(self.AXES[name]) for name in tensors}),
@@ -142,7 +146,7 @@ class Result:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -49,16 +49,13 @@ class View(NamedTuple):
     def text(self) -> str:
         """A few lines; of long parts the first."""
         parts = [part for part in self.parts if part.lines]
-        counts = [len(part.lines) for part in parts]
+        counts = [len(part.lines) + bool(part.more) for part in parts]
         while sum(counts) > LINES - 1 and max(counts) > 1:
             counts[counts.index(max(counts))] -= 1
         width = max((len(part.name) for part in parts), default=0)
         lines = [self.title]
         for part, count in zip(parts, counts, strict=True):
-            kept, left = part.lines[:count], len(part.lines) - count + part.more
-            if left:
-                kept = [*kept[: count - 1 or 1], f"… and {len(part.lines) - (count - 1 or 1) + part.more} more"]
-            lines += [f"  {'' if i else part.name:{width}}  {line}" for i, line in enumerate(kept)]
+            lines += [f"  {'' if i else part.name:{width}}  {line}" for i, line in enumerate(_first(part, count))]
         return "\n".join(cut(plainly(line), WIDTH) for line in lines)
 
     def html(self) -> str:
@@ -90,6 +87,15 @@ def part(name: str, make: Callable[..., Part], *args: Any) -> Part:
         return make(*args)
     except Exception as error:  # whoever prints a thing wants to see the rest of it
         return Part(name, [f"not shown ({type(error).__name__}: {error})"])
+
+
+def _first(part: Part, count: int) -> list[str]:
+    """A part in so many lines; the last says how many more there are."""
+    if len(part.lines) <= count and not part.more:
+        return list(part.lines)
+    kept = list(part.lines[: max(count - 1, 1)])
+    more = f"… and {len(part.lines) - len(kept) + part.more} more"
+    return [*kept, more] if count > 1 else [f"{cut(kept[0], WIDTH - 40)} {more}"]
 
 
 def _seen(thing: Shown) -> View:
