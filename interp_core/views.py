@@ -19,7 +19,7 @@ ROWS = 8
 """Rows of a batch that are shown."""
 HEAD, TAIL = 32, 16
 """Tokens that are shown of a long row, from its ends."""
-CELL = 80
+CELL = 300
 """Letters that a cell shows; the whole text is in its tip and label."""
 
 
@@ -32,7 +32,8 @@ class Table(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Something under a name: lines of text, how many more there would be, and the table that HTML shows instead."""
+    """Something under a name: lines of text, how many more there would be, and the table that HTML shows instead.
+    Lines without a name keep their columns."""
 
     name: str
     lines: Sequence[str]
@@ -189,19 +190,20 @@ def _part(part: Part) -> str:
     from .report.html import escape
 
     if part.table is None:
-        lines = "<br>".join(escape(plainly(line)) for line in part.lines)
-        return f"<p><span class='soft'>{escape(part.name)}</span> {lines}</p>"
+        more = [f"… and {part.more} more"] if part.more else []
+        lines = "<br>".join(escape(plainly(line)) for line in [*part.lines, *more])
+        return f"<p><span class='soft'>{escape(part.name)}</span> {lines}</p>" if part.name else f"<pre>{lines}</pre>"
     table = part.table
     head = "".join(f"<th scope='col'>{escape(plainly(column))}</th>" for column in table.columns)
     body = "".join(
         f"<tr><th scope='row'>{escape(plainly(row[0]))}</th>{''.join(map(_cell, row[1:]))}</tr>" for row in table.rows
     )
-    note = f"<p class='soft'>{escape(table.note)}</p>" if table.note else ""
+    note = f"<figcaption>{escape(table.note)}</figcaption>" if table.note else ""
     name = escape(part.name)
     return (
-        f"<div class='scroll' tabindex='0' role='region' aria-label='{name}'><table class='rows'>"
+        f"<figure><div class='scroll' tabindex='0' role='region' aria-label='{name}'><table class='rows'>"
         f"<caption class='soft' style='text-align:left'>{name}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}</figure>"
     )
 
 

@@ -81,6 +81,13 @@ def test_keys_name_effects() -> None:
     assert type(integers.keys[0][0]) is int and torch.allclose(integers[2, 1], swept[2, 1][:1], atol=1e-4)  # type: ignore[index]
 
 
+def test_a_plan_takes_keys_too() -> None:
+    model, variants = toy_model(), by_head(toy_model())
+    assert ic.Sweep.planned(model, TEXT, variants, JUDGED) == ic.Sweep.planned(
+        model, TEXT, [*variants.values()], JUDGED
+    )
+
+
 def test_several_scores_share_keys_and_edits() -> None:
     variants = {name: S.named(name)[2].at(-1).zero() for name in ("attn_out", "mlp_out")}
     pair = toy_model().sweep(BATCH, variants, [score.logprob(" dry"), score.rank(" dry")])

@@ -125,7 +125,10 @@ class Sweep(Shown, Result):
         return iter(self.keys)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.keys
+        try:
+            return key in self._index
+        except TypeError:  # it has no hash
+            return False
 
     def __getitem__(self, key: Key) -> Float[Tensor, " batch"]:
         """The effect of one variant on every example.
@@ -221,8 +224,9 @@ class Sweep(Shown, Result):
 
         order = [self._index[effect.key] for effect in self.top(BARS)]
         rows = self.table()
-        parts = [self.chart().html()] if bool(self.effects.mean(-1).isfinite().any()) else []
-        parts += [f"<p>{escape(self._title())}</p>", table([rows[number] for number in order])]
+        parts = [f"<p><b>{escape(self._title())}</b></p>"]
+        parts += [self.chart().html()] if bool(self.effects.mean(-1).isfinite().any()) else []
+        parts += [table([rows[number] for number in order])]
         parts += [f"<p class='soft'>the {len(order)} strongest of {len(rows):,}</p>"] if len(rows) > len(order) else []
         parts += [f"<p>{escape(failed_words(self.failed))}</p>"] if self.failed else []
         return "".join(parts) + copyable("How it was carried out", self.explain)

@@ -32,7 +32,9 @@ def numbered(keys: Sequence[Key]) -> bool:
 
 def lines(top: Sequence[Effect], count: int, without_key: bool) -> Part:
     """The strongest variants, one a line."""
-    return Part("top", [f"{e.effect:+10.4g}  {label(e.key, e.edits, without_key)}" for e in top], more=count - len(top))
+    shown_effects = [f"{'nan' if math.isnan(e.effect) else f'{e.effect:+.4g}':>10}" for e in top]
+    said = [f"{n}  {label(e.key, e.edits, without_key)}" for n, e in zip(shown_effects, top, strict=True)]
+    return Part("top", said, more=count - len(top))
 
 
 def view(title: str, top: Part, failed: Sequence[str], explain: str) -> View:
