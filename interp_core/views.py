@@ -212,5 +212,8 @@ def _cell(text: str) -> str:
 
     whole = escape(plainly(text))
     if len(text) <= CELL:
-        return f"<td>{whole}</td>"
+        room = (
+            " style='min-width:16rem'" if len(text) > WIDTH // 2 else ""
+        )  # narrow screens would break it at every word
+        return f"<td{room}>{whole}</td>"
     return f"<td tabindex='0' data-tip='{whole}' aria-label='{whole}'>{escape(cut(plainly(text), CELL))}</td>"
