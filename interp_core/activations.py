@@ -26,9 +26,11 @@ from .architectures.atlas import Atlas
 from .engines.protocol import Slot
 from .errors import LoadError, ReadError, wrong
 from .files import folder_of, safetensors_bytes, split_lines
+from .pass_views import axes_of
 from .saved import StoredSlot, StoredValues, atlas_from, mapped, slot_name, tokens_data, tokens_from
 from .sites import Site
 from .text import Tokens
+from .views import Part, Shown, Table, View, part
 
 SITES, INDEX, SHARDS = "sites.json", "texts.jsonl", "shards"
 RECIPE = "collect"
@@ -36,7 +38,7 @@ OPEN_SHARDS = 64
 """Shards that stay open."""
 
 
-class Activations:
+class Activations(Shown):
     """What `model.collect` wrote. Values are mapped from the files, copy-on-write: they cost memory where they are
     looked at.
 
@@ -62,8 +64,18 @@ class Activations:
     def __len__(self) -> int:
         return len(self._shard_of)
 
-    def __repr__(self) -> str:
-        return f"Activations({', '.join(map(str, self.reads))}; {len(self):,} texts in {self.folder})"
+    def _view(self) -> View:
+        return View(f"Activations of {len(self):,} texts in {self.folder.name}", [part("held", self._held)])
+
+    def _held(self) -> Part:
+        """Sites with the axes of one text's value; nothing is opened."""
+        rows = []
+        for site in self.reads:
+            own = [slot.entry for slot in self._slots if slot.site == site]
+            sizes = {**own[0].sizes, "layer": len(own)}
+            axes = [f"{axis} {sizes.get(axis, '')}".strip() for axis in axes_of(site) if axis != "batch"]
+            rows.append((str(site), f"[{', '.join(axes)}]"))
+        return Part("held", [" ".join(row) for row in rows], Table(["site", "of each text"], rows))
 
     def __getitem__(self, index: tuple[Site | str, int]) -> Tensor:
         """The value of a site, or of a part of it, on one text: axes as in a run, without `batch`. Several layers are

@@ -24,6 +24,7 @@ from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .model_inputs import model_inputs
+from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
 from .readings import Reading, ReadStore, Receipt, demand_effect, demand_proof, receipts
 from .run import CompiledPlan
@@ -143,7 +144,7 @@ class Step(ReadStore):
         return value[..., : self._columns]  # a static cache has places for keys that are not there yet
 
 
-class Generation:
+class Generation(GenerationView):
     """What `generate` gives back.
 
     Attributes:
@@ -157,7 +158,7 @@ class Generation:
     def __init__(
         self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[PassRecord], ends: Ends
     ) -> None:
-        self._compiled, self._rows = compiled, rows
+        self._compiled, self._rows, self.model = compiled, rows, compiled.model
         self.ids = ids[:, prompt.ids.shape[1] :]
         self._passes = passes[: self.ids.shape[1]]  # some devices make one pass more before they see the end
         lengths = ends.lengths(self.ids.shape[1])

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .score import Score
     from .sweep import Sweep
 
+Variants = Iterable[Edit | Sequence[Edit]] | Mapping[Any, Edit | Sequence[Edit]]
+"""What `Model.sweep` takes."""
+
 
 def load(
     source: str | nn.Module,
@@ -110,11 +113,16 @@ class Model(Session):
             raise
 
     def __repr__(self) -> str:
-        shape, source = self.atlas.shape, without_folder(self.source)
-        return (
-            f"Model({source!r}, {self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, engine {self.engine.name})"
-        )
+        return f"Model({without_folder(self.source)!r}, {self._sized()})"
+
+    def _repr_html_(self) -> str:
+        view = self.sites._view()
+        return view._replace(title=f"Model {without_folder(self.source)}: {self._sized()}").html()
+
+    def _sized(self) -> str:
+        shape, dtype = self.atlas.shape, str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}"
+        return f"{sizes}, {dtype} on {self.device}, engine {self.engine.name}"
 
     def on(self, engine: str, **options: Any) -> Model:
         """The same model on another engine, weights shared.
@@ -198,20 +206,20 @@ class Model(Session):
 
     @overload
     def sweep(
-        self, x: Input, variants: Iterable[Edit | Sequence[Edit]], score: Score, *, strategy: str = "auto",
+        self, x: Input, variants: Variants, score: Score, *, strategy: str = "auto",
         memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
     ) -> Sweep: ...  # fmt: skip
 
     @overload
     def sweep(
-        self, x: Input, variants: Iterable[Edit | Sequence[Edit]], score: Sequence[Score], *, strategy: str = "auto",
+        self, x: Input, variants: Variants, score: Sequence[Score], *, strategy: str = "auto",
         memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
     ) -> tuple[Sweep, ...]: ...  # fmt: skip
 
     def sweep(
         self,
         x: Input,
-        variants: Iterable[Edit | Sequence[Edit]],
+        variants: Variants,
         score: Score | Sequence[Score],
         *,
         strategy: str = "auto",
@@ -224,7 +232,8 @@ class Model(Session):
 
         Args:
             x: as in `run`; each row of a batch is swept.
-            variants: what to change, an edit or several per variant.
+            variants: what to change, an edit or several per variant; by keys of your own, if you like: a mapping from
+                strings, numbers or tuples of these, such as `{(layer, head): edit, …}`.
             score: `ic.score.logprob(target)` and so on; of several that read the same place, each gets its own `Sweep`
                 of the same passes.
             strategy: "auto" takes the cheapest that is exact here. "full" is one forward pass per variant, "batched"
@@ -240,12 +249,14 @@ class Model(Session):
         """
         from .score import Score
         from .sweep import checked, sweep
+        from .sweep.keys import by_key
 
-        listed, scores = checked(variants, score, memory_budget, out)
+        keys, changes = by_key(variants)
+        listed, scores = checked(changes, score, memory_budget, out)
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()
-            sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress)
+            sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress, keys)
         return sweeps[0] if isinstance(score, Score) else sweeps
 
     def collect(

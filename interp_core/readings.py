@@ -15,6 +15,7 @@ from torch import Tensor
 from .engines.protocol import PassRecord, Slot
 from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
+from .pass_views import PassView, StoreView, axes_of, reading_view
 from .positions import PositionLike, Rows, is_single
 from .sites import BOOSTS, Edit, Site
 from .text import Tokens
@@ -57,6 +58,12 @@ class Reading(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.plain, memo)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{reading_view(self).title}\n{self.plain!r}"
+
+    def _repr_html_(self) -> str:
+        return reading_view(self).html()
 
     def at(self, pos: PositionLike = None, *, query: PositionLike = None, key: PositionLike = None) -> Tensor:
         """The value at positions, as `Site.at` selects them.
@@ -266,7 +273,7 @@ def demand_effect(
         )
 
 
-class ReadStore:
+class ReadStore(StoreView):
     """Read values by site. Base of runs, gradients and generation steps."""
 
     _what = "run"
@@ -386,9 +393,7 @@ class ReadStore:
 
 def _ndim(site: Site) -> int:
     """Axes of a site's value in one layer when every row selects as many positions."""
-    dropped = isinstance(site.units, int)
-    singles = sum(pos is not None and is_single(pos) for pos in (site.pos, site.key))
-    return len(site.info.axes) - dropped - singles
+    return sum(axis != "layer" for axis in axes_of(site))
 
 
 class Gradients(ReadStore):
@@ -447,7 +452,7 @@ class LayerReadings(ReadStore):
         return super().__getitem__(site)
 
 
-class ForwardPass(ReadStore):
+class ForwardPass(PassView, ReadStore):
     """What one forward pass gave, now or in an earlier process: values by site, logits, gradients.
 
     Attributes:

@@ -27,6 +27,7 @@ from .engines.protocol import HandOver, PassRecord, Program
 from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, PlanError, ReadError, wrong
 from .model_inputs import cache_name, model_inputs
+from .pass_views import PlanView
 from .plan import Plan
 from .positions import PositionLike, Rows
 from .readings import ForwardPass, Gradients, LayerReadings, Receipt, demand_effect, demand_proof, receipts
@@ -138,7 +139,7 @@ class Run(ForwardPass):
         self._logits = self._logits.detach()
 
 
-class CompiledPlan:
+class CompiledPlan(PlanView):
     """A plan checked against a model. `run` it on as many inputs as you like."""
 
     __slots__ = ("_reads", "_snapshot", "edits", "model", "program")

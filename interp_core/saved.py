@@ -76,9 +76,6 @@ class SavedRun(StoredValues, ForwardPass):
         self.tokens, self.source, self.model = tokens, "", ""
         self.plan, self.receipts = Plan(), list[Receipt]()
 
-    def __repr__(self) -> str:
-        return f"SavedRun({self.held()}; {len(self.tokens)} rows; of {self.model})"
-
 
 def save_run(run: ForwardPass, plan: Plan, receipts: Sequence[Receipt], model: Structure, folder: str | Path) -> Path:
     """See `Run.save`."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 
 from .architectures.atlas import Atlas, Entry
 from .sites import SITES
+from .views import Part, Shown, Table, View
 
 
-class SiteTable:
+class SiteTable(Shown):
     """All sites of a model: axes with sizes, layers, what cannot be done; then the sites that it lacks, and why."""
 
     def __init__(self, atlas: Atlas) -> None:
@@ -46,13 +46,14 @@ class SiteTable:
         lines += [f"note: {note}" for note in self.atlas.notes]
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
-        )
-        lacking = "".join(f"<li>{html.escape(', '.join(n) + ': ' + why)}</li>" for why, n in self.missing().items())
-        head = "".join(f"<th>{cell}</th>" for cell in ("site", "axes", "layers", "remark"))
-        return f"<table><tr>{head}</tr>{cells}</table><ul>{lacking}</ul>"
+    def _view(self) -> View:
+        missing = [(", ".join(names), why) for why, names in self.missing().items()]
+        parts = [
+            Part("sites", (), Table(["site", "axes", "layers", "remark"], self.rows())),
+            Part("not in this model", (), Table(["sites", "why"], missing)) if missing else Part("", ()),
+            Part("notes", self.atlas.notes),
+        ]
+        return View(f"Sites of {self.atlas.family.name}", parts)
 
 
 def _axes(entry: Entry) -> str:

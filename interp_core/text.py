@@ -25,6 +25,7 @@ from .errors import PlanError, PositionError, TextError, nearest, wrong
 from .inputs import Shares, filler, in_row, is_visual, some, spans_of, stacked, stacked_patches
 from .offsets import offsets_by_decoding, with_composed
 from .positions import Images, Patches, PositionLike, Rows, Span, format_position, is_single, position, resolve
+from .token_views import TokensView
 
 __all__ = ["Tokens", "encode", "encode_chat"]
 
@@ -34,8 +35,8 @@ Where = Span | Chars | str | re.Pattern[str]
 """What `Tokens.find` takes: a token span, a character range, a string or a regular expression."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens(TokensView):
     """A batch of token sequences.
 
     Attributes:

@@ -264,6 +264,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"<div class='scroll'><table class='rows'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def cell_texts(values: Sequence[Sequence[float]], percent: bool = False) -> list[list[str | None]]:
+    """Numbers as the cells of a heat map show them: to two digits of the largest; nothing where that is 0, or less than
+    1 % of shares, so that what there is stands out."""
+    factor, sign = (100, "%") if percent else (1, "")
+    top = factor * max((abs(entry) for line in values for entry in line if math.isfinite(entry)), default=0.0)
+    digits = min(12, max(0, 1 - math.floor(math.log10(top)))) if top else 0
+
+    def say(entry: float) -> str | None:
+        if not math.isfinite(entry):
+            return "–"
+        rounded = round(factor * entry, digits)
+        return f"{rounded:.{digits}f}{sign}" if rounded and not (percent and abs(rounded) < 1) else None
+
+    return [[say(entry) for entry in line] for line in values]
+
+
 def share(part: float) -> str:
     """A share in per cent: whole ones where that says enough."""
     return "nan" if math.isnan(part) else f"{part:.0%}" if abs(part) >= 0.095 or not part else f"{part:.1%}"
