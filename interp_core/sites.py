@@ -159,9 +159,7 @@ class Site:
             raise SiteError(f"{self.name} has no key axis; only scores and pattern take key=")
         chosen = pos if query is None else query
         return replace(
-            self,
-            pos=self.pos if chosen is None else position(chosen),
-            key=self.key if key is None else position(key),
+            self, pos=self.pos if chosen is None else position(chosen), key=self.key if key is None else position(key)
         )
 
     @property

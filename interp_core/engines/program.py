@@ -331,12 +331,7 @@ class HookProgram(ABC):
         )
 
     def generate(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Rows,
-        final: Rows,
-        edits: tuple[Edit, ...],
-        ends: Ending,
+        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...], ends: Ending
     ) -> tuple[Any, list[PassRecord]]:
         """See `Program.generate`."""
         self.engine.acquire()

@@ -63,15 +63,12 @@ class Root(Protocol):
 
     def begin_change(self) -> None:
         """See `RunFolder`."""
-        ...
 
     def owner(self, path: Path) -> str:
         """See `RunFolder`."""
-        ...
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """See `RunFolder`."""
-        ...
 
 
 class Stages:
