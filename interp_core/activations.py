@@ -26,6 +26,7 @@ from .architectures.atlas import Atlas
 from .engines.protocol import Slot
 from .errors import LoadError, ReadError, wrong
 from .files import folder_of, safetensors_bytes, split_lines
+from .positions import is_single
 from .saved import StoredSlot, StoredValues, atlas_from, mapped, slot_name, tokens_data, tokens_from
 from .sites import Site
 from .text import Tokens
@@ -153,21 +154,13 @@ def shard_bytes(slots: Sequence[Slot], tokens: Sequence[Tokens], values: Sequenc
     tensors = _strung("ids", [text.ids[0] for text in tokens], ())
     for slot, of_slot in zip(slots, values, strict=True):
         site, first = slot.site, of_slot[0]
-        if "query" in site.info.axes:
-            tail: tuple[int, ...] = ()
-        else:
-            tail = first.shape[1:] if has_positions(site) else first.shape
+        common = first.shape if is_single(site.pos) else first.shape[1:]  # by texts of other lengths
+        # Attention values of two texts may differ in two axes, queries and keys: of these nothing is common.
+        tail = () if "query" in site.info.axes else tuple(common)
         tensors |= _strung(slot_name(site, slot.entry), of_slot, tail)
     texts = json.dumps([tokens_data(text)[0] for text in tokens], ensure_ascii=False).encode()
     tensors["texts"] = torch.frombuffer(bytearray(texts), dtype=torch.uint8)
     return safetensors_bytes(tensors)
-
-
-def has_positions(site: Site) -> bool:
-    """Whether the value of a site, not one of attention, keeps its axis of positions."""
-    from .positions import is_single
-
-    return site.pos is None or not is_single(site.pos)
 
 
 def _strung(name: str, parts: Sequence[Tensor], tail: tuple[int, ...]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
 from .inputs import undivided
 from .plan import Plan
-from .positions import Mask, PerRow, Position, Rows, is_single
+from .positions import Mask, PerRow, Rows, is_single
 from .progress import Progress
 from .readings import ForwardPass
 from .saved import atlas_data
@@ -238,13 +238,9 @@ def row_values(run: ForwardPass, number: int) -> list[Tensor]:
 def _axes(site: Site) -> list[bool]:
     """Of each axis of a site's value in one row, whether it has all positions."""
     whole = {"pos": site.pos is None, "query": site.pos is None, "key": site.key is None}
-    single = {"pos": _one(site.pos), "query": _one(site.pos), "key": _one(site.key)}
+    single = {"pos": is_single(site.pos), "query": is_single(site.pos), "key": is_single(site.key)}
     single |= {str(site.info.unit): isinstance(site.units, int)}
     return [whole.get(axis, False) for axis in site.info.axes[1:] if not single.get(axis, False)]
-
-
-def _one(place: Position | None) -> bool:
-    return place is not None and is_single(place)
 
 
 def _unstrung(value: Tensor, site: Site, rows: Rows) -> list[Tensor]:
@@ -261,11 +257,6 @@ def _unstrung(value: Tensor, site: Site, rows: Rows) -> list[Tensor]:
         if selection.attention:
             part = part.unflatten(0, sizes)
             part = part.movedim(2, 0) if part.ndim == 3 else part
-            single = [
-                dim
-                for dim, place in ((-1, selection.key), (-2, selection.pos))
-                if place is not None and is_single(place)
-            ]
-            part = part.squeeze(single)
+            part = part.squeeze([dim for dim, at in ((-1, selection.key), (-2, selection.pos)) if is_single(at)])
         parts.append(part)
     return parts

@@ -112,8 +112,8 @@ def position(value: PositionLike) -> Position:
     raise PositionError(f"{value!r} is not a position; give an integer, slice, Span, list, list per row, mask or name")
 
 
-def is_single(value: Position) -> bool:
-    """Whether it selects exactly one position per row, so that the axis is dropped."""
+def is_single(value: Position | None) -> bool:
+    """Whether it selects exactly one position per row, so that the axis is dropped; None, all of them, does not."""
     if isinstance(value, PerRow):
         return all(is_single(row) for row in value.rows)
     return isinstance(value, int) or value == LAST

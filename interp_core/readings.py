@@ -306,7 +306,7 @@ class ReadStore:
             if len({len(part) for part in parts}) > 1:
                 raise PositionError(f"{site} selects different numbers of patches per row; use run.rows(site)")
             stacked = torch.stack(parts)
-            return stacked[:, 0] if site.pos is not None and is_single(site.pos) else stacked
+            return stacked[:, 0] if is_single(site.pos) else stacked
         if whole:
             return _take(Selection(site, entry.n_units), value, self._rows)
         if self._strung(site, value):
@@ -326,8 +326,10 @@ class ReadStore:
 
     def _strung(self, site: Site, value: Tensor) -> bool:
         """Whether a kept part has its rows strung together, because they select different numbers of positions."""
-        single = site.pos is not None and is_single(site.pos)  # then some rows have it, and others have ended
-        return value.ndim < _ndim(site) or (single and len(value) < len(self._rows.real))
+        some_ended = is_single(site.pos) and len(value) < len(
+            self._rows.real
+        )  # the position is of the other rows alone
+        return value.ndim < _ndim(site) or some_ended
 
     def _held(self, site: Site, entry: Entry) -> tuple[Tensor, bool]:
         """The kept value that answers for a site, and whether it is the whole site or exactly this part."""
@@ -367,7 +369,7 @@ class ReadStore:
             return [value[row][chosen] for row, chosen in enumerate(columns)]
         if self._strung(site, value):
             return list(value.split([len(row) for row in columns]))
-        return list(value.unsqueeze(1) if site.pos is not None and is_single(site.pos) else value)
+        return list(value.unsqueeze(1) if is_single(site.pos) else value)
 
     def held(self) -> str:
         """What can be had, in short."""
@@ -386,9 +388,8 @@ class ReadStore:
 
 def _ndim(site: Site) -> int:
     """Axes of a site's value in one layer when every row selects as many positions."""
-    dropped = isinstance(site.units, int)
-    singles = sum(pos is not None and is_single(pos) for pos in (site.pos, site.key))
-    return len(site.info.axes) - dropped - singles
+    dropped = isinstance(site.units, int), is_single(site.pos), is_single(site.key)
+    return len(site.info.axes) - sum(dropped)
 
 
 class Gradients(ReadStore):
