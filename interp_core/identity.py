@@ -21,7 +21,6 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._version import version_of
 from .tensors import digest
 
 if TYPE_CHECKING:
@@ -92,17 +92,8 @@ def identity(value: Any) -> str:
 
 def release(package: str) -> str:
     """A package and its version."""
-    version = _installed(package)
+    version = version_of(package)
     return f"{package} {getattr(sys.modules.get(package), '__version__', '') if version is None else version}"
-
-
-@functools.cache
-def _installed(package: str) -> str | None:
-    """The version of an installed package; looking for it goes through all of them."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class _Walk:

@@ -142,7 +142,8 @@ def _checks(model: Session) -> Iterator[Finding]:
 
 
 def _everything(atlas: Atlas) -> list[Site]:
-    return [first_unit(Site(name), atlas) for name in checked_sites(atlas)]
+    names = checked_sites(atlas)
+    return [check_site(name, atlas.layers(name)[0]) if name in DERIVED_ONCE else Site(name) for name in names]
 
 
 def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
@@ -166,11 +167,6 @@ def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
             forward(model, tokens, read=site)
         except (InterpError, RuntimeError) as error:
             yield Finding(site.name, "can be read", False, str(error))
-
-
-def first_unit(site: Site, atlas: Atlas) -> Site:
-    """The site, or one unit in one layer of it where reading it all costs too much."""
-    return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
 
 
 def check_site(name: str, layer: int) -> Site:

@@ -74,10 +74,6 @@ class Plugin:
         """`state`, or "shadowed" for a usable one whose name another has."""
         return "shadowed" if self.hidden and self.state in ("unloaded", "ok") else self.state
 
-    @status.setter
-    def status(self, value: str) -> None:
-        self.state = value
-
     @property
     def label(self) -> str:
         """Kind, name and origin, for messages."""

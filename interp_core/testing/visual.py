@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .routed import LINEAR
+
 IMAGE = 90
 """Token id of a visual token in all of them."""
 _TOWER = {
@@ -52,12 +54,7 @@ def _qwen2_5_vl(text: dict[str, Any]) -> Any:
 
 
 def _qwen3_5_vision(text: dict[str, Any]) -> Any:
-    linear = {
-        "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
-        "layer_types": ["linear_attention", "full_attention", "full_attention"],
-    }  # fmt: skip
-    return _qwen_vl("Qwen3_5", {**_MERGER, "num_position_embeddings": 64}, {**linear, **text})
+    return _qwen_vl("Qwen3_5", {**_MERGER, "num_position_embeddings": 64}, {**LINEAR, **text})
 
 
 def _llava(text: dict[str, Any]) -> Any:

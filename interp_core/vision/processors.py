@@ -41,8 +41,7 @@ def build(kind: type, image_processor: Any, tokenizer: Any, **settings: Any) -> 
     without = type(kind.__name__, (kind,), {"check_argument_for_proper_class": _unless_missing(kind)})
     parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     attributes = kind.get_attributes()  # type: ignore[attr-defined]
-    processor = without(**{name: parts.get(name) for name in attributes}, **settings)
-    return processor
+    return without(**{name: parts.get(name) for name in attributes}, **settings)
 
 
 def _unless_missing(kind: type) -> Any:
