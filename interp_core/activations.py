@@ -49,6 +49,7 @@ class Activations:
     def __init__(self, folder: Path, reads: Sequence[Site], atlas: Atlas, shard_of: Sequence[tuple[str, int]]) -> None:
         self.folder, self.reads, self._atlas, self._shard_of = folder, tuple(reads), atlas, shard_of
         self._slots: list[Slot] = [StoredSlot(entry, site) for site in reads for entry in atlas.select(site)]
+        # One cache for each object: on a method it would be all objects' together, and keep them alive.
         self._shard = lru_cache(OPEN_SHARDS)(lambda name: Shard(folder / SHARDS / name))
 
     @staticmethod

@@ -158,6 +158,7 @@ def _check(model: Any, texts: Any, reads: Sequence[Site]) -> None:
         raise PlanError(wrong("collect", "texts, one by one", texts))
     if not reads:
         raise PlanError("collect needs sites: read=[S.resid_post, S.z[3].at(-1)]")
+    # Refuses sites that the model lacks before the first text is drawn.
     model.compile(reads)
     for site in reads:
         for place in (site.pos, site.key):
@@ -227,6 +228,7 @@ def row_values(run: ForwardPass, number: int) -> list[Tensor]:
     assert value is not None
     value = slot.view(value) if slot.late and slot.view is not None else value
     parts = _unstrung(value, site, rows) if run._strung(site, value) else list(value)
+    # Chosen positions are real tokens; only an axis of all positions has the padding of longer rows in it.
     whole = [dim for dim, all_of_it in enumerate(_axes(site)) if all_of_it]
     for row, real in enumerate(rows.real):
         if len(real) < rows.width:

@@ -69,6 +69,7 @@ def open_model(
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
+    # Before weights are read, which may take minutes.
     goal = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -79,7 +80,7 @@ def open_model(
         _check_folder(path)
     with _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
-        if device_map is None:
+        if device_map is None:  # else accelerate has placed it
             model = model.to(goal)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
@@ -331,6 +332,7 @@ def _advice(files: Files, what: str, error: Exception) -> str:
         if what == "AutoTokenizer":
             return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"
         return f"{path} cannot be loaded as a language model: {text}"
+    # transformers raises an OSError for a gated model as for a missing one: its words alone tell them apart.
     if "gated" in str(error).lower():
         return f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
     if any(word in str(error).lower() for word in ("offline", "connect", "cached", "internet", "resolve")):

@@ -61,6 +61,7 @@ def run_many(
         with Progress(name, len(tokens), shown=progress) as told:
             told.add(len(done))
             for part in _results(method, model, tokens, config, batches):
+                # A method whose `run` does not say what it returns shows it with its first result.
                 if not parts:
                     demand_joinable(name, type(part.result))
                 else:

@@ -40,7 +40,7 @@ def _not_doubled(tokenizer: Any, text: str, ids: list[int]) -> slice:
     """Which tokens to keep so that special ones that the text has written out (a chat template rendered by hand) are
     not put around it a second time."""
     specials = set(tokenizer.all_special_ids)
-    if not specials.intersection(ids[1:3] + ids[-3:-1]):
+    if not specials.intersection(ids[1:3] + ids[-3:-1]):  # beside those at the ends; spares a second tokenizing
         return slice(None)
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for start in reversed(range(len(ids) - len(bare) + 1)):

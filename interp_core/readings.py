@@ -33,6 +33,7 @@ class Reading(Tensor):
         rows: what positions resolve against.
     """
 
+    # So that operations give plain tensors: what they make is the value of no site.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     site: Site
     rows: Rows
@@ -69,6 +70,7 @@ class Reading(Tensor):
         if site.pos is not None or site.key is not None:
             raise ReadError(f"this is {site}, already at chosen positions")
         selection = Selection(Site(site.name).at(pos, query=query, key=key), None)
+        # One head has no axis of heads, on which the index of attention values counts.
         headless = selection.attention and isinstance(site.units, int)
 
         def one(x: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ def routings(passes: Sequence[PassRecord]) -> dict[int, tuple[Routing, list[int]
     for record in passes:
         for proof in record.routed:
             assert proof.counts is not None
-            counts.setdefault(proof.number, []).append(proof.counts.cpu())
+            counts.setdefault(proof.number, []).append(proof.counts.cpu())  # layers may lie on several devices
     totals = {number: torch.stack(of_edit).sum(0).tolist() for number, of_edit in counts.items()}
     n = len(fields(Routing))
     return {number: (Routing(*total[:n]), total[n:]) for number, total in totals.items()}

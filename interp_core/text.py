@@ -425,6 +425,7 @@ def encode_row(tokenizer: Any, text: str, target: str | None, bos: bool | None, 
     else:
         prompt = ids
         ids, offsets = ids_with_offsets(tokenizer, text + target, bos)
+        # The first token that reaches into the target: where it begins in the prompt, the ids before it differ.
         start = next((i for i, (a, b) in enumerate(offsets) if b > len(text)), len(ids))
         if ids[:start] != prompt:
             at = text[-12:] + "|" + target[:12]
@@ -440,6 +441,7 @@ def encode_row(tokenizer: Any, text: str, target: str | None, bos: bool | None, 
 
 def _single(tokenizer: Any, text: str, ids: list[int], offsets: list[Chars], spans: dict[str, Span]) -> Tokens:
     table = torch.tensor([ids], dtype=torch.long)
+    # Special tokens cover no characters of the text, and show what they are.
     labels = tuple(text[a:b] or token_text(tokenizer, i) for i, (a, b) in zip(ids, offsets, strict=True))
     named = {name: ((span,),) for name, span in spans.items()}
     return Tokens(table, torch.ones_like(table, dtype=torch.bool), (text,), (tuple(offsets),), named, (labels,))

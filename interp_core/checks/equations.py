@@ -141,7 +141,7 @@ def add_up(model: Session, run: Run, totals: list[Sum], edited: Sequence[Entry] 
 def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
     checked = [_adds_up(model, run, total, edited) for total in alike]
     failed = tuple(total.layer for total, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
-    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))
+    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))  # NaN is the worst
     first, *others = alike[0].defined
     note = ""
     if not failed and any(joined for _, _, joined in checked):

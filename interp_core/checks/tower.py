@@ -121,8 +121,8 @@ def _effects(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
         return
     for name in [name for name in model.sites if SITES[name].tower]:
         entries = [atlas.entries[name, layer] for layer in atlas.layers(name)]
-        check_site = [entries[0], entries[last]] if name == "vision_resid_post" and last else entries[:1]
-        for entry in check_site:
+        edited_in = [entries[0], entries[last]] if name == "vision_resid_post" and last else entries[:1]
+        for entry in edited_in:
             if entry.write is None:
                 continue
             inside = SITES[name].layered and entry.layer < last and entry.layer + 1 in atlas.layers("vision_resid_pre")

@@ -270,6 +270,7 @@ def installed() -> tuple[Plugin, ...]:
             text = dist.read_text("entry_points.txt") or ""
         except (OSError, ValueError):
             continue
+        # Nearly all of what is installed: its metadata need not be parsed.
         if "interp_core." not in text:
             continue
         name, version, needs, error = _facts(dist)

@@ -283,6 +283,7 @@ def _p(seen: float, null: Float[np.ndarray, " arrangement"], alternative: str, e
 
 
 def _share(count: Any, of: int, exact: bool) -> Any:
+    # Random ones: the arrangement that was seen counts among them, so that no p is zero.
     return count / of if exact else (count + 1) / (of + 1)
 
 

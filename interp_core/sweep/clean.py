@@ -117,6 +117,7 @@ def _only(forward: Callable[..., Any], columns: Tensor) -> Callable[..., Any]:
     """What a module does that treats every position by itself, in these columns `[text column]`; zero in the others."""
 
     def some(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A module that sees tokens flattened, or other rows, computes all of them.
         if x.shape[:1] != columns.shape[:1] or x.ndim != 3:
             return forward(x, *args, **kwargs)
         rows = torch.arange(len(x))[:, None]

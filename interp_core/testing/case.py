@@ -90,6 +90,7 @@ class MethodCase:
             error = traceback.format_exc()
         after = State.of(self.model.hf)
         kept = torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
+        # Further checks run on the same tokens, whatever this run did to them.
         tokens.ids.copy_(ids)
         tokens.mask.copy_(mask)
         return Outcome(result, error, before, after, "" if kept else "it writes into the tokens that it was given")

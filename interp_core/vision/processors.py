@@ -71,6 +71,7 @@ def open_processor(folder: str, config: Any, tokenizer: Any, options: Mapping[st
         kind = processor_class_from_name(STAND_INS.get(name, name)) if name else None
         if kind is None:
             return None, f"transformers has no processor {name or f'for {config.model_type!r}'}"
+        # Files of settings hold more than their class takes.
         takes = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
         own = {key: value for key, value in settings.items() if key in takes and key not in kind.get_attributes()}
         processor = build(kind, images, tokenizer, **own)

@@ -63,6 +63,7 @@ class Reader:
         known = literals(self.processor)
         conversation, pictures = _without_pictures(messages, known)
         opened = open_pictures(pictures)
+        # The processor's has places for images; the tokenizer may have one for text alone.
         own = getattr(self.processor, "chat_template", None)
         own = own.get("default") if isinstance(own, Mapping) else own
         if own and not template.get("chat_template"):

@@ -173,7 +173,7 @@ def top(ranks: Sequence[Float[Tensor, " visual"]], fraction: float) -> list[list
     rows = []
     for ranks_of_row in ranks:
         n = len(ranks_of_row)
-        kept = math.ceil(round(fraction * n, 9))
+        kept = math.ceil(round(fraction * n, 9))  # 0.07 * 100 is a little above 7, and means 7
         rows.append(sorted(ranks_of_row.argsort(descending=True, stable=True)[:kept].tolist()))
     return rows
 

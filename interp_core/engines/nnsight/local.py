@@ -85,6 +85,7 @@ class NNsightProgram(HookProgram):
                 len(order) if first and module_hook.point.layout is not None and module_hook.point.layout.images else 0
             )
             ranked.append((order[path, side].rank - early, 0, visit))
+            # At the same place as edits of the input, and behind them: it takes what these leave.
             if side == "out" and module_hook.derived:
                 ranked.append((order[path, "in"].rank - early, 1, _take_input(envoy, inputs)))
         visits = self._made[id(order), first] = [visit for _, _, visit in sorted(ranked, key=lambda item: item[:2])]
