@@ -41,7 +41,7 @@ from .layers import Layers
 from .operations import write_point
 from .pass_state import NOTHING, PassState, text_columns
 from .protocol import Ending, HandOver, PassRecord
-from .rerouting import TURN, check_together
+from .router_edits import TURN, check_together
 from .selection import BoundSelection
 from .site_access import SiteAccess, SiteEdit, SiteRead
 from .steps import Steps

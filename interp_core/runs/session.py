@@ -33,8 +33,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class Session:
-    """One process at work on a run.
+class RunSession:
+    """One process at work on a run; not to be taken for an open model, `interp_core.session.Session`.
 
     Attributes:
         id: start, machine and process; sorts by time.

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from ..errors import InterpError, PlanError, nearest
 from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, write
 from .identity import difference, digest, plain
-from .session import Session, now
+from .session import RunSession, now
 
 Files = Mapping[str, str | bytes]
 """What files are to hold, by their names below a folder."""
@@ -56,7 +56,7 @@ class Root(Protocol):
     """What stages ask of the run that they are part of; see `RunFolder`."""
 
     record: Path
-    session: Session
+    session: RunSession
     shared: bool
     overwrite: bool
     say: Callable[[str], None]
