@@ -81,7 +81,7 @@ class Activations:
         shard, place = self._place(text)
         reading = _TextValues(self._slots, self._atlas, shard, place)[site]
         stacked = reading.site.info.layered and not isinstance(reading.site.layers, int)
-        return reading.as_subclass(Tensor).squeeze(1 if stacked else 0)
+        return reading.plain.squeeze(1 if stacked else 0)
 
     def values(self, site: Site | str) -> Iterator[Tensor]:
         """A site's value on every text, in order."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import runs
 from .activations import INDEX, RECIPE, SHARDS, SITES, Activations, located, shard_bytes
 from .batches import AHEAD, batch_size_of, bucketed, laid_out, numbering, sides, windows
-from .engines.protocol import Slot
+from .engines.protocol import Slot, viewed
 from .engines.selection import Selection
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
@@ -224,9 +224,9 @@ def _run_window(
 def row_values(run: ForwardPass, number: int) -> list[Tensor]:
     """What a run kept in a slot, row by row on the CPU: axes of the site without `batch`, no padding."""
     slot, rows = run._slots[number], run._rows
-    site, value = slot.site, run._value(number)
-    assert value is not None
-    value = slot.view(value) if slot.late and slot.view is not None else value
+    site, kept = slot.site, run._value(number)
+    assert kept is not None
+    value = viewed(slot, kept)
     parts = _unstrung(value, site, rows) if run._strung(site, value) else list(value)
     # Chosen positions are real tokens; only an axis of all positions has the padding of longer rows in it.
     whole = [dim for dim, all_of_it in enumerate(_axes(site)) if all_of_it]

@@ -30,7 +30,7 @@ from typing import Any
 
 __all__ = [
     "CapabilityError", "EffectError", "InterpError", "LoadError", "PlanError", "PluginError", "PositionError",
-    "ReadError", "SiteError", "TextError", "nearest", "several", "wrong",
+    "ReadError", "SiteError", "TextError", "first_line", "nearest", "several", "wrong",
 ]  # fmt: skip
 
 
@@ -78,6 +78,11 @@ def wrong(what: str, takes: str, value: object) -> str:
     """The message for an argument of the wrong kind: what it is for, what it takes, and what came."""
     shown = " ".join(repr(value).split())
     return f"{what} takes {takes}, not {type(value).__name__} {shown[:60]}{'…' * (len(shown) > 60)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its class, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def several(what: str, takes: str, value: Any, error: type[InterpError]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import gguf, real
-from .errors import LoadError, nearest, wrong
+from .errors import LoadError, first_line, nearest, wrong
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
@@ -224,9 +224,8 @@ def _device(device: Any) -> torch.device:
         torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        text = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"there is no device {device!r} ({text}): this PyTorch, {torch.__version__}, sees {have}. "
+            f"there is no device {device!r} ({first_line(error)}): this PyTorch, {torch.__version__}, sees {have}. "
             "Leave device out for the best that is there, or give 'cpu'."
         ) from error
     if checked.type == "meta":
@@ -325,7 +324,7 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
 
 def _advice(files: Files, what: str, error: Exception) -> str:
     path = files.name
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     if files.head is not None:
         return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():

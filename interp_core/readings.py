@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .engines.protocol import PassRecord, Slot
+from .engines.protocol import PassRecord, Slot, viewed
 from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
 from .positions import PositionLike, Rows, is_single
@@ -344,8 +344,7 @@ class ReadStore:
             value = self._value(i)
             if value is None:
                 raise ReadError(f"{site}: this pass has none of its positions")
-            value = slot.view(value) if slot.view is not None and slot.late else value
-            return value, held != wanted
+            return viewed(slot, value), held != wanted
         raise ReadError(f"{site} was not read in this {self._what}. It holds: {self.held()}.")
 
     def rows(self, site: Site | str) -> list[Tensor]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from ..methods import method
 from ..plugins import registry
 from .tools import TOOLS, Tool, ready
@@ -145,7 +145,7 @@ def _first(
             if key[1] == "interp_core":
                 raise
             del runs[key]
-            failed.append((*key, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"))
+            failed.append((*key, f"{type(error).__name__}: {first_line(error)[:120]}"))
     return calls, held, failed
 
 

@@ -159,6 +159,7 @@ class HookProgram(ABC):
         self.engine, self.atlas = engine, atlas
         self.state = PassState(engine.modules, lambda: engine.dtype)
         self.slots: list[SiteRead] = []
+        # For what knockouts, and edits of routers together, were found right last: the same again need no new look.
         self._left_for: Rows | None = None
         self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
         self._hook_at: dict[tuple[str, str, str], ModuleHook] = {}

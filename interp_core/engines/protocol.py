@@ -42,6 +42,11 @@ class Slot(Protocol):
         """How a late value is seen in the site's axes; None where it has them."""
 
 
+def viewed(slot: Slot, value: Tensor) -> Tensor:
+    """What a slot keeps, in its site's axes: a late value is seen so only now, when somebody asks for it."""
+    return slot.view(value) if slot.late and slot.view is not None else value
+
+
 class PassRecord:
     """What one forward pass of a program left behind.
 

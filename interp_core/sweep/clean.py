@@ -13,7 +13,7 @@ from ..architectures.atlas import Atlas
 from ..engines.attention import AttentionHook
 from ..engines.called import Called
 from ..engines.program import LocalEngine
-from ..engines.protocol import PassRecord
+from ..engines.protocol import PassRecord, viewed
 from ..engines.replace import replaced_forwards
 from ..engines.site_access import SiteRead
 from ..engines.torch import TorchProgram
@@ -135,7 +135,7 @@ def seen(record: PassRecord, slots: Sequence[SiteRead]) -> Tensor:
     """The value of the one site that a pass read, in the site's axes."""
     (value,), (slot,) = record.values, slots
     assert value is not None
-    return slot.view(value) if slot.late and slot.view is not None else value
+    return viewed(slot, value)
 
 
 def tapped(attn_hooks: Sequence[AttentionHook], modules: Sequence[nn.Module]) -> list[AttentionHook]:

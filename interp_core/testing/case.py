@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..errors import InterpError
+from ..errors import InterpError, first_line
 from ..inputs import undivided
 from ..methods import Method
 from ..model import Model
@@ -183,7 +183,7 @@ def as_singles(case: MethodCase, tokens: Tokens, rows: list[Tokens], **options: 
     try:
         together = case.run(tokens, **options)
     except InterpError as error:
-        raise Refused(str(error).splitlines()[0]) from error
+        raise Refused(first_line(error)) from error
     except Exception as error:  # the plugin's own
         raise Failed(f"{type(error).__name__}: {error}") from error
     worst = 0.0
