@@ -151,10 +151,10 @@ class Shelf:
         return []
 
     def keep(self, part: Part) -> None:
-        """Keep one."""
+        """Keep the result of one batch."""
 
     def finish(self, result: Result) -> None:
-        """Keep the whole."""
+        """Keep the result of all prompts."""
 
 
 class FolderShelf(Shelf):

@@ -149,7 +149,7 @@ class CompiledPlan:
 
     @property
     def plan(self) -> Plan:
-        """The plan."""
+        """What is read and edited, as a plan of its own that prints, compares and goes to JSON."""
         return Plan.of(self._reads, self.edits)
 
     def ready(self) -> Program:

@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def ok(self) -> bool:
-        """It works."""
+        """Whether it works."""
         return self.status == "ok"
 
     @property
