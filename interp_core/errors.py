@@ -30,7 +30,7 @@ from typing import Any
 
 __all__ = [
     "CapabilityError", "EffectError", "InterpError", "LoadError", "PlanError", "PluginError", "PositionError",
-    "ReadError", "SiteError", "TextError", "first_line", "nearest", "several", "wrong",
+    "ReadError", "SiteError", "TextError", "nearest", "several", "wrong",
 ]  # fmt: skip
 
 

@@ -389,8 +389,9 @@ class ReadStore:
 
 def _ndim(site: Site) -> int:
     """Axes of a site's value in one layer when every row selects as many positions."""
-    dropped = isinstance(site.units, int), is_single(site.pos), is_single(site.key)
-    return len(site.info.axes) - sum(dropped)
+    dropped = isinstance(site.units, int)
+    singles = sum(pos is not None and is_single(pos) for pos in (site.pos, site.key))
+    return len(site.info.axes) - dropped - singles
 
 
 class Gradients(ReadStore):
