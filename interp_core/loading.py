@@ -20,6 +20,7 @@ from .errors import LoadError, first_line, nearest, wrong
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
+GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -306,9 +307,7 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
     try:
         return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
     except GatedRepoError as error:
-        raise LoadError(
-            f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
-        ) from error
+        raise LoadError(path + GATED) from error
     except RepositoryNotFoundError as error:
         raise LoadError(f"the hub has no model {path!r}, or it is private: check the name, or log in") from error
     except SafetensorError as error:
@@ -333,7 +332,7 @@ def _advice(files: Files, what: str, error: Exception) -> str:
         return f"{path} cannot be loaded as a language model: {text}"
     # transformers raises an OSError for a gated model as for a missing one: its words alone tell them apart.
     if "gated" in str(error).lower():
-        return f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
+        return path + GATED
     if any(word in str(error).lower() for word in ("offline", "connect", "cached", "internet", "resolve")):
         return (
             f"{path} is neither a folder here nor in the local cache, and the hub cannot be reached. Download it where "

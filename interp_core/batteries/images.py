@@ -40,7 +40,7 @@ from .sites import TOLERANCE, coarsest
 if TYPE_CHECKING:
     from ..model import Model
 
-EXACT = ("features", "elsewhere", "identity", "repeat")
+EXACT = ("places", "features", "elsewhere", "identity", "repeat")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def visual_check(model: Model, tokens: Tokens, other: Tokens, *, strict: bool = 
 
 
 def _limit(name: str, tolerance: float) -> float:
-    return 0.0 if name in EXACT or name == "places" else tolerance
+    return 0.0 if name in EXACT else tolerance
 
 
 def _measured(name: str, row: _Row) -> tuple[float | None, str]:
