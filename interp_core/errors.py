@@ -80,6 +80,11 @@ def wrong(what: str, takes: str, value: object) -> str:
     return f"{what} takes {takes}, not {type(value).__name__} {shown[:60]}{'…' * (len(shown) > 60)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its class, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def several(what: str, takes: str, value: Any, error: type[InterpError]) -> tuple[Any, ...]:
     """The items of an argument that takes several.
 

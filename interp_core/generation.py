@@ -72,7 +72,7 @@ def generate(
     prompt = replace(prompt, inputs={**prompt.inputs, **how.inputs}) if how.inputs else prompt
     tokens, moved = padded_on(prompt, "left")
     rows = tokens.rows._replace(moved=moved)
-    model.fit(tokens, how.new - 1)
+    model.fit(tokens, how.new - 1)  # the last new token is chosen, and never run
     compiled = CompiledPlan(model, *model.program(read, edits))
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from . import gguf, real
-from .errors import LoadError, nearest, wrong
+from .errors import LoadError, first_line, nearest, wrong
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
+GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -69,6 +70,7 @@ def open_model(
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
+    # Before weights are read, which may take minutes.
     goal = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -79,7 +81,7 @@ def open_model(
         _check_folder(path)
     with _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
-        if device_map is None:
+        if device_map is None:  # else accelerate has placed it
             model = model.to(goal)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
@@ -223,9 +225,8 @@ def _device(device: Any) -> torch.device:
         torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        text = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"there is no device {device!r} ({text}): this PyTorch, {torch.__version__}, sees {have}. "
+            f"there is no device {device!r} ({first_line(error)}): this PyTorch, {torch.__version__}, sees {have}. "
             "Leave device out for the best that is there, or give 'cpu'."
         ) from error
     if checked.type == "meta":
@@ -306,9 +307,7 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
     try:
         return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
     except GatedRepoError as error:
-        raise LoadError(
-            f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
-        ) from error
+        raise LoadError(path + GATED) from error
     except RepositoryNotFoundError as error:
         raise LoadError(f"the hub has no model {path!r}, or it is private: check the name, or log in") from error
     except SafetensorError as error:
@@ -324,15 +323,16 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
 
 def _advice(files: Files, what: str, error: Exception) -> str:
     path = files.name
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     if files.head is not None:
         return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():
         if what == "AutoTokenizer":
             return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"
         return f"{path} cannot be loaded as a language model: {text}"
+    # transformers raises an OSError for a gated model as for a missing one: its words alone tell them apart.
     if "gated" in str(error).lower():
-        return f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
+        return path + GATED
     if any(word in str(error).lower() for word in ("offline", "connect", "cached", "internet", "resolve")):
         return (
             f"{path} is neither a folder here nor in the local cache, and the hub cannot be reached. Download it where "

@@ -110,6 +110,7 @@ class Method(Shown, ABC):
         if not hasattr(model, "atlas"):
             raise PlanError(wrong(f"method {self.name}", "a model of ic.load first, then the text", model))
         split = batch_size is not None or out is not None
+        # With batches, how far the whole is; else what the method itself shows, if it has such a setting.
         if "progress" in self.Config.model_fields and not split:
             settings = {"progress": progress, **settings}
         config = self.configured(settings)

@@ -100,6 +100,7 @@ class Model(Session):
         engine_options: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
+        # Before `Session` opens the model, which calls `reopen`.
         self._checks = check
         super().__init__(opened, engine, {} if engine_options is None else engine_options)
 
@@ -108,7 +109,7 @@ class Model(Session):
         super().reopen()
         try:
             self.check: Check | None = check_atlas(self) if self._checks else None
-        except BaseException:
+        except BaseException:  # an interrupt too: the next run must not take what nobody has checked for checked
             self.snapshot.forget()
             raise
 

@@ -125,6 +125,7 @@ class Plan:
             tensors = load_file(stored) if stored.is_file() else {}
         except (OSError, ValueError, SafetensorError) as error:
             raise LoadError(f"{stored} is damaged ({error}); save the plan again") from error
+        # The format has no checksum, and the names are digests of what should be there.
         for key, tensor in tensors.items():
             if digest(tensor) != key:
                 raise LoadError(f"{stored} is damaged: the numbers of {key[:12]}… are not those that were saved")

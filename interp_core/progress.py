@@ -68,6 +68,7 @@ class Progress:
             self._outer._inner = None
         if self._timer is not None:
             self._timer.cancel()
+            # It may be drawing now, and nothing may follow the end of the line.
             self._timer.join()
         if self._width:
             sys.stderr.write("\n")

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from ._version import version_of
 from .batches import numbering
 from .errors import InterpError
 from .files import without_folder
 from .identity import NoIdentityError, identity, weights
 from .runs.identity import digest, plain
-from .runs.session import PACKAGES, now, version_of
+from .runs.session import PACKAGES, now
 
 if TYPE_CHECKING:
     from .settings import Config

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .engines.protocol import PassRecord, Slot
+from .engines.protocol import PassRecord, Slot, viewed
 from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
 from .pass_views import PassView, StoreView, axes_of, reading_view
@@ -34,6 +34,7 @@ class Reading(Tensor):
         rows: what positions resolve against.
     """
 
+    # So that operations give plain tensors: what they make is the value of no site.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     site: Site
     rows: Rows
@@ -76,6 +77,7 @@ class Reading(Tensor):
         if site.pos is not None or site.key is not None:
             raise ReadError(f"this is {site}, already at chosen positions")
         selection = Selection(Site(site.name).at(pos, query=query, key=key), None)
+        # One head has no axis of heads, on which the index of attention values counts.
         headless = selection.attention and isinstance(site.units, int)
 
         def one(x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def routings(passes: Sequence[PassRecord]) -> dict[int, tuple[Routing, list[int]
     for record in passes:
         for proof in record.routed:
             assert proof.counts is not None
-            counts.setdefault(proof.number, []).append(proof.counts.cpu())
+            counts.setdefault(proof.number, []).append(proof.counts.cpu())  # layers may lie on several devices
     totals = {number: torch.stack(of_edit).sum(0).tolist() for number, of_edit in counts.items()}
     n = len(fields(Routing))
     return {number: (Routing(*total[:n]), total[n:]) for number, total in totals.items()}
@@ -313,7 +315,7 @@ class ReadStore(StoreView):
             if len({len(part) for part in parts}) > 1:
                 raise PositionError(f"{site} selects different numbers of patches per row; use run.rows(site)")
             stacked = torch.stack(parts)
-            return stacked[:, 0] if site.pos is not None and is_single(site.pos) else stacked
+            return stacked[:, 0] if is_single(site.pos) else stacked
         if whole:
             return _take(Selection(site, entry.n_units), value, self._rows)
         if self._strung(site, value):
@@ -333,8 +335,10 @@ class ReadStore(StoreView):
 
     def _strung(self, site: Site, value: Tensor) -> bool:
         """Whether a kept part has its rows strung together, because they select different numbers of positions."""
-        single = site.pos is not None and is_single(site.pos)  # then some rows have it, and others have ended
-        return value.ndim < _ndim(site) or (single and len(value) < len(self._rows.real))
+        some_ended = is_single(site.pos) and len(value) < len(
+            self._rows.real
+        )  # the position is of the other rows alone
+        return value.ndim < _ndim(site) or some_ended
 
     def _held(self, site: Site, entry: Entry) -> tuple[Tensor, bool]:
         """The kept value that answers for a site, and whether it is the whole site or exactly this part."""
@@ -347,8 +351,7 @@ class ReadStore(StoreView):
             value = self._value(i)
             if value is None:
                 raise ReadError(f"{site}: this pass has none of its positions")
-            value = slot.view(value) if slot.view is not None and slot.late else value
-            return value, held != wanted
+            return viewed(slot, value), held != wanted
         raise ReadError(f"{site} was not read in this {self._what}. It holds: {self.held()}.")
 
     def rows(self, site: Site | str) -> list[Tensor]:
@@ -374,7 +377,7 @@ class ReadStore(StoreView):
             return [value[row][chosen] for row, chosen in enumerate(columns)]
         if self._strung(site, value):
             return list(value.split([len(row) for row in columns]))
-        return list(value.unsqueeze(1) if site.pos is not None and is_single(site.pos) else value)
+        return list(value.unsqueeze(1) if is_single(site.pos) else value)
 
     def held(self) -> str:
         """What can be had, in short."""

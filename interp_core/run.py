@@ -150,7 +150,7 @@ class CompiledPlan(PlanView):
 
     @property
     def plan(self) -> Plan:
-        """The plan."""
+        """What is read and edited, as a plan of its own that prints, compares and goes to JSON."""
         return Plan.of(self._reads, self.edits)
 
     def ready(self) -> Program:
@@ -212,7 +212,7 @@ class CompiledPlan(PlanView):
             run = Run(self, tokens, record)
         if not stop:
             run.set_logits(record.output.logits, logits, keep)
-        record.output = None
+        record.output = None  # the run has the logits that it was asked for; the others need not stay
         if callable(grad):
             with torch.enable_grad():
                 run.differentiate(grad)
@@ -231,6 +231,7 @@ class CompiledPlan(PlanView):
         if self.model.keeps_logits and not self.touches("logits"):
             kept = sorted({column for row in columns for column in row})
             columns = [[kept.index(column) for column in row] for row in columns]
+            # Of a number the model takes a slice from the end, of indices it makes a copy.
             tail = kept == list(range(rows.width - len(kept), rows.width))
             inputs["logits_to_keep"] = len(kept) if tail else torch.tensor(kept, device=self.model.device)
         return BoundSelection(selection, rows, columns, None, None)
@@ -326,6 +327,7 @@ def _may_need_grad(edit: Edit) -> bool:
 
 def _copied(cache: Any) -> Any:
     """A copy of a cache, with its graph."""
+    # `deepcopy` refuses tensors that are not leaves of a graph; what is in its memo, it takes for copied.
     parts = (cache, *getattr(cache, "layers", ()))
     tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
     return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})

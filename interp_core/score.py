@@ -68,6 +68,7 @@ class Score:
         targets: tuple[Target, ...] = (), *, clean: bool = False, span: bool = False, narrow: bool = False,
         of: Site | None = None,
     ) -> None:  # fmt: skip
+        # Past `__setattr__`, which a frozen class refuses.
         fields = {"name": name, "fn": fn, "at": at, "targets": targets, "of": of}
         vars(self).update(fields, needs_clean=clean, targets_only=narrow)
         takes = "a token id, a word, a list of them (one per row) or a tensor of ids"
@@ -77,6 +78,7 @@ class Score:
 
     def _with(self, **changes: Any) -> Score:
         """The same score with other targets or positions."""
+        # Past `__init__`, whose arguments are called otherwise than the fields; what is changed was checked before.
         changed = object.__new__(type(self))
         vars(changed).update(vars(self), **changes)
         return changed
@@ -178,7 +180,7 @@ class Score:
     def ids(self, example: int) -> Tensor:
         """All target ids of an example, ascending."""
         targets = [target if isinstance(target, (int, str, list)) else _of(target, example) for target in self.targets]
-        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in targets]).unique()
+        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in targets]).unique()  # sorted, for `rows`
 
     def rows(
         self, logits: Tensor, example: int | None = None, clean: Tensor | None = None, kept: Tensor | None = None

@@ -75,7 +75,7 @@ class Session(Structure):
         engine, options = self._engine_made_of
         self.turn.demand_idle(dict(self.hf.named_modules()))
         demand_usable(self.hf)
-        for name in ("heads", "keeps_logits"):
+        for name in ("heads", "keeps_logits"):  # cached properties, of the model as it was
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
@@ -85,6 +85,7 @@ class Session(Structure):
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.strategy_checks = StrategyChecks()
         self._warned = False
+        # An engine's copy shares the weights: who runs one holds off who would run the other.
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)
 
@@ -211,13 +212,14 @@ class Session(Structure):
         """
         if isinstance(x, Tokens):
             return x
+        # One row of ids may come without the axis of rows.
         if isinstance(x, Tensor):
             x = {"input_ids": x if x.ndim == 2 else x[None]}
         if isinstance(x, Mapping):
             tokens = self.fit(from_inputs(x, self.tokenizer))
             if "attention_mask" not in x and not self._warned and looks_padded(self.hf.config, tokens.ids):
                 self._warned = True
-                warnings.warn(PADDED, stacklevel=4)
+                warnings.warn(PADDED, stacklevel=4)  # where `run` or `generate` of the model is called
             return with_visual_names(tokens, self.hf.config, self.atlas.family)
         if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, (bytes, Tokens))):
             return self.tokens(x)
@@ -264,6 +266,7 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
     Raises:
         TextError: too long, or an id that the model does not have.
     """
+    # Columns, not tokens: a model counts its positions over the holes of a mask too.
     longest = max(tokens.widths) + more
     if shape.n_ctx is not None and longest > shape.n_ctx:
         wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"

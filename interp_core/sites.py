@@ -159,9 +159,7 @@ class Site:
             raise SiteError(f"{self.name} has no key axis; only scores and pattern take key=")
         chosen = pos if query is None else query
         return replace(
-            self,
-            pos=self.pos if chosen is None else position(chosen),
-            key=self.key if key is None else position(key),
+            self, pos=self.pos if chosen is None else position(chosen), key=self.key if key is None else position(key)
         )
 
     @property
@@ -282,7 +280,7 @@ class Site:
         return site.at(**{axis: parse_position(chosen) for axis, chosen in parts.items()})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # equality is below: `==` of two tensors is a tensor
 class Edit:
     """One change to a site. Made by the methods of `Site`.
 
@@ -388,11 +386,12 @@ def define(
     if after:
         number = named(after).info.order
         later = [other.order for other in SITES.values() if other.order > number]
-        info = replace(info, order=(number + min(later, default=number + 2)) / 2)
+        info = replace(info, order=(number + min(later, default=number + 2)) / 2)  # between the two: others keep theirs
     else:
         info = replace(info, order=float(len(SITES)))
     SITES.setdefault(name, info)
     if after:
+        # In place: other modules have this very dictionary.
         ordered = sorted(SITES.items(), key=lambda item: item[1].order)
         SITES.clear()
         SITES.update(ordered)

@@ -285,7 +285,18 @@ class Structure:
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise PlanError(wrong("unembed_tiles", "a number of tokens, 1 or more", width))
         with self._reading_out("unembed_tiles", normed):
-            return unembed_tiles(self.hf, normed, width)
+            tiles = unembed_tiles(self.hf, normed, width)
+        return self._in_turn(tiles)
+
+    def _in_turn(self, tiles: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Each tile made with the turn, which is free while the caller looks at it: a sweep of another thread may have
+        the unembedding compute less for the length of a pass."""
+        while True:
+            with self.turn:
+                tile = next(tiles, None)
+            if tile is None:
+                return
+            yield tile
 
     @contextmanager
     def _reading_out(self, what: str, stream: Tensor) -> Iterator[None]:

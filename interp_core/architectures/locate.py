@@ -79,6 +79,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     stack.locate()
     ends(stack)
     tower = _tower(atlas, modules)
+    # Behind `ends`: of a component the first module counts, and paths go before what transformers says.
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)

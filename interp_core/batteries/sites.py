@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def ok(self) -> bool:
-        """It works."""
+        """Whether it works."""
         return self.status == "ok"
 
     @property
@@ -207,7 +207,7 @@ def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
     nothing = torch.zeros_like(edit.value).requires_grad_()
     score(other.run(tokens, edits=edit.site.add(nothing), allow_noop=True).logits).backward()
     assert nothing.grad is not None
-    gradient = other.run(tokens, read=site, grad=score).grad[site].as_subclass(Tensor)
+    gradient = other.run(tokens, read=site, grad=score).grad[site].plain
     if "query" in site.info.axes:
         return _distance(gradient[0, :, -1, -2], nothing.grad)
     return _distance(gradient[0, list(CHECKED_POSITIONS)].flatten(0, -2).sum(0), nothing.grad)
@@ -217,10 +217,10 @@ def _generation(model: Model, other: Model, name: str, layer: int) -> float:
     site, tokens = check_site(name, layer), _tokens(model)
     generation = other.generate(tokens, read=site, max_new_tokens=NEW, stop_at_eos=False)
     whole = Tokens(generation.tokens.ids[:, :-1], torch.ones(1, generation.tokens.ids.shape[1] - 1, dtype=torch.bool))
-    wanted = other.run(whole, read=site)[site].as_subclass(Tensor)
+    wanted = other.run(whole, read=site)[site].plain
     worst, n = 0.0, tokens.ids.shape[1]
     for number, step in enumerate(generation.steps[1:]):
-        value, at = step[site].as_subclass(Tensor), n + number
+        value, at = step[site].plain, n + number
         if "query" in site.info.axes:
             keys = value.shape[-1]
             part = wanted[:, :, at : at + 1, at + 1 - keys : at + 1]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from ..methods import method
 from ..plugins import registry
 from .tools import TOOLS, Tool, ready
@@ -60,20 +60,9 @@ class Row:
     held: int
 
 
-def benchmark(
-    model: Model,
-    *,
-    rounds: int = 20,
-    n_tokens: int = 32,
-    extra: Sequence[str] = (),
-    operations: Sequence[str] = tuple(OPERATIONS),
-    only: Sequence[str] | None = None,
-    tools: Mapping[str, Callable[[Model, Tensor], Tool]] = TOOLS,
-) -> str:
-    """The table of `measure` as Markdown."""
-    rows, failed = measure(
-        model, rounds=rounds, n_tokens=n_tokens, extra=extra, operations=operations, only=only, tools=tools
-    )
+def benchmark(model: Model, *, rounds: int = 20, n_tokens: int = 32, **options: Any) -> str:
+    """The table of `measure`, which says what `options` there are, as Markdown."""
+    rows, failed = measure(model, rounds=rounds, n_tokens=n_tokens, **options)
     head = f"{model!r}, {n_tokens} tokens, {torch.get_num_threads()} threads, medians of {rounds} rounds of CPU time"
     lines = [head, "", "| operation | tool | ms | ratio to plain | added µs | Python calls added | held MiB |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -151,12 +140,12 @@ def _first(
     calls, held, failed = {}, {}, []
     for key, run in list(runs.items()):
         try:
-            calls[key], held[key] = _calls(run), _held(run())
+            calls[key], held[key] = count_calls(run), _held(run())
         except Exception as error:  # another tool's failure is a line in the table
             if key[1] == "interp_core":
                 raise
             del runs[key]
-            failed.append((*key, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"))
+            failed.append((*key, f"{type(error).__name__}: {first_line(error)[:120]}"))
     return calls, held, failed
 
 
@@ -178,10 +167,6 @@ def _rows(
 
 def count_calls(run: Callable[[], Any]) -> int:
     """Python function calls of one call, counted after two warm-up calls."""
-    return _calls(run)
-
-
-def _calls(run: Callable[[], Any]) -> int:
     run()
     run()
     profile = cProfile.Profile()

@@ -14,7 +14,7 @@ from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
 from .identity import difference, digest, model_difference, model_record, plain, safe_name
 from .rows import Folder
-from .session import Session, now, sessions
+from .session import RunSession, now, sessions
 from .stages import json_text
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class RunFolder(Folder):
         say: gets a line about every stage.
     """
 
-    session: Session
+    session: RunSession
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class RunFolder(Folder):
             self.check()
         if self.identity["model"] is not None:
             self._bind()
-        self.session = Session(self.record / "sessions")
+        self.session = RunSession(self.record / "sessions")
         self.is_open = True
         self._write_manifest()
         return self

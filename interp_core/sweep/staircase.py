@@ -32,7 +32,7 @@ from ..engines.operations import apply_edit
 from ..engines.program import LocalEngine, Stop
 from ..engines.protocol import PassRecord
 from ..engines.replace import replaced_forwards
-from ..engines.rerouting import reroute
+from ..engines.router_edits import reroute
 from ..engines.selection import BoundSelection, Window
 from ..engines.site_access import SiteEdit, SiteRead
 from ..engines.torch import TorchProgram
