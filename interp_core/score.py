@@ -71,6 +71,8 @@ class Score:
         # Past `__setattr__`, which a frozen class refuses.
         fields = {"name": name, "fn": fn, "at": at, "targets": targets, "of": of}
         vars(self).update(fields, needs_clean=clean, targets_only=narrow)
+        if at is None and of is None:
+            raise PlanError(wrong(f"score {name}: at=", "a position such as -1, or several with span=True", at))
         takes = "a token id, a word, a list of them (one per row) or a tensor of ids"
         for target in targets:
             if not _is_target(target):
@@ -158,10 +160,21 @@ class Score:
         if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
             raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
         if logits.site.pos is None:
-            return self.rows(logits.at(self.at))
+            return self.rows(self._read(logits.at(self.at)))
         if logits.site != Site("logits").at(self.at):
             raise PlanError(f"score {self.name} reads logits at {self.at}, the run kept {logits.site}")
-        return self.rows(logits.as_subclass(Tensor))
+        return self.rows(self._read(logits))
+
+    def _read(self, logits: Tensor) -> Tensor:
+        """What `rows` takes of the logits at this score's positions."""
+        read = logits.as_subclass(Tensor)
+        if self.span or read.ndim == 2:
+            return read
+        if read.shape[1] != 1:
+            raise PlanError(
+                f"score {self.name} reads {read.shape[1]} positions; it takes one, or several with span=True"
+            )
+        return read[:, 0]
 
     def fits(self, d_vocab: int) -> None:
         """Refuse targets that the model does not have.
