@@ -120,9 +120,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    from .errors import nearest
+    from .foreign import PACKAGE, Abroad
 
-    raise AttributeError(f"interp_core has no {name!r}. {nearest(name, __all__)}")
+    raise AttributeError(Abroad("interp_core", PACKAGE).lacks(name, __all__))
 
 
 def __dir__() -> list[str]:

@@ -20,6 +20,7 @@ from .errors import LoadError, nearest, wrong
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
+OPEN_ATTENTION = ("sdpa", "eager")
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -197,12 +198,13 @@ def _check_kinds(
 ) -> None:
     """Refuse options that transformers would stumble over later."""
     if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens")):
-        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer))
+        how = "; of a name, ic.open_tokenizer(name) opens it" if isinstance(tokenizer, (str, Path)) else ""
+        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer) + how)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise LoadError(wrong("processor=", "a processor of transformers, with its tokenizer", processor))
     named = isinstance(dtype, str) and (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype))
     if dtype is not None and not isinstance(dtype, torch.dtype) and not named:
-        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16 or 'bfloat16'", dtype))
+        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16, or 'bfloat16', 'float16', 'float32'", dtype))
     for name, value in (("attn_implementation=", attn_implementation), ("revision=", revision)):
         if value is not None and (not isinstance(value, str) or not value):
             raise LoadError(wrong(name, "a name", value))
@@ -319,7 +321,12 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
             "a pickle can run code. Convert them to safetensors where you trust them."
         ) from error
     except Exception as error:  # the code of others, on files of others
-        raise LoadError(_advice(files, what, error)) from error
+        attention = more.get("attn_implementation")
+        also = "" if attention in (None, *OPEN_ATTENTION) else (
+            f" Asked for was attn_implementation={attention!r}: leave it out, or give 'sdpa' or 'eager', which need no "
+            "package and have the sites inside attention."
+        )  # fmt: skip
+        raise LoadError(_advice(files, what, error) + also) from error
 
 
 def _advice(files: Files, what: str, error: Exception) -> str:

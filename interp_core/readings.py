@@ -15,8 +15,9 @@ from torch import Tensor
 from .engines.protocol import PassRecord, Slot
 from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
+from .foreign import RUN, Abroad, Answering
 from .positions import PositionLike, Rows, is_single
-from .sites import BOOSTS, Edit, Site
+from .sites import BOOSTS, SITES, TENSOR_OPS, Edit, Site
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -257,7 +258,13 @@ def demand_effect(
         for number, _, _, norm in record.fires:
             norms[number].append(norm)
     for number, of_edit in enumerate(norms):
-        if of_edit and any(_numbers(of_edit)):
+        sizes, edit = _numbers(of_edit) if of_edit else [], edits[number]
+        if any(map(math.isnan, sizes)) and edit.op in TENSOR_OPS and (lost := int(torch.isnan(edit.value).sum())):
+            raise EffectError(
+                f"{edit}: {lost} of {edit.value.numel()} numbers of the value are NaN, and so is what follows; "
+                "look at where the value comes from, or pass allow_noop=True if that is meant"
+            )
+        if any(sizes):
             continue
         receipt = make_receipts()[number]
         did = "changed nothing: the value was already so" if receipt.fired else "never fired in this run"
@@ -447,7 +454,7 @@ class LayerReadings(ReadStore):
         return super().__getitem__(site)
 
 
-class ForwardPass(ReadStore):
+class ForwardPass(Answering, ReadStore):
     """What one forward pass gave, now or in an earlier process: values by site, logits, gradients.
 
     Attributes:
@@ -455,6 +462,8 @@ class ForwardPass(ReadStore):
         model: what ran; of a saved run, the model in a line.
     """
 
+    _abroad = Abroad("a run", RUN, "run[{}]", SITES)
+    _inner = frozenset(("demand_effect", "differentiate", "set_logits"))
     tokens: Tokens
     model: Any = None
     _logits: Tensor | None = None

@@ -312,6 +312,11 @@ class CompiledPlan:
         for slot in self.program.slots:
             if grad and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        if callable(grad) and not self.program.slots:
+            raise PlanError(
+                "grad= gives gradients with respect to the sites that are read, and none is: pass read=S.resid_post, "
+                "say; for tensors of your own pass grad=True, and call backward on a number made of run.logits"
+            )
         if grad is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
             raise PlanError(
                 "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "

@@ -15,7 +15,7 @@ PACKAGES = {
     "interp_recipes": ROOT / "recipes/interp_recipes",
 }
 ROOMS: dict[str, str] = {
-    "words": "_version errors tensors positions indexing sites plan text chat inputs offsets settings progress "
+    "words": "_version errors foreign tensors positions indexing sites plan text chat inputs offsets settings progress "
     "drawing files",
     "registry": "plugins",
     "stats": "stats",
