@@ -17,6 +17,7 @@ from torch import nn
 
 from . import gguf, real
 from .errors import LoadError, nearest, wrong
+from .progress import Progress
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
@@ -78,7 +79,7 @@ def open_model(
     path = _resolved(source)
     if not gguf.is_gguf(path):
         _check_folder(path)
-    with _files(path, options) as files:
+    with Progress(f"loading {source}", 0), _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
         if device_map is None:
             model = model.to(goal)
@@ -306,7 +307,8 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
 
     path = files.name
     try:
-        return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
+        with _no_bars():
+            return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
     except GatedRepoError as error:
         raise LoadError(
             f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
@@ -327,6 +329,19 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
             "package and have the sites inside attention."
         )  # fmt: skip
         raise LoadError(_advice(files, what, error) + also) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar for every model that it opens, which stands in pipes and notebooks too; downloads, by
+    another library, keep theirs."""
+    from transformers.utils import logging as said
+
+    before = said.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        said.set_tqdm_hook(before)
 
 
 def _advice(files: Files, what: str, error: Exception) -> str:

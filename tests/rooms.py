@@ -16,7 +16,7 @@ PACKAGES = {
 }
 ROOMS: dict[str, str] = {
     "words": "_version errors foreign tensors positions indexing sites plan text chat inputs offsets settings progress "
-    "drawing files",
+    "drawing files columns",
     "registry": "plugins",
     "stats": "stats",
     "report": "report",
