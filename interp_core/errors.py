@@ -7,7 +7,7 @@ InterpError
 ├── TextError        text, tokens or tokenizer that do not fit the model
 ├── LoadError        a model, tokenizer or file that cannot be loaded
 ├── CapabilityError  the engine or the model family cannot do what is asked
-├── EffectError      an edit that did nothing
+├── EffectError      an edit that did nothing, or whose value is not a number
 ├── ReadError        a value that the run does not hold
 └── PluginError      a plugin that is missing, broken, clashing or incompatible
 

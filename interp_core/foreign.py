@@ -118,6 +118,21 @@ RUN: dict[str, str] = {
     "reads": "run.plan.reads",
     "top": "run.logits.at(-1).topk(5)",
 }  # fmt: skip
+GENERATION: dict[str, str] = {
+    **dict.fromkeys(("text", "decoded"), "generation.texts, one per row"),
+    **dict.fromkeys(("sequences", "output", "input_ids"), "generation.tokens.ids; without the prompt .ids"),
+    **dict.fromkeys(("logits", "scores", "hidden_states", "attentions", "cache", "past_key_values"),
+                    "model.generate(text, read=[S.logits, …]), and step[site] for step in generation.steps"),
+}  # fmt: skip
+SITE: dict[str, str] = {
+    **dict.fromkeys(("ablate", "zero_", "zero_ablate", "knock_out"), ".zero(), or .set(mean) for a mean ablation"),
+    **dict.fromkeys(("patch", "replace", "interchange", "output", "value", "copy_", "fill_"), ".set(tensor)"),
+    **dict.fromkeys(("steer", "inject", "add_", "subtract", "sub"), ".add(tensor)"),
+    **dict.fromkeys(("mul", "multiply", "mul_"), ".scale(number)"),
+    **dict.fromkeys(("hook", "map", "clamp", "register_forward_hook", "add_hook"), ".apply(fn)"),
+    **dict.fromkeys(("save", "read", "cache"), "model.run(text, read=site), and run[site]"),
+    **dict.fromkeys(("block", "cut"), ".knockout(query=…, key=…) of S.pattern"),
+}  # fmt: skip
 PACKAGE = dict.fromkeys(
     ("HookedTransformer", "HookedRootModule", "TransformerBridge", "LanguageModel", "NNsight", "VisionLanguageModel",
      "StandardizedTransformer", "IntervenableModel", "load_model", "from_pretrained"), "ic.load('gpt2')"
@@ -187,6 +202,7 @@ class Abroad(NamedTuple):
 class Answering:
     """A thing that says of another library's name for something what it is called here, and lists public names only."""
 
+    __slots__ = ()
     _abroad: ClassVar[Abroad]
     _inner: ClassVar[frozenset[str]] = frozenset()
 

@@ -23,6 +23,7 @@ from .decoding import Ends, decoding
 from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
+from .foreign import GENERATION, Abroad, Answering
 from .model_inputs import model_inputs
 from .positions import LAST, Rows, Span, resolve
 from .readings import Reading, ReadStore, Receipt, demand_effect, demand_proof, receipts
@@ -143,7 +144,7 @@ class Step(ReadStore):
         return value[..., : self._columns]  # a static cache has places for keys that are not there yet
 
 
-class Generation:
+class Generation(Answering):
     """What `generate` gives back.
 
     Attributes:
@@ -153,6 +154,8 @@ class Generation:
             on the right where a row has ended; with the spans `prompt` and `generated`.
         ended: per row, whether it came to an end of its own (the others stopped at `max_new_tokens` or `max_time`).
     """
+
+    _abroad = Abroad("a Generation", GENERATION)
 
     def __init__(
         self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[PassRecord], ends: Ends

@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class Run(ForwardPass):
         if value is LET_GO:
             raise ReadError(f"{self._slots[slot].site} was handed to each= as it passed, and let go")
         return value  # type: ignore[return-value]
+
+    def __reduce__(self) -> NoReturn:
+        raise PlanError("a run holds its model: keep it by run.save(folder), which ic.open_run(folder) gives back")
 
     @property
     def plan(self) -> Plan:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError, SiteError, nearest, no_function_of, wrong
-from .foreign import UnknownSiteError, no_site
+from .foreign import SITE, Abroad, Answering, UnknownSiteError, no_site
 from .indexing import Index, as_index, parsed_index, shown_index, split_at_commas
 from .indexing import indices as indices
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
@@ -109,7 +109,7 @@ _ONLY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class Site(Answering):
     """A named tensor inside a model, or a part of it. Build it from the names of this module.
 
     Attributes:
@@ -125,6 +125,7 @@ class Site:
     units: Index = None
     pos: Position | None = None
     key: Position | None = None
+    _abroad = Abroad("a Site", SITE)
 
     def __getitem__(self, index: Any) -> Site:
         """Select layers and units: `[layer]` or `[layer, unit]`; sites without layers take `[unit]`.

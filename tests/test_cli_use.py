@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import toy_model
 from interp_plugins.logit_lens import LogitLens
 from interp_plugins.logit_lens.method import LogitLensResult
 from typer.testing import CliRunner
@@ -250,13 +251,27 @@ def test_the_listing_stands_in_groups_and_leaves_our_families_out(capsys: pytest
     assert "  gpt_neox " in capsys.readouterr().out
 
 
+def test_long_commands_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The battery, counted without its cells; and the benchmark, of one operation."""
+    from interp_core.batteries import sites
+    from interp_core.bench import benchmark
+
+    for name in ("SILENT", "EVERY"):
+        monkeypatch.setattr(progress, name, 0.0)
+    monkeypatch.setattr(sites, "USES", ())
+    sites.check_model(toy_model(), ["torch"])
+    assert f"sites {len(list(toy_model().sites))} of {len(list(toy_model().sites))}" in capfd.readouterr().err
+    benchmark(toy_model(), rounds=2, n_tokens=4, operations=["plain"])
+    assert "rounds 2 of 2" in capfd.readouterr().err
+
+
 def test_checks_are_printed_as_they_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     from interp_core.testing import checks, kit
 
     lines: list[str] = []
     monkeypatch.setattr(kit, "CHECKS", {name: checks.CHECKS[name] for name in ("class", "config")})
     monkeypatch.setitem(kit.CHECKS, "last", lambda case: f"{len(lines)} lines before")
-    report = kit.check_method(LogitLens, told=lambda line: lines.append(str(line)))
+    report = kit.check_method(LogitLens, toy_model(), told=lambda line: lines.append(str(line)))
     assert lines[0] == report.title and [line.split()[1] for line in lines[1:]] == ["class", "config", "last"]
     assert lines[3].endswith("3 lines before") and str(report) == "\n".join(lines)
 

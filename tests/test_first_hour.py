@@ -176,6 +176,7 @@ ROWS: list[tuple[str, Callable[[Held], Any], type[Exception], list[str]]] = [
      ["z[1]", "a function of the value x", "(x, hook)", "write lambda x: …"]),
     ("42 a function that returns nothing", lambda t: t.model.run(t.text, edits=S.z[1].apply(in_place)),
      ic.PlanError, ["returned NoneType", "[1, 10, 4, 32]", "it returns the new value"]),
+    ("B7 a run in a pickle", lambda t: pickle.dumps(t.run), ic.PlanError, ["run.save(folder)", "ic.open_run(folder)"]),
     # other libraries' names, all of which are in interp_core/foreign.py
     ("44 a cached run", lambda t: t.model.run_with_cache(t.text), AttributeError, ["'run_with_cache'", "read=["]),
     ("44 ids", lambda t: t.model.to_tokens(t.text), AttributeError, ["'to_tokens'", "model.tokens(text)"]),
@@ -224,7 +225,8 @@ def test_every_name_abroad_has_one_here(held: Held) -> None:
     assert set(foreign.SITES.values()) <= set(SITES)
     assert not {name for name in foreign.SITES if name in SITES} and not set(foreign.ABSENT) & set(SITES)
     things: list[tuple[Any, dict[str, str]]] = [
-        (held.model, foreign.MODEL), (held.run, foreign.RUN), (ic, foreign.PACKAGE)]  # fmt: skip
+        (held.model, foreign.MODEL), (held.run, foreign.RUN), (ic, foreign.PACKAGE), (S.z, foreign.SITE),
+        (held.model.generate(TEXT, max_new_tokens=1), foreign.GENERATION)]  # fmt: skip
     for thing, names in things:
         for name in names:
             if name != "__call__":

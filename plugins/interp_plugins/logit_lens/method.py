@@ -126,7 +126,7 @@ class LogitLensResult(ic.Result):
         for row, tokens in enumerate(self.tokens):
             columns = [["", *self.layers]]
             columns += [
-                [_short(ic.report.visible(text)) for text in (token, *tops)]
+                [ic.report.short(ic.report.visible(text)) for text in (token, *tops)]
                 for token, *tops in zip(tokens, *self.tops(row), strict=True)
             ]
             padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
@@ -282,8 +282,3 @@ def _by_row(value: Shaped[Tensor, "layer target *k"], batch: int) -> Shaped[Tens
 def _with_pos(value: Tensor) -> Tensor:
     """`[batch pos d]`, also where a single position dropped its axis."""
     return value[:, None] if value.ndim == 2 else value
-
-
-def _short(text: str, width: int = 10) -> str:
-    """A cell of a terminal's table; where letters are missing it says so."""
-    return text if len(text) <= width else text[: width - 1] + "…"
