@@ -84,7 +84,7 @@ class RunFolder(Folder):
         if model is not None and self.identity["model"] is not None:
             differs.append(model_difference(model, self.identity["model"]))
         if text := "; ".join(part for part in differs if part):
-            clear = ", or --overwrite on the command line" if self.kind == "run" else ""
+            clear = ", or --overwrite" if self.kind == "run" else ""
             raise PlanError(f"{self.home} holds another {self.kind}: {text}; give another folder{clear}")
 
     def bind(self, model: Structure) -> None:

@@ -297,7 +297,7 @@ class Stages:
     def _clash(self, name: str) -> PlanError:
         path = self.path / name
         if not self.root.shared:
-            ways = "move it away, give another folder, or --overwrite on the command line"
+            ways = "move it away, give another folder, or --overwrite"
             return PlanError(f"{path} is there, and this run did not write it; {ways}")
         return PlanError(f"{path} is there{self.root.owner(path)}; give --overwrite to replace it, or another folder")
 
