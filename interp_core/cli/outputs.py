@@ -40,7 +40,8 @@ def demand_writable(path: Path | None, *, file: bool = False) -> None:
         with tempfile.TemporaryFile(dir=near) as draft:
             draft.write(bytes(DRAFT))
     except OSError as error:
-        raise PlanError(f"--out {path}: {sentence(error)}") from error
+        bare = OSError(error.errno, error.strerror)  # without the draft's name
+        raise PlanError(f"--out {path}: nothing can be written in {near.absolute()}: {sentence(bare)}") from error
 
 
 def sentence(error: Exception) -> str:
