@@ -130,7 +130,7 @@ SITE: dict[str, str] = {
     **dict.fromkeys(("steer", "inject", "add_", "subtract", "sub"), ".add(tensor)"),
     **dict.fromkeys(("mul", "multiply", "mul_"), ".scale(number)"),
     **dict.fromkeys(("hook", "map", "clamp", "register_forward_hook", "add_hook"), ".apply(fn)"),
-    **dict.fromkeys(("save", "read", "cache"), "model.run(text, read=site), and run[site]"),
+    **dict.fromkeys(("read", "cache"), "model.run(text, read=site), and run[site]"),
     **dict.fromkeys(("block", "cut"), ".knockout(query=…, key=…) of S.pattern"),
 }  # fmt: skip
 PACKAGE = dict.fromkeys(
