@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from .progress import Progress as Progress
     from .readings import LayerReadings as LayerReadings
     from .readings import Reading as Reading
-    from .readings import Receipt as Receipt
-    from .readings import Routing as Routing
+    from .receipts import Receipt as Receipt
+    from .receipts import Routing as Routing
     from .result import Result as Result
     from .run import Run as Run
     from .saved import SavedRun as SavedRun
@@ -86,7 +86,8 @@ _NAMES = {
     "plugins": "registry",
     "positions": "PerRow Span",
     "progress": "Progress",
-    "readings": "LayerReadings Reading Receipt Routing",
+    "readings": "LayerReadings Reading",
+    "receipts": "Receipt Routing",
     "result": "Result",
     "run": "Run",
     "saved": "SavedRun open_run",
@@ -111,9 +112,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    from .errors import nearest
+    from .foreign import PACKAGE, Abroad
 
-    raise AttributeError(f"interp_core has no {name!r}. {nearest(name, __all__)}")
+    raise AttributeError(Abroad("interp_core", PACKAGE).lacks(name, __all__))
 
 
 def __dir__() -> list[str]:

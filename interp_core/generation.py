@@ -23,10 +23,12 @@ from .decoding import Ends, decoding
 from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
+from .foreign import GENERATION, Abroad, Answering
 from .model_inputs import model_inputs
 from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
-from .readings import Reading, ReadStore, Receipt, demand_effect, demand_proof, receipts
+from .readings import Reading, ReadStore
+from .receipts import Receipt, demand_effect, demand_proof, receipts
 from .run import CompiledPlan
 from .session import Input, Session
 from .sites import TENSOR_OPS, Edit, Site
@@ -144,7 +146,7 @@ class Step(ReadStore):
         return value[..., : self._columns]  # a static cache has places for keys that are not there yet
 
 
-class Generation(GenerationView):
+class Generation(GenerationView, Answering):
     """What `generate` gives back.
 
     Attributes:
@@ -154,6 +156,8 @@ class Generation(GenerationView):
             on the right where a row has ended; with the spans `prompt` and `generated`.
         ended: per row, whether it came to an end of its own (the others stopped at `max_new_tokens` or `max_time`).
     """
+
+    _abroad = Abroad("a Generation", GENERATION)
 
     def __init__(
         self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[PassRecord], ends: Ends

@@ -17,10 +17,12 @@ from torch import nn
 
 from . import gguf, real
 from .errors import LoadError, first_line, nearest, wrong
+from .progress import Progress
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
 GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
+OPEN_ATTENTION = ("sdpa", "eager")
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -79,7 +81,7 @@ def open_model(
     path = _resolved(source)
     if not gguf.is_gguf(path):
         _check_folder(path)
-    with _files(path, options) as files:
+    with Progress(f"loading {source}", 0), _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
         if device_map is None:  # else accelerate has placed it
             model = model.to(goal)
@@ -199,12 +201,13 @@ def _check_kinds(
 ) -> None:
     """Refuse options that transformers would stumble over later."""
     if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens")):
-        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer))
+        how = "; of a name, ic.open_tokenizer(name) opens it" if isinstance(tokenizer, (str, Path)) else ""
+        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer) + how)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise LoadError(wrong("processor=", "a processor of transformers, with its tokenizer", processor))
     named = isinstance(dtype, str) and (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype))
     if dtype is not None and not isinstance(dtype, torch.dtype) and not named:
-        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16 or 'bfloat16'", dtype))
+        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16, or 'bfloat16', 'float16', 'float32'", dtype))
     for name, value in (("attn_implementation=", attn_implementation), ("revision=", revision)):
         if value is not None and (not isinstance(value, str) or not value):
             raise LoadError(wrong(name, "a name", value))
@@ -305,7 +308,8 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
 
     path = files.name
     try:
-        return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
+        with _no_bars():
+            return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
     except GatedRepoError as error:
         raise LoadError(path + GATED) from error
     except RepositoryNotFoundError as error:
@@ -318,7 +322,25 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
             "a pickle can run code. Convert them to safetensors where you trust them."
         ) from error
     except Exception as error:  # the code of others, on files of others
-        raise LoadError(_advice(files, what, error)) from error
+        attention = more.get("attn_implementation")
+        also = "" if attention in (None, *OPEN_ATTENTION) else (
+            f" Asked for was attn_implementation={attention!r}: leave it out, or give 'sdpa' or 'eager', which need no "
+            "package and have the sites inside attention."
+        )  # fmt: skip
+        raise LoadError(_advice(files, what, error) + also) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar for every model that it opens, which stands in pipes and notebooks too; downloads, by
+    another library, keep theirs."""
+    from transformers.utils import logging as said
+
+    before = said.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        said.set_tqdm_hook(before)
 
 
 def _advice(files: Files, what: str, error: Exception) -> str:

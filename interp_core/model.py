@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from . import loading
 from .batches import BATCH
 from .checks.selfcheck import Check, check_atlas
-from .errors import SiteError, wrong
+from .errors import PlanError, SiteError, wrong
 from .files import without_folder
+from .foreign import MODEL, Abroad, Answering
 from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
 from .session import Input, Session
-from .sites import Edit, Site
+from .sites import SITES, Edit, Site
 from .vision.places import VisualToken, visual_grid
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def load(
     return Model(opened, engine=engine, engine_options=engine_options, check=check)
 
 
-class Model(Session):
+class Model(Answering, Session):
     """A language model whose inside can be named, read and changed.
 
     Attributes:
@@ -91,6 +92,12 @@ class Model(Session):
         atlas: which sites it has.
         check: what the self-check at load found (None without check).
     """
+
+    _abroad = Abroad("a Model", MODEL, "model.run(text, read={})", SITES)
+    _inner = frozenset(
+        ("atlas", "engine", "fit", "fresh", "input", "keeps_logits", "program", "renew", "reopen", "sample", "snapshot",
+         "strategy_checks", "turn")
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -145,6 +152,14 @@ class Model(Session):
             TextError: no images, or placeholders that do not fit them.
         """
         return visual_grid(self.input(x), self.hf.config, self.atlas.family)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """A model is not called: `run` gives more than logits.
+
+        Raises:
+            PlanError: saying so.
+        """
+        raise PlanError("a model is not called: write model.run(text).logits")
 
     # Running
 

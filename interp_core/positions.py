@@ -296,8 +296,9 @@ def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
     if name == GENERATED and rows.prompt is not None:
         return range(prompt, length)
     hint = "" if name != GENERATED else " Generated tokens exist only in generate()."
+    own = f" A name of your own is given by tokens.name({name}=…)." if name.isidentifier() and not hint else ""
     raise PositionError(
-        f"the text has no positions called {name!r}.{hint} {nearest(name, [*rows.names, LAST, ALL, 'prompt'])}"
+        f"the text has no positions called {name!r}.{hint} {nearest(name, [*rows.names, LAST, ALL, 'prompt'])}{own}"
     )
 
 

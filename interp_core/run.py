@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ from .model_inputs import cache_name, model_inputs
 from .pass_views import PlanView
 from .plan import Plan
 from .positions import PositionLike, Rows
-from .readings import ForwardPass, Gradients, LayerReadings, Receipt, demand_effect, demand_proof, receipts
+from .readings import ForwardPass, Gradients, LayerReadings
+from .receipts import Receipt, demand_effect, demand_proof, receipts
 from .session import NOTHING, Input, Session
 from .sites import TENSOR_OPS, Edit, Site
 from .text import CACHE, Tokens
@@ -58,6 +59,9 @@ class Run(ForwardPass):
         if value is LET_GO:
             raise ReadError(f"{self._slots[slot].site} was handed to each= as it passed, and let go")
         return value  # type: ignore[return-value]
+
+    def __reduce__(self) -> NoReturn:
+        raise PlanError("a run holds its model: keep it by run.save(folder), which ic.open_run(folder) gives back")
 
     @property
     def plan(self) -> Plan:
@@ -314,6 +318,11 @@ class CompiledPlan(PlanView):
         for slot in self.program.slots:
             if grad and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        if callable(grad) and not self.program.slots:
+            raise PlanError(
+                "grad= gives gradients with respect to the sites that are read, and none is: pass read=S.resid_post, "
+                "say; for tensors of your own pass grad=True, and call backward on a number made of run.logits"
+            )
         if grad is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
             raise PlanError(
                 "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "

@@ -24,7 +24,8 @@ from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, folder_of, safetensors_bytes, sha256, write
 from .plan import Plan
 from .positions import Images, Span
-from .readings import ForwardPass, ReadStore, Receipt, Routing
+from .readings import ForwardPass, ReadStore
+from .receipts import Receipt, Routing
 from .sites import Edit, Site
 from .text import Tokens
 

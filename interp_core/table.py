@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .architectures.atlas import Atlas, Entry
+from .columns import aligned, wrapped
 from .sites import SITES
 from .views import Part, Shown, Table, View
 
@@ -36,15 +37,17 @@ class SiteTable(Shown):
             names.setdefault(why, []).append(name)
         return names
 
-    def __repr__(self) -> str:
-        rows = [("site", "axes", "layers", "remark"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+    def text(self, width: int | None = None) -> str:
+        """All of it as lines of at most `width` letters; as long as they come without one."""
+        lines = aligned([("site", "axes", "layers", "remark"), *self.rows()], width, keep=3)
         missing = self.missing()
         lines += ["", "not in this model:"] if missing else []
-        lines += [f"  {', '.join(names)}: {why}" for why, names in missing.items()]
-        lines += [f"note: {note}" for note in self.atlas.notes]
-        return "\n".join(lines)
+        said = [f"  {', '.join(names)}: {why}" for why, names in missing.items()]
+        said += [f"note: {note}" for note in self.atlas.notes]
+        return "\n".join([*lines, *(wrapped(line, width, "    ") for line in said)])
+
+    def __repr__(self) -> str:
+        return self.text()
 
     def _view(self) -> View:
         missing = [(", ".join(names), why) for why, names in self.missing().items()]

@@ -15,7 +15,7 @@ PACKAGES = {
     "interp_recipes": ROOT / "recipes/interp_recipes",
 }
 ROOMS: dict[str, str] = {
-    "words": "_version errors tensors positions indexing sites plan settings progress drawing files",
+    "words": "_version errors foreign tensors positions indexing sites plan settings progress drawing files columns",
     "registry": "plugins",
     "stats": "stats",
     "report": "report views",
@@ -28,7 +28,7 @@ ROOMS: dict[str, str] = {
     "vision": "vision",
     "session": "session structure loading strategy_checks gguf weights readout real identity batches table model_inputs",
     "run folders": "runs provenance",
-    "runs": "run readings generation decoding score saved replacing collect activations pass_views",
+    "runs": "run readings receipts generation decoding score saved replacing collect activations pass_views",
     "check at load": "checks",
     "sweep": "sweep",
     "model": "model",

@@ -61,6 +61,19 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "http" not in page
 
 
+def test_prompts_that_are_given_are_run_on_the_toy_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the toy's own task; the answers are the model's, and prompts of different lengths are refused."""
+    shown = "Q: big\nA: {}\n\nQ: hot\nA: {}\n\nQ: wet\nA:"
+    clean, corrupted = shown.format("small", "cold"), shown.format("grand", "chaud")
+    recipe.demo(recipe.DemoConfig(out=tmp_path / "own", clean=clean, corrupted=corrupted))
+    page = (tmp_path / "own/report.html").read_text()
+    assert "Q: hot\nA: chaud" in page and "One pair of texts" in page and "Five shots" not in page
+    assert recipe.answers(toy_model(), recipe.DemoConfig(clean=clean, corrupted=corrupted))[0] == " dry"
+    with pytest.raises(ic.TextError, match="corrupted 4: patching needs as many"):
+        recipe.demo(recipe.DemoConfig(out=tmp_path / "other", clean=clean, corrupted="Q: hot\nA:"))
+    assert "Five shots" not in capsys.readouterr().out
+
+
 def test_a_real_folder(tmp_path: Path) -> None:
     path = recipe.demo(recipe.DemoConfig(model=str(DATA / "stories260K"), out=tmp_path))
     assert "One pair of texts" in path.read_text()

@@ -443,7 +443,7 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
         elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
-            why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+            why = f"{family.name} has no mixture-of-experts router that is known here"
         elif name == "shared_expert_gate":
             why = f"this {family.name} has no gate on a shared expert"
         elif SITES[name].visual:
@@ -455,4 +455,4 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = f"the atlas does not know where {family.name} keeps {name}. {near}"
         atlas.lacking[name] = why
     if "final_norm" not in present:
-        atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
+        atlas.lacking["readout"] = f"this {family.name} has no final norm that is known here"

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import PlanError, first_line
 from ..methods import method
 from ..plugins import registry
+from ..progress import Progress
 from .tools import TOOLS, Tool, ready
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def measure(
         runs[path, path.rpartition(":")[2]] = _function(path)(model, ids)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     order = random.Random(0)
-    with torch.no_grad():
+    with torch.no_grad(), Progress("rounds", rounds) as progress:
         calls, held, failed = _first(runs)
         for _ in range(rounds):
             gc.collect()  # between rounds, so that it falls on nobody
@@ -121,6 +122,7 @@ def measure(
             for key in keys:
                 runs[key]()  # so that the caches are warm with its own work, not with the last tool's
                 times[key].append(_seconds(runs[key], model.device))
+            progress.add()
     return _rows(runs, times, calls, held), failed
 
 

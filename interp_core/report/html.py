@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,8 +134,9 @@ def escape(text: object) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its white space made visible at the ends."""
+    """A token with its white space made visible at the ends, and control characters by their numbers."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    shown = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda letter: f"\\x{ord(letter[0]):02x}", shown)
     return "·" + shown[1:] if shown.startswith(" ") else shown or "∅"
 
 

@@ -84,7 +84,8 @@ class RunFolder(Folder):
         if model is not None and self.identity["model"] is not None:
             differs.append(model_difference(model, self.identity["model"]))
         if text := "; ".join(part for part in differs if part):
-            raise PlanError(f"{self.home} holds another {self.kind}: {text}; give another folder")
+            clear = ", or --overwrite" if self.kind == "run" else ""
+            raise PlanError(f"{self.home} holds another {self.kind}: {text}; give another folder{clear}")
 
     def bind(self, model: Structure) -> None:
         """The model, where it was not there when the folder was opened; what is made from here on is its.
@@ -141,6 +142,9 @@ class RunFolder(Folder):
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         state = "finished" if error is None else "stopped" if stopped else "failed"
         reason = "" if error is None else f"{type(error).__name__}: {error}"
+        if stopped and error is not None:
+            kept = f"what is done is kept in {self.home}, and the same command goes on there"
+            error.add_note(kept if self._is_bound() else f"nothing was done yet in {self.home}")
         # What went wrong may be that the disk is full: then its error is told, not that of the record.
         with suppress(*[OSError] * (error is not None)):
             self.session.end(state, reason)

@@ -294,7 +294,8 @@ class Stages:
     def _clash(self, name: str) -> PlanError:
         path = self.path / name
         if not self.root.shared:
-            return PlanError(f"{path} is there, and this run did not write it; move it away, or give another folder")
+            ways = "move it away, give another folder, or --overwrite"
+            return PlanError(f"{path} is there, and this run did not write it; {ways}")
         return PlanError(f"{path} is there{self.root.owner(path)}; give --overwrite to replace it, or another folder")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..engines.operations import write_point
 from ..engines.selection import Selection
 from ..engines.tower import Tower
-from ..errors import PlanError, PositionError, ReadError, nearest, several, wrong
+from ..errors import PlanError, PositionError, ReadError, nearest, wrong
 from ..plan import Plan
 from ..progress import Progress
 from ..provenance import provenance
@@ -41,6 +41,7 @@ from ..views import Shown, View
 from .choose import cheapest_strategy
 from .kept import read_variants, variants_files
 from .keys import Effect, Key, Parts, by_key, cells, number_of, part_names, words
+from .kinds import scores_of, variants_of
 from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, label, lines, numbered, view
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
@@ -284,18 +285,11 @@ def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tu
     Raises:
         PlanError: naming the first that is not.
     """
-    listed = several("variants", "edits, or lists of edits", variants, PlanError)
-    for item in listed:
-        if isinstance(item, Tensor) or not isinstance(item, (Edit, Site, Iterable)):
-            raise PlanError(wrong("a variant", "edits", item))
+    listed, scores = variants_of(variants), scores_of(score)
     if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
         raise PlanError(wrong("memory_budget=", "a number of bytes", memory_budget))
     if out is not None and not isinstance(out, (str, Path)):
         raise PlanError(wrong("out=", "a folder", out))
-    scores = (score,) if isinstance(score, Score) else several("score=", "a score, or several", score, PlanError)
-    for item in scores:
-        if not isinstance(item, Score):
-            raise PlanError(wrong("score=", "a score such as ic.score.logprob(target), or several", item))
     return listed, scores
 
 

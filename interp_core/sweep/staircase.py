@@ -38,7 +38,7 @@ from ..engines.site_access import SiteEdit, SiteRead
 from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows
-from ..readings import demand_proof
+from ..receipts import demand_proof
 from ..sites import ROUTING, Edit, Site
 from .clean import CleanPass, modules_of, narrowed, seen, tapped
 

@@ -227,9 +227,9 @@ class DemoConfig(ic.Config):
     Attributes:
         model: toy:text, a folder, or a hub id.
         out: folder of the run (default: results/{model}/{dataset}/{timestamp}-demo-{hash}).
-        clean: prompt that leads to the answer; not asked of the toy, which has tasks of its own.
+        clean: prompt that leads to the answer. The toy, if it is given no prompts, has a task of its own.
         corrupted: a prompt of as many tokens that leads to the other answer.
-        answer, other: what should follow the one and the other.
+        answer, other: what should follow the one and the other; of prompts of yours, what the model itself says.
     """
 
     model: str = "toy:text"
@@ -240,16 +240,28 @@ class DemoConfig(ic.Config):
     other: str = " dog"
 
 
+def answers(model: ic.Model, config: DemoConfig) -> tuple[str, str]:
+    """What should follow the two prompts: as the settings say; of prompts of your own, the likeliest tokens."""
+    chosen = []
+    for prompt, answer in (("clean", "answer"), ("corrupted", "other")):
+        if answer in config.model_fields_set or not config.model_fields_set & {"clean", "corrupted"}:
+            chosen.append(getattr(config, answer))
+        else:
+            chosen.append(model.word(int(model.run(getattr(config, prompt), logits=-1).logits.argmax())))
+    return chosen[0], chosen[1]
+
+
 def demo(config: DemoConfig) -> Path:
     """Run the demo; returns the report's path."""
     began = time.perf_counter()
-    loaded, toy = ic.load(config.model), config.model == "toy:text"
-    task = toy_task(loaded) if toy else text_task(loaded, config.clean, config.corrupted, config.answer, config.other)
+    loaded = ic.load(config.model)
+    toy = config.model == "toy:text" and not config.model_fields_set & {"clean", "corrupted", "answer", "other"}
     dataset = "toy-relations" if toy else "texts"
     with ic.runs.open(
         config.out, config.model_dump(exclude={"out"}), recipe="demo", model=loaded, dataset=dataset
     ) as run:
         run.claim(["report.html", "lens.png", "patching.png"])
+        task = toy_task(loaded) if toy else text_task(loaded, config.clean, config.corrupted, *answers(loaded, config))
         print(f"{loaded}\n{task.story}\n", flush=True)
         findings = study(loaded, task, 4 if toy else 24, run)
         findings.lens.show()
