@@ -51,7 +51,7 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page = path.read_text()
     said = capsys.readouterr().out
     assert "L2H2" in said and str(path) in said
-    for line in ("What came out", "Logit lens", "Which heads decide", "Steered generation", "resid_post"):
+    for line in ("Summary", "Logit lens", "Which heads decide", "Steered text", "resid_post"):
         assert line in page
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
     assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
