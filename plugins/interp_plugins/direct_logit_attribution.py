@@ -178,6 +178,7 @@ class DirectLogitResult(ic.Result):
         """Components as bars; heads as a map of layers against heads."""
         mean = self.parts.mean(0)
         kept = sorted(mean.abs().topk(min(SHOWN, len(mean))).indices.tolist())
+        kept = [i for i in kept if bool(self.parts[:, i].any())]  # most models have no biases
         few = f", the {SHOWN} largest" if len(mean) > SHOWN else ""
         where = f"at {self.place}{of_rows(self.answer)}"
         charts: list[ic.report.Chart] = [
