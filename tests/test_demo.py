@@ -67,7 +67,7 @@ def test_prompts_that_are_given_are_run_on_the_toy_too(tmp_path: Path, capsys: p
     clean, corrupted = shown.format("small", "cold"), shown.format("grand", "chaud")
     recipe.demo(recipe.DemoConfig(out=tmp_path / "own", clean=clean, corrupted=corrupted))
     page = (tmp_path / "own/report.html").read_text()
-    assert "Q: hot\nA: chaud" in page and "One pair of texts" in page and "Five shots" not in page
+    assert "Q: hot\nA: chaud" in page and "One pair of prompts" in page and "Five shots" not in page
     assert recipe.answers(toy_model(), recipe.DemoConfig(clean=clean, corrupted=corrupted))[0] == " dry"
     with pytest.raises(ic.TextError, match="corrupted 4: patching needs as many"):
         recipe.demo(recipe.DemoConfig(out=tmp_path / "other", clean=clean, corrupted="Q: hot\nA:"))
@@ -76,7 +76,7 @@ def test_prompts_that_are_given_are_run_on_the_toy_too(tmp_path: Path, capsys: p
 
 def test_a_real_folder(tmp_path: Path) -> None:
     path = recipe.demo(recipe.DemoConfig(model=str(DATA / "stories260K"), out=tmp_path))
-    assert "One pair of texts" in path.read_text()
+    assert "One pair of prompts" in path.read_text()
     run = [
         sys.executable,
         "-m",
