@@ -20,6 +20,7 @@ from .errors import LoadError, nearest, wrong
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
+_GIVE_TOKENIZER = "put a tokenizer.json that works into the folder, or in Python pass tokenizer=…"
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -247,8 +248,8 @@ def _tokenizer(files: Files) -> Any:
     if set(tokenizer.get_vocab()) <= set(tokenizer.added_tokens_encoder):  # made up, too
         if folder.is_dir():
             raise LoadError(
-                f"{path} has no usable tokenizer (no vocabulary beside {type(tokenizer).__name__}'s settings); pass "
-                "tokenizer=…, or add tokenizer.json to the folder"
+                f"{path} has no usable tokenizer (no vocabulary beside {type(tokenizer).__name__}'s settings); "
+                f"{_GIVE_TOKENIZER}"
             )
         return None
     return tokenizer
@@ -329,7 +330,8 @@ def _advice(files: Files, what: str, error: Exception) -> str:
         return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():
         if what == "AutoTokenizer":
-            return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"
+            why = "" if text.rstrip().endswith(":") else f" ({text})"  # what only announces a list says nothing
+            return f"{path} has no usable tokenizer{why}; {_GIVE_TOKENIZER}"
         return f"{path} cannot be loaded as a language model: {text}"
     if "gated" in str(error).lower():
         return f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
