@@ -23,6 +23,7 @@ from .snapshot import demand_plain
 TOYS = ("moe", "text", "vision")
 GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
 OPEN_ATTENTION = ("sdpa", "eager")
+_GIVE_TOKENIZER = "put a tokenizer.json that works into the folder, or in Python pass tokenizer=…"
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -251,8 +252,8 @@ def _tokenizer(files: Files) -> Any:
     if set(tokenizer.get_vocab()) <= set(tokenizer.added_tokens_encoder):  # made up, too
         if folder.is_dir():
             raise LoadError(
-                f"{path} has no usable tokenizer (no vocabulary beside {type(tokenizer).__name__}'s settings); pass "
-                "tokenizer=…, or add tokenizer.json to the folder"
+                f"{path} has no usable tokenizer (no vocabulary beside {type(tokenizer).__name__}'s settings); "
+                f"{_GIVE_TOKENIZER}"
             )
         return None
     return tokenizer
@@ -350,7 +351,8 @@ def _advice(files: Files, what: str, error: Exception) -> str:
         return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():
         if what == "AutoTokenizer":
-            return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"
+            why = "" if text.rstrip().endswith(":") else f" ({text})"  # what only announces a list says nothing
+            return f"{path} has no usable tokenizer{why}; {_GIVE_TOKENIZER}"
         return f"{path} cannot be loaded as a language model: {text}"
     # transformers raises an OSError for a gated model as for a missing one: its words alone tell them apart.
     if "gated" in str(error).lower():

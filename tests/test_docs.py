@@ -5,11 +5,12 @@ The tutorial, whose blocks are files and shell commands too, has `test_tutorial.
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import the_real_model
+from conftest import the_real_model, toy_model
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -45,6 +46,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_picture_of_the_staircase_is_drawn_from_the_plans() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/staircase.py"))
+    assert script["PICTURE"].read_text(encoding="utf-8") == script["svg"](toy_model())
 
 
 def test_commands_of_the_readme_exist() -> None:

@@ -26,7 +26,7 @@ def test_a_folder() -> None:
     made = model.generate("Once upon a time, there was a", max_new_tokens=12)
     assert "li" in made.texts[0] or "girl" in made.texts[0]
     assert len(model.heads) == 40
-    assert repr(model).startswith(f"Model({str(STORIES)!r}, llama, 5 layers, d_model 64, float32 on")
+    assert repr(model).startswith(f"Model({STORIES.name!r}, llama, 5 layers, d_model 64, float32 on")
 
 
 def test_options(tmp_path: Path) -> None:
@@ -106,6 +106,13 @@ def test_files_and_empty_folders(tmp_path: Path) -> None:
         ic.load(str(tmp_path))
 
 
+def test_a_reason_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    """What transformers says first of a tokenizer without files is `Couldn't instantiate … from one of: `."""
+    folder = Path(broken(tmp_path, "tokenizer.json", None))
+    with pytest.raises(ic.LoadError, match="has no usable tokenizer; put a tokenizer.json"):
+        ic.load(str(folder))
+
+
 def bare(tmp_path: Path, *kept: str) -> Path:
     """The folder without its tokenizer, but for some files."""
     folder = Path(broken(tmp_path, "LICENCE_NOTE.txt", None))
@@ -163,7 +170,9 @@ def test_no_tokenizer_is_made_up(tmp_path: Path, ids: torch.Tensor) -> None:
     with pytest.raises(ic.LoadError, match="has no tokenizer"):
         open_tokenizer(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    with pytest.raises(ic.LoadError, match=r"no usable tokenizer .*pass tokenizer=…"):
+    with pytest.raises(
+        ic.LoadError, match=r"no usable tokenizer .*; put a tokenizer.json .* or in Python pass tokenizer=…"
+    ):
         ic.load(str(folder))
 
 
