@@ -44,11 +44,12 @@ def test_states_are_those_of_a_run(site: str, by: Any, names: list[str]) -> None
     model = tiny_model("llama")
     sites = probed(model, site, by)
     assert list(map(str, sites)) == names
-    states = read_states(model, tokens(IDS), (2, "answer_token"), "mean", False, sites)
+    states = read_states(model, tokens(IDS), ("all", "answer_token"), "mean", False, sites)
     run = model.run(tokens(IDS), read=sites)
     for k, each in enumerate(sites):
-        for place, column in enumerate((2, -1)):
-            close(states[:, place, k], run[each].plain[:, column].flatten(1), model)
+        read = run[each].plain.flatten(2)
+        close(states[:, 0, k], read.mean(1), model)
+        close(states[:, 1, k], read[:, -1], model)
 
 
 def test_heads_that_know(tmp_path: Path) -> None:
