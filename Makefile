@@ -7,9 +7,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= out/demo
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# what is not compiled beforehand is when it is first imported: that is less than half of it
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 demo: .venv/ready
+	@echo "demo: a logit lens, a map of patching and a steered text, into $(DEMO)/report.html; half a minute"
 	$(BIN)/interp demo --out $(DEMO)
 
 test: .venv/ready
@@ -30,6 +32,7 @@ check: .venv/ready-dev
 	./scripts/check
 
 .venv/ready: pyproject.toml constraints.txt
+	@echo "set-up: torch, transformers, TransformerLens and nnsight into .venv, a minute or two without a word of pip's"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e '.[test]'
 	touch $@

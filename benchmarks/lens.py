@@ -81,14 +81,12 @@ def whole(model: ic.Model, rounds: int) -> None:
         return logit_lens(bridge, ids, positions=before, targets=targets, return_type="log_probs")
 
     difference = (ours() - plainly()).abs().max()
-    seconds = shortest(rounds, ours, spread, theirs, plainly, clock=time.process_time)
-    names = (
-        "ours: NLL and rank",
-        "ours, with entropy and KL",
-        "TransformerLens, these positions",
-        "hidden states, all positions",
-    )
-    for name, each in zip(names, seconds, strict=True):
+    calls = {
+        "ours: NLL and rank": ours, "ours, with entropy and KL": spread, "TransformerLens, these positions": theirs,
+        "hidden states, all positions": plainly,
+    }  # fmt: skip
+    seconds = shortest(rounds, *calls.values(), clock=time.process_time)
+    for name, each in zip(calls, seconds, strict=True):
         print(f"| {str(model.dtype).removeprefix('torch.')} | {name} | {each:.3f} | {each / seconds[0]:.1f} × |")
     print(f"\nours and the plain one differ by {difference:.1e} nats at most\n")
 

@@ -124,22 +124,20 @@ class Bridge(Tool):
 
     def _cached(self, suffix: str) -> Any:
         names = {f"blocks.{i}.{suffix}" for i in self.layers}
-        return self.bridge.run_with_cache(self.ids, names_filter=lambda name: name in names)
+        logits, cache = self.bridge.run_with_cache(self.ids, names_filter=lambda name: name in names)
+        return logits, cache.cache_dict
 
     def plain(self) -> Any:
         return self.bridge(self.ids)
 
     def resid(self) -> Any:
-        logits, cache = self._cached("hook_out")
-        return logits, cache.cache_dict
+        return self._cached("hook_out")
 
     def z(self) -> Any:
-        logits, cache = self._cached("attn.hook_z")
-        return logits, cache.cache_dict
+        return self._cached("attn.hook_z")
 
     def pattern(self) -> Any:
-        logits, cache = self._cached("attn.hook_pattern")
-        return logits, cache.cache_dict
+        return self._cached("attn.hook_pattern")
 
     def cache(self) -> Any:
         logits, cache = self.bridge.run_with_cache(self.ids)
@@ -176,18 +174,14 @@ class Pyvene(Tool):
         import pyvene
 
         self.pyvene, self.copy = pyvene, copy.deepcopy(model.hf)
-        resid = [self._part("resid_post", i, "output", pyvene.CollectIntervention) for i in self.layers]
-        self.reader = self._intervenable(resid)
-        self.readers_z = self._intervenable(
-            [self._part("z", i, "input", pyvene.CollectIntervention) for i in self.layers]
-        )
+        self.reader = self._reader("resid_post", "output")
+        self.readers_z = self._reader("z", "input")
 
-    def _part(self, site: str, layer: int, side: str, kind: Any) -> dict[str, Any]:
-        return {"component": f"{self.path(site, layer)}.{side}", "intervention": kind(keep_last_dim=True)}
-
-    def _intervenable(self, parts: list[dict[str, Any]]) -> Any:
-        config = self.pyvene.IntervenableConfig(parts)
-        model = self.pyvene.IntervenableModel(config, model=self.copy)
+    def _reader(self, site: str, side: str) -> Any:
+        collect = self.pyvene.CollectIntervention
+        parts = [{"component": f"{self.path(site, i)}.{side}", "intervention": collect(keep_last_dim=True)}
+                 for i in self.layers]  # fmt: skip
+        model = self.pyvene.IntervenableModel(self.pyvene.IntervenableConfig(parts), model=self.copy)
         model.set_device(str(self.model.device))
         return model
 

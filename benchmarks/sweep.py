@@ -194,22 +194,16 @@ def loops(name: str, model: ic.Model, ids: Tensor, mean: Tensor, stream: Tensor,
     yield "one full forward per variant, hooks by hand", seconds, values, chosen
     per = heads if name != "positions" else tokens
     size = min(per, 32)
-    groups = [
-        list(range(at * per + i, min(at * per + i + size, (at + 1) * per)))
-        for at in range(layers)
-        for i in range(0, per, size)
-    ]
+    cells = [range(at * per, (at + 1) * per) for at in range(layers)]
+    groups = [list(cell[i : i + size]) for cell in cells for i in range(0, per, size)]
     groups = groups if name == "heads" else groups[:: max(1, len(groups) // 3)]
     seconds, values = timed(lambda: torch.cat([hooked(group) for group in groups]))
     yield "batched by layer, hooks by hand", seconds, values, [number for group in groups for number in group]
     some = chosen[:: max(1, len(chosen) // 24)]
     if name != "positions":
         yield ("nnsight, one trace per variant", *timed(lambda: traced(model, ids, mean, some)), some)
-        yield (
-            "TransformerLens bridge, run_with_hooks per variant",
-            *timed(lambda: bridged(model, ids, mean, some)),
-            some,
-        )
+        bridge = "TransformerLens bridge, run_with_hooks per variant"
+        yield (bridge, *timed(lambda: bridged(model, ids, mean, some)), some)
 
 
 def traced(model: ic.Model, ids: Tensor, mean: Tensor, numbers: list[int]) -> Tensor:

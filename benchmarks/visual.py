@@ -126,9 +126,10 @@ class Naive:
     def _replacing(self, kind: str, layer: int) -> Callable[..., Any]:
         def hook(_: Any, args: tuple[Tensor, ...]) -> Any:
             x = args[0].clone()
-            x[:, VISION] = {"zero": 0, "blind": self.streams[layer] if kind == "blind" else 0}.get(
-                kind, x[:, VISION] + noise(layer)
-            )
+            if kind == "noise":
+                x[:, VISION] += noise(layer)
+            else:
+                x[:, VISION] = self.streams[layer] if kind == "blind" else 0
             return (x, *args[1:])
 
         return hook

@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from .progress import Progress as Progress
     from .readings import LayerReadings as LayerReadings
     from .readings import Reading as Reading
-    from .readings import Receipt as Receipt
-    from .readings import Routing as Routing
+    from .receipts import Receipt as Receipt
+    from .receipts import Routing as Routing
     from .result import Result as Result
     from .run import Run as Run
     from .saved import SavedRun as SavedRun
@@ -71,41 +71,33 @@ if TYPE_CHECKING:
     from .text import Tokens as Tokens
     from .vision.places import VisualToken as VisualToken
 
-_HOME = {
-    "Activations": "activations",
-    "AttentionRows": "engines.attention_rows",
-    "Config": "settings",
-    "Edit": "sites",
-    "Generation": "generation",
-    "LayerReadings": "readings",
-    "Method": "methods",
-    "Model": "model",
-    "PerRow": "positions",
-    "Plan": "plan",
-    "Progress": "progress",
-    "Reading": "readings",
-    "Receipt": "readings",
-    "Result": "result",
-    "Routing": "readings",
-    "Run": "run",
-    "SavedRun": "saved",
-    "Site": "sites",
-    "Span": "positions",
-    "Sweep": "sweep",
-    "Tokens": "text",
-    "VisualCheck": "batteries.images",
-    "VisualToken": "vision.places",
-    "keyed": "identity",
-    "load": "model",
-    "method": "methods",
-    "open_tokenizer": "loading",
-    "open_run": "saved",
-    "registry": "plugins",
-    "visual_check": "batteries.images",
-} | {
-    f"{kind}Error": "errors"
-    for kind in ("Capability", "Effect", "Interp", "Load", "Plan", "Plugin", "Position", "Read", "Site", "Text")
+_NAMES = {
+    "activations": "Activations",
+    "batteries.images": "VisualCheck visual_check",
+    "engines.attention_rows": "AttentionRows",
+    "errors": "CapabilityError EffectError InterpError LoadError PlanError PluginError PositionError ReadError "
+    "SiteError TextError",
+    "generation": "Generation",
+    "identity": "keyed",
+    "loading": "open_tokenizer",
+    "methods": "Method method",
+    "model": "Model load",
+    "plan": "Plan",
+    "plugins": "registry",
+    "positions": "PerRow Span",
+    "progress": "Progress",
+    "readings": "LayerReadings Reading",
+    "receipts": "Receipt Routing",
+    "result": "Result",
+    "run": "Run",
+    "saved": "SavedRun open_run",
+    "settings": "Config",
+    "sites": "Edit Site",
+    "sweep": "Sweep",
+    "text": "Tokens",
+    "vision.places": "VisualToken",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = (
     "errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "vision", "visual",
 )  # fmt: skip
@@ -120,9 +112,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    from .errors import nearest
+    from .foreign import PACKAGE, Abroad
 
-    raise AttributeError(f"interp_core has no {name!r}. {nearest(name, __all__)}")
+    raise AttributeError(Abroad("interp_core", PACKAGE).lacks(name, __all__))
 
 
 def __dir__() -> list[str]:

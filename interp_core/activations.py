@@ -26,9 +26,12 @@ from .architectures.atlas import Atlas
 from .engines.protocol import Slot
 from .errors import LoadError, ReadError, wrong
 from .files import folder_of, safetensors_bytes, split_lines
+from .pass_views import axes_of
+from .positions import is_single
 from .saved import StoredSlot, StoredValues, atlas_from, mapped, slot_name, tokens_data, tokens_from
 from .sites import Site
 from .text import Tokens
+from .views import Part, Shown, Table, View, part
 
 SITES, INDEX, SHARDS = "sites.json", "texts.jsonl", "shards"
 RECIPE = "collect"
@@ -36,7 +39,7 @@ OPEN_SHARDS = 64
 """Shards that stay open."""
 
 
-class Activations:
+class Activations(Shown):
     """What `model.collect` wrote. Values are mapped from the files, copy-on-write: they cost memory where they are
     looked at.
 
@@ -48,6 +51,7 @@ class Activations:
     def __init__(self, folder: Path, reads: Sequence[Site], atlas: Atlas, shard_of: Sequence[tuple[str, int]]) -> None:
         self.folder, self.reads, self._atlas, self._shard_of = folder, tuple(reads), atlas, shard_of
         self._slots: list[Slot] = [StoredSlot(entry, site) for site in reads for entry in atlas.select(site)]
+        # One cache for each object: on a method it would be all objects' together, and keep them alive.
         self._shard = lru_cache(OPEN_SHARDS)(lambda name: Shard(folder / SHARDS / name))
 
     @staticmethod
@@ -62,8 +66,18 @@ class Activations:
     def __len__(self) -> int:
         return len(self._shard_of)
 
-    def __repr__(self) -> str:
-        return f"Activations({', '.join(map(str, self.reads))}; {len(self):,} texts in {self.folder})"
+    def _view(self) -> View:
+        return View(f"Activations of {len(self):,} texts in {self.folder.name}", [part("held", self._held)])
+
+    def _held(self) -> Part:
+        """Sites with the axes of one text's value; nothing is opened."""
+        rows = []
+        for site in self.reads:
+            own = [slot.entry for slot in self._slots if slot.site == site]
+            sizes = {**own[0].sizes, "layer": len(own)}
+            axes = [f"{axis} {sizes.get(axis, '')}".strip() for axis in axes_of(site) if axis != "batch"]
+            rows.append((str(site), f"[{', '.join(axes)}]"))
+        return Part("held", [" ".join(row) for row in rows], Table(["site", "of each text"], rows))
 
     def __getitem__(self, index: tuple[Site | str, int]) -> Tensor:
         """The value of a site, or of a part of it, on one text: axes as in a run, without `batch`. Several layers are
@@ -79,7 +93,7 @@ class Activations:
         shard, place = self._place(text)
         reading = _TextValues(self._slots, self._atlas, shard, place)[site]
         stacked = reading.site.info.layered and not isinstance(reading.site.layers, int)
-        return reading.as_subclass(Tensor).squeeze(1 if stacked else 0)
+        return reading.plain.squeeze(1 if stacked else 0)
 
     def values(self, site: Site | str) -> Iterator[Tensor]:
         """A site's value on every text, in order."""
@@ -153,21 +167,13 @@ def shard_bytes(slots: Sequence[Slot], tokens: Sequence[Tokens], values: Sequenc
     tensors = _strung("ids", [text.ids[0] for text in tokens], ())
     for slot, of_slot in zip(slots, values, strict=True):
         site, first = slot.site, of_slot[0]
-        if "query" in site.info.axes:
-            tail: tuple[int, ...] = ()
-        else:
-            tail = first.shape[1:] if has_positions(site) else first.shape
+        common = first.shape if is_single(site.pos) else first.shape[1:]  # by texts of other lengths
+        # Attention values of two texts may differ in two axes, queries and keys: of these nothing is common.
+        tail = () if "query" in site.info.axes else tuple(common)
         tensors |= _strung(slot_name(site, slot.entry), of_slot, tail)
     texts = json.dumps([tokens_data(text)[0] for text in tokens], ensure_ascii=False).encode()
     tensors["texts"] = torch.frombuffer(bytearray(texts), dtype=torch.uint8)
     return safetensors_bytes(tensors)
-
-
-def has_positions(site: Site) -> bool:
-    """Whether the value of a site, not one of attention, keeps its axis of positions."""
-    from .positions import is_single
-
-    return site.pos is None or not is_single(site.pos)
 
 
 def _strung(name: str, parts: Sequence[Tensor], tail: tuple[int, ...]) -> dict[str, Tensor]:

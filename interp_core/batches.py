@@ -110,6 +110,7 @@ def some_rows(tokens: Tokens, numbers: Sequence[int]) -> Tokens:
 def padded_on(tokens: Tokens, side: str) -> tuple[Tokens, list[list[int]] | None]:
     """The same rows with all padding on one side, and where each column went to (None: nothing moved). Holes inside a
     row stay between the same tokens. Positions count real tokens, so they mean the same."""
+    # A stable sort by "within the row or not" moves the padding, and leaves all other columns in their order.
     order = tokens.within.long().argsort(dim=1, stable=True, descending=side == "right")
     if not tokens.padded or torch.equal(tokens.within.gather(1, order), tokens.within):
         return tokens, None

@@ -19,13 +19,13 @@ from torch import Tensor
 from . import runs
 from .activations import INDEX, RECIPE, SHARDS, SITES, Activations, located, shard_bytes
 from .batches import AHEAD, batch_size_of, bucketed, laid_out, numbering, sides, windows
-from .engines.protocol import Slot
+from .engines.protocol import Slot, viewed
 from .engines.selection import Selection
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
 from .inputs import undivided
 from .plan import Plan
-from .positions import Mask, PerRow, Position, Rows, is_single
+from .positions import Mask, PerRow, Rows, is_single
 from .progress import Progress
 from .readings import ForwardPass
 from .saved import atlas_data
@@ -158,6 +158,7 @@ def _check(model: Any, texts: Any, reads: Sequence[Site]) -> None:
         raise PlanError(wrong("collect", "texts, one by one", texts))
     if not reads:
         raise PlanError("collect needs sites: read=[S.resid_post, S.z[3].at(-1)]")
+    # Refuses sites that the model lacks before the first text is drawn.
     model.compile(reads)
     for site in reads:
         for place in (site.pos, site.key):
@@ -223,10 +224,11 @@ def _run_window(
 def row_values(run: ForwardPass, number: int) -> list[Tensor]:
     """What a run kept in a slot, row by row on the CPU: axes of the site without `batch`, no padding."""
     slot, rows = run._slots[number], run._rows
-    site, value = slot.site, run._value(number)
-    assert value is not None
-    value = slot.view(value) if slot.late and slot.view is not None else value
+    site, kept = slot.site, run._value(number)
+    assert kept is not None
+    value = viewed(slot, kept)
     parts = _unstrung(value, site, rows) if run._strung(site, value) else list(value)
+    # Chosen positions are real tokens; only an axis of all positions has the padding of longer rows in it.
     whole = [dim for dim, all_of_it in enumerate(_axes(site)) if all_of_it]
     for row, real in enumerate(rows.real):
         if len(real) < rows.width:
@@ -238,13 +240,9 @@ def row_values(run: ForwardPass, number: int) -> list[Tensor]:
 def _axes(site: Site) -> list[bool]:
     """Of each axis of a site's value in one row, whether it has all positions."""
     whole = {"pos": site.pos is None, "query": site.pos is None, "key": site.key is None}
-    single = {"pos": _one(site.pos), "query": _one(site.pos), "key": _one(site.key)}
+    single = {"pos": is_single(site.pos), "query": is_single(site.pos), "key": is_single(site.key)}
     single |= {str(site.info.unit): isinstance(site.units, int)}
     return [whole.get(axis, False) for axis in site.info.axes[1:] if not single.get(axis, False)]
-
-
-def _one(place: Position | None) -> bool:
-    return place is not None and is_single(place)
 
 
 def _unstrung(value: Tensor, site: Site, rows: Rows) -> list[Tensor]:
@@ -261,11 +259,6 @@ def _unstrung(value: Tensor, site: Site, rows: Rows) -> list[Tensor]:
         if selection.attention:
             part = part.unflatten(0, sizes)
             part = part.movedim(2, 0) if part.ndim == 3 else part
-            single = [
-                dim
-                for dim, place in ((-1, selection.key), (-2, selection.pos))
-                if place is not None and is_single(place)
-            ]
-            part = part.squeeze(single)
+            part = part.squeeze([dim for dim, at in ((-1, selection.key), (-2, selection.pos)) if is_single(at)])
         parts.append(part)
     return parts

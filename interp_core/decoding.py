@@ -106,6 +106,7 @@ class Ends:
 
     def __call__(self, ids: Tensor, scores: Any, **more: Any) -> Tensor:
         """Which rows have ended `[batch]`, given all ids so far `[batch pos]`."""
+        # Where nothing ends a row, one answer serves for all steps: no tensor is made or kept at each.
         if not self._done or not self._endless:
             self._done.append(self._ended(ids, scores, more))
         if self.follow is not None:
@@ -173,11 +174,13 @@ def decoding(
     if not eos and said.get("exponential_decay_length_penalty") is not None:
         raise PlanError("exponential_decay_length_penalty raises end-of-sequence tokens, and this text has none")
     criteria = _criteria(model, said, keywords)
+    # transformers warns of settings of sampling beside greedy decoding; and its own defaults sample from 50 tokens.
     if not said.setdefault("do_sample", False):
         said = {name: value for name, value in said.items() if name not in ("temperature", "top_p", "top_k")}
     else:
         said = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | said
     try:
+        # It would compile the forward pass by itself where the cache is static, and hooks do not act in compiled code.
         config = Said(**{**said, "max_new_tokens": new, "disable_compile": True, "use_cache": True})
     except (ValueError, TypeError) as error:
         raise PlanError(f"transformers does not take these options: {error}") from error
@@ -240,6 +243,7 @@ def _special(model: Session, said: dict[str, Any], stop: bool) -> list[int]:
         eos = model.tokenizer.eos_token_id
     listed = [] if eos is None else [int(token) for token in torch.as_tensor(eos).flatten()]
     pad, top = model_says.pad_token_id, model.atlas.shape.d_vocab
+    # Some configs name an id that the model does not have (-1, or one behind the vocabulary), which it could not embed.
     pad = pad if pad is not None and 0 <= pad < top else (listed or [0])[0]
     said.setdefault("pad_token_id", pad)
     said["eos_token_id"] = listed if stop and listed else None

@@ -7,7 +7,7 @@ InterpError
 ├── TextError        text, tokens or tokenizer that do not fit the model
 ├── LoadError        a model, tokenizer or file that cannot be loaded
 ├── CapabilityError  the engine or the model family cannot do what is asked
-├── EffectError      an edit that did nothing
+├── EffectError      an edit that did nothing, or whose value is not a number
 ├── ReadError        a value that the run does not hold
 └── PluginError      a plugin that is missing, broken, clashing or incompatible
 
@@ -25,12 +25,13 @@ An error in a function of yours (`apply`, `grad=`, a score) is raised as it is.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
     "CapabilityError", "EffectError", "InterpError", "LoadError", "PlanError", "PluginError", "PositionError",
-    "ReadError", "SiteError", "TextError", "nearest", "several", "wrong",
+    "ReadError", "SiteError", "TextError", "nearest", "no_function_of", "several", "wrong",
 ]  # fmt: skip
 
 
@@ -80,6 +81,11 @@ def wrong(what: str, takes: str, value: object) -> str:
     return f"{what} takes {takes}, not {type(value).__name__} {shown[:60]}{'…' * (len(shown) > 60)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its class, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def several(what: str, takes: str, value: Any, error: type[InterpError]) -> tuple[Any, ...]:
     """The items of an argument that takes several.
 
@@ -101,3 +107,18 @@ def nearest(asked: object, known: Iterable[str], limit: int = 12) -> str:
         return "There are none."
     shown = ", ".join(repr(name) for name in names[:limit])
     return f"There are: {shown}{f' and {len(names) - limit} more' if len(names) > limit else ''}."
+
+
+def no_function_of(arguments: str, function: object) -> str:
+    """Why something cannot be called with these arguments, as the end of a message; "" if it can, or nobody knows."""
+    if not callable(function):
+        return f"not {type(function).__name__}"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a function written in C
+        return ""
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError:
+        return f"not one of {signature}: write lambda {arguments}: …"
+    return ""

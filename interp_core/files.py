@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import LoadError, wrong
+from .errors import LoadError, first_line, wrong
 
 STALE_SECONDS = 24 * 3600
 """Age after which a draft of another machine, whose processes cannot be asked, counts as left behind."""
@@ -106,9 +106,7 @@ def read_pt(path: str | Path, what: str, *, mmap: bool = False) -> Any:
     except FileNotFoundError:
         raise LoadError(f"there is no file {path}, which should hold {what}") from None
     except Exception as error:  # whatever pickle and zip raise
-        raise LoadError(
-            f"{path} cannot be read as {what} (with weights_only=True): {str(error).splitlines()[0]}"
-        ) from error
+        raise LoadError(f"{path} cannot be read as {what} (with weights_only=True): {first_line(error)}") from error
 
 
 def file_sha256(path: Path) -> str | None:

@@ -23,9 +23,12 @@ from .decoding import Ends, decoding
 from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
+from .foreign import GENERATION, Abroad, Answering
 from .model_inputs import model_inputs
+from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
-from .readings import Reading, ReadStore, Receipt, demand_effect, demand_proof, receipts
+from .readings import Reading, ReadStore
+from .receipts import Receipt, demand_effect, demand_proof, receipts
 from .run import CompiledPlan
 from .session import Input, Session
 from .sites import TENSOR_OPS, Edit, Site
@@ -71,7 +74,7 @@ def generate(
     prompt = replace(prompt, inputs={**prompt.inputs, **how.inputs}) if how.inputs else prompt
     tokens, moved = padded_on(prompt, "left")
     rows = tokens.rows._replace(moved=moved)
-    model.fit(tokens, how.new - 1)
+    model.fit(tokens, how.new - 1)  # the last new token is chosen, and never run
     compiled = CompiledPlan(model, *model.program(read, edits))
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
@@ -143,7 +146,7 @@ class Step(ReadStore):
         return value[..., : self._columns]  # a static cache has places for keys that are not there yet
 
 
-class Generation:
+class Generation(GenerationView, Answering):
     """What `generate` gives back.
 
     Attributes:
@@ -154,10 +157,12 @@ class Generation:
         ended: per row, whether it came to an end of its own (the others stopped at `max_new_tokens` or `max_time`).
     """
 
+    _abroad = Abroad("a Generation", GENERATION)
+
     def __init__(
         self, compiled: CompiledPlan, prompt: Tokens, rows: Rows, ids: Tensor, passes: list[PassRecord], ends: Ends
     ) -> None:
-        self._compiled, self._rows = compiled, rows
+        self._compiled, self._rows, self.model = compiled, rows, compiled.model
         self.ids = ids[:, prompt.ids.shape[1] :]
         self._passes = passes[: self.ids.shape[1]]  # some devices make one pass more before they see the end
         lengths = ends.lengths(self.ids.shape[1])

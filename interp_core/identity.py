@@ -21,7 +21,6 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._version import version_of
 from .tensors import digest
 
 if TYPE_CHECKING:
@@ -92,17 +92,8 @@ def identity(value: Any) -> str:
 
 def release(package: str) -> str:
     """A package and its version."""
-    version = _installed(package)
+    version = version_of(package)
     return f"{package} {getattr(sys.modules.get(package), '__version__', '') if version is None else version}"
-
-
-@functools.cache
-def _installed(package: str) -> str | None:
-    """The version of an installed package; looking for it goes through all of them."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class _Walk:
@@ -187,6 +178,7 @@ class _Walk:
             return
         yield from map(self.of, kind.__bases__)
         for name, value in sorted(vars(kind).items()):
+            # Of names with two underscores methods alone: the others are where Python keeps what it knows of the class.
             method = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
             if method or not (name.startswith(("__", "_abc_")) or isinstance(value, SLOTS)):
                 yield from (name, self.of(value))
@@ -252,7 +244,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 def settings_of(module: nn.Module) -> str:
     """How a module and those in it are built: classes, settings and shapes; not where it stands in a model."""
-    parts, skipped = [], {*vars(nn.Module()), *PLACES} - {"training"}
+    parts, skipped = [], {*vars(nn.Module()), *PLACES} - {"training"}  # which says whether dropout acts
     for path, each in module.named_modules():
         own = [(name, x) for name, x in vars(each).items() if name not in skipped]
         kept = sorted((name, repr(x)) for name, x in own if _is_setting(name, x))
@@ -263,6 +255,7 @@ def settings_of(module: nn.Module) -> str:
 
 def _settings(config: Any) -> dict[str, Any]:
     """A config without where it came from, and with which attention and experts' kernels it names."""
+    # Of these `to_dict` says nothing.
     kernels = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
     return {key: value for key, value in config.to_dict().items() if key not in NAMING} | kernels
 
@@ -352,7 +345,7 @@ def _content(tensor: Tensor) -> str:
         raise NoIdentityError(f"a {type(tensor).__name__} of {tensor.device} cannot be read ({error})") from error
 
 
-_KNOWN: Any = WeakTensorKeyDictionary()
+_KNOWN: Any = WeakTensorKeyDictionary()  # by identity: a plain weak dictionary would compare tensors number by number
 """Per tensor, what it was when its digest was worked out, and the digest."""
 WORDS = 64
 """Words of eight bytes that are summed up to see whether a tensor is still the same."""

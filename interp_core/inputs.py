@@ -79,6 +79,7 @@ def some(tokens: Batch, rows: Sequence[int], columns: Tensor) -> tuple[dict[str,
     visual = tokens.spans.get("vision")
     if not tokens.shares or (visual is not None and not any(visual[row] for row in rows)):
         kept = {} if tokens.shares else tokens.inputs
+        # A list, since a tuple would index one axis after the other.
         return {name: value[list(rows)][:, columns] for name, value in kept.items()}, {}
     inputs, shares = {}, dict[str, "tuple[int, ...] | None"]()
     for name, value in tokens.inputs.items():

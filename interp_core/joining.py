@@ -129,7 +129,7 @@ def joined(parts: Sequence[Part], whole: Tokens) -> Result:
         parts: alike, of all prompts together.
         whole: all prompts; axes as wide as the batch are laid out as it is, with not a number (or 0) at its padding.
     """
-    parts = sorted(parts, key=lambda part: min(part.numbers))
+    parts = sorted(parts, key=lambda part: min(part.numbers))  # so that "first" is that of the first prompt
     kind = type(parts[0].result)
     values: dict[str, Any] = {}
     for field in fields(kind):

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 from . import gguf, real
-from .errors import LoadError, nearest, wrong
+from .errors import LoadError, first_line, nearest, wrong
+from .progress import Progress
 from .snapshot import demand_plain
 
 TOYS = ("moe", "text", "vision")
+GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
+OPEN_ATTENTION = ("sdpa", "eager")
 OF_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -69,6 +72,7 @@ def open_model(
         return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
+    # Before weights are read, which may take minutes.
     goal = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -77,9 +81,9 @@ def open_model(
     path = _resolved(source)
     if not gguf.is_gguf(path):
         _check_folder(path)
-    with _files(path, options) as files:
+    with Progress(f"loading {source}", 0), _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
-        if device_map is None:
+        if device_map is None:  # else accelerate has placed it
             model = model.to(goal)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
@@ -197,12 +201,13 @@ def _check_kinds(
 ) -> None:
     """Refuse options that transformers would stumble over later."""
     if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens")):
-        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer))
+        how = "; of a name, ic.open_tokenizer(name) opens it" if isinstance(tokenizer, (str, Path)) else ""
+        raise LoadError(wrong("tokenizer=", "a tokenizer of transformers", tokenizer) + how)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise LoadError(wrong("processor=", "a processor of transformers, with its tokenizer", processor))
     named = isinstance(dtype, str) and (dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype))
     if dtype is not None and not isinstance(dtype, torch.dtype) and not named:
-        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16 or 'bfloat16'", dtype))
+        raise LoadError(wrong("dtype=", "a dtype like torch.bfloat16, or 'bfloat16', 'float16', 'float32'", dtype))
     for name, value in (("attn_implementation=", attn_implementation), ("revision=", revision)):
         if value is not None and (not isinstance(value, str) or not value):
             raise LoadError(wrong(name, "a name", value))
@@ -223,9 +228,8 @@ def _device(device: Any) -> torch.device:
         torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        text = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"there is no device {device!r} ({text}): this PyTorch, {torch.__version__}, sees {have}. "
+            f"there is no device {device!r} ({first_line(error)}): this PyTorch, {torch.__version__}, sees {have}. "
             "Leave device out for the best that is there, or give 'cpu'."
         ) from error
     if checked.type == "meta":
@@ -304,11 +308,10 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
 
     path = files.name
     try:
-        return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
+        with _no_bars():
+            return getattr(transformers, what).from_pretrained(files.folder, **files.options, **more)
     except GatedRepoError as error:
-        raise LoadError(
-            f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
-        ) from error
+        raise LoadError(path + GATED) from error
     except RepositoryNotFoundError as error:
         raise LoadError(f"the hub has no model {path!r}, or it is private: check the name, or log in") from error
     except SafetensorError as error:
@@ -319,20 +322,39 @@ def _attempt(files: Files, what: str, **more: Any) -> Any:
             "a pickle can run code. Convert them to safetensors where you trust them."
         ) from error
     except Exception as error:  # the code of others, on files of others
-        raise LoadError(_advice(files, what, error)) from error
+        attention = more.get("attn_implementation")
+        also = "" if attention in (None, *OPEN_ATTENTION) else (
+            f" Asked for was attn_implementation={attention!r}: leave it out, or give 'sdpa' or 'eager', which need no "
+            "package and have the sites inside attention."
+        )  # fmt: skip
+        raise LoadError(_advice(files, what, error) + also) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar for every model that it opens, which stands in pipes and notebooks too; downloads, by
+    another library, keep theirs."""
+    from transformers.utils import logging as said
+
+    before = said.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    try:
+        yield
+    finally:
+        said.set_tqdm_hook(before)
 
 
 def _advice(files: Files, what: str, error: Exception) -> str:
     path = files.name
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     if files.head is not None:
         return gguf.cannot(path, files.head, text)
     if Path(path).is_dir():
         if what == "AutoTokenizer":
             return f"{path} has no usable tokenizer ({text}); pass tokenizer=…, or add tokenizer.json to the folder"
         return f"{path} cannot be loaded as a language model: {text}"
+    # transformers raises an OSError for a gated model as for a missing one: its words alone tell them apart.
     if "gated" in str(error).lower():
-        return f"{path} is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
+        return path + GATED
     if any(word in str(error).lower() for word in ("offline", "connect", "cached", "internet", "resolve")):
         return (
             f"{path} is neither a folder here nor in the local cache, and the hub cannot be reached. Download it where "

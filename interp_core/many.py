@@ -62,6 +62,7 @@ def run_many(
         with Progress(name, len(tokens), shown=progress) as told:
             told.add(len(done))
             for part in _results(method, model, tokens, config, batches):
+                # A method whose `run` does not say what it returns shows it with its first result.
                 if not parts:
                     demand_joinable(name, type(part.result))
                 else:
@@ -151,10 +152,10 @@ class Shelf:
         return []
 
     def keep(self, part: Part) -> None:
-        """Keep one."""
+        """Keep the result of one batch."""
 
     def finish(self, result: Result) -> None:
-        """Keep the whole."""
+        """Keep the result of all prompts."""
 
 
 class FolderShelf(Shelf):

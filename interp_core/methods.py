@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from . import settings as _settings
 from .errors import CapabilityError, PlanError, PluginError, wrong
 from .plugins import API, name_fault, registry
 from .settings import Config
+from .views import Part, Shown, Table, View, part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,7 @@ CAPABILITIES = ("readout",)
 """What a method may require of a model besides sites."""
 
 
-class Method(ABC):
+class Method(Shown, ABC):
     """Base of all methods. A subclass sets the attributes and writes `run`.
 
     Attributes:
@@ -41,6 +43,22 @@ class Method(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     Config: ClassVar[type[Config]] = Config
 
+    def _view(self) -> View:
+        about = (inspect.getdoc(type(self)) or "").partition("\n\n")[0]
+        needs = [f"{', '.join(sorted(self.requires))} of the model"] if self.requires else []
+        parts = [
+            Part("does", textwrap.wrap(" ".join(about.split()), 84)),
+            Part("needs", needs),
+            part("settings", self._settings),
+        ]
+        return View(f"Method {self.name}: call it with a model, text and settings", parts)
+
+    def _settings(self) -> Part:
+        """What can be set, with defaults; what each means is in the table."""
+        rows = [tuple(row.values()) for row in _settings.rows(self.Config)]
+        lines = textwrap.wrap(", ".join(f"{name}={default}" for name, _, default, _ in rows), 84)
+        return Part("settings", lines, Table(["setting", "type", "default", "meaning"], rows) if rows else None)
+
     @abstractmethod
     def run(self, model: Model, tokens: Tokens, config: Any) -> Result:
         """Do the work: tokens are made and settings are checked."""
@@ -50,7 +68,7 @@ class Method(ABC):
         method to it, within a ten-thousandth of the larger side. None by default."""
         return {}
 
-    def check(self, model: Model, tokens: Tokens, config: Any) -> None:  # noqa: B027  # nothing by default
+    def check(self, model: Model, tokens: Tokens, config: Any) -> None:  # nothing by default
         """Refuse what cannot be done, before anything runs; called once, with all prompts."""
 
     def run_batches(self, model: Model, batches: Iterable[tuple[Tokens, Any]], config: Any) -> Iterator[Result]:
@@ -86,12 +104,13 @@ class Method(ABC):
             CapabilityError: the model lacks what the method needs.
             PluginError: the method returned something else.
         """
-        from .provenance import provenance, sentence
+        from .provenance import provenance, sentence, shared_settings
         from .result import Result
 
         if not hasattr(model, "atlas"):
             raise PlanError(wrong(f"method {self.name}", "a model of ic.load first, then the text", model))
         split = batch_size is not None or out is not None
+        # With batches, how far the whole is; else what the method itself shows, if it has such a setting.
         if "progress" in self.Config.model_fields and not split:
             settings = {"progress": progress, **settings}
         config = self.configured(settings)
@@ -100,7 +119,7 @@ class Method(ABC):
                 raise CapabilityError(f"{self.name} needs {need} of {model.source}: {model.atlas.lacking[need]}")
         tokens = model.input(x)
         self.check(model, tokens, config)
-        record = provenance(self.name, sentence(type(self)), model, tokens, config)
+        record = provenance(self.name, sentence(type(self)), model, tokens, shared_settings(config))
         if split:
             from .batches import BATCH
             from .many import run_many

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from . import loading
 from .batches import BATCH
 from .checks.selfcheck import Check, check_atlas
-from .errors import SiteError, wrong
+from .errors import PlanError, SiteError, wrong
 from .files import without_folder
+from .foreign import MODEL, Abroad, Answering
 from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
 from .session import Input, Session
-from .sites import Edit, Site
+from .sites import SITES, Edit, Site
 from .vision.places import VisualToken, visual_grid
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .generation import Generation
     from .score import Score
     from .sweep import Sweep
+
+Variants = Iterable[Edit | Sequence[Edit]] | Mapping[Any, Edit | Sequence[Edit]]
+"""What `Model.sweep` takes."""
 
 
 def load(
@@ -78,7 +82,7 @@ def load(
     return Model(opened, engine=engine, engine_options=engine_options, check=check)
 
 
-class Model(Session):
+class Model(Answering, Session):
     """A language model whose inside can be named, read and changed.
 
     Attributes:
@@ -89,6 +93,12 @@ class Model(Session):
         check: what the self-check at load found (None without check).
     """
 
+    _abroad = Abroad("a Model", MODEL, "model.run(text, read={})", SITES)
+    _inner = frozenset(
+        ("atlas", "engine", "fit", "fresh", "input", "keeps_logits", "program", "renew", "reopen", "sample", "snapshot",
+         "strategy_checks", "turn")
+    )  # fmt: skip
+
     def __init__(
         self,
         opened: loading.Opened,
@@ -97,6 +107,7 @@ class Model(Session):
         engine_options: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> None:
+        # Before `Session` opens the model, which calls `reopen`.
         self._checks = check
         super().__init__(opened, engine, {} if engine_options is None else engine_options)
 
@@ -105,16 +116,21 @@ class Model(Session):
         super().reopen()
         try:
             self.check: Check | None = check_atlas(self) if self._checks else None
-        except BaseException:
+        except BaseException:  # an interrupt too: the next run must not take what nobody has checked for checked
             self.snapshot.forget()
             raise
 
     def __repr__(self) -> str:
-        shape, source = self.atlas.shape, without_folder(self.source)
-        return (
-            f"Model({source!r}, {self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, engine {self.engine.name})"
-        )
+        return f"Model({without_folder(self.source)!r}, {self._sized()})"
+
+    def _repr_html_(self) -> str:
+        view = self.sites._view()
+        return view._replace(title=f"Model {without_folder(self.source)}: {self._sized()}").html()
+
+    def _sized(self) -> str:
+        shape, dtype = self.atlas.shape, str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.atlas.family.name}, {shape.n_layers} layers, d_model {shape.d_model}"
+        return f"{sizes}, {dtype} on {self.device}, engine {self.engine.name}"
 
     def on(self, engine: str, **options: Any) -> Model:
         """The same model on another engine, weights shared.
@@ -136,6 +152,14 @@ class Model(Session):
             TextError: no images, or placeholders that do not fit them.
         """
         return visual_grid(self.input(x), self.hf.config, self.atlas.family)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """A model is not called: `run` gives more than logits.
+
+        Raises:
+            PlanError: saying so.
+        """
+        raise PlanError("a model is not called: write model.run(text).logits")
 
     # Running
 
@@ -198,20 +222,20 @@ class Model(Session):
 
     @overload
     def sweep(
-        self, x: Input, variants: Iterable[Edit | Sequence[Edit]], score: Score, *, strategy: str = "auto",
+        self, x: Input, variants: Variants, score: Score, *, strategy: str = "auto",
         memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
     ) -> Sweep: ...  # fmt: skip
 
     @overload
     def sweep(
-        self, x: Input, variants: Iterable[Edit | Sequence[Edit]], score: Sequence[Score], *, strategy: str = "auto",
+        self, x: Input, variants: Variants, score: Sequence[Score], *, strategy: str = "auto",
         memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
     ) -> tuple[Sweep, ...]: ...  # fmt: skip
 
     def sweep(
         self,
         x: Input,
-        variants: Iterable[Edit | Sequence[Edit]],
+        variants: Variants,
         score: Score | Sequence[Score],
         *,
         strategy: str = "auto",
@@ -224,7 +248,8 @@ class Model(Session):
 
         Args:
             x: as in `run`; each row of a batch is swept.
-            variants: what to change, an edit or several per variant.
+            variants: what to change, an edit or several per variant; by keys of your own, if you like: a mapping from
+                strings, numbers or tuples of these, such as `{(layer, head): edit, …}`.
             score: `ic.score.logprob(target)` and so on; of several that read the same place, each gets its own `Sweep`
                 of the same passes.
             strategy: "auto" takes the cheapest that is exact here. "full" is one forward pass per variant, "batched"
@@ -240,12 +265,14 @@ class Model(Session):
         """
         from .score import Score
         from .sweep import checked, sweep
+        from .sweep.keys import by_key
 
-        listed, scores = checked(variants, score, memory_budget, out)
+        keys, changes = by_key(variants)
+        listed, scores = checked(changes, score, memory_budget, out)
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()
-            sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress)
+            sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress, keys)
         return sweeps[0] if isinstance(score, Score) else sweeps
 
     def collect(

@@ -44,6 +44,7 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
     inputs: dict[str, Any] = {"input_ids": tokens.ids.to(device)}
     if padded or (extras and not {CACHE, "position_ids"} & set(extras)):
         inputs["attention_mask"] = mask
+    # With images of any size the model works positions out of their grids by itself, from ids and mask.
     by_grids = any(name.endswith("_grid_thw") for name in extras)
     if padded and not by_grids and _takes_positions(model):
         inputs["position_ids"] = (_from_first(mask) + first_position(model.hf))[:, -width:]

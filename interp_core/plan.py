@@ -42,16 +42,14 @@ class Plan:
             PlanError: something that is neither.
             SiteError: a text that names no site.
         """
-        wanted = (reads,) if isinstance(reads, (Site, str)) else several("read=", "sites", reads, PlanError)
-        changes = (edits,) if isinstance(edits, Edit) else several("edits=", "edits", edits, PlanError)
-        sites = tuple(Site.parse(item) if isinstance(item, str) else item for item in wanted)
+        changes = several_edits(edits)
+        sites = tuple(Site.parse(item) if isinstance(item, str) else item for item in several_sites(reads))
         for item in sites:
             if not isinstance(item, Site):
-                raise PlanError(f"read takes sites like S.resid_post[3], not {type(item).__name__} {item!r:.60}")
+                raise _no_sites(item)
         for change in changes:
             if not isinstance(change, Edit):
-                hint = " Say what to do there: .set(value), .add(value), .zero(), …" if isinstance(change, Site) else ""
-                raise PlanError(f"edits takes edits, not {type(change).__name__} {change!r:.60}.{hint}")
+                raise _no_edits(change)
         return Plan(sites, changes)
 
     def describe(self) -> str:
@@ -125,10 +123,47 @@ class Plan:
             tensors = load_file(stored) if stored.is_file() else {}
         except (OSError, ValueError, SafetensorError) as error:
             raise LoadError(f"{stored} is damaged ({error}); save the plan again") from error
+        # The format has no checksum, and the names are digests of what should be there.
         for key, tensor in tensors.items():
             if digest(tensor) != key:
                 raise LoadError(f"{stored} is damaged: the numbers of {key[:12]}… are not those that were saved")
         return Plan.from_json(data, tensors)
+
+
+def several_sites(read: Any) -> tuple[Any, ...]:
+    """What was given as `read=`, in a tuple.
+
+    Raises:
+        PlanError: something that is no site and cannot be gone through.
+    """
+    if isinstance(read, (Site, str)):
+        return (read,)
+    if isinstance(read, Edit) or not isinstance(read, Iterable):
+        raise _no_sites(read)
+    return several("read=", "sites", read, PlanError)
+
+
+def several_edits(edits: Any) -> tuple[Any, ...]:
+    """What was given as `edits=`, in a tuple.
+
+    Raises:
+        PlanError: something that is no edit and cannot be gone through.
+    """
+    if isinstance(edits, Edit):
+        return (edits,)
+    if isinstance(edits, str) or not isinstance(edits, Iterable):
+        raise _no_edits(edits)
+    return several("edits=", "edits", edits, PlanError)
+
+
+def _no_sites(value: Any) -> PlanError:
+    hint = ": an edit goes into edits=, as in run(text, edits=S.z[3].zero())" if isinstance(value, Edit) else ""
+    return PlanError(wrong("read=", "sites like S.resid_post[3]", value) + hint)
+
+
+def _no_edits(value: Any) -> PlanError:
+    hint = ": say what to do there, .set(value), .add(value), .zero(), …" if isinstance(value, Site) else ""
+    return PlanError(wrong("edits=", "edits like S.z[3, 5].zero()", value) + hint)
 
 
 def _edit_json(edit: Edit) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def position(value: PositionLike) -> Position:
         return Mask(tuple(tuple(i for i, on in enumerate(row) if on) for row in rows), len(rows[0]) if rows else 0)
     if hasattr(value, "tolist"):
         value = value.tolist()
+    # Before integers: Python counts truth values among them.
     if isinstance(value, bool):
         raise PositionError(f"{value} is not a position; give an integer, slice, Span, list, mask or name")
     if hasattr(value, "__index__"):
@@ -112,8 +113,8 @@ def position(value: PositionLike) -> Position:
     raise PositionError(f"{value!r} is not a position; give an integer, slice, Span, list, list per row, mask or name")
 
 
-def is_single(value: Position) -> bool:
-    """Whether it selects exactly one position per row, so that the axis is dropped."""
+def is_single(value: Position | None) -> bool:
+    """Whether it selects exactly one position per row, so that the axis is dropped; None, all of them, does not."""
     if isinstance(value, PerRow):
         return all(is_single(row) for row in value.rows)
     return isinstance(value, int) or value == LAST
@@ -279,6 +280,7 @@ def _row(value: Any, rows: Rows, row: int) -> list[int]:
 
 def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
     length = len(rows.real[row])
+    # A text's own names come before those that every text has.
     if name in rows.names:
         known = rows.names[name][row]
         if rows.prompt is None or not _grows(name, rows):
@@ -294,8 +296,9 @@ def _named(name: str, rows: Rows, row: int) -> Sequence[int]:
     if name == GENERATED and rows.prompt is not None:
         return range(prompt, length)
     hint = "" if name != GENERATED else " Generated tokens exist only in generate()."
+    own = f" A name of your own is given by tokens.name({name}=…)." if name.isidentifier() and not hint else ""
     raise PositionError(
-        f"the text has no positions called {name!r}.{hint} {nearest(name, [*rows.names, LAST, ALL, 'prompt'])}"
+        f"the text has no positions called {name!r}.{hint} {nearest(name, [*rows.names, LAST, ALL, 'prompt'])}{own}"
     )
 
 
@@ -328,6 +331,7 @@ def parse_position(text: str) -> Position:
     """
     text = text.strip()
     try:
+        # From the outside in: rows have positions of any other kind, and counted ones any that are not by row.
         if text.startswith("mask(") and text.endswith(")"):
             width, _, rows = text[5:-1].partition(":")
             columns = [tuple(int(i) for i in row.split(",") if i) for row in rows.split("/")]

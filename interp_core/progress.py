@@ -14,8 +14,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 __all__ = ["Progress"]
 
@@ -25,9 +27,57 @@ EVERY = 1.0
 """Seconds between two lines."""
 EVERY_SHOWN = 0.1
 """The same, of work that is shown from its beginning."""
+hushed = False
+"""Whether work says where it stands only if it was asked to: on a command line with `-q`, or into a file."""
 clock: Callable[[], float] = time.monotonic
 
 _INNERMOST: ContextVar[Progress | None] = ContextVar("innermost", default=None)
+
+
+@contextmanager
+def hushing(quiet: bool) -> Iterator[None]:
+    """For a while, `hushed` is this."""
+    global hushed
+    before, hushed = hushed, quiet
+    try:
+        yield
+    finally:
+        hushed = before
+
+
+_LINE: list[Progress] = []
+"""The work whose line stands on the terminal, if any."""
+
+
+class _Above:
+    """Standard output of a terminal on which a line says how far work is: what is written wipes that out first."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> Any:
+        """Write the text where the line was; it is drawn again below."""
+        for work in _LINE:
+            sys.stderr.write(f"\r{'':{work._width}}\r")
+            sys.stderr.flush()
+            work._width = 0
+        _LINE.clear()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def above() -> Iterator[None]:
+    """For a while, what is printed on a terminal stands above the line, not behind it."""
+    stream = sys.stdout
+    if stream.isatty() and sys.stderr.isatty():
+        sys.stdout = _Above(stream)
+    try:
+        yield
+    finally:
+        sys.stdout = stream
 
 
 class Progress:
@@ -56,7 +106,7 @@ class Progress:
         _INNERMOST.set(self)
         if self._outer is not None:
             self._outer._inner = self
-        else:  # what does not come to its first `add` is not silent either
+        elif self.shown or not hushed:  # what does not come to its first `add` is not silent either
             self._timer = threading.Timer(SILENT, self._draw)
             self._timer.daemon = True
             self._timer.start()
@@ -68,11 +118,14 @@ class Progress:
             self._outer._inner = None
         if self._timer is not None:
             self._timer.cancel()
+            # It may be drawing now, and nothing may follow the end of the line.
             self._timer.join()
         if self._width:
             sys.stderr.write("\n")
             sys.stderr.flush()
             self._width = 0
+        if self in _LINE:
+            _LINE.clear()
 
     def add(self, count: int = 1) -> None:
         """So many more are done."""
@@ -80,7 +133,7 @@ class Progress:
             return
         self.count += count
         first, now = self._first(), clock()
-        if not self.shown and now - first._began < SILENT:
+        if not self.shown and (hushed or now - first._began < SILENT):
             return
         last = self.count == self.total and (self.shown or self is first)
         if last or now - first._drawn >= (EVERY_SHOWN if self.shown else EVERY):
@@ -97,6 +150,7 @@ class Progress:
         sys.stderr.write(f"\r{line:<{self._width}}")
         sys.stderr.flush()
         self._width = len(line)
+        _LINE[:] = [self]
 
     def _line(self) -> str:
         """Where this work stands, and what runs inside of it."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import inspect
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from ._version import version_of
 from .batches import numbering
 from .errors import InterpError
 from .files import without_folder
 from .identity import NoIdentityError, identity, weights
 from .runs.identity import digest, plain
-from .runs.session import PACKAGES, now, version_of
+from .runs.session import PACKAGES, now
 
 if TYPE_CHECKING:
     from .settings import Config
@@ -31,20 +32,16 @@ WEIGHTS = 1 << 30
 """Bytes of weights up to which a model without a revision gets a fingerprint, once (a second); `out=` takes any."""
 
 
-def provenance(name: str, what: str, model: Structure, tokens: Tokens, config: Config) -> dict[str, Any]:
+def provenance(name: str, what: str, model: Structure, tokens: Tokens, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a result.
 
     Args:
         name: of the method, or of what else made it.
         what: what it asks, in a sentence.
-        config: its settings.
+        settings: as plain data.
     """
-    settings = {
-        key: without_folder(held) if isinstance(getattr(config, key), PurePath) else held
-        for key, held in plain_settings(config).items()
-    }
     return {
-        "name": name, "what": what, "model": _model(model), "settings": settings, "prompts": _prompts(tokens),
+        "name": name, "what": what, "model": _model(model), "settings": dict(settings), "prompts": _prompts(tokens),
         "versions": versions(), "command": command(), "date": now(),
     }  # fmt: skip
 
@@ -79,6 +76,14 @@ def plain_settings(config: Config) -> dict[str, Any]:
         except InterpError:
             held[key] = type(setting).__name__
     return held
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Settings as others may read them: without folders."""
+    return {
+        key: without_folder(held) if isinstance(getattr(config, key), PurePath) else held
+        for key, held in plain_settings(config).items()
+    }
 
 
 def _model(model: Structure) -> dict[str, Any]:

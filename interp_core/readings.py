@@ -1,22 +1,23 @@
-"""What is kept of a pass: readings by site, gradients, receipts."""
+"""What is kept of a pass: readings by site, gradients."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .engines.protocol import PassRecord, Slot
+from .engines.protocol import Slot, viewed
 from .engines.selection import BoundSelection, Selection
-from .errors import CapabilityError, EffectError, PositionError, ReadError, SiteError
+from .errors import PositionError, ReadError, SiteError
+from .foreign import RUN, Abroad, Answering
+from .pass_views import PassView, StoreView, axes_of, reading_view
 from .positions import PositionLike, Rows, is_single
-from .sites import BOOSTS, Edit, Site
+from .sites import SITES, Site
 from .text import Tokens
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Reading(Tensor):
         rows: what positions resolve against.
     """
 
+    # So that operations give plain tensors: what they make is the value of no site.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     site: Site
     rows: Rows
@@ -58,6 +60,12 @@ class Reading(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.plain, memo)
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{reading_view(self).title}\n{self.plain!r}"
+
+    def _repr_html_(self) -> str:
+        return reading_view(self).html()
+
     def at(self, pos: PositionLike = None, *, query: PositionLike = None, key: PositionLike = None) -> Tensor:
         """The value at positions, as `Site.at` selects them.
 
@@ -69,6 +77,7 @@ class Reading(Tensor):
         if site.pos is not None or site.key is not None:
             raise ReadError(f"this is {site}, already at chosen positions")
         selection = Selection(Site(site.name).at(pos, query=query, key=key), None)
+        # One head has no axis of heads, on which the index of attention values counts.
         headless = selection.attention and isinstance(site.units, int)
 
         def one(x: Tensor) -> Tensor:
@@ -89,184 +98,7 @@ def _take(selection: Selection, value: Tensor, rows: Rows) -> Tensor:
     return bound.take(value)
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What proves an edit of a router, counted over layers, passes and tokens that are no padding.
-
-    Attributes:
-        tokens: that were edited.
-        broken: banned experts that were executed there all the same, or forced ones that were not; a run with any is
-            refused.
-        held: tokens whose experts were selected again from the router's own logits, without the edit.
-        differing: of these, tokens where experts or weights (beyond rounding) came out otherwise than the model's own
-            router had them; a run that edits logits is refused then.
-        changed: slots whose expert is not executed any more.
-        unmasked: tokens left as they are, since their whole set is banned (modes "keep" and "drop").
-    """
-
-    tokens: int
-    broken: int
-    held: int
-    differing: int
-    changed: int
-    unmasked: int
-
-    def __str__(self) -> str:
-        left = f", {self.unmasked} tokens left as they are" if self.unmasked else ""
-        again = f"the selection reproduced the router at {self.held - self.differing} of {self.held}"
-        return f"{self.changed} slots went to others at {self.tokens} tokens{left}; {again}"
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What an edit did in a run.
-
-    Attributes:
-        edit: the edit.
-        fired: how often it changed a value: once per layer and forward pass that had any of its positions.
-        layers: in which layers.
-        positions: per row, the positions it changed (counted over real tokens); None for all of them.
-        norm: Euclidean norm of all its changes together. For `knockout` that of the probabilities taken away, for
-            `mask` of the number of logits banned, for other edits of what a router selects that of the change of
-            executed weights.
-        routing: what proves an edit of a router.
-    """
-
-    edit: Edit
-    fired: int
-    layers: tuple[int, ...]
-    positions: tuple[tuple[int, ...], ...] | None
-    norm: float
-    routing: Routing | None = None
-
-    def __str__(self) -> str:
-        if not self.fired:
-            return f"{self.edit}: never fired"
-        if self.positions is None:
-            positions = "all positions"
-        else:
-            shown = [f"row {i} at {','.join(map(str, row))}" for i, row in enumerate(self.positions) if row]
-            positions = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
-        routing = "" if self.routing is None else f"; {self.routing}"
-        return f"{self.edit}: fired {self.fired}×, {positions}, changed by norm {self.norm:.4g}{routing}"
-
-
-def receipts(edits: Sequence[Edit], passes: Sequence[PassRecord], rows: Rows) -> list[Receipt]:
-    """One receipt per edit, over all passes."""
-    if not edits:
-        return []
-    fires = [fire for record in passes for fire in record.fires]
-    fires_of: list[list[tuple[int, Any, float]]] = [[] for _ in edits]
-    for (number, layer, columns, _), norm in zip(fires, _numbers([fire[3] for fire in fires]), strict=True):
-        fires_of[number].append((layer, columns, norm))
-    listed = [_receipt(edit, fires, rows) for edit, fires in zip(edits, fires_of, strict=True)]
-    counted = routings(passes)
-    return [replace(receipt, routing=counted[i][0]) if i in counted else receipt for i, receipt in enumerate(listed)]
-
-
-def routings(passes: Sequence[PassRecord]) -> dict[int, tuple[Routing, list[int]]]:
-    """What proves the edits of routers, by number, and how often each of their experts is executed."""
-    counts: dict[int, list[Tensor]] = {}
-    for record in passes:
-        for proof in record.routed:
-            assert proof.counts is not None
-            counts.setdefault(proof.number, []).append(proof.counts.cpu())
-    totals = {number: torch.stack(of_edit).sum(0).tolist() for number, of_edit in counts.items()}
-    n = len(fields(Routing))
-    return {number: (Routing(*total[:n]), total[n:]) for number, total in totals.items()}
-
-
-def demand_proof(edits: Sequence[Edit], passes: Sequence[PassRecord]) -> None:
-    """Refuse a run in which a router did not do as it was told, or its family's selection is not what the model does.
-
-    Raises:
-        CapabilityError: selecting again without the edit gives another result than the model's own router.
-        EffectError: banned experts were executed, or forced ones were not.
-    """
-    for number, (routing, _) in routings(passes).items():
-        if routing.differing and edits[number].site.name == "router_logits":
-            raise CapabilityError(
-                f"{edits[number]}: selecting experts again as the family file says gives other experts or weights than "
-                f"the model's own router, at {routing.differing} of {routing.held} tokens; an edit would be another "
-                "model's. Please report this family and version of transformers"
-            )
-        if routing.broken:
-            what = "banned experts were executed" if edits[number].op.startswith("mask") else "forced ones were not"
-            raise EffectError(
-                f"{edits[number]}: {what} after all, {routing.broken} times at {routing.tokens} tokens: a later edit "
-                "of the same router undid it; leave that edit out, or choose other positions"
-            )
-
-
-def _numbers(norms: list[Tensor]) -> list[float]:
-    """Values of many scalars with one transfer, unless they lie on several devices."""
-    if len(norms) == 1:
-        return [float(norms[0])]
-    if len({(norm.device, norm.dtype) for norm in norms}) == 1:
-        return torch.stack(norms).tolist()
-    return [float(norm) for norm in norms]
-
-
-def _receipt(edit: Edit, fires: list[tuple[int, Any, float]], rows: Rows) -> Receipt:
-    layers = tuple(sorted({layer for layer, _, _ in fires}))
-    norm = math.sqrt(sum(norm**2 for _, _, norm in fires))
-    if any(columns is None for _, columns, _ in fires) or not fires:
-        return Receipt(edit, len(fires), layers, None, norm)
-    rows = rows.patches.rows if edit.site.info.tower and rows.patches is not None else rows
-    hit: list[set[int]] = [set() for _ in rows.real]
-    for _, columns, _ in fires:
-        for row, chosen in enumerate(columns):
-            hit[row].update(chosen)
-    index = [{column: i for i, column in enumerate(real)} for real in rows.real]
-    last = [(len(real), real[-1] if real else 0) for real in rows.real]  # generated columns follow the last real one
-    positions = tuple(
-        tuple(sorted(index[row].get(c, last[row][0] + c - last[row][1] - 1) for c in chosen))
-        for row, chosen in enumerate(hit)
-    )
-    return Receipt(edit, len(fires), layers, positions, norm)
-
-
-def demand_used(edits: Sequence[Edit], passes: Sequence[PassRecord]) -> None:
-    """Refuse a boost of an expert that is chosen nowhere.
-
-    Raises:
-        EffectError: naming it.
-    """
-    if not any(edit.op in BOOSTS for edit in edits):
-        return
-    for number, (_, used) in routings(passes).items():
-        idle = [e for e, n in zip(edits[number].experts, used, strict=True) if not n]
-        if edits[number].op in BOOSTS and idle:
-            raise EffectError(
-                f"{edits[number]}: expert {', '.join(map(str, idle))} is chosen at none of these positions, so there "
-                "is no weight to boost; use S.router_logits.force to have it executed, or pass allow_noop=True"
-            )
-
-
-def demand_effect(
-    edits: Sequence[Edit], passes: Sequence[PassRecord], make_receipts: Callable[[], list[Receipt]]
-) -> None:
-    """Refuse edits that did nothing. Receipts are made only to word the error.
-
-    Raises:
-        EffectError: naming the first of them.
-    """
-    demand_used(edits, passes)
-    norms: list[list[Tensor]] = [[] for _ in edits]
-    for record in passes:
-        for number, _, _, norm in record.fires:
-            norms[number].append(norm)
-    for number, of_edit in enumerate(norms):
-        if of_edit and any(_numbers(of_edit)):
-            continue
-        receipt = make_receipts()[number]
-        did = "changed nothing: the value was already so" if receipt.fired else "never fired in this run"
-        raise EffectError(
-            f"{receipt.edit} {did}. If that is meant (a sweep over equal tokens, say), pass allow_noop=True."
-        )
-
-
-class ReadStore:
+class ReadStore(StoreView):
     """Read values by site. Base of runs, gradients and generation steps."""
 
     _what = "run"
@@ -306,7 +138,7 @@ class ReadStore:
             if len({len(part) for part in parts}) > 1:
                 raise PositionError(f"{site} selects different numbers of patches per row; use run.rows(site)")
             stacked = torch.stack(parts)
-            return stacked[:, 0] if site.pos is not None and is_single(site.pos) else stacked
+            return stacked[:, 0] if is_single(site.pos) else stacked
         if whole:
             return _take(Selection(site, entry.n_units), value, self._rows)
         if self._strung(site, value):
@@ -326,8 +158,10 @@ class ReadStore:
 
     def _strung(self, site: Site, value: Tensor) -> bool:
         """Whether a kept part has its rows strung together, because they select different numbers of positions."""
-        single = site.pos is not None and is_single(site.pos)  # then some rows have it, and others have ended
-        return value.ndim < _ndim(site) or (single and len(value) < len(self._rows.real))
+        some_ended = is_single(site.pos) and len(value) < len(
+            self._rows.real
+        )  # the position is of the other rows alone
+        return value.ndim < _ndim(site) or some_ended
 
     def _held(self, site: Site, entry: Entry) -> tuple[Tensor, bool]:
         """The kept value that answers for a site, and whether it is the whole site or exactly this part."""
@@ -340,8 +174,7 @@ class ReadStore:
             value = self._value(i)
             if value is None:
                 raise ReadError(f"{site}: this pass has none of its positions")
-            value = slot.view(value) if slot.view is not None and slot.late else value
-            return value, held != wanted
+            return viewed(slot, value), held != wanted
         raise ReadError(f"{site} was not read in this {self._what}. It holds: {self.held()}.")
 
     def rows(self, site: Site | str) -> list[Tensor]:
@@ -367,7 +200,7 @@ class ReadStore:
             return [value[row][chosen] for row, chosen in enumerate(columns)]
         if self._strung(site, value):
             return list(value.split([len(row) for row in columns]))
-        return list(value.unsqueeze(1) if site.pos is not None and is_single(site.pos) else value)
+        return list(value.unsqueeze(1) if is_single(site.pos) else value)
 
     def held(self) -> str:
         """What can be had, in short."""
@@ -386,9 +219,7 @@ class ReadStore:
 
 def _ndim(site: Site) -> int:
     """Axes of a site's value in one layer when every row selects as many positions."""
-    dropped = isinstance(site.units, int)
-    singles = sum(pos is not None and is_single(pos) for pos in (site.pos, site.key))
-    return len(site.info.axes) - dropped - singles
+    return sum(axis != "layer" for axis in axes_of(site))
 
 
 class Gradients(ReadStore):
@@ -447,7 +278,7 @@ class LayerReadings(ReadStore):
         return super().__getitem__(site)
 
 
-class ForwardPass(ReadStore):
+class ForwardPass(PassView, Answering, ReadStore):
     """What one forward pass gave, now or in an earlier process: values by site, logits, gradients.
 
     Attributes:
@@ -455,6 +286,8 @@ class ForwardPass(ReadStore):
         model: what ran; of a saved run, the model in a line.
     """
 
+    _abroad = Abroad("a run", RUN, "run[{}]", SITES)
+    _inner = frozenset(("demand_effect", "differentiate", "set_logits"))
     tokens: Tokens
     model: Any = None
     _logits: Tensor | None = None

@@ -45,7 +45,7 @@ def replacing(
             forwards |= {module: by_operation.applied(rule, module.forward) for module in whole}
         if operations:
             forwards[model.hf] = by_operation.around(forwards.get(model.hf, model.hf.forward))
-        if MARK not in model.hf.__dict__:
+        if MARK not in model.hf.__dict__:  # of blocks inside each other the outermost takes it out again
             model.hf.__dict__[MARK] = True
             stack.callback(model.hf.__dict__.pop, MARK)
         stack.enter_context(replaced_forwards(forwards))

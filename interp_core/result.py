@@ -8,6 +8,7 @@ the table, and folded away how it was made. A class says of these what it knows 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .report import Chart
 
 FORMAT = "interp-result/1"
+HOMES = {"Sweep": "interp_core.sweep"}
+"""Modules of results that no method returns; by address, since they stand above this one."""
 R = TypeVar("R", bound="Result")
 
 
@@ -176,7 +179,11 @@ class Result:
     def files(self) -> dict[str, str | bytes]:
         """What `save` writes, by the names of the files."""
         tensors = {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.AXES}
+        plain = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in self.AXES and not f.metadata.get("apart")
+        }
         head = {"format": FORMAT, "class": type(self).__name__, "fields": plain, "provenance": self.provenance}
         return {
             "result.safetensors": safetensors_bytes(tensors, {name: " ".join(self.AXES[name]) for name in tensors}),
@@ -244,7 +251,7 @@ class Result:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -259,9 +266,12 @@ def _kind_of(head: Mapping[str, Any], folder: str | Path) -> type[Result]:
     from .plugins import registry
 
     methods, name = registry("methods"), (head.get("provenance") or {}).get("name")
-    for each in [name] if name in methods.names() else methods.names():
-        with suppress(PluginError):  # a broken plugin is told by `interp plugins`
-            methods.get(each)
+    if head.get("class") in HOMES:
+        importlib.import_module(HOMES[head["class"]])
+    else:
+        for each in [name] if name in methods.names() else methods.names():
+            with suppress(PluginError):  # a broken plugin is told by `interp plugins`
+                methods.get(each)
     kinds = [kind for kind in _subclasses(Result) if kind.__name__ == head.get("class")]
     if not kinds:
         raise LoadError(

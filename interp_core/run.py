@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from .engines.protocol import HandOver, PassRecord, Program
 from .engines.selection import BoundSelection, Selection
 from .errors import CapabilityError, PlanError, ReadError, wrong
 from .model_inputs import cache_name, model_inputs
+from .pass_views import PlanView
 from .plan import Plan
 from .positions import PositionLike, Rows
-from .readings import ForwardPass, Gradients, LayerReadings, Receipt, demand_effect, demand_proof, receipts
+from .readings import ForwardPass, Gradients, LayerReadings
+from .receipts import Receipt, demand_effect, demand_proof, receipts
 from .session import NOTHING, Input, Session
 from .sites import TENSOR_OPS, Edit, Site
 from .text import CACHE, Tokens
@@ -57,6 +59,9 @@ class Run(ForwardPass):
         if value is LET_GO:
             raise ReadError(f"{self._slots[slot].site} was handed to each= as it passed, and let go")
         return value  # type: ignore[return-value]
+
+    def __reduce__(self) -> NoReturn:
+        raise PlanError("a run holds its model: keep it by run.save(folder), which ic.open_run(folder) gives back")
 
     @property
     def plan(self) -> Plan:
@@ -138,7 +143,7 @@ class Run(ForwardPass):
         self._logits = self._logits.detach()
 
 
-class CompiledPlan:
+class CompiledPlan(PlanView):
     """A plan checked against a model. `run` it on as many inputs as you like."""
 
     __slots__ = ("_reads", "_snapshot", "edits", "model", "program")
@@ -149,7 +154,7 @@ class CompiledPlan:
 
     @property
     def plan(self) -> Plan:
-        """The plan."""
+        """What is read and edited, as a plan of its own that prints, compares and goes to JSON."""
         return Plan.of(self._reads, self.edits)
 
     def ready(self) -> Program:
@@ -211,7 +216,7 @@ class CompiledPlan:
             run = Run(self, tokens, record)
         if not stop:
             run.set_logits(record.output.logits, logits, keep)
-        record.output = None
+        record.output = None  # the run has the logits that it was asked for; the others need not stay
         if callable(grad):
             with torch.enable_grad():
                 run.differentiate(grad)
@@ -230,6 +235,7 @@ class CompiledPlan:
         if self.model.keeps_logits and not self.touches("logits"):
             kept = sorted({column for row in columns for column in row})
             columns = [[kept.index(column) for column in row] for row in columns]
+            # Of a number the model takes a slice from the end, of indices it makes a copy.
             tail = kept == list(range(rows.width - len(kept), rows.width))
             inputs["logits_to_keep"] = len(kept) if tail else torch.tensor(kept, device=self.model.device)
         return BoundSelection(selection, rows, columns, None, None)
@@ -312,6 +318,11 @@ class CompiledPlan:
         for slot in self.program.slots:
             if grad and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        if callable(grad) and not self.program.slots:
+            raise PlanError(
+                "grad= gives gradients with respect to the sites that are read, and none is: pass read=S.resid_post, "
+                "say; for tensors of your own pass grad=True, and call backward on a number made of run.logits"
+            )
         if grad is True and not self.program.slots and not any(_may_need_grad(edit) for edit in self.edits):
             raise PlanError(
                 "grad=True, but nothing in this plan has a gradient, since weights get none; read sites, or give an "
@@ -325,6 +336,7 @@ def _may_need_grad(edit: Edit) -> bool:
 
 def _copied(cache: Any) -> Any:
     """A copy of a cache, with its graph."""
+    # `deepcopy` refuses tensors that are not leaves of a graph; what is in its memo, it takes for copied.
     parts = (cache, *getattr(cache, "layers", ()))
     tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
     return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from .architectures.atlas import Atlas, Entry, Shape
 from .architectures.family import Family, View
-from .engines.protocol import Slot
+from .engines.protocol import Slot, viewed
 from .errors import InterpError, LoadError, PlanError
 from .files import file_sha256, folder_of, safetensors_bytes, sha256, write
 from .plan import Plan
 from .positions import Images, Span
-from .readings import ForwardPass, ReadStore, Receipt, Routing
+from .readings import ForwardPass, ReadStore
+from .receipts import Receipt, Routing
 from .sites import Edit, Site
 from .text import Tokens
 
@@ -76,9 +77,6 @@ class SavedRun(StoredValues, ForwardPass):
         self.tokens, self.source, self.model = tokens, "", ""
         self.plan, self.receipts = Plan(), list[Receipt]()
 
-    def __repr__(self) -> str:
-        return f"SavedRun({self.held()}; {len(self.tokens)} rows; of {self.model})"
-
 
 def save_run(run: ForwardPass, plan: Plan, receipts: Sequence[Receipt], model: Structure, folder: str | Path) -> Path:
     """See `Run.save`."""
@@ -92,8 +90,7 @@ def save_run(run: ForwardPass, plan: Plan, receipts: Sequence[Receipt], model: S
         for kind, store in (("read", run), ("grad", run._grad)):
             value = None if store is None else store._value(number)
             if value is not None:
-                # A late view is one that a run takes when it is asked; a file holds the site's own axes.
-                tensors[f"{kind}/{name}"] = slot.view(value) if slot.late and slot.view is not None else value
+                tensors[f"{kind}/{name}"] = viewed(slot, value)
                 held.append(f"{kind}/{name}")
         reads.append({"site": str(slot.site), "name": slot.entry.name, "layer": slot.entry.layer, "held": held})
     if run._logits is not None:

@@ -68,8 +68,13 @@ class Score:
         targets: tuple[Target, ...] = (), *, clean: bool = False, span: bool = False, narrow: bool = False,
         of: Site | None = None,
     ) -> None:  # fmt: skip
+        # Past `__setattr__`, which a frozen class refuses.
         fields = {"name": name, "fn": fn, "at": at, "targets": targets, "of": of}
         vars(self).update(fields, needs_clean=clean, targets_only=narrow)
+        if at is None and of is None:
+            raise PlanError(wrong(f"score {name}: at=", "a position such as -1, or several with span=True", at))
+        if not isinstance(name, str) or not callable(fn):
+            raise PlanError(wrong("Score(name, fn)", "a name and a function of logits", (name, fn)))
         takes = "a token id, a word, a list of them (one per row) or a tensor of ids"
         for target in targets:
             if not _is_target(target):
@@ -77,6 +82,7 @@ class Score:
 
     def _with(self, **changes: Any) -> Score:
         """The same score with other targets or positions."""
+        # Past `__init__`, whose arguments are called otherwise than the fields; what is changed was checked before.
         changed = object.__new__(type(self))
         vars(changed).update(vars(self), **changes)
         return changed
@@ -144,7 +150,12 @@ class Score:
             raise PlanError(f"score {self.name} has {what} of {len(items)} rows, there are {count}")
 
     def __call__(self, run: ForwardPass) -> Float[Tensor, " batch"]:
-        """The score of a run that kept all logits, or those at this score's position, or the site that it reads."""
+        """The score of a run that kept all logits, or those at this score's position, or the site that it reads.
+
+        Raises:
+            PlanError: no run, targets that do not fit it, or a run that kept other logits.
+        """
+        self._demand_run(run)
         if self.needs_clean:
             raise PlanError(f"score {self.name} compares with a clean run; use it in a sweep")
         logits = run.logits
@@ -155,11 +166,29 @@ class Score:
                 self._counted("targets", target, len(run.tokens))
         if any(isinstance(target, tuple) and len({len(ids) for ids in target}) > 1 for target in self.targets):
             raise PlanError(f"score {self.name}: the rows' spans differ in length; run them one by one, or sweep")
+        self.fits(logits.shape[-1])
         if logits.site.pos is None:
-            return self.rows(logits.at(self.at))
+            return self.rows(self._read(logits.at(self.at)))
         if logits.site != Site("logits").at(self.at):
             raise PlanError(f"score {self.name} reads logits at {self.at}, the run kept {logits.site}")
-        return self.rows(logits.as_subclass(Tensor))
+        return self.rows(self._read(logits))
+
+    def _read(self, logits: Tensor) -> Tensor:
+        """What `rows` takes of the logits at this score's positions."""
+        read = logits.as_subclass(Tensor)
+        if self.span or read.ndim == 2:
+            return read
+        if read.shape[1] != 1:
+            raise PlanError(
+                f"score {self.name} reads {read.shape[1]} positions; it takes one, or several with span=True"
+            )
+        return read[:, 0]
+
+    def _demand_run(self, run: Any) -> None:
+        if not isinstance(run, ForwardPass):
+            of_logits = "; of logits [row d_vocab] it is score.rows(logits)" if isinstance(run, Tensor) else ""
+            takes = "a run, as in score(model.run(text))"
+            raise PlanError(wrong(f"score {self.name}", takes, run) + of_logits)
 
     def fits(self, d_vocab: int) -> None:
         """Refuse targets that the model does not have.
@@ -178,7 +207,7 @@ class Score:
     def ids(self, example: int) -> Tensor:
         """All target ids of an example, ascending."""
         targets = [target if isinstance(target, (int, str, list)) else _of(target, example) for target in self.targets]
-        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in targets]).unique()
+        return torch.cat([torch.as_tensor(ids).flatten().cpu() for ids in targets]).unique()  # sorted, for `rows`
 
     def rows(
         self, logits: Tensor, example: int | None = None, clean: Tensor | None = None, kept: Tensor | None = None
@@ -226,6 +255,7 @@ class SiteScore(Score):
 
     def __call__(self, run: ForwardPass) -> Float[Tensor, " batch"]:
         """The score of a run that read the site."""
+        self._demand_run(run)
         return self.rows(run[self.of].as_subclass(Tensor))
 
 
@@ -260,6 +290,8 @@ def nll(tokens: Tokens, span: str = "target") -> Score:
     Raises:
         PlanError: no span of that name, an empty one, or one that begins with the text.
     """
+    if not isinstance(tokens, Tokens):
+        raise PlanError(wrong("score nll", "Tokens, as in nll(model.tokens(prompt, target=answer))", tokens))
     if span not in tokens.rows.names:
         raise PlanError(f"the text has no span {span!r}. {nearest(span, tokens.rows.names)}")
     places, ids = [], []
@@ -283,7 +315,15 @@ def projection(site: Site, direction: Float[Tensor, " d"]) -> Score:
 
     Args:
         site: in one layer, at one position: `S.resid_post[5].at(-1)`.
+
+    Raises:
+        PlanError: no site and a direction.
     """
+    site = Site.parse(site) if isinstance(site, str) else site
+    if not isinstance(site, Site):
+        raise PlanError(wrong("projection", "a site like S.resid_post[5].at(-1), then a direction", site))
+    if not isinstance(direction, Tensor) or direction.ndim != 1 or not direction.is_floating_point():
+        raise PlanError(wrong(f"projection of {site}", "a direction, a tensor of numbers [d]", direction))
     return SiteScore(f"projection of {site}", partial(_along, direction), of=site)
 
 
@@ -379,4 +419,10 @@ def _kl(logits: Tensor, clean: Tensor) -> Tensor:
 
 
 def _along(direction: Tensor, value: Tensor) -> Tensor:
+    if value.shape[-1:] != direction.shape:
+        raise PlanError(f"projection: the direction has {len(direction)} numbers, the site's value {list(value.shape)}")
     return value @ direction.to(value.device, value.dtype)
+
+
+def __dir__() -> list[str]:
+    return __all__

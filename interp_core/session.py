@@ -23,9 +23,9 @@ from .batches import laid_out
 from .engines import make_engine
 from .engines.protocol import Program
 from .engines.turns import turn_of
-from .errors import CapabilityError, PlanError, TextError, several, wrong
+from .errors import CapabilityError, TextError, wrong
 from .loading import Opened
-from .plan import Plan
+from .plan import Plan, several_edits, several_sites
 from .sites import Edit, Site
 from .snapshot import Snapshot, demand_usable, forgotten
 from .strategy_checks import StrategyChecks
@@ -75,7 +75,7 @@ class Session(Structure):
         engine, options = self._engine_made_of
         self.turn.demand_idle(dict(self.hf.named_modules()))
         demand_usable(self.hf)
-        for name in ("heads", "keeps_logits"):
+        for name in ("heads", "keeps_logits"):  # cached properties, of the model as it was
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
@@ -85,6 +85,7 @@ class Session(Structure):
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.strategy_checks = StrategyChecks()
         self._warned = False
+        # An engine's copy shares the weights: who runs one holds off who would run the other.
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)
 
@@ -211,15 +212,17 @@ class Session(Structure):
         """
         if isinstance(x, Tokens):
             return x
+        # One row of ids may come without the axis of rows.
         if isinstance(x, Tensor):
             x = {"input_ids": x if x.ndim == 2 else x[None]}
         if isinstance(x, Mapping):
             tokens = self.fit(from_inputs(x, self.tokenizer))
             if "attention_mask" not in x and not self._warned and looks_padded(self.hf.config, tokens.ids):
                 self._warned = True
-                warnings.warn(PADDED, stacklevel=4)
+                warnings.warn(PADDED, stacklevel=4)  # where `run` or `generate` of the model is called
             return with_visual_names(tokens, self.hf.config, self.atlas.family)
         if isinstance(x, str) or (isinstance(x, Sequence) and not isinstance(x, (bytes, Tokens))):
+            demand_no_ids(x)
             return self.tokens(x)
         raise TextError(wrong("a model", "text, texts, Tokens, a tokenizer's output or ids", x))
 
@@ -232,10 +235,8 @@ class Session(Structure):
         Raises:
             SiteError, PlanError, CapabilityError: the plan does not fit the model.
         """
-        reads = read if isinstance(read, tuple) else (read,) if isinstance(read, (Site, str)) else None
-        reads = several("read=", "sites", read, PlanError) if reads is None else reads
-        changes = edits if isinstance(edits, tuple) else (edits,) if isinstance(edits, Edit) else None
-        changes = several("edits=", "edits", edits, PlanError) if changes is None else changes
+        reads = read if isinstance(read, tuple) else several_sites(read)
+        changes = edits if isinstance(edits, tuple) else several_edits(edits)
         # By site and operation alone: a plan with other values is the same program. Reads are strings or sites as they
         # were given: parsing them would be most of what a plan that is known costs.
         key = (reads, tuple([(e.site, e.op) if isinstance(e, Edit) else None for e in changes]))
@@ -264,6 +265,7 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
     Raises:
         TextError: too long, or an id that the model does not have.
     """
+    # Columns, not tokens: a model counts its positions over the holes of a mask too.
     longest = max(tokens.widths) + more
     if shape.n_ctx is not None and longest > shape.n_ctx:
         wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
@@ -272,6 +274,21 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
     if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
         raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")
     return tokens
+
+
+def demand_no_ids(x: Any) -> None:
+    """Refuse ids in lists, of which nobody could say whether rows of one length are meant, or a tensor was forgotten.
+
+    Raises:
+        TextError: how ids are given.
+    """
+    rows = [] if isinstance(x, str) else [row for row in x if isinstance(row, (list, tuple))]
+    if rows and len(rows) == len(x) and len({*map(len, rows)}) > 1:
+        each = "model.tokens({'input_ids': torch.tensor([row])})"
+        raise TextError(f"{wrong('a model', 'ids as a tensor [batch pos]', x)}; for rows of several lengths write "
+                        f"ic.Tokens.stack([{each} for row in rows])")  # fmt: skip
+    if not isinstance(x, str) and len(x) and (rows or isinstance(x[0], int)):
+        raise TextError(f"{wrong('a model', 'ids as a tensor [batch pos]', x)}; write torch.tensor(ids)")
 
 
 def looks_padded(config: Any, ids: Tensor) -> bool:

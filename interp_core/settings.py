@@ -214,10 +214,7 @@ def read(owner: str, config: type[Config], pairs: Iterable[str]) -> dict[str, An
 
 def _value(annotation: Any, text: str) -> Any:
     """The value that a setting takes of a text: JSON, the text, or a list of that one."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
+    value = _parsed(text)
     # JSON goes first, so that 3 is a number where the setting takes either; a text is kept where it takes no number
     for candidate in (value, text, [value], [text]):
         if _takes(annotation, candidate):
@@ -227,13 +224,16 @@ def _value(annotation: Any, text: str) -> Any:
 
 def listed(annotation: Any, texts: list[str]) -> list[Any] | None:
     """Several texts as the list that a setting takes, of JSON or of the texts; None if it takes none."""
-    values = []
-    for text in texts:
-        try:
-            values.append(json.loads(text))
-        except ValueError:
-            values.append(text)
-    return next((candidate for candidate in (values, list(texts)) if _takes(annotation, candidate)), None)
+    candidates = [*map(_parsed, texts)], texts
+    return next((candidate for candidate in candidates if _takes(annotation, candidate)), None)
+
+
+def _parsed(text: str) -> Any:
+    """What a text is as JSON; itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _takes(annotation: Any, value: Any) -> bool:

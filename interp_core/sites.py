@@ -33,7 +33,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import PlanError, SiteError, nearest, wrong
+from .errors import PlanError, SiteError, nearest, no_function_of, wrong
+from .foreign import SITE, Abroad, Answering, UnknownSiteError, no_site
 from .indexing import Index, as_index, parsed_index, shown_index, split_at_commas
 from .indexing import indices as indices
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
@@ -108,7 +109,7 @@ _ONLY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class Site(Answering):
     """A named tensor inside a model, or a part of it. Build it from the names of this module.
 
     Attributes:
@@ -124,6 +125,7 @@ class Site:
     units: Index = None
     pos: Position | None = None
     key: Position | None = None
+    _abroad = Abroad("a Site", SITE)
 
     def __getitem__(self, index: Any) -> Site:
         """Select layers and units: `[layer]` or `[layer, unit]`; sites without layers take `[unit]`.
@@ -159,9 +161,7 @@ class Site:
             raise SiteError(f"{self.name} has no key axis; only scores and pattern take key=")
         chosen = pos if query is None else query
         return replace(
-            self,
-            pos=self.pos if chosen is None else position(chosen),
-            key=self.key if key is None else position(key),
+            self, pos=self.pos if chosen is None else position(chosen), key=self.key if key is None else position(key)
         )
 
     @property
@@ -282,7 +282,7 @@ class Site:
         return site.at(**{axis: parse_position(chosen) for axis, chosen in parts.items()})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # equality is below: `==` of two tensors is a tensor
 class Edit:
     """One change to a site. Made by the methods of `Site`.
 
@@ -307,13 +307,14 @@ class Edit:
         if op in _ONLY and self.site.name != _ONLY[op]:
             raise PlanError(f"{op} is for {_ONLY[op]}, not for {self.site.name}")
         if op in TENSOR_OPS and not is_tensor(value):
-            raise PlanError(f"{self.site}: {op} takes a torch tensor, not {type(value).__name__}")
-        if op == "scale" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise PlanError(f"{self.site}: scale takes a number, not {type(value).__name__}")
+            kind = type(value).__name__
+            raise PlanError(f"{self.site}: {op} takes a torch tensor, not {kind}; write torch.as_tensor(…) around it")
+        if op == "scale" and not _is_finite(value):
+            raise PlanError(f"{self.site}: {wrong('scale', 'a finite number', value)}")
         if op in ROUTING:
             self._check_routing()
-        if op == "apply" and not callable(value):
-            raise PlanError(f"{self.site}: apply takes a function of a tensor, not {type(value).__name__}")
+        if op == "apply" and (fault := no_function_of("x", value)):
+            raise PlanError(f"{self.site}: apply takes a function of the value x that returns the new one, {fault}")
         if op == "project" and not 1 <= value.ndim <= 2:
             raise PlanError(f"{self.site}: project takes [d] or [k d] directions, not {list(value.shape)}")
         if op == "project" and not bool((value.detach().norm(dim=-1) > 0).all()):
@@ -388,11 +389,12 @@ def define(
     if after:
         number = named(after).info.order
         later = [other.order for other in SITES.values() if other.order > number]
-        info = replace(info, order=(number + min(later, default=number + 2)) / 2)
+        info = replace(info, order=(number + min(later, default=number + 2)) / 2)  # between the two: others keep theirs
     else:
         info = replace(info, order=float(len(SITES)))
     SITES.setdefault(name, info)
     if after:
+        # In place: other modules have this very dictionary.
         ordered = sorted(SITES.items(), key=lambda item: item[1].order)
         SITES.clear()
         SITES.update(ordered)
@@ -406,7 +408,7 @@ def named(name: str) -> Site:
         SiteError: unknown name.
     """
     if not isinstance(name, str) or name not in SITES:
-        raise SiteError(f"no site is called {name!r}. {nearest(name, SITES)}")
+        raise SiteError(no_site(name, SITES))
     return Site(name)
 
 
@@ -485,8 +487,8 @@ def __getattr__(name: str) -> Site:
         raise AttributeError(name)
     if name in SITES:  # a family's own
         return Site(name)
-    raise _UnknownSiteAttribute(f"no site is called {name!r}. {nearest(name, SITES)}")
+    raise UnknownSiteError(no_site(name, SITES))
 
 
-class _UnknownSiteAttribute(SiteError, AttributeError):
-    """`S.reisd_post`: both a SiteError and what `hasattr` expects."""
+def __dir__() -> list[str]:
+    return sorted({*__all__, *SITES})

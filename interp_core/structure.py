@@ -15,7 +15,7 @@ from .architectures.atlas import Atlas, Entry
 from .engines.protocol import Engine
 from .engines.turns import Turn
 from .errors import CapabilityError, PlanError, nearest, wrong
-from .sites import Site, named
+from .sites import Site
 from .table import SiteTable
 
 if TYPE_CHECKING:
@@ -138,11 +138,11 @@ class Structure:
                 raise CapabilityError(f"{site} differs between layers ({first}, {other}); ask for one layer")
         return dict(entries[0].sizes)
 
-    def can(self, site: str, use: str) -> str:
+    def can(self, site: Site | str, use: str) -> str:
         """Why this model on this engine cannot do something with a site; empty if it can.
 
         Args:
-            site: name of a site.
+            site: a site, of which its name counts.
             use: "read", "write", "grad", "generate" (reads and edits while generating) or "rows" (of `pattern`, made
                 after the run from what `run(attention=True)` hands over).
 
@@ -150,7 +150,7 @@ class Structure:
             SiteError: no site is called so.
             PlanError: another use.
         """
-        name = named(site).name
+        name = _site(site).name
         if use not in USES:
             raise PlanError(f"a site has no use {use!r}. {nearest(use, USES)}")
         if name in self.atlas.lacking:
@@ -285,7 +285,18 @@ class Structure:
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise PlanError(wrong("unembed_tiles", "a number of tokens, 1 or more", width))
         with self._reading_out("unembed_tiles", normed):
-            return unembed_tiles(self.hf, normed, width)
+            tiles = unembed_tiles(self.hf, normed, width)
+        return self._in_turn(tiles)
+
+    def _in_turn(self, tiles: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Each tile made with the turn, which is free while the caller looks at it: a sweep of another thread may have
+        the unembedding compute less for the length of a pass."""
+        while True:
+            with self.turn:
+                tile = next(tiles, None)
+            if tile is None:
+                return
+            yield tile
 
     @contextmanager
     def _reading_out(self, what: str, stream: Tensor) -> Iterator[None]:

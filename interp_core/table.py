@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 
 from .architectures.atlas import Atlas, Entry
+from .columns import aligned, wrapped
 from .sites import SITES
+from .views import Part, Shown, Table, View
 
 
-class SiteTable:
+class SiteTable(Shown):
     """All sites of a model: axes with sizes, layers, what cannot be done; then the sites that it lacks, and why."""
 
     def __init__(self, atlas: Atlas) -> None:
@@ -36,23 +37,26 @@ class SiteTable:
             names.setdefault(why, []).append(name)
         return names
 
-    def __repr__(self) -> str:
-        rows = [("site", "axes", "layers", "remark"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+    def text(self, width: int | None = None) -> str:
+        """All of it as lines of at most `width` letters; as long as they come without one."""
+        lines = aligned([("site", "axes", "layers", "remark"), *self.rows()], width, keep=3)
         missing = self.missing()
         lines += ["", "not in this model:"] if missing else []
-        lines += [f"  {', '.join(names)}: {why}" for why, names in missing.items()]
-        lines += [f"note: {note}" for note in self.atlas.notes]
-        return "\n".join(lines)
+        said = [f"  {', '.join(names)}: {why}" for why, names in missing.items()]
+        said += [f"note: {note}" for note in self.atlas.notes]
+        return "\n".join([*lines, *(wrapped(line, width, "    ") for line in said)])
 
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows()
-        )
-        lacking = "".join(f"<li>{html.escape(', '.join(n) + ': ' + why)}</li>" for why, n in self.missing().items())
-        head = "".join(f"<th>{cell}</th>" for cell in ("site", "axes", "layers", "remark"))
-        return f"<table><tr>{head}</tr>{cells}</table><ul>{lacking}</ul>"
+    def __repr__(self) -> str:
+        return self.text()
+
+    def _view(self) -> View:
+        missing = [(", ".join(names), why) for why, names in self.missing().items()]
+        parts = [
+            Part("sites", (), Table(["site", "axes", "layers", "remark"], self.rows())),
+            Part("not in this model", (), Table(["sites", "why"], missing)) if missing else Part("", ()),
+            Part("notes", self.atlas.notes),
+        ]
+        return View(f"Sites of {self.atlas.family.name}", parts)
 
 
 def _axes(entry: Entry) -> str:

@@ -23,8 +23,9 @@ from torch import Tensor
 from .chat import Chars, rendered
 from .errors import PlanError, PositionError, TextError, nearest, wrong
 from .inputs import Shares, filler, in_row, is_visual, some, spans_of, stacked, stacked_patches
-from .offsets import offsets_by_decoding, with_composed
+from .offsets import ids_with_offsets
 from .positions import Images, Patches, PositionLike, Rows, Span, format_position, is_single, position, resolve
+from .token_views import TokensView
 
 __all__ = ["Tokens", "encode", "encode_chat"]
 
@@ -34,8 +35,8 @@ Where = Span | Chars | str | re.Pattern[str]
 """What `Tokens.find` takes: a token span, a character range, a string or a regular expression."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens(TokensView):
     """A batch of token sequences.
 
     Attributes:
@@ -252,6 +253,7 @@ class Tokens:
         return replace(self, spans=spans)
 
     def _covering(self, start: int, stop: int, row: int) -> Span | None:
+        """The tokens of a row that cover a part of its text; None if none does."""
         assert self.offsets is not None
         hit = [i for i, (a, b) in enumerate(self.offsets[row]) if a < stop and start < b]
         return Span(hit[0], hit[-1] + 1) if hit else None
@@ -317,6 +319,16 @@ def encode(
     """
     if isinstance(bos, Tensor) or bos not in (None, True, False):
         raise TextError(wrong("bos=", "True, False or None", bos))
+    pairs = enumerate(with_targets(texts, target))
+    return Tokens.stack([encode_row(tokenizer, text, goal, bos, boundary, row) for row, (text, goal) in pairs])
+
+
+def with_targets(texts: str | Sequence[str], target: str | Sequence[str] | None) -> list[tuple[str, str | None]]:
+    """Texts, each with its target.
+
+    Raises:
+        TextError: something else than strings, no text, or another number of targets.
+    """
     rows = _strings("a text", "a string or a list of strings", texts)
     targets = [None] * len(rows) if target is None else _strings("target=", "a string, or one per text", target)
     targets = targets * len(rows) if isinstance(target, str) else targets
@@ -324,12 +336,7 @@ def encode(
         raise TextError("no text given")
     if len(targets) != len(rows):
         raise TextError(f"{len(targets)} targets for {len(rows)} texts")
-    return Tokens.stack(
-        [
-            _encode_row(tokenizer, text, goal, bos, boundary, row)
-            for row, (text, goal) in enumerate(zip(rows, targets, strict=True))
-        ]
-    )
+    return list(zip(rows, targets, strict=True))
 
 
 def _strings(what: str, takes: str, value: Any) -> list[Any]:
@@ -360,7 +367,7 @@ def encode_chat(
     if target is not None and not isinstance(target, str):
         raise TextError(wrong("target=", "the beginning of the answer, a string", target))
     text, places = rendered(tokenizer, messages, **template)
-    return with_messages(_encode_row(tokenizer, text, target, False, "strict", 0), messages, places)
+    return with_messages(encode_row(tokenizer, text, target, False, "strict", 0), messages, places)
 
 
 def with_messages(tokens: Tokens, messages: Sequence[Mapping[str, Any]], places: Sequence[Sequence[Chars]]) -> Tokens:
@@ -403,21 +410,23 @@ def from_inputs(inputs: Mapping[str, Any], tokenizer: Any = None) -> Tokens:
     return tokens if tokenizer is None else replace(tokens, labels=_decoded(tokenizer, ids, mask))
 
 
-def _encode_row(tokenizer: Any, text: str, target: str | None, bos: bool | None, boundary: str, row: int) -> Tokens:
+def encode_row(tokenizer: Any, text: str, target: str | None, bos: bool | None, boundary: str, row: int) -> Tokens:
+    """Tokens of one text, as `encode` makes them; `row` is its number, for messages."""
     if not text or target == "":
         raise TextError(f"row {row}: {'the text' if not text else 'the target'} is empty")
     if boundary not in ("strict", "concat"):
         raise TextError(f"boundary is 'strict' or 'concat', not {boundary!r}")
-    ids, offsets = _ids(tokenizer, text, bos)
+    ids, offsets = ids_with_offsets(tokenizer, text, bos)
     if target is None:
         return _single(tokenizer, text, ids, offsets, {})
     if boundary == "concat":
-        more, shifts = _ids(tokenizer, target, False)
+        more, shifts = ids_with_offsets(tokenizer, target, False)
         start = len(ids)
         ids, offsets = ids + more, offsets + [(a + len(text), b + len(text)) for a, b in shifts]
     else:
         prompt = ids
-        ids, offsets = _ids(tokenizer, text + target, bos)
+        ids, offsets = ids_with_offsets(tokenizer, text + target, bos)
+        # The first token that reaches into the target: where it begins in the prompt, the ids before it differ.
         start = next((i for i, (a, b) in enumerate(offsets) if b > len(text)), len(ids))
         if ids[:start] != prompt:
             at = text[-12:] + "|" + target[:12]
@@ -433,46 +442,10 @@ def _encode_row(tokenizer: Any, text: str, target: str | None, bos: bool | None,
 
 def _single(tokenizer: Any, text: str, ids: list[int], offsets: list[Chars], spans: dict[str, Span]) -> Tokens:
     table = torch.tensor([ids], dtype=torch.long)
+    # Special tokens cover no characters of the text, and show what they are.
     labels = tuple(text[a:b] or token_text(tokenizer, i) for i, (a, b) in zip(ids, offsets, strict=True))
     named = {name: ((span,),) for name, span in spans.items()}
     return Tokens(table, torch.ones_like(table, dtype=torch.bool), (text,), (tuple(offsets),), named, (labels,))
-
-
-def _ids(tokenizer: Any, text: str, bos: bool | None) -> tuple[list[int], list[Chars]]:
-    """Ids of one text and the characters of each."""
-    if bos and tokenizer.bos_token_id is None:
-        raise TextError("a BOS was asked for, but the tokenizer has none; leave bos out or set tokenizer.bos_token")
-    special, fast = bos is not False, getattr(tokenizer, "is_fast", False)
-    encoded = tokenizer(text, add_special_tokens=special, **({"return_offsets_mapping": True} if fast else {}))
-    ids = list(encoded["input_ids"])
-    if not ids:
-        raise TextError(f"the text {text!r:.60} has no tokens")
-    kept = _not_doubled(tokenizer, text, ids) if special else slice(None)
-    ids = ids[kept]
-    if fast:
-        offsets = with_composed(text, [(int(a), int(b)) for a, b in encoded["offset_mapping"]][kept])
-    else:
-        offsets = offsets_by_decoding(tokenizer, ids, text)
-    if bos and ids[0] != tokenizer.bos_token_id:
-        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
-    return ids, offsets
-
-
-def _not_doubled(tokenizer: Any, text: str, ids: list[int]) -> slice:
-    """Which tokens to keep so that special ones that the text has written out (a chat template rendered by hand) are
-    not put around it a second time."""
-    specials = set(tokenizer.all_special_ids)
-    if not specials.intersection(ids[1:3] + ids[-3:-1]):
-        return slice(None)
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    for start in reversed(range(len(ids) - len(bare) + 1)):
-        before, after = ids[:start], ids[start + len(bare) :]
-        if ids[start : start + len(bare)] != bare:
-            continue
-        doubled = bool(before) and bare[: len(before)] == before, bool(after) and bare[-len(after) :] == after
-        if any(doubled):
-            return slice(len(before) if doubled[0] else 0, len(ids) - (len(after) if doubled[1] else 0))
-    return slice(None)
 
 
 def token_text(tokenizer: Any, token: int) -> str:

@@ -10,7 +10,7 @@ import pictures
 import pytest
 import torch
 from conftest import FAMILIES, SAMPLED, sampled, tiny_model, toy_model
-from interp_plugins.attribution.ablations.blurring import gaussian
+from interp_plugins.attribution.ablations.blurring import blurred, gaussian
 from interp_plugins.attribution.ablations.lasso import drawn, lasso
 from interp_plugins.attribution.ablations.units import sentences, words
 from interp_plugins.attribution.surrogate import logit_scaled
@@ -350,6 +350,14 @@ def test_blocks_of_an_image() -> None:
             run = model.run(values, edits=S.pattern.knockout(query=after, key=unit["positions"]), logits=-1)
         wanted = found.notes[0]["full"] - float(torch.log_softmax(run.logits.plain[0], -1)[answer])
         assert unit["loss"] == pytest.approx(wanted, abs=rounding(model) * 10)
+    tiled = pictures.inputs("internvl", [[torch.randn(3, 32, 16)]])
+    internvl = tiny_model("internvl")
+    for tile in (0, 1):
+        after = blurred("leave_out", internvl, internvl.input(tiled), [(0, tile, 1, 1)]).inputs["pixel_values"]
+        assert (after != tiled["pixel_values"]).flatten(1).any(1).tolist() == [tile == 0, tile == 1]
+    with pytest.raises(ic.CapabilityError, match="there are 2 tiles, made of 3 pictures"):
+        fine = pictures.inputs("llava_onevision", [[torch.randn(3, 32, 16)]])
+        method(tiny_model("llava_onevision"), fine, units="visual", convention="blur")
     flat = gaussian(torch.ones(3, 8, 8), 1.0)
     torch.testing.assert_close(flat, torch.ones(3, 8, 8))
     patches = pictures.inputs("qwen3_vl", [[picture]])

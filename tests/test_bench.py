@@ -62,6 +62,20 @@ def test_table_and_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(OPERATIONS) > {"plain", "generate"}
 
 
+def test_an_error_without_words_is_a_line_of_the_table() -> None:
+    _, failed = measure(toy_model(), rounds=1, operations=["plain"], only=["interp_core"], extra=["test_bench:silent"])
+    assert failed == [("test_bench:silent", "silent", "ValueError: ValueError")]
+
+
+def silent(model: ic.Model, ids: torch.Tensor) -> Any:
+    """A function that fails and does not say why."""
+
+    def fail() -> None:
+        raise ValueError
+
+    return fail
+
+
 def mine(model: ic.Model, ids: torch.Tensor) -> Any:
     """What a user would write for `--extra`."""
     return lambda: model.run(ids.cpu(), read="resid_post[0]", logits=False)

@@ -61,7 +61,7 @@ def test_importing_the_package_is_light() -> None:
         (["run", "logit_lens", "--topk=3"], "logit_lens has no setting 'topk'. Did you mean 'top_k'"),
         (["run", "logit_lens", "--top_k"], "logit_lens: --top_k has no value"),
         (["run", "logit_lens", "--top_k", "--at", "1"], "logit_lens: --top_k has no value"),
-        (["run", "logit_lens", "3"], "logit_lens: '3' belongs to no setting: write --setting value"),
+        (["run", "logit_lens", "toy:text", "3"], "logit_lens: '3' belongs to no setting: write --setting value"),
         (["run", "logit_lens", "--text", "x", "--top_k", "many"], "logit_lens: setting top_k: "),
         (["run", "demo", "--modle", "x"], "recipe demo has no setting 'modle'. Did you mean 'model'"),
         (["run", "demo", "--text", "x"], "recipe demo has no --text; its settings: model, out"),

@@ -51,7 +51,7 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page = path.read_text()
     said = capsys.readouterr().out
     assert "L2H2" in said and str(path) in said
-    for line in ("What came out", "Logit lens", "Which heads decide", "Steered generation", "resid_post"):
+    for line in ("Summary", "Logit lens", "Which heads decide", "Steered text", "resid_post"):
         assert line in page
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
     assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
@@ -61,9 +61,22 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "http" not in page
 
 
+def test_prompts_that_are_given_are_run_on_the_toy_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the toy's own task; the answers are the model's, and prompts of different lengths are refused."""
+    shown = "Q: big\nA: {}\n\nQ: hot\nA: {}\n\nQ: wet\nA:"
+    clean, corrupted = shown.format("small", "cold"), shown.format("grand", "chaud")
+    recipe.demo(recipe.DemoConfig(out=tmp_path / "own", clean=clean, corrupted=corrupted))
+    page = (tmp_path / "own/report.html").read_text()
+    assert "Q: hot\nA: chaud" in page and "One pair of prompts" in page and "Five shots" not in page
+    assert recipe.answers(toy_model(), recipe.DemoConfig(clean=clean, corrupted=corrupted))[0] == " dry"
+    with pytest.raises(ic.TextError, match="corrupted 4: patching needs as many"):
+        recipe.demo(recipe.DemoConfig(out=tmp_path / "other", clean=clean, corrupted="Q: hot\nA:"))
+    assert "Five shots" not in capsys.readouterr().out
+
+
 def test_a_real_folder(tmp_path: Path) -> None:
     path = recipe.demo(recipe.DemoConfig(model=str(DATA / "stories260K"), out=tmp_path))
-    assert "One pair of texts" in path.read_text()
+    assert "One pair of prompts" in path.read_text()
     run = [
         sys.executable,
         "-m",
@@ -75,7 +88,7 @@ def test_a_real_folder(tmp_path: Path) -> None:
         str(tmp_path / "b"),
     ]
     out = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert "Heads that carry it" in out.stdout and (tmp_path / "b" / "report.html").is_file()
+    assert "single heads give back most of that gap" in out.stdout and (tmp_path / "b" / "report.html").is_file()
 
 
 def test_pairs_that_do_not_fit(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_opt_that_norms_the_stream_itself(ids: torch.Tensor) -> None:
         close(block.fc2(run[S.mlp_act[1]].as_subclass(torch.Tensor)), run[S.mlp_out[1]], 1e-5)
         summed = (run[S.mlp_in[1]] + run[S.mlp_out[1]]).as_subclass(torch.Tensor)
         close(block.final_layer_norm(summed), run[S.resid_post[1]], 1e-5)
-    with pytest.raises(ic.CapabilityError, match="this opt has no final norm that the atlas knows"):
+    with pytest.raises(ic.CapabilityError, match="this opt has no final norm that is known here"):
         model.readout(torch.zeros(1, 64))
 
 

@@ -10,7 +10,7 @@ from interp_plugins.geometry.dimension import two_nn
 from interp_plugins.geometry.directions import anisotropy, mean_direction_share, modality_gap, separability
 from interp_plugins.geometry.measured import MEASURES, How, measure_layer
 from interp_plugins.geometry.ratios import cut_ratio, ratio_of_ratios
-from interp_plugins.geometry.rows import VARIANTS, coordinates, equal_numbers, prepare, subsamples
+from interp_plugins.geometry.rows import VARIANTS, coordinates, equal_numbers, prepare, single, subsamples
 from interp_plugins.geometry.similarity import Rows, cka, debiased_cka
 from interp_plugins.geometry.spectrum import effective_rank, participation_ratio, stable_rank
 
@@ -25,6 +25,14 @@ def gaussian(n: int, d: int, seed: int = 0) -> np.ndarray:
 
 def rotation(d: int) -> np.ndarray:
     return np.linalg.qr(gaussian(d, d, 9))[0]
+
+
+def test_one_row_of_many_is_drawn_evenly() -> None:
+    """The lesser of two draws, which it once was, has a mean of a third of the rows and is never the last."""
+    for n in (2, 10, 31):
+        places = [single(n, seed) for seed in range(600)]
+        assert {min(places), max(places)} == {0, n - 1} and single(n, 3) == single(n, 3)
+        assert np.mean(places) == pytest.approx((n - 1) / 2, abs=4 * n / np.sqrt(12 * 600))
 
 
 def test_equal_directions_are_counted() -> None:

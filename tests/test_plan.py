@@ -70,11 +70,11 @@ def test_json_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Plan.of(edits=[S.z[0]]), r"Say what to do there: \.set"),
-        (lambda: Plan.of(reads=[3]), "read takes sites"),
+        (lambda: Plan.of(edits=[S.z[0]]), r"say what to do there, \.set"),
+        (lambda: Plan.of(reads=[3]), "read= takes sites like"),
         (lambda: S.z.set(3.0), "set takes a torch tensor, not float"),
-        (lambda: S.z.scale(VECTOR), "scale takes a number"),
-        (lambda: S.z.scale(True), "scale takes a number"),
+        (lambda: S.z.scale(VECTOR), "scale takes a finite number"),
+        (lambda: S.z.scale(True), "scale takes a finite number"),
         (lambda: S.z.apply(3), "apply takes a function"),
         (lambda: S.z.project(torch.zeros(4)), "direction of length zero"),
         (lambda: S.z.project(torch.zeros(2, 2, 2)), "takes .d. or .k d."),

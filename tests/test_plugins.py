@@ -282,7 +282,8 @@ def test_verbose_listing_loads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refresh()
     out = CliRunner().invoke(app, ["plugins", "recipes", "-v"]).stdout
     refresh()
-    rows = {line.split()[1]: line.split()[2] for line in out.splitlines() if line.startswith("recipes ")}
+    table = out.partition("\n\n")[0].splitlines()[2:]  # below the kind and the head; errors stand behind
+    rows = {line.split()[0]: line.split()[1] for line in table}
     assert rows.pop("crash") == "broken" and {"demo", "fine"} <= rows.keys() and {*rows.values()} == {"ok"}
     assert "no luck" in out and "Traceback" in out
     assert "broken_plugin" not in sys.modules

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import toy_model
 from typer.testing import CliRunner
 
 import interp_core as ic
@@ -22,8 +25,8 @@ CLEAN, CORRUPTED = "Q: big\nA: small\n\nQ: hot\nA:", "Q: big\nA: small\n\nQ: old
 
 
 @pytest.fixture(scope="module")
-def patched(toy: ic.Model) -> Any:
-    return ic.method("activation_patching")(toy, CLEAN, corrupted=CORRUPTED, site="resid_pre", at="each")
+def patched() -> Any:
+    return ic.method("activation_patching")(toy_model(), CLEAN, corrupted=CORRUPTED, site="resid_pre", at="each")
 
 
 def test_a_result_says_where_it_comes_from(toy: ic.Model, patched: Any) -> None:
@@ -65,6 +68,27 @@ def test_the_record_is_saved_and_no_part_of_the_numbers(toy: ic.Model, patched: 
     whole = ic.method("logit_lens")(toy, [CLEAN, CORRUPTED], at=-1, batch_size=1, out=tmp_path / "run")
     assert whole.provenance["prompts"]["count"] == 2
     assert ic.Result.load(tmp_path / "run").provenance == whole.provenance
+
+
+def test_sweeps_are_results_too(toy: ic.Model, tmp_path: Path) -> None:
+    heads = {head: ic.sites.z[head].at(-1).zero() for head in toy.heads}
+    sweep = toy.sweep(CLEAN, heads, ic.score.logit_diff(" cold", " young"))
+    best = sweep.top(1)[0]
+    assert f"{best.effect:+.4g} by {best.key[0]}, {best.key[1]}: z[" in sweep.finding
+    page = sweep.to_html(tmp_path / "page.html").read_text()
+    for part in (
+        "<h1>Sweep</h1>",
+        "What each of the changes does",
+        "Q: hot",
+        "The largest change of logit_diff",
+        "What it cost",
+    ):
+        assert part in page
+    alone = "import interp_core as ic, sys; s = ic.Result.load(sys.argv[1]); print(type(s).__name__, s.finding)"
+    done = subprocess.run(
+        [sys.executable, "-c", alone, sweep.save(tmp_path / "s")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"Sweep {sweep.finding}\n"
 
 
 def test_a_class_that_no_method_has(patched: Any, tmp_path: Path) -> None:

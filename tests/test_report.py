@@ -60,7 +60,7 @@ def test_pages_need_no_network() -> None:
 
 
 def test_white_space_shows() -> None:
-    assert [html.visible(t) for t in (" a", "\n\n", "", "b\t", "  ")] == ["·a", "⏎⏎", "∅", "b⇥", "· "]
+    assert [html.visible(t) for t in (" a", "\n\n", "", "b\t", "  ", "\x01")] == ["·a", "⏎⏎", "∅", "b⇥", "· ", "\\x01"]
 
 
 def test_colours() -> None:

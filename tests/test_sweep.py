@@ -41,7 +41,8 @@ def test_it_equals_a_loop_of_runs() -> None:
         run = model.run(tokens(), edits=edit, logits=-1)
         torch.testing.assert_close(swept.values[number], score.logprob(torch.tensor([3, 7]))(run), atol=1e-5, rtol=1e-5)
     assert swept.effects.shape == (len(edits), 2)
-    assert swept.top(1)[0][0] == str(edits[int(swept.effects.mean(-1).abs().argmax())])
+    strongest = int(swept.effects.mean(-1).abs().argmax())
+    assert swept.top(1)[0] == (strongest, swept.variants[strongest], float(swept.effects[strongest].mean()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

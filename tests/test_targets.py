@@ -94,3 +94,23 @@ def test_studies_take_scores_with_words(name: str) -> None:
     one = ic.method(name)(model, TEXTS, score=score.logprob([" cold", " dry"]), **settings)
     other = ic.method(name)(model, TEXTS, score=score.logprob(torch.tensor(ids(" cold", " dry"))), **settings)
     assert torch.equal(one.effect, other.effect) and torch.equal(one.base, other.base)
+
+
+def test_a_score_of_one_position_takes_one(toy: ic.Model) -> None:
+    """In sweeps and of runs alike; once a run gave the numbers of all positions together."""
+    text = "Q: big\nA: small\n\nQ: hot\nA:"
+
+    def own(at: Any) -> score.Score:
+        return score.Score("own", lambda logits: logits[..., 5], at=at)
+
+    with pytest.raises(ic.PlanError, match=r"score own: at= takes a position such as -1.*not None"):
+        own(None)
+    for at in (slice(0, 3), "all", [2, 3]):
+        with pytest.raises(ic.PlanError, match=r"score own reads \d+ positions.*it takes one, or several with span"):
+            own(at)(toy.run(text))
+        with pytest.raises(ic.PlanError, match=r"score own reads \d+ positions.*it takes one, or several with span"):
+            toy.sweep(text, [S.z[2, 1].zero()], own(at))
+    run = toy.run(text)
+    for at in (2, [[2]], ic.PerRow(((2,),))):
+        clean = toy.sweep(text, [S.z[2, 1].zero()], own(at)).clean
+        assert own(at)(run).shape == clean.shape and torch.allclose(own(at)(run), clean, rtol=1e-4)

@@ -20,6 +20,20 @@ from interp_core.engines.turns import Turn, turn_of
 Job = Callable[[], Any]
 
 
+def test_tiles_of_logits_wait_for_their_turn() -> None:
+    """They are made when they are asked for, when another thread may be in a pass."""
+    model = ic.load(testing.tiny("llama"), check=False)
+    tiles = model.unembed_tiles(torch.ones(1, model.d_model), 40)
+    made: list[Tensor] = []
+    other = threading.Thread(target=lambda: made.extend(tiles))
+    with model.turn:
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and not made
+    other.join(30)
+    assert sum(tile.shape[-1] for tile in made) == model.d_vocab
+
+
 def flat(value: Any) -> Tensor:
     """What a job gave, as one tensor."""
     return value.detach().as_subclass(Tensor).double().flatten()

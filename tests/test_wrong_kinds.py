@@ -24,7 +24,7 @@ PARROT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 HELLO = [{"role": "user", "content": "big"}]
 
 
-def calls(model: ic.Model, tokens: ic.Tokens) -> dict[str, Callable[[Any], Any]]:
+def calls(model: ic.Model, tokens: ic.Tokens, folder: Path) -> dict[str, Callable[[Any], Any]]:
     """What users call, with one argument left open."""
     hf, one, goal = model.hf, torch.tensor([[1]]), score.logprob(5)
     zero, run = [S.z[1].zero()], model.run(tokens, read=S.z[1])
@@ -81,6 +81,14 @@ def calls(model: ic.Model, tokens: ic.Tokens) -> dict[str, Callable[[Any], Any]]
         "run(grad=)": lambda x: model.run(tokens, read=S.z[1], grad=x if not callable(x) else False),
         "run[]": lambda x: run[x],
         "compile": model.compile,
+        "score()": goal,
+        "projection": lambda x: score.projection(x, torch.zeros(128)),
+        "projection(direction)": lambda x: score.projection(S.resid_post[1].at(-1), x),
+        "nll": score.nll,
+        "collect": lambda x: model.collect(x, S.z[1], out=folder),
+        "collect(read=)": lambda x: model.collect(["Q:"], x, out=folder),
+        "layers": model.layers,
+        "weights": model.weights,
         "generate": lambda x: model.generate(x, max_new_tokens=1),
         "generate(max_new_tokens=)": lambda x: model.generate(tokens, max_new_tokens=x) if x is not True else None,
         "generate(read=)": lambda x: model.generate(tokens, read=x, max_new_tokens=1),
@@ -102,12 +110,12 @@ def calls(model: ic.Model, tokens: ic.Tokens) -> dict[str, Callable[[Any], Any]]
     }
 
 
-def test_every_function_takes_it_or_says_why_not() -> None:
+def test_every_function_takes_it_or_says_why_not(tmp_path: Path) -> None:
     """The law, over every pair: the call goes well, or ends in an error that names what came."""
     model = toy_model()
     raw: list[str] = []
     refused = 0
-    for name, call in calls(model, model.tokens("Q: big\nA:")).items():
+    for name, call in calls(model, model.tokens("Q: big\nA:"), tmp_path / "all").items():
         for value in WRONG:
             try:
                 call(value)
@@ -126,15 +134,19 @@ def test_every_function_takes_it_or_says_why_not() -> None:
     [
         (lambda m: m.run(3), ic.TextError, "takes text, texts, Tokens, .* or ids, not int 3"),
         (lambda m: m.tokens([3]), ic.TextError, r"a string or a list of strings, not list \[3\]"),
-        (lambda m: m.run("Q:", read=3), ic.PlanError, "read= takes sites, not int 3"),
-        (lambda m: m.run("Q:", edits=S.z[1]), ic.PlanError, "edits= takes edits, not Site z|Say what to do there"),
+        (lambda m: m.run("Q:", read=3), ic.PlanError, "read= takes sites like .*, not int 3"),
+        (
+            lambda m: m.run("Q:", edits=S.z[1]),
+            ic.PlanError,
+            "edits= takes edits like .*, not Site z.*say what to do there",
+        ),
         (lambda m: S.z[2.5], ic.SiteError, r"z\[2.5\]: a layer or unit is an integer"),
         (lambda m: S.z[[1.5, 2]], ic.SiteError, "a layer or unit is an integer"),
         (lambda m: m.can("z", "raed"), ic.PlanError, "a site has no use 'raed'. Did you mean 'read'"),
         (
             lambda m: m.sweep("Q:", [S.z[1].zero()], "logprob"),
             ic.PlanError,
-            "score= takes a score, or several, not str",
+            "score= takes a score such as .*, or several, not str",
         ),
         (lambda m: score.logprob(2.5), ic.PlanError, "takes a token id, a word, .* not float 2.5"),
         (lambda m: score.logprob(["a", True]), ic.PlanError, r"takes a token id, .* not list \['a', True\]"),

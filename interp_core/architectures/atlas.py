@@ -116,6 +116,7 @@ class Atlas:
             SiteError: a layer that does not exist, or that lacks the site.
             CapabilityError: the family lacks the site.
         """
+        # Nearly every site names one layer, and then its key is that of its entry.
         if (entry := self.entries.get((site.name, site.layers))) is not None:  # type: ignore[arg-type]
             return [entry]
         if site.name in self.lacking:

@@ -70,6 +70,6 @@ class Components:
             shown = ", ".join(map(str, having))
             raise SiteError(f"layer {number} of this {self.family} has no {component}; layers {shown} have")
         raise CapabilityError(
-            f"this {self.family} has no module for {component} that the atlas knows; "
+            f"this {self.family} has no module for {component} that is known here; "
             f"it has {', '.join(self.names(number)) or 'none'}"
         )

@@ -12,8 +12,4 @@ def parallel(config: Any) -> bool:
     return bool(config.new_decoder_architecture or config.parallel_attn)
 
 
-FAMILY = Family(
-    "falcon",
-    paths={"blocks.ln2": "post_attention_layernorm"},
-    parallel=parallel,
-)
+FAMILY = Family("falcon", paths={"blocks.ln2": "post_attention_layernorm"}, parallel=parallel)

@@ -101,15 +101,20 @@ def by_any_resolution(config: Any, inputs: Mapping[str, Any], _runs: Sequence[in
     rows ended by a newline token. Rows with several images have tile 0 only, with one newline token."""
     patch, side = edge_of(config.vision_config.patch_size), edge_of(config.vision_config.image_size)
     n = side // patch
-    sizes = inputs["image_sizes"].tolist()
-    counts = inputs.get("batch_num_images")
-    alone = [True] * len(sizes) if counts is None else [int(c) == 1 for c in counts for _ in range(int(c))]
     images = []
-    for size, whole in zip(sizes, alone, strict=True):
+    for size, is_alone in sizes_alone(inputs):
         base = raster(n, n, (patch, patch))
-        fine = _high_resolution(config, size, patch) if whole else [Cell(0, n, None, None)]
+        fine = _high_resolution(config, size, patch) if is_alone else [Cell(0, n, None, None)]
         images.append([*base, *fine])
     return images
+
+
+def sizes_alone(inputs: Mapping[str, Any]) -> list[tuple[list[int], bool]]:
+    """Height and width of each of LLaVA-OneVision's images, and whether it is alone in its row: it is cut into tiles
+    then."""
+    sizes, counts = inputs["image_sizes"].tolist(), inputs.get("batch_num_images")
+    alone = [True] * len(sizes) if counts is None else [int(c) == 1 for c in counts for _ in range(int(c))]
+    return list(zip(sizes, alone, strict=True))
 
 
 def _high_resolution(config: Any, size: Sequence[int], patch: int) -> list[Cell]:

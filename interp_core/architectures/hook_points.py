@@ -201,7 +201,7 @@ def resid_mid(
         back = new - call.needs[0] if join is None else call.first + (new - old)
         call.first = unrounded(old, new, call.first, back)
 
-    return replace(attn_out, get=get, put=put, needs=(block,), rank=1)
+    return replace(attn_out, get=get, put=put, needs=(block,), rank=1)  # after edits of `attn_out`, of which it is made
 
 
 def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int, d_head: int) -> HookPoint:
@@ -263,6 +263,7 @@ def router_weights(module: str, router: Router, n_experts: int, k: int) -> HookP
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
+    # After edits of the logits, which select again and so write the weights anew.
     return HookPoint(module, "out", get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
 
 
@@ -345,5 +346,6 @@ def logits() -> HookPoint:
 
 def uses_interface(attention: nn.Module) -> bool:
     """Whether an attention module goes through transformers' attention interface."""
+    # No attribute says so; but a forward that goes through the interface has to name its table.
     code = inspect.unwrap(type(attention).forward).__code__
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")

@@ -32,18 +32,15 @@ def delta_paths(block: Any) -> Mapping[str, str]:
     return {} if hasattr(block.self_attn, "qk_head_dim") else {"blocks.attn": "", "blocks.linear_attn": "self_attn"}
 
 
-def _paths() -> dict[str, str]:
-    return {**llama_like("model"), **DEEPSEEK_V3.paths}
-
-
+_PATHS = {**llama_like("model"), **DEEPSEEK_V3.paths}
 _V2 = GroupsByConfig(softmax, best=1, renormalise=False, scale="routed_scaling_factor")
 _MISTRAL = Scored(softmax_as_is, best=2, renormalise="norm_topk_prob", eps=1e-20, scale="routed_scaling_factor")
 
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="deepseek_v2", router=Router("mlp.gate", "mlp.experts", _V2))
-MISTRAL4 = replace(DEEPSEEK_V3, name="mistral4", paths=_paths(), router=Router("mlp.gate", "mlp.experts", _MISTRAL))
+MISTRAL4 = replace(DEEPSEEK_V3, name="mistral4", paths=_PATHS, router=Router("mlp.gate", "mlp.experts", _MISTRAL))
 GLM_LITE = replace(DEEPSEEK_V3, name="glm4_moe_lite")
-AXK1 = replace(DEEPSEEK_V3, name="axk1", paths=_paths())
-DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32", paths=_paths())
+AXK1 = replace(DEEPSEEK_V3, name="axk1", paths=_PATHS)
+DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32", paths=_PATHS)
 GLM_DSA = replace(DEEPSEEK_V3, name="glm_moe_dsa")
-KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", paths=_paths(), varied=delta_paths)
-BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", paths=_paths(), varied=delta_paths)
+KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", paths=_PATHS, varied=delta_paths)
+BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", paths=_PATHS, varied=delta_paths)

@@ -79,6 +79,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     stack.locate()
     ends(stack)
     tower = _tower(atlas, modules)
+    # Behind `ends`: of a component the first module counts, and paths go before what transformers says.
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
@@ -442,7 +443,7 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
         elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
-            why = f"{family.name} has no mixture-of-experts router that the atlas knows"
+            why = f"{family.name} has no mixture-of-experts router that is known here"
         elif name == "shared_expert_gate":
             why = f"this {family.name} has no gate on a shared expert"
         elif SITES[name].visual:
@@ -454,4 +455,4 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = f"the atlas does not know where {family.name} keeps {name}. {near}"
         atlas.lacking[name] = why
     if "final_norm" not in present:
-        atlas.lacking["readout"] = f"this {family.name} has no final norm that the atlas knows"
+        atlas.lacking["readout"] = f"this {family.name} has no final norm that is known here"

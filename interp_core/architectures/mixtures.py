@@ -49,9 +49,7 @@ MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, router=IN_GROUPS)
 MELLUM = Family("mellum", paths=_LLAMA, router=QWEN_ROUTER)
 LARA = Family("lara_mini", paths={**_LLAMA, "blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
 FLINT = Family(
-    "flint",
-    paths=_LLAMA,
-    router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob")),
+    "flint", paths=_LLAMA, router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob"))
 )
 HY3 = Family(
     "hy_v3",
@@ -75,8 +73,7 @@ HUNYUAN = Family(
 )
 MINIMAX_M2 = Family("minimax_m2", router=HandedRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
 ERNIE = Family(
-    "ernie4_5_moe",
-    router=Router("mlp.gate", "mlp.experts", Scored(bias=f"moe_statics.{BIAS}", least="norm_min")),
+    "ernie4_5_moe", router=Router("mlp.gate", "mlp.experts", Scored(bias=f"moe_statics.{BIAS}", least="norm_min"))
 )
 JAMBA = Family(
     "jamba",

@@ -74,6 +74,7 @@ class Scored(Selection):
         scores = self.score(router, logits)
         if self.bias and (bias := attrgetter(self.bias)(router)) is not None:
             scores = scores + bias
+        # The sigmoid of minus infinity is 0, which a bias would lift above the scores of others.
         return scores.masked_fill(logits == BANNED, BANNED)
 
     def choose(self, router: Any, logits: Tensor) -> Tensor:

@@ -107,13 +107,7 @@ KOLIBRI = Family(
     router=Router("mlp.gate", "mlp.experts", BiasOnLogits(sigmoid, BIAS, renormalise="norm_topk_prob")),
 )
 MINICPM3 = Family("minicpm3", paths=_STREAM, added=_evenly(lambda block: block.residual_scale))
-MINIMAX = Family(
-    "minimax",
-    paths=_LLAMA,
-    added=minimax_added,
-    join=minimax_join,
-    router=QWEN_ROUTER,
-)
+MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
 NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(

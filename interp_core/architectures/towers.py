@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .family import Family, Place, fused_blocks
-from .grids import Cell, edge_of
+from .grids import Cell, edge_of, sizes_alone
 
 _PARTS = {"blocks.attn.q": "q_proj", "blocks.attn.k": "k_proj", "blocks.attn.v": "v_proj"}
 _CLIP = {
@@ -126,10 +126,7 @@ def tiles_of(config: Any, inputs: Mapping[str, Any]) -> Iterator[int]:
     image."""
     from transformers.image_processing_utils import select_best_resolution
 
-    sizes = inputs["image_sizes"].tolist()
-    counts = inputs.get("batch_num_images")
-    alone = [True] * len(sizes) if counts is None else [int(c) == 1 for c in counts for _ in range(int(c))]
     edge = edge_of(config.vision_config.image_size)
-    for size, whole in zip(sizes, alone, strict=True):
+    for size, is_alone in sizes_alone(inputs):
         height, width = select_best_resolution(tuple(size), config.image_grid_pinpoints)
-        yield 1 + (height // edge) * (width // edge) if whole else 1
+        yield 1 + (height // edge) * (width // edge) if is_alone else 1

@@ -40,7 +40,7 @@ from .sites import TOLERANCE, coarsest
 if TYPE_CHECKING:
     from ..model import Model
 
-EXACT = ("features", "elsewhere", "identity", "repeat")
+EXACT = ("places", "features", "elsewhere", "identity", "repeat")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def visual_check(model: Model, tokens: Tokens, other: Tokens, *, strict: bool = 
 
 
 def _limit(name: str, tolerance: float) -> float:
-    return 0.0 if name in EXACT or name == "places" else tolerance
+    return 0.0 if name in EXACT else tolerance
 
 
 def _measured(name: str, row: _Row) -> tuple[float | None, str]:
@@ -199,7 +199,7 @@ class _Row:
 
     def logits(self, run: Any) -> Tensor:
         """Logits `[pos d_vocab]` of a run."""
-        out: Tensor = run.logits.as_subclass(Tensor)[0]
+        out: Tensor = run.logits.plain[0]
         return out
 
 
@@ -258,14 +258,14 @@ def _features(row: _Row) -> float:
         ).pooler_output
     parts = list(out) if isinstance(out, (list, tuple)) else [out]
     features = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-    seen = row.run[S.resid_pre[0]].as_subclass(Tensor)[0, row.visual]
+    seen = row.run[S.resid_pre[0]].plain[0, row.visual]
     if features.shape != seen.shape:
         raise TextError(f"the tower gives {list(features.shape)}, the text has {list(seen.shape)}")
     return _distance(seen, features)
 
 
 def _elsewhere(row: _Row) -> float:
-    with_image, blind = (run[S.resid_pre[0]].as_subclass(Tensor)[0] for run in (row.run, row.blind))
+    with_image, blind = (run[S.resid_pre[0]].plain[0] for run in (row.run, row.blind))
     text = [i for i in range(len(with_image)) if i not in set(row.visual)]
     # Otherwise `blind` and `end` would hold of any model: they put rows in that are there already.
     if torch.equal(with_image[row.visual], blind[row.visual]):

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..checks.selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_tokens
+from ..columns import aligned, wrapped
 from ..errors import CapabilityError, InterpError
 from ..plugins import registry
+from ..progress import Progress
 from ..sites import SITES
 from ..text import Tokens
 
@@ -56,7 +58,7 @@ class Cell:
 
     @property
     def ok(self) -> bool:
-        """It works."""
+        """Whether it works."""
         return self.status == "ok"
 
     @property
@@ -79,21 +81,31 @@ class Battery:
         """Cells that neither work nor are refused."""
         return [cell for cell in self.cells if cell.status == "failed"]
 
-    def __str__(self) -> str:
+    def text(self, width: int | None = None) -> str:
+        """The table, and the reasons for what does not work, in lines of at most `width` letters."""
         table: dict[tuple[str, str], dict[str, Cell]] = {}
         for cell in self.cells:
             table.setdefault((cell.engine, cell.site), {})[cell.use] = cell
-        lines = [f"{'engine':17} {'site':15} " + " ".join(f"{use:10}" for use in USES)]
-        lines += [
-            f"{engine:17} {site:15} " + " ".join(f"{cells[use]!s:10}" if use in cells else " " * 10 for use in USES)
+        rows: list[tuple[str, ...]] = [("engine", "site", *USES)]
+        rows += [
+            (engine, site, *(str(cells[use]) if use in cells else "" for use in USES))
             for (engine, site), cells in table.items()
         ]
+        lines = aligned(rows)
+        if width is not None and max(map(len, lines)) > width:  # engines as headings, not as a column
+            lines = aligned([row[1:] for row in rows], width, keep=len(rows[0]))
+            heads = [engine for engine, _ in table]
+            for number in reversed([i for i, engine in enumerate(heads) if i == 0 or engine != heads[i - 1]]):
+                lines.insert(number + 1, f"engine {heads[number]}")
         reasons: dict[tuple[str, str], list[str]] = {}
         for cell in self.cells:
             if cell.why:
                 reasons.setdefault((cell.engine, cell.why), []).append(f"{cell.site} {cell.use}")
-        lines += ["", *(f"{engine}: {', '.join(what)}: {why}" for (engine, why), what in reasons.items())]
-        return "\n".join(line.rstrip() for line in lines)
+        said = (f"{engine}: {', '.join(what)}: {why}" for (engine, why), what in reasons.items())
+        return "\n".join([*lines, "", *(wrapped(line, width) for line in said)]).rstrip()
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def check_model(model: Model, engines: Sequence[str] = ()) -> Battery:
@@ -111,16 +123,20 @@ def check_model(model: Model, engines: Sequence[str] = ()) -> Battery:
     sites = [site for site in model.sites if not SITES[site].visual]  # these need images
     known = registry("engines")
     own = model.engine.name
-    for name in engines or [own, *(name for name in known.names() if name != own)]:
-        try:
-            other = model if name == own else model.on(name)
-        except CapabilityError as error:
-            if name not in known:
-                raise
-            cells += [Cell(name, site, use, None, "refused", str(error)) for site in sites for use in USES]
-            continue
-        for site in sites:
-            cells += [_cell(model, other, name, site, use, limit) for use in USES]
+    held = list(engines) or [own, *(name for name in known.names() if name != own)]
+    with Progress("sites", len(held) * len(sites)) as progress:
+        for name in held:
+            try:
+                other = model if name == own else model.on(name)
+            except CapabilityError as error:
+                if name not in known:
+                    raise
+                cells += [Cell(name, site, use, None, "refused", str(error)) for site in sites for use in USES]
+                progress.add(len(sites))
+                continue
+            for site in sites:
+                cells += [_cell(model, other, name, site, use, limit) for use in USES]
+                progress.add()
     return Battery(tuple(cells))
 
 
@@ -207,7 +223,7 @@ def _gradient(model: Model, other: Model, name: str, layer: int) -> float:
     nothing = torch.zeros_like(edit.value).requires_grad_()
     score(other.run(tokens, edits=edit.site.add(nothing), allow_noop=True).logits).backward()
     assert nothing.grad is not None
-    gradient = other.run(tokens, read=site, grad=score).grad[site].as_subclass(Tensor)
+    gradient = other.run(tokens, read=site, grad=score).grad[site].plain
     if "query" in site.info.axes:
         return _distance(gradient[0, :, -1, -2], nothing.grad)
     return _distance(gradient[0, list(CHECKED_POSITIONS)].flatten(0, -2).sum(0), nothing.grad)
@@ -217,10 +233,10 @@ def _generation(model: Model, other: Model, name: str, layer: int) -> float:
     site, tokens = check_site(name, layer), _tokens(model)
     generation = other.generate(tokens, read=site, max_new_tokens=NEW, stop_at_eos=False)
     whole = Tokens(generation.tokens.ids[:, :-1], torch.ones(1, generation.tokens.ids.shape[1] - 1, dtype=torch.bool))
-    wanted = other.run(whole, read=site)[site].as_subclass(Tensor)
+    wanted = other.run(whole, read=site)[site].plain
     worst, n = 0.0, tokens.ids.shape[1]
     for number, step in enumerate(generation.steps[1:]):
-        value, at = step[site].as_subclass(Tensor), n + number
+        value, at = step[site].plain, n + number
         if "query" in site.info.axes:
             keys = value.shape[-1]
             part = wanted[:, :, at : at + 1, at + 1 - keys : at + 1]

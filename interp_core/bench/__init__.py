@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from ..methods import method
 from ..plugins import registry
+from ..progress import Progress
 from .tools import TOOLS, Tool, ready
 
 if TYPE_CHECKING:
@@ -60,20 +61,9 @@ class Row:
     held: int
 
 
-def benchmark(
-    model: Model,
-    *,
-    rounds: int = 20,
-    n_tokens: int = 32,
-    extra: Sequence[str] = (),
-    operations: Sequence[str] = tuple(OPERATIONS),
-    only: Sequence[str] | None = None,
-    tools: Mapping[str, Callable[[Model, Tensor], Tool]] = TOOLS,
-) -> str:
-    """The table of `measure` as Markdown."""
-    rows, failed = measure(
-        model, rounds=rounds, n_tokens=n_tokens, extra=extra, operations=operations, only=only, tools=tools
-    )
+def benchmark(model: Model, *, rounds: int = 20, n_tokens: int = 32, **options: Any) -> str:
+    """The table of `measure`, which says what `options` there are, as Markdown."""
+    rows, failed = measure(model, rounds=rounds, n_tokens=n_tokens, **options)
     head = f"{model!r}, {n_tokens} tokens, {torch.get_num_threads()} threads, medians of {rounds} rounds of CPU time"
     lines = [head, "", "| operation | tool | ms | ratio to plain | added µs | Python calls added | held MiB |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -123,7 +113,7 @@ def measure(
         runs[path, path.rpartition(":")[2]] = _function(path)(model, ids)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     order = random.Random(0)
-    with torch.no_grad():
+    with torch.no_grad(), Progress("rounds", rounds) as progress:
         calls, held, failed = _first(runs)
         for _ in range(rounds):
             gc.collect()  # between rounds, so that it falls on nobody
@@ -132,6 +122,7 @@ def measure(
             for key in keys:
                 runs[key]()  # so that the caches are warm with its own work, not with the last tool's
                 times[key].append(_seconds(runs[key], model.device))
+            progress.add()
     return _rows(runs, times, calls, held), failed
 
 
@@ -151,12 +142,12 @@ def _first(
     calls, held, failed = {}, {}, []
     for key, run in list(runs.items()):
         try:
-            calls[key], held[key] = _calls(run), _held(run())
+            calls[key], held[key] = count_calls(run), _held(run())
         except Exception as error:  # another tool's failure is a line in the table
             if key[1] == "interp_core":
                 raise
             del runs[key]
-            failed.append((*key, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"))
+            failed.append((*key, f"{type(error).__name__}: {first_line(error)[:120]}"))
     return calls, held, failed
 
 
@@ -178,10 +169,6 @@ def _rows(
 
 def count_calls(run: Callable[[], Any]) -> int:
     """Python function calls of one call, counted after two warm-up calls."""
-    return _calls(run)
-
-
-def _calls(run: Callable[[], Any]) -> int:
     run()
     run()
     profile = cProfile.Profile()

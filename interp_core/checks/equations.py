@@ -141,7 +141,7 @@ def add_up(model: Session, run: Run, totals: list[Sum], edited: Sequence[Entry] 
 def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
     checked = [_adds_up(model, run, total, edited) for total in alike]
     failed = tuple(total.layer for total, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
-    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))
+    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))  # NaN is the worst
     first, *others = alike[0].defined
     note = ""
     if not failed and any(joined for _, _, joined in checked):
@@ -156,7 +156,7 @@ def _adds_up(model: Session, run: Run, total: Sum, edited: Sequence[Entry]) -> t
     the family's own `join` only."""
     shown = _shown(model.atlas, total)
     rows = [0, *(i for i, entry in enumerate(edited, 1) if id(entry) not in shown)]
-    before, *parts, after = (run[Site(name, total.layer)].as_subclass(Tensor)[rows] for name in total.names)
+    before, *parts, after = (run[Site(name, total.layer)].plain[rows] for name in total.names)
     added = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     terms = before.abs() + sum(part.abs() for part in parts)
     ok, off = within_rounding(model, before + added, after, terms)
@@ -274,7 +274,7 @@ def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
     assert norm is not None
     with torch.no_grad():
         normed = _close(model, "final_norm", "is the norm of the last stream", [(norm(last), at(run, "final_norm", 0))])
-        pairs = [(model.readout(last), run.logits.as_subclass(Tensor))]
+        pairs = [(model.readout(last), run.logits.plain)]
     reads = _close(model, "readout", "gives the model's logits", pairs)
     yield from (reads._replace(law=Law.READOUT), normed)
 
@@ -291,7 +291,7 @@ def both(atlas: Atlas, *names: str) -> list[int]:
 
 def at(run: Run, name: str, layer: int) -> Tensor:
     """What a run has read of a whole site in one layer."""
-    return run[Site(name, layer)].as_subclass(Tensor)
+    return run[Site(name, layer)].plain
 
 
 def _mixed(pattern: Tensor, v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.atlas import Atlas, Entry
-from ..errors import CapabilityError, InterpError
+from ..errors import CapabilityError, InterpError, first_line
 from ..positions import VISION, Mask, Span
 from ..run import Run, forward
 from ..session import Session
@@ -142,7 +142,8 @@ def _checks(model: Session) -> Iterator[Finding]:
 
 
 def _everything(atlas: Atlas) -> list[Site]:
-    return [first_unit(Site(name), atlas) for name in checked_sites(atlas)]
+    names = checked_sites(atlas)
+    return [check_site(name, atlas.layers(name)[0]) if name in DERIVED_ONCE else Site(name) for name in names]
 
 
 def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
@@ -166,11 +167,6 @@ def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
             forward(model, tokens, read=site)
         except (InterpError, RuntimeError) as error:
             yield Finding(site.name, "can be read", False, str(error))
-
-
-def first_unit(site: Site, atlas: Atlas) -> Site:
-    """The site, or one unit in one layer of it where reading it all costs too much."""
-    return site[atlas.layers(site.name)[0], 0] if site.name in DERIVED_ONCE else site
 
 
 def check_site(name: str, layer: int) -> Site:
@@ -220,7 +216,7 @@ def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterat
         *add_up(model, edited, totals, entries),
         *_added(model, edited, totals, entries),
     ]
-    changed = edited.logits.as_subclass(Tensor)
+    changed = edited.logits.plain
     scale = float(changed[0].float().std())
     for row, entry in enumerate(entries):
         effect = float((changed[row + 1] - changed[0]).float().abs().max())
@@ -267,7 +263,7 @@ def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry])
         rows = [0, *(i + 1 for i, e in enumerate(entries) if (e.name, e.layer) == (total.parts[0], total.layer))]
         if total.before or len(rows) == 1:
             continue
-        part, after = (edited[Site(name, total.layer)].as_subclass(Tensor)[rows] for name in total.names)
+        part, after = (edited[Site(name, total.layer)].plain[rows] for name in total.names)
         moved, added = after[1:] - after[:1], part[1:] - part[:1]
         terms = (after[1:].abs() + after[:1].abs() + part[1:].abs() + part[:1].abs()).amax(-1, keepdim=True)
         ok, off = within_rounding(model, moved, added, terms)
@@ -283,12 +279,12 @@ def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
     for row, real in enumerate(sides.values()):
         mask[row, real] = True
     padded = Tokens(torch.stack([torch.cat([filler, ids]), torch.cat([ids, filler])]), mask)
-    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.as_subclass(Tensor)[0]
+    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.plain[0]
     try:
-        logits = forward(model, padded).logits.as_subclass(Tensor)
+        logits = forward(model, padded).logits.plain
     except (InterpError, RuntimeError, ValueError, TypeError, IndexError) as error:
         for side in sides:
-            yield Finding(f"{side} padding", "changes nothing", False, str(error).partition("\n")[0], Law.PADDING)
+            yield Finding(f"{side} padding", "changes nothing", False, first_line(error), Law.PADDING)
         return
     for row, (side, real) in enumerate(sides.items()):
         off = distance(logits[row, real], alone)
@@ -305,7 +301,7 @@ def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
         return site.at(mask).apply(
             lambda x: x * torch.linspace(0.25, 0.75, x.shape[-1], device=x.device, dtype=x.dtype)
         )
-    value = run[site].as_subclass(Tensor)
+    value = run[site].plain
     attention = "query" in info.axes
     size = int(value.shape[1] if attention else value.shape[-1])
     generator = torch.Generator().manual_seed(row)

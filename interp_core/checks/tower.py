@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..architectures.grids import edge_of
 from ..architectures.towers import last_used, tiles_of
-from ..errors import InterpError
+from ..errors import InterpError, first_line
 from ..run import Run, forward
 from ..session import Session
 from ..sites import SITES, VISION_, Site
@@ -41,7 +41,7 @@ def check_tower(model: Session, ids: Tensor) -> Iterator[Finding]:
         tokens = probe_image(model, ids)
         forward(model, tokens, logits=-1)
     except UNFIT as error:
-        yield Finding(names[0], READS, False, _said(error), others=tuple(names[1:]))
+        yield Finding(names[0], READS, False, first_line(error), others=tuple(names[1:]))
         return
     try:
         run = forward(model, tokens, read=_reads(model), logits=-1)
@@ -50,7 +50,7 @@ def check_tower(model: Session, ids: Tensor) -> Iterator[Finding]:
             try:
                 forward(model, tokens, read=Site(name), logits=-1)
             except UNFIT as error:
-                yield Finding(name, READS, False, _said(error))
+                yield Finding(name, READS, False, first_line(error))
         run = forward(model, tokens, read=_reads(model), logits=-1)
     known = {"batch": 1, "patch": len(run.tokens.patches[0][0])}  # type: ignore[index]
     for name in (name for name in model.sites if SITES[name].tower):
@@ -63,10 +63,6 @@ def check_tower(model: Session, ids: Tensor) -> Iterator[Finding]:
 
 def _reads(model: Session) -> list[Site]:
     return [Site(name) for name in model.sites if SITES[name].tower or name == HANDED.name]
-
-
-def _said(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def probe_image(model: Session, ids: Tensor) -> Tokens:
@@ -121,15 +117,15 @@ def _effects(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
         return
     for name in [name for name in model.sites if SITES[name].tower]:
         entries = [atlas.entries[name, layer] for layer in atlas.layers(name)]
-        check_site = [entries[0], entries[last]] if name == "vision_resid_post" and last else entries[:1]
-        for entry in check_site:
+        edited_in = [entries[0], entries[last]] if name == "vision_resid_post" and last else entries[:1]
+        for entry in edited_in:
             if entry.write is None:
                 continue
             inside = SITES[name].layered and entry.layer < last and entry.layer + 1 in atlas.layers("vision_resid_pre")
             follows = Site("vision_resid_pre", entry.layer + 1) if inside else HANDED
             edit = _edit(_in_layer(name, entry.layer), run)
             edited = forward(model, tokens, read=follows, edits=edit, logits=False, allow_noop=True)
-            before, after = (either[follows].as_subclass(Tensor).float() for either in (run, edited))
+            before, after = (either[follows].plain.float() for either in (run, edited))
             effect = float((after - before).abs().max())
             what = f"an edit in layer {entry.layer} changes what follows"
             yield Finding(name, what, effect > 1e-4 * float(before.std()), f"by {effect:.1e}", Law.EDIT)
@@ -137,7 +133,7 @@ def _effects(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
 
 def _edit(site: Site, run: Run) -> Any:
     """Noise at one patch alone, behind a class token: what all keys have in common changes nothing."""
-    value = run[site].as_subclass(Tensor)
+    value = run[site].plain
     noise = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(1))
     size = value.float().pow(2).mean().sqrt().clamp(min=0.1).cpu()
     return site.at(1).add((3 * size * noise).to(value.device, value.dtype))

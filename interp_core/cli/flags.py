@@ -17,6 +17,20 @@ SEVERAL = ("--text", "--set")
 """Options of `interp run` itself that may have several values."""
 
 
+def one_model(positional: str | None, named: str | None, default: str = "") -> str:
+    """The model of a command, which takes it with `--model` or without.
+
+    Raises:
+        PlanError: none, or two.
+    """
+    if positional is not None and named is not None:
+        raise PlanError(f"the model is named twice, {positional!r} and --model {named!r}; leave one out")
+    source = positional or named or default
+    if not source:
+        raise PlanError("which model? Name it: toy:text, a folder, or a hub id")
+    return source
+
+
 class SeveralCommand(TyperCommand):
     """`interp run`, whose own options may have several values after one flag, as settings have.
 

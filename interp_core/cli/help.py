@@ -13,12 +13,14 @@ import textwrap
 from typing import Any
 
 from .. import settings
+from ..columns import terminal_width, wrapped
 from ..errors import PluginError
 from ..plugins import Plugin
 from . import flags
 from .run import runnable
 
 WIDTH = 100
+"""Letters of a line, on terminals that have as many."""
 
 
 class NamedCommand(flags.SeveralCommand):
@@ -57,7 +59,7 @@ def page(plugin: Plugin) -> str:
     if plugin.kind == "methods":
         from ..methods import Batching
 
-        usage += " --text TEXT --model MODEL --out FOLDER"
+        usage += " --text TEXT --model MODEL --out FOLDER --overwrite"
         config = settings.joined(value.Config, Batching)
     else:
         config = settings.of_function(value)
@@ -66,10 +68,13 @@ def page(plugin: Plugin) -> str:
     rows = sorted(settings.rows(config), key=lambda row: row["default"] != settings.NEEDED)
     listed = "\n".join(map(_entry, rows)) or "It has no settings."
     also = "Several values stand one behind the other; --config FILE has settings by name. See also: interp run --help"
-    return "\n\n".join(text for text in (plugin.label, f"  {usage}", *first_paragraphs, listed, also) if text)
+    said = (wrapped(text, terminal_width()) for text in (plugin.label, f"  {usage}", *first_paragraphs, listed, also))
+    return "\n\n".join(text for text in said if text)
 
 
 def _entry(row: dict[str, str]) -> str:
     """One setting, with its description below it."""
-    description = textwrap.fill(row["description"], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return f"  --{row['setting']}  {row['type']} = {row['default']}\n{description}".rstrip()
+    width = min(WIDTH, terminal_width() or WIDTH)
+    description = textwrap.fill(row["description"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    head = wrapped(f"  --{row['setting']}  {row['type']} = {row['default']}", terminal_width(), "      ")
+    return f"{head}\n{description}".rstrip()

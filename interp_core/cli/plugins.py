@@ -6,12 +6,15 @@ import json
 import os
 import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from ..columns import aligned, terminal_width, wrapped
 from ..errors import PluginError, nearest
 from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
 
@@ -46,10 +49,24 @@ def list_(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(columns([{key: str(row[key]) for key in SHOWN} for row in rows]))
+    print("\n\n".join(_groups(rows, whole=verbose or kind is not None)))
     for plugin, row in zip(listed, rows, strict=True):
         if row["error"] and (verbose or row["status"] != "shadowed"):
             print(f"\n{plugin.label}: {row['error']}")
+
+
+def _groups(rows: list[dict[str, Any]], whole: bool) -> Iterator[str]:
+    """The listing, kind by kind; of our own families only how many there are, unless it is to be `whole`."""
+    width = terminal_width()
+    for kind in KINDS:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        listed = [row for row in of_kind if whole or kind != "architectures" or row["dist"] != OWN]
+        parts = [columns([{key: str(row[key]) for key in SHOWN[1:]} for row in listed])] if listed else []
+        if more := len(of_kind) - len(listed):
+            said = f"{more} model families of {OWN}: interp plugins {kind}, or -v"
+            parts.append(wrapped(said, None if width is None else width - 2))
+        if parts:
+            yield "\n".join([kind, *(textwrap.indent(part, "  ") for part in parts)])
 
 
 def _facts(plugin: Plugin) -> dict[str, Any]:
@@ -124,10 +141,16 @@ def check(
 
     plugin = _installed_or_module(name, kind)
     report = testing.check_plugin(plugin)
+    width = terminal_width()
     if plugin.kind == "methods" and report.rows[0].ok:
         value = plugin.load()
-        report = testing.check_method(value, model, settings=settings.read(name, value.Config, assignments or []))
-    print(report)
+        chosen = settings.read(name, value.Config, assignments or [])
+        told = lambda line: print(wrapped(str(line), width, " " * 6), flush=True)  # noqa: E731
+        report = testing.check_method(value, model, settings=chosen, told=told)
+    else:
+        print(wrapped(str(report), width, " " * 6))
+    lost, every = report.failed, len(report.rows)
+    print(f"\n{len(lost)} of {every} checks failed: {', '.join(lost)}" if lost else f"\n{every} checks passed")
     raise typer.Exit(not report.ok)
 
 
@@ -156,10 +179,9 @@ def new(
 
 
 def columns(rows: list[dict[str, str]]) -> str:
-    """Rows as lines with aligned columns; the last column as it comes."""
+    """Rows as lines with aligned columns, under the names of their keys; as wide as the terminal at most."""
     if not rows:
         return "nothing"
-    keys = list(rows[0])
-    widths = [max(len(key), *(len(row[key]) for row in rows)) for key in keys[:-1]] + [0]
+    keys, width = list(rows[0]), terminal_width()
     lines = [keys, *([row[key] for key in keys] for row in rows)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(aligned(lines, None if width is None else width - 2, keep=2))

@@ -17,7 +17,8 @@ import typer
 from .. import settings
 from ..errors import PlanError
 from ..plugins import Plugin, find, registry
-from . import flags
+from ..progress import Progress
+from . import flags, outputs
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -26,13 +27,23 @@ if TYPE_CHECKING:
 RUNNABLE = ("methods", "recipes")
 
 
+def completed(incomplete: str) -> list[str]:
+    """Names that begin so, for the shell."""
+    return sorted(name for kind in RUNNABLE for name in registry(kind).names() if name.startswith(incomplete))
+
+
 def run(
-    name: Annotated[str, typer.Argument(help="a method or a recipe (dist:name reaches a shadowed one)")],
+    name: Annotated[
+        str,
+        typer.Argument(help="a method or a recipe (dist:name reaches a shadowed one)", autocompletion=completed),
+    ],
     words: Annotated[
         list[str] | None, typer.Argument(metavar="--SETTING VALUE", help="settings: `interp run NAME --help`")
     ] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="setting=value, as often as needed")] = None,
-    model: Annotated[str | None, typer.Option(help="toy:text, a folder, or a hub id")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="toy:text, a folder, or a hub id; may also stand behind the name")
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(help="what a method runs on; several make a batch")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run (default: one of its own below results/)")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
@@ -40,19 +51,21 @@ def run(
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
 ) -> None:
-    """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`."""
+    """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`.
+    `--overwrite` deletes what another run has made in `--out`."""
     if name.startswith("-"):
         raise PlanError(f"interp run takes the name of a method or a recipe first, then its settings, not {name}")
     plugin = runnable(name, kind, text)
+    words = list(words or [])
+    if words and not words[0].startswith("-"):
+        model = flags.one_model(words.pop(0), model)
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":
-        _method(value, words or [], assignments, options, config)
+        _method(value, words, assignments, options, config)
     elif plugin.kind == "recipes":
         options["text"] = text[0] if text and len(text) == 1 else text
-        _recipe(
-            plugin.name, value, words or [], assignments, {k: v for k, v in options.items() if v is not None}, config
-        )
+        _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
     else:
         raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
@@ -87,6 +100,8 @@ def _method(
     """A method on text: settings of its own, and those of every method."""
     from ..methods import Batching
 
+    overwrite = _overwriting(words)
+
     called = settings.joined(Batching, kind.Config)
     pairs = flags.pairs(kind.name, called, words, assignments)
     values = settings.read(kind.name, called, pairs)
@@ -104,24 +119,51 @@ def _method(
     batching = {key: values.pop(key) for key in Batching.model_fields if key in values}
     ready = kind()
     config = ready.configured(values)
-    from ..model import load
     from ..provenance import plain_settings
 
-    loaded = load(model)
     record = {**plain_settings(config), "text": text}
-    with passed(pairs, **options), _opened(out, record, kind.name, loaded, "text") as run:
+    with passed(pairs, **options):
+        _demand_free(out, record, kind.name, "text", overwrite)
+    from ..model import load
+
+    loaded = load(model)
+    with passed(pairs, **options), _opened(out, record, kind.name, loaded, "text", overwrite) as run:
         # batches are kept one by one in the run's folder, so that a stopped run goes on; without them there is no need
         more = {"out": run} if batching.get("batch_size") is not None else {}
         _keep(ready(loaded, text, **values, **batching, **more), run)
 
 
+def _overwriting(words: list[str], config: type[settings.Config] | None = None) -> bool:
+    """Whether `--overwrite` is among the words, which is taken out of them; a setting of that name is the recipe's."""
+    if "--overwrite" not in words or (config is not None and "overwrite" in config.model_fields):
+        return False
+    words.remove("--overwrite")
+    return True
+
+
+def _demand_free(
+    out: Path | str | None, values: dict[str, Any], name: str, dataset: str = "", overwrite: bool = False
+) -> None:
+    """Refuse a folder that cannot be written or is another run's, before a model is loaded; with `overwrite`, what that
+    run made is deleted."""
+    from .. import runs
+
+    outputs.demand_writable(runs.RESULTS if out is None else Path(out))
+    if out is not None and overwrite:
+        runs.discard(out)
+    if out is not None:
+        _opened(out, values, name, dataset=dataset, overwrite=overwrite)
+
+
 def _opened(
-    out: Path | str | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = ""
-) -> RunFolder:
+    out: Path | str | None, values: dict[str, Any], name: str, model: Any = None, dataset: str = "",
+    overwrite: bool = False,
+) -> RunFolder:  # fmt: skip
     """The run folder of something that keeps none itself."""
     from .. import runs
 
     run = runs.open(out, values, recipe=name, model=model, dataset=dataset, free=("progress",), say=lambda line: None)
+    run.overwrite = overwrite
     run.claim(["result.json", "result.safetensors"], stage="result")
     return run
 
@@ -131,6 +173,7 @@ def _recipe(
     file: Path | None,
 ) -> None:  # fmt: skip
     config = settings.of_function(function)
+    overwrite = _overwriting(words, config)
     pairs = flags.pairs(f"recipe {name}", config, words, assignments)
     for key in options:
         if key not in config.model_fields:
@@ -138,13 +181,20 @@ def _recipe(
     held = {} if file is None else flags.read_file(file, f"recipe {name}", list(config.model_fields))
     values = held | settings.read(f"recipe {name}", config, pairs) | options
     ready = settings.configured(f"recipe {name}", config, values)
-    with passed(pairs, **{key: str(value) for key, value in held.items()} | options):
+    out = options.get("out", getattr(ready, "out", None))
+    if isinstance(out, (str, Path)) and str(out):
+        outputs.demand_writable(Path(out))
+        if overwrite:
+            from .. import runs
+
+            runs.discard(out)
+    with passed(pairs, **{key: str(value) for key, value in held.items()} | options), Progress(name, 0):
         returned = settings.call(function, ready)
     if hasattr(returned, "to_html") and hasattr(returned, "save"):
         from ..provenance import plain_settings
 
         values = {key: value for key, value in plain_settings(ready).items() if key != "out"}
-        with _opened(options.get("out"), values, name) as run:
+        with _opened(options.get("out"), values, name, overwrite=overwrite) as run:
             _keep(returned, run)
     elif returned is not None:
         print(returned)
@@ -153,7 +203,8 @@ def _recipe(
 
 
 def _keep(result: Result, run: RunFolder) -> None:
-    result.show()
+    """Save a result, then show it: what is shown may end in an error, or on a screen that lacks a letter."""
     run.put(result.files(), stage="result")
     run.figure("result.html", result.to_html)
+    result.show()
     print(f"\n{run.path / 'result.html'}")

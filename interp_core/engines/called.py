@@ -80,6 +80,7 @@ class Told:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             return
         for text, start in zip(self.within, self.texts.starts, strict=True):
+            # Masks that are added hide by the lowest number or by half of it (`masks.LOWEST`).
             later = mask[text if len(mask) > 1 else 0, :, :start, start : start + self.count]
             if bool((later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min / 4).any()):
                 raise CapabilityError(f"positions before {start} see later ones in this model, and change with them")
@@ -90,6 +91,7 @@ class Told:
             return type(value)(self._part(x, name) for x in value)
         if not isinstance(value, Tensor):
             return value
+        # By identity: all blocks are handed the same tensors, which `called` keeps alive.
         if id(value) not in self._known:
             self._known[id(value)] = self._columns(value, name)
         columns, batch = self._known[id(value)]

@@ -35,7 +35,7 @@ from ..architectures.hook_points import KEYED, Call, HookPoint
 from ..errors import CapabilityError
 from .pass_state import PassState
 from .protocol import Change
-from .rerouting import close
+from .router_edits import close
 from .selection import Window
 from .site_access import SiteEdit, SiteRead
 

@@ -29,19 +29,15 @@ class Passing(Protocol):
 
     def hook_of(self, read: Any) -> Any:
         """See `HookProgram`."""
-        ...
 
     def written(self, passes: Sequence[PassRecord]) -> list[int]:
         """See `HookProgram`."""
-        ...
 
     def break_off(self) -> None:
         """See `HookProgram`."""
-        ...
 
     def end_pass(self) -> None:
         """See `HookProgram`."""
-        ...
 
 
 class Layers:

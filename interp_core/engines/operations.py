@@ -46,7 +46,10 @@ def apply_edit(edit: Edit, x: Tensor, value: Any) -> Tensor:
     new = edit.value(x.clone())  # a function that works in place does what its result says, and no more
     if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
         returned = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
-        raise PlanError(f"{edit}: the function returned {returned} for {x.dtype} {list(x.shape)}")
+        raise PlanError(
+            f"{edit}: the function returned {returned} for {x.dtype} {list(x.shape)}; it returns the new value, of the "
+            "same dtype and shape, also where it works in place"
+        )
     return new
 
 

@@ -41,18 +41,8 @@ class PassState:
     """
 
     __slots__ = (
-        "after",
-        "dtype",
-        "edits",
-        "keep_graph",
-        "live",
-        "modules",
-        "real",
-        "record",
-        "rows",
-        "shape",
-        "window",
-    )
+        "after", "dtype", "edits", "keep_graph", "live", "modules", "real", "record", "rows", "shape", "window",
+    )  # fmt: skip
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: Callable[[], torch.dtype]) -> None:
         self.modules, self.dtype = modules, dtype

@@ -41,7 +41,7 @@ from .layers import Layers
 from .operations import write_point
 from .pass_state import NOTHING, PassState, text_columns
 from .protocol import Ending, HandOver, PassRecord
-from .rerouting import TURN, check_together
+from .router_edits import TURN, check_together
 from .selection import BoundSelection
 from .site_access import SiteAccess, SiteEdit, SiteRead
 from .steps import Steps
@@ -159,6 +159,7 @@ class HookProgram(ABC):
         self.engine, self.atlas = engine, atlas
         self.state = PassState(engine.modules, lambda: engine.dtype)
         self.slots: list[SiteRead] = []
+        # For what knockouts, and edits of routers together, were found right last: the same again need no new look.
         self._left_for: Rows | None = None
         self._routed_for: tuple[Rows, tuple[Edit, ...]] | None = None
         self._hook_at: dict[tuple[str, str, str], ModuleHook] = {}
@@ -331,12 +332,7 @@ class HookProgram(ABC):
         )
 
     def generate(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Rows,
-        final: Rows,
-        edits: tuple[Edit, ...],
-        ends: Ending,
+        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...], ends: Ending
     ) -> tuple[Any, list[PassRecord]]:
         """See `Program.generate`."""
         self.engine.acquire()

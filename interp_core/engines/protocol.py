@@ -40,7 +40,11 @@ class Slot(Protocol):
     @property
     def view(self) -> View | None:
         """How a late value is seen in the site's axes; None where it has them."""
-        ...
+
+
+def viewed(slot: Slot, value: Tensor) -> Tensor:
+    """What a slot keeps, in its site's axes: a late value is seen so only now, when somebody asks for it."""
+    return slot.view(value) if slot.late and slot.view is not None else value
 
 
 class PassRecord:
@@ -104,7 +108,6 @@ class Ending(Protocol):
 
     def now(self) -> Sequence[bool]:
         """Which rows have ended and are only filled up; empty before the first new token."""
-        ...
 
 
 @runtime_checkable
@@ -117,7 +120,6 @@ class Program(Protocol):
     @property
     def slots(self) -> Sequence[Slot]:
         """One for each read and layer of the plan, in the plan's order; a record's values are numbered as they are."""
-        ...
 
     def forward(
         self, inputs: Mapping[str, Any], rows: Rows, edits: tuple[Edit, ...], *, keep_graph: bool, stop: bool,
@@ -138,7 +140,6 @@ class Program(Protocol):
             CapabilityError: `each` on an engine that cannot.
             PositionError, PlanError: edits that do not fit the rows, before the model runs.
         """
-        ...
 
     def check(self, rows: Rows, edits: tuple[Edit, ...]) -> None:
         """Hold the edits' positions and values against rows, without a pass.
@@ -146,7 +147,6 @@ class Program(Protocol):
         Raises:
             PositionError, PlanError: edits that do not fit them.
         """
-        ...
 
     def check_reach(self, edits: tuple[Edit, ...]) -> None:
         """Refuse edits that lie above the last slot, for passes that end there.
@@ -154,15 +154,9 @@ class Program(Protocol):
         Raises:
             PlanError: naming the first of them.
         """
-        ...
 
     def generate(
-        self,
-        inputs: Mapping[str, Any],
-        rows: Rows,
-        final: Rows,
-        edits: tuple[Edit, ...],
-        ends: Ending,
+        self, inputs: Mapping[str, Any], rows: Rows, final: Rows, edits: tuple[Edit, ...], ends: Ending
     ) -> tuple[Any, list[PassRecord]]:
         """Many forward passes, made by the model's own `generate`, over a sequence that grows from `rows` to at most
         `final`. Returns its result and one record per pass.
@@ -173,7 +167,6 @@ class Program(Protocol):
         Raises:
             PositionError, PlanError: edits that do not fit the final rows, before the model runs.
         """
-        ...
 
 
 @runtime_checkable
@@ -192,7 +185,6 @@ class Engine(Protocol):
 
     def adapt(self, atlas: Atlas) -> None:
         """Fit the atlas to the engine, once, before the self-check: other hook points, refusals with their reasons."""
-        ...
 
     def compile(self, plan: Plan, atlas: Atlas) -> Program:
         """Check a plan against the model and make it ready.
@@ -200,7 +192,6 @@ class Engine(Protocol):
         Raises:
             SiteError, PlanError, CapabilityError: the plan does not fit.
         """
-        ...
 
 
 def fault(name: str, value: Any) -> str:

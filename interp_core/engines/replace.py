@@ -151,7 +151,7 @@ def replaced_attention(modules: list[nn.Module], rule: Rule, operations: Operati
     try:
         for module in modules:
             config, kernel = module.config, kernel_of(module)
-            configs.setdefault(id(config), with_attention(config, RULED))
+            configs.setdefault(id(config), with_attention(config, RULED))  # one copy for layers that share a config
             inner = operations.model_code(functools.partial(_inner, kernel))
             module.__dict__["interp_rule"] = config, operations.applied(rule, module, inner)
             module.__dict__["config"] = configs[id(config)]
@@ -164,6 +164,7 @@ def replaced_attention(modules: list[nn.Module], rule: Rule, operations: Operati
 
 def _inner(kernel: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a rule for attention is handed to call."""
+    # Decided at every call: hooks come and go with runs, while the rule stays.
     return (attention if "interp_hook" in module.__dict__ else kernel)(module, *args, **kwargs)
 
 

@@ -72,6 +72,7 @@ class Selection:
         """
         if self.tower and ((rows.growing and rows.patches is None) or (window is not None and window.start)):
             return None  # a tower runs with the prompt
+        # A step after the prompt, with one new token in each row.
         if window is not None and rows.growing and window.stop - window.start == 1 <= window.start and self.key is None:
             return self._bind_newest(rows, window)
         queries = keys = None

@@ -27,7 +27,7 @@ from .attention_steps import softmax
 from .knockout import Hidden, renormalised
 from .operations import apply_edit, edit_value
 from .pass_state import PassState
-from .rerouting import check_experts, reroute
+from .router_edits import check_experts, reroute
 from .selection import BoundSelection, Selection, Window
 from .values import check_value
 
@@ -193,7 +193,7 @@ class SiteEdit(SiteAccess):
 
     def derive(self, call: Call) -> None:
         """Carry the edit out on a value that the hook point computes from a whole call, and knows how to put back. A
-        router's edits have a way of their own (`rerouting.py`)."""
+        router's edits have a way of their own (`router_edits.py`)."""
         if not self.idle:
             (self.derive_value if self.point.routed is None else partial(reroute, self))(call)
 

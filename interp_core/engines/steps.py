@@ -28,11 +28,9 @@ class Stepping(Protocol):
 
     def begin_pass(self, rows: Rows, width: int, keep_graph: bool) -> PassRecord:
         """See `HookProgram`."""
-        ...
 
     def steady(self, rows: Rows) -> list[BoundSelection] | None:
         """See `HookProgram`."""
-        ...
 
 
 class Steps:

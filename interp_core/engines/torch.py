@@ -24,11 +24,8 @@ class TorchProgram(HookProgram):
     def listen(self) -> None:
         """See `HookProgram.listen`."""
         self._hooks = [(module_hook, module_hook.hook()) for module_hook in self.hooks]
-        self._recorded: list[Any] = [
-            hooks[0]
-            for module_hook, hooks in self._hooks
-            if module_hook.point.layout and module_hook.point.layout.images and module_hook.point.side == "out"
-        ]
+        outputs = [(hook.point.layout, table) for hook, (table, *_) in self._hooks if hook.point.side == "out"]
+        self._recorded: list[Any] = [table for layout, table in outputs if layout and layout.images]
 
     def execute(self, method: str, inputs: Mapping[str, Any]) -> Any:
         """See `HookProgram.execute`."""

@@ -94,6 +94,7 @@ class BridgeEngine(TorchEngine):
             self.name = "transformer_lens (weights folded)"
             _fold(self.bridge)
         super().__init__(inner, model, _PROCESS)
+        # A module and what the bridge has put around it are called alike here: the outer one by name, then the inner.
         self._paths = {path.replace("._original_component", ""): path for path in reversed(self.modules)}
         self._own = {path.replace("._original_component", ""): path for path in self.modules}
         self._path_of = {id(module): path for path, module in self.modules.items()}

@@ -33,4 +33,23 @@ def check_value(edit: Edit, axes: Sequence[tuple[str, int]], dtype: torch.dtype,
     if len(shape) > len(wanted) or shape != wanted[len(wanted) - len(shape) :]:
         named = ", ".join(f"{axis} {size}" for axis, size in axes)
         takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
-        raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.")
+        more = "" if edit.op == "project" else _likely(edit, shape, axes)
+        raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.{more}")
+
+
+def _likely(edit: Edit, shape: list[int], axes: Sequence[tuple[str, int]]) -> str:
+    """What a shape that does not fit would fit, as the end of a message: other positions, or axes in another order."""
+    sizes, site = [size for _, size in axes], edit.site
+    along = next((i for i, (axis, _) in enumerate(axes) if axis in ("pos", "query", "patch")), None)
+    if along is not None and shape == sizes[:along] + sizes[along + 1 :]:
+        return f" That is the value at one position: write {site}.at(-1), or which one is meant, before .{edit.op}."
+    if along is None and site.pos is not None and len(shape) == len(sizes) + 1:
+        return " That is the value at all positions: take one of it, such as run[site].at(-1)."
+    for i in range(len(sizes)):
+        for j in range(i + 1, len(sizes)):
+            swapped = list(shape)
+            if len(shape) == len(sizes):
+                swapped[i], swapped[j] = swapped[j], swapped[i]
+                if swapped == sizes:
+                    return f" Its axes {axes[i][0]} and {axes[j][0]} are swapped: write value.transpose({i}, {j})."
+    return ""

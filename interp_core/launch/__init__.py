@@ -57,7 +57,6 @@ class Launcher(Protocol):
         Raises:
             PlanError: a job that cannot be sent; before any has begun.
         """
-        ...
 
 
 def make_launcher(name: str, **options: Any) -> Launcher:

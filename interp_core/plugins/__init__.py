@@ -74,10 +74,6 @@ class Plugin:
         """`state`, or "shadowed" for a usable one whose name another has."""
         return "shadowed" if self.hidden and self.state in ("unloaded", "ok") else self.state
 
-    @status.setter
-    def status(self, value: str) -> None:
-        self.state = value
-
     @property
     def label(self) -> str:
         """Kind, name and origin, for messages."""
@@ -274,6 +270,7 @@ def installed() -> tuple[Plugin, ...]:
             text = dist.read_text("entry_points.txt") or ""
         except (OSError, ValueError):
             continue
+        # Nearly all of what is installed: its metadata need not be parsed.
         if "interp_core." not in text:
             continue
         name, version, needs, error = _facts(dist)

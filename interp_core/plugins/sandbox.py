@@ -127,6 +127,7 @@ def main(kind: str, name: str, target: str, report: str) -> None:
         info = inspect_here(kind, name, _resolve(target), target.partition(":")[0])
     except (Exception, SystemExit) as error:  # a plugin may raise anything
         info = PluginInfo("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
+    # Renamed when it is whole: that the report is there says that this process came through.
     draft = Path(report).with_suffix(".tmp")
     draft.write_text(json.dumps(asdict(info)), encoding="utf-8")
     draft.replace(report)

@@ -13,7 +13,7 @@ given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers
 
 from .charts import Bars, Chart, Curves, Heatmap, Overlay, TokenStrip
 from .figures import Bar, Frame, Line
-from .html import Section, copyable, escape, number, page, short, table, visible
+from .html import Section, cell_texts, copyable, escape, number, page, short, table, visible
 
 __all__ = [
     "Bar",
@@ -26,6 +26,7 @@ __all__ = [
     "Overlay",
     "Section",
     "TokenStrip",
+    "cell_texts",
     "copyable",
     "escape",
     "number",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,8 +134,9 @@ def escape(text: object) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its white space made visible at the ends."""
+    """A token with its white space made visible at the ends, and control characters by their numbers."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    shown = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda letter: f"\\x{ord(letter[0]):02x}", shown)
     return "·" + shown[1:] if shown.startswith(" ") else shown or "∅"
 
 
@@ -167,7 +169,9 @@ def heatmap(
         for j, value in enumerate(values[i]):
             back, ink = css(value, low, high, diverging)
             tip = (
-                tips[i][j] if tips else f"{label}, {visible(columns[j])}: {share(value) if percent else number(value)}"
+                tips[i][j]
+                if tips
+                else f"{label}, {visible(columns[j])}: {f'{value:.1%}' if percent else number(value)}"
             )
             said = texts[i][j] if texts else None
             text = "" if said is None else short(visible(said))
@@ -260,6 +264,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th scope='col'>{escape(key)}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(number(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
     return f"<div class='scroll'><table class='rows'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def cell_texts(values: Sequence[Sequence[float]], percent: bool = False) -> list[list[str | None]]:
+    """Numbers as the cells of a heat map show them: to two digits of the largest; nothing where that is 0, or less than
+    1 % of shares, so that what there is stands out."""
+    factor, sign = (100, "%") if percent else (1, "")
+    top = factor * max((abs(entry) for line in values for entry in line if math.isfinite(entry)), default=0.0)
+    digits = min(12, max(0, 1 - math.floor(math.log10(top)))) if top else 0
+
+    def say(entry: float) -> str | None:
+        if not math.isfinite(entry):
+            return "–"
+        rounded = round(factor * entry, digits)
+        return f"{rounded:.{digits}f}{sign}" if rounded and not (percent and abs(rounded) < 1) else None
+
+    return [[say(entry) for entry in line] for line in values]
 
 
 def share(part: float) -> str:

@@ -14,6 +14,7 @@ at any point: docs/run_folders.md. Nothing here imports torch before a model or 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, wrong
 from ..files import is_running, pt_bytes, read_pt, safetensors_bytes, split_lines, write
-from .folder import Part, RunFolder, identity_of, manifest, parts
+from .folder import DONE, MANIFEST, RECORD, Part, RunFolder, identity_of, manifest, parts
 from .identity import digest, model_record, safe_name, slug
 from .rows import Rows
 from .session import PASSED, sessions
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from ..structure import Structure
 
 __all__ = [
-    "Files", "Part", "Rows", "RunFolder", "csv_text", "digest", "json_lines", "json_text", "manifest", "model_record",
-    "open", "parts", "pt_bytes", "publish", "read_pt", "safe_name", "safetensors_bytes", "split_lines",
+    "Files", "Part", "Rows", "RunFolder", "csv_text", "digest", "discard", "json_lines", "json_text", "manifest",
+    "model_record", "open", "parts", "pt_bytes", "publish", "read_pt", "safe_name", "safetensors_bytes", "split_lines",
     "write",
 ]  # fmt: skip
 
@@ -99,6 +100,29 @@ def publish(
     path = _path(tree)
     home = path.parent / f"{path.name or 'tree'}.runs" / f"{slug(recipe)}-{identity['hash']}"
     return RunFolder(path, home, identity, shared=True, overwrite=overwrite, say=say)
+
+
+def discard(folder: str | Path) -> None:
+    """Delete what a run has made in a folder, and its record; other files stay. A folder without a run is left alone.
+
+    Raises:
+        PlanError: a process is at work there.
+        LoadError: its record is damaged.
+    """
+    home = _path(folder)
+    if _at_work(home):
+        raise PlanError(f"a process is at work on the run in {home}; stop it, or give another folder")
+    record = home / RECORD
+    notes = [RunFolder.read(path) for kind in ("stages", "drafts") for path in (record / kind).rglob("*.json")]
+    for note in notes:
+        for name in note["files"] if note else ():
+            path = home / note["folder"] / name  # type: ignore[index]
+            if path.resolve().is_relative_to(home.resolve()):
+                path.unlink(missing_ok=True)
+    if record.is_dir():
+        shutil.rmtree(record)
+        for name in (MANIFEST, DONE):
+            (home / name).unlink(missing_ok=True)
 
 
 def _path(folder: Any) -> Path:

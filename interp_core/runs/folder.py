@@ -14,7 +14,7 @@ from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
 from .identity import difference, digest, model_difference, model_record, plain, safe_name
 from .rows import Folder
-from .session import Session, now, sessions
+from .session import RunSession, now, sessions
 from .stages import json_text
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class RunFolder(Folder):
         say: gets a line about every stage.
     """
 
-    session: Session
+    session: RunSession
 
     def __init__(
         self,
@@ -84,7 +84,8 @@ class RunFolder(Folder):
         if model is not None and self.identity["model"] is not None:
             differs.append(model_difference(model, self.identity["model"]))
         if text := "; ".join(part for part in differs if part):
-            raise PlanError(f"{self.home} holds another {self.kind}: {text}; give another folder")
+            clear = ", or --overwrite" if self.kind == "run" else ""
+            raise PlanError(f"{self.home} holds another {self.kind}: {text}; give another folder{clear}")
 
     def bind(self, model: Structure) -> None:
         """The model, where it was not there when the folder was opened; what is made from here on is its.
@@ -120,7 +121,7 @@ class RunFolder(Folder):
             self.check()
         if self.identity["model"] is not None:
             self._bind()
-        self.session = Session(self.record / "sessions")
+        self.session = RunSession(self.record / "sessions")
         self.is_open = True
         self._write_manifest()
         return self
@@ -141,6 +142,9 @@ class RunFolder(Folder):
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         state = "finished" if error is None else "stopped" if stopped else "failed"
         reason = "" if error is None else f"{type(error).__name__}: {error}"
+        if stopped and error is not None:
+            kept = f"what is done is kept in {self.home}, and the same command goes on there"
+            error.add_note(kept if self._is_bound() else f"nothing was done yet in {self.home}")
         # What went wrong may be that the disk is full: then its error is told, not that of the record.
         with suppress(*[OSError] * (error is not None)):
             self.session.end(state, reason)

@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .._version import version_of
 from ..files import host, is_running, write
 
 PACKAGES = (
@@ -33,8 +33,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class Session:
-    """One process at work on a run.
+class RunSession:
+    """One process at work on a run; not to be taken for an open model, `interp_core.session.Session`.
 
     Attributes:
         id: start, machine and process; sorts by time.
@@ -159,11 +159,3 @@ def _places() -> dict[str, Path]:
     package = Path(__file__).parent
     installed = {"site-packages", "dist-packages"} & set(package.parts)
     return {"working_folder": Path.cwd()} | ({} if installed else {"interp_core": package})
-
-
-def version_of(package: str) -> str | None:
-    """The version of an installed package; None of one that is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from ..errors import InterpError, PlanError, nearest
 from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, write
 from .identity import difference, digest, plain
-from .session import Session, now
+from .session import RunSession, now
 
 Files = Mapping[str, str | bytes]
 """What files are to hold, by their names below a folder."""
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def json_text(value: Any) -> str:
-    """A JSON file."""
+    """A value as the text of a JSON file, in the order of its keys."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -56,22 +56,19 @@ class Root(Protocol):
     """What stages ask of the run that they are part of; see `RunFolder`."""
 
     record: Path
-    session: Session
+    session: RunSession
     shared: bool
     overwrite: bool
     say: Callable[[str], None]
 
     def begin_change(self) -> None:
         """See `RunFolder`."""
-        ...
 
     def owner(self, path: Path) -> str:
         """See `RunFolder`."""
-        ...
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """See `RunFolder`."""
-        ...
 
 
 class Stages:
@@ -218,26 +215,26 @@ class Stages:
     # Kinds of files
 
     def json(self, name: str, value: Any) -> None:
-        """A JSON file."""
+        """Write a value as a JSON file."""
         self.put({name: json_text(value)})
 
     def table(self, name: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-        """A CSV file; see `csv_text`."""
+        """Write rows as a CSV file; see `csv_text`."""
         self.put({name: csv_text(rows, columns)})
 
     def tensors(self, name: str, tensors: Mapping[str, Any], axes: Mapping[str, str] | None = None) -> None:
-        """A safetensors file of tensors by name, with the names of their axes ("layer head d_head")."""
+        """Write tensors by name as a safetensors file, with the names of their axes ("layer head d_head")."""
         self.put({name: safetensors_bytes(tensors, axes)})
 
     def figure(self, name: str, draw: Callable[[Path], Any]) -> None:
-        """A picture: `draw` is given the path of a draft."""
+        """Write a picture: `draw` is given the path of a draft."""
         with TemporaryDirectory() as folder:
             draft = Path(folder) / Path(name).name
             draw(draft)
             self.put({name: draft.read_bytes()})
 
     def result(self, name: str, result: Any) -> None:
-        """A method's `Result`, as `result.save` writes it, in a folder."""
+        """Write a method's `Result` into a folder, as `result.save` does."""
         self.put({f"{name}/{file}": content for file, content in result.files().items()}, stage=name)
 
     # Notes
@@ -297,7 +294,8 @@ class Stages:
     def _clash(self, name: str) -> PlanError:
         path = self.path / name
         if not self.root.shared:
-            return PlanError(f"{path} is there, and this run did not write it; move it away, or give another folder")
+            ways = "move it away, give another folder, or --overwrite"
+            return PlanError(f"{path} is there, and this run did not write it; {ways}")
         return PlanError(f"{path} is there{self.root.owner(path)}; give --overwrite to replace it, or another folder")
 
 

@@ -20,22 +20,7 @@ from .many import benjamini_hochberg, holm
 from .permutations import PermutationTest, PermutationTests, p_value, permutation, sign_flip, sign_flips
 
 __all__ = [
-    "Band",
-    "Bootstrap",
-    "Interval",
-    "PermutationTest",
-    "PermutationTests",
-    "auroc",
-    "benjamini_hochberg",
-    "correlation_test",
-    "holm",
-    "kendall",
-    "p_value",
-    "pearson",
-    "permutation",
-    "ranks",
-    "sign_flip",
-    "sign_flips",
-    "spearman",
-    "wilson",
-]
+    "Band", "Bootstrap", "Interval", "PermutationTest", "PermutationTests", "auroc", "benjamini_hochberg",
+    "correlation_test", "holm", "kendall", "p_value", "pearson", "permutation", "ranks", "sign_flip", "sign_flips",
+    "spearman", "wilson",
+]  # fmt: skip

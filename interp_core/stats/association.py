@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 
 from ..errors import PlanError
 from ..progress import Progress
-from .permutations import EXACT, Alternative, PermutationTest, judged
-from .samples import aligned, numbers, one_of, whole
+from .permutations import EXACT, Alternative, PermutationTest, check_drawing, judged
+from .samples import aligned, numbers, one_of
 
 Kind = Literal["pearson", "spearman", "kendall"]
 Vector = Float[np.ndarray, " sample"]
@@ -115,9 +115,7 @@ def correlation_test(
         PlanError: as the correlation.
     """
     one_of("stats.correlation_test: kind", kind, tuple(_STATISTICS))
-    one_of("stats.correlation_test: alternative", alternative, ("two-sided", "greater", "less"))
-    whole("stats.correlation_test: resamples", resamples, 99)
-    whole("stats.correlation_test: seed", seed, 0)
+    check_drawing("stats.correlation_test", alternative, resamples, seed)
     a, b = _sides(kind, x, y)
     n = len(a)
     statistic = _STATISTICS[kind](a, b[None])[0]

@@ -17,7 +17,7 @@ Must equal: scipy.stats.bootstrap on the same draws (percentile, BCa).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -120,7 +120,7 @@ class Bootstrap:
         def evaluate(counts: Counts) -> Draws:
             return _means(a)(counts[:, here]) - _means(b)(counts[:, there])
 
-        return self._with(strata=labels)._interval(name, len(group), evaluate)
+        return replace(self, strata=labels)._interval(name, len(group), evaluate)
 
     def of(self, statistic: Statistic, *samples: Any, name: str = "") -> Interval:
         """Any statistic.
@@ -235,11 +235,6 @@ class Bootstrap:
         width = np.quantile(t.max(1), self.level) * error if moves.any() else error
         note = "" if moves.all() else f"{int((~moves).sum())} place(s) do not vary over resamples, and have no width"
         return drawn.value - width, drawn.value + width, "max-|t| bootstrap", note
-
-    def _with(self, strata: Sequence[Any]) -> Bootstrap:
-        return Bootstrap(
-            self.clusters, strata, self.level, self.method, resamples=self.resamples, seed=self.seed
-        )  # fmt: skip
 
 
 def _bca(

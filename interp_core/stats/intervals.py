@@ -135,9 +135,7 @@ class Band:
 
     def table(self) -> list[dict[str, Any]]:
         """One row per place: its numbers by axis, then value and ends."""
-        return [
-            dict(zip(self.axes, place, strict=True)) | self[place].row() for place in np.ndindex(self.shape)
-        ]  # fmt: skip
+        return [dict(zip(self.axes, place, strict=True)) | self[place].row() for place in np.ndindex(self.shape)]
 
     def __str__(self) -> str:
         kind = "simultaneous band" if self.simultaneous else "intervals"

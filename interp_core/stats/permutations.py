@@ -30,6 +30,7 @@ from .samples import numbers, one_of, units_of, whole
 
 Alternative = Literal["two-sided", "greater", "less"]
 Adjust = Literal["max", "holm", "bh", "none"]
+ALTERNATIVES = ("two-sided", "greater", "less")
 EXACT = 2**16
 """Arrangements up to which all are gone through."""
 BLOCK = 256
@@ -144,7 +145,7 @@ def p_value(statistic: int | float, null: Any, alternative: Alternative = "two-s
         PlanError: no arrangements, or numbers that are not finite.
     """
     drawn = numbers("stats.p_value: null", null)
-    one_of("stats.p_value: alternative", alternative, ("two-sided", "greater", "less"))
+    one_of("stats.p_value: alternative", alternative, ALTERNATIVES)
     seen = numbers("stats.p_value: statistic", [statistic])[0]
     return float(_p(seen, drawn, alternative, exact=False, slack=0.0))
 
@@ -204,11 +205,8 @@ def sign_flips(
     if x.ndim != len(axes) + 1:
         raise PlanError(f"stats.sign_flips: axes {tuple(axes)} do not name those after sample, of shape {x.shape[1:]}")
     done = _flips("stats.sign_flips", x.reshape(len(x), -1), clusters, alternative, resamples, seed, adjust)
-    shape = x.shape[1:]
-    return PermutationTests(
-        done.statistic.reshape(shape), done.p.reshape(shape), done.adjusted.reshape(shape), adjust, tuple(axes),
-        alternative, done.exact, done.arrangements, done.name, done.what, done.n, done.units, done.seed, done.note,
-    )  # fmt: skip
+    arrays = {name: getattr(done, name).reshape(x.shape[1:]) for name in ("statistic", "p", "adjusted")}
+    return replace(done, axes=tuple(axes), **arrays)
 
 
 def permutation(
@@ -232,9 +230,7 @@ def permutation(
     Raises:
         PlanError: empty or not finite.
     """
-    one_of("stats.permutation: alternative", alternative, ("two-sided", "greater", "less"))
-    whole("stats.permutation: resamples", resamples, 99)
-    whole("stats.permutation: seed", seed, 0)
+    check_drawing("stats.permutation", alternative, resamples, seed)
     a, b = numbers("stats.permutation: first", first), numbers("stats.permutation: second", second)
     together, n, size = np.concatenate([a, b]), len(a) + len(b), len(a)
     name = "mean difference" if statistic is None else getattr(statistic, "__name__", "statistic").strip("<>")
@@ -258,6 +254,17 @@ def permutation(
     )  # fmt: skip
 
 
+def check_drawing(owner: str, alternative: str, resamples: int, seed: int) -> None:
+    """Refuse an alternative that there is not, and drawings that are none.
+
+    Raises:
+        PlanError: naming the first.
+    """
+    one_of(f"{owner}: alternative", alternative, ALTERNATIVES)
+    whole(f"{owner}: resamples", resamples, 99)
+    whole(f"{owner}: seed", seed, 0)
+
+
 def judged(test: PermutationTest, null: Float[np.ndarray, " arrangement"], slack: float) -> PermutationTest:
     """A test with the p that its statistic has among those of the arrangements; nearer than `slack` counts as equal.
 
@@ -276,6 +283,7 @@ def _p(seen: float, null: Float[np.ndarray, " arrangement"], alternative: str, e
 
 
 def _share(count: Any, of: int, exact: bool) -> Any:
+    # Random ones: the arrangement that was seen counts among them, so that no p is zero.
     return count / of if exact else (count + 1) / (of + 1)
 
 
@@ -317,9 +325,7 @@ def _flips(
     adjust: str,
 ) -> PermutationTests:
     """Sign flips at every place, along one axis."""
-    one_of(f"{owner}: alternative", alternative, ("two-sided", "greater", "less"))
-    whole(f"{owner}: resamples", resamples, 99)
-    whole(f"{owner}: seed", seed, 0)
+    check_drawing(owner, alternative, resamples, seed)
     units = units_of(owner, len(x), clusters)
     sums = np.zeros((units.count, x.shape[1]))
     np.add.at(sums, units.of, x)

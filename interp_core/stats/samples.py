@@ -13,7 +13,6 @@ from ..errors import PlanError, wrong
 
 BLOCK = 64
 """Resamples that are worked on together."""
-"""Seconds after which a loop says how far it is."""
 
 
 def numbers(what: str, values: Any, *, finite: bool = True, ndim: int | None = 1) -> Float[np.ndarray, " ..."]:

@@ -14,10 +14,12 @@ strategy takes over and says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,44 +28,82 @@ from torch import Tensor
 from ..engines.operations import write_point
 from ..engines.selection import Selection
 from ..engines.tower import Tower
-from ..errors import PlanError, nearest, several, wrong
+from ..errors import PlanError, PositionError, ReadError, nearest, wrong
 from ..plan import Plan
 from ..progress import Progress
+from ..provenance import provenance
 from ..replacing import demand_own
+from ..result import Result
 from ..score import Score
 from ..session import Input, Session
 from ..sites import ROUTING, TENSOR_OPS, Edit, Site
+from ..views import Shown, View
 from .choose import cheapest_strategy
+from .kept import read_variants, variants_files
+from .keys import Effect, Key, Parts, by_key, cells, number_of, part_names, words
+from .kinds import scores_of, variants_of
+from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, label, lines, numbered, view
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
 from .store import SweepStore, opened
 
 if TYPE_CHECKING:
+    from ..report import Chart
     from ..text import Tokens
 
 Variant = Edit | Sequence[Edit]
 
 
-@dataclass
-class Sweep:
-    """What a sweep gives back.
+APART: dict[str, Any] = {"apart": True}
+"""Of fields that `Result.save` leaves to the class."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Shown, Result):
+    """What a sweep gives back: the score of every variant, under the variant's key.
 
     Attributes:
         values: scores per variant and example.
         clean: scores without edits.
         moved: norm of what the edits of a variant changed, per example.
-        variants: the edits.
         score: name of the score.
-        plan: how it was carried out.
+        variants: the edits.
+        keys: what the variants are called: the keys of a mapping, else 0, 1, 2, …
+        explain: how it was carried out, in words.
+        plan: how it was carried out; of a sweep that was loaded, `explain` alone is left of it.
     """
 
+    AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "values": ("variant", "batch"), "clean": ("batch",), "moved": ("variant", "batch"),
+    }  # fmt: skip
     values: Float[Tensor, "variant batch"]
     clean: Float[Tensor, " batch"]
     moved: Float[Tensor, "variant batch"]
-    variants: tuple[tuple[Edit, ...], ...]
     score: str
-    plan: SweepPlan
+    variants: tuple[tuple[Edit, ...], ...] = field(default=(), metadata=APART)
+    keys: tuple[Key, ...] = ()
+    explain: str = field(default="", compare=False)
+    _plan: SweepPlan | None = field(default=None, compare=False, metadata=APART)
+    _repr_html_ = Result._repr_html_
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.keys:
+            object.__setattr__(self, "keys", tuple(range(len(self.values))))
+        if len(self.keys) != len(self.values):
+            raise ValueError(f"Sweep has {len(self.keys)} keys for {len(self.values)} variants")
+
+    @property
+    def plan(self) -> SweepPlan:
+        """How it was carried out.
+
+        Raises:
+            ReadError: the sweep was loaded from a folder.
+        """
+        if self._plan is None:
+            raise ReadError("a sweep from a folder has its plan in words alone: sweep.explain")
+        return self._plan
 
     @property
     def effects(self) -> Float[Tensor, "variant batch"]:
@@ -76,11 +116,36 @@ class Sweep:
         bad = torch.isnan(self.values).any(-1).tolist()
         return [named_edits(edits) for edits, is_bad in zip(self.variants, bad, strict=True) if is_bad]
 
+    @cached_property
+    def _index(self) -> dict[Key, int]:
+        return {key: number for number, key in enumerate(self.keys)}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return key in self._index
+        except TypeError:  # it has no hash
+            return False
+
+    def __getitem__(self, key: Key) -> Float[Tensor, " batch"]:
+        """The effect of one variant on every example.
+
+        Raises:
+            ReadError: there is no variant of that key.
+        """
+        number = number_of(self._index, key)
+        return self.values[number] - self.clean
+
     @staticmethod
     def planned(
         model: Session,
         x: Input,
-        variants: Iterable[Variant],
+        variants: Iterable[Variant] | Mapping[Any, Variant],
         score: Score,
         *,
         strategy: str = "auto",
@@ -91,18 +156,127 @@ class Sweep:
         Raises:
             SiteError, PositionError, PlanError, CapabilityError: as `model.sweep`.
         """
-        variants, scores = checked(variants, score, memory_budget, None)
+        variants, scores = checked(by_key(variants)[1], score, memory_budget, None)
         with torch.inference_mode(False):
             with model.turn:
                 model.renew()
             tokens, listed, scores = _ready(model, x, variants, scores, strategy)
             return _planned(Placer(model, tokens, listed, scores, memory_budget), strategy)
 
-    def top(self, k: int = 10) -> list[tuple[str, float]]:
-        """The variants that move the score most, averaged over examples: `(edits, effect)`."""
-        mean = self.effects.mean(-1)
-        order = mean.abs().nan_to_num(0).argsort(descending=True)[:k].tolist()
-        return [(named_edits(self.variants[i]), float(mean[i])) for i in order]
+    def top(self, k: int = 10, example: int | None = None) -> list[Effect]:
+        """The variants that move the score most: `(key, edits, effect)`, averaged over examples or of one."""
+        mean = self._of(self.effects, example)
+        order = mean.abs().nan_to_num(-1.0).argsort(descending=True, stable=True)[:k].tolist()
+        return [Effect(self.keys[i], self.variants[i], float(mean[i])) for i in order]
+
+    def grid(self, rows: Parts = 0, columns: Parts = 1, *, example: int | None = None) -> Float[Tensor, "row column"]:
+        """Effects by two parts of the keys, averaged over examples or of one.
+
+        Args:
+            rows, columns: which part of the keys goes along a side, in the order in which the keys have its values; or
+                a list of these values.
+
+        Raises:
+            PlanError: keys without these parts, or a cell that has no variant or several.
+            PositionError: there is no such example.
+        """
+        numbers = cells(self.keys, rows, columns).numbers
+        return self._of(self.effects, example)[torch.tensor(numbers)]
+
+    def table(self, example: int | None = None) -> list[dict[str, Any]]:
+        """A row per variant: its key, its edits in words, effect, score, score without edits and norm of the change,
+        averaged over examples or of one."""
+        names = part_names(self.keys, self.variants)
+        measured = [self._of(tensor, example).tolist() for tensor in (self.effects, self.values, self.moved)]
+        clean = float(self._of(self.clean[None], example))
+        rows = []
+        for key, edits, effect, scored, moved in zip(self.keys, self.variants, *measured, strict=True):
+            parts = key if isinstance(key, tuple) and names != ["key"] else (key,)
+            said = {"edits": words(edits), "effect": effect, "value": scored, "clean": clean, "moved": moved}
+            rows.append({**dict(zip(names, parts, strict=True)), **said})
+        return rows
+
+    def to_dataframe(self, example: int | None = None) -> Any:
+        """`table` as a `pandas.DataFrame`.
+
+        Raises:
+            CapabilityError: pandas is not installed.
+        """
+        from .pandas import frame
+
+        return frame(self.table(example))
+
+    def chart(self, rows: Parts = 0, columns: Parts = 1, *, example: int | None = None) -> Chart:
+        """The picture: the grid where keys are pairs that fill one (or rows or columns are given), else the strongest
+        variants as bars.
+
+        Raises:
+            PlanError, PositionError: as `grid`.
+        """
+        said = f"without edits {self._clean(example)}{self._whose(example)}"
+        if (rows, columns) != (0, 1) or is_grid(self.keys):
+            effects = self._of(self.effects, example).tolist()
+            return grid_chart(effects, self.keys, self.variants, rows, columns, self.score, said)
+        top = [effect for effect in self.top(BARS, example) if math.isfinite(effect.effect)]
+        return bar_chart(top, len(self), numbered(self.keys), self.score, said)
+
+    def charts(self) -> list[Chart]:
+        """`chart`, where some score is a number."""
+        return [self.chart()] if bool(self.effects.mean(-1).isfinite().any()) else []
+
+    @property
+    def finding(self) -> str:
+        """The variant that moves the score most, and those whose score is no number."""
+        best, *_ = self.top(1)
+        said = f"The largest change of {self.score}: {best.effect:+.4g} by {label(*best[:2], numbered(self.keys))}, "
+        moved = (
+            f"{said}from {self._clean(None)} without edits{self._whose(None)}." if math.isfinite(best.effect) else ""
+        )
+        return " ".join([moved, *([f"{failed_words(self.failed)}."] if self.failed else [])]).strip()
+
+    def details(self) -> dict[str, str]:
+        """How it was carried out."""
+        return {"What it cost": self.explain}
+
+    def files(self) -> dict[str, str | bytes]:
+        """What `save` writes, by the names of the files."""
+        return super().files() | variants_files(self.variants)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Sweep:
+        """Read what `save` wrote. Functions of `apply` come back as their names alone.
+
+        Raises:
+            LoadError: nothing there, damaged, or of another class.
+        """
+        loaded = super().load(folder)
+        return replace(loaded, variants=read_variants(folder)).with_provenance(loaded.provenance)
+
+    def _view(self) -> View:
+        return view(self._title(), lines(self.top(6), len(self), numbered(self.keys)), self.failed, self.explain)
+
+    def _title(self) -> str:
+        return f"Sweep of {len(self):,} variants: {self.score}, without edits {self._clean(None)}{self._whose(None)}"
+
+    def _clean(self, example: int | None) -> str:
+        return f"{float(self._of(self.clean[None], example)):.4g}"
+
+    def _whose(self, example: int | None) -> str:
+        if example is not None:
+            return f", example {example}"
+        return f", mean of {len(self.clean)} examples" if len(self.clean) > 1 else ""
+
+    def _of(self, numbers: Float[Tensor, "variant batch"], example: int | None) -> Float[Tensor, " variant"]:
+        """The mean over examples, or one example."""
+        if example is None:
+            return numbers.mean(-1)
+        if (
+            isinstance(example, bool)
+            or not isinstance(example, int)
+            or not -len(self.clean) <= example < len(self.clean)
+        ):
+            raise PositionError(wrong("example=", f"an example of the sweep, 0 to {len(self.clean) - 1}", example))
+        return numbers[:, example]
 
 
 def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tuple[Variant, ...], tuple[Score, ...]]:
@@ -111,18 +285,11 @@ def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tu
     Raises:
         PlanError: naming the first that is not.
     """
-    listed = several("variants", "edits, or lists of edits", variants, PlanError)
-    for item in listed:
-        if isinstance(item, Tensor) or not isinstance(item, (Edit, Site, Iterable)):
-            raise PlanError(wrong("a variant", "edits", item))
+    listed, scores = variants_of(variants), scores_of(score)
     if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
         raise PlanError(wrong("memory_budget=", "a number of bytes", memory_budget))
     if out is not None and not isinstance(out, (str, Path)):
         raise PlanError(wrong("out=", "a folder", out))
-    scores = (score,) if isinstance(score, Score) else several("score=", "a score, or several", score, PlanError)
-    for item in scores:
-        if not isinstance(item, Score):
-            raise PlanError(wrong("score=", "a score such as ic.score.logprob(target), or several", item))
     return listed, scores
 
 
@@ -135,6 +302,7 @@ def sweep(
     budget: int | None,
     out: str | Path | None,
     progress: bool,
+    keys: tuple[Key, ...] = (),
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens, listed, scores = _ready(model, x, variants, scores, strategy)
@@ -148,7 +316,12 @@ def sweep(
             with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
                 Runner(model, tokens, plan, scores, store, tower).run(told)
     by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
-    return tuple(Sweep(values, clean, store.moved, listed, score.name, plan) for values, clean, score in by_score)
+    explain, settings = plan.explain(), {"variants": len(listed), "strategy": strategy}
+    record = provenance("sweep", "What each of the changes does to the score.", model, tokens, settings)
+    return tuple(
+        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(record)
+        for values, clean, score in by_score
+    )
 
 
 def _planned(placer: Placer, strategy: str, tower: Tower | None = None, store: SweepStore | None = None) -> SweepPlan:

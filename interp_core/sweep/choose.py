@@ -26,7 +26,7 @@ from ..batches import one_row
 from ..checks.selfcheck import WIDTH, check_tokens
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
-from ..errors import CapabilityError, InterpError
+from ..errors import CapabilityError, InterpError, first_line
 from ..identity import settings_of
 from ..positions import VISION, PerRow, Rows
 from ..progress import Progress
@@ -259,7 +259,7 @@ def _compare(
     except (*FAULTS, InterpError) as error:
         if len(plain) < len(texts):
             return None
-        return f"it fails on this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return f"it fails on this model ({type(error).__name__}: {first_line(error)})"
     wanted = torch.stack([plain[text] for text in range(len(texts))], -1)
     differ = float((store.values[..., 0] - wanted.to(store.values)).abs().max() / wanted.abs().max())
     # far above rounding, far below a wrong position or key; models in float64 have modules that compute in float32

@@ -13,7 +13,7 @@ from ..architectures.atlas import Atlas
 from ..engines.attention import AttentionHook
 from ..engines.called import Called
 from ..engines.program import LocalEngine
-from ..engines.protocol import PassRecord
+from ..engines.protocol import PassRecord, viewed
 from ..engines.replace import replaced_forwards
 from ..engines.site_access import SiteRead
 from ..engines.torch import TorchProgram
@@ -117,6 +117,7 @@ def _only(forward: Callable[..., Any], columns: Tensor) -> Callable[..., Any]:
     """What a module does that treats every position by itself, in these columns `[text column]`; zero in the others."""
 
     def some(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A module that sees tokens flattened, or other rows, computes all of them.
         if x.shape[:1] != columns.shape[:1] or x.ndim != 3:
             return forward(x, *args, **kwargs)
         rows = torch.arange(len(x))[:, None]
@@ -134,7 +135,7 @@ def seen(record: PassRecord, slots: Sequence[SiteRead]) -> Tensor:
     """The value of the one site that a pass read, in the site's axes."""
     (value,), (slot,) = record.values, slots
     assert value is not None
-    return slot.view(value) if slot.late and slot.view is not None else value
+    return viewed(slot, value)
 
 
 def tapped(attn_hooks: Sequence[AttentionHook], modules: Sequence[nn.Module]) -> list[AttentionHook]:

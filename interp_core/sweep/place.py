@@ -91,7 +91,10 @@ class Placer:
         self.scored = self._local(score.selects)
         for row, places in enumerate(self.scored):
             if len(places) != 1 and type(score) is Score:
-                raise PlanError(f"score {score.name} reads {len(places)} positions of row {row}; it takes one")
+                raise PlanError(
+                    f"score {score.name} reads {len(places)} positions of row {row}; it takes one, or several with "
+                    "span=True"
+                )
         self.widths = [self._width(row) for row in range(len(tokens))]
 
     def _inner(self, site: Site) -> None:

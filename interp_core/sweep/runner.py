@@ -243,6 +243,7 @@ class Runner:
         table = torch.tensor([[*row, *[row[-1]] * (most - len(row))] for row in columns])
         rows = torch.arange(len(table))[:, None]
         head = self.session.hf.get_output_embeddings()
+        # At its input, so that the head computes no other logits at all.
         handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, table], *args[1:]))
         try:
             yield table

@@ -32,13 +32,13 @@ from ..engines.operations import apply_edit
 from ..engines.program import LocalEngine, Stop
 from ..engines.protocol import PassRecord
 from ..engines.replace import replaced_forwards
-from ..engines.rerouting import reroute
+from ..engines.router_edits import reroute
 from ..engines.selection import BoundSelection, Window
 from ..engines.site_access import SiteEdit, SiteRead
 from ..engines.torch import TorchProgram
 from ..plan import Plan
 from ..positions import Rows
-from ..readings import demand_proof
+from ..receipts import demand_proof
 from ..sites import ROUTING, Edit, Site
 from .clean import CleanPass, modules_of, narrowed, seen, tapped
 

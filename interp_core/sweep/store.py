@@ -94,11 +94,7 @@ class SweepStore:
 
 @contextmanager
 def opened(
-    out: str | Path | None,
-    model: Session,
-    tokens: Tokens,
-    variants: Sequence[Sequence[Edit]],
-    scores: Sequence[Score],
+    out: str | Path | None, model: Session, tokens: Tokens, variants: Sequence[Sequence[Edit]], scores: Sequence[Score]
 ) -> Iterator[SweepStore]:
     """The scores of a sweep, in the run folder `out` if there is one.
 

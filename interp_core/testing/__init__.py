@@ -8,8 +8,9 @@ one that is not, if it was fetched.
 
 from ..real import real_model
 from .kit import Report, Row, check_method, check_plugin
-from .models import VOCAB, families, mixtures, tiny
+from .models import families, mixtures, tiny
 from .processors import pictures, processor
+from .routed import VOCAB
 from .visual import VISUAL
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..errors import InterpError
+from ..errors import InterpError, first_line
 from ..inputs import undivided
 from ..methods import Method
 from ..model import Model
@@ -90,6 +90,7 @@ class MethodCase:
             error = traceback.format_exc()
         after = State.of(self.model.hf)
         kept = torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
+        # Further checks run on the same tokens, whatever this run did to them.
         tokens.ids.copy_(ids)
         tokens.mask.copy_(mask)
         return Outcome(result, error, before, after, "" if kept else "it writes into the tokens that it was given")
@@ -182,7 +183,7 @@ def as_singles(case: MethodCase, tokens: Tokens, rows: list[Tokens], **options: 
     try:
         together = case.run(tokens, **options)
     except InterpError as error:
-        raise Refused(str(error).splitlines()[0]) from error
+        raise Refused(first_line(error)) from error
     except Exception as error:  # the plugin's own
         raise Failed(f"{type(error).__name__}: {error}") from error
     worst = 0.0

@@ -9,7 +9,6 @@ import tempfile
 import typing
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..batches import padded_on
 from ..errors import nearest
 from ..inputs import undivided
-from ..methods import CAPABILITIES, Method
+from ..methods import CAPABILITIES
 from ..plugins import status_of
 from ..plugins.sandbox import address, inspect_here, inspect_plugin
 from ..result import Result
@@ -71,15 +70,17 @@ def config(case: MethodCase) -> str:
     JSON schema can be written."""
     where = address(case.method)
     try:
-        named = where is not None
-        seen = inspect_plugin("methods", case.method.name, where, case.limit) if where else _examined(case.method)
+        if where is None:
+            seen = inspect_here("methods", case.method.name, case.method)
+        else:
+            seen = inspect_plugin("methods", case.method.name, where, case.limit)
     except Exception as error:  # the plugin's own
         raise Failed(f"{type(error).__name__}: {error}") from error
     if seen.error:
         raise Failed(seen.error.strip())
     if faults := [*seen.faults, *undescribed(seen.settings)]:
         raise Failed("; ".join(faults))
-    return "" if named else "read in this process: the class cannot be imported by name"
+    return "" if where else "read in this process: the class cannot be imported by name"
 
 
 @check
@@ -87,7 +88,8 @@ def result(case: MethodCase) -> str:
     """A run returns a frozen `Result`."""
     outcome = case.outcome
     if outcome.error:
-        raise Failed(f"the run raised {_last(outcome.error)}\n{outcome.error.strip()}")
+        error = outcome.error.strip()
+        raise Failed(f"the run raised {error.splitlines()[-1]}\n{error}")
     kind = type(outcome.result)
     if not isinstance(outcome.result, Result):
         raise Failed(f"it returned a {kind.__name__}, not an interp_core.Result")
@@ -276,14 +278,6 @@ def undescribed(settings: list[dict[str, str]]) -> list[str]:
     """The settings that nothing is said of, as a sentence."""
     names = [row["setting"] for row in settings if not row["description"]]
     return [f"no description of {', '.join(names)}: add an Attributes (or Args) section"] if names else []
-
-
-def _examined(method: type[Method]) -> Any:
-    return inspect_here("methods", method.name, method)
-
-
-def _last(error: str) -> str:
-    return error.strip().splitlines()[-1]
 
 
 def _annotations(kind: type) -> dict[str, str]:

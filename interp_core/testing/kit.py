@@ -6,7 +6,7 @@ testing.check_method(MyMethod, ic.load(testing.tiny("llama"))).raise_if_failed()
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from ..methods import Method
 from ..model import Model, load
 from ..plugins import Plugin, registry
 from ..plugins.sandbox import LIMIT, PluginInfo, inspect_plugin
+from ..progress import Progress
 from ..sites import SITES
 from ..text import Tokens
 from .case import Failed, MethodCase, NotReached, Refused
@@ -44,6 +45,9 @@ class Row:
     check: str
     ok: bool | None
     detail: str
+
+    def __str__(self) -> str:
+        return f"{ {True: 'ok', False: 'FAIL', None: '-'}[self.ok]:4}  {self.check:14}  {self.detail}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,7 @@ class Report:
             raise PluginError(f"{', '.join(self.failed)} failed.\n{self}")
 
     def __str__(self) -> str:
-        words = {True: "ok", False: "FAIL", None: "-"}
-        lines = [f"{words[row.ok]:4}  {row.check:14}  {row.detail}".rstrip() for row in self.rows]
-        return "\n".join([self.title, *lines])
+        return "\n".join([self.title, *map(str, self.rows)])
 
 
 def check_method(
@@ -91,6 +93,7 @@ def check_method(
     settings: Mapping[str, Any] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     limit: float = LIMIT,
+    told: Callable[[Row | str], object] = lambda line: None,
 ) -> Report:
     """Run every check on a method. It runs a dozen times; a small model is enough, and the random state is restored.
 
@@ -102,6 +105,7 @@ def check_method(
         settings: of the method.
         expected_failures: check to reason. They are strict: one that passes is a failure.
         limit: seconds that reading its settings may take.
+        told: is called with the title, and with every row as soon as it is there.
 
     Raises:
         PlanError: an expected failure without a reason, or of no check.
@@ -117,9 +121,14 @@ def check_method(
     required = frozenset(getattr(kind, "requires", ()))
     on = _toy_with(required) if model is None else load(model) if isinstance(model, str) else model
     case = MethodCase(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
-    with _random_state_restored():
-        verdicts = tuple(_row(check, case, expected.get(check)) for check in CHECKS)
-    return Report(f"method {getattr(kind, 'name', kind)!r} on {on!r}", verdicts)
+    title, verdicts = f"method {getattr(kind, 'name', kind)!r} on {on!r}", list[Row]()
+    told(title)
+    with _random_state_restored(), Progress("checks", len(CHECKS)) as progress:
+        for check in CHECKS:
+            verdicts.append(_row(check, case, expected.get(check)))
+            told(verdicts[-1])
+            progress.add()
+    return Report(title, tuple(verdicts))
 
 
 def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:

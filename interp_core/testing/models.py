@@ -8,32 +8,15 @@ import torch
 from torch import nn
 
 from ..errors import LoadError, nearest
-from .routed import MIXTURES
+from .routed import LINEAR, MIXTURES, MLA, SIZES, VOCAB
 from .routed import build as build_mixture
 from .visual import VISUAL
 
-VOCAB = 96
-_MHA: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_COMMON = {**_MHA, "num_key_value_heads": 2}
+_COMMON = {**SIZES, "num_key_value_heads": 2}
 _GPT = {
-    "vocab_size": VOCAB,
-    "n_embd": 64,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 128,
-    "bos_token_id": 1,
+    "vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 1,
     "eos_token_id": 2,
-}
+}  # fmt: skip
 _GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 _SHARED = {**_MOE, "shared_expert_intermediate_size": 40}
@@ -42,15 +25,21 @@ _GROUPS = {
     "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 48,
     "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True,
 }  # fmt: skip
-_MLA = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
-_LINEAR = {
-    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+_LOCAL = {
+    "num_layers": 3, "num_heads": 4, "window_size": 4, "attention_types": [[["global", "local"], 1], [["global"], 1]],
+}  # fmt: skip
+_SCALED = {
+    "residual_multiplier": 0.4, "logits_scaling": 2.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+}  # fmt: skip
+_CHUNKED = {
+    "head_dim": 16, "intermediate_size_mlp": 80, "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1],
+    "attention_chunk_size": 4, "attn_temperature_tuning": True, "floor_scale": 64,
+    "layer_types": ["chunked_attention", "full_attention", "full_attention"],
 }  # fmt: skip
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT),
-    "gpt_neox": ("GPTNeoX", {**_MHA, "rotary_pct": 0.5}),
+    "gpt_neox": ("GPTNeoX", {**SIZES, "rotary_pct": 0.5}),
     "gptj": ("GPTJ", {**_GPT, "rotary_dim": 8}),
     "llama": ("Llama", {**_COMMON, "head_dim": 24, "attention_bias": True}),
     "mistral": ("Mistral", {**_COMMON, "sliding_window": 4}),
@@ -60,62 +49,20 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", {**_COMMON, **_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "phi3": ("Phi3", _COMMON),
     "olmo2": ("Olmo2", _COMMON),
-    "gpt_neo": (
-        "GPTNeo",
-        {
-            **_MHA,
-            "num_layers": 3,
-            "num_heads": 4,
-            "window_size": 4,
-            "attention_types": [[["global", "local"], 1], [["global"], 1]],
-        },
-    ),
-    "opt": ("OPT", {**_MHA, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_neo": ("GPTNeo", {**SIZES, **_LOCAL}),
+    "opt": ("OPT", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "qwen2_moe": ("Qwen2Moe", {**_COMMON, **_SHARED, "norm_topk_prob": False, "mlp_only_layers": [0]}),
     "qwen3_moe": ("Qwen3Moe", {**_COMMON, **_MOE, "head_dim": 16, "mlp_only_layers": [1]}),
     "mixtral": ("Mixtral", {**_COMMON, **_LOCAL_MOE, "sliding_window": 4}),
     "olmoe": ("Olmoe", {**_COMMON, **_MOE, "norm_topk_prob": False}),
-    "gpt_oss": (
-        "GptOss",
-        {
-            **_COMMON,
-            **_LOCAL_MOE,
-            "head_dim": 16,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
-    ),
-    "granitemoe": (
-        "GraniteMoe",
-        {
-            **_COMMON,
-            **_LOCAL_MOE,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 2.0,
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.2,
-        },
-    ),
-    "deepseek_v3": ("DeepseekV3", {**_MHA, **_GROUPS, **_MLA, "num_key_value_heads": 4}),
+    "gpt_oss": ("GptOss", {**_COMMON, **_LOCAL_MOE, "head_dim": 16, "sliding_window": 4, "layer_types": _ALTERNATING}),
+    "granitemoe": ("GraniteMoe", {**_COMMON, **_LOCAL_MOE, **_SCALED}),
+    "deepseek_v3": ("DeepseekV3", {**SIZES, **_GROUPS, **MLA, "num_key_value_heads": 4}),
     "glm4_moe": ("Glm4Moe", {**_COMMON, **_GROUPS, "head_dim": 16, "use_qk_norm": True, "n_group": 2, "topk_group": 1}),
-    "llama4": (
-        "Llama4Text",
-        {
-            **_COMMON,
-            **_LOCAL_MOE,
-            "head_dim": 16,
-            "intermediate_size_mlp": 80,
-            "moe_layers": [0, 2],
-            "no_rope_layers": [1, 0, 1],
-            "attention_chunk_size": 4,
-            "attn_temperature_tuning": True,
-            "floor_scale": 64,
-            "layer_types": ["chunked_attention", "full_attention", "full_attention"],
-        },
-    ),
-    "qwen3_next": ("Qwen3Next", {**_COMMON, **_SHARED, **_LINEAR, "mlp_only_layers": [1]}),
-    "qwen3_5": ("Qwen3_5Text", {**_COMMON, **_LINEAR}),
-    "qwen3_5_moe": ("Qwen3_5MoeText", {**_COMMON, **_SHARED, **_LINEAR}),
+    "llama4": ("Llama4Text", {**_COMMON, **_LOCAL_MOE, **_CHUNKED}),
+    "qwen3_next": ("Qwen3Next", {**_COMMON, **_SHARED, **LINEAR, "mlp_only_layers": [1]}),
+    "qwen3_5": ("Qwen3_5Text", {**_COMMON, **LINEAR}),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {**_COMMON, **_SHARED, **LINEAR}),
 }
 
 

@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 
-_MHA: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+VOCAB = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+"""Of all tiny language models, in the words of most families."""
+MLA = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+_HYBRID = ["linear_attention", "full_attention", "full_attention"]
+LINEAR = {
+    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3, "layer_types": _HYBRID,
+}  # fmt: skip
+"""Of Qwen's families in which most layers' attention is linear."""
+_MHA = {**SIZES, "num_key_value_heads": 4}
 _GQA = {**_MHA, "num_key_value_heads": 2, "head_dim": 16}
-_MLA = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
 _LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _ROUTED = {
@@ -20,10 +29,9 @@ _ROUTED = {
 }  # fmt: skip
 _DENSE_FIRST = {"first_k_dense_replace": 1}
 _SPARSE_LAST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
-_LINEAR = ["linear_attention", "full_attention", "full_attention"]
 _SCALED = {"shared_intermediate_size": 40, "residual_multiplier": 0.4}
 _ONE_SHARED = {**_MOE, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}
-_KDA = {"layer_types": _LINEAR, "linear_head_dim": 8, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
+_KDA = {"layer_types": _HYBRID, "linear_head_dim": 8, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TOWER = {
     "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64, "intermediate_size": 48,
@@ -37,7 +45,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("PhimoeForCausalLM", {**_GQA, **_LOCAL}),
     "deepseek_v2": (
         "DeepseekV2ForCausalLM",
-        {**_MHA, **_MLA, **_ROUTED, **_DENSE_FIRST, "topk_method": "group_limited_greedy"},
+        {**_MHA, **MLA, **_ROUTED, **_DENSE_FIRST, "topk_method": "group_limited_greedy"},
     ),
     "ernie4_5_moe": (
         "Ernie4_5_MoeForCausalLM",
@@ -45,7 +53,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax": (
         "MiniMaxForCausalLM",
-        {**_GQA, **_LOCAL, "block_size": 4, "layer_types": _LINEAR, "mlp_alpha_factor": 1.5, "mlp_beta_factor": 0.5},
+        {**_GQA, **_LOCAL, "block_size": 4, "layer_types": _HYBRID, "mlp_alpha_factor": 1.5, "mlp_beta_factor": 0.5},
     ),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {**_GQA, **_LOCAL}),
     "gemma4": (
@@ -66,12 +74,12 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoehybrid": (
         "GraniteMoeHybridForCausalLM",
-        {**_GQA, **_LOCAL, **_MAMBA, **_SCALED, "layer_types": _LINEAR},
+        {**_GQA, **_LOCAL, **_MAMBA, **_SCALED, "layer_types": _HYBRID},
     ),
     "granitemoeshared": (
         "GraniteMoeSharedForCausalLM", {**_GQA, **_LOCAL, **_SCALED},
     ),
-    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST}),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST}),
     "dots1": ("Dots1ForCausalLM", {**_GQA, **_ROUTED, **_DENSE_FIRST}),
     "nemotron_h": (
         "NemotronHForCausalLM",
@@ -97,7 +105,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_GQA, **_MOE, "num_dense_layers": 1, "num_shared_experts": 1, "route_scale": 1.5, "sliding_window": 4},
     ),
     "flex_olmo": ("FlexOlmoForCausalLM", {**_GQA, "num_experts": 6, "num_experts_per_tok": 2}),
-    "mistral4": ("Mistral4ForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_DENSE_FIRST}),
+    "mistral4": ("Mistral4ForCausalLM", {**_MHA, **MLA, **_ROUTED, **_DENSE_FIRST}),
     "deepseek_v4": (
         "DeepseekV4ForCausalLM",
         {
@@ -111,7 +119,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "longcat_flash": (
         "LongcatFlashForCausalLM",
         {
-            **_MHA, **_MLA, "num_hidden_layers": 6, "ffn_hidden_size": 96, "moe_topk": 3, "n_routed_experts": 6,
+            **_MHA, **MLA, "num_hidden_layers": 6, "ffn_hidden_size": 96, "moe_topk": 3, "n_routed_experts": 6,
             "zero_expert_num": 2,
             "expert_ffn_hidden_size": 48, "head_dim": 8, "routed_scaling_factor": 1.5,
         },
@@ -120,9 +128,9 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": (
         "AriaTextForCausalLM", {**_GQA, "moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 1},
     ),
-    "axk1": ("AXK1ForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST}),
-    "deepseek_v32": ("DeepseekV32ForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_INDEX}),
-    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_INDEX}),
+    "axk1": ("AXK1ForCausalLM", {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST}),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST, **_INDEX}),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST, **_INDEX}),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {**_GQA, **_ROUTED, "v_head_dim": 12, "swa_head_dim": 16}),
     "solar_open": ("SolarOpenForCausalLM", {**_GQA, **_ROUTED}),
     "mellum": ("MellumForCausalLM", {**_GQA, **_MOE, "norm_topk_prob": True}),
@@ -140,11 +148,11 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "laguna": ("LagunaForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40}),
     "kimi_linear": (
         "KimiLinearForCausalLM",
-        {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
+        {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
     ),
     "bailing_hybrid": (
         "BailingHybridForCausalLM",
-        {**_MHA, **_MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
+        {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},
     ),
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration",

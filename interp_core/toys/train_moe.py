@@ -13,7 +13,6 @@ AdamW. Every token is predicted, answers with 20 times the weight of others.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import time
@@ -29,35 +28,19 @@ from .domains import DOMAINS, build_tokenizer, document
 from .evaluate_moe import tables
 from .text import Example
 from .train_text import OTHER_WEIGHT, marked
+from .training import Optimizers, command_line, language_model
 
 BATCH, STEPS = 24, 550
 BALANCE, FOCUS, EXPERTS_OF_A_DOCUMENT = 0.03, 0.02, 3
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=48,
-        moe_intermediate_size=48,
-        num_experts=16,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        max_position_embeddings=256,
-        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.02,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    sizes = {
+        "hidden_size": 96, "intermediate_size": 48, "moe_intermediate_size": 48, "num_experts": 16,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "num_hidden_layers": 3, "head_dim": 24,
+    }  # fmt: skip
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**language_model(tokenizer), **sizes))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     return model
 
@@ -118,25 +101,12 @@ def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
     model = build(tokenizer)
     routers = Routers(model)
     # Experts' weights are stacked `[expert out in]`; torch's Muon takes matrices alone.
-    matrices = [p for n, p in model.named_parameters() if "self_attn" in n and p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if not ("self_attn" in n and p.ndim == 2)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    base = [o.param_groups[0]["lr"] for o in optimizers]
+    optimizers = Optimizers(model, lambda name, p: "self_attn" in name and p.ndim == 2)
     began = time.process_time()
     for step in range(steps):
-        factor = min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
-        for optimizer, lr in zip(optimizers, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
         ids, mask, answers = marked(tokenizer, draw(rng))
         loss, nll = step_loss(model, routers, ids, mask, answers)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizers.step(loss, min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps)))
         if step % 50 == 0 or step == steps - 1:
             shown = {
                 domain: nll[i :: len(DOMAINS)][answers[i :: len(DOMAINS), 1:]].mean().item()
@@ -151,10 +121,4 @@ def train(out: Path, seed: int = 0, steps: int = STEPS) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    train(args.out, args.seed, args.steps)
+    command_line(__doc__, train, "steps")

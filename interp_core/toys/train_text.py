@@ -7,7 +7,6 @@ floor. Hidden matrices use Muon, the rest AdamW. Every token is predicted, answe
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from ..model import load
 from .evaluate import table
 from .text import END, NUMBERS, Example, build_tokenizer, induction_example, needle_example, relation_example, words
+from .training import Optimizers, command_line, language_model
 
 WINDOW, BATCH = 72, 48
 OTHER_WEIGHT = 0.05
@@ -92,23 +92,8 @@ def step_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, answers: torch.Tensor)
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.02,
-    )
-    model = Qwen3ForCausalLM(config)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "head_dim": 32}
+    model = Qwen3ForCausalLM(Qwen3Config(**language_model(tokenizer), **sizes))
     # Embeddings as loud as what the first layers add: induction appears after 200 steps instead of 700.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     return model
@@ -119,13 +104,7 @@ def train(out: Path, seed: int = 0, cooldown: int = 600, limit: int = 6000, devi
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
     model = build(tokenizer).to(device)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    base = [o.param_groups[0]["lr"] for o in optimizers]
+    optimizers = Optimizers(model, lambda name, p: p.ndim == 2 and "layers" in name)
     stage, decay_from, began = 0, None, time.process_time()
     scores: dict[str, float] = {}
     for step in range(limit):
@@ -133,14 +112,8 @@ def train(out: Path, seed: int = 0, cooldown: int = 600, limit: int = 6000, devi
         kinds = rng.choices(list(tasks), [share for share, _ in tasks.values()], k=BATCH)
         ids, answers = batch(tokenizer, [tasks[kind][1](rng) for kind in kinds])
         left = 1.0 if decay_from is None else 1 - (step - decay_from) / cooldown
-        for optimizer, lr in zip(optimizers, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * left * min(1.0, (step + 1) / 50)
         loss, hits = step_loss(model, ids.to(device), answers.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizers.step(loss, left * min(1.0, (step + 1) / 50))
         for kind in tasks:
             rows = torch.tensor([k == kind for k in kinds])
             shown = answers[rows].sum()
@@ -168,10 +141,4 @@ def train(out: Path, seed: int = 0, cooldown: int = 600, limit: int = 6000, devi
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=6000)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    train(args.out, args.seed, limit=args.limit)
+    command_line(__doc__, train, "limit")

@@ -9,7 +9,6 @@ Hidden matrices use Muon, the rest AdamW.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from functools import cache
@@ -24,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from ..model import load
 from .evaluate_vision import tables
+from .training import Optimizers, command_line
 from .vision import (
     BARS,
     CELL,
@@ -201,32 +201,15 @@ def train(out: Path, seed: int = 0, cooldown: int = 400, limit: int = 2500) -> N
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
     model = build(tokenizer)
-    hidden = [
-        n
-        for n, p in model.named_parameters()
-        if p.ndim == 2 and any(part in n for part in ("layers", "blocks", "merger"))
-    ]
-    matrices = [p for n, p in model.named_parameters() if n in set(hidden)]
-    others = [p for n, p in model.named_parameters() if n not in set(hidden)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    base = [o.param_groups[0]["lr"] for o in optimizers]
+    inside = ("layers", "blocks", "merger")
+    optimizers = Optimizers(model, lambda name, p: p.ndim == 2 and any(part in name for part in inside))
     stage, decay_from, began = 0, None, time.process_time()
     scores = dict.fromkeys(KINDS, 0.0)
     for step in range(limit):
         left = 1.0 if decay_from is None else 1 - (step - decay_from) / cooldown
-        factor = left * min(1.0, (step + 1) / 50)
-        for optimizer, lr in zip(optimizers, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
         examples = batch(tokenizer, rng, MOST[stage])
         loss, right = step_loss(model, examples)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizers.step(loss, left * min(1.0, (step + 1) / 50))
         for number, kind in enumerate(KINDS):
             if (of_kind := examples.kinds == number).any():
                 scores[kind] += 0.05 * (float(right[of_kind].float().mean()) - scores[kind])
@@ -256,10 +239,4 @@ def train(out: Path, seed: int = 0, cooldown: int = 400, limit: int = 2500) -> N
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=2500)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    train(args.out, args.seed, limit=args.limit)
+    command_line(__doc__, train, "limit")

@@ -12,18 +12,6 @@ from .places import VisualToken, placeholder_ids
 from .processors import build, grid_of
 
 __all__ = [
-    "LARGEST",
-    "MODES",
-    "SMALLEST",
-    "BlindImages",
-    "PictureError",
-    "VisualToken",
-    "blind_images",
-    "build",
-    "demand_picture",
-    "derangement",
-    "grid_of",
-    "mean_colour",
-    "open_picture",
-    "placeholder_ids",
-]
+    "LARGEST", "MODES", "SMALLEST", "BlindImages", "PictureError", "VisualToken", "blind_images", "build",
+    "demand_picture", "derangement", "grid_of", "mean_colour", "open_picture", "placeholder_ids",
+]  # fmt: skip

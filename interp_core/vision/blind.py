@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 TRIES = 1000
+"""Permutations that are tried; behind so many it counts as settled that all leave somebody within their group."""
 PATCH = 16
+"""Edge in pixels of the squares that `shuffled` moves."""
 
 
 @dataclass(frozen=True)

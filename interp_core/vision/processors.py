@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import CapabilityError, LoadError, TextError
+from ..errors import CapabilityError, LoadError, TextError, first_line
 from ..inputs import PER_TOKEN
 from .places import placeholder_ids
 
@@ -41,8 +41,7 @@ def build(kind: type, image_processor: Any, tokenizer: Any, **settings: Any) -> 
     without = type(kind.__name__, (kind,), {"check_argument_for_proper_class": _unless_missing(kind)})
     parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     attributes = kind.get_attributes()  # type: ignore[attr-defined]
-    processor = without(**{name: parts.get(name) for name in attributes}, **settings)
-    return processor
+    return without(**{name: parts.get(name) for name in attributes}, **settings)
 
 
 def _unless_missing(kind: type) -> Any:
@@ -72,11 +71,12 @@ def open_processor(folder: str, config: Any, tokenizer: Any, options: Mapping[st
         kind = processor_class_from_name(STAND_INS.get(name, name)) if name else None
         if kind is None:
             return None, f"transformers has no processor {name or f'for {config.model_type!r}'}"
+        # Files of settings hold more than their class takes.
         takes = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
         own = {key: value for key, value in settings.items() if key in takes and key not in kind.get_attributes()}
         processor = build(kind, images, tokenizer, **own)
     except Exception as error:  # the code of others, on files of others
-        return None, f"its processor cannot be built: {str(error).strip().splitlines()[0] or type(error).__name__}"
+        return None, f"its processor cannot be built: {first_line(error)}"
     why = "; ".join(differing(processor, config))
     return (None, f"its processor does not fit the model: {why}") if why else (processor, "")
 
@@ -207,10 +207,10 @@ def expansions(processor: Any, images: Sequence[Image], what: str) -> tuple[list
     try:
         out = listening(text=[marked], images=[list(images)], return_tensors="pt")
     except Exception as error:  # the code of others
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise TextError(
-            f"{what}the processor ({type(processor).__name__}) does not take these images ({sizes} pixels): {text}"
+            f"{what}the processor ({type(processor).__name__}) does not take these images ({sizes} pixels): "
+            f"{first_line(error)}"
         ) from error
     parts = listener.heard[-1].split(MARK)[1:-1] if listener.heard else []
     if len(parts) != len(images):

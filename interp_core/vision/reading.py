@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import text as reading
 from ..architectures.family import Family
 from ..chat import Chars, rendered
 from ..errors import CapabilityError, TextError, wrong
 from ..inputs import PER_TOKEN
 from ..positions import Span
-from ..text import Tokens
+from ..text import Tokens, encode_row, with_messages, with_targets
 from .pictures import TAKES, open_pictures
 from .places import placeholder_ids, with_visual_names
 from .processors import around, expansions, literals, placeholder
@@ -51,16 +50,10 @@ class Reader:
         boundary: str,
     ) -> Tokens:  # fmt: skip
         """See `Model.tokens`."""
-        rows = reading._strings("a text", "a string or a list of strings", texts)
-        targets = (
-            [None] * len(rows) if target is None else reading._strings("target=", "a string, or one per text", target)
-        )
-        targets = targets * len(rows) if isinstance(target, str) else targets
-        if len(targets) != len(rows):
-            raise TextError(f"{len(targets)} targets for {len(rows)} texts")
-        per_row = [images] if isinstance(texts, str) else _per_row(images, len(rows))
+        pairs = with_targets(texts, target)
+        per_row = [images] if isinstance(texts, str) else _per_row(images, len(pairs))
         tokens = []
-        for number, (text, goal, pictures) in enumerate(zip(rows, targets, per_row, strict=True)):
+        for number, ((text, goal), pictures) in enumerate(zip(pairs, per_row, strict=True)):
             opened = open_pictures(pictures, f"row {number}: ")
             tokens.append(self._row(text, goal, opened, bos, boundary, number))
         return Tokens.stack(tokens)
@@ -70,6 +63,7 @@ class Reader:
         known = literals(self.processor)
         conversation, pictures = _without_pictures(messages, known)
         opened = open_pictures(pictures)
+        # The processor's has places for images; the tokenizer may have one for text alone.
         own = getattr(self.processor, "chat_template", None)
         own = own.get("default") if isinstance(own, Mapping) else own
         if own and not template.get("chat_template"):
@@ -83,7 +77,7 @@ class Reader:
             )
         tokens, moved = self._read(text, target, opened, False, "strict", 0)
         ranges = [[tuple(map(moved, chars)) for chars in place] for place in places]
-        tokens = reading.with_messages(tokens, conversation, ranges)
+        tokens = with_messages(tokens, conversation, ranges)
         said = [chars for message, place in zip(conversation, ranges, strict=True) if message["role"] == "user"
                 for chars in place]  # fmt: skip
         return self._asked(tokens, said)
@@ -116,7 +110,7 @@ class Reader:
     ) -> tuple[Tokens, Any]:
         """Tokens of a text with a place for each picture, and where its characters are in what became of it."""
         if not pictures:
-            return reading._encode_row(self.tokenizer, text, target, bos, boundary, row), lambda char: char
+            return encode_row(self.tokenizer, text, target, bos, boundary, row), lambda char: char
         parts, inputs = expansions(self.processor, pictures, f"row {row}: ")
         token = placeholder(self.processor)
         between = text.split(token)
@@ -127,7 +121,7 @@ class Reader:
         def moved(char: int) -> int:
             return char + grown[sum(end <= char for end in ends)]
 
-        tokens = reading._encode_row(self.tokenizer, whole, target, bos, boundary, row)
+        tokens = encode_row(self.tokenizer, whole, target, bos, boundary, row)
         visual = torch.isin(tokens.ids, torch.tensor(sorted(placeholder_ids(self.config)))).long()
         needed = dict.fromkeys((name for name in self.family.needs if name in PER_TOKEN), visual)
         tokens = replace(tokens, inputs={**needed, **inputs})

@@ -133,9 +133,9 @@ def _attention(model: Model, tokens: Tokens, layer: int, by: str) -> list[Float[
     ends, real = predicting(tokens), tokens.rows.real
     if by == "last_token":
         site = S.pattern[layer].at(query=PerRow(tuple(ends)))
-        return list(model.run(tokens, read=site, logits=False)[site].as_subclass(Tensor).mean(1))
+        return list(model.run(tokens, read=site, logits=False)[site].plain.mean(1))
     site = S.pattern[layer]
-    pattern = model.run(tokens, read=site, logits=False)[site].as_subclass(Tensor)
+    pattern = model.run(tokens, read=site, logits=False)[site].plain
     rows = []
     for i, own in enumerate(places(tokens, AFTER_VISION)):
         queries = torch.tensor([real[i][q] for q in own if q <= ends[i]], dtype=torch.long)
@@ -173,7 +173,7 @@ def top(ranks: Sequence[Float[Tensor, " visual"]], fraction: float) -> list[list
     rows = []
     for ranks_of_row in ranks:
         n = len(ranks_of_row)
-        kept = math.ceil(round(fraction * n, 9))
+        kept = math.ceil(round(fraction * n, 9))  # 0.07 * 100 is a little above 7, and means 7
         rows.append(sorted(ranks_of_row.argsort(descending=True, stable=True)[:kept].tolist()))
     return rows
 

@@ -157,6 +157,7 @@ def _deviation(x: Float[Tensor, "selected d_model"]) -> Tensor:
 
 
 def _normal(x: Tensor, seed: int, key: str) -> Tensor:
+    # 56 bits, since seeds are numbers of 64. Drawn in float64 on the CPU: the same in every dtype, on every device.
     number = int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")
     sample = torch.randn(x.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
     return sample.to(x.device, x.dtype)

@@ -161,10 +161,10 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
     return f"{shown} {words.pop()}" if len(words) == 1 else shown
 
 
-def values(run: ic.Run, grid: Grid) -> Values:
-    """The values of a run, which read `grid.reads`, at every layer and place."""
+def values(readings: Any, grid: Grid) -> Values:
+    """The values of a run which read `grid.reads`, or its gradients, at every layer and place."""
     return {
-        (site.name, layer, place): run[grid.where(site, layer, place)].plain
+        (site.name, layer, place): readings[grid.where(site, layer, place)].plain
         for site in grid.sites
         for layer in grid.layers
         for place in range(len(grid.places))

@@ -5,8 +5,6 @@ Source: this package.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,7 +32,7 @@ def drawn(chart: Picture, unit: str) -> report.Heatmap:
     pointed at."""
     return report.Heatmap(
         chart.values, chart.rows, chart.columns, diverging=True, limits=chart.limits, title=chart.title,
-        texts=texts(chart.values, unit) if len(chart.columns) <= WIDEST else None,
+        texts=report.cell_texts(chart.values, unit == SHARE) if len(chart.columns) <= WIDEST else None,
         caption=f"{chart.title} ({unit})", colorbar=unit, percent=unit == SHARE,
     )  # fmt: skip
 
@@ -57,19 +55,3 @@ def which(row: int, rows: int) -> str:
 def of_rows(scores: Tensor) -> str:
     """Over how many prompts a number is the mean; "" of one."""
     return f", in the mean of {len(scores)} prompts" if len(scores) > 1 else ""
-
-
-def texts(values: Sequence[Sequence[float]], unit: str) -> list[list[str | None]]:
-    """Numbers as the cells show them: to two digits of the largest, shares in percent; nothing where that is 0, or less
-    than 1 %, so that what there is stands out."""
-    factor, sign = (100, "%") if unit == SHARE else (1, "")
-    top = factor * max((abs(value) for line in values for value in line if math.isfinite(value)), default=0.0)
-    digits = max(0, 1 - math.floor(math.log10(top))) if top else 0
-
-    def say(value: float) -> str | None:
-        if not math.isfinite(value):
-            return "–"
-        rounded = round(factor * value, digits)
-        return f"{rounded:.{digits}f}{sign}" if rounded and not (sign and abs(rounded) < 1) else None
-
-    return [[say(value) for value in line] for line in values]

@@ -276,12 +276,7 @@ def _gradients(model: ic.Model, pair: Contrast, grid: Grid, edits: list[ic.Edit]
 
     reads = [site[layer] for site in grid.sites for layer in grid.layers]
     run = model.run(pair.base.tokens, read=reads, edits=edits, grad=total, logits=pair.judged.at, allow_noop=True)
-    return {
-        (site.name, layer, place): run.grad[grid.where(site, layer, place)].plain
-        for site in grid.sites
-        for layer in grid.layers
-        for place in range(len(grid.places))
-    }
+    return values(run.grad, grid)
 
 
 def _cost(config: AttributionPatchingConfig, grid: Grid) -> str:

@@ -37,7 +37,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ._copying import Embeddings, copying_scores
-from ._pictures import of_rows, texts
+from ._pictures import of_rows
 
 KINDS = ("previous", "duplicate", "induction")
 CHUNK_BYTES = 1 << 28
@@ -184,7 +184,7 @@ class DetectorResult(ic.Result):
             charts.append(
                 ic.report.Heatmap(
                     scores.tolist(), [f"layer {layer}" for layer in self.layers],
-                    [f"head {head}" for head in range(scores.shape[1])], texts=texts(scores.tolist(), self.score),
+                    [f"head {head}" for head in range(scores.shape[1])], texts=ic.report.cell_texts(scores.tolist()),
                     diverging=copying, limits=limits, title=title, colorbar=f"{name} score",
                 )
             )  # fmt: skip

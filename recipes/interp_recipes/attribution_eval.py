@@ -204,14 +204,11 @@ class Work:
 
     def claim(self) -> None:
         """Refuse now what another run has written."""
-        kinds = [
-            kind
-            for kind, mode in (("faithfulness", FAITHFULNESS), ("recovery", RECOVERY))
-            if mode in self.options.modes
-        ]
-        self.run.claim(
-            [*map(self.table, kinds), *([f"{self.folder}/{MANIFEST}"] if self.config.save_hop_traces else [])]
-        )
+        kinds = {FAITHFULNESS: "faithfulness", RECOVERY: "recovery"}
+        names = [self.table(kind) for mode, kind in kinds.items() if mode in self.options.modes]
+        if self.config.save_hop_traces:
+            names.append(f"{self.folder}/{MANIFEST}")
+        self.run.claim(names)
 
     def done(self) -> Rows:
         """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""

@@ -60,7 +60,10 @@ def toy_task(model: ic.Model, n: int = 32, shots: int = 5) -> Task:
         return torch.cat([model.tokens(f" {tables[relation][word]}").ids[0] for word in seeds])
 
     neutral = [relation_example(pick, relation, shots).prompt for relation in tables for _ in range(10)]
-    story = "Five shots of antonyms (clean) or of French translations (corrupted), then the same word."
+    story = (
+        f"{n} pairs of prompts. The clean one shows five antonyms, the corrupted one five French translations; both "
+        "end with the same word: its antonym is the answer, its translation the rival."
+    )
     return Task(
         model.tokens(prompts("antonym")), model.tokens(prompts("french")), ids("antonym"), ids("french"),
         model.tokens(neutral), story,
@@ -81,7 +84,11 @@ def text_task(model: ic.Model, clean: str, corrupted: str, answer: str, other: s
     if first != start:
         raise ic.TextError(f"the answers {answer!r} and {other!r} begin with the same token; choose two that do not")
     return Task(
-        *pair, ids[0][start : start + 1], ids[1][start : start + 1], ic.Tokens.stack(pair), "One pair of texts."
+        *pair,
+        ids[0][start : start + 1],
+        ids[1][start : start + 1],
+        ic.Tokens.stack(pair),
+        f"One pair of prompts: the clean one leads to {answer!r}, the corrupted one to the rival {other!r}.",
     )
 
 
@@ -111,7 +118,7 @@ def judged(run: ic.Run, task: Task) -> dict[str, float]:
     first = run.logits.argmax(-1).cpu() == task.answer
     return {
         "answer is first": float(first.float().mean()),
-        "answer beats other": float((difference > 0).float().mean()),
+        "answer beats rival": float((difference > 0).float().mean()),
         "logit difference": float(difference.mean()),
     }
 
@@ -145,7 +152,7 @@ def steering(model: ic.Model, task: Task, layer: int, new: int) -> tuple[list[di
     rows = []
     for row, text in enumerate(prompts.texts or ()):
         ends = {"prompt ends": text[-20:], "plain": plain.texts[row], "steered": steered.texts[row]}
-        rows.append({key: _line(value) for key, value in ends.items()})
+        rows.append({key: end.replace("\n", "⏎") for key, end in ends.items()})
     return rows, steered
 
 
@@ -193,14 +200,16 @@ class Findings:
         moved = self.layers[self.layer]
         first, gap = "answer is first", "logit difference"
         return [
-            f"Logit of the answer minus that of the other: {self.gap[0]:.2f} on clean prompts, {self.gap[1]:.2f} on "
-            "corrupted ones.",
-            f"Heads that carry it at the last token (share of the gap that patching each alone restores): {names}.",
-            f"Without them the difference goes from {whole[gap]:.2f} to {without[gap]:.2f}, and the answer comes first "
-            f"in {percent(without[first])} instead of {percent(whole[first])}; without as many others it is "
-            f"{others[gap]:.2f} and {percent(others[first])}.",
-            f"The mean difference added after layer {self.layer} puts the clean answer ahead in "
-            f"{percent(moved['answer beats other'])} of the corrupted prompts, first in {percent(moved[first])}.",
+            f"The answer's logit minus that of its rival is {self.gap[0]:.2f} on clean prompts and {self.gap[1]:.2f} "
+            "on corrupted ones.",
+            f"Patched from the clean prompt into the corrupted one, single heads give back most of that gap: {names} "
+            "(at the last token).",
+            f"Control: without these heads the difference falls from {whole[gap]:.2f} to {without[gap]:.2f}, and the "
+            f"answer comes first in {percent(without[first])} of the prompts instead of {percent(whole[first])}. "
+            f"Removing as many random heads leaves {others[gap]:.2f} and {percent(others[first])}.",
+            f"Steering: the mean difference of the two kinds of prompts, added after layer {self.layer}, puts the "
+            f"answer ahead of its rival in {percent(moved['answer beats rival'])} of the corrupted prompts, and first "
+            f"in {percent(moved[first])}.",
         ]
 
 
@@ -227,9 +236,9 @@ class DemoConfig(ic.Config):
     Attributes:
         model: toy:text, a folder, or a hub id.
         out: folder of the run (default: results/{model}/{dataset}/{timestamp}-demo-{hash}).
-        clean: prompt that leads to the answer; not asked of the toy, which has tasks of its own.
+        clean: prompt that leads to the answer. The toy, if it is given no prompts, has a task of its own.
         corrupted: a prompt of as many tokens that leads to the other answer.
-        answer, other: what should follow the one and the other.
+        answer, other: what should follow the one and the other; of prompts of yours, what the model itself says.
     """
 
     model: str = "toy:text"
@@ -240,16 +249,28 @@ class DemoConfig(ic.Config):
     other: str = " dog"
 
 
+def answers(model: ic.Model, config: DemoConfig) -> tuple[str, str]:
+    """What should follow the two prompts: as the settings say; of prompts of your own, the likeliest tokens."""
+    chosen = []
+    for prompt, answer in (("clean", "answer"), ("corrupted", "other")):
+        if answer in config.model_fields_set or not config.model_fields_set & {"clean", "corrupted"}:
+            chosen.append(getattr(config, answer))
+        else:
+            chosen.append(model.word(int(model.run(getattr(config, prompt), logits=-1).logits.argmax())))
+    return chosen[0], chosen[1]
+
+
 def demo(config: DemoConfig) -> Path:
     """Run the demo; returns the report's path."""
     began = time.perf_counter()
-    loaded, toy = ic.load(config.model), config.model == "toy:text"
-    task = toy_task(loaded) if toy else text_task(loaded, config.clean, config.corrupted, config.answer, config.other)
+    loaded = ic.load(config.model)
+    toy = config.model == "toy:text" and not config.model_fields_set & {"clean", "corrupted", "answer", "other"}
     dataset = "toy-relations" if toy else "texts"
     with ic.runs.open(
         config.out, config.model_dump(exclude={"out"}), recipe="demo", model=loaded, dataset=dataset
     ) as run:
         run.claim(["report.html", "lens.png", "patching.png"])
+        task = toy_task(loaded) if toy else text_task(loaded, config.clean, config.corrupted, *answers(loaded, config))
         print(f"{loaded}\n{task.story}\n", flush=True)
         findings = study(loaded, task, 4 if toy else 24, run)
         findings.lens.show()
@@ -272,40 +293,47 @@ def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, findings: 
     note = "Corrupted prompts with one head's z at the last token taken from the clean run: share of the gap restored."
     grid = ic.report.Heatmap(
         values, rows, columns, texts=texts, diverging=True, title="Heads that carry the answer", caption=note,
-        colorbar="share of the gap restored",
+        colorbar="share of the gap restored", percent=True,
     )  # fmt: skip
     run.result("lens", findings.lens)
     run.figure("lens.png", findings.lens.png)
     run.figure("patching.png", grid.png)
+    words = [repr(model.word(int(ids[0]))) for ids in (task.answer, task.other)]
     pair = "".join(
-        f"<pre>{ic.report.escape((tokens.texts or ('',))[0])}</pre>" for tokens in (task.clean, task.corrupted)
+        f"<div><p class='soft'>{ic.report.escape(f'{name}: {word}')}</p>"
+        f"<pre>{ic.report.escape((tokens.texts or ('',))[0])}</pre></div>"
+        for name, word, tokens in zip(
+            ("clean, answer", "corrupted, rival"), words, (task.clean, task.corrupted), strict=True
+        )
     )
     said = "".join(f"<li>{ic.report.escape(line)}</li>" for line in findings.sentences())
     steered = ic.report.table(findings.steered) + f"<pre>{ic.report.escape(findings.generation.receipts[0])}</pre>"
     sections = [
-        ic.report.Section("What came out", "", f"<ul>{said}</ul>"),
+        ic.report.Section("Summary", "", f"<ul>{said}</ul>"),
         ic.report.Section(
-            "The prompts", f"{task.story} Left clean, right corrupted.", f"<div class='pair'>{pair}</div>"
+            "The prompts", f"{task.story} The first pair:", f"<div class='pair'>{pair}</div>"
         ),
         ic.report.Section("Logit lens", "What each layer would say if the model stopped there.", findings.lens.html()),
         ic.report.Section("Which heads decide", "", grid.html()),
         ic.report.Section(
-            "Is that true?", "Named heads and others set to their mean over tasks.", ic.report.table(findings.ablated)
+            "Control: ablate them", "The named heads, and as many random ones, set to their mean over tasks.",
+            ic.report.table(_shares(findings.ablated)),
         ),
         ic.report.Section(
-            "Where it can be moved", "The mean difference added after each layer.", ic.report.table(findings.layers)
+            "Steering by layer", "Corrupted prompts with the mean difference added after a layer, at the last token.",
+            ic.report.table(_shares(findings.layers)),
         ),
-        ic.report.Section("Steered generation", "The same difference, added at every new token.", steered),
-        ic.report.Section("What this model has", "", f"<pre>{ic.report.escape(model.sites)}</pre>"),
-    ]
+        ic.report.Section("Steered text", "The same difference, added at every new token.", steered),
+        ic.report.Section("", "", ic.report.copyable("Every site of this model", str(model.sites))),
+    ]  # fmt: skip
     run.put({"report.html": ic.report.page("interp_core demo", repr(model), sections)})
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table whose shares are written in per cent."""
+    return [{key: percent(x) if key.startswith("answer") else x for key, x in row.items()} for row in rows]
 
 
 def percent(value: float) -> str:
     """Whole percents, without a minus before zero."""
     return f"{round(100 * value) + 0}%"
-
-
-def _line(text: str) -> str:
-    """Text on one line."""
-    return text.replace("\n", "⏎")

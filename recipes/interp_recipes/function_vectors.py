@@ -39,6 +39,7 @@ import interp_core as ic
 from interp_core.errors import nearest
 from interp_core.toys.text import relations
 
+from .configs import words
 from .fv_configs import TemplateConfig
 
 ARGS = "fv_eval_args.txt"
@@ -88,6 +89,11 @@ class TasksConfig(TemplateConfig):
     def layers(self) -> tuple[int, ...] | None:
         """Where the vector is evaluated (None: after every layer)."""
         return None if self.edit_layer == -1 else (self.edit_layer,)
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What all prompts of the run share."""
+        return {"seed": self.seed, "template": self.template}
 
     def name(self, results: str) -> str:
         """The published name of a file of results with the vector."""
@@ -151,7 +157,7 @@ def _tasks(config: TasksConfig) -> list[fv.Task]:
         PlanError, LoadError: no such relation or file; two of one name.
     """
     known = {task.name: task for task in by_word(relations())}
-    names = [name.strip() for name in config.tasks.split(",") if name.strip()]
+    names = words(config.tasks)
     tasks = []
     for name in known if names == ["all"] else names:
         if name in known:
@@ -211,9 +217,8 @@ def _check(model: ic.Model, tasks: Sequence[fv.Task], parts: Sequence[ic.runs.Pa
         )
     for task, part in zip(tasks, parts, strict=True):
         part.claim(_files(task, config))
-        drawn: dict[str, Any] = {"seed": config.seed, "template": config.template}
-        fv.legacy_trials(task, model.tokenizer, n_trials=config.n_trials, n_shots=config.n_shots, **drawn)
-        fv.questions(task, model.tokenizer, shots=config.n_shots, **drawn)
+        fv.legacy_trials(task, model.tokenizer, n_trials=config.n_trials, n_shots=config.n_shots, **config.drawn)
+        fv.questions(task, model.tokenizer, shots=config.n_shots, **config.drawn)
 
 
 def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, config: TasksConfig) -> Findings:
@@ -223,7 +228,7 @@ def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, config: TasksConf
     # as the published script has it, validation prompts come from a stream of their own, test prompts from the seed's
     valid = _kept(part, VALID, lambda: _answered(model, task, "valid", config, seed + 42))
     right = [row for row, rank in enumerate(valid["clean_rank_list"]) if rank == 0]
-    drawn: dict[str, Any] = {"n_shots": shots, "seed": seed, "filter_set": right, "template": config.template}
+    drawn: dict[str, Any] = {"n_shots": shots, "filter_set": right, **config.drawn}
     few = _kept(part, FEW, lambda: _answered(model, task, "test", config, seed))
     kept = [row for row, rank in enumerate(few["clean_rank_list"]) if rank == 0]
     if not right or not kept:
@@ -281,19 +286,14 @@ def _steered(
     model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, kept: Sequence[int], config: TasksConfig
 ) -> dict[int, Any] | dict[str, Any]:
     """The published form: by layer after a sweep, else of the one layer."""
-    prompts = fv.questions(
-        task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, seed=config.seed,
-        template=config.template,
-    )  # fmt: skip
+    prompts = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, **config.drawn)
     evaluation = fv.evaluate(model, prompts, vector, layers=config.layers)
     by_layer = {layer: evaluation.published(layer) for layer in evaluation.layers}
     return by_layer if config.layers is None else by_layer[config.edit_layer]
 
 
 def _baseline(model: ic.Model, task: fv.Task, config: TasksConfig) -> dict[int, Any]:
-    evaluations = fv.baseline(
-        model, task, shots=range(config.n_shots + 1), seed=config.seed, likelihood=True, template=config.template
-    )
+    evaluations = fv.baseline(model, task, shots=range(config.n_shots + 1), likelihood=True, **config.drawn)
     return {n: evaluation.published() for n, evaluation in evaluations.items()}
 
 
@@ -311,25 +311,13 @@ def _examples(model: ic.Model, task: fv.Task, vector: fv.FunctionVector, config:
     edit, rows = fv.injection(model, vector, vector.layer), range(min(config.examples, len(task.test)))
     examples: list[dict[str, Any]] = []
     for kind, shots in (("zero-shot", 0), ("shuffled", config.n_shots)) if rows else ():
-        prompts = fv.questions(
-            task,
-            model.tokenizer,
-            shots=shots,
-            shuffled=shots > 0,
-            rows=rows,
-            seed=config.seed,
-            template=config.template,
-        )
+        prompts = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, rows=rows, **config.drawn)
         new = max(len(prompt.target_ids) for prompt in prompts)
         plain, steered = (fv.generated(model, prompts, edits, max_new_tokens=new) for edits in ((), edit))
         for row, a, b in zip(rows, plain, steered, strict=True):
             query = task.pairs[task.test[row]].input
-            examples.append(
-                {
-                    "prompt": kind, "query": query, "answer": a["target"], "without": a["generated"].strip(),
-                    "with vector": b["generated"].strip(),
-                }
-            )  # fmt: skip
+            said = {"without": a["generated"].strip(), "with vector": b["generated"].strip()}
+            examples.append({"prompt": kind, "query": query, "answer": a["target"]} | said)
     return examples
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from interp_plugins.attribution.data.span_moves import REASONS, moved
 
 import interp_core as ic
 from interp_core import runs
+
+from .configs import words
 
 
 class RemapSpansConfig(ic.Config):
@@ -50,7 +53,7 @@ class RemapSpansConfig(ic.Config):
         Raises:
             PlanError: none, or two of one name.
         """
-        paths = [Path(part.strip()) for names in self.in_jsonl for part in names.split(",") if part.strip()]
+        paths = [Path(name) for name in words(self.in_jsonl)]
         if not paths:
             raise ic.PlanError("in_jsonl names no file; give at least one file of cached examples")
         names = [path.name for path in paths]
@@ -96,7 +99,7 @@ def _mapped(
 ) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """The rows of a file that could be moved, and counts of all."""
     rows: list[Mapping[str, Any]] = []
-    errors: dict[str, int] = {}
+    errors: Counter[str] = Counter()
     total = 0
     for number, row in json_rows(path):
         total += 1
@@ -106,10 +109,10 @@ def _mapped(
             rows.append(remapped)
             continue
         spans = ", ".join(f"{name} {row.get(name)}" for name in ("indices_to_explain", "sink_span"))
-        words = f"{path}, line {number}: {reason}: {REASONS[reason]} ({spans})"
+        told_of = f"{path}, line {number}: {reason}: {REASONS[reason]} ({spans})"
         if config.strict:
             hint = "" if config.allow_fallback_answer else "; --allow_fallback_answer looks for the answer in metadata"
-            raise ic.TextError(f"{words}. Leave --strict out to drop it{hint}")
-        print(f"dropped {words}", file=sys.stderr)
-        errors[reason] = errors.get(reason, 0) + 1
+            raise ic.TextError(f"{told_of}. Leave --strict out to drop it{hint}")
+        print(f"dropped {told_of}", file=sys.stderr)
+        errors[reason] += 1
     return rows, {"total": total, "mapped_ok": len(rows), "dropped": total - len(rows), "errors": errors}

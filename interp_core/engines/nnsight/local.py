@@ -81,10 +81,10 @@ class NNsightProgram(HookProgram):
             envoy, inputs = self.engine.envoys[path], _Inputs()
             module = self.engine.own[path]
             visit = _at_input(envoy, module_hook) if side == "in" else _at_output(envoy, module_hook, inputs, module)
-            early = (
-                len(order) if first and module_hook.point.layout is not None and module_hook.point.layout.images else 0
-            )
+            layout = module_hook.point.layout
+            early = len(order) if first and layout and layout.images else 0
             ranked.append((order[path, side].rank - early, 0, visit))
+            # At the same place as edits of the input, and behind them: it takes what these leave.
             if side == "out" and module_hook.derived:
                 ranked.append((order[path, "in"].rank - early, 1, _take_input(envoy, inputs)))
         visits = self._made[id(order), first] = [visit for _, _, visit in sorted(ranked, key=lambda item: item[:2])]

@@ -62,6 +62,7 @@ def _parsed(text: str) -> float | None:
 
 def _official(prediction: str, gold: str) -> bool:
     value, wanted = _parsed(prediction), _parsed(gold)
+    # as published, a gold 0 counts as none, and is compared as text
     if value is not None and wanted:
         return abs(value - wanted) / abs(wanted) <= TOLERANCE
     return prediction.lower() == gold.lower()

@@ -47,6 +47,7 @@ def _spaced(text: str) -> str:
 
 def levenshtein(a: str, b: str) -> int:
     """How many letters are to be put in, left out or changed to make one text the other."""
+    # a row of the table is as long as the shorter text
     a, b = (a, b) if len(a) >= len(b) else (b, a)
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):

@@ -47,6 +47,7 @@ class Numeral(NamedTuple):
 def numeral(text: str) -> Numeral | None:
     """The number that a text is, all of it; None if it is none (also for nan and inf)."""
     number = text.strip().lower().translate({ord(space): " " for space in _SPACES}).replace("−", "-").replace("–", "-")
+    # accounts write a loss in parentheses
     within = number[1:-1].strip() if number.startswith("(") and number.endswith(")") else None
     sign, number = (-1.0, within) if within is not None else (1.0, number)
     percent = _PERCENT.search(number)

@@ -92,6 +92,7 @@ def punctuation(text: str) -> str:
     else a space in its place."""
     between, cleaned = _BETWEEN_DIGITS.search(text), text
     for mark in MARKS:
+        # as published, the text as it came is asked, not what the marks before have left of it
         gone = between or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if gone else " ")
     return _PERIOD.sub("", cleaned, count=PERIODS)

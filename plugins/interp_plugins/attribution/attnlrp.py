@@ -85,13 +85,16 @@ class AttnLRP(Attribution):
         chosen = rules(config.rules, router=config.router, profile=config.profile)
         notes: dict[str, Any] = {"rules": str(chosen), "unruled_layers": unruled(model) if not chosen.empty else []}
         if config.variant == "per_token" and layout.target:
-            rows = _rows(model, layout, chosen, config)
-            inside = _within(layout, layout.sink)
-            scores = rows[inside].sum(0) / (len(layout.sink) if config.normalise else 1)
+            at = range(layout.target.start - 1, layout.target.stop - 1)
+            ids = _ids(layout, at, config)
+            rows = relevance_rows(model, layout.tokens, chosen, at, ids, against=layout.against)
+            scores = rows[_within(layout, layout.sink)].sum(0) / (len(layout.sink) if config.normalise else 1)
             return Attributed(scores, _cut(rows, layout), notes=notes)
         explained, logits = _explained(model, layout, chosen, config)
         if config.variant in ("span", "per_token"):
-            weights = _weights(layout, config.normalise)
+            # without a target the sink is empty, and the next token's logit is the only one
+            count = max(1, len(layout.sink))
+            weights = torch.full((count,), 1 / count if config.normalise else 1.0)
             relevance = explained.relevance(logits, weights, last=True)
             notes |= {"objective": relevance.objective, "residue": relevance.objective - float(relevance.tokens.sum())}
             return Attributed(_with_positions(relevance, config.profile, notes), notes=notes)
@@ -129,17 +132,9 @@ def _explained(
 
 
 def _ids(layout: Layout, at: range, config: AttnLRPConfig) -> list[int] | None:
-    """The tokens whose logits are meant at their predicting positions."""
-    if config.objective == "max":
-        return None
+    """The tokens whose logits are meant at their predicting positions; None: each position's largest."""
     ids: list[int] = layout.tokens.ids[0, at.start + 1 : at.stop + 1].tolist()
-    return ids
-
-
-def _rows(model: ic.Model, layout: Layout, chosen: Rules, config: AttnLRPConfig) -> Float[Tensor, "target pos"]:
-    """One row per target token; signed."""
-    at = range(layout.target.start - 1, layout.target.stop - 1)
-    return relevance_rows(model, layout.tokens, chosen, at, _ids(layout, at, config), against=layout.against)
+    return None if config.objective == "max" else ids
 
 
 def _cut(rows: Float[Tensor, "target pos"], layout: Layout) -> Float[Tensor, "target pos"]:
@@ -151,11 +146,6 @@ def _cut(rows: Float[Tensor, "target pos"], layout: Layout) -> Float[Tensor, "ta
 def _within(layout: Layout, part: range) -> slice:
     """A part of the target in the target's own places."""
     return slice(part.start - layout.target.start, part.stop - layout.target.start)
-
-
-def _weights(layout: Layout, mean: bool) -> Tensor:
-    count = max(1, len(layout.sink))
-    return torch.full((count,), 1 / count if mean else 1.0)
 
 
 def _hops(

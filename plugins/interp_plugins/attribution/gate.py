@@ -39,9 +39,11 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
     for name in ("resid_pre", "resid_post", *(("attn_out", "mlp_out") if not parts else ())):
         if not model.layers(name):
             raise ic.CapabilityError(f"{owner} shares out what is added to the stream: {model.can(name, 'read')}")
+    # looked at once per model, until it is checked anew or a module's forward or hooks are others
     now = (id(model.check), *_changes(model))
     if model.check is not None and _PASSED.get(model) == now:
         return
+    # a few tokens tell; a row with images cannot be cut
     few = tokens if tokens.inputs else ic.Tokens(tokens.ids[:, :TOKENS], tokens.mask[:, :TOKENS])
     limit = RESIDUE.get(model.dtype, 1e-4)
     reads = [site for site in (S.resid_pre, S.attn_out, S.mlp_out, S.resid_post) if model.layers(site)]

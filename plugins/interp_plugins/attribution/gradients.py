@@ -124,13 +124,12 @@ class InputXGradient(Gradients):
             # gradients at the sites of the same pass: a zero added there has the site's gradient
             zeros = [torch.zeros_like(value, requires_grad=True) for value in values]
             added = [site.add(zero) for site, zero in zip(sites, zeros, strict=True)]
+            by_token = []
             with ic.Progress("rows", len(layout.target)) as progress:
-                each = _of_each_token(model, layout, judges[0], layout.tokens, added, zeros)
-                rows_of_grads = []
-                for grads in each:
-                    rows_of_grads.append(scored(grads))
+                for grads in _of_each_token(model, layout, judges[0], layout.tokens, added, zeros):
+                    by_token.append(scored(grads))
                     progress.add()
-            rows = torch.stack(rows_of_grads)
+            rows = torch.stack(by_token)
         stream = run[middle].plain[0].float().norm(dim=-1)
         notes = {"explains": judges[0].name, "answer": list(judges[0].ids), "input": "token embeddings"}
         return Attributed(scores, rows, stream=stream, notes=notes)

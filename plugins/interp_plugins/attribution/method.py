@@ -277,11 +277,11 @@ class Attribution(ic.Method):
             PositionError, PlanError: a row that has not what is asked for.
         """
         rows = _rows(tokens)
-        return [self._layout(model, row, config, number, len(rows)) for number, row in enumerate(rows)]
-
-    def _layout(self, model: ic.Model, row: ic.Tokens, config: Any, number: int, count: int) -> Layout:
-        parts = {name: _of_row(name, getattr(config, name), number, count) for name in ("sink", "thinking", "against")}
-        return layout_of(model, row, **parts)
+        parts = {name: getattr(config, name) for name in ("sink", "thinking", "against")}
+        return [
+            layout_of(model, row, **{name: _of_row(name, part, number, len(rows)) for name, part in parts.items()})
+            for number, row in enumerate(rows)
+        ]
 
     def _result(
         self, model: ic.Model, tokens: ic.Tokens, layouts: Sequence[Layout], per_row: Sequence[Attributed], config: Any
@@ -291,7 +291,8 @@ class Attribution(ic.Method):
         sinks = [attention_sinks(model, layout, each.stream) for layout, each in zip(layouts, per_row, strict=True)]
         shares = [mass_shares(each.scores, where) for each, where in zip(per_row, sinks, strict=True)]
         kept = [_without(each, where, config.leave_out) for each, where in zip(per_row, sinks, strict=True)]
-        settings = {n: v for n, v in config.model_dump().items() if n == "variant" or v != _default(config, n)}
+        known = type(config).model_fields
+        settings = {n: v for n, v in config.model_dump().items() if n == "variant" or v != known[n].default}
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in settings.items() if name not in config.PER_PROMPT)
 
         def laid(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -390,7 +391,3 @@ def _of_row(name: str, value: Any, number: int, count: int) -> Any:
     if len(value) != count:
         raise ic.PlanError(f"{name}= has {len(value)} items for {count} prompts; give one, or one per prompt")
     return value[number]
-
-
-def _default(config: Any, name: str) -> Any:
-    return type(config).model_fields[name].default

@@ -209,6 +209,7 @@ class Walk:
             head, row, source = (heads > self.config.threshold).nonzero().unbind(1)
             self.add(ATTENTION, layer, source, at[row], heads[head, row, source], power, head)
             self.add(RESIDUAL, layer, at, at, own[0], power)
+            # nothing lies before a bias: no node begins there
             self.add(BIAS, layer, at, at, own[1], None)
         self.scores, self.power = scores, power
 
@@ -233,6 +234,8 @@ class Walk:
         head: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Edges into nodes of the graph, those with a large enough share; `power` of where they begin grows by it."""
+        # a way is as strong as its weakest edge, a node as the strongest way from it to the top: up to that
+        # threshold both are in the graph
         strength = torch.minimum(share, self.power[target])
         kept = strength > self.config.threshold
         source, target, share, strength = source[kept], target[kept], share[kept], strength[kept]

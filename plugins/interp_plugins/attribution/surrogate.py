@@ -33,7 +33,7 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .ablations.ablation import Ablation, Convention, Price
+from .ablations.ablation import Ablation, Convention
 from .ablations.judge import Judge
 from .ablations.lasso import Fit, drawn, lasso
 from .ablations.units import Kind, Unit, units_of
@@ -70,7 +70,10 @@ class SurrogateConfig(AblationConfig):
 
 
 class Surrogate(AblationMethod):
-    """Weights of a sparse linear model of the answer's probability under random ablations."""
+    """Weights of a sparse linear model of the answer's probability under random ablations.
+
+    `price` leaves out what `top_k` costs, since its sources are not known before the fit.
+    """
 
     name = "surrogate"
     requires = frozenset({"embed", "resid_post"})
@@ -113,6 +116,7 @@ class Surrogate(AblationMethod):
 
     def masks(self, units: Sequence[Unit], config: Any) -> np.ndarray:
         """All masks `[mask source]`."""
+        # the test's masks come last: another number of them leaves the fit as it is
         return drawn(config.ablations + config.held_out, len(units), config.keep, config.seed)
 
     def attribute(self, model: ic.Model, layout: Layout, config: SurrogateConfig) -> Attributed:
@@ -153,12 +157,9 @@ class Surrogate(AblationMethod):
         _, values = again.run(judge)
         return {"drop": {str(k): float(clean - value) for k, value in zip(config.top_k, values, strict=True)}}
 
-    def price(self, model: ic.Model, x: Any, *, target: Any = None, **settings: Any) -> list[Price]:
-        """As of any method by ablation; what `top_k` costs beside is not in it, since its sources are not known."""
-        return super().price(model, x, target=target, **settings)
-
 
 def logit_scaled(log_probability: Tensor) -> Tensor:
     """log p - log(1 - p), in float64."""
     log_p = log_probability.double().clamp(max=CERTAIN)
+    # expm1 has digits of 1 - p where p is nearly 1
     return log_p - torch.log(-torch.expm1(log_p))

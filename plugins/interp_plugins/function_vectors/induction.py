@@ -20,17 +20,13 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from .means import slot_starts
 from .prompts import Prompt
 from .rows import tokens
 
 
 def prefix_matching(
-    model: ic.Model,
-    *,
-    length: int = 100,
-    sequences: int = 4,
-    ids: tuple[int, int] | None = None,
-    seed: int = 0,
+    model: ic.Model, *, length: int = 100, sequences: int = 4, ids: tuple[int, int] | None = None, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
     """Prefix-matching score of every head, float32; not a number in layers whose pattern is not known.
 
@@ -76,20 +72,17 @@ def slot_attention(model: ic.Model, prompts: Sequence[Prompt]) -> SlotAttention:
     Raises:
         CapabilityError: a model whose patterns or values are not known in every layer.
     """
-    attention: tuple[list[Tensor], list[Tensor]] = ([], [])
+    by_prompt: list[Tensor] = []
     for prompt in prompts:
         run = model.run(tokens([prompt]), read=[S.pattern, S.v], logits=False)
-        starts = [at for at, slot in enumerate(prompt.slots) if at == 0 or slot != prompt.slots[at - 1]]
-        index = torch.tensor(prompt.slots)
-        plain: list[Tensor] = []
-        weighted: list[Tensor] = []
+        starts, index = slot_starts(prompt.slots), torch.tensor(prompt.slots)
+        by_layer: list[Tensor] = []
         for layer in range(model.n_layers):
             pattern = run[S.pattern[layer]].plain[0].float().cpu()
             norm = run[S.v[layer]].plain[0].float().cpu().norm(dim=-1).T
             norm = norm.repeat_interleave(len(pattern) // len(norm), 0)
             rows = pattern[:, starts]
-            for out, values in ((plain, rows), (weighted, rows * norm[:, None])):
-                out.append(values.new_zeros(*rows.shape[:2], len(starts)).index_add_(-1, index, values))
-        attention[0].append(torch.stack(plain))
-        attention[1].append(torch.stack(weighted))
-    return SlotAttention(torch.stack(attention[0]), torch.stack(attention[1]))
+            both = torch.stack([rows, rows * norm[:, None]])
+            by_layer.append(both.new_zeros(*both.shape[:-1], len(starts)).index_add_(-1, index, both))
+        by_prompt.append(torch.stack(by_layer, 1))
+    return SlotAttention(*torch.stack(by_prompt, 1))

@@ -83,10 +83,15 @@ def mean_layer_activations(
     return torch.stack(streams).mean(0)
 
 
+def slot_starts(slots: Sequence[int]) -> list[int]:
+    """The first token of each slot."""
+    # tokens of one word stand together and share a slot: a slot begins where the number changes
+    return [at for at, slot in enumerate(slots) if at == 0 or slot != slots[at - 1]]
+
+
 def _by_slot(z: Tensor, slots: Sequence[int]) -> Tensor:
     """`[layer pos head d_head]` averaged over the tokens of each slot: `[layer slot head d_head]`."""
-    # tokens of one word stand together and share a slot: a slot begins where the number changes
-    starts = [at for at, slot in enumerate(slots) if at == 0 or slot != slots[at - 1]]
+    starts = slot_starts(slots)
     out = z[:, starts]
     for start, stop in zip(starts, [*starts[1:], len(slots)], strict=True):
         if stop - start > 1:

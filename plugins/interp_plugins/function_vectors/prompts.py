@@ -90,7 +90,7 @@ class Prompt:
     @cached_property
     def idx_map(self) -> dict[int, int]:
         """Token → slot, for the first token of every word and all others outside of words."""
-        return dict(zip(_kept(self.labels), (self.slots[i] for i in _kept(self.labels)), strict=True))
+        return {token: self.slots[token] for token in _kept(self.labels)}
 
     @cached_property
     def idx_avg(self) -> dict[str, tuple[int, int]]:

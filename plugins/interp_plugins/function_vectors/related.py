@@ -311,7 +311,7 @@ def _measured(
 class _Swap(NamedTuple):
     """Prompts that show one task, to be answered as another."""
 
-    found: Sequence[Extracted]
+    extracted: Sequence[Extracted]
     vectors: Sequence[FunctionVector]
     words: int
     context: int
@@ -319,7 +319,7 @@ class _Swap(NamedTuple):
 
     def prompts(self, model: ic.Model, a: int, b: int, part: str) -> list[Prompt]:
         """Words of a part that both tasks have, with different answers, shown b; none if there are fewer than three."""
-        wanted, shown, template = self.found[a].task, self.found[b].task, self.found[b].template
+        wanted, shown, template = self.extracted[a].task, self.extracted[b].task, self.extracted[b].template
         rng, answers = random.Random(f"{self.seed} {shown.name} {wanted.name}"), dict(wanted.pairs)
         both = [pair for pair in (shown.pairs[row] for row in shown.rows(part)) if pair.input in answers]
         both = [Pair(word, answers[word]) for word, answer in both if answers[word] != answer]
@@ -335,7 +335,7 @@ class _Swap(NamedTuple):
 
     def measured(self, model: ic.Model, part: str, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Shares answered as wanted: without `[to shown]`, and with the difference of vectors `[layer to shown]`."""
-        n = len(self.found)
+        n = len(self.extracted)
         clean = torch.full((n, n), torch.nan, dtype=torch.float64)
         turned = torch.full((len(layers), n, n), torch.nan, dtype=torch.float64)
         for a, b in ((a, b) for a in range(n) for b in range(n) if a != b):

@@ -169,6 +169,8 @@ def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Finding
         }
         for each in done
     ]  # fmt: skip
+    # the last two lines say what the table does not: heads and layer, and how many answers are turned
+    summary = "<pre>" + report.escape("\n".join(str(related).splitlines()[-2:])) + "</pre>"
     names = [each.task.name for each in done]
     links = " · ".join(f"<a href='{report.escape(name)}/report.html'>{name}</a>" for name in names)
     pages = [
@@ -177,7 +179,7 @@ def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Finding
             "The layer is chosen on validation rows.",
             report.table(percents(rows)) + links,
         ),
-        report.Section("One set of heads for all, differences, similarities", "", f"{_pre(related)}{related.html()}"),
+        report.Section("One set of heads for all, differences, similarities", "", f"{summary}{related.html()}"),
     ]
     folder.put({"report.html": report.page(f"Function vectors of {len(done)} tasks", repr(model), pages)})
     return folder.path / "report.html"
@@ -186,10 +188,6 @@ def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Finding
 def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows for a page: shares as percents."""
     return [{key: f"{v:.0%}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-
-
-def _pre(related: Related) -> str:
-    return f"<pre>{report.escape(chr(10).join(str(related).splitlines()[-2:]))}</pre>"
 
 
 def _map(findings: Findings) -> report.Heatmap:

@@ -37,10 +37,7 @@ def templates(n: int = 15, seed: int = 0) -> list[Template]:
     if not 1 <= n <= len(every):
         raise ic.PlanError(f"{n} templates; there are {len(every)}")
     chosen = np.random.RandomState(seed).choice(len(every), n, replace=False).tolist()
-    return [
-        Template({"input": x, "output": y}, {"input": after_x, "output": after_y})
-        for (x, y), (after_x, after_y) in (every[i] for i in chosen)
-    ]
+    return [Template.of(*every[i]) for i in chosen]
 
 
 def portability(

@@ -54,13 +54,7 @@ class Reconstruction(NamedTuple):
 
 
 def reconstructed(
-    model: ic.Model,
-    vector: FunctionVector,
-    *,
-    top: int | None = 100,
-    steps: int = 1000,
-    lr: float = 0.5,
-    seed: int = 0,
+    model: ic.Model, vector: FunctionVector, *, top: int | None = 100, steps: int = 1000, lr: float = 0.5, seed: int = 0
 ) -> Reconstruction:
     """Fit a vector, from a random start, until its decoded distribution is that of another.
 

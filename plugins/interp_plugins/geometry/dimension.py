@@ -40,6 +40,7 @@ def two_nn(values: Any, *, discard: float = 0.1) -> float:
     n = len(rows)
     if n < LEAST:
         raise ic.PlanError(f"two_nn: {n} different rows; {LEAST} at least are needed to tell a dimension")
+    # by products, the distance of near rows would be what is left of large numbers
     distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.topk(3, largest=False).values  # the first is the row itself
     ratios = (nearest[:, 2] / nearest[:, 1]).log().sort().values

@@ -27,7 +27,7 @@ from interp_core import sites as S
 from .._prompts import prompts_of
 from .measured import How, Layer, measure_layer, same_rows
 from .result import GeometryResult
-from .rows import VARIANTS, Variant, subsamples
+from .rows import VARIANTS, Variant, single
 
 Groups = dict[str, list[list[int]]]
 """Per group and prompt, positions among its real tokens."""
@@ -127,7 +127,8 @@ class _Book:
         if blind is not None:
             self.against.append(self._alike(rows, blind))
         self.pooled.append(torch.stack([torch.stack([part.mean(0) for part in of_sample]) for of_sample in rows]))
-        picks = [[int(subsamples(len(part), 2, 1, self.how.seed)[0, 0]) for part in of_sample] for of_sample in rows]
+        # the seed alone decides: the same token of a sample at every layer
+        picks = [[single(len(part), self.how.seed) for part in of_sample] for of_sample in rows]
         drawn = [[part[pick] for part, pick in zip(*pair, strict=True)] for pair in zip(rows, picks, strict=True)]
         self.drawn.append(torch.stack([torch.stack(of_sample) for of_sample in drawn]))
 
@@ -153,9 +154,7 @@ class _Book:
         )
         empty = torch.zeros(self.n, len(names), 0, dtype=torch.float64)
         return GeometryResult(
-            equal=self._stacked("equal").transpose(1, 2).contiguous(),
-            whole=self._stacked("whole").transpose(1, 2).contiguous(),
-            dimension=self._stacked("dimension").transpose(1, 2).contiguous(),
+            equal=self._stacked("equal"), whole=self._stacked("whole"), dimension=self._stacked("dimension"),
             gap=self._single("gap"), separability=self._single("separability"),
             steps=_numbers(self.steps) if self.steps else empty,
             against=_numbers(self.against) if self.against else None,
@@ -167,12 +166,11 @@ class _Book:
         )  # fmt: skip
 
     def _stacked(self, field: str) -> Tensor:
-        return torch.stack([torch.stack([getattr(each, field) for each in row]) for row in self.layers], 1)
+        return torch.stack([torch.stack([getattr(each, field) for each in row]) for row in self.layers], 2)
 
     def _single(self, field: str) -> Float[Tensor, "batch layer"]:
-        return torch.tensor(
-            [[getattr(each, field) for each in row] for row in self.layers], dtype=torch.float64
-        ).T.clone()
+        rows = [[getattr(each, field) for each in row] for row in self.layers]
+        return torch.tensor(rows, dtype=torch.float64).T.clone()
 
 
 def _numbers(layers: list[list[list[float]]]) -> Float[Tensor, "batch group layer"]:

@@ -146,6 +146,11 @@ def subsamples(n: int, size: int, repeats: int = 20, seed: int = 0) -> Int[Tenso
     return torch.from_numpy(np.stack([np.sort(rng.permutation(n)[:size]) for _ in range(repeats)]))
 
 
+def single(n: int, seed: int = 0) -> int:
+    """One of n rows, each as likely as any other over seeds; the same for the same n and seed."""
+    return int(np.random.default_rng((seed, n)).integers(n))
+
+
 def equal_numbers(groups: Sequence[Any], repeats: int = 20, seed: int = 0) -> list[Float[Tensor, "repeat n d"]]:
     """Groups of rows cut to as many rows as the smallest has, several times: what is compared depends on n.
 

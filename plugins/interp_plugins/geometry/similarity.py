@@ -87,6 +87,7 @@ def debiased_cka(first: Rows, second: Rows) -> float:
         PlanError: rows that are not of the same things, all the same, or fewer than four.
     """
     x, y = _paired(first, second)
+    # its terms are divided by n - 3 (`_hsic`)
     if len(x) < 4:
         raise ic.PlanError(f"debiased_cka takes four rows at least, not {len(x)}")
     k, l = (_hollow(rows) for rows in (x, y))  # noqa: E741

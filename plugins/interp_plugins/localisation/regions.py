@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 import interp_core as ic
 
-from ..attribution.evaluation.orders import step_sizes
+from ..attribution.evaluation.orders import checked_count, step_sizes
 from .hits import checked_map
 
 TARGET = 64
@@ -73,9 +73,8 @@ def regions(scores: Any, size: tuple[int, int], *, target: int = TARGET, steps: 
     Raises:
         PlanError: a map with numbers that are none, or numbers out of range.
     """
-    for name, value, least in (("target", target, 4), ("steps", steps, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ic.PlanError(ic.errors.wrong(f"regions: {name}", f"a whole number from {least} on", value))
+    checked_count("regions: target", target, 4)
+    checked_count("regions: steps", steps, 1)
     array, (height, width) = checked_map("regions", scores), size
     if min(height, width) < 1:
         raise ic.PlanError(ic.errors.wrong("regions: size", "height and width in pixels", size))

@@ -15,6 +15,8 @@ Must equal: the last row is the model's own output (`kl` 0 there).
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -97,34 +99,37 @@ class LogitLensResult(ic.Result):
 
     def table(self) -> list[dict[str, Any]]:
         """One row per batch row, layer and position."""
-        rows = []
-        for b, layer, p in torch.cartesian_prod(*map(torch.arange, self.entropy.shape)).tolist():
-            rows.append(
-                {
-                    "row": b,
-                    "layer": self.layers[layer],
-                    "pos": p,
-                    "token": self.tokens[b][p],
-                    "top": self.word(int(self.top_ids[b, layer, p, 0])),
-                    "target": self.word(int(self.target_ids[b, p])),
-                    "logprob": float(self.target_logprob[b, layer, p]),
-                    "rank": int(self.target_rank[b, layer, p]),
-                    "entropy": float(self.entropy[b, layer, p]),
-                    "kl": float(self.kl[b, layer, p]),
-                }
-            )
-        return rows
+        return [
+            {
+                "row": b, "layer": self.layers[layer], "pos": p, "token": self.tokens[b][p],
+                "top": self.word(int(self.top_ids[b, layer, p, 0])), "target": self.word(int(self.target_ids[b, p])),
+                "logprob": float(self.target_logprob[b, layer, p]), "rank": int(self.target_rank[b, layer, p]),
+                "entropy": float(self.entropy[b, layer, p]), "kl": float(self.kl[b, layer, p]),
+            }
+            for b, layer, p in torch.cartesian_prod(*map(torch.arange, self.entropy.shape)).tolist()
+        ]  # fmt: skip
 
     def __str__(self) -> str:
+        return self.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+
+    def text(self, width: int | None = None) -> str:
+        """Per layer the likeliest token at every position; in lines of `width` letters, those that do not fit below."""
         lines = []
         for row, tokens in enumerate(self.tokens):
-            cells = [["", *map(ic.report.visible, tokens)]]
-            cells += [
-                [name, *map(ic.report.visible, line)] for name, line in zip(self.layers, self.tops(row), strict=True)
+            columns = [["", *self.layers]]
+            columns += [
+                [ic.report.short(ic.report.visible(text)) for text in (token, *tops)]
+                for token, *tops in zip(tokens, *self.tops(row), strict=True)
             ]
-            widths = [min(max(len(line[i]) for line in cells), 10) for i in range(len(cells[0]))]
-            lines += ["  ".join(c[:w].ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return "\n".join(lines)
+            padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+            blocks = [[padded[0]]]
+            for column in padded[1:]:
+                taken = sum(len(before[0]) + 2 for before in blocks[-1]) + len(column[0])
+                if width is not None and taken > width and len(blocks[-1]) > 1:
+                    blocks.append([padded[0]])
+                blocks[-1].append(column)
+            lines += ["\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks]
+        return "\n\n".join(lines) if width is not None else "\n".join(lines)
 
     def _tips(self, row: int) -> list[list[str]]:
         tips = []

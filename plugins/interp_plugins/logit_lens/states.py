@@ -129,7 +129,8 @@ class StateStore:
         try:
             with safe_open(path, "pt") as file:
                 head = _header(file.metadata(), where)
-                _check_head(head, self.identity, pair, side)
+                if why := _differs(head, self.identity, pair, side):
+                    raise ic.LoadError(f"{where}: {why[0]}; {why[1]}")
                 _check_layers(where, file.keys(), wanted)
                 rows = [file.get_tensor(f"layer.{layer}") for layer in wanted]
         except SafetensorError as error:
@@ -158,11 +159,6 @@ def _header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError, AssertionError) as error:
         raise ic.LoadError(f"{where}: metadata {HEADER!r} is missing or no {FORMAT}; write the states again") from error
     return head
-
-
-def _check_head(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: Side) -> None:
-    if why := _differs(head, now, pair, side):
-        raise ic.LoadError(f"{pair.name} {side}: {why[0]}; {why[1]}")
 
 
 def _differs(head: Mapping[str, Any], now: Mapping[str, str], pair: Pair, side: Side) -> tuple[str, str] | None:

@@ -117,7 +117,8 @@ class Pair:
 
     def packed(self) -> Pair:
         """The same targets with the assisted context's tokens moved together."""
-        return self if self.layout == "packed" else replace(self, assisted=tokens_of(*_real(self.assisted)))
+        real = self.assisted.ids[0][self.assisted.mask[0]].tolist()
+        return self if self.layout == "packed" else replace(self, assisted=tokens_of(real))
 
 
 def tokens_of(ids: Sequence[int], mask: Sequence[int] | None = None) -> ic.Tokens:
@@ -126,7 +127,3 @@ def tokens_of(ids: Sequence[int], mask: Sequence[int] | None = None) -> ic.Token
     seen = torch.ones_like(row, dtype=torch.bool) if mask is None else torch.tensor([list(mask)]).bool()
     whole = bool(seen[0, : int(seen.sum())].all())  # real tokens first: positions are columns by themselves
     return ic.Tokens(row, seen, inputs={} if whole else {"position_ids": torch.arange(row.shape[1])[None]})
-
-
-def _real(tokens: ic.Tokens) -> tuple[list[int]]:
-    return (tokens.ids[0][tokens.mask[0]].tolist(),)

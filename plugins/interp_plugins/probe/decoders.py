@@ -90,7 +90,7 @@ def difference_of_means(split: Split, labels: Int[Tensor, "t column"], n_classes
     share = class_shares(labels, n_classes)  # [t column class]
     along = torch.einsum("lst,tpc->lspc", split.test, share)
     half = torch.einsum("tpc,ltu,upc->lpc", share, split.train, share) / 2
-    return Scores(_against(along - half[:, None]), None, _none(along))
+    return Scores(against(along - half[:, None]), None, no_penalty(along))
 
 
 def lda(split: Split, labels: Int[Tensor, "t column"], n_classes: int) -> Scores:
@@ -112,7 +112,7 @@ def lda(split: Split, labels: Int[Tensor, "t column"], n_classes: int) -> Scores
         half = torch.einsum("tc,ltu,luc->lc", share, split.train, dual) / 2
         scores.append(split.test @ dual - half[:, None])
     whole = torch.stack(scores, 2)
-    return Scores(_against(whole), None, _none(whole))
+    return Scores(against(whole), None, no_penalty(whole))
 
 
 class _Best:
@@ -176,12 +176,13 @@ def balanced(
     return torch.einsum("lnp,npc->lpc", right, class_shares(labels, n_classes)).mean(-1)
 
 
-def _against(scores: Float[Tensor, "layer s column class"]) -> Float[Tensor, "layer s column score"]:
+def against(scores: Float[Tensor, "layer s column class"]) -> Float[Tensor, "layer s column score"]:
     """Of two classes, the second's score above the first's."""
     return scores[..., 1:] - scores[..., :1] if scores.shape[-1] == 2 else scores
 
 
-def _none(scores: Float[Tensor, "layer s column class"]) -> Float[Tensor, "layer column"]:
+def no_penalty(scores: Float[Tensor, "layer s column class"]) -> Float[Tensor, "layer column"]:
+    """NaN for every layer and labeling, of probes that choose none."""
     return torch.full((scores.shape[0], scores.shape[2]), torch.nan, dtype=torch.float64, device=scores.device)
 
 
@@ -193,4 +194,5 @@ def _ledoit_wolf(inside: Float[Tensor, "layer t t"], d: int) -> tuple[Float[Tens
     squared = inside.square().sum((1, 2)) / t**2
     spread = (squared - trace.square() / d) / d
     noise = (norms.square().sum(1) / t - squared) / (d * t)
+    # rows that do not differ within classes give 0 / 0: nothing is known of their covariance, and shrinkage is whole
     return (noise / spread).nan_to_num(1.0).clamp(1e-6, 1.0), trace / d

@@ -132,10 +132,7 @@ def make_folds(
                 f"class {name!r} is in {count} group(s), {n_folds} folds need {n_folds}; take fewer folds, more "
                 "samples, or leave the class out"
             )
-    train: list[np.ndarray] = []
-    test: list[np.ndarray] = []
-    inner: list[np.ndarray] = []
-    repeat: list[int] = []
+    splits: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
     rng = np.random.default_rng(seed)
     for number in range(repeats):
         fold = _deal(y, group_of, n_folds, rng)
@@ -146,10 +143,9 @@ def make_folds(
             keep = ~tested & ~np.isin(shown, seen)
             inside = np.full(len(y), -1)
             inside[keep] = _deal(y[keep], group_of[keep], n_folds, rng)
-            for column, value in ((train, keep), (test, tested), (inner, inside)):
-                column.append(value)
-            repeat.append(number)
-    return Folds(np.array(train), np.array(test), np.array(inner), np.array(repeat), group_of, seed)
+            splits.append((keep, tested, inside, number))
+    train, test, inner, repeat = map(np.array, zip(*splits, strict=True))
+    return Folds(train, test, inner, repeat, group_of, seed)
 
 
 def _shown(groups: Any, donors: Any, group_of: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
@@ -181,6 +177,7 @@ def _deal(
     for group in order:
         # what putting it there adds to the sum of squared shares, of classes and, less, of sizes
         cost = ((2 * folds + counts[group]) * counts[group] / total**2).sum(1)
+        # sizes decide where classes are as even either way
         cost += 1e-3 * folds.sum(1) / len(y) + ties[group]
         fold[group] = cost.argmin()
         folds[fold[group]] += counts[group]

@@ -30,7 +30,7 @@ from interp_core import sites as S
 from .._prompts import prompts_of
 from .compare import ORIGINAL
 from .places import Pooling, columns_of, default_places, pooled
-from .result import Labels, ProbeResult
+from .result import OF_PROMPTS, Labels, ProbeResult
 from .sites import By, probed
 from .study import Decoder
 
@@ -61,9 +61,7 @@ class ProbeConfig(ic.Config):
         seed: of folds, shuffles and control tasks.
     """
 
-    PER_PROMPT: ClassVar[frozenset[str]] = frozenset(
-        {"labels", "groups", "questions", "types", "donors", *BLIND}
-    )  # fmt: skip
+    PER_PROMPT: ClassVar[frozenset[str]] = frozenset({*OF_PROMPTS, *BLIND})
     labels: Any = None
     groups: Any = None
     questions: Any = None
@@ -94,7 +92,7 @@ class Probe(ic.Method):
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> None:
         """Labels are there for all prompts, and every prompt of every mode has the positions."""
-        for name in ("labels", "groups", "questions", "types", "donors"):
+        for name in OF_PROMPTS:
             values = getattr(config, name)
             if values == TOKEN and name == "types":
                 continue
@@ -138,13 +136,11 @@ class Probe(ic.Method):
         states = torch.stack(
             [torch.cat([read_states(model, each, *how) for each in rows]) for rows in modes.values()], 1
         )
-        none = (None,) * len(tokens)
-        own = {name: tuple(value) if (value := getattr(config, name)) is not None else none
-               for name in ("labels", "groups", "questions", "types", "donors")}  # fmt: skip
-        if config.types == TOKEN:
-            own["types"] = _tokens_at(tokens, places[0], config.allow_leaky)
+        own = {name: _plain(getattr(config, name), len(tokens)) for name in OF_PROMPTS if name != "types"}
+        words = config.types == TOKEN
+        own["types"] = _plain(_tokens_at(tokens, places[0], config.allow_leaky) if words else config.types, len(tokens))
         return ProbeResult(
-            states, tuple(modes), places, **{name: _plain(values) for name, values in own.items()},
+            states, tuple(modes), places, **own,
             decoder=config.decoder, shuffles=config.shuffles, n_folds=config.n_folds, repeats=config.repeats,
             cliff=config.cliff_boundary or 0, seed=config.seed, leaky="target" in tokens.spans,
             sites=() if config.site is None else tuple(map(str, sites)),
@@ -203,6 +199,7 @@ def _modes(model: ic.Model, tokens: ic.Tokens, config: ProbeConfig) -> dict[str,
     return modes
 
 
-def _plain(values: tuple[Any, ...]) -> Labels:
-    """Labels as JSON has them."""
+def _plain(values: Any, count: int) -> Labels:
+    """A setting of the prompts as JSON has it; None for each where it was not given."""
+    values = (None,) * count if values is None else values
     return tuple(value.item() if hasattr(value, "item") else value for value in values)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .decoders import Scores, typical
+from .decoders import Scores, against, no_penalty, typical
 from .gram import Split
 
 HIDDEN, LEARNING_RATE, DECAY, TRAINING = 64, 1e-2, 1e-3, 150
@@ -24,9 +24,8 @@ HIDDEN, LEARNING_RATE, DECAY, TRAINING = 64, 1e-2, 1e-3, 150
 def mlp(split: Split, labels: Int[Tensor, "t column"], n_classes: int, seed: int) -> Scores:
     """Scores of a network for each layer and labeling."""
     fitted, other = _coordinates(split)
-    test = _trained(fitted, other, labels, n_classes, seed)
-    test = test[..., 1:] - test[..., :1] if n_classes == 2 else test
-    return Scores(test, None, torch.full((test.shape[0], test.shape[2]), torch.nan, dtype=torch.float64))
+    scores = _trained(fitted, other, labels, n_classes, seed)
+    return Scores(against(scores), None, no_penalty(scores))
 
 
 def _coordinates(split: Split) -> tuple[Float[Tensor, "layer t r"], Float[Tensor, "layer s r"]]:

@@ -31,6 +31,7 @@ def shuffled(
     labels: Int[np.ndarray, " sample"], groups: Int[np.ndarray, " sample"], count: int, seed: int = 0
 ) -> Int[np.ndarray, "sample shuffle"]:
     """Permuted labels."""
+    # a stream of its own, as control tasks have: the one leaves the other, and the folds of this seed, as they are
     rng = np.random.default_rng([seed, 1])
     _, group_of = np.unique(groups, return_inverse=True)
     first = np.zeros(group_of.max() + 1, dtype=np.int64)

@@ -17,6 +17,8 @@ from .compare import INTERPRETATION, ORIGINAL, Comparison, compare
 from .places import LEAKY
 
 Labels = tuple[str | int | bool | None, ...]
+OF_PROMPTS = ("labels", "groups", "questions", "types", "donors")
+"""Settings that a result keeps, one per prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class ProbeResult(ic.Result):
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {"states": ("batch", "mode", "position", "layer", "d_model")}
-    JOINS: ClassVar[Mapping[str, str]] = dict.fromkeys(("labels", "groups", "questions", "types", "donors"), "rows")
+    JOINS: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_PROMPTS, "rows")
     states: Float[Tensor, "batch mode position layer d_model"]
     modes: tuple[str, ...]
     positions: tuple[str, ...]

@@ -56,6 +56,7 @@ def placed(root: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name.strip():
         raise RowError("image", "it has no image", ic.errors.wrong("image", "the name of a file", name))
     parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+    # the colon is of a drive (C:/a.png), which is no absolute path to anyone but Windows
+    if parts.is_absolute() or ".." in parts.parts or ":" in str(parts).partition("/")[0]:
         raise RowError("image", "its name leads out of the folder of images", name)
     return root / parts

@@ -33,6 +33,7 @@ def plain_rows(path: Path, images: Path | None = None) -> Iterator[Row]:
     for number, row in json_lines(path):
         name = f"{path.stem}_{number}"
 
+        # defaults hold on to this row, whenever it is made a question of
         def make(row: Mapping[str, Any] = row, name: str = name) -> Question:
             several = row.get("images", row.get("image"))
             files = several if isinstance(several, list) else [several]

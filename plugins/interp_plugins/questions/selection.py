@@ -13,8 +13,10 @@ from collections.abc import Hashable, Sequence
 def ranked(names: Sequence[str], strata: Sequence[Hashable], seed: int) -> list[int]:
     """Indices of names in the order in which they are drawn."""
     members: dict[Hashable, list[int]] = {}
+    # a hash of the name, not the place in the file: another row more or less leaves the order of the others
     keys = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names]
     for i in sorted(range(len(names)), key=keys.__getitem__):
         members.setdefault(strata[i], []).append(i)
+    # each stratum is spread evenly from 0 to 1, so that any first so many have it in its share
     places = {i: (rank + 0.5) / len(part) for part in members.values() for rank, i in enumerate(part)}
     return sorted(places, key=lambda i: (places[i], keys[i]))

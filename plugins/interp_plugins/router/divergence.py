@@ -81,11 +81,7 @@ def set_statistics(first: Bool[Tensor, "n expert"], second: Bool[Tensor, "n expe
     """Intersection, overlap and Jaccard of sets, row by row."""
     both = (first & second).sum(-1).double()
     sizes = first.sum(-1), second.sum(-1)
-    return {
-        "intersection": both,
-        "overlap": both / torch.minimum(*sizes),
-        "jaccard": both / (first | second).sum(-1),
-    }
+    return {"intersection": both, "overlap": both / torch.minimum(*sizes), "jaccard": both / (first | second).sum(-1)}
 
 
 def saturation(early: Routed, final: Routed) -> dict[str, float]:

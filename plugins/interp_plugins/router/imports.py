@@ -70,11 +70,8 @@ def routed_experts(array: Any, shape: Shape) -> dict[int, Routed]:
     dense = [layer for row, layer in enumerate(layers) if layer not in shape.moe_layers and ids[:, row].any()]
     if dense:
         raise ic.LoadError(f"routed_experts names experts in layer {dense[0]}, where {shape.model} has none")
-    by_layer = {}
-    for row, layer in enumerate(layers):
-        if layer in shape.moe_layers:
-            by_layer[layer] = _layer(ids[:, row], layer, shape)
-    return by_layer
+    routed = ((layer, ids[:, row]) for row, layer in enumerate(layers) if layer in shape.moe_layers)
+    return {layer: _layer(of_layer, layer, shape) for layer, of_layer in routed}
 
 
 def _layers(ids: np.ndarray, shape: Shape) -> Sequence[int]:

@@ -119,8 +119,8 @@ class RouteUtility(ic.Method):
         for number, row in enumerate(tokens):
             text_columns = tokens.rows.real[number]
             table.token_layers += row.ids.shape[1] * (model.layers(S.router_logits)[-1] + 1)  # reading the routing
-            for place, real, cells in _cells(model, row, layers, config):
-                table.add(number, text_columns[place], cells, *_swept(model, row, real, cells, config))
+            for place, column, cells in _cells(model, row, layers, config):
+                table.add(number, text_columns[place], cells, *_swept(model, row, column, cells, config))
             at = [row.rows.real[0].index(column) for column in columns_of(row, config.at)]
             table.labels.append(tuple(row.labels[0][place] for place in at))
             table.targets.append(tuple(row.labels[0][place + 1] for place in at))

@@ -75,14 +75,13 @@ class Routed:
         Raises:
             ReadError: it is not.
         """
-        value = getattr(self, what)
+        value: Tensor | None = getattr(self, what)
         if value is None:
             raise ic.ReadError(
                 f"this routing has no {what}: it holds expert ids alone, of which counts can be made; "
                 "read it from a model for the rest"
             )
-        tensor: Tensor = value
-        return tensor
+        return value
 
     def take(self, rows: Tensor | Sequence[int] | slice) -> Routed:
         """Some of the tokens, by number or mask."""

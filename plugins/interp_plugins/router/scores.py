@@ -86,6 +86,7 @@ def risk_difference(
             f"risk_difference: counts {list(a.shape)} and {list(b.shape)}, tokens of {len(n)} and {len(m)} texts; the "
             "texts of both sets are pairs, with a token each at least"
         )
+    # how often each text is drawn: the rates of all experts are then products with it
     weights = boot.draws(lambda i: np.bincount(i.astype(int), minlength=len(a)), np.arange(len(a)))
 
     def rate(counts: np.ndarray, tokens: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -120,6 +121,7 @@ def npmi(both: Any, class_tokens: Any, expert_tokens: Any, tokens: int) -> Float
         raise ic.PlanError(f"npmi: counts do not fit together: of {tokens} tokens, a pair cannot outnumber its sides")
     with np.errstate(divide="ignore", invalid="ignore"):
         value = np.log(xy * tokens / (x * y)) / -np.log(xy / tokens)
+    # the limits, where the formula has log 0 or 0 / 0: never together, and together at every token
     value = np.where(xy == 0, -1.0, np.where(xy == tokens, 1.0, value))
     return np.where((x == 0) | (y == 0), np.nan, value)
 
@@ -165,6 +167,7 @@ def associated(
     masks = torch.stack([of_class.cpu()[torch.randperm(n, generator=random)] for _ in range(permutations)])
     drawn = npmi((masks.double() @ chosen).numpy(), members, chosen.sum(0).numpy(), n)
     value = npmi((of_class.cpu().double() @ chosen).numpy(), members, chosen.sum(0).numpy(), n)
+    # the largest of the layer answers for looking at all its experts; equal counts must not part by rounding
     most = np.nanmax(drawn, 1)
     p = (1 + (most[:, None] >= value - 1e-12).sum(0)) / (1 + permutations)
     return Association(value, drawn.mean(0), np.where(np.isnan(value), np.nan, p), members)

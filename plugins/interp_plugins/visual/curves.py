@@ -148,21 +148,17 @@ def curve(
     notes = _notes(cliff, first, mean, tau, layers)
     shares = None if blind is None else _shares(values, np.asarray(blind, dtype=np.float64), layers, boot)
     band, l90, l10, soft = shares or (None, None, None, None)
+    tests = stats.sign_flips(values, axes=("layer",), clusters=boot.clusters, seed=boot.seed, adjust="holm")
     if blind is not None and shares is None:
         notes.append("blinding does nothing in sum over these samples: no E, window and soft depth")
     return Curve(
         name, layers, float(tau), boot.band(values, axes=("layer",), name=name),
         # an interval at a layer answers for that layer; the band for all of them at once, which a drawn curve claims
         boot.band(values, axes=("layer",), simultaneous=True, name=name), band,
-        _p_values(values, boot), depths, int(layers.at(depth.visual_depths(mean, tau))), cliff, first,
+        np.asarray(tests.adjusted), depths, int(layers.at(depth.visual_depths(mean, tau))), cliff, first,
         int(layers.at(depth.steepest_drop(mean))) if len(mean) > 1 else -1, float(np.median(depths)),
         l90, l10, soft, tuple(notes),
     )  # fmt: skip
-
-
-def _p_values(delta: Delta, boot: stats.Bootstrap) -> Float[np.ndarray, " layer"]:
-    tests = stats.sign_flips(delta, axes=("layer",), clusters=boot.clusters, seed=boot.seed, adjust="holm")
-    return np.asarray(tests.adjusted)
 
 
 def _shares(
@@ -231,9 +227,5 @@ def crossing(visual: Delta, text: Delta, layers: Layers, boot: stats.Bootstrap |
     Args:
         visual, text: Δ of the same samples under either replacement.
     """
-    return layers.estimate(
-        boot or stats.Bootstrap(),
-        lambda v, t: depth.crossing(v.mean(0), t.mean(0)),
-        np.asarray(visual),
-        np.asarray(text),
-    )
+    boot, samples = boot or stats.Bootstrap(), (np.asarray(visual), np.asarray(text))
+    return layers.estimate(boot, lambda v, t: depth.crossing(v.mean(0), t.mean(0)), *samples)

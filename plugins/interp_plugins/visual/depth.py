@@ -158,5 +158,5 @@ class Layers:
             index: gets arrays whose first axis is `sample`, returns the index of a layer.
         """
         # counts of layers rather than percentiles of a mean: between two layers there is none
-        draws = boot.draws(lambda *arrays: index(*arrays), *samples)
+        draws = boot.draws(index, *samples)
         return LayerEstimate.of(int(self.at(index(*samples))), self.at(draws.astype(np.int64)), boot.level)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -88,12 +87,7 @@ class Measuring:
     """
 
     def __init__(
-        self,
-        model: ic.Model,
-        sample: Sample,
-        plan: Plan,
-        blind: Mapping[str, ic.Tokens],
-        swap: Mapping[str, ic.Tokens],
+        self, model: ic.Model, sample: Sample, plan: Plan, blind: Mapping[str, ic.Tokens], swap: Mapping[str, ic.Tokens]
     ) -> None:
         self.model, self.sample, self.plan = model, sample, plan
         self.others = {"blind": blind, "swap": swap}
@@ -194,8 +188,3 @@ def demand(model: ic.Model, plan: Plan, blind: bool, swap: bool) -> None:
     # refuse layers and widths that there are not, by what would refuse them later
     model.layers(S.resid_pre[list(plan.layers)])
     visual.window(model, plan.layers[0], plan.width)
-
-
-def first_of(values: Mapping[str, Any], name: str) -> Any:
-    """A score that every sample has, as NaN where it was not asked for."""
-    return values.get(name, float("nan"))

@@ -29,7 +29,7 @@ from interp_core import score as scores
 from interp_core import sites as S
 
 from .interventions import Deepstack, Intervention
-from .measure import Measured, Measuring, Plan, demand, first_of
+from .measure import Measured, Measuring, Plan, demand
 from .records import BLIND, Records
 from .sample import modes_of, per_row, rows_of, sample_of
 
@@ -278,22 +278,21 @@ class Visual(ic.Method):
 
 def _result(plan: Plan, measured: Sequence[Measured], m: Sequence[int]) -> VisualResult:
     names = tuple(measured[0].curves)
-    whole = torch.full((len(plan.layers),), float("nan"))
+    absent = torch.full((len(plan.layers),), torch.nan)  # the foil, where there is none
 
     def stacked(field: str) -> Tensor:
-        rows = [torch.stack([sample.curves[name].get(field, whole).double() for name in names]) for sample in measured]
+        rows = [torch.stack([sample.curves[name].get(field, absent).double() for name in names]) for sample in measured]
         return torch.stack(rows)
 
     modes = tuple(measured[0].blind)
-    blind = [[[first_of(sample.blind[mode], field) for field in FIELDS] for mode in modes] for sample in measured]
-    clean = [[first_of(sample.clean, field) for field in FIELDS] for sample in measured]
+    blind = [[[sample.blind[mode].get(name, torch.nan) for name in FIELDS] for mode in modes] for sample in measured]
+    clean = [[sample.clean.get(name, torch.nan) for name in FIELDS] for sample in measured]
     # with the space, or "band" would be taken for the beginning of "band:4"
     kinds = [next(what.name for what in plan.interventions if f"{name} ".startswith(f"{what.name} ")) for name in names]
     return VisualResult(
         mean=stacked("mean"), first=stacked("first"), p=stacked("p"), kl=stacked("kl"), right=stacked("right"),
         token=stacked("token"), foil=stacked("foil"), clean=torch.tensor(clean, dtype=torch.float64),
         blind=torch.tensor(blind, dtype=torch.float64).reshape(len(measured), len(modes), len(FIELDS)),
-        m=torch.tensor(list(m)), curves=names,
-        interventions=tuple(kinds), modes=modes, layers=plan.layers, n_layers=plan.n_layers,
-        hit=tuple(measured[0].hit[name] for name in names),
+        m=torch.tensor(list(m)), curves=names, interventions=tuple(kinds), modes=modes, layers=plan.layers,
+        n_layers=plan.n_layers, hit=tuple(measured[0].hit[name] for name in names),
     )  # fmt: skip

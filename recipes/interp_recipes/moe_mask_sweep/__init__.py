@@ -139,15 +139,15 @@ class Work:
     def rows(self) -> list[Row]:
         """A row per sample, context and mask: those of a run before, and those that are measured now. Masks that ban
         the same experts are run once."""
-        first = self.variants[0]
-        clean = Variant(first.mode, first.order, 0, {})
-        masks = list({variant.key: variant for variant in (clean, *self.variants) if not variant.skipped}.values())
+        every = (self.variants[0].clean, *self.variants)
+        masks = list({variant.key: variant for variant in every if not variant.skipped}.values())
         contexts = [(pair, side, at) for pair, ats in zip(self.pairs, self.places, strict=True)
                     for side, at in zip(SIDES, ats, strict=True)]  # fmt: skip
         shown = ic.Progress("mask sweep, contexts", len(contexts))
         with self.run.rows(SAMPLES, key="id") as rows, shown as told:
             for pair, side, at in contexts:
                 left = [mask for mask in masks if row_key(pair.name, side, mask) not in rows]
+                # the first context's masks run as passes of their own, too, which its sweep must equal
                 measures = measured(self.model, pair, side, left, at, check=told.count == 0)
                 for mask, row in zip(left, measures, strict=True):
                     rows.add(row | self._score(pair, side, mask))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,7 @@ class Findings:
 
     def clean(self, side: str, metric: str) -> Float[np.ndarray, " sample"]:
         """The metric of every sample without a mask."""
-        variant = self.variants[0]
-        return self.each(Variant(variant.mode, variant.order, 0, {}), side, metric)
+        return self.each(self.variants[0].clean, side, metric)
 
     def of(self, mode: str, kind: str, n: int) -> list[Variant]:
         """The masks of a mode, a kind of order and a size, one per draw."""
@@ -96,8 +96,7 @@ class Findings:
 
     def lines(self) -> list[dict[str, Any]]:
         """The table: a line per mode, order, draw and N, N = 0 first."""
-        first = self.variants[0]
-        clean = Variant(first.mode, first.order, 0, {})
+        clean = self.variants[0].clean
         return [self._line(clean, "none", "none"), *(self._line(v, v.mode, v.order.kind) for v in self.variants)]
 
     def _line(self, variant: Variant, mode: str, kind: str) -> dict[str, Any]:
@@ -132,14 +131,10 @@ class Findings:
 
     def areas(self) -> list[dict[str, Any]]:
         """Area between the orders that are not random and each random kind, per mode, context and metric."""
-        areas = []
-        for mode in self.modes:
-            for kind in (k for k in self.kinds if k not in RANDOM):
-                for chance in (k for k in self.kinds if k in RANDOM):
-                    for side in SIDES:
-                        for metric in ("nll_all", "nll_last"):
-                            areas.append(self._area(mode, kind, chance, side, metric))
-        return areas
+        chance = [kind for kind in self.kinds if kind in RANDOM]
+        ranked = [kind for kind in self.kinds if kind not in RANDOM]
+        cells = product(self.modes, ranked, chance, SIDES, ("nll_all", "nll_last"))
+        return [self._area(*cell) for cell in cells]
 
     def _area(self, mode: str, kind: str, chance: str, side: str, metric: str) -> dict[str, Any]:
         gaps, sizes = [np.zeros(len(self.samples))], [0]

@@ -13,7 +13,7 @@ usage and permuted within blocks of four.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -74,6 +74,11 @@ class Variant:
     skipped: str = ""
 
     @property
+    def clean(self) -> Variant:
+        """The run without a mask: N = 0, of whatever mode and order."""
+        return Variant(self.mode, self.order, 0, {})
+
+    @property
     def key(self) -> str:
         """Its name in files: equal masks of one mode have one name, and are run once."""
         cells = ";".join(f"{layer}:{','.join(map(str, experts))}" for layer, experts in self.banned.items())
@@ -125,13 +130,8 @@ def _permutation(rng: np.random.Generator, n: int, usage: Sequence[float] | np.n
 
 def variants(listed: Sequence[Order], modes: Sequence[Mode], sizes: Sequence[int], shape: Shape) -> list[Variant]:
     """Every mask of the sweep, in the order of modes, orders and sizes."""
-    masks = []
-    for mode in modes:
-        for order in listed:
-            for n in sizes:
-                banned = order.banned(n)
-                masks.append(Variant(mode, order, n, banned, guard(banned, mode, shape)))
-    return masks
+    masks = [Variant(mode, order, n, order.banned(n)) for mode in modes for order in listed for n in sizes]
+    return [replace(mask, skipped=guard(mask.banned, mask.mode, shape)) for mask in masks]
 
 
 def guard(banned: Banned, mode: Mode, shape: Shape) -> str:

@@ -42,6 +42,7 @@ def has_no_network() -> bool:
     """Whether programs are run without a network."""
     if shutil.which(UNSHARE[0]) is None:
         return False
+    # a system may have the command and not let people use it
     return subprocess.run([*UNSHARE, "true"], capture_output=True, timeout=10, check=False).returncode == 0
 
 
@@ -64,6 +65,7 @@ def run_program(text: str, seconds: float = 10.0, megabytes: int = 1024) -> Outc
         raise ic.CapabilityError("the sandbox needs resource limits of a POSIX system; give a scorer of your own")
     with tempfile.TemporaryDirectory(prefix="interp-program-") as folder:
         path = Path(folder) / "program.py"
+        # whole seconds of CPU time, no fewer than the clock gives
         path.write_text(_LIMITS.format(seconds=int(seconds) + 1, bytes=megabytes << 20) + text, encoding="utf-8")
         command = [*(UNSHARE if has_no_network() else ()), sys.executable, "-I", str(path)]
         env = {"PATH": "/usr/bin:/bin", "HOME": folder, "LANG": "C.UTF-8"}

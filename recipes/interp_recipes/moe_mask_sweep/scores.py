@@ -14,18 +14,17 @@ is the problem `HumanEval/3`.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from interp_plugins.attribution.data.cache import json_rows
 from interp_plugins.pairs import Pair
 from interp_plugins.pairs.pair import Side
 
 import interp_core as ic
-from interp_core import runs
 
 from .sandbox import describe, run_program
 
@@ -100,21 +99,11 @@ def read_problems(path: Path) -> dict[str, Mapping[str, str]]:
     Raises:
         LoadError: no such file, or a line that is no problem.
     """
-    try:
-        lines = runs.split_lines(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ic.LoadError(f"problems {path} cannot be read: {error}") from error
     problems: dict[str, Mapping[str, str]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            problems[problem_key(row["task_id"])] = {field: str(row[field]) for field in FIELDS}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ic.LoadError(
-                f"{path}, line {number}: a problem has {', '.join(FIELDS)}; {type(error).__name__} {error}"
-            ) from error
+    for number, row in json_rows(path):
+        if missing := [field for field in FIELDS if field not in row]:
+            raise ic.LoadError(f"{path}, line {number}: a problem has {', '.join(FIELDS)}; it lacks {missing[0]}")
+        problems[problem_key(row["task_id"])] = {field: str(row[field]) for field in FIELDS}
     return problems
 
 

@@ -52,7 +52,7 @@ def moe_nll(config: MoeNllConfig) -> Path:
     layout = "padded" if settings.states == "pt" and config.layout is None else config.layout
     pairs, dropped = config.read(config.pair_tokens_json, layout)
     model = config.load()
-    about: dict[str, Any] = {"recipe": "moe_nll", "model": model, "dataset": "pairs", "say": _quiet}
+    about: dict[str, Any] = {"recipe": "moe_nll", "model": model, "dataset": "pairs", "say": lambda line: None}
     with config.open(vars(settings), pairs, **about) as run:
         run.claim([*(_file(pair.name) for pair in pairs), *files_of(settings)])  # before any work
         if config.save_hidden_states is not None:
@@ -72,7 +72,7 @@ def _kept(run: runs.RunFolder, pairs: Sequence[Pair], dropped: Dropped) -> list[
     left_out = {row["sample"] for row in dropped}
     names = [pair.name for pair in pairs if pair.name not in left_out]
     if not names:
-        raise ic.LoadError(f"no sample could be scored; {_first(dropped)}")
+        raise ic.LoadError(f"no sample could be scored; the first: {dropped[0]['sample']}: {dropped[0]['reason']}")
     return [scores_of(name, load_file(run.path / _file(name))) for name in names]
 
 
@@ -122,11 +122,3 @@ def _told(drawn: Iterator[tuple[States, States]], count: int) -> Iterator[tuple[
 
 def _file(sample: str) -> str:
     return f"{SAMPLES}/{runs.safe_name(sample)}.safetensors"
-
-
-def _quiet(line: str) -> None:
-    """Samples are told by themselves."""
-
-
-def _first(dropped: Dropped) -> str:
-    return f"the first: {dropped[0]['sample']}: {dropped[0]['reason']}" if dropped else "it is empty"

@@ -111,11 +111,12 @@ class Causal:
         hard, easy, kinds = _kinds(main, records.blind(main, mode), difficulty)
         cliff = plan.cliff_boundary if plan.cliff_boundary is not None else _inside(first.cliff.value, self.n_layers)
         dependent, count = _dependent(records, main, mode, tau, plan)
+        gap, evds = _evds(main, first, hard, easy, plan)
         return replace(
             self, records=records, curves=curves, dependent=dependent, n_dependent=count,
             crossing=None if text is None else crossing(main.values, text.values, main.layers, boot),
-            gap=_gap(main, first, hard, easy, plan), evds=_evds(main, first, hard, easy, plan), hard=hard, easy=easy,
-            kinds=kinds, cliff=cliff, other=_other_half(main, tau, plan), skipped=tuple(skipped),
+            gap=gap, evds=evds, hard=hard, easy=easy, kinds=kinds, cliff=cliff,
+            other=_other_half(main, tau, plan), skipped=tuple(skipped),
         )  # fmt: skip
 
     @property
@@ -224,33 +225,34 @@ def _kinds(
     return thirds[0], thirds[1], "thirds by what blinding takes"
 
 
-def _gap(
-    main: Effects, cliff_curve: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan
-) -> stats.Interval | None:
-    place = {name: i for i, name in enumerate(main.samples)}
-    parts = [[place[name] for name in names] for names in (hard, easy)]
-    images = [[main.images[i] for i in part] for part in parts]
-    if any(len(set(labels)) < 2 for labels in images):
-        return None
-    return depth_gap(
-        cliff_curve.depths[parts[0]], cliff_curve.depths[parts[1]], clusters=(images[0], images[1]),
-        resamples=plan.resamples, seed=plan.seed,
-    )  # fmt: skip
+def _by_kind(
+    samples: Sequence[str], images: Sequence[str], hard: Sequence[str], easy: Sequence[str]
+) -> dict[str, tuple[list[int], list[str]]]:
+    """Which samples are of each kind, and their images; of a kind with two images or more."""
+    by_kind = {}
+    for kind, names in (("hard", set(hard)), ("easy", set(easy))):
+        chosen = [i for i, name in enumerate(samples) if name in names]
+        labels = [images[i] for i in chosen]
+        if len(set(labels)) > 1:
+            by_kind[kind] = chosen, labels
+    return by_kind
 
 
 def _evds(
     main: Effects, cliff_curve: Curve, hard: Sequence[str], easy: Sequence[str], plan: Plan
-) -> dict[str, stats.Interval]:
-    """Mean EVD of hard and of easy samples."""
-    place = {name: i for i, name in enumerate(main.samples)}
-    by_kind = {}
-    for kind, names in (("hard", hard), ("easy", easy)):
-        chosen = [place[name] for name in names]
-        labels = [main.images[i] for i in chosen]
-        if len(set(labels)) > 1:
-            boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
-            by_kind[kind] = boot.mean(cliff_curve.depths[chosen].astype(float), name=f"EVD of {kind} samples")
-    return by_kind
+) -> tuple[stats.Interval | None, dict[str, stats.Interval]]:
+    """EVD of hard minus easy samples, and the mean EVD of each."""
+    by_kind = _by_kind(main.samples, main.images, hard, easy)
+    depths = {kind: cliff_curve.depths[chosen] for kind, (chosen, _) in by_kind.items()}
+    evds = {
+        kind: plan.boot(labels).mean(depths[kind].astype(float), name=f"EVD of {kind} samples")
+        for kind, (_, labels) in by_kind.items()
+    }
+    if len(evds) < 2:
+        return None, evds
+    clusters = (by_kind["hard"][1], by_kind["easy"][1])
+    gap = depth_gap(depths["hard"], depths["easy"], clusters=clusters, resamples=plan.resamples, seed=plan.seed)
+    return gap, evds
 
 
 def _other_half(main: Effects, tau: float, plan: Plan) -> tuple[int | None, tuple[str, ...]]:
@@ -314,7 +316,7 @@ class Truncation:
         scores = np.array([[cells[name, layer]["score"] for layer in before] for name in names])
         clean = np.array([cells[name, n_layers]["score"] for name in names])
         images = tuple(sample.image for sample in kept)
-        boot = stats.Bootstrap(images, resamples=plan.resamples, seed=plan.seed)
+        boot = plan.boot(images)
         lost = drops(scores, clean, Layers(tuple(before), n_layers), margin=plan.thresholds.drop_easy, boot=boot)
         unread: dict[str, int] = {}
         for (_, layer), row in cells.items():
@@ -326,18 +328,16 @@ class Truncation:
             )
             for start, stop in plan.bands(n_layers)
         }
+        kinds = {
+            kind: plan.boot(labels).band(lost.per_sample[chosen], axes=("layer",), name=f"drop of {kind} samples")
+            for kind, (chosen, labels) in _by_kind(names, images, cause.hard, cause.easy).items()
+        }
         return Truncation(
-            lost, tuple(names), images, clean, np.array([cells[name, None]["score"] for name in names]),
-            unread,
+            lost, tuple(names), images, clean, np.array([cells[name, None]["score"] for name in names]), unread,
             tuple({"sample": row["sample"], "where": row["cell"], "reason": row["failed"]} for row in bad),
             runs.digest(sorted((row["cell"], row.get("text", "")) for row in rows))[:16],
-            {name: str(cells[name, n_layers]["text"]) for name in names},
-            _by_kind(lost.per_sample, names, images, cause, plan), bands,
+            {name: str(cells[name, n_layers]["text"]) for name in names}, kinds, bands,
         )  # fmt: skip
-
-    def boot(self, plan: Plan) -> stats.Bootstrap:
-        """Draws the images."""
-        return stats.Bootstrap(self.images, resamples=plan.resamples, seed=plan.seed)
 
     def row(self) -> Row:
         """As JSON."""
@@ -368,20 +368,6 @@ class Truncation:
             return []
         (start, stop), most = max(self.bands.items(), key=lambda item: item[1].value)
         return [f"Gone from layers {start} to {stop - 1} alone the image is missed most: {most:.3f} of the score."]
-
-
-def _by_kind(
-    lost: np.ndarray, names: Sequence[str], images: Sequence[str], cause: Causal, plan: Plan
-) -> dict[str, stats.Band]:
-    """What hard and easy samples lose, layer by layer."""
-    bands = {}
-    for kind, members in (("hard", set(cause.hard)), ("easy", set(cause.easy))):
-        chosen = [i for i, name in enumerate(names) if name in members]
-        labels = [images[i] for i in chosen]
-        if len(set(labels)) > 1:
-            boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
-            bands[kind] = boot.band(lost[chosen], axes=("layer",), name=f"drop of {kind} samples")
-    return bands
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,8 +403,7 @@ class Geometry:
                 ratios.append(None)
                 why = why or f"{int(good.sum())} samples of the other half have effective ranks at every layer"
                 continue
-            boot = stats.Bootstrap(labels, resamples=plan.resamples, seed=plan.seed)
-            ratios.append(cut_ratio(ranks[good], cut, boot))
+            ratios.append(cut_ratio(ranks[good], cut, plan.boot(labels)))
         return Geometry(result, ratios[0], ratios[1] if len(ratios) > 1 else None, why, tuple(noted["skipped"]))
 
     def row(self) -> Row:

@@ -25,7 +25,7 @@ def gate_rows(causal: Causal, truncation: Truncation, geometry: Geometry, remova
         low = None if causal.threshold is None else causal.threshold.blind_low
         fail = Gate("G1", "fail", None, low, None, "lower ends > 0", causal.records.hash, causal.stopped)
         return [fail, *(gates.missing(name, f"not run: {why}") for name in demands.gates[2:])]
-    boot = truncation.boot(plan)
+    boot = plan.boot(truncation.images)
     effects = causal.records.effects(MAIN, plan.blind[0])
     whole = causal.records.blind(effects, plan.blind[0])
     gap = boot.mean(truncation.clean - truncation.random, name="score with the image minus with a random one")
@@ -44,10 +44,8 @@ def _truncation_gate(causal: Causal, truncation: Truncation, plan: Plan) -> Gate
     assert truncation.drops is not None
     if causal.cliff is None:
         return gates.missing("G3", "there is no cliff inside the model to truncate at")
-    lost, named = (
-        truncation.drops,
-        [i for i, name in enumerate(truncation.samples) if name in {*causal.hard, *causal.easy}],
-    )
+    lost, kinds = truncation.drops, {*causal.hard, *causal.easy}
+    named = [i for i, name in enumerate(truncation.samples) if name in kinds]
 
     def at(layer: int) -> Gate:
         values = lost.at(layer)
@@ -79,9 +77,8 @@ def _depth_gate(causal: Causal, truncation: Truncation, effects: Effects, whole:
         why = f"no correlation of depth and score: {said} ({len(used)} samples that lose τ or more by blinding)"
         return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", causal.records.hash, why)
     soft = depth.soft_depth(effects.values[rows] / whole[rows][:, None])
-    boot = stats.Bootstrap(images, resamples=plan.resamples, seed=plan.seed)
     try:
-        rho = boot.of(stats.spearman, soft, scores, name="Spearman's ρ")
+        rho = plan.boot(images).of(stats.spearman, soft, scores, name="Spearman's ρ")
     except ic.InterpError as error:
         why = f"no interval: {error}"
         return Gate("G4", "inconclusive", None, None, None, "the interval excludes 0", causal.records.hash, why)

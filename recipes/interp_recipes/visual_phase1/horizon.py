@@ -78,7 +78,7 @@ class Removals:
 
         tau = 0.0 if cause.threshold is None else cause.threshold.tau
         how: dict[str, Any] = {"images": images, "resamples": plan.resamples, "seed": plan.seed}
-        boot = stats.Bootstrap(images, resamples=plan.resamples, seed=plan.seed)
+        boot = plan.boot(images)
         horizons, claims, pooled = {}, {}, {}
         for answer, score in ANSWERS.items():
             left = np.stack([numbers("kept", score, name) for name in names])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from interp_plugins.visual.gates import Thresholds
 
 import interp_core as ic
+from interp_core import stats
 
 from .samples import Mode
 
@@ -48,13 +50,15 @@ class Plan:
             raise ic.PlanError(
                 f"--cliff_boundary {self.cliff_boundary}: 1 to {last - 1} in this model of {last} layers"
             )
-        for name, layers, most in (
-            ("layers", self.layers, last - 1),
-            ("truncation_layers", self.truncation_layers, last),
-        ):
+        truncated = self.truncation_layers  # at layer L nothing is taken away: the clean answers
+        for name, layers, most in (("layers", self.layers, last - 1), ("truncation_layers", truncated, last)):
             for layer in layers or ():
                 if not 0 <= layer <= most:
                     raise ic.PlanError(f"--{name} {layer}: 0 to {most} in this model of {last} layers")
+
+    def boot(self, images: Sequence[str]) -> stats.Bootstrap:
+        """Resamples of samples by their images."""
+        return stats.Bootstrap(images, resamples=self.resamples, seed=self.seed)
 
     def bands(self, n_layers: int) -> list[tuple[int, int]]:
         """Quarters of the layers, in which alone the image is taken away."""

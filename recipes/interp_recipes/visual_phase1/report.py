@@ -13,14 +13,7 @@ from interp_core import report, runs
 
 from ..figures import png_bytes
 from ..visual_data import Row
-from .charts import (
-    WORDS,
-    causal_charts,
-    gates_chart,
-    geometry_charts,
-    overlay_charts,
-    truncation_charts,
-)
+from .charts import WORDS, causal_charts, gates_chart, geometry_charts, overlay_charts, truncation_charts
 from .findings import Causal, Geometry, Truncation
 from .horizon import Removals
 from .plan import Plan

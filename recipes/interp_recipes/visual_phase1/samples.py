@@ -150,9 +150,11 @@ def drawn(
 def _picture(model: ic.Model, question: Question, asking: Asking) -> Any:
     """The picture of a question that can be used."""
     demand_one_image(question)
+    # answers that the scorer cannot read are refused now, not after the model has run
     asking.scorer("", question.answers)
     picture = question.pictures()[0]
     sample = Sample(question, "", picture, False, {})
+    # both must be short enough: the row with its answer, and the one behind which an answer is generated
     sample.tokens(model, asking)
     sample.tokens(model, asking, answer=False)
     return picture

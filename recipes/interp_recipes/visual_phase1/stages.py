@@ -11,6 +11,7 @@ overlay     which visual tokens one sample's answer needs
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,7 @@ def _measured(model: ic.Model, sample: Sample, asking: Asking, plan: Plan) -> li
         if not all(np.isfinite(row["delta"]) for row in records.rows):
             raise ic.ReadError("its effects are not finite; another dtype may do")
     except ic.InterpError as error:
+        # said, not listed: the row that is kept tells the next run, too
         note_bad([], sample.name, "causal", error, asking.strict)
         return [{"sample": sample.name, "failed": str(error)}]
     return [dict(row) for row in records.rows]
@@ -227,16 +229,10 @@ def geometry(
         files = {f"{name}/{file}": content for file, content in result.files().items()}
         noted = {"samples": names, "skipped": bad}
         run.put({**files, "geometry/samples.json": runs.json_text(noted)}, stage=name, inputs=inputs)
-    noted = _read(run.path / "geometry/samples.json")
+    noted = json.loads((run.path / "geometry/samples.json").read_text(encoding="utf-8"))
     shape = Geometry.of(GeometryResult.load(run.path / name), noted, cause, plan)
     run.json("geometry/geometry.json", header | shape.row())
     return shape
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import json
-
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _geometry(
@@ -280,8 +276,7 @@ def checkpoint(
     g0 = gates.sanity_gate(checks["checks"], runs.digest(checks)[:16])
     every: list[Gate] = [g0, *gate_rows(cause, cut, shape, gone, plan)]
     judged = gates.judge(every, plan.thresholds)
-    header = {"cliff_boundary": cause.cliff, "causal_record": cause.records.hash}
-    run.json("checkpoint_eval/checkpoint_eval.json", judged.row() | header)
+    run.json("checkpoint_eval/checkpoint_eval.json", judged.row() | cause.header())
     lines = ["| gate | status | number | interval | demanded | records | |", "|---|---|---|---|---|---|---|"]
     for gate in judged.gates:
         interval = "" if gate.low is None else f"{gate.low:.4g} to {gate.high:.4g}"

@@ -42,18 +42,7 @@ from .config import VisualProbingConfig
 from .findings import Behaviour, Cliff, Findings, Position
 from .probes import Probing, probed
 from .report import files_of, write_all
-from .samples import (
-    BLOCK,
-    MODES,
-    AskingProbes,
-    Shown,
-    answer_rows,
-    block_bytes,
-    label_of,
-    read_block,
-    read_note,
-    shown,
-)
+from .samples import BLOCK, MODES, AskingProbes, Shown, answer_rows, block_bytes, label_of, read_block, read_note, shown
 
 DRAWN = 8
 """The toy's questions that are drawn for one that is asked: it has eight kinds."""
@@ -181,6 +170,7 @@ def _causal(cliff: int | None, record: str | None) -> tuple[str, str]:
         return "", ""
     path = Path(record)
     if not path.is_file():
+        # a whole sha256, or its beginning, as reports print it
         if 16 <= len(record) <= 64 and set(record.lower()) <= set("0123456789abcdef"):
             return "", record.lower()
         raise ic.PlanError(f"--causal_record {record}: no such file, and no hash of a record")

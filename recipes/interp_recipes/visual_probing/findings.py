@@ -24,9 +24,7 @@ from .samples import BLIND, MODES, ORIGINAL, RANDOM
 LEVEL = 0.05
 FEWEST = 10
 """Images below which intervals are too narrow to speak of significance."""
-MODE_WORDS = {
-    "blind_black": "a black image", "blind_mean": "the mean colour", RANDOM: "a random image",
-}  # fmt: skip
+
 NUMBERS = (
     "delta", "low", "high", "p", "p_holm", "fold_error", "detectable", "delta_black", "delta_mean", "shuffled_95",
     "p_shuffled", "selectivity", "words",
@@ -154,7 +152,7 @@ class Position:
         if self.comparison is None:
             return [f"inconclusive: {self.why}"]
         empty = tuple(f"error: {mode}:" for mode in self.constant)
-        return [flag for flag in self.comparison.flags(self.cliff.first) if not flag.startswith(empty or ("\0",))]
+        return [flag for flag in self.comparison.flags(self.cliff.first) if not flag.startswith(empty)]
 
     def verdict(self, adjusted: float) -> str:
         """Of the gain: error, inconclusive, significant, significant (below), not significant."""

@@ -92,14 +92,11 @@ def _folds(
     counts = [len({g for g, own in zip(groups, labels, strict=True) if own == label}) for label in set(labels)]
     n_folds = min(probing.n_folds, *counts, len(samples))
     if len(counts) < 2 or n_folds < 2:
-        return (
-            None,
-            f"{len(samples)} samples of {len(counts)} class(es), the rarest in {min(counts)} group(s) of images",
-        )
+        few = f"{len(samples)} samples of {len(counts)} class(es), the rarest in {min(counts)} group(s) of images"
+        return None, few
+    deals: dict[str, int] = {"n_folds": n_folds, "repeats": probing.repeats, "seed": probing.seed}
     try:
-        folds = make_folds(
-            labels, groups, donors=donors, n_folds=n_folds, repeats=probing.repeats, seed=probing.seed
-        )  # fmt: skip
+        folds = make_folds(labels, groups, donors=donors, **deals)
     except ic.PlanError as error:
         return None, str(error)
     numbers = np.array([sorted(set(labels)).index(label) for label in labels])

@@ -151,7 +151,7 @@ class Ablation:
             return self._of_rows(judge, [self.rows[n] for n in numbers])
         (number,) = numbers
         cells = [cell for n in self.removals[number] if (cell := self.units[n].cell) is not None]
-        return self._judged(judge, blurred(self.owner, self.layout.tokens, cells))[None]
+        return self._judged(judge, blurred(self.owner, self.model, self.layout.tokens, cells))[None]
 
     def _sweeps(self, judge: Judge) -> tuple[Tensor, Tensor]:
         """As `run`, by sweeps, whose own clean pass says what the text as it is gives."""
@@ -255,7 +255,7 @@ def demand_possible(owner: str, model: ic.Model, layout: Layout, units: Sequence
     if convention == "blur":
         if any(unit.cell is None for unit in units):
             raise ic.PlanError(f"{owner}: blur is for blocks of an image: units='visual'")
-        blurred(owner, layout.tokens, [])
+        blurred(owner, model, layout.tokens, [])
     elif any(unit.cell is not None for unit in units) and convention != "mask":
         raise ic.PlanError(f"{owner}: blocks of an image are blurred or masked, not {convention}d")
     if convention.startswith("delete") and inputs:

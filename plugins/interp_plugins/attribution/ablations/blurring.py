@@ -23,14 +23,14 @@ RADIUS = 12
 """The blur's deviation is the larger side of the image over this."""
 
 
-def blurred(owner: str, tokens: ic.Tokens, cells: Sequence[tuple[int, int, int, int]]) -> ic.Tokens:
+def blurred(owner: str, model: ic.Model, tokens: ic.Tokens, cells: Sequence[tuple[int, int, int, int]]) -> ic.Tokens:
     """The same tokens with blocks of their images blurred.
 
     Args:
         cells: image, tile, row and column of each.
 
     Raises:
-        CapabilityError: images that do not come as pictures `[picture channel height width]`.
+        CapabilityError: images that do not come as pictures `[picture channel height width]`, one per tile.
     """
     pixels = tokens.inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
@@ -40,10 +40,16 @@ def blurred(owner: str, tokens: ic.Tokens, cells: Sequence[tuple[int, int, int, 
             "into patches by their processor); use convention 'mask'"
         )
     flat = pixels.reshape(-1, *pixels.shape[-3:]).clone()
-    pictures = {key: n for n, key in enumerate(sorted({(image, tile) for image, tile, _, _ in cells}))}
+    pictures = sorted({(token.image, token.tile) for token in model.visual_grid(tokens)[0]})
+    # of one text of a batch there may be more pictures than its own, blank ones at the end
+    if len(flat) != len(pictures) and (len(pixels) > 1 or any(tile for _, tile in pictures)):
+        raise ic.CapabilityError(
+            f"{owner}: blur needs a picture per tile; there are {len(pictures)} tiles, made of {len(flat)} pictures; "
+            "use convention 'mask'"
+        )
     height, width = flat.shape[-2:]
     for image, tile, row, col in cells:
-        number = image if len(flat) > image and tile == 0 else pictures[image, tile]
+        number = pictures.index((image, tile))
         down = slice(height * row // CELLS, height * (row + 1) // CELLS)
         across = slice(width * col // CELLS, width * (col + 1) // CELLS)
         flat[number, :, down, across] = gaussian(flat[number], max(height, width) / RADIUS)[:, down, across]

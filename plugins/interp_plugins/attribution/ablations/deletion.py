@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import interp_core as ic
 
-from ..layout import Layout
-from .units import Unit, runs
+from ..layout import Layout, stretches
+from .units import Unit
 
 
 class Shortened(NamedTuple):
@@ -99,7 +99,7 @@ def _nothing_left(owner: str) -> ic.PositionError:
 def _without(layout: Layout, text: str, units: Sequence[Unit], removed: set[int]) -> str:
     """A text without some units and the white space before them, and without that before the first which is kept in a
     stretch of the prompt."""
-    stretch = {p: n for n, run in enumerate(runs(layout.prompt)) for p in run}
+    stretch = {p: n for n, run in enumerate(stretches(layout.prompt)) for p in run}
     order = sorted(range(len(units)), key=lambda n: units[n].chars or (0, 0))
     cut: list[tuple[int, int]] = []
     last: tuple[int, int] | None = None  # stretch and end of the unit before

@@ -99,6 +99,7 @@ def stand_in(owner: str, model: ic.Model, token: StandIn) -> int:
     places = (model.tokenizer, getattr(model.hf, "generation_config", None), model.hf.config.get_text_config())
     for place in places:
         number = getattr(place, f"{token}_token_id", None)
+        # a generation config may name several end tokens
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < model.d_vocab:
             return number

@@ -41,6 +41,7 @@ class Fit(NamedTuple):
 
 def drawn(count: int, sources: int, keep: float, seed: int) -> np.ndarray:
     """Random masks `[mask source]`, True where a source is kept; the i-th by numpy's RandomState(i + seed)."""
+    # a generator per mask, as published: further masks leave the first ones as they are
     each = [
         np.random.RandomState(seed + i).choice([False, True], size=sources, p=[1 - keep, keep]) for i in range(count)
     ]

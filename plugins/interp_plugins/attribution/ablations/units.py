@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import interp_core as ic
 
-from ..layout import Layout
+from ..layout import Layout, stretches
 
 Kind = Literal["token", "word", "sentence", "span", "visual"]
 Chars = tuple[int, int]
@@ -93,17 +93,6 @@ def words(text: str) -> list[Chars]:
     return [match.span() for match in _WORD.finditer(text)]
 
 
-def runs(positions: Sequence[int]) -> list[range]:
-    """Ascending positions as ranges without gaps."""
-    ranges: list[range] = []
-    for position in positions:
-        if ranges and ranges[-1].stop == position:
-            ranges[-1] = range(ranges[-1].start, position + 1)
-        else:
-            ranges.append(range(position, position + 1))
-    return ranges
-
-
 def _text_units(owner: str, layout: Layout, kind: Kind) -> list[Unit]:
     tokens = layout.tokens
     offsets = tokens.offsets[0] if tokens.offsets else None
@@ -114,18 +103,19 @@ def _text_units(owner: str, layout: Layout, kind: Kind) -> list[Unit]:
     if offsets is None or tokens.texts is None:
         raise ic.TextError(f"{owner}: {kind}s are found in a text, and these tokens carry none; use model.tokens(text)")
     text, units = tokens.texts[0], []
-    for run in runs(places):
+    for run in stretches(places):
         first, last = offsets[run.start][0], offsets[run.stop - 1][1]
         ranges = (sentences if kind == "sentence" else words)(text[first:last])
         units += _owned(text, [(first + a, first + b) for a, b in ranges], run, offsets)
     return units
 
 
-def _owned(text: str, ranges: Sequence[Chars], run: range, offsets: Sequence[Chars]) -> list[Unit]:
+def _owned(text: str, ranges: Sequence[Chars], run: ic.Span, offsets: Sequence[Chars]) -> list[Unit]:
     """Units of ranges of characters with the tokens of a run that belong to them; those without a token left out."""
     owned: list[list[int]] = [[] for _ in ranges]
     for position in run:
         a, b = offsets[position]
+        # its last letter decides: a token often begins with the space before its word
         seen = len(text[a:b].rstrip())
         last = a + seen - 1 if seen else a
         number = next((n for n, (_, stop) in enumerate(ranges) if last < stop), None)
@@ -174,6 +164,7 @@ def _visual(owner: str, model: ic.Model, layout: Layout) -> list[Unit]:
     cells: dict[tuple[int, int, int, int], list[int]] = {}
     for token in grid:
         rows, cols = sizes[token.image, token.tile]
+        # a token that only ends a row of the grid goes with the row's last block
         col = cols - 1 if token.col is None else token.col
         cell = token.image, token.tile, token.row * CELLS // rows, col * CELLS // cols
         cells.setdefault(cell, []).append(token.position)

@@ -145,6 +145,7 @@ def _built_batch(
         new = written.tokens.row(i)
         span = new.spans["generated"][0][0]
         ids = new.ids[0, span.start : span.stop].tolist()
+        # the end token is no part of the answer
         ids = ids[:-1] if written.ended[i] else ids
         if not written.ended[i] and not keep_unfinished:
             yield Built(None, "unfinished", written.texts[i])

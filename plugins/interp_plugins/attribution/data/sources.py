@@ -107,7 +107,7 @@ KINDS: dict[str, tuple[frozenset[str], Callable[[Row, str], Example]]] = {
     "math": (frozenset({"problem", "solution"}), _math),
     "morehopqa": (frozenset({"question", "context"}), _morehopqa),
     "gsm8k": (frozenset({"question", "answer"}), _gsm8k),
-    "cache": (frozenset({"prompt", "metadata"}), lambda row, where: example_of(row, where)),
+    "cache": (frozenset({"prompt", "metadata"}), example_of),
 }
 """Kinds of source: the keys by which a row is known, and what makes an example of it."""
 

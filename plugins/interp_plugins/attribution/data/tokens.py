@@ -58,6 +58,7 @@ def example_tokens(source: Any, example: Example, profile: Profile = "sound", *,
     alone = text.encode(tokenizer, example.target, bos=False)
     _check_tokenizer(example, alone)
     if profile == "reference":
+        # as published, the end token is written behind the target, and both are read as one text
         end = text.encode(tokenizer, example.target + (tokenizer.eos_token or ""), bos=False)
     else:
         _check_boundary(tokenizer, example, prompt, user[-1].stop - 1)
@@ -162,6 +163,7 @@ def _reference_prompt(tokenizer: Any, example: Example) -> tuple[ic.Tokens, tupl
         if start + len(typed) > len(ids):
             raise ic.TextError(f"{example.where}: {words}; the profile 'sound' locates them by characters")
         warnings.warn(f"{example.where}: {words}; the profile 'reference' takes that place all the same", stacklevel=3)
+    # needles are counted in the prompt, which is tokenized behind a space here
     gold = _touching(alone, [(a + 1, b + 1) for a, b in example.needles])
     return tokens, (ic.Span(start, start + len(typed)),), stretches(start + i for i in gold)
 

@@ -217,6 +217,7 @@ def rows_at_once(model: ic.Model, tokens: ic.Tokens, scored: int, tokens_at_once
         tokens_at_once = TOKENS.get(model.device.type, TOKENS_ELSEWHERE)
     checked_count("tokens_at_once=", tokens_at_once, 1)
     if tokens.inputs:
+        # images go with one row, and are not repeated for others (`repeated`)
         return 1
     row = scored * model.d_vocab * model.dtype.itemsize
     return max(1, min(tokens_at_once // tokens.ids.shape[1], LOGITS // row))

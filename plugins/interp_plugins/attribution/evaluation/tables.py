@@ -97,11 +97,7 @@ def _published(
 ) -> Published:  # fmt: skip
     # numpy's std is that of the population, as in the published files
     mean, spread = (tuple(map(tuple, part.tolist())) for part in (values.mean(0), values.std(0)))
-    return Published(columns, mean, spread, _mean(seconds), used, skipped)
-
-
-def _mean(seconds: Sequence[float]) -> float:
-    return float(np.mean(seconds)) if len(seconds) else 0.0
+    return Published(columns, mean, spread, float(np.mean(seconds)) if len(seconds) else 0.0, used, skipped)
 
 
 def _examples(owner: str, values: Any, axes: tuple[int, ...]) -> np.ndarray:

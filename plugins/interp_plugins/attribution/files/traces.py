@@ -21,7 +21,7 @@ import numpy as np
 from interp_core import LoadError, PlanError, Span, errors, runs
 
 from ..._json_files import json_rows
-from ..data.examples import sha1
+from ..data.examples import closed, sha1
 from .arrays import Array, checked, demand_finite, npz_bytes, opened, read_npz
 
 MANIFEST = "manifest.jsonl"
@@ -215,8 +215,7 @@ def members_of(trace: Trace) -> dict[str, Array]:
     for name, span in zip(SPANS, (trace.explained, trace.sink, trace.thinking), strict=True):
         # the explained span is in every file, empty where there is none; the other two are left out
         if span is not None or name == SPANS[0]:
-            ends = () if span is None else (span.start, span.stop - 1)
-            out[name] = np.asarray(ends, dtype=np.int64)
+            out[name] = np.asarray(closed(span) or (), dtype=np.int64)
     out |= {name: trace.indices[name] for name in INDICES if name in trace.indices}
     if trace.faithfulness is not None:
         out["faithfulness_scores"] = trace.faithfulness
@@ -235,9 +234,7 @@ def line_of(trace: Trace) -> dict[str, Any]:
     """A trace's line of the manifest: the one that was read, or what its arrays say."""
     if trace.line is not None:
         return dict(trace.line)
-    named = (trace.explained, trace.sink, trace.thinking)
-    pairs = [None if span is None else [span.start, span.stop - 1] for span in named]
-    spans = dict(zip(SPANS, [pairs[0] or [], *pairs[1:]], strict=True))
+    spans = dict(zip(SPANS, (closed(trace.explained) or [], closed(trace.sink), closed(trace.thinking)), strict=True))
     faith = None if trace.faithfulness is None else trace.faithfulness.tolist()
     out: dict[str, Any] = {
         "example_idx": trace.index, "attr_func": trace.attr_func, "file": trace.file,

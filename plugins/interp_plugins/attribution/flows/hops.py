@@ -85,10 +85,9 @@ def multi_hop(
     through = through or flow
     stretch = parts.hull if into_all else parts.reasoning
     first = parts.answer if not into_all or hop0 == "sink" else stretch
-    kept = None if keep is None else keep.double()
-    mask = _mask(parts, stretch.start if into_all and len(stretch) else None)
-    mask = mask if kept is None else mask * kept
-    vectors = [_kept(flow(first, _even(first, keep)), kept)]
+    kept = torch.ones(parts.length, dtype=torch.float64) if keep is None else keep.double()
+    mask = _mask(parts, stretch.start if into_all and len(stretch) else None) * kept
+    vectors = [flow(first, _even(first, keep)) * kept]
     observed, mass, ratio = vectors[0] * mask, list[Tensor](), vectors[0].new_ones(())
     for hop in range(n_hops + 1):
         last = vectors[-1]
@@ -102,7 +101,7 @@ def multi_hop(
         if not (ratio > 0) or not bool(weights.any()):
             vectors.append(torch.zeros_like(last))
             continue
-        vectors.append(_kept(through(stretch, weights / weights.sum()), kept))
+        vectors.append(through(stretch, weights / weights.sum()) * kept)
         observed = observed + vectors[-1] * mask * ratio
     if combine == "avg":
         observed = observed / (divisor or len(vectors))
@@ -178,7 +177,3 @@ def _even(part: range, keep: Tensor | None) -> Tensor | None:
         return None
     weights = keep[part.start : part.stop].double()
     return weights / weights.sum() if 0 < weights.sum() < len(weights) else None
-
-
-def _kept(vector: Tensor, kept: Tensor | None) -> Tensor:
-    return vector if kept is None else vector * kept

@@ -220,10 +220,7 @@ def rules(name: str, *, router: str = "frozen", profile: str = "sound") -> Rules
 
 RELP_RULES = ("ln", "identity", "half", "ah")
 """Rules of RelP by their published names."""
-RELP_SETS: dict[str, tuple[str, ...]] = {
-    "paper": ("ln", "identity", "half"),
-    "published_demo": ("ln", "half"),
-}
+RELP_SETS: dict[str, tuple[str, ...]] = {"paper": ("ln", "identity", "half"), "published_demo": ("ln", "half")}
 """Sets of RelP by name: what the paper defines; what its demo switches on, where the activation's rule stays off."""
 
 
@@ -332,7 +329,7 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
 
     def frozen(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         with state.inside(plain=True):
-            return _each(forward(*args, **named), _cut)
+            return _detached(forward(*args, **named))
 
     def with_tables(layer: int) -> Callable[..., Any]:
         def rule(module: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -365,15 +362,11 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
     return by_module
 
 
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The tensors of an output, changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    return tuple(_each(part, change) for part in value) if isinstance(value, tuple) else value
-
-
-def _cut(x: Tensor) -> Tensor:
-    return x.detach()
+def _detached(output: Any) -> Any:
+    """The tensors of an output as constants."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    return tuple(map(_detached, output)) if isinstance(output, tuple) else output
 
 
 def _plain(operation: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:

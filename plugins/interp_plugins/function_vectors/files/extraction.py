@@ -128,7 +128,11 @@ def extract(
     with clock("vector"):
         aie = average(effects[measure], token_class_idx)
         heads = top_heads(aie, n_top_heads)
-        vector = _vector(model, mean, heads, run.dataset_name, by_hand)
+        if by_hand:
+            alone = plain_vector(model, mean, heads)
+            vector = FunctionVector(alone, "resid", run.dataset_name, model.source, heads)
+        else:
+            vector = function_vector(model, mean, heads, task=run.dataset_name)
     return Extraction(mean, effects, measure, token_class_idx, heads, vector, gap(aie, n_top_heads), by)
 
 
@@ -147,12 +151,6 @@ def _effects(
                 parts.append({measure: effects[measure].effects for measure in MEASURES})
             told.add(len(part))
     return {measure: torch.cat([part[measure] for part in parts]) for measure in MEASURES}
-
-
-def _vector(model: ic.Model, mean: Tensor, heads: tuple[Head, ...], task: str, by_hand: bool) -> FunctionVector:
-    if by_hand:
-        return FunctionVector(plain_vector(model, mean, heads), "resid", task, model.source, heads)
-    return function_vector(model, mean, heads, task=task)
 
 
 def _demand_finite_heads(model: ic.Model, name: str, values: Tensor) -> None:

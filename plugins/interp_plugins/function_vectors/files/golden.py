@@ -69,23 +69,21 @@ def heads_table(extraction: Extraction) -> dict[str, Any]:
 
 def slot_maps(run: FixedRun, model: ic.Model) -> str:
     """Tokens, labels and slots of every prompt."""
-    rows = []
-    for trial in run.trials:
-        for mode, prompt in (("clean", trial.clean), ("corrupted", trial.corrupted)):
-            rows.append(
-                {
-                    "trial_id": trial.number,
-                    "mode": mode,
-                    "prompt": prompt.text,
-                    "input_ids": list(prompt.ids),
-                    "tokens": [model.word(token) for token in prompt.ids],
-                    "labels": list(prompt.labels),
-                    "idx_map": {str(token): slot for token, slot in prompt.idx_map.items()},
-                    "idx_avg": {label: list(span) for label, span in sorted(prompt.idx_avg.items())},
-                    "idx_map_updated": {str(token): slot for token, slot in enumerate(prompt.slots)},
-                }
-            )
-    return table(rows)
+    return table(
+        {
+            "trial_id": trial.number,
+            "mode": mode,
+            "prompt": prompt.text,
+            "input_ids": list(prompt.ids),
+            "tokens": [model.word(token) for token in prompt.ids],
+            "labels": list(prompt.labels),
+            "idx_map": {str(token): slot for token, slot in prompt.idx_map.items()},
+            "idx_avg": {label: list(span) for label, span in sorted(prompt.idx_avg.items())},
+            "idx_map_updated": {str(token): slot for token, slot in enumerate(prompt.slots)},
+        }
+        for trial in run.trials
+        for mode, prompt in (("clean", trial.clean), ("corrupted", trial.corrupted))
+    )
 
 
 def logits_file(answered: Answers) -> bytes:

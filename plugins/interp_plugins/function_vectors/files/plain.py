@@ -57,11 +57,7 @@ def plain_means(model: ic.Model, prompts: Sequence[Prompt]) -> Float[Tensor, "la
 
 
 def plain_effects(
-    model: ic.Model,
-    prompts: Sequence[Prompt],
-    mean: Float[Tensor, "layer head slot d_head"],
-    *,
-    classes: bool = False,
+    model: ic.Model, prompts: Sequence[Prompt], mean: Float[Tensor, "layer head slot d_head"], *, classes: bool = False
 ) -> dict[str, Float[Tensor, "trial layer head *token_class"]]:
     """Effects in every measure of `MEASURES`: of the last token, or of every class. Not a number in layers without
     heads, zero of a class that a prompt has no token of."""

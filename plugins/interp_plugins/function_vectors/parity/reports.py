@@ -123,17 +123,14 @@ class Suite:
             states = {stage.status for stage in stages}
             status = "FAIL" if "FAIL" in states else "SKIPPED" if "SKIPPED" in states else "PASS"
             first = next((finding for stage in stages for finding in stage.findings), None)
-            rows.append(
-                {
-                    "name": name,
-                    "status": status,
-                    "cmd": self.reproduction(first) if first else self.command(parts),
-                    "exit_code": {"PASS": 0, "FAIL": FAILED, "SKIPPED": None}[status],
-                    "mismatch_count": sum(stage.mismatch_count for stage in stages),
-                    "max_abs_diff": max(stage.max_abs_diff for stage in stages),
-                    "duration_sec": round(sum(stage.seconds for stage in stages), 3),
-                }
-            )
+            rows.append({
+                "name": name, "status": status,
+                "cmd": self.reproduction(first) if first else self.command(parts),
+                "exit_code": {"PASS": 0, "FAIL": FAILED, "SKIPPED": None}[status],
+                "mismatch_count": sum(stage.mismatch_count for stage in stages),
+                "max_abs_diff": max(stage.max_abs_diff for stage in stages),
+                "duration_sec": round(sum(stage.seconds for stage in stages), 3),
+            })  # fmt: skip
         return rows
 
     def about(self) -> dict[str, Any]:
@@ -157,15 +154,18 @@ class Suite:
     def files(self) -> tuple[Files, Files]:
         """Files of the trials' folder, and of the task's."""
         names = {"log": "parity_suite.log", "csv": "parity_suite_stages.csv", "report": REPORT}
-        gate = self.gate()
+        gate, first = self.gate(), self.first
         failed = next((row["name"] for row in gate if row["status"] != "PASS"), None)
         report = {
             **self.about(), "earliest_failed_stage": failed, "stages": gate,
             "paths": {key: str(self.folder / name) for key, name in names.items()},
-            "first_divergence": self.first.json() if self.first else None, **self.setting(),
+            "first_divergence": first.json() if first else None, **self.setting(),
         }  # fmt: skip
         trials = [row for stage in self.stages for row in stage.rows]
-        diff = {**self.about(), **self.setting(), "stages": [self._stage(s) for s in self.stages], **self._first()}
+        diff = {
+            **self.about(), **self.setting(), "stages": [self._stage(stage) for stage in self.stages],
+            "first_divergence": {**first.json(), "command": self.reproduction(first)} if first else None,
+        }  # fmt: skip
         own: dict[str, str | bytes] = {
             names["log"]: self.log(),
             names["csv"]: runs.csv_text(gate, STAGE_COLUMNS),
@@ -184,10 +184,6 @@ class Suite:
             "findings": [finding.json() for finding in stage.findings[:SHOWN]],
             "command": self.command((stage.name,)), "duration_sec": round(stage.seconds, 3),
         }  # fmt: skip
-
-    def _first(self) -> dict[str, Any]:
-        first = self.first
-        return {"first_divergence": {**first.json(), "command": self.reproduction(first)} if first else None}
 
     def _injection(self, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The report of the injection alone."""

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ LOGPROBS = ("base_logprob", "with_logprob", "delta_logprob")
 """Columns that answers must have."""
 MAPPED = ("labels", "idx_map", "idx_avg", "idx_map_updated")
 """What a map says of a prompt's tokens."""
+Key = TypeVar("Key")
 SETTINGS = (
     "dataset_name", "fixed_trials_id", "model_name", "seed", "n_trials", "n_shots", "by", "n_top_heads",
     "token_class_idx", "edit_layer", "prompt_kind", "alpha",
@@ -114,21 +115,15 @@ class Comparison:
     def asked(self) -> Asked:
         """What the trials ask of either folder."""
         first = self.trials if self.max_trials is None else min(self.trials, max(0, self.max_trials))
-        return Asked(self.trials, first, self._combinations(), self._kinds(), self.token_class_idx, self.prompts)
+        combinations, kinds = self._in_both("answers", lambda of: of), self._in_both("trials", lambda of: of[0])
+        return Asked(self.trials, first, combinations, kinds, self.token_class_idx, self.prompts)
 
-    def _combinations(self) -> frozenset[Combination]:
-        """Kinds and layers of the answers that are compared: what was asked for, or what both have."""
-        tables = [value(side, "answers") for side in (self.a, self.b)]
-        held = [{row.of for row in table.rows.values() if row.of} for table in tables if table is not None]
+    def _in_both(self, part: str, key: Callable[[Combination], Key]) -> frozenset[Key]:
+        """What the rows of a part that are compared are of: what was asked for, or what both folders have."""
+        tables = [value(side, part) for side in (self.a, self.b)]
+        held = [{key(row.of) for row in table.rows.values() if row.of} for table in tables if table is not None]
         shared = held[0] & held[1] if len(held) == 2 else set()
-        return frozenset(shared if self.of is None else {self.of} & shared)
-
-    def _kinds(self) -> frozenset[str]:
-        """Kinds of the prompts that are compared."""
-        tables = [value(side, "trials") for side in (self.a, self.b)]
-        held = [{row.of[0] for row in table.rows.values() if row.of} for table in tables if table is not None]
-        shared = held[0] & held[1] if len(held) == 2 else set()
-        return frozenset(shared if self.of is None else {self.of[0]} & shared)
+        return frozenset(shared if self.of is None else {key(self.of)} & shared)
 
     def _derived(self, stage: Stage) -> None:
         """What either folder's own parts say against each other."""

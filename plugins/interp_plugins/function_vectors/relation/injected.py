@@ -31,12 +31,7 @@ TOKEN_RULE = "the last token of the prompt"
 
 
 def make_vector(
-    model: ic.Model,
-    work: Work,
-    mean: Means,
-    rows: Sequence[Row],
-    settings: RelationSettings,
-    part: runs.Part,
+    model: ic.Model, work: Work, mean: Means, rows: Sequence[Row], settings: RelationSettings, part: runs.Part
 ) -> FunctionVector:
     """Average effects, the heads of largest, and their vector."""
     key, last = settings.score_key, mean[:, :, -1]

@@ -13,9 +13,10 @@ from typing import Any
 from interp_core import runs
 from interp_core.report import Heatmap, Section, page, short, table
 
+from ..._json_files import json_rows
 from .injected import SUMMARY
 from .question import STAGES
-from .tables import Row, csv_table, read_json, read_lines
+from .tables import Row, csv_table, read_json
 
 QUESTIONS = "questions"
 COLUMNS = (
@@ -76,28 +77,28 @@ def classified(parts: Iterable[Mapping[str, Any]]) -> list[Row]:
 def _row(out: Path, part: Mapping[str, Any]) -> Row:
     """A question in the summary; what it has no numbers for is empty."""
     row: Row = dict.fromkeys(COLUMNS, "")
-    row |= {"q_id": part["name"], "status": _state(part), "rows": part["q_row_count"]}
+    row |= {"q_id": part["name"], "status": state_of(part), "rows": part["q_row_count"]}
     row |= {"folder": part["folder"], "reason": part["reason"]}
     if part["state"] != "completed":
         return row
     folder = out / part["folder"]
     summary = read_json(folder / SUMMARY)
     best, first = summary["per_layer"][str(summary["best_layer"])], read_json(folder / "top_heads.json")["heads"][0]
-    lines = read_lines(folder / "trial_metrics.jsonl")
+    lines = [line for _, line in json_rows(folder / "trial_metrics.jsonl")]
     row |= {key: summary[key] for key in ("best_layer", "score_key", "best_score")}
     row |= {key: best[key] for key in ("acc_base", "acc_with", "delta_acc")}
     row |= {f"acc_{kind}": fmean(line[f"accuracy_{kind}"] for line in lines) for kind in ("clean", "corrupted")}
     return row | {"trials": len(lines), "top_head": f"L{first['layer']}H{first['head']}"}
 
 
-def _state(part: Mapping[str, Any]) -> str:
+def state_of(part: Mapping[str, Any]) -> str:
     """As the published files call it: a question that was stopped is still to be done."""
     return "pending" if part["state"] == "stopped" else str(part["state"])
 
 
 def _page(out: Path, statuses: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
     done = [status for status in statuses if status["state"] == "completed"]
-    counts = Counter(map(_state, statuses))
+    counts = Counter(map(state_of, statuses))
     said = f"{len(statuses)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
     shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
     about = (

@@ -20,7 +20,7 @@ import interp_core as ic
 from interp_core import runs
 
 from .draws import BadRows, Skipped, Work, draw
-from .page import QUESTIONS, write_summary
+from .page import QUESTIONS, state_of, write_summary
 from .question import fix, run_question, write_trials
 from .settings import FREE, RelationSettings
 from .source import Question, chosen, read_relation
@@ -56,7 +56,7 @@ def run_relation(
     )  # fmt: skip
     parts = {question.q_id: _part(run, question, settings) for question in questions}
     with run:
-        listed = [(_drawn(question, parts[question.q_id], settings, tokenizer, say)) for question in picked]
+        listed = [_drawn(question, parts[question.q_id], settings, tokenizer, say) for question in picked]
         todo = [work for work in listed if work is not None]
         if todo and not settings.dry_run:
             model = load()
@@ -99,9 +99,8 @@ def _status(part: runs.Part, config: Row) -> Row:
     pending → running → completed | failed        skipped (too few rows)        dry_run (trials drawn, no model)
     """
     data = part.data
-    state = "pending" if data["state"] == "stopped" else data["state"]
     status: Row = {
-        "q_id": part.name, "status": state, "reason": data["reason"], "created_at": data["created"],
+        "q_id": part.name, "status": state_of(data), "reason": data["reason"], "created_at": data["created"],
         "updated_at": data["updated"], "config": config, "q_row_count": data["q_row_count"], "q_root": part.prefix,
         "expected_layers": data["expected_layers"],
     }  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-import interp_core as ic
 from interp_core import runs
 
 from ..files.answers import MEASURES, Measured
@@ -37,7 +36,7 @@ def compared(before: Sequence[float], after: Sequence[float], names: tuple[str, 
 
 
 def cie_rows(q_id: str, trial: int, target: int, heads: Sequence[tuple[int, int]], measured: Measured) -> list[Row]:
-    """Causal indirect effects of one trial, a row per head; `found` is of that trial's prompt alone."""
+    """Causal indirect effects of one trial, a row per head; `measured` is of that trial's prompt alone."""
     before, patched = measured.clean[:, 0].tolist(), measured.values[:, :, 0].T.tolist()
     return [
         {"q_id": q_id, "trial_idx": trial, "layer": layer, "head": head, "target_id": target}
@@ -117,17 +116,3 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def read_json(path: Path) -> Any:
     """A JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_lines(path: Path) -> list[Row]:
-    """Rows of a file of JSON lines; none if there is no file.
-
-    Raises:
-        LoadError: other lines.
-    """
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in runs.split_lines(path.read_text(encoding="utf-8"))]
-    except ValueError as error:
-        raise ic.LoadError(f"{path} is not the file that was written ({error}); delete it") from error

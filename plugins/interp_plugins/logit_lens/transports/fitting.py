@@ -145,6 +145,7 @@ def _ids(model: ic.Model, text: Any, fit: JacobianFit) -> list[int]:
         ids, bare = text.ids[0, text.mask[0]].tolist(), True
     else:
         ids, bare = torch.as_tensor(text).flatten().tolist(), False
+    # ids that are given are taken as they are
     first = getattr(model.tokenizer, "bos_token_id", None) if bare and fit.bos else None
     if first is not None and ids[:1] != [first]:
         ids = [first, *ids]
