@@ -101,13 +101,14 @@ def test_a_head_that_looks_back_one_token() -> None:
     assert found.even[:, 4].tolist() == pytest.approx([(n - 1) / 4 for n in lengths])
 
 
+@pytest.mark.usefixtures("rough_figures")
 def test_pages_and_files(tmp_path: Path) -> None:
     found = summary(toy_model(), TEXTS, layers=[1, 2])
     mean = float(found.first.mean())
     assert f"{mean:.0%} of attention goes to the first token" in found.finding and "of 3 prompts" in found.finding
     page = found.to_html(tmp_path / "page.html").read_text()
     assert "Even attention" in page and "Attention on sinks" in page and "learnt sink" not in page
-    assert found.png(tmp_path / "map.png").stat().st_size > 10_000 and len(found.charts()) == 4
+    assert found.png(tmp_path / "map.png").stat().st_size > 1_000 and len(found.charts()) == 4
     assert type(found).load(found.save(tmp_path / "saved")) == found and len(found.table()) == 8
     assert found.layers == (1, 2) and len(summary(tiny_model("gpt_oss")).charts()) == 5
 

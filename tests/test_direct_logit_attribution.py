@@ -143,6 +143,7 @@ def test_many_prompts_are_each_its_own() -> None:
     assert together.finding.startswith("The answers lead their rivals by") and "mean of 5 prompts" in together.finding
 
 
+@pytest.mark.usefixtures("rough_figures")
 def test_pages_and_pictures(tmp_path: Path) -> None:
     found = attribute(toy_model(), CLEAN, neurons=3)
     names = dict(zip(found.names, found.parts[0].tolist(), strict=True))
@@ -150,7 +151,7 @@ def test_pages_and_pictures(tmp_path: Path) -> None:
     assert f"of the components {largest} does most, with {names[largest]:+.3g}" in found.finding
     page = found.to_html(tmp_path / "page.html").read_text()
     assert "rounding of stream" in page and "mlp_act[3," in page and "z[2,2]" in page
-    assert found.png(tmp_path / "map.png").stat().st_size > 10_000 and len(found.charts()) == 2
+    assert found.png(tmp_path / "map.png").stat().st_size > 1_000 and len(found.charts()) == 2
     assert type(found).load(found.save(tmp_path / "saved")) == found
     plain = attribute(toy_model(), CLEAN, heads=False)
     assert plain.heads is None and plain.neurons is None and len(plain.charts()) == 1

@@ -205,13 +205,14 @@ def test_what_has_no_such_weights_says_why() -> None:
     assert "one linear map" in found.details()["Not measured"]
 
 
+@pytest.mark.usefixtures("rough_figures")
 def test_many_prompts_pages_and_files(tmp_path: Path) -> None:
     model = toy_model()
     texts = ["Q: big\nA: small\n\nQ: big\nA:", " moon tree moon", "Q: wet\nA:"]
     whole, parts = (detect(model, texts, sequences=2, length=8, **how) for how in ({}, {"batch_size": 2}))
     close(parts.prompts.nan_to_num(), whole.prompts.nan_to_num(), model)
     assert torch.equal(parts.random, whole.random) and torch.equal(parts.copying, whole.copying)
-    assert len(whole.charts()) == 4 and whole.png(tmp_path / "map.png").stat().st_size > 10_000
+    assert len(whole.charts()) == 4 and whole.png(tmp_path / "map.png").stat().st_size > 1_000
     page = whole.to_html(tmp_path / "page.html").read_text()
     assert "Heads with the highest scores on 16 random tokens" in page and "Scores of even attention" in page
     assert type(whole).load(whole.save(tmp_path / "saved")) == whole and len(whole.table()) == 24

@@ -179,10 +179,11 @@ def test_control_vectors_of_llama_cpp(antonyms: Any, tmp_path: Path) -> None:
         steering(tiny_model("gpt2"), site="attn_out").to_gguf(tmp_path / "other.gguf")
 
 
+@pytest.mark.usefixtures("rough_figures")
 def test_pages_and_files(antonyms: Any, tmp_path: Path) -> None:
     page = antonyms.to_html(tmp_path / "page.html").read_text()
     assert "12 pairs have most in common in layer 2" in page and "grand" not in antonyms.finding
-    assert antonyms.png(tmp_path / "map.png").stat().st_size > 10_000
+    assert antonyms.png(tmp_path / "map.png").stat().st_size > 1_000
     again = type(antonyms).load(antonyms.save(tmp_path / "saved"))
     assert again == antonyms and torch.equal(again.vector(3), antonyms.vector(3))
     assert "cos(svd, pca)" in str(antonyms) and torch.equal(antonyms.vector(-1), antonyms.vector(5))

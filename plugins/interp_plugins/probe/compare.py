@@ -17,7 +17,7 @@ Must equal: of a mode compared with itself the gain is 0; of labels that are noi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from interp_core import stats
 
 from .decoding import Decoding, corrected_error
 from .folds import Folds, make_folds, numbered, plain_list
-from .nulls import bag_of_words
+from .nulls import bag_of_words, seen_types
 from .study import Decoder, decode
 
 ORIGINAL = "original"
@@ -52,6 +52,8 @@ class Comparison:
         collisions: share of samples whose donor image has the label of the sample; None without donors' labels.
         leaky: of a position that has seen the answer.
         level: of intervals and tests.
+        ceiling: share of test samples whose type occurs in train, which is the most that memorising types can reach on
+            the control task beyond chance; None without types.
     """
 
     modes: Mapping[str, Decoding]
@@ -60,6 +62,7 @@ class Comparison:
     collisions: float | None = None
     leaky: bool = False
     level: float = 0.95
+    ceiling: float | None = None
 
     @property
     def original(self) -> Decoding:
@@ -223,14 +226,18 @@ class Comparison:
                          "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high})  # fmt: skip
         return rows
 
-    def curves(self, name: str = "") -> ic.report.Curves:
-        """Accuracy over layers in each mode, with the shuffled labels' band of the original."""
+    def curves(self, name: str = "", places: Sequence[str] = ()) -> ic.report.Curves:
+        """Accuracy over layers (or `places`) in each mode, with the shuffled labels' band of the original, and the
+        control task's accuracy."""
         lines = [ic.report.Line.of(mode, self.accuracy(mode)) for mode in self.modes]
         if self.original.shuffles:
             lines.append(ic.report.Line("shuffled labels", self.original.null.mean(0), self.band().T))
+        if self.original.controls:
+            lines.append(ic.report.Line("control task", self.original.control.mean(0)))
         return ic.report.Curves(
-            lines, [str(layer) for layer in range(self.original.n_layers)], title=name or "What probes decode",
-            xlabel="layer", ylabel="balanced accuracy", caption=f"{name or 'Balanced accuracy'}: {INTERPRETATION}",
+            lines, list(places) or [str(layer) for layer in range(self.original.n_layers)],
+            title=name or "What probes decode", xlabel="" if places else "layer", ylabel="balanced accuracy",
+            caption=f"{name or 'Balanced accuracy'}: {INTERPRETATION}",
         )  # fmt: skip
 
     def text(self, cliff: int = 0) -> str:
@@ -245,6 +252,10 @@ class Comparison:
             lines.append(f"  {row['mode']:<14} {row['value']:.3f}{ends}{above}")
         if self.collisions is not None:
             lines.append(f"  {100 * self.collisions:.0f} % of the donors' images have the sample's own label")
+        if self.ceiling is not None:
+            selectivity = float(decoded.selectivity[cliff:].mean())
+            lines.append(f"  selectivity {selectivity:+.3f}; {self.ceiling:.0%} of test samples have a type of the "
+                         "train samples, which a probe can memorise")  # fmt: skip
         return "\n".join([*lines, *(f"  {flag}" for flag in self.flags(cliff)), f"  {INTERPRETATION}"])
 
     def __str__(self) -> str:
@@ -309,4 +320,5 @@ def compare(
     if donor_labels is not None:
         own = [modes[ORIGINAL].classes[number] for number in numbered(labels)[0]]
         collisions = float(np.mean([a == b for a, b in zip(own, plain_list(donor_labels), strict=True)]))
-    return Comparison(modes, words, folds, collisions, leaky)
+    ceiling = None if kinds is None else seen_types(kinds, folds)
+    return Comparison(modes, words, folds, collisions, leaky, ceiling=ceiling)

@@ -1,8 +1,10 @@
 """Method `probe`: states of prompts at named positions and in several image modes, and what can be decoded of them.
 
-    read      resid_pre[0] … resid_pre[L-1], resid_post[L-1] at each position (places.py), in `original` and blind modes
+    read      resid_pre[0] … resid_pre[L-1], resid_post[L-1], or another site, layer by layer or head by head
+              (sites.py), at each position (places.py), in `original` and blind modes
     decode    ridge, logistic, means, lda or mlp on repeated, stratified folds of whole groups    (folds.py, study.py)
     beside    shuffled labels, control task, the question's words, blind images                   (nulls.py, compare.py)
+    capacity  selectivity of probes that see some principal directions only                       (capacity.py)
 
 States are kept per prompt, so that batches (`batch_size=`, `out=`) join without loss; probes are fitted when they are
 first asked for, on all prompts together.
@@ -14,6 +16,7 @@ Must equal: `decode` on states read by `model.run` or `model.collect` at the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,9 +31,11 @@ from .._prompts import prompts_of
 from .compare import ORIGINAL
 from .places import Pooling, columns_of, default_places, pooled
 from .result import OF_PROMPTS, Labels, ProbeResult
+from .sites import By, probed
 from .study import Decoder
 
 BLIND = ("blind_black", "blind_mean", "blind_random")
+TOKEN = "token"
 
 
 class ProbeConfig(ic.Config):
@@ -40,9 +45,12 @@ class ProbeConfig(ic.Config):
         labels: what is to be decoded, one per prompt, of the original image in all modes; None: read states alone.
         groups: what prompts share (an image), one per prompt; never on both sides of a fold.
         questions: the prompts' texts without the image, one per prompt, for the probe of words and control tasks.
-        types: of the questions, one per prompt, for control tasks; None: the questions themselves.
+        types: of the questions, one per prompt, for control tasks; "token": the token that is read, the word type of
+            Hewitt and Liang; None: the questions themselves.
         blind_black, blind_mean, blind_random: the same prompts with another image, one per prompt.
         donors: the group whose image each prompt was shown in `blind_random`.
+        site: in text form, any along batch and pos: "mlp_out", "z", "z[3,2]", "mlp_act[4]"; None: the stream.
+        by: of a site with heads or experts, each of these by itself ("unit"), or all of a layer together ("layer").
         positions: names of places; None: the three of a text with images, `answer_token` of another.
         pooling: of a place of several tokens: mean, max, or the one in the middle.
         allow_leaky: also read `answer_label`, and prompts that hold their answer; results are marked.
@@ -62,6 +70,8 @@ class ProbeConfig(ic.Config):
     blind_mean: Any = None
     blind_random: Any = None
     donors: Any = None
+    site: str | None = None
+    by: By = "layer"
     positions: tuple[str, ...] | None = None
     pooling: Pooling = "mean"
     allow_leaky: bool = False
@@ -84,17 +94,22 @@ class Probe(ic.Method):
         """Labels are there for all prompts, and every prompt of every mode has the positions."""
         for name in OF_PROMPTS:
             values = getattr(config, name)
+            if values == TOKEN and name == "types":
+                continue
             if values is not None and (isinstance(values, str) or len(values) != len(tokens)):
                 raise ic.PlanError(
                     f"probe: {name} has {len(values)} items for {len(tokens)} prompts; give one per prompt"
                 )
         if config.donors is not None and (config.groups is None or config.blind_random is None):
             raise ic.PlanError("probe: donors name the groups whose images blind_random shows; give both")
-        if config.cliff_boundary is not None and config.cliff_boundary > model.n_layers:
-            raise ic.PlanError(f"probe: cliff_boundary {config.cliff_boundary} of {model.n_layers} layers")
+        sites = probed(model, config.site, config.by)
+        if config.cliff_boundary is not None and config.cliff_boundary >= len(sites):
+            raise ic.PlanError(f"probe: cliff_boundary {config.cliff_boundary} of {len(sites) - 1} layers")
         places = config.positions or default_places(tokens)
         if len(set(places)) < len(places) or not places:
             raise ic.PlanError(f"probe: positions {places}; give some, each once")
+        if config.types == TOKEN and len(places) > 1:
+            raise ic.PlanError(f"probe: types={TOKEN!r} are the tokens at one position; there are {', '.join(places)}")
         modes = _modes(model, tokens, config)
         for mode, rows in modes.items():
             for each in rows:
@@ -116,40 +131,54 @@ class Probe(ic.Method):
         """One pass per mode."""
         places = config.positions or default_places(tokens)
         modes = _modes(model, tokens, config)
-        states = torch.stack([
-            torch.cat([read_states(model, each, places, config.pooling, config.allow_leaky) for each in rows])
-            for rows in modes.values()
-        ], 1)  # fmt: skip
+        sites = probed(model, config.site, config.by)
+        how = places, config.pooling, config.allow_leaky, sites
+        states = torch.stack(
+            [torch.cat([read_states(model, each, *how) for each in rows]) for rows in modes.values()], 1
+        )
+        own = {name: _plain(getattr(config, name), len(tokens)) for name in OF_PROMPTS if name != "types"}
+        words = config.types == TOKEN
+        own["types"] = _plain(_tokens_at(tokens, places[0], config.allow_leaky) if words else config.types, len(tokens))
         return ProbeResult(
-            states, tuple(modes), places, **{name: _plain(getattr(config, name), len(tokens)) for name in OF_PROMPTS},
+            states, tuple(modes), places, **own,
             decoder=config.decoder, shuffles=config.shuffles, n_folds=config.n_folds, repeats=config.repeats,
             cliff=config.cliff_boundary or 0, seed=config.seed, leaky="target" in tokens.spans,
+            sites=() if config.site is None else tuple(map(str, sites)),
         )  # fmt: skip
 
 
 def read_states(
-    model: ic.Model, tokens: ic.Tokens, places: tuple[str, ...], pooling: Pooling = "mean", allow_leaky: bool = False
+    model: ic.Model,
+    tokens: ic.Tokens,
+    places: tuple[str, ...],
+    pooling: Pooling = "mean",
+    allow_leaky: bool = False,
+    sites: Sequence[S.Site] | None = None,
 ) -> Float[Tensor, "batch position layer d_model"]:
-    """States of a batch at places, float32: `resid_pre` of every layer, and `resid_post` of the last.
+    """States of a batch at places, float32: `resid_pre` of every layer and `resid_post` of the last, or others of
+    `probed`, in which heads and experts of a layer lie behind each other.
 
     Raises:
         PlanError, PositionError: as `columns_of`, before anything runs.
     """
     columns = [columns_of(tokens, place, allow_leaky=allow_leaky) for place in places]
-    kept: list[Tensor] = []
-
-    def note(stream: Tensor) -> None:
-        kept.append(torch.stack([pooled(stream.detach(), rows, pooling) for rows in columns], 1).cpu())
-
-    last = S.resid_post[model.layers(S.resid_post)[-1]]
+    chosen = list(probed(model, None, "layer") if sites is None else sites)
+    kept: dict[S.Site, Tensor] = {}
 
     def each(layer: int, values: ic.LayerReadings) -> None:
-        note(values[S.resid_pre].as_subclass(Tensor))
-        if layer == last.layers:
-            note(values[last].as_subclass(Tensor))
+        for site in chosen:
+            if site.layers == layer:
+                states = values[site].as_subclass(Tensor).detach().flatten(2)
+                kept[site] = torch.stack([pooled(states, rows, pooling) for rows in columns], 1).cpu()
 
-    model.run(tokens, read=[S.resid_pre, last], each=each, logits=False)
-    return torch.stack(kept, 2)
+    model.run(tokens, read=chosen, each=each, logits=False)
+    return torch.stack([kept[site] for site in chosen], 2)
+
+
+def _tokens_at(tokens: ic.Tokens, place: str, allow_leaky: bool) -> tuple[str, ...]:
+    """The token at a place of each prompt; of several, all of them."""
+    rows = zip(tokens.labels, tokens.columns(None), columns_of(tokens, place, allow_leaky=allow_leaky), strict=True)
+    return tuple("".join(labels[real.index(column)] for column in chosen) for labels, real, chosen in rows)
 
 
 def states_of(activations: ic.Activations, at: Any = -1) -> Float[Tensor, "sample layer d_model"]:

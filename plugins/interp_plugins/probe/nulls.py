@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 import interp_core as ic
 
-from .folds import numbered
+from .folds import Folds, numbered
 
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -67,6 +67,13 @@ def control_labels(
         for _ in range(count)
     ], 1)  # fmt: skip
     return np.asarray(drawn[type_of])
+
+
+def seen_types(types: Any, folds: Folds) -> float:
+    """Share of test samples whose type occurs in the train samples, mean over splits."""
+    type_of, _ = numbered(types, "types")
+    return float(np.mean([np.isin(type_of[test], type_of[train]).mean()
+                          for train, test in zip(folds.train, folds.test, strict=True)]))  # fmt: skip
 
 
 def bag_of_words(texts: Sequence[str]) -> Float[np.ndarray, "sample 1 word"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,7 +12,8 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .compare import INTERPRETATION, Comparison, compare
+from .capacity import RANKS, Capacity, by_rank
+from .compare import INTERPRETATION, ORIGINAL, Comparison, compare
 from .places import LEAKY
 
 Labels = tuple[str | int | bool | None, ...]
@@ -25,11 +26,13 @@ class ProbeResult(ic.Result):
     """States of prompts, and what probes decode of them.
 
     Attributes:
-        states: of every prompt, mode and position; layer l is `resid_pre[l]`, the last one `resid_post[L-1]`.
+        states: of every prompt, mode and position; layer l is `resid_pre[l]`, the last one `resid_post[L-1]`, or what
+            `sites` names.
         modes, positions: names along the axes.
         labels, groups, questions, types, donors: of the prompts; None where not given.
         decoder, shuffles, n_folds, repeats, cliff, seed: settings of the probes.
         leaky: the prompts held their answers.
+        sites: along `layer`; empty: the stream.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {"states": ("batch", "mode", "position", "layer", "d_model")}
@@ -49,6 +52,7 @@ class ProbeResult(ic.Result):
     cliff: int
     seed: int
     leaky: bool = False
+    sites: tuple[str, ...] = ()
 
     def at(self, position: str) -> dict[str, Float[Tensor, "sample layer d_model"]]:
         """States of a position by mode.
@@ -87,6 +91,26 @@ class ProbeResult(ic.Result):
             of = dict(zip(groups, labels, strict=True))
             how["donor_labels"] = [of.get(donor) for donor in donors]
         return compare(self.at(position), labels, **{**how, **settings})
+
+    def by_capacity(self, position: str, ranks: Sequence[int] = RANKS, labels: Any = None, **settings: Any) -> Capacity:
+        """Accuracy and selectivity of probes that see so many principal directions of the states; see `capacity`.
+
+        Args:
+            position: its name.
+            ranks: how many directions.
+            labels: others than those that the method was given.
+            settings: of `by_rank`, in place of the method's.
+
+        Raises:
+            PlanError: no labels or types, or no such position.
+        """
+        labels = or_none(self.labels) if labels is None else labels
+        types = or_none(self.types) or or_none(self.questions)
+        if labels is None or types is None:
+            raise ic.PlanError("selectivity needs labels=[…], and types=[…] (or types='token') for control tasks")
+        how = {"groups": or_none(self.groups), "n_folds": self.n_folds, "repeats": self.repeats, "seed": self.seed,
+               "decoder": self.decoder, "places": self.sites}  # fmt: skip
+        return by_rank(self.at(position)[ORIGINAL], labels, types, ranks, **{**how, **settings})
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
@@ -137,7 +161,7 @@ class ProbeResult(ic.Result):
 
     def charts(self) -> list[ic.report.Curves]:
         """Accuracy over layers at each position; nothing without labels."""
-        return [] if self.why else [comparison.curves(at) for at, comparison in self.comparisons.items()]
+        return [] if self.why else [comparison.curves(at, self.sites) for at, comparison in self.comparisons.items()]
 
     @property
     def finding(self) -> str:
