@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,35 @@ def test_jobs_that_fail_are_outcomes() -> None:
     for outcome, text in zip(found, says, strict=False):
         assert not outcome.ok and text in outcome.error, outcome.error
     assert found[-1].ok and found[-1].value == (3, 1)
+
+
+SCRIPT = """
+from interp_core.launch import Job, make_launcher
+
+def seven():
+    return 7
+
+print("read")
+print(make_launcher("local").run([Job({job})])[0])
+"""
+
+
+def test_a_script_without_a_guard_works_or_is_told_what_it_needs(tmp_path: Path) -> None:
+    """Jobs of modules run, and the script is not read again; for one of its own functions it needs a guard."""
+    script = tmp_path / "script.py"
+
+    def run(job: str) -> subprocess.CompletedProcess[str]:
+        script.write_text(SCRIPT.format(job=job))
+        return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+
+    assert run("divmod, (7, 2)").stdout == "read\nOutcome(value=(3, 1), error='')\n"
+    own = run("seven")
+    assert "job 0: its process ended with exit status 1 before it came to the job" in own.stdout, own.stdout
+    assert own.stdout.count('Put what the script starts under `if __name__ == "__main__":`') == 1
+    assert "PlanError: this process is about to do a job of" in own.stderr
+    script.write_text(SCRIPT.format(job="seven").replace("print(make", 'if __name__ == "__main__": print(make'))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert "Outcome(value=7, error='')" in done.stdout, done.stderr
 
 
 def test_bad_jobs_and_options() -> None:

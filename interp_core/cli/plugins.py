@@ -7,13 +7,16 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import PluginError, nearest
+from ..errors import PlanError, PluginError, nearest
 from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
+
+if TYPE_CHECKING:
+    from ..testing import Report
 
 COMMANDS = ("list", "show", "check", "new")
 SHOWN = ("kind", "name", "status", "dist", "version", "target")
@@ -119,16 +122,49 @@ def check(
     ] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
 ) -> None:
-    """Run the conformance kit; exit status 1 if anything fails."""
-    from .. import settings, testing
+    """Run the conformance kit; exit status 1 if anything fails. Each check prints a line as soon as it is done."""
+    from .. import testing
 
     plugin = _installed_or_module(name, kind)
-    report = testing.check_plugin(plugin)
-    if plugin.kind == "methods" and report.rows[0].ok:
-        value = plugin.load()
-        report = testing.check_method(value, model, settings=settings.read(name, value.Config, assignments or []))
-    print(report)
+    if plugin.kind == "methods":  # the whole kit looks at these things again
+        report = testing.check_plugin(plugin)
+        if not report.ok:
+            print(report)
+            raise typer.Exit(1)
+        report = _checked(plugin, model, assignments or [])
+    else:
+        print(f"{plugin.label} ({plugin.target})", flush=True)
+        first = testing.check_plugin(plugin, tell=_tell)
+        report = _checked(plugin, model, assignments or []) if first.ok else first
+        report = first if report is first else testing.Report(report.title, first.rows + report.rows)
+    print(report.summary)
     raise typer.Exit(not report.ok)
+
+
+def _tell(row: Any) -> None:
+    print(row, flush=True)
+
+
+def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Report:
+    """What the kit of its kind finds of a plugin that can be imported."""
+    from .. import settings, testing
+
+    value = plugin.load()
+    ref = value if plugin.dist == SESSION else f"{plugin.dist}:{plugin.name}" if plugin.hidden else plugin.name
+    if plugin.kind == "methods":
+        print(f"{plugin.label} ({plugin.target})", flush=True)
+        values = settings.read(plugin.name, value.Config, assignments)
+        return testing.check_method(value, model, settings=values, tell=_tell)
+    if plugin.kind == "recipes":
+        values = settings.read(f"recipe {plugin.name}", settings.of_function(value), assignments)
+        return testing.check_recipe(ref, settings=values | ({} if model is None else {"model": model}), tell=_tell)
+    if assignments:
+        raise PlanError(f"--set is for settings; a {plugin.kind[:-1]} has none")
+    if plugin.kind == "architectures":
+        return testing.check_family(ref, model, tell=_tell)
+    if plugin.kind == "engines":
+        return testing.check_engine(value, model, tell=_tell)
+    return testing.check_launcher(value, tell=_tell)
 
 
 def _installed_or_module(name: str, kind: str | None) -> Plugin:
@@ -145,14 +181,14 @@ def _installed_or_module(name: str, kind: str | None) -> Plugin:
 def new(
     name: Annotated[str, typer.Argument(help="a Python name: my_lens")],
     out: Annotated[Path | None, typer.Option(help="folder to write, ./NAME by default")] = None,
-    kind: Annotated[str, typer.Option(help="what to write; method is the only one so far")] = "method",
+    kind: Annotated[str, typer.Option(help="method, recipe, family, engine or launcher")] = "method",
+    minimal: Annotated[bool, typer.Option("--minimal", help="of a method, the smallest that is right")] = False,
 ) -> None:
-    """Write a package with a working method, its test and its entry point."""
-    from ..scaffold import write_package
+    """Write a package with a plugin that works, its test and its entry point."""
+    from ..scaffold import next_steps, write_package
 
-    folder = write_package(name, out, kind)
-    print(f"{folder} is a package with the method {name!r}. Next:\n")
-    print(f"  pip install -e {folder}\n  interp plugins check {name}\n  interp run {name} --text 'Q: big'")
+    folder = write_package(name, out, kind, minimal=minimal)
+    print(f"{folder} is a package with the {kind} {name!r}. Next:\n\n{next_steps(name, folder, kind)}")
 
 
 def columns(rows: list[dict[str, str]]) -> str:
