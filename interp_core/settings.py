@@ -45,12 +45,17 @@ def _untyped(config: str, namespace: Mapping[str, Any]) -> str:
     """The message for settings without a type, from what stands in the body of their class."""
     annotations = {key: text for key, text in namespace.items() if key.startswith("__annotat")}
     typed = inspect.get_annotations(type(config, (), annotations))
-    plain = {key: value for key, value in namespace.items() if key not in typed and not key.startswith("_")}
-    lines = [
-        f"{key}: {'TYPE' if isinstance(value, FieldInfo) or value is None else type(value).__name__} = {value!r:.40}"
-        for key, value in plain.items()
-        if key != "model_config" and not inspect.isroutine(value) and not isinstance(value, (property, type))
-    ]
+    untyped = {
+        key: default
+        for key, default in namespace.items()
+        if not (key in typed or key.startswith("_") or key in ("model_config", "PER_PROMPT"))
+        and not (inspect.isroutine(default) or isinstance(default, (property, type)))
+    }
+    kinds = {
+        key: "TYPE" if default is None or isinstance(default, FieldInfo) else type(default).__name__
+        for key, default in untyped.items()
+    }
+    lines = [f"{key}: {kinds[key]} = {default!r:.40}" for key, default in untyped.items()]
     return f"{config}: a setting needs a type. Write `{'`, `'.join(lines)}` (or ClassVar[…], for what is no setting)"
 
 

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 import interp_core as ic
-from interp_core import testing
 from interp_core.cli import app
 from interp_core.plugins import refresh
 from interp_core.scaffold import KINDS, write_package

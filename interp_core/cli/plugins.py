@@ -51,7 +51,7 @@ def list_(
         return
     print(columns([{key: str(row[key]) for key in SHOWN} for row in rows]))
     for plugin, row in zip(listed, rows, strict=True):
-        if row["error"] and (verbose or row["status"] != "shadowed"):
+        if row["error"]:
             print(f"\n{plugin.label}: {row['error']}")
 
 
@@ -149,22 +149,22 @@ def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Repor
     """What the kit of its kind finds of a plugin that can be imported."""
     from .. import settings, testing
 
-    value = plugin.load()
-    ref = value if plugin.dist == SESSION else f"{plugin.dist}:{plugin.name}" if plugin.hidden else plugin.name
+    imported = plugin.load()
+    ref = imported if plugin.dist == SESSION else f"{plugin.dist}:{plugin.name}" if plugin.hidden else plugin.name
     if plugin.kind == "methods":
         print(f"{plugin.label} ({plugin.target})", flush=True)
-        values = settings.read(plugin.name, value.Config, assignments)
-        return testing.check_method(value, model, settings=values, tell=_tell)
+        values = settings.read(plugin.name, imported.Config, assignments)
+        return testing.check_method(imported, model, settings=values, tell=_tell)
     if plugin.kind == "recipes":
-        values = settings.read(f"recipe {plugin.name}", settings.of_function(value), assignments)
+        values = settings.read(f"recipe {plugin.name}", settings.of_function(imported), assignments)
         return testing.check_recipe(ref, settings=values | ({} if model is None else {"model": model}), tell=_tell)
     if assignments:
         raise PlanError(f"--set is for settings; a {plugin.kind[:-1]} has none")
     if plugin.kind == "architectures":
         return testing.check_family(ref, model, tell=_tell)
     if plugin.kind == "engines":
-        return testing.check_engine(value, model, tell=_tell)
-    return testing.check_launcher(value, tell=_tell)
+        return testing.check_engine(imported, model, tell=_tell)
+    return testing.check_launcher(imported, tell=_tell)
 
 
 def _installed_or_module(name: str, kind: str | None) -> Plugin:

@@ -18,6 +18,7 @@ from .. import settings
 from ..errors import PlanError
 from ..plugins import Plugin, find, registry
 from . import flags
+from .elsewhere import run_elsewhere
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -39,11 +40,18 @@ def run(
     kind: Annotated[
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="run it as a job of this launcher (`interp plugins launchers`)")
+    ] = None,
 ) -> None:
     """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`."""
     if name.startswith("-"):
         raise PlanError(f"interp run takes the name of a method or a recipe first, then its settings, not {name}")
     plugin = runnable(name, kind, text)
+    if launcher is not None:
+        settings_and_options = {"words": words, "assignments": assignments, "model": model, "text": text, "out": out}
+        run_elsewhere(launcher, run, plugin, {**settings_and_options, "name": name, "config": config, "kind": kind})
+        return
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":

@@ -18,7 +18,6 @@ from typing import Any
 from ..errors import PlanError
 from . import Job, Outcome
 
-
 BEGUN = b""
 """What a process says first, when it has come as far as its job."""
 REREAD = (

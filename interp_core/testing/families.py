@@ -6,7 +6,7 @@ testing.check_family("llama").raise_if_failed()
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..architectures.family import Family
 from ..batteries.sites import check_model
-from ..checks.equations import Law
+from ..checks.equations import Finding, Law
 from ..errors import InterpError, PluginError
 from ..model import Model, load
 from ..plugins import registry
@@ -46,7 +46,7 @@ def check_family(family: Family | str, model: Any = None, *, tell: Tell | None =
     kind = families_known.get(family) if isinstance(family, str) else family
     name = family.rpartition(":")[2] if isinstance(family, str) else kind.name
     beside = families_known.find(family).target.partition(":")[0] if isinstance(family, str) else ""
-    case = _Case(name, kind, partial(_model, name, beside) if model is None else lambda: model)
+    case = _Case(name, kind, partial(_model, name, beside) if model is None else lambda: getattr(model, "hf", model))
     checks: list[tuple[str, Callable[[], str], str | None]] = [("model", case.model_type, None)]
     checks += [("paths", case.paths, None)]
     checks += [(check, partial(case.law, law), None) for check, law in LAWS.items()]
@@ -67,6 +67,24 @@ def _model(name: str, module: str) -> Any:
         f"there is no small model of type {name!r}: write a function tiny() beside the Family in {module}, which "
         "returns one, or give a model (--model)"
     )
+
+
+def findings(model: Model) -> tuple[Finding, ...]:
+    """What the self-check found when a model was opened."""
+    return () if model.check is None else model.check.rows
+
+
+def all_hold(rows: Sequence[Finding]) -> str:
+    """How many findings hold.
+
+    Raises:
+        Failed: some do not.
+    """
+    failed = [f"{', '.join(row.sites)}: '{row.what}' does not hold ({row.detail})" for row in rows if not row.ok]
+    if failed:
+        more = f"; and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+        raise Failed("; ".join(failed[:SHOWN]) + more)
+    return f"{len(rows)} hold"
 
 
 class _Case:
@@ -90,7 +108,7 @@ class _Case:
         """There is a small model whose config finds this family."""
         if not isinstance(self.hf, nn.Module):
             return str(self.hf)
-        config = self.hf.config
+        config: Any = self.hf.config
         kinds = dict.fromkeys((str(config.model_type), str(config.get_text_config().model_type).removesuffix("_text")))
         if self.name not in kinds:
             said = " and ".join(map(repr, kinds))
@@ -101,6 +119,8 @@ class _Case:
 
     def paths(self) -> str:
         """Every path leads to a module; the sites that are there, and those that the language model lacks."""
+        if "hf" not in vars(self):
+            raise NotReached("needs a model")
         try:
             model = self.opened = load(self.hf)
         except PluginError as error:
@@ -113,12 +133,8 @@ class _Case:
 
     def law(self, law: Law) -> str:
         """Of the self-check at load: all that it found of one kind holds."""
-        rows = [row for row in self._model().check.rows if row.law is law]
-        failed = [f"{', '.join(row.sites)}: {row.what} fails ({row.detail})" for row in rows if not row.ok]
-        if failed:
-            more = f"; and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
-            raise Failed("; ".join(failed[:SHOWN]) + more)
-        return f"{len(rows)} hold"
+        rows = [row for row in findings(self._model()) if row.law is law]
+        return all_hold(rows)
 
     def uses(self) -> str:
         """What sites are said to be able to do they do: `interp_core.batteries.sites` on engine `torch`."""

@@ -15,7 +15,7 @@ from ..launch.trial import failing, timed
 from ..plugins import registry, status_of
 from .report import Failed, NotReached, Report, Tell, reported
 
-PAUSES = (0.3, 0.0, 0.1)
+PAUSES = (0.2, 0.0, 0.1)
 """Seconds of jobs that end in another order than they begin, if they run at the same time."""
 CAP = 2
 
@@ -46,7 +46,7 @@ class _Case:
     @cached_property
     def _plain(self) -> Launcher:
         try:
-            return self.kind()  # type: ignore[no-any-return]
+            return self.kind()
         except Exception as error:  # the plugin's own
             raise Failed(
                 f"{self.kind.__name__}() raised {type(error).__name__}: {error}; give every option a default"

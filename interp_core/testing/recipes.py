@@ -91,7 +91,8 @@ class _Case:
             raise Failed(f"a second run into the same folder differs in {', '.join(differ[:5])}")
         if before:
             return "the same files"
-        if returned is None or type(returned).__eq__ is object.__eq__:
+        kind: Any = type(returned)
+        if returned is None or kind.__eq__ is object.__eq__:
             raise NotReached("it wrote no files, and gave nothing that can be compared")
         if not same(self.returned, returned):
             raise Failed("a second run gives something else: draw from a generator with a seed among the settings")
