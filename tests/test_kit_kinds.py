@@ -264,6 +264,13 @@ def test_a_recipe_that_needs_more_is_run_with_it() -> None:
     def length(text: str) -> int:
         return len(text)
 
+    def refusing(text: str = "") -> int:
+        if not text:
+            raise ic.PlanError("give a text")
+        return len(text)
+
+    for settings, ok in (({}, None), ({"text": ""}, False), ({"text": "Q"}, True)):
+        assert testing.check_recipe(refusing, settings=settings).rows[2].ok is ok
     report = testing.check_recipe(length)
     assert report.ok and "it needs text, which have no default: give them, --set text=…" in str(report)
     assert report.summary == "2 checks passed; 2 could not be reached: runs, again"

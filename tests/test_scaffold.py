@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import interp_core as ic
+from interp_core import testing
 from interp_core.cli import app
 from interp_core.plugins import refresh
 from interp_core.scaffold import KINDS, write_package
@@ -55,7 +56,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 def check(name: str, *options: str) -> tuple[int, str]:
     """Exit status of, and what is printed by, `interp plugins check`."""
     done = CliRunner().invoke(app, ["plugins", "check", name, *options])
-    return done.exit_code, f"{done.stdout}{done.exception or ''}"
+    raised = done.exception if isinstance(done.exception, ic.InterpError) else ""
+    return done.exit_code, f"{done.stdout}{raised}"
 
 
 def written_tests(folder: Path) -> ModuleType:
@@ -113,7 +115,7 @@ def test_columns_of_the_readme_are_aligned(kind: str, name: str, tmp_path: Path)
 def test_the_minimal_method_is_one_tensor_and_one_read(tmp_path: Path) -> None:
     text = (write_package("few_lines", tmp_path / "x", minimal=True) / "src/few_lines/__init__.py").read_text()
     assert text.count(": Tensor") == 1 and text.count("model.run(") == 1 and text.count("\n") < 40
-    with pytest.raises(ic.PluginError, match="the template for a engine is its smallest already"):
+    with pytest.raises(ic.PluginError, match="the template for an engine is the smallest already"):
         write_package("few_lines", tmp_path / "y", "engine", minimal=True)
 
 
@@ -126,5 +128,23 @@ def test_an_example_is_called_one(kind: str, tmp_path: Path) -> None:
 
 def test_a_name_that_another_of_its_kind_has_is_refused(tmp_path: Path) -> None:
     for kind, name in {"recipe": "demo", "family": "gpt_neox", "launcher": "local", "engine": "nnsight"}.items():
-        with pytest.raises(ic.PluginError, match=f"interp-core has a {kind} {name!r} already"):
+        with pytest.raises(ic.PluginError, match=f"interp-core has an? {kind} {name!r} already"):
             write_package(name, tmp_path / "x", kind)
+
+
+def test_before_it_is_installed_a_plugin_is_checked_by_its_place(install: Install) -> None:
+    """`MODULE:ATTRIBUTE --kind`."""
+    folder = install("not_yet", "--kind", "launcher")
+    next((folder / "src").glob("*.dist-info/entry_points.txt")).unlink()
+    refresh()
+    status, printed = check("not_yet:NotYet", "--kind", "launchers")
+    assert status == 0 and printed.endswith("7 checks passed\n"), printed
+
+
+def test_a_wrong_path_is_the_family_files_fault(install: Install) -> None:
+    folder = install("astray", "--kind", "family")
+    file = folder / "src/astray/__init__.py"
+    file.write_text(file.read_text().replace('"squeeze"', '"sqeeze"'))
+    report = testing.check_family("astray")
+    said = "the family file of 'astray' says that blocks.mlp.out is at 'sqeeze', where this model has no module. "
+    assert report.failed == ["paths"] and f"{said}Did you mean 'squeeze'?" in str(report)

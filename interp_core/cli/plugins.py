@@ -118,7 +118,7 @@ def check(
     name: Annotated[str, typer.Argument(help="as listed, or MODULE:CLASS of a method that is not installed")],
     kind: Kind = None,
     model: Annotated[
-        str | None, typer.Option(help="what a method is run on: a toy, a folder, or a hub id; the toy that fits")
+        str | None, typer.Option(help="what it is run on: a toy, a folder, or a hub id; a small one that fits")
     ] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
 ) -> None:
@@ -157,11 +157,12 @@ def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Repor
         return testing.check_method(imported, model, settings=values, tell=_tell)
     if plugin.kind == "recipes":
         values = settings.read(f"recipe {plugin.name}", settings.of_function(imported), assignments)
-        return testing.check_recipe(ref, settings=values | ({} if model is None else {"model": model}), tell=_tell)
+        return testing.check_recipe(ref, model or "toy:text", settings=values, tell=_tell)
     if assignments:
         raise PlanError(f"--set is for settings; a {plugin.kind[:-1]} has none")
     if plugin.kind == "architectures":
-        return testing.check_family(ref, model, tell=_tell)
+        beside = sys.modules[plugin.target.partition(":")[0]]
+        return testing.check_family(ref, model or getattr(beside, "tiny", None), tell=_tell)
     if plugin.kind == "engines":
         return testing.check_engine(imported, model, tell=_tell)
     return testing.check_launcher(imported, tell=_tell)

@@ -21,7 +21,7 @@ from ..plugins import registry
 Commands = tuple[tuple[str, str], ...]
 """What to type, and what that does."""
 INSTALL: Commands = (("pip install -e '.[test]'", ""),)
-TEST: Commands = (("pytest", "the same, and the numbers"),)
+TEST: Commands = (("pytest", "the same, and what is particular"),)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def write_package(name: str, folder: Path | None = None, kind: str = "method", *
     if kind not in KINDS:
         raise PluginError(f"there is no template for a {kind!r}. {nearest(kind, KINDS)}")
     if minimal and kind != "method":
-        raise PluginError(f"the template for a {kind} is its smallest already: leave --minimal out")
+        raise PluginError(f"the template for {_a(kind)} is the smallest already: leave --minimal out")
     _check_name(name, kind)
     out = Path(name) if folder is None else folder
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -118,7 +118,7 @@ def _values(name: str, kind: str) -> dict[str, str]:
     names = {"name": name, "cls": "".join(word.capitalize() for word in words)}
     commands = (*INSTALL, (f"interp plugins check {name}", spec.check), *TEST, *spec.commands)
     return names | {
-        "kind": kind,
+        "kind": _a(kind),
         "group": spec.group,
         "attribute": Template(spec.attribute).substitute(names),
         "commands": _aligned([(Template(command).substitute(names), comment) for command, comment in commands]),
@@ -126,6 +126,10 @@ def _values(name: str, kind: str) -> dict[str, str]:
         "title": " ".join(words).strip().capitalize(),
         "version": __version__,
     }
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "engine" else f"a {kind}"
 
 
 def _aligned(commands: Sequence[tuple[str, str]]) -> str:
@@ -143,9 +147,11 @@ def _check_name(name: str, kind: str) -> None:
     plain, plugins = re.sub(r"\W+", "_", name.strip()).strip("_").lower(), registry(KINDS[kind].group)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         hint = f" Try {plain!r}." if plain.isidentifier() and not keyword.iskeyword(plain) else ""
-        raise PluginError(f"{name!r} cannot be the name of a {kind} and its module: small letters, digits and _.{hint}")
+        raise PluginError(
+            f"{name!r} cannot be the name of {_a(kind)} and its module: small letters, digits and _.{hint}"
+        )
     if name in plugins:
         dist = plugins.find(name).dist
-        raise PluginError(f"{dist} has a {kind} {name!r} already; two of one name shadow each other. Take another")
+        raise PluginError(f"{dist} has {_a(kind)} {name!r} already; two of one name shadow each other. Take another")
     if importlib.util.find_spec(name) is not None:
         raise PluginError(f"there is a module {name!r} here already, which the package would hide. Take another name")

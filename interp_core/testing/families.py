@@ -35,8 +35,8 @@ def check_family(family: Family | str, model: Any = None, *, tell: Tell | None =
 
     Args:
         family: the `Family`, or the model type under which it is registered.
-        model: a small model of that type, or what `ic.load` takes; by default what the function `tiny` of the family's
-            module returns, or the tiny model of this type that `interp_core.testing` has.
+        model: a small model of that type, what `ic.load` takes, or a function that returns a model; by default the
+            function `tiny` of the family's module, or the tiny model of this type that `interp_core.testing` has.
         tell: gets each row as soon as its check is done.
 
     Raises:
@@ -46,7 +46,9 @@ def check_family(family: Family | str, model: Any = None, *, tell: Tell | None =
     kind = families_known.get(family) if isinstance(family, str) else family
     name = family.rpartition(":")[2] if isinstance(family, str) else kind.name
     beside = families_known.find(family).target.partition(":")[0] if isinstance(family, str) else ""
-    case = _Case(name, kind, partial(_model, name, beside) if model is None else lambda: getattr(model, "hf", model))
+    if model is None:
+        model = getattr(sys.modules.get(beside), "tiny", partial(_model, name, beside))
+    case = _Case(name, kind, model if callable(model) and not isinstance(model, nn.Module) else lambda: model)
     checks: list[tuple[str, Callable[[], str], str | None]] = [("model", case.model_type, None)]
     checks += [("paths", case.paths, None)]
     checks += [(check, partial(case.law, law), None) for check, law in LAWS.items()]
@@ -57,15 +59,12 @@ def check_family(family: Family | str, model: Any = None, *, tell: Tell | None =
 
 
 def _model(name: str, module: str) -> Any:
-    """A small model of a type: of its package's own making, or one of ours."""
-    make = getattr(sys.modules.get(module), "tiny", None)
-    if callable(make):
-        return make()
+    """The tiny model of a type that we have."""
     if name in (*families(), *mixtures()):
         return tiny(name)
     raise NotReached(
-        f"there is no small model of type {name!r}: write a function tiny() beside the Family in {module}, which "
-        "returns one, or give a model (--model)"
+        f"there is no small model of type {name!r}: write a function tiny() beside the Family{' in ' * bool(module)}"
+        f"{module}, which returns one, or give a model (--model)"
     )
 
 
@@ -98,7 +97,8 @@ class _Case:
     def hf(self) -> Any:
         """The model as it was given: a module, or what `ic.load` takes."""
         try:
-            return self.source()
+            model = self.source()
+            return getattr(model, "hf", model)
         except NotReached:
             raise
         except Exception as error:  # the plugin's own

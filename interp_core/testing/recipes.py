@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings as _settings
-from ..errors import InterpError
+from ..errors import InterpError, PlanError
 from ..plugins import registry, status_of
 from ..result import same
 from .report import Failed, NotReached, Report, Tell, reported
@@ -27,13 +28,18 @@ RECORD = ("manifest.json", "record", "DONE")
 
 
 def check_recipe(
-    recipe: Callable[..., Any] | str, *, settings: Mapping[str, Any] | None = None, tell: Tell | None = None
+    recipe: Callable[..., Any] | str,
+    model: str = TOY,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    tell: Tell | None = None,
 ) -> Report:
     """Run every check on a recipe: it runs twice, in a folder that is deleted afterwards, on the toy if its model can
     be chosen.
 
     Args:
         recipe: the function, or its registered name.
+        model: what goes into its setting `model` or `model_path`.
         settings: those that have no default, and others.
         tell: gets each row as soon as its check is done.
 
@@ -43,7 +49,7 @@ def check_recipe(
     function = registry("recipes").get(recipe) if isinstance(recipe, str) else recipe
     name = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", repr(recipe))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        case = _Case(function, dict(settings or {}), Path(folder) / "out")
+        case = _Case(function, model, dict(settings or {}), Path(folder) / "out")
         checks = (case.function, case.help, case.runs, case.again)
         return reported(f"recipe {name!r}", [(check.__name__, check, None) for check in checks], tell)
 
@@ -51,10 +57,10 @@ def check_recipe(
 class _Case:
     """One recipe; each method is a check, and its docstring says what must hold."""
 
-    def __init__(self, function: Any, settings: dict[str, Any], folder: Path) -> None:
-        self.call, self.settings, self.folder = function, settings, folder
+    def __init__(self, function: Any, model: str, settings: dict[str, Any], folder: Path) -> None:
+        self.call, self.model, self.settings, self.folder = function, model, settings, folder
         self.returned: Any = None
-        self.files: dict[str, bytes] | None = None
+        self.files: dict[str, Any] | None = None
 
     def function(self) -> str:
         """A function of one config."""
@@ -103,7 +109,7 @@ class _Case:
         fields, chosen = config.model_fields, dict(self.settings)
         for name in MODELS:
             if name in fields:
-                chosen.setdefault(name, TOY)
+                chosen.setdefault(name, self.model)
         if "out" in fields:
             chosen["out"] = self.folder
         if needed := [name for name, field in fields.items() if field.is_required() and name not in chosen]:
@@ -117,6 +123,10 @@ class _Case:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return _settings.call(self.call, config)
+        except PlanError as error:
+            if self.settings:
+                raise Failed(f"it refuses these settings: {error}") from error
+            raise NotReached(f"it refuses its defaults: {error}") from error
         except (Exception, SystemExit) as error:  # a plugin may raise anything
             trace = traceback.format_exc().strip()
             raise Failed(f"it raised {type(error).__name__}: {error}\n{trace}") from error
@@ -126,10 +136,18 @@ def _flags(names: list[str]) -> str:
     return " ".join(f"--set {name}=…" for name in names)
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    """What a run wrote, but for the record of when and how."""
+def _files(folder: Path) -> dict[str, Any]:
+    """What a run wrote, but for the records of when and how."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): _without_origin(path)
         for path in folder.rglob("*")
         if path.is_file() and path.relative_to(folder).parts[0] not in RECORD
     }
+
+
+def _without_origin(path: Path) -> Any:
+    """A file's content; of a saved result, without where it came from, which has the date."""
+    content = path.read_bytes()
+    if path.name == "result.json":
+        return {key: part for key, part in json.loads(content).items() if key != "provenance"}
+    return content
