@@ -260,7 +260,9 @@ def test_a_method_is_run_on_the_toy_that_has_what_it_requires(site: str, toy: st
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe", "qwen3_vl"])
 def test_a_good_method_passes(family: str) -> None:
-    report = testing.check_method(Good, tiny_model(family), settings={"power": 2})
+    told: list[testing.Row] = []
+    report = testing.check_method(Good, tiny_model(family), settings={"power": 2}, tell=told.append)
+    assert tuple(told) == report.rows and str(report).endswith(f"\n{len(CHECKS)} checks passed")
     assert report.ok and all(row.ok for row in report.rows), str(report)
     assert [row.check for row in report.rows] == list(CHECKS)
     report.raise_if_failed()

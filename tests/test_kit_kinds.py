@@ -138,7 +138,7 @@ def engine(program: Any, **members: Any) -> type[TorchEngine]:
 
 
 def test_a_wrong_engine_is_caught() -> None:
-    model = testing.tiny("llama")
+    model = tiny_model("llama")
     right = testing.check_engine(engine(TorchProgram), model)
     assert right.ok and [row.check for row in right.rows] == ["made", "self_check", "read", "write", "grad", "generate"]
     report = testing.check_engine(engine(DropsEdits), model)
@@ -184,7 +184,7 @@ LLAMA = Family("llama", paths={**llama_like("model"), "unembed": "lm_head"})
     ids=["model", "paths", "blocks", "sums", "right", "readout"],
 )
 def test_a_wrong_family_is_caught(family: Family, check: str, says: str) -> None:
-    report = testing.check_family(family, testing.tiny("llama"))
+    report = testing.check_family(family, testing.tiny("llama", num_hidden_layers=1))
     if not check:
         assert report.ok and report.summary == "8 checks passed", report
     else:
@@ -281,14 +281,26 @@ def test_a_recipe_that_needs_more_is_run_with_it() -> None:
 
 
 def test_checks_are_told_as_they_are_done() -> None:
-    rows: list[testing.Row] = []
+    told: list[testing.Row] = []
+    report = testing.check_launcher(Late, tell=told.append)
+    assert tuple(told) == report.rows
+    for row, line in zip(told, str(report).splitlines()[1:], strict=False):
+        assert re.match(rf"(ok  |FAIL)  {row.check} .*\({row.seconds:.1f} s\)$", line), line
+    assert str(report).endswith("\n4 checks passed; 1 failed: cap")
 
-    def tell(row: testing.Row) -> None:
-        rows.append(row)
 
-    report = testing.check_method("logit_lens", tiny_model("llama"), settings={"at": -1}, tell=tell)
-    assert tuple(rows) == report.rows and all(row.seconds >= 0 for row in rows)
-    assert str(report).endswith("19 checks passed") and str(rows[0]).endswith(" s)")
+def test_every_check_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs/plugins.md").read_text()
+    reports = {
+        "A recipe": testing.check_recipe(Settings),  # no recipe: what is asked is only which checks there are
+        "A family": testing.check_family("mpt"),
+        "An engine": testing.check_engine(Unmade, tiny_model("llama")),
+        "A launcher": testing.check_launcher(Needy),
+    }
+    for heading, report in reports.items():
+        section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+        assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == [row.check for row in report.rows]
 
 
 def test_a_setting_without_a_type_is_named() -> None:
