@@ -90,6 +90,7 @@ def test_what_is_written_passes_its_check(
     assert status == 0, printed
     lines = printed.splitlines()
     assert lines[-1] == f"{passed} checks passed", printed
+    assert lines[0].endswith(" 'what_it_is' of what-it-is 0.1.0 (what_it_is:" + lines[0].rpartition(":")[2])
     assert len(lines) == passed + 2 and all(re.fullmatch(r"ok    .*\(\d+\.\d s\)", line) for line in lines[1:-1])
     if "--kind" in options:  # those of a method run in test_thirdparty, by pytest
         written = written_tests(folder)
@@ -133,12 +134,18 @@ def test_a_name_that_another_of_its_kind_has_is_refused(tmp_path: Path) -> None:
 
 
 def test_before_it_is_installed_a_plugin_is_checked_by_its_place(install: Install) -> None:
-    """`MODULE:ATTRIBUTE --kind`."""
+    """`MODULE:ATTRIBUTE --kind`, by either word for a kind."""
     folder = install("not_yet", "--kind", "launcher")
     next((folder / "src").glob("*.dist-info/entry_points.txt")).unlink()
     refresh()
-    status, printed = check("not_yet:NotYet", "--kind", "launchers")
-    assert status == 0 and printed.endswith("7 checks passed\n"), printed
+    for kind in ("launcher", "launchers"):
+        status, printed = check("not_yet:NotYet", "--kind", kind)
+        assert status == 0 and printed.startswith("launcher not_yet:NotYet\n"), printed
+        assert printed.endswith("\n7 checks passed\n"), printed
+    assert (
+        "no kind of plugin is called 'launchr'. Did you mean 'launchers'"
+        in check("not_yet:NotYet", "--kind", "launchr")[1]
+    )
 
 
 def test_a_wrong_path_is_the_family_files_fault(install: Install) -> None:

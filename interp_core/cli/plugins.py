@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from ..errors import PlanError, PluginError, nearest
 from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from ..testing import Report
@@ -126,17 +127,17 @@ def check(
     from .. import testing
 
     plugin = _installed_or_module(name, kind)
-    if plugin.kind == "methods":  # the whole kit looks at these things again
-        report = testing.check_plugin(plugin)
-        if not report.ok:
-            print(report)
-            raise typer.Exit(1)
-        report = _checked(plugin, model, assignments or [])
-    else:
-        print(f"{plugin.label} ({plugin.target})", flush=True)
-        first = testing.check_plugin(plugin, tell=_tell)
-        report = _checked(plugin, model, assignments or []) if first.ok else first
-        report = first if report is first else testing.Report(report.title, first.rows + report.rows)
+    what = f"{plugin.kind[:-1]} {plugin.target}" if plugin.dist == SESSION else f"{plugin.label} ({plugin.target})"
+    print(what, flush=True)
+    with Progress(f"importing {plugin.target} in another process", 0):
+        first = testing.check_plugin(plugin)
+    importable = first.rows[0].ok
+    if importable and plugin.kind == "methods":  # the whole kit looks at documentation and settings again
+        first = testing.Report(first.title, ())
+    for row in first.rows:
+        _tell(row)
+    report = _checked(plugin, model, assignments or []) if importable else testing.Report("", ())
+    report = testing.Report(report.title, first.rows + report.rows)
     print(report.summary)
     raise typer.Exit(not report.ok)
 
@@ -152,7 +153,6 @@ def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Repor
     imported = plugin.load()
     ref = imported if plugin.dist == SESSION else f"{plugin.dist}:{plugin.name}" if plugin.hidden else plugin.name
     if plugin.kind == "methods":
-        print(f"{plugin.label} ({plugin.target})", flush=True)
         values = settings.read(plugin.name, imported.Config, assignments)
         return testing.check_method(imported, model, settings=values, tell=_tell)
     if plugin.kind == "recipes":
@@ -169,6 +169,12 @@ def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Repor
 
 
 def _installed_or_module(name: str, kind: str | None) -> Plugin:
+    if kind is not None and kind not in KINDS:  # `interp plugins new` calls them by one word each
+        from ..scaffold import KINDS as WRITTEN
+
+        if kind not in WRITTEN:
+            raise PluginError(f"no kind of plugin is called {kind!r}. {nearest(kind, KINDS)}")
+        kind = WRITTEN[kind].group
     try:
         return find(name, (kind,) if kind else KINDS)
     except PluginError:

@@ -54,7 +54,7 @@ def class_(case: MethodCase) -> str:
     for need in method.requires:
         if need not in SITES and need not in CAPABILITIES:
             raise Failed(f"requires {need!r}, which is no site or capability. {nearest(need, [*SITES, *CAPABILITIES])}")
-    return ""
+    return f"on {case.model!r}"
 
 
 @check
