@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from interp_core.plugins import refresh
 from interp_core.scaffold import KINDS, write_package
 
 Install = Callable[..., Path]
+CHECKERS = importlib.util.find_spec("mypy") is not None and importlib.util.find_spec("ruff") is not None
 
 
 @pytest.fixture
@@ -131,6 +133,21 @@ def test_a_name_that_another_of_its_kind_has_is_refused(tmp_path: Path) -> None:
     for kind, name in {"recipe": "demo", "family": "gpt_neox", "launcher": "local", "engine": "nnsight"}.items():
         with pytest.raises(ic.PluginError, match=f"interp-core has an? {kind} {name!r} already"):
             write_package(name, tmp_path / "x", kind)
+
+
+@pytest.mark.slow  # mypy knows nothing of torch yet
+@pytest.mark.skipif(not CHECKERS, reason="mypy and ruff come with the dev extra: make check")
+@pytest.mark.parametrize("options", [("--minimal",), *(("--kind", kind) for kind in KINDS)], ids="".join)
+def test_what_is_written_passes_type_check_and_lint(install: Install, options: tuple[str, ...]) -> None:
+    folder = install("what_writes", *options)
+    cache = Path(__file__).parent.parent / ".mypy_cache/written"  # its settings are its own
+    for command in (
+        ["mypy", "--cache-dir", str(cache)],
+        ["ruff", "check", "--extend-select", "I,B,UP", "--isolated", "--line-length", "120"],
+        ["ruff", "format", "--check", "--isolated", "--line-length", "120"],
+    ):
+        out = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=folder)
+        assert out.returncode == 0, out.stdout
 
 
 def test_before_it_is_installed_a_plugin_is_checked_by_its_place(install: Install) -> None:

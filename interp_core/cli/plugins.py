@@ -116,7 +116,7 @@ def _page(plugin: Plugin, info: Any) -> str:
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="as listed, or MODULE:CLASS of a method that is not installed")],
+    name: Annotated[str, typer.Argument(help="as listed, or MODULE:NAME of what is not installed, with its --kind")],
     kind: Kind = None,
     model: Annotated[
         str | None, typer.Option(help="what it is run on: a toy, a folder, or a hub id; a small one that fits")
@@ -159,7 +159,7 @@ def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Repor
         values = settings.read(f"recipe {plugin.name}", settings.of_function(imported), assignments)
         return testing.check_recipe(ref, model or "toy:text", settings=values, tell=_tell)
     if assignments:
-        raise PlanError(f"--set is for settings; a {plugin.kind[:-1]} has none")
+        raise PlanError(f"--set is for settings of methods and recipes; {plugin.label} has none")
     if plugin.kind == "architectures":
         beside = sys.modules[plugin.target.partition(":")[0]]
         return testing.check_family(ref, model or getattr(beside, "tiny", None), tell=_tell)

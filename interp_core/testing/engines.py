@@ -37,7 +37,7 @@ def check_engine(engine: Any, model: Any = None, *, tell: Tell | None = None) ->
     checks += [("self_check", case.self_check, None)]
     checks += [(use, partial(case.use, use), None) for use in USES]
     name = getattr(kind, "name", None) or ""
-    lend = not why and not (name in engines and engines.get(name) is kind)
+    lend = not why and not (name in engines and engines.find(name).value is kind)
     with engines.lent(name, kind) if lend else nullcontext():
         return reported(f"engine {name!r}", checks, tell)
 

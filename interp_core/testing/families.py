@@ -53,7 +53,7 @@ def check_family(family: Family | str, model: Any = None, *, tell: Tell | None =
     checks += [("paths", case.paths, None)]
     checks += [(check, partial(case.law, law), None) for check, law in LAWS.items()]
     checks += [("uses", case.uses, None)]
-    known = families_known.get(name) is kind if name in families_known else False
+    known = name in families_known and families_known.find(name).value is kind
     with nullcontext() if known else families_known.lent(name, kind):
         return reported(f"family {name!r}", checks, tell)
 
