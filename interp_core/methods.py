@@ -129,7 +129,10 @@ class Method(Shown, ABC):
         result = self.run(model, tokens, config)
         if not isinstance(result, Result):
             kind = type(result).__name__
-            raise PluginError(f"{type(self).__name__}.run returned a {kind}: methods return an interp_core.Result")
+            raise PluginError(
+                f"{type(self).__name__}.run returned a {kind}: methods return an interp_core.Result, a frozen "
+                "dataclass whose fields are what was computed and whose AXES name the axes of its tensors"
+            )
         return result.with_provenance(record)
 
     def configured(self, settings: Mapping[str, Any]) -> Any:

@@ -5,24 +5,62 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
+from .columns import terminal_width, wrapped
 from .errors import PlanError, PluginError, nearest
 
 NEEDED = "(needed)"
 """In place of a default, where there is none."""
 
 
-class Config(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as Checking
+else:
+    Checking = type(BaseModel)
+
+
+class _Named(Checking):
+    """What makes classes of settings: a setting without a type is named, with the line to write."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        try:
+            return super().__new__(mcs, name, bases, namespace, **options)
+        except PydanticUserError as error:
+            if error.code != "model-field-missing-annotation":
+                raise
+            raise PluginError(_untyped(name, namespace)) from error
+
+
+def _untyped(config: str, namespace: Mapping[str, Any]) -> str:
+    """The message for settings without a type, from what stands in the body of their class."""
+    annotations = {key: text for key, text in namespace.items() if key.startswith("__annotat")}
+    typed = inspect.get_annotations(type(config, (), annotations))
+    untyped = {
+        key: default
+        for key, default in namespace.items()
+        if not (key in typed or key.startswith("_") or key in ("model_config", "PER_PROMPT"))
+        and not (inspect.isroutine(default) or isinstance(default, (property, type)))
+    }
+    kinds = {
+        key: "TYPE" if default is None or isinstance(default, FieldInfo) else type(default).__name__
+        for key, default in untyped.items()
+    }
+    lines = [f"{key}: {kinds[key]} = {default!r:.40}" for key, default in untyped.items()]
+    return f"{config}: a setting needs a type. Write `{'`, `'.join(lines)}` (or ClassVar[…], for what is no setting)"
+
+
+class Config(BaseModel, metaclass=_Named):
     """Base of the settings of methods: unknown keys are refused, values are checked, nothing changes afterwards.
 
     An `Attributes:` section in a subclass's docstring describes its fields. `PER_PROMPT` names those of which a list
@@ -172,6 +210,23 @@ def _shown(default: Any) -> str:
 def _type(annotation: Any) -> str:
     plain = isinstance(annotation, type) and not typing.get_args(annotation)
     return annotation.__name__ if plain else re.sub(r"\b(\w+\.)+(?=\w)", "", str(annotation))
+
+
+WIDTH = 100
+
+
+def page(config: type[Config]) -> str:
+    """Every setting as help has it, the needed ones first: name, type and default, then what is said of it."""
+    listed = sorted(rows(config), key=lambda row: row["default"] != NEEDED)
+    return "\n".join(map(_entry, listed)) or "It has no settings."
+
+
+def _entry(row: dict[str, str]) -> str:
+    """One setting, with its description below it."""
+    width = min(WIDTH, terminal_width() or WIDTH)
+    description = textwrap.fill(row["description"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    head = wrapped(f"  --{row['setting']}  {row['type']} = {row['default']}", terminal_width(), "      ")
+    return f"{head}\n{description}".rstrip()
 
 
 # the section's heading at any indent, then all lines that stand deeper than it, or are empty

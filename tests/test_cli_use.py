@@ -272,9 +272,9 @@ def test_checks_are_printed_as_they_pass(monkeypatch: pytest.MonkeyPatch) -> Non
     lines: list[str] = []
     monkeypatch.setattr(kit, "CHECKS", {name: checks.CHECKS[name] for name in ("class", "config")})
     monkeypatch.setitem(kit.CHECKS, "last", lambda case: f"{len(lines)} lines before")
-    report = kit.check_method(LogitLens, toy_model(), told=lambda line: lines.append(str(line)))
-    assert lines[0] == report.title and [line.split()[1] for line in lines[1:]] == ["class", "config", "last"]
-    assert lines[3].endswith("3 lines before") and str(report) == "\n".join(lines)
+    report = kit.check_method(LogitLens, toy_model(), tell=lambda row: lines.append(str(row)))
+    assert [line.split()[1] for line in lines] == ["class", "config", "last"] and "2 lines before" in lines[2]
+    assert str(report) == "\n".join([report.title, *lines, "3 checks passed"])
 
 
 def test_names_are_completed_without_torch() -> None:

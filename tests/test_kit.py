@@ -28,8 +28,9 @@ from interp_core import sites as S
 from interp_core import testing
 from interp_core.plugins import Plugin
 from interp_core.plugins.sandbox import inspect_here
-from interp_core.testing.case import MethodCase, NotReached, stacked
+from interp_core.testing.case import MethodCase, stacked
 from interp_core.testing.checks import CHECKS, undescribed
+from interp_core.testing.report import NotReached
 
 SITE = S.resid_post[1]
 
@@ -193,7 +194,7 @@ def drawn(_m: Any, _t: Any, found: Norms) -> Norms:
 BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("class", lambda: variant(requires=frozenset({"patern"})), "'patern', which is no site.*Did you mean 'pattern'"),
     ("class", lambda: variant(requires="resid_post"), "not a set of names"),
-    ("class", lambda: variant(name=""), "it has no name"),
+    ("class", lambda: variant(name=""), "it has no name: write name = 'bad' in class Bad"),
     ("class", lambda: variant(api=0), "written for interface 0, this is 1"),
     ("class", lambda: type("Bare", (ic.Method,), {"name": "bare", "__module__": __name__}), "leaves run to be written"),
     ("class", lambda: variant(Config=dict), "not a subclass of interp_core.Config"),
@@ -204,26 +205,26 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("config", lambda: config(doc="Settings."), "no description of power"),
     ("config", lambda: config(model_config={"extra": "allow"}), "extra='allow': leave it at 'forbid'"),
     ("config", lambda: config(power=Field(default="x", validate_default=True)), "the defaults are refused"),
-    ("result", lambda: then(lambda *_: {"norm": 1}), "run returned a dict: methods return"),
+    ("result", lambda: then(lambda *_: {"norm": 1}), "run returned a dict: methods return an interp_core.Result, a frozen dataclass whose .* of its tensors$"),
     ("result", lambda: first(lambda *_: 1 / 0), "ZeroDivisionError"),
     ("result", lambda: first(lambda *_: exit()), "SystemExit"),
     ("result", lambda: then(lambda _m, _t, r: type("Forgot", (Norms,), {})(r.norm, r.total)), "write @dataclass"),
     ("shapes", lambda: result({"norm": ("batch", "pos")}), r"total is a tensor \[2\], but AXES does not name"),
-    ("shapes", lambda: result({"norm": ("pos", "batch"), "total": ("batch",)}, __post_init__=lambda _: None), "batch is 7, elsewhere 2"),
+    ("shapes", lambda: result({"norm": ("pos", "batch"), "total": ("batch",)}, __post_init__=lambda _: None), r"batch is 7, elsewhere 2; are batch and pos swapped in AXES\?"),
     ("shapes", lambda: result({"norm": ("batch", "key"), "total": ("batch",)}), "annotated 'batch pos', AXES says 'batch key'"),
     ("saving", lambda: result(load=classmethod(reloaded)), "after save and load it differs in norm"),
     ("saving", lambda: result(table=lambda self: [{"norm": self.norm}]), "TypeError: Object of type Tensor"),
     ("hooks", lambda: first(lambda m, _: m.hf.lm_head.register_forward_hook(lambda *_: None)), "lm_head._forward_hooks"),
     ("hooks", lambda: first(patched), "layers.0.mlp.forward"),
-    ("weights", lambda: first(damaged), "lm_head.weight"),
-    ("modes", lambda: first(lambda m, _: m.hf.model.train()), "model.training was False, is True"),
+    ("weights", lambda: first(damaged), "^lm_head.weight has other values. Compute with copies"),
+    ("modes", lambda: first(lambda m, _: m.hf.train()), "^LlamaForCausalLM.training was False, is True; .* more. Put back"),
     ("modes", lambda: first(lambda m, _: m.hf.requires_grad_(False)), "requires_grad was True, is False"),
     ("modes", lambda: first(graded), "lm_head.weight.grad was none"),
     ("model_config", lambda: first(lambda m, _: setattr(m.hf.config, "use_cache", False)), "config.use_cache was True"),
     ("model_config", lambda: first(lambda m, _: m.hf.set_attn_implementation("eager")), "attention was sdpa, is eager"),
-    ("random_state", lambda: first(lambda *_: torch.rand(1)), "torch was"),
-    ("random_state", lambda: first(lambda *_: np.random.rand()), "numpy was"),
-    ("random_state", lambda: first(lambda *_: random.random()), "random was"),
+    ("random_state", lambda: first(lambda *_: torch.rand(1)), r"it draws from torch's global generator, or seeds it; use a generator of your own: torch.Generator\(\)"),
+    ("random_state", lambda: first(lambda *_: np.random.rand()), r"numpy's global generator, .* numpy.random.default_rng\(seed\)"),
+    ("random_state", lambda: first(lambda *_: random.random()), r"Python's global generator, .* random.Random\(seed\)"),
     ("input", lambda: first(overwritten), "writes into the tokens"),
     ("exception", lambda: first(hooked), r"after an error in module call \d+ of \d+: model.layers.2._forward_hooks"),
     ("exception", lambda: variant(norm=lambda self, model, tokens: swallowed(model, tokens)), "it went on after an error"),
@@ -259,7 +260,9 @@ def test_a_method_is_run_on_the_toy_that_has_what_it_requires(site: str, toy: st
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe", "qwen3_vl"])
 def test_a_good_method_passes(family: str) -> None:
-    report = testing.check_method(Good, tiny_model(family), settings={"power": 2})
+    told: list[testing.Row] = []
+    report = testing.check_method(Good, tiny_model(family), settings={"power": 2}, tell=told.append)
+    assert tuple(told) == report.rows and str(report).endswith(f"\n{len(CHECKS)} checks passed")
     assert report.ok and all(row.ok for row in report.rows), str(report)
     assert [row.check for row in report.rows] == list(CHECKS)
     report.raise_if_failed()

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from test_plugins import distribution
+from typer.testing import CliRunner
 
 import interp_core as ic
+from interp_core.cli import app
 from interp_core.launch import Job, Launcher, Outcome, make_launcher
 from interp_core.launch.local import Local
+from interp_core.plugins import refresh
 
 
 def mark(folder: str, name: str, seconds: float) -> str:
@@ -49,6 +56,102 @@ def test_jobs_that_fail_are_outcomes() -> None:
     for outcome, text in zip(found, says, strict=False):
         assert not outcome.ok and text in outcome.error, outcome.error
     assert found[-1].ok and found[-1].value == (3, 1)
+
+
+SCRIPT = """
+from interp_core.launch import Job, make_launcher
+
+def seven():
+    return 7
+
+print("read")
+print(make_launcher("local").run([Job({job})])[0])
+"""
+
+
+def test_a_script_without_a_guard_works_or_is_told_what_it_needs(tmp_path: Path) -> None:
+    """Jobs of modules run, and the script is not read again; for one of its own functions it needs a guard."""
+    script = tmp_path / "script.py"
+
+    def run(job: str) -> subprocess.CompletedProcess[str]:
+        script.write_text(SCRIPT.format(job=job))
+        return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+
+    assert run("divmod, (7, 2)").stdout == "read\nOutcome(value=(3, 1), error='')\n"
+    own = run("seven")
+    assert "job 0: its process ended with exit status 1 before it came to the job" in own.stdout, own.stdout
+    assert own.stdout.count('Put what the script starts under `if __name__ == "__main__":`') == 1
+    assert "PlanError: this process is about to do a job of" in own.stderr
+    script.write_text(SCRIPT.format(job="seven").replace("print(make", 'if __name__ == "__main__": print(make'))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert "Outcome(value=7, error='')" in done.stdout, done.stderr
+
+
+class Here:
+    """Runs jobs in this process."""
+
+    name = "here"
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        return [Outcome(job.call(*job.args)) for job in jobs]
+
+
+class Gone(Here):
+    """Never brings a result."""
+
+    name = "gone"
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        return [Outcome(error="Traceback …\nOSError: the machine is gone") for _ in jobs]
+
+
+RECIPE = """
+import os
+from pathlib import Path
+
+def pid(fails: bool = False, out: Path | None = None) -> str:
+    if fails:
+        raise OSError("no luck")
+    return f"{os.getpid()} {os.getcwd()} {out}"
+"""
+
+
+@pytest.fixture
+def interp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`interp run` with these launchers, and a recipe that is installed: exit status, output and error."""
+    distribution(tmp_path, "pid", {"recipes": {"pid": "pid:pid"}}, RECIPE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    refresh()
+    ic.registry("launchers").register("here", Here)
+    ic.registry("launchers").register("gone", Gone)
+
+    def run(*args: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["run", *args])
+        return done.exit_code, f"{done.stdout}{done.exception or ''}"
+
+    yield run
+    refresh()
+
+
+def test_a_run_is_a_job_of_a_launcher(interp: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Same words, same folder, another process; what it prints is printed here."""
+    status, printed = interp("pid", "--launcher", "local", "--out", "x")
+    pid, *rest = printed.split()
+    assert status == 0 and int(pid) != os.getpid() and rest == [str(tmp_path), "x"]
+    assert int(interp("pid", "--launcher", "here")[1].split()[0]) == os.getpid()
+    status, _ = interp("logit_lens", "--text", "Q: big", "Q: hot", "--at=-1", "--launcher", "here", "--out", "lens")
+    assert status == 0 and (tmp_path / "lens/DONE").is_file()
+
+
+def test_a_run_that_a_launcher_cannot_do_says_why(interp: Callable[..., tuple[int, str]]) -> None:
+    assert "no launcher is called 'her'. Did you mean 'here'" in interp("pid", "--launcher", "her")[1]
+    assert interp("pid", "--launcher", "local", "--fails") == (1, "no luck")
+    assert "pid has no setting 'failz'. Did you mean 'fails'" in interp("pid", "--launcher", "here", "--failz")[1]
+    gone = interp("pid", "--launcher", "gone")[1]
+    assert "launcher 'gone' brought no end of recipe 'pid' of pid 1.2: OSError: the machine is gone\nTraceback" in gone
+    ic.registry("recipes").register("mine", mark)
+    assert "is registered in this process alone" in interp("mine", "--launcher", "here")[1]
 
 
 def test_bad_jobs_and_options() -> None:

@@ -268,6 +268,7 @@ def test_command_line_lists_all(installed: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "interp_core.cli", "plugins"]
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
     assert "crash" in out and "hello-plugin" in out and "shadowed" in out
+    assert "interp-core has a method of this name; 'xclash-plugin:logit_lens' is this one" in out
     rows = json.loads(
         subprocess.run([*run, "methods", "--json"], capture_output=True, text=True, check=True, env=env).stdout
     )

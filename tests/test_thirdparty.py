@@ -94,11 +94,14 @@ def test_listed(interp: Run) -> None:
     ("args", "status", "says"),
     [
         (["resid_norm"], 0, "ok    padding_right"),
+        (["logit_lens", "--set", "at=-1"], 0, "19 checks passed"),
         (["interp-zclash:resid_norm"], 1, "has name = 'logit_lens' but is registered as 'resid_norm'"),
         (["crash"], 1, "RuntimeError: no luck"),
         (["future"], 1, "it needs interp-core>=99"),
         (["longest"], 0, "ok    config          3 settings"),
+        (["longest", "--set", 'text=["Q: big", "Q: hot"]'], 0, "ok    again           the same value"),
         (["hello"], 0, "ok    documented"),
+        (["inline"], 0, "6 checks passed; 1 could not be reached: cap"),
         (["resid_nrm"], 2, "Did you mean 'resid_norm'"),
     ],
 )

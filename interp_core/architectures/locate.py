@@ -54,6 +54,8 @@ def build(model: Any, family: Family | None) -> Atlas:
     if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
         paths |= {key: path for key, path in shown.items() if not key.startswith("blocks.")}
     if paths.get("blocks") not in modules:
+        if family:
+            demand_blocks(family, modules)
         raise LoadError(
             f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
             "transformers. For another layout write a family file, see docs/families.md."

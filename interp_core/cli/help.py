@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-import textwrap
 from typing import Any
 
 from .. import settings
@@ -18,9 +17,6 @@ from ..errors import PluginError
 from ..plugins import Plugin
 from . import flags
 from .run import runnable
-
-WIDTH = 100
-"""Letters of a line, on terminals that have as many."""
 
 
 class NamedCommand(flags.SeveralCommand):
@@ -65,16 +61,7 @@ def page(plugin: Plugin) -> str:
         config = settings.of_function(value)
     module = sys.modules.get(plugin.target.partition(":")[0])
     first_paragraphs = [(inspect.getdoc(source) or "").split("\n\n")[0] for source in (module, value)]
-    rows = sorted(settings.rows(config), key=lambda row: row["default"] != settings.NEEDED)
-    listed = "\n".join(map(_entry, rows)) or "It has no settings."
+    listed = settings.page(config)
     also = "Several values stand one behind the other; --config FILE has settings by name. See also: interp run --help"
     said = (wrapped(text, terminal_width()) for text in (plugin.label, f"  {usage}", *first_paragraphs, listed, also))
     return "\n\n".join(text for text in said if text)
-
-
-def _entry(row: dict[str, str]) -> str:
-    """One setting, with its description below it."""
-    width = min(WIDTH, terminal_width() or WIDTH)
-    description = textwrap.fill(row["description"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    head = wrapped(f"  --{row['setting']}  {row['type']} = {row['default']}", terminal_width(), "      ")
-    return f"{head}\n{description}".rstrip()

@@ -9,14 +9,18 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ..columns import aligned, terminal_width, wrapped
-from ..errors import PluginError, nearest
+from ..errors import PlanError, PluginError, nearest
 from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    from ..testing import Report
 
 COMMANDS = ("list", "show", "check", "new")
 SHOWN = ("kind", "name", "status", "dist", "version", "target")
@@ -51,7 +55,7 @@ def list_(
         return
     print("\n\n".join(_groups(rows, whole=verbose or kind is not None)))
     for plugin, row in zip(listed, rows, strict=True):
-        if row["error"] and (verbose or row["status"] != "shadowed"):
+        if row["error"]:
             print(f"\n{plugin.label}: {row['error']}")
 
 
@@ -129,32 +133,65 @@ def _page(plugin: Plugin, info: Any) -> str:
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help="as listed, or MODULE:CLASS of a method that is not installed")],
+    name: Annotated[str, typer.Argument(help="as listed, or MODULE:NAME of what is not installed, with its --kind")],
     kind: Kind = None,
     model: Annotated[
-        str | None, typer.Option(help="what a method is run on: a toy, a folder, or a hub id; the toy that fits")
+        str | None, typer.Option(help="what it is run on: a toy, a folder, or a hub id; a small one that fits")
     ] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed")] = None,
 ) -> None:
-    """Run the conformance kit; exit status 1 if anything fails."""
-    from .. import settings, testing
+    """Run the conformance kit; exit status 1 if anything fails. Each check prints a line as soon as it is done."""
+    from .. import testing
 
     plugin = _installed_or_module(name, kind)
-    report = testing.check_plugin(plugin)
-    width = terminal_width()
-    if plugin.kind == "methods" and report.rows[0].ok:
-        value = plugin.load()
-        chosen = settings.read(name, value.Config, assignments or [])
-        told = lambda line: print(wrapped(str(line), width, " " * 6), flush=True)  # noqa: E731
-        report = testing.check_method(value, model, settings=chosen, told=told)
-    else:
-        print(wrapped(str(report), width, " " * 6))
-    lost, every = report.failed, len(report.rows)
-    print(f"\n{len(lost)} of {every} checks failed: {', '.join(lost)}" if lost else f"\n{every} checks passed")
+    what = f"{plugin.kind[:-1]} {plugin.target}" if plugin.dist == SESSION else f"{plugin.label} ({plugin.target})"
+    print(what, flush=True)
+    with Progress(f"importing {plugin.target} in another process", 0):
+        first = testing.check_plugin(plugin)
+    importable = first.rows[0].ok
+    if importable and plugin.kind == "methods":  # the whole kit looks at documentation and settings again
+        first = testing.Report(first.title, ())
+    for row in first.rows:
+        _tell(row)
+    report = _checked(plugin, model, assignments or []) if importable else testing.Report("", ())
+    report = testing.Report(report.title, first.rows + report.rows)
+    print(f"\n{report.summary}")
     raise typer.Exit(not report.ok)
 
 
+def _tell(row: Any) -> None:
+    print(wrapped(str(row), terminal_width(), " " * 6), flush=True)
+
+
+def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Report:
+    """What the kit of its kind finds of a plugin that can be imported."""
+    from .. import settings, testing
+
+    imported = plugin.load()
+    ref = imported if plugin.dist == SESSION else f"{plugin.dist}:{plugin.name}" if plugin.hidden else plugin.name
+    if plugin.kind == "methods":
+        values = settings.read(plugin.name, imported.Config, assignments)
+        return testing.check_method(imported, model, settings=values, tell=_tell)
+    if plugin.kind == "recipes":
+        values = settings.read(f"recipe {plugin.name}", settings.of_function(imported), assignments)
+        return testing.check_recipe(ref, model or "toy:text", settings=values, tell=_tell)
+    if assignments:
+        raise PlanError(f"--set is for settings of methods and recipes; {plugin.label} has none")
+    if plugin.kind == "architectures":
+        beside = sys.modules[plugin.target.partition(":")[0]]
+        return testing.check_family(ref, model or getattr(beside, "tiny", None), tell=_tell)
+    if plugin.kind == "engines":
+        return testing.check_engine(imported, model, tell=_tell)
+    return testing.check_launcher(imported, tell=_tell)
+
+
 def _installed_or_module(name: str, kind: str | None) -> Plugin:
+    if kind is not None and kind not in KINDS:  # `interp plugins new` calls them by one word each
+        from ..scaffold import KINDS as WRITTEN
+
+        if kind not in WRITTEN:
+            raise PluginError(f"no kind of plugin is called {kind!r}. {nearest(kind, KINDS)}")
+        kind = WRITTEN[kind].group
     try:
         return find(name, (kind,) if kind else KINDS)
     except PluginError:
@@ -168,14 +205,14 @@ def _installed_or_module(name: str, kind: str | None) -> Plugin:
 def new(
     name: Annotated[str, typer.Argument(help="a Python name: my_lens")],
     out: Annotated[Path | None, typer.Option(help="folder to write, ./NAME by default")] = None,
-    kind: Annotated[str, typer.Option(help="what to write; method is the only one so far")] = "method",
+    kind: Annotated[str, typer.Option(help="method, recipe, family, engine or launcher")] = "method",
+    minimal: Annotated[bool, typer.Option("--minimal", help="of a method, the smallest that is right")] = False,
 ) -> None:
-    """Write a package with a working method, its test and its entry point."""
-    from ..scaffold import write_package
+    """Write a package with a plugin that works, its test and its entry point."""
+    from ..scaffold import next_steps, write_package
 
-    folder = write_package(name, out, kind)
-    print(f"{folder} is a package with the method {name!r}. Next:\n")
-    print(f"  pip install -e {folder}\n  interp plugins check {name}\n  interp run {name} --text 'Q: big'")
+    folder = write_package(name, out, kind, minimal=minimal)
+    print(f"{folder} is a package with the {kind} {name!r}. Next:\n\n{next_steps(name, folder, kind)}")
 
 
 def columns(rows: list[dict[str, str]]) -> str:

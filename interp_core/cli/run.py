@@ -19,6 +19,7 @@ from ..errors import PlanError
 from ..plugins import Plugin, find, registry
 from ..progress import Progress
 from . import flags, outputs
+from .elsewhere import run_elsewhere
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -50,6 +51,9 @@ def run(
     kind: Annotated[
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="run it as a job of this launcher (`interp plugins launchers`)")
+    ] = None,
 ) -> None:
     """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`.
     `--overwrite` deletes what another run has made in `--out`."""
@@ -59,6 +63,10 @@ def run(
     words = list(words or [])
     if words and not words[0].startswith("-"):
         model = flags.one_model(words.pop(0), model)
+    if launcher is not None:
+        settings_and_options = {"words": words, "assignments": assignments, "model": model, "text": text, "out": out}
+        run_elsewhere(launcher, run, plugin, {**settings_and_options, "name": name, "config": config, "kind": kind})
+        return
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":

@@ -17,6 +17,7 @@ import re
 import tomllib
 import traceback
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
@@ -170,6 +171,20 @@ class Registry:
             if row.name == name:
                 _hide(row, plugin)
         self.rows.append(plugin)
+
+    @contextmanager
+    def lent(self, name: str, value: Any) -> Iterator[None]:
+        """For a while, this name means this value, registered or not.
+
+        Raises:
+            PluginError: it is not what a plugin of this kind must be.
+        """
+        before = [replace(row) for row in self.rows]
+        self.register(name, value)
+        try:
+            yield
+        finally:
+            self.rows = before
 
     def _visible(self) -> list[Plugin]:
         return [row for row in self.rows if not row.hidden and row.state != "incompatible"]

@@ -7,13 +7,18 @@ one that is not, if it was fetched.
 """
 
 from ..real import real_model
-from .kit import Report, Row, check_method, check_plugin
+from .engines import check_engine
+from .families import check_family
+from .kit import check_method, check_plugin
+from .launchers import check_launcher
 from .models import families, mixtures, tiny
 from .processors import pictures, processor
+from .recipes import check_recipe
+from .report import Report, Row
 from .routed import VOCAB
 from .visual import VISUAL
 
 __all__ = [
-    "VISUAL", "VOCAB", "Report", "Row", "check_method", "check_plugin", "families", "mixtures", "pictures", "processor",
-    "real_model", "tiny",
+    "VISUAL", "VOCAB", "Report", "Row", "check_engine", "check_family", "check_launcher", "check_method",
+    "check_plugin", "check_recipe", "families", "mixtures", "pictures", "processor", "real_model", "tiny",
 ]  # fmt: skip

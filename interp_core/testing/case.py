@@ -15,29 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..errors import InterpError, first_line
+from ..errors import InterpError, PluginError, first_line
 from ..inputs import undivided
 from ..methods import Method
 from ..model import Model
 from ..result import Result, same
 from ..text import Tokens
+from .report import Failed, NotReached, Refused
 from .state import State
 
 CLOSE = 1e-4
 """How far, absolutely and relatively, a batch may lie from its rows alone."""
 TEXT_AXES = ("pos", "query", "key")
-
-
-class Failed(Exception):
-    """A check does not hold."""
-
-
-class NotReached(Exception):
-    """A check needs what an earlier one did not give."""
-
-
-class Refused(Exception):
-    """The method refuses what a check asks of it, before the run, which is as good as doing it."""
 
 
 class Midway(RuntimeError):
@@ -86,6 +75,8 @@ class MethodCase:
         before, result, error = State.of(self.model.hf), None, ""
         try:
             result = self.run(tokens)
+        except PluginError as refusal:  # what `Method.__call__` says of a result says all there is to do
+            error = str(refusal)
         except (Exception, SystemExit):  # a plugin may raise anything
             error = traceback.format_exc()
         after = State.of(self.model.hf)

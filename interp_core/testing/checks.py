@@ -22,10 +22,16 @@ from ..plugins.sandbox import address, inspect_here, inspect_plugin
 from ..result import Result
 from ..sites import SITES
 from ..text import Tokens
-from .case import CLOSE, Failed, MethodCase, NotReached, apart, as_singles, failing, stacked, unequal
+from .case import CLOSE, MethodCase, apart, as_singles, failing, stacked, unequal
+from .report import Failed, NotReached
 from .state import State
 
 CHECKS: dict[str, Callable[[MethodCase], str]] = {}
+FIXES = {
+    "weights": ". Compute with copies of weights, or by edits",
+    "modes": ". Put back what a run changes, in a `finally`, or leave it alone",
+}
+"""Ends what is said of a part of the model's state that a run has changed."""
 
 
 def check(function: Callable[[MethodCase], str]) -> Callable[[MethodCase], str]:
@@ -42,11 +48,12 @@ def class_(case: MethodCase) -> str:
     if why:
         raise Failed(why)
     if not method.name:
-        raise Failed("it has no name")
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", method.__name__).lower()
+        raise Failed(f"it has no name: write name = {name!r} in class {method.__name__}, as its entry point calls it")
     for need in method.requires:
         if need not in SITES and need not in CAPABILITIES:
             raise Failed(f"requires {need!r}, which is no site or capability. {nearest(need, [*SITES, *CAPABILITIES])}")
-    return ""
+    return f"on {case.model!r}"
 
 
 @check
@@ -87,6 +94,8 @@ def config(case: MethodCase) -> str:
 def result(case: MethodCase) -> str:
     """A run returns a frozen `Result`."""
     outcome = case.outcome
+    if outcome.error and "\n" not in outcome.error:
+        raise Failed(outcome.error)
     if outcome.error:
         error = outcome.error.strip()
         raise Failed(f"the run raised {error.splitlines()[-1]}\n{error}")
@@ -117,10 +126,16 @@ def shapes(case: MethodCase) -> str:
             raise Failed(f"{name} is {shape}, AXES says {' '.join(axes)}")
         for axis, size in zip(axes, value.shape, strict=True):
             if sizes.setdefault(axis, size) != size:
-                raise Failed(f"{name}: {axis} is {size}, elsewhere {sizes[axis]}")
+                raise Failed(f"{name}: {axis} is {size}, elsewhere {sizes[axis]}{_swapped(axis, axes, value, sizes)}")
         if name in written and written[name] != " ".join(axes):
             raise Failed(f"{name} is annotated {written[name]!r}, AXES says {' '.join(axes)!r}")
     return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+
+
+def _swapped(axis: str, axes: tuple[str, ...], tensor: Tensor, sizes: dict[str, int]) -> str:
+    """For an axis of the wrong size: the question whether its name stands at another's place, if one has its size."""
+    others = [other for other, size in zip(axes, tensor.shape, strict=True) if other != axis and size == sizes[axis]]
+    return f"; are {axis} and {others[0]} swapped in AXES?" if others else ""
 
 
 @check
@@ -148,7 +163,7 @@ def saving(case: MethodCase) -> str:
 def _part(part: str, must: str) -> None:
     def compare(case: MethodCase) -> str:
         if changes := case.outcome.before.changes(part, case.outcome.after):
-            raise Failed(changes)
+            raise Failed(f"{changes}{FIXES.get(part, '')}")
         return ""
 
     compare.__doc__ = must

@@ -6,15 +6,15 @@ testing.check_method(MyMethod, ic.load(testing.tiny("llama"))).raise_if_failed()
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import PlanError, PluginError, nearest
+from ..errors import PlanError, nearest
 from ..methods import Method
 from ..model import Model, load
 from ..plugins import Plugin, registry
@@ -22,67 +22,15 @@ from ..plugins.sandbox import LIMIT, PluginInfo, inspect_plugin
 from ..progress import Progress
 from ..sites import SITES
 from ..text import Tokens
-from .case import Failed, MethodCase, NotReached, Refused
+from .case import MethodCase
 from .checks import CHECKS, documented, undescribed
 from .processors import pictures
+from .report import Failed, Report, Row, Tell, reported
 
 TEXTS = ("Q: big\nA: small\n\nQ: hot\nA:", "Q: hot\nA: cold\n\nQ: big\nA:", "Q: wet\nA:")
 LENGTHS = (7, 7, 4)
 TOYS = ("toy:text", "toy:moe", "toy:vision")
 VISUAL = frozenset(name for name, info in SITES.items() if info.visual)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One check.
-
-    Attributes:
-        check: its name.
-        ok: whether it holds; None where it could not be reached.
-        detail: what was found, in a sentence.
-    """
-
-    check: str
-    ok: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{ {True: 'ok', False: 'FAIL', None: '-'}[self.ok]:4}  {self.check:14}  {self.detail}".rstrip()
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the kit found about one plugin; prints as a table.
-
-    Attributes:
-        title: the plugin, and on what it was checked.
-        rows: one per check.
-    """
-
-    title: str
-    rows: tuple[Row, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing failed."""
-        return not self.failed
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the checks that failed."""
-        return [row.check for row in self.rows if row.ok is False]
-
-    def raise_if_failed(self) -> None:
-        """For tests.
-
-        Raises:
-            PluginError: something failed; the message is the table.
-        """
-        if self.failed:
-            raise PluginError(f"{', '.join(self.failed)} failed.\n{self}")
-
-    def __str__(self) -> str:
-        return "\n".join([self.title, *map(str, self.rows)])
 
 
 def check_method(
@@ -93,7 +41,7 @@ def check_method(
     settings: Mapping[str, Any] | None = None,
     expected_failures: Mapping[str, str] | None = None,
     limit: float = LIMIT,
-    told: Callable[[Row | str], object] = lambda line: None,
+    tell: Tell | None = None,
 ) -> Report:
     """Run every check on a method. It runs a dozen times; a small model is enough, and the random state is restored.
 
@@ -105,7 +53,7 @@ def check_method(
         settings: of the method.
         expected_failures: check to reason. They are strict: one that passes is a failure.
         limit: seconds that reading its settings may take.
-        told: is called with the title, and with every row as soon as it is there.
+        tell: gets each row as soon as its check is done.
 
     Raises:
         PlanError: an expected failure without a reason, or of no check.
@@ -121,64 +69,53 @@ def check_method(
     required = frozenset(getattr(kind, "requires", ()))
     on = _toy_with(required) if model is None else load(model) if isinstance(model, str) else model
     case = MethodCase(kind, on, dict(settings or {}), _singles(on, rows, VISUAL & required), limit)
-    title, verdicts = f"method {getattr(kind, 'name', kind)!r} on {on!r}", list[Row]()
-    told(title)
+    checks = [(check, partial(CHECKS[check], case), expected.get(check)) for check in CHECKS]
     with _random_state_restored(), Progress("checks", len(CHECKS)) as progress:
-        for check in CHECKS:
-            verdicts.append(_row(check, case, expected.get(check)))
-            told(verdicts[-1])
+
+        def told(row: Row) -> None:
             progress.add()
-    return Report(title, tuple(verdicts))
+            if tell is not None:
+                tell(row)
+
+        return reported(f"method {getattr(kind, 'name', kind)!r} on {on!r}", checks, told)
 
 
-def check_plugin(plugin: Plugin, limit: float = LIMIT) -> Report:
+def check_plugin(plugin: Plugin, limit: float = LIMIT, tell: Tell | None = None) -> Report:
     """What can be said of any plugin without running it: it loads in time, is what its kind must be, is documented.
 
     Reads it in another process; nothing of it is imported here.
     """
-    title = f"{plugin.label} ({plugin.target})"
-    if plugin.state in ("broken", "incompatible"):
-        return Report(title, (Row("class", False, plugin.error),))
-    seen = inspect_plugin(plugin.kind, plugin.name, plugin.target, limit)
-    if seen.error:
-        return Report(title, (Row("class", False, seen.error.strip()),))
-    rows = Row("class", True, ""), _documented(plugin.kind, seen)
-    return Report(title, (*rows, _settings(seen)) if plugin.kind in ("methods", "recipes") else rows)
+    title, infos = f"{plugin.label} ({plugin.target})", list[PluginInfo]()
+
+    def class_() -> str:
+        if plugin.state in ("broken", "incompatible"):
+            raise Failed(plugin.error)
+        infos.append(inspect_plugin(plugin.kind, plugin.name, plugin.target, limit))
+        if infos[0].error:
+            raise Failed(infos[0].error.strip())
+        return ""
+
+    report = reported(title, [("class", class_, None)], tell)
+    if not report.ok:
+        return report
+    more = [("documented", partial(_documented, plugin.kind, infos[0]), None)]
+    if plugin.kind in ("methods", "recipes"):
+        more.append(("config", partial(_settings, infos[0]), None))
+    return Report(title, report.rows + reported(title, more, tell).rows)
 
 
-def _documented(kind: str, seen: PluginInfo) -> Row:
-    try:
-        if kind == "methods":
-            documented(seen.page, seen.doc, plugin="the class")
-        elif not seen.page:
-            raise Failed("its module has no docstring")
-    except Failed as error:
-        return Row("documented", False, str(error))
-    return Row("documented", True, "")
+def _documented(kind: str, seen: PluginInfo) -> str:
+    if kind == "methods":
+        documented(seen.page, seen.doc, plugin="the class")
+    elif not seen.page:
+        raise Failed("its module has no docstring")
+    return ""
 
 
-def _settings(seen: PluginInfo) -> Row:
-    faults = [*seen.faults, *undescribed(seen.settings)]
-    return Row("config", not faults, "; ".join(faults) or f"{len(seen.settings)} settings")
-
-
-def _row(check: str, case: MethodCase, reason: str | None) -> Row:
-    try:
-        ok: bool | None = True
-        detail = CHECKS[check](case)
-    except Failed as error:
-        ok, detail = False, str(error)
-    except NotReached as error:
-        ok, detail = None, str(error)
-    except Refused as error:
-        detail = f"refused: {error}"
-    except Exception as error:  # the plugin's own, in a later run
-        ok, detail = False, f"{type(error).__name__}: {error}"
-    if reason is None or ok is None:
-        return Row(check, ok, detail)
-    if ok:
-        return Row(check, False, f"passes, although it was expected to fail ({reason}): take the expectation out")
-    return Row(check, True, f"fails as expected ({reason}): {detail}")
+def _settings(seen: PluginInfo) -> str:
+    if faults := [*seen.faults, *undescribed(seen.settings)]:
+        raise Failed("; ".join(faults))
+    return f"{len(seen.settings)} settings"
 
 
 def _toy_with(required: Set[str]) -> Model:

@@ -26,6 +26,13 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
 )
 EVERYWHERE = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+GLOBAL = {
+    "torch": ("torch's global generator", "torch.Generator().manual_seed(seed)"),
+    "cuda": ("torch's global generator of a CUDA device", 'torch.Generator("cuda").manual_seed(seed)'),
+    "numpy": ("numpy's global generator", "numpy.random.default_rng(seed)"),
+    "random": ("Python's global generator", "random.Random(seed)"),
+}
+"""Generators that everybody draws from, and what to draw from instead."""
 
 Facts = dict[str, Any]
 
@@ -51,11 +58,24 @@ class State:
         names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         if not names:
             return ""
-        shown = []
-        for name in names[:3]:
-            a, b = before.get(name, "nothing"), after.get(name, "nothing")
-            shown.append(name if part == "weights" else f"{name} was {a!s:.60}, is {b!s:.60}")
+        tell = {"weights": _changed_weight, "random": _drawn}.get(part, _changed)
+        shown = [tell(name, before.get(name, "nothing"), after.get(name, "nothing")) for name in names[:3]]
         return "; ".join(shown) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _changed(name: str, before: Any, after: Any) -> str:
+    return f"{name} was {before!s:.60}, is {after!s:.60}"
+
+
+def _changed_weight(name: str, before: Any, after: Any) -> str:
+    if "nothing" in (before, after):
+        return f"{name} was {'added' if before == 'nothing' else 'taken away'}"
+    return f"{name} has other values" if before[1] != after[1] else f"{name} was replaced by another tensor like it"
+
+
+def _drawn(name: str, before: Any, after: Any) -> str:
+    kind = name.partition(":")[0]
+    return f"it draws from {GLOBAL[kind][0]}, or seeds it; use a generator of your own: {GLOBAL[kind][1]}"
 
 
 def _hooks(model: Any) -> Facts:
@@ -98,7 +118,9 @@ def _digest(value: Tensor) -> str:
 
 
 def _modes(model: Any) -> Facts:
-    facts: Facts = {f"{path}.training": module.training for path, module in model.named_modules()}
+    facts: Facts = {
+        f"{path or type(model).__name__}.training": module.training for path, module in model.named_modules()
+    }
     for name, weight in model.named_parameters():
         facts[f"{name}.requires_grad"] = weight.requires_grad
         facts[f"{name}.grad"] = "none" if weight.grad is None else _digest(weight.grad)
