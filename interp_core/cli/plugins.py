@@ -155,7 +155,7 @@ def check(
         _tell(row)
     report = _checked(plugin, model, assignments or []) if importable else testing.Report("", ())
     report = testing.Report(report.title, first.rows + report.rows)
-    print(f"\n{report.summary}")
+    print(report.summary)
     raise typer.Exit(not report.ok)
 
 
