@@ -3,6 +3,7 @@
 # make check  what contributors run before a commit: formatting, lint, types
 # make slow   the tests that take minutes
 # make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
+# make gallery  the pictures and pages of docs/gallery.md anew, on the real model (a minute)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +29,9 @@ real: .venv/ready-real
 test-real: real
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real
 
+gallery: real
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/gallery.py
+
 check: .venv/ready-dev
 	./scripts/check
 
@@ -45,4 +49,4 @@ check: .venv/ready-dev
 	$(PIP) -e '.[real]'
 	touch $@
 
-.PHONY: demo test slow real test-real check
+.PHONY: demo test slow real test-real gallery check

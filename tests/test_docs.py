@@ -1,6 +1,6 @@
 """Every Python block of the README and the docs runs, in order, page by page; every link leads somewhere.
 
-The tutorial, whose blocks are files and shell commands too, has `test_tutorial.py`."""
+The tutorial, whose blocks are files and shell commands too, has `test_tutorial.py`, the gallery `test_gallery.py`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from interp_core.plugins import refresh
 ROOT = Path(__file__).parent.parent
 REAL = ("real_model.md",)
 """Pages whose blocks need the real model."""
+APART = ("tutorial.md", "gallery.md")
+"""Pages whose blocks have tests of their own."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -25,7 +27,7 @@ def marked(page: Path) -> Any:
     return pytest.param(page, marks=[pytest.mark.real] * (page.name in REAL), id=page.name)
 
 
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page.name != "tutorial.md"])
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page.name not in APART])
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name in REAL:
         the_real_model()
