@@ -10,7 +10,6 @@ from interp_core import score
 from interp_core import sites as S
 
 model = ic.load("toy:text")
-model
 
 # %% [markdown]
 # The first prompt asks for an opposite, the second for a French word. Only the examples say which.
