@@ -59,4 +59,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         mark = "module-" if page == "errors" or inspect.ismodule(kind) else ""
         text = (site / f"api/{page}.html").read_text()
         assert f'id="{mark}interp_core.{page}"' in text and f'"{name}"' in index
+    assert "big\\nA:" in (site / "api/toys.html").read_text()  # code keeps its backslashes
     assert "<table" in (site / "docs/notebooks/patching.html").read_text()

@@ -64,7 +64,7 @@ def plain(_app: Any, what: str, _name: str, _thing: Any, _options: Any, lines: l
             block = True
             kept += ["::", ""]
         pieces = re.split(r"(`[^`]*`)", line)
-        escaped = "".join(f"`{p[1:-1].strip()}`" if p.startswith("`") else MARKS.sub(r"\\\g<0>", p) for p in pieces)
+        escaped = "".join(f"``{p[1:-1].strip()}``" if p.startswith("`") else MARKS.sub(r"\\\g<0>", p) for p in pieces)
         kept.append(line if block else escaped)
     lines[:] = kept
 
