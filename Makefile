@@ -3,6 +3,8 @@
 # make check  what contributors run before a commit: formatting, lint, types
 # make slow   the tests that take minutes
 # make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
+# make docs   the docs site, with search and the API: ends in out/docs/html/index.html
+# make gallery  the pictures and pages of docs/gallery.md anew, on the real model (a minute)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +30,12 @@ real: .venv/ready-real
 test-real: real
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real
 
+docs: .venv/ready-docs
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/docs_site.py
+
+gallery: real
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/gallery.py
+
 check: .venv/ready-dev
 	./scripts/check
 
@@ -45,4 +53,8 @@ check: .venv/ready-dev
 	$(PIP) -e '.[real]'
 	touch $@
 
-.PHONY: demo test slow real test-real check
+.venv/ready-docs: .venv/ready
+	$(PIP) -e '.[docs]'
+	touch $@
+
+.PHONY: demo test slow real test-real docs gallery check

@@ -1,11 +1,12 @@
 """Every Python block of the README and the docs runs, in order, page by page; every link leads somewhere.
 
-The tutorial, whose blocks are files and shell commands too, has `test_tutorial.py`."""
+The tutorial, whose blocks are files and shell commands too, has `test_tutorial.py`, the gallery `test_gallery.py`."""
 
 from __future__ import annotations
 
 import re
 import runpy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from interp_core.plugins import refresh
 ROOT = Path(__file__).parent.parent
 REAL = ("real_model.md",)
 """Pages whose blocks need the real model."""
+APART = ("tutorial.md", "gallery.md")
+"""Pages whose blocks have tests of their own."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -26,7 +29,7 @@ def marked(page: Path) -> Any:
     return pytest.param(page, marks=[pytest.mark.real] * (page.name in REAL), id=page.name)
 
 
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page.name != "tutorial.md"])
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page.name not in APART])
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name in REAL:
         the_real_model()
@@ -41,11 +44,30 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         refresh()  # a page may register plugins by hand
 
 
+def prose(page: Path) -> str:
+    """A page without its blocks and pieces of code."""
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@cache
+def places(page: Path) -> set[str]:
+    """What can be linked to on a page: its headings, named as GitHub and the docs site name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.*)$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if not link.startswith("http"):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    """To pages, pictures and files that are there, and to headings that these pages have."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, place = target.partition("#")
+        other = page.parent / path if path else page
+        assert other.exists(), f"{page.name}: {target}"
+        if place:
+            assert place in places(other.resolve()), f"{page.name}: {target} (no such heading there)"
 
 
 def test_the_picture_of_the_staircase_is_drawn_from_the_plans() -> None:

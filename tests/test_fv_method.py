@@ -96,6 +96,7 @@ def test_pages_and_pictures(tmp_path: Path) -> None:
     page = found.to_html(tmp_path / "page.html").read_text()
     assert "<svg" in page and "95 % bands" in page and "<b>wet" not in page and "layer 5" in page
     assert found.png(tmp_path / "heads.png").stat().st_size > 5_000
+    assert found.png(tmp_path / "curve.png", row=1).stat().st_size > 5_000 and len(found.charts()) == 2
     assert type(found).load(found.save(tmp_path)) == found
     bare = run(trials=2, questions=0).html()
     assert "<svg" not in bare and "Likeliest tokens after" in bare

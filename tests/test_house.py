@@ -318,6 +318,7 @@ def test_constraints_pin_every_dependency() -> None:
         *project["dependencies"],
         *project["optional-dependencies"]["test"],
         *project["optional-dependencies"]["dev"],
+        *project["optional-dependencies"]["docs"],
     ]
     for requirement in wanted:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()  # type: ignore[union-attr]

@@ -191,8 +191,6 @@ class FunctionVectorsResult(ic.Result):
 
     def html(self) -> str:
         """Map of heads, accuracies by layer, what the vector says, and the texts before and after."""
-        evaluations, note = self.evaluations, "Accuracy by layer of injection, 95 % bands."
-        chart = accuracy_curves(evaluations.values(), self.edit_layers, note).html() if evaluations else ""
         said = ic.report.table([{"token": ic.report.visible(word), "probability": p} for word, p in self.words])
         texts = [
             ic.report.Heatmap(
@@ -204,15 +202,17 @@ class FunctionVectorsResult(ic.Result):
         ]  # fmt: skip
         heads = ic.report.table([{"layer": layer, "head": head, "AIE": aie} for layer, head, aie in self.heads])
         gap = ic.report.escape(f"AIE of the last head minus that of the next one: {self.gap:.3g}")
-        return f"{self._map().html()}{heads}<p>{gap}</p>{chart}{said}{''.join(texts)}"
+        first, *curves = (chart.html() for chart in self.charts())
+        return f"{first}{heads}<p>{gap}</p>{''.join(curves)}{said}{''.join(texts)}"
 
-    def charts(self) -> list[ic.report.Heatmap]:
-        """The map of heads."""
-        return [self._map()]
-
-    def _map(self) -> ic.report.Heatmap:
+    def charts(self) -> list[ic.report.Chart]:
+        """The map of heads and, if there were questions, accuracies by layer of injection."""
         note = f"Average indirect effect of {self.task}: probability that each head's mean gives back."
-        return heads_map(self.aie, f"Heads of {self.task}", note)
+        charts: list[ic.report.Chart] = [heads_map(self.aie, f"Heads of {self.task}", note)]
+        if evaluations := self.evaluations:
+            note = "Accuracy by layer of injection, 95 % bands."
+            charts.append(accuracy_curves(evaluations.values(), self.edit_layers, note))
+        return charts
 
 
 class FunctionVectors(ic.Method):

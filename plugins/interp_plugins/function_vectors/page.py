@@ -31,5 +31,12 @@ def accuracy_curves(evaluations: Iterable[Evaluation], layers: Sequence[int], ca
         for evaluation in evaluations
     ]
     return report.Curves(
-        lines, [str(layer) for layer in layers], percent=True, limits=(0.0, 1.0), base="without", caption=caption
+        lines,
+        [str(layer) for layer in layers],
+        percent=True,
+        limits=(0.0, 1.0),
+        base="without",
+        xlabel="vector added after layer",
+        ylabel="answered right",
+        caption=caption,
     )
