@@ -62,7 +62,7 @@ def assemble(source: Path) -> None:
     shutil.copytree(ROOT / "docs", source / "docs", ignore=shutil.ignore_patterns("*.py", "site"))
     for name in FILES:
         (source / name).symlink_to(ROOT / name)
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml"):
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", "LICENSE", "CITATION.cff"):
         shutil.copy(ROOT / name, source)
     shutil.copy(ROOT / "README.md", source / "index.md")
     for path in (source / "docs/notebooks").glob("*.ipynb"):
