@@ -110,7 +110,7 @@ def _with_family(monkeypatch: pytest.MonkeyPatch, name: str, family: Family, hf:
     for row in rows:
         if row.name == name:
             monkeypatch.setattr(row, "value", family)
-            monkeypatch.setattr(row, "status", "ok")
+            monkeypatch.setattr(row, "state", "ok")
     return ic.load(hf)
 
 

@@ -253,7 +253,7 @@ def test_plans_that_name_code(mark: Path, tmp_path: Path) -> None:
     folder = saved_plan(tmp_path / "plan")
     call = {"site": "z", "op": "apply", "value": f"open({str(mark)!r}, 'w').write('ran')"}
     edit_json(folder / "plan.json", lambda plan: plan | {"edits": [call]})
-    with pytest.raises(ic.PlanError, match="apply takes a function of a tensor, not str"):
+    with pytest.raises(ic.PlanError, match="apply takes a function of the value x that returns the new one, not str"):
         Plan.load(folder)
 
 

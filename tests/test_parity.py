@@ -42,7 +42,7 @@ def test_the_battery_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
         if row.name == "gpt2":
             wrong = Family("gpt2", fused=fused_per_head, refuse=gpt2.FAMILY.refuse)
             monkeypatch.setattr(row, "value", wrong)
-            monkeypatch.setattr(row, "status", "ok")
+            monkeypatch.setattr(row, "state", "ok")
     hf = testing.tiny("gpt2", dtype=torch.float64)
     model, reference = ic.load(hf, check=False), Reference("gpt2", hf)
     assert min(cell(model, reference, "v")) > 1e-3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tolerances import close
 
 import interp_core as ic
 from interp_core import sites as S
@@ -394,7 +395,7 @@ def test_a_folder_has_its_processor(family: str, tmp_path: Path) -> None:
     assert torch.equal(one.ids, other.ids) and one.spans == other.spans
     for name, value in other.inputs.items():
         assert torch.equal(one.inputs[name], value), name
-    assert torch.equal(plain(opened.run(one)), plain(model.run(other)))
+    close(plain(opened.run(one)), plain(model.run(other)), model)  # weights from a file may lie otherwise in memory
     assert "torchvision" not in sys.modules
 
 
