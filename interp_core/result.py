@@ -174,7 +174,7 @@ class Result:
         from .report.html import escape, fragment
 
         said = f"<p><b>{escape(self.finding)}</b></p>" if self.finding else ""
-        return fragment(said + self.html())
+        return fragment(f"<section>{said}{self.html()}</section>")
 
     def files(self) -> dict[str, str | bytes]:
         """What `save` writes, by the names of the files."""
