@@ -28,6 +28,27 @@ CAPABILITIES = ("readout",)
 """What a method may require of a model besides sites."""
 
 
+class _Called:
+    """How a method is called, for `inspect`, notebooks and completion: with its settings by name, and its result."""
+
+    def __get__(self, method: Method | None, owner: type[Method]) -> inspect.Signature:
+        if method is None:
+            raise AttributeError("__signature__")  # classes are called as Python says
+        base = inspect.signature(owner.__call__)
+        _, *common, _ = base.parameters.values()
+        known = {each.name for each in common}
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation)
+            for name, field in owner.Config.model_fields.items()
+            if name not in known
+            for default in [
+                inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+            ]
+        ]
+        gives = inspect.signature(owner.run).return_annotation
+        return base.replace(parameters=[*common, *settings], return_annotation=gives)
+
+
 class Method(Shown, ABC):
     """Base of all methods. A subclass sets the attributes and writes `run`.
 
@@ -42,6 +63,7 @@ class Method(Shown, ABC):
     api: ClassVar[int] = API
     requires: ClassVar[frozenset[str]] = frozenset()
     Config: ClassVar[type[Config]] = Config
+    __signature__ = _Called()
 
     def _view(self) -> View:
         about = (inspect.getdoc(type(self)) or "").partition("\n\n")[0]

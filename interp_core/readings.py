@@ -51,6 +51,11 @@ class Reading(Tensor):
         """The same values as a tensor of torch's own class: shares storage and graph, and knows no site."""
         return self.as_subclass(Tensor)
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes, such as `("batch", "pos", "d_model")`; several layers come first."""
+        return axes_of(self.site)
+
     # A reading that leaves this process, or is copied, is the plain tensor: files then hold nothing of this package,
     # and `torch.load(…, weights_only=True)` takes them.
 

@@ -187,7 +187,10 @@ class Session(Structure):
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise TextError("this model was loaded without a tokenizer: pass ids, or load(..., tokenizer=…)")
+            raise TextError(
+                "this model was loaded without a tokenizer: pass ids, or load(..., tokenizer=…); on the command line, "
+                "put a tokenizer.json into the model's folder"
+            )
         return self.tokenizer
 
     def fit(self, tokens: Tokens, more: int = 0) -> Tokens:

@@ -26,7 +26,9 @@ def test_it_names_the_heads_that_carry_the_answer() -> None:
     best = found.mean.flatten().topk(2)
     assert {divmod(i, 4) for i in best.indices.tolist()} == {(2, 2), (2, 3)}
     assert best.values.sum() > 0.8
-    assert "layer 2 head 2" in str(found).splitlines()[1]
+    assert "layer 2 head 2" in str(found).splitlines()[1] and "mean of" not in str(found)
+    both = patch(toy_model(), [CLEAN, FRENCH], corrupted=[FRENCH, CLEAN])
+    assert "in the mean of 2 prompts" in str(both).splitlines()[0] and "mean of 2" in both.charts()[0].html()
 
 
 MAPS = [

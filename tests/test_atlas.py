@@ -92,7 +92,7 @@ def test_an_unknown_family_gets_what_its_modules_show(
         assert torch.equal(model.run(ids, read=site)[site], known.run(ids, read=site)[site])
     with pytest.raises(ic.CapabilityError, match="module names do not show where the stream passes"):
         model.run(ids, read=S.resid_mid)
-    with pytest.raises(ic.CapabilityError, match="the atlas does not know where .* keeps z"):
+    with pytest.raises(ic.CapabilityError, match="not known where .* keeps z; a family file says it"):
         model.run(ids, read=S.z)
 
 

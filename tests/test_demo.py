@@ -67,6 +67,7 @@ def test_prompts_that_are_given_are_run_on_the_toy_too(tmp_path: Path, capsys: p
     clean, corrupted = shown.format("small", "cold"), shown.format("grand", "chaud")
     recipe.demo(recipe.DemoConfig(out=tmp_path / "own", clean=clean, corrupted=corrupted))
     page = (tmp_path / "own/report.html").read_text()
+    assert "the answer comes first in 100% of the prompts, as with them." in page
     assert "Q: hot\nA: chaud" in page and "One pair of prompts" in page and "Five shots" not in page
     assert recipe.answers(toy_model(), recipe.DemoConfig(clean=clean, corrupted=corrupted))[0] == " dry"
     with pytest.raises(ic.TextError, match="corrupted 4: patching needs as many"):

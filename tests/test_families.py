@@ -117,7 +117,7 @@ def test_granite_without_experts() -> None:
 def test_opt_that_norms_the_stream_itself(ids: torch.Tensor) -> None:
     """OPT-350m: the stream goes on normed after attention and after the MLP."""
     model = ic.load(ic.testing.tiny("opt", do_layer_norm_before=False))
-    with pytest.raises(ic.CapabilityError, match="does not know where opt keeps final_norm"):
+    with pytest.raises(ic.CapabilityError, match="not known where opt keeps final_norm"):
         model.run(ids, read=S.final_norm)
     read = [S.resid_pre[1], S.attn_out[1], S.resid_mid[1], S.mlp_in[1], S.mlp_act[1], S.mlp_out[1], S.resid_post[1]]
     run = model.run(ids, read=read)

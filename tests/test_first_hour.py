@@ -80,6 +80,11 @@ ROWS: list[tuple[str, Callable[[Held], Any], type[Exception], list[str]]] = [
      score.logprob(5)), ic.PlanError, ["[1, 32]", "write z[2,2].at(-1)"]),
     ("8 .at forgotten, two rows", lambda t: t.model.run([t.text] * 2, edits=S.z[2, 2].add(torch.ones(2, 32))),
      ic.PlanError, ["[2, 32]", "[batch 2, pos 10, d_head 32]", "write z[2,2].at(-1)"]),
+    ("8 .at forgotten, as many rows as positions", lambda t: t.model.run(["Q: big", "Q: hot"], edits=S.z[2, 2].set(
+        torch.ones(2, 32))), ic.PlanError,
+     ["[2, 32]", "may be batch or pos", "write z[2,2].at(-1)", "value.expand(2, -1, -1)"]),
+    ("8 .at forgotten, as many rows as positions in a sweep", lambda t: t.model.sweep(["Q: big", "Q: hot"],
+     [S.z[2, 2].set(torch.ones(2, 32))], score.logprob(5)), ic.PlanError, ["may be batch or pos"]),
     ("9 a dtype", lambda t: t.model.run(t.text, edits=S.resid_post[2].add(t.vector.half())), ic.PlanError,
      ["torch.float16", "torch.float32", "write value.to(torch.float32)"]),
     ("10 an array", lambda t: S.resid_post[2].add(np.zeros(128)), ic.PlanError,
@@ -144,7 +149,7 @@ ROWS: list[tuple[str, Callable[[Held], Any], type[Exception], list[str]]] = [
     # load
     ("30 training mode", training, ic.LoadError, ["in training mode", "call model.eval() before load"]),
     ("31 no tokenizer", lambda t: tiny_model("qwen3").run(t.text), ic.TextError,
-     ["without a tokenizer", "pass ids, or load(..., tokenizer=…)"]),
+     ["without a tokenizer", "pass ids, or load(..., tokenizer=…)", "command line, put a tokenizer.json into"]),
     ("32 a foreign tokenizer", lambda t: ic.load(tiny_model("qwen3").hf, tokenizer=t.model.tokenizer), ic.TextError,
      ["the tokenizer has 1469 tokens, the model 96", "that the model was trained with"]),
     ("33 a tokenizer's name", lambda t: ic.load("toy:text", tokenizer="toy:text"), ic.LoadError,

@@ -108,6 +108,9 @@ def test_the_toy_decides_in_the_middle(toy: ic.Model, capsys: pytest.CaptureFixt
     assert "·dry" in shown and "embed" in shown and shown.count("\n") == 8
     row = result.table()[-1]
     assert row["top"] == " dry" and row["rank"] == 0 and row["layer"] == "5"
+    assert "prompt" not in shown
+    both = str(ic.method("logit_lens")(toy, [TEXT] * 2)).splitlines()
+    assert [line for line in both if line.startswith("prompt")] == ["prompt 0:", "prompt 1:"] and len(both) == 18
 
 
 def test_saving_and_pages(toy: ic.Model, tmp_path: Path) -> None:

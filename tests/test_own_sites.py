@@ -86,7 +86,7 @@ def test_a_pass_meets_it_where_it_was_said_to_be() -> None:
 @pytest.mark.usefixtures("family")
 def test_other_families_lack_it_by_name() -> None:
     model = ic.load(ic.testing.tiny("gpt2"))
-    with pytest.raises(ic.CapabilityError, match="does not know where gpt2 keeps kv_latent"):
+    with pytest.raises(ic.CapabilityError, match="not known where gpt2 keeps kv_latent"):
         model.run({"input_ids": IDS}, read=Site("kv_latent"))
 
 

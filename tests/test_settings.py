@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_inherited_settings_are_described_where_they_are_written() -> None:
     rows = {row["setting"]: row["description"] for row in settings.rows(More)}
     assert (rows["a"], rows["b"], rows["g"]) == ("share a line and go on.", "of its own.", "new.")
     assert settings.schema(More)["properties"]["a"]["description"] == "share a line and go on."
+
+
+def test_a_method_is_called_with_its_settings_by_name() -> None:
+    """As notebooks and completion see it."""
+    lens = ic.method("logit_lens")
+    called = inspect.signature(lens)
+    assert list(called.parameters)[:5] == ["model", "x", "batch_size", "progress", "out"]
+    assert set(called.parameters) > set(lens.Config.model_fields)
+    assert called.parameters["top_k"].default == 5 and called.return_annotation == "LogitLensResult"
+    assert called.parameters["top_k"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert "top_k" not in inspect.signature(type(lens)).parameters
+    assert not [name for name in ic.registry("methods").names() if "settings" in
+                inspect.signature(ic.method(name)).parameters]  # fmt: skip
 
 
 def test_schemas_are_json_whatever_the_types() -> None:

@@ -93,6 +93,8 @@ def test_the_published_count() -> None:
     assert (plan.token_layers, plan.naive) == (2088, 165888)
     assert "2,088 against 165,888" in plan.explain()
     assert "79.4× fewer" in plan.explain()
+    dear = model.sweep(ids, [S.resid_pre[0].scale(2)], score.logit(5)).plan  # the clean pass comes on top
+    assert dear.token_layers >= dear.naive and "fewer" not in dear.explain()
 
 
 def test_chunks_fit_the_budget_and_shrink_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,8 @@ def test_shapes_are_those_that_indexing_gives() -> None:
     for site in run:
         if site.pos is None or site.pos == -1:
             assert [int(part.split()[1]) for part in shape_of(page, site).split(", ")] == list(run[site].shape)
+            named = zip(run[site].axes, run[site].shape, strict=True)
+            assert ", ".join(f"{axis} {size}" for axis, size in named) == shape_of(page, site)
             assert repr(run[site]).startswith(f"Reading of {site}: [{shape_of(page, site)}] float32\ntensor(")
 
 

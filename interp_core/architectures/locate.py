@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import LoadError, nearest
+from ..errors import LoadError
 from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
@@ -453,8 +453,7 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         elif name == "mlp_act" and "expert_out" in present:
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         else:
-            near = nearest(name, present)
-            why = f"the atlas does not know where {family.name} keeps {name}. {near}"
+            why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
         atlas.lacking[name] = why
     if "final_norm" not in present:
         atlas.lacking["readout"] = f"this {family.name} has no final norm that is known here"

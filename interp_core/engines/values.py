@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,12 +36,37 @@ def check_value(edit: Edit, axes: Sequence[tuple[str, int]], dtype: torch.dtype,
         takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
         more = "" if edit.op == "project" else _likely(edit, shape, axes)
         raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.{more}")
+    if edit.op != "project":
+        _check_one_meaning(edit, shape, axes)
+
+
+def _check_one_meaning(edit: Edit, shape: list[int], axes: Sequence[tuple[str, int]]) -> None:
+    """Refuse a suffix that is, by its shape, as well the value at one position: with as many rows as positions.
+
+    Raises:
+        PlanError: with both ways to write it.
+    """
+    sizes, along = [size for _, size in axes], _positions(axes)
+    if not along or sizes[along] == 1 or shape != sizes[:along] + sizes[along + 1 :]:
+        return
+    named = ", ".join(f"{axis} {size}" for axis, size in axes)
+    last = f"{replace(edit.site, pos=None, key=None)}.at({'query=' if axes[along][0] == 'query' else ''}-1)"
+    raise PlanError(
+        f"{edit}: the value is {shape}, the site has [{named}]: its first axis may be {axes[0][0]} or {axes[1][0]}. "
+        f"For one position of each row write {last}, or which one is meant, before .{edit.op}; for the same in every "
+        f"row, value.expand({', '.join([str(sizes[0]), *['-1'] * len(shape)])})."
+    )
+
+
+def _positions(axes: Sequence[tuple[str, int]]) -> int | None:
+    """Which axis positions lie along."""
+    return next((i for i, (axis, _) in enumerate(axes) if axis in ("pos", "query", "patch")), None)
 
 
 def _likely(edit: Edit, shape: list[int], axes: Sequence[tuple[str, int]]) -> str:
     """What a shape that does not fit would fit, as the end of a message: other positions, or axes in another order."""
     sizes, site = [size for _, size in axes], edit.site
-    along = next((i for i, (axis, _) in enumerate(axes) if axis in ("pos", "query", "patch")), None)
+    along = _positions(axes)
     if along is not None and shape == sizes[:along] + sizes[along + 1 :]:
         return f" That is the value at one position: write {site}.at(-1), or which one is meant, before .{edit.op}."
     if along is None and site.pos is not None and len(shape) == len(sizes) + 1:

@@ -133,7 +133,7 @@ class SweepPlan:
     def explain(self) -> str:
         """Strategy, cost against one full forward pass per variant, memory, and why nothing cheaper."""
         rows = max((len(sweep_pass.steps) for sweep_pass in self.passes), default=0)
-        fewer = f" ({self.naive / self.token_layers:.1f}× fewer)" if self.token_layers else ""
+        fewer = f" ({self.naive / self.token_layers:.1f}× fewer)" if 0 < self.token_layers < self.naive else ""
         lines = [
             f"strategy     {self.strategy}",
             f"variants     {self.n_variants} on {len(self.lengths)} text(s) of {max(self.lengths)} tokens or less",

@@ -251,7 +251,7 @@ class MapResult(ic.Result):
     def title(self) -> str:
         """What the map shows."""
         places = "" if len(self.places) > 1 else f" at {self.places[0]}"
-        return f"{self.kind} of {self.site}{places}"
+        return f"{self.kind} of {self.site}{places}{of_rows(self.base)}"
 
     def table(self) -> list[dict[str, Any]]:
         """One row per patch, averaged over batch rows."""

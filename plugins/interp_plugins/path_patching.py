@@ -194,10 +194,10 @@ class PathPatching(ic.Method):
 
 def _explained(runs: DirectRuns, pairs: int, paths: int, layers: int) -> str:
     total, naive = runs.token_layers + layers, 2 * paths * runs.model.n_layers * sum(runs.pair.base.tokens.lengths)
+    fewer = f" ({naive / total:.1f}× fewer)" if 0 < total < naive else ""
     return (
         f"paths        {paths:,}, of which {pairs:,} have a receiver above the sender\n"
         f"direct runs  {runs.token_layers:,} token-layers at {runs.ids.shape[1]} position(s)\n"
         f"sweep        {layers:,} token-layers\n"
-        f"together     {total:,} against {naive:,} of two full forward passes per path "
-        f"({naive / max(total, 1):.1f}× fewer)"
+        f"together     {total:,} against {naive:,} of two full forward passes per path{fewer}"
     )

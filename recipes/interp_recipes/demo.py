@@ -199,13 +199,15 @@ class Findings:
         whole, without, others = self.ablated
         moved = self.layers[self.layer]
         first, gap = "answer is first", "logit difference"
+        before, after = percent(whole[first]), percent(without[first])
+        leading = f"{after} of the prompts" + (f" instead of {before}" if before != after else ", as with them")
         return [
             f"The answer's logit minus that of its rival is {self.gap[0]:.2f} on clean prompts and {self.gap[1]:.2f} "
             "on corrupted ones.",
             f"Patched from the clean prompt into the corrupted one, single heads give back most of that gap: {names} "
             "(at the last token).",
             f"Control: without these heads the difference falls from {whole[gap]:.2f} to {without[gap]:.2f}, and the "
-            f"answer comes first in {percent(without[first])} of the prompts instead of {percent(whole[first])}. "
+            f"answer comes first in {leading}. "
             f"Removing as many random heads leaves {others[gap]:.2f} and {percent(others[first])}.",
             f"Steering: the mean difference of the two kinds of prompts, added after layer {self.layer}, puts the "
             f"answer ahead of its rival in {percent(moved['answer beats rival'])} of the corrupted prompts, and first "

@@ -128,7 +128,9 @@ class LogitLensResult(ic.Result):
                 if width is not None and taken > width and len(blocks[-1]) > 1:
                     blocks.append([padded[0]])
                 blocks[-1].append(column)
-            lines += ["\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks]
+            grids = ["\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks]
+            heading = f"prompt {row}:\n" if len(self.tokens) > 1 else ""
+            lines += [heading + grids[0], *grids[1:]]
         return "\n\n".join(lines) if width is not None else "\n".join(lines)
 
     def _tips(self, row: int) -> list[list[str]]:
