@@ -101,6 +101,8 @@ def nearest(asked: object, known: Iterable[str], limit: int = 12) -> str:
     """The sentence that ends an unknown-name error: the nearest names, or all of them if none is near."""
     names = list(dict.fromkeys(known))
     close = difflib.get_close_matches(asked, names, n=3, cutoff=0.6) if isinstance(asked, str) else []
+    # a word of a longer name, such as "patching", is far from it by letters
+    close = [name for name in names if asked in name.split("_")][:3] or close
     if close:
         return f"Did you mean {' or '.join(repr(name) for name in close)}?"
     if not names:

@@ -169,7 +169,7 @@ class Model(Answering, Session):
         read: Iterable[Site | str] | Site | str = (),
         edits: Iterable[Edit] | Edit = (),
         *,
-        grad: Callable[[Tensor], Tensor] | bool = False,
+        grad: Score | Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
         each: Each | None = None,
         attention: bool = False,
@@ -181,9 +181,10 @@ class Model(Answering, Session):
             x: text, texts, `Tokens`, a tokenizer's output or ids.
             read: sites to keep; `run[site]` gives their values.
             edits: changes, in order.
-            grad: a function of the logits `[batch pos d_vocab]` that returns one number: `run.grad[site]` is then its
-                gradient with respect to every site read. True keeps the graph for your own `backward`. Where an
-                edit's value requires grad, the graph is kept anyway. Weights get no gradient.
+            grad: a score, or a function of the logits `[batch pos d_vocab]` that returns one number: `run.grad[site]`
+                is then its gradient (of a score, each row's own) with respect to every site read. True keeps the graph
+                for your own `backward`. Where an edit's value requires grad, the graph is kept anyway. Weights get no
+                gradient.
             logits: False ends the pass after the last site read; a position computes only these logits.
             each: called as `each(layer, values)` when all that is read of a layer has passed, which is then let go.
             attention: hand `each` the layer's attention too: `values.attention` gives rows of its pattern, also after

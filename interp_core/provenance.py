@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,14 @@ def provenance(name: str, what: str, model: Structure, tokens: Tokens, settings:
         "name": name, "what": what, "model": _model(model), "settings": dict(settings), "prompts": _prompts(tokens),
         "versions": versions(), "command": command(), "date": now(),
     }  # fmt: skip
+
+
+def _folded(row: Sequence[str]) -> Iterator[str]:
+    """A row's tokens; of one like `<|image_pad|>` that stands hundreds of times, how often."""
+    for token, run in groupby(row):
+        count = len(list(run))
+        special = count > 1 and token.startswith("<") and token.endswith(">")
+        yield f"{token}×{count} " if special else token * count
 
 
 def versions() -> dict[str, str]:
@@ -115,7 +124,7 @@ def _prompts(tokens: Tokens) -> dict[str, Any]:
         told = identity(numbering(tokens))[:16]
     except NoIdentityError:
         told = digest(tokens.ids.tolist())[:16]
-    texts = ["".join(row) for row in rows]
+    texts = ["".join(_folded(row)) for row in rows]
     return {
         "count": len(tokens), "digest": told, "lengths": [min(tokens.lengths), max(tokens.lengths)],
         "texts": [text if len(text) <= LETTERS else text[: LETTERS - 1] + "…" for text in texts],

@@ -32,6 +32,7 @@ from .plan import Plan
 from .positions import PositionLike, Rows
 from .readings import ForwardPass, Gradients, LayerReadings
 from .receipts import Receipt, demand_effect, demand_proof, receipts
+from .score import Score
 from .session import NOTHING, Input, Session
 from .sites import TENSOR_OPS, Edit, Site
 from .text import CACHE, Tokens
@@ -124,10 +125,10 @@ class Run(ForwardPass):
         self._logits = logits if bound is None else bound.take(logits)
         self._logits_site = Site("logits") if isinstance(at, bool) else Site("logits").at(at)
 
-    def differentiate(self, score: Callable[[Tensor], Tensor]) -> None:
-        """Fill `grad` with the gradients of `score(logits)` and let go of the graph."""
+    def differentiate(self, score: Score | Callable[[Tensor], Tensor]) -> None:
+        """Fill `grad` with the gradients of `score(logits)`, or of all rows' scores, and let go of the graph."""
         assert self._logits is not None
-        scalar = score(self._logits)
+        scalar = score(self).sum() if isinstance(score, Score) else score(self._logits)
         if not isinstance(scalar, Tensor) or scalar.numel() != 1:
             shape = list(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
             raise ReadError(f"grad= takes a function of the logits that returns one number, it returned {shape}")
@@ -179,7 +180,7 @@ class CompiledPlan(PlanView):
         self,
         x: Input,
         *,
-        grad: Callable[[Tensor], Tensor] | bool = False,
+        grad: Score | Callable[[Tensor], Tensor] | bool = False,
         logits: bool | PositionLike = True,
         each: Each | None = None,
         attention: bool = False,
@@ -192,7 +193,9 @@ class CompiledPlan(PlanView):
         tokens = x if isinstance(x, Tokens) else model.input(x)
         stop = logits is False
         if grad is not True and grad is not False and not callable(grad):
-            raise PlanError(wrong("grad=", "True, False or a function of the logits", grad))
+            raise PlanError(wrong("grad=", "True, False, a score or a function of the logits", grad))
+        if isinstance(grad, Score):
+            grad = grad.on(model, len(tokens))
         if logits is None:
             raise PlanError(wrong("logits=", "True, False or positions", logits))
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)

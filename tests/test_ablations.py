@@ -154,11 +154,19 @@ def test_pictures_and_pages(tmp_path: Path) -> None:
     found = ablate(toy_model(), CLEAN, kind="resample", reference=[FRENCH, PLURAL], score="kl")
     assert found.png(tmp_path / "map.png").stat().st_size > 10_000
     page = found.to_html(tmp_path / "map.html").read_text()
-    assert "resample ablation of z at -1 A: (nats)" in page and "standard deviation over 2 draws" in page
+    assert " nats<br>resample ablation of z at -1 A:" in page and "standard deviation over 2 draws" in page
     assert type(found).load(found.save(tmp_path)) == found
     assert {"effect", "spread"} <= set(found.table()[0])
     zero = ablate(toy_model(), CLEAN)
     assert "spread" not in zero.table()[0] and "zero ablation of z" in str(zero)
+
+
+def test_the_page_says_which_answer_is_lost(tmp_path: Path) -> None:
+    lost = ablate(toy_model(), [CLEAN, CLEAN], batch_size=1)
+    assert [row["answer"] for row in lost.prompt_rows()] == ["' dry'", "' dry'"]
+    rival = ablate(toy_model(), CLEAN, score="logit_diff", other=" wet")
+    assert "answer</th>" in rival.to_html(tmp_path / "page.html").read_text() and rival.answer == ("' dry' - ' wet'",)
+    assert ablate(toy_model(), [CLEAN, CLEAN], score="kl", batch_size=1).answer == ("", "")
 
 
 def test_bad_input() -> None:

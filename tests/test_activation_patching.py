@@ -182,7 +182,9 @@ def test_pictures_and_pages(tmp_path: Path) -> None:
     found = patch(toy_model(), CLEAN, corrupted=FRENCH, site="resid_pre", at="each")
     assert found.png(tmp_path / "map.png").stat().st_size > 10_000
     page = found.to_html(tmp_path / "map.html").read_text()
-    assert "layer 5" in page and "token-layers" in page and "denoising of resid_pre (share of the difference)" in page
+    assert (
+        "layer 5" in page and "token-layers" in page and "% share of the difference<br>denoising of resid_pre" in page
+    )
     assert 'data-tip="layer 3, 15 A:: 98.9%"' in page and ">99%<" in page
     assert type(found).load(found.save(tmp_path)) == found
     assert len(found.table()) == 6 * 16

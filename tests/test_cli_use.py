@@ -132,13 +132,29 @@ def test_letters_that_a_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "out/result.html" in stream.read() and Path("out/result.html").is_file()
 
 
+def test_a_package_that_is_written_and_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert interp("plugins", "new", "my_lens") == 0
+    capsys.readouterr()
+    said = refused(capsys, "plugins", "check", "my_lens")
+    assert "my_lens is a folder here whose plugin is not installed: pip install -e my_lens" in said
+
+
+def test_what_came_out_is_printed_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert interp("run", "logit_lens", "--text", "Q: big", "--out", "out") == 0
+    finding = ic.Result.load("out").finding
+    assert finding and capsys.readouterr().out.endswith(f"\n\n{finding}\n\n{Path('out/result.html')}\n")
+
+
 def test_another_runs_result_is_replaced_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     lens, knocked = ["run", "logit_lens", "--text", "Q: big", "--out", "out"], ["run", "ablations", "--text", "Q: big"]
     assert interp(*lens) == 0
     Path("out/notes.txt").write_text("mine")
     before = json.loads(Path("out/result.json").read_text())["class"]
     said = refused(capsys, *knocked, "--model", "toy:txt", "--out", "out")
-    assert "out holds another run: recipe was 'logit_lens', is 'ablations'" in said and "--overwrite" in said
+    assert (
+        "out holds another run: of 'logit_lens', not of 'ablations'; give another folder, or" in said
+        and "--overwrite" in said
+    )
     assert json.loads(Path("out/result.json").read_text())["class"] == before
     assert interp(*knocked, "--out", "out", "--overwrite") == 0
     assert json.loads(Path("out/result.json").read_text())["class"] != before
@@ -220,7 +236,7 @@ def test_columns_are_shortened_with_an_ellipsis() -> None:
 def test_narrow_terminals(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     on_a_terminal(monkeypatch, width)
     lens = ["run", "logit_lens", "--text", "Q: big\nA: small\n\nQ: hot\nA: cold<|endoftext|>", "--out", "out"]
-    for args in (["plugins"], ["sites", "toy:text"], ["run", "demo", "--help"], lens):
+    for args in (["plugins"], ["sites", "toy:text"], ["run", "demo", "--help"], lens, ["show", "out"]):
         assert interp(*args) == 0
         said = capsys.readouterr().out
         long = [line for line in said.splitlines() if len(line) > width]

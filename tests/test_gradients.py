@@ -48,6 +48,20 @@ def test_parts_and_selection(ids: torch.Tensor) -> None:
         whole.grad[S.mlp_out[0]]
 
 
+def test_of_a_score_each_row_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, texts, words = ic.load("toy:text"), ["Q: big\nA:", "Q: big\nA: small\n\nQ: hot\nA:"], [" small", " cold"]
+    both = toy.run(texts, read=S.resid_post[2].at(-1), grad=ic.score.logprob(words)).grad[S.resid_post[2].at(-1)]
+    for row, (text, word) in enumerate(zip(texts, words, strict=True)):
+        target = int(toy.tokens(word, bos=False).ids[0, 0])
+        alone = toy.run(text, read=S.resid_post[2], grad=lambda x, t=target: x[0, -1].log_softmax(-1)[t])
+        torch.testing.assert_close(both[row], alone.grad[S.resid_post[2]].at(-1)[0], atol=1e-5, rtol=1e-3)
+    kept = toy.run(texts, read=S.resid_post[2].at(-1), grad=ic.score.logprob(words), logits=-1)
+    torch.testing.assert_close(kept.grad[S.resid_post[2].at(-1)].plain, both.plain, atol=1e-6, rtol=1e-4)
+    monkeypatch.setattr(toy.hf, "forward", None)  # refused before the model runs
+    with pytest.raises(ic.PlanError, match="the target 'dry' is 3 tokens"):
+        toy.run(texts, read=S.resid_post[2], grad=ic.score.logprob("dry"))
+
+
 def test_weights_get_no_gradient(ids: torch.Tensor) -> None:
     model = tiny_model("gpt2")
     model.run(ids, read=S.resid_post, grad=scalar)

@@ -135,6 +135,10 @@ def test_clashes_keep_ours_and_reach_theirs_by_distribution(installed: Path) -> 
 def test_unknown_names() -> None:
     with pytest.raises(ic.PluginError, match="no method is called 'logit_lense'. Did you mean 'logit_lens'"):
         ic.method("logit_lense")
+    with pytest.raises(
+        ic.PluginError, match="Did you mean 'activation_patching' or 'attribution_patching' or 'path_pat"
+    ):
+        ic.method("patching")
     with pytest.raises(ic.PluginError, match="no kind of plugin is called 'method'. Did you mean 'methods'"):
         ic.registry("method")
     with pytest.raises(ic.PluginError, match="is a .*, not a int"):

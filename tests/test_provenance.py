@@ -74,11 +74,11 @@ def test_sweeps_are_results_too(toy: ic.Model, tmp_path: Path) -> None:
     heads = {head: ic.sites.z[head].at(-1).zero() for head in toy.heads}
     sweep = toy.sweep(CLEAN, heads, ic.score.logit_diff(" cold", " young"))
     best = sweep.top(1)[0]
-    assert f"{best.effect:+.4g} by {best.key[0]}, {best.key[1]}: z[" in sweep.finding
+    assert f"{best.effect:+.4g} by z[{best.key[0]},{best.key[1]}]@-1 zero, from" in sweep.finding
     page = sweep.to_html(tmp_path / "page.html").read_text()
     for part in (
         "<h1>Sweep</h1>",
-        "What each of the changes does",
+        "What each of the changes does to logit_diff(&#x27; cold&#x27;, &#x27; young&#x27;).",
         "Q: hot",
         "The largest change of logit_diff",
         "What it cost",

@@ -19,6 +19,7 @@ import interp_core as ic
 from interp_core import report
 from interp_core.files import write
 from interp_core.report import colors, html, png, svg
+from interp_core.report.answer import Answer, answer_page
 from interp_core.report.pictures import pixels_of
 
 NASTY = "<script>alert('x')</script>\"'&"
@@ -52,6 +53,17 @@ def test_a_token_turns_no_other_round() -> None:
     body = report.TokenStrip(["a", "\u202eb", " c"], [1.0, 2.0, 3.0]).html()
     assert re.findall(r"<span[^>]* style='([^']*)' data-tip", body)[1].endswith(";unicode-bidi:isolate")
     assert body.count("unicode-bidi") == 1 and "unicode-bidi" not in report.TokenStrip(["a", "שלום"], [1.0, 2.0]).html()
+
+
+def test_a_page_says_units_and_names_and_nothing_twice() -> None:
+    grid = report.Heatmap([[0.5, 2.0]], ["layer 0"], ["0", "1"], xlabel="expert", colorbar="nats").html()
+    assert ">expert</th>" in grid and "2 nats<br>" in grid
+    lines = report.Curves([report.Line("gini", [0.1, 0.2])], ["0", "1"], ylabel="evenness").html()
+    assert "evenness<br><span" in lines and "<div class='scroll'><svg" in lines  # wide enough to be read on a phone
+    plain = Answer("h", "", "", [], html.table([{"x": 1.5}]), [{"x": 1.5}], {}, None)
+    for answer, folded in ((plain, True), (plain._replace(picture="<p>nothing</p>"), False)):
+        shown, fold, _ = answer_page(answer).partition("All numbers")
+        assert shown.count("<table class='rows'>") == 1 and bool(fold) == folded
 
 
 def test_pages_need_no_network() -> None:

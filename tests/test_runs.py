@@ -167,7 +167,7 @@ def test_other_settings_are_refused_by_name_before_anything_is_written(tmp_path:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ic.PlanError, match="holds another run: n was 3, is 4; give another folder"):
         work(tmp_path, n=4)
-    with pytest.raises(ic.PlanError, match="recipe was 'work', is 'other'"):
+    with pytest.raises(ic.PlanError, match="holds another run: of 'work', not of 'other'; give another folder"):
         runs.open(tmp_path, {"n": 3, "seed": 7}, recipe="other")
     with pytest.raises(ic.PlanError, match=r"settings\.fn is a function, which a run's manifest cannot hold"):
         runs.open(tmp_path / "new", {"fn": work}, recipe="work")

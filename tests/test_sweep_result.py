@@ -163,6 +163,9 @@ def test_tables() -> None:
     ]
     by_position = {(2, at): S.resid_pre[2].at(at).zero() for at in range(3)}
     assert list(toy_model().sweep(TEXT, by_position, JUDGED).table()[0])[:2] == ["layer", "pos"]
+    hidden = {(2, at): S.pattern[2].knockout(query=-1, key=at) for at in range(3)}
+    knocked = toy_model().sweep(TEXT, hidden, JUDGED)
+    assert list(knocked.table()[0])[:2] == ["layer", "key"] and knocked.chart().columns == ["key 0", "key 1", "key 2"]
     others = {("a", 7): S.z[2, 1].zero(), ("b", 7): S.z[2, 2].zero()}
     assert list(toy_model().sweep(TEXT, others, JUDGED).table()[0])[:2] == ["key_0", "key_1"]
 

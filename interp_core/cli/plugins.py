@@ -195,6 +195,8 @@ def _installed_or_module(name: str, kind: str | None) -> Plugin:
     try:
         return find(name, (kind,) if kind else KINDS)
     except PluginError:
+        if Path(name, "pyproject.toml").is_file():
+            raise PluginError(f"{name} is a folder here whose plugin is not installed: pip install -e {name}") from None
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
             raise
     sys.path.insert(0, os.getcwd())  # a module of this folder is meant, which a console script does not look into

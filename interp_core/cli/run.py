@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import settings
+from ..columns import terminal_width, wrapped
 from ..errors import PlanError
 from ..plugins import Plugin, find, registry
 from ..progress import Progress
@@ -215,4 +216,6 @@ def _keep(result: Result, run: RunFolder) -> None:
     run.put(result.files(), stage="result")
     run.figure("result.html", result.to_html)
     result.show()
+    if result.finding and result.finding not in str(result):
+        print(f"\n{wrapped(result.finding, terminal_width())}")
     print(f"\n{run.path / 'result.html'}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..columns import terminal_width, wrapped
 from ..errors import LoadError, PlanError
 
 if TYPE_CHECKING:
@@ -52,13 +53,14 @@ def _result(saved: Result, html: Path | None, png: Path | None, width: float | N
         print(saved.png(png, row, width=width))
     if html is not None or png is not None:
         return
-    print("\n".join(line for line in (saved.heading, saved.question, saved.finding) if line))
+    screen = terminal_width()
+    print("\n".join(wrapped(line, screen) for line in (saved.heading, saved.question, saved.finding) if line))
     print()
     saved.show()
     if record := saved.provenance:
         from ..report.answer import origin
 
-        print("", *(f"{name}: {said}" for name, said in origin(record).items()), sep="\n")
+        print("", *(wrapped(f"{name}: {said}", screen) for name, said in origin(record).items()), sep="\n")
 
 
 def _run(folder: Path) -> None:

@@ -40,7 +40,8 @@ def answer_page(said: Answer) -> str:
     below = subtitle(record) if record else ""
     prompts = Section("What was asked", said.question, _prompts(said.prompts, record))
     sections = [prompts] if said.question or prompts.body else []
-    few = table(said.rows) if 0 < len(said.rows) <= SHOWN else ""
+    # a picture that is a table, or ends in one, has the numbers already
+    few = table(said.rows) if 0 < len(said.rows) <= SHOWN and "<table class='rows'" not in said.picture else ""
     sections.append(Section("What came out", said.finding, said.picture + few))
     folded = [_all(said.rows)] if said.rows and not few else []
     folded += [copyable(title, text) for title, text in said.details.items() if text]

@@ -91,7 +91,8 @@ class Heatmap(HeatmapData, Chart):
         limits: ends of the scale; None: those of the values.
         title: above the PNG.
         caption: below the HTML; the title if empty.
-        xlabel, ylabel, colorbar: names of columns, rows and scale in the PNG.
+        xlabel, colorbar: names of columns and scale.
+        ylabel: name of the rows, in the PNG.
         percent: values are shares: tips and scale say them in per cent.
 
     Raises:
@@ -104,7 +105,8 @@ class Heatmap(HeatmapData, Chart):
 
         return heatmap(
             self.values, self.rows, self.columns, texts=self.texts, tips=self.tips, diverging=self.diverging,
-            limits=self.limits, caption=self.caption or self.title, percent=self.percent,
+            limits=self.limits, caption=self.caption or self.title, percent=self.percent, across=self.xlabel,
+            scale=self.colorbar,
         )  # fmt: skip
 
     def frame(self, width: float | None = None) -> Frame:

@@ -37,14 +37,14 @@ STYLE = (
 .ic h1{font-size:1.7rem;margin:0 0 .3rem;letter-spacing:-.02em}.ic h2{font-size:1.15rem;margin:0 0 .4rem}
 .ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic .soft{color:var(--soft)}
 .ic section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.3rem;margin:1.1rem 0}
-.ic .scroll{overflow-x:auto}.ic table{border-collapse:separate;border-spacing:2px;font-size:12.5px}
+.ic .scroll{overflow-x:auto}.ic .scroll>svg{min-width:34rem}.ic table{border-collapse:separate;border-spacing:2px;font-size:12.5px}
 .ic th{font-weight:500;color:var(--soft);padding:.1rem .45rem;text-align:left;white-space:pre}
 .ic thead th{vertical-align:bottom}.ic td{padding:.2rem .45rem;white-space:pre;border-radius:4px}
 .ic table.grid thead th{text-align:center}.ic table.grid tbody th{position:sticky;left:0;background:var(--card)}
 .ic table.grid td{text-align:center;font-family:ui-monospace,monospace;min-width:2.2rem;cursor:default}
 .ic table.fine{border-spacing:1px}.ic table.fine td{min-width:.55rem;height:.6rem;padding:0;border-radius:1px}
 .ic table.fine th{padding:0 .3rem 0 0;font-size:10px;line-height:1}.ic table.fine thead th{max-width:0;text-align:left}
-.ic table.rows td{border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
+.ic table.rows{border-collapse:collapse}.ic table.rows td{vertical-align:top;border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
 .ic code,.ic pre{font-family:ui-monospace,monospace;font-size:12.5px}
 .ic pre{background:var(--code);border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
 .ic .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:.8rem}.ic .pair pre{margin:0}
@@ -156,9 +156,12 @@ def heatmap(
     limits: tuple[float, float] | None = None,
     caption: str = "",
     percent: bool = False,
+    across: str = "",
+    scale: str = "",
 ) -> str:
     """A matrix as coloured cells with tooltips: `rows` × `columns`, cell text and tips optional. Of many columns whose
-    cells say nothing, cells are small and every eighth column is named."""
+    cells say nothing, cells are small and every eighth column is named. `across` says above the columns what they are,
+    `scale` beside the colour bar what the numbers are."""
     low, high = limits or limits_of(values, diverging)
     fine = texts is None and len(columns) > FINE
     named = [c if not fine or j % 8 == 0 else "" for j, c in enumerate(columns)]
@@ -179,10 +182,15 @@ def heatmap(
                 f"<td{TAB * (i == j == 0)} style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>"
             )
         lines.append(f"<tr><th scope='row'>{escape(label)}</th>{''.join(cells)}</tr>")
-    bar = scale_bar(low, high, diverging, percent)
+    bar = f"{scale_bar(low, high, diverging, percent)} {escape(scale)}"
+    above = (
+        f"<tr><td></td><th colspan='{len(columns)}' style='text-align:left'>{escape(across)}</th></tr>"
+        if across
+        else ""
+    )
     return (
-        f"<figure><div class='scroll'><table class='grid{' fine' * fine}' aria-label=\"{escape(caption)}\"><thead><tr>"
-        f"<td></td>{head}</tr></thead><tbody>"
+        f"<figure><div class='scroll'><table class='grid{' fine' * fine}' aria-label=\"{escape(caption)}\"><thead>{above}"
+        f"<tr><td></td>{head}</tr></thead><tbody>"
         f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
     )
 

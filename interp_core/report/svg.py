@@ -59,7 +59,7 @@ def curves(chart: CurvesData) -> str:
             f"<text x='{WIDTH / 2}' y='{TOP + HEIGHT + 34}' text-anchor='middle'>{escape(chart.xlabel)}</text>"
         )
         below = 42
-    axis = f"<span class='soft'>{escape(chart.ylabel)}</span> " if chart.ylabel else ""
+    axis = f"{escape(chart.ylabel)}<br>" if chart.ylabel else ""
     return _figure(parts, TOP + HEIGHT + below, f"{axis}{legend}<br>{escape(chart.caption or chart.title)}")
 
 
@@ -187,7 +187,8 @@ def _level(at: float, label: str) -> str:
 
 def _figure(parts: Sequence[str], height: int, caption: str) -> str:
     box = f"viewBox='0 0 {WIDTH} {height}' style='max-width:{WIDTH}px;font-size:11px;fill:{SOFT}'"
-    return f"<figure><svg {box}>{''.join(parts)}</svg><figcaption>{caption}</figcaption></figure>"
+    drawn = f"<div class='scroll'><svg {box}>{''.join(parts)}</svg></div>"
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def _ink(series: int) -> str:

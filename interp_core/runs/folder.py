@@ -78,8 +78,10 @@ class RunFolder(Folder):
             return
         if before["format"] != FORMAT:
             raise PlanError(f"{self.home} holds a run of format {before['format']}, not {FORMAT}; give another folder")
-        differs = [difference({"recipe": before["recipe"]}, {"recipe": self.identity["recipe"]})]
-        differs.append(difference(before["settings"], self.identity["settings"], self.identity["free"]))
+        if before["recipe"] != self.identity["recipe"]:  # whose settings are other ones in any case
+            differs = [f"of {before['recipe']!r}, not of {self.identity['recipe']!r}"]
+        else:
+            differs = [difference(before["settings"], self.identity["settings"], self.identity["free"])]
         model = self.read(self.record / "model.json")
         if model is not None and self.identity["model"] is not None:
             differs.append(model_difference(model, self.identity["model"]))

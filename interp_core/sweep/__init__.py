@@ -42,7 +42,7 @@ from .choose import cheapest_strategy
 from .kept import read_variants, variants_files
 from .keys import Effect, Key, Parts, by_key, cells, number_of, part_names, words
 from .kinds import scores_of, variants_of
-from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, label, lines, numbered, view
+from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, judged_by, label, lines, said_by_edits, view
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
@@ -115,6 +115,10 @@ class Sweep(Shown, Result):
         """Variants whose score is not a number in some example."""
         bad = torch.isnan(self.values).any(-1).tolist()
         return [named_edits(edits) for edits, is_bad in zip(self.variants, bad, strict=True) if is_bad]
+
+    @cached_property
+    def _plain(self) -> bool:
+        return said_by_edits(self.keys, self.variants)
 
     @cached_property
     def _index(self) -> dict[Key, int]:
@@ -218,7 +222,7 @@ class Sweep(Shown, Result):
             effects = self._of(self.effects, example).tolist()
             return grid_chart(effects, self.keys, self.variants, rows, columns, self.score, said)
         top = [effect for effect in self.top(BARS, example) if math.isfinite(effect.effect)]
-        return bar_chart(top, len(self), numbered(self.keys), self.score, said)
+        return bar_chart(top, len(self), self._plain, self.score, said)
 
     def charts(self) -> list[Chart]:
         """`chart`, where some score is a number."""
@@ -228,7 +232,7 @@ class Sweep(Shown, Result):
     def finding(self) -> str:
         """The variant that moves the score most, and those whose score is no number."""
         best, *_ = self.top(1)
-        said = f"The largest change of {self.score}: {best.effect:+.4g} by {label(*best[:2], numbered(self.keys))}, "
+        said = f"The largest change of {self.score}: {best.effect:+.4g} by {label(*best[:2], self._plain)}, "
         moved = (
             f"{said}from {self._clean(None)} without edits{self._whose(None)}." if math.isfinite(best.effect) else ""
         )
@@ -253,7 +257,7 @@ class Sweep(Shown, Result):
         return replace(loaded, variants=read_variants(folder)).with_provenance(loaded.provenance)
 
     def _view(self) -> View:
-        return view(self._title(), lines(self.top(6), len(self), numbered(self.keys)), self.failed, self.explain)
+        return view(self._title(), lines(self.top(6), len(self), self._plain), self.failed, self.explain)
 
     def _title(self) -> str:
         return f"Sweep of {len(self):,} variants: {self.score}, without edits {self._clean(None)}{self._whose(None)}"
@@ -317,10 +321,11 @@ def sweep(
                 Runner(model, tokens, plan, scores, store, tower).run(told)
     by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
     explain, settings = plan.explain(), {"variants": len(listed), "strategy": strategy}
-    record = provenance("sweep", "What each of the changes does to the score.", model, tokens, settings)
+    record = provenance("sweep", "What each of the changes does to ", model, tokens, settings)
+    records = [record | {"what": f"{record['what']}{judged_by(model, score)}."} for score in scores]
     return tuple(
-        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(record)
-        for values, clean, score in by_score
+        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(own)
+        for (values, clean, score), own in zip(by_score, records, strict=True)
     )
 
 

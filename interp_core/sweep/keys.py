@@ -84,8 +84,8 @@ def shown(key: Key) -> str:
 
 
 def part_names(keys: Sequence[Key], variants: Sequence[Sequence[Edit]]) -> list[str]:
-    """What the parts of keys are called: after what they number in the edits (`layer`, `head`, `pos`), else `key_0` and
-    so on; `key` alone where keys have no parts that all share."""
+    """What the parts of keys are called: after what they number in the edits (`layer`, `head`, `pos`, `key`), else
+    `key_0` and so on; `key` alone where keys have no parts that all share."""
     sizes = {len(key) if isinstance(key, tuple) else 0 for key in keys}
     if len(sizes) > 1 or not variants:
         return ["key"] if 0 in sizes or len(sizes) > 1 else [f"key_{part}" for part in range(max(sizes))]
@@ -101,9 +101,10 @@ def part_names(keys: Sequence[Key], variants: Sequence[Sequence[Edit]]) -> list[
 
 
 def _numbered(edits: Sequence[Edit]) -> list[str]:
-    """What keys may number in a variant: its layers, units and positions."""
+    """What keys may number in a variant: its layers, units, positions and positions of keys."""
     units = [str(edit.site.info.unit) for edit in edits if isinstance(edit.site.units, int)]
-    return list(dict.fromkeys(["layer", *units, "pos"]))
+    keys = ["key" for edit in edits if edit.site.key is not None]
+    return list(dict.fromkeys(["layer", *units, "pos", *keys]))
 
 
 def _says(edits: Sequence[Edit], name: str, part: Any) -> bool:
@@ -115,6 +116,8 @@ def _says(edits: Sequence[Edit], name: str, part: Any) -> bool:
         return bool(sites) and all(site.layers == part for site in sites)
     if name == "pos":
         return bool(sites) and all(site.pos == part for site in sites)
+    if name == "key":
+        return bool(sites) and all(site.key == part for site in sites)
     return bool(sites) and all(site.units == part and site.info.unit == name for site in sites)
 
 

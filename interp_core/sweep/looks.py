@@ -6,12 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import PlanError
 from ..views import Part, View
 from .keys import Effect, Key, Parts, cells, part_names, shown, words
 
 if TYPE_CHECKING:
     from ..report import Chart
+    from ..score import Score
+    from ..session import Session
     from ..sites import Edit
 
 BARS = 20
@@ -25,9 +29,20 @@ def label(key: Key, edits: Sequence[Edit], numbered: bool) -> str:
     return words(edits) if numbered else f"{shown(key)}: {words(edits)}"
 
 
-def numbered(keys: Sequence[Key]) -> bool:
-    """Whether keys are those of a plain list."""
-    return keys == tuple(range(len(keys)))
+def said_by_edits(keys: Sequence[Key], variants: Sequence[Sequence[Edit]]) -> bool:
+    """Whether keys say nothing beside the edits: those of a plain list, and numbers of layers, heads and positions."""
+    if keys == tuple(range(len(keys))):
+        return True
+    names = part_names(keys, variants)
+    return names != ["key"] and not any(name.startswith("key_") for name in names)
+
+
+def judged_by(model: Session, score: Score) -> str:
+    """A score with its targets as words: `logit_diff(' dry', ' cold')`."""
+    ids = [torch.as_tensor(target).flatten().tolist() for target in score.targets if not isinstance(target, tuple)]
+    if not ids or len(ids) < len(score.targets) or any(len(row) != 1 for row in ids):
+        return score.name
+    return f"{score.name}({', '.join(repr(model.word(row[0])) for row in ids)})"
 
 
 def lines(top: Sequence[Effect], count: int, without_key: bool) -> Part:
@@ -80,7 +95,7 @@ def grid_chart(
 
 
 def _named(name: str, part: Any) -> str:
-    return shown(part) if name.startswith("key") else f"{name} {shown(part)}"
+    return shown(part) if name.startswith("key_") else f"{name} {shown(part)}"
 
 
 def bar_chart(top: Sequence[Effect], count: int, without_key: bool, score: str, said: str) -> Chart:

@@ -33,7 +33,7 @@ def drawn(chart: Picture, unit: str) -> report.Heatmap:
     return report.Heatmap(
         chart.values, chart.rows, chart.columns, diverging=True, limits=chart.limits, title=chart.title,
         texts=report.cell_texts(chart.values, unit == SHARE) if len(chart.columns) <= WIDEST else None,
-        caption=f"{chart.title} ({unit})", colorbar=unit, percent=unit == SHARE,
+        colorbar=unit, percent=unit == SHARE,
     )  # fmt: skip
 
 

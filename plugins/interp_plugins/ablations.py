@@ -70,11 +70,21 @@ class AblationResult(MapResult):
     Attributes:
         spread: standard deviation over draws; None of fewer than two.
         draws: over how many `effect` is the mean.
+        answer: the words that the score is about, per prompt; "" where it is about none.
     """
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {**MapResult.AXES, "spread": ("batch", "layer", "head", "pos")}
+    JOINS: ClassVar[Mapping[str, str]] = {**MapResult.JOINS, "answer": "rows"}
     spread: Float[Tensor, "batch layer head pos"] | None
     draws: int
+    answer: tuple[str, ...] = ()
+
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """Prompts with the answers that are judged."""
+        words = self.answer or ("",) * len(self.base)
+        return [
+            row | ({"answer": word} if word else {}) for row, word in zip(super().prompt_rows(), words, strict=False)
+        ]
 
     def table(self) -> list[dict[str, Any]]:
         """One row per patch, averaged over batch rows, with the spread over draws if there is one."""
@@ -116,6 +126,7 @@ class Ablations(ic.Method):
             effect=effects.mean(0), base=sweep.clean, kind=f"{config.kind} ablation", score=judged.name,
             unit=UNITS.get(judged.name, judged.name), explain=sweep.plan.explain(), draws=len(draws),
             spread=effects.std(0) if len(draws) > 1 else None, **named(grid),
+            answer=_words(model, judged, len(tokens)),
         )  # fmt: skip
 
     def _reference(self, model: ic.Model, grid: Grid, config: AblationConfig) -> ic.Tokens | None:
@@ -169,6 +180,14 @@ class Ablations(ic.Method):
                 yield {key: value.mean(0) for key, value in joined.items()}
             else:
                 yield from ({key: value[row] for key, value in joined.items()} for row in range(len(reference)))
+
+
+def _words(model: ic.Model, judged: scores.Score, rows: int) -> tuple[str, ...]:
+    """The tokens that a score is about, of each row; "" of a score of spans or without targets."""
+    targets = [torch.as_tensor(target).expand(rows) for target in judged.targets if not isinstance(target, tuple)]
+    if judged.span or not targets:
+        return ("",) * rows
+    return tuple(" - ".join(repr(model.word(token)) for token in row) for row in torch.stack(targets, 1).tolist())
 
 
 def _chunks(tokens: ic.Tokens) -> Iterator[ic.Tokens]:

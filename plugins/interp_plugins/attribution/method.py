@@ -33,6 +33,11 @@ from .layout import Layout, Part, layout_of, with_target
 from .over_image import Place, grid_map, overlays, places_of
 from .page import layers_of, strip_of, strip_page, top_tokens
 
+HEADINGS = {
+    "ifr": "Information flow", "ifr_routes": "Routes of information flow", "attnlrp": "AttnLRP",
+    "input_x_gradient": "Input × gradient",
+}  # fmt: skip
+"""Titles of pages."""
 MASSIVE = 8.0
 """How many times as long as the row's median the stream of an attention sink is."""
 
@@ -125,6 +130,11 @@ class AttributionResult(ic.Result):
             lines += [f"  {ic.report.visible(x['token']):16} {x['score']: .4g}  at {x['pos']}" for x in self.top(row)]
             lines.append(f"  of the mass, {first:.1%} lie on the first token, {sinks:.1%} on attention sinks")
         return "\n".join(lines)
+
+    @property
+    def heading(self) -> str:
+        """What the method is called in the field, where its name is short for that."""
+        return HEADINGS.get((self.provenance or {}).get("name", ""), super().heading)
 
     @property
     def finding(self) -> str:

@@ -171,8 +171,8 @@ class LogitLensResult(ic.Result):
             self.target_logprob[row].exp(), self.layers, self.tokens[row], texts=self.tops(row), tips=self._tips(row),
             limits=(0.0, 1.0), title=f"Logit lens{which(row, len(self.tokens))}", ylabel="after layer",
             xlabel="last token read", colorbar="probability of the target", percent=True,
-            caption=f"What comes next{which(row, len(self.tokens))}: below the last token that was read, the likeliest "
-            "next one after each layer; coloured by the probability of the token that is followed.",
+            caption=f"What comes next{which(row, len(self.tokens))}: the likeliest next token after each layer, "
+            "below the last one that was read; coloured by the probability of the target.",
         )  # fmt: skip
 
     def charts(self) -> list[ic.report.Heatmap]:

@@ -245,11 +245,11 @@ class RouterResult(ic.Result):
             ]
             for row, layer in enumerate(self.layers)
         ]
-        title = f"Usage of experts ({statistic})"
+        title, texts = f"Usage of experts ({statistic})", len(self.tokens)
         return ic.report.Heatmap(
             values, [f"layer {layer}" for layer in self.layers], list(map(str, range(self.n_experts))), tips=tips,
             limits=(0.0, float(values.max())), title=title, xlabel="expert", ylabel="", colorbar=statistic,
-            caption=f"{title} at {self.place}: {int(self.tokens.sum()):,} tokens of {len(self.tokens)} texts.",
+            caption=f"{title} at {self.place}: {int(self.tokens.sum()):,} tokens of {texts} text{'s' * (texts != 1)}.",
         )  # fmt: skip
 
     def curves(self, names: Iterable[str] = ("entropy", "gini")) -> ic.report.Curves:

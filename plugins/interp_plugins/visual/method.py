@@ -187,7 +187,7 @@ class VisualResult(ic.Result):
         lines = [report.Line(curve, np.asarray(means[i])) for i, curve in enumerate(self.curves)]
         return report.Curves(
             lines, list(map(str, self.layers)), title="Effect on the answer", xlabel="decoder layer", ylabel="nats",
-            caption=f"Mean loss of the answer's log-probability over {len(self.m)} samples.",
+            caption=f"Mean loss of the answer's log-probability over {len(self.m)} sample{'s' * (len(self.m) != 1)}.",
         )  # fmt: skip
 
     def charts(self) -> list[report.Curves]:
