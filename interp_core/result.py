@@ -67,6 +67,16 @@ class Result:
             for name, axes in self.AXES.items()
         ]
 
+    def to_dataframe(self) -> Any:
+        """`table` as a `pandas.DataFrame`.
+
+        Raises:
+            CapabilityError: pandas is not installed.
+        """
+        from .frames import frame
+
+        return frame(self.table())
+
     def show(self) -> None:
         """Print the result."""
         print(self)

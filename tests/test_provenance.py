@@ -143,6 +143,17 @@ def test_findings_are_what_the_numbers_say(toy: ic.Model) -> None:
     assert several.finding.startswith("In 2 of 2 prompts the target comes first")
 
 
+def test_tables_for_pandas(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frames:
+        DataFrame = staticmethod(list)
+
+    monkeypatch.setitem(sys.modules, "pandas", Frames)
+    assert patched.to_dataframe() == patched.table()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ic.CapabilityError, match="pip install pandas"):
+        patched.to_dataframe()
+
+
 def test_a_batch_shows_all_its_rows(toy: ic.Model, tmp_path: Path) -> None:
     from matplotlib.image import imread
 

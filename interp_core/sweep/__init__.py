@@ -206,7 +206,7 @@ class Sweep(Shown, Result):
         Raises:
             CapabilityError: pandas is not installed.
         """
-        from .pandas import frame
+        from ..frames import frame
 
         return frame(self.table(example))
 

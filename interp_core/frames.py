@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import CapabilityError
+from .errors import CapabilityError
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
