@@ -73,7 +73,7 @@ class Result:
         Raises:
             CapabilityError: pandas is not installed.
         """
-        from .frames import frame
+        from .pandas import frame
 
         return frame(self.table())
 

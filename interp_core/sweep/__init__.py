@@ -206,7 +206,7 @@ class Sweep(Shown, Result):
         Raises:
             CapabilityError: pandas is not installed.
         """
-        from ..frames import frame
+        from ..pandas import frame
 
         return frame(self.table(example))
 
