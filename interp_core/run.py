@@ -192,10 +192,11 @@ class CompiledPlan(PlanView):
             return self._outside_inference(x, grad, logits, each, attention, allow_noop)
         tokens = x if isinstance(x, Tokens) else model.input(x)
         stop = logits is False
-        if grad is not True and grad is not False and not callable(grad):
-            raise PlanError(wrong("grad=", "True, False, a score or a function of the logits", grad))
-        if isinstance(grad, Score):
-            grad = grad.on(model, len(tokens))
+        if grad is not True and grad is not False:  # so that a run without pays for no question
+            if isinstance(grad, Score):
+                grad = grad.on(model, len(tokens))
+            elif not callable(grad):
+                raise PlanError(wrong("grad=", "True, False, a score or a function of the logits", grad))
         if logits is None:
             raise PlanError(wrong("logits=", "True, False or positions", logits))
         graph = grad is not False or any([e.op in TENSOR_OPS and e.value.requires_grad for e in edits])  # noqa: C419 (faster)

@@ -63,7 +63,11 @@ def test_means(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         found = ablate(model, site=site, at=[3], **given)
         close(found.effect[:, 1, 0, 0], by_hand(model, S.named(site)[1].at(3), value), model)
     spans = ablate(model, site="mlp_out", at=[[1, 4]], **given)
-    close(spans.effect[:, 2, 0, 0], by_hand(model, S.mlp_out[2].at([1, 4]), mlp[2][:, [1, 4]].mean(0)), model)
+    close(
+        spans.effect[:, 2, 0, 0],
+        by_hand(model, S.mlp_out[2].at([1, 4]), mlp[2][:, [1, 4]].mean(0).expand(2, -1, -1)),
+        model,
+    )
     layer = ablate(model, by="layer", **given)
     close(layer.effect[:, 0, 0, 0], by_hand(model, S.z[0].at(-1), z[0][:, -1].mean(0)), model)
 

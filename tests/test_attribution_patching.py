@@ -187,7 +187,7 @@ def test_pictures_and_pages(tmp_path: Path) -> None:
     found = attribute(toy_model(), CLEAN, corrupted=FRENCH, compare=True)
     assert found.png(tmp_path / "map.png").stat().st_size > 10_000
     page = found.to_html(tmp_path / "map.html").read_text()
-    assert "by gradient; against the sweep: Pearson 0.99" in page and "by sweep (share" in page
+    assert "by gradient; against the sweep: Pearson 0.99" in page and "by sweep<" in page
     assert page.count("<table class='grid'") == 2 and page.count("-55%<span") == 2  # one scale for both
     assert type(found).load(found.save(tmp_path)) == found
     assert {"effect", "exact"} <= set(found.table()[0])

@@ -245,7 +245,7 @@ def test_another_study_is_refused_with_what_differs(tmp_path: Path) -> None:
     ):
         with pytest.raises(ic.PlanError, match=f"holds another result: {says}"):
             Counting()(model, x, out=tmp_path, **settings)
-    with pytest.raises(ic.PlanError, match="another result: .*recipe was 'counting', is 'logit_lens'"):
+    with pytest.raises(ic.PlanError, match="another result: of 'counting', not of 'logit_lens'"):
         ic.method("logit_lens")(model, TEXTS, at=-1, out=tmp_path)
     with pytest.raises(ic.PlanError, match="counting: notes cannot be told from another one .*ic.keyed"):
         Counting()(model, TEXTS, out=tmp_path / "b", notes=iter([]))

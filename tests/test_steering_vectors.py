@@ -167,9 +167,10 @@ def test_only_what_follows_the_instruction_is_steered(antonyms: Any) -> None:
 
 
 def test_control_vectors_of_llama_cpp(antonyms: Any, tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(antonyms.to_gguf(tmp_path / "out/antonyms.gguf", "qwen3"))
+    install = "control vectors are read back with gguf: pip install -c constraints.txt -e '.[real]'"
+    reader = pytest.importorskip("gguf", reason=install).GGUFReader(
+        antonyms.to_gguf(tmp_path / "out/antonyms.gguf", "qwen3")
+    )
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     assert list(tensors) == [f"direction.{layer}" for layer in range(1, 6)]
     assert torch.equal(tensors["direction.2"], antonyms.vector(2))

@@ -36,7 +36,7 @@ def check_value(edit: Edit, axes: Sequence[tuple[str, int]], dtype: torch.dtype,
         takes = "[d] or [k d]" if edit.op == "project" else "that shape or a suffix of it; nothing is broadcast"
         more = "" if edit.op == "project" else _likely(edit, shape, axes)
         raise PlanError(f"{edit}: the value is {list(value.shape)}, the site has [{named}]. It takes {takes}.{more}")
-    if edit.op != "project":
+    if 1 < len(sizes) == len(shape) + 1 and sizes[0] == sizes[1] and edit.op != "project":
         _check_one_meaning(edit, shape, axes)
 
 

@@ -118,7 +118,7 @@ class Ablations(ic.Method):
         grid = grid_of(self.name, model, tokens, config)
         reference = self._reference(model, grid, config)
         judged = self._judged(model, tokens, config)
-        draws = list(self._replacements(model, reference, grid, config))
+        draws = list(self._replacements(model, reference, grid, config, len(tokens)))
         edits = [edits for replacements in draws for edits in patches(grid, replacements)]
         sweep = swept(model, tokens, edits, judged, config)
         effects = torch.stack([grid.shaped(part) for part in sweep.effects.chunk(len(draws))])
@@ -166,9 +166,9 @@ class Ablations(ic.Method):
         return score
 
     def _replacements(
-        self, model: ic.Model, reference: ic.Tokens | None, grid: Grid, config: AblationConfig
+        self, model: ic.Model, reference: ic.Tokens | None, grid: Grid, config: AblationConfig, rows: int
     ) -> Iterator[Values | None]:
-        """What takes the place of v, once per draw."""
+        """What takes the place of v in so many rows, once per draw."""
         if reference is None:
             yield None
         elif config.kind == "mean" and config.over == "all":
@@ -176,10 +176,9 @@ class Ablations(ic.Method):
         else:
             parts = [_at_places(model, part, grid) for part in _chunks(reference)]
             joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            if config.kind == "mean":
-                yield {key: value.mean(0) for key, value in joined.items()}
-            else:
-                yield from ({key: value[row] for key, value in joined.items()} for row in range(len(reference)))
+            drawn = [slice(None)] if config.kind == "mean" else [slice(row, row + 1) for row in range(len(reference))]
+            for part in drawn:  # with an axis for rows: without, positions could be taken for them
+                yield {key: value[part].mean(0).expand(rows, *value.shape[1:]) for key, value in joined.items()}
 
 
 def _words(model: ic.Model, judged: scores.Score, rows: int) -> tuple[str, ...]:
