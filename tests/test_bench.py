@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from conftest import toy_model
+from conftest import tiny_model, toy_model
 from peers import installed
 
 import interp_core as ic
+from interp_core import bench
 from interp_core.bench import OPERATIONS, benchmark, measure
 from interp_core.bench.tools import ready
 
@@ -60,6 +62,16 @@ def test_table_and_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ic.PlanError):
             measure(toy_model(), rounds=1, **bad)  # type: ignore[arg-type]
     assert set(OPERATIONS) > {"plain", "generate"}
+
+
+def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clock = tiny_model("llama"), itertools.cycle([1.0, 1.0, 1.5, 1.0, 1.6, 1.0])
+    monkeypatch.setattr(bench, "_seconds", lambda run, device: next(clock) * 1e-3)
+    assert "This machine was busy: the bare pass itself varied by ±" in bench.benchmark(
+        model, rounds=6, n_tokens=4, operations=["plain"], only=["interp_core"]
+    )
+    monkeypatch.setattr(bench, "_seconds", lambda run, device: 1e-3)
+    assert "busy" not in bench.benchmark(model, rounds=6, n_tokens=4, operations=["plain"], only=["interp_core"])
 
 
 def test_an_error_without_words_is_a_line_of_the_table() -> None:

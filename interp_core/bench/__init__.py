@@ -51,6 +51,7 @@ class Row:
         ratio: to the plain forward pass (for `generate`, to the plain model's own generation).
         calls: Python calls added to it.
         held: bytes that the result keeps alive.
+        noise: how far the times lie apart; see `_noise`.
     """
 
     operation: str
@@ -59,6 +60,11 @@ class Row:
     ratio: float
     calls: int
     held: int
+    noise: float = 0.0
+
+
+NOISY = 0.1
+"""Half the distance between the quartiles of a bare pass's times, over their median, from which a table says so."""
 
 
 def benchmark(model: Model, *, rounds: int = 20, n_tokens: int = 32, **options: Any) -> str:
@@ -74,6 +80,12 @@ def benchmark(model: Model, *, rounds: int = 20, n_tokens: int = 32, **options: 
             f"| {OPERATIONS.get(row.operation, row.operation)} | {row.tool} | {row.seconds * 1e3:.2f} "
             f"| {row.ratio:.3f} | {added:+.0f} | {row.calls:+d} | {row.held / 2**20:.2f} |"
         )
+    if (noise := max((row.noise for row in rows if row.tool == "bare"), default=0.0)) > NOISY:
+        lines += [
+            "",
+            f"This machine was busy: the bare pass itself varied by ±{noise:.0%} from round to round, so that smaller "
+            "differences say nothing. Run it again when the machine is idle, or with more --rounds.",
+        ]
     lines += [""] + [f"{tool} cannot {OPERATIONS.get(operation, operation)}: {why}" for operation, tool, why in failed]
     return "\n".join(lines).rstrip()
 
@@ -163,8 +175,16 @@ def _rows(
         base = ("generate", "bare") if key[0] == "generate" else ("plain", "bare")
         seconds = statistics.median(times[key])
         ratio = seconds / statistics.median(times[base]) if base in times else 1.0
-        rows.append(Row(*key, seconds, ratio, calls[key] - calls.get(base, 0), held[key]))
+        rows.append(Row(*key, seconds, ratio, calls[key] - calls.get(base, 0), held[key], _noise(times[key])))
     return rows
+
+
+def _noise(seconds: Sequence[float]) -> float:
+    """Half the distance between the quartiles, over the median; 0 of fewer than four."""
+    if len(seconds) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / 2 / middle
 
 
 def count_calls(run: Callable[[], Any]) -> int:
