@@ -106,6 +106,9 @@ class Progress:
         _INNERMOST.set(self)
         if self._outer is not None:
             self._outer._inner = self
+            first = self._first()
+            if self.total == 0 and first._drawn > float("-inf"):  # one piece has no `add` that would say it
+                first._draw()
         elif self.shown or not hushed:  # what does not come to its first `add` is not silent either
             self._timer = threading.Timer(SILENT, self._draw)
             self._timer.daemon = True

@@ -37,6 +37,17 @@ def lines(said: str) -> list[str]:
     return [line.strip() for line in re.split(r"[\r\n]", said) if line.strip()]
 
 
+def test_a_piece_within_work_is_named_as_it_begins(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the line of the work around it stands already."""
+    with progress.Progress("outer", 2, shown=True) as outer:
+        outer.add()
+        assert "inner" not in capfd.readouterr().err
+        with progress.Progress("inner", 0):
+            assert "outer 1 of 2" in (err := capfd.readouterr().err) and "· inner" in err
+
+
 def test_work_of_up_to_three_seconds_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with ic.Progress("texts", 3) as told:
         for _ in range(3):
