@@ -26,7 +26,7 @@ from .joining import Part, demand_alike, demand_joinable, joined, result_kind
 from .positions import Mask, PerRow
 from .progress import Progress
 from .result import Result
-from .runs.identity import plain
+from .runs.identity import plain_fields
 from .score import Score
 from .settings import Config
 from .text import Tokens
@@ -45,7 +45,7 @@ def run_many(
     batch_size: int,
     progress: bool,
     out: str | Path | runs.RunFolder | None,
-    record: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
 ) -> Any:
     """See `Method.__call__`, which calls this with its method, and what the result is to say of where it comes from."""
     size, name = batch_size_of(batch_size), method.name
@@ -225,14 +225,7 @@ def identified(owner: str, config: Config) -> Mapping[str, Any]:
     Raises:
         PlanError: something that cannot be told from another one the next time.
     """
-    record = {}
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        try:
-            record[name] = plain(value, name)
-        except PlanError:
-            record[name] = _digest(f"{owner}: {name}", value)
-    return record
+    return plain_fields(config, lambda name, setting: _digest(f"{owner}: {name}", setting))
 
 
 def _digest(what: str, value: Any) -> str:

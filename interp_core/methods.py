@@ -126,7 +126,7 @@ class Method(Shown, ABC):
             CapabilityError: the model lacks what the method needs.
             PluginError: the method returned something else.
         """
-        from .provenance import provenance, sentence, shared_settings
+        from .provenance import provenance, sentence, shared_settings, within
         from .result import Result
 
         if not hasattr(model, "atlas"):
@@ -147,8 +147,10 @@ class Method(Shown, ABC):
             from .many import run_many
 
             size = BATCH if batch_size is None else batch_size
-            return run_many(self, model, tokens, config, size, progress, out, record)
-        result = self.run(model, tokens, config)
+            with within():
+                return run_many(self, model, tokens, config, size, progress, out, record)
+        with within():
+            result = self.run(model, tokens, config)
         if not isinstance(result, Result):
             kind = type(result).__name__
             raise PluginError(

@@ -10,17 +10,18 @@ import inspect
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import groupby
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from ._version import version_of
 from .batches import numbering
-from .errors import InterpError
+from .columns import shortened
 from .files import without_folder
 from .identity import NoIdentityError, identity, weights
-from .runs.identity import digest, plain
-from .runs.session import PACKAGES, now
+from .runs.identity import digest, plain_fields
+from .runs.session import now, packages
 
 if TYPE_CHECKING:
     from .settings import Config
@@ -33,14 +34,33 @@ WEIGHTS = 1 << 30
 """Bytes of weights up to which a model without a revision gets a fingerprint, once (a second); `out=` takes any."""
 
 
-def provenance(name: str, what: str, model: Structure, tokens: Tokens, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a result.
+_WITHIN: ContextVar[bool] = ContextVar("within", default=False)
+"""Whether a result is being made that has its record already."""
+
+
+@contextmanager
+def within() -> Iterator[None]:
+    """For a while, results are parts of one that has its record: they get none, since a fingerprint reads all weights,
+    and a method may sweep hundreds of times."""
+    token = _WITHIN.set(True)
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
+
+
+def provenance(
+    name: str, what: str, model: Structure, tokens: Tokens, settings: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The record of a result; None of one that is made `within` another.
 
     Args:
         name: of the method, or of what else made it.
         what: what it asks, in a sentence.
         settings: as plain data.
     """
+    if _WITHIN.get():
+        return None
     return {
         "name": name, "what": what, "model": _model(model), "settings": dict(settings), "prompts": _prompts(tokens),
         "versions": versions(), "command": command(), "date": now(),
@@ -57,7 +77,7 @@ def _folded(row: Sequence[str]) -> Iterator[str]:
 
 def versions() -> dict[str, str]:
     """Python, and the packages that numbers depend on."""
-    return {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := version_of(name))}
+    return {"python": platform.python_version()} | packages()
 
 
 def command() -> str:
@@ -77,14 +97,7 @@ def sentence(kind: type) -> str:
 
 def plain_settings(config: Config) -> dict[str, Any]:
     """Settings as JSON holds them; what is for Python alone (a tensor, a function) by its type."""
-    held = {}
-    for key in type(config).model_fields:
-        setting = getattr(config, key)
-        try:
-            held[key] = plain(setting, key)
-        except InterpError:
-            held[key] = type(setting).__name__
-    return held
+    return plain_fields(config, lambda name, setting: type(setting).__name__)
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
@@ -127,5 +140,5 @@ def _prompts(tokens: Tokens) -> dict[str, Any]:
     texts = ["".join(_folded(row)) for row in rows]
     return {
         "count": len(tokens), "digest": told, "lengths": [min(tokens.lengths), max(tokens.lengths)],
-        "texts": [text if len(text) <= LETTERS else text[: LETTERS - 1] + "…" for text in texts],
+        "texts": [shortened(text, LETTERS) for text in texts],
     }  # fmt: skip

@@ -91,6 +91,19 @@ def test_sweeps_are_results_too(toy: ic.Model, tmp_path: Path) -> None:
     assert done.stdout == f"Sweep {sweep.finding}\n"
 
 
+def test_weights_are_read_once_for_a_method_and_what_it_sweeps(toy: ic.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps that a method makes are parts of its result, and have no record of their own; those of a user have one."""
+    read = []
+    weights = provenance.weights
+    monkeypatch.setattr(provenance, "weights", lambda module: read.append(module) or weights(module))
+    assert ic.method("ablations")(toy, CLEAN).provenance["name"] == "ablations" and len(read) == 1
+    sweep = toy.sweep(CLEAN, [ic.sites.z[2, 1].at(-1).zero()], ic.score.logprob(" cold"))
+    assert sweep.provenance["name"] == "sweep" and len(read) == 2
+    with pytest.raises(ic.PlanError):
+        ic.method("ablations")(toy, CLEAN, score="logit_diff")  # refused inside of run
+    assert ic.method("logit_lens")(toy, CLEAN, at=-1).provenance is not None
+
+
 def test_a_class_that_no_method_has(patched: Any, tmp_path: Path) -> None:
     """Nothing is imported because a file names it."""
     patched.save(tmp_path)

@@ -49,6 +49,18 @@ def plain(value: Any, name: str = "settings") -> Any:
     )
 
 
+def plain_fields(config: Any, otherwise: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """A config's settings as JSON holds them; of what JSON cannot hold, what a function of name and setting gives."""
+    held = {}
+    for name in type(config).model_fields:
+        setting = getattr(config, name)
+        try:
+            held[name] = plain(setting, name)
+        except PlanError:
+            held[name] = otherwise(name, setting)
+    return held
+
+
 def digest(value: Any) -> str:
     """SHA-256 of plain data; the order of a mapping's keys does not matter."""
     return sha256(json.dumps(value, sort_keys=True, ensure_ascii=False))

@@ -76,11 +76,16 @@ def surroundings() -> dict[str, Any]:
     """Versions, machine and state of the code."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
+        "packages": packages(),
         "host_class": host_class(),
         "git": {name: state for name, path in _places().items() if (state := git_state(path))},
         "torch": torch_settings(),
     }
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages that numbers depend on, of those that are installed."""
+    return {name: version for name in PACKAGES if (version := version_of(name))}
 
 
 def host_class() -> dict[str, Any]:

@@ -322,7 +322,7 @@ def sweep(
     by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
     explain, settings = plan.explain(), {"variants": len(listed), "strategy": strategy}
     record = provenance("sweep", "What each of the changes does to ", model, tokens, settings)
-    records = [record | {"what": f"{record['what']}{judged_by(model, score)}."} for score in scores]
+    records = [record and {**record, "what": f"{record['what']}{judged_by(model, score)}."} for score in scores]
     return tuple(
         Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(own)
         for (values, clean, score), own in zip(by_score, records, strict=True)
