@@ -24,6 +24,7 @@ from .engines.selection import Selection
 from .errors import InterpError, PlanError, wrong
 from .identity import NoIdentityError, identity
 from .inputs import undivided
+from .pass_views import axes_of
 from .plan import Plan
 from .positions import Mask, PerRow, Rows, is_single
 from .progress import Progress
@@ -240,9 +241,7 @@ def row_values(run: ForwardPass, number: int) -> list[Tensor]:
 def _axes(site: Site) -> list[bool]:
     """Of each axis of a site's value in one row, whether it has all positions."""
     whole = {"pos": site.pos is None, "query": site.pos is None, "key": site.key is None}
-    single = {"pos": is_single(site.pos), "query": is_single(site.pos), "key": is_single(site.key)}
-    single |= {str(site.info.unit): isinstance(site.units, int)}
-    return [whole.get(axis, False) for axis in site.info.axes[1:] if not single.get(axis, False)]
+    return [whole.get(axis, False) for axis in axes_of(site) if axis not in ("batch", "layer")]
 
 
 def _unstrung(value: Tensor, site: Site, rows: Rows) -> list[Tensor]:

@@ -12,6 +12,7 @@ from .engines.protocol import Slot
 from .errors import InterpError
 from .files import without_folder
 from .positions import Rows, format_position, is_single
+from .receipts import places_shown
 from .sites import Site
 from .text import Tokens
 from .views import ROWS, Part, Shown, Table, View, batch_shown, part, shape_shown, token_shown, tokens_part
@@ -28,8 +29,8 @@ def axes_of(site: Site) -> tuple[str, ...]:
     """Names of the axes of a site's value, where every row selects as many positions; several layers come first."""
     gone = {site.info.unit} if isinstance(site.units, int) else set()
     chosen = [axis for axis in site.info.positions if axis != "key"]
-    gone |= set(chosen) if site.pos is not None and is_single(site.pos) else set()
-    gone |= {"key"} if site.key is not None and is_single(site.key) else set()
+    gone |= set(chosen) if is_single(site.pos) else set()
+    gone |= {"key"} if is_single(site.key) else set()
     layer = ("layer",) if site.info.layered and not isinstance(site.layers, int) else ()
     return (*layer, *(axis for axis in site.info.axes if axis not in gone))
 
@@ -79,19 +80,18 @@ def receipts_part(run: Any) -> Part:
     listed = list(run.receipts)
     lines = [_middle_cut(str(receipt), 84) for receipt in listed[:LISTED]]
     rows = [
-        (str(r.edit), str(r.fired), ", ".join(map(str, r.layers)), _positions(r.positions), f"{r.norm:.4g}")
+        (
+            str(r.edit),
+            str(r.fired),
+            ", ".join(map(str, r.layers)),
+            "all" if r.positions is None else places_shown(r.positions, ", "),
+            f"{r.norm:.4g}",
+        )
         for r in listed[:LISTED]
     ]
     columns = ["edit", "fired", "layers", "positions", "norm of the change"]
     note = f"{len(listed)} edits, the first {LISTED} are shown" if len(listed) > LISTED else ""
     return Part("receipts", lines, Table(columns, rows, note) if rows else None, _beyond(listed))
-
-
-def _positions(positions: Sequence[Sequence[int]] | None) -> str:
-    if positions is None:
-        return "all"
-    rows = [f"row {row} at {', '.join(map(str, chosen))}" for row, chosen in enumerate(positions) if chosen]
-    return "; ".join(rows[:4]) + (f"; and {len(rows) - 4} more rows" if len(rows) > 4 else "")
 
 
 def _middle_cut(text: str, width: int) -> str:

@@ -69,13 +69,15 @@ class Receipt:
     def __str__(self) -> str:
         if not self.fired:
             return f"{self.edit}: never fired"
-        if self.positions is None:
-            positions = "all positions"
-        else:
-            shown = [f"row {i} at {','.join(map(str, row))}" for i, row in enumerate(self.positions) if row]
-            positions = "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
+        positions = "all positions" if self.positions is None else places_shown(self.positions, ",")
         routing = "" if self.routing is None else f"; {self.routing}"
         return f"{self.edit}: fired {self.fired}×, {positions}, changed by norm {self.norm:.4g}{routing}"
+
+
+def places_shown(positions: Sequence[Sequence[int]], comma: str) -> str:
+    """Positions row by row, those of the first four rows that have some."""
+    shown = [f"row {i} at {comma.join(map(str, row))}" for i, row in enumerate(positions) if row]
+    return "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more rows" if len(shown) > 4 else "")
 
 
 def receipts(edits: Sequence[Edit], passes: Sequence[PassRecord], rows: Rows) -> list[Receipt]:

@@ -139,6 +139,7 @@ class Result:
 
     def with_provenance(self: R, record: Mapping[str, Any] | None) -> R:
         """The same result with a record of where it comes from."""
+        # No field: results are made, compared and joined by fields, and where one comes from is none of its numbers.
         new = copy.copy(self)
         object.__setattr__(new, "_provenance", record)
         return new
@@ -276,6 +277,7 @@ def _kind_of(head: Mapping[str, Any], folder: str | Path) -> type[Result]:
     from .plugins import registry
 
     methods, name = registry("methods"), (head.get("provenance") or {}).get("name")
+    # A class is looked for where its record says that it was made; without a record, all methods have to be asked.
     if head.get("class") in HOMES:
         importlib.import_module(HOMES[head["class"]])
     else:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from .columns import shortened
+
 WIDTH, LINES = 100, 10
 """Columns and lines that a thing takes in text."""
 ROWS = 8
@@ -56,7 +58,7 @@ class View(NamedTuple):
         lines = [self.title]
         for part, count in zip(parts, counts, strict=True):
             lines += [f"  {'' if i else part.name:{width}}  {line}" for i, line in enumerate(_first(part, count))]
-        return "\n".join(cut(plainly(line), WIDTH) for line in lines)
+        return "\n".join(shortened(plainly(line), WIDTH) for line in lines)
 
     def html(self) -> str:
         """Tables below each other, for a notebook."""
@@ -95,7 +97,7 @@ def _first(part: Part, count: int) -> list[str]:
         return list(part.lines)
     kept = list(part.lines[: max(count - 1, 1)])
     more = f"… and {len(part.lines) - len(kept) + part.more} more"
-    return [*kept, more] if count > 1 else [f"{cut(kept[0], WIDTH - 40)} {more}"]
+    return [*kept, more] if count > 1 else [f"{shortened(kept[0], WIDTH - 40)} {more}"]
 
 
 def _seen(thing: Shown) -> View:
@@ -111,11 +113,6 @@ def _seen(thing: Shown) -> View:
 def plainly(text: str) -> str:
     """Text in which letters that print nothing, or that steer a terminal, are written out."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def cut(text: str, width: int) -> str:
-    """Text of so many letters at most."""
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def token_shown(label: str) -> str:
@@ -155,7 +152,7 @@ def tokens_part(labels: Sequence[Sequence[str]]) -> Part:
 
 def row_shown(labels: Sequence[str], width: int) -> str:
     """Tokens of a row with their positions, in a line: of a long row those at its ends."""
-    shown = [f"{at}:{cut(token_shown(label), 24)}" for at, label in enumerate(labels)]
+    shown = [f"{at}:{shortened(token_shown(label), 24)}" for at, label in enumerate(labels)]
     if len(" ".join(shown)) <= width:
         return " ".join(shown)
     tail = shown[-2:]
@@ -210,4 +207,4 @@ def _cell(text: str) -> str:
             " style='min-width:16rem'" if len(text) > WIDTH // 2 else ""
         )  # narrow screens would break it at every word
         return f"<td{room}>{whole}</td>"
-    return f"<td tabindex='0' data-tip='{whole}' aria-label='{whole}'>{escape(cut(plainly(text), CELL))}</td>"
+    return f"<td tabindex='0' data-tip='{whole}' aria-label='{whole}'>{escape(shortened(plainly(text), CELL))}</td>"

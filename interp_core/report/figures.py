@@ -258,7 +258,7 @@ class OverlayData:
                 raise PlanError(f"Overlay: {len(values)} values{of} for {len(self.boxes)} boxes; give one per box")
         if self.picture is not None:
             object.__setattr__(self, "picture", pixels_of(self.picture))
-        if self.size is None:
+        if self.size is None:  # without a picture the boxes alone say how far it reaches
             far = (max(box[2] for box in self.boxes), max(box[3] for box in self.boxes))
             object.__setattr__(self, "size", far)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..columns import shortened
 from .colors import DARK, SERIES, css, limits_of
 
 _LIGHT = {"ink": "#1b1f24", "soft": "#667085", "line": "#e4e7ec", "card": "#fff", "back": "#f2f4f7", "code": "#f6f7f9"}
@@ -142,7 +143,7 @@ def visible(token: str) -> str:
 
 def short(text: str, limit: int = 10) -> str:
     """Text cut to fit a cell."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return shortened(text, limit)
 
 
 def heatmap(
@@ -163,6 +164,7 @@ def heatmap(
     cells say nothing, cells are small and every eighth column is named. `across` says above the columns what they are,
     `scale` beside the colour bar what the numbers are."""
     low, high = limits or limits_of(values, diverging)
+    # A name per column would be wider than its cell, and so would make the whole matrix wide.
     fine = texts is None and len(columns) > FINE
     named = [c if not fine or j % 8 == 0 else "" for j, c in enumerate(columns)]
     head = "".join(f"<th scope='col'>{escape(visible(c) if c else c)}</th>" for c in named)

@@ -24,6 +24,8 @@ import interp_core as ic
 from interp_core import score as scores
 from interp_core import sites as S
 
+from ._prompts import beside
+
 UNITS = {
     "logit_diff": "logits",
     "logit": "logits",
@@ -132,9 +134,7 @@ class Contrasted(ic.Result):
         columns = {"corrupted": twins, "answer": self._words(self.answer), "rival": self._words(self.other)}
         if self.other is not None and self.answer is not None and self.other.equal(self.answer):
             columns["rival"] = []
-        return [
-            row | {name: column[i] for name, column in columns.items() if i < len(column)} for i, row in enumerate(rows)
-        ]
+        return beside(rows, columns)
 
     def _words(self, ids: Tensor | None) -> list[str]:
         return [] if ids is None else [repr(self.vocab.get(str(token), token)) for token in ids.tolist()]

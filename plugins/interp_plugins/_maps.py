@@ -20,7 +20,7 @@ from interp_core import score as scores
 from interp_core import sites as S
 
 from ._contrast import JudgedConfig
-from ._pictures import Picture, drawn, effect_words, of_rows
+from ._pictures import Picture, Pictured, effect_words, of_rows
 
 Values = Mapping[tuple[str, int, int], Tensor]
 """Values by site name, layer and number of the place: `[batch (pos) (head) d]`, or without batch for all rows."""
@@ -199,7 +199,7 @@ def swept(
 
 
 @dataclass(frozen=True, eq=False)
-class MapResult(ic.Result):
+class MapResult(Pictured, ic.Result):
     """Effects over layers, heads and positions.
 
     Attributes:
@@ -281,14 +281,6 @@ class MapResult(ic.Result):
         where = f"{self.site} of layer {best['layer']}{head} at {best['pos']}"
         said = effect_words(best["effect"], self.unit, self.kind, self.score, float(self.base.mean()))
         return f"The largest effect: {where} {said}{of_rows(self.base)}."
-
-    def details(self) -> dict[str, str]:
-        """How the effects were worked out."""
-        return {"What it cost": self.explain}
-
-    def charts(self) -> list[ic.report.Heatmap]:
-        """The maps."""
-        return [drawn(chart, self.unit) for chart in self.pictures()]
 
 
 def named(grid: Grid) -> dict[str, Any]:

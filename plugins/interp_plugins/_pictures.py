@@ -27,6 +27,25 @@ class Picture(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
+class Pictured:
+    """The part of results that show matrices of effects: what they draw, and how it was worked out."""
+
+    unit: str
+    explain: str
+
+    def pictures(self) -> list[Picture]:
+        """The matrices, the main one first."""
+        raise NotImplementedError
+
+    def charts(self) -> list[report.Heatmap]:
+        """The matrices as charts."""
+        return [drawn(chart, self.unit) for chart in self.pictures()]
+
+    def details(self) -> dict[str, str]:
+        """How the effects were worked out."""
+        return {"What it cost": self.explain}
+
+
 def drawn(chart: Picture, unit: str) -> report.Heatmap:
     """A matrix as a chart, with numbers in its cells unless there are many columns. Cells say their whole number when
     pointed at."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import interp_core as ic
@@ -34,3 +34,11 @@ def prompts_of(what: str, model: ic.Model, value: Any, count: int) -> list[ic.To
         if len(each) != 1:
             raise ic.PlanError(f"{what}: item {number} has {len(each)} rows; give each prompt by itself")
     return tokens
+
+
+def beside(prompts: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows of prompts with what belongs to each: of every column the prompt's own, where there is one."""
+    return [
+        {**row, **{name: column[i] for name, column in columns.items() if i < len(column) and column[i] is not None}}
+        for i, row in enumerate(prompts)
+    ]

@@ -33,6 +33,7 @@ from interp_core import sites as S
 from ._contrast import UNITS, answers, said
 from ._maps import Grid, MapConfig, MapResult, Values, grid_of, named, patches, swept, values
 from ._pictures import Picture
+from ._prompts import beside
 
 CHUNK = 16
 """Reference prompts that are run together."""
@@ -81,10 +82,7 @@ class AblationResult(MapResult):
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Prompts with the answers that are judged."""
-        words = self.answer or ("",) * len(self.base)
-        return [
-            row | ({"answer": word} if word else {}) for row, word in zip(super().prompt_rows(), words, strict=False)
-        ]
+        return beside(super().prompt_rows(), {"answer": [word or None for word in self.answer]})
 
     def table(self) -> list[dict[str, Any]]:
         """One row per patch, averaged over batch rows, with the spread over draws if there is one."""

@@ -35,6 +35,7 @@ from interp_core import sites as S
 
 from ._pictures import of_rows
 from ._places import PlacesConfig
+from ._prompts import beside
 
 MEASURES = ("entropy", "first", "sink", "off", "distance")
 UNITS = {"entropy": "nats", "distance": "tokens"}
@@ -123,13 +124,11 @@ class SummaryResult(ic.Result):
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Prompts with the tokens that are sinks of most heads."""
-        rows = super().prompt_rows()
         said = [
             ", ".join(f"{ic.report.visible(token)} at {position}: {heads} heads" for position, token, heads in row[:3])
             for row in self.sinks
         ]
-        named = [{"sinks": text or "none"} for text in said]
-        return [row | own for row, own in zip(rows, named, strict=False)] if rows else named
+        return beside(super().prompt_rows() or [{}] * len(said), {"sinks": [text or "none" for text in said]})
 
     def details(self) -> dict[str, str]:
         """What even attention would give."""

@@ -36,6 +36,7 @@ from interp_core import sites as S
 from ._frozen import Frozen, frozen
 from ._maps import place_name, single_place
 from ._pictures import Picture, drawn, of_rows
+from ._prompts import beside
 
 UNIT = "logits"
 SHOWN = 40
@@ -132,13 +133,12 @@ class DirectLogitResult(ic.Result):
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Prompts with the answer, its rival and by how much it leads."""
-        rows = super().prompt_rows()
-        ids, leads = zip(self.answer.tolist(), self.rival.tolist(), strict=True), self.logit_diff.tolist()
-        named = [
-            {"answer": self._word(a), "rival": self._word(b), "logit difference": round(lead, 3)}
-            for (a, b), lead in zip(ids, leads, strict=True)
-        ]
-        return [row | own for row, own in zip(rows, named, strict=False)] if rows else named
+        columns = {
+            "answer": [self._word(token) for token in self.answer.tolist()],
+            "rival": [self._word(token) for token in self.rival.tolist()],
+            "logit difference": [round(lead, 3) for lead in self.logit_diff.tolist()],
+        }
+        return beside(super().prompt_rows() or [{}] * len(self.answer), columns)
 
     def __str__(self) -> str:
         best = sorted(self.table(), key=lambda row: -abs(row["logits"]))[:10]

@@ -35,7 +35,7 @@ from interp_core import sites as S
 from ._contrast import ContrastConfig, Contrasted, contrast
 from ._direct import RECEIVERS, SENDERS, DirectPlan, DirectRuns, listed, reaches
 from ._maps import place_name, swept
-from ._pictures import Picture, drawn, effect_words, of_rows
+from ._pictures import Picture, Pictured, effect_words, of_rows
 
 
 class PathConfig(ContrastConfig):
@@ -59,7 +59,7 @@ class PathConfig(ContrastConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class PathResult(Contrasted):
+class PathResult(Pictured, Contrasted):
     """Effects of paths.
 
     Attributes:
@@ -128,14 +128,6 @@ class PathResult(Contrasted):
         best = max(self.table(), key=lambda row: abs(row["effect"]))
         said = effect_words(best["effect"], self.unit, self.kind, self.score, float(self.base.mean()))
         return f"The largest effect: the path from {best['sender']} to {best['receiver']} {said}{of_rows(self.base)}."
-
-    def details(self) -> dict[str, str]:
-        """How the effects were worked out."""
-        return {"What it cost": self.explain}
-
-    def charts(self) -> list[ic.report.Heatmap]:
-        """The map."""
-        return [drawn(chart, self.unit) for chart in self.pictures()]
 
 
 def _by_layer(names: Sequence[str], values: Sequence[float]) -> tuple[list[list[float]], list[str], list[str]] | None:
