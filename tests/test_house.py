@@ -326,6 +326,25 @@ def test_constraints_pin_every_dependency() -> None:
     assert importlib.metadata.version("torch").split("+")[0] == "2.13.0"
 
 
+def test_types_are_checked_with_what_dev_installs() -> None:
+    """The type checker says the same with and without the other extras: what they install is named as skipped."""
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = settings["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(one for name in ("test", "dev", "plot", "images") for one in extras[name])]
+    there = {re.split(r"[\s<>=\[]", one)[0].lower() for one in wanted}
+    skipped = {name.removesuffix(".*") for one in settings["tool"]["mypy"]["overrides"] for name in one["module"]}
+    packages = importlib.metadata.packages_distributions()
+    of_transformers = {"httpx", "huggingface_hub"}
+    known = {*sys.stdlib_module_names, *skipped, *PACKAGES, *of_transformers}
+    taken = {name.split(".")[0] for path in sources(*PACKAGES) for name in imported(path)}
+    assert "gguf" in taken
+    lost = {name for name in taken - known if not there & {one.lower() for one in packages.get(name, ())}}
+    assert not lost, f"no extra that mypy is run with installs {sorted(lost)}; name them in its overrides"
+
+
 def test_types_and_shapes_hold_at_run_time() -> None:
     """A part of the suite again, with every signature and shape annotation checked on every call."""
     hook = "--jaxtyping-packages=interp_core,interp_plugins,beartype.beartype"
