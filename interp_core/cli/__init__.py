@@ -14,7 +14,7 @@ from .. import progress
 from .._version import __version__
 from ..columns import terminal_width, wrapped
 from ..errors import InterpError
-from . import flags, help, outputs, plugins, run
+from . import flags, help, outputs, plugins, run, shards
 from .show import show
 
 
@@ -73,6 +73,9 @@ for recipe, about in {
 }.items():
     app.command(recipe, cls=help.Shortcut, help=about, context_settings=settings_as_words)(run.run)
 app.command()(show)
+for of_a_run in (shards.work, shards.resume, shards.collect, shards.sbatch):
+    app.command()(of_a_run)
+app.command("status")(shards.show_status)
 Model = Annotated[str | None, typer.Argument(help="toy:text, a folder, or a hub id")]
 Named = Annotated[str | None, typer.Option("--model", help="the same, as an option")]
 Out = Annotated[Path | None, typer.Option(help="also write the table to a file")]

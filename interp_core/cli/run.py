@@ -53,8 +53,12 @@ def run(
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
     launcher: Annotated[
-        str | None, typer.Option(help="run it as a job of this launcher (`interp plugins launchers`)")
+        str | None, typer.Option(help="run it as jobs of this launcher (`interp plugins launchers`)")
     ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="divide it, for several processes at once; see `interp status`")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="of --shards: how many processes; 0: only plan it")] = None,
 ) -> None:
     """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`.
     `--overwrite` deletes what another run has made in `--out`."""
@@ -64,10 +68,21 @@ def run(
     words = list(words or [])
     if words and not words[0].startswith("-"):
         model = flags.one_model(words.pop(0), model)
-    if launcher is not None:
+    if launcher is not None or shards is not None:
         settings_and_options = {"words": words, "assignments": assignments, "model": model, "text": text, "out": out}
-        run_elsewhere(launcher, run, plugin, {**settings_and_options, "name": name, "config": config, "kind": kind})
+        arguments = {**settings_and_options, "name": name, "config": config, "kind": kind}
+        if shards is None:
+            run_elsewhere(str(launcher), run, plugin, arguments)
+            return
+        from .shards import carry_out, planned
+
+        home = planned(run, plugin, arguments, shards)
+        print(f"{home}: planned, {shards} shards")
+        if workers != 0:
+            carry_out(home, workers, launcher or "local")
         return
+    if workers is not None:
+        raise PlanError("--workers comes with --shards N, which divides the run among them")
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":

@@ -12,6 +12,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from ..errors import InterpError, PlanError, nearest
 from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, write
 from .identity import difference, digest, plain
+from .leases import Leases
 from .session import RunSession, now
 
 Files = Mapping[str, str | bytes]
@@ -59,6 +61,8 @@ class Root(Protocol):
     session: RunSession
     shared: bool
     overwrite: bool
+    shards: int | None
+    leases: Leases
     say: Callable[[str], None]
 
     def begin_change(self) -> None:
@@ -68,6 +72,18 @@ class Root(Protocol):
         """See `RunFolder`."""
 
     def read(self, path: Path) -> dict[str, Any] | None:
+        """See `RunFolder`."""
+
+    def leads(self, is_there: Callable[[], bool]) -> bool:
+        """See `RunFolder`."""
+
+    def leader(self) -> str:
+        """See `RunFolder`."""
+
+    def item(self) -> AbstractContextManager[None]:
+        """See `RunFolder`."""
+
+    def depends(self) -> dict[str, Any]:
         """See `RunFolder`."""
 
 
@@ -130,14 +146,19 @@ class Stages:
 
     def kept(self, stage: str, *, inputs: Mapping[str, Any] | None = None, after: Sequence[str] = ()) -> bool:
         """Whether a stage's files are all there, whole and of these inputs. If they were made and are not, why is said
-        and noted."""
-        note = self._note(stage)
+        and noted. Of several processes at work on the run one gets False; the others wait until it has made them."""
+
+        def is_whole() -> bool:
+            note = self._note(stage)
+            return note is not None and not self._stale(note, self._inputs(inputs, after))
+
+        if not is_whole() and self.root.leads(is_whole):
+            note = self._note(stage)
+            self._begun[stage] = time.perf_counter(), ""
+            if note is not None:
+                self._again(stage, self._stale(note, self._inputs(inputs, after)))
+            return False
         self._begun[stage] = time.perf_counter(), ""
-        if note is None:
-            return False
-        if why := self._stale(note, self._inputs(inputs, after)):
-            self._again(stage, why)
-            return False
         self.root.say(f"  kept {stage}")
         return True
 
@@ -165,8 +186,17 @@ class Stages:
             return []
         stage = stage or next(iter(files))
         self.claim(files, stage=stage)
-        note, before = self._note(stage), {name: file_sha256(self.path / name) for name in files}
         digests = {name: sha256(content) for name, content in files.items()}
+
+        def is_put() -> bool:
+            note = self._note(stage)
+            if note is None or set(note["files"]) != set(digests):
+                return False
+            return bool(note["files"] == digests or note["session"] == self.root.leader())
+
+        if not self.root.leads(is_put):
+            return []
+        note, before = self._note(stage), {name: file_sha256(self.path / name) for name in files}
         began, why = self._begun.pop(stage, (None, ""))
         self.root.begin_change()
         entry = {
@@ -266,6 +296,11 @@ class Stages:
         """Names of the stages that have begun to be written."""
         folder = self._notes
         return sorted(str(path.relative_to(folder).as_posix())[:-5] for path in folder.rglob("*.json"))
+
+    def has_made(self, stage: str) -> bool:
+        """Whether a stage's files are all as they were written, of whatever inputs."""
+        note = self._note(stage)
+        return note is not None and not self._stale(note, note["inputs"])
 
     def damaged(self) -> list[str]:
         """What is missing or not as it was written, of all files of all stages; reads them."""

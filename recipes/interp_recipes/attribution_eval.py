@@ -35,7 +35,7 @@ from interp_plugins.attribution.evaluation.evaluating import FAITHFULNESS, MODES
 from interp_plugins.attribution.evaluation.faithfulness import METRICS
 from interp_plugins.attribution.evaluation.tables import faithfulness_table, recovery_table, table_path
 from interp_plugins.attribution.files.arrays import npz_bytes
-from interp_plugins.attribution.files.traces import MANIFEST, Trace, line_of, members_of, run_tag
+from interp_plugins.attribution.files.traces import MANIFEST, line_of, members_of, run_tag
 
 import interp_core as ic
 from interp_core import report, runs
@@ -213,43 +213,39 @@ class Work:
     def done(self) -> Rows:
         """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
         traces = self.config.save_hop_traces
-        with (
-            self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows,
-            ic.Progress(f"{self.name}, {self.function}", len(self.examples)) as told,
-        ):
-            for index, example in enumerate(self.examples):
-                file = f"{self.folder}/ex_{index:06d}.npz"
-                if index not in rows or (traces and not self.run.kept(file)):
-                    row, trace = self._evaluated(example, index)
-                    if trace is not None and traces:
-                        self.run.put({file: npz_bytes(members_of(trace))})
-                    if index not in rows:
-                        rows.add(row)
-                told.add()
-            every = list(rows)
+        every = self.run.map(
+            self.table("examples").removesuffix(".csv") + ".jsonl", self._row, range(len(self.examples)), key="example",
+            by=lambda index: index, strict=self.config.strict,
+            beside=lambda index, rows: [self._trace_file(index)] if traces and rows[0]["line"] else [],
+        )  # fmt: skip
         good = [row for row in every if not row["dropped"]]
         if not good:
             raise ic.PlanError(f"{self.function}: no example of {self.name} works; the first: {every[0]['dropped']}")
         self._tables([row["forms"] for row in good])
-        if traces:
+        if self.config.save_hop_traces:
             self.run.put({f"{self.folder}/{MANIFEST}": runs.json_lines(row["line"] for row in good)})
         return [form for row in good for form in row["forms"]]
 
-    def _evaluated(self, example: Example, index: int) -> tuple[dict[str, Any], Trace | None]:
-        """The row of one example, and its trace; an example that does not work is noted and dropped.
+    def _trace_file(self, index: int) -> str:
+        return f"{self.folder}/ex_{index:06d}.npz"
+
+    def _row(self, index: int) -> dict[str, Any]:
+        """The row of one example, whose trace is written; an example that does not work is noted and dropped.
 
         Raises:
             InterpError: it does not work, and the run is strict.
         """
-        row: dict[str, Any] = {"example": index, "method": self.function, "dropped": "", "forms": [], "line": None}
+        row: dict[str, Any] = {"method": self.function, "dropped": "", "forms": [], "line": None}
         try:
-            evaluated = evaluate(self.loaded, example, index, self.function, self.options)
+            evaluated = evaluate(self.loaded, self.examples[index], index, self.function, self.options)
         except ic.InterpError as error:
             if self.config.strict:
                 raise
             print(f"  dropped example {index}: {error}", file=sys.stderr)
-            return row | {"dropped": str(error)}, None
-        return row | {"forms": evaluated.rows, "line": line_of(evaluated.trace)}, evaluated.trace
+            return row | {"dropped": str(error)}
+        if self.config.save_hop_traces:
+            self.run.put({self._trace_file(index): npz_bytes(members_of(evaluated.trace))})
+        return row | {"forms": evaluated.rows, "line": line_of(evaluated.trace)}
 
     def _tables(self, forms: Sequence[Rows]) -> None:
         """The published tables of examples' rows, one per form."""

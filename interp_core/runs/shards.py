@@ -1,0 +1,216 @@
+"""Shards of a table of rows: fixed slices of its items, each worked at by one process, each whole in a file of its own.
+
+    record/rows/{table}.shards/
+        plan.json                       what there is to do: items, and of each shard its slice and digest
+        00012.lease                     who is at work on it
+        00012.{session}.journal         rows of a process that has not come to the shard's end
+        00012.failed.json               items that raised an error, each with its traceback
+        00012.jsonl                     all rows of the shard, below a line with their digest; then the others go
+
+What is done is told by these files alone. A journal has one writer, and of two processes only the first can make a
+shard's file: so it does not matter when a process dies, or whether two are at work on the same shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoadError, PlanError
+from ..files import create, sha256, write
+from . import journals
+from .identity import difference, digest
+from .journals import Row
+
+FORMAT = "interp-shards/1"
+ENDING = ".shards"
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A slice of the units of work.
+
+    Attributes:
+        number: among the shards of its table.
+        start, stop: its units.
+        hash: of what its rows depend on: the run, the table, its items.
+    """
+
+    number: int
+    start: int
+    stop: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do for a table of rows.
+
+    Attributes:
+        depends: what all rows depend on, part by part, as digests and plain data.
+        keys: one per item.
+        batch: items per unit, which is worked at as one. Units do not depend on shards, nor on what is done already.
+        shards: in the order of their units.
+    """
+
+    depends: Mapping[str, Any]
+    keys: Sequence[Any]
+    batch: int
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, depends: Mapping[str, Any], keys: Sequence[Any], batch: int, count: int) -> Plan:
+        """Slices of nearly equal size, at most `count` of them."""
+        units = -(-len(keys) // batch)
+        count = min(count, units)
+        about = digest(depends)
+        cuts = [number * units // count for number in range(count + 1)] if count else [0]
+        slices = list(pairwise(cuts))
+        shards = [
+            Shard(n, start, stop, digest([about, batch, list(keys[start * batch : stop * batch])]))
+            for n, (start, stop) in enumerate(slices)
+        ]
+        return cls(depends, keys, batch, tuple(shards))
+
+    def unit(self, number: int) -> range:
+        """Numbers of the items of a unit."""
+        return range(number * self.batch, min((number + 1) * self.batch, len(self.keys)))
+
+    def items(self, shard: Shard) -> range:
+        """Numbers of the items of a shard."""
+        return range(shard.start * self.batch, min(shard.stop * self.batch, len(self.keys)))
+
+    def record(self) -> dict[str, Any]:
+        """The plan as its file has it."""
+        shards = [[shard.start, shard.stop, shard.hash] for shard in self.shards]
+        noted = {"items": len(self.keys), "keys": digest(list(self.keys)), "batch": self.batch}
+        return {"format": FORMAT, "depends": {**self.depends, **noted}, "shards": shards}
+
+
+class ShardFolder:
+    """The files of a table's shards.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """The plan's record; None where there is none.
+
+        Raises:
+            LoadError: it is damaged.
+        """
+        file = self.path / PLAN
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            assert record["format"] == FORMAT and isinstance(record["shards"], list)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise LoadError(f"{file} is damaged ({error}); delete {self.path}, and its rows are made again") from error
+        return dict(record)
+
+    def enter(self, plan: Plan) -> Plan:
+        """Make this the plan, or hold it against the one that is there, whose shards are kept.
+
+        Raises:
+            PlanError: rows that are there are of another plan; says what differs.
+        """
+        text = json.dumps(plan.record())
+        if create(self.path / PLAN, text):
+            return plan
+        there = self.read_plan()
+        if there is None:
+            return self.enter(plan)
+        noted = plan.record()["depends"]
+        differs = difference(there["depends"], noted)
+        if differs and not self.has_rows():
+            write(self.path / PLAN, text)
+            return plan
+        if differs:
+            raise PlanError(
+                f"{self.path} holds rows of another plan: {differs}; delete that folder, or give the run another one"
+            )
+        shards = [Shard(number, *entry) for number, entry in enumerate(there["shards"])]
+        return Plan(plan.depends, plan.keys, plan.batch, tuple(shards))
+
+    def has_rows(self) -> bool:
+        """Whether anything was done."""
+        return any(self.path.glob("*.jsonl")) or any(self.path.glob("*.journal"))
+
+    # One shard
+
+    def lease(self, number: int) -> Path:
+        """The file that says who is at work on a shard."""
+        return self.path / f"{number:05}.lease"
+
+    def journal(self, number: int, session: str) -> Path:
+        """The file of a process's rows of a shard."""
+        return self.path / f"{number:05}.{session}.journal"
+
+    def failures(self, number: int) -> Path:
+        """The file of a shard's items that raised errors."""
+        return self.path / f"{number:05}.failed.json"
+
+    def file(self, number: int) -> Path:
+        """The file of a shard that is done."""
+        return self.path / f"{number:05}.jsonl"
+
+    def is_done(self, shard: Shard) -> bool:
+        """Whether a shard's file is there, and of this plan by its first line; what is below `groups` looks at."""
+        try:
+            with self.file(shard.number).open("rb") as file:
+                head = json.loads(file.readline())
+            return bool(head["hash"] == shard.hash)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def publish(self, shard: Shard, groups: Sequence[list[Row]]) -> None:
+        """Write a shard's file, unless another process was first, and delete what led to it."""
+        body = b"".join(journals.line_of(group) for group in groups)
+        head = {"shard": shard.number, "hash": shard.hash, "items": len(groups), "sha256": sha256(body)}
+        path = self.file(shard.number)
+        data = (json.dumps(head) + "\n").encode() + body
+        if not create(path, data) and not self.is_done(shard):
+            write(path, data)
+        self.sweep(shard.number)
+
+    def sweep(self, number: int) -> None:
+        """Delete what is of no use beside a shard's file."""
+        for path in (*self.path.glob(f"{number:05}.*.journal"), self.failures(number)):
+            path.unlink(missing_ok=True)
+
+    def groups(self, shard: Shard) -> list[list[Row]] | None:
+        """Groups of a shard that is done; None if it is not, or its file is not as it was written."""
+        try:
+            head, _, body = self.file(shard.number).read_bytes().partition(b"\n")
+            noted = json.loads(head)
+            if noted["hash"] != shard.hash or noted["sha256"] != sha256(body):
+                return None
+            return [json.loads(line) for line in body.splitlines()]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def begun(self, shard: Shard, key: str) -> dict[Any, list[Row]]:
+        """Groups of a shard that is not done, by their keys, of whatever process.
+
+        Raises:
+            LoadError: a journal is damaged.
+        """
+        groups: dict[Any, list[Row]] = {}
+        for path in sorted(self.path.glob(f"{shard.number:05}.*.journal")):
+            try:
+                listed, _ = journals.read(path)
+            except FileNotFoundError:  # another process has come to the shard's end
+                continue
+            for group in listed:
+                groups.setdefault(group[0][key], group)
+        return groups
