@@ -31,9 +31,13 @@ def write(path: Path, data: str | bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def create(path: Path, data: str | bytes) -> bool:
-    """Write a file whole if there is none; of several processes that try, one does. Whether it was this one."""
-    draft = _drafted(path, data)
+def create(path: Path, data: str | bytes, *, lasting: bool = True) -> bool:
+    """Write a file whole if there is none; of several processes that try, one does. Whether it was this one.
+
+    Args:
+        lasting: it is to be there after a loss of power.
+    """
+    draft = _drafted(path, data, lasting)
     try:
         os.link(draft, path)  # unlike a rename, fails where there is a file
         return True
@@ -152,15 +156,16 @@ def sweep_drafts(folder: Path, deep: bool = True) -> list[Path]:
     return swept
 
 
-def _drafted(path: Path, data: str | bytes) -> Path:
-    """A file beside another, with what that is to hold, safe on the disk."""
+def _drafted(path: Path, data: str | bytes, lasting: bool = True) -> Path:
+    """A file beside another, with what that is to hold; safe on the disk, if it is to last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name[:120]}.{host()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with draft.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

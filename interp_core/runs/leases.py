@@ -44,7 +44,7 @@ class Leases:
         if path in self._held:
             return True
         text = json.dumps({"session": self.owner, "host": host(), "pid": os.getpid()})
-        if not create(path, text) and not (self._break(path) and create(path, text)):
+        if not create(path, text, lasting=False) and not (self._break(path) and create(path, text, lasting=False)):
             return False
         self._held.add(path)
         if self._heart is None:

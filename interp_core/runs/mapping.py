@@ -19,7 +19,7 @@ from ..progress import Progress
 from . import stopping
 from .identity import plain
 from .journals import Journal, Row
-from .shards import ENDING, Plan, Shard, ShardFolder
+from .shards import ENDING, Plan, Shard, ShardFolder, units_of
 from .stages import Stages, csv_text, json_lines, json_text
 
 Made = Mapping[str, Any] | Sequence[Any]
@@ -66,7 +66,12 @@ class Table:
         self.place = ShardFolder(self.root.record / "rows" / folder.prefix / f"{name}{ENDING}")
 
     def map(
-        self, make: Callable[[Any], Made], items: list[Any], by: Callable[[Any], str | int], batch: int | None
+        self,
+        make: Callable[[Any], Made],
+        items: list[Any],
+        by: Callable[[Any], str | int],
+        batch: int | None,
+        alike: Callable[[Any], Any] | None,
     ) -> list[Row]:
         """See `Folder.map`."""
         self.folder.last = self.name
@@ -77,7 +82,7 @@ class Table:
         self.folder.claim([self.name])
         self.root.begin_change()
         depends = {**self.root.depends(), "inputs": self.inputs, "key": self.key}
-        self.plan = self.place.enter(Plan.of(depends, keys, batch or 1, self.root.shards or 1))
+        self.plan = self.place.enter(Plan.of(depends, keys, units_of(items, batch, alike), self.root.shards or 1))
         self.items, self.keys = items, keys
         self.found_failed = {s.number: _stamp(self.place.failures(s.number)) for s in self.plan.shards}
         every: dict[Any, list[Row]] = {}
@@ -92,6 +97,7 @@ class Table:
 
             for groups in self._turns(made, told):
                 every |= {group[0][self.key]: group for group in groups}
+        self.place.sweep()
         rows = [row for key in keys for row in every[key]]
         text = csv_text(rows) if self.name.endswith(".csv") else json_lines(rows)
         self.folder.put({self.name: text}, stage=self.name, inputs=self.inputs)
@@ -122,7 +128,7 @@ class Table:
             left = []
             for shard in todo:
                 if (groups := self._whole(shard)) is not None:
-                    told.add(len(self.plan.items(shard)))
+                    told.add(len(shard.items))
                     yield groups
                 elif not self._may_try(shard, failed):
                     continue
@@ -167,7 +173,7 @@ class Table:
             self.place.file(shard.number).unlink(missing_ok=True)
         if groups is None or self.beside is None:
             return groups
-        kept = [g for g, n in zip(groups, self.plan.items(shard), strict=True) if self._has_files(n, g)]
+        kept = [g for g, n in zip(groups, shard.items, strict=True) if self._has_files(n, g)]
         if len(kept) == len(groups):
             return groups
         self.root.say(f"  {len(groups) - len(kept)} of {self.name} are made again: files are not as they were written")
@@ -199,14 +205,13 @@ class Table:
         self, shard: Shard, made: Callable[[range], list[list[Row]]], told: Progress, failed: dict[Any, str]
     ) -> list[list[Row]] | None:
         """Make what is missing of a shard, and its file; None if items fail, which are noted."""
-        numbers = {self.keys[number]: number for number in self.plan.items(shard)}
+        numbers = {self.keys[number]: number for number in shard.items}
         begun = self.place.begun(shard, self.key)
         groups = {key: g for key, g in begun.items() if key in numbers and self._has_files(numbers[key], g)}
         failures: dict[Any, dict[str, str]] = {}
         journal: Journal | None = None
         try:
-            for number in range(shard.start, shard.stop):
-                unit = self.plan.unit(number)
+            for unit in self.plan.units_of(shard):
                 if all(self.keys[n] in groups for n in unit):
                     told.add(len(unit))
                     continue
@@ -226,12 +231,12 @@ class Table:
                 told.add(len(unit))
         finally:
             if journal is not None:
-                journal.close()
+                journal.close(sync=len(groups) < len(numbers))  # else the shard's file is what lasts
         if failures:
             write(self.place.failures(shard.number), json_text({str(key): noted for key, noted in failures.items()}))
             failed |= {key: noted["error"] for key, noted in failures.items()}
             return None
-        whole = [groups[self.keys[number]] for number in self.plan.items(shard)]
+        whole = [groups[self.keys[number]] for number in shard.items]
         self.place.publish(shard, whole)
         return whole
 

@@ -127,6 +127,7 @@ class Folder(Stages):
         by: Callable[[Any], str | int],
         inputs: Mapping[str, Any] | None = None,
         batch: int | None = None,
+        alike: Callable[[Any], Any] | None = None,
         strict: bool = False,
         beside: Beside = None,
     ) -> list[Row]:
@@ -141,6 +142,7 @@ class Folder(Stages):
             by: what stands in it for an item; no two items have the same.
             inputs: what the rows depend on beside the run's settings, its model and the items.
             batch: so many items are made together, the same ones whatever was done before.
+            alike: only items of which it says the same are made together.
             strict: an item's error ends the run.
             beside: of an item and its rows, names of the files that `make` put; without them the rows are made again.
 
@@ -148,7 +150,7 @@ class Folder(Stages):
             ItemError: items raised errors; the others are done.
             PlanError: two items of one key; rows that are there are of other items or inputs.
         """
-        return Table(self, name, key, inputs, strict, beside).map(make, list(items), by, batch)
+        return Table(self, name, key, inputs, strict, beside).map(make, list(items), by, batch, alike)
 
     def rows(self, name: str, key: str, *, inputs: Mapping[str, Any] | None = None) -> Rows:
         """Rows that come one by one and are not lost when the run is stopped; see `Rows`."""

@@ -14,7 +14,8 @@ shard's file: so it does not matter when a process dies, or whether two are at w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,11 +34,11 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """A slice of the units of work.
+    """A slice of the items.
 
     Attributes:
         number: among the shards of its table.
-        start, stop: its units.
+        start, stop: its items.
         hash: of what its rows depend on: the run, the table, its items.
     """
 
@@ -45,6 +46,11 @@ class Shard:
     start: int
     stop: int
     hash: str
+
+    @property
+    def items(self) -> range:
+        """Numbers of its items."""
+        return range(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -54,42 +60,53 @@ class Plan:
     Attributes:
         depends: what all rows depend on, part by part, as digests and plain data.
         keys: one per item.
-        batch: items per unit, which is worked at as one. Units do not depend on shards, nor on what is done already.
-        shards: in the order of their units.
+        units: items that are made together, which depend neither on shards nor on what is done already: so neither do
+            numbers that depend on who is in a batch.
+        shards: whole units each.
     """
 
     depends: Mapping[str, Any]
     keys: Sequence[Any]
-    batch: int
+    units: Sequence[range]
     shards: tuple[Shard, ...]
 
     @classmethod
-    def of(cls, depends: Mapping[str, Any], keys: Sequence[Any], batch: int, count: int) -> Plan:
-        """Slices of nearly equal size, at most `count` of them."""
-        units = -(-len(keys) // batch)
-        count = min(count, units)
-        about = digest(depends)
-        cuts = [number * units // count for number in range(count + 1)] if count else [0]
-        slices = list(pairwise(cuts))
-        shards = [
-            Shard(n, start, stop, digest([about, batch, list(keys[start * batch : stop * batch])]))
-            for n, (start, stop) in enumerate(slices)
-        ]
-        return cls(depends, keys, batch, tuple(shards))
+    def of(cls, depends: Mapping[str, Any], keys: Sequence[Any], units: Sequence[range], count: int) -> Plan:
+        """At most `count` slices of nearly equally many units."""
+        count = min(count, len(units))
+        cuts = [number * len(units) // count for number in range(count + 1)] if count else [0]
+        about, sizes = digest(depends), [len(unit) for unit in units]
+        shards = []
+        for number, (first, last) in enumerate(pairwise(cuts)):
+            start, stop = units[first].start, units[last - 1].stop
+            shards.append(Shard(number, start, stop, digest([about, sizes[first:last], list(keys[start:stop])])))
+        return cls(depends, keys, units, tuple(shards))
 
-    def unit(self, number: int) -> range:
-        """Numbers of the items of a unit."""
-        return range(number * self.batch, min((number + 1) * self.batch, len(self.keys)))
-
-    def items(self, shard: Shard) -> range:
-        """Numbers of the items of a shard."""
-        return range(shard.start * self.batch, min(shard.stop * self.batch, len(self.keys)))
+    def units_of(self, shard: Shard) -> list[range]:
+        """The units of a shard."""
+        ends = (shard.start, shard.stop)
+        first, last = (bisect_left(self.units, end, key=lambda unit: unit.start) for end in ends)
+        return list(self.units[first:last])
 
     def record(self) -> dict[str, Any]:
         """The plan as its file has it."""
         shards = [[shard.start, shard.stop, shard.hash] for shard in self.shards]
-        noted = {"items": len(self.keys), "keys": digest(list(self.keys)), "batch": self.batch}
+        units = digest([len(unit) for unit in self.units])
+        noted = {"items": len(self.keys), "keys": digest(list(self.keys)), "batches": units}
         return {"format": FORMAT, "depends": {**self.depends, **noted}, "shards": shards}
+
+
+def units_of(items: Sequence[Any], batch: int | None, alike: Callable[[Any], Any] | None) -> list[range]:
+    """Numbers of items that go together: up to `batch` neighbours, of one kind where `alike` tells kinds apart."""
+    units: list[range] = []
+    for number, item in enumerate(items):
+        last = units[-1] if units else range(0)
+        room = bool(units) and len(last) < (batch or 1)
+        if room and (alike is None or alike(items[last.start]) == alike(item)):
+            units[-1] = range(last.start, number + 1)
+        else:
+            units.append(range(number, number + 1))
+    return units
 
 
 class ShardFolder:
@@ -140,7 +157,7 @@ class ShardFolder:
                 f"{self.path} holds rows of another plan: {differs}; delete that folder, or give the run another one"
             )
         shards = [Shard(number, *entry) for number, entry in enumerate(there["shards"])]
-        return Plan(plan.depends, plan.keys, plan.batch, tuple(shards))
+        return Plan(plan.depends, plan.keys, plan.units, tuple(shards))
 
     def has_rows(self) -> bool:
         """Whether anything was done."""
@@ -181,12 +198,13 @@ class ShardFolder:
         data = (json.dumps(head) + "\n").encode() + body
         if not create(path, data) and not self.is_done(shard):
             write(path, data)
-        self.sweep(shard.number)
+        self.sweep(f"{shard.number:05}.")
 
-    def sweep(self, number: int) -> None:
-        """Delete what is of no use beside a shard's file."""
-        for path in (*self.path.glob(f"{number:05}.*.journal"), self.failures(number)):
-            path.unlink(missing_ok=True)
+    def sweep(self, start: str = "") -> None:
+        """Delete what is of no use beside the files of shards that are done, of names that start so."""
+        for path in self.path.glob(f"{start}*"):
+            if path.name.endswith((".journal", ".failed.json", ".lease")):
+                path.unlink(missing_ok=True)
 
     def groups(self, shard: Shard) -> list[list[Row]] | None:
         """Groups of a shard that is done; None if it is not, or its file is not as it was written."""

@@ -120,12 +120,11 @@ def _tables(rows: Path) -> Iterator[TableStatus]:
         if plan is None:
             continue
         shards = [Shard(number, *entry) for number, entry in enumerate(plan["shards"])]
-        items, batch = plan["depends"]["items"], plan["depends"]["batch"]
-        sizes = [min(shard.stop * batch, items) - shard.start * batch for shard in shards]
+        items = plan["depends"]["items"]
         there = {entry.name for entry in path.iterdir()}
         done = [shard for shard in shards if folder.file(shard.number).name in there and folder.is_done(shard)]
         left = {shard.number for shard in shards} - {shard.number for shard in done}
-        begun = sum(sizes[shard.number] for shard in done)
+        begun = sum(len(shard.items) for shard in done)
         failed: dict[str, str] = {}
         for name in there:
             number = int(name.partition(".")[0]) if name.partition(".")[0].isdigit() else -1
