@@ -22,17 +22,15 @@ def study(folder: Path, items: int = 40, shards: int = 4, seconds: float = 0.0, 
     def square(number: int) -> dict[str, Any]:
         time.sleep(seconds)
         run.put({f"own/{number}.txt": "x" * number})
-        return {"square": number**2, "tenth": number * 0.1, "text": "line\u2028 separator ü" * 3}
+        return {"number": number, "square": number**2, "tenth": number * 0.1, "text": "line\u2028 separator ü" * 3}
 
     with runs.open(folder, {"items": items}, recipe="squares", say=lambda line: None, **more) as run:
-        rows = run.map(
-            SIZES, square, range(items), key="number", by=lambda n: n, beside=lambda n, rows: [f"own/{n}.txt"]
-        )
+        rows = run.map(SIZES, square, range(items), by=lambda n: n, beside=lambda n, rows: [f"own/{n}.txt"])
         total = run.stage("total.json", lambda: sum(row["square"] for row in rows))
         pairs = [(row["number"], row["square"] / (total or 1)) for row in rows]
         shares = run.map(
-            "shares.csv", lambda some: [[{"share": p[1], "half": h} for h in (0, 1)] for p in some], pairs,
-            key="number", by=lambda pair: pair[0], batch=3,
+            "shares.csv", lambda some: [[{"number": p[0], "share": p[1], "half": h} for h in (0, 1)] for p in some], pairs,
+            by=lambda pair: pair[0], batch=3,
         )  # fmt: skip
         run.table("summary.csv", [{"total": total, "rows": len(shares)}])
     return rows

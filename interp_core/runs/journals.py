@@ -1,9 +1,10 @@
-"""Journals: groups of rows, one line each, of which a kill or a full disk loses none but the one being written."""
+"""Journals: lists, one per line, of which a kill or a full disk loses none but the one being written."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Journal:
         os.ftruncate(self._file, whole)
         self.is_new = not whole
 
-    def append(self, group: list[Row]) -> None:
+    def append(self, group: Sequence[Any]) -> None:
         """One line; nothing of it where it does not fit on the disk."""
         assert self._file is not None
         line, size = line_of(group), os.fstat(self._file).st_size
@@ -49,12 +50,12 @@ class Journal:
             self._file = None
 
 
-def line_of(group: list[Row]) -> bytes:
+def line_of(group: Sequence[Any]) -> bytes:
     """A group as its line."""
     return (json.dumps(group, ensure_ascii=False) + "\n").encode()
 
 
-def read(path: Path) -> tuple[list[list[Row]], int]:
+def read(path: Path) -> tuple[list[list[Any]], int]:
     """Groups of a journal, and how many bytes of it are whole.
 
     Raises:
@@ -64,7 +65,7 @@ def read(path: Path) -> tuple[list[list[Row]], int]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
             group = json.loads(line)
-            assert line.endswith(b"\n") and isinstance(group, list) and group and isinstance(group[0], dict)
+            assert line.endswith(b"\n") and isinstance(group, list) and group
         except (ValueError, AssertionError) as error:
             if not line.endswith(b"\n"):  # what a killed process was writing
                 break

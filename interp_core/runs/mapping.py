@@ -19,7 +19,7 @@ from ..progress import Progress
 from . import stopping
 from .identity import plain
 from .journals import Journal, Row
-from .shards import ENDING, Plan, Shard, ShardFolder, units_of
+from .shards import ENDING, Group, Plan, Shard, ShardFolder, units_of
 from .stages import Stages, csv_text, json_lines, json_text
 
 Made = Mapping[str, Any] | Sequence[Any]
@@ -56,11 +56,11 @@ class Table:
     """
 
     def __init__(
-        self, folder: Stages, name: str, key: str, inputs: Mapping[str, Any] | None, strict: bool, beside: Beside
+        self, folder: Stages, name: str, inputs: Mapping[str, Any] | None, strict: bool, beside: Beside
     ) -> None:
         if Path(name).suffix not in (".jsonl", ".csv"):
             raise PlanError(f"rows are written as .jsonl or .csv, not as {name}")
-        self.folder, self.name, self.key, self.strict, self.beside = folder, name, key, strict, beside
+        self.folder, self.name, self.strict, self.beside = folder, name, strict, beside
         self.inputs: Row = plain(dict(inputs or {}), "inputs")
         self.root = folder.root
         self.place = ShardFolder(self.root.record / "rows" / folder.prefix / f"{name}{ENDING}")
@@ -78,17 +78,17 @@ class Table:
         keys = [by(item) for item in items]
         if len(set(keys)) < len(keys):
             twice = Counter(keys).most_common(1)[0][0]
-            raise PlanError(f"{self.name}: two items have the {self.key} {twice!r}; rows are told apart by it")
+            raise PlanError(f"{self.name}: two items are called {twice!r}; their rows are told apart by it")
         self.folder.claim([self.name])
         self.root.begin_change()
-        depends = {**self.root.depends(), "inputs": self.inputs, "key": self.key}
+        depends = {**self.root.depends(), "inputs": self.inputs}
         self.plan = self.place.enter(Plan.of(depends, keys, units_of(items, batch, alike), self.root.shards or 1))
         self.items, self.keys = items, keys
         self.found_failed = {s.number: _stamp(self.place.failures(s.number)) for s in self.plan.shards}
-        every: dict[Any, list[Row]] = {}
+        every: dict[str | int, list[Row]] = {}
         with Progress(self.name, len(items)) as told:
 
-            def made(numbers: range) -> list[list[Row]]:
+            def made(numbers: range) -> list[Group]:
                 some = [items[number] for number in numbers]
                 values = make(some) if batch else [make(some[0])]
                 if len(values) != len(some):
@@ -96,22 +96,19 @@ class Table:
                 return [self._group(keys[n], value) for n, value in zip(numbers, values, strict=True)]
 
             for groups in self._turns(made, told):
-                every |= {group[0][self.key]: group for group in groups}
+                every |= {key: rows for key, *rows in groups}
         self.place.sweep()
         rows = [row for key in keys for row in every[key]]
         text = csv_text(rows) if self.name.endswith(".csv") else json_lines(rows)
         self.folder.put({self.name: text}, stage=self.name, inputs=self.inputs)
         return rows
 
-    def _group(self, key: str | int, made: Any) -> list[Row]:
+    def _group(self, key: str | int, made: Any) -> Group:
         """An item's rows as they are kept."""
         rows = [made] if isinstance(made, Mapping) else list(made)
-        group = [plain({self.key: key, **row}, f"a row of {self.name}") for row in rows]
-        if not group or any(row[self.key] != key for row in group):
-            raise PlanError(f"{self.name}: an item's rows have its {self.key}, {key!r}, and there is at least one")
-        return group
+        return [key, *(plain(dict(row), f"a row of {self.name}") for row in rows)]
 
-    def _turns(self, made: Callable[[range], list[list[Row]]], told: Progress) -> Iterator[list[list[Row]]]:
+    def _turns(self, made: Callable[[range], list[Group]], told: Progress) -> Iterator[list[Group]]:
         """Groups of every shard when it is done, by this process or another.
 
         Raises:
@@ -164,7 +161,7 @@ class Table:
     def _lease(self, shard: Shard) -> Path:
         return self.place.lease(shard.number)
 
-    def _whole(self, shard: Shard) -> list[list[Row]] | None:
+    def _whole(self, shard: Shard) -> list[Group] | None:
         """Groups of a shard that is done. Of one whose file, or a file beside it, is not as it was written, what is
         lost is made again, and that is said."""
         groups = self.place.groups(shard)
@@ -184,9 +181,9 @@ class Table:
         self.place.file(shard.number).unlink(missing_ok=True)
         return None
 
-    def _has_files(self, number: int, group: list[Row]) -> bool:
+    def _has_files(self, number: int, group: Group) -> bool:
         """Whether the files are there that the item's work wrote beside its rows."""
-        return self.beside is None or all(map(self.folder.has_made, self.beside(self.items[number], group)))
+        return self.beside is None or all(map(self.folder.has_made, self.beside(self.items[number], group[1:])))
 
     def _may_try(self, shard: Shard, failed: dict[Any, str]) -> bool:
         """Whether a shard is to be worked at: neither this process nor, since it began, another found that items of it
@@ -202,11 +199,11 @@ class Table:
         return False
 
     def _work(
-        self, shard: Shard, made: Callable[[range], list[list[Row]]], told: Progress, failed: dict[Any, str]
-    ) -> list[list[Row]] | None:
+        self, shard: Shard, made: Callable[[range], list[Group]], told: Progress, failed: dict[Any, str]
+    ) -> list[Group] | None:
         """Make what is missing of a shard, and its file; None if items fail, which are noted."""
         numbers = {self.keys[number]: number for number in shard.items}
-        begun = self.place.begun(shard, self.key)
+        begun = self.place.begun(shard)
         groups = {key: g for key, g in begun.items() if key in numbers and self._has_files(numbers[key], g)}
         failures: dict[Any, dict[str, str]] = {}
         journal: Journal | None = None
@@ -227,7 +224,7 @@ class Table:
                             journal = Journal(self.place.journal(shard.number, self.root.session.id))
                         for group in new:
                             journal.append(group)
-                            groups[group[0][self.key]] = group
+                            groups[group[0]] = group
                 told.add(len(unit))
         finally:
             if journal is not None:
@@ -247,13 +244,13 @@ class Table:
 
     def _say_failed(self, key: Any, count: int, error: Exception) -> None:
         more = f" and {count - 1} more of its batch" if count > 1 else ""
-        sys.stderr.write(f"  {self.key} {key!r}{more} failed: {type(error).__name__}: {first_line(error)}\n")
+        sys.stderr.write(f"  {key!r}{more} failed: {type(error).__name__}: {first_line(error)}\n")
 
     def _tell(self, failed: Mapping[Any, str]) -> None:
         first = next(iter(failed))
         rest = "" if len(failed) == 1 else f" and {len(failed) - 1} more"
         raise ItemError(
-            f"{len(failed)} of {len(self.keys)} items of {self.name} raised errors: {self.key} {first!r} "
+            f"{len(failed)} of {len(self.keys)} items of {self.name} raised errors: {first!r} "
             f"({failed[first]}){rest}. Tracebacks are in {self.place.path}/*.failed.json; the other items are done, "
             "and the same command tries these again"
         )

@@ -123,7 +123,6 @@ class Folder(Stages):
         make: Callable[[Any], Made],
         items: Iterable[Any],
         *,
-        key: str,
         by: Callable[[Any], str | int],
         inputs: Mapping[str, Any] | None = None,
         batch: int | None = None,
@@ -136,10 +135,9 @@ class Folder(Stages):
 
         Args:
             name: of the file that all rows are written to, in the order of the items; `.jsonl` or `.csv`.
-            make: the row of an item, or its rows. With `batch`, of a list of items, a list of these.
+            make: the row of an item, or its rows, if any. With `batch`, of a list of items, a list of these.
             items: worked at one by one; each is a piece of work which the run can be stopped before and after.
-            key: the column that tells whose a row is; it is put in.
-            by: what stands in it for an item; no two items have the same.
+            by: what an item is called; no two have the same name.
             inputs: what the rows depend on beside the run's settings, its model and the items.
             batch: so many items are made together, the same ones whatever was done before.
             alike: only items of which it says the same are made together.
@@ -148,9 +146,9 @@ class Folder(Stages):
 
         Raises:
             ItemError: items raised errors; the others are done.
-            PlanError: two items of one key; rows that are there are of other items or inputs.
+            PlanError: two items of one name; rows that are there are of other items or inputs.
         """
-        return Table(self, name, key, inputs, strict, beside).map(make, list(items), by, batch, alike)
+        return Table(self, name, inputs, strict, beside).map(make, list(items), by, batch, alike)
 
     def rows(self, name: str, key: str, *, inputs: Mapping[str, Any] | None = None) -> Rows:
         """Rows that come one by one and are not lost when the run is stopped; see `Rows`."""

@@ -14,7 +14,7 @@ shard's file: so it does not matter when a process dies, or whether two are at w
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,8 +25,9 @@ from ..errors import LoadError, PlanError
 from ..files import create, sha256, write
 from . import journals
 from .identity import difference, digest
-from .journals import Row
 
+Group = list[Any]
+"""What is kept of an item: its key, then its rows."""
 FORMAT = "interp-shards/1"
 ENDING = ".shards"
 PLAN = "plan.json"
@@ -75,24 +76,23 @@ class Plan:
         """At most `count` slices of nearly equally many units."""
         count = min(count, len(units))
         cuts = [number * len(units) // count for number in range(count + 1)] if count else [0]
-        about, sizes = digest(depends), [len(unit) for unit in units]
+        about = digest(depends)
         shards = []
         for number, (first, last) in enumerate(pairwise(cuts)):
             start, stop = units[first].start, units[last - 1].stop
-            shards.append(Shard(number, start, stop, digest([about, sizes[first:last], list(keys[start:stop])])))
+            shards.append(Shard(number, start, stop, digest([about, list(keys[start:stop])])))
         return cls(depends, keys, units, tuple(shards))
 
     def units_of(self, shard: Shard) -> list[range]:
-        """The units of a shard."""
-        ends = (shard.start, shard.stop)
-        first, last = (bisect_left(self.units, end, key=lambda unit: unit.start) for end in ends)
-        return list(self.units[first:last])
+        """The units of a shard; its part of them, where it was planned when batches had another size."""
+        first = bisect_right(self.units, shard.start, key=lambda unit: unit.start) - 1
+        last = bisect_left(self.units, shard.stop, key=lambda unit: unit.start)
+        return [range(max(u.start, shard.start), min(u.stop, shard.stop)) for u in self.units[first:last]]
 
     def record(self) -> dict[str, Any]:
         """The plan as its file has it."""
         shards = [[shard.start, shard.stop, shard.hash] for shard in self.shards]
-        units = digest([len(unit) for unit in self.units])
-        noted = {"items": len(self.keys), "keys": digest(list(self.keys)), "batches": units}
+        noted = {"items": len(self.keys), "keys": digest(list(self.keys))}
         return {"format": FORMAT, "depends": {**self.depends, **noted}, "shards": shards}
 
 
@@ -190,7 +190,7 @@ class ShardFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def publish(self, shard: Shard, groups: Sequence[list[Row]]) -> None:
+    def publish(self, shard: Shard, groups: Sequence[Group]) -> None:
         """Write a shard's file, unless another process was first, and delete what led to it."""
         body = b"".join(journals.line_of(group) for group in groups)
         head = {"shard": shard.number, "hash": shard.hash, "items": len(groups), "sha256": sha256(body)}
@@ -206,7 +206,7 @@ class ShardFolder:
             if path.name.endswith((".journal", ".failed.json", ".lease")):
                 path.unlink(missing_ok=True)
 
-    def groups(self, shard: Shard) -> list[list[Row]] | None:
+    def groups(self, shard: Shard) -> list[Group] | None:
         """Groups of a shard that is done; None if it is not, or its file is not as it was written."""
         try:
             head, _, body = self.file(shard.number).read_bytes().partition(b"\n")
@@ -217,18 +217,18 @@ class ShardFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def begun(self, shard: Shard, key: str) -> dict[Any, list[Row]]:
+    def begun(self, shard: Shard) -> dict[str | int, Group]:
         """Groups of a shard that is not done, by their keys, of whatever process.
 
         Raises:
             LoadError: a journal is damaged.
         """
-        groups: dict[Any, list[Row]] = {}
+        groups: dict[str | int, Group] = {}
         for path in sorted(self.path.glob(f"{shard.number:05}.*.journal")):
             try:
                 listed, _ = journals.read(path)
             except FileNotFoundError:  # another process has come to the shard's end
                 continue
             for group in listed:
-                groups.setdefault(group[0][key], group)
+                groups.setdefault(group[0], group)
         return groups

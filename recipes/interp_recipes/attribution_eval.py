@@ -214,7 +214,7 @@ class Work:
         """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
         traces = self.config.save_hop_traces
         every = self.run.map(
-            self.table("examples").removesuffix(".csv") + ".jsonl", self._row, range(len(self.examples)), key="example",
+            self.table("examples").removesuffix(".csv") + ".jsonl", self._row, range(len(self.examples)),
             by=lambda index: index, strict=self.config.strict,
             beside=lambda index, rows: [self._trace_file(index)] if traces and rows[0]["line"] else [],
         )  # fmt: skip
@@ -235,7 +235,7 @@ class Work:
         Raises:
             InterpError: it does not work, and the run is strict.
         """
-        row: dict[str, Any] = {"method": self.function, "dropped": "", "forms": [], "line": None}
+        row: dict[str, Any] = {"example": index, "method": self.function, "dropped": "", "forms": [], "line": None}
         try:
             evaluated = evaluate(self.loaded, self.examples[index], index, self.function, self.options)
         except ic.InterpError as error:

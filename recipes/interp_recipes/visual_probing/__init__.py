@@ -137,12 +137,12 @@ def _answers(
     answers: dict[str, dict[str, Row]] = {}
     bad: list[Row] = []
     for mode in MODES:
-        with run.rows(f"answers/{mode}.jsonl", key="sample") as rows:
-            todo = [number for number, sample in enumerate(data.samples) if sample.name not in rows]
-            for start in range(0, len(todo), BLOCK):
-                for row in answer_rows(model, data, mode, todo[start : start + BLOCK], asking):
-                    rows.add(row)
-            answers[mode] = {row["sample"]: row for row in rows}
+        rows = run.map(
+            f"answers/{mode}.jsonl", 
+            lambda numbers, mode=mode: answer_rows(model, data, mode, numbers, asking), range(len(data.samples)),
+            by=lambda number: data.samples[number].name, batch=BLOCK, strict=asking.strict,
+        )  # fmt: skip
+        answers[mode] = {row["sample"]: row for row in rows}
         bad += [{"sample": row["sample"], "where": f"{mode}, answering", "reason": row["failed"]}
                 for row in answers[mode].values() if row["failed"]]  # fmt: skip
     return answers, bad
