@@ -153,7 +153,7 @@ def _method(
     loaded = load(model)
     with passed(pairs, **options), _opened(out, record, kind.name, loaded, "text", overwrite) as run:
         # batches are kept one by one in the run's folder, so that a stopped run goes on; without them there is no need
-        more = {"out": run} if batching.get("batch_size") is not None else {}
+        more = {"out": run} if batching.get("batch_size") is not None or run.shards is not None else {}
         _keep(ready(loaded, text, **values, **batching, **more), run)
 
 

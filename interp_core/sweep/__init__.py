@@ -34,6 +34,7 @@ from ..progress import Progress
 from ..provenance import provenance
 from ..replacing import demand_own
 from ..result import Result
+from ..runs import RunFolder
 from ..score import Score
 from ..session import Input, Session
 from ..sites import ROUTING, TENSOR_OPS, Edit, Site
@@ -46,6 +47,7 @@ from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, judged_by
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
+from .shared import swept
 from .store import SweepStore, opened
 
 if TYPE_CHECKING:
@@ -292,8 +294,8 @@ def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tu
     listed, scores = variants_of(variants), scores_of(score)
     if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
         raise PlanError(wrong("memory_budget=", "a number of bytes", memory_budget))
-    if out is not None and not isinstance(out, (str, Path)):
-        raise PlanError(wrong("out=", "a folder", out))
+    if out is not None and not isinstance(out, (str, Path, RunFolder)):
+        raise PlanError(wrong("out=", "a folder, or an open run of ic.runs", out))
     return listed, scores
 
 
@@ -304,21 +306,24 @@ def sweep(
     scores: tuple[Score, ...],
     strategy: str,
     budget: int | None,
-    out: str | Path | None,
+    out: str | Path | RunFolder | None,
     progress: bool,
     keys: tuple[Key, ...] = (),
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens, listed, scores = _ready(model, x, variants, scores, strategy)
     placer = Placer(model, tokens, listed, scores, budget)
-    with opened(out, model, tokens, listed, scores) as store:
-        if store.finished:  # a strategy is not even tried
-            plan = placer.plan(strategy, "all scores are in the folder", {}, store)
-        else:
-            tower = Tower(model.hf) if tokens.inputs else None
-            plan = _planned(placer, strategy, tower, store)
-            with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
-                Runner(model, tokens, plan, scores, store, tower).run(told)
+    run, folder = (out, None) if isinstance(out, RunFolder) else (None, out)
+    with opened(folder, model, tokens, listed, scores) as store:
+        if run is not None:
+
+            def part(variants: Sequence[tuple[Edit, ...]]) -> SweepStore:
+                with opened(None, model, tokens, variants, scores) as own:
+                    _fill(Placer(model, tokens, variants, scores, budget), strategy, scores, own, progress)
+                return own
+
+            swept(run, tokens, listed, scores, store, part)
+        plan = _fill(placer, strategy, scores, store, progress)
     by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
     explain, settings = plan.explain(), {"variants": len(listed), "strategy": strategy}
     record = provenance("sweep", "What each of the changes does to ", model, tokens, settings)
@@ -327,6 +332,18 @@ def sweep(
         Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(own)
         for (values, clean, score), own in zip(by_score, records, strict=True)
     )
+
+
+def _fill(placer: Placer, strategy: str, scores: Sequence[Score], store: SweepStore, progress: bool) -> SweepPlan:
+    """Work out what a store lacks; how."""
+    if store.finished:  # a strategy is not even tried
+        return placer.plan(strategy, "all scores are in the folder", {}, store)
+    model, tokens = placer.session, placer.tokens
+    tower = Tower(model.hf) if tokens.inputs else None
+    plan = _planned(placer, strategy, tower, store)
+    with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
+        Runner(model, tokens, plan, scores, store, tower).run(told)
+    return plan
 
 
 def _planned(placer: Placer, strategy: str, tower: Tower | None = None, store: SweepStore | None = None) -> SweepPlan:
