@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
     from .errors import InterpError as InterpError
+    from .errors import ItemError as ItemError
     from .errors import LoadError as LoadError
     from .errors import PlanError as PlanError
     from .errors import PluginError as PluginError
@@ -75,7 +76,7 @@ _NAMES = {
     "activations": "Activations",
     "batteries.images": "VisualCheck visual_check",
     "engines.attention_rows": "AttentionRows",
-    "errors": "CapabilityError EffectError InterpError LoadError PlanError PluginError PositionError ReadError "
+    "errors": "CapabilityError EffectError InterpError ItemError LoadError PlanError PluginError PositionError ReadError "
     "SiteError TextError",
     "generation": "Generation",
     "identity": "keyed",

@@ -21,6 +21,7 @@ from ..plugins import Plugin, find, registry
 from ..progress import Progress
 from . import flags, outputs
 from .elsewhere import run_elsewhere
+from .planned import carry_out, planned
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -74,12 +75,10 @@ def run(
         if shards is None:
             run_elsewhere(str(launcher), run, plugin, arguments)
             return
-        from .shards import carry_out, planned
-
         home = planned(run, plugin, arguments, shards)
         print(f"{home}: planned, {shards} shards")
         if workers != 0:
-            carry_out(home, workers, launcher or "local")
+            carry_out(run, home, workers, launcher or "local")
         return
     if workers is not None:
         raise PlanError("--workers comes with --shards N, which divides the run among them")
