@@ -146,6 +146,13 @@ ROWS: list[tuple[str, Callable[[Held], Any], type[Exception], list[str]]] = [
      ["a model of ic.load first, then the text", "not str 'toy:text'"]),
     ("29 model and text swapped", lambda t: ic.method("logit_lens")(t.text, t.model), ic.PlanError,
      ["a model of ic.load first, then the text", "not str"]),
+    ("45 a second prompt", lambda t: ic.method("activation_patching")(t.model, t.text, OTHER), ic.PlanError,
+     ["method activation_patching takes a model and text, then settings by name", "not str 'Q: big",
+      "Write corrupted=…"]),
+    ("45 a prompt's target", lambda t: ic.method("ifr")(t.model, t.text, " cold"), ic.PlanError,
+     ["not str ' cold'", "Write target=… or"]),
+    ("45 several prompts", lambda t: ic.method("logit_lens")(t.model, t.text, OTHER), ic.PlanError,
+     ["There are: 'at', 'targets', 'top_k'", "several prompts are a list: [text, …]"]),
     # load
     ("30 training mode", training, ic.LoadError, ["in training mode", "call model.eval() before load"]),
     ("31 no tokenizer", lambda t: tiny_model("qwen3").run(t.text), ic.TextError,
