@@ -8,7 +8,7 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from . import settings as _settings
 from .errors import CapabilityError, PlanError, PluginError, nearest, wrong
@@ -53,6 +53,7 @@ class _Called:
         return base.replace(parameters=[*common, *settings], return_annotation=gives)
 
 
+@runtime_checkable  # where signatures are checked on every call
 class _Runs(Protocol[R_co]):
     """A method as type checkers see it when it is called: the call gives what the method's own `run` says."""
 
