@@ -51,7 +51,7 @@ def unlike(first: Any, second: Any) -> str:
                 return f"{axis} is {size} in the first, {other} in the second; {FIXES.get(axis, SAME)}"
     for field in _plain(first):
         here, there = getattr(first, field.name), getattr(second, field.name)
-        if here == there or _of_prompts(first, field.name):
+        if _equal(here, there) or _of_prompts(first, field.name):
             continue
         if field.name in UNITS:
             return f"{field.name} is {here!r} in the first, {there!r} in the second; {SAME}"
@@ -121,7 +121,7 @@ def told_apart(first: Any, second: Any) -> dict[str, str]:
             apart |= _apart(name, first.provenance[part], second.provenance[part])
     for field in _plain(first):
         here, there = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(here, (str, int, float)) and here != there and not _of_prompts(first, field.name):
+        if isinstance(here, (str, int, float)) and not _equal(here, there) and not _of_prompts(first, field.name):
             apart[field.name] = f"{here} | {there}"
     return apart
 
@@ -191,12 +191,12 @@ class Rows(NamedTuple):
 
     def _joined(self, subtracted: bool) -> list[dict[str, Any]]:
         pairs = [(here, there, column) for here, there in self.pairs for column in here]
-        split = {column for here, there, column in pairs if here[column] != there[column]}
+        split = {column for here, there, column in pairs if not _equal(here[column], there[column])}
         rows = []
         for here, there in self.pairs:
             row: dict[str, Any] = {}
             for column, held in here.items():
-                if subtracted and isinstance(held, float) and isinstance(there[column], (float, int)):
+                if subtracted and _number(held, there[column]):
                     row[column] = held - there[column]
                 elif column in split:
                     row |= {column: held, f"{column} (second)": there[column]}
@@ -238,6 +238,16 @@ def rows_beside(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str
             pairs = [(row, there[name]) for name, row in here.items() if name in there]
             return Rows(key, pairs, len(first) + len(second) - 2 * len(pairs))
     return Rows((), [], len(first) + len(second))
+
+
+def _equal(here: Any, there: Any) -> bool:
+    """Whether they are equal; what is not a number equals itself."""
+    return bool(here == there) or repr(here) == repr(there)
+
+
+def _number(here: Any, there: Any) -> bool:
+    """Whether both are numbers, and one of them with a fraction."""
+    return {type(here), type(there)} in ({float}, {float, int})
 
 
 def in_words(apart: Mapping[str, str]) -> str:

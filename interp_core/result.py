@@ -56,8 +56,8 @@ class Result(Answering):
     JOINS: ClassVar[Mapping[str, str]] = {}
     _abroad = Abroad("a Result", own=RESULT)
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
         cls._abroad = Abroad(f"{'an' if cls.__name__[0] in 'AEIO' else 'a'} {cls.__name__}", own=RESULT)
 
     def __post_init__(self) -> None:

@@ -244,6 +244,8 @@ def test_charts_by_hand() -> None:
     strip = report.TokenStrip([" a", "b"], {"sum": [1.0, 2.0], "hop": [0.0, 1.0]}, limits=(0, 2))
     apart = minus(strip, replace(strip, values={"sum": [2.0, 2.0], "hop": [1.0, 0.0]}))
     assert apart.layers == {"sum": [-1.0, 0.0], "hop": [-1.0, 1.0]} and apart.diverging and apart.limits is None  # type: ignore[union-attr]
+    apart = minus(strip, replace(strip, values={"sum": [1.0, 1.0], "hop (7 %)": [0.0, 0.5]}))
+    assert apart.layers == {"sum": [0.0, 1.0], "hop | hop (7 %)": [0.0, 0.5]}  # type: ignore[union-attr]
     over = report.Overlay([(0, 0, 1, 1)], [2.0], picture=torch.zeros(1, 1, 3))
     apart = minus(over, replace(over, values=[5.0]))
     assert apart.values == [-3.0] and apart.diverging and apart.picture is not None  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ BARS = 20
 """Rows that bars show."""
 WIDEST = 32
 """Columns up to which the cells of a map of differences say something."""
-NOTE = "the first minus the second: blue where the first is lower, red where it is higher"
+NOTE = "blue where the first is lower, red where it is higher"
 
 
 class Pair(NamedTuple):
@@ -91,6 +91,7 @@ def _together(first: Sequence[Chart], second: Sequence[Chart]) -> list[tuple[Cha
 
 def beside(first: Chart, second: Chart) -> list[Pair] | None:
     """The numbers of two charts beside each other; None where they do not show the same names on the same scale."""
+    first, second = _layers_alike(first, second)
     here, there = _numbers(first), _numbers(second)
     if not here or not there or type(first) is not type(second) or scale(first) != scale(second):
         return None
@@ -112,24 +113,25 @@ def minus(first: Chart, second: Chart) -> Chart | None:
     pairs = beside(first, second)
     if pairs is None:
         return None
+    first, second = _layers_alike(first, second)
     apart = [pair.difference for pair in pairs]
     if isinstance(first, Heatmap) and isinstance(second, Heatmap):
         return _map(first, second, pairs)
     title = _title(first, second)
-    how: dict[str, Any] = {"title": title, "caption": f"{title}: {NOTE}", "limits": None}
+    how: dict[str, Any] = {"title": title, "limits": None}
     if isinstance(first, Curves):
         lines, width = list[Line](), len(first.places)
         for place, line in enumerate(first.lines):
             lines.append(Line(line.name, apart[place * width : (place + 1) * width], base=0.0 if place == 0 else None))
-        return replace(first, lines=lines, base="no difference", **how | {"caption": title})
+        return replace(first, lines=lines, base="no difference", caption=title, **how)
     if isinstance(first, Bars):
         bars = [Bar(bar.name, far) for bar, far in zip(first.bars, apart, strict=True)]
-        return replace(first, bars=bars, base=None, **how)
+        return replace(first, bars=bars, base=None, caption=title, **how)
     assert isinstance(first, (TokenStrip, Overlay))
     names, width = list(first.layers), len(apart) // len(first.layers)
     layers = {name: apart[place * width : (place + 1) * width] for place, name in enumerate(names)}
     numbers = layers if isinstance(first.values, Mapping) else layers[names[0]]
-    return replace(first, values=numbers, diverging=True, **how)
+    return replace(first, values=numbers, diverging=True, caption=f"{title} ({NOTE})", **how)
 
 
 def _map(first: Heatmap, second: Heatmap, pairs: Sequence[Pair]) -> Heatmap:
@@ -153,7 +155,7 @@ def _map(first: Heatmap, second: Heatmap, pairs: Sequence[Pair]) -> Heatmap:
     title = _title(first, second)
     return replace(
         first, values=apart, texts=texts, tips=tips, diverging=True, limits=None, title=title,
-        caption=f"{title}: {NOTE}", colorbar=f"difference of {first.colorbar}" if first.colorbar else "difference",
+        caption=f"{title} ({NOTE})", colorbar=f"difference of {first.colorbar}" if first.colorbar else "difference",
     )  # fmt: skip
 
 
@@ -170,6 +172,17 @@ def _cut(word: str) -> str:
     return short(visible(word.strip() or word), 4)
 
 
+def _layers_alike(first: Chart, second: Chart) -> tuple[Chart, Chart]:
+    """Layers of both under the same names, in their order: some say their own mass (`hop 0 (passes on 46 %)`)."""
+    if not isinstance(first, (TokenStrip, Overlay)) or not isinstance(second, (TokenStrip, Overlay)):
+        return first, second
+    if len(first.layers) != len(second.layers) or [*first.layers] == [*second.layers]:
+        return first, second
+    names = [a if a == b else f"{a} | {b}" for a, b in zip(first.layers, second.layers, strict=True)]
+    here, there = (dict(zip(names, chart.layers.values(), strict=True)) for chart in (first, second))
+    return replace(first, values=here), replace(second, values=there)
+
+
 def _counted(chart: Heatmap) -> bool:
     """Whether what cells say are numbers alone."""
     said = [text for line in chart.texts or () for text in line if text]
@@ -178,7 +191,7 @@ def _counted(chart: Heatmap) -> bool:
 
 def _title(first: Any, second: Any) -> str:
     """Of the difference; both titles where they differ."""
-    return f"{first.title}: difference" if first.title == second.title else f"{first.title} − {second.title}"
+    return f"Difference: {first.title}" if first.title == second.title else f"{first.title} − {second.title}"
 
 
 def _numbers(chart: Chart) -> list[tuple[str, float]]:
