@@ -26,7 +26,7 @@ OF_PROMPTS = ("rows", "union", "first")
 FIXES = {
     **dict.fromkeys(("pos", "query", "key"), "give prompts of as many tokens, or one position of each (at=-1)"),
     "batch": "give as many prompts to both",
-    "layer": "take as many layers of both (layers=[…])",
+    "layer": "take the same layers of both (layers=[…])",
     "variant": "sweep the same variants in the same order",
 }
 """How results become alike along an axis."""
@@ -51,7 +51,7 @@ def unlike(first: Any, second: Any) -> str:
                 return f"{axis} is {size} in the first, {other} in the second; {FIXES.get(axis, SAME)}"
     for field in _plain(first):
         here, there = getattr(first, field.name), getattr(second, field.name)
-        if _equal(here, there) or _of_prompts(first, field.name):
+        if equal(here, there) or _of_prompts(first, field.name):
             continue
         if field.name in UNITS:
             return f"{field.name} is {here!r} in the first, {there!r} in the second; {SAME}"
@@ -69,7 +69,9 @@ def _axis_named(field: Any, here: Any, there: Any, sizes: Mapping[str, int]) -> 
         return str(axis)
     if any(isinstance(name, (tuple, Mapping)) for name in here):
         return None
-    return next((axis for axis, size in sizes.items() if size == len(here)), None)
+    fitting = [axis for axis, size in sizes.items() if size == len(here)]
+    # `layers` are the names along `layer`, also where another axis is as long
+    return next((axis for axis in fitting if field.name.startswith(axis)), next(iter(fitting), None))
 
 
 def named_alike(first: R, second: R) -> tuple[R, R]:
@@ -121,7 +123,7 @@ def told_apart(first: Any, second: Any) -> dict[str, str]:
             apart |= _apart(name, first.provenance[part], second.provenance[part])
     for field in _plain(first):
         here, there = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(here, (str, int, float)) and not _equal(here, there) and not _of_prompts(first, field.name):
+        if isinstance(here, (str, int, float)) and not equal(here, there) and not _of_prompts(first, field.name):
             apart[field.name] = f"{here} | {there}"
     return apart
 
@@ -191,7 +193,7 @@ class Rows(NamedTuple):
 
     def _joined(self, subtracted: bool) -> list[dict[str, Any]]:
         pairs = [(here, there, column) for here, there in self.pairs for column in here]
-        split = {column for here, there, column in pairs if not _equal(here[column], there[column])}
+        split = {column for here, there, column in pairs if not equal(here[column], there[column])}
         rows = []
         for here, there in self.pairs:
             row: dict[str, Any] = {}
@@ -240,9 +242,12 @@ def rows_beside(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str
     return Rows((), [], len(first) + len(second))
 
 
-def _equal(here: Any, there: Any) -> bool:
+def equal(here: Any, there: Any) -> bool:
     """Whether they are equal; what is not a number equals itself."""
-    return bool(here == there) or repr(here) == repr(there)
+    try:
+        return bool(here == there) or repr(here) == repr(there)
+    except (ValueError, RuntimeError):  # arrays and tensors inside of something else, of which nobody says it
+        return False
 
 
 def _number(here: Any, there: Any) -> bool:

@@ -310,7 +310,7 @@ class Difference(Shown, Result):
             raise AttributeError(f"{name} is a method of both sides: call it of difference.sides[0] and of .sides[1]")
         if isinstance(here, Tensor) and here.is_floating_point() and here.shape == there.shape:
             return here - there.to(here.device)
-        if same(here, there):
+        if same(here, there) if isinstance(here, Tensor) else differing.equal(here, there):
             return here
         raise AttributeError(
             f"{name} is no number to subtract, and differs: see it of difference.sides[0] and of .sides[1]"

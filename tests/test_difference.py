@@ -120,6 +120,18 @@ def test_the_lens_by_hand(tmp_path: Path) -> None:
         _ = difference.top_ids
 
 
+def test_names_of_both_sides() -> None:
+    """What both have alike is theirs; arrays inside of mappings are not compared, and so differ."""
+    first, second = two_of("router")
+    difference = first - second
+    assert difference.top_k == first.top_k and difference.layers == first.layers and difference.shape == first.shape
+    for name in ("loads", "count"):
+        with pytest.raises(AttributeError, match=f"{name} is no number to subtract"):
+            getattr(difference, name)
+    with pytest.raises(AttributeError, match=r"usage is a method of both sides: call it of difference\.sides"):
+        difference.usage()
+
+
 def test_another_model_and_other_settings() -> None:
     lens, model = ic.method("logit_lens"), ic.load("toy:text")
     with torch.no_grad():
@@ -183,7 +195,8 @@ def lens(text: Any = HOT, **settings: Any) -> Any:
             lambda: patched(layers=[0, 1]) - patched(layers=[1, 2]),
             r"layers along layer differ, '0' in the first, '1' in",
         ),
-        (lambda: patched(layers=[0]) - patched(layers=[1, 2]), r"layer is 1 in the first, 2 .* take as many layers"),
+        (lambda: patched(layers=[0], at=[0, 1]) - patched(layers=[1], at=[0, 1]), "layers along layer differ, '0' in"),
+        (lambda: patched(layers=[0]) - patched(layers=[1, 2]), r"layer is 1 in the first, 2 .* take the same layers"),
         (
             lambda: patched(score="probability") - patched(score="logprob"),
             "score is 'probability' in the first, 'logpr",
