@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .readings import Reading as Reading
     from .receipts import Receipt as Receipt
     from .receipts import Routing as Routing
+    from .result import Difference as Difference
     from .result import Result as Result
     from .run import Run as Run
     from .saved import SavedRun as SavedRun
@@ -89,7 +90,7 @@ _NAMES = {
     "progress": "Progress",
     "readings": "LayerReadings Reading",
     "receipts": "Receipt Routing",
-    "result": "Result",
+    "result": "Difference Result",
     "run": "Run",
     "saved": "SavedRun open_run",
     "settings": "Config",

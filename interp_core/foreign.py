@@ -133,6 +133,36 @@ SITE: dict[str, str] = {
     **dict.fromkeys(("read", "cache"), "model.run(text, read=site), and run[site]"),
     **dict.fromkeys(("block", "cut"), ".knockout(query=…, key=…) of S.pattern"),
 }  # fmt: skip
+RESULT: dict[str, tuple[str, ...]] = {
+    # pandas, arrays and files, whatever the result
+    **dict.fromkeys(("to_pandas", "to_df", "df", "dataframe", "effects_df", "frame"), ("to_dataframe()",)),
+    **dict.fromkeys(("rows", "records", "to_dict", "as_dict", "asdict"), ("table()",)),
+    **dict.fromkeys(("to_csv", "to_parquet", "to_excel"), ("to_dataframe(), a pandas.DataFrame that has it",)),
+    **dict.fromkeys(("savefig", "to_png", "save_png", "write_image", "to_pdf", "to_svg"), ("png(path)",)),
+    **dict.fromkeys(("imshow", "heatmap", "plot_heatmap", "visualize", "visualise", "draw", "fig", "figure"),
+                    ("plot(), axes of matplotlib; png(path) writes a file",)),
+    **dict.fromkeys(("display", "print", "summary", "describe"), ("show()",)),
+    **dict.fromkeys(("save_html", "write_html", "to_page", "page"), ("to_html(path)",)),
+    **dict.fromkeys(("to_disk", "save_pretrained", "dump", "to_json", "to_safetensors"), ("save(folder)",)),
+    **dict.fromkeys(("from_disk", "from_pretrained"), ("load(folder)",)),
+    **dict.fromkeys(("metadata", "meta", "info", "config", "settings"), ("provenance, a mapping",)),
+    # lenses: tuned-lens, nnterp, TransformerLens
+    **dict.fromkeys(("probs", "probabilities", "probability"), ("target_logprob.exp()", "per_text('prob')")),
+    **dict.fromkeys(("logits", "log_probs", "logprobs", "logprob"), ("target_logprob",)),
+    **dict.fromkeys(("rank", "ranks"), ("target_rank",)),
+    **dict.fromkeys(("kl_divergence", "forward_kl"), ("kl",)),
+    **dict.fromkeys(("predictions", "top_tokens", "top_words"), ("tops()", "answers()")),
+    # patching, attribution and sweeps: TransformerLens, captum, inseq
+    **dict.fromkeys(("effects", "results", "patching_result", "patched", "scores", "attributions"),
+                    ("effects", "effect", "scores", "parts", "values", "loss")),
+    **dict.fromkeys(("word_attributions", "target_attributions", "token_scores", "saliency"), ("scores",)),
+    **dict.fromkeys(("head_effects", "per_head_results"), ("heads",)),
+    **dict.fromkeys(("str_tokens", "token_strs", "words"), ("tokens", "labels")),
+    **dict.fromkeys(("best", "argmax", "largest", "nlargest"), ("top()",)),
+    **dict.fromkeys(("baseline", "clean_score", "base"), ("clean", "base")),
+    **dict.fromkeys(("steering_vector", "direction"), ("vector(layer)", "function_vector")),
+}  # fmt: skip
+"""What others call what results have: ways that begin with names of ours. A result answers with those that it has."""
 PACKAGE = dict.fromkeys(
     ("HookedTransformer", "HookedRootModule", "TransformerBridge", "LanguageModel", "NNsight", "VisionLanguageModel",
      "StandardizedTransformer", "IntervenableModel", "load_model", "from_pretrained"), "ic.load('gpt2')"
@@ -143,6 +173,7 @@ PACKAGE = dict.fromkeys(
     "S": "from interp_core import sites as S",
 }  # fmt: skip
 
+_NAME = re.compile(r"\w+")
 _LAYER = re.compile(r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:blocks|layers|h)\.(-?\d+)(?:\.(.+))?")
 
 
@@ -183,20 +214,24 @@ class Abroad(NamedTuple):
         names: others' names for what it has.
         read: how a site of it is read, with `{}` for the site.
         sites: all sites.
+        own: others' names for what only some such things have: ways that begin with the name that they must have.
     """
 
     what: str
-    names: Mapping[str, str]
+    names: Mapping[str, str] = MappingProxyType({})
     read: str = ""
     sites: Mapping[str, object] = MappingProxyType({})
+    own: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def lacks(self, name: str, public: Iterable[str]) -> str:
         """The message for an attribute that there is not; `public` are those that there are."""
         site = f"S.{name}" if name in self.sites else ours(name, self.sites) if self.read else ""
-        written = self.names.get(name) or (site and self.read.format(site))
+        known = list(public)
+        ways = [f"result.{way}" for way in self.own.get(name, ()) if _NAME.match(way)[0] in known]  # type: ignore[index]
+        written = self.names.get(name) or (site and self.read.format(site)) or " or ".join(ways)
         if written:
             return f"{self.what} has no {name!r}, write {written}"
-        return f"{self.what} has no {name!r}. {nearest(name, public)}"
+        return f"{self.what} has no {name!r}. {nearest(name, known)}"
 
 
 class Answering:
@@ -213,7 +248,11 @@ class Answering:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             if hasattr(type(self), name):  # a property that raised one of its own
                 return object.__getattribute__(self, name)
-            raise AttributeError(self._abroad.lacks(name, dir(self)))
+            raise AttributeError(self._abroad.lacks(name, self._public()))
+
+    def _public(self) -> list[str]:
+        """Its names, those first that are the likeliest to be meant."""
+        return dir(self)
 
     def __dir__(self) -> list[str]:
         return [name for name in super().__dir__() if not name.startswith("_") and name not in self._inner]

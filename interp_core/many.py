@@ -63,7 +63,7 @@ def run_many(
         batches = [sorted(todo[place] for place in group) for group in groups]
         with Progress(name, len(tokens), shown=progress) as told:
             told.add(len(done))
-            for part in _results(method, model, tokens, config, batches):
+            for part in _results(method, model, tokens, config, batches, kind or Result):
                 # A method whose `run` does not say what it returns shows it with its first result.
                 if not parts:
                     demand_joinable(name, type(part.result))
@@ -113,7 +113,7 @@ def _demand_kind(method: Any, kind: type[Result] | None) -> type[Result]:
 
 
 def _results(
-    method: Any, model: Structure, tokens: Tokens, config: Config, batches: Sequence[Sequence[int]]
+    method: Any, model: Structure, tokens: Tokens, config: Config, batches: Sequence[Sequence[int]], kind: type[Result]
 ) -> Iterator[Part]:
     """The results of batches, one by one; errors name the prompts."""
     texts = [some_rows(tokens, numbers) for numbers in batches]
@@ -126,8 +126,9 @@ def _results(
         except InterpError as error:
             listed = ", ".join(map(str, numbers))
             raise type(error)(f"{error} (in the batch of prompts {listed}; rows count among these)") from error
-        if not isinstance(result, Result):
-            raise PluginError(f"{method.name} returned a {type(result).__name__} for a batch: methods return a Result")
+        if not isinstance(result, kind):
+            said = "methods return a Result" if kind is Result else f"its `run` says that it returns a {kind.__name__}"
+            raise PluginError(f"{method.name} returned a {type(result).__name__} for a batch: {said}")
         yield Part(numbers, text, result)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from . import settings as _settings
-from .errors import CapabilityError, PlanError, PluginError, wrong
+from .errors import CapabilityError, PlanError, PluginError, nearest, wrong
 from .plugins import API, name_fault, registry
 from .settings import Config
 from .views import Part, Shown, Table, View, part
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .session import Input
     from .text import Tokens
 
+Call = TypeVar("Call", bound=Callable[..., Any])
+R = TypeVar("R", bound="Result")
+R_co = TypeVar("R_co", bound="Result", covariant=True)
 CAPABILITIES = ("readout",)
 """What a method may require of a model besides sites."""
 
@@ -49,6 +53,47 @@ class _Called:
         return base.replace(parameters=[*common, *settings], return_annotation=gives)
 
 
+@runtime_checkable  # where signatures are checked on every call
+class _Runs(Protocol[R_co]):
+    """A method as type checkers see it when it is called: the call gives what the method's own `run` says."""
+
+    def run(self, model: Model, tokens: Tokens, config: Any) -> R_co: ...
+
+
+def _settings_by_name(call: Call) -> Call:
+    """A method's call that says how it is written to whoever gives more by position than it takes."""
+    places = inspect.signature(call).parameters.values()
+    if any(place.kind is place.VAR_POSITIONAL for place in places):
+        return call
+    count = sum(place.kind in (place.POSITIONAL_ONLY, place.POSITIONAL_OR_KEYWORD) for place in places)
+
+    @functools.wraps(call)
+    def checked(method: Method, *arguments: Any, **settings: Any) -> Any:
+        if more := arguments[count - 1 :]:
+            raise PlanError(_unnamed(method, more))
+        return call(method, *arguments, **settings)
+
+    named: Any = checked
+    return named
+
+
+def _unnamed(method: Method, more: Sequence[Any]) -> str:
+    """The message for what a method was handed by position after model and text."""
+    fields, common = method.Config.model_fields, inspect.signature(Method.__call__).parameters
+    called = inspect.signature(type(method).__call__).parameters.values()
+    own = [each.name for each in called if each.kind is each.KEYWORD_ONLY and each.name not in common]
+    of_prompts = [
+        name
+        for name in (row["setting"] for row in _settings.rows(method.Config))
+        if fields[name].is_required() or name in method.Config.PER_PROMPT
+        if _settings.takes(fields[name].annotation, more[0])
+    ]
+    likely = [f"{name}=…" for name in (*own, *of_prompts)]
+    write = f"Write {' or '.join(likely)}" if likely else nearest(None, fields).removesuffix(".")
+    takes = "a model and text, then settings by name"
+    return f"{wrong(f'method {method.name}', takes, more[0])}. {write}; several prompts are a list: [text, …]"
+
+
 class Method(Shown, ABC):
     """Base of all methods. A subclass sets the attributes and writes `run`.
 
@@ -64,6 +109,11 @@ class Method(Shown, ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     Config: ClassVar[type[Config]] = Config
     __signature__ = _Called()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if inspect.isfunction(own := vars(cls).get("__call__")):
+            cls.__call__ = _settings_by_name(own)  # type: ignore[method-assign]
 
     def _view(self) -> View:
         about = (inspect.getdoc(type(self)) or "").partition("\n\n")[0]
@@ -82,8 +132,11 @@ class Method(Shown, ABC):
         return Part("settings", lines, Table(["setting", "type", "default", "meaning"], rows) if rows else None)
 
     @abstractmethod
-    def run(self, model: Model, tokens: Tokens, config: Any) -> Result:
-        """Do the work: tokens are made and settings are checked."""
+    def run(self, model: Model, tokens: Tokens, config: Any) -> Any:
+        """Do the work: tokens are made and settings are checked. Returns a `Result`.
+
+        A subclass says of which class (`-> MyResult`): that is what calls of the method give, for type checkers too.
+        """
 
     def conserved(self, model: Model, tokens: Tokens, result: Any) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What must add up: for each law, in words, the two sides that must be equal. The conformance kit holds the
@@ -102,8 +155,9 @@ class Method(Shown, ABC):
         """
         return (self.run(model, tokens, part) for tokens, part in batches)
 
+    @_settings_by_name
     def __call__(
-        self,
+        self: _Runs[R],
         model: Model,
         x: Input,
         *,
@@ -111,8 +165,8 @@ class Method(Shown, ABC):
         progress: bool = False,
         out: str | Path | RunFolder | None = None,
         **settings: Any,
-    ) -> Any:
-        """Run the method on text; returns its `Result`.
+    ) -> R:
+        """Run the method on text; returns its `Result`, of the class that `run` says.
 
         Args:
             batch_size: how many prompts run together, those of about one length (None: all; with `out=` 16).
@@ -129,6 +183,7 @@ class Method(Shown, ABC):
         from .provenance import provenance, sentence, shared_settings, within
         from .result import Result
 
+        assert isinstance(self, Method)  # `_Runs` is for the type alone
         if not hasattr(model, "atlas"):
             raise PlanError(wrong(f"method {self.name}", "a model of ic.load first, then the text", model))
         split = batch_size is not None or out is not None
@@ -150,7 +205,7 @@ class Method(Shown, ABC):
             with within():
                 return run_many(self, model, tokens, config, size, progress, out, record)
         with within():
-            result = self.run(model, tokens, config)
+            result: R = self.run(model, tokens, config)
         if not isinstance(result, Result):
             kind = type(result).__name__
             raise PluginError(

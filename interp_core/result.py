@@ -13,27 +13,34 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import LoadError, PlanError, PluginError
+from . import differing
+from .errors import LoadError, PlanError, PluginError, wrong
 from .files import folder_of, safetensors_bytes, write
+from .foreign import RESULT, Abroad, Answering
+from .result_files import FORMAT, check_fields, head_of, tensors_of, tupled
+from .views import Part, Shown, View
 
 if TYPE_CHECKING:
     from .report import Chart
+    from .report.subtracted import Pair
 
-FORMAT = "interp-result/1"
 HOMES = {"Sweep": "interp_core.sweep"}
 """Modules of results that no method returns; by address, since they stand above this one."""
+SIDES = ("first", "second")
+"""Folders of the two sides of a saved difference."""
 R = TypeVar("R", bound="Result")
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Answering):
     """Base of all results: a frozen dataclass whose tensor fields are listed, with their axes, in `AXES`.
 
     Subclasses add fields and override `charts` and `table` where they have something to show, and `finding`, which says
@@ -47,6 +54,11 @@ class Result:
 
     AXES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     JOINS: ClassVar[Mapping[str, str]] = {}
+    _abroad = Abroad("a Result", own=RESULT)
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        cls._abroad = Abroad(f"{'an' if cls.__name__[0] in 'AEIO' else 'a'} {cls.__name__}", own=RESULT)
 
     def __post_init__(self) -> None:
         sizes: dict[str, int] = {}
@@ -65,6 +77,7 @@ class Result:
         return [
             {"name": name, "axes": " ".join(axes), "shape": list(getattr(self, name).shape)}
             for name, axes in self.AXES.items()
+            if getattr(self, name) is not None
         ]
 
     def to_dataframe(self) -> Any:
@@ -215,49 +228,25 @@ class Result:
         Raises:
             LoadError: nothing there, damaged, or of another class.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = folder_of("load", folder) / "result.json"
-        try:
-            head = json.loads(path.read_text(encoding="utf-8"))
-            tensors = load_file(path.with_name("result.safetensors"))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise LoadError(f"{folder} holds no readable result: {error}") from error
-        plain = head.get("fields") if isinstance(head, dict) else None
-        if not isinstance(plain, dict):
-            raise LoadError(f"{folder} holds no result: result.json has no fields")
+        head = head_of(folder)
         if cls is Result and head.get("format") == FORMAT:
             return _kind_of(head, folder).load(folder)  # type: ignore[return-value]
-        if head.get("format") != FORMAT or head.get("class") != cls.__name__:
-            raise LoadError(f"{folder} holds a {head.get('class')} ({head.get('format')}), not a {cls.__name__}")
-        cls._check_fields(folder, plain, tensors)
+        cls._demand(head, folder)
+        plain, tensors = head["fields"], tensors_of(folder)
+        check_fields(cls, folder, plain, tensors)
         missing = {name: None for name in cls.AXES if name not in tensors}
         try:
-            loaded = cls(**{k: _tupled(v) for k, v in plain.items()}, **tensors, **missing)
+            loaded = cls(**{k: tupled(v) for k, v in plain.items()}, **tensors, **missing)
             record = head.get("provenance")
             return loaded.with_provenance(record if isinstance(record, dict) else None)
         except (TypeError, ValueError) as error:
             raise LoadError(f"{folder} holds a damaged {cls.__name__}: {error}") from error
 
     @classmethod
-    def _check_fields(cls, folder: str | Path, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Refuse a saved result whose fields are not those of this class."""
-        known = {f.name: f for f in fields(cls)}
-        numbers = {name for name in plain if name in cls.AXES} | {name for name in tensors if name not in cls.AXES}
-        if foreign := sorted(({*plain, *tensors} - set(known)) | numbers):
-            raise LoadError(
-                f"{folder} holds a {cls.__name__} of another version: it has a field {foreign[0]!r}, this one has "
-                f"{', '.join(known)}. Load it with the version that saved it, or run the method again."
-            )
-        for name, f in known.items():
-            optional = f.default is not MISSING or f.default_factory is not MISSING
-            may_lack = "None" in str(f.type) if name in cls.AXES else optional
-            if name not in plain and name not in tensors and not may_lack:
-                raise LoadError(
-                    f"{folder} holds a {cls.__name__} of another version: it lacks the field {name!r}. Load it with "
-                    "the version that saved it, or run the method again."
-                )
+    def _demand(cls, head: Mapping[str, Any], folder: str | Path) -> None:
+        """Refuse what another class or version of the format wrote."""
+        if head.get("format") != FORMAT or head.get("class") != cls.__name__:
+            raise LoadError(f"{folder} holds a {head.get('class')} ({head.get('format')}), not a {cls.__name__}")
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -265,6 +254,187 @@ class Result:
         return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __sub__(self, other: Any) -> Difference:
+        """What this result has more than another of its class; see `Difference`.
+
+        Raises:
+            PlanError: they cannot be compared, naming the axis, field or setting that differs.
+        """
+        if not isinstance(other, Result):
+            raise PlanError(wrong(f"`-` of a {type(self).__name__}", "another of its class", other))
+        return Difference((self, other))
+
+    def _public(self) -> list[str]:
+        """Its own names: fields, then what its class adds, then what every result has."""
+        added = [name for name in dir(type(self)) if not name.startswith("_") and not hasattr(Result, name)]
+        return [*dict.fromkeys([*(f.name for f in fields(self) if f.name[0] != "_"), *added, *super().__dir__()])]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Difference(Shown, Result):
+    """What one result has more than another of the same class. It draws, prints and saves itself as results do.
+
+    A name of the two results' own gives the difference where it is a tensor of floating point (`difference.kl`), else
+    what both have; what they do not share is in `sides`.
+
+    Attributes:
+        sides: the two results, the second of which is subtracted from the first.
+
+    Raises:
+        PlanError: they cannot be compared, naming what differs.
+    """
+
+    sides: tuple[Result, Result]
+    _repr_html_ = Result._repr_html_
+
+    def __post_init__(self) -> None:
+        here, there = map(type, self.sides)
+        if here is not there:
+            raise PlanError(f"a {here.__name__} minus a {there.__name__}: results of one class are subtracted")
+        if here is Difference:
+            raise PlanError("differences are not subtracted again: subtract their sides as you need them")
+        if why := differing.unlike(*self.sides):
+            raise PlanError(f"a {here.__name__} minus another: {why}{self._settings()}")
+
+    def _settings(self) -> str:
+        """The settings that differ, as the end of a message."""
+        said = [f"{name} {text}" for name, text in self._apart.items() if name.startswith(differing.SETTING)]
+        return f" (what differs: {'; '.join(said)})" if said else ""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "sides" or hasattr(type(self), name):
+            return object.__getattribute__(self, name)
+        here, there = (getattr(side, name) for side in self._alike)
+        if callable(here):
+            raise AttributeError(f"{name} is a method of both sides: call it of difference.sides[0] and of .sides[1]")
+        if isinstance(here, Tensor) and here.is_floating_point() and here.shape == there.shape:
+            return here - there.to(here.device)
+        if same(here, there) if isinstance(here, Tensor) else differing.equal(here, there):
+            return here
+        raise AttributeError(
+            f"{name} is no number to subtract, and differs: see it of difference.sides[0] and of .sides[1]"
+        )
+
+    def _public(self) -> list[str]:
+        return [*self.sides[0]._public(), *super()._public()]
+
+    def __dir__(self) -> list[str]:
+        return self._public()
+
+    def __neg__(self) -> Difference:
+        return Difference((self.sides[1], self.sides[0]))
+
+    @cached_property
+    def _alike(self) -> tuple[Result, Result]:
+        """Both, with names that prompts give of both."""
+        return differing.named_alike(*self.sides)
+
+    @cached_property
+    def _rows(self) -> differing.Rows:
+        return differing.rows_beside(*(side.table() for side in self._alike))
+
+    @cached_property
+    def _apart(self) -> dict[str, str]:
+        return differing.told_apart(*self.sides)
+
+    def table(self) -> list[dict[str, Any]]:
+        """The rows that both tables have, numbers with a fraction subtracted; of what else differs two columns. Of
+        tables without such numbers a row per field."""
+        rows = self._rows
+        return rows.subtracted if rows.numbers else differing.field_rows(*self._alike)
+
+    def charts(self) -> Sequence[Chart]:
+        """The charts of both, subtracted; for those that do not show the same names (the strongest of many) the rows of
+        the table that differ most."""
+        from .report.subtracted import drawn
+
+        here, there = (side.charts() for side in self._alike)
+        return drawn(here, there, self._rows.numbers)
+
+    @cached_property
+    def _pairs(self) -> list[Pair]:
+        """What is looked through for the largest difference: what the charts show, scale by scale, the first numbers of
+        the table, the fields; the first of these that differ."""
+        from .report.subtracted import by_scale, largest
+
+        here, there = (side.charts() for side in self._alike)
+        scales = [*by_scale(here, there), self._rows.numbers, *differing.field_pairs(*self._alike)]
+        apart = [pairs for pairs in scales if (best := largest(pairs)) and best.difference]
+        return next(iter([*apart, *filter(None, scales)]), [])
+
+    @property
+    def heading(self) -> str:
+        """The title of the page."""
+        return f"{self.sides[0].heading}: difference"
+
+    @property
+    def question(self) -> str:
+        """What was asked of both, and what they differ in."""
+        apart = ", ".join(self._apart)
+        shown = f"Shown is the first result minus the second{f'; they differ in {apart}' if apart else ''}."
+        return f"{self.sides[0].question} {shown}".strip()
+
+    @property
+    def finding(self) -> str:
+        """Where the two lie furthest apart."""
+        from .report.subtracted import largest
+
+        best = largest(self._pairs)
+        if best is None:
+            return ""
+        if not best.difference:
+            return "There is no difference."
+        of = f" ({best.what})" if best.what else ""
+        return f"The largest difference{of} is {best}."
+
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """The prompts of both, with what belongs to each."""
+        here, there = (side.prompt_rows() for side in self.sides)
+        if len(here) != len(there):
+            return [*here, *there]
+        return differing.Rows((), [(a, {**a, **b}) for a, b in zip(here, there, strict=True)], 0).beside
+
+    def details(self) -> dict[str, str]:
+        """What the two differ in, and which rows of their tables have no twin."""
+        left = self._rows.left
+        rows = f"{left:,} rows of the two tables are of what the other has not; their numbers are in sides"
+        return {"What differs": differing.in_words(self._apart)} | ({"Left out": rows} if left else {})
+
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """The records of both as one, with what differs beside each other; each whole in `sides`."""
+        here, there = (side.provenance for side in self.sides)
+        return differing.records(here, there) if here and there else None
+
+    def files(self) -> dict[str, str | bytes]:
+        """What `save` writes: a head, and both results in folders of their own."""
+        named = zip(SIDES, self.sides, strict=True)
+        files = {f"{name}/{file}": held for name, side in named for file, held in side.files().items()}
+        head = {"format": FORMAT, "class": "Difference", "fields": {}, "provenance": self.provenance}
+        return files | {"result.json": json.dumps(head, indent=1, ensure_ascii=False)}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Difference:
+        """Read what `save` wrote.
+
+        Raises:
+            LoadError: nothing there, damaged, or of another class.
+        """
+        cls._demand(head_of(folder), folder)
+        try:
+            first, second = (Result.load(Path(folder) / name) for name in SIDES)
+            return cls((first, second))
+        except PlanError as error:
+            raise LoadError(f"{folder} holds a damaged Difference: {error}") from error
+
+    def _view(self) -> View:
+        far = sorted(self._pairs, key=lambda pair: -abs(pair.difference) if pair.difference == pair.difference else 1)
+        apart = [f"{name}: {said}" for name, said in self._apart.items()]
+        title = f"{self.heading}, the first minus the second"
+        return View(
+            title, [Part("largest", [str(pair) for pair in far[:6]], more=len(far[6:])), Part("differ in", apart)]
+        )
 
 
 def _kind_of(head: Mapping[str, Any], folder: str | Path) -> type[Result]:
@@ -309,8 +479,3 @@ def same(a: Any, b: Any) -> bool:
 def _spaced(name: str) -> str:
     """The words of a class's name."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-
-
-def _tupled(value: Any) -> Any:
-    """JSON's lists as the tuples that frozen results hold."""
-    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

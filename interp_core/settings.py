@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
@@ -30,6 +30,7 @@ else:
     Checking = type(BaseModel)
 
 
+@typing.dataclass_transform(kw_only_default=True, field_specifiers=(Field,))  # said anew of each metaclass
 class _Named(Checking):
     """What makes classes of settings: a setting without a type is named, with the line to write."""
 
@@ -71,11 +72,13 @@ class Config(BaseModel, metaclass=_Named):
     # `model_path` and the like are settings of ours: pydantic before 2.10 keeps every name in `model_` for itself
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
 
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise PlanError(_said(type(self).__name__, type(self), error)) from error
+    if not TYPE_CHECKING:  # type checkers and editors know a config's own settings by its fields
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise PlanError(_said(type(self).__name__, type(self), error)) from error
 
 
 def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) -> Any:
@@ -272,7 +275,7 @@ def _value(annotation: Any, text: str) -> Any:
     value = _parsed(text)
     # JSON goes first, so that 3 is a number where the setting takes either; a text is kept where it takes no number
     for candidate in (value, text, [value], [text]):
-        if _takes(annotation, candidate):
+        if takes(annotation, candidate):
             return candidate
     return text
 
@@ -280,7 +283,7 @@ def _value(annotation: Any, text: str) -> Any:
 def listed(annotation: Any, texts: list[str]) -> list[Any] | None:
     """Several texts as the list that a setting takes, of JSON or of the texts; None if it takes none."""
     candidates = [*map(_parsed, texts)], texts
-    return next((candidate for candidate in candidates if _takes(annotation, candidate)), None)
+    return next((candidate for candidate in candidates if takes(annotation, candidate)), None)
 
 
 def _parsed(text: str) -> Any:
@@ -291,7 +294,8 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _takes(annotation: Any, value: Any) -> bool:
+def takes(annotation: Any, value: Any) -> bool:
+    """Whether a setting of this type takes the value."""
     try:
         TypeAdapter(annotation, config={"arbitrary_types_allowed": True}).validate_python(value)
     except PydanticUserError:  # a type with a config of its own

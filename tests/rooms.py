@@ -20,7 +20,7 @@ ROOMS: dict[str, str] = {
     "stats": "stats",
     "report": "report views",
     "text": "text token_views chat inputs offsets",
-    "result": "result pandas",
+    "result": "result result_files differing pandas",
     "scaffold": "scaffold",
     "launch": "launch",
     "atlas": "architectures",

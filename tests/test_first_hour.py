@@ -7,8 +7,11 @@ A row is a mistake, the class of its error, and the parts of its message. Mistak
 
 from __future__ import annotations
 
+import copy
 import pickle
+import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +46,14 @@ def held() -> Held:
 
 def patched(t: Held, **settings: Any) -> Any:
     return ic.method("activation_patching")(t.model, t.text, **settings)
+
+
+def lens(t: Held) -> Any:
+    return ic.method("logit_lens")(t.model, t.text, at=-1)
+
+
+def swept(t: Held) -> ic.Sweep:
+    return t.model.sweep(t.text, ZERO, score.logprob(" cold"))
 
 
 def training(t: Held) -> None:
@@ -146,6 +157,13 @@ ROWS: list[tuple[str, Callable[[Held], Any], type[Exception], list[str]]] = [
      ["a model of ic.load first, then the text", "not str 'toy:text'"]),
     ("29 model and text swapped", lambda t: ic.method("logit_lens")(t.text, t.model), ic.PlanError,
      ["a model of ic.load first, then the text", "not str"]),
+    ("45 a second prompt", lambda t: ic.method("activation_patching")(t.model, t.text, OTHER), ic.PlanError,
+     ["method activation_patching takes a model and text, then settings by name", "not str 'Q: big",
+      "Write corrupted=…"]),
+    ("45 a prompt's target", lambda t: ic.method("ifr")(t.model, t.text, " cold"), ic.PlanError,
+     ["not str ' cold'", "Write target=… or"]),
+    ("45 several prompts", lambda t: ic.method("logit_lens")(t.model, t.text, OTHER), ic.PlanError,
+     ["There are: 'at', 'targets', 'top_k'", "several prompts are a list: [text, …]"]),
     # load
     ("30 training mode", training, ic.LoadError, ["in training mode", "call model.eval() before load"]),
     ("31 no tokenizer", lambda t: tiny_model("qwen3").run(t.text), ic.TextError,
@@ -197,6 +215,21 @@ ROWS: list[tuple[str, Callable[[Held], Any], type[Exception], list[str]]] = [
     ("44 a site of a run", lambda t: t.run.resid_post, AttributeError, ["'resid_post'", "run[S.resid_post]"]),
     ("44 a class", lambda t: ic.HookedTransformer, AttributeError, ["'HookedTransformer'", "ic.load('gpt2')"]),
     ("44 a hook that is no site", lambda t: S.hook_pre, ic.SiteError, ["'hook_pre'", "S.mlp_act"]),
+    ("45 a lens' probabilities", lambda t: lens(t).probs, AttributeError,
+     ["a LogitLensResult has no 'probs'", "write result.target_logprob.exp()"]),
+    ("45 a lens' logits", lambda t: lens(t).logits, AttributeError, ["'logits'", "result.target_logprob"]),
+    ("45 a field, mistyped", lambda t: lens(t).entrpy, AttributeError, ["'entrpy'", "Did you mean 'entropy'"]),
+    ("45 a field that is nowhere", lambda t: lens(t).zzz, AttributeError,
+     ["'zzz'", "There are: 'top_ids', 'top_logprob', 'target_ids'"]),
+    ("45 scores of a patching study", lambda t: patched(t, corrupted=OTHER).scores, AttributeError,
+     ["'scores'", "result.effect"]),
+    ("45 a sweep's table", lambda t: swept(t).effects_df, AttributeError,
+     ["a Sweep has no 'effects_df'", "result.to_dataframe()"]),
+    ("45 a sweep's picture", lambda t: swept(t).savefig("x.png"), AttributeError, ["'savefig'", "result.png(path)"]),
+    ("45 a name of a difference", lambda t: (lens(t) - lens(t)).entrpy, AttributeError,
+     ["'entrpy'", "Did you mean 'entropy'"]),
+    ("45 a method of a difference", lambda t: (lens(t) - lens(t)).tops(), AttributeError,
+     ["tops is a method of both sides", "difference.sides[0]"]),
     ("44 a weight for a site", lambda t: t.model.weights("W_O"), ic.SiteError, ["'W_O'", "model.weights(S.z)"]),
 ]  # fmt: skip
 
@@ -240,6 +273,37 @@ def test_every_name_abroad_has_one_here(held: Held) -> None:
                     getattr(thing, name)
     for name in foreign.SITES:
         assert ic.Site.parse(foreign.ours(name, SITES).removeprefix("S.")).name in SITES
+
+
+def test_every_way_of_a_result_is_one_of_some_result(held: Held) -> None:
+    """No row of the table is stale: each way begins with a name that some class of result has."""
+    for name in ic.registry("methods").names():
+        ic.registry("methods").get(name)
+    classes, names = [ic.Result], set[str]()
+    while classes:
+        kind = classes.pop()
+        classes += kind.__subclasses__()
+        names |= {*dir(kind), *(field.name for field in fields(kind))}
+    stale = {way for ways in foreign.RESULT.values() for way in ways if re.split(r"\W", way)[0] not in names}
+    assert not stale and foreign.RESULT
+
+
+def test_names_that_python_and_notebooks_ask_for_are_plainly_not_there(held: Held) -> None:
+    """Copies, pickles and IPython's probes see what they see of any object; a difference has the names of its sides."""
+    one = lens(held)
+    for thing in (one, swept(held), one - one):
+        assert copy.deepcopy(thing) == copy.copy(thing) == pickle.loads(pickle.dumps(thing)) == thing
+        for probe in (
+            "_repr_mimebundle_",
+            "_ipython_display_",
+            "_ipython_canary_method_should_not_exist_",
+            "__array__",
+        ):
+            with pytest.raises(AttributeError) as caught:
+                getattr(thing, probe)
+            assert str(caught.value) == f"{type(thing).__name__!r} object has no attribute {probe!r}"
+        assert not [name for name in dir(thing) if name.startswith("_")]
+    assert {"kl", "entropy", "sides", "table"} <= set(dir(one - one))
 
 
 def test_what_the_table_says_is_true(held: Held) -> None:

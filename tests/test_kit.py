@@ -122,6 +122,13 @@ def then(make: Callable[[ic.Model, ic.Tokens, Norms], Any]) -> type[ic.Method]:
     return variant(run=run)
 
 
+def saying(kind: type[ic.Result]) -> type[ic.Method]:
+    """The good method, which says that it returns another class."""
+    method = first(lambda *_: None)
+    method.run.__annotations__["return"] = kind
+    return method
+
+
 def config(doc: str = "Settings.\n\nAttributes:\n    power: of the norm.\n", **members: Any) -> type[ic.Method]:
     """The good method with other settings."""
     kind = type("OtherConfig", (ic.Config,), {"__annotations__": {"power": int}, "__doc__": doc, "power": 1, **members})
@@ -206,6 +213,7 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("config", lambda: config(model_config={"extra": "allow"}), "extra='allow': leave it at 'forbid'"),
     ("config", lambda: config(power=Field(default="x", validate_default=True)), "the defaults are refused"),
     ("result", lambda: then(lambda *_: {"norm": 1}), "run returned a dict: methods return an interp_core.Result, a frozen dataclass whose .* of its tensors$"),
+    ("result", lambda: saying(Longest), r"returned a Norms; Bad\.run says that it returns a Longest"),
     ("result", lambda: first(lambda *_: 1 / 0), "ZeroDivisionError"),
     ("result", lambda: first(lambda *_: exit()), "SystemExit"),
     ("result", lambda: then(lambda _m, _t, r: type("Forgot", (Norms,), {})(r.norm, r.total)), "write @dataclass"),

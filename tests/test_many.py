@@ -302,6 +302,15 @@ def test_what_is_made_of_all_prompts_together_is_refused_before_anything_runs(
     assert Unsaid.calls <= 1
 
 
+def test_a_batch_gives_the_class_that_run_says() -> None:
+    class Other(Counting):
+        def run_batches(self, model: ic.Model, batches: Iterable[Any], config: Any) -> Iterator[ic.Result]:
+            return (ic.Result() for _ in batches)
+
+    with pytest.raises(ic.PluginError, match="counting returned a Result for a batch: its `run` says .* a Counts"):
+        Other()(toy_model(), TEXTS, batch_size=2)
+
+
 def changed(**more: Any) -> type[Counting]:
     """`Counting`, whose results differ from batch to batch."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +252,32 @@ def test_a_wrong_result_is_named(toy: ic.Model) -> None:
     mine = type("Mine", (ic.Method,), {"name": "mine", "run": lambda *_: {"a": 1}})
     with pytest.raises(ic.PluginError, match=r"Mine.run returned a dict: methods return an interp_core.Result"):
         mine()(toy, "Q:")
+
+
+def test_a_call_of_ones_own_takes_by_position_what_it_says(toy: ic.Model) -> None:
+    """The message for what stands by position beyond that is one for all methods."""
+
+    @dataclass(frozen=True, eq=False)
+    class Seen(ic.Result):
+        other: str
+
+    class Pair(ic.Method):
+        name = "pair"
+
+        def __call__(self, model: ic.Model, x: Any, other: str, *, scale: int = 1) -> Seen:
+            return Seen(other * scale)
+
+        def run(self, model: ic.Model, tokens: ic.Tokens, config: ic.Config) -> Seen:
+            raise AssertionError
+
+    class Many(Pair):
+        def __call__(self, model: ic.Model, *texts: Any) -> Seen:
+            return Seen("".join(texts))
+
+    assert Pair()(toy, "Q:", "b", scale=2).other == "bb" and Many()(toy, "a", "b", "c").other == "abc"
+    with pytest.raises(ic.PlanError, match=r"method pair takes .* not int 3\. Write scale=…; several"):
+        Pair()(toy, "Q:", "b", 3)  # type: ignore[call-arg]
+    assert pickle.loads(pickle.dumps(ic.method("ifr"))).__class__ is ic.method("ifr").__class__
 
 
 def test_fifty_plugins_are_listed_without_importing_them(tmp_path: Path) -> None:

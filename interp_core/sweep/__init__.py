@@ -84,7 +84,7 @@ class Sweep(Shown, Result):
     moved: Float[Tensor, "variant batch"]
     score: str
     variants: tuple[tuple[Edit, ...], ...] = field(default=(), metadata=APART)
-    keys: tuple[Key, ...] = ()
+    keys: tuple[Key, ...] = field(default=(), metadata={"names": "variant"})
     explain: str = field(default="", compare=False)
     _plan: SweepPlan | None = field(default=None, compare=False, metadata=APART)
     _repr_html_ = Result._repr_html_

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..batches import padded_on
 from ..errors import nearest
 from ..inputs import undivided
+from ..joining import result_kind
 from ..methods import CAPABILITIES
 from ..plugins import status_of
 from ..plugins.sandbox import address, inspect_here, inspect_plugin
@@ -92,7 +93,7 @@ def config(case: MethodCase) -> str:
 
 @check
 def result(case: MethodCase) -> str:
-    """A run returns a frozen `Result`."""
+    """A run returns a frozen `Result`, of the class that `run` says."""
     outcome = case.outcome
     if outcome.error and "\n" not in outcome.error:
         raise Failed(outcome.error)
@@ -102,6 +103,10 @@ def result(case: MethodCase) -> str:
     kind = type(outcome.result)
     if not isinstance(outcome.result, Result):
         raise Failed(f"it returned a {kind.__name__}, not an interp_core.Result")
+    if (written := result_kind(case.method.run)) and not isinstance(outcome.result, written):
+        raise Failed(
+            f"it returned a {kind.__name__}; {case.method.__name__}.run says that it returns a {written.__name__}"
+        )
     if "__dataclass_fields__" not in vars(kind) or "__eq__" in vars(kind):
         raise Failed(f"write @dataclass(frozen=True, eq=False) over {kind.__name__}, so that it can be compared")
     return kind.__name__

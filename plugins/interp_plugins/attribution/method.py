@@ -245,7 +245,9 @@ class Attribution(ic.Method):
         """Scores of one row."""
         raise NotImplementedError
 
-    def __call__(self, model: ic.Model, x: Any, *, target: str | Sequence[str] | None = None, **settings: Any) -> Any:
+    def __call__(
+        self, model: ic.Model, x: Any, *, target: str | Sequence[str] | None = None, **settings: Any
+    ) -> AttributionResult:
         """Explain what follows prompts; as any method, and:
 
         Args:

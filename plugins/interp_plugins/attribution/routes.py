@@ -130,6 +130,13 @@ class Routes(Attribution):
         graph, steps = walk.down()
         return Attributed(steps[0], stream=walk.flow.stream, notes={"graph": graph, "steps": steps})
 
+    def __call__(
+        self, model: ic.Model, x: Any, *, target: str | Sequence[str] | None = None, **settings: Any
+    ) -> RoutesResult:
+        """As any attribution method; the result has the graph."""
+        routes: Any = super().__call__(model, x, target=target, **settings)
+        return routes
+
     def run(self, model: ic.Model, tokens: ic.Tokens, config: RoutesConfig) -> RoutesResult:
         """Row by row."""
         plain = super().run(model, tokens, config)

@@ -58,7 +58,7 @@ class FunctionVector(ic.Result):
     def __add__(self, other: FunctionVector) -> FunctionVector:
         return self._joined(other, "+", self.vector + self._fitting(other))
 
-    def __sub__(self, other: FunctionVector) -> FunctionVector:
+    def __sub__(self, other: FunctionVector) -> FunctionVector:  # type: ignore[override]  # vectors make a vector
         return self._joined(other, "-", self.vector - self._fitting(other))
 
     def __mul__(self, factor: float) -> FunctionVector:
