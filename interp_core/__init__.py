@@ -77,8 +77,8 @@ _NAMES = {
     "activations": "Activations",
     "batteries.images": "VisualCheck visual_check",
     "engines.attention_rows": "AttentionRows",
-    "errors": "CapabilityError EffectError InterpError ItemError LoadError PlanError PluginError PositionError ReadError "
-    "SiteError TextError",
+    "errors": "CapabilityError EffectError InterpError ItemError LoadError PlanError PluginError PositionError "
+    "ReadError SiteError TextError",
     "generation": "Generation",
     "identity": "keyed",
     "loading": "open_tokenizer",

@@ -87,7 +87,7 @@ def _shared(
     batches = list(enumerate(sorted(group) for group in groups))
 
     def made(batch: tuple[int, list[int]]) -> dict[str, Any]:
-        (part,) = _results(method, model, tokens, config, [batch[1]])
+        (part,) = _results(method, model, tokens, config, [batch[1]], kind)
         run.result(_folder(batch[0]), part.result)
         return {"part": f"{batch[0]:05}", "prompts": batch[1]}
 
