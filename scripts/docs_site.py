@@ -27,8 +27,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "from_transformer_lens", "from_nnsight", "from_pyvene", "toys", "real_model",
     ),
     "Guide": (
-        "sites", "runs", "text", "many_texts", "sweeps", "engines", "images", "visual_edits", "statistics", "reports",
-        "run_folders", "plugins", "families", "errors",
+        "sites", "runs", "text", "prompts", "many_texts", "sweeps", "engines", "images", "visual_edits", "statistics",
+        "reports", "run_folders", "plugins", "families", "errors",
     ),
     "Methods": (
         "methods/direct_logit_attribution", "methods/head_detectors", "methods/attention_summary",
