@@ -194,7 +194,7 @@ def greater_than(model: Any, count: int = 32, *, seed: int = 0) -> Pairs:
         return _Draft(clean, twin, *ends, f"{year:02}", {"year": places["year"]})
 
     pairs = _drawn("greater than", model, count, seed, draw)
-    limits = [later.years[int(year)] for year in pairs.kind]
+    limits: list[int | str] = [later.years[int(year)] for year in pairs.kind]
     return replace(pairs, score=Score("later_years", later, targets=(limits,)))
 
 
@@ -304,7 +304,8 @@ def induction(model: Any, count: int = 16, *, period: int = 8, seed: int = 0) ->
     return _drawn("induction", model, count, seed, draw)
 
 
-class _Later(NamedTuple):
+@dataclass(frozen=True)
+class _Later:
     """Probability of all years after one, minus that of the others, given the ids of 00 to 99.
 
     Source: Hanna et al. (2023), arXiv:2305.00586.
@@ -377,9 +378,10 @@ def _drawn(task: str, model: Any, count: int, seed: int, draw: Callable[[random.
         lost = f"; {reasons}, such as {example}" if dropped else ""
         fix = f"ask for {len(kept)} or fewer" if kept else "take another task or tokenizer"
         raise PlanError(f"{task}: this tokenizer can score {len(kept)} different pairs, not {count}{lost}; {fix}")
-    columns = {name: [getattr(draft, name) for draft in kept] for name in _Draft._fields if name != "places"}
+    rows = zip(*(draft[:-1] for draft in kept), strict=True)
+    clean, corrupted, answer, other, kind = map(list, rows)
     places = {name: [draft.places[name] for draft in kept] for name in kept[0].places}
-    return Pairs(**columns, places=places, dropped=dropped)
+    return Pairs(clean, corrupted, answer, other, kind, places, dropped)
 
 
 def _spelled(encode: Encode, draft: _Draft) -> tuple[_Draft, str]:
