@@ -32,12 +32,11 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Methods": (
         "methods/direct_logit_attribution", "methods/head_detectors", "methods/attention_summary",
-        "methods/steering_vectors", "methods/logit_lens", "methods/lens_transports", "methods/activation_patching",
-        "methods/attribution_patching",
-        "methods/path_patching", "methods/ablations", "attribution", "methods/ifr", "methods/ifr_routes",
-        "methods/attnlrp", "methods/attribution_alternatives", "methods/function_vectors",
-        "methods/function_vectors_relation", "methods/router", "methods/visual", "methods/visual_map",
-        "methods/localisation", "methods/geometry", "methods/probe",
+        "methods/steering_vectors", "methods/sae", "methods/logit_lens", "methods/lens_transports",
+        "methods/activation_patching", "methods/attribution_patching", "methods/path_patching", "methods/ablations",
+        "attribution", "methods/ifr", "methods/ifr_routes", "methods/attnlrp", "methods/attribution_alternatives",
+        "methods/function_vectors", "methods/function_vectors_relation", "methods/router", "methods/visual",
+        "methods/visual_map", "methods/localisation", "methods/geometry", "methods/probe",
     ),
     "Studies": (
         "attribution_evaluation", "attribution_caches", "attribution_traces", "attribution_truth", "moe_pairs",
