@@ -24,6 +24,7 @@ import random
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import PlanError, TextError, nearest, wrong
@@ -76,6 +77,7 @@ FACTS = {
     "continent": ("The country of {subject} is in", "On a map of the world, {subject} lies in"),
     "landmark": ("The {subject} is located in the city of", "To see the {subject}, travel to the city of"),
 }
+SPLIT_WORD = "a word of several tokens, before any was drawn"
 Encode = Callable[[str], list[int]]
 Fact = Literal["capital", "language", "continent", "landmark"]
 
@@ -90,7 +92,8 @@ class Pairs(Shown):
         kind: which form each row has ("ABBA" or "BABA", a sentence, a relation).
         places: characters `(start, stop)` in each clean prompt by name; `model.tokens(data.clean).name(**data.places)`
             makes them positions.
-        dropped: how many pairs that were drawn the tokenizer cannot score, by reason.
+        dropped: how many pairs that were drawn, and words that were to be drawn from, the tokenizer cannot score, by
+            reason.
         score: what the task's authors judge by, where that is not the difference of two logits; None.
     """
 
@@ -109,7 +112,7 @@ class Pairs(Shown):
     def _view(self) -> View:
         rows = list(zip(self.clean, self.corrupted, self.answer, self.other, self.kind, strict=True))
         lines = [f"{answer!r}, not {other!r}, after {clean!r}" for clean, _, answer, other, _ in rows]
-        lost = [f"{count} drawn: {why}" for why, count in self.dropped.items()]
+        lost = [f"{count} with {why}" for why, count in self.dropped.items()]
         table = Table(["clean", "corrupted", "answer", "other", "kind"], [list(map(str, row)) for row in rows])
         return View(f"Pairs of prompts: {len(self)}", [Part("answers", lines, table), Part("dropped", lost)])
 
@@ -244,6 +247,8 @@ def in_context(
         PlanError: no such relation, relations without enough words in common, or fewer pairs than `count` that the
             tokenizer can score.
     """
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
+        raise PlanError(wrong("in_context: shots", "a number of examples, 1 or more", shots))
     tables = relations()
     for name in (relation, against):
         if name not in tables:
@@ -269,7 +274,8 @@ def in_context(
         places = {name: place for name, place in places.items() if not name.startswith("word")}
         return _Draft(clean, twin, f" {table[query]}", f" {rival[query]}", f"{relation}, not {against}", places)
 
-    return _drawn(f"{relation} in context", model, count, seed, draw)
+    left_out = {SPLIT_WORD: len(apart) - len(common)}
+    return _drawn(f"{relation} in context", model, count, seed, draw, left_out)
 
 
 def induction(model: Any, count: int = 16, *, period: int = 8, seed: int = 0) -> Pairs:
@@ -284,11 +290,12 @@ def induction(model: Any, count: int = 16, *, period: int = 8, seed: int = 0) ->
         PlanError: a period below 3, fewer words of one token than it takes, or fewer pairs than `count`.
     """
     encode = _encoder(model)
-    pool = [word for word in words() if word.isascii() and _next(encode, "Q:", f" {word}") is not None]
-    if period < 3 or len(pool) <= period:
+    known = [word for word in words() if word.isascii()]
+    pool = [word for word in known if _next(encode, "Q:", f" {word}") is not None]
+    if isinstance(period, bool) or not isinstance(period, int) or not 3 <= period < len(pool):
         raise PlanError(
-            f"induction takes a period of 3 or more and a word more than that, not {period}: {len(pool)} of its "
-            f"{len(words())} words are one token for this tokenizer"
+            f"induction takes a period of 3 or more and a word more than that, not {period!r}: {len(pool)} of its "
+            f"{len(known)} words are one token for this tokenizer"
         )
 
     def draw(rng: random.Random, kept: int) -> _Draft:
@@ -301,7 +308,7 @@ def induction(model: Any, count: int = 16, *, period: int = 8, seed: int = 0) ->
         source = {"source": places["source"]}
         return _Draft(clean, other, f" {sequence[copied]}", f" {twin}", f"period {period}", source)
 
-    return _drawn("induction", model, count, seed, draw)
+    return _drawn("induction", model, count, seed, draw, {SPLIT_WORD: len(known) - len(pool)})
 
 
 @dataclass(frozen=True)
@@ -348,17 +355,21 @@ def _years(encode: Encode) -> tuple[int, ...]:
 # Drawing
 
 
-def _drawn(task: str, model: Any, count: int, seed: int, draw: Callable[[random.Random, int], _Draft]) -> Pairs:
+def _drawn(
+    task: str, model: Any, count: int, seed: int, draw: Callable[[random.Random, int], _Draft],
+    left_out: Mapping[str, int] = MappingProxyType({}),
+) -> Pairs:  # fmt: skip
     """Different pairs that the tokenizer can score, in the order in which they are drawn.
 
     Args:
         draw: a pair from random numbers and how many there are already.
+        left_out: what was dropped before, by reason.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise PlanError(wrong(f"{task}: count", "a number of pairs, 1 or more", count))
     encode, rng = _encoder(model), random.Random(f"{task}, seed {seed}")
     kept: list[_Draft] = []
-    dropped: dict[str, int] = {}
+    dropped = {why: number for why, number in left_out.items() if number}
     seen: set[str] = set()
     example, fruitless = "", 0
     while len(kept) < count and fruitless < FRUITLESS:
@@ -374,8 +385,8 @@ def _drawn(task: str, model: Any, count: int, seed: int, draw: Callable[[random.
         kept.append(scored)
         fruitless = 0
     if len(kept) < count:
-        reasons = ", ".join(f"{number} drawn have {why}" for why, number in dropped.items())
-        lost = f"; {reasons}, such as {example}" if dropped else ""
+        reasons = ", ".join(f"{number} with {why}" for why, number in dropped.items())
+        lost = f"; dropped are {reasons}{example and ', such as '}{example}" if dropped else ""
         fix = f"ask for {len(kept)} or fewer" if kept else "take another task or tokenizer"
         raise PlanError(f"{task}: this tokenizer can score {len(kept)} different pairs, not {count}{lost}; {fix}")
     rows = zip(*(draft[:-1] for draft in kept), strict=True)
