@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,13 @@ def test_edits_by_feature(tmp_path: Path) -> None:
     close(edited(sae.set(feature, 5.0)), x + (5 - active) * direction, model)
     close(edited(sae.scale(feature, 1.0), allow_noop=True), x, model)
     close(edited(site.add(2 * sae.direction(feature).double())), x + 2 * direction, model)
+    moved, fixed = sae.scale(feature, 0.0, at=-1), sae.set(feature, 2.5)
+    assert str(moved) == f"mlp_out[1]@-1 apply feature {feature} × 0" and str(fixed).endswith(
+        f"feature {feature} := 2.5"
+    )
+    sweep = model.sweep(ids, {"without": moved, "fixed": fixed}, ic.score.logprob(7))
+    for key, edit in (("without", moved), ("fixed", pickle.loads(pickle.dumps(fixed)))):
+        close(sweep[key], logprob(model.run(ids, edits=edit)) - logprob(model.run(ids)), model)
     last = edited(sae.replace(at=-1))
     close(last[:, -1], reconstruction[:, -1], model)
     assert torch.equal(last[:, :-1], x[:, :-1])
@@ -155,6 +163,10 @@ def test_edits_by_feature(tmp_path: Path) -> None:
         for act in (sae.direction, lambda n: sae.scale(n, 0.0), lambda n: sae.set(n, 1.0)):
             with pytest.raises(ic.PlanError, match="has 48, from 0 on"):
                 act(wrong)
+
+
+def logprob(run: ic.Run) -> Tensor:
+    return run.logits.plain[:, -1].log_softmax(-1)[:, 7]
 
 
 def test_heads_lie_behind_each_other(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ The formulas, their sources and what holds them are in `method`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,8 +145,7 @@ class SAE:
         Raises:
             PlanError: no such feature.
         """
-        number = self._known(feature)
-        return self.where(at).apply(lambda x: self._moved(x, number, lambda f: f * (factor - 1)))
+        return self.where(at).apply(_Moved(self, self._known(feature), factor=factor))
 
     def set(self, feature: int, activation: float, at: Any = None) -> ic.Edit:
         """An edit that gives a feature this activation, and keeps all that the autoencoder does not explain.
@@ -154,8 +153,7 @@ class SAE:
         Raises:
             PlanError: no such feature.
         """
-        number = self._known(feature)
-        return self.where(at).apply(lambda x: self._moved(x, number, lambda f: activation - f))
+        return self.where(at).apply(_Moved(self, self._known(feature), factor=0.0, offset=activation))
 
     def where(self, at: Any) -> S.Site:
         """The site at positions; everywhere, if they are None."""
@@ -164,12 +162,6 @@ class SAE:
     def flat(self, x: Float[Tensor, "*axes"]) -> Float[Tensor, "... d_in"]:
         """A value of the site with its heads, where it has any, behind each other."""
         return x.flatten(-2) if self.site.info.unit == "head" and x.shape[-1] != self.d_in else x
-
-    def _moved(self, x: Tensor, feature: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """x with a feature's activation changed by what a function of it says."""
-        active = torch.cat([self.encode(part)[:, feature] for part in self.chunks(x)])
-        added = change(active)[:, None] * self.weights["W_dec"][feature].to(active)
-        return (x.to(added.dtype) + added.view(x.shape)).to(x.dtype)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """What is encoded, and what is put back after decoding."""
@@ -182,3 +174,23 @@ class SAE:
         if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < self.d_sae:
             raise ic.PlanError(f"there is no feature {feature!r}: {self.source} has {self.d_sae}, from 0 on")
         return feature
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A site with a feature's activation f at factor · f + offset; all that the autoencoder does not explain stays."""
+
+    sae: SAE
+    feature: int
+    factor: float
+    offset: float = 0.0
+
+    def __call__(self, x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+        active = torch.cat([self.sae.encode(part)[:, self.feature] for part in self.sae.chunks(x)])
+        change = active * (self.factor - 1) + self.offset
+        added = change[:, None] * self.sae.direction(self.feature).to(active)
+        return (x.to(added.dtype) + added.view(x.shape)).to(x.dtype)
+
+    def __repr__(self) -> str:
+        change = f"× {self.factor:g}" if not self.offset else f":= {self.offset:g}"
+        return f"feature {self.feature} {change}"
