@@ -20,6 +20,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import errors as errors
     from . import positions as positions
+    from . import prompts as prompts
     from . import report as report
     from . import runs as runs
     from . import score as score
@@ -101,7 +102,8 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = (
-    "errors", "positions", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "vision", "visual",
+    "errors", "positions", "prompts", "report", "runs", "score", "sites", "stats", "testing", "text", "toys", "vision",
+    "visual",
 )  # fmt: skip
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -9,7 +9,6 @@ A `Site` is plain data: a name, layers, units (heads, experts, neurons) and posi
     S.z[3, 5]                    head 5 of layer 3
     S.z[3, 5].at(-1)             at the last real token of every row
     S.pattern[8:16].at(query="text", key="vision")
-
     S.z[3, 5].at(-1).zero()      an `Edit`
 
 Where they lie:
@@ -34,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError, SiteError, nearest, no_function_of, wrong
-from .foreign import SITE, Abroad, Answering, UnknownSiteError, no_site
+from .foreign import SITE, Abroad, Answering, UnknownSiteError, no_site, ours
 from .indexing import Index, as_index, parsed_index, shown_index, split_at_commas
 from .indexing import indices as indices
 from .positions import Position, PositionLike, Slice, format_position, parse_position, position
@@ -89,10 +88,8 @@ _PATCH_HEADS = ("batch", "patch", "head", "d_head")
 VISION_ = "vision_"
 """Begins the name of a tower's site, before the name of the same thing in the language model."""
 
-
 SITES: dict[str, SiteInfo] = {}
 """All site names in the order in which a forward pass meets them."""
-
 
 MASKS = {"replace": "mask", "keep": "mask_keep", "drop": "mask_drop"}
 FORCES = {"own_weight": "force", "steermoe": "force_steermoe"}
@@ -412,6 +409,15 @@ def named(name: str) -> Site:
     return Site(name)
 
 
+def from_hook(name: str) -> Site:
+    """The site that another library calls so: TransformerLens' "blocks.6.hook_resid_pre" is `resid_pre[6]`.
+
+    Raises:
+        SiteError: none is called so.
+    """
+    return Site.parse(ours(str(name), SITES).removeprefix("S.") or named(name).name)
+
+
 def _experts(experts: Any, what: str) -> Any:
     index = as_index(experts, what)
     return (index,) if isinstance(index, int) else index
@@ -479,7 +485,7 @@ resid_post = define("resid_post", _RESID, "residual stream that leaves the block
 final_norm = define("final_norm", _RESID, "output of the final norm", layered=False)
 logits = define("logits", ("batch", "pos", "d_vocab"), "logits of the next token", layered=False)
 
-__all__ = sorted(["SITES", "Site", "SiteInfo", "define", "indices", "named", *SITES])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(["SITES", "Site", "SiteInfo", "define", "from_hook", "indices", "named", *SITES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Site:

@@ -35,7 +35,7 @@ ROOMS: dict[str, str] = {
     "visual edits": "visual",
     "batteries": "batteries",
     "methods": "methods many joining",
-    "toys": "toys",
+    "toys": "toys prompts",
     "bench": "bench",
     "testing": "testing",
     "command line": "cli",

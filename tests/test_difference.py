@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from autoencoders import folder
 from conftest import toy_model
 from typer.testing import CliRunner
 
@@ -39,9 +40,9 @@ def toy(name: str) -> ic.Model:
     return toy_model() if name == "toy:text" else ic.load(name)
 
 
-def two_of(name: str) -> tuple[Any, Any]:
+def two_of(name: str, at: Path) -> tuple[Any, Any]:
     """A method's results of two prompts, on the toy that has what it needs."""
-    method, settings = ic.method(name), SETTINGS.get(name, {})
+    method, settings = ic.method(name), SETTINGS.get(name, {"sae": folder(at / "sae")} if name == "sae" else {})
     if name in ("visual", "visual_map", "information_horizon"):
         model = toy("toy:vision")
         rows = [model.tokens("what color ?", " red", images=[image]) for image in testing.pictures(2, seed=0)]
@@ -73,7 +74,7 @@ def is_float(held: Any) -> bool:
 def test_results_of_every_method(name: str, tmp_path: Path) -> None:
     """The laws: nothing minus itself, the other way round the opposite, saved and loaded the same, fields subtracted;
     and it draws what its sides draw."""
-    first, second = two_of(name)
+    first, second = two_of(name, tmp_path)
     difference, back = first - second, second - first
     assert isinstance(difference, ic.Difference) and difference == -back and difference != back
     assert nought(first - first) and (first - first).finding == "There is no difference."
@@ -120,9 +121,9 @@ def test_the_lens_by_hand(tmp_path: Path) -> None:
         _ = difference.top_ids
 
 
-def test_names_of_both_sides() -> None:
+def test_names_of_both_sides(tmp_path: Path) -> None:
     """What both have alike is theirs; arrays inside of mappings are not compared, and so differ."""
-    first, second = two_of("router")
+    first, second = two_of("router", tmp_path)
     difference = first - second
     assert difference.top_k == first.top_k and difference.layers == first.layers and difference.shape == first.shape
     for name in ("loads", "count"):

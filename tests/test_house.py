@@ -173,6 +173,7 @@ def test_light_modules_do_not_import_torch() -> None:
         "scaffold",
         "cli",
         "toys.text",
+        "prompts",
         "report",
         "stats",
     ):
