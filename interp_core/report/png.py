@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -358,7 +359,8 @@ def _dressed(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
 
 def _wrapped(title: str, width: int) -> str:
     """A title whose lines are so long at most."""
-    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+    kept = re.sub(r"' (?=[^' ]+')", "'\N{NO-BREAK SPACE}", title)  # the space of a quoted token
+    return "\n".join(textwrap.fill(line, width) for line in kept.split("\n"))
 
 
 def _text(label: str) -> str:
