@@ -193,10 +193,8 @@ def test_pandas_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pictures(tmp_path: Path, rough_figures: None) -> None:
     chart, bars = heads().chart(), mixed().chart()
     assert isinstance(chart, ic.report.Heatmap) and chart.rows[2] == "layer 2" and chart.columns[3] == "head 3"
-    assert (
-        chart.title
-        == f"Effect on the logit of ' dry' minus that of ' wet' (without edits {heads().clean.mean():.4g}, mean of 2 examples)"
-    )
+    without = f"(without edits {heads().clean.mean():.4g}, mean of 2 examples)"
+    assert chart.title == f"Effect on the logit of ' dry' minus that of ' wet' {without}"
     np.testing.assert_allclose(chart.values, heads().grid())
     assert isinstance(bars, ic.report.Bars) and "the 4 strongest of 5 variants" in bars.title
     some = {key: edit for key, edit in by_head(toy_model()).items() if key != (2, 2)}
@@ -204,7 +202,7 @@ def test_pictures(tmp_path: Path, rough_figures: None) -> None:
     assert isinstance(holes.chart(), ic.report.Bars) and isinstance(holes.chart([0, 1]), ic.report.Heatmap)
     for sweep in (heads(), mixed()):
         assert sweep.png(tmp_path / "sweep.png").stat().st_size > 1000
-        assert sweep.score in sweep.to_html(tmp_path / "sweep.html").read_text()
+        assert ic.report.escape(sweep.measured) in sweep.to_html(tmp_path / "sweep.html").read_text()
     failed = replace(heads(), values=heads().values * float("nan"))
     with pytest.raises(ic.PlanError, match="nothing to draw"):
         replace(failed, keys=()).chart()
