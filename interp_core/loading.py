@@ -239,7 +239,8 @@ def _check_attention(name: str | None) -> None:
         what = f"FlashAttention {version}, which is not installed, or finds no device for it" if flash else "kernels"
         absent = "" if flash else ", a package that is not installed"
         raise LoadError(
-            f"attn_implementation={name!r} needs {what}{absent}. Leave it out, or give 'sdpa' or 'eager', which need no package and have the sites inside attention."
+            f"attn_implementation={name!r} needs {what}{absent}. Leave it out, or give 'sdpa' or 'eager', which need "
+            "no package and have the sites inside attention."
         )
 
 
