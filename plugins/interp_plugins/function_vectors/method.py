@@ -201,7 +201,7 @@ class FunctionVectorsResult(ic.Result):
             for row, text in enumerate(self.texts)
         ]  # fmt: skip
         heads = ic.report.table(strongest(self.aie, self.heads))
-        gap = ic.report.escape(f"AIE of the last head minus that of the next one: {self.gap:.3g}")
+        gap = ic.report.escape(f"AIE of the vector's last head minus that of the largest it leaves out: {self.gap:.3g}")
         first, *curves = (chart.html() for chart in self.charts())
         return f"{first}{heads}<p>{gap}</p>{''.join(curves)}{said}{''.join(texts)}"
 
