@@ -135,7 +135,7 @@ class SummaryResult(ic.Result):
         """Prompts with the tokens that are sinks of most heads."""
         said = [
             "; ".join(
-                f"{ic.report.place_words(ic.report.place_name(str(position), token))}: {heads} heads"
+                f"{ic.report.place_words(ic.report.place_name(str(position), token))}: {heads} head{'s' * (heads != 1)}"
                 for position, token, heads in row[:3]
             )
             for row in self.sinks

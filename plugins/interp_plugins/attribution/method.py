@@ -147,7 +147,7 @@ class AttributionResult(ic.Result):
         of = f" of prompt 0 (of {len(self.labels)})" if len(self.labels) > 1 else ""
         spot = str(best[0]["pos"]), best[0]["token"]
         verb = "owes most to" if best[0]["score"] >= 0 else "is held back most by"
-        return f"The answer {verb} {ic.report.place_words(ic.report.place_name(*spot))}{of}."
+        return f"The answer {verb} the token at {ic.report.place_words(ic.report.place_name(*spot))}{of}."
 
     def top(self, row: int = 0, k: int = 10) -> list[dict[str, Any]]:
         """The tokens that count most, those of the target left out; with their shares of the mass of all tokens."""
