@@ -58,8 +58,12 @@ def test_one_layer_has_no_buttons() -> None:
 def test_top_tokens() -> None:
     scores = [0.25, 0.5, math.nan, 0.5, -0.75, 9.0]
     rows = page.top_tokens(list("abcdef"), scores, {"prompt": (0, 4), "sink": (5, 6)}, k=3, stop=5)
-    assert [row["token"] for row in rows] == ["b", "d", "a"]  # ties in the order of the text, none of the target
-    assert rows[0] == {"pos": 1, "token": "b", "score": 0.5, "share": 0.5 / 11, "in": "prompt"}
+    assert [row["token"] for row in rows] == [
+        "e",
+        "b",
+        "d",
+    ]  # by size; ties in the order of the text, none of the target
+    assert rows[1] == {"pos": 1, "token": "b", "score": 0.5, "share": 0.5 / 11, "in": "prompt"}
     assert page.top_tokens(["a"], [0.0])[0]["share"] == 0.0
     with pytest.raises(ic.PlanError, match="2 values of 'score' for 1 tokens"):
         page.strip_page(["a"], {"score": [1.0, 2.0]})

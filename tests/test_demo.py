@@ -50,7 +50,7 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         path = recipe.demo(recipe.DemoConfig(out=tmp_path))
     page = path.read_text()
     said = capsys.readouterr().out
-    assert "L2H2" in said and str(path) in said
+    assert "z[2,2]" in said and str(path) in said
     for line in ("Summary", "Logit lens", "Which heads decide", "Steered text", "resid_post"):
         assert line in page
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}

@@ -72,6 +72,11 @@ def test_pages_need_no_network() -> None:
 
 
 def test_white_space_shows() -> None:
+    names = [report.place_name("7", " hot"), report.place_name("-1", "\n"), report.place_name("3", ""), "3", "2:5"]
+    assert names[:2] == ["7 ·hot", "-1 ⏎"]
+    assert [report.place_words(name) for name in names] == [
+        "position 7, ' hot'", "the last position, '⏎'", "position 3, ''", "position 3", "2:5",
+    ]  # fmt: skip
     assert [html.visible(t) for t in (" a", "\n\n", "", "b\t", "  ", "\x01")] == ["·a", "⏎⏎", "∅", "b⇥", "· ", "\\x01"]
 
 

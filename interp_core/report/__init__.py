@@ -14,6 +14,7 @@ given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers
 from .charts import Bars, Chart, Curves, Heatmap, Overlay, TokenStrip
 from .figures import Bar, Frame, Line
 from .html import Section, cell_texts, copyable, escape, number, page, short, table, visible
+from .places import place_name, place_words
 
 __all__ = [
     "Bar",
@@ -31,6 +32,8 @@ __all__ = [
     "escape",
     "number",
     "page",
+    "place_name",
+    "place_words",
     "short",
     "table",
     "visible",

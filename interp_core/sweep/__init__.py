@@ -43,7 +43,7 @@ from .choose import cheapest_strategy
 from .kept import read_variants, variants_files
 from .keys import Effect, Key, Parts, by_key, cells, number_of, part_names, words
 from .kinds import scores_of, variants_of
-from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, judged_by, label, lines, said_by_edits, view
+from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, label, lines, said_by_edits, spot_words, view
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
@@ -70,6 +70,8 @@ class Sweep(Shown, Result):
         clean: scores without edits.
         moved: norm of what the edits of a variant changed, per example.
         score: name of the score.
+        measured: the score in words; "": its name.
+        labels: tokens of the examples as text; empty where they are not known.
         variants: the edits.
         keys: what the variants are called: the keys of a mapping, else 0, 1, 2, …
         explain: how it was carried out, in words.
@@ -87,12 +89,15 @@ class Sweep(Shown, Result):
     keys: tuple[Key, ...] = field(default=(), metadata={"names": "variant"})
     explain: str = field(default="", compare=False)
     _plan: SweepPlan | None = field(default=None, compare=False, metadata=APART)
+    measured: str = field(default="", compare=False)
+    labels: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
     _repr_html_ = Result._repr_html_
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.keys:
             object.__setattr__(self, "keys", tuple(range(len(self.values))))
+        object.__setattr__(self, "measured", self.measured or self.score)
         if len(self.keys) != len(self.values):
             raise ValueError(f"Sweep has {len(self.keys)} keys for {len(self.values)} variants")
 
@@ -222,19 +227,27 @@ class Sweep(Shown, Result):
         said = f"without edits {self._clean(example)}{self._whose(example)}"
         if (rows, columns) != (0, 1) or is_grid(self.keys):
             effects = self._of(self.effects, example).tolist()
-            return grid_chart(effects, self.keys, self.variants, rows, columns, self.score, said)
+            return grid_chart(
+                effects, self.keys, self.variants, rows, columns, self.score, self.measured, said, self.labels
+            )
         top = [effect for effect in self.top(BARS, example) if math.isfinite(effect.effect)]
-        return bar_chart(top, len(self), self._plain, self.score, said)
+        return bar_chart(top, len(self), self._plain, self.measured, said)
 
     def charts(self) -> list[Chart]:
         """`chart`, where some score is a number."""
         return [self.chart()] if bool(self.effects.mean(-1).isfinite().any()) else []
 
     @property
+    def heading(self) -> str:
+        """How many variants."""
+        return f"Sweep of {len(self):,} variants"
+
+    @property
     def finding(self) -> str:
         """The variant that moves the score most, and those whose score is no number."""
         best, *_ = self.top(1)
-        said = f"The largest change of {self.score}: {best.effect:+.4g} by {label(*best[:2], self._plain)}, "
+        where = f"{label(*best[:2], self._plain)}{spot_words(best.edits, self.labels)}"
+        said = f"The largest change of {self.measured}: {best.effect:+.4g} by {where}, "
         moved = (
             f"{said}from {self._clean(None)} without edits{self._whose(None)}." if math.isfinite(best.effect) else ""
         )
@@ -324,13 +337,17 @@ def sweep(
 
             swept(run, tokens, listed, scores, store, part)
         plan = _fill(placer, strategy, scores, store, progress)
-    by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
     explain, settings = plan.explain(), {"variants": len(listed), "strategy": strategy}
     record = provenance("sweep", "What each of the changes does to ", model, tokens, settings)
-    records = [record and {**record, "what": f"{record['what']}{judged_by(model, score)}."} for score in scores]
+    measured = [score.words(model) for score in scores]
+    records = [record and {**record, "what": f"{record['what']}{said}."} for said in measured]
     return tuple(
-        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(own)
-        for (values, clean, score), own in zip(by_score, records, strict=True)
+        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan, said, tokens.labels).with_provenance(
+            own
+        )
+        for values, clean, score, said, own in zip(
+            store.values.unbind(-1), store.clean.unbind(-1), scores, measured, records, strict=True
+        )
     )
 
 

@@ -137,7 +137,7 @@ def ablation(model: ic.Model, task: Task, heads: Sequence[tuple[int, int]], draw
     mean_of_others = {key: sum(row[key] for row in others) / draws for key in others[0]}
     return [
         {"ablated": "none", **without([])},
-        {"ablated": ", ".join(f"L{layer}H{h}" for layer, h in heads), **without(heads)},
+        {"ablated": ", ".join(f"z[{layer},{h}]" for layer, h in heads), **without(heads)},
         {"ablated": f"{len(heads)} others, mean of {draws} draws", **mean_of_others},
     ]
 
@@ -195,7 +195,7 @@ class Findings:
 
     def sentences(self) -> list[str]:
         """What came out, in words."""
-        names = ", ".join(f"L{a}H{b} {percent(float(self.effect[a, b]))}" for a, b in self.heads)
+        names = ", ".join(f"z[{a},{b}] {percent(float(self.effect[a, b]))}" for a, b in self.heads)
         whole, without, others = self.ablated
         moved = self.layers[self.layer]
         first, gap = "answer is first", "logit difference"

@@ -162,7 +162,7 @@ class Related(ic.Result):
         lines += [
             f"{a:>12} {n:>6} {b:>8.0%} {c:>8.0%} {d:>8.0%}" for a, n, b, c, d in (r.values() for r in self.table())
         ]
-        heads = ", ".join(f"L{layer}H{head}" for layer, head, _ in self.heads)
+        heads = ", ".join(f"z[{layer},{head}]" for layer, head, _ in self.heads)
         done, tried = self.turned
         lines.append(f"{self.top} heads ({heads}), after layer {self.layer}; {self.validation:.1%} on validation words")
         lines.append(

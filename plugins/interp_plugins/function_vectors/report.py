@@ -15,7 +15,7 @@ from interp_core import report
 
 from .effects import gap, ranking
 from .evaluate import Evaluation
-from .page import accuracy_curves, heads_map
+from .page import accuracy_curves, heads_map, strongest
 from .related import Choice, Related
 from .tasks import Task
 from .vectors import FunctionVector
@@ -60,7 +60,7 @@ def sentences(findings: Findings) -> list[str]:
     layer, zero, shuffled = findings.choice.layer, findings.zero, findings.shuffled
     swept = len(zero.layers) > 1
     why = "chosen on validation rows" if swept else "the only one evaluated"
-    heads = ", ".join(f"L{a}H{b}" for a, b, _ in findings.vector.heads[:5])
+    heads = ", ".join(f"z[{a},{b}]" for a, b, _ in findings.vector.heads[:5])
     words = ", ".join(word.strip() or repr(word) for word, _ in findings.words[:5])
     said = [
         f"With shots the model answers {findings.few:.0%} of {len(findings.task.test)} test rows; what follows is on "
@@ -69,8 +69,8 @@ def sentences(findings: Findings) -> list[str]:
         + (f" (the best layer here is {zero.best_layer}: {max(zero.accuracies()):.0%})." if swept else "."),
         f"After shots with shuffled answers {shuffled.accuracy():.0%}; with the vector {findings.chosen(shuffled):.0%}"
         + (f" (best layer {shuffled.best_layer}: {max(shuffled.accuracies()):.0%})." if swept else "."),
-        f"Heads of largest AIE: {heads}; the vector sums {len(findings.vector.heads)}, its length is "
-        f"{findings.vector.norm:.2f}, and it decodes to {words}.",
+        f"Of the heads that the vector sums, those of largest AIE are {heads}; it sums "
+        f"{len(findings.vector.heads)}, its length is {findings.vector.norm:.2f}, and it decodes to {words}.",
     ]
     if shuffled.accuracy() >= 0.9:
         said.append(
@@ -127,7 +127,7 @@ def write_task(folder: ic.runs.Part, model: ic.Model, findings: Findings, args: 
 def sections(findings: Findings) -> list[report.Section]:
     """The page of one task."""
     said = "".join(f"<li>{report.escape(line)}</li>" for line in sentences(findings))
-    top = report.table([{"layer": a, "head": b, "AIE": aie} for a, b, aie in findings.vector.heads[:20]])
+    top = report.table(strongest(findings.aie, findings.vector.heads[:20]))
     last_gap = gap(findings.aie, len(findings.vector.heads))
     note = "Layer after which the vector is added; bands of 95 %; dashed: without it."
     chart = accuracy_curves((findings.zero, findings.shuffled), findings.zero.layers, note).html()

@@ -101,7 +101,7 @@ def _map(findings: Findings, view: View, values: np.ndarray, title: str, **how: 
     ]
     experts = [str(expert) for expert in range(values.shape[1])]
     return report.Heatmap(
-        values, [f"L{layer}" for layer in findings.layers], experts, tips=tips, title=title, xlabel="expert",
+        values, [f"layer {layer}" for layer in findings.layers], experts, tips=tips, title=title, xlabel="expert",
         ylabel="decoder layer", **how,
     )  # fmt: skip
 

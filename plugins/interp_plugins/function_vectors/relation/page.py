@@ -88,7 +88,7 @@ def _row(out: Path, part: Mapping[str, Any]) -> Row:
     row |= {key: summary[key] for key in ("best_layer", "score_key", "best_score")}
     row |= {key: best[key] for key in ("acc_base", "acc_with", "delta_acc")}
     row |= {f"acc_{kind}": fmean(line[f"accuracy_{kind}"] for line in lines) for kind in ("clean", "corrupted")}
-    return row | {"trials": len(lines), "top_head": f"L{first['layer']}H{first['head']}"}
+    return row | {"trials": len(lines), "top_head": f"z[{first['layer']},{first['head']}]"}
 
 
 def state_of(part: Mapping[str, Any]) -> str:
