@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .batches import numbering
 from .columns import shortened
-from .files import without_folder
+from .files import without_folder, without_folders
 from .identity import NoIdentityError, identity, weights
 from .runs.identity import digest, plain_fields
 from .runs.session import now, packages
@@ -34,6 +35,7 @@ WEIGHTS = 1 << 30
 """Bytes of weights up to which a model without a revision gets a fingerprint, once (a second); `out=` takes any."""
 
 
+_DIGEST = re.compile("[0-9a-f]{32,}")
 _WITHIN: ContextVar[bool] = ContextVar("within", default=False)
 """Whether a result is being made that has its record already."""
 
@@ -50,21 +52,42 @@ def within() -> Iterator[None]:
 
 
 def provenance(
-    name: str, what: str, model: Structure, tokens: Tokens, settings: Mapping[str, Any]
+    name: str, what: str, model: Structure, tokens: Tokens | None, settings: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The record of a result; None of one that is made `within` another.
 
     Args:
         name: of the method, or of what else made it.
         what: what it asks, in a sentence.
+        tokens: the prompts; None of a run, whose page says itself what its samples are.
         settings: as plain data.
     """
     if _WITHIN.get():
         return None
     return {
-        "name": name, "what": what, "model": _model(model), "settings": dict(settings), "prompts": _prompts(tokens),
-        "versions": versions(), "command": command(), "date": now(),
+        "name": name, "what": what, "model": _model(model), "settings": dict(settings),
+        "prompts": None if tokens is None else _prompts(tokens), "versions": versions(), "command": command(),
+        "date": now(),
     }  # fmt: skip
+
+
+def run_provenance(run: Mapping[str, Any], what: str, model: Structure) -> dict[str, Any] | None:
+    """The record of a run, from what makes it this run (`RunFolder.identity`); settings without folders."""
+    record = provenance(run["recipe"], what, model, None, _shared(run["settings"]))
+    if record is not None and run["model"] is not None and record["model"]["revision"] is None:
+        record["model"]["fingerprint"] = run["model"]["parts"]["weights"][:16]  # read for the run already, of any size
+    return record
+
+
+def _shared(setting: Any) -> Any:
+    """Plain data as others may read it: of paths the last part alone, of digests the beginning."""
+    if isinstance(setting, Mapping):
+        return {key: _shared(held) for key, held in setting.items()}
+    if isinstance(setting, list):
+        return [_shared(held) for held in setting]
+    if not isinstance(setting, str):
+        return setting
+    return setting[:16] if _DIGEST.fullmatch(setting) else without_folders(setting)
 
 
 def _folded(row: Sequence[str]) -> Iterator[str]:

@@ -51,7 +51,13 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page = path.read_text()
     said = capsys.readouterr().out
     assert "L2H2" in said and str(path) in said
-    for line in ("Summary", "Logit lens", "Which heads decide", "Steered text", "resid_post"):
+    for line in (
+        "Heads L2H2 and L2H3 carry the answer",
+        "Logit lens",
+        "Control: the heads taken out",
+        "Steered text",
+        "resid_post",
+    ):
         assert line in page
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
     assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
@@ -89,7 +95,7 @@ def test_a_real_folder(tmp_path: Path) -> None:
         str(tmp_path / "b"),
     ]
     out = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert "single heads give back most of that gap" in out.stdout and (tmp_path / "b" / "report.html").is_file()
+    assert "these heads give back so much of that gap" in out.stdout and (tmp_path / "b" / "report.html").is_file()
 
 
 def test_pairs_that_do_not_fit(tmp_path: Path) -> None:

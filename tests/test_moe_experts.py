@@ -20,7 +20,7 @@ from interp_plugins.router.points import Shape
 from interp_recipes import moe_experts as recipe
 from interp_recipes.moe_experts import MoeExpertsConfig
 from interp_recipes.moe_experts.findings import Findings
-from interp_recipes.moe_experts.report import figures, page, sentences, summary
+from interp_recipes.moe_experts.report import answer_of, figures, sentences, summary
 from moe_golden import DATA, expected, model
 from PIL import Image
 
@@ -302,7 +302,7 @@ def test_one_sample_has_no_intervals() -> None:
     assert found.bands == {} and "tv_low" not in found.arrays() and top[0]["low"] == ""
     said = sentences(found, top)
     assert "There is one sample, and intervals need two." in said and "interval" not in "".join(said[:-1])
-    assert "one sample" in page(found, model(), figures(found), top, said)
+    assert answer_of(found, figures(found), top, said).finding.startswith("Routing differs most in layer")
 
 
 def test_a_dense_model_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
