@@ -82,7 +82,7 @@ def run_provenance(run: Mapping[str, Any], what: str, model: Structure) -> dict[
 def _shared(setting: Any) -> Any:
     """Plain data as others may read it: of paths the last part alone, of digests the beginning."""
     if isinstance(setting, Mapping):
-        return {key: _shared(held) for key, held in setting.items()}
+        return {_shared(key): _shared(held) for key, held in setting.items()}
     if isinstance(setting, list):
         return [_shared(held) for held in setting]
     if not isinstance(setting, str):

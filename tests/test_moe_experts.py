@@ -6,9 +6,11 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import answered
 import numpy as np
 import pytest
 import torch
@@ -198,6 +200,9 @@ def test_every_file_is_there(packed: Path) -> None:
 
 def test_the_page_stands_alone_and_says_what_the_numbers_say(packed: Path) -> None:
     text = (packed / "expert_core_report.html").read_text()
+    finding = answered.finding_of(packed / "expert_core_report.html")
+    most, least = (int(pick(arrays(packed)["tv_mean"])) for pick in (np.argmax, np.argmin))
+    assert finding.startswith(f"Routing differs most in layer {most} ") and f"least in layer {least} (" in finding
     assert "http" not in text and "layer 3, expert 4\nagentic" in text
     found = arrays(packed)
     most = int(found["tv_mean"].argmax())
@@ -294,6 +299,16 @@ def test_samples_that_cannot_be_used_end_a_strict_run(name: str, says: str, tmp_
         with pytest.raises(ic.InterpError, match=f"sample {name!r}.*{says}"):
             run(tmp_path / f"out{strict}", path, strict=strict)
         assert not (tmp_path / f"out{strict}/figures").exists()
+
+
+def test_another_layer_gives_another_finding() -> None:
+    found = findings(model(), read_pairs(PAIRS, layout="packed"))
+    turned = replace(found, sums={**found.sums, "curve_tv": found.sums["curve_tv"].flip(-1)})
+    said = [answer_of(each, figures(each), [], []).finding for each in (found, turned)]
+    layers = [[int(layer) for layer in re.findall(r"in layer (\d)", each)] for each in said]
+    assert layers[1] == [3 - layer for layer in layers[0]] and "random sets of equal weights give 0.750" in said[0]
+    same = replace(found, sums={**found.sums, "curve_tv": found.sums["curve_tv"][:, :1].expand(-1, 4)})
+    assert "least" not in answer_of(same, figures(same), [], []).finding
 
 
 def test_one_sample_has_no_intervals() -> None:

@@ -148,7 +148,7 @@ def answer_of(findings: Findings, args: Mapping[str, Any]) -> report.Answer:
         f"without examples? {findings.task}.",
         finding_of(findings),
         [{"query": row["query"], "answer": row["answer"]} for row in findings.examples if row["prompt"] == "zero-shot"],
-        picture if len(findings.zero.layers) > 1 else report.table(layers),
+        "<h3>Accuracy by layer</h3>" + (picture if len(findings.zero.layers) > 1 else report.table(layers)),
         sentences(findings), sections(findings), layers,
         {"Settings of the published script": json.dumps(args, indent=2)}, whole="accuracy_by_layer.csv",
     )  # fmt: skip

@@ -196,7 +196,7 @@ def sentences(
         f"{n} {_count(n, 'sample')} with {targets} shared targets ({' and '.join(layouts)} layout)"
         + (f"; {len(dropped)} {_count(len(dropped), 'sample')} left out, listed below." if dropped else ".")
     ]
-    said += [_final(curves, scope) for scope in SCOPES]
+    said += [final(curves, scope) for scope in SCOPES]
     said += [_layers(curves, scope) for scope in SCOPES if scope in curves.tests]
     said.append(_decided(curves))
     if "js_all" in curves.values:
@@ -209,7 +209,8 @@ def sentences(
     return said
 
 
-def _final(curves: Curves, scope: str) -> str:
+def final(curves: Curves, scope: str) -> str:
+    """In which context the model's output predicts better, if the samples tell it."""
     a, b, d = (curves.mean(f"{name}_{scope}")[-1] for name in ("nll_agentic", "nll_assisted", "delta_nll"))
     text = f"In the model's output the NLL of {WHOSE[scope]} is {a:.4f} nats in the agentic context and {b:.4f} in the "
     text += "assisted one; "
@@ -301,8 +302,8 @@ def answer_of(
         "Layer-wise NLL of two contexts",
         "Does the model predict the same target tokens better in the agentic context or in the assisted one, and from "
         f"which layer on? The assisted contexts are {' and '.join(layouts)}.",
-        _final(curves, "all"), samples, report.titled(charts[f"delta_nll_{scope}"] for scope in SCOPES),
-        [sentence for sentence in said if sentence != _final(curves, "all")], sections, _shown(curves),
+        final(curves, "all"), samples, report.titled(charts[f"delta_nll_{scope}"] for scope in SCOPES),
+        [sentence for sentence in said if sentence != final(curves, "all")], sections, _shown(curves),
         whole=f"{TABLES}/nll_core_layer_metrics.csv",
     )  # fmt: skip
 
