@@ -52,31 +52,45 @@ def within() -> Iterator[None]:
 
 
 def provenance(
-    name: str, what: str, model: Structure, tokens: Tokens | None, settings: Mapping[str, Any]
+    name: str, what: str, model: Structure, tokens: Tokens, settings: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The record of a result; None of one that is made `within` another.
 
     Args:
         name: of the method, or of what else made it.
         what: what it asks, in a sentence.
-        tokens: the prompts; None of a run, whose page says itself what its samples are.
         settings: as plain data.
     """
-    if _WITHIN.get():
-        return None
+    return None if _WITHIN.get() else _record(name, what, _model(model), settings, _prompts(tokens))
+
+
+def run_provenance(
+    run: Mapping[str, Any], what: str, model: Structure | None, bound: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The record of a run, whose page says itself what its samples are; settings without folders.
+
+    Args:
+        run: what makes it this run, see `RunFolder.identity`.
+        model: None where it was not loaded, since all was done before.
+        bound: the model as the run has noted it; None where no model has made anything.
+    """
+    told = None if model is None else _model(model)
+    if bound is not None:
+        parts = bound["parts"]
+        kept = {"class": parts["model"], "source": without_folder(bound["source"]), "layers": None, "revision": None}
+        told = told or kept | {key: parts[key] for key in ("dtype", "device", "attention", "engine")}
+        # read for the run already, whatever its size
+        told["fingerprint"] = None if told["revision"] else parts["weights"][:16]
+    return _record(run["recipe"], what, told, _shared(run["settings"]), None)
+
+
+def _record(
+    name: str, what: str, model: Mapping[str, Any] | None, settings: Mapping[str, Any], prompts: Any
+) -> dict[str, Any]:
     return {
-        "name": name, "what": what, "model": _model(model), "settings": dict(settings),
-        "prompts": None if tokens is None else _prompts(tokens), "versions": versions(), "command": command(),
-        "date": now(),
+        "name": name, "what": what, "model": model, "settings": dict(settings), "prompts": prompts,
+        "versions": versions(), "command": command(), "date": now(),
     }  # fmt: skip
-
-
-def run_provenance(run: Mapping[str, Any], what: str, model: Structure) -> dict[str, Any] | None:
-    """The record of a run, from what makes it this run (`RunFolder.identity`); settings without folders."""
-    record = provenance(run["recipe"], what, model, None, _shared(run["settings"]))
-    if record is not None and run["model"] is not None and record["model"]["revision"] is None:
-        record["model"]["fingerprint"] = run["model"]["parts"]["weights"][:16]  # read for the run already, of any size
-    return record
 
 
 def _shared(setting: Any) -> Any:

@@ -21,7 +21,8 @@ def finding_of(page: Path) -> str:
     places = [body.find(part) for part in ORDER]
     assert -1 not in places and places == sorted(places), dict(zip(ORDER, places, strict=True))
     for folder in (*page.parents, Path.cwd(), Path.home()):
-        assert len(folder.parts) < 3 or str(folder) not in text, folder
+        where = text.find(str(folder))
+        assert len(folder.parts) < 3 or where < 0, text[max(0, where - 200) : where + 200]
     assert "interp_core 0." in body and "<section></section>" not in body and "Model(" not in body
     came_out = body[body.index("What came out") :]
     assert "<summary" not in body[: body.index("What came out")]

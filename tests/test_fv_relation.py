@@ -150,7 +150,7 @@ def test_the_page(finished: tuple[Path, list[str]]) -> None:
         "Settings",
     ):
         assert text in page, text
-    assert "<b>" not in page and "http" not in page
+    assert "bad <b>" not in page and "http" not in page
     found = json.loads((folder / "out/failures.json").read_text())
     assert found["classes"][0]["rows"] == ["../bad <b>: row 112, column ex_B: is empty"]
     assert found["n_failed"] == 1 and found["classes"][0]["fix"].startswith("correct the table")

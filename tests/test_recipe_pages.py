@@ -27,8 +27,9 @@ from interp_core.files import without_folders
 from interp_core.toys.text import relations
 
 ANSWER = report.Answer(
-    "Heads", "Which head?", "L1H2 does it.", [{"prompt": "a <b>"}], "<p>drawn</p>", ["And L0H1 a little."],
-    [report.Section("More", "text", "<p>below</p>")], [{"head": i} for i in range(20)], whole="heads.csv",
+    "Heads", "Which head?", "L1H2 does it.", [{"prompt": "a <b>"}], "<p>drawn</p>", further=["And L0H1 a little."],
+    sections=[report.Section("More", "text", "<p>below</p>")], left_out=[{"reason": "cannot read /home/ada/x.png"}],
+    rows=[{"head": i} for i in range(20)], whole="heads.csv",
 )  # fmt: skip
 
 
@@ -44,7 +45,16 @@ def test_a_run_writes_pages_as_results_do(tmp_path: Path) -> None:
     page = write(tmp_path / "out")
     assert answered.finding_of(page) == "L1H2 does it."
     text = page.read_text()
-    order = ["Which head?", "a &lt;b&gt;", "drawn", "<li>And L0H1", ">More</h2>", "All numbers (20 rows)", "seconds in"]
+    order = [
+        "Which head?",
+        "a &lt;b&gt;",
+        "drawn",
+        "<li>And L0H1",
+        ">More</h2>",
+        "cannot read x.png",
+        "All numbers (20 rows)",
+        "seconds in",
+    ]
     places = [text.find(part) for part in [*order, "x.json</td>", "fingerprint", ">date<"]]
     assert -1 not in places and places == sorted(places)
     assert ">0f0f0f0f0f0f0f0f<" in text  # of a digest the beginning

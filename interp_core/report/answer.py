@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..columns import shortened
+from ..files import without_folders
 from .html import Section, copyable, escape, page, table
 
 PROMPTS, ROWS, SHOWN = 8, 200, 12
@@ -25,6 +26,7 @@ class Answer(NamedTuple):
         picture: HTML.
         further: more sentences that the numbers support, below the picture.
         sections: more pictures and tables, each under its title.
+        left_out: what could not be used, and why; of paths the last part is told.
         rows: the numbers behind it; few are shown, more are folded away.
         details: further texts by title, folded away.
         provenance: how it was made, see `Result.provenance`; of a run, `run.page` says it.
@@ -38,6 +40,7 @@ class Answer(NamedTuple):
     picture: str = ""
     further: Sequence[str] = ()
     sections: Sequence[Section] = ()
+    left_out: Sequence[Mapping[str, Any]] = ()
     rows: Sequence[Mapping[str, Any]] = ()
     details: Mapping[str, str] = MappingProxyType({})
     provenance: Mapping[str, Any] | None = None
@@ -56,6 +59,9 @@ def answer_page(said: Answer) -> str:
     further = f"<ul>{further}</ul>" if further else ""
     finding = f"<p><b>{escape(said.finding)}</b></p>" if said.finding else ""
     sections += [Section("What came out", "", finding + said.picture + further + few), *said.sections]
+    if said.left_out:
+        told = [{key: without_folders(str(held)) for key, held in row.items()} for row in said.left_out]
+        sections.append(Section("Left out", "What could not be used, and why.", table(told)))
     folded = [_all(said.rows, said.whole)] if said.rows and not few else []
     folded += [copyable(title, text) for title, text in said.details.items() if text]
     if record:
@@ -67,27 +73,33 @@ def answer_page(said: Answer) -> str:
 
 def subtitle(record: Mapping[str, Any]) -> str:
     """The model and the day, below a title."""
-    model, versions = record["model"], record["versions"]
-    return f"{model['source']} ({model['class']}, {model['layers']} layers) · interp_core " + " · ".join(
-        [versions.get("interp-core", ""), record["date"][:10]]
-    )
+    made = ["interp_core " + record["versions"].get("interp-core", ""), record["date"][:10]]
+    if (model := record["model"]) is None:
+        return " · ".join(made)
+    layers = f", {model['layers']} layers" if model["layers"] else ""
+    return " · ".join([f"{model['source']} ({model['class']}{layers})", *made])
 
 
 def origin(record: Mapping[str, Any]) -> dict[str, str]:
     """How a result was made, in words."""
-    model, prompts, versions = record["model"], record["prompts"], record["versions"]
-    known = ("revision", "fingerprint")
-    told = [f"{name} {model[name]}" for name in known if model[name]] or ["weights were not fingerprinted: too many"]
-    facts = {
-        "model": f"{model['source']}, {model['class']}, {', '.join(told)}",
-        "computed": f"{model['dtype']} on {model['device']}, attention {model['attention']}, engine {model['engine']}",
-    }
+    model, prompts = record["model"], record["prompts"]
+    facts = {} if model is None else _computed(model)
     if prompts is not None:
         shortest, longest = prompts["lengths"]
         tokens = f"{shortest} tokens" if shortest == longest else f"{shortest} to {longest} tokens"
         facts["prompts"] = f"{prompts['count']} of {tokens}, digest {prompts['digest']}"
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return facts | {"date": record["date"]} | ({"command": record["command"]} if record["command"] else {})
+
+
+def _computed(model: Mapping[str, Any]) -> dict[str, str]:
+    """Which model, and how it computed."""
+    known = ("revision", "fingerprint")
+    told = [f"{name} {model[name]}" for name in known if model[name]] or ["weights were not fingerprinted: too many"]
+    return {
+        "model": f"{model['source']}, {model['class']}, {', '.join(told)}",
+        "computed": f"{model['dtype']} on {model['device']}, attention {model['attention']}, engine {model['engine']}",
+    }
 
 
 def _prompts(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any] | None) -> str:

@@ -242,21 +242,36 @@ class Stages:
         """Write a method's `Result` into a folder, as `result.save` does."""
         self.put({f"{name}/{file}": content for file, content in result.files().items()}, stage=name)
 
-    def page(self, name: str, answer: Answer, model: Structure) -> None:
+    def page(self, name: str, answer: Answer, model: Structure | None = None, *, binds: bool = True) -> None:
         """Write the page that an answer makes, with what the run cost, its settings, and how it was made, folded away.
 
         One that says the same is kept, with its cost, date and command: those of the run that made it.
+
+        Args:
+            model: None where it was not loaded, since all was done before.
+            binds: as `put`.
         """
         from ..provenance import run_provenance
-        from ..report.answer import answer_page
 
-        record = answer.provenance or run_provenance(self.root.identity, answer.question, model)
+        bound = self.root.read(self.root.record / "model.json")
+        record = answer.provenance or run_provenance(self.root.identity, answer.question, model, bound)
         details = {title: without_folders(text) for title, text in answer.details.items()}
-        told = answer._replace(details=details, provenance=record and {**record, "date": "", "command": ""})
-        inputs = {"content": digest(answer_page(told))}
+        answer = answer._replace(further=[without_folders(sentence) for sentence in answer.further])
+        told = answer._replace(details=details, provenance={**record, "date": "", "command": ""})
+        inputs = {"content": digest(self._page(told))}
         if not self.kept(name, inputs=inputs):
             details |= {"What it cost": self.root.session.cost()}
-            self.put({name: answer_page(answer._replace(provenance=record, details=details))}, inputs=inputs)
+            text = self._page(answer._replace(provenance=record, details=details))
+            self.put({name: text}, inputs=inputs, binds=binds)
+
+    def _page(self, answer: Answer) -> str:
+        """A page without the folders that a picture or a reason may name."""
+        from ..report.answer import answer_page
+
+        text = answer_page(answer)
+        for folder in (self.path.absolute(), Path.cwd(), Path.home()):
+            text = text.replace(f"{folder}/", "") if len(folder.parts) > 1 else text
+        return text
 
     # Notes
 

@@ -168,8 +168,16 @@ def _evaluated(work: Sequence[Work], dropped: Mapping[str, Rows]) -> None:
         if dropped[name]:
             place = table_path("examples", name, config.model, "unreadable", config.num_examples)
             run.put({place.removesuffix(".csv") + ".jsonl": runs.json_lines(dropped[name])})
-        rows = [row for each in methods for row in each.done()]
-        _summary(methods[0], rows)
+        rows: Rows = []
+        left_out = [_left_out(f"line {row['line']}", "", row) for row in dropped[name]]
+        for each in methods:
+            good, bad = each.done()
+            rows, left_out = [*rows, *good], [*left_out, *bad]
+        _summary(methods[0], rows, left_out)
+
+
+def _left_out(which: str, method: str, row: Mapping[str, Any]) -> dict[str, str]:
+    return {"which": which, "method": method, "reason": str(row["dropped"])}
 
 
 @dataclass(frozen=True)
@@ -214,8 +222,8 @@ class Work:
             names.append(f"{self.folder}/{MANIFEST}")
         self.run.claim(names)
 
-    def done(self) -> Rows:
-        """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
+    def done(self) -> tuple[Rows, Rows]:
+        """Evaluate the examples that are not done yet, write tables and traces; rows of all, and which were dropped."""
         traces = self.config.save_hop_traces
         with (
             self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows,
@@ -237,7 +245,8 @@ class Work:
         self._tables([row["forms"] for row in good])
         if traces:
             self.run.put({f"{self.folder}/{MANIFEST}": runs.json_lines(row["line"] for row in good)})
-        return [form for row in good for form in row["forms"]]
+        bad = [_left_out(f"example {row['example']}", self.function, row) for row in every if row["dropped"]]
+        return [form for row in good for form in row["forms"]], bad
 
     def _evaluated(self, example: Example, index: int) -> tuple[dict[str, Any], Trace | None]:
         """The row of one example, and its trace; an example that does not work is noted and dropped.
@@ -267,7 +276,7 @@ class Work:
             self.run.put({self.table("recovery"): table.text()})
 
 
-def _summary(work: Work, rows: Rows) -> None:
+def _summary(work: Work, rows: Rows, left_out: Rows) -> None:
     """Our own tables of a data set: every example, and means with intervals as CSV and as a page."""
     name, label, count = work.name, work.config.model, work.config.num_examples
     metrics = [metric for metric in METRICS_SHOWN if any(row.get(metric) is not None for row in rows)]
@@ -284,9 +293,9 @@ def _summary(work: Work, rows: Rows) -> None:
         f"which the answers of {len(work.examples)} examples of {Path(name).name} depend?",
         finding,
         [{"prompt": report.short(e.prompt, 300), "answer": report.short(e.target or "", 300)} for e in work.examples],
-        f"<h3>{METRICS_SHOWN[first]}</h3>{_bars(lines, first)}", further,
-        [report.Section(METRICS_SHOWN[metric], "", _bars(lines, metric)) for metric in others], lines,
-        whole=places["summary"],
+        f"<h3>{METRICS_SHOWN[first]}</h3>{_bars(lines, first)}", further=further,
+        sections=[report.Section(METRICS_SHOWN[metric], "", _bars(lines, metric)) for metric in others],
+        left_out=left_out, rows=lines, whole=places["summary"],
     )  # fmt: skip
     work.run.page(places["summary"].removesuffix(".csv") + ".html", answer, work.loaded)
 

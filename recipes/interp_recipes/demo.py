@@ -345,7 +345,8 @@ def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, findings: 
         f"Which heads decide between the answer and its rival, and can the decision be moved? {task.story}",
         findings.finding,
         [{f"clean, leads to {words[0]!r}": pair[0], f"corrupted, leads to {words[1]!r}": pair[1]}],
-        grid.html(), findings.sentences(), sections, details={"Every site of this model": str(model.sites)},
+        grid.html(), further=findings.sentences(), sections=sections,
+        details={"Every site of this model": str(model.sites)},
     )  # fmt: skip
     run.page("report.html", answer, model)
 

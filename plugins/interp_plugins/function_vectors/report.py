@@ -149,8 +149,8 @@ def answer_of(findings: Findings, args: Mapping[str, Any]) -> report.Answer:
         finding_of(findings),
         [{"query": row["query"], "answer": row["answer"]} for row in findings.examples if row["prompt"] == "zero-shot"],
         "<h3>Accuracy by layer</h3>" + (picture if len(findings.zero.layers) > 1 else report.table(layers)),
-        sentences(findings), sections(findings), layers,
-        {"Settings of the published script": json.dumps(args, indent=2)}, whole="accuracy_by_layer.csv",
+        further=sentences(findings), sections=sections(findings), rows=layers,
+        details={"Settings of the published script": json.dumps(args, indent=2)}, whole="accuracy_by_layer.csv",
     )  # fmt: skip
 
 

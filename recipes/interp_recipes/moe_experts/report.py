@@ -258,10 +258,6 @@ def answer_of(
                 report.table(rows),
             )
         )
-    if findings.dropped:
-        left = report.table([dict(row) for row in findings.dropped])
-        why = "Samples that could not be used, and targets of others, with the reason."
-        sections.append(report.Section("Left out", why, left))
     finding = _where_most(findings)[0]
     return report.Answer(
         "Experts in two contexts",
@@ -269,6 +265,7 @@ def answer_of(
         f"and where? {n} {'sample' if n == 1 else 'samples'} of {Path(findings.source).name}.",
         finding,
         [{"sample": name, "targets": count} for name, count in zip(findings.names, targets, strict=True)],
-        report.titled([charts["routing_tv_curve"]]), [sentence for sentence in said if sentence != finding], sections,
-        findings.layer_rows(), whole=f"{TABLES}/expert_core_layer_metrics.csv",
+        report.titled([charts["routing_tv_curve"]]), further=[sentence for sentence in said if sentence != finding],
+        sections=sections, left_out=findings.dropped, rows=findings.layer_rows(),
+        whole=f"{TABLES}/expert_core_layer_metrics.csv",
     )  # fmt: skip

@@ -199,8 +199,9 @@ def answer_of(
         f"highest points first and then more, and is it more than chance? {len(findings.samples)} samples of "
         f"{Path(str(facts['pairs'])).name}.",
         finding, [{"sample": name, "targets": targets.get(name, "")} for name in findings.samples],
-        report.titled([first]), [sentence for sentence in said if sentence != finding],
-        sections, every, {"What a mask is held to": proof}, whole="tables/mask_sweep.csv",
+        report.titled([first]), further=[sentence for sentence in said if sentence != finding],
+        sections=sections, left_out=facts["dropped"], rows=every, details={"What a mask is held to": proof},
+        whole="tables/mask_sweep.csv",
     )  # fmt: skip
 
 

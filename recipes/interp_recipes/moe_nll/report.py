@@ -293,8 +293,6 @@ def answer_of(
             sections.append(report.Section(title, "", drawn))
     walk = "Which part of the target text the difference comes from."
     sections.append(report.Section("Along the target text", walk, charts["delta_nll_progress"].html()))
-    if dropped:
-        sections.append(report.Section("Samples left out", "", report.table(list(dropped))))
     samples = [
         {"sample": name, "shared targets": count} for name, count in zip(curves.samples, curves.targets, strict=True)
     ]
@@ -303,8 +301,8 @@ def answer_of(
         "Does the model predict the same target tokens better in the agentic context or in the assisted one, and from "
         f"which layer on? The assisted contexts are {' and '.join(layouts)}.",
         final(curves, "all"), samples, report.titled(charts[f"delta_nll_{scope}"] for scope in SCOPES),
-        [sentence for sentence in said if sentence != final(curves, "all")], sections, _shown(curves),
-        whole=f"{TABLES}/nll_core_layer_metrics.csv",
+        further=[sentence for sentence in said if sentence != final(curves, "all")], sections=sections,
+        left_out=dropped, rows=_shown(curves), whole=f"{TABLES}/nll_core_layer_metrics.csv",
     )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def _answer(
             "Geometry", "Rows at the input of each layer.",
             drawn(*(f"geometry/{name}" for name in ("effective_rank", "anisotropy", "er_ratio"))),
         ),
-        _image(charts, maps), report.Section("Left out", "", report.table(list(skipped)) if skipped else ""),
+        _image(charts, maps),
     ]  # fmt: skip
     records = f"boundary {causal.cliff}\ncausal record {causal.records.hash}\nanswers {truncation.records}"
     return report.Answer(
@@ -145,8 +145,8 @@ def _answer(
         f"{len(data.pilots)} pilots give the threshold τ, {len(data.others)} further samples the curves.",
         finding_of(causal, judgement),
         [{"sample": s.name, "question": s.question.question, "answer": s.answer} for s in data.others],
-        effects or pilots, summary(data, *findings, judgement, skipped),
-        [section for section in sections if section.body],
+        effects or pilots, further=summary(data, *findings, judgement, skipped),
+        sections=[section for section in sections if section.body], left_out=skipped,
         details={"Sanity battery, sample by sample": "\n".join(checks["table"]), "Records": records},
     )  # fmt: skip
 

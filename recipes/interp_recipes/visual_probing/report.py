@@ -126,8 +126,6 @@ def answer_of(findings: Findings, charts: Mapping[str, report.Chart]) -> report.
         flags = "".join(f"<p>{report.escape(flag)}</p>" for flag in position.flags)
         body = "".join(drawn[position.name][position.name == first :]) + flags
         sections += [report.Section(position.name, "", body)] if body else []
-    if findings.skipped:
-        sections.append(report.Section("Questions that could not be used", "", report.table(list(findings.skipped))))
     labels = {label: findings.labels.count(label) for label in sorted(set(findings.labels))}
     conclusion = findings.conclusion()
     return report.Answer(
@@ -136,8 +134,8 @@ def answer_of(findings: Findings, charts: Mapping[str, report.Chart]) -> report.
         "does the model answer better with it?",
         conclusion, [{"answer": label, "questions": count} for label, count in labels.items()],
         drawn[first][0] if first else answers,
-        [sentence for sentence in findings.sentences if sentence != conclusion],
-        [section for section in sections if section.body],
+        further=[sentence for sentence in findings.sentences if sentence != conclusion],
+        sections=[section for section in sections if section.body], left_out=findings.skipped,
     )  # fmt: skip
 
 
