@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import DATA, toy_model
 from interp_plugins import function_vectors as fv
+from interp_plugins.function_vectors import report as task_report
 from interp_plugins.function_vectors.related import Choice, by_word
+from interp_plugins.function_vectors.relation import page as relation_page
 from interp_plugins.function_vectors.report import Findings as TaskFindings
-from interp_plugins.function_vectors.report import finding_of
 from interp_plugins.visual.gates import Gate, Judgement
 from interp_recipes import demo
 from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_eval, winner
@@ -179,21 +180,40 @@ def test_a_verdict_says_what_is_not_passed() -> None:
     assert full.startswith("Verdict FULL: the image is used") and full.endswith("; the boundary is layer 5 of 8.")
 
 
-def test_a_vector_does_what_its_accuracies_say() -> None:
-    task = next(task for task in by_word(relations()) if task.name == "antonym")
+def task_findings(name: str, clean: int, steered: int) -> TaskFindings:
+    """Of twenty answers, so many right without and with the vector after layer 1."""
+    task = next(task for task in by_word(relations()) if task.name == name)
     vector = fv.FunctionVector(torch.ones(4), heads=((2, 1, 0.5), (3, 0, 0.4)), layer=1)
+    hits = [torch.tensor([0] * n + [5] * (20 - n)) for n in (clean, steered)]
+    zero = fv.Evaluation(hits[0], torch.stack(hits), None, (0, 1), "zero-shot")
+    return TaskFindings(task, torch.zeros(4, 4), torch.zeros(1), vector, Choice(2, 1, 0.9), 1.0, zero, zero, {}, [], [])
 
+
+def test_a_vector_does_what_its_accuracies_say() -> None:
     def said(clean: int, steered: int) -> str:
-        """Of twenty answers, so many right without and with the vector after layer 1."""
-        hits = [torch.tensor([0] * n + [5] * (20 - n)) for n in (clean, steered)]
-        zero = fv.Evaluation(hits[0], torch.stack([hits[0], hits[1]]), None, (0, 1), "zero-shot")
-        found = TaskFindings(
-            task, torch.zeros(4, 4), torch.zeros(1), vector, Choice(2, 1, 0.9), 1.0, zero, zero, {}, [], []
-        )
-        return finding_of(found)
+        return task_report.finding_of(task_findings("antonym", clean, steered))
 
     assert said(2, 18) == (
         "The vector of 2 heads makes the model do antonym: after layer 1, without shots 90% of the answers are right "
         "(95 % interval 70% to 97%), 10% without the vector."
     )
     assert "keeps the model from doing antonym" in said(18, 2) and "is not shown to make" in said(9, 10)
+    both = [task_findings("antonym", 2, 18), task_findings("capital", 10, 12)]
+    said_of_both = "Without shots the vectors gain most at antonym (10% to 90%) and least at capital (50% to 60%)."
+    assert task_report.finding_of_tasks(both) == said_of_both
+    turned = [task_findings("antonym", 9, 10), task_findings("capital", 2, 16)]
+    assert "most at capital (10% to 80%) and least at antonym" in task_report.finding_of_tasks(turned)
+
+
+def test_the_questions_of_a_relation_that_gain_are_those_of_the_table() -> None:
+    def said(**gains: float) -> str:
+        rows = [
+            {"q_id": name, "status": "completed", "delta_acc": gain, "acc_base": 0.5, "acc_with": 0.5 + gain}
+            | {"best_layer": 3}
+            for name, gain in gains.items()
+        ]
+        return relation_page.finding_of([*rows, {"q_id": "Q9", "status": "failed"}])
+
+    assert "right without demonstrations at 1 of 2 questions, most at Q1, from 50% to 90% after" in said(Q1=0.4, Q2=0.0)
+    assert "at 2 of 2 questions, most at Q2, from 50% to 70% after layer 3" in said(Q1=0.1, Q2=0.2)
+    assert said(Q1=-0.1).endswith("at 0 of 1 questions.") and said() == "No question is completed yet."

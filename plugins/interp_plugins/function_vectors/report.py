@@ -196,14 +196,11 @@ def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Finding
     shared = "<pre>" + report.escape("\n".join(str(related).splitlines()[-2:])) + "</pre>"
     names = [each.task.name for each in done]
     links = " · ".join(f"<a href='{report.escape(name)}/report.html'>{name}</a>" for name in names)
-    best, worst = (
-        choose(done, key=lambda each: each.chosen(each.zero) - each.zero.accuracy()) for choose in (max, min)
-    )
     answer = report.Answer(
         f"Function vectors of {len(done)} tasks",
         "Does each task's own vector make the model do the task without examples, and what do the tasks share? The "
         "layer of each is chosen on validation rows.",
-        f"Without shots the vectors take accuracy up most at {_gained(best)}, and least at {_gained(worst)}.",
+        finding_of_tasks(done),
         [{"task": each.task.name, "test rows": len(each.task.test)} for each in done],
         report.table(percents(rows)) + links,
         sections=[
@@ -214,8 +211,12 @@ def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Finding
     return folder.path / "report.html"
 
 
-def _gained(findings: Findings) -> str:
-    return f"{findings.task.name}, from {findings.zero.accuracy():.0%} to {findings.chosen(findings.zero):.0%}"
+def finding_of_tasks(done: Sequence[Findings]) -> str:
+    """Which task gains most by its vector without shots, and which least."""
+    gains = {each.task.name: each.chosen(each.zero) - each.zero.accuracy() for each in done}
+    named = {each.task.name: f"{each.zero.accuracy():.0%} to {each.chosen(each.zero):.0%}" for each in done}
+    best, worst = max(gains, key=lambda name: gains[name]), min(gains, key=lambda name: gains[name])
+    return f"Without shots the vectors gain most at {best} ({named[best]}) and least at {worst} ({named[worst]})."
 
 
 def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

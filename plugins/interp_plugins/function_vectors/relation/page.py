@@ -108,7 +108,8 @@ def finding_of(rows: Sequence[Row]) -> str:
     if not done:
         return "No question is completed yet."
     helped, best = sum(row["delta_acc"] > 0 for row in done), max(done, key=lambda row: row["delta_acc"])
-    said = f"The vector makes the model answer more prompts without demonstrations at {helped} of {len(done)} questions"
+    said = "With its vector the model answers more prompts right without demonstrations at "
+    said += f"{helped} of {len(done)} questions"
     if not helped:
         return f"{said}."
     which = f"{short(best['q_id'], 40)}, from {best['acc_base']:.0%} to {best['acc_with']:.0%}"
