@@ -31,10 +31,11 @@ CONFIGS = {
     ),
     "gpt2": ({"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}, 64, "gpt2"),
 }  # fmt: skip
+MEMORY = "MiB that the result holds"
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "Python calls added": lambda row: f"{row.calls:+,}",
     "Time, as a multiple of the bare model's": lambda row: f"{row.ratio:.2f}",
-    "MiB that the result holds": lambda row: f"{row.held / 2**20:.2f}",
+    MEMORY: lambda row: f"{row.held / 2**20:.2f}",
 }
 
 
@@ -66,15 +67,17 @@ def model_of(name: str) -> tuple[ic.Model, int]:
 
 
 def tables_of(rows: Sequence[Row]) -> str:
-    """A table per kind of number: a line per operation, a column per tool; a dash where a tool was not measured."""
-    tools = [tool for tool in dict.fromkeys(row.tool for row in rows) if tool != "bare"]
+    """A table per kind of number: a line per operation, a column per tool; a dash where a tool was not measured. Of
+    memory there are the lines in which tools differ."""
+    tools = [tool for tool in installed() if tool != "bare"]
     cells = {(row.operation, row.tool): row for row in rows}
     tables = []
     for title, cell in COLUMNS.items():
         lines = [f"| {title} | {' | '.join(tools)} |", "|---" * (1 + len(tools)) + "|"]
         for operation in dict.fromkeys(row.operation for row in rows):
             shown = [cell(cells[operation, tool]) if (operation, tool) in cells else "–" for tool in tools]
-            lines.append(f"| {OPERATIONS[operation]} | {' | '.join(shown)} |")
+            if title != MEMORY or len({*shown} - {"–"}) > 1:
+                lines.append(f"| {OPERATIONS[operation]} | {' | '.join(shown)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
