@@ -29,7 +29,7 @@ from interp_core.toys.text import relations
 
 ANSWER = report.Answer(
     "Heads", "Which head?", "L1H2 does it.", [{"prompt": "a <b>"}], "<p>drawn</p>", further=["And L0H1 a little."],
-    sections=[report.Section("More", "text", "<p>below</p>")], left_out=[{"reason": "cannot read /home/ada/x.png"}],
+    sections=[report.Section("More", "text", "<p>below</p>")], left_out=[{"reason": "cannot read /srv/ada/x.png"}],
     rows=[{"head": i} for i in range(20)], whole="heads.csv",
 )  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_a_result_gives_its_page_to_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("/home/ada/x.jsonl", "x.jsonl"), ("a,/home/ada/x.jsonl", "a,x.jsonl"), ("~/a/b", "b"), ("../up/x", "x"),
+        ("/srv/ada/x.jsonl", "x.jsonl"), ("a,/srv/ada/x.jsonl", "a,x.jsonl"), ("~/a/b", "b"), ("../up/x", "x"),
         ("cannot read '/tmp/a/c.png'", "cannot read 'c.png'"), ("/data/models/", "models/"), ("C:\\Ada\\x", "x"),
         ("and/or 3/4", "and/or 3/4"), ("https://x.org/y/z", "https://x.org/y/z"), ("/no_think", "/no_think"),
         ("results/a/b.json", "results/a/b.json"),
