@@ -50,7 +50,7 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for _ in range(2):  # the second run writes over the first
         path = recipe.demo(recipe.DemoConfig(out=tmp_path))
     page = path.read_text()
-    assert answered.finding_of(path).startswith("Heads L2H2 and L2H3 carry the answer")
+    assert answered.finding_of(path).startswith("Heads z[2,2] and z[2,3] carry the answer")
     said = capsys.readouterr().out
     assert "z[2,2]" in said and str(path) in said
     for line in ("Logit lens", "Control: the heads taken out", "Steered text", "resid_post"):

@@ -100,14 +100,14 @@ def test_the_demo_names_the_heads_that_the_map_and_the_control_name() -> None:
     effect[4, 1] = 0.8
 
     def rows(without: float, others: float) -> list[dict[str, Any]]:
-        gaps = {"none": 10.0, "L4H1": without, "others": others}
+        gaps = {"none": 10.0, "z[4,1]": without, "others": others}
         return [{"ablated": key, "answer is first": gap / 10, "logit difference": gap} for key, gap in gaps.items()]
 
     def said(ablated: list[dict[str, Any]]) -> str:
         heads = demo.named_heads(effect)
         return demo.Findings(None, effect, (10.0, -9.0), heads, ablated, 0, [], [], None).finding  # type: ignore[arg-type]
 
-    assert said(rows(1.0, 9.0)).startswith("Head L4H1 carries the answer") and "gives back 80% of" in said(rows(1, 9))
+    assert said(rows(1.0, 9.0)).startswith("Head z[4,1] carries the answer") and "gives back 80% of" in said(rows(1, 9))
     assert "first in 10% of the clean prompts, without as many random heads in 90%" in said(rows(1.0, 9.0))
     for without, others in ((9.0, 9.0), (6.0, 7.0), (11.0, 10.0)):
         assert said(rows(without, others)).startswith("No head is shown to carry the answer")
