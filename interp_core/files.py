@@ -19,6 +19,10 @@ from .errors import LoadError, first_line, wrong
 
 STALE_SECONDS = 24 * 3600
 """Age after which a draft of another machine, whose processes cannot be asked, counts as left behind."""
+_FOLDERS = re.compile(
+    r"(?:(?<=^)|(?<=[\s,;=:'\"(\[]))(?:~|\.\.|[A-Za-z]:)?[/\\](?![/\\])(?:[^/\\\s,;'\"()]+[/\\])+(?=[^/\\\s,;'\"()])"
+)
+"""Folders of paths that are absolute, or lead out of the working folder, up to the last part."""
 _DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-\d+\.tmp")
 
 
@@ -176,6 +180,11 @@ def without_folder(name: str) -> str:
     """A name as others may read it: of an absolute path, or one that leads out of the working folder, its last part."""
     leads_away = Path(name).is_absolute() or name.startswith(("~", "..")) or str(Path.home()) in name
     return Path(name).name if leads_away else name
+
+
+def without_folders(text: str) -> str:
+    """A text as others may read it: of absolute paths in it, the last part alone."""
+    return _FOLDERS.sub("", text)
 
 
 def folder_of(what: str, folder: Any) -> Path:

@@ -37,7 +37,7 @@ STYLE = (
 """
     + """.ic{background:var(--back);font:15px/1.55 system-ui,sans-serif;color:var(--ink)}
 .ic h1{font-size:1.7rem;margin:0 0 .3rem;letter-spacing:-.02em}.ic h2{font-size:1.15rem;margin:0 0 .4rem}
-.ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic .soft{color:var(--soft)}
+.ic h3{font-size:.95rem;font-weight:600;margin:1.1rem 0 .2rem}.ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic ul{margin:.8rem 0;padding-left:1.2rem;max-width:44.8rem}.ic li{margin:.2rem 0}.ic .soft{color:var(--soft)}
 .ic section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.3rem;margin:1.1rem 0}
 .ic .scroll{overflow-x:auto}.ic .scroll>svg{min-width:34rem}.ic table{border-collapse:separate;border-spacing:2px;font-size:12.5px}
 .ic th{font-weight:500;color:var(--soft);padding:.1rem .45rem;text-align:left;white-space:pre}
@@ -47,6 +47,7 @@ STYLE = (
 .ic table.fine{border-spacing:1px}.ic table.fine td{min-width:.55rem;height:.6rem;padding:0;border-radius:1px}
 .ic table.fine th{padding:0 .3rem 0 0;font-size:10px;line-height:1}.ic table.fine thead th{max-width:0;text-align:left}
 .ic table.rows{border-collapse:collapse}.ic table.rows td{vertical-align:top;border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
+.ic table.rows td.long{min-width:13rem}
 .ic code,.ic pre{font-family:ui-monospace,monospace;font-size:12.5px}
 .ic pre{background:var(--code);border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
 .ic .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:.8rem}.ic .pair pre{margin:0}
@@ -91,6 +92,8 @@ if(!n||n===c)return;e.preventDefault();c.tabIndex=-1;n.tabIndex=0;n.focus()})})(
 keys from cell to cell. Screen readers are told by the role of the tip."""
 
 
+LONG = 40
+"""Letters of a cell from which on it has a least width."""
 FINE = 40
 """Columns of cells without text from which on a matrix is drawn finely."""
 MARKS, MINUS = "; – marks what is below 0", " class='minus'"
@@ -295,8 +298,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p class='soft'>nothing</p>"
     head = "".join(f"<th scope='col'>{escape(key)}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(number(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row.values())) + "</tr>" for row in rows)
     return f"<div class='scroll'><table class='rows'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(entry: Any) -> str:
+    """A long text keeps a width at which it can be read on a phone: the table scrolls there."""
+    text = number(entry)
+    return f"<td{' class=long' * (len(text) > LONG)}>{escape(text)}</td>"
 
 
 def cell_texts(values: Sequence[Sequence[float]], percent: bool = False) -> list[list[str | None]]:

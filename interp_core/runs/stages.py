@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ..errors import InterpError, PlanError, nearest
-from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, write
+from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, without_folders, write
 from .identity import difference, digest, plain
 from .leases import Leases
 from .session import RunSession, now
+
+if TYPE_CHECKING:
+    from ..report import Answer
+    from ..structure import Structure
 
 Files = Mapping[str, str | bytes]
 """What files are to hold, by their names below a folder."""
@@ -58,6 +62,7 @@ class Root(Protocol):
     """What stages ask of the run that they are part of; see `RunFolder`."""
 
     record: Path
+    identity: dict[str, Any]
     session: RunSession
     shared: bool
     overwrite: bool
@@ -266,6 +271,37 @@ class Stages:
     def result(self, name: str, result: Any) -> None:
         """Write a method's `Result` into a folder, as `result.save` does."""
         self.put({f"{name}/{file}": content for file, content in result.files().items()}, stage=name)
+
+    def page(self, name: str, answer: Answer, model: Structure | None = None, *, binds: bool = True) -> None:
+        """Write the page that an answer makes, with what the run cost, its settings, and how it was made, folded away.
+
+        One that says the same is kept, with its cost, date and command: those of the run that made it.
+
+        Args:
+            model: None where it was not loaded, since all was done before.
+            binds: as `put`.
+        """
+        from ..provenance import run_provenance
+
+        bound = self.root.read(self.root.record / "model.json")
+        record = answer.provenance or run_provenance(self.root.identity, answer.question, model, bound)
+        details = {title: without_folders(text) for title, text in answer.details.items()}
+        answer = answer._replace(further=[without_folders(sentence) for sentence in answer.further])
+        told = answer._replace(details=details, provenance={**record, "date": "", "command": ""})
+        inputs = {"content": digest(self._page(told))}
+        if not self.kept(name, inputs=inputs):
+            details |= {"What it cost": self.root.session.cost()}
+            text = self._page(answer._replace(provenance=record, details=details))
+            self.put({name: text}, inputs=inputs, binds=binds)
+
+    def _page(self, answer: Answer) -> str:
+        """A page without the folders that a picture or a reason may name."""
+        from ..report.answer import answer_page
+
+        text = answer_page(answer)
+        for folder in (self.path.absolute(), Path.cwd(), Path.home()):
+            text = text.replace(f"{folder}/", "") if len(folder.parts) > 1 else text
+        return text
 
     # Notes
 

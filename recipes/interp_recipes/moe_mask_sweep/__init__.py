@@ -72,7 +72,7 @@ def moe_mask_sweep(config: MoeMaskSweepConfig) -> Path:
         rows = Work(run, model, pairs, at, banned, scorer, config.max_new_tokens).rows()
         findings = Findings(banned, names, rows, sizes, config.kinds, config.modes, config.seed, config.resamples)
         facts = {"statistic": points.statistic, "dropped": dropped, "super_experts": super_experts}
-        return write(run, findings, points, config.facts | facts)
+        return write(run, model, findings, points, config.facts | facts)
 
 
 Masks = Callable[[list[list[float]] | None], list[Variant]]
