@@ -65,7 +65,7 @@ def _plan(command: Command, folder: str, arguments: Mapping[str, Any], shards: i
         with contextlib.chdir(folder), contextlib.redirect_stdout(None):
             command(**arguments)
     except Planned as plan:
-        return str(Path(folder) / plan.home), ""
+        return str(plan.home), ""
     except (InterpError, OSError) as error:
         return None, outputs.sentence(error)
     finally:

@@ -19,6 +19,7 @@ from ..columns import terminal_width, wrapped
 from ..errors import PlanError
 from ..plugins import Plugin, find, registry
 from ..progress import Progress
+from ..runs.stopping import stoppable
 from . import flags, outputs
 from .elsewhere import run_elsewhere
 from .planned import carry_out, planned
@@ -84,13 +85,14 @@ def run(
         raise PlanError("--workers comes with --shards N, which divides the run among them")
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
-    if plugin.kind == "methods":
-        _method(value, words, assignments, options, config)
-    elif plugin.kind == "recipes":
-        options["text"] = text[0] if text and len(text) == 1 else text
-        _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
-    else:
-        raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
+    with stoppable():
+        if plugin.kind == "methods":
+            _method(value, words, assignments, options, config)
+        elif plugin.kind == "recipes":
+            options["text"] = text[0] if text and len(text) == 1 else text
+            _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
+        else:
+            raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
 
 def runnable(name: str, kind: str | None = None, text: Sequence[str] | None = None) -> Plugin:
