@@ -6,7 +6,9 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,34 @@ def test_two_workers_and_a_scheduler_that_stops_them(folder: Path) -> None:
     assert process.wait() == 75 and Path("requeued").read_text() == "requeue 17\n"
     assert runs.status("out").state == "unfinished"
     assert interp("resume", "out", "--workers", 1).exit_code == 0 and runs.status("out").state == "done"
+
+
+@pytest.mark.slow
+def test_the_visual_pipeline_in_shards(folder: Path) -> None:
+    """Killed in the middle and resumed, it ends with the files of one process, to the bit."""
+    words = ["run", "visual_phase1", "--model", "toy:vision", "--profile", "smoke"]
+    assert interp(*words, "--out", "plain").exit_code == 4  # so few samples come to no verdict
+    assert interp(*words, "--out", "shared", "--shards", 4, "--workers", 0).exit_code == 0
+    for kill in range(2):
+        process = subprocess.Popen([sys.executable, "-m", "interp_core.cli", "resume", "shared", "--workers", "2"])
+        done, before = 0, sum(table.items_done for table in runs.status("shared").tables)
+        while done <= before + kill:
+            assert process.poll() is None
+            done = sum(table.items_done for table in runs.status("shared").tables)
+        for worker in runs.status("shared").workers:
+            os.kill(int(worker.split("-")[2]), signal.SIGKILL)
+        assert process.wait() == 1 and runs.status("shared").state == "unfinished"
+    assert interp("resume", "shared", "--workers", 2).exit_code == 4
+    one, other = (files(Path(name)) for name in ("plain", "shared"))
+    assert list(one) == list(other) and len(one) > 15
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def files(home: Path) -> dict[str, bytes]:
+    """What a run wrote, but for pages and what says when it was."""
+    named = {str(path.relative_to(home)): path for path in sorted(home.rglob("*")) if path.is_file()}
+    apart = ("record/", "manifest.json", "DONE", "geometry/result/result.json")
+    return {n: path.read_bytes() for n, path in named.items() if not n.startswith(apart) and not n.endswith(".html")}
 
 
 def test_what_cannot_be_divided(folder: Path) -> None:
