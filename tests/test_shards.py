@@ -174,6 +174,23 @@ def test_a_full_disk_is_no_items_fault(tmp_path: Path, monkeypatch: pytest.Monke
     assert [row["square"] for row in squares(tmp_path)] == [number**2 for number in range(10)]
 
 
+def test_a_folder_that_is_read_only_by_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error, not that of an item; nothing changes, and it goes on once the folder can be written."""
+    with sharing(frozenset({1})), pytest.raises(Left):
+        sharded.study(tmp_path, ITEMS, 4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refused(path: Path, *_: Any) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("interp_core.files._drafted", refused)
+    with pytest.raises(OSError, match="Read-only"):
+        sharded.study(tmp_path, ITEMS, 4)
+    monkeypatch.undo()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(sharded.study(tmp_path, ITEMS, 4)) == ITEMS
+
+
 def test_wrong_items(tmp_path: Path) -> None:
     with (
         runs.open(tmp_path, {}, recipe="squares", say=lambda line: None) as run,
