@@ -158,7 +158,10 @@ def test_pictures_and_pages(tmp_path: Path) -> None:
     found = ablate(toy_model(), CLEAN, kind="resample", reference=[FRENCH, PLURAL], score="kl")
     assert found.png(tmp_path / "map.png").stat().st_size > 10_000
     page = found.to_html(tmp_path / "map.html").read_text()
-    assert " nats<br>resample ablation of z at -1 A:" in page and "standard deviation over 2 draws" in page
+    assert (
+        " nats<br>resample ablation of z at the last position, &#x27;A:&#x27;<" in page
+        and "standard deviation over 2 draws" in page
+    )
     assert type(found).load(found.save(tmp_path)) == found
     assert {"effect", "spread"} <= set(found.table()[0])
     zero = ablate(toy_model(), CLEAN)

@@ -84,7 +84,8 @@ def test_scores_are_those_of_the_method_on_what_the_processor_gives(
     assert "Over the images" in page and page.count("<image ") >= count
     (tmp_path / "page.html").unlink()
     attribute(config)
-    assert (tmp_path / "page.html").read_text() == page
+    again = (tmp_path / "page.html").read_text()
+    assert again.partition("What it cost")[0] == page.partition("What it cost")[0] and "What it cost" in page
 
 
 def test_the_model_answers_itself(
