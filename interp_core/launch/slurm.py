@@ -17,8 +17,7 @@ import sys
 import time as clock
 import traceback
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ NEEDED = "jobs go to Slurm through submitit, which is not installed: pip install
 ARRAY = 1000
 """Tasks of an array at most: Slurm's own limit, where a site has not changed it."""
 ENDED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED"}
+    | {"TIMEOUT"}
 )
 """States in which Slurm is through with a job; it may take one back for a moment after some of them."""
 LOOK, ASK, GRACE = 0.5, (1.0, 30.0), 5.0
@@ -94,6 +94,11 @@ class Slurm:
         for option, (number, low) in least.items():
             if number is not None and number < low:
                 raise PlanError(f"{option}={number}: it must be at least {low}")
+        if not 0 < signal_delay < time * 60:
+            raise PlanError(
+                f"signal_delay={signal_delay}: jobs of {time} minutes are asked to stop that many seconds before their "
+                f"end; give between 1 and {time * 60 - 1}"
+            )
         lines = [line.removeprefix("--").partition("=") for line in sbatch]
         self.cap, self.restarts, self.folder = cap, restarts, folder
         self.parameters: dict[str, Any] = {
@@ -108,10 +113,12 @@ class Slurm:
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """See `Launcher.run`."""
         calls = _packed(jobs)
+        place = self._folder()
         outcomes: list[Outcome] = []
         for start in range(0, len(calls), ARRAY):
-            with self._place() as place:
-                outcomes += self._carry_out(calls[start : start + ARRAY], place)
+            outcomes += self._carry_out(calls[start : start + ARRAY], place)
+        if self.folder is None and all(outcome.ok for outcome in outcomes):
+            shutil.rmtree(place, ignore_errors=True)
         return outcomes
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
@@ -131,14 +138,6 @@ class Slurm:
         place = Path(root).absolute()
         place.mkdir(parents=True, exist_ok=True)
         return place
-
-    @contextmanager
-    def _place(self) -> Iterator[Path]:
-        """Where jobs and results go; deleted afterwards, unless it was named, or something went wrong."""
-        place = self._folder()
-        yield place
-        if self.folder is None:
-            shutil.rmtree(place, ignore_errors=True)
 
     def _sent(self, calls: Sequence[bytes], place: Path) -> list[Any]:
         """An array of jobs in Slurm's hands, as submitit's.
