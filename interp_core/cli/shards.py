@@ -131,8 +131,8 @@ def numbers(text: str, count: int) -> frozenset[int]:
     chosen: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen |= set(range(int(first), int(last or first) + 1))
+            first, to, last = part.partition("-")
+            chosen |= set(range(int(first), int(last if to else first) + 1))
     except ValueError:
         raise PlanError(f"--shards {text!r}: write 0-9, or 3,5, or 0-3,7") from None
     if not chosen or max(chosen) >= count:
