@@ -114,10 +114,12 @@ def script(home: Path, tasks: int, at_once: int | None, options: Sequence[str]) 
         "trap 'kill -USR1 $worker 2>/dev/null' USR1 USR2 TERM",
         "status=0",
         "while kill -0 $worker 2>/dev/null; do wait $worker; status=$?; done",
-        "# where jobs that must make room are cancelled, requeue does nothing: submit this again, or twice, the",
-        "# second to begin after the first (sbatch --dependency=afterany:JOB); what is done is kept",
+        'task="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        "# Slurm requeues what it ends itself, or cancels it: then submit this again, or twice, the second to begin after",
+        "# the first (sbatch --dependency=afterany:JOB); what is done is kept",
         f"# {REQUEUE}: asked to stop with work left",
-        f'if [ $status -eq {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        f'if [ $status -eq {REQUEUE} ] && [ "$(squeue -h -j "$task" -o %T)" = RUNNING ]; then',
+        '  scontrol requeue "$task"', "fi",
         "exit $status", "",
     ])  # fmt: skip
 

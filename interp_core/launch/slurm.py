@@ -203,7 +203,9 @@ class Slurm:
         kept = [sent for sent in pending if sent not in lost]
         if again:
             states_told = ", ".join(sorted({sent.state or "forgotten" for sent in again}))
-            sys.stderr.write(f"{len(again)} jobs ended without a result ({states_told}) and are submitted again\n")
+            sys.stderr.write(
+                f"{len(again)} of {len(calls)} jobs ended without a result ({states_told}); submitted again\n"
+            )
             tasks = self._sent([calls[sent.number] for sent in again], place)
             kept += [Sent(sent.number, task, sent.tries + 1) for sent, task in zip(again, tasks, strict=True)]
         return kept
@@ -311,6 +313,11 @@ def work(call: bytes) -> Outcome:
 
 def put_back() -> bool:
     """Put the job of this process back into the queue, from which Slurm takes it two minutes later at the soonest;
-    whether Slurm will."""
-    done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], timeout=60, check=False)
-    return done.returncode == 0
+    whether Slurm will. One that it is ending already, since somebody cancelled it or another needs the place, is left
+    to it."""
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
+    if array is not None:  # the number of an array's last task alone is that of the array, and would mean all of them
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if (in_queue() or {}).get(job, "RUNNING") != "RUNNING":
+        return False
+    return subprocess.run(["scontrol", "requeue", job], timeout=60, check=False).returncode == 0
