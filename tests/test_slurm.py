@@ -31,10 +31,11 @@ SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 LACKING = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path=SBIN)] + (
     [] if importlib.util.find_spec("submitit") else ["submitit"]
 )
+ROOT_USER = os.name == "posix" and os.getuid() == 0
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}"),
-    pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="slurm-up must be root to start jobs"),
+    pytest.mark.skipif(LACKING != [], reason=f"not installed: {', '.join(LACKING)}"),
+    pytest.mark.skipif(not ROOT_USER, reason="slurm-up must be root to start jobs"),
 ]
 ITEMS = 60
 SQUARES = """
@@ -103,10 +104,10 @@ class Cluster:
                 self.shell("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def until_empty(self) -> None:
-        until(lambda: not self.shell("squeue", "-h"), 60, self.release)
+        until(lambda: not self.shell("squeue", "-h"), 120, self.release)
 
 
-def until(holds: Callable[[], Any], seconds: float = 30, meanwhile: Callable[[], None] = lambda: None) -> None:
+def until(holds: Callable[[], Any], seconds: float = 120, meanwhile: Callable[[], None] = lambda: None) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it does not come to this"
@@ -124,7 +125,7 @@ def done_of(out: Path) -> int:
 
 def ended(process: subprocess.Popen[str], code: int = 0, meanwhile: Callable[[], None] = lambda: None) -> str:
     """What a command printed, which ends with this exit status."""
-    until(lambda: process.poll() is not None, 35, meanwhile)
+    until(lambda: process.poll() is not None, 240, meanwhile)
     printed = process.communicate()[0]
     assert process.returncode == code, printed
     return printed
@@ -178,7 +179,7 @@ def surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     slurm.environment["HOME"] = str(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield
-    slurm.shell("bash", "-c", "squeue -h -o %A | xargs -r scancel")
+    slurm.shell("scancel", "--user=root")
     until(lambda: not slurm.shell("squeue", "-h"))
 
 

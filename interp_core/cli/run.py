@@ -73,12 +73,12 @@ def run(
     words = list(words or [])
     if words and not words[0].startswith("-"):
         model = flags.one_model(words.pop(0), model)
+    chosen = launcher_option or ()
+    _demand_together(shards, launcher, workers, detach, chosen)
     if launcher is not None or shards is not None:
         settings_and_options = {"words": words, "assignments": assignments, "model": model, "text": text, "out": out}
         arguments = {**settings_and_options, "name": name, "config": config, "kind": kind}
-        chosen = launcher_option or ()
         if shards is None:
-            _demand_shards(workers, detach)
             run_elsewhere(starter_of(str(launcher), chosen), run, plugin, arguments)
             return
         starter_of(launcher or "local", chosen)  # refuses before anything is planned
@@ -87,9 +87,6 @@ def run(
         if workers != 0:
             carry_out(run, home, workers, launcher or "local", chosen, detach)
         return
-    _demand_shards(workers, detach)
-    if launcher_option:
-        raise PlanError("--launcher-option comes with --launcher NAME")
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     if plugin.kind == "methods":
@@ -101,10 +98,14 @@ def run(
         raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
 
-def _demand_shards(workers: int | None, detach: bool) -> None:
-    if workers is not None or detach:
+def _demand_together(
+    shards: int | None, launcher: str | None, workers: int | None, detach: bool, options: Sequence[str]
+) -> None:
+    if shards is None and (workers is not None or detach):
         option = "--workers" if workers is not None else "--detach"
         raise PlanError(f"{option} comes with --shards N, which divides the run among workers")
+    if launcher is None and options:
+        raise PlanError("--launcher-option comes with --launcher NAME")
 
 
 def runnable(name: str, kind: str | None = None, text: Sequence[str] | None = None) -> Plugin:
