@@ -265,7 +265,7 @@ def test_a_worker_is_killed(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_workers_make_room_and_come_back(plain: Cluster, tmp_path: Path) -> None:
     """Preemption that requeues: SIGTERM, the item at hand is finished, then back into the queue."""
-    run = plain.squares(tmp_path / "out")
+    run = plain.squares(tmp_path / "out", seconds=1)
     task = plain.task(tmp_path / "out")
     plain.make_room()
     before = done_of(tmp_path / "out")
