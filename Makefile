@@ -3,7 +3,7 @@
 # make check  what contributors run before a commit: formatting, lint, types
 # make slow   the tests that take minutes
 # make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
-# make test-slurm  runs as arrays on a private Slurm, which needs root and its Debian packages (three minutes)
+# make test-slurm  runs as arrays on a private Slurm, which needs root and its Debian packages (four minutes)
 # make docs   the docs site, with search and the API: ends in out/docs/html/index.html
 # make gallery  the pictures and pages of docs/gallery.md anew, on the real model (a minute)
 

@@ -1,5 +1,5 @@
 """Runs as arrays on a real Slurm of one node, which `scripts/slurm-up` starts: whatever it does to workers, every row is
-there once. `pytest -m slurm`; two minutes."""
+there once. `pytest -m slurm`; four minutes."""
 
 from __future__ import annotations
 
