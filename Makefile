@@ -3,6 +3,7 @@
 # make check  what contributors run before a commit: formatting, lint, types
 # make slow   the tests that take minutes
 # make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
+# make test-slurm  runs as arrays on a private Slurm, which needs root and its Debian packages (four minutes)
 # make docs   the docs site, with search and the API: ends in out/docs/html/index.html
 # make gallery  the pictures and pages of docs/gallery.md anew, on the real model (a minute)
 
@@ -30,6 +31,9 @@ real: .venv/ready-real
 test-real: real
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real
 
+test-slurm: .venv/ready-slurm
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm
+
 docs: .venv/ready-docs
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/docs_site.py
 
@@ -53,8 +57,12 @@ check: .venv/ready-dev
 	$(PIP) -e '.[real]'
 	touch $@
 
+.venv/ready-slurm: .venv/ready
+	$(PIP) -e '.[slurm]'
+	touch $@
+
 .venv/ready-docs: .venv/ready
 	$(PIP) -e '.[docs]'
 	touch $@
 
-.PHONY: demo test slow real test-real docs gallery check
+.PHONY: demo test slow real test-real test-slurm docs gallery check

@@ -282,8 +282,8 @@ def test_nothing_is_installed_behind_the_users_back() -> None:
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"boot_transformers", "_ensure_torchvision"}, path
         # plugins are looked at, recipes run where a Python is named, git is asked for the commit,
-        # programs that a model wrote are scored
-        of_their_own = {"fv_python.py", "session.py", "sandbox.py"}
+        # programs that a model wrote are scored, Slurm is asked for its jobs
+        of_their_own = {"fv_python.py", "session.py", "sandbox.py", "slurm.py"}
         alone = {"pip"} if path.name in of_their_own else {"subprocess", "pip"}
         assert not alone & {name.split(".")[0] for name in imported(path)}, path
 

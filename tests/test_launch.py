@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 import interp_core as ic
 from interp_core.cli import app
+from interp_core.cli.planned import starter_of
 from interp_core.launch import Job, Launcher, Outcome, make_launcher
 from interp_core.launch.local import Local
+from interp_core.launch.slurm import Slurm, in_queue
 from interp_core.plugins import refresh
 
 
@@ -166,3 +168,31 @@ def test_bad_jobs_and_options() -> None:
     with pytest.raises(ic.PluginError, match="no launcher is called 'locale'. Did you mean 'local'"):
         make_launcher("locale")
     assert Local().run([]) == []
+
+
+def test_options_of_a_launcher(interp: Callable[..., tuple[int, str]]) -> None:
+    said = interp("pid", "--launcher", "slurm", "--launcher-option", "tim=2")[1]
+    assert "launcher slurm has no option 'tim=2': write --launcher-option name=value; it has cap, partition," in said
+    assert "it has none" in interp("pid", "--launcher", "here", "--launcher-option", "cap=2")[1]
+    assert "launcher slurm: setting time: " in interp("pid", "--launcher", "slurm", "--launcher-option", "time=long")[1]
+    twice = ["--launcher-option", "cap=2", "--launcher-option", "cap=3"]
+    assert "launcher local: setting cap: " in interp("pid", "--launcher", "local", *twice)[1]
+    assert "comes with --launcher NAME" in interp("pid", "--launcher-option", "cap=2")[1]
+    assert "--detach comes with --shards N" in interp("pid", "--launcher", "slurm", "--detach")[1]
+    assert interp("pid", "--launcher", "local", "--launcher-option", "cap=1")[0] == 0
+    starter = starter_of("slurm", ["sbatch=qos=long", "sbatch=--exclusive", "memory=2G"], cap=3, nothing=1)
+    assert isinstance(starter, Slurm)
+    assert starter.parameters["additional_parameters"] == {"requeue": True, "qos": "long", "exclusive": True}
+    assert (starter.parameters["mem"], starter.cap) == ("2G", 3)
+
+
+def test_slurm_refuses_before_it_submits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for option, low in {"cap": 0, "time": 0, "gpus": -1, "restarts": -1}.items():
+        with pytest.raises(ic.PlanError, match=f"{option}={low}: it must be at least"):
+            make_launcher("slurm", **{option: low})
+    with pytest.raises(ic.PlanError, match="signal_delay=120: jobs of 2 minutes .* give between 1 and 119"):
+        make_launcher("slurm", time=2)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ic.InterpError, match="there is no `sbatch` here|pip install 'interp-core\\[slurm\\]'"):
+        make_launcher("slurm", folder=tmp_path).run([Job(divmod, (7, 2))])
+    assert in_queue() is None

@@ -93,15 +93,17 @@ def test_two_workers_and_a_scheduler_that_stops_them(folder: Path) -> None:
     shutil.rmtree(home / "record/rows")
     bin_folder = folder / "bin"
     bin_folder.mkdir()
-    (bin_folder / "scontrol").write_text(f"#!/bin/sh\necho $* > {folder}/requeued\n")
-    (bin_folder / "scontrol").chmod(0o755)
+    for name, line in {"scontrol": f"echo $* > {folder}/requeued", "squeue": "echo RUNNING"}.items():
+        (bin_folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (bin_folder / name).chmod(0o755)
     script = interp("sbatch", "out", "--tasks", 1).output
-    shell = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    shell = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "17"}
+    shell["SLURM_ARRAY_TASK_ID"] = "0"
     process = subprocess.Popen(["bash", "-c", script], env=shell)
     while not list((home / "record/rows").rglob("*.lease")):
         assert process.poll() is None
     process.terminate()
-    assert process.wait() == 75 and Path("requeued").read_text() == "requeue 17\n"
+    assert process.wait() == 75 and Path("requeued").read_text() == "requeue 17_0\n"
     assert runs.status("out").state == "unfinished"
     assert interp("resume", "out", "--workers", 1).exit_code == 0 and runs.status("out").state == "done"
 

@@ -4,19 +4,22 @@ every process carries out. What of it is to be done next is told by files (docs/
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .. import settings
 from ..columns import aligned, terminal_width, wrapped
-from ..errors import InterpError, ItemError, LoadError, PluginError
-from ..plugins import SESSION, Plugin
+from ..errors import InterpError, ItemError, LoadError, PlanError, PluginError
+from ..plugins import SESSION, Plugin, registry
 from ..progress import Progress
 from ..runs import RunStatus, TableStatus, status
 from ..runs.folder import COMMAND, PLANNING, RECORD, WORKING, Planned, RunFolder
@@ -24,9 +27,14 @@ from ..runs.mapping import sharing
 from ..runs.stopping import REQUEUE, stoppable
 from . import outputs
 
+if TYPE_CHECKING:
+    from ..launch import Launcher
+
 Command = Callable[..., None]
 """`interp run`, with what it was given by name."""
 LOGS = "logs"
+MOST = 1000
+"""Workers in a queue, if nobody says how many."""
 _GPU = re.compile(r"nvidia\d+")
 
 
@@ -130,24 +138,42 @@ def work_elsewhere(command: Command, home: str, environment: Mapping[str, str], 
             return 2, outputs.sentence(error)
 
 
-def carry_out(command: Command, home: Path, workers: int | None, launcher: str) -> None:
-    """Start workers on a run, wait for them, and say what became of it.
+def work_again(command: Command, home: str, environment: Mapping[str, str], log: str) -> tuple[int, str]:
+    """The same of a worker in some queue, which may come late: a run that is done needs none. One that is asked to stop
+    ends with a status that its launcher knows."""
+    if status(home).state == "done":
+        return 0, ""
+    code, error = work_elsewhere(command, home, environment, log)
+    if code == REQUEUE:
+        raise SystemExit(REQUEUE)
+    return code, error
+
+
+def carry_out(
+    command: Command, home: Path, workers: int | None, launcher: str, options: Sequence[str] = (), detach: bool = False
+) -> None:
+    """Start workers on a run, wait for them unless it is to `detach`, and say what became of it.
 
     Raises:
-        PluginError: no such launcher.
+        PluginError: no such launcher, or one that cannot detach.
         PlanError: workers refused the run.
         Exit: the verdict of the recipe; 1 where items raised errors or workers died; 75 where they were stopped.
     """
-    from ..launch import Job, make_launcher
+    from ..launch import Job
 
-    count = workers or min(_places(), max(1, shard_count(home)))
-    starter = make_launcher(launcher, cap=count) if launcher == "local" else make_launcher(launcher)
+    here = launcher == "local"
+    count = workers or min(_places() if here else MOST, max(1, shard_count(home)))
+    starter = starter_of(launcher, options, cap=count, folder=home / RECORD / "launcher")
     before = len(list((home / RECORD / LOGS).glob("*.log")))
     logs = [home / RECORD / LOGS / f"{before + number:03}.log" for number in range(count)]
     jobs = [
-        Job(work_elsewhere, (command, str(home.resolve()), environment, str(log.resolve())))
-        for environment, log in zip(_environments(count), logs, strict=True)
+        Job(work_elsewhere if here else work_again, (command, str(home.resolve()), environment, str(log.resolve())))
+        for environment, log in zip(_environments(count) if here else [{}] * count, logs, strict=True)
     ]
+    if detach:
+        numbers = ", ".join(_detachable(starter).submit(jobs))
+        print(f"{home}: given to {launcher} as {numbers}; how far it is: interp status {home}")
+        return
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(home, over), daemon=True)
     watcher.start()
@@ -171,6 +197,42 @@ def carry_out(command: Command, home: Path, workers: int | None, launcher: str) 
         code = REQUEUE if all(code in (0, REQUEUE) for code, _ in ended) else max(code for code, _ in ended)
     if code:
         raise typer.Exit(code)
+
+
+def starter_of(launcher: str, options: Sequence[str], **own: Any) -> Launcher:
+    """A launcher with options from a command line, `name=value`; those of them that several are given of are lists.
+
+    Args:
+        own: what the command says, of options that the launcher has and the line does not name.
+
+    Raises:
+        PluginError: no such launcher.
+        PlanError: no such option, or not of its kind.
+    """
+    from ..launch import make_launcher
+
+    kind = registry("launchers").get(launcher)
+    config = settings.of_function(MethodType(kind.__init__, kind))
+    several: dict[str, list[str]] = {}
+    for pair in options:
+        name, sign, text = pair.partition("=")
+        name = name.replace("-", "_")
+        if not sign or name not in config.model_fields:
+            raise PlanError(
+                f"launcher {launcher} has no option {pair!r}: write --launcher-option name=value; it has "
+                f"{', '.join(config.model_fields) or 'none'}"
+            )
+        several.setdefault(name, []).append(text)
+    pairs = [f"{name}={texts[0] if len(texts) == 1 else json.dumps(texts)}" for name, texts in several.items()]
+    chosen = settings.configured(f"launcher {launcher}", config, settings.read(launcher, config, pairs))
+    passed = {name: getattr(chosen, name) for name in several}
+    return make_launcher(launcher, **{name: own[name] for name in own if name in config.model_fields} | passed)
+
+
+def _detachable(launcher: Launcher) -> Any:
+    if not callable(getattr(launcher, "submit", None)):
+        raise PluginError(f"launcher {launcher.name!r} cannot start workers and leave them (--detach); slurm can")
+    return launcher
 
 
 def _watch(home: Path, over: threading.Event) -> None:

@@ -22,7 +22,7 @@ from ..progress import Progress
 from ..runs.stopping import stoppable
 from . import flags, outputs
 from .elsewhere import run_elsewhere
-from .planned import carry_out, planned
+from .planned import carry_out, planned, starter_of
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -61,6 +61,10 @@ def run(
         int | None, typer.Option(min=1, help="divide it, for several processes at once; see `interp status`")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="of --shards: how many processes; 0: only plan it")] = None,
+    launcher_option: Annotated[
+        list[str] | None, typer.Option("--launcher-option", help="of the launcher, as 'time=60'; as often as needed")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="of --shards: submit the workers, do not wait")] = False,
 ) -> None:
     """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`.
     `--overwrite` deletes what another run has made in `--out`."""
@@ -70,19 +74,20 @@ def run(
     words = list(words or [])
     if words and not words[0].startswith("-"):
         model = flags.one_model(words.pop(0), model)
+    chosen = launcher_option or ()
+    _demand_together(shards, launcher, workers, detach, chosen)
     if launcher is not None or shards is not None:
         settings_and_options = {"words": words, "assignments": assignments, "model": model, "text": text, "out": out}
         arguments = {**settings_and_options, "name": name, "config": config, "kind": kind}
         if shards is None:
-            run_elsewhere(str(launcher), run, plugin, arguments)
+            run_elsewhere(starter_of(str(launcher), chosen), run, plugin, arguments)
             return
+        starter_of(launcher or "local", chosen)  # refuses before anything is planned
         home = planned(run, plugin, arguments, shards)
         print(f"{home}: planned, {shards} shards")
         if workers != 0:
-            carry_out(run, home, workers, launcher or "local")
+            carry_out(run, home, workers, launcher or "local", chosen, detach)
         return
-    if workers is not None:
-        raise PlanError("--workers comes with --shards N, which divides the run among them")
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
     with stoppable():
@@ -93,6 +98,16 @@ def run(
             _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
         else:
             raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
+
+
+def _demand_together(
+    shards: int | None, launcher: str | None, workers: int | None, detach: bool, options: Sequence[str]
+) -> None:
+    if shards is None and (workers is not None or detach):
+        option = "--workers" if workers is not None else "--detach"
+        raise PlanError(f"{option} comes with --shards N, which divides the run among workers")
+    if launcher is None and options:
+        raise PlanError("--launcher-option comes with --launcher NAME")
 
 
 def runnable(name: str, kind: str | None = None, text: Sequence[str] | None = None) -> Plugin:

@@ -23,6 +23,10 @@ from .run import run as command
 Run = Annotated[Path, typer.Argument(help="the folder of the run, or the tree that it writes into")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes at once (default: one per GPU, else per core)")]
 LauncherName = Annotated[str, typer.Option(help="what starts the workers (`interp plugins launchers`)")]
+LauncherOptions = Annotated[
+    list[str] | None, typer.Option("--launcher-option", help="of the launcher, as 'time=60'; as often as needed")
+]
+Detach = Annotated[bool, typer.Option("--detach", help="submit the workers, and do not wait for them")]
 
 
 def work(
@@ -44,12 +48,15 @@ def show_status(run: Run, as_json: Annotated[bool, typer.Option("--json", help="
     print(json.dumps(asdict(now), indent=1, default=str) if as_json else shown(now))
 
 
-def resume(run: Run, workers: Workers = None, launcher: LauncherName = "local") -> None:
+def resume(
+    run: Run, workers: Workers = None, launcher: LauncherName = "local", launcher_option: LauncherOptions = None,
+    detach: Detach = False,
+) -> None:  # fmt: skip
     """Start workers on what is left of a run."""
     home = status(run).home
     with planned_command(home):  # refuses one that was not planned
         pass
-    carry_out(command, home, workers, launcher)
+    carry_out(command, home, workers, launcher, launcher_option or (), detach)
 
 
 def collect(run: Run) -> None:
@@ -107,8 +114,12 @@ def script(home: Path, tasks: int, at_once: int | None, options: Sequence[str]) 
         "trap 'kill -USR1 $worker 2>/dev/null' USR1 USR2 TERM",
         "status=0",
         "while kill -0 $worker 2>/dev/null; do wait $worker; status=$?; done",
+        'task="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        "# Slurm requeues what it ends itself, or cancels it: then submit this again, or twice, the second to begin",
+        "# after the first (sbatch --dependency=afterany:JOB); what is done is kept",
         f"# {REQUEUE}: asked to stop with work left",
-        f'if [ $status -eq {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        f'if [ $status -eq {REQUEUE} ] && [ "$(squeue -h -j "$task" -o %T)" = RUNNING ]; then',
+        '  scontrol requeue "$task"', "fi",
         "exit $status", "",
     ])  # fmt: skip
 

@@ -12,7 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 from ..errors import PluginError
 from ..plugins import name_fault, registry
 
-__all__ = ["Job", "Launcher", "Outcome", "make_launcher"]
+__all__ = ["AGAIN", "Job", "Launcher", "Outcome", "make_launcher"]
+
+AGAIN = 75
+"""The exit status of a job that was asked to stop and has work left; launchers that can start it again do."""
 
 
 @dataclass(frozen=True)
