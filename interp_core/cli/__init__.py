@@ -14,7 +14,7 @@ from .. import progress
 from .._version import __version__
 from ..columns import terminal_width, wrapped
 from ..errors import InterpError
-from . import flags, help, outputs, plugins, run
+from . import flags, help, outputs, plan, plugins, run
 from .show import show
 
 
@@ -72,6 +72,7 @@ for recipe, about in {
     "attribute": "Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table and a page.",
 }.items():
     app.command(recipe, cls=help.Shortcut, help=about, context_settings=settings_as_words)(run.run)
+app.command(cls=flags.SeveralCommand, context_settings=settings_as_words)(plan.plan)
 app.command()(show)
 Model = Annotated[str | None, typer.Argument(help="toy:text, a folder, or a hub id")]
 Named = Annotated[str | None, typer.Option("--model", help="the same, as an option")]
