@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import DATA, the_real_model, toy_model
 from counting import count
 from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_eval
@@ -66,6 +67,15 @@ def test_memory_is_what_tensors_take(family: str, attention: str) -> None:
     if (family, attention) == ("gemma2", "sdpa"):
         attention = "eager"  # capped scores: the only one that it has
     hf = testing.tiny(family, **FAMILIES[family])
+    hf.set_attn_implementation(attention)
+    ratios = Measured(ic.load(hf)).memory()
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.2)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("llama", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager")])
+def test_memory_in_half_precision(family: str, attention: str) -> None:
+    """Norms and the softmax are in float32 there, and count double; a narrow MLP leaves the rest to attention."""
+    hf = testing.tiny(family, dtype=torch.bfloat16, **FAMILIES[family] | {"intermediate_size": 192})
     hf.set_attn_implementation(attention)
     ratios = Measured(ic.load(hf)).memory()
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.2)

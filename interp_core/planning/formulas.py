@@ -76,9 +76,38 @@ def activations(outline: Outline, passes: Passes) -> int:
         moments = [_widest(outline, layer, rows, columns, keys) for layer in layers]
         return int(max([*moments, kept + logits * (1 + outline.capped)])) * outline.itemsize
     saved = kept + sum(count * _saved(outline, layer, rows, columns, keys) for layer, count in layers.items())
-    last = max(3 * layer.neurons * n + 3 * layer.top_k * _neurons(outline, layer) * n for layer in layers)
+    last = max(_going_back(outline, layer, rows, columns, keys) for layer in layers)
     top = logits * (4 if outline.capped else 1)
     return int(max(saved + logits * outline.capped * 2 + last, saved + top + logits)) * outline.itemsize
+
+
+def _going_back(outline: Outline, layer: Layer, rows: int, columns: int, keys: int) -> int:
+    """Numbers that a block's backward pass takes at its widest moment, beside what was kept."""
+    n, pattern = rows * columns, rows * layer.heads * columns * keys * outline.eager
+    mlp = 3 * layer.neurons * n + 3 * layer.top_k * _neurons(outline, layer) * n
+    # when it comes to attention, what the MLP kept is gone, and of the softmax what went in
+    attention = (
+        int(min(_softmax(outline), 3) * pattern) + 4 * layer.heads * layer.d_key * n - _kept_by_mlp(outline, layer) * n
+    )
+    return max(mlp, attention)
+
+
+def _kept_by_mlp(outline: Outline, layer: Layer) -> int:
+    """Numbers of a token that an MLP, or a token's experts, keep for the backward pass."""
+    mlp = (3 if layer.gated else 4 if outline.plain_gelu else 1) * layer.neurons
+    routed = layer.top_k * (3 * _neurons(outline, layer) + outline.d_model) if layer.experts else 0
+    return mlp + routed
+
+
+def _softmax(outline: Outline) -> float:
+    """Patterns that are there together while one is made: what goes in and what comes out, and where that is in float32
+    the copy that is in it."""
+    return 1 + 8 / outline.itemsize if outline.wide_softmax and outline.itemsize < 4 else 2
+
+
+def _wide(outline: Outline) -> float:
+    """A number in float32, in numbers of the model's dtype; no less than one."""
+    return max(4 / outline.itemsize, 1)
 
 
 def _at_once(passes: Passes) -> int:
@@ -97,7 +126,7 @@ def _widest(outline: Outline, layer: Layer, rows: int, columns: int, keys: int) 
     repeated = 2 * layer.heads * layer.d_key * rows * keys * outline.eager
     mask = rows * columns * keys * outline.eager
     qkv = 3 * layer.heads * layer.d_key + 2 * layer.kv_heads * (layer.d_key + layer.d_value)
-    attention = (3 * d + qkv) * n + 2 * pattern + repeated + mask
+    attention = (3 * d + qkv) * n + _softmax(outline) * pattern + repeated + mask
     mlp = 4 * d * n + pattern + mask + _inner(outline, layer) * layer.neurons * n
     routed = 4 * d * n + pattern + mask + layer.top_k * (4 * _neurons(outline, layer) + d) * n
     return max(attention, mlp, routed if layer.experts else 0)
@@ -111,10 +140,12 @@ def _inner(outline: Outline, layer: Layer) -> int:
 def _saved(outline: Outline, layer: Layer, rows: int, columns: int, keys: int) -> float:
     """Numbers that a block keeps for its backward pass."""
     n, d = rows * columns, outline.d_model
-    attention = (2 * layer.heads * layer.d_key + layer.kv_heads * (layer.d_key + layer.d_value)) * n
+    attention: float = (2 * layer.heads * layer.d_key + layer.kv_heads * (layer.d_key + layer.d_value)) * n
+    stream = (_wide(outline) if outline.wide_norms else 1) * layer.norms * d * n
+    if layer.head_norms:
+        stream += _wide(outline) * (layer.heads + layer.kv_heads) * layer.d_key * n
     if outline.eager:
-        attention += (1 + outline.capped_scores) * rows * layer.heads * columns * keys
+        made = 1 + (_wide(outline) if outline.wide_softmax and outline.itemsize < 4 else 0)
+        attention += (made + outline.capped_scores) * rows * layer.heads * columns * keys
         attention += 2 * layer.heads * layer.d_key * rows * keys
-    mlp = (3 if layer.gated else 4 if outline.plain_gelu else 1) * layer.neurons
-    routed = layer.top_k * (3 * _neurons(outline, layer) + d) if layer.experts else 0
-    return 2 * d * n + attention + (mlp + routed) * n
+    return stream + attention + _kept_by_mlp(outline, layer) * n

@@ -33,6 +33,8 @@ class Layer:
         window: how many tokens a query sees; None: all.
         neurons: of the MLP, or of shared experts (f).
         gated: the MLP has a gate.
+        norms: of the stream; two, or four with those after attention and MLP.
+        head_norms: queries and keys are normed.
         held: numbers of all its parameters and buffers.
     """
 
@@ -47,6 +49,8 @@ class Layer:
     window: int | None
     neurons: int
     gated: bool
+    norms: int
+    head_norms: bool
     held: int
 
     @property
@@ -70,6 +74,8 @@ class Outline:
         capped: logits are capped.
         capped_scores: attention's are.
         plain_gelu: the MLP's activation is made of plain operations.
+        wide_norms: norms are made of operations in float32, whatever the dtype.
+        wide_softmax: so is the softmax of `eager` attention.
         eager: attention keeps its patterns (`eager`), where "sdpa" does not.
         notes: what is not counted.
     """
@@ -88,6 +94,8 @@ class Outline:
     capped: bool
     capped_scores: bool
     plain_gelu: bool
+    wide_norms: bool
+    wide_softmax: bool
     eager: bool
     notes: tuple[str, ...] = ()
     _kinds: dict[tuple[int, int], Mapping[Layer, int]] = field(default_factory=dict, repr=False, compare=False)
@@ -177,12 +185,14 @@ def _outline(model: Any, source: str) -> Outline:
     if atlas.tower:
         notes.append("the vision tower's weights are counted, its passes are not")
     parts = str(model)
+    wide_norms = not isinstance(atlas.module("ln1", 0), nn.LayerNorm) if "ln1" in atlas.components.names(0) else True
     return Outline(
         Path(source).name if source.endswith(".json") else source, atlas.family.name, layers, atlas.shape.d_model,
         atlas.shape.d_vocab, atlas.shape.n_ctx, str(model.dtype).removeprefix("torch."), total,
         total - last - sum(layer.held for layer in layers), last, atlas.shape.d_model * atlas.shape.d_vocab,
         bool(getattr(config, "final_logit_softcapping", None)), bool(getattr(config, "attn_logit_softcapping", None)),
-        "NewGELU" in parts, config._attn_implementation == "eager", tuple(notes),
+        "NewGELU" in parts, wide_norms, atlas.family.name != "gpt2", config._attn_implementation == "eager",
+        tuple(notes),
     )  # fmt: skip
 
 
@@ -208,7 +218,8 @@ def _layer(atlas: Atlas, config: Any, layer: int, block: nn.Module) -> Layer:
         matrices, sum(weight.numel() for weight in experts if weight.ndim > 1), count,
         int(getattr(config, "num_experts_per_tok", 0) or getattr(config, "top_k_experts", 0) or 0) if count else 0,
         heads, value.get("head", heads), key.get("d_head", width), value.get("d_head", width),
-        atlas.reaches[layer].window if layer in atlas.reaches else None, neurons, gated, _numbers(block),
+        atlas.reaches[layer].window if layer in atlas.reaches else None, neurons, gated,
+        len(there & {"ln1", "ln1_post", "ln2", "ln2_post"}), "attn.q_norm" in there, _numbers(block),
     )  # fmt: skip
 
 
