@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .activations import Activations as Activations
     from .batteries.images import VisualCheck as VisualCheck
     from .batteries.images import visual_check as visual_check
+    from .cost import Cost as Cost
+    from .cost import Work as Work
     from .engines.attention_rows import AttentionRows as AttentionRows
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "activations": "Activations",
     "batteries.images": "VisualCheck visual_check",
+    "cost": "Cost Work",
     "engines.attention_rows": "AttentionRows",
     "errors": "CapabilityError EffectError InterpError ItemError LoadError PlanError PluginError PositionError "
     "ReadError SiteError TextError",

@@ -128,6 +128,24 @@ def open_tokenizer(source: str | Path) -> Any:
     return tokenizer
 
 
+def open_config(source: str | Path) -> Any:
+    """The config of a `config.json`, a folder (weights or none), a hub id, a .gguf file or a toy; no weights are read.
+
+    Raises:
+        LoadError: there is none, or none that transformers knows.
+    """
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise LoadError(wrong("a config", "a config.json, a folder with one, a hub id or 'toy:text'", source))
+    path = _resolved(source)
+    if Path(path).suffix == ".json":
+        if not Path(path).is_file():
+            raise LoadError(f"there is no file {path}; give a config.json, a folder with one, or a hub id")
+    elif not gguf.is_gguf(path):
+        _check_folder(path)
+    with _files(path, {"trust_remote_code": False}) as files:
+        return _attempt(files, "AutoConfig")
+
+
 def toy_folder(name: str) -> str:
     """Folder of a toy model of the package.
 

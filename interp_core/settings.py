@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
 from .columns import terminal_width, wrapped
+from .cost import Cost, Work
 from .errors import PlanError, PluginError, nearest
 
 NEEDED = "(needed)"
@@ -79,6 +80,10 @@ class Config(BaseModel, metaclass=_Named):
                 super().__init__(**settings)
             except ValidationError as error:
                 raise PlanError(_said(type(self).__name__, type(self), error)) from error
+
+    def cost(self, work: Work) -> Cost | None:
+        """What a method or a recipe runs with these settings, for `interp plan`; None: it does not say."""
+        return None
 
 
 def configured(owner: str, config: type[Config], settings: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ PACKAGES = {
     "interp_recipes": ROOT / "recipes/interp_recipes",
 }
 ROOMS: dict[str, str] = {
-    "words": "_version errors foreign tensors positions indexing sites plan settings progress drawing files columns",
+    "words": "_version cost errors foreign tensors positions indexing sites plan settings progress drawing files columns",
     "registry": "plugins",
     "stats": "stats",
     "report": "report views",
@@ -35,6 +35,7 @@ ROOMS: dict[str, str] = {
     "visual edits": "visual",
     "batteries": "batteries",
     "methods": "methods many joining",
+    "planning": "planning",
     "toys": "toys prompts",
     "bench": "bench",
     "testing": "testing",

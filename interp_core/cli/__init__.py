@@ -14,7 +14,7 @@ from .. import progress
 from .._version import __version__
 from ..columns import terminal_width, wrapped
 from ..errors import InterpError
-from . import flags, help, outputs, plugins, run, shards
+from . import flags, help, outputs, plan, plugins, run, shards
 from .show import show
 
 ANEW = "nothing is written, and the same command begins anew"
@@ -74,6 +74,7 @@ for recipe, about in {
     "attribute": "Which tokens of a prompt an answer comes from (--prompt, --target, --method): a table and a page.",
 }.items():
     app.command(recipe, cls=help.Shortcut, help=about, context_settings=settings_as_words)(run.run)
+app.command(cls=flags.SeveralCommand, context_settings=settings_as_words)(plan.plan)
 app.command()(show)
 for of_a_run in (shards.work, shards.resume, shards.collect, shards.sbatch):
     app.command()(of_a_run)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..batches import one_row
 from ..checks.selfcheck import WIDTH, check_tokens
+from ..cost import TOGETHER
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
 from ..errors import CapabilityError, InterpError, first_line
@@ -38,7 +39,7 @@ from ..strategy_checks import Check, Relief, Trial
 from ..text import Tokens
 from ..vision.corner import corner, shorter
 from .clean import CleanPass, clean_pass, runs_rows
-from .place import TOGETHER, Placer, why_apart
+from .place import Placer, why_apart
 from .plan import WHOLE, Group
 from .runner import Runner
 from .store import opened

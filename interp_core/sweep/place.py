@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..architectures.atlas import Entry
 from ..architectures.hook_points import HookPoint
+from ..cost import TOGETHER
 from ..engines.program import forward_order
 from ..engines.tower import Tower
 from ..errors import CapabilityError, PlanError
@@ -37,10 +38,8 @@ from ..text import Tokens
 from .plan import WHOLE, Group, Pass, Single, Step, SweepPlan, described, image_spans, named_edits
 from .store import SweepStore
 
-TOGETHER = 512
-"""Tokens of the texts that share a clean pass, at most: a matrix product of so many rows runs at the machine's rate."""
 FILLED = 1.125
-"""Columns that they may have, filled up to one length, for each of their tokens."""
+"""Columns that texts of a clean pass may have, filled up to one length, for each of their tokens."""
 SHORT = 16
 """Columns of a text with images for each one before them at which these are run too: over a few earlier keys, attention
 in two parts costs more than they do in the model's own kernel."""

@@ -43,6 +43,31 @@ class MapConfig(JudgedConfig):
     layers: list[int] | None = None
     at: Any = -1
 
+    def patched(self, work: ic.Work) -> dict[tuple[int, int], int] | None:
+        """How many patches begin at each `(layer, position)`; None where the sizes of a model do not say it."""
+        sites = [S.named(name) for name in ([self.site] if isinstance(self.site, str) else self.site)]
+        counts = {"head": work.kv_heads if sites[0].name in ("k", "v") else work.heads, "expert": work.experts}
+        unit = sites[0].info.unit if self.by == "head" else None
+        if unit not in (None, *counts) or not sites[0].info.layered:
+            return None
+        units = counts.get(str(unit), (1,) * work.layers)
+        starts: dict[tuple[int, int], int] = {}
+        for layer in range(work.layers) if self.layers is None else [at % work.layers for at in self.layers]:
+            # what a block gives is what the next one is given, and the pass begins there
+            after = all(site.name == "resid_post" for site in sites) and layer < work.layers - 1
+            for position in _begins(self.at, work.tokens):
+                starts[layer + after, position] = starts.get((layer + after, position), 0) + units[layer]
+        return {place: count for place, count in starts.items() if count}
+
+
+def _begins(at: Any, tokens: int) -> list[int]:
+    """The first position of each place; of names and spans the text's first, the most that they can cost."""
+    if at == EACH:
+        return list(range(tokens))
+    if isinstance(at, list):
+        return [position for place in at for position in _begins(place, tokens)]
+    return [at % tokens if isinstance(at, int) else (at.indices(tokens)[0] if isinstance(at, slice) else 0)]
+
 
 class Grid(NamedTuple):
     """Everything that is changed, one patch per layer, head and place.

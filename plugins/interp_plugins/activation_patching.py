@@ -29,6 +29,16 @@ from ._maps import MapConfig, MapResult, grid_of, named, patches, swept, values
 class PatchingConfig(MapConfig, ContrastConfig):
     """Settings of activation patching."""
 
+    def cost(self, work: ic.Work) -> ic.Cost | None:
+        """The runs of both prompts, and a sweep of the strategies that an ordinary model takes."""
+        patched = self.patched(work)
+        if patched is None or self.strategy not in ("auto", "staircase", "full"):
+            return None
+        both = work.forward() if self.corrupted is None else work.forward() + work.forward()
+        if self.strategy == "full":
+            return both + work.forward(work.prompts * (1 + sum(patched.values())), batch=1)
+        return both + work.swept(patched)
+
 
 @dataclass(frozen=True, eq=False)
 class PatchingResult(Contrasted, MapResult):

@@ -33,6 +33,9 @@ from interp_plugins.attribution.data.cache import Example, load_examples
 from interp_plugins.attribution.evaluation.comparing import compare, examples_csv
 from interp_plugins.attribution.evaluation.evaluating import FAITHFULNESS, MODES, RECOVERY, Options, evaluate
 from interp_plugins.attribution.evaluation.faithfulness import METRICS
+from interp_plugins.attribution.evaluation.forms import Forms
+from interp_plugins.attribution.evaluation.orders import STEPS
+from interp_plugins.attribution.evaluation.perturbed import TOKENS
 from interp_plugins.attribution.evaluation.tables import faithfulness_table, recovery_table, table_path
 from interp_plugins.attribution.files.arrays import npz_bytes
 from interp_plugins.attribution.files.traces import MANIFEST, line_of, members_of, run_tag
@@ -109,6 +112,25 @@ class AttributionEvalConfig(ic.Config):
     tie_orders: int = 0
     strict: bool = False
     overwrite: bool = False
+
+    def cost(self, work: ic.Work) -> ic.Cost | None:
+        """Each method on each example, one by one; then, for faithfulness, the texts of its orders of deletion, which
+        share the whole text and the one without a prompt: three orders, or one where all rows of a method are one
+        vector. None where a method does not say its cost."""
+        options, cost = self.options(), ic.Cost()
+        steps = min(STEPS, work.tokens - work.target)
+        together = max(1, TOKENS["cpu"] // work.tokens)
+        for function in words(self.attr_funcs):
+            method, settings = options.settings(function)
+            ready = ic.method(method).configured(settings)
+            if (of_method := ready.cost(work)) is None:
+                return None
+            cost += of_method
+            if FAITHFULNESS in options.modes:
+                orders = len(Forms.NAMES) if ready.by_token else 1
+                texts = work.prompts * (2 + orders * (steps - 1))
+                cost += work.forward(texts, read_out=max(work.target, 1), batch=together)
+        return cost
 
     def options(self) -> Options:
         """How examples are evaluated.

@@ -38,7 +38,7 @@ import interp_core as ic
 
 from .layout import Layout
 from .method import Attributed, Attribution, AttributionConfig
-from .relevance.passes import Explained, Relevances, relevance_rows
+from .relevance.passes import Explained, Relevances, group_size, relevance_rows
 from .relevance.rules import Rules, rules, unruled
 
 
@@ -64,6 +64,26 @@ class AttnLRPConfig(AttributionConfig):
     normalise: bool = False
     neg_handling: Literal["drop", "abs"] = "drop"
     norm_mode: Literal["norm", "no_norm"] = "norm"
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of the target get rows of their own, which differ."""
+        return self.variant == "per_token"
+
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """A pass under rules with a backward pass per question, and half of one for attention sinks."""
+        sinks = work.forward(stop=(work.layers - 1) // 2 + 1, read_out=0, batch=1)
+        if self.variant == "per_token" and work.target:
+            ends = range(work.tokens - work.target, work.tokens)
+            size = group_size(work.tokens)
+            groups = [ends[start : start + size] for start in range(0, len(ends), size)]
+            passes = (
+                work.forward(columns=group[-1], read_out=len(group), backward=len(group), batch=1) for group in groups
+            )
+            return sum(passes, sinks)
+        hops = self.n_hops if self.variant == "multi_hop" and work.target else 0
+        read_out = max(work.target, 1) if self.variant == "multi_hop" else self.explained(work)
+        return sinks + work.forward(read_out=read_out, backward=hops + 1, batch=1)
 
 
 class AttnLRP(Attribution):

@@ -56,6 +56,18 @@ class GradientConfig(AttributionConfig):
     target_scale: TargetScale = "logit"
     per_token: bool = False
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of the target get rows of their own, which differ."""
+        return self.per_token
+
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """A pass of each text by itself with a backward pass; for rows another, with one per token of the target."""
+        answer = work.forward(read_out=self.explained(work), backward=1, batch=1)
+        if not (self.by_token and work.target):
+            return answer
+        return answer + work.forward(read_out=work.target, backward=work.target, batch=1)
+
 
 class IntegratedConfig(GradientConfig):
     """Settings of integrated gradients.
@@ -75,6 +87,23 @@ class IntegratedConfig(GradientConfig):
     steps: int = 20
     rule: Rule = "gauss_legendre"
     batch_tokens: int = 4096
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of the target get rows of their own, which differ."""
+        return self.per_token or self.profile == "reference"
+
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """Both ends of the line, and its steps with a backward pass each; for rows as many again, with one per step and
+        token of the target."""
+        read_out = self.explained(work)
+        together = max(1, min(self.batch_tokens // work.tokens, self.steps))
+        ends = work.forward(read_out=read_out, batch=1) + work.forward(read_out=read_out, batch=1)
+        steps = work.prompts * self.steps
+        cost = ends + work.forward(steps, read_out=read_out, backward=1, batch=together)
+        if self.by_token and work.target:
+            cost += work.forward(steps, read_out=work.target, backward=work.target, batch=together)
+        return cost
 
 
 class Gradients(Attribution):
@@ -166,7 +195,7 @@ class IntegratedGradients(Gradients):
     def attribute(self, model: ic.Model, layout: Layout, config: IntegratedConfig) -> Attributed:
         """Steps of the line, many in a pass."""
         reference = config.profile == "reference"
-        per_token = (config.per_token or reference) and len(layout.target) > 0
+        per_token = config.by_token and len(layout.target) > 0
         middle = stream_site(model)
         clean = model.run(layout.tokens, read=[S.embed, middle], logits=list(layout.predictors))
         scale: TargetScale = "logprob" if reference else config.target_scale

@@ -73,6 +73,21 @@ class IFRConfig(AttributionConfig):
     chunk_tokens: int = Field(128, ge=1)
     sink_chunk_tokens: int = Field(32, ge=1)
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of the target get rows of their own, which differ."""
+        return self.variant in ROWS
+
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """A pass of each text by itself, without logits; of all layers the stream, what attention adds, z and v are
+        kept. What flows take beside it, a fifth of a pass per hop at most, is not in it."""
+        return work.forward(read_out=0, batch=1) + ic.Cost(kept=_kept_bytes(work))
+
+
+def _kept_bytes(work: ic.Work) -> int:
+    """Four streams of every layer, of every text."""
+    return work.prompts * work.layers * work.tokens * 4 * work.d_model * work.itemsize
+
 
 class IFR(Attribution):
     """Where the states that give an answer take from: information-flow routes, and their multi-hop forms."""

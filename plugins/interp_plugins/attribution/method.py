@@ -64,6 +64,19 @@ class AttributionConfig(ic.Config):
     profile: Literal["sound", "reference"] = "sound"
     leave_out: Literal["nothing", "first", "sinks"] = "nothing"
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of the target get rows of their own, which differ."""
+        return False
+
+    def explained(self, work: ic.Work) -> int:
+        """Tokens of the sink, whose logits are explained; where it is given as text, as many as the target has. The
+        next token, without a target."""
+        if isinstance(self.sink, tuple):
+            start, stop = self.sink
+            return max(stop - start, 1)
+        return max(work.target, 1)
+
 
 class Attributed(NamedTuple):
     """What a method gives for one row, at the row's own positions.

@@ -17,8 +17,9 @@ Must equal: the published code's means, effects, heads, vectors and ranks (tests
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -79,6 +80,23 @@ class FunctionVectorsConfig(ic.Config):
     questions: int = 24
     by: Literal["sweep", "replay"] = "sweep"
     top_k: int = 5
+
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """Means, effects of heads, held-out questions, and the texts. Prompts with shots are taken to be as long as the
+        texts, and questions without shots to lack the other pairs, and an answer of a token."""
+        heads = {(layer, work.tokens - 1): count for layer, count in enumerate(work.heads) if count}
+        cost = work.forward(self.trials, read_out=0, batch=BATCH if self.by == "sweep" else 1)
+        if self.by == "sweep":
+            cost += work.swept(heads, self.trials)
+        else:
+            cost += work.forward(self.trials * (1 + sum(heads.values())), batch=1)
+        layers = range(work.layers) if self.layers is None else self.layers
+        if questions := min(self.questions, len(_task(self).test)):
+            for tokens in (max((work.tokens + 1) // (self.shots + 1) - 1, 1), work.tokens):
+                of_length = replace(work, tokens=tokens, target=0)
+                begins = Counter((min(layer + 1, work.layers - 1), tokens - 1) for layer in layers)
+                cost += of_length.swept(begins, questions)
+        return sum((work.forward() for _ in layers), cost + work.forward())
 
 
 @dataclass(frozen=True, eq=False)

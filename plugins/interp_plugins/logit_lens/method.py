@@ -53,6 +53,14 @@ class LensConfig(PlacesConfig):
     translator: Callable[[int, Tensor], Tensor] | None = None
     unfitted: Literal["refuse", "leave_out", "plain"] = "refuse"
 
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """A pass without logits, then every layer read out, and the last once more where it says the targets."""
+        layers = len(rows_of(self, work.layers))
+        said = not isinstance(self.targets, list)
+        streams = layers * work.prompts * self.places(work)
+        kept = ic.Cost(kept=streams * work.d_model * work.itemsize)
+        return work.forward(read_out=0) + work.reading_out(streams + said * work.prompts * self.places(work)) + kept
+
 
 @dataclass(frozen=True, eq=False)
 class LogitLensResult(ic.Result):
@@ -194,11 +202,11 @@ class LogitLens(ic.Method):
         check = getattr(config.translator, "check", None)
         if check is not None:
             check(model)
-        _rows(model, config)
+        rows_of(config, model.n_layers)
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: LensConfig) -> LogitLensResult:
         """Read the residual stream once, unembed it layer by layer."""
-        layers = _rows(model, config)
+        layers = rows_of(config, model.n_layers)
         sites = [(S.resid_pre[0] if layer < 0 else S.resid_post[layer]).at(config.at) for layer in layers]
         run = model.run(tokens, read=sites, logits=False)
         stream = [_with_pos(run[site]) for site in sites]
@@ -261,13 +269,13 @@ def _has(translator: Any, layer: int) -> bool:
     return not hasattr(translator, "layers") or layer in translator.layers
 
 
-def _rows(model: ic.Model, config: LensConfig) -> list[int]:
+def rows_of(config: LensConfig, n_layers: int) -> list[int]:
     """Layers that are read out, -1 for the embedding.
 
     Raises:
         PlanError: a translator lacks some that it could have.
     """
-    last, translator = model.n_layers - 1, config.translator
+    last, translator = n_layers - 1, config.translator
     if config.unfitted == "plain":
         return list(range(-1, last + 1))
     layers = list(range(getattr(translator, "FIRST", -1), last))

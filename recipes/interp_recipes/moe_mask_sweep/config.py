@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ class MoeMaskSweepConfig(PairsConfig):
     max_new_tokens: int | None = None
     seed: int = 0
     resamples: int = 2000
+
+    def cost(self, work: ic.Work) -> ic.Cost | None:
+        """A pass per mask and context, of which a sample has two; what each mask writes for a scorer; and the usage by
+        which `usage_random` draws. Masks that ban the same experts run once, which makes it less. Of narrow scopes it
+        does not say: how much a mask changes depends on where its experts are."""
+        if self.scope != "all":
+            return None
+        orders = sum(self.random_orders if "random" in kind else 1 for kind in self.kinds)
+        sizes = words(self.sizes) if isinstance(self.sizes, str) else self.sizes or range(15, 101, 5)
+        runs_of_masks = 2 * work.prompts * (1 + len(self.modes) * orders * len(list(sizes)))
+        target = max(work.target, 1)
+        cost = work.forward(runs_of_masks, read_out=target, batch=1)
+        if self.scorer is not None:
+            written = replace(work, prompts=runs_of_masks, tokens=work.tokens - work.target, target=0, batch=1)
+            cost += written.generate(self.max_new_tokens or target)
+        routed = max((layer for layer, count in enumerate(work.experts) if count), default=-1)
+        usage = 2 * work.prompts * ("usage_random" in self.kinds)
+        return cost + work.forward(usage, stop=routed + 1, read_out=0, batch=1)
 
     @property
     def modes(self) -> list[Mode]:

@@ -176,9 +176,7 @@ def relevance_rows(
     end with its last. (With images whole rows run.)
     """
     length, rows = tokens.ids.shape[1], []
-    # a group's rows all run to its end: many groups repeat forward passes, few carry backward passes too far; √(2T) is
-    # where the two cost the same
-    step = len(at) if tokens.inputs else max(1, round(math.sqrt(2 * length)))
+    step = len(at) if tokens.inputs else group_size(length)
     with ic.Progress("rows", len(at)) as progress:
         for start in range(0, len(at), step):
             group = list(at[start : start + step])
@@ -190,6 +188,12 @@ def relevance_rows(
                 rows.append(torch.cat([row, row.new_zeros(length - len(row))]))
                 progress.add()
     return torch.stack(rows)
+
+
+def group_size(length: int) -> int:
+    """How many neighbours go together. A group's rows all run to its end: many groups repeat forward passes, few carry
+    backward passes too far; √(2T) is where the two cost the same."""
+    return max(1, round(math.sqrt(2 * length)))
 
 
 def _head(tokens: ic.Tokens, length: int) -> ic.Tokens:
