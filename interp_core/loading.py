@@ -83,6 +83,7 @@ def open_model(
     path = _resolved(source)
     if not gguf.is_gguf(path):
         _check_folder(path)
+        _check_weights(Path(path))
     with Progress(f"loading {source}", 0), _files(path, options) as files:
         model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
         if device_map is None:  # else accelerate has placed it
@@ -310,6 +311,19 @@ def _is_of_tokenizer(name: str) -> bool:
     return any(part in name for part in parts) or Path(name).suffix in (".model", ".tiktoken", ".spm", ".bpe")
 
 
+def _check_weights(folder: Path) -> None:
+    """Refuse a model's folder without its weights; anything else is none of this."""
+    if not folder.is_dir():
+        return
+    _check_index(folder)
+    names = sorted(item.name for item in folder.iterdir())
+    if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+        raise LoadError(
+            f"{folder} holds a config.json but no weights, model.safetensors or the like (it holds "
+            f"{', '.join(names[:8])}); copy them there, or give the folder that has both"
+        )
+
+
 def _check_folder(path: str) -> None:
     """Refuse what looks like a folder but holds no model, before transformers takes it for a hub id."""
     folder = Path(path)
@@ -325,15 +339,6 @@ def _check_folder(path: str) -> None:
             raise LoadError(f"{path}/config.json is not JSON ({error}); copy the file again") from error
         if not isinstance(config, dict):
             raise LoadError(f"{path}/config.json holds no settings, but a {type(config).__name__}; copy the file again")
-        _check_index(folder)
-        if not any(
-            item.suffix in (".safetensors", ".bin") or item.name.endswith(".index.json") for item in folder.iterdir()
-        ):
-            held = ", ".join(sorted(item.name for item in folder.iterdir())[:8])
-            raise LoadError(
-                f"{path} holds a config.json but no weights, model.safetensors or the like (it holds {held}); copy "
-                "them there, or give the folder that has both"
-            )
     elif _looks_local(path):
         raise LoadError(f"there is no folder {path}; give a folder, a hub id like 'Qwen/Qwen3-0.6B', or 'toy:text'")
 

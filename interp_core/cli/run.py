@@ -88,16 +88,23 @@ def run(
         if workers != 0:
             carry_out(run, home, workers, launcher or "local", chosen, detach)
         return
-    value = plugin.load()
-    options = {"model": model, "text": text, "out": out}
     with stoppable():
-        if plugin.kind == "methods":
-            _method(value, words, assignments, options, config)
-        elif plugin.kind == "recipes":
-            options["text"] = text[0] if text and len(text) == 1 else text
-            _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
-        else:
-            raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
+        _here(plugin, words, assignments, {"model": model, "text": text, "out": out}, config)
+
+
+def _here(
+    plugin: Plugin, words: list[str], assignments: list[str] | None, options: dict[str, Any], config: Path | None
+) -> None:
+    """Run it in this process."""
+    value = plugin.load()
+    if plugin.kind == "methods":
+        _method(value, words, assignments, options, config)
+    elif plugin.kind == "recipes":
+        text = options["text"]
+        options["text"] = text[0] if text and len(text) == 1 else text
+        _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
+    else:
+        raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
 
 def _demand_together(
