@@ -45,6 +45,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    tp_plan: Any = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -58,7 +60,11 @@ def load(
         engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
         engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
         dtype: of the weights (default: as stored; float32 for quantised GGUF files and `"smollm2"`).
-        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate.
+        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate, or a `tp_plan`.
+        offload_folder: where weights go that a `device_map` sends to disk and that cannot be read from the model's own
+            files; default a temporary folder, which goes with the model.
+        tp_plan: `"auto"`, or rules over the model's own: tensor parallelism between the processes of `torchrun`, which
+            all run the same program. See docs/cluster.md.
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
         revision: of a hub repository.
         trust_remote_code: run code that comes with the model.
@@ -75,6 +81,8 @@ def load(
         dtype=dtype,
         device=device,
         device_map=device_map,
+        offload_folder=offload_folder,
+        tp_plan=tp_plan,
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import HookPoint
+from ..architectures.parameters import is_shared
 from ..errors import CapabilityError, InterpError, PlanError
 from ..indexing import indices
 from ..plan import Plan
@@ -135,7 +136,16 @@ class LocalEngine:
 
 
 def with_same_weights(model: Any) -> Any:
-    """A copy of a model that shares every parameter and buffer with it, for tools that change the modules."""
+    """A copy of a model that shares every parameter and buffer with it, for tools that change the modules.
+
+    Raises:
+        CapabilityError: its modules cannot be copied.
+    """
+    if any(is_shared(module) for module in model.modules()):
+        raise CapabilityError(
+            "this engine runs a copy of the modules, and those of a model with tp_plan cannot be copied; load it with "
+            "engine='torch'"
+        )
     # What `deepcopy` finds in its memo it takes for copied already.
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
