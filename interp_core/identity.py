@@ -362,7 +362,10 @@ def weights(root: nn.Module) -> str:
     Raises:
         NoIdentityError: weights that are not here.
     """
-    named = [*root.named_parameters(), *((name, x) for name, x in root.named_buffers() if not _is_passing(root, name))]
+    # A tied weight counts once; where it is offloaded, its names have an empty tensor each.
+    tied = getattr(root, "all_tied_weights_keys", {})
+    held = [(name, x) for name, x in root.named_parameters() if not (x.is_meta and name in tied)]
+    named = [*held, *((name, x) for name, x in root.named_buffers() if not _is_passing(root, name))]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing lets other threads run
         digests = list(pool.map(lambda item: _weight(root, *item), named))
     return _hashed("weights", [part for (name, _), own in zip(named, digests, strict=True) for part in (name, own)])

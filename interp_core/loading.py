@@ -125,6 +125,8 @@ def _shared_out(tp_plan: Any) -> Any:
             "with `torchrun --nproc-per-node N script.py`, or give device_map='auto' for one process on several devices"
         )
     ways = distributed.get_world_size() if distributed.is_initialized() else int(os.environ["WORLD_SIZE"])
+    if isinstance(tp_plan, DistributedConfig):
+        return tp_plan
     return DistributedConfig(tp_plan=tp_plan if tp_plan == "auto" else dict(tp_plan), tp_size=ways)
 
 
@@ -278,8 +280,9 @@ def _check_kinds(
         raise LoadError(wrong("device_map=", "'auto', a device, or a device per module", device_map))
     if offload_folder is not None and (not isinstance(offload_folder, (str, Path)) or device_map is None):
         raise LoadError(wrong("offload_folder=", "a folder, beside device_map=", offload_folder))
-    if tp_plan is not None and tp_plan != "auto" and not isinstance(tp_plan, Mapping):
-        raise LoadError(wrong("tp_plan=", "'auto', or a style per module", tp_plan))
+    kind = type(tp_plan).__name__
+    if tp_plan is not None and tp_plan != "auto" and not isinstance(tp_plan, Mapping) and kind != "DistributedConfig":
+        raise LoadError(wrong("tp_plan=", "'auto', a style per module, or transformers' DistributedConfig", tp_plan))
 
 
 def _device(device: Any) -> torch.device:

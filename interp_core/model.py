@@ -63,8 +63,8 @@ def load(
         device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate, or a `tp_plan`.
         offload_folder: where weights go that a `device_map` sends to disk and that cannot be read from the model's own
             files; default a temporary folder, which goes with the model.
-        tp_plan: `"auto"`, or rules over the model's own: tensor parallelism between the processes of `torchrun`, which
-            all run the same program. See docs/cluster.md.
+        tp_plan: `"auto"`, a style per module, or a `DistributedConfig` of transformers: tensor and expert parallelism
+            between the processes of `torchrun`, which all run the same program. See docs/cluster.md.
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
         revision: of a hub repository.
         trust_remote_code: run code that comes with the model.

@@ -64,7 +64,7 @@ def runs_own_forward(module: nn.Module) -> bool:
     while forward is not None:
         if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
             forward = vars(module).get("_old_forward")
-        elif is_shared(module) and getattr(forward, "__name__", "") == "tp_forward":
+        elif is_shared(module) and getattr(forward, "__name__", "") in ("tp_forward", "ep_forward"):
             forward = _free(forward).get("original_forward")
         else:
             return getattr(forward, "__func__", None) is type(module).forward
@@ -81,7 +81,8 @@ class Sharing(NamedTuple):
 def sharing(module: nn.Module) -> Sharing | None:
     """How a module's work is shared out, None if it is not, or in a way that is not known here."""
     free = _free(vars(module)["forward"]) if is_shared(module) else {}
-    return Sharing(free["self"], free["mesh"]) if {"self", "mesh"} <= free.keys() else None
+    mesh = free.get("mesh", free.get("ep_mesh"))
+    return Sharing(free["self"], mesh) if "self" in free and mesh is not None else None
 
 
 def _free(function: Any) -> dict[str, Any]:

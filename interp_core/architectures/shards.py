@@ -139,7 +139,8 @@ def share_out(atlas: Atlas, model: nn.Module) -> None:
             entry.read, entry.write = (point and sharer.point(entry, point) for point in (entry.read, entry.write))
         except CapabilityError as error:
             atlas.drop(name, f"{name}: {error}", [layer])
-        if name == "pattern":
+        layout = entry.read.layout if entry.read is not None else None
+        if name == "pattern" and layout is not None and layout.shards is not None:
             entry.why |= {"rows": "under tp_plan attention is called with the heads of one process"}
 
 
