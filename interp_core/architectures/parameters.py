@@ -97,6 +97,11 @@ def is_shared(module: nn.Module) -> bool:
     return str(getattr(forward, "__module__", "")).startswith(SHARING)
 
 
+def is_placed(module: nn.Module) -> bool:
+    """Whether accelerate has given a module its place, and brings what it needs there."""
+    return "_hf_hook" in vars(module)
+
+
 def _hook(module: nn.Module) -> Any:
     """Accelerate's hook of a module that moves its weights, or None."""
     hook = vars(module).get("_hf_hook")

@@ -11,7 +11,7 @@ What is shared out otherwise is refused by name: never is a part taken for the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,6 +123,43 @@ def called(module: nn.Module, x: Tensor) -> Tensor:
     return given if out is None else out.gather(given)
 
 
+def on_all_heads(rule: Callable[..., Any], heads: Sequence[Any]) -> Callable[..., Any]:
+    """A rule for attention as it is where processes share the heads out: handed all of them, and a kernel that takes
+    all of them.
+
+    Args:
+        heads: how those of queries, and of keys and values, are shared out; None where they are not.
+    """
+    queries, keys = heads
+    if queries is None:
+        return rule
+    mixed = replace(queries, axis=2)
+
+    def whole(
+        module: nn.Module, kernel: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
+    ) -> Any:
+        def on_whole(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
+            out, weights = kernel(module, queries.own(query), keys.own(key), keys.own(value), *args, **more)
+            return mixed.gather(out), None if weights is None else queries.gather(weights)
+
+        given = rule(module, on_whole, queries.gather(query), keys.gather(key), keys.gather(value), *args, **more)
+        return mixed.own(given[0]), None if given[1] is None else queries.own(given[1])
+
+    return whole
+
+
+def sees_part(atlas: Atlas, model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module of a model takes or gives a part of its tensor in each process."""
+    if atlas.processes is None:
+        return False
+    modules = dict(model.named_modules())
+    path = next(path for path, other in modules.items() if other is module)
+    try:
+        return any(_Sharer(atlas, modules).at(path, side) is not None for side in ("in", "out"))
+    except CapabilityError:
+        return True
+
+
 def share_out(atlas: Atlas, model: nn.Module) -> None:
     """Have the hook points of a model that is shared out give whole tensors, and refuse those that cannot.
 
@@ -133,6 +170,8 @@ def share_out(atlas: Atlas, model: nn.Module) -> None:
     if not any(is_shared(module) for module in modules.values()):
         return
     _demand_tensor_parallel(model)
+    first = next(shared for module in modules.values() if (shared := sharing(module)) is not None)
+    atlas.processes = first.mesh.get_group()
     sharer = _Sharer(atlas, modules)
     for (name, layer), entry in list(atlas.entries.items()):
         try:
@@ -176,21 +215,25 @@ class _Sharer:
         """
         if id(point) not in self.known:
             module = self.modules[point.module]
-            shards = self._heads(entry, module) if point.side == "attention" else self._shards(entry, point)
+            if entry.name == "shared_expert_gate":  # a number for each token, beside the experts
+                self.whole.add(id(module))
+            shards = self._heads(entry, module) if point.side == "attention" else self.at(point.module, point.side)
             layout = point.layout if shards is None else replace(point.layout or Layout(), shards=shards)
             needs = tuple(self.point(entry, needed) for needed in point.needs)
             same = layout is point.layout and all(a is b for a, b in zip(needs, point.needs, strict=True))
             self.known[id(point)] = point, point if same else replace(point, layout=layout, needs=needs)
         return self.known[id(point)][1]
 
-    def _shards(self, entry: Entry, point: HookPoint) -> Shards | None:
-        module = self.modules[point.module]
-        shared = sharing(module)
-        if shared is not None:
-            return _at(module, shared, point.side)
-        if is_shared(module):
-            raise CapabilityError(WHY)
-        if id(module) in self.whole or entry.name == "shared_expert_gate" or not self._beside_shared(point.module):
+    def at(self, path: str, side: str) -> Shards | None:
+        """How what passes at a side of a module is shared out, None where it is whole.
+
+        Raises:
+            CapabilityError: in a way that is not known here.
+        """
+        module = self.modules[path]
+        if (shared := sharing(module)) is not None:
+            return _at(module, shared, side)
+        if not is_shared(module) and (id(module) in self.whole or not self._beside_shared(path)):
             return None
         raise CapabilityError(WHY)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import HookPoint
-from ..architectures.parameters import is_shared
+from ..architectures.parameters import is_placed, is_shared
 from ..errors import CapabilityError, InterpError, PlanError
 from ..indexing import indices
 from ..plan import Plan
@@ -135,17 +135,26 @@ class LocalEngine:
         del self.turn.running[-1]
 
 
+def demand_copyable(model: nn.Module) -> None:
+    """Refuse modules whose copies would still be about the former ones.
+
+    Raises:
+        CapabilityError: saying so.
+    """
+    if any(is_shared(module) or is_placed(module) for module in model.modules()):
+        raise CapabilityError(
+            "this engine runs a copy of the modules, and those of a model with device_map or tp_plan, which know where "
+            "their weights are, cannot be copied; load it with engine='torch'"
+        )
+
+
 def with_same_weights(model: Any) -> Any:
     """A copy of a model that shares every parameter and buffer with it, for tools that change the modules.
 
     Raises:
         CapabilityError: its modules cannot be copied.
     """
-    if any(is_shared(module) for module in model.modules()):
-        raise CapabilityError(
-            "this engine runs a copy of the modules, and those of a model with tp_plan cannot be copied; load it with "
-            "engine='torch'"
-        )
+    demand_copyable(model)
     # What `deepcopy` finds in its memo it takes for copied already.
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
