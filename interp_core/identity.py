@@ -367,7 +367,9 @@ def weights(root: nn.Module) -> str:
     held = [(name, x) for name, x in root.named_parameters() if not (x.is_meta and name in tied)]
     named = [*held, *((name, x) for name, x in root.named_buffers() if not _is_passing(root, name))]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing lets other threads run
-        digests = list(pool.map(lambda item: _weight(root, *item), named))
+        # What is shared out is gathered, in one order by all processes.
+        one_by_one = any(hasattr(x, "full_tensor") for _, x in named)
+        digests = list((map if one_by_one else pool.map)(lambda item: _weight(root, *item), named))
     return _hashed("weights", [part for (name, _), own in zip(named, digests, strict=True) for part in (name, own)])
 
 

@@ -145,7 +145,7 @@ def activations(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def replaced_attention(rules: Mapping[nn.Module, Rule], operations: Operations) -> Iterator[None]:
-    """For a while, the attention of layers is that of their rules, which are handed the layer's own kernel: where a plan
+    """For a while, the attention of layers is that of their rules, handed the layer's own kernel: where a plan
     looks into the layer, attention in the open."""
     configs: dict[int, Any] = {}
     try:

@@ -86,9 +86,15 @@ def model_record(model: Structure) -> dict[str, Any]:
 
     Raises:
         CapabilityError: its fingerprint cannot be told.
+        PlanError: it is shared out between processes.
     """
     from ..identity import NoIdentityError, identity, model_parts, tokenizer_digest
 
+    if model.atlas.processes is not None:
+        raise PlanError(
+            "a model with tp_plan runs in several processes at once, which would write into one folder, and could be "
+            "stopped at different places of it; run without a folder, and save the result in one of them"
+        )
     try:
         parts = model_parts(model)
         tokenizer = tokenizer_digest(model.tokenizer)

@@ -87,7 +87,7 @@ class Runner:
         try:
             clean = self._clean(group) if group.passes else None
         except torch.OutOfMemoryError:
-            if len(group.texts) == 1:
+            if len(group.texts) == 1 or self.session.atlas.processes is not None:  # others have memory left
                 raise
             half = len(group.texts) // 2
             halves = [_part(group, texts) for texts in (group.texts[:half], group.texts[half:])]
@@ -183,7 +183,7 @@ class Runner:
         try:
             value, moved = self._stairs(steps, texts, sweep_pass.columns, group, clean)
         except torch.OutOfMemoryError:
-            if len(steps) == 1:
+            if len(steps) == 1 or self.session.atlas.processes is not None:
                 raise
             half = len(steps) // 2
             for part in (steps[:half], steps[half:]):
