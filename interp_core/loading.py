@@ -70,8 +70,13 @@ def open_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    elsewhere: bool = False,
 ) -> Opened:
-    """Open what `ic.load` was given; see there."""
+    """Open what `ic.load` was given; see there.
+
+    Args:
+        elsewhere: plans run on another machine, so that `device="meta"` holds all that is needed here.
+    """
     places = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
     if len(given := [name for name, place in places.items() if place is not None]) > 1:
         raise LoadError(f"give {' or '.join(given)}, not both")
@@ -83,7 +88,12 @@ def open_model(
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
     # Before weights are read, which may take minutes.
-    goal = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
+    empty = elsewhere and str(device) == "meta"  # its numbers are where plans run
+    goal = (
+        None
+        if empty
+        else _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
+    )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
@@ -98,9 +108,10 @@ def open_model(
         _files(path, options) as files,
         _offloading(device_map, offload_folder) as to,
     ):
-        model = _weights(files, {key: value for key, value in {**kinds, **to.options}.items() if value is not None})
+        chosen = {key: value for key, value in {**kinds, **to.options}.items() if value is not None}
+        model = _without_weights(files, chosen) if empty else _weights(files, chosen)
         to.keep_for(model)
-        if device_map is None and tp_plan is None:  # else its parts are placed
+        if goal is not None and device_map is None and tp_plan is None:  # else its parts are placed
             model = model.to(goal)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
@@ -238,6 +249,20 @@ def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     return model
 
 
+def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
+    """The modules of a model, on the meta device: from its config alone."""
+    import transformers
+
+    config = _attempt(files, "AutoConfig")
+    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
+    trusted = {"trust_remote_code": files.options["trust_remote_code"]}
+    with torch.device("meta"):
+        model = getattr(transformers, auto).from_config(config, **{**options, "dtype": dtype}, **trusted)
+    model.config.name_or_path = files.folder
+    return model
+
+
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
@@ -303,7 +328,10 @@ def _device(device: Any) -> torch.device:
             "Leave device out for the best that is there, or give 'cpu'."
         ) from error
     if checked.type == "meta":
-        raise LoadError("device='meta' holds no weights; give 'cpu', a CUDA device, or a device_map")
+        raise LoadError(
+            "device='meta' holds no weights, which is enough for plans that run elsewhere alone (engine='nnsight', "
+            "engine_options={'remote': True}); give 'cpu', a CUDA device, or a device_map"
+        )
     return checked
 
 

@@ -20,7 +20,7 @@ from .files import without_folder
 from .foreign import MODEL, Abroad, Answering
 from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
-from .session import Input, Session
+from .session import Input, Session, is_remote
 from .sites import SITES, Edit, Site
 from .vision.places import VisualToken, visual_grid
 
@@ -60,7 +60,8 @@ def load(
         engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
         engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
         dtype: of the weights (default: as stored; float32 for quantised GGUF files and `"smollm2"`).
-        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate, or a `tp_plan`.
+        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate, or a `tp_plan`. `"meta"` reads
+            no weights, for plans that run elsewhere (`engine_options={"remote": True}`); nothing is verified then.
         offload_folder: where weights go that a `device_map` sends to disk and that cannot be read from the model's own
             files; default a temporary folder, which goes with the model.
         tp_plan: `"auto"`, a style per module, or a `DistributedConfig` of transformers: tensor and expert parallelism
@@ -86,6 +87,7 @@ def load(
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        elsewhere=is_remote(engine_options),
     )
     return Model(opened, engine=engine, engine_options=engine_options, check=check)
 
@@ -123,7 +125,7 @@ class Model(Answering, Session):
         """See `Session.reopen`; the atlas is checked again too."""
         super().reopen()
         try:
-            self.check: Check | None = check_atlas(self) if self._checks else None
+            self.check: Check | None = check_atlas(self) if self._checks and not self.weightless else None
         except BaseException:  # an interrupt too: the next run must not take what nobody has checked for checked
             self.snapshot.forget()
             raise

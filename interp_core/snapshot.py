@@ -166,8 +166,11 @@ def demand_plain(model: nn.Module) -> None:
             )
 
 
-def demand_usable(model: Any) -> None:
+def demand_usable(model: Any, *, weightless: bool = False) -> None:
     """Refuse a model that cannot be run, or whose runs mean nothing.
+
+    Args:
+        weightless: it needs no weights here.
 
     Raises:
         CapabilityError: with the reason.
@@ -176,7 +179,8 @@ def demand_usable(model: Any) -> None:
     demand_plain(model)
     for path, module in model.named_modules():
         _demand_steady(path, module)
-    _demand_weights(model)
+    if not weightless:
+        _demand_weights(model)
     if getattr(model.config, "return_dict", True) is False:
         raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
 

@@ -86,21 +86,30 @@ def model_record(model: Structure) -> dict[str, Any]:
 
     Raises:
         CapabilityError: its fingerprint cannot be told.
-        PlanError: it is shared out between processes.
     """
     from ..identity import NoIdentityError, identity, model_parts, tokenizer_digest
 
-    if model.atlas.processes is not None:
-        raise PlanError(
-            "a model with tp_plan runs in several processes at once, which would write into one folder, and could be "
-            "stopped at different places of it; run without a folder, and save the result in one of them"
-        )
     try:
         parts = model_parts(model)
         tokenizer = tokenizer_digest(model.tokenizer)
     except NoIdentityError as error:
         raise CapabilityError(f"this model has no fingerprint: {error}") from error
     return {"source": model.source, "fingerprint": identity(parts)[:16], "tokenizer": tokenizer, "parts": parts}
+
+
+def bound_record(model: Structure) -> dict[str, Any]:
+    """The record of a model whose numbers go into a folder.
+
+    Raises:
+        CapabilityError: its fingerprint cannot be told.
+        PlanError: it is shared out between processes.
+    """
+    if model.atlas.processes is not None:
+        raise PlanError(
+            "a model with tp_plan runs in several processes at once, which would write into one folder, and could be "
+            "stopped at different places of it; run without a folder, and save the result in one of them"
+        )
+    return model_record(model)
 
 
 def model_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
