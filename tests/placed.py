@@ -89,7 +89,7 @@ def _ask(out: Answers, question: str, answer: Callable[[], Any]) -> None:
 
 def differing(ours: Answers, theirs: Answers, limit: float) -> dict[str, Any]:
     """Questions that are answered otherwise: by how much of the largest number, or with what."""
-    out: dict[str, Any] = {name: "only one answers" for name in ours.keys() ^ theirs.keys()}
+    out: dict[str, Any] = dict.fromkeys(ours.keys() ^ theirs.keys(), "only one answers")
     for name in ours.keys() & theirs.keys():
         a, b = ours[name], theirs[name]
         if isinstance(a, str) or isinstance(b, str):

@@ -39,7 +39,7 @@ def spread(model: ic.Model, whole: bool = False) -> dict[str, str]:
         inside = stack.startswith(outer) or name == stack
         if inside:
             places |= {
-                f"{outer}{child}": "disk" if whole or name == stack and child != "0" else "cpu"
+                f"{outer}{child}": "disk" if whole or (name == stack and child != "0") else "cpu"
                 for child, _ in module.named_children()
                 if not stack.startswith(f"{outer}{child}")
             }
