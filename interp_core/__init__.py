@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .errors import CapabilityError as CapabilityError
     from .errors import EffectError as EffectError
     from .errors import InterpError as InterpError
+    from .errors import ItemError as ItemError
     from .errors import LoadError as LoadError
     from .errors import PlanError as PlanError
     from .errors import PluginError as PluginError
@@ -77,8 +78,8 @@ _NAMES = {
     "activations": "Activations",
     "batteries.images": "VisualCheck visual_check",
     "engines.attention_rows": "AttentionRows",
-    "errors": "CapabilityError EffectError InterpError LoadError PlanError PluginError PositionError ReadError "
-    "SiteError TextError",
+    "errors": "CapabilityError EffectError InterpError ItemError LoadError PlanError PluginError PositionError "
+    "ReadError SiteError TextError",
     "generation": "Generation",
     "identity": "keyed",
     "loading": "open_tokenizer",

@@ -9,15 +9,16 @@ InterpError
 ├── CapabilityError  the engine or the model family cannot do what is asked
 ├── EffectError      an edit that did nothing, or whose value is not a number
 ├── ReadError        a value that the run does not hold
+├── ItemError        items of a run that raised errors, when the others are done
 └── PluginError      a plugin that is missing, broken, clashing or incompatible
 
 All are raised before the forward pass, except those that only the run can tell, after which the model is as it was:
-`EffectError`; `ReadError`, on access; and while the pass runs
+`EffectError`; `ReadError`, on access; `ItemError`; and while the pass runs
 
     PlanError        `apply`: the function returned another shape or dtype; a router edit that leaves a token no expert,
                      or gives weight to more experts than the model takes; a run inside another run's edit
-    CapabilityError  a module that was not handed the named input that a site is; weights that were offloaded after
-                     load; a router whose family file selects otherwise than it does
+    CapabilityError  a module that was not handed the named input that a site is; a router whose family file
+                     selects otherwise than it does
 
 An error in a function of yours (`apply`, `grad=`, a score) is raised as it is.
 """
@@ -30,8 +31,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "CapabilityError", "EffectError", "InterpError", "LoadError", "PlanError", "PluginError", "PositionError",
-    "ReadError", "SiteError", "TextError", "nearest", "no_function_of", "several", "wrong",
+    "CapabilityError", "EffectError", "InterpError", "ItemError", "LoadError", "PlanError", "PluginError",
+    "PositionError", "ReadError", "SiteError", "TextError", "nearest", "no_function_of", "several", "wrong",
 ]  # fmt: skip
 
 
@@ -69,6 +70,10 @@ class EffectError(InterpError, RuntimeError):
 
 class ReadError(InterpError, LookupError):
     """The run does not hold the value that is asked for."""
+
+
+class ItemError(InterpError, RuntimeError):
+    """Items of a run raised errors; the others are done."""
 
 
 class PluginError(InterpError, ImportError):

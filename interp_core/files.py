@@ -19,6 +19,10 @@ from .errors import LoadError, first_line, wrong
 
 STALE_SECONDS = 24 * 3600
 """Age after which a draft of another machine, whose processes cannot be asked, counts as left behind."""
+_FOLDERS = re.compile(
+    r"(?:(?<=^)|(?<=[\s,;=:'\"(\[]))(?:~|\.\.|[A-Za-z]:)?[/\\](?![/\\])(?:[^/\\\s,;'\"()]+[/\\])+(?=[^/\\\s,;'\"()])"
+)
+"""Folders of paths that are absolute, or lead out of the working folder, up to the last part."""
 _DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-\d+\.tmp")
 
 
@@ -31,9 +35,13 @@ def write(path: Path, data: str | bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def create(path: Path, data: str | bytes) -> bool:
-    """Write a file whole if there is none; of several processes that try, one does. Whether it was this one."""
-    draft = _drafted(path, data)
+def create(path: Path, data: str | bytes, *, lasting: bool = True) -> bool:
+    """Write a file whole if there is none; of several processes that try, one does. Whether it was this one.
+
+    Args:
+        lasting: it is to be there after a loss of power.
+    """
+    draft = _drafted(path, data, lasting)
     try:
         os.link(draft, path)  # unlike a rename, fails where there is a file
         return True
@@ -152,15 +160,16 @@ def sweep_drafts(folder: Path, deep: bool = True) -> list[Path]:
     return swept
 
 
-def _drafted(path: Path, data: str | bytes) -> Path:
-    """A file beside another, with what that is to hold, safe on the disk."""
+def _drafted(path: Path, data: str | bytes, lasting: bool = True) -> Path:
+    """A file beside another, with what that is to hold; safe on the disk, if it is to last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name[:120]}.{host()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with draft.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -171,6 +180,11 @@ def without_folder(name: str) -> str:
     """A name as others may read it: of an absolute path, or one that leads out of the working folder, its last part."""
     leads_away = Path(name).is_absolute() or name.startswith(("~", "..")) or str(Path.home()) in name
     return Path(name).name if leads_away else name
+
+
+def without_folders(text: str) -> str:
+    """A text as others may read it: of absolute paths in it, the last part alone."""
+    return _FOLDERS.sub("", text)
 
 
 def folder_of(what: str, folder: Any) -> Path:

@@ -72,6 +72,7 @@ def open_model(
     trust_remote_code: bool = False,
     elsewhere: bool = False,
 ) -> Opened:
+<<<<<<< HEAD
     """Open what `ic.load` was given; see there.
 
     Args:
@@ -81,6 +82,13 @@ def open_model(
     if len(given := [name for name, place in places.items() if place is not None]) > 1:
         raise LoadError(f"give {' or '.join(given)}, not both")
     _check_kinds(tokenizer, processor, dtype, attn_implementation, revision, device_map, offload_folder, tp_plan)
+=======
+    """Open what `ic.load` was given; see there."""
+    if device is not None and device_map is not None:
+        raise LoadError("give device or device_map, not both")
+    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision, device_map)
+    _check_attention(attn_implementation)
+>>>>>>> main
     if isinstance(source, nn.Module):
         if device_map is not None or tp_plan is not None:
             raise LoadError(f"a model in memory is taken as it is; load it with {given[0]}= by transformers")
@@ -310,6 +318,33 @@ def _check_kinds(
         raise LoadError(wrong("tp_plan=", "'auto', a style per module, or transformers' DistributedConfig", tp_plan))
 
 
+def _check_attention(name: str | None) -> None:
+    """Refuse ways to compute attention that are not installed, before anything is opened.
+
+    Raises:
+        LoadError: FlashAttention or a kernel of the hub without its package, or a name that nothing has.
+    """
+    if name in (None, *OPEN_ATTENTION):
+        return
+    from transformers import utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    assert name is not None
+    kind, own = name.removeprefix("paged|"), {*ALL_ATTENTION_FUNCTIONS.valid_keys(), *OPEN_ATTENTION} - {"interp_core"}
+    flash = getattr(utils, f"is_{kind.replace('flash_attention', 'flash_attn')}_available", None)
+    if flash is None and "/" not in kind:
+        if kind not in own and name not in own:
+            raise LoadError(f"there is no attn_implementation={name!r}. {nearest(name, sorted(own))}")
+    elif not utils.is_kernels_available() and not (flash and flash()):  # kernels brings FlashAttention, too
+        version = kind.rpartition("_")[2]
+        what = f"FlashAttention {version}, which is not installed, or finds no device for it" if flash else "kernels"
+        absent = "" if flash else ", a package that is not installed"
+        raise LoadError(
+            f"attn_implementation={name!r} needs {what}{absent}. Leave it out, or give 'sdpa' or 'eager', which need "
+            "no package and have the sites inside attention."
+        )
+
+
 def _device(device: Any) -> torch.device:
     """The device, if it is there.
 
@@ -377,6 +412,14 @@ def _check_folder(path: str) -> None:
         if not isinstance(config, dict):
             raise LoadError(f"{path}/config.json holds no settings, but a {type(config).__name__}; copy the file again")
         _check_index(folder)
+        if not any(
+            item.suffix in (".safetensors", ".bin") or item.name.endswith(".index.json") for item in folder.iterdir()
+        ):
+            held = ", ".join(sorted(item.name for item in folder.iterdir())[:8])
+            raise LoadError(
+                f"{path} holds a config.json but no weights, model.safetensors or the like (it holds {held}); copy "
+                "them there, or give the folder that has both"
+            )
     elif _looks_local(path):
         raise LoadError(f"there is no folder {path}; give a folder, a hub id like 'Qwen/Qwen3-0.6B', or 'toy:text'")
 

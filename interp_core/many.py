@@ -53,6 +53,8 @@ def run_many(
     if kind is not None:
         demand_joinable(name, kind)
     part_of(name, config, range(len(tokens)), len(tokens))
+    if isinstance(out, runs.RunFolder) and out.shards is not None:
+        return _shared(method, model, tokens, config, size, out, kind).with_provenance(record)
     with _shelf(method, model, tokens, config, out, kind) as shelf:
         parts = shelf.parts(name, tokens)
         done = {number for part in parts for number in part.numbers}
@@ -73,6 +75,41 @@ def run_many(
         result = joined(parts, tokens).with_provenance(record)
         shelf.finish(result)
     return result
+
+
+def _shared(
+    method: Any, model: Structure, tokens: Tokens, config: Config, size: int, run: runs.RunFolder,
+    kind: type[Result] | None,
+) -> Result:  # fmt: skip
+    """The same in a run of several processes, of which each takes batches."""
+    kind = _demand_kind(method, kind)
+    groups = bucketed(tokens.lengths, size, mixed=bool(sides(model.atlas)))
+    batches = list(enumerate(sorted(group) for group in groups))
+
+    def made(batch: tuple[int, list[int]]) -> dict[str, Any]:
+        (part,) = _results(method, model, tokens, config, [batch[1]], kind)
+        run.result(_folder(batch[0]), part.result)
+        return {"part": f"{batch[0]:05}", "prompts": batch[1]}
+
+    prompts = {"prompts": _digest("the prompts", numbering(tokens))}
+    run.map(INDEX, made, batches, by=lambda b: b[0], inputs=prompts, beside=lambda b, _: [_folder(b[0])], strict=True)
+    parts = [
+        Part(numbers, some_rows(tokens, numbers), kind.load(run.path / _folder(number))) for number, numbers in batches
+    ]
+    return joined(parts, tokens)
+
+
+def _folder(number: int) -> str:
+    return f"{PARTS}/{number:05}"
+
+
+def _demand_kind(method: Any, kind: type[Result] | None) -> type[Result]:
+    if kind is None:
+        raise PlanError(
+            f"{method.name} with out=: results of earlier batches are read back, so the method's `run` must say which "
+            "class it returns: def run(self, model, tokens, config) -> MyResult"
+        )
+    return kind
 
 
 def _results(
@@ -201,11 +238,7 @@ def _shelf(
         return
     if not isinstance(out, (str, Path, runs.RunFolder)):
         raise PlanError(wrong("out=", "a folder", out))
-    if kind is None:
-        raise PlanError(
-            f"{method.name} with out=: results of earlier batches are read back, so the method's `run` must say which "
-            "class it returns: def run(self, model, tokens, config) -> MyResult"
-        )
+    kind = _demand_kind(method, kind)
     if isinstance(out, runs.RunFolder):
         with out.rows(INDEX, key="part", inputs={"prompts": _digest("the prompts", numbering(tokens))}) as rows:
             yield FolderShelf(out, rows, kind)

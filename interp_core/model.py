@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .activations import Activations
     from .engines.replace import Rule
     from .generation import Generation
+    from .runs import RunFolder
     from .score import Score
     from .sweep import Sweep
 
@@ -234,13 +235,13 @@ class Model(Answering, Session):
     @overload
     def sweep(
         self, x: Input, variants: Variants, score: Score, *, strategy: str = "auto",
-        memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
+        memory_budget: int | None = None, out: str | Path | RunFolder | None = None, progress: bool = False,
     ) -> Sweep: ...  # fmt: skip
 
     @overload
     def sweep(
         self, x: Input, variants: Variants, score: Sequence[Score], *, strategy: str = "auto",
-        memory_budget: int | None = None, out: str | Path | None = None, progress: bool = False,
+        memory_budget: int | None = None, out: str | Path | RunFolder | None = None, progress: bool = False,
     ) -> tuple[Sweep, ...]: ...  # fmt: skip
 
     def sweep(
@@ -251,7 +252,7 @@ class Model(Answering, Session):
         *,
         strategy: str = "auto",
         memory_budget: int | None = None,
-        out: str | Path | None = None,
+        out: str | Path | RunFolder | None = None,
         progress: bool = False,
     ) -> Sweep | tuple[Sweep, ...]:
         """Run many variants of a text, each with its own edits, and score them: exactly what one run per variant gives,
@@ -267,7 +268,8 @@ class Model(Answering, Session):
                 many variants per pass, "restart" leaves out layers below the first edited one, "prefix" positions
                 before it, "staircase" both.
             memory_budget: bytes that one pass may take (default: half of what is free).
-            out: a folder for the scores as they come; a sweep that was stopped goes on there.
+            out: a folder for the scores as they come, where a sweep that was stopped goes on; or an open run of
+                `ic.runs`, whose processes share the variants.
             progress: show from the beginning how much is done, on standard error; else from three seconds on.
 
         Raises:

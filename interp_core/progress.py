@@ -45,6 +45,16 @@ def hushing(quiet: bool) -> Iterator[None]:
         hushed = before
 
 
+@contextmanager
+def stopping(said: Callable[[], str]) -> Iterator[None]:
+    """For a while, Ctrl-C says this: how far work came, what is kept of it, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(said())
+        raise
+
+
 _LINE: list[Progress] = []
 """The work whose line stands on the terminal, if any."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .batches import numbering
 from .columns import shortened
-from .files import without_folder
+from .files import without_folder, without_folders
 from .identity import NoIdentityError, identity, weights
 from .runs.identity import digest, plain_fields
 from .runs.session import now, packages
@@ -34,6 +35,7 @@ WEIGHTS = 1 << 30
 """Bytes of weights up to which a model without a revision gets a fingerprint, once (a second); `out=` takes any."""
 
 
+_DIGEST = re.compile("[0-9a-f]{32,}")
 _WITHIN: ContextVar[bool] = ContextVar("within", default=False)
 """Whether a result is being made that has its record already."""
 
@@ -59,12 +61,47 @@ def provenance(
         what: what it asks, in a sentence.
         settings: as plain data.
     """
-    if _WITHIN.get():
-        return None
+    return None if _WITHIN.get() else _record(name, what, _model(model), settings, _prompts(tokens))
+
+
+def run_provenance(
+    run: Mapping[str, Any], what: str, model: Structure | None, bound: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The record of a run, whose page says itself what its samples are; settings without folders.
+
+    Args:
+        run: what makes it this run, see `RunFolder.identity`.
+        model: None where it was not loaded, since all was done before.
+        bound: the model as the run has noted it; None where no model has made anything.
+    """
+    told = None if model is None else _model(model)
+    if bound is not None:
+        parts = bound["parts"]
+        kept = {"class": parts["model"], "source": without_folder(bound["source"]), "layers": None, "revision": None}
+        told = told or kept | {key: parts[key] for key in ("dtype", "device", "attention", "engine")}
+        # read for the run already, whatever its size
+        told["fingerprint"] = None if told["revision"] else parts["weights"][:16]
+    return _record(run["recipe"], what, told, _shared(run["settings"]), None)
+
+
+def _record(
+    name: str, what: str, model: Mapping[str, Any] | None, settings: Mapping[str, Any], prompts: Any
+) -> dict[str, Any]:
     return {
-        "name": name, "what": what, "model": _model(model), "settings": dict(settings), "prompts": _prompts(tokens),
+        "name": name, "what": what, "model": model, "settings": dict(settings), "prompts": prompts,
         "versions": versions(), "command": command(), "date": now(),
     }  # fmt: skip
+
+
+def _shared(setting: Any) -> Any:
+    """Plain data as others may read it: of paths the last part alone, of digests the beginning."""
+    if isinstance(setting, Mapping):
+        return {_shared(key): _shared(held) for key, held in setting.items()}
+    if isinstance(setting, list):
+        return [_shared(held) for held in setting]
+    if not isinstance(setting, str):
+        return setting
+    return setting[:16] if _DIGEST.fullmatch(setting) else without_folders(setting)
 
 
 def _folded(row: Sequence[str]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from .result_files import FORMAT, check_fields, head_of, tensors_of, tupled
 from .views import Part, Shown, View
 
 if TYPE_CHECKING:
-    from .report import Chart
+    from .report import Answer, Chart
     from .report.subtracted import Pair
 
 HOMES = {"Sweep": "interp_core.sweep"}
@@ -182,16 +182,21 @@ class Result(Answering):
         """Further texts by title, folded away on the page: how it was carried out, and what it cost."""
         return {}
 
+    def page(self) -> Answer:
+        """What its page says, part by part; a recipe that has more to say adds to it, and writes it by `run.page`."""
+        from .report.answer import Answer
+
+        return Answer(
+            self.heading, self.question, self.finding, self.prompt_rows(), self.html(), rows=self.table(),
+            details=self.details(), provenance=self.provenance,
+        )  # fmt: skip
+
     def to_html(self, path: str | Path) -> Path:
         """Write the result as one self-contained page."""
-        from .report.answer import Answer, answer_page
+        from .report.answer import answer_page
 
-        said = Answer(
-            self.heading, self.question, self.finding, self.prompt_rows(), self.html(), self.table(), self.details(),
-            self.provenance,
-        )  # fmt: skip
         out = Path(path)
-        write(out, answer_page(said))
+        write(out, answer_page(self.page()))
         return out
 
     def _repr_html_(self) -> str:

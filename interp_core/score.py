@@ -204,6 +204,14 @@ class Score:
                     bad = low if low < 0 else high
                     raise PlanError(f"score {self.name}: no token id {bad}, there are {d_vocab}, 0 to {d_vocab - 1}")
 
+    def words(self, model: Any) -> str:
+        """The score in words, with the tokens that it is about as the model writes them: "the logit of ' John' minus
+        that of ' Mary'"; of a function of your own its name with them."""
+        said = [_one_word(model, target) for target in self.targets]
+        if self.fn in _WORDS:
+            return _WORDS[self.fn].format(*(word or other for word, other in zip(said, _EACH, strict=False)))
+        return f"{self.name}({', '.join(said)})" if said and all(said) else self.name
+
     def ids(self, example: int) -> Tensor:
         """All target ids of an example, ascending."""
         targets = [target if isinstance(target, (int, str, list)) else _of(target, example) for target in self.targets]
@@ -422,6 +430,29 @@ def _along(direction: Tensor, value: Tensor) -> Tensor:
     if value.shape[-1:] != direction.shape:
         raise PlanError(f"projection: the direction has {len(direction)} numbers, the site's value {list(value.shape)}")
     return value @ direction.to(value.device, value.dtype)
+
+
+_WORDS: dict[Callable[..., Tensor], str] = {
+    _logprob: "the log-probability of {}",
+    _probability: "the probability of {}",
+    _pick: "the logit of {}",
+    _logit_diff: "the logit of {} minus that of {}",
+    _rank: "the rank of {}",
+    _nll: "the negative log-likelihood of the target",
+    _kl: "the KL divergence from the run without edits",
+}
+"""Scores of this module in words; the tokens take the places of braces."""
+_EACH = ("each prompt's target", "its rival")
+"""Their words where prompts have others each."""
+
+
+def _one_word(model: Any, target: Target) -> str:
+    """The token of a target, quoted; "" of several."""
+    if isinstance(target, tuple):
+        return ""
+    each = target.flatten().tolist() if isinstance(target, Tensor) else target if isinstance(target, list) else [target]
+    words = {token if isinstance(token, str) else model.word(token) for token in each}
+    return repr(words.pop()) if len(words) == 1 else ""
 
 
 def __dir__() -> list[str]:

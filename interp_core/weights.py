@@ -2,7 +2,7 @@
 
 A projection's weights are its module's own matrix, seen through the view by which its site sees what the module gives,
 so that fused, transposed and grouped layouts come out right wherever the site does. Of a module that is no plain matrix
-(quantized, adapted, scaled, offloaded, a norm) the weights are worked out from what it gives: a linear map from the
+(quantized, adapted, scaled, a norm) the weights are worked out from what it gives: a linear map from the
 unit vectors, an embedding from all ids, a norm from one vector of mean 0; and then held against it on random numbers.
 """
 
@@ -128,8 +128,8 @@ class WeightReader(NamedTuple):
         if module is None or not isinstance(width, int):
             raise CapabilityError(f"{self._what(entry)} does not come out of one linear map; see model.module")
         self._demand_running(entry, module)
-        # The bias is what nothing gives, a row of the matrix what a unit vector adds to that: true of quantized,
-        # adapted and offloaded layers alike, whatever they hold.
+        # The bias is what nothing gives, a row of the matrix what a unit vector adds to that: true of quantized
+        # and adapted layers alike, whatever they hold.
         zero = called(module, self._like(module, torch.zeros(1, width)))
         units = torch.arange(width).split(ROWS)
         rows = [called(module, self._like(module, nn.functional.one_hot(part, width))) - zero for part in units]

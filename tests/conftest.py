@@ -51,7 +51,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the real model run only where they are asked for: the others are to stay fast, and to need no model."""
+    """Tests of the real model run only where they are asked for: the others are to stay fast, and to need no model.
+    A test's name holds no address, which would be another one in every process that tests are divided among."""
+    named_by_place = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    assert not named_by_place, named_by_place
     if "real" not in config.option.markexpr:
         skip = pytest.mark.skip(reason="on the real model: `make real` gets it, `pytest -m real` runs this")
         for item in items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,10 @@ def test_pages_and_files(tmp_path: Path) -> None:
     mean = float(found.first.mean())
     assert f"{mean:.0%} of attention goes to the first token" in found.finding and "of 3 prompts" in found.finding
     page = found.to_html(tmp_path / "page.html").read_text()
-    assert "Even attention" in page and "Attention on sinks" in page and "learnt sink" not in page
+    sinks = replace(found, sinks=(((0, "Q:", 3), (7, " hot", 1)), (), ()))
+    assert sinks.prompt_rows()[0]["sinks"] == "position 0, 'Q:': 3 heads; position 7, ' hot': 1 head"
+    assert "off       share that a learnt sink takes, which is no token" in str(found)
+    assert "Even attention" in page and "Attention on sinks" in page and "on the learnt sink" not in page
     assert found.png(tmp_path / "map.png").stat().st_size > 1_000 and len(found.charts()) == 4
     assert type(found).load(found.save(tmp_path / "saved")) == found and len(found.table()) == 8
     assert found.layers == (1, 2) and len(summary(tiny_model("gpt_oss")).charts()) == 5

@@ -3,6 +3,7 @@ and results over images."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,21 @@ def test_shares_and_what_is_left_out() -> None:
     assert float(Given(torch.zeros(5), stream)(model, tokens).first_share[0]) == 0.0
     with pytest.raises(ic.ReadError, match="given gave scores that are no numbers; see dtype torch.float32"):
         Given(torch.tensor([1.0, float("nan"), 0, 0, 0]), stream)(model, tokens)
+
+
+def test_what_counts_most_goes_by_size(toy: ic.Model) -> None:
+    """Also what speaks against the answer, which a sentence says; a token with its position, as readers name it."""
+    found = ic.method("input_x_gradient")(toy, "Q: big\nA: small\n\nQ: hot\nA:", target=" cold")
+    best = found.top(0, 1)[0]
+    stop = len(found.labels[0]) - 1  # the target is left out
+    assert abs(best["score"]) == float(found.scores[0, :stop].abs().max())
+    spoken = ["owes most to", "is held back most by"]
+    for result, verb in (
+        (found, spoken[best["score"] < 0]),
+        (replace(found, scores=-found.scores), spoken[best["score"] > 0]),
+    ):
+        where = "the last position" if best["pos"] < 0 else f"position {best['pos']}"
+        assert result.finding == f"The answer {verb} the token at {where}, '{best['token'].replace(chr(10), '⏎')}'."
 
 
 def test_attention_sinks_are_long_streams() -> None:

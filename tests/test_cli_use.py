@@ -17,7 +17,8 @@ from interp_plugins.logit_lens.method import LogitLensResult
 from typer.testing import CliRunner
 
 import interp_core as ic
-from interp_core import cli, progress
+from interp_core import bench, cli, progress
+from interp_core.batteries import sites
 from interp_core.cli import outputs, run
 from interp_core.columns import aligned, shortened, wrapped
 
@@ -190,6 +191,38 @@ def test_stopping_says_what_is_kept_and_the_same_command_goes_on(
     ran[:] = [1]
     assert interp("run", "logit_lens", "--text", "Q: big", "--out", "none") == 130
     assert capsys.readouterr().err.endswith("interp: stopped: nothing was done yet in none\n")
+
+
+def test_stopping_what_writes_nothing_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How far it came, and how to go on; of checks those that are printed."""
+    counted = {sites: "_cell", bench: "_seconds"}
+    for module, name in counted.items():
+        whole, calls = getattr(module, name), []
+
+        def third(*args: Any, whole: Any = whole, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return whole(*args)
+
+        monkeypatch.setattr(module, name, third)
+    assert interp("check", "toy:text") == 130
+    said = capsys.readouterr().err
+    assert re.search(r"^interp: stopped: \d+ of \d+ uses of sites were checked, none of them failed; ", said, re.M)
+    assert "nothing is written, and the same command begins anew; --engine NAME checks one engine alone" in said
+    assert interp("bench", "--rounds", "7", "--tokens", "4") == 130
+    assert "stopped: 0 of 7 rounds were timed; nothing is written, and the same" in capsys.readouterr().err
+
+    def stopped(*args: Any) -> LogitLensResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LogitLens, "run", stopped)
+    assert interp("plugins", "check", "logit_lens") == 130
+    shown = capsys.readouterr()
+    passed = re.search(r"interp: stopped: (\d+) checks? passed so far; the same command begins anew", shown.err)
+    assert passed and int(passed[1]) == shown.out.count("\nok ") > 0
 
 
 def test_how_far_work_is_on_terminals_alone_and_not_with_q(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import answered
 import pytest
 import torch
 from conftest import DATA, toy_model
@@ -49,9 +50,10 @@ def test_report_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for _ in range(2):  # the second run writes over the first
         path = recipe.demo(recipe.DemoConfig(out=tmp_path))
     page = path.read_text()
+    assert answered.finding_of(path).startswith("Heads z[2,2] and z[2,3] carry the answer")
     said = capsys.readouterr().out
-    assert "L2H2" in said and str(path) in said
-    for line in ("Summary", "Logit lens", "Which heads decide", "Steered text", "resid_post"):
+    assert "z[2,2]" in said and str(path) in said
+    for line in ("Logit lens", "Control: the heads taken out", "Steered text", "resid_post"):
         assert line in page
     files = {"report.html", "lens.png", "patching.png", "patching.safetensors", "lens"}
     assert {p.name for p in tmp_path.iterdir()} == files | {"manifest.json", "record", "DONE"}
@@ -89,7 +91,7 @@ def test_a_real_folder(tmp_path: Path) -> None:
         str(tmp_path / "b"),
     ]
     out = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert "single heads give back most of that gap" in out.stdout and (tmp_path / "b" / "report.html").is_file()
+    assert "these heads give back so much of that gap" in out.stdout and (tmp_path / "b" / "report.html").is_file()
 
 
 def test_pairs_that_do_not_fit(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,13 @@ def test_pages_and_pictures(tmp_path: Path) -> None:
     found = run(["Q: <b>wet</b>\nA:"], trials=2, questions=3)
     page = found.to_html(tmp_path / "page.html").read_text()
     assert "<svg" in page and "95 % bands" in page and "<b>wet" not in page and "layer 5" in page
+    row = re.search(r"<tr><td>(z.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    largest = int(found.aie.abs().nan_to_num().argmax())
+    assert row and row[1] == "z[{},{}]".format(*divmod(largest, found.aie.shape[1])) and row[2][0] in "+-"
+    assert page.count("<td>✓</td>") == len(found.heads) and "z[" in str(found)
+    turned = replace(found, aie=-found.aie)  # the strongest is below zero
+    below = re.search(r"<tr><td>(z.*?)</td><td>(.*?)</td>", turned.html())
+    assert below and below[1] == row[1] and below[2][0] != row[2][0]
     assert found.png(tmp_path / "heads.png").stat().st_size > 5_000
     assert found.png(tmp_path / "curve.png", row=1).stat().st_size > 5_000 and len(found.charts()) == 2
     assert type(found).load(found.save(tmp_path)) == found

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import answered
 import pytest
 import torch
 from conftest import toy_model
@@ -140,6 +141,7 @@ def test_published_bytes(finished: tuple[Path, list[str]]) -> None:
 def test_the_page(finished: tuple[Path, list[str]]) -> None:
     folder, _ = finished
     page = (folder / "out/summary.html").read_text()
+    assert "of 4 questions, most at " in answered.finding_of(folder / "out/summary.html")
     for text in (
         "4 completed",
         "1 failed",
@@ -150,7 +152,7 @@ def test_the_page(finished: tuple[Path, list[str]]) -> None:
         "Settings",
     ):
         assert text in page, text
-    assert "<b>" not in page and "http" not in page
+    assert "bad <b>" not in page and "http" not in page
     found = json.loads((folder / "out/failures.json").read_text())
     assert found["classes"][0]["rows"] == ["../bad <b>: row 112, column ex_B: is empty"]
     assert found["n_failed"] == 1 and found["classes"][0]["fix"].startswith("correct the table")

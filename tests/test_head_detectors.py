@@ -212,7 +212,11 @@ def test_many_prompts_pages_and_files(tmp_path: Path) -> None:
     whole, parts = (detect(model, texts, sequences=2, length=8, **how) for how in ({}, {"batch_size": 2}))
     close(parts.prompts.nan_to_num(), whole.prompts.nan_to_num(), model)
     assert torch.equal(parts.random, whole.random) and torch.equal(parts.copying, whole.copying)
-    assert len(whole.charts()) == 4 and whole.png(tmp_path / "map.png").stat().st_size > 1_000
+    titles = [chart.title for chart in whole.charts()]
+    assert (
+        titles[0] == "How far each head attends to the token before, on random tokens" and "by its weights" in titles[3]
+    )
+    assert len(titles) == 4 and whole.png(tmp_path / "map.png").stat().st_size > 1_000
     page = whole.to_html(tmp_path / "page.html").read_text()
     assert "Heads with the highest scores on 16 random tokens" in page and "Scores of even attention" in page
     assert type(whole).load(whole.save(tmp_path / "saved")) == whole and len(whole.table()) == 24

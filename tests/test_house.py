@@ -6,11 +6,14 @@ import ast
 import importlib
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import rooms
@@ -325,6 +328,30 @@ def test_constraints_pin_every_dependency() -> None:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()  # type: ignore[union-attr]
         assert name in pins or name == "interp-core", f"{name} is not in constraints.txt"
     assert importlib.metadata.version("torch").split("+")[0] == "2.13.0"
+
+
+def test_the_lock_pins_what_every_extra_needs_and_refuses_to_lose_one() -> None:
+    lock = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/lock")))
+    needs = {
+        "root": ["Torch>=2", 'sphinx[x]; extra == "docs"', 'pyvene; extra == "bench"', "pip"],
+        "torch": ['colorama; sys_platform == "nowhere"'], "sphinx": ["roman_numerals", 'y; extra == "x"'],
+        "roman-numerals": [], "y": [], "pip": [],
+    }  # fmt: skip
+
+    def find(name: str) -> Any:
+        if name not in needs:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(metadata={"Name": name}, version="1.2+cpu", requires=needs[name])
+
+    assert list(lock.pins("root", find)) == ["roman-numerals", "root", "sphinx", "torch", "y"]
+    assert lock.text(lock.pins("root", find)).splitlines()[1] == "roman-numerals==1.2"
+    del needs["roman-numerals"]
+    with pytest.raises(SystemExit, match=r"not installed: roman-numerals\. Nothing is written: first .*docs"):
+        lock.pins("root", find)
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*lock.EXTRAS, "bench"} == set(project["optional-dependencies"])
 
 
 def test_types_are_checked_with_what_dev_installs() -> None:

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import answered
 import moe_golden
 import numpy as np
 import pytest
+import torch
 from interp_plugins.logit_lens import curves
 from interp_plugins.logit_lens.curves import scores_of
 from interp_recipes.moe_nll import MoeNllConfig, moe_nll
 from interp_recipes.moe_nll.config import Settings
-from interp_recipes.moe_nll.report import charts_of, sentences
+from interp_recipes.moe_nll.report import charts_of, final, sentences
 from safetensors.torch import load_file
 from test_lens_aligned import TOLERANCE, golden, published
 
@@ -80,6 +82,23 @@ def test_page_and_summary_say_what_the_numbers_say(whole: Path) -> None:
         summary["processed_samples"] == 6 and summary["skipped_samples"] == 0 and sum(summary["targets"].values()) == 79
     )
     assert any("farthest apart" in line for line in summary["sentences"]) and summary["js_mode"] == "exact"
+
+
+def test_the_better_context_is_the_one_of_lower_nll(whole: Path) -> None:
+    """The page's finding; another winner gives another sentence."""
+    assert answered.finding_of(whole / "nll_core.html").endswith("which does not tell them apart.")
+    loaded = [load_file(path) for path in sorted((whole / "tables/nll_core_samples").iterdir())]
+
+    def said(**levels: float) -> str:
+        scores = []
+        for i, tensors in enumerate(loaded * 3):
+            flat = {f"logprob_{s}": torch.full_like(tensors["js"], -x - 0.01 * (i % 4)) for s, x in levels.items()}
+            flat["logprob_agentic"] -= 0.001 * (i % 3)
+            scores.append(scores_of(f"s{i}", tensors | flat))
+        return final(curves.Curves.of(scores), "all")
+
+    assert said(agentic=1.0, assisted=2.0).endswith(": the agentic context predicts better.")
+    assert said(agentic=2.0, assisted=1.0).endswith(": the assisted context predicts better.")
 
 
 def test_layers_that_differ_are_decoder_layers(whole: Path) -> None:

@@ -87,7 +87,7 @@ def broken(tmp_path: Path, name: str, data: bytes | None) -> str:
         ("config.json", b"\xff\xfe", "config.json is not JSON"),
         ("config.json", b"[1]", "config.json holds no settings, but a list"),
         ("config.json", b'{"model_type": "nonsense"}', "cannot be loaded as a language model"),
-        ("model.safetensors", None, "cannot be loaded as a language model"),
+        ("model.safetensors", None, "holds a config.json but no weights, model.safetensors or the like"),
         ("model.safetensors", b"not weights", "the weights of .* are damaged|cannot be loaded"),
         ("model.safetensors", (STORIES / "model.safetensors").read_bytes()[:5000], "damaged|cannot be loaded"),
         ("tokenizer.json", b"{}", "has no usable tokenizer"),
@@ -97,6 +97,18 @@ def broken(tmp_path: Path, name: str, data: bytes | None) -> str:
 def test_damaged_folders(tmp_path: Path, name: str, data: bytes | None, says: str) -> None:
     with pytest.raises(ic.LoadError, match=says):
         ic.load(broken(tmp_path, name, data))
+
+
+def test_settings_without_weights_are_refused_before_transformers_speaks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would warn of ids beyond the vocabulary first, which have nothing to do with it."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 101, "n_layer": 1}')
+    with pytest.raises(
+        ic.LoadError, match=r"holds a config.json but no weights, .* \(it holds config.json\); copy them"
+    ):
+        ic.load(str(tmp_path))
+    assert "bos_token_id" not in capfd.readouterr().err
 
 
 def test_files_and_empty_folders(tmp_path: Path) -> None:
@@ -270,14 +282,14 @@ def test_loading_imports_neither_transformer_lens_nor_nnsight() -> None:
 
 
 def test_offloaded_weights(ids: torch.Tensor) -> None:
-    """Weights that are only there during the forward pass: everything works but what reads them beside it."""
+    """Weights that are only there during the forward pass, and are brought where they are read beside it."""
     import accelerate
 
     hf, kept = ic.testing.tiny("llama"), ic.load(ic.testing.tiny("llama"))
     accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
     model = ic.load(hf)
-    assert "are offloaded" in model.atlas.lacking["head_out"]
-    for site in (S.resid_post, S.z, S.pattern):
+    assert torch.equal(model.weights(S.z), kept.weights(S.z))
+    for site in (S.resid_post, S.z, S.pattern, S.head_out):
         assert torch.equal(model.run(ids, read=site)[site], kept.run(ids, read=site)[site])
         assert torch.equal(model.run(ids, read=site, logits=False)[site], kept.run(ids, read=site)[site])
     edit = S.z[1, 2].zero()

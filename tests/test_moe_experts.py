@@ -6,9 +6,11 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import answered
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from interp_plugins.router.points import Shape
 from interp_recipes import moe_experts as recipe
 from interp_recipes.moe_experts import MoeExpertsConfig
 from interp_recipes.moe_experts.findings import Findings
-from interp_recipes.moe_experts.report import figures, page, sentences, summary
+from interp_recipes.moe_experts.report import answer_of, figures, sentences, summary
 from moe_golden import DATA, expected, model
 from PIL import Image
 
@@ -198,6 +200,9 @@ def test_every_file_is_there(packed: Path) -> None:
 
 def test_the_page_stands_alone_and_says_what_the_numbers_say(packed: Path) -> None:
     text = (packed / "expert_core_report.html").read_text()
+    finding = answered.finding_of(packed / "expert_core_report.html")
+    most, least = (int(pick(arrays(packed)["tv_mean"])) for pick in (np.argmax, np.argmin))
+    assert finding.startswith(f"Routing differs most in layer {most} ") and f"least in layer {least} (" in finding
     assert "http" not in text and "layer 3, expert 4\nagentic" in text
     found = arrays(packed)
     most = int(found["tv_mean"].argmax())
@@ -296,13 +301,23 @@ def test_samples_that_cannot_be_used_end_a_strict_run(name: str, says: str, tmp_
         assert not (tmp_path / f"out{strict}/figures").exists()
 
 
+def test_another_layer_gives_another_finding() -> None:
+    found = findings(model(), read_pairs(PAIRS, layout="packed"))
+    turned = replace(found, sums={**found.sums, "curve_tv": found.sums["curve_tv"].flip(-1)})
+    said = [answer_of(each, figures(each), [], []).finding for each in (found, turned)]
+    layers = [[int(layer) for layer in re.findall(r"in layer (\d)", each)] for each in said]
+    assert layers[1] == [3 - layer for layer in layers[0]] and "random sets of equal weights give 0.750" in said[0]
+    same = replace(found, sums={**found.sums, "curve_tv": found.sums["curve_tv"][:, :1].expand(-1, 4)})
+    assert "least" not in answer_of(same, figures(same), [], []).finding
+
+
 def test_one_sample_has_no_intervals() -> None:
     found = findings(model(), read_pairs(PAIRS, layout="packed", max_samples=1))
     top = found.top_rows("all") + found.top_rows("last")
     assert found.bands == {} and "tv_low" not in found.arrays() and top[0]["low"] == ""
     said = sentences(found, top)
     assert "There is one sample, and intervals need two." in said and "interval" not in "".join(said[:-1])
-    assert "one sample" in page(found, model(), figures(found), top, said)
+    assert answer_of(found, figures(found), top, said).finding.startswith("Routing differs most in layer")
 
 
 def test_a_dense_model_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

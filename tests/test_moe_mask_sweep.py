@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import answered
 import numpy as np
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_a_second_run_measures_nothing_and_a_stopped_one_goes_on(
     assert runs.manifest(other / "out")["state"] == "stopped"
     stop_at = None
     out = sweep(other, **settings)
-    assert len(calls) == len(rows)  # none twice
+    assert len(calls) - len(rows) == 9 - 7  # of the context in which it was stopped, and no other, masks ran twice
     assert (out / "tables/mask_sweep_samples.jsonl").read_text().splitlines() == rows
     assert (out / "tables/mask_sweep.csv").read_text() == (whole / "tables/mask_sweep.csv").read_text()
     with pytest.raises(ic.PlanError, match="holds another run: scope was"):
@@ -258,6 +259,8 @@ def test_on_the_toy_a_domains_cells_cost_more_than_chance(tmp_path: Path) -> Non
     assert area["low"] > 0 and area["excludes_0"]
     said = "agentic, replace: over all N, descending costs more than random, matched per layer"
     assert any(sentence.startswith(said) for sentence in data["summary"]) and said in page.read_text()
+    finding = "In the agentic context, banning the listed experts (descending, replace) costs more than banning as many"
+    assert answered.finding_of(page).startswith(finding)
     with (tmp_path / "out/tables/mask_sweep.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) == 7 and float(table[1]["nll_all_agentic"]) == masked["nll_all_agentic"]

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import interp_core as ic
 from interp_core.cli import app
 from interp_core.methods import API
-from interp_core.plugins import KINDS, OWN, Registry, find, refresh
+from interp_core.plugins import KINDS, OWN, Plugin, Registry, find, refresh
+from interp_core.plugins.sandbox import inspect_plugin
 
 
 def distribution(folder: Path, name: str, points: dict[str, dict[str, str]], code: str, needs: str = "") -> None:
@@ -123,6 +124,32 @@ def test_broken_plugins_are_rows_until_they_are_asked_for(installed: Path) -> No
         ic.method("old")
     assert find("old").status == "incompatible"
     assert ic.method("logit_lens").name == "logit_lens"
+
+
+@pytest.mark.parametrize("within", ["src", ""], ids=["under src", "flat"])
+def test_a_package_is_found_beside_its_own_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str
+) -> None:
+    """Its folder has the package's name and is no package: here, and in the process that looks at plugins."""
+    name = f"lying_{within or 'flat'}"
+    package = tmp_path / name / within / name
+    package.mkdir(parents=True)
+    (tmp_path / name / "pyproject.toml").write_text("[project]\n")
+    (package / "__init__.py").write_text(f'"""A page."""\n{GOOD}'.replace('"count"', f'"{name}"'))
+    (tmp_path / "bare").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as of a notebook, or `interp plugins check`
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    seen = inspect_plugin("methods", name, f"{name}:Count")
+    assert not seen.error and seen.page == "A page." and list(seen.schema["properties"]) == ["by"]
+    for target, said in {
+        f"{name}:Cuont": f"{name} has no 'Cuont'. Did you mean 'Count'",
+        "bare:Count": "the folder 'bare' here is no package: it has no __init__.py. Run the command where",
+        "nowhere_at_all:Count": "there is no module 'nowhere_at_all', installed or in this folder; give MODULE:NAME",
+    }.items():
+        error = inspect_plugin("methods", "", target).error
+        assert error.startswith(said) and "\n" not in error
+    assert Plugin("methods", name, f"{name}:Count", "session", "").load().name == name
 
 
 def test_clashes_keep_ours_and_reach_theirs_by_distribution(installed: Path) -> None:

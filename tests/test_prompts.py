@@ -63,7 +63,7 @@ def demand_scorable(tokenizer: Any, data: prompts.Pairs, count: int) -> None:
         assert all(0 <= start < stop <= len(text) for (start, stop), text in zip(places, data.clean, strict=True))
 
 
-@pytest.mark.parametrize(("task", "settings"), DRAWN, ids=str)
+@pytest.mark.parametrize(("task", "settings"), DRAWN, ids=lambda one: getattr(one, "__name__", str(one)))
 def test_pairs_can_be_scored_and_come_again_with_their_seed(task: Any, settings: dict[str, Any]) -> None:
     data = task(WORDS, 14, **settings)
     demand_scorable(WORDS, data, 14)

@@ -74,13 +74,14 @@ def test_sweeps_are_results_too(toy: ic.Model, tmp_path: Path) -> None:
     heads = {head: ic.sites.z[head].at(-1).zero() for head in toy.heads}
     sweep = toy.sweep(CLEAN, heads, ic.score.logit_diff(" cold", " young"))
     best = sweep.top(1)[0]
-    assert f"{best.effect:+.4g} by z[{best.key[0]},{best.key[1]}]@-1 zero, from" in sweep.finding
+    said = f"{best.effect:+.4g} by z[{best.key[0]},{best.key[1]}]@-1 zero (the last position, 'A:'), from"
+    assert said in sweep.finding
     page = sweep.to_html(tmp_path / "page.html").read_text()
     for part in (
-        "<h1>Sweep</h1>",
-        "What each of the changes does to logit_diff(&#x27; cold&#x27;, &#x27; young&#x27;).",
+        f"<h1>Sweep of {len(heads)} variants</h1>",
+        "What each of the changes does to the logit of &#x27; cold&#x27; minus that of &#x27; young&#x27;.",
         "Q: hot",
-        "The largest change of logit_diff",
+        "The largest change of the logit of",
         "What it cost",
     ):
         assert part in page
@@ -131,7 +132,7 @@ def test_the_page_answers_in_order(patched: Any, tmp_path: Path) -> None:
     order = [
         "<h1>Activation patching</h1>", "toy:text (Qwen3ForCausalLM, 6 layers)", "What was asked",
         "Which layers, heads and positions", "answer</th>", "rival</th>", "&#x27; cold&#x27;", "&#x27; young&#x27;",
-        "What came out", "The largest effect: resid_pre of layer 0 at 7 ·hot gives back 100%", "<table class='grid'",
+        "What came out", "The largest effect: resid_pre of layer 0 at position 7, &#x27; hot&#x27; gives back 100%", "<table class='grid'",
         "All numbers (60 rows)", "What it cost", "Settings", "How it was made", "attention sdpa, engine torch",
     ]  # fmt: skip
     places = [page.find(text) for text in order]

@@ -19,7 +19,7 @@ import interp_core as ic
 from interp_core import report
 from interp_core.files import write
 from interp_core.report import colors, html, png, svg
-from interp_core.report.answer import Answer, answer_page
+from interp_core.report.answer import answer_page
 from interp_core.report.pictures import pixels_of
 
 NASTY = "<script>alert('x')</script>\"'&"
@@ -60,7 +60,7 @@ def test_a_page_says_units_and_names_and_nothing_twice() -> None:
     assert ">expert</th>" in grid and "2 nats<br>" in grid
     lines = report.Curves([report.Line("gini", [0.1, 0.2])], ["0", "1"], ylabel="evenness").html()
     assert "evenness<br><span" in lines and "<div class='scroll'><svg" in lines  # wide enough to be read on a phone
-    plain = Answer("h", "", "", [], html.table([{"x": 1.5}]), [{"x": 1.5}], {}, None)
+    plain = report.Answer("h", picture=html.table([{"x": 1.5}]), rows=[{"x": 1.5}])
     for answer, folded in ((plain, True), (plain._replace(picture="<p>nothing</p>"), False)):
         shown, fold, _ = answer_page(answer).partition("All numbers")
         assert shown.count("<table class='rows'>") == 1 and bool(fold) == folded
@@ -72,6 +72,11 @@ def test_pages_need_no_network() -> None:
 
 
 def test_white_space_shows() -> None:
+    names = [report.place_name("7", " hot"), report.place_name("-1", "\n"), report.place_name("3", ""), "3", "2:5"]
+    assert names[:2] == ["7 ·hot", "-1 ⏎"]
+    assert [report.place_words(name) for name in names] == [
+        "position 7, ' hot'", "the last position, '⏎'", "position 3, ''", "position 3", "2:5",
+    ]  # fmt: skip
     assert [html.visible(t) for t in (" a", "\n\n", "", "b\t", "  ", "\x01")] == ["·a", "⏎⏎", "∅", "b⇥", "· ", "\\x01"]
 
 

@@ -75,6 +75,10 @@ def test_batches_files_and_pages(tmp_path: Path) -> None:
     assert RouterResult.load(whole.save(tmp_path / "saved")) == whole
     assert [row["layer"] for row in whole.table()] == [0, 1, 2, 3] and len(whole.experts()) == 32
     page = whole.to_html(tmp_path / "page.html").read_text()
+    told = whole.details()["What the columns are"]
+    assert set(whole.table()[0]) - {"layer"} == {line.split()[0] for line in told.splitlines()}
+    assert "<h1>Routing of tokens to experts</h1>" in page and "by how many even shares the busiest" in page
+    assert "dead            experts that no token goes to" in str(whole)
     assert "layer 3, expert 4" in page and "http" not in page.replace("http://www.w3.org", "")
     whole.png(tmp_path / "usage.png")
     assert (tmp_path / "usage.png").stat().st_size > 5000

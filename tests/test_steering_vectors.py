@@ -103,7 +103,7 @@ def test_answers_are_put_behind_questions() -> None:
     whole = [[q + pair[side] for q, pair in zip(questions, answers, strict=True)] for side in (0, 1)]
     by_texts = steering(model, whole[0], negative=whole[1], at=-2, kind="mean")
     close(found.states, by_texts.states, model)
-    assert found.positive == tuple(whole[0]) and found.place == "at the answers' letters"
+    assert found.positive == tuple(whole[0]) and found.place == "the answers' letters"
     with pytest.raises(ic.PlanError, match=r"both answers to question 0 have '\)'"):
         steering(model, questions, answers=answers, at=-1)
 

@@ -165,7 +165,17 @@ def test_tables() -> None:
     assert list(toy_model().sweep(TEXT, by_position, JUDGED).table()[0])[:2] == ["layer", "pos"]
     hidden = {(2, at): S.pattern[2].knockout(query=-1, key=at) for at in range(3)}
     knocked = toy_model().sweep(TEXT, hidden, JUDGED)
-    assert list(knocked.table()[0])[:2] == ["layer", "key"] and knocked.chart().columns == ["key 0", "key 1", "key 2"]
+    assert list(knocked.table()[0])[:2] == ["layer", "key"] and knocked.chart().columns == [
+        "key 0 Q:",
+        "key 1 ·big",
+        "key 2 ⏎",
+    ]
+    spoken = by_position | {(3, at): S.resid_pre[3].at(at).zero() for at in (0, 1, 2)}
+    texts = ["Q: big\nA:", "Q: hot\nA:"]
+    swept = toy_model().sweep(texts, spoken, score.logprob([" small", " cold"]))
+    assert swept.chart().columns == ["pos 0 Q:", "pos 1", "pos 2 ⏎"], "texts differ at 1"
+    assert swept.chart().title.startswith("Effect on the log-probability of each prompt's target (without edits")
+    assert replace(swept, labels=()).chart().columns == ["pos 0", "pos 1", "pos 2"]
     others = {("a", 7): S.z[2, 1].zero(), ("b", 7): S.z[2, 2].zero()}
     assert list(toy_model().sweep(TEXT, others, JUDGED).table()[0])[:2] == ["key_0", "key_1"]
 
@@ -183,7 +193,8 @@ def test_pandas_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pictures(tmp_path: Path, rough_figures: None) -> None:
     chart, bars = heads().chart(), mixed().chart()
     assert isinstance(chart, ic.report.Heatmap) and chart.rows[2] == "layer 2" and chart.columns[3] == "head 3"
-    assert chart.title == f"Effect on logit_diff (without edits {heads().clean.mean():.4g}, mean of 2 examples)"
+    without = f"(without edits {heads().clean.mean():.4g}, mean of 2 examples)"
+    assert chart.title == f"Effect on the logit of ' dry' minus that of ' wet' {without}"
     np.testing.assert_allclose(chart.values, heads().grid())
     assert isinstance(bars, ic.report.Bars) and "the 4 strongest of 5 variants" in bars.title
     some = {key: edit for key, edit in by_head(toy_model()).items() if key != (2, 2)}
@@ -191,7 +202,7 @@ def test_pictures(tmp_path: Path, rough_figures: None) -> None:
     assert isinstance(holes.chart(), ic.report.Bars) and isinstance(holes.chart([0, 1]), ic.report.Heatmap)
     for sweep in (heads(), mixed()):
         assert sweep.png(tmp_path / "sweep.png").stat().st_size > 1000
-        assert sweep.score in sweep.to_html(tmp_path / "sweep.html").read_text()
+        assert ic.report.escape(sweep.measured) in sweep.to_html(tmp_path / "sweep.html").read_text()
     failed = replace(heads(), values=heads().values * float("nan"))
     with pytest.raises(ic.PlanError, match="nothing to draw"):
         replace(failed, keys=()).chart()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import answered
 import numpy as np
 import pytest
 import torch
@@ -114,8 +115,8 @@ def test_every_file_is_there(done: tuple[Path, Phase1]) -> None:
         "geometry/er_ratio.png", "checkpoint_eval/gates.png",
     }  # fmt: skip
     page = found.page.read_text()
+    assert answered.finding_of(found.page).startswith(f"Verdict {found.verdict}: ")
     for word in (
-        f"Verdict {found.verdict}",
         "inconclusive",
         "← τ",
         "visual_map",

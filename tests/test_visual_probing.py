@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import answered
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,9 @@ def test_every_file_is_there(run: Path) -> None:
     figures = {f"{place}_{kind}.png" for place in PLACES for kind in ("curves", "gain")} | {"behaviour.png"}
     assert {path.name for path in (run / "figures").iterdir()} == figures
     page = (run / "visual_probing.html").read_text()
+    finding = answered.finding_of(run / "visual_probing.html")
+    assert finding.startswith("Of what can be decoded, at ")
+    assert finding in json.loads((run / "probing.json").read_text())["sentences"]
     assert "http" not in page and "<svg" in page and "not that the model uses them" in page
     rows = table(run / "tables/probing.csv")
     assert [row["position"] for row in rows] == PLACES and {row["layers"] for row in rows} == {"2-3"}

@@ -25,7 +25,7 @@ from ..checks.selfcheck import CHECKED_POSITIONS, check_edit, check_site, check_
 from ..columns import aligned, wrapped
 from ..errors import CapabilityError, InterpError
 from ..plugins import registry
-from ..progress import Progress
+from ..progress import Progress, stopping
 from ..sites import SITES
 from ..text import Tokens
 
@@ -124,7 +124,13 @@ def check_model(model: Model, engines: Sequence[str] = ()) -> Battery:
     known = registry("engines")
     own = model.engine.name
     held = list(engines) or [own, *(name for name in known.names() if name != own)]
-    with Progress("sites", len(held) * len(sites)) as progress:
+
+    def checked() -> str:
+        bad = sum(cell.status == "failed" for cell in cells)
+        uses = len(held) * len(sites) * len(USES)
+        return f"{len(cells)} of {uses} uses of sites were checked, {bad or 'none'} of them failed"
+
+    with stopping(checked), Progress("sites", len(held) * len(sites)) as progress:
         for name in held:
             try:
                 other = model if name == own else model.on(name)

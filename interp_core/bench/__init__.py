@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import PlanError, first_line
 from ..methods import method
 from ..plugins import registry
-from ..progress import Progress
+from ..progress import Progress, stopping
 from .tools import TOOLS, Tool, ready
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def measure(
         runs[path, path.rpartition(":")[2]] = _function(path)(model, ids)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     order = random.Random(0)
-    with torch.no_grad(), Progress("rounds", rounds) as progress:
+    progress = Progress("rounds", rounds)
+    with stopping(lambda: f"{progress.count} of {rounds} rounds were timed"), torch.no_grad(), progress:
         calls, held, failed = _first(runs)
         for _ in range(rounds):
             gc.collect()  # between rounds, so that it falls on nobody

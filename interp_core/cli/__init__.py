@@ -14,8 +14,10 @@ from .. import progress
 from .._version import __version__
 from ..columns import terminal_width, wrapped
 from ..errors import InterpError
-from . import flags, help, outputs, plugins, run
+from . import flags, help, outputs, plugins, run, shards
 from .show import show
+
+ANEW = "nothing is written, and the same command begins anew"
 
 
 class Interp(TyperGroup):
@@ -32,8 +34,8 @@ class Interp(TyperGroup):
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt as stop:
-                kept = "; ".join(getattr(stop, "__notes__", ()))
-                print(f"interp: stopped{kept and ': ' + kept}", file=sys.stderr)
+                kept = "; ".join(getattr(stop, "__notes__", ())) or "the same command begins anew"
+                print(f"interp: stopped: {kept}", file=sys.stderr)
                 raise typer.Exit(130) from stop
 
 
@@ -73,6 +75,9 @@ for recipe, about in {
 }.items():
     app.command(recipe, cls=help.Shortcut, help=about, context_settings=settings_as_words)(run.run)
 app.command()(show)
+for of_a_run in (shards.work, shards.resume, shards.collect, shards.sbatch):
+    app.command()(of_a_run)
+app.command("status")(shards.show_status)
 Model = Annotated[str | None, typer.Argument(help="toy:text, a folder, or a hub id")]
 Named = Annotated[str | None, typer.Option("--model", help="the same, as an option")]
 Out = Annotated[Path | None, typer.Option(help="also write the table to a file")]
@@ -103,8 +108,10 @@ def check(
     from ..batteries.sites import check_model
     from ..model import load
 
-    loaded = load(source)
-    battery = check_model(loaded, engine or ())
+    alone = "" if engine and len(engine) == 1 else "; --engine NAME checks one engine alone"
+    with progress.stopping(lambda: f"{ANEW}{alone}"):
+        loaded = load(source)
+        battery = check_model(loaded, engine or ())
     _written(out, f"{battery}\n")
     width = terminal_width()
     print(wrapped(str(loaded), width), "", battery.text(width), sep="\n")
@@ -129,7 +136,8 @@ def bench(
     from ..bench import benchmark
     from ..model import load
 
-    text = benchmark(load(source), rounds=rounds, n_tokens=tokens, extra=extra or [])
+    with progress.stopping(lambda: f"{ANEW}; fewer --rounds take less time"):
+        text = benchmark(load(source), rounds=rounds, n_tokens=tokens, extra=extra or [])
     _written(out, f"{text}\n")
     print(text)
 
@@ -154,5 +162,5 @@ def main() -> None:
         print(f"interp: {outputs.sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interp: stopped", file=sys.stderr)
+        print("interp: stopped: the same command begins anew", file=sys.stderr)
         sys.exit(130)

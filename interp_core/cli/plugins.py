@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +17,11 @@ from typer.core import TyperGroup
 from ..columns import aligned, terminal_width, wrapped
 from ..errors import PlanError, PluginError, nearest
 from ..plugins import KINDS, OWN, SESSION, Plugin, find, registry
-from ..progress import Progress
+from ..progress import Progress, stopping
 
 if TYPE_CHECKING:
     from ..testing import Report
+    from ..testing.report import Row
 
 COMMANDS = ("list", "show", "check", "new")
 SHOWN = ("kind", "name", "status", "dist", "version", "target")
@@ -146,24 +147,27 @@ def check(
     plugin = _installed_or_module(name, kind)
     what = f"{plugin.kind[:-1]} {plugin.target}" if plugin.dist == SESSION else f"{plugin.label} ({plugin.target})"
     print(what, flush=True)
-    with Progress(f"importing {plugin.target} in another process", 0):
-        first = testing.check_plugin(plugin)
-    importable = first.rows[0].ok
-    if importable and plugin.kind == "methods":  # the whole kit looks at documentation and settings again
-        first = testing.Report(first.title, ())
-    for row in first.rows:
-        _tell(row)
-    report = _checked(plugin, model, assignments or []) if importable else testing.Report("", ())
+    told: list[Row] = []
+
+    def tell(row: Row) -> None:
+        told.append(row)
+        print(wrapped(str(row), terminal_width(), " " * 6), flush=True)
+
+    with stopping(lambda: f"{testing.Report('', tuple(told)).summary} so far; the same command begins anew"):
+        with Progress(f"importing {plugin.target} in another process", 0):
+            first = testing.check_plugin(plugin)
+        importable = first.rows[0].ok
+        if importable and plugin.kind == "methods":  # the whole kit looks at documentation and settings again
+            first = testing.Report(first.title, ())
+        for row in first.rows:
+            tell(row)
+        report = _checked(plugin, model, assignments or [], tell) if importable else testing.Report("", ())
     report = testing.Report(report.title, first.rows + report.rows)
     print(report.summary)
     raise typer.Exit(not report.ok)
 
 
-def _tell(row: Any) -> None:
-    print(wrapped(str(row), terminal_width(), " " * 6), flush=True)
-
-
-def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Report:
+def _checked(plugin: Plugin, model: str | None, assignments: list[str], tell: Callable[[Row], None]) -> Report:
     """What the kit of its kind finds of a plugin that can be imported."""
     from .. import settings, testing
 
@@ -171,18 +175,18 @@ def _checked(plugin: Plugin, model: str | None, assignments: list[str]) -> Repor
     ref = imported if plugin.dist == SESSION else f"{plugin.dist}:{plugin.name}" if plugin.hidden else plugin.name
     if plugin.kind == "methods":
         values = settings.read(plugin.name, imported.Config, assignments)
-        return testing.check_method(imported, model, settings=values, tell=_tell)
+        return testing.check_method(imported, model, settings=values, tell=tell)
     if plugin.kind == "recipes":
         values = settings.read(f"recipe {plugin.name}", settings.of_function(imported), assignments)
-        return testing.check_recipe(ref, model or "toy:text", settings=values, tell=_tell)
+        return testing.check_recipe(ref, model or "toy:text", settings=values, tell=tell)
     if assignments:
         raise PlanError(f"--set is for settings of methods and recipes; {plugin.label} has none")
     if plugin.kind == "architectures":
         beside = sys.modules[plugin.target.partition(":")[0]]
-        return testing.check_family(ref, model or getattr(beside, "tiny", None), tell=_tell)
+        return testing.check_family(ref, model or getattr(beside, "tiny", None), tell=tell)
     if plugin.kind == "engines":
-        return testing.check_engine(imported, model, tell=_tell)
-    return testing.check_launcher(imported, tell=_tell)
+        return testing.check_engine(imported, model, tell=tell)
+    return testing.check_launcher(imported, tell=tell)
 
 
 def _installed_or_module(name: str, kind: str | None) -> Plugin:

@@ -19,8 +19,10 @@ from ..columns import terminal_width, wrapped
 from ..errors import PlanError
 from ..plugins import Plugin, find, registry
 from ..progress import Progress
+from ..runs.stopping import stoppable
 from . import flags, outputs
 from .elsewhere import run_elsewhere
+from .planned import carry_out, planned
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -53,8 +55,12 @@ def run(
         str | None, typer.Option(help="methods or recipes; with a name of both, text means the method")
     ] = None,
     launcher: Annotated[
-        str | None, typer.Option(help="run it as a job of this launcher (`interp plugins launchers`)")
+        str | None, typer.Option(help="run it as jobs of this launcher (`interp plugins launchers`)")
     ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="divide it, for several processes at once; see `interp status`")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="of --shards: how many processes; 0: only plan it")] = None,
 ) -> None:
     """Run a method on text, or a recipe. `interp run NAME --help` says what can be set, each by `--setting value`.
     `--overwrite` deletes what another run has made in `--out`."""
@@ -64,19 +70,29 @@ def run(
     words = list(words or [])
     if words and not words[0].startswith("-"):
         model = flags.one_model(words.pop(0), model)
-    if launcher is not None:
+    if launcher is not None or shards is not None:
         settings_and_options = {"words": words, "assignments": assignments, "model": model, "text": text, "out": out}
-        run_elsewhere(launcher, run, plugin, {**settings_and_options, "name": name, "config": config, "kind": kind})
+        arguments = {**settings_and_options, "name": name, "config": config, "kind": kind}
+        if shards is None:
+            run_elsewhere(str(launcher), run, plugin, arguments)
+            return
+        home = planned(run, plugin, arguments, shards)
+        print(f"{home}: planned, {shards} shards")
+        if workers != 0:
+            carry_out(run, home, workers, launcher or "local")
         return
+    if workers is not None:
+        raise PlanError("--workers comes with --shards N, which divides the run among them")
     value = plugin.load()
     options = {"model": model, "text": text, "out": out}
-    if plugin.kind == "methods":
-        _method(value, words, assignments, options, config)
-    elif plugin.kind == "recipes":
-        options["text"] = text[0] if text and len(text) == 1 else text
-        _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
-    else:
-        raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
+    with stoppable():
+        if plugin.kind == "methods":
+            _method(value, words, assignments, options, config)
+        elif plugin.kind == "recipes":
+            options["text"] = text[0] if text and len(text) == 1 else text
+            _recipe(plugin.name, value, words, assignments, {k: v for k, v in options.items() if v is not None}, config)
+        else:
+            raise PlanError(f"{plugin.label} cannot be run; methods and recipes can")
 
 
 def runnable(name: str, kind: str | None = None, text: Sequence[str] | None = None) -> Plugin:
@@ -138,7 +154,7 @@ def _method(
     loaded = load(model)
     with passed(pairs, **options), _opened(out, record, kind.name, loaded, "text", overwrite) as run:
         # batches are kept one by one in the run's folder, so that a stopped run goes on; without them there is no need
-        more = {"out": run} if batching.get("batch_size") is not None else {}
+        more = {"out": run} if batching.get("batch_size") is not None or run.shards is not None else {}
         _keep(ready(loaded, text, **values, **batching, **more), run)
 
 

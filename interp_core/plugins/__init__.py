@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import tomllib
 import traceback
 from collections.abc import Collection, Iterator
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,7 @@ class Plugin:
         return self.value
 
     def _import(self) -> None:
+        uncover(self.target)
         try:
             value = metadata.EntryPoint(self.name, self.target, f"interp_core.{self.kind}").load()
         except (Exception, SystemExit):  # whatever a plugin raises must not escape as itself
@@ -111,6 +114,23 @@ class Plugin:
             self.value = value
         else:
             self.error = f"{self.target} {why}" if self.state == "broken" else why
+
+
+def uncover(target: str) -> None:
+    """Let a package be found whose project lies here in a folder of the same name, as `pip install -e NAME` is run
+    beside it: Python takes that folder for the package, before it asks for installed ones."""
+    top = re.split("[.:]", target, maxsplit=1)[0]
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return
+    if spec is None or spec.origin is not None:
+        return
+    for project in map(Path, spec.submodule_search_locations or ()):
+        for root in (project / "src", project):
+            if (root / top / "__init__.py").is_file() or (root / f"{top}.py").is_file():
+                sys.path.insert(0, str(root))
+                return
 
 
 def status_of(kind: str, name: str, value: Any) -> tuple[str, str]:

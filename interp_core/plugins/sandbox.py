@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings
-from ..errors import InterpError
-from . import status_of
+from ..errors import InterpError, PluginError, nearest
+from . import status_of, uncover
 
 LIMIT = 60.0
 """Seconds that a plugin may take to be imported and to say what its settings are."""
@@ -121,10 +121,41 @@ def _resolve(target: str) -> Any:
     return value
 
 
+def _named(target: str) -> Any:
+    """What stands at an address.
+
+    Raises:
+        PluginError: no such module, or it has nothing of that name.
+    """
+    module, _, path = target.partition(":")
+    uncover(target)
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # a package that the module needs
+        raise PluginError(
+            f"there is no module {error.name!r}, installed or in this folder; give MODULE:NAME of one of these, or "
+            "install its package: pip install -e FOLDER"
+        ) from error
+    try:
+        return _resolve(target)
+    except AttributeError as error:
+        here = sys.modules[module]
+        known = [name for name in dir(here) if not name.startswith("_")]
+        bare = getattr(here, "__file__", None) is None
+        why = (
+            f"the folder {module!r} here is no package: it has no __init__.py. Run the command where the package is"
+            if bare
+            else f"{module} has no {path!r}. {nearest(path, known)}"
+        )
+        raise PluginError(why) from error
+
+
 def main(kind: str, name: str, target: str, report: str) -> None:
     """Inspect one plugin and write the answer to a file; what the process says on its own goes to nobody."""
     try:
-        info = inspect_here(kind, name, _resolve(target), target.partition(":")[0])
+        info = inspect_here(kind, name, _named(target), target.partition(":")[0])
     except (Exception, SystemExit) as error:  # a plugin may raise anything
         info = PluginInfo("broken", str(error) if isinstance(error, InterpError) else traceback.format_exc())
     # Renamed when it is whole: that the report is there says that this process came through.

@@ -11,11 +11,14 @@ Pages are one file that needs no network, follow the reader's light or dark sett
 given. Intervals and bands come from `interp_core.stats`, or as pairs of numbers.
 """
 
-from .charts import Bars, Chart, Curves, Heatmap, Overlay, TokenStrip
+from .answer import Answer
+from .charts import Bars, Chart, Curves, Heatmap, Overlay, TokenStrip, titled
 from .figures import Bar, Frame, Line
 from .html import Section, cell_texts, copyable, escape, number, page, short, table, visible
+from .places import place_name, place_words
 
 __all__ = [
+    "Answer",
     "Bar",
     "Bars",
     "Chart",
@@ -31,7 +34,10 @@ __all__ = [
     "escape",
     "number",
     "page",
+    "place_name",
+    "place_words",
     "short",
     "table",
+    "titled",
     "visible",
 ]

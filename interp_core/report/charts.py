@@ -10,12 +10,13 @@ Overlay       a picture whose parts are coloured by a number each
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .figures import Bar, BarsData, CurvesData, Frame, HeatmapData, OverlayData, TokenStripData
+from .html import escape
 
 if TYPE_CHECKING:
     from ..stats import Interval
@@ -279,3 +280,12 @@ class Overlay(OverlayData, Chart):
         from .png import overlay
 
         overlay(axes, self)
+
+
+def titled(charts: Iterable[Chart]) -> str:
+    """Several charts for a section, each below its title; without a caption the title is below it already."""
+    pieces = []
+    for chart in charts:
+        title = getattr(chart, "title", "") if getattr(chart, "caption", "") else ""
+        pieces.append((f"<h3>{escape(title)}</h3>" if title else "") + chart.html())
+    return "".join(pieces)

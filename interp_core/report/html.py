@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..columns import shortened
-from .colors import DARK, SERIES, css, limits_of
+from .colors import DARK, SERIES, at_night, below_zero, css, limits_of
 
 _LIGHT = {"ink": "#1b1f24", "soft": "#667085", "line": "#e4e7ec", "card": "#fff", "back": "#f2f4f7", "code": "#f6f7f9"}
 _NIGHT = {
@@ -32,20 +32,22 @@ def _colours(named: Mapping[str, str], series: Sequence[str]) -> str:
 STYLE = (
     f"""
 .ic{{{_colours(_LIGHT, SERIES)};color-scheme:light dark}}
-@media(prefers-color-scheme:dark){{.ic{{{_colours(_NIGHT, DARK)}}}}}
+@media(prefers-color-scheme:dark){{.ic{{{_colours(_NIGHT, DARK)}}}
+.ic [style*='--d:']{{background:var(--d)!important;fill:var(--d)!important;color:var(--ink)!important}}}}
 """
     + """.ic{background:var(--back);font:15px/1.55 system-ui,sans-serif;color:var(--ink)}
 .ic h1{font-size:1.7rem;margin:0 0 .3rem;letter-spacing:-.02em}.ic h2{font-size:1.15rem;margin:0 0 .4rem}
-.ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic .soft{color:var(--soft)}
+.ic h3{font-size:.95rem;font-weight:600;margin:1.1rem 0 .2rem}.ic p{margin:.3rem 0 .8rem;max-width:46rem}.ic ul{margin:.8rem 0;padding-left:1.2rem;max-width:44.8rem}.ic li{margin:.2rem 0}.ic .soft{color:var(--soft)}
 .ic section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.3rem;margin:1.1rem 0}
 .ic .scroll{overflow-x:auto}.ic .scroll>svg{min-width:34rem}.ic table{border-collapse:separate;border-spacing:2px;font-size:12.5px}
 .ic th{font-weight:500;color:var(--soft);padding:.1rem .45rem;text-align:left;white-space:pre}
 .ic thead th{vertical-align:bottom}.ic td{padding:.2rem .45rem;white-space:pre;border-radius:4px}
-.ic table.grid thead th{text-align:center}.ic table.grid tbody th{position:sticky;left:0;background:var(--card)}
+.ic table.grid thead th{text-align:center}.ic table.grid tbody th{position:sticky;left:0;z-index:1;background:var(--card)}
 .ic table.grid td{text-align:center;font-family:ui-monospace,monospace;min-width:2.2rem;cursor:default}
 .ic table.fine{border-spacing:1px}.ic table.fine td{min-width:.55rem;height:.6rem;padding:0;border-radius:1px}
 .ic table.fine th{padding:0 .3rem 0 0;font-size:10px;line-height:1}.ic table.fine thead th{max-width:0;text-align:left}
 .ic table.rows{border-collapse:collapse}.ic table.rows td{vertical-align:top;border-bottom:1px solid var(--line);border-radius:0;white-space:pre-wrap}
+.ic table.rows td.long{min-width:13rem}
 .ic code,.ic pre{font-family:ui-monospace,monospace;font-size:12.5px}
 .ic pre{background:var(--code);border-radius:8px;padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;margin:.4rem 0}
 .ic .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:.8rem}.ic .pair pre{margin:0}
@@ -56,6 +58,8 @@ STYLE = (
 border:1px solid var(--line);border-radius:999px;font:13px/1.6 system-ui,sans-serif;color:var(--soft);background:none}
 .ic form.layers>input::after{content:attr(aria-label)}.ic form.layers>input:checked{color:var(--ink);border-color:currentColor}
 .ic form.layers>input:focus-visible{outline:2px solid var(--s0);outline-offset:1px}
+.ic .minus{position:relative}.ic .minus::after{content:'';position:absolute;left:30%;right:30%;top:calc(50% - .5px);
+border-top:1px solid currentColor}.ic .tokens .minus::after{left:calc(50% - .25em);right:calc(50% - .25em);top:auto;bottom:1px}
 .ic details{margin:.5rem 0}.ic summary{cursor:pointer;color:var(--soft);font-size:13px}.ic .whole{user-select:all}
 .ic .spans b{font-weight:500;border-bottom:3px solid;margin-right:.8rem;color:inherit}
 .ic [data-tip]:focus-visible{outline:2px solid var(--s0);outline-offset:1px}
@@ -88,8 +92,11 @@ if(!n||n===c)return;e.preventDefault();c.tabIndex=-1;n.tabIndex=0;n.focus()})})(
 keys from cell to cell. Screen readers are told by the role of the tip."""
 
 
+LONG = 40
+"""Letters of a cell from which on it has a least width."""
 FINE = 40
 """Columns of cells without text from which on a matrix is drawn finely."""
+MARKS, MINUS = "; – marks what is below 0", " class='minus'"
 TAB = " tabindex='0'"
 """Of the first cell of a chart, at which the keyboard comes in."""
 TURNING = frozenset("\u202a\u202b\u202d\u202e\u2066\u2067\u2068")
@@ -172,7 +179,6 @@ def heatmap(
     for i, label in enumerate(rows):
         cells = []
         for j, value in enumerate(values[i]):
-            back, ink = css(value, low, high, diverging)
             tip = (
                 tips[i][j]
                 if tips
@@ -181,10 +187,12 @@ def heatmap(
             said = texts[i][j] if texts else None
             text = "" if said is None else short(visible(said))
             cells.append(
-                f"<td{TAB * (i == j == 0)} style='background:{back};color:{ink}' data-tip=\"{escape(tip)}\">{escape(text)}</td>"
+                f"<td{TAB * (i == j == 0)}{_minus(value, high, diverging) if not text else ''} "
+                f"style='{hue(value, low, high, diverging)}' data-tip=\"{escape(tip)}\">{escape(text)}</td>"
             )
         lines.append(f"<tr><th scope='row'>{escape(label)}</th>{''.join(cells)}</tr>")
-    bar = f"{scale_bar(low, high, diverging, percent)} {escape(scale)}"
+    body = "".join(lines)
+    bar = f"{scale_bar(low, high, diverging, percent)} {escape(scale)}{MARKS * (MINUS in body)}"
     above = (
         f"<tr><td></td><th colspan='{len(columns)}' style='text-align:left'>{escape(across)}</th></tr>"
         if across
@@ -193,7 +201,7 @@ def heatmap(
     return (
         f"<figure><div class='scroll'><table class='grid{' fine' * fine}' aria-label=\"{escape(caption)}\"><thead>{above}"
         f"<tr><td></td>{head}</tr></thead><tbody>"
-        f"{''.join(lines)}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
+        f"{body}</tbody></table></div><figcaption>{bar}<br>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -215,15 +223,16 @@ def tokens(
         low, high = limits or limits_of([values], diverging)
         parts: list[str] = []
         for label, value, (mark, within) in zip(labels, values, marks, strict=True):
-            back, ink = css(value, low, high, diverging)
             tip = escape(f"{visible(label)}: {number(value)}{within}")
             if not TURNING.isdisjoint(label):
                 mark += ";unicode-bidi:isolate"
             parts.append(
-                f"<span{TAB * (not parts)} style='background:{back};color:{ink}{mark}' data-tip=\"{tip}\">{escape(label)}</span>"
+                f"<span{TAB * (not parts)}{_minus(value, high, diverging)} "
+                f"style='{hue(value, low, high, diverging)}{mark}' data-tip=\"{tip}\">{escape(label)}</span>"
             )
-        bar = f"<figcaption>{escape(scale)} {scale_bar(low, high, diverging)}</figcaption>"
-        drawn.append(f"<div class='tokens'>{''.join(parts)}</div>{bar}")
+        body = "".join(parts)
+        bar = f"<figcaption>{escape(scale)} {scale_bar(low, high, diverging)}{MARKS * (MINUS in body)}</figcaption>"
+        drawn.append(f"<div class='tokens'>{body}</div>{bar}")
     named = "".join(f"<b style='border-color:{_span_ink(i)}'>{escape(name)}</b>" for i, name in enumerate(spans or {}))
     legend = f"<div class='spans'>{named}</div>" if named else ""
     below = f"<figcaption>{legend}{escape(caption)}</figcaption>" if legend or caption else ""
@@ -258,8 +267,25 @@ def _marks(spans: Mapping[str, tuple[int, int]], count: int) -> list[tuple[str, 
 def scale_bar(low: float, high: float, diverging: bool, percent: bool = False) -> str:
     """A colour bar between its ends."""
     ends = [share(end) if percent else number(end) for end in (low, high)]
-    stops = ",".join(css(low + (high - low) * k / 8, low, high, diverging)[0] for k in range(9))
-    return f"{ends[0]}<span class='bar' style='background:linear-gradient(90deg,{stops})'></span>{ends[1]}"
+    steps = [low + (high - low) * k / 8 for k in range(9)]
+    day, night = (
+        f"linear-gradient(90deg,{','.join(shades)})"
+        for shades in (
+            [css(step, low, high, diverging)[0] for step in steps], [at_night(s, low, high, diverging) for s in steps]
+        )
+    )  # fmt: skip
+    return f"{ends[0]}<span class='bar' style='background:{day};--d:{night}'></span>{ends[1]}"
+
+
+def hue(value: float, low: float, high: float, diverging: bool) -> str:
+    """The style of a cell: its colours on light and on dark pages."""
+    back, ink = css(value, low, high, diverging)
+    return f"background:{back};color:{ink};--d:{at_night(value, low, high, diverging)}"
+
+
+def _minus(value: float, high: float, diverging: bool) -> str:
+    """The class of what bears a mark since it is below zero."""
+    return MINUS if below_zero(value, high, diverging) else ""
 
 
 def copyable(title: str, text: str) -> str:
@@ -272,8 +298,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p class='soft'>nothing</p>"
     head = "".join(f"<th scope='col'>{escape(key)}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(number(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row.values())) + "</tr>" for row in rows)
     return f"<div class='scroll'><table class='rows'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(entry: Any) -> str:
+    """A long text keeps a width at which it can be read on a phone: the table scrolls there."""
+    text = number(entry)
+    return f"<td{' class=long' * (len(text) > LONG)}>{escape(text)}</td>"
 
 
 def cell_texts(values: Sequence[Sequence[float]], percent: bool = False) -> list[list[str | None]]:

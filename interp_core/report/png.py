@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapabilityError, PlanError, nearest
-from .colors import _AMOUNT, _MISSING, _SIGNED, SERIES, css, limits_of
+from .colors import _AMOUNT, _MISSING, _SIGNED, SERIES, below_zero, css, limits_of
 from .figures import Frame
-from .html import number, share, short, visible
+from .fonts import columns_of, drawable, legible
+from .html import MARKS, number, share, short, visible
 from .svg import ticks, written
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def save(path: str | Path, charts: Sequence[Drawn], width: float | None = None) 
     for part, frame, chart in zip(_parts(figure, heights), frames, charts, strict=True):
         chart.draw(part.subplots(frame.down, frame.across, squeeze=False).flatten().tolist())
     out.parent.mkdir(parents=True, exist_ok=True)
+    legible(figure)
     figure.savefig(out)
     return out
 
@@ -62,6 +65,7 @@ def plot(chart: Drawn, axes: Any, title: str | None, size: tuple[float, float] |
         if frame.across > 1:
             raise PlanError(f"{type(chart).__name__} takes {frame.across} axes beside each other; leave ax= out")
         chart.draw([axes])
+        legible(axes)
         return axes
     try:
         from matplotlib import pyplot
@@ -70,15 +74,16 @@ def plot(chart: Drawn, axes: Any, title: str | None, size: tuple[float, float] |
     figure = pyplot.figure(figsize=size or (frame.width, frame.height), layout=LAYOUT)
     places = figure.subplots(frame.down, frame.across, squeeze=False).flatten().tolist()
     chart.draw(places)
+    legible(figure)
     return places[0]
 
 
 def heatmap_frame(chart: HeatmapData, width: float | None) -> Frame:
     """Cells as wide as their texts; those beyond the width go on below."""
     margin = 0.9 + NAME * max(map(len, chart.rows))
-    texts = [visible(text) for line in chart.texts or () for text in line if text is not None]
+    texts = [_token(text) for line in chart.texts or () for text in line if text is not None]
     if texts:
-        cell, room = max(0.3, min(0.64, NAME * max(map(len, texts)) + 0.12)), (width or WIDEST) - margin
+        cell, room = max(0.3, min(0.64, NAME * max(map(columns_of, texts)) + 0.12)), (width or WIDEST) - margin
     elif width:
         room = width - margin
         cell = max(NAMED, min(0.42, room / len(chart.columns)))
@@ -87,7 +92,7 @@ def heatmap_frame(chart: HeatmapData, width: float | None) -> Frame:
     most = max(2, int(room / cell + 1e-9))
     down = math.ceil(len(chart.columns) / most)
     across = math.ceil(len(chart.columns) / down)
-    names = 0.2 + 0.87 * NAME * min(40, max(len(visible(name)) for name in chart.columns))
+    names = 0.2 + 0.87 * NAME * min(40, max(columns_of(_token(name)) for name in chart.columns))
     tall = min(0.36, SIDE / len(chart.rows)) * len(chart.rows)
     head = 0.25 + 0.17 * len(_wrapped(chart.title, int(11 * (width or margin + cell * across))).split("\n"))
     return Frame(width or margin + cell * across, head + down * (tall + names + 0.2 * bool(chart.xlabel)), down)
@@ -101,7 +106,7 @@ def heatmap(places: Sequence[Any], chart: HeatmapData) -> None:
     low, high = chart.limits or limits_of(chart.values, chart.diverging)
     stops = [tuple(channel / 255 for channel in stop) for stop in (_SIGNED if chart.diverging else _AMOUNT)]
     scale = LinearSegmentedColormap.from_list("ic", stops).with_extremes(bad=_MISSING)
-    across = math.ceil(len(chart.columns) / len(places))
+    across, marked = math.ceil(len(chart.columns) / len(places)), False
     with matplotlib.rc_context({"font.size": 8}):
         for number_of, axes in enumerate(places):
             some = range(number_of * across, min((number_of + 1) * across, len(chart.columns)))
@@ -109,20 +114,50 @@ def heatmap(places: Sequence[Any], chart: HeatmapData) -> None:
             image = axes.imshow(part, cmap=scale, vmin=low, vmax=high, aspect="auto")
             axes.set_xlim(-0.5, across - 0.5)
             _named_cells(axes, chart, some)
+            marked |= _minuses(
+                axes,
+                [
+                    (j - 0.2, j + 0.2, i, line[j])
+                    for i, line in enumerate(part)
+                    for j in range(len(line))
+                    if not (chart.texts and chart.texts[i][some.start + j])
+                ],
+                (low, high),
+                chart.diverging,
+            )
             for i, line in enumerate(chart.texts or ()):
                 for j, text in enumerate(line[some.start : some.stop]):
                     ink = css(chart.values[i][some.start + j], low, high, chart.diverging)[1]
                     how = {"ha": "center", "va": "center", "fontsize": 6, "color": ink, "parse_math": False}
-                    axes.text(j, i, "" if text is None else short(visible(text), 9), **how)
+                    axes.text(j, i, "" if text is None else short(_token(text), 9), **how)
         first, last = places[0], places[-1]
         first.set_title(_wrapped(chart.title, max(20, int(11 * _inches(first)[0]))), fontsize=10)
         last.set_xlabel(chart.xlabel, fontsize=8)
         bar = first.figure.colorbar(image, ax=list(places), fraction=0.03, pad=0.015)
-        bar.set_label(chart.colorbar, fontsize=7)
+        bar.set_label(f"{chart.colorbar}{MARKS * marked}".removeprefix("; "), fontsize=7)
         if chart.percent:
             bar.ax.yaxis.set_major_formatter(lambda tick, _: share(round(tick, 6)))
         bar.ax.tick_params(labelsize=6, length=0)
         bar.outline.set_visible(False)
+
+
+def _minuses(
+    axes: Any, spots: Sequence[tuple[float, float, float, float]], ends: tuple[float, float], diverging: bool
+) -> bool:
+    """A minus on each spot (left, right, height, value) that is below zero, where two colours are one grey in print;
+    whether there is one."""
+    from matplotlib.collections import LineCollection
+
+    below = [spot for spot in spots if below_zero(spot[3], ends[1], diverging)]
+    inks = [css(spot[3], *ends, diverging)[1] for spot in below]
+    lines = [((left, height), (right, height)) for left, right, height, _ in below]
+    axes.add_collection(LineCollection(lines, colors=inks, linewidths=0.6), autolim=False)
+    return bool(below)
+
+
+def _marked(values: Sequence[float], ends: tuple[float, float], chart: TokenStripData | OverlayData) -> str:
+    """What the marks mean, where a value bears one."""
+    return MARKS * any(below_zero(each, ends[1], chart.diverging) for each in values)
 
 
 def _named_cells(axes: Any, chart: HeatmapData, some: range) -> None:
@@ -130,7 +165,7 @@ def _named_cells(axes: Any, chart: HeatmapData, some: range) -> None:
     wide, tall = _inches(axes)
     columns, rows = _named(len(some), wide / len(some)), _named(len(chart.rows), tall / len(chart.rows))
     axes.set_xticks(
-        columns, [_text(visible(chart.columns[some[i]])) for i in columns], rotation=60, ha="right", fontsize=7,
+        columns, [_text(_token(chart.columns[some[i]])) for i in columns], rotation=60, ha="right", fontsize=7,
         rotation_mode="anchor",
     )  # fmt: skip
     axes.set_yticks(rows, [_text(chart.rows[i]) for i in rows], fontsize=7)
@@ -184,7 +219,7 @@ def bars(places: Sequence[Any], chart: BarsData) -> None:
         axes.annotate(written(bar.value, chart.percent, 1), **place)
     if chart.base is not None:
         axes.axvline(chart.base, color=SERIES[1], linestyle="--", linewidth=1)
-    axes.set_yticks(rows, [_text(short(bar.name, 40)) for bar in chart.bars], fontsize=7)
+    axes.set_yticks(rows, [_text(short(drawable(bar.name), 40)) for bar in chart.bars], fontsize=7)
     axes.set_xticks(ticks(low, high), [written(tick, chart.percent) for tick in ticks(low, high)], fontsize=7)
     axes.set_xlim(low, high)
     axes.set_ylim(len(chart.bars) - 0.5, -0.5)
@@ -210,7 +245,7 @@ def strip(places: Sequence[Any], chart: TokenStripData) -> None:
         top = i * (lines + heads) + heads
         ends = chart.limits or limits_of([values], chart.diverging)
         if heads:
-            said = f"{layer}: {number(ends[0])} to {number(ends[1])}"
+            said = f"{layer}: {number(ends[0])} to {number(ends[1])}{_marked(values, ends, chart)}"
             axes.text(0, top - 0.4, said, fontsize=7, va="center", parse_math=False)
         _coloured(axes, placed, top, values, ends, chart, inks)
     for i, (name, ink) in enumerate(inks.items()):
@@ -222,12 +257,12 @@ def strip(places: Sequence[Any], chart: TokenStripData) -> None:
     shown = chart.colorbar
     if not heads:
         low, high = ends
-        shown = f"{shown + ': ' if shown else ''}{number(low)} to {number(high)}"
+        shown = f"{shown + ': ' if shown else ''}{number(low)} to {number(high)}{_marked(values, ends, chart)}"
     _dressed(axes, "\n".join(line for line in (chart.title, shown) if line), "", "")
 
 
 def _widest(placed: Sequence[tuple[int, int, int, str]]) -> int:
-    return max(40, *(column + len(text) for _, _, column, text in placed))
+    return max(40, *(column + columns_of(text) for _, _, column, text in placed))
 
 
 def _letters(width: float) -> int:
@@ -257,6 +292,16 @@ def overlay(places: Sequence[Any], chart: OverlayData) -> None:
             opacity = 1.0 if chart.picture is None else chart.opacity
             box = Rectangle((left, top), right - left, bottom - top, alpha=opacity, facecolor=colour, linewidth=0)
             axes.add_patch(box)
+        spots = [
+            (
+                (left + right) / 2 - (right - left) / 5,
+                (left + right) / 2 + (right - left) / 5,
+                (top + bottom) / 2,
+                value,
+            )
+            for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True)
+        ]
+        _minuses(axes, spots, ends, chart.diverging)
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
         axes.set_aspect("equal", anchor="N")  # right below its title
@@ -269,7 +314,7 @@ def _over(chart: OverlayData, layer: str, width: float) -> str:
     """What stands above a layer of a width in inches: the title, and what its colours say."""
     named = ": ".join(part for part in (layer, chart.colorbar) if part)
     low, high = (number(float(end)) for end in chart.ends(layer))
-    said = f"{named + ': ' if named else ''}{low} to {high}"
+    said = f"{named + ': ' if named else ''}{low} to {high}{_marked(chart.layers[layer], chart.ends(layer), chart)}"
     return _wrapped("\n".join(line for line in (chart.title, said) if line), max(20, int(12 * width)))
 
 
@@ -283,10 +328,12 @@ def _coloured(
     inks: Mapping[str, str],
 ) -> None:
     """The tokens of one layer, `top` lines down, with the lines of their spans."""
+    middles = [(column + columns_of(text) / 2, top + line, values[token]) for token, line, column, text in placed]
+    _minuses(axes, [(x - 0.25, x + 0.25, row + 0.86, v) for x, row, v in middles], ends, chart.diverging)
     for number_of, line, column, text in placed:
         row = top + line
         back, ink = css(values[number_of], *ends, chart.diverging)
-        axes.broken_barh([(column, len(text))], (row + 0.12, 0.8), facecolor=back)
+        axes.broken_barh([(column, columns_of(text))], (row + 0.12, 0.8), facecolor=back)
         how = {
             "ha": "left",
             "va": "center",
@@ -298,20 +345,25 @@ def _coloured(
         axes.text(column, row + 0.5, text, **how)
         for name, (start, stop) in (chart.spans or {}).items():
             if start <= number_of < stop:
-                axes.plot((column, column + len(text)), (row + 0.96, row + 0.96), color=inks[name], linewidth=1.6)
+                axes.plot(
+                    (column, column + columns_of(text)), (row + 0.96, row + 0.96), color=inks[name], linewidth=1.6
+                )
 
 
 def _laid_out(tokens: Sequence[str], letters: int) -> tuple[list[tuple[int, int, int, str]], int]:
     """Pieces of tokens with their line and column, and how many lines there are; tokens break where a line is full."""
     pieces, row, column = [], 0, 0
     for number_of, token in enumerate(tokens):
-        shown = visible(token).replace("·", " ", 1) if token.startswith(" ") else visible(token)
+        shown = _token(token).replace("·", " ", 1) if token.startswith(" ") else _token(token)
         while shown:
-            if column == letters:
+            if column >= letters:
                 row, column = row + 1, 0
-            piece, shown = shown[: letters - column], shown[letters - column :]
+            piece = shown[: letters - column]
+            while columns_of(piece) > letters - column and len(piece) > 1:
+                piece = piece[:-1]
+            shown = shown[len(piece) :]
             pieces.append((number_of, row, column, piece))
-            column += len(piece)
+            column += columns_of(piece)
         if token.endswith("\n"):
             row, column = row + 1, 0
     return pieces, row + bool(column)
@@ -358,12 +410,18 @@ def _dressed(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
 
 def _wrapped(title: str, width: int) -> str:
     """A title whose lines are so long at most."""
-    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+    kept = re.sub(r"' (?=[^' ]+')", "'\N{NO-BREAK SPACE}", title)  # the space of a quoted token
+    return "\n".join(textwrap.fill(line, width) for line in kept.split("\n"))
+
+
+def _token(token: str) -> str:
+    """A token as pictures show it."""
+    return drawable(visible(token))
 
 
 def _text(label: str) -> str:
     """A label that matplotlib takes as it stands."""
-    return label.replace("$", r"\$")
+    return drawable(label).replace("$", r"\$")
 
 
 def _named(count: int, size: float) -> range:

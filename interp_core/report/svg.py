@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .colors import SERIES, css
-from .html import TAB, escape, number, scale_bar, short, switched
+from .colors import SERIES, at_night, below_zero, css
+from .html import MARKS, TAB, escape, number, scale_bar, short, switched
 from .pictures import data_uri
 
 if TYPE_CHECKING:
@@ -166,15 +166,29 @@ def overlay(chart: OverlayData) -> str:
         low, high = chart.ends(layer)
         boxes = [
             f"<rect{TAB * (i == 0)} x='{left:g}' y='{top:g}' width='{right - left:g}' height='{bottom - top:g}' "
-            f"style='fill:{css(value, low, high, chart.diverging)[0]}' opacity='{opacity:g}' "
+            f"style='{_fill(chart, value, low, high)}' opacity='{opacity:g}' "
             f'data-tip="{escape(number(float(value)))}"/>'
             for i, ((left, top, right, bottom), value) in enumerate(zip(chart.boxes, values, strict=True))
         ]
-        bar = f"<figcaption>{escape(chart.colorbar)} {scale_bar(low, high, chart.diverging)}</figcaption>"
-        drawn.append(f"<svg {frame}>{behind}{''.join(boxes)}</svg>{bar}")
+        night = "" if chart.picture is not None else ";--d:none"
+        shared = "vector-effect='non-scaling-stroke' pointer-events='none'"
+        marks = [
+            f"<path d='M{(left + right) / 2 - (right - left) / 5:g} {(top + bottom) / 2:g}h{(right - left) / 2.5:g}' "
+            f"stroke='currentColor' style='color:{css(value, low, high, True)[1]}{night}' {shared}/>"
+            for (left, top, right, bottom), value in zip(chart.boxes, values, strict=True)
+            if below_zero(value, high, chart.diverging)
+        ]
+        said = f"{escape(chart.colorbar)} {scale_bar(low, high, chart.diverging)}{MARKS * bool(marks)}"
+        drawn.append(f"<svg {frame}>{behind}{''.join(boxes + marks)}</svg><figcaption>{said}</figcaption>")
     body = drawn[0] if len(drawn) == 1 else switched(list(chart.layers), drawn)
     words = chart.caption or chart.title
     return f"<figure>{body}{f'<figcaption>{escape(words)}</figcaption>' if words else ''}</figure>"
+
+
+def _fill(chart: OverlayData, value: float, low: float, high: float) -> str:
+    """The style of a box; over a picture it is the same on light and dark pages."""
+    day = f"fill:{css(value, low, high, chart.diverging)[0]}"
+    return day if chart.picture is not None else f"{day};--d:{at_night(value, low, high, chart.diverging)}"
 
 
 def _level(at: float, label: str) -> str:

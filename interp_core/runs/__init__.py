@@ -27,14 +27,15 @@ from .identity import digest, model_record, safe_name, slug
 from .rows import Rows
 from .session import PASSED, sessions
 from .stages import Files, csv_text, json_lines, json_text
+from .status import RunStatus, TableStatus, status
 
 if TYPE_CHECKING:
     from ..structure import Structure
 
 __all__ = [
-    "Files", "Part", "Rows", "RunFolder", "csv_text", "digest", "discard", "json_lines", "json_text", "manifest",
-    "model_record", "open", "parts", "pt_bytes", "publish", "read_pt", "safe_name", "safetensors_bytes", "split_lines",
-    "write",
+    "Files", "Part", "Rows", "RunFolder", "RunStatus", "TableStatus", "csv_text", "digest", "discard", "json_lines",
+    "json_text", "manifest", "model_record", "open", "parts", "pt_bytes", "publish", "read_pt", "safe_name",
+    "safetensors_bytes", "split_lines", "status", "write",
 ]  # fmt: skip
 
 RESULTS = Path("results")

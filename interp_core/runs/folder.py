@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
 from .identity import bound_record, difference, digest, model_difference, plain, safe_name
+from .leases import Leases, holder
+from .mapping import POLL
 from .rows import Folder
 from .session import RunSession, now, sessions
 from .stages import json_text
@@ -22,10 +26,23 @@ if TYPE_CHECKING:
 
 FORMAT = "interp-run/1"
 MANIFEST, DONE, RECORD = "manifest.json", "DONE", "record"
+COMMAND, LEAD = "command.json", "lead.lease"
 STATES = ("pending", "running", "completed", "failed", "stopped", "skipped", "dry_run")
 """What a part can be."""
 OVER = ("completed", "skipped")
 """States of parts that a run need not come back to."""
+PLANNING: ContextVar[Mapping[str, Any] | None] = ContextVar("planning", default=None)
+"""The command that other processes will carry out on the next run folder that is opened, which this one only plans."""
+WORKING: ContextVar[Path | None] = ContextVar("working", default=None)
+"""The folder of the planned run that this process works at."""
+
+
+class Planned(BaseException):
+    """The run that was to be planned is: its folder. Not an error, and nothing but who plans may catch it."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home)
+        self.home = home
 
 
 class RunFolder(Folder):
@@ -37,10 +54,13 @@ class RunFolder(Folder):
         shared: whether other runs write below `path` too.
         overwrite: whether files that this run did not write may be replaced.
         session: this process at work on it.
+        leases: what this process has of it.
+        shards: in how many its items are divided, for several processes at once; None: one process does it all.
         say: gets a line about every stage.
     """
 
     session: RunSession
+    leases: Leases
 
     def __init__(
         self,
@@ -57,8 +77,10 @@ class RunFolder(Folder):
         self.root, self.home, self.identity = self, home, dict(identity)
         self.shared, self.overwrite, self.say, self.kind = shared, overwrite, say, kind
         self.record = home / RECORD
-        self.is_open = self._began = False
+        self.is_open = self._began = self._in_item = False
         self.check()
+        command = self.read(self.record / COMMAND)
+        self.shards: int | None = None if command is None else int(command["shards"])
 
     # Whose it is
 
@@ -113,6 +135,7 @@ class RunFolder(Folder):
     # Being at work
 
     def __enter__(self) -> RunFolder:
+        self._demand_planned()
         self._sweep()
         kept = {name: self.identity[name] for name in ("recipe", "settings", "passed", "free", "dataset", "hash")}
         text = json_text({"format": FORMAT, **kept, "created": now()})
@@ -123,10 +146,29 @@ class RunFolder(Folder):
             self.check()
         if self.identity["model"] is not None:
             self._bind()
+        if (planning := PLANNING.get()) is not None:
+            write(self.record / COMMAND, json_text(planning))
+            raise Planned(self.home)
         self.session = RunSession(self.record / "sessions")
+        self.leases = Leases(self.session.id)
         self.is_open = True
         self._write_manifest()
         return self
+
+    def _demand_planned(self) -> None:
+        """Refuse another run than the one that was planned.
+
+        Raises:
+            PlanError: its settings, data or model have changed since.
+        """
+        if (home := WORKING.get()) is None or home == self.home.resolve():
+            if home is not None:
+                self._compare()
+            return
+        planned = self.read(home / RECORD / "run.json") or {}
+        if planned.get("recipe") == self.identity["recipe"]:
+            differs = difference(planned["settings"], self.identity["settings"], self.identity["free"])
+            raise PlanError(f"{home} was planned for another run: {differs or 'another model'}; plan it anew")
 
     def _sweep(self) -> None:
         """Delete drafts that killed processes left; in a tree only beside the files of this run."""
@@ -150,11 +192,12 @@ class RunFolder(Folder):
         # What went wrong may be that the disk is full: then its error is told, not that of the record.
         with suppress(*[OSError] * (error is not None)):
             self.session.end(state, reason)
-            if error is None and all(part["state"] in OVER for part in self.parts()):
+            if error is None and self._may_lead() and all(part["state"] in OVER for part in self.parts()):
                 counts = Counter(part["state"] for part in self.parts())
                 done = {"at": now(), "session": self.session.id, "stages": len(self.stages()), "parts": dict(counts)}
                 write(self.home / DONE, json_text(done))
             self._write_manifest()
+        self.leases.close()
 
     def begin_change(self) -> None:
         """Called before anything is made: a run that is at work is not done.
@@ -177,6 +220,45 @@ class RunFolder(Folder):
     def _write_manifest(self) -> None:
         """Put the manifest together from the record, whose files are written by one process each."""
         write(self.home / MANIFEST, json_text(manifest(self.home)))
+
+    # Several processes
+
+    def leads(self, is_there: Callable[[], bool]) -> bool:
+        """Whether this process is to write what is not a row: always, where it is alone or within an item; else one of
+        those at work is, and this one waits until it leads or `is_there` says that the other has written it."""
+        if self.shards is None or self._in_item or self.leases.has(self._lead):
+            return True
+        while not is_there():
+            if self._may_lead():
+                return not is_there()  # it may have been written between the two
+            time.sleep(POLL)
+        return False
+
+    def _may_lead(self) -> bool:
+        """Whether this process leads, or does from here on."""
+        return self.shards is None or self.leases.take(self._lead)
+
+    def leader(self) -> str:
+        """The session that leads; "" if none does."""
+        return str((holder(self._lead) or {}).get("session", ""))
+
+    @property
+    def _lead(self) -> Path:
+        return self.record / LEAD
+
+    @contextmanager
+    def item(self) -> Iterator[None]:
+        """An item's work: what it writes is its own."""
+        self._in_item = True
+        try:
+            yield
+        finally:
+            self._in_item = False
+
+    def depends(self) -> dict[str, Any]:
+        """What all rows of this run depend on, by which plans of shards are told apart."""
+        model = self.identity["model"]
+        return {"run": self.identity["hash"], "model": model and model["fingerprint"]}
 
     # Parts
 
@@ -278,7 +360,8 @@ class Part(Folder):
         self.root.begin_change()
         kept = {key: value for key, value in self.data.items() if key != "error"}
         self.data = kept | {"state": state, "reason": reason, "updated": now(), "session": self.root.session.id} | more
-        write(self.file, json_text(self.data))
+        if self.root.leads(lambda: True):
+            write(self.file, json_text(self.data))
         if self.watch is not None:
             self.watch(self)
 

@@ -12,17 +12,17 @@ A line that was torn by a kill or a full disk is left out when the journal is re
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import LoadError, PlanError
+from . import journals
 from .identity import difference, plain
+from .journals import Journal, Row
+from .mapping import Beside, Made, Table
 from .stages import Stages, csv_text, json_lines
-
-Row = dict[str, Any]
 
 
 class Rows:
@@ -39,28 +39,29 @@ class Rows:
         self.inputs: Row = plain(dict(inputs or {}), "inputs")
         self.journal = folder.root.record / "rows" / folder.prefix / f"{name}.journal"
         self.groups: dict[Any, list[Row]] = {}
-        self._file: int | None = None
+        self._writing: Journal | None = None
 
     def __enter__(self) -> Rows:
         self.folder.last = self.name
         self.folder.claim([self.name])
-        whole = self._read() if self.journal.exists() else 0
+        leads = self.folder.root.leads(lambda: self.folder.has_made(self.name))
+        if self.journal.exists():
+            self._read()
+        if not leads:
+            return self
         self.folder.root.begin_change()
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, whole)  # without a line that was torn
-        if not whole:
-            self._append([self.inputs])
+        self._writing = Journal(self.journal)
+        if self._writing.is_new:
+            self._writing.append([self.inputs])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        if error is None:
-            os.fsync(self._file)
-        os.close(self._file)
-        self._file = None
+        if self._writing is None:
+            return
+        self._writing.close(sync=error is None)
+        self._writing = None
         if error is None:
             rows = list(self)
             text = csv_text(rows) if self.name.endswith(".csv") else json_lines(rows)
@@ -84,46 +85,27 @@ class Rows:
         group = [plain(dict(row), "a row") for row in rows]
         if len({json.dumps(row.get(self.key)) for row in group}) != 1 or group[0].get(self.key) is None:
             raise PlanError(f"rows of one group have one value under {self.key!r}; add other values' rows apart")
-        self._append(group)
+        if self._writing is None:
+            raise PlanError(f"rows of {self.name} are added in a `with` block")
+        self._writing.append(group)
         self.groups[group[0][self.key]] = group
 
-    def _append(self, group: list[Row]) -> None:
-        """One line; nothing of it where it does not fit on the disk."""
-        if self._file is None:
-            raise PlanError(f"rows of {self.name} are added in a `with` block")
-        line, size = (json.dumps(group, ensure_ascii=False) + "\n").encode(), os.fstat(self._file).st_size
-        try:
-            if (written := os.write(self._file, line)) != len(line):
-                raise OSError(f"only {written} of {len(line)} bytes could be written to {self.journal}; make room")
-        except OSError:
-            os.ftruncate(self._file, size)
-            raise
-
-    def _read(self) -> int:
-        """Take up the journal; gives the length of what is whole.
+    def _read(self) -> None:
+        """Take up the journal.
 
         Raises:
             LoadError: a line that is no group, before the last.
             PlanError: rows of other inputs.
         """
-        whole = 0
-        for number, line in enumerate(self.journal.read_bytes().splitlines(keepends=True), 1):
-            try:
-                group = json.loads(line)
-                assert line.endswith(b"\n") and isinstance(group, list)
-                key = None if number == 1 else group[0][self.key]
-            except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
-                if not line.endswith(b"\n"):  # what a killed process was writing
-                    break
+        groups, _ = journals.read(self.journal)
+        if groups:
+            self._check(groups[0][0])
+        for number, group in enumerate(groups[1:], 2):
+            if self.key not in group[0]:
                 raise LoadError(
-                    f"{self.journal}, line {number}, is not what was written ({error}); delete the file"
-                ) from error
-            if number == 1:
-                self._check(group[0])
-            else:
-                self.groups[key] = group
-            whole += len(line)
-        return whole
+                    f"{self.journal}, line {number}, is not what was written (no {self.key!r}); delete the file"
+                )
+            self.groups[group[0][self.key]] = group
 
     def _check(self, inputs: Row) -> None:
         if differs := difference(inputs, self.inputs):
@@ -134,6 +116,39 @@ class Rows:
 
 class Folder(Stages):
     """Stages with rows."""
+
+    def map(
+        self,
+        name: str,
+        make: Callable[[Any], Made],
+        items: Iterable[Any],
+        *,
+        by: Callable[[Any], str | int],
+        inputs: Mapping[str, Any] | None = None,
+        batch: int | None = None,
+        alike: Callable[[Any], Any] | None = None,
+        strict: bool = False,
+        beside: Beside = None,
+    ) -> list[Row]:
+        """Rows of items that do not depend on each other: those of earlier runs, and the others made now, here or by
+        every process that is at work on the run. An item that raises an error is noted, and the rest goes on.
+
+        Args:
+            name: of the file that all rows are written to, in the order of the items; `.jsonl` or `.csv`.
+            make: the row of an item, or its rows, if any. With `batch`, of a list of items, a list of these.
+            items: worked at one by one; each is a piece of work which the run can be stopped before and after.
+            by: what an item is called; no two have the same name.
+            inputs: what the rows depend on beside the run's settings, its model and the items.
+            batch: so many items are made together, the same ones whatever was done before.
+            alike: only items of which it says the same are made together.
+            strict: an item's error ends the run.
+            beside: of an item and its rows, names of the files that `make` put; without them the rows are made again.
+
+        Raises:
+            ItemError: items raised errors; the others are done.
+            PlanError: two items of one name; rows that are there are of other items or inputs.
+        """
+        return Table(self, name, inputs, strict, beside).map(make, list(items), by, batch, alike)
 
     def rows(self, name: str, key: str, *, inputs: Mapping[str, Any] | None = None) -> Rows:
         """Rows that come one by one and are not lost when the run is stopped; see `Rows`."""

@@ -54,6 +54,16 @@ class RunSession:
         }  # fmt: skip
         write(self.file, json.dumps(self.data, indent=1))
 
+    def cost(self) -> str:
+        """What this run has cost up to now, in words: earlier sessions too, as far as they came to an end."""
+        before = [data for data in sessions(self.file.parent) if data["id"] != self.id]
+        seconds = time.perf_counter() - self._clock + sum(data["seconds"] or 0 for data in before)
+        lines = [f"{seconds:,.1f} seconds in {len(before) + 1} session{'s' * bool(before)}; see manifest.json"]
+        lines += [f"{at} memory: at most {peak / 2**30:.2f} GiB" for at, peak in peak_memory().items()]
+        machine, torch = self.data["host_class"], torch_settings()
+        threads = f", {torch['threads']} thread{'s' * (torch['threads'] > 1)}" if torch else ""
+        return "\n".join([*lines, f"on {', '.join([*machine['gpus'], machine['cpu']])}{threads}"])
+
     def end(self, state: str, reason: str = "") -> None:
         """Note how it ended: finished, stopped or failed."""
         self.data |= {"state": state, "reason": reason, "ended": now(), "peak_memory": peak_memory()}

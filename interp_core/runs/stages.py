@@ -12,14 +12,20 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ..errors import InterpError, PlanError, nearest
-from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, write
+from ..files import create, file_sha256, pt_bytes, read_pt, safetensors_bytes, sha256, without_folders, write
 from .identity import difference, digest, plain
+from .leases import Leases
 from .session import RunSession, now
+
+if TYPE_CHECKING:
+    from ..report import Answer
+    from ..structure import Structure
 
 Files = Mapping[str, str | bytes]
 """What files are to hold, by their names below a folder."""
@@ -56,9 +62,12 @@ class Root(Protocol):
     """What stages ask of the run that they are part of; see `RunFolder`."""
 
     record: Path
+    identity: dict[str, Any]
     session: RunSession
     shared: bool
     overwrite: bool
+    shards: int | None
+    leases: Leases
     say: Callable[[str], None]
 
     def begin_change(self) -> None:
@@ -68,6 +77,18 @@ class Root(Protocol):
         """See `RunFolder`."""
 
     def read(self, path: Path) -> dict[str, Any] | None:
+        """See `RunFolder`."""
+
+    def leads(self, is_there: Callable[[], bool]) -> bool:
+        """See `RunFolder`."""
+
+    def leader(self) -> str:
+        """See `RunFolder`."""
+
+    def item(self) -> AbstractContextManager[None]:
+        """See `RunFolder`."""
+
+    def depends(self) -> dict[str, Any]:
         """See `RunFolder`."""
 
 
@@ -130,14 +151,19 @@ class Stages:
 
     def kept(self, stage: str, *, inputs: Mapping[str, Any] | None = None, after: Sequence[str] = ()) -> bool:
         """Whether a stage's files are all there, whole and of these inputs. If they were made and are not, why is said
-        and noted."""
-        note = self._note(stage)
+        and noted. Of several processes at work on the run one gets False; the others wait until it has made them."""
+
+        def is_whole() -> bool:
+            note = self._note(stage)
+            return note is not None and not self._stale(note, self._inputs(inputs, after))
+
+        if not is_whole() and self.root.leads(is_whole):
+            note = self._note(stage)
+            self._begun[stage] = time.perf_counter(), ""
+            if note is not None:
+                self._again(stage, self._stale(note, self._inputs(inputs, after)))
+            return False
         self._begun[stage] = time.perf_counter(), ""
-        if note is None:
-            return False
-        if why := self._stale(note, self._inputs(inputs, after)):
-            self._again(stage, why)
-            return False
         self.root.say(f"  kept {stage}")
         return True
 
@@ -165,8 +191,17 @@ class Stages:
             return []
         stage = stage or next(iter(files))
         self.claim(files, stage=stage)
-        note, before = self._note(stage), {name: file_sha256(self.path / name) for name in files}
         digests = {name: sha256(content) for name, content in files.items()}
+
+        def is_put() -> bool:  # by who leads; what that one writes may differ in seconds that it took
+            note = self._note(stage)
+            if note is None or set(note["files"]) != set(digests) or not self.has_made(stage):
+                return False
+            return bool(note["files"] == digests or note["session"] == self.root.leader())
+
+        if not self.root.leads(is_put):
+            return []
+        note, before = self._note(stage), {name: file_sha256(self.path / name) for name in files}
         began, why = self._begun.pop(stage, (None, ""))
         self.root.begin_change()
         entry = {
@@ -237,6 +272,37 @@ class Stages:
         """Write a method's `Result` into a folder, as `result.save` does."""
         self.put({f"{name}/{file}": content for file, content in result.files().items()}, stage=name)
 
+    def page(self, name: str, answer: Answer, model: Structure | None = None, *, binds: bool = True) -> None:
+        """Write the page that an answer makes, with what the run cost, its settings, and how it was made, folded away.
+
+        One that says the same is kept, with its cost, date and command: those of the run that made it.
+
+        Args:
+            model: None where it was not loaded, since all was done before.
+            binds: as `put`.
+        """
+        from ..provenance import run_provenance
+
+        bound = self.root.read(self.root.record / "model.json")
+        record = answer.provenance or run_provenance(self.root.identity, answer.question, model, bound)
+        details = {title: without_folders(text) for title, text in answer.details.items()}
+        answer = answer._replace(further=[without_folders(sentence) for sentence in answer.further])
+        told = answer._replace(details=details, provenance={**record, "date": "", "command": ""})
+        inputs = {"content": digest(self._page(told))}
+        if not self.kept(name, inputs=inputs):
+            details |= {"What it cost": self.root.session.cost()}
+            text = self._page(answer._replace(provenance=record, details=details))
+            self.put({name: text}, inputs=inputs, binds=binds)
+
+    def _page(self, answer: Answer) -> str:
+        """A page without the folders that a picture or a reason may name."""
+        from ..report.answer import answer_page
+
+        text = answer_page(answer)
+        for folder in (self.path.absolute(), Path.cwd(), Path.home()):
+            text = text.replace(f"{folder}/", "") if len(folder.parts) > 1 else text
+        return text
+
     # Notes
 
     def _again(self, stage: str, why: str) -> None:
@@ -266,6 +332,11 @@ class Stages:
         """Names of the stages that have begun to be written."""
         folder = self._notes
         return sorted(str(path.relative_to(folder).as_posix())[:-5] for path in folder.rglob("*.json"))
+
+    def has_made(self, stage: str) -> bool:
+        """Whether a stage's files are all as they were written, of whatever inputs."""
+        note = self._note(stage)
+        return note is not None and not self._stale(note, note["inputs"])
 
     def damaged(self) -> list[str]:
         """What is missing or not as it was written, of all files of all stages; reads them."""

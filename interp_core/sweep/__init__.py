@@ -34,6 +34,7 @@ from ..progress import Progress
 from ..provenance import provenance
 from ..replacing import demand_own
 from ..result import Result
+from ..runs import RunFolder
 from ..score import Score
 from ..session import Input, Session
 from ..sites import ROUTING, TENSOR_OPS, Edit, Site
@@ -42,10 +43,11 @@ from .choose import cheapest_strategy
 from .kept import read_variants, variants_files
 from .keys import Effect, Key, Parts, by_key, cells, number_of, part_names, words
 from .kinds import scores_of, variants_of
-from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, judged_by, label, lines, said_by_edits, view
+from .looks import BARS, bar_chart, failed_words, grid_chart, is_grid, label, lines, said_by_edits, spot_words, view
 from .place import Placer
 from .plan import STRATEGIES, SweepPlan, named_edits
 from .runner import Runner
+from .shared import swept
 from .store import SweepStore, opened
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class Sweep(Shown, Result):
         clean: scores without edits.
         moved: norm of what the edits of a variant changed, per example.
         score: name of the score.
+        measured: the score in words; "": its name.
+        labels: tokens of the examples as text; empty where they are not known.
         variants: the edits.
         keys: what the variants are called: the keys of a mapping, else 0, 1, 2, …
         explain: how it was carried out, in words.
@@ -85,12 +89,15 @@ class Sweep(Shown, Result):
     keys: tuple[Key, ...] = field(default=(), metadata={"names": "variant"})
     explain: str = field(default="", compare=False)
     _plan: SweepPlan | None = field(default=None, compare=False, metadata=APART)
+    measured: str = field(default="", compare=False)
+    labels: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
     _repr_html_ = Result._repr_html_
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.keys:
             object.__setattr__(self, "keys", tuple(range(len(self.values))))
+        object.__setattr__(self, "measured", self.measured or self.score)
         if len(self.keys) != len(self.values):
             raise ValueError(f"Sweep has {len(self.keys)} keys for {len(self.values)} variants")
 
@@ -220,19 +227,27 @@ class Sweep(Shown, Result):
         said = f"without edits {self._clean(example)}{self._whose(example)}"
         if (rows, columns) != (0, 1) or is_grid(self.keys):
             effects = self._of(self.effects, example).tolist()
-            return grid_chart(effects, self.keys, self.variants, rows, columns, self.score, said)
+            return grid_chart(
+                effects, self.keys, self.variants, rows, columns, self.score, self.measured, said, self.labels
+            )
         top = [effect for effect in self.top(BARS, example) if math.isfinite(effect.effect)]
-        return bar_chart(top, len(self), self._plain, self.score, said)
+        return bar_chart(top, len(self), self._plain, self.measured, said)
 
     def charts(self) -> list[Chart]:
         """`chart`, where some score is a number."""
         return [self.chart()] if bool(self.effects.mean(-1).isfinite().any()) else []
 
     @property
+    def heading(self) -> str:
+        """How many variants."""
+        return f"Sweep of {len(self):,} variants"
+
+    @property
     def finding(self) -> str:
         """The variant that moves the score most, and those whose score is no number."""
         best, *_ = self.top(1)
-        said = f"The largest change of {self.score}: {best.effect:+.4g} by {label(*best[:2], self._plain)}, "
+        where = f"{label(*best[:2], self._plain)}{spot_words(best.edits, self.labels)}"
+        said = f"The largest change of {self.measured}: {best.effect:+.4g} by {where}, "
         moved = (
             f"{said}from {self._clean(None)} without edits{self._whose(None)}." if math.isfinite(best.effect) else ""
         )
@@ -292,8 +307,8 @@ def checked(variants: Any, score: Any, memory_budget: Any, out: Any) -> tuple[tu
     listed, scores = variants_of(variants), scores_of(score)
     if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
         raise PlanError(wrong("memory_budget=", "a number of bytes", memory_budget))
-    if out is not None and not isinstance(out, (str, Path)):
-        raise PlanError(wrong("out=", "a folder", out))
+    if out is not None and not isinstance(out, (str, Path, RunFolder)):
+        raise PlanError(wrong("out=", "a folder, or an open run of ic.runs", out))
     return listed, scores
 
 
@@ -304,29 +319,48 @@ def sweep(
     scores: tuple[Score, ...],
     strategy: str,
     budget: int | None,
-    out: str | Path | None,
+    out: str | Path | RunFolder | None,
     progress: bool,
     keys: tuple[Key, ...] = (),
 ) -> tuple[Sweep, ...]:
     """See `Model.sweep`, which has the defaults; one sweep per score, of the same passes."""
     tokens, listed, scores = _ready(model, x, variants, scores, strategy)
     placer = Placer(model, tokens, listed, scores, budget)
-    with opened(out, model, tokens, listed, scores) as store:
-        if store.finished:  # a strategy is not even tried
-            plan = placer.plan(strategy, "all scores are in the folder", {}, store)
-        else:
-            tower = Tower(model.hf) if tokens.inputs else None
-            plan = _planned(placer, strategy, tower, store)
-            with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
-                Runner(model, tokens, plan, scores, store, tower).run(told)
-    by_score = zip(store.values.unbind(-1), store.clean.unbind(-1), scores, strict=True)
+    run, folder = (out, None) if isinstance(out, RunFolder) else (None, out)
+    with opened(folder, model, tokens, listed, scores) as store:
+        if run is not None:
+
+            def part(variants: Sequence[tuple[Edit, ...]]) -> SweepStore:
+                with opened(None, model, tokens, variants, scores) as own:
+                    _fill(Placer(model, tokens, variants, scores, budget), strategy, scores, own, progress)
+                return own
+
+            swept(run, tokens, listed, scores, store, part)
+        plan = _fill(placer, strategy, scores, store, progress)
     explain, settings = plan.explain(), {"variants": len(listed), "strategy": strategy}
     record = provenance("sweep", "What each of the changes does to ", model, tokens, settings)
-    records = [record and {**record, "what": f"{record['what']}{judged_by(model, score)}."} for score in scores]
+    measured = [score.words(model) for score in scores]
+    records = [record and {**record, "what": f"{record['what']}{said}."} for said in measured]
     return tuple(
-        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan).with_provenance(own)
-        for (values, clean, score), own in zip(by_score, records, strict=True)
+        Sweep(values, clean, store.moved, score.name, listed, keys, explain, plan, said, tokens.labels).with_provenance(
+            own
+        )
+        for values, clean, score, said, own in zip(
+            store.values.unbind(-1), store.clean.unbind(-1), scores, measured, records, strict=True
+        )
     )
+
+
+def _fill(placer: Placer, strategy: str, scores: Sequence[Score], store: SweepStore, progress: bool) -> SweepPlan:
+    """Work out what a store lacks; how."""
+    if store.finished:  # a strategy is not even tried
+        return placer.plan(strategy, "all scores are in the folder", {}, store)
+    model, tokens = placer.session, placer.tokens
+    tower = Tower(model.hf) if tokens.inputs else None
+    plan = _planned(placer, strategy, tower, store)
+    with Progress("sweep", int((~store.done).sum()), shown=progress) as told:
+        Runner(model, tokens, plan, scores, store, tower).run(told)
+    return plan
 
 
 def _planned(placer: Placer, strategy: str, tower: Tower | None = None, store: SweepStore | None = None) -> SweepPlan:

@@ -6,18 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import PlanError
 from ..views import Part, View
 from .keys import Effect, Key, Parts, cells, part_names, shown, words
 
 if TYPE_CHECKING:
     from ..report import Chart
-    from ..score import Score
-    from ..session import Session
     from ..sites import Edit
 
+Labels = Sequence[Sequence[str]]
+"""Tokens of every text as they are shown."""
 BARS = 20
 """Variants that a picture without a grid shows."""
 WIDEST, MOST = 32, 1000
@@ -37,12 +35,28 @@ def said_by_edits(keys: Sequence[Key], variants: Sequence[Sequence[Edit]]) -> bo
     return names != ["key"] and not any(name.startswith("key_") for name in names)
 
 
-def judged_by(model: Session, score: Score) -> str:
-    """A score with its targets as words: `logit_diff(' dry', ' cold')`."""
-    ids = [torch.as_tensor(target).flatten().tolist() for target in score.targets if not isinstance(target, tuple)]
-    if not ids or len(ids) < len(score.targets) or any(len(row) != 1 for row in ids):
-        return score.name
-    return f"{score.name}({', '.join(repr(model.word(row[0])) for row in ids)})"
+def spot(name: str, number: int, labels: Labels) -> str:
+    """A position (`pos`) or position of a key as axes name it, with its token where all texts have the same there."""
+    from ..report import place_name
+
+    told = {row[number] if -len(row) <= number < len(row) else None for row in labels}
+    return f"{name} {place_name(str(number), told.pop() if len(told) == 1 else None)}"
+
+
+def of_images(edits: Sequence[Edit]) -> bool:
+    """Whether positions of edits count visual tokens or patches, not the tokens of the text."""
+    return any(edit.site.info.visual for edit in edits)
+
+
+def spot_words(edits: Sequence[Edit], labels: Labels) -> str:
+    """Where a variant's edits are, in brackets: ` (position 7, ' hot')`; "" where that is no single token."""
+    from ..report import place_words
+
+    spots = {number for edit in edits for number in (edit.site.pos, edit.site.key) if number is not None}
+    if of_images(edits) or len(spots) != 1 or not isinstance(only := spots.pop(), int):
+        return ""
+    name = spot("", only, labels).strip()
+    return f" ({place_words(name)})" if " " in name else ""
 
 
 def lines(top: Sequence[Effect], count: int, without_key: bool) -> Part:
@@ -73,7 +87,7 @@ def is_grid(keys: Sequence[Key]) -> bool:
 
 def grid_chart(
     effects: Sequence[float], keys: Sequence[Key], variants: Sequence[Sequence[Edit]], rows: Parts, columns: Parts,
-    score: str, said: str,
+    score: str, measured: str, said: str, labels: Labels,
 ) -> Chart:  # fmt: skip
     """Effects as a heat map."""
     from ..report import Heatmap, cell_texts
@@ -81,6 +95,7 @@ def grid_chart(
     placed = cells(keys, rows, columns)
     names = part_names(keys, variants)
     down, across = (names[part] if part < len(names) else f"key_{part}" for part in placed.parts)
+    labels = () if any(map(of_images, variants)) else labels
     values = [[effects[number] for number in line] for line in placed.numbers]
     small = len(placed.columns) <= WIDEST and len(values) * len(placed.columns) <= MOST
     tips = [
@@ -88,17 +103,20 @@ def grid_chart(
         for line in placed.numbers
     ]
     return Heatmap(
-        values, [_named(down, row) for row in placed.rows], [_named(across, column) for column in placed.columns],
-        texts=cell_texts(values) if small else None, tips=tips, diverging=True, title=f"Effect on {score} ({said})",
+        values, [_named(down, row, labels) for row in placed.rows],
+        [_named(across, column, labels) for column in placed.columns],
+        texts=cell_texts(values) if small else None, tips=tips, diverging=True, title=f"Effect on {measured} ({said})",
         colorbar=f"change of {score}",
     )  # fmt: skip
 
 
-def _named(name: str, part: Any) -> str:
+def _named(name: str, part: Any, labels: Labels) -> str:
+    if name in ("pos", "key") and isinstance(part, int):
+        return spot(name, part, labels)
     return shown(part) if name.startswith("key_") else f"{name} {shown(part)}"
 
 
-def bar_chart(top: Sequence[Effect], count: int, without_key: bool, score: str, said: str) -> Chart:
+def bar_chart(top: Sequence[Effect], count: int, without_key: bool, measured: str, said: str) -> Chart:
     """The strongest variants as bars."""
     from ..report import Bar, Bars
 
@@ -106,6 +124,6 @@ def bar_chart(top: Sequence[Effect], count: int, without_key: bool, score: str, 
         raise PlanError("there is nothing to draw: no variant of this sweep has a number for its score")
     which = f"the {len(top)} strongest of {count:,} variants; " if len(top) < count else ""
     return Bars(
-        [Bar(label(e.key, e.edits, without_key), e.effect) for e in top], title=f"Effect on {score} ({which}{said})",
-        xlabel=f"change of {score}",
+        [Bar(label(e.key, e.edits, without_key), e.effect) for e in top], title=f"Effect on {measured} ({which}{said})",
+        xlabel=f"change of {measured}",
     )  # fmt: skip

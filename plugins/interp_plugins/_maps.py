@@ -157,8 +157,8 @@ def place_name(owner: str, tokens: ic.Tokens, place: Any) -> str:
         )
     if not single_place(place):
         return "all positions" if where == positions.ALL else shown
-    words = {ic.report.visible(label) for (label,) in tokens.labels_at(where)}
-    return f"{shown} {words.pop()}" if len(words) == 1 else shown
+    words = {label for (label,) in tokens.labels_at(where)}
+    return ic.report.place_name(shown, words.pop() if len(words) == 1 else None)
 
 
 def values(readings: Any, grid: Grid) -> Values:
@@ -250,7 +250,7 @@ class MapResult(Pictured, ic.Result):
     @property
     def title(self) -> str:
         """What the map shows."""
-        places = "" if len(self.places) > 1 else f" at {self.places[0]}"
+        places = "" if len(self.places) > 1 else f" at {ic.report.place_words(self.places[0])}"
         return f"{self.kind} of {self.site}{places}{of_rows(self.base)}"
 
     def table(self) -> list[dict[str, Any]]:
@@ -266,7 +266,10 @@ class MapResult(Pictured, ic.Result):
     def __str__(self) -> str:
         best = sorted(self.table(), key=lambda row: -abs(row["effect"]))[:10]
         heads = {head: "" if head == "-" else f" head {head}" for head in self.heads}
-        lines = [f"  {r['effect']:+8.3f}  layer {r['layer']}{heads[r['head']]} at {r['pos']}" for r in best]
+        lines = [
+            f"  {r['effect']:+8.3f}  layer {r['layer']}{heads[r['head']]} at {ic.report.place_words(r['pos'])}"
+            for r in best
+        ]
         return "\n".join([f"{self.title} ({self.unit}); {self.score} {self.base.mean():.3f} without", *lines])
 
     def pictures(self) -> list[Picture]:
@@ -278,7 +281,7 @@ class MapResult(Pictured, ic.Result):
         """The patch with the largest effect."""
         best = max(self.table(), key=lambda row: abs(row["effect"]))
         head = "" if best["head"] == "-" else f" head {best['head']}"
-        where = f"{self.site} of layer {best['layer']}{head} at {best['pos']}"
+        where = f"{self.site} of layer {best['layer']}{head} at {ic.report.place_words(best['pos'])}"
         said = effect_words(best["effect"], self.unit, self.kind, self.score, float(self.base.mean()))
         return f"The largest effect: {where} {said}{of_rows(self.base)}."
 

@@ -33,12 +33,21 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from ._columns import TITLE, legend
 from ._pictures import of_rows
 from ._places import PlacesConfig
 from ._prompts import beside
 
 MEASURES = ("entropy", "first", "sink", "off", "distance")
 UNITS = {"entropy": "nats", "distance": "tokens"}
+COLUMNS = {
+    "entropy": "how spread a head's attention is, in nats: 0 if all goes to one token",
+    "first": "share of attention on the first token",
+    "sink": "share on the head's sinks: tokens that get much of it from all that follow",
+    "off": "share that a learnt sink takes, which is no token",
+    "distance": "how many tokens back attention reaches in the mean",
+}
+"""Measures in words; each is the mean over queries."""
 NAMES = {
     "entropy": "Entropy of attention", "first": "Attention on the first token", "sink": "Attention on sinks",
     "off": "Attention on the learnt sink", "distance": "Mean distance of attention",
@@ -120,12 +129,15 @@ class SummaryResult(ic.Result):
             f"  {'z[{layer},{head}]'.format(**row):10}" + "".join(f"{row[measure]:10.3f}" for measure in self.measures)
             for row in self.table()
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", legend(COLUMNS, self.measures)])
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Prompts with the tokens that are sinks of most heads."""
         said = [
-            ", ".join(f"{ic.report.visible(token)} at {position}: {heads} heads" for position, token, heads in row[:3])
+            "; ".join(
+                f"{ic.report.place_words(ic.report.place_name(str(position), token))}: {heads} head{'s' * (heads != 1)}"
+                for position, token, heads in row[:3]
+            )
             for row in self.sinks
         ]
         return beside(super().prompt_rows() or [{}] * len(said), {"sinks": [text or "none" for text in said]})
@@ -134,7 +146,8 @@ class SummaryResult(ic.Result):
         """What even attention would give."""
         numbers = zip(self.measures, self.even.mean(0).tolist(), strict=True)
         lines = [f"{measure:10} {number:.3f}" for measure, number in numbers if measure not in ("sink", "off")]
-        return {"Even attention": "\n".join([*lines, f"queries    {self.place}"])}
+        even = "\n".join([*lines, f"queries    {self.place}"])
+        return {TITLE: legend(COLUMNS, self.measures), "Even attention": even}
 
     def charts(self) -> list[ic.report.Heatmap]:
         """A map of layers against heads for each measure; of the learnt sink only where there is one."""

@@ -180,7 +180,7 @@ class DirectLogitResult(ic.Result):
         kept = sorted(mean.abs().topk(min(SHOWN, len(mean))).indices.tolist())
         kept = [i for i in kept if bool(self.parts[:, i].any())]  # most models have no biases
         few = f", the {SHOWN} largest" if len(mean) > SHOWN else ""
-        where = f"at {self.place}{of_rows(self.answer)}"
+        where = f"at {ic.report.place_words(self.place)}{of_rows(self.answer)}"
         charts: list[ic.report.Chart] = [
             ic.report.Bars(
                 [ic.report.Bar(self.names[i], float(mean[i])) for i in kept], xlabel=UNIT,

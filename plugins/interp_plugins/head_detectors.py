@@ -40,6 +40,13 @@ from ._copying import Embeddings, copying_scores
 from ._pictures import of_rows
 
 KINDS = ("previous", "duplicate", "induction")
+WORDS = {
+    "previous": "How far each head attends to the token before",
+    "duplicate": "How far each head attends to earlier places of the same token",
+    "induction": "How far each head attends to what followed the same token before",
+    "copying": "How far each head writes the token that it reads, by its weights",
+}
+"""What a map of scores shows, as a title."""
 CHUNK_BYTES = 1 << 28
 """Of patterns that random sequences take at a time."""
 Scoring = Literal["stripe", "mul", "abs"]
@@ -170,22 +177,19 @@ class DetectorResult(ic.Result):
     def charts(self) -> list[ic.report.Heatmap]:
         """A map of layers against heads for each kind: on random tokens, or else on the prompts, and of copying."""
         charts = []
+        where = "on random tokens" if self.random is not None else f"on the prompts{of_rows(self.prompts)}"
+        counted = "" if self.score == "stripe" else f" (score {self.score!r})"
         for name, scores in self._columns().items():
             if (self.random is not None and name.endswith("prompts")) or not bool(scores.isfinite().any()):
                 continue
             copying = name == "copying"
             limits = (-1.0, 1.0) if copying else (0.0, 1.0) if self.score != "abs" else None
-            where = (
-                "by weights"
-                if copying
-                else f"{self.score} on {'random tokens' if self.random is not None else 'prompts'}"
-            )
-            title = f"{name.removesuffix(', prompts').capitalize()} scores of heads, {where}"
+            title = f"{WORDS[name.removesuffix(', prompts')]}{'' if copying else f', {where}{counted}'}"
             charts.append(
                 ic.report.Heatmap(
                     scores.tolist(), [f"layer {layer}" for layer in self.layers],
                     [f"head {head}" for head in range(scores.shape[1])], texts=ic.report.cell_texts(scores.tolist()),
-                    diverging=copying, limits=limits, title=title, colorbar=f"{name} score",
+                    diverging=copying, limits=limits, title=title, colorbar=f"{name.removesuffix(', prompts')} score",
                 )
             )  # fmt: skip
         return charts

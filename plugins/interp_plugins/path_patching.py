@@ -96,7 +96,7 @@ class PathResult(Pictured, Contrasted):
         """What the effects are of."""
         ends = [names[0] if len(names) == 1 else f"{len(names)} {what}" for names, what in self._ends()]
         mlps = ", through MLPs" if self.through_mlps else ""
-        return f"{self.kind} of paths {ends[0]} → {ends[1]} at {self.place}{mlps}"
+        return f"{self.kind} of paths {ends[0]} → {ends[1]} at {ic.report.place_words(self.place)}{mlps}"
 
     def _ends(self) -> list[tuple[tuple[str, ...], str]]:
         return [(self.senders, "senders"), (self.receivers, "receivers")]

@@ -35,6 +35,7 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
+from ._columns import TITLE, legend
 from ._maps import place_name, single_place
 from ._prompts import prompts_of
 
@@ -42,6 +43,15 @@ Kind = Literal["svd", "mean", "pca"]
 Control = Literal["random", "orthogonal", "shuffled"]
 STREAMS = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out")
 SIDES = ("positive", "negative")
+COLUMNS = {
+    "length": "length of the mean difference of a pair",
+    "median": "median length of a state, to compare with",
+    "explained": "share of the squared differences along their first direction",
+    "agree": "share of pairs whose difference lies on the side of the mean of the others",
+    "cos(mean, svd)": "cosine of the mean difference and that first direction",
+    "cos(svd, pca)": "cosine of that first direction and the first principal component",
+}
+"""What the table says of a layer, in words."""
 
 
 class SteeringConfig(ic.Config):
@@ -202,7 +212,12 @@ class SteeringResult(ic.Result):
     def __str__(self) -> str:
         rows = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in self._table]
         heads = "".join(f"{name:>16}" for name in rows[0])
-        return "\n".join([self.finding, heads, *("".join(f"{text:>16}" for text in row.values()) for row in rows)])
+        lines = ["".join(f"{text:>16}" for text in row.values()) for row in rows]
+        return "\n".join([self.finding, heads, *lines, "", legend(COLUMNS, rows[0])])
+
+    def details(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        return {TITLE: legend(COLUMNS, self.table()[0])}
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """The pairs."""
@@ -219,7 +234,7 @@ class SteeringResult(ic.Result):
             ic.report.Curves(
                 lines, [str(layer) for layer in self.layers], percent=True, limits=(0.0, 1.0),
                 xlabel=f"{self.site} of layer", ylabel="share",
-                title=f"What {len(self.states)} pairs have in common, {self.place}",
+                title=f"What {len(self.states)} pairs have in common, at {ic.report.place_words(self.place)}",
             )
         ]  # fmt: skip
 
@@ -255,7 +270,7 @@ class SteeringVectors(ic.Method):
             states.append(stacked.to(torch.promote_types(stacked.dtype, torch.float32)))
         return SteeringResult(
             states=torch.stack(states, 1), layers=tuple(layers), site=config.site, kind=config.kind,
-            place=place_name(self.name, tokens, at) if config.answers is None else "at the answers' letters",
+            place=place_name(self.name, tokens, at) if config.answers is None else "the answers' letters",
             positive=_texts(sides[0]), negative=_texts(sides[1]),
         )  # fmt: skip
 

@@ -109,7 +109,13 @@ class VisualMapResult(ic.Result):
         """
         kept = [(i, cell) for i, cell in enumerate(self.cells[row]) if cell[3] >= 0]
         places = [(i, cell[0], cell[1], *self.boxes[row][i]) for i, cell in kept]
-        return overlays({"loss": self.loss[row].tolist()}, places, pictures, title="visual_map", scale="nats lost")
+        return overlays(
+            {"loss": self.loss[row].tolist()},
+            places,
+            pictures,
+            title="Loss without each block of the image",
+            scale="nats lost",
+        )
 
     @property
     def finding(self) -> str:

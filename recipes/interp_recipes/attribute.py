@@ -127,7 +127,9 @@ def attribute(config: AttributeConfig) -> None:
             run.result("result", result)
         paths = [str(path) for path in config.image or ()]
         about = {"model": model.source, "prompt": config.prompt, "chat": config.chat, "images": paths}
-        _tell(run, result, about, config.top, _page(model, result, config.method, _shown(whole, images)))
+        _tell(run, result, about, config.top)
+        run.page("page.html", _answer(result, _shown(whole, images)), model)
+        print(f"\n{run.path / 'attribution.json'}\n{run.path / 'page.html'}")
 
 
 def _tokens(model: ic.Model, prompt: str, images: Sequence[Any], target: str | None, chat: bool) -> ic.Tokens:
@@ -189,12 +191,10 @@ def _with_parts(model: ic.Model, tokens: ic.Tokens, sink: Part | None, thinking:
 # What comes out
 
 
-def _tell(run: runs.RunFolder, result: AttributionResult, about: Mapping[str, Any], top: int, page: str) -> None:
-    """Print the top tokens, and write JSON and page."""
+def _tell(run: runs.RunFolder, result: AttributionResult, about: Mapping[str, Any], top: int) -> None:
+    """Print the top tokens, and write JSON."""
     _show(result, top)
     run.put({"attribution.json": runs.json_text({**about, **_record(result, top)})})
-    run.put({"page.html": page})
-    print(f"\n{run.path / 'attribution.json'}\n{run.path / 'page.html'}")
 
 
 def _show(result: AttributionResult, top: int) -> None:
@@ -227,12 +227,11 @@ def _record(result: AttributionResult, top: int) -> dict[str, Any]:
     }
 
 
-def _page(model: ic.Model, result: AttributionResult, method: str, images: Sequence[Any]) -> str:
-    """The page of one attribution, over its images where each is one picture to the model."""
-    about = f"{method}: {result.method}. Point at a token for its score."
-    sections = [ic.report.Section("Which tokens the answer comes from", about, result.html())]
-    tiles = {place[2] for place in result.visual[0]}
-    if images and tiles == {0}:
-        over = "".join(overlay.html() for overlay in result.over_images(images).values())
-        sections.append(ic.report.Section("Over the images", "Boxes are visual tokens.", over))
-    return ic.report.page("Attribution", repr(model), sections)
+def _answer(result: AttributionResult, images: Sequence[Any]) -> ic.report.Answer:
+    """The result's own page, with its scores over the images where each is one picture to the model."""
+    if not images or {place[2] for place in result.visual[0]} != {0}:
+        return result.page()
+    over = "".join(overlay.html() for overlay in result.over_images(images).values())
+    return result.page()._replace(
+        sections=[ic.report.Section("Over the images", "Boxes are visual tokens, coloured by their scores.", over)]
+    )

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from interp_plugins.attribution.evaluation.evaluating import FAITHFULNESS, MODES
 from interp_plugins.attribution.evaluation.faithfulness import METRICS
 from interp_plugins.attribution.evaluation.tables import faithfulness_table, recovery_table, table_path
 from interp_plugins.attribution.files.arrays import npz_bytes
-from interp_plugins.attribution.files.traces import MANIFEST, Trace, line_of, members_of, run_tag
+from interp_plugins.attribution.files.traces import MANIFEST, line_of, members_of, run_tag
 
 import interp_core as ic
 from interp_core import report, runs
@@ -50,6 +50,10 @@ METRICS_SHOWN = {
     "mass": "Share of the weight on needles", "first_share": "Share of the mass on the first token",
     "sink_share": "Share of the mass on attention sinks", "seconds": "Seconds of the attribution",
 }  # fmt: skip
+BETTER: dict[str, Callable[..., dict[str, Any]]] = {"RISE": min, "MAS": min, "recovery": max}
+"""Metrics by which one method is better than another, and which of their means is best; the first counts most."""
+FEWEST = 10
+"""Examples below which intervals are too narrow to tell methods apart."""
 Rows = list[dict[str, Any]]
 
 
@@ -164,8 +168,16 @@ def _evaluated(work: Sequence[Work], dropped: Mapping[str, Rows]) -> None:
         if dropped[name]:
             place = table_path("examples", name, config.model, "unreadable", config.num_examples)
             run.put({place.removesuffix(".csv") + ".jsonl": runs.json_lines(dropped[name])})
-        rows = [row for each in methods for row in each.done()]
-        _summary(run, name, config.model, rows, config.num_examples)
+        rows: Rows = []
+        left_out = [_left_out(f"line {row['line']}", "", row) for row in dropped[name]]
+        for each in methods:
+            good, bad = each.done()
+            rows, left_out = [*rows, *good], [*left_out, *bad]
+        _summary(methods[0], rows, left_out)
+
+
+def _left_out(which: str, method: str, row: Mapping[str, Any]) -> dict[str, str]:
+    return {"which": which, "method": method, "reason": str(row["dropped"])}
 
 
 @dataclass(frozen=True)
@@ -210,46 +222,43 @@ class Work:
             names.append(f"{self.folder}/{MANIFEST}")
         self.run.claim(names)
 
-    def done(self) -> Rows:
-        """Evaluate the examples that are not done yet, write tables and traces; the rows of all."""
+    def done(self) -> tuple[Rows, Rows]:
+        """Evaluate the examples that are not done yet, write tables and traces; rows of all, and which were dropped."""
         traces = self.config.save_hop_traces
-        with (
-            self.run.rows(self.table("examples").removesuffix(".csv") + ".jsonl", key="example") as rows,
-            ic.Progress(f"{self.name}, {self.function}", len(self.examples)) as told,
-        ):
-            for index, example in enumerate(self.examples):
-                file = f"{self.folder}/ex_{index:06d}.npz"
-                if index not in rows or (traces and not self.run.kept(file)):
-                    row, trace = self._evaluated(example, index)
-                    if trace is not None and traces:
-                        self.run.put({file: npz_bytes(members_of(trace))})
-                    if index not in rows:
-                        rows.add(row)
-                told.add()
-            every = list(rows)
+        every = self.run.map(
+            self.table("examples").removesuffix(".csv") + ".jsonl", self._row, range(len(self.examples)),
+            by=lambda index: index, strict=self.config.strict,
+            beside=lambda index, rows: [self._trace_file(index)] if traces and rows[0]["line"] else [],
+        )  # fmt: skip
         good = [row for row in every if not row["dropped"]]
         if not good:
             raise ic.PlanError(f"{self.function}: no example of {self.name} works; the first: {every[0]['dropped']}")
         self._tables([row["forms"] for row in good])
-        if traces:
+        if self.config.save_hop_traces:
             self.run.put({f"{self.folder}/{MANIFEST}": runs.json_lines(row["line"] for row in good)})
-        return [form for row in good for form in row["forms"]]
+        bad = [_left_out(f"example {row['example']}", self.function, row) for row in every if row["dropped"]]
+        return [form for row in good for form in row["forms"]], bad
 
-    def _evaluated(self, example: Example, index: int) -> tuple[dict[str, Any], Trace | None]:
-        """The row of one example, and its trace; an example that does not work is noted and dropped.
+    def _trace_file(self, index: int) -> str:
+        return f"{self.folder}/ex_{index:06d}.npz"
+
+    def _row(self, index: int) -> dict[str, Any]:
+        """The row of one example, whose trace is written; an example that does not work is noted and dropped.
 
         Raises:
             InterpError: it does not work, and the run is strict.
         """
         row: dict[str, Any] = {"example": index, "method": self.function, "dropped": "", "forms": [], "line": None}
         try:
-            evaluated = evaluate(self.loaded, example, index, self.function, self.options)
+            evaluated = evaluate(self.loaded, self.examples[index], index, self.function, self.options)
         except ic.InterpError as error:
             if self.config.strict:
                 raise
             print(f"  dropped example {index}: {error}", file=sys.stderr)
-            return row | {"dropped": str(error)}, None
-        return row | {"forms": evaluated.rows, "line": line_of(evaluated.trace)}, evaluated.trace
+            return row | {"dropped": str(error)}
+        if self.config.save_hop_traces:
+            self.run.put({self._trace_file(index): npz_bytes(members_of(evaluated.trace))})
+        return row | {"forms": evaluated.rows, "line": line_of(evaluated.trace)}
 
     def _tables(self, forms: Sequence[Rows]) -> None:
         """The published tables of examples' rows, one per form."""
@@ -263,17 +272,55 @@ class Work:
             self.run.put({self.table("recovery"): table.text()})
 
 
-def _summary(run: runs.RunFolder, name: str, label: str, rows: Rows, count: int) -> None:
-    """Our own tables: every example, and means with intervals as CSV and as a page."""
+def _summary(work: Work, rows: Rows, left_out: Rows) -> None:
+    """Our own tables of a data set: every example, and means with intervals as CSV and as a page."""
+    name, label, count = work.name, work.config.model, work.config.num_examples
     metrics = [metric for metric in METRICS_SHOWN if any(row.get(metric) is not None for row in rows)]
     lines = compare(rows, metrics)
-    sections = [report.Section(METRICS_SHOWN[metric], "", _bars(lines, metric)) for metric in metrics]
-    page = report.page(f"Attribution on {name}", label, [*sections, report.Section("All", "", report.table(lines))])
     places = {kind: table_path(kind, name, label, "all", count) for kind in ("examples", "summary")}
-    run.put({
-        places["examples"]: examples_csv(rows), places["summary"]: runs.csv_text(lines, list(lines[0])),
-        places["summary"].removesuffix(".csv") + ".html": page,
-    }, stage=places["summary"])  # fmt: skip
+    files = {places["examples"]: examples_csv(rows), places["summary"]: runs.csv_text(lines, list(lines[0]))}
+    work.run.put(files, stage=places["summary"])
+    first, *others = [metric for metric in (*BETTER, *METRICS_SHOWN) if metric in metrics]
+    finding, *further = [winner(rows, metric) for metric in BETTER if metric in metrics]
+    others = [metric for metric in dict.fromkeys(others) if metric != first]
+    answer = report.Answer(
+        f"Attribution on {Path(name).stem}",
+        f"Which of the methods {', '.join(dict.fromkeys(line['method'] for line in lines))} best names the tokens on "
+        f"which the answers of {len(work.examples)} examples of {Path(name).name} depend?",
+        finding,
+        [{"prompt": report.short(e.prompt, 300), "answer": report.short(e.target or "", 300)} for e in work.examples],
+        f"<h3>{METRICS_SHOWN[first]}</h3>{_bars(lines, first)}", further=further,
+        sections=[report.Section(METRICS_SHOWN[metric], "", _bars(lines, metric)) for metric in others],
+        left_out=left_out, rows=lines, whole=places["summary"],
+    )  # fmt: skip
+    work.run.page(places["summary"].removesuffix(".csv") + ".html", answer, work.loaded)
+
+
+def winner(rows: Rows, metric: str) -> str:
+    """Which method is best by a metric of the row form, and whether the examples tell it from the next best."""
+    of_form = [row for row in rows if row["form"] == "row"]
+    lines = [line for line in compare(of_form, [metric]) if not math.isnan(line["mean"])]
+    how = "highest" if BETTER[metric] is max else "lowest"
+    if not lines:
+        return f"No example has a {metric} that counts."
+    best = BETTER[metric](lines, key=lambda line: line["mean"])
+    said = f"{best['method']} has the {how} mean {metric}, {best['mean']:.3f} over {best['examples']} examples"
+    rivals = [line for line in lines if line is not best]
+    if not rivals:
+        return f"{best['method']} has a mean {metric} of {best['mean']:.3f}; no other method was asked for."
+    rival = BETTER[metric](rivals, key=lambda line: line["mean"])
+    against = next(
+        line for line in compare(of_form, [metric], baseline=rival["method"]) if line["method"] == best["method"]
+    )
+    said += f", before {rival['method']} with {rival['mean']:.3f}"
+    if against["pairs"] < FEWEST:
+        return f"{said}; so few examples do not tell whether that is chance."
+    low, high = against["difference_low"], against["difference_high"]
+    apart = "tell them apart" if low > 0 or high < 0 else "do not tell them apart"
+    return (
+        f"{said}; the {against['pairs']} examples that both have {apart} (difference {against['difference']:+.3f}, "
+        f"95 % interval {low:+.3f} to {high:+.3f})."
+    )
 
 
 def _bars(lines: Rows, metric: str) -> str:

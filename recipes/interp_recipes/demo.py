@@ -137,7 +137,7 @@ def ablation(model: ic.Model, task: Task, heads: Sequence[tuple[int, int]], draw
     mean_of_others = {key: sum(row[key] for row in others) / draws for key in others[0]}
     return [
         {"ablated": "none", **without([])},
-        {"ablated": ", ".join(f"L{layer}H{h}" for layer, h in heads), **without(heads)},
+        {"ablated": ", ".join(f"z[{layer},{h}]" for layer, h in heads), **without(heads)},
         {"ablated": f"{len(heads)} others, mean of {draws} draws", **mean_of_others},
     ]
 
@@ -193,9 +193,29 @@ class Findings:
     steered: list[dict[str, Any]]
     generation: ic.Generation
 
+    @property
+    def finding(self) -> str:
+        """What came out, in a sentence."""
+        names = " and ".join(f"z[{a},{b}]" for a, b in self.heads)
+        which = f"head {names} carries" if len(self.heads) == 1 else f"heads {names} carry"
+        best, (whole, without, others) = float(self.effect[self.heads[0]]), self.ablated
+        first, gap = "answer is first", "logit difference"
+        fall, chance = whole[gap] - without[gap], whole[gap] - others[gap]
+        alone = f"patched alone into the corrupted prompt, z[{self.heads[0][0]},{self.heads[0][1]}] gives back "
+        alone += f"{percent(best)} of the gap between the answers"
+        if fall <= 2 * abs(chance):
+            return (
+                f"No head is shown to carry the answer: {alone}, but without {names} the logit difference falls by "
+                f"{fall:.2f}, without as many random heads by {chance:.2f}."
+            )
+        return (
+            f"{which[0].upper()}{which[1:]} the answer: {alone}, and without {names} the answer comes first in "
+            f"{percent(without[first])} of the clean prompts, without as many random heads in {percent(others[first])}."
+        )
+
     def sentences(self) -> list[str]:
-        """What came out, in words."""
-        names = ", ".join(f"L{a}H{b} {percent(float(self.effect[a, b]))}" for a, b in self.heads)
+        """What came out, in more words."""
+        names = ", ".join(f"z[{a},{b}] {percent(float(self.effect[a, b]))}" for a, b in self.heads)
         whole, without, others = self.ablated
         moved = self.layers[self.layer]
         first, gap = "answer is first", "logit difference"
@@ -204,9 +224,9 @@ class Findings:
         return [
             f"The answer's logit minus that of its rival is {self.gap[0]:.2f} on clean prompts and {self.gap[1]:.2f} "
             "on corrupted ones.",
-            f"Patched from the clean prompt into the corrupted one, single heads give back most of that gap: {names} "
-            "(at the last token).",
-            f"Control: without these heads the difference falls from {whole[gap]:.2f} to {without[gap]:.2f}, and the "
+            f"Patched from the clean prompt into the corrupted one, each by itself and at the last token, these heads "
+            f"give back so much of that gap: {names}.",
+            f"Control: without these heads the difference goes from {whole[gap]:.2f} to {without[gap]:.2f}, and the "
             f"answer comes first in {leading}. "
             f"Removing as many random heads leaves {others[gap]:.2f} and {percent(others[first])}.",
             f"Steering: the mean difference of the two kinds of prompts, added after layer {self.layer}, puts the "
@@ -276,7 +296,7 @@ def demo(config: DemoConfig) -> Path:
         print(f"{loaded}\n{task.story}\n", flush=True)
         findings = study(loaded, task, 4 if toy else 24, run)
         findings.lens.show()
-        print("", *findings.sentences(), "", sep="\n")
+        print("", findings.finding, *findings.sentences(), "", sep="\n")
         for row in findings.steered:
             print(f"  …{row['prompt ends']}   plain: {row['plain']}   steered: {row['steered']}")
         print(f"  {findings.generation.receipts[0]}")
@@ -300,35 +320,35 @@ def write_report(run: ic.runs.RunFolder, model: ic.Model, task: Task, findings: 
     run.result("lens", findings.lens)
     run.figure("lens.png", findings.lens.png)
     run.figure("patching.png", grid.png)
-    words = [repr(model.word(int(ids[0]))) for ids in (task.answer, task.other)]
-    pair = "".join(
-        f"<div><p class='soft'>{ic.report.escape(f'{name}: {word}')}</p>"
-        f"<pre>{ic.report.escape((tokens.texts or ('',))[0])}</pre></div>"
-        for name, word, tokens in zip(
-            ("clean, answer", "corrupted, rival"), words, (task.clean, task.corrupted), strict=True
-        )
-    )
-    said = "".join(f"<li>{ic.report.escape(line)}</li>" for line in findings.sentences())
+    words = [model.word(int(ids[0])) for ids in (task.answer, task.other)]
+    pair = [(tokens.texts or ("",))[0] for tokens in (task.clean, task.corrupted)]
     steered = ic.report.table(findings.steered) + f"<pre>{ic.report.escape(findings.generation.receipts[0])}</pre>"
     sections = [
-        ic.report.Section("Summary", "", f"<ul>{said}</ul>"),
         ic.report.Section(
-            "The prompts", f"{task.story} The first pair:", f"<div class='pair'>{pair}</div>"
-        ),
-        ic.report.Section("Logit lens", "What each layer would say if the model stopped there.", findings.lens.html()),
-        ic.report.Section("Which heads decide", "", grid.html()),
-        ic.report.Section(
-            "Control: ablate them", "The named heads, and as many random ones, set to their mean over tasks.",
+            "Control: the heads taken out", "The named heads, and as many random ones, set to their mean over tasks.",
             ic.report.table(_shares(findings.ablated)),
+        ),
+        ic.report.Section(
+            "Logit lens", "What each layer would say at the end of the first clean prompt, if the model stopped there.",
+            findings.lens.html(),
         ),
         ic.report.Section(
             "Steering by layer", "Corrupted prompts with the mean difference added after a layer, at the last token.",
             ic.report.table(_shares(findings.layers)),
         ),
-        ic.report.Section("Steered text", "The same difference, added at every new token.", steered),
-        ic.report.Section("", "", ic.report.copyable("Every site of this model", str(model.sites))),
+        ic.report.Section(
+            "Steered text", f"The same difference, added after layer {findings.layer} at every new token.", steered
+        ),
     ]  # fmt: skip
-    run.put({"report.html": ic.report.page("interp_core demo", repr(model), sections)})
+    answer = ic.report.Answer(
+        "Where the model decides between two answers",
+        f"Which heads decide between the answer and its rival, and can the decision be moved? {task.story}",
+        findings.finding,
+        [{f"clean, leads to {words[0]!r}": pair[0], f"corrupted, leads to {words[1]!r}": pair[1]}],
+        grid.html(), further=findings.sentences(), sections=sections,
+        details={"Every site of this model": str(model.sites)},
+    )  # fmt: skip
+    run.page("report.html", answer, model)
 
 
 def _shares(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def fv_golden(config: GoldenConfig) -> Path:
 
 def _tell(model: ic.Model, extraction: Extraction) -> None:
     """Print what came out."""
-    heads = ", ".join(f"L{layer}H{head}" for layer, head, _ in extraction.heads)
+    heads = ", ".join(f"z[{layer},{head}]" for layer, head, _ in extraction.heads)
     mean, effects = extraction.mean, extraction.effects[extraction.measure]
     print(f"{model}\nmeans {[*mean.shape]}, effects {[*effects.shape]}, gap after the last head {extraction.gap:.3g}")
     print(f"function vector of norm {extraction.vector.norm:.4g}: {heads}")

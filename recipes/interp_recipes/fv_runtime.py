@@ -63,7 +63,7 @@ def _told(extraction: Extraction, answered: Answers) -> list[str]:
     base, steered, vector = answered.base, answered.steered, extraction.vector
     moved = float((steered.logprob - base.logprob).mean())
     return [
-        f"function vector of norm {vector.norm:.4g}: {', '.join(f'L{a}H{h}' for a, h, _ in extraction.heads)}",
+        f"function vector of norm {vector.norm:.4g}: {', '.join(f'z[{a},{h}]' for a, h, _ in extraction.heads)}",
         f"{len(base.rank)} {answered.kind} prompts: {int((base.rank == 0).sum())} answered, "
         f"{int((steered.rank == 0).sum())} with the vector after layer {answered.layer}; log-probability {moved:+.3f}",
     ]

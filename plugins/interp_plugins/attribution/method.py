@@ -127,7 +127,9 @@ class AttributionResult(ic.Result):
         for row, labels in enumerate(self.labels):
             first, sinks = float(self.first_share[row]), float(self.sink_share[row])
             lines.append(f"{self.method}, row {row}: {len(labels)} tokens")
-            lines += [f"  {ic.report.visible(x['token']):16} {x['score']: .4g}  at {x['pos']}" for x in self.top(row)]
+            lines += [
+                f"  {ic.report.visible(x['token']):16} {x['score']: .4g}  at position {x['pos']}" for x in self.top(row)
+            ]
             lines.append(f"  of the mass, {first:.1%} lie on the first token, {sinks:.1%} on attention sinks")
         return "\n".join(lines)
 
@@ -143,7 +145,9 @@ class AttributionResult(ic.Result):
         if not best:
             return ""
         of = f" of prompt 0 (of {len(self.labels)})" if len(self.labels) > 1 else ""
-        return f"The answer owes most to {best[0]['token']!r} at position {best[0]['pos']}{of}."
+        spot = str(best[0]["pos"]), best[0]["token"]
+        verb = "owes most to" if best[0]["score"] >= 0 else "is held back most by"
+        return f"The answer {verb} the token at {ic.report.place_words(ic.report.place_name(*spot))}{of}."
 
     def top(self, row: int = 0, k: int = 10) -> list[dict[str, Any]]:
         """The tokens that count most, those of the target left out; with their shares of the mass of all tokens."""

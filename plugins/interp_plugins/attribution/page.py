@@ -38,7 +38,7 @@ def top_tokens(
     k: int = 10,
     stop: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The tokens that count most, those of equal score in the order of the text.
+    """The tokens that count most, for or against, those of equal size in the order of the text.
 
     Args:
         spans: half-open, by name; each row says which hold the token.
@@ -50,7 +50,7 @@ def top_tokens(
     # fsum, so that shares do not depend on the order of the tokens
     total = math.fsum(abs(score) for score in scores if math.isfinite(score))
     known = [i for i in range(len(tokens) if stop is None else stop) if math.isfinite(scores[i])]
-    best = sorted(known, key=lambda i: -scores[i])[:k]
+    best = sorted(known, key=lambda i: -abs(scores[i]))[:k]
     return [
         {
             "pos": i,

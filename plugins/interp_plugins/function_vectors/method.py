@@ -34,7 +34,7 @@ from .evaluate import Evaluation, evaluate, questions
 from .files.trials import Trials
 from .inject import injection
 from .means import BATCH, mean_head_activations
-from .page import accuracy_curves, heads_map
+from .page import accuracy_curves, heads_map, strongest
 from .tasks import Pair, Task, load_task
 from .template import Template
 from .trials import fixed_trials
@@ -165,7 +165,7 @@ class FunctionVectorsResult(ic.Result):
         return rows
 
     def __str__(self) -> str:
-        heads = ", ".join(f"L{layer}H{head} {aie:+.4f}" for layer, head, aie in self.heads)
+        heads = ", ".join(f"z[{layer},{head}] {aie:+.4f}" for layer, head, aie in self.heads)
         lines = [f"function vector of {self.task}: norm {self.vector.norm():.2f}", f"  heads: {heads}"]
         lines += [
             f"  {name}: {ranks.accuracy():.0%} without, {max(ranks.accuracies()):.0%} at layer {ranks.best_layer}"
@@ -200,8 +200,8 @@ class FunctionVectorsResult(ic.Result):
             ).html()
             for row, text in enumerate(self.texts)
         ]  # fmt: skip
-        heads = ic.report.table([{"layer": layer, "head": head, "AIE": aie} for layer, head, aie in self.heads])
-        gap = ic.report.escape(f"AIE of the last head minus that of the next one: {self.gap:.3g}")
+        heads = ic.report.table(strongest(self.aie, self.heads))
+        gap = ic.report.escape(f"AIE of the vector's last head minus that of the largest it leaves out: {self.gap:.3g}")
         first, *curves = (chart.html() for chart in self.charts())
         return f"{first}{heads}<p>{gap}</p>{''.join(curves)}{said}{''.join(texts)}"
 

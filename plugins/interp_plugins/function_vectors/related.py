@@ -162,12 +162,14 @@ class Related(ic.Result):
         lines += [
             f"{a:>12} {n:>6} {b:>8.0%} {c:>8.0%} {d:>8.0%}" for a, n, b, c, d in (r.values() for r in self.table())
         ]
-        heads = ", ".join(f"L{layer}H{head}" for layer, head, _ in self.heads)
+        heads = ", ".join(f"z[{layer},{head}]" for layer, head, _ in self.heads)
         done, tried = self.turned
         lines.append(f"{self.top} heads ({heads}), after layer {self.layer}; {self.validation:.1%} on validation words")
         lines.append(
             f"vector a - vector b, after layer {self.swap_layer}: {float(self.swap.nanmean()):.1%} of answers turned, "
             f"{float(self.shown.nanmean()):.1%} without; most answers of {done} of {tried} pairs of tasks"
+            if tried
+            else "vector a - vector b: no two tasks have words enough in common to tell what it turns"
         )
         return "\n".join(lines)
 
@@ -180,9 +182,10 @@ class Related(ic.Result):
 
         swap = "Prompts that show the column's task, with the row's vector minus the column's: answered as the row's."
         shown = f"Mean share without: {float(self.shown.nanmean()):.2g}. ∅: too few words have both."
+        turned = grid(self.swap, f"{swap} {shown}", limits=(0.0, 1.0)) if self.turned[1] else ""
         alike = grid(self.similarity, "Cosines between vectors.", diverging=True, limits=(-1.0, 1.0))
         rows = [{key: f"{v:.0%}" if isinstance(v, float) else v for key, v in row.items()} for row in self.table()]
-        return ic.report.table(rows) + grid(self.swap, f"{swap} {shown}", limits=(0.0, 1.0)) + alike
+        return ic.report.table(rows) + turned + alike
 
 
 def extract(

@@ -15,7 +15,7 @@ from interp_core import report
 
 from .effects import gap, ranking
 from .evaluate import Evaluation
-from .page import accuracy_curves, heads_map
+from .page import accuracy_curves, heads_map, strongest
 from .related import Choice, Related
 from .tasks import Task
 from .vectors import FunctionVector
@@ -60,7 +60,7 @@ def sentences(findings: Findings) -> list[str]:
     layer, zero, shuffled = findings.choice.layer, findings.zero, findings.shuffled
     swept = len(zero.layers) > 1
     why = "chosen on validation rows" if swept else "the only one evaluated"
-    heads = ", ".join(f"L{a}H{b}" for a, b, _ in findings.vector.heads[:5])
+    heads = ", ".join(f"z[{a},{b}]" for a, b, _ in findings.vector.heads[:5])
     words = ", ".join(word.strip() or repr(word) for word, _ in findings.words[:5])
     said = [
         f"With shots the model answers {findings.few:.0%} of {len(findings.task.test)} test rows; what follows is on "
@@ -69,8 +69,8 @@ def sentences(findings: Findings) -> list[str]:
         + (f" (the best layer here is {zero.best_layer}: {max(zero.accuracies()):.0%})." if swept else "."),
         f"After shots with shuffled answers {shuffled.accuracy():.0%}; with the vector {findings.chosen(shuffled):.0%}"
         + (f" (best layer {shuffled.best_layer}: {max(shuffled.accuracies()):.0%})." if swept else "."),
-        f"Heads of largest AIE: {heads}; the vector sums {len(findings.vector.heads)}, its length is "
-        f"{findings.vector.norm:.2f}, and it decodes to {words}.",
+        f"Of the heads that the vector sums, those of largest AIE are {heads}; it sums "
+        f"{len(findings.vector.heads)}, its length is {findings.vector.norm:.2f}, and it decodes to {words}.",
     ]
     if shuffled.accuracy() >= 0.9:
         said.append(
@@ -119,25 +119,48 @@ def write_task(folder: ic.runs.Part, model: ic.Model, findings: Findings, args: 
     if findings.baseline:
         folder.table("baseline.csv", shots_table(findings.baseline))
     folder.figure("heads.png", _map(findings).png)
-    how_made = report.Section("How it was made", "", f"<pre>{report.escape(json.dumps(args, indent=2))}</pre>")
-    page = report.page(f"Function vector: {findings.task.name}", repr(model), [*sections(findings), how_made])
-    folder.put({"report.html": page})
+    folder.page("report.html", answer_of(findings, args), model)
+
+
+def finding_of(findings: Findings) -> str:
+    """Whether the vector makes the model do the task without shots, in a sentence."""
+    zero, layer = findings.zero, findings.choice.layer
+    before, after = zero.accuracy(), findings.chosen(zero)
+    low, high = zero.bands()[zero.layers.index(layer)]
+    numbers = f"without shots {after:.0%} of the answers are right (95 % interval {low:.0%} to {high:.0%})"
+    numbers += f", {before:.0%} without the vector"
+    if low <= before <= high:
+        return f"The vector is not shown to make the model do {findings.task.name}: after layer {layer}, {numbers}."
+    does = "makes the model do" if after > before else "keeps the model from doing"
+    return (
+        f"The vector of {len(findings.vector.heads)} heads {does} {findings.task.name}: after layer {layer}, {numbers}."
+    )
+
+
+def answer_of(findings: Findings, args: Mapping[str, Any]) -> report.Answer:
+    """The page of one task."""
+    note = "Layer after which the vector is added; bands of 95 %; dashed: without it."
+    layers = percents(layers_table(findings))
+    picture = accuracy_curves((findings.zero, findings.shuffled), findings.zero.layers, note).html()
+    return report.Answer(
+        f"Function vector: {findings.task.name}",
+        f"Do a few heads carry the task {findings.task.name}, so that the sum of what they write makes the model do it "
+        f"without examples? {findings.task}.",
+        finding_of(findings),
+        [{"query": row["query"], "answer": row["answer"]} for row in findings.examples if row["prompt"] == "zero-shot"],
+        "<h3>Accuracy by layer</h3>" + (picture if len(findings.zero.layers) > 1 else report.table(layers)),
+        further=sentences(findings), sections=sections(findings), rows=layers,
+        details={"Settings of the published script": json.dumps(args, indent=2)}, whole="accuracy_by_layer.csv",
+    )  # fmt: skip
 
 
 def sections(findings: Findings) -> list[report.Section]:
-    """The page of one task."""
-    said = "".join(f"<li>{report.escape(line)}</li>" for line in sentences(findings))
-    top = report.table([{"layer": a, "head": b, "AIE": aie} for a, b, aie in findings.vector.heads[:20]])
+    """What the page of one task has below its picture."""
+    top = report.table(strongest(findings.aie, findings.vector.heads[:20]))
     last_gap = gap(findings.aie, len(findings.vector.heads))
-    note = "Layer after which the vector is added; bands of 95 %; dashed: without it."
-    chart = accuracy_curves((findings.zero, findings.shuffled), findings.zero.layers, note).html()
-    if len(findings.zero.layers) == 1:
-        chart = report.table(percents(layers_table(findings)))
     pages = [
-        report.Section("What came out", str(findings.task), f"<ul>{said}</ul>"),
         report.Section("Which heads carry the task",
             f"AIE of the last chosen head minus that of the next one: {last_gap:.3g}.", _map(findings).html() + top),
-        report.Section("Accuracy by layer", "Test rows that the model answers with shots.", chart),
         report.Section(
             "Before and after",
             f"What the model says without the vector, and with it after layer {findings.choice.layer}: with no shots, "
@@ -170,19 +193,30 @@ def write_all(folder: ic.runs.RunFolder, model: ic.Model, done: Sequence[Finding
         for each in done
     ]  # fmt: skip
     # the last two lines say what the table does not: heads and layer, and how many answers are turned
-    summary = "<pre>" + report.escape("\n".join(str(related).splitlines()[-2:])) + "</pre>"
+    shared = "<pre>" + report.escape("\n".join(str(related).splitlines()[-2:])) + "</pre>"
     names = [each.task.name for each in done]
     links = " · ".join(f"<a href='{report.escape(name)}/report.html'>{name}</a>" for name in names)
-    pages = [
-        report.Section(
-            "Each task with its own heads",
-            "The layer is chosen on validation rows.",
-            report.table(percents(rows)) + links,
-        ),
-        report.Section("One set of heads for all, differences, similarities", "", f"{summary}{related.html()}"),
-    ]
-    folder.put({"report.html": report.page(f"Function vectors of {len(done)} tasks", repr(model), pages)})
+    answer = report.Answer(
+        f"Function vectors of {len(done)} tasks",
+        "Does each task's own vector make the model do the task without examples, and what do the tasks share? The "
+        "layer of each is chosen on validation rows.",
+        finding_of_tasks(done),
+        [{"task": each.task.name, "test rows": len(each.task.test)} for each in done],
+        report.table(percents(rows)) + links,
+        sections=[
+            report.Section("One set of heads for all, differences, similarities", "", f"{shared}{related.html()}")
+        ],
+    )  # fmt: skip
+    folder.page("report.html", answer, model)
     return folder.path / "report.html"
+
+
+def finding_of_tasks(done: Sequence[Findings]) -> str:
+    """Which task gains most by its vector without shots, and which least."""
+    gains = {each.task.name: each.chosen(each.zero) - each.zero.accuracy() for each in done}
+    named = {each.task.name: f"{each.zero.accuracy():.0%} to {each.chosen(each.zero):.0%}" for each in done}
+    best, worst = max(gains, key=lambda name: gains[name]), min(gains, key=lambda name: gains[name])
+    return f"Without shots the vectors gain most at {best} ({named[best]}) and least at {worst} ({named[worst]})."
 
 
 def percents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,12 +14,25 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import stats
 
+from .._columns import TITLE, legend
 from .directions import anisotropy
 from .measured import MEASURES
 from .ratios import CutRatio, cut_ratio, ratio_of_ratios
 from .rows import coordinates
 from .similarity import Rows, debiased_cka
 
+COLUMNS = {
+    "effective_rank": "how many directions states use, by the entropy of their singular values",
+    "effective_rank_share": "the same over the most that so many states can use",
+    "participation_ratio": "the same by squared singular values",
+    "stable_rank": "the same against the strongest direction alone",
+    "anisotropy": "mean cosine of two states: 0 if they point everywhere alike",
+    "mean_direction": "squared length of the mean of states that all have length 1",
+    "dimension": "intrinsic dimension, by distances to the nearest two states",
+    "gap": "distance of the first two groups' means in units of their spread",
+    "separability": "how well a line tells the first two groups apart: 0.5 by chance, 1 always",
+}
+"""Measures in words."""
 SHOWN = 500
 """Resamples of the bands on a page."""
 
@@ -236,6 +249,10 @@ class GeometryResult(ic.Result):
         lines += [f"  sinks in {len(with_sinks)} groups and layers; see `sinks`"] if with_sinks else []
         return "\n".join(lines)
 
+    def details(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        return {TITLE: legend(COLUMNS, self.table()[0])}
+
     def curves(self, measure: str = "effective_rank") -> ic.report.Curves:
         """A measure over layers, a line per group; with bands where there are several samples."""
         lines, variant = [], self._shown(measure)
@@ -256,6 +273,11 @@ class GeometryResult(ic.Result):
     def charts(self) -> list[ic.report.Curves]:
         """Effective rank and anisotropy over layers."""
         return [self.curves(), self.curves("anisotropy")]
+
+    @property
+    def heading(self) -> str:
+        """What the page is about."""
+        return "Geometry of hidden states"
 
     @property
     def finding(self) -> str:

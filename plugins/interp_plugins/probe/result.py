@@ -164,6 +164,11 @@ class ProbeResult(ic.Result):
         return [] if self.why else [comparison.curves(at, self.sites) for at, comparison in self.comparisons.items()]
 
     @property
+    def heading(self) -> str:
+        """What the page is about."""
+        return "What probes read from hidden states"
+
+    @property
     def finding(self) -> str:
         """What the probes say at each position."""
         if self.why:

@@ -31,6 +31,7 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import stats
 
+from .._columns import TITLE, legend
 from .._places import PlacesConfig
 from . import load, routed, usage
 from .coactivation import Coactivation
@@ -41,6 +42,21 @@ from .usage import Average, Statistic, layer_sums
 
 PerToken = Literal["router_entropy", "n_eff", "top1_share", "margin", "z_loss"]
 PER_TOKEN: tuple[PerToken, ...] = get_args(PerToken)
+COLUMNS = {
+    "cv": "coefficient of variation of the experts' shares of tokens: 0 if all get as many",
+    "max_vio": "by how many even shares the busiest expert's share is above one: 0 if all get as many",
+    "entropy": "entropy of the experts' shares over that of even ones: 1 if all get as many",
+    "gini": "Gini coefficient of the experts' shares: 0 if all get as many",
+    "dead": "experts that no token goes to",
+    "aux_loss": "load balancing loss, of shares and mean probabilities: 1 if both are even",
+    "router_entropy": "entropy of a token's probabilities over the experts, in nats",
+    "n_eff": "over how many experts a token's probabilities spread: exp of their entropy",
+    "top1_share": "share of the strongest expert in the weights of those that a token goes to",
+    "margin": "smallest logit of the experts that a token goes to minus the largest of the others",
+    "z_loss": "square of the log of the sum of exp(logits) of a token: large where logits are",
+    "executed_sum": "sum of the weights that a token's experts count with; 1 where a model makes it so",
+}
+"""What the table says of a layer, in words; numbers of a token are means over tokens."""
 SHOWN = 500
 """Resamples of the bands on a page."""
 
@@ -230,9 +246,13 @@ class RouterResult(ic.Result):
         for row in self.table():
             lines.append(
                 f"  layer {row['layer']:<3} cv {row['cv']:.2f}  entropy {row['entropy']:.3f}  dead {row['dead']:<3} "
-                f"of a token: entropy {row['router_entropy']:.2f} nats, margin {row['margin']:.2f}"
+                f"of a token: router_entropy {row['router_entropy']:.2f} nats, margin {row['margin']:.2f}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, "", legend(COLUMNS, ("cv", "entropy", "dead", "router_entropy", "margin"))])
+
+    def details(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        return {TITLE: legend(COLUMNS, self.table()[0])}
 
     def heatmap(self, statistic: Statistic = "weight") -> ic.report.Heatmap:
         """Usage by layer and expert; a cell tells its layer and expert when pointed at."""
@@ -270,6 +290,11 @@ class RouterResult(ic.Result):
     def charts(self) -> list[ic.report.Chart]:
         """Usage by weight and by tokens, and load."""
         return [self.heatmap(), self.heatmap("count"), self.curves()]
+
+    @property
+    def heading(self) -> str:
+        """What the page is about."""
+        return "Routing of tokens to experts"
 
     @property
     def finding(self) -> str:

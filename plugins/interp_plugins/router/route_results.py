@@ -27,9 +27,21 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import stats
 
+from .._columns import TITLE, legend
+
 Group = Literal["all", "fragile", "sure"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 QUARTILE = 0.25
+COLUMNS = {
+    "group": "all tokens; the quarter whose next token the model finds least likely (fragile); the others (sure)",
+    "regret": "nats by which the best other route beats the model's own, 0 where none does",
+    "regret_random": "the same of as many sets of experts drawn at random",
+    "excess": "regret minus regret_random",
+    "better": "share of other routes that beat the model's own",
+    "better_random": "the same of sets drawn at random",
+    "spearman": "rank correlation of the router's scores of routes with what they are worth",
+}
+"""What the table says, in words; all but the group are means over tokens."""
 SHOWN = 500
 """Resamples of the bands on a page."""
 
@@ -218,7 +230,11 @@ class RouteUtilityResult(ic.Result):
                 f"  layer {row['layer']:<3} {row['group']:<8} regret {row['regret']:.3f} (random sets "
                 f"{row['regret_random']:.3f})  better {row['better']:.2f}  spearman {row['spearman']:+.2f}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, "", legend(COLUMNS, ("group", "regret", "better", "spearman"))])
+
+    def details(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        return {TITLE: legend(COLUMNS, self.table()[0])}
 
     def curves(self) -> ic.report.Curves:
         """Regret by layer beside that of random sets; with bands where they can be had."""

@@ -28,11 +28,18 @@ from interp_core import report
 from interp_core import score as scores
 from interp_core import sites as S
 
+from .._columns import TITLE, legend
 from .interventions import Deepstack, Intervention
 from .measure import Measured, Measuring, Plan, demand
 from .records import BLIND, Records
 from .sample import modes_of, per_row, rows_of, sample_of
 
+COLUMNS = {
+    "curve": "what is done to visual tokens from the layer on, or around it",
+    "delta": "nats per token of the answer that it loses by that, in the mean",
+    "right": "share of prompts whose answer the model still says",
+}
+"""What the table says, in words."""
 FIELDS = ("mean", "first", "p", "kl", "right", "token", "foil")
 
 
@@ -181,6 +188,10 @@ class VisualResult(ic.Result):
             lines.append(f"  {curve:<28} " + " ".join(f"{value:+.3f}" for value in values))
         return "\n".join(lines)
 
+    def details(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        return {TITLE: legend(COLUMNS, COLUMNS)}
+
     def chart(self) -> report.Curves:
         """Mean effect by layer; bands are those of `curves.curve` of the records."""
         means = self.delta.mean(0).double().numpy()
@@ -193,6 +204,11 @@ class VisualResult(ic.Result):
     def charts(self) -> list[report.Curves]:
         """The curves."""
         return [self.chart()]
+
+    @property
+    def heading(self) -> str:
+        """What the page is about."""
+        return "Loss without visual tokens"
 
     @property
     def finding(self) -> str:

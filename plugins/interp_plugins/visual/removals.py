@@ -30,6 +30,7 @@ import interp_core as ic
 from interp_core import report, visual
 from interp_core import sites as S
 
+from .._columns import TITLE, legend
 from .depth import Layers
 from .horizon import SUBSETS, Claim, Horizon, claim, horizon, noise
 from .sample import AnswerScores, Sample, demand_twin, per_row, rows_of, sample_of
@@ -178,7 +179,20 @@ class HorizonResult(ic.Result):
             "  layer {:<3} ".format(row.pop("layer")) + "  ".join(f"{name} {value:+.4f}" for name, value in row.items())
             for row in self.table()
         ]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, "", legend(self._columns, self.table()[0])])
+
+    def details(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        return {TITLE: legend(self._columns, self.table()[0])}
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        """The columns of the table in words."""
+        kept = {f"advantage_{share:g}": share for share in self.keep}
+        return {"information": "nats that the answer loses without one visual token from the layer on, in the mean"} | {
+            name: f"nats by which the best-ranked {share:.0%} of the tokens, kept alone, beat as many random ones"
+            for name, share in kept.items()
+        }
 
     def charts(self) -> list[report.Curves]:
         """Advantages by layer."""

@@ -41,7 +41,7 @@ from interp_core import runs
 
 from .config import MoeExpertsConfig
 from .findings import Findings
-from .report import FILES, PAGE, write
+from .report import FILES, PAGE, SUMMARY, write
 
 BLOCK = 8
 """Samples whose sums are kept together: what a stopped run does again at most."""
@@ -63,7 +63,8 @@ def moe_experts(config: MoeExpertsConfig) -> Path:
     config.check(shape)
     about: dict[str, Any] = {"recipe": "moe_experts", "model": model, "dataset": config.data_path.stem}
     with config.open(config.identity, pairs, **about) as run:
-        run.claim(FILES, stage=PAGE)  # what another run wrote is found before any work
+        run.claim(FILES, stage=SUMMARY)  # what another run wrote is found before any work
+        run.claim([PAGE])
         stages, sums, names, failed = _sums(run, model, pairs, config)
         if not names:
             raise ic.PlanError(

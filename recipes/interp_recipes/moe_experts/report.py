@@ -16,9 +16,10 @@ import interp_core as ic
 from interp_core import report, runs
 
 from ..figures import png_bytes
-from .findings import CURVES, LISTS, TOP, Curve, Findings
+from .findings import CURVES, LISTS, Curve, Findings
 
 FIGURES, TABLES, PAGE = "figures/expert_core", "tables", "expert_core_report.html"
+SUMMARY = f"{TABLES}/expert_core_summary.json"
 CURVE_NAMES: dict[Curve, str] = {
     "tv": "total variation of weights", "jaccard": "Jaccard index of sets", "intersection": "experts in common",
 }  # fmt: skip
@@ -29,9 +30,8 @@ FILES = (
     *(f"{TABLES}/expert_core_{name}" for name in (
         "layer_metrics.csv", "matrices.npz", "top_experts.csv", "dropped.csv", "summary.json",
     )),
-    PAGE,
 )  # fmt: skip
-"""All that is written beside the samples' sums."""
+"""All that is written beside the page and the samples' sums."""
 VIEW_NAMES: dict[View, str] = {"all": "all targets", "last": "the last target"}
 
 
@@ -42,9 +42,9 @@ def write(run: runs.RunFolder, model: ic.Model, findings: Findings, after: Seque
         after: the stages that the findings are made of.
     """
     inputs = {"dropped": runs.digest([dict(row) for row in findings.dropped]), "source": findings.source}
-    if not run.kept(PAGE, inputs=inputs, after=after):
-        top = [row for view in VIEWS for row in findings.top_rows(view)]
-        said, charts = sentences(findings, top), figures(findings)
+    top = [row for view in VIEWS for row in findings.top_rows(view)]
+    said, charts = sentences(findings, top), figures(findings)
+    if not run.kept(SUMMARY, inputs=inputs, after=after):
         files: dict[str, str | bytes] = {f"{FIGURES}/{name}.png": png_bytes(chart) for name, chart in charts.items()}
         files |= {f"{TABLES}/last_token_{name}_points.json": points.text() for name, points in findings.points.items()}
         files |= {
@@ -52,12 +52,12 @@ def write(run: runs.RunFolder, model: ic.Model, findings: Findings, after: Seque
             f"{TABLES}/expert_core_matrices.npz": npz_bytes(findings.arrays()),
             f"{TABLES}/expert_core_top_experts.csv": runs.csv_text(top),
             f"{TABLES}/expert_core_dropped.csv": runs.csv_text(findings.dropped, ["sample", "targets", "reason"]),
-            f"{TABLES}/expert_core_summary.json": runs.json_text(summary(findings, model)),
-            PAGE: page(findings, model, charts, top, said),
+            SUMMARY: runs.json_text(summary(findings, model)),
         }
         assert set(files) == set(FILES)
-        run.put(files, stage=PAGE, inputs=inputs, after=after)
-        print("", *said, "", sep="\n")
+        run.put(files, stage=SUMMARY, inputs=inputs, after=after)
+    run.page(PAGE, answer_of(findings, charts, top, said), model)
+    print("", *said, "", sep="\n")
     return run.path / PAGE
 
 
@@ -101,7 +101,7 @@ def _map(findings: Findings, view: View, values: np.ndarray, title: str, **how: 
     ]
     experts = [str(expert) for expert in range(values.shape[1])]
     return report.Heatmap(
-        values, [f"L{layer}" for layer in findings.layers], experts, tips=tips, title=title, xlabel="expert",
+        values, [f"layer {layer}" for layer in findings.layers], experts, tips=tips, title=title, xlabel="expert",
         ylabel="decoder layer", **how,
     )  # fmt: skip
 
@@ -161,12 +161,14 @@ def _where_most(findings: Findings) -> list[str]:
     band = findings.bands["tv"]
     values = findings.sums["curve_tv"].numpy()
     gap = findings.boot.difference(values[:, most], values[:, least])
-    sure = "" if gap.excludes() else ", which these samples do not tell from 0"
+    chance = f"; random sets of equal weights give {findings.chance['tv']:.3f}" if findings.chance else ""
+    sure = "" if gap.excludes() else "; these samples do not tell one from the other"
     return [
         f"Routing differs most in layer {layers[most]} (total variation {curve[most]:.3f}, 95 % interval "
         f"{band.low[most]:.3f} to {band.high[most]:.3f}) and least in layer {layers[least]} ({curve[least]:.3f}, "
-        f"{band.low[least]:.3f} to {band.high[least]:.3f}); the gap is {gap.value:.3f} ({gap.low:.3f} to "
-        f"{gap.high:.3f}){sure}. Both layers were picked by these numbers."
+        f"{band.low[least]:.3f} to {band.high[least]:.3f}){chance}{sure}.",
+        f"The gap between these layers is {gap.value:.3f} (95 % interval {gap.low:.3f} to {gap.high:.3f}), and both "
+        "were picked by these numbers.",
     ]
 
 
@@ -227,24 +229,25 @@ def summary(findings: Findings, model: ic.Model) -> dict[str, Any]:
 # Page
 
 
-def page(
-    findings: Findings, model: ic.Model, charts: dict[str, report.Chart], top: Sequence[dict[str, Any]], said: list[str]
-) -> str:
-    """All of it on one page."""
-    lines = "".join(f"<li>{report.escape(line)}</li>" for line in said)
-    sections = [report.Section("What came out", findings.source, f"<ul>{lines}</ul>")]
+def answer_of(
+    findings: Findings, charts: dict[str, report.Chart], top: Sequence[dict[str, Any]], said: list[str]
+) -> report.Answer:
+    """All of it on one page: where the same tokens are routed differently, then which experts differ."""
+    n, targets = len(findings.names), findings.targets
+    experts = (
+        "Share of the routers' normalised weight, layer by layer; rows sum to 1. Point at a cell for its layer, expert "
+        "and numbers. In differences red is more agentic, blue more assisted, white neither."
+    )
+    sections = [
+        report.Section(
+            "Sets of experts of the same tokens", findings.few,
+            report.titled(charts[f"routing_{name}_curve"] for name in CURVES[1:]),
+        )
+    ]  # fmt: skip
     for view in VIEWS:
         names = [f"expert_usage_{view}_{which}" for which in (*SIDES, "diff", "diff_thresholded")]
-        sections.append(
-            report.Section(
-                f"Usage of experts at {VIEW_NAMES[view]}",
-                "Share of the routers' normalised weight, layer by layer; rows sum to 1. Point at a cell for its "
-                "layer, expert and numbers. In differences red is more agentic, blue more assisted, white neither.",
-                "".join(charts[name].html() for name in names),
-            )
-        )
-    curves = "".join(charts[f"routing_{name}_curve"].html() for name in CURVES)
-    sections.append(report.Section("How differently the same tokens are routed", findings.few, curves))
+        drawn = report.titled(charts[name] for name in names)
+        sections.append(report.Section(f"Usage of experts at {VIEW_NAMES[view]}", experts, drawn))
     for view in VIEWS:
         rows = [{key: value for key, value in row.items() if key != "view"} for row in top if row["view"] == view]
         sections.append(
@@ -255,10 +258,14 @@ def page(
                 report.table(rows),
             )
         )
-    settings = [{"setting": name, "value": str(value)} for name, value in findings.settings.identity.items()]
-    left = report.table([dict(row) for row in findings.dropped])
-    sections += [
-        report.Section("Left out", "Samples that could not be used, and targets of others, with the reason.", left),
-        report.Section("How it was made", f"Lists of {TOP} and all numbers: {TABLES}/.", report.table(settings)),
-    ]
-    return report.page(f"Experts of {findings.shape.model} in two contexts", repr(model), sections)
+    finding = _where_most(findings)[0]
+    return report.Answer(
+        "Experts in two contexts",
+        "Do the routers send the same target tokens to other experts in the agentic context than in the assisted one, "
+        f"and where? {n} {'sample' if n == 1 else 'samples'} of {Path(findings.source).name}.",
+        finding,
+        [{"sample": name, "targets": count} for name, count in zip(findings.names, targets, strict=True)],
+        report.titled([charts["routing_tv_curve"]]), further=[sentence for sentence in said if sentence != finding],
+        sections=sections, left_out=findings.dropped, rows=findings.layer_rows(),
+        whole=f"{TABLES}/expert_core_layer_metrics.csv",
+    )  # fmt: skip

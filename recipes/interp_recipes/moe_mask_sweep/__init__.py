@@ -40,7 +40,7 @@ from interp_core import runs
 
 from .config import MoeMaskSweepConfig
 from .findings import Findings
-from .measures import Row, edits_of, measured, positions_of, row_key
+from .measures import Row, edits_of, measured, positions_of
 from .orders import Variant, orders, variants
 from .report import write
 from .scores import Scorer, answered
@@ -72,7 +72,7 @@ def moe_mask_sweep(config: MoeMaskSweepConfig) -> Path:
         rows = Work(run, model, pairs, at, banned, scorer, config.max_new_tokens).rows()
         findings = Findings(banned, names, rows, sizes, config.kinds, config.modes, config.seed, config.resamples)
         facts = {"statistic": points.statistic, "dropped": dropped, "super_experts": super_experts}
-        return write(run, findings, points, config.facts | facts)
+        return write(run, model, findings, points, config.facts | facts)
 
 
 Masks = Callable[[list[list[float]] | None], list[Variant]]
@@ -115,6 +115,21 @@ def _opened(config: MoeMaskSweepConfig, model: ic.Model, pairs: Sequence[Pair], 
 
 
 @dataclass(frozen=True)
+class Context:
+    """One of a sample's two contexts.
+
+    Attributes:
+        number: among all.
+        at: where it is masked; None: everywhere.
+    """
+
+    number: int
+    pair: Pair
+    side: Literal["agentic", "assisted"]
+    at: list[int] | None
+
+
+@dataclass(frozen=True)
 class Work:
     """All masks on all contexts.
 
@@ -141,18 +156,24 @@ class Work:
         the same experts are run once."""
         every = (self.variants[0].clean, *self.variants)
         masks = list({variant.key: variant for variant in every if not variant.skipped}.values())
-        contexts = [(pair, side, at) for pair, ats in zip(self.pairs, self.places, strict=True)
-                    for side, at in zip(SIDES, ats, strict=True)]  # fmt: skip
-        shown = ic.Progress("mask sweep, contexts", len(contexts))
-        with self.run.rows(SAMPLES, key="id") as rows, shown as told:
-            for pair, side, at in contexts:
-                left = [mask for mask in masks if row_key(pair.name, side, mask) not in rows]
-                # the first context's masks run as passes of their own, too, which its sweep must equal
-                measures = measured(self.model, pair, side, left, at, check=told.count == 0)
-                for mask, row in zip(left, measures, strict=True):
-                    rows.add(row | self._score(pair, side, mask))
-                told.add()
-            return list(rows)
+        contexts = [
+            Context(number, pair, side, at)
+            for number, (pair, side, at) in enumerate(
+                (pair, side, at)
+                for pair, ats in zip(self.pairs, self.places, strict=True)
+                for side, at in zip(SIDES, ats, strict=True)
+            )
+        ]
+        return self.run.map(
+            SAMPLES, lambda context: self._rows(context, masks), contexts,
+            by=lambda context: f"{context.pair.name} {context.side}", strict=True,
+        )  # fmt: skip
+
+    def _rows(self, context: Context, masks: Sequence[Variant]) -> list[Row]:
+        """A context's rows; the first context's masks run as passes of their own, too, which its sweep must equal."""
+        pair, side = context.pair, context.side
+        measures = measured(self.model, pair, side, masks, context.at, check=context.number == 0)
+        return [row | self._score(pair, side, mask) for mask, row in zip(masks, measures, strict=True)]
 
     def _score(self, pair: Pair, side: Literal["agentic", "assisted"], mask: Variant) -> dict[str, Any]:
         if self.scorer is None:

@@ -10,6 +10,7 @@ from typing import Any
 from interp_plugins.pairs.pair import SIDES
 from interp_plugins.router.points import Points
 
+import interp_core as ic
 from interp_core import report, runs
 
 from ..figures import png_bytes
@@ -20,6 +21,10 @@ NAMES = {
     "descending": "descending", "reversed": "reversed", "random": "random, matched per layer",
     "usage_random": "random, matched per layer and usage",
 }  # fmt: skip
+CHANCE = {
+    "random": "as many random experts of the same layers",
+    "usage_random": "as many random experts of the same layers and usage",
+}  # fmt: skip
 YLABELS = {
     "nll_all": "rise in nats", "nll_last": "rise in nats",
     "score": "change of the score",
@@ -28,7 +33,7 @@ TITLES = {"nll_all": "NLL of the targets", "nll_last": "NLL of the last target",
 Facts = Mapping[str, Any]
 
 
-def write(run: runs.RunFolder, findings: Findings, points: Points, facts: Facts) -> Path:
+def write(run: runs.RunFolder, model: ic.Model, findings: Findings, points: Points, facts: Facts) -> Path:
     """All files; returns the page's path."""
     lines, areas = findings.lines(), findings.areas()
     charts = {
@@ -45,9 +50,9 @@ def write(run: runs.RunFolder, findings: Findings, points: Points, facts: Facts)
         "tables/mask_sweep_areas.csv": runs.csv_text(areas, list(areas[0]) if areas else ["mode"]),
         **{f"figures/mask_sweep/{name}.png": png_bytes(curves) for name, curves in charts.items()},
         "figures/mask_sweep/points.png": png_bytes(map_of(points)),
-        PAGE: page(findings, charts, map_of(points), areas, flat, said, facts),
     }
     run.put(files, stage="tables/mask_sweep.csv")
+    run.page(PAGE, answer_of(findings, charts, map_of(points), areas, flat, said, facts), model)
     print(*said, sep="\n")
     return run.path / PAGE
 
@@ -124,18 +129,19 @@ def sentences(findings: Findings, areas: Sequence[Mapping[str, Any]], facts: Fac
     return said
 
 
-def _at_most(findings: Findings, mode: str, side: str) -> str:
-    """The largest mask of the descending order that was run, beside chance."""
-    done = [n for n in findings.sizes if not any(v.skipped for v in findings.of(mode, "descending", n))]
+def _at_most(findings: Findings, mode: str, side: str, kind: str = "descending") -> str:
+    """The largest mask of an order that was run, beside chance."""
+    done = [n for n in findings.sizes if not any(v.skipped for v in findings.of(mode, kind, n))]
     if not done:
-        return f"{side}, {mode}: every mask of the descending order was left out."
+        return f"{side}, {mode}: every mask of the {kind} order was left out."
     n = done[-1]
-    parts = [f"{side}, {mode}: banning the first {f'{n} cells' if n > 1 else 'cell'} changes the NLL of the targets by "
-             f"{_nats(findings.interval(findings.rise(mode, 'descending', n, side, 'nll_all')))}"]  # fmt: skip
-    for kind in [k for k in findings.kinds if k in RANDOM]:
-        values = findings.interval(findings.rise(mode, kind, n, side, "nll_all"))
+    first = f"first {f'{n} cells' if n > 1 else 'cell'}{'' if kind == 'descending' else f' of the {kind} order'}"
+    parts = [f"{side}, {mode}: banning the {first} changes the NLL of the targets by "
+             f"{_nats(findings.interval(findings.rise(mode, kind, n, side, 'nll_all')))}"]  # fmt: skip
+    for chance in [k for k in findings.kinds if k in RANDOM and k != kind]:
+        values = findings.interval(findings.rise(mode, chance, n, side, "nll_all"))
         if math.isfinite(values[0]):
-            parts.append(f"{NAMES[kind]} by {_nats(values)}")
+            parts.append(f"{NAMES[chance]} by {_nats(values)}")
     return "; ".join(parts) + "."
 
 
@@ -162,17 +168,15 @@ def cells_of(banned: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(f"{layer}: {' '.join(map(str, experts))}" for layer, experts in banned.items())
 
 
-def page(
+def answer_of(
     findings: Findings, charts: Mapping[str, report.Curves], points: report.Heatmap,
     areas: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], said: Sequence[str], facts: Facts,
-) -> str:  # fmt: skip
-    """The page."""
+) -> report.Answer:  # fmt: skip
+    """All of it on one page: the first context's curve, then the others, the points, the areas."""
     where = {"all": "at all tokens", "targets": "at the targets", "predicting": "where targets are predicted"}
     place = where.get(facts["scope"], f"at tokens {facts['segment']}")
-    words = f"{facts['model']} · {len(findings.samples)} samples of {facts['pairs']} · masks {place}"
-    sections = [report.Section("What comes out", "\n".join(said), "")]
-    for curves in charts.values():
-        sections.append(report.Section(curves.title, "", curves.html()))
+    first, *others = charts.values()
+    sections = [report.Section(curves.title, "", curves.html()) for curves in others]
     sections.append(report.Section("Points", "", points.html()))
     if areas:
         shown = [{name: "" if value is None else value for name, value in area.items()} for area in areas]
@@ -182,10 +186,39 @@ def page(
                "exact_agentic", "exact_assisted", "score_agentic", "score_assisted", "slots_changed_agentic",
                "slots_changed_assisted", "tokens_unmasked_agentic", "tokens_unmasked_assisted", "skipped")  # fmt: skip
     every = [{c: "" if line[c] is None else line[c] for c in columns if c in line} for line in lines]
-    text = (
-        f"Points: {facts['points']} ({facts['statistic'] or 'no statistic named'}). Every mask that was run is proved: "
-        "banned experts executed nowhere, and the family's selection gives the router's own choice without the mask. "
-        "Slots changed: share of the token-slots in masked layers that went to another expert, or to none."
+    proof = (
+        "Every mask that was run is proved: banned experts executed nowhere, and the family's selection gives the "
+        "router's own choice without the mask. Slots changed: share of the token-slots in masked layers that went to "
+        "another expert, or to none."
     )
-    sections.append(report.Section("All masks", text, report.table(every)))
-    return report.page("Masks of experts", words, sections)
+    statistic = f" ({facts['statistic']})" if facts["statistic"] else ""
+    finding, targets = finding_of(findings, areas), {row["sample"]: row["targets"] for row in findings.rows}
+    return report.Answer(
+        "Masks of experts",
+        f"What does the model lose when the experts of {Path(facts['points']).name}{statistic} are banned {place}, the "
+        f"highest points first and then more, and is it more than chance? {len(findings.samples)} samples of "
+        f"{Path(str(facts['pairs'])).name}.",
+        finding, [{"sample": name, "targets": targets.get(name, "")} for name in findings.samples],
+        report.titled([first]), further=[sentence for sentence in said if sentence != finding],
+        sections=sections, left_out=facts["dropped"], rows=every, details={"What a mask is held to": proof},
+        whole="tables/mask_sweep.csv",
+    )  # fmt: skip
+
+
+def finding_of(findings: Findings, areas: Sequence[Mapping[str, Any]]) -> str:
+    """What the first context's curve says: against chance over all N where there is a random order, else by itself."""
+    mode, few = findings.modes[0], len(findings.samples)
+    told = [a for a in areas if a["metric"] == "nll_all" and a["mode"] == mode and a["area"] is not None]
+    if not told:
+        kind = findings.kinds[0] if "descending" not in findings.kinds else "descending"
+        return _at_most(findings, mode, SIDES[0], kind)
+    area = told[0]
+    where = f"In the {area['context']} context, banning the listed experts ({area['order']}, {mode})"
+    number = f"{area['area']:+.4f} nats of NLL on average over all N"
+    if area["low"] is None:
+        return f"{where} changes the NLL beside {CHANCE[area['against']]} by {number}; one sample has no interval."
+    number += f", 95 % interval {area['low']:+.4f} to {area['high']:+.4f}"
+    number += f", too narrow for {few} samples" if few < 10 else ""
+    if not area["excludes_0"]:
+        return f"{where} is not told from banning {CHANCE[area['against']]} ({number})."
+    return f"{where} costs {'more' if area['area'] > 0 else 'less'} than banning {CHANCE[area['against']]} ({number})."

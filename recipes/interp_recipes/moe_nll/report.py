@@ -61,7 +61,7 @@ def write_all(
         "versions": {"interp_core": ic.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
     run.json(f"{TABLES}/nll_core_summary.json", summary)
-    run.put({PAGE: page_of(model, curves, charts, said, dropped)})
+    run.page(PAGE, answer_of(curves, charts, said, layouts, dropped), model)
     print("", *said, "", sep="\n")
     return run.path / PAGE
 
@@ -196,7 +196,7 @@ def sentences(
         f"{n} {_count(n, 'sample')} with {targets} shared targets ({' and '.join(layouts)} layout)"
         + (f"; {len(dropped)} {_count(len(dropped), 'sample')} left out, listed below." if dropped else ".")
     ]
-    said += [_final(curves, scope) for scope in SCOPES]
+    said += [final(curves, scope) for scope in SCOPES]
     said += [_layers(curves, scope) for scope in SCOPES if scope in curves.tests]
     said.append(_decided(curves))
     if "js_all" in curves.values:
@@ -209,7 +209,8 @@ def sentences(
     return said
 
 
-def _final(curves: Curves, scope: str) -> str:
+def final(curves: Curves, scope: str) -> str:
+    """In which context the model's output predicts better, if the samples tell it."""
     a, b, d = (curves.mean(f"{name}_{scope}")[-1] for name in ("nll_agentic", "nll_assisted", "delta_nll"))
     text = f"In the model's output the NLL of {WHOSE[scope]} is {a:.4f} nats in the agentic context and {b:.4f} in the "
     text += "assisted one; "
@@ -276,28 +277,40 @@ def _count(n: int, word: str) -> str:
 # The page
 
 
-def page_of(
-    model: ic.Model, curves: Curves, charts: Mapping[str, report.Chart], said: Sequence[str],
+def answer_of(
+    curves: Curves, charts: Mapping[str, report.Chart], said: Sequence[str], layouts: Sequence[str],
     dropped: Sequence[Mapping[str, str]],
-) -> str:  # fmt: skip
-    """All of it on one page."""
-    words = "".join(f"<li>{report.escape(line)}</li>" for line in said)
-    sections = [report.Section("What came out", "", f"<ul>{words}</ul>")]
+) -> report.Answer:  # fmt: skip
+    """All of it on one page: first of all targets in the model's output, then by layer and by metric."""
     titles = {
-        "nll": "NLL by layer", "delta_nll": "Difference of NLL", "js": "How far predictions are apart",
-        "rank": "Rank of the target", "entropy": "Entropy", "top1": "First choices",
+        "nll": "NLL by layer", "js": "How far predictions are apart", "rank": "Rank of the target",
+        "entropy": "Entropy", "top1": "First choices",
     }  # fmt: skip
+    sections = []
     for name, title in titles.items():
-        drawn = [
-            charts[key].html()
-            for scope in SCOPES
-            for key in (f"{name}_{scope}", f"{name}_{scope}_agentic_vs_assisted")
-            if key in charts
-        ]
-        if drawn:
-            sections.append(report.Section(title, "All targets, then the last one of each sample.", "".join(drawn)))
+        keys = [key for scope in SCOPES for key in (f"{name}_{scope}", f"{name}_{scope}_agentic_vs_assisted")]
+        if drawn := report.titled(charts[key] for key in keys if key in charts):
+            sections.append(report.Section(title, "", drawn))
     walk = "Which part of the target text the difference comes from."
     sections.append(report.Section("Along the target text", walk, charts["delta_nll_progress"].html()))
-    if dropped:
-        sections.append(report.Section("Samples left out", "", report.table(list(dropped))))
-    return report.page("Layer-wise NLL of two contexts", repr(model), sections)
+    samples = [
+        {"sample": name, "shared targets": count} for name, count in zip(curves.samples, curves.targets, strict=True)
+    ]
+    return report.Answer(
+        "Layer-wise NLL of two contexts",
+        "Does the model predict the same target tokens better in the agentic context or in the assisted one, and from "
+        f"which layer on? The assisted contexts are {' and '.join(layouts)}.",
+        final(curves, "all"), samples, report.titled(charts[f"delta_nll_{scope}"] for scope in SCOPES),
+        further=[sentence for sentence in said if sentence != final(curves, "all")], sections=sections,
+        left_out=dropped, rows=_shown(curves), whole=f"{TABLES}/nll_core_layer_metrics.csv",
+    )  # fmt: skip
+
+
+def _shown(curves: Curves) -> list[dict[str, Any]]:
+    """A row per layer: the NLL of both contexts and their difference, of all targets and of the last ones."""
+    names = [name for scope in SCOPES for name in names_of(curves, scope) if "nll_" in name]
+    means = {name: curves.mean(name) for name in names}
+    return [
+        {"after": _at(curves, i)} | {name: float(mean[i]) for name, mean in means.items()}
+        for i in range(len(curves.layers))
+    ]

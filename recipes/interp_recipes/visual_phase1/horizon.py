@@ -193,13 +193,11 @@ def removals(
     else:
         samples = [sample for sample in data.others if sample.name in set(cut.samples)][: plan.horizon_samples]
         layers = [layer for layer in plan.grid(model.n_layers, cause.cliff) if layer < model.n_layers]
-        with run.rows("causal/horizon.jsonl", key="cell") as rows, ic.Progress("horizon", len(samples)) as told:
-            for sample in samples:
-                todo = [layer for layer in layers if _cell(sample, layer) not in rows]
-                for row in _removed(model, sample, cut.texts[sample.name], todo, asking, plan) if todo else ():
-                    rows.add(row)
-                told.add()
-            every = list(rows)
+        every = run.map(
+            "causal/horizon.jsonl",
+            lambda sample: _removed(model, sample, cut.texts[sample.name], layers, asking, plan),
+            samples, by=lambda sample: sample.name, strict=asking.strict,
+        )  # fmt: skip
         removed = Removals.of(every, Layers(tuple(layers), model.n_layers), plan, cause)
     run.json("causal/horizon.json", header | removed.information_row())
     run.json("truncation/keep_fractions.json", header | removed.keep_row())

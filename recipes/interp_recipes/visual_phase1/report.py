@@ -62,8 +62,8 @@ def write_all(
         if not run.kept(f"{name}.png", inputs=inputs):
             run.put({f"{name}.png": png_bytes(chart)}, inputs=inputs)
     skipped = [*data.skipped, *causal.skipped, *truncation.skipped, *removals.skipped, *geometry.skipped]
-    page = _page(model, data, checks, charts, judgement, maps, skipped, (causal, truncation, removals, geometry), plan)
-    run.put({PAGE: page})
+    answer = _answer(data, checks, charts, judgement, maps, skipped, (causal, truncation, removals, geometry), plan)
+    run.page(PAGE, answer, model)
     return run.path / PAGE
 
 
@@ -78,7 +78,7 @@ def summary(
     counts = f"{len(data.pilots)} pilots and {len(data.others)} further samples"
     left = f"; {len(skipped)} left out or failed, listed below" if skipped else ""
     unsure = [gate.name for gate in judgement.gates if gate.status == "inconclusive"]
-    said = [f"Verdict {judgement.verdict}: {VERDICTS[judgement.verdict]}.", f"{counts}{left}."]
+    said = [f"{counts}{left}."]
     if unsure:
         said.append(f"{', '.join(unsure)}: too few samples, or an interval that includes the threshold, to tell.")
     if data.collisions:
@@ -89,13 +89,23 @@ def summary(
     return [*said, *causal.sentences(), *truncation.sentences(), *removals.sentences(), *geometry.sentences()]
 
 
-def _page(
-    model: ic.Model, data: Samples, checks: Mapping[str, Any], charts: Mapping[str, report.Chart], judgement: Judgement,
+def finding_of(causal: Causal, judgement: Judgement) -> str:
+    """The verdict; with the boundary where the gates let it stand, else with the gates that are not passed."""
+    verdict = f"Verdict {judgement.verdict}: {VERDICTS[judgement.verdict]}"
+    if judgement.verdict in ("FULL", "PARTIAL"):
+        return f"{verdict}; the boundary is layer {causal.main.cliff.value} of {causal.n_layers}."
+    left: dict[str, list[str]] = {}
+    for gate in judgement.gates:
+        left.setdefault(gate.status, []).append(f"{gate.name} {WORDS[gate.name]}")
+    return f"{verdict}; " + "; ".join(f"{status}: {', '.join(names)}" for status, names in left.items()) + "."
+
+
+def _answer(
+    data: Samples, checks: Mapping[str, Any], charts: Mapping[str, report.Chart], judgement: Judgement,
     maps: Mapping[str, Any], skipped: Sequence[Row], findings: tuple[Causal, Truncation, Removals, Geometry],
     plan: Plan,
-) -> str:  # fmt: skip
+) -> report.Answer:  # fmt: skip
     causal, truncation = findings[:2]
-    words = "".join(f"<li>{report.escape(line)}</li>" for line in summary(data, *findings, judgement, skipped))
     rows = [
         {"gate": f"{gate.name} {WORDS[gate.name]}", "status": gate.status,
          "number": "" if gate.number is None else gate.number,
@@ -105,34 +115,40 @@ def _page(
     ]  # fmt: skip
 
     def drawn(*names: str) -> str:
-        shown = [charts[name] for name in names if name in charts]
-        return "".join(f"<p><b>{report.escape(getattr(chart, 'title', ''))}</b></p>{chart.html()}" for chart in shown)
+        return report.titled(charts[name] for name in names if name in charts)
 
+    effects, pilots = drawn("causal/effects"), drawn("causal/pilots")
     sections = [
-        report.Section(f"Verdict {judgement.verdict}", "", f"<ul>{words}</ul>"),
         report.Section("Gates", f"Thresholds {judgement.thresholds}, hashed before the run.", report.table(rows)),
-        report.Section("τ", "Pilots take no part in what follows.", drawn("causal/pilots")),
-    ]
-    if body := drawn(*(f"causal/{name}" for name in ("effects", "share", "populations", "evd_gap"))):
-        sections.append(report.Section("Causal curves", "", body + report.table(_depths(causal))))
+        report.Section("τ", "Pilots take no part in what follows.", pilots if effects else ""),
+        report.Section(
+            "Causal curves", "", drawn(*(f"causal/{name}" for name in ("share", "populations", "evd_gap")))
+            + (report.table(_depths(causal)) if effects else ""),
+        ),
+    ]  # fmt: skip
     if truncation.drops is not None:
         body = drawn(*(f"truncation/{name}" for name in ("drops", "difficulty", "bands")))
         sections.append(report.Section("Answers without the image", "", body + report.table(truncation.drops.table())))
     names = ("causal/information", "truncation/ranked_random", "truncation/keep_fractions")
-    if body := drawn(*names, "truncation/answers_that_stay"):
-        sections.append(report.Section("Information horizon", HORIZON, body))
-    if body := drawn(*(f"geometry/{name}" for name in ("effective_rank", "anisotropy", "er_ratio"))):
-        sections.append(report.Section("Geometry", "Rows at the input of each layer.", body))
-    sections.append(_image(charts, maps))
-    if skipped:
-        sections.append(report.Section("Left out", "", report.table(list(skipped))))
-    where = {"boundary": causal.cliff, "causal record": causal.records.hash, "answers": truncation.records}
-    battery = report.copyable("sanity battery, sample by sample", "\n".join(checks["table"]))
-    shown = {name: str(value) for name, value in {**vars(plan), **where}.items()}
-    sections.append(
-        report.Section("Settings", "", battery + report.table([{"name": k, "value": v} for k, v in shown.items()]))
-    )
-    return report.page("Visual tokens, phase 1", repr(model), sections)
+    sections += [
+        report.Section("Information horizon", HORIZON, drawn(*names, "truncation/answers_that_stay")),
+        report.Section(
+            "Geometry", "Rows at the input of each layer.",
+            drawn(*(f"geometry/{name}" for name in ("effective_rank", "anisotropy", "er_ratio"))),
+        ),
+        _image(charts, maps),
+    ]  # fmt: skip
+    records = f"boundary {causal.cliff}\ncausal record {causal.records.hash}\nanswers {truncation.records}"
+    return report.Answer(
+        "From which layer on the image is not needed",
+        "Does the model use its image, and is there a layer from which on it answers as well without the image's rows? "
+        f"{len(data.pilots)} pilots give the threshold τ, {len(data.others)} further samples the curves.",
+        finding_of(causal, judgement),
+        [{"sample": s.name, "question": s.question.question, "answer": s.answer} for s in data.others],
+        effects or pilots, further=summary(data, *findings, judgement, skipped),
+        sections=[section for section in sections if section.body], left_out=skipped,
+        details={"Sanity battery, sample by sample": "\n".join(checks["table"]), "Records": records},
+    )  # fmt: skip
 
 
 def _depths(causal: Causal) -> list[dict[str, Any]]:

@@ -115,13 +115,10 @@ def _records(
     run: runs.RunFolder, model: ic.Model, samples: Sequence[Sample], asking: Asking, plan: Plan, name: str
 ) -> tuple[list[Row], list[Row]]:
     """Records of samples, and of those that the model does not run why."""
-    with run.rows(f"causal/rows_{name}.jsonl", key="sample") as rows:
-        with ic.Progress(f"causal curves of {name}", len(samples)) as told:
-            for sample in samples:
-                if sample.name not in rows:
-                    rows.add(*_measured(model, sample, asking, plan))
-                told.add()
-        every = list(rows)
+    every = run.map(
+        f"causal/rows_{name}.jsonl", lambda sample: _measured(model, sample, asking, plan), samples,
+        by=lambda sample: sample.name, strict=asking.strict,
+    )  # fmt: skip
     bad = [{"sample": row["sample"], "where": "causal", "reason": row["failed"]} for row in every if "failed" in row]
     return [row for row in every if "failed" not in row], bad
 
@@ -164,14 +161,14 @@ def truncation(
         return Truncation(None, records=cause.records.hash)
     grid = plan.grid(model.n_layers, cause.cliff)
     samples = [sample for sample in data.others if sample.name in set(cause.samples)]
-    with run.rows("truncation/answers.jsonl", key="cell") as rows:
-        for gone in [*((layer, None) for layer in [*grid, None]), *plan.bands(model.n_layers)]:
-            todo = [sample for sample in samples if _cell(sample.name, *gone) not in rows]
-            # a few batches at a time: rows are kept as they come, and a stopped run loses no more than these
-            for start in range(0, len(todo), 4 * asking.batch_size):
-                for row in _answers(model, todo[start : start + 4 * asking.batch_size], asking, *gone):
-                    rows.add(row)
-        every = list(rows)
+    gone = [*((layer, None) for layer in [*grid, None]), *plan.bands(model.n_layers)]
+    every = run.map(
+        "truncation/answers.jsonl",
+        lambda cells: _answers(model, [sample for sample, _ in cells], asking, *cells[0][1]),
+        [(sample, layers) for layers in gone for sample in samples],
+        by=lambda cell: _cell(cell[0].name, *cell[1]), strict=asking.strict,
+        batch=4 * asking.batch_size, alike=lambda cell: cell[1],  # a stopped run loses no more than a few batches
+    )  # fmt: skip
     cut = Truncation.of(every, grid, samples, model.n_layers, plan, cause)
     run.json("truncation/truncation.json", header | cut.row())
     return cut

@@ -137,15 +137,18 @@ def _answers(
     answers: dict[str, dict[str, Row]] = {}
     bad: list[Row] = []
     for mode in MODES:
-        with run.rows(f"answers/{mode}.jsonl", key="sample") as rows:
-            todo = [number for number, sample in enumerate(data.samples) if sample.name not in rows]
-            for start in range(0, len(todo), BLOCK):
-                for row in answer_rows(model, data, mode, todo[start : start + BLOCK], asking):
-                    rows.add(row)
-            answers[mode] = {row["sample"]: row for row in rows}
+        rows = _mode_answers(run, model, data, mode, asking)
+        answers[mode] = {row["sample"]: row for row in rows}
         bad += [{"sample": row["sample"], "where": f"{mode}, answering", "reason": row["failed"]}
-                for row in answers[mode].values() if row["failed"]]  # fmt: skip
+                for row in rows if row["failed"]]  # fmt: skip
     return answers, bad
+
+
+def _mode_answers(run: runs.RunFolder, model: ic.Model, data: Shown, mode: str, asking: AskingProbes) -> list[Row]:
+    return run.map(
+        f"answers/{mode}.jsonl", lambda numbers: answer_rows(model, data, mode, numbers, asking),
+        range(len(data.samples)), by=lambda number: data.samples[number].name, batch=BLOCK, strict=asking.strict,
+    )  # fmt: skip
 
 
 def _behaviour(answers: Mapping[str, Mapping[str, Row]], data: Shown, kept: Sequence[int], asking: Asking) -> Behaviour:

@@ -407,7 +407,7 @@ class Findings:
             "not significant": "the image's gain in the model's own answers is not significant",
             "inconclusive": "the gain in the model's own answers remains inconclusive",
         }[self.behaviour.verdict()]  # fmt: skip
-        return f"In sum: of what can be decoded, {'; '.join(parts)}. As to behaviour, {behaviour}."
+        return f"Of what can be decoded, {'; '.join(parts)}; as to behaviour, {behaviour}."
 
     def record(self) -> Row:
         """As plain data."""

@@ -36,7 +36,7 @@ def write_all(run: runs.RunFolder, model: ic.Model, findings: Findings) -> Path:
     run.table("tables/behaviour.csv", findings.behaviour_table())
     run.table("tables/skipped.csv", skipped, ["sample", "where", "reason"])
     run.json(RECORD, findings.record())
-    run.put({PAGE: page_of(model, findings, charts)})
+    run.page(PAGE, answer_of(findings, charts), model)
     print("", *findings.sentences, "", sep="\n")
     return run.path / PAGE
 
@@ -103,11 +103,13 @@ def _constant(position: Position) -> str:
     return f" In {which} all samples have the same states: there is nothing to decode." if which else ""
 
 
-def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Chart]) -> str:
-    """All of it on one page."""
-    words = "".join(f"<li>{report.escape(line)}</li>" for line in findings.sentences)
+def answer_of(findings: Findings, charts: Mapping[str, report.Chart]) -> report.Answer:
+    """All of it on one page: the gain at the first position that has one, then position by position, then answers."""
+    pictures = {p.name: [f"figures/{name}.png" for name in _names(p.name)] for p in findings.positions}
+    drawn = {name: [report.titled([charts[key]]) for key in keys if key in charts] for name, keys in pictures.items()}
+    answers = report.titled([charts[ANSWERS]]) + report.table([_answered(row) for row in findings.behaviour_table()])
+    first = next((name for name, pieces in drawn.items() if pieces), "")
     sections = [
-        report.Section("What came out", "", f"<ul>{words}</ul>"),
         report.Section(
             "Decodable with the image and without",
             f"Balanced accuracy of probes, mean of layers {findings.cliff.layers}. Delta is original minus "
@@ -118,16 +120,23 @@ def page_of(model: ic.Model, findings: Findings, charts: Mapping[str, report.Cha
             "folds, and the gain that would have been seen in 80 % of cases.</p>"
             + report.table([_against(row) for row in findings.table]),
         ),
+        report.Section("The model's own answers", "", answers if first else ""),
     ]  # fmt: skip
     for position in findings.positions:
         flags = "".join(f"<p>{report.escape(flag)}</p>" for flag in position.flags)
-        drawn = [charts[key].html() for name in _names(position.name) if (key := f"figures/{name}.png") in charts]
-        sections.append(report.Section(position.name, "", "".join(drawn) + flags))
-    answers = charts[ANSWERS].html() + report.table([_answered(row) for row in findings.behaviour_table()])
-    sections.append(report.Section("The model's own answers", "", answers))
-    if findings.skipped:
-        sections.append(report.Section("Questions that could not be used", "", report.table(list(findings.skipped))))
-    return report.page("Probes with the image and without", repr(model), sections)
+        body = "".join(drawn[position.name][position.name == first :]) + flags
+        sections += [report.Section(position.name, "", body)] if body else []
+    labels = {label: findings.labels.count(label) for label in sorted(set(findings.labels))}
+    conclusion = findings.conclusion()
+    return report.Answer(
+        "Probes with the image and without",
+        "Can the answer be read off the model's states with the image better than with another one in its place, and "
+        "does the model answer better with it?",
+        conclusion, [{"answer": label, "questions": count} for label, count in labels.items()],
+        drawn[first][0] if first else answers,
+        further=[sentence for sentence in findings.sentences if sentence != conclusion],
+        sections=[section for section in sections if section.body], left_out=findings.skipped,
+    )  # fmt: skip
 
 
 def _probed(row: Row) -> Row:

@@ -206,9 +206,9 @@ def _heads(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
     rounding = 2 * n * torch.finfo(torch.float32).eps * float(kept.nan_to_num().abs().max())
     real = {(int(layer), int(head)): float(aie[layer, head]) for layer, head in (~aie.isnan()).nonzero()}
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        yield Problem("heads", f"heads L{twice[0][0]}H{twice[0][1]}", "is there twice")
+        yield Problem("heads", f"heads z[{twice[0][0]},{twice[0][1]}]", "is there twice")
     if unknown := [name for name in names if name not in real]:
-        yield Problem("heads", f"heads L{unknown[0][0]}H{unknown[0][1]}", "has no effects")
+        yield Problem("heads", f"heads z[{unknown[0][0]},{unknown[0][1]}]", "has no effects")
         return
     # scores of the published list are rounded to so many places: half of the last one, and a little
     coarse = rounding + (0.6 * 10.0 ** -said["places"] if said.get("places") else 0.0)
@@ -218,7 +218,7 @@ def _heads(folder: Artefacts, demands: Asked) -> Iterator[Problem]:
         apart = abs(score - real.get((layer, head), math.nan))
         if not apart <= near:
             right = real.get((layer, head))
-            yield Problem("heads", f"{key} L{layer}H{head} AIE", f"is {score}, the mean of its effects is {right}")
+            yield Problem("heads", f"{key} z[{layer},{head}] AIE", f"is {score}, the mean of its effects is {right}")
     left = max((score for name, score in real.items() if name not in names), default=-math.inf)
     falling = [*(real[name] for name in names), left]
     for place, (higher, lower) in enumerate(pairwise(falling)):

@@ -192,7 +192,7 @@ class Comparison:
             stage.thing(files, "heads", *([head[:2] for head in side] for side in (a, b)))
             for place, (x, y) in enumerate(zip(a, b, strict=False)):
                 if x[:2] == y[:2]:
-                    stage.number(files, f"heads[{place}] L{x[0]}H{x[1]} AIE", x[2], y[2], tolerance)
+                    stage.number(files, f"heads[{place}] z[{x[0]},{x[1]}] AIE", x[2], y[2], tolerance)
             if aies is not None and a:
                 self._gap(stage, files, aies, len(a), tolerance)
 

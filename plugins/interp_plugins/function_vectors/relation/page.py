@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import interp_core as ic
 from interp_core import runs
-from interp_core.report import Heatmap, Section, page, short, table
+from interp_core.report import Answer, Heatmap, Section, short, table
 
 from ..._json_files import json_rows
 from .injected import SUMMARY
@@ -33,16 +34,21 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def write_summary(run: runs.RunFolder) -> Path:
-    """Write `summary.csv`, `failures.json` and `summary.html`; returns the page."""
+def write_summary(run: runs.RunFolder, model: ic.Model | None = None) -> Path:
+    """Write `summary.csv`, `failures.json` and `summary.html`; returns the page.
+
+    Args:
+        model: None where it was not loaded.
+    """
     out, parts = run.path, sorted(run.parts(), key=_natural)
     rows = [_row(out, part) for part in parts]
     groups = classified(parts)
     failures = {"n_failed": sum(group["count"] for group in groups), "classes": groups}
     files: dict[str, str | bytes] = {"summary.csv": csv_table(rows)} if rows else {}
-    files |= {"failures.json": runs.json_text(failures), "summary.html": _page(out, parts, rows, groups)}
+    files |= {"failures.json": runs.json_text(failures)}
     for name, content in files.items():
         run.put({name: content}, binds=False)
+    run.page("summary.html", _answer(out, parts, rows, groups), model, binds=False)
     return out / "summary.html"
 
 
@@ -88,7 +94,7 @@ def _row(out: Path, part: Mapping[str, Any]) -> Row:
     row |= {key: summary[key] for key in ("best_layer", "score_key", "best_score")}
     row |= {key: best[key] for key in ("acc_base", "acc_with", "delta_acc")}
     row |= {f"acc_{kind}": fmean(line[f"accuracy_{kind}"] for line in lines) for kind in ("clean", "corrupted")}
-    return row | {"trials": len(lines), "top_head": f"L{first['layer']}H{first['head']}"}
+    return row | {"trials": len(lines), "top_head": f"z[{first['layer']},{first['head']}]"}
 
 
 def state_of(part: Mapping[str, Any]) -> str:
@@ -96,19 +102,32 @@ def state_of(part: Mapping[str, Any]) -> str:
     return "pending" if part["state"] == "stopped" else str(part["state"])
 
 
-def _page(out: Path, statuses: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> str:
+def finding_of(rows: Sequence[Row]) -> str:
+    """At how many questions the vector helps, and at which most; from the table."""
+    done = [row for row in rows if row["status"] == "completed"]
+    if not done:
+        return "No question is completed yet."
+    helped, best = sum(row["delta_acc"] > 0 for row in done), max(done, key=lambda row: row["delta_acc"])
+    said = "With its vector the model answers more prompts right without demonstrations at "
+    said += f"{helped} of {len(done)} questions"
+    if not helped:
+        return f"{said}."
+    which = f"{short(best['q_id'], 40)}, from {best['acc_base']:.0%} to {best['acc_with']:.0%}"
+    return f"{said}, most at {which} after layer {best['best_layer']}; the layer was chosen on the same prompts."
+
+
+def _answer(out: Path, statuses: Sequence[Mapping[str, Any]], rows: Sequence[Row], groups: Sequence[Row]) -> Answer:
     done = [status for status in statuses if status["state"] == "completed"]
     counts = Counter(map(state_of, statuses))
-    said = f"{len(statuses)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}"
-    shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
+    said = f"{len(statuses)} questions: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'none'}."
     about = (
         "Share of prompts whose answer's first token is the likeliest: with demonstrations, with their answers "
         "shuffled, without demonstrations, and with the vector added at the best layer, which is that of the largest "
         f"score ({done[0]['config']['score_key'] if done else 'none yet'})."
     )
+    shown = [{name: _text(key, row[key]) for key, name in _SHOWN.items()} for row in rows]
     sections = [Section("Questions", about, table(shown))]
-    if done:
-        sections += [Section("Layers", "", _layers(out, done)), Section("Heads", "", _head_map(out, done))]
+    sections += [Section("Heads", "", _head_map(out, done))] if done else []
     failed = [
         {"stage": group["stage"], "error": group["error_class"], "questions": ", ".join(map(short, group["q_ids"])),
          "what": "\n".join(group["rows"] or group["messages"]), "fix": group["fix"]}
@@ -120,13 +139,16 @@ def _page(out: Path, statuses: Sequence[Mapping[str, Any]], rows: Sequence[Row],
         for status in statuses
         if status.get("dropped_rows")
     ]
-    config = max(statuses, key=lambda status: status["updated"])["config"] if statuses else {}
-    settings = [
-        {"setting": key, "value": value} for key, value in config.items() if value is not None and key != "pairs_sha256"
-    ]
-    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped, "Settings": settings}
+    listed = {"Failures": failed, "Skipped": skipped, "Rows left out": dropped}
     sections += [Section(title, "", table(lines)) for title, lines in listed.items() if lines]
-    return page("Function vectors of a relation", said, sections)
+    return Answer(
+        "Function vectors of a relation",
+        "Does the vector of each question's best heads make the model answer prompts without demonstrations, and after "
+        f"which layer best? {said}",
+        finding_of(rows),
+        [{"question": short(status["name"], 40), "rows": status["q_row_count"]} for status in statuses],
+        f"<h3>Layers</h3>{_layers(out, done)}" if done else "", sections=sections,
+    )  # fmt: skip
 
 
 def _text(key: str, value: Any) -> str:

@@ -58,14 +58,14 @@ def run_relation(
     with run:
         listed = [_drawn(question, parts[question.q_id], settings, tokenizer, say) for question in picked]
         todo = [work for work in listed if work is not None]
-        if todo and not settings.dry_run:
-            model = load()
+        model = load() if todo and not settings.dry_run else None
+        if model is not None:
             layers = settings.check_model(model)
             run.bind(model)
             for work in todo:
                 _run(model, work, parts[work.question.q_id], settings, layers, say)
-                write_summary(run)
-        page = write_summary(run)
+                write_summary(run, model)
+        page = write_summary(run, model)
         states = [parts[question.q_id] for question in picked]
         failed = [part for part in states if part.state == "failed"]
         if failed and len(failed) == len(states):

@@ -1,0 +1,143 @@
+"""`interp run … --shards` and what follows: plan, work, status, resume, collect, sbatch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_eval
+from typer.testing import CliRunner
+
+import interp_core as ic
+from interp_core import runs
+from interp_core.cli import app
+from interp_core.cli.planned import planned_command
+from interp_core.cli.shards import numbers
+
+DATA = Path(__file__).parent / "data/attribution"
+COUNT = 4
+
+
+def interp(*words: Any) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with four needles."""
+    monkeypatch.chdir(tmp_path)
+    line = (DATA / "traces/tiny_gen_ruler.jsonl").read_text()
+    Path("needles.jsonl").write_text(line * COUNT)
+    return tmp_path
+
+
+SETTINGS: dict[str, Any] = {
+    "datasets": "needles", "data_root": ".", "model": "label", "model_path": str(DATA / "models/llama"),
+    "num_examples": COUNT, "mode": "recovery_ruler", "attr_funcs": "random,ifr_span",
+}  # fmt: skip
+WORDS = [word for name, held in SETTINGS.items() for word in (f"--{name}", str(held))]
+
+
+def scores(tree: Path) -> dict[str, list[dict[str, str]]]:
+    """All tables, without how long things took."""
+    tables = {}
+    for path in sorted(tree.rglob("*.csv")):
+        with path.open() as file:
+            rows = [{k: v for k, v in row.items() if "econds" not in k} for row in csv.DictReader(file)]
+        tables[str(path.relative_to(tree))] = [
+            r for r in rows if r.get("metric") != "seconds" and "Time" not in r.get("Method", "")
+        ]
+    return tables
+
+
+def test_a_run_in_shards(folder: Path) -> None:
+    planned = interp("run", "attribution_eval", *WORDS, "--output_root", "out", "--shards", 2, "--workers", 0)
+    assert planned.exit_code == 0 and "planned, 2 shards" in planned.output, planned.output
+    assert "attribution_eval, planned" in interp("status", "out").output
+    refused = interp("work", "out", "--shards", "2")
+    assert isinstance(refused.exception, ic.PlanError) and "there are 2, 0 to 1" in str(refused.exception)
+    part = interp("work", "out", "--shards", "0")
+    assert part.exit_code == 0 and "shard 1 are left to others" in part.output
+    refused = interp("collect", "out")
+    assert isinstance(refused.exception, ic.PlanError) and "1 of 2 shards of" in str(refused.exception)
+    shown = json.loads(interp("status", "out", "--json").output)
+    assert [table["done"] for table in shown["tables"]] == [1]
+    # what a cluster would run, as the shell of this machine runs it
+    script = interp("sbatch", "out", "--at-once", 3, "--option", "partition=gpu").output
+    assert "#SBATCH --array=0-1%3\n" in script and "#SBATCH --partition=gpu\n" in script
+    assert subprocess.run(["bash"], input=script, text=True, check=False, capture_output=True).returncode == 0
+    assert runs.status("out").state == "done"
+    assert interp("collect", "out").exit_code == 0
+    expected = attribution_eval(AttributionEvalConfig(output_root=folder / "plain", **SETTINGS))
+    assert scores(Path("out")) == scores(expected) and len(scores(expected)) == 4
+
+
+@pytest.mark.slow
+def test_two_workers_and_a_scheduler_that_stops_them(folder: Path) -> None:
+    done = interp("run", "attribution_eval", *WORDS, "--output_root", "out", "--shards", 3, "--workers", 2)
+    assert done.exit_code == 0 and ": done; what the workers printed is in" in done.output, done.output
+    assert "done" in interp("resume", "out").output
+    home = runs.status("out").home
+    assert list((home / "record/logs").glob("*.log"))
+    # a script whose worker is asked to stop puts itself back into the queue
+    shutil.rmtree("out")
+    shutil.rmtree(home / "record/rows")
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "scontrol").write_text(f"#!/bin/sh\necho $* > {folder}/requeued\n")
+    (bin_folder / "scontrol").chmod(0o755)
+    script = interp("sbatch", "out", "--tasks", 1).output
+    shell = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    process = subprocess.Popen(["bash", "-c", script], env=shell)
+    while not list((home / "record/rows").rglob("*.lease")):
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait() == 75 and Path("requeued").read_text() == "requeue 17\n"
+    assert runs.status("out").state == "unfinished"
+    assert interp("resume", "out", "--workers", 1).exit_code == 0 and runs.status("out").state == "done"
+
+
+def test_what_cannot_be_divided(folder: Path) -> None:
+    refused = interp("run", "logit_lens", "--text", "Q: big", "--workers", 2)
+    assert isinstance(refused.exception, ic.PlanError) and "comes with --shards N" in str(refused.exception)
+    refused = interp("resume", "nothing")
+    assert isinstance(refused.exception, ic.LoadError) and "holds no run" in str(refused.exception)
+    with runs.open("mine", {}, recipe="mine", say=lambda line: None) as run:
+        run.json("a.json", 1)
+    refused = interp("resume", "mine")
+    assert isinstance(refused.exception, ic.LoadError) and "was not planned in shards" in str(refused.exception)
+    for words in ("1-", "a", "", "7"):
+        with pytest.raises(ic.PlanError, match="--shards"):
+            numbers(words, 7)
+    assert numbers("0-2,5", 6) == {0, 1, 2, 5}
+
+
+def test_a_plan_whose_settings_have_changed(folder: Path) -> None:
+    """A worker that would open another run than the planned one is refused, also before anything was made."""
+    from interp_core.runs.folder import PLANNING, WORKING, Planned
+
+    def opened(settings: dict[str, Any]) -> None:
+        with runs.open("out", settings, recipe="mine", say=lambda line: None):
+            pass
+
+    token = PLANNING.set({"shards": 2, "folder": str(folder), "command": {"out": None, "config": None, "words": []}})
+    with pytest.raises(Planned):
+        opened({"seed": 1})
+    PLANNING.reset(token)
+    with planned_command(Path("out")) as arguments:
+        assert arguments["words"] == [] and WORKING.get() == folder / "out"
+        opened({"seed": 1})
+        with pytest.raises(ic.PlanError, match="holds another run: seed was 1, is 2"):
+            opened({"seed": 2})
+        with (
+            pytest.raises(ic.PlanError, match="was planned for another run: seed was 1, is 3; plan it anew"),
+            runs.open("elsewhere", {"seed": 3}, recipe="mine", say=lambda line: None),
+        ):
+            pass
