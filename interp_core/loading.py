@@ -6,12 +6,8 @@ import json
 import logging
 import os
 import pickle
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +17,7 @@ from torch import nn
 
 from . import gguf, real
 from .errors import LoadError, first_line, nearest, wrong
+from .placement import Placement
 from .progress import Progress
 from .snapshot import demand_plain
 
@@ -59,121 +56,41 @@ class Files(NamedTuple):
 
 def open_model(
     source: Any,
+    placement: Placement,
     *,
     tokenizer: Any = None,
     processor: Any = None,
     dtype: torch.dtype | str | None = None,
-    device: str | torch.device | None = None,
-    device_map: Any = None,
-    offload_folder: str | Path | None = None,
-    tp_plan: Any = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    elsewhere: bool = False,
 ) -> Opened:
-<<<<<<< HEAD
-    """Open what `ic.load` was given; see there.
-
-    Args:
-        elsewhere: plans run on another machine, so that `device="meta"` holds all that is needed here.
-    """
-    places = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
-    if len(given := [name for name, place in places.items() if place is not None]) > 1:
-        raise LoadError(f"give {' or '.join(given)}, not both")
-    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision, device_map, offload_folder, tp_plan)
-=======
     """Open what `ic.load` was given; see there."""
-    if device is not None and device_map is not None:
-        raise LoadError("give device or device_map, not both")
-    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision, device_map)
+    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision)
     _check_attention(attn_implementation)
->>>>>>> main
+    placement.check(isinstance(source, nn.Module))
     if isinstance(source, nn.Module):
-        if device_map is not None or tp_plan is not None:
-            raise LoadError(f"a model in memory is taken as it is; load it with {given[0]}= by transformers")
-        return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
+        return _in_memory(source, tokenizer, processor, dtype, placement.device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
-    # Before weights are read, which may take minutes.
-    empty = elsewhere and str(device) == "meta"  # its numbers are where plans run
-    goal = (
-        None
-        if empty
-        else _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
-    )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    kinds = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, "device_map": device_map}
-    if tp_plan is not None:
-        kinds["distributed_config"] = _shared_out(tp_plan)
+    kinds: dict[str, Any] = {"dtype": dtype or "auto"}
+    if attn_implementation is not None:
+        kinds["attn_implementation"] = attn_implementation
     path = _resolved(source)
     if not gguf.is_gguf(path):
         _check_folder(path)
-    with (
-        Progress(f"loading {source}", 0),
-        _files(path, options) as files,
-        _offloading(device_map, offload_folder) as to,
-    ):
-        chosen = {key: value for key, value in {**kinds, **to.options}.items() if value is not None}
-        model = _without_weights(files, chosen) if empty else _weights(files, chosen)
-        to.keep_for(model)
-        if goal is not None and device_map is None and tp_plan is None:  # else its parts are placed
-            model = model.to(goal)
+    with Progress(f"loading {source}", 0), _files(path, options) as files, placement.options() as places:
+        model = (_without_weights if placement.empty else _weights)(files, {**kinds, **places})
+        model = placement.settle(model, places)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
         why = ""
         if processor is None and getattr(model.config, "vision_config", None) is not None:
             processor, why = _processor(files, model.config, tokenizer)
     return Opened(model.eval(), tokenizer, processor, str(source), why)
-
-
-def _shared_out(tp_plan: Any) -> Any:
-    """What transformers is told of a model that the processes of this run share.
-
-    Raises:
-        LoadError: this is a process by itself.
-    """
-    from torch import distributed
-    from transformers.distributed import DistributedConfig
-
-    if not distributed.is_available() or not (distributed.is_initialized() or "WORLD_SIZE" in os.environ):
-        raise LoadError(
-            "tp_plan= shares the model out between several processes, and this is one by itself: start all of them "
-            "with `torchrun --nproc-per-node N script.py`, or give device_map='auto' for one process on several devices"
-        )
-    ways = distributed.get_world_size() if distributed.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if isinstance(tp_plan, DistributedConfig):
-        return tp_plan
-    return DistributedConfig(tp_plan=tp_plan if tp_plan == "auto" else dict(tp_plan), tp_size=ways)
-
-
-@dataclass
-class _Offload:
-    """A folder for offloaded weights, and whether it goes when nobody needs it any more."""
-
-    options: dict[str, Any]
-    own: str = ""
-
-    def keep_for(self, model: nn.Module) -> None:
-        """Keep a folder of our own as long as the model."""
-        if self.own:
-            weakref.finalize(model, shutil.rmtree, self.own, ignore_errors=True)
-            self.own = ""
-
-
-@contextmanager
-def _offloading(device_map: Any, folder: str | Path | None) -> Iterator[_Offload]:
-    """Where transformers writes weights that are to lie on disk and that it cannot read from the model's own files."""
-    own = tempfile.mkdtemp(prefix="interp-offload-") if device_map is not None and folder is None else ""
-    place = own or folder
-    offload = _Offload({} if device_map is None else {"offload_folder": str(place)}, own)
-    try:
-        yield offload
-    finally:
-        if offload.own:  # no model came of it
-            shutil.rmtree(offload.own, ignore_errors=True)
 
 
 def _processor(files: Files, config: Any, tokenizer: Any) -> tuple[Any, str]:
@@ -293,10 +210,7 @@ def _in_memory(
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
 
 
-def _check_kinds(
-    tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any, device_map: Any,
-    offload_folder: Any, tp_plan: Any,
-) -> None:  # fmt: skip
+def _check_kinds(tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any) -> None:
     """Refuse options that transformers would stumble over later."""
     if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens")):
         how = "; of a name, ic.open_tokenizer(name) opens it" if isinstance(tokenizer, (str, Path)) else ""
@@ -309,13 +223,6 @@ def _check_kinds(
     for name, value in (("attn_implementation=", attn_implementation), ("revision=", revision)):
         if value is not None and (not isinstance(value, str) or not value):
             raise LoadError(wrong(name, "a name", value))
-    if device_map is not None and not isinstance(device_map, (str, int, Mapping, torch.device)):
-        raise LoadError(wrong("device_map=", "'auto', a device, or a device per module", device_map))
-    if offload_folder is not None and (not isinstance(offload_folder, (str, Path)) or device_map is None):
-        raise LoadError(wrong("offload_folder=", "a folder, beside device_map=", offload_folder))
-    kind = type(tp_plan).__name__
-    if tp_plan is not None and tp_plan != "auto" and not isinstance(tp_plan, Mapping) and kind != "DistributedConfig":
-        raise LoadError(wrong("tp_plan=", "'auto', a style per module, or transformers' DistributedConfig", tp_plan))
 
 
 def _check_attention(name: str | None) -> None:
@@ -343,31 +250,6 @@ def _check_attention(name: str | None) -> None:
             f"attn_implementation={name!r} needs {what}{absent}. Leave it out, or give 'sdpa' or 'eager', which need "
             "no package and have the sites inside attention."
         )
-
-
-def _device(device: Any) -> torch.device:
-    """The device, if it is there.
-
-    Raises:
-        LoadError: no device of that name, or none here.
-    """
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise LoadError(wrong("device=", "a device like 'cpu' or 'cuda:0'", device))
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise LoadError(
-            f"there is no device {device!r} ({first_line(error)}): this PyTorch, {torch.__version__}, sees {have}. "
-            "Leave device out for the best that is there, or give 'cpu'."
-        ) from error
-    if checked.type == "meta":
-        raise LoadError(
-            "device='meta' holds no weights, which is enough for plans that run elsewhere alone (engine='nnsight', "
-            "engine_options={'remote': True}); give 'cpu', a CUDA device, or a device_map"
-        )
-    return checked
 
 
 def _tokenizer(files: Files) -> Any:

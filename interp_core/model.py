@@ -18,6 +18,7 @@ from .checks.selfcheck import Check, check_atlas
 from .errors import PlanError, SiteError, wrong
 from .files import without_folder
 from .foreign import MODEL, Abroad, Answering
+from .placement import Placement
 from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
 from .session import Input, Session, is_remote
@@ -78,17 +79,13 @@ def load(
     """
     opened = loading.open_model(
         source,
+        Placement(device, device_map, offload_folder, tp_plan, is_remote(engine_options)),
         tokenizer=tokenizer,
         processor=processor,
         dtype=dtype,
-        device=device,
-        device_map=device_map,
-        offload_folder=offload_folder,
-        tp_plan=tp_plan,
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        elsewhere=is_remote(engine_options),
     )
     return Model(opened, engine=engine, engine_options=engine_options, check=check)
 

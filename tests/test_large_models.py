@@ -131,7 +131,9 @@ def test_a_folder_for_offloaded_weights_goes_with_the_model(tmp_path: Path) -> N
 
 def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
     hf = testing.tiny("llama")
-    with pytest.raises(ic.LoadError, match="a model in memory is taken as it is; load it with device_map= by trans"):
+    with pytest.raises(
+        ic.LoadError, match="a model in memory is taken as it is; have transformers load it with device_map="
+    ):
         ic.load(hf, device_map="auto")
     hf.save_pretrained(tmp_path)
     with pytest.raises(ic.LoadError, match="give device_map or tp_plan, not both"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device)
     return to, change[..., [j for _, j in pairs], :]
 
 
+@runtime_checkable
 class Sharded(Protocol):
     """An axis that processes share between them."""
 

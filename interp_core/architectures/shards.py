@@ -119,8 +119,8 @@ def called(module: nn.Module, x: Tensor) -> Tensor:
     if shared is None:
         return module(x)
     into, out = (_at(module, shared, side) for side in ("in", "out"))
-    given = module(x if into is None else into.own(x))
-    return given if out is None else out.gather(given)
+    passed = module(x if into is None else into.own(x))
+    return passed if out is None else out.gather(passed)
 
 
 def on_all_heads(rule: Callable[..., Any], heads: Sequence[Any]) -> Callable[..., Any]:
@@ -135,17 +135,20 @@ def on_all_heads(rule: Callable[..., Any], heads: Sequence[Any]) -> Callable[...
         return rule
     mixed = replace(queries, axis=2)
 
-    def whole(
-        module: nn.Module, kernel: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
-    ) -> Any:
-        def on_whole(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
-            out, weights = kernel(module, queries.own(query), keys.own(key), keys.own(value), *args, **more)
+    def whole(module: nn.Module, kernel: Any, *called: Any, **more: Any) -> Any:
+        def on_whole(module: nn.Module, *all_heads: Any, **more: Any) -> Any:
+            out, weights = kernel(module, *_each(all_heads, queries.own, keys.own), **more)
             return mixed.gather(out), None if weights is None else queries.gather(weights)
 
-        given = rule(module, on_whole, queries.gather(query), keys.gather(key), keys.gather(value), *args, **more)
-        return mixed.own(given[0]), None if given[1] is None else queries.own(given[1])
+        out, weights = rule(module, on_whole, *_each(called, queries.gather, keys.gather), **more)
+        return mixed.own(out), None if weights is None else queries.own(weights)
 
     return whole
+
+
+def _each(called: Sequence[Any], queries: Any, keys: Any) -> tuple[Any, ...]:
+    """What attention is called with, query, key and value each put through a function."""
+    return queries(called[0]), keys(called[1]), keys(called[2]), *called[3:]
 
 
 def sees_part(atlas: Atlas, model: nn.Module, module: nn.Module) -> bool:

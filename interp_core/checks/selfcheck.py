@@ -144,28 +144,27 @@ def _checks(model: Session) -> Iterator[Finding]:
 
 
 def _alike(run: Run) -> Iterator[Finding]:
-    """Of a model that processes share, whether every one of them has the same values: where one had a part alone, or
+    """Of a model that processes share, whether every one of them has the same numbers: where one had a part alone, or
     other weights, they would differ."""
     atlas = run.model.atlas
     if atlas.processes is None:
         return
     for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
-        values = [run[check_site(name, layer)].plain.double() for layer in layers]
-        values = [torch.where(value.isfinite(), value, 0) for value in values]  # scores that are masked
-        # Where the halves of a value are exchanged, its sum stays.
-        sums = [
-            (value.flatten() * torch.linspace(1, 2, value.numel(), dtype=torch.double, device=value.device)).sum()
-            for value in values
-        ]
-        mine = torch.stack([*sums, *(value.abs().sum() for value in values)])
+        mine = torch.stack([_sums(run[check_site(name, layer)].plain) for layer in layers])
         each = [torch.empty_like(mine) for _ in range(dist.get_world_size(atlas.processes))]
         dist.all_gather(each, mine, group=atlas.processes)
-        size = torch.stack(each)[:, len(values) :].amax(0)
-        apart = torch.stack([(other - each[0])[: len(values)].abs() for other in each]).amax(0)
-        wrong = [layer for layer, far in zip(layers, (apart > 1e-3 * size).tolist(), strict=True) if far]
+        sums, sizes = torch.stack(each).unbind(-1)  # [process layer]
+        apart = (sums - sums[0]).abs().amax(0)
+        wrong = [layer for layer, far in zip(layers, (apart > 1e-3 * sizes.amax(0)).tolist(), strict=True) if far]
         detail = f"layer {wrong[0]}: processes differ by {apart.max():.2g}" if wrong else ""
         yield Finding(name, "is the same in every process", not wrong, detail, layers=tuple(wrong))
+
+
+def _sums(x: Tensor) -> Tensor:
+    """A sum of all numbers that their order changes, and one of their sizes; without those that are masked."""
+    numbers = torch.where(x.isfinite(), x, 0).double().flatten()
+    return torch.stack([numbers @ torch.linspace(1, 2, len(numbers)).to(numbers), numbers.abs().sum()])
 
 
 def _everything(atlas: Atlas) -> list[Site]:

@@ -16,7 +16,6 @@ of an engine that does not depend on this: the modules, their turn, and that a r
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import HookPoint
-from ..architectures.parameters import is_placed, is_shared
 from ..errors import CapabilityError, InterpError, PlanError
 from ..indexing import indices
 from ..plan import Plan
@@ -133,30 +131,6 @@ class LocalEngine:
     def release(self) -> None:
         """End the run that `acquire` began."""
         del self.turn.running[-1]
-
-
-def demand_copyable(model: nn.Module) -> None:
-    """Refuse modules whose copies would still be about the former ones.
-
-    Raises:
-        CapabilityError: saying so.
-    """
-    if any(is_shared(module) or is_placed(module) for module in model.modules()):
-        raise CapabilityError(
-            "this engine runs a copy of the modules, and those of a model with device_map or tp_plan, which know where "
-            "their weights are, cannot be copied; load it with engine='torch'"
-        )
-
-
-def with_same_weights(model: Any) -> Any:
-    """A copy of a model that shares every parameter and buffer with it, for tools that change the modules.
-
-    Raises:
-        CapabilityError: its modules cannot be copied.
-    """
-    demand_copyable(model)
-    # What `deepcopy` finds in its memo it takes for copied already.
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 class HookProgram(ABC):

@@ -30,7 +30,7 @@ from ..architectures.family import View, split_heads
 from ..architectures.hook_points import HookPoint
 from ..errors import CapabilityError
 from ..sites import SITES
-from .program import demand_copyable, with_same_weights
+from .copies import demand_copyable, with_same_weights
 from .torch import TorchEngine, TorchProgram
 
 _INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ...errors import CapabilityError, first_line
-from ..program import LocalEngine, with_same_weights
+from ..copies import with_same_weights
+from ..program import LocalEngine
 
 Place = tuple[str, str]
 """A module's path, and "in" or "out"."""
@@ -86,7 +87,7 @@ class TracedEngine(LocalEngine):
             batch, width = inputs["input_ids"].shape
             # A whole mask, of which transformers asks nothing: it could not be answered.
             mask = torch.zeros(batch, 1, width, width, dtype=self.dtype, device="meta")
-            inputs = {**{name: value.to("meta") for name, value in inputs.items()}, "attention_mask": mask}
+            inputs = {**{name: tensor.to("meta") for name, tensor in inputs.items()}, "attention_mask": mask}
         try:
             with _noted(self.modules) as order, torch.no_grad():
                 self.model(**inputs, use_cache=False)
