@@ -291,6 +291,29 @@ def _apart(folder: Path, rank: int) -> list[str]:
     return [model.can("final_norm", "read"), model.can("attn_out", "read")]
 
 
+def _by_hand(folder: Path, _: int) -> list[str]:
+    """A weight in parts, in a module that knows nothing of it; and engines that copy."""
+    hf, refused = shared(folder).hf, []
+    for engine in ("nnsight", "transformer_lens"):
+        try:
+            ic.load(hf, engine=engine)
+        except ic.CapabilityError as error:
+            refused.append(str(error))
+    del hf.model.layers[0].mlp.down_proj.forward
+    try:
+        ic.load(hf)
+    except ic.LoadError as error:
+        refused.append(str(error))
+    return refused
+
+
+def test_parts_that_nobody_puts_together_are_refused_at_load(tmp_path: Path) -> None:
+    testing.tiny("llama").save_pretrained(tmp_path / "model")
+    for *engines, by_hand in in_two(_by_hand, tmp_path):
+        assert len(engines) == 2 and all("cannot be copied; load it with engine='torch'" in text for text in engines)
+        assert by_hand.startswith("model.layers.0.mlp.down_proj.weight is a ")
+
+
 def test_processes_with_other_values_are_found_at_load(tmp_path: Path) -> None:
     testing.tiny("llama").save_pretrained(tmp_path / "model")
     for final, inner in in_two(_apart, tmp_path):

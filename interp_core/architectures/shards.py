@@ -11,7 +11,7 @@ What is shared out otherwise is refused by name: never is a part taken for the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from .atlas import Atlas, Entry
 from .hook_points import HookPoint, Layout
 from .parameters import Sharing, is_shared, sharing
 
-WHOLE = ("EmbeddingParallel", "MoeExpertsParallel", "EpDispatchExpertsParallel")
+WHOLE = ("EmbeddingParallel", "MoeExpertsParallel", "EpDispatchExpertsParallel", "LocalParamsParallel")
 """Styles of modules that take and give whole tensors, and share out what they do between."""
 OUTPUTS, INPUTS = "ColwiseParallel", "RowwiseParallel"
 """Styles of projections that share out their outputs, and their inputs."""
@@ -167,9 +167,10 @@ def share_out(atlas: Atlas, model: nn.Module) -> None:
     """Have the hook points of a model that is shared out give whole tensors, and refuse those that cannot.
 
     Raises:
-        LoadError: it is shared out in another way than tensor parallelism.
+        LoadError: it is shared out in another way than by transformers' tensor parallelism.
     """
     modules = dict(model.named_modules())
+    _demand_known(modules)
     if not any(is_shared(module) for module in modules.values()):
         return
     _demand_tensor_parallel(model)
@@ -184,6 +185,21 @@ def share_out(atlas: Atlas, model: nn.Module) -> None:
         layout = entry.read.layout if entry.read is not None else None
         if name == "pattern" and layout is not None and layout.shards is not None:
             entry.why |= {"rows": "under tp_plan attention is called with the heads of one process"}
+
+
+def _demand_known(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse weights of which a process has a part, in a module of which nobody says how it comes by the whole.
+
+    Raises:
+        LoadError: naming the first of them.
+    """
+    for path, module in modules.items():
+        for name, weight in module._parameters.items():
+            if hasattr(weight, "full_tensor") and not is_shared(module):
+                raise LoadError(
+                    f"{path}.{name} is a {type(weight).__name__}, of which each process has a part, and nothing says "
+                    "what the module makes of it; load the model with ic.load(…, tp_plan=…), or whole"
+                )
 
 
 def _demand_tensor_parallel(model: Any) -> None:
