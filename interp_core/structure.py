@@ -103,7 +103,8 @@ class Structure:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return device_of(self._embedding)
+        weight = self._embedding.weight  # looked at in every run, so without a walk where it is here
+        return device_of(self._embedding) if weight.is_meta else weight.device
 
     @property
     def engine_name(self) -> str:
