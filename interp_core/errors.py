@@ -17,8 +17,8 @@ All are raised before the forward pass, except those that only the run can tell,
 
     PlanError        `apply`: the function returned another shape or dtype; a router edit that leaves a token no expert,
                      or gives weight to more experts than the model takes; a run inside another run's edit
-    CapabilityError  a module that was not handed the named input that a site is; weights that were offloaded after
-                     load; a router whose family file selects otherwise than it does
+    CapabilityError  a module that was not handed the named input that a site is; a router whose family file
+                     selects otherwise than it does
 
 An error in a function of yours (`apply`, `grad=`, a score) is raised as it is.
 """

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._version import version_of
+from .architectures.parameters import parameter, runs_own_forward
+from .errors import CapabilityError
 from .tensors import digest
 
 if TYPE_CHECKING:
@@ -221,7 +223,7 @@ class _Walk:
             parts += [path, self.of(type(module))]
             parts += [f"{name}={value!r}" for name, value in sorted(own.items()) if _is_setting(name, value)]
             hung = [hook for kind in HOOKS for hook in own[kind].values() if not _is_noting(hook)]
-            if "forward" in own and "_hf_hook" not in own:  # accelerate's moves weights and changes no number
+            if not runs_own_forward(module):
                 hung.append(own["forward"])
             if "interp_rule" in own:  # what has its attention for a while; see `engines/replace.py`
                 hung.append(own["interp_rule"][1])
@@ -360,15 +362,21 @@ def weights(root: nn.Module) -> str:
     Raises:
         NoIdentityError: weights that are not here.
     """
-    named = [*root.named_parameters(), *((name, x) for name, x in root.named_buffers() if not _is_passing(root, name))]
+    # A tied weight counts once; where it is offloaded, its names have an empty tensor each.
+    tied = getattr(root, "all_tied_weights_keys", {})
+    held = [(name, x) for name, x in root.named_parameters() if not (x.is_meta and name in tied)]
+    named = [*held, *((name, x) for name, x in root.named_buffers() if not _is_passing(root, name))]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing lets other threads run
-        digests = list(pool.map(lambda item: _weight(root, *item), named))
+        # What is shared out is gathered, in one order by all processes.
+        one_by_one = any(hasattr(x, "full_tensor") for _, x in named)
+        digests = list((map if one_by_one else pool.map)(lambda item: _weight(root, *item), named))
     return _hashed("weights", [part for (name, _), own in zip(named, digests, strict=True) for part in (name, own)])
 
 
 def _weight(root: nn.Module, name: str, tensor: Tensor) -> str:
-    if tensor.is_meta:
-        return _content(_offloaded(root, name))
+    whole = _whole(root, name, tensor)
+    if whole is not tensor:
+        return _content(whole)
     version = None if tensor.is_inference() else tensor._version
     state = tensor.data_ptr(), version, tensor.shape, tensor.dtype, _sums(tensor)
     if (before := _KNOWN.get(tensor)) is None or before[0] != state:
@@ -385,17 +393,19 @@ def _sums(tensor: Tensor) -> str:
     return digest(words.view(count, WORDS).sum(-1)) + digest(rest)
 
 
-def _offloaded(root: nn.Module, name: str) -> Tensor:
-    """A weight that accelerate keeps elsewhere.
+def _whole(root: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A weight or buffer with all its numbers, wherever it is kept.
 
     Raises:
-        NoIdentityError: it does not.
+        NoIdentityError: it is nowhere.
     """
+    if not tensor.is_meta and not hasattr(tensor, "full_tensor"):
+        return tensor
     path, _, own = name.rpartition(".")
-    held = getattr(getattr(root.get_submodule(path), "_hf_hook", None), "weights_map", None)
-    if held is None:
-        raise NoIdentityError(f"the content of {name} is not here: it is on the meta device, and nothing brings it")
-    return held[own]
+    try:
+        return parameter(root.get_submodule(path), own)
+    except CapabilityError as error:
+        raise NoIdentityError(f"the content of {name} is not here: {error}") from error
 
 
 def _is_passing(root: nn.Module, name: str) -> bool:

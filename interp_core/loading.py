@@ -17,6 +17,7 @@ from torch import nn
 
 from . import gguf, real
 from .errors import LoadError, first_line, nearest, wrong
+from .placement import Placement
 from .progress import Progress
 from .snapshot import demand_plain
 
@@ -55,39 +56,37 @@ class Files(NamedTuple):
 
 def open_model(
     source: Any,
+    placement: Placement,
     *,
     tokenizer: Any = None,
     processor: Any = None,
     dtype: torch.dtype | str | None = None,
-    device: str | torch.device | None = None,
-    device_map: Any = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Opened:
     """Open what `ic.load` was given; see there."""
-    if device is not None and device_map is not None:
-        raise LoadError("give device or device_map, not both")
-    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision, device_map)
+    _check_kinds(tokenizer, processor, dtype, attn_implementation, revision)
     _check_attention(attn_implementation)
+    placement.check(isinstance(source, nn.Module))
     if isinstance(source, nn.Module):
-        return _in_memory(source, tokenizer, processor, dtype, device, attn_implementation)
+        return _in_memory(source, tokenizer, processor, dtype, placement.device, attn_implementation)
     if not isinstance(source, (str, Path)) or not str(source):
         raise LoadError(wrong("load", "a hub id, a folder, a .gguf file, 'toy:text' or a Hugging Face model", source))
-    # Before weights are read, which may take minutes.
-    goal = _device("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    kinds = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
+    kinds: dict[str, Any] = {"dtype": dtype or "auto"}
+    if attn_implementation is not None:
+        kinds["attn_implementation"] = attn_implementation
     path = _resolved(source)
     if not gguf.is_gguf(path):
         _check_folder(path)
-        _check_weights(Path(path))
-    with Progress(f"loading {source}", 0), _files(path, options) as files:
-        model = _weights(files, {key: value for key, value in kinds.items() if value is not None})
-        if device_map is None:  # else accelerate has placed it
-            model = model.to(goal)
+        if not placement.empty:
+            _check_weights(Path(path))
+    with Progress(f"loading {source}", 0), _files(path, options) as files, placement.options() as places:
+        model = (_without_weights if placement.empty else _weights)(files, {**kinds, **places})
+        model = placement.settle(model, places)
         if tokenizer is None:
             tokenizer = processor.tokenizer if processor is not None else _tokenizer(files)
         why = ""
@@ -195,6 +194,20 @@ def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     return model
 
 
+def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
+    """The modules of a model, on the meta device: from its config alone."""
+    import transformers
+
+    config = _attempt(files, "AutoConfig")
+    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
+    trusted = {"trust_remote_code": files.options["trust_remote_code"]}
+    with torch.device("meta"):
+        model = getattr(transformers, auto).from_config(config, **{**options, "dtype": dtype}, **trusted)
+    model.config.name_or_path = files.folder
+    return model
+
+
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
@@ -217,9 +230,7 @@ def _in_memory(
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
 
 
-def _check_kinds(
-    tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any, device_map: Any
-) -> None:
+def _check_kinds(tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any) -> None:
     """Refuse options that transformers would stumble over later."""
     if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("decode", "convert_ids_to_tokens")):
         how = "; of a name, ic.open_tokenizer(name) opens it" if isinstance(tokenizer, (str, Path)) else ""
@@ -232,8 +243,6 @@ def _check_kinds(
     for name, value in (("attn_implementation=", attn_implementation), ("revision=", revision)):
         if value is not None and (not isinstance(value, str) or not value):
             raise LoadError(wrong(name, "a name", value))
-    if device_map is not None and not isinstance(device_map, (str, int, Mapping, torch.device)):
-        raise LoadError(wrong("device_map=", "'auto', a device, or a device per module", device_map))
 
 
 def _check_attention(name: str | None) -> None:
@@ -261,28 +270,6 @@ def _check_attention(name: str | None) -> None:
             f"attn_implementation={name!r} needs {what}{absent}. Leave it out, or give 'sdpa' or 'eager', which need "
             "no package and have the sites inside attention."
         )
-
-
-def _device(device: Any) -> torch.device:
-    """The device, if it is there.
-
-    Raises:
-        LoadError: no device of that name, or none here.
-    """
-    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
-        raise LoadError(wrong("device=", "a device like 'cpu' or 'cuda:0'", device))
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise LoadError(
-            f"there is no device {device!r} ({first_line(error)}): this PyTorch, {torch.__version__}, sees {have}. "
-            "Leave device out for the best that is there, or give 'cpu'."
-        ) from error
-    if checked.type == "meta":
-        raise LoadError("device='meta' holds no weights; give 'cpu', a CUDA device, or a device_map")
-    return checked
 
 
 def _tokenizer(files: Files) -> Any:

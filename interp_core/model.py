@@ -18,9 +18,10 @@ from .checks.selfcheck import Check, check_atlas
 from .errors import PlanError, SiteError, wrong
 from .files import without_folder
 from .foreign import MODEL, Abroad, Answering
+from .placement import Placement
 from .positions import PositionLike
 from .run import CompiledPlan, Each, Run
-from .session import Input, Session
+from .session import Input, Session, is_remote
 from .sites import SITES, Edit, Site
 from .vision.places import VisualToken, visual_grid
 
@@ -46,6 +47,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    tp_plan: Any = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -59,7 +62,12 @@ def load(
         engine: which engine carries out plans: `"torch"`, `"nnsight"`, `"transformer_lens"`, or a plugin's.
         engine_options: settings of that engine, such as `{"fold": True}` for `transformer_lens`.
         dtype: of the weights (default: as stored; float32 for quantised GGUF files and `"smollm2"`).
-        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate.
+        device: default CUDA if there is one, else CPU. Or a `device_map` for accelerate, or a `tp_plan`. `"meta"` reads
+            no weights, for plans that run elsewhere (`engine_options={"remote": True}`); nothing is verified then.
+        offload_folder: where weights go that a `device_map` sends to disk and that cannot be read from the model's own
+            files; default a temporary folder, which goes with the model.
+        tp_plan: `"auto"`, a style per module, or a `DistributedConfig` of transformers: tensor and expert parallelism
+            between the processes of `torchrun`, which all run the same program. See docs/cluster.md.
         attn_implementation: as in transformers; attention sites need `"sdpa"` or `"eager"`.
         revision: of a hub repository.
         trust_remote_code: run code that comes with the model.
@@ -71,11 +79,10 @@ def load(
     """
     opened = loading.open_model(
         source,
+        Placement(device, device_map, offload_folder, tp_plan, is_remote(engine_options)),
         tokenizer=tokenizer,
         processor=processor,
         dtype=dtype,
-        device=device,
-        device_map=device_map,
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -116,7 +123,7 @@ class Model(Answering, Session):
         """See `Session.reopen`; the atlas is checked again too."""
         super().reopen()
         try:
-            self.check: Check | None = check_atlas(self) if self._checks else None
+            self.check: Check | None = check_atlas(self) if self._checks and not self.weightless else None
         except BaseException:  # an interrupt too: the next run must not take what nobody has checked for checked
             self.snapshot.forget()
             raise

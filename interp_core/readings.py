@@ -103,6 +103,11 @@ def _take(selection: Selection, value: Tensor, rows: Rows) -> Tensor:
     return bound.take(value)
 
 
+def _stacked(layers: Sequence[Tensor]) -> Tensor:
+    """Layers in one tensor, where the first is; with a `device_map` they may be on several devices."""
+    return torch.stack([layer.to(layers[0].device) for layer in layers])
+
+
 class ReadStore(StoreView):
     """Read values by site. Base of runs, gradients and generation steps."""
 
@@ -134,7 +139,7 @@ class ReadStore(StoreView):
             raise ReadError(f"a run is indexed by sites like S.resid_post[3], not by {type(site).__name__}")
         values = [self._pick(site, entry) for entry in self._atlas.select(site)]
         single = isinstance(site.layers, int) or not site.info.layered
-        return Reading.of(values[0] if single else torch.stack(values), site, self._rows)
+        return Reading.of(values[0] if single else _stacked(values), site, self._rows)
 
     def _pick(self, site: Site, entry: Entry) -> Tensor:
         value, whole = self._held(site, entry)

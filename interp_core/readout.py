@@ -9,13 +9,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas
+from .architectures.parameters import bias_of, parameter, runs_own_forward
+from .architectures.shards import called
 from .errors import PlanError, wrong
 from .sites import Site
 
@@ -31,10 +33,17 @@ def unembed(model: Any, normed: Tensor, tokens: slice | Tensor | None = None) ->
     if tokens is None:
         return finished(model.config, head(normed))
     if not is_plain(head) or _hooked(head):
-        return unembed(model, normed.to(model.dtype))[..., _on(tokens, head)]
-    tokens, like = _on(tokens, head), {"device": head.weight.device, "dtype": normed.dtype}
-    bias = None if head.bias is None else head.bias[tokens].to(**like)
-    return finished(model.config, nn.functional.linear(normed.to(**like), head.weight[tokens].to(**like), bias))
+        logits = unembed(model, normed.to(model.dtype))
+        return logits[..., tokens if isinstance(tokens, slice) else tokens.to(logits.device)]
+    return _of_rows(model, normed, parameter(head), bias_of(head), tokens)
+
+
+def _of_rows(model: Any, normed: Tensor, weight: Tensor, bias: Tensor | None, tokens: slice | Tensor) -> Tensor:
+    """Logits of some rows of the unembedding, in the dtype of the stream."""
+    tokens = tokens if isinstance(tokens, slice) else tokens.to(weight.device)
+    weight, normed = weight[tokens].to(normed.dtype), normed.to(weight.device)
+    added = None if bias is None else bias[tokens].to(weight)
+    return finished(model.config, nn.functional.linear(normed, weight, added))
 
 
 def unembed_tiles(model: Any, normed: Tensor, width: int) -> Iterator[Tensor]:
@@ -44,8 +53,17 @@ def unembed_tiles(model: Any, normed: Tensor, width: int) -> Iterator[Tensor]:
     if not is_plain(head) or _hooked(head):
         yield from unembed(model, normed).split(width, -1)
         return
-    for start in range(0, len(head.weight), width):
-        yield unembed(model, normed, slice(start, start + width))
+    weight, added = parameter(head), bias_of(head)
+    for start in range(0, len(weight), width):
+        yield _of_rows(model, normed, weight, added, slice(start, start + width))
+
+
+def few_logits(head: nn.Linear, tokens: slice | Tensor) -> Callable[[Tensor], Tensor]:
+    """A forward in the place of a plain head's own, for these tokens alone."""
+    weight, added = parameter(head), bias_of(head)
+    tokens = tokens if isinstance(tokens, slice) else tokens.to(weight.device)
+    rows, of_rows = weight[tokens].detach(), None if added is None else added[tokens].detach()
+    return lambda x: nn.functional.linear(x.to(rows.device), rows, of_rows)
 
 
 def finished(config: Any, logits: Tensor) -> Tensor:
@@ -62,16 +80,12 @@ def finished(config: Any, logits: Tensor) -> Tensor:
 
 def is_plain(head: Any) -> bool:
     """Whether a head's own forward is a product with its matrix and no more, so that some rows give some logits."""
-    return type(head) is nn.Linear and "forward" not in head.__dict__
+    return type(head) is nn.Linear and runs_own_forward(head)
 
 
 def _hooked(head: nn.Module) -> bool:
     """Whether others look at, or change, what the head takes or gives."""
     return bool(head._forward_hooks or head._forward_pre_hooks)
-
-
-def _on(tokens: slice | Tensor, head: nn.Module) -> slice | Tensor:
-    return tokens if isinstance(tokens, slice) else tokens.to(next(head.parameters()).device)
 
 
 def scale_of(config: Any) -> float:
@@ -83,7 +97,7 @@ def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
     """What the attention of a layer gives `[… d_model]` for heads `[… head d_head]`; see `Model.project`."""
     heads, end = (atlas.select(Site(name, layer))[0] for name in ("z", "attn_out"))
     assert heads.module is not None and heads.read is not None and end.read is not None
-    projected = heads.module(z.flatten(-2))
+    projected = called(heads.module, z.flatten(-2))
     if not added:
         return projected
     if not f"{heads.read.module}.".startswith(f"{end.read.module}."):  # neither attention nor its last projection

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .architectures.components import OF_BLOCKS
+from .architectures.hook_points import Sharded
+from .architectures.shards import on_all_heads, sees_part
 from .engines.attention import demand_open
 from .engines.replace import FUNCTIONS, Operations, Rule, activations, replaced_attention, replaced_forwards
 from .engines.torch import TorchEngine
@@ -33,7 +35,7 @@ def replacing(
     with model.turn, ExitStack() as stack:
         assert isinstance(model.engine, TorchEngine)
         model.turn.demand_idle(model.engine.modules)
-        layers = [] if attention is None else _attention_modules(model)
+        layers = {} if attention is None else _attention_modules(model)
         by_operation = Operations(operations)
         forwards: dict[nn.Module, Callable[..., Any]] = {
             module: by_operation.applied(rule, module, by_operation.model_code(module.forward))
@@ -50,7 +52,8 @@ def replacing(
             stack.callback(model.hf.__dict__.pop, MARK)
         stack.enter_context(replaced_forwards(forwards))
         if attention is not None:
-            stack.enter_context(replaced_attention(layers, attention, by_operation))
+            rules = {module: on_all_heads(attention, heads) for module, heads in layers.items()}
+            stack.enter_context(replaced_attention(rules, by_operation))
         yield
 
 
@@ -103,19 +106,25 @@ def _chosen(model: Structure, modules: Any, attention: Any, operations: Any) -> 
             name = key.__name__ if isinstance(key, type) else type(key).__name__
             kinds = sorted({type(module).__name__ for module in parts})
             raise PlanError(f"this model has no such module: {name}. {nearest(name, kinds)}")
-        chosen.update((module, rule) for module in matching)
+        for module in matching:
+            if sees_part(model.atlas, model.hf, module):
+                raise CapabilityError(
+                    f"{type(module).__name__} of {key!r} works on a part of its tensor in each process, under tp_plan; "
+                    "put the rule on the attention or MLP that it is in, or load without tp_plan"
+                )
+            chosen[module] = rule
     return chosen
 
 
-def _attention_modules(model: Structure) -> list[nn.Module]:
-    """The attention module of every layer that attends.
+def _attention_modules(model: Structure) -> dict[nn.Module, list[Sharded | None]]:
+    """The attention module of every layer that attends, and how heads of its queries, keys and values are shared out.
 
     Raises:
         CapabilityError: a layer whose attention function cannot be replaced.
         PlanError: attention is replaced already.
     """
     assert isinstance(model.engine, TorchEngine)
-    entries, modules = model.atlas.entries, []
+    entries, modules = model.atlas.entries, dict[nn.Module, list[Sharded | None]]()
     for layer in range(model.n_layers):
         scores, pattern = entries.get(("scores", layer)), entries.get(("pattern", layer))
         if scores is None or scores.read is None or scores.read.side != "attention":
@@ -125,7 +134,11 @@ def _attention_modules(model: Structure) -> list[nn.Module]:
                     "function cannot be replaced; replace the module, or its operations"
                 )
             continue
-        modules.append(model.engine.modules[scores.read.module])
+        parts = [entries.get((name, layer)) for name in ("scores", "rot_k")]
+        layouts = [part.read.layout if part is not None and part.read is not None else None for part in parts]
+        modules[model.engine.modules[scores.read.module]] = [
+            None if layout is None else layout.shards for layout in layouts
+        ]
     for module in modules:
         if "interp_rule" in module.__dict__:
             raise PlanError("attention is replaced already, by a rule around this one; leave one of them out")

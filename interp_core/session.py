@@ -57,6 +57,7 @@ class Session(Structure):
         strategy_checks: what trying strategies of sweeps on it gave.
         turn: held while it runs; one for all models that share modules.
         snapshot: what it was like when it was opened, last.
+        weightless: it has no weights here, as plans run where they are.
     """
 
     def __init__(self, opened: Opened, engine: str, engine_options: Mapping[str, Any]) -> None:
@@ -74,7 +75,8 @@ class Session(Structure):
         """
         engine, options = self._engine_made_of
         self.turn.demand_idle(dict(self.hf.named_modules()))
-        demand_usable(self.hf)
+        self.weightless = is_remote(options) and all(weight.is_meta for weight in self.hf.parameters())
+        demand_usable(self.hf, weightless=self.weightless)
         for name in ("heads", "keeps_logits"):  # cached properties, of the model as it was
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
@@ -82,6 +84,10 @@ class Session(Structure):
         self._check_tokenizer()
         self.engine = make_engine(engine, self.hf, options)
         self.engine.adapt(self.atlas)
+        if self.weightless:
+            why = "the weights are where plans run, and not here"
+            self.atlas.lacking["readout"] = why
+            self.atlas.notes.append(f"{why}: nothing was checked")
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.strategy_checks = StrategyChecks()
         self._warned = False
@@ -260,6 +266,11 @@ class Session(Structure):
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""
         carried = self.atlas.family.carried
         return forgotten(self.engine.model, carried) if carried else NOTHING
+
+
+def is_remote(options: Mapping[str, Any] | None) -> bool:
+    """Whether an engine with these options runs plans on another machine."""
+    return isinstance(options, Mapping) and options.get("remote") not in (None, False, "local")
 
 
 def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:

@@ -36,16 +36,15 @@ class Snapshot:
 
     Attributes:
         modules: where every module of the user's model hangs.
-        weights: parameters of the model that the engine runs.
     """
 
-    __slots__ = ("_configs", "_copied", "_draws", "_root", "_table", "_weight", "modules", "weights")
+    __slots__ = ("_configs", "_copied", "_draws", "_root", "_table", "_weight", "_weights", "modules")
 
     def __init__(self, model: Any, run: Any) -> None:
         self._root = run
         self.modules = tuple(_held(model, "_modules"))
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
-        self.weights = tuple(held for _, _, held in _held(run, "_parameters"))
+        self._weights = tuple((table, name) for table, name, _ in _held(run, "_parameters"))
         self._copied = () if run is model else held
         # What can draw is few of the modules, and which they are is settled; whether they train is looked at each time.
         self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
@@ -117,14 +116,15 @@ class Snapshot:
                 "model outside of it"
             )
         # Else autograd would keep, for every linear map, the input that its weight's gradient needs.
-        trained = [weight for weight in self.weights if weight.requires_grad]
+        # By where they hang: an offloaded one is another tensor after every call of its module.
+        trained = [place for place in self._weights if _parameter(*place).requires_grad]
         try:
-            for weight in trained:
-                weight.requires_grad = False
+            for place in trained:
+                _parameter(*place).requires_grad = False
             yield
         finally:
-            for weight in trained:
-                weight.requires_grad = True
+            for place in trained:
+                _parameter(*place).requires_grad = True
 
 
 def demand_plain(model: nn.Module) -> None:
@@ -166,8 +166,11 @@ def demand_plain(model: nn.Module) -> None:
             )
 
 
-def demand_usable(model: Any) -> None:
+def demand_usable(model: Any, *, weightless: bool = False) -> None:
     """Refuse a model that cannot be run, or whose runs mean nothing.
+
+    Args:
+        weightless: it needs no weights here.
 
     Raises:
         CapabilityError: with the reason.
@@ -176,7 +179,8 @@ def demand_usable(model: Any) -> None:
     demand_plain(model)
     for path, module in model.named_modules():
         _demand_steady(path, module)
-    _demand_weights(model)
+    if not weightless:
+        _demand_weights(model)
     if getattr(model.config, "return_dict", True) is False:
         raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
 
@@ -207,6 +211,10 @@ def _demand_weights(model: nn.Module) -> None:
                     f"{path}.{name} is on the meta device, which holds no numbers; load the weights, or move the model "
                     "with model.hf.to_empty(device=…) and load_state_dict"
                 )
+
+
+def _parameter(table: Mapping[str, Any], name: str) -> torch.Tensor:
+    return table[name]
 
 
 def _held(model: nn.Module, kind: str) -> Iterator[Place]:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas, Entry
+from .architectures.parameters import device_of
 from .engines.protocol import Engine
 from .engines.turns import Turn
 from .errors import CapabilityError, PlanError, nearest, wrong
@@ -102,10 +103,8 @@ class Structure:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        weight = self._embedding.weight
-        if weight.is_meta:  # offloaded: accelerate knows where it will be when it is needed, and moves ids there
-            return torch.device(getattr(getattr(self._embedding, "_hf_hook", None), "execution_device", "cpu"))
-        return weight.device
+        weight = self._embedding.weight  # looked at in every run, so without a walk where it is here
+        return device_of(self._embedding) if weight.is_meta else weight.device
 
     @property
     def engine_name(self) -> str:
@@ -167,6 +166,8 @@ class Structure:
             return f"rows are made of patterns, not of {entries[0].name}"
         if not getattr(self.engine, "attends", False):
             return f"engine {self.engine.name} keeps nothing of which rows of patterns could be made"
+        if refused := next((entry.why["rows"] for entry in entries if "rows" in entry.why), ""):
+            return refused
         if any(entry.read is None or entry.read.side != "attention" for entry in entries):
             return f"attention of this {self.atlas.family.name} does not go through transformers' attention interface"
         return ""

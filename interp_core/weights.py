@@ -2,7 +2,7 @@
 
 A projection's weights are its module's own matrix, seen through the view by which its site sees what the module gives,
 so that fused, transposed and grouped layouts come out right wherever the site does. Of a module that is no plain matrix
-(quantized, adapted, scaled, offloaded, a norm) the weights are worked out from what it gives: a linear map from the
+(quantized, adapted, scaled, a norm) the weights are worked out from what it gives: a linear map from the
 unit vectors, an embedding from all ids, a norm from one vector of mean 0; and then held against it on random numbers.
 """
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas, Entry
+from .architectures.parameters import bias_of, device_of, parameter, runs_own_forward
+from .architectures.shards import called
 from .errors import CapabilityError, SiteError, nearest
 from .indexing import indices
 from .readout import scale_of
@@ -84,7 +86,8 @@ class WeightReader(NamedTuple):
             return layers[0]
         if len({layer.weight.shape for layer in layers}) > 1:
             raise CapabilityError(f"{site}: the weights have other shapes in other layers; ask for one layer")
-        return Weights(*map(torch.stack, zip(*layers, strict=True)))
+        place = layers[0].weight.device  # of several devices, the first layer's
+        return Weights(*(torch.stack([part.to(place) for part in parts]) for parts in zip(*layers, strict=True)))
 
     def _in_layer(self, site: Site, entry: Entry) -> Weights:
         if entry.name == "embed":
@@ -118,19 +121,18 @@ class WeightReader(NamedTuple):
         """The matrix of a linear map, `[in out]`, and its bias."""
         if module is not None and _is_plain(module):
             self._demand_running(entry, module)
-            weight = module.weight.detach()  # type: ignore[operator]
+            weight, added = parameter(module).detach(), bias_of(module)
             weight = weight.mT if isinstance(module, nn.Linear) else weight
-            bias = module.bias
-            return Weights(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach())  # type: ignore
+            return Weights(weight, weight.new_zeros(weight.shape[1]) if added is None else added.detach())
         width = getattr(module, "in_features", None)
         if module is None or not isinstance(width, int):
             raise CapabilityError(f"{self._what(entry)} does not come out of one linear map; see model.module")
         self._demand_running(entry, module)
-        # The bias is what nothing gives, a row of the matrix what a unit vector adds to that: true of quantized,
-        # adapted and offloaded layers alike, whatever they hold.
-        zero = module(self._like(module, torch.zeros(1, width)))
+        # The bias is what nothing gives, a row of the matrix what a unit vector adds to that: true of quantized
+        # and adapted layers alike, whatever they hold.
+        zero = called(module, self._like(module, torch.zeros(1, width)))
         units = torch.arange(width).split(ROWS)
-        rows = [module(self._like(module, nn.functional.one_hot(part, width))) - zero for part in units]
+        rows = [called(module, self._like(module, nn.functional.one_hot(part, width))) - zero for part in units]
         weights = Weights(torch.cat(rows), zero[0])
         x = self._like(module, _random(8, width))
         x64, w64, b64 = x.double(), weights.weight.double(), weights.bias.double()
@@ -138,7 +140,7 @@ class WeightReader(NamedTuple):
         # A sum is rounded as it grows, in float32 at least, and as it is given; and the weights are, beside the bias.
         summed = math.sqrt(width) * torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps * size
         ours, once = x64 @ w64 + b64, torch.finfo(self.dtype).eps * size / math.sqrt(width)
-        if not _close(module(x), ours, 8 * summed + 4 * once):
+        if not _close(called(module, x), ours, 8 * summed + 4 * once):
             raise CapabilityError(f"{self._what(entry)} comes out of a map that is not linear to rounding")
         return weights
 
@@ -147,12 +149,10 @@ class WeightReader(NamedTuple):
         module = entry.module
         assert module is not None
         self._demand_running(entry, module)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if _unpatched(module) and type(module).forward is nn.Embedding.forward:
-            return _here(self._what(entry), weight.detach())
-        device = weight.device if not weight.is_meta else self.running.device
-        ids = torch.arange(len(weight), device=device)  # type: ignore[arg-type]
-        return _here(self._what(entry), torch.cat([module(part) for part in ids.split(ROWS)]))
+        if runs_own_forward(module) and type(module).forward is nn.Embedding.forward:
+            return parameter(module).detach()
+        ids = torch.arange(len(module.weight), device=device_of(module))  # type: ignore[arg-type]
+        return torch.cat([module(part) for part in ids.split(ROWS)])
 
     def _norm(self, entry: Entry, module: nn.Module | None) -> Weights:
         """Gains and bias of a norm, from what it gives for a vector ±c of mean 0: that has the deviation c, beside
@@ -174,7 +174,7 @@ class WeightReader(NamedTuple):
             values = values / values.pow(2).mean(-1, keepdim=True).sqrt()
             size = (1 + values.abs()) * gain.abs() + bias.abs()  # 1 is the deviation, against which a mean rounds
             if _close(module(x), values * gain + bias, 8 * eps * size):
-                return Weights(*(_here(self._what(entry), part) for part in weights))
+                return weights
         raise CapabilityError(
             f"{self._what(entry)} is made by {type(module).__name__}, which is no LayerNorm or RMSNorm with gains; see "
             "model.module"
@@ -209,10 +209,8 @@ class WeightReader(NamedTuple):
             yield entry, module
 
     def _like(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Numbers as a module takes them; those that go into an offloaded one, accelerate moves."""
-        parameter = next(module.parameters(), None)
-        away = parameter is None or parameter.is_meta
-        return x.to(self.running.device if away else parameter.device, self.dtype)  # type: ignore[union-attr, arg-type]
+        """Numbers as a module takes them."""
+        return x.to(device_of(module, self.running), self.dtype)
 
     def _demand_running(self, entry: Entry, module: nn.Module) -> None:
         """Refuse weights that are not those that the engine's runs have."""
@@ -227,15 +225,11 @@ class WeightReader(NamedTuple):
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is exactly torch's linear layer, or transformers' Conv1D, with its weights here."""
+    """Whether it is exactly torch's linear layer, or transformers' Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     known = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    return known and _unpatched(module) and not module.weight.is_meta
-
-
-def _unpatched(module: nn.Module) -> bool:
-    return "forward" not in vars(module)
+    return known and runs_own_forward(module)
 
 
 def _chosen(values: Tensor, site: Site, entry: Entry) -> Tensor:
@@ -244,12 +238,6 @@ def _chosen(values: Tensor, site: Site, entry: Entry) -> Tensor:
         return values
     chosen = indices(site.units, len(values), site.info.unit or "unit", site)
     return values[chosen[0]] if isinstance(site.units, int) else values[list(chosen)]
-
-
-def _here(what: str, weight: Tensor) -> Tensor:
-    if weight.is_meta:
-        raise CapabilityError(f"{what}: the weights are not on this machine")
-    return weight
 
 
 def _random(*shape: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
 from interp_core.engines.nnsight.base import library
+from interp_core.loading import toy_folder
 
 IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 
@@ -106,6 +108,50 @@ def test_a_server_wants_an_id_a_key_and_a_network(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(config.API, "APIKEY", "not-a-key")
     model = ic.load(hf, engine="nnsight", engine_options={"remote": "http://127.0.0.1:9"}, check=False)
     with pytest.raises(ic.CapabilityError, match=r"127\.0\.0\.1:9 cannot be reached"):
+        model.run(IDS, read=S.resid_post[0])
+
+
+def test_a_plan_travels_from_where_no_weights_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model that is larger than this machine: the hub's files without the weights, which the server has."""
+    snapshot = tmp_path / "models--someone--toy" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--toy" / "refs").mkdir()
+    (tmp_path / "models--someone--toy" / "refs" / "main").write_text("abc")
+    for file in Path(toy_folder("toy:text")).iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(library().CONFIG.API, "APIKEY", "not-a-key")
+    thin = ic.load("someone/toy", engine="nnsight", engine_options={"remote": True}, device="meta")
+    there = ic.load("toy:text", engine="nnsight", engine_options={"remote": "local"})
+    assert thin.check is None and there.atlas.entries.keys() == thin.atlas.entries.keys()
+    with pytest.raises(ic.CapabilityError, match="is on the meta device, which holds no numbers"):
+        thin.weights(S.z[1])
+    with pytest.raises(ic.CapabilityError, match="the weights are where plans run, and not here"):
+        thin.readout(torch.ones(1, thin.d_model))
+    with pytest.raises(ic.LoadError, match="which is enough for plans that run elsewhere alone"):
+        ic.load("toy:text", device="meta")
+    # what was worked out without weights is sent to the simulation, which has them
+    thin.engine.nnsight, thin.engine.remote = there.engine.nnsight, "local"
+    tokens = thin.tokens("Q: big\nA: small\n\nQ: hot\nA:")
+    edits = [S.z[2, 1].zero(), S.resid_post[0].at(-2).add(torch.linspace(-1, 1, thin.d_model))]
+    ours, wanted = (m.run(tokens, read=[S.z[1, 2], S.resid_post], edits=edits) for m in (thin, ic.load("toy:text")))
+    assert torch.equal(ours.logits.plain, wanted.logits.plain)
+    for site in (S.z[1, 2], S.resid_post):
+        assert torch.equal(ours[site].plain, wanted[site].plain)
+
+
+def test_what_needs_numbers_is_refused_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts in float32 do not say what they give on the meta device."""
+    config = testing.tiny("qwen3_moe").config
+    config._name_or_path = "someone/model"
+    with torch.device("meta"):
+        hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(library().CONFIG.API, "APIKEY", "not-a-key")
+    with pytest.raises(ic.CapabilityError, match="on the meta device, which holds no numbers; load the weights"):
+        ic.load(hf, engine="nnsight", engine_options={"remote": "local"})
+    model = ic.load(hf, engine="nnsight", engine_options={"remote": True})
+    with pytest.raises(ic.CapabilityError, match="Qwen3MoeForCausalLM cannot be gone through without weights"):
         model.run(IDS, read=S.resid_post[0])
 
 

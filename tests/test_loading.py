@@ -282,14 +282,14 @@ def test_loading_imports_neither_transformer_lens_nor_nnsight() -> None:
 
 
 def test_offloaded_weights(ids: torch.Tensor) -> None:
-    """Weights that are only there during the forward pass: everything works but what reads them beside it."""
+    """Weights that are only there during the forward pass, and are brought where they are read beside it."""
     import accelerate
 
     hf, kept = ic.testing.tiny("llama"), ic.load(ic.testing.tiny("llama"))
     accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
     model = ic.load(hf)
-    assert "are offloaded" in model.atlas.lacking["head_out"]
-    for site in (S.resid_post, S.z, S.pattern):
+    assert torch.equal(model.weights(S.z), kept.weights(S.z))
+    for site in (S.resid_post, S.z, S.pattern, S.head_out):
         assert torch.equal(model.run(ids, read=site)[site], kept.run(ids, read=site)[site])
         assert torch.equal(model.run(ids, read=site, logits=False)[site], kept.run(ids, read=site)[site])
     edit = S.z[1, 2].zero()

@@ -90,6 +90,7 @@ class Atlas:
             padding`, where the model cannot have those.
         withdrawn: `(name, layer)` of what an engine or the self-check has taken out, with the reason.
         notes: what a user should know of this model.
+        processes: the group of processes between which the model is shared out, if it is.
     """
 
     def __init__(self, family: Family, shape: Shape, config: Any) -> None:
@@ -100,6 +101,7 @@ class Atlas:
         self.lacking: dict[str, str] = {}
         self.withdrawn: dict[tuple[str, int], str] = {}
         self.notes: list[str] = []
+        self.processes: Any = None
 
     def layers(self, name: str) -> list[int]:
         """Layers that have the site."""

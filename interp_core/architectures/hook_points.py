@@ -12,13 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
 from .family import View
+from .parameters import parameter
 from .rerouting import Proof, Routed, Taken
 from .routing import Router
 
@@ -90,6 +91,17 @@ def _indexed(pairs: list[tuple[int, int]], change: Tensor, device: torch.device)
     return to, change[..., [j for _, j in pairs], :]
 
 
+@runtime_checkable
+class Sharded(Protocol):
+    """An axis that processes share between them."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole tensor, of what each process has."""
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's part of a whole tensor."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a site's tensor passes a module, where it is not `[batch pos …]` as the site has it.
@@ -99,11 +111,13 @@ class Layout:
         factor: the block multiplies by it after the module; a number, or one for each feature.
         images: it passes a vision tower, in which the patches of all images follow each other, as `[patch d]` or
             `[tile patch d]`.
+        shards: how an axis is shared out between processes, see `shards.py`.
     """
 
     flat: bool = False
     factor: float | Tensor = 1.0
     images: bool = False
+    shards: Sharded | None = None
 
     @property
     def scaled(self) -> bool:
@@ -116,6 +130,7 @@ class Layout:
         Raises:
             CapabilityError: a tower gives another number of patches than the images have.
         """
+        x = x if self.shards is None else self.shards.gather(x)
         if self.images:
             if x.numel() != shape[1] * x.shape[-1]:
                 patches = x.numel() // x.shape[-1]
@@ -129,6 +144,7 @@ class Layout:
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
         """The site's tensor as the module has to pass it on, in the place of `like`."""
+        x = x if self.shards is None else self.shards.own(x)
         x = x.reshape(like.shape)
         if not self.scaled:
             return x
@@ -210,10 +226,7 @@ def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
         (z,) = call.needs
         z = z.view(*z.shape[:2], n_heads, d_head)
-        weight = output_weight(module)
-        if weight.is_meta:
-            raise CapabilityError("head_out: the weights of the output projection are offloaded; load without offload")
-        weight = weight.reshape(n_heads, d_head, -1)
+        weight = output_weight(module, parameter(module)).reshape(n_heads, d_head, -1)
         if units is not None:
             z, weight = z[..., list(units), :], weight[list(units)]
         return torch.einsum("bphe,hed->bphd", z, weight)
@@ -224,21 +237,20 @@ def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int
     return replace(projected, get=get, put=put, partial=True, needs=(z,))
 
 
-def output_weight(module: nn.Module) -> Tensor:
-    """Weight of a linear layer, also one wrapped by an adapter, or of a Conv1D as `[in out]`."""
-    weight = module.weight
+def output_weight(module: nn.Module, weight: Any) -> Tensor:
+    """A weight of a linear layer, also one wrapped by an adapter, or of a Conv1D as `[in out]`."""
     assert isinstance(weight, Tensor)
     return weight.mT if hasattr(module, "in_features") else weight
 
 
 def in_features(module: nn.Module) -> int:
     """Width of what a linear layer or Conv1D takes."""
-    return int(output_weight(module).shape[0])
+    return int(output_weight(module, module.weight).shape[0])
 
 
 def out_features(module: nn.Module) -> int:
     """Width of what a linear layer or Conv1D gives."""
-    return int(output_weight(module).shape[1])
+    return int(output_weight(module, module.weight).shape[1])
 
 
 def router_logits(module: str, router: Router, n_experts: int, k: int) -> HookPoint:

@@ -27,6 +27,7 @@ from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
 from .reach import Reach
+from .shards import share_out
 from .towers import last_used
 from .undescribed import UNDESCRIBED, discover
 
@@ -85,6 +86,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
+    share_out(atlas, model)
     return atlas
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .parameters import parameter
 from .routing import BANNED, Router, Selection, in_groups, shares
 
 Score = Callable[[Any, Tensor], Tensor]
@@ -72,8 +73,8 @@ class Scored(Selection):
     def scores(self, router: Any, logits: Tensor) -> Tensor:
         """See `Selection.scores`."""
         scores = self.score(router, logits)
-        if self.bias and (bias := attrgetter(self.bias)(router)) is not None:
-            scores = scores + bias
+        if self.bias and attrgetter(self.bias)(router) is not None:
+            scores = scores + parameter(router, self.bias)
         # The sigmoid of minus infinity is 0, which a bias would lift above the scores of others.
         return scores.masked_fill(logits == BANNED, BANNED)
 
@@ -104,8 +105,7 @@ class BiasOnLogits(Scored):
 
     def scores(self, router: Any, logits: Tensor) -> Tensor:
         """See `Selection.scores`."""
-        bias: Tensor = attrgetter(self.bias)(router)
-        return logits + bias
+        return logits + parameter(router, self.bias)
 
 
 BIAS = "e_score_correction_bias"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..architectures.atlas import Atlas, Entry
+from ..architectures.parameters import bias_of
+from ..architectures.shards import called
 from ..errors import ReadError
 from ..run import Run
 from ..session import Session
@@ -323,7 +325,7 @@ def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tenso
     assert module is not None
     z = at(run, f"{prefix}z", layer)
     total = at(run, f"{prefix}head_out", layer).sum(2)
-    if (bias := getattr(module, "bias", None)) is not None:
+    if (bias := bias_of(module)) is not None:
         total = total + bias.detach()
     with torch.no_grad():
-        return total, module(z.reshape(*z.shape[:2], -1))
+        return total, called(module, z.reshape(*z.shape[:2], -1))

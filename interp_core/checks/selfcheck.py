@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ..architectures.atlas import Atlas, Entry
 from ..errors import CapabilityError, InterpError, first_line
@@ -133,12 +134,37 @@ def _checks(model: Session) -> Iterator[Finding]:
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
         shape = declared(run, (check_site(name, layer) for layer in layers), {"batch": 1, **known})
         yield Finding(name, "has the declared shape", *shape)
+    yield from _alike(run)
     yield from _routers(model, tokens)
     totals = sums(model.atlas)
     yield from equations(model, run, totals)
     yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
     yield from _padding(model, ids[:ALONE])
     yield from check_tower(model, ids)
+
+
+def _alike(run: Run) -> Iterator[Finding]:
+    """Of a model that processes share, whether every one of them has the same numbers: where one had a part alone, or
+    other weights, they would differ."""
+    atlas = run.model.atlas
+    if atlas.processes is None:
+        return
+    for name in checked_sites(atlas):
+        layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
+        mine = torch.stack([_sums(run[check_site(name, layer)].plain) for layer in layers])
+        each = [torch.empty_like(mine) for _ in range(dist.get_world_size(atlas.processes))]
+        dist.all_gather(each, mine, group=atlas.processes)
+        sums, sizes = torch.stack(each).unbind(-1)  # [process layer]
+        apart = (sums - sums[0]).abs().amax(0)
+        wrong = [layer for layer, far in zip(layers, (apart > 1e-3 * sizes.amax(0)).tolist(), strict=True) if far]
+        detail = f"layer {wrong[0]}: processes differ by {apart.max():.2g}" if wrong else ""
+        yield Finding(name, "is the same in every process", not wrong, detail, layers=tuple(wrong))
+
+
+def _sums(x: Tensor) -> Tensor:
+    """A sum of all numbers that their order changes, and one of their sizes; without those that are masked."""
+    numbers = torch.where(x.isfinite(), x, 0).double().flatten()
+    return torch.stack([numbers @ torch.linspace(1, 2, len(numbers)).to(numbers), numbers.abs().sum()])
 
 
 def _everything(atlas: Atlas) -> list[Site]:

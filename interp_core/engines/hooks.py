@@ -187,8 +187,15 @@ class ModuleHook:
 
     def stage(self) -> Callable[[Tensor, int], Tensor]:
         """What the attention hook calls with its tensor and the number of keys: gives the tensor's new value."""
-        state, keyed = self.state, self.point.part in KEYED
+        state, keyed, layout = self.state, self.point.part in KEYED, self.point.layout
         numbers = [read.number for read in self.reads] if self.plain else None
+
+        def whole(x: Tensor, n_keys: int) -> Tensor:
+            # What a layout makes of it is another tensor, so that it goes on only where something was changed.
+            assert layout is not None
+            first = layout.enter(x, state.shape)
+            new = stage(first, n_keys)
+            return x if new is first and not state.keep_graph else layout.leave(new, x)
 
         def stage(x: Tensor, n_keys: int) -> Tensor:
             window = state.window
@@ -204,7 +211,7 @@ class ModuleHook:
                 return self._through(x)
             return self._keyed(x, n_keys, window)
 
-        return stage
+        return stage if layout is None else whole
 
     def _bind(self, accesses: Sequence[Change | SiteRead], window: Window) -> None:
         for access in accesses:

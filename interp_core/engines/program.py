@@ -16,7 +16,6 @@ of an engine that does not depend on this: the modules, their turn, and that a r
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -132,12 +131,6 @@ class LocalEngine:
     def release(self) -> None:
         """End the run that `acquire` began."""
         del self.turn.running[-1]
-
-
-def with_same_weights(model: Any) -> Any:
-    """A copy of a model that shares every parameter and buffer with it, for tools that change the modules."""
-    # What `deepcopy` finds in its memo it takes for copied already.
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 class HookProgram(ABC):

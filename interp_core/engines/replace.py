@@ -144,12 +144,12 @@ def activations(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def replaced_attention(modules: list[nn.Module], rule: Rule, operations: Operations) -> Iterator[None]:
-    """For a while, layers' attention is a rule's, which is handed the layer's own kernel: where a plan looks into the
-    layer, attention in the open."""
+def replaced_attention(rules: Mapping[nn.Module, Rule], operations: Operations) -> Iterator[None]:
+    """For a while, the attention of layers is that of their rules, handed the layer's own kernel: where a plan
+    looks into the layer, attention in the open."""
     configs: dict[int, Any] = {}
     try:
-        for module in modules:
+        for module, rule in rules.items():
             config, kernel = module.config, kernel_of(module)
             configs.setdefault(id(config), with_attention(config, RULED))  # one copy for layers that share a config
             inner = operations.model_code(functools.partial(_inner, kernel))
@@ -157,7 +157,7 @@ def replaced_attention(modules: list[nn.Module], rule: Rule, operations: Operati
             module.__dict__["config"] = configs[id(config)]
         yield
     finally:
-        for module in modules:
+        for module in rules:
             if "interp_rule" in module.__dict__:
                 module.__dict__["config"] = module.__dict__.pop("interp_rule")[0]
 

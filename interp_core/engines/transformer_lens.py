@@ -30,7 +30,7 @@ from ..architectures.family import View, split_heads
 from ..architectures.hook_points import HookPoint
 from ..errors import CapabilityError
 from ..sites import SITES
-from .program import with_same_weights
+from .copies import demand_copyable, with_same_weights
 from .torch import TorchEngine, TorchProgram
 
 _INSIDE = {"q": "q", "k": "k", "v": "v", "z": "o"}
@@ -88,6 +88,7 @@ class BridgeEngine(TorchEngine):
     attends = False  # the bridge does attention by itself
 
     def __init__(self, model: Any, *, fold: bool = False) -> None:
+        demand_copyable(model)
         inner = copy.deepcopy(model) if fold else with_same_weights(model)
         self.bridge = build_bridge(inner)
         if fold:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoadError, PlanError
 from ..files import create, sweep_drafts, write
-from .identity import difference, digest, model_difference, model_record, plain, safe_name
+from .identity import bound_record, difference, digest, model_difference, plain, safe_name
 from .leases import Leases, holder
 from .mapping import POLL
 from .rows import Folder
@@ -117,7 +117,7 @@ class RunFolder(Folder):
         Raises:
             PlanError: the folder's numbers are another model's.
         """
-        self.identity["model"] = model_record(model)
+        self.identity["model"] = bound_record(model)
         self.check()
         self._bind()
 
@@ -444,7 +444,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """What makes a run this run."""
     resolved, free = plain(settings), sorted(free)
-    record = model if model is None or isinstance(model, Mapping) else model_record(model)
+    record = model if model is None or isinstance(model, Mapping) else bound_record(model)
     bound = {name: value for name, value in resolved.items() if name not in free}
     parts = record and (record["parts"], record["tokenizer"])
     return {

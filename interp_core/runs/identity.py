@@ -97,6 +97,21 @@ def model_record(model: Structure) -> dict[str, Any]:
     return {"source": model.source, "fingerprint": identity(parts)[:16], "tokenizer": tokenizer, "parts": parts}
 
 
+def bound_record(model: Structure) -> dict[str, Any]:
+    """The record of a model whose numbers go into a folder.
+
+    Raises:
+        CapabilityError: its fingerprint cannot be told.
+        PlanError: it is shared out between processes.
+    """
+    if model.atlas.processes is not None:
+        raise PlanError(
+            "a model with tp_plan runs in several processes at once, which would write into one folder, and could be "
+            "stopped at different places of it; run without a folder, and save the result in one of them"
+        )
+    return model_record(model)
+
+
 def model_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What two models' records have differently; where they came from is free."""
     parts = difference(old.get("parts", {}), new.get("parts", {}), shown=str)

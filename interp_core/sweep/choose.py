@@ -31,7 +31,7 @@ from ..errors import CapabilityError, InterpError, first_line
 from ..identity import settings_of
 from ..positions import VISION, PerRow, Rows
 from ..progress import Progress
-from ..readout import is_plain
+from ..readout import few_logits, is_plain
 from ..score import Score
 from ..session import Session
 from ..sites import Edit, Site
@@ -370,8 +370,7 @@ def _shortened(session: Session, blocks: list[nn.Module], layers: tuple[int, ...
     }
     head = session.hf.get_output_embeddings()
     if is_plain(head):
-        weight, bias = head.weight[:LOOKED_AT].detach(), None if head.bias is None else head.bias[:LOOKED_AT].detach()
-        forwards[head] = lambda x: nn.functional.linear(x, weight, bias)
+        forwards[head] = few_logits(head, slice(LOOKED_AT))
     handles = [blocks[layer].register_forward_hook(note) for layer in layers]
     try:
         with replaced_forwards(forwards):

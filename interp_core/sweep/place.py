@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ..architectures.atlas import Entry
 from ..architectures.hook_points import HookPoint
@@ -81,7 +82,7 @@ class Placer:
         for other in scores[1:]:
             if (type(other), other.at, other.of) != (type(score), score.at, score.of):
                 raise PlanError(f"scores {score.name} and {other.name} read different places; sweep once for each")
-        self.budget = budget if budget is not None else _free(session.device) // 2
+        self.budget = budget if budget is not None else _free(session) // 2
         self._resolved: dict[tuple[Position, bool], list[list[int]]] = {}
         self.stacked = len(session.atlas.layers("deepstack"))
         self.top, self.ceiling = session.n_layers, (session.n_layers, math.inf)
@@ -427,8 +428,15 @@ def _rescaled(session: Session) -> bool:
     return any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("dynamic", "longrope"))
 
 
-def _free(device: torch.device) -> int:
-    """Bytes of memory that are free."""
+def _free(session: Session) -> int:
+    """Bytes of memory that are free; where processes share a model, for the one that has least: all plan alike."""
+    device, processes = session.device, session.atlas.processes
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        free = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if processes is None:
+        return free
+    least = torch.tensor(free, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=processes)
+    return int(least)

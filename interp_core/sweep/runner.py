@@ -23,7 +23,7 @@ from ..errors import PlanError
 from ..model_inputs import model_inputs
 from ..positions import Rows
 from ..progress import Progress
-from ..readout import is_plain
+from ..readout import few_logits, is_plain
 from ..run import forward
 from ..score import Score
 from ..session import Session
@@ -87,7 +87,7 @@ class Runner:
         try:
             clean = self._clean(group) if group.passes else None
         except torch.OutOfMemoryError:
-            if len(group.texts) == 1:
+            if len(group.texts) == 1 or self.session.atlas.processes is not None:  # others have memory left
                 raise
             half = len(group.texts) // 2
             halves = [_part(group, texts) for texts in (group.texts[:half], group.texts[half:])]
@@ -145,9 +145,7 @@ class Runner:
         if not (self.plan.targets_only and is_plain(head) and runs_rows(self.session.engine)):
             return
         self.kept = torch.cat([score.ids(row) for score in self.scores for row in texts]).unique()
-        rows = self.kept.to(head.weight.device)
-        weight, bias = head.weight[rows].detach(), None if head.bias is None else head.bias[rows].detach()
-        standing[head] = lambda x: nn.functional.linear(x, weight, bias)
+        standing[head] = few_logits(head, self.kept)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -185,7 +183,7 @@ class Runner:
         try:
             value, moved = self._stairs(steps, texts, sweep_pass.columns, group, clean)
         except torch.OutOfMemoryError:
-            if len(steps) == 1:
+            if len(steps) == 1 or self.session.atlas.processes is not None:
                 raise
             half = len(steps) // 2
             for part in (steps[:half], steps[half:]):

@@ -109,9 +109,10 @@ def opened(
         yield SweepStore(None, {}, shape, dtype)
         return
     from .. import runs
+    from ..runs.identity import bound_record
 
     key, folder = key_of(tokens, variants, scores), Path(out)
-    record = _told(runs.model_record, model, "the model", "run without out=")
+    record = _told(bound_record, model, "the model", "run without out=")
     _refuse_old(folder)
     run = runs.open(folder, key, recipe="sweep", model=record, say=lambda line: None, kind="sweep")
     store = SweepStore(run, key, shape, dtype)  # one that cannot be read is found before anything is written

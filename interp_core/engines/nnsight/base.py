@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...errors import CapabilityError
-from ..program import LocalEngine, with_same_weights
+from ...errors import CapabilityError, first_line
+from ..copies import with_same_weights
+from ..program import LocalEngine
 
 Place = tuple[str, str]
 """A module's path, and "in" or "out"."""
@@ -71,10 +72,33 @@ class TracedEngine(LocalEngine):
             inputs = {"input_ids": inputs["input_ids"]}
         kind = frozenset(inputs) & {"input_ids", "pixel_values", "pixel_values_videos", "inputs_embeds"}
         if kind not in self._orders:
-            with _noted(self.modules) as order, torch.no_grad():
-                self.model(**{name: inputs[name] for name in inputs if name in self._takes}, use_cache=False)
-            self._orders[kind] = order
+            taken = {name: inputs[name] for name in inputs if name in self._takes}
+            self._orders[kind] = self._learnt(taken)
         return self._orders[kind]
+
+    def _learnt(self, inputs: Mapping[str, Any]) -> dict[Place, Passage]:
+        """The order of a pass on these inputs. Without weights it can be learnt too, of sizes alone.
+
+        Raises:
+            CapabilityError: the model does something that needs numbers.
+        """
+        empty = next(self.model.parameters()).is_meta
+        if empty:
+            batch, width = inputs["input_ids"].shape
+            # A whole mask, of which transformers asks nothing: it could not be answered.
+            mask = torch.zeros(batch, 1, width, width, dtype=self.dtype, device="meta")
+            inputs = {**{name: tensor.to("meta") for name, tensor in inputs.items()}, "attention_mask": mask}
+        try:
+            with _noted(self.modules) as order, torch.no_grad():
+                self.model(**inputs, use_cache=False)
+        except (RuntimeError, NotImplementedError) as error:
+            if not empty:
+                raise
+            raise CapabilityError(
+                f"{type(self.model).__name__} cannot be gone through without weights ({first_line(error)}); load it "
+                "without device='meta'"
+            ) from error
+        return order
 
 
 def _elsewhere(model: Any, remote: bool | str) -> Any:

@@ -147,7 +147,7 @@ def pair_states(model: ic.Model, pair: Pair, max_tokens: int | None = None) -> t
 def normed(model: ic.Model, states: States) -> Float[Tensor, "layer target d_model"]:
     """The stream through the model's final norm, once."""
     norm = model.module("ln_final")
-    stream = states.stream.to(device=next(norm.parameters(), states.stream).device, dtype=model.dtype)
+    stream = states.stream.to(device=model.device, dtype=model.dtype)
     if not states.normed_last:
         return norm(stream)
     return torch.cat([norm(stream[:-1]), stream[-1:]])

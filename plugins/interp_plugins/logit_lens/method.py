@@ -235,7 +235,7 @@ class LogitLens(ic.Method):
         """Each layer's stream, translated if it is to be, through the final norm."""
         rows, translator, norm = list[Tensor](), config.translator, model.module("ln_final")
         for layer, resid in zip(layers, stream, strict=True):
-            resid = resid.flatten(0, 1).to(next(norm.parameters(), resid).device)
+            resid = resid.flatten(0, 1).to(model.device)
             # the last block's output is what translators aim at: it has none
             plain = layer == layers[-1] or (config.unfitted == "plain" and not _has(translator, layer))
             rows.append(norm(resid if translator is None or plain else translator(layer, resid)))
