@@ -32,7 +32,7 @@ test-real: real
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real
 
 test-slurm: .venv/ready-slurm
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slurm and not slow"
 
 docs: .venv/ready-docs
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/docs_site.py

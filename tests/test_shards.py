@@ -352,6 +352,26 @@ def test_status(tmp_path: Path) -> None:
         runs.status(tmp_path / "tree")
 
 
+def test_a_session_elsewhere_that_is_silent_is_gone(tmp_path: Path) -> None:
+    with runs.open(tmp_path, {}, recipe="squares", say=lambda line: None) as run:
+        run.json("a.json", 1)
+        file = run.session.file
+        assert runs.status(tmp_path).workers == (run.session.id,)
+        noted = json.loads(file.read_text()) | {"host": "elsewhere"}
+        file.write_text(json.dumps(noted))
+        assert runs.status(tmp_path).state == "running"
+        os.utime(file, (time.time() - 700,) * 2)
+        assert runs.status(tmp_path).state == "unfinished"
+
+
+def test_a_session_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases.Leases.__init__, "__defaults__", (0.3, None))
+    with runs.open(tmp_path, {}, recipe="squares", say=lambda line: None) as run:
+        before = run.session.file.stat().st_mtime_ns
+        time.sleep(0.2)
+        assert run.session.file.stat().st_mtime_ns > before
+
+
 # Methods and sweeps
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,30 @@ def test_two_workers_and_a_scheduler_that_stops_them(folder: Path) -> None:
     assert process.wait() == 75 and Path("requeued").read_text() == "requeue 17_0\n"
     assert runs.status("out").state == "unfinished"
     assert interp("resume", "out", "--workers", 1).exit_code == 0 and runs.status("out").state == "done"
+
+
+@pytest.mark.slow
+def test_workers_with_a_model_are_killed(folder: Path) -> None:
+    """Twenty rounds of two workers, one or both of them killed at a random moment."""
+    draw, kills = random.Random(0), 0
+    expected = attribution_eval(AttributionEvalConfig(output_root=folder / "plain", **SETTINGS))
+    for number in range(20):
+        tree = f"out{number}"
+        planned = interp("run", "attribution_eval", *WORDS, "--output_root", tree, "--shards", 3, "--workers", 0)
+        assert planned.exit_code == 0
+        work = [sys.executable, "-m", "interp_core.cli", "work", tree]
+        workers = [subprocess.Popen(work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+        while not any((runs.status(tree).home / "record").rglob("*.lease")):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        for worker in workers[: draw.choice([1, 2])]:
+            worker.kill()
+        codes = [worker.wait() for worker in workers]
+        assert set(codes) <= {0, -signal.SIGKILL}
+        kills += codes.count(-signal.SIGKILL)
+        assert subprocess.run(work, check=False).returncode == 0
+        assert scores(Path(tree)) == scores(expected) and runs.status(tree).state == "done"
+    assert kills >= 15
 
 
 @pytest.mark.slow

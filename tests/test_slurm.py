@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from test_plugins import distribution
-from test_shards_cli import COUNT, DATA, WORDS, scores
+from test_shards_cli import COUNT, DATA, WORDS, files, scores
 
 from interp_core import runs, testing
 from interp_core.launch import Job, make_launcher
@@ -352,3 +352,18 @@ def test_the_attribution_evaluation(plain: Cluster, tmp_path: Path) -> None:
     assert again(ended(run)) == 1
     assert runs.status(tree).state == "done"
     assert scores(tree) == scores(tmp_path / "whole") and len(scores(tree)) == 4
+
+
+@pytest.mark.slow
+def test_the_visual_pipeline(plain: Cluster, tmp_path: Path) -> None:
+    """Killed in the middle, it ends with the files of one process, to the bit."""
+    words = ["run", "visual_phase1", "--model", "toy:vision", "--profile", "smoke"]
+    ended(plain.interp(*words, "--out", "whole"), 4)  # so few samples come to no verdict
+    run = plain.interp(*words, "--out", "out", "--shards", 4, "--workers", 2, "--launcher", "slurm")
+    until(lambda: list(tmp_path.glob("out/record/sessions/*.json")))
+    until(lambda: done_of(tmp_path / "out") >= 1)
+    pids = [json.loads(path.read_text())["pid"] for path in tmp_path.glob("out/record/sessions/*.json")]
+    os.kill(pids[0], signal.SIGKILL)
+    assert again(ended(run, 4)) == 1
+    one, other = (files(tmp_path / name) for name in ("whole", "out"))
+    assert list(one) == list(other) and [name for name in one if one[name] != other[name]] == []

@@ -150,7 +150,7 @@ class RunFolder(Folder):
             write(self.record / COMMAND, json_text(planning))
             raise Planned(self.home)
         self.session = RunSession(self.record / "sessions")
-        self.leases = Leases(self.session.id)
+        self.leases = Leases(self.session.id, file=self.session.file)
         self.is_open = True
         self._write_manifest()
         return self

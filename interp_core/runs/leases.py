@@ -30,14 +30,17 @@ class Leases:
     Args:
         owner: its session.
         seconds: after which a process without a sign of life counts as gone.
+        file: of the session, whose time changes as those of leases do.
     """
 
-    def __init__(self, owner: str, seconds: float = SECONDS) -> None:
-        self.owner, self.seconds = owner, seconds
+    def __init__(self, owner: str, seconds: float = SECONDS, file: Path | None = None) -> None:
+        self.owner, self.seconds, self.file = owner, seconds, file
         self._held: set[Path] = set()
         self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
         self._over = threading.Event()
         self._heart: threading.Thread | None = None
+        if file is not None:
+            self._begin()
 
     def take(self, path: Path) -> bool:
         """Take a lease if nobody has it, or one whose process is gone. Whether this process has it now."""
@@ -47,10 +50,14 @@ class Leases:
         if not create(path, text, lasting=False) and not (self._break(path) and create(path, text, lasting=False)):
             return False
         self._held.add(path)
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        """Give signs of life from now on."""
         if self._heart is None:
             self._heart = threading.Thread(target=self._beat, daemon=True)
             self._heart.start()
-        return True
 
     def has(self, path: Path) -> bool:
         """Whether this process has a lease."""
@@ -95,7 +102,7 @@ class Leases:
 
     def _beat(self) -> None:
         while not self._over.wait(self.seconds / BEATS):
-            for path in list(self._held):
+            for path in (*list(self._held), *([self.file] if self.file else [])):
                 with suppress(OSError):
                     os.utime(path)
 

@@ -25,6 +25,9 @@ PASSED: ContextVar[Mapping[str, str] | None] = ContextVar("passed", default=None
 """Settings as the command line had them, while a command runs."""
 
 
+SILENT = 600.0
+"""After so many seconds without a sign of life, a process of another machine, which cannot be asked, counts as gone:
+more than clocks of machines differ."""
 _COUNT = itertools.count()
 
 
@@ -76,7 +79,9 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
     listed = []
     for path in sorted(folder.glob("*.json")):
         session = json.loads(path.read_text(encoding="utf-8"))
-        if session["state"] == "running" and not is_running(session["host"], session["pid"]):
+        gone = not is_running(session["host"], session["pid"])
+        silent = session["host"] != host() and time.time() - path.stat().st_mtime > SILENT
+        if session["state"] == "running" and (gone or silent):
             session["state"] = "killed"
         listed.append(session)
     return listed
