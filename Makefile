@@ -4,7 +4,7 @@
 # make slow   the tests that take minutes
 # make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
 # make test-slurm  runs as arrays on a private Slurm, which needs root and its Debian packages (four minutes)
-# make test-ray  runs on a private Ray cluster of two nodes (the extra is 240 MB; two minutes)
+# make test-ray  runs on a private Ray cluster of two nodes (240 MB to install; two minutes)
 # make docs   the docs site, with search and the API: ends in out/docs/html/index.html
 # make gallery  the pictures and pages of docs/gallery.md anew, on the real model (a minute)
 

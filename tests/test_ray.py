@@ -31,10 +31,10 @@ from interp_core import runs, testing
 from interp_core.launch import Job, make_launcher
 from interp_core.launch.ray import work
 
+LACKING = importlib.util.find_spec("ray") is None
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="not installed: ray (the extra `ray`)"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.skipif(LACKING, reason="not installed: ray (the extra `ray`)"),
 ]
 
 
@@ -86,7 +86,8 @@ class Cluster:
         self.stop(self.nodes[-1])
 
     def stop(self, node: subprocess.Popen[bytes]) -> None:
-        node.terminate()
+        if node.poll() is None:
+            node.terminate()
         node.wait(60)
 
     def squares(self, out: Path, *words: Any, workers: int = 2, seconds: float = 0.25) -> subprocess.Popen[str]:
@@ -193,13 +194,13 @@ def sessions(out: Path) -> int:
 def test_a_node_is_killed(cluster: Cluster, tmp_path: Path) -> None:
     """With half of the workers, in the middle of the run; another node takes its place, and Ray begins them there."""
     out = tmp_path / "out"
-    with cluster.second() as raylet:
-        run = cluster.squares(out, workers=4, seconds=0.5)
-        until(lambda: done_of(out) >= 12 and len(running(out)) == 4)
-        there = [pid for pid in running(out) if parent_of(pid) == raylet]
-        assert len(there) == 2 and sessions(out) == 4
-        os.kill(raylet, signal.SIGKILL)
-        before = done_of(out)
+    raylet = cluster.start(f"--address={cluster.address}")
+    run = cluster.squares(out, workers=4, seconds=1)
+    until(lambda: done_of(out) >= 12 and len(running(out)) == 4)
+    there = [pid for pid in running(out) if parent_of(pid) == raylet]
+    assert len(there) == 2 and sessions(out) == 4
+    os.kill(raylet, signal.SIGKILL)
+    before = done_of(out)
     until(lambda: not any(map(parent_of, there)), 20)
     with cluster.second() as raylet:
         until(lambda: sum(parent_of(pid) == raylet for pid in running(out)) == 2, 20)

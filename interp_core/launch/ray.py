@@ -160,13 +160,12 @@ class Ray:
 
 
 class Aside(io.TextIOBase):
-    """Where Ray's thread prints what it hears of processes that died, in long lines: stderr gets their beginnings."""
+    """Where Ray's thread prints that processes died, and logs of dead nodes: stderr gets a line of each."""
 
     def write(self, text: str) -> int:
         """See `io.TextIOBase`."""
-        for line in text.splitlines():
-            if words := textwrap.shorten(COLOURS.sub("", line), 160, placeholder=" …"):
-                sys.stderr.write(f"{words}\n")
+        if first := next(filter(str.strip, text.splitlines()), ""):
+            sys.stderr.write(f"{textwrap.shorten(COLOURS.sub('', first), 160, placeholder=' …')}\n")
         return len(text)
 
 
