@@ -109,7 +109,8 @@ class Ray:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, RuntimeError, ValueError) as error:
                 at = "here" if address == "auto" else f"at {address}"
-                raise PluginError(f"there is no Ray cluster {at} to join ({first_line(error)}): {START}") from error
+                why = "" if isinstance(error, ConnectionError) else f" ({first_line(error)})"
+                raise PluginError(f"there is no Ray cluster {at} to join{why}: {START}") from error
             try:
                 yield ray
             finally:
