@@ -4,6 +4,7 @@
 # make slow   the tests that take minutes
 # make real   fetch the real model into the user's cache, once (93 MB, a minute); make test-real: the tests on it
 # make test-slurm  runs as arrays on a private Slurm, which needs root and its Debian packages (four minutes)
+# make test-ray  runs on a private Ray cluster of two nodes (240 MB to install; two minutes)
 # make docs   the docs site, with search and the API: ends in out/docs/html/index.html
 # make gallery  the pictures and pages of docs/gallery.md anew, on the real model (a minute)
 
@@ -34,6 +35,9 @@ test-real: real
 test-slurm: .venv/ready-slurm
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slurm and not slow"
 
+test-ray: .venv/ready-ray
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ray
+
 docs: .venv/ready-docs
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/docs_site.py
 
@@ -61,8 +65,12 @@ check: .venv/ready-dev
 	$(PIP) -e '.[slurm]'
 	touch $@
 
+.venv/ready-ray: .venv/ready
+	$(PIP) -e '.[ray]'
+	touch $@
+
 .venv/ready-docs: .venv/ready
 	$(PIP) -e '.[docs]'
 	touch $@
 
-.PHONY: demo test slow real test-real test-slurm docs gallery check
+.PHONY: demo test slow real test-real test-slurm test-ray docs gallery check

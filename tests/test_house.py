@@ -155,7 +155,7 @@ def advice(problem: ValueError) -> str: return {}"""
 
 
 def test_heavy_packages_are_imported_only_where_they_are_used() -> None:
-    heavy = {"transformer_lens", "nnsight", "datasets", "pandas", "wandb", "torchvision"}
+    heavy = {"transformer_lens", "nnsight", "datasets", "pandas", "wandb", "torchvision", "ray"}
     other_tools = {"pyvene", "interp_engine", "lxt", "flashtrace"}  # compared with in benchmarks/, which no wheel holds
     for path in sources(*PACKAGES):
         taken = {name.split(".")[0] for name in imported(path)}

@@ -19,6 +19,7 @@ from interp_core.cli import app
 from interp_core.cli.planned import starter_of
 from interp_core.launch import Job, Launcher, Outcome, make_launcher
 from interp_core.launch.local import Local
+from interp_core.launch.ray import Ray
 from interp_core.launch.slurm import Slurm, in_queue
 from interp_core.plugins import refresh
 
@@ -196,3 +197,16 @@ def test_slurm_refuses_before_it_submits(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(ic.InterpError, match="there is no `sbatch` here|pip install 'interp-core\\[slurm\\]'"):
         make_launcher("slurm", folder=tmp_path).run([Job(divmod, (7, 2))])
     assert in_queue() is None
+
+
+def test_ray_refuses_before_it_sends() -> None:
+    for option, low in {"cap": 0, "cpus": 0, "gpus": -1, "memory": -1, "restarts": -1}.items():
+        with pytest.raises(ic.PlanError, match=f"{option}={low}: it must be at least"):
+            make_launcher("ray", **{option: low})
+    for address in ("local", "", "ray://head:10001", "head"):
+        with pytest.raises(ic.PlanError, match="give its head as host:port, or 'auto'"):
+            make_launcher("ray", address=address)
+    starter = starter_of("ray", ["gpus=1", "memory=2.5"], cap=3, folder="nothing")
+    assert isinstance(starter, Ray) and (starter.cap, starter.wants) == (3, {"CPU": 1, "GPU": 1, "memory": 2.5e9})
+    with pytest.raises(ic.InterpError, match="`ray start --head|pip install 'interp-core\\[ray\\]'"):
+        make_launcher("ray", address="127.0.0.1:1").run([Job(divmod, (7, 2))])

@@ -82,7 +82,7 @@ def test_our_own_come_the_same_way() -> None:
     assert "logit_lens" in ic.registry("methods") and "demo" in ic.registry("recipes")
     assert "torch" in ic.registry("engines") and {"gpt2", "qwen3_moe"} <= set(ic.registry("architectures").names())
     assert all(row.dist == "interp-core" for kind in KINDS for row in ic.registry(kind))
-    assert ic.registry("launchers").names() == ["local", "slurm"]
+    assert ic.registry("launchers").names() == ["local", "ray", "slurm"]
 
 
 def test_a_method_of_another_package(installed: Path, toy: ic.Model) -> None:

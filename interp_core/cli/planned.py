@@ -231,7 +231,9 @@ def starter_of(launcher: str, options: Sequence[str], **own: Any) -> Launcher:
 
 def _detachable(launcher: Launcher) -> Any:
     if not callable(getattr(launcher, "submit", None)):
-        raise PluginError(f"launcher {launcher.name!r} cannot start workers and leave them (--detach); slurm can")
+        raise PluginError(
+            f"launcher {launcher.name!r} cannot start workers and leave them (--detach); slurm and ray can"
+        )
     return launcher
 
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CapabilityError, PlanError, PluginError, first_line
+from ..errors import CapabilityError, PlanError, PluginError
 from . import AGAIN, Job, Outcome
+from .sending import at_least, packed
 
 NEEDED = "jobs go to Slurm through submitit, which is not installed: pip install 'interp-core[slurm]'"
 ARRAY = 1000
@@ -90,10 +91,8 @@ class Slurm:
         cpus: int = 1, memory: str = "", signal_delay: int = 120, setup: Sequence[str] = (),
         sbatch: Sequence[str] = (), restarts: int = 3, folder: str | Path | None = None,
     ) -> None:  # fmt: skip
-        least = {"cap": (cap, 1), "time": (time, 1), "cpus": (cpus, 1), "gpus": (gpus, 0), "restarts": (restarts, 0)}
-        for option, (number, low) in least.items():
-            if number is not None and number < low:
-                raise PlanError(f"{option}={number}: it must be at least {low}")
+        at_least(1, cap=cap, time=time, cpus=cpus)
+        at_least(0, gpus=gpus, restarts=restarts)
         if not 0 < signal_delay < time * 60:
             raise PlanError(
                 f"signal_delay={signal_delay}: jobs of {time} minutes are asked to stop that many seconds before their "
@@ -244,23 +243,12 @@ def _read(sent: Sent) -> Outcome:
 
 
 def _packed(jobs: Iterable[Job]) -> list[bytes]:
-    """Jobs as bytes, with their functions where these are of the script that is running.
-
-    Raises:
-        PlanError: one that cannot be.
-    """
+    """See `packed`."""
     try:
         from cloudpickle import dumps
     except ImportError as error:
         raise CapabilityError(NEEDED) from error
-    packed = []
-    for i, job in enumerate(jobs):
-        try:
-            packed.append(dumps(job))
-        except Exception as error:  # pickle raises many kinds
-            what = getattr(job.call, "__qualname__", repr(job.call))
-            raise PlanError(f"job {i} ({what}) cannot be sent to another machine: {first_line(error)}") from error
-    return packed
+    return packed(jobs, dumps)
 
 
 def in_queue() -> dict[str, str] | None:
