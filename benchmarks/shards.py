@@ -1,6 +1,6 @@
 """What dividing a run costs and brings: two workers against one, bookkeeping against work, a plan of 100,000 items.
 
-    OMP_NUM_THREADS=1 python benchmarks/shards.py [examples]
+    OMP_NUM_THREADS=1 python benchmarks/shards.py [examples that are made up; a sixth of them is kept]
 
 Workers are processes as users start them (`interp run … --shards`), so their times hold imports and loading; the items
 alone are told beside them.
@@ -34,7 +34,7 @@ def two_against_one(folder: Path, examples: int) -> None:
         run = [
             *interp, "run", "attribution_eval", "--datasets", "needles", "--data_root", str(folder), "--output_root",
             str(tree), "--model", "toy:text", "--num_examples", str(examples), "--mode",
-            "faithfulness_gen,recovery_ruler", "--attr_funcs", "ifr_span,IG", "--shards", "16",
+            "faithfulness_gen,recovery_ruler", "--attr_funcs", "IG,attnlrp_per_token,ifr_multi_hop_both", "--shards", "16",
         ]  # fmt: skip
         subprocess.run([*run, "--workers", "0"], check=True, capture_output=True)
         began = time.perf_counter()
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         plans(Path(place) / "plans")
         bookkeeping(Path(place) / "bookkeeping")
-        two_against_one(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 48)
+        two_against_one(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 3000)
