@@ -34,7 +34,8 @@ def two_against_one(folder: Path, examples: int) -> None:
         run = [
             *interp, "run", "attribution_eval", "--datasets", "needles", "--data_root", str(folder), "--output_root",
             str(tree), "--model", "toy:text", "--num_examples", str(examples), "--mode",
-            "faithfulness_gen,recovery_ruler", "--attr_funcs", "IG,attnlrp_per_token,ifr_multi_hop_both", "--shards", "16",
+            "faithfulness_gen,recovery_ruler", "--attr_funcs", "IG,attnlrp_per_token,ifr_multi_hop_both",
+            "--shards", "16",
         ]  # fmt: skip
         subprocess.run([*run, "--workers", "0"], check=True, capture_output=True)
         began = time.perf_counter()
