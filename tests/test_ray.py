@@ -98,7 +98,12 @@ class Cluster:
     def interp(self, *words: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "interp_core.cli", *map(str, words)]
         return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )
 
 

@@ -68,11 +68,12 @@ class Cluster:
         return done.stdout.strip()
 
     def interp(self, *words: Any) -> subprocess.Popen[str]:
-        """A command of ours, begun."""
+        """A command of ours, begun. Ctrl-C ends it, also where a shell runs these tests in the background."""
         command = [sys.executable, "-m", "interp_core.cli", *map(str, words)]
         return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     def squares(self, out: Path, *words: Any, items: int = ITEMS, seconds: float = 0.25) -> subprocess.Popen[str]:
         """Four workers on a run, begun."""
