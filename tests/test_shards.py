@@ -151,6 +151,15 @@ def test_an_item_that_fails_is_noted_and_the_rest_goes_on(
     assert len(squares(tmp_path, [], shards)) == 10 and not list(tmp_path.rglob("*.failed.json"))
 
 
+def test_a_part_that_fails_before_any_stage_is_noted(tmp_path: Path) -> None:
+    """Whoever comes first leads, and writes the state of parts: no error is lost because nobody leads yet."""
+    sharded.plan(tmp_path, 2)
+    with runs.open(tmp_path, {}, recipe="parts", say=lambda line: None) as run, run.part("one").attempt():
+        raise ValueError("it does not work")
+    (part,) = runs.parts(tmp_path)
+    assert part["state"] == "failed" and "it does not work" in part["reason"]
+
+
 def test_strict_ends_at_the_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 is bad"):
         squares(tmp_path, [3, 7], strict=True)

@@ -161,9 +161,11 @@ class RunFolder(Folder):
         Raises:
             PlanError: its settings, data or model have changed since.
         """
-        if (home := WORKING.get()) is None or home == self.home.resolve():
-            if home is not None:
-                self._compare()
+        home = WORKING.get()
+        if home is None:
+            return
+        if home == self.home.resolve():
+            self._compare()
             return
         planned = self.read(home / RECORD / "run.json") or {}
         if planned.get("recipe") == self.identity["recipe"]:
@@ -192,7 +194,7 @@ class RunFolder(Folder):
         # What went wrong may be that the disk is full: then its error is told, not that of the record.
         with suppress(*[OSError] * (error is not None)):
             self.session.end(state, reason)
-            if error is None and self._may_lead() and all(part["state"] in OVER for part in self.parts()):
+            if error is None and self.may_lead() and all(part["state"] in OVER for part in self.parts()):
                 counts = Counter(part["state"] for part in self.parts())
                 done = {"at": now(), "session": self.session.id, "stages": len(self.stages()), "parts": dict(counts)}
                 write(self.home / DONE, json_text(done))
@@ -229,12 +231,12 @@ class RunFolder(Folder):
         if self.shards is None or self._in_item or self.leases.has(self._lead):
             return True
         while not is_there():
-            if self._may_lead():
+            if self.may_lead():
                 return not is_there()  # it may have been written between the two
             time.sleep(POLL)
         return False
 
-    def _may_lead(self) -> bool:
+    def may_lead(self) -> bool:
         """Whether this process leads, or does from here on."""
         return self.shards is None or self.leases.take(self._lead)
 
@@ -360,7 +362,7 @@ class Part(Folder):
         self.root.begin_change()
         kept = {key: value for key, value in self.data.items() if key != "error"}
         self.data = kept | {"state": state, "reason": reason, "updated": now(), "session": self.root.session.id} | more
-        if self.root.leads(lambda: True):
+        if self.root.may_lead():
             write(self.file, json_text(self.data))
         if self.watch is not None:
             self.watch(self)

@@ -82,6 +82,9 @@ class Root(Protocol):
     def leads(self, is_there: Callable[[], bool]) -> bool:
         """See `RunFolder`."""
 
+    def may_lead(self) -> bool:
+        """See `RunFolder`."""
+
     def leader(self) -> str:
         """See `RunFolder`."""
 
