@@ -53,24 +53,9 @@ check: .venv/ready-dev
 	$(PIP) -e '.[test]'
 	touch $@
 
-.venv/ready-dev: .venv/ready
-	$(PIP) -e '.[dev]'
-	touch $@
-
-.venv/ready-real: .venv/ready
-	$(PIP) -e '.[real]'
-	touch $@
-
-.venv/ready-slurm: .venv/ready
-	$(PIP) -e '.[slurm]'
-	touch $@
-
-.venv/ready-ray: .venv/ready
-	$(PIP) -e '.[ray]'
-	touch $@
-
-.venv/ready-docs: .venv/ready
-	$(PIP) -e '.[docs]'
+# an extra: ready-dev, ready-real, ready-docs, ready-slurm, ready-ray
+.venv/ready-%: .venv/ready
+	$(PIP) -e '.[$*]'
 	touch $@
 
 .PHONY: demo test slow real test-real test-slurm test-ray docs gallery check

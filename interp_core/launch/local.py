@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import PlanError
 from . import Job, Outcome
+from .sending import packed
 
 BEGUN = b""
 """What a process says first, when it has come as far as its job."""
@@ -68,7 +69,7 @@ class Local:
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """See `Launcher.run`. A script whose own functions are jobs needs `if __name__ == "__main__":`, since every
         process reads the script again to find them; jobs from modules need nothing."""
-        calls = [_packed(i, job) for i, job in enumerate(jobs)]
+        calls = packed(jobs, pickle.dumps, "a process", ". Use a module's function")
         spawn = multiprocessing.get_context("spawn")
         outcomes: dict[int, Outcome] = {}
         running: dict[Connection, Worker] = {}
@@ -131,14 +132,6 @@ def _collect(running: dict[Connection, Worker], outcomes: dict[int, Outcome]) ->
         worker.process.join()
         pipe.close()
         outcomes[worker.job] = outcome
-
-
-def _packed(i: int, job: Job) -> bytes:
-    try:
-        return pickle.dumps(job)
-    except Exception as error:  # pickle raises many kinds
-        what = getattr(job.call, "__qualname__", repr(job.call))
-        raise PlanError(f"job {i} ({what}) cannot be sent to a process: {error}. Use a module's function") from error
 
 
 def _work(call: bytes, pipe: Connection) -> None:

@@ -1,4 +1,4 @@
-"""What launchers share whose jobs go to other machines."""
+"""What launchers share whose jobs go to other processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ def at_least(low: int, **options: float | None) -> None:
             raise PlanError(f"{option}={number}: it must be at least {low}")
 
 
-def packed(jobs: Iterable[Job], dumps: Callable[[Job], bytes]) -> list[bytes]:
-    """Jobs as bytes, with their functions where these are of the script that is running.
+def packed(
+    jobs: Iterable[Job], dumps: Callable[[Job], bytes], where: str = "another machine", advice: str = ""
+) -> list[bytes]:
+    """Jobs as bytes.
+
+    Args:
+        where: they go, and what to do about one that cannot; for the message.
 
     Raises:
         PlanError: one that cannot be.
@@ -31,5 +36,5 @@ def packed(jobs: Iterable[Job], dumps: Callable[[Job], bytes]) -> list[bytes]:
             calls.append(dumps(job))
         except Exception as error:  # pickle raises many kinds
             what = getattr(job.call, "__qualname__", repr(job.call))
-            raise PlanError(f"job {i} ({what}) cannot be sent to another machine: {first_line(error)}") from error
+            raise PlanError(f"job {i} ({what}) cannot be sent to {where}: {first_line(error)}{advice}") from error
     return calls

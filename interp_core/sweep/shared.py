@@ -6,7 +6,7 @@ about what one variant does. Chunks do not depend on how many processes there ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,6 @@ from ..text import Tokens
 from .store import SweepStore, key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ..runs import RunFolder
 
 CHUNK = 256
