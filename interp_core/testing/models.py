@@ -10,6 +10,8 @@ from torch import nn
 from ..errors import LoadError, nearest
 from .routed import LINEAR, MIXTURES, MLA, SIZES, VOCAB
 from .routed import build as build_mixture
+from .types import build as build_type
+from .types import types
 from .visual import VISUAL
 
 _COMMON = {**SIZES, "num_key_value_heads": 2}
@@ -85,7 +87,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
     Raises:
         LoadError: no such family here.
     """
-    known = [*families(), *mixtures()]
+    known = [*families(), *mixtures(), *types()]
     if family not in known:
         raise LoadError(f"no tiny model of {family!r}. {nearest(family, known)}")
     with torch.random.fork_rng():
@@ -110,6 +112,8 @@ def _build(family: str, config: dict[str, Any]) -> Any:
         return build_mixture(family, config)
     if family in VISUAL:
         return VISUAL[family]({**_COMMON, **config})
+    if family not in _FAMILIES:
+        return build_type(family, config)
     name, settings = _FAMILIES[family]
     settings = {**settings, **config}
     if "layer_types" in settings:

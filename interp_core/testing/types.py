@@ -1,0 +1,194 @@
+"""A tiny model of every model type that transformers can build: sizes by the words of its config, every kind of layer.
+
+Most types need nothing of their own: a config says which sizes it has, and its defaults which kinds of layers there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import LoadError
+
+WIDTHS = {
+    2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups linear_num_key_heads "
+    "index_n_heads type_vocab_size depth num_global_layers topk_group hc_mult hc_count o_groups encoder_layers",
+    3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers num_blocks "
+    "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts linear_conv_kernel_dim "
+    "short_conv_kernel_size mamba_d_conv conv_kernel conv_L_cache conv_kernel_size conv1d_width",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
+    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads "
+    "linear_num_heads mamba_n_heads mamba_num_heads n_mamba_heads n_group num_expert_group mamba_dt_rank "
+    "time_step_rank index_topk block_size sliding_window sliding_window_size local_attention attention_window_size "
+    "window_size attention_chunk_size keep_window_size local_attention_window_len patch_size mm_tokens_per_image",
+    8: "num_experts n_routed_experts num_local_experts moe_num_experts qk_rope_head_dim rotary_dim linear_head_dim "
+    "linear_key_head_dim linear_value_head_dim mamba_d_state ssm_state_size state_size laurel_rank loop_gate_rank "
+    "d_rel hc_lowrank adapter_rank gated_norm_rank ffn_round_up_to_multiple_of block_multiple_of",
+    12: "v_head_dim hidden_size_per_layer_input",
+    16: "head_dim swa_head_dim d_kv dim_head kv_channels attention_head_dim d_head attention_head_size "
+    "qk_nope_head_dim index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size rel_extent "
+    "shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size position_bias_num_buckets image_size "
+    "image_seq_length output_channels",
+    20: "shape_vocab_size pronunciation_vocab_size",
+    24: "kv_lora_rank qk_head_dim global_head_dim",
+    32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim moe_latent_size",
+    40: "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
+    "moe_shared_expert_intermediate_size",
+    48: "moe_intermediate_size expert_ffn_hidden_size",
+    50: "encoder_hash_byte_group_vocab",
+    64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size dim word_embed_proj_dim input_embedding_size "
+    "output_embedding_size input_size lru_width hidden_size_global attention_hidden_size out_hidden_size "
+    "ngram_vocab_size_base original_max_position_embeddings",
+    90: "image_token_id image_token_index",
+    91: "video_token_id video_token_index audio_token_id",
+    92: "boi_token_id boi_token_index vision_start_token_id boa_token_id",
+    93: "eoi_token_id eoi_token_index vision_end_token_id eoa_token_index",
+    96: "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size intermediate_size ffn_dim d_ff "
+    "decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size feed_forward_size d_inner intermediate_size_mlp "
+    "dense_intermediate_size mlp_dim",
+    128: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions",
+    1: "n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers "
+    "moe_layer_start_index mamba_n_groups mamba_ngroups n_groups max_window_layers",
+    0: "num_kv_shared_layers num_nextn_predict_layers",
+}
+"""Sizes of tiny models, with the words that configs have for them."""
+SIZES = {word: size for size, words in WIDTHS.items() for word in words.split()}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
+"""Words for the number of layers."""
+MOST = 8_000_000
+"""Parameters that a tiny model may have."""
+
+_ONE_KV = {"num_key_value_heads": 4}
+_LATENT = {**_ONE_KV, "head_dim": 8}
+_ENCODED = {"encoder_layers": 3}
+_HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_ONE_KV}
+_ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1}
+_BY_KIND = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+_DOUBLED = {"attention_hidden_size": 128, "attention_head_dim": 32}
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "nemotron"),
+        _ONE_KV,
+    ),
+    **dict.fromkeys(("axk1", "deepseek_v3", "sarvam_mla", "youtu"), _LATENT),
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+        _ENCODED,
+    ),
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": _BY_KIND,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 3},
+    },
+    "deepseek_v2": {**_ONE_KV, **_ROUTED, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "dory": {
+        "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "dots1": _ROUTED,
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "dots3_note_text": {
+        **_ONE_KV, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 8, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+    },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
+    "longcat_flash": {**_LATENT, "num_hidden_layers": 6},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
+        "indexer_compress_ratio": 2, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8,
+        "heads_per_ngram": 2,
+    },
+    "reformer": {
+        "attn_layers": ["local", "lsh", "local"], "axial_pos_embds": False, "num_buckets": 4,
+        "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4,
+    },
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {**_HYBRID, **_DOUBLED},
+    "zamba2": {**_HYBRID, **_DOUBLED, "kv_channels": 16},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+"""What a type needs beside the sizes, by the `model_type` of the config that its class takes."""
+
+
+def types() -> list[str]:
+    """Model types of transformers' mapping of causal language models."""
+    return sorted(_classes())
+
+
+def _classes() -> dict[str, str]:
+    from transformers.models.auto import modeling_auto
+
+    return dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def build(model_type: str, config: dict[str, Any]) -> Any:
+    """The model of a type, without weights that matter.
+
+    Raises:
+        LoadError: transformers cannot build it, with its reason.
+    """
+    import transformers
+
+    kind = getattr(transformers, _classes()[model_type])
+    try:
+        settings = _settings(kind.config_class(), {**OWN.get(kind.config_class.model_type, {}), **config})
+        full_config = kind.config_class(**settings)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in kind(full_config).parameters())
+        if size > MOST:
+            raise LoadError(f"a tiny {model_type} would have {size:,} parameters; say its sizes in testing/types.py")
+        return kind(full_config)
+    except LoadError:
+        raise
+    except Exception as error:  # whatever the library says of its own class
+        raise LoadError(f"transformers cannot build a tiny {model_type}: {type(error).__name__}: {error}") from error
+
+
+def _settings(default: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a tiny model, of the config that a class has by default."""
+    known = default.to_dict()
+    settings: dict[str, Any] = {word: SIZES[word] for word, now in known.items() if word in SIZES and now is not None}
+    settings |= IDS
+    if "is_decoder" in known:
+        settings["is_decoder"] = True
+    if word := next((word for word in LAYERS if known.get(word)), None):
+        chosen = _every_kind(known, known[word])
+        by_layer = {name: per for name, per in known.items() if _per_layer(per, known[word])}
+        settings |= {name: [SIZES.get(name, per[i]) for i in chosen] for name, per in by_layer.items()}
+        settings |= {name: [*range(len(chosen))] for name, per in known.items() if per == [*range(known[word])]}
+        settings |= {word: len(chosen) for word in LAYERS if word in settings}
+    for name, inner in vars(default).items():
+        if hasattr(inner, "model_type"):
+            more = OWN.get(inner.model_type, {}) | own.get(name, {})
+            own = {**own, name: type(inner)(**_settings(inner, more))}
+    return {**settings, **own}
+
+
+def _per_layer(setting: Any, n_layers: int) -> bool:
+    if not isinstance(setting, (list, tuple)) or len(setting) != n_layers or isinstance(setting[0], (list, dict)):
+        return False
+    return list(setting) != list(range(n_layers))  # or it lists layers by number
+
+
+def _every_kind(known: dict[str, Any], n_layers: int) -> list[int]:
+    """A few layers, of every kind that a config tells apart."""
+    kinds: dict[tuple[Any, ...], int] = {}
+    per_layer = [per for per in known.values() if _per_layer(per, n_layers)]
+    for layer in range(n_layers):
+        kinds.setdefault(tuple(str(per[layer]) for per in per_layer), layer)
+    first = [*kinds.values(), *(layer for layer in range(n_layers) if layer not in kinds.values())]
+    return sorted(first[: max(3, len(kinds))])
