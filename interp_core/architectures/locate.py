@@ -23,13 +23,14 @@ from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
+from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
-from .undescribed import UNDESCRIBED, discover
+from .undescribed import UNDESCRIBED
 
 
 @cache
@@ -74,11 +75,9 @@ def build(model: Any, family: Family | None) -> Atlas:
     atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
-            f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
+            f"nobody has described the family {family.name!r}: its sites are found by the usual names of modules"
         )
     stack = Stack(atlas, modules, paths, config)
-    if known is None and unnamed:
-        stack.refused["resid_mid"] = "module names do not show where the stream passes between attention and MLP"
     stack.locate()
     ends(stack)
     tower = _tower(atlas, modules)
