@@ -120,7 +120,7 @@ def test_the_self_check_drops_a_wrong_split(monkeypatch: pytest.MonkeyPatch) -> 
     wrong = Family("gpt2", fused=fused_per_head, refuse=gpt2.FAMILY.refuse)
     model = _with_family(monkeypatch, "gpt2", wrong, ic.testing.tiny("gpt2"))
     assert model.check is not None and not model.check.ok
-    assert "self-check: times pattern is z" in model.atlas.lacking["v"]
+    assert "self-check: is what attention mixes" in model.atlas.lacking["v"]
     assert "self-check: gives the scores of the first position" in model.atlas.lacking["q"]
     assert "resid_post" in model.sites and "z" in model.sites
     with pytest.raises(ic.CapabilityError, match="self-check: times pattern is z"):
@@ -185,7 +185,7 @@ def test_a_readout_that_is_not_the_models_is_refused(monkeypatch: pytest.MonkeyP
         ic.method("logit_lens")(model, torch.tensor([[1, 2]]))
 
 
-def test_check_costs_four_short_passes() -> None:
+def test_check_costs_five_short_passes() -> None:
     model = tiny_model("llama")
     calls = []
     original = model.hf.model.forward

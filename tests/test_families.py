@@ -17,6 +17,7 @@ from mixtures import MIXTURES
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.architectures.conventions import discover
 from interp_core.architectures.family import Family, Place
 from interp_core.architectures.locate import known_paths
 from interp_core.architectures.routing import Router, TopKOfLogits
@@ -203,7 +204,8 @@ def lacking(name: str, file: str) -> list[str]:
         sentences.append("tests/mixtures.py: no line says where its router is, to be held against selection by hand")
     kind = type(tiny_model(name).hf).__name__
     family = ic.registry("architectures").get(name) if file else None
-    if kind not in known_paths() and (family is None or "blocks" not in family.paths):
+    usual = discover(dict(tiny_model(name).hf.named_modules()), tiny_model(name).hf.get_input_embeddings())
+    if kind not in known_paths() and not usual and (family is None or "blocks" not in family.paths):
         sentences.append(
             f"paths: TransformerLens has no adapter for {kind}, so the family's file must name them (`paths`)"
         )

@@ -111,6 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
     },
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 24, "num_global_key_value_heads": 1}),
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _D_HEAD),
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
