@@ -16,7 +16,7 @@ from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_e
 from interp_recipes.moe_mask_sweep import MoeMaskSweepConfig, moe_mask_sweep
 from interp_recipes.visual_phase1 import VisualPhase1Config, visual_phase1
 from placed import in_two
-from plans import FAMILIES, SIZES, Measured, operations, texts
+from plans import ATTRIBUTIONS, FAMILIES, SIZES, Measured, attributed, texts
 from typer.testing import CliRunner
 
 import interp_core as ic
@@ -100,27 +100,17 @@ def test_the_real_model() -> None:
     assert Measured(model).outline.held == sum(p.numel() for p in (*model.hf.parameters(), *model.hf.buffers()))
 
 
-IFR: dict[str, dict[str, Any]] = {
-    "span": {"variant": "span"}, "rows": {"variant": "all_positions"}, "hops": {"n_hops": 3}, "LRP": {},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", IFR)
+@pytest.mark.parametrize("name", ATTRIBUTIONS)
 def test_operations_of_an_attribution_are_counted_with_what_it_does_beside_its_pass(name: str) -> None:
-    """For rows of their own that is a third of the pass again; a plan of the passes alone does not hold."""
+    """For IFR's rows that is a third of the pass again: a plan of the passes alone does not hold."""
     hf = ic.load("toy:text").hf
     hf.set_attn_implementation("eager")
-    model, outline, ready = ic.load(hf), outline_of(hf), ic.method("attnlrp" if name == "LRP" else "ifr")
+    model = ic.load(hf)
     for length in (20, 120):
-        tokens = texts(1, length, 900).name(prompt=ic.Span(0, length - TARGET), target=ic.Span(length - TARGET, length))
-        cost = ready.configured(IFR[name]).cost(outline.work(1, length, target=TARGET))
-        ready(model, tokens, **IFR[name])  # what is done once per model is done here
-        counted = operations(lambda tokens=tokens: ready(model, tokens, **IFR[name]))
-        passes = sum(flops(outline, each).total for each in cost.passes)
-        assert counted == pytest.approx(passes + cost.beside, rel=0.2)
-        assert (cost.beside > 0) == (name != "LRP")
-        if name == "rows":
-            assert passes < 0.88 * counted
+        passes, beside, counted = attributed(model, name, length, TARGET)
+        assert passes + beside == pytest.approx(counted, rel=0.2)
+        assert (beside > 0) == name.startswith("IFR")
+        assert name != "IFR, rows" or passes < 0.88 * counted
 
 
 def _held_by_one(folder: Path, _: int) -> list[int]:

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import Result
@@ -24,6 +25,8 @@ from interp_core import runs
 from interp_core.cli import app
 from interp_core.cli.planned import planned_command
 from interp_core.cli.shards import numbers
+from interp_core.launch import Job, Outcome
+from interp_core.launch.local import Local
 
 DATA = Path(__file__).parent / "data/attribution"
 COUNT = 4
@@ -81,6 +84,42 @@ def test_a_run_in_shards(folder: Path) -> None:
     assert interp("collect", "out").exit_code == 0
     expected = attribution_eval(AttributionEvalConfig(output_root=folder / "plain", **SETTINGS))
     assert scores(Path("out")) == scores(expected) and len(scores(expected)) == 4
+
+
+class Elsewhere(Local):
+    """A cluster, as far as whoever gives the command can see: other processes; notes how many jobs it was given."""
+
+    name = "elsewhere"
+    given_out: ClassVar[list[int]] = []
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        self.given_out.append(len(jobs))
+        return super().run(jobs)
+
+
+def test_a_launcher_plans_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command is given no model is opened."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is opened where the command was given")
+
+    ic.registry("launchers").register("elsewhere", Elsewhere)
+    monkeypatch.setattr(ic, "load", refuse)
+    monkeypatch.setattr("interp_core.model.load", refuse)
+    words = ["run", "attribution_eval", *WORDS, "--output_root", "out", "--shards", 2, "--launcher", "elsewhere"]
+    planned = interp(*words, "--workers", 0)
+    assert planned.exit_code == 0 and "planned, 2 shards" in planned.output, planned.output
+    assert Elsewhere.given_out == [1] and runs.status("out").state == "planned"
+
+
+@pytest.mark.slow
+def test_two_commands_plan_and_work_at_once(folder: Path) -> None:
+    """On a folder that nobody has planned, in other numbers of shards: each row is there once, in the end."""
+    words = [sys.executable, "-m", "interp_core.cli", "run", "attribution_eval", *WORDS, "--output_root", "out"]
+    commands = [subprocess.Popen([*words, "--shards", str(count), "--workers", "1"]) for count in (2, 3)]
+    assert [command.wait() for command in commands] == [0, 0]
+    expected = attribution_eval(AttributionEvalConfig(output_root=folder / "plain", **SETTINGS))
+    assert scores(Path("out")) == scores(expected) and runs.status("out").state == "done"
 
 
 @pytest.mark.slow
