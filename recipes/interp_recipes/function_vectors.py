@@ -33,6 +33,7 @@ from interp_plugins.function_vectors import report
 from interp_plugins.function_vectors.files.published import read_effects, read_means
 from interp_plugins.function_vectors.related import Extracted, Related, by_word, choose, related
 from interp_plugins.function_vectors.report import Findings
+from interp_plugins.function_vectors.rows import digest
 from torch import Tensor
 
 import interp_core as ic
@@ -289,7 +290,7 @@ def _effects(
         effects = fv.indirect_effect(model, [prompts[number] for number in numbers], mean)
         return [{"effects": trial.tolist()} for trial in effects]
 
-    of = {"rows that are answered": list(right), "means": _digest(mean)}
+    of = {"rows that are answered": list(right), "means": digest(mean)}
     made = part.map(
         "effects", rows, range(len(prompts)), by=lambda number: number, inputs=of, batch=AT_ONCE["trials"], strict=True,
         file=False,
@@ -312,7 +313,7 @@ def _evaluated(
         listed = {key: column.movedim(-1, 0).tolist() for key, column in columns.items() if column is not None}
         return [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
 
-    of = {} if vector is None else {"vector": _digest(vector.vector), "rows": list(kept)}
+    of = {} if vector is None else {"vector": digest(vector.vector), "rows": list(kept)}
     items = [(shots, number) for shots, prompts in asked.items() for number in range(len(prompts))]
     made = part.map(
         name, rows, items, by=lambda item: f"{item[1]}, {item[0]} shots", inputs=of, batch=AT_ONCE["prompts"],
@@ -326,10 +327,6 @@ def _evaluated(
         clean = torch.tensor([row["clean"] for row in own])
         evaluations[shots] = fv.Evaluation(clean, None if ranks is None else ranks.T, nll, () if vector is None else places)
     return evaluations
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _answered(
