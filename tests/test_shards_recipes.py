@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Callable[[Path], Run], list[str]]] = {
         lambda _: lambda out: visual_phase1(VisualPhase1Config(out=out, **VISION)), ["sanity", "rows_pilots"]
     ),
     "visual_probing": (
-        lambda _: lambda out: visual_probing(VisualProbingConfig(out=out, **VISION)), ["states", "probes", "original"]
+        lambda _: lambda out: visual_probing(VisualProbingConfig(out=out, **VISION)), ["states", "probes"]
     ),
 }  # fmt: skip
 """Of each recipe, how it is called, and how the tables begin at which both workers are to be seen."""
@@ -116,8 +116,9 @@ def files(home: Path) -> dict[str, bytes]:
     """What a run wrote, but for pages and what says when it was."""
     named = {str(path.relative_to(home)): path for path in sorted(home.rglob("*")) if path.is_file()}
     apart = ("record/", "manifest.json", "DONE", "geometry/result/result.json")
-    timed = ("html", "_report.json", "qid_status.json", "parity.log")
-    return {name: path.read_bytes() for name, path in named.items() if not name.startswith(apart) and not name.endswith(timed)}
+    timed = (".html", "_report.json", "qid_status.json", "parity_suite.log", "parity_suite_stages.csv")
+    kept = [name for name in named if not name.startswith(apart) and not name.endswith(timed)]
+    return {name: named[name].read_bytes() for name in kept}
 
 
 def planned(run: Run, out: Path, shards: int) -> Path:

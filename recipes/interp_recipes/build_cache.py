@@ -23,7 +23,6 @@ from interp_plugins.attribution.data.sources import MADE, mapped, read_source
 import interp_core as ic
 from interp_core import errors, runs
 
-
 ANSWERS = "answers.jsonl"
 
 
@@ -186,8 +185,6 @@ def _written(run: runs.RunFolder, name: str, rows: list[dict[str, Any]], num_exa
     run.put({f"{name}.jsonl": runs.json_lines(kept)}, after=[ANSWERS])
     run.json("counts.json", {"examples": len(rows), "kept": len(kept), "dropped": dict(reasons)})
     if not kept:
-        raise ic.TextError(
-            f"none of {len(rows)} examples could be kept: {words}; {run.path / ANSWERS} has the answers"
-        )
+        raise ic.TextError(f"none of {len(rows)} examples could be kept: {words}; {run.path / ANSWERS} has the answers")
     print(f"kept {len(kept)} of {len(rows)}" + (f"; left out {words}" if words else ""))
     return run.path / f"{name}.jsonl"

@@ -291,41 +291,43 @@ def _effects(
         return [{"effects": trial.tolist()} for trial in effects]
 
     of = {"rows that are answered": list(right), "means": digest(mean)}
-    made = part.map(
+    listed = part.map(
         "effects", rows, range(len(prompts)), by=lambda number: number, inputs=of, batch=AT_ONCE["trials"], strict=True,
         file=False,
     )  # fmt: skip
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-    return torch.tensor([row["effects"] for row in made], dtype=kind)
+    return torch.tensor([row["effects"] for row in listed], dtype=kind)
 
 
 def _evaluated(
-    part: ic.runs.Part, name: str, model: ic.Model, asked: Mapping[int, Sequence[fv.Prompt]],
+    part: ic.runs.Part, name: str, model: ic.Model, by_shots: Mapping[int, Sequence[fv.Prompt]],
     vector: fv.FunctionVector | None = None, kept: Sequence[int] = (), layers: Sequence[int] | None = None,
 ) -> dict[int, fv.Evaluation]:  # fmt: skip
     """Evaluations of lists of prompts, some prompts at a time: of rows that are kept with a vector, or without one, and
     then with likelihoods."""
 
     def rows(some: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        prompts = [asked[shots][number] for shots, number in some]
-        found = fv.evaluate(model, prompts, vector, layers=layers, likelihood=vector is None)
-        columns = {"clean": found.clean_rank, "nll": found.clean_nll, "rank": None if vector is None else found.rank}
-        listed = {key: column.movedim(-1, 0).tolist() for key, column in columns.items() if column is not None}
-        return [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
+        prompts = [by_shots[shots][number] for shots, number in some]
+        evaluation = fv.evaluate(model, prompts, vector, layers=layers, likelihood=vector is None)
+        columns = {"clean": evaluation.clean_rank, "nll": evaluation.clean_nll, "rank": evaluation.rank}
+        lists = {key: column.movedim(-1, 0).tolist() for key, column in columns.items() if column is not None}
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
     of = {} if vector is None else {"vector": digest(vector.vector), "rows": list(kept)}
-    items = [(shots, number) for shots, prompts in asked.items() for number in range(len(prompts))]
-    made = part.map(
+    items = [(shots, number) for shots, prompts in by_shots.items() for number in range(len(prompts))]
+    listed = part.map(
         name, rows, items, by=lambda item: f"{item[1]}, {item[0]} shots", inputs=of, batch=AT_ONCE["prompts"],
         alike=lambda item: item[0], strict=True, file=False,
     )  # fmt: skip
     places = tuple(range(model.n_layers) if layers is None else layers)
     evaluations = {}
-    for shots in asked:
-        own = [row for row, item in zip(made, items, strict=True) if item[0] == shots]
+    for shots in by_shots:
+        own = [row for row, item in zip(listed, items, strict=True) if item[0] == shots]
         ranks, nll = (None if key not in own[0] else torch.tensor([row[key] for row in own]) for key in ("rank", "nll"))
         clean = torch.tensor([row["clean"] for row in own])
-        evaluations[shots] = fv.Evaluation(clean, None if ranks is None else ranks.T, nll, () if vector is None else places)
+        evaluations[shots] = fv.Evaluation(
+            clean, None if ranks is None else ranks.T, nll, () if vector is None else places
+        )
     return evaluations
 
 
@@ -352,8 +354,10 @@ def _steered(
 
 def _baseline(part: ic.runs.Part, model: ic.Model, task: fv.Task, config: TasksConfig) -> dict[int, Any]:
     numbers = range(config.n_shots + 1)
-    asked = {shots: fv.questions(task, model.tokenizer, shots=shots, **config.drawn) for shots in numbers}
-    return {shots: found.published() for shots, found in _evaluated(part, "baseline", model, asked).items()}
+    by_shots = {shots: fv.questions(task, model.tokenizer, shots=shots, **config.drawn) for shots in numbers}
+    return {
+        shots: evaluation.published() for shots, evaluation in _evaluated(part, "baseline", model, by_shots).items()
+    }
 
 
 def _evaluation(published: Mapping[str, Any], name: str, layers: Sequence[int] | None) -> fv.Evaluation:

@@ -127,26 +127,26 @@ def _states(
         for mode in MODES for start in range(0, len(everyone), BLOCK)
     }  # fmt: skip
 
-    def made(name: str) -> Row:
+    def block(name: str) -> Row:
         make = partial(read_block, model, data, *blocks[name], asking)
         return run.stage(name, make, after=["samples.json"], read=read_note, data=block_bytes)[1]
 
     rows = run.map(
-        "states", made, blocks, by=lambda name: name, inputs={"samples": runs.digest(data.record())}, strict=True,
+        "states", block, blocks, by=lambda name: name, inputs={"samples": runs.digest(data.record())}, strict=True,
         beside=lambda name, rows: [name], file=False,
     )  # fmt: skip
-    files = {mode: [name for name, block in blocks.items() if block[0] == mode] for mode in MODES}
+    files = {mode: [name for name, (of, _) in blocks.items() if of == mode] for mode in MODES}
     return files, [skipped for row in rows for skipped in row["skipped"]]
 
 
 def _share(run: runs.RunFolder, places: Sequence[str], fit: Callable[[str], Any], kept: Sequence[str]) -> None:
     """Have the processes at work on the run fit probes, each those of a position, whose file is then there."""
 
-    def made(place: str) -> Row:
+    def probe(place: str) -> Row:
         return {"files": [probes_file(place)] if fit(place)[0] is not None else []}
 
     run.map(
-        "probes", made, places, by=lambda place: place, inputs={"kept": list(kept)}, strict=True,
+        "probes", probe, places, by=lambda place: place, inputs={"kept": list(kept)}, strict=True,
         beside=lambda place, rows: rows[0]["files"], file=False,
     )  # fmt: skip
 

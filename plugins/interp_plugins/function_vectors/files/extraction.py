@@ -55,7 +55,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A function vector and what it was made of.
+    """A function vector and what it was effects_of of.
 
     Attributes:
         mean: mean activations of heads on clean prompts.
@@ -147,7 +147,7 @@ def _effects(
 ) -> dict[Measure, Tensor]:  # fmt: skip
     """Effects in both measures, some trials at a time."""
 
-    def made(numbers: Sequence[int]) -> Mapping[Any, Tensor]:
+    def effects_of(numbers: Sequence[int]) -> Mapping[Any, Tensor]:
         part = [prompts[number] for number in numbers]
         if by_hand:
             return plain_effects(model, part, mean, classes=classes)
@@ -156,28 +156,28 @@ def _effects(
 
     if record is not None and record.shards is not None:
         kind = torch.float64 if model.dtype == torch.float64 else torch.float32
-        return _shared_effects(record, made, prompts, AT_ONCE[by], [by, by_hand, classes, digest(mean)], kind)
+        return _shared_effects(record, effects_of, prompts, AT_ONCE[by], [by, by_hand, classes, digest(mean)], kind)
     parts = []
     with ic.Progress(f"{by}, trials", len(prompts), shown=record is not None) as told:
         for numbers in batches(range(len(prompts)), AT_ONCE[by]):
-            parts.append(made(numbers))
+            parts.append(effects_of(numbers))
             told.add(len(numbers))
     return {measure: torch.cat([part[measure] for part in parts]) for measure in MEASURES}
 
 
 def _shared_effects(
-    record: runs.RunFolder, made: Callable[[Sequence[int]], Mapping[Any, Tensor]], prompts: Sequence[Prompt],
+    record: runs.RunFolder, effects_of: Callable[[Sequence[int]], Mapping[Any, Tensor]], prompts: Sequence[Prompt],
     at_once: int, how: list[Any], kind: torch.dtype,
 ) -> dict[Measure, Tensor]:  # fmt: skip
     """The same in a run of several processes, of which each takes trials."""
 
     def rows(numbers: Sequence[int]) -> list[dict[str, Any]]:
-        effects = made(numbers)
+        effects = effects_of(numbers)
         return [{measure: effects[measure][place].tolist() for measure in MEASURES} for place in range(len(numbers))]
 
-    asked = runs.digest([[prompt.ids, prompt.labels, prompt.target_ids] for prompt in prompts])
+    of_prompts = runs.digest([[prompt.ids, prompt.labels, prompt.target_ids] for prompt in prompts])
     listed = record.map(
-        "effects", rows, range(len(prompts)), by=lambda number: number, inputs={"prompts": asked, "how": how},
+        "effects", rows, range(len(prompts)), by=lambda number: number, inputs={"prompts": of_prompts, "how": how},
         batch=at_once, strict=True, file=False,
     )  # fmt: skip
     return {measure: torch.tensor([row[measure] for row in listed], dtype=kind) for measure in MEASURES}

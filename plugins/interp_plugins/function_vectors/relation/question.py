@@ -27,9 +27,9 @@ from interp_core import runs
 from ..effects import Head
 from ..files.answers import MEASURES, as_they_are, measured
 from ..files.published import read_means
+from ..files.trials import Trial
 from ..inject import head_injection
 from ..means import mean_head_activations
-from ..trials import Trial
 from .draws import Work
 from .injected import evaluate_layers, make_vector, summarise
 from .settings import RelationSettings
@@ -84,7 +84,7 @@ def effects(model: ic.Model, work: Work, mean: Means, part: runs.Part) -> list[R
     edits = head_injection(mean, [Head(*place, 0.0) for place in model.heads], model, slot=slot)
     inputs = {"trials": runs.digest(work.sampled["trials"])}
 
-    def made(trial: Trial) -> Row:
+    def trial_row(trial: Trial) -> Row:
         patched = measured(model, [trial.corrupted], edits)
         target = trial.clean.target_ids[0]
         line: Row = {
@@ -99,7 +99,7 @@ def effects(model: ic.Model, work: Work, mean: Means, part: runs.Part) -> list[R
         return {"metrics": line, "scores": cie_rows(q_id, trial.number, target, model.heads, patched)}
 
     rows = part.map(
-        "effects", made, work.trials, by=lambda trial: trial.number, inputs=inputs, strict=True, file=False
+        "effects", trial_row, work.trials, by=lambda trial: trial.number, inputs=inputs, strict=True, file=False
     )  # fmt: skip
     scores = [score for row in rows for score in row["scores"]]
     for name, text in (
