@@ -29,7 +29,7 @@ from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
 from .readings import Reading, ReadStore
 from .receipts import Receipt, demand_effect, demand_proof, receipts
-from .run import CompiledPlan
+from .run import CompiledPlan, in_step
 from .session import Input, Session
 from .sites import TENSOR_OPS, Edit, Site
 from .text import Tokens, token_text
@@ -79,7 +79,8 @@ def generate(
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
     inputs = _inputs(tokens, compiled) | how.arguments
-    with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
+    together = in_step(model, "generate", tokens, compiled.plan.reads, compiled.edits)
+    with together, model.turn, torch.no_grad(), model.fresh(), drawing(seed):
         final = _grown(rows, how.new - 1)
         ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, how.ends)
     generation = Generation(compiled, tokens, rows, ids.cpu(), passes, how.ends)
