@@ -194,8 +194,12 @@ class CompiledPlan(PlanView):
         tokens = x if isinstance(x, Tokens) else self.model.input(x)
         if self.model.atlas.processes is None:
             return self._passed(tokens, grad, logits, each, attention, allow_noop)
-        with in_step(self.model, "run", tokens, self._reads, self.edits):
+        with self.in_step("run", tokens):
             return self._passed(tokens, grad, logits, each, attention, allow_noop)
+
+    def in_step(self, verb: str, tokens: Tokens) -> AbstractContextManager[None]:
+        """See `in_step` below, with what this plan reads and edits."""
+        return in_step(self.model, verb, tokens, self._reads, self.edits)
 
     def _passed(
         self, tokens: Tokens, grad: Any, logits: bool | PositionLike, each: Each | None, attention: bool,
