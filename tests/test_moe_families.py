@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import sampled, tiny_model
 from mixtures import MIXTURES, Mixture, by_hand
+from packaging.version import Version
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
@@ -64,11 +65,13 @@ def with_experts() -> dict[str, str]:
     return found
 
 
+ROOT = Path(__file__).parent.parent
 KINDS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 
 
 def test_no_family_of_transformers_is_silently_without_routers() -> None:
-    """Each model type with experts has a family with a router, or a reason why not; no reason is out of date."""
+    """Each model type with experts has a family with a router, or a reason why not; no reason is out of date, by the
+    release that tests pass with (earlier ones lack some)."""
     families = {row.name for row in ic.registry("architectures").rows}
     kinds = with_experts()
     assert len(kinds) > 60 and {"mixtral", "deepseek_v3", "gemma4_text", "switch_transformers"} <= set(kinds)
@@ -80,7 +83,9 @@ def test_no_family_of_transformers_is_silently_without_routers() -> None:
         else:
             assert UNDESCRIBED.get(kind, UNDESCRIBED.get(kind.removesuffix("_text"))), kind
     assert not described & set(UNDESCRIBED)
-    assert set(UNDESCRIBED) <= {kind.removesuffix("_text") for kind in kinds}
+    (pinned,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    if Version(transformers.__version__) >= Version(pinned):
+        assert set(UNDESCRIBED) <= {kind.removesuffix("_text") for kind in kinds}
 
 
 def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
