@@ -123,7 +123,7 @@ def test_the_self_check_drops_a_wrong_split(monkeypatch: pytest.MonkeyPatch) -> 
     assert "self-check: is what attention mixes" in model.atlas.lacking["v"]
     assert "self-check: gives the scores of the first position" in model.atlas.lacking["q"]
     assert "resid_post" in model.sites and "z" in model.sites
-    with pytest.raises(ic.CapabilityError, match="self-check: times pattern is z"):
+    with pytest.raises(ic.CapabilityError, match="self-check: is what attention mixes"):
         model.run(torch.tensor([[1, 2]]), read=S.v)
 
 
@@ -194,7 +194,7 @@ def test_check_costs_five_short_passes() -> None:
         check_atlas(model)
     finally:
         del model.hf.model.forward
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def test_unchecked_models_work(ids: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ NAMES = {
 }
 """Components of a block, and what their modules are called, the commonest name first."""
 BEFORE_MLP = (
-    "pre_feedforward_layernorm pre_mlp_layernorm pre_ff_layernorm feedforward_layernorm ln_2 layer_norm2 norm2 norm_2 "
+    "pre_feedforward_layernorm pre_mlp_layernorm pre_ff_layernorm feedforward_layernorm ln_2 ln2 layer_norm2 norm2 norm_2 "
     "ffn_norm channel_pre_norm"
 )
 """Norms that the MLP reads and nothing else can be."""
@@ -37,9 +37,15 @@ BETWEEN = "post_attention_layernorm"
 """Norms what attention gives where other norms show that blocks have such, else what the MLP reads."""
 
 
-def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = None) -> dict[str, str]:
+def discover(
+    modules: Mapping[str, nn.Module], embedding: nn.Module | None = None, *, described: bool = False
+) -> dict[str, str]:
     """Paths of a model's components, as a family file would have them: its blocks are the longest list with attention,
-    of those beside the token embedding if there are such (a vision tower has blocks too)."""
+    of those beside the token embedding if there are such (a vision tower has blocks too).
+
+    Args:
+        described: a family file says whether blocks are parallel.
+    """
     lists = [(path, m) for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 0]
     home = next((path.rpartition(".")[0] for path, m in modules.items() if m is embedding), "")
     for path, blocks in sorted(lists, key=lambda item: (item[0].rpartition(".")[0] != home, -len(item[1]))):
@@ -47,7 +53,8 @@ def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = Non
         names = {name.removeprefix(block) for block in inside for name in modules if name.startswith(block)}
         parts = _parts(names)
         if "attn" in parts:
-            parallel = {} if {"ln2", "ln2_post"} & parts.keys() or "mlp" not in parts else {"parallel": ""}
+            norms = {"ln2", "ln2_post"} & parts.keys()
+            parallel = {} if described or norms or "mlp" not in parts else {"parallel": ""}
             return {"blocks": path, **{f"blocks.{k}": v for k, v in parts.items()}, **parallel, **_ends(modules, path)}
     return {}
 

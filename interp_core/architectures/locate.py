@@ -49,7 +49,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
-    shown = known or discover(modules, model.get_input_embeddings())
+    shown = known or discover(modules, model.get_input_embeddings(), described=family is not None)
     paths = {**shown, **(family.paths if family else {})}
     if family and config is model.config:
         demand_blocks(family, modules)
