@@ -128,7 +128,7 @@ NO_DENSE = {
 DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
-DENSE |= dict.fromkeys(NO_DENSE, [])
+DENSE |= {name: [] for name in NO_DENSE}
 DENSE |= {"llama4_text": [], "qwen3_5_moe_text": []}
 """Layers with a dense MLP of types that have experts in others."""
 LACKS: dict[str, set[str]] = {
@@ -147,5 +147,5 @@ LACKS: dict[str, set[str]] = {
 """What a type does not have."""
 LINEAR = layouts.LINEAR | {"qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
 """Layers with linear attention."""
-SOME: dict[str, dict[str, list[int]]] = {"gpt_neox_japanese": dict.fromkeys(("attn_out", "resid_mid"), [0, 1])}
+SOME: dict[str, dict[str, list[int]]] = {"gpt_neox_japanese": {"attn_out": [0, 1], "resid_mid": [0, 1]}}
 """Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""

@@ -26,8 +26,8 @@ NAMES = {
 }
 """Components of a block, and what their modules are called, the commonest name first."""
 BEFORE_MLP = (
-    "pre_feedforward_layernorm pre_mlp_layernorm pre_ff_layernorm feedforward_layernorm ln_2 ln2 layer_norm2 norm2 norm_2 "
-    "ffn_norm channel_pre_norm"
+    "pre_feedforward_layernorm pre_mlp_layernorm pre_ff_layernorm feedforward_layernorm ln_2 ln2 layer_norm2 norm2 "
+    "norm_2 ffn_norm channel_pre_norm"
 )
 """Norms that the MLP reads and nothing else can be."""
 BEHIND_ATTENTION = "post_self_attn_layernorm post_operator_norm"

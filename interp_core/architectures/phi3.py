@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: fused query-key-value projection in blocks; so in GPT-BigCode (StarCoder), which has one key head."""
+"""Phi-3 and Phi-4: a fused query-key-value projection; so in GPT-BigCode (StarCoder), which has one key head."""
 
 from .family import Family, fused_blocks
 

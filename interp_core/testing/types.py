@@ -71,6 +71,7 @@ MOST = 8_000_000
 _EQUAL = {"num_key_value_heads": 4}
 _LATENT = {**_EQUAL, "head_dim": 8}
 _D_HEAD = {"head_dim": 16}
+_GLOBAL = {"global_head_dim": 24, "num_global_key_value_heads": 1}
 _ENCODED = {"encoder_layers": 3}
 _HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_EQUAL}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1}
@@ -111,7 +112,7 @@ OWN: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
     },
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 24, "num_global_key_value_heads": 1}),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GLOBAL),
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _D_HEAD),
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
