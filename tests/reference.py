@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from routed import route
 from torch import Tensor, nn
-from type_layouts import DENSE, LACKS, LAYOUT, LINEAR, MIXED_VALUES, PER_HEAD, SCALES, SOME, WIDE_QUERIES
+from type_layouts import DENSE, KIN, LACKS, LAYOUT, LINEAR, MIXED_VALUES, PER_HEAD, SCALES, SOME, WIDE_QUERIES
 
 Change = Callable[[Tensor], Tensor]
 
@@ -25,7 +25,7 @@ class Reference:
     """A tiny model of one family, in eager attention, with hooks written by hand."""
 
     def __init__(self, family: str, hf: nn.Module) -> None:
-        self.family, self.hf, self.layout = family, hf, LAYOUT[family]
+        self.family, self.hf, self.layout, self.kin = family, hf, LAYOUT[family], KIN.get(family, family)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
         self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
@@ -201,7 +201,7 @@ class Reference:
     def _router(self, layer: int, site: str, fn: Change) -> Iterator[None]:
         module = self.module("router", layer)
 
-        config, inputs = self.hf.config.get_text_config(), self.family == "llama4"
+        config, inputs = self.hf.config.get_text_config(), self.kin == "llama4"
 
         def batched(x: Tensor) -> Tensor:
             return fn(x.reshape(*self.shape, -1)).reshape(x.shape)
@@ -212,11 +212,11 @@ class Reference:
                 if site == "router_weights":
                     return batched(weights), logits
                 logits = batched(logits)
-                return route(self.family, config, m, logits), logits
+                return route(self.kin, config, m, logits), logits
             logits, weights, chosen = output
             if site == "router_logits":
                 logits = batched(logits)
-                dense = route(self.family, config, m, logits)
+                dense = route(self.kin, config, m, logits)
                 chosen = torch.stack([(row != 0).nonzero()[:, 0] for row in dense])
             else:
                 dense = weights.new_zeros(logits.shape)

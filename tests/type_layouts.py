@@ -48,13 +48,17 @@ PLAIN = (
 """Types with Llama's blocks."""
 MIXED = (
     "aria_text", "dots1", "ernie4_5_moe", "exaone_moe", "flint", "hunyuan_v1_moe", "hy_v3", "laguna", "mellum",
-    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "phimoe", "sarvam_moe", "solar_open",
+    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "phimoe", "solar_open",
 )  # fmt: skip
 """Types with Llama's blocks and experts in some layers or all."""
 LATENTLY = (
-    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu",
+    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
 )  # fmt: skip
 """Types whose keys and values come out of a latent."""
+KIN = {
+    "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
+}  # fmt: skip
+"""Types whose classes are another's, and whose routers select as that one's."""
 LAYOUT: dict[str, dict[str, str]] = {
     **layouts.LAYOUT,
     **dict.fromkeys((*PLAIN, *MIXED), LLAMA),
@@ -77,7 +81,6 @@ LAYOUT: dict[str, dict[str, str]] = {
     "glm4": GLM4,
     "gpt-sw3": GPT,
     "gpt_bigcode": GPT,
-    "llama4_text": LLAMA | {"mlp": "feed_forward", "mlp_out": "feed_forward", "down": "feed_forward.down_proj"},
     "gpt_neox_japanese": {
         "pattern": "attention.attention_dropout", "embed": "gpt_neox_japanese.embed_in", "blocks": "gpt_neox_japanese.layers",
         "norm": "gpt_neox_japanese.final_layer_norm", **NEOX, "mid": "post_attention_layernorm",
@@ -96,7 +99,6 @@ LAYOUT: dict[str, dict[str, str]] = {
     "phi": PARALLEL | {"norm": "model.final_layernorm", "o": "self_attn.dense", "down": "mlp.fc2"},
     "phi4_multimodal": FUSED | {"qkv": "self_attn.qkv_proj"},
     "qwen3_5_text": LLAMA,
-    "qwen3_5_moe_text": LLAMA,
     "starcoder2": LLAMA | {"down": "mlp.c_proj"},
     "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
     "modernbert-decoder": {
@@ -104,9 +106,10 @@ LAYOUT: dict[str, dict[str, str]] = {
         "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.Wo", "mlp": "mlp", "down": "mlp.Wo",
         "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
     },
+    **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
 }  # fmt: skip
 """Module names by type."""
-WIDE_QUERIES = {"deepseek_v3", *LATENTLY}
+WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
 MIXED_VALUES = {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"}
 """Values are normed or scaled before attention mixes them; they are what it is handed."""
@@ -129,13 +132,13 @@ DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", 
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE}
-DENSE |= {"llama4_text": [], "qwen3_5_moe_text": []}
+DENSE |= {"llama4_text": [], "qwen3_5_moe_text": [], "sarvam_mla": [0], "sarvam_moe": [0]}
 """Layers with a dense MLP of types that have experts in others."""
 LACKS: dict[str, set[str]] = {
     **layouts.LACKS,
     **{family: {"resid_mid"} for family in ("cohere", "cohere2", "cohere_compass_text", "phi")},
     **{family: {"mlp_act"} for family in NO_DENSE},
-    **{family: {"k"} for family in LATENTLY},
+    **{family: {"k"} for family in (*LATENTLY, "sarvam_mla")},
     "cohere2_moe": {"resid_mid", "mlp_act"},
     "llama4_text": {"mlp_act"},
     "qwen3_5_moe_text": {"mlp_act"},
