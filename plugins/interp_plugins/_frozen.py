@@ -22,7 +22,14 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-POST_NORMS = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
+POST_NORMS = {"attn_out": "ln1_post", "mixer_out": "ln1_post", "mlp_out": "ln2_post"}
+
+
+def added(model: ic.Model, layer: int) -> list[S.Site]:
+    """What a layer adds to the stream: `attn_out` or, where another mixer is in its place or beside it, `mixer_out`;
+    and `mlp_out`. A layer need not have both."""
+    mixed = S.attn_out if layer in model.layers(S.attn_out) else S.mixer_out
+    return [site[layer] for site in (mixed, S.mlp_out) if layer in model.layers(site)]
 
 
 class Frozen(NamedTuple):
