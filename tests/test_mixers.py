@@ -345,3 +345,17 @@ def test_the_state_of_a_recurrent_unit_is_its_recurrence(ids: Tensor) -> None:
                 brought if position == 0 else decay[:, position] * now + (1 - decay[:, position] ** 2).sqrt() * brought
             )
             close(state[:, position], now, 10)
+
+
+def test_methods_that_need_patterns_say_which_layer_has_none(ids: Tensor) -> None:
+    with pytest.raises(
+        ic.CapabilityError, match="layer 0 of .* mixes tokens by JambaMambaMixer without v and z and pattern"
+    ):
+        ic.method("ifr")(loaded("jamba"), ids[:1])
+
+
+@pytest.mark.parametrize(("name", "plain"), [("jamba", [0, 1]), ("zamba", [0, 1, 2, 3]), ("lfm2", [0]), ("llama", [])])
+def test_relevance_goes_through_recurrences_by_their_gradient(name: str, plain: list[int], ids: Tensor) -> None:
+    """And says in which layers."""
+    (notes,) = ic.method("attnlrp")(tiny_model(name), ids[:1]).notes
+    assert notes["unruled_layers"] == plain

@@ -24,6 +24,7 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ._contrast import Contrast
+from ._frozen import mixed
 from ._maps import single_place
 
 SENDERS = ("embed", "z", "attn_out", "mixer_out", "mlp_out")
@@ -74,7 +75,7 @@ def _single(model: ic.Model, what: str, name: Any, allowed: tuple[str, ...]) -> 
             whole = S.named(site.name)[layer]
             mixes = site.name in ("attn_out", "mixer_out")
             heads = [S.z[at] for at in model.heads if at[0] == layer] if mixes else []
-            yield End(str(whole), tuple(heads) or (whole,))
+            yield End(str(whole), tuple(heads) or (mixed(model, layer) if mixes else whole,))
             continue
         for unit in S.indices(
             site.units, model.sizes(S.named(site.name)[layer])[site.info.unit], site.info.unit, str(site)
@@ -116,7 +117,7 @@ class DirectPlan:
                 f"path_patching holds every head at its base value, and in layer {beside[0]} of {model.source} heads "
                 f"are not all that mixes tokens: {model.can('attn_out', 'read')}"
             )
-        frozen = [S.z[i] for i in heads] + [S.mixer_out[i] for i in model.layers(S.mixer_out) if i not in heads]
+        frozen = [S.z[i] for i in heads] + [mixed(model, i) for i in model.layers(S.mixer_out) if i not in heads]
         self.mlps = self._below([S.mlp_out[i] for i in model.layers(S.mlp_out)])
         self.frozen = self._below([S.resid_pre[0], *frozen]) + ([] if through_mlps else self.mlps)
         sending = {site.whole for end in senders for site in end.sites}
