@@ -73,9 +73,17 @@ def finished(config: Any, logits: Tensor) -> Tensor:
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):
         logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):
+    if cap := cap_of(config):
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def cap_of(config: Any) -> float | None:
+    """What no logit is above, in families that bend them; by all names that configs have for it."""
+    caps = (
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    )
+    return next((cap for cap in caps if cap), None)
 
 
 def is_plain(head: Any) -> bool:

@@ -14,8 +14,9 @@ A `Site` is plain data: a name, layers, units (heads, experts, neurons) and posi
 Where they lie:
 
     resid_pre ──┬──────────────────────────── + ── resid_mid ──┬───────────────────────────── + ── resid_post
-                └─ attn_in ─ … ─ attn_out ────┘                └─ mlp_in ─ mlp_act ─ mlp_out ─┘
+                └─ mixer_in ─ … ─ mixer_out ──┘                └─ mlp_in ─ mlp_act ─ mlp_out ─┘
 
+    mixers      mixer_in is attn_in, mixer_out is attn_out where the mixer is attention, with a softmax or linear
     attention   q ─ rot_q ─┬─ scores ─ pattern ─┬─ z ─ head_out     which adds up to attn_out
                 k ─ rot_k ─┘               v ───┘
     mixture     mlp_in ─ router_logits ─ router_indices, router_weights ─ expert_out     which adds up to mlp_out
@@ -81,9 +82,12 @@ _RESID = ("batch", "pos", "d_model")
 _HEADS = ("batch", "pos", "head", "d_head")
 _ATTENTION = ("batch", "head", "query", "key")
 _EXPERTS = ("batch", "pos", "expert")
+_CHOSEN = ("batch", "pos", "k")
 _VISUAL = ("batch", "visual", "d_model")
 _PATCHES = ("batch", "patch", "d_model")
 _PATCH_HEADS = ("batch", "patch", "head", "d_head")
+_PATCH_ACTS = ("batch", "patch", "d_mlp")
+_PATCH_OUTS = ("batch", "patch", "head", "d_model")
 
 VISION_ = "vision_"
 """Begins the name of a tower's site, before the name of the same thing in the language model."""
@@ -434,20 +438,14 @@ embed = define("embed", _RESID, "output of the token embedding", layered=False)
 vision_resid_pre = define("vision_resid_pre", _PATCHES, "vision tower: residual stream that enters the block")
 vision_attn_in = define("vision_attn_in", _PATCHES, "vision tower: what the attention reads, after its norm")
 vision_q = define("vision_q", _PATCH_HEADS, "vision tower: queries, before query-key norm and rotary embedding", "head")
-vision_k = define(
-    "vision_k", _PATCH_HEADS, "vision tower: keys (key-value heads), before query-key norm and rotary embedding", "head"
-)
+vision_k = define("vision_k", _PATCH_HEADS, "vision tower: keys, before query-key norm and rotary embedding", "head")
 vision_v = define("vision_v", _PATCH_HEADS, "vision tower: values (key-value heads)", "head")
 vision_z = define("vision_z", _PATCH_HEADS, "vision tower: input of the output projection, per query head", "head")
-vision_head_out = define(
-    "vision_head_out", ("batch", "patch", "head", "d_model"), "vision tower: z times the head's slice of W_O", "head"
-)
+vision_head_out = define("vision_head_out", _PATCH_OUTS, "vision tower: z times the head's slice of W_O", "head")
 vision_attn_out = define("vision_attn_out", _PATCHES, "vision tower: what attention adds to the residual stream")
 vision_resid_mid = define("vision_resid_mid", _PATCHES, "vision tower: residual stream between attention and MLP")
 vision_mlp_in = define("vision_mlp_in", _PATCHES, "vision tower: what the MLP reads, after its norm")
-vision_mlp_act = define(
-    "vision_mlp_act", ("batch", "patch", "d_mlp"), "vision tower: input of the MLP's output projection", "d_mlp"
-)
+vision_mlp_act = define("vision_mlp_act", _PATCH_ACTS, "vision tower: input of the MLP's output projection", "d_mlp")
 vision_mlp_out = define("vision_mlp_out", _PATCHES, "vision tower: what the MLP adds to the residual stream")
 vision_resid_post = define("vision_resid_post", _PATCHES, "vision tower: residual stream that leaves the block")
 vision_pre_merger = define(
@@ -456,6 +454,7 @@ vision_pre_merger = define(
 vision_embed = define("vision_embed", _VISUAL, "what the vision tower hands to the language model", layered=False)
 deepstack = define("deepstack", _VISUAL, "visual features that are added after the block (DeepStack)")
 resid_pre = define("resid_pre", _RESID, "residual stream that enters the block")
+mixer_in = define("mixer_in", _RESID, "what the block's token mixer reads, after its norm")
 attn_in = define("attn_in", _RESID, "what the attention reads, after its norm")
 q = define("q", _HEADS, "queries, before query-key norm and rotary embedding", "head")
 k = define("k", _HEADS, "keys (key-value heads), before query-key norm and rotary embedding", "head")
@@ -467,15 +466,16 @@ pattern = define("pattern", _ATTENTION, "attention probabilities", "head")
 z = define("z", _HEADS, "input of the output projection, per query head", "head")
 head_out = define("head_out", ("batch", "pos", "head", "d_model"), "z times the head's slice of W_O", "head")
 attn_out = define("attn_out", _RESID, "what attention adds to the residual stream")
-resid_mid = define("resid_mid", _RESID, "residual stream between attention and MLP")
+mixer_gate = define("mixer_gate", ("batch", "pos", "d_mixer"), "gate on what the mixer gives, before its activation")
+ssm_state = define("ssm_state", ("batch", "pos", "d_state"), "recurrent state after each position; read only")
+mixer_out = define("mixer_out", _RESID, "what the token mixer adds to the residual stream")
+resid_mid = define("resid_mid", _RESID, "residual stream between token mixer and MLP")
 mlp_in = define("mlp_in", _RESID, "what the MLP reads, after its norm")
 mlp_act = define("mlp_act", ("batch", "pos", "d_mlp"), "input of the MLP's output projection", "d_mlp")
 router_logits = define("router_logits", _EXPERTS, "router logits; an edit re-routes", "expert")
 router_probs = define("router_probs", _EXPERTS, "the router's scores as probabilities; read only", "expert")
 router_weights = define("router_weights", _EXPERTS, "executed expert weights, zero where not chosen", "expert")
-router_indices = define(
-    "router_indices", ("batch", "pos", "k"), "executed experts, as the router orders them; read only"
-)
+router_indices = define("router_indices", _CHOSEN, "executed experts, as the router orders them; read only")
 shared_expert_gate = define(
     "shared_expert_gate", ("batch", "pos", "gate"), "factor on the shared expert's output; read only"
 )

@@ -24,9 +24,12 @@ from .readout import scale_of
 from .sites import Site
 
 HEADS = ("q", "k", "v")
-INPUTS = {"attn_in": (("ln1",), ("resid_pre",)), "mlp_in": (("ln2", "ln1"), ("resid_mid", "resid_pre"))}
+INPUTS = {
+    **dict.fromkeys(("attn_in", "mixer_in"), (("ln1",), ("resid_pre",))),
+    "mlp_in": (("ln2", "ln1"), ("resid_mid", "resid_pre")),
+}
 """Sites that a norm makes in most families: the components that it may be, and the sites that it may read."""
-ADDED = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
+ADDED = {"attn_out": "ln1_post", "mixer_out": "ln1_post", "mlp_out": "ln2_post"}
 """Sites that a norm makes in families with post-norms, and the component that it is."""
 KNOWN = (*HEADS, "z", "mlp_act", "embed", "logits", *INPUTS, *ADDED, "final_norm")
 ROWS = 1024

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from layouts import DEEPSTACK, DENSE, LACKS, SHARED, VISUAL
+from layouts import DEEPSTACK, DENSE, LACKS, LINEAR, SHARED, VISUAL
 
 import interp_core as ic
 from interp_core import sites as S
@@ -37,7 +37,8 @@ def test_what_a_family_lacks_is_said(family: str) -> None:
     )
     tower = {name for name, info in SITES.items() if info.tower}
     visual |= {"vision_pre_merger"} if family == "llava" else set() if family in VISUAL else tower
-    assert set(model.atlas.lacking) == LACKS.get(family, set()) | router | visual
+    mixers = {"ssm_state"} | (set() if family in LINEAR and family != "qwen3_next" else {"mixer_gate"})
+    assert set(model.atlas.lacking) == LACKS.get(family, set()) | router | visual | mixers
     table = repr(model.sites).partition("not in this model:")[2].splitlines()
     for name, why in model.atlas.lacking.items():
         assert any(name in line.partition(": ")[0] and line.endswith(f": {why}") for line in table)
@@ -97,9 +98,10 @@ def test_an_unknown_family_gets_what_its_modules_show(
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    hf = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    hf = ic.testing.tiny("llama")
+    hf.model.layers = torch.nn.Sequential(*hf.model.layers)
+    hf.__class__ = type("Unheard", (type(hf),), {})
+    hf.config.model_type = "unheard"
     with pytest.raises(ic.LoadError, match="shows no list of transformer blocks"):
         ic.load(hf)
 

@@ -148,6 +148,26 @@ def test_layers_without_heads_are_frozen_whole() -> None:
             close(found.effect[:, i, j] * (found.source - found.base), wanted, model)
 
 
+@pytest.mark.parametrize("family", ["jamba", "mamba"])
+def test_layers_that_are_not_attention_are_frozen_too(family: str) -> None:
+    """All senders together bring the whole difference, and none of them more than its own direct path: a state space
+    model that computed on would bring its part a second time."""
+    model = tiny_model(family)
+    everything = [
+        site for site in ("embed", "z", "mixer_out", "mlp_out") if site == "embed" or model.layers(S.named(site))
+    ]
+    whole = paths(model, senders=[everything], receivers=["logits"])
+    torch.testing.assert_close(whole.effect.as_subclass(Tensor), torch.ones_like(whole.effect), atol=1e-2, rtol=0)
+    first = "mixer_out[0]"
+    alone = paths(model, senders=[first], receivers=["logits"], at=2, score=score.logprob(7))
+    assert float(alone.effect.abs().max()) < 1e-5  # it sends to its own position alone, and the score is at the last
+
+
+def test_heads_beside_another_mixer_are_refused() -> None:
+    with pytest.raises(ic.CapabilityError, match="heads are not all that mixes tokens.*falcon_h1"):
+        paths(tiny_model("falcon_h1"), senders="z", receivers=["logits"])
+
+
 def test_a_receiver_below_the_sender_gets_nothing() -> None:
     found = paths(tiny_model("llama"), senders="z", receivers=["q", "k", "v", "mlp_in"], at=-1)
     for i, sender in enumerate(map(S.Site.parse, found.senders)):
@@ -297,8 +317,8 @@ def test_pictures_and_pages(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     model = toy_model()
     for settings, message in (
-        ({"senders": "pattern"}, "pattern as one of the senders: senders are embed, z, attn_out, mlp_out"),
-        ({"receivers": "z[1,2]"}, "receivers are attn_in, q, k, v"),
+        ({"senders": "pattern"}, "pattern as one of the senders: senders are embed, z, attn_out, mixer_out, mlp_out"),
+        ({"receivers": "z[1,2]"}, "receivers are mixer_in, attn_in, q, k, v"),
         ({"receivers": "q[1,2]@-1"}, "positions are given by at="),
         ({"senders": "zz"}, "no site is called 'zz'"),
         ({"senders": "z[9]"}, "no layer 9"),

@@ -32,7 +32,6 @@ BART = {
     "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-SSM = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 MINIMAX = {
     "head_dim": 16, "num_local_experts": 4, "layer_types": ["full_attention"] * 3, "full_attn_alpha_factor": 2.0,
     "full_attn_beta_factor": 0.7, "mlp_alpha_factor": 1.3, "mlp_beta_factor": 0.8,
@@ -70,7 +69,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "albert": ("AlbertForMaskedLM", "AlbertConfig", {**BERT, "embedding_size": 32, "num_hidden_groups": 1}),
     "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", {**LLAMA, **GEMMA4}),
-    "falcon_h1": ("FalconH1ForCausalLM", "FalconH1Config", {**LLAMA, **SSM, "attention_out_multiplier": 0.6}),
 }
 
 
@@ -197,13 +195,12 @@ def test_the_stream_between_is_the_stream(name: str, ids: Tensor) -> None:
     ("name", "gone", "line"),
     [
         ("gemma4", {"mlp_out"}, "gemma4: .*mlp_out withdrawn: they do not add up"),
-        ("falcon_h1", {"attn_out", "resid_mid"}, "falcon_h1: attn_out, resid_mid withdrawn: they do not add up"),
     ],
 )
 def test_what_does_not_add_up_is_withdrawn(
     name: str, gone: set[str], line: str, ids: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And nothing beside; in one line at load. Gemma 4 scales the whole sum, Falcon-H1 adds a third part."""
+    """And nothing beside; in one line at load. Gemma 4 scales the whole sum."""
     hf = built(name)
     with caplog.at_level(logging.WARNING):
         model = ic.load(hf)

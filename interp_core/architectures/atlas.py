@@ -23,6 +23,8 @@ from .reach import Reach
 
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
 """Sites that only mixtures of experts have."""
+OF_ATTENTION = ("attn_in", "attn_out", "q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out")
+"""Sites that only attention has."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Entry:
         tower: it lies in the vision tower.
         overwritten: the model writes into the tensor after it passed; reads keep a copy.
         wide: the family may compute it in float32 whatever the model's dtype.
+        order: when a forward pass meets it in its layer; that of its name but for families in which it differs.
     """
 
     __slots__ = (
-        "layer", "module", "n_units", "name", "overwritten", "read", "sizes", "tower", "view",
+        "layer", "module", "n_units", "name", "order", "overwritten", "read", "sizes", "tower", "view",
         "visual", "why", "wide", "write",
     )  # fmt: skip
 
@@ -72,7 +75,7 @@ class Entry:
         self.why, self.module, self.view = why or {}, module, None if read is None else read.view
         info = SITES[name]
         self.visual, self.tower, self.wide = info.visual, info.tower, name.startswith("router")
-        self.overwritten = False
+        self.overwritten, self.order = False, info.order
 
 
 class Atlas:

@@ -13,9 +13,10 @@ ENDS = ("embed", "embed_ln", "pos_embed", "rotary_emb", "ln_final", "unembed", "
 """Components that a model has once."""
 OF_BLOCKS = (
     "block", "ln1", "attn", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.o",
-    "linear_attn", "ln1_post", "ln2", "mlp", "mlp.in", "mlp.gate", "mlp.out", "router", "experts", "ln2_post",
+    "linear_attn", "mixer", "ln1_post", "ln2", "mlp", "mlp.in", "mlp.gate", "mlp.out", "router", "experts", "ln2_post",
 )  # fmt: skip
-"""Components that a block may have, in the order of a forward pass. `ln1_post` and `ln2_post` norm what is added."""
+"""Components that a block may have, in the order of a forward pass. `ln1_post` and `ln2_post` norm what is added,
+`mixer` is what mixes tokens, attention or not."""
 
 
 class Components:

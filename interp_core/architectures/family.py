@@ -111,10 +111,13 @@ class Family:
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
-        places: `attn_in`, `attn_out`, `resid_mid` and sites of the MLP that lie elsewhere than at `blocks.attn`,
-            before `blocks.ln2` and at `blocks.mlp`; or a function of the config that gives them.
-        added: factors by which the block multiplies what attention and MLP give before it adds them to the stream, by
-            site (`attn_out`, `mlp_out`), given the block.
+        beside: by `attn_out` or `mlp_out`, a module in the block that is called before attention or MLP, on the same
+            input; what both give is added.
+        places: `attn_in`, `attn_out` (also of mixers that are no attention), `mixer_in`, `resid_mid` and sites of the
+            MLP that lie elsewhere than at `blocks.attn`, before `blocks.ln2` and at `blocks.mlp`; or a function of the
+            config that gives them.
+        added: factors by which the block multiplies what mixer and MLP give before it adds them to the stream, by site
+            (`attn_out`, `mlp_out`, and `beside` for a module beside these), given the block.
         join: how the block goes on from the stream and what is added to it, where that is not their sum.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
@@ -142,6 +145,7 @@ class Family:
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None
     inside: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
     added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
     join: Join | None = None

@@ -15,18 +15,29 @@ from .routing import Router, TopKOfLogits
 
 def added(block: Any) -> Mapping[str, float]:
     """The factor on what a block adds to the stream."""
-    return dict.fromkeys(("attn_out", "mlp_out"), block.residual_multiplier)
+    return dict.fromkeys(("attn_out", "mlp_out", "beside"), block.residual_multiplier)
 
 
 _ROUTER = Router("block_sparse_moe.router", "block_sparse_moe.experts", TopKOfLogits())
 _STREAM = {key: path for key, path in llama_like("model").items() if "mlp" not in key}
-_BETWEEN = {"resid_mid": Place("post_attention_layernorm", "in")}
+SHARED: dict[str, Any] = {
+    "varied": lambda block: {"blocks.mlp": "shared_mlp" if getattr(block, "shared_mlp", None) else "block_sparse_moe"},
+    "places": {
+        "resid_mid": Place("post_attention_layernorm", "in"),
+        "mlp_in": Place("post_attention_layernorm", "out"),
+    },
+    "beside": {"mlp_out": "block_sparse_moe"},
+    "added": added,
+    "router": _ROUTER,
+}
+"""An MLP that every token passes, beside the experts."""
+SHARED_MLP = {"blocks.mlp.out": "shared_mlp.output_linear|"}
 
 FAMILY = Family("granite", added=added)
 SWA = Family("granite_swa", paths=llama_like("model"), added=added)
 MOE = Family("granitemoe", added=added, router=_ROUTER)
-MOE_SHARED = Family("granitemoeshared", paths=_STREAM, places=_BETWEEN, added=added, router=_ROUTER)
-MOE_SWA = Family("granitemoe_swa", paths=_STREAM, places=_BETWEEN, added=added, router=_ROUTER)
+MOE_SHARED = Family("granitemoeshared", paths=_STREAM | SHARED_MLP, **SHARED)
+MOE_SWA = Family("granitemoe_swa", paths=_STREAM | SHARED_MLP, **SHARED)
 HYPERCLOVAX = Family(
     "hyperclovax",
     paths={**llama_like("model"), "blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},

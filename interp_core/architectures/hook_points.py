@@ -207,17 +207,34 @@ def resid_mid(
     """The stream after attention. The block adds it up in a local variable, so a change goes in by `attn_out`.
 
     Args:
+        attn_out: what attention or another mixer adds; derived (`both`) where it is a sum.
         join: what the stream before and `attn_out` make, where that is not their sum (but moves as `attn_out` does).
     """
+    added = attn_out.get or (lambda call, _units: call.first)
+    plain = join is None and attn_out.get is None
 
-    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
-        return (join or torch.add)(call.needs[0], call.first)
+    def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
+        return (join or torch.add)(call.needs[0], added(call, units))
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
-        back = new - call.needs[0] if join is None else call.first + (new - old)
+        back = new - call.needs[0] if plain else call.first + (new - old)
         call.first = unrounded(old, new, call.first, back)
 
-    return replace(attn_out, get=get, put=put, needs=(block,), rank=1)  # after edits of `attn_out`, of which it is made
+    needs = attn_out.needs or (block,)
+    return replace(attn_out, get=get, put=put, needs=needs, rank=1)  # after edits of `attn_out`, of which it is made
+
+
+def both(block: HookPoint, beside: HookPoint, attn_out: HookPoint) -> HookPoint:
+    """What two mixers of a block add together: that beside attention, and attention after it. A change goes in by
+    attention's part. (It needs the block's input only for `resid_mid`, which shares its place.)"""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return call.needs[1] + call.first
+
+    def put(call: Call, old: Tensor, new: Tensor) -> None:
+        call.first = unrounded(old, new, call.first, call.first + (new - old))
+
+    return replace(attn_out, get=get, put=put, needs=(block, beside))
 
 
 def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int, d_head: int) -> HookPoint:

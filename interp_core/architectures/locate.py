@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import nn
 from ..errors import LoadError
 from ..sites import SITES, VISION_
 from . import hook_points
-from .atlas import ROUTED, Atlas, Entry, Shape
+from .atlas import OF_ATTENTION, ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
+from .mixers import gate, mixer_ends, mixer_of, state_reason
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
@@ -165,6 +166,8 @@ class Stack:
                 paths = (self._inside(block, key, name) for name in names.split("|"))
                 if path := next((path for path in paths if path in self.modules), None):
                     parts[key.removeprefix("blocks.")] = path
+        if mixer := mixer_of(block, parts, self.modules):
+            parts["mixer"] = mixer
         return parts
 
     def _inside(self, block: str, key: str, name: str) -> str:
@@ -180,7 +183,8 @@ class Stack:
     def view(self, name: str, layer: int, point: HookPoint, sizes: Mapping[str, int]) -> None:
         """Add a site that is a view of what passes at a point, where the model has that module."""
         if point.module in self.modules:
-            self.add(Entry(self.prefix + name, layer, point, point, sizes, module=self.modules[point.module]))
+            why = {"grad": "it is computed of what several modules give"} if point.get else None
+            self.add(Entry(self.prefix + name, layer, point, point, sizes, why, self.modules[point.module]))
 
     def add(self, entry: Entry) -> None:
         """Add a site, unless the family refuses it."""
@@ -233,6 +237,13 @@ class Block:
         layout = Layout(flat, factors.get(name, 1.0), images=not self.stack.text)
         return HookPoint(module, "out", layout=layout if layout.flat or layout.scaled or layout.images else None)
 
+    def whole(self, name: str, part: HookPoint) -> HookPoint:
+        """What is added together with what a module beside gives, if there is one."""
+        beside = f"{self.path}.{self.stack.family.beside.get(name, '')}"
+        if beside not in self.stack.modules or beside == part.module:
+            return part
+        return hook_points.both(self.stack.point(self.path, "in"), self.addition("beside", beside), part)
+
 
 # One function per group of sites. A family's own (`Family.sites`) are called after these, in the same way.
 
@@ -241,35 +252,6 @@ def stream(block: Block) -> None:
     """`resid_pre`, `resid_post`: what the block gets and gives."""
     block.view("resid_pre", block.stack.point(block.path, "in"), block.d_model)
     block.view("resid_post", block.stack.point(block.path, "out"), block.d_model)
-
-
-def attention_ends(block: Block) -> None:
-    """`attn_in`, `attn_out`, and `resid_mid` after it."""
-    attn = block.parts.get("attn", block.parts.get("linear_attn"))
-    if attn is None:
-        return
-    attn_out = block.addition("attn_out", block.parts.get("ln1_post", attn))
-    block.view("attn_in", block.placed("attn_in", block.stack.point(attn, "in")), block.d_model)
-    block.view("attn_out", attn_out, block.d_model)
-    if not block.stack.parallel:
-        _between(block, attn_out)
-
-
-def _between(block: Block, attn_out: HookPoint) -> None:
-    """The stream between attention and MLP. What a module gives is the stream itself; what a module reads is a use of
-    it beside others, so there changes go in by `attn_out`."""
-    parts, family = block.parts, block.stack.family
-    module = parts.get("ln2", parts.get("mlp"))
-    if "resid_mid" not in block.stack.places and (module is None or "mlp" not in parts):
-        return
-    point = block.placed("resid_mid", block.stack.point(str(module), "in"))
-    if point.side == "out":
-        block.view("resid_mid", point, block.d_model)
-        return
-    why = {"grad": "the stream also goes on past the module where it is read"} if point.layout else {}
-    join = partial(family.join, block.module, "resid_mid") if family.join else None
-    write = hook_points.resid_mid(block.stack.point(block.path, "in"), attn_out, join)
-    block.add("resid_mid", point, write, block.d_model, why)
 
 
 def mlp(block: Block) -> None:
@@ -281,7 +263,9 @@ def mlp(block: Block) -> None:
     if module or "mlp_out" in stack.places:
         router = stack.family.router
         flat = router is not None and router.flat and f"{block.path}.{router.module}" in stack.modules
-        points["mlp_out"] = block.addition("mlp_out", parts.get("ln2_post", str(module)), flat=flat)
+        points["mlp_out"] = block.whole(
+            "mlp_out", block.addition("mlp_out", parts.get("ln2_post", str(module)), flat=flat)
+        )
     if projection := parts.get("mlp.out") or parts.get("mlp.dense_out"):
         points["mlp_act"] = stack.point(projection, "in")
     for name in ("mlp_in", "mlp_act"):
@@ -367,28 +351,28 @@ def router(block: Block) -> None:
     stack, family_router = block.stack, block.stack.family.router
     if family_router is None or f"{block.path}.{family_router.module}" not in stack.modules:
         return
-    gate, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
-    stack.atlas.components.add_router(block.layer, stack.modules[gate], stack.modules[experts])
-    n, k = family_router.sizes(stack.modules[gate])
+    selects, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
+    stack.atlas.components.add_router(block.layer, stack.modules[selects], stack.modules[experts])
+    n, k = family_router.sizes(stack.modules[selects])
     beside = {"grad": "it is computed beside the forward pass"}
     only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
-    logits = hook_points.router_logits(gate, family_router, n, k)
-    weights = hook_points.router_weights(gate, family_router, n, k)
+    logits = hook_points.router_logits(selects, family_router, n, k)
+    weights = hook_points.router_weights(selects, family_router, n, k)
     output = hook_points.expert_out(experts, family_router, n)
     block.add("router_logits", logits, logits, {"expert": n}, dict(beside))
     block.add("router_weights", weights, weights, {"expert": n}, dict(beside))
-    block.add("router_probs", hook_points.router_probs(gate, family_router), None, {"expert": n}, dict(only_read))
-    block.add("router_indices", hook_points.router_indices(gate, family_router, k), None, {"k": k}, dict(only_read))
+    block.add("router_probs", hook_points.router_probs(selects, family_router), None, {"expert": n}, dict(only_read))
+    block.add("router_indices", hook_points.router_indices(selects, family_router, k), None, {"k": k}, dict(only_read))
     if family_router.shared_gate and (path := f"{block.path}.{family_router.shared_gate}") in stack.modules:
         why = {"write": "it is only read", **beside}
         block.add("shared_expert_gate", hook_points.shared_expert_gate(path), None, {"gate": 1}, why)
     block.add("expert_out", output, output, {"expert": n, **block.d_model}, beside)
-    for name, reason in family_router.absent(stack.modules[gate]).items():
+    for name, reason in family_router.absent(stack.modules[selects]).items():
         if stack.atlas.entries.pop((name, block.layer), None):
             stack.atlas.withdrawn[name, block.layer] = reason
 
 
-LOCATORS = (stream, attention_ends, heads, mlp, router)
+LOCATORS = (stream, mixer_ends, heads, gate, mlp, router)
 
 
 def ends(stack: Stack) -> None:
@@ -453,6 +437,14 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
         elif name == "mlp_act" and "expert_out" in present:
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
+        elif name == "ssm_state":
+            why = state_reason(family.name, len(atlas.reaches) < atlas.shape.n_layers)
+        elif name == "mixer_gate":
+            why = f"no mixer of this {family.name} has a projection that gates what it puts out (z lies behind a gate)"
+        elif name in OF_ATTENTION and "mixer_out" in present and not atlas.components.layers("attn"):
+            why = (
+                f"no layer of this {family.name} is softmax attention; what mixes its tokens is at mixer_in, mixer_out"
+            )
         else:
             why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
         atlas.lacking[name] = why

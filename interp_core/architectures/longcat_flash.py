@@ -40,5 +40,5 @@ FAMILY = Family(
     router=RouterWithZeroExperts(
         "mlp.router", "mlp.experts", Scored(bias=BIAS, renormalise=False, scale="routed_scaling_factor")
     ),
-    refuse=dict.fromkeys(("attn_in", "attn_out", "resid_mid", "mlp_act"), _TWO),
+    refuse=dict.fromkeys(("attn_in", "attn_out", "mixer_in", "mixer_out", "resid_mid", "mlp_act"), _TWO),
 )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family, Heads, Place, llama_like
-from .granite import added
+from .family import Family, Heads, llama_like
+from .granite import SHARED, SHARED_MLP
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .qwen3_vl import CARRIED, NEEDS
 from .routing import Router, Selection, TopKOfLogits, shares
@@ -77,12 +77,10 @@ ERNIE = Family(
 )
 JAMBA = Family(
     "jamba",
-    paths={"blocks.linear_attn": "mamba"},
     router=Router("feed_forward.router", "feed_forward.experts", Scored(renormalise=False)),
 )
 LFM2 = Family(
     "lfm2_moe",
-    paths={"blocks.linear_attn": "conv"},
     router=HandedRouter(
         "feed_forward.gate",
         "feed_forward.experts",
@@ -96,18 +94,12 @@ AFMOE = Family(
 ARIA = Family("aria", paths=_LLAMA, router=Router("mlp.router", "mlp.experts", TopKOfLogits()))
 GLM4V = Family("glm4v_moe", paths=_LLAMA, router=IN_GROUPS, carried=CARRIED, needs=NEEDS)
 QWEN_OMNI = Family("qwen3_omni_moe_thinker", paths=_LLAMA, router=QWEN_ROUTER, carried=CARRIED)
-GRANITE_HYBRID = Family(
-    "granitemoehybrid",
-    paths={"blocks.linear_attn": "mamba"},
-    places={"resid_mid": Place("post_attention_layernorm", "in")},
-    added=added,
-    router=Router("block_sparse_moe.router", "block_sparse_moe.experts", TopKOfLogits()),
-)
+GRANITE_HYBRID = Family("granitemoehybrid", paths=SHARED_MLP, **SHARED)
 
 
 def nemotron_paths(block: Any) -> Mapping[str, str]:
     """Nemotron-H: a block has one mixer, of attention, a state space model or experts."""
-    kinds = {"full_attention": "blocks.attn", "linear_attention": "blocks.linear_attn"}
+    kinds = {"full_attention": "blocks.attn", "linear_attention": "blocks.mixer"}
     return {kinds.get(block.block_type, "blocks.mlp"): "mixer"}
 
 

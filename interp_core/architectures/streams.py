@@ -113,5 +113,16 @@ MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join
 NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(
-    "rwkv", paths={"blocks.attn": "attention", "blocks.mlp": "feed_forward", "blocks.ln2": "ln2"}, join=rwkv_join
+    "rwkv",
+    paths={
+        "blocks": "rwkv.blocks",
+        "embed": "rwkv.embeddings",
+        "ln_final": "rwkv.ln_out",
+        "blocks.attn": "attention",
+        "blocks.mlp": "feed_forward",
+        "blocks.mlp.out": "value",
+        "blocks.ln1": "ln1",
+        "blocks.ln2": "ln2",
+    },
+    join=rwkv_join,
 )

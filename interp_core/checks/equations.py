@@ -104,7 +104,7 @@ class Sum:
 
 
 def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
-    """The sums that a model's sites allow, layer by layer. Where attention's part is known and the MLP's is not, the
+    """The sums that a model's sites allow, layer by layer. Where the mixer's part is known and the MLP's is not, the
     block may have none.
 
     Args:
@@ -116,18 +116,22 @@ def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
         totals.append(Sum(layer, before and prefix + before, tuple(prefix + part for part in parts), prefix + after))
 
     for layer in range(atlas.tower if prefix else atlas.shape.n_layers):
-        resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
+        resid_pre, attn_out, mixer_out, resid_mid, mlp_out, resid_post = (
             (prefix + name, layer) in atlas.entries
-            for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+            for name in ("resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post")
         )
-        if resid_pre and resid_mid and attn_out:
-            add(layer, "resid_pre", ("attn_out",), "resid_mid")
-        if resid_post and mlp_out and (resid_mid or not attn_out):
+        mixed = "attn_out" if attn_out else "mixer_out" if mixer_out else ""
+        if resid_pre and resid_mid and mixed:
+            add(layer, "resid_pre", (mixed,), "resid_mid")
+        if resid_post and mlp_out and (resid_mid or not mixed):
             add(layer, "resid_mid" if resid_mid else "", ("mlp_out",), "resid_post")
-        elif resid_pre and resid_post and attn_out and not resid_mid:
-            parts = ("attn_out", "mlp_out") if mlp_out else ("attn_out",)
-            add(layer, "resid_pre", parts, "resid_post")
+        elif resid_pre and resid_post and mixed and not resid_mid:
+            add(layer, "resid_pre", (mixed, "mlp_out") if mlp_out else (mixed,), "resid_post")
     return totals
+
+
+TWINS = {"attn_in": "mixer_in", "attn_out": "mixer_out"}
+"""Names of one tensor in layers that mix by attention alone: what is found of the first is true of the second."""
 
 
 def add_up(model: Session, run: Run, totals: list[Sum], edited: Sequence[Entry] = ()) -> list[Finding]:
@@ -206,8 +210,8 @@ def tolerance(model: Session) -> float:
 def equations(model: Session, run: Run, totals: list[Sum]) -> Iterator[Finding]:
     """The equations between the sites of a pass that has read them all, sums among them."""
     atlas = model.atlas
-    covered = {(name, total.layer) for total in totals for name in total.defined}
-    for name in ("attn_out", "resid_mid", "mlp_out"):
+    covered = {(alias, total.layer) for total in totals for name in total.defined for alias in (name, TWINS.get(name))}
+    for name in ("attn_out", "mixer_out", "resid_mid", "mlp_out"):
         if open_ := tuple(layer for layer in atlas.layers(name) if (name, layer) not in covered):
             yield Finding(name, "adds up", False, "no site has the stream that it is part of", Law.SUM, layers=open_)
     yield from add_up(model, run, totals)

@@ -24,7 +24,7 @@ from ..session import Session
 from ..sites import SITES, Edit, Site
 from ..text import Tokens
 from ..vision.places import placeholder_ids
-from .equations import Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
+from .equations import TWINS, Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
 from .tower import check_tower
 
 log = logging.getLogger(__name__)
@@ -87,15 +87,19 @@ def _withdraw(atlas: Atlas, finding: Finding) -> None:
             continue
         if name not in SITES:
             atlas.lacking[name] = why
-        elif finding.law is not Law.EDIT:
-            atlas.drop(name, why, finding.layers)
-            if name == "final_norm":
-                atlas.lacking.setdefault("readout", why)
-        else:
-            for layer in atlas.layers(name):
-                entry = atlas.entries[name, layer]
+            continue
+        layers = [layer for layer in atlas.layers(name) if layer in finding.layers or not finding.layers]
+        twin = TWINS.get(name, "")
+        of_twin = [layer for layer in layers if (twin, layer) in atlas.entries and _is_twin(atlas, twin, layer)]
+        for gone, where in ((name, layers), (twin, of_twin)):
+            if where and finding.law is not Law.EDIT:
+                atlas.drop(gone, why, where)
+            for layer in where if finding.law is Law.EDIT else ():
+                entry = atlas.entries[gone, layer]
                 entry.write = None
                 entry.why = dict.fromkeys(("write", "grad"), why) | entry.why
+        if name == "final_norm" and finding.law is not Law.EDIT:
+            atlas.lacking.setdefault("readout", why)
 
 
 def _tell(atlas: Atlas, rows: list[Finding]) -> None:
@@ -270,7 +274,14 @@ def _checked_entries(atlas: Atlas) -> list[Entry]:
         for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
+        if not _is_twin(atlas, name, layer)
     ]
+
+
+def _is_twin(atlas: Atlas, name: str, layer: int) -> bool:
+    """Whether a site is another one under a second name."""
+    first = next((atlas.entries.get((of, layer)) for of, twin in TWINS.items() if twin == name), None)
+    return first is not None and first.write is atlas.entries[name, layer].write
 
 
 def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:

@@ -56,10 +56,10 @@ def forward_order(entry: Entry, n_layers: int) -> tuple[int, float]:
     """When a forward pass reaches a site, for comparison."""
     info = SITES[entry.name]
     if info.tower:
-        return (entry.layer if info.layered else TOWER) - TOWER - 2, info.order
+        return (entry.layer if info.layered else TOWER) - TOWER - 2, entry.order
     if entry.name in FIRST:
-        return -1, info.order
-    return entry.layer if info.layered else n_layers, info.order
+        return -1, entry.order
+    return entry.layer if info.layered else n_layers, entry.order
 
 
 class Stop(BaseException):

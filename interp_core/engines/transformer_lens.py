@@ -131,6 +131,8 @@ class BridgeEngine(TorchEngine):
         """A hook point at the hook point that has the site's tensor."""
         point, attention = entry.read, self._attention(entry.layer)
         assert point is not None
+        if entry.name == "mixer_out" and point.get is not None:  # a sum, which no hook point of the bridge's has
+            return None
         if entry.name in _ATTENTION:
             view = hook_points.transposed if entry.name.startswith("rot") else None
             return self._point(getattr(attention, _ATTENTION[entry.name], None), view)
@@ -159,7 +161,7 @@ class BridgeEngine(TorchEngine):
         return None if path is None else HookPoint(path, "out", view=view)
 
     def _resid_mid(self, atlas: Atlas, layer: int) -> HookPoint | None:
-        before, added = (atlas.entries.get((name, layer)) for name in ("resid_pre", "attn_out"))
+        before, added = (atlas.entries.get((name, layer)) for name in ("resid_pre", "mixer_out"))
         if before is None or added is None or before.read is None or added.write is None:
             return None
         join, block = atlas.family.join, before.module

@@ -16,6 +16,7 @@ from ..architectures.atlas import Atlas
 from ..cost import Work
 from ..errors import LoadError, PlanError, first_line, nearest
 from ..loading import open_config
+from ..readout import cap_of
 from .processes import NOT_COUNTED, Shares
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -200,7 +201,7 @@ def _outline(model: Any, source: str, tp: int) -> Outline:
         Path(source).name if source.endswith(".json") else source, atlas.family.name, layers, atlas.shape.d_model,
         atlas.shape.d_vocab, atlas.shape.n_ctx, str(model.dtype).removeprefix("torch."), total,
         total - last - sum(layer.held for layer in layers), last, atlas.shape.d_model * atlas.shape.d_vocab,
-        bool(getattr(config, "final_logit_softcapping", None)), bool(getattr(config, "attn_logit_softcapping", None)),
+        bool(cap_of(config)), bool(getattr(config, "attn_logit_softcapping", None)),
         "NewGELU" in parts, wide_norms, atlas.family.name != "gpt2", config._attn_implementation == "eager",
         tuple(notes),
     )  # fmt: skip

@@ -126,7 +126,7 @@ def _gram(model: ic.Model, norms: _Norms, effective: bool) -> Float[Tensor, "d_m
 
 
 def _effective(model: ic.Model, embed: Tensor, ids: Tensor) -> Float[Tensor, "token d_model"]:
-    """Token embeddings with what the first MLP adds to them, attention left out."""
-    edits = [S.resid_pre[0].set(embed[ids.to(embed.device)][:, None]), S.attn_out[0].zero()]
+    """Token embeddings with what the first MLP adds to them, attention (or what mixes tokens there) left out."""
+    edits = [S.resid_pre[0].set(embed[ids.to(embed.device)][:, None]), S.mixer_out[0].zero()]
     run = model.run(ids[:, None], read=S.resid_post[0], edits=edits, logits=False, allow_noop=True)
     return run[S.resid_post[0]].plain[:, 0].detach()

@@ -24,10 +24,11 @@ import interp_core as ic
 from interp_core import sites as S
 
 from ._contrast import Contrast
+from ._frozen import mixed
 from ._maps import single_place
 
-SENDERS = ("embed", "z", "attn_out", "mlp_out")
-RECEIVERS = ("attn_in", "q", "k", "v", "mlp_in", "resid_pre", "resid_post", "logits")
+SENDERS = ("embed", "z", "attn_out", "mixer_out", "mlp_out")
+RECEIVERS = ("mixer_in", "attn_in", "q", "k", "v", "mlp_in", "resid_pre", "resid_post", "logits")
 CHUNK_BYTES = 1 << 28
 """Of what direct runs keep at a time."""
 
@@ -72,8 +73,9 @@ def _single(model: ic.Model, what: str, name: Any, allowed: tuple[str, ...]) -> 
     for layer in model.layers(site):
         if site.info.unit is None:
             whole = S.named(site.name)[layer]
-            heads = [S.z[at] for at in model.heads if at[0] == layer] if site.name == "attn_out" else []
-            yield End(str(whole), tuple(heads) or (whole,))
+            mixes = site.name in ("attn_out", "mixer_out")
+            heads = [S.z[at] for at in model.heads if at[0] == layer] if mixes else []
+            yield End(str(whole), tuple(heads) or (mixed(model, layer) if mixes else whole,))
             continue
         for unit in S.indices(
             site.units, model.sizes(S.named(site.name)[layer])[site.info.unit], site.info.unit, str(site)
@@ -109,7 +111,13 @@ class DirectPlan:
         self.reads = list(dict.fromkeys(site.whole for end in receivers for site in end.sites))
         self.top = max(map(_order, self.reads))
         heads = model.layers(S.z)
-        frozen = [S.z[i] for i in heads] + [S.attn_out[i] for i in model.layers(S.attn_out) if i not in heads]
+        beside = [i for i in heads if i in model.layers(S.mixer_out) and i not in model.layers(S.attn_out)]
+        if beside:
+            raise ic.CapabilityError(
+                f"path_patching holds every head at its base value, and in layer {beside[0]} of {model.source} heads "
+                f"are not all that mixes tokens: {model.can('attn_out', 'read')}"
+            )
+        frozen = [S.z[i] for i in heads] + [mixed(model, i) for i in model.layers(S.mixer_out) if i not in heads]
         self.mlps = self._below([S.mlp_out[i] for i in model.layers(S.mlp_out)])
         self.frozen = self._below([S.resid_pre[0], *frozen]) + ([] if through_mlps else self.mlps)
         sending = {site.whole for end in senders for site in end.sites}

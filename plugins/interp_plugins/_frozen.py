@@ -22,7 +22,18 @@ from torch import Tensor
 import interp_core as ic
 from interp_core import sites as S
 
-POST_NORMS = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
+POST_NORMS = {"attn_out": "ln1_post", "mixer_out": "ln1_post", "mlp_out": "ln2_post"}
+
+
+def mixed(model: ic.Model, layer: int) -> S.Site:
+    """What a layer adds that mixes tokens: `attn_out`, or `mixer_out` where another mixer is in its place or beside."""
+    return (S.attn_out if layer in model.layers(S.attn_out) else S.mixer_out)[layer]
+
+
+def added(model: ic.Model, layer: int) -> list[S.Site]:
+    """What a layer adds to the stream, as far as it does: what mixes tokens, and the MLP."""
+    sites = (mixed(model, layer), S.mlp_out[layer])
+    return [site for site in sites if layer in model.layers(S.named(site.name))]
 
 
 class Frozen(NamedTuple):

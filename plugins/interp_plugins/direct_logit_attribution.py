@@ -1,6 +1,6 @@
 """Direct logit attribution: which parts of a model write the answer's logit, beside a rival's, into the stream.
 
-    y = r + Σ_l (a_l + m_l)            the stream before the final norm: embeddings, what attention and MLPs add
+    y = r + Σ_l (a_l + m_l)            the stream before the final norm: embeddings, what mixers and MLPs add
     N(y) = γ ⊙ (y - mean y) / σ + β    LayerNorm; RMSNorm leaves the mean in; σ, that of y, is held
     u = W_U[:, answer] - W_U[:, rival]     g = (γ ⊙ u - mean(γ ⊙ u)) / σ, without the mean for RMSNorm
     part of c = c · g       of β: β · u       of the unembedding's bias: b_U[answer] - b_U[rival]
@@ -33,12 +33,14 @@ import interp_core as ic
 from interp_core import score as scores
 from interp_core import sites as S
 
-from ._frozen import Frozen, frozen
+from ._frozen import Frozen, added, frozen
 from ._maps import place_name, single_place
 from ._pictures import Picture, drawn, of_rows
 from ._prompts import beside
 
 UNIT = "logits"
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configs call a cap on the logits."""
 SHOWN = 40
 """Bars that a chart has at most; of more parts those that are largest."""
 
@@ -199,7 +201,7 @@ class DirectLogitAttribution(ic.Method):
     """Which layers, heads and neurons write the answer's lead over its rival into the residual stream."""
 
     name = "direct_logit_attribution"
-    requires = frozenset({"resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm", "readout"})
+    requires = frozenset({"resid_pre", "resid_post", "mixer_out", "final_norm", "readout"})
     Config = DirectLogitConfig
 
     def conserved(
@@ -236,9 +238,8 @@ class DirectLogitAttribution(ic.Method):
     def run(self, model: ic.Model, tokens: ic.Tokens, config: DirectLogitConfig) -> DirectLogitResult:
         """One pass, and the products."""
         at, last = config.at, model.n_layers - 1
-        added = [site[layer] for layer in range(model.n_layers) for site in (S.attn_out, S.mlp_out)
-                 if layer in model.layers(site)]  # fmt: skip
-        streams = [S.resid_pre[0], *added, S.resid_post[last], S.final_norm]
+        parts_of = [site for layer in range(model.n_layers) for site in added(model, layer)]
+        streams = [S.resid_pre[0], *parts_of, S.resid_post[last], S.final_norm]
         head_layers = model.layers(S.z) if config.heads else []
         neuron_layers = _neuron_layers(model, config)
         inner = [*(S.z[layer] for layer in head_layers), *(S.mlp_act[layer] for layer in neuron_layers)]
@@ -254,12 +255,16 @@ class DirectLogitAttribution(ic.Method):
         y, normed = stream[S.resid_post[last]], stream[S.final_norm]
         norm = frozen(model, S.final_norm, y, normed)
         direction = norm.back(u)
-        sites = [S.resid_pre[0], *added]
+        sites = [S.resid_pre[0], *parts_of]
         _demand_a_sum(model, y, [stream[site] for site in sites])
         terms = [(stream[site] * direction).sum(-1) for site in sites] + [u @ norm.bias, b]
         parts = torch.stack(terms, 1)
         lead = (normed * u).sum(-1) + b
         heads = _Inside(model, S.z, S.attn_out, head_layers, direction)
+        heads.why |= {
+            str(layer): f"another mixer stands beside attention there; see mixer_out[{layer}]"
+            for layer in head_layers if S.mixer_out[layer] in parts_of
+        }  # fmt: skip
         neurons = _Inside(model, S.mlp_act, S.mlp_out, neuron_layers, direction)
         for inside in (heads, neurons):
             for layer in inside.layers:
@@ -271,10 +276,10 @@ class DirectLogitAttribution(ic.Method):
             parts=parts.to(kind), logit_diff=lead.to(kind), after_cap=(capped[:, 0] - capped[:, 1]).to(kind),
             rest=(lead - parts.sum(1)).to(kind), heads=heads.parts(), head_bias=heads.biases(),
             neurons=neurons.parts(), neuron_bias=neurons.biases(), answer=answer, rival=rival,
-            names=("embed", *map(str, added), "final norm's bias", "unembedding's bias"),
+            names=("embed", *map(str, parts_of), "final norm's bias", "unembedding's bias"),
             layers=tuple(heads.layers), neuron_layers=tuple(neurons.layers),
             place=place_name(self.name, tokens, at),
-            capped=bool(getattr(config_of, "final_logit_softcapping", None)), unexplained=heads.why,
+            capped=any(getattr(config_of, name, None) for name in CAPS), unexplained=heads.why,
             vocab={str(i): model.word(i) for i in ids},
         )  # fmt: skip
 

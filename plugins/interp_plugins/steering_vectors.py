@@ -41,7 +41,7 @@ from ._prompts import prompts_of
 
 Kind = Literal["svd", "mean", "pca"]
 Control = Literal["random", "orthogonal", "shuffled"]
-STREAMS = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out")
+STREAMS = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mixer_out", "mlp_out")
 SIDES = ("positive", "negative")
 COLUMNS = {
     "length": "length of the mean difference of a pair",
@@ -62,7 +62,7 @@ class SteeringConfig(ic.Config):
         answers: instead, per prompt (a question) the answer that is wanted and the other one: `["(A)", "(B)"]`, put
             behind the question as they are.
         kind: how the direction comes out of the differences.
-        site: "resid_post", "resid_pre", "resid_mid", "attn_out" or "mlp_out".
+        site: "resid_post", "resid_pre", "resid_mid", "attn_out", "mixer_out" or "mlp_out".
         layers: which (None: all).
         at: the position, a single one (None: the last token, and with answers the last but one).
     """
@@ -71,7 +71,7 @@ class SteeringConfig(ic.Config):
     negative: Any = None
     answers: list[tuple[str, str]] | None = None
     kind: Kind = "svd"
-    site: Literal["resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out"] = "resid_post"
+    site: Literal["resid_post", "resid_pre", "resid_mid", "attn_out", "mixer_out", "mlp_out"] = "resid_post"
     layers: list[int] | None = None
     at: Any = None
 

@@ -1,8 +1,9 @@
 """The gate before attribution: what a model adds to its residual stream must add up.
 
-    resid_pre[l] + attn_out[l] + mlp_out[l] = resid_post[l]
+    resid_pre[l] + mixer_out[l] + mlp_out[l] = resid_post[l]
 
-Everything here stands on it: a method that shares out what attention and MLPs add would share out something else.
+Everything here stands on it: a method that shares out what mixers and MLPs add would share out something else.
+(`mixer_out` is `attn_out`, or what else mixes tokens in that layer.)
 
 Cost: once per model, a pass over the first few tokens of the text. Must equal: the model's own stream, to rounding.
 """
@@ -35,8 +36,8 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
     Raises:
         CapabilityError: naming the site that is missing, or the layer and what is left over.
     """
-    parts = [name for name in ("attn_out", "mlp_out") if model.layers(name)]
-    for name in ("resid_pre", "resid_post", *(("attn_out", "mlp_out") if not parts else ())):
+    parts = [name for name in ("mixer_out", "mlp_out") if model.layers(name)]
+    for name in ("resid_pre", "resid_post", *(("mixer_out", "mlp_out") if not parts else ())):
         if not model.layers(name):
             raise ic.CapabilityError(f"{owner} shares out what is added to the stream: {model.can(name, 'read')}")
     # looked at once per model, until it is checked anew or a module's forward or hooks are others
@@ -46,10 +47,10 @@ def demand_additive(owner: str, model: ic.Model, tokens: ic.Tokens) -> None:
     # a few tokens tell; a row with images cannot be cut
     few = tokens if tokens.inputs else ic.Tokens(tokens.ids[:, :TOKENS], tokens.mask[:, :TOKENS])
     limit = RESIDUE.get(model.dtype, 1e-4)
-    reads = [site for site in (S.resid_pre, S.attn_out, S.mlp_out, S.resid_post) if model.layers(site)]
+    reads = [site for site in (S.resid_pre, S.mixer_out, S.mlp_out, S.resid_post) if model.layers(site)]
 
     def look(layer: int, values: ic.LayerReadings) -> None:
-        terms = [site for site in (S.attn_out, S.mlp_out) if layer in model.layers(site)]
+        terms = [site for site in (S.mixer_out, S.mlp_out) if layer in model.layers(site)]
         before, after = values[S.resid_pre].double(), values[S.resid_post].double()
         added = sum(values[site].double() for site in terms)
         residue = float(((before + added - after).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-30)).max())

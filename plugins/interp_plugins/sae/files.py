@@ -29,7 +29,7 @@ OWN = {
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
 """Weights `[d_sae]` of each architecture, beside W_enc, W_dec and b_dec."""
-WRITTEN = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+WRITTEN = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mixer_out", "mlp_out")
 """Sites whose mean over d_model TransformerLens takes out where it centres the weights that write to the stream."""
 
 

@@ -128,7 +128,8 @@ def demand_patterns(model: ic.Model, *, linear: bool = False) -> None:
             known = "linear_attn" in components(model, layer)
             if linear and known and rule_name(model.module("linear_attn", layer)):
                 continue
-            what = "linear attention" if known else "something"
+            mixer = "mixer" in model.components(layer) and type(model.module("mixer", layer)).__name__
+            what = "linear attention" if known else mixer or "something"
             raise ic.CapabilityError(
                 f"layer {layer} of {model.source} mixes tokens by {what} without {' and '.join(lacking)} of heads, and "
                 f"information flow is told by these; layers {', '.join(map(str, model.layers('pattern')))} have them"

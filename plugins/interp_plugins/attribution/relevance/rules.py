@@ -33,7 +33,7 @@ so relevance adds up to the logit at every layer (`conserving`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -284,8 +284,15 @@ def _no_tables(name: str) -> str:
 
 
 def unruled(model: ic.Model) -> list[int]:
-    """Layers of linear attention, which keep their own gradient: they are products all through."""
-    return [layer for layer in range(model.n_layers) if "linear_attn" in model.components(layer)]
+    """Layers that mix by a recurrence, which keep their own gradient: they are products all through."""
+    parts = ({name: model.module(name, layer) for name in model.components(layer)} for layer in range(model.n_layers))
+    return [layer for layer, of_layer in enumerate(parts) if _recurrence(of_layer)]
+
+
+def _recurrence(parts: Mapping[str, nn.Module]) -> nn.Module | None:
+    """Of a layer's components what mixes tokens, if it is something else than attention with a softmax."""
+    mixer = parts.get("mixer")
+    return None if mixer is parts.get("attn") else mixer
 
 
 def _operations(chosen: Rules, state: Places) -> dict[str, Callable[..., Any]]:
@@ -353,8 +360,8 @@ def _modules(chosen: Rules, model: ic.Model, state: Places) -> dict[Any, Callabl
     for layer in range(model.n_layers):
         parts = {name: model.module(name, layer) for name in model.components(layer)}
         # a gated delta rule is products all through; half of each would leave next to nothing of long texts
-        if "linear_attn" in parts:
-            by_module[parts["linear_attn"]] = within(plain=True)
+        if (recurrence := _recurrence(parts)) is not None:
+            by_module[recurrence] = within(plain=True)
         # in the block gates and softmax are the router's; inside an expert an activation is one like any other
         if "experts" in parts:
             by_module[parts["mlp"]], by_module[parts["experts"]] = within(routing=True), within(routing=False)
