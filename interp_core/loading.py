@@ -20,6 +20,7 @@ from .errors import LoadError, first_line, nearest, wrong
 from .placement import Placement
 from .progress import Progress
 from .snapshot import demand_plain
+from .wrappers import unwrapped
 
 TOYS = ("moe", "text", "vision")
 GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
@@ -211,6 +212,7 @@ def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
+    model = unwrapped(model)
     demand_plain(model)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
@@ -318,6 +320,11 @@ def _check_folder(path: str) -> None:
         raise LoadError(f"{path} is a file; give the folder that holds config.json and the weights, or a .gguf file")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise LoadError(
+                    f"{path} holds an adapter, not a model: open its base model with transformers, put it on with "
+                    "peft.PeftModel.from_pretrained(base, folder), and load that (docs/wrapped.md)"
+                )
             held = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
             raise LoadError(f"{path} holds no config.json, so it is no transformers model (it holds {held})")
         try:

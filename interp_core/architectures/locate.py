@@ -16,9 +16,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import LoadError
+from ..errors import CapabilityError, LoadError
 from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
@@ -26,6 +27,7 @@ from .components import ENDS, Components
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
+from .parameters import device_of, is_plain, matrix, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
@@ -68,7 +70,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     shape = Shape(
         n_layers=len(list(blocks.children())),
         d_model=config.hidden_size,
-        d_vocab=model.get_output_embeddings().weight.shape[0],
+        d_vocab=_rows(model.get_output_embeddings()),
         n_ctx=getattr(config, "max_position_embeddings", None),
     )
     atlas = Atlas(family, shape, model.config)
@@ -88,6 +90,12 @@ def build(model: Any, family: Family | None) -> Atlas:
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
     share_out(atlas, model)
     return atlas
+
+
+def _rows(head: Any) -> int:
+    """How many tokens an unembedding has: as it declares, since packed weights have other shapes."""
+    declared = None if is_plain(head) else getattr(head, "out_features", None)
+    return declared if isinstance(declared, int) else len(head.weight)
 
 
 def _tower(atlas: Atlas, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -144,7 +152,7 @@ class Stack:
         self.refused = refusals(family, config if self.text else atlas.config)
         if not self.text:
             projection = self.components_of(f"{paths['blocks']}.0")["attn.o"]
-            self.d_model = {"d_model": hook_points.out_features(modules[projection])}
+            self.d_model = {"d_model": widths(modules[projection])[1]}
 
     def locate(self) -> None:
         """Find every site of every block."""
@@ -289,7 +297,7 @@ def mlp(block: Block) -> None:
         if place := stack.places.get(name):
             points[name] = block.at(place)
     for name, point in points.items():
-        width = hook_points.in_features(stack.modules[point.module]) if name == "mlp_act" else 0
+        width = widths(stack.modules[point.module])[0] if name == "mlp_act" else 0
         block.view(name, point, {"d_mlp": width} if width else block.d_model)
 
 
@@ -327,9 +335,25 @@ def _mixed(block: Block, projection: str, counts: Heads) -> None:
     z = split_heads(counts.n_heads, counts.d_head)
     block.view("z", stack.point(projection, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
     ends = stack.point(projection, "in"), stack.point(projection, "out")
-    point = hook_points.head_out(*ends, stack.modules[projection], counts.n_heads, counts.d_head)
+    module = stack.modules[projection]
+    if why := _no_heads(module, stack.modules[""].dtype, counts.d_head):
+        stack.atlas.withdrawn[f"{stack.prefix}head_out", block.layer] = why
+        return
+    point = hook_points.head_out(*ends, module, counts.n_heads, counts.d_head)
     sizes = {"head": counts.n_heads, **block.d_model}
     block.add("head_out", point, point, sizes, {"grad": "it is computed beside the forward pass"})
+
+
+def _no_heads(projection: nn.Module, dtype: Any, d_head: int) -> str:
+    """Why what an output projection makes of single heads cannot be told apart, by its first head; "" if it can."""
+    place = device_of(projection)
+    if is_plain(projection) or place.type == "meta":
+        return ""
+    try:
+        matrix(projection, torch.zeros(0, dtype=dtype, device=place), torch.arange(d_head))
+    except CapabilityError as error:
+        return f"it takes the weights of the output projection, and that {error}"
+    return ""
 
 
 def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str, int]], n_heads: int) -> None:
@@ -352,13 +376,13 @@ def head_counts(block: Block, module: nn.Module) -> Heads | None:
     if n_heads is None or "attn.o" not in parts:
         return None
     d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    width = hook_points.in_features(stack.modules[parts["attn.o"]])
+    width = widths(stack.modules[parts["attn.o"]])[0]
     d_head = int(d_head or width // n_heads)
     n_heads = n_kv = width // d_head
     if k := parts.get("attn.k"):
-        n_kv = hook_points.out_features(stack.modules[k]) // d_head
+        n_kv = widths(stack.modules[k])[1] // d_head
     elif qkv := parts.get("attn.qkv"):
-        n_kv = (hook_points.out_features(stack.modules[qkv]) // d_head - n_heads) // 2
+        n_kv = (widths(stack.modules[qkv])[1] // d_head - n_heads) // 2
     counts = Heads(n_heads, n_kv, d_head)
     return stack.family.heads(module, counts) if stack.family.heads else counts
 
@@ -442,7 +466,8 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
     for name in SITES:
         if name in present:
             continue
-        if reason := {**family.unseen, **refused}.get(name):
+        own = next((why for (site, _), why in atlas.withdrawn.items() if site == name), "")
+        if reason := {**family.unseen, **refused}.get(name, own):
             why = reason
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"

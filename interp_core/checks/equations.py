@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..architectures.atlas import Atlas, Entry
-from ..architectures.parameters import bias_of
 from ..architectures.shards import called
 from ..errors import ReadError
 from ..run import Run
@@ -324,8 +323,6 @@ def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tenso
     module = model.atlas.entries[f"{prefix}z", layer].module
     assert module is not None
     z = at(run, f"{prefix}z", layer)
-    total = at(run, f"{prefix}head_out", layer).sum(2)
-    if (bias := bias_of(module)) is not None:
-        total = total + bias.detach()
+    total, mixed = at(run, f"{prefix}head_out", layer).sum(2), z.reshape(*z.shape[:2], -1)
     with torch.no_grad():
-        return total, called(module, z.reshape(*z.shape[:2], -1))
+        return total + called(module, torch.zeros_like(mixed[:, :1])), called(module, mixed)
