@@ -20,7 +20,7 @@ from .errors import LoadError, first_line, nearest, wrong
 from .placement import Placement
 from .progress import Progress
 from .snapshot import demand_plain
-from .wrappers import unwrapped
+from .wrappers import unwrapped, with_its_head
 
 TOYS = ("moe", "text", "vision")
 GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
@@ -216,17 +216,13 @@ def _in_memory(
     demand_plain(model)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
-    if model.get_output_embeddings() is None:
-        raise LoadError(
-            f"{type(model).__name__} has no output embeddings; pass the model with its language modelling head, "
-            f"such as {type(model).__name__.removesuffix('Model')}ForCausalLM"
-        )
     if dtype is not None or device is not None:
         raise LoadError("a model in memory is taken as it is; call model.to(dtype=…, device=…) before load")
     if model.training:
         raise LoadError("the model is in training mode, where dropout makes runs differ; call model.eval() before load")
     if attn_implementation is not None:
         raise LoadError("a model in memory is taken as it is; call model.set_attn_implementation(…) before load")
+    model = with_its_head(model)
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)

@@ -107,7 +107,7 @@ class Session(Structure):
         return changed
 
     def _check_tokenizer(self) -> None:
-        size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.d_vocab
+        size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.n_ids
         if size > rows:
             raise TextError(
                 f"the tokenizer has {size} tokens, the model {rows}: they do not belong together. Pass the tokenizer "
@@ -182,13 +182,16 @@ class Session(Structure):
         return self.fit(demand_no_places(tokens, self))
 
     def word(self, token: int) -> str:
-        """Text of one token id, its leading space included; the number where there is no tokenizer."""
+        """Text of one token id, its leading space included; the number where there is no tokenizer. Of a classifier,
+        whose logits are of labels, the name of a label."""
         if isinstance(token, Tensor) and token.numel() == 1:
             token = token.item()
         if isinstance(token, (bool, Tensor)) or not hasattr(token, "__index__"):
             raise TextError(wrong("word", "a token id", token))
         if not 0 <= int(token) < self.atlas.shape.d_vocab:
             raise TextError(f"token id {token} does not exist: the model has {self.atlas.shape.d_vocab} tokens")
+        if self.atlas.shape.n_labelled:
+            return str(self.hf.config.id2label.get(int(token), token))
         return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, int(token))
 
     def _tokenizer(self) -> Any:
@@ -285,8 +288,8 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
         wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
         raise TextError(f"{wanted} do not fit the model's context of {shape.n_ctx}; shorten the text")
     top = int(tokens.ids.max())
-    if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
-        raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")
+    if top >= shape.n_ids or int(tokens.ids.min()) < 0:
+        raise TextError(f"token id {top} does not exist: the model has {shape.n_ids} tokens")
     return tokens
 
 

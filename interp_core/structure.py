@@ -61,7 +61,7 @@ class Structure:
 
     @property
     def d_vocab(self) -> int:
-        """Number of tokens that the unembedding has, which may be more than the tokenizer's."""
+        """Number of tokens that the unembedding has, which may be more than the tokenizer's; of a classifier, labels."""
         return self.atlas.shape.d_vocab
 
     @property

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CapabilityError, LoadError
+from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
@@ -72,6 +72,7 @@ def build(model: Any, family: Family | None) -> Atlas:
         d_model=config.hidden_size,
         d_vocab=_rows(model.get_output_embeddings()),
         n_ctx=getattr(config, "max_position_embeddings", None),
+        n_labelled=_labelled(model),
     )
     atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
@@ -96,6 +97,13 @@ def _rows(head: Any) -> int:
     """How many tokens an unembedding has: as it declares, since packed weights have other shapes."""
     declared = None if is_plain(head) else getattr(head, "out_features", None)
     return declared if isinstance(declared, int) else len(head.weight)
+
+
+def _labelled(model: Any) -> int:
+    """How many tokens a classifier can be given; 0 for a language model."""
+    labels = _rows(model.get_output_embeddings())
+    language = labels == model.config.get_text_config().vocab_size or labels != model.config.num_labels
+    return 0 if language else len(model.get_input_embeddings().weight)
 
 
 def _tower(atlas: Atlas, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -351,8 +359,8 @@ def _no_heads(projection: nn.Module, dtype: Any, d_head: int) -> str:
         return ""
     try:
         matrix(projection, torch.zeros(0, dtype=dtype, device=place), torch.arange(d_head))
-    except CapabilityError as error:
-        return f"it takes the weights of the output projection, and that {error}"
+    except (CapabilityError, RuntimeError) as error:  # a library's own, of numbers that it cannot take
+        return f"the weights of the output projection do not show: {first_line(error)}"
     return ""
 
 

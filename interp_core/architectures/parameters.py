@@ -107,7 +107,7 @@ def matrix(module: nn.Module, like: Tensor, units: Tensor | None = None) -> Weig
         units: ids of inputs, whose rows alone are wanted.
 
     Raises:
-        CapabilityError: what it computes is not linear to rounding (it rounds what it is given to few bits).
+        CapabilityError: what it computes is not linear to rounding (it rounds what it is given to fewer bits).
     """
     if is_plain(module):
         weight, added = parameter(module), bias_of(module)
@@ -117,9 +117,10 @@ def matrix(module: nn.Module, like: Tensor, units: Tensor | None = None) -> Weig
     # Not by calling the module: a run's hooks, and those of others, would see it.
     weights = asked(module.forward, like, widths(module)[0], units)
     if weights is None:
+        own = f" on a {type(module.weight).__name__}" if isinstance(getattr(module, "weight", None), Tensor) else ""
         raise CapabilityError(
-            f"{type(module).__name__} is no linear map to rounding: it rounds what it is given to few bits, so that what "
-            "it makes of parts does not add up to what it makes of their sum"
+            f"{module._get_name()}{own} is no linear map to the rounding of {like.dtype}: it rounds what it is given "
+            "more coarsely, so that what it makes of parts does not add up to what it makes of their sum"
         )
     return weights
 
