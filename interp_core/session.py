@@ -27,7 +27,7 @@ from .errors import CapabilityError, TextError, wrong
 from .loading import Opened
 from .plan import Plan, several_edits, several_sites
 from .sites import Edit, Site
-from .snapshot import Snapshot, demand_usable, forgotten
+from .snapshot import Snapshot, demand_usable, forgotten, take_again
 from .strategy_checks import StrategyChecks
 from .structure import Structure
 from .text import Tokens, from_inputs
@@ -74,6 +74,7 @@ class Session(Structure):
             CapabilityError, LoadError, TextError: as `load`.
         """
         engine, options = self._engine_made_of
+        take_again(self.hf)
         self.turn.demand_idle(dict(self.hf.named_modules()))
         self.weightless = is_remote(options) and all(weight.is_meta for weight in self.hf.parameters())
         demand_usable(self.hf, weightless=self.weightless)

@@ -1,10 +1,11 @@
 """Whether a model is still what it was when it was opened.
 
 Sites, hook points and compiled plans are worked out once. What can change under them is looked at before every run, in
-loops over attributes that cost no Python call: whether the modules that the run touches hang where they hung and are
-not compiled in place (or as they were when it was opened), whether dtype, device and config (with it the attention implementation) are as they were, and
-whether anything that is random while training is in training mode. A model that changed is opened anew, as `load`
-would. Values of weights need no look: nothing is worked out from them.
+loops over attributes that cost no Python call: whether the modules that the run touches hang where they hung and none
+was compiled in place since, whether dtype, device and config (with it the attention implementation) are as they were,
+and whether anything that is random while training is in training mode. A model that changed is opened anew, as `load`
+would. Values of weights need no look: nothing is worked out from them; nor do adapters that are switched, except on an
+engine's copy, which has switches of its own.
 
 An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .architectures.parameters import LENT
 from .errors import CapabilityError, LoadError
 
 Place = tuple[Mapping[str, Any], str, Any]
@@ -52,9 +54,11 @@ class Snapshot:
         self.modules = tuple(_held(model, "_modules"))
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
         self._weights = tuple((table, name) for table, name, _ in _held(run, "_parameters"))
-        self._copied = () if run is model else held
+        self._copied = (*_lent(model), *(() if run is model else held))
         # A copy has switches of adapters of its own; on the model's own modules they act at once.
-        self._switches = [] if run is model else [(own, _switched(own)) for own in map(vars, model.modules()) if SWITCH in own]
+        self._switches = (
+            [] if run is model else [(own, _switched(own)) for own in map(vars, model.modules()) if SWITCH in own]
+        )
         self._compiled = {id(module) for module in model.modules() if module._compiled_call_impl is not None}
         # What can draw is few of the modules, and which they are is settled; whether they train is looked at each time.
         self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
@@ -168,8 +172,8 @@ def demand_plain(model: nn.Module) -> None:
             )
         if hasattr(module, "_orig_mod"):
             raise LoadError(
-                f"{name} is a compiled module ({type(module).__name__}), which stands in the place of the module that it "
-                f"was made of; load the model with that one, {name}._orig_mod, in its place, or compiled in place "
+                f"{name} is a compiled module ({type(module).__name__}), which stands where the module was that it was "
+                f"made of; load the model with that one, {name}._orig_mod, in its place, or compile it in place "
                 "(module.compile()), which runs undo for as long as they take"
             )
     if isinstance(model, PreTrainedModel) and (embedding := model.get_input_embeddings()) is not None:
@@ -243,6 +247,19 @@ def _lasting(model: nn.Module) -> Iterator[Place]:
     for module in model.modules():
         table, passing = module._buffers, module._non_persistent_buffers_set
         yield from ((table, name, held) for name, held in table.items() if held is not None and name not in passing)
+
+
+def _lent(model: Any) -> Iterator[Place]:
+    """Where modules hang that a model runs and another one owns."""
+    owner, names = vars(model).get(LENT, (None, {}))
+    yield from ((owner._modules, name, owner._modules[name]) for name in names.values())
+
+
+def take_again(model: Any) -> None:
+    """Let a model run what its owner has by now in the places of the modules that it runs."""
+    owner, names = vars(model).get(LENT, (None, {}))
+    for own, name in names.items():
+        setattr(model, own, getattr(owner, name))
 
 
 def _switched(own: Mapping[str, Any]) -> list[Any]:

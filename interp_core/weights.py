@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from .architectures.atlas import Atlas, Entry
 from .architectures.parameters import (
-    ROWS, Weights, asked, device_of, is_numbers, is_plain, matrix, parameter, runs_own_forward, widths,
+    ROWS,
+    Weights,
+    asked,
+    device_of,
+    is_numbers,
+    is_plain,
+    matrix,
+    parameter,
+    runs_own_forward,
+    widths,
 )  # fmt: skip
 from .architectures.shards import called
 from .errors import CapabilityError, SiteError, nearest
@@ -123,10 +132,10 @@ class WeightReader(NamedTuple):
         if module is None or not width:
             raise CapabilityError(f"{self._what(entry)} does not come out of one linear map; see model.module")
         self._demand_running(entry, module)
-        weights = asked(partial(called, module), self._like(module, torch.zeros(0)), width)
-        if weights is None:
+        linear = asked(partial(called, module), self._like(module, torch.zeros(0)), width)
+        if linear is None:
             raise CapabilityError(f"{self._what(entry)} comes out of a map that is not linear to rounding")
-        return weights
+        return linear
 
     def _table(self, entry: Entry) -> Tensor:
         """What an embedding gives for every id `[d_vocab d_model]`."""

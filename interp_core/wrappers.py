@@ -1,5 +1,5 @@
-"""What is wrapped around a model and leaves its modules in their places: taken off at load, so that sites are where they
-are looked for.
+"""What is wrapped around a model and leaves its modules in their places: taken off at load, so that sites are where
+they are looked for.
 
 `torch.compile(model)` runs the modules of the model that it was given, which run uncompiled here. A `PeftModel` has put
 its adapters into the model's own layers; where the wrapper itself does something more (virtual tokens, say), the model
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures.parameters import LENT
 from .engines.turns import turn_of
-from .errors import LoadError
+from .errors import LoadError, first_line
+from .snapshot import take_again
 
 IDS = 8
 """Tokens on which a wrapper is held against what it wraps."""
@@ -55,13 +57,20 @@ def _demand_bare(wrapper: Any, inner: Any) -> None:
     instead = "load the model without it, peft_model.get_base_model(), or adapters that lie in its layers, such as LoRA"
     if any(config.is_prompt_learning for config in configs):
         raise LoadError(
-            f"{kinds} of this {type(wrapper).__name__} acts by what the wrapper puts before every text (virtual tokens, "
-            f"or their keys and values), which the model inside does not have; {instead}"
+            f"{kinds} of this {type(wrapper).__name__} acts by what the wrapper puts before every text (virtual "
+            f"tokens, or their keys and values), which the model inside does not have; {instead}"
         )
-    if inner is wrapper or wrapper.training and inner.training or any(weight.is_meta for weight in inner.parameters()):
+    if (
+        inner is wrapper
+        or (wrapper.training and inner.training)
+        or any(weight.is_meta for weight in inner.parameters())
+    ):
         return
-    with turn_of(inner), torch.no_grad():
-        ours, own = (_logits(which, _ids(inner)) for which in (inner, wrapper))
+    try:
+        with turn_of(inner), torch.no_grad():
+            ours, own = (_logits(which, _ids(inner)) for which in (inner, wrapper))
+    except Exception as error:  # the code of others: a wrapper may need more than a text
+        raise LoadError(f"{kinds} of this {type(wrapper).__name__} cannot run a text: {first_line(error)}") from error
     if ours is not None and own is not None and not torch.allclose(ours, own, 1e-3, 1e-3):
         raise LoadError(
             f"{kinds} of this {type(wrapper).__name__} gives other logits than the model that it wraps, so it does "
@@ -79,20 +88,22 @@ def with_its_head(model: Any) -> Any:
     if model.get_output_embeddings() is not None:
         return model
     kind, causal = type(model).__name__, _causal(type(model.config))
-    head = next((part for name in HEADS if isinstance(part := getattr(model, name, None), nn.Module)), None)
-    if head is None or causal is None:
+    called = next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)), "")
+    if not called or causal is None:
         raise LoadError(
             f"{kind} has no output embeddings; pass the model with its language modelling head, such as "
             f"{causal.__name__ if causal else kind.removesuffix('Model') + 'ForCausalLM'}"
         )
     with torch.device("meta"):
         shell = causal(model.config)
-    setattr(shell, causal.base_model_prefix, model.base_model)
-    shell.set_output_embeddings(head)
-    shell.eval() if not any(part.training for part in model.modules()) else None
+    heads = [name for name, part in shell.named_children() if part is shell.get_output_embeddings()]
+    lent = {causal.base_model_prefix: model.base_model_prefix, **dict.fromkeys(heads, called)}
+    vars(shell)[LENT] = model, lent
+    take_again(shell)
+    shell.training = model.training
     given = {id(weight) for weight in model.parameters()}
     own = [name for name, weight in shell.named_parameters() if id(weight) not in given]
-    if not own and shell.get_output_embeddings() is head:
+    if heads and not own:
         try:
             with turn_of(model), torch.no_grad():
                 ours, theirs = (_logits(which, _ids(model)) for which in (shell, model))
@@ -103,9 +114,9 @@ def with_its_head(model: Any) -> Any:
             if ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-3, 1e-3):
                 return shell
     raise LoadError(
-        f"the head of {kind} does not make its logits of the stream after the final norm, position by position (it pools, "
-        f"or has layers of its own), so there is no site logits; pass the model with its language modelling head, such "
-        f"as {causal.__name__}"
+        f"the head of {kind} does not make its logits of the stream after the final norm, position by position (it "
+        "pools, or has layers of its own), so there is no site logits; pass the model with its language modelling "
+        f"head, such as {causal.__name__}"
     )
 
 
@@ -113,7 +124,7 @@ def _causal(config: type) -> Any:
     """The causal language model of transformers for a kind of config, or None."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING[config] if config in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
 
 
 def _ids(model: Any) -> Tensor:

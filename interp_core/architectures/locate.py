@@ -27,7 +27,7 @@ from .components import ENDS, Components
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
-from .parameters import device_of, is_plain, matrix, widths
+from .parameters import LENT, device_of, is_plain, matrix, tokens_of, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
@@ -70,15 +70,17 @@ def build(model: Any, family: Family | None) -> Atlas:
     shape = Shape(
         n_layers=len(list(blocks.children())),
         d_model=config.hidden_size,
-        d_vocab=_rows(model.get_output_embeddings()),
+        d_vocab=tokens_of(model.get_output_embeddings()),
         n_ctx=getattr(config, "max_position_embeddings", None),
-        n_labelled=_labelled(model),
+        n_labelled=len(model.get_input_embeddings().weight) if LENT in vars(model) else 0,
     )
     atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
             f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
         )
+    if shape.n_labelled:
+        atlas.notes.append(f"its logits are of {shape.d_vocab} labels, at every position; see docs/wrapped.md")
     stack = Stack(atlas, modules, paths, config)
     if known is None and unnamed:
         stack.refused["resid_mid"] = "module names do not show where the stream passes between attention and MLP"
@@ -91,19 +93,6 @@ def build(model: Any, family: Family | None) -> Atlas:
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
     share_out(atlas, model)
     return atlas
-
-
-def _rows(head: Any) -> int:
-    """How many tokens an unembedding has: as it declares, since packed weights have other shapes."""
-    declared = None if is_plain(head) else getattr(head, "out_features", None)
-    return declared if isinstance(declared, int) else len(head.weight)
-
-
-def _labelled(model: Any) -> int:
-    """How many tokens a classifier can be given; 0 for a language model."""
-    labels = _rows(model.get_output_embeddings())
-    language = labels == model.config.get_text_config().vocab_size or labels != model.config.num_labels
-    return 0 if language else len(model.get_input_embeddings().weight)
 
 
 def _tower(atlas: Atlas, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -402,7 +391,13 @@ def router(block: Block) -> None:
         return
     gate, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
     stack.atlas.components.add_router(block.layer, stack.modules[gate], stack.modules[experts])
-    n, k = family_router.sizes(stack.modules[gate])
+    try:
+        n, k = family_router.sizes(stack.modules[gate])
+    except AttributeError:
+        kind = type(stack.modules[gate]).__name__
+        hidden = f"what is around the router ({kind}) does not show how it selects; take it off, or merge it"
+        stack.atlas.withdrawn |= {(name, block.layer): hidden for name in ROUTED}
+        return
     beside = {"grad": "it is computed beside the forward pass"}
     only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
     logits = hook_points.router_logits(gate, family_router, n, k)

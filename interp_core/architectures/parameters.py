@@ -22,6 +22,9 @@ SHARING = ("transformers.distributed.", "transformers.integrations.")
 """Where transformers' code is that shares a module's work out between processes."""
 COMPILED = "_torchdynamo_orig_callable"
 """Where a compiled function has the one that it was made of."""
+LENT = "_interp_lent"
+"""An attribute of a causal model that runs the modules of a classifier (`wrappers.py`): that one, and by the names of
+its own modules the names that they have there."""
 ROWS = 1024
 """Unit vectors or ids that go through a module at a time."""
 
@@ -61,7 +64,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def is_numbers(weight: Any) -> bool:
-    """Whether a weight is a tensor of its numbers: neither packed, nor one of a library that computes in its own way."""
+    """Whether a weight is a tensor of its numbers: not packed, nor of a library that computes in its own way."""
     own = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
     return own and bool(weight.is_floating_point() or weight.is_complex())
 
@@ -82,20 +85,27 @@ def widths(module: nn.Module) -> tuple[int, int]:
         CapabilityError: it does not say.
     """
     if not is_plain(module):
-        inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # what an adapter is put around
+        inside: Any = getattr(module, "get_base_layer", None)
+        inner = inside() if callable(inside) else module  # what an adapter is put around
         for layer in (module, inner):
             takes, gives = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
             if isinstance(takes, int) and isinstance(gives, int):
                 return takes, gives
         module = inner
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if not is_numbers(weight) or weight.ndim != 2:
         raise CapabilityError(
-            f"{type(module).__name__} does not say how many numbers it takes and gives (in_features, out_features), and "
-            "its weights do not show it"
+            f"{type(module).__name__} does not say how many numbers it takes and gives (in_features, out_features), "
+            "and its weights do not show it"
         )
     rows, columns = weight.shape
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+
+
+def tokens_of(head: Any) -> int:
+    """How many tokens an unembedding has (of a classifier, labels): as it declares, where its weights are packed."""
+    declared = None if is_plain(head) else getattr(head, "out_features", None)
+    return declared if isinstance(declared, int) else len(head.weight)
 
 
 @torch.no_grad()

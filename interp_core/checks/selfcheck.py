@@ -161,8 +161,8 @@ def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
         ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
     if (off := distance(ours, own)) > tolerance(model):
         raise CapabilityError(
-            f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by {off:.1e} "
-            "of the largest), so its copy leaves something of the model out; load with engine='torch'"
+            f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
+            f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
         )
 
 

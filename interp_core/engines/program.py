@@ -129,11 +129,13 @@ class LocalEngine:
         if running:
             self.turn.demand_idle(self.modules)
         running += (self.modules,)
-        self._uncompiled.begin()
+        if self._uncompiled.modules:
+            self._uncompiled.begin()
 
     def release(self) -> None:
         """End the run that `acquire` began."""
-        self._uncompiled.end()
+        if self._uncompiled.modules:
+            self._uncompiled.end()
         del self.turn.running[-1]
 
 

@@ -4,38 +4,34 @@ not fire inside compiled code, so for the length of a run such modules do what t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from ..architectures.parameters import COMPILED
-
-PLACES = ("_compiled_call_impl", "forward")
-"""Attributes of a module that torch's compiler is put into."""
 
 
 class Uncompiled:
     """The compiled ones of some modules, as they are now; between `begin` and `end` they run as written."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = [module for module in modules if is_compiled(module)]
-        self._put_by: list[tuple[nn.Module, str, object]] = []
+        self.modules = [module for module in modules if is_compiled(module)]
+        self._put_by: list[tuple[dict[str, Any], str, Any]] = []
 
     def begin(self) -> None:
         """Take compiled code out."""
-        for module in self._modules:
-            own = vars(module)
-            for name in PLACES:
-                compiled = own.get(name)
-                if name == "forward" and not hasattr(compiled, COMPILED):
-                    continue
-                if compiled is not None:
-                    self._put_by.append((module, name, compiled))
-                    own[name] = getattr(compiled, COMPILED) if name == "forward" else None
+        for own in map(vars, self.modules):
+            if (compiled := own.get("_compiled_call_impl")) is not None:
+                self._put_by.append((own, "_compiled_call_impl", compiled))
+                own["_compiled_call_impl"] = None
+            if hasattr(compiled := own.get("forward"), COMPILED):
+                self._put_by.append((own, "forward", compiled))
+                own["forward"] = getattr(compiled, COMPILED)
 
     def end(self) -> None:
         """Put it back."""
-        for module, name, compiled in self._put_by:
-            vars(module)[name] = compiled
+        for own, name, compiled in self._put_by:
+            own[name] = compiled
         self._put_by.clear()
 
 
