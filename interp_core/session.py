@@ -19,6 +19,7 @@ from torch import Tensor
 from . import text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas, Shape
+from .architectures.parameters import without_gradient
 from .batches import laid_out
 from .engines import make_engine
 from .engines.protocol import Program
@@ -92,6 +93,7 @@ class Session(Structure):
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.strategy_checks = StrategyChecks()
         self._warned = False
+        self._ends: str | None = None
         # An engine's copy shares the weights: who runs one holds off who would run the other.
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)
@@ -265,6 +267,20 @@ class Session(Structure):
                 if len(self._programs) > PROGRAMS:
                     self._programs.popitem(last=False)
         return known, reads, changes
+
+    def demand_gradients(self) -> None:
+        """Refuse gradients through layers that have none; the layers are asked once while the model stays as it is.
+
+        Raises:
+            CapabilityError: naming the first.
+        """
+        if self._ends is None:
+            self._ends = without_gradient(self.hf, self.hf.dtype)
+        if self._ends:
+            raise CapabilityError(
+                f"{self._ends} is computed by a kernel that autograd does not see through, so gradients would end "
+                "there without a word; load the model with weights that are numbers, as in dtype=torch.bfloat16"
+            )
 
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""

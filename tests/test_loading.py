@@ -217,6 +217,14 @@ def test_wrapped_models_are_refused() -> None:
         ic.load(torch.nn.DataParallel(ic.testing.tiny("llama")).eval())
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ic.LoadError, match=r"holds an adapter, not a model: open its base model .*PeftModel.from_pretrained"
+    ):
+        ic.load(str(tmp_path))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_and_quantised_modules_are_refused() -> None:
     hf = ic.testing.tiny("llama")

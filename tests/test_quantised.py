@@ -72,6 +72,10 @@ def test_layers_without_a_weight_show_it_by_what_they_compute(family: str) -> No
     run = model.run(IDS, read=[S.final_norm, S.resid_post[-1]])
     torch.testing.assert_close(model.readout(run[S.resid_post[-1]].plain), run.logits.plain, atol=1e-5, rtol=1e-5)
     assert not any(before.changes(part, State.of(hf)) for part in ("hooks", "weights", "modes", "config"))
+    assert model.run(IDS, read=S.z[1], grad=lambda logits: logits.pow(2).sum()).grad[S.z[1]].plain.any()
+    silenced, score = S.z[1, 2].zero(), ic.score.logprob(3)
+    swept = model.sweep(IDS[:1], [silenced], score=score).values.flatten()
+    torch.testing.assert_close(swept, score(model.run(IDS[:1], edits=silenced)).to(swept), atol=1e-4, rtol=1e-4)
     first = model.fingerprint()
     projection.scales.mul_(2)
     assert model.fingerprint() != first
@@ -111,6 +115,12 @@ def test_dynamic_quantisation() -> None:
     assert model.d_mlp == 96 and model.d_vocab == 96
     assert "DynamicQuantizedLinear is no linear map" in model.can(S.head_out, "read")
     assert "self-check" in model.atlas.lacking["left padding"]
+    with pytest.raises(ic.CapabilityError, match="variants as rows of a batch, which change each other's numbers"):
+        model.sweep(IDS[:1], [S.z[1, 0].zero()], score=ic.score.logprob(3))
+    with pytest.raises(
+        ic.CapabilityError, match=r"q_proj \(DynamicQuantizedLinear\) is computed by a kernel that autograd"
+    ):
+        model.run(IDS, read=S.z[1], grad=lambda logits: logits.sum())
     other = testing.tiny("llama")
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(2)  # the same integers, with another scale

@@ -225,9 +225,11 @@ def test_adapters_are_part_of_what_every_site_shows(family: str) -> None:
     whole = low + (base.mT if family == "gpt2" else base)
     torch.testing.assert_close(model.weights(S.z[1]).flatten(0, 1), whole.mT, atol=1e-5, rtol=1e-5)
     assert not any(before.changes(part, State.of(peft_model)) for part in ("hooks", "weights", "modes", "config"))
-    run = model.run(IDS, read=S.head_out[1])
+    run, graded = model.run(IDS, read=S.head_out[1]), model.run(IDS, read=S.z[1], grad=lambda x: x.pow(2).sum())
     merged = ic.load(peft_model.merge_and_unload())
     again = merged.run(IDS, read=S.head_out[1])
+    by_merged = merged.run(IDS, read=S.z[1], grad=lambda x: x.pow(2).sum())
+    torch.testing.assert_close(graded.grad[S.z[1]].plain, by_merged.grad[S.z[1]].plain, atol=1e-2, rtol=1e-3)
     torch.testing.assert_close(run.logits.plain, again.logits.plain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(run[S.head_out[1]].plain, again[S.head_out[1]].plain, atol=1e-4, rtol=1e-4)
 
@@ -264,6 +266,7 @@ def test_adapters_switched_after_load_are_followed(engine: str) -> None:
 
 @needs_peft
 def test_adapters_attached_and_taken_off_after_load() -> None:
+    """`inject_adapter_in_model` is what transformers' own `add_adapter` calls."""
     import peft
 
     hf = testing.tiny("llama")
@@ -277,6 +280,8 @@ def test_adapters_attached_and_taken_off_after_load() -> None:
     again = model.run(IDS, read=S.head_out[1])
     assert torch.equal(again.logits.plain, clean.logits.plain)
     assert torch.equal(again[S.head_out[1]].plain, clean[S.head_out[1]].plain)
+    peft.inject_adapter_in_model(config, hf)
+    hold(model, hf.eval(), "llama")
 
 
 @needs_peft

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -77,6 +78,12 @@ def is_plain(module: nn.Module) -> bool:
     return known and runs_own_forward(module) and is_numbers(module.weight)
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """What an adapter is put around; anything else as it is."""
+    inside: Any = getattr(module, "get_base_layer", None)
+    return inside() if callable(inside) else module
+
+
 def widths(module: nn.Module) -> tuple[int, int]:
     """How many numbers a linear module takes and gives: by its matrix where it is plain, else as it declares; packed
     weights have other shapes.
@@ -85,8 +92,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
         CapabilityError: it does not say.
     """
     if not is_plain(module):
-        inside: Any = getattr(module, "get_base_layer", None)
-        inner = inside() if callable(inside) else module  # what an adapter is put around
+        inner = base_of(module)
         for layer in (module, inner):
             takes, gives = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
             if isinstance(takes, int) and isinstance(gives, int):
@@ -158,6 +164,29 @@ def asked(call: Callable[[Tensor], Tensor], like: Tensor, width: int, units: Ten
     passed = call(x)
     slack = 8 * summed + 4 * once + 4 * torch.finfo(passed.dtype).eps * ours.abs()
     return weights if bool(((passed - ours).abs() <= slack).all()) else None
+
+
+def without_gradient(model: nn.Module, dtype: torch.dtype) -> str:
+    """The first linear layer of a model whose output autograd does not follow back to its input, as kernels on packed
+    weights may have it: a gradient would end there, or go on by other ways alone. "" if there is none."""
+    for path, module in model.named_modules():
+        width, place = getattr(module, "in_features", None), device_of(module)
+        if not isinstance(width, int) or is_plain(module) or place.type == "meta":
+            continue
+        if isinstance(base_of(module), nn.Embedding):  # around which adapters have a width, too
+            continue
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of kernels of which this is to find out
+            x = torch.linspace(-1, 1, width, dtype=dtype, device=place)[None].requires_grad_()
+            try:
+                (followed,) = torch.autograd.grad(module.forward(x).sum(), x, allow_unused=True)
+            except TypeError:  # it takes more than one tensor: experts, say
+                continue
+            except RuntimeError:
+                followed = None
+        if followed is None or not followed.any():
+            return f"{path} ({module._get_name()})"
+    return ""
 
 
 def device_of(*modules: nn.Module) -> torch.device:

@@ -266,6 +266,8 @@ def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterat
         *_added(model, edited, totals, entries),
     ]
     changed = edited.logits.plain
+    off = distance(changed[0].flatten(), run.logits.plain[0, -1])
+    yield Finding("batch", "leaves a row as it is alone", off <= tolerance(model), f"{off:.1e}", Law.BATCH)
     few = changed[0].numel() < 8  # labels of a classifier, which may be one, and has no spread
     scale = float(changed[0].float().abs().max() if few else changed[0].float().std())
     for row, entry in enumerate(entries):
