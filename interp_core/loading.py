@@ -181,7 +181,7 @@ def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
 def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     """The model that files hold, all of it."""
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(config)
     packed = {} if files.head is None else gguf.dequantised(config)
     model, info = _attempt(files, auto, **options, **packed, output_loading_info=True)
     if lacking := sorted(info["missing_keys"]):
@@ -192,7 +192,17 @@ def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     if files.head is not None:
         gguf.warn_of_what_is_left(files.name, files.head, model, info["unexpected_keys"])
         model.config.name_or_path = files.name
-    return model
+    return with_its_head(model)
+
+
+def _auto(config: Any) -> str:
+    """The class of transformers that opens a checkpoint: of a classifier that with its head, as the config says; with
+    tied embeddings a language model would open it, too, and be another model."""
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if any(name.endswith(f"For{kind}") for name in named):
+            return f"AutoModelFor{kind}"
+    return "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
 
 
 def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
@@ -200,13 +210,13 @@ def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
     import transformers
 
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(config)
     dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
     trusted = {"trust_remote_code": files.options["trust_remote_code"]}
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config, **{**options, "dtype": dtype}, **trusted)
     model.config.name_or_path = files.folder
-    return model
+    return with_its_head(model)
 
 
 def _in_memory(

@@ -79,7 +79,7 @@ class Snapshot:
         """
         for path, module in self._draws:
             if module.training:
-                _demand_steady(path, module)
+                demand_steady(path, module)
         weight, (dtype, device, shape) = self._table["weight"], self._weight
         if weight.dtype is not dtype or weight.device != device or weight.shape != shape:
             return True
@@ -197,14 +197,14 @@ def demand_usable(model: Any, *, weightless: bool = False) -> None:
     """
     demand_plain(model)
     for path, module in model.named_modules():
-        _demand_steady(path, module)
+        demand_steady(path, module)
     if not weightless:
         _demand_weights(model)
     if getattr(model.config, "return_dict", True) is False:
         raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
 
 
-def _demand_steady(path: str, module: nn.Module) -> None:
+def demand_steady(path: str, module: nn.Module) -> None:
     """Refuse a module that does something else at every run, because it is in training mode.
 
     Raises:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .architectures.parameters import LENT
 from .engines.turns import turn_of
 from .errors import LoadError, first_line
-from .snapshot import take_again
+from .snapshot import demand_steady, take_again
 
 IDS = 8
 """Tokens on which a wrapper is held against what it wraps."""
@@ -60,12 +60,10 @@ def _demand_bare(wrapper: Any, inner: Any) -> None:
             f"{kinds} of this {type(wrapper).__name__} acts by what the wrapper puts before every text (virtual "
             f"tokens, or their keys and values), which the model inside does not have; {instead}"
         )
-    if (
-        inner is wrapper
-        or (wrapper.training and inner.training)
-        or any(weight.is_meta for weight in inner.parameters())
-    ):
+    if inner is wrapper or any(weight.is_meta for weight in inner.parameters()):
         return
+    for path, module in inner.named_modules():
+        demand_steady(path, module)
     try:
         with turn_of(inner), torch.no_grad():
             ours, own = (_logits(which, _ids(inner)) for which in (inner, wrapper))
@@ -103,6 +101,8 @@ def with_its_head(model: Any) -> Any:
     shell.training = model.training
     given = {id(weight) for weight in model.parameters()}
     own = [name for name, weight in shell.named_parameters() if id(weight) not in given]
+    if heads and all(weight.is_meta for weight in model.parameters()):  # nothing to compare
+        return shell
     if heads and not own:
         try:
             with turn_of(model), torch.no_grad():

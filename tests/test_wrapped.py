@@ -4,6 +4,7 @@ by hand on the wrapped model's own modules."""
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,10 @@ def test_compiled_modules_run_as_written(where: str) -> None:
     assert torch.equal(
         edited.logits.plain, ic.load(testing.tiny("llama")).run(IDS, edits=S.mlp_act[1, 3].zero()).logits.plain
     )
+    silenced, score = S.z[0, 2].zero(), ic.score.logprob(3)
+    swept, alone = model.sweep(IDS[:1], [silenced], score=score), score(model.run(IDS[:1], edits=silenced))
+    torch.testing.assert_close(swept.values.flatten(), alone.to(swept.values), atol=1e-4, rtol=1e-4)
+    assert model.generate(IDS, max_new_tokens=2, read=S.mlp_out[1]).steps[1][S.mlp_out[1]].shape == (2, 1, 64)
     for module, own in compiled:  # what was compiled is in its place again
         assert vars(module).get("_compiled_call_impl") is own.get("_compiled_call_impl")
         assert vars(module).get("forward") is own.get("forward")
@@ -90,6 +95,17 @@ def test_sequence_classifiers_give_their_verdict_at_every_position(family: str, 
     edited = model.run(IDS, edits=S.resid_post[1].scale(2.0))
     torch.testing.assert_close(edited.logits.plain[:, -1], doubled, atol=1e-5, rtol=1e-5)
     assert not any(before.changes(part, State.of(hf)) for part in ("hooks", "weights", "modes", "config"))
+
+
+def test_a_classifier_on_disk_is_opened_with_its_head(tmp_path: Path) -> None:
+    hf = classifier("SequenceClassification", "llama", 2)
+    hf.config.tie_word_embeddings = True  # so that a language model would lack nothing of it
+    hf.save_pretrained(tmp_path)
+    model = ic.load(tmp_path)
+    assert model.d_vocab == 2
+    torch.testing.assert_close(
+        model.run(IDS).logits.plain[:, -1], hf(input_ids=IDS).logits.detach(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_labels_are_no_tokens_and_the_head_is_the_present_one() -> None:
@@ -321,6 +337,8 @@ def test_wrappers_that_are_more_than_their_layers_are_refused() -> None:
         ic.LoadError, match="LORA of this PeftModelForCausalLM gives other logits than the model that it"
     ):
         ic.load(adapted("llama", target_modules=["o_proj"], alora_invocation_tokens=[3, 4]))
+    with pytest.raises(ic.CapabilityError, match=r"p=0.5 of .*lora_dropout.default \(Dropout\) makes runs differ"):
+        ic.load(adapted("llama", lora_dropout=0.5).train())
     with pytest.raises(
         ic.LoadError, match="POLY of this PeftModelForCausalLM cannot run a text: task_ids should not be"
     ):
