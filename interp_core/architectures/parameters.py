@@ -78,6 +78,14 @@ def is_plain(module: nn.Module) -> bool:
     return known and runs_own_forward(module) and is_numbers(module.weight)
 
 
+def is_special(module: nn.Module) -> bool:
+    """Whether it is a linear layer of a class of its own (quantised, adapted), or on a library's kind of weights."""
+    if type(module).forward is nn.Linear.forward:
+        return not is_numbers(module.weight)
+    # Adapters around an embedding have a width, too.
+    return isinstance(getattr(module, "in_features", None), int) and not isinstance(base_of(module), nn.Embedding)
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """What an adapter is put around; anything else as it is."""
     inside: Any = getattr(module, "get_base_layer", None)
@@ -170,17 +178,15 @@ def without_gradient(model: nn.Module, dtype: torch.dtype) -> str:
     """The first linear layer of a model whose output autograd does not follow back to its input, as kernels on packed
     weights may have it: a gradient would end there, or go on by other ways alone. "" if there is none."""
     for path, module in model.named_modules():
-        width, place = getattr(module, "in_features", None), device_of(module)
-        if not isinstance(width, int) or is_plain(module) or place.type == "meta":
-            continue
-        if isinstance(base_of(module), nn.Embedding):  # around which adapters have a width, too
+        width, place = getattr(module, "in_features", 0), device_of(module)
+        if not is_special(module) or place.type == "meta":
             continue
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of kernels of which this is to find out
             x = torch.linspace(-1, 1, width, dtype=dtype, device=place)[None].requires_grad_()
             try:
                 (followed,) = torch.autograd.grad(module.forward(x).sum(), x, allow_unused=True)
-            except TypeError:  # it takes more than one tensor: experts, say
+            except (TypeError, AttributeError):  # it takes or gives more than one tensor: experts, a router
                 continue
             except RuntimeError:
                 followed = None

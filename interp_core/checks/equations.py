@@ -33,7 +33,7 @@ class Law(Enum):
     EDIT = "not to be edited: an edit does not act as it should"
     READOUT = "refused: it gives other logits"
     PADDING = "refused: a padded row is not what it is alone"
-    BATCH = "changes the numbers of its rows: there are no sweeps"
+    BATCH = "changes the numbers of its rows: sweeps run one variant after the other"
 
 
 class Finding(NamedTuple):

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..engines.operations import write_point
 from ..engines.selection import Selection
 from ..engines.tower import Tower
-from ..errors import CapabilityError, PlanError, PositionError, ReadError, nearest, wrong
+from ..errors import PlanError, PositionError, ReadError, nearest, wrong
 from ..plan import Plan
 from ..progress import Progress
 from ..provenance import provenance
@@ -376,11 +376,6 @@ def _ready(
 ) -> tuple[Tokens, tuple[tuple[Edit, ...], ...], tuple[Score, ...]]:
     """Tokens, variants and scores as a model takes them; what is wrong is found before anything runs."""
     demand_own(model, "a sweep")
-    if why := model.atlas.lacking.get("batch"):
-        raise CapabilityError(
-            f"a sweep runs variants as rows of a batch, which change each other's numbers in this model ({why}); run "
-            "them one by one, model.run(x, edits=…)"
-        )
     tokens = model.fit(model.input(x))
     scores = tuple(score.on(model, len(tokens)) for score in scores)
     for score in scores:
