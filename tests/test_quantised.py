@@ -81,6 +81,24 @@ def test_layers_without_a_weight_show_it_by_what_they_compute(family: str) -> No
     assert model.fingerprint() != first
 
 
+class Mute(Packed):
+    """One that does not say how wide it is."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__(linear)
+        del self.in_features, self.out_features
+
+
+def test_heads_of_layers_that_say_nothing_are_counted_by_the_config() -> None:
+    hf = exchanged(testing.tiny("qwen3"), Mute)
+    model = ic.load(hf)
+    hold(model, hf, "qwen3")
+    assert (model.n_heads, model.n_kv_heads, model.d_head, model.d_mlp, model.d_vocab) == (4, 2, 24, 96, 96)
+    assert "Mute does not say how many numbers it takes and gives" in model.can(S.head_out, "read")
+    with pytest.raises(ic.CapabilityError, match="z of this qwen3 in layer 1 does not come out of one linear map"):
+        model.weights(S.z[1])
+
+
 @pytest.mark.parametrize("engine", ["torch", "nnsight"])
 def test_layers_that_round_what_they_are_given_have_no_heads(engine: str) -> None:
     hf = exchanged(testing.tiny("llama"), Rounding)

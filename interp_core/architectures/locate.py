@@ -27,7 +27,7 @@ from .components import ENDS, Components
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
-from .parameters import LENT, device_of, is_plain, matrix, tokens_of, widths
+from .parameters import LENT, declared, device_of, is_plain, matrix, tokens_of, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
@@ -70,7 +70,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     shape = Shape(
         n_layers=len(list(blocks.children())),
         d_model=config.hidden_size,
-        d_vocab=tokens_of(model.get_output_embeddings()),
+        d_vocab=tokens_of(model.get_output_embeddings(), config),
         n_ctx=getattr(config, "max_position_embeddings", None),
         n_labelled=len(model.get_input_embeddings().weight) if LENT in vars(model) else 0,
     )
@@ -294,7 +294,8 @@ def mlp(block: Block) -> None:
         if place := stack.places.get(name):
             points[name] = block.at(place)
     for name, point in points.items():
-        width = widths(stack.modules[point.module])[0] if name == "mlp_act" else 0
+        said = getattr(stack.config, "intermediate_size", 0)
+        width = declared(stack.modules[point.module], 0, said) if name == "mlp_act" else 0
         block.view(name, point, {"d_mlp": width} if width else block.d_model)
 
 
@@ -373,13 +374,15 @@ def head_counts(block: Block, module: nn.Module) -> Heads | None:
     if n_heads is None or "attn.o" not in parts:
         return None
     d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    width = widths(stack.modules[parts["attn.o"]])[0]
+    kv = getattr(stack.config, "num_key_value_heads", None)
+    kv, said = kv if isinstance(kv, int) else n_heads, d_head or block.d_model["d_model"] // n_heads
+    width = declared(stack.modules[parts["attn.o"]], 0, n_heads * said)
     d_head = int(d_head or width // n_heads)
     n_heads = n_kv = width // d_head
     if k := parts.get("attn.k"):
-        n_kv = widths(stack.modules[k])[1] // d_head
+        n_kv = declared(stack.modules[k], 1, kv * d_head) // d_head
     elif qkv := parts.get("attn.qkv"):
-        n_kv = (widths(stack.modules[qkv])[1] // d_head - n_heads) // 2
+        n_kv = (declared(stack.modules[qkv], 1, (n_heads + 2 * kv) * d_head) // d_head - n_heads) // 2
     counts = Heads(n_heads, n_kv, d_head)
     return stack.family.heads(module, counts) if stack.family.heads else counts
 

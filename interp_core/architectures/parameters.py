@@ -116,10 +116,21 @@ def widths(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
 
 
-def tokens_of(head: Any) -> int:
+def declared(module: nn.Module, end: int, otherwise: int) -> int:
+    """How many numbers a linear module takes (0) or gives (1); what the config says where the module does not."""
+    try:
+        return widths(module)[end]
+    except CapabilityError:
+        return otherwise
+
+
+def tokens_of(head: Any, config: Any) -> int:
     """How many tokens an unembedding has (of a classifier, labels): as it declares, where its weights are packed."""
-    declared = None if is_plain(head) else getattr(head, "out_features", None)
-    return declared if isinstance(declared, int) else len(head.weight)
+    rows = None if is_plain(head) else getattr(head, "out_features", None)
+    if isinstance(rows, int):
+        return rows
+    weight: Any = getattr(head, "weight", None)
+    return len(weight) if is_numbers(weight) else int(config.vocab_size)
 
 
 @torch.no_grad()
