@@ -84,6 +84,8 @@ def test_sequence_classifiers_give_their_verdict_at_every_position(family: str, 
             torch.testing.assert_close(
                 run.logits.plain[:, end - 1], hf(input_ids=IDS[:, :end]).logits, atol=1e-5, rtol=1e-5
             )
+    if labels == 1:
+        assert f"after 6:22  LABEL_0 {float(run.logits.plain[0, -1]):.4g}" in str(run)
     assert model.d_vocab == labels and "labels, at every position" in str(model.atlas.notes)
     torch.testing.assert_close(model.weights(S.logits), hf.score.weight.mT)
     torch.testing.assert_close(model.readout(run[S.resid_post[-1]].plain), run.logits.plain, atol=1e-5, rtol=1e-5)
