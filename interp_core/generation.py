@@ -69,6 +69,10 @@ def generate(
         EffectError: an edit did nothing.
     """
     named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    if model.atlas.shape.n_labelled:
+        raise CapabilityError(
+            f"the logits of this model are of {model.d_vocab} labels, not of tokens: it generates none"
+        )
     prompt = model.input(x)
     how = decoding(model, prompt, options, named | {"top_k": top_k}, stop_at_eos)
     prompt = replace(prompt, inputs={**prompt.inputs, **how.inputs}) if how.inputs else prompt

@@ -20,6 +20,7 @@ from .errors import LoadError, first_line, nearest, wrong
 from .placement import Placement
 from .progress import Progress
 from .snapshot import demand_plain
+from .wrappers import unwrapped, with_its_head
 
 TOYS = ("moe", "text", "vision")
 GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
@@ -180,7 +181,7 @@ def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
 def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     """The model that files hold, all of it."""
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(config)
     packed = {} if files.head is None else gguf.dequantised(config)
     model, info = _attempt(files, auto, **options, **packed, output_loading_info=True)
     if lacking := sorted(info["missing_keys"]):
@@ -191,7 +192,17 @@ def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     if files.head is not None:
         gguf.warn_of_what_is_left(files.name, files.head, model, info["unexpected_keys"])
         model.config.name_or_path = files.name
-    return model
+    return with_its_head(model)
+
+
+def _auto(config: Any) -> str:
+    """The class of transformers that opens a checkpoint: of a classifier that with its head, as the config says; with
+    tied embeddings a language model would open it, too, and be another model."""
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if any(name.endswith(f"For{kind}") for name in named):
+            return f"AutoModelFor{kind}"
+    return "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
 
 
 def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
@@ -199,32 +210,29 @@ def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
     import transformers
 
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(config)
     dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
     trusted = {"trust_remote_code": files.options["trust_remote_code"]}
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config, **{**options, "dtype": dtype}, **trusted)
     model.config.name_or_path = files.folder
-    return model
+    return with_its_head(model)
 
 
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
+    model = unwrapped(model)
     demand_plain(model)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
-    if model.get_output_embeddings() is None:
-        raise LoadError(
-            f"{type(model).__name__} has no output embeddings; pass the model with its language modelling head, "
-            f"such as {type(model).__name__.removesuffix('Model')}ForCausalLM"
-        )
     if dtype is not None or device is not None:
         raise LoadError("a model in memory is taken as it is; call model.to(dtype=…, device=…) before load")
     if model.training:
         raise LoadError("the model is in training mode, where dropout makes runs differ; call model.eval() before load")
     if attn_implementation is not None:
         raise LoadError("a model in memory is taken as it is; call model.set_attn_implementation(…) before load")
+    model = with_its_head(model)
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
@@ -318,6 +326,11 @@ def _check_folder(path: str) -> None:
         raise LoadError(f"{path} is a file; give the folder that holds config.json and the weights, or a .gguf file")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise LoadError(
+                    f"{path} holds an adapter, not a model: open its base model with transformers, put it on with "
+                    "peft.PeftModel.from_pretrained(base, folder), and load that (docs/wrapped.md)"
+                )
             held = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
             raise LoadError(f"{path} holds no config.json, so it is no transformers model (it holds {held})")
         try:

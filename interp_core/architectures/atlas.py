@@ -29,12 +29,23 @@ OF_ATTENTION = ("attn_in", "attn_out", "q", "k", "v", "rot_q", "rot_k", "scores"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, in TransformerLens' words."""
+    """Sizes of a model, in TransformerLens' words.
+
+    Attributes:
+        d_vocab: how many tokens it has logits of; of a classifier, how many labels.
+        n_labelled: of a classifier, how many tokens it can be given; else 0, and they are `d_vocab`.
+    """
 
     n_layers: int
     d_model: int
     d_vocab: int
     n_ctx: int | None
+    n_labelled: int = 0
+
+    @property
+    def n_ids(self) -> int:
+        """How many tokens it can be given."""
+        return self.n_labelled or self.d_vocab
 
 
 class Entry:

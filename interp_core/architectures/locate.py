@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import LoadError
+from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import OF_ATTENTION, ROUTED, Atlas, Entry, Shape
@@ -28,6 +29,7 @@ from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
 from .mixers import gate, mixer_ends, mixer_of, state_reason
+from .parameters import LENT, declared, device_of, is_plain, matrix, tokens_of, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
@@ -70,14 +72,17 @@ def build(model: Any, family: Family | None) -> Atlas:
     shape = Shape(
         n_layers=len(list(blocks.children())),
         d_model=config.hidden_size,
-        d_vocab=model.get_output_embeddings().weight.shape[0],
+        d_vocab=tokens_of(model.get_output_embeddings(), config),
         n_ctx=getattr(config, "max_position_embeddings", None),
+        n_labelled=len(model.get_input_embeddings().weight) if LENT in vars(model) else 0,
     )
     atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
             f"nobody has described the family {family.name!r}: its sites are found by the usual names of modules"
         )
+    if shape.n_labelled:
+        atlas.notes.append(f"its logits are of {shape.d_vocab} labels, at every position; see docs/wrapped.md")
     stack = Stack(atlas, modules, paths, config)
     stack.locate()
     ends(stack)
@@ -144,7 +149,7 @@ class Stack:
         self.refused = refusals(family, config if self.text else atlas.config)
         if not self.text:
             projection = self.components_of(f"{paths['blocks']}.0")["attn.o"]
-            self.d_model = {"d_model": hook_points.out_features(modules[projection])}
+            self.d_model = {"d_model": widths(modules[projection])[1]}
 
     def locate(self) -> None:
         """Find every site of every block."""
@@ -272,7 +277,8 @@ def mlp(block: Block) -> None:
         if place := stack.places.get(name):
             points[name] = block.at(place)
     for name, point in points.items():
-        width = hook_points.in_features(stack.modules[point.module]) if name == "mlp_act" else 0
+        said = getattr(stack.config, "intermediate_size", 0)
+        width = declared(stack.modules[point.module], 0, said) if name == "mlp_act" else 0
         block.view(name, point, {"d_mlp": width} if width else block.d_model)
 
 
@@ -310,9 +316,25 @@ def _mixed(block: Block, projection: str, counts: Heads) -> None:
     z = split_heads(counts.n_heads, counts.d_head)
     block.view("z", stack.point(projection, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
     ends = stack.point(projection, "in"), stack.point(projection, "out")
-    point = hook_points.head_out(*ends, stack.modules[projection], counts.n_heads, counts.d_head)
+    module = stack.modules[projection]
+    if why := _no_heads(module, stack.modules[""].dtype, counts.d_head):
+        stack.atlas.withdrawn[f"{stack.prefix}head_out", block.layer] = why
+        return
+    point = hook_points.head_out(*ends, module, counts.n_heads, counts.d_head)
     sizes = {"head": counts.n_heads, **block.d_model}
     block.add("head_out", point, point, sizes, {"grad": "it is computed beside the forward pass"})
+
+
+def _no_heads(projection: nn.Module, dtype: Any, d_head: int) -> str:
+    """Why what an output projection makes of single heads cannot be told apart, by its first head; "" if it can."""
+    place = device_of(projection)
+    if is_plain(projection) or place.type == "meta":
+        return ""
+    try:
+        matrix(projection, torch.zeros(0, dtype=dtype, device=place), torch.arange(d_head))
+    except (CapabilityError, RuntimeError) as error:  # a library's own, of numbers that it cannot take
+        return f"the weights of the output projection do not show: {first_line(error)}"
+    return ""
 
 
 def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str, int]], n_heads: int) -> None:
@@ -335,13 +357,15 @@ def head_counts(block: Block, module: nn.Module) -> Heads | None:
     if n_heads is None or "attn.o" not in parts:
         return None
     d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    width = hook_points.in_features(stack.modules[parts["attn.o"]])
+    kv = getattr(stack.config, "num_key_value_heads", None)
+    kv, said = kv if isinstance(kv, int) else n_heads, d_head or block.d_model["d_model"] // n_heads
+    width = declared(stack.modules[parts["attn.o"]], 0, n_heads * said)
     d_head = int(d_head or width // n_heads)
     n_heads = n_kv = width // d_head
     if k := parts.get("attn.k"):
-        n_kv = hook_points.out_features(stack.modules[k]) // d_head
+        n_kv = declared(stack.modules[k], 1, kv * d_head) // d_head
     elif qkv := parts.get("attn.qkv"):
-        n_kv = (hook_points.out_features(stack.modules[qkv]) // d_head - n_heads) // 2
+        n_kv = (declared(stack.modules[qkv], 1, (n_heads + 2 * kv) * d_head) // d_head - n_heads) // 2
     counts = Heads(n_heads, n_kv, d_head)
     return stack.family.heads(module, counts) if stack.family.heads else counts
 
@@ -353,7 +377,13 @@ def router(block: Block) -> None:
         return
     selects, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
     stack.atlas.components.add_router(block.layer, stack.modules[selects], stack.modules[experts])
-    n, k = family_router.sizes(stack.modules[selects])
+    try:
+        n, k = family_router.sizes(stack.modules[selects])
+    except AttributeError:
+        kind = type(stack.modules[selects]).__name__
+        hidden = f"what is around the router ({kind}) does not show how it selects; take it off, or merge it"
+        stack.atlas.withdrawn |= {(name, block.layer): hidden for name in ROUTED}
+        return
     beside = {"grad": "it is computed beside the forward pass"}
     only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
     logits = hook_points.router_logits(selects, family_router, n, k)
@@ -425,7 +455,8 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
     for name in SITES:
         if name in present:
             continue
-        if reason := {**family.unseen, **refused}.get(name):
+        own = next((why for (site, _), why in atlas.withdrawn.items() if site == name), "")
+        if reason := {**family.unseen, **refused}.get(name, own):
             why = reason
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import HookPoint, transposed
-from ..architectures.parameters import bias_of
 from ..architectures.shards import called
 from ..errors import InterpError, ReadError, first_line
 from ..plan import Plan
@@ -37,6 +36,7 @@ class Law(Enum):
     EDIT = "not to be edited: an edit does not act as it should"
     READOUT = "refused: it gives other logits"
     PADDING = "refused: a padded row is not what it is alone"
+    BATCH = "changes the numbers of its rows: sweeps run one variant after the other"
 
 
 class Finding(NamedTuple):
@@ -346,8 +346,6 @@ def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tenso
     module = model.atlas.entries[f"{prefix}z", layer].module
     assert module is not None
     z = at(run, f"{prefix}z", layer)
-    total = at(run, f"{prefix}head_out", layer).sum(2)
-    if (bias := bias_of(module)) is not None:
-        total = total + bias.detach()
+    total, mixed = at(run, f"{prefix}head_out", layer).sum(2), z.reshape(*z.shape[:2], -1)
     with torch.no_grad():
-        return total, called(module, z.reshape(*z.shape[:2], -1))
+        return total + called(module, torch.zeros_like(mixed[:, :1])), called(module, mixed)

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..architectures.atlas import Atlas, Entry
+from ..architectures.parameters import is_special
 from ..errors import CapabilityError, InterpError, first_line
+from ..model_inputs import model_inputs
 from ..positions import VISION, Mask, Span
 from ..run import Run, forward
 from ..session import Session
@@ -133,6 +135,7 @@ def _checks(model: Session) -> Iterator[Finding]:
         _demand_a_pass(model, tokens, error)
         yield from _unreadable(model, tokens)
         run = forward(model, tokens, read=_everything(atlas))
+    _demand_its_logits(model, tokens, run)
     for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
@@ -154,9 +157,34 @@ def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
         off = distance(run.logits.plain, forward(model, tokens).logits.plain)
         first, *others = inside
         what = "is the attention that the model does"
-        # In half precision rounding may send a token to other experts.
-        ok = off <= (tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5)
-        yield Finding(first, what, ok, f"logits differ by {off:.1e}", others=tuple(others))
+        yield Finding(first, what, off <= _alike_enough(model), f"logits differ by {off:.1e}", others=tuple(others))
+
+
+def _alike_enough(model: Session) -> float:
+    """How far logits of two ways of computing the same may be apart: in half precision, rounding may send a token to
+    other experts."""
+    return tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5
+
+
+def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
+    """Refuse an engine whose copy of the model computes something else than the model, such as without an adapter that
+    lies where the engine splits a projection.
+
+    Raises:
+        CapabilityError: by how much its logits differ.
+    """
+    if model.engine.model is model.hf or getattr(model.engine, "remote", False):
+        return
+    with torch.no_grad():
+        own = model.hf(**model_inputs(model, tokens), use_cache=False).logits
+    ours = run.logits.plain
+    if "folded" in model.engine.name:  # which may shift all logits of a position alike
+        ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
+    if (off := distance(ours, own)) > _alike_enough(model):
+        raise CapabilityError(
+            f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
+            f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
+        )
 
 
 def _alike(run: Run) -> Iterator[Finding]:
@@ -220,7 +248,7 @@ def check_tokens(model: Session) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
     special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
-    size = model.atlas.shape.d_vocab
+    size = model.atlas.shape.n_ids
     ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
 
@@ -259,7 +287,11 @@ def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterat
         *_added(model, edited, totals, entries),
     ]
     changed = edited.logits.plain
-    scale = float(changed[0].float().std())
+    if any(map(is_special, model.hf.modules())):  # kernels may round by the largest number of a whole batch
+        off = distance(changed[0].flatten(), run.logits.plain[0, -1])
+        yield Finding("batch", "leaves a row as it is alone", off <= tolerance(model), f"{off:.1e}", Law.BATCH)
+    few = changed[0].numel() < 8  # labels of a classifier, which may be one, and has no spread
+    scale = float(changed[0].float().abs().max() if few else changed[0].float().std())
     for row, entry in enumerate(entries):
         effect = float((changed[row + 1] - changed[0]).float().abs().max())
         acted, what = effect > 1e-4 * scale, f"an edit in layer {entry.layer} changes the logits"
@@ -322,7 +354,7 @@ def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry])
 def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
     """A row with padding on either side, against the row alone."""
     pad, known = WIDTH - ALONE, getattr(model.hf.config.get_text_config(), "pad_token_id", None)
-    filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.d_vocab else 0)
+    filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.n_ids else 0)
     sides = {"left": slice(pad, None), "right": slice(0, ALONE)}
     mask = torch.zeros(2, WIDTH, dtype=torch.bool)
     for row, real in enumerate(sides.values()):

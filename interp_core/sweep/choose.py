@@ -89,6 +89,8 @@ def _checked(session: Session, strategy: str, tokens: Tokens, tower: Tower | Non
     """What keeps a strategy from being exact on this model; what has to be tried is tried once and remembered."""
     if not runs_rows(session.engine):
         return Check(f"engine {session.engine.name!r} runs one variant after the other")
+    if why := session.atlas.lacking.get("batch"):
+        return Check(f"rows of a batch change each other's numbers ({why})")
     if tokens.inputs and len(session.atlas.layers("deepstack")) >= session.n_layers:
         return Check(
             "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
