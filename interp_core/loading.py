@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import gguf, real
+from .architectures.unfit import class_for, encoder_decoder
 from .errors import LoadError, first_line, nearest, wrong
 from .placement import Placement
 from .progress import Progress
@@ -180,7 +181,7 @@ def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
 def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     """The model that files hold, all of it."""
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(files, config)
     packed = {} if files.head is None else gguf.dequantised(config)
     model, info = _attempt(files, auto, **options, **packed, output_loading_info=True)
     if lacking := sorted(info["missing_keys"]):
@@ -199,7 +200,7 @@ def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
     import transformers
 
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(files, config)
     dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
     trusted = {"trust_remote_code": files.options["trust_remote_code"]}
     with torch.device("meta"):
@@ -215,10 +216,7 @@ def _in_memory(
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
     if model.get_output_embeddings() is None:
-        raise LoadError(
-            f"{type(model).__name__} has no output embeddings; pass the model with its language modelling head, "
-            f"such as {type(model).__name__.removesuffix('Model')}ForCausalLM"
-        )
+        raise LoadError(f"{type(model).__name__} has no output embeddings; {_with_head(model.config)}")
     if dtype is not None or device is not None:
         raise LoadError("a model in memory is taken as it is; call model.to(dtype=…, device=…) before load")
     if model.training:
@@ -228,6 +226,32 @@ def _in_memory(
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+
+def _with_head(config: Any) -> str:
+    """What to load of a model type, for its head."""
+    known = (class_for(task, config.model_type) for task in ("CAUSAL_LM", "MASKED_LM"))
+    heads = " or ".join(dict.fromkeys(name for name in known if name))
+    if not heads:
+        return f"transformers has no class of {config.model_type!r} with a language modelling head that can be served"
+    return f"pass the model with its language modelling head, {heads}"
+
+
+def _auto(files: Files, config: Any) -> str:
+    """The class of transformers that opens what a config is of: an encoder with its head for masked tokens, where its
+    config names that, or no other.
+
+    Raises:
+        LoadError: an encoder-decoder of which no part can be opened alone.
+    """
+    causal, masked = (class_for(task, config.model_type) for task in ("CAUSAL_LM", "MASKED_LM"))
+    named = config.architectures or ()
+    whole = getattr(config, "is_encoder_decoder", False) and causal not in named
+    if whole or (not (causal or masked) and class_for("SEQ_TO_SEQ_CAUSAL_LM", config.model_type)):
+        raise LoadError(f"{files.name} {encoder_decoder(config)}")
+    if hasattr(config, "vision_config"):
+        return "AutoModelForImageTextToText"
+    return "AutoModelForMaskedLM" if masked and (masked in named or not causal) else "AutoModelForCausalLM"
 
 
 def _check_kinds(tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Call = TypeVar("Call", bound=Callable[..., Any])
 R = TypeVar("R", bound="Result")
 R_co = TypeVar("R_co", bound="Result", covariant=True)
-CAPABILITIES = ("readout",)
+CAPABILITIES = ("readout", "causal")
 """What a method may require of a model besides sites."""
 
 

@@ -21,6 +21,8 @@ from .family import Family
 from .hook_points import HookPoint
 from .reach import Reach
 
+CAUSAL = "causal"
+"""What is lacking, with the reason, where positions see later ones."""
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
 """Sites that only mixtures of experts have."""
 
@@ -111,6 +113,13 @@ class Atlas:
         """The module of a component; see `Structure.module`."""
         return self.components.get(component, layer)
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the last stream passes before the unembedding, where there is a readout: nothing, if the last block has
+        normed it."""
+        entry = self.entries.get(("final_norm", 0))
+        return nn.Identity() if entry is None or entry.module is None else entry.module
+
     def select(self, site: Site) -> list[Entry]:
         """The entries that a site names.
 
@@ -141,6 +150,14 @@ class Atlas:
         """For a message about a vision tower's site that is not there: that the language model has such a site."""
         same = name.removeprefix(VISION_)
         return f"; {same} is its language model's" if same != name and self.layers(same) else ""
+
+    def sees_ahead(self) -> None:
+        """Note that positions see later ones too, as in an encoder."""
+        self.lacking[CAUSAL] = (
+            f"positions of this {self.family.name} see later ones too, so its logits at a position are of the token "
+            "there, not of the next one"
+        )
+        self.reaches = {layer: reach._replace(causal=False) for layer, reach in self.reaches.items()}
 
     def drop(self, name: str, why: str, layers: Sequence[int] = ()) -> None:
         """Take a site out of the atlas, in some layers or all (())."""

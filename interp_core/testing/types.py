@@ -1,6 +1,6 @@
 """A tiny model of every model type that transformers can build: sizes by the words of its config, every kind of layer.
 
-Most types need nothing of their own: a config says which sizes it has, and its defaults which kinds of layers there are.
+Most types need nothing of their own: a config says which sizes it has, its defaults which kinds of layers there are.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ WIDTHS = {
 """Sizes of tiny models, with the words that configs have for them."""
 SIZES = {word: size for size, words in WIDTHS.items() for word in words.split()}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
+LAYERS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+)  # fmt: skip
 """Words for the number of layers."""
 MOST = 8_000_000
 """Parameters that a tiny model may have."""
@@ -63,13 +65,17 @@ MOST = 8_000_000
 _ONE_KV = {"num_key_value_heads": 4}
 _LATENT = {**_ONE_KV, "head_dim": 8}
 _ENCODED = {"encoder_layers": 3}
+_HEAD_DIM = {"head_dim": 16}
 _HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_ONE_KV}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1}
 _BY_KIND = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
 _DOUBLED = {"attention_hidden_size": 128, "attention_head_dim": 32}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "nemotron"),
+        (
+            "axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
+            "nemotron",
+        ),
         _ONE_KV,
     ),
     **dict.fromkeys(("axk1", "deepseek_v3", "sarvam_mla", "youtu"), _LATENT),
@@ -77,6 +83,7 @@ OWN: dict[str, dict[str, Any]] = {
         ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
         _ENCODED,
     ),
+    "big_bird": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -100,7 +107,7 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _HEAD_DIM),
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
@@ -129,6 +136,14 @@ def types() -> list[str]:
     return sorted(_classes())
 
 
+def encoders() -> list[str]:
+    """Classes of transformers' mapping of masked language models, but for encoder-decoders."""
+    from transformers.models.auto import modeling_auto
+
+    names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return sorted({name for name in names if not name.endswith("ForConditionalGeneration")})
+
+
 def _classes() -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
@@ -136,16 +151,20 @@ def _classes() -> dict[str, str]:
 
 
 def build(model_type: str, config: dict[str, Any]) -> Any:
-    """The model of a type, without weights that matter.
+    """The model of a type, or of a class by its name, without weights that matter.
 
     Raises:
         LoadError: transformers cannot build it, with its reason.
     """
     import transformers
 
-    kind = getattr(transformers, _classes()[model_type])
+    kind = getattr(transformers, _classes().get(model_type, model_type))
     try:
-        settings = _settings(kind.config_class(), {**OWN.get(kind.config_class.model_type, {}), **config})
+        own = {
+            **({} if model_type in _classes() else {"is_decoder": False}),
+            **OWN.get(kind.config_class.model_type, {}),
+        }
+        settings = _settings(kind.config_class(), {**own, **config})
         full_config = kind.config_class(**settings)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(full_config).parameters())
