@@ -20,6 +20,7 @@ from interp_core import sites as S
 from interp_core.architectures.family import Family, Place
 from interp_core.architectures.locate import known_paths
 from interp_core.architectures.routing import Router, TopKOfLogits
+from interp_core.testing.types import types
 
 ROOT = Path(__file__).parent.parent
 DECLARED: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
@@ -184,7 +185,7 @@ def test_every_family_that_is_declared_is_there() -> None:
 def lacking(name: str, file: str) -> list[str]:
     """What a family that is declared, or that has a tiny model, still lacks: one sentence for each place."""
     page = (ROOT / "docs/families.md").read_text()
-    small = {*FAMILIES, *ic.testing.mixtures(), *test_streams.MODELS}
+    small = {*FAMILIES, *ic.testing.mixtures(), *test_streams.MODELS, *types()}
     tried = {target.partition(":")[0] for other, target in DECLARED.items() if other in small}
     sentences = []
     if file and f"`{name}`" not in page:

@@ -12,8 +12,8 @@ from .family import Family
 
 _NOT_THE_TEXTS = "so that positions inside it are not those of the text"
 _CODEBOOKS = (
-    "it reads and gives several codebooks at a time, with an embedding and a head for each: there is no text of one row "
-    "of tokens, and no one unembedding"
+    "it reads and gives several codebooks at a time, with an embedding and a head for each: there is no text of one "
+    "row of tokens, and no one unembedding"
 )
 UNFIT: dict[str, str] = {
     "cpmant": f"it puts positions of its own in front of every text, {_NOT_THE_TEXTS}",
