@@ -87,6 +87,7 @@ class Atlas:
         config: the model's whole config.
         components: modules by TransformerLens' names of components.
         reaches: per layer with heads, how far its queries look.
+        looks_back: every attention module says of itself that it looks back only.
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
             padding`, where the model cannot have those.
@@ -100,6 +101,7 @@ class Atlas:
         self.entries: dict[tuple[str, int], Entry] = {}
         self.components = Components(family.name, shape.n_layers)
         self.reaches: dict[int, Reach] = {}
+        self.looks_back = True
         self.lacking: dict[str, str] = {}
         self.withdrawn: dict[tuple[str, int], str] = {}
         self.notes: list[str] = []
@@ -151,13 +153,15 @@ class Atlas:
         same = name.removeprefix(VISION_)
         return f"; {same} is its language model's" if same != name and self.layers(same) else ""
 
-    def sees_ahead(self) -> None:
-        """Note that positions see later ones too, as in an encoder."""
-        self.lacking[CAUSAL] = (
-            f"positions of this {self.family.name} see later ones too, so its logits at a position are of the token "
-            "there, not of the next one"
-        )
-        self.reaches = {layer: reach._replace(causal=False) for layer, reach in self.reaches.items()}
+    def note_reach(self, *, ahead: bool) -> None:
+        """Note whether positions see later ones, as in an encoder, or do not: attention modules do not always say."""
+        self.lacking.pop(CAUSAL, None)
+        if ahead:
+            self.lacking[CAUSAL] = (
+                f"positions of this {self.family.name} see later ones too, so its logits at a position are of the "
+                "token there, not of the next one"
+            )
+        self.reaches = {layer: reach._replace(causal=not ahead) for layer, reach in self.reaches.items()}
 
     def drop(self, name: str, why: str, layers: Sequence[int] = ()) -> None:
         """Take a site out of the atlas, in some layers or all (())."""

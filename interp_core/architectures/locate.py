@@ -93,7 +93,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     atlas.components.add("embed", None, model.get_input_embeddings())
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
     if atlas.reaches and not any(reach.causal for reach in atlas.reaches.values()):
-        atlas.sees_ahead()
+        atlas.note_reach(ahead=not getattr(config, "is_decoder", False))
     share_out(atlas, model)
     return atlas
 
@@ -306,8 +306,14 @@ def mlp(block: Block) -> None:
 def heads(block: Block) -> None:
     """`q`, `k`, `v`, `z`, `head_out`, and what is inside attention: `rot_q`, `rot_k`, `scores`, `pattern`."""
     attn = block.parts.get("attn")
-    counts = head_counts(block, block.stack.modules[attn]) if attn else None
-    if attn is None or counts is None:
+    if attn is None:
+        return
+    module = block.stack.modules[attn]
+    if block.stack.text:
+        within = block.stack.modules[hook_points.attending(attn, module) or attn]
+        block.stack.atlas.looks_back &= bool(getattr(within, "is_causal", False))
+    counts = head_counts(block, module)
+    if counts is None:
         return
     q, k = ({"head": n, "d_head": counts.d_key or counts.d_head} for n in (counts.n_heads, counts.n_kv_heads))
     v = {"head": counts.n_kv_heads, "d_head": counts.d_head}

@@ -327,8 +327,10 @@ def _alone(model: Session, run: Run, ids: Tensor) -> Iterator[Finding]:
     """The first tokens alone: against the same with others behind them, which only an encoder's see, and against a row
     with padding on either side."""
     alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.plain[0]
-    if distance(run.logits.plain[0, :ALONE], alone) > tolerance(model):
-        model.atlas.sees_ahead()
+    # In low precision a router may choose otherwise for no reason but the length, so modules that say it are believed.
+    ahead = not model.atlas.looks_back and distance(run.logits.plain[0, :ALONE], alone) > tolerance(model)
+    model.atlas.note_reach(ahead=ahead)
+    if ahead:
         yield Finding("causal", "positions see later ones too", True, "", note=model.atlas.lacking[CAUSAL])
     yield from _padding(model, ids, alone)
 
