@@ -5,6 +5,9 @@ streams, and against attention written out; what cannot be served is refused by 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from torch import Tensor
 
 import interp_core as ic
 from interp_core import sites as S
+from interp_core.architectures import gpt2
+from interp_core.architectures.atlas import Entry
+from interp_core.architectures.hook_points import HookPoint
 from interp_core.architectures.unfit import UNFIT
 from interp_core.testing.types import encoders, types
 
@@ -97,7 +103,9 @@ def test_a_last_block_that_norms_leaves_the_stream_to_be_unembedded(name: str, i
     model = eager(name)
     run = model.run(ids, read=S.resid_post)
     close(model.readout(run[S.resid_post[2]]), run.logits)
-    assert model.readout(run[S.resid_post[0]]).shape == run.logits.shape
+    lens = ic.method("logit_lens")(model, ids, targets="final")
+    close(lens.target_logprob[:, -1], run.logits.as_subclass(Tensor).log_softmax(-1).amax(-1).float())
+    assert model.module("ln_final")(run[S.resid_post[0]]).equal(run[S.resid_post[0]])
     with pytest.raises(ic.CapabilityError, match="resid_post of the last layer is what the unembedding reads"):
         model.run(ids, read=S.final_norm)
 
@@ -217,7 +225,9 @@ def test_a_decoder_made_of_a_whole_is_that_decoder(ids: Tensor) -> None:
     half.set_output_embeddings(whole.get_output_embeddings())
     with torch.no_grad():
         logits = whole.get_output_embeddings()(whole.get_decoder()(input_ids=ids).last_hidden_state)
-    close(ic.load(half).run(ids).logits, logits)
+    model = ic.load(half)
+    close(model.run(ids).logits, logits)
+    assert any("its cross-attention (encoder_attn) is left out" in note for note in model.atlas.notes)
 
 
 def test_models_without_a_head_are_told_which_class_has_one() -> None:
@@ -263,3 +273,75 @@ def test_whatever_transformers_builds_is_served_or_refused_in_our_words(name: st
         assert type(hf).__name__ in refused or hf.config.model_type in refused
     else:
         assert model.run(ids % model.d_vocab).logits.shape == (2, 7, model.d_vocab)
+
+
+# Loading never dies of one site
+
+
+def unreadable(block: Any) -> None:
+    """`mlp_in` at a place that raises, as code of others may in any way."""
+
+    def get(call: Any, _units: Any) -> Tensor:
+        return call.module.no_such_attribute
+
+    block.stack.add(
+        Entry("mlp_in", block.layer, HookPoint(f"{block.path}.mlp", "out", get=get), None, block.d_model, WHY)
+    )
+
+
+def uneditable(block: Any) -> None:
+    """`mlp_in` that reads well, and raises where it is edited."""
+
+    def get(call: Any, _units: Any) -> Tensor:
+        return call.first
+
+    def put(call: Any, _old: Tensor, new: Tensor) -> None:
+        raise TypeError(f"no place for {list(new.shape)}")
+
+    point = HookPoint(f"{block.path}.mlp", "out", get=get, put=put)
+    block.stack.add(Entry("mlp_in", block.layer, point, point, block.d_model))
+
+
+WHY = {"write": "it is only read", "grad": "it is only read"}
+
+
+@pytest.fixture
+def of_others() -> Iterator[Any]:
+    """Registers families for the length of a test."""
+    registry = ic.registry("architectures")
+    rows, hidden = list(registry.rows), [row.hidden for row in registry.rows]
+    yield lambda family: registry.register(family.name, family)
+    registry.rows = rows
+    for row, was in zip(rows, hidden, strict=True):
+        row.hidden = was
+
+
+@pytest.mark.parametrize(
+    ("locate", "use", "why"),
+    [
+        (unreadable, "read", "can be read fails .*no_such_attribute"),
+        (uneditable, "write", r"can be edited in layer 0 fails \(no place for \[22, 6, 64\]\)|no place for"),
+    ],
+)  # fmt: skip
+def test_a_site_that_raises_is_withdrawn_and_the_rest_works(
+    locate: Any, use: str, why: str, of_others: Any, ids: Tensor
+) -> None:
+    plain = ic.load(ic.testing.tiny("gpt2"))
+    of_others(replace(gpt2.FAMILY, sites=(locate,)))
+    model = ic.load(ic.testing.tiny("gpt2"))
+    assert re.search(why, model.can("mlp_in", use)) and not plain.can("mlp_in", use)
+    others = {name for name in plain.sites if name != "mlp_in"}
+    assert others <= set(model.sites)
+    for name in others:
+        assert {use: model.can(name, use) for use in ("read", "write")} == {
+            use: plain.can(name, use) for use in ("read", "write")
+        }
+    edit = S.z[1, 2].zero()
+    assert torch.equal(model.run(ids, edits=edit).logits, plain.run(ids, edits=edit).logits)
+
+
+def test_a_layout_that_nobody_knows_is_refused_in_our_words() -> None:
+    hf = ic.testing.tiny("llama")
+    hf.lm_head = torch.nn.Identity()
+    with pytest.raises(ic.LoadError, match="LlamaForCausalLM cannot be served: its config or its modules are not as"):
+        ic.load(hf)

@@ -30,7 +30,7 @@ from .reach import Reach
 from .shards import share_out
 from .towers import last_used
 from .undescribed import UNDESCRIBED, discover
-from .unfit import demand_fit
+from .unfit import decoder_alone, demand_fit
 
 
 @cache
@@ -86,6 +86,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     if known is None and unnamed:
         stack.refused["resid_mid"] = "module names do not show where the stream passes between attention and MLP"
     stack.locate()
+    atlas.notes += decoder_alone(blocks, config)
     ends(stack)
     tower = _tower(atlas, modules)
     # Behind `ends`: of a component the first module counts, and paths go before what transformers says.
@@ -416,8 +417,11 @@ def ends(stack: Stack) -> None:
             stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
     if ("embed", 0) not in stack.atlas.entries and (path := stack.embedding):
         stack.view("embed", 0, HookPoint(path, "out"), stack.d_model)
+    if stack.family.bare:
+        stack.atlas.components.add("ln_final", None, nn.Identity())
     for component in ENDS:
-        if (path := stack.paths.get(component)) in stack.modules:
+        refused = component == "ln_final" and "final_norm" in stack.refused
+        if (path := stack.paths.get(component)) in stack.modules and not refused:
             stack.atlas.components.add(component, None, stack.modules[str(path)])
     what_towers_hand_over(stack)
     point = hook_points.logits()

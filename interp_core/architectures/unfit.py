@@ -30,6 +30,8 @@ UNFIT: dict[str, str] = {
     f"{_NOT_THE_TEXTS}",
 }
 """What is odd about a model type, as the config of its class has it."""
+CROSS = ("encoder_attn", "crossattention", "cross_attn")
+"""How blocks of decoders call what reads an encoder."""
 
 
 def demand_fit(model: Any, family: Family | None) -> None:
@@ -46,6 +48,17 @@ def demand_fit(model: Any, family: Family | None) -> None:
         raise LoadError(f"{name} cannot be served: {why}")
     if isinstance(heads := model.get_output_embeddings(), nn.ModuleList):
         raise LoadError(f"{name} cannot be served: it has {len(heads)} heads, and no one unembedding")
+
+
+def decoder_alone(blocks: nn.Module, config: Any) -> list[str]:
+    """What a user should know of the decoder of an encoder-decoder; nothing of other models."""
+    names = [name for block in blocks.children() for name, _ in block.named_children() if name in CROSS]
+    if not names or not getattr(config, "is_decoder", False):
+        return []
+    return [
+        f"no encoder runs in front of it: its cross-attention ({names[0]}) is left out, and its numbers are those "
+        "of the decoder alone"
+    ]
 
 
 def encoder_decoder(config: Any) -> str:
