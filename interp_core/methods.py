@@ -100,7 +100,7 @@ class Method(Shown, ABC):
     Attributes:
         name: as registered.
         api: version of this interface that the method was written for.
-        requires: sites and capabilities (`readout`) that the model must have.
+        requires: sites and capabilities that the model must have: `readout`, or `causal` (positions see no later ones).
         Config: settings, a subclass of `interp_core.Config`.
     """
 

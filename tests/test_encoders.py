@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -176,6 +175,15 @@ def test_a_padded_row_of_an_encoder_is_the_row_alone(ids: Tensor) -> None:
     close(model.run(ic.Tokens(ids, mask)).logits[1, :4], model.run(ids[1:, :4]).logits[0])
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "bart"])
+def test_nnsight_gives_the_same(name: str, ids: Tensor) -> None:
+    model, other = eager(name), eager(name).on("nnsight")
+    for site in (S.pattern[1], S.scores[1], S.resid_mid[2], S.embed):
+        assert torch.equal(model.run(ids, read=site)[site], other.run(ids, read=site)[site])
+    edit = S.pattern[1].knockout(query=3, key=1)
+    assert torch.equal(model.run(ids, edits=edit).logits, other.run(ids, edits=edit).logits)
+
+
 def test_a_folder_of_an_encoder_is_opened_as_one(tmp_path: Path) -> None:
     for name in ("BertForMaskedLM", "ModernBertForMaskedLM"):
         ic.testing.tiny(name).save_pretrained(tmp_path / name)
@@ -305,22 +313,11 @@ def uneditable(block: Any) -> None:
 WHY = {"write": "it is only read", "grad": "it is only read"}
 
 
-@pytest.fixture
-def of_others() -> Iterator[Any]:
-    """Registers families for the length of a test."""
-    registry = ic.registry("architectures")
-    rows, hidden = list(registry.rows), [row.hidden for row in registry.rows]
-    yield lambda family: registry.register(family.name, family)
-    registry.rows = rows
-    for row, was in zip(rows, hidden, strict=True):
-        row.hidden = was
-
-
 @pytest.mark.parametrize(
     ("locate", "use", "why"),
     [
         (unreadable, "read", "can be read fails .*no_such_attribute"),
-        (uneditable, "write", r"can be edited in layer 0 fails \(no place for \[22, 6, 64\]\)|no place for"),
+        (uneditable, "write", "can be edited in layer 0 fails .no place for"),
     ],
 )  # fmt: skip
 def test_a_site_that_raises_is_withdrawn_and_the_rest_works(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,17 +228,6 @@ def test_what_is_missing_for_a_family_is_told(monkeypatch: pytest.MonkeyPatch) -
             patch.delitem(table, name)
             model = "llama" if name == "LlamaForCausalLM" else name
             assert [sentence for sentence in lacking(model, DECLARED.get(model, "")) if says in sentence], says
-
-
-@pytest.fixture
-def of_others() -> Iterator[Any]:
-    """Registers families for the length of a test."""
-    registry = ic.registry("architectures")
-    rows, hidden = list(registry.rows), [row.hidden for row in registry.rows]
-    yield lambda family: registry.register(family.name, family)
-    registry.rows = rows
-    for row, was in zip(rows, hidden, strict=True):
-        row.hidden = was
 
 
 @pytest.mark.parametrize(
