@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Atlas
+from .architectures.atlas import CAUSAL, Atlas
 from .architectures.hook_points import KEYED
 from .batches import padded_on
 from .decoding import Ends, decoding
@@ -66,8 +66,11 @@ def generate(
     Raises:
         PlanError: an edit whose value has positions that generation moves, or an option that is refused or unknown.
         TextError: prompt and new tokens do not fit the context.
+        CapabilityError: a model whose positions see later ones.
         EffectError: an edit did nothing.
     """
+    if why := model.atlas.lacking.get(CAUSAL):
+        raise CapabilityError(f"generate: {why}. Run it on the text with its mask token, and read the logits there")
     named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     if model.atlas.shape.n_labelled:
         raise CapabilityError(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import gguf, real
+from .architectures.unfit import class_for, encoder_decoder
 from .errors import LoadError, first_line, nearest, wrong
 from .placement import Placement
 from .progress import Progress
@@ -181,7 +182,7 @@ def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
 def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     """The model that files hold, all of it."""
     config = _attempt(files, "AutoConfig")
-    auto = _auto(config)
+    auto = _auto(files, config)
     packed = {} if files.head is None else gguf.dequantised(config)
     model, info = _attempt(files, auto, **options, **packed, output_loading_info=True)
     if lacking := sorted(info["missing_keys"]):
@@ -195,22 +196,12 @@ def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     return with_its_head(model)
 
 
-def _auto(config: Any) -> str:
-    """The class of transformers that opens a checkpoint: of a classifier that with its head, as the config says; with
-    tied embeddings a language model would open it, too, and be another model."""
-    named = [str(name) for name in getattr(config, "architectures", None) or ()]
-    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
-        if any(name.endswith(f"For{kind}") for name in named):
-            return f"AutoModelFor{kind}"
-    return "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
-
-
 def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
     """The modules of a model, on the meta device: from its config alone."""
     import transformers
 
     config = _attempt(files, "AutoConfig")
-    auto = _auto(config)
+    auto = _auto(files, config)
     dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
     trusted = {"trust_remote_code": files.options["trust_remote_code"]}
     with torch.device("meta"):
@@ -236,6 +227,27 @@ def _in_memory(
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+
+def _auto(files: Files, config: Any) -> str:
+    """The class of transformers that opens what a config is of: a classifier with its head (with tied embeddings a
+    language model would open it, too, and be another model), an encoder with its head for masked tokens, where its
+    config names that, or no other.
+
+    Raises:
+        LoadError: an encoder-decoder of which no part can be opened alone.
+    """
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if any(name.endswith(f"For{kind}") for name in named):
+            return f"AutoModelFor{kind}"
+    causal, masked = (class_for(task, config.model_type) for task in ("CAUSAL_LM", "MASKED_LM"))
+    whole = getattr(config, "is_encoder_decoder", False) and causal not in named
+    if whole or (not (causal or masked) and class_for("SEQ_TO_SEQ_CAUSAL_LM", config.model_type)):
+        raise LoadError(f"{files.name} {encoder_decoder(config)}")
+    if hasattr(config, "vision_config"):
+        return "AutoModelForImageTextToText"
+    return "AutoModelForMaskedLM" if masked and (masked in named or not causal) else "AutoModelForCausalLM"
 
 
 def _check_kinds(tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any) -> None:

@@ -250,9 +250,7 @@ class Structure:
         from .readout import readout
 
         with self._reading_out("readout", resid):
-            norm = self.atlas.entries["final_norm", 0].module
-            assert norm is not None  # else `readout` would be lacking
-            return readout(self.hf, norm, resid)
+            return readout(self.hf, self.atlas.final_norm, resid)
 
     def unembed(
         self, normed: Float[Tensor, "... d_model"], tokens: slice | Tensor | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.parameters import LENT
+from .architectures.unfit import with_head
 from .engines.turns import turn_of
 from .errors import LoadError, first_line
 from .snapshot import demand_steady, take_again
@@ -88,10 +89,7 @@ def with_its_head(model: Any) -> Any:
     kind, causal = type(model).__name__, _causal(type(model.config))
     called = next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)), "")
     if not called or causal is None:
-        raise LoadError(
-            f"{kind} has no output embeddings; pass the model with its language modelling head, such as "
-            f"{causal.__name__ if causal else kind.removesuffix('Model') + 'ForCausalLM'}"
-        )
+        raise LoadError(f"{kind} has no output embeddings; {with_head(model.config)}")
     with torch.device("meta"):
         shell = causal(model.config)
     heads = [name for name, part in shell.named_children() if part is shell.get_output_embeddings()]

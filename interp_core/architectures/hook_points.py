@@ -367,3 +367,10 @@ def uses_interface(attention: nn.Module) -> bool:
     # No attribute says so; but a forward that goes through the interface has to name its table.
     code = inspect.unwrap(type(attention).forward).__code__
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")
+
+
+def attending(path: str, attention: nn.Module) -> str:
+    """Path of the module that goes through the interface: attention itself, or the only one inside it that does (BERT's
+    `self`); "" where there is none."""
+    inside = [name for name, module in attention.named_modules(prefix=path) if uses_interface(module)]
+    return inside[0] if inside[:1] == [path] or len(inside) == 1 else ""

@@ -34,6 +34,7 @@ from .reach import Reach
 from .shards import share_out
 from .towers import last_used
 from .undescribed import UNDESCRIBED
+from .unfit import decoder_alone, demand_fit
 
 
 @cache
@@ -46,14 +47,18 @@ def build(model: Any, family: Family | None) -> Atlas:
     """The atlas of a Hugging Face model.
 
     Raises:
-        LoadError: no transformer blocks in it.
+        LoadError: no transformer blocks in it, or it is one that cannot be served.
         PluginError: a path of the family's file leads nowhere in it.
     """
+    demand_fit(model, family)
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
     shown = known or discover(modules, model.get_input_embeddings(), described=family is not None)
-    paths = {**shown, **(family.paths if family else {})}
+    own = family.paths if family else {}
+    if own.get("blocks") in modules and own["blocks"] != shown.get("blocks"):  # what shows is of other blocks
+        shown = {key: path for key, path in shown.items() if not key.startswith("blocks")}
+    paths = {**shown, **own}
     if family and config is model.config:
         demand_blocks(family, modules)
     if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
@@ -62,8 +67,8 @@ def build(model: Any, family: Family | None) -> Atlas:
         if family:
             demand_blocks(family, modules)
         raise LoadError(
-            f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
-            "transformers. For another layout write a family file, see docs/families.md."
+            f"{type(model).__name__} shows no list of transformer blocks with attention, which sites are of. "
+            "For another layout write a family file, see docs/families.md."
         )
     unnamed = family is None
     undescribed = {} if family and family.router else router_reason(model, modules)
@@ -84,13 +89,17 @@ def build(model: Any, family: Family | None) -> Atlas:
     if shape.n_labelled:
         atlas.notes.append(f"its logits are of {shape.d_vocab} labels, at every position; see docs/wrapped.md")
     stack = Stack(atlas, modules, paths, config)
+    stack.embedding = next((path for path, module in modules.items() if module is model.get_input_embeddings()), "")
     stack.locate()
+    atlas.notes += decoder_alone(blocks, config)
     ends(stack)
     tower = _tower(atlas, modules)
     # Behind `ends`: of a component the first module counts, and paths go before what transformers says.
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
     _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
+    if atlas.reaches and not any(reach.causal for reach in atlas.reaches.values()):
+        atlas.note_reach(ahead=not getattr(config, "is_decoder", False))
     share_out(atlas, model)
     return atlas
 
@@ -133,6 +142,7 @@ class Stack:
         prefix: begins the names of their sites.
         refused: sites that the family cannot give, with the reason.
         places: where the family has sites that lie elsewhere than usual.
+        embedding: path of the token embedding.
     """
 
     def __init__(
@@ -143,6 +153,7 @@ class Stack:
         self.text, self.components = tower is None, atlas.components if tower is None else Components("", 0)
         self.prefix, self.layout = ("" if self.text else VISION_), (None if self.text else Layout(images=True))
         family = self.family = tower or atlas.family
+        self.embedding = ""
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
         self.places = family.places(config) if callable(family.places) else family.places
         self.d_model = {"d_model": atlas.shape.d_model}
@@ -285,8 +296,14 @@ def mlp(block: Block) -> None:
 def heads(block: Block) -> None:
     """`q`, `k`, `v`, `z`, `head_out`, and what is inside attention: `rot_q`, `rot_k`, `scores`, `pattern`."""
     attn = block.parts.get("attn")
-    counts = head_counts(block, block.stack.modules[attn]) if attn else None
-    if attn is None or counts is None:
+    if attn is None:
+        return
+    module = block.stack.modules[attn]
+    if block.stack.text:
+        within = block.stack.modules[hook_points.attending(attn, module) or attn]
+        block.stack.atlas.looks_back &= bool(getattr(within, "is_causal", False))
+    counts = head_counts(block, module)
+    if counts is None:
         return
     q, k = ({"head": n, "d_head": counts.d_key or counts.d_head} for n in (counts.n_heads, counts.n_kv_heads))
     v = {"head": counts.n_kv_heads, "d_head": counts.d_head}
@@ -338,14 +355,15 @@ def _no_heads(projection: nn.Module, dtype: Any, d_head: int) -> str:
 
 
 def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str, int]], n_heads: int) -> None:
-    stack, module = block.stack, block.stack.modules[attn]
-    images = stack.family.whole_images
+    stack = block.stack
+    images, open_at = stack.family.whole_images, hook_points.attending(attn, stack.modules[attn])
+    module = stack.modules[open_at or attn]
     stack.atlas.reaches[block.layer] = Reach.of(module, stack.config, block.layer, images=images)
-    if hook_points.uses_interface(module):
+    if open_at:
         for name, sizes in rotated.items():
-            block.view(name, HookPoint(attn, "attention", name, view=hook_points.transposed), sizes)
+            block.view(name, HookPoint(open_at, "attention", name, view=hook_points.transposed), sizes)
         for name in ("scores", "pattern"):
-            block.view(name, HookPoint(attn, "attention", name), {"head": n_heads})
+            block.view(name, HookPoint(open_at, "attention", name), {"head": n_heads})
     elif stack.family.pattern:
         block.view("pattern", HookPoint(f"{block.path}.{stack.family.pattern}", "out"), {"head": n_heads})
 
@@ -410,8 +428,13 @@ def ends(stack: Stack) -> None:
     for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
         if (path := stack.paths.get(component)) in stack.modules:
             stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
+    if ("embed", 0) not in stack.atlas.entries and (path := stack.embedding):
+        stack.view("embed", 0, HookPoint(path, "out"), stack.d_model)
+    if stack.family.bare:
+        stack.atlas.components.add("ln_final", None, nn.Identity())
     for component in ENDS:
-        if (path := stack.paths.get(component)) in stack.modules:
+        refused = component == "ln_final" and "final_norm" in stack.refused
+        if (path := stack.paths.get(component)) in stack.modules and not refused:
             stack.atlas.components.add(component, None, stack.modules[str(path)])
     what_towers_hand_over(stack)
     point = hook_points.logits()
@@ -479,5 +502,8 @@ def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         else:
             why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
         atlas.lacking[name] = why
-    if "final_norm" not in present:
-        atlas.lacking["readout"] = f"this {family.name} has no final norm that is known here"
+    unread = (
+        "" if family.bare or "final_norm" in present else f"this {family.name} has no final norm that is known here"
+    )
+    if why := refused.get("readout", unread):
+        atlas.lacking["readout"] = why

@@ -219,7 +219,7 @@ def equations(model: Session, run: Run, totals: list[Sum]) -> Iterator[Finding]:
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
     yield from projections(model, run)
     yield from _attention(model, run)
-    if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and atlas.layers("final_norm"):
+    if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and "readout" not in atlas.lacking:
         yield from _readout(model, run, at(run, *last))
 
 
@@ -276,13 +276,12 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
     """The last stream through the final norm, and on to the logits."""
-    norm = model.atlas.entries["final_norm", 0].module
-    assert norm is not None
     with torch.no_grad():
-        normed = _close(model, "final_norm", "is the norm of the last stream", [(norm(last), at(run, "final_norm", 0))])
         pairs = [(model.readout(last), run.logits.plain)]
-    reads = _close(model, "readout", "gives the model's logits", pairs)
-    yield from (reads._replace(law=Law.READOUT), normed)
+        normed = model.atlas.final_norm(last)
+    yield _close(model, "readout", "gives the model's logits", pairs)._replace(law=Law.READOUT)
+    if model.atlas.layers("final_norm"):
+        yield _close(model, "final_norm", "is the norm of the last stream", [(normed, at(run, "final_norm", 0))])
 
 
 def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..architectures.atlas import Atlas, Entry
+from ..architectures.atlas import CAUSAL, Atlas, Entry
 from ..architectures.parameters import is_special
 from ..errors import CapabilityError, InterpError, first_line
 from ..model_inputs import model_inputs
@@ -27,7 +27,7 @@ from ..sites import SITES, Edit, Site
 from ..text import Tokens
 from ..vision.places import placeholder_ids
 from .equations import TWINS, Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
-from .tower import check_tower
+from .tower import UNFIT, check_tower
 
 log = logging.getLogger(__name__)
 WIDTH = 6
@@ -74,10 +74,15 @@ def check_atlas(model: Session) -> Check:
         CapabilityError: a model that does not run, or that runs its blocks more than once in a pass.
     """
     rows: list[Finding] = []
-    for finding in _checks(model):
-        rows.append(finding)
-        if not finding.ok:
-            _withdraw(model.atlas, finding)
+    try:
+        for finding in _checks(model):
+            rows.append(finding)
+            if not finding.ok:
+                _withdraw(model.atlas, finding)
+    except InterpError:
+        raise
+    except UNFIT as error:
+        raise _cannot_run(model, error) from error
     _tell(model.atlas, rows)
     return Check(tuple(rows))
 
@@ -131,7 +136,7 @@ def _checks(model: Session) -> Iterator[Finding]:
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     try:
         run = forward(model, tokens, read=_everything(atlas))
-    except (InterpError, RuntimeError) as error:
+    except UNFIT as error:
         _demand_a_pass(model, tokens, error)
         yield from _unreadable(model, tokens)
         run = forward(model, tokens, read=_everything(atlas))
@@ -147,7 +152,7 @@ def _checks(model: Session) -> Iterator[Finding]:
     totals = sums(model.atlas)
     yield from equations(model, run, totals)
     yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
-    yield from _padding(model, ids[:ALONE])
+    yield from _alone(model, run, ids[:ALONE])
     yield from check_tower(model, ids)
 
 
@@ -224,10 +229,13 @@ def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
     """
     try:
         forward(model, tokens)
-    except (InterpError, RuntimeError) as problem:
-        raise CapabilityError(
-            f"engine {model.engine.name!r} cannot run this {type(model.hf).__name__} in {model.dtype}: {problem}"
-        ) from error
+    except UNFIT as problem:
+        raise _cannot_run(model, problem) from error
+
+
+def _cannot_run(model: Session, error: Exception) -> CapabilityError:
+    kind = type(model.hf).__name__
+    return CapabilityError(f"engine {model.engine.name!r} cannot run this {kind} in {model.dtype}: {first_line(error)}")
 
 
 def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
@@ -235,8 +243,8 @@ def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
     for site in _everything(model.atlas):
         try:
             forward(model, tokens, read=site)
-        except (InterpError, RuntimeError) as error:
-            yield Finding(site.name, "can be read", False, str(error))
+        except UNFIT as error:
+            yield Finding(site.name, "can be read", False, first_line(error))
 
 
 def check_site(name: str, layer: int) -> Site:
@@ -270,21 +278,19 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
 
 def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
-    atlas = model.atlas
-    entries = _checked_entries(atlas)
-    n = len(entries) + 1
-    visual = [entry.visual for entry in entries]
-    spans = {VISION: ((), *(((Span(1, WIDTH),) if is_visual else ()) for is_visual in visual))} if any(visual) else {}
-    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
-    edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    entries = _checked_entries(model.atlas)
+    try:
+        edited = _edited(model, run, ids, entries, totals)
+    except UNFIT:
+        yield from _uneditable(model, run, ids, entries)
+        entries = _checked_entries(model.atlas)
+        edited = _edited(model, run, ids, entries, totals)
     layers = {entry.layer for entry in entries}
-    totals = [total for total in totals if total.layer in layers]
-    read = tuple(dict.fromkeys(Site(name, total.layer) for total in totals for name in total.names))
-    edited = forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
+    seen = [total for total in totals if total.layer in layers]
     yield from [
         *_once(entries, edited),
-        *add_up(model, edited, totals, entries),
-        *_added(model, edited, totals, entries),
+        *add_up(model, edited, seen, entries),
+        *_added(model, edited, seen, entries),
     ]
     changed = edited.logits.plain
     if any(map(is_special, model.hf.modules())):  # kernels may round by the largest number of a whole batch
@@ -296,6 +302,27 @@ def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterat
         effect = float((changed[row + 1] - changed[0]).float().abs().max())
         acted, what = effect > 1e-4 * scale, f"an edit in layer {entry.layer} changes the logits"
         yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
+
+
+def _edited(model: Session, run: Run, ids: Tensor, entries: list[Entry], totals: list[Sum]) -> Run:
+    """The pass with one row for each edit, and the first without. It reads the sums of the layers that are edited."""
+    n = len(entries) + 1
+    visual = [entry.visual for entry in entries]
+    spans = {VISION: ((), *(((Span(1, WIDTH),) if is_visual else ()) for is_visual in visual))} if any(visual) else {}
+    tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
+    edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    layers = {entry.layer for entry in entries}
+    read = tuple(dict.fromkeys(Site(name, t.layer) for t in totals if t.layer in layers for name in t.names))
+    return forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
+
+
+def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> Iterator[Finding]:
+    """After a pass with all edits has failed: one finding for each site whose edit fails by itself."""
+    for entry in entries:
+        try:
+            _edited(model, run, ids, [entry], [])
+        except UNFIT as error:
+            yield Finding(entry.name, f"can be edited in layer {entry.layer}", False, first_line(error), Law.EDIT)
 
 
 def _checked_entries(atlas: Atlas) -> list[Entry]:
@@ -351,8 +378,19 @@ def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry])
         yield Finding(total.parts[0], f"{total} after edits", ok, f"{off:.1e}", Law.SUM)
 
 
-def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
-    """A row with padding on either side, against the row alone."""
+def _alone(model: Session, run: Run, ids: Tensor) -> Iterator[Finding]:
+    """The first tokens alone: against the same with others behind them, which only an encoder's see, and against a row
+    with padding on either side."""
+    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.plain[0]
+    # In low precision a router may choose otherwise for no reason but the length, so modules that say it are believed.
+    ahead = not model.atlas.looks_back and distance(run.logits.plain[0, :ALONE], alone) > tolerance(model)
+    model.atlas.note_reach(ahead=ahead)
+    if ahead:
+        yield Finding("causal", "positions see later ones too", True, "", note=model.atlas.lacking[CAUSAL])
+    yield from _padding(model, ids, alone)
+
+
+def _padding(model: Session, ids: Tensor, alone: Tensor) -> Iterator[Finding]:
     pad, known = WIDTH - ALONE, getattr(model.hf.config.get_text_config(), "pad_token_id", None)
     filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.n_ids else 0)
     sides = {"left": slice(pad, None), "right": slice(0, ALONE)}
@@ -360,10 +398,9 @@ def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
     for row, real in enumerate(sides.values()):
         mask[row, real] = True
     padded = Tokens(torch.stack([torch.cat([filler, ids]), torch.cat([ids, filler])]), mask)
-    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.plain[0]
     try:
         logits = forward(model, padded).logits.plain
-    except (InterpError, RuntimeError, ValueError, TypeError, IndexError) as error:
+    except UNFIT as error:
         for side in sides:
             yield Finding(f"{side} padding", "changes nothing", False, first_line(error), Law.PADDING)
         return

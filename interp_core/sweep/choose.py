@@ -140,6 +140,8 @@ def _kind(session: Session, tokens: Tokens, reliefs: Mapping[Relief, str]) -> st
 
 def _reach(session: Session, tokens: Tokens) -> Check:
     """Whether keys of earlier positions can be had from a clean pass."""
+    if ahead := session.atlas.lacking.get("causal"):
+        return Check(ahead)
     config, length = session.hf.config.get_text_config(), max(tokens.lengths)
     closed = [layer for layer in range(session.n_layers) if ("scores", layer) not in session.atlas.entries]
     if closed or any(session.atlas.entries["scores", layer].write is None for layer in range(session.n_layers)):
