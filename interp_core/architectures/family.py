@@ -110,7 +110,6 @@ class Family:
         fused: how `blocks.attn.qkv` splits.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
-        gated: z is the mixed values times a gate between 0 and 1.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
         beside: by `attn_out` or `mlp_out`, a module in the block that is called before attention or MLP, on the same
             input; what both give is added.
@@ -145,7 +144,6 @@ class Family:
     fused: Fused | None = None
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None
-    gated: bool = False
     inside: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)

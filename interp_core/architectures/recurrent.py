@@ -31,7 +31,6 @@ LFM3 = Family(
         "blocks.ln2": "ffn_norm", "blocks.ln2_post": "post_ffn_norm", "blocks.mlp": "feed_forward",
         "blocks.mlp.in": "w3", "blocks.mlp.gate": "w1", "blocks.mlp.out": "w2",
     },
-    gated=True,
 )  # fmt: skip
 
 

@@ -139,12 +139,24 @@ def _checks(model: Session) -> Iterator[Finding]:
         shape = declared(run, (check_site(name, layer) for layer in layers), {"batch": 1, **known})
         yield Finding(name, "has the declared shape", *shape)
     yield from _alike(run)
+    yield from _opened(model, tokens, run)
     yield from _routers(model, tokens)
     totals = sums(model.atlas)
     yield from equations(model, run, totals)
     yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
     yield from _padding(model, ids[:ALONE])
     yield from check_tower(model, ids)
+
+
+def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
+    """What is read inside attention is what the model computes with: opening it changes no logits."""
+    if inside := [name for name in ("pattern", "scores", "rot_q", "rot_k") if model.atlas.layers(name)]:
+        off = distance(run.logits.plain, forward(model, tokens).logits.plain)
+        first, *others = inside
+        what = "is the attention that the model does"
+        # In half precision rounding may send a token to other experts.
+        ok = off <= (tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5)
+        yield Finding(first, what, ok, f"logits differ by {off:.1e}", others=tuple(others))
 
 
 def _alike(run: Run) -> Iterator[Finding]:
