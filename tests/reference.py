@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from routed import route
 from torch import Tensor, nn
-from type_layouts import DENSE, KIN, LACKS, LAYOUT, LINEAR, MIXED_VALUES, PER_HEAD, SCALES, SOME, WIDE_QUERIES
+from type_layouts import DENSE, KIN, LACKS, LAYOUT, LINEAR, MIXED_VALUES, MIXERS, PER_HEAD, SCALES, SOME, WIDE_QUERIES
 
 Change = Callable[[Tensor], Tensor]
 
@@ -49,6 +49,8 @@ class Reference:
         names += ["resid_post", "final_norm", "logits", "pattern", "mlp_act", "resid_mid", "scores", "rot_q", "rot_k"]
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
+        if self.family in MIXERS:
+            names += ["mixer_in", "mixer_out"]
         return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
@@ -63,7 +65,9 @@ class Reference:
         if "router" in site:
             return [i for i in everywhere if i not in DENSE[self.family]]
         if site in (*ATTENTION, "q", "k", "v", "z", "head_out"):
-            return [i for i in everywhere if i not in LINEAR.get(self.family, ())]
+            everywhere = [i for i in everywhere if i not in LINEAR.get(self.family, ())]
+        if site in (*ATTENTION, "q", "k", "v", "z", "head_out", "attn_in", "attn_out"):
+            return [i for i in everywhere if i not in MIXERS.get(self.family, ())]
         return everywhere
 
     def module(self, key: str, layer: int) -> nn.Module:
@@ -71,6 +75,8 @@ class Reference:
         name = self.layout[key] if key else ""
         if layer in LINEAR.get(self.family, ()) and name == "self_attn":
             name = "linear_attn"
+        if layer in MIXERS.get(self.family, ()) and name == self.layout["attn"]:
+            name = MIXERS[self.family][layer]
         return self.hf.get_submodule(f"{block}.{name}" if name else block)
 
     def split(self, x: Tensor, part: str) -> Tensor:
@@ -140,6 +146,7 @@ class Reference:
             return _input(self.module("", layer), fn)
         if site == "resid_post":
             return _output(self.module("", layer), fn)
+        site = site.replace("mixer", "attn")
         if site in ("attn_in", "mlp_in"):
             return _input(self.module(site.removesuffix("_in"), layer), self._shaped(fn))
         if site in ("attn_out", "mlp_out"):

@@ -88,7 +88,7 @@ def test_an_unknown_family_gets_what_its_modules_show(
     assert "nobody has described the family 'novel'" in repr(model.sites)
     known = tiny_model(family)
     # Names say neither how q, k and v lie in one projection nor that a config makes the blocks parallel.
-    unsaid = {"gpt2": {"q", "k", "v"}, "gpt_neox": {"q", "k", "v", "attn_out", "mlp_out"}}
+    unsaid = {"gpt2": {"q", "k", "v"}, "gpt_neox": {"q", "k", "v", "attn_out", "mixer_out", "mlp_out"}}
     lost = {name for name in set(known.sites) - set(model.sites) if not name.startswith("vision_")}
     assert lost == unsaid.get(family, set())
     assert set(model.sites) - set(known.sites) == ({"rot_q", "rot_k"} if family == "gpt2" else set())

@@ -25,6 +25,13 @@ GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_lay
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
 FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
 LATENT = LLAMA | {"q": "self_attn.q_b_proj", "v": "self_attn.kv_b_proj"}
+HYBRID = LLAMA | {
+    "norm": "model.final_layernorm", "mlp": "feed_forward", "down": "feed_forward.down_proj", "mid": "pre_ff_layernorm",
+    "mlp_out": "feed_forward",
+}  # fmt: skip
+LFM = HYBRID | {
+    "norm": "model.embedding_norm", "o": "self_attn.out_proj", "down": "feed_forward.w2", "mid": "ffn_norm",
+}  # fmt: skip
 GPT = {
     "embed": "transformer.wte", "blocks": "transformer.h", "norm": "transformer.ln_f", "attn": "attn", "mlp": "mlp",
     "attn_out": "attn", "mlp_out": "mlp", "qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2",
@@ -99,6 +106,15 @@ LAYOUT: dict[str, dict[str, str]] = {
     "phi": PARALLEL | {"norm": "model.final_layernorm", "o": "self_attn.dense", "down": "mlp.fc2"},
     "phi4_multimodal": FUSED | {"qkv": "self_attn.qkv_proj"},
     "qwen3_5_text": LLAMA,
+    "lfm2": LFM, "lfm2_moe": LFM,
+    "lfm3": LFM | {"o": "self_attn.o_proj", "attn_out": "post_operator_norm", "mlp_out": "post_ffn_norm"},
+    "jamba": HYBRID, "bamba": HYBRID,
+    "recurrent_gemma": {
+        "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.final_norm", "attn": "temporal_block",
+        "q": "temporal_block.q_proj", "k": "temporal_block.k_proj", "v": "temporal_block.v_proj",
+        "o": "temporal_block.o_proj", "mlp": "mlp_block", "down": "mlp_block.down_proj", "mid": "channel_pre_norm",
+        "attn_out": "temporal_block", "mlp_out": "mlp_block",
+    },
     "starcoder2": LLAMA | {"down": "mlp.c_proj"},
     "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
     "modernbert-decoder": {
@@ -132,7 +148,7 @@ DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", 
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE}
-DENSE |= {"llama4_text": [], "qwen3_5_moe_text": [], "sarvam_mla": [0], "sarvam_moe": [0]}
+DENSE |= {"llama4_text": [], "qwen3_5_moe_text": [], "sarvam_mla": [0], "sarvam_moe": [0], "jamba": [1], "lfm2_moe": [0]}
 """Layers with a dense MLP of types that have experts in others."""
 LACKS: dict[str, set[str]] = {
     **layouts.LACKS,
@@ -152,3 +168,10 @@ LINEAR = layouts.LINEAR | {"qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
 """Layers with linear attention."""
 SOME: dict[str, dict[str, list[int]]] = {"gpt_neox_japanese": {"attn_out": [0, 1], "resid_mid": [0, 1]}}
 """Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""
+MIXERS: dict[str, dict[int, str]] = {
+    **{family: {0: "conv"} for family in ("lfm2", "lfm2_moe", "lfm3")},
+    "jamba": dict.fromkeys((0, 1), "mamba"),
+    "bamba": dict.fromkeys((0, 2), "mamba"),
+    "recurrent_gemma": dict.fromkeys((0, 1), "temporal_block"),
+}
+"""Layers of hybrids that are not attention, and the module that mixes tokens there."""

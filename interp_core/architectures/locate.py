@@ -22,18 +22,18 @@ from torch import nn
 from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
 from . import hook_points
-from .atlas import OF_ATTENTION, ROUTED, Atlas, Entry, Shape
+from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
-from .mixers import gate, mixer_ends, mixer_of, state_reason
+from .mixers import gate, mixer_ends, mixer_of
 from .parameters import LENT, declared, device_of, is_plain, matrix, tokens_of, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
-from .undescribed import UNDESCRIBED
+from .undescribed import explain, refusals, router_reason
 from .unfit import decoder_alone, demand_fit
 
 
@@ -97,7 +97,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     # Behind `ends`: of a component the first module counts, and paths go before what transformers says.
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
-    _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
+    explain(atlas, undescribed | stack.refused | tower, stack.parallel)
     if atlas.reaches and not any(reach.causal for reach in atlas.reaches.values()):
         atlas.note_reach(ahead=not getattr(config, "is_decoder", False))
     share_out(atlas, model)
@@ -455,55 +455,3 @@ def what_towers_hand_over(stack: Stack) -> None:
             point = hook_points.deepstack(language, layer)
             why = {"grad": "it is computed beside the forward pass"}
             stack.add(Entry("deepstack", layer, point, point, stack.d_model, why))
-
-
-def refusals(family: Family, config: Any) -> dict[str, str]:
-    """Sites that the family cannot give, with the reason."""
-    return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
-
-
-def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
-    kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
-    why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
-    if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
-        why = f"no family file says how it selects experts ({path}); write one with a router, see docs/families.md"
-    return dict.fromkeys(ROUTED, why) if why else {}
-
-
-def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
-    """Say why each site that is not there is not there."""
-    present = {name for name, _ in atlas.entries}
-    family = atlas.family
-    for name in SITES:
-        if name in present:
-            continue
-        own = next((why for (site, _), why in atlas.withdrawn.items() if site == name), "")
-        if reason := {**family.unseen, **refused}.get(name, own):
-            why = reason
-        elif name == "resid_mid" and parallel:
-            why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
-        elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
-            why = f"{family.name} has no mixture-of-experts router that is known here"
-        elif name == "shared_expert_gate":
-            why = f"this {family.name} has no gate on a shared expert"
-        elif SITES[name].visual:
-            why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
-        elif name == "mlp_act" and "expert_out" in present:
-            why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
-        elif name == "ssm_state":
-            why = state_reason(family.name, len(atlas.reaches) < atlas.shape.n_layers)
-        elif name == "mixer_gate":
-            why = f"no mixer of this {family.name} has a projection that gates what it puts out (z lies behind a gate)"
-        elif name in OF_ATTENTION and "mixer_out" in present and not atlas.components.layers("attn"):
-            why = (
-                f"no layer of this {family.name} is softmax attention; what mixes its tokens is at mixer_in, mixer_out"
-            )
-        else:
-            why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
-        atlas.lacking[name] = why
-    unread = (
-        "" if family.bare or "final_norm" in present else f"this {family.name} has no final norm that is known here"
-    )
-    if why := refused.get("readout", unread):
-        atlas.lacking["readout"] = why

@@ -107,7 +107,8 @@ NEMOTRON = Family(
     "nemotron_h",
     paths={
         "blocks": "model.layers", "embed": "model.embeddings", "ln_final": "model.norm_f", "blocks.ln1": "norm",
-    } | {f"blocks.attn.{part}": f"mixer.{part}_proj" for part in "qkvo"},
+    } | {f"blocks.attn.{part}": f"mixer.{part}_proj" for part in "qkvo"}
+    | {"blocks.mlp.in": "mixer.up_proj|", "blocks.mlp.out": "mixer.down_proj|"},
     varied=nemotron_paths,
     router=Router("mixer.gate", "mixer.experts", SIGMOID_IN_GROUPS),
 )  # fmt: skip
