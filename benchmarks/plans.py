@@ -88,6 +88,25 @@ class Measured:
         return {name: planned[name] / operations(run) for name, (_, run) in self.passes.items()}
 
 
+ATTRIBUTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "IFR, a span": ("ifr", {"variant": "span"}), "IFR, rows": ("ifr", {"variant": "all_positions"}),
+    "IFR, two hops": ("ifr", {"n_hops": 2}), "AttnLRP": ("attnlrp", {}),
+    "AttnLRP, rows": ("attnlrp", {"variant": "per_token"}), "gradient": ("input_x_gradient", {}),
+}  # fmt: skip
+
+
+def attributed(model: ic.Model, name: str, length: int, target: int) -> tuple[int, int, int]:
+    """Operations of an attribution of one text: planned of its passes, planned beside them, and counted."""
+    method, settings = ATTRIBUTIONS[name]
+    ready, outline = ic.method(method), outline_of(model.hf)
+    tokens = texts(1, length, min(900, model.d_vocab))
+    tokens = tokens.name(prompt=ic.Span(0, length - target), target=ic.Span(length - target, length))
+    cost = ready.configured(settings).cost(outline.work(1, length, target=target))
+    ready(model, tokens, **settings)  # what is done once per model is done here
+    counted = operations(lambda: ready(model, tokens, **settings))
+    return sum(flops(outline, each).total for each in cost.passes), cost.beside, counted
+
+
 def models() -> Iterator[tuple[str, Any]]:
     """Tiny models of each family, and the real one where it is."""
     for family, settings in FAMILIES.items():
@@ -118,6 +137,16 @@ def main() -> None:
                 counted = ", ".join(f"{ratio:.3f}" for ratio in one_by_one(hf, name).values())
             held = ", ".join(f"{ratio:.2f}" for ratio in Measured(ic.load(hf)).memory().values())
             print(f"| {name} | {attention} | {counted} | {held} |")
+    print("\n| planned over counted | passes alone | with what is beside them |\n|---|---|---|")
+    for source in ("toy:text", *([real.NAME] if real.place().is_dir() else [])):
+        model = ic.load(source)
+        model.hf.set_attn_implementation("eager")
+        model = ic.load(model.hf, tokenizer=model.tokenizer)
+        for length, target in ((20, 5), (200, 20)):
+            for name in ATTRIBUTIONS if len(model.layers(S.z)) < 10 else list(ATTRIBUTIONS)[:3]:
+                passes, beside, counted = attributed(model, name, length, target)
+                row = f"{source}, {length} tokens: {name}"
+                print(f"| {row} | {passes / counted:.2f} | {(passes + beside) / counted:.2f} |")
 
 
 if __name__ == "__main__":

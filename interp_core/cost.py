@@ -65,13 +65,26 @@ class Cost:
     Attributes:
         passes: alike ones together.
         kept: bytes that stay until the end: activations that were read, results.
+        beside: operations of products of matrices that are none of the model's passes.
+        assumes: what is not known before the run, and is taken to be so: sentences for the plan.
     """
 
     passes: tuple[Passes, ...] = ()
     kept: int = 0
+    beside: int = 0
+    assumes: tuple[str, ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost((*self.passes, *other.passes), self.kept + other.kept)
+        assumes = tuple(dict.fromkeys((*self.assumes, *other.assumes)))
+        return Cost((*self.passes, *other.passes), self.kept + other.kept, self.beside + other.beside, assumes)
+
+    def __mul__(self, times: int) -> Cost:
+        """The same so many times, one after the other."""
+        passes = tuple(
+            replace(each, rows=each.rows * times, calls=each.calls * times, read_out=each.read_out * times)
+            for each in self.passes
+        )
+        return Cost(passes if times else (), self.kept * times, self.beside * times, self.assumes)
 
     @property
     def forward(self) -> int:
@@ -107,10 +120,12 @@ class Work:
         prompts: how many.
         tokens: of each, its target among them.
         target: of these, tokens at the end that are explained or scored.
+        visual: of these, tokens of an image, before the text (0: nobody says).
         new_tokens: generated for each.
         batch: prompts that go through the model together.
         heads, kv_heads: query and key-value heads of each layer, 0 where a layer has none.
         experts: experts of each layer, 0 where it is dense.
+        d_key, d_value: widths of a head's keys and values, in each layer.
         d_model, d_vocab: widths.
         itemsize: bytes of a number.
     """
@@ -123,9 +138,12 @@ class Work:
     batch: int = 1
     kv_heads: tuple[int, ...] = ()
     experts: tuple[int, ...] = ()
+    d_key: tuple[int, ...] = ()
+    d_value: tuple[int, ...] = ()
     d_model: int = 1
     d_vocab: int = field(default=1, repr=False)
     itemsize: int = field(default=4, repr=False)
+    visual: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompts", "tokens", "batch"):
@@ -135,6 +153,11 @@ class Work:
             raise PlanError(
                 f"the target has {self.target} tokens of {self.tokens}: it is the end of a text, and a prompt of a "
                 "token at least comes before it; give more --tokens or a smaller --target"
+            )
+        if not 0 <= self.visual < self.tokens - self.target:
+            raise PlanError(
+                f"the image has {self.visual} tokens of {self.tokens}, {self.target} of them the target: text comes "
+                "behind it; give more --tokens or a smaller --visual"
             )
         if self.new_tokens < 0:
             raise PlanError(wrong("new_tokens of a plan", "a number from 0", self.new_tokens))

@@ -83,7 +83,7 @@ def generate(
     model.snapshot.demand_no_checkpoints()
     _check_plan(compiled, rows)
     inputs = _inputs(tokens, compiled) | how.arguments
-    with model.turn, torch.no_grad(), model.fresh(), drawing(seed):
+    with compiled.in_step("generate", tokens), model.turn, torch.no_grad(), model.fresh(), drawing(seed):
         final = _grown(rows, how.new - 1)
         ids, passes = compiled.program.generate(inputs, rows, final, compiled.edits, how.ends)
     generation = Generation(compiled, tokens, rows, ids.cpu(), passes, how.ends)
@@ -95,10 +95,15 @@ def generate(
 
 def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
     """Refuse edits and sites that cannot be carried out while generating."""
+    sites: dict[str, Site] = {}  # one of each name, plans may have thousands
     for edit in compiled.edits:
         _check_steady(edit, rows)
-    sites = (*(edit.site for edit in compiled.edits), *(slot.site for slot in compiled.program.slots))
-    for site in {site.name: site for site in reversed(sites)}.values():  # one of each name, plans may have thousands
+        if edit.site.name not in sites:
+            sites[edit.site.name] = edit.site
+    for slot in compiled.program.slots:
+        if slot.site.name not in sites:
+            sites[slot.site.name] = slot.site
+    for site in sites.values():
         if why := compiled.model.can(site.name, "generate"):
             raise CapabilityError(f"{site} while generating: {why}")
 

@@ -20,7 +20,7 @@ from .files import without_folder
 from .foreign import MODEL, Abroad, Answering
 from .placement import Placement
 from .positions import PositionLike
-from .run import CompiledPlan, Each, Run
+from .run import CompiledPlan, Each, Run, in_step
 from .session import Input, Session, is_remote
 from .sites import SITES, Edit, Site
 from .vision.places import VisualToken, visual_grid
@@ -282,7 +282,8 @@ class Model(Answering, Session):
         with torch.inference_mode(False):  # what is kept for later runs serves those with gradients too
             with self.turn:
                 self.renew()
-            sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress, keys)
+            with in_step(self, "sweep", x, listed):
+                sweeps = sweep(self, x, listed, scores, strategy, memory_budget, out, progress, keys)
         return sweeps[0] if isinstance(score, Score) else sweeps
 
     def collect(

@@ -13,7 +13,8 @@ did nothing, a router that did not do as it was told.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .architectures.hook_points import KEYED
+from .architectures.together import together
 from .engines.layers import LET_GO
 from .engines.protocol import HandOver, PassRecord, Program
 from .engines.selection import BoundSelection, Selection
@@ -187,10 +189,24 @@ class CompiledPlan(PlanView):
         allow_noop: bool = False,
     ) -> Run:
         """One forward pass; arguments as in `Model.run`."""
-        model, edits = self.model, self.edits
         if torch.is_inference_mode_enabled():
             return self._outside_inference(x, grad, logits, each, attention, allow_noop)
-        tokens = x if isinstance(x, Tokens) else model.input(x)
+        tokens = x if isinstance(x, Tokens) else self.model.input(x)
+        if self.model.atlas.processes is None:
+            return self._passed(tokens, grad, logits, each, attention, allow_noop)
+        with self.in_step("run", tokens):
+            return self._passed(tokens, grad, logits, each, attention, allow_noop)
+
+    def in_step(self, verb: str, tokens: Tokens) -> AbstractContextManager[None]:
+        """See `in_step` below, with what this plan reads and edits."""
+        return in_step(self.model, verb, tokens, self._reads, self.edits)
+
+    def _passed(
+        self, tokens: Tokens, grad: Any, logits: bool | PositionLike, each: Each | None, attention: bool,
+        allow_noop: bool,
+    ) -> Run:  # fmt: skip
+        """A run of what `run` was called with."""
+        model, edits = self.model, self.edits
         stop = logits is False
         if grad is not True and grad is not False:  # so that a run without pays for no question
             if isinstance(grad, Score):
@@ -345,6 +361,32 @@ def _copied(cache: Any) -> Any:
     parts = (cache, *getattr(cache, "layers", ()))
     tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
     return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
+
+
+def in_step(session: Session, verb: str, x: Input, *plan: Iterable[Any]) -> AbstractContextManager[None]:
+    """A block that is carried out together by the processes which share a model, where they do (`tp_plan`).
+
+    Args:
+        plan: sites and edits that the verb was called with, in tuples or not.
+
+    Raises:
+        PlanError: other processes are asked for something else.
+    """
+    if session.atlas.processes is None:
+        return NOTHING
+    words = [f"`{verb}` on the ids {session.input(x).ids.tolist()}", *_words(plan)]
+    return together(session.atlas.processes, words, session.device)
+
+
+def _words(plan: Iterable[Any]) -> Iterator[str]:
+    """Sites and edits, without the values that a process may have as its own."""
+    for part in plan:
+        if isinstance(part, Edit):
+            yield f"{part.op} of {part.site}"
+        elif isinstance(part, Site):
+            yield str(part)
+        else:
+            yield from _words(part)
 
 
 def forward(

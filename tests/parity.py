@@ -74,12 +74,14 @@ def _edited(model: ic.Model, reference: Reference, site: Site, layer: int, value
         wanted = reference.logits(site.name, layer, inputs, lambda x: _scaled(x))
     elif attention:
         # most queries, so that all of the attention is opened as by hand: tests/test_attention_few.py has few
-        noise = 0.1 * _noise(value[0, :, 1:, -2].numel(), value.dtype).view_as(value[0, :, 1:, -2])
+        noise = _noise(value[0, :, 1:, -2].numel(), value.dtype).view_as(value[0, :, 1:, -2])
+        scores = value[value > torch.finfo(value.dtype).min / 2]
+        noise *= 0.1 * (scores.std().clamp(min=1) if site.name == "scores" else 1)
         edit = site.at(query=slice(1, None), key=-2).add(noise)
         where = (slice(None), slice(None), slice(1, None), -2)
         wanted = reference.logits(site.name, layer, inputs, lambda x: _added(x, where, noise))
     else:
-        noise = 2 * _noise(value.shape[-1], value.dtype)
+        noise = 2 * _noise(value.shape[-1], model.dtype)  # some give float32 logits whatever their dtype
         edit = site.at(-2).add(noise)
         wanted = reference.logits(site.name, layer, inputs, lambda x: _added(x, (slice(None), -2), noise))
     got = model.run(IDS, edits=edit).logits

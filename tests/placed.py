@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,3 +105,43 @@ def differing(ours: Answers, theirs: Answers, limit: float) -> dict[str, Any]:
         if x.shape != y.shape or far > limit:
             out[name] = far if x.shape == y.shape else (x.shape, y.shape)
     return out
+
+
+# Two processes, which fork from this one, so that torch is imported already.
+
+Task = Callable[[Path, int], Any]
+
+
+def in_two(task: Task, folder: Path) -> list[Any]:
+    """What a task returns in each of two processes that share a model out; a failure is raised here, with its trace."""
+    children = []
+    for rank in (0, 1):
+        pid = os.fork()
+        if pid == 0:
+            _child(task, folder, rank)
+        children.append(pid)
+    until = time.monotonic() + 300
+    for pid in children:
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > until or list(folder.glob("failed-*")):  # the other would wait for it
+                os.kill(pid, 9)
+                os.waitpid(pid, 0)
+                break
+            time.sleep(0.02)
+    failed = [file.read_text() for file in sorted(folder.glob("failed-*"))]
+    assert not failed, "\n".join(failed)
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def _child(task: Task, folder: Path, rank: int) -> None:
+    from torch import distributed
+
+    try:
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+        torch.save(task(folder, rank), folder / f"result-{rank}.pt")
+        distributed.destroy_process_group()
+    except BaseException:
+        (folder / f"failed-{rank}").write_text(traceback.format_exc())
+    finally:
+        os._exit(0)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from layouts import DENSE, LACKS, LAYOUT, LINEAR
 from routed import route
 from torch import Tensor, nn
+from type_layouts import DENSE, LACKS, LAYOUT, LINEAR, MIXED_VALUES, PER_HEAD, SCALES, SOME, WIDE_QUERIES
 
 Change = Callable[[Tensor], Tensor]
 
@@ -26,13 +26,20 @@ class Reference:
 
     def __init__(self, family: str, hf: nn.Module) -> None:
         self.family, self.hf, self.layout = family, hf, LAYOUT[family]
-        config = hf.config.get_text_config()
-        self.n_layers = config.num_hidden_layers
+        self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
+        self.at(0)
+        self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
+
+    def at(self, layer: int) -> None:
+        """Count heads as the config does for a layer."""
+        config = self.hf.config.get_text_config()
+        if getattr(config, "per_layer_config", None):
+            config = config.per_layer_config[layer]
+        settings = config.to_dict()
         self.n_heads = config.num_attention_heads
-        self.n_kv = getattr(config, "num_key_value_heads", None) or self.n_heads
-        self.d_head = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
-        self.d_head = self.d_head or config.hidden_size // self.n_heads
-        self.scale = config.residual_multiplier if family == "granitemoe" else 1.0
+        self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
+        self.d_head = settings.get("v_head_dim") or settings.get("head_dim") or config.hidden_size // self.n_heads
+        self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
 
     # Where things are
 
@@ -49,6 +56,8 @@ class Reference:
         if site in ("embed", "final_norm", "logits"):
             return [0]
         everywhere = list(range(self.n_layers))
+        if site in SOME.get(self.family, ()):
+            return SOME[self.family][site]
         if site == "mlp_act":
             return DENSE.get(self.family, everywhere)
         if "router" in site:
@@ -67,16 +76,20 @@ class Reference:
     def split(self, x: Tensor, part: str) -> Tensor:
         """q, k or v `[batch pos head d_head]` out of what a projection returned."""
         b, s = self.shape
-        if self.family == "deepseek_v3" and part == "v":  # per head a part of its key, and its value
+        if self.family in WIDE_QUERIES and part == "v":  # per head a part of its key, and its value
             return x.reshape(b, s, self.n_heads, -1)[..., -self.d_head :]
-        if self.family == "deepseek_v3":  # queries are wider than values
+        if self.family == "axk2":  # and its gate
+            return x.reshape(b, s, self.n_heads, -1)[..., : -self.d_head]
+        if self.family in WIDE_QUERIES:  # queries are wider than values
             return x.reshape(b, s, self.n_heads, -1)
         if self.family in LINEAR and part == "q":  # and its gate
             return x.reshape(b, s, self.n_heads, 2, self.d_head)[..., 0, :]
         if "qkv" not in self.layout:
-            return x.reshape(b, s, -1, self.d_head)
+            return x.reshape(b, s, -1, self.d_key)
+        if self.family == "codegen":  # four parts, each with queries, values and keys
+            return x.reshape(b, s, 4, 3, -1)[:, :, :, "qvk".index(part)].reshape(b, s, -1, self.d_head)
         index = "qkv".index(part)
-        if self.family == "gpt_neox":
+        if self.family in PER_HEAD:
             return x.reshape(b, s, self.n_heads, 3, self.d_head)[:, :, :, index]
         sizes = [self.n_heads * self.d_head, self.n_kv * self.d_head, self.n_kv * self.d_head]
         return x.split(sizes, -1)[index].reshape(b, s, -1, self.d_head)
@@ -84,16 +97,21 @@ class Reference:
     def joined(self, x: Tensor, part: str, new: Tensor) -> Tensor:
         """What the projection would have to return for q, k or v to be `new`."""
         b, s = self.shape
-        if self.family == "deepseek_v3" and part == "v":
+        if self.family in WIDE_QUERIES and part == "v":
             keys = x.reshape(b, s, self.n_heads, -1)[..., : -self.d_head]
             return torch.cat([keys, new], -1).reshape(x.shape)
         if self.family in LINEAR and part == "q":
             gate = x.reshape(b, s, self.n_heads, 2, self.d_head)[..., 1, :]
             return torch.stack([new, gate], 3).reshape(x.shape)
+        if self.family == "axk2" and part == "q":
+            gate = x.reshape(b, s, self.n_heads, -1)[..., -self.d_head :]
+            return torch.cat([new, gate], -1).reshape(x.shape)
         if "qkv" not in self.layout:
             return new.reshape(x.shape)
         parts = {name: new if name == part else self.split(x, name) for name in "qkv"}
-        if self.family == "gpt_neox":
+        if self.family == "codegen":
+            return torch.stack([parts[name].reshape(b, s, 4, -1) for name in "qvk"], 3).reshape(x.shape)
+        if self.family in PER_HEAD:
             return torch.stack([parts[name] for name in "qkv"], 3).reshape(x.shape)
         return torch.cat([parts[name].flatten(2) for name in "qkv"], -1)
 
@@ -106,7 +124,10 @@ class Reference:
             yield
 
     def _context(self, site: str, layer: int, fn: Change) -> Any:
+        self.at(layer)
         heads = (self.n_heads, self.d_head)
+        if site == "v" and self.family in MIXED_VALUES:
+            return self._attention(layer, site, fn)
         if site in ATTENTION and not (site == "pattern" and "pattern" in self.layout):
             return self._attention(layer, site, fn)
         if site == "pattern":
@@ -222,7 +243,13 @@ class Reference:
         def instead(module: nn.Module, *args: Any, **rest: Any) -> Any:
             return (by_hand if module is attn else original)(module, *args, **rest)
 
-        def by_hand(_m: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
+        def by_hand(
+            _m: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, scaling: float | None = None, **rest: Any
+        ) -> Any:
+            scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+            mask = rest.get("attention_mask", mask)
+            if part == "v":
+                v = fn(v.transpose(1, 2)).transpose(1, 2)
             if part == "rot_q":
                 q = fn(q.transpose(1, 2)).transpose(1, 2)
             if part == "rot_k":
@@ -232,7 +259,7 @@ class Reference:
             scores = torch.einsum("bhqd,bhkd->bhqk", q, k[:, heads]) * scaling
             if rest.get("softcap"):
                 scores = rest["softcap"] * torch.tanh(scores / rest["softcap"])
-            scores = scores + mask
+            scores = scores if mask is None else scores + mask
             if part == "scores":
                 scores = fn(scores)
             if rest.get("s_aux") is not None:
@@ -242,7 +269,7 @@ class Reference:
                 pattern = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)
             if part == "pattern":
                 pattern = fn(pattern)
-            return torch.einsum("bhqk,bhkd->bqhd", pattern, v[:, heads]), pattern
+            return torch.einsum("bhqk,bhkd->bqhd", pattern, v[:, heads]).contiguous(), pattern
 
         home.eager_attention_forward = instead
         try:
@@ -261,7 +288,7 @@ class Reference:
             return x
 
         self.logits(site, layer, inputs, keep)
-        return held[0]
+        return held[-1]  # NanoChat norms embeddings by its final norm too
 
     def logits(self, site: str, layer: int, inputs: dict[str, Tensor], fn: Change) -> Tensor:
         """Logits of a forward pass in which `fn` changed one site."""

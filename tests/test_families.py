@@ -18,7 +18,6 @@ from mixtures import MIXTURES
 import interp_core as ic
 from interp_core import sites as S
 from interp_core.architectures.family import Family, Place
-from interp_core.architectures.locate import known_paths
 from interp_core.architectures.routing import Router, TopKOfLogits
 
 ROOT = Path(__file__).parent.parent
@@ -201,12 +200,6 @@ def lacking(name: str, file: str) -> list[str]:
         sentences.append("tests/towers.py: no layout of its vision tower")
     if name not in FAMILIES and name not in MIXTURES:
         sentences.append("tests/mixtures.py: no line says where its router is, to be held against selection by hand")
-    kind = type(tiny_model(name).hf).__name__
-    family = ic.registry("architectures").get(name) if file else None
-    if kind not in known_paths() and (family is None or "blocks" not in family.paths):
-        sentences.append(
-            f"paths: TransformerLens has no adapter for {kind}, so the family's file must name them (`paths`)"
-        )
     return sentences
 
 
@@ -222,12 +215,10 @@ def test_what_is_missing_for_a_family_is_told(monkeypatch: pytest.MonkeyPatch) -
     )
     for table, name, says in (
         (LAYOUT, "llama", "tests/layouts.py"), (towers.LAYOUT, "llava", "tests/towers.py"), (MIXTURES, "jamba", "tests/mixtures.py"),
-        (known_paths(), "LlamaForCausalLM", "adapter for LlamaForCausalLM"),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.delitem(table, name)
-            model = "llama" if name == "LlamaForCausalLM" else name
-            assert [sentence for sentence in lacking(model, DECLARED.get(model, "")) if says in sentence], says
+            assert [sentence for sentence in lacking(name, DECLARED.get(name, "")) if says in sentence], says
 
 
 @pytest.fixture

@@ -186,8 +186,10 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     with counted(model) as passes:
         run(path, out)
     assert len(passes) == 2 and (folder / "step6/layer_3/eval_summary.json").stat().st_mtime_ns == kept
-    journal = out / "record/rows/questions/Q2/cie_scores.csv.journal"
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[: 1 + 2]) + b'[{"q_id": "Q2", "tri')
+    (shard,) = effects_of(out, "Q2").glob("*.jsonl")
+    lines = shard.read_bytes().splitlines(keepends=True)[1 : 1 + 2]  # below the line of their digest
+    shard.with_name("00000.killed.journal").write_bytes(b"".join(lines) + b'[2, {"q_id": "Q2", "tri')
+    shard.unlink()
     (folder / "cie_scores.csv").unlink()  # two of four trials, and a part of the third's line
     shutil.rmtree(folder / "step6")
     with counted(model) as passes:
@@ -211,9 +213,19 @@ def started(path: Path, out: Path, n_trials: int) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes], lines: int) -> None:
+def effects_of(out: Path, question: str) -> Path:
+    """Where the record has the trials of a question."""
+    (folder,) = (out / "record/rows/questions" / question).glob("effects-*.shards")
+    return folder
+
+
+def wait_for(out: Path, process: subprocess.Popen[bytes], lines: int) -> Path:
+    """The journal of the second question, when it has so many lines."""
     until = time.monotonic() + 120
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+    while True:
+        for journal in (out / "record/rows/questions/Q2").glob("effects-*.shards/*.journal"):
+            if journal.read_bytes().count(b"\n") >= lines:
+                return journal
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.005)
 
@@ -227,8 +239,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, sent: signal.Signals, code: int) 
         96,  # so many that the signal comes before the last
     )
     process = started(path, out, n)
-    journal = out / "record/rows/questions/Q2/cie_scores.csv.journal"
-    wait_for(journal, process, lines=3)
+    journal = wait_for(out, process, lines=2)
     os.kill(process.pid, sent)
     assert process.wait(60) == code
     left = status(out, "Q2")
@@ -236,7 +247,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, sent: signal.Signals, code: int) 
     assert (left["status"], left["reason"]) == (
         ("pending", "stopped at effects") if sent == signal.SIGINT else ("running", "")
     )
-    done = journal.read_bytes().count(b"\n") - 1  # after the line of inputs
+    done = journal.read_bytes().count(b"\n")
     assert 1 <= done < n and not (out / "DONE").exists() and not (out / "questions/Q2/cie_scores.csv").exists()
     ended = "stopped" if sent == signal.SIGINT else "killed"
     assert ic.runs.manifest(out)["sessions"][0]["state"] == ended == ic.runs.manifest(out)["state"]
@@ -300,18 +311,18 @@ def test_failures_are_classified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path, out = table(tmp_path / "r.csv", {"Q1": toy_pairs("antonym"), "Q2": toy_pairs("french")}), tmp_path / "out"
     run(path, out, q_ids="Q1")
     (out / "questions/Q1/aie_scores.csv").unlink()
-    journal = out / "record/rows/questions/Q1/cie_scores.csv.journal"
-    whole = journal.read_bytes()
-    journal.write_bytes(whole.replace(b"}]", b"", 1))
+    plan = effects_of(out, "Q1") / "plan.json"
+    whole = plan.read_bytes()
+    plan.write_bytes(whole[1:])
     said = run(path, out)
     assert said[0].startswith("Q1: failed, effects: ") and said[1].startswith("Q2: completed")
     assert not (out / "DONE").exists()
     error = status(out, "Q1")["error"]
-    assert (error["stage"], error["error_class"]) == ("effects", "LoadError") and "delete the file" in error["message"]
+    assert (error["stage"], error["error_class"]) == ("effects", "LoadError") and "is damaged" in error["message"]
     assert list(error) == ["stage", "error_class", "message", "fix"]
-    with pytest.raises(ic.LoadError, match="line 1, is not what was written|line 2, is not what was written"):
+    with pytest.raises(ic.LoadError, match=r"plan.json is damaged .*; delete .*, and its rows are made again"):
         run(path, out, on_error="stop")
-    journal.write_bytes(whole)
+    plan.write_bytes(whole)
 
     def raises(*_: object) -> None:
         raise ValueError("no means")

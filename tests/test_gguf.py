@@ -1,7 +1,4 @@
-"""GGUF files: what opens, with which numbers, and what every failure says. Small files, written here.
-
-Marked `real`: the package that reads them comes with the real model (`make real`).
-"""
+"""GGUF files: what opens, with which numbers, and what every failure says. Small files, written here."""
 
 from __future__ import annotations
 
@@ -21,10 +18,8 @@ from interp_core import real
 from interp_core.loading import open_tokenizer
 from interp_core.toys import smollm2
 
-pytest.importorskip("gguf", reason="files are written with gguf: pip install -c constraints.txt -e '.[real]'")
+pytest.importorskip("gguf", reason="files are written with gguf: pip install -c constraints.txt -e '.[test]'")
 from llama_cpp import TEMPLATE, llama, tokenizer, write
-
-pytestmark = pytest.mark.real
 
 IDS = torch.arange(1, 12)[None]
 

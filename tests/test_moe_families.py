@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import sampled, tiny_model
 from mixtures import MIXTURES, Mixture, by_hand
+from packaging.version import Version
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
@@ -32,9 +33,8 @@ FAST = {
 ALL, FEWER = sampled(MIXTURES, FAST), sampled(MIXTURES, ("minimax_m2", "gemma4"))
 WITHDRAWN: dict[str, tuple[str, ...]] = {
     "deepseek_v4": ("resid_pre", "resid_post", "attn_out", "resid_mid", "mlp_out"),
-    **dict.fromkeys(("gemma4", "laguna", "mimo_v2_flash", "bailing_hybrid"), ("v",)),
 }
-"""What the self-check takes out: sites of several streams; values that are normed, scaled or gated inside attention."""
+"""What the self-check takes out: sites of several streams."""
 IN_FLOAT32 = ("nemotron_h", "hy_v3")
 """Families that add experts up in float32, whatever the model's dtype."""
 
@@ -64,11 +64,13 @@ def with_experts() -> dict[str, str]:
     return found
 
 
+ROOT = Path(__file__).parent.parent
 KINDS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 
 
 def test_no_family_of_transformers_is_silently_without_routers() -> None:
-    """Each model type with experts has a family with a router, or a reason why not; no reason is out of date."""
+    """Each model type with experts has a family with a router, or a reason why not; no reason is out of date, by the
+    release that tests pass with (earlier ones lack some)."""
     families = {row.name for row in ic.registry("architectures").rows}
     kinds = with_experts()
     assert len(kinds) > 60 and {"mixtral", "deepseek_v3", "gemma4_text", "switch_transformers"} <= set(kinds)
@@ -80,7 +82,9 @@ def test_no_family_of_transformers_is_silently_without_routers() -> None:
         else:
             assert UNDESCRIBED.get(kind, UNDESCRIBED.get(kind.removesuffix("_text"))), kind
     assert not described & set(UNDESCRIBED)
-    assert set(UNDESCRIBED) <= {kind.removesuffix("_text") for kind in kinds}
+    (pinned,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    if Version(transformers.__version__) >= Version(pinned):
+        assert set(UNDESCRIBED) <= {kind.removesuffix("_text") for kind in kinds}
 
 
 def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
@@ -88,8 +92,10 @@ def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
 
     hf = testing.tiny("qwen3_moe")
     assert isinstance(hf, Qwen3MoeForCausalLM)
-    hf.config.model_type = "axk2"
-    with pytest.raises(ic.CapabilityError, match="router_logits.*experts of a group that is left out"):
+    hf.config.model_type = "zaya"
+    with pytest.raises(
+        ic.CapabilityError, match="router_logits.*a router reads the hidden states of the router before it"
+    ):
         ic.load(hf, check=False).run(ids, read=S.router_logits)
     hf.config.model_type = "novel"
     with pytest.raises(

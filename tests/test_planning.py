@@ -14,14 +14,17 @@ from conftest import DATA, the_real_model, toy_model
 from counting import count
 from interp_recipes.attribution_eval import AttributionEvalConfig, attribution_eval
 from interp_recipes.moe_mask_sweep import MoeMaskSweepConfig, moe_mask_sweep
-from plans import FAMILIES, SIZES, Measured, texts
+from interp_recipes.visual_phase1 import VisualPhase1Config, visual_phase1
+from placed import in_two
+from plans import ATTRIBUTIONS, FAMILIES, SIZES, Measured, attributed, texts
 from typer.testing import CliRunner
 
 import interp_core as ic
 from interp_core import cli, testing
+from interp_core.bench.allocations import peak_bytes
 from interp_core.cost import Cost, Passes
 from interp_core.planning import Outline, Rate, named_rate, outline_of, plan
-from interp_core.planning.formulas import cache, flops
+from interp_core.planning.formulas import activations, cache, flops
 from interp_core.planning.plan import MOST
 
 LLAMA_405B = {
@@ -95,6 +98,55 @@ def test_the_real_model() -> None:
     print(ratios)
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.2)
     assert Measured(model).outline.held == sum(p.numel() for p in (*model.hf.parameters(), *model.hf.buffers()))
+
+
+@pytest.mark.parametrize("name", ATTRIBUTIONS)
+def test_operations_of_an_attribution_are_counted_with_what_it_does_beside_its_pass(name: str) -> None:
+    """For IFR's rows that is a third of the pass again: a plan of the passes alone does not hold."""
+    hf = ic.load("toy:text").hf
+    hf.set_attn_implementation("eager")
+    model = ic.load(hf)
+    for length in (20, 120):
+        passes, beside, counted = attributed(model, name, length, TARGET)
+        assert passes + beside == pytest.approx(counted, rel=0.2)
+        assert (beside > 0) == name.startswith("IFR")
+        assert name != "IFR, rows" or passes < 0.88 * counted
+
+
+def _held_by_one(folder: Path, _: int) -> list[int]:
+    """Numbers that a process holds, the bytes of a pass's widest moment, and those of its keys and values."""
+    model, tokens = ic.load(str(folder / "model"), tp_plan="auto"), texts(2, 96, 400)
+    held = [getattr(x, "to_local", lambda x=x: x)().numel() for x in (*model.hf.parameters(), *model.hf.buffers())]
+    model.run(tokens)
+    widest = peak_bytes(lambda: model.run(tokens))
+    with torch.no_grad():
+        cached = model.hf(tokens.ids, use_cache=True).past_key_values.layers
+    return [sum(held), widest, sum(layer.keys.nbytes + layer.values.nbytes for layer in cached)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_a_process_has_of_a_shared_model(family: str, tmp_path: Path) -> None:
+    """Weights and caches to the byte, as two processes hold them."""
+    testing.tiny(family, **FAMILIES[family]).save_pretrained(tmp_path / "model")
+    outline = outline_of(tmp_path / "model", tp=2)
+    assert outline.part is not None
+    once = outline.work(2, 96, batch=2).forward(read_out=96).passes[0]
+    for held, widest, cached in in_two(_held_by_one, tmp_path):
+        assert (outline.part.held, cache(outline.part, once)) == (held, cached)
+        assert activations(outline.part, once) == pytest.approx(widest, rel=0.1)
+    assert cache(outline, once) == 2 * cached and 1.9 * held < outline.held < 2 * held
+
+
+def test_processes_share_memory_and_work_together(large: dict[str, Outline], tmp_path: Path) -> None:
+    shared = outline_of(written(tmp_path, LLAMA_405B), tp=8)
+    whole, told = (
+        planned(outline, memory=141e9, gpus=16, rate=named_rate("H200")) for outline in (large["dense"], shared)
+    )
+    assert (told.per_copy, told.copies, told.fits, told.forward) == (8, 2, True, whole.forward)
+    assert told.memory.weights == pytest.approx(2 * large["dense"].held / 8, rel=1e-3)
+    assert told.seconds == pytest.approx(whole.seconds * whole.copies / 16)
+    narrow = planned(shared, memory=80e9, gpus=8)
+    assert not narrow.fits and narrow.needed is None
 
 
 def test_sizes_come_from_a_config_alone(large: dict[str, Outline], tmp_path: Path) -> None:
@@ -236,6 +288,29 @@ def test_passes_of_the_mask_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert usage is not None and usage.calls == 2 * 2 * (1 + 2 * 5 * 2) + 2 * 2
 
 
+@pytest.mark.usefixtures("rough_figures")
+def test_passes_of_the_visual_study_are_no_more_than_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A given cliff leaves the answers' lengths and the places of tokens; what is said to be assumed costs more."""
+    model = ic.load("toy:vision")
+    settings: dict[str, Any] = {
+        "profile": "smoke", "pilots": 2, "samples": 4, "horizon_samples": 1, "horizon_tokens": 2, "max_new_tokens": 2,
+        "keep_fractions": [0.5], "truncation_layers": [0], "resamples": 100, "cliff_boundary": 3,
+        "interventions": ["knockout:text", "band"],
+    }  # fmt: skip
+    config = VisualPhase1Config(**settings)
+    # a question of the toy has 15 or 16 tokens with its answer, behind 16 of the image and one at the beginning
+    unknown, work = settings | {"cliff_boundary": None}, outline_of("toy:vision").work(1, 33, target=1, visual=16)
+    cost, most = config.cost(work), config.cost(replace(work, visual=0))
+    more = VisualPhase1Config(**unknown).cost(work)
+    counted = recipe_counts(
+        model, lambda n: visual_phase1(VisualPhase1Config(**settings, out=tmp_path / str(n))), monkeypatch
+    )
+    assert counted.forward <= cost.forward <= 1.15 * counted.forward
+    assert cost.forward < more.forward <= 1.25 * counted.forward and most.forward <= 1.6 * counted.forward
+    assert "the cliff is layer 3" in cost.assumes[0] and "a cliff is found, at a layer" in more.assumes[0]
+    assert "changes reach every token" in most.assumes[1]
+
+
 def test_what_says_nothing_is_one_pass_per_prompt(large: dict[str, Outline]) -> None:
     assert ic.Config().cost(large["moe"].work(1, 2)) is None
     told = plan("probe", large["moe"], large["moe"].work(10, 50, batch=4), ic.Config().cost)
@@ -338,6 +413,9 @@ def test_the_command(tmp_path: Path) -> None:
     said = invoke("probe", "--model", config, "--flops-per-second", "1e12", "--gpu-memory", "16GB")
     assert "probe does not say what it runs: priced as one forward pass per prompt" in said.stdout
     assert "DOES NOT FIT on 1 of 16 GB; 4 of them would do" in said.stdout
+    visual = ["visual_phase1", "--model", "toy:vision", "--tokens", "33", "--target", "1", "--visual", "16"]
+    assumed = " ".join(invoke(*visual, "--gpu-memory", "1GB").stdout.split())
+    assert "assumes 20 pilots and 100 samples" in assumed and "assumes answers have 16 tokens" in assumed
     measured = invoke("logit_lens", "--measured", "toy:text", "--tokens", "64")
     assert measured.exit_code == 0 and "measured with toy:text on this machine" in measured.stdout
 
@@ -345,6 +423,8 @@ def test_the_command(tmp_path: Path) -> None:
 def test_mistakes_are_answered_before_anything_is_built(tmp_path: Path) -> None:
     config, other = written(tmp_path, LLAMA_405B), tmp_path / "other.json"
     other.write_text(json.dumps({"model_type": "no_such_family"}))
+    gpt2 = str(tmp_path / "gpt2")
+    testing.tiny("gpt2").config.save_pretrained(gpt2)
     seq = tmp_path / "seq.json"
     seq.write_text(json.dumps({"model_type": "clip_vision_model"}))
     for words, said in {
@@ -360,6 +440,11 @@ def test_mistakes_are_answered_before_anything_is_built(tmp_path: Path) -> None:
         ("logit_lens", "--tokens", "257"): "which takes 256; give fewer --tokens",
         ("ifr", "--tokens", "8", "--target", "8"): "a prompt of a token at least comes before it",
         ("logit_lens", "--gpus", "0"): "gpus is 0: give 1 at least",
+        ("logit_lens", "--tp", "0"): "tp is 0: give 1 at least",
+        ("logit_lens", "--tp", "2"): "2 processes share the model, each on a device, and gpus is 1: give 2",
+        ("logit_lens", "--model", config, "--tp", "3", "--gpus", "3"): "3 processes cannot share 128 heads",
+        ("logit_lens", "--model", gpt2, "--tp", "2"): "transformers has no plan to share",
+        ("visual_phase1", "--tokens", "9", "--visual", "9"): "the image has 9 tokens of 9",
         ("logit_lens", "--device", "H1000"): "no device 'H1000' is in the table. Did you mean 'H100'",
         ("logit_lens", "--device", "H100", "--utilisation", "40"): "give a share of the peak",
         ("logit_lens", "--utilisation", ".4"): "it goes with --device",

@@ -397,6 +397,32 @@ def in_shares(folder: Path, count: int, work: Any) -> Any:
         return work()
 
 
+def test_rows_of_a_shared_stage(tmp_path: Path) -> None:
+    """They stand in the record alone; those of other inputs are others; the stage is made of them once all are there."""
+    counted: list[int] = []
+
+    def work(factor: int = 1) -> int:
+        def square(number: int) -> dict[str, int]:
+            counted.append(number)
+            return {"square": factor * number**2}
+
+        def total() -> int:
+            of = {"factor": factor}
+            rows = run.map("squares", square, range(6), by=lambda n: n, inputs=of, file=False)
+            return sum(row["square"] for row in rows)
+
+        with runs.open(tmp_path, {}, recipe="total", say=lambda line: None) as run:
+            return run.stage("total.json", total, inputs={"factor": factor}, shared=True)
+
+    assert in_shares(tmp_path, 3, work) == 55 and counted == list(range(6))
+    assert set(sharded.tables(tmp_path)) == {"total.json"}
+    assert work() == 55 and counted == list(range(6))
+    (tmp_path / "total.json").unlink()
+    assert work() == 55 and counted == list(range(6))
+    assert work(2) == 110 and counted == [*range(6), *range(6)]
+    assert len(runs.status(tmp_path).tables) == 2
+
+
 def test_a_method_in_shards(tmp_path: Path) -> None:
     model = ic.load("toy:text")
     texts = ["Q: big\nA:", "Q: hot\nA:", "Q: up\nA:", "Q: big\nA: small\nQ: hot\nA:", "Q: up\nA: down\nQ: hot\nA:"]

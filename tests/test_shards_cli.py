@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import Result
@@ -23,7 +24,9 @@ import interp_core as ic
 from interp_core import runs
 from interp_core.cli import app
 from interp_core.cli.planned import planned_command
-from interp_core.cli.shards import numbers
+from interp_core.cli.shards import numbers, script
+from interp_core.launch import Job, Outcome
+from interp_core.launch.local import Local
 
 DATA = Path(__file__).parent / "data/attribution"
 COUNT = 4
@@ -81,6 +84,86 @@ def test_a_run_in_shards(folder: Path) -> None:
     assert interp("collect", "out").exit_code == 0
     expected = attribution_eval(AttributionEvalConfig(output_root=folder / "plain", **SETTINGS))
     assert scores(Path("out")) == scores(expected) and len(scores(expected)) == 4
+
+
+class Elsewhere(Local):
+    """A cluster, as far as whoever gives the command can see: other processes; notes how many jobs it was given."""
+
+    name = "elsewhere"
+    given_out: ClassVar[list[int]] = []
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        self.given_out.append(len(jobs))
+        return super().run(jobs)
+
+
+def test_a_launcher_plans_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command is given no model is opened."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is opened where the command was given")
+
+    ic.registry("launchers").register("elsewhere", Elsewhere)
+    monkeypatch.setattr(ic, "load", refuse)
+    monkeypatch.setattr("interp_core.model.load", refuse)
+    words = ["run", "attribution_eval", *WORDS, "--output_root", "out", "--shards", 2, "--launcher", "elsewhere"]
+    planned = interp(*words, "--workers", 0)
+    assert planned.exit_code == 0 and "planned, 2 shards" in planned.output, planned.output
+    assert Elsewhere.given_out == [1] and runs.status("out").state == "planned"
+
+
+@pytest.mark.slow
+def test_two_commands_plan_and_work_at_once(folder: Path) -> None:
+    """On a folder that nobody has planned, in other numbers of shards: each row is there once, in the end."""
+    words = [sys.executable, "-m", "interp_core.cli", "run", "attribution_eval", *WORDS, "--output_root", "out"]
+    commands = [subprocess.Popen([*words, "--shards", str(count), "--workers", "1"]) for count in (2, 3)]
+    assert [command.wait() for command in commands] == [0, 0]
+    expected = attribution_eval(AttributionEvalConfig(output_root=folder / "plain", **SETTINGS))
+    assert scores(Path("out")) == scores(expected) and runs.status("out").state == "done"
+
+
+def test_a_task_that_is_asked_to_stop_before_its_worker_listens_goes_back_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Slurm's notice is as long as the task's time: Python imports, and the signal ends it."""
+    programs = {
+        "python": f"echo $$ > {tmp_path}/begun; exec sleep 60", "scontrol": f"echo $* > {tmp_path}/requeued",
+        "squeue": "echo RUNNING",
+    }  # fmt: skip
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "out/record").mkdir(parents=True)
+    (tmp_path / "out/record/command.json").write_text(json.dumps({"folder": str(tmp_path)}))
+    text = script(tmp_path / "out", 1, None, ())
+    shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "17"}
+    process = subprocess.Popen(["bash", "-c", text], env=shell | {"SLURM_ARRAY_TASK_ID": "0"})
+    while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 75 and (tmp_path / "requeued").read_text() == "requeue 17_0\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("60", 120),
+        ("1", 30),
+        ("2:30", 75),
+        ("0:00:50", 25),
+        ("1-0", 120),
+        ("0-0:2", 60),
+        ("UNLIMITED", 120),
+        ("0", 120),
+    ],
+)
+def test_a_task_is_asked_to_stop_no_sooner_than_at_half_of_its_time(limit: str, seconds: int, tmp_path: Path) -> None:
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record/command.json").write_text(json.dumps({"folder": str(tmp_path)}))
+    assert f"#SBATCH --signal=B:USR1@{seconds}\n" in script(tmp_path, 1, None, ["qos=long", f"--time={limit}"])
+    with pytest.raises(ic.PlanError, match="--option time=1h: write minutes"):
+        script(tmp_path, 1, None, ["time=1h"])
 
 
 @pytest.mark.slow

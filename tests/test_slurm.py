@@ -334,6 +334,20 @@ def test_the_printed_script(plain: Cluster, tmp_path: Path) -> None:
     check(tmp_path / "out")
 
 
+def test_the_printed_script_at_its_time_limit(plain: Cluster, tmp_path: Path) -> None:
+    """Slurm's own signal before a minute is over: the task ends with its item, comes back, and is cut off nowhere."""
+    study = ("--out", "out", "--items", ITEMS, "--seconds", 1)
+    ended(plain.interp("run", "squares", *study, "--shards", 4, "--workers", 0))
+    (tmp_path / "job.sh").write_text(ended(plain.interp("sbatch", "out", "--tasks", 1, "--option", "time=1")))
+    job = plain.shell("sbatch", "job.sh").split()[-1]
+    until(lambda: "Restarts=1" in plain.shell("scontrol", "show", "job", job), 90)
+    assert 1 <= done_of(tmp_path / "out") < ITEMS
+    until(lambda: not plain.shell("squeue", "-h"), 300, plain.release)
+    assert "JobState=COMPLETED" in plain.shell("scontrol", "show", "job", job)
+    assert "stopped by SIGUSR1" in (tmp_path / f"out/record/logs/{job}_0.log").read_text()
+    check(tmp_path / "out")
+
+
 # Recipes with a model
 
 

@@ -167,7 +167,7 @@ def test_only_what_follows_the_instruction_is_steered(antonyms: Any) -> None:
 
 
 def test_control_vectors_of_llama_cpp(antonyms: Any, tmp_path: Path) -> None:
-    install = "control vectors are read back with gguf: pip install -c constraints.txt -e '.[real]'"
+    install = "control vectors are read back with gguf: pip install -c constraints.txt -e '.[test]'"
     reader = pytest.importorskip("gguf", reason=install).GGUFReader(
         antonyms.to_gguf(tmp_path / "out/antonyms.gguf", "qwen3")
     )

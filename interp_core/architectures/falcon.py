@@ -1,10 +1,14 @@
-"""Falcon: blocks are parallel unless the config says no. Parallel ones add attention's output to the MLP's in place."""
+"""Falcon: blocks are parallel unless the config says no. Parallel ones add attention's output to the MLP's in place.
+
+One projection has, for each key-value head, its queries, its key and its value, in this order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .family import Family
+from .family import Family, Heads, View, split_heads
 
 
 def parallel(config: Any) -> bool:
@@ -12,4 +16,29 @@ def parallel(config: Any) -> bool:
     return bool(config.new_decoder_architecture or config.parallel_attn)
 
 
-FAMILY = Family("falcon", paths={"blocks.ln2": "post_attention_layernorm"}, parallel=parallel)
+def fused_groups(heads: Heads, part: str) -> View:
+    """The queries of a key-value head, then its key, then its value."""
+    n = heads.n_heads // heads.n_kv_heads
+    if heads.n_kv_heads == 1:
+        split, at = split_heads(n + 2, heads.d_head), {"q": slice(n), "k": slice(n, n + 1), "v": slice(n + 1, n + 2)}
+        return lambda x: split(x)[:, :, at[part]]
+    split, start = split_heads(heads.n_kv_heads, (n + 2) * heads.d_head), n + "qkv".index(part) - 1
+    return lambda x: split(x)[..., start * heads.d_head : (start + 1) * heads.d_head]
+
+
+def refused(config: Any) -> Mapping[str, str]:
+    """Queries of several groups cannot be seen as heads without a copy."""
+    if config.new_decoder_architecture and 1 < config.num_kv_heads < config.num_attention_heads:
+        return {"q": "queries of a key-value head lie between keys and values, so heads are no view of the projection"}
+    return {}
+
+
+OWN = "attention is its own, and they cross no module boundary"
+FAMILY = Family(
+    "falcon",
+    paths={"blocks.ln2": "post_attention_layernorm"},
+    parallel=parallel,
+    fused=fused_groups,
+    refuse_if=refused,
+    unseen=dict.fromkeys(("rot_q", "rot_k", "scores", "pattern"), OWN),
+)

@@ -110,7 +110,6 @@ class Family:
         fused: how `blocks.attn.qkv` splits.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
-        gated: z is the mixed values times a gate between 0 and 1.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
         places: `attn_in`, `attn_out`, `resid_mid` and sites of the MLP that lie elsewhere than at `blocks.attn`,
             before `blocks.ln2` and at `blocks.mlp`; or a function of the config that gives them.
@@ -142,7 +141,6 @@ class Family:
     fused: Fused | None = None
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None
-    gated: bool = False
     inside: tuple[str, ...] = ()
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
     added: Callable[[Any], Mapping[str, float | Tensor]] | None = None

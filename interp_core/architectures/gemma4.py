@@ -2,6 +2,8 @@
 
 The router's module keeps its logits to itself and gives probabilities: `router_logits` are their logarithms, which are
 the logits up to a constant per token, and minus infinity where a probability is zero in float32.
+
+Values are normed before they are mixed, in Gemma 3n and the unified Gemma 4 too: `v` is read inside attention.
 """
 
 from __future__ import annotations
@@ -47,4 +49,6 @@ class ProbabilityRouter(Router):
         return super().returned(output, probabilities, weights, chosen)
 
 
-FAMILY = Family("gemma4", router=ProbabilityRouter("router", "experts", ScaledByExpert()))
+FAMILY = Family("gemma4", inside=("v",), router=ProbabilityRouter("router", "experts", ScaledByExpert()))
+UNIFIED = Family("gemma4_unified", inside=("v",))
+GEMMA3N = Family("gemma3n", inside=("v",))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
-from .family import llama_like
+from .family import Heads, View, split_heads
 from .routing import Router
 from .scored import Scored, softmax, softmax_as_is
 
@@ -32,15 +32,22 @@ def delta_paths(block: Any) -> Mapping[str, str]:
     return {} if hasattr(block.self_attn, "qk_head_dim") else {"blocks.attn": "", "blocks.linear_attn": "self_attn"}
 
 
-_PATHS = {**llama_like("model"), **DEEPSEEK_V3.paths}
+def query_then_gate(heads: Heads, _part: str) -> View:
+    """A.X K2: per head its query, then a gate on its values."""
+    split = split_heads(heads.n_heads, heads.d_key + heads.d_head)
+    return lambda x: split(x)[..., : heads.d_key]
+
+
 _V2 = GroupsByConfig(softmax, best=1, renormalise=False, scale="routed_scaling_factor")
 _MISTRAL = Scored(softmax_as_is, best=2, renormalise="norm_topk_prob", eps=1e-20, scale="routed_scaling_factor")
 
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="deepseek_v2", router=Router("mlp.gate", "mlp.experts", _V2))
-MISTRAL4 = replace(DEEPSEEK_V3, name="mistral4", paths=_PATHS, router=Router("mlp.gate", "mlp.experts", _MISTRAL))
+MISTRAL4 = replace(DEEPSEEK_V3, name="mistral4", router=Router("mlp.gate", "mlp.experts", _MISTRAL))
 GLM_LITE = replace(DEEPSEEK_V3, name="glm4_moe_lite")
-AXK1 = replace(DEEPSEEK_V3, name="axk1", paths=_PATHS)
-DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32", paths=_PATHS)
+AXK1 = replace(DEEPSEEK_V3, name="axk1")
+DEEPSEEK_V32 = replace(DEEPSEEK_V3, name="deepseek_v32")
 GLM_DSA = replace(DEEPSEEK_V3, name="glm_moe_dsa")
-KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", paths=_PATHS, varied=delta_paths)
-BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", paths=_PATHS, varied=delta_paths)
+KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", varied=delta_paths)
+BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", varied=delta_paths)
+YOUTU = replace(DEEPSEEK_V3, name="youtu", router=None)
+AXK2 = replace(YOUTU, name="axk2", paths={"blocks.attn.q": "q_gate_proj"}, views={"q": query_then_gate})

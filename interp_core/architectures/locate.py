@@ -24,6 +24,7 @@ from ..sites import SITES, VISION_
 from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
+from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
@@ -31,7 +32,7 @@ from .parameters import LENT, declared, device_of, is_plain, matrix, tokens_of, 
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
-from .undescribed import UNDESCRIBED, discover
+from .undescribed import UNDESCRIBED
 
 
 @cache
@@ -50,7 +51,7 @@ def build(model: Any, family: Family | None) -> Atlas:
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
-    shown = known or discover(modules, model.get_input_embeddings())
+    shown = known or discover(modules, model.get_input_embeddings(), described=family is not None)
     paths = {**shown, **(family.paths if family else {})}
     if family and config is model.config:
         demand_blocks(family, modules)
@@ -77,13 +78,11 @@ def build(model: Any, family: Family | None) -> Atlas:
     atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
-            f"the family {family.name!r} is unknown: sites found by module names, those of heads only where these show"
+            f"nobody has described the family {family.name!r}: its sites are found by the usual names of modules"
         )
     if shape.n_labelled:
         atlas.notes.append(f"its logits are of {shape.d_vocab} labels, at every position; see docs/wrapped.md")
     stack = Stack(atlas, modules, paths, config)
-    if known is None and unnamed:
-        stack.refused["resid_mid"] = "module names do not show where the stream passes between attention and MLP"
     stack.locate()
     ends(stack)
     tower = _tower(atlas, modules)

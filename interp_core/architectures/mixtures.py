@@ -36,7 +36,7 @@ class CohereSelection(Selection):
 
 
 def mimo_heads(attention: Any, _heads: Heads) -> Heads:
-    """MiMo: keys are wider than values, and layers with windows have more of them."""
+    """MiMo: keys are wider than values (which are scaled before they are mixed), and layers with windows have more."""
     n = attention.config.num_attention_heads
     return Heads(n, n // attention.num_key_value_groups, attention.v_head_dim, attention.head_dim)
 
@@ -45,7 +45,7 @@ _LLAMA = llama_like("model")
 IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
 SOLAR = Family("solar_open", paths=_LLAMA, router=IN_GROUPS)
-MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, router=IN_GROUPS)
+MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, inside=("v",), router=IN_GROUPS)
 MELLUM = Family("mellum", paths=_LLAMA, router=QWEN_ROUTER)
 LARA = Family("lara_mini", paths={**_LLAMA, "blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
 FLINT = Family(
@@ -91,7 +91,6 @@ LFM2 = Family(
 )
 AFMOE = Family(
     "afmoe",
-    gated=True,
     router=HandedRouter("mlp.router", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="route_scale")),
 )
 ARIA = Family("aria", paths=_LLAMA, router=Router("mlp.router", "mlp.experts", TopKOfLogits()))

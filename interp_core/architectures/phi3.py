@@ -1,5 +1,11 @@
-"""Phi-3: fused query-key-value projection in blocks."""
+"""Phi-3 and Phi-4: a fused query-key-value projection; so in GPT-BigCode (StarCoder), which has one key head."""
 
 from .family import Family, fused_blocks
 
 FAMILY = Family("phi3", fused=fused_blocks)
+PHI4 = Family("phi4_multimodal", fused=fused_blocks)
+BIGCODE = Family(
+    "gpt_bigcode",
+    fused=fused_blocks,
+    refuse=dict.fromkeys(("rot_q", "rot_k"), "its positions are learnt embeddings, no rotary ones; read q and k"),
+)

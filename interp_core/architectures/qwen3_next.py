@@ -10,7 +10,7 @@ from .family import Family, first_half
 from .qwen3_moe import ROUTER
 from .qwen3_vl import IMAGES
 
-GATED: dict[str, Any] = {"views": {"q": first_half}, "gated": True}
+GATED: dict[str, Any] = {"views": {"q": first_half}}
 FAMILY = Family("qwen3_next", router=ROUTER, **GATED)
 QWEN3_5 = Family("qwen3_5", **GATED, **IMAGES)
 QWEN3_5_MOE = Family("qwen3_5_moe", router=ROUTER, **GATED, **IMAGES)

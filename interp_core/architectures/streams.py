@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 from .family import Family, Place, llama_like
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
@@ -106,7 +108,7 @@ KOLIBRI = Family(
     paths=_STREAM | {"blocks.ln1_post": "post_self_attn_layernorm", "blocks.ln2_post": "post_mlp_layernorm"},
     router=Router("mlp.gate", "mlp.experts", BiasOnLogits(sigmoid, BIAS, renormalise="norm_topk_prob")),
 )
-MINICPM3 = Family("minicpm3", paths=_STREAM, added=_evenly(lambda block: block.residual_scale))
+MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
 NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)

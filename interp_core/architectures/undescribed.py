@@ -1,11 +1,6 @@
-"""Families that nobody has described: module paths by the names of modules, and why routers have no sites, by model
-type, so that none is silently without."""
+"""Why routers of families that nobody has described have no sites, by model type, so that none is silently without."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-
-from torch import nn
 
 _SEQ2SEQ = "is an encoder-decoder with a capacity per expert: which tokens an expert drops depends on the others"
 _JOINT = (
@@ -34,34 +29,3 @@ UNDESCRIBED: dict[str, str] = {
     ),
     _NOT_HELD,
 )  # fmt: skip
-
-
-def discover(modules: Mapping[str, nn.Module], embedding: nn.Module | None = None) -> dict[str, str]:
-    """Module paths of an unknown family, by the names of its modules: the longest list of blocks with attention, of
-    those beside the token embedding if there are such (a vision tower has blocks too)."""
-    lists = [(path, m) for path, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    home = next((path.rpartition(".")[0] for path, m in modules.items() if m is embedding), "")
-    hints = {
-        "blocks.attn": ("self_attn", "attention", "self_attention", "attn"),
-        "blocks.mlp": ("mlp", "feed_forward", "ffn"),
-    }
-    for path, blocks in sorted(lists, key=lambda item: (item[0].rpartition(".")[0] != home, -len(item[1]))):
-        children = dict(blocks[0].named_children())
-        parts = {key: next((n for n in names if n in children), None) for key, names in hints.items()}
-        if parts["blocks.attn"] is None:
-            continue
-        of_blocks = {key: name for key, name in parts.items() if name}
-        return {"blocks": path, **of_blocks, **_discover_ends(modules, path)}
-    return {}
-
-
-def _discover_ends(modules: Mapping[str, nn.Module], blocks: str) -> dict[str, str]:
-    parent = blocks.rpartition(".")[0]
-    ends: dict[str, str] = {}
-    for path, module in modules.items():
-        outer, _, name = path.rpartition(".")
-        if outer == parent and isinstance(module, nn.Embedding) and "pos" not in name:
-            ends.setdefault("embed", path)
-        if (outer == parent and "norm" in name.lower()) or (name == "ln_f" and outer == parent):
-            ends["ln_final"] = path
-    return ends

@@ -7,6 +7,7 @@ to one, pattern times values is z, and the readout gives the model's logits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..architectures.atlas import Atlas, Entry
+from ..architectures.hook_points import HookPoint, transposed
 from ..architectures.shards import called
-from ..errors import ReadError
-from ..run import Run
+from ..errors import InterpError, ReadError, first_line
+from ..plan import Plan
+from ..run import CompiledPlan, Run
 from ..session import Session
 from ..sites import VISION_, Site
 
@@ -259,11 +262,8 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
             yield _close(model, "scores", "give the pattern by softmax", pairs)
     if layers := both(atlas, "pattern", "v", "z"):
         mixed = [(_mixed(at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
-        if atlas.family.gated:
-            pairs = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
-            yield _close(model, "v", "times pattern, times a gate between 0 and 1, is z", pairs)
-        else:
-            yield _close(model, "v", "times pattern is z", mixed)
+        finding = _close(model, "v", "times pattern is z", mixed)
+        yield finding if finding.ok else _handed(model, run, layers)
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
@@ -300,6 +300,24 @@ def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
     """Values mixed by the pattern `[batch pos head d_head]`."""
     groups = pattern.shape[1] // v.shape[2]
     return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
+
+
+def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
+    """Whether `v` is what attention mixes, of models that gate, norm or scale what it gives before they project it."""
+    inside = copy(model.atlas)
+    inside.entries = dict(model.atlas.entries)
+    for layer in layers:
+        entry = inside.entries["v", layer] = copy(inside.entries["v", layer])
+        pattern = inside.entries["pattern", layer].read
+        assert pattern is not None
+        entry.read = HookPoint(pattern.module, "attention", "v", view=transposed)
+    sites = tuple(Site("v", layer) for layer in layers)
+    what = "is what attention mixes"
+    try:
+        handed = CompiledPlan(model, model.engine.compile(Plan.of(sites, ()), inside), sites, ()).run(run.tokens)
+        return _close(model, "v", what, [(at(run, "v", i), at(handed, "v", i)) for i in layers])
+    except (InterpError, RuntimeError) as error:
+        return Finding("v", what, False, first_line(error))
 
 
 NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")

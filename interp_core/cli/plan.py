@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 PANEL_WORK, PANEL_MACHINE = "What runs", "Where"
 
 
+def _where(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=PANEL_MACHINE)
+
+
+Visual = Annotated[int, typer.Option(help="of these, tokens of an image, before the text", rich_help_panel=PANEL_WORK)]
+Shared = Annotated[int, _where("processes that share a copy of the model, as ic.load(…, tp_plan='auto')")]
+Rated = Annotated[float | None, _where("a rate of yours, as it is")]
+Measured = Annotated[str | None, _where("a model that is here: the rate of its pass")]
+Dtype = Annotated[str | None, _where("of weights and activations (its config's)")]
+Attention = Annotated[str | None, _where("sdpa or eager (what transformers takes)")]
+
+
 def plan(
     name: Annotated[
         str, typer.Argument(help="a method or a recipe, as `interp run` takes it", autocompletion=completed)
@@ -40,6 +52,7 @@ def plan(
     target: Annotated[
         int, typer.Option(help="of these, the last that are explained or scored", rich_help_panel=PANEL_WORK)
     ] = 0,
+    visual: Visual = 0,
     new_tokens: Annotated[int, typer.Option(help="generated for each", rich_help_panel=PANEL_WORK)] = 0,
     batch: Annotated[int, typer.Option(help="prompts that run together", rich_help_panel=PANEL_WORK)] = 1,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file of settings; flags win over it")] = None,
@@ -48,24 +61,17 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option(help="of each, as 80GB or 40GiB", rich_help_panel=PANEL_MACHINE)
     ] = None,
+    tp: Shared = 1,
     device: Annotated[
         str | None, typer.Option(help="A100, H100 or H200: its rate, and its memory", rich_help_panel=PANEL_MACHINE)
     ] = None,
     utilisation: Annotated[
         float | None, typer.Option(help="share of its peak that is reached (.4)", rich_help_panel=PANEL_MACHINE)
     ] = None,
-    flops_per_second: Annotated[
-        float | None, typer.Option(help="a rate of yours, as it is", rich_help_panel=PANEL_MACHINE)
-    ] = None,
-    measured: Annotated[
-        str | None, typer.Option(help="a model that is here: the rate of its pass", rich_help_panel=PANEL_MACHINE)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="of weights and activations (its config's)", rich_help_panel=PANEL_MACHINE)
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="sdpa or eager (what transformers takes)", rich_help_panel=PANEL_MACHINE)
-    ] = None,
+    flops_per_second: Rated = None,
+    measured: Measured = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Price a run without running it: operations, bytes, memory, devices, time. The model may be a config alone."""
@@ -77,8 +83,9 @@ def plan(
 
     memory = None if gpu_memory is None else bytes_of(gpu_memory, "--gpu-memory")
     rate = _rate(device, utilisation, flops_per_second, measured, tokens)
-    outline: Outline = planning.outline_of(model, dtype=dtype, attention=attention)
-    work = outline.work(prompts, tokens, target=target, new_tokens=new_tokens, batch=min(batch, max(prompts, 1)))
+    outline: Outline = planning.outline_of(model, dtype=dtype, attention=attention, tp=tp)
+    batch = min(batch, max(prompts, 1))
+    work = outline.work(prompts, tokens, target=target, visual=visual, new_tokens=new_tokens, batch=batch)
     memory = rate.memory if memory is None and rate is not None else memory
     told = planning.plan(plugin.name, outline, work, ready.cost, gpus=gpus, gpu_memory=memory, rate=rate)
     if as_json:

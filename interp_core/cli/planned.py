@@ -41,20 +41,20 @@ _GPU = re.compile(r"nvidia\d+")
 # Planning
 
 
-def planned(command: Command, plugin: Plugin, arguments: Mapping[str, Any], shards: int) -> Path:
-    """Plan a run: in another process, which opens the model and the run's folder and ends there, so that this one holds
-    neither a model nor a GPU. The run's folder.
+def planned(command: Command, plugin: Plugin, arguments: Mapping[str, Any], shards: int, launcher: Launcher) -> Path:
+    """Plan a run: as a job, which opens the model and the run's folder and ends there, so that this process holds
+    neither a model nor a GPU, and a model may be larger than this machine. The run's folder.
 
     Raises:
         PluginError: a plugin that another process does not have, or one that opens no run folder.
         InterpError: what the run itself refused.
     """
-    from ..launch import Job, make_launcher
+    from ..launch import Job
 
     if plugin.dist == SESSION:
         raise PluginError(f"{plugin.label} is registered in this process alone; workers need one that is installed")
     with Progress("plan", 0):
-        (outcome,) = make_launcher("local", cap=1).run([Job(_plan, (command, os.getcwd(), dict(arguments), shards))])
+        (outcome,) = launcher.run([Job(_plan, (command, os.getcwd(), dict(arguments), shards))])
     if not outcome.ok:
         raise PluginError(f"{plugin.label} could not be planned: {outcome.error.strip()}")
     home, refusal = outcome.value

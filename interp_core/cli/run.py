@@ -82,8 +82,7 @@ def run(
         if shards is None:
             run_elsewhere(starter_of(str(launcher), chosen), run, plugin, arguments)
             return
-        starter_of(launcher or "local", chosen)  # refuses before anything is planned
-        home = planned(run, plugin, arguments, shards)
+        home = planned(run, plugin, arguments, shards, starter_of(launcher or "local", chosen))
         print(f"{home}: planned, {shards} shards")
         if workers != 0:
             carry_out(run, home, workers, launcher or "local", chosen, detach)

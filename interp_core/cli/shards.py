@@ -4,6 +4,7 @@ planned."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from ..runs.stopping import REQUEUE
 from .planned import LOGS, carry_out, planned_command, shard_count, shown, worked
 from .run import run as command
 
+NOTICE = 120
+"""Seconds before its time is over at which a task of a script is asked to stop."""
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 Run = Annotated[Path, typer.Argument(help="the folder of the run, or the tree that it writes into")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes at once (default: one per GPU, else per core)")]
 LauncherName = Annotated[str, typer.Option(help="what starts the workers (`interp plugins launchers`)")]
@@ -96,8 +100,8 @@ def script(home: Path, tasks: int, at_once: int | None, options: Sequence[str]) 
     planned = RunFolder.read(home / RECORD / COMMAND) or {}
     limit = "" if at_once is None else f"%{at_once}"
     lines = [
-        f"job-name={home.name[:40]}", f"array=0-{tasks - 1}{limit}", "requeue", "open-mode=append", "signal=B:USR1@120",
-        f"output={home / RECORD / LOGS}/%A_%a.log", *options,
+        f"job-name={home.name[:40]}", f"array=0-{tasks - 1}{limit}", "requeue", "open-mode=append",
+        f"signal=B:USR1@{_notice(options)}", f"output={home / RECORD / LOGS}/%A_%a.log", *options,
     ]  # fmt: skip
     for line in lines:
         if "\n" in line:
@@ -107,13 +111,16 @@ def script(home: Path, tasks: int, at_once: int | None, options: Sequence[str]) 
     (home / RECORD / LOGS).mkdir(exist_ok=True)
     return "\n".join([
         "#!/bin/bash", *(f"#SBATCH --{line.removeprefix('--')}" for line in lines),
+        "# the scheduler's signals come to this script: hand them on, then wait for the item at hand",
+        "worker= asked= status=0",
+        "trap 'asked=yes; kill -USR1 $worker 2>/dev/null' USR1 USR2 TERM",
         f"cd {folder} || exit 1",
         f"{python} -m interp_core.cli work {place} &",
         "worker=$!",
-        "# the scheduler's signals come to this script: hand them on, then wait for the item at hand",
-        "trap 'kill -USR1 $worker 2>/dev/null' USR1 USR2 TERM",
-        "status=0",
+        "if [ -n \"$asked\" ]; then kill -USR1 $worker; fi  # before its number was known",
         "while kill -0 $worker 2>/dev/null; do wait $worker; status=$?; done",
+        "# a worker that was asked before it could listen was ended by that",
+        f'if [ -n "$asked" ] && [ $status -gt 128 ]; then status={REQUEUE}; fi',
         'task="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
         "# Slurm requeues what it ends itself, or cancels it: then submit this again, or twice, the second to begin",
         "# after the first (sbatch --dependency=afterany:JOB); what is done is kept",
@@ -122,6 +129,25 @@ def script(home: Path, tasks: int, at_once: int | None, options: Sequence[str]) 
         '  scontrol requeue "$task"', "fi",
         "exit $status", "",
     ])  # fmt: skip
+
+
+def _notice(options: Sequence[str]) -> int:
+    """Seconds before its time is over at which a task is asked to stop: two minutes, or half of the time that it has.
+    Slurm may ask a minute sooner, so that a task of less would be asked before it has begun.
+
+    Raises:
+        PlanError: a time that is none of Slurm's.
+    """
+    times = [line.partition("=")[2] for line in options if line.removeprefix("--").partition("=")[0] == "time"]
+    if not times or times[-1].lower() in ("infinite", "unlimited"):
+        return NOTICE
+    if not (match := TIME.fullmatch(times[-1])):
+        raise PlanError(f"--option time={times[-1]}: write minutes, or hours:minutes:seconds, or days-hours")
+    days, clock = match.group("days"), [int(part) for part in match.group("clock").split(":")]
+    # the parts begin with hours after days, and where there are three, else with minutes
+    units = (3600, 60, 1) if days or len(clock) == 3 else (60, 1)
+    total = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(clock, units, strict=False))
+    return max(1, min(NOTICE, total // 2)) if total else NOTICE  # no time at all is no limit
 
 
 def numbers(text: str, count: int) -> frozenset[int]:

@@ -30,7 +30,8 @@ layer's own kernel does as much as it can, by the first of these that fits:
 Rows of a sweep that share keys are `attention_prefix.py`'s.
 
 Only the layers of a plan are opened, and only while it runs: such a layer is lent a copy of its config that names our
-function. All others keep their config, and so their kernel.
+function, by a name that compares as the layer's own: modules ask it which kernel they have, to make that kernel's mask
+(DeepSeek-V3.2). All others keep their config, and so their kernel.
 """
 
 from __future__ import annotations
@@ -59,6 +60,26 @@ Stage = Callable[[Tensor, int], Tensor]
 """What a plan does with one tensor inside attention: takes the tensor and the number of keys, gives its new value."""
 _IN_ONE = {"scores", "pattern", "position_bias"}
 """What needs scores of shared keys and a row's own in one tensor."""
+
+
+class LentName(str):
+    """The name of an attention function of ours, which is found under it, and compares as the layer's own name too."""
+
+    own: str
+
+    def __new__(cls, name: str, own: str) -> LentName:
+        """A name that stands for another."""
+        lent = super().__new__(cls, name)
+        lent.own = own
+        return lent
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or self.own == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
 
 class AttentionHook:
@@ -154,11 +175,11 @@ def demand_open(module: Any, what: str) -> str:
 
 
 def with_attention(config: Any, name: str) -> Any:
-    """A copy of a config that names another attention function."""
+    """A copy of a config that finds another attention function, and says that it has its own."""
     # A copy, since a config is shared by all layers and by the model itself. Past the setter of
     # `_attn_implementation`, which would set the configs of parts (text, vision) as well: those are shared still.
     other = copy.copy(config)
-    other.__dict__["_attn_implementation_internal"] = name
+    other.__dict__["_attn_implementation_internal"] = LentName(name, str(config._attn_implementation))
     return other
 
 

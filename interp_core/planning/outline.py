@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import nn
 from ..architectures import atlas_of
 from ..architectures.atlas import Atlas
 from ..cost import Work
-from ..errors import LoadError, first_line, nearest
+from ..errors import LoadError, PlanError, first_line, nearest
 from ..loading import open_config
+from .processes import NOT_COUNTED, Shares
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -78,6 +79,8 @@ class Outline:
         wide_softmax: so is the softmax of `eager` attention.
         eager: attention keeps its patterns (`eager`), where "sdpa" does not.
         notes: what is not counted.
+        tp: how many processes share it, each on a device of its own.
+        part: of these, what the fullest has; None where it is one.
     """
 
     source: str
@@ -98,6 +101,8 @@ class Outline:
     wide_softmax: bool
     eager: bool
     notes: tuple[str, ...] = ()
+    tp: int = 1
+    part: Outline | None = None
     _kinds: dict[tuple[int, int], Mapping[Layer, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def kinds(self, start: int, stop: int) -> Mapping[Layer, int]:
@@ -118,13 +123,14 @@ class Outline:
             PlanError: numbers out of range.
         """
         by_layer: dict[str, Any] = {
-            name: tuple(getattr(layer, name) for layer in self.layers) for name in ("heads", "kv_heads", "experts")
+            name: tuple(getattr(layer, name) for layer in self.layers)
+            for name in ("heads", "kv_heads", "experts", "d_key", "d_value")
         }
         sizes = {"d_model": self.d_model, "d_vocab": self.d_vocab, "itemsize": self.itemsize}
         return Work(prompts, tokens, **by_layer | sizes | more)
 
 
-def outline_of(source: Any, *, dtype: str | None = None, attention: str | None = None) -> Outline:
+def outline_of(source: Any, *, dtype: str | None = None, attention: str | None = None, tp: int = 1) -> Outline:
     """The sizes of a model.
 
     Args:
@@ -132,12 +138,16 @@ def outline_of(source: Any, *, dtype: str | None = None, attention: str | None =
             model.
         dtype: of weights and activations (None: what the config says, else float32).
         attention: "sdpa" or "eager" (None: what transformers takes for this family).
+        tp: processes that share the model, as `ic.load(…, tp_plan="auto")` does in each of them.
 
     Raises:
         LoadError: no config, or none that transformers knows; a dtype or an attention that there is not.
+        PlanError: a model that so many processes cannot share.
     """
+    if tp < 1:
+        raise PlanError(f"tp is {tp}: give 1 at least")
     if isinstance(source, nn.Module):
-        return _outline(source, str(getattr(source.config, "name_or_path", "") or type(source).__name__))
+        return _outline(source, str(getattr(source.config, "name_or_path", "") or type(source).__name__), tp)
     config = open_config(source)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or "float32"
     kind = dtype or str(stored).removeprefix("torch.")
@@ -146,7 +156,7 @@ def outline_of(source: Any, *, dtype: str | None = None, attention: str | None =
         if attention not in ("sdpa", "eager"):
             raise LoadError(f"a plan knows no attention {attention!r}. {nearest(attention, ('sdpa', 'eager'))}")
         options["attn_implementation"] = attention
-    return _outline(_weightless(config, str(source), options), str(source))
+    return _outline(_weightless(config, str(source), options), str(source), tp)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -171,7 +181,7 @@ def _weightless(config: Any, source: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _outline(model: Any, source: str) -> Outline:
+def _outline(model: Any, source: str, tp: int) -> Outline:
     atlas, config = atlas_of(model), model.config.get_text_config()
     blocks = [atlas.module("block", layer) for layer in range(atlas.shape.n_layers)]
     layers = tuple(_layer(atlas, config, layer, block) for layer, block in enumerate(blocks))
@@ -186,7 +196,7 @@ def _outline(model: Any, source: str) -> Outline:
         notes.append("the vision tower's weights are counted, its passes are not")
     parts = str(model)
     wide_norms = not isinstance(atlas.module("ln1", 0), nn.LayerNorm) if "ln1" in atlas.components.names(0) else True
-    return Outline(
+    whole = Outline(
         Path(source).name if source.endswith(".json") else source, atlas.family.name, layers, atlas.shape.d_model,
         atlas.shape.d_vocab, atlas.shape.n_ctx, str(model.dtype).removeprefix("torch."), total,
         total - last - sum(layer.held for layer in layers), last, atlas.shape.d_model * atlas.shape.d_vocab,
@@ -194,6 +204,33 @@ def _outline(model: Any, source: str) -> Outline:
         "NewGELU" in parts, wide_norms, atlas.family.name != "gpt2", config._attn_implementation == "eager",
         tuple(notes),
     )  # fmt: skip
+    if tp == 1:
+        return whole
+    return replace(whole, tp=tp, part=_part(whole, model, atlas, tp), notes=(*notes, NOT_COUNTED), _kinds={})
+
+
+def _part(whole: Outline, model: Any, atlas: Atlas, tp: int) -> Outline:
+    """What the fullest of so many processes has."""
+    shares, layers = Shares(model, tp, whole.source), []
+    for number, layer in enumerate(whole.layers):
+        block, there = atlas.module("block", number), atlas.components.names(number)
+        attention, experts = (
+            list(atlas.module(name, number).parameters()) if name in there else [] for name in ("attn", "experts")
+        )
+        apart = {id(weight) for weight in (*attention, *experts)}
+        mlp = [weight for weight in block.parameters() if id(weight) not in apart]
+        where = f"of layer {number} of {whole.source}"
+        layers.append(
+            replace(
+                layer, held=shares.held(block), neurons=shares.divided(layer.neurons, mlp),
+                heads=shares.divided(layer.heads, attention, f"heads {where}"),
+                kv_heads=shares.divided(layer.kv_heads, attention, f"key-value heads {where}"),
+                expert_matrices=shares.of(weight for weight in experts if weight.ndim > 1),
+            )
+        )  # fmt: skip
+    total, last = shares.held(model), shares.held(model.get_output_embeddings()) if whole.last else 0
+    first = total - last - sum(layer.held for layer in layers)
+    return replace(whole, layers=tuple(layers), held=total, first=first, last=last, _kinds={})
 
 
 def _layer(atlas: Atlas, config: Any, layer: int, block: nn.Module) -> Layer:

@@ -13,14 +13,17 @@ def page(told: RunPlan) -> str:
     together = f", {work.batch:,} together" if work.prompts > 1 else ""
     target = f", {work.target:,} of them the target" if work.target else ""
     says = "" if told.declared else f"{told.name} does not say what it runs: priced as one forward pass per prompt"
+    beside = f", {scaled(cost.beside)}FLOP beside them" if cost.beside else ""
+    n_layers = len(outline.layers)
+    shared = f", shared by {outline.tp} processes" if outline.tp > 1 else ""
     rows = [
         ("run", f"{told.name} on {outline.source}"),
-        ("model", f"{outline.family}, {len(outline.layers)} layers, {held} parameters, {outline.dtype}, {attention}"),
+        ("model", f"{outline.family}, {n_layers} layers, {held} parameters, {outline.dtype}, {attention}{shared}"),
         ("prompts", f"{work.prompts:,} of {work.tokens:,} tokens{target}{together}"),
         ("", says),
         ("token-layers", f"{cost.forward:,} forward, {cost.backward:,} backward, in {cost.calls:,} calls"),
         ("logits", f"{cost.read_out:,} positions; {cost.generated:,} generated tokens"),
-        ("operations", f"{scaled(told.forward)}FLOP forward, {scaled(told.backward)}FLOP backward"),
+        ("operations", f"{scaled(told.forward)}FLOP forward, {scaled(told.backward)}FLOP backward{beside}"),
         ("bytes read", f"{size(told.weights_read)} of weights, {size(told.cache_read)} of keys and values"),
         ("bytes kept", f"{size(cost.kept)} of activations and results"),
         ("a device", f"{size(taken.total)}: weights {size(taken.weights)}, widest moment {size(taken.activations)}, "
@@ -28,6 +31,7 @@ def page(told: RunPlan) -> str:
         *_devices(told),
         ("shards", f"{told.shards:,} proposed"),
         *_time(told),
+        *(("assumes", sentence) for sentence in cost.assumes),
         *(("not counted", note) for note in outline.notes),
     ]  # fmt: skip
     return "\n".join(f"{name:13} {text}" for name, text in rows if text)
@@ -38,6 +42,8 @@ def _devices(told: RunPlan) -> list[tuple[str, str]]:
         return [("devices", f"{told.gpus}; give --gpu-memory or --device to learn what fits")]
     each = f"of {size(told.gpu_memory)}"
     if not told.fits:
+        if told.outline.tp > 1:
+            return [("devices", f"DOES NOT FIT on {told.per_copy} {each} each; a larger --tp, or a smaller --batch")]
         more = f"; {told.needed} of them would do" if told.needed else "; no number of them would do: a smaller --batch"
         return [("devices", f"DOES NOT FIT on {told.gpus} {each}{more}")]
     limit = told.outline.n_ctx

@@ -93,7 +93,10 @@ class RunPlan:
 
     @cached_property
     def per_copy(self) -> int:
-        """Devices of a copy of the model: the fewest on which it fits, all where none do or memory is not said."""
+        """Devices of a copy of the model: those of the processes that share it; else the fewest on which it fits, all
+        where none do or memory is not said."""
+        if self.outline.tp > 1:
+            return self.outline.tp
         if self.gpu_memory is None:
             return 1
         return next((count for count in range(1, self.gpus + 1) if self._fits(self.work, self.cost, count)), self.gpus)
@@ -107,6 +110,8 @@ class RunPlan:
     def needed(self) -> int | None:
         """Devices of this memory that a copy would take; None: it does not fit on any number of them."""
         most = len(self.outline.layers)
+        if self.outline.tp > 1:
+            return self.per_copy if self.fits else None
         return next((count for count in range(1, most + 1) if self._fits(self.work, self.cost, count)), None)
 
     @property
@@ -117,16 +122,21 @@ class RunPlan:
     @property
     def memory(self) -> Memory:
         """Of the fullest device of a copy."""
-        return memory(self.outline, self.work, self.cost, self.per_copy)
+        return self._memory(self.work, self.cost, self.per_copy)
+
+    def _memory(self, work: Work, cost: Cost, count: int) -> Memory:
+        if self.outline.part is not None:
+            return memory(self.outline.part, work, cost, 1)
+        return memory(self.outline, work, cost, count)
 
     @property
     def seconds(self) -> float | None:
         """Wall time of all copies together; None without a rate."""
         if self.rate is None:
             return None
-        computing = (self.forward + self.backward) / self.rate.flops
+        computing = (self.forward + self.backward + self.cost.beside) / self.rate.flops
         reading = (self.weights_read + self.cache_read) / self.rate.bandwidth if self.rate.bandwidth else 0.0
-        return max(computing, reading) / self.copies
+        return max(computing, reading) / (self.copies * self.outline.tp)  # processes that share a model work together
 
     @property
     def shards(self) -> int:
@@ -146,7 +156,8 @@ class RunPlan:
         longest = (self.outline.n_ctx or MOST) - max(self.work.new_tokens - 1, 0)
 
         def of(size: int) -> Work:
-            return replace(self.work, tokens=size, target=min(self.work.target, size - 1))
+            target = min(self.work.target, size - 1)
+            return replace(self.work, tokens=size, target=target, visual=min(self.work.visual, size - target - 1))
 
         return self._largest(of, longest)
 
@@ -166,7 +177,7 @@ class RunPlan:
         return self._fits(work, self.again(work), self.per_copy)
 
     def _fits(self, work: Work, cost: Cost, count: int) -> bool:
-        return self.gpu_memory is not None and memory(self.outline, work, cost, count).total <= self.gpu_memory
+        return self.gpu_memory is not None and self._memory(work, cost, count).total <= self.gpu_memory
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; bytes, operations and seconds as they are."""
@@ -174,11 +185,12 @@ class RunPlan:
         return {
             "name": self.name, "declares_its_cost": self.declared, "model": self.outline.source,
             "family": self.outline.family, "parameters": self.outline.held, "dtype": self.outline.dtype,
+            "tp": self.outline.tp,
             "prompts": self.work.prompts, "tokens": self.work.tokens, "target": self.work.target,
             "new_tokens": self.work.new_tokens, "batch": self.work.batch, "calls": self.cost.calls,
             "token_layers": {"forward": self.cost.forward, "backward": self.cost.backward},
             "generated": self.cost.generated, "read_out": self.cost.read_out,
-            "flops": {"forward": self.forward, "backward": self.backward},
+            "flops": {"forward": self.forward, "backward": self.backward, "beside": self.cost.beside},
             "bytes": {"weights_read": self.weights_read, "cache_read": self.cache_read, "kept": self.cost.kept},
             "memory_per_device": {**vars(taken), "total": taken.total},
             "devices": {"there": self.gpus, "memory": self.gpu_memory, "per_copy": self.per_copy,
@@ -186,6 +198,7 @@ class RunPlan:
             "rate": None if rate is None else {"said": rate.said, "flops": rate.flops, "bandwidth": rate.bandwidth},
             "seconds": self.seconds, "shards": self.shards, "largest_batch": self.largest_batch,
             "longest_context": self.longest_context, "not_counted": list(self.outline.notes),
+            "assumes": list(self.cost.assumes),
         }  # fmt: skip
 
 
@@ -211,13 +224,17 @@ def plan(
     """
     if gpus < 1:
         raise PlanError(f"gpus is {gpus}: give 1 at least")
+    if gpus < outline.tp:
+        raise PlanError(
+            f"{outline.tp} processes share the model, each on a device, and gpus is {gpus}: give {outline.tp}"
+        )
     if outline.n_ctx is not None and work.tokens + max(work.new_tokens - 1, 0) > outline.n_ctx:
         raise PlanError(
             f"{work.tokens} tokens and {work.new_tokens} new ones do not fit {outline.source}, which takes "
             f"{outline.n_ctx}; give fewer --tokens"
         )
     if gpu_memory is not None:
-        _demand_layer(outline, gpu_memory)
+        _demand_layer(outline.part or outline, gpu_memory)
     said = cost(work)
 
     def again(other: Work) -> Cost:

@@ -355,7 +355,7 @@ class Part(Folder):
     def has_files(self) -> bool:
         """Whether something of it was made."""
         rows = self.root.record / "rows" / self.prefix
-        return any(self._notes.rglob("*.json")) or any(rows.rglob("*.journal"))
+        return any(self._notes.rglob("*.json")) or any(any(rows.rglob(kind)) for kind in ("*.journal", "*.jsonl"))
 
     def set(self, state: str, reason: str = "", **more: Any) -> None:
         """Change its state, and note it; `more` goes on record too."""

@@ -17,7 +17,7 @@ from ..errors import ItemError, PlanError, first_line
 from ..files import write
 from ..progress import Progress
 from . import stopping
-from .identity import plain
+from .identity import digest, plain
 from .journals import Journal, Row
 from .shards import ENDING, Group, Plan, Shard, ShardFolder, units_of
 from .stages import Stages, csv_text, json_lines, json_text
@@ -52,16 +52,19 @@ class Table:
 
     Attributes:
         folder: where the rows' file goes.
+        file: whether there is one.
         place: where shards are.
     """
 
     def __init__(
-        self, folder: Stages, name: str, inputs: Mapping[str, Any] | None, strict: bool, beside: Beside
+        self, folder: Stages, name: str, inputs: Mapping[str, Any] | None, strict: bool, beside: Beside, file: bool
     ) -> None:
-        if Path(name).suffix not in (".jsonl", ".csv"):
+        if file and Path(name).suffix not in (".jsonl", ".csv"):
             raise PlanError(f"rows are written as .jsonl or .csv, not as {name}")
-        self.folder, self.name, self.strict, self.beside = folder, name, strict, beside
         self.inputs: Row = plain(dict(inputs or {}), "inputs")
+        if self.inputs and not file:  # no file of this name can be taken for that of other inputs
+            name = f"{name}-{digest(self.inputs)[:8]}"
+        self.folder, self.name, self.strict, self.beside, self.file = folder, name, strict, beside, file
         self.root = folder.root
         self.place = ShardFolder(self.root.record / "rows" / folder.prefix / f"{name}{ENDING}")
 
@@ -74,12 +77,14 @@ class Table:
         alike: Callable[[Any], Any] | None,
     ) -> list[Row]:
         """See `Folder.map`."""
-        self.folder.last = self.name
+        if self.file:
+            self.folder.last = self.name
         keys = [by(item) for item in items]
         if len(set(keys)) < len(keys):
             twice = Counter(keys).most_common(1)[0][0]
             raise PlanError(f"{self.name}: two items are called {twice!r}; their rows are told apart by it")
-        self.folder.claim([self.name])
+        if self.file:
+            self.folder.claim([self.name])
         self.root.begin_change()
         depends = {**self.root.depends(), "inputs": self.inputs}
         self.plan = self.place.enter(Plan.of(depends, keys, units_of(items, batch, alike), self.root.shards or 1))
@@ -99,8 +104,9 @@ class Table:
                 every |= {key: rows for key, *rows in groups}
         self.place.sweep()
         rows = [row for key in keys for row in every[key]]
-        text = csv_text(rows) if self.name.endswith(".csv") else json_lines(rows)
-        self.folder.put({self.name: text}, stage=self.name, inputs=self.inputs)
+        if self.file:
+            text = csv_text(rows) if self.name.endswith(".csv") else json_lines(rows)
+            self.folder.put({self.name: text}, stage=self.name, inputs=self.inputs)
         return rows
 
     def _group(self, key: str | int, made: Any) -> Group:

@@ -129,12 +129,14 @@ class Folder(Stages):
         alike: Callable[[Any], Any] | None = None,
         strict: bool = False,
         beside: Beside = None,
+        file: bool = True,
     ) -> list[Row]:
         """Rows of items that do not depend on each other: those of earlier runs, and the others made now, here or by
         every process that is at work on the run. An item that raises an error is noted, and the rest goes on.
 
         Args:
-            name: of the file that all rows are written to, in the order of the items; `.jsonl` or `.csv`.
+            name: of the file that all rows are written to, in the order of the items; `.jsonl` or `.csv`, unless there
+                is no file.
             make: the row of an item, or its rows, if any. With `batch`, of a list of items, a list of these.
             items: worked at one by one; each is a piece of work which the run can be stopped before and after.
             by: what an item is called; no two have the same name.
@@ -143,12 +145,14 @@ class Folder(Stages):
             alike: only items of which it says the same are made together.
             strict: an item's error ends the run.
             beside: of an item and its rows, names of the files that `make` put; without them the rows are made again.
+            file: false for rows of which a stage is made that is `shared`: they stand in the run's record alone, and
+                those of other inputs are others.
 
         Raises:
             ItemError: items raised errors; the others are done.
             PlanError: two items of one name; rows that are there are of other items or inputs.
         """
-        return Table(self, name, inputs, strict, beside).map(make, list(items), by, batch, alike)
+        return Table(self, name, inputs, strict, beside, file).map(make, list(items), by, batch, alike)
 
     def rows(self, name: str, key: str, *, inputs: Mapping[str, Any] | None = None) -> Rows:
         """Rows that come one by one and are not lost when the run is stopped; see `Rows`."""

@@ -123,6 +123,7 @@ class Stages:
         after: Sequence[str] = (),
         read: Callable[[Path], T] | None = None,
         data: Callable[[T], str | bytes] | None = None,
+        shared: bool = False,
     ) -> T:
         """The value of a stage that is one file: read if the file is whole and of these inputs, else made and written.
 
@@ -133,6 +134,7 @@ class Stages:
             after: stages whose files it is made of; it is made again when they change.
             read: gives the value of the file; a LoadError or ValueError means that it is made again.
             data: what the file holds for a value.
+            shared: `make` takes rows of `map`, so that every process at work on the run calls it; one writes the file.
 
         Raises:
             PlanError: a file of this name that the run did not write.
@@ -140,7 +142,7 @@ class Stages:
         if read is None or data is None:
             read, data = _codec(name)
         self.last = name
-        if self.kept(name, inputs=inputs, after=after):
+        if self.kept(name, inputs=inputs, after=after, shared=shared):
             try:
                 return read(self.path / name)
             except (InterpError, ValueError) as error:
@@ -150,17 +152,20 @@ class Stages:
         self.put({name: content}, stage=name, inputs=inputs, after=after)
         self.root.say(f"  made {name}")
         # What a later run reads is what this one goes on with: JSON has no tuples and no keys but text.
-        return read(self.path / name) if name.endswith(".json") else value
+        return read(self.path / name) if shared or name.endswith(".json") else value
 
-    def kept(self, stage: str, *, inputs: Mapping[str, Any] | None = None, after: Sequence[str] = ()) -> bool:
+    def kept(
+        self, stage: str, *, inputs: Mapping[str, Any] | None = None, after: Sequence[str] = (), shared: bool = False
+    ) -> bool:
         """Whether a stage's files are all there, whole and of these inputs. If they were made and are not, why is said
-        and noted. Of several processes at work on the run one gets False; the others wait until it has made them."""
+        and noted. Of several processes at work on the run one gets False; the others wait until it has made them,
+        unless all of them make it: `shared`."""
 
         def is_whole() -> bool:
             note = self._note(stage)
             return note is not None and not self._stale(note, self._inputs(inputs, after))
 
-        if not is_whole() and self.root.leads(is_whole):
+        if not is_whole() and (shared or self.root.leads(is_whole)):
             note = self._note(stage)
             self._begun[stage] = time.perf_counter(), ""
             if note is not None:

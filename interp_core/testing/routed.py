@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..errors import LoadError
+
 VOCAB = 96
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -180,11 +182,20 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(family: str, config: dict[str, Any]) -> Any:
-    """The model, without weights that matter."""
+    """The model, without weights that matter.
+
+    Raises:
+        LoadError: it came with a later release of transformers.
+    """
     import transformers
 
     name, settings = MIXTURES[family]
-    kind = getattr(transformers, name)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise LoadError(
+            f"transformers {transformers.__version__} has no {name}, of which a tiny {family!r} is made: "
+            "pip install --upgrade transformers"
+        )
     model = kind(kind.config_class(**{**settings, **config}))
     for module in model.modules():
         if hasattr(module, "tid2eid"):  # experts by token id: some for each

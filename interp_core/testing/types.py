@@ -1,6 +1,6 @@
 """A tiny model of every model type that transformers can build: sizes by the words of its config, every kind of layer.
 
-Most types need nothing of their own: a config says which sizes it has, and its defaults which kinds of layers there are.
+Most types need nothing of their own: a config says which sizes it has, its defaults say which kinds of layers.
 """
 
 from __future__ import annotations
@@ -55,22 +55,35 @@ WIDTHS = {
 """Sizes of tiny models, with the words that configs have for them."""
 SIZES = {word: size for size, words in WIDTHS.items() for word in words.split()}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
+LAYERS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+)
 """Words for the number of layers."""
 MOST = 8_000_000
 """Parameters that a tiny model may have."""
 
-_ONE_KV = {"num_key_value_heads": 4}
-_LATENT = {**_ONE_KV, "head_dim": 8}
+_EQUAL = {"num_key_value_heads": 4}
+_LATENT = {**_EQUAL, "head_dim": 8}
+_D_HEAD = {"head_dim": 16}
+_GLOBAL = {"global_head_dim": 24, "num_global_key_value_heads": 1}
 _ENCODED = {"encoder_layers": 3}
-_HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_ONE_KV}
+_HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_EQUAL}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1}
 _BY_KIND = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
 _DOUBLED = {"attention_hidden_size": 128, "attention_head_dim": 32}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "nemotron"),
-        _ONE_KV,
+        (
+            "axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
+            "nemotron",
+        ),
+        _EQUAL,
     ),
     **dict.fromkeys(("axk1", "deepseek_v3", "sarvam_mla", "youtu"), _LATENT),
     **dict.fromkeys(
@@ -86,7 +99,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 3},
     },
-    "deepseek_v2": {**_ONE_KV, **_ROUTED, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v2": {**_EQUAL, **_ROUTED, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "dory": {
         "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -94,13 +107,14 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": _ROUTED,
     "falcon_h1": {"mamba_d_ssm": 128},
     "dots3_note_text": {
-        **_ONE_KV, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
+        **_EQUAL, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
         "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
         "swa_v_head_dim": 8, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
     },
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GLOBAL),
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _D_HEAD),
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},

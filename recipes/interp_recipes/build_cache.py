@@ -12,7 +12,7 @@ how many of each. A run that was stopped goes on at the first example without an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from interp_plugins.attribution.data.sources import MADE, mapped, read_source
 
 import interp_core as ic
 from interp_core import errors, runs
+
+ANSWERS = "answers.jsonl"
 
 
 class BuildCacheConfig(ic.Config):
@@ -95,7 +97,14 @@ def build_cache(config: BuildCacheConfig) -> Path:
     # how many are kept, and how many run together, changes none of them
     identity = config.model_dump(exclude={"out", "batch_size", "num_examples"})
     with runs.open(config.out, identity, recipe="build_cache", model=model, dataset=cache) as run:
-        with run.rows("answers.jsonl", key="example", inputs={"source": digest}) as rows:
+        if run.shards is not None and config.num_examples is None:
+            listed = run.map(
+                ANSWERS, lambda some: _some(model, examples, some, config), range(len(examples)), by=lambda i: i,
+                inputs={"source": digest}, batch=config.batch_size, strict=True,
+            )  # fmt: skip
+            return _written(run, cache, listed, None)
+        # how many are answered until enough are kept depends on all answers before
+        with run.rows(ANSWERS, key="example", inputs={"source": digest}) as rows:
             todo = [i for i in range(len(examples)) if i not in rows]
             answers = _rows(model, [examples[i] for i in todo], config)
             _answer(rows, zip(todo, answers, strict=False), len(examples), config.num_examples)
@@ -141,6 +150,14 @@ def _examples(config: BuildCacheConfig) -> list[Example]:
     return MADE[source](config.count, seed=config.seed, **{name: getattr(config, name) for name in takes})
 
 
+def _some(
+    model: ic.Model | None, examples: list[Example], numbers: Sequence[int], config: BuildCacheConfig
+) -> list[dict[str, Any]]:
+    """Rows of some examples."""
+    answers = _rows(model, [examples[i] for i in numbers], config)
+    return [{"example": i, **row} for i, row in zip(numbers, answers, strict=True)]
+
+
 def _rows(model: ic.Model | None, examples: list[Example], config: BuildCacheConfig) -> Iterator[dict[str, Any]]:
     """What became of each example: the row of the cache or None, why, and what was written."""
     if model is None:
@@ -165,11 +182,9 @@ def _written(run: runs.RunFolder, name: str, rows: list[dict[str, Any]], num_exa
     kept = [row["row"] for row in rows if row["row"] is not None][:num_examples]
     reasons = Counter(row["reason"] for row in rows if row["row"] is None)
     words = "; ".join(f"{number} × {reason}: {REASONS[reason]}" for reason, number in reasons.most_common())
-    run.put({f"{name}.jsonl": runs.json_lines(kept)}, after=["answers.jsonl"])
+    run.put({f"{name}.jsonl": runs.json_lines(kept)}, after=[ANSWERS])
     run.json("counts.json", {"examples": len(rows), "kept": len(kept), "dropped": dict(reasons)})
     if not kept:
-        raise ic.TextError(
-            f"none of {len(rows)} examples could be kept: {words}; {run.path / 'answers.jsonl'} has the answers"
-        )
+        raise ic.TextError(f"none of {len(rows)} examples could be kept: {words}; {run.path / ANSWERS} has the answers")
     print(f"kept {len(kept)} of {len(rows)}" + (f"; left out {words}" if words else ""))
     return run.path / f"{name}.jsonl"

@@ -33,6 +33,7 @@ from interp_plugins.function_vectors import report
 from interp_plugins.function_vectors.files.published import read_effects, read_means
 from interp_plugins.function_vectors.related import Extracted, Related, by_word, choose, related
 from interp_plugins.function_vectors.report import Findings
+from interp_plugins.function_vectors.rows import digest
 from torch import Tensor
 
 import interp_core as ic
@@ -46,6 +47,8 @@ ARGS = "fv_eval_args.txt"
 MEAN, EFFECT = "{}_mean_head_activations.pt", "{}_indirect_effect.pt"
 VALID, FEW, BASELINE = "fs_results_validation.json", "fs_results_layer_sweep.json", "model_baseline.json"
 ZERO, SHUFFLED = "zs_results_{}.json", "fs_shuffled_results_{}.json"
+AT_ONCE = {"trials": 4, "prompts": 8}
+"""So many are worked at together, by one of the processes at work on the run."""
 
 
 class TasksConfig(TemplateConfig):
@@ -226,10 +229,10 @@ def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, config: TasksConf
     seed, shots = config.seed, config.n_shots
     part.put({ARGS: json.dumps(_args(task, model, config), indent=2, ensure_ascii=False)})
     # as the published script has it, validation prompts come from a stream of their own, test prompts from the seed's
-    valid = _kept(part, VALID, lambda: _answered(model, task, "valid", config, seed + 42))
+    valid = _kept(part, VALID, lambda: _answered(part, model, task, "valid", config, seed + 42))
     right = [row for row, rank in enumerate(valid["clean_rank_list"]) if rank == 0]
     drawn: dict[str, Any] = {"n_shots": shots, "filter_set": right, **config.drawn}
-    few = _kept(part, FEW, lambda: _answered(model, task, "test", config, seed))
+    few = _kept(part, FEW, lambda: _answered(part, model, task, "test", config, seed))
     kept = [row for row, rank in enumerate(few["clean_rank_list"]) if rank == 0]
     if not right or not kept:
         raise ic.PlanError(
@@ -243,12 +246,13 @@ def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, config: TasksConf
 
     def effects() -> Tensor:
         trials = fv.legacy_trials(task, model.tokenizer, n_trials=config.n_trials, **drawn)
-        return fv.indirect_effect(model, [trial.corrupted for trial in trials], mean)
+        return _effects(part, model, [trial.corrupted for trial in trials], mean, right)
 
     shown, patched = MEAN.format(task.name), EFFECT.format(task.name)
     mean = part.stage(shown, means, after=[VALID], read=lambda path: read_means(path, model), data=ic.runs.pt_bytes)
     effect = part.stage(
-        patched, effects, after=[VALID, shown], read=lambda path: read_effects(path, model), data=ic.runs.pt_bytes
+        patched, effects, after=[VALID, shown], read=lambda path: read_effects(path, model), data=ic.runs.pt_bytes,
+        shared=True,
     )  # fmt: skip
     aie = fv.average(effect)
     extracted = Extracted(task, mean, aie, config.template)
@@ -256,9 +260,11 @@ def _study(model: ic.Model, task: fv.Task, part: ic.runs.Part, config: TasksConf
     heads = fv.top_heads(aie, config.n_top_heads)
     vector = fv.function_vector(model, mean, heads, task=task.name, layer=choice.layer)
     after = [FEW, shown, patched]
-    zero = _kept(part, config.name(ZERO), lambda: _steered(model, task, vector, 0, kept, config), after)
-    shuffled = _kept(part, config.name(SHUFFLED), lambda: _steered(model, task, vector, shots, kept, config), after)
-    baseline = _kept(part, BASELINE, lambda: _baseline(model, task, config)) if config.compute_baseline else {}
+    zero = _kept(part, config.name(ZERO), lambda: _steered(part, model, task, vector, 0, kept, config), after)
+    shuffled = _kept(
+        part, config.name(SHUFFLED), lambda: _steered(part, model, task, vector, shots, kept, config), after
+    )  # fmt: skip
+    baseline = _kept(part, BASELINE, lambda: _baseline(part, model, task, config)) if config.compute_baseline else {}
     return Findings(
         task, aie, mean, vector, choice, len(kept) / len(few["clean_rank_list"]),
         _evaluation(zero, "zero-shot", config.layers), _evaluation(shuffled, "shuffled", config.layers), baseline,
@@ -272,29 +278,86 @@ def _kept(part: ic.runs.Part, name: str, make: Callable[[], Any], after: Sequenc
     def read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
-    return part.stage(name, make, after=after, read=read, data=lambda value: json.dumps(value, indent=2))
+    return part.stage(name, make, after=after, read=read, data=lambda value: json.dumps(value, indent=2), shared=True)
 
 
-def _answered(model: ic.Model, task: fv.Task, split: str, config: TasksConfig, seed: int) -> dict[str, Any]:
+def _effects(
+    part: ic.runs.Part, model: ic.Model, prompts: Sequence[fv.Prompt], mean: Tensor, right: Sequence[int]
+) -> Tensor:
+    """Indirect effects, some trials at a time."""
+
+    def rows(numbers: Sequence[int]) -> list[dict[str, Any]]:
+        effects = fv.indirect_effect(model, [prompts[number] for number in numbers], mean)
+        return [{"effects": trial.tolist()} for trial in effects]
+
+    of = {"rows that are answered": list(right), "means": digest(mean)}
+    listed = part.map(
+        "effects", rows, range(len(prompts)), by=lambda number: number, inputs=of, batch=AT_ONCE["trials"], strict=True,
+        file=False,
+    )  # fmt: skip
+    kind = torch.float64 if model.dtype == torch.float64 else torch.float32
+    return torch.tensor([row["effects"] for row in listed], dtype=kind)
+
+
+def _evaluated(
+    part: ic.runs.Part, name: str, model: ic.Model, by_shots: Mapping[int, Sequence[fv.Prompt]],
+    vector: fv.FunctionVector | None = None, kept: Sequence[int] = (), layers: Sequence[int] | None = None,
+) -> dict[int, fv.Evaluation]:  # fmt: skip
+    """Evaluations of lists of prompts, some prompts at a time: of rows that are kept with a vector, or without one, and
+    then with likelihoods."""
+
+    def rows(some: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        prompts = [by_shots[shots][number] for shots, number in some]
+        evaluation = fv.evaluate(model, prompts, vector, layers=layers, likelihood=vector is None)
+        columns = {"clean": evaluation.clean_rank, "nll": evaluation.clean_nll, "rank": evaluation.rank}
+        lists = {key: column.movedim(-1, 0).tolist() for key, column in columns.items() if column is not None}
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+    of = {} if vector is None else {"vector": digest(vector.vector), "rows": list(kept)}
+    items = [(shots, number) for shots, prompts in by_shots.items() for number in range(len(prompts))]
+    listed = part.map(
+        name, rows, items, by=lambda item: f"{item[1]}, {item[0]} shots", inputs=of, batch=AT_ONCE["prompts"],
+        alike=lambda item: item[0], strict=True, file=False,
+    )  # fmt: skip
+    places = tuple(range(model.n_layers) if layers is None else layers)
+    evaluations = {}
+    for shots in by_shots:
+        own = [row for row, item in zip(listed, items, strict=True) if item[0] == shots]
+        ranks, nll = (None if key not in own[0] else torch.tensor([row[key] for row in own]) for key in ("rank", "nll"))
+        clean = torch.tensor([row["clean"] for row in own])
+        evaluations[shots] = fv.Evaluation(
+            clean, None if ranks is None else ranks.T, nll, () if vector is None else places
+        )
+    return evaluations
+
+
+def _answered(
+    part: ic.runs.Part, model: ic.Model, task: fv.Task, split: str, config: TasksConfig, seed: int
+) -> dict[str, Any]:
     prompts = fv.questions(
         task, model.tokenizer, shots=config.n_shots, split=split, seed=seed, template=config.template
     )  # fmt: skip
-    return fv.evaluate(model, prompts, likelihood=True).published()
+    return _evaluated(part, split, model, {config.n_shots: prompts})[config.n_shots].published()
 
 
 def _steered(
-    model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, kept: Sequence[int], config: TasksConfig
-) -> dict[int, Any] | dict[str, Any]:
+    part: ic.runs.Part, model: ic.Model, task: fv.Task, vector: fv.FunctionVector, shots: int, kept: Sequence[int],
+    config: TasksConfig,
+) -> dict[int, Any] | dict[str, Any]:  # fmt: skip
     """The published form: by layer after a sweep, else of the one layer."""
     prompts = fv.questions(task, model.tokenizer, shots=shots, shuffled=shots > 0, filter_set=kept, **config.drawn)
-    evaluation = fv.evaluate(model, prompts, vector, layers=config.layers)
+    name = "shuffled" if shots else "zero"
+    evaluation = _evaluated(part, name, model, {shots: prompts}, vector, kept, config.layers)[shots]
     by_layer = {layer: evaluation.published(layer) for layer in evaluation.layers}
     return by_layer if config.layers is None else by_layer[config.edit_layer]
 
 
-def _baseline(model: ic.Model, task: fv.Task, config: TasksConfig) -> dict[int, Any]:
-    evaluations = fv.baseline(model, task, shots=range(config.n_shots + 1), likelihood=True, **config.drawn)
-    return {n: evaluation.published() for n, evaluation in evaluations.items()}
+def _baseline(part: ic.runs.Part, model: ic.Model, task: fv.Task, config: TasksConfig) -> dict[int, Any]:
+    numbers = range(config.n_shots + 1)
+    by_shots = {shots: fv.questions(task, model.tokenizer, shots=shots, **config.drawn) for shots in numbers}
+    return {
+        shots: evaluation.published() for shots, evaluation in _evaluated(part, "baseline", model, by_shots).items()
+    }
 
 
 def _evaluation(published: Mapping[str, Any], name: str, layers: Sequence[int] | None) -> fv.Evaluation:

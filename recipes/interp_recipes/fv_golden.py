@@ -56,7 +56,7 @@ def fv_golden(config: GoldenConfig) -> Path:
     with config.published("fv_golden", model, run, [DUMP, HEADS, VECTOR]) as record:
         extraction = extract(
             model, run, by=config.by, by_hand=by_hand, n_top_heads=config.n_top_heads,
-            token_class_idx=config.token_class_idx, last_token_only=config.last_token_only, progress=True,
+            token_class_idx=config.token_class_idx, last_token_only=config.last_token_only, record=record,
         )  # fmt: skip
         answered = answers(
             model, run, extraction.vector, layer, kind=config.prompt_kind, by=config.by, by_hand=by_hand

@@ -87,8 +87,8 @@ def fv_parity(config: ParityConfig) -> Path:
     with config.published("fv_parity", model, sides.run, [REPORT]) as record:
         if model is not None:
             assert layer is not None
-            heads, put = (config.n_top_heads, config.token_class_idx), partial(put_in, record)
-            print(*sides.work_out(model, *heads, layer, config.prompt_kind, put), sep="\n")
+            heads = config.n_top_heads, config.token_class_idx
+            print(*sides.work_out(model, *heads, layer, config.prompt_kind, record), sep="\n")
         return report(compared(), None if config.stages else record)
 
 

@@ -48,7 +48,7 @@ def fv_runtime(config: RuntimeConfig) -> Path:
     names = ["mean_activations.pt", "top_heads.json", "eval_meta.json"]
     with config.published("fv_runtime", model, run, names) as record:
         extraction = extract(
-            model, run, by=config.by, n_top_heads=config.n_top_heads, measure=KEYS[config.score_key], progress=True
+            model, run, by=config.by, n_top_heads=config.n_top_heads, measure=KEYS[config.score_key], record=record
         )
         answered = answers(
             model, run, extraction.vector, layer, kind=config.prompt_kind, by=config.by, alpha=config.alpha

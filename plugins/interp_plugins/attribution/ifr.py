@@ -13,8 +13,8 @@ Source: Ferrando and Voita (2024), arXiv:2403.00824, for shares; Pan et al. (202
 spans and hops.
 
 Shapes: scores `[pos]`, rows `[target pos]`, hops `[hop pos]`.
-Cost: one forward pass without unembedding; then a fifth of one per hop at most, most of it the attention of its rows
-once more; for all positions see `proximity`. Memory is linear in the length of the text, beside the rows asked for.
+Cost: one forward pass without unembedding; then what `flow_operations` says, a fifth of one per hop at most;
+for all positions see `proximity`. Memory is linear in the length of the text, beside the rows asked for.
 Must equal: FlashTrace 075e7e4 in profile "reference" (all positions 2e-5, hop vectors 1e-4), and shares that add up to
 1 in each layer (float64, every family).
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 
 import interp_core as ic
 
-from .flows.flow import Flow
+from .flows.flow import Flow, flow_operations
 from .flows.hops import Hops, Parts, multi_hop, split_hop
 from .flows.out_maps import demand_patterns
 from .layout import Layout, is_stop
@@ -80,13 +80,11 @@ class IFRConfig(AttributionConfig):
 
     def cost(self, work: ic.Work) -> ic.Cost:
         """A pass of each text by itself, without logits; of all layers the stream, what attention adds, z and v are
-        kept. What flows take beside it, a fifth of a pass per hop at most, is not in it."""
-        return work.forward(read_out=0, batch=1) + ic.Cost(kept=_kept_bytes(work))
-
-
-def _kept_bytes(work: ic.Work) -> int:
-    """Four streams of every layer, of every text."""
-    return work.prompts * work.layers * work.tokens * 4 * work.d_model * work.itemsize
+        kept. Beside it the flows, of which hops go into all of the target."""
+        kept = work.prompts * work.layers * work.tokens * 4 * work.d_model * work.itemsize
+        sinks = self.explained(work) if self.variant in ("span", "all_positions_output_only") else max(work.target, 1)
+        flows = 0 if self.variant in ROWS else 1 if self.variant == "span" else 1 + self.n_hops
+        return work.forward(read_out=0, batch=1) + ic.Cost(kept=kept, beside=flow_operations(work, sinks, flows))
 
 
 class IFR(Attribution):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -59,3 +60,8 @@ def targets(prompts: Sequence[Prompt]) -> torch.Tensor:
         if not prompt.target_ids:
             raise ic.PlanError(f"prompt {number} has no target tokens, and nothing to measure")
     return torch.tensor([prompt.target_ids[0] for prompt in prompts])
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes: of which numbers a run's rows are."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -82,6 +82,13 @@ class VisualPhase1Config(VisualConfig):
         """How many of each."""
         return self.sizes(PROFILES)
 
+    def cost(self, work: ic.Work) -> ic.Cost:
+        """All that it may run, as if images mattered and a cliff were found; see `cost`."""
+        from .cost import phase_cost
+
+        numbers = self.numbers
+        return phase_cost(work, self.plan(), self.asking(), numbers["pilots"], numbers["samples"])
+
     def plan(self) -> Plan:
         """What is measured.
 

@@ -49,32 +49,35 @@ def sanity(run: runs.RunFolder, model: ic.Model, data: Samples, asking: Asking) 
         CapabilityError: a check failed; nothing else is run.
     """
 
+    def checked(sample: Sample) -> Row:
+        pair = (sample.tokens(model, asking, mode) for mode in ("", "random"))
+        battery = ic.visual_check(model, *pair, strict=False)
+        place = str(ic.VisualCheck(battery.rows)).splitlines()[1]
+        return {"place": place, "errors": battery.errors, "limits": battery.limits, "why": battery.why}
+
     def check() -> dict[str, Any]:
         worst: dict[str, float | None] = {}
         why: dict[str, str] = {}
         limits: dict[str, float] = {}
-        table: list[Any] = []
-        with ic.Progress("sanity battery", len(data.every)) as told:
-            for sample in data.every:
-                pair = (sample.tokens(model, asking, mode) for mode in ("", "random"))
-                checked = ic.visual_check(model, *pair, strict=False)
-                table.extend(checked.rows)
-                limits |= checked.limits
-                for name, error in checked.errors.items():
-                    before = worst.get(name)
-                    # `not <=`, so that an error that is not a number stands as the worst
-                    if name not in worst or (error is not None and (before is None or not error <= before)):
-                        worst[name] = error
-                        if name in checked.why:
-                            why[name] = f"{sample.name}: {checked.why[name].removeprefix('row 0: ')}"
-                told.add()
-        whole = ic.VisualCheck(tuple(table), worst, limits, why)
+        rows = run.map("sanity", checked, data.every, by=lambda sample: sample.name, strict=True, file=False)
+        for sample, row in zip(data.every, rows, strict=True):
+            limits |= row["limits"]
+            for name, error in row["errors"].items():
+                before = worst.get(name)
+                # `not <=`, so that an error that is not a number stands as the worst
+                if name not in worst or (error is not None and (before is None or not error <= before)):
+                    worst[name] = error
+                    if name in row["why"]:
+                        why[name] = f"{sample.name}: {row['why'][name].removeprefix('row 0: ')}"
+        whole = ic.VisualCheck((), worst, limits, why)
         holds = {name: name not in whole.failed for name, error in worst.items() if error is not None}
         unreached = [name for name, error in worst.items() if error is None]
+        head, *ends = str(whole).splitlines()
+        places = [f"{number:3}{row['place'][3:]}" for number, row in enumerate(rows)]  # each is row 0 of its own table
         return {"ok": whole.ok, "checks": holds, "unreached": unreached, "errors": worst, "why": why,
-                "table": str(whole).splitlines()}  # fmt: skip
+                "table": [head, *places, *ends]}  # fmt: skip
 
-    battery = run.stage("sanity.json", check, after=["samples.json"])
+    battery = run.stage("sanity.json", check, after=["samples.json"], shared=True)
     print(*battery["table"], sep="\n")
     if not battery["ok"]:
         failed = [name for name, holds in battery["checks"].items() if not holds]

@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from interp_plugins.questions import Questions
@@ -40,7 +41,7 @@ from .. import visual_data
 from ..visual_data import Asking, Row
 from .config import VisualProbingConfig
 from .findings import Behaviour, Cliff, Findings, Position
-from .probes import Probing, probed
+from .probes import Probing, probed, probes_file
 from .report import files_of, write_all
 from .samples import BLOCK, MODES, AskingProbes, Shown, answer_rows, block_bytes, label_of, read_block, read_note, shown
 
@@ -101,8 +102,10 @@ def _run(
         first = (*left_out, *failed)[0]
         raise ic.PlanError(f"the model runs none of the {len(data.samples)} samples; the first: {first['reason']}")
     results = []
+    fit = partial(probed, run, data, kept, files=files, probing=probing)
+    _share(run, asking.positions, fit, [data.samples[number].name for number in kept])
     for place in asking.positions:
-        comparison, why, constant = probed(run, data, kept, place, files, probing)
+        comparison, why, constant = fit(place)
         results.append(Position(place, comparison, why, cliff, constant))
     samples = [data.samples[number] for number in kept]
     findings = Findings(
@@ -118,16 +121,34 @@ def _states(
     run: runs.RunFolder, model: ic.Model, data: Shown, asking: AskingProbes
 ) -> tuple[dict[str, list[str]], list[Row]]:
     """The files of states of each mode, block by block; and the samples that the model does not run."""
-    files: dict[str, list[str]] = {}
-    bad: list[Row] = []
     everyone = range(len(data.samples))
-    for mode in MODES:
-        for start in range(0, len(everyone), BLOCK):
-            name = f"states/{mode}/{start // BLOCK:04d}.safetensors"
-            make = partial(read_block, model, data, mode, everyone[start : start + BLOCK], asking)
-            bad += run.stage(name, make, after=["samples.json"], read=read_note, data=block_bytes)[1]["skipped"]
-            files.setdefault(mode, []).append(name)
-    return files, bad
+    blocks = {
+        f"states/{mode}/{start // BLOCK:04d}.safetensors": (mode, everyone[start : start + BLOCK])
+        for mode in MODES for start in range(0, len(everyone), BLOCK)
+    }  # fmt: skip
+
+    def block(name: str) -> Row:
+        make = partial(read_block, model, data, *blocks[name], asking)
+        return run.stage(name, make, after=["samples.json"], read=read_note, data=block_bytes)[1]
+
+    rows = run.map(
+        "states", block, blocks, by=lambda name: name, inputs={"samples": runs.digest(data.record())}, strict=True,
+        beside=lambda name, rows: [name], file=False,
+    )  # fmt: skip
+    files = {mode: [name for name, (of, _) in blocks.items() if of == mode] for mode in MODES}
+    return files, [skipped for row in rows for skipped in row["skipped"]]
+
+
+def _share(run: runs.RunFolder, places: Sequence[str], fit: Callable[[str], Any], kept: Sequence[str]) -> None:
+    """Have the processes at work on the run fit probes, each those of a position, whose file is then there."""
+
+    def probe(place: str) -> Row:
+        return {"files": [probes_file(place)] if fit(place)[0] is not None else []}
+
+    run.map(
+        "probes", probe, places, by=lambda place: place, inputs={"kept": list(kept)}, strict=True,
+        beside=lambda place, rows: rows[0]["files"], file=False,
+    )  # fmt: skip
 
 
 def _answers(

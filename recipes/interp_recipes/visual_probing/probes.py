@@ -72,11 +72,15 @@ def probed(
         return comparison, constant
 
     after = [name for of in files.values() for name in of]
-    stage = f"probes/{runs.safe_name(place)}.npz"
     comparison, constant = run.stage(
-        stage, make, inputs={"kept": names}, after=after, read=lambda path: _read(path, folds), data=_bytes
+        probes_file(place), make, inputs={"kept": names}, after=after, read=lambda path: _read(path, folds), data=_bytes
     )
     return comparison, "", constant
+
+
+def probes_file(place: str) -> str:
+    """Where the probes of a position are kept."""
+    return f"probes/{runs.safe_name(place)}.npz"
 
 
 def _same(states: Tensor) -> bool:

@@ -400,3 +400,25 @@ def _at(places: Sequence[int]) -> slice | list[int]:
     """Places as an index; a slice, which takes no copy, where they follow each other."""
     first, stop = places[0], places[-1] + 1
     return slice(first, stop) if list(places) == list(range(first, stop)) else list(places)
+
+
+def flow_operations(work: ic.Work, sinks: int, flows: int) -> int:
+    """Operations of products of matrices that flows take beside the pass, in layers with patterns, for all prompts.
+
+    Args:
+        sinks: positions that a flow goes into.
+        flows: each into all sinks together; 0: into each sink by itself (`all_rows`).
+    """
+    n, d, total = work.tokens, work.d_model, 0
+    for heads, kv_heads, a, b in zip(work.heads, work.kv_heads, work.d_key, work.d_value, strict=True):
+        projection, rows = 2 * heads * b * d, 2 * sinks * heads * a * n
+        checks = min(sinks, 16) * projection + 8 * heads * (a + b) * n
+        if flows:
+            # a pair's part overshoots in few dimensions: an eighth of them is what `_split` takes on most texts
+            total += checks + flows * (rows + 2 * sinks * heads * n + projection + 2 * heads * b * n)
+            total += flows * n * projection // 8
+        else:
+            # what heads bring from every token, for its peaks and again for the sums, and the components' usual size
+            usual = 2 * n * kv_heads * b**2 + b * projection
+            total += checks + rows + (2 * n + sinks) * projection + usual + 2 * sinks * heads * b * n
+    return work.prompts * total

@@ -13,7 +13,7 @@ Discrete results are the same, numbers within the tolerances of `parity`. What p
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,10 +23,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 import interp_core as ic
+from interp_core import runs
 
 from ..effects import CLASSES, Head, average, gap, indirect_effects, top_heads
 from ..means import BATCH, mean_head_activations
 from ..prompts import Prompt
+from ..rows import batches, digest
 from ..vectors import FunctionVector, function_vector
 from .fixed_run import FixedRun
 from .plain import plain_effects, plain_means, plain_vector
@@ -34,6 +36,8 @@ from .plain import plain_effects, plain_means, plain_vector
 By = Literal["replay", "sweep"]
 Measure = Literal["probability", "logprob"]
 MEASURES: tuple[Measure, ...] = ("probability", "logprob")
+AT_ONCE: Mapping[By, int] = {"replay": 1, "sweep": 4}
+"""Trials that are worked at together, by one of the processes at work on the run."""
 
 
 class Clock:
@@ -51,7 +55,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A function vector and what it was made of.
+    """A function vector and what it was effects_of of.
 
     Attributes:
         mean: mean activations of heads on clean prompts.
@@ -94,7 +98,7 @@ def extract(
     last_token_only: bool = True,
     measure: Measure = "probability",
     clock: Clock | None = None,
-    progress: bool = False,
+    record: runs.RunFolder | None = None,
 ) -> Extraction:
     """Means, effects, heads and vector.
 
@@ -103,6 +107,7 @@ def extract(
         token_class_idx: class of tokens that heads are chosen by; all but the last one need all classes.
         last_token_only: effects of the last token alone, `[trial layer head]`; else of every class.
         measure: what heads are ranked by.
+        record: an open run, whose processes share the trials if there are several.
 
     Raises:
         PlanError: a class that there is not, or that the last token alone does not have; more heads than there are.
@@ -122,7 +127,7 @@ def extract(
         batch = 1 if by == "replay" else BATCH
         mean = plain_means(model, run.clean) if by_hand else mean_head_activations(model, run.clean, batch=batch)
     with clock("effects"):
-        effects = _effects(model, run.corrupted, mean, by, by_hand, not last_token_only, progress)
+        effects = _effects(model, run.corrupted, mean, by, by_hand, not last_token_only, record)
     for name, values in (("mean", mean.permute(2, 0, 1, 3)), *effects.items()):
         _demand_finite_heads(model, name, values)
     with clock("vector"):
@@ -137,20 +142,45 @@ def extract(
 
 
 def _effects(
-    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, by_hand: bool, classes: bool, progress: bool
-) -> dict[Measure, Tensor]:
-    """Effects in both measures; by replay trial after trial, so that progress can be told."""
-    parts, replay = [], by == "replay"
-    with ic.Progress(f"{by}, trials", len(prompts), shown=progress and replay) as told:
-        for part in [[prompt] for prompt in prompts] if replay else [prompts]:
-            if by_hand:
-                parts.append(plain_effects(model, part, mean, classes=classes))
-            else:
-                how: Any = {"classes": classes, "by": by, "progress": progress and not replay}
-                effects = indirect_effects(model, part, mean, MEASURES, **how)
-                parts.append({measure: effects[measure].effects for measure in MEASURES})
-            told.add(len(part))
+    model: ic.Model, prompts: Sequence[Prompt], mean: Tensor, by: By, by_hand: bool, classes: bool,
+    record: runs.RunFolder | None,
+) -> dict[Measure, Tensor]:  # fmt: skip
+    """Effects in both measures, some trials at a time."""
+
+    def effects_of(numbers: Sequence[int]) -> Mapping[Any, Tensor]:
+        part = [prompts[number] for number in numbers]
+        if by_hand:
+            return plain_effects(model, part, mean, classes=classes)
+        effects = indirect_effects(model, part, mean, MEASURES, classes=classes, by=by)
+        return {measure: effects[measure].effects for measure in MEASURES}
+
+    if record is not None and record.shards is not None:
+        kind = torch.float64 if model.dtype == torch.float64 else torch.float32
+        return _shared_effects(record, effects_of, prompts, AT_ONCE[by], [by, by_hand, classes, digest(mean)], kind)
+    parts = []
+    with ic.Progress(f"{by}, trials", len(prompts), shown=record is not None) as told:
+        for numbers in batches(range(len(prompts)), AT_ONCE[by]):
+            parts.append(effects_of(numbers))
+            told.add(len(numbers))
     return {measure: torch.cat([part[measure] for part in parts]) for measure in MEASURES}
+
+
+def _shared_effects(
+    record: runs.RunFolder, effects_of: Callable[[Sequence[int]], Mapping[Any, Tensor]], prompts: Sequence[Prompt],
+    at_once: int, how: list[Any], kind: torch.dtype,
+) -> dict[Measure, Tensor]:  # fmt: skip
+    """The same in a run of several processes, of which each takes trials."""
+
+    def rows(numbers: Sequence[int]) -> list[dict[str, Any]]:
+        effects = effects_of(numbers)
+        return [{measure: effects[measure][place].tolist() for measure in MEASURES} for place in range(len(numbers))]
+
+    of_prompts = runs.digest([[prompt.ids, prompt.labels, prompt.target_ids] for prompt in prompts])
+    listed = record.map(
+        "effects", rows, range(len(prompts)), by=lambda number: number, inputs={"prompts": of_prompts, "how": how},
+        batch=at_once, strict=True, file=False,
+    )  # fmt: skip
+    return {measure: torch.tensor([row[measure] for row in listed], dtype=kind) for measure in MEASURES}
 
 
 def _demand_finite_heads(model: ic.Model, name: str, values: Tensor) -> None:

@@ -9,7 +9,7 @@ replays. So no stage holds one piece of code against itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..effects import CLASSES
 from ..files.answers import answers
 from ..files.checks import prompt_parity, slot_parity, verify_answers
 from ..files.extraction import By, Clock, extract
-from ..files.fixed_run import Files, FixedRun, PromptKind, fixed_run, folder_name, profile
+from ..files.fixed_run import FixedRun, PromptKind, fixed_run, folder_name, profile, put_in
 from ..files.folders import Combination, read_folder
 from ..files.golden import source_files
 from ..files.runtime import runtime_files
@@ -96,9 +96,9 @@ class Sides:
         token_class: int,
         layer: int,
         kind: PromptKind,
-        put: Callable[[Path, Files], list[str]],
+        record: ic.runs.RunFolder,
     ) -> list[str]:
-        """The sides that are not given, in folders beside the reports; returns what `put` says of their files."""
+        """The sides that are not given, in folders beside the reports; returns what became of their files."""
         assert self.run is not None
         clock, said = Clock(), list[str]()
         self.profile = profile(model)
@@ -109,7 +109,7 @@ class Sides:
                 by_hand = side == "a"
                 extraction = extract(
                     model, self.run, by=by, by_hand=by_hand, n_top_heads=k, token_class_idx=token_class,
-                    last_token_only=last, clock=clock, progress=True,
+                    last_token_only=last, clock=clock, record=record,
                 )  # fmt: skip
                 answered = answers(
                     model, self.run, extraction.vector, layer, kind=kind, by=by, by_hand=by_hand, clock=clock
@@ -117,7 +117,7 @@ class Sides:
                 self.worked_out[side] = f"{by}, by hand" if by_hand else by
                 write = source_files if side == "a" else runtime_files
                 folder = self.run.folder(self.root) / name
-                said += put(folder, write(model, self.run, extraction, answered))
+                said += put_in(record, folder, write(model, self.run, extraction, answered))
                 setattr(self, side, folder)
         self.seconds = {SPENT[name]: spent for name, spent in clock.seconds.items()}
         return said

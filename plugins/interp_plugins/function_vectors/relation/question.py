@@ -27,6 +27,7 @@ from interp_core import runs
 from ..effects import Head
 from ..files.answers import MEASURES, as_they_are, measured
 from ..files.published import read_means
+from ..files.trials import Trial
 from ..inject import head_injection
 from ..means import mean_head_activations
 from .draws import Work
@@ -82,28 +83,31 @@ def effects(model: ic.Model, work: Work, mean: Means, part: runs.Part) -> list[R
     q_id, slot = work.question.q_id, work.trials[0].clean.slots[-1]
     edits = head_injection(mean, [Head(*place, 0.0) for place in model.heads], model, slot=slot)
     inputs = {"trials": runs.digest(work.sampled["trials"])}
-    with (
-        # two files grow trial by trial: after a stop one may be ahead, so a trial counts only where both have it
-        part.rows("trial_metrics.jsonl", key="trial_idx", inputs=inputs) as metrics,
-        part.rows("cie_scores.csv", key="trial_idx", inputs=inputs) as scores,
+
+    def trial_row(trial: Trial) -> Row:
+        patched = measured(model, [trial.corrupted], edits)
+        target = trial.clean.target_ids[0]
+        line: Row = {
+            "q_id": q_id, "trial_idx": trial.number, "query_source_index": work.sources[trial.query_index],
+            "target_str": trial.clean.target, "target_id": target,
+            "target_token": model.tokenizer.convert_ids_to_tokens(target),
+        }  # fmt: skip
+        clean, top = as_they_are(model, [trial.clean])
+        for kind, numbers, first in (("clean", clean, top), ("corrupted", patched.clean, patched.clean_top)):
+            line |= {f"{measure}_{kind}": float(x) for measure, x in zip(MEASURES, numbers[:, 0], strict=True)}
+            line |= {f"pred_id_{kind}": int(first[0]), f"accuracy_{kind}": float(int(first[0]) == target)}
+        return {"metrics": line, "scores": cie_rows(q_id, trial.number, target, model.heads, patched)}
+
+    rows = part.map(
+        "effects", trial_row, work.trials, by=lambda trial: trial.number, inputs=inputs, strict=True, file=False
+    )  # fmt: skip
+    scores = [score for row in rows for score in row["scores"]]
+    for name, text in (
+        ("trial_metrics.jsonl", runs.json_lines(row["metrics"] for row in rows)),
+        ("cie_scores.csv", runs.csv_text(scores)),
     ):
-        for trial in work.trials:
-            if trial.number in metrics and trial.number in scores:
-                continue
-            patched = measured(model, [trial.corrupted], edits)
-            target = trial.clean.target_ids[0]
-            line: Row = {
-                "q_id": q_id, "trial_idx": trial.number, "query_source_index": work.sources[trial.query_index],
-                "target_str": trial.clean.target, "target_id": target,
-                "target_token": model.tokenizer.convert_ids_to_tokens(target),
-            }  # fmt: skip
-            clean, top = as_they_are(model, [trial.clean])
-            for kind, numbers, first in (("clean", clean, top), ("corrupted", patched.clean, patched.clean_top)):
-                line |= {f"{measure}_{kind}": float(x) for measure, x in zip(MEASURES, numbers[:, 0], strict=True)}
-                line |= {f"pred_id_{kind}": int(first[0]), f"accuracy_{kind}": float(int(first[0]) == target)}
-            metrics.add(line)
-            scores.add(*cie_rows(q_id, trial.number, target, model.heads, patched))
-        return list(scores)
+        part.put({name: text}, stage=name, inputs=inputs)
+    return scores
 
 
 _FIXES: tuple[tuple[str | None, type[BaseException], str], ...] = (

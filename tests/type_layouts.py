@@ -1,0 +1,151 @@
+"""Where hand-written hooks find things in the tiny models of every type (`interp_core.testing.types`), written out.
+
+As in `layouts`, nothing comes from the atlas. Types that `layouts` describes are there; what is not in either has sites
+that no hand-written hook holds, and the matrix says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import layouts
+
+LLAMA = {
+    "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "attn": "self_attn",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "mlp": "mlp", "down": "mlp.down_proj", "mid": "post_attention_layernorm",
+    "attn_out": "self_attn", "mlp_out": "mlp",
+}  # fmt: skip
+SANDWICH = LLAMA | {
+    "mid": "pre_feedforward_layernorm", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm",
+}  # fmt: skip
+POST = LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
+PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
+FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
+LATENT = LLAMA | {"q": "self_attn.q_b_proj", "v": "self_attn.kv_b_proj"}
+GPT = {
+    "embed": "transformer.wte", "blocks": "transformer.h", "norm": "transformer.ln_f", "attn": "attn", "mlp": "mlp",
+    "attn_out": "attn", "mlp_out": "mlp", "qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2",
+}  # fmt: skip
+NEOX = {
+    "attn": "attention", "qkv": "attention.query_key_value", "o": "attention.dense", "mlp": "mlp",
+    "down": "mlp.dense_4h_to_h", "attn_out": "attention", "mlp_out": "mlp",
+}  # fmt: skip
+
+
+def inside(layout: dict[str, str], model: str) -> dict[str, str]:
+    """The same blocks, deeper in a model."""
+    return layout | {"embed": f"{model}.embed_tokens", "blocks": f"{model}.layers", "norm": f"{model}.norm"}
+
+
+PLAIN = (
+    "arcee", "bitnet", "cwm", "diffllama", "emu3", "ernie4_5", "exaone", "gemma", "glm", "granite", "granite_swa",
+    "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jais2", "ministral", "ministral3", "mllama", "nemotron",
+    "olmo", "seed_oss", "smollm3", "stablelm",
+)  # fmt: skip
+"""Types with Llama's blocks."""
+MIXED = (
+    "aria_text", "dots1", "ernie4_5_moe", "exaone_moe", "flint", "hunyuan_v1_moe", "hy_v3", "laguna", "mellum",
+    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "phimoe", "sarvam_moe", "solar_open",
+)  # fmt: skip
+"""Types with Llama's blocks and experts in some layers or all."""
+LATENTLY = (
+    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu",
+)  # fmt: skip
+"""Types whose keys and values come out of a latent."""
+LAYOUT: dict[str, dict[str, str]] = {
+    **layouts.LAYOUT,
+    **dict.fromkeys((*PLAIN, *MIXED), LLAMA),
+    **dict.fromkeys(LATENTLY, LATENT),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), PARALLEL),
+    **dict.fromkeys(("exaone4", "flex_olmo", "olmo3"), POST),
+    **dict.fromkeys(("gemma3_text", "gemma4_unified_text", "gemma4_text"), SANDWICH),
+    **dict.fromkeys(("apertus", "apertus1p5_text"), LLAMA | {"mid": "feedforward_layernorm"}),
+    **dict.fromkeys(("got_ocr2", "moss_transcribe_diarize"), inside(LLAMA, "model.language_model")),
+    "gemma4": SANDWICH,
+    "gemma4_unified": inside(SANDWICH, "model.language_model"),
+    "axk2": LATENT | {"q": "self_attn.q_gate_proj"},
+    "afmoe": SANDWICH | {"mid": "pre_mlp_layernorm", "mlp_out": "post_mlp_layernorm"},
+    "beam": SANDWICH,
+    "codegen": {key: path for key, path in GPT.items() if key != "mid"}
+    | {"qkv": "attn.qkv_proj", "o": "attn.out_proj", "down": "mlp.fc_out"},
+    "falcon": GPT
+    | {"embed": "transformer.word_embeddings", "attn": "self_attention", "qkv": "self_attention.query_key_value"}
+    | {"o": "self_attention.dense", "down": "mlp.dense_4h_to_h", "attn_out": "self_attention"},
+    "glm4": GLM4,
+    "gpt-sw3": GPT,
+    "gpt_bigcode": GPT,
+    "llama4_text": LLAMA | {"mlp": "feed_forward", "mlp_out": "feed_forward", "down": "feed_forward.down_proj"},
+    "gpt_neox_japanese": {
+        "pattern": "attention.attention_dropout", "embed": "gpt_neox_japanese.embed_in", "blocks": "gpt_neox_japanese.layers",
+        "norm": "gpt_neox_japanese.final_layer_norm", **NEOX, "mid": "post_attention_layernorm",
+    },
+    "hyperclovax": LLAMA | {"attn_out": "post_norm1", "mlp_out": "post_norm2"},
+    "kolibri1": GLM4,
+    "nanochat": LLAMA | {"down": "mlp.fc2"},
+    "persimmon": FUSED | {
+        "norm": "model.final_layernorm", "qkv": "self_attn.query_key_value", "o": "self_attn.dense",
+        "down": "mlp.dense_4h_to_h",
+    },
+    "fuyu": inside(FUSED, "model.language_model") | {
+        "norm": "model.language_model.final_layernorm", "qkv": "self_attn.query_key_value", "o": "self_attn.dense",
+        "down": "mlp.dense_4h_to_h",
+    },
+    "phi": PARALLEL | {"norm": "model.final_layernorm", "o": "self_attn.dense", "down": "mlp.fc2"},
+    "phi4_multimodal": FUSED | {"qkv": "self_attn.qkv_proj"},
+    "qwen3_5_text": LLAMA,
+    "qwen3_5_moe_text": LLAMA,
+    "starcoder2": LLAMA | {"down": "mlp.c_proj"},
+    "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
+    "modernbert-decoder": {
+        "embed": "model.embeddings.tok_embeddings", "blocks": "model.layers", "norm": "model.final_norm", "attn": "attn",
+        "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.Wo", "mlp": "mlp", "down": "mlp.Wo",
+        "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
+    },
+}  # fmt: skip
+"""Module names by type."""
+WIDE_QUERIES = {"deepseek_v3", *LATENTLY}
+"""Queries and keys are wider than values, which lie per head behind a part of its key."""
+MIXED_VALUES = {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"}
+"""Values are normed or scaled before attention mixes them; they are what it is handed."""
+PER_HEAD = {"gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu"}
+"""Query, key and value of a head lie side by side."""
+SCALES: dict[str, Callable[[Any], float]] = {
+    **dict.fromkeys(
+        ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "granitemoehybrid"),
+        lambda config: config.residual_multiplier,
+    ),
+    "hyperclovax": lambda config: config.residual_multiplier,
+    "minicpm3": lambda config: config.scale_depth * config.num_hidden_layers**-0.5,
+}
+"""What blocks multiply attention and MLP by before they add them."""
+NO_DENSE = {
+    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text",
+    "phimoe", "solar_open",
+}  # fmt: skip
+DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
+DENSE["flint"] = [0, 1]
+DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
+DENSE |= {name: [] for name in NO_DENSE}
+DENSE |= {"llama4_text": [], "qwen3_5_moe_text": []}
+"""Layers with a dense MLP of types that have experts in others."""
+LACKS: dict[str, set[str]] = {
+    **layouts.LACKS,
+    **{family: {"resid_mid"} for family in ("cohere", "cohere2", "cohere_compass_text", "phi")},
+    **{family: {"mlp_act"} for family in NO_DENSE},
+    **{family: {"k"} for family in LATENTLY},
+    "cohere2_moe": {"resid_mid", "mlp_act"},
+    "llama4_text": {"mlp_act"},
+    "qwen3_5_moe_text": {"mlp_act"},
+    **{family: {"rot_q", "rot_k"} for family in ("gpt-sw3", "gpt_bigcode")},
+    "gpt_neox_japanese": {"rot_q", "rot_k", "scores"},
+    "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
+    "codegen": {"resid_mid", "q", "k"},
+}
+"""What a type does not have."""
+LINEAR = layouts.LINEAR | {"qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+"""Layers with linear attention."""
+SOME: dict[str, dict[str, list[int]]] = {"gpt_neox_japanese": {"attn_out": [0, 1], "resid_mid": [0, 1]}}
+"""Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""
