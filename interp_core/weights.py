@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from .architectures.atlas import Atlas, Entry
 from .architectures.parameters import (
-    ROWS, Weights, by_unit_vectors, device_of, is_numbers, is_plain, matrix, parameter, runs_own_forward, widths,
+    ROWS,
+    Weights,
+    by_unit_vectors,
+    device_of,
+    is_numbers,
+    is_plain,
+    matrix,
+    parameter,
+    runs_own_forward,
+    widths,
 )  # fmt: skip
 from .architectures.shards import called
 from .errors import CapabilityError, SiteError, nearest
