@@ -19,7 +19,7 @@ from .architectures.atlas import Atlas, Entry
 from .architectures.parameters import (
     ROWS,
     Weights,
-    asked,
+    by_unit_vectors,
     device_of,
     is_numbers,
     is_plain,
@@ -135,7 +135,7 @@ class WeightReader(NamedTuple):
         if module is None or not width:
             raise CapabilityError(f"{self._what(entry)} does not come out of one linear map; see model.module")
         self._demand_running(entry, module)
-        linear = asked(partial(called, module), self._like(module, torch.zeros(0)), width)
+        linear = by_unit_vectors(partial(called, module), self._like(module, torch.zeros(0)), width)
         if linear is None:
             raise CapabilityError(f"{self._what(entry)} comes out of a map that is not linear to rounding")
         return linear

@@ -97,8 +97,8 @@ def with_its_head(model: Any) -> Any:
     vars(shell)[LENT] = model, lent
     take_again(shell)
     shell.training = model.training
-    given = {id(weight) for weight in model.parameters()}
-    own = [name for name, weight in shell.named_parameters() if id(weight) not in given]
+    lent_weights = {id(weight) for weight in model.parameters()}
+    own = [name for name, weight in shell.named_parameters() if id(weight) not in lent_weights]
     if heads and all(weight.is_meta for weight in model.parameters()):  # nothing to compare
         return shell
     if heads and not own:

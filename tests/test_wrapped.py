@@ -261,13 +261,15 @@ def test_adapters_switched_after_load_are_followed(engine: str) -> None:
     config = peft.LoraConfig(target_modules=["o_proj", "v_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
     peft_model.add_adapter("two", config)
     model = ic.load(peft_model.eval(), engine=engine)
-    seen = [model.run(IDS).logits.plain]
+    seen, prints = [model.run(IDS).logits.plain], [model.fingerprint()]
 
     def followed() -> None:
         hold(model, peft_model, "llama", INSIDE)
         logits = model.run(IDS).logits.plain
         assert all(not torch.allclose(logits, other, atol=1e-3) for other in seen)
         seen.append(logits)
+        prints.append(model.fingerprint())
+        assert len({*prints}) == len(prints)
 
     peft_model.set_adapter("two")
     followed()

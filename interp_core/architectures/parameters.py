@@ -150,7 +150,7 @@ def matrix(module: nn.Module, like: Tensor, units: Tensor | None = None) -> Weig
         weight = weight if units is None else weight[units]
         return Weights(weight, weight.new_zeros(weight.shape[1]) if added is None else added)
     # Not by calling the module: a run's hooks, and those of others, would see it.
-    weights = asked(module.forward, like, widths(module)[0], units)
+    weights = by_unit_vectors(module.forward, like, widths(module)[0], units)
     if weights is None:
         own = f" on a {type(module.weight).__name__}" if isinstance(getattr(module, "weight", None), Tensor) else ""
         raise CapabilityError(
@@ -160,16 +160,18 @@ def matrix(module: nn.Module, like: Tensor, units: Tensor | None = None) -> Weig
     return weights
 
 
-def asked(call: Callable[[Tensor], Tensor], like: Tensor, width: int, units: Tensor | None = None) -> Weights | None:
+def by_unit_vectors(
+    call: Callable[[Tensor], Tensor], like: Tensor, width: int, units: Tensor | None = None
+) -> Weights | None:
     """What a linear map consists of, from what it gives: for nothing its bias, and a row of the matrix is what a unit
     vector adds to that. None if it is not linear to rounding, by what it gives for random numbers."""
     units = torch.arange(width) if units is None else units.cpu()
 
-    def given(x: Tensor) -> Tensor:
+    def output_of(x: Tensor) -> Tensor:
         return call(x.to(like.device, like.dtype))
 
-    zero = given(torch.zeros(1, width))
-    rows = [given(nn.functional.one_hot(part, width)) - zero for part in units.split(ROWS)]
+    zero = output_of(torch.zeros(1, width))
+    rows = [output_of(nn.functional.one_hot(part, width)) - zero for part in units.split(ROWS)]
     weights = Weights(torch.cat(rows), zero[0])
     # Normal numbers, the same every time, that leave torch's own random state alone.
     x = torch.zeros(8, width)

@@ -156,21 +156,6 @@ def _checks(model: Session) -> Iterator[Finding]:
     yield from check_tower(model, ids)
 
 
-def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
-    """What is read inside attention is what the model computes with: opening it changes no logits."""
-    if inside := [name for name in ("pattern", "scores", "rot_q", "rot_k") if model.atlas.layers(name)]:
-        off = distance(run.logits.plain, forward(model, tokens).logits.plain)
-        first, *others = inside
-        what = "is the attention that the model does"
-        yield Finding(first, what, off <= _alike_enough(model), f"logits differ by {off:.1e}", others=tuple(others))
-
-
-def _alike_enough(model: Session) -> float:
-    """How far logits of two ways of computing the same may be apart: in half precision, rounding may send a token to
-    other experts."""
-    return tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5
-
-
 def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
     """Refuse an engine whose copy of the model computes something else than the model, such as without an adapter that
     lies where the engine splits a projection.
@@ -185,11 +170,26 @@ def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
     ours = run.logits.plain
     if "folded" in model.engine.name:  # which may shift all logits of a position alike
         ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
-    if (off := distance(ours, own)) > _alike_enough(model):
+    if (off := distance(ours, own)) > _limit(model):
         raise CapabilityError(
             f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
             f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
         )
+
+
+def _limit(model: Session) -> float:
+    """How far logits of one model may be off that are computed in two ways; in half precision rounding may send a token
+    to other experts."""
+    return tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5
+
+
+def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
+    """What is read inside attention is what the model computes with: opening it changes no logits."""
+    if inside := [name for name in ("pattern", "scores", "rot_q", "rot_k") if model.atlas.layers(name)]:
+        off = distance(run.logits.plain, forward(model, tokens).logits.plain)
+        first, *others = inside
+        what = "is the attention that the model does"
+        yield Finding(first, what, off <= _limit(model), f"logits differ by {off:.1e}", others=tuple(others))
 
 
 def _alike(run: Run) -> Iterator[Finding]:
