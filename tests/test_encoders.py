@@ -121,6 +121,8 @@ def test_an_encoder_sees_ahead_and_says_so(name: str, ids: Tensor) -> None:
     assert any("see later ones too" in note for note in model.atlas.notes)
     with pytest.raises(ic.CapabilityError, match="generate: positions of this .* see later ones too.*mask token"):
         model.generate(ids, max_new_tokens=2)
+    with pytest.raises(ic.CapabilityError, match="input_x_gradient needs causal of .*see later ones too"):
+        ic.method("input_x_gradient")(model, ids)
     tokens = ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool), spans={"target": ((ic.Span(3, 5),),) * 2})
     with pytest.raises(ic.CapabilityError, match="score nll: positions of this .* score the logits at its mask token"):
         model.sweep(tokens, [S.z[0, 0].zero()], ic.score.nll(tokens))
