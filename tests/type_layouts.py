@@ -148,7 +148,14 @@ DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", 
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE}
-DENSE |= {"llama4_text": [], "qwen3_5_moe_text": [], "sarvam_mla": [0], "sarvam_moe": [0], "jamba": [1], "lfm2_moe": [0]}
+DENSE |= {
+    "llama4_text": [],
+    "qwen3_5_moe_text": [],
+    "sarvam_mla": [0],
+    "sarvam_moe": [0],
+    "jamba": [1],
+    "lfm2_moe": [0],
+}
 """Layers with a dense MLP of types that have experts in others."""
 LACKS: dict[str, set[str]] = {
     **layouts.LACKS,

@@ -270,7 +270,7 @@ def _hook(module: nn.Module) -> Any:
     """Accelerate's hook of a module that moves its weights, or None."""
     hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])  # several in a row are one
-    return next((one for one in hooks if getattr(one, "execution_device", None) is not None), None)
+    return next((hook for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
 
 
 def _kept(module: nn.Module) -> Any:
