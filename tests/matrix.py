@@ -23,6 +23,8 @@ FAR = 1e-4
 ABSENT = (
     "has no vision tower", "has no DeepStack", "has no mixture-of-experts router", "has no gate on a shared expert",
     "is a mixture of experts; see expert_out", "blocks are parallel", "no rotary", "inside latent attention",
+    "has a projection that gates", "keeps a state beside keys", "is softmax attention; what mixes", "inside its scan",
+    "no final norm that is known", "the last block norms", "unembeds the stream",
 )  # fmt: skip
 """Reasons why a model does not have a site at all, as opposed to sites that cannot be reached."""
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")

@@ -49,8 +49,7 @@ class Reference:
         names += ["resid_post", "final_norm", "logits", "pattern", "mlp_act", "resid_mid", "scores", "rot_q", "rot_k"]
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
-        if self.family in MIXERS:
-            names += ["mixer_in", "mixer_out"]
+        names += ["mixer_in", "mixer_out"]
         return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
@@ -154,6 +153,8 @@ class Reference:
             return _output(self.module(site, layer), added)
         if site == "mlp_act":
             return _input(self.module("down", layer), self._shaped(fn))
+        if site == "resid_mid" and "mid_out" in self.layout:
+            return _output(self.module("mid_out", layer), fn)
         if site == "resid_mid":
             return self._mid(layer, fn)
         if site == "z":

@@ -36,6 +36,15 @@ GPT = {
     "embed": "transformer.wte", "blocks": "transformer.h", "norm": "transformer.ln_f", "attn": "attn", "mlp": "mlp",
     "attn_out": "attn", "mlp_out": "mlp", "qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2",
 }  # fmt: skip
+BERT = {
+    "attn": "attention", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "o": "attention.output.dense", "mlp": "intermediate", "down": "output.dense", "mid_out": "attention.output",
+    "attn_out": "attention.output.dense", "mlp_out": "output.dense",
+}  # fmt: skip
+BART = {
+    "attn": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj", "mlp": "fc1", "down": "fc2", "attn_out": "self_attn", "mlp_out": "fc2",
+}  # fmt: skip
 NEOX = {
     "attn": "attention", "qkv": "attention.query_key_value", "o": "attention.dense", "mlp": "mlp",
     "down": "mlp.dense_4h_to_h", "attn_out": "attention", "mlp_out": "mlp",
@@ -45,6 +54,17 @@ NEOX = {
 def inside(layout: dict[str, str], model: str) -> dict[str, str]:
     """The same blocks, deeper in a model."""
     return layout | {"embed": f"{model}.embed_tokens", "blocks": f"{model}.layers", "norm": f"{model}.norm"}
+
+
+def encoder(model: str, layout: dict[str, str] = BERT) -> dict[str, str]:
+    """Blocks of BERT and its kin."""
+    ends = {"embed": f"{model}.embeddings.word_embeddings", "blocks": f"{model}.encoder.layer", "norm": ""}
+    return layout | ends
+
+
+def decoder(model: str, layout: dict[str, str]) -> dict[str, str]:
+    """Blocks of BART's decoder and its kin."""
+    return layout | {"embed": f"{model}.embed_tokens", "blocks": f"{model}.layers", "norm": f"{model}.layer_norm"}
 
 
 PLAIN = (
@@ -62,6 +82,15 @@ LATENTLY = (
     "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
 )  # fmt: skip
 """Types whose keys and values come out of a latent."""
+NORMED = ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
+"""Decoders that norm the stream after each sum; the others norm what attention and MLP read."""
+PRENORMED = ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")
+BERTS = {
+    "bert": "bert", "camembert": "roberta", "data2vec-text": "data2vec_text", "electra": "electra", "ernie": "ernie",
+    "roberta": "roberta", "xlm-roberta": "roberta", "bert-generation": "bert", "big_bird": "bert",
+    "rembert": "rembert", "roc_bert": "roc_bert", "roformer": "roformer", "xmod": "roberta",
+}  # fmt: skip
+"""BERT and its kin, and what their encoder is called."""
 KIN = {
     "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
 }  # fmt: skip
@@ -123,13 +152,27 @@ LAYOUT: dict[str, dict[str, str]] = {
         "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
     },
     **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
+    **{name: encoder(model) for name, model in BERTS.items()},
+    **dict.fromkeys(NORMED, decoder("model.decoder", BART | {"mid_out": "self_attn_layer_norm"})),
+    **dict.fromkeys(PRENORMED, decoder("model.decoder", BART | {"mid": "final_layer_norm"})),
+    "xglm": decoder("model", BART | {"mid": "final_layer_norm"}),
+    "biogpt": decoder("biogpt", BART | {"mid": "final_layer_norm"}),
+    "bloom": GPT
+    | {"embed": "transformer.word_embeddings", "attn": "self_attention", "qkv": "self_attention.query_key_value"}
+    | {"o": "self_attention.dense", "down": "mlp.dense_4h_to_h", "mid": "post_attention_layernorm"}
+    | {"attn_out": "self_attention.dense", "mlp_out": "mlp.dense_4h_to_h", "pattern": "self_attention.attention_dropout"},
+    "mpt": {
+        "embed": "transformer.wte", "blocks": "transformer.blocks", "norm": "transformer.norm_f", "attn": "attn",
+        "qkv": "attn.Wqkv", "o": "attn.out_proj", "mlp": "ffn", "down": "ffn.down_proj", "mid": "norm_2",
+        "attn_out": "attn.out_proj", "mlp_out": "ffn.down_proj",
+    },
 }  # fmt: skip
 """Module names by type."""
 WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
 MIXED_VALUES = {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"}
 """Values are normed or scaled before attention mixes them; they are what it is handed."""
-PER_HEAD = {"gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu"}
+PER_HEAD = {"bloom", "gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu"}
 """Query, key and value of a head lie side by side."""
 SCALES: dict[str, Callable[[Any], float]] = {
     **dict.fromkeys(
@@ -169,11 +212,17 @@ LACKS: dict[str, set[str]] = {
     "gpt_neox_japanese": {"rot_q", "rot_k", "scores"},
     "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
     "codegen": {"resid_mid", "q", "k"},
+    **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED)},
+    **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
+    "bloom": {"rot_q", "rot_k", "scores"},
+    "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
 """What a type does not have."""
 LINEAR = layouts.LINEAR | {"qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
 """Layers with linear attention."""
-SOME: dict[str, dict[str, list[int]]] = {"gpt_neox_japanese": {"attn_out": [0, 1], "resid_mid": [0, 1]}}
+SOME: dict[str, dict[str, list[int]]] = {
+    "gpt_neox_japanese": {"attn_out": [0, 1], "mixer_out": [0, 1], "resid_mid": [0, 1]},
+}
 """Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""
 MIXERS: dict[str, dict[int, str]] = {
     **{family: {0: "conv"} for family in ("lfm2", "lfm2_moe", "lfm3")},
