@@ -70,7 +70,9 @@ def generate(
         EffectError: an edit did nothing.
     """
     if CAUSAL in (lacking := model.atlas.lacking):
-        raise CapabilityError(f"generate: {lacking[CAUSAL]}. Run it on the text with its mask token, and read the logits there")
+        raise CapabilityError(
+            f"generate: {lacking[CAUSAL]}. Run it on the text with its mask token, and read the logits there"
+        )
     named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     prompt = model.input(x)
     how = decoding(model, prompt, options, named | {"top_k": top_k}, stop_at_eos)
