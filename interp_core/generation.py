@@ -69,8 +69,10 @@ def generate(
         CapabilityError: a model whose positions see later ones.
         EffectError: an edit did nothing.
     """
-    if why := model.atlas.lacking.get(CAUSAL):
-        raise CapabilityError(f"generate: {why}. Run it on the text with its mask token, and read the logits there")
+    if CAUSAL in (lacking := model.atlas.lacking):
+        raise CapabilityError(
+            f"generate: {lacking[CAUSAL]}. Run it on the text with its mask token, and read the logits there"
+        )
     named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
     if model.atlas.shape.n_labelled:
         raise CapabilityError(
