@@ -37,10 +37,12 @@ GPT = {
     "attn_out": "attn", "mlp_out": "mlp", "qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2",
 }  # fmt: skip
 BERT = {
-    "attn": "attention", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "attn": "attention.self", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
     "o": "attention.output.dense", "mlp": "intermediate", "down": "output.dense", "mid_out": "attention.output",
     "attn_out": "attention.output.dense", "mlp_out": "output.dense",
 }  # fmt: skip
+PRE = {key: path for key, path in BERT.items() if key != "mid_out"} | {"mid": "intermediate.LayerNorm"}
+"""Kin of BERT that norm what attention and MLP read."""
 BART = {
     "attn": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.out_proj", "mlp": "fc1", "down": "fc2", "attn_out": "self_attn", "mlp_out": "fc2",
@@ -84,7 +86,7 @@ LATENTLY = (
 """Types whose keys and values come out of a latent."""
 NORMED = ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
 """Decoders that norm the stream after each sum; the others norm what attention and MLP read."""
-PRENORMED = ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")
+PRENORMED = ("blenderbot", "mbart", "pegasus", "whisper")
 BERTS = {
     "bert": "bert", "camembert": "roberta", "data2vec-text": "data2vec_text", "electra": "electra", "ernie": "ernie",
     "roberta": "roberta", "xlm-roberta": "roberta", "bert-generation": "bert", "big_bird": "bert",
@@ -153,8 +155,18 @@ LAYOUT: dict[str, dict[str, str]] = {
     },
     **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
     **{name: encoder(model) for name, model in BERTS.items()},
+    **{
+        name: encoder(BERTS[name], BERT | {"pattern": "attention.self.dropout"})
+        for name in ("big_bird", "rembert", "roformer")
+    },
+    "xmod": encoder("roberta", BERT | {"mid_out": "attention"}),
+    "roberta-prelayernorm": encoder("roberta_prelayernorm", PRE),
+    "xlm-roberta-xl": encoder("roberta", PRE | {"mid": "LayerNorm", "mlp": "intermediate.dense"}),
+    "megatron-bert": encoder("bert", PRE | {"mid": "ln", "pattern": "attention.self.dropout"}),
     **dict.fromkeys(NORMED, decoder("model.decoder", BART | {"mid_out": "self_attn_layer_norm"})),
     **dict.fromkeys(PRENORMED, decoder("model.decoder", BART | {"mid": "final_layer_norm"})),
+    "bigbird_pegasus": decoder("model.decoder", BART | {"mid": "final_layer_norm"})
+    | {"norm": "model.decoder.layernorm_embedding"},
     "xglm": decoder("model", BART | {"mid": "final_layer_norm"}),
     "biogpt": decoder("biogpt", BART | {"mid": "final_layer_norm"}),
     "bloom": GPT
@@ -212,8 +224,13 @@ LACKS: dict[str, set[str]] = {
     "gpt_neox_japanese": {"rot_q", "rot_k", "scores"},
     "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
     "codegen": {"resid_mid", "q", "k"},
-    **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED)},
+    **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED, "roberta-prelayernorm", "xlm-roberta-xl")},
+    "xmod": {"rot_q", "rot_k", "final_norm", "mlp_out"},
+    "megatron-bert": {"rot_q", "rot_k", "scores", "final_norm"},
     **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
+    **{name: {"rot_q", "rot_k", "scores", "final_norm"} for name in ("big_bird", "rembert", "roformer")},
+    **{name: {"rot_q", "rot_k", "scores", "pattern", "final_norm"} for name in ("mvp", "trocr")},
+    "bigbird_pegasus": {"rot_q", "rot_k"},
     "bloom": {"rot_q", "rot_k", "scores"},
     "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
