@@ -267,7 +267,14 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
     if layers := both(atlas, "pattern", "v", "z"):
         mixed = [(_mixed(at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
         finding = _close(model, "v", "times pattern is z", mixed)
-        yield finding if finding.ok else _handed(model, run, layers)
+        points = [atlas.entries["pattern", i].read for i in layers]
+        if not finding.ok and any(point is not None and point.side != "attention" for point in points):
+            # An engine that does attention by itself does not show what is handed on; a gate is what may come behind.
+            gated = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
+            finding = _close(model, "v", "times pattern, times a gate between 0 and 1, is z", gated)
+        elif not finding.ok:
+            finding = _handed(model, run, layers)
+        yield finding
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
