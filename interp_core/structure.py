@@ -188,8 +188,8 @@ class Structure:
         Args:
             component: once per model `embed`, `embed_ln`, `pos_embed`, `rotary_emb`, `ln_final`, `unembed`,
                 `vision_encoder`, `vision_projector`; per layer `block`, `ln1`, `attn`, `attn.q`, `attn.k`, `attn.v`,
-                `attn.qkv`, `attn.q_norm`, `attn.k_norm`, `attn.o`, `linear_attn`, `ln1_post`, `ln2`, `mlp`, `mlp.in`,
-                `mlp.gate`, `mlp.out`, `router`, `experts`, `ln2_post`.
+                `attn.qkv`, `attn.q_norm`, `attn.k_norm`, `attn.o`, `linear_attn`, `mixer`, `ln1_post`, `ln2`, `mlp`,
+                `mlp.in`, `mlp.gate`, `mlp.out`, `router`, `experts`, `ln2_post`.
             layer: for those of a layer; negative counts from the end.
 
         Raises:

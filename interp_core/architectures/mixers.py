@@ -74,9 +74,18 @@ def _between(block: Any, attn_out: HookPoint) -> None:
 
 def gate(block: Any) -> None:
     """`mixer_gate`, of mixers that are no softmax attention."""
-    mixer, modules = block.parts.get("mixer"), block.stack.modules
-    if mixer is None or (mixer == block.parts.get("attn") and ("z", block.layer) in block.stack.atlas.entries):
+    mixer, modules, entries = block.parts.get("mixer"), block.stack.modules, block.stack.atlas.entries
+    beside = block.stack.family.beside.get("attn_out")
+    if beside:
+        mixer = f"{block.path}.{beside}"
+    elif mixer is None or (mixer == block.parts.get("attn") and ("z", block.layer) in entries):
         return
+    _gate(block, mixer, modules)
+    if beside and (entry := entries.get(("mixer_gate", block.layer))):  # it is called before attention
+        entry.order = entries["mixer_in", block.layer].order + 0.5
+
+
+def _gate(block: Any, mixer: str, modules: Mapping[str, Any]) -> None:
     for name in GATES:
         if (path := f"{mixer}.{name}") in modules:
             block.view("mixer_gate", block.stack.point(path, "out"), {"d_mixer": widths(modules[path])[1]})

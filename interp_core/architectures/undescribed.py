@@ -76,7 +76,8 @@ def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         elif name == "mlp_act" and "expert_out" in present:
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         elif name == "ssm_state":
-            why = state_reason(family.name, len(atlas.reaches) < atlas.shape.n_layers)
+            other = set(atlas.components.layers("mixer")) - set(atlas.components.layers("attn"))
+            why = state_reason(family.name, bool(other) or "mixer_gate" in present)
         elif name == "mixer_gate":
             why = f"no mixer of this {family.name} has a projection that gates what it puts out (z lies behind a gate)"
         elif name in OF_ATTENTION and "mixer_out" in present and not atlas.components.layers("attn"):
