@@ -15,7 +15,11 @@ from .mixers import recurrent_gemma_state
 _LLAMA = llama_like("model")
 _MAMBA = {"blocks": "backbone.layers", "embed": "backbone.embeddings", "ln_final": "backbone.norm_f"}
 
-MAMBA = Family("mamba", paths=_MAMBA | {"blocks.ln1": "norm"})
+MAMBA = Family(
+    "mamba",
+    paths=_MAMBA | {"blocks.ln1": "norm"},
+    refuse=dict.fromkeys(("resid_mid", "mlp_in", "mlp_act", "mlp_out"), "a Mamba block is its mixer: it has no MLP"),
+)
 XLSTM = Family(
     "xlstm",
     paths={

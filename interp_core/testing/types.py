@@ -81,7 +81,10 @@ OWN: dict[str, dict[str, Any]] = {
     ),
     **dict.fromkeys(("axk1", "deepseek_v3", "sarvam_mla", "youtu"), _LATENT),
     **dict.fromkeys(
-        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "whisper"),
+        (
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+            "whisper",
+        ),
         _ENCODED,
     ),
     "big_bird": {"attention_type": "original_full"},
