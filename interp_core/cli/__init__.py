@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import progress
+from .. import compatibility, progress
 from .._version import __version__
 from ..columns import terminal_width, wrapped
 from ..errors import InterpError
@@ -92,6 +92,24 @@ def sites(model: Model = None, named: Named = None) -> None:
 
     loaded, width = load(source), terminal_width()
     print(wrapped(str(loaded), width), "", loaded.sites.text(width), "", wrapped(str(loaded.check), width), sep="\n")
+
+
+@app.command()
+def families(
+    model_type: Annotated[str | None, typer.Argument(help="a model type, such as mamba; default: all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Which model types are served on which engines, and what each has; measured on tiny models, none is loaded."""
+    import json
+
+    types, width = compatibility.matrix()["types"], terminal_width()
+    if model_type is not None:
+        shown = compatibility.of_type(model_type, width)
+        print(json.dumps(types[model_type], indent=1) if as_json else shown)
+    elif as_json:
+        print(json.dumps(types, indent=1))
+    else:
+        print(compatibility.listing(types, width), "", *compatibility.counts(types), sep="\n")
 
 
 @app.command()

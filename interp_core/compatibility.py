@@ -1,0 +1,96 @@
+"""The matrix of model types and engines: what is served, what holds it and what is missing, as it was measured.
+
+`scripts/compatibility.py` measures it on tiny models and writes `compatibility.json`, which `interp families` and
+docs/compatibility.md show.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .columns import aligned, wrapped
+from .errors import LoadError, nearest
+
+FILE = Path(__file__).with_name("compatibility.json")
+ENGINES = ("torch", "nnsight", "transformer_lens")
+WORDS = {
+    "verified": "every site that the model has is served, and equals hooks written by hand, as do logits after edits",
+    "partial": "some sites are missing, or served and held by the self-check alone",
+    "refused": "it does not load, with the reason",
+    "not built": "transformers cannot build a tiny model from its config here",
+}
+"""What is said of a type on an engine, best first."""
+
+
+@cache
+def matrix() -> dict[str, Any]:
+    """The file: `versions`, and `types` by model type, with a cell for each engine."""
+    return json.loads(FILE.read_text())
+
+
+def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> list[str]:
+    """Sentences with the numbers of a matrix.
+
+    Args:
+        types: a cell for each engine, by model type.
+    """
+    cells = {name: cell for name, row in types.items() if (cell := row.get(engine)) is not None}
+    words = Counter(cell["word"] for cell in cells.values())
+    loaded = [cell for cell in cells.values() if cell["word"] in ("verified", "partial")]
+    heads = sum({"z", "pattern"} <= set(sites_of(cell)) for cell in loaded)
+    routers = sum("router_weights" in sites_of(cell) for cell in loaded)
+    mixers = sum("mixer_out" in sites_of(cell) for cell in loaded)
+    wrong = sum(len(cell.get("false", "").split()) for cell in loaded)
+    hub = [(row.get("hub", 0), row[engine]["word"]) for row in types.values() if engine in row]
+    covered = sum(models for models, word in hub if word in ("verified", "partial"))
+    said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
+    return [
+        f"{len(cells)} model types: {len(loaded)} load ({said}).",
+        f"{heads} have heads and attention patterns, {routers} routers, {mixers} a site for what their mixer adds.",
+        f"{wrong} sites are served that are further from hooks written by hand than rounding.",
+        f"They are the classes of {covered:,} models of the hub that TransformerLens' table lists.",
+    ]
+
+
+def sites_of(cell: Mapping[str, Any]) -> list[str]:
+    """Sites that are served."""
+    return [*cell.get("held", "").split(), *cell.get("unheld", "").split()]
+
+
+def listing(types: Mapping[str, Mapping[str, Any]], width: int | None = None) -> str:
+    """All types, with a word for each engine."""
+    rows = [("type", *ENGINES, "class")]
+    rows += [
+        (name, *(row[engine]["word"] if engine in row else "–" for engine in ENGINES), row.get("class", "–"))
+        for name, row in types.items()
+    ]
+    return "\n".join(aligned(rows, width, keep=2))
+
+
+def of_type(model_type: str, width: int | None = None) -> str:
+    """All that is known of a type.
+
+    Raises:
+        LoadError: no type of this name, with the nearest.
+    """
+    types = matrix()["types"]
+    if model_type not in types:
+        raise LoadError(f"there is no causal model type {model_type!r} in transformers. {nearest(model_type, types)}")
+    row = types[model_type]
+    lines = [f"{model_type} ({row.get('class', 'not built')})", ""]
+    for engine in ENGINES:
+        cell = row.get(engine)
+        if cell is None:
+            continue
+        lines.append(f"{engine}: {cell['word']}" + (f", {cell['why']}" if cell.get("why") else ""))
+        if cell.get("held"):
+            lines.append(f"  held by hooks written by hand (at most {cell['off']:.0e} off): {cell['held']}")
+        if cell.get("unheld"):
+            lines.append(f"  held by the self-check: {cell['unheld']}")
+        lines += [f"  missing {names}: {why}" for why, names in cell.get("missing", {}).items()]
+    return "\n".join(wrapped(line, width) for line in lines)
