@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures.atlas import Atlas
+from .architectures.atlas import CAUSAL, Atlas
 from .architectures.hook_points import KEYED
 from .batches import padded_on
 from .decoding import Ends, decoding
@@ -66,9 +66,18 @@ def generate(
     Raises:
         PlanError: an edit whose value has positions that generation moves, or an option that is refused or unknown.
         TextError: prompt and new tokens do not fit the context.
+        CapabilityError: a model whose positions see later ones.
         EffectError: an edit did nothing.
     """
+    if CAUSAL in (lacking := model.atlas.lacking):
+        raise CapabilityError(
+            f"generate: {lacking[CAUSAL]}. Run it on the text with its mask token, and read the logits there"
+        )
     named = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    if model.atlas.shape.n_labelled:
+        raise CapabilityError(
+            f"the logits of this model are of {model.d_vocab} labels, not of tokens: it generates none"
+        )
     prompt = model.input(x)
     how = decoding(model, prompt, options, named | {"top_k": top_k}, stop_at_eos)
     prompt = replace(prompt, inputs={**prompt.inputs, **how.inputs}) if how.inputs else prompt

@@ -18,7 +18,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._version import version_of
-from .architectures.parameters import parameter, runs_own_forward
+from .architectures.parameters import is_numbers, parameter, runs_own_forward
 from .errors import CapabilityError
 from .tensors import digest
 
@@ -370,13 +370,45 @@ def weights(root: nn.Module) -> str:
         # What is shared out is gathered, in one order by all processes.
         one_by_one = any(hasattr(x, "full_tensor") for _, x in named)
         digests = list((map if one_by_one else pool.map)(lambda item: _weight(root, *item), named))
-    return _hashed("weights", [part for (name, _), own in zip(named, digests, strict=True) for part in (name, own)])
+    parts = [part for (name, _), own in zip(named, digests, strict=True) for part in (name, own)]
+    return _hashed("weights", [*parts, *_packed(root, {name for name, _ in named})])
+
+
+def _packed(root: nn.Module, known: Collection[str]) -> Iterator[str]:
+    """Digests of what quantised layers keep beside parameters and buffers (scales, packed weights), by which they
+    name it in their state."""
+    for path, module in root.named_modules():
+        if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+            state: dict[str, Any] = {}
+            module._save_to_state_dict(state, f"{path}.", True)
+            for name, kept in state.items():
+                if name not in known:
+                    yield from (name, *map(_content, _tensors(name, kept)))
+
+
+def _tensors(name: str, kept: Any) -> Iterator[Tensor]:
+    """The tensors that a layer's state consists of, numbers among them, as tensors of numbers.
+
+    Raises:
+        NoIdentityError: it is something else.
+    """
+    if isinstance(kept, (tuple, list)):
+        yield from (tensor for each in kept for tensor in _tensors(name, each))
+    elif isinstance(kept, Tensor):
+        yield kept.dequantize() if kept.is_quantized else kept
+    elif isinstance(kept, (bool, int, float)):
+        yield torch.tensor(kept)
+    elif kept is not None and not isinstance(kept, (torch.dtype, str)):
+        raise NoIdentityError(f"{name} is a {type(kept).__name__}, whose content cannot be compared")
 
 
 def _weight(root: nn.Module, name: str, tensor: Tensor) -> str:
     whole = _whole(root, name, tensor)
     if whole is not tensor:
         return _content(whole)
+    if not is_numbers(tensor) and hasattr(tensor, "__tensor_flatten__"):  # a library's own tensor, of several
+        names, how = tensor.__tensor_flatten__()
+        return _hashed("tensors", [repr(how), *(_weight(root, name, getattr(tensor, part)) for part in names)])
     version = None if tensor.is_inference() else tensor._version
     state = tensor.data_ptr(), version, tensor.shape, tensor.dtype, _sums(tensor)
     if (before := _KNOWN.get(tensor)) is None or before[0] != state:

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from . import gguf, real
+from .architectures.unfit import class_for, encoder_decoder
 from .errors import LoadError, first_line, nearest, wrong
 from .placement import Placement
 from .progress import Progress
 from .snapshot import demand_plain
+from .wrappers import unwrapped, with_its_head
 
 TOYS = ("moe", "text", "vision")
 GATED = " is gated: ask for access on its page, then run `hf auth login` or set HF_TOKEN"
@@ -180,7 +182,7 @@ def _files(path: str, options: Mapping[str, Any]) -> Iterator[Files]:
 def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     """The model that files hold, all of it."""
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(files, config)
     packed = {} if files.head is None else gguf.dequantised(config)
     model, info = _attempt(files, auto, **options, **packed, output_loading_info=True)
     if lacking := sorted(info["missing_keys"]):
@@ -191,7 +193,7 @@ def _weights(files: Files, options: Mapping[str, Any]) -> Any:
     if files.head is not None:
         gguf.warn_of_what_is_left(files.name, files.head, model, info["unexpected_keys"])
         model.config.name_or_path = files.name
-    return model
+    return with_its_head(model)
 
 
 def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
@@ -199,35 +201,53 @@ def _without_weights(files: Files, options: Mapping[str, Any]) -> Any:
     import transformers
 
     config = _attempt(files, "AutoConfig")
-    auto = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+    auto = _auto(files, config)
     dtype = options["dtype"] if options["dtype"] != "auto" else config.dtype or torch.float32
     trusted = {"trust_remote_code": files.options["trust_remote_code"]}
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config, **{**options, "dtype": dtype}, **trusted)
     model.config.name_or_path = files.folder
-    return model
+    return with_its_head(model)
 
 
 def _in_memory(
     model: Any, tokenizer: Any, processor: Any, dtype: Any, device: Any, attn_implementation: str | None
 ) -> Opened:
+    model = unwrapped(model)
     demand_plain(model)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise LoadError(f"{type(model).__name__} is no Hugging Face transformers model (it has no config)")
-    if model.get_output_embeddings() is None:
-        raise LoadError(
-            f"{type(model).__name__} has no output embeddings; pass the model with its language modelling head, "
-            f"such as {type(model).__name__.removesuffix('Model')}ForCausalLM"
-        )
     if dtype is not None or device is not None:
         raise LoadError("a model in memory is taken as it is; call model.to(dtype=…, device=…) before load")
     if model.training:
         raise LoadError("the model is in training mode, where dropout makes runs differ; call model.eval() before load")
     if attn_implementation is not None:
         raise LoadError("a model in memory is taken as it is; call model.set_attn_implementation(…) before load")
+    model = with_its_head(model)
     if tokenizer is None and processor is not None:
         tokenizer = processor.tokenizer
     return Opened(model, tokenizer, processor, getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+
+def _auto(files: Files, config: Any) -> str:
+    """The class of transformers that opens what a config is of: a classifier with its head (with tied embeddings a
+    language model would open it, too, and be another model), an encoder with its head for masked tokens, where its
+    config names that, or no other.
+
+    Raises:
+        LoadError: an encoder-decoder of which no part can be opened alone.
+    """
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if any(name.endswith(f"For{kind}") for name in named):
+            return f"AutoModelFor{kind}"
+    causal, masked = (class_for(task, config.model_type) for task in ("CAUSAL_LM", "MASKED_LM"))
+    whole = getattr(config, "is_encoder_decoder", False) and causal not in named
+    if whole or (not (causal or masked) and class_for("SEQ_TO_SEQ_CAUSAL_LM", config.model_type)):
+        raise LoadError(f"{files.name} {encoder_decoder(config)}")
+    if hasattr(config, "vision_config"):
+        return "AutoModelForImageTextToText"
+    return "AutoModelForMaskedLM" if masked and (masked in named or not causal) else "AutoModelForCausalLM"
 
 
 def _check_kinds(tokenizer: Any, processor: Any, dtype: Any, attn_implementation: Any, revision: Any) -> None:
@@ -318,6 +338,11 @@ def _check_folder(path: str) -> None:
         raise LoadError(f"{path} is a file; give the folder that holds config.json and the weights, or a .gguf file")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise LoadError(
+                    f"{path} holds an adapter, not a model: open its base model with transformers, put it on with "
+                    "peft.PeftModel.from_pretrained(base, folder), and load that (docs/wrapped.md)"
+                )
             held = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
             raise LoadError(f"{path} holds no config.json, so it is no transformers model (it holds {held})")
         try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Call = TypeVar("Call", bound=Callable[..., Any])
 R = TypeVar("R", bound="Result")
 R_co = TypeVar("R_co", bound="Result", covariant=True)
-CAPABILITIES = ("readout",)
+CAPABILITIES = ("readout", "causal")
 """What a method may require of a model besides sites."""
 
 
@@ -100,7 +100,7 @@ class Method(Shown, ABC):
     Attributes:
         name: as registered.
         api: version of this interface that the method was written for.
-        requires: sites and capabilities (`readout`) that the model must have.
+        requires: sites and capabilities that the model must have: `readout`, or `causal` (positions see no later ones).
         Config: settings, a subclass of `interp_core.Config`.
     """
 

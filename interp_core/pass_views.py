@@ -135,6 +135,8 @@ def _likely(row: Tensor, word: Callable[[int], str]) -> list[str]:
     row = row.detach()
     if row.is_meta:
         return ["unknown: logits on meta have no numbers"]
+    if row.shape[-1] == 1:  # a reward, of which there is no chance
+        return [f"{token_shown(word(0))} {row.item():.4g}"]
     chances, ids = row.float().softmax(-1).topk(min(LIKELY, row.shape[-1]))
     pairs = list(zip(chances.tolist(), ids.tolist(), strict=True))
     if any(math.isnan(chance) for chance, _ in pairs):

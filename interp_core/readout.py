@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas
-from .architectures.parameters import bias_of, parameter, runs_own_forward
+from .architectures.parameters import bias_of, is_numbers, parameter, runs_own_forward
 from .architectures.shards import called
 from .errors import PlanError, wrong
 from .sites import Site
@@ -88,7 +88,7 @@ def cap_of(config: Any) -> float | None:
 
 def is_plain(head: Any) -> bool:
     """Whether a head's own forward is a product with its matrix and no more, so that some rows give some logits."""
-    return type(head) is nn.Linear and runs_own_forward(head)
+    return type(head) is nn.Linear and runs_own_forward(head) and is_numbers(head.weight)
 
 
 def _hooked(head: nn.Module) -> bool:

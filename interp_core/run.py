@@ -338,6 +338,7 @@ class CompiledPlan(PlanView):
         for slot in self.program.slots:
             if grad and (why := slot.entry.why.get("grad")):
                 raise CapabilityError(f"{slot.site} has no gradient: {why}")
+        self.model.demand_gradients()
         if callable(grad) and not self.program.slots:
             raise PlanError(
                 "grad= gives gradients with respect to the sites that are read, and none is: pass read=S.resid_post, "

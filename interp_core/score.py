@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import PlanError, nearest, wrong
+from .errors import CapabilityError, PlanError, nearest, wrong
 from .positions import PerRow, Position, PositionLike, Slice, position
 from .readings import ForwardPass
 from .sites import Site
@@ -105,7 +105,10 @@ class Score:
 
         Raises:
             PlanError: another number of targets than rows, or a word of several tokens.
+            CapabilityError: a likelihood of a text, of a model whose positions see later ones.
         """
+        if self.fn is _nll and (why := model.atlas.lacking.get("causal")):
+            raise CapabilityError(f"score {self.name}: {why}; score the logits at its mask token, logprob(word, at=…)")
         for target in self.targets:
             if _of_each(target) and len(target) < rows:
                 self._counted("targets", target, rows)

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import text
 from .architectures import atlas_of
 from .architectures.atlas import Atlas, Shape
+from .architectures.parameters import without_gradient
 from .batches import laid_out
 from .engines import make_engine
 from .engines.protocol import Program
@@ -27,7 +28,7 @@ from .errors import CapabilityError, TextError, wrong
 from .loading import Opened
 from .plan import Plan, several_edits, several_sites
 from .sites import Edit, Site
-from .snapshot import Snapshot, demand_usable, forgotten
+from .snapshot import Snapshot, demand_usable, forgotten, take_again
 from .strategy_checks import StrategyChecks
 from .structure import Structure
 from .text import Tokens, from_inputs
@@ -74,6 +75,7 @@ class Session(Structure):
             CapabilityError, LoadError, TextError: as `load`.
         """
         engine, options = self._engine_made_of
+        take_again(self.hf)
         self.turn.demand_idle(dict(self.hf.named_modules()))
         self.weightless = is_remote(options) and all(weight.is_meta for weight in self.hf.parameters())
         demand_usable(self.hf, weightless=self.weightless)
@@ -91,6 +93,7 @@ class Session(Structure):
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.strategy_checks = StrategyChecks()
         self._warned = False
+        self._ends: str | None = None
         # An engine's copy shares the weights: who runs one holds off who would run the other.
         self.turn = turn_of(self.hf, self.engine.model)
         self.snapshot = Snapshot(self.hf, self.engine.model)
@@ -107,7 +110,7 @@ class Session(Structure):
         return changed
 
     def _check_tokenizer(self) -> None:
-        size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.d_vocab
+        size, rows = (len(self.tokenizer) if self.tokenizer is not None else 0), self.atlas.shape.n_ids
         if size > rows:
             raise TextError(
                 f"the tokenizer has {size} tokens, the model {rows}: they do not belong together. Pass the tokenizer "
@@ -182,13 +185,16 @@ class Session(Structure):
         return self.fit(demand_no_places(tokens, self))
 
     def word(self, token: int) -> str:
-        """Text of one token id, its leading space included; the number where there is no tokenizer."""
+        """Text of one token id, its leading space included; the number where there is no tokenizer. Of a classifier,
+        whose logits are of labels, the name of a label."""
         if isinstance(token, Tensor) and token.numel() == 1:
             token = token.item()
         if isinstance(token, (bool, Tensor)) or not hasattr(token, "__index__"):
             raise TextError(wrong("word", "a token id", token))
         if not 0 <= int(token) < self.atlas.shape.d_vocab:
             raise TextError(f"token id {token} does not exist: the model has {self.atlas.shape.d_vocab} tokens")
+        if self.atlas.shape.n_labelled:
+            return str(self.hf.config.id2label.get(int(token), token))
         return str(token) if self.tokenizer is None else text.token_text(self.tokenizer, int(token))
 
     def _tokenizer(self) -> Any:
@@ -262,6 +268,20 @@ class Session(Structure):
                     self._programs.popitem(last=False)
         return known, reads, changes
 
+    def demand_gradients(self) -> None:
+        """Refuse gradients through layers that have none; the layers are asked once while the model stays as it is.
+
+        Raises:
+            CapabilityError: naming the first.
+        """
+        if self._ends is None:
+            self._ends = without_gradient(self.hf, self.hf.dtype)
+        if self._ends:
+            raise CapabilityError(
+                f"{self._ends} is computed by a kernel that autograd does not see through, so gradients would end "
+                "there without a word; load the model with weights that are numbers, as in dtype=torch.bfloat16"
+            )
+
     def fresh(self) -> AbstractContextManager[None]:
         """Forget, for a while, what earlier passes left on the model (position offsets of images)."""
         carried = self.atlas.family.carried
@@ -285,8 +305,8 @@ def demand_fit(shape: Shape, tokens: Tokens, more: int) -> Tokens:
         wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
         raise TextError(f"{wanted} do not fit the model's context of {shape.n_ctx}; shorten the text")
     top = int(tokens.ids.max())
-    if top >= shape.d_vocab or int(tokens.ids.min()) < 0:
-        raise TextError(f"token id {top} does not exist: the model has {shape.d_vocab} tokens")
+    if top >= shape.n_ids or int(tokens.ids.min()) < 0:
+        raise TextError(f"token id {top} does not exist: the model has {shape.n_ids} tokens")
     return tokens
 
 

@@ -1,10 +1,11 @@
 """Whether a model is still what it was when it was opened.
 
 Sites, hook points and compiled plans are worked out once. What can change under them is looked at before every run, in
-loops over attributes that cost no Python call: whether the modules that the run touches hang where they hung and are
-not compiled in place, whether dtype, device and config (with it the attention implementation) are as they were, and
-whether anything that is random while training is in training mode. A model that changed is opened anew, as `load`
-would. Values of weights need no look: nothing is worked out from them.
+loops over attributes that cost no Python call: whether the modules that the run touches hang where they hung and none
+was compiled in place since, whether dtype, device and config (with it the attention implementation) are as they were,
+and whether anything that is random while training is in training mode. A model that changed is opened anew, as `load`
+would. Values of weights need no look: nothing is worked out from them; nor do adapters that are switched, except on an
+engine's copy, which has switches of its own.
 
 An engine's copy of the model shares its weights and nothing else, so there every module and weight is held against it.
 """
@@ -13,16 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .architectures.parameters import LENT
 from .errors import CapabilityError, LoadError
 
 Place = tuple[Mapping[str, Any], str, Any]
 """Where something hangs: a module's table of what it holds, the name there, and what it was."""
+SWITCH = "_active_adapter"
+"""An attribute of layers with adapters (PEFT): which of them act."""
+_SWITCHES = (SWITCH, "_disable_adapters", "merged_adapters", "scaling")
+"""Attributes of layers with adapters that say what acts, and how much."""
 _DRAWS = ("drop", "jitter")
 """What attributes of modules are called that say how much of what passes is random while training."""
 
@@ -38,14 +45,21 @@ class Snapshot:
         modules: where every module of the user's model hangs.
     """
 
-    __slots__ = ("_configs", "_copied", "_draws", "_root", "_table", "_weight", "_weights", "modules")
+    __slots__ = (
+        "_compiled", "_configs", "_copied", "_draws", "_root", "_switches", "_table", "_weight", "_weights", "modules",
+    )  # fmt: skip
 
     def __init__(self, model: Any, run: Any) -> None:
         self._root = run
         self.modules = tuple(_held(model, "_modules"))
         held = (*self.modules, *_held(model, "_parameters"), *_lasting(model))
         self._weights = tuple((table, name) for table, name, _ in _held(run, "_parameters"))
-        self._copied = () if run is model else held
+        self._copied = (*_lent(model), *(() if run is model else held))
+        # A copy has switches of adapters of its own; on the model's own modules they act at once.
+        self._switches = (
+            [] if run is model else [(own, _switched(own)) for own in map(vars, model.modules()) if SWITCH in own]
+        )
+        self._compiled = {id(module) for module in model.modules() if module._compiled_call_impl is not None}
         # What can draw is few of the modules, and which they are is settled; whether they train is looked at each time.
         self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
         # One level deep, for the price of a look at every run: what is written into a nested setting goes unnoticed.
@@ -65,18 +79,23 @@ class Snapshot:
         """
         for path, module in self._draws:
             if module.training:
-                _demand_steady(path, module)
+                demand_steady(path, module)
         weight, (dtype, device, shape) = self._table["weight"], self._weight
         if weight.dtype is not dtype or weight.device != device or weight.shape != shape:
             return True
         for now, then in self._configs:  # loops, not any(): a generator would cost a Python call a place
             if now != then:
                 return True
-        if self._root._compiled_call_impl is not None:
+        if self._root._compiled_call_impl is not None and id(self._root) not in self._compiled:
             return True
+        for own, switched in self._switches:
+            if _switched(own) != switched:
+                return True
         try:
             for table, name, held in places:
-                if table[name] is not held or held._compiled_call_impl is not None:
+                if table[name] is not held:
+                    return True
+                if held._compiled_call_impl is not None and id(held) not in self._compiled:
                     return True
             for table, name, held in self._copied:
                 if table[name] is not held:
@@ -128,41 +147,41 @@ class Snapshot:
 
 
 def demand_plain(model: nn.Module) -> None:
-    """Refuse models that something is wrapped around, or whose weights are not there as numbers: their sites would be
-    half there.
+    """Refuse models that something is wrapped around (`wrapped.py` takes off what it knows), or inside which nothing
+    can be seen: their sites would be half there.
 
     Raises:
         LoadError: naming the module, and what to load instead.
     """
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         inner = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
         if inner is not None:
-            merge = "model.merge_and_unload(), or " if hasattr(model, "merge_and_unload") or "Peft" in kind else ""
             raise LoadError(
-                f"{kind} wraps a {type(inner[1]).__name__}, whose sites would not be where they are looked for; load "
-                f"{merge}the model inside, model.{inner[0]} (without what the wrapper itself does)"
+                f"{type(model).__name__} wraps a {type(inner[1]).__name__}, whose sites would not be where they are "
+                f"looked for; load the model inside, model.{inner[0]} (without what the wrapper itself does)"
             )
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        whole = isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not weight.is_complex()
-        if whole or hasattr(module, "qweight") or (weight is not None and callable(weight)):
+        packed = isinstance(weight, torch.Tensor) and not weight.is_floating_point() and not weight.is_complex()
+        if packed and type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
             raise LoadError(
-                f"{name} ({type(module).__name__}) is quantised: its weights are not there as numbers. Load the model "
-                "without quantisation, as in dtype=torch.bfloat16."
+                f"{name} ({type(module).__name__}) is quantised, and has no forward of its own that would know of it: "
+                "its weights are not there as numbers. Load the model without quantisation, as in dtype=torch.bfloat16."
             )
         if hasattr(module, "_orig_mod"):
             raise LoadError(
-                f"{name} is a compiled module ({type(module).__name__}), inside which nothing can be seen; load the "
-                f"model with the one that it was made of, {name}._orig_mod, in its place"
+                f"{name} is a compiled module ({type(module).__name__}), which stands where the module was that it was "
+                f"made of; load the model with that one, {name}._orig_mod, in its place, or compile it in place "
+                "(module.compile()), which runs undo for as long as they take"
             )
-        forward = vars(module).get("forward")
-        if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
+    if isinstance(model, PreTrainedModel) and (embedding := model.get_input_embeddings()) is not None:
+        weight = getattr(embedding, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise LoadError(
-                f"{name or 'the model'} ({type(module).__name__}) is compiled in place, where hooks do not fire; "
-                "load the model before it is compiled, or a copy that is not"
+                f"the token embedding ({type(embedding).__name__}) is quantised, which is not supported: dtype and "
+                "device of a model are those of its embedding. Quantise the other layers alone."
             )
 
 
@@ -174,18 +193,18 @@ def demand_usable(model: Any, *, weightless: bool = False) -> None:
 
     Raises:
         CapabilityError: with the reason.
-        LoadError: it is wrapped, compiled or quantised.
+        LoadError: it is wrapped, or quantised in a way that is not known.
     """
     demand_plain(model)
     for path, module in model.named_modules():
-        _demand_steady(path, module)
+        demand_steady(path, module)
     if not weightless:
         _demand_weights(model)
     if getattr(model.config, "return_dict", True) is False:
         raise CapabilityError("model.hf.config.return_dict is False, so its outputs have no names; set it to True")
 
 
-def _demand_steady(path: str, module: nn.Module) -> None:
+def demand_steady(path: str, module: nn.Module) -> None:
     """Refuse a module that does something else at every run, because it is in training mode.
 
     Raises:
@@ -228,6 +247,24 @@ def _lasting(model: nn.Module) -> Iterator[Place]:
     for module in model.modules():
         table, passing = module._buffers, module._non_persistent_buffers_set
         yield from ((table, name, held) for name, held in table.items() if held is not None and name not in passing)
+
+
+def _lent(model: Any) -> Iterator[Place]:
+    """Where modules hang that a model runs and another one owns."""
+    owner, names = vars(model).get(LENT, (None, {}))
+    yield from ((owner._modules, name, owner._modules[name]) for name in names.values())
+
+
+def take_again(model: Any) -> None:
+    """Let a model run what its owner has by now in the places of the modules that it runs."""
+    owner, names = vars(model).get(LENT, (None, {}))
+    for own, name in names.items():
+        setattr(model, own, getattr(owner, name))
+
+
+def _switched(own: Mapping[str, Any]) -> list[Any]:
+    """How the adapters of a layer are switched, of its attributes."""
+    return [copy(own.get(name)) for name in _SWITCHES]
 
 
 def _may_draw(module: nn.Module) -> bool:

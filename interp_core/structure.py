@@ -20,7 +20,7 @@ from .sites import Site
 from .table import SiteTable
 
 if TYPE_CHECKING:
-    from .weights import Weights
+    from .architectures.parameters import Weights
 
 USES = ("read", "write", "grad", "generate", "rows")
 
@@ -61,7 +61,7 @@ class Structure:
 
     @property
     def d_vocab(self) -> int:
-        """Number of tokens that the unembedding has, which may be more than the tokenizer's."""
+        """Number of tokens that the unembedding has, maybe more than the tokenizer's; of a classifier, labels."""
         return self.atlas.shape.d_vocab
 
     @property
@@ -250,9 +250,7 @@ class Structure:
         from .readout import readout
 
         with self._reading_out("readout", resid):
-            norm = self.atlas.entries["final_norm", 0].module
-            assert norm is not None  # else `readout` would be lacking
-            return readout(self.hf, norm, resid)
+            return readout(self.hf, self.atlas.final_norm, resid)
 
     def unembed(
         self, normed: Float[Tensor, "... d_model"], tokens: slice | Tensor | None = None

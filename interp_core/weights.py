@@ -8,15 +8,26 @@ unit vectors, an embedding from all ids, a norm from one vector of mean 0; and t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas, Entry
-from .architectures.parameters import bias_of, device_of, parameter, runs_own_forward
+from .architectures.parameters import (
+    ROWS,
+    Weights,
+    by_unit_vectors,
+    device_of,
+    is_numbers,
+    is_plain,
+    matrix,
+    parameter,
+    runs_own_forward,
+    widths,
+)  # fmt: skip
 from .architectures.shards import called
 from .errors import CapabilityError, SiteError, nearest
 from .indexing import indices
@@ -32,15 +43,6 @@ INPUTS = {
 ADDED = {"attn_out": "ln1_post", "mixer_out": "ln1_post", "mlp_out": "ln2_post"}
 """Sites that a norm makes in families with post-norms, and the component that it is."""
 KNOWN = (*HEADS, "z", "mlp_act", "embed", "logits", *INPUTS, *ADDED, "final_norm")
-ROWS = 1024
-"""Unit vectors or ids that go through a module at a time."""
-
-
-class Weights(NamedTuple):
-    """A matrix, `[in out]` or in a site's axes, or the gains of a norm; and the bias (zeros where there is none)."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 class WeightReader(NamedTuple):
@@ -122,37 +124,29 @@ class WeightReader(NamedTuple):
 
     def _linear(self, entry: Entry, module: nn.Module | None) -> Weights:
         """The matrix of a linear map, `[in out]`, and its bias."""
-        if module is not None and _is_plain(module):
+        if module is not None and is_plain(module):
             self._demand_running(entry, module)
-            weight, added = parameter(module).detach(), bias_of(module)
-            weight = weight.mT if isinstance(module, nn.Linear) else weight
-            return Weights(weight, weight.new_zeros(weight.shape[1]) if added is None else added.detach())
-        width = getattr(module, "in_features", None)
-        if module is None or not isinstance(width, int):
+            weights = matrix(module, module.weight)  # type: ignore[arg-type]
+            return Weights(weights.weight.detach(), weights.bias.detach())
+        try:
+            width = widths(module)[0] if module is not None else 0
+        except CapabilityError:
+            width = 0
+        if module is None or not width:
             raise CapabilityError(f"{self._what(entry)} does not come out of one linear map; see model.module")
         self._demand_running(entry, module)
-        # The bias is what nothing gives, a row of the matrix what a unit vector adds to that: true of quantized
-        # and adapted layers alike, whatever they hold.
-        zero = called(module, self._like(module, torch.zeros(1, width)))
-        units = torch.arange(width).split(ROWS)
-        rows = [called(module, self._like(module, nn.functional.one_hot(part, width))) - zero for part in units]
-        weights = Weights(torch.cat(rows), zero[0])
-        x = self._like(module, _random(8, width))
-        x64, w64, b64 = x.double(), weights.weight.double(), weights.bias.double()
-        size = x64.abs() @ w64.abs() + b64.abs()
-        # A sum is rounded as it grows, in float32 at least, and as it is given; and the weights are, beside the bias.
-        summed = math.sqrt(width) * torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps * size
-        ours, once = x64 @ w64 + b64, torch.finfo(self.dtype).eps * size / math.sqrt(width)
-        if not _close(called(module, x), ours, 8 * summed + 4 * once):
+        linear = by_unit_vectors(partial(called, module), self._like(module, torch.zeros(0)), width)
+        if linear is None:
             raise CapabilityError(f"{self._what(entry)} comes out of a map that is not linear to rounding")
-        return weights
+        return linear
 
     def _table(self, entry: Entry) -> Tensor:
         """What an embedding gives for every id `[d_vocab d_model]`."""
         module = entry.module
         assert module is not None
         self._demand_running(entry, module)
-        if runs_own_forward(module) and type(module).forward is nn.Embedding.forward:
+        plain = runs_own_forward(module) and type(module).forward is nn.Embedding.forward
+        if plain and is_numbers(module.weight):
             return parameter(module).detach()
         ids = torch.arange(len(module.weight), device=device_of(module))  # type: ignore[arg-type]
         return torch.cat([module(part) for part in ids.split(ROWS)])
@@ -225,14 +219,6 @@ class WeightReader(NamedTuple):
                 f"{self._what(entry)}: this engine runs with weights of its own (folded ones); load without fold, or "
                 "take them from the engine's model"
             )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether it is exactly torch's linear layer, or transformers' Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    known = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    return known and runs_own_forward(module)
 
 
 def _chosen(values: Tensor, site: Site, entry: Entry) -> Tensor:

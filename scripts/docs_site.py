@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Guide": (
         "sites", "runs", "text", "prompts", "many_texts", "sweeps", "engines", "images", "visual_edits", "statistics",
-        "planning", "reports", "run_folders", "cluster", "plugins", "families", "errors",
+        "planning", "reports", "run_folders", "cluster", "plugins", "families", "wrapped", "errors",
     ),
     "Methods": (
         "methods/direct_logit_attribution", "methods/head_detectors", "methods/attention_summary",

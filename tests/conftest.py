@@ -140,3 +140,14 @@ def rough_figures() -> Iterator[None]:
         patch.setattr("interp_core.report.png.DPI", 30)
         patch.setattr("interp_core.report.png.LAYOUT", None)
         yield
+
+
+@pytest.fixture
+def of_others() -> Iterator[Any]:
+    """Registers families for the length of a test."""
+    registry = ic.registry("architectures")
+    rows, hidden = list(registry.rows), [row.hidden for row in registry.rows]
+    yield lambda family: registry.register(family.name, family)
+    registry.rows = rows
+    for row, was in zip(rows, hidden, strict=True):
+        row.hidden = was

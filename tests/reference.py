@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from routed import route
 from torch import Tensor, nn
-from type_layouts import DENSE, LACKS, LAYOUT, LINEAR, MIXED_VALUES, MIXERS, PER_HEAD, SCALES, SOME, WIDE_QUERIES
+from type_layouts import DENSE, KIN, LACKS, LAYOUT, LINEAR, MIXED_VALUES, MIXERS, PER_HEAD, SCALES, SOME, WIDE_QUERIES
 
 Change = Callable[[Tensor], Tensor]
 
@@ -25,7 +25,7 @@ class Reference:
     """A tiny model of one family, in eager attention, with hooks written by hand."""
 
     def __init__(self, family: str, hf: nn.Module) -> None:
-        self.family, self.hf, self.layout = family, hf, LAYOUT[family]
+        self.family, self.hf, self.layout, self.kin = family, hf, LAYOUT[family], KIN.get(family, family)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
         self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
@@ -49,8 +49,7 @@ class Reference:
         names += ["resid_post", "final_norm", "logits", "pattern", "mlp_act", "resid_mid", "scores", "rot_q", "rot_k"]
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
-        if self.family in MIXERS:
-            names += ["mixer_in", "mixer_out"]
+        names += ["mixer_in", "mixer_out"]
         return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
@@ -154,6 +153,8 @@ class Reference:
             return _output(self.module(site, layer), added)
         if site == "mlp_act":
             return _input(self.module("down", layer), self._shaped(fn))
+        if site == "resid_mid" and "mid_out" in self.layout:
+            return _output(self.module("mid_out", layer), fn)
         if site == "resid_mid":
             return self._mid(layer, fn)
         if site == "z":
@@ -208,7 +209,7 @@ class Reference:
     def _router(self, layer: int, site: str, fn: Change) -> Iterator[None]:
         module = self.module("router", layer)
 
-        config, inputs = self.hf.config.get_text_config(), self.family == "llama4"
+        config, inputs = self.hf.config.get_text_config(), self.kin == "llama4"
 
         def batched(x: Tensor) -> Tensor:
             return fn(x.reshape(*self.shape, -1)).reshape(x.shape)
@@ -219,11 +220,11 @@ class Reference:
                 if site == "router_weights":
                     return batched(weights), logits
                 logits = batched(logits)
-                return route(self.family, config, m, logits), logits
+                return route(self.kin, config, m, logits), logits
             logits, weights, chosen = output
             if site == "router_logits":
                 logits = batched(logits)
-                dense = route(self.family, config, m, logits)
+                dense = route(self.kin, config, m, logits)
                 chosen = torch.stack([(row != 0).nonzero()[:, 0] for row in dense])
             else:
                 dense = weights.new_zeros(logits.shape)

@@ -26,7 +26,7 @@ ROOMS: dict[str, str] = {
     "atlas": "architectures",
     "engines": "engines snapshot",
     "vision": "vision",
-    "session": "session structure loading placement strategy_checks gguf weights readout real identity batches table model_inputs",
+    "session": "session structure loading placement strategy_checks gguf weights readout real identity batches table model_inputs wrappers",
     "run folders": "runs provenance",
     "runs": "run readings receipts generation decoding score saved replacing collect activations pass_views",
     "check at load": "checks",

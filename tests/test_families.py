@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_mixers
 import test_streams
 import torch
 import towers
@@ -20,6 +18,7 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core.architectures.family import Family, Place
 from interp_core.architectures.routing import Router, TopKOfLogits
+from interp_core.testing.types import types
 
 ROOT = Path(__file__).parent.parent
 DECLARED: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
@@ -184,7 +183,7 @@ def test_every_family_that_is_declared_is_there() -> None:
 def lacking(name: str, file: str) -> list[str]:
     """What a family that is declared, or that has a tiny model, still lacks: one sentence for each place."""
     page = (ROOT / "docs/families.md").read_text()
-    small = {*FAMILIES, *ic.testing.mixtures(), *test_streams.MODELS, *test_mixers.MIXING}
+    small = {*FAMILIES, *ic.testing.mixtures(), *test_streams.MODELS, *types()}
     tried = {target.partition(":")[0] for other, target in DECLARED.items() if other in small}
     sentences = []
     if file and f"`{name}`" not in page:
@@ -220,17 +219,6 @@ def test_what_is_missing_for_a_family_is_told(monkeypatch: pytest.MonkeyPatch) -
         with monkeypatch.context() as patch:
             patch.delitem(table, name)
             assert [sentence for sentence in lacking(name, DECLARED.get(name, "")) if says in sentence], says
-
-
-@pytest.fixture
-def of_others() -> Iterator[Any]:
-    """Registers families for the length of a test."""
-    registry = ic.registry("architectures")
-    rows, hidden = list(registry.rows), [row.hidden for row in registry.rows]
-    yield lambda family: registry.register(family.name, family)
-    registry.rows = rows
-    for row, was in zip(rows, hidden, strict=True):
-        row.hidden = was
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import interp_core as ic
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("sweeps", "synchronisations", "memory", "streams", "environment")
@@ -87,15 +84,3 @@ def test_a_part_that_fails_is_counted_and_the_next_goes_on(monkeypatch: pytest.M
     assert bench.compared == {"breaks": 1, "endless": 0, "holds": 25}
     assert bench.failed == {"breaks": 1, "endless": 1, "holds": 0}
     assert any("cut off" in text for part, text in bench.lines if part == "endless")
-
-
-def test_models_compiled_in_place_are_refused() -> None:
-    for name, compiled in (("the model", ""), (r"model\.layers\.1", "model.layers.1")):
-        hf = ic.testing.tiny("llama")
-        hf.get_submodule(compiled).compile(backend="eager")
-        with pytest.raises(ic.LoadError, match=rf"{name} \(\w+\) is compiled in place"):
-            ic.load(hf)
-    hf = ic.testing.tiny("llama")
-    hf.forward = torch.compile(hf.forward, backend="eager")
-    with pytest.raises(ic.LoadError, match=r"the model \(LlamaForCausalLM\) is compiled in place"):
-        ic.load(hf)

@@ -36,6 +36,15 @@ GPT = {
     "embed": "transformer.wte", "blocks": "transformer.h", "norm": "transformer.ln_f", "attn": "attn", "mlp": "mlp",
     "attn_out": "attn", "mlp_out": "mlp", "qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2",
 }  # fmt: skip
+BERT = {
+    "attn": "attention", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+    "o": "attention.output.dense", "mlp": "intermediate", "down": "output.dense", "mid_out": "attention.output",
+    "attn_out": "attention.output.dense", "mlp_out": "output.dense",
+}  # fmt: skip
+BART = {
+    "attn": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj", "mlp": "fc1", "down": "fc2", "attn_out": "self_attn", "mlp_out": "fc2",
+}  # fmt: skip
 NEOX = {
     "attn": "attention", "qkv": "attention.query_key_value", "o": "attention.dense", "mlp": "mlp",
     "down": "mlp.dense_4h_to_h", "attn_out": "attention", "mlp_out": "mlp",
@@ -47,6 +56,17 @@ def inside(layout: dict[str, str], model: str) -> dict[str, str]:
     return layout | {"embed": f"{model}.embed_tokens", "blocks": f"{model}.layers", "norm": f"{model}.norm"}
 
 
+def encoder(model: str, layout: dict[str, str] = BERT) -> dict[str, str]:
+    """Blocks of BERT and its kin."""
+    ends = {"embed": f"{model}.embeddings.word_embeddings", "blocks": f"{model}.encoder.layer", "norm": ""}
+    return layout | ends
+
+
+def decoder(model: str, layout: dict[str, str]) -> dict[str, str]:
+    """Blocks of BART's decoder and its kin."""
+    return layout | {"embed": f"{model}.embed_tokens", "blocks": f"{model}.layers", "norm": f"{model}.layer_norm"}
+
+
 PLAIN = (
     "arcee", "bitnet", "cwm", "diffllama", "emu3", "ernie4_5", "exaone", "gemma", "glm", "granite", "granite_swa",
     "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jais2", "ministral", "ministral3", "mllama", "nemotron",
@@ -55,13 +75,26 @@ PLAIN = (
 """Types with Llama's blocks."""
 MIXED = (
     "aria_text", "dots1", "ernie4_5_moe", "exaone_moe", "flint", "hunyuan_v1_moe", "hy_v3", "laguna", "mellum",
-    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "phimoe", "sarvam_moe", "solar_open",
+    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "phimoe", "solar_open",
 )  # fmt: skip
 """Types with Llama's blocks and experts in some layers or all."""
 LATENTLY = (
-    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu",
+    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
 )  # fmt: skip
 """Types whose keys and values come out of a latent."""
+NORMED = ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
+"""Decoders that norm the stream after each sum; the others norm what attention and MLP read."""
+PRENORMED = ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")
+BERTS = {
+    "bert": "bert", "camembert": "roberta", "data2vec-text": "data2vec_text", "electra": "electra", "ernie": "ernie",
+    "roberta": "roberta", "xlm-roberta": "roberta", "bert-generation": "bert", "big_bird": "bert",
+    "rembert": "rembert", "roc_bert": "roc_bert", "roformer": "roformer", "xmod": "roberta",
+}  # fmt: skip
+"""BERT and its kin, and what their encoder is called."""
+KIN = {
+    "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
+}  # fmt: skip
+"""Types whose classes are another's, and whose routers select as that one's."""
 LAYOUT: dict[str, dict[str, str]] = {
     **layouts.LAYOUT,
     **dict.fromkeys((*PLAIN, *MIXED), LLAMA),
@@ -84,7 +117,6 @@ LAYOUT: dict[str, dict[str, str]] = {
     "glm4": GLM4,
     "gpt-sw3": GPT,
     "gpt_bigcode": GPT,
-    "llama4_text": LLAMA | {"mlp": "feed_forward", "mlp_out": "feed_forward", "down": "feed_forward.down_proj"},
     "gpt_neox_japanese": {
         "pattern": "attention.attention_dropout", "embed": "gpt_neox_japanese.embed_in", "blocks": "gpt_neox_japanese.layers",
         "norm": "gpt_neox_japanese.final_layer_norm", **NEOX, "mid": "post_attention_layernorm",
@@ -103,7 +135,6 @@ LAYOUT: dict[str, dict[str, str]] = {
     "phi": PARALLEL | {"norm": "model.final_layernorm", "o": "self_attn.dense", "down": "mlp.fc2"},
     "phi4_multimodal": FUSED | {"qkv": "self_attn.qkv_proj"},
     "qwen3_5_text": LLAMA,
-    "qwen3_5_moe_text": LLAMA,
     "lfm2": LFM, "lfm2_moe": LFM,
     "lfm3": LFM | {"o": "self_attn.o_proj", "attn_out": "post_operator_norm", "mlp_out": "post_ffn_norm"},
     "jamba": HYBRID, "bamba": HYBRID,
@@ -120,13 +151,28 @@ LAYOUT: dict[str, dict[str, str]] = {
         "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.Wo", "mlp": "mlp", "down": "mlp.Wo",
         "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
     },
+    **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
+    **{name: encoder(model) for name, model in BERTS.items()},
+    **dict.fromkeys(NORMED, decoder("model.decoder", BART | {"mid_out": "self_attn_layer_norm"})),
+    **dict.fromkeys(PRENORMED, decoder("model.decoder", BART | {"mid": "final_layer_norm"})),
+    "xglm": decoder("model", BART | {"mid": "final_layer_norm"}),
+    "biogpt": decoder("biogpt", BART | {"mid": "final_layer_norm"}),
+    "bloom": GPT
+    | {"embed": "transformer.word_embeddings", "attn": "self_attention", "qkv": "self_attention.query_key_value"}
+    | {"o": "self_attention.dense", "down": "mlp.dense_4h_to_h", "mid": "post_attention_layernorm"}
+    | {"attn_out": "self_attention.dense", "mlp_out": "mlp.dense_4h_to_h", "pattern": "self_attention.attention_dropout"},
+    "mpt": {
+        "embed": "transformer.wte", "blocks": "transformer.blocks", "norm": "transformer.norm_f", "attn": "attn",
+        "qkv": "attn.Wqkv", "o": "attn.out_proj", "mlp": "ffn", "down": "ffn.down_proj", "mid": "norm_2",
+        "attn_out": "attn.out_proj", "mlp_out": "ffn.down_proj",
+    },
 }  # fmt: skip
 """Module names by type."""
-WIDE_QUERIES = {"deepseek_v3", *LATENTLY}
+WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
 MIXED_VALUES = {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"}
 """Values are normed or scaled before attention mixes them; they are what it is handed."""
-PER_HEAD = {"gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu"}
+PER_HEAD = {"bloom", "gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu"}
 """Query, key and value of a head lie side by side."""
 SCALES: dict[str, Callable[[Any], float]] = {
     **dict.fromkeys(
@@ -145,13 +191,20 @@ DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", 
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE}
-DENSE |= {"llama4_text": [], "qwen3_5_moe_text": [], "jamba": [1], "lfm2_moe": [0]}
+DENSE |= {
+    "llama4_text": [],
+    "qwen3_5_moe_text": [],
+    "sarvam_mla": [0],
+    "sarvam_moe": [0],
+    "jamba": [1],
+    "lfm2_moe": [0],
+}
 """Layers with a dense MLP of types that have experts in others."""
 LACKS: dict[str, set[str]] = {
     **layouts.LACKS,
     **{family: {"resid_mid"} for family in ("cohere", "cohere2", "cohere_compass_text", "phi")},
     **{family: {"mlp_act"} for family in NO_DENSE},
-    **{family: {"k"} for family in LATENTLY},
+    **{family: {"k"} for family in (*LATENTLY, "sarvam_mla")},
     "cohere2_moe": {"resid_mid", "mlp_act"},
     "llama4_text": {"mlp_act"},
     "qwen3_5_moe_text": {"mlp_act"},
@@ -159,11 +212,17 @@ LACKS: dict[str, set[str]] = {
     "gpt_neox_japanese": {"rot_q", "rot_k", "scores"},
     "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
     "codegen": {"resid_mid", "q", "k"},
+    **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED)},
+    **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
+    "bloom": {"rot_q", "rot_k", "scores"},
+    "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
 """What a type does not have."""
 LINEAR = layouts.LINEAR | {"qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
 """Layers with linear attention."""
-SOME: dict[str, dict[str, list[int]]] = {"gpt_neox_japanese": {"attn_out": [0, 1], "resid_mid": [0, 1]}}
+SOME: dict[str, dict[str, list[int]]] = {
+    "gpt_neox_japanese": {"attn_out": [0, 1], "mixer_out": [0, 1], "resid_mid": [0, 1]},
+}
 """Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""
 MIXERS: dict[str, dict[int, str]] = {
     **{family: {0: "conv"} for family in ("lfm2", "lfm2_moe", "lfm3")},

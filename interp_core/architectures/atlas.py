@@ -21,6 +21,8 @@ from .family import Family
 from .hook_points import HookPoint
 from .reach import Reach
 
+CAUSAL = "causal"
+"""What is lacking, with the reason, where positions see later ones."""
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
 """Sites that only mixtures of experts have."""
 OF_ATTENTION = ("attn_in", "attn_out", "q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out")
@@ -29,12 +31,23 @@ OF_ATTENTION = ("attn_in", "attn_out", "q", "k", "v", "rot_q", "rot_k", "scores"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, in TransformerLens' words."""
+    """Sizes of a model, in TransformerLens' words.
+
+    Attributes:
+        d_vocab: how many tokens it has logits of; of a classifier, how many labels.
+        n_labelled: of a classifier, how many tokens it can be given; else 0, and they are `d_vocab`.
+    """
 
     n_layers: int
     d_model: int
     d_vocab: int
     n_ctx: int | None
+    n_labelled: int = 0
+
+    @property
+    def n_ids(self) -> int:
+        """How many tokens it can be given."""
+        return self.n_labelled or self.d_vocab
 
 
 class Entry:
@@ -88,6 +101,7 @@ class Atlas:
         config: the model's whole config.
         components: modules by TransformerLens' names of components.
         reaches: per layer with heads, how far its queries look.
+        looks_back: every attention module says of itself that it looks back only.
         entries: `(name, layer)` to entry, for everything that exists in this model.
         lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
             padding`, where the model cannot have those.
@@ -101,6 +115,7 @@ class Atlas:
         self.entries: dict[tuple[str, int], Entry] = {}
         self.components = Components(family.name, shape.n_layers)
         self.reaches: dict[int, Reach] = {}
+        self.looks_back = True
         self.lacking: dict[str, str] = {}
         self.withdrawn: dict[tuple[str, int], str] = {}
         self.notes: list[str] = []
@@ -113,6 +128,13 @@ class Atlas:
     def module(self, component: str, layer: int | None = None) -> nn.Module:
         """The module of a component; see `Structure.module`."""
         return self.components.get(component, layer)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the last stream passes before the unembedding, where there is a readout: nothing, if the last block has
+        normed it."""
+        entry = self.entries.get(("final_norm", 0))
+        return nn.Identity() if entry is None or entry.module is None else entry.module
 
     def select(self, site: Site) -> list[Entry]:
         """The entries that a site names.
@@ -144,6 +166,16 @@ class Atlas:
         """For a message about a vision tower's site that is not there: that the language model has such a site."""
         same = name.removeprefix(VISION_)
         return f"; {same} is its language model's" if same != name and self.layers(same) else ""
+
+    def note_reach(self, *, ahead: bool) -> None:
+        """Note whether positions see later ones, as in an encoder, or do not: attention modules do not always say."""
+        self.lacking.pop(CAUSAL, None)
+        if ahead:
+            self.lacking[CAUSAL] = (
+                f"positions of this {self.family.name} see later ones too, so its logits at a position are of the "
+                "token there, not of the next one"
+            )
+        self.reaches = {layer: reach._replace(causal=not ahead) for layer, reach in self.reaches.items()}
 
     def drop(self, name: str, why: str, layers: Sequence[int] = ()) -> None:
         """Take a site out of the atlas, in some layers or all (())."""

@@ -15,7 +15,13 @@ PATHS = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkv"} | {
     "blocks.attn": "self_attn", "blocks.attn.o": "out_proj", "blocks.mlp.out": "fc2",
 }  # fmt: skip
 PLACES = {"mlp_in": Place("fc1", "in"), "mlp_out": Place("fc2", "out")}
-_NO_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "its positions are embeddings, no rotary ones; read q and k")
+NORMED = {
+    "final_norm": "the last block norms the stream itself: resid_post of the last layer is what the unembedding reads"
+}  # fmt: skip
+NO_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "its positions are embeddings, no rotary ones; read q and k")
+_OWN_ATTENTION = dict.fromkeys(
+    ("scores", "pattern"), "it computes attention by itself, in which neither scores nor probabilities cross a module"
+)
 
 
 def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
@@ -24,14 +30,14 @@ def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return norm(before + added)
 
 
-def _normed_before(name: str) -> Family:
+def _normed_before(name: str, **more: Any) -> Family:
     places = {"resid_mid": Place("final_layer_norm", "in"), **PLACES}
-    return Family(name, paths=PATHS, places=places, refuse=_NO_ROTARY)
+    return Family(name, paths=PATHS, places=places, refuse=NO_ROTARY, **more)
 
 
-def _normed_after(name: str) -> Family:
+def _normed_after(name: str, **more: Any) -> Family:
     places = {"resid_mid": Place("self_attn_layer_norm", "out"), **PLACES}
-    return Family(name, paths=PATHS, places=places, join=join, refuse=_NO_ROTARY)
+    return Family(name, paths=PATHS, places=places, join=join, bare=True, refuse=NO_ROTARY | NORMED, **more)
 
 
 FAMILY = _normed_after("bart")
@@ -41,9 +47,9 @@ BLENDERBOT = _normed_before("blenderbot")
 BLENDERBOT_SMALL = _normed_after("blenderbot-small")
 MARIAN = _normed_after("marian")
 MBART = _normed_before("mbart")
-MVP = _normed_after("mvp")
+MVP = _normed_after("mvp", unseen=_OWN_ATTENTION)
 PEGASUS = _normed_before("pegasus")
 PLBART = _normed_after("plbart")
-TROCR = _normed_after("trocr")
+TROCR = _normed_after("trocr", unseen=_OWN_ATTENTION)
 WHISPER = _normed_before("whisper")
-XGLM = _normed_before("xglm")
+XGLM = _normed_before("xglm", unseen=_OWN_ATTENTION)

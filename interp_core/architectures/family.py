@@ -132,6 +132,8 @@ class Family:
             `pre_merger`.
         needs: inputs without which transformers takes images for text, silently.
         whole_images: visual tokens of an image see its later ones too.
+        bare: the unembedding reads the stream as the last block leaves it (that has normed it): there is no final norm.
+        unfit: why a model of the family cannot be taken as it is, given the config; "" if it can.
         sites: functions that find sites of the family's own in a block (`sites.define` names them; see `locate.Block`).
         carried: paths of attributes in which a forward pass of the family leaves something for the next one (Qwen-VL's
             `model.rope_deltas`). Runs are to depend on their input alone, so each starts with these at None and puts
@@ -160,6 +162,8 @@ class Family:
     tower: Family | None = None
     needs: tuple[str, ...] = ()
     whole_images: bool = False
+    bare: bool = False
+    unfit: Callable[[Any], str] | None = None
     sites: tuple[Callable[[Any], None], ...] = ()
     carried: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ the value (`get`) and put a change of it back (`put`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CapabilityError
 from .family import View
-from .parameters import parameter
+from .parameters import matrix
 from .rerouting import Proof, Routed, Taken
 from .routing import Router
 
@@ -243,9 +243,9 @@ def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int
     def get(call: Call, units: tuple[int, ...] | None) -> Tensor:
         (z,) = call.needs
         z = z.view(*z.shape[:2], n_heads, d_head)
-        weight = output_weight(module, parameter(module)).reshape(n_heads, d_head, -1)
-        if units is not None:
-            z, weight = z[..., list(units), :], weight[list(units)]
+        z = z if units is None else z[..., list(units), :]
+        rows = None if units is None else rows_of(units, d_head)
+        weight = matrix(module, z, rows).weight.unflatten(0, (-1, d_head))
         return torch.einsum("bphe,hed->bphd", z, weight)
 
     def put(call: Call, old: Tensor, new: Tensor) -> None:
@@ -254,20 +254,9 @@ def head_out(z: HookPoint, projected: HookPoint, module: nn.Module, n_heads: int
     return replace(projected, get=get, put=put, partial=True, needs=(z,))
 
 
-def output_weight(module: nn.Module, weight: Any) -> Tensor:
-    """A weight of a linear layer, also one wrapped by an adapter, or of a Conv1D as `[in out]`."""
-    assert isinstance(weight, Tensor)
-    return weight.mT if hasattr(module, "in_features") else weight
-
-
-def in_features(module: nn.Module) -> int:
-    """Width of what a linear layer or Conv1D takes."""
-    return int(output_weight(module, module.weight).shape[0])
-
-
-def out_features(module: nn.Module) -> int:
-    """Width of what a linear layer or Conv1D gives."""
-    return int(output_weight(module, module.weight).shape[1])
+def rows_of(heads: Sequence[int], d_head: int) -> Tensor:
+    """Which inputs of an output projection are those of some heads."""
+    return (torch.tensor(heads)[:, None] * d_head + torch.arange(d_head)).flatten()
 
 
 def router_logits(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
@@ -378,3 +367,10 @@ def uses_interface(attention: nn.Module) -> bool:
     # No attribute says so; but a forward that goes through the interface has to name its table.
     code = inspect.unwrap(type(attention).forward).__code__
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(attention, "config")
+
+
+def attending(path: str, attention: nn.Module) -> str:
+    """Path of the module that goes through the interface: attention itself, or the only one inside it that does (BERT's
+    `self`); "" where there is none."""
+    inside = [name for name, module in attention.named_modules(prefix=path) if uses_interface(module)]
+    return inside[0] if inside[:1] == [path] or len(inside) == 1 else ""

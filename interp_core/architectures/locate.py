@@ -16,22 +16,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import LoadError
+from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
 from . import hook_points
-from .atlas import OF_ATTENTION, ROUTED, Atlas, Entry, Shape
+from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
-from .mixers import gate, mixer_ends, mixer_of, state_reason
+from .mixers import gate, mixer_ends, mixer_of
+from .parameters import LENT, declared, device_of, is_plain, matrix, tokens_of, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
-from .undescribed import UNDESCRIBED
+from .undescribed import explain, refusals, router_reason
+from .unfit import decoder_alone, demand_fit
 
 
 @cache
@@ -44,14 +47,18 @@ def build(model: Any, family: Family | None) -> Atlas:
     """The atlas of a Hugging Face model.
 
     Raises:
-        LoadError: no transformer blocks in it.
+        LoadError: no transformer blocks in it, or it is one that cannot be served.
         PluginError: a path of the family's file leads nowhere in it.
     """
+    demand_fit(model, family)
     config = model.config.get_text_config()
     modules = dict(model.named_modules())
     known = known_paths().get(type(model).__name__)
     shown = known or discover(modules, model.get_input_embeddings(), described=family is not None)
-    paths = {**shown, **(family.paths if family else {})}
+    own = family.paths if family else {}
+    if own.get("blocks") in modules and own["blocks"] != shown.get("blocks"):  # what shows is of other blocks
+        shown = {key: path for key, path in shown.items() if not key.startswith("blocks")}
+    paths = {**shown, **own}
     if family and config is model.config:
         demand_blocks(family, modules)
     if paths.get("blocks") not in modules:  # a language model inside another, where its own file has it elsewhere
@@ -60,8 +67,8 @@ def build(model: Any, family: Family | None) -> Atlas:
         if family:
             demand_blocks(family, modules)
         raise LoadError(
-            f"{type(model).__name__} shows no list of transformer blocks; interp_core works on decoder-only "
-            "transformers. For another layout write a family file, see docs/families.md."
+            f"{type(model).__name__} shows no list of transformer blocks with attention, which sites are of. "
+            "For another layout write a family file, see docs/families.md."
         )
     unnamed = family is None
     undescribed = {} if family and family.router else router_reason(model, modules)
@@ -70,22 +77,29 @@ def build(model: Any, family: Family | None) -> Atlas:
     shape = Shape(
         n_layers=len(list(blocks.children())),
         d_model=config.hidden_size,
-        d_vocab=model.get_output_embeddings().weight.shape[0],
+        d_vocab=tokens_of(model.get_output_embeddings(), config),
         n_ctx=getattr(config, "max_position_embeddings", None),
+        n_labelled=len(model.get_input_embeddings().weight) if LENT in vars(model) else 0,
     )
     atlas = Atlas(family, shape, model.config)
     if known is None and unnamed:
         atlas.notes.append(
             f"nobody has described the family {family.name!r}: its sites are found by the usual names of modules"
         )
+    if shape.n_labelled:
+        atlas.notes.append(f"its logits are of {shape.d_vocab} labels, at every position; see docs/wrapped.md")
     stack = Stack(atlas, modules, paths, config)
+    stack.embedding = next((path for path, module in modules.items() if module is model.get_input_embeddings()), "")
     stack.locate()
+    atlas.notes += decoder_alone(blocks, config)
     ends(stack)
     tower = _tower(atlas, modules)
     # Behind `ends`: of a component the first module counts, and paths go before what transformers says.
     atlas.components.add("unembed", None, model.get_output_embeddings())
     atlas.components.add("embed", None, model.get_input_embeddings())
-    _explain(atlas, undescribed | stack.refused | tower, stack.parallel)
+    explain(atlas, undescribed | stack.refused | tower, stack.parallel)
+    if atlas.reaches and not any(reach.causal for reach in atlas.reaches.values()):
+        atlas.note_reach(ahead=not getattr(config, "is_decoder", False))
     share_out(atlas, model)
     return atlas
 
@@ -128,6 +142,7 @@ class Stack:
         prefix: begins the names of their sites.
         refused: sites that the family cannot give, with the reason.
         places: where the family has sites that lie elsewhere than usual.
+        embedding: path of the token embedding.
     """
 
     def __init__(
@@ -138,13 +153,14 @@ class Stack:
         self.text, self.components = tower is None, atlas.components if tower is None else Components("", 0)
         self.prefix, self.layout = ("" if self.text else VISION_), (None if self.text else Layout(images=True))
         family = self.family = tower or atlas.family
+        self.embedding = ""
         self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
         self.places = family.places(config) if callable(family.places) else family.places
         self.d_model = {"d_model": atlas.shape.d_model}
         self.refused = refusals(family, config if self.text else atlas.config)
         if not self.text:
             projection = self.components_of(f"{paths['blocks']}.0")["attn.o"]
-            self.d_model = {"d_model": hook_points.out_features(modules[projection])}
+            self.d_model = {"d_model": widths(modules[projection])[1]}
 
     def locate(self) -> None:
         """Find every site of every block."""
@@ -272,15 +288,22 @@ def mlp(block: Block) -> None:
         if place := stack.places.get(name):
             points[name] = block.at(place)
     for name, point in points.items():
-        width = hook_points.in_features(stack.modules[point.module]) if name == "mlp_act" else 0
+        said = getattr(stack.config, "intermediate_size", 0)
+        width = declared(stack.modules[point.module], 0, said) if name == "mlp_act" else 0
         block.view(name, point, {"d_mlp": width} if width else block.d_model)
 
 
 def heads(block: Block) -> None:
     """`q`, `k`, `v`, `z`, `head_out`, and what is inside attention: `rot_q`, `rot_k`, `scores`, `pattern`."""
     attn = block.parts.get("attn")
-    counts = head_counts(block, block.stack.modules[attn]) if attn else None
-    if attn is None or counts is None:
+    if attn is None:
+        return
+    module = block.stack.modules[attn]
+    if block.stack.text:
+        within = block.stack.modules[hook_points.attending(attn, module) or attn]
+        block.stack.atlas.looks_back &= bool(getattr(within, "is_causal", False))
+    counts = head_counts(block, module)
+    if counts is None:
         return
     q, k = ({"head": n, "d_head": counts.d_key or counts.d_head} for n in (counts.n_heads, counts.n_kv_heads))
     v = {"head": counts.n_kv_heads, "d_head": counts.d_head}
@@ -310,20 +333,37 @@ def _mixed(block: Block, projection: str, counts: Heads) -> None:
     z = split_heads(counts.n_heads, counts.d_head)
     block.view("z", stack.point(projection, "in", view=z), {"head": counts.n_heads, "d_head": counts.d_head})
     ends = stack.point(projection, "in"), stack.point(projection, "out")
-    point = hook_points.head_out(*ends, stack.modules[projection], counts.n_heads, counts.d_head)
+    module = stack.modules[projection]
+    if why := _no_heads(module, stack.modules[""].dtype, counts.d_head):
+        stack.atlas.withdrawn[f"{stack.prefix}head_out", block.layer] = why
+        return
+    point = hook_points.head_out(*ends, module, counts.n_heads, counts.d_head)
     sizes = {"head": counts.n_heads, **block.d_model}
     block.add("head_out", point, point, sizes, {"grad": "it is computed beside the forward pass"})
 
 
+def _no_heads(projection: nn.Module, dtype: Any, d_head: int) -> str:
+    """Why what an output projection makes of single heads cannot be told apart, by its first head; "" if it can."""
+    place = device_of(projection)
+    if is_plain(projection) or place.type == "meta":
+        return ""
+    try:
+        matrix(projection, torch.zeros(0, dtype=dtype, device=place), torch.arange(d_head))
+    except (CapabilityError, RuntimeError) as error:  # a library's own, of numbers that it cannot take
+        return f"the weights of the output projection do not show: {first_line(error)}"
+    return ""
+
+
 def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str, int]], n_heads: int) -> None:
-    stack, module = block.stack, block.stack.modules[attn]
-    images = stack.family.whole_images
+    stack = block.stack
+    images, open_at = stack.family.whole_images, hook_points.attending(attn, stack.modules[attn])
+    module = stack.modules[open_at or attn]
     stack.atlas.reaches[block.layer] = Reach.of(module, stack.config, block.layer, images=images)
-    if hook_points.uses_interface(module):
+    if open_at:
         for name, sizes in rotated.items():
-            block.view(name, HookPoint(attn, "attention", name, view=hook_points.transposed), sizes)
+            block.view(name, HookPoint(open_at, "attention", name, view=hook_points.transposed), sizes)
         for name in ("scores", "pattern"):
-            block.view(name, HookPoint(attn, "attention", name), {"head": n_heads})
+            block.view(name, HookPoint(open_at, "attention", name), {"head": n_heads})
     elif stack.family.pattern:
         block.view("pattern", HookPoint(f"{block.path}.{stack.family.pattern}", "out"), {"head": n_heads})
 
@@ -335,13 +375,15 @@ def head_counts(block: Block, module: nn.Module) -> Heads | None:
     if n_heads is None or "attn.o" not in parts:
         return None
     d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    width = hook_points.in_features(stack.modules[parts["attn.o"]])
+    kv = getattr(stack.config, "num_key_value_heads", None)
+    kv, said = kv if isinstance(kv, int) else n_heads, d_head or block.d_model["d_model"] // n_heads
+    width = declared(stack.modules[parts["attn.o"]], 0, n_heads * said)
     d_head = int(d_head or width // n_heads)
     n_heads = n_kv = width // d_head
     if k := parts.get("attn.k"):
-        n_kv = hook_points.out_features(stack.modules[k]) // d_head
+        n_kv = declared(stack.modules[k], 1, kv * d_head) // d_head
     elif qkv := parts.get("attn.qkv"):
-        n_kv = (hook_points.out_features(stack.modules[qkv]) // d_head - n_heads) // 2
+        n_kv = (declared(stack.modules[qkv], 1, (n_heads + 2 * kv) * d_head) // d_head - n_heads) // 2
     counts = Heads(n_heads, n_kv, d_head)
     return stack.family.heads(module, counts) if stack.family.heads else counts
 
@@ -353,7 +395,13 @@ def router(block: Block) -> None:
         return
     selects, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
     stack.atlas.components.add_router(block.layer, stack.modules[selects], stack.modules[experts])
-    n, k = family_router.sizes(stack.modules[selects])
+    try:
+        n, k = family_router.sizes(stack.modules[selects])
+    except AttributeError:
+        kind = type(stack.modules[selects]).__name__
+        hidden = f"what is around the router ({kind}) does not show how it selects; take it off, or merge it"
+        stack.atlas.withdrawn |= {(name, block.layer): hidden for name in ROUTED}
+        return
     beside = {"grad": "it is computed beside the forward pass"}
     only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
     logits = hook_points.router_logits(selects, family_router, n, k)
@@ -380,8 +428,13 @@ def ends(stack: Stack) -> None:
     for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
         if (path := stack.paths.get(component)) in stack.modules:
             stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
+    if ("embed", 0) not in stack.atlas.entries and (path := stack.embedding):
+        stack.view("embed", 0, HookPoint(path, "out"), stack.d_model)
+    if stack.family.bare:
+        stack.atlas.components.add("ln_final", None, nn.Identity())
     for component in ENDS:
-        if (path := stack.paths.get(component)) in stack.modules:
+        refused = component == "ln_final" and "final_norm" in stack.refused
+        if (path := stack.paths.get(component)) in stack.modules and not refused:
             stack.atlas.components.add(component, None, stack.modules[str(path)])
     what_towers_hand_over(stack)
     point = hook_points.logits()
@@ -402,52 +455,3 @@ def what_towers_hand_over(stack: Stack) -> None:
             point = hook_points.deepstack(language, layer)
             why = {"grad": "it is computed beside the forward pass"}
             stack.add(Entry("deepstack", layer, point, point, stack.d_model, why))
-
-
-def refusals(family: Family, config: Any) -> dict[str, str]:
-    """Sites that the family cannot give, with the reason."""
-    return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
-
-
-def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
-    kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
-    why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
-    if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
-        why = f"no family file says how it selects experts ({path}); write one with a router, see docs/families.md"
-    return dict.fromkeys(ROUTED, why) if why else {}
-
-
-def _explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
-    """Say why each site that is not there is not there."""
-    present = {name for name, _ in atlas.entries}
-    family = atlas.family
-    for name in SITES:
-        if name in present:
-            continue
-        if reason := {**family.unseen, **refused}.get(name):
-            why = reason
-        elif name == "resid_mid" and parallel:
-            why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
-        elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
-            why = f"{family.name} has no mixture-of-experts router that is known here"
-        elif name == "shared_expert_gate":
-            why = f"this {family.name} has no gate on a shared expert"
-        elif SITES[name].visual:
-            why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
-        elif name == "mlp_act" and "expert_out" in present:
-            why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
-        elif name == "ssm_state":
-            other = set(atlas.components.layers("mixer")) - set(atlas.components.layers("attn"))
-            why = state_reason(family.name, bool(other) or "mixer_gate" in present)
-        elif name == "mixer_gate":
-            why = f"no mixer of this {family.name} has a projection that gates what it puts out (z lies behind a gate)"
-        elif name in OF_ATTENTION and "mixer_out" in present and not atlas.components.layers("attn"):
-            why = (
-                f"no layer of this {family.name} is softmax attention; what mixes its tokens is at mixer_in, mixer_out"
-            )
-        else:
-            why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
-        atlas.lacking[name] = why
-    if "final_norm" not in present:
-        atlas.lacking["readout"] = f"this {family.name} has no final norm that is known here"

@@ -14,7 +14,8 @@ from typing import Any
 
 from . import hook_points
 from .family import View
-from .hook_points import HookPoint, in_features, out_features
+from .hook_points import HookPoint
+from .parameters import widths
 
 NAMES = ("mamba", "conv", "mixer", "temporal_block", "mlstm_layer")
 """What transformers calls modules that mix tokens and are no attention. A block's mixer is its attention, or else the
@@ -87,12 +88,12 @@ def gate(block: Any) -> None:
 def _gate(block: Any, mixer: str, modules: Mapping[str, Any]) -> None:
     for name in GATES:
         if (path := f"{mixer}.{name}") in modules:
-            block.view("mixer_gate", block.stack.point(path, "out"), {"d_mixer": out_features(modules[path])})
+            block.view("mixer_gate", block.stack.point(path, "out"), {"d_mixer": widths(modules[path])[1]})
             return
     into, out = f"{mixer}.in_proj", modules.get(f"{mixer}.out_proj")
     if into in modules and out is not None:
-        width = in_features(out)
-        if view := _part(modules[mixer], out_features(modules[into]), width):
+        width = widths(out)[0]
+        if view := _part(modules[mixer], widths(modules[into])[1], width):
             block.view("mixer_gate", block.stack.point(into, "out", view=view), {"d_mixer": width})
 
 

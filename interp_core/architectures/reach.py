@@ -1,8 +1,9 @@
 """How far the queries of a layer look.
 
 A query sees the real keys up to its own column; in a layer with a sliding window w only the last w of them, itself
-included; in one with chunks of c those of its own chunk, counted from the row's first real token; in an encoder all. In
-some families the tokens of an image also see the later ones of the same image (Gemma 3).
+included; in one with chunks of c those of its own chunk, counted from the row's first real token; in an encoder all, or
+those that are nearer than w on either side. In some families the tokens of an image also see the later ones of the same
+image (Gemma 3).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Reach(NamedTuple):
             last: the last column of the query's image, if it is of one.
         """
         if not self.causal:
-            return range(len(real))
+            far = len(real) + real[-1] if self.window is None else self.window
+            return range(bisect_left(real, query - far + 1), bisect_right(real, query + far - 1))
         first = real[0]
         if self.window is not None:
             first = max(first, query - self.window + 1)
@@ -58,5 +60,5 @@ class Reach(NamedTuple):
 
     def __str__(self) -> str:
         if self.window is not None:
-            return f", where a query sees {self.window} tokens"
+            return f", where a query sees {self.window} tokens{'' if self.causal else ' on either side'}"
         return "" if self.chunk is None else f", where a query sees its chunk of {self.chunk} tokens"

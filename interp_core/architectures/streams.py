@@ -1,7 +1,7 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax and RWKV do so before they add; DistilBERT, GTE, Jina Embeddings and Nomic BERT norm each sum;
-ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what they add.
+BEAM, Doge, MiniMax and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
+they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
-from .family import Family, Place, llama_like
+from .family import Family, llama_like
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
 from .scored import BIAS, BiasOnLogits, sigmoid
@@ -56,16 +56,6 @@ def rwkv_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return (block.pre_ln(before) if site == "resid_mid" and block.layer_id == 0 else before) + added
 
 
-def distilbert_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
-    """DistilBERT: the norm of the sum."""
-    return (block.sa_layer_norm if site == "resid_mid" else block.output_layer_norm)(before + added)
-
-
-def gte_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
-    """GTE, Jina Embeddings, Nomic BERT: the norm of the sum."""
-    return (block.post_attention_layernorm if site == "resid_mid" else block.post_mlp_layernorm)(before + added)
-
-
 def _evenly(factor: Callable[[Any], float]) -> Callable[[Any], Mapping[str, float]]:
     """One factor for attention and MLP."""
     return lambda block: dict.fromkeys(("attn_out", "mlp_out"), factor(block))
@@ -85,24 +75,15 @@ _SANDWICH = {
     "blocks.ln2_post": "post_feedforward_layernorm",
 }  # fmt: skip
 _BARE = {"blocks.attn": "self_attn", "blocks.mlp": "mlp"}
-_NORMED = {"resid_mid": Place("post_attention_layernorm", "out")}
 
 BEAM = Family("beam", paths=_LLAMA | _SANDWICH, added=beam_added, join=beam_join)
-DISTILBERT = Family(
-    "distilbert",
-    paths={"blocks.attn": "attention", "blocks.mlp": "ffn"},
-    places={"resid_mid": Place("sa_layer_norm", "out")},
-    join=distilbert_join,
-)
 DOGE = Family("doge", paths=_LLAMA, join=doge_join)
 ESMC = Family(
     "esmc",
     paths=_BARE | {"blocks.ln2": "post_attention_layernorm"},
     added=_evenly(lambda block: 1 / block.scaling_factor),
 )
-GTE = Family("gte", paths=_BARE, places=_NORMED, join=gte_join)
 INKLING = Family("inkling", paths=_STREAM | {"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
-JINA = Family("jina_embeddings_v3", paths=_BARE, places=_NORMED, join=gte_join)
 KOLIBRI = Family(
     "kolibri1",
     paths=_STREAM | {"blocks.ln1_post": "post_self_attn_layernorm", "blocks.ln2_post": "post_mlp_layernorm"},
@@ -110,7 +91,6 @@ KOLIBRI = Family(
 )
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
-NOMIC = Family("nomic_bert", paths=_BARE, places=_NORMED, join=gte_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(
     "rwkv",

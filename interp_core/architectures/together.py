@@ -24,11 +24,11 @@ _RAISED: dict[str, int] = {}
 
 
 @contextmanager
-def together(group: Any, asked: Sequence[str], device: Any = "cpu") -> Iterator[None]:
+def together(group: Any, words: Sequence[str], device: Any = "cpu") -> Iterator[None]:
     """What is run in this block, all processes of a group run; an error that only this one raises there ends it.
 
     Args:
-        asked: what is asked for, in words that are the same in every process.
+        words: what is asked for, in words that are the same in every process.
         device: on which the group's tensors are.
 
     Raises:
@@ -36,7 +36,7 @@ def together(group: Any, asked: Sequence[str], device: Any = "cpu") -> Iterator[
         SystemExit: an error that no other process raises. No `Exception`, since whoever caught it would go on with
             processes that wait elsewhere.
     """
-    _demand_alike(group, asked, device)
+    _demand_alike(group, words, device)
     try:
         yield
     except Exception as error:
@@ -50,18 +50,18 @@ def together(group: Any, asked: Sequence[str], device: Any = "cpu") -> Iterator[
         raise
 
 
-def _demand_alike(group: Any, asked: Sequence[str], device: Any) -> None:
-    mine = int.from_bytes(hashlib.sha256("\n".join(asked).encode()).digest()[:7], "big")
+def _demand_alike(group: Any, words: Sequence[str], device: Any) -> None:
+    mine = int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:7], "big")
     ours = torch.tensor([mine], device=device)
     each = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
     dist.all_gather(each, ours, group=group)
     if torch.cat(each).unique().numel() == 1:
         return
     said: list[Any] = [None] * len(each)
-    dist.all_gather_object(said, list(asked), group=group)
-    other = next(rank for rank, words in enumerate(said) if words != said[0])
+    dist.all_gather_object(said, list(words), group=group)
+    other = next(rank for rank, theirs in enumerate(said) if theirs != said[0])
     apart = [(a, b) for a, b in zip(said[0], said[other], strict=False) if a != b] or [(said[0][0], said[other][0])]
-    first, second = ((words if len(words) < 200 else f"{words[:200]}…") or "nothing" for words in apart[0])
+    first, second = ((word if len(word) < 200 else f"{word[:200]}…") or "nothing" for word in apart[0])
     raise PlanError(
         f"under tp_plan all processes run the same, and process 0 is asked for {first}, process {other} for {second}: "
         "take out what depends on the process, or load the model without tp_plan"

@@ -1,6 +1,16 @@
-"""Why routers of families that nobody has described have no sites, by model type, so that none is silently without."""
+"""Why a model lacks sites, so that it is without none in silence; routers by model type where nobody described them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..sites import SITES
+from .atlas import OF_ATTENTION, ROUTED, Atlas
+from .family import Family
+from .mixers import state_reason
 
 _SEQ2SEQ = "is an encoder-decoder with a capacity per expert: which tokens an expert drops depends on the others"
 _JOINT = (
@@ -29,3 +39,56 @@ UNDESCRIBED: dict[str, str] = {
     ),
     _NOT_HELD,
 )  # fmt: skip
+
+
+def refusals(family: Family, config: Any) -> dict[str, str]:
+    """Sites that the family cannot give, with the reason."""
+    return {**family.refuse, **(family.refuse_if(config) if family.refuse_if else {})}
+
+
+def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
+    kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
+    why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
+    if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
+        why = f"no family file says how it selects experts ({path}); write one with a router, see docs/families.md"
+    return dict.fromkeys(ROUTED, why) if why else {}
+
+
+def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
+    """Say why each site that is not there is not there."""
+    present = {name for name, _ in atlas.entries}
+    family = atlas.family
+    for name in SITES:
+        if name in present:
+            continue
+        own = next((why for (site, _), why in atlas.withdrawn.items() if site == name), "")
+        if reason := {**family.unseen, **refused}.get(name, own):
+            why = reason
+        elif name == "resid_mid" and parallel:
+            why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
+        elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
+            why = f"{family.name} has no mixture-of-experts router that is known here"
+        elif name == "shared_expert_gate":
+            why = f"this {family.name} has no gate on a shared expert"
+        elif SITES[name].visual:
+            why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
+        elif name == "mlp_act" and "expert_out" in present:
+            why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
+        elif name == "ssm_state":
+            other = set(atlas.components.layers("mixer")) - set(atlas.components.layers("attn"))
+            why = state_reason(family.name, bool(other) or "mixer_gate" in present)
+        elif name == "mixer_gate":
+            why = f"no mixer of this {family.name} has a projection that gates what it puts out (z lies behind a gate)"
+        elif name in OF_ATTENTION and "mixer_out" in present and not atlas.components.layers("attn"):
+            why = (
+                f"no layer of this {family.name} is softmax attention; what mixes its tokens is at mixer_in, mixer_out"
+            )
+        else:
+            why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
+        atlas.lacking[name] = why
+    unread = (
+        "" if family.bare or "final_norm" in present else f"this {family.name} has no final norm that is known here"
+    )
+    if why := refused.get("readout", unread):
+        atlas.lacking["readout"] = why

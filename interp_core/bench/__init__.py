@@ -114,7 +114,7 @@ def measure(
     """
     if unknown := set(operations) - set(OPERATIONS):
         raise PlanError(f"no operation {unknown.pop()!r}; there are {', '.join(OPERATIONS)}")
-    size = model.atlas.shape.d_vocab
+    size = model.atlas.shape.n_ids
     ids = torch.randint(3, size, (1, n_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for operation in operations:

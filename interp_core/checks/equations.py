@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import HookPoint, transposed
-from ..architectures.parameters import bias_of
 from ..architectures.shards import called
 from ..errors import InterpError, ReadError, first_line
 from ..plan import Plan
@@ -37,6 +36,7 @@ class Law(Enum):
     EDIT = "not to be edited: an edit does not act as it should"
     READOUT = "refused: it gives other logits"
     PADDING = "refused: a padded row is not what it is alone"
+    BATCH = "changes the numbers of its rows: sweeps run one variant after the other"
 
 
 class Finding(NamedTuple):
@@ -219,7 +219,7 @@ def equations(model: Session, run: Run, totals: list[Sum]) -> Iterator[Finding]:
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
     yield from projections(model, run)
     yield from _attention(model, run)
-    if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and atlas.layers("final_norm"):
+    if (last := ("resid_post", atlas.shape.n_layers - 1)) in atlas.entries and "readout" not in atlas.lacking:
         yield from _readout(model, run, at(run, *last))
 
 
@@ -276,13 +276,12 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
     """The last stream through the final norm, and on to the logits."""
-    norm = model.atlas.entries["final_norm", 0].module
-    assert norm is not None
     with torch.no_grad():
-        normed = _close(model, "final_norm", "is the norm of the last stream", [(norm(last), at(run, "final_norm", 0))])
         pairs = [(model.readout(last), run.logits.plain)]
-    reads = _close(model, "readout", "gives the model's logits", pairs)
-    yield from (reads._replace(law=Law.READOUT), normed)
+        normed = model.atlas.final_norm(last)
+    yield _close(model, "readout", "gives the model's logits", pairs)._replace(law=Law.READOUT)
+    if model.atlas.layers("final_norm"):
+        yield _close(model, "final_norm", "is the norm of the last stream", [(normed, at(run, "final_norm", 0))])
 
 
 def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
@@ -346,8 +345,6 @@ def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tenso
     module = model.atlas.entries[f"{prefix}z", layer].module
     assert module is not None
     z = at(run, f"{prefix}z", layer)
-    total = at(run, f"{prefix}head_out", layer).sum(2)
-    if (bias := bias_of(module)) is not None:
-        total = total + bias.detach()
+    total, mixed = at(run, f"{prefix}head_out", layer).sum(2), z.reshape(*z.shape[:2], -1)
     with torch.no_grad():
-        return total, called(module, z.reshape(*z.shape[:2], -1))
+        return total + called(module, torch.zeros_like(mixed[:, :1])), called(module, mixed)

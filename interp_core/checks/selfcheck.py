@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..architectures.atlas import Atlas, Entry
+from ..architectures.atlas import CAUSAL, Atlas, Entry
+from ..architectures.parameters import is_special
 from ..errors import CapabilityError, InterpError, first_line
+from ..model_inputs import model_inputs
 from ..positions import VISION, Mask, Span
 from ..run import Run, forward
 from ..session import Session
@@ -25,7 +27,7 @@ from ..sites import SITES, Edit, Site
 from ..text import Tokens
 from ..vision.places import placeholder_ids
 from .equations import TWINS, Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
-from .tower import check_tower
+from .tower import UNFIT, check_tower
 
 log = logging.getLogger(__name__)
 WIDTH = 6
@@ -72,10 +74,15 @@ def check_atlas(model: Session) -> Check:
         CapabilityError: a model that does not run, or that runs its blocks more than once in a pass.
     """
     rows: list[Finding] = []
-    for finding in _checks(model):
-        rows.append(finding)
-        if not finding.ok:
-            _withdraw(model.atlas, finding)
+    try:
+        for finding in _checks(model):
+            rows.append(finding)
+            if not finding.ok:
+                _withdraw(model.atlas, finding)
+    except InterpError:
+        raise
+    except UNFIT as error:
+        raise _cannot_run(model, error) from error
     _tell(model.atlas, rows)
     return Check(tuple(rows))
 
@@ -129,10 +136,11 @@ def _checks(model: Session) -> Iterator[Finding]:
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
     try:
         run = forward(model, tokens, read=_everything(atlas))
-    except (InterpError, RuntimeError) as error:
+    except UNFIT as error:
         _demand_a_pass(model, tokens, error)
         yield from _unreadable(model, tokens)
         run = forward(model, tokens, read=_everything(atlas))
+    _demand_its_logits(model, tokens, run)
     for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
@@ -144,8 +152,35 @@ def _checks(model: Session) -> Iterator[Finding]:
     totals = sums(model.atlas)
     yield from equations(model, run, totals)
     yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
-    yield from _padding(model, ids[:ALONE])
+    yield from _alone(model, run, ids[:ALONE])
     yield from check_tower(model, ids)
+
+
+def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
+    """Refuse an engine whose copy of the model computes something else than the model, such as without an adapter that
+    lies where the engine splits a projection.
+
+    Raises:
+        CapabilityError: by how much its logits differ.
+    """
+    if model.engine.model is model.hf or getattr(model.engine, "remote", False):
+        return
+    with torch.no_grad():
+        own = model.hf(**model_inputs(model, tokens), use_cache=False).logits
+    ours = run.logits.plain
+    if "folded" in model.engine.name:  # which may shift all logits of a position alike
+        ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
+    if (off := distance(ours, own)) > _limit(model):
+        raise CapabilityError(
+            f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
+            f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
+        )
+
+
+def _limit(model: Session) -> float:
+    """How far logits of one model may be off that are computed in two ways; in half precision rounding may send a token
+    to other experts."""
+    return tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5
 
 
 def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
@@ -154,9 +189,7 @@ def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
         off = distance(run.logits.plain, forward(model, tokens).logits.plain)
         first, *others = inside
         what = "is the attention that the model does"
-        # In half precision rounding may send a token to other experts.
-        ok = off <= (tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5)
-        yield Finding(first, what, ok, f"logits differ by {off:.1e}", others=tuple(others))
+        yield Finding(first, what, off <= _limit(model), f"logits differ by {off:.1e}", others=tuple(others))
 
 
 def _alike(run: Run) -> Iterator[Finding]:
@@ -196,10 +229,13 @@ def _demand_a_pass(model: Session, tokens: Tokens, error: Exception) -> None:
     """
     try:
         forward(model, tokens)
-    except (InterpError, RuntimeError) as problem:
-        raise CapabilityError(
-            f"engine {model.engine.name!r} cannot run this {type(model.hf).__name__} in {model.dtype}: {problem}"
-        ) from error
+    except UNFIT as problem:
+        raise _cannot_run(model, problem) from error
+
+
+def _cannot_run(model: Session, error: Exception) -> CapabilityError:
+    kind = type(model.hf).__name__
+    return CapabilityError(f"engine {model.engine.name!r} cannot run this {kind} in {model.dtype}: {first_line(error)}")
 
 
 def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
@@ -207,8 +243,8 @@ def _unreadable(model: Session, tokens: Tokens) -> Iterator[Finding]:
     for site in _everything(model.atlas):
         try:
             forward(model, tokens, read=site)
-        except (InterpError, RuntimeError) as error:
-            yield Finding(site.name, "can be read", False, str(error))
+        except UNFIT as error:
+            yield Finding(site.name, "can be read", False, first_line(error))
 
 
 def check_site(name: str, layer: int) -> Site:
@@ -220,7 +256,7 @@ def check_tokens(model: Session) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
     special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
-    size = model.atlas.shape.d_vocab
+    size = model.atlas.shape.n_ids
     ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
 
@@ -242,28 +278,51 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
 
 def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
-    atlas = model.atlas
-    entries = _checked_entries(atlas)
+    entries = _checked_entries(model.atlas)
+    try:
+        edited = _edited(model, run, ids, entries, totals)
+    except UNFIT:
+        yield from _uneditable(model, run, ids, entries)
+        entries = _checked_entries(model.atlas)
+        edited = _edited(model, run, ids, entries, totals)
+    layers = {entry.layer for entry in entries}
+    seen = [total for total in totals if total.layer in layers]
+    yield from [
+        *_once(entries, edited),
+        *add_up(model, edited, seen, entries),
+        *_added(model, edited, seen, entries),
+    ]
+    changed = edited.logits.plain
+    if any(map(is_special, model.hf.modules())):  # kernels may round by the largest number of a whole batch
+        off = distance(changed[0].flatten(), run.logits.plain[0, -1])
+        yield Finding("batch", "leaves a row as it is alone", off <= tolerance(model), f"{off:.1e}", Law.BATCH)
+    few = changed[0].numel() < 8  # labels of a classifier, which may be one, and has no spread
+    scale = float(changed[0].float().abs().max() if few else changed[0].float().std())
+    for row, entry in enumerate(entries):
+        effect = float((changed[row + 1] - changed[0]).float().abs().max())
+        acted, what = effect > 1e-4 * scale, f"an edit in layer {entry.layer} changes the logits"
+        yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
+
+
+def _edited(model: Session, run: Run, ids: Tensor, entries: list[Entry], totals: list[Sum]) -> Run:
+    """The pass with one row for each edit, and the first without. It reads the sums of the layers that are edited."""
     n = len(entries) + 1
     visual = [entry.visual for entry in entries]
     spans = {VISION: ((), *(((Span(1, WIDTH),) if is_visual else ()) for is_visual in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
     layers = {entry.layer for entry in entries}
-    totals = [total for total in totals if total.layer in layers]
-    read = tuple(dict.fromkeys(Site(name, total.layer) for total in totals for name in total.names))
-    edited = forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
-    yield from [
-        *_once(entries, edited),
-        *add_up(model, edited, totals, entries),
-        *_added(model, edited, totals, entries),
-    ]
-    changed = edited.logits.plain
-    scale = float(changed[0].float().std())
-    for row, entry in enumerate(entries):
-        effect = float((changed[row + 1] - changed[0]).float().abs().max())
-        acted, what = effect > 1e-4 * scale, f"an edit in layer {entry.layer} changes the logits"
-        yield Finding(entry.name, what, acted, f"by {effect:.1e}", Law.EDIT)
+    read = tuple(dict.fromkeys(Site(name, t.layer) for t in totals if t.layer in layers for name in t.names))
+    return forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
+
+
+def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> Iterator[Finding]:
+    """After a pass with all edits has failed: one finding for each site whose edit fails by itself."""
+    for entry in entries:
+        try:
+            _edited(model, run, ids, [entry], [])
+        except UNFIT as error:
+            yield Finding(entry.name, f"can be edited in layer {entry.layer}", False, first_line(error), Law.EDIT)
 
 
 def _checked_entries(atlas: Atlas) -> list[Entry]:
@@ -319,19 +378,29 @@ def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry])
         yield Finding(total.parts[0], f"{total} after edits", ok, f"{off:.1e}", Law.SUM)
 
 
-def _padding(model: Session, ids: Tensor) -> Iterator[Finding]:
-    """A row with padding on either side, against the row alone."""
+def _alone(model: Session, run: Run, ids: Tensor) -> Iterator[Finding]:
+    """The first tokens alone: against the same with others behind them, which only an encoder's see, and against a row
+    with padding on either side."""
+    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.plain[0]
+    # In low precision a router may choose otherwise for no reason but the length, so modules that say it are believed.
+    ahead = not model.atlas.looks_back and distance(run.logits.plain[0, :ALONE], alone) > tolerance(model)
+    model.atlas.note_reach(ahead=ahead)
+    if ahead:
+        yield Finding("causal", "positions see later ones too", True, "", note=model.atlas.lacking[CAUSAL])
+    yield from _padding(model, ids, alone)
+
+
+def _padding(model: Session, ids: Tensor, alone: Tensor) -> Iterator[Finding]:
     pad, known = WIDTH - ALONE, getattr(model.hf.config.get_text_config(), "pad_token_id", None)
-    filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.d_vocab else 0)
+    filler = torch.full((pad,), known if isinstance(known, int) and 0 <= known < model.atlas.shape.n_ids else 0)
     sides = {"left": slice(pad, None), "right": slice(0, ALONE)}
     mask = torch.zeros(2, WIDTH, dtype=torch.bool)
     for row, real in enumerate(sides.values()):
         mask[row, real] = True
     padded = Tokens(torch.stack([torch.cat([filler, ids]), torch.cat([ids, filler])]), mask)
-    alone = forward(model, Tokens(ids[None], torch.ones(1, ALONE, dtype=torch.bool))).logits.plain[0]
     try:
         logits = forward(model, padded).logits.plain
-    except (InterpError, RuntimeError, ValueError, TypeError, IndexError) as error:
+    except UNFIT as error:
         for side in sides:
             yield Finding(f"{side} padding", "changes nothing", False, first_line(error), Law.PADDING)
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..architectures.parameters import is_placed, is_shared
+from ..architectures.parameters import COMPILED, is_placed, is_shared
 from ..errors import CapabilityError
 
 
@@ -21,6 +21,12 @@ def demand_copyable(model: nn.Module) -> None:
         raise CapabilityError(
             "this engine runs a copy of the modules, and those of a model with device_map or tp_plan, which know where "
             "their weights are, cannot be copied; load it with engine='torch'"
+        )
+    compiled = [path for path, module in model.named_modules() if hasattr(vars(module).get("forward"), COMPILED)]
+    if compiled:
+        raise CapabilityError(
+            f"this engine runs a copy of the modules, and the forward of {compiled[0] or 'the model'} is a compiled "
+            "function of the original; load it with engine='torch', or compile by module.compile()"
         )
 
 

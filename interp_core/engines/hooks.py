@@ -144,7 +144,9 @@ class ModuleHook:
             if new is first and (layout is None or not state.keep_graph):  # what a layout made is another tensor
                 return None
             new = new if layout is None else layout.leave(new, passing)
-            return new if single else (new, *output[1:])
+            if single:
+                return new
+            return [new, *output[1:]] if output.__class__ is list else (new, *output[1:])
 
         return hook
 

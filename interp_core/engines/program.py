@@ -45,6 +45,7 @@ from .selection import BoundSelection
 from .site_access import SiteAccess, SiteEdit, SiteRead
 from .steps import Steps
 from .turns import turn_of
+from .uncompiled import Uncompiled
 
 FIRST = ("embed", "vision_embed", "deepstack")
 """What is there before the first block, in whatever layer it acts."""
@@ -93,6 +94,7 @@ class LocalEngine:
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self._embedding = model.get_input_embeddings()
         self.turn = turn_of(model, *beside)
+        self._uncompiled = Uncompiled(self.modules.values())
 
     def adapt(self, atlas: Atlas) -> None:
         """See `Engine.adapt`."""
@@ -127,9 +129,13 @@ class LocalEngine:
         if running:
             self.turn.demand_idle(self.modules)
         running += (self.modules,)
+        if self._uncompiled.modules:
+            self._uncompiled.begin()
 
     def release(self) -> None:
         """End the run that `acquire` began."""
+        if self._uncompiled.modules:
+            self._uncompiled.end()
         del self.turn.running[-1]
 
 

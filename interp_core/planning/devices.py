@@ -58,7 +58,7 @@ def measured_rate(model: Model, flops: float, tokens: int, rounds: int = 3) -> R
     """
     import torch
 
-    size, seed = model.atlas.shape.d_vocab, torch.Generator().manual_seed(0)
+    size, seed = model.atlas.shape.n_ids, torch.Generator().manual_seed(0)
     ids = torch.randint(3, size, (1, tokens), generator=seed).to(model.device)
     best = float("inf")
     with torch.no_grad():

@@ -89,6 +89,8 @@ def _checked(session: Session, strategy: str, tokens: Tokens, tower: Tower | Non
     """What keeps a strategy from being exact on this model; what has to be tried is tried once and remembered."""
     if not runs_rows(session.engine):
         return Check(f"engine {session.engine.name!r} runs one variant after the other")
+    if why := session.atlas.lacking.get("batch"):
+        return Check(f"rows of a batch change each other's numbers ({why})")
     if tokens.inputs and len(session.atlas.layers("deepstack")) >= session.n_layers:
         return Check(
             "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
@@ -138,6 +140,8 @@ def _kind(session: Session, tokens: Tokens, reliefs: Mapping[Relief, str]) -> st
 
 def _reach(session: Session, tokens: Tokens) -> Check:
     """Whether keys of earlier positions can be had from a clean pass."""
+    if ahead := session.atlas.lacking.get("causal"):
+        return Check(ahead)
     config, length = session.hf.config.get_text_config(), max(tokens.lengths)
     closed = [layer for layer in range(session.n_layers) if ("scores", layer) not in session.atlas.entries]
     if closed or any(session.atlas.entries["scores", layer].write is None for layer in range(session.n_layers)):

@@ -84,6 +84,7 @@ class Placer:
                 raise PlanError(f"scores {score.name} and {other.name} read different places; sweep once for each")
         self.budget = budget if budget is not None else _free(session) // 2
         self._resolved: dict[tuple[Position, bool], list[list[int]]] = {}
+        self._ahead = "causal" in session.atlas.lacking  # positions see later ones, so that an edit acts on all
         self.stacked = len(session.atlas.layers("deepstack"))
         self.top, self.ceiling = session.n_layers, (session.n_layers, math.inf)
         if isinstance(score, SiteScore):
@@ -115,7 +116,7 @@ class Placer:
     def _width(self, row: int) -> int:
         """Columns of a row that are run: what lies behind every edit and everything scored is not."""
         of = self.score.of
-        if of is not None and "key" in of.info.axes:
+        if (of is not None and "key" in of.info.axes) or self._ahead:
             return self.tokens.lengths[row]
         seen = max((run.stop for run in image_spans(self.tokens, row)), default=0)  # a token may see its whole image
         return max(*self.scored[row], self._last(row), seen - 1) + 1
@@ -274,6 +275,8 @@ class Placer:
         scored = max(self.scored[row])
         if not leaving and not others:
             return None
+        if self._ahead:
+            start = 0
         if start > scored:
             raise PlanError(
                 f"{named_edits(edits)} acts from position {start} on, the score {self.score.name} reads position "

@@ -135,7 +135,7 @@ def _singles(model: Model, rows: Sequence[Tokens | str], with_pictures: Set[str]
         return [model.tokens(text, images=[picture]) for text, picture in zip(TEXTS, shown, strict=True)]
     if model.tokenizer is not None:
         return [model.tokens(text) for text in TEXTS]
-    pick, size = torch.Generator().manual_seed(0), model.atlas.shape.d_vocab
+    pick, size = torch.Generator().manual_seed(0), model.atlas.shape.n_ids
     ids = [torch.randint(min(3, size - 1), size, (1, length), generator=pick) for length in LENGTHS]
     return [Tokens(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
 

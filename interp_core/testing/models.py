@@ -11,7 +11,7 @@ from ..errors import LoadError, nearest
 from .routed import LINEAR, MIXTURES, MLA, SIZES, VOCAB
 from .routed import build as build_mixture
 from .types import build as build_type
-from .types import types
+from .types import encoders, types
 from .visual import VISUAL
 
 _COMMON = {**SIZES, "num_key_value_heads": 2}
@@ -79,7 +79,8 @@ def mixtures() -> list[str]:
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """A random-weight model of a family: 3 layers, d_model 64, in eval mode.
+    """A random-weight model of a family, or of a masked language model's class by its name: 3 layers, d_model 64, in
+    eval mode.
 
     Args:
         config: settings over the tiny ones, in Hugging Face's words.
@@ -87,7 +88,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
     Raises:
         LoadError: no such family here.
     """
-    known = [*families(), *mixtures(), *types()]
+    known = [*families(), *mixtures(), *types(), *encoders()]
     if family not in known:
         raise LoadError(f"no tiny model of {family!r}. {nearest(family, known)}")
     with torch.random.fork_rng():
@@ -95,7 +96,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
         model = _build(family, config)
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
-            if (("norm" in name and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
+            if (("norm" in name.lower() and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
                 parameter.data += 1
         for name, buffer in model.named_buffers():
             if name.endswith(("correction_bias", "expert_bias")):

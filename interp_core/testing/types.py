@@ -56,14 +56,8 @@ WIDTHS = {
 SIZES = {word: size for size, words in WIDTHS.items() for word in words.split()}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = (
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_blocks",
-)
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+)  # fmt: skip
 """Words for the number of layers."""
 MOST = 8_000_000
 """Parameters that a tiny model may have."""
@@ -90,6 +84,7 @@ OWN: dict[str, dict[str, Any]] = {
         ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
         _ENCODED,
     ),
+    "big_bird": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -143,6 +138,14 @@ def types() -> list[str]:
     return sorted(_classes())
 
 
+def encoders() -> list[str]:
+    """Classes of transformers' mapping of masked language models, but for encoder-decoders."""
+    from transformers.models.auto import modeling_auto
+
+    names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return sorted({name for name in names if not name.endswith("ForConditionalGeneration")})
+
+
 def _classes() -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
@@ -150,16 +153,20 @@ def _classes() -> dict[str, str]:
 
 
 def build(model_type: str, config: dict[str, Any]) -> Any:
-    """The model of a type, without weights that matter.
+    """The model of a type, or of a class by its name, without weights that matter.
 
     Raises:
         LoadError: transformers cannot build it, with its reason.
     """
     import transformers
 
-    kind = getattr(transformers, _classes()[model_type])
+    kind = getattr(transformers, _classes().get(model_type, model_type))
     try:
-        settings = _settings(kind.config_class(), {**OWN.get(kind.config_class.model_type, {}), **config})
+        own = {
+            **({} if model_type in _classes() else {"is_decoder": False}),
+            **OWN.get(kind.config_class.model_type, {}),
+        }
+        settings = _settings(kind.config_class(), {**own, **config})
         full_config = kind.config_class(**settings)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(full_config).parameters())

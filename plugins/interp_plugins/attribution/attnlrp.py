@@ -90,7 +90,7 @@ class AttnLRP(Attribution):
     """Relevance of tokens by layer-wise relevance propagation, or input × gradient."""
 
     name = "attnlrp"
-    requires = frozenset({"embed"})
+    requires = frozenset({"causal", "embed"})
     Config = AttnLRPConfig
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: AttnLRPConfig) -> None:

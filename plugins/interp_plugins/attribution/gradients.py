@@ -122,7 +122,7 @@ class InputXGradient(Gradients):
     """Each token's embedding times the gradient of the answer's logits with respect to it, summed."""
 
     name = "input_x_gradient"
-    requires = frozenset({"embed", "resid_post"})
+    requires = frozenset({"causal", "embed", "resid_post"})
     Config = GradientConfig
 
     def attribute(self, model: ic.Model, layout: Layout, config: GradientConfig) -> Attributed:
@@ -168,7 +168,7 @@ class IntegratedGradients(Gradients):
     """Gradients along the line from a baseline to the row's embeddings, times the way."""
 
     name = "integrated_gradients"
-    requires = frozenset({"embed", "resid_post"})
+    requires = frozenset({"causal", "embed", "resid_post"})
     Config = IntegratedConfig
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> None:

@@ -92,7 +92,7 @@ class IFR(Attribution):
 
     name = "ifr"
     Config = IFRConfig
-    requires = frozenset({"resid_pre", "attn_out", "v", "z", "pattern"})
+    requires = frozenset({"causal", "resid_pre", "attn_out", "v", "z", "pattern"})
     contrastive: ClassVar[bool] = False
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: IFRConfig) -> None:

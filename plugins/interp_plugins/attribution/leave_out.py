@@ -120,7 +120,7 @@ class LeaveOut(AblationMethod):
     """What the answer loses with each unit of the prompt."""
 
     name = "leave_out"
-    requires = frozenset({"embed", "resid_post"})
+    requires = frozenset({"causal", "embed", "resid_post"})
     Config = LeaveOutConfig
 
     def removals(self, units: Sequence[Unit], config: Any) -> list[list[int]]:

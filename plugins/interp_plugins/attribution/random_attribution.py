@@ -35,7 +35,7 @@ class RandomAttribution(Attribution):
     """Random numbers in the place of scores."""
 
     name = "random_attribution"
-    requires = frozenset({"resid_post"})
+    requires = frozenset({"causal", "resid_post"})
     Config = RandomConfig
     additive = False
 

@@ -45,7 +45,7 @@ class AttentionRollout(Attribution):
     """Attention from the answer's predictors through all layers to the tokens."""
 
     name = "attention_rollout"
-    requires = frozenset({"pattern", "resid_post"})
+    requires = frozenset({"causal", "pattern", "resid_post"})
     Config = RolloutConfig
     contrastive = False
 

@@ -115,7 +115,7 @@ class Routes(Attribution):
 
     name = "ifr_routes"
     Config = RoutesConfig
-    requires = frozenset({"resid_pre", "attn_out", "v", "z", "pattern", "resid_post"})
+    requires = frozenset({"causal", "resid_pre", "attn_out", "v", "z", "pattern", "resid_post"})
     contrastive: ClassVar[bool] = False
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: RoutesConfig) -> None:

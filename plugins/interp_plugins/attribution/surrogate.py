@@ -76,7 +76,7 @@ class Surrogate(AblationMethod):
     """
 
     name = "surrogate"
-    requires = frozenset({"embed", "resid_post"})
+    requires = frozenset({"causal", "embed", "resid_post"})
     Config = SurrogateConfig
 
     def check(self, model: ic.Model, tokens: ic.Tokens, config: Any) -> None:

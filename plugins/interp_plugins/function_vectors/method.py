@@ -237,7 +237,7 @@ class FunctionVectors(ic.Method):
     """Extracts a task's function vector, and injects it into prompts without examples; see the module."""
 
     name = "function_vectors"
-    requires = frozenset({"z", "resid_post", "readout"})
+    requires = frozenset({"causal", "z", "resid_post", "readout"})
     Config = FunctionVectorsConfig
 
     def run(self, model: ic.Model, tokens: ic.Tokens, config: FunctionVectorsConfig) -> FunctionVectorsResult:

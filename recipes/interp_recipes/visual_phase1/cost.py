@@ -54,12 +54,12 @@ def phase_cost(work: ic.Work, plan: Plan, asking: Asking, pilots: int, samples: 
 def _curves(work: ic.Work, plan: Plan, pilot: bool) -> ic.Cost:
     """Of one sample: clean and other images, and a sweep for every intervention and mode."""
     names = dict.fromkeys((*plan.interventions, *(["replace:swap"] if pilot and plan.null_image == "jpeg" else ())))
-    asked = [Intervention.parse(name) for name in names]
+    changes = [Intervention.parse(name) for name in names]
     modes = {"blind": len(plan.blind), "swap": int("replace:swap" in names), "": 1}
     read = work.forward(read_out=max(work.target, 1)) * (modes["blind"] + modes["swap"] + 1)
     layers = range(work.layers) if plan.layers is None else plan.layers
     cost = read
-    for each in asked:
+    for each in changes:
         # rows of the image change where neither text is replaced nor attention cut: from the first token on
         position = 0 if each.kind == "replace" and not each.sources else work.visual
         back = plan.window // 2 if each.kind == "knockout" else 0

@@ -1,0 +1,127 @@
+"""One row of the matrix of types and engines: what is served, what holds it, and what is missing for which reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mixtures import MIXTURES
+from mixtures import by_hand as routed_by_hand
+from parity import IDS, cell
+from reference import Reference
+from torch import Tensor
+from type_layouts import LAYOUT
+
+import interp_core as ic
+from interp_core import testing
+from interp_core.sites import SITES, Site
+
+ENGINES = ("torch", "nnsight", "transformer_lens")
+FAR = 1e-4
+"""Types that compute attention, routers or logits in float32 round there, and edits carry it on; a fault is far more."""
+ABSENT = (
+    "has no vision tower", "has no DeepStack", "has no mixture-of-experts router", "has no gate on a shared expert",
+    "is a mixture of experts; see expert_out", "blocks are parallel", "no rotary", "inside latent attention",
+    "has a projection that gates", "keeps a state beside keys", "is softmax attention; what mixes", "inside its scan",
+    "no final norm that is known", "the last block norms", "unembeds the stream",
+)  # fmt: skip
+"""Reasons why a model does not have a site at all, as opposed to sites that cannot be reached."""
+ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")
+
+
+def row(model_type: str, engine: str) -> dict[str, Any]:
+    """What one engine makes of a tiny model of a type: `word`, `why`, `held` (sites by how far they are off at most),
+    `unheld`, and `missing` (sites by reason). Errors that are not ours are raised: a load must not die of them."""
+    try:
+        hf = testing.tiny(model_type, dtype=torch.float64)
+    except ic.LoadError as error:
+        return {"word": "not built", "why": said(error)}
+    try:
+        hf.set_attn_implementation("eager")
+    except (ValueError, KeyError):  # attention of one kind alone
+        pass
+    try:
+        model = ic.load(hf, engine=engine)
+    except ic.InterpError as error:
+        return {"word": "refused", "why": said(error), "class": type(hf).__name__}
+    held = dict(distances(model, model_type))
+    served = [name for name, info in SITES.items() if not (info.visual or info.tower) and model.atlas.layers(name)]
+    missing: dict[str, str] = {
+        name: why
+        for name, why in model.atlas.lacking.items()
+        if name in SITES and not (SITES[name].visual or SITES[name].tower) and not any(word in why for word in ABSENT)
+    }
+    unheld = [name for name in served if name not in held]
+    whole = not unheld and not missing and max(held.values()) <= FAR
+    reasons: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        reasons.setdefault(why, []).append(name)
+    return {
+        "word": "verified" if whole else "partial",
+        "class": type(hf).__name__,
+        "held": held,
+        "unheld": unheld,
+        "missing": reasons,
+    }
+
+
+def said(error: Exception) -> str:
+    """The first sentence of an error, without what this machine has."""
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def distances(model: ic.Model, model_type: str) -> Iterator[tuple[str, float]]:
+    """How far reads and edits are from those of hooks written by hand, by site, where these are written."""
+    reference = Reference(model_type, model.hf) if model_type in LAYOUT else None
+    for site in [] if reference is None else reference.sites():
+        if reference is not None and not model.can(site, "read"):
+            yield site, max(cell(model, reference, site, edit=not model.can(site, "write")))
+    family = model.atlas.family.name
+    if family in MIXTURES:
+        yield from routed(model, f"{MIXTURES[family].blocks}.{{}}.{MIXTURES[family].experts}", family)
+    elif reference is not None and "experts" in reference.layout:
+        yield from routed(model, f"{reference.layout['blocks']}.{{}}.{reference.layout['experts']}", "")
+
+
+def routed(model: ic.Model, experts: str, family: str) -> Iterator[tuple[str, float]]:
+    """The same for routers: weights by hand from the logits (of a family in `mixtures`), probabilities that sum to one,
+    experts that add up to what their module (a path with the layer left open) gives."""
+    atlas = model.atlas
+    names = [name for name in ROUTED if atlas.layers(name)]
+    given: dict[int, Tensor] = {}
+    handles = [
+        model.hf.get_submodule(experts.format(layer)).register_forward_hook(
+            lambda _m, _a, out, layer=layer: given.__setitem__(layer, out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in atlas.layers("expert_out")
+    ]
+    try:
+        run = model.run(IDS, read=[Site(name, layer) for name in names for layer in atlas.layers(name)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        values = {layer: run[Site(name, layer)].plain.double() for layer in atlas.layers(name)}
+        apart = [0.0]
+        for layer, x in values.items():
+            if name in ("router_logits", "router_weights") and family and layer in atlas.layers("router_logits"):
+                logits = run[Site("router_logits", layer)].plain
+                weights = run[Site("router_weights", layer)].plain.double()
+                apart.append(_most(weights - routed_by_hand(family, model.hf, layer, logits)))
+            elif name == "router_probs":
+                apart.append(_most(x.sum(-1) - 1))
+            elif name == "router_indices":
+                weights = run[Site("router_weights", layer)].plain.double()
+                apart.append(_most(weights.scatter(-1, x.long(), 0.0)))
+            elif name == "expert_out":
+                total = given[layer].reshape(-1, *x.shape[:2], x.shape[-1]).sum(0)  # Llama 4 gives each expert's
+                apart.append(_most(x.sum(2) - total) / _most(total))
+            elif name == "shared_expert_gate":
+                apart.append(_most(x - x.clamp(0, 1)))
+        if family or name not in ("router_logits", "router_weights"):
+            yield name, max(apart)
+
+
+def _most(x: Tensor) -> float:
+    return float(x.abs().max())
