@@ -25,6 +25,8 @@ WORDS = {
     "not built": "transformers cannot build a tiny model from its config here",
 }
 """What is said of a type on an engine, best first."""
+HUB_MODELS = 15_736
+"""Models in TransformerLens' table, encoder-decoders and towers among them."""
 
 
 @cache
@@ -46,14 +48,15 @@ def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> lis
     routers = sum("router_weights" in sites_of(cell) for cell in loaded)
     mixers = sum("mixer_out" in sites_of(cell) for cell in loaded)
     wrong = sum(len(cell.get("false", "").split()) for cell in loaded)
-    hub = [(row.get("hub", 0), row[engine]["word"]) for row in types.values() if engine in row]
-    covered = sum(models for models, word in hub if word in ("verified", "partial"))
+    words_of = {row.get("class"): row[engine]["word"] for row in types.values() if engine in row}
+    hub = {row.get("class"): row.get("hub", 0) for row in types.values()}  # types may share a class
+    covered = sum(hub[name] for name, word in words_of.items() if word in ("verified", "partial"))
     said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
     return [
-        f"{len(cells)} model types: {len(loaded)} load ({said}).",
+        f"{len(cells)} model types: {said}; {len(loaded)} load.",
         f"{heads} have heads and attention patterns, {routers} routers, {mixers} a site for what their mixer adds.",
         f"{wrong} sites are served that are further from hooks written by hand than rounding.",
-        f"They are the classes of {covered:,} models of the hub that TransformerLens' table lists.",
+        f"They are the classes of {covered:,} of the {HUB_MODELS:,} models in TransformerLens' table of the hub.",
     ]
 
 

@@ -277,7 +277,8 @@ def _check_attention(name: str | None) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     assert name is not None
-    kind, own = name.removeprefix("paged|"), {*ALL_ATTENTION_FUNCTIONS.valid_keys(), *OPEN_ATTENTION} - {"interp_core"}
+    kind, keys = name.removeprefix("paged|"), {*ALL_ATTENTION_FUNCTIONS.valid_keys(), *OPEN_ATTENTION}
+    own = {key for key in keys if not key.startswith("interp_core")}
     flash = getattr(utils, f"is_{kind.replace('flash_attention', 'flash_attn')}_available", None)
     if flash is None and "/" not in kind:
         if kind not in own and name not in own:

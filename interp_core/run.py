@@ -149,11 +149,12 @@ class Run(ForwardPass):
 class CompiledPlan(PlanView):
     """A plan checked against a model. `run` it on as many inputs as you like."""
 
-    __slots__ = ("_reads", "_snapshot", "edits", "model", "program")
+    __slots__ = ("_reads", "_snapshot", "_stepping", "edits", "model", "program")
 
     def __init__(self, model: Session, program: Program, reads: tuple[Any, ...], edits: tuple[Edit, ...]) -> None:
         self.model, self.program, self._reads, self.edits = model, program, reads, edits
         self._snapshot = model.snapshot
+        self._stepping = False
 
     @property
     def plan(self) -> Plan:
@@ -178,6 +179,22 @@ class CompiledPlan(PlanView):
         read = any(slot.entry.name == name for slot in self.program.slots)
         return read or any(edit.site.name == name for edit in self.edits)
 
+    def in_step(self, verb: str, tokens: Tokens) -> AbstractContextManager[None]:
+        """See `in_step` below, with what this plan reads and edits."""
+        return in_step(self.model, verb, tokens, self._reads, self.edits)
+
+    def _together(
+        self, tokens: Tokens, grad: Any, logits: bool | PositionLike, each: Each | None, attention: bool,
+        allow_noop: bool,
+    ) -> Run:  # fmt: skip
+        """A run that processes which share the model make together."""
+        self._stepping = True
+        try:
+            with self.in_step("run", tokens):
+                return self.run(tokens, grad=grad, logits=logits, each=each, attention=attention, allow_noop=allow_noop)
+        finally:
+            self._stepping = False
+
     def run(
         self,
         x: Input,
@@ -191,22 +208,10 @@ class CompiledPlan(PlanView):
         """One forward pass; arguments as in `Model.run`."""
         if torch.is_inference_mode_enabled():
             return self._outside_inference(x, grad, logits, each, attention, allow_noop)
-        tokens = x if isinstance(x, Tokens) else self.model.input(x)
-        if self.model.atlas.processes is None:
-            return self._passed(tokens, grad, logits, each, attention, allow_noop)
-        with self.in_step("run", tokens):
-            return self._passed(tokens, grad, logits, each, attention, allow_noop)
-
-    def in_step(self, verb: str, tokens: Tokens) -> AbstractContextManager[None]:
-        """See `in_step` below, with what this plan reads and edits."""
-        return in_step(self.model, verb, tokens, self._reads, self.edits)
-
-    def _passed(
-        self, tokens: Tokens, grad: Any, logits: bool | PositionLike, each: Each | None, attention: bool,
-        allow_noop: bool,
-    ) -> Run:  # fmt: skip
-        """A run of what `run` was called with."""
         model, edits = self.model, self.edits
+        tokens = x if isinstance(x, Tokens) else model.input(x)
+        if model.atlas.processes is not None and not self._stepping:
+            return self._together(tokens, grad, logits, each, attention, allow_noop)
         stop = logits is False
         if grad is not True and grad is not False:  # so that a run without pays for no question
             if isinstance(grad, Score):

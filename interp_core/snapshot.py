@@ -176,7 +176,8 @@ def demand_plain(model: nn.Module) -> None:
                 f"made of; load the model with that one, {name}._orig_mod, in its place, or compile it in place "
                 "(module.compile()), which runs undo for as long as they take"
             )
-    if isinstance(model, PreTrainedModel) and (embedding := model.get_input_embeddings()) is not None:
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if embedding is not None and not isinstance(embedding, nn.ModuleList):
         weight = getattr(embedding, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise LoadError(

@@ -1,182 +1,153 @@
-"""Writes docs/compatibility.md: python scripts/compatibility.py [FAMILY …]
+"""Measures the matrix of model types and engines: python scripts/compatibility.py [TYPE …]
 
-Every family on every engine, every site read and edited in every layer, in three dtypes, against hooks written by hand
-(tests/reference.py). With families named, prints their rows and writes nothing.
+Writes interp_core/compatibility.json and docs/compatibility.md, in two processes. With types named, measures these anew
+and keeps the other rows; with `--page`, writes the page from the file alone; with `--lowest`, counts for the installed
+transformers, which is to be the lowest of the range, on engine torch, and keeps all rows.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import logging
+import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-
-import interp_core as ic
-from interp_core import testing
-from interp_core.architectures.undescribed import UNDESCRIBED
-from interp_core.files import write
-from interp_core.sites import SITES
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from mixtures import MIXTURES  # noqa: E402
-from mixtures import by_hand as routed_by_hand  # noqa: E402
-from parity import IDS, Battery, battery  # noqa: E402
-from sweeping import against_full  # noqa: E402
+from interp_core.compatibility import ENGINES, FILE, WORDS, counts, sites_of  # noqa: E402
+from interp_core.files import write  # noqa: E402
 
-ENGINES = ("torch", "nnsight", "transformer_lens")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-ABSENT = ("has no vision tower", "has no DeepStack", "has no mixture-of-experts router")
-"""What goes without saying: models without pictures or experts."""
 HEAD = """# Compatibility
 
-Written by `python scripts/compatibility.py` ({versions}). Random-weight models of each family, 3 layers, d_model 64.
+Written by `python scripts/compatibility.py` ({versions}): a tiny model
+of every type in transformers' mapping of causal language models, random weights, every kind of layer of the family, in
+float64. `interp families` prints this table, and `interp families TYPE` all that is known of a type.
 
-## Families × engines
-
-A cell is the largest absolute difference to hooks written by hand for that family
-([tests/reference.py](../tests/reference.py)), over all its sites and layers, of the values read and of the logits after
-an edit, in float64 / float32 / bfloat16 (0: bit for bit), and how many of the family's sites the engine has. The tests
-hold float64 to 1e-9 and float32 to 1e-5. What is missing is refused with its reason, [below](#what-is-refused-and-why).
 """
-FOOT = """
-In float64, differences above 1e-9 come from attention of the bridge's own that computes in float32 whatever the model's
-dtype (GPT-NeoX, Phi-3, GPT-OSS). In bfloat16 two ways of rounding differ at GPT-OSS' attention sites on the bridge (the
-pattern by 4e-3 as read, the logits by more after an edit) and after edits of Mixtral's router logits. `expert_out`,
-`vision_embed` and `deepstack` are held against the model's own output instead
-([tests/test_moe.py](../tests/test_moe.py), [tests/test_vision.py](../tests/test_vision.py)); gradients and generation
-on every engine are in [tests/test_engines.py](../tests/test_engines.py), and `interp check MODEL` runs all four uses on
-a model of yours.
+MEANING = """
+A site is *held* where it is read and edited in every layer that has it, and the values read and the logits after the
+edit are those of hooks that were written by hand for the type ([tests/type_layouts.py](../tests/type_layouts.py),
+[tests/reference.py](../tests/reference.py), [tests/mixtures.py](../tests/mixtures.py)); layers that are not attention
+also by [tests/test_mixers.py](../tests/test_mixers.py). The number is the largest difference, `n of m` how many of the
+sites that are served are held; all others have passed the [self-check](families.md#the-self-check). A test holds that
+no row gets worse ([tests/test_types.py](../tests/test_types.py)). [Agreement](agreement.md) has three dtypes, site by
+site.
+
 """
 
 
-def main(*names: str) -> None:
-    """Run the battery and write the page."""
-    warnings.simplefilter("ignore")
+def main(*words: str) -> None:
+    """Measure, and write the file and the page."""
+    known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if "--lowest" in words:
+        known["lowest"] = {
+            "transformers": _version("transformers"),
+            "counts": counts(_measured(types(), ("torch",)))[:2],
+        }
+    elif "--page" not in words:
+        named = [word for word in words if not word.startswith("-")]
+        rows = _measured(named or types(), ENGINES)
+        every = {**known.get("types", {}), **rows} if named else rows
+        known |= {"versions": {name: _version(name) for name in VERSIONS}, "types": dict(sorted(every.items()))}
+    write(FILE, json.dumps(known, indent=1) + "\n")
+    write(ROOT / "docs/compatibility.md", page(known))
+
+
+VERSIONS = ("torch", "transformers", "nnsight", "transformer-lens")
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package).split("+")[0]
+
+
+def types() -> list[str]:
+    """All types that the installed transformers has."""
+    from interp_core.testing.types import types
+
+    return types()
+
+
+def _measured(names: list[str], engines: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    hub = _hub_models()
+    rows: dict[str, dict[str, Any]] = {}
+    with multiprocessing.get_context("spawn").Pool(2, _quiet) as pool:
+        for name, row in pool.imap_unordered(_row, [(name, engines) for name in names], chunksize=1):
+            row["hub"] = hub[row.get("class", "")]
+            rows[name] = {key: row[key] for key in ("class", "hub", *engines) if row.get(key)}
+            print(f"{len(rows):4} of {len(names)}", name, *(row[engine]["word"] for engine in engines), flush=True)
+    return dict(sorted(rows.items()))
+
+
+def _quiet() -> None:
+    import torch
+    import transformers
+
     torch.set_num_threads(1)
-    families = names or testing.families()
-    batteries = {}
-    for family in families:
-        batteries[family] = {engine: [battery(family, dtype, engine) for dtype in DTYPES] for engine in ENGINES}
-        print(_row(family, batteries[family]), flush=True)
-    if not names:
-        write(ROOT / "docs/compatibility.md", "\n".join(page(batteries)) + "\n")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
 
 
-def page(batteries: dict[str, dict[str, list[Battery]]]) -> list[str]:
-    """Lines of the page."""
-    versions = ", ".join(
-        f"{p} {importlib.metadata.version(p).split('+')[0]}"
-        for p in ("torch", "transformers", "nnsight", "transformer-lens")
-    )
-    lines = [HEAD.format(versions=versions), *_header("family")]
-    lines += [_row(family, cells) for family, cells in batteries.items()]
-    lines += [FOOT, "## Site by site", ""]
-    lines += ["The same by site: the worst of all families, and how many of them have it.", "", *_header("site")]
-    for site in SITES:
-        columns = [[[b.cells.get(site) for b in cells[e]] for cells in batteries.values()] for e in ENGINES]
-        if any(None not in family for column in columns for family in column):
-            lines.append(f"| `{site}` | " + " | ".join(_site(column) for column in columns) + " |")
-    lines += ["", *routers(), "", *sweeps(list(batteries))]
-    lines += ["", "## What is refused, and why", "", *_reasons(batteries), "## What a family lacks, and why", ""]
-    for name in batteries:
-        lacking: dict[str, list[str]] = {}
-        for site, why in ic.load(testing.tiny(name)).atlas.lacking.items():
-            if not any(word in why for word in ABSENT):
-                lacking.setdefault(why, []).append(f"`{site}`")
-        lines += [f"- **{name}** {', '.join(sites)}: {why}" for why, sites in lacking.items()]
-    return lines
+def _row(task: tuple[str, tuple[str, ...]]) -> tuple[str, dict[str, Any]]:
+    from matrix import row
+
+    name, engines = task
+    cells: dict[str, Any] = {}
+    for engine in engines:
+        cells[engine] = row(name, engine)
+        cells["class"] = cells[engine].pop("class", cells.get("class"))
+    return name, cells
 
 
-def routers() -> list[str]:
-    """How far executed weights are from selection by hand in the families that are described for their routers."""
-    lines = ["## Further families with experts", ""]
-    lines += ["Their routers are held against selection written by hand ([tests/mixtures.py](../tests/mixtures.py),"]
+def _hub_models() -> Counter[str]:
+    """How many models of the hub have a class, by TransformerLens' table."""
+    spec = find_spec("transformer_lens")
+    assert spec is not None and spec.origin is not None
+    table = Path(spec.origin).parent / "tools/model_registry/data/supported_models.json"
+    return Counter(model["architecture_id"] for model in json.loads(table.read_text())["models"])
+
+
+def page(known: dict[str, Any]) -> str:
+    """The page."""
+    types, versions = known["types"], ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    lines = [HEAD.format(versions=versions).rstrip(), ""]
+    lines += [f"- {sentence}" for sentence in counts(types)]
+    for engine in ENGINES[1:]:
+        words = Counter(row[engine]["word"] for row in types.values())
+        lines.append(f"- On engine `{engine}`: {', '.join(f'{words[word]} {word}' for word in WORDS if words[word])}.")
+    if lowest := known.get("lowest"):
+        lines.append(
+            f"- With transformers {lowest['transformers']}, the lowest that is supported: {' '.join(lowest['counts'])}"
+        )
+    lines += ["", "| word | means |", "|---|---|", *(f"| **{word}** | {means} |" for word, means in WORDS.items())]
+    lines += [MEANING.rstrip(), "", "## Types × engines", ""]
+    lines += ["| type | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |", "|---|---|---|---|"]
     lines += [
-        "[tests/test_moe_families.py](../tests/test_moe_families.py)): executed weights with and without bans, what"
+        f"| {name} | " + " | ".join(_cell(row[engine]) for engine in ENGINES) + " |" for name, row in types.items()
     ]
-    lines += [
-        "the experts' module is called with, sums of experts, edits and their proofs. The other sites have passed the"
-    ]
-    lines += ["self-check only. The largest difference of executed weights to those by hand, over all layers:", ""]
-    lines += ["| family | float64 | float32 | bfloat16 | taken out by the self-check |", "|---|---|---|---|---|"]
-    for family, mixture in MIXTURES.items():
-        cells = []
-        for dtype in DTYPES:
-            model = ic.load(testing.tiny(family, dtype=dtype))
-            logits, weights = (ic.sites.named(name) for name in ("router_logits", "router_weights"))
-            run = model.run(IDS, read=[site[layer] for site in (logits, weights) for layer in mixture.layers])
-            apart = [
-                run[weights[i]].plain.double() - routed_by_hand(family, model.hf, i, run[logits[i]].plain)
-                for i in mixture.layers
-            ]
-            cells.append(max(float(x.abs().max()) for x in apart))
-        gone = dict.fromkeys(name for (name, _), why in model.atlas.withdrawn.items() if "self-check" in why)
-        shown = ", ".join(f"`{name}`" for name in gone)
-        lines.append(f"| {family} | " + " | ".join(f"{cell:.0e}" for cell in cells) + f" | {shown or '–'} |")
-    lines += ["", "Families of transformers whose routers have no sites:", ""]
-    reasons: dict[str, list[str]] = {}
-    for family, why in UNDESCRIBED.items():
-        reasons.setdefault(why, []).append(family)
-    return [*lines, *(f"- **{', '.join(names)}**: {why}" for why, names in reasons.items())]
+    lines += ["", "## What is missing on `torch`, and why", ""]
+    for name, row in types.items():
+        cell = row["torch"]
+        said = [f"{why}" for why in [cell.get("why")] if why]
+        said += [f"without `{'`, `'.join(names.split())}`: {why}" for why, names in cell.get("missing", {}).items()]
+        if cell.get("unheld"):
+            said.append(f"held by the self-check alone: `{'`, `'.join(cell['unheld'].split())}`")
+        if said:
+            lines.append(f"- **{name}** {'; '.join(said)}")
+    return "\n".join(lines) + "\n"
 
 
-def sweeps(families: list[str]) -> list[str]:
-    """How far sweeps are from one full forward pass per variant."""
-    lines = [
-        "## Sweeps",
-        "",
-        "What `model.sweep` takes by itself on engine `torch` ([strategies](sweeps.md)), and the largest",
-    ]
-    lines += ["difference of its scores to one full forward pass per variant, over the largest score.", ""]
-    lines += ["| family | strategy | float64 | float32 | why nothing cheaper |", "|---|---|---|---|---|"]
-    for family in families:
-        rows = [against_full(family, dtype) for dtype in DTYPES[:2]]
-        errors = " | ".join(_worst([row.error]) for row in rows)
-        lines.append(f"| {family} | {rows[0].strategy} | {errors} | {rows[0].why} |")
-    return lines
-
-
-def _header(first: str) -> list[str]:
-    return [f"| {first} | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |", "|---|---|---|---|"]
-
-
-def _worst(cells: Iterable[float]) -> str:
-    worst = max(cells, default=0.0)
-    return f"{worst:.0e}" if worst else "0"
-
-
-def _row(family: str, engines: dict[str, list[Battery]]) -> str:
-    shown = []
-    for batteries in engines.values():
-        n = len(batteries[0].cells)
-        of = n + sum(" edits" not in site for site in batteries[0].refused)
-        numbers = " / ".join(_worst(max(cell) for cell in b.cells.values()) for b in batteries)
-        shown.append(f"{numbers}, {n} of {of}" if n else "none")
-    return f"| {family} | " + " | ".join(shown) + " |"
-
-
-def _site(column: list[list[tuple[float, float] | None]]) -> str:
-    having = [cells for cells in column if None not in cells]
-    numbers = " / ".join(_worst(max(cells[i]) for cells in having) for i in range(len(DTYPES)))  # type: ignore[arg-type]
-    return f"{numbers}, {len(having)}" if having else "·"
-
-
-def _reasons(batteries: dict[str, dict[str, list[Battery]]]) -> list[str]:
-    lines = []
-    for engine in ENGINES:
-        reasons: dict[str, dict[str, list[str]]] = {}
-        for family, cells in batteries.items():
-            for site, why in cells[engine][0].refused.items():
-                reasons.setdefault(why.removeprefix(f"{site}: "), {}).setdefault(family, []).append(site)
-        lines += [f"**{engine}**" + (":" if reasons else ": nothing."), ""]
-        for why, families in reasons.items():
-            who = "; ".join(f"{family} ({', '.join(sites)})" for family, sites in families.items())
-            lines.append(f"- {why} — {who}")
-    return [*lines, ""]
+def _cell(cell: dict[str, Any]) -> str:
+    if cell["word"] not in ("verified", "partial"):
+        return cell["word"]
+    held = len(cell.get("held", "").split())
+    return f"**{cell['word']}** {cell.get('off', 0):.0e}, {held} of {len(sites_of(cell))}"
 
 
 if __name__ == "__main__":

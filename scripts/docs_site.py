@@ -43,7 +43,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "moe_experts", "moe_mask_sweep", "function_vectors_parity", "visual_phase1", "visual_probing",
         "visual_questions", "visual_answers",
     ),
-    "Project": ("architecture", "compatibility", "overhead", "gpu", "../CONTRIBUTING", "../CHANGELOG"),
+    "Project": ("architecture", "compatibility", "agreement", "overhead", "gpu", "../CONTRIBUTING", "../CHANGELOG"),
 }  # fmt: skip
 """The pages of docs/ in the order in which the site has them."""
 FILES = ("benchmarks", "interp_core", "plugins", "recipes", "scripts", "tests")

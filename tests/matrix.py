@@ -44,7 +44,12 @@ def row(model_type: str, engine: str) -> dict[str, Any]:
     try:
         model = ic.load(hf, engine=engine)
     except ic.InterpError as error:
-        return {"word": "refused", "why": said(error), "class": type(hf).__name__}
+        if "in torch.float64: " not in str(error):
+            return {"word": "refused", "why": said(error), "class": type(hf).__name__}
+        try:  # parts of it are float32 whatever the model's dtype
+            model = ic.load(hf.float(), engine=engine)
+        except ic.InterpError as again:
+            return {"word": "refused", "why": said(again), "class": type(hf).__name__}
     held = dict(distances(model, model_type))
     served = [name for name, info in SITES.items() if not (info.visual or info.tower) and model.atlas.layers(name)]
     missing: dict[str, str] = {
@@ -59,7 +64,11 @@ def row(model_type: str, engine: str) -> dict[str, Any]:
         reasons.setdefault(why, []).append(name)
     whole = not (unheld or missing or false)
     cell = {"word": "verified" if whole else "partial", "class": type(hf).__name__, "held": " ".join(held)}
-    cell |= {"off": float(f"{max(held.values(), default=0.0):.0e}"), "unheld": " ".join(unheld), "false": " ".join(false)}
+    cell |= {
+        "off": float(f"{max(held.values(), default=0.0):.0e}"),
+        "unheld": " ".join(unheld),
+        "false": " ".join(false),
+    }
     return {key: part for key, part in cell.items() if part} | (
         {"missing": {why: " ".join(names) for why, names in reasons.items()}} if reasons else {}
     )

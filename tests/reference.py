@@ -14,7 +14,21 @@ from typing import Any
 import torch
 from routed import route
 from torch import Tensor, nn
-from type_layouts import DENSE, KIN, LACKS, LAYOUT, LINEAR, MIXED_VALUES, MIXERS, PER_HEAD, SCALES, SOME, WIDE_QUERIES
+from type_layouts import (
+    DENSE,
+    GATED_QUERIES,
+    GATES,
+    KIN,
+    LACKS,
+    LAYOUT,
+    LINEAR,
+    MIXED_VALUES,
+    MIXERS,
+    PER_HEAD,
+    SCALES,
+    SOME,
+    WIDE_QUERIES,
+)
 
 Change = Callable[[Tensor], Tensor]
 
@@ -36,7 +50,7 @@ class Reference:
         if getattr(config, "per_layer_config", None):
             config = config.per_layer_config[layer]
         settings = config.to_dict()
-        self.n_heads = config.num_attention_heads
+        self.n_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
         self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
         self.d_head = settings.get("v_head_dim") or settings.get("head_dim") or config.hidden_size // self.n_heads
         self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
@@ -49,7 +63,7 @@ class Reference:
         names += ["resid_post", "final_norm", "logits", "pattern", "mlp_act", "resid_mid", "scores", "rot_q", "rot_k"]
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
-        names += ["mixer_in", "mixer_out"]
+        names += ["mixer_in", "mixer_out", *(["mixer_gate"] if self.family in GATES else [])]
         return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
@@ -57,6 +71,8 @@ class Reference:
         if site in ("embed", "final_norm", "logits"):
             return [0]
         everywhere = list(range(self.n_layers))
+        if site == "mixer_gate":
+            return [*MIXERS.get(self.family, LINEAR.get(self.family, everywhere))]
         if site in SOME.get(self.family, ()):
             return SOME[self.family][site]
         if site == "mlp_act":
@@ -87,7 +103,7 @@ class Reference:
             return x.reshape(b, s, self.n_heads, -1)[..., : -self.d_head]
         if self.family in WIDE_QUERIES:  # queries are wider than values
             return x.reshape(b, s, self.n_heads, -1)
-        if self.family in LINEAR and part == "q":  # and its gate
+        if self.family in GATED_QUERIES and part == "q":  # and its gate
             return x.reshape(b, s, self.n_heads, 2, self.d_head)[..., 0, :]
         if "qkv" not in self.layout:
             return x.reshape(b, s, -1, self.d_key)
@@ -105,7 +121,7 @@ class Reference:
         if self.family in WIDE_QUERIES and part == "v":
             keys = x.reshape(b, s, self.n_heads, -1)[..., : -self.d_head]
             return torch.cat([keys, new], -1).reshape(x.shape)
-        if self.family in LINEAR and part == "q":
+        if self.family in GATED_QUERIES and part == "q":
             gate = x.reshape(b, s, self.n_heads, 2, self.d_head)[..., 1, :]
             return torch.stack([new, gate], 3).reshape(x.shape)
         if self.family == "axk2" and part == "q":
@@ -145,7 +161,12 @@ class Reference:
             return _input(self.module("", layer), fn)
         if site == "resid_post":
             return _output(self.module("", layer), fn)
+        if site == "mixer_gate":
+            path, part = GATES[self.family]
+            return _output(self.module("attn", layer).get_submodule(path), lambda x: _written(x, part, fn))
         site = site.replace("mixer", "attn")
+        if site == "attn_in" and "reads" in self.layout:
+            return _output(self.module("reads", layer), fn)
         if site in ("attn_in", "mlp_in"):
             return _input(self.module(site.removesuffix("_in"), layer), self._shaped(fn))
         if site in ("attn_out", "mlp_out"):
@@ -303,6 +324,14 @@ class Reference:
         self.shape = inputs["input_ids"].shape
         with torch.no_grad(), self.hooked(site, layer, fn):
             return self.hf(**inputs, use_cache=False).logits
+
+
+def _written(x: Tensor, part: Callable[[Tensor], Tensor], fn: Change) -> Tensor:
+    """A tensor whose part, a view of it, `fn` has changed."""
+    x = x.clone()
+    view = part(x)
+    view.copy_(fn(view.clone()))
+    return x
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import Tensor, nn
+from type_layouts import GATES
 
 import interp_core as ic
 from interp_core import sites as S
@@ -70,24 +71,6 @@ MIXING: dict[str, Mixing] = {
         ("linear_attn", "linear_attn", "self_attn"), (0, 1, 2), ("linear_attn", "linear_attn", "post_attention_layernorm")
     ),
 }  # fmt: skip
-GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", lambda x: x.chunk(2, -1)[1])),
-    **dict.fromkeys(
-        ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1"), ("in_proj", lambda x: x[..., :128])
-    ),
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("in_proj", lambda x: x.chunk(3, -1)[1])),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "lara_mini"), ("in_proj_z", lambda x: x)),
-    "zamba": ("in_proj", lambda x: x.unflatten(-1, (128, 2))[..., 1]),
-    "zamba2": ("in_proj", lambda x: x[..., :128]),
-    "xlstm": ("ogate_preact", lambda x: x),
-    "recurrent_gemma": ("linear_y", lambda x: x),
-    "rwkv": ("receptance", lambda x: x),
-    "olmo_hybrid": ("g_proj", lambda x: x),
-    "kimi_linear": ("g_b_proj", lambda x: x),
-    "bailing_hybrid": ("g_proj", lambda x: x),
-    "minimax": ("output_gate", lambda x: x),
-}
-"""The projection in a mixer, and what of it gates the mixer's output."""
 CONFIG: dict[str, dict[str, Any]] = {"falcon_h1": {"attention_out_multiplier": 0.6, "ssm_out_multiplier": 1.7}}
 FEW = ("mamba", "jamba", "lfm3", "recurrent_gemma", "falcon_h1", "zamba")
 SOME = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in MIXING]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+from torch import Tensor
 
 LLAMA = {
     "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "attn": "self_attn",
@@ -47,6 +48,10 @@ BART = {
     "attn": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.out_proj", "mlp": "fc1", "down": "fc2", "attn_out": "self_attn", "mlp_out": "fc2",
 }  # fmt: skip
+MAMBA = {
+    "embed": "backbone.embeddings", "blocks": "backbone.layers", "norm": "backbone.norm_f", "attn": "mixer",
+    "attn_out": "mixer",
+}  # fmt: skip
 NEOX = {
     "attn": "attention", "qkv": "attention.query_key_value", "o": "attention.dense", "mlp": "mlp",
     "down": "mlp.dense_4h_to_h", "attn_out": "attention", "mlp_out": "mlp",
@@ -81,7 +86,7 @@ MIXED = (
 )  # fmt: skip
 """Types with Llama's blocks and experts in some layers or all."""
 LATENTLY = (
-    "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
+    "axk1", "axk2", "deepseek_v2", "dots3_note", "dots3_note_text", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
 )  # fmt: skip
 """Types whose keys and values come out of a latent."""
 NORMED = ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
@@ -113,6 +118,17 @@ LAYOUT: dict[str, dict[str, str]] = {
     "beam": SANDWICH,
     "codegen": {key: path for key, path in GPT.items() if key != "mid"}
     | {"qkv": "attn.qkv_proj", "o": "attn.out_proj", "down": "mlp.fc_out"},
+    "dbrx": {
+        "embed": "transformer.wte", "blocks": "transformer.blocks", "norm": "transformer.norm_f",
+        "attn": "norm_attn_norm.attn", "qkv": "norm_attn_norm.attn.Wqkv", "o": "norm_attn_norm.attn.out_proj",
+        "mlp": "ffn", "mid": "norm_attn_norm.norm_2", "attn_out": "norm_attn_norm.attn", "mlp_out": "ffn",
+    },
+    "ctrl": {
+        "embed": "transformer.w", "blocks": "transformer.h", "norm": "transformer.layernorm",
+        "attn": "multi_head_attention", "q": "multi_head_attention.Wq", "k": "multi_head_attention.Wk",
+        "v": "multi_head_attention.Wv", "o": "multi_head_attention.dense", "mlp": "ffn", "down": "ffn.2",
+        "mid": "layernorm2", "attn_out": "multi_head_attention", "mlp_out": "ffn", "reads": "layernorm1",
+    },
     "falcon": GPT
     | {"embed": "transformer.word_embeddings", "attn": "self_attention", "qkv": "self_attention.query_key_value"}
     | {"o": "self_attention.dense", "down": "mlp.dense_4h_to_h", "attn_out": "self_attention"},
@@ -146,6 +162,14 @@ LAYOUT: dict[str, dict[str, str]] = {
         "o": "temporal_block.o_proj", "mlp": "mlp_block", "down": "mlp_block.down_proj", "mid": "channel_pre_norm",
         "attn_out": "temporal_block", "mlp_out": "mlp_block",
     },
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), MAMBA),
+    "xlstm": {
+        "embed": "backbone.embeddings", "blocks": "backbone.blocks", "norm": "backbone.out_norm", "attn": "mlstm_layer",
+        "attn_out": "mlstm_layer", "mid": "norm_ffn", "mlp": "ffn", "down": "ffn.proj_down", "mlp_out": "ffn",
+    },
+    "lara_mini": LLAMA,
+    "granitemoeshared": LLAMA, "granitemoe_swa": LLAMA,
+    "granitemoehybrid": LLAMA,
     "starcoder2": LLAMA | {"down": "mlp.c_proj"},
     "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
     "modernbert-decoder": {
@@ -212,6 +236,8 @@ DENSE |= {
     "lfm2_moe": [0],
 }
 """Layers with a dense MLP of types that have experts in others."""
+OF_ATTENTION = {"attn_in", "q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out", "attn_out"}
+OF_MLP = {"resid_mid", "mlp_in", "mlp_act", "mlp_out"}
 LACKS: dict[str, set[str]] = {
     **layouts.LACKS,
     **{family: {"resid_mid"} for family in ("cohere", "cohere2", "cohere_compass_text", "phi")},
@@ -224,6 +250,18 @@ LACKS: dict[str, set[str]] = {
     "gpt_neox_japanese": {"rot_q", "rot_k", "scores"},
     "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
     "codegen": {"resid_mid", "q", "k"},
+    "dbrx": {"mlp_act"},
+    **{name: {*OF_ATTENTION, *OF_MLP} for name in ("mamba", "mamba2", "falcon_mamba")},
+    "xlstm": OF_ATTENTION,
+    "lara_mini": {"mlp_act"},
+    **{name: OF_MLP - {"resid_mid"} for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")},
+    "beam": {
+        "attn_out",
+        "mlp_out",
+        "mixer_out",
+        "resid_mid",
+    },  # each counts by how many were added; tests/test_streams.py
+    "ctrl": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED, "roberta-prelayernorm", "xlm-roberta-xl")},
     "xmod": {"rot_q", "rot_k", "final_norm", "mlp_out"},
     "megatron-bert": {"rot_q", "rot_k", "scores", "final_norm"},
@@ -234,9 +272,11 @@ LACKS: dict[str, set[str]] = {
     "bloom": {"rot_q", "rot_k", "scores"},
     "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
-"""What a type does not have."""
-LINEAR = layouts.LINEAR | {"qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+"""What a type does not have, or what no hook here is written for."""
+LINEAR = layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
 """Layers with linear attention."""
+GATED_QUERIES = {*LINEAR} - {"lara_mini"}
+"""Types whose query projection holds a gate beside each query."""
 SOME: dict[str, dict[str, list[int]]] = {
     "gpt_neox_japanese": {"attn_out": [0, 1], "mixer_out": [0, 1], "resid_mid": [0, 1]},
 }
@@ -246,5 +286,28 @@ MIXERS: dict[str, dict[int, str]] = {
     "jamba": dict.fromkeys((0, 1), "mamba"),
     "bamba": dict.fromkeys((0, 2), "mamba"),
     "recurrent_gemma": dict.fromkeys((0, 1), "temporal_block"),
+    **{name: dict.fromkeys((0, 1, 2), "mixer") for name in ("mamba", "mamba2", "falcon_mamba")},
+    "xlstm": dict.fromkeys((0, 1, 2), "mlstm_layer"),
+    "granitemoehybrid": {0: "mamba"},
 }
 """Layers of hybrids that are not attention, and the module that mixes tokens there."""
+GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", lambda x: x.chunk(2, -1)[1])),
+    **dict.fromkeys(
+        ("mamba2", "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1"), ("in_proj", lambda x: x[..., :128])
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("in_proj", lambda x: x.chunk(3, -1)[1])),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "lara_mini"), ("in_proj_z", lambda x: x)
+    ),
+    "zamba": ("in_proj", lambda x: x.unflatten(-1, (128, 2))[..., 1]),
+    "zamba2": ("in_proj", lambda x: x[..., :128]),
+    "xlstm": ("ogate_preact", lambda x: x),
+    "recurrent_gemma": ("linear_y", lambda x: x),
+    "rwkv": ("receptance", lambda x: x),
+    "olmo_hybrid": ("g_proj", lambda x: x),
+    "kimi_linear": ("g_b_proj", lambda x: x),
+    "bailing_hybrid": ("g_proj", lambda x: x),
+    "minimax": ("output_gate", lambda x: x),
+}
+"""The projection in a mixer, and what of it gates the mixer's output."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,7 @@ class Shape:
     n_ctx: int | None
     n_labelled: int = 0
 
-    @property
+    @cached_property
     def n_ids(self) -> int:
         """How many tokens it can be given."""
         return self.n_labelled or self.d_vocab

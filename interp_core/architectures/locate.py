@@ -214,12 +214,15 @@ class Block:
     Attributes:
         stack: the blocks that it is one of.
         path, module: of the block.
+        config: of its layer, where layers differ.
         parts: module paths of its components by TransformerLens' names (`attn`, `attn.q`, `mlp.out`, …).
     """
 
     def __init__(self, stack: Stack, layer: int) -> None:
         self.stack, self.layer, self.path = stack, layer, f"{stack.paths['blocks']}.{layer}"
         self.module, self.parts, self.d_model = stack.modules[self.path], stack.components_of(self.path), stack.d_model
+        varied = getattr(stack.config, "is_heterogeneous", False)
+        self.config = stack.config.per_layer_config[layer] if varied else stack.config
 
     def point(self, path: str, side: Side, *, flat: bool = False, view: View | None = None) -> HookPoint:
         """A hook point at a module of the block, by its path in the block."""
@@ -288,7 +291,7 @@ def mlp(block: Block) -> None:
         if place := stack.places.get(name):
             points[name] = block.at(place)
     for name, point in points.items():
-        said = getattr(stack.config, "intermediate_size", 0)
+        said = getattr(block.config, "intermediate_size", 0)
         width = declared(stack.modules[point.module], 0, said) if name == "mlp_act" else 0
         block.view(name, point, {"d_mlp": width} if width else block.d_model)
 
@@ -358,7 +361,7 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
     stack = block.stack
     images, open_at = stack.family.whole_images, hook_points.attending(attn, stack.modules[attn])
     module = stack.modules[open_at or attn]
-    stack.atlas.reaches[block.layer] = Reach.of(module, stack.config, block.layer, images=images)
+    stack.atlas.reaches[block.layer] = Reach.of(module, block.config, block.layer, images=images)
     if open_at:
         for name, sizes in rotated.items():
             block.view(name, HookPoint(open_at, "attention", name, view=hook_points.transposed), sizes)
@@ -371,11 +374,12 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
 def head_counts(block: Block, module: nn.Module) -> Heads | None:
     """Head counts of a layer, from the config and, where it has them, the layer's own weights."""
     stack, parts = block.stack, block.parts
-    n_heads = getattr(stack.config, "num_attention_heads", None) or getattr(stack.config, "num_heads", None)
+    config = block.config
+    n_heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
     if n_heads is None or "attn.o" not in parts:
         return None
     d_head = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    kv = getattr(stack.config, "num_key_value_heads", None)
+    kv = getattr(config, "num_key_value_heads", None)
     kv, said = kv if isinstance(kv, int) else n_heads, d_head or block.d_model["d_model"] // n_heads
     width = declared(stack.modules[parts["attn.o"]], 0, n_heads * said)
     d_head = int(d_head or width // n_heads)

@@ -242,7 +242,9 @@ def declared(run: Run, sites: Iterable[Site], known: Mapping[str, int]) -> tuple
         except RuntimeError as error:  # a view that does not fit what the module returns
             return False, f"layer {layer}: {error}"
         if shape != wanted:
-            return False, f"layer {layer} gives {shape}, not {wanted}"
+            streams = site.name.startswith("resid") and len(shape) == len(wanted) + 1 and shape[-1] == wanted[-1]
+            why = "; the model has several residual streams, and a site is of one" if streams else ""
+            return False, f"layer {layer} gives {shape}, not {wanted}{why}"
     return True, ""
 
 
@@ -269,18 +271,27 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
     if layers := both(atlas, "pattern", "v", "z"):
         mixed = [(_mixed(at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
         finding = _close(model, "v", "times pattern is z", mixed)
-        points = [atlas.entries["pattern", i].read for i in layers]
-        if not finding.ok and any(point is not None and point.side != "attention" for point in points):
+        if not finding.ok and _by_itself(atlas, "pattern"):
             # An engine that does attention by itself does not show what is handed on; a gate is what may come behind.
             gated = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
             finding = _close(model, "v", "times pattern, times a gate between 0 and 1, is z", gated)
         elif not finding.ok:
             finding = _handed(model, run, layers)
         yield finding
+    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and _by_itself(atlas, "rot_q") and not _capped(model):
+        rotated = [_first_scores(at(run, "rot_q", i), at(run, "rot_k", i), at(run, "scores", i)) for i in layers]
+        yield _close(model, "rot_q", "gives the scores, with rot_k", rotated)._replace(others=("rot_k",))
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
             yield _close(model, name, "gives the scores of the first position", pairs)
+
+
+def _by_itself(atlas: Atlas, name: str) -> bool:
+    """Whether an engine does attention by itself, so that a site is where it shows it and not where the model's own
+    attention is opened."""
+    points = [atlas.entries[name, layer].read for layer in atlas.layers(name)]
+    return any(point is not None and point.side != "attention" for point in points)
 
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
@@ -338,8 +349,11 @@ NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layer
 
 def _normed(model: Session) -> bool:
     """Whether queries and keys pass a norm or scores a cap, so that their product does not show."""
-    named = any(name.endswith(NORMS_OF_HEADS) for name in model.engine.modules)
-    return named or bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
+    return _capped(model) or any(name.endswith(NORMS_OF_HEADS) for name in model.engine.modules)
+
+
+def _capped(model: Session) -> bool:
+    return bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

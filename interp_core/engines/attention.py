@@ -69,17 +69,35 @@ class LentName(str):
 
     def __new__(cls, name: str, own: str) -> LentName:
         """A name that stands for another."""
-        lent = super().__new__(cls, name)
+        lent = super().__new__(cls, f"{name}:{own}")
         lent.own = own
         return lent
 
+    # Each is one call of Python's per layer: modules ask for their kernel in every pass.
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) or self.own == other
+        return self.own == other or str.__eq__(self, other)
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return self.own != other and str.__ne__(self, other)
 
     __hash__ = str.__hash__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return lent, (self.partition(":")[0], self.own)
+
+
+OURS: dict[str, Callable[..., Any]] = {}
+"""Attention functions of ours by name."""
+_LENT: dict[tuple[str, str], LentName] = {}
+"""The names under which they are registered: the very objects, which a lookup compares first."""
+
+
+def lent(name: str, own: str) -> LentName:
+    """The name of an attention function of ours, for a layer that has another of its own."""
+    if (name, own) not in _LENT:
+        _LENT[name, own] = LentName(name, own)
+        AttentionInterface.register(_LENT[name, own], OURS[name])
+    return _LENT[name, own]
 
 
 class AttentionHook:
@@ -179,7 +197,7 @@ def with_attention(config: Any, name: str) -> Any:
     # A copy, since a config is shared by all layers and by the model itself. Past the setter of
     # `_attn_implementation`, which would set the configs of parts (text, vision) as well: those are shared still.
     other = copy.copy(config)
-    other.__dict__["_attn_implementation_internal"] = LentName(name, str(config._attn_implementation))
+    other.__dict__["_attn_implementation_internal"] = lent(name, config._attn_implementation)
     return other
 
 
@@ -322,4 +340,4 @@ def _few(
     return _Few(closed, at, query[:, :, at], few_mask, more)
 
 
-AttentionInterface.register(NAME, attention)
+OURS[NAME] = attention

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
 
 from ..errors import CapabilityError
-from .attention import RULED, attention, kernel_of, with_attention
+from .attention import OURS, RULED, attention, kernel_of, with_attention
 
 Rule = Callable[..., Any]
 
@@ -173,4 +172,4 @@ def _ruled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module.__dict__["interp_rule"][1](*args, **kwargs)
 
 
-AttentionInterface.register(RULED, _ruled)
+OURS[RULED] = _ruled

@@ -193,6 +193,7 @@ def build_bridge(model: Any) -> Any:
         ArchitectureAdapter._check_required_libraries = lambda self: None
         try:
             bridge = build_bridge_from_module(model, kind, hf_config=model.config)
+            blocks = list(bridge.blocks)
         except Exception as error:  # adapters fail in many ways on what they do not expect
             raise CapabilityError(
                 f"TransformerLens builds no bridge around a {kind} ({type(error).__name__}: {error}); load with "
@@ -200,7 +201,7 @@ def build_bridge(model: Any) -> Any:
             ) from error
         finally:
             ArchitectureAdapter._check_required_libraries = check
-    for block in bridge.blocks:
+    for block in blocks:
         _hand_on_the_cache(getattr(block, "attn", None), "past_key_values")
         _hand_on_the_cache(getattr(block, "linear_attn", None), "cache_params")
     return bridge
