@@ -31,7 +31,8 @@ HUB_MODELS = 15_736
 
 @cache
 def matrix() -> dict[str, Any]:
-    """The file: `versions`, and `types` by model type, with a cell for each engine."""
+    """The file: `versions`, `types` by model type and `visual` by class (of images and text), with a cell for each
+    engine."""
     return json.loads(FILE.read_text())
 
 
@@ -75,16 +76,25 @@ def listing(types: Mapping[str, Mapping[str, Any]], width: int | None = None) ->
     return "\n".join(aligned(rows, width, keep=2))
 
 
+def row_of(model_type: str) -> dict[str, Any]:
+    """The row of a type, or of a class of images and text.
+
+    Raises:
+        LoadError: none of this name, with the nearest.
+    """
+    every = matrix()["types"] | matrix()["visual"]
+    if model_type not in every:
+        raise LoadError(f"there is no causal model type {model_type!r} in transformers. {nearest(model_type, every)}")
+    return every[model_type]
+
+
 def of_type(model_type: str, width: int | None = None) -> str:
     """All that is known of a type.
 
     Raises:
         LoadError: no type of this name, with the nearest.
     """
-    types = matrix()["types"]
-    if model_type not in types:
-        raise LoadError(f"there is no causal model type {model_type!r} in transformers. {nearest(model_type, types)}")
-    row = types[model_type]
+    row = row_of(model_type)
     lines = [f"{model_type} ({row.get('class', 'not built')})", ""]
     for engine in ENGINES:
         cell = row.get(engine)

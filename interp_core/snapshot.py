@@ -176,7 +176,10 @@ def demand_plain(model: nn.Module) -> None:
                 f"made of; load the model with that one, {name}._orig_mod, in its place, or compile it in place "
                 "(module.compile()), which runs undo for as long as they take"
             )
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    try:
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:  # a class that does not say where it is
+        embedding = None
     if embedding is not None and not isinstance(embedding, nn.ModuleList):
         weight = getattr(embedding, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():

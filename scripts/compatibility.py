@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from interp_core.compatibility import ENGINES, FILE, WORDS, counts, sites_of  # noqa: E402
 from interp_core.files import write  # noqa: E402
+from interp_core.testing.types import types, visual  # noqa: E402
 
 HEAD = """# Compatibility
 
@@ -52,9 +53,12 @@ def main(*words: str) -> None:
         }
     elif "--page" not in words:
         named = [word for word in words if not word.startswith("-")]
-        rows = _measured(named or types(), ENGINES)
-        every = {**known.get("types", {}), **rows} if named else rows
-        known |= {"versions": {name: _version(name) for name in VERSIONS}, "types": dict(sorted(every.items()))}
+        rows = _measured(named or [*types(), *visual()], ENGINES)
+        every = {**known.get("types", {}), **known.get("visual", {}), **rows} if named else rows
+        causal, every = set(types()), dict(sorted(every.items()))
+        known |= {"versions": {name: _version(name) for name in VERSIONS}}
+        known["types"] = {name: row for name, row in every.items() if name in causal}
+        known["visual"] = {name: row for name, row in every.items() if name not in causal}
     write(FILE, json.dumps(known, indent=1) + "\n")
     write(ROOT / "docs/compatibility.md", page(known))
 
@@ -64,13 +68,6 @@ VERSIONS = ("torch", "transformers", "nnsight", "transformer-lens")
 
 def _version(package: str) -> str:
     return importlib.metadata.version(package).split("+")[0]
-
-
-def types() -> list[str]:
-    """All types that the installed transformers has."""
-    from interp_core.testing.types import types
-
-    return types()
 
 
 def _measured(names: list[str], engines: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -100,7 +97,10 @@ def _row(task: tuple[str, tuple[str, ...]]) -> tuple[str, dict[str, Any]]:
     name, engines = task
     cells: dict[str, Any] = {}
     for engine in engines:
-        cells[engine] = row(name, engine)
+        try:
+            cells[engine] = row(name, engine)
+        except Exception as error:
+            raise RuntimeError(f"{name} on {engine}: {type(error).__name__}: {error}") from error
         cells["class"] = cells[engine].pop("class", cells.get("class"))
     return name, cells
 
@@ -126,13 +126,17 @@ def page(known: dict[str, Any]) -> str:
             f"- With transformers {lowest['transformers']}, the lowest that is supported: {' '.join(lowest['counts'])}"
         )
     lines += ["", "| word | means |", "|---|---|", *(f"| **{word}** | {means} |" for word, means in WORDS.items())]
-    lines += [MEANING.rstrip(), "", "## Types × engines", ""]
-    lines += ["| type | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |", "|---|---|---|---|"]
+    lines += [MEANING.rstrip(), "", "## Types × engines", "", *_table("type", types)]
+    pictures = known["visual"]
+    words = Counter(row["torch"]["word"] for row in pictures.values())
+    lines += ["", "## Models that take images × engines", ""]
+    said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
     lines += [
-        f"| {name} | " + " | ".join(_cell(row[engine]) for engine in ENGINES) + " |" for name, row in types.items()
+        f"The {len(pictures)} classes in transformers' mapping of images and text to text, on text alone: {said}."
     ]
+    lines += ["Images, towers and grids: [families](families.md#images).", "", *_table("class", pictures)]
     lines += ["", "## What is missing on `torch`, and why", ""]
-    for name, row in types.items():
+    for name, row in (types | pictures).items():
         cell = row["torch"]
         said = [f"{why}" for why in [cell.get("why")] if why]
         said += [f"without `{'`, `'.join(names.split())}`: {why}" for why, names in cell.get("missing", {}).items()]
@@ -141,6 +145,13 @@ def page(known: dict[str, Any]) -> str:
         if said:
             lines.append(f"- **{name}** {'; '.join(said)}")
     return "\n".join(lines) + "\n"
+
+
+def _table(first: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"| {first} | " + " | ".join(f"`{engine}`" for engine in ENGINES) + " |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(row[engine]) for engine in ENGINES) + " |")
+    return lines
 
 
 def _cell(cell: dict[str, Any]) -> str:

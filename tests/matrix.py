@@ -75,8 +75,9 @@ def row(model_type: str, engine: str) -> dict[str, Any]:
 
 
 def said(error: Exception) -> str:
-    """The first sentence of an error, without what this machine has."""
-    return str(error).strip().partition("\n")[0][:300]
+    """What an error says, in a line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 240 else text[:240].rpartition(" ")[0] + " …"
 
 
 def distances(model: ic.Model, model_type: str) -> Iterator[tuple[str, float]]:
@@ -86,7 +87,7 @@ def distances(model: ic.Model, model_type: str) -> Iterator[tuple[str, float]]:
         if reference is not None and not model.can(site, "read"):
             yield site, max(cell(model, reference, site, edit=not model.can(site, "write")))
     family = model.atlas.family.name
-    if family in MIXTURES:
+    if family in MIXTURES and MIXTURES[family].blocks in dict(model.hf.named_modules()):
         yield from routed(model, f"{MIXTURES[family].blocks}.{{}}.{MIXTURES[family].experts}", family)
     elif reference is not None and "experts" in reference.layout:
         yield from routed(model, f"{reference.layout['blocks']}.{{}}.{reference.layout['experts']}", "")

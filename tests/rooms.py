@@ -39,6 +39,7 @@ ROOMS: dict[str, str] = {
     "toys": "toys prompts",
     "bench": "bench",
     "testing": "testing",
+    "compatibility": "compatibility",
     "command line": "cli",
     "ic": "interp_core",
     "plugins": "interp_plugins",

@@ -22,7 +22,7 @@ from interp_core import sites as S
 from interp_core.cli import app
 from interp_core.compatibility import ENGINES, WORDS, matrix, sites_of
 from interp_core.sites import Site
-from interp_core.testing.types import types
+from interp_core.testing.types import types, visual
 
 SAMPLE = (
     "afmoe", "axk2", "bart", "bert", "bitnet", "cohere", "codegen", "dbrx", "deepseek_v32", "dots3_note_text", "falcon",
@@ -34,7 +34,7 @@ SPARSE = ("deepseek_v32", "glm_moe_dsa")
 MEASURED = matrix()["versions"]["transformers"]
 CASES = [
     pytest.param(name, engine, marks=[] if name in SAMPLE and engine == "torch" else [pytest.mark.slow])
-    for name in types()
+    for name in [*types(), *visual()]
     for engine in ENGINES
 ]
 
@@ -43,7 +43,7 @@ CASES = [
 def test_what_is_served_is_true_and_no_row_gets_worse(model_type: str, engine: str) -> None:
     cell = row(model_type, engine)
     assert "false" not in cell, cell
-    known = matrix()["types"].get(model_type, {}).get(engine)
+    known = (matrix()["types"] | matrix()["visual"]).get(model_type, {}).get(engine)
     if known is None or version("transformers") != MEASURED:
         return  # another transformers has other types, and others of what it has
     words = list(WORDS)
@@ -72,7 +72,7 @@ def test_tiny_models_have_sizes_that_tell_their_axes_apart() -> None:
     config = built.config
     sizes = (
         config.num_key_value_heads, config.num_experts_per_tok, config.num_attention_heads, config.n_routed_experts,
-        config.head_dim, config.moe_intermediate_size, config.hidden_size, config.intermediate_size,
+        config.moe_intermediate_size, config.hidden_size, config.intermediate_size,
     )  # fmt: skip
     assert len(set(sizes)) == len(sizes)
     with pytest.raises(ic.LoadError, match="transformers cannot build a tiny gemma4_assistant: Strict"):

@@ -98,6 +98,27 @@ BERTS = {
     "rembert": "rembert", "roc_bert": "roc_bert", "roformer": "roformer", "xmod": "roberta",
 }  # fmt: skip
 """BERT and its kin, and what their encoder is called."""
+AROUND_LLAMA = (
+    "AriaForConditionalGeneration", "Cosmos3OmniForConditionalGeneration", "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "GotOcr2ForConditionalGeneration",
+    "InternVLForConditionalGeneration", "LightOnOcrForConditionalGeneration", "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
+    "Mistral3ForConditionalGeneration", "MllamaForConditionalGeneration", "Ovis2ForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration", "PaliGemmaForConditionalGeneration", "QianfanOCRForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "VideoLlama3ForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration", "VipLlavaForConditionalGeneration",
+)  # fmt: skip
+"""Classes of images and text around a language model with Llama's blocks."""
+NO_DENSE_AROUND = (
+    "AriaForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
+)  # fmt: skip
+PARALLEL_AROUND = (
+    "AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration", "CohereCompassForConditionalGeneration",
+)  # fmt: skip
 KIN = {
     "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
 }  # fmt: skip
@@ -178,6 +199,22 @@ LAYOUT: dict[str, dict[str, str]] = {
         "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
     },
     **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
+    **dict.fromkeys(AROUND_LLAMA, inside(LLAMA, "model.language_model")),
+    **dict.fromkeys(PARALLEL_AROUND, inside(PARALLEL, "model.language_model")),
+    **{
+        f"{name}ForConditionalGeneration": inside(SANDWICH, "model.language_model")
+        for name in ("Gemma3", "Gemma4", "Gemma4Unified", "MuseGlimmer")
+    },
+    **{
+        f"{name}ForConditionalGeneration": inside(GLM4, "model.language_model") for name in ("Glm46V", "Glm4v", "GlmOcr")
+    },
+    **{
+        f"{name}ForConditionalGeneration": inside(LLAMA, "model.text_model") for name in ("Idefics2", "Idefics3", "SmolVLM")
+    },
+    "EvollaForProteinText2Text": LLAMA,
+    "Exaone4_5_ForConditionalGeneration": inside(POST, "model.language_model"),
+    "HyperCLOVAXVisionV2ForConditionalGeneration": inside(LLAMA, "model.language_model")
+    | {"attn_out": "post_norm1", "mlp_out": "post_norm2"},
     **{name: encoder(model) for name, model in BERTS.items()},
     **{
         name: encoder(BERTS[name], BERT | {"pattern": "attention.self.dropout"})
@@ -206,7 +243,16 @@ LAYOUT: dict[str, dict[str, str]] = {
 """Module names by type."""
 WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
-MIXED_VALUES = {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"}
+MIXED_VALUES = {
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+    "gemma3n_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
+    "mimo_v2_flash",
+}
 """Values are normed or scaled before attention mixes them; they are what it is handed."""
 PER_HEAD = {"bloom", "gpt_neox", "gpt_neox_japanese", "persimmon", "fuyu"}
 """Query, key and value of a head lie side by side."""
@@ -226,7 +272,7 @@ NO_DENSE = {
 DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
-DENSE |= {name: [] for name in NO_DENSE}
+DENSE |= {name: [] for name in NO_DENSE} | {"Glm4vMoeForConditionalGeneration": [0]}
 DENSE |= {
     "llama4_text": [],
     "qwen3_5_moe_text": [],
@@ -251,6 +297,8 @@ LACKS: dict[str, set[str]] = {
     "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
     "codegen": {"resid_mid", "q", "k"},
     "dbrx": {"mlp_act"},
+    **{name: {"mlp_act"} for name in NO_DENSE_AROUND},
+    **{name: {"resid_mid"} for name in PARALLEL_AROUND},
     **{name: {*OF_ATTENTION, *OF_MLP} for name in ("mamba", "mamba2", "falcon_mamba")},
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},

@@ -96,7 +96,9 @@ def sites(model: Model = None, named: Named = None) -> None:
 
 @app.command()
 def families(
-    model_type: Annotated[str | None, typer.Argument(help="a model type, such as mamba; default: all")] = None,
+    model_type: Annotated[
+        str | None, typer.Argument(help="a model type, such as mamba, or a class; default: all types")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Which model types are served on which engines, and what each has; measured on tiny models, none is loaded."""
@@ -105,7 +107,7 @@ def families(
     types, width = compatibility.matrix()["types"], terminal_width()
     if model_type is not None:
         shown = compatibility.of_type(model_type, width)
-        print(json.dumps(types[model_type], indent=1) if as_json else shown)
+        print(json.dumps(compatibility.row_of(model_type), indent=1) if as_json else shown)
     elif as_json:
         print(json.dumps(types, indent=1))
     else:

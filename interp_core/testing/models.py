@@ -11,7 +11,7 @@ from ..errors import LoadError, nearest
 from .routed import LINEAR, MIXTURES, MLA, SIZES, VOCAB
 from .routed import build as build_mixture
 from .types import build as build_type
-from .types import encoders, types
+from .types import encoders, types, visual
 from .visual import VISUAL
 
 _COMMON = {**SIZES, "num_key_value_heads": 2}
@@ -88,7 +88,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
     Raises:
         LoadError: no such family here.
     """
-    known = [*families(), *mixtures(), *types(), *encoders()]
+    known = [*families(), *mixtures(), *types(), *encoders(), *visual()]
     if family not in known:
         raise LoadError(f"no tiny model of {family!r}. {nearest(family, known)}")
     with torch.random.fork_rng():

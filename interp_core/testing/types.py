@@ -12,24 +12,28 @@ import torch
 from ..errors import LoadError
 
 WIDTHS = {
-    2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups linear_num_key_heads "
-    "index_n_heads type_vocab_size depth num_global_layers topk_group hc_mult hc_count o_groups encoder_layers",
-    3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers num_blocks "
-    "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts linear_conv_kernel_dim "
-    "short_conv_kernel_size mamba_d_conv conv_kernel conv_L_cache conv_kernel_size conv1d_width",
-    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads "
-    "linear_num_heads mamba_n_heads mamba_num_heads n_mamba_heads n_group num_expert_group mamba_dt_rank "
-    "time_step_rank index_topk block_size sliding_window sliding_window_size local_attention attention_window_size "
-    "window_size attention_chunk_size keep_window_size local_attention_window_len patch_size mm_tokens_per_image",
-    8: "num_experts n_routed_experts num_local_experts moe_num_experts qk_rope_head_dim rotary_dim linear_head_dim "
-    "linear_key_head_dim linear_value_head_dim mamba_d_state ssm_state_size state_size laurel_rank loop_gate_rank "
-    "d_rel hc_lowrank adapter_rank gated_norm_rank ffn_round_up_to_multiple_of block_multiple_of",
+    2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups "
+    "linear_num_key_heads index_n_heads type_vocab_size depth num_global_layers topk_group hc_mult "
+    "hc_count o_groups encoder_layers",
+    3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers "
+    "num_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
+    "linear_conv_kernel_dim short_conv_kernel_size mamba_d_conv conv_kernel conv_L_cache conv_kernel_size "
+    "conv1d_width",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+    "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
+    "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads n_mamba_heads n_group "
+    "num_expert_group mamba_dt_rank time_step_rank index_topk block_size sliding_window "
+    "sliding_window_size local_attention attention_window_size window_size attention_chunk_size "
+    "keep_window_size local_attention_window_len patch_size mm_tokens_per_image",
+    8: "num_experts n_routed_experts num_local_experts moe_num_experts qk_rope_head_dim rotary_dim "
+    "linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state ssm_state_size state_size "
+    "laurel_rank loop_gate_rank d_rel hc_lowrank adapter_rank gated_norm_rank ffn_round_up_to_multiple_of "
+    "block_multiple_of",
     12: "v_head_dim hidden_size_per_layer_input",
     16: "head_dim swa_head_dim d_kv dim_head kv_channels attention_head_dim d_head attention_head_size "
-    "qk_nope_head_dim index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size rel_extent "
-    "shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size position_bias_num_buckets image_size "
-    "image_seq_length output_channels",
+    "qk_nope_head_dim index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
+    "rel_extent shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size "
+    "position_bias_num_buckets image_size image_seq_length output_channels",
     20: "shape_vocab_size pronunciation_vocab_size",
     24: "kv_lora_rank qk_head_dim global_head_dim",
     32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim moe_latent_size",
@@ -37,16 +41,18 @@ WIDTHS = {
     "moe_shared_expert_intermediate_size",
     48: "moe_intermediate_size expert_ffn_hidden_size",
     50: "encoder_hash_byte_group_vocab",
-    64: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size dim word_embed_proj_dim input_embedding_size "
-    "output_embedding_size input_size lru_width hidden_size_global attention_hidden_size out_hidden_size "
-    "ngram_vocab_size_base original_max_position_embeddings",
+    64: "embed_dim projector_input_dim projector_output_dim vision_output_dim projection_dim "
+    "projector_hidden_size num_position_embeddings hidden_size d_model n_embd emb_dim embedding_dim "
+    "embedding_size dim word_embed_proj_dim input_embedding_size output_embedding_size input_size "
+    "lru_width hidden_size_global attention_hidden_size out_hidden_size ngram_vocab_size_base "
+    "original_max_position_embeddings",
     90: "image_token_id image_token_index",
     91: "video_token_id video_token_index audio_token_id",
     92: "boi_token_id boi_token_index vision_start_token_id boa_token_id",
     93: "eoi_token_id eoi_token_index vision_end_token_id eoa_token_index",
-    96: "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size intermediate_size ffn_dim d_ff "
-    "decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size feed_forward_size d_inner intermediate_size_mlp "
-    "dense_intermediate_size mlp_dim",
+    96: "alignment_intermediate_size vocab_size vocab_size_per_layer_input unpadded_vocab_size "
+    "decoder_vocab_size intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim dff dim_ff "
+    "ffn_hidden_size feed_forward_size d_inner intermediate_size_mlp dense_intermediate_size mlp_dim",
     128: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions",
     1: "n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers "
     "moe_layer_start_index mamba_n_groups mamba_ngroups n_groups max_window_layers",
@@ -62,6 +68,7 @@ LAYERS = (
 MOST = 8_000_000
 """Parameters that a tiny model may have."""
 
+_BY_AXIS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
 _EQUAL = {"num_key_value_heads": 4}
 _LATENT = {**_EQUAL, "head_dim": 8}
 _D_HEAD = {"head_dim": 16}
@@ -88,6 +95,16 @@ OWN: dict[str, dict[str, Any]] = {
         _ENCODED,
     ),
     "big_bird": {"attention_type": "original_full"},
+    **dict.fromkeys(
+        ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"),
+        _BY_AXIS,
+    ),
+    "glm4v_moe_text": {
+        **_ROUTED,
+        "rope_parameters": {
+            **_BY_AXIS["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
+        },
+    },
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -149,6 +166,15 @@ def encoders() -> list[str]:
     return sorted({name for name in names if not name.endswith("ForConditionalGeneration")})
 
 
+def visual() -> list[str]:
+    """Classes of transformers' mapping of models that take images and text, but for encoder-decoders."""
+    from transformers.models.auto import modeling_auto
+
+    encoded = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return sorted({name for model_type, name in names.items() if model_type not in encoded})
+
+
 def _classes() -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
@@ -165,10 +191,7 @@ def build(model_type: str, config: dict[str, Any]) -> Any:
 
     kind = getattr(transformers, _classes().get(model_type, model_type))
     try:
-        own = {
-            **({} if model_type in _classes() else {"is_decoder": False}),
-            **OWN.get(kind.config_class.model_type, {}),
-        }
+        own = OWN.get(kind.config_class.model_type, {}) | ({"is_decoder": False} if model_type in encoders() else {})
         settings = _settings(kind.config_class(), {**own, **config})
         full_config = kind.config_class(**settings)
         with torch.device("meta"):
