@@ -102,7 +102,7 @@ def of_type(model_type: str, width: int | None = None) -> str:
             continue
         lines.append(f"{engine}: {cell['word']}" + (f", {cell['why']}" if cell.get("why") else ""))
         if cell.get("held"):
-            lines.append(f"  held by hooks written by hand (at most {cell['off']:.0e} off): {cell['held']}")
+            lines.append(f"  held by hooks written by hand (at most {cell.get('off', 0):.0e} off): {cell['held']}")
         if cell.get("unheld"):
             lines.append(f"  held by the self-check: {cell['unheld']}")
         lines += [f"  missing {names}: {why}" for why, names in cell.get("missing", {}).items()]

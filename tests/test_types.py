@@ -114,5 +114,7 @@ def test_families_on_the_command_line() -> None:
     assert "torch: partial" in one and "missing rot_q rot_k scores pattern: attention is its own" in one
     assert json.loads(interp("falcon", "--json").output)["torch"]["word"] == "partial"
     assert json.loads(interp("--json").output).keys() == matrix()["types"].keys()
+    for name in matrix()["types"] | matrix()["visual"]:
+        assert compatibility.of_type(name).startswith(name)
     wrong = interp("falcan")
     assert isinstance(wrong.exception, ic.LoadError) and "Did you mean 'falcon'" in str(wrong.exception)
