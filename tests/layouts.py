@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from transformers.models.gptj import modeling_gptj
 
-_LLAMA = {
+LLAMA = {
     "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "attn": "self_attn",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "mlp": "mlp", "down": "mlp.down_proj", "mid": "post_attention_layernorm",
     "attn_out": "self_attn", "mlp_out": "mlp",
 }  # fmt: skip
-_GEMMA = _LLAMA | {
+SANDWICH = LLAMA | {
     "mid": "pre_feedforward_layernorm", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm",
 }  # fmt: skip
 _GPT = {
     "embed": "transformer.wte", "blocks": "transformer.h", "norm": "transformer.ln_f", "attn": "attn", "mlp": "mlp",
     "attn_out": "attn", "mlp_out": "mlp",
 }  # fmt: skip
-_MOE = _LLAMA | {"router": "mlp.gate", "experts": "mlp.experts"}
+_MOE = LLAMA | {"router": "mlp.gate", "experts": "mlp.experts"}
 
 
 def _inside(layout: dict[str, str], model: str) -> dict[str, str]:
@@ -50,9 +50,9 @@ LAYOUT: dict[str, dict[str, str]] = {
         "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj", "mlp": "fc1", "down": "fc2",
         "mid": "final_layer_norm", "attn_out": "self_attn", "mlp_out": "fc2",
     },
-    "phi3": {k: v for k, v in _LLAMA.items() if k not in "qkv"} | {"qkv": "self_attn.qkv_proj"},
-    "gemma2": _GEMMA, "gemma3": _GEMMA,
-    "olmo2": _LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
+    "phi3": {k: v for k, v in LLAMA.items() if k not in "qkv"} | {"qkv": "self_attn.qkv_proj"},
+    "gemma2": SANDWICH, "gemma3": SANDWICH,
+    "olmo2": LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
     "gpt_oss": _MOE | {"router": "mlp.router"},
     "granitemoe": _MOE | {
         "mlp": "block_sparse_moe", "mlp_out": "block_sparse_moe", "router": "block_sparse_moe.router",
@@ -64,11 +64,11 @@ LAYOUT: dict[str, dict[str, str]] = {
         "router": "feed_forward.router", "experts": "feed_forward.experts",
     },
     "qwen3_vl_moe": _inside(_MOE, "model.language_model"),
-    "gemma3_vision": _inside(_GEMMA, "model.language_model"),
-    "smolvlm": _inside(_LLAMA, "model.text_model"),
+    "gemma3_vision": _inside(SANDWICH, "model.language_model"),
+    "smolvlm": _inside(LLAMA, "model.text_model"),
 } | dict.fromkeys(
-    ("qwen2_5_vl", "qwen3_vl", "qwen3_5_vision", "llava", "llava_onevision", "internvl"), _inside(_LLAMA, "model.language_model")
-) | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_5"), _LLAMA) | dict.fromkeys(
+    ("qwen2_5_vl", "qwen3_vl", "qwen3_5_vision", "llava", "llava_onevision", "internvl"), _inside(LLAMA, "model.language_model")
+) | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_5"), LLAMA) | dict.fromkeys(
     ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "qwen3_next", "qwen3_5_moe"), _MOE
 )  # fmt: skip
 

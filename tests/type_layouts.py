@@ -10,17 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+from layouts import LLAMA, SANDWICH
 from torch import Tensor
 
-LLAMA = {
-    "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "attn": "self_attn",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "mlp": "mlp", "down": "mlp.down_proj", "mid": "post_attention_layernorm",
-    "attn_out": "self_attn", "mlp_out": "mlp",
-}  # fmt: skip
-SANDWICH = LLAMA | {
-    "mid": "pre_feedforward_layernorm", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm",
-}  # fmt: skip
 POST = LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family, Heads, llama_like
+from .family import Family, Heads
 from .granite import SHARED, SHARED_MLP
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .qwen3_vl import CARRIED, NEEDS
@@ -41,34 +41,29 @@ def mimo_heads(attention: Any, _heads: Heads) -> Heads:
     return Heads(n, n // attention.num_key_value_groups, attention.v_head_dim, attention.head_dim)
 
 
-_LLAMA = llama_like("model")
 IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
-SOLAR = Family("solar_open", paths=_LLAMA, router=IN_GROUPS)
-MIMO = Family("mimo_v2_flash", paths=_LLAMA, heads=mimo_heads, inside=("v",), router=IN_GROUPS)
-MELLUM = Family("mellum", paths=_LLAMA, router=QWEN_ROUTER)
-LARA = Family("lara_mini", paths={**_LLAMA, "blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
-FLINT = Family(
-    "flint", paths=_LLAMA, router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob"))
-)
+SOLAR = Family("solar_open", router=IN_GROUPS)
+MIMO = Family("mimo_v2_flash", heads=mimo_heads, inside=("v",), router=IN_GROUPS)
+MELLUM = Family("mellum", router=QWEN_ROUTER)
+LARA = Family("lara_mini", paths={"blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
+FLINT = Family("flint", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob")))
 HY3 = Family(
     "hy_v3",
-    paths=_LLAMA,
     router=HandedRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="router_scaling_factor")),
 )
 COHERE = Family(
     "cohere2_moe",
-    paths={key: path for key, path in _LLAMA.items() if key != "blocks.ln2"},
     parallel=lambda _config: True,
     router=Router("mlp.gate", "mlp.experts", CohereSelection()),
 )
 LAGUNA = Family("laguna", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
-DOTS = Family("dots1", paths=_LLAMA, router=IN_GROUPS)
-EXAONE = Family("exaone_moe", paths=_LLAMA, router=IN_GROUPS)
+DOTS = Family("dots1", router=IN_GROUPS)
+EXAONE = Family("exaone_moe", router=IN_GROUPS)
 FLEX_OLMO = Family("flex_olmo", router=QWEN_ROUTER)
 HUNYUAN = Family(
     "hunyuan_v1_moe",
-    paths={**_LLAMA, "blocks.attn.q_norm": "query_layernorm", "blocks.attn.k_norm": "key_layernorm"},
+    paths={"blocks.attn.q_norm": "query_layernorm", "blocks.attn.k_norm": "key_layernorm"},
     router=Router("mlp.gate", "mlp.experts", Scored()),
 )
 MINIMAX_M2 = Family("minimax_m2", router=HandedRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
@@ -91,9 +86,9 @@ AFMOE = Family(
     "afmoe",
     router=HandedRouter("mlp.router", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-20, scale="route_scale")),
 )
-ARIA = Family("aria", paths=_LLAMA, router=Router("mlp.router", "mlp.experts", TopKOfLogits()))
-GLM4V = Family("glm4v_moe", paths=_LLAMA, router=IN_GROUPS, carried=CARRIED, needs=NEEDS)
-QWEN_OMNI = Family("qwen3_omni_moe_thinker", paths=_LLAMA, router=QWEN_ROUTER, carried=CARRIED)
+ARIA = Family("aria", router=Router("mlp.router", "mlp.experts", TopKOfLogits()))
+GLM4V = Family("glm4v_moe", router=IN_GROUPS, carried=CARRIED, needs=NEEDS)
+QWEN_OMNI = Family("qwen3_omni_moe_thinker", router=QWEN_ROUTER, carried=CARRIED)
 GRANITE_HYBRID = Family("granitemoehybrid", paths=SHARED_MLP, **SHARED)
 
 
