@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bart import NO_ROTARY
 from .bert import NO_READOUT, PLACES, UNSEEN
-from .family import Family, Join, Place, fused_blocks, llama_like
+from .family import Family, Join, Place, fused_blocks
 
 
 def _norms(attention: str, mlp: str) -> Join:
@@ -61,7 +61,7 @@ DISTILBERT = Family(
     join=_norms("sa_layer_norm", "output_layer_norm"),
     refuse=NO_ROTARY | NO_READOUT,
 )  # fmt: skip
-EUROBERT = Family("eurobert", paths=llama_like("model"))
+EUROBERT = Family("eurobert")
 GTE = _rotated("gte", "down_proj")
 JINA = _rotated("jina_embeddings_v3", "fc2")
 MODERNBERT = _modern("modernbert", "model")

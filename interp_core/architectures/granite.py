@@ -34,12 +34,12 @@ SHARED: dict[str, Any] = {
 SHARED_MLP = {"blocks.mlp.out": "shared_mlp.output_linear|"}
 
 FAMILY = Family("granite", added=added)
-SWA = Family("granite_swa", paths=llama_like("model"), added=added)
+SWA = Family("granite_swa", added=added)
 MOE = Family("granitemoe", added=added, router=_ROUTER)
 MOE_SHARED = Family("granitemoeshared", paths=_STREAM | SHARED_MLP, **SHARED)
 MOE_SWA = Family("granitemoe_swa", paths=_STREAM | SHARED_MLP, **SHARED)
 HYPERCLOVAX = Family(
     "hyperclovax",
-    paths={**llama_like("model"), "blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},
+    paths={"blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},
     added=added,
 )

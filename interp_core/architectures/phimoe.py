@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family, llama_like
+from .family import Family
 from .routing import BANNED, Router, Selection
 
 
@@ -32,4 +32,4 @@ class SparseMixer(Selection):
         return weights.nan_to_num(0.0)  # slots of banned experts, which nothing is left for
 
 
-FAMILY = Family("phimoe", paths=llama_like("model"), router=Router("mlp.router", "mlp.experts", SparseMixer()))
+FAMILY = Family("phimoe", router=Router("mlp.router", "mlp.experts", SparseMixer()))

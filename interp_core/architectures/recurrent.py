@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, Place, llama_like
+from .family import Family, Place
 from .mixers import recurrent_gemma_state
 
-_LLAMA = llama_like("model")
 _MAMBA = {"blocks": "backbone.layers", "embed": "backbone.embeddings", "ln_final": "backbone.norm_f"}
 
 MAMBA = Family(
@@ -26,14 +25,6 @@ XLSTM = Family(
         "blocks": "backbone.blocks", "embed": "backbone.embeddings", "ln_final": "backbone.out_norm",
         "blocks.ln1": "norm_mlstm", "blocks.ln2": "norm_ffn", "blocks.mlp": "ffn", "blocks.mlp.in": "proj_up",
         "blocks.mlp.gate": "proj_up_gate", "blocks.mlp.out": "proj_down",
-    },
-)  # fmt: skip
-LFM3 = Family(
-    "lfm3",
-    paths=_LLAMA | {
-        "ln_final": "model.embedding_norm", "blocks.ln1": "operator_norm", "blocks.ln1_post": "post_operator_norm",
-        "blocks.ln2": "ffn_norm", "blocks.ln2_post": "post_ffn_norm", "blocks.mlp": "feed_forward",
-        "blocks.mlp.in": "w3", "blocks.mlp.gate": "w1", "blocks.mlp.out": "w2",
     },
 )  # fmt: skip
 

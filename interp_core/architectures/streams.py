@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
-from .family import Family, llama_like
+from .family import Family
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
 from .scored import BIAS, BiasOnLogits, sigmoid
@@ -68,29 +68,20 @@ def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
     return {"blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": ""}
 
 
-_LLAMA = llama_like("model")
-_STREAM = {key: path for key, path in _LLAMA.items() if not key.startswith("blocks.attn.") and key != "blocks.mlp.out"}
-_SANDWICH = {
-    "blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": "pre_feedforward_layernorm",
-    "blocks.ln2_post": "post_feedforward_layernorm",
-}  # fmt: skip
-_BARE = {"blocks.attn": "self_attn", "blocks.mlp": "mlp"}
-
-BEAM = Family("beam", paths=_LLAMA | _SANDWICH, added=beam_added, join=beam_join)
-DOGE = Family("doge", paths=_LLAMA, join=doge_join)
+BEAM = Family("beam", added=beam_added, join=beam_join)
+DOGE = Family("doge", join=doge_join)
 ESMC = Family(
     "esmc",
     paths=_BARE | {"blocks.ln2": "post_attention_layernorm"},
     added=_evenly(lambda block: 1 / block.scaling_factor),
 )
-INKLING = Family("inkling", paths=_STREAM | {"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
+INKLING = Family("inkling", paths={"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
 KOLIBRI = Family(
     "kolibri1",
-    paths=_STREAM | {"blocks.ln1_post": "post_self_attn_layernorm", "blocks.ln2_post": "post_mlp_layernorm"},
     router=Router("mlp.gate", "mlp.experts", BiasOnLogits(sigmoid, BIAS, renormalise="norm_topk_prob")),
 )
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
-MINIMAX = Family("minimax", paths=_LLAMA, added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
+MINIMAX = Family("minimax", added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(
     "rwkv",
