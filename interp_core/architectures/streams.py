@@ -72,7 +72,7 @@ BEAM = Family("beam", added=beam_added, join=beam_join)
 DOGE = Family("doge", join=doge_join)
 ESMC = Family(
     "esmc",
-    paths=_BARE | {"blocks.ln2": "post_attention_layernorm"},
+    paths={"blocks.attn": "self_attn", "blocks.mlp": "mlp", "blocks.ln2": "post_attention_layernorm"},
     added=_evenly(lambda block: 1 / block.scaling_factor),
 )
 INKLING = Family("inkling", paths={"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
