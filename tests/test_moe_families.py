@@ -32,7 +32,7 @@ FAST = {
 """Families that stand for the kinds, and the kind."""
 ALL, FEWER = sampled(MIXTURES, FAST), sampled(MIXTURES, ("minimax_m2", "gemma4"))
 WITHDRAWN: dict[str, tuple[str, ...]] = {
-    "deepseek_v4": ("resid_pre", "resid_post", "attn_out", "resid_mid", "mlp_out"),
+    "deepseek_v4": ("resid_pre", "resid_post", "attn_out", "mixer_out", "resid_mid", "mlp_out"),
 }
 """What the self-check takes out: sites of several streams."""
 IN_FLOAT32 = ("nemotron_h", "hy_v3")

@@ -28,9 +28,10 @@ def _norms(attention: str, mlp: str) -> Join:
 def _rotated(name: str, mlp_out: str) -> Family:
     """Blocks of GTE and its kin."""
     attention = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkvo"}
+    no_norms = dict.fromkeys(("blocks.ln1_post", "blocks.ln2_post"), "|")  # those of these names norm the sums
     return Family(
         name,
-        paths={"blocks.attn": "self_attn", **attention, "blocks.mlp": "mlp", "blocks.mlp.out": mlp_out},
+        paths={"blocks.attn": "self_attn", **attention, "blocks.mlp": "mlp", "blocks.mlp.out": mlp_out, **no_norms},
         places={"resid_mid": Place("post_attention_layernorm", "out")},
         join=_norms("post_attention_layernorm", "post_mlp_layernorm"),
         refuse=NO_READOUT,
