@@ -343,7 +343,7 @@ def test_the_printed_script_at_its_time_limit(plain: Cluster, tmp_path: Path) ->
     until(lambda: "Restarts=1" in plain.shell("scontrol", "show", "job", job), 90)
     assert 1 <= done_of(tmp_path / "out") < ITEMS
     until(lambda: not plain.shell("squeue", "-h"), 300, plain.release)
-    assert "JobState=COMPLETED" in plain.shell("scontrol", "show", "job", job)
+    until(lambda: "JobState=COMPLETED" in plain.shell("scontrol", "show", "job", job), 60)  # after COMPLETING
     assert "stopped by SIGUSR1" in (tmp_path / f"out/record/logs/{job}_0.log").read_text()
     check(tmp_path / "out")
 
