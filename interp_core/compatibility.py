@@ -44,14 +44,14 @@ def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> lis
     """
     cells = {name: cell for name, row in types.items() if (cell := row.get(engine)) is not None}
     words = Counter(cell["word"] for cell in cells.values())
-    loaded = [cell for cell in cells.values() if cell["word"] in ("verified", "partial")]
-    heads = sum({"z", "pattern"} <= set(sites_of(cell)) for cell in loaded)
-    routers = sum("router_weights" in sites_of(cell) for cell in loaded)
-    mixers = sum("mixer_out" in sites_of(cell) for cell in loaded)
-    wrong = sum(len(cell.get("false", "").split()) for cell in loaded)
-    words_of = {row.get("class"): row[engine]["word"] for row in types.values() if engine in row}
-    hub = {row.get("class"): row.get("hub", 0) for row in types.values()}  # types may share a class
-    covered = sum(hub[name] for name, word in words_of.items() if word in ("verified", "partial"))
+    loaded = {name: cell for name, cell in cells.items() if cell["word"] in ("verified", "partial")}
+    served = [sites_of(cell) for cell in loaded.values()]
+    heads = sum({"z", "pattern"} <= set(sites) for sites in served)
+    routers = sum("router_weights" in sites for sites in served)
+    mixers = sum("mixer_out" in sites for sites in served)
+    wrong = sum(len(cell.get("false", "").split()) for cell in loaded.values())
+    classes = {types[name]["class"]: types[name].get("hub", 0) for name in loaded}  # types may share a class
+    covered = sum(classes.values())
     said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
     return [
         f"{len(cells)} model types: {said}; {len(loaded)} load.",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mixtures import MIXTURES
 from mixtures import by_hand as routed_by_hand
-from parity import IDS, cell
+from parity import IDS, apart, cell
 from reference import Reference
 from torch import Tensor
 from type_layouts import LAYOUT
@@ -52,26 +52,23 @@ def row(model_type: str, engine: str) -> dict[str, Any]:
             return {"word": "refused", "why": said(again), "class": type(hf).__name__}
     held = dict(distances(model, model_type))
     served = [name for name, info in SITES.items() if not (info.visual or info.tower) and model.atlas.layers(name)]
-    missing: dict[str, str] = {
-        name: why
-        for name, why in model.atlas.lacking.items()
-        if name in SITES and not (SITES[name].visual or SITES[name].tower) and not any(word in why for word in ABSENT)
-    }
+    missing: dict[str, list[str]] = {}
+    for name, why in model.atlas.lacking.items():
+        of_text = name in SITES and not (SITES[name].visual or SITES[name].tower)
+        if of_text and not any(word in why for word in ABSENT):
+            missing.setdefault(why, []).append(name)
     unheld = [name for name in served if name not in held]
     false = [name for name, off in held.items() if off > FAR]
-    reasons: dict[str, list[str]] = {}
-    for name, why in missing.items():
-        reasons.setdefault(why, []).append(name)
-    whole = not (unheld or missing or false)
-    cell = {"word": "verified" if whole else "partial", "class": type(hf).__name__, "held": " ".join(held)}
-    cell |= {
+    cell = {
+        "word": "partial" if unheld or missing or false else "verified",
+        "class": type(hf).__name__,
+        "held": " ".join(held),
         "off": float(f"{max(held.values(), default=0.0):.0e}"),
         "unheld": " ".join(unheld),
         "false": " ".join(false),
+        "missing": {why: " ".join(names) for why, names in missing.items()},
     }
-    return {key: part for key, part in cell.items() if part} | (
-        {"missing": {why: " ".join(names) for why, names in reasons.items()}} if reasons else {}
-    )
+    return {key: part for key, part in cell.items() if part}
 
 
 def said(error: Exception) -> str:
@@ -83,9 +80,10 @@ def said(error: Exception) -> str:
 def distances(model: ic.Model, model_type: str) -> Iterator[tuple[str, float]]:
     """How far reads and edits are from those of hooks written by hand, by site, where these are written."""
     reference = Reference(model_type, model.hf) if model_type in LAYOUT else None
-    for site in [] if reference is None else reference.sites():
-        if reference is not None and not model.can(site, "read"):
-            yield site, max(cell(model, reference, site, edit=not model.can(site, "write")))
+    if reference is not None:
+        for site in reference.sites():
+            if not model.can(site, "read"):
+                yield site, max(cell(model, reference, site, edit=not model.can(site, "write")))
     family = model.atlas.family.name
     if family in MIXTURES and MIXTURES[family].blocks in dict(model.hf.named_modules()):
         yield from routed(model, f"{MIXTURES[family].blocks}.{{}}.{MIXTURES[family].experts}", family)
@@ -113,26 +111,22 @@ def routed(model: ic.Model, experts: str, family: str) -> Iterator[tuple[str, fl
             handle.remove()
     run = model.run(IDS, read=[Site(name, layer) for name in names for layer in atlas.layers(name)])
     for name in names:
-        values = {layer: run[Site(name, layer)].plain.double() for layer in atlas.layers(name)}
-        apart = [0.0]
-        for layer, x in values.items():
+        off: list[float] = []
+        for layer in atlas.layers(name):
+            x = run[Site(name, layer)].plain.double()
             if name in ("router_logits", "router_weights") and family and layer in atlas.layers("router_logits"):
                 logits = run[Site("router_logits", layer)].plain
                 weights = run[Site("router_weights", layer)].plain.double()
-                apart.append(_most(weights - routed_by_hand(family, model.hf, layer, logits)))
+                off.append(apart(weights - routed_by_hand(family, model.hf, layer, logits)))
             elif name == "router_probs":
-                apart.append(_most(x.sum(-1) - 1))
+                off.append(apart(x.sum(-1) - 1))
             elif name == "router_indices":
                 weights = run[Site("router_weights", layer)].plain.double()
-                apart.append(_most(weights.scatter(-1, x.long(), 0.0)))
+                off.append(apart(weights.scatter(-1, x.long(), 0.0)))
             elif name == "expert_out":
                 total = given[layer].reshape(-1, *x.shape[:2], x.shape[-1]).sum(0)  # Llama 4 gives each expert's
-                apart.append(_most(x.sum(2) - total) / _most(total))
+                off.append(apart(x.sum(2) - total) / apart(total))
             elif name == "shared_expert_gate":
-                apart.append(_most(x - x.clamp(0, 1)))
-        if family or name not in ("router_logits", "router_weights"):
-            yield name, max(apart)
-
-
-def _most(x: Tensor) -> float:
-    return float(x.abs().max())
+                off.append(apart(x - x.clamp(0, 1)))
+        if off:  # what nothing was compared with is not held
+            yield name, max(off)

@@ -109,4 +109,9 @@ def _scaled(x: Tensor) -> Tensor:
 def _distance(a: Tensor, b: Tensor) -> float:
     lowest = torch.finfo(a.dtype).min / 2  # masked scores
     a, b = a.clamp(min=lowest), b.clamp(min=lowest)
-    return float((a - b).abs().max())
+    return apart(a - b)
+
+
+def apart(difference: Tensor) -> float:
+    """The largest absolute difference; infinite where one is no number, which no maximum would show."""
+    return float("inf") if difference.isnan().any() else float(difference.abs().max())

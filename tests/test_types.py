@@ -45,9 +45,9 @@ CASES = [
 def test_what_is_served_is_true_and_no_row_gets_worse(model_type: str, engine: str) -> None:
     cell = row(model_type, engine)
     assert "false" not in cell, cell
-    known = (matrix()["types"] | matrix()["visual"]).get(model_type, {}).get(engine)
-    if known is None or version("transformers") != MEASURED:
-        return  # another transformers has other types, and others of what it has
+    if version("transformers") != MEASURED:  # which has other types, and others of what it has
+        pytest.skip(f"rows are those of transformers {MEASURED}; install that, or measure anew")
+    known = (matrix()["types"] | matrix()["visual"])[model_type][engine]
     words = list(WORDS)
     assert words.index(cell["word"]) <= words.index(known["word"]), (cell, known)
     assert set(known.get("held", "").split()) <= set(cell.get("held", "").split())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, Place, llama_like
+from .family import Family, Place
 from .routing import Router, TopKOfLogits
 
 
@@ -19,7 +19,6 @@ def added(block: Any) -> Mapping[str, float]:
 
 
 _ROUTER = Router("block_sparse_moe.router", "block_sparse_moe.experts", TopKOfLogits())
-_STREAM = {key: path for key, path in llama_like("model").items() if "mlp" not in key}
 SHARED: dict[str, Any] = {
     "varied": lambda block: {"blocks.mlp": "shared_mlp" if getattr(block, "shared_mlp", None) else "block_sparse_moe"},
     "places": {
@@ -36,8 +35,8 @@ SHARED_MLP = {"blocks.mlp.out": "shared_mlp.output_linear|"}
 FAMILY = Family("granite", added=added)
 SWA = Family("granite_swa", added=added)
 MOE = Family("granitemoe", added=added, router=_ROUTER)
-MOE_SHARED = Family("granitemoeshared", paths=_STREAM | SHARED_MLP, **SHARED)
-MOE_SWA = Family("granitemoe_swa", paths=_STREAM | SHARED_MLP, **SHARED)
+MOE_SHARED = Family("granitemoeshared", paths=SHARED_MLP, **SHARED)
+MOE_SWA = Family("granitemoe_swa", paths=SHARED_MLP, **SHARED)
 HYPERCLOVAX = Family(
     "hyperclovax",
     paths={"blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},

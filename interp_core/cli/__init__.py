@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,8 +103,6 @@ def families(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Which model types are served on which engines, and what each has; measured on tiny models, none is loaded."""
-    import json
-
     types, width = compatibility.matrix()["types"], terminal_width()
     if model_type is not None:
         shown = compatibility.of_type(model_type, width)
