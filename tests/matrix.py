@@ -57,6 +57,12 @@ def row(model_type: str, engine: str) -> dict[str, Any]:
         of_text = name in SITES and not (SITES[name].visual or SITES[name].tower)
         if of_text and not any(word in why for word in ABSENT):
             missing.setdefault(why, []).append(name)
+    for (name, layer), why in model.atlas.withdrawn.items():
+        if name in served:
+            missing.setdefault(f"not in layer {layer}, {why}", []).append(name)
+    for name in served:
+        if "self-check" in (why := str(model.can(name, "write") or "")):
+            missing.setdefault(f"not to be edited, {why}", []).append(name)
     unheld = [name for name in served if name not in held]
     false = [name for name, off in held.items() if off > FAR]
     cell = {

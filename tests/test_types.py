@@ -95,6 +95,13 @@ def test_open_attention_sees_the_keys_that_the_indexer_chose(model_type: str, at
     chosen = hf.config.index_topk
     assert IDS.shape[1] > chosen
     assert (run[Site("pattern")] > 0).sum(-1).max() == chosen
+    assert not model.can("scores", "write")  # the self-check edits a score that the indexer shows
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_beside_others_add_up_by_the_rounding_of_those(seed: int) -> None:
+    model = ic.load(testing.tiny("granitemoehybrid", dtype=torch.float64, seed=seed))
+    assert model.atlas.layers("mlp_out") == [0, 1, 2]
 
 
 def test_several_streams_are_no_site(ids: torch.Tensor) -> None:

@@ -35,6 +35,8 @@ CHECKED_POSITIONS = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
 ALONE = WIDTH - 2
 """Length of the row that is run alone and padded."""
+HIDDEN = 1e4
+"""Numbers beyond it are of masks."""
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -425,6 +427,13 @@ def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     generator = torch.Generator().manual_seed(row)
     dtype = value.dtype if entry.wide else run.model.dtype  # some models give float32 logits whatever their dtype
     noise = torch.randn(size, generator=generator).to(value.device, dtype)
-    size_of = value[value.abs() < 1e4].float().pow(2).mean().sqrt().clamp(min=0.1)
-    spot = site.at(query=mask, key=WIDTH - 2) if attention else site if info.visual else site.at(mask)
+    size_of = value[value.abs() < HIDDEN].float().pow(2).mean().sqrt().clamp(min=0.1)
+    spot = site.at(query=mask, key=_seen_key(value)) if attention else site if info.visual else site.at(mask)
     return spot.add(noise * (3 * size_of).to(dtype))
+
+
+def _seen_key(attention: Tensor) -> int:
+    """The last key that most heads see from the checked positions: windows and indexers hide others, whose scores
+    do nothing."""
+    seen = (attention[0, :, list(CHECKED_POSITIONS), : WIDTH - 1] > -HIDDEN).sum((0, 1))  # [key]
+    return int((seen == seen.max()).nonzero()[-1])
