@@ -24,7 +24,7 @@ from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .foreign import GENERATION, Abroad, Answering
-from .model_inputs import model_inputs
+from .model_inputs import first_position, from_first, keeps_nothing, model_inputs
 from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
 from .readings import Reading, ReadStore
@@ -100,6 +100,12 @@ def generate(
 
 def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
     """Refuse edits and sites that cannot be carried out while generating."""
+    if (compiled.edits or compiled.program.slots) and keeps_nothing(hf := compiled.model.hf):
+        raise CapabilityError(
+            f"{type(hf).__name__} keeps nothing of earlier tokens, so every step would run the whole text again, at "
+            "positions that edits and reads do not know; generate without them, or call run() on the text so far and "
+            "put the likeliest token behind it"
+        )
     sites: dict[str, Site] = {}  # one of each name, plans may have thousands
     for edit in compiled.edits:
         _check_steady(edit, rows)
@@ -117,7 +123,10 @@ def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
     """The model's inputs, for transformers' `generate`; it derives position ids from the mask by itself."""
     placed = model_inputs(compiled.model, tokens)
     inputs = {name: value for name, value in placed.items() if name != "position_ids" or name in tokens.inputs}
-    inputs["attention_mask"] = tokens.mask.to(compiled.model.device, torch.long)
+    mask = inputs["attention_mask"] = tokens.mask.to(compiled.model.device, torch.long)
+    # transformers counts from 0 in every model
+    if "position_ids" not in inputs and (first := first_position(compiled.model.hf)):
+        inputs["position_ids"] = from_first(mask) + first
     if compiled.touches("logits"):
         inputs["logits_to_keep"] = 0  # it would compute the prompt's last ones only
     return inputs

@@ -47,7 +47,7 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
     # With images of any size the model works positions out of their grids by itself, from ids and mask.
     by_grids = any(name.endswith("_grid_thw") for name in extras)
     if padded and not by_grids and _takes_positions(model):
-        inputs["position_ids"] = (_from_first(mask) + first_position(model.hf))[:, -width:]
+        inputs["position_ids"] = (from_first(mask) + first_position(model.hf))[:, -width:]
     for name, value in extras.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     for name, value in inputs.items():
@@ -57,7 +57,7 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
     return inputs
 
 
-def _from_first(mask: Tensor) -> Tensor:
+def from_first(mask: Tensor) -> Tensor:
     """Columns counted from each row's first real token to its last, as `forward` counts a row that begins in column 0:
     padding around a row takes no part, holes in it do."""
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -95,3 +95,9 @@ def first_position(hf: Any) -> int:
 def cache_name(hf: Any) -> str:
     """What a model calls the cache that it is handed; most have another word for it since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(type(hf).forward).parameters else CACHE
+
+
+def keeps_nothing(hf: Any) -> bool:
+    """Whether a model has no cache or state of earlier tokens, so that every step of a generation runs all the text."""
+    takes = inspect.signature(type(hf).forward).parameters
+    return "input_ids" in takes and not {CACHE, "cache", "cache_params", "state"} & set(takes)

@@ -49,7 +49,7 @@ def everywhere(model: ic.Model) -> list[ic.Edit]:
             continue
         site = S.named(name)[layers[-1]] if info.layered else S.named(name)
         if info.unit in ("head", "expert") and name not in ("router_logits", "router_weights"):
-            site = S.named(name)[layers[-1], 1]
+            site = S.named(name)[layers[-1], min(1, model.atlas.entries[name, layers[-1]].sizes[info.unit] - 1)]
         if "query" in info.axes:
             edits += [site.at(query=-1).scale(0.5), site.at(query=[1, 2], key=0).apply(lambda x: x * 0.3)]
         else:

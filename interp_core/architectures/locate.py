@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
 from . import hook_points
-from .atlas import ROUTED, Atlas, Entry, Shape
+from .atlas import ROUTED, Atlas, Entry, Shape, layer_config
 from .components import ENDS, Components
 from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
@@ -221,8 +221,7 @@ class Block:
     def __init__(self, stack: Stack, layer: int) -> None:
         self.stack, self.layer, self.path = stack, layer, f"{stack.paths['blocks']}.{layer}"
         self.module, self.parts, self.d_model = stack.modules[self.path], stack.components_of(self.path), stack.d_model
-        varied = getattr(stack.config, "is_heterogeneous", False)
-        self.config = stack.config.per_layer_config[layer] if varied else stack.config
+        self.config = layer_config(stack.config, layer)
 
     def point(self, path: str, side: Side, *, flat: bool = False, view: View | None = None) -> HookPoint:
         """A hook point at a module of the block, by its path in the block."""

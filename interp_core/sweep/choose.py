@@ -89,6 +89,8 @@ def _checked(session: Session, strategy: str, tokens: Tokens, tower: Tower | Non
     """What keeps a strategy from being exact on this model; what has to be tried is tried once and remembered."""
     if not runs_rows(session.engine):
         return Check(f"engine {session.engine.name!r} runs one variant after the other")
+    if why := session.atlas.lacking.get("resid_pre"):
+        return Check(f"no site is the stream that rows go on from ({why})")
     if why := session.atlas.lacking.get("batch"):
         return Check(f"rows of a batch change each other's numbers ({why})")
     if tokens.inputs and len(session.atlas.layers("deepstack")) >= session.n_layers:
@@ -142,15 +144,16 @@ def _reach(session: Session, tokens: Tokens) -> Check:
     """Whether keys of earlier positions can be had from a clean pass."""
     if ahead := session.atlas.lacking.get("causal"):
         return Check(ahead)
-    config, length = session.hf.config.get_text_config(), max(tokens.lengths)
+    length = max(tokens.lengths)
     closed = [layer for layer in range(session.n_layers) if ("scores", layer) not in session.atlas.entries]
     if closed or any(session.atlas.entries["scores", layer].write is None for layer in range(session.n_layers)):
         return Check(f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions")
-    chunk = getattr(config, "attention_chunk_size", None)
+    reaches = session.atlas.reaches.values()
+    chunk = min((reach.chunk for reach in reaches if reach.chunk), default=None)
     if chunk and length > chunk:
         return Check(f"attention in chunks of {chunk} does not reach back over the whole text")
-    window = getattr(config, "sliding_window", None)
-    if not window or length <= window or not getattr(config, "use_sliding_window", True):
+    window = min((reach.window for reach in reaches if reach.window), default=None)
+    if not window or length <= window:
         return Check("")
     if session.strategy_checks.window is None:
         session.strategy_checks.window = _told_window(session, window)
@@ -160,7 +163,7 @@ def _reach(session: Session, tokens: Tokens) -> Check:
 def _told_window(session: Session, window: int) -> Check:
     """Keys of earlier positions are cut to a sliding window by what the layer tells its attention: does it tell? A text
     as short as a trial's would show no difference."""
-    kinds, ids = getattr(session.hf.config.get_text_config(), "layer_types", None), check_tokens(session)[None]
+    ids = check_tokens(session)[None]
     assert runs_rows(session.engine)
     rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
     inputs = {"input_ids": ids.to(session.device), "use_cache": False}
@@ -170,7 +173,7 @@ def _told_window(session: Session, window: int) -> Check:
         told = clean_pass(session.engine, session.atlas, inputs, rows, None, keep=True).windows
     trials = (Trial(len(counted), sum(counted), len(layers)),)
     for layer in layers:
-        if told[layer] is None and (kinds is None or kinds[layer] == "sliding_attention"):
+        if told[layer] is None and session.atlas.reaches[layer].window:
             return Check(f"layer {layer} attends in a window of {window} and does not tell its attention so", trials)
     return Check("", trials)
 

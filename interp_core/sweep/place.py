@@ -18,12 +18,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..architectures.atlas import Entry
+from ..architectures.atlas import Entry, layer_config
 from ..architectures.hook_points import HookPoint
 from ..cost import TOGETHER
 from ..engines.program import forward_order
@@ -275,7 +276,8 @@ class Placer:
         scored = max(self.scored[row])
         if not leaving and not others:
             return None
-        if self._ahead:
+        # who cannot be told positions counts those of a row that it embeds from the row's first column
+        if self._ahead or (layer < 0 and "left padding" in self.session.atlas.lacking):
             start = 0
         if start > scored:
             raise PlanError(
@@ -377,17 +379,26 @@ class Placer:
     @property
     def _clean_bytes(self) -> int:
         """What a clean pass leaves of one token: streams, keys and values of all layers."""
-        shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or shape.d_model // heads
-        kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
-        return self.session.n_layers * (shape.d_model + kept) * torch.empty((), dtype=self.session.dtype).element_size()
+        d_model = self.session.atlas.shape.d_model
+
+        def kept(config: Any) -> int:
+            heads = getattr(config, "num_attention_heads", 1)
+            width = getattr(config, "head_dim", None) or d_model // heads
+            return d_model + 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+
+        return sum(map(kept, self._configs)) * torch.empty((), dtype=self.session.dtype).element_size()
+
+    @property
+    def _configs(self) -> list[Any]:
+        """Configs of the layers, which may differ."""
+        config = self.session.hf.config.get_text_config()
+        return [layer_config(config, layer) for layer in range(self.session.n_layers)]
 
     def _row_bytes(self, width: int, columns: int) -> int:
         """What one row takes at most at a time: streams and MLP of its columns, attention over the text, its logits."""
-        shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
-        d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
-        heads = getattr(config, "num_attention_heads", 1)
+        shape, configs = self.session.atlas.shape, self._configs
+        d_mlp = max(getattr(config, "intermediate_size", None) or 4 * shape.d_model for config in configs)
+        heads = max(getattr(config, "num_attention_heads", 1) for config in configs)
         # an upper bound: so many tensors of the stream, of the MLP and of attention never live at a time in a block; a
         # test holds it against the bytes that are allocated
         numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)

@@ -20,7 +20,7 @@ from ..engines.program import LocalEngine
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
 from ..errors import PlanError
-from ..model_inputs import model_inputs
+from ..model_inputs import first_position, model_inputs
 from ..positions import Rows
 from ..progress import Progress
 from ..readout import few_logits, is_plain
@@ -230,7 +230,8 @@ class Runner:
                 row[max(span.start - start, 0) : max(span.stop - start, 0)] = 0
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
         if any(starts) and not self.tokens.inputs:
-            inputs["position_ids"] = (torch.tensor(starts)[:, None] + torch.arange(columns)).to(device)
+            places = torch.tensor(starts)[:, None] + torch.arange(columns) + first_position(self.session.hf)
+            inputs["position_ids"] = places.to(device)
         return inputs
 
     @contextmanager

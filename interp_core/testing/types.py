@@ -13,7 +13,7 @@ from ..errors import LoadError
 
 WIDTHS = {
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups "
-    "linear_num_key_heads index_n_heads type_vocab_size depth num_global_layers topk_group hc_mult "
+    "linear_num_key_heads type_vocab_size depth num_global_layers topk_group hc_mult "
     "hc_count o_groups encoder_layers",
     3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers "
     "num_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
@@ -35,7 +35,7 @@ WIDTHS = {
     "rel_extent shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size "
     "position_bias_num_buckets image_size image_seq_length output_channels",
     20: "shape_vocab_size pronunciation_vocab_size",
-    24: "kv_lora_rank qk_head_dim global_head_dim",
+    24: "kv_lora_rank qk_head_dim global_head_dim index_n_heads",
     32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim moe_latent_size",
     40: "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size",
@@ -136,7 +136,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {**_LATENT, "num_hidden_layers": 6},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
+        "indexer_n_heads": 24, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
         "indexer_compress_ratio": 2, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8,
         "heads_per_ngram": 2,
     },

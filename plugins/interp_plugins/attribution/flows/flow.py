@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import interp_core as ic
 from interp_core import sites as S
@@ -83,7 +84,7 @@ class Shares(NamedTuple):
 
     Attributes:
         token: of each token, over all heads.
-        head: of each head, over all tokens.
+        head: of each head, over all tokens; 0 of heads that a layer does not have.
         resid, bias: of the stream before attention, and of biases.
     """
 
@@ -242,7 +243,10 @@ class Flow:
         index = self._index(positions)
         weight = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.double().cpu()
         shares = [self._share(kept, index, weight, mix) for kept, mix in self._mixes(index, weight)]
-        return Shares(*(torch.stack(part) for part in zip(*shares, strict=True)))
+        token, head, resid, bias = zip(*shares, strict=True)
+        return Shares(
+            torch.stack(token), pad_sequence(list(head), batch_first=True), torch.stack(resid), torch.stack(bias)
+        )
 
     def all_rows(self, positions: Sequence[int]) -> tuple[Float[Tensor, "row pos"], float]:
         """The flow into each sink by itself, in float64, and by how much a score may be off at most (0: exact).

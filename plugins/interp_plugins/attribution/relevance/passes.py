@@ -255,7 +255,8 @@ def _narrowed(model: ic.Model, tokens: ic.Tokens, at: Sequence[int] | None) -> I
     def rule(module: nn.Module, forward: Any, x: Tensor, *args: Any, **named: Any) -> Any:
         if x.ndim != 3 or x.shape[1] != width:
             return forward(x, *args, **named)
-        part = forward(x[:, kept], *args, **named)
+        beside = [arg[:, kept] if isinstance(arg, Tensor) and arg.shape[:-1] == x.shape[:-1] else arg for arg in args]
+        part = forward(x[:, kept], *beside, **named)  # BLOOM and MPT hand the stream over, too
         # a mixture that also returns its router's logits: these are of all positions
         if not isinstance(part, Tensor):
             return forward(x, *args, **named)
