@@ -25,7 +25,8 @@ SWEPT = ("bart", "dots3_note_text", "gemma4_text", "roberta")
 """Decoders that cannot be told positions, or count them from behind the padding id, and layers with other heads."""
 GENERATED = ("bart", "deepseek_v32", "falcon", "roberta")
 CUT = ("doge", "moshi")
-"""Types whose cache is cut to a window that their forward pass does not know, in transformers itself."""
+"""Types whose passes with a cache give other numbers than those without, in transformers itself: Moshi's cache is cut to
+a window that its forward pass does not know."""
 PROMPT = torch.tensor([[5, 17, 33, 8, 61, 40, 22]])
 
 pytestmark = pytest.mark.filterwarnings(
@@ -68,7 +69,7 @@ def test_generation_with_edits_is_the_teacher_forced_run(model_type: str) -> Non
         return
     made = model.generate(PROMPT, edits, reads, max_new_tokens=5, stop_at_eos=False)
     text = torch.cat([PROMPT, made.ids.cpu()], 1)[:, :-1]
-    forced = model.run(text, read=reads, edits=edits)
+    forced = model.run({"input_ids": text, "attention_mask": torch.ones_like(text)}, read=reads, edits=edits)
     assert forced.logits[0, -5:].argmax(-1).tolist() == made.ids[0].tolist()
     for site in reads:
         assert apart(made[site].plain - forced[site].plain) <= FAR * apart(forced[site].plain), site
@@ -110,11 +111,23 @@ def test_methods_answer_or_say_why_not(model_type: str) -> None:
 def steady(model: ic.Model) -> tuple[list[ic.Edit], list[ic.Site]]:
     """Edits and reads that mean the same in a step as in a run over all the text."""
     edits: list[ic.Edit] = []
-    for name in ("z", "head_out", "attn_out", "mixer_out", "mlp_out", "resid_post"):
+    for name in ("embed", "z", "head_out", "attn_out", "mixer_out", "mlp_in", "mlp_out", "resid_post"):
         if having(model, name, "write"):
-            site = S.named(name)[model.atlas.layers(name)[-1]]
+            site = S.named(name) if name == "embed" else S.named(name)[model.atlas.layers(name)[-1]]
             edits += [site.scale(1.3), site.at(4).scale(0.5)]
-    names = ("resid_post", "mixer_out", "z", "q", "k", "rot_k", "mlp_in", "mlp_act", "mixer_gate", "router_weights")
+    names = (
+        "resid_post",
+        "mixer_in",
+        "mixer_out",
+        "z",
+        "q",
+        "k",
+        "rot_k",
+        "mlp_in",
+        "mlp_act",
+        "mixer_gate",
+        "router_weights",
+    )
     return edits, [S.named(name)[model.atlas.layers(name)[0]] for name in names if having(model, name, "read")]
 
 

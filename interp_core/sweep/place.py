@@ -277,7 +277,7 @@ class Placer:
         if not leaving and not others:
             return None
         # who cannot be told positions counts those of a row that it embeds from the row's first column
-        if self._ahead or (layer < 0 and "left padding" in self.session.atlas.lacking):
+        if self._ahead or (layer < 0 and self.session.atlas.lacking.get("left padding")):
             start = 0
         if start > scored:
             raise PlanError(
