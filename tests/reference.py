@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from hybrid_layouts import ADDED, BESIDE, CALLED_ALIKE, FACTORS, KEPT, STATES
 from routed import route
 from torch import Tensor, nn
 from type_layouts import (
@@ -42,7 +44,6 @@ class Reference:
         self.family, self.hf, self.layout, self.kin = family, hf, LAYOUT[family], KIN.get(family, family)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
-        self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
 
     def at(self, layer: int) -> None:
         """Count heads as the config does for a layer."""
@@ -52,7 +53,8 @@ class Reference:
         settings = config.to_dict()
         self.n_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
         self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
-        self.d_head = settings.get("v_head_dim") or settings.get("head_dim") or config.hidden_size // self.n_heads
+        said = settings.get("v_head_dim") or settings.get("head_dim") or settings.get("attention_head_dim")
+        self.d_head = said or config.hidden_size // self.n_heads
         self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
 
     # Where things are
@@ -64,6 +66,7 @@ class Reference:
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
         names += ["mixer_in", "mixer_out", *(["mixer_gate"] if self.family in GATES else [])]
+        names += ["ssm_state"] if self.family in STATES else []
         return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
@@ -71,7 +74,7 @@ class Reference:
         if site in ("embed", "final_norm", "logits"):
             return [0]
         everywhere = list(range(self.n_layers))
-        if site == "mixer_gate":
+        if site in ("mixer_gate", "ssm_state"):
             return [*MIXERS.get(self.family, LINEAR.get(self.family, everywhere))]
         if site in SOME.get(self.family, ()):
             return SOME[self.family][site]
@@ -81,18 +84,35 @@ class Reference:
             return [i for i in everywhere if i not in DENSE[self.family]]
         if site in (*ATTENTION, "q", "k", "v", "z", "head_out"):
             everywhere = [i for i in everywhere if i not in LINEAR.get(self.family, ())]
-        if site in (*ATTENTION, "q", "k", "v", "z", "head_out", "attn_in", "attn_out"):
+        if site in (*ATTENTION, "q", "k", "v", "z", "head_out", "attn_in", "attn_out") and self.family not in BESIDE:
             return [i for i in everywhere if i not in MIXERS.get(self.family, ())]
         return everywhere
 
     def module(self, key: str, layer: int) -> nn.Module:
-        block = f"{self.layout['blocks']}.{layer}"
-        name = self.layout[key] if key else ""
-        if layer in LINEAR.get(self.family, ()) and name == "self_attn":
+        """A module of a block ("": the block), or what mixes tokens there, attention or not ("mixer")."""
+        block, of_layers = f"{self.layout['blocks']}.{layer}", MIXERS.get(self.family, {})
+        if key == "beside":
+            return self.hf.get_submodule(f"{block}.{BESIDE[self.family][0]}")
+        if key == "mixer" and self.family not in BESIDE and layer in of_layers:
+            return self.hf.get_submodule(f"{block}.{of_layers[layer]}")
+        name = self.layout["attn" if key == "mixer" else key] if key else ""
+        if layer in LINEAR.get(self.family, ()) and name == "self_attn" and self.family not in CALLED_ALIKE:
             name = "linear_attn"
-        if layer in MIXERS.get(self.family, ()) and name == self.layout["attn"]:
-            name = MIXERS[self.family][layer]
         return self.hf.get_submodule(f"{block}.{name}" if name else block)
+
+    def adding(self, site: str, layer: int) -> nn.Module:
+        """The module that gives what attention (another mixer too) or the MLP adds, before the block's factor."""
+        usual = self.layout.get(site, self.layout["attn"])
+        name = ADDED.get(self.family, {}).get(layer, {}).get(site, usual)
+        if name == self.layout["attn"]:
+            return self.module("mixer", layer)
+        return self.hf.get_submodule(f"{self.layout['blocks']}.{layer}.{name}")
+
+    def factor(self, site: str, layer: int) -> float | Tensor:
+        """What the block multiplies that by."""
+        if self.family in FACTORS:
+            return FACTORS[self.family](self.module("", layer), site)
+        return SCALES[self.family](self.hf.config.get_text_config()) if self.family in SCALES else 1.0
 
     def split(self, x: Tensor, part: str) -> Tensor:
         """q, k or v `[batch pos head d_head]` out of what a projection returned."""
@@ -163,21 +183,26 @@ class Reference:
             return _output(self.module("", layer), fn)
         if site == "mixer_gate":
             path, part = GATES[self.family]
-            return _output(self.module("attn", layer).get_submodule(path), lambda x: _written(x, part, fn))
-        site = site.replace("mixer", "attn")
-        if site == "attn_in" and "reads" in self.layout:
-            return _output(self.module("reads", layer), fn)
-        if site in ("attn_in", "mlp_in"):
-            return _input(self.module(site.removesuffix("_in"), layer), self._shaped(fn))
-        if site in ("attn_out", "mlp_out"):
-            added = self._shaped(lambda x: fn(x * self.scale) / self.scale)
-            return _output(self.module(site, layer), added)
+            mixer = self.module("beside" if self.family in BESIDE else "mixer", layer)
+            return _output(mixer.get_submodule(path), lambda x: _written(x, part, fn))
+        if site == "ssm_state":
+            return _output(self.module("", layer).get_submodule(STATES[self.family]), fn)
+        if site in ("attn_in", "mixer_in") and (key := next((k for k in (site, "reads") if k in self.layout), "")):
+            return _output(self.module(key, layer), fn)
+        if site in ("attn_in", "mixer_in", "mlp_in"):
+            return _input(self.module("mlp" if site == "mlp_in" else "mixer", layer), self._shaped(fn))
+        if site in ("attn_out", "mixer_out"):
+            return self._mixed(layer, lambda added, _start: fn(added))
+        if site == "mlp_out":
+            factor = self.factor(site, layer)
+            return _output(self.adding(site, layer), self._shaped(lambda x: fn(x * factor) / factor))
         if site == "mlp_act":
             return _input(self.module("down", layer), self._shaped(fn))
         if site == "resid_mid" and "mid_out" in self.layout:
             return _output(self.module("mid_out", layer), fn)
         if site == "resid_mid":
-            return self._mid(layer, fn)
+            kept = partial(KEPT[self.family], self.module("", layer)) if self.family in KEPT else lambda x: x
+            return self._mixed(layer, lambda added, start: fn(kept(start) + added) - kept(start))
         if site == "z":
             return _input(self.module("o", layer), lambda x: fn(x.unflatten(-1, heads)).flatten(-2))
         if site == "head_out":
@@ -194,18 +219,22 @@ class Reference:
         return lambda x: fn(x) if x.ndim > 2 else fn(x.reshape(*self.shape, -1)).reshape(x.shape)
 
     @contextmanager
-    def _mid(self, layer: int, fn: Change) -> Iterator[None]:
-        """The stream after attention lives in a local variable: change what attention adds to it."""
-        start: list[Tensor] = []
+    def _mixed(self, layer: int, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """`fn` changes what attention or another mixer adds, given that and the stream before: the stream after it lives
+        in a local variable, and what adds a second part beside goes first."""
+        seen: dict[str, Any] = {"beside": 0.0}
+        factor, block = self.factor("attn_out", layer), self.module("", layer)
 
-        def remember(x: Tensor) -> Tensor:
-            start[:] = [x]
-            return x
+        def into(added: Tensor) -> Tensor:
+            whole = added * factor + seen["beside"]
+            return added + (fn(whole, seen["start"]) - whole) / factor
 
-        with (
-            _input(self.module("", layer), remember),
-            _output(self.module("attn_out", layer), lambda x: (fn(start[0] + x * self.scale) - start[0]) / self.scale),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_input(block, lambda x: _kept(seen, "start", x)))
+            if self.family in BESIDE:
+                times = BESIDE[self.family][1](block)
+                stack.enter_context(_output(self.module("beside", layer), lambda x: _kept(seen, "beside", x * times, x)))
+            stack.enter_context(_output(self.adding("attn_out", layer), self._shaped(into)))
             yield
 
     @contextmanager
@@ -324,6 +353,12 @@ class Reference:
         self.shape = inputs["input_ids"].shape
         with torch.no_grad(), self.hooked(site, layer, fn):
             return self.hf(**inputs, use_cache=False).logits
+
+
+def _kept(seen: dict[str, Any], name: str, x: Tensor, passed: Tensor | None = None) -> Tensor:
+    """Remember a tensor where it passes (or what is made of it)."""
+    seen[name] = x
+    return x if passed is None else passed
 
 
 def _written(x: Tensor, part: Callable[[Tensor], Tensor], fn: Change) -> Tensor:

@@ -17,7 +17,7 @@ NAMES = {
     "attn.qkv": "qkv_proj query_key_value Wqkv qkv c_attn",
     "attn.q_norm": "q_norm q_layernorm",
     "attn.k_norm": "k_norm k_layernorm",
-    "attn.o": "o_proj out_proj dense c_proj",
+    "attn.o": "o_proj.linear o_proj out_proj dense c_proj",
     "mlp": "mlp feed_forward ffn mlp_block",
     "mlp.in": "up_proj fc1 dense_h_to_4h w3 fc_in c_fc",
     "mlp.gate": "gate_proj w1",

@@ -1,6 +1,6 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
+BEAM, Doge, Dory, MiniMax and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
 they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
@@ -39,6 +39,19 @@ def doge_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return (block.input_residual if site == "resid_mid" else block.post_attention_residual) * before + added
 
 
+def dory_added(block: Any) -> Mapping[str, Tensor]:
+    """Dory: the share of what attention and MLP give in the stream after them, one per dimension."""
+    rates = {"attn_out": block.lambda_1, "mlp_out": block.lambda_2}
+    return {name: (rate.detach() * block.lambda_scale).abs() for name, rate in rates.items()}
+
+
+def dory_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Dory: the rest is the stream, normed as attention and the MLP read it."""
+    name, norm = ("attn_out", "input_layernorm") if site == "resid_mid" else ("mlp_out", "pre_feedforward_layernorm")
+    normed: Tensor = getattr(block, norm)(before)
+    return normed * (1 - dory_added(block)[name]) + added
+
+
 def minimax_added(block: Any) -> Mapping[str, float]:
     """MiniMax: "beta" of attention (by its kind) and of the MLP."""
     return {"attn_out": block.attn_beta_factor, "mlp_out": block.mlp_beta_factor}
@@ -70,6 +83,7 @@ def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
 
 BEAM = Family("beam", added=beam_added, join=beam_join)
 DOGE = Family("doge", join=doge_join)
+DORY = Family("dory", added=dory_added, join=dory_join)
 ESMC = Family(
     "esmc",
     paths={"blocks.attn": "self_attn", "blocks.mlp": "mlp", "blocks.ln2": "post_attention_layernorm"},
@@ -89,11 +103,11 @@ RWKV = Family(
         "blocks": "rwkv.blocks",
         "embed": "rwkv.embeddings",
         "ln_final": "rwkv.ln_out",
-        "blocks.attn": "attention",
         "blocks.mlp": "feed_forward",
         "blocks.mlp.out": "value",
         "blocks.ln1": "ln1",
         "blocks.ln2": "ln2",
     },
+    varied=lambda block: {"blocks.attn": "", "blocks.linear_attn": "attention"},
     join=rwkv_join,
 )
