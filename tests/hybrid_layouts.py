@@ -21,7 +21,8 @@ _SHARED = {
 def _branch(shared: str) -> dict[str, str]:
     """Zamba: attention lies in a branch that layers share."""
     parts = {part: f"{shared}.self_attn.{part}_proj" for part in "qkvo"}
-    return _SHARED | parts | {"attn": f"{shared}.self_attn"}
+    mlp = {"mlp": f"{shared}.feed_forward", "down": f"{shared}.feed_forward.down_proj"}
+    return _SHARED | parts | mlp | {"attn": f"{shared}.self_attn"}
 
 
 LAYOUT: dict[str, dict[str, str]] = {
@@ -49,13 +50,15 @@ LAYOUT: dict[str, dict[str, str]] = {
     "moshi": LLAMA | {"down": "mlp.fc2", "o": "self_attn.o_proj.linear"},
     "longcat_flash": LLAMA,
     "gemma3n_text": SANDWICH,
-    "deepseek_v4": LLAMA,
+    "deepseek_v4": LLAMA
+    | {"q": "self_attn.q_b_proj", "k": "self_attn.kv_proj", "o": "self_attn.o_a_proj", "o_last": "self_attn.o_b_proj"},
+    "hy_v4": LATENT,
     "GraniteDoclingForConditionalGeneration": LLAMA
     | {"embed": "model.text_model.embed_tokens", "blocks": "model.text_model.layers", "norm": "model.text_model.norm"},
 }  # fmt: skip
 """Module names by type."""
-WIDE_QUERIES = {"bailing_hybrid", "kimi_linear"}
-DENSE: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "nemotron_h": [4]}
+WIDE_QUERIES = {"bailing_hybrid", "kimi_linear", "hy_v4"}
+DENSE: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "nemotron_h": [4], "hy_v4": [0]}
 _HEADS = {"q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out"}
 _STREAM = {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post"}
 LACKS: dict[str, set[str]] = {
@@ -64,23 +67,26 @@ LACKS: dict[str, set[str]] = {
     "minimax": {"mlp_act"},
     "falcon_h1": {"attn_out"},
     "nemotron_h": {"resid_mid"},
-    **{name: {"attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out"} for name in ("zamba", "zamba2")},
+    **{name: {"attn_out", "resid_mid", "mlp_out"} for name in ("zamba", "zamba2")},
     "rwkv": _HEADS,
     "longcat_flash": {*_HEADS, "attn_in", "attn_out", "mixer_in", "mixer_out", "resid_mid", "mlp_act"},
     "gemma3n_text": _STREAM,
-    "deepseek_v4": {*_HEADS, *_STREAM, "mlp_act"},
+    "deepseek_v4": {*_STREAM, "mlp_act"},
+    "hy_v4": {*_STREAM, "k"},
 }
 LINEAR: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "minimax": [0], "olmo_hybrid": [0, 1]}
 """Layers with linear attention."""
+MIXED_VALUES = {"deepseek_v4"}
 CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {
+    "deepseek_v4": dict.fromkeys(("v", "rot_k", "scores", "pattern"), [0]),
     "nemotron_h": {
         **dict.fromkeys(("mixer_in", "mixer_out"), [1, 2]),
         **dict.fromkeys(("attn_in", "attn_out", *_HEADS), [2]),
         **dict.fromkeys(("mlp_in", "mlp_out"), [0, 3, 4]),
     },
-    **{name: dict.fromkeys(_HEADS, [1, 3]) for name in ("zamba", "zamba2")},
+    **{name: dict.fromkeys((*_HEADS, "attn_in", "mlp_in", "mlp_act"), [1, 3]) for name in ("zamba", "zamba2")},
 }
 MIXERS: dict[str, dict[int, str]] = {
     "nemotron_h": {1: "mixer"},

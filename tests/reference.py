@@ -190,7 +190,8 @@ class Reference:
         if site in ("attn_in", "mixer_in") and (key := next((k for k in (site, "reads") if k in self.layout), "")):
             return _output(self.module(key, layer), fn)
         if site in ("attn_in", "mixer_in", "mlp_in"):
-            return _input(self.module("mlp" if site == "mlp_in" else "mixer", layer), self._shaped(fn))
+            key = "mlp" if site == "mlp_in" else "attn" if site == "attn_in" and layer in self.layers("q") else "mixer"
+            return _input(self.module(key, layer), self._shaped(fn))
         if site in ("attn_out", "mixer_out"):
             return self._mixed(layer, lambda added, _start: fn(added))
         if site == "mlp_out":
@@ -204,7 +205,7 @@ class Reference:
             kept = partial(KEPT[self.family], self.module("", layer)) if self.family in KEPT else lambda x: x
             return self._mixed(layer, lambda added, start: fn(kept(start) + added) - kept(start))
         if site == "z":
-            return _input(self.module("o", layer), lambda x: fn(x.unflatten(-1, heads)).flatten(-2))
+            return _input(self.module("o", layer), lambda x: fn(x.reshape(*x.shape[:2], *heads)).reshape(x.shape))
         if site == "head_out":
             return self._head_out(layer, fn)
         if site in ("router_logits", "router_weights"):
@@ -240,6 +241,10 @@ class Reference:
     @contextmanager
     def _head_out(self, layer: int, fn: Change) -> Iterator[None]:
         module = self.module("o", layer)
+        if "o_last" in self.layout:
+            with self._grouped(layer, fn):
+                yield
+            return
         weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
 
         def hook(_m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -254,6 +259,25 @@ class Reference:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def _grouped(self, layer: int, fn: Change) -> Iterator[None]:
+        """Heads are projected in groups, and what comes of these together."""
+        first, last, z = self.module("o", layer), self.module("o_last", layer), list[Tensor]()
+        size, rank, d = self.n_heads // first.n_groups, first.out_features // first.n_groups, self.d_head
+
+        def head(h: int) -> Tensor:
+            group, place = divmod(h, size)
+            rows = slice(group * rank, (group + 1) * rank)
+            low = z[0][:, :, group, place * d : (place + 1) * d] @ first.weight[rows, place * d : (place + 1) * d].T
+            return low @ last.weight[:, rows].T
+
+        def added(x: Tensor) -> Tensor:
+            parts = torch.stack([head(h) for h in range(self.n_heads)], 2)
+            return x + (fn(parts) - parts).sum(2)
+
+        with _input(first, lambda x: z.append(x) or x), _output(last, added):
+            yield
 
     @contextmanager
     def _router(self, layer: int, site: str, fn: Change) -> Iterator[None]:

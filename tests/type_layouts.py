@@ -237,7 +237,7 @@ LAYOUT: dict[str, dict[str, str]] = {
 """Module names by type."""
 WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY, *hybrid_layouts.WIDE_QUERIES}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
-MIXED_VALUES = {
+MIXED_VALUES = hybrid_layouts.MIXED_VALUES | {
     "Gemma4ForConditionalGeneration",
     "Gemma4UnifiedForConditionalGeneration",
     "gemma3n_text",

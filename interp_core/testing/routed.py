@@ -119,7 +119,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_routed_experts": 6,
             "moe_intermediate_size": 48, "hc_mult": 2, "sliding_window": 4, "o_groups": 2, "o_lora_rank": 16,
             "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
-            "layer_types": ["sliding_attention"] * 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "compress_rate_csa": 4, "compress_rate_hca": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
         },
     ),
     "longcat_flash": (
