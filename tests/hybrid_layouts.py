@@ -53,6 +53,18 @@ LAYOUT: dict[str, dict[str, str]] = {
     "deepseek_v4": LLAMA
     | {"q": "self_attn.q_b_proj", "k": "self_attn.kv_proj", "o": "self_attn.o_a_proj", "o_last": "self_attn.o_b_proj"},
     "hy_v4": LATENT,
+    "jetmoe": LLAMA | {"attn": "self_attention", "attn_out": "self_attention", "slots": "self_attention.experts"},
+    **dict.fromkeys(("git", "GitForCausalLM"), {
+        "embed": "git.embeddings.word_embeddings", "blocks": "git.encoder.layer", "norm": "", "attn": "attention.self",
+        "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense",
+        "mlp": "intermediate", "down": "output.dense", "mid_out": "attention", "attn_out": "attention.output.dense",
+        "mlp_out": "output.dense", "pattern": "attention.self.dropout",
+    }),
+    "openai-gpt": {
+        "embed": "transformer.tokens_embed", "blocks": "transformer.h", "norm": "", "attn": "attn", "qkv": "attn.c_attn",
+        "o": "attn.c_proj", "mlp": "mlp", "down": "mlp.c_proj", "mid_out": "ln_1", "attn_out": "attn.c_proj",
+        "mlp_out": "mlp", "pattern": "attn.attn_dropout",
+    },
     "GraniteDoclingForConditionalGeneration": LLAMA
     | {"embed": "model.text_model.embed_tokens", "blocks": "model.text_model.layers", "norm": "model.text_model.norm"},
 }  # fmt: skip
@@ -73,10 +85,12 @@ LACKS: dict[str, set[str]] = {
     "gemma3n_text": _STREAM,
     "deepseek_v4": {*_STREAM, "mlp_act"},
     "hy_v4": {*_STREAM, "k"},
+    "jetmoe": {"k", "head_out", "mlp_act"},
+    **dict.fromkeys(("git", "GitForCausalLM", "openai-gpt"), {"rot_q", "rot_k", "scores", "final_norm"}),
 }
 LINEAR: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "minimax": [0], "olmo_hybrid": [0, 1]}
 """Layers with linear attention."""
-MIXED_VALUES = {"deepseek_v4"}
+MIXED_VALUES = {"deepseek_v4", "jetmoe"}
 CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {

@@ -204,6 +204,8 @@ class Reference:
         if site == "resid_mid":
             kept = partial(KEPT[self.family], self.module("", layer)) if self.family in KEPT else lambda x: x
             return self._mixed(layer, lambda added, start: fn(kept(start) + added) - kept(start))
+        if site in ("q", "z") and "slots" in self.layout:
+            return self._of_slots(layer, site, fn)
         if site == "z":
             return _input(self.module("o", layer), lambda x: fn(x.reshape(*x.shape[:2], *heads)).reshape(x.shape))
         if site == "head_out":
@@ -257,6 +259,27 @@ class Reference:
         handle = module.register_forward_hook(hook)
         try:
             yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _of_slots(self, layer: int, site: str, fn: Change) -> Iterator[None]:
+        """Each slot of a token has heads of its own, in rows sorted by expert."""
+        experts, order = self.module("slots", layer), list[int]()
+
+        def sent(_m: nn.Module, _args: Any, output: Any) -> None:
+            order[:] = output[0].tolist()
+
+        def changed(rows: Tensor) -> Tensor:
+            slots = torch.stack([rows[order.index(i)] for i in range(len(order))])
+            slots = fn(slots.reshape(*self.shape, self.n_heads, -1)).reshape(rows.shape)
+            return torch.stack([slots[i] for i in order])
+
+        handle = experts.router.register_forward_hook(sent)
+        into = _output(experts.input_linear, changed) if site == "q" else _input(experts.output_linear, changed)
+        try:
+            with into:
+                yield
         finally:
             handle.remove()
 
@@ -410,7 +433,7 @@ def _input(module: nn.Module, fn: Change) -> Iterator[None]:
 @contextmanager
 def _output(module: nn.Module, fn: Change) -> Iterator[None]:
     def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-        return (fn(output[0]), *output[1:]) if isinstance(output, tuple) else fn(output)
+        return type(output)((fn(output[0]), *output[1:])) if isinstance(output, (tuple, list)) else fn(output)
 
     handle = module.register_forward_hook(hook)
     try:

@@ -57,6 +57,13 @@ def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str
     return dict.fromkeys(ROUTED, why) if why else {}
 
 
+def _all_routed(atlas: Atlas) -> bool:
+    """Whether every MLP sends tokens to experts."""
+    modules = [atlas.module("mlp", layer) for layer in atlas.components.layers("mlp")]
+    words = ("expert", "router")
+    return bool(modules) and all(any(w in path for path, _ in m.named_modules() for w in words) for m in modules)
+
+
 def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
     """Say why each site that is not there is not there."""
     present = {name for name, _ in atlas.entries}
@@ -77,7 +84,7 @@ def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = f"this {family.name} has no gate on a shared expert"
         elif SITES[name].visual:
             why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
-        elif name == "mlp_act" and "expert_out" in present:
+        elif name == "mlp_act" and _all_routed(atlas):
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         elif name == "ssm_state":
             other = {*layers("mixer")} - {*layers("attn")}

@@ -133,6 +133,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
     "longcat_flash": {**_LATENT, "num_hidden_layers": 6},
+    "hy_v4": {"index_topk": 6},  # of seven tokens, so that a token sees itself
     "falcon_h1": {
         "mamba_d_ssm": 128, "attention_out_multiplier": 0.6, "ssm_out_multiplier": 1.7, "attention_in_multiplier": 1.2,
         "key_multiplier": 0.7,
