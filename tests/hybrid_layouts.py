@@ -95,6 +95,7 @@ CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {
     "deepseek_v4": dict.fromkeys(("v", "rot_k", "scores", "pattern"), [0]),
+    "dory": dict.fromkeys((*_HEADS, *_STREAM, "attn_in", "mixer_in", "mlp_in", "mlp_act"), [0, 3]),  # others run twice
     "nemotron_h": {
         **dict.fromkeys(("mixer_in", "mixer_out"), [1, 2]),
         **dict.fromkeys(("attn_in", "attn_out", *_HEADS), [2]),
