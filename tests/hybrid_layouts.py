@@ -54,12 +54,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     | {"q": "self_attn.q_b_proj", "k": "self_attn.kv_proj", "o": "self_attn.o_a_proj", "o_last": "self_attn.o_b_proj"},
     "hy_v4": LATENT,
     "jetmoe": LLAMA | {"attn": "self_attention", "attn_out": "self_attention", "slots": "self_attention.experts"},
-    **dict.fromkeys(("git", "GitForCausalLM"), {
-        "embed": "git.embeddings.word_embeddings", "blocks": "git.encoder.layer", "norm": "", "attn": "attention.self",
-        "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense",
-        "mlp": "intermediate", "down": "output.dense", "mid_out": "attention", "attn_out": "attention.output.dense",
-        "mlp_out": "output.dense", "pattern": "attention.self.dropout",
-    }),
+    **{key: {"embed": "git.embeddings.word_embeddings", "blocks": "git.encoder.layer", "norm": "", "attn": "attention.self", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense", "mlp": "intermediate", "down": "output.dense", "mid_out": "attention", "attn_out": "attention.output.dense", "mlp_out": "output.dense", "pattern": "attention.self.dropout"} for key in ("git", "GitForCausalLM")},
     "openai-gpt": {
         "embed": "transformer.tokens_embed", "blocks": "transformer.h", "norm": "", "attn": "attn", "qkv": "attn.c_attn",
         "o": "attn.c_proj", "mlp": "mlp", "down": "mlp.c_proj", "mid_out": "ln_1", "attn_out": "attn.c_proj",
@@ -86,7 +81,7 @@ LACKS: dict[str, set[str]] = {
     "deepseek_v4": {*_STREAM, "mlp_act"},
     "hy_v4": {*_STREAM, "k"},
     "jetmoe": {"k", "head_out", "mlp_act"},
-    **dict.fromkeys(("git", "GitForCausalLM", "openai-gpt"), {"rot_q", "rot_k", "scores", "final_norm"}),
+    **{key: {"rot_q", "rot_k", "scores", "final_norm"} for key in ("git", "GitForCausalLM", "openai-gpt")},
 }
 LINEAR: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "minimax": [0], "olmo_hybrid": [0, 1]}
 """Layers with linear attention."""
@@ -94,18 +89,23 @@ MIXED_VALUES = {"deepseek_v4", "jetmoe"}
 CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {
-    "deepseek_v4": dict.fromkeys(("v", "rot_k", "scores", "pattern"), [0]),
-    "dory": dict.fromkeys((*_HEADS, *_STREAM, "attn_in", "mixer_in", "mlp_in", "mlp_act"), [0, 3]),  # others run twice
+    "deepseek_v4": {key: [0] for key in ("v", "rot_k", "scores", "pattern")},
+    "dory": {
+        key: [0, 3] for key in (*_HEADS, *_STREAM, "attn_in", "mixer_in", "mlp_in", "mlp_act")
+    },  # others run twice
     "nemotron_h": {
-        **dict.fromkeys(("mixer_in", "mixer_out"), [1, 2]),
-        **dict.fromkeys(("attn_in", "attn_out", *_HEADS), [2]),
-        **dict.fromkeys(("mlp_in", "mlp_out"), [0, 3, 4]),
+        **{key: [1, 2] for key in ("mixer_in", "mixer_out")},
+        **{key: [2] for key in ("attn_in", "attn_out", *_HEADS)},
+        **{key: [0, 3, 4] for key in ("mlp_in", "mlp_out")},
     },
-    **{name: dict.fromkeys((*_HEADS, "attn_in", "mlp_in", "mlp_act"), [1, 3]) for name in ("zamba", "zamba2")},
+    **{name: {key: [1, 3] for key in (*_HEADS, "attn_in", "mlp_in", "mlp_act")} for name in ("zamba", "zamba2")},
 }
 MIXERS: dict[str, dict[int, str]] = {
     "nemotron_h": {1: "mixer"},
-    **{name: {0: "mamba", 1: "mamba_decoder.mamba", 2: "mamba", 3: "mamba_decoder.mamba"} for name in ("zamba", "zamba2")},
+    **{
+        name: {0: "mamba", 1: "mamba_decoder.mamba", 2: "mamba", 3: "mamba_decoder.mamba"}
+        for name in ("zamba", "zamba2")
+    },
     "falcon_h1": dict.fromkeys((0, 1, 2), "mamba"),
 }
 ADDED: dict[str, dict[int, dict[str, str]]] = {

@@ -236,7 +236,9 @@ class Reference:
             stack.enter_context(_input(block, lambda x: _kept(seen, "start", x)))
             if self.family in BESIDE:
                 times = BESIDE[self.family][1](block)
-                stack.enter_context(_output(self.module("beside", layer), lambda x: _kept(seen, "beside", x * times, x)))
+                stack.enter_context(
+                    _output(self.module("beside", layer), lambda x: _kept(seen, "beside", x * times, x))
+                )
             stack.enter_context(_output(self.adding("attn_out", layer), self._shaped(into)))
             yield
 

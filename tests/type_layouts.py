@@ -263,7 +263,11 @@ NO_DENSE = {
     "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text",
     "phimoe", "solar_open",
 }  # fmt: skip
-DENSE = layouts.DENSE | hybrid_layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
+DENSE = (
+    layouts.DENSE
+    | hybrid_layouts.DENSE
+    | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
+)
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE} | {"Glm4vMoeForConditionalGeneration": [0]}
@@ -310,7 +314,9 @@ LACKS: dict[str, set[str]] = {
     "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
 """What a type does not have, or what no hook here is written for."""
-LINEAR = layouts.LINEAR | hybrid_layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+LINEAR = (
+    layouts.LINEAR | hybrid_layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+)
 """Layers with linear attention."""
 GATED_QUERIES = {*LINEAR} - {"lara_mini", *hybrid_layouts.LINEAR}
 """Types whose query projection holds a gate beside each query."""

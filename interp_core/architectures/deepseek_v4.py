@@ -2,8 +2,8 @@
 choose by scores with a correction bias.
 
 Several residual streams pass between blocks, so most sites of the stream do not exist. Attention has one key, which is
-the value too, and some layers attend to compressed keys besides. The rotation of values is taken back from what they are
-mixed to, before `z`; heads are projected in groups, and these together.
+the value too, and some layers attend to compressed keys besides. The rotation of values is taken back from what they
+are mixed to, before `z`; heads are projected in groups, and these together.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ FAMILY = Family(
         "expert_out": "JetMoE runs its experts on rows sorted by expert; no module gives one expert's output",
         "head_out": "JetMoE projects a token's heads by the experts that the token chose, and weighs what they give: "
         "there is no one output projection",
-        "k": "a key-value head of JetMoE serves a head of each slot, by turns and not group by group; rot_k has the keys "
-        "of every head",
+        "k": "a key-value head of JetMoE serves a head of each slot, by turns and not group by group; rot_k has the "
+        "keys of every head",
     },
 )

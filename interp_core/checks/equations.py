@@ -215,7 +215,9 @@ def equations(model: Session, run: Run, totals: list[Sum]) -> Iterator[Finding]:
     atlas = model.atlas
     covered = {(alias, total.layer) for total in totals for name in total.defined for alias in (name, TWINS.get(name))}
     alone = "no site has the stream that it is part of"
-    why = next((SEVERAL for (name, _), said in atlas.withdrawn.items() if name == "resid_pre" and SEVERAL in said), alone)
+    why = next(
+        (SEVERAL for (name, _), said in atlas.withdrawn.items() if name == "resid_pre" and SEVERAL in said), alone
+    )
     for name in ("attn_out", "mixer_out", "resid_mid", "mlp_out"):
         if open_ := tuple(layer for layer in atlas.layers(name) if (name, layer) not in covered):
             yield Finding(name, "adds up", False, why, Law.SUM, layers=open_)

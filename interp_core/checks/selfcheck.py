@@ -186,9 +186,9 @@ def _run_again(atlas: Atlas, often: Mapping[int, int]) -> Iterator[Finding]:
         return
     if len(again) == atlas.shape.n_layers:
         raise CapabilityError(
-            f"this {atlas.family.name} runs the same block {max(often.values())} times in a pass, for layers that share "
-            "their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load a model "
-            "whose layers have weights of their own"
+            f"this {atlas.family.name} runs the same block {max(often.values())} times in a pass, for layers that "
+            "share their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load "
+            "a model whose layers have weights of their own"
         )
     detail = f"{often[again[0]]} times, as its block runs again: a site would mean all of them at once"
     for name in checked_sites(atlas):
