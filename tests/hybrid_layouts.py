@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from layouts import LLAMA, SANDWICH
 from torch import Tensor
 
@@ -53,6 +54,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     "deepseek_v4": LLAMA
     | {"q": "self_attn.q_b_proj", "k": "self_attn.kv_proj", "o": "self_attn.o_a_proj", "o_last": "self_attn.o_b_proj"},
     "hy_v4": LATENT,
+    "zaya": LLAMA | {"q": "self_attn.qkv_proj", "k": "self_attn.qkv_proj"},
     "jetmoe": LLAMA | {"attn": "self_attention", "attn_out": "self_attention", "slots": "self_attention.experts"},
     **{key: {"embed": "git.embeddings.word_embeddings", "blocks": "git.encoder.layer", "norm": "", "attn": "attention.self", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense", "mlp": "intermediate", "down": "output.dense", "mid_out": "attention", "attn_out": "attention.output.dense", "mlp_out": "output.dense", "pattern": "attention.self.dropout"} for key in ("git", "GitForCausalLM")},
     "openai-gpt": {
@@ -80,12 +82,13 @@ LACKS: dict[str, set[str]] = {
     "gemma3n_text": _STREAM,
     "deepseek_v4": {*_STREAM, "mlp_act"},
     "hy_v4": {*_STREAM, "k"},
+    "zaya": {"mlp_act"},
     "jetmoe": {"k", "head_out", "mlp_act"},
     **{key: {"rot_q", "rot_k", "scores", "final_norm"} for key in ("git", "GitForCausalLM", "openai-gpt")},
 }
 LINEAR: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "minimax": [0], "olmo_hybrid": [0, 1]}
 """Layers with linear attention."""
-MIXED_VALUES = {"deepseek_v4", "jetmoe"}
+MIXED_VALUES = {"deepseek_v4", "jetmoe", "zaya"}
 CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {
@@ -126,8 +129,14 @@ def _rate(block: Any, site: str) -> Tensor:
     return (rate * block.lambda_scale).abs().detach()
 
 
+def _zaya(block: Any, site: str) -> Tensor:
+    scale = block.post_attention_residual_scale if site == "attn_out" else block.post_mlp_residual_scale
+    return scale.hidden_states_scale.detach()
+
+
 FACTORS: dict[str, Callable[[Any, str], float | Tensor]] = {
     "beam": _beam,
+    "zaya": _zaya,
     "dory": _rate,
     "minimax": lambda block, site: block.attn_beta_factor if site == "attn_out" else block.mlp_beta_factor,
     "falcon_h1": lambda block, site: block.attn_out_multiplier if site == "attn_out" else 1.0,
@@ -139,6 +148,7 @@ KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "doge": lambda block, x: block.input_residual * x,
     "dory": lambda block, x: block.input_layernorm(x) * (1 - _rate(block, "attn_out")),
     "minimax": lambda block, x: block.input_layernorm(x) * block.attn_alpha_factor,
+    "zaya": lambda block, x: block.post_attention_residual_scale(torch.zeros_like(x), x),
     "rwkv": lambda block, x: block.pre_ln(x) if hasattr(block, "pre_ln") else x,
 }
 """What a block makes of the stream before it adds what attention gives."""

@@ -44,6 +44,7 @@ class Reference:
         self.family, self.hf, self.layout, self.kin = family, hf, LAYOUT[family], KIN.get(family, family)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
+        self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
 
     def at(self, layer: int) -> None:
         """Count heads as the config does for a layer."""
@@ -112,7 +113,7 @@ class Reference:
         """What the block multiplies that by."""
         if self.family in FACTORS:
             return FACTORS[self.family](self.module("", layer), site)
-        return SCALES[self.family](self.hf.config.get_text_config()) if self.family in SCALES else 1.0
+        return self.scale
 
     def split(self, x: Tensor, part: str) -> Tensor:
         """q, k or v `[batch pos head d_head]` out of what a projection returned."""
@@ -215,6 +216,7 @@ class Reference:
         return _output(
             self.module("qkv" if "qkv" in self.layout else site, layer),
             lambda x: self.joined(x, site, fn(self.split(x, site))),
+            part=1 if self.family == "zaya" and site == "k" else 0,
         )
 
     def _shaped(self, fn: Change) -> Change:
@@ -433,9 +435,11 @@ def _input(module: nn.Module, fn: Change) -> Iterator[None]:
 
 
 @contextmanager
-def _output(module: nn.Module, fn: Change) -> Iterator[None]:
+def _output(module: nn.Module, fn: Change, part: int = 0) -> Iterator[None]:
     def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-        return type(output)((fn(output[0]), *output[1:])) if isinstance(output, (tuple, list)) else fn(output)
+        if not isinstance(output, (tuple, list)):
+            return fn(output)
+        return type(output)((*output[:part], fn(output[part]), *output[part + 1 :]))
 
     handle = module.register_forward_hook(hook)
     try:

@@ -24,6 +24,7 @@ SERVED = {
     "zamba": ("attn_in", "mlp_in", "mlp_act"),
     "gemma3n_text": ("final_norm",),
     "hy_v4": ("q", "v", "rot_q"),
+    "zaya": ("q", "k", "v", "attn_out", "resid_mid", "mlp_out"),
 }
 """Sites that these had not."""
 

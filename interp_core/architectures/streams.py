@@ -1,7 +1,7 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, Dory, MiniMax and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only
-what they add.
+BEAM, Doge, Dory, MiniMax, RWKV and Zaya do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change
+only what they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 from .family import Family
+from .hook_points import Call, HookPoint, transposed
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
 from .scored import BIAS, BiasOnLogits, sigmoid
@@ -69,6 +70,33 @@ def rwkv_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return (block.pre_ln(before) if site == "resid_mid" and block.layer_id == 0 else before) + added
 
 
+def zaya_added(block: Any) -> Mapping[str, Tensor]:
+    """Zaya: learnt factors on what is added, one per dimension."""
+    scales = {"attn_out": block.post_attention_residual_scale, "mlp_out": block.post_mlp_residual_scale}
+    return {name: scale.hidden_states_scale.detach() for name, scale in scales.items()}
+
+
+def zaya_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Zaya: others on the stream, and biases."""
+    scale = block.post_attention_residual_scale if site == "resid_mid" else block.post_mlp_residual_scale
+    kept: Tensor = (before + scale.residual_bias) * scale.residual_scale
+    return kept + added + scale.hidden_states_bias * scale.hidden_states_scale
+
+
+def zaya_heads(block: Any) -> None:
+    """Zaya: a module gives queries, keys and values, each as heads."""
+    attention, path = block.module.self_attn, f"{block.path}.self_attn"
+    n, n_kv, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+
+    def put(call: Call, _old: Tensor, new: Tensor) -> None:
+        call.output = (call.output[0], new, *call.output[2:])
+
+    keys = HookPoint(f"{path}.qkv_proj", "out", get=lambda call, _units: call.output[1], put=put)
+    block.view("q", HookPoint(f"{path}.qkv_proj", "out"), {"head": n, "d_head": d})
+    block.view("k", keys, {"head": n_kv, "d_head": d})
+    block.view("v", HookPoint(path, "attention", "v", view=transposed), {"head": n_kv, "d_head": d})
+
+
 def _evenly(factor: Callable[[Any], float]) -> Callable[[Any], Mapping[str, float]]:
     """One factor for attention and MLP."""
     return lambda block: dict.fromkeys(("attn_out", "mlp_out"), factor(block))
@@ -97,6 +125,7 @@ KOLIBRI = Family(
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
+ZAYA = Family("zaya", added=zaya_added, join=zaya_join, sites=(zaya_heads,))
 RWKV = Family(
     "rwkv",
     paths={
