@@ -88,12 +88,14 @@ def zaya_heads(block: Any) -> None:
     attention, path = block.module.self_attn, f"{block.path}.self_attn"
     n, n_kv, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
 
-    def put(call: Call, _old: Tensor, new: Tensor) -> None:
-        call.output = (call.output[0], new, *call.output[2:])
+    def given(number: int) -> HookPoint:
+        def put(call: Call, _old: Tensor, new: Tensor) -> None:
+            call.output = (*call.output[:number], new, *call.output[number + 1 :])
 
-    keys = HookPoint(f"{path}.qkv_proj", "out", get=lambda call, _units: call.output[1], put=put)
-    block.view("q", HookPoint(f"{path}.qkv_proj", "out"), {"head": n, "d_head": d})
-    block.view("k", keys, {"head": n_kv, "d_head": d})
+        return HookPoint(f"{path}.qkv_proj", "out", get=lambda call, _units: call.output[number], put=put)
+
+    block.view("q", given(0), {"head": n, "d_head": d})
+    block.view("k", given(1), {"head": n_kv, "d_head": d})
     block.view("v", HookPoint(path, "attention", "v", view=transposed), {"head": n_kv, "d_head": d})
 
 
