@@ -24,6 +24,7 @@ ABSENT = (
     "is a mixture of experts; see expert_out", "blocks are parallel", "no rotary", "inside latent attention",
     "has a projection that gates", "keeps a state beside keys", "is softmax attention; what mixes", "inside its scan",
     "no final norm that is known", "the last block norms", "unembeds the stream", "lie between the last stream", "it has no MLP",
+    "has both a mixer and an MLP", "nothing of it is added to the stream",
 )  # fmt: skip
 """Reasons why a model does not have a site at all, as opposed to sites that cannot be reached."""
 ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "shared_expert_gate", "expert_out")

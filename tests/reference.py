@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from hybrid_layouts import ADDED, BESIDE, CALLED_ALIKE, FACTORS, KEPT, STATES
 from routed import route
 from torch import Tensor, nn
 from type_layouts import (
@@ -52,7 +54,8 @@ class Reference:
         settings = config.to_dict()
         self.n_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
         self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
-        self.d_head = settings.get("v_head_dim") or settings.get("head_dim") or config.hidden_size // self.n_heads
+        said = settings.get("v_head_dim") or settings.get("head_dim") or settings.get("attention_head_dim")
+        self.d_head = said or config.hidden_size // self.n_heads
         self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
 
     # Where things are
@@ -64,6 +67,7 @@ class Reference:
         if "router" in self.layout:
             names += ["router_logits", "router_weights"]
         names += ["mixer_in", "mixer_out", *(["mixer_gate"] if self.family in GATES else [])]
+        names += ["ssm_state"] if self.family in STATES else []
         return [name for name in names if name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
@@ -71,7 +75,7 @@ class Reference:
         if site in ("embed", "final_norm", "logits"):
             return [0]
         everywhere = list(range(self.n_layers))
-        if site == "mixer_gate":
+        if site in ("mixer_gate", "ssm_state"):
             return [*MIXERS.get(self.family, LINEAR.get(self.family, everywhere))]
         if site in SOME.get(self.family, ()):
             return SOME[self.family][site]
@@ -81,18 +85,35 @@ class Reference:
             return [i for i in everywhere if i not in DENSE[self.family]]
         if site in (*ATTENTION, "q", "k", "v", "z", "head_out"):
             everywhere = [i for i in everywhere if i not in LINEAR.get(self.family, ())]
-        if site in (*ATTENTION, "q", "k", "v", "z", "head_out", "attn_in", "attn_out"):
+        if site in (*ATTENTION, "q", "k", "v", "z", "head_out", "attn_in", "attn_out") and self.family not in BESIDE:
             return [i for i in everywhere if i not in MIXERS.get(self.family, ())]
         return everywhere
 
     def module(self, key: str, layer: int) -> nn.Module:
-        block = f"{self.layout['blocks']}.{layer}"
-        name = self.layout[key] if key else ""
-        if layer in LINEAR.get(self.family, ()) and name == "self_attn":
+        """A module of a block ("": the block), or what mixes tokens there, attention or not ("mixer")."""
+        block, of_layers = f"{self.layout['blocks']}.{layer}", MIXERS.get(self.family, {})
+        if key == "beside":
+            return self.hf.get_submodule(f"{block}.{BESIDE[self.family][0]}")
+        if key == "mixer" and self.family not in BESIDE and layer in of_layers:
+            return self.hf.get_submodule(f"{block}.{of_layers[layer]}")
+        name = self.layout["attn" if key == "mixer" else key] if key else ""
+        if layer in LINEAR.get(self.family, ()) and name == "self_attn" and self.family not in CALLED_ALIKE:
             name = "linear_attn"
-        if layer in MIXERS.get(self.family, ()) and name == self.layout["attn"]:
-            name = MIXERS[self.family][layer]
         return self.hf.get_submodule(f"{block}.{name}" if name else block)
+
+    def adding(self, site: str, layer: int) -> nn.Module:
+        """The module that gives what attention (another mixer too) or the MLP adds, before the block's factor."""
+        usual = self.layout.get(site, self.layout["attn"])
+        name = ADDED.get(self.family, {}).get(layer, {}).get(site, usual)
+        if name == self.layout["attn"]:
+            return self.module("mixer", layer)
+        return self.hf.get_submodule(f"{self.layout['blocks']}.{layer}.{name}")
+
+    def factor(self, site: str, layer: int) -> float | Tensor:
+        """What the block multiplies that by."""
+        if self.family in FACTORS:
+            return FACTORS[self.family](self.module("", layer), site)
+        return self.scale
 
     def split(self, x: Tensor, part: str) -> Tensor:
         """q, k or v `[batch pos head d_head]` out of what a projection returned."""
@@ -163,23 +184,31 @@ class Reference:
             return _output(self.module("", layer), fn)
         if site == "mixer_gate":
             path, part = GATES[self.family]
-            return _output(self.module("attn", layer).get_submodule(path), lambda x: _written(x, part, fn))
-        site = site.replace("mixer", "attn")
-        if site == "attn_in" and "reads" in self.layout:
-            return _output(self.module("reads", layer), fn)
-        if site in ("attn_in", "mlp_in"):
-            return _input(self.module(site.removesuffix("_in"), layer), self._shaped(fn))
-        if site in ("attn_out", "mlp_out"):
-            added = self._shaped(lambda x: fn(x * self.scale) / self.scale)
-            return _output(self.module(site, layer), added)
+            mixer = self.module("beside" if self.family in BESIDE else "mixer", layer)
+            return _output(mixer.get_submodule(path), lambda x: _written(x, part, fn))
+        if site == "ssm_state":
+            return _output(self.module("", layer).get_submodule(STATES[self.family]), fn)
+        if site in ("attn_in", "mixer_in") and (key := next((k for k in (site, "reads") if k in self.layout), "")):
+            return _output(self.module(key, layer), fn)
+        if site in ("attn_in", "mixer_in", "mlp_in"):
+            key = "mlp" if site == "mlp_in" else "attn" if site == "attn_in" and layer in self.layers("q") else "mixer"
+            return _input(self.module(key, layer), self._shaped(fn))
+        if site in ("attn_out", "mixer_out"):
+            return self._mixed(layer, lambda added, _start: fn(added))
+        if site == "mlp_out":
+            factor = self.factor(site, layer)
+            return _output(self.adding(site, layer), self._shaped(lambda x: fn(x * factor) / factor))
         if site == "mlp_act":
             return _input(self.module("down", layer), self._shaped(fn))
         if site == "resid_mid" and "mid_out" in self.layout:
             return _output(self.module("mid_out", layer), fn)
         if site == "resid_mid":
-            return self._mid(layer, fn)
+            kept = partial(KEPT[self.family], self.module("", layer)) if self.family in KEPT else lambda x: x
+            return self._mixed(layer, lambda added, start: fn(kept(start) + added) - kept(start))
+        if site in ("q", "z") and "slots" in self.layout:
+            return self._of_slots(layer, site, fn)
         if site == "z":
-            return _input(self.module("o", layer), lambda x: fn(x.unflatten(-1, heads)).flatten(-2))
+            return _input(self.module("o", layer), lambda x: fn(x.reshape(*x.shape[:2], *heads)).reshape(x.shape))
         if site == "head_out":
             return self._head_out(layer, fn)
         if site in ("router_logits", "router_weights"):
@@ -187,6 +216,7 @@ class Reference:
         return _output(
             self.module("qkv" if "qkv" in self.layout else site, layer),
             lambda x: self.joined(x, site, fn(self.split(x, site))),
+            part=1 if self.family == "zaya" and site == "k" else 0,
         )
 
     def _shaped(self, fn: Change) -> Change:
@@ -194,23 +224,33 @@ class Reference:
         return lambda x: fn(x) if x.ndim > 2 else fn(x.reshape(*self.shape, -1)).reshape(x.shape)
 
     @contextmanager
-    def _mid(self, layer: int, fn: Change) -> Iterator[None]:
-        """The stream after attention lives in a local variable: change what attention adds to it."""
-        start: list[Tensor] = []
+    def _mixed(self, layer: int, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """`fn` changes what attention or another mixer adds, given that and the stream before: the stream after it lives
+        in a local variable, and what adds a second part beside goes first."""
+        seen: dict[str, Any] = {"beside": 0.0}
+        factor, block = self.factor("attn_out", layer), self.module("", layer)
 
-        def remember(x: Tensor) -> Tensor:
-            start[:] = [x]
-            return x
+        def into(added: Tensor) -> Tensor:
+            whole = added * factor + seen["beside"]
+            return added + (fn(whole, seen["start"]) - whole) / factor
 
-        with (
-            _input(self.module("", layer), remember),
-            _output(self.module("attn_out", layer), lambda x: (fn(start[0] + x * self.scale) - start[0]) / self.scale),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_input(block, lambda x: _kept(seen, "start", x)))
+            if self.family in BESIDE:
+                times = BESIDE[self.family][1](block)
+                stack.enter_context(
+                    _output(self.module("beside", layer), lambda x: _kept(seen, "beside", x * times, x))
+                )
+            stack.enter_context(_output(self.adding("attn_out", layer), self._shaped(into)))
             yield
 
     @contextmanager
     def _head_out(self, layer: int, fn: Change) -> Iterator[None]:
         module = self.module("o", layer)
+        if "o_last" in self.layout:
+            with self._grouped(layer, fn):
+                yield
+            return
         weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
 
         def hook(_m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -225,6 +265,46 @@ class Reference:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def _of_slots(self, layer: int, site: str, fn: Change) -> Iterator[None]:
+        """Each slot of a token has heads of its own, in rows sorted by expert."""
+        experts, order = self.module("slots", layer), list[int]()
+
+        def sent(_m: nn.Module, _args: Any, output: Any) -> None:
+            order[:] = output[0].tolist()
+
+        def changed(rows: Tensor) -> Tensor:
+            slots = torch.stack([rows[order.index(i)] for i in range(len(order))])
+            slots = fn(slots.reshape(*self.shape, self.n_heads, -1)).reshape(rows.shape)
+            return torch.stack([slots[i] for i in order])
+
+        handle = experts.router.register_forward_hook(sent)
+        into = _output(experts.input_linear, changed) if site == "q" else _input(experts.output_linear, changed)
+        try:
+            with into:
+                yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _grouped(self, layer: int, fn: Change) -> Iterator[None]:
+        """Heads are projected in groups, and what comes of these together."""
+        first, last, z = self.module("o", layer), self.module("o_last", layer), list[Tensor]()
+        size, rank, d = self.n_heads // first.n_groups, first.out_features // first.n_groups, self.d_head
+
+        def head(h: int) -> Tensor:
+            group, place = divmod(h, size)
+            rows = slice(group * rank, (group + 1) * rank)
+            low = z[0][:, :, group, place * d : (place + 1) * d] @ first.weight[rows, place * d : (place + 1) * d].T
+            return low @ last.weight[:, rows].T
+
+        def added(x: Tensor) -> Tensor:
+            parts = torch.stack([head(h) for h in range(self.n_heads)], 2)
+            return x + (fn(parts) - parts).sum(2)
+
+        with _input(first, lambda x: z.append(x) or x), _output(last, added):
+            yield
 
     @contextmanager
     def _router(self, layer: int, site: str, fn: Change) -> Iterator[None]:
@@ -326,6 +406,12 @@ class Reference:
             return self.hf(**inputs, use_cache=False).logits
 
 
+def _kept(seen: dict[str, Any], name: str, x: Tensor, passed: Tensor | None = None) -> Tensor:
+    """Remember a tensor where it passes (or what is made of it)."""
+    seen[name] = x
+    return x if passed is None else passed
+
+
 def _written(x: Tensor, part: Callable[[Tensor], Tensor], fn: Change) -> Tensor:
     """A tensor whose part, a view of it, `fn` has changed."""
     x = x.clone()
@@ -349,9 +435,11 @@ def _input(module: nn.Module, fn: Change) -> Iterator[None]:
 
 
 @contextmanager
-def _output(module: nn.Module, fn: Change) -> Iterator[None]:
+def _output(module: nn.Module, fn: Change, part: int = 0) -> Iterator[None]:
     def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-        return (fn(output[0]), *output[1:]) if isinstance(output, tuple) else fn(output)
+        if not isinstance(output, (tuple, list)):
+            return fn(output)
+        return type(output)((*output[:part], fn(output[part]), *output[part + 1 :]))
 
     handle = module.register_forward_hook(hook)
     try:

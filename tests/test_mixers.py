@@ -61,7 +61,7 @@ MIXING: dict[str, Mixing] = {
     "jamba": Mixing(("mamba", "mamba", "self_attn"), (2,)),
     "bamba": Mixing(("mamba", "self_attn", "mamba"), (1,)),
     "granitemoehybrid": Mixing(("mamba", "self_attn", "self_attn"), (1, 2), scale=0.4),
-    "nemotron_h": Mixing(("", "mixer", "mixer", ""), (2,)),
+    "nemotron_h": Mixing(("", "mixer", "mixer", "", ""), (2,)),
     "falcon_h1": Mixing(("self_attn",) * 3, reads="input_layernorm", scale=0.6, beside=("mamba", 1.7)),
     "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_moe": _LINEAR,
     "lara_mini": Mixing(("linear_attn", "self_attn", "linear_attn"), (0, 1, 2)),

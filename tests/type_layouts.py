@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hybrid_layouts
 import layouts
+from hybrid_layouts import LATENT
 from layouts import LLAMA, SANDWICH
 from torch import Tensor
 
@@ -17,7 +19,6 @@ POST = LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out":
 GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
 FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
-LATENT = LLAMA | {"q": "self_attn.q_b_proj", "v": "self_attn.kv_b_proj"}
 HYBRID = LLAMA | {
     "norm": "model.final_layernorm", "mlp": "feed_forward", "down": "feed_forward.down_proj", "mid": "pre_ff_layernorm",
     "mlp_out": "feed_forward",
@@ -117,6 +118,7 @@ KIN = {
 """Types whose classes are another's, and whose routers select as that one's."""
 LAYOUT: dict[str, dict[str, str]] = {
     **layouts.LAYOUT,
+    **hybrid_layouts.LAYOUT,
     **dict.fromkeys((*PLAIN, *MIXED), LLAMA),
     **dict.fromkeys(LATENTLY, LATENT),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), PARALLEL),
@@ -233,9 +235,9 @@ LAYOUT: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 """Module names by type."""
-WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY}
+WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY, *hybrid_layouts.WIDE_QUERIES}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
-MIXED_VALUES = {
+MIXED_VALUES = hybrid_layouts.MIXED_VALUES | {
     "Gemma4ForConditionalGeneration",
     "Gemma4UnifiedForConditionalGeneration",
     "gemma3n_text",
@@ -261,7 +263,11 @@ NO_DENSE = {
     "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text",
     "phimoe", "solar_open",
 }  # fmt: skip
-DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
+DENSE = (
+    layouts.DENSE
+    | hybrid_layouts.DENSE
+    | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
+)
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE} | {"Glm4vMoeForConditionalGeneration": [0]}
@@ -278,6 +284,7 @@ OF_ATTENTION = {"attn_in", "q", "k", "v", "rot_q", "rot_k", "scores", "pattern",
 OF_MLP = {"resid_mid", "mlp_in", "mlp_act", "mlp_out"}
 LACKS: dict[str, set[str]] = {
     **layouts.LACKS,
+    **hybrid_layouts.LACKS,
     **{family: {"resid_mid"} for family in ("cohere", "cohere2", "cohere_compass_text", "phi")},
     **{family: {"mlp_act"} for family in NO_DENSE},
     **{family: {"k"} for family in (*LATENTLY, "sarvam_mla")},
@@ -295,12 +302,6 @@ LACKS: dict[str, set[str]] = {
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},
     **{name: OF_MLP - {"resid_mid"} for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")},
-    "beam": {
-        "attn_out",
-        "mlp_out",
-        "mixer_out",
-        "resid_mid",
-    },  # each counts by how many were added; tests/test_streams.py
     "ctrl": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED, "roberta-prelayernorm", "xlm-roberta-xl")},
     "xmod": {"rot_q", "rot_k", "final_norm", "mlp_out"},
@@ -313,15 +314,17 @@ LACKS: dict[str, set[str]] = {
     "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
 """What a type does not have, or what no hook here is written for."""
-LINEAR = layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+LINEAR = (
+    layouts.LINEAR | hybrid_layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+)
 """Layers with linear attention."""
-GATED_QUERIES = {*LINEAR} - {"lara_mini"}
+GATED_QUERIES = {*LINEAR} - {"lara_mini", *hybrid_layouts.LINEAR}
 """Types whose query projection holds a gate beside each query."""
-SOME: dict[str, dict[str, list[int]]] = {
+SOME: dict[str, dict[str, list[int]]] = hybrid_layouts.SOME | {
     "gpt_neox_japanese": {"attn_out": [0, 1], "mixer_out": [0, 1], "resid_mid": [0, 1]},
 }
 """Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""
-MIXERS: dict[str, dict[int, str]] = {
+MIXERS: dict[str, dict[int, str]] = hybrid_layouts.MIXERS | {
     **{family: {0: "conv"} for family in ("lfm2", "lfm2_moe", "lfm3")},
     "jamba": dict.fromkeys((0, 1), "mamba"),
     "bamba": dict.fromkeys((0, 2), "mamba"),

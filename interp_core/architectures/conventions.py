@@ -17,7 +17,7 @@ NAMES = {
     "attn.qkv": "qkv_proj query_key_value Wqkv qkv c_attn",
     "attn.q_norm": "q_norm q_layernorm",
     "attn.k_norm": "k_norm k_layernorm",
-    "attn.o": "o_proj out_proj dense c_proj",
+    "attn.o": "o_proj.linear o_proj out_proj dense c_proj",
     "mlp": "mlp feed_forward ffn mlp_block",
     "mlp.in": "up_proj fc1 dense_h_to_4h w3 fc_in c_fc",
     "mlp.gate": "gate_proj w1",
@@ -90,10 +90,14 @@ def _first(called: str, names: Iterable[str]) -> str | None:
 def _ends(modules: Mapping[str, nn.Module], blocks: str) -> dict[str, str]:
     parent = blocks.rpartition(".")[0]
     ends: dict[str, str] = {}
+    last: list[str] = []
     for path, module in modules.items():
         outer, _, name = path.rpartition(".")
         if outer == parent and isinstance(module, nn.Embedding) and "pos" not in name:
             ends.setdefault("embed", path)
         if outer == parent and ("norm" in name.lower() or name in ("ln_f", "ln_out")):
-            ends["ln_final"] = path
+            last.append(path)
+    if last:
+        plain = f"{parent}.norm".removeprefix(".")
+        ends["ln_final"] = plain if plain in last else last[-1]
     return ends

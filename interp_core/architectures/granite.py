@@ -37,6 +37,7 @@ SWA = Family("granite_swa", added=added)
 MOE = Family("granitemoe", added=added, router=_ROUTER)
 MOE_SHARED = Family("granitemoeshared", paths=SHARED_MLP, **SHARED)
 MOE_SWA = Family("granitemoe_swa", paths=SHARED_MLP, **SHARED)
+DOCLING = Family("granite_docling", added=added)
 HYPERCLOVAX = Family(
     "hyperclovax",
     paths={"blocks.ln1_post": "post_norm1", "blocks.ln2_post": "post_norm2"},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atlas import OF_ATTENTION
 from .family import Family
 from .routing import Router
 from .scored import BIAS, Scored
@@ -40,5 +41,5 @@ FAMILY = Family(
     router=RouterWithZeroExperts(
         "mlp.router", "mlp.experts", Scored(bias=BIAS, renormalise=False, scale="routed_scaling_factor")
     ),
-    refuse=dict.fromkeys(("attn_in", "attn_out", "mixer_in", "mixer_out", "resid_mid", "mlp_act"), _TWO),
+    refuse=dict.fromkeys((*OF_ATTENTION, "mixer_in", "mixer_out", "resid_mid", "mlp_act"), _TWO),
 )

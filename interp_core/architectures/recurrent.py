@@ -68,21 +68,26 @@ _BEHIND = (
 )
 
 
-def after_the_branch(block: Any) -> None:
-    """Zamba: a pass meets heads and MLP before what the state space model reads."""
+def branch(block: Any) -> None:
+    """Zamba: attention reads the stream beside the embeddings, and a pass meets it and the MLP before what the state
+    space model reads."""
     entries = block.stack.atlas.entries
+    if attention := block.parts.get("attn"):
+        width = {"d_model": block.stack.modules[attention].attention_hidden_size}
+        block.view("attn_in", block.stack.point(attention, "in"), width)
     for number, name in enumerate(("mixer_in", "mixer_gate", "mixer_out")):
         entries[name, block.layer].order = entries["resid_post", block.layer].order - 0.5 + 0.125 * number
 
 
 def _zamba(name: str, shared: str) -> Family:
-    attention = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkvo"}
+    parts = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkvo"} | {"blocks.mlp.out": "down_proj"}
+    branched = {"blocks.attn": f"{shared}.self_attn", "blocks.mlp": f"{shared}.feed_forward"}
     ends = {"blocks": "model.layers", "embed": "model.embed_tokens", "ln_final": "model.final_layernorm"}
     return Family(
         name,
-        paths=ends | attention | {"blocks.attn": f"{shared}.self_attn", "blocks.mixer": "mamba|mamba_decoder.mamba"},
-        refuse=dict.fromkeys(("attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out"), _BEHIND),
-        sites=(after_the_branch,),
+        paths=ends | parts | branched | {"blocks.mixer": "mamba|mamba_decoder.mamba"},
+        refuse=dict.fromkeys(("attn_out", "resid_mid", "mlp_out"), _BEHIND),
+        sites=(branch,),
     )
 
 

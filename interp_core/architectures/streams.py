@@ -1,7 +1,7 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
-they add.
+BEAM, Doge, Dory, MiniMax, RWKV and Zaya do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change
+only what they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 from .family import Family
+from .hook_points import Call, HookPoint, transposed
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
 from .scored import BIAS, BiasOnLogits, sigmoid
@@ -39,6 +40,19 @@ def doge_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return (block.input_residual if site == "resid_mid" else block.post_attention_residual) * before + added
 
 
+def dory_added(block: Any) -> Mapping[str, Tensor]:
+    """Dory: the share of what attention and MLP give in the stream after them, one per dimension."""
+    rates = {"attn_out": block.lambda_1, "mlp_out": block.lambda_2}
+    return {name: (rate.detach() * block.lambda_scale).abs() for name, rate in rates.items()}
+
+
+def dory_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Dory: the rest is the stream, normed as attention and the MLP read it."""
+    name, norm = ("attn_out", "input_layernorm") if site == "resid_mid" else ("mlp_out", "pre_feedforward_layernorm")
+    normed: Tensor = getattr(block, norm)(before)
+    return normed * (1 - dory_added(block)[name]) + added
+
+
 def minimax_added(block: Any) -> Mapping[str, float]:
     """MiniMax: "beta" of attention (by its kind) and of the MLP."""
     return {"attn_out": block.attn_beta_factor, "mlp_out": block.mlp_beta_factor}
@@ -56,6 +70,35 @@ def rwkv_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return (block.pre_ln(before) if site == "resid_mid" and block.layer_id == 0 else before) + added
 
 
+def zaya_added(block: Any) -> Mapping[str, Tensor]:
+    """Zaya: learnt factors on what is added, one per dimension."""
+    scales = {"attn_out": block.post_attention_residual_scale, "mlp_out": block.post_mlp_residual_scale}
+    return {name: scale.hidden_states_scale.detach() for name, scale in scales.items()}
+
+
+def zaya_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Zaya: others on the stream, and biases."""
+    scale = block.post_attention_residual_scale if site == "resid_mid" else block.post_mlp_residual_scale
+    kept: Tensor = (before + scale.residual_bias) * scale.residual_scale
+    return kept + added + scale.hidden_states_bias * scale.hidden_states_scale
+
+
+def zaya_heads(block: Any) -> None:
+    """Zaya: a module gives queries, keys and values, each as heads."""
+    attention, path = block.module.self_attn, f"{block.path}.self_attn"
+    n, n_kv, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+
+    def given(number: int) -> HookPoint:
+        def put(call: Call, _old: Tensor, new: Tensor) -> None:
+            call.output = (*call.output[:number], new, *call.output[number + 1 :])
+
+        return HookPoint(f"{path}.qkv_proj", "out", get=lambda call, _units: call.output[number], put=put)
+
+    block.view("q", given(0), {"head": n, "d_head": d})
+    block.view("k", given(1), {"head": n_kv, "d_head": d})
+    block.view("v", HookPoint(path, "attention", "v", view=transposed), {"head": n_kv, "d_head": d})
+
+
 def _evenly(factor: Callable[[Any], float]) -> Callable[[Any], Mapping[str, float]]:
     """One factor for attention and MLP."""
     return lambda block: dict.fromkeys(("attn_out", "mlp_out"), factor(block))
@@ -70,6 +113,7 @@ def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
 
 BEAM = Family("beam", added=beam_added, join=beam_join)
 DOGE = Family("doge", join=doge_join)
+DORY = Family("dory", added=dory_added, join=dory_join)
 ESMC = Family(
     "esmc",
     paths={"blocks.attn": "self_attn", "blocks.mlp": "mlp", "blocks.ln2": "post_attention_layernorm"},
@@ -83,17 +127,18 @@ KOLIBRI = Family(
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
+ZAYA = Family("zaya", added=zaya_added, join=zaya_join, sites=(zaya_heads,))
 RWKV = Family(
     "rwkv",
     paths={
         "blocks": "rwkv.blocks",
         "embed": "rwkv.embeddings",
         "ln_final": "rwkv.ln_out",
-        "blocks.attn": "attention",
         "blocks.mlp": "feed_forward",
         "blocks.mlp.out": "value",
         "blocks.ln1": "ln1",
         "blocks.ln2": "ln2",
     },
+    varied=lambda block: {"blocks.attn": "", "blocks.linear_attn": "attention"},
     join=rwkv_join,
 )

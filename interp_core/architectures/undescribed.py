@@ -48,6 +48,8 @@ def refusals(family: Family, config: Any) -> dict[str, str]:
 
 def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
+    if not any("expert" in path or "router" in path for path in modules):  # of dense layers alone
+        return {}
     kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
     why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
     if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
@@ -55,10 +57,17 @@ def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str
     return dict.fromkeys(ROUTED, why) if why else {}
 
 
+def _all_routed(atlas: Atlas) -> bool:
+    """Whether every MLP sends tokens to experts."""
+    modules = [atlas.module("mlp", layer) for layer in atlas.components.layers("mlp")]
+    words = ("expert", "router")
+    return bool(modules) and all(any(w in path for path, _ in m.named_modules() for w in words) for m in modules)
+
+
 def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
     """Say why each site that is not there is not there."""
     present = {name for name, _ in atlas.entries}
-    family = atlas.family
+    family, layers = atlas.family, atlas.components.layers
     for name in SITES:
         if name in present:
             continue
@@ -67,20 +76,22 @@ def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = reason
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"
+        elif name == "resid_mid" and not {*layers("mixer")} & {*layers("mlp")}:
+            why = f"no block of this {family.name} has both a mixer and an MLP: there is no stream between them"
         elif name in ROUTED and not (name == "shared_expert_gate" and "router_logits" in present):
             why = f"{family.name} has no mixture-of-experts router that is known here"
         elif name == "shared_expert_gate":
             why = f"this {family.name} has no gate on a shared expert"
         elif SITES[name].visual:
             why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
-        elif name == "mlp_act" and "expert_out" in present:
+        elif name == "mlp_act" and _all_routed(atlas):
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         elif name == "ssm_state":
-            other = set(atlas.components.layers("mixer")) - set(atlas.components.layers("attn"))
+            other = {*layers("mixer")} - {*layers("attn")}
             why = state_reason(family.name, bool(other) or "mixer_gate" in present)
         elif name == "mixer_gate":
             why = f"no mixer of this {family.name} has a projection that gates what it puts out (z lies behind a gate)"
-        elif name in OF_ATTENTION and "mixer_out" in present and not atlas.components.layers("attn"):
+        elif name in OF_ATTENTION and "mixer_out" in present and not layers("attn"):
             why = (
                 f"no layer of this {family.name} is softmax attention; what mixes its tokens is at mixer_in, mixer_out"
             )

@@ -130,6 +130,7 @@ def sums(atlas: Atlas, prefix: str = "") -> list[Sum]:
     return totals
 
 
+SEVERAL = "the model has several residual streams, and a site is of one"
 TWINS = {"attn_in": "mixer_in", "attn_out": "mixer_out"}
 """Names of one tensor in layers that mix by attention alone: what is found of the first is true of the second."""
 
@@ -215,9 +216,13 @@ def equations(model: Session, run: Run, totals: list[Sum]) -> Iterator[Finding]:
     """The equations between the sites of a pass that has read them all, sums among them."""
     atlas = model.atlas
     covered = {(alias, total.layer) for total in totals for name in total.defined for alias in (name, TWINS.get(name))}
+    alone = "no site has the stream that it is part of"
+    why = next(
+        (SEVERAL for (name, _), said in atlas.withdrawn.items() if name == "resid_pre" and SEVERAL in said), alone
+    )
     for name in ("attn_out", "mixer_out", "resid_mid", "mlp_out"):
         if open_ := tuple(layer for layer in atlas.layers(name) if (name, layer) not in covered):
-            yield Finding(name, "adds up", False, "no site has the stream that it is part of", Law.SUM, layers=open_)
+            yield Finding(name, "adds up", False, why, Law.SUM, layers=open_)
     yield from add_up(model, run, totals)
     if both(atlas, "vision_embed", "embed"):
         yield _close(model, "vision_embed", "is what is embedded", [(at(run, "vision_embed", 0), at(run, "embed", 0))])
@@ -245,14 +250,15 @@ def declared(run: Run, sites: Iterable[Site], known: Mapping[str, int]) -> tuple
             return False, f"layer {layer}: {error}"
         if shape != wanted:
             streams = site.name.startswith("resid") and len(shape) == len(wanted) + 1 and shape[-1] == wanted[-1]
-            why = "; the model has several residual streams, and a site is of one" if streams else ""
+            why = f"; {SEVERAL}" if streams else ""
             return False, f"layer {layer} gives {shape}, not {wanted}{why}"
     return True, ""
 
 
 def projections(model: Session, run: Run, prefix: str = "") -> Iterator[Finding]:
     """Head outputs sum to what the output projection gives; of a vision tower with its prefix."""
-    if layers := both(model.atlas, f"{prefix}head_out", f"{prefix}z"):
+    layers = both(model.atlas, f"{prefix}head_out", f"{prefix}z")
+    if layers := [i for i in layers if model.atlas.entries[f"{prefix}z", i].module is not None]:
         pairs = [_projected(model, run, i, prefix) for i in layers]
         yield _close(model, f"{prefix}head_out", "sums to the output projection", pairs)
 
@@ -345,7 +351,9 @@ def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
         return Finding("v", what, False, first_line(error))
 
 
-NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+NORMS_OF_HEADS = (
+    "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "q_b_norm", "kv_norm",
+)  # fmt: skip
 """How modules that norm queries and keys are called."""
 
 

@@ -9,7 +9,9 @@ alone and padded on either side: that must not change it. What fails is taken ou
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -136,13 +138,15 @@ def _checks(model: Session) -> Iterator[Finding]:
     atlas = model.atlas
     ids = check_tokens(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
-    try:
-        run = forward(model, tokens, read=_everything(atlas))
-    except UNFIT as error:
-        _demand_a_pass(model, tokens, error)
-        yield from _unreadable(model, tokens)
-        run = forward(model, tokens, read=_everything(atlas))
-    _demand_its_logits(model, tokens, run)
+    with _turns(model) as often:
+        try:
+            run = forward(model, tokens, read=_everything(atlas))
+        except UNFIT as error:
+            _demand_a_pass(model, tokens, error)
+            yield from _unreadable(model, tokens)
+            run = forward(model, tokens, read=_everything(atlas))
+        _demand_its_logits(model, tokens, run)
+    yield from _run_again(atlas, often)
     for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
@@ -156,6 +160,42 @@ def _checks(model: Session) -> Iterator[Finding]:
     yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
     yield from _alone(model, run, ids[:ALONE])
     yield from check_tower(model, ids)
+
+
+@contextmanager
+def _turns(model: Session) -> Iterator[dict[int, int]]:
+    """How often the model's own blocks run in a pass, by layer, of the passes that follow."""
+    counted, components, often = Counter[int](), model.atlas.components, dict[int, int]()
+    modules = {-1: model.hf} | {layer: components.get("block", layer) for layer in components.layers("block")}
+    handles = [m.register_forward_pre_hook(lambda _m, _a, i=i: counted.update([i])) for i, m in modules.items()]
+    try:
+        yield often
+    finally:
+        for handle in handles:
+            handle.remove()
+    passes = max(counted.pop(-1, 1), 1)
+    often.update({layer: n // passes for layer, n in counted.items()})
+
+
+def _run_again(atlas: Atlas, often: Mapping[int, int]) -> Iterator[Finding]:
+    """Blocks that run several times in a pass, for layers that share them, are nothing that sites by layer are of.
+
+    Raises:
+        CapabilityError: all blocks are such.
+    """
+    again = tuple(sorted(layer for layer, times in often.items() if times > 1))
+    if not again:
+        return
+    if len(again) == atlas.shape.n_layers:
+        raise CapabilityError(
+            f"this {atlas.family.name} runs the same block {max(often.values())} times in a pass, for layers that "
+            "share their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load "
+            "a model whose layers have weights of their own"
+        )
+    detail = f"{often[again[0]]} times, as its block runs again: a site would mean all of them at once"
+    for name in checked_sites(atlas):
+        if SITES[name].layered and set(atlas.layers(name)) & set(again):
+            yield Finding(name, "passes once", False, detail, Law.VALUE, layers=again)
 
 
 def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
@@ -172,7 +212,10 @@ def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
     ours = run.logits.plain
     if "folded" in model.engine.name:  # which may shift all logits of a position alike
         ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
-    if (off := distance(ours, own)) > _limit(model):
+    limit = _limit(model)
+    if distance(ours, own) > limit and _inside(model):  # if opening attention alone does that, it is not to be opened
+        ours = forward(model, tokens).logits.plain
+    if (off := distance(ours, own)) > limit:
         raise CapabilityError(
             f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
             f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
@@ -187,11 +230,16 @@ def _limit(model: Session) -> float:
 
 def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
     """What is read inside attention is what the model computes with: opening it changes no logits."""
-    if inside := [name for name in ("pattern", "scores", "rot_q", "rot_k") if model.atlas.layers(name)]:
+    if inside := _inside(model):
         off = distance(run.logits.plain, forward(model, tokens).logits.plain)
         first, *others = inside
         what = "is the attention that the model does"
         yield Finding(first, what, off <= _limit(model), f"logits differ by {off:.1e}", others=tuple(others))
+
+
+def _inside(model: Session) -> list[str]:
+    """Sites that open attention."""
+    return [name for name in ("pattern", "scores", "rot_q", "rot_k") if model.atlas.layers(name)]
 
 
 def _alike(run: Run) -> Iterator[Finding]:
@@ -347,21 +395,11 @@ def _is_twin(atlas: Atlas, name: str, layer: int) -> bool:
 
 def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
     """Modules that run several times in a pass, for layers that share them: a read shows one of them, an edit is made
-    in all.
-
-    Raises:
-        CapabilityError: whole blocks are shared.
-    """
+    in all."""
     for entry, receipt in zip(entries, edited.receipts, strict=True):
         if receipt.fired < 2:
             continue
         often = f"{receipt.fired} times"
-        if entry.name == "resid_post":
-            raise CapabilityError(
-                f"this {edited.model.atlas.family.name} runs the same block {often} in a pass, for layers that share "
-                "their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load a "
-                "model whose layers have weights of their own"
-            )
         # what is read is the last pass, which the equations of sites without layers are about
         law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
         yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)

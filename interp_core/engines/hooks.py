@@ -174,10 +174,12 @@ class ModuleHook:
         derived, layout, state = self.derived, self.point.layout, self.state
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if derived:
-                call = self._derive(Call(module, args, None, self._handed(kwargs), kwargs))
-                return args, {**call.kwargs, self.name: call.first}
             passing = args[0] if args and not self.point.part else self._handed(kwargs)
+            if derived:
+                call = self._derive(Call(module, args, None, passing, kwargs))
+                if args and not self.point.part:
+                    return (call.first, *args[1:]), kwargs
+                return args, {**call.kwargs, self.name: call.first}
             first = passing if layout is None else layout.enter(passing, state.shaped(layout))
             new = self._through(first)
             if new is first and (layout is None or not state.keep_graph):  # what a layout made is another tensor

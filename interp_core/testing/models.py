@@ -91,12 +91,14 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
     known = [*families(), *mixtures(), *types(), *encoders(), *visual()]
     if family not in known:
         raise LoadError(f"no tiny model of {family!r}. {nearest(family, known)}")
+    norms = ("norm",) if family in _FAMILIES else ("norm", ".ln")  # pages have numbers of the first as they are
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _build(family, config)
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
-            if (("norm" in name.lower() and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
+            gain = "weight" in name and any(word in name.lower() for word in norms)
+            if (gain or name.endswith("scale")) and parameter.ndim == 1:
                 parameter.data += 1
         for name, buffer in model.named_buffers():
             if name.endswith(("correction_bias", "expert_bias")):

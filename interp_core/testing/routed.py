@@ -55,7 +55,11 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax": (
         "MiniMaxForCausalLM",
-        {**_GQA, **_LOCAL, "block_size": 4, "layer_types": _HYBRID, "mlp_alpha_factor": 1.5, "mlp_beta_factor": 0.5},
+        {
+            **_GQA, **_LOCAL, "block_size": 4, "layer_types": _HYBRID, "mlp_alpha_factor": 1.5, "mlp_beta_factor": 0.5,
+            "full_attn_alpha_factor": 2.0, "full_attn_beta_factor": 0.7, "linear_attn_alpha_factor": 1.4,
+            "linear_attn_beta_factor": 0.9,
+        },
     ),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {**_GQA, **_LOCAL}),
     "gemma4": (
@@ -86,7 +90,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": (
         "NemotronHForCausalLM",
         {
-            **_GQA, **_ROUTED, "layers_block_type": ["moe", "mamba", "attention", "moe"], "ssm_state_size": 8,
+            **_GQA, **_ROUTED, "layers_block_type": ["moe", "mamba", "attention", "moe", "mlp"], "ssm_state_size": 8,
             "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1, "conv_kernel": 3, "chunk_size": 16,
             "moe_shared_expert_intermediate_size": 40,
         },
@@ -115,7 +119,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_routed_experts": 6,
             "moe_intermediate_size": 48, "hc_mult": 2, "sliding_window": 4, "o_groups": 2, "o_lora_rank": 16,
             "index_n_heads": 24, "index_head_dim": 8, "index_topk": 4,
-            "layer_types": ["sliding_attention"] * 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "compress_rate_csa": 4, "compress_rate_hca": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
         },
     ),
     "longcat_flash": (

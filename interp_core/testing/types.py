@@ -120,7 +120,6 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "dots1": _ROUTED,
-    "falcon_h1": {"mamba_d_ssm": 128},
     "dots3_note_text": {
         **_EQUAL, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
         "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
@@ -134,6 +133,11 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
     "longcat_flash": {**_LATENT, "num_hidden_layers": 6},
+    "hy_v4": {"index_topk": 6},  # of seven tokens, so that a token sees itself
+    "falcon_h1": {
+        "mamba_d_ssm": 128, "attention_out_multiplier": 0.6, "ssm_out_multiplier": 1.7, "attention_in_multiplier": 1.2,
+        "key_multiplier": 0.7,
+    },
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 24, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
