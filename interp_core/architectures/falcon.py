@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .bloom import NO_ROTARY
 from .family import Family, Heads, View, split_heads
 
 
@@ -27,18 +28,17 @@ def fused_groups(heads: Heads, part: str) -> View:
 
 
 def refused(config: Any) -> Mapping[str, str]:
-    """Queries of several groups cannot be seen as heads without a copy."""
+    """Queries of several groups cannot be seen as heads without a copy; where positions are a bias, nothing rotates."""
+    no_rotary = NO_ROTARY if config.alibi else {}
     if config.new_decoder_architecture and 1 < config.num_kv_heads < config.num_attention_heads:
-        return {"q": "queries of a key-value head lie between keys and values, so heads are no view of the projection"}
-    return {}
+        return no_rotary | {"q": "queries of a key-value head lie between keys and values, so heads are no view of the projection"}
+    return no_rotary
 
 
-OWN = "attention is its own, and they cross no module boundary"
 FAMILY = Family(
     "falcon",
     paths={"blocks.ln2": "post_attention_layernorm"},
     parallel=parallel,
     fused=fused_groups,
     refuse_if=refused,
-    unseen=dict.fromkeys(("rot_q", "rot_k", "scores", "pattern"), OWN),
 )

@@ -121,9 +121,6 @@ class Family:
         join: how the block goes on from the stream and what is added to it, where that is not their sum.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
-        pattern: module in the block whose output is the attention pattern, where the installed version's module does
-            not go through transformers' attention interface.
-        unseen: sites that cross no module boundary there, with the reason.
         refuse: sites that the family cannot give, with the reason.
         refuse_if: sites that models with some configs cannot give, with the reason, given the config.
         grid: which pixels each visual token stands for.
@@ -153,8 +150,6 @@ class Family:
     join: Join | None = None
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
-    pattern: str | None = None
-    unseen: Mapping[str, str] = field(default_factory=dict)
     refuse: Mapping[str, str] = field(default_factory=dict)
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
     grid: Grid | None = None

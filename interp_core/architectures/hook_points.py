@@ -10,8 +10,9 @@ the value (`get`) and put a change of it back (`put`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -23,7 +24,9 @@ from .parameters import matrix
 from .rerouting import Proof, Routed, Taken
 from .routing import Router
 
-Side = Literal["in", "out", "attention"]
+Side = Literal["in", "out", "attention", "own"]
+INSIDE = ("attention", "own")
+"""Sides that are inside attention: of transformers' attention interface, or of a module that computes it by itself."""
 
 
 class Call:
@@ -168,7 +171,8 @@ class HookPoint:
 
     Attributes:
         module: dotted path in the model ("" is the model).
-        side: its input (the first, or that named `part`), its output, or inside its attention function, at `part`.
+        side: its input (the first, or that named `part`), its output, or inside its attention, at `part`: the attention
+            function that it calls, or its own.
         view: the first tensor in the site's axes (None: as it is). Views can be read, edited and differentiated.
         get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
         put: `(call, old, new)`: make the derived value's change act.
@@ -190,6 +194,11 @@ class HookPoint:
     rank: int = 0
     routed: Routed | None = None
     layout: Layout | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether it lies inside attention, where there is no module to hook."""
+        return self.side in INSIDE
 
 
 KEYED = ("rot_k", "v")
@@ -374,3 +383,25 @@ def attending(path: str, attention: nn.Module) -> str:
     `self`); "" where there is none."""
     inside = [name for name, module in attention.named_modules(prefix=path) if uses_interface(module)]
     return inside[0] if inside[:1] == [path] or len(inside) == 1 else ""
+
+
+def own_code(kind: type) -> Iterator[CodeType]:
+    """The code of a module class's own methods, and those that it inherits from other models' classes."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for member in vars(base).values():
+                function = inspect.unwrap(member) if inspect.isfunction(member) else getattr(member, "__func__", None)
+                if (code := getattr(function, "__code__", None)) is not None:
+                    yield code
+
+
+def computing(path: str, attention: nn.Module) -> str:
+    """Path of the module whose own code computes attention's softmax: attention itself, or the only one inside it that
+    does; "" where there is none."""
+    names = {"softmax", "scaled_dot_product_attention"}
+    inside = [
+        name
+        for name, module in attention.named_modules(prefix=path)
+        if any(names & {*code.co_names} for code in own_code(type(module)))
+    ]
+    return inside[0] if len(inside) == 1 else ""

@@ -362,13 +362,13 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
     images, open_at = stack.family.whole_images, hook_points.attending(attn, stack.modules[attn])
     module = stack.modules[open_at or attn]
     stack.atlas.reaches[block.layer] = Reach.of(module, block.config, block.layer, images=images)
-    if open_at:
-        for name, sizes in rotated.items():
-            block.view(name, HookPoint(open_at, "attention", name, view=hook_points.transposed), sizes)
-        for name in ("scores", "pattern"):
-            block.view(name, HookPoint(open_at, "attention", name), {"head": n_heads})
-    elif stack.family.pattern:
-        block.view("pattern", HookPoint(f"{block.path}.{stack.family.pattern}", "out"), {"head": n_heads})
+    side: Side = "attention" if open_at else "own"
+    if not open_at and not (open_at := hook_points.computing(attn, stack.modules[attn])):
+        return
+    for name, sizes in rotated.items():
+        block.view(name, HookPoint(open_at, side, name, view=hook_points.transposed), sizes)
+    for name in ("scores", "pattern"):
+        block.view(name, HookPoint(open_at, side, name), {"head": n_heads})
 
 
 def head_counts(block: Block, module: nn.Module) -> Heads | None:

@@ -276,22 +276,26 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
             gated = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
             finding = _close(model, "v", "times pattern, times a gate between 0 and 1, is z", gated)
         elif not finding.ok:
-            finding = _handed(model, run, layers)
+            finding = _handed(model, run, layers, "v", "v")
         yield finding
-    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and _by_itself(atlas, "rot_q") and not _capped(model):
+    opened = all(point.side == "attention" for layer in atlas.layers("rot_q") if (point := atlas.entries["rot_q", layer].read))
+    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and not opened and not _capped(model):
         rotated = [_first_scores(at(run, "rot_q", i), at(run, "rot_k", i), at(run, "scores", i)) for i in layers]
         yield _close(model, "rot_q", "gives the scores, with rot_k", rotated)._replace(others=("rot_k",))
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
-            yield _close(model, name, "gives the scores of the first position", pairs)
+            finding = _close(model, name, "gives the scores of the first position", pairs)
+            if not finding.ok and not both(atlas, "rot_q"):  # nothing rotates them, and a bias may be in the scores
+                finding = _handed(model, run, layers, name, f"rot_{name}")
+            yield finding
 
 
 def _by_itself(atlas: Atlas, name: str) -> bool:
     """Whether an engine does attention by itself, so that a site is where it shows it and not where the model's own
     attention is opened."""
     points = [atlas.entries[name, layer].read for layer in atlas.layers(name)]
-    return any(point is not None and point.side != "attention" for point in points)
+    return any(point is not None and not point.inside for point in points)
 
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
@@ -325,22 +329,24 @@ def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
 
 
-def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
-    """Whether `v` is what attention mixes, of models that gate, norm or scale what it gives before they project it."""
+def _handed(model: Session, run: Run, layers: list[int], name: str, part: str) -> Finding:
+    """Whether `q`, `k` or `v` is what attention is handed: of models that gate, norm or scale what it gives before they
+    project it, or whose scores have a bias by position. Queries and keys are so up to scale."""
     inside = copy(model.atlas)
     inside.entries = dict(model.atlas.entries)
     for layer in layers:
-        entry = inside.entries["v", layer] = copy(inside.entries["v", layer])
+        entry = inside.entries[name, layer] = copy(inside.entries[name, layer])
         pattern = inside.entries["pattern", layer].read
         assert pattern is not None
-        entry.read = HookPoint(pattern.module, "attention", "v", view=transposed)
-    sites = tuple(Site("v", layer) for layer in layers)
-    what = "is what attention mixes"
+        entry.read = HookPoint(pattern.module, pattern.side, part, view=transposed)
+    sites = tuple(Site(name, layer) for layer in layers)
+    what = "is what attention mixes" if name == "v" else "is what attention is handed"
     try:
         handed = CompiledPlan(model, model.engine.compile(Plan.of(sites, ()), inside), sites, ()).run(run.tokens)
-        return _close(model, "v", what, [(at(run, "v", i), at(handed, "v", i)) for i in layers])
+        pairs = [(at(run, name, i), at(handed, name, i)) for i in layers]
+        return _close(model, name, what, pairs if name == "v" else [(a * (b.norm() / a.norm()), b) for a, b in pairs])
     except (InterpError, RuntimeError) as error:
-        return Finding("v", what, False, first_line(error))
+        return Finding(name, what, False, first_line(error))
 
 
 NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")

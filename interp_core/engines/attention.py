@@ -219,8 +219,22 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """The attention function of layers that a plan looks into."""
+    return opened(module.__dict__["interp_hook"], query, key, value, attention_mask, scaling, dropout, **kwargs)
+
+
+def opened(
+    hook: AttentionHook,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention `[batch head query d_head]` by steps, with the layer's hook called on the way."""
-    hook: AttentionHook = module.__dict__["interp_hook"]
+    module: Any = hook.module
     stages, filled = hook.stages, hook.filled
     if filled is not None and key.shape[2] > filled:
         key, value = key[:, :, :filled], value[:, :, :filled]
@@ -243,7 +257,7 @@ def attention(
         return _hidden(hook, (query, key, value), attention_mask, called), None
     few: _Few | None = None
     if hook.queries is not None and filled in (None, n_keys):
-        few = _few(hook.queries, module, (query, key, value), attention_mask, called)
+        few = _few(hook, hook.queries, (query, key, value), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = hook.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if hook.prefix is not None and not (dropout or narrowed or _IN_ONE & {*stages, *kwargs}):
@@ -321,16 +335,17 @@ class _Few(NamedTuple):
 
 
 def _few(
+    hook: AttentionHook,
     columns: Sequence[int],
-    module: nn.Module,
     called: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> _Few:
     """Call the layer's own kernel, and leave the queries at these columns to be opened."""
-    query, key, _ = called
+    (query, key, _), module = called, hook.module
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
-    closed = module.__dict__["interp_hook"].kernel(module, *called, mask, **kwargs)[0]
+    assert hook.kernel is not None
+    closed = hook.kernel(module, *called, mask, **kwargs)[0]
     at = torch.tensor(columns, device=query.device)
     few_mask = at_queries(at, mask)
     if mask is None and query.shape[2] > 1 and is_causal(kwargs, module):

@@ -143,9 +143,9 @@ def _reach(session: Session, tokens: Tokens) -> Check:
     if ahead := session.atlas.lacking.get("causal"):
         return Check(ahead)
     config, length = session.hf.config.get_text_config(), max(tokens.lengths)
-    closed = [layer for layer in range(session.n_layers) if ("scores", layer) not in session.atlas.entries]
-    if closed or any(session.atlas.entries["scores", layer].write is None for layer in range(session.n_layers)):
-        return Check(f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions")
+    scores = [session.atlas.entries.get(("scores", layer)) for layer in range(session.n_layers)]
+    if closed := [i for i, entry in enumerate(scores) if not (entry and entry.write and entry.write.side == "attention")]:
+        return Check(f"layer {closed[0]} has no attention that can take keys of earlier positions")
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and length > chunk:
         return Check(f"attention in chunks of {chunk} does not reach back over the whole text")
