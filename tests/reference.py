@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from own_attention import OWN, by_hand
 from routed import route
 from torch import Tensor, nn
 from type_layouts import (
@@ -149,10 +150,10 @@ class Reference:
         heads = (self.n_heads, self.d_head)
         if site == "v" and self.family in MIXED_VALUES:
             return self._attention(layer, site, fn)
-        if site in ATTENTION and not (site == "pattern" and "pattern" in self.layout):
+        if site in ATTENTION and self.family in OWN:
+            return by_hand(self, layer, site, fn)
+        if site in ATTENTION:
             return self._attention(layer, site, fn)
-        if site == "pattern":
-            return _output(self.module("pattern", layer), fn)
         if site in ("embed", "final_norm"):
             return _output(self.hf.get_submodule(self.layout["embed" if site == "embed" else "norm"]), fn)
         if site == "logits":
@@ -351,7 +352,8 @@ def _input(module: nn.Module, fn: Change) -> Iterator[None]:
 @contextmanager
 def _output(module: nn.Module, fn: Change) -> Iterator[None]:
     def hook(_m: nn.Module, _args: Any, output: Any) -> Any:
-        return (fn(output[0]), *output[1:]) if isinstance(output, tuple) else fn(output)
+        several = isinstance(output, (tuple, list))
+        return type(output)((fn(output[0]), *output[1:])) if several else fn(output)
 
     handle = module.register_forward_hook(hook)
     try:

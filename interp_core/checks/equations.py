@@ -276,19 +276,17 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
             gated = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
             finding = _close(model, "v", "times pattern, times a gate between 0 and 1, is z", gated)
         elif not finding.ok:
-            finding = _handed(model, run, layers, "v", "v")
+            finding = _handed(model, run, layers)
         yield finding
-    opened = all(point.side == "attention" for layer in atlas.layers("rot_q") if (point := atlas.entries["rot_q", layer].read))
-    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and not opened and not _capped(model):
+    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and not _called(atlas, "rot_q") and not _capped(model):
         rotated = [_first_scores(at(run, "rot_q", i), at(run, "rot_k", i), at(run, "scores", i)) for i in layers]
         yield _close(model, "rot_q", "gives the scores, with rot_k", rotated)._replace(others=("rot_k",))
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
+        if not both(atlas, "rot_q") and not _close(model, "q", "", pairs).ok:  # nothing rotates; keys may have a bias
+            pairs = [_key_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
-            finding = _close(model, name, "gives the scores of the first position", pairs)
-            if not finding.ok and not both(atlas, "rot_q"):  # nothing rotates them, and a bias may be in the scores
-                finding = _handed(model, run, layers, name, f"rot_{name}")
-            yield finding
+            yield _close(model, name, "gives the scores of the first position", pairs)
 
 
 def _by_itself(atlas: Atlas, name: str) -> bool:
@@ -296,6 +294,12 @@ def _by_itself(atlas: Atlas, name: str) -> bool:
     attention is opened."""
     points = [atlas.entries[name, layer].read for layer in atlas.layers(name)]
     return any(point is not None and not point.inside for point in points)
+
+
+def _called(atlas: Atlas, name: str) -> bool:
+    """Whether a site is what an attention function is called with, in every layer."""
+    points = [atlas.entries[name, layer].read for layer in atlas.layers(name)]
+    return all(point is not None and point.side == "attention" for point in points)
 
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
@@ -326,27 +330,25 @@ def at(run: Run, name: str, layer: int) -> Tensor:
 def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
     """Values mixed by the pattern `[batch pos head d_head]`."""
     groups = pattern.shape[1] // v.shape[2]
-    return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
+    return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v.repeat_interleave(groups, 2))
 
 
-def _handed(model: Session, run: Run, layers: list[int], name: str, part: str) -> Finding:
-    """Whether `q`, `k` or `v` is what attention is handed: of models that gate, norm or scale what it gives before they
-    project it, or whose scores have a bias by position. Queries and keys are so up to scale."""
+def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
+    """Whether `v` is what attention mixes, of models that gate, norm or scale what it gives before they project it."""
     inside = copy(model.atlas)
     inside.entries = dict(model.atlas.entries)
     for layer in layers:
-        entry = inside.entries[name, layer] = copy(inside.entries[name, layer])
+        entry = inside.entries["v", layer] = copy(inside.entries["v", layer])
         pattern = inside.entries["pattern", layer].read
         assert pattern is not None
-        entry.read = HookPoint(pattern.module, pattern.side, part, view=transposed)
-    sites = tuple(Site(name, layer) for layer in layers)
-    what = "is what attention mixes" if name == "v" else "is what attention is handed"
+        entry.read = HookPoint(pattern.module, pattern.side, "v", view=transposed)
+    sites = tuple(Site("v", layer) for layer in layers)
+    what = "is what attention mixes"
     try:
         handed = CompiledPlan(model, model.engine.compile(Plan.of(sites, ()), inside), sites, ()).run(run.tokens)
-        pairs = [(at(run, name, i), at(handed, name, i)) for i in layers]
-        return _close(model, name, what, pairs if name == "v" else [(a * (b.norm() / a.norm()), b) for a, b in pairs])
+        return _close(model, "v", what, [(at(run, "v", i), at(handed, "v", i)) for i in layers])
     except (InterpError, RuntimeError) as error:
-        return Finding(name, what, False, first_line(error))
+        return Finding("v", what, False, first_line(error))
 
 
 NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
@@ -367,6 +369,14 @@ def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     product = (q[:, 0] * k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1)).sum(-1).float()
     actual = scores[:, :, 0, 0].float()
     return product * (actual.norm() / product.norm()), actual
+
+
+def _key_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """How far scores of the first key differ from those of the first query, by q and k and as they are, up to scale: a
+    bias by the key's position (ALiBi) drops out."""
+    product = torch.einsum("bqhd,bhd->bhq", q[:, 1:] - q[:, :1], k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1))
+    actual = (scores[:, :, 1:, 0] - scores[:, :, :1, 0]).float()
+    return product.float() * (actual.norm() / product.float().norm()), actual
 
 
 def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:

@@ -95,8 +95,12 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
         torch.manual_seed(seed)
         model = _build(family, config)
         for name, parameter in model.named_parameters():
+            if name.endswith("embed_positions.weight") and not parameter.requires_grad:  # sines and cosines
+                continue
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
-            if (("norm" in name.lower() and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
+            # OpenAI's first GPT norms the stream itself, by what others call the norms before attention and MLP
+            norm = "ln_" if family == "openai-gpt" else "norm"
+            if ((norm in name.lower() and "weight" in name) or name.endswith("scale")) and parameter.ndim == 1:
                 parameter.data += 1
         for name, buffer in model.named_buffers():
             if name.endswith(("correction_bias", "expert_bias")):
